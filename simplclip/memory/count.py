@@ -1,7 +1,7 @@
 """Counts the memory that a step on fake tensors would allocate: live bytes by kind after every event, and the peak.
 
-What a C++ function takes besides its results does not show on fake tensors. The function itself computes it from meta tensors
-(csrc/scratch.h). What the libraries that it calls take, oneDNN's copies of an operand in bfloat16 above all, is not counted.
+A C++ function also allocates a workspace, which fake tensors do not show; the function itself computes the size from meta
+tensors (csrc/scratch.h). Memory of the libraries that it calls is not counted, mainly oneDNN's copies of bfloat16 operands.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ KINDS = ("parameters", "gradients", "optimizer state", "batch", "activations", "
 
 
 class UncountedOp(UserError, RuntimeError):
-    """The memory of an op cannot be predicted: it has no fake implementation, its results depend on values, or what its C++
-    function takes is not stated."""
+    """Error for an op whose memory cannot be predicted: the op has no fake implementation, its results depend on values, or
+    its C++ function states no workspace."""
 
 
-# TypeError: the fake of the memory-efficient attention's backward has other arguments than the function itself in torch 2.11.
+# TypeError: in torch 2.11 the fake of the memory-efficient attention's backward has other arguments than the function itself.
 _NO_FAKE = NotImplementedError, fakes.UnsupportedOperatorException, TypeError
 _VALUES = fakes.DataDependentOutputException, fakes.DynamicOutputShapeException
 
@@ -54,9 +54,9 @@ class Usage:
     steps: list[int] = field(default_factory=list)  # first event of each step, and the end of the last one
 
     def timeline(self, points: int = 2000) -> tuple[list[str], np.ndarray, list[tuple[int, str]]]:
-        """The last step: kinds, live bytes of each kind at about `points` moments, first moments of the phases.
+        """Returns for the last step: kinds, live bytes of each kind at about `points` moments, first moment of each phase.
 
-        Each moment stands for several events, and has the live bytes at the one of them with the highest total.
+        A moment stands for several events, and shows the live bytes at the event with the highest total.
         """
         start, end = self.steps[-2:]
         changes = np.zeros((len(KINDS), end), dtype=np.int64)
@@ -73,10 +73,10 @@ class Usage:
 
 
 class Counter(TorchDispatchMode):
-    """Tracks the storages on `device` that ops return; `usage` is the result.
+    """A mode that counts the storages on `device` that ops return; `usage` is the result.
 
-    Ops of simplclip run on fake tensors too. A function in C++ is not called: its results are made as fake tensors, and the
-    workspace that it states is counted. A launcher of Triton runs, but starts no kernels. Other backends are plain torch.
+    Ops of simplclip run on fake tensors too. A C++ function is not called: its results are made as fake tensors, and the
+    workspace that the function states is counted. A Triton launcher runs, but starts no kernel. Other backends are torch.
 
     Raises UncountedOp, which names the op.
     """
@@ -84,14 +84,14 @@ class Counter(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device, self.usage = device, Usage()
-        self.block = 512 if device.type == "cuda" else 1  # torch's allocator allocates multiples of it
+        self.block = 512 if device.type == "cuda" else 1  # torch's allocator rounds sizes up to multiples of this
         self.kind, self.phase = "temporaries", ""
         self.live: Bag[str] = Bag()
         self._held: dict[int, tuple[str, int, weakref.ref]] = {}
 
     @contextmanager
     def during(self, phase: str, kind: str) -> Iterator[None]:
-        """Context whose allocations have this kind; `phase` is its name in the timeline."""
+        """Context in which allocations get this kind; `phase` is the name of the context in the timeline."""
         before = self.phase, self.kind
         self._enter(phase, kind)
         try:
@@ -104,8 +104,8 @@ class Counter(TorchDispatchMode):
         self.usage.phases.append((len(self.usage.events), phase))
 
     def hold(self, tensors: object, kind: str, instead_of: Container[str] = KINDS) -> None:
-        """Counts the storages of these tensors as `kind` from now on. One that has a kind already keeps it, unless that is
-        in `instead_of`."""
+        """Counts the storages of `tensors` as `kind` from now on, including those that were counted as one of `instead_of`
+        before. A storage that was counted as another kind keeps that kind."""
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, Tensor) or tensor.device.type != self.device.type:
                 continue
@@ -128,7 +128,7 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Context in which the step runs."""
+        """Context in which the ops of a step are counted."""
         with mock.patch.object(registry, "counted", True), self:
             yield
 
@@ -150,7 +150,7 @@ class Counter(TorchDispatchMode):
         return out
 
     def _native(self, op: str, backend: str, function):
-        """What is called in place of a backend's `function`, see the class."""
+        """Returns the function to call in place of a backend's `function`, see the class."""
 
         def fake(*args):
             out = registry.NATIVE_FAKES[op](*args)
@@ -164,7 +164,7 @@ class Counter(TorchDispatchMode):
             self.hold(out, outer, instead_of=(WORKSPACE,))
             return out
 
-        if backend == "xformers":  # whose kernels take what those of torch take
+        if backend == "xformers":  # its kernels need the same memory as torch's SDPA
             function = backends.TABLE[op]["sdpa"].function
         known = {"reference": function, "triton": launch, "sdpa": launch, "xformers": launch}
         return known.get(backend, fake)
@@ -185,11 +185,11 @@ class Counter(TorchDispatchMode):
 
 
 def workspace_bytes(name: str, backend: str, call: Any) -> int:
-    """Bytes that the function `name` of `backend`, "cpu" or "cuda", takes besides its results when it runs `call`.
+    """Returns the bytes that the function `name` of `backend`, "cpu" or "cuda", allocates besides its results to run `call`.
 
-    This is the highest sum of live bytes without the tensors that it returns; of tensors only shapes, strides and dtypes are
-    read. On a GPU each allocation is rounded up to 512 bytes, as in the allocator. The memory of cuBLAS, and that of oneDNN
-    in products of bfloat16, is not included.
+    This is the peak of live bytes without the tensors that the function returns. Only shapes, strides and dtypes of tensors
+    are read. On a GPU each allocation is rounded up to 512 bytes, as in torch's allocator. The memory of cuBLAS is not
+    included, and neither is the memory of oneDNN in bfloat16 products.
 
     Raises UncountedOp if the extension of the function does not load, or the function states nothing.
     """
@@ -206,7 +206,7 @@ def workspace_bytes(name: str, backend: str, call: Any) -> int:
 
 
 def _flash_scratch(q: Tensor, bounds: Tensor | None) -> int:
-    """Bytes that FlashAttention's backward takes: sums of dq and one number a row, in float32, of rows that are filled up."""
+    """Returns the bytes of FlashAttention's backward workspace: for padded rows, float32 sums of dq and one number each."""
     heads, width = q.shape[-2:]
     width += -width % (32 if width <= 128 else 64)
     rows = q.shape[0] + 128 * (len(bounds) - 1) if bounds is not None else q.shape[0] * (q.shape[1] + -q.shape[1] % 128)

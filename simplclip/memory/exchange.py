@@ -1,4 +1,4 @@
-"""What the ranks of a step exchange: bytes, and the time that a link takes for them. docs/scaling.md explains the formula."""
+"""Bytes that the ranks exchange in a step, and the time that a link takes to send them. docs/scaling.md has the formula."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# Bytes a second in one direction, as on the box: a link of its own for each rank.
+# Bytes a second in one direction, as the vendors state them. Each rank has a link of its own.
 LINKS = {"PCIe 4.0 x16": 32e9, "NVLink 3": 300e9, "25 Gbit/s": 25e9 / 8, "100 Gbit/s": 100e9 / 8}
-COLUMN_STATISTICS = 5  # float32 numbers of a column, see ops/similarity/call.py
+COLUMN_STATISTICS = 5  # float32 numbers for each column, see ops/similarity/call.py
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A step of k ranks with n pairs each, whose loss has gather_with_grad=True, or local_loss=False.
+    """The exchange of k ranks in a step with n pairs each, whose loss has gather_with_grad=True, or local_loss=False.
 
-    terms: of ops.similarity_loss and "feature". itemsize: bytes of a number of the features when they travel.
-    teacher_width: D̂ if a term has a teacher. interactive: that term's form. projected: whether the student's features are
-    projected to that width.
-    ids: whether the loss gets ids. parameters: the numbers, in float32, whose gradients are averaged.
+    terms: names of ops.similarity_loss's terms, and "feature". itemsize: bytes of one number of the features that are sent.
+    teacher_width: D̂ if a term has a teacher. interactive: the form of the term "interactive". projected: whether the
+    student's features are projected to D̂.
+    ids: whether the loss gets ids. parameters: the count of numbers, in float32, whose gradients are averaged.
     """
 
     ranks: int
@@ -36,36 +36,36 @@ class Exchange:
     parameters: int = 0
 
     def sent(self) -> dict[str, int]:
-        """The bytes that a rank sends in a step, and receives, by what they are."""
+        """Returns the bytes that a rank sends in a step, by kind of data. The rank receives as many."""
         n, others, terms = self.pairs, self.ranks - 1, set(self.terms)
         kl = "interactive" in terms and self.interactive == "kl"
         teacher = bool(terms & {"relational", "interactive"}) + ("interactive" in terms and not kl)  # texts, and images
         there_and_back = self.width + (kl and self.projected) * self.teacher_width
         features = n * self.itemsize * (2 * there_and_back + teacher * self.teacher_width)
-        swept = kl or terms & {"contrastive", "relational"}  # the others need no column statistics
+        swept = kl or terms & {"contrastive", "relational"}  # other terms need no column statistics
         statistics = 2 * COLUMN_STATISTICS * n * 4 if swept else 0
         sent = {"features": features, "column statistics": statistics, "ids": 8 * n * self.ids}
-        parameters = 2 * 4 * self.parameters * others // self.ranks  # a ring sends what it sums, then the sums
+        parameters = 2 * 4 * self.parameters * others // self.ranks  # a ring sends the parts of the sums, then the sums
         return {name: others * size for name, size in sent.items()} | {"gradients of parameters": parameters}
 
     def seconds(self) -> dict[str, float]:
-        """The time of the exchange by link, if nothing else happens meanwhile."""
+        """Returns the seconds that each link takes for the exchange, if nothing overlaps with it."""
         return {link: sum(self.sent().values()) / rate for link, rate in LINKS.items()}
 
 
 @contextmanager
 def pretended(ranks: int) -> Iterator[None]:
-    """A context in which this process is the first of so many ranks, whose collectives do nothing.
+    """Context in which this process is the first of `ranks` ranks, and collectives do nothing.
 
-    A process group that exists is the default one again afterwards.
+    At the end, a process group that existed before becomes the default group again.
     """
     if ranks == 1:
         yield
         return
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # training imports this file, but pretends nothing
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # torch's test module, which one rank does not need
 
     exists = dist.group.WORLD if dist.is_initialized() else None
-    number = distributed_c10d._world.group_count  # names of groups must be the same on all ranks
+    number = distributed_c10d._world.group_count  # group names contain it, and must be the same on all ranks
     distributed_c10d._update_default_pg(None)
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     fake = dist.group.WORLD

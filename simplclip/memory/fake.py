@@ -1,8 +1,8 @@
 """Runs a step on fake tensors, which have shapes and no values, without the card: patches, and a backward pass in Python.
 
-Autograd's own engine asks a tensor's device for its streams, and there may be no device. `Engine` runs the nodes in the same
-order, frees a node's saved tensors after it has run, and adds gradients in place where autograd does, so that the same
-tensors are live at any time.
+Autograd's own engine asks a tensor's device for its streams, but there may be no device. `Engine` replaces it: it runs the
+nodes in autograd's order, frees a node's saved tensors after the node has run, and adds gradients in place where autograd
+does. So the same tensors are live at any time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Buffers = dict[Node, dict[int, Tensor]]  # by node and output: the sum of the gr
 
 
 def faker(mode: FakeTensorMode, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function that makes a fake tensor on `device` of the same shape, strides and dtype, one for each tensor."""
+    """Returns a function that makes a fake tensor on `device` of a tensor's shape, strides and dtype, once a tensor."""
 
     @functools.cache
     def fake(tensor: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def fake_step(mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
 
 
 def product_of_card(plain):
-    """torch.addmm, whose fake fails in torch 2.11 if the product has another dtype than its operands."""
+    """Wraps torch.addmm, whose fake fails in torch 2.11 if the product has another dtype than the operands."""
 
     def addmm(*args, out=None, out_dtype=None, **options):
         return plain(*args, out=out, **options) if out_dtype is None else out
@@ -75,9 +75,9 @@ def product_of_card(plain):
 
 
 def attention_of_card(plain):
-    """SDPA as on a card: FlashAttention for half types without a mask, else the memory-efficient kernel.
+    """Wraps SDPA to choose kernels as on a card: FlashAttention for half types without a mask, else the memory-efficient one.
 
-    Without a device torch would use plain products, which keep [B, H, L, L].
+    Without a device torch would compute plain products, which keep the attention weights [B, H, L, L].
     """
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -85,7 +85,7 @@ def attention_of_card(plain):
             return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if query.itemsize == 2 and attn_mask is None and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
             return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
-        if attn_mask is not None:  # as an additive mask whose rows begin at multiples of 16 bytes
+        if attn_mask is not None:  # as an additive mask, in rows padded to multiples of 16 numbers
             length = attn_mask.shape[-1]
             padded = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
             attn_mask = padded.expand(*query.shape[:3], length)
@@ -97,7 +97,7 @@ def attention_of_card(plain):
 
 
 class Engine:
-    """`installed()` makes it the engine of all backward passes over graphs that are made within that context.
+    """An autograd engine in Python: within the context `installed()` it runs all backward passes, of graphs made there.
 
     on_gradient: called with a parameter's gradient whenever it has been accumulated.
     """
@@ -110,10 +110,10 @@ class Engine:
     @contextmanager
     def installed(self) -> Iterator[None]:
         with (
-            # A saved tensor lies in a list, which is cleared when its node has run.
+            # A saved tensor is packed into a list, which is cleared after its node has run.
             saved_tensors_hooks(lambda tensor: [tensor], self._unpack),
             mock.patch.object(torch.autograd, "backward", self.backward),
-            # Checkpointing and our ops ask for the number of the task, and in newer versions whether it keeps its graph.
+            # Checkpointing and our ops ask for the id of the graph task, newer versions also if the task keeps its graph.
             mock.patch.object(torch._C, "_current_graph_task_id", side_effect=lambda: self._task),
             mock.patch.object(torch._C._autograd, "_get_current_graph_task_keep_graph", return_value=False, create=True),
         ):
@@ -127,7 +127,7 @@ class Engine:
 
     @torch.no_grad()
     def backward(self, tensors, grad_tensors=None, retain_graph=None, create_graph=False, grad_variables=None, inputs=None):
-        """`torch.autograd.backward`, which `Tensor.backward` calls too."""
+        """Replaces `torch.autograd.backward`, which `Tensor.backward` calls too."""
         if retain_graph or create_graph or inputs is not None:
             raise NotImplementedError("backward: expected no retain_graph, create_graph or inputs in a plan, got some")
         self._task += 1
@@ -140,7 +140,7 @@ class Engine:
         waiting = _uses(list(buffers))
         ready = [node for node in buffers if node not in waiting]
         while ready:
-            node = max(ready, key=lambda node: node._sequence_nr())  # the last that was made, after any AccumulateGrad
+            node = max(ready, key=lambda node: node._sequence_nr())  # AccumulateGrad first, then the node made last
             ready.remove(node)
             for following in self._visit(node, buffers.pop(node, {}), buffers):
                 waiting[following] -= 1
@@ -193,7 +193,7 @@ def _uses(roots: list[Node]) -> Counter[Node]:
 
 
 def _add(buffer: dict[int, Tensor], place: int, gradient: Tensor) -> None:
-    """Adds in place if only the buffer refers to the sum, as in the engine's input buffers."""
+    """Adds a gradient to the buffer's sum: in place if only the buffer refers to that sum, as in autograd's input buffers."""
     have = buffer.get(place)
     if have is None:
         buffer[place] = gradient
@@ -204,15 +204,15 @@ def _add(buffer: dict[int, Tensor], place: int, gradient: Tensor) -> None:
 
 
 def _alone(tensor: Tensor) -> bool:
-    """Whether a buffer holds the only reference to this tensor (beside two callers) and to its storage."""
+    """Whether a buffer has the only reference to this tensor (besides two callers) and its storage, which it fills."""
     storage = tensor.untyped_storage()
     referred = sys.getrefcount(tensor) > 4 or torch._C._storage_Use_Count(storage._cdata) > 2
     return not referred and tensor.nbytes == storage.nbytes()
 
 
 def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
-    """Adds to leaf.grad. The first gradient becomes leaf.grad itself if nothing else refers to it and it has the leaf's
-    strides; else a copy of it does."""
+    """Adds `gradient` to leaf.grad. A first gradient becomes leaf.grad itself if nothing else refers to it and it has the
+    leaf's strides; otherwise a copy of it becomes leaf.grad."""
     if leaf.grad is not None:
         leaf.grad.add_(gradient)
     elif _alone(gradient) and gradient.stride() == leaf.stride():

@@ -22,11 +22,11 @@ STEPS = 2  # in the second step the optimizer's state exists from the beginning
 
 
 def predict(step: Step, device: torch.device, ranks: int = 1) -> Usage:
-    """The memory on `device` during two runs of `step`, whose weights are fake afterwards.
+    """Predicts the memory on `device` during two runs of `step`, whose weights are fake afterwards.
 
-    ranks: the step is that of one of so many, whose loss has this world_size.
+    ranks: the number of ranks, one of which runs the step. The step's loss must have this world_size.
     """
-    # Fallback kernels would run ops without a fake on real tensors.
+    # Fallback kernels would run ops that have no fake implementation on real tensors.
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(real=False))
     of_weights = fake.faker(mode, device)
@@ -40,7 +40,7 @@ def predict(step: Step, device: torch.device, ranks: int = 1) -> Usage:
     with fake.fake_step(mode, device), engine.installed(), pretended(ranks), counter.counting():
         step.place(device, counter.during)
         trained = [p for group in step.optimizer.param_groups for p in group["params"]] if ranks > 1 else []
-        buckets = [torch.empty_like(p) for p in trained]  # DistributedDataParallel's, beside the gradients
+        buckets = [torch.empty_like(p) for p in trained]  # of DistributedDataParallel, in addition to the gradients
         counter.hold(buckets, "gradients")
         _watch(step.optimizer, counter)
         for _ in range(STEPS):
@@ -63,7 +63,7 @@ def _watch(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
 
 
 def measure(step: Step, device: torch.device) -> int:
-    """Peak bytes of torch's allocator on `device`, including parameters, and on a CPU also the batch."""
+    """Runs the step; returns the peak bytes of torch's allocator on `device`, with parameters, on a CPU also the batch."""
     step.materialize(device)
     step.place(device, lambda phase, kind: nullcontext())
     batches = step.batches(real=True)

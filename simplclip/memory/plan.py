@@ -24,14 +24,14 @@ from simplclip.train.limits import Budget, gib
 from simplclip.train.settings import Config, MicroBatch
 from simplclip.train.state import SIGLIP
 
-SMALL_MICRO_BATCH = 256  # if none is configured; a larger one leaves less memory for the loss
+SMALL_MICRO_BATCH = 256  # if none is configured; a larger micro-batch leaves less memory for the loss
 MOST_PAIRS = 1 << 22
 
 
 def parse_memory(text: str) -> int:
-    """The bytes of a size or of a card in `CARDS`. Raises InputError.
+    """Returns the bytes of a size such as "24GiB", or of a card in `CARDS`. Raises InputError.
 
-    "24GB" is the same as "24GiB": the memory of cards is counted in powers of two, whatever is written on the box.
+    "24GB" means "24GiB": the memory of cards is counted in powers of two, though vendors write GB.
     """
     name = re.sub(r"[\s_]+", "-", text.strip().lower())
     for card in (name, f"rtx-{name}"):
@@ -45,7 +45,7 @@ def parse_memory(text: str) -> int:
 
 @dataclass(frozen=True)
 class Answer:
-    """A batch size and its peak, and those of the next larger one, which does not fit."""
+    """A batch size and its peak memory; and the next larger batch size, which does not fit, with its peak."""
 
     what: str
     batch_size: int
@@ -68,11 +68,11 @@ class Plan:
     usable: int
     answers: list[Answer]  # the first one is the step as configured
     usage: Usage  # of the step as configured
-    measured: int | None  # its peak by two real steps on this machine's GPU
+    measured: int | None  # peak of two real steps as configured, on this machine's GPU
     assumptions: list[str]
     advice: list[str]
-    ranks: int  # all above is of one of them
-    exchange: dict[str, Any]  # of a step, see `_Planner.exchange`; empty for one rank
+    ranks: int  # number of ranks; the figures above are for one rank
+    exchange: dict[str, Any]  # see `_Planner.exchange`; empty for one rank
 
 
 def make(
@@ -86,16 +86,16 @@ def make(
     ranks: int = 1,
     rate: float | None = None,
 ) -> Plan:
-    """The plan of `config` on a device with `budget`.
+    """Makes the plan of `config` on a device with `budget`.
 
     config.data.micro_batch "auto" means the result of `micro_batch_that_fits`. teacher_width: D̂ of the stored features, if
     the shards are not on this machine. compare: also predict the original model with open_clip's losses. solve: search the
-    largest batches. ranks: the plan is of one of so many, each with its share of data.batch_size. rate: pairs that a rank
-    computes in a second, to compare the time of the exchange with.
+    largest batches. ranks: the number of ranks; the plan is for one rank, with its share of data.batch_size. rate: pairs that
+    a rank computes in a second, to which the time of the exchange is compared.
 
     Raises: ConfigError; InputError if torch is a build without CUDA; UncountedOp if the memory of an op cannot be predicted.
     """
-    if config.run.steps is None:  # memory does not depend on the length of a run, and its data may be elsewhere
+    if config.run.steps is None:  # memory does not depend on steps, and the data to count may be elsewhere
         config = config.model_copy(update={"run": config.run.model_copy(update={"steps": 1 << 30, "epochs": None})})
     if compare and ranks > 1:
         raise InputError(f"--compare: expected one rank, got {ranks}")
@@ -135,9 +135,9 @@ def make(
 
 
 def micro_batch_that_fits(config: Config, budget: Budget, *, device: str = "cuda", ranks: int = 1) -> Config:
-    """`config` with the largest micro-batch, a divisor of the batch, whose step fits; None if the whole batch fits.
+    """Returns `config` with the largest micro-batch whose step fits: a divisor of the batch, or None if the whole batch fits.
 
-    ranks: the micro-batch is of one of so many, and a multiple of their number, as the loader of a run needs.
+    ranks: the number of ranks. The micro-batch is for one rank, and a multiple of `ranks`, as the loader of a run needs.
     Raises ConfigError if even the smallest micro-batch does not fit.
     """
     fits = _Planner(config, budget, device, None, ranks).with_micro_batch().data.micro_batch
@@ -145,7 +145,7 @@ def micro_batch_that_fits(config: Config, budget: Budget, *, device: str = "cuda
 
 
 class _Planner:
-    """Predicts the steps of a config with some values changed."""
+    """A predictor for the steps of a config, also with some values of the config changed."""
 
     def __init__(self, config: Config, budget: Budget, device: str, teacher_width: int | None, ranks: int = 1) -> None:
         if device == "cuda" and torch.version.cuda is None:
@@ -171,7 +171,7 @@ class _Planner:
             self.cacheable = False
 
     def changed(self, **sections: dict) -> Config:
-        """The config with some values changed, and checked as a whole, unlike in pydantic's model_copy."""
+        """Returns the config with some values changed. Unlike pydantic's model_copy, this checks the config as a whole."""
         values = self.config.to_dict()
         for section, changes in sections.items():
             values[section] |= changes
@@ -191,7 +191,7 @@ class _Planner:
         return usage
 
     def exchange(self, rate: float | None) -> dict[str, Any]:
-        """Of a step and a rank: bytes sent by what they are, seconds by link and, from the rate, those of the computation."""
+        """Returns for one rank and step: bytes sent by kind of data, seconds by link and, with `rate`, of computation."""
         data, loss = self.config.data, self.base.loss
         teacher = self.base.teacher["width"] if self.base.teacher else 0
         trained = [p for module in (self.base.model, loss) for p in module.parameters() if p.requires_grad]
@@ -223,7 +223,7 @@ class _Planner:
         return self.changed(data={"micro_batch": micros[count - 1]})
 
     def solved(self) -> Iterator[Answer]:
-        """The largest batches in one graph and, where the model allows it, by gradient caching."""
+        """Yields the largest batch in one graph and, if the model allows gradient caching, the largest batch with it."""
         whole = self._answer("most in one graph", lambda n: self.usage(data={"batch_size": n, "micro_batch": None}))
         yield whole
         if not self.cacheable or not whole.batch_size:
@@ -293,10 +293,10 @@ class _Planner:
 
 
 def largest(peak: Callable[[int], int], limit: int, *, start: int = 8, most: int = 1 << 24) -> tuple[int, dict[int, int]]:
-    """The largest x with peak(x) <= limit, or 0, and all computed peaks, which include that of x + 1 (unless x is `most`).
+    """Returns the largest x with peak(x) <= limit, or 0, and all computed peaks, among them peak(x + 1) unless x is `most`.
 
-    Peaks are nearly affine in x, so that few are needed: each guess is where the line through the two points that are nearest
-    to the answer crosses the limit. peak should not decrease much with x.
+    Peaks are nearly affine in x, so that few are computed. Each guess is the x where a line crosses the limit: the line
+    through the two points that are nearest to the answer. peak should not decrease much with x.
     """
     seen: dict[int, int] = {}
     low, high, guess = 0, most + 1, min(start, most)  # the largest x that fits, and the smallest that does not

@@ -94,7 +94,7 @@ def _at_a_time(micro_batch: int | dict[str, int | None] | None) -> str:
 
 
 def draw(path: str | Path, plan: Plan) -> Path:
-    """Live memory by kind during the second step as configured; and the peak by batch size, with the usable memory."""
+    """Draws live memory by kind during the second step as configured, and the peak by batch size with the usable memory."""
     figure = new_figure(13, 4.8)
     step, batch = figure.subplots(
         1, 2, gridspec_kw={"wspace": 0.16, "left": 0.055, "right": 0.985, "top": 0.8, "bottom": 0.12}

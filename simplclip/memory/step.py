@@ -1,4 +1,4 @@
-"""The steps of a plan, on fake or real tensors: that of our trainer, and that of open_clip's models and losses."""
+"""The steps of a plan, on fake or real tensors: a step of our trainer, and a step of open_clip's models and losses."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ During = Callable[[str, str], AbstractContextManager]  # the context of a phase,
 
 
 class TrainerStep(Training):
-    """A step of `simplclip train`: config.data.batch_size pairs, by gradient caching if it has a micro_batch.
+    """A step of `simplclip train`: config.data.batch_size images, by gradient caching if config.data has a micro_batch.
 
     teacher_width: D̂; if None, it is read from the shards. Only the shapes of the teacher's features and of inherited weights
-    matter. Where their files are not on this machine, shapes are assumed, and `assumed` says which. `predict` and `measure`
-    use `modules`, `optimizer`, `materialize`, `place`, `batches` and `run`, which OpenClipStep has too.
+    matter. Where the files of these are not on this machine, their shapes are assumed, and `assumed` says which. `predict`
+    and `measure` use `modules`, `optimizer`, `materialize`, `place`, `batches` and `run`, which OpenClipStep has too.
     """
 
     def __init__(self, config: Config, precision: str, teacher_width: int | None = None) -> None:
@@ -44,7 +44,7 @@ class TrainerStep(Training):
             self.assumed.append(f"texts of full length, whatever data.mean_tokens: {why}" if why else told)
 
     def resized(self, config: Config) -> TrainerStep:
-        """The step of a config that differs in its section `data` only. Both share the model: one may run at a time."""
+        """Returns the step of a config that differs only in its section `data`. Both share the model: run one at a time."""
         other = copy.copy(self)
         other.config = config
         return other
@@ -56,10 +56,10 @@ class TrainerStep(Training):
 
     @property
     def tokens(self) -> int | None:
-        """The length of each text; None: full length.
+        """The length with which each text is predicted; None: full length.
 
-        One graph keeps all texts, so that the mean of their lengths counts, with what rounding and groups of lengths add: of
-        captions like COCO's and CC12M's less than this. Micro-batches are cut to as many tokens as padded texts have.
+        One graph keeps all texts, so that their mean length counts. Rounding and groups of lengths add less than an eighth
+        and 8 tokens for captions like COCO's and CC12M's. A micro-batch is filled up to as many tokens as padded texts have.
         """
         c = self.config.data
         if self.crop is None or self.crop.groups == 1 or c.mean_tokens is None or c.micro_batch is not None:
@@ -76,20 +76,20 @@ class TrainerStep(Training):
         self.device, self.during = device, during
         self.optimizer = make_optimizer(self.model, self.loss, self.config)
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, self.config))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # it would read values of tensors
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # an enabled scaler reads values of tensors
         self.step = busiest(self.config)
         self._seen: dict[str, dict[str, tuple[int, torch.dtype]]] = {}  # tower -> width and dtype of each of its outputs
         self.model.train()
-        if self.crop is not None:  # what is predicted are texts of one length
+        if self.crop is not None:  # the predicted texts have one length
             self.crop.undo()
             self.crop = TextCrop(self.model, 1, self.crop.groups, self.crop.reach) if self.tokens else None
 
     def batches(self, real: bool) -> list[dict[str, Any]]:
-        """The micro-batches of a step, in the host's memory.
+        """Returns the micro-batches of a step, in the host's memory.
 
-        real: tensors with values, to run the step with. For a prediction the tensors have only shapes, and the micro-batches
-        between the second and the last are merged into one that the towers do not process, since each of them would take the
-        same memory as the second. `text_batches` does the same for texts.
+        real: whether the tensors have values, to run the step. For a prediction they have only shapes, and the micro-batches
+        between the second and the last are merged into one. The towers do not process the merged one, since each of its parts
+        would take the same memory as the second. `text_batches` does the same for texts.
         """
         self.real, size = real, self.config.data.images_at_a_time
         count = self.config.data.batch_size // size
@@ -111,11 +111,11 @@ class TrainerStep(Training):
         return batch
 
     def run(self, batches: list[dict[str, Tensor]]) -> None:
-        """One step of the optimizer."""
+        """Runs one training step."""
         train_step(self, batches)
 
     def read_teacher(self) -> dict[str, Any]:
-        """What the shards say of the teacher; without them a teacher of the student's width."""
+        """Returns the teacher: of width `teacher_width`, else as named by the shards, else assumed of the student's width."""
         width = self.teacher_width
         if width is None:
             try:
@@ -127,16 +127,16 @@ class TrainerStep(Training):
         return {"name": "a teacher", "width": width, "logit_scale": TEACHER_SCALE}
 
     def start(self) -> None:
-        """The weights' values do not change the memory."""
+        """Loads nothing: the values of weights do not change the memory."""
 
     def sources(self) -> Any:
         sources = self.config.inherit.source
         return [self._architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
 
     def _architecture(self, source: str) -> Any:
-        """The source; or tensors of its shapes for an open_clip tag, which would be downloaded, or a missing file.
+        """Returns the source; for a missing file, or an open_clip tag, which would be downloaded, tensors of its shapes.
 
-        Their values are made up: where a tower is tried, as by `try_crop`, zeros or NaN would tell nothing.
+        The values of these tensors are random, since `try_crop` runs a tower with them, and zeros or NaN would tell nothing.
         """
         name, slash, _ = source.removeprefix(TAG).partition("/")
         original = models.original(self.config.model.name)
@@ -156,7 +156,7 @@ class TrainerStep(Training):
         return values
 
     def outputs(self, tower: str, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The outputs for a batch; for a merged one (see `batches`) empty tensors of their shapes."""
+        """Returns a tower's outputs for a batch; for a merged batch (see `batches`), empty tensors of the same shapes."""
         if "unseen" in batch:
             rows = len(batch["group"]) if tower == "image" else batch["text"].shape[:-1].numel()
             like = self._seen[tower].items()
@@ -167,7 +167,7 @@ class TrainerStep(Training):
         return outputs
 
     def width(self) -> int:
-        """D, of a step that has run."""
+        """Returns D. The step must have run before."""
         return self._seen["image"]["image"][0]
 
     def text_batches(self, batches: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Tensor | None]:
@@ -178,7 +178,7 @@ class TrainerStep(Training):
         return [*parts[:2], {"text": parts[2]["text"][:1].expand(unseen, -1), "unseen": True}, parts[-1]], rows
 
     def travel(self, tower: str, features: Tensor) -> None:
-        """Fake tensors do not: the gathered texts are counted from the loss on."""
+        """Does nothing, since fake tensors do not travel: the gathered texts are counted from the loss on."""
 
     def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor, **distances: Tensor) -> dict[str, Tensor]:
         with self.during("loss", "loss"):
@@ -254,10 +254,10 @@ Step = TrainerStep | OpenClipStep
 
 
 def inputs(name: str, model: Any, size: int, captions: int, real: bool, tokens: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images [size, 3, H, W], and token ids, int64 [size * captions, L].
+    """Returns images [size, 3, H, W], and token ids, int64 [size * captions, L].
 
-    real: the tokens are those of a caption, whose end some models look for to pool there. Otherwise they are zeros.
-    tokens: L, if it is less than the model's.
+    real: whether the tokens are a caption, at whose end some models pool. Otherwise the tokens are zeros.
+    tokens: L, if it is less than the model's context length.
     """
     side = model.visual.image_size
     image = torch.zeros(size, 3, *((side, side) if isinstance(side, int) else side))

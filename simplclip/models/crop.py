@@ -1,4 +1,4 @@
-"""Texts cost their length: `crop_texts` lets an open_clip model compute no tokens behind the end of its texts."""
+"""Cropping of texts: `crop_texts` lets an open_clip model compute no tokens behind the end of its texts."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from simplclip.nn import SimplifiedBlock
 
 __all__ = ["TextCrop", "crop_texts", "lengths_of", "try_crop"]
 
-GROUP_TOKENS = 512  # what one more call of the tower costs, in tokens: its launches, and small products
+GROUP_TOKENS = 512  # cost of one more call of the tower, in tokens: launches, and small products
 
 
 def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextCrop:
     """Lets an open_clip model encode texts without the tokens behind their ends, in place.
 
-    Tokenizers pad every text to the context length, 77 tokens. Where no token sees what follows it (causal towers), or
-    padding is masked, these change no feature: `encode_text`, and with it `forward`, then sorts a batch by length, cuts it
-    into groups and computes each at the length of its longest text. Features and gradients are those of the padded batch up
-    to rounding, in its order. Where convolutions reach a few tokens of padding, as in MobileCLIP-S0's masked text tower,
-    texts are as much longer.
+    Tokenizers pad every text to the context length, 77 tokens. In causal towers, or where padding is masked, padding changes
+    no feature. `encode_text`, and with it `forward`, then sorts a batch by length, cuts the batch into groups and computes
+    each group at the length of its longest text. Features and gradients are those of the padded batch up to rounding, in the
+    same order. Where convolutions reach a few tokens of padding, as in MobileCLIP-S0's masked text tower, these tokens are
+    computed too.
 
     Args:
-        model: an open_clip model. Whether its tower allows it is tried: on which tokens does the feature of a text depend?
-        multiple: lengths are rounded up to it, for kernels, and for torch.compile, which compiles each length.
-        groups: at most so many groups of a batch, as many as pay; 1 keeps the batch in one piece. torch.compile would compile
-            every size of a group: take 1 there.
+        model: an open_clip model. A trial finds on which tokens a text's feature depends, and so if texts can be cropped.
+        multiple: lengths are rounded up to a multiple of it, for kernels, and for torch.compile, which compiles each length.
+        groups: the most groups of a batch; fewer are made if more would not be faster. 1 keeps the batch in one piece: use 1
+            with torch.compile, which would compile every size of a group.
 
-    Texts that are on a GPU are read by the host, which waits for them; those on the CPU are cropped there, then moved.
-    While torch exports or fakes a model, texts stay as they are.
+    The host reads the texts: it waits for texts on a GPU, while texts on the CPU are cropped there, then moved.
+    While torch exports a model or runs it on fake tensors, texts stay as they are.
 
-    Returns an object whose `undo()` gives the model back. Raises InputError, with the reason, if the tower cannot crop.
+    Returns a `TextCrop`, whose `undo()` restores the model. Raises InputError, with the reason, if texts cannot be cropped.
     Memory: activations of the tokens that are computed.
     """
     for name, value in (("multiple", multiple), ("groups", groups)):
@@ -49,9 +49,9 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
 
 
 class TextCrop:
-    """What `crop_texts` returns: it takes the place of the model's `encode_text`. A copy of the model has its own.
+    """A replacement of a model's `encode_text` that crops texts. A copy of the model has a TextCrop of its own.
 
-    reach: the number of tokens behind the first of the padding that the feature of a text depends on.
+    reach: the number of padding tokens, after the first one, on which the feature of a text depends.
     """
 
     def __init__(self, model: nn.Module, multiple: int = 8, groups: int = 4, reach: int = 0) -> None:
@@ -68,7 +68,7 @@ class TextCrop:
         vars(self).update(state, lock=threading.RLock())
 
     def undo(self) -> None:
-        """Gives the model back as it was."""
+        """Restores the model's own `encode_text`."""
         vars(self.model).pop(self.name, None)
 
     @torch.compiler.disable(recursive=False)
@@ -90,7 +90,7 @@ class TextCrop:
             return torch.cat(parts).index_select(0, order.argsort().to(device, non_blocking=True))
 
     def split(self, text: Tensor, tokens: int) -> list[Tensor]:
-        """The rows of texts [N, L] as micro-batches of at most so many tokens: all as long as its longest. Longest first."""
+        """Returns the rows of texts [N, L] in each micro-batch: at most `tokens` tokens with padding. Longest texts first."""
         lengths = self.rounded(text)
         order = lengths.argsort(descending=True, stable=True)
         rows, start = [], 0
@@ -101,7 +101,7 @@ class TextCrop:
         return rows
 
     def rounded(self, text: Tensor) -> Tensor:
-        """The lengths that texts [N, L] are computed at, int64 [N] on the CPU."""
+        """Returns the lengths at which texts [N, L] are computed, int64 [N] on the CPU."""
         lengths = lengths_of(text).cpu() + self.reach
         return ((lengths + self.multiple - 1) // self.multiple * self.multiple).clamp(max=text.shape[1])
 
@@ -110,7 +110,7 @@ class TextCrop:
         encode, tower = getattr(type(self.model), self.name), _tower(self.model)
         position, mask = tower._parameters.get("positional_embedding"), tower._buffers.get("attn_mask")
         length, own = text.shape[1], vars(tower)
-        # Other towers find their positions and masks themselves: Hugging Face's, and those with a class token.
+        # Hugging Face's towers, and towers with a class token, choose their positions and masks themselves.
         if position is None or len(position) == length or getattr(tower, "cls_emb", None) is not None:
             return encode(self.model, text, *args, **options)
         cut = {"positional_embedding": position[:length]}
@@ -125,13 +125,13 @@ class TextCrop:
 
 
 def lengths_of(text: Tensor) -> Tensor:
-    """Tokens of each text [N, L] and the first of its padding, which are the last tokens that are equal."""
+    """Counts the tokens of each text [N, L] and its first padding token. Padding is the run of equal tokens at the end."""
     run = (text == text[:, -1:]).flip(1).cumprod(1).sum(1)
     return text.shape[1] + 1 - run
 
 
 def try_crop(model: Any, multiple: int = 8, groups: int = 4) -> TextCrop | str:
-    """Crops the texts of a model, or says why they cannot be. It is tried on one text, on the model's device."""
+    """Crops the texts of a model, or returns why they cannot be cropped, by a trial with one text on the model's device."""
     if not hasattr(model, "encode_text") or not hasattr(model, "visual"):
         return type(model).__name__
     tower = _tower(model)
@@ -139,12 +139,12 @@ def try_crop(model: Any, multiple: int = 8, groups: int = 4) -> TextCrop | str:
         return f"{type(model).__name__}, whose decoder reads the features of all tokens"
     weight = _embedding(model).weight
     if type(weight) not in (nn.Parameter, Tensor) or weight.is_meta:
-        return "weights without values"  # fake tensors, of which memory is predicted
+        return "weights without values"  # fake tensors, in predictions of memory
     if any(isinstance(vars(model).get(name), TextCrop) for name in ("encode_text", "_encode_text")):
         return "one whose texts are cropped already"
     for block in (getattr(tower, "transformer", None) or tower).modules():
         if isinstance(block, SimplifiedBlock) and not (block.causal or getattr(block, "masks_padding", False)):
-            # New ones pass on only the token itself, so that the trial would not show it.
+            # A new block passes on only the token itself, so that the trial would not show what its tokens see.
             return "simplified blocks in which every token sees every token (simplify's mask_padding masks padding)"
         if isinstance(block, _BatchNorm) and block.training:
             return "batch norms in training mode, whose statistics count padding"
@@ -152,7 +152,7 @@ def try_crop(model: Any, multiple: int = 8, groups: int = 4) -> TextCrop | str:
     model.eval()
     try:
         with torch.inference_mode(False):
-            # Weights that were made under inference_mode have no gradients; copies of them do.
+            # Weights that were made under inference_mode cannot have gradients; their copies can.
             reach = _reach(copy.deepcopy(model) if weight.is_inference() else model)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         return f"a text tower that takes no shorter texts: {str(error).strip().splitlines()[0]}"
@@ -163,8 +163,8 @@ def try_crop(model: Any, multiple: int = 8, groups: int = 4) -> TextCrop | str:
 
 
 def _reach(model: Any) -> int | str:
-    """What `TextCrop` calls so, of a model in eval mode; or why it cannot crop."""
-    numbers = torch.Generator().manual_seed(0)  # the run's own stays as it is
+    """Returns the `reach` of `TextCrop` for a model in eval mode; or the reason why its texts cannot be cropped."""
+    numbers = torch.Generator().manual_seed(0)  # leaves the run's generator as it is
     text, embeddings = _probe(model, numbers), []
 
     def note(module: nn.Module, given: Any, output: Tensor) -> Tensor:
@@ -194,11 +194,11 @@ def _reach(model: Any) -> int | str:
 
 
 def _probe(model: Any, numbers: torch.Generator) -> Tensor:
-    """A random text [1, L] with padding behind a fifth of its tokens."""
+    """Returns a random text [1, L], of which a fifth are tokens and the rest is padding."""
     weight, tower = _embedding(model).weight, _tower(model)
     config = getattr(tower, "config", None)
     padding = next((n for n in (getattr(tower, "pad_id", None), getattr(config, "pad_token_id", None)) if n is not None), 0)
-    # The end of a text is the token with the highest number, unless the tower says which it is.
+    # The end of a text is the token with the highest id, unless the tower names its end token.
     said = getattr(model, "text_eos_id", None) if tower is model else getattr(tower, "eos_id", None)
     pool = getattr(model, "text_pool_type", None) or getattr(tower, "pool_type", "argmax")
     length = getattr(model, "context_length", None) or tower.context_length
@@ -222,12 +222,12 @@ def _embedding(model: Any) -> nn.Embedding:
 
 
 def _cuts(lengths: Tensor, most: int) -> list[int]:
-    """Where to cut texts in the order of their lengths: the end of each of at most `most` groups, with the least tokens."""
+    """Returns where to cut texts sorted by length: the ends of at most `most` groups, at the lowest cost in tokens."""
     values, counts = (t.tolist() for t in lengths.unique(return_counts=True))
     ends = [0]
     for count in counts:
         ends.append(ends[-1] + count)
-    # best[g][j]: the cost of the first j lengths in g groups, and where the last of these begins.
+    # best[g][j]: the cost of the first j lengths in g groups, and where the last group begins.
     best: list[list[tuple[float, int]]] = [[(0.0, 0), *[(float("inf"), 0)] * len(values)]]
     for _ in range(min(most, len(values))):
         row = [(float("inf"), 0)]

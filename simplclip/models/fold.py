@@ -30,14 +30,14 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, FrozenBatchNorm2d, F
 
 
 def fold(model: Model, *, inplace: bool = False) -> Model:
-    """Merge branches and batch norms of a model in eval mode, which then computes the same with fewer layers.
+    """Merges branches and batch norms of a model in eval mode, which then computes the same with fewer layers.
 
     A batch norm is merged where a module has it and a 2-d convolution as children, and a symbolic trace (torch.fx) of the
     module's `forward` shows that the convolution's output goes to this norm alone. The activation in timm's
     `BatchNormAct2d` stays. A layer with hooks, a parametrization, or several owners or calls is left as it is, and so is a
     module that cannot be traced. Blocks of simplclip have no batch norm and do not change.
 
-    Merged weights are new tensors, so that tied ones keep their values elsewhere. The result is for inference: it has no
+    Merged weights are new tensors, so that tied weights keep their values elsewhere. The result is for inference: it has no
     statistics to train with, and its state dict has other names.
 
     inplace: change `model` itself; otherwise a deep copy is changed, and `model` is not.
@@ -50,9 +50,9 @@ def fold(model: Model, *, inplace: bool = False) -> Model:
             what = f"{type(module).__name__} {name!r}" if name else type(module).__name__
             raise InputError(f"model: expected eval mode (call model.eval() first), got {what} in training mode")
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
-    holder = nn.Module()  # timm merges the children of what it is given
+    holder = nn.Module()  # timm merges only the children of its argument
     holder.model = model if inplace else copy.deepcopy(model)
-    # timm's new layers draw initial weights, which a resumed run must not notice.
+    # timm's new layers draw initial weights, which must not change the random numbers of a resumed run.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         reparameterize_model(holder, inplace=True)
         owners = Counter(id(child) for module in holder.modules() for child in module._modules.values())
@@ -64,14 +64,14 @@ def fold(model: Model, *, inplace: bool = False) -> Model:
 
 
 def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
-    """Pairs of children that can be merged, by name: a layer, and a batch norm that gets the layer's output, as nothing else
-    does."""
+    """Returns pairs of children that can be merged, by name: a layer, and a batch norm that gets the layer's output. Nothing
+    else gets that output."""
     free: dict[str, Any] = {n: m for n, m in module.named_children() if owners[id(m)] == 1 and _plain(m)}
     layers = {n: m for n, m in free.items() if type(m) in _CONVS}
     norms = {n: m for n, m in free.items() if type(m) in _NORMS and m.running_mean is not None}
     if not layers or not norms:
         return []
-    # Without the values of optional arguments a trace could follow the branch of another call.
+    # Optional arguments get their defaults: without them a trace could follow the branch of another call.
     arguments = inspect.signature(module.forward).parameters.values()
     given = {a.name: a.default for a in arguments if a.default is not a.empty}
     try:

@@ -19,26 +19,26 @@ TOWERS = {"text": "text_model", "image": "vision_model"}
 
 
 class _WithoutLayer(nn.Module):
-    """Comes before transformers' layer among the base classes, so that the layer does not make its own modules."""
+    """A base class to name before transformers' layer, so that the layer does not make its own modules."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
 
 class EncoderBlock(SimplifiedBlock, _WithoutLayer):
-    """A block of an encoder of transformers: [B, L, C]. Of the encoder's mask it takes the number of tokens.
+    """A block of a transformers encoder: [B, L, C]. From the encoder's mask it takes the number of valid tokens.
 
-    A subclass is a subclass of the replaced layer too: transformers finds by their class the layers to checkpoint, and those
-    whose hidden states it returns.
+    Each subclass also derives from the layer that it replaces: transformers finds by class the layers to checkpoint, and the
+    layers whose hidden states it returns.
 
     Args:
-        config: the tower's, as the layer's attention has it.
-        mask: the argument of the tower that a mask comes from.
+        config: the tower's config, which the layer's attention has too.
+        mask: the name of the tower's argument from which a mask comes, for errors.
         pools_last: whether the tower pools the last token, which then has to be valid.
         checkpointing: transformers' function for gradient checkpointing, if it is enabled.
     """
 
-    checks_mask = False  # whether the values, too: of the first block in a tower, since a check makes a GPU wait
+    checks_mask = False  # whether to check the mask's values: only in a tower's first block, since a check makes a GPU wait
 
     def __init__(
         self, width: int, heads: int, mlp_ratio: float = 4.0, *, config: PreTrainedConfig, mask: str = "attention_mask",
@@ -62,7 +62,7 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
             got = f"a tensor {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise InputError(f"{self.mask}: expected a mask [B, L] or [B, 1, L, L] from transformers, got {got}")
         visible = mask if mask.dtype == torch.bool else mask != 0 if mask.dim() == 2 else mask == 0
-        rows = visible if mask.dim() == 2 else visible[:, 0, -1]  # the last token sees every valid one
+        rows = visible if mask.dim() == 2 else visible[:, 0, -1]  # the last token sees every valid token
         lengths = rows.sum(-1)
         # While tracing there are no values to check.
         if self.checks_mask and not torch.compiler.is_compiling() and type(mask) is Tensor and not mask.is_meta:
@@ -82,15 +82,15 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
 
 
 class CLIPBlock(EncoderBlock, CLIPEncoderLayer):
-    """In the place of CLIPEncoderLayer."""
+    """The block in the place of CLIPEncoderLayer."""
 
 
 class SiglipBlock(EncoderBlock, SiglipEncoderLayer):
-    """In the place of SiglipEncoderLayer."""
+    """The block in the place of SiglipEncoderLayer."""
 
 
 class Siglip2Block(EncoderBlock, Siglip2EncoderLayer):
-    """In the place of Siglip2EncoderLayer."""
+    """The block in the place of Siglip2EncoderLayer."""
 
 
 # The layer, its block, and the options of the block in each tower.
@@ -102,7 +102,7 @@ _LAYERS: list[tuple[type, type[EncoderBlock], dict[str, dict[str, Any]]]] = [
 
 
 def encoder_layers(model: nn.Module, tower: str) -> Iterator[tuple[str, nn.Module, type[EncoderBlock], dict[str, Any]]]:
-    """The layers of a tower: path, layer, and the class of its block with options."""
+    """Yields the layers of a tower: path, layer, and the class of the block that replaces it, with the block's options."""
     part: Any = getattr(model, TOWERS[tower])
     for index, layer in enumerate(getattr(getattr(part, "encoder", None), "layers", None) or [part]):
         found = [(block, options[tower]) for kind, block, options in _LAYERS if type(layer) in (kind, block)]
@@ -116,9 +116,8 @@ def encoder_layers(model: nn.Module, tower: str) -> Iterator[tuple[str, nn.Modul
 
 
 def declare_shared(model: Any) -> None:
-    """Tells transformers which parameters are shared: save_pretrained writes one of them, from_pretrained sets the others (by
-    the second attribute, which transformers 5.0 needs and 5.24 does not).
-    """
+    """Tells transformers which parameters are shared, so that save_pretrained writes one of them and from_pretrained sets the
+    others. transformers 5.0 needs the second attribute for this; 5.24 does not."""
     first: dict[Tensor, str] = {}
     names = [(name, first.setdefault(p, name)) for name, p in model.named_parameters(remove_duplicate=False)]
     shared = {name: source for name, source in names if name != source}

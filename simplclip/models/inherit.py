@@ -47,7 +47,7 @@ ALWAYS_TRAIN = ("logit_scale", "logit_bias")
 
 
 class Inheritance(WeightTable):
-    """What `inherit` did: a table of the model, and the sources of the weights."""
+    """The result of `inherit`: a table of the model, and the sources of the weights."""
 
     title = "inherited from"
 
@@ -65,7 +65,7 @@ def inherit(
     blocks: str | None = None,
     keep: Collection[str] = (),
 ) -> Inheritance:
-    """Copy every unchanged module of ``source`` into ``model``, in place, and freeze it there.
+    """Copies every unchanged module of ``source`` into ``model``, in place, and freezes it there.
 
     A module is unchanged if the source has the same tensors under the same names in the same shapes. Modules in a
     `SimplifiedBlock` are copied from a simplified block alone, since equal names may have another meaning (FastViT's
@@ -81,13 +81,13 @@ def inherit(
             efficientnet-lite0, if ``model.origins`` has it. If several sources fit a module, the first one is used.
         train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but not frozen. A pattern
             that matches a module applies to everything in it; one that matches a tensor applies to its whole module.
-        blocks: None, or how simplified blocks start from the source's blocks in their places, see `warm.convert`: a matrix
-            that they share is the "average" of the folded matrices, or that of the "first" block. They train. Of several
-            sources, the first one with a block in that place gives it. Blocks that were copied stay as they are.
+        blocks: None, or how simplified blocks start from the source's blocks in their places, see `warm.convert`. A matrix
+            that blocks share becomes the "average" of their folded matrices, or the matrix of the "first" block. These
+            blocks train. The first source with a block in a place is used. Blocks that were copied stay as they are.
         keep: with ``blocks``, names of a block's tensors that do not start from the source, e.g. mlp_gain.
 
     Returns:
-        A table of module, status and parameters, with the names of what is frozen.
+        A table of module, status and parameters, with the names of the frozen modules and parameters.
 
     Raises:
         InheritanceError: the source has no tensors, has another architecture or cannot be read as weights, or a pattern
@@ -125,7 +125,7 @@ def inherit(
 def _start_blocks(
     model: nn.Module, units: list[Unit], states: list[dict[str, Tensor]], label: str, merge: str, keep: Collection[str]
 ) -> None:
-    """Start the simplified blocks that were not copied from the blocks of the first source that has them."""
+    """Starts the simplified blocks that were not copied: each from the first source with a block in its place."""
     simplified = {path: m for path, m in model.named_modules() if isinstance(m, SimplifiedBlock)}
     if not simplified:
         raise InheritanceError(f"blocks: expected a model with simplified blocks, got {type(model).__name__} without")
@@ -147,7 +147,7 @@ def _start_blocks(
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> None:
-    """Freeze modules and parameters by name, as `inherit` does: they get no gradient and stay in eval mode.
+    """Freezes modules and parameters by name, as `inherit` does: they get no gradient and stay in eval mode.
 
     Raises InheritanceError for a name that the model does not have, and then leaves the model unchanged.
     """
@@ -164,7 +164,7 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """Keep all batch norms in eval mode, so that their statistics do not change; weights and biases are trained."""
+    """Keeps all batch norms in eval mode, so that their statistics do not change; weights and biases are trained."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             _hold_in_eval(module)

@@ -2,9 +2,9 @@
 
     model = simplclip.models.create("mobileclip-s0", checkpoint="mobileclip_s0.pt")
 
-`from_published` gives the tensors of the published checkpoint (arXiv 2311.17049) their names here: those of the image tower
-by timm's checkpoint_filter_fn, those of the text tower by `_RENAMED`. Each of its 893 tensors becomes one of the 893 here.
-timm's image projection would have a bias, which the published one has not.
+`from_published` renames the tensors of the published checkpoint (arXiv 2311.17049) to the names here: the image tower's by
+timm's checkpoint_filter_fn, the text tower's by `_RENAMED`. Each of the checkpoint's 893 tensors becomes one of the 893 here.
+timm's image projection would have a bias; the published image projection has none.
 """
 
 import os
@@ -51,7 +51,7 @@ class ConvNorm(nn.Module):
 class RepMixer(nn.Module):
     """Mixes tokens: ``x + layer_scale (skip(x) + conv(x) - norm(x))``, x [B, C, 1, L]; skip and norm are batch norms.
 
-    `reparameterize` makes one depthwise convolution of it, for inference; timm.utils.reparameterize_model calls it.
+    `reparameterize` turns the module into one depthwise convolution, for inference; timm.utils.reparameterize_model calls it.
     """
 
     def __init__(self, width: int, kernel_size: int) -> None:
@@ -94,11 +94,11 @@ class RepMixerBlock(nn.Module):
         self.layer_scale = nn.Parameter(torch.full((width,), 1e-5))
 
     def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
-        """token: index of the token of each text to compute, int64 [B]; None: all of them."""
+        """Computes all tokens; or, of each text, the token whose index `token`, int64 [B], gives."""
         mixed = self.mixer(x.transpose(1, 2).unsqueeze(2))  # [B, C, 1, L]
         x, hidden = (t.squeeze(2).transpose(1, 2) for t in (mixed, self.conv(mixed)))
         if token is not None:
-            rows = torch.arange(x.shape[0], device=x.device)  # with len, an export would fix the batch
+            rows = torch.arange(x.shape[0], device=x.device)  # len(x) would fix the batch size in an export
             x, hidden = x[rows, token], hidden[rows, token]
         return x + self.layer_scale * self.mlp(hidden)
 
@@ -135,11 +135,11 @@ class PreNormLayer(nn.Module):
 
 
 class TextTower(nn.Module):
-    """The text tower of MobileCLIP-S0, with what open_clip expects of one.
+    """The text tower of MobileCLIP-S0, with the attributes that open_clip expects.
 
     The layers are a RepMixer block, ``layers`` pre-norm transformer layers and a RepMixer block. The feature is that of the
     token with the highest id, which is the end of the text. No token is masked, unless `simplify` sets ``masks_padding``:
-    then the transformer layers see none behind the end. The RepMixer blocks always see their neighbours.
+    then the transformer layers see no token behind the end. The RepMixer blocks always see their neighbours.
 
     forward(text int64 [B, L]) -> [B, output_dim]; L is at most ``context_length``.
     """
@@ -183,16 +183,16 @@ class TextTower(nn.Module):
         return ends @ self.text_projection.to(ends.dtype)
 
     def encode_tokens(self, text: Tensor) -> Tensor:
-        """The outputs of all tokens after the last norm, [B, L, C]."""
+        """Returns the outputs of all tokens after the last norm, [B, L, C]."""
         return self.ln_final(self.layers[-1](self._inner(text)))
 
     def _inner(self, text: Tensor) -> Tensor:
-        """What the last block gets, [B, L, C]."""
+        """Returns the input of the last block, [B, L, C]."""
         x = self.token_embedding(text)
         x = x + self.positional_embedding[: text.shape[1]].to(x.dtype)
         lengths = (None, None, text.argmax(1) + 1) if self.masks_padding else ()
         for layer in self.layers[:-1]:
-            # A RepMixer block is never computed twice, since that would count a batch twice in its norms' statistics.
+            # A RepMixer block is not checkpointed: computed twice, a batch would count twice in the statistics of its norms.
             if isinstance(layer, RepMixerBlock):
                 x = layer(x)
             elif self.grad_checkpointing and self.training:
@@ -205,7 +205,7 @@ class TextTower(nn.Module):
         self.grad_checkpointing = enable
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = True) -> None:
-        """Freeze all but the last groups of parameters: of embeddings, each layer (the last with ln_final), projection."""
+        """Freezes all but the last groups of parameters: embeddings, each layer (the last with ln_final), projection."""
         groups = [[*self.token_embedding.parameters(), self.positional_embedding]]
         groups += [list(layer.parameters()) for layer in self.layers]
         groups[-1] += self.ln_final.parameters()
@@ -218,7 +218,7 @@ class TextTower(nn.Module):
 
 
 def create(embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], **options: Any) -> CustomTextCLIP:
-    """An open_clip model with a `TextTower`. text_cfg: arguments of `TextTower`; all others: of CustomTextCLIP."""
+    """Makes an open_clip model with a `TextTower`. text_cfg: arguments of `TextTower`; all others: of CustomTextCLIP."""
     placeholder = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}  # open_clip's tower, which ours replaces
     model = CustomTextCLIP(embed_dim, dict(vision_cfg), placeholder, **options)
     head = getattr(model.visual.trunk, "head", None)
@@ -235,14 +235,14 @@ def is_published(state: Mapping[str, Any]) -> bool:
 
 
 def where_to_get(source: str | os.PathLike[str]) -> str:
-    """The end of a message about a missing file: where the one that this module describes is to be had, if it is that one."""
+    """Returns the end of a message about a missing file: the URL if it is the published file, else an empty string."""
     known = Path(source).name in (Path(URL).name, "mobileclip-s0")
     return f"; Apple publishes {Path(URL).name} at {URL}" if known else ""
 
 
 def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of the published layout by the names of `model`. One of another layout stays as it is, as does each one if
-    the model has no `TextTower`."""
+    """Renames a state dict of the published layout to the names of `model`. A state dict of another layout stays as it is,
+    and so does any state dict if the model has no `TextTower`."""
     if not isinstance(getattr(model, "text", None), TextTower) or not is_published(state):
         return dict(state)
     image = {name.removeprefix(IMAGE): value for name, value in state.items() if name.startswith(IMAGE)}
@@ -267,6 +267,6 @@ def _mlp(width: int, ratio: float) -> nn.Sequential:
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Factor and shift of a batch norm in eval mode, [C] each."""
+    """Returns factor and shift of a batch norm in eval mode, [C] each."""
     factor = norm.weight / (norm.running_var + norm.eps).sqrt()
     return factor, norm.bias - norm.running_mean * factor

@@ -14,8 +14,8 @@ from simplclip.nn import SimplifiedBlock
 
 
 class MaskedTextTransformer(TextTransformer):
-    """open_clip's text tower whose simplified blocks see nothing behind the end of a text: in the place of a mask they get
-    the lengths of the texts, up to the token that the tower pools."""
+    """open_clip's text tower with simplified blocks that see nothing behind the end of a text. In the place of a mask these
+    blocks get the lengths of the texts, up to and including the token that the tower pools."""
 
     masks_padding = True
 
@@ -25,9 +25,9 @@ class MaskedTextTransformer(TextTransformer):
 
 
 def tower_to_mask(model: Any, replaced: Sequence[Any]) -> Any:
-    """The text tower whose padding is to be masked; None if it is causal. Raises InputError if it cannot be.
+    """Returns the text tower whose padding is to be masked; None if it is causal. Raises InputError if masking is impossible.
 
-    replaced: its blocks that `simplify` replaces, as in the report.
+    replaced: the tower's blocks that `simplify` replaces, as in the report.
     """
     tower = getattr(model, "text", None)
     if not replaced:
@@ -47,7 +47,7 @@ def tower_to_mask(model: Any, replaced: Sequence[Any]) -> Any:
 
 
 def mask_padding_of(tower: Any) -> None:
-    """Lets the simplified blocks of a text tower get the lengths of its texts."""
+    """Makes a text tower pass the lengths of its texts to its simplified blocks."""
     if isinstance(tower, TextTransformer):
         tower.__class__ = MaskedTextTransformer
     else:

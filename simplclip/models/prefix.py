@@ -4,8 +4,8 @@
     prefix = Prefix(frozen, images[:1])              # the frozen parts that come first in the image tower
     outputs = prefix(images)
 
-A part is a largest module that `freeze` froze. Its own tensors stay where they are and are saved, moved and counted as
-before; the copies belong to no module, so that they are in no state dict, and a deep copy or pickle of the model has none.
+A part is a module that `freeze` froze, inside no larger frozen one. Its own tensors stay where they are and are saved, moved
+and counted as before. The copies belong to no module: no state dict, deep copy or pickle of the model has them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class FrozenPart:
 
     def __init__(self, name: str, module: nn.Module, folded: nn.Module | None, dtype: torch.dtype | None) -> None:
         self.name, self.module, self.folded, self.dtype = name, module, folded, dtype
-        self.prefix: Prefix | None = None  # set if the part is one of the prefix's
+        self.prefix: Prefix | None = None  # set if the part belongs to a prefix
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
         if self.prefix is not None and self.prefix.is_replaced:
-            return x  # which is the prefix's output already
+            return x  # x is the prefix's output already
         return self.run(x, *args, **options)
 
     def run(self, x: Tensor, *args: Any, **options: Any) -> Any:
@@ -44,19 +44,19 @@ class FrozenPart:
         self.module.forward = self
 
     def __reduce__(self) -> tuple:
-        # In a deep copy or pickle of the module this becomes the method of its class, since the copy has no attributes yet.
+        # A deep copy or pickle gets its class's `forward`: while getattr runs, the copied module has no attributes yet.
         return getattr, (self.module, "forward")
 
 
 class FrozenParts:
-    """Installs folded copies of the frozen modules of `model` that have convolutions.
+    """The frozen modules of `model`. Those with convolutions run as folded copies from now on.
 
-    dtype: that of the run's autocast, None for fp32. Convolutions and linear layers of the copies are stored in it. Other
-    tensors stay in fp32, so that values are rounded where autocast rounds. Where a module runs under another autocast than
-    this, its copy is not used.
+    dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the copies are stored in it.
+    Other tensors stay in fp32, so that values are rounded where autocast rounds. A module that runs under another autocast
+    does not use its copy.
 
-    Gradients pass through a part to its input if that needs one. The weights must not change afterwards, except that
-    `to` moves the copies. `lines` says what was done, and why a module with convolutions has no copy.
+    Gradients pass through a part to its input if the input needs a gradient. The weights must not change afterwards; `to`
+    moves the copies. `lines` lists the copies, and the modules that could not be copied with the reason.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -95,7 +95,7 @@ class FrozenParts:
 
     @property
     def bytes(self) -> int:
-        """The size of the copies."""
+        """The size of the copies in bytes."""
         return sum(t.nbytes for copy in self.copies for t in (*copy.parameters(), *copy.buffers()))
 
     def to(self, device: torch.device) -> None:
@@ -112,14 +112,14 @@ class FrozenParts:
 
 
 class Prefix:
-    """The frozen parts at the beginning of the image tower: each one's input is the output of the one before it.
+    """The frozen parts at the beginning of the image tower: the input of each part is the output of the part before it.
 
-    image: pixels [1, 3, S, S], on which the tower is run to find them. `shape`: of the last part's output for an image.
+    image: pixels [1, 3, S, S], on which the tower runs to find the parts. `shape`: of the last part's output for an image.
 
     After `replace` the tower of a model in training mode takes outputs of the prefix in place of pixels; in eval mode it
     takes pixels as before.
 
-    Raises InputError if the tower begins with no frozen part, or uses more than the output of the last one.
+    Raises InputError if the tower begins with no frozen part, or uses more values than the output of the last part.
     """
 
     def __init__(self, frozen: FrozenParts, image: Tensor) -> None:
@@ -159,7 +159,7 @@ class Prefix:
         self.shape = tuple(outputs.shape[1:])
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The prefix's outputs for pixels [N, 3, S, S]."""
+        """Returns the prefix's outputs for pixels [N, 3, S, S]."""
         for part in self.parts:
             images = part.run(images)
         return images
@@ -171,14 +171,14 @@ class Prefix:
 
     @property
     def is_replaced(self) -> bool:
-        """Whether what the tower gets now is the prefix's output, not pixels."""
+        """Whether the tower now gets outputs of the prefix, not pixels."""
         return self._trying or (self._replaced and self.model.training)
 
     def replace(self) -> None:
         self._replaced = True
 
     def fingerprint(self) -> str:
-        """The SHA-256 of the parts' tensors."""
+        """Returns the SHA-256 of the parts' tensors."""
         digest = hashlib.sha256()
         for part in self.parts:
             for name, tensor in part.module.state_dict().items():
@@ -188,7 +188,7 @@ class Prefix:
 
 
 def _largest(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """The largest frozen modules, each once, in the order of the model."""
+    """Yields the frozen modules that are in no larger frozen module, each once, in the order of the model."""
     if id(module) in seen:
         return
     seen.add(id(module))

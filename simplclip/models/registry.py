@@ -32,19 +32,19 @@ Tokenizer = Callable[[list[str]], torch.Tensor]
 
 
 class WeightsError(UserError, RuntimeError):
-    """Weights do not fit the model."""
+    """Error for weights that do not fit the model."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """How a model is built: an open_clip configuration, and the arguments of `simplify`, or None for a model with its own
+    """The recipe of a model: an open_clip configuration, and the arguments of `simplify`, or None for a model with its own
     blocks.
 
     vocabulary: the number of tokens of a `ShortVocabTokenizer`, or a function from the context length to a tokenizer; None
         for open_clip's own.
-    build: what makes the model of the configuration, if open_clip does not.
-    origins: by the name of registered weights (simplclip.weights), which of their tensors `inherit` takes: prefix of their
-        names -> prefix of this model's names.
+    build: the function that makes the model of the configuration, if open_clip does not.
+    origins: name of registered weights (simplclip.weights) -> the tensors that `inherit` takes from these weights: prefix in
+        the weights -> prefix in this model.
     """
 
     original: str
@@ -78,7 +78,7 @@ _SPECS = {
     "siclip-s0": Spec(simplify={"share": {"image": {"attention": [[0, 1]]}}}, **_MOBILECLIP_S0),
     # The text tower carries most of MobileCLIP2-S0's parameters, and neighbouring layers of a trained CLIP text tower
     # do nearly the same; so its 12 blocks share weights in pairs. The two blocks of the last image stage do not share.
-    # Texts that see no padding gained recall in the demo's student. siclip-s0's see it: its inherited convolutions read it.
+    # Masking padding gained recall in the demo's student. siclip-s0 masks none: its inherited convolutions read padding.
     "siclip2-s0": Spec(
         original="MobileCLIP2-S0",
         config=open_clip.get_model_config("MobileCLIP2-S0"),
@@ -118,19 +118,19 @@ class ShortVocabTokenizer(SimpleTokenizer):
 
 
 def names() -> list[str]:
-    """MobileCLIP-S0 and the SiCLIPs of this library. `create` also takes ``open_clip:NAME`` for each name of
-    ``open_clip.list_models()``."""
+    """Returns the names of MobileCLIP-S0, this library's SiCLIPs and the models of plugins. `create` also takes
+    ``open_clip:NAME`` for each name of ``open_clip.list_models()``."""
     return [*_SPECS, *plugins.entries("models")]
 
 
 def original(name: str) -> str | None:
-    """The model with its own blocks that a SiCLIP was made from or that a plain name means, as `create` takes it; or None."""
+    """Returns the model with its own blocks behind a SiCLIP or a plain name, by its name for `create`; or None."""
     known = spec_of(name).original
     return known if known in _SPECS else PLAIN + known if known in open_clip.list_models() else None
 
 
 def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's configuration of a model, before it is simplified. overrides: as for `create`."""
+    """Returns open_clip's configuration of a model, before it is simplified. overrides: as for `create`."""
     config = copy.deepcopy(dict(spec.config))
     for key, value in overrides.items():
         config[key] = {**config.get(key, {}), **value} if key in ("vision_cfg", "text_cfg") else value
@@ -147,16 +147,16 @@ def create(
     simplify_options: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> nn.Module:
-    """Build a model with random weights, or with those of a local checkpoint. Nothing is downloaded.
+    """Builds a model with random weights, or with the weights of a local checkpoint. Nothing is downloaded.
 
     Args:
-        name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model; or how the model is built.
+        name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model; or a `Spec`.
         checkpoint: file written by torch.save with the state dict, bare or under "state_dict" or "model", which is read
             with weights_only; or NAME.safetensors. It must fit exactly.
         device: device of the model.
         simplified: False for the model that a SiCLIP is made from, with its own blocks.
-        simplify_options: arguments of `simplify` that replace those of the name. Another model than a SiCLIP is simplified if
-            they are given, be it {}.
+        simplify_options: arguments of `simplify` that replace those of the name. If they are given, even as {}, a model that
+            is no SiCLIP is simplified too.
         overrides: open_clip's model arguments. ``vision_cfg`` and ``text_cfg`` are merged into those of the name,
             others (``embed_dim``, ``init_logit_scale``, ``output_dict``...) replace them.
 
@@ -189,7 +189,7 @@ def create(
     else:
         model = CustomTextCLIP(**config)
     if hasattr(model.visual, "set_input_size") and "image_size" in overrides.get("vision_cfg", {}):
-        model.visual.set_input_size(config["vision_cfg"]["image_size"])  # open_clip does not tell timm's trunk
+        model.visual.set_input_size(config["vision_cfg"]["image_size"])  # open_clip does not pass the size to timm's trunk
     set_model_preprocess_cfg(model, merge_preprocess_dict(PreprocessCfg(size=model.visual.image_size), dict(spec.preprocess)))
     model.origins = spec.origins
     if simplified and (spec.simplify is not None or simplify_options is not None):
@@ -202,7 +202,7 @@ def create(
 
 
 def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
-    """The tokenizer of a model: list of strings -> token ids, int64 [B, L]. context_length: L, by default the name's."""
+    """Returns a model's tokenizer: list of strings -> token ids, int64 [B, L]. context_length: L, by default the model's."""
     spec = spec_of(name)
     if spec.vocabulary is None and spec.build is None:
         return open_clip.get_tokenizer(spec.original, context_length=context_length)
@@ -228,8 +228,8 @@ def transforms(
         train: whether to augment.
         augment: the augmentation for training: open_clip's AugmentationCfg or its fields (random resized crop and more);
             "affine" (small rotations, shifts, zooms and changes of colour without mirroring, for drawings on white);
-            "none"; or None for the model's default. With its `use_timm` the result is open_clip's own, of PIL images alone.
-        image_size: S, if the model was created with a size that is not its name's.
+            "none"; or None for the model's default. With its `use_timm` the result is open_clip's own, for PIL images only.
+        image_size: S, if the model was created with another size than its default.
     """
     spec = spec_of(name)
     size = image_size or spec.config["vision_cfg"].get("image_size", PreprocessCfg.size)
@@ -260,13 +260,13 @@ def check_shape(model: nn.Module, tokenizer: Tokenizer) -> None:
 
 
 def text_pool(model: nn.Module) -> str | None:
-    """How open_clip's text tower pools its tokens, e.g. "argmax"; None for other towers."""
+    """Returns how open_clip's text tower pools its tokens, e.g. "argmax"; None for other towers."""
     tower: Mapping[str, Any] = vars(getattr(model, "text", None) or model)
     return tower.get("pool_type", tower.get("text_pool_type"))
 
 
 def summary(model: nn.Module, name: str) -> str:
-    """The parameters of every tower; for a SiCLIP also what was replaced in the model that it was made from."""
+    """Returns a table of each tower's parameters; for a SiCLIP also the blocks that were replaced in its original model."""
     report = getattr(model, "simplify_report", None)
     if report is not None:
         return f"{name}, made from {spec_of(name).original}\n{report}"
@@ -275,7 +275,7 @@ def summary(model: nn.Module, name: str) -> str:
 
 
 def spec_of(name: str) -> Spec:
-    """How the model of this name is built. Raises ValueError for an unknown name."""
+    """Returns the recipe of the model of this name. Raises ValueError for an unknown name."""
     if name in _SPECS:
         return _SPECS[name]
     if name in plugins.entries("models"):
@@ -310,9 +310,9 @@ def _load(model: nn.Module, state: Mapping[str, torch.Tensor], checkpoint: str |
 
 
 def read_weights(path: str | os.PathLike[str], error: type[InputError], expected: str, got: str = "") -> Any:
-    """What a file NAME.safetensors or of torch.save (read with weights_only) holds. Other files raise `error`.
+    """Reads a file NAME.safetensors, or of torch.save with weights_only. Raises FileNotFoundError; `error` for other files.
 
-    got: what the message calls the file, by default its path.
+    got: the name of the file in the message, by default its path.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{expected}, got no such file: {path}{mobileclip.where_to_get(path)}")
@@ -332,7 +332,7 @@ def read_weights(path: str | os.PathLike[str], error: type[InputError], expected
 
 
 def refusal(fault: Exception) -> str:
-    """Why torch.load refused a file with weights_only, without torch's advice to read it anyway; "" for another error."""
+    """Returns why torch.load refused a file with weights_only, without torch's advice to read it anyway; else ""."""
     if not isinstance(fault, pickle.UnpicklingError) and "weights_only" not in str(fault):
         return ""
     what = re.search(r"(?:GLOBAL|global) [\w.]+", str(fault))
@@ -340,7 +340,7 @@ def refusal(fault: Exception) -> str:
 
 
 def check_archive(path: str | os.PathLike[str]) -> None:
-    """Raises InputError for a zip whose contents are larger than the file (torch.save compresses nothing), or a program."""
+    """Raises InputError for a zip that is a TorchScript program or has larger contents (torch.save compresses nothing)."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
@@ -351,8 +351,8 @@ def check_archive(path: str | os.PathLike[str]) -> None:
 
 
 def _check_contents(state: Any) -> None:
-    """Raises InputError for what lets a file of few bytes fill the memory: tensors larger than their storage, and containers
-    that hold each other many times."""
+    """Raises InputError for contents with which a file of few bytes fills the memory: tensors larger than their storage, and
+    containers that hold each other many times."""
     known: dict[int, int] = {}
 
     def count(value: Any) -> int:
@@ -364,7 +364,7 @@ def _check_contents(state: Any) -> None:
         if not isinstance(value, (Mapping, list, tuple, set)):
             return 1
         if id(value) not in known:
-            known[id(value)] = _MOST + 1  # while it is counted
+            known[id(value)] = _MOST + 1  # while the container is counted, since it may hold itself
             parts = [part for pair in value.items() for part in pair] if isinstance(value, Mapping) else value
             known[id(value)] = 1 + sum(map(count, parts))
         return known[id(value)]
@@ -373,7 +373,7 @@ def _check_contents(state: Any) -> None:
         raise InputError(f"more than {_MOST:,} values, some in each other")
 
 
-_MOST = 50_000_000  # values of a file of weights
+_MOST = 50_000_000  # the most values in a file of weights
 _SMALL = 1 << 24  # bytes up to which a tensor may be larger than its storage, as one made by `expand` is
 
 
@@ -382,7 +382,7 @@ def first_line(error: Exception) -> str:
 
 
 def bare_state(state: Any) -> Any:
-    """A state dict that may lie under "state_dict" or "model", without the prefix "module." of DistributedDataParallel."""
+    """Returns a state dict, bare or under "state_dict" or "model", without DistributedDataParallel's prefix "module."."""
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -390,5 +390,5 @@ def bare_state(state: Any) -> Any:
 
 
 def affine(cfg: PreprocessCfg) -> ImageTransform:
-    """The transform that `transforms` calls "affine", for a size, mean and std."""
+    """Returns the transform that `transforms` calls "affine", for a size, mean and std."""
     return ImageTransform(cfg, "affine")

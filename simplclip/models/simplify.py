@@ -25,7 +25,7 @@ __all__ = ["MapBlock", "Replaced", "SimplifyReport", "TimmBlock", "TransformerBl
 TOWERS = ("text", "image")
 Groups = Sequence[Sequence[int]]  # indices of blocks
 _ACT_NAMES = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quickgelu", "ReLU": "relu", "SiLU": "silu"}
-# Of transformers.
+# Names of activations in transformers.
 _ACT_NAMES |= {"GELUActivation": "gelu", "QuickGELUActivation": "quickgelu", "SiLUActivation": "silu"}
 _ACT_NAMES |= dict.fromkeys(("NewGELUActivation", "FastGELUActivation"), "gelu_tanh")
 
@@ -56,7 +56,7 @@ class TransformerBlock(SimplifiedBlock):
     ) -> None:
         super().__init__(width, heads, mlp_ratio, **options)
         self.masks_padding = masks_padding
-        self._accepted: dict[int, tuple[Tensor, int]] = {}  # a mask of each length, and its version
+        self._accepted: dict[int, tuple[Tensor, int]] = {}  # length -> the accepted mask, and its version
 
     def get_weight_dtype(self) -> torch.dtype:
         return self.fc1.weight.dtype
@@ -134,7 +134,7 @@ class Replaced:
 
 @dataclass
 class SimplifyReport:
-    """What `simplify` did: the replaced blocks, the groups that share weights (tower -> "attention", "mlp" or "all" ->
+    """The result of `simplify`: the replaced blocks, the groups that share weights (tower -> "attention", "mlp" or "all" ->
     groups of indices), parameters before and after.
     """
 
@@ -167,7 +167,7 @@ class _Site:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of a model by part: image, text, other (scale, bias, decoder), total. Shared ones count once."""
+    """Counts the parameters of a model by part: image, text, other (scale, bias, decoder), total. Shared ones count once."""
     text = ("text.", "transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
     named = list(model.named_parameters(remove_duplicate=False))
     image = {p for name, p in named if name.startswith(("visual.", "vision_model.", "visual_projection."))}
@@ -197,12 +197,12 @@ def simplify(
     init: str = "random",
     merge: str = "first",
 ) -> tuple[nn.Module, SimplifyReport]:
-    """Replace blocks of an open_clip or transformers model by simplified ones (SAS-P), in place and in this model only.
+    """Replaces blocks of an open_clip or transformers model by simplified ones (SAS-P), in place and in this model only.
 
     This works on the text transformer of CLIP and CustomTextCLIP, MobileCLIP-S0's, open_clip's VisionTransformer, the
     attention blocks of timm's VisionTransformer and FastViT, and the towers of transformers' CLIPModel, SiglipModel and
-    Siglip2Model (version 5, from 5.0 on). New blocks start from random weights, or by ``init="inherit"`` from those of the
-    old ones, in the dtype, on the device and in the mode (train, eval) of the old ones. A causal mask is recognised and kept.
+    Siglip2Model (version 5, from 5.0 on). New blocks start from random weights, or by ``init="inherit"`` from the old blocks'
+    weights. They have the dtype, device and mode (train, eval) of the old blocks. A causal mask is recognised and kept.
     Layer scale is removed; the gains replace it. The old block's drop path is kept for the MLP (see `SimplifiedBlock`).
 
     In a transformers model the new blocks ignore attn_implementation and attention_dropout. attention_mask, and SigLIP 2's
@@ -230,13 +230,13 @@ def simplify(
             siclip-tiny learned faster from 0.3; in a deep tower the means would add up and outweigh the tokens.
         attention_gain, mlp_gain: initial values of the other gains. By default 1 and 0.1, and with ``init="inherit"`` those
             that `warm.convert` finds.
-        mask_padding: let no token see what follows the end of its text, in a text tower that is not causal and pools there:
-            open_clip's of its own (custom_text) or MobileCLIP-S0's. All its blocks must be replaced.
+        mask_padding: let no token see the padding behind its text. The text tower must be open_clip's separate one
+            (custom_text) or MobileCLIP-S0's, and pool the end of the text. All its blocks must be replaced.
             `crop_texts` can then leave padding out. A causal tower stays as it is: its tokens do not see padding.
         init: "random", or "inherit" for the attention's q and k and the MLP of the old blocks, with norms and layer scales
             folded in, see `warm.convert`. Their value and output projections have no place in a simplified block.
         merge: with ``init="inherit"``, the value of a matrix that blocks share: the "average" of their folded matrices, or
-            that of the "first" of them in the tower.
+            the folded matrix of the "first" block in the tower.
 
     Returns:
         The same model, and a report of what was replaced with the parameter counts before and after.
@@ -244,8 +244,8 @@ def simplify(
     Raises:
         ValueError: a tower or index is unknown, the model has no such tower, the tower has no replaceable blocks (a ResNet,
             a Hugging Face encoder, window or rotary attention), or it has a mask that a simplified block does not support
-            (padding or class token masks, as in CoCa's text tower), or padding cannot be masked, or an old block that
-            `warm.convert` does not know or that has other shapes (``init="inherit"``). The model is left unchanged.
+            (padding or class token masks, as in CoCa's text tower), or padding cannot be masked, or `warm.convert` does not
+            know an old block, or the block has other shapes (``init="inherit"``). The model is left unchanged.
         TypeError: model is not a module.
 
     Example:
@@ -318,7 +318,7 @@ def simplify(
 
 
 def indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
-    """The indices from 0 of `wanted`, of which negative ones count from the end of `count` blocks."""
+    """Returns `wanted` as indices from 0. Negative indices count from the end of `count` blocks."""
     if not wanted:
         raise InputError(f"{name}: expected at least one index, got none")
     for index in wanted:
@@ -328,7 +328,7 @@ def indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
 
 
 def shares(wanted: Groups | Mapping[str, Groups], replaced: list[int], count: int) -> dict[str, list[list[int]]]:
-    """The groups of a tower by what they share, see `simplify`, with indices from 0. `replaced`: the tower's new blocks."""
+    """Returns a tower's groups by the part that they share, with indices from 0. replaced: indices of its new blocks."""
     parts: Mapping[str, Groups] = wanted if isinstance(wanted, Mapping) else {"all": wanted}
     if unknown := [what for what in parts if what not in SHARED_PARTS]:
         raise InputError(f"share: expected groups, or groups by names out of {SHARED_PARTS}, got {unknown[0]!r}")
@@ -355,8 +355,8 @@ def block_sites(model: nn.Module, tower: str) -> list[_Site]:
 
 
 def _encoders(model: nn.Module) -> Any:
-    """Our module for transformers' models, if this is one."""
-    theirs = sys.modules.get("transformers.modeling_utils")  # is imported where there is such a model
+    """Returns our module for transformers' models if `model` is such a model, else None."""
+    theirs = sys.modules.get("transformers.modeling_utils")  # imported already if `model` is of transformers
     if theirs is None or not isinstance(model, theirs.PreTrainedModel):
         return None
     version = importlib.metadata.version("transformers")
@@ -396,8 +396,8 @@ def _image_sites(model: nn.Module) -> Iterator[_Site]:
     if isinstance(transformer, Transformer):
         yield from _transformer_sites(transformer, "visual.transformer", "image")
         return
-    # Subclasses change the signature or the attention, so only the exact classes are known to fit. A simplified block, of an
-    # earlier call, keeps its index and can be replaced again.
+    # Subclasses may change the signature or the attention, so only the exact classes are known to fit. A simplified block of
+    # an earlier call keeps its index and can be replaced again.
     classes: dict[type, type[SimplifiedBlock]] = {Block: TimmBlock, AttentionBlock: MapBlock}
     classes |= {type(module): type(module) for module in visual.modules() if isinstance(module, SimplifiedBlock)}
     sites = [(path, m) for path, m in visual.named_modules(prefix="visual") if type(m) in classes]
@@ -420,14 +420,14 @@ def _transformer_sites(transformer: Transformer, path: str, tower: str, **option
 
 
 def attention_of(block: Any) -> Any:
-    """The attention of a block that is not simplified."""
+    """Returns the attention of a block that is not simplified."""
     return next(getattr(block, name) for name in ("attn", "self_attn", "token_mixer") if hasattr(block, name))
 
 
 def build_block(
     site: _Site, mlp_ratio: float | None = None, act: str | None = None, drop_path: float | None = None, **options
 ) -> SimplifiedBlock:
-    """The block that `simplify` puts in the place of a site's; None: as in the old block."""
+    """Builds the block that replaces the block of a site. An argument that is None is taken from the old block."""
     block: Any = site.block
     if isinstance(block, SimplifiedBlock):
         weight, heads, old_act, old_drop = block.fc1.weight, block.heads, block.act, block.drop_path

@@ -1,15 +1,15 @@
 """Simplified blocks that start from pretrained ones: `simplify(init="inherit")` and `inherit(blocks=...)`.
 
 A pretrained block computes ``x + W_o softmax(q k^T / sqrt(K)) W_v n1`` with [q|k] = W_qk n1, and adds its MLP of n2. A
-`SimplifiedBlock` has one norm without affine, n = norm(x), and no W_v and W_o. So `convert` finds
+`SimplifiedBlock` has one norm, n = norm(x), whose weight starts at 1 and bias at 0, and no W_v and W_o. So `convert` finds
 
     [q|k]:  W_qk diag(d1)                    n1 = d1 n + e1
     MLP:    W_1 diag(d2), b_1 + W_1 e2       n2 = d2 n + e2
             s W_2, s b_2                     s: the layer scale
 
-What has no place: W_v, W_o and their biases. The biases of q and k, to which W_qk e1 belongs: that of k adds the same to all
-logits of a query, so that the softmax does not see it; that of q changes the attention, unless it is zero. And the MLP reads
-the block's input, as attention does, not the sum after attention.
+The new block has no place for W_v, W_o and their biases, nor for the biases of q and k, to which W_qk e1 belongs. The bias of
+k adds the same to all logits of a query, so that the softmax does not change; the bias of q changes the attention, unless it
+is zero. The new block's MLP reads the block's input, as attention does, not the sum after attention.
 
 For a layer norm (and RMSNorm, of the same kind as in the new block), d and e are its weight and bias. If the new block has
 RMSNorm in the place of LayerNorm, the matrices subtract the mean of the channels, so that only the scale of n differs.
@@ -17,19 +17,19 @@ RMSNorm in the place of LayerNorm, the matrices subtract the mean of the channel
 FastViT's block has a batch norm in the place of the first norm, and a depthwise convolution with a batch norm before the
 MLP. Over the training data, channel c of x has the running mean m_c and variance v_c. With M the mean of m and S² that of
 v + (m - M)² over the channels, x is about S n + M, which makes each batch norm an affine function of n. Of the convolution,
-the tap at the token itself stays. The others see its neighbours and are replaced by their mean, which the running mean of the
-batch norm includes; this is best in the least squares sense where neighbouring tokens deviate independently.
+the tap at the token itself stays. The other taps see the token's neighbours; their sum is replaced by its mean, which the
+batch norm's running mean includes. This is best in the least squares sense if neighbouring tokens deviate independently.
 
 The gains: alpha, beta and gamma stay as they are, by default at 1. With A the inherited attention and C the uniform one, a
-head then starts as (1 + A - C) n, no longer as the identity. The rows of A and of C sum to one, so what all tokens have in
-common passes unchanged; the other eigenvalues are 1 + l for each other eigenvalue l of A, |l| < 1 (in causal attention
-1 + A_ii - 1 / (i + 1) > 0), so what distinguishes tokens is never lost. Without -C the common part would double in every
-block and drown it. Attention that is uniform still is the identity; other attention mixes tokens from the first step, without
-the gamma below 1 that random blocks may need.
+head then starts as (1 + A - C) n, no longer as the identity. The rows of A and of C sum to one, so the part that all tokens
+have in common passes unchanged. The other eigenvalues are 1 + l for each other eigenvalue l of A, |l| < 1 (in causal
+attention 1 + A_ii - 1 / (i + 1) > 0), so the part that distinguishes tokens is never lost. Without -C the common part would
+double in every block and drown the other part. With uniform attention a head still starts as the identity. Other attention
+mixes tokens from the first step, without the gamma below 1 that random blocks may need.
 
-mlp_gain starts at 1, since a pretrained block adds its MLP to the skip connection, whose scale attention_gain replaces. That
-is S for FastViT, so that later, inherited layers get values in their range (M goes into the bias b_2), and else 1, since the
-weights of a layer norm do not tell the scale.
+mlp_gain starts at 1, since a pretrained block adds its MLP to the skip connection. attention_gain replaces the scale of the
+skip connection: S for FastViT, so that later, inherited layers get values in their range (M goes into the bias b_2); else 1,
+since the weights of a layer norm do not tell the scale.
 """
 
 from collections.abc import Collection, Mapping
@@ -49,7 +49,7 @@ _EPS = 1e-5  # of batch norms in timm and torch
 
 @dataclass(frozen=True)
 class _Kind:
-    """A block by the names of its tensors. qk: [q|k|v] in one matrix, or q and k. unused: how the names of others begin."""
+    """A kind of block, by its tensors' names. qk: one matrix [q|k|v], or q and k. unused: prefixes of unused tensors."""
 
     name: str
     norm: str
@@ -87,19 +87,19 @@ _KINDS = (
 
 
 def is_block(tensors: Collection[str]) -> bool:
-    """Whether these names, relative to a block, are those of a block that `convert` knows."""
+    """Whether `tensors`, names relative to a block, belong to a kind of block that `convert` knows."""
     return "qk.weight" in tensors or any(set(kind.qk) <= set(tensors) for kind in _KINDS)
 
 
 @torch.no_grad()
 def convert(tensors: Mapping[str, Tensor], norm: str = "layernorm") -> dict[str, Tensor]:
-    """Tensors of a `SimplifiedBlock` that starts from a pretrained block: qk, fc1, fc2 and the outer gains, in float32.
+    """Returns tensors for a `SimplifiedBlock` to start as a pretrained block: qk, fc1, fc2 and the outer gains, in float32.
 
     Args:
-        tensors: those of the block, by names relative to it: of open_clip's ResidualAttentionBlock or
+        tensors: the block's tensors by names relative to the block: open_clip's ResidualAttentionBlock or
             CustomResidualAttentionBlock, timm's Block, FastViT's AttentionBlock, MobileCLIP's PreNormLayer, or transformers'
-            encoder layers of CLIP, SigLIP and SigLIP 2. Those of a simplified block are returned as they are.
-        norm: of the new block.
+            encoder layers of CLIP, SigLIP and SigLIP 2. The tensors of a simplified block are returned as they are.
+        norm: the norm of the new block.
 
     Raises InputError for another block, or one whose q, k or MLP have more parts (qk norms, gated MLPs).
     """
@@ -144,7 +144,7 @@ def convert(tensors: Mapping[str, Tensor], norm: str = "layernorm") -> dict[str,
         "fc2.weight": scale[:, None] * weights[1],
         "fc2.bias": scale * biases[1] + level,
     }
-    if norm == "rmsnorm" and not kind.conv and f"{kind.norm}.bias" in t:  # it was a layer norm
+    if norm == "rmsnorm" and not kind.conv and f"{kind.norm}.bias" in t:  # the old norm was a layer norm
         for name in ("qk.weight", "fc1.weight"):
             found[name] = found[name] - found[name].mean(1, keepdim=True)
     return found | {"attention_gain": spread, "mlp_gain": torch.ones(())}
@@ -153,10 +153,10 @@ def convert(tensors: Mapping[str, Tensor], norm: str = "layernorm") -> dict[str,
 def start(
     blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], merge: str = "first", keep: Collection[str] = ()
 ) -> None:
-    """Set the tensors of simplified blocks to those of pretrained ones, in place: by path, a block and what `convert` takes.
+    """Starts simplified blocks from pretrained blocks, in place. blocks: path -> block, and the argument for `convert`.
 
-    merge: the value of a tensor that several blocks share: the "average" of theirs after folding, or the "first" block's.
-        Average and first differ in meaning: units of two blocks' attention or MLP need not correspond to each other.
+    merge: the value of a tensor that blocks share: the "average" of their folded tensors, or the tensor of the "first" block.
+        The two differ in meaning: units of two blocks' attention or MLP need not correspond to each other.
     keep: names of tensors that stay as they are.
 
     Raises InputError, before anything is changed, if a block is of no known kind or has other shapes.
@@ -184,7 +184,7 @@ def start(
 
 
 def _affine(t: Mapping[str, Tensor], norm: str, width: int) -> tuple[Tensor, Tensor]:
-    """Factor and shift [C] of a norm: of a batch norm on its input, else on the normalised input."""
+    """Returns factor and shift [C] of a norm: for a batch norm they apply to its input, else to the normalised input."""
     some = next(iter(t.values()))
     factor, shift = t.get(f"{norm}.weight", some.new_ones(width)), t.get(f"{norm}.bias", some.new_zeros(width))
     if f"{norm}.running_var" in t:

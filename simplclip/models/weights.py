@@ -1,5 +1,5 @@
-"""Weights for a model: `state_of` reads them from files, runs, exports and open_clip's tags; `load_weights` starts a model
-from all that fit, and `inherit` copies and freezes whole modules of them. Both say what they did in a `WeightTable`."""
+"""Weights for a model: `state_of` reads them from files, runs, exports and open_clip's tags. `load_weights` copies all
+tensors that fit into a model, and `inherit` copies and freezes whole modules. Both return a `WeightTable` of the result."""
 
 import difflib
 import math
@@ -27,7 +27,7 @@ from simplclip.nn import SimplifiedBlock
 __all__ = ["InheritanceError", "Source", "TableRow", "WeightTable", "load_weights", "state_of"]
 
 INHERITED, TRAINS, NEW, DIFFERS = "inherited", "inherited, trains", "new", "shape differs"
-STARTED = "initialised"  # a simplified block from the source's block, which has other tensors; it trains
+STARTED = "initialised"  # a simplified block that starts from another kind of block in the source; it trains
 LOADED, RESIZED, LEFT = "loaded", "resized", "left in the source"
 STATUSES = (INHERITED, TRAINS, STARTED, LOADED, RESIZED, NEW, DIFFERS, LEFT)
 TAG = "open_clip:"
@@ -38,12 +38,12 @@ Source = str | os.PathLike[str] | nn.Module | Mapping[str, Any]
 
 
 class InheritanceError(InputError):
-    """The model cannot take weights from the source, or does not have a name."""
+    """Error for a source whose weights the model cannot take, or for a name that the model does not have."""
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of the table: a module whose tensors all have this status, in no larger such module; or a single tensor."""
+    """A row of the table: a largest module whose tensors all have this status, or a single tensor."""
 
     module: str
     status: str
@@ -52,7 +52,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class WeightTable:
-    """A table of the model's modules and what they hold, and the sources of the weights."""
+    """A table of the model's modules with the status of their weights, and the sources of the weights."""
 
     rows: tuple[TableRow, ...]
     sources: tuple[str, ...]
@@ -84,17 +84,17 @@ class WeightTable:
 
 @dataclass(eq=False)
 class Unit:
-    """What is taken as a whole or not at all: a module whose submodules have no tensors, or a single tensor."""
+    """Tensors that are taken together or not at all: of a module whose submodules have no tensors, or a single tensor."""
 
     path: str
     tensors: dict[str, Tensor] = field(default_factory=dict)  # by full name
     leaf: bool = False
-    block: str = ""  # the path of the simplified block that it is in
+    block: str = ""  # the path of the simplified block that contains the unit
     status: str = NEW
     taken: dict[str, Tensor] = field(default_factory=dict)
 
     def free(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether its names mean the same in `state`. In a simplified block they do if that is one in `state` too."""
+        """Whether the unit's names mean the same in `state`: a simplified block's do if `state` has a simplified one."""
         return not self.block or f"{self.block}.qk.weight" in state
 
     def fits(self, state: Mapping[str, Tensor]) -> bool:
@@ -120,7 +120,7 @@ def units_of(model: nn.Module) -> Iterator[Unit]:
 
 
 def rows_of(units: Iterable[Unit]) -> Iterator[TableRow]:
-    """The rows of a table; `units` in the order of their paths."""
+    """Yields the rows of a table. `units` must be in the order of their paths."""
     seen: set[int] = set()
 
     def split(path: str, inside: list[Unit]) -> Iterator[TableRow]:
@@ -156,13 +156,13 @@ def check_enough(units: list[Unit], state: Mapping[str, Tensor], label: str, fit
 
 
 def alike(ours: Tensor, theirs: Tensor) -> bool:
-    """Same shape and kind of number; checkpoints differ in whether a scalar is [] or [1]."""
+    """Whether shape and kind of number are the same. A scalar may be [] or [1], since checkpoints differ in that shape."""
     scalar = ours.numel() == theirs.numel() == 1 and max(ours.dim(), theirs.dim()) <= 1
     return (ours.shape == theirs.shape or scalar) and ours.is_floating_point() == theirs.is_floating_point()
 
 
 def drop_half_tied(units: list[Unit]) -> None:
-    """Take a tensor that several units own only if all of them take it with the same value."""
+    """Resets units that own the same tensor, unless all of them take the same value for the tensor."""
     owners: dict[int, list[tuple[Unit, str]]] = defaultdict(list)
     for unit in units:
         for name, tensor in unit.tensors.items():
@@ -180,7 +180,7 @@ def drop_half_tied(units: list[Unit]) -> None:
 
 
 def load_weights(model: nn.Module, source: Source) -> WeightTable:
-    """Copy into ``model``, in place, every tensor of ``source`` that it has by that name and shape. Nothing is frozen.
+    """Copies into ``model``, in place, every tensor of ``source`` whose name and shape the model has. Nothing is frozen.
 
     Positional embeddings of another image size or context length are interpolated: over the grid of the image (bicubic, its
     prefix tokens kept) or along the text (linear), as open_clip does. Tensors in a `SimplifiedBlock` are taken from a
@@ -216,7 +216,7 @@ def load_weights(model: nn.Module, source: Source) -> WeightTable:
 
 
 def copy(units: Iterable[Unit]) -> None:
-    """Sets the tensors of a model to what their units take."""
+    """Copies the tensors that the units take into the tensors of the model."""
     with torch.no_grad():
         for unit in units:
             for name, value in unit.taken.items():
@@ -224,7 +224,7 @@ def copy(units: Iterable[Unit]) -> None:
 
 
 def _resized(model: nn.Module, name: str, ours: Tensor, theirs: Tensor) -> Tensor | None:
-    """A positional embedding [..., tokens, C] for another number of tokens; None for other tensors."""
+    """Resizes a positional embedding [..., tokens, C] to the shape of `ours`; returns None for other tensors."""
     plain = name.rpartition(".")[2] in ("positional_embedding", "pos_embed", "pos_embedding")
     if not plain or ours.shape[:-2] != theirs.shape[:-2] or ours.shape[-1] != theirs.shape[-1]:
         return None
@@ -243,8 +243,8 @@ def _resized(model: nn.Module, name: str, ours: Tensor, theirs: Tensor) -> Tenso
 
 
 def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """Label of a source, as `inherit` takes it, and its tensors by their names in `model`."""
-    prefixes: Mapping[str, str] | None = None  # of names in the source -> of names in the model; other names are ignored
+    """Returns the label of a source (as `inherit` takes it), and the source's tensors by their names in `model`."""
+    prefixes: Mapping[str, str] | None = None  # prefix in the source -> prefix in the model; other names are ignored
     if isinstance(source, str) and source in plugins.entries("weights") and not Path(source).exists():
         prefixes = getattr(model, "origins", {}).get(source)
         if prefixes is None:
@@ -286,11 +286,11 @@ def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
     state = read_weights(path, InheritanceError, "source: expected weights, readable without running code")
     if not isinstance(state, Mapping):
         raise InheritanceError(f"source: expected a state dict in {path}, got {type(state).__name__}")
-    return {**bare_state(state), **state.get("ema", {})}  # of a run: the averages where it has them
+    return {**bare_state(state), **state.get("ema", {})}  # of a run: with its averages, if it has some
 
 
 def _file_in(folder: Path) -> Path:
-    """The weights in the folder of a run or of an export."""
+    """Returns the file of weights in the folder of a run or of an export."""
     found = [path for name in ("last.pt", "*.safetensors", "*.pt", "*.bin") for path in sorted(folder.glob(name))]
     if not found:
         raise FileNotFoundError(f"source: expected the folder of a run or of an export with weights for torch, got {folder}")

@@ -1,6 +1,6 @@
-"""The trainer: loop.py is a run from its config to its last checkpoint, step.py one step, state.py what is trained;
-folder.py locks and checks the run's folder, metrics.py writes its figures, limits.py limits its memory, rescue.py handles
-Ctrl-C and saves after an error."""
+"""The trainer. loop.py runs a config to its last checkpoint, step.py runs one step, and state.py has the model, loss and
+optimizer. folder.py locks and checks the run's folder, metrics.py writes the run's figures, limits.py limits its memory, and
+rescue.py handles Ctrl-C and saves after an error."""
 
 import importlib
 

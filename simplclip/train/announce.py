@@ -1,4 +1,4 @@
-"""What a run says before its first step: the model, the data, the loss, what computes them, and warnings."""
+"""Lines that a run prints before its first step: on the model, the data, the loss, the backends of its ops, and warnings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simplclip.train.config import keys
 from simplclip.train.settings import TERMS, Config, Schedule
 from simplclip.train.state import Training
 
-# Settings that act only beside one of these.
+# Settings that have an effect only if one of the listed settings is set.
 NEEDS = {
     "inherit.train": ["inherit.source"],
     "inherit.blocks": ["inherit.source"],
@@ -31,7 +31,7 @@ NEEDS = {
 
 
 def lines(training: Training, why_precision: str, source: data.Loader) -> Iterator[str]:
-    """The tables of the model and of what it inherits, then lines that begin with what they are about."""
+    """Yields the tables of the model and of its inherited weights, then lines that begin with their topic."""
     yield models.summary(training.model, training.config.model.name)
     yield from training.weights.lines() if training.weights else ()
     yield from training.inheritance.lines() if training.inheritance else ()
@@ -66,7 +66,7 @@ def _data(config: Config, source: data.Loader) -> str:
 
 
 def warnings(config: Config, samples: int | None) -> Iterator[str]:
-    """Settings that do not do what they seem to. samples: of an epoch."""
+    """Yields warnings of settings that do not do what they seem to do. samples: the number of samples in an epoch."""
     warmup, size, steps = config.optim.warmup, config.data.batch_size, config.run.steps
     if warmup > steps:
         yield f"optim.warmup = {warmup:,} is longer than the run of {steps:,} steps: the rate does not reach optim.lr"
@@ -82,7 +82,7 @@ def warnings(config: Config, samples: int | None) -> Iterator[str]:
 def first_terms(
     training: Training, show: Callable[[str], None], batches: list[dict[str, Any]], image: Tensor, text: Tensor
 ) -> dict[str, Tensor]:
-    """`training.terms` of a run's first step; before, `show` gets the warnings that need data."""
+    """Returns `training.terms` of a run's first step. Before that, passes the warnings that need data to `show`."""
     captions = batches[0]["text"]
     if captions.ndim == 3:
         number = captions.shape[1]
@@ -99,13 +99,13 @@ def first_terms(
 
 
 def weak_terms(training: Training, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> Iterator[str]:
-    """The terms with less than a hundredth of the gradient of the features, by the norm of each term's own gradient."""
+    """Yields a line for each term whose gradient of the features has a norm below a hundredth of the sum of all norms."""
     features = [t.detach().float().requires_grad_() for t in (image, text)]
     objective, off = training.objective, Schedule(value=0)
     weights = {term: schedule.at(training.step, objective.steps) for term, schedule in objective.schedules.items()}
     norms: dict[str, float] = {}
     for term in (term for term, weight in weights.items() if weight):
-        # Alone: in one sweep the sigmoid loss and pair matching have the gradient of their sum.
+        # Each term is computed alone: one sweep of the sigmoid loss and pair matching gives the gradient of their sum.
         alone = training.objective = copy.copy(objective)
         alone.schedules = {name: schedule if name == term else off for name, schedule in objective.schedules.items()}
         gradients = torch.autograd.grad(training.terms(batches, *features)[term], features, materialize_grads=True)

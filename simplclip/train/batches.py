@@ -19,7 +19,7 @@ UNCOUNTED = "streams, a broken shard, or more than 1 GiB to read; `simplclip dat
 
 
 def with_steps(config: Config) -> Config:
-    """`config` with run.steps in place of run.epochs. Raises ConfigError if the samples are not counted."""
+    """Returns `config` with run.steps in place of run.epochs. Raises ConfigError if the samples are not counted."""
     if config.run.epochs is None:
         return config
     samples = epoch_size(data.parts_of(config.data.train, "data.train"))
@@ -30,13 +30,13 @@ def with_steps(config: Config) -> Config:
     batch = config.data.batch_size
     size = batch if config.data.micro_batch == "auto" else config.data.images_at_a_time
     values = config.to_dict()
-    steps = max(1, round(samples // size * size * config.run.epochs / batch))  # the loader drops what is less than `size`
+    steps = max(1, round(samples // size * size * config.run.epochs / batch))  # the loader drops a last batch below `size`
     values["run"] |= {"steps": steps, "epochs": None}
     return from_dict(values)
 
 
 def loader(training: Training) -> data.Loader:
-    """The loader of the pairs that the run's config names. A batch of it is a micro-batch of a step."""
+    """Makes the loader of the pairs that the run's config names. A batch of the loader is a micro-batch of a step."""
     config, c = training.config, training.config.data
     if c.images_at_a_time % ranks.count():
         key = "data.micro_batch" if c.micro_batch else "data.batch_size"
@@ -66,7 +66,7 @@ def batches(
 
     A step may take micro-batches of two epochs. The loader draws nothing from the global random generators.
 
-    source: by default `loader(training)`. show: gets a line for what an epoch skipped, and for a loader process that died.
+    source: by default `loader(training)`. show: gets a line on samples that an epoch skipped, and on each restarted worker.
     """
     source = loader(training) if source is None else source
     wanted = training.config.data.batch_size // training.config.data.images_at_a_time
@@ -85,14 +85,14 @@ def batches(
                 training.data = source.state()
                 yield _joined(of_step, ranks.count())
                 of_step = []
-        if last != (report := source.report()):  # only reports that differ from the last one
+        if last != (report := source.report()):  # a report equal to the last one is not shown
             last = report
             show(f"data       epoch {training.epoch}: {report}")
         training.epoch, training.batch = training.epoch + 1, 0
 
 
 def _joined(of_step: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
-    """The micro-batches of a rank from its shares of the loader's."""
+    """Joins this rank's shares of the loader's batches: each `ranks` shares make a micro-batch of the configured size."""
     if ranks == 1 or len(of_step) == 1:
         return of_step
     groups = [of_step[start : start + ranks] for start in range(0, len(of_step), ranks)]

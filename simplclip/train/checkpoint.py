@@ -2,10 +2,11 @@
 
 A checkpoint is one `torch.save` dict that loads with weights_only=True:
     format, version         "simplclip", 1
-    model, loss, optimizer, schedule, scaler       state dicts
+    model, loss, optimizer, schedule, scaler       state dicts; also ema, if the run averages its weights
     step, epoch, batch      optimizer steps done; current epoch; batches used in that epoch
+    data                    the loader's state in that epoch
     rng                     states of torch (CPU and every GPU), Python's random and numpy
-    config                  the resolved config as a plain dict
+    config, frozen, ranks   the resolved config as a plain dict; names of frozen modules; number of ranks
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from simplclip.common.files import replacing
 from simplclip.models.registry import read_weights
 
 FORMAT, VERSION = "simplclip", 1
-WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # into the folder of a run
+WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # files in the folder of a run
 
 
 class CheckpointError(InputError):
-    """The file is not a usable checkpoint."""
+    """Error for a file that is not a usable checkpoint."""
 
 
 def save(folder: str | Path, state: dict[str, Any]) -> Path:
-    """Write FOLDER/last.pt, and return its path.
+    """Writes FOLDER/last.pt and returns its path.
 
     A crash, a full disk or a signal at any moment leaves the old last.pt unchanged or the new one complete.
     """
@@ -40,7 +41,7 @@ def save(folder: str | Path, state: dict[str, Any]) -> Path:
         try:
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
         except RuntimeError as error:
-            # After a failed write torch closes its archive, whose error hides that of the system.
+            # After a failed write torch closes its archive, and the error of closing hides the system's error.
             if isinstance(first := error.__context__, OSError):
                 raise OSError(first.errno, first.strerror, str(last)) from first
             raise
@@ -48,7 +49,7 @@ def save(folder: str | Path, state: dict[str, Any]) -> Path:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU. Raises FileNotFoundError, CheckpointError."""
+    """Reads a checkpoint to the CPU. Raises FileNotFoundError, CheckpointError."""
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no such file: {path}")
@@ -70,7 +71,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def step_of(path: str | Path) -> int | None:
-    """The step of a checkpoint, read without its tensors; None if there is no file or it cannot be read."""
+    """Reads the step of a checkpoint, but not its tensors; returns None if the file is missing or cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
     except Exception:  # the type depends on the damage
@@ -78,7 +79,7 @@ def step_of(path: str | Path) -> int | None:
 
 
 def rng_state() -> dict[str, Any]:
-    """States of all random generators that training uses, as tensors and plain types."""
+    """Returns the states of all random generators that training uses, as tensors and plain types."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -88,7 +89,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore the states that `rng_state` returned. Those of GPUs are skipped if the number of GPUs differs."""
+    """Restores the states that `rng_state` returned. The states of GPUs are skipped if the number of GPUs differs."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):

@@ -22,12 +22,12 @@ from simplclip.train.settings import Config, Section, shown
 
 
 class ConfigError(InputError):
-    """A configuration is not valid; the message names the key."""
+    """Error for a configuration that is not valid; the message names the key."""
 
 
-NODES = 100_000  # most values of a YAML document
-ANY = object()  # a value that changes no result
-# Settings of earlier versions that a checkpoint or the config.yaml of a run may have, with the value that is in force now.
+NODES = 100_000  # the most values that a YAML document may have
+ANY = object()  # any value: the setting changes no result
+# Settings of earlier versions that a checkpoint or a run's config.yaml may still have, with the value that is now built in.
 GONE = {
     "model.sync_norms": ANY,
     "data.on_error": "skip",
@@ -43,7 +43,7 @@ GONE = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `1e-3`, a string in YAML 1.1, as a number."""
+    """A YAML loader that reads `1e-3`, a string in YAML 1.1, as a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -52,7 +52,7 @@ _Loader.add_implicit_resolver(
 
 
 def builtin() -> dict[str, Any]:
-    """The built-in configs by name, from configs/ of this package and of those that are registered as simplclip.configs."""
+    """Returns the built-in configs by name, from configs/ of this package and of packages registered as simplclip.configs."""
     packages = ["simplclip.train", *(entry.value for entry in plugins.entries("configs").values())]
     folders = [resources.files(package) / "configs" for package in packages]
     files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
@@ -60,7 +60,7 @@ def builtin() -> dict[str, Any]:
 
 
 def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a config.
+    """Reads a config.
 
     source: path of a YAML file, or the name of a built-in config.
     overrides: "key=value" with dotted keys; values are parsed as YAML. Raises ConfigError, which names the key.
@@ -87,7 +87,7 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
 
 
 def from_dict(values: dict[str, Any], *, stored: bool = False) -> Config:
-    """Check plain values. stored: those of a checkpoint, which may be of an earlier version."""
+    """Makes a config of plain values and checks it. stored: the values are from a checkpoint, maybe of an earlier version."""
     if stored:
         _drop_gone(values)
     try:
@@ -99,7 +99,7 @@ def from_dict(values: dict[str, Any], *, stored: bool = False) -> Config:
 
 
 def _drop_gone(values: Any) -> None:
-    """Takes settings of earlier versions out, unless they say something else than what is in force now."""
+    """Removes settings of earlier versions, except those whose value differs from the value that is now built in."""
     for key, value in GONE.items():
         section, (*outer, name) = values, key.split(".")
         for part in outer:
@@ -109,7 +109,7 @@ def _drop_gone(values: Any) -> None:
 
 
 def keys(model: Any = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key, sections included, with its pydantic field."""
+    """Returns every dotted key, sections included, with its pydantic field."""
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         found[prefix + name] = field
@@ -119,7 +119,7 @@ def keys(model: Any = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def describe() -> str:
-    """All fields as a YAML file with defaults; types and descriptions are in comments."""
+    """Returns all fields as a YAML file with defaults; types and descriptions are in comments."""
     lines = []
     for key, field in keys().items():
         indent, name = "  " * key.count("."), key.rpartition(".")[2]
@@ -138,23 +138,23 @@ def parse_yaml(text: str, where: str) -> Any:
         node = yaml.compose(text, _Loader)
         if _size(node, {}) <= NODES:
             return None if node is None else _Loader("").construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits, a date without a month
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits, a date without a month
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     raise ConfigError(f"{where}: expected at most {NODES:,} values, got more, by aliases that repeat others")
 
 
 def _size(node: Any, known: dict[int, int]) -> int:
-    """The values of a document with aliases written out; infinite for one that contains itself."""
+    """Counts the values of a document with aliases written out; a document that contains itself has more than NODES."""
     if node is None or isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in known:
-        known[id(node)] = NODES + 1  # while it is counted
+        known[id(node)] = NODES + 1  # while the node is counted, since it may contain itself
         parts = node.value if isinstance(node, yaml.SequenceNode) else [one for pair in node.value for one in pair]
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(node)]
 
 
-_LENGTHS = {"run.steps": "epochs", "run.epochs": "steps"}  # one that is typed replaces the config's other one
+_LENGTHS = {"run.steps": "epochs", "run.epochs": "steps"}  # key of --set -> the other key, which it removes from the config
 
 
 def _override(values: dict[str, Any], item: str) -> None:
@@ -179,7 +179,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 _TAGS = ("number", "schedule", "towers")
-# for these pydantic's message is clearer than the type
+# kinds of errors for which pydantic's message is clearer than the type
 _LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short", "too_long", "finite_number"}
 
 
@@ -208,7 +208,7 @@ def _explain(error: Any) -> str:
 def _nearest(key: str, known: dict[str, Any]) -> str:
     section, _, name = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == section]
-    # of several keys of one name, the one in the section that was named
+    # if several keys have this name, the key in the named section wins
     by_name = {k.rpartition(".")[2]: k for k in reversed([*siblings, *known])}
     near = [name] if name in by_name else difflib.get_close_matches(key, known, 1, 0.75)
     near = near or difflib.get_close_matches(name, by_name, 1, 0.6)

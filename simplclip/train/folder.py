@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time trains in it, and only with settings that fit the run that it holds."""
+"""The folder of a run: one process at a time trains in it, and only with settings that fit the run in the folder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from simplclip.train import checkpoint
 from simplclip.train.config import ConfigError, from_dict
 from simplclip.train.settings import Config
 
-# Settings that may differ from the checkpoint's, since they do not change the result. So may the folders of data.train
-# and data.sidecars.
+# Settings that may differ from the checkpoint's: they do not change the result, except run.steps, which moves the end of the
+# schedules. The folders of data.train and data.sidecars may differ too.
 _FREE = (
     "model.checkpoint",
     "data.micro_batch",
@@ -43,7 +43,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[str | None]:
-    """Context that locks `folder` for this process, and makes it if necessary.
+    """Context that locks `folder` for this process, and makes the folder if necessary.
 
     The file run.lock names the process and its host, and is locked (flock) while the process lives: the system releases the
     lock when the process ends, however it ends. If the file system has no locks, the context gives a warning instead. At the
@@ -65,7 +65,7 @@ def run_lock(folder: Path) -> Iterator[str | None]:
                 raise OSError(error.errno, error.strerror, str(path)) from None
             yield reason and (f"{path} cannot be locked ({reason}): another run in this folder would not be noticed")
         finally:
-            path.unlink(missing_ok=True)  # while it is locked: a process that has opened it notices the removal
+            path.unlink(missing_ok=True)  # while locked: a process that has opened the file notices its removal
             if file is not None:
                 _held.discard(file)
                 os.close(file)
@@ -76,14 +76,14 @@ def run_lock(folder: Path) -> Iterator[str | None]:
 
 
 def _no_link(path: str | os.PathLike, flags: int) -> int:
-    """Opens a file, but not the one to which a link leads; a descriptor. Raises ConfigError for a link."""
+    """Opens a file without following a link, and returns its descriptor. Raises ConfigError for a link."""
     if os.path.islink(path):
         raise ConfigError(f"run.out: expected a file or none, got the link {path}; remove it")
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _lock(path: Path) -> tuple[int | None, str | None]:
-    """Makes and locks the file. Returns its descriptor, or why the system has no locks."""
+    """Makes and locks the file. Returns its descriptor and None; or None and the reason why it cannot be locked."""
     while True:
         # Another process may remove the file or the folder in between.
         with contextlib.ExitStack() as stack, contextlib.suppress(FileNotFoundError):
@@ -106,7 +106,7 @@ def _lock(path: Path) -> tuple[int | None, str | None]:
 
 
 def _owner(path: Path) -> str:
-    """The process and the host that the file names."""
+    """Returns the process and the host that the file names, in words."""
     try:
         found = json.loads(path.read_text())
         return f"process {found['pid']} on host {found['host']}"
@@ -115,10 +115,10 @@ def _owner(path: Path) -> str:
 
 
 def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | None, Config]:
-    """Read the checkpoint to continue from, or check that the run's folder is free. Never overwrites another run.
+    """Reads the checkpoint to continue from, or checks that the folder holds no run. Never overwrites another run.
 
-    If data.micro_batch is "auto" or data.workers null, the returned config has those of the checkpoint; without one, as many
-    workers as this process may use cores.
+    If data.micro_batch is "auto" or data.workers is null, the returned config has the checkpoint's value. Without a
+    checkpoint, data.workers becomes the number of cores that this process may use.
     """
     last = out / "last.pt"
     if not (resume and last.exists()):
@@ -137,7 +137,7 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
     for key in ("train", "sidecars"):
         if _names(old["data"][key]) == _names(new["data"][key]):
             old["data"][key] = new["data"][key]
-    if all(config["data"]["cache_prefix"] is not None for config in (old, new)):  # of the same outputs, or it is refused
+    if all(config["data"]["cache_prefix"] is not None for config in (old, new)):  # PrefixCache refuses other outputs
         old["data"]["cache_prefix"] = new["data"]["cache_prefix"]
     changed = differences(old, new)
     changed = {k: v for k, v in changed.items() if k in _NOT_FREE or not k.startswith(_FREE)}
@@ -164,7 +164,7 @@ def _with(config: Config, **changes: Any) -> Config:
 
 
 def _names(train: Any) -> Any:
-    """data.train without the folders, which may have moved; a command stays whole."""
+    """Returns data.train without the folders of its paths, which may have moved; a command stays whole."""
     if isinstance(train, str):
         return train if train.startswith("pipe:") else Path(train).name
     if isinstance(train, dict):

@@ -25,7 +25,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of a card or a machine, and the part of them that a step may use. The defaults are assumptions, not measured."""
+    """The bytes of a card or a machine, and how many a step may use. The defaults are assumptions, not measured."""
 
     memory: int
     context: int = 640 << 20  # of the driver, with the modules of torch and cuBLAS
@@ -42,10 +42,10 @@ def gib(size: float) -> str:
 
 
 class MemoryLimit:
-    """The memory that a run on `device` may use: that of the card or the machine, or `limit` bytes, which cap the process.
+    """The memory that a run on `device` may use: all of the card or the machine, or `limit` bytes, which cap the process.
 
-    On a GPU torch's allocator is capped at the limit minus the driver's context, so that a larger card behaves like one of
-    that size. On a CPU (Linux) the process's data segment is capped; an allocation then fails instead of swapping.
+    On a GPU torch's allocator is capped at the limit minus the driver's context, so that a larger card behaves like a card of
+    `limit` bytes. On a CPU (Linux) the process's data segment is capped; an allocation then fails instead of swapping.
 
     Raises InputError for a limit above the available memory, or below the memory that the process already uses.
     """
@@ -68,7 +68,7 @@ class MemoryLimit:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, self._former[1]))
 
     def lift(self) -> None:
-        """Removes the cap of a process on a CPU, which may need memory after the run."""
+        """Removes the cap on a CPU, where the process may need more memory after the run."""
         if self._former:
             resource.setrlimit(resource.RLIMIT_DATA, self._former)
             self._former = None
@@ -83,7 +83,7 @@ class MemoryLimit:
         return limit or total
 
     def settle(self, config: Config) -> Config:
-        """`config` with data.micro_batch "auto" replaced by a number. Raises ConfigError."""
+        """Returns `config` with data.micro_batch "auto" replaced by a number. Raises ConfigError."""
         if self.planner is None:
             raise ConfigError(
                 "data.micro_batch: expected a number without a planner, got auto; pass planner=simplclip.memory"
@@ -92,7 +92,7 @@ class MemoryLimit:
             return self.planner.micro_batch_that_fits(config, self.budget, device=self.device.type, ranks=self.ranks)
 
     def advice(self, config: Config) -> str:
-        """The planner's advice for a step that did not fit, as sentences."""
+        """Returns the planner's advice for a step that did not fit, as sentences."""
         if self.planner is None:
             return "Without a planner there is no advice."
         with ranks.alone():
@@ -109,6 +109,6 @@ class MemoryLimit:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether the error is out of memory; for CPU tensors torch has no class of it."""
+    """Whether the error says that memory ran out. For CPU tensors torch has no such class, so the message is searched."""
     on_cpu = "DefaultCPUAllocator: can't allocate memory", "could not create a primitive\n"  # the second one is oneDNN's
     return any(text in f"{error}\n" for text in on_cpu) or isinstance(error, (torch.OutOfMemoryError, MemoryError))

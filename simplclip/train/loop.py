@@ -32,11 +32,11 @@ from simplclip.train.state import Training, image_transform, tokenizer
 from simplclip.train.step import TrainingError, train_step
 from simplclip.train.trust import flag
 
-SAVE_MINUTES = 10.0  # after which last.pt is written at the latest
+SAVE_MINUTES = 10.0  # the longest time between two writes of last.pt
 
 
 class Interrupted(UserError):
-    """A signal ended the run after a whole step, whose state is saved."""
+    """The end of a run by a signal, after a whole step whose state is saved."""
 
 
 def run(
@@ -47,21 +47,21 @@ def run(
     memory_limit: int | None = None,
     planner: ModuleType | None = None,
 ) -> Path:
-    """Train as `config` says; returns the path of the last checkpoint.
+    """Trains as `config` says, and returns the path of the last checkpoint.
 
-    memory_limit: most bytes of the process, see `limits.MemoryLimit`.
+    memory_limit: the most bytes that the process may use, see `limits.MemoryLimit`.
     planner: a module that predicts the memory of a step, e.g. `simplclip.memory`; data.micro_batch "auto" needs one.
     resume: continue from last.pt in the folder, on the CPU bit for bit as if there had been no stop. Without a last.pt the
-        run prints a note and starts at step 0 (as open_clip's `--resume latest`), so that one command serves both.
+        run prints a note and starts at step 0 (as open_clip's `--resume latest`), so that one command starts and resumes.
 
-    The files of the folder config.run.out, but for its lock, are written after the first whole step.
+    The files in the folder config.run.out, except for its lock, are written after the first whole step.
 
     Raises:
         ConfigError: the folder already holds a run or another process trains in it, or the checkpoint has other settings. A
             start that fails leaves the folder unchanged.
-        TrainingError: any error once a step is done; that error is its __cause__. The last whole step is saved first;
-            otherwise the message says why not, and which checkpoint is intact. Also a loss or gradient that is not finite,
-            and out of memory, with advice on what would fit.
+        TrainingError: any error once a step is done; that error is the __cause__. The last whole step is saved first; if it
+            cannot be saved, the message says why, and which checkpoint is intact. Also a loss or gradient that is not finite,
+            and out of memory, with advice on settings that would fit.
         Interrupted: SIGINT, SIGTERM, SIGHUP, or an output that nobody reads any more; the running step is finished and the
             state saved.
     """
@@ -144,7 +144,7 @@ def _steps(
     report: Reporter,
     log: RunLog,
 ) -> None:
-    """Run the steps until the last one or a stop, and save the state."""
+    """Runs the steps until the last one or a stop, and saves the state."""
     settings, every = training.config.run, training.config.eval.every
     seconds, waiting, began, saved = 0.0, 0.0, time.perf_counter(), time.monotonic()
     for of_step in batches(training, source, report.print):
@@ -161,7 +161,7 @@ def _steps(
         last = training.step == settings.steps
         if last or training.step % settings.log_every == 0:
             log.write("metrics", row)
-        stopped = stop.agreed()  # raises if another rank died; this step, which is saved then, is in the log
+        stopped = stop.agreed()  # raises if another rank died; this step is then saved, and is in the log already
         if every and (last or training.step % every == 0):
             with training.average.in_place() if training.average else nullcontext():
                 _evaluate(training, splits, log, report.print)
@@ -176,11 +176,11 @@ def _steps(
 
 
 def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Config) -> BaseException:
-    """Save the last whole step; return the error that `run` raises for an error of its steps."""
+    """Saves the last whole step, and returns the error that `run` raises in place of `error`."""
     out, step = Path(config.run.out), whole.training.step + 1
     full = ran_out(error)
     if full:
-        traceback.clear_frames(error.__traceback__)  # they hold the step's activations
+        traceback.clear_frames(error.__traceback__)  # the frames hold the step's activations
         limit.lift()
     if not ranks.first():
         return SystemExit(1) if isinstance(error, TrainingError) else TrainingError(f"step {step}: {ranks.explained(error)}")
@@ -192,7 +192,7 @@ def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Conf
         change = f"{go_on} --set KEY=VALUE" if go_on else " To try again: the same command with --set KEY=VALUE"
         try:
             advice = limit.advice(config)
-        except Exception as problem:  # of the planner, which must not hide the first one
+        except Exception as problem:  # an error of the planner must not hide the first error
             advice = f"simplclip plan has no advice: {problem}."
         return TrainingError(f"step {step}: out of memory. {where} {advice}{change}")
     if saved is None:

@@ -22,7 +22,7 @@ from simplclip.train.settings import RunConfig
 
 
 class Reporter:
-    """Prints messages and the progress of a run: in a terminal a line that changes, within `status`; elsewhere lines by time."""
+    """Prints messages and the progress of a run: a line that changes in a terminal, within `status`, else lines by time."""
 
     def __init__(self, console: Console, config: RunConfig, device: torch.device):
         self.console, self.steps, self.device, self.live = console, config.steps, device, console.is_terminal
@@ -51,7 +51,7 @@ class Reporter:
 
 
 class RunLog:
-    """metrics.csv (a row per logged step) and evaluation.csv (one per split and direction).
+    """The files metrics.csv (a row per logged step) and evaluation.csv (a row per split and direction).
 
     start: the step after which the run continues. Later rows are removed, so that an interrupted and resumed run has the same
     rows as an uninterrupted one.
@@ -62,7 +62,7 @@ class RunLog:
         self._columns: dict[str, list[str]] = {}
 
     def write(self, name: str, row: Mapping[str, float | str]) -> None:
-        """Add a row to NAME.csv, of "step" and figures or words; its first row decides the columns."""
+        """Adds a row to NAME.csv: "step", and figures or words. The first row that is written decides the columns."""
         if not ranks.first():
             return
         path = self.out / f"{name}.csv"
@@ -74,7 +74,7 @@ class RunLog:
 
 
 def _rows(path: Path, columns: list[str] | None = None) -> list[dict[str, str]]:
-    """The rows of a CSV file, without a last line that a crash cut short. Raises InputError for other `columns`."""
+    """Reads the rows of a CSV file, without a last line that a crash cut short. Raises InputError for other `columns`."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -86,8 +86,8 @@ def _rows(path: Path, columns: list[str] | None = None) -> list[dict[str, str]]:
 
 
 def curves(run: str | Path) -> Path | None:
-    """RUN/curves.png from RUN/metrics.csv: loss and its terms, learning rate, scale and gradient norm; and from
-    RUN/evaluation.csv, if there is one: R@k of each split.
+    """Draws RUN/curves.png: from RUN/metrics.csv the loss and its terms, learning rate, logit scale and gradient norm; from
+    RUN/evaluation.csv, if there is one, R@k of each split.
 
     Returns None if no row has been logged yet.
     """
@@ -123,7 +123,7 @@ def curves(run: str | Path) -> Path | None:
 
 
 def _panel(axis, title: str, lines: dict[str, tuple[np.ndarray, np.ndarray]], noisy: bool = False) -> None:
-    """Lines by label, each of steps and values. noisy: drawn smoothed too."""
+    """Draws lines: label -> (steps, values). noisy: also draw the smoothed values."""
     for (line, colour), (label, (steps, values)) in zip(itertools.product(("-", "--", ":"), COLOURS), lines.items()):
         marker = "." if len(values) < 20 else ""  # a single value is no line
         if noisy and len(values) > 20:

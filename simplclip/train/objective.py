@@ -15,13 +15,13 @@ from simplclip.train.settings import TERMS, LossConfig
 
 
 class Objective:
-    """Computes the weighted terms of a batch at a step of a run by `loss`.
+    """A function that computes the weighted terms of a batch at a step of a run by `loss`.
 
-    It is ClipPMLoss, with a teacher WIKDLoss, and for the base sigmoid SigmoidLoss.
+    `loss` is a SigmoidLoss for the base sigmoid, else a WIKDLoss with a teacher and a ClipPMLoss without.
 
     width: D of the student's features, needed with a teacher and for plane="hadamard".
-    teacher: its "width" D̂ and "logit_scale", if any step has a term of a teacher.
-    A teacher of another width is compared through learned projections to it.
+    teacher: the teacher's "width" D̂ and "logit_scale", if any step has a term that needs a teacher.
+    If D̂ is not D, learned projections map the student's features to width D̂.
     """
 
     def __init__(self, config: LossConfig, steps: int, width: int | None, teacher: Mapping[str, Any] | None):
@@ -53,9 +53,9 @@ class Objective:
         teacher_image: Tensor | None = None,  # [N, D̂]
         teacher_text: Tensor | None = None,  # [N k, D̂]
     ) -> dict[str, Tensor]:
-        """The terms by name, in one order for the whole run; a term of weight 0 at `step` is 0 and not computed.
+        """Returns the terms by name, in one order for the whole run. A term of weight 0 at `step` is not computed and is 0.
 
-        Each caption of an image makes a pair with it; pairs of one group are not each other's negatives.
+        Each caption of an image makes a pair with the image; pairs of one group are not each other's negatives.
         """
         weights = {term: schedule.at(step, self.steps) for term, schedule in self.schedules.items()}
         off = image.new_zeros((), dtype=torch.float32)

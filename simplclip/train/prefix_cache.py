@@ -1,10 +1,10 @@
-"""data.cache_prefix: the outputs of the image tower's frozen prefix, in sidecars that training reads in place of images.
+"""The cache data.cache_prefix: outputs of the image tower's frozen prefix, in sidecars that are read in place of images.
 
     FOLDER/train-000000.tar     KEY.prefix.npy, float16 [k, C, H, W]: of the k views that the teacher saw, or of the image
-    FOLDER/meta.json            "prefix": what they were made by
+    FOLDER/meta.json            "prefix": the stamp, which says from what prefix, precision, pixels and views they were made
 
-They are made before the first step, shard by shard as `data.rewrite` makes shards, and used by later runs whose prefix,
-views and images are the same; another run is refused.
+The outputs are made before the first step, shard by shard, by `data.rewrite`. Later runs use them if their prefix, views and
+images are the same; another run is refused.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _KEY = "data.cache_prefix"
 
 
 def prefix_of(config: Config, frozen: FrozenParts, transform: Any, teacher: dict[str, Any] | None, context: Any) -> Prefix:
-    """The prefix of the model whose outputs are cached; the model takes them in training mode.
+    """Returns the prefix whose outputs are cached; from now on the model takes these outputs in training mode.
 
-    context: that of autocast. Raises ConfigError if pixels are drawn anew in each epoch, or the tower has no prefix.
+    context: the run's autocast. Raises ConfigError if pixels change from epoch to epoch, or the tower has no frozen prefix.
     """
     if not (teacher and "views" in teacher) and augmentation(transform) != "none":
         raise ConfigError(
@@ -63,7 +63,7 @@ def prefix_of(config: Config, frozen: FrozenParts, transform: Any, teacher: dict
 
 
 class PrefixCache:
-    """The folder of a run's cached outputs. training: a `Training`, which has a prefix."""
+    """The folder of a run's cached outputs. training: a `Training` with a prefix."""
 
     def __init__(self, training: Any) -> None:
         c = training.config.data
@@ -87,7 +87,7 @@ class PrefixCache:
 
     @property
     def complete(self) -> bool:
-        """Whether the folder has an output of each view, by the sizes of the files that they were made from."""
+        """Whether the folder has the outputs of all shards, judged by the stamp and by the sizes of the files involved."""
         made = entries(self.folder)
         return self._stamped() == self.stamp and all(self._made(shard, made) for shard in self.shards)
 
@@ -110,7 +110,7 @@ class PrefixCache:
         )
 
     def make(self, show: Callable[[str], None]) -> None:
-        """Makes what is missing. Raises ConfigError for a folder of another prefix, or on a full disk."""
+        """Makes the missing outputs. Raises ConfigError for a folder of another prefix, or on a full disk."""
         count = self.views["number"] if self.views else 1
         shape = " x ".join(map(str, self.prefix.shape))
         size, samples = 2 * math.prod(self.prefix.shape), count_samples(self.shards)

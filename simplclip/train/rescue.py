@@ -23,7 +23,7 @@ from simplclip.train.state import Training
 class StopRequest:
     """Context in which a signal of `SIGNALS`, or a closed pipe, only sets `requested`; a second signal ends the process.
 
-    console: what the run prints to. If its reader has gone (`| head`), all further output is dropped.
+    console: the console of the run. If the reader of its output is gone (`| head`), all further output is dropped.
     Outside the main thread Python allows no handlers, so that signals are not handled.
     """
 
@@ -50,7 +50,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agreed(self) -> str | None:
-        """Why all ranks stop now, between two steps; None if they go on."""
+        """Returns the reason why all ranks stop now, between two steps; None if they go on."""
         stopped = ranks.of_any(self.requested)
         if stopped:
             self.requested = stopped
@@ -63,7 +63,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame) -> None:
         if os.getpid() != self._process:
-            # Ctrl-C and a closed terminal reach forked loader processes too, but the last step needs them; SIGTERM ends them.
+            # Ctrl-C and a closed terminal reach forked loader processes too. The last step needs these; SIGTERM ends them.
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -74,13 +74,13 @@ class StopRequest:
             signal.signal(signal.SIGALRM, self._late)
             signal.alarm(self.LATE)
         self.requested = signal.Signals(number).name
-        # Not print(): a handler may run in the middle of one, and Python's buffered files are not reentrant.
-        at_once = "" if ranks.count() > 1 else "; a second signal stops at once"  # torchrun repeats what it gets
+        # Not print(): a handler may interrupt a print, and Python's buffered files are not reentrant.
+        at_once = "" if ranks.count() > 1 else "; a second signal stops at once"  # torchrun repeats the signals it gets
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, f"\n{self.requested}: finishing this step, then saving{at_once}\n".encode() * ranks.first())
 
     def _closed(self) -> None:
-        """What rich calls instead of raising BrokenPipeError."""
+        """Drops all further output. rich calls this instead of raising BrokenPipeError."""
         self.requested = self.requested or "closed pipe"
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.console.file.fileno())
@@ -90,8 +90,8 @@ class StopRequest:
 class LastStep:
     """The state of `training` after its last whole step.
 
-    It keeps copies of what a failing step may have changed: states of random generators, the position in the data, and
-    buffers (a batch norm's statistics, which the forward pass changes). Parameters and the states of optimizer, schedule and
+    It keeps copies of all state that a failing step may have changed: states of random generators, the position in the data,
+    and buffers (a forward pass changes a batch norm's statistics). Parameters and the states of optimizer, schedule and
     scaler change only in the update, during which `training.updating` is set. Memory: a copy of the buffers.
     """
 
@@ -105,7 +105,7 @@ class LastStep:
         self._progress = training.progress()
 
     def take(self) -> None:
-        """Call after each whole step. After the first one config.yaml is written."""
+        """Copies the state after a whole step; to be called after each. After the first step, writes config.yaml."""
         for dtype in {buffer.dtype for buffer in self._buffers.values()}:  # one kernel each
             names = [name for name, buffer in self._buffers.items() if buffer.dtype == dtype]
             torch._foreach_copy_([self._buffers[name] for name in names], [self._changing[name] for name in names])
@@ -113,7 +113,7 @@ class LastStep:
         self._claim()
 
     def save(self) -> None:
-        """Write the checkpoint of the last whole step, on the first rank."""
+        """Writes the checkpoint of the last whole step, on the first rank."""
         if not ranks.first():
             return
         self._claim()
@@ -122,7 +122,7 @@ class LastStep:
         checkpoint.save(self.out, state)
 
     def rescue(self) -> str | None:
-        """Save the last whole step if it is not saved. Returns a sentence: what is saved, or why not and what is intact.
+        """Saves the last whole step if it is not saved. Returns a sentence: what is saved, or why not and what is intact.
 
         Returns None if there was no whole step, in this run or in one that it continues. Frees the gradients.
         """
@@ -143,7 +143,7 @@ class LastStep:
                 return None
             else:
                 try:
-                    if training.step != step:  # it failed, or was stopped, right after the update
+                    if training.step != step:  # the error came right after the update
                         self.take()
                     self.save()
                     return f"Saved step {training.step} in {self.last}."

@@ -12,7 +12,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-SHAPE = {"vision_cfg": "image_size", "text_cfg": "context_length"}  # where open_clip's arguments have them
+SHAPE = {"vision_cfg": "image_size", "text_cfg": "context_length"}  # open_clip's section that may have this setting too
 
 
 class ModelConfig(Section):
@@ -43,7 +43,7 @@ class ModelConfig(Section):
         return self
 
     def shape(self, name: str) -> Any:
-        """The image_size or the context_length that is set, here or in `options`; None: the model's own."""
+        """Returns the image_size or the context_length that is set, here or in `options`; None: the model's own."""
         inside = ((self.options.get(section) or {}).get(name) for section, known in SHAPE.items() if known == name)
         return getattr(self, name) or next(inside)
 
@@ -61,7 +61,7 @@ class InheritConfig(Section):
 
 
 class MicroBatch(Section):
-    """What each tower encodes at a time; None: the whole batch."""
+    """The numbers of images and captions that the towers encode at a time; None: the whole batch."""
 
     image: int | None = Field(None, ge=1)
     text: int | None = Field(None, ge=1)
@@ -138,7 +138,7 @@ class Schedule(Section):
         return self
 
     def __bool__(self) -> bool:
-        """Whether it is ever above 0."""
+        """Whether the weight is ever above 0."""
         return bool(self.value or self.to)
 
     def at(self, step: int, steps: int) -> float:
@@ -185,7 +185,7 @@ class LossConfig(Section):
 
     @property
     def weights(self) -> dict[str, Schedule]:
-        """The schedules by the loss's names of its terms, without those that are always 0."""
+        """The schedule of each term by the term's name in the loss, without the schedules that are always 0."""
         fields = {f"{self.base}_loss" if t == "contrastive_loss" else t: getattr(self, f) for t, f in TERMS.items()}
         schedules = {term: w if isinstance(w, Schedule) else Schedule(value=w) for term, w in fields.items()}
         return {term: schedule for term, schedule in schedules.items() if schedule}
@@ -195,7 +195,7 @@ class LossConfig(Section):
         return bool({"relational_loss", "interactive_loss", "feature_loss"} & self.weights.keys())
 
 
-ADAMW = {"betas": [0.9, 0.98], "eps": 1e-6}  # arguments of torch.optim.AdamW that a config need not have
+ADAMW = {"betas": [0.9, 0.98], "eps": 1e-6}  # arguments of torch.optim.AdamW, unless optim.options replaces them
 
 
 class OptimConfig(Section):
@@ -244,7 +244,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_default(cls, values: Any) -> Any:
-        """Beside epochs, steps have no default."""
+        """Leaves steps without a default if epochs are given."""
         return {"steps": None} | values if isinstance(values, dict) and values.get("epochs") is not None else values
 
     @model_validator(mode="after")
@@ -273,7 +273,7 @@ class Config(Section):
             key = "data.micro_batch.image" if isinstance(micro, MicroBatch) else "data.micro_batch"
             raise ValueError(f"{key}: expected a divisor of data.batch_size = {size}, got {self.data.images_at_a_time}")
         if self.run.steps is None:
-            return self  # it is checked again when they are known
+            return self  # the config is checked again when run.steps is known
         schedules = self.loss.weights.values()
         turns = {0, self.run.steps - 1, *(step for s in schedules for step in (s.start, s.end, s.until) if step is not None)}
         for step in sorted(step for step in turns if step < self.run.steps):
@@ -282,7 +282,7 @@ class Config(Section):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict with all defaults."""
+        """Returns a plain dict with all defaults."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:

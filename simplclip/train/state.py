@@ -32,7 +32,7 @@ from simplclip.train.settings import SHAPE, Config, MicroBatch
 from simplclip.train.together import Together, share_norms
 from simplclip.train.trust import check_options
 
-SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # the start of SigLIP, arXiv 2303.15343
+SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # initial values of SigLIP, arXiv 2303.15343
 
 
 class Training:
@@ -57,13 +57,13 @@ class Training:
             keep = [name for name in ("attention_gain", "mlp_gain") if options.get(name) is not None]
             self.inheritance = inherit(self.model, self.sources(), train=how.train, blocks=how.blocks, keep=keep)
             self.frozen = self.inheritance.names
-            for name in ("logit_scale", "logit_bias"):  # what the config states holds, not what the source has
+            for name in ("logit_scale", "logit_bias"):  # a value of the config replaces the source's
                 if (value := config.model.options.get(f"init_{name}")) is not None:
                     nn.init.constant_(getattr(self.model, name), value)
         if config.model.freeze_norms:
             freeze_norms(self.model)
         if config.model.recompute:
-            for block in self.blocks:  # they keep only their input for backward
+            for block in self.blocks:  # keeps only the block's input for backward
                 block.recompute = True
             if not self.blocks:
                 self.model.set_grad_checkpointing()
@@ -76,7 +76,7 @@ class Training:
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step = self.epoch = self.batch = 0
-        self.data: dict[str, Any] | None = None  # what the loader has done of the epoch
+        self.data: dict[str, Any] | None = None  # the loader's state in the epoch
         self.updating = False  # True while a step changes the parameters, which cannot be undone
         if state:
             for name, part in self._stateful():
@@ -86,7 +86,7 @@ class Training:
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.data = state["data"]
             checkpoint.set_rng_state(state["rng"])
-        # A compiled tower is compiled for each size.
+        # torch.compile compiles a tower anew for each size, so it gets few.
         cropped = try_crop(self.model, **{"multiple": 16, "groups": 1} if config.run.compile else {})
         self.crop, self.padded = (None, cropped) if isinstance(cropped, str) else (cropped, "")
         self.together = Together(self.model, at_once=config.data.micro_batch is None)
@@ -95,8 +95,8 @@ class Training:
         weights = [p for module in (self.model.visual, *copies) for p in module.parameters()]
         self.channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in weights)
         if config.run.compile:
-            # Without the token embedding, whose compiled gradient adds in an order that changes; and with fixed sizes, since
-            # those that dynamo makes dynamic depend on what was compiled before.
+            # The token embedding is not compiled, since its compiled gradient adds in an order that changes. Sizes are fixed,
+            # since the choice of sizes that dynamo makes dynamic depends on earlier compilations.
             for part in (self.model.visual, getattr(self.model, "text", self.model).transformer):
                 part.compile(dynamic=False)
         self.prefix = None
@@ -105,12 +105,12 @@ class Training:
             self.prefix = prefix_of(config, self.folded, self.transform, self.teacher, context)
 
     def read_teacher(self) -> dict[str, Any]:
-        """Name, width and scale of the teacher whose features the samples have."""
+        """Returns the teacher of the samples' features: its name, width and logit scale, and its views if it saw any."""
         c = self.config.data
         return data.teacher_stamp([part.url for part in data.parts_of(c.train, "data.train")], c.sidecars)
 
     def _check_views(self) -> None:
-        """Raises ConfigError if data.augment is another augmentation than that of the views that the teacher saw."""
+        """Raises ConfigError if data.augment differs from the augmentation of the views that the teacher saw."""
         if self.config.data.augment is None or not self.teacher or "views" not in self.teacher:
             return
         wanted, stored = augmentation(self.transform), self.teacher["views"]["augment"]
@@ -128,11 +128,11 @@ class Training:
             raise ConfigError(f"model.checkpoint: {str(error).removeprefix('source: ')}") from None
 
     def sources(self) -> Any:
-        """The source of `inherit`."""
+        """Returns the source, or the list of sources, for `inherit`."""
         return self.config.inherit.source
 
     def progress(self) -> dict[str, Any]:
-        """The part of `state` that says where the run is."""
+        """Returns the part of `state` that says where the run is."""
         return {"step": self.step, "epoch": self.epoch, "batch": self.batch, "data": self.data, "rng": checkpoint.rng_state()}
 
     def _stateful(self) -> Iterator[tuple[str, Any]]:
@@ -146,17 +146,17 @@ class Training:
         return parts | self.progress() | {"frozen": self.frozen, "config": self.config.to_dict(), "ranks": ranks.count()}
 
     def outputs(self, tower: str, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What `terms` takes of a tower: its features by its name."""
+        """Returns the features of a tower for a batch, by the tower's name, as `terms` takes them."""
         return {tower: {"image": self.encode_image, "text": self.encode_text}[tower](batch)}
 
     def travel(self, tower: str, features: Tensor) -> None:
-        """The loss needs the texts of all ranks: they travel while the image tower works."""
+        """Starts to gather the texts of all ranks, which the loss needs, so that they travel while the image tower works."""
         if tower == "text":
             with hardware.autocast(self.precision, self.device):
                 gather_early(features)
 
     def encode_image(self, batch: dict[str, Any]) -> Tensor:
-        """Normalised features [N, D] of the images of a loader's batch, or of the cached outputs of the tower's prefix."""
+        """Returns normalised features [N, D] of a batch's images, or of the cached outputs of the tower's prefix."""
         if "prefix" in batch:
             outputs = batch["prefix"].to(self.device, non_blocking=True)
             layout = torch.channels_last if outputs.ndim == 4 else torch.preserve_format
@@ -167,25 +167,25 @@ class Training:
             return self.model.encode_image(images, normalize=True)
 
     def pixels(self, batch: dict[str, Any]) -> Tensor:
-        """The images of a batch, finished on the device."""
+        """Returns the images of a batch on the device, where `transform.finish` completes uint8 images."""
         images = batch["image"].to(self.device, non_blocking=True)
         if images.dtype != torch.uint8:
             return images
         return self.transform.finish(images, batch.get("colour"), channels_last=self.channels_last)
 
     def encode_text(self, batch: dict[str, Any]) -> Tensor:
-        """Normalised features [N k, D] of the k captions of each image, or [M, D] of M captions."""
+        """Returns normalised features [N k, D] of the k captions of each image, or [M, D] of M captions."""
         text = batch["text"].flatten(0, -2)
-        if self.crop is None:  # else it is cropped on the CPU
+        if self.crop is None:  # otherwise TextCrop needs the text on the CPU, and moves it
             text = text.to(self.device, non_blocking=True)
         with hardware.autocast(self.precision, self.device):
             return self.model.encode_text(text, normalize=True)
 
     def text_batches(self, batches: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """The captions of a step as micro-batches of the text tower; and the row of each one's features, None if in order.
+        """Splits the captions of a step for the text tower; also returns the row of each one's features, None if in order.
 
-        Where they are cropped, a micro-batch has as many tokens as the configured number of texts of full length. Ranks may
-        cut theirs into different numbers: they exchange nothing in between.
+        If texts are cropped, a micro-batch has at most as many tokens as the configured number of texts of full length. Ranks
+        may have different numbers of micro-batches, since they exchange nothing between two of them.
         """
         micro = self.config.data.micro_batch
         if not isinstance(micro, MicroBatch) and self.crop is None:
@@ -199,7 +199,7 @@ class Training:
         return [{"text": texts[some]} for some in rows], torch.cat(rows).argsort().to(self.device)
 
     def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of the loss of `batches` together, from their features."""
+        """Returns the weighted terms of one loss over all `batches`, from their features."""
         names = ("group", "teacher_image", "teacher_text") if self.teacher else ("group",)
         rest = [torch.cat([batch[name] for batch in batches]).to(self.device, non_blocking=True) for name in names]
         if self.teacher:
@@ -214,7 +214,7 @@ class Training:
         return getattr(self.model, "logit_bias", None) if self.config.loss.base == "sigmoid" else None
 
     def _width(self) -> int | None:
-        """D if the loss needs it, else None."""
+        """Returns D if the loss needs D, else None."""
         if self.config.loss.plane != "hadamard" and self.teacher is None:
             return None
         with torch.no_grad():
@@ -225,9 +225,9 @@ class Training:
 class Average:
     """The exponential moving average of a run's weights, for evaluation and export.
 
-    v = decay v + (1 - decay) w after each step, for every parameter w that trains. Memory: one copy of them.
+    v = decay v + (1 - decay) w after each step, for every parameter w that trains. Memory: one copy of these parameters.
 
-    Buffers are not averaged: with the averages the model has those of the last step.
+    Buffers are not averaged: a model with the averages has the buffers of the last step.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -244,7 +244,7 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """In this context the model has the averages."""
+        """Context in which the model has the averages as its parameters."""
         self._swap()
         try:
             yield
@@ -256,7 +256,7 @@ class Average:
             weight.data, self.averages[i] = self.averages[i], weight.data
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by the names of the model's state dict."""
+        """Returns the averages by the names of the model's state dict."""
         return {name: self.averages[i] for name, i in self.names.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -265,25 +265,25 @@ class Average:
 
 
 def image_transform(config: Config, train: bool = True) -> Any:
-    """The transform of the config's images, in training the augmenting one."""
+    """Returns the transform of the config's images, which augments if `train`."""
     augment, size = config.data.augment, config.model.shape("image_size")
     return models.transforms(config.model.name, train=train, augment=augment, image_size=size)
 
 
 def tokenizer(config: Config) -> Any:
-    """The tokenizer of the config's model."""
+    """Returns the tokenizer of the config's model."""
     return models.tokenizer(config.model.name, config.model.shape("context_length"))
 
 
 def model_options(config: Config) -> dict[str, Any]:
-    """Keyword arguments of `models.create`: with the base sigmoid, SigLIP's scale and bias where the config has none."""
+    """Returns arguments for `models.create`; with the base sigmoid, SigLIP's scale and bias where the config has none."""
     options = (SIGLIP if config.loss.base == "sigmoid" else {}) | config.model.options
     shape = {section: {name: config.model.shape(name)} for section, name in SHAPE.items() if config.model.shape(name)}
     return options | {section: (options.get(section) or {}) | values for section, values in shape.items()}
 
 
 def build_model(config: Config) -> Any:
-    """The nn.Module that `config` names, with random weights. Raises ConfigError for options that it does not accept."""
+    """Builds the model that `config` names, with random weights. Raises ConfigError for options that the model rejects."""
     try:
         model = models.create(config.model.name, **model_options(config))
     except TypeError as error:
@@ -297,7 +297,7 @@ def build_model(config: Config) -> Any:
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", *, trust: bool = False
 ) -> tuple[nn.Module, Config, dict[str, Any]]:
-    """The model in eval mode, config and raw state of a checkpoint. Raises FileNotFoundError, CheckpointError.
+    """Returns the model in eval mode, config and raw state of a checkpoint. Raises FileNotFoundError, CheckpointError.
 
     trust: accept model.options that may fetch or unpickle files, see `trust.check_options`.
     """
@@ -323,7 +323,7 @@ def load_model(
 
 
 def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: no norms, biases, gains, scales, tokens, nor the loss's own parameters."""
+    """Returns an AdamW that decays matrices only: no norms, biases, gains, scales, class tokens or parameters of the loss."""
     o = config.optim
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -341,7 +341,7 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
 
 
 def lr_factor(step: int, config: Config) -> float:
-    """Share of optim.lr at `step` (from 0): linear warm-up, then a cosine down to 0."""
+    """Returns the share of optim.lr at `step` (from 0): linear warm-up, then a cosine down to 0."""
     o, steps = config.optim, config.run.steps
     if step < o.warmup:
         return (step + 1) / o.warmup

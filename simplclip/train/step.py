@@ -13,16 +13,16 @@ from simplclip import gradient_cache
 from simplclip.common.errors import UserError
 from simplclip.train.state import Training
 
-MAX_LOGIT_SCALE = math.log(100)  # as open_clip
-TOWERS = ("text", "image")  # in the order of their work
+MAX_LOGIT_SCALE = math.log(100)  # as in open_clip
+TOWERS = ("text", "image")  # in the order in which they run
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot continue. The message says what is saved; the cause, if any, is the error that ended it."""
+    """Error that ends training. The message says what is saved; the __cause__, if any, is the error behind it."""
 
 
 def train_step(training: Training, batches: list[dict[str, Any]], terms_of: Any = None) -> dict[str, float]:
-    """One step on its micro-batches; returns its figures. terms_of: called in place of `training.terms`."""
+    """Runs one step on its micro-batches and returns its figures. terms_of: called in place of `training.terms`."""
     losses = partial(terms_of or training.terms, batches)
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     optimizer.zero_grad(set_to_none=True)
@@ -35,7 +35,7 @@ def train_step(training: Training, batches: list[dict[str, Any]], terms_of: Any 
         ordered: dict[str, Tensor] = {}
 
         def encoded(tower: str, features: Tensor) -> None:
-            """Before they travel, texts that were sorted by length are put in the order of their images."""
+            """Puts texts that were sorted by length in the order of their images, then lets the features travel."""
             ordered[tower] = features if tower == "image" or rows is None else features.index_select(0, rows)
             training.travel(tower, ordered[tower])
 

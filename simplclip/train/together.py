@@ -1,4 +1,4 @@
-"""How several ranks train one model: what trains in one module, and batch norms over all of them."""
+"""Training of one model by several ranks: gradients averaged over the ranks, and batch norms with common statistics."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SYNCHRONISED = ("cuda",)  # devices for which torch has SyncBatchNorm
 
 
 def share_norms(model: nn.Module, device: torch.device) -> None:
-    """Batch norms that train use the statistics of all ranks. Raises ConfigError on a CPU, where torch cannot do that."""
-    from timm.layers import convert_sync_batchnorm  # of torch's own it keeps the class, of timm's the activation
+    """Makes training batch norms use the statistics of all ranks. Raises ConfigError on a CPU, where torch cannot do that."""
+    from timm.layers import convert_sync_batchnorm  # unlike torch's own, it keeps timm's activations
 
     for at, parent in list(model.named_modules()) if ranks.count() > 1 else ():
         for name, norm in parent.named_children():
@@ -49,13 +49,13 @@ class _Towers(nn.Module):
 
 
 class Together:
-    """Averages the gradients of the towers, temperature and bias over the ranks; they start as on the first one.
+    """The averaging of gradients over the ranks: of the towers, logit scale and bias. All start with the first rank's values.
 
-    What is frozen does not travel, and losses average what they learn themselves. Parameters that a step does not use keep no
-    gradient.
+    Frozen parameters do not travel, and losses average the gradients of their own parameters. Parameters that a step does not
+    use keep no gradient.
 
-    at_once: a step has one backward pass, which exchanges as it goes. Otherwise it adds up several, after which `exchange` is
-        called; DistributedDataParallel with a static graph would exchange in the first one.
+    at_once: a step has one backward pass, which exchanges gradients as it goes. Otherwise a step sums several passes and then
+        calls `exchange`, since DistributedDataParallel with a static graph would exchange in the first pass.
     """
 
     def __init__(self, model: nn.Module, at_once: bool) -> None:
@@ -64,17 +64,17 @@ class Together:
             return
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         distributed.from_first_rank(trained.values(), dist.group.WORLD)
-        # Which steps use temperature and bias depends on the schedules of the terms; all use the same part of the towers.
+        # Whether a step uses logit scale and bias depends on the terms' schedules; all steps use the same part of the towers.
         self.towers = [p for name, p in trained.items() if name not in ("logit_scale", "logit_bias")]
         if at_once:
             self.ddp = DistributedDataParallel(_Towers(self.towers), static_graph=True)
 
     def __call__(self, compute: Callable[[], Result]) -> Result:
-        """What `compute` returns. Backward from it exchanges gradients as it goes."""
+        """Returns the result of `compute`, from which a backward pass exchanges gradients as it goes."""
         return self.ddp(compute) if self.ddp else compute()
 
     def learned(self, *scales: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Temperature and bias, if there is one, whose gradients are averaged."""
+        """Returns logit scale and bias (None stays None) such that their gradients are averaged over the ranks."""
         if ranks.count() == 1:
             return scales
         trains = [scale is not None and scale.requires_grad for scale in scales]
@@ -82,7 +82,7 @@ class Together:
         return tuple(next(averaged) if its else scale for scale, its in zip(scales, trains))
 
     def exchange(self) -> None:
-        """Averages the gradients of the towers that backward passes have added up."""
+        """Averages the towers' gradients, which the backward passes have summed, over the ranks."""
         if ranks.count() == 1 or self.ddp:
             return
         travelling = []

@@ -1,8 +1,8 @@
-"""What a checkpoint or the folder of a run may make a program do that only reads it.
+"""Limits on the actions of a program that only reads a checkpoint or the folder of a run.
 
-Such a file may come from elsewhere. Its settings may name local files, but commands, URLs, and options of open_clip that
-fetch or unpickle files, are taken only from what this user typed: the command line, or a config file named there. With
-trust=True (--trust) they are taken from it too.
+Such a file may come from elsewhere. Its settings may name local files. Commands, URLs, and options of open_clip that fetch or
+unpickle files are taken only from the text that this user typed: the command line, or a config file named there. With
+trust=True (--trust) such commands, URLs and options are taken from the file too.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from simplclip.common.errors import InputError
 from simplclip.data.pairs import addresses
 from simplclip.train.settings import Config
 
-# Options of models that say how one is built. Others of open_clip, such as pretrained and weights_only, load files.
+# Options that describe a model's architecture. Other options of open_clip, e.g. pretrained and weights_only, load files.
 _ARCHITECTURE = {
     *("vision_cfg", "text_cfg", "multimodal_cfg", "embed_dim", "custom_text", "quick_gelu", "output_dict"),
     *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "simplified", "simplify_options"),
     *("force_quick_gelu", "force_custom_text", "force_patch_dropout", "force_image_size", "force_context_length"),
 }
-_WIDE, _DEEP = 1_000_000, 1000  # of any model
+_WIDE, _DEEP = 1_000_000, 1000  # the largest width and number of layers that are accepted
 
 
 def check_options(options: Mapping[str, Any], where: str) -> None:
@@ -60,7 +60,7 @@ def check_splits(splits: Mapping[str, Any], where: str) -> None:
 def check_run(source: str, config: Config, typed: Sequence[str] = ()) -> None:
     """Raises InputError if `config` was read from the config.yaml of a run and has commands or URLs that nobody typed.
 
-    source: what `config.load` was given, with the overrides `typed`.
+    source, typed: the source and the overrides that `config.load` was given.
     """
     file = Path(source)
     if file.name != "config.yaml" or not any((file.parent / name).exists() for name in ("last.pt", "metrics.csv")):
@@ -77,7 +77,7 @@ def check_run(source: str, config: Config, typed: Sequence[str] = ()) -> None:
 
 
 def flag(config: Config) -> str:
-    """What a command that continues a run from its config.yaml needs."""
+    """Returns the flag that a command needs to continue a run from its config.yaml, or an empty string."""
     return " --trust" if any(address for _, what in _sources(config) for address in addresses(what)) else ""
 
 
