@@ -17,7 +17,7 @@ VINLINE Normal normal(vf x) {
   return {x < 0.0f ? tail : 1.0f - tail, e * 0.39894228f};
 }
 
-// w and its derivative, for the activations of the form x sigmoid(w(x)).
+// inner is w and inner_slope is its derivative, for the activations of the form x sigmoid(w(x)).
 template <Activation A>
 VINLINE vf inner(vf x) {
   // 2 sqrt(2 / pi) (x + 0.044715 x^3)
