@@ -1,5 +1,4 @@
-// The arguments of each op as a struct. Its fields are those of the dataclass in simplclip/ops/*/call.py, in the same order; the
-// dispatcher's schema is generated from the dataclass.
+// Arguments of ops: structs with the fields, in order, of the dataclasses in simplclip/ops/*/call.py, which give the schemas.
 #pragma once
 
 #include "layout.h"

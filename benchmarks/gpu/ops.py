@@ -63,10 +63,7 @@ def card(device: str) -> str:
 
 
 def of_kernels(o: argparse.Namespace, case: calls.Case, dtype: str) -> list[dict]:
-    """Measures each kernel of a call, forward and backward, and the whole call with torch's kernels.
-
-    Returns rows of milliseconds, TFLOP/s, the predicted milliseconds and cuBLAS's TFLOP/s.
-    """
+    """Measures each kernel of a call, forward and backward, and the sum with torch's: ms, TFLOP/s, predicted ms, cuBLAS's."""
     rows, beside = {}, blas(case.product, getattr(torch, dtype), o)
     expected = predicted(case, dtype, card(o.device))
     with calls.real(o.device):

@@ -1,6 +1,6 @@
 // Loops over floats: activations and their derivatives, sums. Included after vec.h, inside the namespace of an instruction set.
 
-// Cumulative distribution (absolute error below 1e-7) and density of the normal distribution at x, by Abramowitz and Stegun 7.1.26:
+// Cumulative distribution (absolute error below 1e-7) and density of the normal distribution at x, Abramowitz and Stegun 7.1.26:
 // erfc(|x| / sqrt 2) = e^(-x^2/2) P(t).
 struct Normal {
   vf integral, density;

@@ -4,8 +4,7 @@
 // block of kBlockRows rows it adds the block's share of dk and dv. The gradients of alpha, beta and gamma are sums over the rows:
 // of the diagonal of dP, of the mean of dP under the softmax, and of minus the plain mean of dP.
 
-// Replaces a row's logits by scale dS and its dp by the mixing weights; both are 0 after the `count` visible keys. Adds the row's
-// share to the gradients of beta and gamma.
+// Replaces a row's logits by scale dS and its dp by mixing weights, both 0 after the `count` visible keys; adds to `gains`.
 inline void row_gradients(const AttentionHead& head, float lse, float* logits, float* dp, int64_t columns, int64_t count,
                           double* gains) {
   const vi lanes = iota();
