@@ -6,7 +6,7 @@ OUT ?= runs/siclip-lite0-emoji
 OLDEST := .venv-oldest
 DIST ?= dist
 
-# One process uses the cores that there are; spinning threads of two processes would slow both several times.
+# One process uses all cores. PASSIVE: the spinning threads of two processes at once would slow both several times.
 CORES := $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(CORES)
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:  ## this list; it fits a screen of 24 lines of 80 columns
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
 
-# One line for each thing that pip cannot install, with the package of Debian (and Ubuntu) and that of Fedora that has it.
+# Prints a line for each missing tool that pip cannot install, with its package in Debian (and Ubuntu) and in Fedora.
 PYTHON_PACKAGE := $(or $(filter python3%,$(notdir $(PYTHON))),python3)
 define CHECK_TOOLS
 missing() { echo "missing: $$1; apt install $$2 (Debian, Ubuntu) or dnf install $$3 (Fedora)" >&2; failed=1; }
@@ -54,7 +54,7 @@ $(VENV)/.installed: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.*
 
 install: $(VENV)/.installed  ## a venv with torch, the compiled kernels and all extras
 
-# glibc returns large tensors to the system at once and gets them page by page, which takes a seventh of a step on a CPU.
+# By default glibc returns large tensors' memory to the system at once. Getting it back by pages takes a seventh of a CPU's step.
 demo ablation: export MALLOC_MMAP_THRESHOLD_ ?= 268435456
 demo ablation: export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
@@ -83,7 +83,7 @@ data/emoji-noisy: data/emoji-teacher
 ablation: data/emoji-noisy  ## what each part of the system adds: hours of training; resumes
 	$(BIN)/python -m benchmarks.ablation siclip-lite0-emoji --effects emoji --out runs/ablation --seeds 3 --jobs $(CORES)
 
-# A worker for each core, with one thread. The tests of a file stay together, since they share fixtures that take long.
+# A worker with one thread for each core. The tests of a file stay together, since they share slow fixtures.
 XDIST := -n $(CORES) --dist loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(XDIST)
 
@@ -117,8 +117,8 @@ bench-gpu: install  ## selftest, tune, timings; writes benchmarks/results
 aot: install  ## compile all GPU kernels for all architectures; fails on a spill
 	PYTHONPATH=tests $(BIN)/python -m gates $(AOT)
 
-# In a copy of the tracked files, so that the extensions of the two versions do not meet. Triton 3.6, which torch 2.11 brings,
-# interprets with numpy < 2.4 only. The trainer and its data are tested with the newest torch alone.
+# Runs in a copy of the tracked files, so that the extensions for two versions of torch do not mix. Triton 3.6, which torch 2.11
+# brings, interprets with numpy < 2.4 only. The trainer and its data are tested with the newest torch alone.
 OPS_TESTS := tests/ops tests/kernels tests/losses tests/package/test_build.py
 OLDEST_TORCH = $(shell sed -nE 's/^ *"torch>=([0-9.]+)".*/\1/p' pyproject.toml | sort -V | head -n 1)
 
@@ -136,13 +136,13 @@ oldest: install $(OLDEST)/.installed  ## the tests of ops and kernels with the o
 	cd build/oldest && OMP_NUM_THREADS=1 $(abspath $(OLDEST))/bin/python -m pytest -q $(XDIST) $(OPS_TESTS)
 	cd build/oldest && PYTHONPATH=tests $(abspath $(OLDEST))/bin/python -m gates $(AOT)
 
-# From a list of files that no earlier build wrote. The wheel is built from the source distribution, for all architectures.
+# Removes the list of files that an earlier build wrote. Builds the wheel from the source distribution, for all architectures.
 dist: install  ## source distribution and a wheel for this machine in dist/
 	rm -rf simplclip.egg-info
 	SIMPLCLIP_CUDA_ARCHS=$${SIMPLCLIP_CUDA_ARCHS:-all} PATH="$(abspath $(BIN)):$$PATH" \
 		$(BIN)/python -m build --no-isolation --outdir $(DIST)
 
-# The libraries of torch and of its CUDA stay outside: whoever loads the extensions has loaded torch.
+# The libraries of torch and of its CUDA stay outside the wheel: a process that loads the extensions has loaded torch.
 wheel: dist  ## the same with a manylinux wheel, which PyPI takes
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir $(DIST) \
 		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart.so.*' $(DIST)/*-linux_*.whl
@@ -151,7 +151,7 @@ wheel: dist  ## the same with a manylinux wheel, which PyPI takes
 tables: install  ## tables and charts of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
-# The kernels lie beside the package, and are imported as a part of it.
+# Imports are checked in a copy, since kernels/ lies beside the package but is imported as a part of it.
 lint: install  ## ruff, mypy, and that packages import from those below them only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

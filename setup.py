@@ -5,7 +5,7 @@
 
 SIMPLCLIP_CUDA=auto (default) builds CUDA where it can and prints why where it cannot; 0 never does; 1 fails with the reason.
 SIMPLCLIP_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST chooses the architectures, e.g. "8.6;9.0"; "all" stands for ARCHITECTURES, as a
-wheel needs them. Without either they are those of this machine's GPUs, or that of an RTX 3090 where there is none. MAX_JOBS
+wheel needs them. Without either, the build is for this machine's GPUs, or for an RTX 3090 where there is no GPU. MAX_JOBS
 caps the compilers that run at once.
 """
 
@@ -21,7 +21,7 @@ from setuptools import find_packages, setup
 
 
 def find_toolkit() -> None:
-    """Sets CUDA_HOME to what nvcc itself calls its top: where nvcc is a wrapper or a link, its folder has no libraries."""
+    """Sets CUDA_HOME to the folder that nvcc reports as TOP, since the folder of a wrapper or a link has no libraries."""
     nvcc = shutil.which("nvcc")
     if nvcc and not os.environ.get("CUDA_HOME"):
         text = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
@@ -35,11 +35,11 @@ from torch.utils import cpp_extension  # noqa: E402  (reads CUDA_HOME when impor
 
 TORCH_TARGET = "0x020a000000000000"  # LibTorch 2.10: the oldest stable ABI that has all we call
 PYTHON_TARGET = "0x030A0000"  # CPython 3.10
-# A100, RTX 3090, RTX 4090, H100, RTX 50; PTX of the last for what comes after.
+# A100, RTX 3090, RTX 4090, H100, RTX 50; PTX of the last for later architectures.
 ARCHITECTURES = "8.0;8.6;8.9;9.0;12.0+PTX"
 DEFAULT_ARCHITECTURE = "8.6+PTX"
 
-# SIMPLCLIP_SANITIZE=1: the CPU kernels with AddressSanitizer and UBSan (tests/support/sanitized.py builds and runs them).
+# SIMPLCLIP_SANITIZE=1 builds the CPU kernels with AddressSanitizer and UBSan; tests/support/sanitized.py does, and runs them.
 SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 SANITIZE = SANITIZE if os.environ.get("SIMPLCLIP_SANITIZE") == "1" else []
 
@@ -48,7 +48,7 @@ FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", 
 
 
 def why_no_cuda() -> str | None:
-    """Why the CUDA objects cannot be built here; None if they can."""
+    """Returns the reason why the CUDA objects cannot be built here; None if they can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if cpp_extension.CUDA_HOME is None:
@@ -65,11 +65,11 @@ def why_no_cuda() -> str | None:
 
 
 def architectures() -> tuple[str, str]:
-    """What the CUDA objects are built for, and why."""
+    """Returns the architectures of the CUDA objects, and the reason for this choice."""
     for name in ("SIMPLCLIP_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         if wanted := os.environ.get(name):
             chosen = ARCHITECTURES if wanted == "all" else ";".join(re.split(r"[;,\s]+", wanted))
-            # At run time they are compared with the device.
+            # Numbers alone, since the kernels' architectures are compared with the device at run time.
             if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?;?)+", chosen):
                 raise SystemExit(f"{name}: expected numbers, as in {ARCHITECTURES}, or all, got {wanted!r}")
             return chosen, f"by {name}"
@@ -80,7 +80,7 @@ def architectures() -> tuple[str, str]:
 
 
 class Build(cpp_extension.BuildExtension):
-    """Says how long it took."""
+    """Build command that prints how long it took."""
 
     def run(self) -> None:
         start = time.monotonic()
@@ -121,7 +121,7 @@ def extensions() -> list:
     return [cpu, cuda]
 
 
-# kernels/ stands at the top level beside csrc/; a top-level package of that name would collide with another one on PyPI.
+# kernels/ lies at the top level beside csrc/, but is installed in simplclip: PyPI has another top-level package of this name.
 KERNELS = ["kernels", *(f"kernels.{name}" for name in find_packages("kernels"))]
 
 setup(

@@ -1,4 +1,4 @@
-"""Shaped attention, an MLP and whole blocks as their users write them today, and the inputs to time them with."""
+"""Shaped attention as users write it today, beside ours, and the inputs to time both with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from simplclip.ops import shaped_attention
 
 
 def plain(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
-    """The formula: half dtypes multiplied as such, softmax and mixing weights in float32, one product with v."""
+    """Computes the formula: products in the inputs' dtype, softmax and mixing weights in float32, one product with v."""
     length = q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -40,7 +40,7 @@ def plain(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None
 
 
 def _linear_terms(v, alpha, gamma, causal):
-    """alpha v − gamma C v."""
+    """Returns alpha v − gamma C v."""
     if causal:
         mean = v.cumsum(1) / torch.arange(1, v.shape[1] + 1, dtype=v.dtype, device=v.device)[:, None, None]
     else:
@@ -103,7 +103,7 @@ class Shape:
 
 # CLIP text towers (77 tokens), MobileCLIP's last image stage (64), ViT-B/16 (197).
 SHAPES = (Shape(256, 77, 8, 64, True), Shape(64, 77, 8, 64), Shape(64, 64, 16, 32), Shape(32, 197, 12, 64))
-# Only the first ones compute shaped attention; SDPA alone leaves two of its three terms out.
+# All other forms compute shaped attention; SDPA alone leaves out two of its three terms.
 ALONE = "SDPA alone"
 
 
@@ -123,7 +123,7 @@ def forms(device: str, backward: bool) -> dict[str, Callable]:
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[list[Tensor], Tensor]:
-    """q, k (views of one product), v, gains; and a gradient of the result."""
+    """Returns q, k (views of one product), v and the gains; and a gradient of the result."""
     g = torch.Generator().manual_seed(seed)
     b, length, h, k = shape.b, shape.length, shape.heads, shape.k
     qk = torch.randn(b, length, 2, h, k, generator=g).to(device, dtype)

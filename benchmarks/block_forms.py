@@ -1,4 +1,4 @@
-"""A simplified block against open_clip's residual block of the same width: as modules, with what each saves for backward."""
+"""A simplified block against open_clip's residual block of the same width: time, and bytes saved for backward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BASE = "open_clip's block"
 
 
 class PlainBlock(nn.Module):
-    """A SimplifiedBlock's parameters in plain torch ops."""
+    """A module that computes a SimplifiedBlock from its parameters in plain torch ops."""
 
     def __init__(self, block: SimplifiedBlock) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class PlainBlock(nn.Module):
 def forms(
     width: int, heads: int, length: int, dtype: torch.dtype, device: str = "cpu"
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Causal blocks of a CLIP text tower; the simplified ones share their weights."""
+    """Returns causal blocks of a CLIP text tower; the simplified blocks have equal weights."""
     torch.manual_seed(0)
     ours = SimplifiedBlock(width, heads, causal=True)
     nn.init.normal_(ours.qk.weight, std=width**-0.5)

@@ -35,7 +35,7 @@ class Series:
     form: str
     title: str
     style: str  # classes of STYLE
-    label: str = "right"  # of the last point, where the label stands: "right", "above" where another line passes, or ""
+    label: str = "right"  # place of the last point's label: "right", "above" where another line passes, or "" for no label
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ SIGMOID = Chart(
 
 
 def draw(chart: Chart, rows: list[dict[str, str]], source: str) -> str:
-    """The SVG of the float32 rows of a result file, which `source` names."""
+    """Returns the SVG of the float32 rows of a result file, whose name is `source`."""
     rows = [row for row in rows if row["dtype"] == "float32"]
     sizes = sorted({int(row["n"]) for row in rows})
     lines = [
@@ -114,7 +114,7 @@ def draw(chart: Chart, rows: list[dict[str, str]], source: str) -> str:
 
 
 def _panel(chart: Chart, panel: Panel, left: float, rows: list[dict[str, str]], sizes: list[int]) -> list[str]:
-    """Both axes are logarithmic."""
+    """Returns the lines of a panel, whose axes are both logarithmic."""
     low, high = math.log(panel.ticks[0]), math.log(panel.ticks[-1])
     first, last = math.log(sizes[0]), math.log(sizes[-1])
 
@@ -146,7 +146,7 @@ def _panel(chart: Chart, panel: Panel, left: float, rows: list[dict[str, str]], 
 
 
 def _labels(ends: list[tuple[Series, float, float, str]]) -> list[str]:
-    """Texts of the last points, from the lowest up; one that would cover another of its column moves up."""
+    """Returns the labels of the last points, from the lowest up. A label that would cover another in its column moves up."""
     lines, below = [], {}
     for series, x, y, text in sorted(ends, key=lambda end: -end[2]):
         if not series.label:

@@ -1,4 +1,4 @@
-"""Keeps the figures of a finished demo and of an ablation as result files.
+"""Keeps the figures of a finished demo or ablation as result files.
 
 python -m benchmarks.demo runs/siclip-lite0-emoji
 python -m benchmarks.demo runs/ablation
@@ -31,7 +31,7 @@ def keep_demo(run: Path, where: dict[str, str], name: str) -> Path:
 
 
 def keep_ablation(run: Path, where: dict[str, str], name: str) -> Path:
-    """The effects that have at least three seeds; the runs in a second file."""
+    """Writes the effects that have at least three seeds, and the runs to a second file. Returns the first file."""
     effects = [row for row in read(run / "effects.csv") if row["p"] and int(row["seeds"]) >= 3]
     write_csv(RESULTS / f"ablation-{name}.csv", [row | where for row in effects])
     write_csv(RESULTS / f"ablation_runs-{name}.csv", [row | where for row in read(run / "ablation.csv")])

@@ -1,5 +1,5 @@
-"""How strongly each term of the loss pulls at the features over a run (norms of its gradient), and pair matching's plane
-beside the one that would be best for the features of that step.
+"""Measures how strongly each term of the loss pulls at the features over a run (the norm of its gradient), and compares pair
+matching's plane with the best plane for the features of that step.
 
 python -m benchmarks.gradients [--set KEY=VALUE ...]     of the demo's config with pair matching 1, 150 steps of 128 pairs
 """
@@ -27,7 +27,7 @@ STEPS = (0, 10, 25, 50, 100, 149)
 
 
 def best_plane(matched: Tensor, others: Tensor) -> tuple[float, float]:
-    """p and q of the least pair matching loss of these cosines."""
+    """Returns the p and q that minimise the pair matching loss of these cosines."""
     plane = torch.tensor([10.0, -2.0], requires_grad=True)
     optimizer = torch.optim.LBFGS([plane], max_iter=100, line_search_fn="strong_wolfe")
 

@@ -1,4 +1,4 @@
-"""What a result file says of where its figures come from."""
+"""The origin of figures, as result files state it: hardware, versions, commit and date."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit() -> str:
-    """The commit of this checkout, with "+" where the tree differs from it."""
+    """Returns the commit of this checkout, with "+" where the tree differs from it; "unknown" without git."""
     git = ["git", "-C", str(ROOT)]
     try:
         name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
@@ -28,7 +28,7 @@ def commit() -> str:
 
 
 def describe(device: str = "cpu") -> dict[str, str]:
-    """Columns that every row of a result file carries."""
+    """Returns the columns that every row of a result file carries."""
     if device == "cuda":
         hardware = torch.cuda.get_device_name()
     else:
@@ -47,7 +47,7 @@ STATE = ("driver_version", "power.limit", "power.draw", "clocks.sm", "clocks.mem
 
 
 def gpu_state() -> dict[str, str]:
-    """Driver, power, clocks and temperature as nvidia-smi tells them; nothing where it does not run."""
+    """Returns driver, power, clocks and temperature as nvidia-smi reports them; nothing where nvidia-smi does not run."""
     command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout

@@ -3,10 +3,10 @@
 python -m benchmarks.loader --make FOLDER                       # test shards: 512-pixel JPEGs of about 37 KiB
 python -m benchmarks.loader --shards 'FOLDER/*.tar' --workers 1,2
 
-Both read, decode, augment (a random crop of 0.9 to 1 of the image's area, open_clip's default) and tokenize, in loader
-processes that the main process takes batches from, by turns; a repeat's figure is that of its last `--seconds`. open_clip's
-batches are normalised float32, ours are uint8, which the device normalises. The last line is one JSON object: images a second
-with one worker.
+The loaders take turns. Both read, decode, augment (a random crop of 0.9 to 1 of the image's area, open_clip's default) and
+tokenize in loader processes, from which the main process takes batches. The figure of a repeat is that of its last
+`--seconds`. open_clip's batches are normalised float32; ours are uint8, which the device normalises. The last line is one
+JSON object: images a second with one worker.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TOKENIZER = "ViT-B-32"
 
 
 def ours(shards: str, size: int, workers: int, batch: int) -> Iterator[int]:
-    """Sizes of batches, as good as without end, as open_clip's."""
+    """Returns the sizes of the batches of this library's loader, which like open_clip's practically never ends."""
     loader = data.make_loader(
         data.expand(shards) * 1000,
         tokenizer=open_clip.get_tokenizer(TOKENIZER),
@@ -63,7 +63,7 @@ def theirs(shards: str, size: int, workers: int, batch: int) -> Iterator[int]:
         train_data="::".join(data.expand(shards)),
         train_num_samples=10**9,  # of an endless epoch
         train_data_upsampling_factors=None,
-        dataset_resampled=True,  # as ours, it does not end with the shards
+        dataset_resampled=True,  # does not end with the shards, as ours
         seed=0,
         batch_size=batch,
         workers=workers,
@@ -79,9 +79,9 @@ LOADERS: dict[str, Callable[..., Iterator[int]]] = {"simplclip": ours, "open_cli
 
 
 def rate(batches: Iterator[int], workers: int, seconds: float) -> tuple[float, float]:
-    """Images a second, and images a second of the workers' processor time, which a busy machine changes less.
+    """Returns images a second, and images a second of the workers' processor time, which a busy machine changes less.
 
-    It is measured after the batches that the workers prepare ahead.
+    Measures after the batches that the workers prepare ahead.
     """
     for _ in range(3 * workers + 1):
         next(batches)
@@ -94,7 +94,7 @@ def rate(batches: Iterator[int], workers: int, seconds: float) -> tuple[float, f
 
 
 def processor_seconds() -> float:
-    """Of this process' children, the workers."""
+    """Returns the processor time of this process' children, which are the workers."""
     ticks = 0
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -160,7 +160,7 @@ def _picture(rng: np.random.Generator, drawings: list[Image.Image]) -> Image.Ima
 
 
 def _of_size(image: Image.Image) -> bytes:
-    """The JPEG of the highest quality that takes at most BYTES."""
+    """Returns the JPEG of the highest quality that takes at most BYTES."""
     low, high, best = 10, 96, b""
     while low < high:
         quality = (low + high) // 2

@@ -16,8 +16,8 @@ PASSES = {False: "forward", True: "forward + backward"}
 
 
 class Times(dict[str, list[float]]):
-    """Seconds of each case until all is done; `host` until its last kernel was started, `device` of the GPU between its first
-    and its last kernel; `failed` has the reasons of cases that could not go on."""
+    """Seconds of each run by case, until all kernels are done. `host`: until the last kernel is started. `device`: from the
+    first to the last kernel on the GPU. `failed`: the reasons of cases that raised an error."""
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__({name: [] for name in names})
@@ -33,9 +33,9 @@ def interleaved_times(
     clock: Callable[[], float] = time.perf_counter,
     strict: bool = True,
 ) -> Times:
-    """Times of `repeats` runs of each case, taken in turn (A B C A B C ...) so that drift of the machine hits all alike.
+    """Times `repeats` runs of each case, taken in turn (A B C A B C ...) so that drift of the machine hits all cases alike.
 
-    strict: a case that fails raises; else it is left out from then on.
+    strict: an error of a case is raised; else the case is left out from then on.
     """
     times = Times(cases)
     for turn in range(warmup + repeats):
@@ -67,7 +67,7 @@ def interleaved_times(
 
 
 class _Moment:
-    """torch.cuda.Event where there is no GPU."""
+    """A stand-in for torch.cuda.Event where there is no GPU."""
 
     def record(self) -> None:
         self.at = time.perf_counter()
@@ -81,7 +81,7 @@ def _mark():
 
 
 def reason(error: Exception) -> str:
-    """A line that says why a form did not run."""
+    """Returns a line that says why a form did not run."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]
@@ -94,10 +94,10 @@ def attempted(
     base: str = "simplclip",
     strict: bool = True,
 ) -> tuple[dict[str, Value], dict[str, str]]:
-    """What each form returns, and the reasons of those that have no place in a comparison: out of memory, or wrong.
+    """Runs each form. Returns the values, and the reasons of forms that are left out: out of memory, or a wrong value.
 
-    wrong(name, value, value of `base`) says what is wrong, "" if nothing is. strict: other failures raise, and so does a
-    wrong value; else they are reasons too.
+    wrong(name, value, value of `base`) says what is wrong, "" if nothing is. strict: other errors and wrong values are
+    raised; else they are reasons too.
     """
     values: dict[str, Value] = {}
     reasons: dict[str, str] = {}
@@ -120,7 +120,7 @@ def attempted(
 
 
 def clock_of_steps() -> tuple[str, Callable[[], float]]:
-    """For steps of seconds: with one thread the processor's time, which a busy machine changes little; else wall time."""
+    """Returns name and clock for steps of seconds: with one thread processor time, which load changes little; else wall."""
     if torch.get_num_threads() == 1 and not torch.cuda.is_available():
         return "processor", time.process_time
     return "wall", time.perf_counter
@@ -132,7 +132,7 @@ def _synchronize() -> None:
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """Highest sum of live bytes of torch's allocator on the device during `run`, above what was live before it."""
+    """Returns the highest sum of live bytes of torch's allocator on the device during `run`, above those before it."""
     if device == "cpu":
         return cpu_peak_bytes(run)
     torch.cuda.synchronize()
@@ -145,7 +145,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """p20, p50, p80."""
+    """Returns p20, p50 and p80."""
     if len(values) < 2:
         return (values[0],) * 3
     fifths = statistics.quantiles(values, n=5, method="inclusive")
@@ -153,7 +153,7 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def figures(times: dict[str, list[float]], form: str, base: str = "simplclip") -> dict[str, float]:
-    """Columns of a row: a form's quantiles in milliseconds, and how many times of `base`'s median its own is."""
+    """Returns columns of a row: a form's quantiles in milliseconds, and its median divided by `base`'s."""
     p20, p50, p80 = quantiles(times[form])
     milliseconds = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
     ratio = round(p50 / quantiles(times[base])[1], 2) if base in times else ""
@@ -161,7 +161,7 @@ def figures(times: dict[str, list[float]], form: str, base: str = "simplclip") -
 
 
 def apart(times: Times, form: str) -> dict[str, float]:
-    """Columns of a row: medians of the host's and of the device's milliseconds."""
+    """Returns columns of a row: medians of the host's and of the device's milliseconds."""
     sides = {"host_ms": times.host[form], "device_ms": times.device[form]}
     return {name: round(1e3 * quantiles(seconds)[1], 3) for name, seconds in sides.items()}
 
@@ -169,7 +169,7 @@ def apart(times: Times, form: str) -> dict[str, float]:
 def row_of(
     row: dict, times: Times, form: str, reasons: Mapping[str, str], strict: bool, base: str = "simplclip"
 ) -> dict:  # fmt: skip
-    """A row with the figures of a form, or with the reason why there are none; if not strict, host and device apart."""
+    """Adds the figures of a form to a row. If not strict, also adds medians of host and device, and a failure's reason."""
     if form in times:
         row |= figures(times, form, base) | ({} if strict else apart(times, form))
     return row if strict else row | {"note": reasons.get(form, "")}

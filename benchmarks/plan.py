@@ -3,7 +3,7 @@
     python -m benchmarks.plan siclip-s0 siclip2-s0
 
 Every row is an answer of `simplclip plan NAME --memory rtx-3090 --teacher-width 768 --compare open_clip` with the changes
-named; the picture of the third one is kept too.
+named; the picture of the third row is kept too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(name: str) -> None:
     budget = plan.Budget(plan.parse_memory(CARD))
     plans = {}
     for case, changes in CASES.items():
-        # The three stages of the config would be the same in all rows.
+        # The changes replace the config's three stages, which would be the same in all rows.
         values = config.load(name, [*PLAIN, *changes])
         made = plan.make(values, budget, teacher_width=TEACHER_WIDTH, compare=not plans)
         plans[case] = report.as_dict(made) | {"changes": changes}

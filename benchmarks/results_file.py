@@ -1,4 +1,4 @@
-"""Tables of measurements: on a terminal, and in files that are there whole or not at all."""
+"""Tables of measurements: for a terminal, and as CSV files that are written atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Lines of an aligned table; a column is shown where a row has it."""
+    """Returns the lines of an aligned table, with the columns for which some row has a value."""
     columns = list(dict.fromkeys(column for row in rows for column in row if column != "repeats"))
     columns = [column for column in columns if any(row.get(column, "") != "" for row in rows)]
     widths = [max(len(c), *(len(str(row.get(c, ""))) for row in rows)) for c in columns]
@@ -21,9 +21,9 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def write_csv(path: Path, rows: list[dict], key: tuple[str, ...] = ()) -> None:
-    """Writes the rows. With `key`, an earlier file's rows of the same columns stay unless they were measured anew.
+    """Writes the rows. With `key`, rows of an earlier file with the same columns stay, unless they were measured anew.
 
-    Every row names the commit that it is of.
+    Such a file has rows of several commits; every row names its own.
     """
     path.parent.mkdir(exist_ok=True, parents=True)
     columns = list(dict.fromkeys(column for row in rows for column in row))

@@ -1,4 +1,4 @@
-"""The similarity objectives as simplclip, open_clip, torch.compile and others compute them: what the benchmarks compare."""
+"""The forms that benchmarks compare: similarity objectives as simplclip, open_clip, torch.compile and others compute them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simplclip.ops.similarity.chunks import STORE_BYTES, computes_in, stored_row
 OBJECTIVES = ("contrastive", "sigmoid", "all four")
 PLANE = (10.0, -2.0)
 SCALE = 50.0
-CHUNK = 1024  # rows of open_clip's chunks
+CHUNK = 1024  # rows of a chunk in forms of other libraries
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Batch:
             leaf.grad = None
 
     def step(self, form: Callable[[Batch], Tensor]) -> Tensor:
-        """Forward and backward."""
+        """Runs forward and backward. Returns the loss."""
         self.clear()
         loss = form(self)
         loss.backward()
@@ -49,7 +49,7 @@ class Batch:
 
 
 def batch(n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> Batch:
-    """Partly matched unit features, and a teacher's near them."""
+    """Makes partly matched unit features, and features of a teacher near them."""
     generator = torch.Generator().manual_seed(0)
     unit = lambda: F.normalize(torch.randn(n, d, generator=generator), dim=1)  # noqa: E731
     image = unit()
@@ -73,7 +73,7 @@ def _ours(terms: tuple[str, ...]) -> Callable[[Batch], Tensor]:
                 "teacher_scale": b.teacher_scale,
                 "divergence": "cross_entropy",
             }
-        weights = dict.fromkeys(terms, 1.0)  # a sum of sigmoid terms takes one sweep by them
+        weights = dict.fromkeys(terms, 1.0)  # with weights, a sum of sigmoid terms takes one sweep
         return similarity_loss(b.image, b.text, b.scale, terms=terms, weights=weights, **options)["loss"]
 
     return run
@@ -84,7 +84,7 @@ def _clip_loss(b: Batch) -> Tensor:
 
 
 class _SigLipLoss(SigLipLoss):
-    """With the sum in float32: from N = 1,024 on that of N² float16 numbers overflows."""
+    """SigLipLoss with its sum in float32, since the sum of N² float16 numbers overflows from N = 1,024 on."""
 
     def _loss(self, image, text, scale, bias=None, negative_only=False):
         logits = self.get_logits(image, text, scale, bias)
@@ -126,7 +126,7 @@ def _one_product_sigmoid(b: Batch) -> Tensor:
 
 
 def _siglip_kernel_references() -> list[Callable[[Batch], Tensor]]:
-    """siglip-kernel's definition, whole and in chunks. Its file is loaded alone: the package asks for a GPU when imported."""
+    """Returns siglip-kernel's reference, whole and in chunks. Loads its file alone: importing the package needs a GPU."""
     path = Path(importlib.util.find_spec("siglip_kernel").origin).with_name("reference.py")
     spec = importlib.util.spec_from_file_location("siglip_kernel_reference", path)
     module = importlib.util.module_from_spec(spec)
@@ -170,13 +170,13 @@ def _interactive(b: Batch) -> Tensor:
 
 
 def _open_clip_all(b: Batch) -> Tensor:
-    """open_clip.DistillClipLoss, pair matching over one more product, and cross-entropies across modalities."""
+    """Adds open_clip.DistillClipLoss, pair matching over one more product, and cross-entropies across modalities."""
     distilled = DistillClipLoss()(b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale)
     return sum(distilled) + _pair_matching(b.image @ b.text.T) + _interactive(b)
 
 
 def _fewest_products_all(b: Batch) -> Tensor:
-    """All four over one product of each pair of features, as torch.compile likes it."""
+    """All four terms over one product of each pair of features, as torch.compile likes it."""
     similarity = b.image @ b.text.T
     logits, teacher = b.scale * similarity, b.teacher_scale * (b.teacher_image @ b.teacher_text.T)
     diagonal = logits.diagonal()
@@ -188,7 +188,7 @@ def _fewest_products_all(b: Batch) -> Tensor:
 
 
 def _products(n: int, dtype: torch.dtype, device: str, terms: tuple[str, ...]) -> float:
-    """Matrix products of N·N·D in similarity_loss, forward and backward, with a scalar plane and interactive "infonce".
+    """Returns the matrix products of N·N·D in similarity_loss, forward and backward, with a scalar plane and "infonce".
 
     Forward and backward compute each similarity matrix. The student's gradients need two products, each direction of
     interactive two (similarity_rows). On a CPU stored rows save a part; on a GPU, whose kernels keep tiles in registers, each
@@ -203,14 +203,14 @@ def _products(n: int, dtype: torch.dtype, device: str, terms: tuple[str, ...]) -
 class Form:
     name: str
     run: Callable[[Batch], Tensor]
-    eager: Callable[[Batch], Tensor] | None = None  # whose matrix products are counted; None: the library counts its own
-    largest: int = 1 << 62  # largest N it is asked for
+    eager: Callable[[Batch], Tensor] | None = None  # matrix products are counted in this form; None: by `_products`
+    largest: int = 1 << 62  # largest N for which the form is measured
     terms: tuple[str, ...] = ()
-    counted: float | None = None  # matrix products, where they are known otherwise
+    counted: float | None = None  # the number of matrix products, where it is known
     tf32: bool = False  # the form multiplies float32 as TF32
 
     def products(self, b: Batch) -> float:
-        """Matrix products of N·M·D in a forward and backward; a part where stored rows save one."""
+        """Returns the matrix products of N·M·D in a forward and backward; stored rows may save a fraction of one."""
         n, d = b.image.shape
         if self.counted is not None:
             return self.counted
@@ -223,7 +223,7 @@ class Form:
 
 
 def forms(objective: str, dtype: str, dense_up_to: int) -> list[Form]:
-    """simplclip's first. The dense ones hold N×N matrices and run up to N = dense_up_to."""
+    """Returns the forms of an objective, simplclip's first. Dense forms hold N×N matrices and run up to N = dense_up_to."""
     on_gpu = torch.cuda.is_available()
     installed = {name for name in ("inf_cl", "memeff", "siglip_kernel") if importlib.util.find_spec(name)}
 
@@ -284,11 +284,11 @@ def measure(
     op: str = "similarity_loss",
     strict: bool = True,
 ) -> list[dict]:
-    """One row of a result file for each form; a form that was left out or does not fit says so. Values are compared first.
+    """Returns a row of a result file for each form, also for a form that is left out or does not fit. Compares values first.
 
-    strict: a form that fails otherwise, or has another value, raises; else its row says why.
+    strict: any other error, or another value, is raised; else the row says why.
     """
-    torch.compiler.reset()  # a form compiled anew for each size is a form for that size
+    torch.compiler.reset()  # so that each form is compiled for this size alone
     features = batch(n, d, getattr(torch, dtype), device)
     peaks: dict[str, int] = {}
     left_out: dict[str, str] = {}
@@ -340,7 +340,7 @@ def measure(
 
 
 def three_products(b: Batch) -> Callable[[], None]:
-    """S = X Yᵀ, G Y and Gᵀ X over chunks of 1024 rows into memory that is there already: the machine's own rate."""
+    """Returns a function that computes S = X Yᵀ, G Y and Gᵀ X in chunks of 1024 rows and allocates nothing."""
     x, y = b.image.detach(), b.text.detach()
     rows = min(1024, x.shape[0])
     s, dx, dy = x.new_empty(rows, y.shape[0]), torch.empty_like(x), torch.empty_like(y)

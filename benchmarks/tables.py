@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LINK = "../benchmarks/results"  # from docs/
 BOTH = "forward + backward"
-BUNDLED = ("similarity_loss", "steps", "batches", "loader")  # the ops of a bundle of benchmarks.gpu that its table has
+BUNDLED = ("similarity_loss", "steps", "batches", "loader")  # ops of a bundle of benchmarks.gpu that are in its table
 # The rows of the ablation's table; the result file has all effects.
 EFFECTS = (
     "pair matching 1 beside contrastive",
@@ -53,7 +53,7 @@ EFFECTS = (
 
 
 def newest(pattern: str) -> Path:
-    """The result file of the latest date; its name ends in it."""
+    """Returns the result file of the latest date, in which its name ends."""
     found = sorted(RESULTS.glob(pattern), key=lambda path: path.stem[-10:])
     if not found:
         raise FileNotFoundError(f"no result file {pattern} in {RESULTS}")
@@ -61,7 +61,7 @@ def newest(pattern: str) -> Path:
 
 
 def read(op: str, **where: str) -> tuple[Path, list[dict[str, str]]]:
-    """The newest result file, and its rows that have these values, A or B by "A|B"; `passes` stands for the column "pass"."""
+    """Returns the newest result file and its rows with these values, "A|B" for either; `passes` stands for column "pass"."""
     path = newest(f"{op}-*.csv")
     if "passes" in where:
         where["pass"] = where.pop("passes")
@@ -70,18 +70,18 @@ def read(op: str, **where: str) -> tuple[Path, list[dict[str, str]]]:
 
 
 def link(path: Path) -> str:
-    """To a result file, from a page in docs/."""
+    """Returns a link to a result file, from a page in docs/."""
     return f"[{path.name}]({LINK}/{path.name})"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str]) -> list[str]:
-    """A table; the columns named in `left` are text, the others figures."""
+    """Returns the lines of a table. The columns named in `left` are text, the others are figures."""
     marks = ["---" if title in left else "--:" for title in head]
     return [f"| {' | '.join(head)} |", f"|{'|'.join(marks)}|", *(f"| {' | '.join(cells)} |" for cells in rows)]
 
 
 def source(path: Path, rows: list[dict[str, str]], what: str) -> list[str]:
-    """How the rows were measured."""
+    """Returns lines that say how the rows were measured."""
     first = rows[0]
     repeats = " to ".join(dict.fromkeys(sorted({row["repeats"] for row in rows if row["repeats"]}, key=int)))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
@@ -93,7 +93,7 @@ def source(path: Path, rows: list[dict[str, str]], what: str) -> list[str]:
 
 
 def op_table(op: str, **where: str) -> list[str]:
-    """A row for each row of the result file that has these values."""
+    """Returns a table with a row for each row of the result file that has these values."""
     path, rows = read(op, **where)
     columns = {
         "objective": ("objective", str),
@@ -120,7 +120,7 @@ def op_table(op: str, **where: str) -> list[str]:
 
 
 def attention_table() -> list[str]:
-    """A row for each case, forward and backward: our time, and how many times of it the fastest other form takes."""
+    """Returns a table with a row for each case, forward and backward: our time, and the fastest other form's in our times."""
     path, rows = read("shaped_attention", passes=BOTH, dtype="bfloat16")
     cases: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
@@ -137,7 +137,7 @@ def attention_table() -> list[str]:
 
 
 def texts() -> list[str]:
-    """A row for each case: texts as they are padded, and in four groups by length."""
+    """Returns a table with a row for each case: texts as they are padded, and in four groups by length."""
     path, rows = read("texts", form="padded|four groups")
     cases: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
     for row in rows:
@@ -152,7 +152,7 @@ def texts() -> list[str]:
 
 
 def ablation() -> list[str]:
-    """A row for each of EFFECTS: R@1 of base and variant, and the paired difference."""
+    """Returns a table with a row for each of EFFECTS: R@1 of base and variant, and the paired difference."""
     path, rows = read("ablation", measure="R@1", split="all")
     effects = {row["effect"]: row for row in rows}
     head = ("effect", "steps", "seeds", "base", "variant", "difference, 95 % interval", "p")
@@ -197,7 +197,7 @@ def demo() -> list[str]:
 
 
 def plan(name: str) -> list[str]:
-    """Pairs of a step that fit the card: in one graph, how many times open_clip's, and by gradient caching."""
+    """Returns a table of the pairs of a step that fit the card: in one graph, beside open_clip's, and by gradient caching."""
     path = newest(f"plan-{name}-*.json")
     result = json.loads(path.read_text())
     by_case = {case: {a["what"]: a for a in made["answers"]} for case, made in result["plans"].items()}
@@ -223,9 +223,9 @@ def plan(name: str) -> list[str]:
 
 
 def predicted() -> list[str]:
-    """A row for each call: milliseconds by card, as first written and as last; of the first card also what bounds it.
+    """Returns a table with a row for each call: first and last milliseconds by card, and the first card's bounds.
 
-    Without the smallest losses, and MLPs, which the blocks have: the file has all.
+    Leaves out the smallest losses and the MLPs, which are in the blocks. The result file has all calls.
     """
     path, rows = read("bound_calls", passes=BOTH, dtype="bfloat16")
     rows = [row for row in rows if not row["call"].startswith("mlp-") and not row["shape"].startswith("N=4096 ")]
@@ -262,7 +262,7 @@ def predicted() -> list[str]:
 
 
 def of_bundle(path: Path) -> list[str]:
-    """A row for each figure in bfloat16 of the losses, steps, largest batches and the loader that a bundle has."""
+    """Returns a table of a bundle's figures in bfloat16: losses, steps, largest batches and the loader."""
     with open(path, newline="") as file:
         rows = [
             row for row in csv.DictReader(file) if row["op"] in BUNDLED and row["dtype"] in ("bfloat16", "") and row["form"]
@@ -277,7 +277,7 @@ def of_bundle(path: Path) -> list[str]:
 
 
 def card() -> list[str]:
-    """Of the newest bundle of a card."""
+    """Returns the table of the newest bundle that a card has measured."""
     bundles = [path for path in RESULTS.glob("*/rows.csv") if " threads of " not in path.read_text()]
     if not bundles:
         return ["No card has measured anything yet: this table is made from what `python -m benchmarks.gpu` writes."]
@@ -285,7 +285,7 @@ def card() -> list[str]:
 
 
 def figures() -> list[str]:
-    """Three figures for the README: a loss, a block and a training step, each beside what it replaces."""
+    """Returns the README's table: a loss, a block and a training step, each beside the form that it replaces."""
 
     def pair(op: str, ours: str, theirs: str, **where: str) -> tuple[dict[str, str], dict[str, str]]:
         rows = {row["form"]: row for row in read(op, **where)[1]}
@@ -341,7 +341,7 @@ TABLES = {
 
 
 def written(name: str) -> str:
-    """The text of the file `name` with its tables as the result files have them."""
+    """Returns the text of the file `name`, with its tables made from the result files."""
     text = (ROOT / name).read_text()
     for table, make in TABLES[name].items():
         pattern = re.compile(rf"(<!-- table: {table} -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -44,7 +44,7 @@ def inherited(name: str) -> torch.nn.Module:
 
 
 def make(name: str, precision: str) -> dict[str, tuple[Run, tuple]]:
-    """The forms, each with its pairs."""
+    """Returns the forms, each with its batch of pairs."""
     model, (count, captions) = inherited(name), BATCHES[name]
     side = model.visual.image_size
     image = torch.rand(count, 3, *(side if isinstance(side, tuple) else (side, side)))

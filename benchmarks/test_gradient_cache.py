@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 pytest benchmarks/test_gradient_cache.py --repeats 5 --write
 
-Accumulation runs the same micro-batches, each with a loss of its own, so that a pair meets only those of its micro-batch as
-negatives. One graph, which is what gradient caching computes, is measured at a smaller batch. No optimizer.
+Accumulation runs the same micro-batches, each with a loss of its own, so that the negatives of a pair are in its micro-batch.
+One graph, whose gradients gradient caching computes, is measured at a smaller batch. No optimizer.
 """
 
 import resource
@@ -89,13 +89,13 @@ def test_time(benchmark, rows, request, dtype):
 def test_allocator_peak(rows, dtype):
     case = Case(PEAK, dtype)
     for form, run in {OURS: case.cached, ACCUMULATION: case.accumulated, GRAPH: case.one_graph}.items():
-        run()  # gradients exist
+        run()  # so that gradients exist
         rows.append(row(PEAK, dtype, form, extra_mib=round(cpu_peak_bytes(run) / 2**20)))
 
 
 @pytest.mark.parametrize("dtype", PRECISION)
 def test_resident_memory(rows, dtype):
-    """The highest resident set of a process that makes one step: torch, model, the pairs' pixels and all."""
+    """Measures the highest resident set of a process that makes one step, with torch, the model and the pairs' pixels."""
     program = f"from benchmarks import test_gradient_cache as t; t.print_resident({dtype!r})"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     resident = int(run.stdout)

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 pytest benchmarks/test_siclip_s0.py --repeats 5 --write
 
-Random weights, random pairs in memory, no loader. A step of siclip-s0 is that of `simplclip train` with all that is unchanged
-inherited and frozen, and with pair matching and distillation from stored features; that of MobileCLIP-S0 is open_clip's, with
+Random weights, random pairs in memory, no loader. A step of siclip-s0 is a step of `simplclip train`: unchanged parts are
+inherited and frozen, with pair matching and distillation from stored features. A step of MobileCLIP-S0 is open_clip's, with
 its contrastive loss and all weights trained. Forms take turns within a round.
 """
 

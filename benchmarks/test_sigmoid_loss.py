@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 pytest benchmarks/test_sigmoid_loss.py --sizes 1024,4096,16384 --repeats 5 --write
 
-As test_similarity_loss.py, with gradients to the bias too. siglip-kernel's reference is measured where the package is
-installed. memeff has no sigmoid loss, and its contrastive one needs a GPU: both are in `python -m benchmarks.gpu`.
+Measures as test_similarity_loss.py does, with a gradient of the bias too. siglip-kernel's reference is measured where the
+package is installed. memeff has no sigmoid loss, and its contrastive loss needs a GPU: see `python -m benchmarks.gpu`.
 """
 
 import pytest

@@ -1,10 +1,10 @@
-"""A text tower on padded captions, and on the same ones cropped in one piece and in groups by length; and the demo's step.
+"""A text tower on padded captions and on the same captions cropped, in one piece or in groups by length; and the demo's step.
 
     OMP_NUM_THREADS=1 pytest benchmarks/test_texts.py --repeats 9 --write
 
 Forward and backward of text towers on 64 captions: ViT-B-32's (12 layers, width 512, causal, 77 tokens), and those of
-siclip2-s0 and siclip-s0 with masked padding. The lengths of the captions are those of two histograms, of the kinds of COCO's
-captions (mean 13) and of CC12M's alt texts (mean 23, a tail to 77). The demo's step needs its data, see its config.
+siclip2-s0 and siclip-s0 with masked padding. The lengths of the captions follow two histograms: one like COCO's captions
+(mean 13), one like CC12M's alt texts (mean 23, a tail to 77). The demo's step needs the demo's data, see its config.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ from simplclip.train.state import Training
 from simplclip.train.step import train_step
 
 TEXTS = 64
-# Captions of 1,000 by their tokens, with start and end.
+# How many of 1,000 captions have so many tokens, start and end included.
 HISTOGRAMS = {
     "COCO": {9: 20, 10: 90, 11: 180, 12: 200, 13: 175, 14: 120, 15: 80, 16: 50, 17: 30, 18: 20, 20: 15, 22: 10, 26: 6, 32: 4},
     "CC12M": {
@@ -35,7 +35,7 @@ HISTOGRAMS = {
 
 
 def captions(kind, context=77, end=49407):
-    """Token ids [TEXTS, context]: the quantiles of a histogram, in random order."""
+    """Returns token ids [TEXTS, context]. Their lengths are the quantiles of a histogram, in random order."""
     lengths = [length for length, count in HISTOGRAMS[kind].items() for _ in range(count)]
     chosen = torch.tensor(lengths)[torch.linspace(0, len(lengths) - 1, TEXTS).round().long()]
     text = torch.zeros(TEXTS, context, dtype=torch.long)
@@ -67,7 +67,7 @@ CROPS = {"padded": None, "one piece": 1, "four groups": 4}
 
 
 def compare(benchmark, request, row, cases):
-    """The rows of cases that take turns."""
+    """Measures cases, which take turns. Returns their rows."""
     repeats = request.config.getoption("--repeats")
     name, clock = clock_of_steps()
     times = benchmark.pedantic(interleaved_times, args=(cases, repeats, 1, clock), rounds=1)

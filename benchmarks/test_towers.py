@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 pytest benchmarks/test_towers.py --repeats 9 --write
 
 Random weights; all models are folded, their image towers in channels_last. Models take turns within a round. The text tower
-of MobileCLIP-S0 stands there twice: in the published one the last MLP computes all tokens, of which one is used.
+of MobileCLIP-S0 is measured twice: as published, its last MLP computes all tokens, of which one is used.
 """
 
 import pytest

@@ -25,7 +25,7 @@ WIDTH = 256
 
 
 class PlainTowerBlock(PlainBlock):
-    """In the place of a tower's block."""
+    """A PlainBlock that can take the place of a tower's block."""
 
     def forward(self, x: Tensor, *_, **__) -> Tensor:
         return super().forward(x)
@@ -35,7 +35,7 @@ class PlainTowerBlock(PlainBlock):
 
 
 def in_plain_torch(model: nn.Module) -> nn.Module:
-    """The model whose simplified blocks compute the same in plain torch ops. In place."""
+    """Replaces the model's simplified blocks by plain torch ops that compute the same. Returns the model itself."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, SimplifiedBlock):
@@ -56,7 +56,7 @@ def dense_pair_matching(image: Tensor, text: Tensor, weight: Tensor, bias: Tenso
 
 
 class Dense(nn.Module):
-    """The same objective as open_clip and plain torch write it, with the parameters of ours."""
+    """The objective of one of our losses as open_clip and plain torch write it, with that loss's parameters."""
 
     def __init__(self, loss: nn.Module):
         super().__init__()
@@ -140,7 +140,7 @@ def make(batch: int, dtype: str, distil: bool, device: str = "cpu") -> tuple[dic
 
 
 def measure(objective: str, batch: int, dtype: str, repeats: int, device: str = "cpu", strict: bool = True) -> list[dict]:
-    """A row for each form; strict: one that fails, or has another loss, raises; else its row says why."""
+    """Returns a row for each form. strict: an error or another loss is raised; else the row says why."""
     forms, pairs = make(batch, dtype, "distillation" in objective, device)
 
     def wrong(name: str, loss: float, ours: float) -> str:

@@ -1,4 +1,4 @@
-// The calls of the ops: structs with the fields of simplclip/ops/*/call.py in their order, from which the schemas are generated.
+// Arguments of ops: structs with the fields, in order, of the dataclasses in simplclip/ops/*/call.py, which give the schemas.
 #pragma once
 
 #include "layout.h"
@@ -26,7 +26,7 @@ struct AttentionCall {
 };
 
 struct AttentionInto : AttentionCall {
-  Tensor grad, lse, av;  // [B, L, H, K], [B, H, L]; of other backends
+  Tensor grad, lse, av;  // [B, L, H, K], [B, H, L]; only other backends use av
   Tensor dq, dk, dv;     // [B, L, H, K], written
 
   auto fields() { return std::tuple_cat(AttentionCall::fields(), std::tie(grad, lse, av, dq, dk, dv)); }
@@ -65,7 +65,7 @@ struct FeatureGradient : FeatureCall {
   auto fields() { return std::tuple_cat(FeatureCall::fields(), std::tie(grad, inv_norms)); }
 };
 
-// For TORCH_BOX, which needs a function of single arguments: run(fields...) makes a Call of them and returns function(call).
+// Adapts `function` to TORCH_BOX, which needs a parameter for each argument: run(fields...) returns function(Call of the fields).
 template <class Call, auto function, class Fields = decltype(std::declval<Call&>().fields())>
 struct Unpacked;
 

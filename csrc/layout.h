@@ -1,4 +1,4 @@
-// Checks of a tensor's memory for kernels that use pointers. The errors name the argument.
+// Checks of a tensor's memory layout, for kernels that use pointers. The errors name the argument.
 #pragma once
 
 #include "common.h"
@@ -21,7 +21,7 @@ inline void expect_contiguous(const char* name, const std::optional<Tensor>& t) 
   if (t) expect_contiguous(name, *t);
 }
 
-// The last dimension is contiguous; kernels accept any other strides.
+// Checks that the last dimension is contiguous. Kernels accept any strides of the other dimensions.
 inline void expect_dense_rows(const char* name, const Tensor& t) {
   const int64_t last = t.dim() - 1;
   STD_TORCH_CHECK(t.size(last) <= 1 || t.stride(last) == 1, name, ": expected stride 1 in the last dimension, got strides ",

@@ -1,5 +1,5 @@
-// Memory that a function takes from torch besides its results. A function allocates all of it at its start by a Scratch, so that
-// the same code on meta tensors computes its size for predictions of memory (simplclip/memory/count.py).
+// Workspace: the memory that an op's function allocates besides its results. The function takes all of it from a Scratch at its
+// start, so that the same code on meta tensors computes the size of the workspace for simplclip/memory/count.py.
 #pragma once
 
 #include "layout.h"
@@ -8,7 +8,7 @@ namespace simplclip {
 
 class Scratch {
  public:
-  // `grain`: the allocator rounds allocations up to multiples of it.
+  // `grain`: the allocator rounds each allocation up to a multiple of `grain` bytes.
   explicit Scratch(int64_t grain = 1) : grain_(grain) {}
 
   Tensor take(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
@@ -27,7 +27,7 @@ class Scratch {
   int64_t grain_, bytes_ = 0;
 };
 
-// The bytes that a function takes: those of its Work, a struct of a call and a Scratch.
+// Returns the bytes of workspace of a function. Its Work is a struct whose constructor takes the workspace from a Scratch.
 template <class Call, class Work, int64_t grain = 1>
 int64_t workspace(const Call& call) {
   Scratch scratch(grain);

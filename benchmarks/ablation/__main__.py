@@ -1,4 +1,4 @@
-"""The command of the ablation; the same command goes on after a stop."""
+"""Command line of the ablation. The same command continues an ablation that was stopped."""
 
 from __future__ import annotations
 

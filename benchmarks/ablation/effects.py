@@ -1,16 +1,16 @@
-"""An effects file: which settings an ablation compares, and the training runs that it needs.
+"""Effects files: the settings that an ablation compares, and the training runs that this needs.
 
     steps: 150                                  # run.steps of every run
     set: [data.batch_size=128]                  # settings of every run
     data: {data/noisy: simplclip data emoji --swap 0.3 --out data/noisy}    # folders, and the commands that make them
-    prepare:                                    # runs whose last checkpoint others name: {pretrained}
-      pretrained: ["model.options={simplified: false}", run.steps=400]   # with run.seed=0 one for all seeds
+    prepare:                                    # runs whose last checkpoint settings name by {pretrained}
+      pretrained: ["model.options={simplified: false}", run.steps=400]   # run.seed=0: one run for all seeds
     effects:
       - name: pair matching beside contrastive
         group: pair matching
         base: [loss.pm_weight=0]                # without `base`, the variant is only reported
         variant: [loss.pm_weight=1]
-        set: ["data.train=data/noisy/train-*.tar"]    # settings of both; optional, as are those below
+        set: ["data.train=data/noisy/train-*.tar"]    # settings of both; optional, as all keys below
         steps: 400
         seeds: 5
         needs: [data/noisy]
@@ -79,11 +79,11 @@ class Trial:
     settings: tuple[str, ...]  # with the names of prepared runs in braces
     seed: int
     digest: str
-    prepared: Mapping[str, Trial]  # by name: the runs whose checkpoints it needs
-    keep: bool = False  # whether another run needs its checkpoint
+    prepared: Mapping[str, Trial]  # by name: the runs whose checkpoints this run needs
+    keep: bool = False  # whether another run needs this run's checkpoint
 
     def folder(self, out: Path) -> Path:
-        """OUT/TITLE-DIGEST; an earlier folder with this digest stays, whatever its title."""
+        """Returns the existing folder with this digest, whatever its title; else OUT/NAME."""
         return next((path for path in sorted(out.glob(f"*-{self.digest}")) if path.is_dir()), out / self.name)
 
     @property
@@ -91,14 +91,14 @@ class Trial:
         return f"{self.title}-s{self.seed}-{self.digest}"
 
     def overrides(self, out: Path) -> list[str]:
-        """The settings with the paths of the prepared checkpoints, the seed and the folder of the run."""
+        """Returns the settings, with paths in place of names in braces, and the seed and the folder of the run."""
         paths = {name: str(one.folder(out) / "last.pt") for name, one in self.prepared.items()}
         told = [_filled(item, paths) for item in self.settings]
         return [f"run.seed={self.seed}", *told, f"run.out={json.dumps(str(self.folder(out)))}"]
 
 
 def load(source: str | Path) -> Effects:
-    """Read an effects file by its path, or one of this folder by its name. Raises ConfigError, which names the place."""
+    """Reads an effects file by its path, or a file of this folder by its name. Raises ConfigError, which names the place."""
     file = Path(source) if Path(source).is_file() else Path(__file__).parent / f"{source}.yaml"
     if not file.is_file():
         raise ConfigError(f"effects: expected a YAML file, or emoji, got {source!s}")
@@ -122,7 +122,7 @@ def load(source: str | Path) -> Effects:
 
 
 def trials(effects: Effects, effect: Effect, seed: int, source: str, overrides: Sequence[str] = ()) -> dict[str, Trial]:
-    """The runs of one seed of an effect of the config `source`: "base", if there is one, and "variant"."""
+    """Returns the runs of an effect for one seed, based on the config `source`: "base", if there is one, and "variant"."""
     made = {}
     for side in effect.sides():
         settings = _settings(effects, [*effect.set, *getattr(effect, side), *overrides], effect.steps)
@@ -131,14 +131,14 @@ def trials(effects: Effects, effect: Effect, seed: int, source: str, overrides: 
 
 
 def missing(effects: Effects, chosen: Sequence[Effect]) -> Iterator[str]:
-    """A line for each folder that a chosen effect needs and that does not exist: how to make it."""
+    """Yields a line for each folder that a chosen effect needs and that does not exist. The line says how to make it."""
     for folder in dict.fromkeys(folder for effect in chosen for folder in effect.needs):
         if not Path(folder).exists():
             yield f"data: expected the folder {folder}, which does not exist; to make it: {effects.data[folder]}"
 
 
 def _settings(effects: Effects, own: Sequence[str], steps: int | None = None) -> list[str]:
-    """Those of a run: of the file, its length, and its own."""
+    """Returns the settings of a run: those of the file, the number of steps, and its `own`."""
     steps = steps or effects.steps
     return [*effects.set, *([f"run.steps={steps}"] if steps else []), *own]
 
@@ -156,7 +156,7 @@ def _trial(effects: Effects, source: str, settings: Sequence[str], seed: int, ti
         raise ConfigError(f"{title}: {error}") from None
     if not values.eval.splits:
         raise ConfigError("eval.splits: expected held-out data, got none")
-    # Without defaults, so that a new key of the config does not make other runs of those that are done.
+    # Without defaults, so that a new key of the config does not change the digests of finished runs.
     text = json.dumps(values.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     return Trial(re.sub(r"[^\w.]+", "-", title), tuple(settings), seed, digest, prepared, keep)

@@ -1,4 +1,4 @@
-"""Does the runs that an effects file needs, and writes what they show."""
+"""Does the runs that an effects file needs, and writes tables of their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from simplclip.common.progress import Progress
 from simplclip.train import config
 from simplclip.train.config import ConfigError
 
-Plan = Sequence[tuple[Effect, list[dict[str, Trial]]]]  # of each effect the runs of each seed, "base" and "variant"
+Plan = Sequence[tuple[Effect, list[dict[str, Trial]]]]  # each effect with its runs by seed, "base" and "variant"
 
 
 class AblationError(UserError):
@@ -39,11 +39,11 @@ def run(
     only: Sequence[str] = (),
     train: bool = True,
 ) -> Path:
-    """Train what the effects file compares with the config `source`, and write the tables; returns OUT/effects.csv.
+    """Trains the models that an effects file compares with config `source`, and writes tables. Returns OUT/effects.csv.
 
     The runs of the first effect with all its seeds are done first, then those of the next. A run that several effects share
     is done once. Finished runs are kept in OUT, where they are found by their settings, so that the file may change; stopped
-    ones are continued. A run that fails does not stop the others. The tables are written anew after each run:
+    runs are continued. A run that fails does not stop the others. The tables are written anew after each run:
 
         ablation.csv   a row for each run, split and direction: R@1, R@5, R@10 and their chance
         effects.csv    rows for each effect: base, variant, and the paired difference over the seeds that have both
@@ -54,7 +54,7 @@ def run(
         seeds: of each effect if the file names no number.
         jobs: runs at a time, which share the CPU's threads.
         only: patterns of names or groups of effects; the others are left out.
-        train: False only writes the tables of the runs that are done.
+        train: False only writes the tables of the finished runs.
 
     Raises:
         ConfigError: a setting or the effects file is not valid, data are missing, or a default has changed since a run.
@@ -90,7 +90,7 @@ def run(
 
 
 def _train_all(plan: Plan, source: str, out: Path, jobs: int, title: str) -> list[str]:
-    """Do all runs that are not done; returns a line for each that failed."""
+    """Does all unfinished runs. Returns a line for each run that failed."""
     trials: dict[str, Trial] = {}
     for trial in _all(plan):
         if trial.digest not in trials or trial.keep:
@@ -103,7 +103,7 @@ def _train_all(plan: Plan, source: str, out: Path, jobs: int, title: str) -> lis
     reporting = threading.Lock()
 
     def one(trial: Trial) -> str | None:
-        for name, before in trial.prepared.items():  # those that are not done are earlier in the queue
+        for name, before in trial.prepared.items():  # unfinished prepared runs are earlier in the queue
             if before.digest in ends and ends[before.digest].result():
                 return f"{trial.name} was not started: the run of {name} failed"
         failure = _train(trial, source, out, threads, running)
@@ -120,19 +120,19 @@ def _train_all(plan: Plan, source: str, out: Path, jobs: int, title: str) -> lis
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
-                process.terminate()  # it saves its last whole step
+                process.terminate()  # the process saves its last whole step
             raise
 
 
 def _all(plan: Plan) -> Iterator[Trial]:
-    """All runs in their order, those that others need before them."""
+    """Yields all runs in their order; a run that another run needs comes before it."""
     for trial in (trial for _, pairs in plan for pair in pairs for trial in pair.values()):
         yield from trial.prepared.values()
         yield trial
 
 
 def _check_defaults(trial: Trial, source: str, out: Path) -> None:
-    """Check that the settings of an earlier run still mean the same: digests do not contain defaults, which may change."""
+    """Raises ConfigError if a default has changed since an earlier run, since digests do not contain defaults."""
     earlier = (folder := trial.folder(out)).with_name(f"{folder.name}.yaml")
     if folder.exists() and earlier.exists():
         changed = differences(*(c.to_dict() for c in (config.load(earlier), config.load(source, trial.overrides(out)))))
@@ -150,7 +150,7 @@ def _done(trial: Trial, out: Path) -> bool:
 
 
 def _train(trial: Trial, source: str, out: Path, threads: int, running: list[subprocess.Popen[bytes]]) -> str | None:
-    """Do one run in a process; returns a line that names its log if it fails."""
+    """Does one run in a process of its own. Returns a line that names its log if the run fails, else None."""
     folder = trial.folder(out)
     settings, log = folder.with_name(f"{folder.name}.yaml"), folder.with_name(f"{folder.name}.log")
     write_atomically(settings, config.load(source, trial.overrides(out)).to_yaml())
@@ -158,7 +158,7 @@ def _train(trial: Trial, source: str, out: Path, threads: int, running: list[sub
     command = [*worker, *(["--keep"] if trial.keep else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(log, "a") as file:
-        # Its own session: a run that gets Ctrl-C from the terminal and from here as well would stop without saving.
+        # In a session of its own: a run that gets Ctrl-C from the terminal and from here as well would stop without saving.
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     running.append(process)
     code = process.wait()
@@ -167,7 +167,7 @@ def _train(trial: Trial, source: str, out: Path, threads: int, running: list[sub
 
 
 def report(plan: Plan, out: Path, title: str) -> Path:
-    """Write the tables and the picture of the runs of `plan` that are done."""
+    """Writes the tables and the picture of the finished runs of `plan`. Returns OUT/effects.csv."""
     results = {}
     for trial in _all(plan):
         path = trial.folder(out) / RESULT

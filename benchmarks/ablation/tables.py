@@ -19,7 +19,7 @@ Result = Mapping[str, Any]  # of a run: its result.json, and "run" and "seed"
 
 
 def run_rows(result: Result) -> Iterator[dict[str, Any]]:
-    """A row for each split and direction of a run."""
+    """Yields a row for each split and direction of a run."""
     for split, entry in result["splits"].items():
         for direction in DIRECTIONS:
             row: dict[str, Any] = {"run": result["run"], "seed": result["seed"], "steps": result["step"]}
@@ -29,7 +29,7 @@ def run_rows(result: Result) -> Iterator[dict[str, Any]]:
 
 
 def value(result: Result, measure: str, split: str = ALL) -> float:
-    """In per cent: R@1, the mean of both directions, or AUC, of a split or the mean over all splits. nan without a figure."""
+    """Returns R@1 (mean of both directions) or AUC in per cent, of a split or the mean over all; nan without a figure."""
     splits = result["splits"].values() if split == ALL else [result["splits"][split]]
     if measure == "R@1":
         return 100 * statistics.fmean(entry[direction]["R@1"]["value"] for entry in splits for direction in DIRECTIONS)
@@ -37,10 +37,10 @@ def value(result: Result, measure: str, split: str = ALL) -> float:
 
 
 def effect_rows(group: str, effect: str, pairs: Sequence[Mapping[str, Result]]) -> Iterator[dict[str, Any]]:
-    """A row for R@1 over all splits, for that of each split, and for AUC over all splits: mean and standard deviation of base
-    and variant, and their paired difference over the seeds.
+    """Yields rows for R@1 over all splits, R@1 of each split, and AUC over all splits. A row has mean and standard deviation
+    of base and variant, and their paired difference over the seeds.
 
-    pairs: of each seed that is done, the results of "base" (none for a variant that is only reported) and "variant".
+    pairs: for each finished seed, the results of "base" (none for a variant that is only reported) and "variant".
     """
     for measure, split in (("R@1", ALL), *(("R@1", split) for split in pairs[0]["variant"]["splits"]), ("AUC", ALL)):
         figures = [{side: value(result, measure, split) for side, result in pair.items()} for pair in pairs]
@@ -62,7 +62,7 @@ def effect_rows(group: str, effect: str, pairs: Sequence[Mapping[str, Result]]) 
 
 
 def _compared(base: Sequence[float], variant: Sequence[float]) -> dict[str, Any]:
-    """The difference of variant and base, paired, with the t-test and the 95 % interval of its mean; empty without a base."""
+    """Returns the paired difference of variant and base, its t-test and the 95 % interval of its mean; "" without a base."""
     row = dict.fromkeys(("difference", "difference std", "t", "p", "low", "high"), "")
     differences = [b - a for a, b in zip(base, variant)]
     if differences:
@@ -80,9 +80,9 @@ def _round(value: float | None, digits: int = 3) -> float | str:
 
 
 def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Path | None:
-    """The paired differences of all effects with their 95 % intervals, by group, the largest first.
+    """Draws the paired differences of all effects with their 95 % intervals, by group, the largest first.
 
-    rows: those of effects.csv; those without a difference are left out. None if nothing is left.
+    rows: those of effects.csv; a row without a difference is left out. Returns None if no row is left.
     """
     rows = [row for row in rows if (row["measure"], row["split"]) == ("R@1", ALL) and row["difference"] != ""]
     if not rows:

@@ -28,11 +28,11 @@ from simplclip.train import config
 from simplclip.train.settings import Config
 from simplclip.train.state import image_transform, load_model, tokenizer
 
-MATRIX = 1 << 26  # most similarities for `auc`
+MATRIX = 1 << 26  # most similarities that `auc` computes
 
 
 def follow(parent: int, period: float = 2.0) -> None:
-    """Stop this process as SIGTERM does when its parent has ended, so that a killed ablation leaves no run behind."""
+    """Sends this process SIGTERM when its parent has ended, so that a killed ablation leaves no run behind."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -43,8 +43,8 @@ def follow(parent: int, period: float = 2.0) -> None:
 
 
 def auc(split: retrieval.Split) -> float:
-    """The probability that a pair is more similar than an image and a caption of different groups: how well one threshold for
-    all queries tells pairs from others, which recall does not see. Of large splits every k-th image, with its captions."""
+    """Returns the probability that a pair is more similar than an image and a caption of different groups. Unlike recall, it
+    shows how well one threshold serves all queries. Of large splits it takes every k-th image, with its captions."""
     step = math.ceil(math.sqrt(len(split.groups) * len(split.caption_groups) / MATRIX))
     groups, caption_groups = split.groups[::step], split.caption_groups
     captions = torch.isin(caption_groups, groups).nonzero()[:, 0]
@@ -56,7 +56,7 @@ def auc(split: retrieval.Split) -> float:
 
 
 def result(values: Config) -> dict[str, Any]:
-    """Figures of the finished run: of each split R@k with its chance by direction and AUC; time per step; parameters."""
+    """Returns figures of the finished run: AUC and R@k with its chance by split and direction; time per step; parameters."""
     out = Path(values.run.out)
     device = hardware.pick_device(values.run.device)
     precision, _ = hardware.pick_precision(values.run.precision, device)

@@ -1,12 +1,12 @@
-"""What a call of an op takes on a card, predicted from machine code, bytes and launches; needs no card, and measures none.
+"""Predicts the time of an op's call on a card from machine code, bytes and launches. Needs no card and measures nothing.
 
     python -m benchmarks.bound --call contrastive --n 65536 --width 512 --dtype bfloat16 --card rtx-3090
     python -m benchmarks.bound --label after         all calls on all cards, into benchmarks/results
 
-Prints a row for each kernel, in order of time: launches, milliseconds, the pipe that bounds it and the share of the card's
-peak of products; and as the last line a JSON object. Its bytes are those of memory: "bytes" of sums, statistics and
-elementwise kernels, "operand_bytes" of what products read, "block_bytes" of what a kernel writes for a later product (a block
-of the gradient to the similarities, a hidden layer), "all_bytes" the three together. "launches" counts torch's kernels too.
+Prints a row for each kernel, the slowest first: launches, milliseconds, the pipe that bounds it and the share of the card's
+peak of products. The last line is a JSON object with bytes of memory: "bytes" of sums, statistics and elementwise kernels,
+"operand_bytes" that products read, "block_bytes" that a kernel writes for a later product (a block of the gradient of the
+similarities, a hidden layer), and "all_bytes", the sum of the three. "launches" includes torch's kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from simplclip.common.cards import CARDS
 
 CALLS, KERNELS = RESULTS / "bound_calls-predicted.csv", RESULTS / "bound_kernels-predicted.csv"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
-MAIN = "bfloat16"  # the others have the smallest N alone, whose kernels are those of all
+MAIN = "bfloat16"  # the other dtypes have only the smallest N, whose kernels are those of every N
 OF_ARCHITECTURES = ("rtx-3090", "rtx-4090", "h100", "rtx-5090")
 
 
@@ -75,7 +75,7 @@ def shown(rows: list[predict.Row], predictor: predict.Predictor, dtype: str) -> 
 
 
 def _instructions(made: machine.Machine, work: machine.Work) -> dict:
-    """Of product loops and outside them; and how many of these a warp executes for each of 2,048 multiply-adds."""
+    """Counts instructions in and outside product loops, and those outside that a warp executes for 2,048 multiply-adds."""
     row: dict = {}
     for where in ("loop", "outside"):
         chosen = [part for part in made.code.parts if bool(part.products) == (where == "loop")]
@@ -93,7 +93,7 @@ COLUMNS += ("ms", "bound_by")
 
 
 def kernel_rows(predictor: predict.Predictor, label: str, dtype: str, card: str) -> list[dict]:
-    """A row for each kernel that was started; instructions are of its machine code, clocks of one block."""
+    """Returns a row for each kernel that was started: instructions of its machine code, clocks of one block."""
     found = []
     for case, name, made, work, clocks, estimate in predictor.kernels.values():
         row = {"label": label, "kernel": name, "call": case, "dtype": dtype, "sm": predictor.card.architecture, "card": card}
@@ -108,7 +108,7 @@ def kernel_rows(predictor: predict.Predictor, label: str, dtype: str, card: str)
 
 
 def everything(options: argparse.Namespace) -> None:
-    """All calls, all cards; writes the files after each card and dtype."""
+    """Predicts all calls on all cards. Writes the files after each card and dtype."""
     where = {"torch": torch.__version__, "triton": machine.triton.__version__, "commit": hardware.commit(),
              "date": datetime.date.today().isoformat()}  # fmt: skip
     for dtype in (options.dtype,) if options.dtype else DTYPES:

@@ -1,10 +1,10 @@
-"""What predicted times assume beside data sheets and machine code, and what multiprocessors do in a clock."""
+"""Assumptions of predicted times beside data sheets and machine code, and rates of multiprocessors per clock."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Assumed, not from data sheets: what cuBLAS reaches of half-type products (TFLOP/s), kernels of the memory and of the cache
+# Assumed rates, not from data sheets: of cuBLAS in products of half types (TFLOP/s), of kernels from memory and from cache
 # (TB/s). Products of other types are assumed to reach the same share of their peaks.
 SUSTAINED = {
     "rtx-3090": (62, 0.85, 3.0),
@@ -16,12 +16,12 @@ SUSTAINED = {
     "h100": (600, 2.8, 5.5),
 }
 LAUNCH_US = 2.0  # the least that a kernel takes on the device
-HOST_US = 12.0  # of the host, for each kernel that it starts, in eager mode with autograd
-MMA_SYNC_SM90 = 0.62  # of the peak of Hopper's tensor cores, which only wgmma fills (Luo et al. 2024, arXiv 2402.13499)
-DEPENDENT = 4  # clocks until a result can be used (Jia et al. 2018, arXiv 1804.06826), which only other warps hide
-FLASH = 0.75  # of cuBLAS's rate that FlashAttention reaches, over tokens padded to blocks of FLASH_BLOCK
+HOST_US = 12.0  # time of the host for each kernel that it starts, in eager mode with autograd
+MMA_SYNC_SM90 = 0.62  # share of Hopper's peak of products, which only wgmma reaches (Luo et al. 2024, arXiv 2402.13499)
+DEPENDENT = 4  # clocks until a result can be used (Jia et al. 2018, arXiv 1804.06826); only other warps hide this wait
+FLASH = 0.75  # share of cuBLAS's rate that FlashAttention reaches, over tokens padded to blocks of FLASH_BLOCK
 FLASH_BLOCK = 128
-CUBLAS_TILE, CUBLAS_DEPTH = 128, 512  # its unit of work, sums split where that fills the card
+CUBLAS_TILE, CUBLAS_DEPTH = 128, 512  # cuBLAS's unit of work; it splits sums where that fills the card
 ASSUMPTIONS = (
     "cuBLAS reaches {0} TFLOP/s of half types, memory {1} TB/s, the cache {2} TB/s; own products at most cuBLAS's rate",
     f"a kernel takes at least {LAUNCH_US:g} µs; its pipes run in parallel, the parts of one block one after the other, those "
@@ -37,10 +37,10 @@ def lines(card: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """Results a clock of one multiprocessor, by compute capability: CUDA C++ Programming Guide, "Arithmetic Instructions".
+    """Results a clock of one multiprocessor: CUDA C++ Programming Guide, "Arithmetic Instructions".
 
-    The pipes of float32 (add, multiply, fused), of comparisons, selections and integers, and of 2^x, 1/x and conversions; and
-    bytes of shared memory a clock.
+    fma: add, multiply and fused in float32. alu: comparisons, selections and integers. mufu: 2^x, 1/x and conversions.
+    shared: bytes of shared memory a clock.
     """
 
     fma: int

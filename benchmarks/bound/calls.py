@@ -33,18 +33,18 @@ TOWERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A call, by its name; n and width are of the losses."""
+    """A call whose cost is predicted."""
 
     name: str
     shape: str
-    run: Callable[[torch.dtype, bool], None]  # with a backward or without
+    run: Callable[[torch.dtype, bool], None]  # dtype, and whether to run backward
     product: tuple[int, int, int]  # m n k of its largest product
 
     def __str__(self) -> str:
         return f"{self.name}, {self.shape}"
 
 
-make, device = torch.empty, "cuda"  # of the tensors of a call; `real` gives them values
+make, device = torch.empty, "cuda"  # make the tensors of a call; `real` replaces both
 
 
 def _normalised(shape: tuple[int, ...], **options) -> Tensor:
@@ -53,7 +53,7 @@ def _normalised(shape: tuple[int, ...], **options) -> Tensor:
 
 @contextlib.contextmanager
 def real(on: str) -> Iterator[None]:
-    """Context in which calls run on tensors with values, of the length of normalised features."""
+    """Context in which calls run on tensors with values, whose rows have about the length of normalised features."""
     global make, device
     before = make, device
     make, device = _normalised, on
@@ -120,7 +120,7 @@ def losses(sizes: tuple[int, ...] = SIZES, width: int = WIDTH) -> list[Case]:
 
 
 def others(share: float = 1.0) -> list[Case]:
-    """share: of the sequences."""
+    """Returns calls of attention, MLPs and blocks. share: the part of their sequences to use."""
     found = []
     batch = max(1, int(BATCH * share))
     for length in LENGTHS:

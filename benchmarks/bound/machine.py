@@ -1,4 +1,4 @@
-"""The machine code of what a launcher started, for an architecture that is not here, and how often its parts run."""
+"""Machine code of the kernels that launchers start, for an architecture that is not here, and how often its parts run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import triton  # noqa: E402
 from gates import gate  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-SAMPLES = 8  # blocks of a grid that are run
+SAMPLES = 8  # blocks of a grid whose threads are run
 
 
 @dataclass
@@ -44,18 +44,18 @@ class Machine:
 
 @dataclass
 class Work:
-    """What a launch does: the instructions of each part that a warp executes, and bytes of all blocks."""
+    """The work of a launch: the instructions of each part that a warp executes, and bytes of all blocks."""
 
     executed: list[sass.Part]
     asked: dict[str, dict[int, int]] = field(
         default_factory=dict
-    )  # by "read" and "written", by tensor: what its warps ask for
-    reached: dict[str, dict[int, int]] = field(default_factory=dict)  # and the extent of it
+    )  # by "read" or "written", then by tensor: bytes that warps access
+    reached: dict[str, dict[int, int]] = field(default_factory=dict)  # likewise: bytes that these accesses extend over
     exact: bool = True  # False: the loops of machine code and PTX could not be told apart
 
 
 class _Elsewhere:
-    """In place of Triton's driver: a device of this architecture."""
+    """A stand-in for Triton's driver, with a device of this architecture."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -63,7 +63,7 @@ class _Elsewhere:
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.architecture, 32)
 
-    def get_current_device(self) -> int:  # which kernels are kept by
+    def get_current_device(self) -> int:  # Triton keeps kernels by this number
         return self.architecture
 
     def get_current_stream(self, device: int) -> int:
@@ -71,7 +71,7 @@ class _Elsewhere:
 
 
 def compiled(launch: Launch, architecture: int) -> Machine:
-    """Compiles, or finds in Triton's cache, what a launch needs."""
+    """Compiles the kernel of a launch for an architecture, or finds it in Triton's cache."""
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(_Elsewhere(architecture))
     try:
@@ -110,7 +110,7 @@ def tensors_of(launch: Launch) -> list[Stand]:
 
 
 def values(launch: Launch, signature: dict) -> tuple[dict[int, int], list[Stand]]:
-    """The values of the kernel's parameters, and the tensors behind its pointers in order of their numbers."""
+    """Returns the values of the kernel's parameters, and the tensors of its pointers in order of their numbers."""
     names = launch.kernel.arg_names
     given = {**dict(zip(names, launch.args)), **launch.options}
     found: dict[int, int] = {}
@@ -134,14 +134,14 @@ def values(launch: Launch, signature: dict) -> tuple[dict[int, int], list[Stand]
 
 
 def sampled(grid: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Blocks that are spread evenly over a grid, its first and last among them."""
+    """Yields blocks that are spread evenly over a grid, from its first to its last."""
     count = math.prod(grid)
     for n in sorted({round(each * (count - 1) / (SAMPLES - 1)) for each in range(SAMPLES)}):
         yield tuple(n // math.prod(grid[:axis]) % grid[axis] for axis in range(len(grid)))
 
 
 def work(machine: Machine, launch: Launch) -> Work:
-    """Runs a few threads of a launch."""
+    """Computes the work of a launch by running a few of its threads."""
     parameters, tensors = values(launch, machine.signature)
     threads, programs = machine.warps * 32, math.prod(launch.grid)
     blocks = list(sampled(launch.grid))
@@ -171,9 +171,9 @@ def work(machine: Machine, launch: Launch) -> Work:
 
 
 def _distinct(lanes: list[ptx.Reached]) -> float:
-    """The share of the bytes that a warp asks for which is left if lanes that access one address count as one.
+    """Returns the share of a warp's bytes that is left if lanes with the same address count once.
 
-    Lanes 0, 1, 2, 4, 8 and 16 tell: if one of them has the address of lane 0, so have all pairs of lanes that differ by it.
+    Lanes 0, 1, 2, 4, 8 and 16 decide: if lane 2^k has the address of lane 0, so have all lanes that differ in bit k alone.
     """
     zero, *others = (lane.first for lane in lanes)
     if not zero or any(len(other) != len(zero) for other in others):
@@ -183,12 +183,12 @@ def _distinct(lanes: list[ptx.Reached]) -> float:
 
 
 def matched(code: sass.Code, program: ptx.Kernel, counts: Counter[int]) -> tuple[list[sass.Part], bool]:
-    """What a warp executes of each part of the machine code, by the counts of the PTX's blocks; and whether all loops have
-    their like.
+    """Returns the instructions that a warp executes in each part of the machine code, by the counts of the PTX's blocks; and
+    whether both have equally many loops.
 
-    Loops keep their order. One that ptxas unrolled has as many times more matrix instructions, and runs so many times less.
-    One that PTX has as two, since its branches return to two places, has the instructions of both. Of a part with branches,
-    each pipe's instructions are executed in the share that the PTX's are; where it depends on numbers that were read, a
+    Loops keep their order. A loop that ptxas unrolled k times has k times the matrix instructions, and runs k times less.
+    A loop that is two in PTX, since its branches return to two places, has the instructions of both. In a part with branches,
+    each pipe executes the same share of its instructions as in PTX. Where a branch depends on numbers that were read, a
     comparison of floats holds, so that a tile of a similarity matrix takes its quick way, and an integer is 0.
     """
     theirs = [program.products(loop.own) for loop in program.loops]
@@ -218,7 +218,7 @@ def matched(code: sass.Code, program: ptx.Kernel, counts: Counter[int]) -> tuple
 def _shared(
     part: sass.Part, program: ptx.Kernel, blocks: Sequence[int], counts: Counter[int], times: float
 ) -> sass.Part:  # fmt: skip
-    """The part's instructions, `times` times, of each pipe the share that runs of the blocks' instructions of that pipe."""
+    """Returns the part's instructions, `times` times, scaled for each pipe by the share of its PTX in `blocks` that runs."""
     runs = max((counts[at] for at in blocks), default=0) or 1
     there: Counter[str] = Counter()
     ran: Counter[str] = Counter()

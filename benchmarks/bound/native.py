@@ -1,4 +1,4 @@
-"""The kernels of the CUDA extension: what one of their blocks executes, counted in the PTX that nvcc makes of csrc/cuda."""
+"""Kernels of the CUDA extension: the instructions of one block, counted in the PTX that nvcc makes of csrc/cuda."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from simplclip.ops import backends
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda" / "attention"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "tf32"}
-# csrc/cuda/attention/attention.h: views of q, k, v (32 bytes each), three pointers, numbers; and what follows, by direction.
+# The structs of csrc/cuda/attention/attention.h: views of q, k, v (32 bytes each), three pointers, numbers; then more views.
 VIEW, NUMBERS, POINTERS = 32, 120, (96, 104, 112)
-DIRECTIONS = {"fwd": (1, 184), "bwd": (4, 280)}  # views that follow, and the size of the whole
+DIRECTIONS = {"fwd": (1, 184), "bwd": (4, 280)}  # number of these views, and bytes of the struct
 
 
 @dataclass
 class Native:
-    """A launch of one of its kernels."""
+    """A launch of a kernel of the CUDA extension."""
 
     name: str
     registers: int
@@ -45,7 +45,7 @@ class Native:
 
     @property
     def alone(self) -> float:
-        """Instructions of one warp beside products."""
+        """Instructions of one warp, without products."""
         return sum(n for code, n in self.codes.items() if sass.pipe(code) != "tensor") / self.warps
 
     def resident(self, architecture: int) -> int:
@@ -60,7 +60,7 @@ def clocks(kernel: Native, unit: Multiprocessor, rate: Callable[[str], float]) -
 
 @functools.cache
 def built(source: str, architecture: int) -> tuple[str, str]:
-    """PTX and resource usage of one of the sources, kept in build/bound by the sources' contents."""
+    """Returns the PTX and resource usage of a source. Keeps both in build/bound by the contents of all sources."""
     if not shutil.which("nvcc"):
         raise RuntimeError(
             f"{source}: expected nvcc, which compiles the CUDA extension's kernels for sm_{architecture}, got none"
@@ -83,7 +83,7 @@ def built(source: str, architecture: int) -> tuple[str, str]:
 
 @functools.cache
 def _kernel(source: str, architecture: int, part: str) -> tuple[str, ptx.Kernel, int, int]:
-    """The kernel whose symbol has this part: its symbol, PTX, registers and static shared memory."""
+    """Returns symbol, PTX, registers and static shared memory of the kernel whose symbol contains `part`."""
     text, usage = built(source, architecture)
     for entry in re.split(r"(?=\.visible \.entry)", text)[1:]:
         symbol = re.match(r"\.visible \.entry (\w+)", entry)[1]
@@ -94,7 +94,7 @@ def _kernel(source: str, architecture: int, part: str) -> tuple[str, ptx.Kernel,
 
 
 def kernels(step: Step, architecture: int) -> list[Native]:
-    """Of a call of shaped_attention."""
+    """Returns the launches of a call of shaped_attention."""
     direction, call = step.launch.op.removeprefix("shaped_attention_"), step.launch.call
     if direction not in DIRECTIONS:
         raise NotImplementedError(f"{step.launch.op}: expected shaped_attention_fwd or _bwd of the CUDA extension")

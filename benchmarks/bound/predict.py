@@ -1,4 +1,4 @@
-"""Predicted times: of a kernel the largest of its pipes, of a call the sum over its kernels. Never measured."""
+"""Predicted times, never measured: a kernel takes the time of its slowest pipe, a call the sum over its kernels."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from simplclip.common.cards import CARDS, Card
 
 @dataclass
 class Estimate:
-    """One kernel."""
+    """The predicted cost of one kernel."""
 
     ms: float
     pipe: str
     flops: float = 0
-    bytes: int = 0  # of memory, but for operands and blocks
-    operands: int = 0  # what products read
-    blocks: int = 0  # what kernels write for later products: blocks of a similarity matrix, a hidden layer
+    bytes: int = 0  # of memory, without operands and blocks
+    operands: int = 0  # bytes that products read
+    blocks: int = 0  # bytes that kernels write for later products: blocks of a similarity matrix, a hidden layer
     l2: int = 0
     exact: bool = True
 
@@ -47,7 +47,7 @@ class Estimate:
 
 @dataclass
 class Clocks:
-    """Of one block on a multiprocessor."""
+    """Clocks of one block on a multiprocessor, by pipe."""
 
     total: dict[str, float]
     sequence: float  # its parts one after the other
@@ -55,7 +55,7 @@ class Clocks:
 
     @classmethod
     def of(cls, parts: Iterable[tuple[dict[str, float], float]]) -> Clocks:
-        """Each part by pipe, and what one warp alone takes for it."""
+        """Sums parts, each with its clocks by pipe and the clocks that one warp alone takes for it."""
         total: Counter[str] = Counter()
         longest = []
         for part, alone in parts:
@@ -65,16 +65,16 @@ class Clocks:
         return cls(dict(total), sum(clocks for clocks, _ in longest), tuple(dict.fromkeys(pipe for _, pipe in longest[:2])))
 
     def together(self, blocks: int) -> tuple[float, str]:
-        """Clocks of some blocks that share a multiprocessor, and the pipe that bounds them.
+        """Returns the clocks of some blocks that share a multiprocessor, and the pipe that bounds them.
 
-        The parts of one block follow each other, those of several overlap.
+        The parts of one block follow each other; parts of different blocks overlap.
         """
         clocks, pipe = max((blocks * clocks, pipe) for pipe, clocks in self.total.items())
         return (clocks, pipe) if clocks >= self.sequence else (self.sequence, " then ".join(self.largest))
 
 
 def peak(card: Card, dtype: torch.dtype | None) -> float:
-    """TFLOP/s of products; those of float32 as torch is told to multiply."""
+    """Returns the peak TFLOP/s of products; for float32 in the precision that torch is set to."""
     if dtype == torch.float32:
         return card.tf32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else card.float32
     return card.half
@@ -85,27 +85,27 @@ def _up(count: int, of: int) -> int:
 
 
 class Predictor:
-    """Of kernels on one card."""
+    """Predicts the cost of kernels on one card."""
 
     def __init__(self, name: str) -> None:
         self.card, self.unit = CARDS[name], MULTIPROCESSORS[CARDS[name].architecture]
         product, self.memory, self.l2 = SUSTAINED[name]
         self.share = product / self.card.half
-        self.case = ""  # what is predicted
+        self.case = ""  # name of the predicted call
         self._known: dict[tuple, tuple] = {}
         self.kernels: dict[
             tuple, tuple
-        ] = {}  # by what tells one from another: case, name, machine code, work, clocks, estimate
+        ] = {}  # by name, registers, shared memory and dtype: case, name, machine code, work, clocks, estimate
 
     def rate(self, code: str) -> float:
-        """Multiply-adds of tensor cores in a clock of a multiprocessor."""
+        """Returns the multiply-adds of a multiprocessor's tensor cores in a clock, for an instruction."""
         card = self.card
         tflops = card.tf32 if "TF32" in code else card.half
         share = MMA_SYNC_SM90 if card.architecture == 90 and not code.startswith(("HGMMA", "QGMMA")) else 1.0
         return tflops * 1e3 / 2 / card.multiprocessors / card.ghz * self.share * share
 
     def on_multiprocessors(self, clocks: Clocks, programs: int, resident: int) -> tuple[float, str]:
-        """Milliseconds of a grid, and the pipe."""
+        """Returns the milliseconds of a grid, and the pipe that bounds it."""
         at_once = self.card.multiprocessors * max(resident, 1)
         full, rest = divmod(programs, at_once)
         time, pipe = clocks.together(max(resident, 1))
@@ -151,7 +151,7 @@ class Predictor:
         return made, work, clocks, machine.values(launch, made.signature)[1]
 
     def own(self, step: Step, later: set[int]) -> Estimate:
-        """Of a launch of Triton. later: storages that products read."""
+        """Returns the estimate of a launch of Triton. later: storages that torch's products read."""
         made, work, clocks, tensors = self._analysed(step)
         programs = math.prod(step.launch.grid)
         resident = made.blocks(self.card.architecture)
@@ -175,7 +175,7 @@ class Predictor:
         return out
 
     def extension(self, step: Step) -> list[tuple[str, Estimate]]:
-        """The kernels of a call of the CUDA extension."""
+        """Returns the kernels of a call of the CUDA extension, with their estimates."""
         found = []
         for kernel in native.kernels(step, self.card.architecture):
             clocks = Clocks.of([(native.clocks(kernel, self.unit, self.rate), DEPENDENT * kernel.alone)])
@@ -217,7 +217,7 @@ class Row:
 
 
 def predict(steps: Sequence[Step], predictor: Predictor) -> list[Row]:
-    """A row for each name of a kernel, in order of time."""
+    """Returns a row for each name of a kernel, the slowest first."""
     later = {storage for step in steps if step.kind == "torch" and step.operands for storage, _ in step.operands}
     rows: dict[tuple[str, str], Row] = {}
     for step in steps:
@@ -235,7 +235,7 @@ def predict(steps: Sequence[Step], predictor: Predictor) -> list[Row]:
 
 
 def summary(rows: Sequence[Row], steps: Sequence[Step], card: Card, dtype: torch.dtype) -> dict:
-    """Of a whole call."""
+    """Returns the columns of a whole call: time, bounds, bytes and numbers of kernels."""
     total = Row("", "")
     for row in rows:
         for name in ("ms", "flops", "bytes", "operands", "blocks", "l2"):

@@ -1,8 +1,8 @@
-"""How often each part of a kernel runs, and what it reads and writes: its PTX, whose integers are computed for a few threads.
+"""Counts how often the parts of a kernel run, and its reads and writes, by computing its PTX's integers for a few threads.
 
 Loops and addresses of a kernel depend on its integer arguments and on the indices of block and thread, hardly ever on what it
 reads. So the instructions that lead to a branch or to an address are translated to Python and run; all others are left out.
-A value that is read from memory counts as 0, and so does what an instruction computes that this file does not know.
+A value that is read from memory counts as 0, and so does the result of an unknown instruction; an unknown predicate holds.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _LABEL = re.compile(r"^(\$\w+):")
 _INSTRUCTION = re.compile(r"^(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*?)\s*;")
 _PARAMETER = re.compile(r"\.param\s+(?:\.align \d+ )?\.\w+[^,)]*?\b(\w+_param_\d+)")
 _REGISTER = re.compile(r"%[a-z]+\d+")
-# simplclip.kernels.arithmetic.uniform: what it makes of a condition that is the same in all threads.
+# The code that simplclip.kernels.arithmetic.uniform makes of a condition that is the same in all threads.
 _UNIFORM = re.compile(r"\{.*setp\.ne\.s32 p, (%r\d+),.*selp\.s32 (%r\d+),.*\}")
-_STEPS = 1 << 22  # of a loop, after which it counts as one that waits for what is not computed here
-_FIRST = 4096  # accesses of a thread to a tensor whose addresses are kept
-_APART = 40  # log2 of the distance of tensors' addresses, by which an address is told from another
+_STEPS = 1 << 22  # most blocks that a thread may run: a longer run waits for a value that is not computed here
+_FIRST = 4096  # number of a thread's first accesses to a tensor whose addresses are kept
+_APART = 40  # log2 of the distance between tensors' addresses, by which `_touch` finds the tensor of an address
 PRODUCTS = ("mma.", "wgmma.mma_async", "tcgen05.mma")
 
 
@@ -46,7 +46,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Loop:
-    """Blocks from `first` to `last`, whose branch goes back to `first`. `own`: without those of loops inside."""
+    """Blocks from `first` to `last`, whose branch goes back to `first`. `own`: these blocks without those of inner loops."""
 
     first: int
     last: int
@@ -55,7 +55,7 @@ class Loop:
 
 @dataclass
 class Reached:
-    """What one thread reads or writes of a tensor."""
+    """The part of a tensor that one thread reads or writes."""
 
     lowest: int = 1 << 62
     end: int = 0
@@ -65,7 +65,7 @@ class Reached:
 
 @dataclass
 class Run:
-    """Of one thread: how often each block ran; what was read and written, by the tensor's number."""
+    """The result of running one thread: how often each block ran; reads and writes, by the tensor's number."""
 
     counts: list[int]
     read: dict[int, Reached]
@@ -73,7 +73,7 @@ class Run:
 
 
 def _operands(text: str) -> list[str]:
-    """The operands: a group in braces or brackets is one."""
+    """Returns the operands of an instruction; a group in braces or brackets is one operand."""
     found, depth, start = [], 0, 0
     for at, letter in enumerate(text + ","):
         depth += (letter in "{[(") - (letter in "}])")
@@ -97,7 +97,7 @@ class Kernel:
         for raw in body.splitlines():
             line = _UNIFORM.sub(r"mov.b32 \2, \1;", raw.split("//")[0].strip())
             if label := _LABEL.match(line):
-                if label[1] not in used:  # of the debugger
+                if label[1] not in used:  # a label for the debugger
                     continue
                 if self.blocks[-1].instructions or self.blocks[-1].branch or self._labels:
                     self.blocks.append(Block())
@@ -119,13 +119,13 @@ class Kernel:
         self._run = self._translated()
 
     def products(self, blocks: Sequence[int]) -> int:
-        """The number of matrix instructions in these blocks; where there are none, as sass.Part.products."""
+        """Returns the number of matrix instructions in these blocks; without any, counts as sass.Part.products does."""
         codes = [i.code for at in blocks for i in self.blocks[at].instructions]
         fused = sum((2 if code.endswith("x2") else 1) for code in codes if code.startswith("fma.rn.f32"))
         return sum(code.startswith(PRODUCTS) for code in codes) or (fused if 2 * fused > len(codes) else 0)
 
     def run(self, values: dict[int, int], block: Sequence[int], thread: int, grid: Sequence[int], threads: int) -> Run:
-        """Runs one thread. values: of parameters, by `parameter(place)` and an offset; a tensor's is `pointer(k)`."""
+        """Runs one thread. values: of parameters, by `parameter(place)` plus an offset; that of tensor k is `pointer(k)`."""
         run = Run([0] * len(self.blocks), {}, {})
         special = dict(zip(("%ctaid.x", "%ctaid.y", "%ctaid.z"), block)) | {"%tid.x": thread, "%ntid.x": threads}
         special |= dict(zip(("%nctaid.x", "%nctaid.y", "%nctaid.z"), grid))
@@ -165,17 +165,17 @@ class Kernel:
 
 
 def parameter(place: int) -> int:
-    """The address of a parameter among the parameters."""
+    """Returns the address of a parameter, by its place among the parameters."""
     return (1 << 60) + (place << 16)
 
 
 def pointer(tensor: int) -> int:
-    """The address that stands for a tensor with this number."""
+    """Returns the address that stands for the tensor with this number."""
     return (tensor + 1) << _APART
 
 
 def nested(edges: set[tuple[int, int]]) -> list[Loop]:
-    """Loops from their edges back, in order of their starts, an outer one before those inside it."""
+    """Returns the loops of back edges (first, last), in order of their starts, an outer loop before its inner loops."""
     spans: dict[int, int] = {}
     for first, last in edges:
         spans[first] = max(last, spans.get(first, 0))
@@ -195,7 +195,7 @@ def _signed(value: int, bits: int) -> int:
 
 
 def _quotient(a: int, b: int) -> int:
-    """Rounded to 0, as the hardware does; 0 for a divisor that is not known."""
+    """Returns a / b rounded to 0, as the hardware does; 0 if b is 0, which stands for an unknown divisor."""
     return 0 if not b else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
@@ -209,7 +209,7 @@ def _touch(side: dict[int, Reached], address: int, size: int) -> None:
 
 
 def _access(i: Instruction) -> tuple[str, str, int] | None:
-    """ "read" or "written", the address and the bytes of an instruction that goes to memory outside the multiprocessor."""
+    """Returns "read" or "written", address and bytes of an instruction that accesses global memory; None for all others."""
     if i.code.startswith("cp.async") and ".global" in i.code and len(i.operands) > 2:
         return "read", i.operands[1], int(i.operands[2], 0)
     if i.parts[0] not in ("ld", "st", "red", "atom") or "global" not in i.parts:
@@ -253,7 +253,7 @@ _COMPARE = {
 
 
 def _python(i: Instruction, wanted: set[str]) -> list[str]:
-    """The lines that compute what is wanted of an instruction."""
+    """Returns the lines of Python that compute the wanted results of an instruction."""
     guard = f"if {'not ' * i.negated}{_name(i.guard)}: " if i.guard else ""
     if access := _access(i):
         side, address, size = access

@@ -41,10 +41,10 @@ _LSU = (
     "ATOMS",
 )
 _LSU += ("RED", "UBLKCP", "UTMALDG", "UTMASTG")
-# The scalar pipe of a warp, and the control of threads and barriers: they take an issue slot and nothing else that counts.
+# Instructions of a warp's scalar pipe, of control and of barriers: they take an issue slot and nothing else that counts.
 _OTHER = ("R2UR", "S2R", "S2UR", "BRA", "BAR", "EXIT", "NOP", "DEPBAR", "LDGDEPBAR", "BSSY", "BSYNC", "WARPSYNC", "WARPGROUP")
 _OTHER += ("MEMBAR", "FENCE", "ERRBAR", "SYNCS", "CALL", "RET", "BREAK", "YIELD", "CCTL", "ELECT", "ACQBULK", "CREDUX")
-# A multiply-add of 16 x 8 x 16 half types and the like, by an instruction's name
+# Multiply-adds by the shape in an instruction's name, such as 16 x 8 x 16
 _SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)\b")
 _SMALL = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4, "16832": 16 * 8 * 32}
 
@@ -73,19 +73,19 @@ class Part:
 
     @property
     def products(self) -> int:
-        """Matrix instructions; where there are none the multiply-adds of float32, if they are most of the part."""
+        """The number of matrix instructions; without any, that of float32 multiply-adds, if they are most of the part."""
         fused = self.codes["FFMA"] + 2 * self.codes["FFMA2"]
         return self.count("tensor") or (fused if 2 * fused > self.codes.total() else 0)
 
     @property
     def multiply_adds(self) -> float:
-        """Of products and of one warp; what a group of four warps multiplies together counts a quarter for each."""
+        """Multiply-adds of products of one warp. A product of four warps together counts a quarter for each warp."""
         if not self.count("tensor"):
             return WARP * self.products
         return sum(n * _multiply_adds(code) for code, n in self.codes.items() if pipe(code) == "tensor")
 
     def clocks(self, warps: int, unit: Multiprocessor, rate: Callable[[str], float]) -> dict[str, float]:
-        """By pipe, of all warps of a block together, on one multiprocessor. rate: multiply-adds a clock, by instruction."""
+        """Returns the clocks of all warps of a block on one multiprocessor, by pipe. rate: multiply-adds a clock."""
         lanes = {"fma": unit.fma, "alu": unit.alu, "mufu": unit.mufu}
         found = dict.fromkeys(PIPES, 0.0)
         for code, n in self.codes.items():
@@ -101,21 +101,21 @@ class Part:
 
 
 def _multiply_adds(code: str) -> float:
-    if shape := _SHAPE.search(code):  # of four warps
+    if shape := _SHAPE.search(code):  # a product of four warps
         m, n, k = map(int, shape.groups())
         return m * n * k / 4
     return _SMALL.get(next((p for p in code.split(".") if p in _SMALL), ""), 0)
 
 
 def _weight(code: str, unit: Multiprocessor) -> float:
-    """How many of the pipe's usual instructions one is as long as: integer products take half of the lanes of float32."""
+    """Returns the length of an instruction in usual instructions of its pipe. Integer products run on 64 lanes only."""
     if code.startswith("IMAD"):
         return 1 if code.startswith("IMAD.MOV") and unit.fma == 64 else unit.fma / 64
     return 2 if code.split(".")[0] in ("FFMA2", "FMUL2", "FADD2") else 1
 
 
 def _accesses(code: str, unit: Multiprocessor) -> float:
-    """Clocks of the path to shared memory and to the cache, for one instruction of a warp."""
+    """Returns the clocks that one instruction of a warp takes on the path to shared memory and to the cache."""
     parts = code.split(".")
     if parts[0] in ("LDSM", "STSM"):
         return int(parts[-1]) if parts[-1].isdigit() else 1
@@ -125,7 +125,7 @@ def _accesses(code: str, unit: Multiprocessor) -> float:
 
 
 def access_bytes(code: str) -> int:
-    """Bytes of a thread."""
+    """Returns the bytes that an instruction accesses for a thread."""
     for part in code.split(".")[1:]:
         if part in ("64", "128"):
             return int(part) // 8
@@ -136,7 +136,7 @@ def access_bytes(code: str) -> int:
 
 @dataclass
 class Code:
-    """parts[0] is outside all loops; parts[k] is the own code of loops[k - 1], without that of loops inside it."""
+    """The code of a function. parts[0] is outside all loops; parts[k] is that of loops[k - 1] without its inner loops."""
 
     loops: list[Loop]
     parts: list[Part]
@@ -147,7 +147,7 @@ class Code:
 
 
 def parse(text: str) -> Code:
-    """Of one function's lines of cuobjdump -sass."""
+    """Parses the lines that cuobjdump -sass prints for one function."""
     lines = [(int(at, 16), code, rest) for at, code, rest in _LINE.findall(text)]
     edges = set()
     for at, code, rest in lines:
@@ -169,7 +169,7 @@ _MUFU = ("ex2", "rcp", "lg2", "sqrt", "rsqrt", "tanh")
 
 
 def of_ptx(i: Instruction) -> str:
-    """What an instruction of PTX becomes, as `pipe` knows it; "" for those that only name things."""
+    """Returns the machine instruction that an instruction of PTX becomes, as `pipe` knows it; "" if it becomes none."""
     op, parts = i.parts[0], i.parts
     lanes = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
     if op == "mma":

@@ -1,6 +1,6 @@
-"""What a call of an op does on a card, counted without one: the real op on fake CUDA tensors, kernel by kernel.
+"""Counts the work of an op's call on a card without a card: runs the real op on fake CUDA tensors, kernel by kernel.
 
-Launchers run as they are and are asked what they start; torch's own kernels are its ops as they reach the dispatcher.
+Launchers run as they are, and their launches are recorded; torch's own kernels are its ops as they reach the dispatcher.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from simplclip.memory import fake
 from simplclip.ops import backends, registry
 
 CUDA = torch.device("cuda", 0)
-Touched = tuple[int, int]  # a storage and the bytes of it
-# Of attention in torch: products of [L, L, K] for each head, by the beginning of the op's name.
+Touched = tuple[int, int]  # the number of a storage, and its bytes that are accessed
+# Products of [L, L, K] for each head in torch's attention ops, by the beginning of the op's name.
 ATTENTION = {
     "_scaled_dot_product_flash_attention_backward": 5, "_scaled_dot_product_efficient_attention_backward": 5,
     "_flash_attention_backward": 5, "_efficient_attention_backward": 5, "_scaled_dot_product_flash_attention": 2,
@@ -61,12 +61,12 @@ class Step:
     read: list[Touched] = field(default_factory=list)
     written: list[Touched] = field(default_factory=list)
     shape: tuple[int, ...] = ()  # of a product, m n k
-    launch: Any = None  # of kernels of this library
+    launch: Any = None  # Launch or Native, for kernels of this library
 
 
 @dataclass
 class Launch:
-    """What a launcher of Triton started: the kernel and its arguments."""
+    """A kernel that a launcher of Triton started, and its arguments."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -76,14 +76,14 @@ class Launch:
 
 @dataclass
 class Native:
-    """A function of the CUDA extension: its op and its call, a dataclass."""
+    """A call of a function of the CUDA extension: its op, and its fields with a Stand for each tensor."""
 
     op: str
     call: Any
 
 
 class Stand:
-    """In place of a tensor: all that Triton and the predictions read of it. The tensor is freed when the op frees it."""
+    """A stand-in for a tensor with all that Triton and the predictions read of it. It does not keep the tensor alive."""
 
     def __init__(self, tensor: Tensor, storage: int) -> None:
         self.dtype, self.shape, self.itemsize, self.storage = tensor.dtype, tensor.shape, tensor.itemsize, storage
@@ -97,7 +97,7 @@ class Stand:
         return len(self.shape)
 
     def touched(self) -> Touched:
-        """An expanded dimension is read once."""
+        """Returns the storage and its bytes that are accessed; an expanded dimension is read once."""
         return self.storage, math.prod(n for n, step in zip(self.shape, self._stride) if step or not n) * self.itemsize
 
     def data_ptr(self) -> int:
@@ -108,7 +108,7 @@ class Stand:
 
 
 class Trace(TorchDispatchMode):
-    """Collects the steps of what runs in it."""
+    """Context that collects the steps of the ops that run in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Trace(TorchDispatchMode):
         elif products := next((n for start, n in ATTENTION.items() if name.startswith(start)), 0):
             q, k = stands["backward" in name :][:2]
             tokens = 2 if name.startswith("_scaled") else 1  # [B, H, L, K] or [B, L, H, K]
-            if q.dim() == 4:  # of packed sequences [T, H, K] the lengths are values, and no work is counted
+            if q.dim() == 4:  # packed sequences [T, H, K] have lengths in values, so that no work is counted
                 step.shape = (q.shape[tokens], k.shape[tokens], q.shape[3])
                 step.multiply_adds = products * math.prod(q.shape) * k.shape[tokens]
             step.dtype, step.operands, step.read = q.dtype, step.read, []
@@ -179,7 +179,7 @@ class Trace(TorchDispatchMode):
         return None
 
     def _native(self, op: str, backend: str, function: Callable) -> Callable:
-        """What is called in place of a backend's function: itself, but of the CUDA extension a record of the call."""
+        """Returns a backend's function, but for the CUDA extension a function that records the call in its place."""
 
         def record(call):
             out = registry.NATIVE_FAKES[op](call)
@@ -201,7 +201,7 @@ class Trace(TorchDispatchMode):
 
 
 def _of_product(step: Step, name: str, inputs: Sequence[Stand], out: Stand) -> None:
-    first = int(name.startswith(("add", "badd")))  # which add their first input
+    first = int(name.startswith(("add", "badd")))  # these ops add their first input
     left, right = inputs[first : first + 2]  # mm.out has `out` last
     k = left.shape[-1]
     step.shape = (*(left.shape[-2:-1] or (1,)), right.shape[-1] if right.dim() > 1 else 1, k)
@@ -211,7 +211,7 @@ def _of_product(step: Step, name: str, inputs: Sequence[Stand], out: Stand) -> N
 
 
 def _forget() -> None:
-    """Clears what launchers and backends remember of a device."""
+    """Clears the caches of launchers and backends, which hold properties of a device."""
     for module in (launching, backends):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):

@@ -1,15 +1,14 @@
 """Proves, tunes and measures this library on a GPU in one go: `python -m benchmarks.gpu`.
 
-Runs `simplclip selftest`, which takes out the kernels that fail it, and `simplclip tune`. Then, case by case, those of most
-worth first: steps of the SiCLIPs beside the models that they were made from; similarity_loss with its peers (open_clip,
-torch.compile; Inf-CLIP, memeff and siglip-kernel where they are installed); the largest batches; what the loader feeds;
-single kernels beside what benchmarks.bound predicts and a plain product of cuBLAS; attention; blocks; a step of a small
-model. All of this in one dtype, then in the next. A form that fails, does not fit in memory or has a wrong value becomes a
-row with its reason.
+Runs `simplclip selftest`, which takes out the kernels that fail it, and `simplclip tune`. Then measures case by case, the
+most useful first: steps of the SiCLIPs beside the models that they were made from; similarity_loss with its peers (open_clip,
+torch.compile; Inf-CLIP, memeff and siglip-kernel where they are installed); the largest batches; the rate of the loader;
+single kernels beside the prediction of benchmarks.bound and a plain product of cuBLAS; attention; blocks; a step of a small
+model. Measures all cases in one dtype, then in the next. A form that fails, does not fit in memory or has a wrong value
+becomes a row with its reason.
 
-Writes one folder, and the same as a zip: rows.csv after every case, the output of selftest and tune, what was measured
-against what was predicted, pictures, the environment. A case that is in that folder, measured at this commit, is not
-measured again.
+Writes one folder and a zip of it: rows.csv after every case, the output of selftest and tune, measured beside predicted
+figures, pictures, the environment. A case that the folder already has at this commit is not measured again.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from benchmarks.results_file import RESULTS, table, write_csv
 from simplclip.common import machine
 
 SELFTEST = ["selftest", "--json", "{folder}/selftest.json", "--device"]
-# What runs before anything is measured, by device: arguments of simplclip.
+# The commands that run before anything is measured, by device: arguments of simplclip.
 FIRST = {
     "cuda": {"selftest": [*SELFTEST, "cuda"], "tune": ["tune", "--device", "cuda"]},
     "cpu": {"selftest": [*SELFTEST, "cpu"], "tune": ["tune", "siclip-tiny-emoji", "--device", "cpu"]},
@@ -66,7 +65,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(device: str, folder: Path) -> None:
-    """Runs selftest and tune, which print as they go, and keeps what they print.
+    """Runs selftest and tune, and passes on and keeps their output.
 
     A selftest that ends with 1 has taken out what failed, so that the rest can be measured; any other error ends the program.
     """
@@ -92,7 +91,7 @@ def cases(options: argparse.Namespace) -> Iterator[ops.Case]:
 
 
 def earlier(file: Path, commit: str) -> list[dict]:
-    """The rows of a file that need not be measured again."""
+    """Returns the rows of a file that need not be measured again."""
     if not file.exists():
         return []
     with open(file, newline="") as lines:
@@ -112,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not options.at_once:
         prepare(options.device, folder)
-        machine.forget()  # what they found out holds here too
+        machine.forget()  # so that this process reads the results of selftest and tune
     rows = earlier(folder / "rows.csv", where["commit"])
     done, left = {row["case"] for row in rows}, 0
     for case in cases(options):

@@ -1,4 +1,4 @@
-"""What a run leaves: one folder, and the same as a zip, with rows, environment, what was predicted wrongly, and pictures."""
+"""The output of a run: a folder and a zip of it, with rows, environment, predictions beside measurements, and pictures."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from simplclip.common import machine
 from simplclip.common.files import write_atomically
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
 
-# Columns of rows that stand beside each other: measured, predicted.
+# Pairs of columns that are compared: measured, predicted.
 COMPARED = (("ms", "predicted_ms"), ("mib", "predicted_mib"), ("pairs", "predicted_pairs"))
-OFF = 1 / 3  # the share of the prediction from which on a difference is said
+OFF = 1 / 3  # differences above this share of the prediction are reported
 
 
 def compared(rows: list[dict]) -> list[dict]:
-    """A row for each prediction, the worst first; `off` says by how much, where that is more than a third."""
+    """Returns a row for each prediction, the worst first. `off` is the relative difference where it exceeds a third."""
     found = []
     for row in rows:
         for measured, predicted in COMPARED:
@@ -41,7 +41,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def write_bundle(folder: Path, device: str, rows: list[dict], left: int) -> list[str]:
-    """Writes all but the rows, and the zip beside the folder. Returns the lines of the summary."""
+    """Writes all files but rows.csv, and the zip beside the folder. Returns the lines of the summary."""
     against = compared(rows)
     off = [row for row in against if row["off"]]
     failed = [{"case": row["case"], "form": row["form"], "note": row["note"]} for row in rows if row.get("note")]
@@ -63,7 +63,7 @@ def write_bundle(folder: Path, device: str, rows: list[dict], left: int) -> list
 
 
 def draw(folder: Path, rows: list[dict], against: list[dict]) -> None:
-    """losses.png, the losses' times by N, and predictions.png, what was measured against what was predicted."""
+    """Draws losses.png, the losses' times by N, and predictions.png, the measured figures against the predicted ones."""
     losses = [row for row in rows if row.get("op") == "similarity_loss" and row.get("p50_ms")]
     losses = [row for row in losses if row["dtype"] == losses[0]["dtype"]]
     objectives = list(dict.fromkeys(row["objective"] for row in losses))

@@ -1,8 +1,8 @@
 """Whole models on a GPU: steps of the SiCLIPs beside the models that they were made from, memory, batches, and the loader.
 
-Random weights. A step of a SiCLIP is that of `simplclip train`, with all that is unchanged inherited and frozen, pair
-matching and distillation from stored features; the other model's is open_clip's, with its contrastive loss and all weights
-trained.
+The weights are random. A step of a SiCLIP is a step of `simplclip train`: unchanged parts are inherited and frozen, with pair
+matching and distillation from stored features. A step of the other model is open_clip's, with its contrastive loss and all
+weights trained.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from simplclip.train.limits import Budget
 
 TEACHER_WIDTH = 768
 PAIRS = 128  # of a step
-CPU_BYTES = 112 << 20  # that a step may take where there is no card, to try this program
+CPU_BYTES = 112 << 20  # memory that a step may take where there is no card, to try this program
 PHOTOS = 768
 NO_TEACHER = ["data.captions_per_image=1", "data.sidecars=[]", "loss.contrastive_weight=1"]
 NO_TEACHER += [f"loss.{name}_weight=0" for name in ("feature", "relational", "interactive")]
 
 
 def makers(name: str, dtype: str) -> dict[str, Callable[[int], Step]]:
-    """Of a config's model and of the one that it was made from: a step of so many pairs."""
+    """Returns functions that make a step of so many pairs: for a config's model, and for the model that it was made from."""
 
     def ours(pairs: int) -> Step:
         changes = ["data.micro_batch=null", "data.captions_per_image=1", f"data.batch_size={pairs}", "loss.pm_weight=1"]
@@ -61,7 +61,7 @@ def steps(o: argparse.Namespace) -> Iterator[Case]:
 
 
 def of_steps(o: argparse.Namespace, name: str, dtype: str) -> list[dict]:
-    """Time of a step, and its peak memory beside what `simplclip plan` predicts."""
+    """Measures the time of a step, and its peak memory beside the prediction of `simplclip plan`."""
     pairs, device = max(2, int(PAIRS * o.sequences)), torch.device(o.device)
     made = makers(name, dtype)
     peaks = {form: lambda make=make: measure(make(pairs), device) for form, make in made.items()}
@@ -88,7 +88,7 @@ def of_steps(o: argparse.Namespace, name: str, dtype: str) -> list[dict]:
 
 
 def on(device: str) -> torch.device:
-    """With an index, as the tensors of a plan have it."""
+    """Returns the device with an index, as the tensors of a plan have it."""
     return torch.device("cuda", 0) if device == "cuda" else torch.device(device)
 
 
@@ -99,12 +99,12 @@ def batches(o: argparse.Namespace) -> Iterator[Case]:
 
 
 def of_batches(o: argparse.Namespace, name: str, dtype: str) -> list[dict]:
-    """The largest batch of a step in one graph, found by trying, beside what `simplclip plan` predicts."""
+    """Finds the largest batch of a step in one graph by trying, beside the prediction of `simplclip plan`."""
     rows, device, card = [], torch.device(o.device), o.device == "cuda"
     budget = Budget(torch.cuda.mem_get_info()[1]) if card else Budget(CPU_BYTES, context=0, libraries=0)
 
     def fits(pairs: int, make: Callable[[int], Step]) -> bool:
-        """On a CPU, whose memory is not that of a card: within the budget."""
+        """Whether a step of so many pairs fits: on a card in its memory, on a CPU in the usable part of the budget."""
         try:
             return measure(make(pairs), device) <= (budget.memory if card else budget.usable)
         except torch.OutOfMemoryError:
@@ -121,7 +121,7 @@ def of_batches(o: argparse.Namespace, name: str, dtype: str) -> list[dict]:
 
 
 def bisected(start: int, fits: Callable[[int], bool], tries: int = 7) -> int:
-    """The largest number known to fit, within a few tries: in growing steps away from `start`, then halving the gap."""
+    """Returns the largest number known to fit after a few tries: growing steps away from `start`, then halving the gap."""
     low, high, stride = 0, 0, max(1, start // 16)
     guess = max(1, start)
     for _ in range(tries):
@@ -141,7 +141,7 @@ def bisected(start: int, fits: Callable[[int], bool], tries: int = 7) -> int:
 
 @functools.cache
 def photos(count: int) -> tempfile.TemporaryDirectory:
-    """Shards of photographs; removed when this process ends."""
+    """Makes shards of test images that decode like photographs. The shards are removed when this process ends."""
     folder = tempfile.TemporaryDirectory()
     loader.make(Path(folder.name), count)
     return folder
@@ -154,7 +154,7 @@ def fed(o: argparse.Namespace) -> Iterator[Case]:
 
 
 def of_loader(o: argparse.Namespace, name: str, dtype: str) -> list[dict]:
-    """Pairs a second that the loader alone feeds, and that `simplclip train` trains on from it, with its share of waiting."""
+    """Measures the pairs a second of the loader alone, and of training from the loader with its share of time in waiting."""
     pairs, workers = max(2, int(PAIRS * o.sequences)), min(8, os.cpu_count() or 1)
     shards = f"{photos(max(8, int(PHOTOS * o.sequences))).name}/photos-*.tar"
     found = config.load(name, [])

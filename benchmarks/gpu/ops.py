@@ -28,7 +28,7 @@ OURS = re.compile(r"(similarity_\w+?|shaped_attention_\w+?|parallel_mlp_\w+?|fea
 
 @dataclass
 class Case:
-    """What is measured at a time; `op` is one of OPS."""
+    """A measurement that is done or left as a whole; `op` is a key of OPS in __main__.py."""
 
     op: str
     name: str
@@ -53,7 +53,7 @@ def kernels(o: argparse.Namespace) -> Iterator[Case]:
 
 
 def card(device: str) -> str:
-    """The name of the card whose data sheet is nearest; where there is no GPU the first, to try this program."""
+    """Returns the name of the card whose data sheet is nearest; without a GPU the first card, to try this program."""
     if device == "cpu":
         return next(iter(CARDS))
     found = torch.cuda.get_device_properties(0)
@@ -63,7 +63,7 @@ def card(device: str) -> str:
 
 
 def of_kernels(o: argparse.Namespace, case: calls.Case, dtype: str) -> list[dict]:
-    """Each kernel of a call, forward and backward, and all with torch's: milliseconds, TFLOP/s, the prediction, cuBLAS's."""
+    """Measures each kernel of a call, forward and backward, and the sum with torch's: ms, TFLOP/s, predicted ms, cuBLAS's."""
     rows, beside = {}, blas(case.product, getattr(torch, dtype), o)
     expected = predicted(case, dtype, card(o.device))
     with calls.real(o.device):
@@ -89,7 +89,7 @@ def of_kernels(o: argparse.Namespace, case: calls.Case, dtype: str) -> list[dict
 
 
 def predicted(case: calls.Case, dtype: str, name: str) -> dict[str, tuple[float, float]]:
-    """Operations and milliseconds by kernel, of benchmarks.bound; none where it cannot tell."""
+    """Returns operations and milliseconds by kernel as benchmarks.bound predicts them; none if it cannot predict the call."""
     if importlib.util.find_spec("triton") is None:
         return {}
     from benchmarks.bound import predict, trace
@@ -106,7 +106,7 @@ def predicted(case: calls.Case, dtype: str, name: str) -> dict[str, tuple[float,
 
 
 def blas(product: tuple[int, int, int], dtype: torch.dtype, o: argparse.Namespace) -> float:
-    """TFLOP/s of a plain product, of at most 8,192 rows of the first matrix."""
+    """Measures the TFLOP/s of a plain product. Cuts the first matrix to at most 8,192 rows."""
     m, n, k = product
     m = min(m, 8192)
     left, right = (torch.randn(*shape, device=o.device).to(dtype) for shape in ((m, k), (k, n)))

@@ -1,14 +1,14 @@
-// Products of the operands of small_product.h by the tile registers of Intel AMX. Included by it.
+// Products of the operands of small_product.h in the tile registers of Intel AMX. Included by small_product.h.
 //
-// A tile has 16 rows of 16 units. The forms of the operands are what its instructions take: rows on the left; columns or stacked
-// on the right.
+// A tile register has 16 rows of 16 units. The instructions take the left operand in rows form, the right operand in columns
+// form or stacked form.
 
 constexpr int kTile = 32;            // rows of a product: two tiles
-constexpr int64_t kStep = 32;        // bfloat16 that an instruction sums over: what rows of a matrix are rounded up to
+constexpr int64_t kStep = 32;        // bfloat16 that an instruction sums over; rows of a matrix are padded to a multiple of kStep
 constexpr int64_t kBlockRows = 288;  // rows of backward's matrices [rows, L]: a multiple of kTile
 
-// The eight tiles of this thread, all of the full size while this lives. Then they have the configuration that they had before,
-// without their contents.
+// Configures the eight tile registers of this thread to their full size. The destructor restores the earlier configuration, but
+// not the contents of the registers.
 class Tiles {
  public:
   Tiles() {
@@ -31,7 +31,7 @@ class Tiles {
   static void set(const Shape& shape) { asm volatile("ldtilecfg (%0)" : : "r"(&shape) : "memory"); }
 };
 
-// Numbers of tiles are part of the instructions. The clobber "memory" keeps each after the stores before it.
+// The number of a tile register is a part of the instruction. The clobber "memory" keeps an instruction behind earlier stores.
 template <int tile>
 VINLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" : : "i"(tile) : "memory"); }
 
@@ -50,7 +50,8 @@ VINLINE void tile_multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(left), "i"(right) : "memory");
 }
 
-// kTile rows of init + a b, V tiles wide, in tiles 0 to 3: 0 and 1 above 2 and 3. The rows of a are contiguous.
+// Passes kTile rows of init + a b, V tiles wide, to `finish`. Tile registers 0 and 1 hold the upper 16 rows of the sums, 2 and 3
+// the lower ones. The rows of a are contiguous.
 template <int V, class Init, class Finish>
 VINLINE void tile_product(int64_t column, int64_t depth, Units<uint32_t> a, Units<uint32_t> b, const Init& init,
                           const Finish& finish) {
@@ -93,8 +94,8 @@ VINLINE void tile_product(int64_t column, int64_t depth, Units<uint32_t> a, Unit
       for (int c = 0; c < row; c += W) finish(r, column + c, load(buffer + r * row + c));
 }
 
-// Along the summed dimension operands are padded to a multiple of kStep elements: one of the two by zeros, the other by zeros or
-// any finite numbers.
+// Passes kTile rows of init + a b to `finish`. Along the summed dimension both operands are padded to a multiple of kStep
+// elements: one operand by zeros, the other by any finite numbers.
 template <class Init, class Finish>
 VINLINE void row_product(int64_t vectors, int64_t depth, Units<uint32_t> a, Units<uint32_t> b, const Init& init,
                          const Finish& finish) {

@@ -13,7 +13,7 @@
 #include <unistd.h>
 #endif
 
-// Defined by tests alone, which execute the instructions of AMX in software (tests/support/amx.c).
+// Only the tests define this function, where they execute AMX instructions in software (tests/support/amx.c).
 extern "C" __attribute__((weak, visibility("default"))) int simplclip_amx_in_software();
 
 namespace simplclip {
@@ -26,7 +26,7 @@ namespace baseline { extern const InstructionSet kernels; }
 
 namespace {
 
-// Asks the kernel for the tile registers too: a process has them on request alone.
+// Also requests the tile registers from the operating system, since a process may use them only after a request.
 bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

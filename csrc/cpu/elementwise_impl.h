@@ -1,6 +1,6 @@
 // Loops over floats: activations and their derivatives, sums. Included after vec.h, inside the namespace of an instruction set.
 
-// Cumulative distribution (absolute error below 1e-7) and density of the normal distribution at x, by Abramowitz and Stegun 7.1.26:
+// Cumulative distribution (absolute error below 1e-7) and density of the normal distribution at x, Abramowitz and Stegun 7.1.26:
 // erfc(|x| / sqrt 2) = e^(-x^2/2) P(t).
 struct Normal {
   vf integral, density;
@@ -17,7 +17,7 @@ VINLINE Normal normal(vf x) {
   return {x < 0.0f ? tail : 1.0f - tail, e * 0.39894228f};
 }
 
-// w and its derivative, for the activations of the form x sigmoid(w(x)).
+// inner is w and inner_slope is its derivative, for the activations of the form x sigmoid(w(x)).
 template <Activation A>
 VINLINE vf inner(vf x) {
   // 2 sqrt(2 / pi) (x + 0.044715 x^3)

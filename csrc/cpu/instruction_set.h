@@ -23,7 +23,7 @@ struct InstructionSet {
   ElementwiseKernels elementwise;
 };
 
-const InstructionSet& instruction_set();  // the best one that this CPU supports
-bool has_native_bf16();                   // matrix products of bfloat16 in hardware
+const InstructionSet& instruction_set();  // the best one that this CPU supports, unless SIMPLCLIP_CPU_ISA names another
+bool has_native_bf16();                   // whether this CPU multiplies bfloat16 in hardware
 
 }  // namespace simplclip

@@ -7,7 +7,7 @@
 #define SIMPLCLIP_NATIVE_BF16
 #define SIMPLCLIP_AMX
 
-// What multiplies bfloat16 by tiles; all else is that of avx512_bf16.
+// Attention in bfloat16, whose products run in AMX tiles. All other kernels are those of avx512_bf16.
 namespace simplclip {
 namespace avx512_bf16 {
 extern const InstructionSet kernels;

@@ -1,6 +1,6 @@
-// The kernels of the instruction set that SIMPLCLIP_ISA names. Each file isa_*.cpp includes it once, after its
-// `#pragma GCC target`, so that every function exists once per instruction set and cannot be linked into the code of another
-// one. System headers are included before (instruction_set.h), so that their inline functions are baseline code.
+// The kernels of the instruction set that SIMPLCLIP_ISA names. Each file isa_*.cpp but isa_amx.cpp includes this header once,
+// after its `#pragma GCC target`, so that every function exists once per instruction set and the linker cannot mix them up.
+// System headers come first (instruction_set.h), so that their inline functions are baseline code.
 
 #define SIMPLCLIP_STRING_OF(name) #name
 #define SIMPLCLIP_STRING(name) SIMPLCLIP_STRING_OF(name)

@@ -1,8 +1,8 @@
 // Products of small matrices whose right operand stays in the cache, summed in float32. Included after vec.h, inside the
 // namespace of an instruction set.
 //
-// The elements of the operands are 32-bit units: a float, or, with an instruction set that multiplies bfloat16, two bfloat16
-// that are neighbours in the dimension that is summed over. So a matrix has three forms, all in units:
+// An operand consists of 32-bit units. A unit is a float or, where the instruction set multiplies bfloat16, two bfloat16 that
+// are neighbours along the summed dimension. Therefore a matrix has three forms, all in units:
 //   rows      [count, width]      left operand, summed over the width
 //   columns   [width, count]      the transpose of rows: right operand, summed over the width
 //   stacked   [count, width]      right operand, summed over the rows (for floats the same as rows)
@@ -30,7 +30,7 @@ struct Units {
   int64_t row, column = 1;
 };
 
-// What a product begins with, and where it goes, where these are float32 matrices; (r, c) counts from the first row of the tile.
+// `init` and `finish` of a product: begin with zeros or float32 sums, store float32. Row r counts from the first of the tile.
 struct Zero {
   VINLINE vf operator()(int, int64_t) const { return vf{}; }
 };
@@ -68,13 +68,13 @@ VINLINE void transpose(vf (&t)[W]) {
   if constexpr (W > 8) transpose_step<8>(t);
 }
 
-// Row i of a head. For i >= count the last row, so that a loop may read past the end; the result is not used.
+// Returns row i of a head, but the last row for i >= count, so that a loop may read past the end. No result depends on that.
 template <class T>
 VINLINE const T* row_of(const Rows& from, int64_t i, int64_t count) {
   return static_cast<const T*>(from.data) + least(i, count - 1) * from.stride;
 }
 
-// The rows form of `count` rows in rows of to_row units; zeros up to those and in rows up to `padded`.
+// Writes the rows form of `count` rows, each padded by zeros to to_row units. Rows from `count` to `padded` are zeros.
 template <class T>
 inline void pack_rows(const Rows& from, int64_t count, int64_t width, float* to, int64_t to_row, int64_t padded) {
   for (int64_t i = 0; i < count; ++i, to += to_row) {
@@ -94,8 +94,8 @@ inline void pack_rows(const Rows& from, int64_t count, int64_t width, uint32_t* 
   std::memset(to, 0, (padded - count) * to_row * sizeof(*to));
 }
 
-// The stacked form of pairs, in rows of to_row units: rows 2i and 2i + 1 of the head in row i, zeros where there is none, up to
-// row `padded` of the head.
+// Writes the stacked form of pairs, in rows of to_row units: row i has rows 2i and 2i + 1 of the head. Rows of the head from
+// `count` to `padded` are zeros.
 template <class T>
 inline void stack_rows(const Rows& from, int64_t count, int64_t width, uint32_t* to, int64_t to_row, int64_t padded) {
   for (int64_t i = 0; i < count; i += 2, to += to_row) {
@@ -110,7 +110,7 @@ inline void stack_rows(const Rows& from, int64_t count, int64_t width, uint32_t*
   std::memset(to, 0, (padded / 2 - (count + 1) / 2) * to_row * sizeof(*to));
 }
 
-// The columns form [width, to_row] of `count` rows in their rows form; zeros behind `count`.
+// Writes the columns form [width, to_row] of `count` rows that are in rows form. Columns from `count` on are zeros.
 template <class U>
 inline void transpose_rows(const U* rows, int64_t from_row, int64_t count, int64_t width, U* columns, int64_t to_row) {
   const float* const from = reinterpret_cast<const float*>(rows);  // 32 bits of any type
@@ -126,13 +126,13 @@ inline void transpose_rows(const U* rows, int64_t from_row, int64_t count, int64
     }
 }
 
-// Float32 [rows, columns] as a left operand of pairs along its rows.
+// Converts float32 [rows, columns] to a left operand whose pairs are neighbours in a row.
 VINLINE void pair_along(const float* from, int64_t rows, int64_t from_row, int64_t columns, uint32_t* to, int64_t to_row) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; c += W) store(reinterpret_cast<bf16*>(to + r * to_row) + c, load(from + r * from_row + c));
 }
 
-// Float32 [rows, columns] as a left operand of pairs down its columns: rows 2i and 2i + 1 in row i.
+// Converts float32 [rows, columns] to a left operand whose pairs are neighbours in a column: row i has rows 2i and 2i + 1.
 VINLINE void pair_down(const float* from, int64_t rows, int64_t from_row, int64_t columns, uint32_t* to, int64_t to_row) {
   for (int64_t r = 0; r < rows; r += 2)
     for (int64_t c = 0; c < columns; c += W) {
@@ -143,7 +143,7 @@ VINLINE void pair_down(const float* from, int64_t rows, int64_t from_row, int64_
     }
 }
 
-// `count` rows of float32, each from_row floats apart, to rows of float type T; zeros in those up to `length`.
+// Converts `count` rows of float32, from_row floats apart, to rows of float type T. Rows from `count` to `length` become zeros.
 template <class T>
 inline void unpack(const float* from, int64_t from_row, int64_t count, int64_t length, int64_t width, const Rows& to) {
   for (int64_t i = 0; i < length; ++i) {
@@ -158,7 +158,7 @@ inline void unpack(const float* from, int64_t from_row, int64_t count, int64_t l
   }
 }
 
-// row_product, a product of such operands for kTile rows of the left one; and what they are padded to for it.
+// Defines row_product, the product of kTile rows of a left operand and a right one, and the multiples for padding operands.
 #if defined(SIMPLCLIP_AMX)
 #include "amx_product.h"
 #else

@@ -1,4 +1,4 @@
-// Tensors for the CPU kernels.
+// Float types and addresses of tensors, for the CPU kernels.
 #pragma once
 
 #include "../layout.h"
@@ -14,7 +14,7 @@ inline Float type_of(const Tensor& t) {
   }
 }
 
-// Element `offset` of the memory, counted from the first.
+// Returns the address `offset` elements behind the first element.
 inline void* element(const Tensor& t, int64_t offset) { return static_cast<char*>(t.mutable_data_ptr()) + offset * bytes_of(t); }
 
 }  // namespace simplclip

@@ -1,4 +1,4 @@
-// A sum over chunks of rows of a^T b.
+// The sum of a^T b over chunks of the rows of a and b.
 #pragma once
 
 #include "instruction_set.h"
@@ -17,7 +17,7 @@ class TransposedSum {
     if (in_float_) sum_ = scratch.take(out_, {out_.size(0), out_.size(1)}, ScalarType::Float);
   }
 
-  // With a sum in float32, the last product stays in the result until the next one comes, or the end: one pass less for both.
+  // With a sum in float32, the latest product stays in out_ until the next one, or result(), which adds and rounds in one pass.
   void add(const Tensor& a, const Tensor& b) {
     if (!needed_) return;
     Tensor view = a;

@@ -37,8 +37,8 @@ VINLINE vf load(const bf16* p) {
 
 VINLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-// Rounds to bfloat16, to nearest even. NaNs of computations stay NaN; only payloads with all low bits set would not. The
-// hardware treats subnormals as zero.
+// Rounds to bfloat16, to nearest even. A NaN that a computation produces stays NaN; one whose low payload bits are all set would
+// not. The native instruction treats subnormals as zero.
 VINLINE vh rounded(vf v) {
 #if defined(SIMPLCLIP_NATIVE_BF16)
   return (vh)_mm512_cvtneps_pbh((__m512)v);
@@ -66,7 +66,7 @@ struct f16 {  // IEEE half
   uint16_t bits;
 };
 
-// No float arithmetic on subnormals, so that flush-to-zero modes have no effect.
+// Does no float arithmetic on subnormals, so that flush-to-zero modes have no effect.
 VINLINE vf load(const f16* p) {
   const vu bits = __builtin_convertvector(read<vh>(p), vu), magnitude = bits & 0x7fffu;
   const vu normal = (magnitude << 13) + (112u << 23);
@@ -87,7 +87,7 @@ VINLINE void store(f16* p, vf v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-// The first `lanes` elements; the others are zero, and are not read.
+// Loads the first `lanes` elements. The other lanes are zero, and their memory is not read.
 template <class T>
 VINLINE auto load(const T* p, int lanes) {
   T buffer[W] = {};
@@ -121,14 +121,14 @@ VINLINE vf load(const T* p, std::integral_constant<int, W>) { return load(p); }
 template <class T>
 VINLINE void store(T* p, vf v, std::integral_constant<int, W>) { store(p, v); }
 
-// The same for a number of lanes that may exceed a vector.
+// load and store for a number of lanes that may exceed a vector.
 template <class T>
 VINLINE vf load_up_to(const T* p, int64_t lanes) { return lanes >= W ? load(p) : load(p, int(lanes)); }
 
 template <class T>
 VINLINE void store_up_to(T* p, vf v, int64_t lanes) { lanes >= W ? store(p, v) : store(p, v, int(lanes)); }
 
-// Returns f(a null pointer whose type is that of the floats).
+// Returns f(p), where p is a null pointer to the type of the floats.
 template <class F>
 VINLINE auto by_type(Float type, F&& f) {
   if (type == Float::kBFloat16) return f(static_cast<bf16*>(nullptr));
@@ -136,7 +136,7 @@ VINLINE auto by_type(Float type, F&& f) {
   return f(static_cast<float*>(nullptr));
 }
 
-// Returns f(the value as a std::integral_constant); it is one of those listed.
+// Returns f(`value` as a std::integral_constant). `value` is one of the template's arguments.
 template <auto first, auto... others, class F>
 VINLINE auto by_value(decltype(first) value, F&& f) {
   if constexpr (sizeof...(others) > 0)

@@ -1,8 +1,8 @@
-// Products of the operands of small_product.h in vector registers. Included by it.
+// Products of the operands of small_product.h in vector registers. Included by small_product.h.
 
 constexpr int kTile = 6;                       // rows of a tile
-constexpr int kTileVectors = W == 16 ? 4 : 2;  // columns of it, in vectors: with kTile rows they fill the registers
-constexpr int64_t kStep = W;                   // floats that the rows of a matrix are rounded up to
+constexpr int kTileVectors = W == 16 ? 4 : 2;  // columns of a tile, in vectors; its sums fill the registers
+constexpr int64_t kStep = W;                   // floats; rows of a matrix are padded to a multiple of kStep
 constexpr int64_t kBlockRows = 240;            // rows of backward's matrices [rows, L]: a multiple of kTile
 
 VINLINE void multiply_add(vf& sum, float left, const float* right) { sum += splat(left) * load(right); }
@@ -13,7 +13,7 @@ VINLINE void multiply_add(vf& sum, uint32_t left, const uint32_t* right) {
 }
 #endif
 
-// kTile rows of init + a b, V vectors wide; b's columns are neighbours.
+// Passes kTile rows of init + a b, V vectors wide, to `finish`. The columns of b are contiguous.
 template <int V, class U, class Init, class Finish>
 VINLINE void tile_product(int64_t column, int64_t depth, Units<U> a, Units<U> b, const Init& init, const Finish& finish) {
   vf sum[kTile][V];
@@ -34,7 +34,7 @@ VINLINE void tile_product(int64_t column, int64_t depth, Units<U> a, Units<U> b,
     for (int c = 0; c < V; ++c) finish(r, column + c * W, sum[r][c]);
 }
 
-// The same for a whole row of tiles: `vectors` vectors, in tiles that are as equal as can be.
+// Passes kTile rows of init + a b, `vectors` vectors wide, to `finish`. Divides them into tiles of about equal width.
 template <class U, class Init, class Finish>
 VINLINE void row_product(int64_t vectors, int64_t depth, Units<U> a, Units<U> b, const Init& init, const Finish& finish) {
   const int64_t tiles = (vectors + kTileVectors - 1) / kTileVectors;

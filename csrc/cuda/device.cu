@@ -7,7 +7,7 @@ namespace {
 __global__ void probe_kernel() {}
 }  // namespace
 
-// Architecture of this build's code for the device, 0: none.
+// Returns the architecture of this build's code that runs on the device, or 0 if none does.
 int binary_version(int device) {
   int current = 0;
   cudaGetDevice(&current);

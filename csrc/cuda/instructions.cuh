@@ -40,7 +40,7 @@ SIMPLCLIP_DEVICE int grid_x() { return gridDim.x; }
 SIMPLCLIP_DEVICE int lane() { return thread() & 31; }
 SIMPLCLIP_DEVICE int warp() { return thread() >> 5; }
 
-// The launch's dynamic shared memory; ldmatrix and cp.async need multiples of 16, a multiple of 128 keeps the banks in step.
+// Returns the launch's dynamic shared memory. ldmatrix and cp.async need a multiple of 16; a multiple of 128 starts at bank 0.
 SIMPLCLIP_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char simplclip_shared[];
   return simplclip_shared;
@@ -144,8 +144,8 @@ SIMPLCLIP_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// Copies 16 bytes, aligned to as many, to shared memory in the background; if not `valid`, zeros, and `global` is
-// not read. Visible to this thread after the wait for its group, to others after a barrier that follows.
+// Copies 16 bytes, 16-byte aligned, to shared memory in the background; if not `valid`, writes zeros and does not read `global`.
+// This thread sees the bytes after it has waited for their group, other threads after a barrier that follows.
 SIMPLCLIP_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
@@ -153,7 +153,7 @@ SIMPLCLIP_DEVICE void cp_async_16(void* shared, const void* global, bool valid) 
                : "memory");
 }
 
-// Ends a group: this thread's copies since the last one.
+// Ends a group: the copies that this thread has started since its last group.
 SIMPLCLIP_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 
 // Waits until at most the last N groups of this thread are unfinished.

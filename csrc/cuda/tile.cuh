@@ -27,9 +27,9 @@ struct HeadRows {
   SIMPLCLIP_DEVICE char* row(int row) const { return data + row * stride; }
 };
 
-// Rows of a multiple of 32 bytes in shared memory. A row's chunks are permuted, so that eight rows' chunks of one column, as
-// ldmatrix reads them, are in different banks: rows of 8 chunks, or a multiple, by the row's last 3 bits, of 4 by the 2 above
-// the last, of 2 by the one above those, since 2 or 4 rows then fill the banks once.
+// A matrix in shared memory, whose rows are a multiple of 32 bytes. ldmatrix reads the chunks of eight rows in one column. They
+// are in different banks, since a chunk's position is its index xor bits of its row: bits 0 to 2 in rows of 8 chunks or a
+// multiple, bits 1 and 2 in rows of 4, bit 2 in rows of 2, since 2 or 4 such rows fill the banks once.
 struct Tile {
   char* base;
   int stride, shift, mask;
@@ -49,7 +49,7 @@ struct Tile {
   }
 };
 
-// The block's threads start copying `rows` rows; those from `valid` on are zeros.
+// The block's threads start to copy `rows` rows, from row `first` on; rows from `valid` on are zeros.
 SIMPLCLIP_DEVICE void stage(const Tile& tile, const HeadRows& from, int column_byte, int first, int rows, int valid) {
   for (int row = thread() >> 2; row < rows; row += threads() >> 2) {
     const char* source = from.data + (first + row) * from.stride + column_byte;
@@ -59,7 +59,7 @@ SIMPLCLIP_DEVICE void stage(const Tile& tile, const HeadRows& from, int column_b
   }
 }
 
-// An operand [16, 16] of a product in registers, on the left. Its columns are in the order of `pack`.
+// The left operand [16, 16] of a product, in registers. Its columns are in the order of `pack`.
 template <class T>
 struct Operand {
   uint32_t r[kBytes<T> == 2 ? 4 : 8];
@@ -86,8 +86,8 @@ SIMPLCLIP_DEVICE void load_rows(uint32_t (&r)[4], const void* chunk) {
   }
 }
 
-// Both load 32 bytes of each of 16 rows, from chunk `chunk` on: load_left as the left operand, load_right as the right one, whose
-// columns these rows are.
+// load_left and load_right load 32 bytes of each of 16 rows, from chunk `chunk` on. These are rows of the left operand, or
+// columns of the right one.
 template <class T>
 SIMPLCLIP_DEVICE void load_left(uint32_t (&r)[4], const Tile& m, int tile, int chunk) {
   load_rows<T>(r, m.at(tile, lane() & 15, chunk + (lane() >> 4)));
@@ -108,8 +108,8 @@ SIMPLCLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b
   }
 }
 
-// c[i] [16, 16] += rows of tile `row_tile` of a times rows of tile i of b, transposed; i < tiles. Of both matrices `bytes` of
-// a row, those of a from `chunk` on.
+// c[i] [16, 16] += a_tile b_i^T for i < tiles, where a_tile is tile `row_tile` of a and b_i is tile i of b. Sums over `bytes` of
+// each row, which begin at chunk `chunk` of a and at chunk 0 of b.
 template <class T, int kTiles>
 SIMPLCLIP_DEVICE void multiply_rows(
     float (&c)[kTiles][2][4], const Tile& a, int row_tile, int chunk, const Tile& b, int tiles, int bytes) {
@@ -131,12 +131,12 @@ SIMPLCLIP_DEVICE void multiply_rows(
   }
 }
 
-// An element in float32 of a tile's row < 16.
+// Returns a float32 element of a tile; row < 16.
 SIMPLCLIP_DEVICE float element(const Tile& m, int tile, int row, int column) {
   return *reinterpret_cast<const float*>(m.at(tile, row, column / 4) + column % 4 * 4);
 }
 
-// c [16, 16] += a times the rows of tile `tile` of b, columns 16 column_tile to + 15.
+// c [16, 16] += a times tile `tile` of b, in columns 16 column_tile to 16 column_tile + 15 of b.
 template <class T>
 SIMPLCLIP_DEVICE void multiply_columns(float (&c)[2][4], const Operand<T>& a, const Tile& b, int tile, int column_tile) {
   if constexpr (kBytes<T> == 2) {
@@ -177,7 +177,7 @@ SIMPLCLIP_DEVICE void store_operand(const Tile& m, int row_tile, int column_tile
   }
 }
 
-// The transposed of a stored tile as the left operand: its rows are the stored columns 16 column_tile to + 15.
+// Returns the transpose of a stored tile as a left operand: row i is the stored column 16 column_tile + i.
 template <class T>
 SIMPLCLIP_DEVICE Operand<T> load_transposed(const Tile& m, int row_tile, int column_tile) {
   Operand<T> a;
@@ -194,8 +194,8 @@ SIMPLCLIP_DEVICE Operand<T> load_transposed(const Tile& m, int row_tile, int col
   return a;
 }
 
-// A lane's elements of columns 16 column_tile to + 15 of rows lane / 4 and lane / 4 + 8 of a tile, laid out as mma does;
-// zeros from row `valid` on, which are not read.
+// Loads a lane's elements of columns 16 column_tile to 16 column_tile + 15, rows lane / 4 and lane / 4 + 8 of a tile, in mma's
+// layout. Rows from `valid` on are zeros and are not read.
 template <class T>
 SIMPLCLIP_DEVICE void load_global(float (&c)[2][4], const HeadRows& from, int tile, int column_tile, int valid) {
 #pragma unroll
@@ -218,8 +218,8 @@ SIMPLCLIP_DEVICE void load_global(float (&c)[2][4], const HeadRows& from, int ti
   }
 }
 
-// Writes such elements; zeros from row `valid` to row `rows`. Four lanes write 32 bytes of a row at a time; with 16-bit elements
-// two of them first exchange elements.
+// Writes elements in the layout of load_global, and zeros to the rows from `valid` to `rows`. Four lanes write 32 bytes of a row
+// at a time; with 16-bit elements pairs of lanes first exchange elements.
 template <class T>
 SIMPLCLIP_DEVICE void store_global(
     const float (&c)[2][4], const HeadRows& to, int tile, int column_tile, int valid, int rows) {

@@ -27,7 +27,7 @@ void expect_heads(const char* name, const Tensor& t, const Tensor& q) {
   expect_dtype_of(name, t, "q", q);
 }
 
-// Calls f(the head, sequence, head's number, scratch) in parallel.
+// Calls f(head, index of its sequence, index of the head, scratch) for each head, in parallel.
 template <class F>
 void for_heads(const AttentionCall& call, const Tensor& lse, bool is_backward, F&& f) {
   const Tensor& q = call.q;

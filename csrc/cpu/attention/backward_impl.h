@@ -1,9 +1,10 @@
 // Backward of shaped attention, one head. Included after forward_impl.h.
 //
-// For some rows it computes the logits again, dP = do v^T, from both dS and the mixing weights, and dq; dk and dv follow for
-// each full block of rows. The gradients of the gains are the trace of dP, its mean under the softmax and its plain mean.
+// For kTile rows at a time it computes the logits again, dP = dO V^T, from both dS and the mixing weights, then dq. After each
+// block of kBlockRows rows it adds the block's share of dk and dv. The gradients of alpha, beta and gamma are sums over the rows:
+// of the diagonal of dP, of the mean of dP under the softmax, and of minus the plain mean of dP.
 
-// In row i, logits are replaced by scale dS, and dp by the mixing weights; both are 0 after the `count` visible keys.
+// Replaces a row's logits by scale dS and its dp by mixing weights, both 0 after the `count` visible keys; adds to `gains`.
 inline void row_gradients(const AttentionHead& head, float lse, float* logits, float* dp, int64_t columns, int64_t count,
                           double* gains) {
   const vi lanes = iota();
@@ -42,7 +43,7 @@ void attention_backward_typed(const AttentionHead& head, const AttentionGrad& gr
   U* const d_out = next.take<U>(tokens * units);
   U* const kt = next.take<U>(units * columns);
   U* const vt = next.take<U>(units * columns);
-  U* const k = next.take<U>(tokens * units);  // rows until transposed, then stacked
+  U* const k = next.take<U>(tokens * units);  // in rows form until transposed, then stacked
   float* const dk = next.take<float>(tokens * padded);
   float* const dv = next.take<float>(tokens * padded);
   U* const ds = next.take<U>(matrix_rows * columns / kFloats);

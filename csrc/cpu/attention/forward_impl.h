@@ -1,8 +1,8 @@
 // Forward of shaped attention, one head. Included after small_product.h, inside the namespace of an instruction set.
 //
-// The head is copied into float32 scratch that fits the second-level cache: rows of a head are apart in memory, often by a
-// power of two, so that they would evict each other from the first-level cache. Then some rows at a time are processed: logits,
-// softmax, mixing weights, product with v. The mixing weights beta A - gamma C are one matrix, so that one product suffices.
+// The head is copied into scratch that fits the second-level cache: the rows of a head are apart in memory, often by a power of
+// two, so that they would evict each other from the first-level cache. Then kTile rows at a time are processed: logits, softmax,
+// mixing weights, product with v. The mixing weights beta A - gamma C are one matrix, so that one product suffices.
 
 struct Scratch {
   float* next;
@@ -16,15 +16,15 @@ struct Scratch {
 
 VINLINE int64_t units_of(int64_t floats, int unit) { return (floats + unit - 1) / unit; }
 
-// Enough for every type; a tile reads up to a vector past a matrix.
+// Returns a number of floats that suffices for every type. Leaves room for a tile, which reads up to a vector past a matrix.
 inline int64_t attention_scratch_floats(int64_t length, int64_t width, bool is_backward) {
   const int64_t tokens = round_up(length, kTile), columns = round_up(length, kStep), padded = round_up(width, 2 * W);
   const int64_t rows = is_backward ? std::min(kBlockRows, tokens) + 2 * kTile : kTile;
   return (is_backward ? 7 : 2) * tokens * padded + (is_backward ? 2 : 1) * columns * padded + 2 * rows * columns + 4 * W;
 }
 
-// Replaces the logits [columns] of row `i` by its weights: beta softmax - gamma uniform over the `count` visible keys, 0 after
-// them. Returns the log-sum-exp.
+// Replaces a row of unscaled logits [columns] by mixing weights: beta softmax - gamma uniform over the `count` visible keys, 0
+// after them. Returns the log-sum-exp of the scaled logits.
 inline float mixing_weights(float* row, int64_t columns, int64_t count, float scale, float beta, float gamma) {
   const vi lanes = iota();
   const int64_t whole = count / W * W;

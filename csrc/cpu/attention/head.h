@@ -9,14 +9,14 @@ namespace simplclip {
 
 struct Rows {  // [L, K] of one head: rows of K contiguous floats
   void* data;
-  int64_t stride;  // floats from one row to the next
+  int64_t stride;  // elements from one row to the next
 };
 
 struct AttentionHead {
   Rows q, k, v;
   Float type;      // of all tensors but lse
   int64_t length;  // L
-  int64_t valid;   // valid tokens: padded ones are not read, and written only as zeros
+  int64_t valid;   // number of valid tokens: padded tokens are not read, and their results are zeros
   int64_t width;   // K
   bool causal;
   float scale, alpha, beta, gamma;

@@ -18,7 +18,7 @@ constexpr int64_t kGrain = 32768;  // elements per thread, at least
 
 void* row(const Tensor& t, int64_t i) { return element(t, i * t.size(1)); }
 
-// Calls f(rows of a task, its first row, its number) in parallel over the tasks.
+// Calls f(rows of the task, index of its first row, index of the task) for each task, in parallel.
 template <class F>
 void for_tasks(const FeatureCall& call, const Tensor& inv_norms, F&& f) {
   const Tensor &student = call.student, &teacher = call.teacher;

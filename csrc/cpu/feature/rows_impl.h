@@ -1,9 +1,9 @@
 // Included after vec.h, inside the namespace of an instruction set. See rows.h.
 // A row is read twice, for the norms (or u.g) and for the distance (or the gradient); the second time it is in the cache.
 
-constexpr float kEps = 1e-12f;  // F.normalize's
+constexpr float kEps = 1e-12f;  // as in F.normalize
 
-// Keeps a NaN norm.
+// Returns 1 / max(norm, kEps), and NaN for a NaN norm.
 VINLINE float inverse(float squares) {
   const float norm = std::sqrt(squares);
   return 1.0f / (norm < kEps ? kEps : norm);
@@ -53,7 +53,7 @@ void feature_backward_of(const FeatureRows& in, float factor, void* grad) {
       else
         return d;
     };
-    float along = 0.0f;  // u.g, which the normalisation removes; a row shorter than eps is divided by a constant
+    float along = 0.0f;  // u.g, which normalisation removes; 0 if the row is shorter than eps and thus divided by a constant
     if (in.student_inv && !(x_inv >= 1.0f / kEps)) {
       vf dot = {};
       each_block(in.columns, [&](int64_t j, auto lanes) __attribute__((always_inline)) {

@@ -1,4 +1,4 @@
-// The second half of parallel_mlp on a CPU, some rows of the hidden layer at a time; its activation is only in scratch.
+// The second half of parallel_mlp on a CPU, for a chunk of rows of the hidden layer at a time. Only scratch holds activations.
 #include "../../calls.h"
 #include "../instruction_set.h"
 #include "../tensors.h"
@@ -30,7 +30,7 @@ int64_t chunk_rows(const Tensor& h) {
   return std::clamp<int64_t>(kScratchBytes / (h.size(1) * bytes_of(h)), 64, std::max<int64_t>(64, h.size(0)));
 }
 
-// to[rows, F] = act(h), or with `grad` grad act'(h).
+// Computes to [rows, F] = act(h), or grad act'(h) if `grad` is given.
 void activate(Activation act, const Tensor& h, const Tensor* grad, Tensor& to) {
   parallel_for(0, h.size(0) * h.size(1), kGrain, [&](int64_t begin, int64_t end) {
     const void* d_out = grad ? element(*grad, begin) : nullptr;
@@ -93,7 +93,7 @@ struct Backward {
         rows(hidden_rows(call.h, scratch)) {}
 };
 
-// Overwrites h by dh. Returns the gradient of the weight, [0, F] if it is not needed.
+// Overwrites h by its gradient. Returns the gradient of the weight, [0, F] if it is not needed.
 Tensor parallel_mlp_bwd(const HiddenGradient& call) {
   const Tensor& h = call.h;
   expect_contiguous("h", h);

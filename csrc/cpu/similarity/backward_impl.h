@@ -1,7 +1,7 @@
 // Included after strip_impl.h, inside the namespace of an instruction set: backward of a strip.
 
-// The gradient of one softmax term: the row's part from (lse, g), that of column j from (col_lse, g_col), or both from one
-// exponential and the ratio.
+// The gradient of one softmax term with respect to the logits z of a row: g e^(z - lse) by the row's softmax, plus
+// g_col e^(z - col_lse) by the softmax of column j. kShared computes both from one exponential and `ratio`.
 template <Softmax kind>
 struct SoftmaxGradient {
   float lse, g, shift;                     // this row's log-sum-exp, its gradient, e^(lse - top)

@@ -5,7 +5,7 @@
 
 namespace simplclip {
 
-// Rows of the statistics: RowStat and ColumnStat of call.py.
+// Indices of the statistics in the results of forward: RowStat and ColumnStat of call.py.
 enum class RowStat {
   kLseStudent, kLseTeacher, kLseImageToTeacher, kMeanStudent, kMeanImageToTeacher, kDiagonalStudent, kDiagonalTeacher,
   kDiagonalImageToTeacher, kDiagonalTeacherToText, kSigmoid, kSecondSigmoid, kCount
@@ -69,7 +69,7 @@ struct RowsCall {
 
   auto fields() { return std::tie(query, keys, scale, ids, text_ids, label_offset, attend, chunk); }
 
-  // The call whose rows of the student's matrix have these statistics.
+  // Returns a SimilarityCall whose student matrix is query keys^T, so that its row softmaxes are those of this call.
   SimilarityCall student() const {
     return {.image = query, .text = keys, .scale = scale, .ids = ids, .text_ids = text_ids, .label_offset = label_offset,
             .softmax = true, .chunk = chunk};
@@ -89,7 +89,7 @@ struct SigmoidCall {
                     chunk, gradient, need_image, need_text);
   }
 
-  // The call whose student's matrix has these terms.
+  // Returns a SimilarityCall whose student matrix is image text^T, with the sigmoid terms of this call.
   SimilarityCall student() const {
     return {.image = image, .text = text, .scale = weight, .sigmoid_weight = weight, .sigmoid_bias = bias,
             .sigmoid_negative = negative, .sigmoid_positive = positive, .image_share = image_share, .text_share = text_share,

@@ -1,6 +1,6 @@
 // Included after strip_impl.h, inside the namespace of an instruction set: forward of a strip.
 
-// Raises the reference of the column sums, and rescales the sums.
+// Raises the reference of the column sums to `top` if `top` is higher, and rescales the sums.
 inline void raise(float& reference, float top, int64_t columns, float* sums, float* weighted) {
   if (!(top > reference)) return;
   if (reference > -kInf && sums) {
@@ -12,12 +12,12 @@ inline void raise(float& reference, float top, int64_t columns, float* sums, flo
   reference = top;
 }
 
-// Column sums hold sum_i e^(z_ij - reference).
+// The references of a strip's column sums, which hold sum_i e^(z_ij - reference).
 struct Reference {
   float student = -kInf, teacher = -kInf;
 };
 
-// Running sums of R rows against their own highest logits.
+// Running sums of e^(z - top) of R rows, where `top` is the row's highest logit.
 template <int R>
 struct RowSums {
   float top[R], weight[R];  // weight: e^(top - reference)
@@ -42,7 +42,7 @@ struct RowSums {
   }
 };
 
-// The same with running sums of a weighted value: those of the teacher's softmax.
+// RowSums of the teacher's softmax, with the running sums of a value that this softmax weights.
 template <int R>
 struct WeightedRowSums : RowSums<R> {
   vf weighted[R] = {};
@@ -53,7 +53,7 @@ struct WeightedRowSums : RowSums<R> {
   }
 };
 
-// One tile of R rows of a strip.
+// Computes the statistics of rows i0 to i0 + R - 1 of a strip, and adds the rows to the column sums.
 template <class T, bool teacher, int R>
 void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& reference) {
   const bool mask_all = everywhere(s.pairs), columns = out.col_lse != nullptr;

@@ -7,7 +7,7 @@
 namespace simplclip {
 namespace {
 
-// The rows of the student's matrix of a SimilarityCall, with the query as images and the keys as texts.
+// The workspace: a sweep over the student's matrix of a SimilarityCall, with the query as images and the keys as texts.
 struct RowsWork {
   SimilarityCall call;
   Sweep sweep;

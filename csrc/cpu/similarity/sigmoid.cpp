@@ -1,5 +1,5 @@
-// similarity_sigmoid on a CPU: sigmoid terms, whose gradient needs no statistics, so that forward computes value and gradient in
-// one sweep: a chunk of rows is multiplied, replaced by its gradient, and multiplied once with each side's features.
+// similarity_sigmoid on a CPU. The gradient of a sigmoid term needs no statistics, so that forward computes value and gradient in
+// one sweep: it computes a chunk of the matrix, replaces it by its gradient, and multiplies that once with each side's features.
 #include "sweep.h"
 #include "../transposed_sum.h"
 
@@ -8,7 +8,7 @@
 namespace simplclip {
 namespace {
 
-// The student's matrix of a SimilarityCall, whose softmax is not computed.
+// The workspace: a sweep over the student's matrix of a SimilarityCall, without its softmax, and the sum of d_text.
 struct SigmoidWork {
   SimilarityCall call;
   Sweep sweep;
@@ -19,8 +19,8 @@ struct SigmoidWork {
         d_text(call.text, sigmoid.need_text, sweep.is_bf16 && sweep.chunk < sweep.n, scratch) {}
 };
 
-// Returns the terms [K], d_image and d_text (empty unless needed), d_weight [K] and d_bias [K]: gradients of the terms' sum, each
-// times its entry of mix.
+// Returns the terms [K], and the gradients of sum_k mix[k] terms[k]: d_image and d_text (empty unless needed), d_weight [K] and
+// d_bias [K].
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall& call) {
   Scratch scratch;
   SigmoidWork work(call, scratch);

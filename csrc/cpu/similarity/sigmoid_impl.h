@@ -1,6 +1,6 @@
 // Included after strip_impl.h, inside the namespace of an instruction set: sigmoid terms of a row, values and gradient at once.
 
-// 1 / x of x >= 1, as exact as exp2.
+// Returns 1 / x for x >= 1, with the precision of exp2<coarse>.
 template <bool coarse>
 VINLINE vf inverse_of(vf x) {
 #if SIMPLCLIP_LANES == 16
@@ -11,10 +11,10 @@ VINLINE vf inverse_of(vf x) {
 #endif
 }
 
-// Sums of softplus(x) = max(x, 0) + log(1 + e^-|x|) of many x with one logarithm for many: over products of (1 + e), kept as
-// their difference from 1, so that a small e loses nothing.
+// Sums softplus(x) = max(x, 0) + log(1 + e), e = e^-|x|, with one logarithm for up to kFactors of the x: that of the product of
+// their (1 + e). `product` is this product minus 1, so that a small e loses nothing.
 struct SoftplusSum {
-  static constexpr int kFactors = 120;  // each at most 2, so that their product is a float
+  static constexpr int kFactors = 120;  // each factor is at most 2, so that the product does not overflow
   vf product = {}, tops = {}, total = {};  // tops: sum of max(x, 0) / log(2)
 
   VINLINE void add(vf e, vf top) {
@@ -27,7 +27,7 @@ struct SoftplusSum {
   }
 };
 
-// What is computed of a row.
+// What sigmoid_row computes: the sums of the terms, their gradient, or both.
 enum class Sigmoid { kValues, kGradient, kBoth };
 
 template <class T, int K, Sigmoid what, class Grad>

@@ -1,5 +1,5 @@
 // similarity_loss on a CPU: a sweep over row chunks. The strip kernels read each chunk's matrices once, and in backward replace
-// them by their gradients, from which two products each give the gradients of the features.
+// them by their gradients, whose products with the features are the gradients of the student's features.
 #include "sweep.h"
 #include "../transposed_sum.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// The statistics of one of the student's matrices; kCount: none. A mean by row is one of the teacher's rows too.
+// Indices of the statistics of one of the student's matrices; kCount: none. With a row mean come the row's teacher statistics.
 struct Stats {
   RowStat lse, mean, diagonal;
   ColumnStat col_lse, col_mean;
@@ -24,7 +24,7 @@ constexpr Stats kImageToTeacher = {RowStat::kLseImageToTeacher, RowStat::kMeanIm
 constexpr Stats kTeacherToText = {RowStat::kCount, RowStat::kCount, RowStat::kDiagonalTeacherToText,
                                   ColumnStat::kLseTeacherToText, ColumnStat::kMeanTeacherToText};
 
-// A statistic of all rows [11, N] or columns [5, M]; null for none.
+// Returns the first value of a statistic in rows [11, N] or columns [5, M]; null for kCount.
 template <class Stat>
 float* stat_of(const Tensor& from, Stat stat) {
   return stat == Stat::kCount ? nullptr : data<float>(from) + int64_t(stat) * from.size(1);
@@ -130,8 +130,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
   return {row_stats, column_stats, sweep.stored};
 }
 
-// How the gradients of one softmax are computed; fills ratios if one exponential suffices for rows and columns, i.e. unless a
-// row's e^(z - r) could underflow where the column's e^(z - c) does not.
+// Decides whether one exponential suffices for the gradients of a matrix's row and column softmaxes, and fills `ratio` if so. One
+// does not suffice if a row's e^(z - r) could underflow where the column's e^(z - c) does not.
 struct Sharing {
   std::vector<float> ratio;
   float top;
@@ -156,7 +156,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 struct Backward {
   Sweep sweep;
   TransposedSum d_text, d_projected_text;
-  Tensor sigmoid_grads;  // [strips, M]: a row of each strip
+  Tensor sigmoid_grads;  // [strips, M]: scratch of one row for each strip
 
   Backward(const SimilarityGradient& call, Scratch& scratch)
       : sweep(call, &call.stored, scratch),
@@ -220,7 +220,7 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
   sweep.for_chunks([&](int64_t first, int64_t count) {
     Tensor teacher_chunk;
     if (sweep.teacher) teacher_chunk = sweep.load(*sweep.teacher, first, count, true);
-    // The gradient of a matrix's chunk, in its scratch.
+    // Returns the gradient of a chunk of a matrix, in the matrix's scratch.
     auto differentiate = [&](Matrix& matrix, const BackwardIn& in, Softmax kind, bool has_teacher, double& d_scale) {
       const Tensor sim = sweep.load(matrix, first, count, true);
       const Tensor* const of_teacher = has_teacher ? &teacher_chunk : nullptr;

@@ -30,13 +30,13 @@ inline void assign(bf16& to, float x) {
 
 constexpr int64_t kStripRows = 64;
 
-// Which softmaxes have a gradient. kShared: those of rows and columns, computed with one exponential, since
-// e^(z - c) = e^(z - r) e^(r - top) e^(top - c). kApart: both, with two exponentials, where r and c are too far apart for that.
+// The softmaxes that have a gradient; r and c are log-sum-exps of a row and a column. kShared: both, by one exponential:
+// e^(z - c) = e^(z - r) e^(r - top) e^(top - c). kApart: both, by two exponentials, where r and c are too far apart for one.
 enum class Softmax { kShared, kApart, kRows, kColumns };
 
-// The columns that belong to the rows of a strip: that of the row's own pair, and those with the row's id.
+// The columns that belong to a row of a strip: the column of the row's own pair, and all columns with the row's id.
 struct Pairs {
-  int64_t label;            // column of the first row's pair; the next row's is the next column
+  int64_t label;            // column of the first row's pair; the pair of row i is in column label + i
   const int32_t* ids;       // [rows], or null if a row has its own pair alone
   const int32_t* text_ids;  // [M]
 };
@@ -48,7 +48,7 @@ struct Strip {
   const void* teacher;      // [rows, M] same dtype: the teacher's similarities, logits t = teacher_scale times them; or null
   int64_t rows;
   int64_t columns;          // M
-  Pairs pairs;              // which are not among the negatives of the softmaxes
+  Pairs pairs;              // the columns that the softmaxes leave out
   float scale;
   float grad_scale;         // dz/dS in backward: scale, or 1 for the softmax itself
   float teacher_scale;
@@ -66,14 +66,14 @@ struct SigmoidIn {
   SigmoidTerm terms[2];
   int count;
   Pairs pairs;
-  // The weight of a positive is row_share + column_share, and all that belong to a row are its positives. Null: the weight is 1,
-  // and only the row's own pair is; the others that belong to it are neither positives nor negatives.
+  // All columns that belong to a row are its positives, of weight row_share + column_share. If null, only the row's own pair is a
+  // positive, of weight 1; other columns that belong to the row are neither positives nor negatives.
   const float *row_share, *column_share;  // [rows], [M]
 };
 
 struct SigmoidOut {
   double negative[2], positive[2];  // sums
-  double weight[2], bias[2];        // gradients of each term's numbers
+  double weight[2], bias[2];        // gradients with respect to each term's weight and bias
 };
 
 // A pointer is null if its statistic is not needed; teacher_lse and mean are needed together.
@@ -86,7 +86,7 @@ struct ForwardOut {
   float* col_lse;           // [M] over this strip's rows, like lse
   float* col_teacher_lse;   // [M]
   float* col_mean;          // [M]
-  float* sigmoid[2];        // [rows] each term's share
+  float* sigmoid[2];        // [rows] the row's share of each term
   SigmoidIn sigmoids;
 };
 
@@ -94,7 +94,7 @@ struct ForwardOut {
 struct BackwardIn {
   const float *lse, *g_lse, *teacher_lse, *g_mean, *g_diagonal;          // [rows]
   const float *col_lse, *g_col_lse, *col_teacher_lse, *g_col_mean;       // [M]
-  // Shared softmaxes: gradient times e^(top - column's log-sum-exp), and the highest log-sum-exp of a row.
+  // For kShared. A ratio is a column's gradient times e^(top - its log-sum-exp); top is the highest log-sum-exp of all rows.
   const float *lse_ratio, *teacher_ratio;  // [M]
   float top, teacher_top;
   SigmoidIn sigmoids;
@@ -103,7 +103,7 @@ struct BackwardIn {
 };
 
 struct BackwardOut {
-  double scale;  // this strip's share of the gradient of s, without the positives
+  double scale;  // this strip's share of the gradient of the scale, without the positives
   SigmoidOut sigmoids;
 };
 
@@ -111,7 +111,7 @@ struct BackwardOut {
 struct StripKernels {
   void (*forward)(const Strip&, const ForwardOut&, bool is_bf16);
   BackwardOut (*backward)(const Strip&, const BackwardIn&, Softmax, bool is_bf16);
-  // lse [parts, columns] and mean [parts, columns] or null: merges them into total_lse and total_mean (both [columns]).
+  // Merges lse [parts, columns] and mean [parts, columns] (or null) into total_lse and total_mean, both [columns].
   void (*merge)(const float* lse, const float* mean, int64_t parts, int64_t stride, int64_t columns, float* total_lse,
                 float* total_mean);
   // Sums of the sigmoid terms; if `grad` of the strip is not null, also their gradient with respect to S.

@@ -18,7 +18,7 @@ VINLINE void for_blocks(int64_t columns, int64_t first_label, int64_t labels, bo
   if (full < columns) f(full, int(columns - full), std::true_type{});
 }
 
-// Lanes of block j: `own` is row i's own pair, `belongs` are all that belong to row i, and `outside` the lanes without a column.
+// Lanes of the block at column j: `own` is row i's own pair, `belongs` all that belong to row i, `outside` those past the end.
 struct PairLanes {
   vi own, belongs, outside;
 
@@ -78,8 +78,8 @@ VINLINE vf exp2(vf t) {
 #endif
 }
 
-// e^x of logits. Those of bf16 matrices are rounded by more than the error of the coarse form. Not so where terms cancel: `exact`
-// are the blocks that may hold pairs, whose gradient is the small difference of a probability from 1, and distillation.
+// e^x of a logit x. Rounding to bf16 changes a logit by more than the error of the coarse form. `exact`: terms cancel, so that
+// the error counts: in blocks that may hold pairs, whose gradient is the small 1 - probability, and in distillation.
 template <class T, bool exact>
 VINLINE vf exp_of_logit(vf x) {
   if constexpr (std::is_same_v<T, bf16> && !exact) return exp2<true>(x * kLog2E);

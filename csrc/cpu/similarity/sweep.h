@@ -1,5 +1,5 @@
 // The row-chunk sweep of similarity_loss on a CPU: the similarity matrices that a call needs, and their scratch. A chunk is some
-// rows of them, all columns, each computed by one matrix product. Forward keeps the first `stored` rows, so that backward need
+// of their rows, with all columns, computed by matrix products. Forward keeps the first `stored_rows` rows, so that backward need
 // not compute them again. Chunk and stored rows are the only memory that grows with N*M, and both have byte budgets.
 #pragma once
 
@@ -27,7 +27,7 @@ struct Matrix {
   Tensor scratch{};  // [chunk, M]; the student's matrices share one
 };
 
-// The pairs of a call. Its ids are numbered by small integers, of which a vector holds more: equal ids have equal numbers.
+// The pairs of a call. Replaces 64-bit ids by 32-bit numbers, of which a vector holds more: equal ids have equal numbers.
 class PairsOfCall {
  public:
   explicit PairsOfCall(const SimilarityCall& call) : label_offset_(call.label_offset) {
@@ -44,7 +44,7 @@ class PairsOfCall {
     fill(column_numbers_, *call.text_ids);
   }
 
-  // Those of the rows from `first` on; without `equal_ids` only each row's own pair.
+  // Returns the pairs of the rows from `first` on; without `equal_ids` a row has its own pair alone.
   Pairs from(int64_t first, bool equal_ids) const {
     const bool has_ids = equal_ids && !row_numbers_.empty();
     return {label_offset_ + first, has_ids ? row_numbers_.data() + first : nullptr, column_numbers_.data()};
@@ -60,7 +60,7 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// out = a b^T. In fp32 in blocks: MKL is 15% faster with an operand in the second-level cache (seen on Zen 4).
+// out = a b^T. Multiplies float32 in blocks: MKL is 15% faster with an operand in the second-level cache (seen on Zen 4).
 inline void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
   const bool is_bf16 = a.scalar_type() == ScalarType::BFloat16;
   const int64_t count = a.size(0), columns = b.size(0);
@@ -84,7 +84,7 @@ struct Sweep {
   Tensor stored;                         // [matrices, stored rows, M]
   std::optional<Matrix> student, teacher, image_to_teacher, teacher_to_text;
 
-  // In backward `kept` is forward's result; forward does not read the store.
+  // `kept`: null in forward; in backward the stored rows, which forward returned.
   Sweep(const SimilarityCall& call, const Tensor* kept, Scratch& scratch)
       : call(call), n(call.image.size(0)), m(call.text.size(0)), d(call.image.size(1)), chunk(std::min(call.chunk, n)),
         stored_rows(std::min(kept ? kept->size(1) : call.stored_rows, n)),
@@ -129,7 +129,7 @@ struct Sweep {
     return in;
   }
 
-  // Calls f(first, count) for each chunk; none crosses the end of the stored rows.
+  // Calls f(first, count) for each chunk; no chunk crosses the end of the stored rows.
   template <class F>
   void for_chunks(F&& f) {
     for (int64_t first = 0, count = 0; first < n; first += count) {
@@ -138,7 +138,7 @@ struct Sweep {
     }
   }
 
-  // Rows [first, first + count) of a matrix: computed, unless they are stored and `reuse` holds.
+  // Returns rows [first, first + count) of a matrix. Computes them, unless they are stored and `reuse` holds.
   Tensor load(Matrix& matrix, int64_t first, int64_t count, bool reuse) {
     const bool is_kept = first < stored_rows;
     Tensor out = is_kept ? rows(matrix.kept, first, count) : rows(matrix.scratch, 0, count);
@@ -146,7 +146,7 @@ struct Sweep {
     return out;
   }
 
-  // Calls f(strip, first row within the chunk, strip's number) in parallel over the strips of a chunk of a matrix.
+  // Calls f(strip, its first row within the chunk, its index) in parallel over the strips of a chunk of a matrix.
   template <class F>
   void for_strips(const Matrix& of, const Tensor& sim, const Tensor* of_teacher, int64_t first, int64_t count, F&& f) {
     const int64_t bytes = is_bf16 ? 2 : 4;

@@ -15,14 +15,14 @@ bool is_aligned(const Tensor& t) {
   return aligned;
 }
 
-constexpr int64_t kGrain = 512;  // of the CUDA allocator
+constexpr int64_t kGrain = 512;  // bytes, of the CUDA allocator
 
-// The tensor, or memory of its shape if its rows are not aligned.
+// Returns the tensor, or scratch of its shape if its rows are not aligned.
 Tensor aligned_like(const Tensor& t, Scratch& scratch) {
   return is_aligned(t) ? t : scratch.take(t, t.sizes());
 }
 
-// The tensor, or a copy if its rows are not aligned.
+// Returns the tensor, or a copy in scratch if its rows are not aligned.
 Tensor aligned(const Tensor& t, Scratch& scratch) {
   Tensor to = aligned_like(t, scratch);
   if (!is_aligned(t)) torch::stable::copy_(to, t);
@@ -35,7 +35,7 @@ struct Forward : AttentionCall {
   }
 };
 
-// The call with aligned tensors, and the gains' gradients of each sequence.
+// The call with aligned tensors, and memory for the gradients of the gains by sequence.
 struct Backward : AttentionInto {
   Tensor parts;  // [B, 3, H]
 
@@ -74,7 +74,7 @@ void check(const char* error) {
   STD_TORCH_CHECK(!error, "shaped_attention on CUDA: the launch failed: ", error);
 }
 
-// Calls f(null pointer of the kernels' type) for tensors of a dtype.
+// Calls f(null pointer to the kernels' type for the dtype of t), and raises the error that f returns, if any.
 template <class F>
 void check_by_type(const Tensor& t, F&& f) {
   switch (t.scalar_type()) {

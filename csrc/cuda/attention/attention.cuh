@@ -28,8 +28,8 @@ struct Head {
   SIMPLCLIP_DEVICE HeadRows rows(const HeadsView& t) const { return {t.data + batch * t.batch + index * t.head, t.row}; }
 };
 
-// As many warps as tiles of 16 tokens. Shared memory: the queries, and two slots for slices of the columns of all keys and then
-// of all values; the next slice is always being loaded.
+// A block has one warp for each tile of 16 tokens. Shared memory holds the queries, and two slots for slices: some columns of all
+// keys, later of all values. The next slice loads while the current one is in use.
 template <class T, int kBlocks>
 __global__ void __launch_bounds__(kShapedThreads, kBlocks)
     shaped_attention_forward_kernel(const __grid_constant__ ShapedAttentionForward p) {
@@ -38,11 +38,11 @@ __global__ void __launch_bounds__(kShapedThreads, kBlocks)
   constexpr int kTiles = kShapedTiles;
   const int tile = warp(), all = tiles_of(head.length), rows = tiles_of(p.length) * kRows;
   const int row_bytes = p.width * kBytes<T>, slices = (row_bytes + p.slice - 1) / p.slice;
-  const int tiles = tile < all ? (p.causal ? tile + 1 : all) : 0;  // of keys that the warp's queries see
+  const int tiles = tile < all ? (p.causal ? tile + 1 : all) : 0;  // tiles of keys that the warp's queries see
 
   char* const shared = shared_memory();
   const Tile queries(shared, row_bytes);
-  auto slot = [&](int stage) {  // of slices 0 to slices - 1 of the keys, then of the values
+  auto slot = [&](int stage) {  // stages 0 to slices - 1 are the slices of the keys, the others those of the values
     const int width = smaller(p.slice, row_bytes - stage % slices * p.slice);
     return Tile(shared + rows * row_bytes + stage % 2 * rows * p.slice, width);
   };
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kShapedThreads, kBlocks)
     }
     cp_async_commit();
   };
-  auto refill = [&](int s) {  // the slot of slice s
+  auto refill = [&](int s) {  // loads stage s + 2 into the slot of stage s
     if (s + 2 < 2 * slices) sync_block();
     load(s + 2);
   };

@@ -1,4 +1,4 @@
-// Arguments of shaped_attention's kernels, and their launches. Also for compilers without CUDA.
+// Arguments of shaped_attention's kernels, and their launches. Compilers without CUDA can include this header.
 #pragma once
 
 #include <cstdint>
@@ -37,15 +37,15 @@ struct f16;
 struct tf32;
 }  // namespace gpu
 
-// T: a type of namespace gpu. Each address and stride is a multiple of 16 bytes, and why_no_shaped_plan is null. A launch returns
-// null, or its error; `stream` is a cudaStream_t.
+// Launches a kernel on `stream`, a cudaStream_t, and returns null or the error. T is a type of namespace gpu. Each address and
+// stride must be a multiple of 16 bytes, and why_no_shaped_plan must return null.
 template <class T>
 const char* launch_shaped_forward(ShapedAttentionForward p, void* stream);
 
 template <class T>
 const char* launch_shaped_backward(const ShapedAttentionBackward& p, void* stream);
 
-// d_gains [count], the sums over the first dimension of parts [batch, count].
+// Writes d_gains [count], the sums of parts [batch, count] over the first dimension. Returns null or the error.
 const char* launch_shaped_gains(const float* parts, float* d_gains, int batch, int count, void* stream);
 
 }  // namespace simplclip

@@ -1,6 +1,5 @@
 // shaped_attention, backward in one launch: dP = dO V^T, delta_i = sum_j A_ij dP_ij, dS = beta A (dP - delta),
-// dq = scale dS k, dk = scale dS^T q, dv = alpha dO + (beta A - gamma C)^T dO. A head fits in
-// shared memory.
+// dq = scale dS k, dk = scale dS^T q, dv = alpha dO + (beta A - gamma C)^T dO. A head fits in shared memory.
 #pragma once
 
 #include "attention.cuh"
@@ -11,7 +10,7 @@ namespace simplclip::gpu {
 struct GainSums {
   float alpha = 0, beta = 0, gamma = 0;
 
-  // The block's sums, added in the order of its warps. `shared`: 3 floats for each warp. All threads call it.
+  // Writes the block's sums, added in the order of its warps. `shared` holds 3 floats for each warp. All threads must call this.
   SIMPLCLIP_DEVICE void store(float* shared, const ShapedAttentionBackward& p, const Head& head) const {
     const float sums[3] = {warp_sum(alpha), warp_sum(beta), warp_sum(gamma)};
     if (lane() == 0) {
@@ -26,9 +25,9 @@ struct GainSums {
   }
 };
 
-// As many warps as tiles of 16 tokens. A warp first has 16 queries: their rows of A and dP in registers give dS,
-// beta A - gamma C and dq. Then it has 16 keys: both matrices, which replace keys and values in shared memory, give dk and dv.
-// Shared memory: q, dO; k, v or the two matrices; sums.
+// A block has one warp for each tile of 16 tokens. First a warp serves 16 queries: from their rows of A and dP in registers it
+// computes dS, beta A - gamma C and dq. Both matrices then replace keys and values in shared memory. Next the warp serves 16
+// keys: from both matrices it computes dk and dv. Shared memory holds q, dO; k, v, later the two matrices; sums.
 template <class T, int kBlocks>
 __global__ void __launch_bounds__(kShapedThreads, kBlocks)
     shaped_attention_backward_kernel(const __grid_constant__ ShapedAttentionBackward p) {

@@ -5,8 +5,8 @@
 namespace simplclip {
 namespace gpu {
 
-// d_gains [3, H] from the blocks' [B, 3, H], in a fixed order: a warp for each gain of a head, each of whose
-// lanes adds every 32nd sequence.
+// Sums the blocks' parts [B, 3, H] to d_gains [3, H] in a fixed order. Each gain of a head has a warp, each lane of which adds
+// every 32nd sequence.
 __global__ void shaped_attention_gains_kernel(const float* parts, float* d_gains, int batch, int gains) {
   const int gain = block_x();
   float sum = 0;

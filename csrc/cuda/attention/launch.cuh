@@ -1,4 +1,4 @@
-// The instantiations of shaped_attention's kernels, and their launches for a type of tensors, each in a .cu file of its own.
+// Launches of shaped_attention's kernels. Each type of tensors has a .cu file of its own, which instantiates them.
 #pragma once
 
 #include "plan.h"
