@@ -29,7 +29,7 @@ GRADIENTS = (
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of the rows that forward stores, for products in `dtype`: exponentials leave float16's range."""
+    """Returns the dtype of stored rows for products in `dtype`: bfloat16 for float16, whose range exponentials leave."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
