@@ -13,7 +13,7 @@ INF: tl.constexpr = tl.constexpr(float("inf"))
 
 @triton.jit
 def narrowed(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Returns value in DTYPE, rounded to nearest. The interpreter's cast to bfloat16 truncates (seen with 3.9.0)."""
+    """Returns value in DTYPE, rounded to nearest, also in the interpreter, whose cast to bfloat16 truncates (3.9.0)."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
@@ -51,7 +51,7 @@ def reciprocal(x, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def uniform(condition, INTERPRETED: tl.constexpr):
-    """Returns a condition, declared to the compiler as equal in all threads; else it would divide the warps at the branch."""
+    """Returns a condition and declares it equal in all threads: else the compiler would divide the warps at its branch."""
     if not INTERPRETED:
         vote: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.s32 $0, 1, 0, p; }"
         condition = (

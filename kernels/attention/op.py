@@ -1,7 +1,7 @@
 """Triton kernels of the terms that shaped_attention adds to the softmax attention of another library; bound by memory.
 
-A program processes the tokens of one head of one sequence in blocks. Each tensor is read once, but one whose sum over all tokens
-is needed first is read again, from the cache if it is still there. Causal sums are carried from block to block.
+A program processes the tokens of one head of one sequence in blocks. Each tensor is read once, but one whose sum over all
+tokens is needed first is read again, from the cache if it is still there. Causal sums are carried from block to block.
 """
 
 from typing import NamedTuple

@@ -133,7 +133,7 @@ def parallel_mlp_fwd(call: HiddenCall) -> None:
 
 
 def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not needed
-    """Returns dweight = gradᵀ act(h), then overwrites h by dh = (grad weight) ∘ act'(h).
+    """Computes dweight = gradᵀ act(h), then overwrites h by dh = (grad weight) ∘ act'(h); returns dweight.
 
     Scratch: that of forward, and if it does not hold all of act(h), also dweight in float32.
     """
