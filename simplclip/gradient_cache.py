@@ -257,7 +257,7 @@ def check(model: nn.Module) -> None:
 
 
 class _Ranks:
-    """A switch for the exchange of gradients, which DistributedDataParallel decides on in the forward pass before backward.
+    """The choice of backward passes in which ranks exchange gradients. DistributedDataParallel makes it in forward passes.
 
     again: the towers that exchange for a micro-batch that step 3 encodes again, not for the one whose graph step 1 keeps.
     """
@@ -298,7 +298,7 @@ def _backpropagate(parts: list[tuple[Named, Named]]) -> None:
 
 
 def _autocast_off(t: Tensor) -> torch.autocast:
-    """Backward passes run in the dtypes of the forward passes; under autocast float32 products would be cast."""
+    """Returns a context without autocast: backward runs in forward's dtypes, and autocast would cast float32 products."""
     return torch.autocast(t.device.type, enabled=False)
 
 

@@ -84,7 +84,7 @@ class Slots:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the kernels compute a tile of a product."""
+    """The constants with which the kernels compute a tile of a product."""
 
     BLOCK_M: int
     BLOCK_N: int

@@ -13,7 +13,7 @@ from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
 
 
 class Pairs(NamedTuple):
-    """An argument of the kernels: which columns belong to a row beside its own pair, and the positives' shares."""
+    """An argument of the kernels: ids, by which columns belong to a row beside its own pair, and the positives' shares."""
 
     ids: Tensor | None  # [N] int64
     text_ids: Tensor | None  # [M] int64

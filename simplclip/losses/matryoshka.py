@@ -102,7 +102,7 @@ class MatryoshkaLoss(nn.Module):
 
 
 def _prefixes(features: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    """[N, D] -> normalised copies [N, w] for each of the widths."""
+    """Returns normalised copies [N, w] of the features' first columns, one copy for each width w."""
     values = wide(features).to(accumulate_dtype(features.dtype))
     squares = [values[:, start:stop].square().sum(1) for start, stop in zip((0, *widths), widths)]
     inverse = torch.stack(squares, 1).cumsum(1).clamp(min=1e-24).rsqrt()  # as F.normalize, whose eps is 1e-12

@@ -48,7 +48,7 @@ class RowwiseLoss(SimilarityLoss):
             Where that fails, e.g. because there is no C++ compiler, fn runs uncompiled and a warning says why.
 
     Cost: 3 matrix products of N·M·D a direction, all in the forward pass; 1 if no gradient is needed. Image or text features
-    without a gradient save 1 each, a teacher adds 1. backward only multiplies the stored gradients by a number.
+    that need no gradient cost 1 less each, a teacher 1 more. backward only multiplies the stored gradients by a number.
 
     Memory: stored for backward are the gradients of features, scalars and parameters, in float32 (float64 for float64; for
     bfloat16 features in bfloat16, summed in float32). During the sweep about 4 matrices [R, M], more where fn is not
@@ -182,7 +182,7 @@ class _Rows:
             plain = self.compiled is None or fake or backends.forced() == "reference"
             result = (self.plain if plain else self.compiled)(product, *others)
         except TorchDynamoException as error:
-            result = self.plain(product, *others)  # raises fn's own error if that is what failed
+            result = self.plain(product, *others)  # raises fn's own error if fn itself failed
             self.compiled = None
             reason = next(line.strip() for line in str(error).splitlines() if line.strip())
             warnings.warn(f"RowwiseLoss: fn runs uncompiled, since torch.compile failed: {reason}", stacklevel=2)

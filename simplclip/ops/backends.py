@@ -1,4 +1,4 @@
-"""A table, op -> backend -> function. Each function has a predicate, which returns why the function cannot run a call.
+"""The table op -> backend -> function. Each function has a predicate, which returns why the function cannot run a call.
 
 A backend is one of
 
@@ -175,7 +175,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def forced() -> str:
-    """The name of the forced backend, or an empty string."""
+    """Returns the name of the forced backend, or an empty string."""
     return _forced
 
 
@@ -194,13 +194,13 @@ def key(op: str, name: str, dtype: torch.dtype) -> str:
 
 
 def taken_out(device: str) -> dict[str, str]:
-    """Returns the keys (see `key`) of what is taken out on a device type, each with the reason."""
+    """Returns the keys (see `key`) of the backends that are taken out on a device type, each with the reason."""
     return machine.known("failed", device) if _supposed is None else _supposed
 
 
 @contextlib.contextmanager
 def supposing(failed: dict[str, str]) -> Iterator[None]:
-    """Takes out the keys of `failed` instead of what failed `simplclip selftest` here. On entry no backend is forced."""
+    """Takes out the keys in `failed` instead of those that failed `simplclip selftest`. On entry no backend is forced."""
     global _supposed, _forced
     before, _supposed, _forced = (_supposed, _forced), failed, ""
     try:

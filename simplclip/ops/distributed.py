@@ -55,7 +55,7 @@ def gather_early(rows: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> 
 
 
 def follow(rows: Tensor, copy: Tensor) -> None:
-    """Records that `copy` has the rows in another dtype, so that `gather(copy)` uses what was started early for the rows."""
+    """Records that `copy` has the rows in another dtype, so that `gather(copy)` uses the gather started for the rows."""
     for memory, started in [] if torch.compiler.is_compiling() else list(_early.values()):
         if memory == _memory(rows) and started[0].dtype == copy.dtype:
             _early[copy] = _memory(copy), started

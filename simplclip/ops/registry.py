@@ -42,7 +42,7 @@ def define(
     run(function, call): runs a backend's function, whose argument is a call too; a function of C++ gets the call's fields.
     fake(call, backend): makes the op's results for fake tensors; backend: the name that was asked for.
     row: the op's backends, for the table. An op without a row is composed of other ops: its `run` gets `pick(op, **facts)`,
-    which returns the function of such an op. Those of these ops that have the backend asked for run on it.
+    which returns the function of such an op. Each of these ops runs on the backend that was asked for, if the op has it.
     native: the dataclass and the result types of the backends' functions, if they differ from the op's; `native_fake(call)`
     makes their results for fake tensors.
     facts(call): returns the facts of a call, besides device and dtype, that the backends' predicates need.

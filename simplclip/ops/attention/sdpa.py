@@ -81,7 +81,7 @@ def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
             [t.flatten(0, 1) for t in tensors],
             lse.transpose(0, 1).flatten(1).contiguous(),
         )
-    state = lse.new_empty((), dtype=torch.int64)  # of random numbers, for a dropout that there is not
+    state = lse.new_empty((), dtype=torch.int64)  # the state of random numbers, unused without dropout
     found = aten._flash_attention_backward(
         *tensors, lse, bounds, bounds, length, length, 0.0, call.causal, state, state, scale=call.scale
     )  # fmt: skip
@@ -109,7 +109,7 @@ def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
         lse = lse.masked_fill((torch.arange(length, device=q.device) >= call.lengths[:, None])[:, None], torch.inf)
         lse = lse.repeat_interleave(2, 0)  # padding gets the values of valid rows: its gradients are not used
     lse = F.pad(lse, (0, -length % LSE_ROWS), value=torch.inf)
-    state = lse.new_empty((), dtype=torch.int64)  # of random numbers, for a dropout that there is not
+    state = lse.new_empty((), dtype=torch.int64)  # the state of random numbers, unused without dropout
     found = aten._efficient_attention_backward(
         grad, q, k, v, None, av, bounds, bounds, length, length, lse, 0.0, state, state, int(call.causal), False,
         scale=call.scale,

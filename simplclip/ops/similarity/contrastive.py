@@ -25,7 +25,7 @@ class Contrastive:
 
     @property
     def plain(self) -> bool:
-        """Whether the loss of a row is its cross-entropy to its pair: a kernel computes this, with a margin or without."""
+        """Whether a row's loss is its cross-entropy to its pair: a kernel computes this loss, with or without a margin."""
         given = [(getattr(self, name), default) for name, default in _OTHER_THAN_PLAIN.items()]
         return all(value is None if default is None else value == default for value, default in given)
 

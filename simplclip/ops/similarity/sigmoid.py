@@ -106,7 +106,7 @@ def _stacked(numbers: Sequence[Tensor]) -> Tensor:
 def sigmoid_terms(
     call: SimilarityCall,  # with a hadamard hyperplane, its image is already multiplied by the weights
     terms: tuple[str, ...],
-    numbers: dict[str, Any],  # of numbers_of
+    numbers: dict[str, Any],  # the result of numbers_of
     mix: dict[str, float],
     same_ids: SameIds,
     scratch_bytes: int,
