@@ -13,7 +13,7 @@ INF: tl.constexpr = tl.constexpr(float("inf"))
 
 @triton.jit
 def narrowed(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """value in DTYPE, rounded to nearest. The interpreter truncates to bfloat16 (seen with 3.9.0), so it rounds here."""
+    """Returns value in DTYPE, rounded to nearest, also in the interpreter, whose cast to bfloat16 truncates (3.9.0)."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
@@ -23,7 +23,7 @@ def narrowed(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def dot(a, b, sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """sum + a b in float32."""
+    """Returns sum + a b in float32."""
     if INTERPRETED:  # its dot reads bfloat16 as integers (seen with 3.9.0)
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -32,7 +32,7 @@ def dot(a, b, sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def rounded_to_tf32(x):
-    """x rounded to nearest; the tensor cores would cut the last bits off."""
+    """Rounds x to the nearest TF32 number; the tensor cores would cut the last bits off."""
     return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
@@ -43,7 +43,7 @@ def sigmoid(x):
 
 @triton.jit
 def reciprocal(x, INTERPRETED: tl.constexpr):
-    """1 / x with an error of 2^-23, for x that is no denormal number."""
+    """Returns 1 / x with an error of 2^-23, for x that is not denormal."""
     if INTERPRETED:
         return 1.0 / x
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -51,7 +51,7 @@ def reciprocal(x, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def uniform(condition, INTERPRETED: tl.constexpr):
-    """A condition that is the same in all threads, so told to the compiler, which else divides the warps at its branch."""
+    """Returns a condition and declares it equal in all threads: else the compiler would divide the warps at its branch."""
     if not INTERPRETED:
         vote: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.s32 $0, 1, 0, p; }"
         condition = (

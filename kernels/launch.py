@@ -22,7 +22,7 @@ def interpreted() -> bool:
 
 
 _pretends = False
-ASSUMED = (86, 82)  # architecture and multiprocessors of an RTX 3090, which `pretended` takes where there is no device
+ASSUMED = (86, 82)  # architecture and multiprocessors of an RTX 3090, assumed under `pretended` if there is no device
 
 
 @contextlib.contextmanager
@@ -42,8 +42,8 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def starts(size: int, step: int) -> Sequence[int]:
-    """The first rows of chunks of `step`. If pretended, only of the first two chunks and the last: the others would allocate
-    what the second does."""
+    """Returns the first rows of chunks of `step` rows. If pretended, only of the first two chunks and the last: the others
+    would allocate the same as the second."""
     every = range(0, size, step)
     return [every[0], every[1], every[-1]] if _pretends and len(every) > 3 else every
 
@@ -55,7 +55,7 @@ def _device(index: int) -> tuple[int, int]:
 
 
 def architecture_and_processors(tensor: Tensor) -> tuple[int, int]:
-    """Architecture and number of multiprocessors; in the interpreter few, so that small calls split their columns."""
+    """Returns architecture and number of multiprocessors; few for the interpreter, so that small calls split columns."""
     if interpreted():
         return tuning.INTERPRETER, 4
     return ASSUMED if _pretends and not torch.cuda.is_available() else _device(tensor.device.index)
@@ -79,13 +79,13 @@ def _warn(name: str, spills: int, architecture: int) -> None:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [M, N] float32 += left right, in place. A product in a half type may add the parts of a long sum in that type."""
+    """Adds left right to total [M, N] float32 in place. A product in a half type may add parts of a long sum in that type."""
     if not _pretends:  # fake tensors of torch 2.11 do not have this product, which allocates nothing
         product(total, left, right, add=True)
 
 
 def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-    """out [M, N] float32 = left right, or += if `add`."""
+    """Writes left right to out [M, N] float32, or adds it if `add`."""
     if not out.is_cuda:  # under the interpreter
         left, right = left.float(), right.float()
     wide = {"out_dtype": torch.float32} if left.dtype != torch.float32 else {}
@@ -98,7 +98,7 @@ def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
 class started:
     """A kernel that is started as kernel[grid](...). Warns, once per kernel, if the compiler spilled registers.
 
-    The gates (make aot) check that no tile of the table spills with the versions of Triton that they run with; others may.
+    The gates (make aot) check that no tile of the table spills with the gates' versions of Triton; other versions may spill.
     """
 
     def __init__(self, kernel):
@@ -119,10 +119,10 @@ class started:
 
 @functools.cache
 def splits(blocks: int, tiles: int, slots: int) -> tuple[int, int]:
-    """Number of ranges into which each block's tiles are split, and tiles per range, if `slots` programs run at a time.
+    """Returns into how many ranges each block's tiles are split, and the tiles per range, if `slots` programs run at a time.
 
     The cost is the number of rounds of programs times tiles per range; half a tile is added for the other work of a program,
-    so that few large ranges are preferred if they fill the device as well.
+    so that few large ranges are preferred if they fill the device equally well.
     """
     most = min(tiles, max(8, -(-2 * slots // blocks)))
 

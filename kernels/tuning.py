@@ -37,10 +37,10 @@ _INTERPRETED = {
 }
 
 # A row holds the tiles of an op in a precision: block_m x block_n x block_k / warps / stages, and / blocks unless it is 1.
-# similarity_loss: by the number of matrices in a launch. At most two are in registers at a time; statistics need some too.
+# similarity_forward, _backward: entry k is for k matrices in a launch. At most two are in registers, with statistics.
+# similarity_sigmoid: entry k is for k terms. similarity_forward_sigmoid, _backward_sigmoid: for k terms that join a softmax,
+# but entry 3 is for several positives, and entry 2 also for the statistics of rows alone.
 # Entries are the largest tiles with which no launch spills.
-# similarity_sigmoid by the number of terms; so are those that join a softmax, 3 with several positives, and 2 for the
-# statistics of rows alone.
 # fmt: off
 _TABLE = {
     ("similarity_forward", "half"):          "128x128x32/8/4 128x64x32/8/4  128x64x32/8/4  64x64x32/8/4",
@@ -65,7 +65,7 @@ _TABLE = {
     ("parallel_mlp_hidden", "tf32"):         "128x128x16/8/3",
     ("parallel_mlp_hidden", "ieee"):         "64x64x16/8/3",
 }
-# Tiles of architectures whose compiler needs others than that of the RTX 3090; "-" is the tile above.
+# Tiles of architectures for which the compiler needs other tiles than for the RTX 3090; "-" is the tile in _TABLE.
 _ARCHITECTURE = {
     ("similarity_backward", "tf32", 80):          "128x64x32/8/3",
     ("similarity_sigmoid", "ieee", 80):           "-              64x32x32/4/2",
@@ -98,8 +98,8 @@ _ARCHITECTURE = {
     ("similarity_backward", "tf32", 120):         "-              -              128x64x16/8/4",
     ("similarity_forward", "ieee", 120):          "-              64x64x8/8/4",
 }
-# A tl.dot of Triton 3.6 and 3.7 (torch 2.11 has 3.6) sums at least 16 products, one of 3.8 and 3.9 sums 8 in float32; and the
-# older versions spill with other tiles. These entries, by architecture or, with 0, for all, precede the others.
+# A tl.dot of Triton 3.6 and 3.7 (torch 2.11 has 3.6) sums at least 16 products, of 3.8 and 3.9 at least 8 in float32, and the
+# older versions spill with other tiles. These entries, for an architecture or (0) for all, precede those above.
 _OLDER = {
     ("similarity_forward", "half", 0):          "-              -              64x64x32/8/4",
     ("similarity_forward", "tf32", 0):          "-              -              64x64x32/8/3",
@@ -154,7 +154,7 @@ OLDER = _older()
 
 
 def lookup(op: str, entry: int, precision: str, architecture: int) -> Tile:
-    """Entry `entry` (from 1) of the op's row, or the second tile if it was chosen by measuring."""
+    """Returns entry `entry` (from 1) of the op's row, or the second tile if `simplclip tune` chose it by measuring."""
     found = candidates(op, entry, precision, architecture)
     chosen = choices("cuda").get(choice_of(op, entry, precision, architecture)) if len(found) > 1 else None
     return found.get(chosen) or next(iter(found.values()))
@@ -165,9 +165,9 @@ def choice_of(op: str, entry: int, precision: str, architecture: int) -> str:
 
 
 def candidates(op: str, entry: int, precision: str, architecture: int) -> dict[str, Tile]:
-    """The tiles that the gates admit, by how they are written, the default first.
+    """Returns the tiles that the gates admit, by their text in the tables, the default first.
 
-    An architecture that is not in ARCHITECTURES uses those of the nearest one.
+    An architecture that is not in ARCHITECTURES uses the tiles of the nearest architecture.
     """
     return _candidates(op, entry, precision, architecture, OLDER)
 

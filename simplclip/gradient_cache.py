@@ -40,7 +40,7 @@ def backward(
     scaler: torch.amp.GradScaler | None = None,
     encoded: Callable[[str | int, Tensor], Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Adds to `.grad` what one backward pass of the loss over all micro-batches together would add:
+    """Adds to `.grad` the gradients that one backward pass of the loss over all micro-batches together would add:
 
         1. features of every micro-batch, without autograd            x_b = encode(b)
         2. one loss over all of them, and its gradients               L = loss(cat x_b),  g = dL/dx
@@ -57,18 +57,18 @@ def backward(
             scale and bias) must be the same for every micro-batch: `loss` gets one of them, and its gradient is propagated
             once. encode is called twice for a micro-batch and must compute the same both times; it may move the
             micro-batch to the device.
-            If the towers have micro-batches of their own: a mapping of such functions, in which the key is the name of an
-            output that is one tensor, and other outputs are mappings.
+            If the towers have micro-batches of their own: a mapping of such functions. A function returns one tensor, which
+            is named by the function's key, or a mapping of outputs.
         micro_batches: a sequence of micro-batches of any type, which is read twice; for several towers, a mapping of such
             sequences, like `encode`. Their lengths may differ.
         loss: maps the outputs of all E pairs to the loss, or to a mapping of terms whose sum is the loss. Parameters of its
             own get their gradients in step 2.
         micro_batch: the rows of a micro-batch (GradCache's chunk_sizes), a number or a mapping of one for each tower.
             micro_batches then has the whole inputs in place of each sequence: a tensor, or a sequence or mapping of tensors
-            of as many rows. The last micro-batch may be smaller.
-        model: the module that `check` checks. If it contains DistributedDataParallel, the ranks exchange gradients in the
-            last backward pass only: one of each tower where each has a wrapper, else one for all, which backpropagates the
-            last micro-batches of all towers together, and must not have find_unused_parameters=True. encode must call that
+            with equal numbers of rows. The last micro-batch may be smaller.
+        model: the module that `check` checks. If it contains DistributedDataParallel, the ranks exchange gradients only in
+            the last backward pass of each tower. Towers that share a wrapper have one last backward pass, of the last
+            micro-batches of all towers; such a wrapper must not have find_unused_parameters=True. encode must call the
             wrapper, and the towers use all its parameters: a logit scale must be an output of encode (as in open_clip's
             forward(image, text)), not a variable that `loss` captures. static_graph=True is not supported, since torch then
             exchanges in the first backward pass.
@@ -120,7 +120,7 @@ def backward(
 
 
 class _Tower:
-    """An encoder with its micro-batches, and what step 1 keeps for step 3. key: None if there is only one tower."""
+    """An encoder, its micro-batches, and the state that step 1 keeps for step 3. key: None if there is only one tower."""
 
     def __init__(self, key: str | None, encode: Encode, micro_batches: Any, size: int | None) -> None:
         self.key, self.encode, at = key, encode, "" if key is None else f"[{key!r}]"
@@ -157,7 +157,7 @@ class _Tower:
         return {n: torch.cat([of_one[n] for of_one in parts]) if n in features else t for n, t in parts[-1].items()}
 
     def encode_again(self, ranks: _Ranks, gradients: Named) -> None:
-        """Backpropagates all micro-batches but the last one, see `last`."""
+        """Backpropagates all micro-batches but the one that `last` returns."""
         self.gradients: list[Named] = [{} for _ in self.rows]
         for name in self.names:
             if name in gradients and name in self.rows[0]:
@@ -172,7 +172,7 @@ class _Tower:
                 _backpropagate([self._again(index)])
 
     def last(self) -> tuple[Named, Named]:
-        """The outputs of the last micro-batch that is encoded again, or of the only one, and their gradients."""
+        """Returns outputs and gradients of the last micro-batch that is encoded again, or else of the only micro-batch."""
         return self._again(self.again - 1) if self.again else self._kept()
 
     def _kept(self) -> tuple[Named, Named]:
@@ -204,7 +204,7 @@ class _Tower:
 
 
 def _towers(encode: Any, micro_batches: Any, micro_batch: Any) -> list[_Tower]:
-    """Checks that the arguments fit each other."""
+    """Checks that the arguments fit each other, and makes the towers."""
     if callable(encode):
         return [_Tower(None, encode, micro_batches, _checked("micro_batch", micro_batch))]
     if not isinstance(encode, Mapping) or not encode:
@@ -227,7 +227,7 @@ def _checked(name: str, size: Any) -> int | None:
 
 
 def _split(name: str, inputs: Any, size: int) -> list[Any]:
-    """Micro-batches of `size` rows of a tensor, or of a sequence or mapping of tensors."""
+    """Splits a tensor, or a sequence or mapping of tensors, into micro-batches of `size` rows."""
     if isinstance(inputs, Tensor) and inputs.dim():
         return list(inputs.split(size))
     values = list(inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (list, tuple)) else ())
@@ -257,9 +257,9 @@ def check(model: nn.Module) -> None:
 
 
 class _Ranks:
-    """When the ranks exchange gradients; DistributedDataParallel decides in the forward pass whether its backward does.
+    """The choice of backward passes in which ranks exchange gradients. DistributedDataParallel makes it in forward passes.
 
-    again: the towers that encode their last micro-batch again, and exchange in its backward pass, not in that of step 1.
+    again: the towers that exchange for a micro-batch that step 3 encodes again, not for the one whose graph step 1 keeps.
     """
 
     def __init__(self, model: nn.Module | None, towers: list[_Tower]) -> None:
@@ -270,7 +270,7 @@ class _Ranks:
         if self.together and self.again:
             self.again = towers
         if self.together and self.wrappers[0].find_unused_parameters:
-            # It would count the parameters of one tower as finished in the forward pass of the other.
+            # DDP would count the parameters of one tower as finished in the forward pass of the other.
             raise InputError("model: expected find_unused_parameters=False of a wrapper that both towers share, got True")
 
     def alone(self, alone: bool) -> ExitStack:
@@ -298,7 +298,7 @@ def _backpropagate(parts: list[tuple[Named, Named]]) -> None:
 
 
 def _autocast_off(t: Tensor) -> torch.autocast:
-    """Backward passes run in the dtypes of the forward passes; under autocast float32 products would be cast."""
+    """Returns a context without autocast: backward runs in forward's dtypes, and autocast would cast float32 products."""
     return torch.autocast(t.device.type, enabled=False)
 
 

@@ -154,7 +154,7 @@ class SimplifiedBlock(ShapedAttention):
 
 
 def neighbour_groups(count: int, size: int = 2) -> list[list[int]]:
-    """Groups of ``size`` neighbouring indices, ``neighbour_groups(5) == [[0, 1], [2, 3], [4]]``."""
+    """Returns groups of ``size`` neighbouring indices, ``neighbour_groups(5) == [[0, 1], [2, 3], [4]]``."""
     if size < 1:
         raise ValueError(f"size: expected at least 1, got {size}")
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
@@ -174,7 +174,7 @@ def share_weights(
     *,
     norms_and_gains: bool = False,
 ) -> None:
-    """Let the blocks of every group use the weights of the group's first block, in place.
+    """Lets the blocks of every group use the weights of the group's first block, in place.
 
     Norms and gains, a few vectors per block, are shared only with ``norms_and_gains``: without it every block keeps its own
     balance between identity, attention and MLP. ``parameters()`` counts a shared matrix once; ``state_dict()`` lists it under

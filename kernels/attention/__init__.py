@@ -1,1 +1,1 @@
-"""The terms of shaped_attention beside the softmax, where another library computes that: op.py has the launchers."""
+"""The terms that shaped_attention adds to the softmax attention of another library: op.py has the launchers."""

@@ -1,7 +1,7 @@
-"""Triton kernels of what shaped_attention adds to the softmax attention of another library; bound by memory.
+"""Triton kernels of the terms that shaped_attention adds to the softmax attention of another library; bound by memory.
 
-A program has the tokens of one head of one sequence, in blocks. Each tensor is read once, but for the one whose sum over all
-tokens is needed first: that is read again, from the cache if it is still there. Causal sums run along with the blocks.
+A program processes the tokens of one head of one sequence in blocks. Each tensor is read once, but one whose sum over all
+tokens is needed first is read again, from the cache if it is still there. Causal sums are carried from block to block.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class Heads(NamedTuple):
 
 @triton.jit
 def _place(heads, tensor, rows, columns):
-    """Where the program's head has these tokens, [ROWS, COLUMNS]."""
+    """Returns pointers to these tokens of the program's head, [ROWS, COLUMNS]."""
     program = tl.program_id(0)
     first = tensor.at + (program // heads).to(tl.int64) * tensor.batch + (program % heads).to(tl.int64) * tensor.head
     return first + rows.to(tl.int64)[:, None] * tensor.token + columns[None, :]
@@ -55,7 +55,7 @@ def _gains(gains, heads):
 
 @triton.jit
 def _valid(lengths, tokens, heads):
-    """The number of valid tokens of the program's sequence."""
+    """Returns the number of valid tokens of the program's sequence."""
     if lengths is None:
         return tokens
     else:
@@ -64,7 +64,7 @@ def _valid(lengths, tokens, heads):
 
 @triton.jit
 def _sum(heads, tensor, valid, columns, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Over the valid tokens, [1, COLUMNS]."""
+    """Returns the sum over the valid tokens, [1, COLUMNS]."""
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, valid, ROWS):
         rows = start + tl.arange(0, ROWS)
@@ -80,7 +80,7 @@ def _shaped_attention_terms_kernel(
     tokens, heads, width,
     CAUSAL: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out = alpha v + beta A v - gamma C v."""
+    """Writes out = alpha v + beta A v - gamma C v, and 0 at padded tokens."""
     alpha, beta, gamma = _gains(gains, heads)
     valid = _valid(lengths, tokens, heads)
     columns = tl.arange(0, COLUMNS)
@@ -102,15 +102,15 @@ def _shaped_attention_terms_kernel(
 
 @triton.jit
 def _shaped_attention_gradients_kernel(
-    grad, v, av, q_grad, k_grad, v_grad, dq, dk, dv,  # Heads; *_grad: what ordinary attention has for dO, dq, dk, dv: written
+    grad, v, av, q_grad, k_grad, v_grad, dq, dk, dv,  # Heads; *_grad: the gradients of ordinary attention; d*: written
     parts,  # [3, B, H] float32: each program's share of the gains' gradients
     gains,  # [3, H] float32
     lengths,  # [B] or None
     tokens, heads, width,
-    sign,  # of dq
+    sign,  # factor of dq
     CAUSAL: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """From the last tokens to the first, since a token's value is in the means of those after it."""
+    """Writes dq, dk and dv, from the last token to the first, since a token's value is in the means of all later tokens."""
     alpha, beta, gamma = _gains(gains, heads)
     valid = _valid(lengths, tokens, heads)
     columns = tl.arange(0, COLUMNS)
@@ -167,7 +167,7 @@ def shaped_attention_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None
 
 
 def shaped_attention_gradients(call: AttentionInto, found: tuple[Tensor, Tensor, Tensor], sign: int) -> Tensor:  # [3, H]
-    """Writes dq, dk and dv; found: those of ordinary attention, which may hold anything at padded tokens."""
+    """Writes dq, dk and dv; returns the gains' gradients. found: ordinary attention's gradients, arbitrary at padding."""
     batch, tokens, heads, width = call.q.shape
     parts = torch.empty(3, batch, heads, dtype=torch.float32, device=call.q.device)
     with device_of(call.q):

@@ -18,9 +18,9 @@ MAX_BLOCK = 8192
 
 
 def tile(d: int) -> tuple[int, int, int]:
-    """(rows of a program, columns of a block, num_warps) for width D: 2,048 elements or one row, 16 elements per thread.
+    """Returns rows of a program, columns of a block, num_warps for width D: 2,048 elements or one row, 16 per thread.
 
-    8 elements per thread if a row has several blocks: with 16 the compiler uses so few registers that it spills.
+    A thread has 8 elements if a row has several blocks: with 16 the compiler uses so few registers that it spills.
     """
     block = min(MAX_BLOCK, max(16, triton.next_power_of_2(d)))
     rows = max(1, 2048 // block)
@@ -56,7 +56,7 @@ def _distance(difference, beta, SMOOTH: tl.constexpr):
 
 @triton.jit
 def _slopes(student, teacher, x_inv, y_inv, rows, columns, n, d, beta, SMOOTH: tl.constexpr):
-    """u and the derivative of the distance by it."""
+    """Returns u and the derivative of the distance with respect to u."""
     u = _load(student, rows, columns, n, d) * x_inv[:, None]
     difference = u - _load(teacher, rows, columns, n, d) * y_inv[:, None]
     if SMOOTH:

@@ -9,7 +9,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quickgelu", "relu", "silu")
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _LINEAR = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi): (1 + tanh(x)) / 2 = sigmoid(2 x)
-_CUBIC = tl.constexpr(0.07135481282553606)  # 0.044715 times that
+_CUBIC = tl.constexpr(0.07135481282553606)  # 0.044715 _LINEAR
 _QUICK = tl.constexpr(1.702)
 
 

@@ -1,7 +1,7 @@
 """parallel_mlp on a GPU: act(h) lies in scratch, some rows at a time, and cuBLAS multiplies it; dh overwrites h.
 
-A kernel that applied the activation to what its product loads would do so once for each block of columns, and more often than
-it multiplies: its tensor cores would wait. The derivative is needed once for each element, so dh has a kernel.
+A kernel that applied the activation to the operand it loads would do so once for each block of columns, and more often than
+it multiplies: its tensor cores would wait. The derivative is needed once for each element, so that a kernel computes dh.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from simplclip.kernels.launch import (
 from simplclip.kernels.mlp.activations import activation, slope
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 
-GROUP = 8  # blocks of rows that use the same blocks of columns while those are in the cache
+GROUP = 8  # blocks of rows that use the same blocks of columns while these columns are in the cache
 BLOCK = 2048  # elements that a program activates
 SCRATCH, SCRATCH_BYTES = "scratch bytes of parallel_mlp", 16 << 20  # of the rows of act(h) that exist at a time
 
@@ -43,7 +43,7 @@ def _parallel_mlp_activate_kernel(h, activated, count, ACT: tl.constexpr, INTERP
 
 @triton.jit
 def _block(rows, columns, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First row and column of a program's block; programs go through GROUP blocks of rows in turn."""
+    """Returns the first row and column of a program's block; programs go through GROUP blocks of rows in turn."""
     row_blocks = (rows + BLOCK_M - 1) // BLOCK_M
     column_blocks = (columns + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
@@ -91,12 +91,12 @@ def _parallel_mlp_hidden_kernel(
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The tensor, copied if its rows are not dense (an expanded gradient)."""
+    """Returns the tensor, copied if its rows are not dense (an expanded gradient)."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _chunks(h: Tensor) -> list[slice]:
-    """Ranges of rows of nearly equal size, for each of which act(h) fits SCRATCH_BYTES."""
+    """Returns ranges of rows of nearly equal size, for each of which act(h) fits SCRATCH_BYTES."""
     tokens = h.shape[0]
     most = max(64, tuned(SCRATCH, h.dtype, h.device.type, SCRATCH_BYTES) // (h.shape[1] * h.itemsize))
     step = -(-tokens // -(-tokens // most))
@@ -104,7 +104,7 @@ def _chunks(h: Tensor) -> list[slice]:
 
 
 def _activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, F], contiguous
-    """act(h), in the first rows of the scratch."""
+    """Writes act(h) to the first rows of the scratch and returns these rows."""
     out = scratch[: h.shape[0]]
     started(_parallel_mlp_activate_kernel)[(triton.cdiv(h.numel(), BLOCK),)](
         h, out, h.numel(), ACT=act, INTERPRETED=interpreted(), BLOCK=BLOCK, **COMPILE
@@ -117,7 +117,7 @@ def _scratch(h: Tensor, chunks: list[slice]) -> Tensor:
 
 
 def parallel_mlp_fwd(call: HiddenCall) -> None:
-    """out (+)= act(h) weightᵀ + bias. Scratch: SCRATCH_BYTES, or 64 rows of act(h)."""
+    """Writes act(h) weightᵀ + bias to out, or adds it. Scratch: SCRATCH_BYTES, or 64 rows of act(h)."""
     h, out, weight, bias = call.h, call.out, call.weight.T, call.bias
     if not out.numel():
         return
@@ -133,9 +133,9 @@ def parallel_mlp_fwd(call: HiddenCall) -> None:
 
 
 def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not needed
-    """dh = (grad weight) ∘ act'(h) over h, after dweight = gradᵀ act(h).
+    """Computes dweight = gradᵀ act(h), then overwrites h by dh = (grad weight) ∘ act'(h); returns dweight.
 
-    Scratch: as forward's, and if that does not hold all of act(h), dweight in float32.
+    Scratch: that of forward, and if it does not hold all of act(h), also dweight in float32.
     """
     grad, h, weight = _dense(call.grad), call.h, _dense(call.weight)
     with device_of(h):

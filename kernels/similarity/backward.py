@@ -1,4 +1,4 @@
-"""Backward kernel of similarity_loss: gradients of a chunk of each of the student's matrices, which are computed again."""
+"""Backward kernels of similarity_loss: gradients of a block of each of the student's matrices, which is computed again."""
 
 import triton
 import triton.language as tl
@@ -27,7 +27,7 @@ from simplclip.kernels.similarity.tile import (
 
 SUMS = 6  # d_scale, d_cross_scale, d_sigmoid_weight and d_sigmoid_bias of each term
 _SUMS: tl.constexpr = tl.constexpr(SUMS)
-FACTORS = 16  # place of the rows' factors; those of the columns begin at the next multiple of 16 behind them
+FACTORS = 16  # index of the rows' factors; the columns' factors begin at the next multiple of 16 after the rows'
 _FACTORS: tl.constexpr = tl.constexpr(FACTORS)
 
 
@@ -38,7 +38,7 @@ def _stat(stats, STAT: tl.constexpr, size, at):
 
 @triton.jit
 def _softmax(logits, stats, LSE: tl.constexpr, size, at, AXIS: tl.constexpr):
-    """The softmax along an axis by its log-sum-exps; without negatives those are -inf, as are all logits."""
+    """Returns the softmax along an axis from its log-sum-exps, which are -inf without negatives, as then are all logits."""
     lse = _stat(stats, LSE, size, at)
     return weights(logits, tl.expand_dims(tl.where(lse == -INF, 0.0, lse * LOG2E), AXIS))
 
@@ -53,7 +53,7 @@ def _store(
     out, value, grad_rows, DIAGONAL: tl.constexpr, factor, plain, at, of, out_stride, row, column, n, m, label_offset,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradient of a matrix, with that of the positives, times the factor if there is one."""
+    """Adds the positives' gradients to a matrix's gradient and stores it, multiplied by the factor if there is one."""
     if not plain:
         positive = column[None, :] == row[:, None] + label_offset
         value = tl.where(positive, value + _stat(grad_rows, DIAGONAL, n, row)[:, None], value)
@@ -65,7 +65,7 @@ def _store(
 
 @triton.jit
 def _span(stats, size, most, least, BLOCK: tl.constexpr):
-    """The largest and the least log-sum-exp in base 2, -inf apart, with those in `most` and `least` [BLOCK]."""
+    """Updates `most` and `least` [BLOCK], the largest and the least log-sum-exp in base 2; the least ignores -inf."""
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         lse = tl.load(stats + LSE_STUDENT * size.to(tl.int64) + at, at < size, -INF) * LOG2E
@@ -95,13 +95,13 @@ def _similarity_factors_kernel(
     m,
     COLUMNS: tl.constexpr,
     ATTEND: tl.constexpr,
-    KEPT: tl.constexpr,  # whether exponentials are kept relative to the positives, so that these have to be near too
+    KEPT: tl.constexpr,  # whether exponentials are kept relative to the positives, which then have to be near too
     BLOCK: tl.constexpr,
 ):
-    """Of a softmax with gradients u of its log-sum-exps r, c: top, whether all are near it, factors of its exponentials.
+    """Writes top, the largest log-sum-exp of a softmax, whether all are near top, and the factors a, b. One program.
 
-    The gradient of a negative's similarity is s (u_i 2^(z - r_i) + u_j 2^(z - c_j)) = 2^(z - top) (a_i + b_j). With r and c
-    within 2^100 of the largest, top, what is lost of an exponential is nothing beside any row or column. One program.
+    With u the gradients of log-sum-exps r, c, a negative's similarity has gradient s (u_i 2^(z - r_i) + u_j 2^(z - c_j)) =
+    2^(z - top) (a_i + b_j). With r and c within 100 of top, what an exponential loses is negligible in any row or column.
     """
     most, least = _span(rows, n, tl.full((BLOCK,), -INF, tl.float32), tl.full((BLOCK,), INF, tl.float32), BLOCK)
     if COLUMNS:
@@ -144,7 +144,7 @@ def _similarity_gradient_kernel(
     columns,  # [5, M]
     grad_rows,  # [11, N]
     grad_columns,  # [5, M]
-    near,  # of _similarity_factors_kernel, None in a launch with the teacher's matrix
+    near,  # the result of _similarity_factors_kernel, None in a launch with the teacher's matrix
     factor,  # [] or None: the factor of the matrices before they are rounded
     out,  # [matrices, rows, out_stride]: a block of G of this launch's matrices, in the order of launch.STUDENTS
     sums,  # [programs, SUMS]
@@ -160,13 +160,13 @@ def _similarity_gradient_kernel(
     matrix_stride,
     LAUNCH: tl.constexpr,  # launch.Launch
     TILE: tl.constexpr,  # launch.Tiling
-    ATTEND: tl.constexpr,  # only with Z: store the gradient of the logits, which is the softmax, not that of the similarities
-    KEPT: tl.constexpr,  # whether _similarity_kept_kernel has done the block, where all is near
+    ATTEND: tl.constexpr,  # only with Z: store the logits' gradient, which is the softmax, not the similarities' gradient
+    KEPT: tl.constexpr,  # whether _similarity_kept_kernel has computed the block, if all is near
 ):
-    """One tile: writes G of each of the student's matrices, and adds to this program's sums of the scalars' gradients."""
+    """Writes a tile of G of each of the student's matrices, and adds to this program's sums of the scalars' gradients."""
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    if KEPT:  # noqa: SIM102 a constant apart from what the kernel finds
+    if KEPT:  # noqa: SIM102 a compile-time constant, the next condition is not
         if tl.load(near + 1) > 0.0:
             return
     program = tl.program_id(0)
@@ -176,7 +176,7 @@ def _similarity_gradient_kernel(
     column = first_column + of
     safe_row, safe_column = tl.minimum(row, n - 1).to(tl.int64), tl.minimum(column, m - 1).to(tl.int64)
     matrix_stride = tl.cast(matrix_stride, tl.int64)
-    u_at: tl.constexpr = 1 if LAUNCH.HAS_STUDENT else 0  # in `out`
+    u_at: tl.constexpr = 1 if LAUNCH.HAS_STUDENT else 0  # index of U in `out`
     d_scale, d_cross = 0.0, 0.0
     t = None
 
@@ -273,7 +273,7 @@ def _similarity_kept_kernel(
     rows,  # [11, N]
     grad_rows,  # [11, N]
     scale,  # []
-    near,  # of _similarity_factors_kernel
+    near,  # the result of _similarity_factors_kernel
     factor,  # [] or None
     out,  # [rows, out_stride]
     sums,  # [programs, SUMS]
@@ -290,7 +290,7 @@ def _similarity_kept_kernel(
     BLOCK_N: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """G of a tile, as in _similarity_gradient_kernel, from the exponentials that forward kept; nothing unless all is near."""
+    """Writes a tile of G, as _similarity_gradient_kernel, from exponentials that forward kept; nothing unless all is near."""
     if tl.load(near + 1) > 0.0:
         program = tl.program_id(0)
         at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)

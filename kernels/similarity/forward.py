@@ -80,9 +80,9 @@ def _similarity_statistics_kernel(
     TILE: tl.constexpr,  # launch.Tiling
     GROUP: tl.constexpr,
 ):
-    """Statistics of a block of rows over a range of column tiles, and of each of those columns over the block.
+    """Computes statistics of a block of rows over a range of column tiles, and of each of these columns over the block.
 
-    Matrices are processed one after the other. T is kept, since means need it, so that at most two tiles are in registers.
+    Matrices are processed one after the other, and only T is kept, since means need T: at most two tiles are in registers.
     For the same reason T's weights are computed after the product of the next matrix, not before it. Slots of the parts:
     maximum, then the sum of 2^(logit - maximum), then sums with these weights.
     """
@@ -168,7 +168,7 @@ def _similarity_statistics_kernel(
             if LAUNCH.RELATIONAL:
                 gap = entropy * t - z
                 if LAUNCH.HAS_IMAGE_TO_TEACHER:
-                    # Another base than U's and V's: equal exponentials would be kept in registers across the products.
+                    # A base other than U's and V's: equal exponentials would be kept in registers across the products.
                     share = weights(t, base_t[:, None] + 1.0)
                     mean_z += tl.sum(weighted(share, gap), 1) * 2.0
                 else:
@@ -186,9 +186,9 @@ def _similarity_statistics_kernel(
                     tl.store(parts_at + SLOTS.MEAN_STUDENT * m, mean * LN2, inside)
             fits = False
             share = z
-            if t is None and pairs.ids is None:  # noqa: SIM102 a constant apart from what the kernel finds
+            if t is None and pairs.ids is None:  # noqa: SIM102 a compile-time constant, the next condition is not
                 if uniform(plain & (top < INF), TILE.INTERPRETED):
-                    # One exponential of an entry, with an earlier maximum, if no sum leaves the range of float32.
+                    # One exponential, with an earlier maximum, serves row and column if no sum leaves the range of float32.
                     share = weights(z, max_z[:, None])
                     of_row = tl.sum(share, 1)
                     fits = tl.max(of_row, 0) < LARGE
@@ -211,7 +211,7 @@ def _similarity_statistics_kernel(
                 top = tl.where(tl.min(max_z, 0) > -INF, tl.max(max_z, 0), INF)
             if kept is not None:
                 past = tl.where(max_z == -INF, 0.0, max_z) - clamped(positives, row, n) * z_scale
-                half = tl.exp2(0.5 * past)[:, None]  # the whole may be too small
+                half = tl.exp2(0.5 * past)[:, None]  # 2^past may be too small
                 narrow = narrowed(share * half * half, kept.dtype.element_ty, TILE.INTERPRETED)
                 store(kept + safe_row[:, None] * kept_stride + column[None, :], narrow, plain, row, column, n, m)
             if LAUNCH.SIGMOIDS > 0:

@@ -27,9 +27,9 @@ RANGE = {"BLOCK": 2048}
 
 
 class FeatureGradient:
-    """The gradient of features: float32 sums of products with blocks of G, to each of which a product is added in place.
+    """The gradient of features: a float32 sum, to whose rows products with blocks of G are added in place.
 
-    A bfloat16 result would be added up from parts in bfloat16 where cuBLAS splits a long sum.
+    The sum is not bfloat16, since cuBLAS, where it splits a long sum, would add up the parts in bfloat16.
     """
 
     def __init__(self, like: Tensor, needed: bool = True, dtype: torch.dtype | None = None):  # [N, D]
@@ -38,7 +38,7 @@ class FeatureGradient:
         self.begun: set[int] = set()  # the first rows of the ranges that have a product
 
     def add(self, at: slice, left: Tensor, right: Tensor) -> None:
-        """Adds left right to these rows, whose range is the same in each call or another one apart from it."""
+        """Adds left right to the rows `at`. The ranges of rows of any two calls are equal or disjoint."""
         if not self.needed:
             return
         out, first = self.sum[at], at.start not in self.begun
@@ -46,14 +46,14 @@ class FeatureGradient:
         product(out, left, right, add=not first)
 
     def result(self, back: Tensor | None = None) -> Tensor:  # [N, D] or [0, D]
-        """The sum, times `back` if it is given. It is the last call."""
+        """Returns the sum, times `back` if that is given. No call may follow."""
         total, self.sum = self.sum if self.begun else self.sum.zero_(), None
         return (total if back is None else total.mul_(back)).to(self.dtype)
 
 
 @triton.jit
 def _largest(values, STAT: tl.constexpr, size, BLOCK: tl.constexpr):
-    """The largest absolute value of a statistic, or of a vector with STAT 0."""
+    """Returns the largest absolute value of a statistic, or of a vector with STAT 0."""
     values += STAT * size.to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
@@ -64,7 +64,7 @@ def _largest(values, STAT: tl.constexpr, size, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "m"])
 def _similarity_range_kernel(
-    grad_rows,  # [11, N], None of terms that share a sweep without softmaxes
+    grad_rows,  # [11, N], None for terms in a sweep without softmaxes
     grad_columns,  # [5, M]
     scale,  # []
     cross_scale,  # []
@@ -77,7 +77,7 @@ def _similarity_range_kernel(
     LAUNCH: tl.constexpr,  # launch.Launch, of all matrices of the call
     BLOCK: tl.constexpr,
 ):
-    """The power of two that brings a bound of all entries of the matrices near 2^PEAK, and its reciprocal. One program."""
+    """Writes the power of two that brings a bound of all entries near 2^PEAK, and its reciprocal. One program."""
     bound = 0.0
     if LAUNCH.HAS_IMAGE_TO_TEACHER:
         by = tl.abs(tl.load(cross_scale))
@@ -115,9 +115,10 @@ def _similarity_range_kernel(
 
 
 def range_factor(image: Tensor, launch: Launch, **arguments: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The power of two by which float16 matrices are multiplied before they are rounded, and its reciprocal.
+    """Returns the power of two by which float16 matrices are multiplied before they are rounded, and its reciprocal.
 
-    With a mean over N rows G has entries of 1/N², below float16's range from N = 32,768 on. No value is read from the device.
+    With a mean over N rows, G has entries of about s/N² for a scale s, below float16's least number, 2^-24, from
+    N = 4,096 √s on. No value is read from the device.
     """
     if image.dtype != torch.float16:
         return None, None

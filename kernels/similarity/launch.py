@@ -1,4 +1,4 @@
-"""What similarity_loss's kernels are launched with: matrices, slots of statistics, tiles, blocks."""
+"""Constants of a launch of similarity_loss's kernels: matrices, slots of statistics, tiles, blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simplclip.kernels import tuning
 from simplclip.kernels.launch import interpreted, starts
 from simplclip.ops.similarity.call import SimilarityCall
 
-SIDE = 128  # sides of a block of G are multiples of it, and so of a tile's, unless they end with the matrix
+SIDE = 128  # sides of a block of G are multiples of 128, and so of a tile's sides, unless they end with the matrix
 STUDENTS = ("HAS_STUDENT", "HAS_IMAGE_TO_TEACHER", "HAS_TEACHER_TO_TEXT")  # matrices with a gradient
 
 
@@ -46,12 +46,12 @@ class Launch:
         return max(self.students + self.HAS_TEACHER, 4 * (self.RELATIONAL and self.HAS_IMAGE_TO_TEACHER))
 
     def entry(self, backward: bool, kept: bool = False) -> tuple[str, int]:
-        """The op and the entry of its row in the table of tiles. `kept`: whether forward keeps exponentials of the rows."""
+        """Returns the op and the entry in its row of the table of tiles. `kept`: whether forward keeps exponentials."""
         if kept and not backward:
             return "similarity_forward_kept", 1
         op = f"similarity_{'backward' if backward else 'forward'}"
         if self.SIGMOIDS:
-            rows_alone = not (backward or self.COLUMNS)  # which takes more registers than with the columns
+            rows_alone = not (backward or self.COLUMNS)  # takes more registers than rows with columns
             return f"{op}_sigmoid", 3 if self.HAS_SHARES else 2 if rows_alone else self.SIGMOIDS
         return op, self.tiles
 
@@ -61,7 +61,7 @@ class Slots:
     """Indices of the statistics in forward's parts, in the same order for rows and columns, and their numbers.
 
     A softmax has its maximum, its sum and its means. The kernels read no index from a property of Launch, since Triton's
-    cache knows a constant by its repr.
+    cache identifies a constant by its repr, in which properties do not appear.
     """
 
     TEACHER: int
@@ -84,7 +84,7 @@ class Slots:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the kernels compute a tile of a product."""
+    """The constants with which the kernels compute a tile of a product."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -101,11 +101,11 @@ class Tiling:
 
 
 def launches(call: SimilarityCall) -> list[Launch]:
-    """Matrices that one statistic needs share a launch and a tile: Z with T (relational), U and V with T (kl).
+    """Returns a call's launches. Matrices that one statistic needs share a launch: Z with T (relational), U, V with T (kl).
 
-    Other matrices have launches of their own: a single one has registers for a tile twice as large, which reads its operands
-    half as often. Within a launch T is first and is kept, and the student's matrices follow one at a time, so that two tiles
-    are in registers instead of four or five.
+    Other matrices have launches of their own: a single matrix has registers for a tile twice as large, which reads its
+    operands half as often. A launch computes T first and keeps it, and then the student's matrices one at a time, so that two
+    tiles are in registers instead of four or five.
     """
     student = {
         "HAS_STUDENT": call.softmax,
@@ -123,10 +123,10 @@ def launches(call: SimilarityCall) -> list[Launch]:
 
 @functools.cache
 def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
-    """Rows R and columns C of the blocks of an N x M matrix that backward computes one at a time, R C <= elements or 128².
+    """Returns rows R, columns C of the blocks of an N x M matrix that backward computes in turn, R C <= elements or 128².
 
     For each block the gradients of its rows and of its columns are read and written once, 8 D (N ceil(M / C) + M ceil(N / R))
-    bytes in all. That is least where R and C are about equal.
+    bytes in all. These bytes are fewest where R and C are about equal.
     """
     found = {}
     for parts in range(1, -(-n // SIDE) + 1):
@@ -138,6 +138,6 @@ def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
 
 
 def blocks_of(begin: int, end: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """The rows, from `begin` to `end`, and the columns of each block."""
+    """Yields the rows, from `begin` to `end`, and the columns of each block."""
     for first, first_column in itertools.product(starts(end - begin, rows), starts(m, columns)):
         yield slice(begin + first, min(end, begin + first + rows)), slice(first_column, min(m, first_column + columns))

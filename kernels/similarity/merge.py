@@ -7,7 +7,7 @@ from simplclip.kernels.arithmetic import INF, LN2, LOG2E
 from simplclip.kernels.similarity.tile import raised, weights
 from simplclip.ops.similarity.call import RowStat
 
-# Rows of the result of the merge; columns have the same numbers (LSE_V is LSE_U's, MEAN_V is MEAN_U's).
+# Rows of the result of the merge. Columns have the same numbers, in which V takes the place of U.
 LSE_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.LSE_STUDENT))
 LSE_TEACHER: tl.constexpr = tl.constexpr(int(RowStat.LSE_TEACHER))
 LSE_CROSS: tl.constexpr = tl.constexpr(int(RowStat.LSE_IMAGE_TO_TEACHER))
@@ -21,7 +21,7 @@ DIAGONAL_TEACHER_TO_TEXT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_TEACH
 
 @triton.jit
 def _block_of_parts(parts, start, parts_count, part_stride, inside, BLOCK_PARTS: tl.constexpr):
-    """Pointers to a block of parts [BLOCK_PARTS, BLOCK], and the mask of those that exist."""
+    """Returns pointers to a block of parts [BLOCK_PARTS, BLOCK], and the mask of parts that exist."""
     part = start + tl.arange(0, BLOCK_PARTS)
     return parts[None, :] + part.to(tl.int64)[:, None] * part_stride, (part < parts_count)[:, None] & inside[None, :]
 
@@ -129,7 +129,7 @@ def _similarity_diagonal_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A matrix's similarities of the positives, in float32. This is O(N D) and keeps the large products' tiles simple."""
+    """Computes a matrix's similarities of the positives in float32, O(N D). So the large products' tiles stay simple."""
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.minimum(at, n - 1).to(tl.int64)
     columns = rows + label_offset

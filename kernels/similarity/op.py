@@ -1,6 +1,6 @@
 """Launchers of similarity_loss's Triton kernels, which compute the results of simplclip.ops.similarity.reference.
 
-tile.py: a tile of a product. forward.py, merge.py: statistics. backward.py: gradients to the matrices. launch.py: the
+tile.py: a tile of a product. forward.py, merge.py: statistics. backward.py: gradients of the matrices. launch.py: the
 constants of the kernels.
 """
 
@@ -52,10 +52,10 @@ _COLUMN_LSES = {
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference's statistics: rows [11, N], columns [5, M]; and exponentials of the first `stored_rows` rows.
+    """Returns the reference's statistics: rows [11, N], columns [5, M]; and exponentials of the first `stored_rows` rows.
 
     Scratch besides the results: the parts of column statistics, at most as many bytes as `chunk` rows of one matrix (or one
-    block of rows' parts), and those of row statistics.
+    block of rows' parts), and the parts of row statistics.
     """
     shape = call.matrices if call.stored_rows else 0, call.stored_rows, call.text.shape[0]
     kept = call.image.new_empty(shape, dtype=stored_dtype(call.image.dtype))
@@ -68,7 +68,7 @@ _GIVEN = ("image", "text", "scale", "teacher_image", "teacher_text", "teacher_sc
 
 
 def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile) -> dict[str, object]:
-    """Arguments of the statistics kernel and of the gradient kernel."""
+    """Returns the arguments that the statistics kernel and the gradient kernel have in common."""
     width = call.image.shape[1]
     teacher_width = width if call.teacher_image is None else call.teacher_image.shape[1]
     return {
@@ -95,7 +95,7 @@ def statistics(call: SimilarityCall, kept: Tensor | None = None) -> tuple[Tensor
     columns = torch.zeros(len(ColumnStat), call.text.shape[0], dtype=torch.float32, device=image.device)
     _positives(call, rows)
     for launch in launches(call):
-        for flag, stat in _COLUMN_LSES.items():  # start with no rows; the parts of each range of rows are merged with them
+        for flag, stat in _COLUMN_LSES.items():  # no rows at first; the parts of each range of rows are merged into these
             if launch.COLUMNS and getattr(launch, flag):
                 columns[stat].fill_(-torch.inf)
         last = 0 if kept is None else call.stored_rows
@@ -149,7 +149,7 @@ def _merge(
 
 
 def _positives(call: SimilarityCall, rows: Tensor) -> None:  # [11, N]
-    """The similarities of the positives."""
+    """Writes the similarities of the positives to `rows`."""
     n = call.image.shape[0]
     for asked, stat, image, text in (
         (call.softmax, RowStat.DIAGONAL_STUDENT, call.image, call.text),
@@ -164,8 +164,8 @@ def _positives(call: SimilarityCall, rows: Tensor) -> None:  # [11, N]
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
-    """The reference's gradients. For each block of rows and columns a kernel computes G, the gradient of the loss to each of
-    the student's matrices of similarities; then two products follow for each matrix.
+    """Returns the reference's gradients. For each block a kernel computes G, the gradients of the loss with respect to the
+    student's similarity matrices; then the products with G follow, two for Z, one each for U and V.
 
     Scratch besides the results: as many elements as `chunk` rows of one matrix; for half types also the gradients in float32.
     """
@@ -174,7 +174,7 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
 
 
 class Blocks:
-    """The blocks of a call's matrices in which backward computes G, and what all of them share."""
+    """The blocks of a call's matrices in which backward computes G, and the tensors that all blocks share."""
 
     def __init__(self, call: SimilarityGradient, attend: bool = False):
         self.call, self.attend, self.n, self.m = call, attend, call.image.shape[0], call.text.shape[0]
@@ -186,14 +186,14 @@ class Blocks:
         self.scratch = call.image.new_empty(matrices, self.rows, pitch)
         sides = [tile[:2] for _, tile in self.plan] + [tuple(KEPT.values())]
         tiles = max(-(-self.rows // block_m) * -(-self.columns // block_n) for block_m, block_n in sides)
-        # Sums of the gradients of the scalars, of the tiles at the same place in all blocks.
+        # Sums of the scalars' gradients, one for each place of a tile in a block, over all blocks.
         self.sums = torch.zeros(tiles, SUMS, dtype=torch.float32, device=call.image.device)
         self.factor, self.back = (None, None) if attend else self._range_factor()
         self.kept_rows = call.stored_rows if call.keeps_exponentials and not attend else 0
         self.near = None if call.has_teacher else self._factors()
 
     def __iter__(self) -> Iterator[tuple[str, slice, slice, Tensor]]:
-        """Of each block: a flag of STUDENTS, the rows, the columns, and G of that matrix, which the next block overwrites."""
+        """Yields for each block and matrix: its flag in STUDENTS, the rows, the columns, and G, which the next overwrites."""
         kept = self.kept_rows
         for at, of in itertools.chain(
             blocks_of(0, kept, self.m, self.rows, self.columns), blocks_of(kept, self.n, self.m, self.rows, self.columns)

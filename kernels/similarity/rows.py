@@ -13,7 +13,7 @@ from simplclip.ops.similarity.call import RowsCall, RowStat, SimilarityGradient
 
 
 def similarity_rows(call: RowsCall) -> tuple[Tensor, Tensor]:  # [2, N], [N, D] or [0, D]
-    """The reference's statistics; for the mean keys each block's softmax is computed again and multiplied by the keys."""
+    """Returns the reference's results. For mean keys each block's softmax is computed again and multiplied by the keys."""
     query, keys, student = call.query, call.keys, call.contrastive
     with device_of(query):
         rows, columns = statistics(student)

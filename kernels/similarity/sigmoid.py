@@ -54,7 +54,7 @@ def _similarity_sigmoid_kernel(
     GRADIENT: tl.constexpr,
     TILE: tl.constexpr,  # launch.Tiling
 ):
-    """One tile: its share of the terms and of the gradients of their numbers, and the gradient to its similarities."""
+    """Computes a tile's share of the terms and of the gradients of their numbers, and the gradient of its similarities."""
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     program = tl.program_id(0)
@@ -88,7 +88,7 @@ def _similarity_sigmoid_kernel(
 
 
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The reference's results; the gradients in the features' dtype, float16's in float32.
+    """Returns the reference's results, with gradients in the features' dtype, or in float32 for float16.
 
     Scratch besides the results: as many elements as `chunk` rows of the matrix; for bfloat16 also the gradients in float32.
     """
@@ -111,7 +111,7 @@ def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         factor, back = range_factor(image, launch, **given, **none)
     stored = torch.float32 if factor is not None else image.dtype
     d_image, d_text = FeatureGradient(image, call.need_image, stored), FeatureGradient(text, call.need_text, stored)
-    # Without a gradient nothing is kept of the matrix, so that it is one block.
+    # Without gradients no part of the matrix is stored, so that the matrix is one block.
     rows, columns = block_sides(n, m, call.chunk * m) if call.gradient else (n, m)
     pitch = -(-columns // 8) * 8  # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
     scratch = image.new_empty(rows if call.gradient else 0, pitch)

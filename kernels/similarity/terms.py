@@ -14,14 +14,14 @@ from simplclip.ops.similarity.call import ColumnStat, RowStat, TermsCall, TermsG
 BLOCK = 1024
 ROW_STATS: tl.constexpr = tl.constexpr(len(RowStat))
 COLUMN_STATS: tl.constexpr = tl.constexpr(len(ColumnStat))
-LSE: tl.constexpr = tl.constexpr(int(RowStat.LSE_STUDENT))  # and that of the columns
+LSE: tl.constexpr = tl.constexpr(int(RowStat.LSE_STUDENT))  # ColumnStat.LSE_STUDENT is equal
 DIAGONAL: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_STUDENT))
 SIGMOID: tl.constexpr = tl.constexpr(int(RowStat.SIGMOID))
 
 
 @triton.jit
 def _cross_entropy(stats, n, at, inside, positive, INTERPRETED: tl.constexpr):
-    """softplus(lse - z) of positives z, NaN where z is infinite; and its derivative with respect to lse."""
+    """Returns softplus(lse - z) of positives z, NaN where z is infinite, and its derivative with respect to lse."""
     value, share = softplus_and_sigmoid(tl.load(stats + LSE * n + at, inside, 0.0) - positive, INTERPRETED)
     return value + 0.0 * positive, share
 

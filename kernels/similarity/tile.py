@@ -13,7 +13,7 @@ from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
 
 
 class Pairs(NamedTuple):
-    """An argument of the kernels: which columns belong to a row beside its own pair, and the positives' shares."""
+    """An argument of the kernels: ids, by which columns belong to a row beside its own pair, and the positives' shares."""
 
     ids: Tensor | None  # [N] int64
     text_ids: Tensor | None  # [M] int64
@@ -48,7 +48,7 @@ def product(
     EVEN: tl.constexpr,  # width is a multiple of BLOCK_K
     TILE: tl.constexpr,  # launch.Tiling
 ):  # [BLOCK_M, BLOCK_N] float32
-    """left rightᵀ of some rows and columns."""
+    """Returns the tile of left rightᵀ at these rows and columns."""
     PRECISION: tl.constexpr = TILE.PRECISION  # Triton 3.6 takes no string, and no number in a tuple, that is not a constexpr
     depth = tl.arange(0, TILE.BLOCK_K)
     left_at = left + rows[:, None] * width + depth[None, :]
@@ -72,15 +72,15 @@ def product(
 
 @triton.jit
 def clamped(values, at, size):
-    """The values at some places, and the last one for those outside."""
+    """Loads the values at the indices `at`; an index beyond the end loads the last value."""
     return tl.load(values + tl.minimum(at, size - 1))
 
 
 @triton.jit
 def masked(logits, t, plain, row, column, n, m, label_offset, pairs, DROP_IDS: tl.constexpr):
-    """The logits of a softmax's negatives, and -inf elsewhere: outside of the matrix, at the positive, at the row's id.
+    """Returns a softmax's logits at negatives, and -inf elsewhere: outside of the matrix, at the positive, at the row's id.
 
-    With the teacher's logits t, which are -inf there, the mask needs no registers besides theirs. A plain tile needs none.
+    The teacher's logits t, if given, are -inf there too: as a mask they need no more registers. A plain tile needs no mask.
     """
     if not plain:
         if t is not None:
@@ -102,7 +102,7 @@ def interior(row, column, n, m, label_offset, BLOCK_M: tl.constexpr, BLOCK_N: tl
 
 @triton.jit
 def store(out, value, plain, row, column, n, m):
-    """A plain tile's rows are stored in whole vectors, since none of it is outside of the matrix."""
+    """Stores a tile. Rows of a plain tile are stored in whole vectors, since no part of it is outside of the matrix."""
     if plain:
         tl.store(out, value)
     else:
@@ -111,7 +111,7 @@ def store(out, value, plain, row, column, n, m):
 
 @triton.jit
 def sigmoid_pairs(row, column, n, m, label_offset, pairs):
-    """Masks of the negatives and of the positives of sigmoid terms, [BLOCK_M, BLOCK_N]."""
+    """Returns masks of the negatives and of the positives of sigmoid terms, [BLOCK_M, BLOCK_N]."""
     inside = (row < n)[:, None] & (column < m)[None, :]
     positive = column[None, :] == row[:, None] + label_offset
     negative = inside & (positive == 0)
@@ -125,7 +125,7 @@ def sigmoid_pairs(row, column, n, m, label_offset, pairs):
 
 @triton.jit
 def sigmoid_amounts(sigmoids, pairs, row, column, n, m, negative, positive, K: tl.constexpr):
-    """The amounts of the negatives and of the positives of term K, else 0."""
+    """Returns the factors of term K for the negatives and for the positives, 0 elsewhere."""
     amount = tl.where(negative, tl.load(sigmoids.negative + K), 0.0)
     matched = tl.where(positive, tl.load(sigmoids.positive + K), 0.0)
     if pairs.image_share is not None:
@@ -137,7 +137,7 @@ def sigmoid_amounts(sigmoids, pairs, row, column, n, m, negative, positive, K: t
 def sigmoid_entries(
     raw, sigmoids, plain, row, column, n, m, label_offset, pairs, K: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """The entries of term K and their derivatives with respect to its logits, of the similarities `raw`, but for a factor.
+    """Returns the entries of term K for similarities `raw`, their derivatives to the logits, and a factor left out of both.
 
     A plain tile has only negatives. An entry is NaN where a positive's logit is infinite, though its softplus may be 0.
     """
@@ -173,19 +173,19 @@ def softplus_and_sigmoid(x, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def weights(logits, base):
-    """2^(logits - base), 0 where the logit is -inf; base is finite."""
+    """Returns 2^(logits - base), 0 where the logit is -inf; base is finite."""
     return tl.exp2(logits - base)
 
 
 @triton.jit
 def weighted(share, value):
-    """share * value, 0 where share is 0 even if value is infinite."""
+    """Returns share * value, 0 where share is 0 even if value is infinite."""
     return tl.where(share == 0.0, 0.0, share * value)
 
 
 @triton.jit
 def raised(maximum, logits, AXIS: tl.constexpr):
-    """The running maximum with a tile's logits, a finite base for exponentials, and the factor of earlier sums."""
+    """Returns the running maximum with a tile's logits, a finite base for exponentials, and the factor of earlier sums."""
     maximum_now = tl.maximum(maximum, tl.max(logits, AXIS))
     base = tl.where(maximum_now == -INF, 0.0, maximum_now)
     return maximum_now, base, tl.exp2(maximum - base)

@@ -52,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """The losses that are subclasses of open_clip's import it, which takes seconds."""
+    """Imports the losses that subclass open_clip's at their first use: importing open_clip takes seconds."""
     if name in ("ClipLoss", "CoCaLoss", "SigLipLoss"):
         from simplclip.losses import drop_in
 

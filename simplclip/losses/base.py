@@ -1,4 +1,4 @@
-"""What the losses share: their checks, open_clip's distributed modes, options, and the hyperplane of pair matching."""
+"""Code that the losses share: checks, open_clip's distributed modes, options, and the hyperplane of pair matching."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def check_width(features: str, t: Tensor, name: str, width: int | None) -> None:
 
 
 def first_columns(parameter: Tensor, features: Tensor) -> Tensor:
-    """[..., D] -> [..., w], the part of a parameter that a prefix [N, w] of the features uses."""
+    """Returns the part of a parameter that a prefix [N, w] of the features uses: [..., D] -> [..., w]."""
     width = features.shape[1]
     return parameter if parameter.shape[-1] == width else parameter[..., :width]
 
 
 def terms_of_sum(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """The weighted terms from a result of similarity_loss with `weights`, for a caller that adds them up.
+    """Returns the weighted terms from a result of similarity_loss with `weights`, for a caller that adds up the terms.
 
-    The first term carries the gradient of the whole sum, the others have none: their sum has the right value and gradient.
+    The first term carries the gradient of the whole sum, the others none: the sum has the right value and gradient.
     """
     terms = {name: weight * values[name] for name, weight in weights.items()}
     first = next(iter(terms))
@@ -61,12 +61,12 @@ def gather_early(features: Tensor, group: torch.distributed.ProcessGroup | None 
         image = image_tower(images)
         value = loss(image, text, scale)  # waits for the texts
 
-    Values and gradients have the same bits. The losses gather the texts (with local_loss=True, gather_with_grad=False and in
-    RowwiseLoss the images too), hence the text tower comes first. Features that the loss does not gather, or not as they are,
-    travel in vain.
+    Values and gradients have the same bits as without this call. The losses gather the texts (with local_loss=True,
+    gather_with_grad=False and in RowwiseLoss the images too), hence the text tower comes first. Features that the loss does
+    not gather, or changes before it gathers them, travel in vain.
 
-    group: by default all ranks. N, D and dtype are equal on all ranks, which is not checked. The features travel in their
-    dtype, under autocast in its dtype, as in the loss. In one process and under torch.compile nothing is done.
+    group: by default all ranks. N, D and dtype must be equal on all ranks, which is not checked. The features travel in their
+    dtype, under autocast in autocast's dtype, as in the loss. In one process and under torch.compile nothing is done.
     """
     checks.features("features", features, "[N, D]")
     if torch.compiler.is_compiling() or not torch.distributed.is_initialized():
@@ -86,24 +86,23 @@ class SimilarityLoss(nn.Module):
 
         local_loss  gather_with_grad   value                   gradient of the features, before DDP's average
         no          no                 of the whole batch      of the whole batch's loss
-        no          yes                of the whole batch      world_size times that
-        yes         yes                of this rank's rows     world_size times that
+        no          yes                of the whole batch      world_size times the gradient of the whole batch's loss
+        yes         yes                of this rank's rows     world_size times the gradient of the whole batch's loss
         yes         no                 of this rank's rows     of this rank's loss, the other ranks' features held constant
 
-    Each rank computes its share of the gradients of the scales: DDP's average is the gradient of the batch's loss. What the
-    loss itself learns (planes, projections, ...) needs no DDP: the loss gives all ranks the first rank's values when it is
-    first called, and averages the gradients of each backward pass. Within DDP, which averages equal gradients again, it is
-    trained the same.
+    Each rank computes its share of the gradients of the scales: DDP's average is the gradient of the batch's loss. The loss's
+    own parameters (planes, projections, ...) need no DDP: the first call gives all ranks the first rank's values, and each
+    backward pass averages the gradients. DDP would average equal gradients again, which changes nothing.
 
-    The `forward` of a loss passes its features through `_own_features` and calls `_of`, which gets the terms by name from
-    `_terms`, passes what it returns through `_value`, and reads its parameters through `_learned`. MatryoshkaLoss calls `_of`
-    with prefixes of the features; parameters of the features' width are then read by `first_columns`. A loss without pair
+    The `forward` of a loss passes its features through `_own_features` and calls `_of`. `_of` gets the terms by name from
+    `_terms`, passes its results through `_value`, and reads the loss's parameters through `_learned`. MatryoshkaLoss calls
+    `_of` with prefixes of the features; `first_columns` then cuts parameters of the features' width. A loss without pair
     matching sets pm_weight=0.
 
-    options: those of label_smoothing, decoupled, prior, margin and positives (of ops.similarity_loss) that the loss has.
+    options: the options of ops.similarity_loss that the loss has, of label_smoothing, decoupled, prior, margin, positives.
     """
 
-    # l = p S + q starts between the cosines of unmatched (about 0) and matched (about 0.3 and more) pairs.
+    # l = p S + q is 0 at S = 0.2 at first, between the cosines of unmatched (about 0) and matched (about 0.3 and more) pairs.
     INITIAL_WEIGHT, INITIAL_BIAS = 10.0, -2.0
 
     scratch_bytes: int | None = None  # passed to similarity_loss, as is store_bytes; may be set on an instance
@@ -143,7 +142,7 @@ class SimilarityLoss(nn.Module):
             raise TypeError("prior: expected a number or None (a tensor for each pair: ops.similarity_loss), got Tensor")
         self.options = options
         self._shapes = distributed.SameShapes()
-        self._same_parameters = False  # whether all ranks have got the first one's
+        self._same_parameters = False  # whether all ranks have the first rank's parameters
 
     def _group(self):
         have = torch.distributed.get_world_size() if torch.distributed.is_initialized() else "no process group"
@@ -152,7 +151,7 @@ class SimilarityLoss(nn.Module):
         return torch.distributed.group.WORLD
 
     def _own_features(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's features, with gradients scaled as in open_clip's mode. Checks that all ranks have equal shapes."""
+        """Returns this rank's features, with gradients scaled as in open_clip's mode. Checks that ranks have equal shapes."""
         checks.features("image_features", image, "[N, D]")
         checks.features("text_features", text, "[N, D]")
         check_width("image_features", image, "embed_dim", self.embed_dim)
@@ -165,7 +164,7 @@ class SimilarityLoss(nn.Module):
         return distributed.scale_gradient(image, share), distributed.scale_gradient(text, share)
 
     def _learned(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """These parameters of the loss, whose gradients are averaged over the ranks."""
+        """Returns parameters of the loss; backward averages their gradients over the ranks."""
         if self.world_size <= 1:
             return parameters
         if not torch.compiler.is_compiling() and not self._same_parameters:
@@ -174,11 +173,11 @@ class SimilarityLoss(nn.Module):
         return distributed.learned(parameters, self._group())
 
     def _value(self, loss: Tensor) -> Tensor:
-        """The value that open_clip's mode reports."""
+        """Returns the value that open_clip's mode reports: the loss of this rank, or the mean over the ranks."""
         return loss if self.world_size <= 1 or self.local_loss else distributed.mean(loss, self._group())
 
     def _terms(self, terms: tuple[str, ...], image: Tensor, text: Tensor, **options: Any) -> dict[str, Tensor]:
-        """The terms of this rank's rows. options: tensors and options of ops.similarity_loss."""
+        """Returns the terms of this rank's rows. options: tensors and options of ops.similarity_loss."""
         options |= {"terms": terms, "scratch_bytes": self.scratch_bytes, "store_bytes": self.store_bytes, **self.options}
         if "pair_matching" in terms:
             weight, bias = self._learned(self.plane_weight, self.plane_bias)
@@ -189,8 +188,8 @@ class SimilarityLoss(nn.Module):
         if not self.local_loss or self.gather_with_grad:
             return ops.similarity_loss(image, text, group=group, **options)
 
-        # Each direction by itself: this rank's rows against the columns of all ranks, which are constants. Their mean is
-        # taken below, so that an option which treats rows and columns differently must be applied there too.
+        # The directions are computed apart, each with this rank's rows and the columns of all ranks, which are constants. The
+        # mean of both is taken below, so an option that treats rows and columns differently must be applied there too.
         image, text = autocast(image, text)  # before they travel
 
         def gather(own):

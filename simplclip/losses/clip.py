@@ -1,4 +1,4 @@
-"""ClipPMLoss, and PairLoss, the forward that it shares with ClipLoss and SigLipLoss of drop_in.py."""
+"""ClipPMLoss and its base PairLoss, which is also the base of ClipLoss and SigLipLoss in drop_in.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEYS = {"sigmoid": "contrastive_loss"}  # open_clip's name
 
 
 class PairLoss(SimilarityLoss):
-    """The forward of a loss of one term, with pair matching beside it where pm_weight is not 0."""
+    """Base class with the forward of a loss of one term, to which pair matching is added if pm_weight is not 0."""
 
     TERM = "contrastive"
     added_up = False  # True if the caller adds up the terms of the dict, so that the first may carry the gradient of the sum
@@ -45,7 +45,7 @@ class PairLoss(SimilarityLoss):
     def _of(self, image, text, logit_scale, logit_bias=None, output_dict=False, *, ids=None) -> Any:
         weights = {self.TERM: 1.0} | ({"pair_matching": self.pm_weight} if self.pm_weight else {})
         tensors = {"logit_scale": logit_scale, "logit_bias": logit_bias, "ids": ids}
-        if self.added_up or not output_dict:  # with weights, sigmoid and pair matching have one sweep
+        if self.added_up or not output_dict:  # with weights, sigmoid and pair matching share a sweep
             values = self._terms(tuple(weights), image, text, weights=weights, **tensors)
             if not output_dict:
                 return self._value(values["loss"])

@@ -123,12 +123,12 @@ class SigLipLoss(PairLoss, theirs.SigLipLoss):
         cache_labels: without effect, since labels are an offset here.
         rank, world_size: with world_size > 1 each rank computes its own rows against the texts of all ranks. Value and
             gradients are open_clip's.
-        dist_impl: "bidir", "shift", "reduce", "gather" or None as in open_clip. Here they are one: the ranks gather features,
-            never logits.
-        chunk_size: of open_clip 4, rows of logits at a time. Without effect, since `scratch_bytes` sets them here; only
-            open_clip's `_loss`, which a subclass may call, reads it.
-        positives: "drop", "ids" or "sum": whether pairs with equal ids are positives, as in similarity_loss. The options of
-            ClipLoss beside it are of a softmax.
+        dist_impl: "bidir", "shift", "reduce", "gather" or None as in open_clip. Here all of them do the same: the ranks
+            gather features, never logits.
+        chunk_size: in open_clip 4, the rows of logits at a time. Without effect here, where `scratch_bytes` sets the rows;
+            only open_clip's `_loss`, which a subclass may call, reads it.
+        positives: "drop", "ids" or "sum": whether pairs with equal ids are positives, as in similarity_loss. ClipLoss's other
+            options apply to a softmax alone.
         pm_weight: weight of pair matching over all negatives with a scalar plane, `plane_weight` and `plane_bias`.
 
     Source: Zhai et al. 2023 (arXiv 2303.15343); open_clip.loss.SigLipLoss.

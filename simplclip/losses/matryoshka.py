@@ -31,18 +31,18 @@ class MatryoshkaLoss(nn.Module):
     Args:
         loss: a loss of simplclip.losses, or any module whose first arguments are image and text features [N, D], such as one
             of open_clip's. It returns a tensor, a tuple of terms, or a dict of terms.
-        widths: ascending. Features after the last one get no gradient.
+        widths: ascending. Features after the last width get no gradient.
         weights: one of 0 or more for each width, by default 1 (a sum, not a mean). A width of weight 0 costs nothing.
 
     A hadamard plane and WIKDLoss's projections have the whole width D (embed_dim); a prefix uses their first columns. A
     teacher keeps its width. The interactive and feature terms of WIKDLoss compare features, so they need its projections
     (embed_dim and another teacher_dim). The caption term of CoCaLoss is computed once and counts once, without a weight.
 
-    With world_size > 1, values and gradients are those of SimilarityLoss's table. A loss of this package exchanges features,
-    and their gradients, once at width D, and the teacher's and ids once; once for each width under torch.compile, and with
-    losses of other packages or a subclass with a forward of its own.
+    With world_size > 1, values and gradients are those of SimilarityLoss's table. A loss of this package exchanges features
+    and their gradients once, at width D, and the teacher's features and ids once. Under torch.compile, with losses of other
+    packages, and with a subclass that has its own forward, all are exchanged once for each width.
 
-    Cost: Σ widths / D times the matrix products of the loss at width D; what does not depend on D once for each width.
+    Cost: Σ widths / D times the matrix products of the loss at width D. Other work is done once for each width.
     Memory: in addition copies of the prefixes, 2 N Σ widths elements in the features' dtype and as much for their gradients,
     and what the loss keeps for backward at each width.
 
@@ -102,7 +102,7 @@ class MatryoshkaLoss(nn.Module):
 
 
 def _prefixes(features: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    """[N, D] -> normalised copies [N, w] for each of the widths."""
+    """Returns normalised copies [N, w] of the features' first columns, one copy for each width w."""
     values = wide(features).to(accumulate_dtype(features.dtype))
     squares = [values[:, start:stop].square().sum(1) for start, stop in zip((0, *widths), widths)]
     inverse = torch.stack(squares, 1).cumsum(1).clamp(min=1e-24).rsqrt()  # as F.normalize, whose eps is 1e-12

@@ -21,7 +21,7 @@ from simplclip.ops.similarity.chunks import SCRATCH_BYTES, chunk_rows, computes_
 
 STUDENT, TEACHER = ("image_features", "text_features"), ("dist_image_features", "dist_text_features", "dist_logit_scale")
 # Each product of a bfloat16 gradient is added to a float32 sum.
-_MULTIPLIED_ROWS = 512  # rows of the gradient that are multiplied at once, since adding a product costs as much each time
+_MULTIPLIED_ROWS = 512  # rows of the gradient that are multiplied at once: adding a product costs the same for any number
 _ADDED_ROWS = 2048  # rows of the product that are added at once, so that they stay in the cache
 
 
@@ -47,8 +47,8 @@ class RowwiseLoss(SimilarityLoss):
         compile: whether to compile fn with torch.compile (dynamic=True, so that a chunk of another size compiles nothing).
             Where that fails, e.g. because there is no C++ compiler, fn runs uncompiled and a warning says why.
 
-    Cost: 3 matrix products of N·M·D a direction, all in the forward pass; 1 without a gradient to compute. Features that need
-    no gradient save theirs, a teacher adds 1. backward only multiplies the stored gradients by a number.
+    Cost: 3 matrix products of N·M·D a direction, all in the forward pass; 1 if no gradient is needed. Image or text features
+    that need no gradient cost 1 less each, a teacher 1 more. backward only multiplies the stored gradients by a number.
 
     Memory: stored for backward are the gradients of features, scalars and parameters, in float32 (float64 for float64; for
     bfloat16 features in bfloat16, summed in float32). During the sweep about 4 matrices [R, M], more where fn is not
@@ -60,7 +60,7 @@ class RowwiseLoss(SimilarityLoss):
     simplclip.backend("reference"), where the loss is the formula in plain torch (and the gradients of fn's parameters are not
     averaged over ranks). Under torch.compile it breaks the graph.
 
-    Source: this library; for losses as of Robinson et al. 2021 (arXiv 2010.04592), Chuang et al. 2022 (arXiv 2201.04309).
+    Source: this library; for losses as in Robinson et al. 2021 (arXiv 2010.04592), Chuang et al. 2022 (arXiv 2201.04309).
     """
 
     scratch_bytes = SCRATCH_BYTES
@@ -91,7 +91,7 @@ class RowwiseLoss(SimilarityLoss):
         self._rows: _Rows | None = None
 
     def __getstate__(self):
-        """A copy or a pickle compiles fn again, since the compiled function would still be that of this object."""
+        """Leaves out the compiled fn, which belongs to this object: a copy or a pickle compiles fn again."""
         return {**self.__dict__, "_rows": None}
 
     def extra_repr(self) -> str:
@@ -176,13 +176,13 @@ class _Rows:
             own = types.FunctionType(rows.__code__.replace(), rows.__globals__, rows.__name__, None, rows.__closure__)
             self.compiled = torch.compile(own, dynamic=True)
 
-    def __call__(self, product: Tensor, *others) -> Tensor:  # those of `rows` -> [R]
+    def __call__(self, product: Tensor, *others) -> Tensor:  # the arguments of `rows` -> [R]
         fake = product.is_meta or type(product) is not Tensor
         try:
             plain = self.compiled is None or fake or backends.forced() == "reference"
             result = (self.plain if plain else self.compiled)(product, *others)
         except TorchDynamoException as error:
-            result = self.plain(product, *others)  # raises fn's own error if that is what failed
+            result = self.plain(product, *others)  # raises fn's own error if fn itself failed
             self.compiled = None
             reason = next(line.strip() for line in str(error).splitlines() if line.strip())
             warnings.warn(f"RowwiseLoss: fn runs uncompiled, since torch.compile failed: {reason}", stacklevel=2)
@@ -195,7 +195,7 @@ class _Rows:
         return result
 
     def gradients(self, leaves: list[Tensor], *others) -> tuple[Tensor, tuple]:
-        """The result [R], and the gradients of its sum for product, scale and bias (the leaves) and for the parameters."""
+        """Returns fn's result [R] and the gradients of its sum to product, scale and bias (the leaves) and to parameters."""
         known = [*leaves, *self.parameters]
         with torch.enable_grad():
             result = self(*leaves, *others)
@@ -208,7 +208,7 @@ class _Rows:
 
 
 def _read_by(result: Tensor) -> list[Tensor]:
-    """The tensors that autograd would give a gradient if the result were differentiated."""
+    """Returns the tensors that would get a gradient from autograd if the result were differentiated."""
     seen: set[Any] = {None}
     nodes = [result.grad_fn]
     while new := set(nodes) - seen:
@@ -222,8 +222,8 @@ class _Sweep:
     """One sweep over the rows, and if symmetric over the columns, of a similarity matrix."""
 
     rows: _Rows
-    directions: list[tuple[int, int]]  # of each: the places of its rows and of its columns among the features
-    teachers: list[Tensor | None]  # a teacher's features, in the places of the student's
+    directions: list[tuple[int, int]]  # of each direction: the indices of its rows and of its columns among the features
+    teachers: list[Tensor | None]  # a teacher's features, at the indices of the student's
     teacher_scale: Tensor | None  # []
     n: int  # rows of a direction
     offset: int  # column of the first row's positive
@@ -241,14 +241,14 @@ class _Sweep:
         return _Loss.apply(self, wants_grad(*leaves), *leaves)
 
     def others(self, i: int, j: int, start: int, stop: int) -> tuple:
-        """What fn gets besides some rows of logits: the columns of their positives, a teacher's products and its scale."""
+        """Returns fn's arguments beside some rows of logits: positives' columns, a teacher's products and its scale."""
         x, y = self.teachers[i], self.teachers[j]
         positives = torch.arange(self.offset + start, self.offset + stop, device=self.device)
         return positives, None if x is None else torch.mm(x[start:stop], y.T), self.teacher_scale
 
 
 def _most_rows(x: Tensor, m: int, stats: torch.dtype, scratch_bytes: int) -> int:
-    """Rows of a chunk. On a CPU its matrices should stay in the cache, but products are slow with few rows."""
+    """Returns the rows of a chunk. On a CPU a chunk's matrices should stay in the cache, but few rows make products slow."""
     live = 4  # matrices at a time: the product, its gradient, and about two that fn keeps or its gradient makes
     if x.device.type == "cpu":
         live, most_bytes, least = (1, 4 << 20, 256) if x.dtype == torch.bfloat16 else (2, 16 << 20, 128)
@@ -257,7 +257,7 @@ def _most_rows(x: Tensor, m: int, stats: torch.dtype, scratch_bytes: int) -> int
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, size: Tensor | None) -> None:
-    """total += size · a b"""
+    """Adds size · a b to `total`, unless that is None."""
     if total is None:
         return
     if total.dtype == a.dtype:
@@ -268,7 +268,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, size: Tensor | None
 
 
 def _direction(sweep: _Sweep, features, scalars, totals, i: int, j: int) -> Tensor:
-    """The mean over the rows of a direction. Adds the gradients of their sum to the totals that are not None."""
+    """Returns the mean over a direction's rows. Adds the gradients of the rows' sum to the totals that are not None."""
     x, y, n, stats = features[i][: sweep.n], features[j], sweep.n, scalars[0].dtype
     gradient = any(total is not None for total in totals)
     kept = None if totals[j] is None else totals[j].dtype
@@ -287,7 +287,7 @@ def _direction(sweep: _Sweep, features, scalars, totals, i: int, j: int) -> Tens
             if not gradient:
                 losses[start:stop] = sweep.rows(chunk, *scalars, *others)
                 continue
-            # In float16 a gradient would lose what is small, unless it is divided by its size.
+            # A float16 gradient would lose small entries, so the gradient is divided by its largest entry first.
             chunk = (chunk.to(stats) if chunk.dtype == torch.float16 else chunk).requires_grad_()
             losses[start:stop], (g, *d_others) = sweep.rows.gradients([chunk, *scalars], *others)
             if g.dtype != product.dtype:
@@ -309,7 +309,7 @@ def _direction(sweep: _Sweep, features, scalars, totals, i: int, j: int) -> Tens
 
 
 class _Loss(torch.autograd.Function):
-    """The loss. forward computes the gradients of the leaves that need one too; backward multiplies them by a number."""
+    """The loss for autograd. forward also computes the gradients that leaves need; backward multiplies them by a number."""
 
     @staticmethod
     def forward(ctx, sweep, gradient, *leaves):

@@ -1,4 +1,4 @@
-"""WIKDLoss: the contrastive loss and distillation in three spaces; SigmoidLoss: the same terms beside the base of SigLIP."""
+"""WIKDLoss: the contrastive loss and distillation in three spaces; SigmoidLoss: SigLIP's loss and the same distillation."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class WIKDLoss(SimilarityLoss):
         return list(zip(images, texts, scales))
 
     def _projected(self, index: int, image: Tensor, text: Tensor, teacher) -> list[Tensor | None]:
-        """The student's features projected to the width of this teacher; None where no projection is needed."""
+        """Returns the student's features projected to the width of this teacher; None where no projection is needed."""
         width = self.teacher_dim[index] if any(self.teacher_dim) else None
         projected: list[Tensor | None] = []
         both: tuple = (None, None)
@@ -203,7 +203,7 @@ class SigmoidLoss(WIKDLoss):
         *teacher: Any,  # features [N, D̂], [N, D̂] and scale []
         ids: Tensor,  # [N] int64
     ) -> dict[str, Tensor]:
-        """The weighted terms that `weights` names. Gradients are those of their sum."""
+        """Returns the weighted terms that `weights` names. Only the sum of the terms has the right gradient."""
         fused = {name: weights[term] for term, name in self.FUSED.items() if term in weights}
         terms: dict[str, Tensor] = {}
         if fused:
@@ -212,7 +212,7 @@ class SigmoidLoss(WIKDLoss):
             values = terms_of_sum(self._terms(tuple(fused), *own, weights=fused, **options), fused)
             terms = {term: self._value(values[name]) for term, name in self.FUSED.items() if name in fused}
         if weights.keys() - terms.keys():
-            self.contrastive_weight = self.pm_weight = 0.0  # what follows has the other terms alone
+            self.contrastive_weight = self.pm_weight = 0.0  # the forward below computes the other terms alone
             of_teacher = teacher[0], teacher[1], teacher[2]
             taught = named(super().forward(image, text, logit_scale, *of_teacher, output_dict=True, ids=ids))
             terms |= {term: weights[term] * value for term, value in taught.items()}
@@ -220,13 +220,13 @@ class SigmoidLoss(WIKDLoss):
 
 
 def named(terms: Any) -> dict[str, Tensor]:
-    """The terms of a drop-in for open_clip by this library's names: open_clip calls the relational one distill_loss."""
+    """Renames the terms of a drop-in for open_clip to this library's names: open_clip's distill_loss is relational_loss."""
     return {"relational_loss" if name == "distill_loss" else name: value for name, value in terms.items()}
 
 
 class _Wide(torch.autograd.Function):
-    """Casts float16 to float32. The gradient of a row of zeros, which 1/eps makes too large, is clamped to float16's range;
-    the gradients of other rows may overflow, as GradScaler expects."""
+    """A cast of float16 to float32. The gradient of a row of zeros, which 1/eps makes too large, is clamped to float16's
+    range; the gradients of other rows may overflow, as GradScaler expects."""
 
     @staticmethod
     def forward(ctx, value):
@@ -250,7 +250,7 @@ def _autocasts_to_half(device: torch.device) -> bool:
 
 
 def _project(side: str, features: Tensor, weight: Tensor) -> Tensor:
-    """features · weightᵀ, in float32 where autocast or the dtype would make it float16: see `wide`."""
+    """Returns features · weightᵀ, in float32 where autocast or the dtype would make the product float16: see `wide`."""
     if not autocasts(features.device) and weight.dtype != features.dtype:
         raise TypeError(
             f"{side}_features: expected the dtype of {side}_projections, {weight.dtype}, without autocast, "

@@ -1,4 +1,4 @@
-"""The public ops. Each has a folder: op.py with schema, autograd and public function, reference.py with its definition."""
+"""The public ops, one folder each: op.py has schema, autograd and function, reference.py the definition (block has none)."""
 
 from simplclip.ops.attention.op import shaped_attention
 from simplclip.ops.block.op import simplified_block

@@ -1,4 +1,4 @@
-"""Which function runs an op: a table, op -> backend -> function, with a predicate for each that returns why it cannot.
+"""The table op -> backend -> function. Each function has a predicate, which returns why the function cannot run a call.
 
 A backend is one of
 
@@ -6,14 +6,14 @@ A backend is one of
     triton     Triton kernels
     cpu        C++ for the CPU
     sdpa       shaped attention around torch's scaled_dot_product_attention
-    xformers   the same around memory_efficient_attention of the package xformers
-    reference  plain torch for any device and dtype, the definition of the op. If it is forced, autograd differentiates
-               through it (any order, forward mode, torch.func), which keeps all matrices.
+    xformers   shaped attention around memory_efficient_attention of the package xformers
+    reference  plain torch for any device and dtype: the definition of the op. If it is forced, autograd differentiates
+               the definition (any order, forward mode, torch.func) and keeps all matrices.
 
-The first backend in this order that supports a call runs it, unless `simplclip tune` has measured that another one is faster
-for such calls on this machine. `with simplclip.backend("cpu"):` and the environment variable SIMPLCLIP_BACKEND force one
-backend for the whole process; an op that it does not support then raises an error. What fails `simplclip selftest` on this
-machine supports nothing there, forward and backward together; the reference is never taken out.
+The first backend in this order that supports a call runs the call, unless `simplclip tune` has measured that another backend
+is faster for such calls on this machine. `with simplclip.backend("cpu"):` and the environment variable SIMPLCLIP_BACKEND
+force one backend for the whole process; an op that this backend does not support raises an error. A backend that fails
+`simplclip selftest` for an op and dtype is taken out on this machine, forward and backward together; the reference never is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _forced: str = os.environ.get("SIMPLCLIP_BACKEND", "")
 
 
 def _load_extension(name: str) -> tuple[Any, str | None]:
-    """The extension module simplclip.<name> and None, or None and the reason why it is missing."""
+    """Returns the extension module simplclip.<name> and None, or None and the reason why the module is missing."""
     try:
         return importlib.import_module(f"simplclip.{name}"), None
     except ImportError as error:
@@ -59,14 +59,14 @@ else:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend's function for an op; `why_not(device_type, dtype, **facts of the call)` is None if it can run."""
+    """A backend's function for an op; `why_not(device_type, dtype, **facts of the call)` is None if the function can run."""
 
     function: Callable
     why_not: Callable[..., str | None]
 
 
 def why_not_kernels(serves: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why kernels for the tensors of one device type cannot run a call."""
+    """Returns why kernels for tensors of the device type `serves` cannot run a call, or None if they can."""
     if device != serves:
         return f"serves {serves} tensors, not {device}"
     return "computes in float32; float64 is for the reference" if dtype == torch.float64 else None
@@ -84,12 +84,12 @@ def _extension_on_cpu(device: str, dtype: torch.dtype, **call) -> str | None:
 
 @functools.cache
 def installed(package: str) -> bool:
-    """Cached, since it is asked at every call, and a search of sys.path costs more than a small op."""
+    """Whether a package is installed. Cached: every call asks, and a search of sys.path takes longer than a small op."""
     return importlib.util.find_spec(package) is not None
 
 
 def triton_on_cuda(device: str, dtype: torch.dtype, **call) -> str | None:
-    """Triton serves CUDA tensors; with TRITON_INTERPRET=1 its interpreter serves CPU tensors instead, for tests."""
+    """Returns why Triton cannot run a call. Triton serves CUDA tensors, or CPU tensors with TRITON_INTERPRET=1, for tests."""
     if not installed("triton"):
         return "the package triton is not installed"
     serves = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -103,10 +103,10 @@ def capability() -> tuple[int, int] | None:
 
 
 def _no_binary(built: str, device: tuple[int, int]) -> str | None:
-    """Why kernels that were built for `built`, as in TORCH_CUDA_ARCH_LIST, do not run on a device of this capability.
+    """Returns why kernels built for `built`, written as in TORCH_CUDA_ARCH_LIST, do not run on a device of this capability.
 
-    Machine code runs on devices of its major version, from its minor version on; PTX, which the driver compiles, on all later
-    ones. That of an architecture with a letter, e.g. 9.0a, runs there alone.
+    Machine code runs on devices of its major version, from its minor version on; PTX, which the driver compiles, runs on all
+    later devices. Code for an architecture with a letter, e.g. 9.0a, runs on that architecture alone.
     """
     for major, minor, letter, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", built):
         least = int(major), int(minor)
@@ -117,7 +117,7 @@ def _no_binary(built: str, device: tuple[int, int]) -> str | None:
 
 
 def extension_on_cuda(device: str, dtype: torch.dtype) -> str | None:
-    """Why the CUDA extension cannot run a call, whatever the op."""
+    """Returns why the CUDA extension cannot run a call, for reasons that hold for every op; None if there are none."""
     if cuda_extension is None:
         return cuda_extension_error
     reason = why_not_kernels("cuda", device, dtype)
@@ -127,12 +127,12 @@ def extension_on_cuda(device: str, dtype: torch.dtype) -> str | None:
 
 
 def _native(name: str) -> Callable:
-    """The op that C++ implements, looked up when it is called, since the extension may be missing."""
+    """Returns a function that runs the op of C++. The op is looked up at the call, since the extension may be missing."""
     return lambda call: getattr(torch.ops.simplclip, name)(*flat(call))
 
 
 def kernel(module: str, name: str) -> Callable:
-    """A launcher of kernels/, imported when it is called, since importing Triton takes time and some platforms lack it."""
+    """Returns a launcher of kernels/, imported at its first call: importing Triton takes time, and some platforms lack it."""
     return lambda *call: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(*call)
 
 
@@ -143,10 +143,10 @@ def row(
     cuda: Callable | None = None,
     cpu: bool | None = None,
 ) -> dict[str, Implementation]:
-    """The backends of an op, whose functions have the name of its definition `reference`, with their predicates.
+    """Returns the backends of an op with their predicates. Their functions are named after the definition `reference`.
 
-    module: the module of simplclip.kernels with its launcher, if Triton has the op. cuda: the predicate of CUDA C++, if it
-    has the op. cpu: whether C++ for the CPU has it, by default where Triton does.
+    module: the module of simplclip.kernels with the op's launcher, if Triton has the op. cuda: the predicate of CUDA C++, if
+    CUDA C++ has the op. cpu: whether C++ for the CPU has the op, by default if Triton has it.
     """
     name, found = reference.__name__, {}
     if cuda is not None:
@@ -164,7 +164,7 @@ TABLE: dict[str, dict[str, Implementation]] = {}
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Forces the backend `name` for every op of the process within the block; a backward runs on its forward's backend."""
+    """Forces the backend `name` for every op of the process within the block; a backward uses the backend of its forward."""
     global _forced
     _known(name)
     before, _forced = _forced, name
@@ -175,7 +175,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def forced() -> str:
-    """The name of the forced backend, or an empty string."""
+    """Returns the name of the forced backend, or an empty string."""
     return _forced
 
 
@@ -184,23 +184,23 @@ _supposed: dict[str, str] | None = None
 
 
 def family(op: str) -> str:
-    """The op without its direction."""
+    """Returns the name of the op without the suffix _fwd or _bwd."""
     return op.removesuffix("_fwd").removesuffix("_bwd")
 
 
 def key(op: str, name: str, dtype: torch.dtype) -> str:
-    """By which backend `name` is taken out for forward and backward of an op in a dtype."""
+    """Returns the key under which backend `name` is taken out for forward and backward of an op in a dtype."""
     return f"{family(op)} {name} {str(dtype).removeprefix('torch.')}"
 
 
 def taken_out(device: str) -> dict[str, str]:
-    """What is taken out on a device type, by key, and why."""
+    """Returns the keys (see `key`) of the backends that are taken out on a device type, each with the reason."""
     return machine.known("failed", device) if _supposed is None else _supposed
 
 
 @contextlib.contextmanager
 def supposing(failed: dict[str, str]) -> Iterator[None]:
-    """Takes out these, by key, in place of what failed `simplclip selftest` here; at first no backend is forced."""
+    """Takes out the keys in `failed` instead of those that failed `simplclip selftest`. On entry no backend is forced."""
     global _supposed, _forced
     before, _supposed, _forced = (_supposed, _forced), failed, ""
     try:
@@ -221,38 +221,38 @@ def _known(name: str) -> None:
 
 
 def why_not(op: str, name: str, device: str, dtype: torch.dtype, **call) -> str | None:
-    """Why backend `name` cannot run `op` on this device type and dtype with these facts of a call; None if it can."""
+    """Returns why backend `name` cannot run `op` on this device type and dtype with these facts of a call; None if it can."""
     if name not in TABLE[op]:
         return f"{op} has no {name} implementation"
     return TABLE[op][name].why_not(device, dtype, **call) or _why_taken_out(op, name, device, dtype)
 
 
 def of_part(op: str, name: str) -> str:
-    """What is asked of `op`, a part of another op for which `name` was asked: nothing if it has no backend of that name."""
+    """Returns the backend to ask for `op`, a part of an op for which `name` was asked: "" if `op` has no backend `name`."""
     return "" if name in NAMES and name not in TABLE[op] else name
 
 
-LENGTHS = (64, 128, 256, 512, 1024)  # the most tokens of an attention in each class of sizes that is tuned
+LENGTHS = (64, 128, 256, 512, 1024)  # attention is tuned for classes of sequence lengths; the most tokens of each class
 
 
 def choice_of(op: str, dtype: torch.dtype, length: int = 0) -> str:
-    """The name of the choice among the backends of `op`, forward and backward, for sequences of about `length` tokens."""
+    """Returns the name of the choice among backends of `op`, forward and backward, for sequences of about `length` tokens."""
     what = f"backend of {family(op)}"
-    if length:  # compared rather than computed with, since it may be symbolic
+    if length:  # comparisons alone, since the length may be symbolic
         most = next((most for most in LENGTHS if length <= most), None)
         what += f" of more than {LENGTHS[-1]} tokens" if most is None else f" of up to {most} tokens"
     return name_of(what, dtype)
 
 
 def _chosen(found: dict[str, str], op: str, dtype: torch.dtype, *, length: int = 0, lengths: bool = False, **call) -> str:
-    """The backend that was found to be fastest for such calls, or an empty string. Calls with `lengths` are not measured."""
+    """Returns the backend measured as fastest for such calls, or an empty string. Calls with `lengths` are not measured."""
     return "" if lengths else found.get(choice_of(op, dtype, length), "")
 
 
 def select(op: str, device: str, dtype: torch.dtype, name: str = "", **call) -> tuple[str, Callable]:
-    """The backend that runs `op`: `name` if given, else the one of `simplclip tune`, else the first that can.
+    """Returns a backend for `op` and its function: `name`, else the choice of `simplclip tune`, else the first that can run.
 
-    Raises RuntimeError if none can.
+    A choice that cannot run the call is ignored. Raises RuntimeError if `name`, or without a name every backend, cannot run.
     """
     if name:
         _known(name)

@@ -1,6 +1,6 @@
-"""What the calls of all ops share: each is a dataclass whose fields are the op's arguments in the order of its schema.
+"""Helpers for the calls of all ops. A call is a dataclass whose fields are the op's arguments in the order of its schema.
 
-The fields that are tensors come first in a call that autograd differentiates. Imports torch alone.
+In a call that autograd differentiates, the fields that are tensors come first. This module imports torch alone.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _TYPES["list[bool]"] = "bool[]"
 
 
 def schema_of(call: type) -> str:
-    """The schema of a call's dataclass for the dispatcher: its fields in their order."""
+    """Returns the dispatcher's schema of a call's dataclass: its fields in their order."""
     aliases = iter("abc")
     kinds = [f"Tensor({next(aliases)}!)" if field.type == "Written" else _TYPES[str(field.type)] for field in fields(call)]
     return ", ".join(f"{kind} {field.name}" for kind, field in zip(kinds, fields(call)))
 
 
 def tensors_of(call: type) -> list[str]:
-    """The names of the fields that are tensors, or may be."""
+    """Returns the names of the fields of type Tensor or Tensor | None."""
     return [field.name for field in fields(call) if str(field.type).startswith("Tensor")]
 
 
 def flat(call: Any) -> tuple:
-    """The values of a call's fields, the dispatcher's arguments. torch 2.11 cannot trace vars of a dataclass."""
+    """Returns the values of a call's fields: the dispatcher's arguments. torch 2.11 cannot trace vars() of a dataclass."""
     return tuple([getattr(call, name) for name in call.__match_args__])

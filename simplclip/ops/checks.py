@@ -47,7 +47,7 @@ def like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype, of: str = "image") -> Tensor:
-    """A number as a 0-dimensional tensor of this dtype. A tensor must be floating, have one element and be on the device."""
+    """Returns a number as a tensor [] of this dtype. A tensor must be floating, have one element and be on the device."""
     if not isinstance(value, Tensor):
         value = _real(name, value, "a number or a tensor with one element")
         return torch.full((), value, device=device, dtype=dtype)
@@ -81,7 +81,7 @@ def boolean(name: str, value) -> None:
 
 
 def _real(name: str, value, expected: str) -> float:
-    """A number of Python, or another that float() takes, such as numpy's; no bool, text or tensor."""
+    """Returns a number of Python, or float() of another number, e.g. numpy's. Raises TypeError for bool, text and tensor."""
     if type(value) in (int, float):
         return value
     if hasattr(type(value), "__float__") and not isinstance(value, (bool, Tensor)):

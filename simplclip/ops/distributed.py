@@ -18,13 +18,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from simplclip.ops.dtypes import accumulate_dtype
 
-# While torch 2.11 traces an autograd.Function, it takes tensors that are written in place for constants; so the collectives
-# that return a tensor are used there. torch 2.15 has renamed one of them.
+# While torch 2.11 traces an autograd.Function, it treats tensors that are written in place as constants. So traced code uses
+# the collectives that return a tensor. torch 2.15 has renamed one of these collectives.
 _all_gather_traced = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 
 
 # The gathers that `gather_early` has started and that no loss has waited for yet. A key is the tensor of this rank's rows, or
-# a copy of it in the dtype that is gathered; the value is the memory of the key, and what was started.
+# its copy in the dtype that is gathered; the value is the key's memory (see _memory) and the result of _start_gather.
 _early: Any = WeakTensorKeyDictionary()
 
 
@@ -47,15 +47,15 @@ def _start_gather(rows: Tensor, group: dist.ProcessGroup, early: bool) -> tuple[
 
 
 def gather_early(rows: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
-    """Starts to gather the rows in this dtype. The next `gather` of the rows, or of a copy that `follow` knows, waits for it.
+    """Starts to gather the rows in this dtype. The next `gather` of the rows, or of a copy given to `follow`, waits for it.
 
-    Without one it is forgotten with the tensor `rows`.
+    If no `gather` follows, the result is dropped when the tensor `rows` is freed.
     """
     _early[rows] = _memory(rows), _start_gather(rows.detach().to(dtype), group, True)
 
 
 def follow(rows: Tensor, copy: Tensor) -> None:
-    """Says that `copy` has the rows in another dtype."""
+    """Records that `copy` has the rows in another dtype, so that `gather(copy)` uses the gather started for the rows."""
     for memory, started in [] if torch.compiler.is_compiling() else list(_early.values()):
         if memory == _memory(rows) and started[0].dtype == copy.dtype:
             _early[copy] = _memory(copy), started
@@ -67,7 +67,7 @@ def _memory(rows: Tensor) -> tuple:
 
 
 def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sends part r of `parts` [W, ...] to rank r; returns the parts [W, ...] that the ranks sent to this one."""
+    """Sends part r of `parts` [W, ...] to rank r; returns the parts [W, ...] that the ranks sent to this rank."""
     parts = parts.contiguous()
     if torch.compiler.is_compiling():
         return functional.all_to_all_single(parts, None, None, group)
@@ -77,7 +77,7 @@ def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Gathering and _Sum are each other's gradients, so that backward can be differentiated again."""
+    """All-gather. Its gradient is _Sum, whose gradient is _Gather, so that backward can be differentiated again."""
 
     @staticmethod
     def forward(ctx, rows, group):
@@ -101,7 +101,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _sum(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[W N, ...] of each rank -> [N, ...], this rank's rows summed over the ranks."""
+    """Sums this rank's rows over the ranks: [W N, ...] of each rank -> [N, ...]."""
     world = dist.get_world_size(group)
     # A reduce-scatter takes less memory than the exchange below, but gloo can sum few dtypes.
     if dist.get_backend(group) == "nccl" and not torch.compiler.is_compiling():
@@ -112,7 +112,7 @@ def _sum(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _differentiable(function: type[torch.autograd.Function], plain: Callable) -> Callable:
-    """What a backward calls: the autograd.Function if backward itself is differentiated (create_graph=True), else `plain`.
+    """Returns `function.apply` for a backward that is differentiated itself (create_graph=True), else `plain`.
 
     Compiled code is never differentiated twice.
     """
@@ -131,8 +131,8 @@ class _Whole:
         return self.parts[k]
 
 
-# Set within gathered_rows. A key is the memory of a tensor of this rank's rows (see _memory); the value says which gathered
-# tensor, and which of its parts, has these rows of all ranks.
+# Set within gathered_rows. A key is the memory of a tensor of this rank's rows (see _memory). The value is the _Whole, and
+# the index of its part, that has the same rows of all ranks.
 _gathered: ContextVar[dict[tuple, tuple[_Whole, int]] | None] = ContextVar("gathered", default=None)
 
 
@@ -140,11 +140,11 @@ _gathered: ContextVar[dict[tuple, tuple[_Whole, int]] | None] = ContextVar("gath
 def gathered_rows(
     parts: Sequence[tuple[Tensor, Sequence[Tensor]]], split: Callable[[Tensor], Sequence[Tensor]], group: dist.ProcessGroup
 ) -> Iterator[None]:
-    """A context in which several tensors made from the same rows, such as prefixes of features, cost one collective.
+    """Context in which several tensors made from the same rows, such as prefixes of features, cost one collective.
 
-    parts: pairs of rows and of what split(rows) returned for them. When `gather` gets one of these parts, it gathers the
-    rows if that has not been done, splits the result and returns the same part of it. Other tensors without a gradient are
-    gathered only once too. Under torch.compile nothing changes.
+    parts: pairs of the rows and the result of split(rows). When `gather` gets a part in such a result, it gathers the rows
+    unless they have been gathered, splits the gathered rows and returns the same part of them. Other tensors without a
+    gradient are gathered only once too. Under torch.compile nothing changes.
     """
     if torch.compiler.is_compiling():
         yield
@@ -158,7 +158,7 @@ def gathered_rows(
 
 
 def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[N, ...] of each rank -> [W N, ...] on every rank, in the order of ranks. The gradient is summed over the ranks."""
+    """Gathers rows in the order of ranks: [N, ...] of each rank -> [W N, ...]. The gradient is summed over the ranks."""
     known = None if torch.compiler.is_compiling() else _gathered.get()
     if known is None:
         return _Gather.apply(rows, group)
@@ -166,7 +166,7 @@ def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     if whole is None or (rows.requires_grad and not whole.rows.requires_grad):
         if rows.requires_grad:
             return _Gather.apply(rows, group)
-        # _Whole keeps the rows alive, so that no other tensor gets their memory and is taken for them.
+        # _Whole keeps the rows alive, so that no other tensor gets their memory and is mistaken for them.
         whole = _Whole(rows, lambda gathered: [gathered], group)
         known[_memory(rows)] = whole, k
     return whole.part(k) if rows.requires_grad else whole.part(k).detach()
@@ -184,15 +184,15 @@ class _Exchange(torch.autograd.Function):
 
 
 def exchange(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[S, W N], this rank's statistics of all columns -> [W, S, N], every rank's statistics of this rank's columns."""
+    """Exchanges column statistics: [S, W N], this rank's of all columns -> [W, S, N], every rank's of this rank's columns."""
     return _Exchange.apply(columns.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1), group)
 
 
 class SameShapes:
-    """Checks that the features have equal shapes on all ranks; otherwise NCCL hangs or reads out of bounds.
+    """A check that features have equal shapes on all ranks; with unequal shapes NCCL hangs or reads out of bounds.
 
     Every call gathers four integers. Reading them makes the CPU wait for a GPU. So on a GPU a rank reads them only at the
-    first call and after its own shape has changed: if equal shapes become unequal, at least one rank's has changed.
+    first call and after its own shape has changed: if equal shapes become unequal, the shape of at least one rank changes.
     Under torch.compile nothing is checked.
     """
 
@@ -236,7 +236,7 @@ class _Mean(torch.autograd.Function):
 
 
 def mean(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The mean over the ranks. Its gradient is passed to this rank's value unchanged."""
+    """Returns the mean over the ranks. Backward passes the mean's gradient to this rank's value unchanged."""
     return _Mean.apply(value, group)
 
 
@@ -266,9 +266,9 @@ class _Learned(torch.autograd.Function):
 
 
 def learned(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """The parameters, whose gradients are averaged over the ranks, all of them by one all-reduce.
+    """Returns the parameters; backward averages their gradients over the ranks, all of them by one all-reduce.
 
-    Averaging equal gradients changes nothing, so that DistributedDataParallel may average them again.
+    DistributedDataParallel may average these gradients again: the average of equal gradients is the same gradient.
     """
     return _Learned.apply(group, *parameters) if len(parameters) else ()
 
@@ -291,5 +291,5 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(value: Tensor, factor: float) -> Tensor:
-    """`value`, whose gradient is multiplied by `factor`."""
+    """Returns `value`; backward multiplies its gradient by `factor`."""
     return _ScaleGradient.apply(value, factor)

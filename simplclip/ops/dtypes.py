@@ -6,5 +6,5 @@ import torch
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
+    """Returns float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -16,9 +16,9 @@ from simplclip.ops.calls import schema_of, tensors_of
 
 library = torch.library.Library("simplclip", "DEF")
 
-# DISPATCH has the function that runs a call of an op, by the op's full name; its argument `through` may wrap the function of
-# the backend. NATIVE_FAKES has, by the op's short name, a function that makes the results of a backend for fake tensors.
-# simplclip.memory runs ops through both to measure what they allocate.
+# DISPATCH: an op's full name -> the function that runs a call, whose argument `through` may wrap the backend's function.
+# NATIVE_FAKES: an op's short name -> a function that makes the results of a backend's function for fake tensors.
+# simplclip.memory runs ops through both to measure their allocations.
 DISPATCH: dict[str, Callable] = {}
 NATIVE_FAKES: dict[str, Callable] = {}
 counted = False  # True while simplclip.memory runs ops with fake tensors, to count the memory that they take
@@ -38,14 +38,14 @@ def define(
 ) -> None:
     """Registers `simplclip::name`, which runs on the backend named by its last argument, and the schemas that C++ implements.
 
-    call_type: the dataclass of a call, from whose fields the schema is generated; `facts` gets an instance of it, and `fake`
-    too, with the name of the backend that was asked for.
-    run(function, call): runs a backend's function, which takes a call too; C++ gets its fields.
-    row: the op's backends, for the table. An op without them is composed of other ops: its `run` gets `pick(op, **facts)`,
-    which returns their functions. If a backend is forced, those of the ops that have it take it.
-    native: the dataclass and the result types of the backends' functions, if they differ from the op's; `native_fake` makes
-    their results for fake tensors.
-    facts(call): facts of the call, besides device and dtype, that the backends' predicates need.
+    call_type: the dataclass of a call, from whose fields the schema is generated.
+    run(function, call): runs a backend's function, whose argument is a call too; a function of C++ gets the call's fields.
+    fake(call, backend): makes the op's results for fake tensors; backend: the name that was asked for.
+    row: the op's backends, for the table. An op without a row is composed of other ops: its `run` gets `pick(op, **facts)`,
+    which returns the function of such an op. Each of these ops runs on the backend that was asked for, if the op has it.
+    native: the dataclass and the result types of the backends' functions, if they differ from the op's; `native_fake(call)`
+    makes their results for fake tensors.
+    facts(call): returns the facts of a call, besides device and dtype, that the backends' predicates need.
     """
     if row:
         backends.TABLE[name], NATIVE_FAKES[name] = row, native_fake or (lambda call: fake(call, ""))
@@ -55,7 +55,7 @@ def define(
     unwritten = re.sub(r"\(\w!\)", "", arguments)
     for backend in {"cpu", "cuda"} & set(row or ()):
         library.define(f"{name}_{backend}({arguments}) -> {results}")
-        # Returns the bytes that it takes besides its results; it is called with meta tensors.
+        # Returns the bytes that the op above allocates besides its results; called with meta tensors.
         library.define(f"{name}_{backend}_workspace({unwritten}) -> int")
 
     def dispatch(*args, through: Callable[[str, str, Callable], Callable] | None = None):
@@ -83,16 +83,16 @@ FIRST_ORDER = (
 
 
 def transforms() -> set[str]:
-    """The transforms of torch.func that a call is in: "grad", "jvp", "vmap"."""
+    """Returns the transforms of torch.func around the present call: "grad", "jvp", "vmap"."""
     if torch._C._functorch.peek_interpreter_stack() is None:
         return set()
     return {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack()}
 
 
 def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> None:
-    """Raises under torch.func.grad and in forward mode, whose derivatives torch would take for zero.
+    """Raises NotImplementedError under torch.func.grad and in forward mode, where torch would return derivatives of zero.
 
-    vmap: whether torch.vmap is served; if not, it raises too.
+    vmap: whether torch.vmap is supported; if not, torch.vmap raises the error too.
     """
     got = None
     if inside := transforms() & ({"grad", "jvp"} if vmap else {"grad", "jvp", "vmap"}):
@@ -107,7 +107,7 @@ def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> Non
 def call(name: str, *args):
     """Runs `simplclip::name`; if "reference" is forced, runs its definition directly, so that autograd differentiates it.
 
-    The other backends have first derivatives in reverse mode alone; what asks for others raises.
+    The other backends have first derivatives in reverse mode alone; asking for other derivatives raises an error.
     """
     if torch.compiler.is_compiling():
         return getattr(torch.ops.simplclip, name)(*args)
@@ -118,10 +118,10 @@ def call(name: str, *args):
 
 
 def first_order_only(name: str, gradients: Sequence[Tensor | None], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients, which raise where they are differentiated again, with respect to anything that a source depends on.
+    """Returns the gradients. Differentiating them again, with respect to anything that a source depends on, raises an error.
 
-    Autograd runs a node only if it lies on a path to a tensor whose gradient is asked for. So the node that raises gets the
-    sources as inputs: the tensors that the gradients were computed from, or a result of the op, which depends on them.
+    Autograd runs a node only if the node lies on a path to a tensor whose gradient is asked for. So the node that raises has
+    the sources as inputs: the tensors that the gradients were computed from, or a result of the op that depends on these.
     """
     message = FIRST_ORDER.format(op=name, got="a double backward")
     node = torch._C._functions.DelayedError(message.encode(), len(gradients) + len(sources))
@@ -131,8 +131,8 @@ def first_order_only(name: str, gradients: Sequence[Tensor | None], *sources: Te
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Registers backward(ctx, saved, *grads) for `simplclip::name`; `saved` are the saved tensors.
 
-    Differentiating its gradients again is an error, not a zero. For this the differentiable inputs, or a differentiable
-    result, must be among the saved tensors.
+    Differentiating the returned gradients again raises an error instead of giving zero. For this the differentiable inputs,
+    or a differentiable result, must be among the saved tensors.
     """
 
     def once(ctx, *grads):
@@ -151,12 +151,12 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
 def register_gradient(
     name: str, call_type: type, backward: Callable, forget: Sequence[str] = (), keep_result: bool = False
 ) -> None:
-    """Registers the gradient of the first result of `simplclip::name`; the other results are for backward and have none.
+    """Registers the gradient of the first result of `simplclip::name`. The other results are for backward: no gradients.
 
-    backward(call, results, grad, need, backend) returns gradients by field. `results` are the others; `need` says by field
-    whether its gradient is needed. All tensors of the call are saved except those to `forget`, which are None in its `call`.
-    If one of the forgotten tensors may need a gradient, set `keep_result`: the first result, a number, is then saved too, as
-    register_autograd asks for.
+    backward(call, results, grad, need, backend) returns gradients by field. `results` are the other results; `need` maps a
+    field to whether its gradient is needed. All tensors of the call are saved except those in `forget`, which are None in
+    backward's `call`. If a forgotten tensor may need a gradient, set `keep_result`: then the first result, a number, is saved
+    too, as register_autograd requires.
     """
     names = [*(field.name for field in fields(call_type)), "backend"]
     tensors = tensors_of(call_type)
@@ -183,7 +183,7 @@ def _public(name: str) -> str:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow; under torch.func, which hides whether a tensor requires a gradient, True."""
+    """Whether a backward may follow. True under torch.func, which hides whether a tensor requires a gradient."""
     if not torch.is_grad_enabled():
         return False
     if any(t is not None and t.requires_grad for t in tensors):
@@ -192,7 +192,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is enabled; meta tensors have none, and torch raises when asked about it."""
+    """Whether autocast is enabled. There is no autocast for meta tensors: torch raises when asked about it."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 

@@ -1,9 +1,9 @@
 """shaped_attention around a softmax attention of another library, whose result A v is kept for backward.
 
-An attention is two functions: one of a call, which returns A v [B, L, H, K] and the log-sum-exps [B, H, L]; one of a call for
-backward, with A v in it, which returns for the gradient dO that came in what ordinary attention would: dq, dk and Aᵀ dO. All
-three are linear in dO, so that a head's beta multiplies them. The other terms, in the dtype of sums, are Triton kernels where
-those run, and elsewhere plain torch.
+An attention is two functions. Forward maps a call to A v [B, L, H, K] and the log-sum-exps [B, H, L]. Backward maps a call
+with A v and the incoming gradient dO to the gradients of ordinary attention: dq, dk and Aᵀ dO. All three are linear in dO, so
+that each is multiplied by the head's beta afterwards. The other terms are computed in the dtype of sums, by Triton kernels
+where these run, elsewhere by plain torch.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ Backward = Callable[[AttentionInto], tuple[Tensor, Tensor, Tensor]]
 
 
 def _fused(call: AttentionCall) -> bool:
-    """Whether the Triton kernels of kernels/attention compute what is not of the attention."""
+    """Whether the Triton kernels of kernels/attention compute the terms besides the softmax attention."""
     return backends.triton_on_cuda(call.q.device.type, call.q.dtype) is None
 
 
 def _padded(call: AttentionCall) -> Tensor | None:  # [B, L, 1, 1]
-    """Which tokens are padding; None without lengths."""
+    """Returns which tokens are padding; None without lengths."""
     if call.lengths is None:
         return None
     return (torch.arange(call.q.shape[1], device=call.q.device) >= call.lengths[:, None])[:, :, None, None]
 
 
 def _counts(call: AttentionCall) -> Tensor | int:  # [L, 1, 1], [B, 1, 1, 1] or a number
-    """How many keys a query sees, at least 1."""
+    """Returns how many keys a query sees, at least 1."""
     if call.causal:
         return torch.arange(1, call.q.shape[1] + 1, device=call.q.device, dtype=call.gains.dtype)[:, None, None]
     return call.q.shape[1] if call.lengths is None else call.lengths.clamp(min=1)[:, None, None, None]
 
 
 def _means(v: Tensor, call: AttentionCall) -> Tensor:  # [B, 1, H, K], if causal [B, L, H, K]
-    """C v."""
+    """Returns C v."""
     dtype = call.gains.dtype
     sums = v.cumsum(1, dtype=dtype) if call.causal else v.sum(1, keepdim=True, dtype=dtype)
     return sums.div_(_counts(call))
 
 
 def _spread(grad: Tensor, call: AttentionCall) -> Tensor:  # [B, 1, H, K], if causal [B, L, H, K]
-    """Cᵀ grad."""
+    """Returns Cᵀ grad."""
     if not call.causal:
         return grad.sum(1, keepdim=True, dtype=call.gains.dtype).div_(_counts(call))
     shares = grad / _counts(call)
@@ -58,12 +58,12 @@ def _spread(grad: Tensor, call: AttentionCall) -> Tensor:  # [B, 1, H, K], if ca
 
 
 def _dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:  # [B, L, H, K] twice -> [H]
-    a = a.to(dtype) if a.dtype == torch.float16 else a  # in which products overflow
+    a = a.to(dtype) if a.dtype == torch.float16 else a  # products overflow in float16
     return (a * b).sum((0, 1, 3), dtype=dtype)
 
 
 def _of_positive_scale(call: Call) -> tuple[Call, int]:
-    """A call of equal logits, and what dq is multiplied by: others mask logits by −inf before they multiply by the scale."""
+    """Returns a call with scale > 0 and equal logits, and dq's factor: other libraries mask by −inf before they scale."""
     if call.scale > 0:
         return call, 1
     q, sign = (-call.q, -1) if call.scale < 0 else (torch.zeros_like(call.q), 0)
@@ -71,14 +71,14 @@ def _of_positive_scale(call: Call) -> tuple[Call, int]:
 
 
 def _terms(call: AttentionCall, av: Tensor, out: Tensor) -> None:
-    """out = alpha v + beta A v − gamma C v; without what the kernels do for padding."""
+    """Writes alpha v + beta A v − gamma C v to `out`. The caller handles padding, which the Triton kernels do themselves."""
     alpha, beta, gamma = call.gains[:, :, None]
     torch.addcmul(-gamma * _means(call.v, call), call.v, alpha, out=out)
     out.addcmul_(av, beta)
 
 
 def _own_gradients(call: AttentionInto) -> Tensor:  # [3, H]
-    """Writes to dv what is not of A; returns the gains' gradients."""
+    """Writes to dv the terms without A; returns the gains' gradients."""
     alpha, _, gamma = call.gains[:, :, None]
     dtype, spread = call.gains.dtype, _spread(call.grad, call)
     d_gamma = (spread * (call.v if call.causal else call.v.sum(1, keepdim=True, dtype=dtype))).sum((0, 1, 3))
@@ -88,7 +88,7 @@ def _own_gradients(call: AttentionInto) -> Tensor:  # [3, H]
 
 
 def shaped_attention_fwd(attend: Forward, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, the log-sum-exps and A v. Scratch of plain torch: C v in the dtype of sums, if causal as large."""
+    """Returns the result, the log-sum-exps and A v. Scratch of plain torch: C v in the dtype of sums, if causal as large."""
     out, padded = call.q.new_empty(call.q.shape), _padded(call)
     if not call.q.numel():
         return out, call.gains.new_empty(*call.q.shape[:3]).transpose(1, 2).contiguous(), torch.empty_like(out)
@@ -119,7 +119,7 @@ def shaped_attention_bwd(attend: tuple[Forward, Backward], call: AttentionInto) 
     if padded is not None:
         call = replace(call, v=call.v.masked_fill(padded, 0), grad=call.grad.masked_fill(padded, 0))
     call, sign = _of_positive_scale(call)
-    if not call.av.numel():  # backward computes all again
+    if not call.av.numel():  # forward did not keep A v
         av, lse = attend[0](call)
         call = replace(call, av=av if padded is None else av.masked_fill(padded, 0), lse=lse)
     if fused:

@@ -1,4 +1,4 @@
-"""What a call of shaped_attention is: its tensors and its options. Imports torch alone."""
+"""The tensors and options of a call of shaped_attention. Imports torch alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simplclip.ops.calls import Written
 class AttentionCall:
     """Arguments of forward, whose results are out [B, L, H, K], the log-sum-exps lse, and av: see AttentionGradient."""
 
-    q: Tensor  # [B, L, H, K]. Of all tensors of this shape only the last dimension need be contiguous
+    q: Tensor  # [B, L, H, K]; tensors of this shape may have any strides if the last dimension is contiguous
     k: Tensor  # [B, L, H, K]
     v: Tensor  # [B, L, H, K]
     gains: Tensor  # [3, H] alpha, beta, gamma, in the dtype of sums
@@ -33,7 +33,7 @@ class AttentionGradient(AttentionCall):
 
 @dataclass
 class AttentionInto(AttentionGradient):
-    """Arguments of the backends' functions for backward, which return the gradients of the gains [3, H]."""
+    """Arguments of the backends' functions for backward, which write dq, dk and dv and return the gains' gradients [3, H]."""
 
     dq: Written  # [B, L, H, K]
     dk: Written  # [B, L, H, K]

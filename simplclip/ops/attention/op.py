@@ -17,7 +17,7 @@ from simplclip.ops.registry import autocast, call, define, register_gradient
 
 
 def rows_in_memory(call: AttentionCall, *names: str) -> None:
-    """Copies tensors whose last dimension is not contiguous; kernels read heads with any other strides."""
+    """Copies tensors whose last dimension is not contiguous; kernels read the other dimensions with any strides."""
     for name in names:
         if getattr(call, name).stride(-1) != 1:
             setattr(call, name, getattr(call, name).contiguous())
@@ -28,13 +28,13 @@ def _facts(call):
 
 
 def forward(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The three results of a backend's function, which has the last one only if its backward needs it."""
+    """Runs a backend's function; returns its three results, the last of them, A v, empty unless backward needs A v."""
     out, lse, *av = function(call)
     return out, lse, av[0] if av else out.new_empty(0)
 
 
 def av_shape(shape: Sequence[int], like: Tensor, backend: str, **facts) -> Sequence[int]:
-    """The shape of the last result for a q of this shape."""
+    """Returns the shape of the last result, A v, for a q of this shape."""
     return (
         shape
         if backends.select("shaped_attention_fwd", like.device.type, like.dtype, backend, **facts)[0] in AROUND
@@ -157,11 +157,11 @@ def shaped_attention(
         RuntimeError: a forced backend does not support the call.
 
     Softmax, gains and sums are computed in float32 (float64 for float64), products with operands in the tensors' dtype.
-    Saved for backward: q, k, v and the log-sum-exps, [B, H, L] float32, by backends "sdpa" and "xformers" softmax(q k^T) v
-    too; no [L, L] matrix is stored. On one machine, the same call has the same bits each time, by the CPU kernels with any
-    number of threads; by "sdpa" and "xformers" on a GPU only with torch.use_deterministic_algorithms(True), which torch 2.11
-    refuses for causal attention where Triton is missing, since its cumsum has no such form. Only first derivatives in reverse
-    mode are supported, except by backend "reference".
+    Saved for backward: q, k, v and the log-sum-exps [B, H, L] float32; backends "sdpa" and "xformers" also save
+    softmax(q k^T scale) v. No [L, L] matrix is stored. On one machine, the same call has the same bits each time, on the CPU
+    kernels with any number of threads; with "sdpa" and "xformers" on a GPU only under
+    torch.use_deterministic_algorithms(True). Under it torch 2.11 refuses causal attention where Triton is missing, since its
+    cumsum is not deterministic. Only first derivatives in reverse mode are supported, except by backend "reference".
 
     Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and `lengths` are additions of
     this library.

@@ -1,8 +1,8 @@
-"""torch's scaled_dot_product_attention, forward and backward apart, as an attention for around.py.
+"""Forward and backward of torch's scaled_dot_product_attention, as an attention for around.py.
 
-On a GPU these are the functions under it: FlashAttention for half types, else its memory-efficient kernel. Both get sequences
+On a GPU the kernels behind it are called: FlashAttention for half types, else the memory-efficient kernel. Both get sequences
 of several lengths as segments of one sequence: the valid tokens of each, and its padding, which attends to itself. So no mask
-[L, L] is made, nothing is read back, and what padding holds goes nowhere.
+[L, L] is made, no length is read back to the host, and padding does not reach valid tokens.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from simplclip.ops import backends
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
 aten = torch.ops.aten
-ROW_BYTES = 16  # at multiples of which heads begin, and whose multiples are their width
-LSE_ROWS = 32  # the memory-efficient kernel rounds the number of rows of its log-sum-exps up to it
+ROW_BYTES = 16  # heads begin at multiples of 16 bytes, and their width is a multiple of 16 bytes
+LSE_ROWS = 32  # the memory-efficient kernel rounds the number of rows of its log-sum-exps up to a multiple of 32
 
 
 def kernel(q: Tensor) -> str:
-    """Which of torch's kernels serves tensors like q."""
+    """Returns which of torch's kernels serves tensors like q: "cpu", "flash" or "efficient"."""
     if q.device.type == "cpu":
         return "cpu"
     old = backends.capability() is not None and backends.capability() < (8, 0)
@@ -28,17 +28,17 @@ def kernel(q: Tensor) -> str:
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """A v, and the log-sum-exps."""
+    """Returns A v and the log-sum-exps."""
     return _FORWARD[kernel(call.q)](call)
 
 
 def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and Aᵀ grad."""
+    """Returns dq, dk and Aᵀ grad."""
     return _BACKWARD[kernel(call.q)](call)
 
 
 def aligned(*tensors: Tensor) -> list[Tensor]:
-    """Tensors whose heads begin at multiples of ROW_BYTES, their widths filled up with zeros: copies where they do not."""
+    """Returns the tensors with heads that begin at multiples of ROW_BYTES, padded by zeros in width; copies where needed."""
     found = []
     for t in tensors:
         of_row = ROW_BYTES // t.itemsize
@@ -51,7 +51,7 @@ def aligned(*tensors: Tensor) -> list[Tensor]:
 
 
 def _segments(call: AttentionCall) -> Tensor:  # [2 B + 1] int32
-    """Where the valid tokens of each sequence, and its padding, begin; and the end."""
+    """Returns where the valid tokens and the padding of each sequence begin, and where the last sequence ends."""
     batch, length = call.q.shape[:2]
     first = torch.arange(0, batch * length, length, device=call.q.device, dtype=torch.int32)
     bounds = torch.stack([first, first + call.lengths], 1).flatten()
@@ -81,7 +81,7 @@ def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
             [t.flatten(0, 1) for t in tensors],
             lse.transpose(0, 1).flatten(1).contiguous(),
         )
-    state = lse.new_empty((), dtype=torch.int64)  # of random numbers, for a dropout that there is not
+    state = lse.new_empty((), dtype=torch.int64)  # the state of random numbers, unused without dropout
     found = aten._flash_attention_backward(
         *tensors, lse, bounds, bounds, length, length, 0.0, call.causal, state, state, scale=call.scale
     )  # fmt: skip
@@ -96,7 +96,7 @@ def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
     av, lse, *_ = aten._efficient_attention_forward(
         q, k, v, None, bounds, bounds, most, most, 0.0, int(call.causal), True, scale=call.scale
     )  # fmt: skip
-    lse = lse if bounds is None else lse[::2]  # without those of the padding
+    lse = lse if bounds is None else lse[::2]  # drops the log-sum-exps of padding
     return av.view(shape)[..., :width], lse[:, :, :length].contiguous()
 
 
@@ -107,9 +107,9 @@ def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     if call.lengths is not None:
         bounds, grad, q, k, v, av = _segments(call), *(t.flatten(0, 1)[None] for t in (grad, q, k, v, av))
         lse = lse.masked_fill((torch.arange(length, device=q.device) >= call.lengths[:, None])[:, None], torch.inf)
-        lse = lse.repeat_interleave(2, 0)  # padding gets that of other rows, since its gradients are not used
+        lse = lse.repeat_interleave(2, 0)  # padding gets the values of valid rows: its gradients are not used
     lse = F.pad(lse, (0, -length % LSE_ROWS), value=torch.inf)
-    state = lse.new_empty((), dtype=torch.int64)  # of random numbers, for a dropout that there is not
+    state = lse.new_empty((), dtype=torch.int64)  # the state of random numbers, unused without dropout
     found = aten._efficient_attention_backward(
         grad, q, k, v, None, av, bounds, bounds, length, length, lse, 0.0, state, state, int(call.causal), False,
         scale=call.scale,
@@ -134,9 +134,9 @@ def _on_cpu_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _of_cpu(call: AttentionCall, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
-    """Tensors [B, H, L, K], 0 in padding, and what is added to the logits of keys, [B, 1, 1, L].
+    """Returns the tensors as [B, H, L, K] with 0 in padding, and a mask [B, 1, 1, L] to add to the logits, or None.
 
-    A causal query sees no padding, since that comes last.
+    A valid query of causal attention sees no padding, since padding comes last, so that no mask is needed.
     """
     heads = [t.transpose(1, 2) for t in tensors]
     if call.lengths is None:

@@ -1,4 +1,4 @@
-"""memory_efficient_attention of the package xformers as an attention for around.py; it picks one of its kernels itself."""
+"""memory_efficient_attention of the package xformers as an attention for around.py; xformers picks its kernel itself."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def _options(call: AttentionCall) -> dict:
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """A v, and the log-sum-exps."""
+    """Returns A v and the log-sum-exps."""
     from xformers.ops import fmha
 
     given = aligned(call.q, call.k, call.v)
     av, lse = fmha.memory_efficient_attention_forward_requires_grad(*given, **_options(call))
     length, width = call.q.shape[1::2]
-    return av[..., :width], lse[:, :, :length].contiguous()  # some of its kernels fill them up
+    return av[..., :width], lse[:, :, :length].contiguous()  # some kernels pad the log-sum-exps
 
 
 def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and Aᵀ grad."""
+    """Returns dq, dk and Aᵀ grad."""
     from xformers.ops import fmha
 
     grad, av, *inputs = aligned(call.grad, call.av, call.q, call.k, call.v)

@@ -1,1 +1,1 @@
-"""simplified_block: op.py is the public function and its registration, reference.py its definition in plain torch."""
+"""simplified_block: op.py has the public function and composes the block of other ops and of the norms of norm.py."""

@@ -1,4 +1,4 @@
-"""What a call of simplified_block is: its tensors and its options. Imports torch alone."""
+"""The tensors and options of a call of simplified_block. Imports torch alone."""
 
 from __future__ import annotations
 

@@ -13,14 +13,14 @@ aten = torch.ops.aten
 
 
 def _like(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Casts the weights to a dtype that layer norm accepts: on a CPU float32 goes with a half input, on a GPU not."""
+    """Casts the weights to a dtype that layer norm accepts: on a CPU float32 weights may go with a half x, on a GPU not."""
     mixed = x.device.type == "cpu" and x.dtype != torch.float64
     dtype = torch.float32 if mixed and any(t is not None and t.dtype != x.dtype for t in tensors) else x.dtype
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def norm_fwd(x: Tensor, call: BlockCall) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The normalised x [T, C] in its dtype, and the statistics that `norm_bwd` needs."""
+    """Returns the normalised x [T, C] in the dtype of x, and the statistics that `norm_bwd` needs."""
     weight, bias = call.norm_weight, call.norm_bias
     if call.norm == "layernorm":
         n, mean, rstd = aten.native_layer_norm(x, [x.shape[1]], *_like(x, weight, bias), call.eps)
@@ -37,7 +37,7 @@ def norm_bwd(
     stats: tuple[Tensor, ...],
     need: dict[str, bool],
 ) -> dict[str, Tensor | None]:
-    """Gradients of x, norm_weight and norm_bias, the last two in their own dtype."""
+    """Returns the gradients of x, norm_weight and norm_bias, each in the dtype of its tensor."""
     weight, bias = call.norm_weight, call.norm_bias
     need_x, need_weight = need["x"], need["norm_weight"]
     if call.norm == "layernorm":

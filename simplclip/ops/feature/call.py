@@ -1,4 +1,4 @@
-"""What a call of feature_loss is: its tensors and its options. Imports torch alone."""
+"""The tensors and options of a call of feature_loss. Imports torch alone."""
 
 from __future__ import annotations
 

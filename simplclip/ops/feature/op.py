@@ -1,4 +1,4 @@
-"""feature_loss: distance of normalised student and teacher features, the normalisation and its backward fused with it."""
+"""feature_loss: distance of normalised student and teacher features, fused with the normalisation and its backward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DISTANCES = ("mse", "smooth_l1")
 
 
 def _run(function, call):
-    """Makes the tensors contiguous. Casts a float64 teacher to float32 unless the student is float64: no kernel reads it."""
+    """Makes tensors contiguous. Casts a float64 teacher to float32 if the student is not float64: no kernel reads float64."""
     wide = call.teacher.dtype == torch.float64 and call.student.dtype != torch.float64
     call.student, call.teacher = call.student.contiguous(), (call.teacher.float() if wide else call.teacher).contiguous()
     return function(call)

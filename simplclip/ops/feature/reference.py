@@ -8,11 +8,11 @@ from torch import Tensor
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.feature.call import FeatureCall, FeatureGradient
 
-NORM_EPS = 1e-12  # F.normalize's
+NORM_EPS = 1e-12  # eps of F.normalize
 
 
 def _difference(call: FeatureCall, inv_norms: Tensor) -> tuple[Tensor, Tensor]:
-    """u and u − t, [N, D], in the accumulation dtype; normalised unless inv_norms is empty."""
+    """Returns u and u − t, [N, D], in the accumulation dtype; u and t are normalised if `normalize`."""
     u, t = (features.to(inv_norms.dtype) for features in (call.student, call.teacher))
     if call.normalize:
         u, t = u * inv_norms[0][:, None], t * inv_norms[1][:, None]
@@ -20,7 +20,7 @@ def _difference(call: FeatureCall, inv_norms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def feature_loss_fwd(call: FeatureCall) -> tuple[Tensor, Tensor]:
-    """See simplclip.ops.feature.op. Returns the loss [] and the inverse norms [2, N], or [2, 0] if not `normalize`."""
+    """Returns the loss [] and the inverse norms [2, N], or [2, 0] if not `normalize`; see simplclip.ops.feature.op."""
     dtype = accumulate_dtype(call.student.dtype)
     inv_norms = call.student.new_empty(2, 0, dtype=dtype)
     if call.normalize:
@@ -33,7 +33,7 @@ def feature_loss_fwd(call: FeatureCall) -> tuple[Tensor, Tensor]:
 
 
 def feature_loss_bwd(call: FeatureGradient) -> Tensor:
-    """Gradient of the student, [N, D]: with g = dloss/du, (g − u (u·g)) / norm; below eps, g / eps."""
+    """Returns the gradient of the student, [N, D]: with g = dloss/du, (g − u (u·g)) / norm; for a norm below eps, g / eps."""
     u, difference = _difference(call, call.inv_norms)
     slope = (difference / call.beta).clamp(-1, 1) if call.smooth else 2 * difference
     g = call.grad / slope.numel() * slope

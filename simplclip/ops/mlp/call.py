@@ -1,4 +1,4 @@
-"""What a call of parallel_mlp is: its tensors and its options, and those of its second half. Imports torch alone."""
+"""The tensors and options of a call of parallel_mlp, and of its second half. Imports torch alone."""
 
 from __future__ import annotations
 

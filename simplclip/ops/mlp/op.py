@@ -15,13 +15,13 @@ from simplclip.ops.mlp.call import HiddenCall, HiddenGradient, MlpCall, MlpGradi
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.registry import autocast, call, define, register_gradient, wants_grad
 
-HIDDEN, HIDDEN_BYTES = "hidden bytes of parallel_mlp", 16 << 20  # of a chunk where forward does not keep the hidden layer
+HIDDEN, HIDDEN_BYTES = "hidden bytes of parallel_mlp", 16 << 20  # of a chunk of the hidden layer, if forward does not keep it
 
 
 def to_overwrite(saved: Tensor) -> Tensor:
-    """A tensor with the values of `saved` that backward may overwrite: `saved` itself, or a copy.
+    """Returns a tensor with the values of `saved` that backward may overwrite: `saved` itself, or a copy.
 
-    A copy is needed with retain_graph, since backward may run again, and under tracing.
+    A copy is needed under tracing, and with retain_graph, since backward may run again.
     """
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     return saved if (type(saved) is Tensor or registry.counted) and not keeps_graph() else saved.clone()
@@ -42,7 +42,7 @@ def hidden_rows(
     bias: Tensor | None,  # [F]
     out: Tensor,  # [T, *]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Computes the hidden layer before its activation in chunks of rows; yields each chunk with the same rows of `out`."""
+    """Computes the hidden layer before its activation in chunks of rows; yields each chunk and the same rows of `out`."""
     most = tuned(HIDDEN, x.dtype, x.device.type, HIDDEN_BYTES)
     rows = min(max(64, most // (weight.shape[0] * x.itemsize)), x.shape[0])
     h = x.new_empty(rows, weight.shape[0])

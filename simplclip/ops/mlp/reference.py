@@ -35,13 +35,13 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def parallel_mlp_fwd(call: HiddenCall) -> None:
-    """out = act(h) weightᵀ + bias, or is increased by that."""
+    """Writes act(h) weightᵀ + bias to `out`, or adds it if `accumulate`."""
     product = F.linear(ACTIVATIONS[call.act](call.h), call.weight, call.bias)
     call.out.add_(product) if call.accumulate else call.out.copy_(product)
 
 
 def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
-    """dh = (grad weight) ∘ act'(h), written over h; dweight = gradᵀ act(h)."""
+    """Overwrites h by dh = (grad weight) ∘ act'(h); returns dweight = gradᵀ act(h)."""
     grad, h, weight = call.grad, call.h, call.weight
     d_weight = grad.T @ ACTIVATIONS[call.act](h) if call.need_weight else weight.new_empty(0, weight.shape[1])
     h.copy_(_BACKWARD[call.act](grad @ weight, h))

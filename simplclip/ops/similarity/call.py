@@ -1,4 +1,4 @@
-"""What a call of similarity_loss is: its tensors, its options, and the slots of its statistics. Imports torch alone.
+"""The tensors and options of a call of similarity_loss, and the slots of its statistics. Imports torch alone.
 
 The matrices of a call, by name:
 
@@ -29,7 +29,7 @@ GRADIENTS = (
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of what forward stores for features in the dtype of the products: exponentials leave the range of float16."""
+    """Returns the dtype of stored rows for products in `dtype`: bfloat16 for float16, whose range exponentials leave."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
@@ -113,12 +113,12 @@ class SimilarityCall:
 
     @property
     def keeps_exponentials(self) -> bool:
-        """Whether a GPU may keep rows: no sigmoid term and no mean can be computed from exponentials, ids need registers."""
+        """Whether a GPU may keep rows: exponentials are not enough for sigmoid terms and means, and ids need registers."""
         return self.softmax and self.matrices == 1 and not self.sigmoids and self.ids is None
 
     @property
     def student_image(self) -> Tensor:  # [N, D̂]
-        """The student's images in the teacher's width."""
+        """The student's image features in the teacher's width."""
         return self.image if self.projected_image is None else self.projected_image
 
     @property
@@ -154,7 +154,7 @@ class RowsCall:
 
     @property
     def contrastive(self) -> SimilarityCall:
-        """The call of similarity_loss_fwd whose rows of the student's matrix have these statistics."""
+        """The call of similarity_loss_fwd whose student's matrix is scale query keysᵀ."""
         options: dict[str, Any] = {
             "ids": self.ids,
             "text_ids": self.text_ids,
@@ -180,9 +180,9 @@ class RowsGradient:
 class SigmoidCall:
     """Arguments of similarity_sigmoid: K sigmoid terms of l = weight x yᵀ + bias, which share one sweep.
 
-    Term k is negative[k] times the sum of softplus(l) over the negatives, plus positive[k] times that of share softplus(-l)
-    over the positives. With image_share, pairs with equal ids are positives beside the pair itself, and the share of (i, j)
-    is image_share[i] + text_share[j]; without, they are neither, and the share is 1.
+    Term k is negative[k] times the sum of softplus(l) over the negatives, plus positive[k] times the sum of share
+    softplus(-l) over the positives. With image_share, pairs with equal ids are positives too, and the share of (i, j) is
+    image_share[i] + text_share[j]. Without shares, equal ids are neither positives nor negatives, and the share is 1.
     """
 
     image: Tensor  # [N, D]

@@ -25,7 +25,7 @@ class Contrastive:
 
     @property
     def plain(self) -> bool:
-        """Whether the loss of a row is its cross-entropy to its pair: a kernel computes this, with a margin or without."""
+        """Whether a row's loss is its cross-entropy to its pair: a kernel computes this loss, with or without a margin."""
         given = [(getattr(self, name), default) for name, default in _OTHER_THAN_PLAIN.items()]
         return all(value is None if default is None else value == default for value, default in given)
 
@@ -34,7 +34,7 @@ _OTHER_THAN_PLAIN = {field.name: field.default for field in fields(Contrastive) 
 
 
 def _debiased(lse: Tensor, positive: Tensor, negatives: Tensor, prior: Tensor | float, scale: Tensor) -> Tensor:  # [N] each
-    """log(n g), g = max((ē − τ e^{z⁺}) / (1 − τ), e^{−s}): n negatives, the mean ē of their e^z, the prior τ."""
+    """Returns log(n g), g = max((ē − τ e^{z⁺}) / (1 − τ), e^{−s}): n negatives, ē the mean of their e^z, τ the prior."""
     count = negatives.clamp(min=1)
     top = torch.maximum(lse, positive).detach()  # subtracted from the logits, so that no exponential overflows
     corrected = ((lse - top).exp() / count - prior * (positive - top).exp()) / (1 - prior)
@@ -50,9 +50,9 @@ def contrastive(
     rows: Tensor,  # [11, N] RowStat
     columns: Tensor | None,  # [5, N] ColumnStat of the columns of the pairs; None: the row direction only
 ) -> Tensor:  # []
-    """The mean over rows and columns of D − Σ_j t_j z_j: D the log of the denominator, t the targets, z the logits.
+    """Returns the mean over rows and columns of D − Σ_j t_j z_j: D the log of the denominator, t the targets, z the logits.
 
-    It is taken as (D − z⁺) − Σ_j t_j (z_j − z⁺), of which the first is exact for well matched pairs too.
+    It is computed as (D − z⁺) − Σ_j t_j (z_j − z⁺), whose first part is exact for well matched pairs too.
     """
     positive = call.scale * rows[RowStat.DIAGONAL_STUDENT] - options.margin
     dropped = options.positives == "drop" or options.decoupled  # whether pairs with equal ids are left out of the softmax
@@ -77,7 +77,7 @@ def contrastive(
 
 
 def _other_targets(call: SimilarityCall, options: Contrastive, same_ids: SameIds, symmetric: bool) -> Tensor:  # []
-    """The mean over rows of Σ_j t_ij (z_ij − z_i⁺), and, if symmetric, half of it and half of the columns'.
+    """Returns the mean over rows of Σ_j t_ij (z_ij − z_i⁺); if symmetric, half of this mean plus half of the columns' mean.
 
     t are the targets of a row's columns. In the columns' direction a column without a pair has the targets 0.
     """
@@ -90,9 +90,9 @@ def _other_targets(call: SimilarityCall, options: Contrastive, same_ids: SameIds
         return image.new_zeros(size) + value
 
     def share(size: int, own: Tensor | int, others: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
-        """The targets of a positive and of any candidate, and their sum: 1, or 0 for a decoupled loss without negatives.
+        """Returns the targets of a positive and of any candidate, and their sum: 1, or 0 if decoupled and without negatives.
 
-        own: how many have the id of each row or column; others: how many have another.
+        own: how many have the id of each row or column; others: how many have another id.
         """
         counts = vector(size, others > 0) if options.decoupled else vector(size, 1)
         several = 1 / vector(size, 1 if drop else own).clamp(min=1)
@@ -100,7 +100,7 @@ def _other_targets(call: SimilarityCall, options: Contrastive, same_ids: SameIds
         return (1 - smooth) * several * counts, smooth * counts / vector(size, candidates).clamp(min=1), counts
 
     def compared(values: Tensor) -> Tensor:  # [M, D] -> [N, D]
-        """Sums over the candidates: all columns but those that are dropped."""
+        """Sums the values over each row's candidates: all columns but those that are dropped."""
         everything = values.sum(0).expand(n, -1)
         dropped = drop and same_ids.given
         return everything - same_ids.sums(values) + values[window] if dropped else everything
@@ -113,7 +113,7 @@ def _other_targets(call: SimilarityCall, options: Contrastive, same_ids: SameIds
         matched, any_other, counts = share(m, same_ids.of_columns(), same_ids.all_rows - same_ids.of_columns())
         if not same_ids.gathered:
             covered = torch.zeros(m, dtype=wide, device=image.device)
-            covered[window].fill_(1)  # an assignment copies the number from the host in torch 2.11
+            covered[window].fill_(1)  # in torch 2.11 an assignment would copy the number from the host
             matched, any_other = matched * covered, any_other * covered
         target = target + pairs.sums(text * matched[:, None])
         target = target + compared(text * any_other[:, None]) if smooth else target

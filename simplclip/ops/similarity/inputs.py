@@ -70,7 +70,7 @@ def check_weights(weights, terms: Collection[str]) -> dict[str, float] | None:
 
 
 def normalise(call: SimilarityCall, terms: Collection[str]) -> None:
-    """Checks the features and scalars of a call and replaces them by their normal forms, or by None if no term reads them."""
+    """Checks the features and scalars of a call, casts them and makes scalars tensors; sets what no term reads to None."""
     checks.features("image", call.image, "[N, D]")
     checks.features("text", call.text, "[M, D]")
     projections = call.projected_image, call.projected_text
@@ -93,7 +93,7 @@ def normalise(call: SimilarityCall, terms: Collection[str]) -> None:
 
 
 def check_pair(student: Mapping[str, Tensor]) -> None:
-    """Checks that the student's features of images and of texts, by the names of the arguments, fit each other."""
+    """Checks that a student's image and text features fit each other. student: argument name -> features, images first."""
     (image_name, image), (text_name, text) = student.items()
     checks.like(text_name, text, image_name, image)
     if text.shape[1] != image.shape[1]:
@@ -110,9 +110,9 @@ def teacher(call: SimilarityCall, term: str) -> None:
 
 
 def constants_of_teacher(given: Mapping[str, Any], student: Mapping[str, Tensor], why: str) -> list[Tensor]:
-    """A teacher's image features, text features and scale, checked and detached, the features in the student's dtype.
+    """Returns a teacher's image and text features and scale, checked and detached, the features in the student's dtype.
 
-    given, student: by the names of the arguments. why: the reason that an error gives where one of the teacher's is missing.
+    given, student: the arguments of each by name. why: the reason in the error for a missing argument of the teacher.
     """
     for name, value in given.items():
         if value is None:
@@ -134,7 +134,7 @@ def constants_of_teacher(given: Mapping[str, Any], student: Mapping[str, Tensor]
 
 
 def projection(kind, projected, student, teacher):
-    """Checks the student's features projected to the teacher's width; None if it is the student's own."""
+    """Checks and returns the student's features projected to the teacher's width; None if the student's own are used."""
     if projected is None:
         if student.shape[1] != teacher.shape[1]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""similarity_loss: objectives over similarity matrices of image and text features, of which only some rows are kept."""
+"""similarity_loss: losses over similarity matrices of image and text features. Only some rows of the matrices are kept."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _autograd(ctx, saved, grad_rows, grad_columns, _):
     found = torch.ops.simplclip.similarity_loss_bwd(
         *tensors, *options, grad_rows, grad_columns, rows, columns, stored, need_image, need_text, backend
     )
-    # Where a projection is None, the features take its place, and their gradient includes that of the projection.
+    # Where a projection is None, the features take its place, and the features' gradient includes the projection's.
     given = {name: t for name, t, needed in zip(_TENSORS, tensors, ctx.needs_input_grad) if needed and t is not None}
     gradients |= {name: grad.to(given[name].dtype) for name, grad in zip(GRADIENTS, found) if name in given}
     return tuple(gradients.values())
@@ -111,7 +111,7 @@ register_autograd("similarity_loss_fwd", _autograd, _setup_context)
 
 
 def _by_number(function, call):
-    """The vectors after a sweep cost as many launches as operations, so that kernels take them together."""
+    """Makes a call's tensors contiguous and runs the function: one launch, where torch would need one for each operation."""
     for name in tensors_of(type(call)):
         if getattr(call, name) is not None:
             setattr(call, name, getattr(call, name).contiguous())
@@ -172,7 +172,7 @@ def similarity_loss(
     scratch_bytes: int | None = None,
     store_bytes: int | None = None,
 ) -> dict[str, Tensor]:
-    r"""Losses of the similarity matrices of image and text features, of which rows up to `store_bytes` are kept.
+    r"""Computes losses of the similarity matrices of image and text features. At most `store_bytes` of the matrices are kept.
 
     With S = image · textᵀ, Z = s S + b, row i's positive in column y_i = i + label_offset, and the row and column
     log-sum-exps r, c of Z:
@@ -205,26 +205,26 @@ def similarity_loss(
     `positives`: with "drop", pairs with equal ids are neither positives nor negatives. Otherwise they are positives of
     contrastive, sigmoid and pair_matching, with the k_i columns of row i:
 
-        "ids"  contrastive: the target is 1/k_i for each (SupCon, UniCL); the others: the mean of softplus(−l) over the
-               positives of a row and of a column takes the place of the pair's, half of each
-        "sum"  their sums: sigmoid is then SigLIP with a target matrix of ones and zeros
+        "ids"  contrastive: the target is 1/k_i for each (SupCon, UniCL); the other terms: softplus(−l) of the pair becomes
+               its mean over the positives of the row and of the column, half of each
+        "sum"  like "ids", with sums in place of these means: sigmoid is then SigLIP with a target matrix of ones and zeros
 
     Args:
         image, text: [N, D] and [M, D] with M ≥ N, float32, bfloat16, float16 or float64, with the same dtype and
             device and any strides; usually L2-normalised, which is not checked. Under autocast they are cast to its dtype.
         logit_scale: s, one element (open_clip's `logit_scale.exp()`); a tensor, or what float() takes.
-        logit_bias: b, one element. Only the term "sigmoid" depends on it; without that its gradient is 0.
+        logit_bias: b, one element. Only the term "sigmoid" depends on b; without this term the gradient of b is 0.
         terms: any of "contrastive", "sigmoid", "pair_matching", "relational", "interactive"; the others are not computed.
         plane: (p, q) or (w, q), needed by "pair_matching".
         teacher_image, teacher_text, teacher_scale: x̂ [N, D̂], ŷ [M, D̂] (any float dtype; cast to image's) and ŝ, needed by
-            "relational" and "interactive". They are constants and get no gradient; if one requires it, a warning is given.
+            "relational" and "interactive". They are constants: one that requires a gradient gets none, with a warning.
         interactive: form of the interactive term.
         interactive_scale: s', by default logit_scale.
         projected_image, projected_text: x' [N, D̂] and y' [M, D̂], needed by "interactive" where D̂ is not D.
         divergence: "kl", or "cross_entropy": every KL without the teacher's entropy, which is constant, as in
             open_clip.DistillClipLoss. Gradients are the same. A KL is a difference of numbers of the size of the teacher's
             logits: however small, its value has an absolute error of up to about eps · max |T|, eps = 1.2e-7 in float32.
-        weights: of the terms. The result then has "loss" too, their weighted sum, to which alone gradients flow.
+        weights: weights of the terms. The result then has "loss" too, their weighted sum, and only "loss" has a gradient.
         ids, text_ids: pairs with equal ids, except the positive, are excluded from the negatives of every term and from every
             softmax (but see `positives`). text_ids defaults to ids when N = M.
         label_offset: column of the first row's positive, 0 ≤ label_offset ≤ M − N; with gathered text features, the position
@@ -246,11 +246,11 @@ def similarity_loss(
     Returns:
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32 (float64 for float64 features).
 
-    "sigmoid" and "pair_matching" are sigmoid terms, whose gradient needs no statistics. Beside a softmax
-    of Z they join its sweep (on a GPU, that of contrastive alone): 4 products of N M D in all. Where there is none, and for a
-    hadamard plane, which has a matrix of its own, forward computes the gradient with the value: 3 products, 2 if image or
-    text needs no gradient, 1 if none is needed; for both terms together with `weights`. Then the gradients [N, D] and [M, D]
-    are saved and backward scales them; they are rounded to the features' dtype (float16's are float32) once more than others.
+    "sigmoid" and "pair_matching" are sigmoid terms, whose gradient needs no statistics. If there is a softmax of Z, they join
+    its sweep (on a GPU, only that of contrastive alone): 4 products of N M D in all. Otherwise, and for a hadamard plane with
+    its own matrix, forward computes the gradient with the value: 3 products, 2 if image or text needs no gradient, 1 if
+    neither does; with `weights`, for both terms together. The gradients [N, D] and [M, D] are then saved, and backward scales
+    them. They are rounded once more than other gradients, to the features' dtype (float32 for float16).
 
     Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
     11 N + 5 M statistics and at most store_bytes of similarities. Extra memory:
@@ -304,7 +304,7 @@ def similarity_loss(
     hadamard = hyperplane is not None and hyperplane[0].dim() == 1
     keep_ids = same_ids.given and positives != "drop" and not decoupled
     sweeps = sweeps_of(call, terms, keep_ids=keep_ids, hadamard=hadamard, weighted=weights is not None)
-    sums: list[Tensor] = []  # what the weighted sum adds up
+    sums: list[Tensor] = []  # the summands of the weighted sum
     for sweep in sweeps:
         numbers: dict[str, Any] = {}
         if sweep.sigmoids:
@@ -355,7 +355,7 @@ def _infonce(
     group: torch.distributed.ProcessGroup | None,
     scratch_bytes: int,
 ) -> Tensor:
-    """The interactive term "infonce": each direction is a cross-entropy of rows with the teacher's features as keys."""
+    """Returns the interactive term "infonce": in each direction a cross-entropy of rows, whose keys are the teacher's."""
 
     def direction(query, keys, of):
         lse, positive = similarity_rows(query, keys, call.cross_scale, of, scratch_bytes)
@@ -374,7 +374,7 @@ def _infonce(
 def _statistics(
     call: SimilarityCall, group: torch.distributed.ProcessGroup | None, scratch_bytes: int, store_bytes: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The statistics of the rows [11, N] and of the positives' columns [5, N]."""
+    """Returns the statistics of the rows [11, N] and of the positives' columns [5, N], None without `columns`."""
     if not call.interactive:
         call.projected_image = call.projected_text = call.cross_scale = None
     if not call.has_teacher:

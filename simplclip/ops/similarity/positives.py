@@ -1,4 +1,4 @@
-"""The positives of similarity_loss: which columns belong to each row, how many there are, and sums of features over them.
+"""The positives of similarity_loss: the columns that belong to each row, their number, and sums of features over them.
 
 Only this file reads the ids; the ops' calls carry them to the kernels. Everything but `masks` takes O((N + M) D).
 """
@@ -16,13 +16,13 @@ from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
 
 
 def _equal(ids: Tensor, among: Tensor) -> Tensor:  # [N], [M] -> [N]
-    """How many of `among` are equal to each id."""
+    """Returns for each id how many of `among` are equal to the id."""
     ordered = among.sort().values
     return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
 
 
 def _checked(name: str, ids: Tensor, count: int, letter: str, device: torch.device) -> Tensor:
-    """The ids as the kernels take them."""
+    """Checks the ids and returns them as the kernels read them: int64, contiguous."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = getattr(ids, "dtype", type(ids).__name__)
         raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {got}")
@@ -53,7 +53,7 @@ class SameIds:
         text: Tensor,
         group: torch.distributed.ProcessGroup | None,
     ) -> SameIds:
-        """Those of similarity_loss's arguments. With a process group, of this rank's rows and the columns of all ranks."""
+        """Checks similarity_loss's arguments, makes an instance. With a process group the columns are those of all ranks."""
         n, m, device = image.shape[0], text.shape[0], image.device
         if ids is not None:
             ids = _checked("ids", ids, n, "N", device)
@@ -85,12 +85,12 @@ class SameIds:
 
     @property
     def given(self) -> bool:
-        """Whether there are ids. Without them only the column of its own pair belongs to a row."""
+        """Whether there are ids. Without ids only the column of its own pair belongs to a row."""
         return self.ids is not None
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of a call (see call.py) with these pairs."""
+        """The fields of a call (see call.py) that describe these pairs."""
         return {"ids": self.ids, "text_ids": self.text_ids, "label_offset": self.label_offset}
 
     @property
@@ -107,20 +107,20 @@ class SameIds:
         return replace(self, ids=None, text_ids=None)
 
     def transposed(self) -> SameIds:
-        """The rows that belong to each column that has a pair."""
+        """Returns the rows that belong to each column that has a pair, as an instance with rows and columns exchanged."""
         text_ids = None if self.text_ids is None else self.text_ids[self.window]
         return SameIds(self.n, self.n, 0, text_ids, self.ids)
 
     def _apart(self) -> Tensor:  # [N]
-        """Whether the row and the column of a pair have different ids."""
+        """Returns whether the row and the column of each pair have different ids."""
         return self.text_ids[self.window] != self.ids
 
     def of_rows(self) -> Any:  # [N] int64, at least 1; the number 1 without ids
-        """How many columns belong to each row."""
+        """Returns how many columns belong to each row."""
         return 1 if self.ids is None else _equal(self.ids, self.text_ids) + self._apart()
 
     def of_columns(self) -> Any:  # [M] int64
-        """How many rows each column belongs to. With a process group, the rows of all ranks have the columns' ids."""
+        """Returns how many rows each column belongs to. With a process group, the rows of all ranks have the columns' ids."""
         if self.ids is None:
             return 1
         if self.gathered:
@@ -130,7 +130,7 @@ class SameIds:
         return _equal(self.text_ids, self.ids) + own
 
     def sums(self, values: Tensor) -> Tensor:  # [M, D] -> [N, D]
-        """For each row the sum of `values` over the columns that belong to it."""
+        """Returns for each row the sum of `values` over the columns that belong to the row."""
         own = values[self.window]
         if self.ids is None:
             return own
@@ -143,7 +143,7 @@ class SameIds:
 
 
 def masks(call: SimilarityCall | SigmoidCall) -> tuple[Tensor, Tensor]:  # [N, M] bool each
-    """Whether a column is the row's pair, and whether it belongs to the row. For the reference, which has whole matrices."""
+    """Returns masks of each row's pair and of the columns that belong to it. For the reference, which has whole matrices."""
     rows, columns = (torch.arange(t.shape[0], device=t.device) for t in (call.image, call.text))
     own = columns == rows[:, None] + call.label_offset
     return own, own if call.ids is None else own | (call.ids[:, None] == call.text_ids)

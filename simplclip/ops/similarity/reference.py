@@ -44,12 +44,12 @@ class _Matrices:
         return matrix.masked_fill(~self.negative, -torch.inf)
 
     def softmax(self, logits: Tensor, lse: Tensor) -> Tensor:
-        """e^(logits - lse) of the negatives, 0 elsewhere; lse is [N, 1] or [M]."""
+        """Returns e^(logits - lse) of the negatives, 0 elsewhere; lse is [N, 1] or [M]."""
         return self.masked(logits - lse).exp()
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of the matrices of a call (see call.py), from which simplclip.ops.similarity.terms makes the terms.
+    """Computes statistics of a call's matrices (see call.py), from which simplclip.ops.similarity.terms computes the terms.
 
     Returns rows [11, N] (RowStat), columns [5, M] (ColumnStat; 0 unless `columns`), and the first `stored_rows` rows of the
     products, [matrices, stored_rows, M], which backward may read instead of computing them again (not used here).
@@ -104,7 +104,7 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
-    """Gradients of forward by autograd, given the gradients grad_rows and grad_columns of its statistics.
+    """Computes the gradients of forward by autograd, from grad_rows and grad_columns, the gradients of its statistics.
 
     The teacher is a constant. Returns d_image, d_text (empty where not needed), d_scale, d_projected_image, d_projected_text
     (empty where not given), d_cross_scale, d_sigmoid_weight and d_sigmoid_bias [K].
@@ -132,7 +132,7 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
 
 
 def similarity_rows(call: RowsCall) -> tuple[Tensor, Tensor]:
-    """For each row of scale · query · keysᵀ, [2, N]: log-sum-exp over its negatives, and unscaled similarity of its positive.
+    """Returns [2, N]: for each row of scale · query · keysᵀ the log-sum-exp over negatives and the positive's raw similarity.
 
     Also returns the mean key under the softmax over the negatives, [N, D] (0 without negatives), or [0, D] unless `attend`.
     """
@@ -148,7 +148,7 @@ def similarity_rows(call: RowsCall) -> tuple[Tensor, Tensor]:
 
 
 def similarity_rows_bwd(call: RowsGradient) -> tuple[Tensor, Tensor]:
-    """With k̄_i the mean key: dlse_i = scale k̄_i·dx_i + x_i·k̄_i dscale, dpositive_i = key of its label · dx_i."""
+    """Returns d_query, d_scale. Mean keys k̄: dlse_i = scale k̄_i·dx_i + x_i·k̄_i dscale, dpositive_i = label's key · dx_i."""
     grad, query = call.grad, call.query
     d_query, d_scale = torch.empty_like(query), grad.new_zeros(())
     for first in range(0, query.shape[0], 2048):  # so that copies in a wider dtype stay small
@@ -162,7 +162,7 @@ def similarity_rows_bwd(call: RowsGradient) -> tuple[Tensor, Tensor]:
 
 
 def _sigmoid_masks(call: SimilarityCall | SigmoidCall, similarity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The negatives, the positives and the positives' shares of a sigmoid term, [N, M] each."""
+    """Returns the negatives, the positives and the positives' shares of a sigmoid term, [N, M] each."""
     own, belongs = masks(call)
     if call.image_share is None:
         return ~belongs, own, torch.ones_like(similarity)
@@ -176,10 +176,10 @@ def _sigmoid_term(weight, bias, of_negative, of_positive, similarity, negative, 
 
 
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The terms [K], and the gradients of their sum weighted by `mix`.
+    """Returns the terms [K], and the gradients of their sum weighted by `mix`.
 
-    These are d_image, d_text (empty unless needed), d_weight and d_bias [K]. Without `gradient` autograd may differentiate
-    the terms.
+    The gradients are d_image, d_text (empty unless needed), d_weight and d_bias [K]. Without `gradient` autograd may
+    differentiate the terms.
     """
     dtype = accumulate_dtype(call.image.dtype)
     image, text = call.image.to(dtype), call.text.to(dtype)
@@ -208,7 +208,7 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def similarity_terms(call: TermsCall) -> Tensor:
-    """The contrastive term and the sums of the sigmoid terms, [1 + K]."""
+    """Returns the contrastive term and the sums of the sigmoid terms, [1 + K]."""
     positive = call.scale * call.rows[RowStat.DIAGONAL_STUDENT] - call.margin
     value = cross_entropy(call.rows[RowStat.LSE_STUDENT], positive).mean()
     if call.columns is not None:
@@ -217,7 +217,7 @@ def similarity_terms(call: TermsCall) -> Tensor:
 
 
 def similarity_terms_bwd(call: TermsGradient) -> tuple[Tensor, Tensor, Tensor]:
-    """d_rows [11, N], d_columns [5, N] (or [0]) and d_scale, by autograd."""
+    """Returns d_rows [11, N], d_columns [5, N] (or [0]) and d_scale, by autograd."""
     leaves = [t for t in (call.rows, call.columns, call.scale) if t is not None]
     leaves = [t.detach().requires_grad_() for t in leaves]
     with torch.enable_grad():

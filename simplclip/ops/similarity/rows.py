@@ -16,7 +16,7 @@ from simplclip.ops.similarity.chunks import computes_in, prepare, sweep_rows
 from simplclip.ops.similarity.positives import SameIds
 
 _TENSORS = tensors_of(RowsCall)
-_UNREAD = [name for name in _TENSORS if name not in tensors_of(RowsGradient)]  # by backward
+_UNREAD = [name for name in _TENSORS if name not in tensors_of(RowsGradient)]  # not read by backward
 
 
 def _run(function, call):
@@ -63,10 +63,10 @@ def similarity_rows(
     same_ids: SameIds,
     scratch_bytes: int,
 ) -> Tensor:  # [2, N]
-    """For each row of scale · query · keysᵀ: log-sum-exp over its negatives, and unscaled similarity of its positive.
+    """Returns for each row of scale · query · keysᵀ its log-sum-exp over negatives and its positive's unscaled similarity.
 
     The gradients of query and scale need only the mean key of each row under its softmax, [N, D]. Forward computes and keeps
-    it if a gradient is needed: two matrix products in forward, none in backward.
+    the mean keys if a gradient is needed: two matrix products in forward, none in backward.
     """
     device = query.device.type
     chunk = sweep_rows(query.shape[0], keys.shape[0], computes_in(query.dtype, device), device, 1, scratch_bytes)

@@ -29,7 +29,7 @@ def _run(function, call):
 
 
 def _results(call):
-    """Fake results of a backend. Gradients of float16 are stored in float32, in whose range entries of 1/N² are not lost."""
+    """Returns a backend's fake results. For float16, gradients are stored in float32, which does not lose entries of 1/N²."""
     compute = computes_in(call.image.dtype, call.image.device.type)
     stored = torch.float32 if compute == torch.float16 else compute
     terms = call.image.new_empty(call.weight.shape, dtype=accumulate_dtype(compute))
@@ -72,8 +72,8 @@ def numbers_of(
     same_ids: SameIds,
     group: torch.distributed.ProcessGroup | None,
 ) -> dict[str, Tensor | None]:
-    """The fields of SigmoidCall that are numbers of the terms. A hadamard hyperplane has the weight 1 here, since its weights
-    are multiplied with the features."""
+    """Returns the fields of SigmoidCall that are numbers of the terms. A hadamard hyperplane has the weight 1 here, since its
+    weights are multiplied into the image features."""
     n, m, scale = call.image.shape[0], call.text.shape[0], call.scale
     mean, numbers = scale.new_ones(()) / n, {}
     if "sigmoid" in terms:
@@ -106,15 +106,15 @@ def _stacked(numbers: Sequence[Tensor]) -> Tensor:
 def sigmoid_terms(
     call: SimilarityCall,  # with a hadamard hyperplane, its image is already multiplied by the weights
     terms: tuple[str, ...],
-    numbers: dict[str, Any],  # of numbers_of
+    numbers: dict[str, Any],  # the result of numbers_of
     mix: dict[str, float],
     same_ids: SameIds,
     scratch_bytes: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], 0-dimensional
-    """The sum of the terms weighted by `mix`, which autograd can differentiate, and the terms themselves, which it cannot.
+    """Returns the sum of the terms weighted by `mix`, which autograd can differentiate, and the detached terms.
 
-    Products of N M D: 1, and with gradients one more for each of image and text that requires one. Saved for backward, which
-    multiplies them by a number: the gradients of image and text.
+    Matrix products of N M D: 1, plus 1 for each of image and text that requires a gradient. Their gradients are saved for
+    backward, which multiplies them by a number.
     """
     image, text, scale = call.image, call.text, call.scale
     n, m, device = image.shape[0], text.shape[0], image.device.type

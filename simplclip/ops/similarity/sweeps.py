@@ -1,4 +1,4 @@
-"""Which sweeps over similarity matrices the terms of a call of similarity_loss need."""
+"""The sweeps over similarity matrices that the terms of a call of similarity_loss need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simplclip.ops.similarity.call import SimilarityCall
 
 @dataclass
 class Sweep:
-    """One pass over the rows, and the terms that it gives."""
+    """One pass over the rows of the matrices, and the terms that are computed from the pass."""
 
     call: SimilarityCall | None = None  # the call that computes the softmaxes; None if the sweep has only sigmoid terms
     contrastive: bool = False
@@ -19,14 +19,14 @@ class Sweep:
 
 
 def sweeps_of(call: SimilarityCall, terms: Collection[str], *, keep_ids: bool, hadamard: bool, weighted: bool) -> list[Sweep]:
-    """The sweeps for the terms, but for the interactive term "infonce", which needs none.
+    """Returns the sweeps for the terms, and sets `call.softmax`. The interactive term "infonce" needs no sweep.
 
-    keep_ids: whether the call has ids and the contrastive softmax keeps the pairs with equal ones. hadamard: whether pair
+    keep_ids: whether the call has ids and the contrastive softmax keeps the pairs with equal ids. hadamard: whether pair
     matching's hyperplane has a weight for each feature, and so a matrix of its own. weighted: whether only the weighted sum
-    of the terms has a gradient. Sets `call.softmax`.
+    of the terms has a gradient.
     """
     contrastive = "contrastive" in terms
-    # The other terms' softmaxes leave the pairs with equal ids out, so one that keeps them has a sweep of its own.
+    # The softmaxes of other terms leave out the pairs with equal ids, so a softmax that keeps them has a sweep of its own.
     alone = contrastive and keep_ids
     call.softmax = (contrastive and not alone) or call.relational
     softmaxes = [Sweep(call, contrastive and not alone)] if call.softmax or call.interactive else []
@@ -40,13 +40,13 @@ def sweeps_of(call: SimilarityCall, terms: Collection[str], *, keep_ids: bool, h
     if joined is not None:
         joined.sigmoids = tuple(together)
         together = []
-    # A sweep of sigmoid terms has the gradient of their sum alone; terms with gradients of their own need a sweep each.
+    # A sweep of sigmoid terms computes the gradient of their sum alone, so terms that each need a gradient have a sweep each.
     lots = [together, apart] if weighted else [[term] for term in together + apart]
     return [Sweep(sigmoids=tuple(lot)) for lot in lots if lot] + softmaxes
 
 
 def _has_room(call: SimilarityCall) -> bool:
-    """Whether sigmoid terms may join a sweep. On a GPU they may not join one with a teacher's matrix: registers run out."""
+    """Whether sigmoid terms may join a sweep. On a GPU a sweep with a teacher's matrix has no registers left for them."""
     return call.softmax and not (on_gpu(call) and call.has_teacher)
 
 

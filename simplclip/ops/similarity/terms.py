@@ -11,14 +11,14 @@ from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall
 
 
 def mismatch(l: Tensor) -> Tensor:
-    """softplus(-l) of a positive. NaN if l is infinite, even where the softplus would be 0."""
+    """Returns softplus(-l) for the logits l of positives. NaN where l is infinite, even if the softplus would be 0."""
     return 0 * l.detach() - F.logsigmoid(l)  # F.softplus is exact to e^-20 only
 
 
 def cross_entropy(lse: Tensor, positive: Tensor) -> Tensor:
-    """-log softmax of the positive as softplus(lse - z), lse over the negatives: exact for well matched pairs too.
+    """Returns -log softmax of the positive z as softplus(lse - z), lse over the negatives: exact for well matched pairs too.
 
-    NaN where the positive is infinite, as in F.cross_entropy, though the softplus may be 0.
+    The result is NaN where the positive is infinite, as in F.cross_entropy, though the softplus may be 0.
     """
     margin = positive - lse
     if backends.forced() == "reference":
@@ -35,7 +35,7 @@ def divergence(
     mean: Tensor,  # [N] of entropy T - Z under the teacher's softmax over the negatives
     entropy: float,
 ) -> Tensor:  # [N]
-    """KL(softmax T || softmax Z) of each row for entropy = 1, the cross-entropy (KL plus the teacher's entropy) for 0.
+    """Returns each row's KL(softmax T || softmax Z) for entropy = 1, its cross-entropy (KL plus the teacher's entropy) for 0.
 
     With m = 1 - softmax(T) of the positive, r and r̂ the log-sum-exps over the whole row:
     r - E_T[Z] + entropy (E_T[T] - r̂) = (r - z) - entropy (r̂ - t) + m (mean + z - entropy t).
@@ -52,7 +52,7 @@ def terms_of(
     rows: Tensor,  # [11, N] RowStat
     columns: Tensor | None,  # [5, N] ColumnStat of the columns of the positives; None: the row direction only
 ) -> dict[str, Tensor]:
-    """The terms of a teacher, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
+    """Returns the terms that need a teacher, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
     out: dict[str, Tensor] = {}
     student = call.scale * rows[RowStat.DIAGONAL_STUDENT]
     teacher = call.teacher_scale * rows[RowStat.DIAGONAL_TEACHER] if call.has_teacher else None
