@@ -50,7 +50,7 @@ BROKEN = {
 
 
 def write(folder):
-    """Writes shards in which every hundredth sample is broken. Returns the counts of kinds by shard, "" for intact samples."""
+    """Writes shards, in which every hundredth sample is broken. Returns counts of kinds by shard, "" for intact samples."""
     counts, kinds, number = {}, [*BROKEN], 0
     for shard in range(SHARDS):
         path = folder / f"{shard:05d}.tar"
