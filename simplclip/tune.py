@@ -1,7 +1,7 @@
-"""Chooses among the forms of each op by measuring them on this machine; simplclip.common.tuned has the choices for the ops.
+"""Chooses among the forms of each op by measuring them on this machine; ops read the choices by simplclip.common.tuned.
 
-A candidate is measured through the op itself, with the choice in force. It is taken if its results are those of the default,
-and if it is faster by more than the noise: by at least MARGIN in the median, in all repeats but one, and at no size slower.
+A candidate is measured through the op, while in force. It is chosen if its results are the default's up to TOLERANCE, and if
+it is faster by more than the noise: by MARGIN in the median, slower in one repeat at most, and at no size slower by MARGIN.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:  # it needs the extra "train"
 
 MARGIN = 0.03
 REPEATS = 7
-SAMPLE_SECONDS = 0.02  # least time of a sample, of as many calls as it takes
-# The largest difference from the default's results, of their largest value: twice what the tests allow between an op and its
-# definition, more for half types, both of whose results are rounded.
+SAMPLE_SECONDS = 0.02  # about the time of a sample, which has as many calls as fit, but at least one
+# The largest difference from the default's results, relative to their largest value: 4 times EPS of selftest.compare for
+# float32, and 10 and 5 times EPS for float16 and bfloat16, since both results are rounded.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 Attention = tuple[int, int, int, int, bool]  # B, L, H, K, causal
 Mlp = tuple[int, int, int]  # tokens, C, F
-Run = Callable[[], tuple[Tensor, ...]]  # a call with its backward, which returns its results and gradients
+Run = Callable[[], tuple[Tensor, ...]]  # runs a call and its backward, and returns results and gradients
 Times = dict[Any, list[list[float]]]  # candidate -> of each call, the seconds of each repeat
 
 
@@ -52,14 +52,14 @@ class Sizes:
 
 
 def standard(device: str) -> Sizes:
-    """ViT-B-32's image and text tower, ViT-B-16's image tower, and two batches."""
+    """Returns the sizes of ViT-B-32's image and text towers, of ViT-B-16's image tower, and of two batches."""
     batch, sizes = (256, (4096, 32768)) if device == "cuda" else (16, (1024, 4096))
     attentions = (batch, 50, 12, 64, False), (batch, 77, 8, 64, True), (batch // 2, 197, 12, 64, False)
     return Sizes(attentions, ((batch * 77, 512, 2048),), sizes, 512)
 
 
 def sizes_of(config: Config, device: str) -> Sizes:
-    """The sizes of a run: of its model's simplified blocks, its batch and its precision."""
+    """Returns the sizes of a run, from its model's simplified blocks, its batch size and its precision."""
     from simplclip.memory.step import inputs
     from simplclip.nn import SimplifiedBlock
     from simplclip.train.state import build_model
@@ -89,22 +89,22 @@ def sizes_of(config: Config, device: str) -> Sizes:
 
 @dataclass
 class Choice:
-    """What a call site reads by `name`: one of the candidates, of which the first is the default."""
+    """A choice that ops read by `name`: one of the candidates, of which the first is the default."""
 
     name: str
     candidates: list[Any]
-    calls: list[tuple[str, Run]]  # what tells the candidates apart, by its size
+    calls: list[tuple[str, Run]]  # to measure, each with a text of its size
 
 
 def of_sizes(sizes: Sizes, device: str) -> Iterator[Choice]:
-    """The choices in the order in which they are made: later ones are measured with the earlier ones in force."""
+    """Yields the choices in the order in which they are made. Later choices are measured with earlier choices in force."""
     for dtype in sizes.dtypes:
         classes: dict[str, list[Attention]] = {}
         for shape in sizes.attentions:
             classes.setdefault(backends.choice_of("shaped_attention_fwd", dtype, shape[1]), []).append(shape)
         for name, shapes in classes.items():
             facts = {"length": shapes[0][1], "width": shapes[0][3]}
-            names = [n for n in usable("shaped_attention", device, dtype, **facts) if n != "reference"]  # it keeps [L, L]
+            names = [n for n in usable("shaped_attention", device, dtype, **facts) if n != "reference"]  # which keeps [L, L]
             calls = [(f"L={shape[1]}", attention(shape, dtype, device)) for shape in shapes]
             yield Choice(name, names, calls)
         whole, alone = (
@@ -126,7 +126,7 @@ def of_sizes(sizes: Sizes, device: str) -> Iterator[Choice]:
 
 
 def usable(op: str, device: str, dtype: torch.dtype, **facts: Any) -> list[str]:
-    """The backends that run both the op and its backward, in the order of predictions."""
+    """Returns the backends that run both the op and its backward, in order of predicted speed."""
     both = f"{op}_fwd", f"{op}_bwd"
     return [n for n in backends.NAMES if all(backends.why_not(each, n, device, dtype, **facts) is None for each in both)]
 
@@ -146,7 +146,7 @@ def tiles(dtype: torch.dtype, losses: list[tuple[str, Run]]) -> Iterator[Choice]
 
 
 class _Values:
-    """Random numbers, the same each time."""
+    """A source of random tensors, the same tensors in each process."""
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self.dtype, self.device, self._generator = dtype, device, torch.Generator().manual_seed(0)
@@ -192,7 +192,7 @@ def loss(n: int, width: int, dtype: torch.dtype, device: str) -> Run:
 
 
 def _seconds(run: Run, count: int, device: str) -> float:
-    """Of a call, from a sample of `count`."""
+    """Returns the mean seconds of a call in a sample of `count` calls."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -204,7 +204,7 @@ def _seconds(run: Run, count: int, device: str) -> float:
 
 
 def _wrong(found: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> str:
-    """What is wrong with a candidate's results, an empty string if nothing is."""
+    """Returns what is wrong with a candidate's results, or an empty string."""
     for of_call, wanted in zip(found, expected):
         for got, want in zip(of_call, wanted):
             error = (got.float() - want.float()).abs().max().item() / (want.float().abs().max().item() + 1e-30)
@@ -214,9 +214,9 @@ def _wrong(found: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) 
 
 
 def decide(choice: Choice, device: str, made: dict[str, Any], repeats: int = REPEATS) -> dict[str, Any]:
-    """A row: the default, the candidate that was chosen, and of each candidate its milliseconds or why it was left out.
+    """Measures a choice. Returns the default, the chosen candidate, and each candidate's milliseconds or why it is left out.
 
-    made: the choices in force.
+    made: the earlier choices, which are in force.
     """
     default, left_out, expected = choice.candidates[0], dict[str, str](), list[tuple[Tensor, ...]]()
     admitted = []
@@ -242,9 +242,9 @@ def decide(choice: Choice, device: str, made: dict[str, Any], repeats: int = REP
 
 
 def _times(choice: Choice, admitted: list[Any], device: str, made: dict[str, Any], repeats: int) -> Times:
-    """Candidates take turns, so that a drift of the machine hits all alike.
+    """Measures the candidates in turns, so that a drift of the machine affects all alike.
 
-    The default has the first and the last place of a turn, and of its two times the shorter one counts.
+    The default is measured first and last in each turn, and the shorter of these two times counts.
     """
     times: Times = {candidate: [[] for _ in choice.calls] for candidate in admitted}
     for place, (_, run) in enumerate(choice.calls):
@@ -261,7 +261,7 @@ def _times(choice: Choice, admitted: list[Any], device: str, made: dict[str, Any
 
 
 def fastest(times: Times, default: Any) -> Any:
-    """The candidate with the least median ratio to the default, if that is below 1 by more than the noise."""
+    """Returns the candidate with the lowest median ratio of its time to the default's, or the default if none beats noise."""
     best, least = default, 1 - MARGIN
     for candidate, of_calls in times.items():
         each = [statistics.median(map(operator.truediv, mine, its)) for mine, its in zip(of_calls, times[default])]
@@ -273,7 +273,7 @@ def fastest(times: Times, default: Any) -> Any:
 
 
 def tune(device: str, sizes: Sizes, report: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Measures all choices, whose names `report` gets, and stores them for this process and later ones; returns them."""
+    """Measures all choices, stores them for this process and later ones, and returns them. report: gets each name."""
     made: dict[str, Any] = {}
     rows = []
     with trial(device, made):
@@ -289,6 +289,6 @@ def tune(device: str, sizes: Sizes, report: Callable[[str], None] = lambda text:
 
 
 def store(device: str, found: dict[str, Any]) -> None:
-    """Stores what was found, or, if nothing was, forgets what was stored. Compiled graphs expect the backends of before."""
+    """Stores findings; empty findings remove stored ones. Resets torch.compile, whose graphs expect the former backends."""
     machine.store(SECTION, device, found)
     torch.compiler.reset()

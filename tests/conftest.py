@@ -8,22 +8,22 @@ from paths import ROOT
 
 # torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's graphs would be taken.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))
-# What was found out about this machine must not change the tests: nothing is known in a folder that there is not.
+# What is known about this machine must not change the tests: this folder does not exist, so that nothing is known.
 os.environ["SIMPLCLIP_CACHE"] = str(ROOT / "build" / "nothing-known")
-# What --prove sets: all cases of the emulator, and how often and where a test kills what it proves.
+# The variables that --prove sets: all cases of the emulator, and how often and where a test kills processes.
 PROOF = {
     "SIMPLCLIP_EMULATE_ALL": "1",
     "SIMPLCLIP_TEST_KILLS": "6",
     "SIMPLCLIP_TEST_FAULTS": "60",
     "SIMPLCLIP_TEST_STRIDE": "1",
 }
-# Fixtures that take long to make: who uses one is slow.
+# Fixtures that take long to make: a test that uses one is slow.
 SLOW = {"kernels", "single", "double", "documented_runs", "tiny", "vit", "trained", "of_ranks", "interpreted"}
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty folder for what is found out about this machine."""
+    """Yields an empty cache folder for findings about this machine."""
     from simplclip.common import machine
 
     monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "cache"))
@@ -50,19 +50,19 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """The random calls and archives in blocks, so that a run shows how far it is."""
+    """Splits the random calls and archives into blocks, so that a run shows its progress."""
     for fixture, few, all_of_them, size in (("block", 2000, 20000, 500), ("archives", 500, 10000, 100)):
         if fixture in metafunc.fixturenames:
             option = metafunc.config.option
             first, count = option.first_case, option.cases or (all_of_them if option.prove else few)
             blocks = [range(at, min(at + size, first + count)) for at in range(first, first + count, size)]
-            slow = [[], *[[pytest.mark.slow]] * len(blocks)]  # make test-quick takes the first
+            slow = [[], *[[pytest.mark.slow]] * len(blocks)]  # make test-quick runs only the first block
             ids = [f"{block.start}-{block.stop - 1}" for block in blocks]
             metafunc.parametrize(fixture, [pytest.param(b, id=name, marks=m) for b, name, m in zip(blocks, ids, slow)])
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is left out here; and files with slow tests come first, so that workers end with the small ones."""
+    """Skips tests that cannot run here. Files with slow tests come first, so that small files fill the end of a run."""
     for item in items:
         if SLOW.intersection(item.fixturenames):
             item.add_marker(pytest.mark.slow)

@@ -1,1 +1,1 @@
-"""The command `simplclip`: main.py puts it together of its commands, a file each; options.py is what they share."""
+"""The command `simplclip`: main.py joins its subcommands, a file each; options.py has the options that they share."""

@@ -1,4 +1,4 @@
-"""`simplclip data`: what pairs there are, shards of them, their indices, smaller images, and the data of the demo."""
+"""`simplclip data`: a report on pairs, shards of pairs, indices of shards, smaller images, and the data of the demo."""
 
 from __future__ import annotations
 

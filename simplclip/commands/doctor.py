@@ -1,4 +1,4 @@
-"""`simplclip doctor` and simplclip.report(): which backend runs each op on this machine, and why no other."""
+"""`simplclip doctor` and simplclip.report(): which backend runs each op on this machine, and why other backends do not."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def _extension() -> dict:
 
 
 def report() -> dict:
-    """Versions, CPU, GPU, extensions, and the backend that runs each op for float32 CPU and CUDA tensors, and why no other.
+    """Returns versions, CPU, GPU, extensions, the backend of each op for float32 CPU and CUDA tensors, and why no other runs.
 
     "tuned" has the date of `simplclip tune` by device, or None.
-    Attention is there twice, also "long", with 197 tokens, since the backend depends on their number.
-    It contains only plain types, so that it can be written as JSON.
+    Attention has a second entry, "long", with 197 tokens, since the backend depends on the number of tokens.
+    The report contains only plain types, so that it can be written as JSON.
     """
     import torch
 
@@ -96,7 +96,7 @@ def report() -> dict:
 
 
 def _cases(op: str) -> list[tuple[str, dict]]:
-    """The calls of an op that the report has, with what the choice of a backend depends on."""
+    """Returns the name of each reported call of an op, with the facts that the choice of its backend depends on."""
     return [(op, {}), *([(f"{op}, long", {"length": LONG})] if op.startswith("shaped_attention") else [])]
 
 
@@ -117,7 +117,7 @@ def _backend(op: str, device: str, facts: dict) -> dict:
 
 
 def render(data: dict, why: bool = False) -> str:
-    """The report as text for a terminal. why: add the reasons why the other backends do not run each op."""
+    """Returns the report as text for a terminal. why: add the reasons why the other backends do not run each op."""
     cpu, gpu, kernels, cuda_kernels = data["cpu"], data["gpu"], data["extension"]["cpu"], data["extension"]["cuda"]
     built = kernels.get("reason")
     if kernels["loaded"]:

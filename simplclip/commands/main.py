@@ -23,8 +23,8 @@ from simplclip.commands.train import train
 from simplclip.commands.tune import tune
 from simplclip.common.errors import UserError
 
-# Spinning OpenMP threads of two processes slow both several times on few cores. torch's OpenMP reads it when it loads,
-# which is when a command runs.
+# On few cores, spinning OpenMP threads of two processes slow both processes down several times. OpenMP reads the variable
+# when torch is loaded, which a command does when it runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # extra of this package -> modules that it installs
@@ -38,7 +38,7 @@ EXTRAS = {
 
 
 class Commands(TyperGroup):
-    """Commands of which a UserError or OSError ends in one line and exit code 2; all other errors keep their traceback."""
+    """The group of commands. A UserError or OSError ends a command with one line and exit code 2; others keep a traceback."""
 
     def invoke(self, ctx):
         try:

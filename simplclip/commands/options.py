@@ -1,4 +1,4 @@
-"""What several commands share: options, and how a command ends with an error."""
+"""Options that several commands share, and the end of a command with an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simplclip.common.errors import InputError, visible
 
 
 def pairs(text: str) -> Any:
-    """What a user names, or with its options a mapping: {shards: pairs.csv, image_key: file}, as in a config."""
+    """Returns `text`, or parses it if it is a mapping of data with options: {shards: pairs.csv, image_key: file}."""
     if not text.startswith("{shards:") or os.path.exists(text):
         return text
     from simplclip.train.config import parse_yaml
@@ -47,7 +47,7 @@ Sidecars = Annotated[
 
 
 def kind_of(device: str) -> str:
-    """Of a device that is given as `Kind`: cuda or cpu."""
+    """Returns the type, cuda or cpu, of a device that is given as `Kind`."""
     if device not in ("auto", "cuda", "cpu"):
         raise InputError(f"--device: expected cuda, cpu or auto, got {device!r}")
     from simplclip.common.hardware import pick_device
@@ -61,7 +61,7 @@ def fail(message: str, code: int) -> None:
 
 
 def named_splits(items: list[str], option: str = "--data") -> dict[str, Any]:
-    """Parses NAME=WHAT, or WHAT, whose name is that of the file or folder up to its number or wildcard.
+    """Parses NAME=DATA, or DATA alone, which is named after its file or folder up to the first number or wildcard.
 
     A name is anything without the characters of paths and patterns: / \\ * ? [ ] { } # and =.
     """

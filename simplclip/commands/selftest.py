@@ -30,7 +30,7 @@ def selftest(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the results and this machine's report, for an issue.")
     ] = None,
 ) -> None:
-    """Prove each op on each backend of this machine, and take out for this machine what fails; the next backend serves then.
+    """Prove each op on each backend of this machine, and take out backends that fail; the next backend then serves here.
 
     Exits with 1 if something failed. The numbers are the largest errors in units of the tolerance: at most 1 is right.
     """

@@ -69,5 +69,5 @@ def _print(found: dict[str, Any], console: Any) -> None:
 
 
 def _short(value: Any) -> str:
-    """A number of bytes in MiB."""
+    """Writes a number of bytes in MiB; another value as it is."""
     return f"{int(value) >> 20} MiB" if str(value).isdigit() else str(value)

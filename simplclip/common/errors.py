@@ -12,7 +12,7 @@ class InputError(UserError, ValueError):
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Text for a terminal: what cannot be printed, such as escape sequences and bytes that are not UTF-8, as in `repr`.
+    """Returns `text` for a terminal: `repr`'s escapes replace unprintable characters, such as escape sequences.
 
     keep: characters that stay as they are, e.g. line ends.
     """

@@ -26,14 +26,14 @@ _TEMPORARY = re.compile(r"\.(.+?)(\.[0-9a-f]{16})?\.tmp")  # earlier versions' n
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Replace the contents of `path` by `data`; readers see the old file or the new one, never a part."""
+    """Replaces the contents of `path` by `data`; readers see the old file or the new file, never a part of a file."""
     data = data.encode() if isinstance(data, str) else data
     with replacing(path) as file:
         file.write(data)
 
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace `path` by a CSV file of `rows`."""
+    """Replaces `path` by a CSV file of `rows`."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -45,7 +45,7 @@ def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]])
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Context that opens a temporary file beside `path` and renames it to `path` if the block ends without an error.
 
-    What a killed process leaves is removed by `remove_leftovers`.
+    `remove_leftovers` removes the temporary file of a process that was killed.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -56,7 +56,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         file.close()
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # a system that cannot open a folder to make the rename durable
+        with contextlib.suppress(OSError):  # some systems cannot open a folder to make the rename durable
             descriptor = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -80,21 +80,21 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """A name that nobody can guess: in a folder that others may write to, a link could wait under one that they can."""
+    """Returns a random name beside `path`, since other users of a shared folder could put a link under a name they guess."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def temporary_of(name: str) -> str | None:
-    """The name of the file that a temporary file or folder was to become; None for the name of another file."""
+    """Returns the final name of a temporary file or folder, or None if `name` is not the name of a temporary one."""
     found = _TEMPORARY.fullmatch(name)
     return found[1] if found else None
 
 
 def remove_leftovers(folder: str | Path, ours: Callable[[str], Any], seconds: float = 0.0) -> None:
-    """Remove temporary files and folders that killed processes left in `folder`.
+    """Removes temporary files and folders that killed processes left in `folder`.
 
-    ours: whether one is removed, given the name that it was to get. seconds: only if it was not written to for so long,
-    where another process may be writing.
+    ours: a predicate of the final name of a file or folder that may be removed.
+    seconds: files that were written to within this time stay, since another process may still be writing.
     """
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
         name = temporary_of(path.name)
@@ -113,7 +113,7 @@ def remove_leftovers(folder: str | Path, ours: Callable[[str], Any], seconds: fl
 def locked(folder: str | Path, busy: str | None = None) -> Iterator[None]:
     """Context that one process at a time can enter for `folder`; without effect if the system has no locks.
 
-    While another process is in, it waits, or raises FileExistsError(busy) if `busy` is given.
+    While another process is inside, entering waits, or raises FileExistsError(busy) if `busy` is given.
     """
     with contextlib.ExitStack() as stack:
         try:

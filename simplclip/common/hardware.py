@@ -1,4 +1,4 @@
-"""Choice of the device and precision of a run, and the memory that it takes."""
+"""Choice of a run's device and precision, and measurement of its memory."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def process_bytes(name: str) -> int:
-    """Memory of this process by its name in Linux, VmData (as RLIMIT_DATA counts it) or VmHWM (most that was resident)."""
+    """Returns the bytes of VmData (counted by RLIMIT_DATA) or VmHWM (peak resident set) of this process; 0 outside Linux."""
     status = Path("/proc/self/status")
     found = re.search(rf"{name}:\s*(\d+)", status.read_text()) if status.exists() else None
     return 1024 * int(found[1]) if found else 0
@@ -69,7 +69,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def gpu_use(device: torch.device) -> str:
-    """The memory of the GPU that all processes use, and how busy it is, which only nvidia-ml-py tells; "" for a CPU."""
+    """Describes the GPU memory that all processes use and, with nvidia-ml-py, the GPU's utilization; "" for a CPU."""
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""What was found out about a device of this machine and holds for later processes: one JSON file for each device and build.
+"""Findings about a device of this machine that later processes use: one JSON file for each device and build.
 
 The file's name is a digest of the device, its driver, torch, Triton and the files of this library that compute: after any of
 them changes, nothing is known. The folder is ~/.cache/simplclip, or SIMPLCLIP_CACHE.
@@ -36,7 +36,7 @@ def folder() -> Path:
 
 
 def cpu_name() -> str:
-    """The processor's name as the kernel gives it, with its family and model where the name alone says little."""
+    """Returns the processor's name from /proc/cpuinfo with its family and model, since the name alone may say little."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -46,7 +46,7 @@ def cpu_name() -> str:
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed package."""
+    """Returns the version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -54,7 +54,7 @@ def version_of(package: str) -> str | None:
 
 
 def describe(device: str) -> dict[str, str]:
-    """What the findings hold for. device: "cpu" or "cuda", whose first card stands for all."""
+    """Returns the configuration for which findings hold. device: "cpu", or "cuda", where the first card stands for all."""
     if device == "cuda":
         driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
         found = {"device": torch.cuda.get_device_name(0), "driver": str(driver)}
@@ -68,7 +68,7 @@ def describe(device: str) -> dict[str, str]:
 def computing() -> list[Path]:
     """The files of this library that compute. In an editable installation kernels/ lies elsewhere than the package.
 
-    Without links to nothing, which editors make beside a file that is being changed.
+    Dangling links, which editors make beside a file that is being edited, are left out.
     """
     spec = importlib.util.find_spec("simplclip.kernels")
     kernels = (spec.submodule_search_locations if spec else None) or []
@@ -90,10 +90,10 @@ def path(device: str) -> Path:
 
 
 def _marking_graphs(read: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
-    """Puts the build and what was read into the key by which torch.compile keeps graphs on disk.
+    """Wraps `read` to put the build and the findings into the key of the graphs that torch.compile keeps on disk.
 
-    Such a graph expects of an op the arguments that it had, and the shapes that its backend returned, when it was compiled;
-    now another version or another backend may run.
+    A graph expects the arguments of an op, and the shapes of its results, that the op had during compilation. Another version
+    or another backend of the op may have others.
     """
 
     @functools.wraps(read)
@@ -108,7 +108,7 @@ def _marking_graphs(read: Callable[[str], dict[str, Any]]) -> Callable[[str], di
 
 
 def _check(found: Any) -> None:
-    """Raises ValueError for what `store` did not write."""
+    """Raises ValueError for content that `store` did not write."""
     sections = list(found.values()) if isinstance(found, dict) else [found]
     if not all(isinstance(section, dict) for section in sections):
         raise ValueError("a value where a mapping should be")
@@ -124,10 +124,10 @@ def _check(found: Any) -> None:
 @_marking_graphs
 def _read(device: str) -> dict[str, Any]:
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        return {}  # of a device that is not here nothing can have been found out, and a plan may compute with it
+        return {}  # there are no findings about a device that is not here, for which a plan may still ask
     file: Path | str = "the cache folder"
     try:
-        if not os.path.isdir(folder()):  # the common case, in which the device and its driver are not asked
+        if not os.path.isdir(folder()):  # the common case, which needs no query of the device and its driver
             return {}
         file = path(device)
         found = json.loads(file.read_text())
@@ -141,19 +141,19 @@ def _read(device: str) -> dict[str, Any]:
 
 
 def known(section: str, device: str) -> dict[str, Any]:
-    """A section of what is known of this device; read once in a process, and not to be changed."""
+    """Returns a section of the findings about a device, which callers must not change. A process reads the file once."""
     return _read(device).get(section, {})
 
 
 def forget() -> None:
-    """What is known is read again."""
+    """Makes the next call of `known` read the file again."""
     _read.cache_clear()
 
 
 def store(section: str, device: str, found: dict[str, Any]) -> Path:
-    """Replaces a section, for this process and later ones; an empty one is removed.
+    """Replaces a section of the findings for this process and later ones; an empty section is removed.
 
-    Raises UserError if the file cannot be written; then it is as it was.
+    Raises UserError if the file cannot be written; the file then stays as it was.
     """
     file: Path | str = "the cache folder"
     try:

@@ -45,7 +45,7 @@ def sheet(width: float, height: float, head: float) -> tuple[Figure, Any]:
 
 
 def show(axis: Any, image: Any, x: float, y: float, size: tuple[float, float] = (1.0, 1.0)) -> None:
-    """An image in a tile of this width and height."""
+    """Draws an image into a tile of this width and height."""
     axis.imshow(image, extent=(x, x + size[0], y + size[1], y), interpolation="bilinear", zorder=1)
 
 
@@ -62,18 +62,18 @@ def say(axis: Any, x: float, y: float, text: str, size: float, colour: str = INK
 
 @functools.cache
 def _fonts() -> list[str]:
-    """matplotlib's own font, and of fonts with more scripts those that this machine has."""
+    """Returns the names of matplotlib's own font and of those fonts in SCRIPTS that this machine has."""
     return ["DejaVu Sans", *(name for name in SCRIPTS if name in font_manager.get_font_names())]
 
 
 def wrapped(text: str, width: int, lines: int) -> str:
-    """Text in lines of `width` characters."""
+    """Wraps text into at most `lines` lines of `width` characters."""
     return textwrap.fill(text, width, max_lines=lines, placeholder=" …")
 
 
 def write(figure: Figure, path: Path) -> Path:
     image = io.BytesIO()
-    with warnings.catch_warnings():  # of scripts that no font here has; their letters become boxes
+    with warnings.catch_warnings():  # letters that no font here has become boxes
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(image, format="png")
     write_atomically(path, image.getvalue())

@@ -21,5 +21,5 @@ def entries(group: str) -> dict[str, metadata.EntryPoint]:
 
 
 def load(group: str, name: str) -> Any:
-    """The object that is registered as `name` in simplclip.GROUP."""
+    """Returns the object that is registered as `name` in simplclip.GROUP."""
     return entries(group)[name].load()

@@ -19,12 +19,12 @@ FIRST, LATER = 10.0, 60.0  # seconds between two lines, at the start and later
 
 
 def duration(seconds: float) -> str:
-    """ "7 s", or minutes and seconds, "3:10"; with hours "1:03:10"."""
+    """Writes a duration as "7 s", "3:10" (minutes and seconds) or "1:03:10" (with hours)."""
     return f"{seconds:.0f} s" if seconds < 60 else tqdm.format_interval(seconds).lstrip("0")
 
 
 def _has_terminal() -> bool:
-    """Whether errors go to a terminal; one without columns, as containers have them, would show no bar."""
+    """Whether stderr is a terminal with columns; containers have terminals without columns, which would show no bar."""
     if not sys.stderr.isatty():
         return False
     try:
@@ -34,9 +34,9 @@ def _has_terminal() -> bool:
 
 
 class Pace:
-    """When a log gets another line: 10 seconds after the start, later less often, but at least once a minute.
+    """Times at which a log gets a line: 10 seconds after the start, later less often, but at least once a minute.
 
-    at_most: most seconds between two lines.
+    at_most: largest number of seconds between two lines.
     """
 
     def __init__(self, at_most: float = LATER) -> None:
@@ -45,7 +45,7 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """The seconds since the start."""
         return time.monotonic() - self.began
 
     def due(self) -> bool:
@@ -60,11 +60,11 @@ class Progress:
     """Context that shows how much of `total` is done, how fast it goes and when it ends; `update` may come from any thread.
 
     Args:
-        title: what is going on.
-        total: how much there is; None if it is not known.
-        done: how much of it an earlier run has done.
-        unit: what is counted.
-        shown: False shows nothing, as do ranks other than the first.
+        title: name of the work.
+        total: number of units of the whole work; None if it is not known.
+        done: number of units that an earlier run has done.
+        unit: plural noun of what is counted.
+        shown: False shows nothing. Ranks other than the first never show anything.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Progress:
             print(f"{self.title}: {self.done:,} {self.unit} in {duration(self._pace.seconds)}", file=sys.stderr, flush=True)
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, each of which is counted when it is done."""
+        """Yields the items, and counts each one when the loop asks for the next."""
         with self:
             for item in items:
                 yield item
@@ -100,7 +100,7 @@ class Progress:
                 print(self.line(self._pace.seconds), file=sys.stderr, flush=True)
 
     def line(self, seconds: float) -> str:
-        """What is said after so many seconds."""
+        """Returns a log's line for the progress after so many seconds."""
         rate = (self.done - self._earlier) / max(seconds, 1e-9)
         shown = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s"
         if self.total is None:

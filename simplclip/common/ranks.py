@@ -1,6 +1,6 @@
-"""The ranks of a command that torchrun started: who this process is, what they exchange, and what only the first one does.
+"""The ranks of a command that torchrun started: the rank of this process, exchange between ranks, work of the first rank.
 
-Without torchrun, and outside of `joined`, there is one rank, and everything here is as if it were not there.
+Without torchrun, and outside of `joined`, there is one rank, and the functions here have no effect.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from simplclip.common.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-GRACE = 25.0  # seconds that the others wait for the first rank's last words; torchrun kills all 30 seconds after an error
+GRACE = 25.0  # seconds that ranks wait for the first rank's error; torchrun kills all ranks 30 seconds after an error
 ANOTHER = "another rank ended or did not answer"
 # Parts of torch's messages when another rank is gone, or silent for too long.
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "imed out", "timeout", "failed to connect")
 
 _joined = False  # within `joined`
-_alone = False  # while the first rank does what only it does
+_alone = False  # within `alone`
 
 
 def count() -> int:
@@ -58,7 +58,7 @@ def joined() -> Iterator[None]:
     """Context in which the processes that torchrun started work together: by NCCL on cards, by gloo on CPUs.
 
     If there is a process group already, its ranks are used. An error goes into torchrun's report, which names the rank that
-    failed first, its host and its reason. An error that the first rank raises too is told by that rank alone.
+    failed first, its host and the reason. If another rank fails with the first rank's error, only the first rank tells it.
     """
     global _joined
     before, exists = _joined, dist.is_initialized()
@@ -75,7 +75,7 @@ def joined() -> Iterator[None]:
 def _met() -> Iterator[None]:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    # After a restart torchrun's store still has what the ranks said before it.
+    # A prefix for each attempt, since torchrun's store still holds the values of earlier attempts after a restart.
     store, rank, ranks = next(dist.rendezvous("env://"))
     dist.init_process_group(store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=ranks)
     last_words = Exchange()
@@ -96,7 +96,7 @@ def _met() -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Context in which this process is one rank, for work in which the others have no part."""
+    """Context in which this process is the only rank, for work in which other ranks take no part."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -106,7 +106,7 @@ def alone() -> Iterator[None]:
 
 
 def device(name: str) -> torch.device:
-    """The device `name`, of several GPUs of a host the one of this rank."""
+    """Returns the device `name`; if there are several ranks and `name` is a GPU, the GPU of this rank."""
     picked = hardware.pick_device(name)
     if count() > 1 and picked.type == "cuda":
         picked = hardware.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -115,16 +115,16 @@ def device(name: str) -> torch.device:
 
 
 class Exchange:
-    """What processes of the ranks, also loader processes, tell each other: (a name, a value) -> the values of all ranks.
+    """Exchange of values between ranks, also by their loader processes: a call with (name, value) returns all ranks' values.
 
-    It goes through torchrun's store, since a process group ends at a fork.
+    The values go through torchrun's store, since a process group does not survive a fork.
     """
 
     made = 0
-    KEPT = 64  # values of a process that stay in the store, for a loader process that is started again a few batches back
+    KEPT = 64  # last values of a process stay in the store, for a loader process that restarts a few batches earlier
 
     def __init__(self) -> None:
-        Exchange.made += 1  # in the same order on all ranks
+        Exchange.made += 1  # all ranks make their exchanges in the same order
         self.rank, self.ranks, self.place = number(), count(), f"{_attempt()}/{Exchange.made}"
         self._maker, self._process = os.getpid(), 0
 
@@ -139,7 +139,7 @@ class Exchange:
             self._store.delete_key(self._said.popleft())
 
     def hear(self, name: str, seconds: float = float("inf")) -> Any:
-        """What was said under a name; None if nothing is, for so long. Other than in torch's `wait`, signals are heard."""
+        """Returns the value of a name, None if there is none after `seconds`. Unlike torch's `wait`, it heeds signals."""
         store, began, pause = self._connect(), time.monotonic(), 1e-4
         while not store.check([name]):
             if os.getpid() != self._maker != os.getppid():
@@ -160,7 +160,7 @@ class Exchange:
 
 
 def of_first(make: Callable[[], Result]) -> Result:
-    """What `make` returns on the first rank, which alone calls it; the others wait, however long, and end if it fails."""
+    """Calls `make` on the first rank; returns its result on all ranks. Other ranks wait without limit; a failure ends all."""
     if count() == 1:
         return make()
     turn = Exchange()
@@ -180,9 +180,9 @@ def of_first(make: Callable[[], Result]) -> Result:
 
 
 def gathered(items: Iterable[Item]) -> Iterator[Item]:
-    """Yields the items of all ranks on the first one, one of each rank in turn, and nothing on the others.
+    """Yields the items of all ranks on the first rank, one of each rank in turn, and nothing on other ranks.
 
-    All ranks have to iterate over it. An error of one rank ends all.
+    All ranks have to iterate over the result. An error of one rank is an error of all.
     """
     if count() == 1:
         yield from items
@@ -194,7 +194,7 @@ def gathered(items: Iterable[Item]) -> Iterator[Item]:
             here = list(islice(mine, 1))
         except Exception as failed:
             error, here = failed, []
-        # By the store, since a process group would not wait for a rank that takes long.
+        # Through the store, since a collective would time out while another rank takes long.
         said = turn(str(rounds), (bool(here), error and str(error)))
         if error:
             raise error
@@ -209,17 +209,17 @@ def gathered(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def mapped(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """What the function makes of each item, on the first rank, in order. The ranks divide the work; all go over it."""
+    """Yields `function` of each item, in order, on the first rank. Ranks divide the items; all iterate over the result."""
     return gathered(function(item) for item in islice(items, number(), None, count()))
 
 
 def everyones(value: Item) -> list[Item]:
-    """The values of all ranks."""
+    """Returns the values of all ranks, in the order of the ranks."""
     return Exchange()("value", value) if count() > 1 else [value]
 
 
 def of_any(reason: str | None) -> str | None:
-    """This rank's reason to stop, or that another one has one; None on all if none has. The ranks meet here."""
+    """Returns this rank's reason to stop, else a text if another rank has a reason, else None. All ranks have to call it."""
     if count() > 1:
         stop = torch.tensor(reason is not None, dtype=torch.int32)
         dist.all_reduce(stop, dist.ReduceOp.MAX)
@@ -228,19 +228,19 @@ def of_any(reason: str | None) -> str | None:
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum over the ranks."""
+    """Sums `value` over the ranks, in place."""
     if count() > 1:
         dist.all_reduce(value)
     return value
 
 
 def of_loss() -> dict[str, Any]:
-    """Arguments of a loss whose value is that of the whole batch, and whose gradient is after DDP's average."""
+    """Returns arguments of a loss over the batch of all ranks; its gradients are right after DDP averages them."""
     return {"gather_with_grad": True, "rank": number(), "world_size": count()} if count() > 1 else {}
 
 
 def explained(error: BaseException) -> str:
-    """An error in one line."""
+    """Returns an error as one line of text."""
     message = f"{type(error).__name__}: {str(error).strip().rstrip('.') or 'no message'}"
     if count() > 1 and isinstance(error, RuntimeError) and any(sign in message for sign in LOST):
         message = f"{ANOTHER}: torchrun's report says which, where and why ({message:.200})"
@@ -248,13 +248,13 @@ def explained(error: BaseException) -> str:
 
 
 def draw_apart(seed: int) -> None:
-    """Gives the ranks after the first other random numbers, e.g. for dropout. The weights, equal on all, are drawn before."""
+    """Seeds each rank after the first differently, e.g. for dropout. The weights, equal on all ranks, are drawn before."""
     if not first():
         torch.manual_seed(seed + 1_000_003 * number())
 
 
 def before(state: dict[str, Any]) -> str:
-    """What a run says at its start if its checkpoint was written by another number of ranks, else an empty string."""
+    """Returns a note for the start of a run whose checkpoint was written by another number of ranks, else an empty string."""
     was = state.get("ranks", 1)
     if was == count():
         return ""

@@ -10,7 +10,7 @@ from rich.text import Text
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, numbers: bool = False) -> Table:
-    """A table without frames. numbers: all columns but the first stand at the right."""
+    """Returns a table without frames. numbers: align all columns but the first on the right."""
     made = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for place, column in enumerate(columns):
         made.add_column(column, justify="right" if numbers and place else "left")

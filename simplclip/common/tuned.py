@@ -10,12 +10,12 @@ import torch
 
 from simplclip.common.machine import known
 
-SECTION = "tuned"  # of what is known of a device
+SECTION = "tuned"  # of the findings in `machine`
 _trial: dict[str, dict[str, Any]] = {}  # choices in place of the stored ones, while their candidates are measured
 
 
 def choices(device: str) -> dict[str, Any]:
-    """What was chosen on a device type, by the name of the choice; a choice that is not there has its default."""
+    """Returns the choices on a device type: name -> value. A choice without a value has its default."""
     return _trial[device] if device in _trial else known(SECTION, device).get("choices", {})
 
 
@@ -24,18 +24,18 @@ def name_of(what: str, dtype: torch.dtype) -> str:
 
 
 def tuned(what: str, dtype: torch.dtype, device: str, default: int) -> int:
-    """The number of bytes that was chosen for calls of this dtype, or the default."""
+    """Returns the number of bytes that was chosen for calls of this dtype, or the default."""
     found = choices(device).get(name_of(what, dtype))
     return found if isinstance(found, int) else default
 
 
-# What torch.compiler.assume_constant_result sets, which would import all of torch._dynamo: a file is read, by no traced code.
+# Set as by torch.compiler.assume_constant_result, without its import of torch._dynamo: traced code cannot read the file.
 tuned._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def trial(device: str, of: dict[str, Any]) -> Iterator[None]:
-    """Context in which these are the choices of a device type."""
+    """Context in which `of` are the choices of a device type."""
     before = _trial.copy()
     _trial[device] = of
     try:

@@ -1,4 +1,4 @@
-"""Trained models on held-out data: retrieval (simplclip.retrieval), zero-shot classification, tables and pictures of both.
+"""Evaluation of models on held-out data: retrieval (simplclip.retrieval), zero-shot classification, tables and pictures.
 
 encoder.py      a trained model that encodes images and texts
 run.py          `simplclip evaluate`

@@ -36,7 +36,7 @@ from simplclip.train.state import load_model
 from simplclip.train.trust import check_options
 
 BUILTIN = "builtin"
-EXPORT = "export.json"  # what describes the folder of `simplclip export`
+EXPORT = "export.json"  # describes the folder of `simplclip export`
 _FILES = (".pt", ".pth", ".bin", ".safetensors")
 
 Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or float [3, S, S], uint8 [3, H, W]
@@ -52,7 +52,7 @@ class Encoder:
     tokenizer: Callable[[list[str]], Tensor]  # texts -> int64 [N, L]
     device: torch.device
     precision: str  # "fp32", "bf16" or "fp16"
-    source: str = ""  # what `load` was given
+    source: str = ""  # the argument of `load`
     config: Config | None = None  # of the run, if the source is a checkpoint
     step: int | None = None  # of the run
 
@@ -90,15 +90,15 @@ class Encoder:
         return digest.hexdigest()[:16]
 
     def stamp(self) -> dict[str, Any]:
-        """What a file of features says about the encoder that made them."""
+        """Returns the description of this encoder that files of its features contain."""
         about = {"name": self.name, "width": self.width, "logit_scale": self.logit_scale}
         return about | {"weights": self.fingerprint(), "precision": self.precision}
 
     def encode_image(self, images: Picture | Sequence[Picture], batch_size: int = 64) -> Tensor:
-        """Features float32 [N, width] of N images.
+        """Returns features float32 [N, width] of N images.
 
-        images: paths, PIL images, or tensors: preprocessed float [3, S, S], or uint8 [3, H, W]; one of them (N = 1), a list,
-            or a tensor [N, 3, ...]. Transparent images are composed on white, as in shards.
+        images: paths, PIL images, or tensors: preprocessed float [3, S, S], or uint8 [3, H, W]; a single image (N = 1), a
+            list of images, or a tensor [N, 3, ...]. Transparent images are composed on white, as in shards.
         batch_size: images that are decoded and encoded at a time.
 
         Raises: FileNotFoundError; InputError for a file that is not an image, a tensor of another shape, or features that are
@@ -111,7 +111,7 @@ class Encoder:
         return self._joined([self.features("image", batch) for batch in batches])
 
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 256) -> Tensor:
-        """Features float32 [N, width] of a text (N = 1) or of N texts. Raises InputError if they are not finite.
+        """Returns features float32 [N, width] of a text (N = 1) or of N texts. Raises InputError if a feature is not finite.
 
         Each different text is encoded once, together with texts of similar length. batch_size: texts at a time.
         """
@@ -152,19 +152,19 @@ def load(
     precision: str = "fp32",
     trust: bool = False,
 ) -> Encoder:
-    """The encoder that `source` names:
+    """Loads the encoder that `source` names:
 
     PATH                        a checkpoint of `simplclip train` or the folder of a run (its last.pt), or the folder of
                                 `simplclip export` with weights for torch
     open_clip:NAME/TAG          open_clip's pretrained weights, which it downloads if necessary; with `checkpoint` only the
                                 tag's preprocessing is used, and nothing is downloaded
     open_clip:NAME/PATH         weights of that model in a file, .pt or .safetensors
-    open_clip:NAME              checkpoint: such a file
-    siclip-tiny, ...            checkpoint: one of `simplclip train`, the folder of a run, or a file of the model's weights,
-                                for mobileclip-s0 also the published one. Also siclip-tiny/PATH
-    builtin                     the demo's teacher; checkpoint: the heads that `simplclip teacher` saved. Also builtin/PATH
+    open_clip:NAME              with `checkpoint`: a file of weights as above
+    siclip-tiny, ...            with `checkpoint`: a checkpoint of `simplclip train`, the folder of a run, or a file of the
+                                model's weights, for mobileclip-s0 also the published file. siclip-tiny/PATH means the same
+    builtin                     the demo's teacher; `checkpoint`: the heads that `simplclip teacher` saved. Also builtin/PATH
 
-    Without a tag, an open_clip model with a single known tag has that tag's preprocessing.
+    Without a tag, an open_clip model with a single known tag gets the preprocessing of this tag.
 
     device: cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.
     precision: fp32, bf16, fp16, or auto: bf16 if the device has it. Features are float32 in each of them.
@@ -226,14 +226,14 @@ def _named(name: str, weights: str | os.PathLike, trust: bool) -> dict[str, Any]
 
 
 def _parts(name: str, model: Any) -> dict[str, Any]:
-    """Arguments of an `Encoder` of one of our models, whose image size and context length may be others than the name's."""
+    """Arguments of `Encoder` for a model of this library, whose image size and context length may differ from its default."""
     transform = models.transforms(name, train=False, image_size=model.visual.image_size)
     tokenizer = models.tokenizer(name, get_model_tokenize_cfg(model).get("context_length"))
     return {"name": name, "model": model, "preprocess": transform, "tokenizer": tokenizer}
 
 
 def _own(path: Path, trust: bool) -> dict[str, Any]:
-    """The model of a run's checkpoint or of an export."""
+    """Arguments of `Encoder` for a run's checkpoint or an export."""
     if (path / EXPORT).is_file() and not (path / "last.pt").exists():
         return _exported(path, trust)
     model, config, state = load_model(path, trust=trust)
@@ -260,7 +260,7 @@ def _exported(folder: Path, trust: bool) -> dict[str, Any]:
 
 
 def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
-    """tag: of open_clip, or a file of weights, or empty."""
+    """Arguments of `Encoder` for a model of open_clip. tag: a tag of open_clip, a file of weights, or an empty string."""
     name = models.PLAIN + plain
     if plain not in open_clip.list_models():
         models.tokenizer(name)  # raises an error that lists the nearest names
@@ -296,7 +296,7 @@ def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> di
                 f"{checkpoint}: expected a checkpoint of open_clip's {plain}, got another file: {reason}"
             ) from None
         if tag or len(tags) == 1:
-            theirs = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}  # None keeps the model's
+            theirs = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}  # None keeps the model's size
             set_model_preprocess_cfg(model, merge_preprocess_dict(get_model_preprocess_cfg(model), theirs))
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
     return {"name": named, "model": model, "preprocess": transform, "tokenizer": open_clip.get_tokenizer(plain)}

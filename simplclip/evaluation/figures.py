@@ -15,7 +15,7 @@ Figure = Mapping[str, float]
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """The figures of `evaluate` in per cent, for a terminal of 80 columns; several models together, above their chance."""
+    """Returns `evaluate`'s figures in per cent, for 80 columns. Figures of several models stand above their common chance."""
     models = [results, *results.get("baselines", {}).values()]
     step = "" if results["step"] is None else f", step {results['step']}"
     shown = Table(
@@ -63,12 +63,12 @@ def _rows(result: Mapping[str, Any]) -> dict[str, list[Figure]]:
 
 
 def percent(share: float) -> str:
-    """A share in per cent, as "12.3%"; a small one by its first digit, as "0.002%"."""
+    """Writes a share in per cent, as "12.3%"; a small share with one significant digit, as "0.002%"."""
     return f"{share:.1%}" if share >= 5e-4 or not share else f"{float(f'{100 * share:.1g}'):.7f}".rstrip("0") + "%"
 
 
 def in_words(figures: Mapping[str, Mapping[str, float]], among: int) -> str:
-    """A line for a picture."""
+    """Returns the figures and their chance as one line of text for a picture."""
     found = "   ".join(f"{name} {percent(figure['value'])}" for name, figure in figures.items())
     chance = ", ".join(percent(figure["chance"]).rstrip("%") for figure in figures.values())
     return f"{found}   of {among} (chance {chance}%)"

@@ -49,24 +49,24 @@ def evaluate(
     trust: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluate models on splits, by retrieval where there are captions and by classification where there are labels.
+    """Evaluates models on splits, by retrieval where there are captions and by classification where there are labels.
 
     Writes OUT/evaluation.json, and for each split OUT/evaluation-SPLIT.png and OUT/confusion-SPLIT.png; prints a table and
-    returns the content of the JSON. The figures of the first model are under "splits", those of others under "baselines" by
-    model. A split is written when it is done, with the checkpoint, model, step and precision of its evaluation; what was
-    evaluated earlier stays. Ranks divide the images and captions; the first one compares, writes and prints.
+    returns the content of the JSON. The figures of the first model are under "splits", figures of other models under
+    "baselines" by model. Each split is written as soon as it is done, with the checkpoint, model, step and precision of its
+    evaluation; earlier results stay. Ranks divide the images and captions; the first rank compares, writes and prints.
 
     Args:
-        models: one or several sources of `encoder.load`; pictures of the others have their names in those of the files.
-        splits: name -> what `data.held_out` takes; by default eval.splits of the first model's config.
+        models: one or several sources of `encoder.load`. Names of pictures end with the model's name for all but the first.
+        splits: name -> first argument of `data.held_out`; by default eval.splits of the first model's config.
         out: by default the folder of the first model.
-        templates: see `evaluation.phrases`; by default those of the split's folder, of the config, or "a photo of {}".
-        classnames: see `evaluation.class_names`; by default the names that the data have.
+        templates: see `evaluation.phrases`; by default those in the split's folder, in the config, or "a photo of {}".
+        classnames: see `evaluation.class_names`; by default the names in the data.
         captions, images: see `data.held_out`.
-        features: folder that keeps the features, see `evaluation.encode`; by default they are in a temporary file in OUT.
+        features: folder that keeps the features, see `retrieval.encode`; by default a temporary file in OUT holds them.
         batch_size: images or captions encoded at a time.
         workers: processes that decode images; by default one for each core, at most 8.
-        trust: take commands and URLs from the eval.splits of the first model's config, and all options of the models'.
+        trust: accept commands and URLs in the eval.splits of the first model's config, and all model options in checkpoints.
         skip_missing: skip splits whose files do not exist, with a note; if no split is left, the JSON is not written.
 
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture), ValueError (also if
@@ -92,7 +92,7 @@ def evaluate(
             found = _sources(splits or defaults.splits, skip_missing, say, captions=captions, images=images)
             found = {split: named(what, *names) for split, what in found.items()}
             file = _folder(out, name) / "evaluation.json"
-            _earlier(file)  # raises its error before the work
+            _earlier(file)  # raises an error before the work starts
             versions = {"simplclip": simplclip.__version__, "torch": torch.__version__}
             answer = mine = about | {"versions": versions, "splits": {}}
             for folder in (file.parent, *([Path(features)] if features else ())) if found else ():
@@ -148,12 +148,12 @@ def _folder(out: str | os.PathLike | None, model: str) -> Path:
 
 
 def file_name(name: str) -> str:
-    """`name` without what file systems do not allow in names."""
+    """Replaces characters of `name` that file systems do not allow in names."""
     return re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", name).strip(" ._") or "_"
 
 
 def _figures(encoder: Encoder, split: Split, templates: list[str], name: str, folder: Path, ending: str) -> dict[str, Any]:
-    """The figures of an encoded split, with its pictures."""
+    """Returns the figures of an encoded split, and writes its pictures."""
     found, classes, nameless = ranks.of_first(partial(recall_of, split, encoder.device)), None, None
     try:
         classes = zero_shot(encoder.model, split, templates, encoder.device, encoder.precision)
@@ -165,7 +165,7 @@ def _figures(encoder: Encoder, split: Split, templates: list[str], name: str, fo
 
 
 def _result(encoder: Encoder, split: Split, found: Any, classes: Any, nameless: str, files: tuple) -> dict[str, Any]:
-    """What `_figures` returns. nameless: why there are no classes. files: the split's name, folder and ending of pictures."""
+    """The result of `_figures`. nameless: why there are no classes. files: split's name; folder and ending of pictures."""
     name, folder, ending = files
     left_out = [] if found else ["no retrieval: no image has a caption"]
     if nameless:
@@ -201,7 +201,7 @@ def _add(file: Path, answer: dict[str, Any]) -> None:
 
 
 def _merged(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`new` with the earlier splits and baselines that it does not replace."""
+    """Returns `new` with those splits and baselines of `earlier` that `new` does not replace."""
     whole = new | {"splits": earlier.get("splits", {}) | new["splits"]}
     beside, mine = earlier.get("baselines", {}), new.get("baselines", {})
     merged = {name: part | {"splits": beside.get(name, {}).get("splits", {}) | part["splits"]} for name, part in mine.items()}
@@ -209,7 +209,7 @@ def _merged(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _earlier(file: Path) -> dict[str, Any]:
-    """The "splits" and the "baselines" of an evaluation.json. Raises InputError."""
+    """Reads the "splits" and the "baselines" of an evaluation.json, if it exists. Raises InputError for another file."""
     if not file.exists():
         return {}
     try:

@@ -19,9 +19,9 @@ ROWS, TOP = 8, 5  # of a contact sheet: queries of each kind, and answers
 
 
 def contact_sheet(path: str | Path, split: Split, title: str, subtitles: tuple[str, str] = ("", "")) -> Path:
-    """A picture of ROWS captions with their TOP nearest images, and ROWS images with their nearest captions.
+    """Writes a picture of ROWS captions with their TOP nearest images, and ROWS images with their nearest captions.
 
-    split: encoded. The queries are drawn at random with a fixed seed. Right answers (same group) are framed green.
+    split: an encoded split. The queries are drawn at random with a fixed seed. Right answers (same group) are framed green.
     subtitles: a line for each half, e.g. its metrics.
     """
     pick = np.random.default_rng(0)
@@ -67,9 +67,9 @@ def contact_sheet(path: str | Path, split: Split, title: str, subtitles: tuple[s
 
 
 def confusion_sheet(path: str | Path, split: Split, found: Mapping[str, Any], title: str, subtitle: str = "") -> Path | None:
-    """A picture of the classes that are confused most, with images of each pair; None if no image is wrong.
+    """Writes a picture of the classes that are confused most, with images of each pair. Returns None if no image is wrong.
 
-    found: the answer of `zero_shot` for this split.
+    found: the result of `zero_shot` for this split.
     """
     pairs = found["confused"][:PAIRS]
     if not pairs:

@@ -25,7 +25,7 @@ from simplclip.retrieval.split import Split
 
 AT_ONCE = 10  # classes whose texts are encoded together, as by open_clip
 PAIRS, EXAMPLES = 20, 6  # pairs of classes that are listed, and images of each
-Names = list[str] | dict[str, str]  # of classes: by number, or by the name of the folder
+Names = list[str] | dict[str, str]  # names of classes, by class number or by name of a folder
 TEMPLATES = {
     "openai": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),
     "simple": tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES),
@@ -33,11 +33,11 @@ TEMPLATES = {
 
 
 class NamelessError(InputError):
-    """Labels are numbers, and nobody says what they stand for."""
+    """The error for labels that are numbers without class names."""
 
 
 def class_names(what: str | os.PathLike | None) -> tuple[Names | None, list[str] | None]:
-    """Names of classes and, of ImageNet's, the synsets in the same order (n01440764, ...).
+    """Returns names of classes and, for ImageNet's classes, their synsets (n01440764, ...) in the same order.
 
     what: "imagenet" for open_clip's list; or a file: a name a line, a JSON list, or a JSON object of names by folder.
     Raises InputError, FileNotFoundError.
@@ -53,9 +53,9 @@ def class_names(what: str | os.PathLike | None) -> tuple[Names | None, list[str]
 
 
 def named(data: HeldOut, names: Names | None, synsets: list[str] | None) -> HeldOut:
-    """The data with the names of its classes replaced by `names`: by number, or by the name of the folder.
+    """Returns the data with `names` in place of its class names, matched by class number or by name of the folder.
 
-    synsets: of `names` in order, if they are ImageNet's; folders with such names, all or some, get the right ones.
+    synsets: the synsets of ImageNet's `names`, in order. Folders that are named by them, all or some, are matched by synset.
     """
     folders = data.classes.folders
     if names is None:
@@ -79,7 +79,7 @@ def _renamed(data: HeldOut, names: list[str]) -> HeldOut:
 
 
 def phrases(templates: str | Sequence[str]) -> list[str]:
-    """Phrases with one {} for the name of a class.
+    """Returns phrases, each with one {} for the name of a class.
 
     templates: phrases with {} or {c}, names of open_clip's lists ("openai", "simple"), or files of phrases.
     Raises InputError, FileNotFoundError.
@@ -121,15 +121,15 @@ def _read(file: Path, expected: str) -> Any:
 def zero_shot(
     model: nn.Module, split: Split, templates: Sequence[str], device: torch.device, precision: str
 ) -> dict[str, Any] | None:
-    """Accuracies over the labels of an encoded split, or None if it has fewer than two.
+    """Returns accuracies over the labels of an encoded split, or None if it has fewer than two classes or no label.
 
     Each class's weight is the mean of its features over `templates`, see `phrases` (open_clip's build_zero_shot_classifier).
-    Images without a label are skipped; "images" is the number of the others. top1, top5, and mean_per_class (the mean over
-    the classes of the share of their images that are right) are {"value", "chance"}. "confused" lists the pairs of classes
-    that are confused most, with the number of images and the rows of some.
+    Images without a label are skipped; "images" is the number of images with a label. top1, top5, and mean_per_class (the
+    mean over the classes of the share of their images that are right) are {"value", "chance"}. "confused" lists the pairs of
+    classes that are confused most, with the number of their images and the rows of up to EXAMPLES images.
 
-    Ranks divide the texts; all call it, and the first one gets the answer.
-    Raises: NamelessError for labels that are numbers if there are no names; InputError for a number or name beyond them.
+    Ranks divide the texts. All ranks have to call this function; only the first rank gets the result.
+    Raises: NamelessError for labels that are numbers if there are no names; InputError for a label that is not a known class.
     """
     templates = phrases(templates)
     read = ranks.of_first(partial(_classes, split))
@@ -178,7 +178,7 @@ def zero_shot(
 
 
 def _classes(split: Split) -> tuple[list[str], list[int]] | InputError:
-    """The names of the classes, and the number of each sample's class, or -1; or the error for labels without a name."""
+    """Returns the class names and each sample's class number (-1: no label), or the error for a label without a name."""
     names, labels = split.data.classes.names, split.labels
     if names is None:
         names = sorted({label for label in labels if isinstance(label, str)})

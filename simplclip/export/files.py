@@ -42,7 +42,7 @@ _PHRASES = ("a cat", "a photo of two dogs on a beach", "red, green and blue")
 def run(
     checkpoint: str | Path, out: str | Path, *, formats: Sequence[str] = FORMATS, force: bool = False, trust: bool = False
 ) -> dict[str, Any]:
-    """Export `checkpoint`, a file or the folder of a run, to the folder `out`, and return the content of export.json.
+    """Exports `checkpoint`, a file or the folder of a run, to the folder `out`, and returns the content of export.json.
 
     formats: names out of FORMATS. force: replace an existing export in `out`. trust: as for `simplclip.load`.
 
@@ -71,7 +71,7 @@ def run(
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(out)) from error  # of a full disk, it names no file
+        raise OSError(error.errno, error.strerror, str(out)) from error  # the error for a full disk names no file
     for name, entry in answer["files"].items():
         tower = answer.get("onnx", {}).get(name.removesuffix(".onnx"))
         error = f", largest error {max(tower['max_abs_error'].values()):.1e}" if tower else ""
@@ -81,10 +81,10 @@ def run(
 
 
 def _write(out: Path, model: Any, config: Config, formats: list[str], source: dict[str, Any]) -> dict[str, Any]:
-    """Writes the files beside `out`, moves them there, and returns the content of export.json, with that of `source`."""
+    """Writes the files beside `out`, moves them there, and returns the content of export.json, which includes `source`."""
     name, options, tokens = config.model.name, model_options(config), get_model_tokenize_cfg(model)
     tokenizer = models.tokenizer(name, tokens.get("context_length"))
-    # Of each tower three inputs: noise, and token ids.
+    # Three inputs for each tower: noise and token ids.
     size, noise = to_2tuple(model.visual.image_size), torch.Generator().manual_seed(0)
     samples = {"image": torch.randn(len(_PHRASES), 3, *size, generator=noise), "text": tokenizer(list(_PHRASES))}
     answer = {
@@ -97,7 +97,7 @@ def _write(out: Path, model: Any, config: Config, formats: list[str], source: di
         "logit_bias": None if getattr(model, "logit_bias", None) is None else model.logit_bias.item(),
         "preprocess": get_model_preprocess_cfg(model),
         "tokenizer": {
-            # A tokenizer's class, or the function of minilm_tokenizer.
+            # The class of the tokenizer, or the function minilm_tokenizer that made it.
             "name": getattr(tokenizer, "__qualname__", type(tokenizer).__name__).partition(".")[0],
             "context_length": samples["text"].shape[1],
             "vocab_size": tokens.get("vocab_size"),
@@ -108,7 +108,7 @@ def _write(out: Path, model: Any, config: Config, formats: list[str], source: di
             about = {"model_cfg": _configuration(model, name, options), "preprocess_cfg": answer["preprocess"]}
             (work / "open_clip_config.json").write_text(json.dumps(about, indent=2) + "\n")
             _save_safetensors(model, answer, work / "open_clip_model.safetensors")
-            if hasattr(tokenizer, "save_pretrained"):  # of Hugging Face, which open_clip reads from the folder
+            if hasattr(tokenizer, "save_pretrained"):  # a tokenizer of Hugging Face, which open_clip reads from the folder
                 tokenizer.save_pretrained(work)
         if "onnx" in formats:
             answer["onnx"] = {
@@ -130,8 +130,8 @@ def _write(out: Path, model: Any, config: Config, formats: list[str], source: di
 
 
 def _configuration(model: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """open_clip's configuration of the model before it was simplified, with a part "simplclip" from which
-    `integrations.open_clip` makes the model; a model of open_clip as it is has no such part, and needs no such help."""
+    """Returns open_clip's configuration of the model before it was simplified, with a part "simplclip" from which
+    `integrations.open_clip` makes the model. An unchanged model of open_clip needs no such part and has none."""
     ours = {key: options[key] for key in ("simplified", "simplify_options") if key in options}
     sizes = ("force_image_size", "force_context_length", "force_patch_dropout")
     rest = {key.removeprefix("force_"): value for key, value in options.items() if key not in (*ours, *sizes)}
@@ -155,7 +155,7 @@ def _save_safetensors(model: nn.Module, about: dict[str, Any], path: Path) -> No
 
 
 def _files_of(summary: Path) -> set[str]:
-    """The names of the files of an existing export; none if it cannot be read."""
+    """Returns the names of the files of an existing export; an empty set if its export.json cannot be read."""
     try:
         return {Path(name).name for name in json.loads(summary.read_text("utf-8"))["files"]}
     except (OSError, ValueError, LookupError, TypeError):

@@ -23,7 +23,7 @@ from simplclip.ops.mlp.reference import ACTIVATIONS
 
 TOWERS = {"image": ("pixel_values", "image_features"), "text": ("input_ids", "text_features")}
 CHECKED_BATCHES = (1, 3)
-TOLERANCE = 1e-4  # of each feature of a vector of length 1
+TOLERANCE = 1e-4  # of each feature; a vector of features has length 1
 _MOST_BYTES = 2**31 - 2**24  # the limit of a protobuf is 2 GiB
 
 
@@ -44,7 +44,7 @@ class Tower(nn.Module):
 
 
 def export(model: nn.Module, name: str, inputs: Tensor, path: Path) -> dict[str, Any]:
-    """Write tower `name` ("image", "text") of `model`, in eval mode and folded, to `path`, and compare it with torch.
+    """Writes tower `name` ("image", "text") of `model`, in eval mode and folded, to `path`, and compares it with torch.
 
     inputs: real inputs [B, ...] of at least max(CHECKED_BATCHES) rows; B is dynamic in the file. Weights beyond 2 GiB go to
     PATH.data. Returns the opset and the largest absolute error of a feature for each batch of CHECKED_BATCHES.

@@ -1,1 +1,1 @@
-"""Programs of others with our parts in them: open_clip's trainer."""
+"""This library in other programs: open_clip and its trainer, transformers, and clip-benchmark."""

@@ -20,9 +20,9 @@ TYPE = "simplclip"
 def load_simplclip(
     model_name: str, pretrained: str = "", cache_dir: str | None = None, device: str = "cpu"
 ) -> tuple[nn.Module, Callable, Callable]:
-    """The model, image transform and tokenizer, with clip-benchmark's signature.
+    """Returns the model, image transform and tokenizer, with clip-benchmark's signature.
 
-    model_name, pretrained: as `source` and `checkpoint` of `simplclip.load`: a model's name and its checkpoint; or a source
+    model_name, pretrained: `source` and `checkpoint` of `simplclip.load`, i.e. a model's name and its checkpoint, or a source
     that needs no checkpoint and "". cache_dir is not used.
     """
     encoder = load(model_name, pretrained or None, device=device)
@@ -39,12 +39,12 @@ def register() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """clip-benchmark's command; arguments: by default those of this process."""
+    """Runs clip-benchmark's command. arguments: by default the arguments of this process."""
     from clip_benchmark import cli
 
     register()
     before = sys.argv
-    sys.argv = ["clip_benchmark", *(before[1:] if arguments is None else arguments)]  # it has no other way in
+    sys.argv = ["clip_benchmark", *(before[1:] if arguments is None else arguments)]  # it reads arguments only there
     try:
         cli.main()
     finally:

@@ -28,7 +28,7 @@ LOSSES = {
     "DistillClipLoss": losses.WIKDLoss,
 }
 FOLDER = "local-dir:"  # open_clip's prefix of the name of a folder
-OURS = "simplclip"  # the key of what a configuration has for this library
+OURS = "simplclip"  # the key of this library's part of a configuration
 _PAIRS = [(getattr(open_clip.loss, name), ours) for name, ours in LOSSES.items()]
 _registered: dict[str, Spec] = {}
 
@@ -42,14 +42,14 @@ class use_losses(contextlib.AbstractContextManager):
         with use_losses():                  # or within a block
             ...
 
-    `from open_clip import ClipLoss`, before or after it and under any name, gives ours: each global name of a module that
-    stands for one of the classes is replaced, and modules that are imported later take ours from open_clip.loss. It does not
-    reach a class that is held otherwise (a local variable, a default value, an item of a container, an attribute of a class),
-    losses and subclasses that exist already, and other processes. A subclass made before must call `super().__init__()`;
-    with `ClipLoss.__init__(self)` it fails meanwhile.
+    Each global name of a module that stands for one of the classes is replaced, and modules that are imported later take this
+    library's classes from open_clip.loss. So `from open_clip import ClipLoss` gives this library's class, before or after the
+    use and under any name. Not replaced are classes that are held otherwise (a local variable, a default value, an item of a
+    container, an attribute of a class), existing losses and subclasses, and other processes. An existing subclass must call
+    `super().__init__()`; while the losses are replaced, its `ClipLoss.__init__(self)` fails.
 
-    `undo()` gives open_clip's classes back to each name that still stands for ours; a use within another one changes nothing.
-    A module outside of open_clip that was first imported meanwhile keeps ours.
+    `undo()` gives open_clip's classes back to each replaced name that has not changed since; a nested use changes nothing.
+    A module outside of open_clip that was first imported during the use keeps this library's classes.
 
     Signatures, values, gradients and distributed modes are open_clip's; see `simplclip.losses`. DistillClipLoss becomes
     WIKDLoss, which lacks the `dist_loss` and `get_logits` that a subclass might call.
@@ -81,12 +81,12 @@ def register_models() -> list[str]:
         model, _, preprocess = open_clip.create_model_and_transforms("local-dir:export")
         tokenizer = open_clip.get_tokenizer("local-dir:export")
 
-    In place of a folder, a model's name with pretrained=FILE: of this library, of open_clip, or for mobileclip-s0 and the
-    SiCLIPs made from it of the published layout (see `simplclip.models.mobileclip`). All arguments of open_clip's functions
-    work. Each global name that stands for open_clip's create_model or get_tokenizer is replaced, as by `use_losses`; calls
-    with other names reach open_clip's own, and nothing else of open_clip changes. A second call changes nothing.
+    In place of a folder, a model's name with pretrained=FILE works, too. FILE has the layout of this library or of open_clip,
+    or, for mobileclip-s0 and SiCLIPs made from it, the published one (see `simplclip.models.mobileclip`). All arguments of
+    open_clip's functions work. Each global name that stands for open_clip's create_model or get_tokenizer is replaced, as by
+    `use_losses`; calls with other names reach open_clip's own. Nothing else of open_clip changes. A second call does nothing.
 
-    A folder may come from elsewhere: InputError if options in it may fetch or unpickle files, see `train.trust`.
+    Raises InputError if options in a folder, which may come from elsewhere, may fetch or unpickle files, see `train.trust`.
     """
     factory, first = open_clip.factory, not _registered
     _registered.update({name: models.spec_of(name) for name in models.names()})
@@ -100,7 +100,7 @@ def register_models() -> list[str]:
 
 
 def _part_of(name: str) -> dict[str, Any] | None:
-    """What the configuration of a registered model or of a folder has for this library; None if open_clip needs no help."""
+    """Returns this library's part of the configuration of a registered model or of a folder; None if there is no part."""
     if name not in _registered and not name.startswith(FOLDER):
         return None
     config = open_clip.get_model_config(name)
@@ -116,13 +116,13 @@ def _part_of(name: str) -> dict[str, Any] | None:
 
 
 def _create_model(theirs: Callable[..., nn.Module], model_name: str, *args: Any, **options: Any) -> nn.Module:
-    """open_clip's create_model with our model in the place of its own; it sets precision and device, loads and so on."""
+    """Calls open_clip's create_model, with this library's model in it; open_clip sets precision, loads weights and so on."""
     if _part_of(model_name) is None:
         return theirs(model_name, *args, **options)
     factory = open_clip.factory
     convert = factory.convert_state_dict
     call = inspect.signature(theirs).bind(model_name, *args, **options)
-    if model_name in _registered:  # a folder has its own
+    if model_name in _registered:  # a folder has its own preprocessing
         forced = call.arguments.get("force_preprocess_cfg")
         call.arguments["force_preprocess_cfg"] = merge_preprocess_dict(dict(_registered[model_name].preprocess), forced)
     replaced = {kind: _builder(getattr(factory, kind)) for kind in ("CLIP", "CustomTextCLIP", "CoCa")}
@@ -132,14 +132,14 @@ def _create_model(theirs: Callable[..., nn.Module], model_name: str, *args: Any,
 
 
 def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """What stands for open_clip's class `kind` of models."""
+    """Returns a function that takes the place of open_clip's class `kind` of models."""
 
     def build(cast_dtype: Any = None, **config: Any) -> nn.Module:
         part = config.pop(OURS, None)
         if part is None:
             return kind(**config, cast_dtype=cast_dtype)
         options = {**part, **config}
-        # A simplified model of open_clip has no name of ours, but all of its configuration.
+        # A simplified model of open_clip has no name in this library, but all of its configuration.
         unnamed = Spec("", {}, None, {}, {}, build=functools.partial(kind, cast_dtype=cast_dtype))
         return models.create(options.pop("model", unnamed), **options)
 
@@ -149,7 +149,7 @@ def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 def _get_tokenizer(
     theirs: Callable[..., Any], model_name: str = "", context_length: int | None = None, *args: Any, **options: Any
 ) -> Any:
-    """open_clip's get_tokenizer, or ours where a model has a vocabulary of its own."""
+    """Returns open_clip's tokenizer, or this library's tokenizer for a model with a vocabulary of its own."""
     name = (_part_of(model_name) or {}).get("model")
     if name is None or models.spec_of(name).vocabulary is None:
         return theirs(model_name, context_length, *args, **options)
@@ -157,7 +157,7 @@ def _get_tokenizer(
 
 
 def _names_of(item: Any) -> Iterator[tuple[ModuleType, str]]:
-    """The global names of loaded modules that stand for this class or function."""
+    """Yields the global names of loaded modules that stand for this class or function."""
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType):
             yield from ((module, name) for name, value in list(vars(module).items()) if value is item)

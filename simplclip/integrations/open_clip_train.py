@@ -2,7 +2,7 @@
 `python -m simplclip.integrations.open_clip_train ARGS`.
 
 ARGS are all arguments of `python -m open_clip_train.main`, and those of `parser()` below, whose defaults give the values of
-open_clip's losses: ClipPMLoss replaces ClipLoss, WIKDLoss DistillClipLoss, SigLipLoss and CoCaLoss those of the same name.
+open_clip's losses. ClipPMLoss replaces ClipLoss, WIKDLoss DistillClipLoss, and SigLipLoss and CoCaLoss their namesakes.
 While `main` runs, the names `create_loss` (open_clip 3.3) or `create_task` (open_clip 4) and `train_one_epoch` in the module
 open_clip_train.main are replaced; no file is changed. --model takes the models of `register_models`, too.
 
@@ -69,7 +69,7 @@ def _weight(text: str) -> float:
 
 
 def command():
-    """`main` as a command: an error that the user can mend is one line."""
+    """Runs `main` as a command, which prints an error that the user can fix as one line."""
     try:
         return main()
     except UserError as error:
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None):
 
 
 def _replacements(ours: argparse.ArgumentParser, options: argparse.Namespace, trainer) -> dict:
-    """Our functions by their names in open_clip_train.main: `create_loss`, or `create_task` for model and loss together."""
+    """This library's functions by name in open_clip_train.main: `create_loss`, or `create_task` for model and loss in one."""
     makers = {"create_task": create_task, "create_loss": create_loss}
     makers = {name: make for name, make in makers.items() if hasattr(trainer, name)}
     if not makers or not hasattr(trainer, "train_one_epoch"):
@@ -146,28 +146,28 @@ def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: arg
 
 
 def create_loss(options: argparse.Namespace, theirs: Callable, args: argparse.Namespace) -> nn.Module:
-    """Our loss in place of the one that `theirs`, open_clip's create_loss, makes."""
+    """Returns this library's loss in place of the one that `theirs`, open_clip's create_loss, makes."""
     return replacement(options, args, theirs(args))
 
 
 def create_cropped(args: argparse.Namespace, theirs: Callable, *names, **options) -> tuple:
-    """What `theirs`, open_clip's create_model_and_transforms, returns, with a model whose texts are cropped."""
+    """Returns the result of `theirs`, open_clip's create_model_and_transforms, with a model whose texts are cropped."""
     model, *transforms = theirs(*names, **options)
-    # Both take the number of calls and the sizes of a step as fixed.
+    # Both options need a fixed number of calls and fixed sizes in a step.
     fixed = args.torchcompile or args.ddp_static_graph
     crop_texts(model, **{"multiple": 16, "groups": 1} if fixed else {})
     return model, *transforms
 
 
 def create_task(options: argparse.Namespace, theirs: Callable, args: argparse.Namespace, **parts) -> nn.Module:
-    """The task that `theirs`, open_clip 4's create_task, makes of the model, with our loss in place of its own."""
+    """Returns the task that `theirs`, open_clip 4's create_task, makes of the model, with this library's loss."""
     task = theirs(args, **parts)
     task.loss = replacement(options, args, getattr(task, "loss", None))
     return task
 
 
 def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.Module | None) -> nn.Module:
-    """Our loss with the settings of open_clip's, on args.device."""
+    """Returns this library's loss with the settings of `loss`, open_clip's, on args.device."""
     from open_clip import loss as theirs
 
     shared = {name: getattr(loss, name, None) for name in ("cache_labels", "rank", "world_size")}
@@ -176,7 +176,7 @@ def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.
     plane = {"plane": options.pm_plane, "embed_dim": _width(args.model)}
     if type(loss) is theirs.SigLipLoss:
         ours = losses.SigLipLoss(**shared, **matching, dist_impl=loss.dist_impl)
-        ours.added_up = True  # by open_clip's trainer
+        ours.added_up = True  # open_clip's trainer adds up the terms
     elif type(loss) is theirs.CoCaLoss:
         ours = losses.CoCaLoss(
             loss.caption_loss_weight, loss.clip_loss_weight, loss.caption_loss.ignore_index, **shared, **gather
@@ -196,14 +196,14 @@ def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.
 
 
 def _width(model: str) -> int | None:
-    """The embedding width in open_clip's configs; None for a model without a config (hf-hub:, local-dir:)."""
+    """Returns the embedding width in open_clip's configs; None for a model without a config (hf-hub:, local-dir:)."""
     import open_clip
 
     return (open_clip.get_model_config(model) or {}).get("embed_dim")
 
 
 def _with_loss_parameters(theirs: Callable) -> Callable:
-    """open_clip's train_one_epoch; parameters of the loss are added to the optimizer, and saved at the end."""
+    """Wraps open_clip's train_one_epoch, to add parameters of the loss to the optimizer and to save them after an epoch."""
     parameters: LossParameters | None = None
 
     def train_one_epoch(first, *others, **rest):
@@ -215,7 +215,7 @@ def _with_loss_parameters(theirs: Callable) -> Callable:
             _, loss, epoch, optimizer, *_ = others
         if parameters is None and any(True for _ in loss.parameters()):
             parameters = LossParameters(loss, optimizer, args)
-            # The first epoch is the number of epochs of the checkpoint, 0 for a checkpoint of weights only.
+            # Here `epoch` is the number of epochs that the checkpoint has completed, 0 for a checkpoint of weights only.
             if args.resume is not None and epoch > 0:
                 parameters.load(args.resume, epoch)
             parameters.set_apart()
@@ -232,8 +232,8 @@ class LossParameters:
     """Learned parameters of a loss as groups of open_clip's optimizer, saved in files beside its unchanged checkpoints.
 
     The groups follow open_clip's rule: matrices have its weight decay, other parameters none; its schedule sets their
-    learning rate. Its gradient clipping covers only the model. The gradients are averaged over the ranks by the loss itself,
-    and here over the backward passes of --accum-freq, each of which is of the whole loss.
+    learning rate. Its gradient clipping covers only the model. The loss itself averages the gradients over the ranks. Hooks
+    of this class average them over the backward passes of --accum-freq, each of which is that of the whole loss.
 
     optimizer.state_dict() does not contain the groups, so that open_clip's trainer can resume from the checkpoint. They are
     saved in `epoch_K.loss` (loaded with weights_only=True): {"epoch", "loss": state dict, "optimizer": state by parameter}.

@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from simplclip import losses
 from simplclip.common.errors import InputError
 
-# The models, and what their forward returns; each is defined in the module of its model.
+# model -> the class of its forward's result, which is defined in the model's module
 OUTPUTS = {
     "AltCLIPModel": "AltCLIPOutput",
     "CLIPModel": "CLIPOutput",
@@ -83,14 +83,14 @@ class use_losses(contextlib.AbstractContextManager):
         setattr(model, LOSS, loss)
 
     def undo(self) -> None:
-        """Puts back the loss that the model had before; again it does nothing."""
+        """Puts back the loss that the model had before; a second call does nothing."""
         model, self._model = self._model, None
         if model is None:
             return
         setattr(model, LOSS, self._before)
         if self._before is None:
             delattr(model, LOSS)
-            # If it has been wrapped since, it stays and calls the model's own.
+            # A forward that has been wrapped since stays, and calls the model's own.
             if vars(model).get("forward") is self._forward:
                 del model.forward
 
@@ -99,7 +99,7 @@ class use_losses(contextlib.AbstractContextManager):
 
 
 def _with_loss(cls: type[PreTrainedModel], output: type) -> Callable:
-    """The forward of the class, but for calls with return_loss of a model that has a loss of ours."""
+    """Returns the forward of the class, changed for calls with return_loss of a model that has a loss of this library."""
     names, of_image, of_text = (_names(f) for f in (cls.forward, cls.get_image_features, cls.get_text_features))
 
     @can_return_tuple

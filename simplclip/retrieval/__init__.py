@@ -1,8 +1,8 @@
-"""Retrieval of held-out data, with memory that does not depend on the number of images; training does it on the way.
+"""Retrieval on held-out data, also during training. Its memory does not depend on the number of images.
 
 split.py        held-out data, and its features after `encode`
 features.py     features in a file
-metrics.py      R@k, and the nearest of many
+metrics.py      R@k, and search for the most similar candidates
 """
 
 from simplclip.retrieval.features import Features

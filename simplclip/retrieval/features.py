@@ -1,4 +1,4 @@
-"""Features in a file that is mapped into memory where it is read, so that their number does not matter."""
+"""Features in a file that is mapped into memory for reading, so that memory does not limit their number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Features:
     """Rows [n, D] that are added one batch after another and read in parts, as float32 tensors.
 
     file: a path, which becomes a .npy file; or None for a file that disappears with this object.
-    folder: of the latter. half: store float16 instead of float32.
+    folder: folder of the file that disappears. half: store float16 instead of float32.
     """
 
     def __init__(self, file: Path | None = None, folder: str | Path | None = None, half: bool = False) -> None:
@@ -26,7 +26,7 @@ class Features:
         self._dtype, self._count, self.width, self._start = np.dtype("<f2" if half else "<f4"), 0, 0, 0
 
     def append(self, rows: Tensor) -> None:
-        """rows: [k, D]"""
+        """Adds rows [k, D]."""
         if not self.width:
             self.width = rows.shape[1]
             self._header()
@@ -35,7 +35,7 @@ class Features:
         self._count += len(rows)
 
     def finish(self) -> Features:
-        """Writes what is buffered, and the number of rows into the header of the .npy file."""
+        """Writes buffered rows to the file, and the number of rows into its header."""
         if self.width:
             self._header()
             self._file.seek(0, os.SEEK_END)
@@ -51,7 +51,7 @@ class Features:
         return self._count
 
     def __getitem__(self, key: slice | Sequence[int]) -> Tensor:
-        """float32 [k, D]: a copy, so that pages do not stay in memory."""
+        """Returns rows as float32 [k, D]: a copy, so that pages of the file do not stay in memory."""
         if not self._count:
             return torch.empty(0, self.width)
         rows = np.memmap(self._file, self._dtype, "r", self._start, (self._count, self.width))

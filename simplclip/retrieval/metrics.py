@@ -11,15 +11,15 @@ from simplclip.retrieval.features import Features
 from simplclip.retrieval.split import Split
 
 KS = (1, 5, 10)
-_TILE_BYTES = 64 * 2**20  # of similarities
+_TILE_BYTES = 64 * 2**20  # of a tile of similarities
 _TILE_COLUMNS = 16384
 
 
 def recall_of(split: Split, device: torch.device | str = "cpu") -> dict[str, dict[str, dict[str, float]]] | None:
-    """R@k of an encoded split in both directions: direction -> "R@k" -> {"value", "chance"}, as fractions.
+    """Returns R@k of an encoded split in both directions: direction -> "R@k" -> {"value", "chance"}, as fractions.
 
-    The definition of COCO and Flickr30k: an image is right if any of its captions is among the first k; each caption is a
-    query. None for a split without captions.
+    R@k is defined as for COCO and Flickr30k: an image is right if any of its captions is among the first k; each caption is a
+    query. Returns None for a split without captions.
     """
     x, y = split.image_features, split.text_features
     if not len(y):
@@ -34,8 +34,8 @@ def recall_of(split: Split, device: torch.device | str = "cpu") -> dict[str, dic
 def nearest(
     queries: Tensor | Features, candidates: Tensor | Features, k: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each part of `queries` [n, D]: its first row, and the similarities [q, k] and rows [q, k] of the k most similar of
-    `candidates` [m, D], the most similar first; min(k, m) of them.
+    """Yields for each part of `queries` [n, D] the number of its first row, and the similarities [q, k] and rows [q, k] of
+    the k most similar `candidates` [m, D], the most similar first (min(k, m) candidates).
 
     The similarities are computed in tiles of at most 64 MiB, on `device`.
     """
@@ -62,11 +62,11 @@ def recall(
     candidate_groups: Tensor,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, float]]:
-    """Fraction of queries that have a candidate of their own group among the k nearest, for each k of KS.
+    """Returns the fraction of queries that have a candidate of their own group among the k nearest, for each k of KS.
 
     queries: [n, D], candidates: [m, D], groups: int64 [n] and [m]. With as many groups as pairs this is the usual R@k.
-    "chance" is the fraction if candidates are ranked at random: for r right ones of m, 1 - C(m-r, k)/C(m, k), averaged over
-    the queries. Extra memory: a tile of similarities, 64 MiB; never [n, m].
+    "chance" is the fraction if candidates are ranked at random: 1 - C(m-r, k)/C(m, k) for r right candidates of m, averaged
+    over the queries. Extra memory: a tile of similarities, 64 MiB; never [n, m].
     """
     m = len(candidates)
     hits = torch.zeros(len(KS), dtype=torch.int64)

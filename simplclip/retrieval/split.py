@@ -1,4 +1,4 @@
-"""Held-out splits: after `encode` their features, captions, groups and labels, but no images."""
+"""Held-out splits. `encode` fills a split with features, captions, groups and labels; images are not kept."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ BATCH_SIZE = 64  # images or captions that are encoded at a time
 class Split:
     """A held-out split, read by `encode`.
 
-    n images and m captions. An image has any number of captions. Images of one group (a concept drawn by several vendors) are
-    right for all of its captions, and identical captions of a group are one candidate.
+    It has n images and m captions. An image has any number of captions. All images of a group (a concept drawn by several
+    vendors) are right answers for all captions of the group, and identical captions of a group are one candidate.
     """
 
     def __init__(self, data: HeldOut, tokenizer: Callable[[list[str]], Tensor], transform: Any) -> None:
@@ -36,9 +36,9 @@ class Split:
         self.clear()
 
     def read(self, batch_size: int, workers: int = 0, use: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
-        """The images in batches, uint8 or float32 [N, 3, S, S]; afterwards this object has all else that is known of them.
+        """Yields the images in batches, uint8 or float32 [N, 3, S, S], and collects their keys, captions, labels and groups.
 
-        use: as of `data.HeldOut.batches`.
+        use: as in `data.HeldOut.batches`; its results are then yielded in place of the images.
         """
         self.clear()
         for images, positions, samples in self.data.batches(self.transform, batch_size, self.skipped, workers, use):
@@ -55,7 +55,7 @@ class Split:
         self.image_features: Tensor | Features | None = None  # float32 [n, D], L2-normalised
         self.text_features: Tensor | Features | None = None  # float32 [m, D]
         self._positions, self._groups, self._caption_groups = array("q"), array("q"), array("q")
-        self._numbers: dict[str, int] = {}  # of the groups that have a name
+        self._numbers: dict[str, int] = {}  # name of a group -> its number
         self._seen: set[tuple[int, str]] = set()
         self._count = 0
 
@@ -88,19 +88,19 @@ class Split:
             self._caption_groups.append(number)
 
     def pictures(self, rows: list[int]) -> dict[int, Image.Image]:
-        """The images of these rows as they are stored, RGB; read again, and no others."""
+        """Reads the images of these rows again, as they are stored, RGB; no other image is read."""
         found = self.data.pictures([self._positions[row] for row in rows])
         return {row: found[self._positions[row]] for row in rows}
 
     def report(self) -> str:
-        """One line: samples read, and skipped by reason."""
+        """Returns one line: the number of samples read, and the number skipped by reason."""
         return f"{len(self)} samples read, {self.skipped}"
 
 
 def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> dict[str, Split]:
-    """The eval.splits of a run whose model has this tokenizer and image transform.
+    """Returns the eval.splits of a run whose model has this tokenizer and image transform.
 
-    Raises InputError, naming the split's key, for what `data.held_out` does not take, or has no usable sample.
+    Raises InputError, which names the split's key, for data that `data.held_out` rejects or that have no usable sample.
     """
     found = {name: Split(held_out(what, name=f"eval.splits.{name}"), tokenizer, transform) for name, what in splits.items()}
     for name, split in found.items():
@@ -113,9 +113,9 @@ def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> di
 
 @torch.no_grad()
 def features_of(model: nn.Module, tower: str, inputs: Tensor, device: torch.device, precision: str, who: str) -> Tensor:
-    """Features float32 [N, D], L2-normalised, of images [N, 3, S, S] (tower "image") or token ids [N, L] ("text").
+    """Returns features float32 [N, D], L2-normalised, of images [N, 3, S, S] (tower "image") or token ids [N, L] ("text").
 
-    Raises InputError, which names `who`, if they are not finite.
+    Raises InputError, which names `who`, if a feature is not finite.
     """
     encode: Any = model.encode_image if tower == "image" else model.encode_text
     with hardware.autocast(precision, device):
@@ -138,13 +138,13 @@ def encode(
     progress: str | None = None,
     who: str = "checkpoint",
 ) -> None:
-    """Read a split and compute its features, which lie in a file: float32, or float16 if `precision` is less.
+    """Reads a split and computes its features into a file, as float32 if `precision` is fp32, else as float16.
 
-    Ranks divide the images and captions; the first one gets all, the others' `split` stays empty.
+    Ranks divide the images and captions. The first rank gets all of them; on other ranks `split` stays empty.
 
-    workers: processes that decode images. folder: of the file, by default the system's for temporary files.
-    keep: KEEP.image.npy and KEEP.text.npy keep the features, KEEP.json the keys and captions of their rows.
-    progress: title of the progress that is shown. who: what errors call the model.
+    workers: processes that decode images. folder: folder of the file, by default the system's folder for temporary files.
+    keep: KEEP.image.npy and KEEP.text.npy keep the features, KEEP.json the keys, captions and groups of their rows.
+    progress: title of the progress that is shown. who: name of the model in errors.
     Raises: InputError if features are not finite; the errors of `data.HeldOut.batches`.
     """
     half = precision != "fp32"

@@ -1,9 +1,9 @@
 """Proves each op on each backend that a device has, with this machine's torch, Triton and driver.
 
-A row of the proof is an op, a backend and a precision. For calls of many sizes and options: values and gradients against
-float64 within the tolerance of `compare`; memory that nobody wrote is NaN; tensors and gradients lie between NaNs, and
-neither change; equal bits each time; on a GPU the same bits on another stream and from a CUDA graph; and one call of each op
-compiled. The rows run in a process of their own, so that one that crashes it is a failure like others.
+A row of the proof is an op, a backend and a precision. Its calls have many sizes and options. Their values and gradients are
+compared with float64, within the tolerance of `compare`. Unwritten memory is NaN. Inputs and incoming gradients lie between
+NaNs, and neither may change. Repeated calls give equal bits, on a GPU also on another stream and from a CUDA graph. One call
+of each op is compiled. The rows run in a process of their own, so that a crash is a failure of its row.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from simplclip.ops.registry import DISPATCH
 from simplclip.selftest.calls import DRAW, LARGE
 from simplclip.selftest.compare import TF32, Case, function_of, run
 
-# For ops without a table of backends of their own: the ops whose backends they run.
+# For ops that have no row of their own in the table of backends: the ops whose backends they run.
 PARTS: dict[str, tuple[str, ...]] = {"simplified_block": ("shaped_attention", "parallel_mlp")}
 PARTS["similarity_loss"] = ("similarity_loss", "similarity_rows", "similarity_sigmoid", "similarity_terms")
 PRECISIONS = {"float32": torch.float32, TF32: torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS["float64"] = torch.float64
 COMPILED = "torch.compile"  # in a row, in place of a backend
-# The numbers of a row's random calls, among which every option occurs; with `full` there are FULL times as many.
+# The seeds of a row's random calls, among which every option occurs; with `full` a row has FULL times as many calls.
 DRAWS = dict.fromkeys(DRAW, range(12)) | {"similarity_loss": range(300, 332)}
 FULL = 10
-REPEATED = 20  # times that the first call of a row is run, with `full` the first four; the others twice
+REPEATED = 20  # runs of a row's first call (with `full`, of its first four calls); its other calls run twice
 MOST = 3  # failures, after which a row ends
 PATIENCE = 1800.0  # seconds that a row may take on a GPU
 CRASHES = {-getattr(signal, name, 0) for name in ("SIGSEGV", "SIGILL", "SIGBUS", "SIGFPE", "SIGABRT")} - {0}
@@ -49,7 +49,7 @@ CRASHES = {-getattr(signal, name, 0) for name in ("SIGSEGV", "SIGILL", "SIGBUS",
 class Failure:
     what: str
     call: str = ""
-    ran: list[str] = field(default_factory=list)  # what may be to blame: ops on backends other than the reference, by key
+    ran: list[str] = field(default_factory=list)  # keys of ops and backends that may be to blame, without the reference
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Row:
 
     @property
     def keys(self) -> list[str]:
-        """What its backend runs, by which it can be taken out."""
+        """The keys by which the ops that the row's backend runs can be taken out."""
         parts = () if self.backend == "reference" else self.parts
         return [backends.key(part, self.backend, self.dtype) for part in parts]
 
@@ -84,7 +84,7 @@ class Row:
 
 
 def rows_of(device: str, full: bool, ops: Iterable[str]) -> list[Row]:
-    """The rows of the proof on this device, before any call is made."""
+    """Returns the rows of the proof on this device, without making a call."""
     found = []
     with backends.supposing({}):
         for row in (Row(*each) for each in itertools.product(ops, (*backends.NAMES, COMPILED), PRECISIONS)):
@@ -108,14 +108,14 @@ def _precision(row: Row) -> Iterator[None]:
 
 
 class Guarded:
-    """Puts tensors between others, which hold NaN or a number that no call uses, and tells which tensors have changed."""
+    """A function that copies tensors between guards (NaN, or a number that no call uses), and finds those that changed."""
 
     def __init__(self, r: random.Random) -> None:
         self.r = r
         self.held: list[tuple[str, Tensor, Tensor]] = []
 
     def __call__(self, name: str, t: Tensor) -> Tensor:
-        at = self.r.choice((3, 64))  # elements, so that some begin where no vector does
+        at = self.r.choice((3, 64))  # guard elements; 3 misaligns the tensor for vector loads
         rows_apart = t.dim() > 1 and self.r.random() < 0.4
         shape = (*t.shape[:-1], 2 * t.shape[-1]) if rows_apart else (t.numel() + 2 * at,)
         memory = t.new_full(shape, torch.nan if t.is_floating_point() else 987_654_321)
@@ -125,7 +125,7 @@ class Guarded:
         return view
 
     def changed(self) -> list[str]:
-        """The names; bits are compared, since no NaN equals another."""
+        """Returns the names of changed tensors. Bits are compared, since NaN does not equal NaN."""
         return [name for name, memory, before in self.held if not torch.equal(*(_bits(t) for t in (memory, before)))]
 
 
@@ -135,7 +135,7 @@ def _bits(t: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
-    """Memory that nobody wrote is NaN, in torch's deterministic mode, which warns of its own functions that have none."""
+    """Context of torch's deterministic mode, in which unwritten memory is NaN; its warnings are silenced."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -146,12 +146,12 @@ def _poisoned() -> Iterator[None]:
 
 
 def cases(row: Row, device: str, full: bool) -> Iterator[Case]:
-    """The calls of a row: large ones, then random ones."""
+    """Yields the calls of a row: large calls, then random calls."""
     backend = "" if row.backend in (COMPILED, "reference") else row.backend
     large = [call for call in (make() for make in LARGE.values()) if call.op == row.op]
     large = large if full or device == "cuda" else large[:2]
     numbers = DRAWS[row.op]
-    seeds = range(numbers.start, numbers.start + 10_000)  # most are not for a backend that serves few sizes
+    seeds = range(numbers.start, numbers.start + 10_000)  # many, since a backend may serve few sizes
     drawn = (DRAW[row.op](random.Random(f"{row.op} {seed}"), row.dtype) for seed in seeds)
     served = (call for call in itertools.chain(large, drawn) if row.serves(device, **call.facts()))
     count = 1 if row.backend == COMPILED else len(large) + len(numbers) * (FULL if full else 1)
@@ -163,11 +163,11 @@ def cases(row: Row, device: str, full: bool) -> Iterator[Case]:
 
 
 class Wrong(Exception):
-    """A result that is not right; the message says which and how."""
+    """The error for a wrong result; the message says which result is wrong and how."""
 
 
 class WrongAside(Wrong):
-    """Wrong in a use that training does not have (torch.compile, CUDA graphs), so that nothing is taken out."""
+    """The error for a use that training does not have (torch.compile, CUDA graphs), after which nothing is taken out."""
 
 
 def _check_same(found: dict[str, Tensor], again: dict[str, Tensor], what: str) -> None:
@@ -205,7 +205,7 @@ def _from_a_graph(case: Case) -> dict[str, Tensor]:
 
 
 def _compiled(case: Case) -> dict[str, Tensor]:
-    """On a CPU without the code of torch's own that a compiler would have to make."""
+    """Returns the results of the compiled op; on a CPU without inductor, whose code would need a C++ compiler."""
     how = "inductor" if case.device == "cuda" else "aot_eager"
     function = torch.compile(function_of(case.call), backend=how, fullgraph=True)
     return run(function, case.call, case.tensors, case.need, case.incoming)
@@ -222,12 +222,12 @@ def _check_right(row: Row, case: Case, found: dict[str, Tensor]) -> None:
 
 
 def _promises_bits(row: Row, device: str) -> bool:
-    """sdpa and xformers have atomics on a GPU; a block on Triton may have their attention."""
+    """Whether repeated calls give equal bits. On a GPU, sdpa and xformers use atomics; a block on Triton may use theirs."""
     return device == "cpu" or row.backend == "cuda" or (row.backend == "triton" and row.op != "simplified_block")
 
 
 def check(case: Case, row: Row, times: int) -> None:
-    """Raises Wrong, or what the backend raises. times: how often the call is run."""
+    """Checks a call. Raises Wrong, or an error of the backend. times: how often the call is run."""
     row.calls += 1
     with _precision(row), _poisoned():
         if row.backend == COMPILED:
@@ -247,7 +247,7 @@ def check(case: Case, row: Row, times: int) -> None:
 
 
 class Ran(TorchDispatchMode):
-    """Records which backends ran which ops, apart from the reference."""
+    """A mode that records which backends ran which ops, apart from the reference."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ def _what_runs(case: Case) -> list[str]:
 
 
 def prove(row: Row, device: str, full: bool) -> Row:
-    """Runs the calls of a row until some have failed."""
+    """Runs the calls of a row, until MOST of them have failed."""
     every = {backends.key(op, name, dtype): "" for op in backends.TABLE for name in backends.NAMES for dtype in FLOATS}
     with backends.supposing(every if row.backend == "reference" else {}):
         for number, case in enumerate(cases(row, device, full)):
@@ -291,11 +291,11 @@ def prove(row: Row, device: str, full: bool) -> Row:
 
 
 def taken_out(rows: Iterable[Row]) -> dict[str, str]:
-    """The keys of what has to be taken out because of the failures of the rows, with the reason.
+    """Returns the keys of backends of ops to take out because rows have failed, with the reason.
 
-    A failed call blames all that it ran on the backend of its row. Calls that ran least come first: a later failure that ran
-    something already blamed, in the dtype of its row, is explained by it and blames nothing, as a block whose attention is
-    wrong. Other dtypes do not count there, since all of them run the parts that compute in float32.
+    A failed call blames every op that it ran on its row's backend. Calls that ran the fewest ops come first. A later failure
+    blames nothing if it ran an op that is already blamed in the dtype of its row, e.g. a block whose attention is wrong. Keys
+    of other dtypes explain no failure, since calls of every dtype run the parts that compute in float32.
     """
     found: dict[str, str] = {}
     failures = [(failure, row) for row in rows for failure in row.failures]
@@ -308,8 +308,8 @@ def taken_out(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def _work(connection: Connection, rows: list[Row], device: str, full: bool, threads: int) -> None:
-    """Sends each row when it is proven. Ends early where a GPU can no longer be used, as after a wrong access."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which ends the process that waits, and that ends this one
+    """Proves rows and sends each one when it is done. Ends early if the GPU is unusable, as after an illegal access."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the waiting process, which then ends this process
     torch.set_num_threads(threads)
     for row in rows:
         try:
@@ -323,7 +323,7 @@ def _work(connection: Connection, rows: list[Row], device: str, full: bool, thre
 
 
 def survey(device: str, *, full: bool = False, ops: Collection[str] = DRAW) -> Iterator[Row]:
-    """Proves the rows of a device. Where the process that runs them crashes, the row at hand has failed; another goes on."""
+    """Proves the rows of a device. If the process that runs them crashes, its current row failed; a new process goes on."""
     rows, spawn = rows_of(device, full, ops), multiprocessing.get_context("spawn")
     while rows:
         here, there = spawn.Pipe(duplex=False)

@@ -1,4 +1,4 @@
-"""Calls of the public ops as data, and random ones: shapes, options, dtypes of single tensors."""
+"""Calls of the public ops as data, and random calls: shapes, options, dtypes of single tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEATURES = ("image", "text", "teacher_image", "teacher_text", "projected_image",
 TEACHER = ("teacher_image", "teacher_text", "teacher_scale")
 ATTENTION = ("q", "k", "v", "alpha", "beta", "gamma")
 MLP = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-# Numbers and what acts on statistics: float32 beside half features.
+# Scalars, and tensors that act on statistics: float32 beside half features.
 WIDE = {"logit_scale", "logit_bias", "teacher_scale", "interactive_scale", "plane_weight", "plane_bias", "prior"}
 WIDE |= {"alpha", "beta", "gamma", "norm_weight", "norm_bias", "attention_gain", "mlp_gain"}
 
@@ -32,14 +32,14 @@ class Call:
     op: str
     tensors: dict[str, Tensor]  # float64, and int64 ids, lengths
     options: dict[str, Any] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the tensors that have another than the call's
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of tensors whose dtype is not the call's
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in self.tensors.items())
         return f"{self.op}: {shapes}; {self.options}; dtypes {self.dtypes}"
 
     def needed(self) -> list[str]:
-        """Tensors that have a gradient."""
+        """Returns the names of tensors that have a gradient."""
         return [name for name, t in self.tensors.items() if t.is_floating_point() and not name.startswith("teacher")]
 
     def typed(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -48,14 +48,14 @@ class Call:
         return {name: t.to(of[name]) if t.is_floating_point() else t for name, t in self.tensors.items()}
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Those of the op, with these tensors."""
+        """Returns the op's arguments, with these tensors."""
         named: dict[str, Any] = {**tensors, **self.options}
         if "plane_bias" in named:
             named["plane"] = (named.pop("plane_weight"), named.pop("plane_bias"))
         return {"fc1_bias": None, "fc2_bias": None, **named} if self.op == "parallel_mlp" else named
 
     def facts(self) -> dict[str, Any]:
-        """What the predicates of the backends ask for, besides device and dtype."""
+        """Returns the facts that the backends' predicates need, besides device and dtype."""
         if "alpha" not in self.tensors:
             return {}
         length, width = (self.tensors["q"].shape[i] for i in (1, 3)) if "q" in self.tensors else self.tensors["x"].shape[1:]
@@ -64,7 +64,7 @@ class Call:
 
 
 def make_inputs(n, m, offset=0, *, terms, plane="scalar", teacher_width=None, ids=False, scale=20.0, width=48, seed=0):
-    """Leaves of similarity_loss by name (the plane as plane_weight, plane_bias) and options: partly matched unit features."""
+    """Tensors of similarity_loss by name (plane: plane_weight, plane_bias), and options. Unit features, partly matched."""
     g = torch.Generator().manual_seed(seed)
 
     def features(d, noise, base=None):
@@ -97,7 +97,7 @@ def make_inputs(n, m, offset=0, *, terms, plane="scalar", teacher_width=None, id
 
 
 def similarity_call(n: int, m: int, offset: int = 0, **options) -> Call:
-    """`options`: of make_inputs and of similarity_loss."""
+    """Returns a call. options: arguments of make_inputs and of similarity_loss."""
     made = ("terms", "plane", "teacher_width", "ids", "scale", "width", "seed")
     leaves, fixed = make_inputs(n, m, offset, **{name: options.pop(name) for name in made if name in options})
     tensors = leaves | {name: fixed.pop(name) for name in ("ids", "text_ids") if name in fixed}
@@ -158,7 +158,7 @@ def of_lengths(call: Call, lengths: list[int] | None) -> Call:
 
 
 _KL: dict[str, Any] = {"interactive": "kl"}
-# Several tiles, strips and chunks, the last not whole. Of each op the first ones have the most options.
+# Calls of several tiles, strips and chunks, of which the last is partial. The first calls of an op have the most options.
 LARGE: dict[str, Callable[[], Call]] = {
     "similarity, all": lambda: similarity_call(257, 257, terms=TERMS, ids=True),
     "similarity, 100 x 333": lambda: similarity_call(100, 333, 57, terms=TERMS, teacher_width=31, symmetric=False, **_KL),
@@ -205,7 +205,7 @@ def _similarity(r: random.Random, dtype: torch.dtype) -> Call:
 
 
 def _of_contrastive(r: random.Random, call: Call) -> None:
-    """Options of the contrastive term, several positives, weights."""
+    """Adds random options of the contrastive term, several positives and weights to `call`."""
     leaves, options, n = call.tensors, call.options, len(call.tensors["image"])
     terms, grouped = options["terms"], "ids" in options or "ids" in leaves
     if r.random() < 0.4:
@@ -271,7 +271,7 @@ def _feature(r: random.Random, dtype: torch.dtype) -> Call:
     else:
         tensors = {"student": teacher + r.choice((0.1, 1)) * draw(n, d)}
     options = {"distance": r.choice(DISTANCES), "beta": r.choice((0.05, 0.7))}
-    wide = min(d, tensors["student"].shape[1]) > 1  # else a unit vector has one direction, and no gradient but rounding
+    wide = min(d, tensors["student"].shape[1]) > 1  # a unit vector of width 1 has no gradient but rounding errors
     options["normalize"] = wide and r.random() < 0.7
     return Call("feature_loss", tensors | {"teacher": teacher}, options, {"teacher": r.choice(FLOATS)})
 

@@ -1,4 +1,4 @@
-"""Results and gradients of a call against its definition in float64.
+"""Comparison of a call's results and gradients with its definition in float64.
 
 The rule: |kernel - float64| <= |plain torch in the same dtype - float64| + eps, with eps relative to the largest value of the
 float64 result. The first term lets a kernel round as plain torch rounds; the second is what reordering a sum may cost in that
@@ -20,17 +20,17 @@ from simplclip import ops
 from simplclip.ops import backends
 from simplclip.selftest.calls import Call
 
-TF32 = "tf32"  # the mantissa of float16, to which the inputs are rounded too
+TF32 = "tf32"  # products round their inputs to it; it has the mantissa of float16
 EPS: dict[Any, float] = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float64: 1e-10, TF32: 2e-3}
-LOSS_SCALE = 64.0  # of the gradients that come to a loss, as a GradScaler's, so that halves hold what goes out
-SLACK = 4  # times eps, for all but float32 and float64: the definition keeps in float32 what backends round between products
-ROUNDINGS = 8  # an error up to so many times what rounding the inputs changes is allowed too, for results that nearly cancel
+LOSS_SCALE = 64.0  # of a loss's incoming gradients, like a GradScaler's, so that half types can hold outgoing gradients
+SLACK = 4  # times eps, but for float32 and float64: backends round between products, where the definition keeps float32
+ROUNDINGS = 8  # times the effect of rounding the inputs: an error that is allowed too, for results that nearly cancel
 
 Function = Callable[..., Any]
 
 
 def forced(backend: str) -> contextlib.AbstractContextManager:
-    """A backend, or with "" the one that comes first."""
+    """Context that forces a backend; "" forces none, so that the first backend that can run a call runs it."""
     return backends.backend(backend) if backend else contextlib.nullcontext()
 
 
@@ -58,7 +58,7 @@ def run(
     need: Iterable[str],
     incoming: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Results and the gradients of `need`, d_NAME; `incoming(name, result)`: the gradient that comes to a result."""
+    """Returns results, and gradients of `need` as d_NAME. incoming(name, result): the gradient that enters a result."""
     need = list(need)
     leaves = {name: t.detach().requires_grad_(name in need) for name, t in tensors.items()}
     outputs = outputs_of(function, call, leaves)
@@ -76,14 +76,14 @@ def run(
 
 
 def _least(call: Call, gradient: bool) -> float:
-    """The size that a result is taken for at least, since a smaller one is a cancellation of larger terms.
+    """Returns the least size that a result is assumed to have, since a smaller result is a cancellation of larger terms.
 
-    It is some hundredths of these terms: of logits, or for gradients of scale / N.
+    This size is a few hundredths of the terms: logits, or scale / N for gradients.
     """
     if call.op == "feature_loss":
         return min(1e-2, LOSS_SCALE / call.tensors["teacher"].numel() if gradient else 1.0)
     if call.op != "similarity_loss":
-        return 0.3 if call.op == "simplified_block" else 0.1  # the former's are sums over tokens and widths
+        return 0.3 if call.op == "simplified_block" else 0.1  # a block's are sums over tokens and widths
     given = {**call.tensors, **call.options}
     scale = max(abs(float(given.get(name, 1))) for name in ("logit_scale", "interactive_scale", "teacher_scale"))
     return max(scale, 1) * (0.05 * LOSS_SCALE / given["image"].shape[0] if gradient else 0.01)
@@ -105,9 +105,9 @@ class Deviation:
 
 
 def deviation(kernel: Tensor, plain: Tensor, exact: Tensor, eps: float, least: float = 0.0) -> Deviation:
-    """Of a result: the kernel's, plain torch's in the same dtype, and float64's.
+    """Returns the deviation of a kernel's result, given plain torch's result in the same dtype and float64's.
 
-    least: what the largest value is taken for at least; for results that are 0 by cancellation.
+    least: lower bound of the largest value, for results that are 0 by cancellation.
     """
 
     def error(t: Tensor) -> float:
@@ -121,8 +121,8 @@ def deviation(kernel: Tensor, plain: Tensor, exact: Tensor, eps: float, least: f
 class Case:
     """A call in a dtype on a backend.
 
-    size: of the gradients that come to losses. lay_out(name, t): a view that the op gets for t; a gradient's name is
-    "grad NAME".
+    size: scale of the incoming gradients of losses. lay_out(name, t): returns a view that the op gets in place of t; a
+    gradient's name is "grad NAME".
     """
 
     call: Call
@@ -133,8 +133,8 @@ class Case:
     size: float = LOSS_SCALE
     device: str = "cpu"
     lay_out: Callable[[str, Tensor], Tensor] = lambda name, t: t
-    tensors: dict[str, Tensor] = field(init=False)  # that the op gets
-    grads: dict[str, Tensor] = field(init=False, default_factory=dict)  # that come in
+    tensors: dict[str, Tensor] = field(init=False)  # inputs of the op
+    grads: dict[str, Tensor] = field(init=False, default_factory=dict)  # incoming gradients
 
     definition = staticmethod(definition_of)  # plain torch's function for a call
     slack = SLACK
@@ -160,7 +160,7 @@ class Case:
             return run(function_of(self.call), self.call, self.tensors, self.need, self.incoming)
 
     def deviations(self, found: dict[str, Tensor], *, roundings: bool = True) -> Iterator[tuple[str, Deviation]]:
-        """Of what `run` found. roundings: whether to allow what roundings of the inputs may change."""
+        """Yields the deviation of each result of `run`. roundings: whether to allow the effect of rounding the inputs."""
         function = self.definition(self.call)
         naive = {name: _plain(t) for name, t in self.tensors.items()}
         grads = {name: _plain(t) for name, t in self.grads.items()}
@@ -175,7 +175,7 @@ class Case:
         rounding = torch.finfo(torch.float16 if precision == TF32 else self.dtype).eps / 2
 
         def changed(number: int) -> dict[str, Tensor]:
-            """float64's results when every number that comes in changes by at most a rounding in the dtype."""
+            """Returns float64's results after a rounding error of the dtype in every number of inputs and gradients."""
             g = torch.Generator().manual_seed(number)
 
             def nearly(t: Tensor) -> Tensor:
@@ -200,5 +200,5 @@ def _double(t: Tensor) -> Tensor:
 
 
 def _plain(t: Tensor) -> Tensor:
-    """A copy on the CPU, without strides and negative bits."""
+    """Returns a copy on the CPU, contiguous and without negative bits."""
     return t.detach().cpu().resolve_neg().clone(memory_format=torch.contiguous_format)

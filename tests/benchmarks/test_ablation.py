@@ -51,7 +51,7 @@ def effects(tmp_path):
 
 
 def made_up(recall, steps=1, seconds=0.5):
-    """A result of which image to text has `recall`, and text to image 0.2 more; half of it in split b."""
+    """Returns a result: image to text has `recall` in split a and half of it in b; text to image has 0.2 more."""
     figure = lambda value: {f"R@{k}": {"value": value, "chance": k / 24} for k in (1, 5, 10)}  # noqa: E731
     both = lambda value: {  # noqa: E731
         "image_to_text": figure(value), "text_to_image": figure(value + 0.2), "AUC": 0.9 + value / 10,
@@ -62,7 +62,7 @@ def made_up(recall, steps=1, seconds=0.5):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Runs write made-up results in place of training; gives their names in order."""
+    """Replaces training by made-up results; yields the names of the runs in order."""
     names = []
 
     def train(trial, source, out, threads, running):
@@ -149,7 +149,7 @@ def test_prepared_runs_are_done_first_and_keep_their_checkpoint(source, effects,
     ablation.run(source, effects, out, seeds=1, only=["plain"])
     assert pretended == ["plain-base-s0", "plain-variant-s0"]
     ablation.run(source, effects, out, seeds=2, jobs=2)
-    assert "plain-variant-s0" in pretended[2:4], "it was done, but its checkpoint is needed now"  # two at a time
+    assert "plain-variant-s0" in pretended[2:4], "it was done, but its checkpoint is needed now"  # two runs at a time
     others = ["plain-base-s1", "plain-variant-s1", "warm-variant-s0", "warm-variant-s1"]
     assert sorted(pretended[2:]) == sorted(["plain-variant-s0", *others])
 
@@ -184,7 +184,7 @@ def test_runs_of_other_defaults_are_not_taken_for_those_of_the_present(source, e
 
 
 def test_runs_are_processes_and_ctrl_c_is_passed_on_once(source, effects, tmp_path, monkeypatch):
-    """The second signal would end a run without saving."""
+    """Each run gets one signal, since a second signal would end a run without saving."""
     ended = threading.Event()
     process = mock.Mock(terminate=mock.Mock(side_effect=ended.set))
     process.wait.side_effect = lambda: (os.kill(os.getpid(), signal.SIGINT), ended.wait(60), 130)[-1]
@@ -205,7 +205,7 @@ def test_runs_are_processes_and_ctrl_c_is_passed_on_once(source, effects, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_is_trained_evaluated_and_leaves_its_figures(source, effects, tmp_path):
-    """Two processes: the prepared run, which is the base as well, and the variant."""
+    """Trains two runs: the prepared run, which is the base as well, and the variant."""
     effects.write_text(PREPARED.replace("name: warm, group: g, base: []", "name: warm, group: g, base: [optim.lr=0.5]"))
     out = tmp_path / "out"
     ablation.run(source, effects, out, seeds=1, only=["warm"], jobs=2)
@@ -230,7 +230,7 @@ def test_a_run_is_trained_evaluated_and_leaves_its_figures(source, effects, tmp_
 def test_auc_is_the_share_of_right_comparisons(matrix, monkeypatch):
     torch.manual_seed(0)
     groups, captions = torch.tensor([0, 1, 2, 3, 0, 5, 6, 7, 8, 9]), torch.tensor([0, 0, 1, 2, 3, 5, 6, 7, 8, 9, 9, 4])
-    x, y = torch.randn(10, 4).round(), torch.randn(12, 4).round()  # with equal similarities
+    x, y = torch.randn(10, 4).round(), torch.randn(12, 4).round()  # rounded features, so that similarities are equal
     monkeypatch.setattr(worker, "MATRIX", matrix)
     split = types.SimpleNamespace(image_features=x, text_features=y, groups=groups, caption_groups=captions)
     shown = range(0, 10, 2 if matrix < 120 else 1)
@@ -262,7 +262,7 @@ def test_rows_of_an_effect():
         {"base": made_up(b, 1, 0.5), "variant": made_up(v, 2, 0.4)} for b, v in ((0.10, 0.14), (0.12, 0.20), (0.14, 0.14))
     ]
     every, a, _, auc = tables.effect_rows("g", "e", pairs)
-    # Split a: means of both directions are recall + 0.1; split b: recall / 2 + 0.1.
+    # Means over both directions are recall + 0.1 in split a, and recall / 2 + 0.1 in split b.
     assert (a["measure"], a["split"], a["base"], a["variant"]) == ("R@1", "a", 22.0, 26.0)
     assert (a["base std"], a["variant std"]) == (2.0, 3.464)
     assert (a["difference"], a["difference std"]) == (4.0, 4.0)

@@ -14,7 +14,7 @@ M, N, K, TILE, WARPS = 96, 160, 64, 32, 4  # of tests/support/bound_product.py
 
 
 def run(*command):
-    """Python in a process of its own, since Triton may be loaded as an interpreter here."""
+    """Runs Python in a process of its own, since this process may have loaded Triton as an interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, *command], env=environment | {"PYTHONPATH": PYTHONPATH}, capture_output=True, text=True, cwd=ROOT
@@ -25,18 +25,18 @@ def run(*command):
 
 @needs_triton
 def test_a_product_of_known_size():
-    """A kernel out = a b + bias, which its condition admits, then sum += out bᵀ in float32 with zeros before it and a copy
-    from the host after it."""
+    """The program: a kernel out = a b + bias, whose branch counts as taken; zeros; sum += out bᵀ in float32; a copy from
+    the host."""
     for found in json.loads(run("tests/support/bound_product.py")[-1]):
         assert found["multiply_adds"] == M * N * K
         assert found["tensor"] > 0
         programs = (M // TILE) * (N // TILE)
         *of_products, of_condition, of_rows = found["asked"]
         assert of_products == 2 * [programs * TILE * K * 2]
-        assert of_condition == programs * 4 * WARPS  # lanes that read one number ask once
+        assert of_condition == programs * 4 * WARPS  # lanes that read the same number read it once
         assert programs * 4 * TILE <= of_rows <= programs * 4 * TILE * WARPS
         assert found["stored"] == 2 * M * N
-        sums = 3 * 4 * M * K  # zeros, then read and written
+        sums = 3 * 4 * M * K  # zeros are written, then read and written
         assert found["bytes"] == 2 * M * N + 4 * (M + 1) + sums + (2 + 4) * (M * N + K * N)
         assert found["operand_bytes"] == 2 * (M * K + K * N) + 4 * (M * N + K * N)
         assert found["block_bytes"] == 0

@@ -1,4 +1,4 @@
-"""The effects file: its errors, and which runs its effects are."""
+"""The effects file: its errors, and the runs that its effects stand for."""
 
 import re
 

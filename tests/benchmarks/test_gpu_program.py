@@ -1,4 +1,4 @@
-"""benchmarks.gpu on a CPU, with peers that fail: every one becomes a row with its reason, and what was measured stays."""
+"""benchmarks.gpu on a CPU, with peers that fail: each peer becomes a row with its reason, and measured rows stay."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def rows_of(path):
 
 @pytest.fixture
 def peers(monkeypatch, tmp_path):
-    """Peers that fail in each way, none that is compiled, and an nvidia-smi."""
+    """Makes peers that fail in each way, compiles none, and makes an nvidia-smi."""
 
     def overflows(b):
         return (b.image * b.scale).sum() * 1e9
@@ -62,7 +62,7 @@ def peers(monkeypatch, tmp_path):
 
 
 def few_cases(monkeypatch):
-    """One objective, one kernel of Triton to compile, and one of CUDA C++, without nvcc."""
+    """Leaves one objective, one kernel of Triton to compile, and one of CUDA C++, without nvcc."""
     monkeypatch.setattr(training_forms, "OBJECTIVES", training_forms.OBJECTIVES[:1])
     monkeypatch.setattr(calls, "LOSSES", {"sigmoid": ("sigmoid",)})
     monkeypatch.setattr(calls, "LENGTHS", (50,))
@@ -75,7 +75,7 @@ OPTIONS += ["--models=siclip-tiny-emoji"]
 
 
 def commands(folder, monkeypatch, code):
-    """In place of `python -m simplclip`: prints its words; its selftest ends with this code."""
+    """Replaces `python -m simplclip` by a script that prints its command; its selftest exits with `code`."""
     script = folder / "python"
     script.write_text(f'#!/bin/sh\necho "ran $3"\n[ "$3" != selftest ] || exit {code}\n')
     script.chmod(0o755)
@@ -117,7 +117,7 @@ def test_a_dry_run(peers, monkeypatch, tmp_path, capfd):
     monkeypatch.setitem(gpu.OPS, "failing", lambda o: iter([failing]))
     gpu.main([*options, "--at-once", "--ops", "losses,kernels,block,attention,failing"])
     shown = capfd.readouterr().out
-    assert "\n\nlosses: contrastive" not in shown  # in the file
+    assert "\n\nlosses: contrastive" not in shown  # the file has it already
     assert "not predicted, RuntimeError: bf16.cu: expected nvcc" in shown
     assert "ZeroDivisionError: division by zero" in (out / "summary.txt").read_text()
     after = rows_of(rows_file)
@@ -135,7 +135,7 @@ def test_a_dry_run(peers, monkeypatch, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_whole_models(monkeypatch, tmp_path, capfd):
-    """Steps, batches and the loader of a small model, after a selftest and tune."""
+    """Measures steps, batches and the loader of a small model, after a selftest and tune."""
     monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "cpu"
     gpu.main([*OPTIONS, "--out", str(out), "--ops", "steps,batches,loader"])
@@ -185,7 +185,7 @@ def test_the_largest_batch_is_found_in_few_tries(most):
     assert found <= most
     assert len(tried) <= 7
     if 200 <= most <= 400:
-        assert found >= most - 16  # a sixteenth of where it starts
+        assert found >= most - 16  # the search is exact up to a sixteenth of its start
 
 
 def test_it_stops_where_nothing_can_be_measured(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: help without extras, errors in one line, and the whole way by subprocess."""
+"""The command line: help without extras, errors in one line, and a whole workflow by subprocess."""
 
 import json
 import os
@@ -27,12 +27,12 @@ def call(*arguments):
 
 
 def process(*words):
-    """The same in a process of its own; words: those behind "python"."""
+    """Runs Python in a process of its own. words: the arguments behind "python"."""
     return subprocess.run([sys.executable, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def test_help_needs_the_core_only():
-    """With everything of the extras out of reach."""
+    """Help works while no package of the extras can be imported."""
     code = """
 import sys
 import time
@@ -57,7 +57,7 @@ app()
 
 
 def test_the_module_is_the_command():
-    """`python -m simplclip` against what the console script of pyproject.toml calls: output, errors and exit code."""
+    """`python -m simplclip` and the console script of pyproject.toml have the same output, errors and exit code."""
     module, function = re.search(r'^simplclip = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).groups()
     script = f"import sys; from {module} import {function}; sys.argv[0] = 'simplclip'; {function}()"
     as_script, as_module = (process(*words, "train", "missing.yaml") for words in (("-c", script), ("-m", "simplclip")))
@@ -104,7 +104,7 @@ def test_what_a_user_gets_wrong_ends_in_one_line(tmp_path, monkeypatch, argument
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
-        return json.loads("{")  # a ValueError, but none of ours
+        return json.loads("{")  # a ValueError that is not a UserError
 
     monkeypatch.setattr(evaluation, "evaluate", broken)
     result = call("evaluate", "x.pt", "--data", "x.tar")

@@ -1,4 +1,4 @@
-"""Commands under torchrun: what two ranks do together is what one process does, byte for byte."""
+"""Commands under torchrun: the results of two ranks are those of one process, byte for byte."""
 
 import json
 
@@ -30,14 +30,14 @@ COMMANDS = {
     ],
     "embed": ["embed", "../data/train-*.tar", "--model", OF_FILE, "--out", "images.npz", "--batch-size", "7"],
     "embed texts": ["embed", "--texts", "../lines.txt", "--model", OF_FILE, "--out", "t.npz", "--batch-size", "2"],
-    # The second shard, of which the second rank begins, is none.
+    # The second shard, the first of the second rank, is not a tar.
     "error": ["teacher", "../bad-{0..2}.tar", "--out", "bad", *TEACHER],
 }
 
 
 @pytest.fixture(scope="module")
 def did(tmp_path_factory):
-    """What one process and two ranks said, and their folders."""
+    """Returns the outputs of one process and of two ranks, and their folders."""
     folder = tmp_path_factory.mktemp("commands")
     captioners.register(folder)
     torch.save(captioners.build().state_dict(), folder / "coca.pt")
@@ -47,7 +47,7 @@ def did(tmp_path_factory):
         write(folder / "data" / f"train-{3 + number}.tar", samples)
         write(folder / f"bad-{number}.tar", samples) if number != 1 else (folder / "bad-1.tar").write_bytes(b"no tar" * 200)
         (folder / f"{number}.png").write_bytes(png(number))
-    # Texts of ten classes are encoded together.
+    # More classes than the ten whose texts are encoded together.
     (folder / "names.txt").write_text("\n".join([*tiny.COLOURS, *(f"colour {number}" for number in range(9))]))
     (folder / "lines.txt").write_text("red ring\nblue\n\na green bar\nx\ny\nz\n")
     (folder / "plan.json").write_text(json.dumps(COMMANDS))

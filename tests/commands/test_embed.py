@@ -1,4 +1,4 @@
-"""`simplclip embed`: features in files, and what is found there by text and by image."""
+"""`simplclip embed`: features in files, and search in them by text and by image."""
 
 import io
 import tarfile
@@ -25,7 +25,7 @@ def drawn(i):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two models; five pairs and three broken samples in shards, the same images in a folder."""
+    """Makes two models, five pairs and three broken samples in shards, and the same images in a folder."""
     folder = tmp_path_factory.mktemp("embed")
     write_models(folder)
     torch.manual_seed(9)
@@ -97,7 +97,7 @@ def test_find_is_exact_over_many_parts(folder, model, encoder, expected, tmp_pat
 
 
 def test_an_image_is_no_hit_of_its_own(folder, model, tmp_path, monkeypatch):
-    """Of a table it has as many rows as captions; another file with the same pixels is a hit."""
+    """A table has as many rows of an image as captions, and none is a hit; another file with the same pixels is a hit."""
     images = [folder / "images" / f"{name}.png" for name in NAMES]
     copy = tmp_path / "copy.png"
     copy.write_bytes(images[2].read_bytes())
@@ -132,7 +132,7 @@ def test_texts(folder, model, encoder, tmp_path):
 
 
 def test_the_command_finds_and_draws(folder, model, tmp_path, monkeypatch):
-    monkeypatch.chdir(folder)  # the model's path is kept absolute
+    monkeypatch.chdir(folder)  # the stored path of the model is absolute
     options = ("--model", "open_clip:tiny/tiny.bin", "--workers", 0, "--device", "cpu")
     result = call("embed", "a-0.tar", "a-1.tar", *options, "--out", tmp_path / "f.npz")
     assert result.exit_code == 0, result.output
@@ -180,7 +180,7 @@ def test_another_model_is_an_error_and_one_that_has_moved_may_be_named(folder, m
     line = one_line("embed", tmp_path / "f.npz", "--find", "a ring", "--model", other)
     assert f"open_clip:tiny with fingerprint {encoder.fingerprint()}, got open_clip:tiny" in line
     assert simplclip.load(other).fingerprint() in line
-    assert embedding.find(tmp_path / "f.npz", "a ring", model=encoder)  # an encoder that is already there
+    assert embedding.find(tmp_path / "f.npz", "a ring", model=encoder)  # an encoder that is loaded already
     (tmp_path / "m.pt").write_bytes((folder / "tiny.bin").read_bytes())
     made(folder, tmp_path / "g.npz", model=f"open_clip:tiny/{tmp_path / 'm.pt'}")
     (tmp_path / "m.pt").rename(tmp_path / "moved.pt")

@@ -1,4 +1,4 @@
-"""simplclip selftest: what it runs, that kernels which are wrong on purpose are found, that what is taken out is not used."""
+"""simplclip selftest: its calls; wrong kernels are found; what is taken out is not used."""
 
 import collections
 import importlib.metadata
@@ -31,14 +31,14 @@ KEY = "parallel_mlp cpu float32"
 
 
 def spoiled(how, *of_selftest, **environment):
-    """`simplclip selftest` in a process whose kernels are wrong. how: as spoiled.py takes it."""
+    """Runs `simplclip selftest` in a process with wrong kernels. how: as in spoiled.py."""
     environment = {**os.environ, "SPOIL": how, "PYTHONPATH": PYTHONPATH, "NO_COLOR": "1", **environment}
     command = [sys.executable, str(SUPPORT / "spoiled.py"), "selftest", "--device", "cpu", *of_selftest]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def test_what_is_tested_here():
-    """Each op on each backend that serves it, in each dtype; with --full compiled too."""
+    """Each op is tested on each backend that serves it, in each dtype; with --full compiled too."""
     found = collections.defaultdict(set)
     for row in selftest.rows_of("cpu", True, DRAW):
         found[row.op, row.backend].add(row.precision)
@@ -87,7 +87,7 @@ def test_the_quick_choice_has_every_option():
 @needs_cpu_kernels
 @pytest.mark.slow
 def test_a_flipped_sign_is_found_named_and_taken_out(cache, tmp_path):
-    """Of one gradient in one dtype: neither other dtypes nor the attention of the block that fails too are taken out."""
+    """One gradient is wrong in one dtype. Other dtypes, and the attention of the block that fails too, are not taken out."""
     done = spoiled("flipped_sign parallel_mlp simplified_block", "--json", str(tmp_path / "result.json"))
     assert done.returncode == 1, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("taken out")] == [f"taken out: {KEY}"]
@@ -101,7 +101,7 @@ def test_a_flipped_sign_is_found_named_and_taken_out(cache, tmp_path):
     assert failed == {("parallel_mlp", "cpu", "float32"), *blocks}
     assert list(machine.known("failed", "cpu")) == [KEY]
 
-    honest = spoiled("without_extras feature_loss")  # what is not tested stays out until it is brought back
+    honest = spoiled("without_extras feature_loss")  # an op that is not tested stays out until --reset
     assert honest.returncode == 0, honest.stderr
     assert f"taken out by an earlier run: {KEY}" in honest.stdout
     machine.forget()
@@ -115,7 +115,7 @@ def test_a_flipped_sign_is_found_named_and_taken_out(cache, tmp_path):
 @needs_cpu_kernels
 @pytest.mark.slow
 def test_other_faults_are_found(cache):
-    """A crash fails its row alone; the rows behind it are run."""
+    """A crash fails only its row; later rows run."""
     done = spoiled("one_fault_a_dtype feature_loss")
     assert done.returncode == 1, done.stderr
     for told in (
@@ -176,7 +176,7 @@ def wrong_gradient(monkeypatch):
 
 @needs_cpu_kernels
 def test_the_next_backend_serves_for_what_is_taken_out(cache, wrong_gradient):
-    """Forward and backward, in one dtype; forced it raises with the reason; doctor says it."""
+    """The next backend serves forward and backward in one dtype; forcing the failed one raises; doctor says why."""
     before = call()
     machine.store("failed", "cpu", {KEY: "a reason", "parallel_mlp reference float32": "never"})
     torch.testing.assert_close(call(), -before)
@@ -205,7 +205,7 @@ def test_the_next_backend_serves_for_what_is_taken_out(cache, wrong_gradient):
 @needs_cpu_kernels
 @pytest.mark.slow
 def test_training_is_right_without_what_is_taken_out(cache, tmp_path, request):
-    """And says once what it does without."""
+    """Training is right, and warns once of the backend that it does without."""
 
     def losses(name):
         text = go(tiny.settings(tmp_path, "run.steps=3", f"run.out={tmp_path / name}"))
@@ -243,7 +243,7 @@ def test_what_the_command_prints_writes_and_stores(cache, tmp_path, monkeypatch)
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["rows"][0]["failures"][0]["call"] == "shaped_attention: q [1, 2]"
     assert list(written["taken_out"]) == list(machine.known("failed", "cpu")) == ["shaped_attention sdpa float16"]
-    monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "a.json"))  # no folder
+    monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "a.json"))  # a file in place of a folder
     machine.forget()
     again = CliRunner().invoke(app, [*arguments, "--full"])
     assert again.exit_code == 2
@@ -251,7 +251,7 @@ def test_what_the_command_prints_writes_and_stores(cache, tmp_path, monkeypatch)
 
 
 def test_a_forced_backend_does_not_hide_the_others(monkeypatch):
-    monkeypatch.setattr(backends, "_forced", "sdpa")  # as SIMPLCLIP_BACKEND does
+    monkeypatch.setattr(backends, "_forced", "sdpa")  # sets what SIMPLCLIP_BACKEND sets
     row = selftest.prove(selftest.Row("feature_loss", "reference", "float32"), "cpu", full=False)
     assert (row.calls, row.failures) == (14, [])
     assert backends.forced() == "sdpa"
@@ -265,7 +265,7 @@ def test_devices(command):
 
 
 def test_what_is_blamed():
-    """A block is explained by its attention; the terms of a loss, in float32, do not explain its other dtypes."""
+    """A wrong attention explains a wrong block; a loss's terms, in float32, do not explain failures in its other dtypes."""
     failure = lambda *ran: [selftest.Failure(f"{ran[0]} is\n wrong", ran=list(ran))]  # noqa: E731
     rows_failed = [
         selftest.Row("simplified_block", "triton", "bfloat16", failures=failure("a triton bfloat16", "m triton bfloat16")),

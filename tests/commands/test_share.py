@@ -30,7 +30,7 @@ CAUSAL = torch.full((12, 12), float("-inf")).triu(1)
 
 
 def lively(model):
-    """Weights that make attention maps differ."""
+    """Gives a model weights that make attention maps differ."""
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("ln_q", "ln_k", "alpha", "layer_scale_1")):
@@ -59,7 +59,7 @@ def of_open_clip(block, x):
     return [norm(t.unflatten(-1, (2, -1))).flatten(2) for norm, t in zip(norms, (q, k))]
 
 
-# the model; its tower; the tower's inputs and blocks; q and k of a block from its input, both [B, L, C]; the mask
+# name -> the model; its tower; the tower's inputs and blocks; q and k [B, L, C] of a block from its input; the mask
 TOWERS = {
     "open_clip, causal": (clip, "text", TEXT, lambda m: m.transformer.resblocks, of_open_clip, CAUSAL),
     "open_clip, norms of q and k": (
@@ -122,13 +122,13 @@ def test_blocks_that_differ_in_heads_are_not_compared_or_merged():
 def test_groups_for_a_budget():
     divergence = torch.tensor([[0.0, 0.3, 0.2, 0.2], [0.3, 0.0, 0.1, 0.4], [0.2, 0.1, 0.0, 0.26], [0.2, 0.4, 0.26, 0.0]])
     qk, mlp, whole = 2 * 24 * 24, 2 * 24 * 96 + 96 + 24, count_parameters(simplify(clip())[0])["text"]
-    # 1 and 2 first; then 0 joins them for the mean of 0.3 and 0.2, which is less than 3 would for that of 0.4 and 0.26
+    # 1 and 2 join first. Then 0 joins them at the mean of 0.3 and 0.2; 3 would join at the mean of 0.4 and 0.26, later.
     one, two, all_four = [[1, 2]], [[0, 1, 2]], [[0, 1, 2, 3]]
     for budget, expected in (
         (whole, {"attention": None, "mlp": None, "all": None}),
         (whole - 1, {"attention": one, "mlp": one, "all": one}),
         (whole - qk - 1, {"attention": two, "mlp": one, "all": one}),
-        (whole - 2 * mlp - 1, {"mlp": all_four, "all": two}),  # attention alone cannot save so much
+        (whole - 2 * mlp - 1, {"mlp": all_four, "all": two}),  # attention alone cannot save this many parameters
     ):
         found = propose(clip(), "text", divergence, budget)
         assert {p["what"]: p["share"].get("text", {}).get(p["what"]) for p in found} == expected
@@ -144,10 +144,10 @@ def test_groups_for_a_budget():
 
 @pytest.fixture
 def share(tmp_path, monkeypatch):
-    """The command on shards and a model whose text blocks 1 and 2 are alike."""
+    """Runs the command on shards and a model whose text blocks 1 and 2 are alike."""
     shard, model = tiny.write_shard(tmp_path / "val-0.tar"), lively(clip())
     blocks = model.transformer.resblocks
-    # What these blocks add is the same in each channel, which a layer norm takes away: the next block sees the same.
+    # These blocks add the same to each channel, which a layer norm removes: the next block sees the same input.
     for layer in (blocks[1].attn.out_proj, blocks[1].mlp.c_proj):
         nn.init.zeros_(layer.weight)
         nn.init.ones_(layer.bias)

@@ -1,4 +1,4 @@
-"""`simplclip tune` takes what is faster here by more than the noise, and the ops' own call sites read what it took."""
+"""`simplclip tune` chooses what is faster here by more than the noise, and the ops read the choices."""
 
 import json
 import re
@@ -25,7 +25,7 @@ SHORT, LONG = (backends.choice_of("shaped_attention_fwd", torch.float32, length)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, cache):
-    """Samples are short, and nothing is known."""
+    """Makes samples short, and forgets all findings."""
     monkeypatch.setattr(tune, "SAMPLE_SECONDS", 0.001)
 
 
@@ -35,7 +35,7 @@ def stored(**choices):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The backends that ran, by op."""
+    """Yields a list of ops and the backends that ran them."""
     seen, select = [], backends.select
     monkeypatch.setattr(
         backends,
@@ -62,7 +62,7 @@ def slowed(function):
 
 
 def slow(op, name):
-    """The context in which a backend takes longer."""
+    """Returns a context in which a backend takes longer."""
     spoiled = backends.Implementation(slowed(backends.TABLE[op][name].function), backends.TABLE[op][name].why_not)
     return mock.patch.dict(backends.TABLE[op], {name: spoiled})
 
@@ -114,7 +114,7 @@ ALIKE = [1.0, 1.1, 0.9, 1.0, 1.2, 1.0, 0.95]
     [
         ([[0.9 * t for t in ALIKE]], True),
         ([[0.98 * t for t in ALIKE]], False),  # less than MARGIN
-        ([[0.6 * t for t in ALIKE[:5]] + [1.3 * t for t in ALIKE[5:]]], False),  # not in all repeats but one
+        ([[0.6 * t for t in ALIKE[:5]] + [1.3 * t for t in ALIKE[5:]]], False),  # not faster in all repeats but one
         ([[0.6 * t for t in ALIKE[:6]] + [1.3 * t for t in ALIKE[6:]]], True),
         ([[0.5 * t for t in ALIKE], [1.1 * t for t in ALIKE]], False),  # slower at a size
         ([[0.5 * t for t in ALIKE], [1.01 * t for t in ALIKE]], True),
@@ -139,7 +139,7 @@ def test_the_ops_read_what_was_chosen(ran):
     attend(70)
     attend(64)
     attend(129)
-    attend(70, lengths=torch.tensor([70, 3]))  # of another kind than what was measured
+    attend(70, lengths=torch.tensor([70, 3]))  # calls with lengths are not measured
     with backends.backend("cpu"):
         attend(70)
     assert [name for _, name in ran[::2]] == ["sdpa", "cpu", "cpu", "cpu", "cpu"]
@@ -190,7 +190,7 @@ def test_fake_tensors_and_compiled_graphs_know_it():
         keys.append(torch.compiler.config.cache_key_tag)
     assert len(set(kept)) == len(set(keys)) == 2
     compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in (9, 40, 70):  # sdpa up to 64 tokens
+    for length in (9, 40, 70):  # sdpa is chosen up to 64 tokens
         compiled(torch.randn(2, length, 2, 16, requires_grad=True)).backward()
 
 

@@ -1,4 +1,4 @@
-"""Batches of training, with a teacher's features or without: order, resuming, failing, with all workers."""
+"""Batches of training, with and without a teacher's features: order, resuming and failures for any number of workers."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ ALL = [f"k{i:03d}" for i in range(COUNT)]
 
 @pytest.fixture(scope="module")
 def pattern(tmp_path_factory):
-    """Three shards of unequal size, so that the workers do not run out together."""
+    """Writes three shards of unequal size, so that workers run out at different times."""
     folder = tmp_path_factory.mktemp("shards")
     for shard, (start, stop) in enumerate(((0, 5), (5, 19), (19, COUNT))):
         write(folder / f"train-{shard:06d}.tar", [sample(i) for i in range(start, stop)])
@@ -64,7 +64,7 @@ def test_drop_last_drops_less_than_a_batch_whatever_the_workers(pattern, workers
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "count"), [(2, COUNT), (3, COUNT), (3, 2)])
 def test_fewer_shards_than_workers_share_the_samples(tmp_path, workers, count):
-    path = write(tmp_path / "one.tar", [sample(0), *(sample(i) for i in range(count))])  # the first one's files twice
+    path = write(tmp_path / "one.tar", [sample(0), *(sample(i) for i in range(count))])  # files of the first sample twice
     reader = loader(path, workers=workers, batch_size=2, drop_last=False)
     assert sorted(keys(reader.epoch(0))) == ALL[:count]
     assert reader.skipped == {"duplicate file in tar": 3}  # counted by one worker
@@ -77,7 +77,7 @@ def test_shuffle_mixes_over_the_whole_epoch_and_differs_by_epoch_and_seed(patter
     assert len({tuple(order) for order in orders}) == 3
     assert all(order != sorted(order) for order in orders)
     assert keys(loader(pattern, shuffle=False, drop_last=False).epoch(3)) == ALL
-    # A full shuffle, not one within shards: the samples of each shard come in every half.
+    # The shuffle is one of the whole epoch, not of each shard: each half has samples of all shards.
     many = [keys(loader(pattern, drop_last=False).epoch(e)) for e in range(8)]
     assert any(int(order[0][1:]) >= 5 and int(order[1][1:]) < 5 for order in many)
 
@@ -142,7 +142,7 @@ def test_skip_batches_gives_the_rest_of_the_epoch(pattern, workers, drop_last):
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_state_skips_without_decoding(tmp_path, monkeypatch, workers):
-    """Also over broken samples and a shard that cannot be read."""
+    """The epoch also has broken samples and a shard that cannot be read."""
     broken = ("k100", {"png": png()[:40], "txt": b"torn"})
     paths = [write(tmp_path / f"{i}.tar", [sample(3 * i), broken, sample(3 * i + 1), sample(3 * i + 2)]) for i in range(7)]
     monkeypatch.setattr(parts, "RETRIES", ())
@@ -175,8 +175,8 @@ def test_a_state_skips_without_decoding(tmp_path, monkeypatch, workers):
         assert again.report() == report
         assert bits(again.state()) == bits(reader.state())
         rest = sum(len(batch["key"]) for batch in whole[number:])
-        assert workers or rest <= calls["tokenized"] <= calls["augmented"] <= rest + 2  # and what was left over
-    for path in paths[4:]:  # then there are fewer batches than the run has had
+        assert workers or rest <= calls["tokenized"] <= calls["augmented"] <= rest + 2  # leftover samples too
+    for path in paths[4:]:  # leaves fewer batches than the run has had
         os.remove(path)
         open(path, "w").close()
     assert list(make().epoch(1, len(whole), states[-1])) == []
@@ -200,7 +200,7 @@ def test_interrupting_the_process_group_leaves_workers_to_the_trainer(pattern):
 
 
 def test_a_worker_that_dies_while_other_batches_are_read(pattern):
-    """As one of training, which is to go on, during an evaluation, which has nothing to do with it."""
+    """A worker of training dies during an evaluation. Training restarts the worker; the evaluation is not affected."""
     whole = keys(loader(pattern, workers=1, batch_size=1).epoch(0))
     reader = loader(pattern, workers=1, batch_size=1)
     batches = reader.epoch(0)
@@ -264,7 +264,7 @@ def test_bad_counts(pattern, name, least, got):
 
 
 def features_of(number: int, captions: int) -> np.ndarray:
-    """Row r of sample n is n + r / 8 everywhere, so that a row says where it is from."""
+    """Returns features whose row r of sample n is n + r / 8 everywhere, so that a row identifies its sample."""
     return (number + np.arange(1 + captions)[:, None] / 8 + np.zeros(WIDTH)).astype(np.float16)
 
 

@@ -1,4 +1,4 @@
-"""Files to pixels: what they are in each format and mode, what is refused, and which decoder is asked."""
+"""Decoding: what each format and mode becomes, what is refused, and which decoder runs."""
 
 import io
 import zlib
@@ -76,7 +76,7 @@ def test_sixteen_bits_are_scaled():
     grey = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
     found = decode(encode(Image.fromarray(grey), "PNG"))
     assert torch.equal(found, torch.from_numpy((grey >> 8).astype(np.uint8)).expand(3, 32, 32))
-    # A value of 16 bits may be transparent.
+    # A 16-bit value may be the transparent one.
     clear = bytearray(encode(Image.fromarray(grey), "PNG"))
     chunk = b"tRNS" + (0).to_bytes(2, "big")
     where = clear.index(b"IDAT") - 4
@@ -114,12 +114,12 @@ def test_half_transparent_pixels_and_the_first_frame_of_an_animation(form, optio
 
 def test_orientation_is_ignored(decoder):
     exif = Image.Exif()
-    exif[0x0112] = 6  # a viewer turns it by 90 degrees
+    exif[0x0112] = 6  # viewers turn the image by 90 degrees
     assert torch.equal(decode(encode(RGB, exif=exif)), decode(PLAIN["jpg"]))
 
 
 def broken_png(side):
-    """Its header claims side x side pixels."""
+    """Returns a PNG whose header claims side x side pixels."""
     small = bytearray(encode(Image.new("RGB", (4, 4)), "PNG"))
     small[16:24] = side.to_bytes(4, "big") * 2
     small[29:33] = zlib.crc32(bytes(small[12:29])).to_bytes(4, "big")
@@ -154,7 +154,7 @@ def test_an_image_of_too_many_pixels_is_not_decoded(decoder, kind, monkeypatch):
 def test_the_limit_is_pillows_and_may_be_raised(monkeypatch):
     assert reason(size_of, broken_png(10_000)) == "image too large"
     assert size_of(broken_png(10_000), 10**8) == (10_000, 10_000)
-    assert size_of(broken_png(60_000), 60_000**2) == (60_000, 60_000)  # where Image.open raises an error of its own
+    assert size_of(broken_png(60_000), 60_000**2) == (60_000, 60_000)  # Image.open raises its own error at this size
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert size_of(broken_png(60_000)) == (60_000, 60_000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

@@ -1,6 +1,6 @@
-"""Mutated tars and indices: read in time, by no other error than that of a torn shard, and alike from a file and a stream.
+"""Mutated tars and indices: read in time, with no error but that of a torn shard, and equally from a file and a stream.
 
-One case again: pytest tests/data/test_fuzz.py --cases 1 --first-case NUMBER
+To repeat a case: pytest tests/data/test_fuzz.py --cases 1 --first-case NUMBER
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from simplclip.data.addresses import Address
 from simplclip.data.broken import BrokenSample, ShardError, Skipped
 from simplclip.data.shards import contents, read_shard
 
-SECONDS = 1.0  # of a core
+SECONDS = 1.0  # CPU time
 
 
 @contextlib.contextmanager
 def harmless(what):
-    """Fails, with the name of the case, for any error and after SECONDS."""
+    """Context that fails with the name of the case for any error, and after SECONDS."""
     with make.in_time(SECONDS, what):
         try:
             yield
@@ -31,7 +31,7 @@ def harmless(what):
 
 
 def read(url, **options):
-    """The samples of a shard with their files, or why they are broken; and what is counted. None if it cannot be opened."""
+    """Returns the samples of a shard with their files or damage, and the counts; None if the shard cannot be opened."""
     skipped, found = Skipped(), []
     try:
         for sample in read_shard(url, skipped, every=True, **options):
@@ -76,7 +76,7 @@ def test_mutated_archives(tmp_path, monkeypatch, archives):
 
 
 def test_mutated_indices(tmp_path, archives):
-    """One that is not used is named in a warning; then the samples are those of the headers. One that is used is harmless."""
+    """An unused index is named in a warning, and samples are those of the headers. A used index does no harm."""
     used = 0
     for number in archives:
         draw = random.Random(f"index/{number}")

@@ -98,6 +98,6 @@ def test_pictures_reads_what_is_asked_for(pattern, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_is_fetched_once_whatever_the_workers(pattern, tmp_path, workers):
     shard = pattern.replace("*", "1")
-    batches, _ = read(f"pipe:echo once >> {tmp_path / 'log'} && cat {shard}", workers)  # killed at the tar's end
+    batches, _ = read(f"pipe:echo once >> {tmp_path / 'log'} && cat {shard}", workers)  # killed when the tar ends
     assert [entry.key for _, _, entries in batches for entry in entries] == [f"k{i:03d}" for i in range(5, 19)]
     assert (tmp_path / "log").read_text() == "once\n"

@@ -1,7 +1,7 @@
-"""Archives, sidecars, indices and files of features that mean harm, and what is expected of each.
+"""Malicious archives, sidecars, indices and files of features, and the expected result for each.
 
-They are read as files and as streams, by training, evaluation, report, index and shrink, none of which hangs, writes outside
-its folder or takes much memory.
+Training, evaluation, report, index and shrink read them as files and as streams. None of these hangs, writes outside its
+folder or takes much memory.
 """
 
 import bz2
@@ -31,17 +31,17 @@ from simplclip.data.shards import contents, read_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 TORN, CLOSED, LARGE, SPARSE, TWICE = "torn tar", "unreadable shard", "file too large", "sparse file", "duplicate file in tar"
-OF_TARS = (TORN, TWICE)  # not of samples
+OF_TARS = (TORN, TWICE)  # counts of tars, not of samples
 GIB = 1 << 30
 
 
 def after(*parts, then=True):
-    """A sample, something else, and another sample."""
+    """Returns a tar with a sample, the given parts, and another sample."""
     return pair(1) + b"".join(parts) + (pair(2) if then else b"") + END
 
 
 def old_sparse(more):
-    """A file of the older form whose map has `more` further blocks, each but the last with the mark that one follows."""
+    """Returns a file of the older form whose map has `more` further blocks; each but the last is marked as continued."""
     block = bytearray(header("k3.png", 512, b"S"))
     block[386:410] = block[483:495] + block[483:495]
     block[482], block[483:495] = more > 0, b"77777777777\0"
@@ -50,14 +50,14 @@ def old_sparse(more):
 
 
 def new_sparse(*records):
-    """A file of 1 TiB with one block of data."""
+    """Returns a sparse file of 1 TiB with one block of data."""
     return pax(*(record(b"GNU.sparse." + key, value) for key, value in records)) + member(
         "k3.png", b"1\n0\n5\n".ljust(512, b"\0")
     )
 
 
 def bomb(size, piece=64 << 20):
-    """A .tar.gz with a file of `size` zeros between two samples, a thousandth as long."""
+    """Returns a .tar.gz, a thousandth as long as the `size` zeros of its file, which lies between two samples."""
     head, tail, deflate = (
         pair(1) + header("k3.png", size),
         member("k3.txt", b"x") + pair(2) + END,
@@ -74,7 +74,7 @@ def bomb(size, piece=64 << 20):
     )
 
 
-# name -> (a tar, the keys of the samples that are used, what is counted)
+# name -> (a tar, the keys of the samples that are used, the counts of damage)
 ARCHIVES = {
     "a size below zero": (lambda: after(header("k3.png", b"-0000001000\0")), [1], {TORN: 1}),
     "a binary size below zero": (lambda: after(header("k3.png", b"\xff" * 11 + b"\0")), [1], {TORN: 1}),
@@ -135,7 +135,7 @@ ARCHIVES = {
 
 
 def xz_of(size):
-    """A small .xz whose header asks for a dictionary of at least this size: the byte of it is changed, and the checksum."""
+    """Returns a small .xz whose header asks for a dictionary of at least this size, with a fitting checksum."""
     data = bytearray(lzma.compress(after(), preset=0))
     place = data.index(b"\x21\x01", 12)
     data[place + 2] = next(bits for bits in range(41) if (2 | bits & 1) << (bits // 2 + 11) >= size)
@@ -166,7 +166,7 @@ def in_time():
 
 @contextlib.contextmanager
 def in_memory(room=600 << 20):
-    """Within it this process may take so many bytes more than it has."""
+    """Context in which this process may take at most `room` bytes more than before."""
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     former = resource.getrlimit(resource.RLIMIT_AS)
@@ -200,7 +200,7 @@ def test_training_reads_what_it_can_and_counts_the_rest(folder, form, name):
 
 @pytest.mark.slow
 def test_evaluation_report_index_and_shrink(folder, tmp_path, monkeypatch):
-    """All archives at once; nothing is written but into the folders that are named."""
+    """All archives are read together; nothing is written outside of the given folders."""
     paths = {str(folder / f"{number:02d}.tar"): rest for number, (_, *rest) in enumerate(ARCHIVES.values())}
     opened = {path: rest for path, rest in paths.items() if CLOSED not in rest[1]}
     there = {*folder.iterdir(), *tmp_path.parent.iterdir()}
@@ -233,11 +233,11 @@ def test_evaluation_report_index_and_shrink(folder, tmp_path, monkeypatch):
 
 
 def test_names_that_no_terminal_takes(tmp_path):
-    """Of a tar and of a file in it: they are told of where the output is strict UTF-8, and move no cursor."""
+    """Names of a tar and of a file in it are printed where the output is strict UTF-8, without escape sequences."""
     key, page = "\udcff\udcfe\n\x1b[31m", tmp_path / "\udcff.tar"
     (tmp_path / "a.tar").write_bytes(after(*(member(key + suffix, PNG[:50]) for suffix in (".png", ".txt"))))
     page.write_bytes(b"<html>" * 999)
-    done = call("data", "index", "--decode", tmp_path / "a.tar", page, "--workers", "1")  # whose output is strict UTF-8
+    done = call("data", "index", "--decode", tmp_path / "a.tar", page, "--workers", "1")  # `call` has strict UTF-8 output
     assert done.exit_code == 0, done.output
     assert r"a.tar/\udcff\udcfe\n\x1b[31m" in done.stdout
     assert r"\udcff.tar" in done.output
@@ -245,7 +245,7 @@ def test_names_that_no_terminal_takes(tmp_path):
 
 @pytest.mark.slow
 def test_a_gibibyte_in_a_mebibyte(tmp_path):
-    """Of a file that is too large nothing is held, and those after it are read."""
+    """Nothing of a file that is too large is held, and later files are read."""
     path = tmp_path / "bomb.tar.gz"
     path.write_bytes(bomb(GIB))
     assert path.stat().st_size < 1.1 * 2**20
@@ -259,7 +259,7 @@ def test_a_gibibyte_in_a_mebibyte(tmp_path):
 
 
 def test_the_limit_is_of_a_sample_and_can_be_set(tmp_path):
-    """As a file and as a stream: two files of one key that have more together, and a file of exactly the limit."""
+    """As file and stream: two files of one key exceed the limit together; one file is exactly as large as the limit."""
     half, path = 3000, tmp_path / "a.tar"
     big = PNG + bytes(half - len(PNG))
     write(
@@ -273,7 +273,7 @@ def test_the_limit_is_of_a_sample_and_can_be_set(tmp_path):
         assert "a.tar/b: txt of 3,000 bytes, with the sample's other files 6,000, expected at most 3,001" in reader.report()
 
 
-# name -> a teacher's features in a sidecar, and what is said of them
+# name -> a teacher's features in a sidecar, and the error
 SIDECARS = {
     "of 10**12 numbers": (lambda: npy(descr="<f2", shape=(10**6, 10**6)), "expected 2,000,000,000,000 bytes"),
     "of fewer numbers than none": (lambda: npy(descr="<f2", shape=(-2, 8), data=bytes(32)), "expected an array of numbers"),
@@ -306,7 +306,7 @@ def bomb_of_names(archive):
     archive.writestr("names.npy", npy(descr="|u1", shape=(GIB // 4,), data=bytes(GIB // 4)), zipfile.ZIP_DEFLATED, 1)
 
 
-# name -> what it changes in an index: what its text says, its arrays, or the archive
+# name -> a change of an index: of its text, of its arrays, or of the archive
 INDICES = {
     "samples without number": {"about": {"samples": 10**30}},
     "fewer samples than none": {"about": {"samples": -1}},
@@ -342,7 +342,7 @@ def test_an_index_that_cannot_be_is_not_used(tmp_path, name):
         for part, array in parts.items():
             if part != change.get("without"):
                 archive.writestr(f"{part}.npy", npy(array))
-        warnings.simplefilter("ignore")  # a name twice
+        warnings.simplefilter("ignore")  # zipfile warns of a name that occurs twice
         change.get("archive", lambda archive: None)(archive)
 
     with in_memory():
@@ -357,7 +357,7 @@ def test_an_index_that_cannot_be_is_not_used(tmp_path, name):
         assert all(f"{shard}{index.SUFFIX} is not used" in str(one.message) for one in said)
 
 
-# name -> the members of a file of features that differ
+# name -> changed members of a file of features
 STORES = {
     "of more rows than there are": {"features": npy(descr="<f4", shape=(10**12, 4))},
     "of objects": {"features": npy(descr="|O", shape=(2, 4), data=bytes(64))},

@@ -1,4 +1,4 @@
-"""Indices of shards: they say what the tars say, are found, and are not used when they do not fit."""
+"""Indices of shards: they hold what the tars hold, are found, and are not used when they do not fit."""
 
 import bz2
 import functools
@@ -29,7 +29,7 @@ def make(patterns, **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two shards with what tars may hold: unicode and long names, upper case, other files, a file twice, broken samples."""
+    """Writes two shards with all that tars may hold: unicode and long names, upper case, other files, duplicates, damage."""
     odd = [
         ("grün/ключ", {"JPG": encode(photo(0, (40, 60))), "txt": b"ein Bild", "seg.png": png(3)}),
         ("long/" + "x" * 150, {"webp": png(1, (30, 20), "WEBP"), "json": b'{"captions": ["two words", "three", ""]}'}),
@@ -46,7 +46,7 @@ def folder(tmp_path):
 
 
 def without(monkeypatch):
-    """From now on headers cannot be read."""
+    """Makes reading of headers fail from now on."""
 
     def no_headers(*arguments, **options):
         raise AssertionError("a header was read")
@@ -89,7 +89,7 @@ def test_what_an_index_says(folder):
     assert found["samples"] == entry.samples == 6
     assert found["broken"].counts == {"duplicate file in tar": 1, "not an image": 1, "missing caption": 1}
     file = io.BytesIO()
-    photo(0, (40, 60)).save(file, "JPEG", icc_profile=b"\0" * (3 * build_index.HEAD))  # its size is far behind its start
+    photo(0, (40, 60)).save(file, "JPEG", icc_profile=b"\0" * (3 * build_index.HEAD))  # the size is far behind the start
     make(write(folder / "a.tar", [("a", {"jpg": file.getvalue(), "txt": b"one"})]))
     long = index.load(str(folder / "a.tar")).arrays("width", "height", "broken")
     assert [row.tolist() for row in long] == [[60], [40], [0]]
@@ -107,7 +107,7 @@ def test_a_loader_with_indices_gives_the_same_batches_without_headers(folder, mo
     without(monkeypatch)
     monkeypatch.setattr(shards, "COUNT_LIMIT", 0)
     fast = loader(str(folder / "*.tar"), **options)
-    assert fast.batches_per_epoch == -(-18 // 3)  # headers would be too many bytes
+    assert fast.batches_per_epoch == -(-18 // 3)  # the limit allows no reading of headers for the count
     for batch, same in zip(want, fast.epoch(0), strict=True):
         assert batch["key"] == same["key"]
         assert torch.equal(batch["image"], same["image"])
@@ -120,7 +120,7 @@ def test_finished_indices_are_kept(folder, tmp_path_factory):
     before = kills.digests(folder)
     by_three = tmp_path_factory.mktemp("three")
     build_index.run(pattern, out=by_three, workers=3, progress=False)
-    assert kills.digests(by_three).items() <= before.items()  # the bytes do not depend on the number of processes
+    assert kills.digests(by_three).items() <= before.items()  # the bytes of an index do not depend on the number of processes
     (folder / ".former.tar.index.npz.tmp").write_bytes(b"left by a run that was killed")
     assert make(pattern)["written"] == 0
     assert kills.digests(folder) == before
@@ -128,7 +128,7 @@ def test_finished_indices_are_kept(folder, tmp_path_factory):
     assert make(pattern)["written"] == 1
     assert kills.digests(folder)["odd-0.tar.index.npz"] == before["odd-0.tar.index.npz"]
     assert index.count(str(folder / "plain-0.tar")) == 5
-    assert make(pattern, decoded=True)["written"] == 2  # it is asked for more
+    assert make(pattern, decoded=True)["written"] == 2  # existing indices lack what `decoded` adds
     assert make(pattern)["written"] == 0
 
 
@@ -136,7 +136,7 @@ def test_finished_indices_are_kept(folder, tmp_path_factory):
 def test_a_stale_index_is_named_and_not_used(folder, change):
     path = folder / "plain-0.tar"
     make(path)
-    os.utime(path, (1, 1))  # as a copy has it
+    os.utime(path, (1, 1))  # a copy has another modification time
     assert index.count(str(path)) == 12
     size = path.stat().st_size
     write(path, [sample(i) for i in (range(1, 13) if change == "same length" else range(20))])
@@ -158,7 +158,7 @@ def pickled(path):
 
 
 def outside(path):
-    """Of the right shard, but with a place behind its end."""
+    """Writes an index of the right shard with an offset behind the shard's end."""
     entry = index.load(str(path).removesuffix(index.SUFFIX))
     names, offset, size = entry.arrays("names", "offset", "size")
     index.write(path, entry.about, {"names": names, "offset": offset + (1 << 40), "size": size})
@@ -178,12 +178,12 @@ def test_a_damaged_index_is_named_and_not_used(folder, damage):
     damage(folder / "plain-0.tar.index.npz")
     with pytest.warns(UserWarning, match="plain-0.tar.index.npz is not used: "):
         assert len(list(read_shard(str(path), Skipped()))) == 12
-    if damage is not outside:  # whose counts are right
+    if damage is not outside:  # its counts are right
         assert make(path)["written"] == 1
 
 
 def test_an_index_knows_no_other_file_and_those_of_earlier_versions_are_read(folder):
-    """Whatever it holds, it is read from the shard that it lies beside."""
+    """Whatever file names an index holds, samples are read from the shard beside the index."""
     make(folder / "plain-0.tar")
     path = folder / "plain-0.tar.index.npz"
     entry = index.load(str(folder / "plain-0.tar"))
@@ -264,7 +264,7 @@ def test_killed_at_any_moment(tmp_path):
 
 @pytest.mark.slow
 def test_skipping_is_fast(tmp_path, monkeypatch):
-    """At least 20,000 samples a second are asked of one process; the machine may be busy."""
+    """The bound is 20,000 samples a second in one process, low enough for a busy machine."""
     _, files = sample(0)
     path = write(tmp_path / "a.tar", [(f"k{i:06d}", files) for i in range(6_000)])
     make(path)

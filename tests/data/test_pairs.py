@@ -1,4 +1,4 @@
-"""Where the pairs lie: lists, URLs of a server that fails in every way, commands, weights; states; dead workers."""
+"""Sources of pairs: lists, URLs of a server that fails in every way, commands; weights; states; dead workers."""
 
 import contextlib
 import errno
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 
 
 def shard(folder, first=0, count=12):
-    """A tar of samples whose keys tell them apart."""
+    """Writes a tar of samples with distinct keys."""
     folder.mkdir(parents=True, exist_ok=True)
     return write(folder / f"train-{first:03d}.tar", [sample(i) for i in range(first, first + count)])
 
 
 def everything(source, **options):
-    """The keys of an epoch, and the loader."""
+    """Returns the keys of an epoch, and the loader."""
     reader = loader(source, **{"drop_last": False, "batch_size": 5} | options)
     return sorted(keys(reader.epoch(0))), reader
 
@@ -46,7 +46,7 @@ def quick(monkeypatch):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves a folder. faults: name -> what happens to its next requests, in order; the last one stays."""
+    """A server of a folder. faults: name -> faults of its next requests, in order; the last fault stays."""
 
     def do_GET(self):
         name = self.path.split("?")[0].strip("/")
@@ -61,7 +61,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         if fault != "chunked":
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-        if fault == "slow":  # nothing comes
+        if fault == "slow":  # sends nothing for a while
             self.server.release.wait(20)
             return None
         if fault == "chunked":
@@ -87,7 +87,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path):
-    """A local server of tmp_path / "served"."""
+    """Yields a local server of tmp_path / "served"."""
     (tmp_path / "served").mkdir()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         server.daemon_threads = True
@@ -110,9 +110,9 @@ def test_urls_with_brace_patterns(server, workers):
     source = f"{server.url}/train-0{{00,12,24}}.tar"
     found, reader = everything(source, workers=workers)
     assert found == names(0, 36)
-    assert reader.batches_per_epoch is None  # nothing is downloaded to count it
+    assert reader.batches_per_epoch is None  # counting would need a download
     local = loader(str(server.folder / "*.tar"), drop_last=False, batch_size=5, workers=workers)
-    assert bits(list(reader.epoch(1))) == bits(list(local.epoch(1)))  # the same as from files
+    assert bits(list(reader.epoch(1))) == bits(list(local.epoch(1)))  # batches are the same as from files
 
 
 def test_compressed_tars_and_signed_urls(server):
@@ -139,7 +139,7 @@ def test_a_server_that_fails(server, quick, monkeypatch, fault, mends):
     assert reader.skipped == {"unreadable shard": 1}
     read = [key for key in found if key < "k012"]
     assert [key for key in found if key >= "k012"] == names(12, 12)
-    assert read == names(0, len(read))  # what was read before the break is used
+    assert read == names(0, len(read))  # samples before the break are used
     assert (0 < len(read) < 12) == (fault in ("cut", "reset", "chunked"))
     reason = {"404": "HTTP Error 404", "slow": "sent nothing for 0.5 seconds", "cut": "bytes before the end"}
     assert reason.get(fault, "cannot be read to its end") in reader.report()
@@ -181,7 +181,7 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, quick, monkeypatch, mends):
 def test_commands(tmp_path, quick):
     for first in (0, 12):
         shard(tmp_path, first)
-    # The second is named as a file, and the first runs on after its tar.
+    # The second shard is named like a file; the first command runs on after its tar has ended.
     found, reader = everything(
         [f"pipe:cat {tmp_path}/train-000.tar; sleep 60", f"pipe:gzip -c {tmp_path}/train-{{012,012}}.tar"]
     )
@@ -213,7 +213,7 @@ def test_commands_that_fail(tmp_path, quick, monkeypatch, command, used, reason)
     assert (0 < len(read) < 40) == used
     assert reader.skipped == {"unreadable shard": 1}
     assert reason in reader.report()
-    assert (tmp_path / "runs").read_text() == "\n" * 3  # the first try and two more
+    assert (tmp_path / "runs").read_text() == "\n" * 3  # one line for the first try and two more for retries
     assert time.monotonic() - began < 8
 
 
@@ -236,7 +236,7 @@ def test_list_files(tmp_path, server):
 
 
 def test_a_command_is_taken_from_the_caller_alone(tmp_path):
-    """Whoever gives away data must not run commands with it."""
+    """Data from elsewhere must not run commands: only the caller may give one."""
     evil = f"pipe:touch {tmp_path}/harm; cat {shard(tmp_path)}"
     (tmp_path / "list.txt").write_text(f"train-000.tar\n{evil}\n")
     with pytest.raises(
@@ -251,7 +251,7 @@ def test_a_command_is_taken_from_the_caller_alone(tmp_path):
     found, reader = everything(str(tmp_path / "later.csv"))
     assert (found, reader.skipped) == (["000000000"], {"not a local file": 2})
     (tmp_path / "names").mkdir()
-    write(tmp_path / "names" / "pipe:touch harm.tar", [sample(0)])  # a file of this name is a file
+    write(tmp_path / "names" / "pipe:touch harm.tar", [sample(0)])  # a file with this name is read as a file
     assert everything(str(tmp_path / "names" / "*.tar"))[0] == names(0, 1)
     assert not (tmp_path / "harm").exists()
 
@@ -261,7 +261,7 @@ def test_a_command_is_taken_from_the_caller_alone(tmp_path):
     ("kind", "workers"), [("url", 2), ("pipe", 0), ("csv", 2), ("folder", 0), ("weighted", 2), ("weighted", 0), ("list", 2)]
 )
 def test_states_and_skipping(tmp_path, server, monkeypatch, kind, workers, quick):
-    """Of each kind of source, with something broken in it."""
+    """Each kind of source is skipped and resumed with something broken in it."""
     monkeypatch.setattr(tables, "ROWS", 3)
     monkeypatch.setattr(folders, "ROWS", 3)
     for first in (0, 12, 24):
@@ -313,15 +313,15 @@ def test_weights_are_how_often_an_epoch_has_a_sample(tmp_path):
             share = several[least + 1] / 400
             assert share == pytest.approx(weight - least, abs=0.08 if weight != 2 else 0)
             drawn.append(frozenset(key for key, count in counts.items() if count > least and key < "k400"))
-        assert len(set(drawn)) == (1 if weight == 2 else 3)  # other samples in each epoch
+        assert len(set(drawn)) == (1 if weight == 2 else 3)  # each epoch draws other samples
     assert loader([{"shards": many, "weight": 2.5}, few], batch_size=10).batches_per_epoch == 101
-    # A sample that comes twice is augmented anew, and its captions are drawn anew.
+    # A sample that comes twice is augmented twice, and its captions are drawn twice.
     (batch,) = loader({"shards": few, "weight": 2}, batch_size=20).epoch(0)
     assert len({image.sum().item() for image in batch["image"]}) == 20
 
 
 def test_samples_of_files_of_the_same_name_are_not_the_same(tmp_path):
-    """img2dataset names its shards 00000.tar, and their samples alike, in each data set."""
+    """img2dataset gives shards (00000.tar) and samples the same names in each data set."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         plain = [(f"{i}", {"png": png(), "txt": b"x"}) for i in range(3)]
@@ -331,7 +331,7 @@ def test_samples_of_files_of_the_same_name_are_not_the_same(tmp_path):
     assert len(set(batch["group"].tolist())) == 6
     assert [part.name for part in data.parts_of(both)] == ["a/00000.tar", "b/00000.tar"]
     (alone,) = loader(str(tmp_path / "a" / "00000.tar"), batch_size=3, shuffle=False).epoch(0)
-    shutil.move(tmp_path / "a", tmp_path / "moved")  # the name does not depend on the folder where it need not
+    shutil.move(tmp_path / "a", tmp_path / "moved")  # the group ignores the folder if the file's name is unique
     (moved,) = loader(str(tmp_path / "moved" / "00000.tar"), batch_size=3, shuffle=False).epoch(0)
     assert bits(alone) == bits(moved)
 
@@ -393,7 +393,7 @@ def test_what_is_not_a_source(tmp_path):
 
 
 class Killer:
-    """A transform that kills its process at the first `times` times that `key` is met; a file counts them."""
+    """A transform that kills its process the first `times` times that it meets `key`; a file counts the kills."""
 
     def __init__(self, path, at, times):
         self.path, self.at, self.times = path, at, times

@@ -1,4 +1,4 @@
-"""Processes that share work, and what is said of its progress."""
+"""Processes that share work, and messages on its progress."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from simplclip.data.pool import cores, ordered, processes
 
 
 def ended(pid, seconds=20):
-    """Whether a process ends in time."""
+    """Waits for a process; whether it ends in time."""
     for _ in range(seconds * 20):
         try:
             with open(f"/proc/{pid}/stat") as file:
@@ -29,7 +29,7 @@ def ended(pid, seconds=20):
 
 
 def pid_of(_):
-    time.sleep(0.05)  # so that each process gets some
+    time.sleep(0.05)  # lets each process get some of the work
     return os.getpid()
 
 
@@ -102,7 +102,7 @@ def test_the_processes_of_a_killed_one_end():
 
 
 class Clock:
-    """Time that passes only when it is told to."""
+    """A clock that moves only when a test moves it."""
 
     now = 1000.0
 
@@ -119,7 +119,7 @@ def clock(monkeypatch):
 def test_lines_without_a_terminal(clock, capsys):
     with Progress("shrink", 10_000, 1_000) as bar:
         bar.update(10)
-        assert capsys.readouterr().err == ""  # what takes seconds says nothing
+        assert capsys.readouterr().err == ""  # work of a few seconds prints nothing
         clock.now += 10
         bar.update(490)
         assert capsys.readouterr().err == "shrink: 1,500 of 10,000 samples (15%), 50 samples/s, 02:50 left\n"
@@ -129,13 +129,13 @@ def test_lines_without_a_terminal(clock, capsys):
         clock.now += 3600
         bar.update(1)
         clock.now += 30
-        bar.update(1)  # later only once a minute
+        bar.update(1)  # after a while only one line a minute
         assert capsys.readouterr().err.count("\n") == 1
     assert capsys.readouterr().err == "shrink: 1,503 samples in 1:00:45\n"
     failing = Progress("shrink", 10)
     clock.now += 59
     failing.__exit__(ValueError)
-    assert capsys.readouterr().err == ""  # it is not done
+    assert capsys.readouterr().err == ""  # unfinished work prints no last line
 
 
 @pytest.mark.parametrize(

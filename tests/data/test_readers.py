@@ -1,4 +1,4 @@
-"""Every kind of input, read by every reader: its keys, captions and labels, or the one sentence that says why not."""
+"""Every kind of input in every reader: its keys, captions and labels, or the one sentence of the error."""
 
 import functools
 import gzip
@@ -27,7 +27,7 @@ ROWS = [("img/a.png", "one"), ("img/a.png", "two"), ("img/sub/b.png", "three")]
 OF_IMAGES = [("img/a.png", ["one", "two"], None), ("img/sub/b.png", ["three"], None)]
 OF_ROWS = [(f"{number:09d}", [text], None) for number, (_, text) in enumerate(ROWS)]
 OF_TAR = [("k0", ["one", "two"], "x"), ("k1", ["three"], None), ("k2", ["four"], None)]
-BARE, FIRST, MERGED = "bare", "first", "merged"  # no captions; of a json evaluation takes the first; it joins rows
+BARE, FIRST, MERGED = "bare", "first", "merged"  # no captions; evaluation takes a json's first; it joins rows
 KINDS = {
     "tar": ("t/p-0.tar", OF_TAR, FIRST),
     "compressed tar": ("z/p-0.tar.gz", OF_TAR, FIRST),
@@ -140,7 +140,7 @@ def evaluate(what, out, encoder):
 
 
 def written(what, out):
-    """What training reads of the sidecars in `out`, and of the shards beside it, if there are any."""
+    """Yields the samples that training reads from the sidecars in `out`, and from shards beside `out` if there are any."""
     shards = f"{out}.shards/*.tar" if Path(f"{out}.shards").exists() else what
     for part in data.parts_of(shards):
         for sample in data.parts.read_part(part, Skipped(), sidecars=[out]):
@@ -182,7 +182,7 @@ def packed(what, out, encoder):
 
 
 def expected(reader, samples, how, local):
-    """What a reader finds, or says."""
+    """Returns the result or error that a reader must give."""
     if reader is summarise:
         return len(samples)
     if reader is embed:
@@ -224,7 +224,7 @@ def test_every_reader_of_every_kind(folder, encoder, tmp_path, monkeypatch, kind
 
 
 def test_what_commands_say_of_a_table(folder, tmp_path, monkeypatch):
-    """By the options of a table too; what is missing is counted, and the sample of images is spread over its pieces."""
+    """Commands take a table's options; missing images are counted, and the sample of images is spread over the pieces."""
     monkeypatch.chdir(folder[0])
     monkeypatch.setattr(data.tables, "ROWS", 2)
     table(tmp_path / "t.csv", [(f"img/{name}.png", "x") for name in ("a", "sub/b", "gone", "a")], ("where", "what"), ";")
@@ -254,7 +254,7 @@ def test_a_command_that_fails_leaves_no_copies(folder, tmp_path, monkeypatch):
         assert told in one_line("teacher", "rows.csv", "--out", tmp_path / "out", *options)
         assert not [*tmp_path.iterdir()]
     options = ("--teacher", "open_clip:tiny", "--checkpoint", "tiny.pt", "--device", "cpu")
-    for _ in range(2):  # the second one keeps everything
+    for _ in range(2):  # the second run keeps all files
         result = call("teacher", "rows.csv", "--out", tmp_path / "out", *options)
         assert result.exit_code == 0, result.output
         assert "3 samples with features of open_clip:tiny, width 16" in result.output

@@ -1,4 +1,4 @@
-"""The report on shards: its figures are those of the files, with indices or without."""
+"""The report on shards: its figures are those of the files, with and without indices."""
 
 import json
 
@@ -12,7 +12,7 @@ from simplclip.data import build_index, report, shards, tar
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two shards of photographs, some broken, one key twice in a shard, one in both."""
+    """Writes two shards of photographs, some of them broken; one key occurs twice in a shard, another in both shards."""
     words = ["a", "picture", "of", "something", "that", "is", "not", "there"]
     images = [encode(photo(i, (40 + 10 * i, 90)), "PNG" if i == 2 else "JPEG") for i in range(4)]
     for shard in range(2):

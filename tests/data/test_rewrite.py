@@ -1,4 +1,4 @@
-"""Rewriting shards: nothing of a sample is lost, a crash at any moment is made good, and wrong folders are refused."""
+"""Rewriting shards: nothing of a sample is lost, work resumes after a crash at any moment, wrong folders are refused."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def run(shards, out, process=mark, *, stamp=STAMP, batch_size=4, **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two train shards and a held-out one, with their meta.json and licences."""
+    """Writes two train shards and a held-out shard, with their meta.json and licences."""
     source = tmp_path / "in"
     source.mkdir()
     for name, start, stop in (("train-0", 0, 7), ("train-1", 7, 12), ("held-0", 12, 15)):
@@ -56,7 +56,7 @@ def test_every_file_of_a_sample_is_kept(tmp_path, out):
 def test_the_folder_says_what_is_in_it(folder, out):
     sizes = []
     assert run(folder / "*.tar", out, lambda batch: sizes.append(len(batch)) or mark(batch))["samples"] == 15
-    assert sizes == [3, 4, 3, 4, 1]  # within a shard
+    assert sizes == [3, 4, 3, 4, 1]  # batches do not cross shards
     found = meta(out)
     assert (found["mark"], found["seed"]) == (STAMP["mark"], 3)
     assert {name: split["samples"] for name, split in found["splits"].items()} == {"held": 3, "train": 12}
@@ -102,7 +102,7 @@ def test_broken_samples_and_a_tear_are_counted_and_copied(tmp_path):
     found = members(tmp_path / "whole" / "a-0.tar")
     assert {name for name in found if "mark" in name} == {"k000.mark.npy", "k001.mark.npy"}
     assert {found["broken.npy"], found["only.cls"]} == {b"kept", b"1"}
-    assert whole["samples"] == 3  # that of a class alone is none for the loader
+    assert whole["samples"] == 3  # the loader cannot use a sample with only a class
 
     path.write_bytes(path.read_bytes()[: -tarfile.RECORDSIZE + 512])
     os.truncate(path, path.stat().st_size // 512 * 512 - 1024)
@@ -172,8 +172,8 @@ def test_an_error_leaves_whole_shards_only(folder, tmp_path, out):
 @pytest.mark.slow
 @pytest.mark.parametrize("sidecar", [pytest.param(False, marks=pytest.mark.prove), True])
 def test_killed_at_any_point(folder, tmp_path, sidecar):
-    """kill -9 at each batch and each line that writes a file, then the same command: no torn shard is seen, and it ends
-    as undisturbed."""
+    """kill -9 at each batch and each line that writes a file, then the same command: no shard is torn, and the command's
+    result is that of an undisturbed one."""
 
     def work(out, step):
         made = lambda batch: step() or [{"mark.npy": s.place.encode() * 2000} for s in batch]  # noqa: E731

@@ -1,4 +1,4 @@
-"""What each of several ranks reads of the same data, without processes: the ranks are threads."""
+"""The samples that each of several ranks reads of the same data. The ranks are threads."""
 
 import tarfile
 import threading
@@ -13,7 +13,7 @@ from simplclip.data.epoch import Share
 
 
 class Board:
-    """An exchange between threads."""
+    """An exchange of values between threads."""
 
     def __init__(self, ranks):
         self.ranks, self.said, self.change = ranks, {}, threading.Condition()
@@ -32,7 +32,7 @@ class Board:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """72 samples; of the second shard six pictures are broken, of the third two, of which one is the last."""
+    """Writes 72 samples. The second shard has six broken pictures; the third has two, one of them its last."""
     folder = tmp_path_factory.mktemp("shards")
     for number, broken in enumerate(([], [0, 1, 2, 3, 9, 14], [11, 23])):
         path = tiny.write_shard(folder / f"{number}.tar")
@@ -52,7 +52,7 @@ def loader(shards, **options):
 
 
 def read(shards, ranks, *where, **options):
-    """The keys of each batch by rank, and each loader."""
+    """Returns the keys of each batch by rank, and the loaders."""
     board = Board(ranks)
     loaders = [loader(shards, share=board.of(rank) if ranks > 1 else None, **options) for rank in range(ranks)]
 
@@ -66,7 +66,7 @@ def read(shards, ranks, *where, **options):
 @pytest.mark.parametrize("ranks", [2, 3, 12])
 @pytest.mark.parametrize("epoch", range(2))
 def test_batches_are_those_of_one_process(shards, ranks, epoch):
-    """In each batch the ranks have one process's samples in its order, each sample once, though some are broken."""
+    """In each batch the ranks have the samples of one process in its order, each sample once, although some are broken."""
     (expected,), (one,) = read(shards, 1, epoch)
     assert len(expected) == 5
     got, loaders = read(shards, ranks, epoch)
@@ -78,7 +78,7 @@ def test_batches_are_those_of_one_process(shards, ranks, epoch):
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 3), (2, 6)])
 def test_another_number_of_ranks_goes_on(shards, before, after):
-    """From the state that any rank saved, without decoding again what is done."""
+    """Loading resumes from a state that any rank saved, with another number of ranks."""
     (expected,), _ = read(shards, 1, 2)
     board = Board(before)
     for skip in range(1, 5):
@@ -90,7 +90,7 @@ def test_another_number_of_ranks_goes_on(shards, before, after):
 
 
 def test_the_rows_of_other_ranks_are_not_decoded(shards):
-    """Only what does not fill a worker's batch is, since it is joined with that of other workers."""
+    """Other ranks' rows are decoded only for a partial batch of a worker, which is joined with those of other workers."""
     decoded = []
     options = {
         "tokenizer": lambda texts: torch.zeros(len(texts), 1),

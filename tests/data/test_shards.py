@@ -1,4 +1,4 @@
-"""What a sample may be, and every kind of damage to it or to its shard."""
+"""Valid samples, and every kind of damage to a sample or its shard."""
 
 import io
 import json
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 
 
 def one(tmp_path, files, **options):
-    """The batch of a shard with one sample."""
+    """Returns the batch of a shard with one sample."""
     (batch,) = loader(write(tmp_path / "a.tar", [("a", files)]), batch_size=1, **options).epoch(0)
     return batch
 
@@ -63,15 +63,15 @@ def test_groups(tmp_path):
     write(tmp_path / "b.tar", [("c", same), ("b", plain), ("cat", plain)])
     batches = list(loader(str(tmp_path / "*.tar"), batch_size=5, shuffle=False).epoch(0))
     groups = batches[0]["group"].tolist()
-    assert groups[0] == groups[2]  # named alike
-    assert len(set(groups)) == 4  # the key "b" of another shard is another sample, and a key is no group's name
+    assert groups[0] == groups[2]  # both name the group "cat"
+    assert len(set(groups)) == 4  # equal keys in two shards are two samples, and a key is not a group's name
     assert all(0 <= group < 2**63 for group in groups)
-    # Pinned: the same in every process and version.
+    # The hash is pinned, since it must be the same in every process and version.
     assert groups[0] == shards.stable_hash("group/cat") >> 1 == 5663915147306578298
 
 
 def bomb(side):
-    """A PNG whose header claims side x side pixels."""
+    """Returns a PNG whose header claims side x side pixels."""
     small = bytearray(png())
     small[16:24] = side.to_bytes(4, "big") * 2
     small[29:33] = zlib.crc32(bytes(small[12:29])).to_bytes(4, "big")
@@ -103,7 +103,7 @@ def test_broken_samples_are_skipped_and_counted(tmp_path, workers):
     path = write(tmp_path / "a.tar", [pair for pairs in zip(good, broken) for pair in pairs])
     reader = loader(path, workers=workers, drop_last=False)
     expected = Counter(reason.split(" (")[0] for reason in DAMAGE)
-    for epoch in range(2):  # counted anew in each epoch
+    for epoch in range(2):  # each epoch counts anew
         assert sorted(keys(reader.epoch(epoch))) == [key for key, _ in good]
         assert reader.skipped == expected
     (report,) = reader.report().splitlines()
@@ -162,7 +162,7 @@ def test_a_shard_that_cannot_be_opened_names_itself(tmp_path, workers, why, monk
         path.unlink()
     elif why == "no permission":
         path.chmod(0)
-        os.seteuid(user or 65534)  # root may read every file
+        os.seteuid(user or 65534)  # root can read every file
     else:
         path.write_bytes({"not a tar": b"hello" * 999, "empty file": b""}.get(why, path.read_bytes()[:300]))
     start = time.monotonic()
@@ -192,5 +192,5 @@ def test_batches_per_epoch_comes_from_meta_json_if_it_fits(tmp_path, monkeypatch
     assert loader(path, batch_size=4).batches_per_epoch == 20
     monkeypatch.setattr(shards, "COUNT_LIMIT", 0)
     assert loader(path, batch_size=4).batches_per_epoch == 20
-    os.truncate(path, os.path.getsize(path) - 512)  # another file than the one that was listed
+    os.truncate(path, os.path.getsize(path) - 512)  # the shard is no longer the file that was listed
     assert loader(path, batch_size=4).batches_per_epoch is None

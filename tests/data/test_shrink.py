@@ -1,4 +1,4 @@
-"""Smaller images in new shards: what changes and what does not, and kills and full disks on the way."""
+"""Smaller images in new shards: what changes, what stays, and recovery from kills and full disks."""
 
 import functools
 import gzip
@@ -27,7 +27,7 @@ def run(shards, out, **options):
 
 
 def one(tmp_path, files, **options):
-    """The files of a sample after it was shrunk."""
+    """Returns the files of a sample after shrinking."""
     path = write(tmp_path / f"{len(list(tmp_path.iterdir()))}.tar", [("a", files | {"txt": b"one"})])
     out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
     summary = run(path, out, **options)
@@ -37,7 +37,7 @@ def one(tmp_path, files, **options):
 
 
 def difference(encoded, other):
-    """The mean difference of two images of one size, in levels."""
+    """Returns the mean difference of two images of one size, in levels."""
     first, second = (np.asarray(image, dtype=float) for image in (encoded, other))
     return np.abs(first - second).mean()
 
@@ -84,7 +84,7 @@ def grey16():
 
 def turned():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # stored turned by a quarter
     return encode(photo(0, (96, 128)), exif=exif)
 
 
@@ -106,7 +106,7 @@ def clear():
     ids=["16 bits", "transparent", "CMYK", "misnamed", "turned"],
 )
 def test_it_looks_as_training_sees_it(tmp_path, suffix, make):
-    """Of several images the one that is used is made smaller, and used afterwards."""
+    """Of several images only the one that training uses is shrunk, and training uses it afterwards."""
     encoded, other = make(), png(2, (96, 96), "WEBP")
     found, summary = one(tmp_path, {suffix: encoded} | ({} if suffix == "webp" else {"webp": other}))
     name = suffix if suffix[0] == "j" else "jpg"
@@ -141,7 +141,7 @@ def test_broken_samples_are_copied_and_counted(tmp_path):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Three shards of 20 photographs of two sizes, one of them compressed, and some broken ones."""
+    """Writes three shards of 20 photographs in two sizes, with some broken ones; one shard is compressed."""
     folder = tmp_path_factory.mktemp("shrink") / "in"
     folder.mkdir()
     images = [encode(photo(i, (120, 160) if i % 3 else (40, 60)), quality=95) for i in range(8)]
@@ -166,7 +166,7 @@ def shrunk(source, out, ready):
     run(source / "*.tar*", out, workers=2)
 
 
-@pytest.mark.prove  # its writer's kills are those of test_rewrite.py
+@pytest.mark.prove  # test_rewrite.py kills the same writer
 def test_killed_at_any_moment(source, tmp_path):
     before, whole = digests(source), tmp_path / "whole"
 
@@ -187,7 +187,7 @@ def test_finished_shards_are_kept(source, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_leaves_whole_shards(source, tmp_path, workers):
-    """Files cannot grow beyond 30 kB, as if the disk were full; then the same command goes on."""
+    """Files cannot grow beyond 30 kB, as on a full disk; then the same command succeeds."""
     said = tmp_path / "said"
 
     def limited():

@@ -1,4 +1,4 @@
-"""Sidecars: only what is new is written, joined by key while reading, in order; what does not fit is noticed."""
+"""Sidecars: only new files are written; they are joined by key during reading, in order; a misfit is noticed."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ STAMP = {"teacher": {"name": "made up", "width": 6, "logit_scale": 10.0}}
 
 
 def features(opened):
-    """Row r of sample n is n + r / 8 everywhere."""
+    """Returns features whose row r of sample n is n + r / 8 everywhere."""
     number = int(opened.files["__key__"][1:])
     rows = number + np.arange(1 + len(opened.captions))[:, None] / 8 + np.zeros(6)
     return {"teacher.npy": npy(rows.astype(np.float16))}
@@ -69,7 +69,7 @@ def test_only_what_is_new_is_written(folder, out):
     assert digests(folder) == before
     found = meta(out)
     assert found.items() >= STAMP.items()
-    assert "seed" not in found  # the data's own stay beside the data
+    assert "seed" not in found  # the entries of the data's own meta.json are not copied
     entry = found["splits"]["train"]["shards"]["train-1.tar"]
     assert (entry["samples"], entry["source"]) == (5, files.identity(folder / "train-1.tar"))
 
@@ -95,7 +95,7 @@ def test_of_one_suffix_the_last_folder_counts(folder, tmp_path):
     for order in ("ab", "ba"):
         found = read(folder / "train-0.tar", *(tmp_path / name for name in order))
         assert {shards.contents(s)["json"] for s in found.values()} == {order[-1].encode()}
-    # The views of an earlier teacher go with its features.
+    # A later teacher's features replace the views of an earlier teacher, too.
     run(folder / "*.tar", tmp_path / "c", lambda batch: [f | {"views.json": b"[{}]"} for f in teach(batch)])
     run(folder / "*.tar", tmp_path / "d")
     assert "views.json" in read(folder / "train-0.tar", tmp_path / "d", tmp_path / "c")["k000"]
@@ -213,7 +213,7 @@ def test_a_key_that_comes_again_is_counted_not_mistaken(tmp_path, out):
     found = read(path, out, skipped=skipped)
     assert skipped.counts == Counter({"duplicate key in tar": 1})
     assert shards.contents(found[key])["png"] == sample(0)[1]["png"]
-    assert len(read(path)) == 2  # and three samples without sidecars
+    assert len(read(path)) == 2  # three samples, but two keys
     assert len(list(shards.read_shard(path, Skipped()))) == 3
 
 

@@ -1,4 +1,4 @@
-"""Many samples through index and loader for four epochs, with broken ones and a shard that goes: exact counts, flat memory.
+"""Many samples in index and loader for four epochs, with damage and a shard that disappears: exact counts, flat memory.
 
 SIMPLCLIP_SOAK=1000000 runs it at the size of a real set (about 3 GB in the temporary folder).
 """
@@ -50,7 +50,7 @@ BROKEN = {
 
 
 def write(folder):
-    """Every hundredth sample is broken, each kind in turn. Returns the kinds in each shard, "" for whole ones."""
+    """Writes shards, in which every hundredth sample is broken. Returns counts of kinds by shard, "" for intact samples."""
     counts, kinds, number = {}, [*BROKEN], 0
     for shard in range(SHARDS):
         path = folder / f"{shard:05d}.tar"
@@ -73,7 +73,7 @@ def tokenizer(texts):
 
 
 def memory():
-    """Bytes of this process and of its loaders, what they share counted once."""
+    """Returns the bytes of this process and its loaders, with shared memory counted once."""
     me = psutil.Process()
     return sum(process.memory_full_info().pss for process in (me, *me.children()))
 
@@ -112,7 +112,7 @@ def test_counts_memory_and_resuming(tmp_path, monkeypatch):
         assert seen.max() == 1
         there = [found for file, found in counts.items() if epoch < 2 or file != gone]
         expected = sum(there, Counter())
-        if epoch == 1:  # how far the shard was read when it went depends on time
+        if epoch == 1:  # the part of the shard that was read before its removal depends on timing
             lost = skipped.pop("cannot be read", 0)
             if skipped.pop("unreadable shard", 0):
                 lost += counts[gone].total()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 
 @pytest.fixture
 def pictures(tmp_path):
-    """30 images in two folders, and rows of a table about them."""
+    """Writes 30 images in two folders; returns rows of a table about them."""
     for number in range(30):
         (tmp_path / f"images/{number % 2}").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"images/{number % 2}/p{number}.{'PNG' if number % 3 else 'img'}").write_bytes(png(number))
@@ -62,7 +62,7 @@ def test_rows_of_every_kind(tmp_path, pictures, monkeypatch):
     path = table(tmp_path / "odd.csv", [[file, text] for text in quoted])
     with open(path, "ab") as lines:
         lines.write(b"\n\r\n")  # empty lines
-        lines.write(f'{file},half a "quote\n'.encode())  # no quoted field
+        lines.write(f'{file},half a "quote\n'.encode())  # a quote inside a field that is not quoted
         lines.write(f"{tmp_path}/{file},absolute\r\n".encode())
         lines.write(b"alone\n" + file.encode() + b",\n,no path\nnone.png,gone\n" + file.encode() + b",\xff\xfe\n")
         lines.write(b"\x00\r\x00," + file.encode() + b"\n" + file.encode() + b",last")
@@ -71,7 +71,7 @@ def test_rows_of_every_kind(tmp_path, pictures, monkeypatch):
         text.removeprefix("\ufeff").strip()[:12].strip() for text in [*quoted, 'half a "quote', "absolute", "last"]
     )
     counted = reader.skipped
-    assert counted.pop("bad row") + counted.pop("cannot be read") == 3  # one of them is of either kind in other Pythons
+    assert counted.pop("bad row") + counted.pop("cannot be read") == 3  # the kind of one row depends on the version of Python
     assert counted == {"empty caption": 1, "missing image": 1, "caption not UTF-8": 1}
     keys_of = [found["__key__"] for part in data.parts_of(path) for found in read_part(part, Skipped())]
     assert keys_of == sorted(set(keys_of))
@@ -86,7 +86,7 @@ def test_separators(tmp_path):
         loader({"shards": path, "separator": ","})
 
 
-@pytest.mark.parametrize("rows", [9, 1500])  # fewer and more characters than csv takes in a field
+@pytest.mark.parametrize("rows", [9, 1500])  # a field of fewer and of more characters than csv's limit
 def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, monkeypatch, rows):
     monkeypatch.setattr(tables, "ROWS", 50)
     (tmp_path / "a.png").write_bytes(png())
@@ -103,7 +103,7 @@ def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, monkeypatch, rows)
 
 
 def test_what_is_held_of_a_large_table(tmp_path):
-    """Nothing for each row of a CSV file: its rows are counted, and found by the places of pieces."""
+    """No memory is held for a row of a CSV file: rows are counted, and found by the offsets of pieces."""
     import tracemalloc
 
     path = table(
@@ -144,7 +144,7 @@ def test_folders(tmp_path, monkeypatch, workers):
 
 
 def test_links_to_folders(tmp_path):
-    """Classes may be links, and one that leads into itself or to the root of the disk costs nothing."""
+    """A class may be a link to a folder; a link to its own parent or to the disk's root costs nothing."""
     (tmp_path / "all/dog/deep").mkdir(parents=True)
     for name in ("all/dog/1.png", "all/dog/deep/2.png"):
         (tmp_path / name).write_bytes(png())

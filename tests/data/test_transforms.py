@@ -1,4 +1,4 @@
-"""Pixels equal open_clip's, draws have its distribution, views replay bit for bit, colours change as torchvision's."""
+"""Pixels equal open_clip's, draws have its distribution, views replay bit for bit, colours change as in torchvision."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ from simplclip.data.transforms import ImageTransform
 
 @functools.cache
 def drawings(count=6):
-    """Emoji, as in the built-in data."""
+    """Returns emoji, as in the built-in data."""
     from simplclip.demo.emoji_sources import concepts, square, vendors
 
     few = concepts()[:: 1800 // count][:count]
@@ -35,7 +35,7 @@ PHOTOS = [encode(photo(seed, size), quality=90) for seed, size in enumerate(SIZE
 
 
 def real(name, tag):
-    """The preprocessing that open_clip evaluates a pretrained model by."""
+    """Returns the preprocessing with which open_clip evaluates a pretrained model."""
     cfg = merge_preprocess_dict(PreprocessCfg(), get_pretrained_cfg(name, tag))
     return PreprocessCfg(**cfg | {"size": get_model_config(name)["vision_cfg"]["image_size"]})
 
@@ -54,7 +54,7 @@ EVALUATION = {
 
 @pytest.fixture
 def horizontal_first(monkeypatch):
-    """Pillow 13 resizes some images vertically first, which moves a fifth of open_clip's pixels by a level."""
+    """Resizes horizontally first. Pillow 13 does not always, which changes a fifth of open_clip's pixels by a level."""
     both = Image.Image.resize
 
     def resize(image, size, resample, *options):
@@ -113,7 +113,7 @@ def test_crops_have_the_distribution_of_torchvision(size, augment):
     expected, theirs = moments([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)])
     scatter = torch.cat([theirs.std(1), theirs.std(1), theirs[0].std() * theirs.std(1)]) / count**0.5
     assert ((found - expected).abs() <= 6 * scatter + 1e-9).all()
-    # Quantiles too: the largest distance of the two distribution functions, with a chance of one in a million.
+    # Quantiles too: bounds the distance of the distribution functions; chance exceeds the bound once in a million.
     for a, b in zip(mine, theirs):
         both = torch.cat([a, b]).unique()
         counts = [torch.searchsorted(values.sort().values, both, right=True) / count for values in (a, b)]
@@ -160,7 +160,7 @@ def test_a_jpeg_is_decoded_smaller_where_the_crop_allows(size, monkeypatch):
         whole = ours.render(decode(file), view).float()
         assert (found - whole).abs().mean() < (4 if expected > 1 else 0.01)
     ImageTransform(PreprocessCfg(size=size)).apply(file, {})
-    assert asked == [1]  # evaluation is open_clip's
+    assert asked == [1]  # evaluation uses open_clip's transform
 
 
 AUGMENT = {"scale": (0.3, 1.0), "color_jitter": (0.4, 0.4, 0.4, 0.1), "color_jitter_prob": 0.8, "gray_scale_prob": 0.2}
@@ -179,7 +179,7 @@ def test_views_replay_bit_for_bit(augment):
         assert torch.equal(ours.apply(file, again), ours.apply(file, view))
         if augment in ("affine", AUGMENT):
             assert len(view["colour"]) == colour.COLUMNS
-            assert torch.tensor(again["colour"]).tolist() == view["colour"]  # float32 holds them
+            assert torch.tensor(again["colour"]).tolist() == view["colour"]  # float32 holds the values exactly
     assert ("colour" in view) == (augment in ("affine", AUGMENT))
 
 
@@ -207,7 +207,7 @@ def test_a_view_fits_an_image_that_was_made_smaller():
 
 
 def test_affine_is_what_it_was():
-    """PIL's RandomAffine and ColorJitter, within their rounding to 8 bits at every step."""
+    """The views equal those of PIL's RandomAffine and ColorJitter, up to PIL's rounding to 8 bits at every step."""
     ours = models.affine(PreprocessCfg(48, mean=(0.5,) * 3, std=(0.5,) * 3))
     torch.manual_seed(0)
     for image in drawings(4):
@@ -223,13 +223,13 @@ def test_affine_is_what_it_was():
         found = ours.render(decode(encode(image, "PNG")), view).float()
         levels = (found - TF.pil_to_tensor(moved).float()).abs()
         assert levels.median() <= 1
-        assert (levels > 4).float().mean() < 0.02  # where a drawing touches the edge, which is soft here
+        assert (levels > 4).float().mean() < 0.02  # edges of drawings are softer here
     white = encode(Image.new("RGB", (72, 72), "white"), "PNG")
-    assert all((ours(white) == 255).all() for _ in range(20))  # without a line around the image
+    assert all((ours(white) == 255).all() for _ in range(20))  # no line around the image
 
 
 def by_torchvision(image, row):
-    """One float image by torchvision's functions."""
+    """Changes the colours of one float image by torchvision's functions."""
     for which in map(int, row[4:8]):
         image = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)[which](image, row[which])
     return TF.rgb_to_grayscale(image, 3) if row[8] else image
@@ -240,7 +240,7 @@ def by_torchvision(image, row):
 def test_colours_change_as_torchvisions(count, size):
     g = torch.Generator().manual_seed(0)
     images = torch.rand(min(count, 6 if size[0] > 48 else count), 3, *size, generator=g)
-    images[0, :, :9] = 0.25  # grey, of which no hue is known
+    images[0, :, :9] = 0.25  # grey has no hue
     images[0, 0, 9:18] = 1
     torch.manual_seed(2)
     jitter = ColorJitter(0.9, 0.9, 0.9, 0.5)
@@ -317,7 +317,7 @@ def test_the_limit_of_pixels(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         assert ImageTransform(PreprocessCfg(48), {}, max_pixels=512 * 512)(PHOTOS[0]).shape == (3, 48, 48)
-    # A line of a pixel's width would become gigabytes.
+    # An image one pixel wide would become gigabytes.
     file = encode(Image.new("L", (60_000, 1)), "PNG")
     with pytest.raises(BrokenSample, match="image too large"):
         ImageTransform(PreprocessCfg(size=224))(file)

@@ -1,4 +1,4 @@
-"""The built-in data: what is in it, what is held out, and that a build is whole and repeatable."""
+"""The built-in data: its content, its held-out part, and builds that are complete and repeatable."""
 
 import collections
 import hashlib
@@ -21,7 +21,7 @@ HELD_OUT = 10
 
 @pytest.fixture(scope="module")
 def few():
-    """A cross-section of the concepts, so that a build takes a fraction of a second."""
+    """Takes a cross-section of the concepts, so that a build takes a fraction of a second."""
     every = emoji.concepts()
     return every[:: len(every) // KEPT][:KEPT]
 
@@ -49,7 +49,7 @@ def built(small, no_font, out):
 
 @pytest.fixture
 def font():
-    """Before `no_font` takes it away."""
+    """Returns the font before `no_font` hides it."""
     found = emoji.find_font()
     if found is None:
         pytest.skip(f"the Noto font is not installed: {emoji.INSTALL_FONT}")
@@ -113,7 +113,7 @@ def test_a_build_holds_what_its_summary_says(built, out, few):
         image = Image.open(io.BytesIO(sample["png"]))
         assert (image.size, image.mode) == ((72, 72), "RGB")
         drawings[concept.key].add(sample["png"])
-    assert {len(pair) for pair in drawings.values()} == {2}  # vendors draw differently
+    assert {len(pair) for pair in drawings.values()} == {2}  # each vendor draws differently
     licences = (out / "LICENSES.md").read_text()
     assert "CC-BY-4.0" in licences
     assert "CC-BY-SA-4.0" in licences
@@ -134,7 +134,7 @@ def test_what_is_held_out(small, font, out):
     assert {record["vendor"] for record in found["vendor"]} == {"noto"} == set(summary["splits"]["vendor"]["vendors"])
     assert "noto" not in {record["vendor"] for record in found["train"] + found["concepts"]}
     assert len(found["vendor"]) == len(vendor) > 0.9 * (KEPT - HELD_OUT)
-    assert any("-" in key for key in vendor)  # ligatures too
+    assert any("-" in key for key in vendor)  # some emoji are ligatures
     assert "SIL Open Font License" in (out / "LICENSES.md").read_text()
     assert summary["versions"]["noto"].startswith("Version")
     assert all("lacks" in note for note in summary["notes"])  # older fonts lack the newest emoji
@@ -142,7 +142,7 @@ def test_what_is_held_out(small, font, out):
 
 @pytest.mark.slow
 def test_swapped_captions(small, font, tmp_path):
-    """A share of the training pairs have each other's captions, and nothing else differs."""
+    """A share of the training pairs exchange captions, and nothing else differs."""
     emoji.build(tmp_path / "clean", progress=False)
     summary = emoji.build(tmp_path / "noisy", swap=0.3, progress=False)
     pairs = list(zip(records(tmp_path / "clean", "train"), records(tmp_path / "noisy", "train"), strict=True))
@@ -178,7 +178,7 @@ def test_swapped_captions(small, font, tmp_path):
 
 
 def test_noto_draws_the_right_concept(font):
-    """The red heart is red, the green one green: bitmaps are found by the font's tables, not by position."""
+    """The red heart is red and the green heart green: bitmaps are found by the font's tables, not by position."""
     noto = emoji_sources.noto(font)
     for key, channel in (("2764", 0), ("1f49a", 1), ("1f499", 2)):
         pixel = emoji_sources.square(noto.draw(emoji.Concept(key, [], None, None))).getpixel((36, 36))

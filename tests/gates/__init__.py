@@ -1,5 +1,5 @@
-"""The gates of what the compilers make of the GPU kernels, without a GPU; `make aot` runs them all, test_gates.py a part."""
+"""Gates for the machine code of the GPU kernels, which need no GPU. `make aot` runs all of them, test_gates.py a part."""
 
 import os
 
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: interpreted kernels cannot be compiled
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported, since interpreted kernels cannot be compiled

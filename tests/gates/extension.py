@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA extension's kernels, and the launches they are planned for.
+"""Gates for the machine code of the CUDA extension's kernels, and for the launches that are planned for them.
 
 shaped_attention's dynamic shared memory, threads and padded work come from the plan that its launcher follows.
 """
@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from gates.gate import BIN, OPCODE, Row, blocks_per_multiprocessor, gated, spills_and_tensor_cores
 from simplclip.ops import backends
 
-TOKENS = (50, 64, 77, 80)  # CLIP's towers, and the most
+TOKENS = (50, 64, 77, 80)  # tokens of CLIP's towers, and the most that the kernels take
 WIDTHS = (32, 64, 80, 96, 128)
 TYPES = ("bf16", "f16", "tf32")
 PRODUCTS = {"forward": 2, "backward": 5}  # [L, L, K] products of attention itself
-# Of the text tower in 16 bits, where the kernels are to be fast: 77 tokens, width 64.
+# The text tower in 16 bits (77 tokens, width 64), for which the kernels have to be fast.
 TEXT_TOWER = {"tokens": 77, "width": 64, "resident": 2, "padding": 1.12}
 
 
 @dataclass
 class Compiled:
-    """A kernel's machine code for one architecture."""
+    """Machine code of a kernel for one architecture."""
 
     name: str  # without its namespace, `kernel<type, sizes>` if it is an instantiation
     registers: int
@@ -35,7 +35,7 @@ class Compiled:
 
 
 def why_not() -> str | None:
-    """Why there is nothing to look at."""
+    """Returns why there is no extension to gate, or None."""
     return backends.cuda_extension_error
 
 
@@ -62,7 +62,7 @@ def dump(option: str, architecture: int) -> Iterable[str]:
 
 
 def compiled(architectures: Iterable[int]) -> dict[int, list[Compiled]]:
-    """The kernels of each architecture."""
+    """Returns the kernels of each architecture."""
     found = {}
     for architecture in architectures:
         codes: dict[str, Counter[str]] = {}
@@ -92,17 +92,17 @@ def row(kernel: Compiled, architecture: int, dtype: str = "", tile: str = ".cu",
 
 
 def rows(found: dict[int, list[Compiled]]) -> list[Row]:
-    """Every kernel."""
+    """Returns a row for each kernel."""
     return [row(kernel, architecture) for architecture, kernels in found.items() for kernel in kernels]
 
 
 def padding(plan: dict, direction: str, tokens: int) -> float:
-    """Work of the planned launch over attention's own, both in multiply-adds of tensor cores and not causal."""
+    """Returns the planned launch's work over attention's own, both in multiply-adds of tensor cores, without causal mask."""
     return plan["products"] * 256 / (PRODUCTS[direction] * tokens**2)
 
 
 def launches(found: dict[int, list[Compiled]]) -> list[Row]:
-    """The planned launches, each with its kernel's registers."""
+    """Returns the planned launches, each with its kernel's registers."""
     results = []
     for architecture, tokens, width, dtype, direction in itertools.product(found, TOKENS, WIDTHS, TYPES, PRODUCTS):
         if backends.cuda_extension.shaped_attention_why_not(tokens, width, dtype == "tf32"):

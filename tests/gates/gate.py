@@ -1,5 +1,5 @@
-"""What a kernel's machine code must keep to on each architecture, the table of all,
-and the compiler's work on a kernel measured by it."""
+"""The gates that a kernel's machine code must pass on each architecture, the table of all kernels, and the measurement of
+a kernel that is compiled."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gates.kernels import Kernel, compile_kernel, kernels
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
-REGISTERS = 65536  # of a multiprocessor, on every architecture here
-# Shared memory of a block and of a multiprocessor (each block takes 1 KiB more), warps and blocks of a multiprocessor.
+REGISTERS = 65536  # registers of a multiprocessor, the same on every architecture here
+# Limits: shared memory of a block and of a multiprocessor (a block takes 1 KiB more), warps and blocks of a multiprocessor.
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 LIMITS = {
     80: (163 * KIB, 164 * KIB, 64, 32),
@@ -29,7 +29,7 @@ LIMITS = {
 
 @dataclass
 class Row:
-    """What the compiler made of a kernel for one architecture."""
+    """The results of the compiler for a kernel on one architecture."""
 
     kernel: str
     matrices: str
@@ -41,13 +41,13 @@ class Row:
     stack: int
     spills: int
     warps: int
-    blocks: int  # that a multiprocessor holds at a time
+    blocks: int  # blocks that a multiprocessor can hold at a time
     instructions: int
     tensor_core: int
     failures: list[str] = field(default_factory=list)
 
 
-# The name of a line's instruction in cuobjdump -sass.
+# Matches the instruction's name in a line of cuobjdump -sass.
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
@@ -58,7 +58,7 @@ def blocks_per_multiprocessor(architecture: int, registers: int, shared: int, wa
 
 
 def spills_and_tensor_cores(codes: list[str]) -> tuple[int, int]:
-    """Instructions that write to or read from the stack, and those of the tensor cores."""
+    """Counts the instructions that access the stack, and those of the tensor cores."""
     return (
         sum(code.startswith(("STL", "LDL")) for code in codes),
         sum(code.startswith(("HMMA", "HGMMA", "QMMA", "OMMA")) for code in codes),
@@ -66,7 +66,7 @@ def spills_and_tensor_cores(codes: list[str]) -> tuple[int, int]:
 
 
 def gated(row: Row) -> Row:
-    """The row with what every kernel must keep to."""
+    """Returns the row with the failures of the gates for every kernel."""
     limit = LIMITS[row.architecture][0]
     if row.spills or row.stack:
         row.failures.append(f"{row.spills} spill instructions, {row.stack} bytes of stack")
@@ -76,7 +76,7 @@ def gated(row: Row) -> Row:
 
 
 def disassemble(path: Path) -> tuple[str, str]:
-    """Resource usage and machine code of a cubin or an extension."""
+    """Returns resource usage and machine code of a cubin or an extension."""
     return tuple(
         subprocess.run([BIN / "cuobjdump", option, path], capture_output=True, text=True, check=True).stdout
         for option in ("-res-usage", "-sass")

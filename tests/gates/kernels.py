@@ -1,4 +1,4 @@
-"""The specialisations of every Triton kernel that is compiled and gated, by op."""
+"""The specialisations of every Triton kernel that are compiled and gated, by op."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from simplclip.kernels.similarity.terms import _similarity_terms_kernel
 from simplclip.kernels.similarity.tile import Pairs, Sigmoids
 
 DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "ieee")}
-# Types of arguments by name, "element" the kernel's dtype; a name that is not here is an integer.
+# Types of arguments by name, where "element" is the kernel's dtype; a name that is not listed is an integer.
 _TYPES = {
     **dict.fromkeys(("image", "text", "teacher_image", "teacher_text", "projected_image", "projected_text"), "*element"),
     **dict.fromkeys(("out", "student", "d_student"), "*element"),
@@ -45,17 +45,17 @@ _TYPES = {
     **dict.fromkeys(("inv_norms", "grad"), "*fp32"),
     "teacher": "*fp16",  # stored features
     "entropy": "fp32",
-    "kept": "*bf16",  # *fp32 for float32
+    "kept": "*bf16",  # *fp32 if the kernel's dtype is float32
     "positives": "*fp32",
 }
-# Multiples of 16 in any call worth a table, as are the strides.
+# Arguments that are multiples of 16 in any call that tables are made for, like the strides.
 _ALIGNED = ("d", "width", "teacher_width", "hidden", "kept_stride")
 _ALIGNED += ("out_stride", "matrix_stride", "h_stride", "weight_stride", "grad_stride")
 
 
 @dataclass
 class Kernel:
-    """A specialisation to compile: `constants` by argument name, None among them for a tensor that is not given."""
+    """A specialisation to compile. constants: by argument name; None stands for a tensor that is not given."""
 
     name: str
     function: object
@@ -64,15 +64,15 @@ class Kernel:
     dtype: str
     matrices: str = ""
     tensor_cores: bool = True
-    types: dict[str, str | tuple] = field(default_factory=dict)  # in place of those of the table
+    types: dict[str, str | tuple] = field(default_factory=dict)  # override the types in the table
 
 
-# By the letters of the formulas, for a table's column.
+# letters of the formulas, for a column of the table
 MATRICES = {"Z": "HAS_STUDENT", "T": "HAS_TEACHER", "U": "HAS_IMAGE_TO_TEACHER", "V": "HAS_TEACHER_TO_TEXT"}
 
 
 def launches(everything: bool) -> list[Launch]:
-    """Launches by their flags: all that simplclip.kernels.similarity.launch.launches can return, or the heaviest ones."""
+    """Returns launches by flags: all that simplclip.kernels.similarity.launch.launches can return, or only the heaviest."""
     flags = list(itertools.product((True, False), repeat=2)) if everything else [(True, True)]  # columns, ids
     found = []
     cross = {"HAS_IMAGE_TO_TEACHER": True}
@@ -94,7 +94,7 @@ def has_ids(launch: Launch) -> bool:
 
 
 def absent(launch: Launch) -> dict[str, None]:
-    """Arguments that a call with this launch alone does not have."""
+    """Returns the arguments that are missing in a call with this launch alone."""
     names = []
     if not launch.HAS_STUDENT:
         names += ["image", "text", "scale"]
@@ -106,7 +106,7 @@ def absent(launch: Launch) -> dict[str, None]:
 
 
 def of_pairs(ids: bool, shares: bool) -> dict[str, tuple]:
-    """The types of the argument `pairs`; None for a tensor that is not given."""
+    """Returns the types of the argument `pairs`; None stands for a tensor that is not given."""
     return {"pairs": Pairs(*2 * ["*i64" if ids else None], *2 * ["*fp32" if shares else None])}
 
 
@@ -124,7 +124,7 @@ def similarity(
     attend: bool = False,
     kept: bool = False,
 ) -> Kernel:
-    """A launch's large kernel; `tile` in place of the table's."""
+    """Returns a launch's large kernel. tile: replaces the tile of the table."""
     precision = DTYPES[dtype][1]
     tile = tile or tuning.lookup(*launch.entry(backward, kept), precision, architecture)
     tiling = Tiling(*tile[:3], even, even, "tf32" if precision == "tf32" else "ieee", INTERPRETED=False)
@@ -148,7 +148,7 @@ def similarity(
 
 
 def sigmoid_kernels(dtype: str, architecture: int) -> Iterator[Kernel]:
-    """One term and two; without ids, with ids that drop out, with several positives; with gradients and without."""
+    """Yields kernels of one and two terms; without ids, with ids that drop out or are positives; with gradients or not."""
     precision = DTYPES[dtype][1]
     for terms, ids, gradient in itertools.product((1, 2), ("", "+ids", "+positives"), (True, False)):
         tile = tuning.lookup("similarity_sigmoid", terms, precision, architecture)
@@ -194,7 +194,7 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
 
 
 def feature_loss_kernels(dtype: str) -> Iterator[Kernel]:
-    """At widths of a block that holds the row, at the limit of that, and beyond it."""
+    """Yields kernels for widths within a block, at a block's limit, and beyond it."""
     for d, smooth in itertools.product((512, MAX_BLOCK, 2 * MAX_BLOCK), (False, True)):
         rows, block, warps = feature_tile(d)
         constants = {"SMOOTH": smooth, "NORMALIZE": True, "WHOLE": d <= block, "ROWS": rows, "BLOCK": block}
@@ -206,7 +206,7 @@ def feature_loss_kernels(dtype: str) -> Iterator[Kernel]:
 
 
 def products(tile: tuning.Tile, precision: str) -> dict[str, object]:
-    """Constants of the MLP's product: how it multiplies, by which tile."""
+    """Returns constants of the MLP's product: its precision and its tile."""
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     return {"PRECISION": "tf32" if precision == "tf32" else "ieee", "INTERPRETED": False, **blocks}
 
@@ -214,7 +214,7 @@ def products(tile: tuning.Tile, precision: str) -> dict[str, object]:
 def mlp_kernels(
     dtype: str, architecture: int, acts: tuple[str, ...] = ("gelu",), even: tuple[bool, ...] = (True, False)
 ) -> Iterator[Kernel]:
-    """For a C that is a multiple of a block, and others."""
+    """Yields kernels for a C that is a multiple of a block, and for other C."""
     precision = DTYPES[dtype][1]
     types = dict.fromkeys(("h", "activated", "weight", "grad"), "*element")
     tile = tuning.lookup("parallel_mlp_hidden", 1, precision, architecture)
@@ -228,7 +228,7 @@ def mlp_kernels(
 
 
 def attention_kernels(dtype: str) -> Iterator[Kernel]:
-    """At the widths of CLIP's heads."""
+    """Yields kernels for the widths of CLIP's heads."""
     heads = attention.Heads("*element", *3 * ["i32"])
     names = ("v", "av", "out", "grad", "q_grad", "k_grad", "v_grad", "dq", "dk", "dv")
     types = {**dict.fromkeys(names, heads), "gains": "*fp32", "lengths": "*i32", "sign": "fp32"}
@@ -251,7 +251,7 @@ def compile_kernel(kernel: Kernel, architecture: int):
             continue
         kind = {**_TYPES, **kernel.types}.get(name, "i32")
         kind = "*fp32" if name == "kept" and element == "fp32" else kind
-        if isinstance(kind, tuple):  # of pointers
+        if isinstance(kind, tuple):  # a tuple of pointers
             signature[name] = type(kind)(*(each.replace("element", element) if each else "constexpr" for each in kind))
             constants |= {(place, at): None for at, each in enumerate(kind) if each is None}
             attributes |= {(place, at): [["tt.divisibility", 16]] for at, each in enumerate(kind) if each}

@@ -1,15 +1,15 @@
-"""What holds for every hostile file."""
+"""Checks that hold for every hostile file."""
 
 import resource
 
 import pytest
 
-GIB = 1 << 20  # of ru_maxrss, in KiB
+GIB = 1 << 20  # in KiB, the unit of ru_maxrss
 
 
 @pytest.fixture(autouse=True)
 def harmless(tmp_path, monkeypatch):
-    """In a folder of its own: no command has made its canary, nothing is written there, and less than 1 GiB was taken."""
+    """Runs a test in a folder of its own, and checks that no command made its canary and memory grew by less than 1 GiB."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Names, list files, patterns, tables and captions from elsewhere: each is read, counted or refused in a line; none runs."""
+"""Names, list files, patterns, tables, captions from elsewhere: each is read, counted or refused in one line; none runs."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_a_file_is_a_file_whatever_it_is_called(tmp_path, name):
 
 
 def test_a_folder_whose_name_begins_as_a_command(tmp_path):
-    """Its shards do not become commands, not even those that are missing."""
+    """The folder's shards do not become commands, not even missing shards."""
     folder = tmp_path / "here" / "pipe:touch canary;" / "test"
     folder.mkdir(parents=True)
     write(folder / "0.tar", [("k", {"png": png(), "txt": b"x", "cls": b"0"})])
@@ -70,8 +70,8 @@ def test_a_folder_whose_name_begins_as_a_command(tmp_path):
 def test_what_a_pattern_finds_in_a_folder_called_http(tmp_path):
     Path("http:/x").mkdir(parents=True)
     write(tmp_path / "here/http:/x/a.tar", [("k", {"png": png(), "txt": b"x"})])
-    assert read("http://x/a.tar") == read(data.expand("http://x/a.tar")) == ["k"]  # it exists
-    assert is_address(data.parts_of("http://x/*.tar")[0].url)  # no file is called so
+    assert read("http://x/a.tar") == read(data.expand("http://x/a.tar")) == ["k"]  # the file exists
+    assert is_address(data.parts_of("http://x/*.tar")[0].url)  # no file has this name
     with pytest.raises(InputError, match=r"expected local tars, got 'http://x/\*.tar'"):
         data.expand("http://x/*.tar")
 
@@ -124,7 +124,7 @@ def test_a_pattern_of_many_names_is_not():
 HEAD = b"filepath,title\n"
 ROW = b"a.png,one\n"
 LONG = b"a.png," + b"x" * 200_000 + b"\n"
-# a table -> its captions and what is counted, or the error
+# table -> its captions and counts, or the error
 TABLES = {
     "latin-1": (HEAD + ROW + b"a.png,caf\xe9\n", (["one"], {"caption not UTF-8": 1})),
     "a mark of UTF-8": (b"\xef\xbb\xbf" + HEAD + ROW, (["one"], {})),
@@ -188,7 +188,7 @@ def files(**content):
 
 
 WORDS = "0123456789abcdefghij" * 500_000
-# files of a sample -> its captions, or why it is counted
+# files of a sample -> its captions, or the reason that is counted
 SAMPLES = {
     "a lone surrogate": (files(json=r'{"caption": "a \ud800 b"}'), ["a \ufffd b"]),
     "a surrogate pair": (files(json=r'{"caption": "\ud83d\ude00"}'), ["😀"]),

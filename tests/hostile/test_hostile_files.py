@@ -1,4 +1,4 @@
-"""Checkpoints, runs, exports, files of features and configs from elsewhere: refused in a line, or read; none runs."""
+"""Checkpoints, runs, exports, features and configs from elsewhere: refused in one line, or read; none runs code."""
 
 import io
 import json
@@ -26,14 +26,14 @@ CANARY = Path("canary").absolute()
 
 
 class Payload:
-    """Pickled, it makes the canary."""
+    """An object whose pickle makes the canary when it is loaded."""
 
     def __reduce__(self):
         return os.system, ("touch canary",)
 
 
 class Shaped:
-    """Pickled, a tensor of any shape with few numbers."""
+    """An object whose pickle is a tensor of any shape over few numbers."""
 
     def __init__(self, size, stride):
         self.size, self.stride = size, stride
@@ -46,7 +46,7 @@ class Shaped:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run of siclip-tiny without training, and the shard that it names."""
+    """Makes a run of siclip-tiny without training, and the shard that the run names."""
     folder = tmp_path_factory.mktemp("made")
     settings = tiny.settings(folder)
     state = {"format": "simplclip", "version": 1, "step": 3, "config": settings.to_dict()}
@@ -60,7 +60,7 @@ def saved(state, path="run/last.pt"):
 
 
 def changed(state, key, value):
-    """A copy of a checkpoint with another value of its config."""
+    """Returns a copy of a checkpoint with one value of its config changed."""
     values = json.loads(json.dumps(state["config"]))
     *sections, last = key.split(".")
     node = values
@@ -101,7 +101,7 @@ def option(**options):
 
 
 def beside(state):
-    """Options that made open_clip unpickle a file beside the checkpoint."""
+    """Saves options that make open_clip unpickle a file beside the checkpoint."""
     os.makedirs("run")
     Path("run/evil.pt").write_bytes(pickle.dumps(Payload(), 2))
     saved(
@@ -164,11 +164,11 @@ def test_a_checkpoint_is_refused_in_a_line(made, make, message):
 
 
 def test_options_that_are_trusted(made):
-    """That they are refused is no fault of theirs: with trust they get to open_clip."""
+    """With trust, the options reach open_clip: the refusal is not due to the options themselves."""
     saved(changed(made, "model.options", tiny.MODEL | {"weights_only": True}))
     with pytest.raises(InputError, match="trust=True"):
         simplclip.load("run")
-    with pytest.raises(InputError, match="unexpected keyword"):  # CustomTextCLIP has no such option
+    with pytest.raises(InputError, match="unexpected keyword"):  # CustomTextCLIP does not take the option
         simplclip.load("run", trust=True)
     trust.check_options(made["config"]["model"]["options"], "run")
 
@@ -205,7 +205,7 @@ def test_stored_splits_that_are_trusted(made, tmp_path):
 
 
 def test_the_config_of_a_run_is_no_config_of_the_user(made):
-    """`train RUN/config.yaml --resume` is what a run says when it stops."""
+    """When a run stops, it prints `train RUN/config.yaml --resume`, which does not trust the run's config."""
     Path("run").mkdir()
     values = changed(made, "data.train", ["pipe:touch canary; cat x.tar"])["config"]
     values["run"]["out"] = "run"
@@ -217,7 +217,7 @@ def test_the_config_of_a_run_is_no_config_of_the_user(made):
     assert "got data.train = 'pipe:touch canary; cat x.tar': commands and URLs are not taken from a run's folder" in line
     assert "--trust, or --set data.train=..." in line
     for options in (["run/config.yaml", "--trust"], ["mine.yaml"], ["run/config.yaml", "--set", "data.train=x.tar"]):
-        assert "unreadable file" in one_line("train", *options, "--resume")  # it gets as far as the checkpoint
+        assert "unreadable file" in one_line("train", *options, "--resume")  # the run gets as far as the checkpoint
     assert trust.flag(config.load("mine.yaml")) == " --trust"
     assert trust.flag(config.load("mine.yaml", ["data.train=x.tar"])) == ""
 
@@ -300,13 +300,13 @@ def test_an_export_unpickles_nothing():
 
 
 def torchscript():
-    """A file that torch takes for a program."""
+    """Writes a file that torch takes for a TorchScript program."""
     torch.save({"a": torch.zeros(1)}, "w.pt")
     with zipfile.ZipFile("w.pt", "a") as archive:
         archive.writestr("w/constants.pkl", pickle.dumps(()))
 
 
-WEIGHTS = {  # that run code when they are read
+WEIGHTS = {  # run code when they are read
     "zip": lambda: torch.save({"state_dict": {"a": Payload()}}, "w.pt"),
     "pickle": lambda: Path("w.pt").write_bytes(pickle.dumps({"state_dict": Payload()}, 2)),
     "TorchScript": torchscript,

@@ -27,7 +27,7 @@ CASES = [
 
 @pytest.fixture
 def module(monkeypatch):
-    """Makes a loaded module that runs this code."""
+    """Returns a function that makes a loaded module from code."""
 
     def make(code, name="users_module"):
         module = types.ModuleType(name)
@@ -64,7 +64,7 @@ def test_modules_that_are_imported_meanwhile(module):
         theirs, others = module(code, "open_clip.later"), module(code)
         assert theirs.CoCaLoss is others.CoCaLoss is losses.CoCaLoss
     assert theirs.CoCaLoss is before
-    assert others.CoCaLoss is losses.CoCaLoss  # it may have asked for ours
+    assert others.CoCaLoss is losses.CoCaLoss  # its code may have asked for this library's class
 
 
 def test_what_others_assign_meanwhile_stays(module):
@@ -88,7 +88,7 @@ def test_a_subclass_made_before_stays_open_clips(module):
 
 
 def kept(loss, n, width=8):
-    """Bytes of what is kept for backward."""
+    """Returns the bytes that are kept for backward."""
     torch.manual_seed(0)
     image, text = (torch.nn.functional.normalize(torch.randn(n, width), dim=1).requires_grad_() for _ in range(2))
     arguments = {"image_features": image, "text_features": text, "logit_scale": torch.tensor(10.0)}

@@ -1,4 +1,4 @@
-"""open_clip's main branch (4.2.0.dev0), by stand-ins of what it changed: towers without `batch_first`, and its trainer."""
+"""open_clip's main branch (4.2.0.dev0), by stand-ins of what changed there: towers without `batch_first`, and the trainer."""
 
 import sys
 import types
@@ -16,7 +16,7 @@ DISTILL = ("--distill-model", "ViT-B-32", "--distill-pretrained", "x")
 
 
 def without_batch_first(transformer):
-    """Its loop over the blocks as the main branch has it."""
+    """Removes batch_first from a tower, whose loop over the blocks becomes that of the main branch."""
 
     class Transformer(type(transformer)):
         def forward(self, x, attn_mask=None):
@@ -89,7 +89,7 @@ def test_learned_parameters_are_trained_saved_and_resumed(trainer, tmp_path):
         assert mine == pytest.approx(other, rel=1e-4)
     torch.testing.assert_close(again.loss.plane_weight, task.loss.plane_weight)
     checkpoint = torch.load(tmp_path / "parts" / "epoch_1.pt", weights_only=True)
-    assert len(checkpoint["optimizer"]["param_groups"]) == 2  # the trainer's own
+    assert len(checkpoint["optimizer"]["param_groups"]) == 2  # the trainer's own groups
 
 
 def test_what_cannot_be_replaced_is_named(trainer):
@@ -102,7 +102,7 @@ def test_what_cannot_be_replaced_is_named(trainer):
 
 
 def test_sigmoid_and_pair_matching_have_one_sweep_in_the_launcher(trainer, monkeypatch, tmp_path):
-    """The trainer adds the terms up; the first has the gradient of the sum."""
+    """The trainer adds the terms up; the first term carries the gradient of the sum."""
     calls = []
     monkeypatch.setattr(sigmoid, "run", lambda *args, run=sigmoid.run: calls.append(args) or run(*args))
     argv = ["--model", "ViT-B-32", "--siglip", "--pm-weight", "1", "--checkpoint-path", str(tmp_path)]
@@ -119,13 +119,13 @@ def test_another_trainer_is_an_error_that_names_a_version(trainer, missing, caps
 
 
 def test_learned_parameters_take_a_tensor_as_learning_rate():
-    """The main branch gives the optimizer such a rate where the whole step is compiled."""
+    """The main branch gives the optimizer a tensor as the rate where it compiles the whole step."""
     rate = torch.tensor(0.5)
     model, loss = torch.nn.Linear(3, 3), torch.nn.Linear(4, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, capturable=True, foreach=True)
     args = types.SimpleNamespace(accum_freq=1, wd=0.2, opt="adamw")
     openclip_train.LossParameters(loss, optimizer, args)
     for group in optimizer.param_groups:
-        group["lr"].fill_(0.25)  # as its schedule does
+        group["lr"].fill_(0.25)  # as the trainer's schedule does
     assert [group["lr"].item() for group in optimizer.param_groups] == [0.25] * 3
     assert len({id(group["lr"]) for group in optimizer.param_groups}) == 3

@@ -22,7 +22,7 @@ TINY = {"width": 16, "heads": 2, "layers": 1}
 
 @pytest.fixture
 def registered(monkeypatch):
-    """The models' names; afterwards open_clip is as it was."""
+    """Registers the models and returns their names; afterwards open_clip is as it was."""
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
     monkeypatch.setattr(ours, "_registered", {})
     for theirs in (open_clip.factory.create_model, open_clip.factory.get_tokenizer):

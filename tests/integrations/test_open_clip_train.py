@@ -1,7 +1,7 @@
-"""open_clip's trainer with our losses against itself: the same arguments, also those of the commands of docs/losses.md, the
-same losses, checkpoints for one another.
+"""open_clip's trainer with this library's losses against itself, with equal arguments, also those of docs/losses.md: equal
+losses, and checkpoints that either trainer can resume.
 
-Runs share a process (two for the distributed ones), see trainer_plan.py; the tests read what they wrote.
+Runs share a process (distributed runs two processes), see trainer_plan.py; the tests read their results.
 """
 
 import importlib
@@ -19,8 +19,8 @@ from simplclip import losses
 from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip_train as openclip_train
 
-DOCUMENTED = 20  # steps of a command of the docs
-# What a command of docs/losses.md adds to its first one, open_clip's loss and ours, and the names of its values.
+DOCUMENTED = 20  # steps of a documented command
+# Options that a command of docs/losses.md adds to the first; open_clip's loss and this library's; the names of the losses.
 COMMANDS = {
     "clip": ("", "ClipLoss", "ClipPMLoss", ["contrastive_loss"]),
     "siglip": ("--siglip", "SigLipLoss", "SigLipLoss", ["contrastive_loss"]),
@@ -34,7 +34,7 @@ COMMANDS = {
 
 
 def documented(added: str) -> list[str]:
-    """The arguments of this command in docs/losses.md."""
+    """Returns the arguments of this command in docs/losses.md."""
     text = re.sub(r"\\\n\s*", " ", (ROOT / "docs" / "losses.md").read_text())
     commands = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("simplclip-open-clip ")]
     options = [{word for word in command if word.startswith("--")} for command in commands]
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 def assert_same_run(plan, key, keys=("contrastive_loss",)):
-    """The first step's losses within 1e-4, the last's and the trained weights within what ten steps of AdamW make of it."""
+    """Compares runs: losses of the first step within 1e-4, last losses and trained weights within the drift of AdamW."""
     theirs, ours = plan[f"{key}-theirs"]["steps"], plan[f"{key}-ours"]["steps"]
     assert len(theirs) == len(ours) >= STEPS
     assert list(theirs[0]) == list(ours[0]) == list(keys)
@@ -58,7 +58,7 @@ def assert_same_run(plan, key, keys=("contrastive_loss",)):
     before, after = (plan.checkpoint(f"{key}-{who}")["state_dict"] for who in ("theirs", "ours"))
     assert before.keys() == after.keys()
     for name in before:
-        if not name.endswith("attn.in_proj_bias"):  # keys' biases have no gradient but rounding, of which AdamW makes steps
+        if not name.endswith("attn.in_proj_bias"):  # AdamW makes steps of rounding: keys' biases have no gradient
             assert (after[name] - before[name]).norm() <= 1e-3 * before[name].norm(), name
 
 
@@ -66,7 +66,7 @@ def assert_same_run(plan, key, keys=("contrastive_loss",)):
 def single(folder):
     plan = Plan(folder)
     plan.both("plain")
-    # Resuming: what two epochs in one go give, and one epoch and then another; then open_clip's trainer goes on.
+    # Resuming: two epochs in one run equal one epoch and then another; then open_clip's trainer resumes.
     matching = ("--pm-weight", 0.5)
     plan.add("pm-twice", "ours", *matching, epochs=2)
     plan.add("pm-once", "ours", *matching)
@@ -79,12 +79,12 @@ def single(folder):
     recent = (*matching, "--save-most-recent", "--save-frequency", 0)
     plan.add("pm-latest", "ours", *recent, epochs=3, steps=2)
     plan.more("pm-latest", *recent, epochs=4, steps=2)
-    plan.both("scaled", "--precision", "amp")  # float16 and a GradScaler, open_clip's default
+    plan.both("scaled", "--precision", "amp")  # float16 and a GradScaler, as open_clip's default has them
     plan.add("pm-scaled", "ours", *matching, "--precision", "amp")
     wide = ("--feature-weight", 1, "--interactive-weight", 0.5, *teacher(folder, "tiny-wide"), "--pm-weight", 1)
     plan.add("wide", "ours", *wide)
     plan.more("wide", *wide)
-    # The commands of the docs; their model, data and sizes are replaced by arguments that follow them.
+    # Commands of the docs. Arguments that follow replace their model, data and sizes.
     options = {"steps": DOCUMENTED}
     tiny = {"coca": coca(folder), "distilled": teacher(folder)}
     for key, (added, *_) in COMMANDS.items():
@@ -92,7 +92,7 @@ def single(folder):
         plan.both(key, *tiny.get(key, ()), command=documented(added), data=data, **options)
     plan.add("matching", "ours", command=documented("--siglip --pm-weight"), **options)
     plan.add("cropped", "ours", command=documented("--crop-texts"), **options)
-    # What the page does not show.
+    # Runs that the docs do not show.
     plan.both("siglip-half", "--siglip", "--precision", "amp_bf16", **options)
     plan.add("siglip-used", "used", "--siglip", **options)
     return plan.run("single")
@@ -174,7 +174,7 @@ def test_files_of_learned_parameters_go_with_their_checkpoints(single):
     folder = single.folder / "logs" / "pm-latest" / "checkpoints"
     assert len(single["pm-latest-more"]["steps"]) == 2
     names = {file.name for file in folder.iterdir()}
-    # --save-frequency 0 still saves the last epoch, 3 and then 4, under its number.
+    # --save-frequency 0 still saves the last epoch under its number: first 3, then 4.
     assert names == {"epoch_latest.pt", "epoch_3.pt", "epoch_4.pt", "epoch_3.loss", "epoch_4.loss"}
     assert len(single["pm-clip"]["parameters"]["plane_weight"]) == 16
 
@@ -212,7 +212,7 @@ def test_cropped_texts_give_the_same_steps(single):
 
 @needs_trainer
 def test_siglip_in_bfloat16(single):
-    """open_clip computes its logits, their losses and the sum of these in bfloat16; simplclip sums in float32."""
+    """open_clip computes logits, losses and the sum in bfloat16; simplclip sums in float32."""
     assert_same_steps(single["siglip-half-theirs"], single["siglip-half-ours"], rel=2**-6, abs=0)
 
 

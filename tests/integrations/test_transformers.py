@@ -21,7 +21,7 @@ def close(ours, theirs, atol=1e-5):
 
 
 class Shapes(TorchDispatchMode):
-    """The shapes of all results."""
+    """Returns the shapes of all tensors in a result."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +142,7 @@ def test_errors_name_the_argument(monkeypatch):
 
 
 def train(clip, folder, **options):
-    """The losses that transformers' Trainer logs, and that of its evaluation."""
+    """Returns the losses that transformers' Trainer logs, and the loss of its evaluation."""
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=4, per_device_train_batch_size=5, learning_rate=1e-3, logging_steps=1, use_cpu=True,
         report_to="none", disable_tqdm=True, save_steps=4, prediction_loss_only=True, seed=3, **options,

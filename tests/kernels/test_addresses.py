@@ -1,4 +1,4 @@
-"""What Triton kernels read and write lies in their tensors, with more than 2^31 elements too (tests/support/addresses.py)."""
+"""Loads and stores of Triton kernels lie within tensors, also with more than 2^31 elements (tests/support/addresses.py)."""
 
 import itertools
 import re
@@ -8,8 +8,8 @@ import pytest
 from interpreter import needs_interpreter
 from paths import ROOT
 
-HALF = ["contrastive", "kept", "many", "mlp", "attention"]  # what one process audits in the suite
-# In make prove; dtypes and cards in turn.
+HALF = ["contrastive", "kept", "many", "mlp", "attention"]  # cases that one process audits in the suite
+# Cases of make prove, with dtypes and cards in turn.
 PROVED = [
     f"{name}:{dtype}:{card}"
     for name, (dtype, card) in zip(

@@ -1,4 +1,4 @@
-"""The emulator of tests/emulator: its instructions against the tables of the PTX ISA, and that it notices what it is for."""
+"""The emulator of tests/emulator: its instructions against the tables of the PTX ISA, and the errors that it must detect."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ SEEDS = range(20)
 LANES = np.arange(32)
 GROUP, IN_GROUP = LANES >> 2, LANES % 4  # groupID and threadID_in_group of the PTX ISA
 
-# Row and column of each lane's elements: [lane, element]. "Matrix Fragments for mma.m16n8k16 with floating point type".
+# Row and column of a lane's elements: [lane, element]. "Matrix Fragments for mma.m16n8k16 with floating point type".
 A16 = [(GROUP if i < 2 or 4 <= i < 6 else GROUP + 8, IN_GROUP * 2 + (i & 1) + (8 if i >= 4 else 0)) for i in range(8)]
 B16 = [(IN_GROUP * 2 + (i & 1) + (8 if i >= 2 else 0), GROUP) for i in range(4)]
 C = [(GROUP if i < 2 else GROUP + 8, IN_GROUP * 2 + (i & 1)) for i in range(4)]
@@ -31,7 +31,7 @@ def kernels():
 
 
 def fragments(matrix, places):
-    """[32, elements] of a matrix."""
+    """Returns the fragments [32, elements] of a matrix."""
     return np.ascontiguousarray(np.stack([matrix[row, column] for row, column in places], axis=1))
 
 
@@ -40,7 +40,7 @@ def bits(values, dtype):
 
 
 def round_to_tf32(values):
-    """Ties away from zero, in float64: 10 bits behind the leading one."""
+    """Rounds to 10 bits behind the leading bit, with ties away from zero, in float64."""
     mantissa, exponent = np.frexp(values.astype(np.float64))
     return np.ldexp(np.trunc(np.abs(mantissa) * 2**11 + 0.5) * np.sign(mantissa), exponent - 11).astype(np.float32)
 
@@ -67,7 +67,7 @@ def test_mma_of_tf32(kernels):
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_ldmatrix(kernels, transposed):
-    """Lane 8 i + j passes row j of matrix i; a lane gets row groupID, columns 2 threadID_in_group and the next, of each."""
+    """Lane 8 i + j passes row j of matrix i; of each matrix a lane gets row groupID, columns 2 threadID_in_group and next."""
     random = np.random.default_rng(3)
     memory = np.arange(512, dtype=np.uint16)
     offsets = (random.permutation(64)[:32] * 16).astype(np.int32)
@@ -124,7 +124,7 @@ def softmax(kernels, x, seed, threads=128):
 
 
 def product(kernels, seed):
-    """Error of a 16 x 32 product of a length of 48."""
+    """Returns the error of a 16 x 32 product over a length of 48."""
     random = np.random.default_rng(5)
     a, b = random.standard_normal((16, 48)).astype(np.float32), random.standard_normal((48, 32)).astype(np.float32)
     out = np.full((16, 32), np.nan, np.float32)
@@ -147,7 +147,7 @@ def test_product_under_every_schedule(kernels):
 
 @pytest.mark.slow
 def test_what_is_wrong_in_a_kernel_is_noticed(kernels):
-    """A barrier less, a wrong fragment, a warp's barrier less. Built beside the right ones, in one process with them."""
+    """Faults: a missing barrier, a wrong fragment, a missing warp barrier. Wrong and right kernels run in one process."""
     wrong = emulator.build(
         "wrappers",
         replace={
@@ -226,7 +226,7 @@ CAUGHT = {
 
 @pytest.mark.slow
 def test_sanitizers_pass_what_is_right_and_catch_what_is_wrong():
-    """Each fault ends a child of one process."""
+    """Each fault ends a child process."""
     done = emulator.sanitized(
         f"""
         import os, numpy as np, emulator

@@ -1,4 +1,4 @@
-"""The gates notice what they are for, and the tables of tiles are whole. `make aot` runs the gates themselves."""
+"""The gates detect what they are for, and the tables of tiles are complete. `make aot` runs the gates themselves."""
 
 import importlib.metadata
 import importlib.util
@@ -48,7 +48,7 @@ def test_too_much_shared_memory_fails_the_gate():
 
 @pytest.mark.parametrize("older", [False, True])
 def test_every_table_entry_is_complete_and_no_smaller_than_a_dot(older, monkeypatch):
-    """A sum of 16 products at least, of 8 in float32 where Triton can."""
+    """A tile has products of at least 16, or of 8 in float32 where Triton can."""
     monkeypatch.setattr(tuning, "OLDER", older)
     architectures = (*tuning.ARCHITECTURES, tuning.INTERPRETER, 87, 100)
     for precision, architecture in itertools.product(tuning.PRECISIONS, architectures):
@@ -63,7 +63,7 @@ def test_every_table_entry_is_complete_and_no_smaller_than_a_dot(older, monkeypa
 
 @pytest.mark.parametrize("older", [False, True])
 def test_the_gates_compile_every_tile_that_may_be_chosen(older, monkeypatch):
-    """In each kernel of a single matrix: with ids and without, of rows alone."""
+    """Every tile is compiled in each kernel of a single matrix: with and without ids, and with rows alone."""
     monkeypatch.setattr(tuning, "OLDER", older)
     names = {"similarity_forward": "_similarity_statistics_kernel", "similarity_backward": "_similarity_gradient_kernel"}
     for architecture, dtype in itertools.product((86, 89, 90), ("bfloat16", "float16")):
@@ -102,7 +102,7 @@ def test_tiles_are_those_of_the_installed_triton(monkeypatch):
 
 
 def test_a_spill_warns_once_when_a_kernel_starts():
-    """With what Triton returns: a compiled kernel, or None under the interpreter."""
+    """Triton returns a compiled kernel, or None under the interpreter."""
     spilled, clean = (
         SimpleNamespace(name=f"_kernel_{spills}", n_spills=spills, metadata=SimpleNamespace(target=SimpleNamespace(arch=86)))
         for spills in (7, 0)

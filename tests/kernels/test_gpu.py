@@ -1,4 +1,4 @@
-"""The ops as users call them, on a CUDA device, each by the backend that comes first there. Values: test_triton.py."""
+"""The ops as users call them, on a CUDA device, each on the first backend that serves it there. Values: test_triton.py."""
 
 import itertools
 import os
@@ -32,14 +32,14 @@ def test_triton_serves_cuda_tensors():
 
 @pytest.mark.parametrize("op", DRAW)
 def test_selftest(op):
-    """Every backend and precision that the device has, all options; another stream, a CUDA graph, compiled."""
+    """Runs every backend and precision of the device with all options; another stream, a CUDA graph, torch.compile."""
     rows = list(selftest.survey("cuda", full=True, ops=[op]))
     assert {row.backend for row in rows} >= {"triton" if op != "shaped_attention" else "sdpa", "reference", selftest.COMPILED}
     assert not [(row.backend, row.precision, row.failures) for row in rows if row.failures]
 
 
 def cases():
-    """The first call of each op on each backend, in each precision."""
+    """Yields the rows of the proof on a GPU: an op on a backend in a precision."""
     for row in selftest.rows_of("cuda", False, DRAW):
         if row.backend not in ("reference", selftest.COMPILED) and row.precision != selftest.TF32:
             yield pytest.param(row, id=f"{row.op}, {row.backend}, {row.precision}")
@@ -50,7 +50,7 @@ ROWS = list(cases()) if torch.cuda.is_available() else []
 
 @pytest.mark.parametrize("row", ROWS)
 def test_two_streams_at_once(row):
-    """Two calls that the device may run beside each other do not share scratch."""
+    """Two calls that the device may run at the same time do not share scratch."""
     both = list(itertools.islice(selftest.cases(row, "cuda", full=False), 2))
     expected, streams, found = [case.run() for case in both], [torch.cuda.Stream() for _ in both], [[], []]
     torch.cuda.synchronize()
@@ -94,7 +94,7 @@ def test_random_calls_of_the_reference():
 
 
 def batch(n, d, dtype):
-    """image, text, logit_scale, those of the teacher; and of them the leaves."""
+    """Returns image, text, logit_scale and the teacher's tensors, and the leaves among them."""
     named, _ = make_inputs(n, n, terms=("relational",), width=d)
     wide = ("logit_scale", "teacher_scale")
     named = {name: t.to("cuda", torch.float32 if name in wide else dtype) for name, t in named.items()}
@@ -105,7 +105,7 @@ def batch(n, d, dtype):
 def test_nothing_waits_for_the_device():
     args, _ = batch(64, 32, torch.float32)
     loss = WIKDLoss(**WHOLE).cuda()
-    loss(*args)  # compiles
+    loss(*args)  # the first call compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         sum(loss(*args)).backward()
@@ -143,11 +143,11 @@ def test_all_four_objectives_of_32768_pairs_take_less_than_a_gigabyte():
 
 
 def test_a_block_is_served_without_a_forced_backend():
-    """The attention by CUDA C++, the MLP by Triton; nothing waits for the device, and a full graph compiles."""
+    """Attention runs in CUDA C++, the MLP in Triton; nothing waits for the device, and the full graph compiles."""
     block = SimplifiedBlock(512, 8, causal=True).cuda().bfloat16()
     x = torch.randn(4, 77, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     lengths = torch.tensor([77, 0, 50, 1], device="cuda")
-    block(x, lengths).sum().backward()  # compiles
+    block(x, lengths).sum().backward()  # the first call compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         block(x, lengths).sum().backward()
@@ -158,9 +158,9 @@ def test_a_block_is_served_without_a_forced_backend():
 
 
 def test_memory_kept_for_backward():
-    """x is the caller's: kept beside it are [q|k], h and the log-sum-exps, with recompute those alone."""
+    """x belongs to the caller. Beside x, [q|k], h and the log-sum-exps are kept; with recompute, only the log-sum-exps."""
     x = torch.randn(64, 77, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    for recompute, most in ((False, 7.2), (True, 1.2)):  # in units of x, the result among them
+    for recompute, most in ((False, 7.2), (True, 1.2)):  # in units of x, including the result
         block = SimplifiedBlock(512, 8, causal=True, recompute=recompute).cuda().bfloat16()
         block(x)
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""shaped_attention as users call it, on a CUDA device: the CUDA C++ kernels and those around SDPA against float64."""
+"""shaped_attention as users call it, on a CUDA device: the CUDA C++ kernels and the kernels around SDPA against float64."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def leaves(batch, tokens, heads, width):
 
 
 def run(backend, given, grad, dtype, heads, **options):
-    """Values and gradients; q, k views of one product and v one of x, as in a block."""
+    """Returns values and gradients; q and k are views of one product and v is a view of x, as in a block."""
     moved = {name: t.to("cuda", torch.float64 if dtype == torch.float64 else dtype) for name, t in given.items()}
     moved["gains"] = given["gains"].to("cuda", torch.float64 if dtype == torch.float64 else torch.float32)
     moved = {name: t.requires_grad_() for name, t in moved.items()}
@@ -61,7 +61,7 @@ def test_values_and_gradients(tokens, kind):
                 truth = run("reference", given, grad, torch.float64, 3, **options)
                 plain = run("reference", given, grad, dtype, 3, **options)
                 what = f"{tokens} tokens, width {width}, causal {causal}, lengths {lengths}"
-                # Sums over all tokens that may nearly cancel, and a lone key's dq: relative to what random signs would leave.
+                # Sums over all tokens may nearly cancel: their error is relative to a sum of terms with random signs.
                 gains = [{"d gains": result.pop("d gains")} for result in (kernel, plain, truth)]
                 assert_within(kernel, plain, truth, "tf32" if kind == "tf32" else dtype, what, least=0.01)
                 assert_within(*gains, "tf32" if kind == "tf32" else dtype, what, least=(tokens * width) ** 0.5)

@@ -1,4 +1,4 @@
-"""Memory of Triton's launchers on fake tensors, which run without their kernels; on a GPU beside what they take there."""
+"""Memory of Triton's launchers on fake tensors, which run without kernels; on a GPU also against measured memory."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ OBJECTIVES = ("contrastive", "pair matching", "hadamard", "every term", "infonce
     ("name", "dtype"), [(OBJECTIVES[-2], torch.float32), *((name, torch.float16) for name in OBJECTIVES)]
 )
 def test_chunks_between_the_second_and_the_last_change_no_peak(name, dtype, monkeypatch):
-    """Which is why predictions leave them out."""
+    """Predictions can therefore leave these chunks out."""
     from simplclip.kernels.similarity import launch, op
 
     call = similarity_call(name, 900, 1000, scratch_bytes=1 << 15)
@@ -40,9 +40,9 @@ def test_prediction_on_a_gpu(dtype):
     for call in [*calls, feature_call(900, 48), attention_call(8, 257, 2, 32), mlp_call(3000, 64, 256)]:
         expected = predicted(call, dtype, CUDA).usage.peak
         args = {name: t.to(CUDA) for name, t in call.typed(dtype).items()}
-        forward_and_backward(call, args)  # compiles, and libraries allocate what they keep
+        forward_and_backward(call, args)  # compiles, and lets libraries allocate what they keep
         for value in args.values():
             value.grad = None
         held = sum(-(-v.nbytes // 512) * 512 for v in args.values())
         measured = held + cuda_peak_bytes(lambda call=call, args=args: forward_and_backward(call, args))
-        assert abs(measured - expected) <= max(1 << 18, measured // 100)  # reductions have some scratch of their own
+        assert abs(measured - expected) <= max(1 << 18, measured // 100)  # reductions use some scratch of their own

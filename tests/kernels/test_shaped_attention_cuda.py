@@ -1,6 +1,6 @@
 """shaped_attention's CUDA C++ kernels under the emulator: values, gradients and log-sum-exps against float64.
 
-SIMPLCLIP_EMULATE_ALL=1 (make prove) takes every width with every number of tokens, more schedules, and all faults.
+SIMPLCLIP_EMULATE_ALL=1 (make prove) runs every width with every number of tokens, more schedules, and all faults.
 """
 
 import os
@@ -25,7 +25,7 @@ def kernels():
 
 
 def cases(tokens, width, kind):
-    """All tokens, causal, and sequences of several lengths in one batch with two heads; none if they do not fit."""
+    """Yields all tokens, causal, and sequences of several lengths in a batch with two heads; nothing if tokens do not fit."""
     if kind == "tf32" and tokens > 64 and width > 64:
         return
     yield Case(kind, tokens, width)
@@ -73,7 +73,7 @@ def test_lengths_out_of_range_count_as_none_and_all(kernels):
 
 
 def test_the_difference_of_softmax_and_mean_is_rounded_not_they(kernels):
-    """At initialisation q is zero: softmax is the mean, and with equal gains nothing remains of both."""
+    """At initialisation q is zero: softmax equals the mean, and with equal gains their difference is zero."""
     case = Case("bf16", 77, 64)
     given = inputs(case)
     given["q"].mul_(1e-3)
@@ -104,7 +104,7 @@ def test_sanitizers_find_nothing():
     assert done.stdout.strip() == "clean", done.stderr[-3000:]
 
 
-# What is taken out or changed, and a case that must notice.
+# Text that is removed or replaced in the kernels, and a case that must detect the change.
 FAULTS = {
     "no barrier before keys and values are written over": (
         "  sync_block();  // keys and values are not read any more", "", Case("bf16", 77, 64),

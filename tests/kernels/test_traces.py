@@ -1,4 +1,4 @@
-"""Launches, torch's kernels, bytes and copies from the host of similarity_loss on a GPU, on fake tensors."""
+"""Launches, torch's kernels, bytes, and copies from the host in similarity_loss on a GPU, on fake tensors."""
 
 import functools
 import operator
@@ -23,7 +23,7 @@ def shapes(n: int, width: int = 512, dtype: torch.dtype = torch.bfloat16) -> dic
 
 
 def traced(tensors: dict, **options) -> list:
-    """A step of similarity_loss, forward and backward. tensors: of shapes alone, on the device "meta"."""
+    """Traces a step of similarity_loss, forward and backward. tensors: shapes alone, on the device "meta"."""
 
     def step(given):
         for name, value in given.items():
@@ -40,14 +40,14 @@ def traced(tensors: dict, **options) -> list:
 @pytest.mark.skipif(fake.OLD, reason="torch 2.11 has no fake product of another dtype, whose bytes are not counted then")
 @pytest.mark.parametrize(("n", "most"), [(65536, 9e9), (131072, 30e9)])
 def test_bytes_of_large_batches(n, most):
-    """Those of features and gradients. The blocks of G, which are written once and read by two products, are besides them."""
+    """Bytes of features and gradients. The blocks of G, written once and read by two products, are not counted here."""
     from simplclip.kernels.similarity.launch import block_sides
 
     rows, columns = block_sides(n, n, (128 << 20) // 2)
-    kept = (256 << 20) // (2 * n)  # rows, in blocks of their own
+    kept = (256 << 20) // (2 * n)  # rows whose exponentials are kept, in blocks of their own
     down, across = -(-kept // rows) + -(-(n - kept) // rows), -(-n // columns)
     found = traced(shapes(n))
-    features = 2 * n * 512 * (down + across)  # that the kernel of each block reads
+    features = 2 * n * 512 * (down + across)  # read by the kernel of each block
     moved = (span for step in found if step.kind == "torch" for span in (*step.read, *step.written, *step.operands[1:]))
     assert sum(size for _, size in moved) + features < most
     assert names(found, "triton")["similarity_gradient"] == down * across
@@ -55,12 +55,12 @@ def test_bytes_of_large_batches(n, most):
 
 @pytest.mark.parametrize(("n", "rows"), [(8192, 8192), (16384, 8192)])
 def test_rows_whose_exponentials_are_kept(n, rows):
-    """In 256 MiB; forward's product is not computed again where all is near, which the kernel finds on the GPU."""
+    """Exponentials take 256 MiB. Forward's product is not computed again if all logits are near, which a kernel checks."""
     found = traced(shapes(n))
     launches = names(found, "triton")
     assert launches["similarity_kept"] == -(-rows * n // (1 << 26))
     assert launches["similarity_gradient"] == -(-n * n // (1 << 26))
-    assert launches["similarity_statistics"] == 1 + (n > rows)  # those that are kept in a launch of their own, with its tile
+    assert launches["similarity_statistics"] == 1 + (n > rows)  # kept rows have a launch of their own, with its own tile
     assert "similarity_kept" not in names(traced(shapes(n), store_bytes=0), "triton")
     assert not names(found, "host")
 
@@ -89,7 +89,7 @@ def every_term(n: int) -> dict[str, object]:
     return options | {f"teacher_{name}": t for name, t in teacher.items()}
 
 
-CALLS = {  # of similarity_loss, with the most launches and kernels of torch in a step
+CALLS = {  # options of similarity_loss, and the most launches and kernels of torch in a step
     "contrastive": ({}, 9, 25),
     "pair matching": ({"terms": TERMS[:2], "plane": (number(), number())}, 8, 32),
     "sigmoid": ({"terms": ("sigmoid",), "logit_bias": number()}, 1, 25),
@@ -120,7 +120,7 @@ CALLS = {  # of similarity_loss, with the most launches and kernels of torch in 
 
 @pytest.mark.parametrize("name", ["contrastive", "pair matching", "sigmoid"])
 def test_the_range_of_float16_costs_one_launch(name):
-    """And torch's kernels that undo it in both gradients."""
+    """Torch's kernels also undo the factor in both gradients."""
     half, brain = (traced(shapes(1024, dtype=dtype), **CALLS[name][0]) for dtype in (torch.float16, torch.bfloat16))
     assert names(half, "triton") - names(brain, "triton") == Counter(similarity_range=1)
     assert names(half, "torch").total() <= names(brain, "torch").total() + 2
@@ -128,7 +128,7 @@ def test_the_range_of_float16_costs_one_launch(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_launches_of_a_step_and_no_copy_from_the_host(name):
-    """So that a CUDA graph can capture each loss."""
+    """Without copies from the host, a CUDA graph can capture each loss."""
     options, launches, kernels = CALLS[name]
     found = traced(shapes(1024), **options)
     assert not names(found, "host")

@@ -35,12 +35,12 @@ def similarity() -> Iterator[tuple[Call, torch.dtype, dict]]:
 
 
 def blocks() -> Iterator[tuple[Call, torch.dtype, dict]]:
-    """Sides around those of a block, 128 here, with exponentials that are kept for all rows, for some and for none."""
+    """Yields sides around a block's, 128 here, with exponentials kept for all rows, for some and for none."""
     for n, m, store in ((1, 1, None), (127, 128, 0), (129, 129, None), (257, 258, 128 * 258 * 4), (128, 129, None)):
         for dtype, symmetric in ((torch.float32, True), (torch.bfloat16, False))[: 2 - m % 2]:
             options = {"scale": 20.0, "symmetric": symmetric, "scratch_bytes": 0, "store_bytes": store}
             yield similarity_call(n, m, (m - n) // 2, terms=TERMS[:1], **options), dtype, {}
-    call = similarity_call(200, 200, terms=TERMS[:1], scratch_bytes=0)  # rows and columns that are far from each other
+    call = similarity_call(200, 200, terms=TERMS[:1], scratch_bytes=0)  # rows and columns with very different statistics
     call.tensors["image"][::3] *= 30
     call.tensors["text"][::5] *= 1e-3
     call.tensors["text"][5::7] *= 10
@@ -48,16 +48,16 @@ def blocks() -> Iterator[tuple[Call, torch.dtype, dict]]:
 
 
 def mlp() -> Iterator[tuple[Call, torch.dtype, dict]]:
-    for dtype in DTYPES:  # several chunks of rows, the last not whole
+    for dtype in DTYPES:  # several chunks of rows, the last one partial
         yield mlp_call(300, 20, 70, 20, act="gelu_tanh"), dtype, {}
     for act in ("gelu", "gelu_tanh", "quickgelu", "silu"):
         call = mlp_call(70, 20, 65, 40, act=act)
-        call.tensors["x"] *= 15  # the hidden layer is between -100 and 100
+        call.tensors["x"] *= 15  # puts the hidden layer between -100 and 100
         yield call, torch.float32, {}
 
 
 def around_sdpa() -> Iterator[tuple[Call, torch.dtype, dict]]:
-    """Several blocks of tokens, the last not whole; q, k and v alone in memory and apart."""
+    """Yields several blocks of tokens, the last one partial; q, k and v contiguous, and with gaps between rows."""
     apart = {"lay_out": lambda name, t: rows_apart(t) if t.dim() == 4 else t}
     for (tokens, width), causal in itertools.product(((81, 64), (197, 48), (257, 64)), (False, True)):
         call = of_lengths(attention_call(3, tokens, 2, width, causal=causal), [tokens // 2, 0, tokens])
@@ -68,7 +68,7 @@ def around_sdpa() -> Iterator[tuple[Call, torch.dtype, dict]]:
 
 
 def attention(device: str) -> None:
-    """The terms around torch's attention, which are never torch's."""
+    """Checks the terms around torch's attention by this library's kernels alone."""
     with mock.patch.object(around, "_terms", None), mock.patch.object(around, "_own_gradients", None):
         for call, dtype, options in around_sdpa():
             check(call, dtype, "sdpa", device=device, **options)
@@ -77,7 +77,7 @@ def attention(device: str) -> None:
 
 
 def large() -> Iterator[tuple[Call, torch.dtype, dict]]:
-    """Several of a GPU's tiles in each direction; too much for the interpreter."""
+    """Yields calls with several of a GPU's tiles in each direction, which the interpreter could not compute in time."""
     for dtype in DTYPES:
         for mode in MODES:
             yield similarity_call(700, 1111, 300, **mode, width=200, ids=True, scratch_bytes=1 << 18), dtype, {}
@@ -93,7 +93,7 @@ def registration(device: str) -> None:
 
 
 def float16_range(device: str) -> None:
-    """The factor where one statistic alone has a gradient, -3 in its last row or column."""
+    """Checks the factor where a single statistic has a gradient, -3 in its last row or column."""
     from simplclip.kernels.similarity.gradients import PEAK, range_factor
     from simplclip.kernels.similarity.launch import Launch
     from simplclip.kernels.similarity.tile import Pairs, Sigmoids
@@ -102,7 +102,7 @@ def float16_range(device: str) -> None:
         return torch.tensor(values, device=device)
 
     student, teacher = Launch(True, SIGMOIDS=2, RELATIONAL=True, COLUMNS=True), Launch(False, True, COLUMNS=True)
-    bounds = {  # by the places in RowStat and in ColumnStat
+    bounds = {  # bounds by place in RowStat and in ColumnStat
         student: ({0: 6, 3: 6, 5: 3, 9: 3 * 40, 10: 3 * 7 * 11}, {0: 6, 3: 6}),
         teacher: ({2: 15, 4: 15, 7: 3, 8: 3}, {2: 15, 4: 15}),
     }
@@ -123,13 +123,13 @@ def float16_range(device: str) -> None:
 
 CALLS = {"similarity_loss": similarity, "blocks": blocks, "parallel_mlp": mlp, "large": large}
 OTHERS = {"attention": attention, "registration": registration, "float16_range": float16_range}
-BLOCK = 25  # random calls of a test
+BLOCK = 25  # random calls in one test
 PROVED = [pytest.param(str(start), marks=[pytest.mark.prove] if start else []) for start in range(0, 500, BLOCK)]
-TOGETHER = ["0", *list(CALLS)[:-1], *OTHERS]  # what one process interprets in the suite
+TOGETHER = ["0", *list(CALLS)[:-1], *OTHERS]  # cases that one process interprets in the suite
 
 
 def run(name: str, device: str) -> None:
-    """With few parts and sums at a time, so that a few blocks take several rounds."""
+    """Runs cases with few parts and sums at a time, so that a few blocks take several rounds."""
     from simplclip.kernels.mlp import op as mlp_op
     from simplclip.kernels.similarity import op as similarity_op
 
@@ -194,7 +194,7 @@ def test_every_tile_has_one_program():
     for row_blocks, tiles, slots in itertools.product((1, 2, 7, 64, 257), (1, 2, 3, 41, 256), (1, 82, 264)):
         ranges, per_split = splits(row_blocks, tiles, slots)
         assert (ranges - 1) * per_split < tiles <= ranges * per_split
-    assert splits(1, 256, 82)[0] > 60  # few rows alone would leave most multiprocessors without work
+    assert splits(1, 256, 82)[0] > 60  # with few rows alone, most multiprocessors would have no work
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The losses in the place of open_clip's, and of subclasses of open_clip's."""
+"""The losses in the place of open_clip's losses, also of subclasses of those."""
 
 import inspect
 
@@ -47,7 +47,7 @@ def with_teacher(loss, image, text, scale, bias, **options):
 
 
 COCA = {"caption_loss_weight": 2.0, "clip_loss_weight": 0.7}
-# open_clip's class, ours, options of both and of ours, and the call.
+# open_clip's class, this library's class, options of both, options of the latter, and the call.
 CASES = [
     ("ClipLoss", "ClipLoss", {}, {}, of_images),
     ("ClipLoss", "ClipLoss", {}, {}, with_bias),
@@ -63,7 +63,7 @@ CASES = [
 
 @pytest.mark.parametrize(("theirs", "ours", "options", "own", "call"), CASES)
 def test_is_open_clips_loss(theirs, ours, options, own, call):
-    """Signature, values in both forms, gradients; for what has its name, an instance of open_clip's class."""
+    """Signature, values in both forms and gradients are open_clip's; a loss of the same name is an instance of its class."""
     classes = getattr(open_clip.loss, theirs), getattr(losses, ours)
     assert issubclass(classes[1], classes[0]) == (ours == theirs)
     for method in ("__init__", "forward"):
@@ -85,13 +85,13 @@ def test_is_open_clips_loss(theirs, ours, options, own, call):
     assert names[0] == names[1]
     for expected, found in zip(*results, strict=True):
         if expected is None:
-            assert found is None or not found.any()  # a bias has a gradient of 0, as DistributedDataParallel needs
+            assert found is None or not found.any()  # a bias gets a gradient of 0, as DistributedDataParallel needs
         else:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 class DRClipLoss(losses.ClipLoss):
-    """MobileCLIP's loss by its shape: logits of the student and of a teacher, and the ground truth of the base class."""
+    """A loss of the form of MobileCLIP's: it uses logits of student and teacher, and the base class's ground truth."""
 
     def forward(self, image, text, scale, teacher_image, teacher_text, teacher_scale):
         student = self.get_logits(image, text, scale)
@@ -114,7 +114,7 @@ def test_a_loss_that_needs_the_logits():
 
 
 def test_sigmoid_with_pair_matching_is_one_sweep(monkeypatch):
-    """Their sum costs the products of one of them; terms that are not added up have their own gradients, and sweeps."""
+    """The terms' sum costs the products of one term; terms that are not added up have gradients and sweeps of their own."""
     from simplclip.ops.similarity import sigmoid
 
     calls = []
@@ -136,12 +136,12 @@ def test_sigmoid_with_pair_matching_is_one_sweep(monkeypatch):
 
 
 def test_what_open_clip_4_asks_for():
-    """chunk_size is its own way to less memory, and world_size=0 is one process."""
+    """chunk_size, a way of open_clip to save memory, changes nothing here, and world_size=0 means one process."""
     leaves = features()
     loss = losses.SigLipLoss(False, 0, 1, None, 32)
     assert loss.chunk_size == 32
     torch.testing.assert_close(loss(*leaves), losses.SigLipLoss()(*leaves), rtol=0, atol=0)
-    torch.testing.assert_close(loss._loss(*leaves), losses.SigLipLoss()(*leaves))  # open_clip's, which its tests call
+    torch.testing.assert_close(loss._loss(*leaves), losses.SigLipLoss()(*leaves))  # the method that open_clip's tests call
     for make in (losses.ClipLoss, losses.ClipPMLoss, losses.SigLipLoss):
         torch.testing.assert_close(make(world_size=0)(*leaves), make()(*leaves), rtol=0, atol=0)
 
@@ -161,7 +161,7 @@ OPTIONS = [
     ids=str,
 )
 def test_options_of_the_op(name, options):
-    """Values and gradients of the dict's terms and of the sum; of prefixes, compiled, and in the text form."""
+    """Values and gradients of the dict's terms and of the sum; also of prefixes, compiled, and the options in repr."""
     sigmoid = name == "SigLipLoss"
     ids = torch.arange(N) // 2
     loss = getattr(losses, name)(**options | ({} if name == "ClipLoss" else {"pm_weight": 0.5})).double()
@@ -186,7 +186,7 @@ def test_options_of_the_op(name, options):
         same(terms[term], expected[term], [*leaves, *parameters])
     same(loss(*leaves, ids=ids), sum(expected.values()), [*leaves, *parameters])
     if name != "ClipLoss" and (sigmoid or len(options) > 1):
-        torch.compiler.reset()  # the losses share one forward, whose recompilations are limited
+        torch.compiler.reset()  # the losses share one forward, and recompilations of a function are limited
         compiled = torch.compile(loss, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(*leaves, ids=ids), loss(*leaves, ids=ids))
     prefixes = losses.MatryoshkaLoss(loss, (4, 16))(*leaves, ids=ids)
@@ -229,7 +229,7 @@ def test_bad_arguments():
     ):
         with pytest.raises(TypeError, match=message):
             losses.ClipLoss(**options)
-    with pytest.raises(TypeError, match="label_smoothing"):  # an option of a softmax
+    with pytest.raises(TypeError, match="label_smoothing"):  # an option of softmax losses
         losses.SigLipLoss(label_smoothing=0.1)
     with pytest.raises(TypeError, match="caption_loss_weight: expected a number, got str"):
         losses.CoCaLoss("2", 1.0)

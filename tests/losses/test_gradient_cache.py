@@ -1,4 +1,4 @@
-"""Gradient caching against one graph over the whole batch: the same micro-batches, concatenated, one loss, one backward."""
+"""Gradient caching against one graph over the whole batch: the same micro-batches concatenated, one loss, one backward."""
 
 import contextlib
 import gc
@@ -29,7 +29,7 @@ def bf16():
 
 
 def siclip(dtype=torch.float32, freeze=True):
-    """siclip-tiny with all its blocks switched on; its batch norms frozen."""
+    """Returns siclip-tiny with all its blocks active, and with frozen batch norms."""
     torch.manual_seed(0)
     model = models.create("siclip-tiny", text_cfg={"layers": 2}).to(dtype).train()
     for module in model.modules():
@@ -41,7 +41,7 @@ def siclip(dtype=torch.float32, freeze=True):
 
 
 def pairs(sizes=SIZES, captions=1, dtype=torch.float32, size=16, length=16, vocabulary=8192):
-    """Micro-batches: (image [m, 3, size, size], text [m captions, length])."""
+    """Returns micro-batches: (image [m, 3, size, size], text [m captions, length])."""
     generator = torch.Generator().manual_seed(1)
     draw = lambda m: torch.randint(1, vocabulary, (m * captions, length), generator=generator)  # noqa: E731
     return [(torch.randn(m, 3, size, size, generator=generator, dtype=dtype), draw(m)) for m in sizes]
@@ -68,7 +68,7 @@ def one_graph(encode, micro_batches, loss, scaler=None, **_):
 
 
 def step(run, encode, micro_batches, loss, parts, context=contextlib.nullcontext, **options):
-    """Terms and gradients of all parameters, and the generator's next number."""
+    """Runs a step; returns terms and gradients of all parameters, and the generator's next number."""
     for part in parts:
         part.zero_grad()
     torch.manual_seed(3)
@@ -82,7 +82,7 @@ def step(run, encode, micro_batches, loss, parts, context=contextlib.nullcontext
 
 
 def assert_same(encode, micro_batches, loss, parts, dtype=torch.float32, **options):
-    """Values and gradients of both forms within the rule of tests/tolerance.py, taking one graph in this dtype for plain."""
+    """Compares values and gradients by the rule of tests/support/tolerance.py; its plain torch is one graph in this dtype."""
     expected, wanted, drawn = step(one_graph, encode, micro_batches, loss, parts, **options)
     truth = {name: value.double() for name, value in expected.items()}
     got, found, then = step(gradient_cache.backward, encode, micro_batches, loss, parts, **options)
@@ -93,7 +93,7 @@ def assert_same(encode, micro_batches, loss, parts, dtype=torch.float32, **optio
 
 
 def wikd(dtype, captions=1, width=256, **options):
-    """WIKDLoss with every term over all captions of the images: (loss module, function of the features)."""
+    """Returns WIKDLoss with every term over all captions of the images: (loss module, function of the features)."""
     torch.manual_seed(4)
     n = sum(SIZES) * captions
     teacher = [F.normalize(torch.randn(n, TEACHER, dtype=dtype), dim=1) for _ in range(2)]
@@ -123,7 +123,7 @@ def test_wikd_on_siclip_tiny(dtype, captions):
 
 
 def test_autocast_in_the_callers_context():
-    """Also where the caller has run the model without autograd in the same context, which caches casts of weights."""
+    """The caller has also run the model without autograd in the same context, which caches casts of weights."""
     model, (module, loss) = siclip(), wikd(torch.float32)
     encode, batches = normalised(model), pairs(size=48)
 
@@ -141,7 +141,7 @@ def test_autocast_in_the_callers_context():
 
 
 def test_backward_runs_without_autocast():
-    """A product of float32 in a backward pass, which autocast would cast: gradients as of a backward pass outside."""
+    """A backward pass has a float32 product, which autocast would cast; gradients are those outside of autocast."""
     torch.manual_seed(0)
     tower, other = nn.Linear(12, 16), nn.Linear(12, 16)
 
@@ -171,7 +171,7 @@ def test_backward_runs_without_autocast():
 
 
 class Dropping(nn.Module):
-    """Two towers of simplified blocks with dropout, stochastic depth, shared weights and a block that is computed again."""
+    """Two towers of simplified blocks with dropout, stochastic depth, shared weights and recomputed blocks."""
 
     def __init__(self):
         super().__init__()
@@ -211,13 +211,13 @@ def test_random_numbers_shared_weights_and_recomputed_blocks(dtype):
 
 
 def whole():
-    """Images and texts of a whole batch, in float64."""
+    """Returns the images and texts of a whole batch, in float64."""
     return [torch.cat(of_tower) for of_tower in zip(*pairs(dtype=torch.float64, vocabulary=64))]
 
 
 @pytest.mark.parametrize(("images", "texts"), [((5, 5, 5, 2), (9, 8)), ((17,), (3, 3, 3, 3, 3, 2)), ((4, 13), (17,))])
 def test_micro_batches_of_each_tower(images, texts):
-    """The gradients of one graph in which dropout draws the same numbers; the last micro-batches are smaller or larger."""
+    """Gradients equal those of one graph whose dropout draws the same numbers; the last micro-batch has another size."""
     model, module = Dropping().double(), ClipPMLoss().double()
     encode = {"image": model.encode_image, "text": model.encode_text}
     batches = {name: t.split(list(sizes)) for name, t, sizes in zip(encode, whole(), (images, texts))}
@@ -228,7 +228,7 @@ def test_micro_batches_of_each_tower(images, texts):
 
 @pytest.mark.parametrize(("micro_batch", "image", "text"), [(5, 5, 5), ({"text": 20, "image": 1}, 1, 20)])
 def test_inputs_are_split_into_micro_batches(micro_batch, image, text):
-    """By a number for all towers or one for each."""
+    """The size of micro-batches is one number for all towers, or a number for each tower."""
     model, seen = Dropping().double().eval(), {"image": [], "text": []}
 
     def encode(tower, batch):
@@ -240,7 +240,7 @@ def test_inputs_are_split_into_micro_batches(micro_batch, image, text):
     cached = step(gradient_cache.backward, towers, inputs, loss, (model,), micro_batch=micro_batch)[0]
     for name, size in (("image", image), ("text", text)):
         sizes = [len(t) for t in inputs[name].split(size)]
-        assert sorted(seen[name]) == sorted(sizes + sizes[:-1]), name  # the last one is kept
+        assert sorted(seen[name]) == sorted(sizes + sizes[:-1]), name  # the last one keeps its graph
     expected = step(one_graph, towers, {name: [t] for name, t in inputs.items()}, loss, (model,))[0]
     torch.testing.assert_close(cached, expected, rtol=1e-9, atol=1e-12)
 
@@ -263,7 +263,7 @@ def test_inputs_of_one_encoder_are_split_together_and_kept_ones_are_encoded_once
 
 @pytest.mark.parametrize("pm_weight", [0, 0.5])
 def test_sigmoid_terms_take_one_sweep(monkeypatch, pm_weight):
-    """Its gradients are computed with the value, from features that require gradients; nothing else sweeps."""
+    """The sweep computes gradients with the value, from features that require gradients; no other sweep runs."""
     model, loss, swept = Dropping(), losses.SigLipLoss(pm_weight=pm_weight), []
     for name, row in backends.TABLE.items():
         for backend, one in row.items() if name.startswith("similarity") else ():
@@ -332,7 +332,7 @@ def test_memory_is_that_of_one_micro_batch():
 
     def peak(run, count):
         batches = pairs([16] * count, vocabulary=64)
-        step(run, lambda b: model(*b), batches, loss, (model,))  # gradients exist
+        step(run, lambda b: model(*b), batches, loss, (model,))  # makes gradients exist
         gc.collect()
         return cpu_peak_bytes(lambda: run(lambda b: model(*b), batches, loss))
 

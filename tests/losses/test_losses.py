@@ -1,4 +1,4 @@
-"""What the losses share: each term's own gradient, groups, states, errors. Values: test_drop_in.py."""
+"""Behaviour that the losses share: each term's own gradient, groups, states, errors. Values: test_drop_in.py."""
 
 import math
 
@@ -38,7 +38,7 @@ RAW = {"contrastive_loss": "contrastive", "distill_loss": "relational"}
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
 def test_each_term_has_the_gradient_that_it_has_alone(loss, widths):
-    """Of the dict and of the tuple, in float64 against plain torch, so that reweighting trains what it says."""
+    """Compares the dict and the tuple with plain torch in float64: each term keeps its gradient when terms are reweighted."""
     loss.double()
     image, text, scale, bias = (t.detach().double().requires_grad_() for t in (*features(N), torch.tensor(-3.0)))
     distils = isinstance(loss, WIKDLoss)

@@ -36,7 +36,7 @@ def same(ours, theirs, leaves, rtol=1e-9):
 
 
 def dense(loss, image, text, *args, **kwargs):
-    """The definition: memeff 0.3.1's MatryoshkaLoss over a loss that normalises its features."""
+    """Computes the definition: memeff 0.3.1's MatryoshkaLoss over a loss that normalises its features."""
     return sum(w * loss(unit(image, m), unit(text, m), *args, **kwargs) for m, w in zip(WIDTHS, WEIGHTS))
 
 
@@ -143,7 +143,7 @@ def test_the_caption_counts_once(make):
     g = torch.Generator().manual_seed(2)
     logits = torch.randn(N, 6, 11, generator=g, dtype=torch.float64).requires_grad_()
     labels = torch.randint(0, 11, (N, 6), generator=g)
-    labels[0, 0] = 0  # a padding token, whose loss alone is NaN
+    labels[0, 0] = 0  # the loss of a padding token alone is NaN
     image, text, scale = *batch(), number(14.0)
     ours = MatryoshkaLoss(loss, WIDTHS, WEIGHTS)
     contrastive, caption = ours(image, text, logits, labels, scale)

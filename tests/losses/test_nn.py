@@ -22,7 +22,7 @@ def test_attention_module_starts_as_the_identity():
 
 @pytest.fixture
 def mixing():
-    """A block that mixes tokens, and its input."""
+    """Returns a block that mixes tokens, and its input."""
     torch.manual_seed(0)
     block = SimplifiedBlock(12, 3)
     nn.init.normal_(block.qk.weight)
@@ -70,7 +70,7 @@ def test_drop_path_skips_the_mlp_of_some_samples_in_training_only():
     torch.manual_seed(0)
     block = SimplifiedBlock(8, 2, drop_path=0.5, mlp_gain=1.0)
     x = torch.randn(64, 3, 8)
-    attention_only = block.norm(x)  # a new block's attention is the identity
+    attention_only = block.norm(x)  # attention is the identity in a new block
     dropped = torch.isclose(block(x), attention_only).all(dim=(1, 2)).sum()
     assert 16 <= dropped <= 48
     block.eval()
@@ -141,7 +141,7 @@ def test_attention_and_mlp_may_be_shared_among_different_groups(norms_and_gains)
         for name in ("alpha", "beta", "gamma", "attention_gain"):
             assert [getattr(b, name) is getattr(blocks[0], name) for b in blocks] == [True] + [norms_and_gains] * 3
         assert [b.mlp_gain is blocks[0].mlp_gain for b in blocks] == [True, norms_and_gains, False, False]
-        assert len({id(block.norm) for block in blocks}) == 4  # both parts read it
+        assert len({id(block.norm) for block in blocks}) == 4  # attention and MLP share the norm
     torch.testing.assert_close(torch.compile(stack, fullgraph=True, backend="eager")(x), stack(x))
     stack(x).sum().backward()
     assert all(p.grad is not None for p in stack.parameters())

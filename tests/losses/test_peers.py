@@ -1,4 +1,4 @@
-"""The table "coming from elsewhere" in simplclip.losses: each line against the other library's loss.
+"""The table "coming from elsewhere" in simplclip.losses: each line is compared with the other library's loss.
 
 CLIP-KD's src/open_clip/loss.py and GradCache's src/grad_cache/loss.py are written in plain torch; the kernels of memeff 0.3.1
 and siglip-kernel 0.1.2 are interpreted on a CPU. For open_clip's losses see test_drop_in.py, for two ranks rank_losses.py.
@@ -20,7 +20,7 @@ N = 24
 
 
 def features(width=16, teacher_width=16, seed=0):
-    """Float64: student's image and text, not normalised; teacher's, normalised."""
+    """Returns float64 features: the student's image and text, not normalised; the teacher's, normalised."""
     g = torch.Generator().manual_seed(seed)
     student = [torch.randn(N, width, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)]
     teacher = [F.normalize(torch.randn(N, teacher_width, generator=g, dtype=torch.float64), dim=1) for _ in range(2)]
@@ -28,7 +28,7 @@ def features(width=16, teacher_width=16, seed=0):
 
 
 def same(theirs, ours, leaves, times=1.0):
-    """Equal values, and gradients that are `times` ours."""
+    """Checks that values are equal, and that their gradients are `times` this library's."""
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     wanted, got = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (theirs, ours))
     for w, g in zip(wanted, got):
@@ -36,7 +36,7 @@ def same(theirs, ours, leaves, times=1.0):
 
 
 def clip_kd(student, teacher, scale, teacher_scale, projections=None):
-    """Its losses by their names there, before the alphas."""
+    """Returns CLIP-KD's losses by their names there, before weighting by the alphas."""
     image, text = student
     t_image, t_text = teacher
     logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
@@ -90,7 +90,7 @@ PRIORS = torch.linspace(0, 0.2, N, dtype=torch.float64)
 MEMEFF = [
     {"temperature": 0.2, "label_smoothing": 0.1},
     {"temperature": 0.2, "tau_plus": 0.01},
-    {"temperature": 1.0, "tau_plus": 0.3},  # where most rows are clamped
+    {"temperature": 1.0, "tau_plus": 0.3},  # most rows are clamped at this prior
     {"temperature": 0.5, "tau_plus": 0.05, "label_smoothing": 0.2},
     {"temperature": 1.0, "tau_plus": PRIORS},
 ]
@@ -105,7 +105,7 @@ MORE_IDS = torch.cat([IDS, IDS[5:9], torch.tensor([7, 7])])
 SIGLIP = [
     {"img_gid": IDS, "txt_gid": IDS},
     {"img_gid": torch.arange(N), "txt_gid": torch.arange(N)},
-    {"img_gid": IDS, "txt_gid": MORE_IDS},  # more texts than images, some of them without an image
+    {"img_gid": IDS, "txt_gid": MORE_IDS},  # more texts than images, some texts without an image
     {"img_gid": IDS, "txt_gid": MORE_IDS, "symmetric": False},
 ]
 
@@ -118,19 +118,19 @@ def of_siglip(case, dtype=torch.float32):
 
 
 def as_siglip(x, y, scale, bias, img_gid, txt_gid, symmetric=True):
-    """Our mean is over the N rows, theirs over the N M pairs."""
+    """Divides by the number of texts: this library's mean is over N rows, theirs over N M pairs."""
     options = {"terms": ("sigmoid",), "positives": "ids", "symmetric": symmetric, "ids": img_gid, "text_ids": txt_gid}
     return ops.similarity_loss(x, y, scale, logit_bias=bias, **options)["sigmoid"] / len(y)
 
 
 def within(ours, theirs, tolerance):
-    """Values and gradients, relative to the largest of each."""
+    """Compares values and gradients, relative to the largest of each."""
     for got, wanted in zip(ours, theirs):
         torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
 
 
 def test_matryoshka_of_memeff():
-    """Its wrapper of a loss that normalises its features itself."""
+    """memeff wraps a loss that normalises its features itself."""
     reason = "memeff is not installed (pip install -e '.[dev]'), or triton, which it imports"
     theirs = pytest.importorskip("memeff.matryoshka", reason=reason, exc_type=ImportError)
     student, _ = features()
@@ -150,7 +150,7 @@ def test_matryoshka_of_memeff():
 @interpreter.needs_interpreter
 @pytest.mark.parametrize("package", ["memeff", "siglip_kernel"])
 def test_their_own_kernels(package, tmp_path):
-    """Which neither package runs on a CPU by itself; memeff's exponentials are of another domain, in float32."""
+    """Neither package runs on a CPU by itself; memeff computes its exponentials in another domain, in float32."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed (pip install -e '.[dev]')")
     if package == "memeff":

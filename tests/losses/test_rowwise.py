@@ -23,9 +23,9 @@ from simplclip.losses import rowwise
 from simplclip.losses.rowwise import RowwiseLoss
 from simplclip.memory.measure import cpu_peak_bytes
 
-pytestmark = pytest.mark.slow  # a minute and a half of compilers, dense forms and ranks
+pytestmark = pytest.mark.slow  # compilers, dense forms and ranks take a minute and a half
 
-LEAST = 0.05  # about the largest gradient; that of the bias is 0 by cancellation
+LEAST = 0.05  # about the largest gradient; the bias's gradient is 0 by cancellation
 SCRIPT = str(SUPPORT / "rank_rowwise.py")
 
 
@@ -133,11 +133,11 @@ def test_scaled_accumulated_and_repeated_backwards():
 
 
 def test_float16_products_do_not_flush_small_gradients(monkeypatch):
-    """As on a GPU, where float16 features are multiplied in float16; a CPU computes them in float32."""
+    """float16 features are multiplied in float16, as on a GPU; a CPU would compute in float32."""
     monkeypatch.setattr(rowwise, "computes_in", lambda dtype, device: dtype)
     leaves, _ = batch(dtype=torch.float16)
     small = lambda logits, positives: 1e-9 * focal(logits, positives)  # noqa: E731
-    got = torch.autograd.grad(1e9 * chunked(small)(*leaves), leaves[:3])  # that of the bias is 0
+    got = torch.autograd.grad(1e9 * chunked(small)(*leaves), leaves[:3])  # without the bias, whose gradient is 0
     wide = [t.detach().double().requires_grad_() for t in leaves]
     for gradient, exact in zip(got, torch.autograd.grad(dense(focal, wide), wide)):
         torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=4e-3 * exact.abs().max().item())
@@ -198,7 +198,7 @@ def test_a_copy_has_parameters_of_its_own():
 
 
 def test_fn_is_compiled_once_for_all_sizes_of_a_chunk(monkeypatch):
-    """With the backend that counts, also for the ninth loss of a process, whose code is that of the first."""
+    """A counting backend shows it, also for the ninth loss of a process, which runs the code of the first."""
     torch._dynamo.reset()
     counts = []
     compile = torch.compile
@@ -217,7 +217,7 @@ def test_fn_is_compiled_once_for_all_sizes_of_a_chunk(monkeypatch):
     assert [count.frame_count for count in counts] == [1] * 10
 
 
-@pytest.mark.prove  # torch's compiler takes long the first time
+@pytest.mark.prove  # torch's compiler is slow at its first call
 def test_compiled_equals_eager():
     leaves, _ = batch(n=131, m=140, dtype=torch.float32)
     got, expected = (with_gradients(chunked(focal, compile=compile)(*leaves), leaves) for compile in (True, False))
@@ -306,7 +306,7 @@ def test_memory_is_that_of_gradients_and_of_four_matrices_of_a_chunk():
 
 
 def test_gradients_of_bfloat16_are_kept_in_it(monkeypatch):
-    """Of the two gradients one at a time is summed in float32."""
+    """Only one of the two gradients at a time is summed in float32."""
     monkeypatch.setattr(rowwise, "_ADDED_ROWS", 64)
     n, width = 2048, 512
     leaves, _ = batch(n, n, dtype=torch.bfloat16, width=width)

@@ -11,7 +11,7 @@ KEYS = ["contrastive_loss", "distill_loss", "interactive_loss", "feature_loss", 
 
 
 def batch(n=24, width=16, teacher_width=None, dtype=torch.float32, seed=0):
-    """Student (leaves), teacher."""
+    """Returns the student's features as leaves, and the teacher's."""
     terms = ("relational", "interactive")
     leaves, _ = make_inputs(n, n, terms=terms, width=width, teacher_width=teacher_width, seed=seed)
     student = [leaves[k].to(dtype if k != "logit_scale" else torch.float32) for k in ("image", "text", "logit_scale")]
@@ -66,7 +66,7 @@ def test_autocast():
     expected = loss(*student, *teacher, output_dict=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = loss(*student, *(t.half() if t.dim() else t for t in teacher), output_dict=True)
-    torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)  # dtypes too: float32
+    torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)  # compares dtypes as well: float32
     sum(got.values()).backward()
     assert all(p.grad.dtype == p.dtype for p in (*student, *loss.parameters()))
 
@@ -97,7 +97,7 @@ def test_teachers_and_widths_that_do_not_fit():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             WIKDLoss(**options)(*given)
-    WIKDLoss()(*student, *wide)  # the relational term compares similarities
+    WIKDLoss()(*student, *wide)  # the relational term compares similarities, so that widths may differ
 
 
 @pytest.mark.parametrize("term", ["interactive_weight", "feature_weight"])
@@ -125,7 +125,7 @@ def test_projections_of_another_dtype_need_autocast(term):
     ],
 )
 def test_a_row_of_zeros_in_float16(interactive, dtype, autocast, teacher_width):
-    """Values and gradients of float32, from the same numbers; a gradient past the largest that float16 has is that."""
+    """Values and gradients are those of float32; a gradient beyond float16's largest number becomes that number."""
     torch.manual_seed(0)
     options = dict(EVERYTHING, interactive=interactive, embed_dim=16, teacher_dim=teacher_width)
     loss, expected = WIKDLoss(**options), WIKDLoss(**options)

@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """What oneDNN takes grows with the threads, and is stated for one."""
+    """Sets one thread: oneDNN's memory grows with the threads, and is stated for one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""What ranks exchange and allocate, counted on fake tensors and a fake process group."""
+"""The bytes that ranks exchange and allocate, counted on fake tensors and a fake process group."""
 
 import warnings
 
@@ -22,7 +22,7 @@ BUDGET = Budget(24 << 30)
 
 
 class Wire(TorchDispatchMode):
-    """Counts the bytes that this rank sends, the loss's value aside."""
+    """A mode that counts the bytes that this rank sends, without the loss's value."""
 
     def __init__(self, ranks):
         super().__init__()
@@ -35,18 +35,18 @@ class Wire(TorchDispatchMode):
             size = max(t.numel() * t.element_size() for t in tensors)
             self.largest = max(self.largest, size)
             times = {"c10d::_allgather_base_": 1, "c10d::alltoall_base_": 1, "c10d::allreduce_": 2}
-            if tensors[0].numel() > 1:  # not the value
+            if tensors[0].numel() > 1:  # not the loss's value
                 self.sent += times.get(name, 0) * size * (self.ranks - 1) // self.ranks
         return func(*args, **(kwargs or {}))
 
 
 def step(loss_of, ranks, n, width, dtype, teacher_width=0, ids=False):
-    """The wire and the memory of a loss's forward and backward on the first of so many ranks."""
+    """Returns the bytes sent and the peak memory of a loss's forward and backward on the first of several ranks."""
     with pretended(ranks), FakeTensorMode(allow_fallback_kernels=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # open_clip 3.3 calls what torch 2.15 deprecates
         loss = loss_of({"gather_with_grad": True, "rank": 0, "world_size": ranks})
         if hasattr(loss, "_shapes"):
-            loss._shapes.check = lambda *_: None  # it reads values
+            loss._shapes.check = lambda *_: None  # the check reads values
         features = [torch.empty(n, width, dtype=dtype, requires_grad=True) for _ in range(2)]
         teacher = [torch.empty(n, teacher_width, dtype=dtype) for _ in range(2)] if teacher_width else []
         scale = torch.empty((), requires_grad=True)
@@ -90,22 +90,22 @@ def test_the_bytes_of_a_step_are_the_formula_s(kind, ranks, n):
     wire, _ = step(loss_of, ranks, n, 512, dtype, what.get("teacher_width", 0), what.get("ids", False))
     exchange = Exchange(ranks, n, 512, dtype.itemsize, **what)
     assert wire.sent == sum(exchange.sent().values())
-    assert wire.largest <= ranks * n * 768 * 4  # features of the whole batch, and no matrix of its pairs
+    assert wire.largest <= ranks * n * 768 * 4  # features of the whole batch, but no matrix of its pairs
 
 
 def test_bytes_grow_with_the_batch_and_not_with_its_square():
-    """At a million pairs and 1,024 ranks, features of 512 numbers in bfloat16."""
+    """A million pairs on 1,024 ranks, with features of 512 numbers in bfloat16."""
     of_half, of_all = (Exchange(ranks, 1024, 512, 2).sent() for ranks in (512, 1024))
     assert 2 < sum(of_all.values()) / sum(of_half.values()) < 2.01
     wire, peak = step(KINDS["contrastive"][0], 1024, 1024, 512, torch.bfloat16)
     assert wire.sent == sum(of_all.values())
-    assert peak < 4.5 * 2**30  # a matrix of this rank's rows alone would have 2 GiB in bfloat16, 4 in float32
+    assert peak < 4.5 * 2**30  # a matrix of this rank's rows would take 2 GiB in bfloat16, 4 in float32
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
 @pytest.mark.parametrize("half", [False, True])
 def test_memory_of_a_rank_is_a_twentieth_of_open_clip_s_local_loss(half):
-    """32,768 pairs over 4 ranks, float32 features, as they are and under autocast, on a card that is not there."""
+    """32,768 pairs over 4 ranks, float32 features, with and without autocast, on a fake card."""
     card, peaks = torch.device("cuda", 0), []
     for loss_of in (ClipLoss, lambda **mode: ClipPMLoss(pm_weight=0, **mode)):
         mode, counter = FakeTensorMode(allow_fallback_kernels=False), Counter(card)
@@ -127,7 +127,7 @@ def test_memory_of_a_rank_is_a_twentieth_of_open_clip_s_local_loss(half):
 
 @pytest.mark.slow
 def test_a_plan_of_ranks(tmp_path):
-    """Each has its share of the pairs, the gathered features and DDP's buckets; the bytes are those of its own loss."""
+    """Each rank has its share of the pairs, the gathered features and DDP's buckets; bytes are those of the run's loss."""
     config, share = (
         tiny.settings(tmp_path, f"data.batch_size={size}", "loss.interactive_weight=1", teacher=256) for size in (256, 64)
     )
@@ -138,7 +138,7 @@ def test_a_plan_of_ranks(tmp_path):
     assert plan.exchange["computing"] == 0.2
     more = plan.usage.at_peak["gradients"] - of_one.usage.at_peak["gradients"]
     sent = plan.exchange["sent"]["gradients of parameters"]
-    assert more == sent * 2 // 3  # a copy of all gradients, of which a rank sends 2 · 3/4 times the size
+    assert more == sent * 2 // 3  # a copy of all gradients; a rank sends 2 · 3/4 times its size
     assert plan.usage.peak >= of_one.usage.peak + more
     assert plan.exchange["seconds"]["25 Gbit/s"] == 8 * sum(plan.exchange["sent"].values()) / 25e9
     assert (of_one.ranks, of_one.exchange) == (1, {})
@@ -150,7 +150,7 @@ def test_a_plan_of_ranks(tmp_path):
 
 @pytest.mark.slow
 def test_a_micro_batch_for_a_rank_is_found_within_a_process_group(tmp_path):
-    """As data.micro_batch=auto does under torchrun, where the loader needs a multiple of the ranks."""
+    """As with data.micro_batch=auto under torchrun, where the loader needs a multiple of the number of ranks."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         whole = dist.group.WORLD
@@ -160,7 +160,7 @@ def test_a_micro_batch_for_a_rank_is_found_within_a_process_group(tmp_path):
         assert (found.data.batch_size, found.data.micro_batch) == (144, 12)
         assert dist.group.WORLD is whole
         assert dist.get_world_size() == 1
-        assert dist.new_group().group_name == "1"  # as on ranks that made no plan
+        assert dist.new_group().group_name == "1"  # the number is that of ranks that made no plan
     finally:
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""simplclip plan: predicted peaks against real ones, what it solves for, and what it refuses to predict."""
+"""simplclip plan: predicted peaks against measured ones, the values that it solves for, and cases that it refuses."""
 
 import io
 import json
@@ -25,7 +25,7 @@ CACHED, SIGMOID = "model.freeze_norms=true", "loss.base=sigmoid"
 WIKD = ["loss.feature_weight=1", "loss.relational_weight=1", "loss.interactive_weight=1"]
 LAYERS = "model.options.text_cfg.layers="
 SMALL = {"width": 64, "heads": 2, "layers": 2}
-PLAIN = {  # models of open_clip's kinds
+PLAIN = {  # models of each kind in open_clip
     "small-vit": {"vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}},
     "small-resnet": {
         "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
@@ -49,12 +49,12 @@ def trainer(name, precision, *changes):
     return TrainerStep(config.load(name, changes), precision, teacher_width=256)
 
 
-# Of the allocator's peak. oneDNN's memory in products of bfloat16 is not counted.
+# Relative to the allocator's peak. oneDNN's memory in bfloat16 products is not counted.
 WITHIN = {"fp32": 0.01, "bf16": 0.02}
 
 
 def check(make, within=WITHIN["fp32"]):
-    """The prediction against the allocator's peak over two real steps, on the CPU."""
+    """Compares the prediction with the allocator's peak over two real steps, on the CPU."""
     torch.manual_seed(0)
     predicted = predict(make(), CPU)
     real = measure(make(), CPU)
@@ -80,7 +80,7 @@ S0 = {
 }
 
 
-IN_BF16 = ("one graph",)  # and the others in make prove
+IN_BF16 = ("one graph",)  # in the suite; make prove takes all
 
 
 @pytest.mark.slow
@@ -107,14 +107,14 @@ def test_siclip_s0(precision, name, tmp_path):
 @pytest.mark.prove
 @pytest.mark.parametrize(("precision", "teacher_width"), [("fp32", None), ("bf16", None), ("bf16", 512)])
 def test_vit_b_32_with_open_clips_losses(precision, teacher_width):
-    """ClipLoss, and with a teacher's features DistillClipLoss."""
+    """The loss is ClipLoss, or with a teacher's features DistillClipLoss."""
     check(lambda: OpenClipStep("open_clip:ViT-B-32", 24, precision, teacher_width), WITHIN[precision])
 
 
 @pytest.mark.prove
 def test_checkpointed_open_clip_model():
     changes = ["model.name=open_clip:ViT-B-32", "data.batch_size=12", "model.recompute=true"]
-    # The last that runs, at the peak, is the gradient of a convolution, for which oneDNN takes 37 MiB that nobody states.
+    # At the peak, the gradient of the first convolution runs, for which oneDNN takes 37 MiB that are stated nowhere.
     check(lambda: trainer(TINY_CONFIG, "fp32", *changes), within=0.02)
 
 
@@ -122,7 +122,7 @@ def test_checkpointed_open_clip_model():
 def test_terms_that_come_later_count():
     later = ["run.steps=50", "loss.relational_weight={value: 0, to: 1, start: 10}", "loss.pm_weight={value: 1, until: 30}"]
     assert busiest(config.load(TINY_CONFIG, later)) == 11
-    shared = ["data.batch_size=16384", "data.micro_batch=8", CACHED]  # the loss takes most
+    shared = ["data.batch_size=16384", "data.micro_batch=8", CACHED]  # the loss takes most of the memory
     peak = lambda *changes: predict(trainer(TINY_CONFIG, "fp32", *shared, *changes), CPU).peak  # noqa: E731
     assert peak(*later) == peak("loss.relational_weight=1", MATCHING) > peak(MATCHING)
 
@@ -136,7 +136,7 @@ def test_a_run_of_epochs_is_planned_without_its_data():
 
 @pytest.mark.slow
 def test_micro_batches_of_each_tower(monkeypatch):
-    """A smaller one of the tower that takes more lowers the peak; the merged ones of both towers change nothing."""
+    """A smaller micro-batch of the larger tower lowers the peak; merged micro-batches of both towers change nothing."""
     cached = [SIGMOID, CACHED, "data.batch_size=96"]
     peak = lambda micro: predict(trainer(TINY_CONFIG, "fp32", *cached, f"data.micro_batch={micro}"), CPU).peak  # noqa: E731
     assert peak("{image: 24, text: 24}") == pytest.approx(peak(24), rel=1e-3)  # captions are copied on this device
@@ -148,9 +148,9 @@ def test_micro_batches_of_each_tower(monkeypatch):
 
 
 def test_short_texts_take_less_in_one_graph():
-    """12 tokens of 16. Micro-batches are cut so that they have as many tokens as padded texts."""
+    """Texts have 12 of 16 tokens. Micro-batches are cut to have as many tokens as padded texts."""
     kept = lambda *changes: predict(trainer(TINY_CONFIG, "fp32", *changes), CPU).at_peak["activations"]  # noqa: E731
-    texts = 64 * 4 * 7 * 256 * 4 * 0.9  # of 4 tokens in one block, most of what is kept
+    texts = 64 * 4 * 7 * 256 * 4 * 0.9  # most of the memory that is kept for 4 tokens in one block
     assert kept("data.batch_size=64") - kept("data.batch_size=64", "data.mean_tokens=3") > texts
     cached = [CACHED, "data.batch_size=64", "data.micro_batch=16"]
     assert kept(*cached) == kept(*cached, "data.mean_tokens=3")
@@ -167,7 +167,7 @@ def test_weights_that_are_not_here_do_not_hide_that_texts_can_be_cropped():
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "loss"), [("contrastive", "ClipLoss"), ("sigmoid", "SigLipLoss")])
 def test_open_clips_loss_is_that_of_the_base(monkeypatch, base, loss):
-    """SigLipLoss has no form with a teacher, and needs a bias, which the model has not of itself."""
+    """SigLipLoss has no form with a teacher, and needs a bias, which the model lacks by default."""
     compared = []
 
     def answer(self, what, usage, *rest):
@@ -187,7 +187,7 @@ def test_open_clips_loss_is_that_of_the_base(monkeypatch, base, loss):
 @needs_cuda_build
 @pytest.mark.parametrize("name", ["small-resnet", *LARGER])
 def test_plain_models_on_a_card(name):
-    """Each kind of tower and loss; double the pairs, about double the activations."""
+    """For each kind of tower and loss, twice the pairs take about twice the activations."""
     one, two = (predict(OpenClipStep(f"open_clip:{name}", n, "bf16"), CUDA) for n in (32, 64))
     assert one.at_peak["activations"] < two.at_peak["activations"] < 2.1 * one.at_peak["activations"]
 
@@ -196,7 +196,7 @@ def test_plain_models_on_a_card(name):
 @needs_cuda_build
 @pytest.mark.parametrize(("precision", "size"), [pytest.param("fp32", 4, marks=pytest.mark.prove), ("bf16", 2)])
 def test_attention_on_a_card_keeps_no_matrix(monkeypatch, precision, size):
-    """Plain products would keep [B, H, L, L] of both blocks of each tower."""
+    """Plain products would keep [B, H, L, L] in both blocks of each tower."""
     activations = lambda: predict(OpenClipStep("open_clip:small-vit", 32, precision), CUDA).at_peak["activations"]  # noqa: E731
     fused = activations()
     monkeypatch.setattr(fake, "attention_of_card", lambda plain: plain)
@@ -216,7 +216,7 @@ def test_timeline_ends_where_it_began(device, unit):
 
 
 def opaque(x):
-    """An op without a fake, in a namespace whose kernels torch would run on made up values."""
+    """Runs an op without a fake function, in a namespace whose kernels torch would run on made-up values."""
     lib = torch.library.Library("vision", "FRAGMENT")
     lib.define("opaque(Tensor x) -> Tensor")
     lib.impl("opaque", lambda x: x.clone(), "CPU")
@@ -309,7 +309,7 @@ def test_where_little_is_used_nothing_is_advised():
 
 @pytest.mark.slow
 def test_what_is_not_on_this_machine_is_assumed(tmp_path):
-    """The shards, and the file of weights; only the shapes of both matter."""
+    """The shards and the file of weights are missing; only the shapes of their tensors matter."""
     changes = f"data.train={tmp_path}/*.tar", f"inherit.source={tmp_path}/s0.pt", "data.batch_size=256"
     step = TrainerStep(config.load("siclip-s0", changes), "fp32")
     assert step.teacher["width"] == 512
@@ -338,7 +338,7 @@ def test_bad_input_of_a_torch_without_cuda(monkeypatch, arguments, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize("ours", [True, False])
 def test_predicted_and_measured_on_a_gpu(ours):
-    """Within a tenth: cuDNN's workspaces are not stated."""
+    """The prediction lies within a tenth of the measurement, since cuDNN's workspaces are not stated."""
 
     def make():
         return trainer(TINY_CONFIG, "bf16", "data.batch_size=512") if ours else OpenClipStep("open_clip:ViT-B-32", 64, "bf16")

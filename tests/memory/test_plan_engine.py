@@ -1,4 +1,4 @@
-"""The backward pass of plans, on real tensors: torch's gradients, and nothing kept that torch lets go."""
+"""The backward pass of plans, on real tensors: gradients are torch's, and nothing stays that torch frees."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from simplclip.ops import parallel_mlp
 
 
 class Net(nn.Module):
-    """A convolution with a skip, a shared and a broadcast weight, a fused op, a part that is checkpointed."""
+    """A convolution with a skip, a shared and a broadcast weight, a fused op, and a checkpointed part."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ def gradients(module, run):
 
 
 def both(module, run):
-    """Gradients by torch's engine and by ours, which calls back with each parameter's gradient."""
+    """Compares gradients of torch's engine and of this engine, which calls back with each parameter's gradient."""
     expected, told = gradients(module, run), []
     with Engine(told.append).installed():
         got = gradients(module, run)
@@ -50,7 +50,7 @@ def test_gradients_of_a_net_with_everything():
     net, x = Net(), torch.randn(6, 3, 8, 8)
     both(net, lambda: net(x).square()[:, :3].sum().backward())
     both(net, lambda: torch.autograd.backward([net(x), net.gain], [torch.ones(6, 8), torch.tensor(2.0)]))
-    both(net, lambda: [net(x).pow(3).sum().backward() for _ in range(2)])  # added to what is there
+    both(net, lambda: [net(x).pow(3).sum().backward() for _ in range(2)])  # the second pass adds to existing gradients
 
 
 def test_saved_tensors_go_when_their_node_has_run():
@@ -65,7 +65,7 @@ def test_saved_tensors_go_when_their_node_has_run():
 
 
 def test_a_gradient_that_two_nodes_have_is_not_added_to():
-    """An addition hands one tensor to both its sides; one of them gets more before the other runs."""
+    """An addition gives one tensor to both its inputs; one of them is added to before the other runs."""
     p, q = net = nn.ParameterList([nn.Parameter(torch.randn(4)) for _ in range(2)])
 
     def by_nodes():
@@ -74,11 +74,11 @@ def test_a_gradient_that_two_nodes_have_is_not_added_to():
 
     both(net, by_nodes)
     both(net, lambda: [((p + q) * torch.arange(4.0)).sum().backward() for _ in range(2)])
-    assert p.grad.data_ptr() != q.grad.data_ptr()  # of ours, which runs last
+    assert p.grad.data_ptr() != q.grad.data_ptr()  # gradients of this engine, which runs last
 
 
 def test_the_ops_are_those_of_torchs_engine():
-    """In the same order, and in place where nobody else has the gradient."""
+    """Ops run in the same order, and in place where nothing else holds the gradient."""
     x = torch.randn(4, requires_grad=True)
 
     def ops():

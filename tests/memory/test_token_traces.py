@@ -1,4 +1,4 @@
-"""Attention, MLP and block on fake CUDA tensors: what they start, that nothing waits for the host; and their memory."""
+"""Attention, MLP and block on fake CUDA tensors: kernels that they start, no wait for the host, and their memory."""
 
 import itertools
 
@@ -16,7 +16,7 @@ from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import backends
 from simplclip.selftest.calls import Call, block_inputs
 
-OF_THE_TEST = 3  # the sum of the results, and the gradient of that
+OF_THE_TEST = 3  # kernels of the test: the sum of the results, and its gradient
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -30,7 +30,7 @@ def block(length, **options):
     return Call("simplified_block", block_inputs(8, length, 128, 2, 512, projections=False), options)
 
 
-# The call, the most kernels that forward and backward start, and some of them.
+# name -> the call, the most kernels that forward and backward start, and some of these kernels.
 CALLS = {
     "attention": (attention(4, 197, 3, 64), 7, {"_flash_attention_forward": 1, "_flash_attention_backward": 1}),
     "attention, causal": (attention(4, 197, 3, 64, causal=True), 7, {"shaped_attention_gradients": 1}),
@@ -63,7 +63,7 @@ def test_what_a_step_starts(name):
 
 @needs_triton
 def test_what_a_step_takes_inside():
-    """FlashAttention's sums of dq, of rows that are filled up; of act(h) at most 16 MiB, and the sum of its gradients."""
+    """FlashAttention's padded sums of dq; in the MLP at most 16 MiB of act(h), and the sum of its gradients."""
     usage = predicted(CALLS["attention"][0], torch.bfloat16, CUDA).usage
     assert (WORKSPACE, 4 * 4 * 256 * 3 * 65) in usage.events
     usage = predicted(mlp_call(100_000, 64, 256), torch.bfloat16, CUDA).usage
@@ -85,7 +85,7 @@ def test_what_a_step_of_short_sequences_starts(name, monkeypatch):
 @pytest.mark.slow
 @needs_triton
 def test_tensors_of_more_than_2_to_the_31_elements():
-    """Attention counts tokens in 32 bits, and a chunk of the MLP its elements."""
+    """Attention counts tokens in 32 bits, the MLP the elements of a chunk."""
     tensors = {name: torch.empty(40000, 257, 4, 64, device="meta") for name in "qkv"}
     tensors |= {name: torch.empty(4, device="meta") for name in ("alpha", "beta", "gamma")}
     tensors["lengths"] = torch.empty(40000, dtype=torch.int64, device="meta")
@@ -95,7 +95,7 @@ def test_tensors_of_more_than_2_to_the_31_elements():
     mlp = Call("parallel_mlp", {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, {})
     steps, started, _ = traced(mlp)
     numbers = [[n for n in step.launch.args if isinstance(n, int)] for step in steps if step.kind == "triton"]
-    assert max(count for count, *others in numbers if not others) <= 8 << 20  # of each chunk
+    assert max(count for count, *others in numbers if not others) <= 8 << 20  # elements of a chunk
     assert started["parallel_mlp_hidden"] == 1
 
 
@@ -111,11 +111,11 @@ def test_the_peak_around_sdpa_is_predicted(name):
         real = cpu_peak_bytes(lambda: forward_and_backward(call, given))
         peak = predicted(call, torch.float32, CPU).usage.peak
     before = sum(value.nbytes for value in given.values())
-    assert peak - before == pytest.approx(real, rel=0.01, abs=1 << 17)  # torch has some scratch for a thread
+    assert peak - before == pytest.approx(real, rel=0.01, abs=1 << 17)  # torch uses some scratch for each thread
 
 
 def test_what_sdpa_keeps():
-    """A v, C elements a token more than the kernels of shorter sequences, and with `recompute` not that."""
+    """It keeps A v, C more elements a token than the kernels of shorter sequences; with `recompute` it does not."""
     kept = {}
     for length, name in ((80, "cpu"), (81, "cpu"), (81, "sdpa")):
         for recompute in (False, True):

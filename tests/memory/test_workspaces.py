@@ -1,4 +1,4 @@
-"""Stated workspaces against what torch's allocator gives out in every call that the ops make on a CPU."""
+"""Stated workspaces against the allocator's measurements in every call that the ops make on a CPU."""
 
 import contextlib
 import itertools
@@ -21,8 +21,8 @@ from simplclip.ops.feature.call import FeatureGradient
 from simplclip.ops.mlp.call import HiddenGradient
 from simplclip.selftest.calls import MLP, Call, block_inputs
 
-SCALARS = 64  # bytes, of results that come after the peak
-# What oneDNN copies in products of half types is not stated; this is a bound with one thread.
+SCALARS = 64  # bytes of results that are made after the peak
+# The copies of oneDNN in products of half types are not stated; this bounds them for one thread.
 COPIED = 4 << 20
 NATIVE = {torch.bfloat16} | ({torch.float16} if torch.ops.mkldnn._is_mkldnn_fp16_supported() else set())
 
@@ -34,7 +34,7 @@ def storage_bytes(tree) -> int:
 
 @contextlib.contextmanager
 def compared(dtype):
-    """Compares each call of a function of the cpu backend with what is stated; gives the functions' names."""
+    """Compares each call of the cpu backend's functions with the stated workspace; yields a list of the functions' names."""
     called = []
 
     def compare(name, function, call):
@@ -59,8 +59,8 @@ def compared(dtype):
 BUDGETS = (
     {},  # all rows stored
     {"scratch_bytes": 1 << 19, "store_bytes": 0},
-    {"scratch_bytes": 1 << 19, "store_bytes": 1 << 19},  # some stored of one plane
-    {"store_bytes": 1 << 19},  # and the others in one chunk
+    {"scratch_bytes": 1 << 19, "store_bytes": 1 << 19},  # some rows of one plane stored
+    {"store_bytes": 1 << 19},  # and other rows in one chunk
 )
 SHAPES = (70, 97, 48), (401, 803, 128)
 FROZEN = ("image",), ("text",), ("image", "text")
@@ -87,7 +87,7 @@ def test_similarity_on_cpu(name, dtype):
 @needs_cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_ops_on_cpu(dtype):
-    less = 8 if dtype == torch.float16 else 1  # torch's products of float16 are slow
+    less = 8 if dtype == torch.float16 else 1  # torch's float16 products are slow
     calls = [(feature_call(3000, 96, normalize=normalize), ()) for normalize in (True, False)]
     calls.append((attention_call(3, 70, 4, 32, lengths=(70, 3, 0)), ()))
     calls.append((Call("simplified_block", block_inputs(8, 77, 128, 2, 512, projections=False)), ()))
@@ -99,9 +99,9 @@ def test_other_ops_on_cpu(dtype):
             forward_and_backward(call, call.typed(dtype), frozen)
         nothing = [torch.empty(shape, dtype=dtype) for shape in ((0, 24), (0, 256), (24, 256))]
         backends.TABLE["parallel_mlp_bwd"]["cpu"].function(HiddenGradient(*nothing, "gelu", True))
-    # A block's functions are those of shaped_attention and, adding to the result, of parallel_mlp.
+    # A block runs the functions of shaped_attention and, adding to the result, those of parallel_mlp.
     count = Bag(called)
-    assert count.pop("parallel_mlp_fwd") >= 10  # one without a backward takes its rows in parts
+    assert count.pop("parallel_mlp_fwd") >= 10  # without a backward, the op takes its rows in parts
     same = {"feature_loss_fwd": 2, "feature_loss_bwd": 2, "shaped_attention_fwd": 2, "shaped_attention_bwd": 2}
     assert count == {**same, "parallel_mlp_bwd": 8}
 
@@ -121,7 +121,7 @@ def test_what_has_no_workspace_is_an_error(monkeypatch):
 
 @pytest.mark.skipif(backends.cuda_extension is None, reason=f"no CUDA kernels: {backends.cuda_extension_error}")
 def test_cuda_attention_copies_what_is_not_aligned():
-    """Rows that begin at multiples of 16 bytes are read and written in place; an allocation counts in units of 512 bytes."""
+    """Rows at multiples of 16 bytes are read and written in place; allocations count in units of 512 bytes."""
     joined = torch.empty(4, 50, 3 * 64 + 8, dtype=torch.bfloat16, device="meta")
     inside, shifted = (joined[:, :, i : i + 192].unflatten(2, (3, 64)) for i in (8, 4))
     single = torch.empty_strided((1, 50, 3, 64), (3, 192, 64, 1), dtype=torch.bfloat16, device="meta")

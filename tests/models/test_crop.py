@@ -1,4 +1,4 @@
-"""Cropped texts: features, gradients and order are those of padded ones; towers whose padding counts are refused."""
+"""Cropped texts: features, gradients and order equal those of padded texts; towers that read padding are refused."""
 
 import copy
 import itertools
@@ -49,7 +49,7 @@ def gradients(model, text):
 
 @pytest.fixture
 def tokens(monkeypatch):
-    """With small groups, since these texts are few; the tokens that each call of a tower computes, and its texts."""
+    """Makes groups small, since the texts are few; returns a list of the shapes of the texts in each call of a tower."""
     monkeypatch.setattr(crop, "GROUP_TOKENS", 8)
     seen, real = [], crop.TextCrop._encode
     monkeypatch.setattr(
@@ -59,12 +59,12 @@ def tokens(monkeypatch):
 
 
 def masked(kind):
-    """A model of simplified blocks that see no padding, be they causal or not."""
+    """Returns a model of simplified blocks that do not see padding, whether they are causal or not."""
     model = model_of(kind, no_causal_mask=kind != "CLIP")
     if kind == CONVOLVED:
         model.text = TextTower(40, 100, 24, 2, 2, kernel_size=3, output_dim=16).eval()
     simplclip.simplify(model, mask_padding=True)
-    for name, p in model.named_parameters():  # new blocks pass on only the token itself
+    for name, p in model.named_parameters():  # new blocks do not mix tokens
         if name.endswith(("qk.weight", "beta")):
             torch.nn.init.normal_(p, std=0.5)
         elif "layer_scale" in name:
@@ -78,7 +78,7 @@ def test_features_and_gradients_are_those_of_padded_texts(kind, make, tokens):
     text = texts(end=98 if kind == "eos" else 99)
     features, expected = gradients(model, text)
     cropped = simplclip.crop_texts(model)
-    assert cropped.reach == (3 if kind == CONVOLVED else 0)  # each of four convolutions sees one token
+    assert cropped.reach == (3 if kind == CONVOLVED else 0)  # each of four convolutions sees one token further
     tokens.clear()
     found, got = gradients(model, text)
     assert len(tokens) > 1
@@ -97,13 +97,13 @@ def test_features_and_gradients_are_those_of_padded_texts(kind, make, tokens):
 
 @pytest.mark.parametrize("kind", [*KINDS, CONVOLVED])
 def test_masked_towers_in_bfloat16(kind, tokens):
-    """Cropped texts are as near to float64's results as padded ones, within the tolerance of kernels."""
+    """Cropped texts are as close to float64's results as padded texts, within the tolerance of kernels."""
     model = masked(kind)
     text = texts(end=98 if kind == "eos" else 99)
 
     def results(of):
         features, found = gradients(of, text)
-        # A number's gradient alone may be 0 but for roundings, by cancellation; the numbers together are not.
+        # The gradient of a single number may be 0 by cancellation; all these gradients together are not.
         numbers = [found.pop(name) for name in list(found) if found[name].numel() == 1]
         return {"features": features, **found, "numbers": torch.stack(numbers)}
 
@@ -217,7 +217,7 @@ def test_the_end_of_a_text_does_not_depend_on_what_pads_it():
 def test_a_compiled_model_computes_few_lengths(tokens):
     model = model_of("CLIP")
     simplclip.crop_texts(model, multiple=16, groups=1)
-    compiled = torch.compile(model, backend="eager")  # how it is cut into graphs is what counts
+    compiled = torch.compile(model, backend="eager")  # counts the graphs that the model is cut into
     for lengths in (LENGTHS, (3, 9, 4), (20, 17)):
         tokens.clear()
         text = texts(lengths)

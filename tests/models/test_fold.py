@@ -1,4 +1,4 @@
-"""Folding: the same values with fewer layers, and nothing merged where a batch norm is not all that gets a layer's output."""
+"""Folding: equal values with fewer layers. A norm stays if something else reads its layer's output."""
 
 import copy
 import pickle
@@ -35,8 +35,8 @@ IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
         ("tf_efficientnet_lite0", 49, 0),
         ("resnet18", 20, 0),
         ("repvgg_a0", 61, 0),  # a ByobNet with branches
-        ("densenet121", 121, 62),  # a norm that reads the outputs of several layers is left
-        ("resnetv2_50", 49, 17),  # one before its layer too
+        ("densenet121", 121, 62),  # norms that read the outputs of several layers stay
+        ("resnetv2_50", 49, 17),  # norms before their layers stay as well
     ],
 )
 def test_a_net_of_timm_computes_the_same(name, before, after):
@@ -55,7 +55,7 @@ def test_a_siclip_keeps_its_blocks(name):
     assert sum(isinstance(m, SimplifiedBlock) for m in folded.modules()) == len(model.simplify_report.replaced)
     x = torch.randn(2, 3, 48, 48)
     assert same(model.visual, folded.visual, x)
-    again = pickle.loads(pickle.dumps(copy.deepcopy(simplclip.fold(folded))))  # folding what is folded changes nothing
+    again = pickle.loads(pickle.dumps(copy.deepcopy(simplclip.fold(folded))))  # folding a folded model changes nothing
     assert torch.equal(again.visual(x), folded.visual(x))
 
 
@@ -73,7 +73,7 @@ def test_forms_of_layers(bias, affine):
 
 
 class Twice(nn.Module):
-    """A layer whose output a norm and something else get."""
+    """A layer whose output goes to a norm and elsewhere."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ class Choice(Twice):
 
 
 class Order(nn.Module):
-    """Children in the order of a pair that `forward` does not follow."""
+    """Children in the order of a layer and its norm; `forward` runs the norm first."""
 
     def __init__(self):
         super().__init__()
@@ -159,7 +159,7 @@ def test_a_module_that_is_merged_itself_and_inplace():
     before = copy.deepcopy(block)
     x, state = torch.randn(1, 3, 16, 16), torch.get_rng_state()
     assert same(before, simplclip.fold(block), x)
-    assert torch.equal(torch.get_rng_state(), state)  # a run that folds goes on with the same random numbers
+    assert torch.equal(torch.get_rng_state(), state)  # folding must not change a run's random numbers
     assert norms(block) == norms(before)
     assert simplclip.fold(block, inplace=True) is block
     assert not norms(block)

@@ -1,4 +1,4 @@
-"""Frozen parts that run folded: the same gradients, nothing of the copies in the model, and where the image prefix ends."""
+"""Frozen parts that run folded: equal gradients, no trace of the copies in the model, and the end of the image prefix."""
 
 import copy
 import io
@@ -52,7 +52,7 @@ def gradients(model, image, text, dtype=None):
 
 
 def remove(frozen):
-    """Lets the modules run as they are again."""
+    """Lets the modules run unfolded again."""
     for part in frozen.parts:
         vars(part.module).pop("forward", None)
 
@@ -72,16 +72,16 @@ def test_gradients(make, name, parts):
     frozen = FrozenParts(model)
     assert [part.name for part in frozen.parts if part.folded is not None] == parts
     after = gradients(model, *batch)
-    assert 0 < error(after, exact) <= 1e-5  # it did run folded
+    assert 0 < error(after, exact) <= 1e-5  # an error above 0 shows that folded copies ran
     remove(frozen)
     assert torch.equal(gradients(model, *batch), exact)
     frozen = FrozenParts(model, torch.bfloat16)
     assert error(gradients(model, *batch, torch.bfloat16), exact) <= 1.2 * error(before, exact)
-    assert torch.equal(gradients(model, *batch), exact)  # without autocast the modules run as they are
+    assert torch.equal(gradients(model, *batch), exact)  # without autocast the modules run unfolded
 
 
 class Texts(nn.Module):
-    """A text tower of MobileCLIP-S0's kind."""
+    """A model with a text tower of MobileCLIP-S0's kind."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ def test_the_copies_belong_to_no_model():
             assert torch.equal(other.encode_image(image), plain)
     for part in frozen.parts:
         part.install()
-    other = copy.deepcopy(model)  # a copy of a model whose parts are installed has forwards of its own
+    other = copy.deepcopy(model)  # a copy of the model has forwards of its own
     with torch.no_grad():
         for parameter in other.get_submodule(LITE0).parameters():
             parameter.zero_()
@@ -146,7 +146,7 @@ def test_what_has_no_copy():
     assert frozen.copies == []
     assert frozen.lines() == [f"{LITE0} runs as it is: InputError: expected no hooks in it, which the copy would not call"]
     vit = models.create("open_clip:ViT-B-32", vision_cfg={"layers": 1, "width": 64}, text_cfg={"layers": 1})
-    freeze(vit, ["visual"])  # one convolution, which has no norm
+    freeze(vit, ["visual"])  # its one convolution has no norm
     assert FrozenParts(vit.train()).lines() == []
 
 
@@ -172,7 +172,7 @@ def test_under_other_wrappers(tmp_path):
 
 
 class Tower(nn.Module):
-    """Frozen layers of an image tower, and one that trains; `skip` adds the first one's output at the end."""
+    """Frozen layers of an image tower, and a layer that trains. skip: add the first layer's output at the end."""
 
     def __init__(self, skip=False):
         super().__init__()
@@ -203,7 +203,7 @@ def test_the_prefix_is_the_chain_of_frozen_parts():
     prefix.replace()
     assert torch.equal(model.visual(outputs), whole)
     assert not torch.allclose(model.visual(image), whole)
-    assert torch.equal(model.eval().visual(image), whole)  # in eval mode it takes pixels
+    assert torch.equal(model.eval().visual(image), whole)  # in eval mode the tower takes pixels
     other = copy.deepcopy(model)
     same = Prefix(FrozenParts(other), image)
     assert same.fingerprint() == prefix.fingerprint()

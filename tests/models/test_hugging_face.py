@@ -1,4 +1,4 @@
-"""`simplify` on small models of transformers: what is replaced, which masks are accepted, and how they are saved."""
+"""`simplify` on small models of transformers: replaced parts, accepted masks, and saving."""
 
 import copy
 
@@ -17,7 +17,7 @@ BLOCKS = {"CLIPModel": CLIPBlock, "SiglipModel": SiglipBlock, "Siglip2Model": Si
 
 
 def simplified(name="CLIPModel", seed=0, mixes=True, gamma=0.5, **options):
-    """mixes: attention that is not uniform, as after training."""
+    """Returns a simplified model. mixes: make attention non-uniform, as after training."""
     clip, _ = simplclip.simplify(model(name, seed, **options), gamma=gamma)
     torch.manual_seed(seed)
     for module in clip.modules():
@@ -50,7 +50,7 @@ def test_both_towers(name):
 
 
 def test_attention_implementation_and_the_mask_of_valid_tokens_do_not_matter():
-    """Eager attention gets an additive mask, SDPA a boolean one or None, flash attention the mask of the tokenizer."""
+    """Eager attention gets an additive mask, SDPA a boolean mask or None, flash attention the tokenizer's mask."""
     eager, sdpa = (simplified(attn_implementation=name) for name in ("eager", "sdpa"))
     inputs = batch()
     texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -59,7 +59,7 @@ def test_attention_implementation_and_the_mask_of_valid_tokens_do_not_matter():
     alone = sdpa.text_model(texts["input_ids"][:1, :9]).last_hidden_state
     torch.testing.assert_close(outputs[1][:1, :9], alone)
     full = sdpa.text_model(texts["input_ids"]).last_hidden_state
-    assert not torch.allclose(outputs[1][:1, 9:], full[:1, 9:])  # lengths reached the blocks
+    assert not torch.allclose(outputs[1][:1, 9:], full[:1, 9:])  # the blocks got the lengths
     block, x = layers(sdpa)[0], torch.randn(6, 12, 24)
     causal = texts["attention_mask"].bool()[:, None, None] & torch.ones(12, 12).tril().bool()
     torch.testing.assert_close(block(x, texts["attention_mask"]), block(x, causal))
@@ -136,7 +136,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch):
         forward, calls = EncoderBlock._lengths, []
         monkeypatch.setattr(EncoderBlock, "_lengths", lambda *a, f=forward, c=calls: c.append(1) or f(*a))
         torch.testing.assert_close(step(clip.train(), inputs)[1], expected)
-        assert len(calls) == 8  # each of the 4 text blocks twice
+        assert len(calls) == 8  # two calls of each of the 4 text blocks
         monkeypatch.undo()
 
 
@@ -155,7 +155,7 @@ def test_compiles_without_graph_breaks_and_in_bfloat16():
 
 
 class Small(transformers.CLIPModel):
-    """As docs/block.md says: from_pretrained works for a class whose models are simplified when they are made."""
+    """The class of docs/block.md: from_pretrained works for it, since its models are simplified when they are made."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -179,7 +179,7 @@ def test_saved_and_loaded(cls, tmp_path):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     first, second = (f"text_model.encoder.layers.{index}.fc1.weight" for index in (0, 1))
-    assert loaded.all_tied_weights_keys[second] == first  # without which transformers 5.0 does not load it
+    assert loaded.all_tied_weights_keys[second] == first  # transformers 5.0 needs this entry for loading
     blocks = layers(loaded)
     assert blocks[0].fc1.weight is blocks[1].fc1.weight is not blocks[2].fc1.weight
     assert len({id(block.qk.weight) for block in blocks}) == 1

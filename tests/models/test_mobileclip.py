@@ -1,4 +1,4 @@
-"""MobileCLIP-S0: what the published code computes, its checkpoint, folding, and training."""
+"""MobileCLIP-S0: the values of the published code, its checkpoint, folding, and training."""
 
 import copy
 
@@ -23,7 +23,7 @@ EXACT, FOLDED = 2e-5, 1e-4
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A published checkpoint with the weights of seed 1."""
+    """Returns a published checkpoint with the weights of seed 1."""
     path = tmp_path_factory.mktemp("published") / "mobileclip_s0.pt"
     torch.save(weights(1), path)
     return path
@@ -40,7 +40,7 @@ def small(**options):
 
 
 def small_tower():
-    """The small text tower with its published weights, and the case."""
+    """Returns the small text tower with its published weights, and the case."""
     state, case = small_case()
     model = small().eval()
     loaded = mobileclip.from_published(model, state)
@@ -155,10 +155,10 @@ def test_folded_it_computes_the_same(model):
         assert error(folded.encode_text(text), features["text"]) < FOLDED
     assert len(batch_norms(model.text)) == 8
     assert not batch_norms(folded.text)
-    # Attention blocks normalise before their first layer.
+    # Attention blocks have their norm before the first layer, which stays.
     assert batch_norms(folded.visual) == ["trunk.stages.3.blocks.0.norm", "trunk.stages.3.blocks.1.norm"]
     assert [type(part) for part in folded.text.layers[0].mixer.children()] == [nn.Conv2d]
-    again = simplclip.fold(folded.text, inplace=True)  # what is folded stays so
+    again = simplclip.fold(folded.text, inplace=True)  # folding a folded model changes nothing
     with torch.no_grad():
         assert again is folded.text
         assert error(again(text), features["text"]) < FOLDED

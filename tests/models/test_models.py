@@ -1,4 +1,4 @@
-"""Models by name: what they are made of, and that they behave as open_clip models."""
+"""Models by name: their parts, and that they behave as open_clip models."""
 
 import open_clip
 import pytest
@@ -79,7 +79,7 @@ def test_overrides():
     )  # fmt: skip
     (replaced,) = model.simplify_report.replaced
     assert (replaced.tower, replaced.index, replaced.hidden) == ("text", 0, 512)
-    assert model.text.transformer.resblocks[0].width == 256  # merged into, not instead of, the configuration
+    assert model.text.transformer.resblocks[0].width == 256  # options are merged into the configuration and do not replace it
     out = model(torch.randn(2, 3, 48, 48), torch.randint(0, 99, (2, 16)))
     assert out["image_features"].shape == (2, 32)
     assert len(models.create("siclip-tiny").text.transformer.resblocks) == 2
@@ -128,7 +128,7 @@ def test_short_vocabulary_is_a_prefix_of_clips_and_decodes():
         assert ids.max() == 8191
         assert ids[0] == 8190
         assert short.decode(short.encode(text)) == full.decode(full.encode(text))
-    assert short.encode("cat") == full.encode("cat")  # a frequent word keeps its id
+    assert short.encode("cat") == full.encode("cat")  # frequent words keep their ids
     assert short(["word " * 40]).shape == (1, 16)
     assert short(["word " * 40])[0, -1] == 8191
     whole = models.ShortVocabTokenizer(full.vocab_size)

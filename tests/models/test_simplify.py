@@ -1,4 +1,4 @@
-"""`simplify` on small open_clip models: what is replaced, how the blocks are called, and what stays untouched."""
+"""`simplify` on small open_clip models: replaced parts, calls of the blocks, and parts that stay untouched."""
 
 import copy
 from collections import OrderedDict
@@ -18,7 +18,7 @@ from simplclip.nn import SimplifiedBlock, neighbour_groups
 
 
 def fastvit_clip():
-    """A CLIP over a tiny FastViT whose last stage has attention blocks on [B, C, H, W], as MobileCLIP's have."""
+    """Returns a CLIP over a tiny FastViT whose last stage has attention blocks on [B, C, H, W], as in MobileCLIP."""
     model = clip(cls=CustomTextCLIP)
     trunk = fastvit.FastVit(
         layers=(1, 1, 1, 2), embed_dims=(8, 16, 32, 64), mlp_ratios=(2, 2, 2, 3), drop_path_rate=0.3,
@@ -77,7 +77,7 @@ def test_clip_and_custom_text_clip(cls, prefix, causal):
     assert report.after["total"] == sum(p.numel() for p in model.parameters()) < before["total"]
     assert sum(report.after[part] for part in ("image", "text", "other")) == report.after["total"]
     assert report.after["image"] == sum(p.numel() for p in model.visual.parameters())
-    assert report.after["other"] == 1  # the logit scale
+    assert report.after["other"] == 1  # of the logit scale
     assert "4 of ResidualAttentionBlock replaced" in str(report)
 
     image, text = batch()
@@ -91,7 +91,7 @@ def test_clip_and_custom_text_clip(cls, prefix, causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_causal_mask_is_kept(causal):
-    """Tokens behind the end of text do not change the features of a causal tower, and do those of a full one."""
+    """Tokens behind a text's end do not change the features of a causal tower, but those of a full tower."""
     _, text = batch()
     changed = text.clone()
     changed[:, 9:] = 7
@@ -229,7 +229,7 @@ def test_mlp_ratio_by_tower():
 
 
 def restless(model):
-    """At their start simplified blocks mix no tokens."""
+    """Randomises simplified blocks, which mix no tokens at the start."""
     torch.manual_seed(5)
     for name, p in model.named_parameters():
         if name.endswith(("qk.weight", "beta")):
@@ -253,7 +253,7 @@ def test_masked_padding_is_as_if_it_were_not_there(pool):
         alone = other.encode_text(row[None, :length])
         torch.testing.assert_close(feature[None], alone, rtol=0, atol=2e-6)
     assert (other.encode_text(text) - found)[0].abs().max() > 0.01
-    again = restless(simplify(copy.deepcopy(masked), blocks={"text": [0, 2]})[0])  # its blocks are masked as well
+    again = restless(simplify(copy.deepcopy(masked), blocks={"text": [0, 2]})[0])  # its blocks stay masked
     assert torch.equal(again.encode_text(text), again.encode_text(torch.where(text == 0, 50, text)))
     with pytest.raises(InputError, match=r"attn_mask: expected the lengths of the texts, \[2\], got a tensor \[5, 5\]"):
         masked.text.transformer(torch.randn(2, 5, 24), attn_mask=torch.zeros(5, 5))
@@ -273,7 +273,7 @@ def test_padding_that_cannot_be_masked(model, options, message):
     with pytest.raises(InputError, match=f"mask_padding: .*{message}"):
         simplify(model, mask_padding=True, **options)
     assert not kinds(model)
-    causal, _ = simplify(clip(), mask_padding=True)  # whose tokens see no padding as it is
+    causal, _ = simplify(clip(), mask_padding=True)  # its causal tokens do not see padding anyway
     assert type(causal) is CLIP
 
 
@@ -284,7 +284,7 @@ def test_masks_that_cannot_be_honoured():
     assert block(x, attn_mask=mask).shape == x.shape
     changed = mask.clone()
     assert block(x, attn_mask=changed).shape == x.shape
-    changed[0, 1] = 0  # after the block has accepted it
+    changed[0, 1] = 0  # changed after the block has accepted it
     for call, message in (
         (lambda: block(x), r"attn_mask: expected the causal mask \[12, 12\], got None"),
         (lambda: block(x, attn_mask=mask.expand(4, 12, 12)), r"attn_mask: .*\[12, 12\], got a tensor \[4, 12, 12\]"),
@@ -319,7 +319,7 @@ def test_fastvit_blocks_work_on_maps():
     assert kinds(model, MapBlock) == ["visual.trunk.stages.3.blocks.0", "visual.trunk.stages.3.blocks.1"]
     assert {(r.kind, r.width, r.heads, r.hidden) for r in report.replaced} == {("AttentionBlock", 64, 2, 192)}
     block = model.visual.trunk.stages[3].blocks[1]
-    assert block.drop_path == pytest.approx(0.3)  # the old block's, at the end of the trunk
+    assert block.drop_path == pytest.approx(0.3)  # the rate of the replaced block, at the end of the trunk
 
     maps = torch.randn(2, 64, 3, 4)
     block.eval()

@@ -1,4 +1,4 @@
-"""Simplified blocks that start from pretrained ones: what they compute like them, what is dropped, and what is refused."""
+"""Simplified blocks that start from pretrained blocks: what they compute alike, what is dropped, and what is refused."""
 
 import copy
 
@@ -38,7 +38,7 @@ ACTS = {"clip": "quickgelu", "siglip": "gelu_tanh"}
 
 
 def trained(make, seed=0):
-    """A block in eval mode with other values than the first ones in every tensor."""
+    """Returns a block in eval mode, each of whose tensors differs from its initial values."""
     torch.manual_seed(seed)
     block = make().eval()
     for name, tensor in block.state_dict().items():
@@ -53,7 +53,7 @@ def norm_of(block):
 
 
 def call(block, x):
-    # transformers' layers take the mask as an argument
+    # transformers' layers take a mask as an argument
     out = block(x, attention_mask=None) if hasattr(block, "self_attn") else block(x)
     return out[0] if isinstance(out, tuple) else out
 
@@ -71,7 +71,7 @@ def attention_maps(qk):  # [B, L, 2C] -> [B, H, L, L]
 
 @pytest.mark.parametrize("kind", TOKENS)
 def test_the_mlp_path_is_that_of_the_old_block(kind):
-    """A block whose values and outputs are zero adds its MLP to normalised input as the new block does to its norm."""
+    """With zero values and outputs, a block adds its MLP of the normalised input, as the new block does."""
     old = trained(TOKENS[kind])
     for name, tensor in old.state_dict().items():
         if any(part in name for part in ("out_proj", "attn.proj", "ln_attn")):
@@ -93,7 +93,7 @@ def test_attention_maps_are_those_of_the_old_block_but_for_the_bias_of_q(kind, b
     norm, attention, state = norm_of(old), attention_of(old), old.state_dict()
     if getattr(norm, "bias", None) is not None and not biased:
         nn.init.zeros_(norm.bias)
-    for name, bias in state.items():  # the bias of k may be anything
+    for name, bias in state.items():  # the bias of k has no effect on the maps
         if "q_proj.bias" in name and not biased:
             bias.zero_()
         if name.endswith(("qkv.bias", "in_proj_bias", "qkv_proj.bias")) and not biased:
@@ -112,7 +112,7 @@ def test_attention_maps_are_those_of_the_old_block_but_for_the_bias_of_q(kind, b
 
 
 def test_rmsnorm_subtracts_the_mean_in_the_matrices():
-    """Of inputs with a mean, whose root mean square is their standard deviation, as far as RMSNorm can tell."""
+    """Inputs have a mean, so that their root mean square is not their standard deviation: results agree up to this factor."""
     old = trained(TOKENS["open_clip"])
     layer, rms = started(old), started(old, norm="rmsnorm")
     x = torch.randn(2, 5, C)
@@ -121,16 +121,16 @@ def test_rmsnorm_subtracts_the_mean_in_the_matrices():
         dim=-1, keepdim=True
     )
     torch.testing.assert_close(rms.qk(rms.norm(x)) * factor, layer.qk(layer.norm(x)), rtol=1e-4, atol=1e-4)
-    own = trained(TOKENS["timm_rms"])  # of which the mean was never subtracted
+    own = trained(TOKENS["timm_rms"])  # this norm never subtracted the mean
     torch.testing.assert_close(started(own, norm="rmsnorm").qk.weight, (own.attn.qkv.weight * own.norm1.weight)[: 2 * C])
 
 
 def fastvit_block(pointwise, seed=0):
-    """An AttentionBlock on maps of width 64 whose batch norms know the statistics of `maps`."""
+    """Returns an AttentionBlock on maps of width 64 whose batch norms have the statistics of `maps`."""
     old = trained(lambda: fastvit.AttentionBlock(64, mlp_ratio=2.0, layer_scale_init_value=0.1), seed)
     nn.init.zeros_(old.token_mixer.proj.weight)
     nn.init.zeros_(old.token_mixer.proj.bias)
-    if pointwise:  # the tap at the token alone
+    if pointwise:  # keeps the convolution's tap at the token alone
         tap = old.mlp.conv.conv.weight
         tap.data *= torch.zeros(7, 7).index_put((torch.tensor(3), torch.tensor(3)), torch.tensor(1.0))
     maps = torch.randn(64, 64, 4, 4) * (torch.rand(64, 1, 1) + 0.5) * 3 + torch.randn(64, 1, 1) + 3.0
@@ -149,17 +149,17 @@ def from_fastvit(old, norm="layernorm"):
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 @torch.no_grad()
 def test_fastvit_from_its_running_statistics(norm):
-    """The new norm is per token, the old one per channel: outputs agree as far as tokens have the usual scale."""
+    """The new norm is per token, the old norm per channel: outputs agree as far as tokens have the usual scale."""
     old, maps = fastvit_block(pointwise=True)
     new = from_fastvit(old, norm)
-    nn.init.zeros_(new.qk.weight)  # the attention of the old block adds nothing
+    nn.init.zeros_(new.qk.weight)  # the old block's attention adds nothing
     expected, got = old(maps), new(maps)
     error = (got - expected).std() / expected.std()
     assert error < 0.25
     assert (got - expected).mean((0, 2, 3)).abs().max() < 0.25 * expected.std()
     random = SimplifiedBlock(64, 2, 2.0)
     assert new.attention_gain > 2 * random.attention_gain
-    # The least squares slopes of the MLP's input, channel by channel, are those that were folded in.
+    # The least squares slopes of the MLP's input, channel by channel, equal those that were folded in.
     n = new.norm(maps.flatten(2).transpose(1, 2)).flatten(0, 1)
     theirs = old.mlp.conv(maps).flatten(2).transpose(1, 2).flatten(0, 1)
     slopes = ((n - n.mean(0)) * (theirs - theirs.mean(0))).mean(0) / n.var(0, unbiased=False)
@@ -175,9 +175,9 @@ def test_fastvit_replaces_the_taps_of_neighbours_by_their_mean():
     theirs = old.mlp.fc1(old.mlp.conv(maps)).flatten(2).transpose(1, 2)
     ours = new.fc1(n)
     around = (ours - theirs).mean((0, 1)).abs().max()
-    assert around < 0.1 * theirs.std()  # the bias is right on average
+    assert around < 0.1 * theirs.std()  # on average the bias is right
     shuffled = new.fc1(n[:, torch.randperm(n.shape[1])])
-    assert (ours - theirs).square().mean() < (theirs - theirs.mean((0, 1))).square().mean()  # better than the mean alone
+    assert (ours - theirs).square().mean() < (theirs - theirs.mean((0, 1))).square().mean()  # closer than the mean alone
     assert (ours - theirs).square().mean() < (shuffled - theirs).square().mean()
 
 
@@ -235,7 +235,7 @@ def test_simplify_inherits_in_both_towers(dtype):
     share = {"text": {"attention": neighbour_groups(4)}, "image": {"all": [[1, 2]]}}
     simplify(model, share={"text": share["text"]}, init="inherit", merge="average", mlp_gain=0.3)
     for ours, theirs in zip(model.transformer.resblocks[2:], plain.transformer.resblocks[2:]):
-        # The first affine is one.
+        # the first norm has an affine map
         torch.testing.assert_close(ours.fc1.weight.data, theirs.mlp.c_fc.weight.data, rtol=0, atol=0)
         assert ours.mlp_gain.item() == pytest.approx(0.3, rel=1e-2)
         assert ours.attention_gain == 1
@@ -244,7 +244,7 @@ def test_simplify_inherits_in_both_towers(dtype):
     image = plain.visual.transformer.resblocks[2].mlp.c_fc.weight
     torch.testing.assert_close(model.visual.transformer.resblocks[2].fc1.weight, image, rtol=0, atol=0)
 
-    trained_once = copy.deepcopy(model)  # a simplified model may be simplified again, to share what it has learnt
+    trained_once = copy.deepcopy(model)  # a simplified model can be simplified again, to share weights that it has learnt
     _, report = simplify(trained_once, share=share, init="inherit")
     assert report.share == share
     one, two = trained_once.visual.transformer.resblocks[1:]

@@ -1,4 +1,4 @@
-"""Every op and loss traces whole under torch.compile: dtypes and autocast, static and dynamic shapes."""
+"""Every op and loss traces as one graph under torch.compile: dtypes and autocast, static and dynamic shapes."""
 
 import contextlib
 
@@ -25,7 +25,7 @@ def value_and_grads(function, tensors, autocast):
     return [value.detach(), *torch.autograd.grad(value, [t for t in tensors if t.requires_grad], allow_unused=True)]
 
 
-# Of the forms, static and dynamic, that of the suite, and what torch's own compiler gets there; `make prove` takes all.
+# The static or dynamic forms in the suite, and the ops in the suite for torch's own compiler; `make prove` takes all.
 SAMPLE = {("float32", True)}
 INDUCTOR = ("simplified_block",)
 KINDS = [(form, dynamic) for form in FORMS for dynamic in (False, True)]
@@ -33,7 +33,7 @@ KINDS = [pytest.param(*kind, marks=pytest.mark.slow if kind in SAMPLE else pytes
 
 
 def check(name, form, sizes, **options):
-    """A second size of a dynamic call, and any second call of a static one, finds the first one's graph."""
+    """Checks that a second size of a dynamic call, and a second call of a static one, reuse the first one's graph."""
     dtype, autocast = FORMS[form]
     torch.manual_seed(0)
     tensors, function = SMALL[name] if name in SMALL else module_call(name, dtype)[:2]
@@ -50,7 +50,7 @@ def check(name, form, sizes, **options):
                     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-# Other options of a sweep that "similarity_loss" traces.
+# Options of a sweep that "similarity_loss" traces already.
 RARE = ("similarity_loss kl", "similarity_loss positives")
 NAMES = [pytest.param(name, marks=pytest.mark.prove if name in RARE else []) for name in (*SMALL, *MODULES)]
 
@@ -65,7 +65,7 @@ def test_traces_without_graph_breaks(name, form, dynamic):
 @pytest.mark.parametrize("form", ["float32", "autocast bfloat16"])
 @pytest.mark.parametrize("name", [name for name in SMALL if name.startswith(("shaped_attention", "simplified_block"))])
 def test_what_sdpa_keeps_traces(name, form):
-    """The results that a backend has for its backward are those that its fake function promises."""
+    """A fake function promises the results that a backend keeps for its backward."""
     with simplclip.backend("sdpa"):
         check(name, form, (6, 11), dynamic=True, backend="aot_eager")
 
@@ -75,6 +75,6 @@ def test_what_sdpa_keeps_traces(name, form):
     "name", [pytest.param(name, marks=[] if name in INDUCTOR else pytest.mark.prove) for name in (*SMALL, *MODULES)]
 )
 def test_compiles(name):
-    """By torch's own compiler; what works on tokens under autocast."""
+    """torch's own compiler compiles each op and loss; ops on tokens under autocast."""
     of_tokens = name.startswith(("shaped_attention", "parallel_mlp", "simplified_block"))
     check(name, "autocast bfloat16" if of_tokens else "float32", (6, 6), dynamic=False)

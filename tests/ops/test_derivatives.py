@@ -32,7 +32,7 @@ def tensors_of(name, dtype=torch.float32):
 
 
 def of_leaves(tensors, function):
-    """A function of the tensors that require a gradient, and these."""
+    """Returns a function of the tensors that require a gradient, and these tensors."""
 
     def of(*values):
         values = iter(values)
@@ -73,7 +73,7 @@ def test_forward_mode_is_refused(name):
     with pytest.raises(NotImplementedError, match=refused):
         torch.func.jvp(function, tuple(tensors), tuple(map(torch.ones_like, tensors)))
     with forward_ad.dual_level():
-        function(*tensors)  # without a tangent it runs
+        function(*tensors)  # without a tangent, the kernel runs
         duals = [forward_ad.make_dual(t, torch.ones_like(t)) for t in tensors]
         with pytest.raises(NotImplementedError, match=f"{NAMED[name]}: {HOW.format('a forward-mode tangent')}"):
             function(*duals)

@@ -8,13 +8,13 @@ from launch import torchrun
 from simplclip.losses import ClipPMLoss, gather_early
 from simplclip.ops import distributed
 
-OF_THREE = ("open_clip", "learned parameters", "rows", "prefixes")  # in make prove
+OF_THREE = ("open_clip", "learned parameters", "rows", "prefixes")  # parts for three ranks, in make prove
 PARTS = {2: (*OF_THREE, "one process", "exchanges", "gradient caching", "transformers", "fully_shard"), 3: OF_THREE}
 
 
 @pytest.fixture(scope="module")
 def of_ranks():
-    """What the parts of so many ranks said, in one start of them."""
+    """Runs the parts for a number of ranks in one start, and returns the output."""
     return functools.cache(lambda ranks: torchrun("rank_losses.py", *PARTS[ranks], ranks=ranks))
 
 
@@ -23,7 +23,7 @@ def of_ranks():
     [*((2, part) for part in PARTS[2]), *(pytest.param(3, part, marks=pytest.mark.prove) for part in OF_THREE)],
 )
 def test_ranks_equal(ranks, part, of_ranks):
-    """Open_clip's losses, or one process."""
+    """Values and gradients on ranks equal those of open_clip's losses, or of one process."""
     if part == "transformers":
         pytest.importorskip("transformers", reason="transformers is not installed: pip install 'simplclip[transformers]'")
     assert of_ranks(ranks).stdout.count(f"{part} passed") == ranks, of_ranks(ranks).stderr[-5000:]
@@ -36,7 +36,7 @@ def test_fully_shard_with_towers_that_inductor_compiles():
 
 
 def test_shapes_are_read_at_the_first_call_and_when_they_change(monkeypatch):
-    """On a GPU, where to read them waits for it. A meta tensor cannot be read at all."""
+    """On a GPU, reading shapes waits for the device; a meta tensor cannot be read at all."""
     gathered = []
     monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", lambda *a, **k: gathered.append(a))
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
@@ -45,7 +45,7 @@ def test_shapes_are_read_at_the_first_call_and_when_they_change(monkeypatch):
         image = features[:rows]
         with pytest.raises(NotImplementedError) if read else contextlib.nullcontext():
             shapes.check(image, image, None)
-    assert len(gathered) == 6  # by every rank at every call
+    assert len(gathered) == 6  # every rank gathers at every call
 
 
 def test_without_a_process_group_of_that_size_there_is_an_error():

@@ -1,4 +1,4 @@
-"""Calls that the ops refuse name the argument, what was expected and what was given; a teacher's gradient is warned of."""
+"""Errors of the ops name the argument, the expectation and the given value; a teacher's gradient causes a warning."""
 
 import functools
 
@@ -24,7 +24,7 @@ CALLS = {
     "parallel_mlp": {name: t.float() for name, t in zip(MLP, mlp_inputs())},
     "simplified_block": {name: t.float() for name, t in block_inputs().items()},
 }
-# By op and kind of error: what is changed in its call, and the message.
+# (op, kind of error) -> changes of the op's call, and the messages.
 BAD = {
     ("similarity_loss", ValueError): [
         (dict(image=zeros(4)), r"image: expected a tensor \[N, D\], got shape \[4\]"),
@@ -149,7 +149,7 @@ def test_bad_input_is_named(op, error, changes, message):
 
 
 @pytest.mark.parametrize(("op", "teacher"), [("similarity_loss", "teacher_image"), ("feature_loss", "teacher")])
-@pytest.mark.filterwarnings("error:.*requires a gradient")  # compiling warns of other things
+@pytest.mark.filterwarnings("error:.*requires a gradient")  # compiling causes other warnings
 def test_a_teacher_that_requires_a_gradient_is_warned_about_once_and_gets_none(op, teacher, monkeypatch):
     monkeypatch.setattr(checks, "_warned", set())
     student = next(iter(CALLS[op]))
@@ -165,7 +165,7 @@ def test_a_teacher_that_requires_a_gradient_is_warned_about_once_and_gets_none(o
     with pytest.warns(UserWarning, match=f"{teacher} requires a gradient, but is a constant here and gets none"):
         value = loss(**call)
     loss(**call)
-    torch.compiler.reset()  # other tests' compilations count towards the limit of recompilations
+    torch.compiler.reset()  # compilations of other tests count towards the limit of recompilations
     torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(**call), value)
     value.backward()
     assert call[teacher].grad is None

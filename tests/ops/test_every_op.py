@@ -1,4 +1,4 @@
-"""What every op keeps to: its definition at sizes beyond those of random calls, equal bits, torch's rules of registration."""
+"""Properties of every op: its definition at sizes beyond those of random calls, equal bits, torch's rules of registration."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def test_values_and_gradients(name, dtype, backend):
 @needs_cpu_kernels
 @pytest.mark.parametrize("name", LARGE)
 def test_the_same_bits_each_time(name):
-    """With one number of threads; with any number where no BLAS is called, whose bits depend on it on some CPUs."""
+    """Bits are equal for one number of threads, and without BLAS, whose bits depend on it on some CPUs, for any number."""
     threads, call = torch.get_num_threads(), LARGE[name]()
     tensors = call.typed(torch.float32)
     results = []
@@ -52,7 +52,7 @@ def test_registration(name, backend):
 
 @pytest.mark.parametrize(("name", "backend"), EVERY)
 def test_backward_twice(name, backend):
-    """What backward writes over is written over once only: a graph that is retained keeps it."""
+    """Backward writes over saved tensors only once: a retained graph keeps them."""
     make, function = SMALL[name]
     tensors = make(4, torch.float32)
     leaves = [t for t in tensors if t.requires_grad]

@@ -1,4 +1,4 @@
-"""What random calls of feature_loss do not reach: rows without a direction, and every number of a half dtype."""
+"""Cases beyond random calls of feature_loss: rows without a direction, and every number of a half dtype."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def features(n, d):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("n", "d"), [(2, 7), (40, 48), (33, 513)])
 def test_zero_rows(n, d, backend):
-    """A row of zeros, and one shorter than eps: divided by eps, which is a constant."""
+    """A row of zeros, and a row shorter than eps, are divided by eps, a constant."""
     tensors = features(n, d)
     tensors["student"][0] = 0
     tensors["teacher"][n // 2] = 0
@@ -47,7 +47,7 @@ def test_nan_reaches_the_gradient_of_its_row_alone(mode, which, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_column(dtype, backend):
-    """Normalised to one of ±1: the distances are 0 and 4, the gradient is 0 up to rounding."""
+    """One column is normalised to ±1: distances are 0 and 4, and the gradient is 0 up to rounding."""
     student = torch.tensor([[2.0], [-3.0], [5.0]], dtype=dtype, requires_grad=True)
     with simplclip.backend(backend):
         loss = feature_loss(student, torch.tensor([[1.0], [7.0], [-1.0]], dtype=dtype))
@@ -59,7 +59,7 @@ def test_one_column(dtype, backend):
 @pytest.mark.instruction_set
 @needs_cpu_kernels
 def test_half_precision_is_read_and_rounded_exactly():
-    """Every float16 number is read exactly, and gradients of it round as torch rounds: d = (x − 0) · 2 / (N D) · grad."""
+    """Every float16 number is read exactly, and gradients round as in torch: d = (x − 0) · 2 / (N D) · grad."""
     numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     for scale in (1.0, 0.37, 3.1e-4, 7e-8, 1.9):
         student = numbers.clone().reshape(-1, 64).requires_grad_()

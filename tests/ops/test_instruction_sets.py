@@ -1,4 +1,4 @@
-"""The CPU kernels of every instruction set: it is chosen once in a process, so that each set has a test run of its own."""
+"""The CPU kernels of every instruction set. A process chooses its set once, so that each set has a test run of its own."""
 
 import os
 import shutil
@@ -15,8 +15,8 @@ MISSING = "SIMPLCLIP_CPU_ISA: expected one of"
 
 
 def run(isa, **environment):
-    """The tests that are marked instruction_set, again."""
-    # pytest's faulthandler would take the place of the handler that is AMX in software.
+    """Runs the tests that are marked instruction_set again."""
+    # pytest's faulthandler would replace the signal handler that computes AMX in software.
     options = ["-q", "-m", "instruction_set", "-k", "not reference", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", *options, "-p", "no:faulthandler", "--cases", "150", "tests/ops"]
     environment = os.environ | {"SIMPLCLIP_CPU_ISA": isa} | environment
@@ -27,7 +27,7 @@ def run(isa, **environment):
 @needs_cpu_kernels
 @pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "baseline"])
 def test_kernels(isa, tmp_path):
-    """On a CPU with AVX-512 for bfloat16 but without AMX, the instructions of AMX run in software."""
+    """On a CPU with AVX-512 for bfloat16 but without AMX, software computes the instructions of AMX."""
     if isa == backends.extension.cpu_isa():
         pytest.skip("this run takes it already")
     done = run(isa)

@@ -1,4 +1,4 @@
-"""parallel_mlp against two F.linear with an activation between them."""
+"""parallel_mlp against two calls of F.linear with an activation between them."""
 
 import plain
 import pytest
@@ -12,7 +12,7 @@ from simplclip.selftest.calls import mlp_inputs as inputs
 
 @needs_cpu_kernels
 def test_memory():
-    """Kept: one hidden layer, written over in backward. Without gradients none, but for some rows."""
+    """One hidden layer is kept, and written over in backward. Without gradients only some of its rows are kept."""
     t, c, f = 6000, 64, 2048
     tensors = [x.float() for x in inputs(t, c, f, c)]
     hidden, results = 4 * t * f, 4 * (2 * t * c + 2 * c * f + f + c)
@@ -30,7 +30,7 @@ def test_memory():
 @needs_cpu_kernels
 @pytest.mark.parametrize("act", plain.ACTIVATIONS)
 def test_activations_far_from_zero(act):
-    """Nothing overflows, and a tail of the normal distribution is small and not noise."""
+    """Nothing overflows, and a tail of the normal distribution is small and free of noise."""
     h = torch.tensor([-1e4, -90.0, -20.0, -6.0, -3.0, -1e-30, 0.0, 1e-30, 3.0, 6.0, 20.0, 90.0, 1e4])[:, None]
     one = torch.ones(1, 1)
     ours, theirs = (

@@ -1,7 +1,7 @@
-"""Random calls of every op against float64 (random_calls): 2,000, or as many as --cases says.
+"""Random calls of every op against float64 (random_calls): 2,000 calls, or the number in --cases.
 
 pytest tests/ops/test_properties.py --cases 20000
-pytest tests/ops/test_properties.py --first-case 1234 --cases 1       the call of a failure again
+pytest tests/ops/test_properties.py --first-case 1234 --cases 1       repeats the call of a failure
 """
 
 import collections
@@ -23,13 +23,13 @@ def expect_none(failed, block):
 
 @pytest.mark.instruction_set
 def test_random_calls(block):
-    """Results and gradients are within tolerance, in any layout of tensors and of gradients that come in."""
+    """Results and gradients are within tolerance, in any layout of tensors and of incoming gradients."""
     expect_none(random_calls.failures(block), block)
 
 
 @pytest.mark.instruction_set
 def test_what_is_not_finite_reaches_the_result(block):
-    """Of every fifth call, each small tensor in turn."""
+    """In every fifth call, each small tensor in turn gets a NaN or infinity, which the result must show."""
     expect_none(random_calls.failures(block[::5], random_calls.check_nonfinite), block[::5])
 
 
@@ -45,7 +45,7 @@ def test_a_number_makes_the_same_call_again():
 
 
 def test_draws_cover_the_ops():
-    """Every op, dtype, backend and layout; every option of similarity_loss; subsets of the gradients, none too."""
+    """Draws include every op, dtype, backend, layout and option of similarity_loss; subsets of gradients, also none."""
     cases = [random_calls.make(seed) for seed in range(1000)]
     assert {case.call.op for case in cases} == set(random_calls.PLAIN)
     assert {case.dtype for case in cases} == set(random_calls.FLOATS)
@@ -69,7 +69,7 @@ def test_draws_cover_the_ops():
 
 @pytest.mark.slow
 def test_a_wrong_result_fails(monkeypatch):
-    """A tenth off in one gradient of every op is found."""
+    """A gradient that is wrong by a tenth is found in every op."""
     honest = compare.run
 
     def wrong(function, call, *rest):

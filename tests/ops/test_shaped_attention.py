@@ -1,4 +1,4 @@
-"""shaped_attention against its definition, on every backend that runs here. Kernels of a GPU have files of their own."""
+"""shaped_attention against its definition, on every backend that runs here. Kernels for GPUs have tests of their own."""
 
 import itertools
 import sys
@@ -36,7 +36,7 @@ def test_zero_queries_and_equal_gains_give_the_identity():
     for dtype, causal in itertools.product((torch.float64, *DTYPES), (False, True)):
         one = torch.ones(3)
         out = shaped_attention(torch.zeros_like(q, dtype=dtype), k.to(dtype), v.to(dtype), one, one, one, causal=causal)
-        # The weights beta A − gamma C cancel before they are rounded: what stays is v itself, in half dtypes too.
+        # The weights beta A − gamma C cancel before they are rounded, so that v itself remains, in half dtypes too.
         torch.testing.assert_close(out, v.to(dtype), rtol=1e-6, atol=1e-6)
 
 
@@ -49,7 +49,7 @@ def test_memory_is_inputs_results_and_the_log_sum_exps(length, k):
     for t in tensors:
         t.grad = None
     peak = cpu_peak_bytes(lambda: shaped_attention(*tensors).backward(grad))
-    results = 4 * grad.nbytes  # out and three gradients; the scratch of a thread's head is not torch's
+    results = 4 * grad.nbytes  # out and three gradients; torch does not see a thread's scratch
     assert peak <= results + 4 * 4 * 2 * length + 4096  # the log-sum-exps
     assert peak >= results
 
@@ -63,7 +63,7 @@ def test_padded_tokens_are_neither_read_nor_written(backend, dtype, causal):
 
 @pytest.fixture(params=["cpu", "flash", "efficient", "xformers"])
 def around(request, monkeypatch):
-    """The backend for an attention of others; those of a GPU are stand-ins in plain torch, which check what they get."""
+    """Names a backend around another attention; a GPU's attentions are stand-ins in plain torch that check arguments."""
     if request.param == "cpu":
         return "sdpa"
     monkeypatch.setattr(sdpa, "aten", torch_attention.aten)
@@ -97,7 +97,7 @@ def test_around_an_attention_of_others(around, dtype, causal):
         call = attention_call(*shape, causal=causal)
         if lengths:
             call.tensors["lengths"] = torch.tensor(lengths)
-        halves = dtype != torch.float32  # then beta's gradient comes from A v that was rounded, and may be 0 by cancellation
+        halves = dtype != torch.float32  # beta's gradient comes from rounded A v, and may cancel
         check(call, dtype, around, roundings=halves)
         for layout in ("a view of rows that are longer", "heads before tokens"):
             check(call, dtype, around, lay_out=lambda name, t, layout=layout: view(layout, t), roundings=halves)
@@ -108,7 +108,7 @@ def test_around_an_attention_of_others(around, dtype, causal):
 
 
 def view(layout, t):
-    """A tensor [B, L, H, K] as a part of a larger one that begins at odd addresses, or with other strides."""
+    """Returns t [B, L, H, K] as a part of a larger tensor that begins at odd addresses, or with other strides."""
     if t.dim() != 4:
         return t
     if layout == "heads before tokens":

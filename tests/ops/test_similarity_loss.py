@@ -1,4 +1,4 @@
-"""What random calls of similarity_loss do not reach: several chunks, logits that lie far apart, pairs without negatives."""
+"""Cases beyond random calls of similarity_loss: several chunks, logits that lie far apart, pairs without negatives."""
 
 import math
 from fractions import Fraction
@@ -17,7 +17,7 @@ from simplclip.selftest.compare import function_of, outputs_of, run
 
 
 def of_ones(call, backend):
-    """Results in float32 and the gradients of their sum."""
+    """Returns results in float32 and the gradients of their sum."""
     with simplclip.backend(backend):
         return run(function_of(call), call, call.typed(torch.float32), call.needed(), lambda name, t: torch.ones_like(t))
 
@@ -27,7 +27,7 @@ def of_ones(call, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("plane", "interactive"), [("scalar", "kl"), ("hadamard", "infonce")])
 def test_chunks_and_stored_rows_change_nothing(plane, interactive, dtype):
-    """One chunk or several, the last not whole, and an end of the stored rows between them."""
+    """One chunk or several, the last one partial; stored rows may end between chunks."""
     row = 310 * (4 if dtype == torch.float16 else dtype.itemsize)
     rows = ((0, 0), (64, 0), (128, 0), (128, 64), (128, 192))
     budgets = [(scratch * row, store * row) for scratch, store in rows] + [(1 << 20, 1 << 20)]
@@ -43,9 +43,9 @@ def test_chunks_and_stored_rows_change_nothing(plane, interactive, dtype):
 @pytest.mark.parametrize("n", [4, 40, 100])
 @pytest.mark.parametrize("which", ["", "teacher_"])
 def test_columns_far_below_their_strip_are_summed_afresh(which, n):
-    """One logit of 300, of the student or of the teacher: against it every exponential of the other columns underflows."""
+    """One logit of 300, of the student or the teacher, lets every exponential of the other columns underflow."""
     call = similarity_call(n, n, terms=TERMS, width=n, scale=1.0, interactive="kl")
-    call.tensors[f"{which}text"] = torch.eye(n, dtype=torch.float64)  # the matrix is image itself
+    call.tensors[f"{which}text"] = torch.eye(n, dtype=torch.float64)  # makes the matrix equal to image
     image = torch.rand(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     image[0, 1] = 300
     call.tensors[f"{which}image"] = image
@@ -55,11 +55,11 @@ def test_columns_far_below_their_strip_are_summed_afresh(which, n):
 @needs_cpu_kernels
 @pytest.mark.parametrize("scale", [0.01, 100.0, 700.0, -50.0])
 def test_wide_logits(scale):
-    """Statistics that lie too far apart for one exponential to serve rows and columns, and columns that underflow."""
-    divergence = "kl" if scale > 1 else "cross_entropy"  # a tiny KL is the difference of two large numbers
+    """Statistics lie too far apart for one exponential to serve rows and columns, and columns underflow."""
+    divergence = "kl" if scale > 1 else "cross_entropy"  # a small KL is a difference of two large numbers
     for interactive in ("infonce", "kl"):
         call = similarity_call(150, 150, terms=TERMS, scale=scale, interactive=interactive, divergence=divergence)
-        call.tensors["image"][::3] *= 3  # unnormalised features are no error
+        call.tensors["image"][::3] *= 3  # unnormalised features are allowed
         call.tensors["teacher_image"][::4] *= 3
         check(call, torch.float32, "cpu")
 
@@ -77,7 +77,7 @@ def test_all_ids_equal_leaves_no_negatives(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"prior": 0.1}, {"positives": "ids", "label_smoothing": 0.1}], ids=str)
 def test_a_decoupled_row_without_negatives_counts_as_0(options, backend):
-    """A lone pair; groups that leave some rows, and some columns, without negatives."""
+    """The loss is 0 for a lone pair; groups can leave some rows, and some columns, without negatives."""
     scale = torch.tensor(2.0, requires_grad=True)
     for image_ids, text_ids, offset in (([0], [0], 0), ([1, 1, 1], [1, 1, 1], 0), ([0, 1, 1, 2], [1, 0, 1, 1, 1, 1], 1)):
         g = torch.Generator().manual_seed(0)
@@ -166,7 +166,7 @@ def test_sigmoid_terms_join_the_sweep_of_a_softmax(asked, ops, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sigmoid_of_negatives_far_below_zero(backend, dtype):
-    """e^-l overflows; the gradient is that of the softmax alone."""
+    """e^-l overflows; the sigmoid's value and gradient are the same with and without a softmax term beside it."""
     image = torch.eye(20, 32).to(dtype).requires_grad_()
     text = -torch.eye(20, 32).roll(1, 0).to(dtype)
     found = {}
@@ -179,7 +179,7 @@ def test_sigmoid_of_negatives_far_below_zero(backend, dtype):
 
 
 def test_pair_matching_in_float64_is_exact_above_the_threshold_of_softplus():
-    """All similarities are equal, and so are all logits, 21: F.softplus(21) is 21."""
+    """All similarities are equal, and all logits are 21, where F.softplus returns 21 itself."""
     image, text = torch.ones(2, 1, dtype=torch.float64), torch.full((2, 1), 0.5, dtype=torch.float64)
     q = torch.tensor(20.5, dtype=torch.float64, requires_grad=True)
     out = similarity_loss(image, text, 1.0, terms=("pair_matching",), plane=(1.0, q))
@@ -190,7 +190,7 @@ def test_pair_matching_in_float64_is_exact_above_the_threshold_of_softplus():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_infinite_feature_of_a_lone_pair(backend):
-    """No negatives: softplus(-inf) would be a loss of 0."""
+    """There are no negatives; softplus(-inf) would make the loss 0."""
     image, text = torch.tensor([[math.inf, 1.0]]), torch.tensor([[1.0, 1.0]])
     with simplclip.backend(backend):
         terms = similarity_loss(image, text, 1.0, terms=TERMS[:2], plane=(1.0, 0.0))

@@ -1,4 +1,4 @@
-"""What backward of simplified_block computes, and what it keeps for it."""
+"""The products that backward of simplified_block computes, and the tensors that it keeps."""
 
 import torch
 from devices import needs_cpu_kernels
@@ -9,7 +9,7 @@ from simplclip.selftest.calls import block_inputs as inputs
 
 
 def test_frozen_tensors_cost_no_products(monkeypatch):
-    """Without need of x's gradient, none of the three products for it is formed; nor a frozen weight's."""
+    """If x needs no gradient, none of the three products for it is computed; nor is the product of a frozen weight."""
     calls = []
     for name in ("mm", "addmm", "addmm_"):
         owner = torch.Tensor if name == "addmm_" else torch
@@ -22,13 +22,13 @@ def test_frozen_tensors_cost_no_products(monkeypatch):
         calls.clear()
         out.sum().backward()
         counts[trained] = len(calls)
-    # x: two products into the gradient of n; each weight: its own; those of parallel_mlp_bwd are the backend's.
+    # x: two products into the gradient of n; each weight: one product; parallel_mlp_bwd's products are the backend's.
     assert counts == {"x": 2, "qk_weight": 1, "fc1_weight": 1, "fc2_bias": 0, "all": 4}
 
 
 @needs_cpu_kernels
 def test_memory():
-    """Saved: x, [q|k] and h, or x alone; without gradients neither [q|k] nor h outlives its use."""
+    """x, [q|k] and h are saved, or x alone. Without gradients, [q|k] and h are freed after their use."""
     b, length, c, f = 8, 77, 128, 512
     tensors = {name: t.float().requires_grad_() for name, t in inputs(b, length, c, 2, f, projections=False).items()}
     tokens = 4 * b * length * c
@@ -50,4 +50,4 @@ def test_memory():
     assert saved(True) == tokens + lse
     tensors = {name: t.float() for name, t in inputs(100, length, 128, 2, 2048, projections=False).items()}
     hidden = 4 * 100 * length * 2048
-    assert cpu_peak_bytes(lambda: simplified_block(**tensors)) < 0.8 * hidden  # 24 MiB of scratch, and five times x
+    assert cpu_peak_bytes(lambda: simplified_block(**tensors)) < 0.8 * hidden  # scratch of 24 MiB, and five times x

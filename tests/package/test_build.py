@@ -1,4 +1,4 @@
-"""The build's choices and what the built modules ask of torch."""
+"""The choices of the build, and the symbols that built modules need from torch."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from simplclip.ops import backends
 
 @pytest.fixture
 def setup(monkeypatch):
-    """Runs setup.py, which chooses its extensions and builds nothing; what it printed, and its names."""
+    """Runs setup.py, which chooses extensions and builds nothing here. Returns its output and its names."""
     monkeypatch.chdir(ROOT)
 
     def run(**environment):
@@ -37,7 +37,7 @@ def setup(monkeypatch):
 
 @pytest.fixture
 def without_nvcc(tmp_path):
-    """An environment in which no CUDA toolkit can be found."""
+    """Returns an environment in which no CUDA toolkit can be found."""
     return {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path / "no-cuda")}
 
 
@@ -78,7 +78,7 @@ def test_the_architectures_of_gpus_are_taken(setup, monkeypatch):
 
 @pytest.mark.parametrize("module", ["extension", "cuda_extension"])
 def test_only_the_stable_abi_is_asked_for(module):
-    """No C++ symbol of libtorch: those change from release to release."""
+    """No C++ symbol of libtorch is needed, since these symbols change between releases."""
     loaded = getattr(backends, module)
     if loaded is None:
         pytest.skip(getattr(backends, f"{module}_error"))

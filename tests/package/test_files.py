@@ -1,4 +1,4 @@
-"""Files that are written whole, in a folder that others may write to."""
+"""Files that are written completely, also in a folder that other users can write to."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ from simplclip.train.folder import run_lock
 
 
 def test_a_link_that_waits_is_not_followed(tmp_path, monkeypatch):
-    """Under the name of earlier versions, and under the one that this time would be drawn."""
+    """A link waits under the name of earlier versions, and under the name that would be drawn now."""
     target, theirs = tmp_path / "report.json", tmp_path / "theirs"
     theirs.write_text("theirs")
     (tmp_path / ".report.json.tmp").symlink_to(theirs)
@@ -78,7 +78,7 @@ def test_a_full_disk_leaves_the_former_file(tmp_path):
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path):
-    """Those of files that are ours, of this version and of earlier ones; links are removed, not what they lead to."""
+    """Leftovers of this version and of earlier ones are removed; a link is removed, but not its target."""
     number = "0123456789abcdef"
     ours = [f".a.tar.{number}.tmp", ".a.tar.tmp", f".b.tar.{number}.tmp"]
     others = ["a.tar", ".c.txt.tmp", ".a.tar.0123.tmp.bak", f"a.tar.{number}.tmp", "kept"]
@@ -90,7 +90,7 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     folder = tmp_path / f".d.tar.{number}.tmp"
     (folder / "inside").mkdir(parents=True)
     remove_leftovers(tmp_path, lambda name: name.endswith(".tar"), seconds=60)
-    assert {*os.listdir(tmp_path)} == {*ours, *others, folder.name}  # they may still be written
+    assert {*os.listdir(tmp_path)} == {*ours, *others, folder.name}  # their processes may still be writing
     remove_leftovers(tmp_path, lambda name: name.endswith(".tar"))
     assert {*os.listdir(tmp_path)} == {*others}
     assert (tmp_path / "kept" / "file").exists()

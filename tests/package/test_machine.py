@@ -1,4 +1,4 @@
-"""What was found out about a device: kept for later processes, and never in the way of what does not need it."""
+"""Findings about a device: later processes use them, and they never disturb work that does not need them."""
 
 import json
 import os
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_kernels_count_wherever_they_lie():
-    """As in an editable installation, whose package has no folder kernels."""
+    """As in an editable installation, the package has no folder kernels."""
     names = {"/".join(path.parts[-3:]) for path in machine.computing()}
     assert {"kernels/similarity/forward.py", "simplclip/ops/backends.py"} <= names
 
 
 def test_links_to_nothing_do_not_count(tmp_path, monkeypatch):
-    """Emacs makes one beside a file that is being changed."""
+    """Emacs makes a dangling link beside a file that is being edited."""
     monkeypatch.setattr(machine, "PACKAGE", tmp_path)
     (tmp_path / "ops").mkdir()
     (tmp_path / "ops" / ".#op.py").symlink_to("somebody@somewhere.1")
@@ -71,7 +71,7 @@ def test_a_damaged_file_is_told_ignored_and_replaced(content):
         assert machine.known("tuned", "cpu") == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert machine.known("tuned", "cpu") == {}  # said once
+        assert machine.known("tuned", "cpu") == {}  # a second reading does not warn again
     with pytest.warns(UserWarning, match="it is ignored"):
         machine.store("failed", "cpu", {"an op": "a reason"})
     assert json.loads(file.read_text()).keys() == {"failed", "machine"}

@@ -21,7 +21,7 @@ def make(*arguments, **environment):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A PATH with a shell, a compiler and this Python, from which a test removes what is to be missing."""
+    """Makes a PATH with a shell, a compiler and this Python; a test removes what has to be missing."""
     path = tmp_path / "bin"
     path.mkdir()
     for name in ("sh", "grep", "sed", "expand", "nproc"):
@@ -66,7 +66,7 @@ def test_another_compiler_is_the_one_that_is_asked_for(folder):
 
 
 def test_debian_without_venv(folder, tmp_path):
-    """Debian's python3 has no ensurepip; python3-venv brings it."""
+    """Debian's python3 has no ensurepip; the package python3-venv brings it."""
     (tmp_path / "ensurepip.py").write_text("raise ModuleNotFoundError('ensurepip')\n")
     run = make("check-tools", PATH=str(folder), PYTHONPATH=str(tmp_path))
     assert run.returncode == 2

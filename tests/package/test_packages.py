@@ -1,7 +1,7 @@
-"""What `make dist` and `make wheel` make: complete, and one wheel for every torch and every Python that we support.
+"""The packages of `make dist` and `make wheel`: complete, and one wheel for all supported versions of torch and Python.
 
-The packages are built once, without CUDA, by the command that users give. The wheel is built from the source distribution, so
-whatever is missing there fails here. SIMPLCLIP_OTHER_PYTHON=path[:path] names Pythons with another torch to try the wheel in.
+The packages are built once, without CUDA, by the users' command. The wheel is built from the source distribution, so that a
+missing file fails here. SIMPLCLIP_OTHER_PYTHON=path[:path] names Pythons with another torch to try the wheel in.
 """
 
 import importlib.metadata
@@ -28,7 +28,7 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "M
 
 pytestmark = pytest.mark.slow
 
-# Two ops, forward and backward, by the compiled CPU kernels and by the definition; prints where both came from.
+# Runs two ops, forward and backward, on the compiled CPU kernels and by definition; prints the files of both.
 OPS = """
 import platform
 import torch
@@ -71,7 +71,7 @@ def run(command, cwd: Path = ROOT, **environment) -> str:
 
 
 def make(target: str, folder: Path, *done: str) -> None:
-    """A target of the Makefile with this Python, as if the targets in `done` had been made."""
+    """Makes a target of the Makefile with this Python, as if the targets in `done` were made already."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     old = [word for name in ("install", *done) for word in ("-o", name)]
@@ -92,14 +92,14 @@ def wheel(tmp_path_factory):
 
 
 def run_ops(python, folder: Path) -> str:
-    """Runs the ops with what is installed in `folder`; the versions that they ran under."""
+    """Runs the ops of the installation in `folder`; returns the versions under which they ran."""
     versions, *files = run([python, "-c", OPS], folder, PYTHONPATH=str(folder), OMP_NUM_THREADS="1").split("\n")[:3]
     assert all(Path(file).is_relative_to(folder) for file in files), files
     return versions
 
 
 def install(python, wheel: Path, folder: Path) -> None:
-    """By the pip of this Python as `python` would: its tags decide whether the wheel is taken."""
+    """Installs by this Python's pip as `python` would, whose tags decide whether the wheel is accepted."""
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
     run([*pip, "--no-index", "--target", folder, wheel])
 
@@ -137,7 +137,7 @@ def test_wheel_is_typed_and_of_the_limited_api_and_the_stable_abi(wheel, tmp_pat
 
 @pytest.mark.prove
 def test_wheel_runs_in_a_clean_environment(wheel, tmp_path):
-    """Its torch is this one, by a path file."""
+    """A path file gives the environment the torch of this one."""
     venv.create(tmp_path / "venv", with_pip=False)
     python, installed = tmp_path / "venv" / "bin" / "python", tmp_path / "installed"
     install(python, wheel, installed)

@@ -1,13 +1,13 @@
-"""README.md, CONTRIBUTING.md and docs/: what they show runs, and what they name exists.
+"""README.md, CONTRIBUTING.md and docs/: their examples run, and the names in them exist.
 
     python   the blocks of one file run in order, as one program, and use no deprecated name
-    sh       a line is a command of a kind below; its targets, options, settings, extras and files exist. Those that take
-             seconds are run too
+    sh       a line is a command of a kind below; its targets, options, settings, extras and files exist. Commands that take
+             only seconds are run as well
     yaml     a file for the shell lines, named in its first line: `# NAME.yaml`
     mermaid  a picture; the files that it names exist
     text     a formula
 
-Other blocks are an error, and so are indented ones.
+Blocks in other languages and indented blocks are errors.
 """
 
 import contextlib
@@ -47,12 +47,12 @@ def tokens(name: str):
 
 
 def blocks(name: str, language: str) -> list[tuple[int, str]]:
-    """First line number and text of the file's blocks in this language."""
+    """Returns the file's blocks in this language, each as its first line number and its text."""
     return [(t.map[0] + 2, t.content) for t in tokens(name) if t.type == "fence" and t.info == language]
 
 
 def commands() -> list:
-    """Every command of the shell blocks, as its file and line number, and its words."""
+    """Returns every command of the shell blocks: file and line number, and words."""
     found = []
     for name in FILES:
         for first, text in blocks(name, "sh"):
@@ -77,7 +77,7 @@ def test_every_block_is_of_a_kind_that_is_tested(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FILES if blocks(name, "python")])
 def test_python_blocks_run(name, tmp_path):
-    """In a file with their own line numbers, so that a traceback points into the document."""
+    """The blocks keep their line numbers, so that a traceback points into the document."""
     lines: list[str] = []
     for first, text in blocks(name, "python"):
         lines += [""] * (first - 1 - len(lines)) + text.splitlines()
@@ -100,7 +100,7 @@ def test_python_blocks_run(name, tmp_path):
 
 
 def trained(folder: Path) -> None:
-    """The run, the export and the images that the programs read."""
+    """Makes the run, the export and the images that the programs read."""
     out = folder / "runs" / "siclip-lite0-emoji"
     trainer.run(tiny.settings(folder, "run.steps=1", f"run.out={out}"))
     export.run(out, folder / "export", formats=["open_clip"])
@@ -153,7 +153,7 @@ def check_command(words: list[str]) -> None:
 
 @functools.cache
 def sources() -> str:
-    """Everything that may read a variable of the environment."""
+    """Returns the text of all files that may read an environment variable."""
     files = [ROOT / "setup.py", *(ROOT / "simplclip").rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]*")]
     return MAKEFILE + "".join(path.read_text() for path in files)
 
@@ -168,7 +168,7 @@ def check_make(arguments: list[str]) -> None:
 
 
 def check_simplclip(arguments: list[str]) -> None:
-    """By the parser of the command line itself, with commands that do nothing; and a config's settings by its reader."""
+    """Parses a command by the command line's parser without running it, and reads the config's settings."""
     from typer.main import get_command
 
     from simplclip.commands.main import app
@@ -248,7 +248,7 @@ def test_readme_lists_every_package_that_make_asks_for():
     lines = [words for name, words in (param.values for param in commands()) if name == "README.md"]
     listed = {words[1]: words for words in lines if words[0] == "sudo"}
     for apt, dnf in asked:
-        if apt != "python3.12":  # an example of a newer one
+        if apt != "python3.12":  # an example of a newer Python
             assert apt in listed["apt"]
             assert dnf in listed["dnf"]
 
@@ -266,7 +266,7 @@ def test_quick_commands_run():
 
 @pytest.mark.slow
 def test_the_example_of_a_folder_of_photos_runs(tmp_path):
-    """The shell block and the config of the section, as they stand there."""
+    """The shell block and the config of the section run unchanged."""
     section = (ROOT / "docs" / "embedding.md").read_text().split("\n## A folder of photos")[1].split("\n## ")[0]
     shell, config = re.findall(r"```(?:sh|yaml)\n(.*?)```", section, re.DOTALL)
     (tmp_path / "photos.yaml").write_text(config)
@@ -281,7 +281,7 @@ def test_the_example_of_a_folder_of_photos_runs(tmp_path):
 
 
 def run_block(shell: str, folder: Path) -> list[str]:
-    """Runs the commands of a block in the folder; what each printed. Processes of this one, which has the modules already."""
+    """Runs a block's commands in the folder, in forks of this process, which has the modules; returns each one's output."""
     from simplclip.commands.main import main
 
     printed, told = folder / "printed", folder / "told"
@@ -309,7 +309,7 @@ def run_block(shell: str, folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_the_recipe_of_a_start_from_trained_weights_runs(tmp_path):
-    """The shell block of the section, as it stands there, with a small config."""
+    """The shell block of the section runs unchanged, with a small config."""
     section = (ROOT / "docs" / "training.md").read_text().split("\n## Start from trained weights")[1].split("\n## ")[0]
     (shell,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     values = yaml.safe_load(Path(tiny.write_config(tmp_path)).read_text())
@@ -324,14 +324,14 @@ def test_the_recipe_of_a_start_from_trained_weights_runs(tmp_path):
 
 
 def words_of(name: str) -> list[str]:
-    """The text in backticks outside of blocks."""
+    """Returns the text in backticks outside of blocks."""
     inline = [child for t in tokens(name) if t.type == "inline" for child in t.children]
     return [child.content for child in inline if child.type == "code_inline"]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_paths_exist(name):
-    """Paths from the top in backticks, but for those with the placeholder NAME; and in pictures, from the package too."""
+    """Paths in backticks exist from the top, except those with the placeholder NAME; in pictures from the package, too."""
     top = "simplclip|kernels|csrc|benchmarks|tests|docs|\\.github"
     for word in words_of(name):
         if re.fullmatch(rf"({top})/[\w./*-]*", word) and "NAME" not in word:
@@ -345,7 +345,7 @@ def test_paths_exist(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_names_exist(name):
-    """`simplclip.a.b` is a module or something in one, and `SIMPLCLIP_A` a variable that something reads."""
+    """`simplclip.a.b` is a module or a name in one, and `SIMPLCLIP_A` a variable that is read somewhere."""
     for word in words_of(name):
         for dotted in re.findall(r"^(?:python -m )?(simplclip(?:\.\w+)+)", word):
             assert resolves(dotted), f"{name}: {dotted}"
@@ -369,7 +369,7 @@ def resolves(dotted: str) -> bool:
 
 
 def anchors(path: Path) -> set[str]:
-    """As GitHub makes them from headings."""
+    """Returns anchors as GitHub makes them from headings."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

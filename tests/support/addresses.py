@@ -1,10 +1,10 @@
 """The addresses that Triton kernels read and write, at sizes that no interpreter could compute.
 
-A call runs on fake CUDA tensors, which have no memory, with a card's tiles. Of its launches Triton's interpreter runs some
-programs. Each tensor gets a range of addresses, far from all others: every load and store must lie in the range of a tensor.
-An index that overflows 32 bits leaves it, since no tensor here has 2^32 elements. A load gives zeros.
+A call runs on fake CUDA tensors, which have no memory, with a card's tiles. Triton's interpreter runs some programs of the
+call's launches. Each tensor gets a range of addresses, far from other ranges; every load and store must lie in a range.
+An index that overflows 32 bits leaves its range, since no tensor here has 2^32 elements. A load gives zeros.
 
-    python tests/support/addresses.py NAME:DTYPE:CARD...      a line for each, then what is wrong
+    python tests/support/addresses.py NAME:DTYPE:CARD...      prints a line for each call, then the errors
 """
 
 import os
@@ -44,7 +44,7 @@ _REAL = interpreter._interpreter
 
 
 class Address:
-    """What the interpreter takes for a tensor."""
+    """A stand-in for a tensor, which the interpreter accepts as one."""
 
     def __init__(self, stand: trace.Stand):
         self.dtype, self._address = stand.dtype, (stand.storage + 1 << APART) + stand.data_ptr()
@@ -54,7 +54,7 @@ class Address:
 
 
 class Executor(interpreter.GridExecutor):
-    """Runs a kernel on addresses, which are not copied."""
+    """An executor that runs a kernel on the addresses themselves, not on copies of tensors."""
 
     def _init_args_hst(self, args, kwargs):
         return args, kwargs
@@ -64,16 +64,16 @@ class Executor(interpreter.GridExecutor):
 
 
 def ends(*arguments: int) -> list[int]:
-    """In place of range, of loops whose steps do not depend on those before: the first two steps and the last."""
+    """Replaces range in loops whose steps are independent of each other: returns the first two steps and the last."""
     every = range(*map(int, arguments))
     return [*every[:2], every[-1]] if len(every) > 3 else list(every)
 
 
 class Audit:
-    """In place of the interpreter's memory: checks addresses."""
+    """A stand-in for the interpreter's memory, which checks addresses."""
 
     def __init__(self):
-        self.sizes: dict[int, int] = {}  # number of a tensor's memory, from 1 -> its bytes
+        self.sizes: dict[int, int] = {}  # number of a tensor's storage, from 1 -> its bytes
         self.programs = self.addresses = 0
         self.wrong: list[str] = []
 
@@ -89,7 +89,7 @@ class Audit:
         return type(value)(*map(self.argument, value)) if isinstance(value, tuple) else value
 
     def run(self, launch: trace.Launch) -> None:
-        """The first, the middle and the last program of a launch."""
+        """Runs the first, the middle and the last program of a launch."""
         (count,), builder = launch.grid, interpreter.interpreter_builder
         args = [self.argument(value) for value in launch.args]
         options = {name: name == "INTERPRETED" or self.argument(value) for name, value in launch.options.items()}
@@ -125,7 +125,7 @@ class Audit:
 
 
 def some(steps: list[trace.Step]) -> list[trace.Launch]:
-    """The first, the middle and the last launch of each kernel and its compiled form."""
+    """Returns the first, the middle and the last launch of each kernel and its compiled form."""
     found = defaultdict(list)
     for step in steps:
         if step.kind == "triton":

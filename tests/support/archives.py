@@ -52,18 +52,18 @@ RECORDS = (
 
 
 class Endless(BaseException):
-    """Something takes too long. No Exception, which a reader might take for damage."""
+    """The error for reading that takes too long. It is no Exception, which a reader might take for damage."""
 
 
 @contextlib.contextmanager
 def in_time(seconds, what=""):
-    """Raises Endless after so many seconds of a core."""
+    """Context that raises Endless after so many seconds of CPU time."""
 
     def interrupt(number, frame):
         raise Endless(what)
 
     former, began = signal.signal(signal.SIGPROF, interrupt), time.process_time()
-    signal.setitimer(signal.ITIMER_PROF, 2 * seconds, 1)  # what comes to its end may take longer than that
+    signal.setitimer(signal.ITIMER_PROF, 2 * seconds, 1)  # what ends by itself before is judged below
     try:
         yield
     finally:
@@ -74,7 +74,7 @@ def in_time(seconds, what=""):
 
 
 def header(name="a.png", size=0, kind=b"0", **fields):
-    """A header whose fields are these bytes, with the checksum that fits, unless one is given."""
+    """Returns a header with these bytes in its fields, and with a fitting checksum unless one is given."""
     block = bytearray(tarfile.TarInfo("a").tobuf(tarfile.USTAR_FORMAT))
     fields = {"name": name.encode("utf-8", "surrogateescape"), "type": kind} | fields
     if isinstance(size, int):
@@ -106,7 +106,7 @@ def pax(*records, kind=b"x"):
 
 
 def record(key, value):
-    """A whole record of a pax header."""
+    """Returns a whole record of a pax header."""
     rest = b" " + key + b"=" + value + b"\n"
     length = len(rest) + next(n for n in range(1, 9) if len(str(len(rest) + n)) == n)
     return str(length).encode() + rest
@@ -120,7 +120,7 @@ END = bytes(2 * BLOCK)
 
 
 def whole(draw):
-    """A tar as programs write it, and its files: name -> content."""
+    """Returns a tar as programs write it, and its files: name -> content."""
     files, out = {}, io.BytesIO()
     kind = draw.choice((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))
     with tarfile.open(fileobj=out, mode="w", format=kind) as tar:
@@ -143,12 +143,12 @@ def whole(draw):
 
 
 def headers(data):
-    """The places of the headers."""
+    """Returns the offsets of a tar's headers."""
     return [place for place in range(0, len(data), BLOCK) if data[place + 257 : place + 262] == b"ustar"]
 
 
 def mutated(data, draw):
-    """What was done, and the result."""
+    """Mutates a tar. Returns the kind of mutation, and the result."""
     places = headers(data) or [0]
     place = draw.choice(places)
     kind = draw.choice(("bits", "field", "type", "pax", "long", "sparse", "cut", "blocks", "chain", "number", "bytes"))
@@ -188,7 +188,7 @@ def mutated(data, draw):
 
 
 def sparse(draw):
-    """A member of GNU's older form, with further blocks of headers that may go on."""
+    """Returns a sparse member in GNU's older form, with further header blocks that may not end."""
     block = bytearray(header("s.png", draw.randrange(2000), b"S"))
     block[386:482] = b"".join(draw.choice(NUMBERS)[:12].ljust(12, b"\0") for _ in range(8))
     block[482], block[483:495] = draw.randrange(2), draw.choice(NUMBERS).ljust(12, b"\0")
@@ -197,7 +197,7 @@ def sparse(draw):
 
 
 def case(number):
-    """A case by its number: (what it is, the bytes of a tar, its files if it is whole, the ending of its name)."""
+    """Returns case `number`: (description, bytes of a tar, its files if the tar is intact, suffix of its name)."""
     draw = random.Random(f"archive/{number}")
     data, files = whole(draw)
     done = []
@@ -245,7 +245,7 @@ VALUES = (
 
 
 def npy(array=None, descr="<i4", shape=(3,), data=b"", order="False"):
-    """An .npy file whose header says anything."""
+    """Returns an .npy file whose header may say anything."""
     if array is not None:
         file = io.BytesIO()
         np.save(file, array)
@@ -256,7 +256,7 @@ def npy(array=None, descr="<i4", shape=(3,), data=b"", order="False"):
 
 
 def changed_index(data, draw):
-    """What was done to an index, and the bytes of it."""
+    """Changes an index. Returns the kind of change, and the bytes of the result."""
     if draw.random() < 0.3:
         at = draw.randrange(len(data))
         new = draw.choice((b"", bytes([data[at] ^ 1 << draw.randrange(8)]), draw.randbytes(20)))

@@ -1,4 +1,4 @@
-"""A product of 96 x 160 x 64 in Triton, to which numbers of the rows may be added: what benchmarks.bound finds, as JSON."""
+"""Prints as JSON what benchmarks.bound finds for a product of 96 x 160 x 64 in Triton, to which a vector may be added."""
 
 import json
 

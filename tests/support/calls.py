@@ -19,7 +19,7 @@ from simplclip.selftest.compare import Case, forced, function_of, run
 
 
 def _plain_similarity(image, text, logit_scale, **named):
-    """With all numbers in the dtype of the features."""
+    """Computes plain torch's similarity loss with all numbers in the dtype of the features."""
     named.pop("scratch_bytes", None), named.pop("store_bytes", None)
     if named.get("ids") is not None and named.get("text_ids") is None:
         named["text_ids"] = named["ids"]
@@ -39,15 +39,15 @@ PLAIN: dict[str, Callable] = {
 
 
 class OfPlain(Case):
-    """A case whose truth does not come from the library."""
+    """A case whose expected results come from plain torch instead of the library."""
 
     definition = staticmethod(lambda call: PLAIN[call.op])
-    slack = 1  # it rounds as often as the op
+    slack = 1  # the op rounds no more often than plain torch
 
 
 def check_case(case: Case, *, roundings: bool = False, twice: bool = False) -> None:
-    """Results and gradients are within tolerance of float64's: of plain torch's own error, or with `roundings` of what
-    roundings may change; with `twice` a second run has the same bits."""
+    """Checks that results and gradients are within tolerance of float64's: plain torch's own error or, with `roundings`, the
+    effect of rounding the inputs. With `twice`, a second run must give the same bits."""
     found = case.run()
     again = case.run() if twice else found
     for name, value in found.items():
@@ -62,7 +62,7 @@ def check(call: Call, dtype: torch.dtype, backend: str, *, roundings: bool = Fal
 
 
 def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu") -> None:
-    """Padded tokens of shaped_attention are not read, and their results and gradients are 0."""
+    """Checks that padded tokens of shaped_attention are not read, and that their results and gradients are 0."""
     call = attention_call(3, causal=causal)
     call.tensors["lengths"] = torch.tensor([3, 0, 5])
 
@@ -91,7 +91,7 @@ def _random(shapes, dtype):
 
 
 def _features(n, dtype):
-    """image, text, logit_scale, the teacher's image, text, scale: the student's and the scale require gradients."""
+    """Returns image, text, logit_scale, the teacher's image, text, scale. The student's tensors require gradients."""
     rows = [F.normalize(torch.randn(n, 24, dtype=torch.float64), dim=1).to(dtype) for _ in range(4)]
     wide = torch.promote_types(dtype, torch.float32)
     scale, teacher_scale = torch.tensor(10.0, dtype=wide), torch.tensor(15.0, dtype=wide)
@@ -166,7 +166,7 @@ SMALL = {
     "simplified_block": _block(),
     "simplified_block recompute": _block(recompute=True),
 }
-# Tensors, the module, and how many of the tensors it takes.
+# name -> tensors, the module, and how many of the tensors the module takes.
 MODULES = {
     "SimplifiedBlock": (lambda n, dtype: _random([(n, 5, 16)], dtype), lambda: SimplifiedBlock(16, 2), 1),
     "ClipPMLoss": (_features, losses.ClipPMLoss, 3),
@@ -175,7 +175,7 @@ MODULES = {
 
 
 def module_call(name, dtype=torch.float32, device="cpu"):
-    """Tensors, a function of them and its module: a block in `dtype`, a loss in float32."""
+    """Returns tensors, a function of them, and its module: a block in `dtype`, a loss in float32."""
     tensors, make, count = MODULES[name]
     module = make().to(device, dtype if name == "SimplifiedBlock" else None)
 
@@ -187,7 +187,7 @@ def module_call(name, dtype=torch.float32, device="cpu"):
 
 
 class Dispatched(TorchDispatchMode):
-    """Records the calls of simplclip's ops, with copies of their tensors."""
+    """A mode that records the calls of simplclip's ops, with copies of their tensors."""
 
     def __init__(self):
         super().__init__()
@@ -200,9 +200,9 @@ class Dispatched(TorchDispatchMode):
 
 
 def check_registration(name: str, backend: str, device: str = "cpu") -> None:
-    """Schemas, autograd, and the shapes, dtypes and strides that fake functions promise, of forward and backward.
+    """Checks schemas, autograd, and the shapes, dtypes and strides that fake functions promise, of forward and backward.
 
-    Backward by the backend that comes first, but for "sdpa": what forward kept is of its layout.
+    Backward runs on the backend that comes first, except after "sdpa", whose forward keeps tensors in a layout of its own.
     """
     make, function = SMALL[name]
     with forced(backend if backend == "sdpa" else ""), Dispatched() as mode, torch.device(device):

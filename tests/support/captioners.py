@@ -1,4 +1,4 @@
-"""A CoCa of open_clip that is small and has random weights."""
+"""A small CoCa of open_clip with random weights."""
 
 import json
 
@@ -21,7 +21,7 @@ _CONFIG = {
 
 
 def register(folder):
-    """Makes NAME and NAME-wide, whose weights fit no other, models of open_clip."""
+    """Registers the models NAME and NAME-wide in open_clip. The weights of NAME-wide fit no other model."""
     for name, changes in ((NAME, {}), (f"{NAME}-wide", {"embed_dim": 24})):
         path = folder / f"{name}.json"
         path.write_text(json.dumps(_CONFIG | changes))
@@ -29,7 +29,7 @@ def register(folder):
 
 
 def build(spread=0.3):
-    """With random weights; open_clip leaves some of its decoder's uninitialised."""
+    """Returns the model with random weights, since open_clip leaves some weights of the decoder uninitialised."""
     torch.manual_seed(0)
     model = models.create(f"open_clip:{NAME}")
     with torch.no_grad():

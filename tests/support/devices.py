@@ -11,7 +11,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def cuda_peak_bytes(run):
-    """Highest sum of live bytes of torch's allocator on the GPU during `run`, above what was live before it."""
+    """Returns the highest sum of live bytes of torch's allocator on the GPU during `run`, above what was live before."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -6,7 +6,7 @@ from paths import ROOT
 
 
 def run(page: str, heading: str) -> dict:
-    """Runs them as one program, and returns its names."""
+    """Runs the blocks as one program, and returns the names that it defines."""
     section = (ROOT / "docs" / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     names: dict = {"__name__": heading}
     exec(compile("\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)), f"{page}: {heading}", "exec"), names)

@@ -36,7 +36,7 @@ def model(name="CLIPModel", seed=0, cls=None, **options):
 
 
 def batch(name="CLIPModel", n=6):
-    """Texts of 9 to 12 tokens, padded on the right where the model allows it; for SigLIP 2, images of 2 to 4 patches."""
+    """Returns texts of 9 to 12 tokens, padded on the right if the model allows it; for SigLIP 2, images of 2 to 4 patches."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 98, (n, 12), generator=g)
     lengths = torch.arange(n) % 4 + 9
@@ -53,7 +53,7 @@ def batch(name="CLIPModel", n=6):
 
 
 def step(model, inputs, **options):
-    """The result with return_loss, and the gradients of the loss by parameter."""
+    """Returns the result with return_loss, and the gradients of the loss by parameter."""
     model.zero_grad()
     out = model(**inputs, return_loss=True, **options)
     out[0].backward()

@@ -1,4 +1,4 @@
-"""Triton's interpreter, in a process of its own, since TRITON_INTERPRET counts when Triton is loaded."""
+"""Triton's interpreter in a process of its own, since Triton reads TRITON_INTERPRET when it is loaded."""
 
 import importlib.metadata
 import importlib.util
@@ -13,7 +13,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def why_not(triton: str, numpy: str) -> str | None:
-    """Why Triton's interpreter cannot run with these versions, "" for a package that is not there."""
+    """Returns why Triton's interpreter cannot run with these versions, or None. A version is "" if the package is missing."""
     if not (triton and numpy):
         return f"the package {'numpy' if triton else 'triton'} is not installed"
     first = [tuple(map(int, version.split(".")[:2])) for version in (triton, numpy)]
@@ -29,6 +29,6 @@ needs_interpreter = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    """Python with these arguments, under the interpreter."""
+    """Runs Python with these arguments under the interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": PYTHONPATH}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT)

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 
-KILLS = int(os.environ.get("SIMPLCLIP_TEST_KILLS", "2"))  # how many in a test that kills; 6 are the long proof
+KILLS = int(os.environ.get("SIMPLCLIP_TEST_KILLS", "2"))  # number of kills in a test; the long proof has 6
 
 
 def digests(folder):
@@ -16,7 +16,7 @@ def digests(folder):
 
 
 def start(preload, target, *args):
-    """Run `target(*args, ready)` in a process of its own, which has `preload` imported; returns when it has set `ready`."""
+    """Runs `target(*args, ready)` in a process of its own, which has `preload` imported; returns when `ready` is set."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
     ready = context.Event()
@@ -32,9 +32,9 @@ def finish(process):
 
 
 def check(preload, target, folder, check_whole, content=digests):
-    """Let `target(out, ready)` run undisturbed, then into other folders with kills; each ends as the undisturbed one.
+    """Runs `target(out, ready)` undisturbed, then in other folders with kills. Each run must end as the undisturbed run did.
 
-    check_whole(out): after each kill, whether all that is visible is whole. content(out): what has to be equal in the end.
+    check_whole(out): checks after each kill that visible files are whole. content(out): has to be equal in the end.
     """
     whole = start(preload, target, folder / "whole")
     began = time.monotonic()
@@ -51,7 +51,7 @@ def check(preload, target, folder, check_whole, content=digests):
                 process.kill()
                 if finish(process) == -signal.SIGKILL:
                     break
-                left *= 0.7  # it had ended: once more from the start, and sooner
+                left *= 0.7  # the process ended before the kill: start again, with an earlier kill
                 shutil.rmtree(out)
             left -= moment
             check_whole(out)

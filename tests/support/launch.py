@@ -11,7 +11,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def torchrun(script, *arguments, ranks=2, options=(), check=False, timeout=600) -> subprocess.CompletedProcess:
-    """check: fails the test with the end of what was said, if a rank failed."""
+    """Runs a script by torchrun. check: fail the test with the end of the output if a rank failed."""
     command = [*TORCHRUN, f"--nproc-per-node={ranks}", *options, str(SUPPORT / script), *map(str, arguments)]
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
     assert not (check and run.returncode), run.stderr[-5000:]

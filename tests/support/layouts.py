@@ -1,4 +1,4 @@
-"""The same values in other memory layouts: views that equal `t`, or None where it has no such view."""
+"""Views in other memory layouts, or None where a tensor has no such view: SAME equal `t`, OTHER repeat a part of `t`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def _around(t: Tensor, *shape: int) -> Tensor:
-    """Memory around a view: what a kernel must not read is NaN, or for integers a number that no call uses."""
+    """Returns memory around a view. It holds what a kernel must not read: NaN, or for integers a number that no call uses."""
     return t.new_full(shape, torch.nan if t.is_floating_point() else 987_654_321)
 
 
 def strided(t: Tensor) -> Tensor | None:
-    """Every second element of each dimension."""
+    """Returns every second element of each dimension."""
     if t.dim() == 0:
         return None
     every_second = (slice(None, None, 2),) * t.dim()
@@ -20,43 +20,43 @@ def strided(t: Tensor) -> Tensor | None:
 
 
 def rows_apart(t: Tensor) -> Tensor | None:
-    """Every second row; the elements of a row lie together."""
+    """Returns rows with gaps between them; the elements of a row lie together."""
     if t.dim() < 2:
         return None
     return _around(t, *t.shape[:-1], 2 * t.shape[-1])[..., : t.shape[-1]].copy_(t)
 
 
 def transposed(t: Tensor) -> Tensor | None:
-    """Dimensions in the opposite order in memory."""
+    """Returns a view whose dimensions are in the opposite order in memory."""
     if t.dim() < 2:
         return None
     return _around(t, *t.shape[::-1]).permute(*range(t.dim())[::-1]).copy_(t)
 
 
 def offset(t: Tensor) -> Tensor:
-    """Contiguous, but not from the start of its memory, nor from a multiple of more than its element."""
+    """Returns a contiguous view that begins inside its memory, aligned to its element size alone."""
     return _around(t, t.numel() + 4)[3:-1].view(t.shape).copy_(t)
 
 
 def negated(t: Tensor) -> Tensor:
-    """A view with torch's negative bit: the memory holds -t."""
+    """Returns a view with torch's negative bit: the memory holds -t."""
     return torch._neg_view(-t)
 
 
 def imaginary(t: Tensor) -> Tensor | None:
-    """The imaginary part of a conjugated complex tensor: every second element, with the negative bit."""
+    """Returns the imaginary part of a conjugated complex tensor: every second element, with the negative bit."""
     if t.dtype not in (torch.float32, torch.float64):
         return None
     return torch.complex(torch.full_like(t, torch.nan), -t).conj().imag
 
 
 def expanded(t: Tensor) -> Tensor | None:
-    """One element or row, and no more memory, for all: of other values than t's, whose first it repeats."""
+    """Repeats t's first element or row without more memory; the values are not those of t."""
     return None if t.dim() == 0 else t[:1].clone().expand(t.shape)
 
 
 def scalar_expanded(t: Tensor) -> Tensor | None:
-    """One element for all, of other values than t's."""
+    """Repeats t's first element without more memory; the values are not those of t."""
     return None if t.dim() == 0 else t.flatten()[:1].clone().view([1] * t.dim()).expand(t.shape)
 
 

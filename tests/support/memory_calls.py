@@ -1,4 +1,4 @@
-"""Calls of the ops whose memory is compared with what is stated or predicted."""
+"""Calls of the ops whose memory is compared with stated or predicted memory."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -54,7 +54,7 @@ def forward_and_backward(call: Call, tensors: dict[str, torch.Tensor], frozen: t
 
 
 def predicted(call: Call, dtype: torch.dtype, device: torch.device) -> Counter:
-    """Of a forward and a backward pass on fake tensors."""
+    """Counts the memory of a forward and a backward pass on fake tensors."""
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     fakes = tree_map_only(torch.Tensor, fake.faker(mode, device), call.typed(dtype))
     counter.hold(fakes, "batch")

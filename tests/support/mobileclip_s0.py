@@ -1,4 +1,4 @@
-"""Weights and inputs for the published layout of MobileCLIP-S0, which the published code was run with, by seed.
+"""Weights and inputs in the published layout of MobileCLIP-S0, made from a seed; the published code has run with them.
 
 tests/models/mobileclip_s0/ has
     keys.txt                        name, shape and dtype of each tensor of the published checkpoint
@@ -20,7 +20,7 @@ SMALL_FEATURES = 32
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
-    """A published checkpoint with weights that the seed makes."""
+    """Returns a published checkpoint with weights made from the seed."""
     return {name: _weight(name, shape, dtype, seed) for name, shape, dtype in _layout()}
 
 
@@ -47,7 +47,7 @@ def _weight(name, shape, dtype, seed):
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    """An image batch [2, 3, 256, 256] in 0..1, and tokens [2, 77]."""
+    """Returns an image batch [2, 3, 256, 256] in 0..1, and tokens [2, 77]."""
     g = torch.Generator().manual_seed(7)
     tokens = torch.zeros(2, 77, dtype=torch.int64)
     for row, length in zip(tokens, (9, 40)):
@@ -61,19 +61,19 @@ def expected() -> dict[str, torch.Tensor]:
 
 
 def small_case() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The small text tower's published weights, and tokens, features and all_tokens."""
+    """Returns the small text tower's published weights, and tokens, features and all_tokens."""
     case = load_file(FOLDER / "text_case.safetensors")
     published = {name.replace("weight.", "text_encoder.", 1): t for name, t in case.items() if name.startswith("weight.")}
     return published, case
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest error, relative to the largest value."""
+    """Returns the largest error, relative to the largest value."""
     return ((found - exact).abs().max() / exact.abs().max()).item()
 
 
 def small_state():
-    """A published checkpoint of the model with the small text tower."""
+    """Returns a published checkpoint of the model with the small text tower."""
     image = {name: t for name, t in weights(1).items() if name.startswith("image_encoder.")}
     image["image_encoder.model.head.proj"] = torch.randn(1024, SMALL_FEATURES)
     return image | small_case()[0] | {"logit_scale": torch.tensor(2.0)}

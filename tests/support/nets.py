@@ -1,11 +1,11 @@
-"""Networks of the tests of folding."""
+"""Networks for the tests of folding."""
 
 import torch
 from torch import nn
 
 
 def with_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model in eval mode, with batch norms and layer scales that change their input."""
+    """Returns the model in eval mode, with batch norms and layer scales that change their input."""
     torch.manual_seed(seed)
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None:

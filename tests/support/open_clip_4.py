@@ -53,7 +53,7 @@ class Task(nn.Module):
 
 
 def create_task(args, model, dist_model=None, naflex_data_config=None):
-    """By what the model is before all else, as theirs makes a task of audio with a ClipLoss whatever the arguments say."""
+    """Chooses the loss by the model first, as open_clip does: a task of audio has a ClipLoss whatever the arguments say."""
     if "genlip" in args.model:
         loss = nn.CrossEntropyLoss()
     elif "clap" in args.model:
@@ -101,7 +101,7 @@ def train_one_epoch(state, data, args, tb_writer=None):
 
 
 def main(trainer, argv):
-    """What each step's losses were, and the task at the end."""
+    """Runs the trainer; returns the losses of each step, and the task at the end."""
     args = trainer.parse_args(argv)
     args.distill = args.distill_model is not None and args.distill_pretrained is not None
     model = Model(0, siglip=args.siglip and "clap" not in args.model, coca="coca" in args.model)
@@ -131,7 +131,7 @@ def main(trainer, argv):
 
 
 def module() -> types.ModuleType:
-    """open_clip_train.main anew."""
+    """Returns a new open_clip_train.main module."""
     trainer = types.ModuleType("open_clip_train.main")
     for item in (create_task, train_one_epoch, parse_args, TrainState):
         setattr(trainer, item.__name__, item)

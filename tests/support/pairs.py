@@ -52,7 +52,7 @@ def meta(folder):
 
 
 def write(path, samples):
-    """samples: list of (key, {suffix: bytes}), as the tar's members in this order."""
+    """Writes a tar. samples: list of (key, {suffix: bytes}), as the tar's members in this order."""
     with tarfile.open(path, "w") as tar:
         for key, files in samples:
             for suffix, content in files.items():
@@ -74,7 +74,7 @@ def sample(number):
 
 
 def tokenizer(texts):
-    """Lossless: the bytes of each text."""
+    """Tokenizes without loss: a token is a byte of the text."""
     return torch.tensor([list(text.encode()[:12].ljust(12)) for text in texts], dtype=torch.int64)
 
 
@@ -87,7 +87,7 @@ def resize(image):
 
 
 def augment(image):
-    """Draws from all three global generators, as torchvision, open_clip and timm do."""
+    """Adds draws from all three global generators, which torchvision, open_clip and timm use."""
     return resize(image) + torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
 
 
@@ -100,7 +100,7 @@ def keys(batches):
 
 
 def one_line(*arguments):
-    """What a command says that ends in an error: one line."""
+    """Runs a command that must end in an error, and returns the one line that it prints."""
     result = call(*arguments)
     assert result.exit_code == 2, result.output
     (line,) = [line for line in result.output.splitlines() if line.strip()]
@@ -112,7 +112,7 @@ def call(*arguments):
 
 
 def forked(action):
-    """Run `action()` in a process of its own; its exit code, 1 after an exception."""
+    """Runs `action()` in a process of its own. Returns its exit code, 1 after an exception."""
     child = os.fork()
     if not child:
         with contextlib.suppress(BaseException):
@@ -124,16 +124,16 @@ def forked(action):
 
 
 def step_killed_at(point):
-    """A function whose call number `point` kills the process (-9)."""
+    """Returns a function that kills the process (-9) at call number `point`."""
     count = itertools.count()
     return lambda: os.kill(os.getpid(), signal.SIGKILL) if next(count) == point else None
 
 
 def killed_at_any_point(folder, work, least, check=lambda out: None):
-    """`work(out, step)` is killed (-9) at a call of `step` or a line that writes a file, and done again: at every fourth of
-    these points, with --prove at each.
+    """Kills `work(out, step)` (-9) at every fourth point, with --prove at each, and repeats the work. A point is a call of
+    `step` or a line that writes a file.
 
-    No torn shard is seen then, `check(out)` holds, and it ends as undisturbed. least: the number of these points.
+    After a kill no shard is torn and `check(out)` holds; the repeated work ends as undisturbed work. least: number of points.
     """
     writing = [f.__code__ for f in (files.write_atomically, files.replacing.__wrapped__)]
 

@@ -12,7 +12,7 @@ import torch
 def memeff(x, y, case):
     from memeff import clip_loss
 
-    clip_loss._validate_features = lambda x, y: None  # it asks for CUDA tensors
+    clip_loss._validate_features = lambda x, y: None  # which accepts only CUDA tensors
     tau_plus = case.pop("tau_plus", None)
     return clip_loss.MemoryEfficientCLIPLoss(normalized_inputs=True, stable=False, **case)(x, y, tau_plus=tau_plus)
 

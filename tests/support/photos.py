@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def photo(seed=0, size=(240, 320)):
-    """uint8 RGB; size: height and width."""
+    """Returns an image, uint8 RGB. size: height and width."""
     rng = np.random.default_rng(seed)
     total = np.linspace(0, 1, size[1])[None, :, None] * rng.random(3) + np.linspace(0, 1, size[0])[
         :, None, None

@@ -60,7 +60,7 @@ def similarity_loss(
         return (loss + F.cross_entropy(columns(by_column), torch.arange(n))) / 2 if symmetric else loss
 
     def contrast(logits, pair, matched, negative):
-        """Cross-entropy of the rows to the pair, or with options to a distribution over the candidates."""
+        """Returns the cross-entropy of rows with their pairs or, by options, with a distribution over the candidates."""
         seen = matched | negative
         logits = torch.where(pair, logits - margin, logits)
         target = (1 - label_smoothing) * matched.to(logits.dtype) / matched.sum(1, keepdim=True)
@@ -78,7 +78,7 @@ def similarity_loss(
         loss = denominator - (target * logits.masked_fill(target == 0, 0)).sum(1)
         return loss.masked_fill(denominator == -torch.inf, 0).mean()
 
-    def of_positives(loss):  # [N, M] of each pair as a positive
+    def of_positives(loss):  # [N, M] losses of each pair as a positive
         if positives == "sum" or not matched.any():
             return loss[matched].sum() / n
         loss = loss.masked_fill(~matched, 0)
@@ -131,7 +131,7 @@ def similarity_loss(
 
 
 def shaped_attention(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
-    """The formula: half dtypes multiplied as such, softmax and mixing weights in float32, one product with v."""
+    """Computes the formula: products in the dtype of q, softmax and mixing weights in float32, one product with v."""
     length = q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -155,7 +155,7 @@ def shaped_attention(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, l
 
 
 def attention_by_loops(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
-    """The definition, token by token: it reads what a query sees, where the form above multiplies the rest by 0."""
+    """Computes the definition token by token. It reads only visible tokens, where the form above multiplies others by 0."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = torch.zeros_like(v)
     for b in range(q.shape[0]):

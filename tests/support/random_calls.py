@@ -1,4 +1,4 @@
-"""Random calls of every op: shapes, dtypes, memory layouts, options, gradients. A number makes a call, and makes it again."""
+"""Random calls of every op: shapes, dtypes, memory layouts, options, gradients. A call can be made again from its number."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Draw:
     call: Call
     dtype: torch.dtype
     backend: str
-    layouts: dict[str, str]  # of tensors, and of gradients that come in as "grad NAME"
+    layouts: dict[str, str]  # layouts of tensors, and of incoming gradients as "grad NAME"
     need: list[str]
     seed: int
 
@@ -38,13 +38,13 @@ WITHOUT = {"triton": ("shaped_attention",), "sdpa": ("similarity_loss", "paralle
 
 
 def make(seed: int, backend: str = "") -> Draw:
-    """`backend`: in place of one that is drawn."""
+    """Makes the call of a number. backend: replaces the backend that is drawn."""
     r = random.Random(seed)
     dtype = r.choices(FLOATS, (4, 3, 2, 0 if backend else 1))[0]
     weights = OFTEN | dict.fromkeys(WITHOUT.get(backend, ()), 0)
     call = DRAW[r.choices(list(weights), weights.values())[0]](r, dtype)
     drawn = r.choices(("cpu", "reference"), (5, 1))[0]
-    if dtype == torch.float64 or backends.extension is None:  # forced, it is differentiated by autograd
+    if dtype == torch.float64 or backends.extension is None:  # a forced reference is differentiated by autograd
         drawn = r.choice(("", "reference"))
     chosen = {}
     for name in (*call.tensors, *(f"grad {name}" for name in ("out", *TERMS))):
@@ -61,7 +61,7 @@ def _laid_out(t: Tensor, kind: str | None) -> Tensor:
 
 
 def check(case: Draw, device: str = "cpu") -> None:
-    """Results and gradients, in the case's layouts."""
+    """Checks results and gradients in the layouts of the draw."""
     of_plain = OfPlain(
         case.call, case.dtype, case.backend, case.need, case.seed, device=device,
         lay_out=lambda name, t: _laid_out(t, case.layouts.get(name)),
@@ -69,19 +69,19 @@ def check(case: Draw, device: str = "cpu") -> None:
     check_case(of_plain, roundings=True)
 
 
-NONFINITE_FORMS = PLAIN | {  # of which plain torch multiplies what a query does not see by 0
+NONFINITE_FORMS = PLAIN | {  # plain torch's attention multiplies what a query does not see by 0, so that NaN spreads
     "shaped_attention": plain.attention_by_loops,
     "simplified_block": partial(PLAIN["simplified_block"], attention=plain.attention_by_loops),
 }
 
 
 def check_nonfinite(case: Draw, device: str = "cpu") -> None:
-    """A NaN or an infinity in any small tensor of a call gives a result that is not finite, where plain torch gives one."""
+    """Checks that a NaN or infinity in a small tensor makes results non-finite where plain torch's are."""
     call, r = case.call, random.Random(case.seed)
     tensors = call.typed(case.dtype)
     ignored = {"logit_bias"} | (
         {"attention_gain"} if "lengths" in tensors else set()
-    )  # it cancels; padded tokens have no gain
+    )  # logit_bias cancels; padded tokens have no gain
     for name, t in tensors.items():
         if not t.is_floating_point() or name in ignored or t.numel() > 500:
             continue
@@ -97,9 +97,9 @@ def check_nonfinite(case: Draw, device: str = "cpu") -> None:
 
 
 def failures(seeds: range, check: Callable = check, backend: str = "", device: str = "cpu") -> list[str]:
-    """Of the calls with these numbers those that fail, each with what it was."""
+    """Returns an error for each of the calls with these numbers that fails."""
     found = []
-    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody wrote is NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # makes unwritten memory NaN
     try:
         for seed in seeds:
             case = make(seed, backend)

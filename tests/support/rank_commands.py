@@ -1,4 +1,4 @@
-"""Runs commands under torchrun, several in one start, or in one process, and writes down what each of them said.
+"""Runs commands under torchrun, several in one start, or in one process, and writes down the output of each command.
 
 rank_commands.py FOLDER PLAN        PLAN: a file with {name: arguments}; each rank writes FOLDER/said-RANK.json
 """
@@ -18,7 +18,7 @@ from simplclip.commands.main import app
 
 
 def said(folder: Path, plan: dict[str, list[str]]) -> dict[str, list]:
-    """In this folder: by name the exit code of each command, and what it printed; of one that failed, its error."""
+    """Runs commands in this folder. Returns by name their exit code and output, and the error of a failed command."""
     open_clip.add_model_config(folder.parent / f"{captioners.NAME}.json")
     before = os.getcwd()
     os.chdir(folder)

@@ -47,7 +47,7 @@ def main(rank):
 
 
 def forgotten(image, text, scale, loss):
-    """A tensor that takes the memory of gathered features, or features that were changed, are gathered."""
+    """Checks that a new tensor in the memory of gathered features, and features that were changed, are gathered again."""
     expected = loss(image, 2 * text, scale)
     kept = text.clone()
     gather_early(kept)

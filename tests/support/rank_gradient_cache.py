@@ -31,7 +31,7 @@ class Model(nn.Module):
 
 
 class Tower(nn.Module):
-    """One tower of a model, in a wrapper of its own; that of the texts has the scale."""
+    """One tower of a model in a wrapper of its own; the text tower holds the scale."""
 
     def __init__(self, tower, logit_scale=None):
         super().__init__()
@@ -59,7 +59,7 @@ def inputs():
 
 
 def losses(teacher, ids, **mode):
-    """By name the loss, and its terms as a function of the outputs of the model."""
+    """Returns by name each loss, and its terms as a function of the model's outputs."""
     torch.manual_seed(2)
     clip = ClipPMLoss(**mode).double()
     weights = {"interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
@@ -112,8 +112,8 @@ def compare(found, expected, what):
 
 
 def towers_of_their_own(image, text, loss, part, expected):
-    """Micro-batches of another size in each tower, with a wrapper for each and with one for both: all gradients are exchanged
-    once a step."""
+    """Checks micro-batches of another size in each tower, with a wrapper for each tower and with one for both: ranks exchange
+    all gradients once a step."""
     whole, shared = Model().double(), OneAtATime().double()
     image_tower = DistributedDataParallel(Tower(whole.image))
     text_tower = DistributedDataParallel(Tower(whole.text, whole.logit_scale))

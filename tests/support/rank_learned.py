@@ -18,7 +18,7 @@ OF_TEACHER = {"interactive_weight": 0.6, "feature_weight": 0.4, "pm_weight": 0.5
 
 
 def make(world, rank):
-    """By name a loss, and how many all-reduces of several elements a step of it has."""
+    """Returns by name each loss, and the number of all-reduces of several elements in one step of it."""
     mode = {"rank": rank, "world_size": world}
     both = mode | {"gather_with_grad": True}
     plane = {"plane": "hadamard", "embed_dim": D}
@@ -39,7 +39,7 @@ def batch(world):
 
 
 def train(loss, image, text, teacher):
-    """Steps of SGD on the loss's parameters alone; all features get gradients, as a tower's do."""
+    """Makes steps of SGD on the loss's parameters alone; all features get gradients, as in training a tower."""
     scale = torch.tensor(9.0, dtype=torch.float64)
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.5)
     inner = getattr(loss, "module", loss)
@@ -58,7 +58,7 @@ def main(rank):
     image, text, teacher = batch(world)
     own = image[mine], text[mine], [t[mine] for t in teacher]
     for name in make(1, 0):
-        torch.manual_seed(rank)  # each rank draws other projections
+        torch.manual_seed(rank)  # each rank draws its own projections
         loss, reductions = make(world, rank)[name]
         loss = loss.double()
         torch.manual_seed(0)
@@ -73,13 +73,13 @@ def main(rank):
             dist.all_gather(everyones, values)
             assert all(torch.equal(each, everyones[0]) for each in everyones), f"{name} {form}: ranks differ"
             torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-11, msg=lambda m, w=(name, form): f"{w}: {m}")
-        several = [shape for shape, *_ in seen if math.prod(shape) > 1]  # the values of losses are of one element
+        several = [shape for shape, *_ in seen if math.prod(shape) > 1]  # values of losses have one element
         assert len(several) == STEPS * reductions, (name, seen)
     second(torch.tensor([2.0 + rank], dtype=torch.float64, requires_grad=True))
 
 
 def second(weight):
-    """The average can be differentiated again."""
+    """Checks that the averaged gradient can be differentiated again."""
     (learned,) = distributed.learned((weight,), dist.group.WORLD)
     (first,) = torch.autograd.grad(learned.pow(3).sum(), weight, create_graph=True)
     everyones = [torch.empty_like(weight) for _ in range(dist.get_world_size())]

@@ -33,7 +33,7 @@ def batch(width=16):
 
 
 def run(loss, inputs, rows, distil, **options):
-    """The terms, and the gradients of features, of the scale and of the loss's own parameters."""
+    """Returns the terms, and the gradients of features, of the scale and of the loss's own parameters."""
     image, text = (inputs[name][rows].clone().requires_grad_() for name in ("image", "text"))
     scale = inputs["logit_scale"].clone().requires_grad_()
     teacher = [inputs["teacher_image"][rows], inputs["teacher_text"][rows], inputs["teacher_scale"]] if distil else []
@@ -81,7 +81,7 @@ def sigmoid_equals_open_clip(rank):
 
 
 def sigmoid_equals_one_process(rank):
-    """With groups across ranks, as negatives that drop out and as positives; beside pair matching."""
+    """Checks SigLipLoss with groups across ranks, which drop out or are positives, and beside pair matching."""
     mine, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N).clamp(min=5)
     ids[15] = 7
     for positives, options in itertools.product(("drop", "ids", "sum"), ({}, {"pm_weight": 0.5})):
@@ -110,7 +110,7 @@ OPTIONS = (
 
 
 def options_equal_one_process(rank):
-    """The options of ClipLoss in each of open_clip's modes, with groups within a rank and across."""
+    """Checks the options of ClipLoss in each of open_clip's modes, with groups within a rank and across ranks."""
     mine, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N) // 3
     ids[15] = 2
     for options, local_loss, gather_with_grad in itertools.product(OPTIONS, (False, True), (False, True)):
@@ -134,7 +134,7 @@ def options_equal_one_process(rank):
 
 def equals_one_process(rank):
     mine = slice(N * rank, N * rank + N)
-    ids = torch.arange(WORLD * N).clamp(min=5)  # groups within a rank and across: ranks have other numbers of negatives
+    ids = torch.arange(WORLD * N).clamp(min=5)  # groups within a rank and across: ranks have different numbers of negatives
     ids[15] = 7
     for interactive, divergence, local_loss in itertools.product(("infonce", "kl"), ("kl", "cross_entropy"), (False, True)):
         options = {**EVERYTHING, "interactive": interactive, "divergence": divergence}
@@ -148,7 +148,7 @@ def equals_one_process(rank):
 
 
 def collectives(rank):
-    """Values and gradients of what the ranks exchange, by hand: upstream gradients are `weight` times rank + 1."""
+    """Compares values and gradients of collectives with those by hand; upstream gradients are `weight` times rank + 1."""
     group = dist.group.WORLD
 
     def run(function, rows, weight, compiled):
@@ -163,7 +163,7 @@ def collectives(rank):
         columns = torch.arange(WORLD * 2 * 6).reshape(WORLD, 2, 6).to(dtype)
         for compiled in (False, True) if dtype in (torch.float32, torch.bfloat16) else (False,):
             with warnings.catch_warnings():
-                if not compiled:  # torch 2.11's Dynamo warns of itself
+                if not compiled:  # torch 2.11's Dynamo warns about itself
                     warnings.simplefilter("error")
                 got = run(lambda rows: distributed.gather(rows, group), everyones[rank], weight, compiled)
                 exchanged = run(
@@ -183,7 +183,7 @@ def collectives(rank):
 
 
 def unequal(rank):
-    """One error on both ranks, at the first call and later, and equal shapes are served again."""
+    """Checks that unequal shapes raise one error on all ranks, at the first call and later; equal shapes then work again."""
     for local_loss, gather_with_grad in itertools.product((False, True), (False, True)):
         loss = ClipPMLoss(local_loss, gather_with_grad, rank=rank, world_size=WORLD)
         for a, b in ((N, N - 1), (N, N), (N - 2, N - 2), (N, N - 2), (N, N)):
@@ -198,7 +198,7 @@ def unequal(rank):
 
 
 def grad_cache(rank):
-    """DistributedContrastiveLoss of GradCache: this rank's rows among the others' as constants."""
+    """Compares with GradCache's DistributedContrastiveLoss, in which other ranks' rows are constants."""
     g = torch.Generator().manual_seed(0)
     image, text = (torch.randn(WORLD * N, 8, generator=g, dtype=torch.float64) for _ in range(2))
     mine = slice(N * rank, N * rank + N)

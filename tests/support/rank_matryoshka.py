@@ -17,7 +17,7 @@ DISTIL = {"interactive_weight": 0.6, "feature_weight": 0.4, "pm_weight": 0.5, "p
 
 
 def batch(rank):
-    """This rank's image, text and scale, which are leaves, and a teacher's features and scale."""
+    """Returns this rank's image, text and scale as leaves, and a teacher's features and scale."""
     g = torch.Generator().manual_seed(rank)
     image, text, *teacher = (torch.randn(N, d, generator=g, dtype=torch.float64) for d in (D, D, 14, 14))
     scale = torch.tensor(9.0, dtype=torch.float64)
@@ -30,7 +30,7 @@ def widths(seen):
 
 
 def check(loss, rank, ids, gathers, **given):
-    """Against the sum of the loss's own values for each prefix, which rank_losses.py compares with open_clip."""
+    """Compares with the sum of the loss's own values for each prefix, which rank_losses.py compares with open_clip."""
     leaves, teacher = batch(rank)
     args = teacher if isinstance(loss, WIKDLoss) else ()
     given |= {"ids": ids} if ids is not None else {}
@@ -46,7 +46,7 @@ def check(loss, rank, ids, gathers, **given):
     expected = 0.0
     for width, weight in zip(WIDTHS, WEIGHTS):
         unit = [F.normalize(t[:, :width], dim=1) for t in leaves[:2]]
-        loss.embed_dim = None  # of the whole width
+        loss.embed_dim = None  # a loss for the whole width
         whole = [(name, p) for name, p in loss.named_parameters() if p.shape[-1:] == (D,)]
         replaced = {name: p[..., :width] for name, p in whole}
         once = (*unit,), {**given, "logit_scale": leaves[2], **named(args)}
@@ -64,13 +64,13 @@ def named(teacher):
 def main(rank):
     for local_loss, gather_with_grad in itertools.product((False, True), (False, True)):
         mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
-        alone = local_loss and not gather_with_grad  # each direction by itself: both towers' features are gathered
+        alone = local_loss and not gather_with_grad  # each direction alone gathers both towers' features
         both = [D, D] if alone else [D]
         ids = torch.arange(N) // 2
         check(ClipPMLoss(pm_weight=0, **mode), rank, None, both)
         check(ClipPMLoss(plane="hadamard", embed_dim=D, **mode).double(), rank, ids, both)
         check(RowwiseLoss(focal, compile=False, **mode), rank, None, [D, D])
-        # Projections are other features at each width, and stay on their rank unless alone. The teacher's are gathered once.
+        # Projections give other features at each width, which stay on their rank unless alone. The teacher's travel once.
         projected = [14] * 6 if alone else []
         check(WIKDLoss(**DISTIL, embed_dim=D, teacher_dim=14, **mode).double(), rank, None, [*both, 14, 14, *projected])
     check(SigLipLoss(rank=rank, world_size=WORLD), rank, torch.arange(N) // 2, [D], logit_bias=torch.tensor(-3.0))
@@ -90,7 +90,7 @@ def coca(rank):
 
 
 def autocast(rank):
-    """Features travel in autocast's dtype, once, and so do a teacher's."""
+    """Checks that features, also a teacher's, travel once and in autocast's dtype."""
     leaves, teacher = ([t.detach().float() for t in tensors] for tensors in batch(rank))
     leaves = [t.requires_grad_() for t in leaves]
     loss = MatryoshkaLoss(ClipPMLoss(pm_weight=0, gather_with_grad=True, rank=rank, world_size=WORLD), WIDTHS)

@@ -11,7 +11,7 @@ from torch import nn
 
 from simplclip.losses.rowwise import RowwiseLoss
 
-N, D = 150, 16  # three chunks of 50 rows at the least budget
+N, D = 150, 16  # three chunks of 50 rows at the smallest budget
 
 
 def focal(logits, positives):
@@ -20,7 +20,7 @@ def focal(logits, positives):
 
 
 def hard_negatives(logits, positives, beta=0.3):
-    """Robinson et al. 2021 with constant weights: a negative counts by the softmax of beta times its logit."""
+    """The loss of Robinson et al. 2021 with constant weights: negatives count by the softmax of beta times their logits."""
     own = torch.arange(logits.shape[1], device=logits.device) == positives[:, None]
     negatives = logits.masked_fill(own, -torch.inf)
     weights = (beta * negatives).log_softmax(1).detach() + torch.log(torch.tensor(logits.shape[1] - 1.0, dtype=logits.dtype))
@@ -29,7 +29,7 @@ def hard_negatives(logits, positives, beta=0.3):
 
 
 def rince(logits, positives, q=0.1, lam=0.3):
-    """Chuang et al. 2022."""
+    """The loss of Chuang et al. 2022."""
     positive = logits.gather(1, positives[:, None])[:, 0]
     lam = torch.tensor(lam, dtype=logits.dtype)
     return ((q * (logits.logsumexp(1) + lam.log())).exp() - (q * positive).exp()) / q
@@ -41,7 +41,7 @@ def distilled(logits, positives, teacher_logits):
 
 
 class Tempered(nn.Module):
-    """A loss with parameters: a temperature, and one that is not used."""
+    """A loss with parameters: a temperature, and a parameter that is not used."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ FUNCTIONS = [focal, hard_negatives, rince, distilled]
 
 
 def batch(n=N, m=N, dtype=torch.float64, width=D, seed=0):
-    """image, text, logit_scale, logit_bias: leaves; then a teacher's features and scale."""
+    """Returns image, text, logit_scale, logit_bias as leaves; then a teacher's features and scale."""
     g = torch.Generator().manual_seed(seed)
     image, text = (torch.randn(rows, width, generator=g, dtype=torch.float64) for rows in (n, m))
     text[:n] += image
@@ -104,7 +104,7 @@ def without_a_compiler():
 
 
 def ranks_equal_open_clip(rank):
-    """In each mode the values and gradients of fn over the logits that open_clip's ClipLoss makes in that mode."""
+    """Compares values and gradients in each mode with fn over the logits that open_clip's ClipLoss makes in that mode."""
     from open_clip.loss import ClipLoss
 
     n, world = 6, dist.get_world_size()
@@ -128,7 +128,7 @@ def ranks_equal_open_clip(rank):
         got = [value, *torch.autograd.grad(value, mine + parameters)]
         for index, (a, b) in enumerate(zip(got, expected)):
             a, b = a.detach().clone(), b.detach().clone()
-            if index > 2:  # shares of the scale, the bias and the parameters
+            if index > 2:  # each rank has a share of the gradients of scale, bias and parameters
                 dist.all_reduce(a)
                 dist.all_reduce(b)
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, w=(mode, index): f"{w}: {m}")

@@ -1,9 +1,9 @@
-"""Trains under torchrun what a plan says, several runs in one start, and writes down what each rank did.
+"""Trains the runs of a plan under torchrun, several runs in one start, and writes down what each rank did.
 
     rank_train.py FOLDER PLAN        PLAN: {name: {"changes": [...], "resume": false, "fault": FAULT}}
 
-FAULT is [what, rank, step]: what happens to this rank in this step, once; or ["kills", n]: in each of n attempts a rank is
-killed, by chance which and when. Each rank writes FOLDER/PLAN-RANK.json: by name what `observed` returns; and, as it goes,
+FAULT is [what, rank, step]: what happens to this rank in this step, once; or ["kills", n]: in each of n attempts chance picks
+a rank and a moment for a kill. Each rank writes the results of `observed` by name to FOLDER/PLAN-RANK.json and, during a run,
 the attempt, step and ids of each step to OUT-RANK.jsonl.
 """
 
@@ -42,7 +42,7 @@ def fault(what, training):
 
 
 def killed(attempts, rank, steps):
-    """steps: that this attempt has begun."""
+    """Kills this process if chance picks its rank and step. steps: number of steps that this attempt has begun."""
     rng = random.Random(ATTEMPT)
     victim, after, seconds = rng.randrange(int(os.environ["WORLD_SIZE"])), rng.randint(1, 5), rng.uniform(0, 0.2)
     if attempts > ATTEMPT and (rank, steps) == (victim, after):
@@ -50,14 +50,14 @@ def killed(attempts, rank, steps):
 
 
 def observed(config, broken=None, **options) -> dict:
-    """What a run did on this rank: the ids of the samples of each step, the numbers of texts in its micro-batches, the
-    weights at its end, its error, and how many matrices it began to gather while it went on."""
+    """Runs a config, and returns for this rank: the ids of the samples of each step, the numbers of texts in micro-batches,
+    the weights at the end, the error, and the number of matrices that were gathered asynchronously."""
     rank, ids, last, seen, original = int(os.environ.get("RANK", 0)), [], [], [], loop.train_step
     cut, split = [], TextCrop.split
 
     def splitting(crop, text, tokens):
-        crop.multiple = 1  # at a multiple of 8 the captions would all be as long
-        rows = split(crop, text, tokens * 2 // (2 + rank))  # as if the texts of later ranks were longer
+        crop.multiple = 1  # at a multiple of 8 all captions would have the same length
+        rows = split(crop, text, tokens * 2 // (2 + rank))  # simulates longer texts on later ranks
         cut.append([len(some) for some in rows])
         return rows
 
@@ -88,7 +88,7 @@ def observed(config, broken=None, **options) -> dict:
 
 
 def of_all_ranks(norm, x):
-    """What SyncBatchNorm computes on cards; torch has no kernels of it for CPUs."""
+    """Computes SyncBatchNorm as on cards; torch has no SyncBatchNorm for CPUs."""
     whole = distributed.gather(x, dist.group.WORLD)
     norm.num_batches_tracked.add_(1)
     statistics = norm.running_mean, norm.running_var
@@ -100,7 +100,7 @@ def main(folder: Path, plan: str) -> None:
     torch.set_num_threads(1)
     SyncBatchNorm.forward, together.SYNCHRONISED = of_all_ranks, ("cpu",)
     entries = json.loads((folder / f"{plan}.json").read_text())
-    if len(entries) > 1:  # torchrun's store serves one process group of a process
+    if len(entries) > 1:  # torchrun's store serves only one process group in a process
         dist.init_process_group()
     done = {}
     for name, entry in entries.items():

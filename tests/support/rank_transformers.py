@@ -12,7 +12,7 @@ N = 5
 
 
 def check(name: str, loss, rank: int) -> None:
-    """The loss of the batch of all ranks; or without `loss` the model's own of each rank's batch."""
+    """Compares the loss with that of all ranks' batch; without `loss`, the model's own with that of each rank's batch."""
     inputs = batch(name, N * dist.get_world_size())
     mine = {key: value[N * rank : N * rank + N] for key, value in inputs.items()}
     out, expected = step(model(name), mine if loss is None else inputs)

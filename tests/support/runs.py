@@ -1,4 +1,4 @@
-"""Training runs of the tests and what they leave behind."""
+"""Training runs of the tests and the files that they leave."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ TIMED = ("samples_per_s", "data_share", "peak_mb")
 
 
 def go(config, **options) -> str:
-    """Runs and returns what was printed."""
+    """Runs a config and returns the printed text."""
     text = io.StringIO()
     train.run(config, console=Console(file=text, width=200), **options)
     return text.getvalue()
@@ -37,7 +37,7 @@ def at_step(monkeypatch, step, action):
 
 
 def check_resumed(folder, monkeypatch, stop, changes, teacher=0) -> str:
-    """A run in FOLDER/parts that a signal stops after step `stop`, then resumed, is to the bit the one in FOLDER/whole.
+    """Checks that a run that a signal stops after step `stop` and that is resumed equals an undisturbed run to the bit.
 
     Returns what the undisturbed run printed.
     """
@@ -53,8 +53,8 @@ def check_resumed(folder, monkeypatch, stop, changes, teacher=0) -> str:
 
 
 def check_ends_as(whole, config):
-    """The stopped run of `config`, resumed, ends as the one in the folder `whole`."""
-    torch.rand(3)  # another process starts from other random numbers
+    """Checks that the stopped run of `config`, resumed, ends as the run in the folder `whole`."""
+    torch.rand(3)  # another process would start from other random numbers
     assert "continuing from step " in go(config, resume=True)
     out = Path(config.run.out)
     assert bits(state_of(whole)) == bits(state_of(out))
@@ -74,7 +74,7 @@ def state_of(folder):
 
 
 def bits(value):
-    """A state with each tensor as its dtype and bytes, so that == compares it to the bit."""
+    """Replaces each tensor of a state by its dtype and bytes, so that == compares states to the bit."""
     if isinstance(value, dict):
         return {key: bits(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -18,12 +18,12 @@ from paths import ROOT  # noqa: E402
 OUT = ROOT / "build" / "sanitize"
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 TEST = "tests/ops/test_properties.py::test_random_calls"
-# GCC 12 puts AVX-512 objects of a function at 32 bytes when it watches for use of the stack after return.
+# With checks for use of the stack after return, GCC 12 aligns AVX-512 objects of a function to 32 bytes only.
 ASAN = "detect_stack_use_after_return=0:detect_leaks=0"
 
 
 def runtime(name: str) -> str:
-    """A sanitizer's library, which must be loaded before Python's own."""
+    """Returns the path of a sanitizer's library, which must be loaded before Python's own."""
     compiler = os.environ.get("CXX", "c++")
     return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
 

@@ -1,4 +1,4 @@
-"""Calls of shaped_attention's CUDA kernels under the emulator, and what they are compared to."""
+"""Calls of shaped_attention's CUDA kernels under the emulator, and the results that they are compared with."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class Case:
 
 
 def heads_of(storage: torch.Tensor, index: int, heads: int, width: int) -> torch.Tensor:
-    """[B, L, H, K], a view of block `index` of a product's columns."""
+    """Returns [B, L, H, K], a view of block `index` of a product's columns."""
     return storage.unflatten(2, (-1, heads, width))[:, :, index]
 
 
 def nan(case: Case, blocks: int) -> torch.Tensor:
-    """Rows of `blocks` blocks of all heads and one that is never touched, so that strides are not the sizes' products."""
+    """Returns NaN rows of `blocks` blocks of heads and one unused block, so that strides are not products of sizes."""
     shape = case.batch, case.length, (blocks + 1) * case.heads * case.width
     return torch.full(shape, torch.nan, dtype=TYPES[case.type])
 
 
 def inputs(case: Case) -> dict:
-    """q and k views of one product; padded tokens hold NaN."""
+    """Returns inputs: q and k are views of one product, and padded tokens hold NaN."""
     g = torch.Generator().manual_seed(case.length * 1000 + case.width)
     shape = case.batch, case.length, case.heads, case.width
     product, x, grads = nan(case, 2), nan(case, 1), nan(case, 1)
@@ -78,7 +78,7 @@ def results(out, lse, dq, dk, dv, d_gains) -> dict:
 
 
 class ProductsInTF32(TorchFunctionMode):
-    """Rounds the operands of products, as plain torch's products in TF32 do."""
+    """A mode that rounds the operands of products, as plain torch's products in TF32 do."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
@@ -92,12 +92,12 @@ def plain(case: Case, given: dict) -> dict:
 
 
 def strides(*tensors: torch.Tensor) -> torch.Tensor:
-    """Addresses and strides in bytes, as the emulated functions take them."""
+    """Returns addresses and strides in bytes, as the emulated functions take them."""
     return torch.tensor([[t.data_ptr(), *(s * t.element_size() for s in t.stride()[:3])] for t in tensors])
 
 
 def emulate(kernels, case: Case, given: dict, seed: int) -> dict:
-    """Everything that the kernels write held NaN before, and what they must not write holds it after."""
+    """Runs the kernels on outputs that hold NaN, and checks that memory beyond the outputs still holds NaN."""
     sizes = torch.tensor([case.batch, case.length, case.heads, case.width], dtype=torch.int32)
     q, k, v, grad, gains, lengths = (given[name] for name in ("q", "k", "v", "grad", "gains", "lengths"))
     storage = nan(case, 1), nan(case, 2), nan(case, 1)
@@ -124,8 +124,8 @@ def check(kernels, case: Case, seeds=(0, 1)) -> None:
     truth = by_reference(case, given, torch.float64)
     for name, value in found[0].items():
         assert value.isfinite().all(), f"{case}: {name} is not finite"
-    # A lone key's dq is 0. dalpha and dbeta, sums over all tokens and columns, may nearly cancel: there, what random signs
-    # would leave counts.
+    # A lone key's dq is 0. dalpha and dbeta are sums over all tokens and columns that may nearly cancel: their error is
+    # relative to a sum of terms with random signs.
     tokens = sum(case.lengths) if case.lengths else case.batch * case.length
     compared = found[0], plain(case, given), truth
     sums = [{name: result.pop(name) for name in ("dalpha", "dbeta")} for result in compared]

@@ -20,14 +20,14 @@ from simplclip.selftest.calls import DRAW, LARGE
 
 
 def replace(op: str, backend: str, wrong) -> None:
-    """wrong(function, call): what runs in place of a backend's function."""
+    """Replaces a backend's function by wrong(function, call)."""
     row = backends.TABLE[op]
     function = row[backend].function
     row[backend] = backends.Implementation(lambda call: wrong(function, call), row[backend].why_not)
 
 
 def without_extras() -> None:
-    """Nothing is wrong, but what the extra train installs is out of reach, except what torch and typer may import."""
+    """Leaves kernels right, but hides the packages of the extra train, except those that torch and typer may import."""
     modules = {*EXTRAS["train"].split()} - {"numpy", "pydantic"}
 
     class Block:
@@ -39,13 +39,13 @@ def without_extras() -> None:
 
 
 def flipped_sign() -> None:
-    """Of the gradient of the second weight, in float32."""
+    """Flips the sign of the gradient of the second weight, in float32."""
     turn = lambda d: -d if d.dtype == torch.float32 else d  # noqa: E731
     replace("parallel_mlp_bwd", "cpu", lambda function, call: turn(function(call)))
 
 
 def one_fault_a_dtype() -> None:
-    """In float32 other bits in run 20, in bfloat16 a number beside a tensor, in float16 a crash."""
+    """In float32, gives other bits in every 20th run; in bfloat16, writes beside a tensor; in float16, crashes."""
     runs = iter(range(10**9))
 
     def wrong(function, call):
@@ -60,7 +60,7 @@ def one_fault_a_dtype() -> None:
 
 
 def wrong_mask() -> None:
-    """A Triton kernel that does not read the last column."""
+    """Makes a Triton kernel that does not read the last column."""
     source = (ROOT / "kernels" / "feature" / "op.py").read_text()
     right, wrong = "inside = (rows[:, None] < n) & (columns[None, :] < d)\n    return", "< d - 1)\n    return"
     assert right in source
@@ -76,7 +76,7 @@ for op in [op for op in DRAW if op not in ops]:
     del DRAW[op]
 if how != "one_fault_a_dtype":
     del selftest.PRECISIONS["float16"], selftest.PRECISIONS["float64"]
-if how == "wrong_mask":  # interpreted
+if how == "wrong_mask":  # interpreted, and thus slow
     LARGE.clear()
     selftest.DRAWS["feature_loss"] = range(3)
 globals()[how]() if how != "nothing" else None

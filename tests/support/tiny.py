@@ -16,7 +16,7 @@ MODEL = {"text_cfg": {"layers": 1}}
 
 
 def picture(colour, shape, size=16) -> bytes:
-    """A pattern that is drawn at random by the shape's name, in a colour on white."""
+    """Returns a PNG with a random pattern in a colour on white; the pattern depends on the shape's name."""
     inside = np.random.default_rng(list(shape.encode())).random((size // 4, size // 4)) < 0.5
     inside = inside.repeat(4, axis=0).repeat(4, axis=1)
     data = io.BytesIO()
@@ -25,7 +25,7 @@ def picture(colour, shape, size=16) -> bytes:
 
 
 def teacher_features(captions: list[str], width: int) -> np.ndarray:
-    """What a teacher that knows the concept says: one feature for the image and each caption, float16 [1 + C, D̂]."""
+    """Returns features of a teacher that knows the concept: one for the image and each caption, float16 [1 + C, D̂]."""
     clean = np.random.default_rng(list(captions[0].encode())).standard_normal(width)
     noise = np.random.default_rng(1).standard_normal((1 + len(captions), width))
     features = clean + 0.3 * noise
@@ -33,7 +33,7 @@ def teacher_features(captions: list[str], width: int) -> np.ndarray:
 
 
 def write_shard(path: Path, copies: int = 1, teacher: int = 0) -> str:
-    """24 concepts (colour and shape), each `copies` times; `teacher`: width of a teacher's features beside them."""
+    """Writes 24 concepts (colour and shape), each `copies` times. teacher: width of a teacher's features beside them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if teacher:
         stamp = {"name": "made up", "width": teacher, "logit_scale": 10.0}
@@ -57,7 +57,7 @@ def write_shard(path: Path, copies: int = 1, teacher: int = 0) -> str:
 
 
 def settings(folder: Path, *changes: str, teacher: int = 0) -> config.Config:
-    """Config of a run of 7 steps, 3 batches of 8 an epoch."""
+    """Returns the config of a run of 7 steps, with 3 batches of 8 an epoch."""
     return config.load(write_config(folder, teacher), changes)
 
 

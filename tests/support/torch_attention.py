@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def _segments(q: Tensor, bounds: Tensor | None, most: int | None) -> list[tuple[int, slice]]:
-    """The index of the sequence, and the range of its tokens, of each segment of q [B, L, H, K]."""
+    """Returns the index of the sequence, and the range of its tokens, for each segment of q [B, L, H, K]."""
     for t in () if bounds is None else (bounds,):
         assert (t.dtype, t.dim(), q.shape[0], t[0], t[-1]) == (torch.int32, 1, 1, 0, q.shape[1])
         assert 0 <= t.diff().min() <= t.diff().max() <= most
@@ -106,7 +106,7 @@ def _efficient_attention_backward(
 
 
 class LowerTriangularMask:
-    """xformers'."""
+    """A stand-in for the class of xformers."""
 
 
 def xformers_forward(q, k, v, *, attn_bias, scale):
@@ -115,7 +115,7 @@ def xformers_forward(q, k, v, *, attn_bias, scale):
 
 
 def xformers_backward(grad, out, lse, q, k, v, *, attn_bias, scale):
-    """Fills the log-sum-exps up itself."""
+    """Takes log-sum-exps without padding and pads them itself."""
     mask, lse = int(isinstance(attn_bias, LowerTriangularMask)), F.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
     most = q.shape[1]
     return _efficient_attention_backward(

@@ -1,4 +1,4 @@
-"""What a step of an op starts on a card: benchmarks.bound's trace of it on fake CUDA tensors."""
+"""The kernels that a step of an op starts on a card, by benchmarks.bound's trace on fake CUDA tensors."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from simplclip.common.cards import CARDS
 
 
 def trace(run: Callable[[dict[str, Any]], None], tensors: dict[str, Any]) -> list[Step]:
-    """Runs `run` with fake CUDA tensors like the given ones."""
+    """Runs `run` with fake CUDA tensors like `tensors`, and returns the trace."""
     with on_card(CARDS["rtx-3090"]) as found:
         like = lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")  # noqa: E731
         run(tree_map_only(Tensor, like, tensors))
@@ -21,5 +21,5 @@ def trace(run: Callable[[dict[str, Any]], None], tensors: dict[str, Any]) -> lis
 
 
 def names(steps: list[Step], *kinds: str) -> Counter[str]:
-    """How often each kernel is started: of torch, of this library in "triton" or "cuda"; or each wait for the "host"."""
+    """Counts the starts of each kernel, or the waits. kinds: "torch", "triton" or "cuda" for kernels, "host" for waits."""
     return Counter(step.name for step in steps if step.kind in kinds)

@@ -1,4 +1,4 @@
-"""A plan of runs of open_clip's trainer, in one process or in two (trainer_runs.py), and what they wrote down."""
+"""A plan of runs of open_clip's trainer, in one process or in two (trainer_runs.py), and the results of the runs."""
 
 import importlib.util
 import json
@@ -24,13 +24,13 @@ def write_shard(path, number):
 
 
 class Plan:
-    """Runs by name, each in a folder of logs of its own unless `name` says whose it continues."""
+    """Runs by name. Each has a folder of logs of its own, unless `name` names a run to continue."""
 
     def __init__(self, folder, ranks=1):
         self.folder, self.ranks, self.entries, self.results = folder, ranks, {}, []
 
     def add(self, key, who, *argv, name=None, data="one", epochs=1, steps=STEPS, command=()):
-        # A batch is all there is, whole pictures, so that open_clip's unseeded shuffling changes no loss.
+        # A batch holds all samples as whole pictures, so that open_clip's unseeded shuffling changes no loss.
         shards, samples = {"one": ("train-0.tar", BATCH), "two": ("train-{0..1}.tar", 2 * BATCH)}[data]
         argv = [
             *command,
@@ -47,7 +47,7 @@ class Plan:
             self.add(f"{key}-{who}", who, *argv, **options)
 
     def more(self, key, *argv, epochs=2, **options):
-        """Ours goes on with the run `key`."""
+        """Adds a run of this library that continues the run `key`."""
         self.add(f"{key}-more", "ours", *argv, "--resume", "latest", name=key, epochs=epochs, **options)
 
     def run(self, plan):
@@ -65,7 +65,7 @@ class Plan:
         return self
 
     def __getitem__(self, key):
-        """Rank 0's result of a run that did not fail."""
+        """Returns rank 0's result of a run, which must not have failed."""
         result = self.results[0][key]
         assert "error" not in result, (key, result["error"])
         return result

@@ -4,10 +4,10 @@
 
 WHO is "theirs" for open_clip's trainer, "ours" for simplclip-open-clip, and "used" for open_clip's trainer under use_losses.
 
-What open_clip's trainer cannot do here: it gives DistributedDataParallel device_ids, which torch refuses for modules on a CPU
-(both are helped), and reads shards by webdataset 0.2.86 only (ours helps itself).
+open_clip's trainer lacks two things here. It gives DistributedDataParallel device_ids, which torch refuses for modules on a
+CPU; this file mends that for all. It reads shards by webdataset 0.2.86 only, which "ours" mends itself.
 
-Each rank writes FOLDER/PLAN-RANK.json: by run the losses of each step, the loss' parameters at the end, or the error.
+Each rank writes FOLDER/PLAN-RANK.json: by run the losses of each step, and the loss's parameters at the end, or the error.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "lay
 
 
 def write_models(folder: Path) -> None:
-    """Configs and weights."""
+    """Writes configs and weights of models."""
     for name, width in MODELS.items():
         config = {
             "embed_dim": width,
@@ -47,7 +47,7 @@ def write_models(folder: Path) -> None:
     for name in MODELS:
         torch.manual_seed(7)
         model = open_clip.create_model(name)
-        if hasattr(model, "text_decoder"):  # open_clip leaves this uninitialised
+        if hasattr(model, "text_decoder"):  # open_clip leaves these weights uninitialised
             torch.nn.init.normal_(model.text_decoder.text_projection, std=0.25)
         torch.save(model.state_dict(), folder / f"{name}.bin")
 
@@ -69,7 +69,7 @@ class Recorder:
 
 def names() -> tuple:
     trainer, data = open_clip_train.main, open_clip_train.data
-    maker = getattr(trainer, "create_task", None) or trainer.create_loss  # open_clip 4's, 3.3's
+    maker = getattr(trainer, "create_task", None) or trainer.create_loss  # the names in open_clip 4 and in 3.3
     return maker, trainer.train_one_epoch, data.tar_file_expander
 
 
@@ -94,7 +94,7 @@ def run(entry: dict, meeting: Path) -> dict:
         kind = type(recorder.loss)
         loss = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
         return {"steps": recorder.steps, "parameters": parameters, "returned": returned, "loss": loss}
-    except (Exception, SystemExit) as error:  # what a run ends with is a result
+    except (Exception, SystemExit) as error:  # the error or exit is the result of a run
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         handle.remove()

@@ -1,4 +1,4 @@
-"""What ranks send, seen where it is sent."""
+"""Records of the data that ranks send."""
 
 import contextlib
 
@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 @contextlib.contextmanager
 def sent(collective):
-    """Yields of each call of that function of torch.distributed: the shape and dtype of what this rank sends, and whether the
-    call returned at once."""
+    """Yields a list that gets, for each call of this function of torch.distributed, the shape and dtype of what this rank
+    sends, and whether the call is asynchronous."""
     seen, function = [], getattr(dist, collective)
 
     def watched(*args, **options):
@@ -25,5 +25,5 @@ def sent(collective):
 
 
 def matrices(seen):
-    """Of what has two dimensions the width, the dtype and whether the call returned at once."""
+    """Returns width, dtype and asynchrony of each recorded call that sent a matrix."""
     return [(shape[1], dtype, at_once) for shape, dtype, at_once in seen if len(shape) == 2]

@@ -1,4 +1,4 @@
-"""Synthetic captions: what a sample's json gets, how tokens are drawn, crashes, and one error for bad input."""
+"""Synthetic captions: the json of a sample, the drawing of tokens, crashes, and one error for bad input."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ def uniform(*shape):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Two shards; the second one has captions in txt only."""
+    """Writes two shards; the second has captions in txt only."""
     folder = tmp_path_factory.mktemp("in")
     write(folder / "train-0.tar", [sample(i) for i in range(5)])
     write(folder / "train-1.tar", [(f"t{i}", {"png": png(i), "txt": f" it is {i}\n".encode()}) for i in range(3)])
@@ -54,7 +54,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captioned(source, weights, tmp_path_factory):
-    """Its captions, two of each image, and the summary."""
+    """Captions the source, two captions for each image; returns the folder and the summary."""
     out = tmp_path_factory.mktemp("captioned")
     return out, run(source / "*.tar", out, weights)
 
@@ -65,7 +65,7 @@ def run(source, out, weights, **options):
 
 
 def read(folder, *sidecars):
-    """Key -> the sample's files, of all shards."""
+    """Returns the files of the samples of all shards by key."""
     found = (
         sample
         for path in sorted(folder.glob("*.tar"))
@@ -85,7 +85,7 @@ def test_captions_come_after_the_samples_own(source, captioned, weights):
     out, summary = captioned
     found, before = records(out), read(source)
     assert found.keys() == before.keys()
-    assert (summary["samples"], summary["captions"]) == (8, 16)  # of 49,408 tokens none comes twice
+    assert (summary["samples"], summary["captions"]) == (8, 16)  # with 49,408 tokens, no two captions are equal
     for key, record in found.items():
         own = shards.captions_of(before[key], json.loads(before[key].get("json", b"{}")))
         assert record["captions"][: len(own)] == own
@@ -132,7 +132,7 @@ def test_duplicates_and_empty_captions_are_dropped():
 
 @pytest.mark.slow
 def test_a_caption_depends_on_seed_and_sample_alone(source, captioned, weights, tmp_path):
-    """Not on the batch, on other shards, or on the global generator."""
+    """It does not depend on the batch, on other shards, or on the global generator."""
     torch.manual_seed(9)
     run(source / "train-0.tar", tmp_path / "a", weights, batch_size=1)
     run(source / "train-0.tar", tmp_path / "b", weights, seed=1)
@@ -145,12 +145,12 @@ def test_a_caption_depends_on_seed_and_sample_alone(source, captioned, weights, 
 
 
 def test_the_likeliest_tokens(coca):
-    """With a small share of probability each token is the likeliest after those before it, by the whole model."""
+    """With a tiny top_p each token is the likeliest one after the tokens before it, by the whole model."""
     images = torch.randn(3, 3, 32, 32)
     tokenizer = caption.tokenizer_of(coca, NAME)
     tokens = generate(coca, images, torch.rand(3, 2, CONTEXT).double(), top_p=1e-9, temperature=0.7)
     assert torch.equal(tokens[:, 0], tokens[:, 1])
-    assert not torch.equal(tokens[0], tokens[1])  # the image counts
+    assert not torch.equal(tokens[0], tokens[1])  # the image makes a difference
     for image, row in zip(images, tokens[:, 0]):
         assert row[0] == tokenizer.sot_token_id
         assert row[-1] == tokenizer.eot_token_id
@@ -178,7 +178,7 @@ def test_draws_follow_the_restricted_softmax():
 def test_captions_end_where_the_model_ends_them():
     model = build()
     end, start = 49407, 49406
-    with torch.no_grad():  # the same probabilities at every place: a quarter for the end, a lot for the start
+    with torch.no_grad():  # equal probabilities at every place: a quarter for the end, much for the start
         model.text_decoder.ln_final.weight.zero_()
         model.text_decoder.ln_final.bias.fill_(1)
         model.text_decoder.text_projection.fill_(-100)
@@ -204,7 +204,7 @@ def test_captions_end_where_the_model_ends_them():
 @pytest.mark.slow
 def test_captions_that_go_on_are_not_disturbed_by_those_that_ended():
     model = build()
-    with torch.no_grad():  # about a quarter for the end at every place, and other tokens by the image
+    with torch.no_grad():  # about a quarter for the end at every place; other tokens depend on the image
         model.text_decoder.ln_final.bias.fill_(1)
         model.text_decoder.text_projection[:, 49407] = 11 / 16
     images, draws = torch.randn(4, 3, 32, 32), uniform(4, 6)

@@ -21,7 +21,7 @@ from simplclip.demo import teacher as networks
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Shards, and the weights of an open_clip model."""
+    """Writes shards, and the weights of an open_clip model."""
     folder = tmp_path_factory.mktemp("teacher")
     write_models(folder)
     for number in range(2):
@@ -73,7 +73,7 @@ def test_captions_are_encoded_once_and_put_back_in_order(folder):
 
 
 def test_equal_teachers_have_equal_fingerprints(folder, tmp_path):
-    class Named:  # as many transforms are, known by an address that is another in each process
+    class Named:  # like many transforms, its repr has an address that differs between processes
         pass
 
     first, again, changed = (teacher.load("open_clip:tiny", folder / "tiny.pt") for _ in range(3))
@@ -97,7 +97,7 @@ def test_a_tag_beside_a_checkpoint_gives_its_preprocessing(folder, tmp_path, mon
     known = {"tiny": {"ours": {"url": "https://nowhere", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}}}
     monkeypatch.setattr(open_clip.pretrained, "_PRETRAINED", known)
     assert "mean=(0.0, 0.0, 0.0)" in transform("open_clip:tiny/ours") != plain
-    assert transform("open_clip:tiny") == transform("open_clip:tiny/ours")  # its only tag
+    assert transform("open_clip:tiny") == transform("open_clip:tiny/ours")  # it has only this tag
     known["tiny"]["another"] = {"url": ""}
     assert transform("open_clip:tiny").split("mean")[1:] == plain.split("mean")[1:]
 
@@ -119,7 +119,7 @@ def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def odd(folder):
-    """Files that are not what they are given as."""
+    """Writes files with other contents than their names say."""
     (folder / "garbage.pt").write_bytes(b"not weights")
     torch.save({"state_dict": os.system}, folder / "code.pt")
     state = torch.load(folder / "tiny.pt", weights_only=True)
@@ -164,7 +164,7 @@ TRAIN = {"device": torch.device("cpu"), "precision": "fp32", "progress": False}
 
 
 def separable(number=64):
-    """Pairs whose features say which belong together; two captions each, two samples of each group."""
+    """Returns pairs whose features tell which belong together; two captions each, two samples of each group."""
     generator = torch.Generator().manual_seed(0)
     groups = torch.arange(number) // 2
     codes = torch.randn(number // 2, 24, generator=generator)
@@ -199,7 +199,7 @@ def test_heads_learn_align_and_repeat(tmp_path, monkeypatch):
 
 
 def test_pairs_of_a_group_are_no_negatives(monkeypatch):
-    """All in one group but one: without the ids the heads would be pushed apart."""
+    """The loss gets the groups as ids, so that pairs of a group do not repel each other."""
     seen = []
     loss = builtin.ClipPMLoss.forward
     monkeypatch.setattr(builtin.ClipPMLoss, "forward", lambda s, *a, **k: seen.append(k["ids"]) or loss(s, *a, **k))
@@ -250,7 +250,7 @@ def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
     write(source / "held-0.tar", few[48:64])
     result = call("teacher", source / "*.tar", "--out", tmp_path / "out", "--evaluate", source / "train-0.tar")
     assert result.exit_code == 0, result.output
-    assert "heads on 48 pairs of 1 shards" in result.output  # never on what is held out
+    assert "heads on 48 pairs of 1 shards" in result.output  # never on held-out pairs
     assert (tmp_path / "out.heads.safetensors").exists()
     found = rows_of(source / "train-0.tar", tmp_path / "out")
     right = [(rows[1:].astype(np.float32) @ rows[0]).mean() for _, _, rows in found]

@@ -1,4 +1,4 @@
-"""Views that a teacher saw are replayed to the bit; several teachers are one; training on both."""
+"""The views that a teacher saw are replayed to the bit; several teachers act as one; training on both."""
 
 import json
 
@@ -30,7 +30,7 @@ COUNT, VIEWS = 6, 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Photographs of several sizes with up to three captions, in two shards, and two teachers' weights."""
+    """Writes photographs of several sizes with up to three captions in two shards, and two teachers' weights."""
     folder = tmp_path_factory.mktemp("views")
     write_models(folder)
     (folder / "in").mkdir()
@@ -68,7 +68,7 @@ def batches(folder, out, student, epoch, **options):
 
 
 def stored(folder, out):
-    """Key -> the sample with its views and features."""
+    """Returns the samples with their views and features by key."""
     found = {}
     for path in sorted((folder / "in").glob("*.tar")):
         for sample in shards.read_shard(str(path), Skipped(), sidecars=[out]):
@@ -102,7 +102,7 @@ def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("captions", [1, 2])
 def test_the_student_sees_what_the_teacher_saw(folder, tmp_path, captions, workers):
-    """To the bit, and at its own size; the rows are those of this view and of the captions drawn."""
+    """Views are equal to the bit, at the student's own size; features are those of the view and of the drawn captions."""
     teach(folder, tmp_path / "out")
     samples, student = stored(folder, tmp_path / "out"), transform(24, None, mean=(0.1, 0.2, 0.3))
     used = {key: set() for key in samples}
@@ -130,7 +130,7 @@ def test_the_student_sees_what_the_teacher_saw(folder, tmp_path, captions, worke
 
 @pytest.mark.parametrize("augment", [AUGMENT, "affine"])
 def test_the_teacher_on_the_students_batch_gives_what_is_stored(folder, tmp_path, augment):
-    """For a student of the teacher's own transform, in every epoch."""
+    """The student has the teacher's own transform; features agree in every epoch."""
     teach(folder, tmp_path / "out", augment)
     encoder = load(folder)
     student = teacher.features.transform_of(encoder)
@@ -145,7 +145,7 @@ def test_the_teacher_on_the_students_batch_gives_what_is_stored(folder, tmp_path
 
 @pytest.mark.parametrize("augment", [AUGMENT, "affine"])
 def test_a_view_is_the_same_part_of_an_image_at_another_size(augment):
-    """Shrunken, the pixels at 128 are nearly those at 32."""
+    """Pixels at size 128, shrunken, are close to those at size 32."""
     image = encode(photo(3, (200, 300)), "PNG")
     large, small = transform(128, augment), transform(32, augment)
     for seed in range(5):
@@ -178,7 +178,7 @@ def test_only_a_transform_that_replays_takes_views(folder, tmp_path):
     for workers in (0, 1):
         with pytest.raises(data.ShardError, match="has the views that a teacher saw, which only simplclip's ImageTransform"):
             batches(folder, tmp_path / "out", models.transforms, 0, workers=workers)
-    plain = batches(folder, tmp_path / "out", transform(16), 0, teacher=False)  # its own augmentation
+    plain = batches(folder, tmp_path / "out", transform(16), 0, teacher=False)  # draws the student's own augmentation
     assert "teacher_image" not in plain[0]
 
 
@@ -197,7 +197,7 @@ def test_several_teachers_are_the_mean_of_their_logits(folder):
         torch.testing.assert_close(features.norm(dim=1), torch.ones(COUNT))
     torch.testing.assert_close(both.logit_scale * image @ text.T, mean)
 
-    # Relational distillation from these features is that from the mean logits.
+    # Relational distillation from these features equals distillation from the mean logits.
     student = torch.nn.functional.normalize(torch.randn(2, COUNT, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     stored = {"teacher_image": image.half(), "teacher_text": text.half(), "teacher_scale": torch.tensor(both.logit_scale)}
     found = ops.similarity_loss(*student, torch.tensor(10.0), terms=("relational",), **stored)["relational"]
@@ -270,7 +270,7 @@ WIKD = ["loss.feature_weight=1.0", "loss.relational_weight=1.0", "loss.interacti
 
 @pytest.fixture(scope="module")
 def taught(folder, tmp_path_factory):
-    """Sidecars of tiny.write_shard's data, in their place beside a config that `tiny.settings` writes."""
+    """Writes sidecars of tiny.write_shard's data, in a folder beside a config that `tiny.settings` writes."""
     out = tmp_path_factory.mktemp("taught")
     tiny.write_shard(out / "data" / "train-0.tar")
     views = teacher.Views(models.transforms("siclip-tiny", train=True), 2)

@@ -1,4 +1,4 @@
-"""What a run says before its first step and in its lines: how much, how long, and what will not do what it seems to."""
+"""Messages of a run before its first step and in its lines: sizes, times, and settings without the expected effect."""
 
 import io
 import re
@@ -66,7 +66,7 @@ def test_samples_that_are_not_counted(tmp_path):
 
 @pytest.mark.slow
 def test_the_share_of_each_term(tmp_path):
-    """A term with the weight that is named for a tenth has one; with less than a tenth of that it has less than 1/91."""
+    """With the weight that a warning names for a tenth, a term has that share; a tenth of this weight causes no warning."""
     for base in ("contrastive", "sigmoid"):
 
         def weak(weight, base=base):
@@ -107,16 +107,16 @@ def test_the_shares_change_no_bit(tmp_path, monkeypatch):
 def test_epochs_become_steps(tmp_path):
     for changes, steps in (
         (["run.epochs=3"], 9),
-        (["run.epochs=0.5", "data.batch_size=7"], 2),  # 3 batches of 7 an epoch
+        (["run.epochs=0.5", "data.batch_size=7"], 2),  # an epoch has 3 batches of 7
         (["run.epochs=2", "data.batch_size=12", "data.micro_batch=auto"], 4),
-        (["run.epochs=2", "data.batch_size=18", "data.micro_batch=9"], 2),  # 18 of 24 images an epoch
+        (["run.epochs=2", "data.batch_size=18", "data.micro_batch=9"], 2),  # an epoch uses 18 of 24 images
         (["run.epochs=2", "data.batch_size=64"], 1),
         (["run.epochs=0.01"], 1),
     ):
         run = with_steps(tiny.settings(tmp_path, *changes)).run
         assert (run.steps, run.epochs) == (steps, None), changes
     weighted = f"data.train={{shards: {tmp_path / 'data' / 'train-0.tar'}, weight: 2.5}}"
-    assert with_steps(tiny.settings(tmp_path, "run.epochs=2", weighted)).run.steps == 14  # 7 batches of 8 an epoch
+    assert with_steps(tiny.settings(tmp_path, "run.epochs=2", weighted)).run.steps == 14  # an epoch has 7 batches of 8
     with pytest.raises(ConfigError, match="loss: expected at least one weight above 0 at every step, got none at step 8"):
         with_steps(tiny.settings(tmp_path, "run.epochs=3", "loss={contrastive_weight: {value: 1, until: 8}}"))
 
@@ -143,7 +143,7 @@ def test_memory_and_use_of_a_gpu(monkeypatch):
     assert hardware.gpu_use(cuda) == "  GPU 5.0 of 24.0 GiB, 97% busy"
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (19 * 2**30, 24 * 2**30))
-    assert hardware.gpu_use(cuda) == "  GPU 5.0 of 24.0 GiB"  # neither nvidia-ml-py nor a driver is here
+    assert hardware.gpu_use(cuda) == "  GPU 5.0 of 24.0 GiB"  # without nvidia-ml-py and a driver
     assert hardware.gpu_use(torch.device("cpu")) == ""
 
 

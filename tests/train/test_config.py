@@ -1,4 +1,4 @@
-"""Config: the file, --set, and errors that name the key."""
+"""Configs: the file, --set, and errors that name the key."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""The objective of a run: weights by step, terms that are off, several captions, what does not fit."""
+"""The objective of a run: weights by step, terms that are off, several captions, and misfits."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_several_captions_are_pairs_with_their_image_and_no_negatives_of_each_ot
         for c in (2 * i, 2 * i + 1):
             other = [j for j in range(6) if j // 2 != i or j == c]
             rows = rows - F.log_softmax(logits[i, other], 0)[other.index(c)] / 6
-            # Each image stands in the batch once for each of its captions.
+            # The batch repeats each image once for each of its captions.
             seen = torch.cat([logits[[i], c], *(logits[[j], c].repeat(2) for j in range(3) if j != i)])
             columns = columns - F.log_softmax(seen, 0)[0] / 6
     assert got.item() == pytest.approx(0.5 * (rows + columns).item(), rel=1e-6)
@@ -84,7 +84,7 @@ def test_several_captions_are_pairs_with_their_image_and_no_negatives_of_each_ot
 
 @pytest.mark.parametrize("plane", ["scalar", "hadamard"])
 def test_sigmoid_and_pair_matching_are_weighted_in_one_sweep(monkeypatch, plane):
-    """Values and gradients of the dense form and of ClipPMLoss, each term with its weight."""
+    """Values and gradients are those of the dense form and of ClipPMLoss, each term times its weight."""
     torch.manual_seed(3)
     x, y = (t.requires_grad_() for t in features(6, 6, width=8))
     scale, bias = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (9.0, -4.0))
@@ -119,7 +119,7 @@ def test_sigmoid_and_pair_matching_are_weighted_in_one_sweep(monkeypatch, plane)
 
 
 def test_sigmoid_beside_a_teacher():
-    """Each term is that of WIKDLoss or SigLipLoss times its weight, and a base that is off leaves the bias alone."""
+    """Each term is that of WIKDLoss or SigLipLoss times its weight; while the base is off, the bias gets no gradient."""
     torch.manual_seed(5)
     x, y, tx, ty = *features(5, 5, width=6), *features(5, 5, width=6)
     scale, group = torch.tensor(10.0), torch.arange(5)

@@ -27,7 +27,7 @@ VIEWS = 2
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Files of weights of siclip-lite0; two, by their seeds."""
+    """Writes two files of weights of siclip-lite0, named after their seeds."""
     folder = tmp_path_factory.mktemp("weights")
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -43,7 +43,7 @@ def changes(weights, *others, seed=0):
 
 
 def with_views(folder, name="taught", number=VIEWS) -> str:
-    """A teacher's features, 256 wide, of views of the images in FOLDER/data."""
+    """Writes a teacher's features, 256 wide, of views of the images in FOLDER/data."""
     if not (folder / "data").exists():
         tiny.write_shard(folder / "data" / "train-0.tar")
         tiny.write_shard(folder / "data" / "train-1.tar")
@@ -95,7 +95,7 @@ def test_the_plan_counts_the_copies_and_what_a_cache_saves(tmp_path, weights):
     folded = predict(step, torch.device("cpu"))
     other = TrainerStep(config, "bf16")
     size = other.folded.bytes
-    for part in other.folded.parts:  # the modules run as they are again
+    for part in other.folded.parts:  # the modules run unfolded again
         vars(part.module).pop("forward", None)
     other.folded.parts = []
     plain = predict(other, torch.device("cpu"))
@@ -135,7 +135,7 @@ def test_a_batch_has_the_outputs_of_its_views(tmp_path, weights, precision):
         assert found["prefix"].dtype == torch.float16
         assert torch.allclose(
             found["prefix"].float(), outputs.float(), rtol=2e-3, atol=1e-3
-        )  # bf16 products may differ by batch
+        )  # products in bf16 may differ with the batch
         this.model.train()
         plain.model.train()
         features = this.encode_image(found), plain.encode_image(expected)
@@ -145,7 +145,7 @@ def test_a_batch_has_the_outputs_of_its_views(tmp_path, weights, precision):
         for batch in loader(this).epoch(epoch):
             for group, key, output in zip(batch["group"], batch["key"], batch["prefix"]):
                 several.setdefault((group.item(), key), set()).add(output.numpy().tobytes())
-    assert max(map(len, several.values())) > 1  # each view is drawn
+    assert max(map(len, several.values())) > 1  # each view is drawn at some time
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_training_is_the_same_decodes_nothing_and_resumes_bit_for_bit(tmp_path, 
 
 @pytest.mark.slow
 def test_what_cannot_be_cached(tmp_path, weights):
-    settings(tmp_path, weights)  # makes the data
+    settings(tmp_path, weights)  # writes the data
     images = tmp_path / "images"
     images.mkdir()
     for number in range(8):
@@ -198,7 +198,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, weights):
         return lines
 
     assert len(make()) == 2
-    assert len(make()) == 1  # it is used as it is
+    assert len(make()) == 1  # the cache is used unchanged
     folder = str(tmp_path / "cache")
     for others, seed, key in (([], 1, "prefix.weights"), (["run.precision=bf16"], 0, "prefix.precision")):
         with pytest.raises(
@@ -210,7 +210,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, weights):
     other = with_views(tmp_path, "more", VIEWS + 1)
     with pytest.raises(ConfigError, match=r"data.cache_prefix: .*prefix.views.number was 2, now 3"):
         make(f"data.sidecars=[{other}]")
-    tiny.write_shard(tmp_path / "data" / "train-1.tar", copies=2)  # it changed: its views and its outputs are made again
+    tiny.write_shard(tmp_path / "data" / "train-1.tar", copies=2)  # its views and its outputs are made again
     with_views(tmp_path)
     assert make()[1].startswith("prefix     made 1 of 2 shards")
 

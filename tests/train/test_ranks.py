@@ -1,4 +1,4 @@
-"""Several ranks of torchrun train as one process does, on the same samples in the same order."""
+"""Several torchrun ranks train like one process, on the same samples in the same order."""
 
 import functools
 import json
@@ -29,14 +29,14 @@ from simplclip.train.together import Together, share_norms
 DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.feature_weight=10"]
 CACHED = ["data.batch_size=60", "data.micro_batch=12"]  # several micro-batches on each of 2, 3 and 4 ranks
 CASES = {
-    # The plane and the projections are not used in each step.
+    # Some steps do not use the plane and the projections.
     "distilled": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", "loss.feature_weight={value: 10, until: 2}"],
     "captions": ["data.captions_per_image=2", "optim.ema=0.5", "eval.every=2", "eval.splits={held: DATA}"],
     "sigmoid cached": ["loss.base=sigmoid", *DISTILLED, *CACHED],
     "captions cached": ["data.captions_per_image=2", *CACHED, "data.micro_batch={image: 12, text: 10}"],
     "sync norms": ["model.freeze_norms=false"],
 }
-PROOFS = {  # of 30 steps
+PROOFS = {  # cases of 30 steps
     "contrastive": [],
     "sigmoid": ["loss.base=sigmoid"],
     "workers": ["data.workers=2", *CACHED],
@@ -54,7 +54,7 @@ FAULTS = {
 }
 
 
-# Relative; batch norms that train make rounding grow.
+# Relative tolerances; training batch norms amplify rounding.
 NEAR = {"bf16": 5e-3, "bf16 cached": 5e-3, "sync norms": 3e-5}
 
 
@@ -64,12 +64,12 @@ def entry(folder, name, steps, changes, **options):
 
 
 def trained(folder: Path, plan: str, entries: dict, ranks: int, *options: str, ok: bool = True):
-    """What each rank did, or without `ok` what torchrun said."""
+    """Returns the results of each rank, or without `ok` torchrun's error output."""
     if not (folder / "data").exists():
         (folder / "data").symlink_to(folder.parent / "data")
     tiny.write_config(folder, teacher=16)
     (folder / f"{plan}.json").write_text(json.dumps(entries))
-    # A fifteenth of it on two idle cores.
+    # The runs need a fifteenth of this time on two idle cores.
     run = torchrun("rank_train.py", folder, plan, ranks=ranks, options=options, check=ok, timeout=3600)
     if not ok:
         return run.stderr
@@ -77,7 +77,7 @@ def trained(folder: Path, plan: str, entries: dict, ranks: int, *options: str, o
 
 
 def write_data(folder):
-    """Four shards of 24 samples, of which the first to the third have one, two and three in a row that are broken."""
+    """Writes four shards of 24 samples. In all but the first, one, two and three samples in a row are broken."""
     for number in range(4):
         path = tiny.write_shard(folder / "data" / f"train-{number}.tar", teacher=16)
         with tarfile.open(path) as tar, open(path, "r+b") as file:
@@ -96,7 +96,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_ranks(folder):
-    """What so many ranks did, in one start of them."""
+    """Returns the results of the ranks, which one start of torchrun runs."""
 
     @functools.cache
     def start(ranks, steps):
@@ -124,13 +124,13 @@ def equal(folder, name, got, expected, ranks, steps):
     ids = [sorted(i for rank in got for i in rank[name]["ids"][step]) for step in range(steps)]
     assert ids == [sorted(ids) for ids in expected[0][name]["ids"]]
     assert all(rank[name]["weights"] == got[0][name]["weights"] for rank in got)
-    assert all(rank[name]["early"] == steps for rank in got)  # the texts
+    assert all(rank[name]["early"] == steps for rank in got)  # the texts are gathered early
     one, several = (folder / f"{n}-{steps}" / name.replace(" ", "-") for n in (1, ranks))
     same(several, one, NEAR.get(name, 1e-6))
 
 
 def same(run, whole, near=1e-6):
-    """Losses and weights are those of another run, up to rounding."""
+    """Checks that losses and weights are those of another run, up to rounding."""
     ours, theirs = checkpoint.load(run), checkpoint.load(whole)
     for part in ("model", "loss", *(["ema"] if "ema" in theirs else [])):
         weights = [torch.cat([torch.zeros(1), *(t.flatten() for t in state[part].values())]) for state in (ours, theirs)]
@@ -157,16 +157,16 @@ def test_ranks_train_as_one_process(folder, of_ranks, ranks, steps, name):
 
 
 def test_each_rank_cuts_its_texts_by_tokens(of_ranks):
-    """In numbers of micro-batches that may differ."""
+    """The ranks may have different numbers of micro-batches."""
     first, second = (rank["captions cached"]["cut"] for rank in of_ranks(2, 3))
     assert len(first) == len(second) == 3
     for few, many in zip(first, second):
         assert sum(few) == sum(many) == 60
-        assert len(few) < len(many) < 6  # which so many of 10 texts of full length would be
+        assert len(few) < len(many) < 6  # 10 texts of full length would need this many
 
 
 def test_a_signal_to_any_rank_saves_once_and_one_process_goes_on(folder, of_ranks):
-    """With the same batches as if it had never stopped."""
+    """One process continues with the batches of a run that never stopped."""
     got, place = of_ranks(2, 3), folder / "2-3"
     assert got[0]["stopped"]["error"].startswith("Interrupted: signal to another rank: saved step 2 of 3")
     assert got[1]["stopped"]["error"] == "SystemExit: 130"
@@ -194,7 +194,7 @@ def test_a_step_that_is_not_finite_on_one_rank_stops_all(of_ranks):
     [pytest.param("raises", "ValueError: made up", marks=pytest.mark.prove), ("SIGKILL", "Signal 9 (SIGKILL)")],
 )
 def test_a_rank_that_dies_ends_the_others(folder, what, reason):
-    """Within the time that torchrun gives them; its report names the rank, and the last whole step is saved."""
+    """The other ranks end in the time that torchrun gives; its report names the rank; the last whole step is saved."""
     place = folder / what
     place.mkdir()
     plan = {what: entry(place, "run", 1000, [*data_of(folder), "data.workers=1"], fault=[what, 1, 3])}
@@ -209,7 +209,7 @@ def test_a_rank_that_dies_ends_the_others(folder, what, reason):
 @pytest.mark.slow
 @pytest.mark.parametrize(("deaths", "steps"), [(1, 7), pytest.param(10, 60, marks=pytest.mark.prove)])
 def test_torchrun_goes_on_after_deaths(folder, deaths, steps):
-    """Of ranks and at times that chance picks, on the same samples, to the same weights."""
+    """Ranks die at random times; training resumes on the same samples and reaches the same weights."""
     place = folder / f"deaths-{deaths}"
     place.mkdir()
     changes = [*data_of(folder), "data.workers=1", "run.save_every=1"]
@@ -226,12 +226,12 @@ def test_torchrun_goes_on_after_deaths(folder, deaths, steps):
 
 @pytest.mark.prove
 def test_another_number_of_ranks_goes_on(folder):
-    """From 4 to 2 to 1, from 4 to 3 and to 1, from 2 to 4; and to 3 where they do not divide the batch."""
+    """From 4 to 2 to 1 rank, from 4 to 3 and to 1, from 2 to 4; and to 3 ranks, which do not divide the batch."""
     place, changes = folder / "numbers", [*data_of(folder), "data.workers=1"]
     place.mkdir()
 
     def go(ranks, **plan):
-        """plan: by name the fault, or None, of a run that is resumed if it exists."""
+        """Runs a plan: name -> fault, or None. A run that exists is resumed."""
         more = {"odd": ["data.batch_size=8"]}
         plan = {
             name: entry(place, name, 6, changes + more.get(name, []), fault=fault, resume=(place / name).exists())
@@ -256,7 +256,7 @@ def test_another_number_of_ranks_goes_on(folder):
 
 @pytest.mark.prove
 def test_the_documented_line(tmp_path):
-    """As it stands in docs/training.md, on other pictures."""
+    """The command in docs/training.md runs, on other pictures."""
     (line,) = re.findall(r"^torchrun .*siclip-tiny-emoji.*$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
     for name in ("train", "concepts", "vendor"):
         tiny.write_shard(tmp_path / "data" / "emoji" / f"{name}-0.tar", copies=8 if name == "train" else 1)
@@ -282,7 +282,7 @@ def test_batch_norms_that_would_drift(monkeypatch):
 
 
 def test_the_towers_that_train_travel_once(monkeypatch):
-    """Frozen parts do not; temperature and losses are averaged by themselves; no step looks for what is unused."""
+    """Frozen parts do not travel; temperature and losses are averaged apart; no step searches for unused parameters."""
     monkeypatch.setattr(ranks, "count", lambda: 2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -293,7 +293,7 @@ def test_the_towers_that_train_travel_once(monkeypatch):
         together = Together(model, at_once=True)
         assert (together.ddp.static_graph, together.ddp.find_unused_parameters) == (True, False)
         assert set(together.ddp.parameters()) == set(trained)
-        for _ in range(3):  # the second of which would fail, if all had to be used
+        for _ in range(3):  # a second step would fail if every parameter had to be used
             model.zero_grad()
             scale, bias = together.learned(model.logit_scale, None)
             together(lambda scale=scale: {"loss": scale * model["tower"](torch.ones(3, 2)).sum()})["loss"].backward()
@@ -304,7 +304,7 @@ def test_the_towers_that_train_travel_once(monkeypatch):
         assert later.ddp is None
         whole = model["tower"].weight.grad.clone()
         later.exchange()
-        assert torch.equal(model["tower"].weight.grad, whole / 2)  # a sum over the only process, divided by the ranks
+        assert torch.equal(model["tower"].weight.grad, whole / 2)  # the sum over the only process, divided by the ranks
         assert model["never"].weight.grad is None
     finally:
         dist.destroy_process_group()

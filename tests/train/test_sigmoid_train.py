@@ -16,7 +16,7 @@ from simplclip.train.state import Training, load_model
 
 SIGMOID = "loss.base=sigmoid"
 CPU = torch.device("cpu")
-STAGES = [  # of WIKD: one space after the other, with the base in the last one
+STAGES = [  # Stages of WIKD: one space after the other, with the base in the last stage
     SIGMOID,
     "loss.feature_weight={value: 1.0, until: 2}",
     "loss.relational_weight={value: 1.0, start: 2, until: 4}",
@@ -30,7 +30,7 @@ CACHED = ["data.micro_batch={image: 4, text: 6}", "model.freeze_norms=true"]
 
 @pytest.mark.slow
 def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
-    """The config's values, else the source's, else SigLIP's; the contrastive base has the model's own."""
+    """The config's values come first, then the source's, then SigLIP's; the contrastive base has the model's own."""
     sources = {
         "siglip": {"init_logit_scale": math.log(50), "init_logit_bias": -12.0},
         "clip": {"init_logit_scale": math.log(80)},
@@ -64,7 +64,7 @@ def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
 
 @pytest.mark.slow
 def test_fp16(tmp_path, monkeypatch):
-    """The first scale is too large: GradScaler leaves out the step, whose norm is not drawn."""
+    """The first scale is too large: GradScaler skips the step, and the curves leave out its norm."""
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**19))
     go(tiny.settings(tmp_path, SIGMOID, "run.precision=fp16", *CACHED))
     logged = rows(tmp_path / "run")
@@ -94,8 +94,8 @@ def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_from_a_run_to_an_export(tmp_path):
-    """A trained scale and bias are resumed, exported, and loaded by the export's options or without them. Zero-shot
-    evaluation ranks by cosines, whatever the bias."""
+    """A trained scale and bias are resumed, exported, and loaded with the export's options or without them. Zero-shot
+    evaluation ranks by cosines, so that the bias does not matter."""
     held = tiny.write_shard(tmp_path / "data" / "held.tar")
     out, settings = tmp_path / "run", [SIGMOID, "optim.lr=0.1"]
     go(tiny.settings(tmp_path, *settings, "run.steps=2"))
@@ -113,7 +113,7 @@ def test_from_a_run_to_an_export(tmp_path):
     assert found[0]["zero_shot"]["classes"] == sorted(tiny.COLOURS)
     summary = export.run(out, tmp_path / "export", formats=["open_clip"])
     assert summary["logit_bias"] == model.logit_bias.item()
-    assert summary["options"]["init_logit_bias"] == -10  # by which other programs build the model
+    assert summary["options"]["init_logit_bias"] == -10  # other programs need it to build the model
     for options in (summary["options"], tiny.MODEL):
         for file in (tmp_path / "export" / "open_clip_model.safetensors", out / "last.pt"):
             loaded = models.create("siclip-tiny", checkpoint=file, **options)
@@ -122,7 +122,7 @@ def test_from_a_run_to_an_export(tmp_path):
 
 @pytest.mark.parametrize("towers", [{"image": 4}, {"image": 2, "text": 7}, {"text": 5}, {"image": 8, "text": 16}])
 def test_micro_batches_of_each_tower_give_the_whole_batches_gradient(tmp_path, monkeypatch, towers):
-    """16 captions of 8 images; every term on. A caption has 8 tokens, half of the context that micro_batch.text counts by."""
+    """A batch has 16 captions of 8 images, with every term. Captions have 8 tokens, half of what micro_batch.text counts."""
     results = []
     for changes in ([], [f"data.micro_batch={towers}".replace("'", "")]):
         torch.manual_seed(0)

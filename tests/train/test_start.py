@@ -25,7 +25,7 @@ CPU = (torch.device("cpu"), "fp32")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a run whose every weight has moved."""
+    """Returns the folder of a run in which every weight has changed."""
     folder = tmp_path_factory.mktemp("trained")
     go(tiny.settings(folder, "optim.lr=0.01", "optim.ema=0.5"))
     return folder / "run"
@@ -36,13 +36,13 @@ def started(folder, *changes):
 
 
 def weights_of(run):
-    """What evaluation takes of a run."""
+    """Returns the weights of a run that evaluation uses."""
     state = state_of(run)
     return state["model"] | state.get("ema", {})
 
 
 def record_updates(monkeypatch):
-    """A list that gets the weights that train, before the first step and after each."""
+    """Returns a list that gets the trained weights, before the first step and after each step."""
     found = []
 
     class Recorded(Average):
@@ -187,7 +187,7 @@ def test_averaged_weights_are_evaluated_loaded_and_resumed(tmp_path, monkeypatch
     plain = tiny.settings(tmp_path, f"run.out={tmp_path / 'plain'}")
     go(plain)
     one, other = state_of(tmp_path / "whole"), state_of(tmp_path / "plain")
-    assert bits(one["model"]) == bits(other["model"])  # the average changes nothing in training
+    assert bits(one["model"]) == bits(other["model"])  # the average does not affect training
     expected = {}
     updates = record_updates(monkeypatch)
     go(tiny.settings(tmp_path, "optim.ema=0.8"))

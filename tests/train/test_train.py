@@ -26,7 +26,7 @@ from simplclip.train.state import load_model, lr_factor
 
 
 @pytest.mark.slow
-# An epoch has 3 batches: step 3 ends one, step 5 lies within one.
+# An epoch has 3 batches: step 3 ends an epoch, step 5 lies within one.
 @pytest.mark.parametrize(("stop", "workers", "precision"), [(5, 0, "fp32"), (3, 1, "bf16")])
 def test_interrupted_and_resumed_is_bit_for_bit_the_undisturbed_run(tmp_path, monkeypatch, stop, workers, precision):
     # Dropout draws from the global generator in every step.
@@ -82,7 +82,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     with pytest.raises(ConfigError, match="run.out: expected a folder without a run, got .*; continue that run by --resume"):
         go(config)
     assert digests(tmp_path / "run") == before
-    assert "done       step 2" in go(config, resume=True)  # nothing left to do
+    assert "done       step 2" in go(config, resume=True)  # all steps are done
     after = digests(tmp_path / "run")
     assert after.keys() == before.keys()
     assert after["metrics.csv"] == before["metrics.csv"]
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_a_version_with_another_setting_says_which(tmp_path):
     go(config)
     path = tmp_path / "run" / "last.pt"
     state = torch.load(path, weights_only=True)
-    del state["config"]["run"]["epochs"]  # a setting that was new since, and such as are gone since
+    del state["config"]["run"]["epochs"]  # a setting that is newer than the checkpoint; settings that exist no more follow
     state["config"]["run"] |= {"save_minutes": 3.0, "print_every": 10}
     state["config"]["eval"]["batch_size"] = 256
     state["config"]["data"]["max_pixels"] = None
@@ -224,7 +224,7 @@ def test_a_reader_that_goes_at_the_end_is_no_error(tmp_path):
 
 @pytest.mark.slow
 def test_lines_by_time_and_a_checkpoint_after_some_minutes(tmp_path, monkeypatch):
-    """A step of this clock takes 20 seconds; the checkpoint of minute 1 is that of step 3."""
+    """A step takes 20 seconds of this clock, so that the checkpoint of minute 1 is that of step 3."""
     saved = []
     original = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda out, state: saved.append(state["step"]) or original(out, state))

@@ -1,4 +1,4 @@
-"""Training on every form of data.train, and what a run says of its data."""
+"""Training on every form of data.train, and the messages of a run on its data."""
 
 import csv
 import os
@@ -20,7 +20,7 @@ SLOW = 0.1  # seconds
 
 @pytest.fixture
 def forms(tmp_path):
-    """The same pictures as tars, a command's output, a table and a folder of images."""
+    """Writes the same pictures as tars, a command's output, a table and a folder of images."""
     tiny.write_shard(tmp_path / "data" / "a.tar")
     rows = []
     for colour in tiny.COLOURS:
@@ -84,7 +84,7 @@ def test_workers_are_the_cores_of_the_start_and_stay_so(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_log_shows_the_time_that_is_spent_waiting_for_data(tmp_path, monkeypatch):
-    """Of two runs, one with slow data and one with slow steps, since a busy machine slows what is not made slow here too."""
+    """Compares a run with slow data and a run with slow steps, since a busy machine slows the other part, too."""
 
     def slowly(original):
         return lambda *args: time.sleep(SLOW) or original(*args)

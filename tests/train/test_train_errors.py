@@ -1,4 +1,4 @@
-"""A run that fails after a whole step saves it to the bit, or says why not; one that fails before leaves nothing."""
+"""A run that fails after a whole step saves it to the bit, or says why not; a run that fails before leaves nothing."""
 
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ def fails():
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Shards, and in `whole` an undisturbed run on them."""
+    """Writes shards, and an undisturbed run on them in `whole`."""
     folder = tmp_path_factory.mktemp("errors")
     go(tiny.settings(folder, f"run.out={folder / 'whole'}", DROPOUT))
     return folder
@@ -39,7 +39,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), None])
 def test_an_error_within_a_step_saves_the_one_before_to_the_bit(tmp_path, monkeypatch, undisturbed, error):
-    """Behind the forward pass, when batch norms have counted the batch and random numbers are drawn. None: not finite."""
+    """The error comes after forward, when batch norms and the generator have advanced. None: the loss is not finite."""
     config = tiny.settings(undisturbed, DROPOUT, f"run.out={tmp_path / 'run'}")
     original = train.Training.terms
 
@@ -92,7 +92,7 @@ def test_a_split_that_is_missing_or_broken_is_named_at_the_start(tmp_path):
 
 @pytest.mark.slow
 def test_what_fails_behind_a_step_saves_that_step(tmp_path, monkeypatch, undisturbed):
-    """Logging, evaluating, and plotting in the end."""
+    """Logging, evaluation, and plotting at the end fail."""
     held = tiny.write_shard(tmp_path / "data" / "held.tar")
     config = tiny.settings(undisturbed, DROPOUT, "eval.every=4", f"eval.splits.held={held}", f"run.out={tmp_path / 'run'}")
     for target, name, step in ((metrics.RunLog, "write", 1), (retrieval, "encode", 4), (train, "curves", 7)):
@@ -135,7 +135,7 @@ def test_a_dead_loader_process_does_not_break_into_a_step(tmp_path, monkeypatch,
     def kill():
         for child in multiprocessing.active_children():
             child.kill()
-        until = time.monotonic() + 1  # the signal comes at some line of these
+        until = time.monotonic() + 1  # the signal arrives while this loop runs
         while time.monotonic() < until:
             pass
         done.append(3)
@@ -178,9 +178,9 @@ def test_a_second_process_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=told):
             go(tiny.settings(tmp_path), resume=resume)
     assert digests(tmp_path / "run") == before
-    os.kill(process.pid, signal.SIGKILL)  # and the system lets go of the lock
+    os.kill(process.pid, signal.SIGKILL)  # the system then releases the lock
     process.join()
-    for name in (".config.yaml.tmp", ".last.pt.tmp", ".mine.tmp"):  # what a killed run leaves, and another's
+    for name in (".config.yaml.tmp", ".last.pt.tmp", ".mine.tmp"):  # leftovers of a killed run, and a file of another program
         (tmp_path / "run" / name).write_bytes(b"half")
     assert "done" in go(tiny.settings(tmp_path, "run.steps=1"))
     assert not (tmp_path / "run" / "run.lock").exists()

@@ -1,12 +1,12 @@
-"""Faults at random moments of real training runs, and what must hold after each: 8, in make prove 60. At chosen moments, and
-quickly: test_train_errors.py.
+"""Faults at random moments of real training runs, and the state after each: 8 faults, in make prove 60. Faults at chosen
+moments, which take less time: test_train_errors.py.
 
-A process trains; while it does, it is killed (-9), or its loader process is, its terminal or the reader of its output is
-closed, its shard is removed or cut in half, or its disk becomes full. Then the last whole step is in the checkpoint, or the
-process said why not and which checkpoint is good; with the fault mended, the run goes on and ends as an undisturbed one, to
-the bit.
+A process trains. Meanwhile a fault occurs: the process or its loader process is killed (-9), its terminal or the reader of
+its output is closed, its shard is removed or cut in half, or its disk becomes full. Then the last whole step is in the
+checkpoint, or the process says why not and which checkpoint is good. With the fault mended, the run resumes and ends as an
+undisturbed run, to the bit.
 
-A full disk is a limit of the size of the process's files.
+A limit on the size of the process's files stands for a full disk.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ from simplclip.train import checkpoint
 FAULTS = int(os.environ.get("SIMPLCLIP_TEST_FAULTS", "8"))
 KINDS = ["kill", "worker", "full", "removed", "truncated", "hangup", "pipe"]
 STEPS = 24
-LARGEST = 1 << 12  # bytes of a file on a full disk
+LARGEST = 1 << 12  # largest file on a full disk, in bytes
 MISSED = "ended before it was met"
 CHANGES = ["data.workers=1", f"run.steps={STEPS}", "run.save_every=7", "model.options.vision_cfg.timm_drop=0.2"]
 
 
 class Copied(io.StringIO):
-    """What was printed; it also went to a pipe."""
+    """The printed text, which also goes to a pipe."""
 
     def __init__(self, pipe):
         super().__init__()
@@ -58,7 +58,7 @@ class Copied(io.StringIO):
 
 
 def work(config, out, told, pipe, ready):
-    """Trains; what it printed, and the error that ended it, go to the file `told`."""
+    """Trains, and writes the printed text, and an error that ended the run, to the file `told`."""
     torch.set_num_threads(1)
     ready.set()
     text = Copied(pipe)
@@ -72,7 +72,7 @@ def work(config, out, told, pipe, ready):
 
 
 class Faults:
-    """One shard and an undisturbed run; `meet` a fault."""
+    """One shard and an undisturbed run. `meet` causes a fault."""
 
     def __init__(self, folder):
         self.folder, self.random, self.took = folder, random.Random(0), None
@@ -82,7 +82,7 @@ class Faults:
         self.whole = bits(state_of(folder / "whole"))
 
     def train(self, out, fault=None):
-        """The exit code of a run and what it said. fault(process): called at a random moment, returns what mends it."""
+        """Returns exit code and text of a run. fault(process): called at a random moment, returns a function to mend it."""
         told = self.folder / "told"
         told.unlink(missing_ok=True)
         self.reader, writer = multiprocessing.Pipe(duplex=False)
@@ -102,11 +102,11 @@ class Faults:
     def meet(self, kind):
         out = self.folder / "run"
         outcome = self.check(kind, out, *self.train(out, getattr(self, kind)))
-        if outcome != "told":  # of a shard that was cut in half, whose other half was not seen
+        if outcome != "told":  # "told": a shard was cut in half, and its other half was not read
             code, told = self.train(out)
             assert code == 0, told
             assert bits(state_of(out)) == self.whole, f"{kind}: it does not end as undisturbed"
-            if kind != "full":  # where a row may be what did not fit
+            if kind != "full":  # a row may not have fit on the disk
                 assert rows(out) == rows(self.folder / "whole")
         assert not list(out.glob(".*")), "a torn file was left"
         assert not (out / "run.lock").exists()
@@ -114,10 +114,10 @@ class Faults:
         return outcome
 
     def check(self, kind, out, code, told):
-        """What is there or was said right after the fault."""
+        """Checks the checkpoint and the text right after the fault. Returns the outcome."""
         good = checkpoint.load(out)["step"] if (out / "last.pt").exists() else None
         if code < 0:
-            assert kind in ("kill", "hangup"), code  # a run ends by itself once it watches for signals
+            assert kind in ("kill", "hangup"), code  # a run ends by itself once it handles signals
             assert good is None or good % 7 == 0 or good == STEPS
             return "before its end"
         assert kind == "kill" or not list(out.glob(".*")), "a torn file was left"
@@ -175,7 +175,7 @@ class Faults:
 def test_the_last_whole_step_is_there_or_the_reason_is_said(tmp_path):
     faults, counts, missed = Faults(tmp_path), Counter(), 0
     for kind in itertools.islice(itertools.cycle(KINDS), FAULTS):
-        while (outcome := faults.meet(kind)) == MISSED:  # it had all that it needs before the fault
+        while (outcome := faults.meet(kind)) == MISSED:  # the run had all that it needs before the fault
             missed += 1
             assert missed <= 3 * FAULTS, "faults come too late"
         counts[f"{kind}: {outcome}"] += 1

@@ -1,4 +1,4 @@
-"""A run that plans its micro-batches, a run that is capped, and one that runs out of memory and goes on."""
+"""A run that plans its micro-batches, a capped run, and a run that resumes after running out of memory."""
 
 import hashlib
 import subprocess
@@ -40,7 +40,7 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
     usable(1 << 20)
     with pytest.raises(ConfigError, match="data.micro_batch: expected one that fits .* even with 1 at a time"):
         limits.MemoryLimit(CPU, planner=memory).settle(settings("auto"))
-    usable(1 << 40)  # going on takes the checkpoint's, without another plan
+    usable(1 << 40)  # resuming takes the checkpoint's value, without another plan
     told = go(settings("auto", "run.steps=3"), resume=True, planner=memory)
     assert "by simplclip plan" not in told
     assert checkpoint.load(tmp_path / "run")["config"]["data"]["micro_batch"] == 4
@@ -48,7 +48,7 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_going_on_with_other_micro_batches(tmp_path):
-    """Its steps see the same images, as the place in the epoch is counted anew; some have no such place."""
+    """Steps see the same images, since the position in the epoch is converted; some positions cannot be."""
     settings = lambda out, *changes: tiny.settings(tmp_path, FROZEN, f"run.out={out}", *changes)  # noqa: E731
     losses = []
     for second in (4, 2):
@@ -97,14 +97,14 @@ def test_a_step_that_does_not_fit_ends_with_the_plans_advice(tmp_path, monkeypat
 @pytest.mark.prove
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux caps the data segment")
 def test_out_of_memory_ends_with_the_plans_advice(tmp_path):
-    """Capped from the second part of a run on: its checkpoint stays whole, and with the advice the run ends."""
+    """A run is capped when it is resumed: its checkpoint stays whole, and the run completes with the advice."""
     path, out = tiny.write_config(tmp_path), tmp_path / "run"
     tiny.write_shard(tmp_path / "data" / "train-0.tar", copies=22)  # 528 images
 
     changes = [FROZEN, "data.batch_size=512", "run.save_every=1"]
     go(tiny.config.load(path, [*changes, "run.steps=1"]))
     before = hashlib.sha256((out / "last.pt").read_bytes()).digest()
-    # The limit is what a process of this command has before its first step, and room for a part of the step.
+    # The limit is the memory that a process of this command has before its first step, and a part of what a step needs.
     program = """if True:
         import sys
         import simplclip.memory

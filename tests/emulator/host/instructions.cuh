@@ -130,7 +130,7 @@ inline void mma1688_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   mma<1>("mma1688_tf32", site, {d, a, b}, [](uint32_t bits, int) { return as_float(bits & 0xffffe000u); });
 }
 
-// A lane's row is read when the lane arrives, without what other lanes write later unless there is a sync_warp between.
+// A lane's row is read when the lane arrives: other lanes' later writes are seen only after a sync_warp.
 template <bool TRANSPOSED>
 void ldmatrix(const char* name, Site site, uint32_t (&r)[4], const void* row) {
   struct Operands {
