@@ -32,7 +32,6 @@ EFFECTS = (
     "30 % swapped, all three beside contrastive",
     "inherited and frozen",
     "inherited, tokens tuned",
-    "inherited, all tuned",
     "simplified blocks start from own ones",
     "2 captions instead of 1",
     "SAS-P instead of pre-LN blocks, equal parameters",
@@ -45,7 +44,7 @@ SIGMOID = (
     "torch.compile of open_clip's main branch, chunk_size=1024"
 )
 # The calls of the table of predicted times, at the losses' middle size.
-PREDICTED = "contrastive|sigmoid|all|attention-77|attention-197|block-siclip|block-vit-b"
+PREDICTED = "contrastive|sigmoid|all|attention-197|block-siclip|block-vit-b"
 
 
 def newest(pattern: str) -> Path:
