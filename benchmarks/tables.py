@@ -27,29 +27,24 @@ BUNDLED = ("similarity_loss", "steps", "batches", "loader")  # ops of a bundle o
 # The rows of the ablation's table; the result file has all effects.
 EFFECTS = (
     "pair matching 1 beside contrastive",
-    "pair matching 0.3 beside the whole recipe",
     "pair matching 0.3 beside the whole recipe, 400 steps",
-    "pair matching 1 beside sigmoid",
-    "30 % swapped, pair matching 1 beside contrastive",
     "all three beside contrastive",
-    "all three beside contrastive, 400 steps",
-    "interactive 1 alone",
     "30 % swapped, all three beside contrastive",
     "inherited and frozen",
-    "inherited and frozen, 400 steps",
     "inherited, tokens tuned",
-    "inherited, tokens tuned, 400 steps",
-    "inherited, all tuned",
     "simplified blocks start from own ones",
     "2 captions instead of 1",
-    "5 captions instead of 2",
     "SAS-P instead of pre-LN blocks, equal parameters",
     "SAS-P instead of pre-LN blocks, equal time",
     "text blocks shared",
-    "text blocks shared, 400 steps",
-    "image blocks shared",
-    "shared text blocks start from the first, not the average",
 )
+# The forms of the sigmoid loss's table: of the compiled ones, the fastest.
+SIGMOID = (
+    "simplclip|simplclip, pair matching too|open_clip.SigLipLoss|open_clip's main branch, chunk_size=1024|"
+    "torch.compile of open_clip's main branch, chunk_size=1024"
+)
+# The calls of the table of predicted times, at the largest size of the losses.
+PREDICTED = "contrastive|sigmoid|all|attention-197|block-siclip|block-vit-b"
 
 
 def newest(pattern: str) -> Path:
@@ -109,7 +104,6 @@ def op_table(op: str, **where: str) -> list[str]:
         "of the GEMM rate": ("gemm_share", lambda value: f"{float(value):.0%}"),
         "extra MiB": ("extra_mib", lambda value: f"{float(value):,.0f}"),
         "MiB, times simplclip's": ("memory_times_ours", str),
-        "resident MiB": ("resident_mib", lambda value: f"{float(value):,.0f}"),
         "saved bytes a token": ("saved_bytes_per_token", lambda value: f"{int(value):,}"),
     }
     columns = {title: column for title, column in columns.items() if any(row.get(column[0]) for row in rows)}
@@ -137,8 +131,9 @@ def attention_table() -> list[str]:
 
 
 def texts() -> list[str]:
-    """Returns a table with a row for each case: texts as they are padded, and in four groups by length."""
+    """Returns a table of padded texts and of four groups by length: ViT-B-32 in bfloat16, the SiCLIPs on COCO."""
     path, rows = read("texts", form="padded|four groups")
+    rows = [row for row in rows if row["dtype"] == "bfloat16" or ("siclip" in row["shape"] and "COCO" in row["shape"])]
     cases: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
     for row in rows:
         cases.setdefault((row["shape"], row["dtype"]), {})[row["form"]] = row
@@ -149,6 +144,21 @@ def texts() -> list[str]:
         lines.append((*case, figures[0], figures[1], padded["times_ours"], *figures[2:]))
     head = ("texts", "dtype", "padded, ms", "cropped, ms", "times", "padded, extra MiB", "cropped, extra MiB")
     return markdown(head, lines, ("texts", "dtype")) + source(path, rows, "On a CPU")
+
+
+def caching() -> list[str]:
+    """Returns a table with a row for each form in bfloat16: time, and memory, which was measured at another batch size."""
+    path, rows = read("gradient_cache", dtype="bfloat16")
+    times, memory = ([row for row in rows if row[name]] for name in ("p50_ms", "extra_mib"))
+    timed = {row["form"]: row for row in times}
+    head = ("form", f"N = {int(times[0]['n']):,}, ms, median", "times simplclip's", f"N = {int(memory[0]['n']):,}, extra MiB")
+    lines = []
+    for row in memory:
+        time = timed.get(row["form"])
+        ms, ratio = (f"{float(time['p50_ms']):,.0f}", time["times_ours"]) if time else ("", "")
+        lines.append((row["form"], ms, ratio, f"{float(row['extra_mib']):,.0f}"))
+    what = f"Forward and backward of {times[0]['shape']}, bfloat16, on a CPU"
+    return markdown(head, lines, ("form",)) + source(path, rows, what)
 
 
 def ablation() -> list[str]:
@@ -225,10 +235,10 @@ def plan(name: str) -> list[str]:
 def predicted() -> list[str]:
     """Returns a table with a row for each call: first and last milliseconds by card, and the first card's bounds.
 
-    Leaves out the smallest losses and the MLPs, which are in the blocks. The result file has all calls.
+    Leaves out calls that are not in PREDICTED. The result file has all calls.
     """
-    path, rows = read("bound_calls", passes=BOTH, dtype="bfloat16")
-    rows = [row for row in rows if not row["call"].startswith("mlp-") and not row["shape"].startswith("N=4096 ")]
+    path, rows = read("bound_calls", passes=BOTH, dtype="bfloat16", call=PREDICTED)
+    rows = [row for row in rows if not row["shape"].startswith(("N=4096 ", "N=32768 "))]
     cards = list(dict.fromkeys(row["card"] for row in rows))
     cases: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = {}
     for row in rows:
@@ -325,13 +335,13 @@ TABLES = {
     README: {"figures": figures, "demo": demo},
     BENCHMARKS: {
         "similarity_loss": lambda: op_table("similarity_loss", n="8192", dtype="float32"),
-        "sigmoid_loss": lambda: op_table("sigmoid_loss", n="16384", objective="sigmoid", dtype="bfloat16"),
+        "sigmoid_loss": lambda: op_table("sigmoid_loss", n="16384", objective="sigmoid", dtype="bfloat16", form=SIGMOID),
         "simplified_block": lambda: op_table("simplified_block", passes=BOTH, dtype="bfloat16"),
         "shaped_attention": attention_table,
-        "siclip_s0_step": lambda: op_table("siclip_s0_step"),
+        "siclip_s0_step": lambda: op_table("siclip_s0_step", dtype="bfloat16"),
         "texts": texts,
         "towers": lambda: op_table("towers", shape="both: 64 texts, 8 images", dtype="bfloat16"),
-        "gradient_cache": lambda: op_table("gradient_cache", dtype="bfloat16"),
+        "gradient_cache": caching,
         "plan": lambda: plan("siclip-s0"),
         "card": card,
         "predicted": predicted,
