@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -214,7 +215,8 @@ def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> li
     """Proposes which weights the simplified blocks of a tower share, so that the tower is within the budget.
 
     Groups start as single blocks. The two neighbouring groups of lowest mean divergence, over all pairs of a block of one and
-    a block of the other, are merged until the tower is within the budget. Blocks of different shapes never share.
+    a block of the other, are merged until the tower is within the budget. Blocks of different shapes, or whose divergence is
+    NaN (other numbers of tokens), never share.
 
     Returns for each of "attention", "mlp" and "all" that reaches the budget: "what", the argument "share" of `simplify`, and
     the "parameters" of the tower. Raises InputError if none of the three reaches the budget.
@@ -227,8 +229,12 @@ def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> li
 
     groups = [[i] for i in range(len(blocks))]
     merges = [groups]  # the groups before the first merge and after each
-    while pairs := [at for at in range(len(groups) - 1) if shapes[groups[at][0]] == shapes[groups[at + 1][0]]]:
-        at = min(pairs, key=lambda at: divergence[groups[at]][:, groups[at + 1]].mean().item())
+    while True:
+        means = {at: divergence[groups[at]][:, groups[at + 1]].mean().item() for at in range(len(groups) - 1)}
+        pairs = [at for at in means if shapes[groups[at][0]] == shapes[groups[at + 1][0]] and not math.isnan(means[at])]
+        if not pairs:
+            break
+        at = min(pairs, key=means.__getitem__)
         groups = [*groups[:at], groups[at] + groups[at + 1], *groups[at + 2 :]]
         merges.append(groups)
 

@@ -101,27 +101,24 @@ def kernels(step: Step, architecture: int) -> list[Native]:
     batch, length, heads, width = call.q.shape
     dtype = TYPES[call.q.dtype]
     plan = backends.cuda_extension.shaped_attention_plan(length, width, dtype == "tf32", direction == "bwd")
-    blocks, size = plan.get("blocks", 1), f"Li{plan['size']}E" if "size" in plan else ""
-    part = f"shaped_attention_{plan['kernel']}_kernelINS0_{len(dtype)}{dtype}E{size}"
+    part = f"shaped_attention_{plan['kernel']}_kernelINS0_{len(dtype)}{dtype}E"
     _, program, registers, static = _kernel(f"{dtype}.cu", architecture, part)
-    grid = (batch * heads, blocks)
+    programs = batch * heads
     codes: Counter[str] = Counter()
-    sample = [(0, y) for y in range(blocks)]
-    for block in sample:
-        for warp in range(plan["threads"] // 32):
-            run = program.run(_parameters(call, plan, direction), block, 32 * warp, grid, plan["threads"])
-            for at, times in enumerate(run.counts):
-                for instruction in program.blocks[at].instructions if times else ():
-                    if code := sass.of_ptx(instruction):
-                        codes[code] += times
-    codes = Counter({code: n / len(sample) for code, n in codes.items()})  # type: ignore[assignment]
+    for warp in range(plan["threads"] // 32):
+        run = program.run(_parameters(call, plan, direction), (0, 0), 32 * warp, (programs, 1), plan["threads"])
+        for at, times in enumerate(run.counts):
+            for instruction in program.blocks[at].instructions if times else ():
+                if code := sass.of_ptx(instruction):
+                    codes[code] += times
     memory = sum(size for _, size in (*step.operands, *step.written))
     name = f"shaped_attention_{plan['kernel']}"
     multiply_adds = sass.Part(codes).multiply_adds
-    shared, programs = plan["shared"] + static, batch * heads * blocks
-    out = [Native(name, registers, shared, plan["threads"] // 32, programs, multiply_adds, memory, codes)]
+    out = [Native(name, registers, plan["shared"] + static, plan["threads"] // 32, programs, multiply_adds, memory, codes)]
     if direction == "bwd":
-        out.append(Native("shaped_attention_gains", 32, 0, 8, 1, 0, batch * heads * 12, Counter({"FADD": 1})))
+        out.append(
+            Native("shaped_attention_gains", 32, 0, 1, 3 * heads, 0, 12 * programs, Counter({"FADD": -(-batch // 32)}))
+        )
     return out
 
 

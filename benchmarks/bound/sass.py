@@ -110,7 +110,7 @@ def _multiply_adds(code: str) -> float:
 def _weight(code: str, unit: Multiprocessor) -> float:
     """Returns the length of an instruction in usual instructions of its pipe. Integer products run on 64 lanes only."""
     if code.startswith("IMAD"):
-        return 1 if code.startswith("IMAD.MOV") and unit.fma == 64 else unit.fma / 64
+        return unit.fma / 64
     return 2 if code.split(".")[0] in ("FFMA2", "FMUL2", "FADD2") else 1
 
 
@@ -165,7 +165,7 @@ def parse(text: str) -> Code:
 
 
 _FLOATS = ("f32", "f16", "f16x2", "bf16", "bf16x2")
-_MUFU = ("ex2", "rcp", "lg2", "sqrt", "rsqrt", "tanh")
+_PTX_MUFU = ("ex2", "rcp", "lg2", "sqrt", "rsqrt", "tanh")
 
 
 def of_ptx(i: Instruction) -> str:
@@ -188,7 +188,7 @@ def of_ptx(i: Instruction) -> str:
         return "BAR"
     if op == "shfl":
         return "SHFL"
-    if op in _MUFU:
+    if op in _PTX_MUFU:
         return "MUFU"
     if op == "cvt":
         kinds = {p[0] for p in parts[1:] if re.fullmatch(r"[subf]\d+(x2)?|bf16(x2)?", p)}

@@ -96,12 +96,12 @@ def run(
             if file not in unreadable:
                 try:
                     about = index.opened(file, targets[file]).about
-                except (OSError, ValueError) as error:
-                    unreadable[file] = f"shard {file!r} changed while it was read: {error}"
+                except Exception as error:  # as in _fits
+                    unreadable[file] = f"shard {file!r} or its index changed while it was read: {error}"
                 else:
                     samples += about["samples"]
                     broken.merge(skipped_of(about))
-    written = len(todo) - len(unreadable)
+    written = sum(file not in unreadable for file in todo)
     return {"shards": len(files), "written": written, "samples": samples, "broken": broken, "unreadable": unreadable}
 
 

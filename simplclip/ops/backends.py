@@ -106,11 +106,12 @@ def _no_binary(built: str, device: tuple[int, int]) -> str | None:
     """Returns why kernels built for `built`, written as in TORCH_CUDA_ARCH_LIST, do not run on a device of this capability.
 
     Machine code runs on devices of its major version, from its minor version on; PTX, which the driver compiles, runs on all
-    later devices. Code for an architecture with a letter, e.g. 9.0a, runs on that architecture alone.
+    later devices. Code for 9.0a runs on 9.0 alone; code for a family, e.g. 10.0f, has no PTX for devices outside of it.
     """
     for major, minor, letter, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", built):
         least = int(major), int(minor)
-        if device == least or (not letter and device > least and (ptx or device[0] == least[0])):
+        anywhere = ptx and not letter
+        if device == least or (letter != "a" and device > least and (anywhere or device[0] == least[0])):
             return None
     number = ".".join(map(str, device))
     return f"was built for {built}, the device has compute capability {number}: rebuild with TORCH_CUDA_ARCH_LIST={number}"

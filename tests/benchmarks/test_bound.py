@@ -9,6 +9,8 @@ import pytest
 from interpreter import needs_triton
 from paths import PYTHONPATH, ROOT
 
+from benchmarks.bound import ptx, sass
+
 pytestmark = pytest.mark.slow
 M, N, K, TILE, WARPS = 96, 160, 64, 32, 4  # of tests/support/bound_product.py
 
@@ -21,6 +23,12 @@ def run(*command):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip().splitlines()
+
+
+def test_pipes():
+    codes = {"MUFU.EX2": "mufu", "I2F": "mufu", "FFMA": "fma", "IMAD.MOV": "fma", "LDSM.4": "lsu", "HMMA.16816.F32": "tensor"}
+    assert {code: sass.pipe(code) for code in codes} == codes
+    assert sass.pipe(sass.of_ptx(ptx.Instruction("ex2.approx.ftz.f32", []))) == "mufu"
 
 
 @needs_triton

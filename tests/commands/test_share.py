@@ -135,6 +135,9 @@ def test_groups_for_a_budget():
         for proposal in found:
             _, made = simplify(clip(), share=proposal["share"])
             assert made.after["text"] == proposal["parameters"] <= budget
+    divergence[0, 1] = torch.nan  # these blocks saw other numbers of tokens
+    assert propose(clip(), "text", divergence, whole - qk - 1)[0]["share"] == {"text": {"attention": [[1, 2, 3]]}}
+    divergence[0, 1] = 0.3
     least = whole - 3 * qk - 3 * mlp
     with pytest.raises(InputError, match=f"budget: expected at least {least:,} parameters, .* got {least - 1:,}"):
         propose(clip(), "text", divergence, least - 1)

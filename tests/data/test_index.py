@@ -230,6 +230,14 @@ def test_a_folder_that_cannot_be_written_to(folder, monkeypatch):
     assert "--out" in line
 
 
+def test_a_kept_index_that_is_damaged_meanwhile_is_named_and_was_not_written(folder, monkeypatch):
+    pattern = str(folder / "*.tar")
+    make(pattern)
+    monkeypatch.setattr(build_index, "_fits", lambda file, path, decoded: path.write_bytes(b"damage") > 0)
+    found = make(pattern)
+    assert (found["written"], len(found["unreadable"])) == (0, 2)
+
+
 def test_unreadable_shards_are_named(folder):
     (folder / "no-0.tar").write_bytes(b"no tar" * 999)
     found = make(str(folder / "*.tar"))
