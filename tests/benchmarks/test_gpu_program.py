@@ -133,7 +133,7 @@ def test_a_dry_run(peers, monkeypatch, tmp_path, capfd):
     assert any(row["form"] == ops.WHOLE and float(row["ms"]) > 0 for row in after if row["op"] == "kernels")
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_whole_models(monkeypatch, tmp_path, capfd):
     """Measures steps, batches and the loader of a small model, after a selftest and tune."""
     monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "cache"))

@@ -206,8 +206,8 @@ def test_a_rank_that_dies_ends_the_others(folder, what, reason):
     assert time.time() - (place / "run-fault").stat().st_mtime < 30
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("deaths", "steps"), [(1, 7), pytest.param(10, 60, marks=pytest.mark.prove)])
+@pytest.mark.prove
+@pytest.mark.parametrize(("deaths", "steps"), [(1, 7), (10, 60)])
 def test_torchrun_goes_on_after_deaths(folder, deaths, steps):
     """Ranks die at random times; training resumes on the same samples and reaches the same weights."""
     place = folder / f"deaths-{deaths}"
