@@ -28,7 +28,7 @@ from torch import Tensor
 from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import HOUR, remove_leftovers, replacing
-from simplclip.common.plotting import INK, MUTED, frame, say, sheet, show, wrapped, write
+from simplclip.common.plotting import INK, MUTED, draw_image, draw_text, frame, sheet, wrapped, write
 from simplclip.common.progress import Progress
 from simplclip.data import arrays, held_out
 from simplclip.data.broken import BrokenSample, Skipped
@@ -107,7 +107,7 @@ def embed(
         about = _write(path, batches, about, total)
     else:
         deque(batches, 0)
-    return ranks.of_first(lambda: about | {"path": str(path), "skipped": skipped})
+    return ranks.on_first(lambda: about | {"path": str(path), "skipped": skipped})
 
 
 def _of_pixels(encoder: Encoder, batch: Tensor) -> Tensor:
@@ -301,15 +301,15 @@ def picture(path: str | os.PathLike, found: dict[str, list[Hit]], about: dict[st
     wide = min(WIDEST, max(map(len, found.values())))
     lines = {query: -(-len(hits) // wide) for query, hits in found.items()}
     figure, axis = sheet(max(label + wide * (1 + gap), 7.5), sum(lines.values()) * height, 0.95)
-    say(axis, 0, -0.75, f"Nearest of {about['count']:,} {about['tower']}s", 15, fontweight="bold")
-    say(axis, 0, -0.38, wrapped(f"{about['name']}; cosine similarity below each", 110, 1), 10, MUTED)
+    draw_text(axis, 0, -0.75, f"Nearest of {about['count']:,} {about['tower']}s", 15, fontweight="bold")
+    draw_text(axis, 0, -0.38, wrapped(f"{about['name']}; cosine similarity below each", 110, 1), 10, MUTED)
     y = 0.0
     for query, hits in found.items():
         if _is_image(query):
             _tile(axis, label - 1.3, y, _thumbnail(file_bytes(query)))
-            say(axis, label - 0.8, y + 1.13, wrapped(Path(query).name, 20, 1), 8, MUTED, ha="center")
+            draw_text(axis, label - 0.8, y + 1.13, wrapped(Path(query).name, 20, 1), 8, MUTED, ha="center")
         else:
-            say(axis, label - 0.3, y + 0.5, wrapped(query, 20, 5), 11, ha="right", fontweight="bold")
+            draw_text(axis, label - 0.3, y + 0.5, wrapped(query, 20, 5), 11, ha="right", fontweight="bold")
         for number, hit in enumerate(hits):
             x, top = label + (number % wide) * (1 + gap), y + (number // wide) * height
             if about["tower"] == "text":
@@ -317,8 +317,8 @@ def picture(path: str | os.PathLike, found: dict[str, list[Hit]], about: dict[st
             else:
                 _tile(axis, x, top, images.get(hit.row), "not found")
                 text = hit.caption or Path(hit.image_path).name or hit.key
-                say(axis, x, top + 1.2, wrapped(text, 17, 2), 7.5, MUTED, va="top", linespacing=1.15)
-            say(axis, x, top + 1.11, f"{hit.score:.3f}", 8.5, INK, fontweight="bold")
+                draw_text(axis, x, top + 1.2, wrapped(text, 17, 2), 7.5, MUTED, va="top", linespacing=1.15)
+            draw_text(axis, x, top + 1.11, f"{hit.score:.3f}", 8.5, INK, fontweight="bold")
         y += lines[query] * height
     return write(figure, Path(path))
 
@@ -327,10 +327,10 @@ def _tile(axis: Any, x: float, y: float, image: Image.Image | None, text: str = 
     """Draws a square with an image in its proportions, or with a text."""
     frame(axis, x, y)
     if image is None:
-        say(axis, x + 0.5, y + 0.5, wrapped(text, 15, 6), 8, MUTED, ha="center")
+        draw_text(axis, x + 0.5, y + 0.5, wrapped(text, 15, 6), 8, MUTED, ha="center")
     else:
         width, height = image.width / max(image.size), image.height / max(image.size)
-        show(axis, image, x + (1 - width) / 2, y + (1 - height) / 2, (width, height))
+        draw_image(axis, image, x + (1 - width) / 2, y + (1 - height) / 2, (width, height))
 
 
 def thumbnails(hits: Sequence[Hit]) -> dict[int, Image.Image]:

@@ -30,7 +30,7 @@ DIRECTIONS = {"fwd": (1, 184), "bwd": (4, 280)}  # number of these views, and by
 
 
 @dataclass
-class Native:
+class ExtensionLaunch:
     """A launch of a kernel of the CUDA extension."""
 
     name: str
@@ -54,7 +54,7 @@ class Native:
     blocks = resident
 
 
-def clocks(kernel: Native, unit: Multiprocessor, rate: Callable[[str], float]) -> dict[str, float]:
+def clocks(kernel: ExtensionLaunch, unit: Multiprocessor, rate: Callable[[str], float]) -> dict[str, float]:
     return sass.Part(kernel.codes).clocks(1, unit, rate)
 
 
@@ -93,7 +93,7 @@ def _kernel(source: str, architecture: int, part: str) -> tuple[str, ptx.Kernel,
     raise RuntimeError(f"{source}: expected a kernel {part}, got none")
 
 
-def kernels(step: Step, architecture: int) -> list[Native]:
+def kernels(step: Step, architecture: int) -> list[ExtensionLaunch]:
     """Returns the launches of a call of shaped_attention."""
     direction, call = step.launch.op.removeprefix("shaped_attention_"), step.launch.call
     if direction not in DIRECTIONS:
@@ -114,11 +114,11 @@ def kernels(step: Step, architecture: int) -> list[Native]:
     memory = sum(size for _, size in (*step.operands, *step.written))
     name = f"shaped_attention_{plan['kernel']}"
     multiply_adds = sass.Part(codes).multiply_adds
-    out = [Native(name, registers, plan["shared"] + static, plan["threads"] // 32, programs, multiply_adds, memory, codes)]
+    shared, warps = plan["shared"] + static, plan["threads"] // 32
+    out = [ExtensionLaunch(name, registers, shared, warps, programs, multiply_adds, memory, codes)]
     if direction == "bwd":
-        out.append(
-            Native("shaped_attention_gains", 32, 0, 1, 3 * heads, 0, 12 * programs, Counter({"FADD": -(-batch // 32)}))
-        )
+        sums = Counter({"FADD": -(-batch // 32)})
+        out.append(ExtensionLaunch("shaped_attention_gains", 32, 0, 1, 3 * heads, 0, 12 * programs, sums))
     return out
 
 

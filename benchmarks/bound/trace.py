@@ -61,7 +61,7 @@ class Step:
     read: list[Touched] = field(default_factory=list)
     written: list[Touched] = field(default_factory=list)
     shape: tuple[int, ...] = ()  # of a product, m n k
-    launch: Any = None  # Launch or Native, for kernels of this library
+    launch: Any = None  # Launch or ExtensionCall, for kernels of this library
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Launch:
 
 
 @dataclass
-class Native:
+class ExtensionCall:
     """A call of a function of the CUDA extension: its op, and its fields with a Stand for each tensor."""
 
     op: str
@@ -185,7 +185,7 @@ class Trace(TorchDispatchMode):
             out = registry.NATIVE_FAKES[op](call)
             given = {name: self.stand(v) if isinstance(v, Tensor) else v for name, v in vars(call).items()}
             stands = [v for v in given.values() if isinstance(v, Stand)]
-            step = Step("cuda", op, stands[0].dtype, launch=Native(op, SimpleNamespace(**given)))
+            step = Step("cuda", op, stands[0].dtype, launch=ExtensionCall(op, SimpleNamespace(**given)))
             step.operands = [t.touched() for t in stands]
             step.written = [self.stand(t).touched() for t in tree_leaves(out) if isinstance(t, Tensor)]
             self.steps.append(step)

@@ -144,7 +144,7 @@ def _similarity_gradient_kernel(
     columns,  # [5, M]
     grad_rows,  # [11, N]
     grad_columns,  # [5, M]
-    near,  # the result of _similarity_factors_kernel, None in a launch with the teacher's matrix
+    factors,  # the result of _similarity_factors_kernel, None in a launch with the teacher's matrix
     factor,  # [] or None: the factor of the matrices before they are rounded
     out,  # [matrices, rows, out_stride]: a block of G of this launch's matrices, in the order of launch.STUDENTS
     sums,  # [programs, SUMS]
@@ -167,7 +167,7 @@ def _similarity_gradient_kernel(
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     if KEPT:  # noqa: SIM102 a compile-time constant, the next condition is not
-        if tl.load(near + 1) > 0.0:
+        if tl.load(factors + 1) > 0.0:
             return
     program = tl.program_id(0)
     at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -222,14 +222,14 @@ def _similarity_gradient_kernel(
         z_scale = tl.load(scale)
         g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         quick = False
-        if near is not None:
-            quick = uniform(plain & (tl.load(near + 1) > 0.0), TILE.INTERPRETED)
+        if factors is not None:
+            quick = uniform(plain & (tl.load(factors + 1) > 0.0), TILE.INTERPRETED)
         if quick:
-            if near is not None:
-                sides = tl.load(near + _FACTORS + row)[:, None]
+            if factors is not None:
+                sides = tl.load(factors + _FACTORS + row)[:, None]
                 if LAUNCH.COLUMNS:
-                    sides = sides + tl.load(near + _FACTORS + (n + 15) // 16 * 16 + column)[None, :]
-                g = weights(raw * (z_scale * LOG2E), tl.load(near)) * sides
+                    sides = sides + tl.load(factors + _FACTORS + (n + 15) // 16 * 16 + column)[None, :]
+                g = weights(raw * (z_scale * LOG2E), tl.load(factors)) * sides
                 d_scale += _total(g * raw) / (1.0 if ATTEND else z_scale)
         else:
             z = raw * (z_scale * LOG2E)
@@ -273,7 +273,7 @@ def _similarity_kept_kernel(
     rows,  # [11, N]
     grad_rows,  # [11, N]
     scale,  # []
-    near,  # the result of _similarity_factors_kernel
+    factors,  # the result of _similarity_factors_kernel
     factor,  # [] or None
     out,  # [rows, out_stride]
     sums,  # [programs, SUMS]
@@ -291,7 +291,7 @@ def _similarity_kept_kernel(
     INTERPRETED: tl.constexpr,
 ):
     """Writes a tile of G, as _similarity_gradient_kernel, from exponentials that forward kept; nothing unless all is near."""
-    if tl.load(near + 1) > 0.0:
+    if tl.load(factors + 1) > 0.0:
         program = tl.program_id(0)
         at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
         of = program // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -300,10 +300,10 @@ def _similarity_kept_kernel(
         share = tl.load(kept + row.to(tl.int64)[:, None] * kept_stride + column[None, :], inside, 0.0).to(tl.float32)
         z_scale = tl.load(scale) * LOG2E
         positive = _stat(rows, DIAGONAL_STUDENT, n, row) * z_scale
-        sides = clamped(near + _FACTORS, row, n)[:, None]
+        sides = clamped(factors + _FACTORS, row, n)[:, None]
         if COLUMNS:
-            sides = sides + clamped(near + _FACTORS + (n + 15) // 16 * 16, column, m)[None, :]
-        g = share * tl.exp2(positive - tl.load(near))[:, None] * sides
+            sides = sides + clamped(factors + _FACTORS + (n + 15) // 16 * 16, column, m)[None, :]
+        g = share * tl.exp2(positive - tl.load(factors))[:, None] * sides
         raw = tl.where(share > 0.0, (tl.log2(share) + positive[:, None]) / z_scale, 0.0)
         sums += program * _SUMS
         tl.store(sums, tl.load(sums) + _total(g * raw) / tl.load(scale))

@@ -106,18 +106,18 @@ def statistics(call: SimilarityCall, kept: Tensor | None = None) -> tuple[Tensor
     return rows, columns
 
 
-def _sweep(call: SimilarityCall, launch: Launch, of: slice, kept: Tensor | None, rows: Tensor, columns: Tensor) -> None:
+def _sweep(call: SimilarityCall, launch: Launch, span: slice, kept: Tensor | None, rows: Tensor, columns: Tensor) -> None:
     """Adds a launch's statistics of some rows; `kept` gets their exponentials."""
     m, image = call.text.shape[0], call.image
     precision, (architecture, processors) = precision_of(image.dtype), architecture_and_processors(image)
     tile = tuning.lookup(*launch.entry(False, kept is not None), precision, architecture)
     slots, tiles = Slots.of(launch), -(-m // tile.block_n)
-    blocks = -(-(of.stop - of.start) // tile.block_m)
+    blocks = -(-(span.stop - span.start) // tile.block_m)
     if launch.COLUMNS:
         blocks = min(blocks, max(1, call.chunk * image.dtype.itemsize // (4 * slots.COLUMNS)))
-    for first in starts(of.stop - of.start, blocks * tile.block_m):
-        first += of.start
-        count = min(of.stop - first, blocks * tile.block_m)
+    for first in starts(span.stop - span.start, blocks * tile.block_m):
+        first += span.start
+        count = min(span.stop - first, blocks * tile.block_m)
         row_blocks = -(-count // tile.block_m)
         ranges, per_split = splits(row_blocks, tiles, processors * tile.blocks)
         row_parts = rows.new_empty(ranges, slots.ROWS, count)
@@ -190,18 +190,18 @@ class Blocks:
         self.sums = torch.zeros(tiles, SUMS, dtype=torch.float32, device=call.image.device)
         self.factor, self.back = (None, None) if attend else self._range_factor()
         self.kept_rows = call.stored_rows if call.keeps_exponentials and not attend else 0
-        self.near = None if call.has_teacher else self._factors()
+        self.factors = None if call.has_teacher else self._softmax_factors()
 
     def __iter__(self) -> Iterator[tuple[str, slice, slice, Tensor]]:
         """Yields for each block and matrix: its flag in STUDENTS, the rows, the columns, and G, which the next overwrites."""
         kept = self.kept_rows
-        for at, of in itertools.chain(
+        for rows, columns in itertools.chain(
             blocks_of(0, kept, self.m, self.rows, self.columns), blocks_of(kept, self.n, self.m, self.rows, self.columns)
         ):
             for launch, tile in self.plan:
-                self._compute(launch, tile, at, of)
+                self._compute(launch, tile, rows, columns)
                 for flag, g in zip((flag for flag in STUDENTS if getattr(launch, flag)), self.scratch):
-                    yield flag, at, of, g[: at.stop - at.start, : of.stop - of.start]
+                    yield flag, rows, columns, g[: rows.stop - rows.start, : columns.stop - columns.start]
 
     def _range_factor(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         call = self.call
@@ -212,7 +212,7 @@ class Blocks:
             call.image, launch, **given, sigmoids=Sigmoids.of(call), mix=None, pairs=Pairs.of(call), n=self.n, m=self.m
         )
 
-    def _factors(self) -> Tensor:
+    def _softmax_factors(self) -> Tensor:
         call = self.call
         out = self.sums.new_empty(FACTORS + -(-self.n // 16) * 16 + self.m)
         started(_similarity_factors_kernel)[(1,)](
@@ -221,21 +221,21 @@ class Blocks:
         )  # fmt: skip
         return out
 
-    def _compute(self, launch: Launch, tile: tuning.Tile, at: slice, of: slice) -> None:
-        call, row_blocks = self.call, -(-(at.stop - at.start) // tile.block_m)
-        kept = at.start < self.kept_rows
+    def _compute(self, launch: Launch, tile: tuning.Tile, rows: slice, columns: slice) -> None:
+        call, row_blocks = self.call, -(-(rows.stop - rows.start) // tile.block_m)
+        kept = rows.start < self.kept_rows
         if kept:
-            kept_blocks = -(-(at.stop - at.start) // KEPT["BLOCK_M"])
-            started(_similarity_kept_kernel)[(kept_blocks * -(-(of.stop - of.start) // KEPT["BLOCK_N"]),)](
-                call.stored, call.row_stats, call.grad_rows, call.scale, self.near, self.factor, self.scratch, self.sums,
-                self.n, self.m, call.label_offset, at.start, of.start, kept_blocks, self.m, self.scratch.stride(1),
+            kept_blocks = -(-(rows.stop - rows.start) // KEPT["BLOCK_M"])
+            started(_similarity_kept_kernel)[(kept_blocks * -(-(columns.stop - columns.start) // KEPT["BLOCK_N"]),)](
+                call.stored, call.row_stats, call.grad_rows, call.scale, self.factors, self.factor, self.scratch, self.sums,
+                self.n, self.m, call.label_offset, rows.start, columns.start, kept_blocks, self.m, self.scratch.stride(1),
                 COLUMNS=call.columns, INTERPRETED=interpreted(), **KEPT, num_warps=4, **COMPILE,
             )  # fmt: skip
-        started(_similarity_gradient_kernel)[(row_blocks * -(-(of.stop - of.start) // tile.block_n),)](
+        started(_similarity_gradient_kernel)[(row_blocks * -(-(columns.stop - columns.start) // tile.block_n),)](
             **arguments(call, launch, tile), ATTEND=self.attend, KEPT=kept, rows=call.row_stats, columns=call.column_stats,
             grad_rows=call.grad_rows, grad_columns=call.grad_columns,
-            near=self.near if launch.HAS_STUDENT else None, factor=self.factor, out=self.scratch, sums=self.sums,
-            first_row=at.start, first_column=of.start, row_blocks=row_blocks, out_stride=self.scratch.stride(1),
+            factors=self.factors if launch.HAS_STUDENT else None, factor=self.factor, out=self.scratch, sums=self.sums,
+            first_row=rows.start, first_column=columns.start, row_blocks=row_blocks, out_stride=self.scratch.stride(1),
             matrix_stride=self.scratch.stride(0),
         )  # fmt: skip
 
@@ -246,14 +246,14 @@ def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
     d_projected_image = d_image if own_image else FeatureGradient(call.projected_image)
     d_projected_text = d_text if own_text else FeatureGradient(call.projected_text)
     blocks = Blocks(call)
-    for flag, at, of, g in blocks:
+    for flag, rows, columns, g in blocks:
         if flag == "HAS_STUDENT":
-            d_image.add(at, g, call.text[of])
-            d_text.add(of, g.T, call.image[at])
+            d_image.add(rows, g, call.text[columns])
+            d_text.add(columns, g.T, call.image[rows])
         elif flag == "HAS_IMAGE_TO_TEACHER":
-            d_projected_image.add(at, g, call.teacher_text[of])
+            d_projected_image.add(rows, g, call.teacher_text[columns])
         else:
-            d_projected_text.add(of, g.T, call.teacher_image[at])
+            d_projected_text.add(columns, g.T, call.teacher_image[rows])
     back, total = blocks.back, blocks.sums.sum(0)
     del blocks, g  # the scratch, before the results in the features' dtype
     d_scale, d_cross = torch.unbind_copy(total[:2])  # results of an op must not share memory

@@ -68,7 +68,7 @@ def peak_memory_mb(device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_bytes("VmHWM")) / 2**20
 
 
-def gpu_use(device: torch.device) -> str:
+def describe_gpu(device: torch.device) -> str:
     """Describes the GPU memory that all processes use and, with nvidia-ml-py, the GPU's utilization; "" for a CPU."""
     if device.type != "cuda":
         return ""

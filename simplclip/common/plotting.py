@@ -44,7 +44,7 @@ def sheet(width: float, height: float, head: float) -> tuple[Figure, Any]:
     return figure, axis
 
 
-def show(axis: Any, image: Any, x: float, y: float, size: tuple[float, float] = (1.0, 1.0)) -> None:
+def draw_image(axis: Any, image: Any, x: float, y: float, size: tuple[float, float] = (1.0, 1.0)) -> None:
     """Draws an image into a tile of this width and height."""
     axis.imshow(image, extent=(x, x + size[0], y + size[1], y), interpolation="bilinear", zorder=1)
 
@@ -55,7 +55,7 @@ def frame(
     axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line, zorder=2))
 
 
-def say(axis: Any, x: float, y: float, text: str, size: float, colour: str = INK, **style: Any) -> None:
+def draw_text(axis: Any, x: float, y: float, text: str, size: float, colour: str = INK, **style: Any) -> None:
     options = {"va": "center", "parse_math": False, **style}  # a caption with two $ is no formula
     axis.text(x, y, text, fontsize=size, color=colour, family=_fonts(), **options)
 

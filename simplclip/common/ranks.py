@@ -159,7 +159,7 @@ class Exchange:
         return self._store
 
 
-def of_first(make: Callable[[], Result]) -> Result:
+def on_first(make: Callable[[], Result]) -> Result:
     """Calls `make` on the first rank; returns its result on all ranks. Other ranks wait without limit; a failure ends all."""
     if count() == 1:
         return make()
@@ -213,12 +213,12 @@ def mapped(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
     return gathered(function(item) for item in islice(items, number(), None, count()))
 
 
-def everyones(value: Item) -> list[Item]:
+def all_values(value: Item) -> list[Item]:
     """Returns the values of all ranks, in the order of the ranks."""
     return Exchange()("value", value) if count() > 1 else [value]
 
 
-def of_any(reason: str | None) -> str | None:
+def any_reason(reason: str | None) -> str | None:
     """Returns this rank's reason to stop, else a text if another rank has a reason, else None. All ranks have to call it."""
     if count() > 1:
         stop = torch.tensor(reason is not None, dtype=torch.int32)
@@ -234,12 +234,12 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def of_loss() -> dict[str, Any]:
+def loss_arguments() -> dict[str, Any]:
     """Returns arguments of a loss over the batch of all ranks; its gradients are right after DDP averages them."""
     return {"gather_with_grad": True, "rank": number(), "world_size": count()} if count() > 1 else {}
 
 
-def explained(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Returns an error as one line of text."""
     message = f"{type(error).__name__}: {str(error).strip().rstrip('.') or 'no message'}"
     if count() > 1 and isinstance(error, RuntimeError) and any(sign in message for sign in LOST):
@@ -247,7 +247,7 @@ def explained(error: BaseException) -> str:
     return message if first() else f"rank {number()} on {socket.gethostname()}: {message}"
 
 
-def draw_apart(seed: int) -> None:
+def seed_apart(seed: int) -> None:
     """Seeds each rank after the first differently, e.g. for dropout. The weights, equal on all ranks, are drawn before."""
     if not first():
         torch.manual_seed(seed + 1_000_003 * number())

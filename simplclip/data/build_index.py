@@ -86,7 +86,8 @@ def run(
             remove_leftovers(folder, lambda name: name.endswith(index.SUFFIX))
         todo = [file for file in files if not _fits(file, targets[file], decoded)]
         with Progress("index", sum(map(os.path.getsize, todo)) >> 20, unit="MiB", shown=progress) as bar:
-            for file, found in ordered(lambda file: pool.submit(look, file, decoded), todo, 2 * (workers or cores())):
+            ahead = 2 * (workers or cores())
+            for file, found in ordered(lambda file: pool.submit(inspect_shard, file, decoded), todo, ahead):
                 bar.update(os.path.getsize(file) >> 20)
                 if isinstance(found, str):
                     unreadable[file] = found
@@ -120,7 +121,7 @@ def skipped_of(about: dict[str, Any]) -> Skipped:
     return skipped
 
 
-def look(shard: str, decoded: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]] | str:
+def inspect_shard(shard: str, decoded: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]] | str:
     """Reads a shard. Returns the `about` and `arrays` that `index.write` takes, or the reason why it cannot be read."""
     places, torn, damage = [], None, Skipped()
     try:
@@ -148,7 +149,7 @@ def look(shard: str, decoded: bool = False) -> tuple[dict[str, Any], dict[str, n
 def described(
     samples: Iterable[Sample], damage: Skipped, decoded: bool = False
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns the part of `look`'s result that depends on the samples alone. damage: the reader's counts, which grow.
+    """Returns the part of `inspect_shard`'s result that depends on the samples alone. damage: the reader's counts.
 
     Raises ShardError.
     """

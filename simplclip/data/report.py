@@ -24,7 +24,7 @@ from simplclip.common.progress import Progress
 from simplclip.common.tables import table
 from simplclip.data import index
 from simplclip.data.broken import BrokenSample, Skipped
-from simplclip.data.build_index import described, look, skipped_of
+from simplclip.data.build_index import described, inspect_shard, skipped_of
 from simplclip.data.epoch import seeded
 from simplclip.data.pairs import parts_of
 from simplclip.data.parts import Part, read_part
@@ -119,7 +119,7 @@ def run(
 def summarise(part: Part) -> Summary | str:
     """Returns the summary of a part, or the reason why it cannot be read."""
     known = index.statistics(part.url) if part.is_local_tar else None
-    found = known or (look(part.url) if part.is_local_tar else _look(part))
+    found = known or (inspect_shard(part.url) if part.is_local_tar else _look(part))
     if isinstance(found, str):
         return found
     about, arrays = found
@@ -139,7 +139,7 @@ def summarise(part: Part) -> Summary | str:
 
 
 def _look(part: Part) -> tuple[dict[str, Any], dict[str, np.ndarray]] | str:
-    """Returns what `look` returns, for a part that is no local tar. Its "bytes" are those of the images."""
+    """Returns what `inspect_shard` returns, for a part that is no local tar. Its "bytes" are those of the images."""
     damage = Skipped()
     try:
         about, arrays = described(read_part(part, damage), damage)

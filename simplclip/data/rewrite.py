@@ -129,8 +129,8 @@ def rewrite(
     meta |= {} if sidecar else _carried(folders, {*stamp})
     meta |= json.loads(json.dumps(dict(stamp)))
     with contextlib.ExitStack() as stack:
-        finished = ranks.of_first(lambda: stack.enter_context(_claimed(out, meta, folders)))
-        todo = ranks.of_first(lambda: _unfinished(sources, out, finished, sidecars))
+        finished = ranks.on_first(lambda: stack.enter_context(_claimed(out, meta, folders)))
+        todo = ranks.on_first(lambda: _unfinished(sources, out, finished, sidecars))
         kept = sum(finished[name]["samples"] for name in sources if name not in todo)
         left = count_samples(list(todo.values()))
         total = None if left is None else kept + sum(left)
@@ -144,7 +144,7 @@ def rewrite(
                 finished[name] = entry
                 _write_meta(out, meta, finished)
                 bar.update(entry["samples"] if rank else 0)
-        finished = ranks.of_first(lambda: finished)
+        finished = ranks.on_first(lambda: finished)
     skipped = Skipped()
     for name in sources:
         for reason, (count, first) in finished[name].get("skipped", {}).items():

@@ -182,7 +182,7 @@ def load(
         plain, _, tag = source.removeprefix(models.PLAIN).partition("/")
         found = _open_clip(plain, tag, checkpoint)
     elif checkpoint is None and Path(source).exists():
-        found = _own(Path(source), trust)
+        found = _from_run_or_export(Path(source), trust)
     elif name == BUILTIN and not (rest and checkpoint):
         found = _builtin(checkpoint or rest)
     elif name in models.names() and not (rest and checkpoint):
@@ -214,7 +214,7 @@ def _named(name: str, weights: str | os.PathLike, trust: bool) -> dict[str, Any]
         raise _missing(path)
     bare = path.is_file() and "format" not in read_weights(path, CheckpointError, "checkpoint: expected weights")
     if not bare:
-        found = _own(path, trust)
+        found = _from_run_or_export(path, trust)
         if found["name"] != name:
             raise CheckpointError(f"{path}: expected a checkpoint of {name!r}, got one of {found['name']!r}")
         return found
@@ -232,7 +232,7 @@ def _parts(name: str, model: Any) -> dict[str, Any]:
     return {"name": name, "model": model, "preprocess": transform, "tokenizer": tokenizer}
 
 
-def _own(path: Path, trust: bool) -> dict[str, Any]:
+def _from_run_or_export(path: Path, trust: bool) -> dict[str, Any]:
     """Arguments of `Encoder` for a run's checkpoint or an export."""
     if (path / EXPORT).is_file() and not (path / "last.pt").exists():
         return _exported(path, trust)

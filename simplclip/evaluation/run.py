@@ -112,7 +112,7 @@ def evaluate(
             mine["splits"][title] = figures | about
             for line in figures["left_out"]:
                 say(f"{shown}: {line}")
-            ranks.of_first(partial(_add, file, answer))
+            ranks.on_first(partial(_add, file, answer))
     if not found:
         say(f"nothing was evaluated; {file} is not written")
         return answer
@@ -154,14 +154,14 @@ def file_name(name: str) -> str:
 
 def _figures(encoder: Encoder, split: Split, templates: list[str], name: str, folder: Path, ending: str) -> dict[str, Any]:
     """Returns the figures of an encoded split, and writes its pictures."""
-    found, classes, nameless = ranks.of_first(partial(recall_of, split, encoder.device)), None, None
+    found, classes, nameless = ranks.on_first(partial(recall_of, split, encoder.device)), None, None
     try:
         classes = zero_shot(encoder.model, split, templates, encoder.device, encoder.precision)
     except NamelessError as error:
         if not found:
             raise
         nameless = f"no classification: {error}"
-    return ranks.of_first(partial(_result, encoder, split, found, classes, nameless, (name, folder, ending)))
+    return ranks.on_first(partial(_result, encoder, split, found, classes, nameless, (name, folder, ending)))
 
 
 def _result(encoder: Encoder, split: Split, found: Any, classes: Any, nameless: str, files: tuple) -> dict[str, Any]:

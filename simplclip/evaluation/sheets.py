@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from simplclip.common.plotting import FRAME, INK, MUTED, frame, say, sheet, show, wrapped, write
+from simplclip.common.plotting import FRAME, INK, MUTED, draw_image, draw_text, frame, sheet, wrapped, write
 from simplclip.retrieval.metrics import nearest
 from simplclip.retrieval.split import Split
 
@@ -38,18 +38,18 @@ def contact_sheet(path: str | Path, split: Split, title: str, subtitles: tuple[s
     figure, axis = sheet(width, height, 1.25)
 
     def picture(image: int, x: float, y: float, hit: bool = False) -> None:
-        show(axis, shown[image], x, y)
+        draw_image(axis, shown[image], x, y)
         frame(axis, x, y, colour=RIGHT if hit else FRAME, line=3.5 if hit else 0.8)
 
-    say(axis, 0, -1.1, title, 15, fontweight="bold")
+    draw_text(axis, 0, -1.1, title, 15, fontweight="bold")
     frame(axis, width - 1.55, -1.19, 0.18, 0.18, RIGHT, 2.5)
-    say(axis, width - 1.25, -1.1, "right answer", 10, MUTED)
+    draw_text(axis, width - 1.25, -1.1, "right answer", 10, MUTED)
     for x, head, line in zip((0, right), ("Caption → nearest images", "Image → nearest captions"), subtitles):
-        say(axis, x, -0.62, head, 12)
-        say(axis, x, -0.3, line, 10, MUTED)
+        draw_text(axis, x, -0.62, head, 12)
+        draw_text(axis, x, -0.3, line, 10, MUTED)
     for row, query in enumerate(texts):
         y = row * row_height
-        say(axis, label - 0.2, y + tile / 2, wrapped(split.captions[query], 22, 4), 10.5, ha="right")
+        draw_text(axis, label - 0.2, y + tile / 2, wrapped(split.captions[query], 22, 4), 10.5, ha="right")
         for column, image in enumerate(near_images[row]):
             picture(image, label + column * row_height, y, bool(groups[image] == caption_groups[query]))
     for row, query in enumerate(images):
@@ -61,8 +61,8 @@ def contact_sheet(path: str | Path, split: Split, title: str, subtitles: tuple[s
             if hit:
                 frame(axis, x, middle - 0.43 * line_height, caption, 0.86 * line_height, RIGHT, 2)
             words = wrapped(split.captions[text], 46, 1)
-            say(axis, x + 0.1, middle, words, 9, INK if hit else MUTED, fontweight="bold" if hit else "normal")
-            say(axis, x + caption - 0.1, middle, f"{similarity:.2f}", 8, MUTED, ha="right")
+            draw_text(axis, x + 0.1, middle, words, 9, INK if hit else MUTED, fontweight="bold" if hit else "normal")
+            draw_text(axis, x + caption - 0.1, middle, f"{similarity:.2f}", 8, MUTED, ha="right")
     return write(figure, Path(path))
 
 
@@ -78,17 +78,17 @@ def confusion_sheet(path: str | Path, split: Split, found: Mapping[str, Any], ti
     label, gap, columns = 4.6, 0.14, max(len(pair["rows"]) for pair in pairs)
     width, height = max(label + columns * (1 + gap) + 0.1, 8), len(pairs) * (1 + gap)
     figure, axis = sheet(width, height, 0.95)
-    say(axis, 0, -0.75, wrapped(title, 90, 1), 15, fontweight="bold")
-    say(axis, 0, -0.35, subtitle, 10, MUTED)
+    draw_text(axis, 0, -0.75, wrapped(title, 90, 1), 15, fontweight="bold")
+    draw_text(axis, 0, -0.35, subtitle, 10, MUTED)
     for number, pair in enumerate(pairs):
         y = number * (1 + gap)
-        say(axis, 0, y + 0.28, wrapped(pair["class"], 40, 1), 11, fontweight="bold")
-        say(axis, 0, y + 0.53, wrapped(f"taken for {pair['taken_for']}", 44, 1), 11, WRONG)
+        draw_text(axis, 0, y + 0.28, wrapped(pair["class"], 40, 1), 11, fontweight="bold")
+        draw_text(axis, 0, y + 0.53, wrapped(f"taken for {pair['taken_for']}", 44, 1), 11, WRONG)
         share = f"{pair['images']} of {pair['of']} images, {pair['images'] / pair['of']:.0%}"
-        say(axis, 0, y + 0.78, share, 9, MUTED)
+        draw_text(axis, 0, y + 0.78, share, 9, MUTED)
         for column, row in enumerate(pair["rows"]):
             x = label + column * (1 + gap)
-            show(axis, shown[row], x, y)
+            draw_image(axis, shown[row], x, y)
             frame(axis, x, y)
     return write(figure, Path(path))
 

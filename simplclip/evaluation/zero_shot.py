@@ -132,7 +132,7 @@ def zero_shot(
     Raises: NamelessError for labels that are numbers if there are no names; InputError for a label that is not a known class.
     """
     templates = phrases(templates)
-    read = ranks.of_first(partial(_classes, split))
+    read = ranks.on_first(partial(_classes, split))
     if isinstance(read, InputError):
         raise read
     classes, truth = read

@@ -193,10 +193,6 @@ class SigmoidLoss(WIKDLoss):
 
     FUSED: ClassVar[dict[str, str]] = {"sigmoid_loss": "sigmoid", "pair_matching_loss": "pair_matching"}
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.contrastive_weight = self.pm_weight = 0.0  # WIKDLoss's forward computes the terms of a teacher alone
-
     def forward(  # type: ignore[override]
         self,
         image: Tensor,  # [N, D]
@@ -216,6 +212,7 @@ class SigmoidLoss(WIKDLoss):
             values = terms_of_sum(self._terms(tuple(fused), *own, weights=fused, **options), fused)
             terms = {term: self._value(values[name]) for term, name in self.FUSED.items() if name in fused}
         if weights.keys() - terms.keys():
+            self.contrastive_weight = self.pm_weight = 0.0  # the forward below computes the other terms alone
             of_teacher = teacher[0], teacher[1], teacher[2]
             taught = named(super().forward(image, text, logit_scale, *of_teacher, output_dict=True, ids=ids))
             terms |= {term: weights[term] * value for term, value in taught.items()}

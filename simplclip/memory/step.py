@@ -77,7 +77,7 @@ class TrainerStep(Training):
         self.optimizer = make_optimizer(self.model, self.loss, self.config)
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, self.config))
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # an enabled scaler reads values of tensors
-        self.step = busiest(self.config)
+        self.step = busiest_step(self.config)
         self._seen: dict[str, dict[str, tuple[int, torch.dtype]]] = {}  # tower -> width and dtype of each of its outputs
         self.model.train()
         if self.crop is not None:  # the predicted texts have one length
@@ -185,7 +185,7 @@ class TrainerStep(Training):
             return super().terms(batches, image, text, **distances)
 
 
-def busiest(config: Config) -> int:
+def busiest_step(config: Config) -> int:
     """The first step of a run with the largest number of active loss terms."""
     schedules, steps = config.loss.weights.values(), config.run.steps
     turns = sorted({0, steps - 1, *(s.start for s in schedules), *(s.start + 1 for s in schedules)})

@@ -200,7 +200,7 @@ def taken_out(device: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def supposing(failed: dict[str, str]) -> Iterator[None]:
+def with_taken_out(failed: dict[str, str]) -> Iterator[None]:
     """Takes out the keys in `failed` instead of those that failed `simplclip selftest`. On entry no backend is forced."""
     global _supposed, _forced
     before, _supposed, _forced = (_supposed, _forced), failed, ""
@@ -228,7 +228,7 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype, **call) -> str 
     return TABLE[op][name].why_not(device, dtype, **call) or _why_taken_out(op, name, device, dtype)
 
 
-def of_part(op: str, name: str) -> str:
+def backend_of_part(op: str, name: str) -> str:
     """Returns the backend to ask for `op`, a part of an op for which `name` was asked: "" if `op` has no backend `name`."""
     return "" if name in NAMES and name not in TABLE[op] else name
 

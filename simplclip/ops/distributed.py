@@ -207,10 +207,10 @@ class SameShapes:
         new = shape != self.shape or self.own.device != image.device
         if new:
             self.shape, self.own = shape, torch.tensor(shape, device=image.device)
-        everyones = self.own.new_empty(dist.get_world_size(group) * len(shape))
-        dist.all_gather_into_tensor(everyones, self.own, group=group)
+        all_values = self.own.new_empty(dist.get_world_size(group) * len(shape))
+        dist.all_gather_into_tensor(all_values, self.own, group=group)
         if new or image.device.type == "cpu":
-            shapes = everyones.unflatten(0, (-1, len(shape))).tolist()
+            shapes = all_values.unflatten(0, (-1, len(shape))).tolist()
             if any(other != shape for other in shapes):
                 self.shape = None  # so that the next call reads the shapes again
                 got = "; ".join(f"rank {rank}: {s[:2]}, {s[2:]}" for rank, s in enumerate(shapes))

@@ -63,7 +63,7 @@ def define(
         call = call_type(*args[:-1])
 
         def pick(op: str, **of_call) -> Callable:
-            asked = args[-1] if op == name else backends.of_part(op, args[-1])
+            asked = args[-1] if op == name else backends.backend_of_part(op, args[-1])
             backend, function = backends.select(op, first.device.type, first.dtype, asked, **of_call)
             return through(op, backend, function) if through else function
 

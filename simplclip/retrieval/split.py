@@ -165,7 +165,7 @@ def encode(
         for features in split.read(batch_size, workers, of_images):
             images.append(features)
             bar.update(len(features))
-    captions = ranks.of_first(lambda: split.captions)
+    captions = ranks.on_first(lambda: split.captions)
     for features in ranks.mapped(of_texts, range(0, len(captions), batch_size)):
         texts.append(features)
     split.image_features, split.text_features = images.finish(), texts.finish()

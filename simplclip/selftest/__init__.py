@@ -86,7 +86,7 @@ class Row:
 def rows_of(device: str, full: bool, ops: Iterable[str]) -> list[Row]:
     """Returns the rows of the proof on this device, without making a call."""
     found = []
-    with backends.supposing({}):
+    with backends.with_taken_out({}):
         for row in (Row(*each) for each in itertools.product(ops, (*backends.NAMES, COMPILED), PRECISIONS)):
             of_precision = {TF32: device == row.backend == "cuda", "float64": row.backend == "reference"}
             wanted = of_precision.get(row.precision, True)
@@ -275,7 +275,7 @@ def _what_runs(case: Case) -> list[str]:
 def prove(row: Row, device: str, full: bool) -> Row:
     """Runs the calls of a row, until MOST of them have failed."""
     every = {backends.key(op, name, dtype): "" for op in backends.TABLE for name in backends.NAMES for dtype in FLOATS}
-    with backends.supposing(every if row.backend == "reference" else {}):
+    with backends.with_taken_out(every if row.backend == "reference" else {}):
         for number, case in enumerate(cases(row, device, full)):
             try:
                 check(case, row, REPEATED if number < (4 if full else 1) else 2)

@@ -98,9 +98,9 @@ def run(
     drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     about = {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}
     options = {"batch_size": batch_size, "progress": progress, "title": "captions", "sidecar": True, "sidecars": sidecars}
-    shards = ranks.of_first(partial(local_shards, shards, out, progress=progress))
+    shards = ranks.on_first(partial(local_shards, shards, out, progress=progress))
     summary = rewrite(shards, out, process, stamp={"caption": about}, **options)
-    everywhere = ranks.everyones(counts)
+    everywhere = ranks.all_values(counts)
     return summary | {name: sum(of_one[name] for of_one in everywhere) for name in ("captions", "duplicate", "empty")}
 
 

@@ -179,7 +179,7 @@ def write(
 
     about = teachers.stamp() | {"dtype": dtype} | ({} if views is None else {"views": views.stamp()})
     options = {"batch_size": batch_size, "progress": progress, "title": "teacher"}
-    shards = ranks.of_first(partial(local_shards, shards, out, progress=progress))
+    shards = ranks.on_first(partial(local_shards, shards, out, progress=progress))
     return rewrite(shards, out, process, stamp={"teacher": about}, sidecar=True, sidecars=sidecars, **options)
 
 
@@ -223,7 +223,7 @@ def evaluate(
     for name, shards in splits.items():
         split = retrieval.Split(held_out(shards), teacher.tokenizer, teacher.preprocess)
         retrieval.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
-        figures[name] = ranks.of_first(partial(retrieval.recall_of, split, teacher.device)) or {}
+        figures[name] = ranks.on_first(partial(retrieval.recall_of, split, teacher.device)) or {}
     return figures
 
 
@@ -275,7 +275,7 @@ def run(
                 raise InputError(f"checkpoint: expected heads instead for the built-in teacher, got {str(weights)!r}")
             weights = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
             options = {"seed": seed, "device": place, "precision": precision, "progress": progress, "sidecars": sidecars}
-            shards, note = ranks.of_first(partial(_heads, source, shards, out, weights, options))
+            shards, note = ranks.on_first(partial(_heads, source, shards, out, weights, options))
         encoders.append(load(source, weights, device=place, precision=precision))
         if note:
             say(note)

@@ -21,7 +21,7 @@ from simplclip.train.settings import TERMS, Config, Schedule
 from simplclip.train.state import Training
 
 # Settings that have an effect only if one of the listed settings is set.
-NEEDS = {
+EFFECTIVE_WITH = {
     "inherit.train": ["inherit.source"],
     "inherit.blocks": ["inherit.source"],
     "loss.plane": ["loss.pm_weight"],
@@ -73,7 +73,7 @@ def warnings(config: Config, samples: int | None) -> Iterator[str]:
     if samples is not None and samples < size:
         what = "a step sees some more than once" if config.data.micro_batch else "no batch is full"
         yield f"data.batch_size = {size:,} is more than the {samples:,} images of an epoch: {what}"
-    for key, others in NEEDS.items():
+    for key, others in EFFECTIVE_WITH.items():
         value = attrgetter(key)(config)
         if value != keys()[key].default and not any(attrgetter(other)(config) for other in others):
             yield f"{key} = {value} has no effect without {' or '.join(others)}"

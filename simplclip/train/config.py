@@ -28,7 +28,7 @@ class ConfigError(InputError):
 NODES = 100_000  # the most values that a YAML document may have
 ANY = object()  # any value: the setting changes no result
 # Settings of earlier versions that a checkpoint or a run's config.yaml may still have, with the value that is now built in.
-GONE = {
+REMOVED = {
     "model.sync_norms": ANY,
     "data.on_error": "skip",
     "data.max_pixels": None,
@@ -100,7 +100,7 @@ def from_dict(values: dict[str, Any], *, stored: bool = False) -> Config:
 
 def _drop_gone(values: Any) -> None:
     """Removes settings of earlier versions, except those whose value differs from the value that is now built in."""
-    for key, value in GONE.items():
+    for key, value in REMOVED.items():
         section, (*outer, name) = values, key.split(".")
         for part in outer:
             section = section.get(part) if isinstance(section, dict) else None

@@ -82,7 +82,7 @@ class MemoryLimit:
             )
         return limit or total
 
-    def settle(self, config: Config) -> Config:
+    def with_micro_batch(self, config: Config) -> Config:
         """Returns `config` with data.micro_batch "auto" replaced by a number. Raises ConfigError."""
         if self.planner is None:
             raise ConfigError(
@@ -101,7 +101,7 @@ class MemoryLimit:
         parts = [f"The plan: this step takes {peak}; {usable} are usable of {memory}."]
         parts += [f"Try {advice}." for advice in made.advice]
         try:
-            micro = self.settle(config).data.micro_batch
+            micro = self.with_micro_batch(config).data.micro_batch
             parts += [f"data.micro_batch={micro} fits."] if micro and micro != config.data.micro_batch else []
         except ValueError as error:  # nothing fits, or the model's norms forbid micro-batches
             parts.append(str(error))

@@ -69,9 +69,9 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(ranks.joined())
         is_first = ranks.first()
-        config = ranks.of_first(partial(with_steps, config))
-        note = ranks.of_first(lambda: stack.enter_context(run_lock(out)))
-        state, config = ranks.of_first(partial(claim, out, config, resume))
+        config = ranks.on_first(partial(with_steps, config))
+        note = ranks.on_first(lambda: stack.enter_context(run_lock(out)))
+        state, config = ranks.on_first(partial(claim, out, config, resume))
         if is_first:
             remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
         device = ranks.device(config.run.device)
@@ -80,7 +80,7 @@ def run(
         stack.callback(limit.lift)
         auto = config.data.micro_batch == "auto"
         if auto:
-            config = ranks.of_first(partial(limit.settle, config))
+            config = ranks.on_first(partial(limit.with_micro_batch, config))
         torch.manual_seed(config.run.seed)
         random.seed(config.run.seed)
         np.random.seed(config.run.seed % 2**32)  # noqa: NPY002 (transforms may draw from the global generator)
@@ -89,11 +89,11 @@ def run(
         if config.eval.every:
             splits = retrieval.load_splits(config.eval.splits, tokenizer(config), image_transform(config, train=False))
         training = Training(config, device, precision, state)
-        ranks.draw_apart(config.run.seed + training.step)
+        ranks.seed_apart(config.run.seed + training.step)
         console = (console or Console()) if is_first else Console(quiet=True)
         if training.prefix:
             show = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-            ranks.of_first(lambda: PrefixCache(training).make(show))
+            ranks.on_first(lambda: PrefixCache(training).make(show))
         source = loader(training)
         training.model.train()
         whole = LastStep(training)
@@ -116,7 +116,7 @@ def run(
                     report.print(f"resume     continuing from step {training.step}{longer}{ranks.before(state)}")
                 if training.step < config.run.steps:
                     _steps(training, source, splits, whole, stop, report, log)
-            ranks.of_first(partial(curves, out))
+            ranks.on_first(partial(curves, out))
         except Exception as error:
             failed = _failure(error, whole, limit, config)
             if failed is error:
@@ -183,7 +183,7 @@ def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Conf
         traceback.clear_frames(error.__traceback__)  # the frames hold the step's activations
         limit.lift()
     if not ranks.first():
-        return SystemExit(1) if isinstance(error, TrainingError) else TrainingError(f"step {step}: {ranks.explained(error)}")
+        return SystemExit(1) if isinstance(error, TrainingError) else TrainingError(f"step {step}: {ranks.error_line(error)}")
     saved = whole.rescue()
     again = f"simplclip train {out / 'config.yaml'} --resume{flag(config)}"
     go_on = f" To go on: {again}" if (out / "last.pt").exists() else ""
@@ -199,7 +199,7 @@ def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Conf
         return error
     if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
         return TrainingError(f"{error}. {saved}")
-    return TrainingError(f"after step {step - 1}: {ranks.explained(error)}. {saved}{go_on}")
+    return TrainingError(f"after step {step - 1}: {ranks.error_line(error)}. {saved}{go_on}")
 
 
 def _evaluate(training: Training, splits: dict[str, retrieval.Split], log: RunLog, show: Callable[[str], None]) -> None:
@@ -208,7 +208,7 @@ def _evaluate(training: Training, splits: dict[str, retrieval.Split], log: RunLo
         config = training.config
         where = training.device, training.precision
         retrieval.encode(training.model, split, retrieval.BATCH_SIZE, *where, workers=config.data.workers)
-        found = ranks.of_first(partial(retrieval.recall_of, split, training.device))
+        found = ranks.on_first(partial(retrieval.recall_of, split, training.device))
         for direction, figures in (found or {}).items():
             values = {k: v["value"] for k, v in figures.items()}
             log.write("evaluation", {"step": training.step, "split": name, "direction": direction, **values})

@@ -42,7 +42,7 @@ class Reporter:
             f"step {step}/{self.steps}  {duration(self.pace.seconds)} gone, {duration(seconds_left)} left  "
             f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}{bias}  "
             f"{row['samples_per_s']:.0f} samples/s  waiting for data {row['data_share']:.0%}  peak {row['peak_mb']:.0f} MiB"
-            f"{hardware.gpu_use(self.device)}"
+            f"{hardware.describe_gpu(self.device)}"
         )
         if self.live and not last:
             self.status.update(line)

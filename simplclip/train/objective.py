@@ -29,7 +29,7 @@ class Objective:
         self.sigmoid = config.base == "sigmoid"
         on: dict[str, Any] = {switch: float(term in self.schedules) for term, switch in TERMS.items()}
         on["contrastive_weight"] += self.sigmoid
-        shared: dict[str, Any] = {"plane": config.plane, "embed_dim": width, **ranks.of_loss()}
+        shared: dict[str, Any] = {"plane": config.plane, "embed_dim": width, **ranks.loss_arguments()}
         if teacher is None and not self.sigmoid:
             self.loss: nn.Module = losses.ClipPMLoss(pm_weight=on["pm_weight"], **shared)
             return

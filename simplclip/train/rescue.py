@@ -51,7 +51,7 @@ class StopRequest:
 
     def agreed(self) -> str | None:
         """Returns the reason why all ranks stop now, between two steps; None if they go on."""
-        stopped = ranks.of_any(self.requested)
+        stopped = ranks.any_reason(self.requested)
         if stopped:
             self.requested = stopped
             if ranks.count() > 1:

@@ -165,8 +165,8 @@ def test_images_are_found_again_or_said_to_be_gone(folder, model, tmp_path, monk
         assert found[hit.row].tobytes() == Image.open(io.BytesIO(drawn(int(hit.key[1])))).convert("RGB").tobytes()
     assert not (tmp_path / "ran").exists()
     shown = []
-    monkeypatch.setattr(embedding, "show", lambda axis, image, *place: shown.append(image.size))
-    monkeypatch.setattr(embedding, "say", lambda axis, x, y, text, *rest, **style: shown.append(text))
+    monkeypatch.setattr(embedding, "draw_image", lambda axis, image, *place: shown.append(image.size))
+    monkeypatch.setattr(embedding, "draw_text", lambda axis, x, y, text, *rest, **style: shown.append(text))
     (tmp_path / "s.tar").unlink()
     stored = embedding.Stored(tmp_path / "f.npz")
     embedding.picture(tmp_path / "hits.png", embedding.find(stored, "ring", top=99), stored.about)

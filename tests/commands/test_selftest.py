@@ -194,7 +194,7 @@ def test_the_next_backend_serves_for_what_is_taken_out(cache, wrong_gradient):
     assert report["ops"]["parallel_mlp_bwd"]["cpu"]["others"]["cpu"] == why
     assert report["ops"]["feature_loss_bwd"]["cpu"]["backend"] == "cpu"
     assert f"taken out    {KEY}: a reason" in render(report).splitlines()
-    with backends.supposing({}):
+    with backends.with_taken_out({}):
         torch.testing.assert_close(call(), before)
     machine.store("failed", "cpu", {})
     torch.testing.assert_close(call(), before)

@@ -64,7 +64,7 @@ def test_mutated_archives(tmp_path, monkeypatch, archives):
                 with tarfile.open(path) as same:
                     assert {m.name: same.extractfile(m).read() for m in same if m.isreg()} == files
             if local is not None and number % 3 == 0:
-                index.write(index.paths(str(path))[0], *build_index.look(str(path)))
+                index.write(index.paths(str(path))[0], *build_index.inspect_shard(str(path)))
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
                     assert read(str(path)) == local
@@ -84,7 +84,7 @@ def test_mutated_indices(tmp_path, archives):
         path = tmp_path / f"{number}.tar"
         path.write_bytes(whole[0])
         names = index.paths(str(path))[0]
-        index.write(names, *build_index.look(str(path)))
+        index.write(names, *build_index.inspect_shard(str(path)))
         what, changed = make.changed_index(names.read_bytes(), draw)
         names.write_bytes(changed)
         with harmless(f"case {number}: {what}"), warnings.catch_warnings(record=True) as said:

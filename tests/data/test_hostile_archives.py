@@ -223,7 +223,7 @@ def test_evaluation_report_index_and_shrink(folder, tmp_path, monkeypatch):
                 assert (summary.broken.counts, bool(summary.sums["indexed"])) == (counted, what == "indices"), path
                 assert summary.sums["samples"] == len(used) + sum(n for reason, n in counted.items() if reason not in OF_TARS)
                 if what == "headers":
-                    index.write(index.paths(path)[1], *build_index.look(path))
+                    index.write(index.paths(path)[1], *build_index.inspect_shard(path))
     shrink.run([*opened], tmp_path / "small", short=8, workers=1, progress=False)
     splits = json.loads((tmp_path / "small" / "meta.json").read_text())["splits"].values()
     skipped = [entry.get("skipped", {}) for split in splits for entry in split["shards"].values()]
@@ -334,7 +334,7 @@ INDICES = {
 def test_an_index_that_cannot_be_is_not_used(tmp_path, name):
     shard = str(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(pair(1) + pair(2) + END)
-    about, arrays = build_index.look(shard)
+    about, arrays = build_index.inspect_shard(shard)
     change = INDICES[name]
     text = change.get("text") or json.dumps({"format": index.FORMAT} | about | change.get("about", {})).encode()
     parts = {"about": np.frombuffer(text, "u1")} | arrays | change.get("arrays", {})

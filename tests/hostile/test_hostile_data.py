@@ -234,7 +234,7 @@ def test_captions_are_used_or_counted(content, expected):
         for caption in captions:
             json.dumps(caption, ensure_ascii=False).encode()
             figure, axis = plotting.sheet(4, 2, 1)
-            plotting.say(axis, 0, 0, plotting.wrapped(caption, 20, 2), 9)
+            plotting.draw_text(axis, 0, 0, plotting.wrapped(caption, 20, 2), 9)
             plotting.write(figure, Path("x.png"))
 
 

@@ -15,7 +15,7 @@ from simplclip.memory import fake, report
 from simplclip.memory.count import UncountedOp
 from simplclip.memory.measure import measure, predict
 from simplclip.memory.plan import _Planner, largest, make, parse_memory
-from simplclip.memory.step import OpenClipStep, TrainerStep, busiest
+from simplclip.memory.step import OpenClipStep, TrainerStep, busiest_step
 from simplclip.train import config
 from simplclip.train.limits import GIB, Budget
 
@@ -121,7 +121,7 @@ def test_checkpointed_open_clip_model():
 @pytest.mark.slow
 def test_terms_that_come_later_count():
     later = ["run.steps=50", "loss.relational_weight={value: 0, to: 1, start: 10}", "loss.pm_weight={value: 1, until: 30}"]
-    assert busiest(config.load(TINY_CONFIG, later)) == 11
+    assert busiest_step(config.load(TINY_CONFIG, later)) == 11
     shared = ["data.batch_size=16384", "data.micro_batch=8", CACHED]  # the loss takes most of the memory
     peak = lambda *changes: predict(trainer(TINY_CONFIG, "fp32", *shared, *changes), CPU).peak  # noqa: E731
     assert peak(*later) == peak("loss.relational_weight=1", MATCHING) > peak(MATCHING)

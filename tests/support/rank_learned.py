@@ -69,9 +69,9 @@ def main(rank):
         if name == "ClipPMLoss":
             forms["compiled"] = train(torch.compile(loss, backend="aot_eager"), *own)
         for form, values in forms.items():
-            everyones = [torch.empty_like(values) for _ in range(world)]
-            dist.all_gather(everyones, values)
-            assert all(torch.equal(each, everyones[0]) for each in everyones), f"{name} {form}: ranks differ"
+            all_values = [torch.empty_like(values) for _ in range(world)]
+            dist.all_gather(all_values, values)
+            assert all(torch.equal(each, all_values[0]) for each in all_values), f"{name} {form}: ranks differ"
             torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-11, msg=lambda m, w=(name, form): f"{w}: {m}")
         several = [shape for shape, *_ in seen if math.prod(shape) > 1]  # values of losses have one element
         assert len(several) == STEPS * reductions, (name, seen)
@@ -82,9 +82,9 @@ def second(weight):
     """Checks that the averaged gradient can be differentiated again."""
     (learned,) = distributed.learned((weight,), dist.group.WORLD)
     (first,) = torch.autograd.grad(learned.pow(3).sum(), weight, create_graph=True)
-    everyones = [torch.empty_like(weight) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyones, weight.detach())
-    weights = torch.stack(everyones)
+    all_values = [torch.empty_like(weight) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_values, weight.detach())
+    weights = torch.stack(all_values)
     torch.testing.assert_close(first.detach(), 3 * weights.pow(2).mean(0))
     (again,) = torch.autograd.grad(first.sum(), weight)
     torch.testing.assert_close(again, 6 * weights.mean(0))

@@ -140,16 +140,16 @@ def test_memory_and_use_of_a_gpu(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (19 * 2**30, 24 * 2**30))
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 97)
-    assert hardware.gpu_use(cuda) == "  GPU 5.0 of 24.0 GiB, 97% busy"
+    assert hardware.describe_gpu(cuda) == "  GPU 5.0 of 24.0 GiB, 97% busy"
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (19 * 2**30, 24 * 2**30))
-    assert hardware.gpu_use(cuda) == "  GPU 5.0 of 24.0 GiB"  # without nvidia-ml-py and a driver
-    assert hardware.gpu_use(torch.device("cpu")) == ""
+    assert hardware.describe_gpu(cuda) == "  GPU 5.0 of 24.0 GiB"  # without nvidia-ml-py and a driver
+    assert hardware.describe_gpu(torch.device("cpu")) == ""
 
 
 @pytest.mark.slow
 def test_a_terminal_and_a_gpu_show_in_the_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "gpu_use", lambda device: "  GPU 5.0 of")
+    monkeypatch.setattr(hardware, "describe_gpu", lambda device: "  GPU 5.0 of")
     for live in (False, True):
         text = io.StringIO()
         console = Console(file=text, width=300, force_terminal=live)

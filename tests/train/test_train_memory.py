@@ -39,7 +39,7 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
     assert f"data.micro_batch = 4 fits in {limits.gib(limits.Budget(0).usable)}, by simplclip plan" in told
     usable(1 << 20)
     with pytest.raises(ConfigError, match="data.micro_batch: expected one that fits .* even with 1 at a time"):
-        limits.MemoryLimit(CPU, planner=memory).settle(settings("auto"))
+        limits.MemoryLimit(CPU, planner=memory).with_micro_batch(settings("auto"))
     usable(1 << 40)  # resuming takes the checkpoint's value, without another plan
     told = go(settings("auto", "run.steps=3"), resume=True, planner=memory)
     assert "by simplclip plan" not in told

@@ -70,9 +70,8 @@ def _fwd_fake(call, backend):
     widths = (2 * x.shape[2], call.fc1_weight.shape[0])
     qk, h = (x.new_empty((b * length, width) if call.keep else (0,)) for width in widths)
     lse = x.new_empty(b, heads, length, dtype=call.gains.dtype)
-    av = x.new_empty(
-        av_shape(call.heads, x, backends.of_part("shaped_attention_fwd", backend), **_facts(call)) if call.keep else (0,)
-    )
+    part = backends.backend_of_part("shaped_attention_fwd", backend)
+    av = x.new_empty(av_shape(call.heads, x, part, **_facts(call)) if call.keep else (0,))
     return torch.empty_like(x, memory_format=torch.contiguous_format), qk, h, lse, av
 
 

@@ -110,7 +110,7 @@ def _autograd(ctx, saved, grad_rows, grad_columns, _):
 register_autograd("similarity_loss_fwd", _autograd, _setup_context)
 
 
-def _by_number(function, call):
+def _run_contiguous(function, call):
     """Makes a call's tensors contiguous and runs the function: one launch, where torch would need one for each operation."""
     for name in tensors_of(type(call)):
         if getattr(call, name) is not None:
@@ -137,8 +137,8 @@ _TERMS, _TERMS_BWD = (
     backends.row(function, module="similarity.terms", cpu=False)
     for function in (reference.similarity_terms, reference.similarity_terms_bwd)
 )
-define("similarity_terms", TermsCall, "Tensor", _by_number, _terms_fake, row=_TERMS)
-define("similarity_terms_bwd", TermsGradient, "(Tensor, Tensor, Tensor)", _by_number, _terms_bwd_fake, row=_TERMS_BWD)
+define("similarity_terms", TermsCall, "Tensor", _run_contiguous, _terms_fake, row=_TERMS)
+define("similarity_terms_bwd", TermsGradient, "(Tensor, Tensor, Tensor)", _run_contiguous, _terms_bwd_fake, row=_TERMS_BWD)
 register_gradient("similarity_terms", TermsCall, _terms_backward)
 
 
