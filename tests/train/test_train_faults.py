@@ -32,6 +32,7 @@ from rich.console import Console
 from runs import bits, rows, state_of
 
 from simplclip import train
+from simplclip.common import progress
 from simplclip.train import checkpoint
 
 FAULTS = int(os.environ.get("SIMPLCLIP_TEST_FAULTS", "8"))
@@ -60,6 +61,7 @@ class Copied(io.StringIO):
 def work(config, out, told, pipe, ready):
     """Trains, and writes the printed text, and an error that ended the run, to the file `told`."""
     torch.set_num_threads(1)
+    progress.Pace.due = lambda self: True  # prints a line after each step
     ready.set()
     text = Copied(pipe)
     try:
