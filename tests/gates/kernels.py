@@ -40,7 +40,7 @@ _TYPES = {
     **dict.fromkeys(("out", "student", "d_student"), "*element"),
     **dict.fromkeys(("scale", "teacher_scale", "cross_scale", "row_parts"), "*fp32"),
     **dict.fromkeys(
-        ("column_parts", "rows", "columns", "grad_rows", "grad_columns", "near", "factor", "sums", "parts"), "*fp32"
+        ("column_parts", "rows", "columns", "grad_rows", "grad_columns", "factors", "factor", "sums", "parts"), "*fp32"
     ),
     **dict.fromkeys(("inv_norms", "grad"), "*fp32"),
     "teacher": "*fp16",  # stored features
@@ -133,7 +133,7 @@ def similarity(
         constants |= {
             "ATTEND": attend,
             "KEPT": kept,
-            **({"near": None} if launch.HAS_TEACHER else {}),
+            **({"factors": None} if launch.HAS_TEACHER else {}),
             **({} if dtype == "float16" else {"factor": None}),
         }
     else:
