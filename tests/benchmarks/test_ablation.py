@@ -102,6 +102,7 @@ def test_effect_by_effect_with_all_seeds_and_each_run_once(source, effects, tmp_
     assert pretended[7:] == ["no-decay-base-s2", "no-decay-variant-s2", "new-variant-s0", "new-variant-s1", "new-variant-s2"]
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was(source, effects, tmp_path, pretended, monkeypatch):
     original = ablation._train
 

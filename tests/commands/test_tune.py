@@ -67,6 +67,7 @@ def slow(op, name):
     return mock.patch.dict(backends.TABLE[op], {name: spoiled})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoiled", ["cpu", "sdpa"])
 def test_what_is_slow_is_not_taken(spoiled, ran):
     with slow("shaped_attention_fwd", spoiled):
@@ -179,6 +180,7 @@ def shapes(mode=None):
         return [t.shape for t in torch.ops.simplclip.shaped_attention_fwd(*call, "")]
 
 
+@pytest.mark.slow
 def test_fake_tensors_and_compiled_graphs_know_it():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -160,6 +160,7 @@ def test_the_summary_says_what_was_exported(tiny, vit):
     assert json.loads(metadata["preprocess"])["size"] == [48, 48]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("share", "shared"),
     [([[0, 1]], (True, True)), ({"attention": [[0, 1]]}, (True, False)), ({"mlp": [[0, 1]]}, (False, True))],

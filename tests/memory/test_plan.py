@@ -147,6 +147,7 @@ def test_micro_batches_of_each_tower(monkeypatch):
     assert predict(step, CPU).peak == pytest.approx(peak("{image: 24, text: 20}"), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_short_texts_take_less_in_one_graph():
     """Texts have 12 of 16 tokens. Micro-batches are cut to have as many tokens as padded texts."""
     kept = lambda *changes: predict(trainer(TINY_CONFIG, "fp32", *changes), CPU).at_peak["activations"]  # noqa: E731
@@ -203,6 +204,7 @@ def test_attention_on_a_card_keeps_no_matrix(monkeypatch, precision, size):
     assert activations() - fused > 0.9 * 2 * 32 * 2 * (65**2 + 77**2) * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "unit"), [(CPU, 1), pytest.param(CUDA, 512, marks=needs_cuda_build)])
 def test_timeline_ends_where_it_began(device, unit):
     usage = predict(trainer(TINY_CONFIG, "fp32", "data.batch_size=8"), device)

@@ -82,6 +82,7 @@ def test_every_tensor_of_the_published_checkpoint_has_its_place(model):
     assert parts == {"image": 11_406_464, "text": 42_441_216, "other": 1, "total": 53_847_681}
 
 
+@pytest.mark.slow
 def test_our_own_state_dict(tmp_path):
     torch.save({"state_dict": small_state()}, tmp_path / "published.pt")
     model = small(checkpoint=tmp_path / "published.pt")
@@ -90,6 +91,7 @@ def test_our_own_state_dict(tmp_path):
     torch.testing.assert_close(state, model.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

@@ -270,6 +270,7 @@ def tiny(seed=0, **options):
     return models.create("siclip-tiny", **(options or {"simplify_options": {"share": SHARE}}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["average", "first"])
 def test_inherit_starts_blocks_which_train_on(merge):
     source, model, expected = tiny(1, simplified=False), tiny(), tiny(1, simplified=False)

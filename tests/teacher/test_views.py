@@ -76,6 +76,7 @@ def stored(folder, out):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", [AUGMENT, "affine", {"scale": [0.3, 0.6]}])
 def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
     teach(folder, tmp_path / "a", augment, batch_size=2)
@@ -233,6 +234,7 @@ def test_the_command_and_its_stamp(folder, tmp_path):
     assert "teacher.views.number was 3, now 4" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

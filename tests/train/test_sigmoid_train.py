@@ -120,6 +120,7 @@ def test_from_a_run_to_an_export(tmp_path):
             assert torch.equal(loaded.logit_bias, model.logit_bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("towers", [{"image": 4}, {"image": 2, "text": 7}, {"text": 5}, {"image": 8, "text": 16}])
 def test_micro_batches_of_each_tower_give_the_whole_batches_gradient(tmp_path, monkeypatch, towers):
     """A batch has 16 captions of 8 images, with every term. Captions have 8 tokens, half of what micro_batch.text counts."""
