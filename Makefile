@@ -23,9 +23,9 @@ define CHECK_TOOLS
 missing() { echo "missing: $$1; apt install $$2 (Debian, Ubuntu) or dnf install $$3 (Fedora)" >&2; failed=1; }
 python() { $(PYTHON) -c "$$1" >/dev/null 2>&1; }
 if ! command -v $(PYTHON) >/dev/null; then
-    missing "Python 3.10 or later, called $(PYTHON)" $(PYTHON_PACKAGE) $(PYTHON_PACKAGE)
-elif ! python "import sys; assert sys.version_info >= (3, 10)"; then
-    missing "Python 3.10 or later; $(PYTHON) is older, make PYTHON=python3.12 takes another" python3.12 python3.12
+    missing "Python 3.11 or later, called $(PYTHON)" $(PYTHON_PACKAGE) $(PYTHON_PACKAGE)
+elif ! python "import sys; assert sys.version_info >= (3, 11)"; then
+    missing "Python 3.11 or later; $(PYTHON) is older, make PYTHON=python3.12 takes another" python3.12 python3.12
 else
     python "import venv, ensurepip" || missing "the modules venv and ensurepip of $(PYTHON)" $(PYTHON_PACKAGE)-venv $(PYTHON_PACKAGE)
     python "import os, sysconfig as s; os.stat(os.path.join(s.get_path('include'), 'Python.h'))" ||
@@ -119,7 +119,7 @@ aot: install  ## compile all GPU kernels for all architectures; fails on a spill
 
 # Runs in a copy of the tracked files, so that the extensions for two versions of torch do not mix. Triton 3.6, which torch 2.11
 # brings, interprets with numpy < 2.4 only. The trainer and its data are tested with the newest torch alone.
-OPS_TESTS := tests/ops tests/kernels tests/losses tests/package/test_build.py
+OPS_TESTS := tests/ops tests/kernels tests/losses tests/memory tests/package/test_build.py
 OLDEST_TORCH = $(shell sed -nE 's/^ *"torch>=([0-9.]+)".*/\1/p' pyproject.toml | sort -V | head -n 1)
 
 $(OLDEST)/.installed: pyproject.toml

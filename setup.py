@@ -34,7 +34,7 @@ find_toolkit()
 from torch.utils import cpp_extension  # noqa: E402  (reads CUDA_HOME when imported)
 
 TORCH_TARGET = "0x020a000000000000"  # LibTorch 2.10: the oldest stable ABI that has all we call
-PYTHON_TARGET = "0x030A0000"  # CPython 3.10
+PYTHON_TARGET = "0x030B0000"  # CPython 3.11
 # A100, RTX 3090, RTX 4090, H100, RTX 50; PTX of the last for later architectures.
 ARCHITECTURES = "8.0;8.6;8.9;9.0;12.0+PTX"
 DEFAULT_ARCHITECTURE = "8.6+PTX"
@@ -129,5 +129,5 @@ setup(
     package_dir={"simplclip.kernels": "kernels"},
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -37,8 +37,9 @@ class UncountedOp(UserError, RuntimeError):
     its C++ function states no workspace."""
 
 
-# TypeError: in torch 2.11 the fake of the memory-efficient attention's backward has other arguments than the function itself.
 _NO_FAKE = NotImplementedError, fakes.UnsupportedOperatorException, TypeError
+# Before torch 2.15 its fake lacks an argument of the function, and raises TypeError.
+_EFFICIENT_BACKWARD = torch.ops.aten._efficient_attention_backward.default
 _VALUES = fakes.DataDependentOutputException, fakes.DynamicOutputShapeException
 
 
@@ -140,10 +141,12 @@ class Counter(TorchDispatchMode):
         try:
             out = func(*args, **(kwargs or {}))
         except (*_NO_FAKE, *_VALUES) as error:
-            reason = f"{type(error).__name__} {str(error).strip()}".splitlines()[0]
-            raise UncountedOp(
-                f"{func.name()}: its memory cannot be predicted, since it does not run on fake tensors: {reason}"
-            ) from error
+            if func is not _EFFICIENT_BACKWARD or args[4] is not None:  # with a bias
+                reason = f"{type(error).__name__} {str(error).strip()}".splitlines()[0]
+                raise UncountedOp(
+                    f"{func.name()}: its memory cannot be predicted, since it does not run on fake tensors: {reason}"
+                ) from error
+            out = *map(torch.empty_like, args[1:4]), args[1].new_empty(0)  # dq, dk, dv
         self.hold(out, self.kind, instead_of=())
         if func is torch.ops.aten._flash_attention_backward.default:
             self.transient(_flash_scratch(args[1], args[6]))

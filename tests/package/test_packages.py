@@ -125,7 +125,7 @@ def test_source_distribution_has_all_that_is_built_and_no_tests(tmp_path):
 
 @pytest.mark.prove
 def test_wheel_is_typed_and_of_the_limited_api_and_the_stable_abi(wheel, tmp_path):
-    assert re.fullmatch(r"simplclip-[\d.]+\w*-cp310-abi3-linux_\w+\.whl", wheel.name)
+    assert re.fullmatch(r"simplclip-[\d.]+\w*-cp311-abi3-linux_\w+\.whl", wheel.name)
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
     with zipfile.ZipFile(wheel) as archive:
@@ -164,7 +164,7 @@ def test_wheel_becomes_a_manylinux_wheel(wheel, tmp_path):
     shutil.copy(wheel, tmp_path)
     make("wheel", tmp_path, "dist")
     repaired = the_file(tmp_path, "*.whl")
-    assert re.fullmatch(r"simplclip-[\d.]+\w*-cp310-abi3-manylinux_2_\d+_\w+\.whl", repaired.name)
+    assert re.fullmatch(r"simplclip-[\d.]+\w*-cp311-abi3-manylinux_2_\d+_\w+\.whl", repaired.name)
     with zipfile.ZipFile(repaired) as archive:
         libraries = [name for name in archive.namelist() if ".so" in name]
     assert libraries == ["simplclip/_C.abi3.so"]
