@@ -9,7 +9,6 @@ import pytest
 import torch
 from clips import clip
 from open_clip.model import CLIP, CustomTextCLIP
-from tolerance import assert_within
 
 import simplclip
 from simplclip.common.errors import InputError
@@ -97,7 +96,7 @@ def test_features_and_gradients_are_those_of_padded_texts(kind, make, tokens):
 
 @pytest.mark.parametrize("kind", [*KINDS, CONVOLVED])
 def test_masked_towers_in_bfloat16(kind, tokens):
-    """Cropped texts are as close to float64's results as padded texts, within the tolerance of kernels."""
+    """Cropped texts are as close to float64's results as padded texts, by the norms of errors; single errors are noise."""
     model = masked(kind)
     text = texts(end=98 if kind == "eos" else 99)
 
@@ -114,7 +113,9 @@ def test_masked_towers_in_bfloat16(kind, tokens):
         tokens.clear()
         cropped = results(model)
     assert len(tokens) > 1
-    assert_within(cropped, padded, truth, torch.bfloat16)
+    for name, exact in truth.items():
+        error, usual = (torch.linalg.vector_norm(found[name].double() - exact) for found in (cropped, padded))
+        assert error <= 1.2 * usual + 1e-3 * torch.linalg.vector_norm(exact), (name, error.item(), usual.item())
 
 
 def test_it_draws_nothing_and_a_copy_crops_with_its_own_weights(tokens):
