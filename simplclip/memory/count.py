@@ -38,8 +38,8 @@ class UncountedOp(UserError, RuntimeError):
 
 
 _NO_FAKE = NotImplementedError, fakes.UnsupportedOperatorException, TypeError
-# Before torch 2.15 its fake lacks an argument of the function, and raises TypeError.
-_EFFICIENT_BACKWARD = torch.ops.aten._efficient_attention_backward.default
+# Its fake lacks an argument before torch 2.15.
+_EFFICIENT_BACKWARD = torch.ops.aten._efficient_attention_backward.default if torch.__version__ < "2.15" else None
 _VALUES = fakes.DataDependentOutputException, fakes.DynamicOutputShapeException
 
 
@@ -139,14 +139,15 @@ class Counter(TorchDispatchMode):
             with self:
                 return ours(*args, through=self._native)
         try:
-            out = func(*args, **(kwargs or {}))
+            if func is _EFFICIENT_BACKWARD and args[4] is None:  # no bias
+                out = *map(torch.empty_like, args[1:4]), args[1].new_empty(0)  # dq, dk, dv
+            else:
+                out = func(*args, **(kwargs or {}))
         except (*_NO_FAKE, *_VALUES) as error:
-            if func is not _EFFICIENT_BACKWARD or args[4] is not None:  # with a bias
-                reason = f"{type(error).__name__} {str(error).strip()}".splitlines()[0]
-                raise UncountedOp(
-                    f"{func.name()}: its memory cannot be predicted, since it does not run on fake tensors: {reason}"
-                ) from error
-            out = *map(torch.empty_like, args[1:4]), args[1].new_empty(0)  # dq, dk, dv
+            reason = f"{type(error).__name__} {str(error).strip()}".splitlines()[0]
+            raise UncountedOp(
+                f"{func.name()}: its memory cannot be predicted, since it does not run on fake tensors: {reason}"
+            ) from error
         self.hold(out, self.kind, instead_of=())
         if func is torch.ops.aten._flash_attention_backward.default:
             self.transient(_flash_scratch(args[1], args[6]))
