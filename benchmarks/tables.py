@@ -131,9 +131,9 @@ def attention_table() -> list[str]:
 
 
 def texts() -> list[str]:
-    """Returns a table of padded texts and of four groups by length: ViT-B-32 in bfloat16, the SiCLIPs on COCO."""
+    """Returns a table of padded texts and of four groups by length, in bfloat16; siclip-s0 on COCO in float32."""
     path, rows = read("texts", form="padded|four groups")
-    rows = [row for row in rows if row["dtype"] == "bfloat16" or ("siclip" in row["shape"] and "COCO" in row["shape"])]
+    rows = [row for row in rows if row["dtype"] == "bfloat16" or row["shape"].startswith("siclip-s0, masked, COCO")]
     cases: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
     for row in rows:
         cases.setdefault((row["shape"], row["dtype"]), {})[row["form"]] = row

@@ -78,7 +78,7 @@ _SPECS = {
     "siclip-s0": Spec(simplify={"share": {"image": {"attention": [[0, 1]]}}}, **_MOBILECLIP_S0),
     # The text tower carries most of MobileCLIP2-S0's parameters, and neighbouring layers of a trained CLIP text tower
     # do nearly the same; so its 12 blocks share weights in pairs. The two blocks of the last image stage do not share.
-    # Masking padding gained recall in the demo's student. siclip-s0 masks none: its inherited convolutions read padding.
+    # Masking padding lost no recall in a tower of this shape. siclip-s0 masks none: its inherited convolutions read it.
     "siclip2-s0": Spec(
         original="MobileCLIP2-S0",
         config=open_clip.get_model_config("MobileCLIP2-S0"),
