@@ -105,8 +105,9 @@ def kernels(step: Step, architecture: int) -> list[ExtensionLaunch]:
     _, program, registers, static = _kernel(f"{dtype}.cu", architecture, part)
     programs = batch * heads
     codes: Counter[str] = Counter()
+    parameters = _parameters(call, plan, direction)
     for warp in range(plan["threads"] // 32):
-        run = program.run(_parameters(call, plan, direction), (0, 0), 32 * warp, (programs, 1), plan["threads"])
+        run = program.run(parameters, (0, 0), 32 * warp, (programs, 1), plan["threads"])
         for at, times in enumerate(run.counts):
             for instruction in program.blocks[at].instructions if times else ():
                 if code := sass.of_ptx(instruction):

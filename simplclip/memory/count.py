@@ -37,8 +37,8 @@ class UncountedOp(UserError, RuntimeError):
     its C++ function states no workspace."""
 
 
+# TypeError: before torch 2.15 the fake of the memory-efficient attention's backward lacks an argument.
 _NO_FAKE = NotImplementedError, fakes.UnsupportedOperatorException, TypeError
-# Its fake lacks an argument before torch 2.15.
 _EFFICIENT_BACKWARD = torch.ops.aten._efficient_attention_backward.default if torch.__version__ < "2.15" else None
 _VALUES = fakes.DataDependentOutputException, fakes.DynamicOutputShapeException
 
@@ -139,8 +139,8 @@ class Counter(TorchDispatchMode):
             with self:
                 return ours(*args, through=self._native)
         try:
-            if func is _EFFICIENT_BACKWARD and args[4] is None:  # no bias
-                out = *map(torch.empty_like, args[1:4]), args[1].new_empty(0)  # dq, dk, dv
+            if func is _EFFICIENT_BACKWARD and args[4] is None:  # no bias: the results are dq, dk, dv and an empty one
+                out = *map(torch.empty_like, args[1:4]), args[1].new_empty(0)
             else:
                 out = func(*args, **(kwargs or {}))
         except (*_NO_FAKE, *_VALUES) as error:
