@@ -20,6 +20,7 @@ from simplclip.common.errors import UserError
 from simplclip.data.broken import ShardError
 
 _CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # Windows has none
+_open: set[Any] = set()  # iterators with processes
 _former: Callable | None = None  # torch's handler, after ours has replaced it
 _holders = 0  # open blocks of `undisturbed`
 _missed = False  # whether SIGCHLD came within such a block
@@ -42,7 +43,8 @@ def from_workers(dataset: IterableDataset, workers: int, pin_memory: bool = Fals
         options |= {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     # Without its own generator the DataLoader would draw from the caller's global generator in every epoch.
     loader = DataLoader(dataset, batch_size=None, collate_fn=_unchanged, generator=torch.Generator(), **options)
-    iterator = iter(loader)
+    iterator: Any = iter(loader)
+    _open.add(iterator)
     with undisturbed(report=False):
         try:
             while (item := _following(iterator)) is not None:
@@ -56,6 +58,12 @@ def from_workers(dataset: IterableDataset, workers: int, pin_memory: bool = Fals
                 f"data.workers: a loader process died before its epoch ended: {_end(iterator) or repr(error)}. A system that "
                 "runs out of memory kills processes; fewer data.workers or a smaller batch need less"
             ) from error
+        finally:
+            # Done here, and `_open` keeps the iterator until then: the garbage collector would close the iterator's queues
+            # first, and the iterator would then wait 5 seconds for each process. torch has no public method for this.
+            _open.discard(iterator)
+            if workers:
+                iterator._shutdown_workers()
 
 
 def _unchanged(item: Any) -> Any:
@@ -105,15 +113,11 @@ def _died(error: Exception) -> bool:
 
 
 def _end(iterator: Any) -> str:
-    """Ends all processes of an iterator after one of them died. Returns how that process died, "" if it is not known.
-
-    torch has no public method for this. If the garbage collector did it, errors about processes could come at any time.
-    """
+    """Returns how a process of an iterator died, "" if it is not known."""
     codes = []
     for process in iterator._workers:
         process.join(0.2)
         codes.append(process.exitcode)
-    iterator._shutdown_workers()
     code = next((code for code in codes if code), None)
     if code is None:
         return ""

@@ -1,5 +1,9 @@
 """Held-out data: the same images in the same order, whatever the workers; damage; pictures."""
 
+import gc
+import multiprocessing
+import time
+
 import pytest
 import torch
 from pairs import COUNT, SIZE, augment, png, resize, sample, write
@@ -79,6 +83,30 @@ def test_errors(tmp_path, pattern):
     for workers in (0, 2):
         with pytest.raises(RuntimeError, match=r"the transform failed on sample 'held-0.tar/k000': KeyError: 'why'"):
             read(pattern, workers, transform=bad)
+
+
+@pytest.mark.parametrize("fails", ["the reader", "its caller"])
+def test_the_garbage_collector_does_not_wait_for_processes(pattern, fails):
+    """An error and the frames in its traceback are a cycle. torch would wait 5 s for each process of an iterator in it."""
+
+    def transform(image):
+        if fails == "the reader":
+            raise KeyError("why")
+        return torch.zeros(3, 4, 4)
+
+    def use():
+        batches = data.held_out(pattern).batches(transform, 4, Skipped(), 2)
+        try:
+            next(batches)
+            raise ValueError
+        except (RuntimeError, ValueError) as error:
+            kept = error  # noqa: F841
+
+    use()
+    start = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - start < 4
+    assert not multiprocessing.active_children()
 
 
 def test_pictures_reads_what_is_asked_for(pattern, monkeypatch):
