@@ -118,16 +118,8 @@ def _of_pixels(encoder: Encoder, batch: Tensor) -> Tensor:
 
 def _of_images(decoded: Iterable[tuple]) -> Iterator[Batch]:
     for features, _, found in decoded:
-        rows = [
-            {
-                "key": one.key,
-                "caption": one.captions[0] if one.captions else "",
-                "shard": one.shard,
-                "image_path": one.image_path,
-            }
-            for one in found
-        ]
-        yield features, rows
+        columns = ((one.key, one.captions[0] if one.captions else "", one.shard, one.image_path) for one in found)
+        yield features, [dict(zip(COLUMNS, row)) for row in columns]
 
 
 def _of_texts(encoder: Encoder, texts: str | os.PathLike | Iterable[str], size: int) -> Iterator[Batch]:
@@ -312,10 +304,8 @@ def picture(path: str | os.PathLike, found: dict[str, list[Hit]], about: dict[st
             draw_text(axis, label - 0.3, y + 0.5, wrapped(query, 20, 5), 11, ha="right", fontweight="bold")
         for number, hit in enumerate(hits):
             x, top = label + (number % wide) * (1 + gap), y + (number // wide) * height
-            if about["tower"] == "text":
-                _tile(axis, x, top, None, hit.caption)
-            else:
-                _tile(axis, x, top, images.get(hit.row), "not found")
+            _tile(axis, x, top, images.get(hit.row), hit.caption if about["tower"] == "text" else "not found")
+            if about["tower"] == "image":
                 text = hit.caption or Path(hit.image_path).name or hit.key
                 draw_text(axis, x, top + 1.2, wrapped(text, 17, 2), 7.5, MUTED, va="top", linespacing=1.15)
             draw_text(axis, x, top + 1.11, f"{hit.score:.3f}", 8.5, INK, fontweight="bold")

@@ -1,5 +1,5 @@
-"""Faults at random moments of real training runs, and the state after each: 8 faults, in make prove 60. Faults at chosen
-moments, which take less time: test_train_errors.py.
+"""Faults at random moments of real training runs, and the state after each: one of each kind, in make prove 60.
+Faults at chosen moments, which take less time: test_train_errors.py.
 
 A process trains. Meanwhile a fault occurs: the process or its loader process is killed (-9), its terminal or the reader of
 its output is closed, its shard is removed or cut in half, or its disk becomes full. Then the last whole step is in the
@@ -35,8 +35,8 @@ from simplclip import train
 from simplclip.common import progress
 from simplclip.train import checkpoint
 
-FAULTS = int(os.environ.get("SIMPLCLIP_TEST_FAULTS", "8"))
 KINDS = ["kill", "worker", "full", "removed", "truncated", "hangup", "pipe"]
+FAULTS = int(os.environ.get("SIMPLCLIP_TEST_FAULTS", len(KINDS)))
 STEPS = 24
 LARGEST = 1 << 12  # largest file on a full disk, in bytes
 MISSED = "ended before it was met"
