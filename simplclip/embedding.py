@@ -16,7 +16,6 @@ import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from simplclip.data.pairs import count
 from simplclip.data.pool import cores
 from simplclip.data.shards import ShardError, contents, file_bytes, image_of, read_shard
 from simplclip.data.text import clean, json_of
+from simplclip.data.transforms import finished
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.retrieval.features import Features
 from simplclip.retrieval.metrics import nearest
@@ -100,7 +100,11 @@ def embed(
         tower, total, batches = "text", None, _of_texts(encoder, texts, batch_size)
     else:
         workers = min(8, cores()) if workers is None else workers
-        decoded = found.batches(encoder.preprocess, batch_size, skipped, workers, partial(_of_pixels, encoder))
+
+        def encode(images: Tensor) -> Tensor:
+            return encoder.features("image", finished(encoder.preprocess, images, encoder.device)).cpu()
+
+        decoded = found.batches(encoder.preprocess, batch_size, skipped, workers, encode)
         tower, batches = "image", _of_images(decoded)
     about = encoder.stamp() | {"source": lasting(encoder.source), "tower": tower, "dtype": dtype, "simplclip": __version__}
     if ranks.first():
@@ -108,12 +112,6 @@ def embed(
     else:
         deque(batches, 0)
     return ranks.on_first(lambda: about | {"path": str(path), "skipped": skipped})
-
-
-def _of_pixels(encoder: Encoder, batch: Tensor) -> Tensor:
-    if batch.dtype == torch.uint8:
-        batch = encoder.preprocess.finish(batch.to(encoder.device, non_blocking=True))
-    return encoder.features("image", batch).cpu()
 
 
 def _of_images(decoded: Iterable[tuple]) -> Iterator[Batch]:
@@ -259,8 +257,7 @@ def find(
     try:
         encoder = model if isinstance(model, Encoder) else load(source, device=device, precision=about["precision"])
     except (FileNotFoundError, InputError) as error:
-        told = f"model: expected the features' model at {source!r}, got none ({error}); say where it is by --model"
-        raise InputError(told) from None
+        raise InputError(f"model: expected the features' own, {source!r}, got none ({error}); say where by --model") from None
     got = encoder.fingerprint()
     if got != about["weights"]:
         raise InputError(

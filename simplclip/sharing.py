@@ -28,6 +28,7 @@ from simplclip.common.plotting import new_figure, style, write
 from simplclip.common.progress import Progress
 from simplclip.data import HeldOut, held_out
 from simplclip.data.broken import Skipped
+from simplclip.data.transforms import finished
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.models.registry import text_pool
 from simplclip.models.simplify import attention_of, block_sites, build_block, count_parameters
@@ -86,7 +87,7 @@ def _batches(
         left = samples - progress.done
         if tower == "image":
             inputs = images[:left]
-            yield encoder.preprocess.finish(inputs.to(encoder.device)) if inputs.dtype == torch.uint8 else inputs, None
+            yield finished(encoder.preprocess, inputs, encoder.device), None
         elif captions := [sample.captions[0] for sample in found if sample.captions][:left]:
             inputs = encoder.tokenizer(captions)
             # Where a tower pools by argmax, the end of a text has the highest id, and the tokens behind it are padding.

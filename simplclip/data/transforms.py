@@ -172,6 +172,12 @@ class ImageTransform:
         return size, self.interpolation if fit is max or square else BICUBIC  # open_clip passes none on for other sizes
 
 
+def finished(transform: Any, images: Tensor, device: torch.device, **options: Any) -> Tensor:
+    """Moves a loader's images to the device, and completes uint8 ones by `transform.finish` there; others are complete."""
+    images = images.to(device, non_blocking=True)
+    return transform.finish(images, **options) if images.dtype == torch.uint8 else images
+
+
 def augmentation(transform: Any) -> Any:
     """The augmentation that a transform draws, as a JSON value to compare: "none", "affine" or open_clip's fields."""
     augment = getattr(transform, "augment", repr(transform))

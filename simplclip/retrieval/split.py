@@ -19,6 +19,7 @@ from simplclip.common.progress import Progress
 from simplclip.data import HeldOut, held_out
 from simplclip.data.broken import Skipped
 from simplclip.data.shards import Pair
+from simplclip.data.transforms import finished
 from simplclip.retrieval.features import Features
 
 BATCH_SIZE = 64  # images or captions that are encoded at a time
@@ -153,9 +154,7 @@ def encode(
     images, texts = (Features(file, folder, half) for file in files)
 
     def of_images(batch: Tensor) -> Tensor:
-        if batch.dtype == torch.uint8:
-            batch = split.transform.finish(batch.to(device, non_blocking=True))
-        return features_of(model, "image", batch, device, precision, who).cpu()
+        return features_of(model, "image", finished(split.transform, batch, device), device, precision, who).cpu()
 
     def of_texts(start: int) -> Tensor:
         tokens = split.tokenizer(captions[start : start + batch_size])

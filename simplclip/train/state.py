@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from simplclip import data, models
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
-from simplclip.data.transforms import augmentation
+from simplclip.data.transforms import augmentation, finished
 from simplclip.losses import gather_early
 from simplclip.models.crop import try_crop
 from simplclip.models.inherit import freeze, freeze_norms, inherit
@@ -167,11 +167,9 @@ class Training:
             return self.model.encode_image(images, normalize=True)
 
     def pixels(self, batch: dict[str, Any]) -> Tensor:
-        """Returns the images of a batch on the device, where `transform.finish` completes uint8 images."""
-        images = batch["image"].to(self.device, non_blocking=True)
-        if images.dtype != torch.uint8:
-            return images
-        return self.transform.finish(images, batch.get("colour"), channels_last=self.channels_last)
+        """Returns the complete images of a batch on the device."""
+        options = {"colour": batch.get("colour"), "channels_last": self.channels_last}
+        return finished(self.transform, batch["image"], self.device, **options)
 
     def encode_text(self, batch: dict[str, Any]) -> Tensor:
         """Returns normalised features [N k, D] of the k captions of each image, or [M, D] of M captions."""
