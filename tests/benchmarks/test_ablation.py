@@ -204,7 +204,7 @@ def test_runs_are_processes_and_ctrl_c_is_passed_on_once(source, effects, tmp_pa
     assert (options["start_new_session"], options["env"]["OMP_NUM_THREADS"]) == (True, "4")
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_a_run_is_trained_evaluated_and_leaves_its_figures(source, effects, tmp_path):
     """Trains two runs: the prepared run, which is the base as well, and the variant."""
     effects.write_text(PREPARED.replace("name: warm, group: g, base: []", "name: warm, group: g, base: [optim.lr=0.5]"))

@@ -1,5 +1,5 @@
-"""Faults at random moments of real training runs, and the state after each: one of each kind, in make prove 60.
-Faults at chosen moments, which take less time: test_train_errors.py.
+"""Faults at random moments of real training runs, and the state after each: 60 faults. Faults at chosen moments, which take
+less time: test_train_errors.py.
 
 A process trains. Meanwhile a fault occurs: the process or its loader process is killed (-9), its terminal or the reader of
 its output is closed, its shard is removed or cut in half, or its disk becomes full. Then the last whole step is in the
@@ -172,7 +172,7 @@ class Faults:
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (LARGEST, resource.RLIM_INFINITY))
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="loader processes are found in /proc")
 def test_the_last_whole_step_is_there_or_the_reason_is_said(tmp_path):
     faults, counts, missed = Faults(tmp_path), Counter(), 0
