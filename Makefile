@@ -93,7 +93,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(XDIST)
 test: install  ## the tests; those that need a GPU are skipped without one
 	$(PYTEST) --durations=15
 
-test-quick: install  ## the fast ones, in a few minutes
+test-quick: install  ## the fast ones, in two minutes
 	$(PYTEST) -m "not slow"
 
 prove: install  ## all proofs at full length, an estimated 80 minutes
