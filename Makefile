@@ -96,7 +96,7 @@ test: install  ## the tests; those that need a GPU are skipped without one
 test-quick: install  ## the fast ones, in two minutes
 	$(PYTEST) -m "not slow"
 
-prove: install  ## all proofs at full length, an estimated 80 minutes
+prove: install  ## all proofs at full length, an estimated 100 minutes
 	SIMPLCLIP_CUDA_ARCHS=all PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e .
 	$(PYTEST) --prove
 	$(MAKE) sanitize aot oldest
