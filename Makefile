@@ -55,8 +55,8 @@ $(VENV)/.installed: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.*
 install: $(VENV)/.installed  ## a venv with torch, the compiled kernels and all extras
 
 # By default glibc returns large tensors' memory to the system at once. Getting it back by pages takes a seventh of a CPU's step.
-demo ablation test test-quick: export MALLOC_MMAP_THRESHOLD_ ?= 268435456
-demo ablation test test-quick: export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
+demo ablation: export MALLOC_MMAP_THRESHOLD_ ?= 268435456
+demo ablation: export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
 # A teacher runs alone: its threads spin for a moment before they sleep, so that it ends a tenth sooner.
 data/emoji-teacher data/emoji-noisy: export GOMP_SPINCOUNT ?= 2000
