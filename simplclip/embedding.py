@@ -104,8 +104,7 @@ def embed(
         def encode(images: Tensor) -> Tensor:
             return encoder.features("image", finished(encoder.preprocess, images, encoder.device)).cpu()
 
-        decoded = found.batches(encoder.preprocess, batch_size, skipped, workers, encode)
-        tower, batches = "image", _of_images(decoded)
+        tower, batches = "image", _of_images(found.batches(encoder.preprocess, batch_size, skipped, workers, encode))
     about = encoder.stamp() | {"source": lasting(encoder.source), "tower": tower, "dtype": dtype, "simplclip": __version__}
     if ranks.first():
         about = _write(path, batches, about, total)
@@ -257,7 +256,8 @@ def find(
     try:
         encoder = model if isinstance(model, Encoder) else load(source, device=device, precision=about["precision"])
     except (FileNotFoundError, InputError) as error:
-        raise InputError(f"model: expected the features' own, {source!r}, got none ({error}); say where by --model") from None
+        told = f"model: expected the features' model at {source!r}, got none ({error}); say where it is by --model"
+        raise InputError(told) from None
     got = encoder.fingerprint()
     if got != about["weights"]:
         raise InputError(

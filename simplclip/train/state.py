@@ -168,8 +168,8 @@ class Training:
 
     def pixels(self, batch: dict[str, Any]) -> Tensor:
         """Returns the complete images of a batch on the device."""
-        options = {"colour": batch.get("colour"), "channels_last": self.channels_last}
-        return finished(self.transform, batch["image"], self.device, **options)
+        colour = batch.get("colour")
+        return finished(self.transform, batch["image"], self.device, colour=colour, channels_last=self.channels_last)
 
     def encode_text(self, batch: dict[str, Any]) -> Tensor:
         """Returns normalised features [N k, D] of the k captions of each image, or [M, D] of M captions."""

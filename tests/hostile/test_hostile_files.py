@@ -274,7 +274,7 @@ FEATURES = {
     "no zip": (lambda: Path("f.npz").write_bytes(b"x" * 99), "File is not a zip file"),
     "a model that is a command": (
         lambda: npz(json.dumps(ABOUT | {"source": "pipe:touch canary"})),
-        "expected the features' own, 'pipe:touch canary', got none",
+        "expected the features' model at 'pipe:touch canary', got none",
     ),
 }
 

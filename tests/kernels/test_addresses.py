@@ -20,8 +20,8 @@ OTHERS = [
     "attention causal",
 ]
 # Cases of make prove, with dtypes and cards in turn.
-TURNS = itertools.cycle((("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100")))
-PROVED = [f"{name}:{dtype}:{card}" for name, (dtype, card) in zip([*OTHERS, *SUITE], TURNS)]
+TURNS = ("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100")
+PROVED = [f"{name}:{dtype}:{card}" for name, (dtype, card) in zip([*OTHERS, *SUITE], itertools.cycle(TURNS))]
 
 
 def audited(*cases: str) -> dict[str, str]:
