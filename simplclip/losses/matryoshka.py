@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from simplclip.losses.base import SimilarityLoss, weight_of
 from simplclip.losses.wikd import WIKDLoss, wide
 from simplclip.ops import checks, distributed
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.registry import autocast
 
 

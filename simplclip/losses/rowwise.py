@@ -14,7 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from simplclip.losses.base import SimilarityLoss
 from simplclip.ops import backends, checks, distributed
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.registry import autocast, check_reverse_mode, first_order_only, no_autocast, wants_grad
 from simplclip.ops.similarity import inputs
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES, chunk_rows, computes_in

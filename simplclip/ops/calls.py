@@ -1,4 +1,4 @@
-"""Helpers for the calls of all ops. A call is a dataclass whose fields are the op's arguments in the order of its schema.
+"""Helpers for the calls of all ops. A call is a frozen dataclass whose fields are the op's arguments in the schema's order.
 
 In a call that autograd differentiates, the fields that are tensors come first. This module imports torch alone.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
-Written = Tensor  # the type of a field that the op overwrites
+Mutated = Tensor  # the type of a field that the op overwrites
 
 _TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "SymInt", "bool": "bool", "float": "float", "str": "str"}
 _TYPES["list[bool]"] = "bool[]"
@@ -19,7 +20,7 @@ _TYPES["list[bool]"] = "bool[]"
 def schema_of(call: type) -> str:
     """Returns the dispatcher's schema of a call's dataclass: its fields in their order."""
     aliases = iter("abc")
-    kinds = [f"Tensor({next(aliases)}!)" if field.type == "Written" else _TYPES[str(field.type)] for field in fields(call)]
+    kinds = [f"Tensor({next(aliases)}!)" if field.type == "Mutated" else _TYPES[str(field.type)] for field in fields(call)]
     return ", ".join(f"{kind} {field.name}" for kind, field in zip(kinds, fields(call)))
 
 
@@ -31,3 +32,8 @@ def tensors_of(call: type) -> list[str]:
 def flat(call: Any) -> tuple:
     """Returns the values of a call's fields: the dispatcher's arguments. torch 2.11 cannot trace vars() of a dataclass."""
     return tuple([getattr(call, name) for name in call.__match_args__])
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of statistics and sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 
 # While torch 2.11 traces an autograd.Function, it treats tensors that are written in place as constants. So traced code uses
 # the collectives that return a tensor. torch 2.15 has renamed one of these collectives.

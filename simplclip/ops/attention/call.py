@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from simplclip.ops.calls import Written
+from simplclip.ops.calls import Mutated
 
 
 @dataclass
@@ -35,6 +35,6 @@ class AttentionGradient(AttentionCall):
 class AttentionInto(AttentionGradient):
     """Arguments of the backends' functions for backward, which write dq, dk and dv and return the gains' gradients [3, H]."""
 
-    dq: Written  # [B, L, H, K]
-    dk: Written  # [B, L, H, K]
-    dv: Written  # [B, L, H, K]
+    dq: Mutated  # [B, L, H, K]
+    dk: Mutated  # [B, L, H, K]
+    dv: Mutated  # [B, L, H, K]

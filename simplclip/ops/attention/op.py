@@ -12,7 +12,7 @@ from simplclip.ops import backends, checks
 from simplclip.ops.attention import around, reference, sdpa, xformers
 from simplclip.ops.attention.call import AttentionCall, AttentionGradient, AttentionInto
 from simplclip.ops.calls import flat
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.registry import autocast, call, define, register_gradient
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 
 
 def _visible(call: AttentionCall) -> Tensor:

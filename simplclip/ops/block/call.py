@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from simplclip.ops.calls import Written, tensors_of
+from simplclip.ops.calls import Mutated, tensors_of
 
 
 @dataclass
@@ -49,7 +49,7 @@ class BlockGradient(BlockCall):
 
     grad: Tensor  # [B, L, C]
     qk: Tensor  # [B L, 2C], or empty
-    h: Written  # [B L, F] the hidden layer before its activation, or empty
+    h: Mutated  # [B L, F] the hidden layer before its activation, or empty
     lse: Tensor  # [B, H, L]
     av: Tensor  # [B, L, H, K] as shaped_attention's, or empty
     need: list[bool]  # for each of DIFFERENTIABLE, whether its gradient is needed; if not, the result is empty

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simplclip.ops.block.call import BlockCall
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 
 NORMS = ("layernorm", "rmsnorm")
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from simplclip.ops.attention.op import forward as attention_forward
 from simplclip.ops.block.call import DIFFERENTIABLE, BlockCall, BlockGradient
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
 from simplclip.ops.calls import flat
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, linear, to_overwrite
 from simplclip.ops.mlp.reference import ACTIVATIONS

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simplclip.ops import backends, checks
 from simplclip.ops.calls import flat
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.feature import reference
 from simplclip.ops.feature.call import FeatureCall, FeatureGradient
 from simplclip.ops.registry import autocast, autocasts, call, define, register_gradient

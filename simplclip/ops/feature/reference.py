@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.feature.call import FeatureCall, FeatureGradient
 
 NORM_EPS = 1e-12  # eps of F.normalize

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from simplclip.ops.calls import Written
+from simplclip.ops.calls import Mutated
 
 
 @dataclass
@@ -27,7 +27,7 @@ class MlpGradient:
     """Arguments of backward."""
 
     grad: Tensor  # [T, C_out]
-    h: Written  # [T, F]
+    h: Mutated  # [T, F]
     x: Tensor  # [T, C]
     fc1_weight: Tensor  # [F, C]
     fc2_weight: Tensor  # [C_out, F]
@@ -43,7 +43,7 @@ class HiddenCall:
     weight: Tensor  # [C, F]
     bias: Tensor | None  # [C], contiguous
     act: str
-    out: Written  # [T, C], its rows with any stride
+    out: Mutated  # [T, C], its rows with any stride
     accumulate: bool  # whether to add to out
 
 
@@ -52,7 +52,7 @@ class HiddenGradient:
     """Arguments of the backends' functions for backward, which return the gradient of the weight [C, F] or [0, F]."""
 
     grad: Tensor  # [T, C]
-    h: Written  # [T, F], replaced by its gradient
+    h: Mutated  # [T, F], replaced by its gradient
     weight: Tensor  # [C, F]
     act: str
     need_weight: bool

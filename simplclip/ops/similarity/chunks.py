@@ -8,7 +8,7 @@ import torch
 
 from simplclip.common.tuned import tuned
 from simplclip.ops import backends
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 
 # Budgets in bytes, on a CPU and elsewhere. SCRATCH: a chunk, which has no more rows of a similarity matrix than fast matrix
 # products need. STORE: the first rows of the matrices, which forward keeps so that backward need not compute them again.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from simplclip.ops import checks
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.registry import autocast
 from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE, POSITIVES, TERMS, SimilarityCall
 from simplclip.ops.similarity.contrastive import Contrastive

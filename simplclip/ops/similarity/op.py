@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simplclip.ops import backends, checks, distributed
 from simplclip.ops.calls import flat, tensors_of
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_autograd, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simplclip.ops import backends, distributed
 from simplclip.ops.calls import flat, tensors_of
-from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import reference
