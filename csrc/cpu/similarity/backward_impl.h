@@ -16,7 +16,8 @@ struct SoftmaxGradient {
     const vf e = exp_of_logit<T, exact>(z - lse);
     if constexpr (kind == Softmax::kShared) return e * (shift * load(ratio + j, lanes) + g);
     if constexpr (kind == Softmax::kRows) return g * e;
-    return g * e + load(g_col + j, lanes) * exp_of_logit<T, exact>(z - load(col_lse + j, lanes));
+    const vf by_column = load(g_col + j, lanes) * exp_of_logit<T, exact>(z - load(col_lse + j, lanes));
+    return g * e + by_column;
   }
 };
 
@@ -27,10 +28,11 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
   BackwardOut total{};
   for (int64_t i = 0; i < s.rows; ++i) {
     T* const grad_row = static_cast<T*>(s.grad) + i * s.columns;
-    const SoftmaxGradient<kind> student(in.lse[i], in.g_lse[i], in.top, in.col_lse, in.g_col_lse, in.lse_ratio);
-    const SoftmaxGradient<kind> teacher(has_teacher ? in.teacher_lse[i] : 0, has_teacher ? in.g_mean[i] : 0, in.teacher_top,
-                                        in.col_teacher_lse, in.g_col_mean, in.teacher_ratio);
-    const float g_plane = has_plane ? in.g_pair_matching[i] : 0.0f;
+    const SoftmaxGradient<kind> student(in.rows[Stat::kLseStudent][i], in.g_rows[Stat::kLseStudent][i], in.top,
+                                        in.columns[Stat::kLseStudent], in.g_columns[Stat::kLseStudent], in.ratio);
+    const SoftmaxGradient<kind> teacher(in.rows[Stat::kLseTeacher][i], in.g_rows[Stat::kMean][i], in.teacher_top,
+                                        in.columns[Stat::kLseTeacher], in.g_columns[Stat::kMean], in.teacher_ratio);
+    const float g_plane = in.g_rows[Stat::kPairMatching][i];
     vf d_scale = {}, d_p = {}, d_q = {};
 
     for_blocks(s, i, 1, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
@@ -52,7 +54,7 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
       }
       store(grad_row + j, g, lanes);
     });
-    store(grad_row + s.label + i, splat(in.g_diagonal[i]), 1);
+    store(grad_row + s.label + i, splat(in.g_rows[Stat::kDiagonalStudent][i]), 1);
     total.scale += double(sum(d_scale));
     total.plane[0] += double(g_plane) * sum(d_p);
     total.plane[1] += double(g_plane) * sum(d_q);

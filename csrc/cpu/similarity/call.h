@@ -5,10 +5,6 @@
 
 namespace simplclip {
 
-// Rows of the results of forward: RowStat and ColumnStat of call.py.
-enum class RowStat { kLseStudent, kLseTeacher, kMean, kDiagonalStudent, kDiagonalTeacher, kPairMatching, kCount };
-enum class ColumnStat { kLseStudent, kLseTeacher, kMean, kCount };
-
 struct SimilarityCall {
   Tensor image, text, scale;                                                            // [N, D], [M, D], []
   std::optional<Tensor> teacher_image = {}, teacher_text = {}, teacher_scale = {};      // [N, E], [M, E], []
@@ -26,6 +22,7 @@ struct SimilarityCall {
 
   bool has_teacher() const { return teacher_image.has_value(); }
   int64_t matrices() const { return has_teacher() ? 2 : 1; }
+  const float* plane_values() const { return plane ? plane->const_data_ptr<float>() : nullptr; }
 
   void expect_layout() const {
     expect_contiguous("image", image);

@@ -56,7 +56,9 @@ struct WeightedRowSums : RowSums<R> {
 // Computes the statistics of rows i0 to i0 + R - 1 of a strip, and adds the rows to the column sums.
 template <class T, bool has_teacher, int R>
 void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& reference) {
-  const bool columns = out.col_lse != nullptr;
+  float* const col_lse = out.columns[Stat::kLseStudent];
+  float* const col_teacher_lse = out.columns[Stat::kLseTeacher];
+  float* const col_mean = out.columns[Stat::kMean];
   RowSums<R> student;
   WeightedRowSums<R> teacher;
 
@@ -71,15 +73,15 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
       if constexpr (has_teacher) keep_top(highest_t[r], s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes));
     }
   });
-  student.set_tops(highest_z, reference.student, s.columns, out.col_lse, nullptr);
-  if constexpr (has_teacher) teacher.set_tops(highest_t, reference.teacher, s.columns, out.col_teacher_lse, out.col_mean);
+  student.set_tops(highest_z, reference.student, s.columns, col_lse, nullptr);
+  if constexpr (has_teacher) teacher.set_tops(highest_t, reference.teacher, s.columns, col_teacher_lse, col_mean);
 
   for_blocks(s, i0, R, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
-    vf col_sum = {}, col_teacher = {}, col_mean = {};
-    if (columns) {
-      col_sum = load(out.col_lse + j, lanes);
-      if constexpr (has_teacher) col_teacher = load(out.col_teacher_lse + j, lanes);
-      if constexpr (has_teacher) col_mean = load(out.col_mean + j, lanes);
+    vf col_sum = {}, col_teacher_sum = {}, col_weighted = {};
+    if (col_lse) {
+      col_sum = load(col_lse + j, lanes);
+      if constexpr (has_teacher) col_teacher_sum = load(col_teacher_lse + j, lanes);
+      if constexpr (has_teacher) col_weighted = load(col_mean + j, lanes);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -94,31 +96,31 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
         const vf value = e_t * (s.entropy * t - s.scale * sim);
         teacher.total[r] += e_t;
         teacher.weighted[r] += value;
-        col_teacher += teacher.weight[r] * e_t;
-        col_mean += teacher.weight[r] * value;
+        col_teacher_sum += teacher.weight[r] * e_t;
+        col_weighted += teacher.weight[r] * value;
       }
     }
-    if (columns) {
-      store(out.col_lse + j, col_sum, lanes);
-      if constexpr (has_teacher) store(out.col_teacher_lse + j, col_teacher, lanes);
-      if constexpr (has_teacher) store(out.col_mean + j, col_mean, lanes);
+    if (col_lse) {
+      store(col_lse + j, col_sum, lanes);
+      if constexpr (has_teacher) store(col_teacher_lse + j, col_teacher_sum, lanes);
+      if constexpr (has_teacher) store(col_mean + j, col_weighted, lanes);
     }
   });
 
   for (int r = 0; r < R; ++r) {
     const int64_t i = i0 + r, positive = i * s.columns + s.label + i;
-    out.lse[i] = student.lse(r);
-    out.diagonal[i] = to_float(static_cast<const T*>(s.sim)[positive]);
+    out.rows[Stat::kLseStudent][i] = student.lse(r);
+    out.rows[Stat::kDiagonalStudent][i] = to_float(static_cast<const T*>(s.sim)[positive]);
     if constexpr (has_teacher) {
-      out.teacher_lse[i] = teacher.lse(r);
-      out.mean[i] = teacher.mean(r);
-      out.teacher_diagonal[i] = to_float(static_cast<const T*>(s.teacher)[positive]);
+      out.rows[Stat::kLseTeacher][i] = teacher.lse(r);
+      out.rows[Stat::kMean][i] = teacher.mean(r);
+      out.rows[Stat::kDiagonalTeacher][i] = to_float(static_cast<const T*>(s.teacher)[positive]);
     }
     if (out.plane) {
       const SigmoidTerm plane = {out.plane[0], out.plane[1], 1, 0};
       SigmoidSums sums{};
       sigmoid_row<T, 1, false>(s, &plane, i, static_cast<T*>(nullptr), sums);
-      out.pair_matching[i] = float(sums.negative[0]);
+      out.rows[Stat::kPairMatching][i] = float(sums.negative[0]);
     }
   }
 }
@@ -155,17 +157,15 @@ VINLINE void finish_columns(const Strip& s, float reference, float* sums, float*
 template <class T, bool has_teacher>
 void forward_strip(const Strip& s, const ForwardOut& out) {
   constexpr int R = has_teacher ? kTileRows / 2 : kTileRows;
-  const bool columns = out.col_lse != nullptr;
-  float* const sums[] = {out.col_lse, has_teacher ? out.col_teacher_lse : nullptr, has_teacher ? out.col_mean : nullptr};
-  for (float* sum : sums)
-    if (columns && sum) std::memset(sum, 0, s.columns * sizeof(float));
+  if (out.columns.first) std::fill_n(out.columns.first, (has_teacher ? 3 : 1) * s.columns, 0.0f);
   Reference reference;
   int64_t i = 0;
   for (; i + R <= s.rows; i += R) forward_tile<T, has_teacher, R>(s, out, i, reference);
   for (; i < s.rows; ++i) forward_tile<T, has_teacher, 1>(s, out, i, reference);
-  if (!columns) return;
-  finish_columns<T, false>(s, reference.student, out.col_lse);
-  if constexpr (has_teacher) finish_columns<T, true>(s, reference.teacher, out.col_teacher_lse, out.col_mean);
+  if (!out.columns.first) return;
+  finish_columns<T, false>(s, reference.student, out.columns[Stat::kLseStudent]);
+  if constexpr (has_teacher)
+    finish_columns<T, true>(s, reference.teacher, out.columns[Stat::kLseTeacher], out.columns[Stat::kMean]);
 }
 
 void forward(const Strip& s, const ForwardOut& out, bool is_bf16) {

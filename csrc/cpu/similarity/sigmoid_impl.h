@@ -76,14 +76,15 @@ void sigmoid_row(const Strip& s, const SigmoidTerm* terms, int64_t i, T* grad_ro
   }
 }
 
-// Adds the sum of a term over a row's positive, whose similarity is `sim`. Returns the gradient with respect to it.
-template <int K>
+// Adds the sums of K terms over a row's positive, whose similarity is `sim`. Returns the gradient with respect to it.
+template <int K, bool gradient>
 float add_positive(const SigmoidTerm* terms, float sim, SigmoidSums& sums) {
   float g = 0;
   for (int k = 0; k < K; ++k) {
     const float l = terms[k].weight * sim + terms[k].bias, e = std::exp(-std::fabs(l));
-    const float slope = -terms[k].positive * (l < 0 ? 1 : e) / (1 + e);  // -sigmoid(-l)
     sums.positive[k] += std::max(l, 0.0f) - l + std::log1p(e);
+    if constexpr (!gradient) continue;
+    const float slope = -terms[k].positive * (l < 0 ? 1 : e) / (1 + e);  // -sigmoid(-l)
     sums.weight[k] += double(slope) * sim;
     sums.bias[k] += slope;
     g += terms[k].weight * slope;
@@ -97,7 +98,7 @@ SigmoidSums sigmoid_strip(const Strip& s, const SigmoidTerm* terms) {
   for (int64_t i = 0; i < s.rows; ++i) {
     const int64_t label = s.label + i;
     T* const grad_row = gradient ? static_cast<T*>(s.grad) + i * s.columns : nullptr;
-    const float g = add_positive<K>(terms, to_float(static_cast<const T*>(s.sim)[i * s.columns + label]), sums);
+    const float g = add_positive<K, gradient>(terms, to_float(static_cast<const T*>(s.sim)[i * s.columns + label]), sums);
     sigmoid_row<T, K, gradient>(s, terms, i, grad_row, sums);
     if constexpr (gradient) store(grad_row + label, splat(g), 1);
   }

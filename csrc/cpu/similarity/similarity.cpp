@@ -12,50 +12,34 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Returns the first value of a statistic in rows [6, N] or columns [3, M].
-template <class Stat>
-float* stat_of(const Tensor& stats, Stat stat) {
-  return data<float>(stats) + int64_t(stat) * stats.size(1);
-}
+// Returns the statistics of a tensor [6, N] of rows or [3, M] of columns.
+Stats stats_of(const Tensor& t) { return {data<float>(t), t.size(1)}; }
 
-// Accumulates column statistics, a log-sum-exp and optionally a mean, from [strips, M] partials to [M].
-struct ColumnSums {
-  Tensor lse_parts, mean_parts;            // [strips, M]
-  float *lse = nullptr, *mean = nullptr;   // [M]
-
-  ColumnSums(const Sweep& sweep, bool has_mean, Scratch& scratch) {
-    lse_parts = scratch.take(sweep.call.image, {strips_of(sweep.chunk), sweep.m}, ScalarType::Float);
-    if (has_mean) mean_parts = scratch.take(sweep.call.image, {strips_of(sweep.chunk), sweep.m}, ScalarType::Float);
-  }
-
-  // Sets the totals' memory; `mean_total` is null if there is no mean.
-  void start(float* lse_total, float* mean_total) {
-    lse = lse_total;
-    mean = mean_total;
-    std::fill_n(lse, lse_parts.size(1), -kInf);
-    if (mean) std::fill_n(mean, lse_parts.size(1), 0.0f);
-  }
-
-  float* lse_of(int64_t strip) const { return data<float>(lse_parts) + strip * lse_parts.size(1); }
-  float* mean_of(int64_t strip) const { return data<float>(mean_parts) + strip * lse_parts.size(1); }
-
-  void merge(int64_t strips) const {
-    const int64_t m = lse_parts.size(1);
-    parallel_for(0, m, 1024, [&](int64_t begin, int64_t end) {
-      instruction_set().strip.merge(data<float>(lse_parts) + begin, mean ? data<float>(mean_parts) + begin : nullptr, strips, m,
-                            end - begin, lse + begin, mean ? mean + begin : nullptr);
-    });
-  }
-};
-
-// The memory of forward: the sweep, and the column sums that the call needs.
+// The memory of forward: the sweep, and the statistics of the columns over each strip of a chunk.
 struct Forward {
   Sweep sweep;
-  std::optional<ColumnSums> student, teacher;
+  Tensor parts;  // [strips, 3, M], [strips, 1, M] without a teacher; no strips if statistics of columns are not needed
 
   Forward(const SimilarityCall& call, Scratch& scratch) : sweep(call, nullptr, scratch) {
-    if (call.columns) student.emplace(sweep, false, scratch);
-    if (call.columns && call.has_teacher()) teacher.emplace(sweep, true, scratch);
+    const int64_t strips = call.columns ? strips_of(sweep.chunk) : 0;
+    parts = scratch.take(call.image, {strips, call.has_teacher() ? 3 : 1, sweep.m}, ScalarType::Float);
+  }
+
+  // Returns the memory of a strip's statistics.
+  Stats part(int64_t strip) const {
+    return {sweep.call.columns ? data<float>(parts) + strip * parts.stride(0) : nullptr, sweep.m};
+  }
+
+  // Merges the statistics of a chunk's strips into those of whole columns.
+  void merge(int64_t strips, const Stats& whole) const {
+    parallel_for(0, sweep.m, 1024, [&](int64_t begin, int64_t end) {
+      const auto merge = instruction_set().strip.merge;
+      const Stats parts_of = part(0).from(begin), total = whole.from(begin);
+      merge(parts_of[Stat::kLseStudent], nullptr, strips, parts.stride(0), end - begin, total[Stat::kLseStudent], nullptr);
+      if (sweep.teacher)
+        merge(parts_of[Stat::kLseTeacher], parts_of[Stat::kMean], strips, parts.stride(0), end - begin, total[Stat::kLseTeacher],
+              total[Stat::kMean]);
+    });
   }
 };
 
@@ -63,39 +47,21 @@ struct Forward {
 std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& call) {
   call.expect_layout();
   Scratch scratch;
-  Forward work(call, scratch);
+  const Forward work(call, scratch);
   const Sweep& sweep = work.sweep;
 
-  Tensor row_stats = new_zeros(call.image, {int64_t(RowStat::kCount), sweep.n}, ScalarType::Float);
-  Tensor column_stats = new_zeros(call.image, {int64_t(ColumnStat::kCount), sweep.m}, ScalarType::Float);
-  auto column = [&](ColumnStat stat) { return stat_of(column_stats, stat); };
-  if (work.student) work.student->start(column(ColumnStat::kLseStudent), nullptr);
-  if (work.teacher) work.teacher->start(column(ColumnStat::kLseTeacher), column(ColumnStat::kMean));
+  Tensor row_stats = new_zeros(call.image, {int64_t(Stat::kRowCount), sweep.n}, ScalarType::Float);
+  Tensor column_stats = new_zeros(call.image, {int64_t(Stat::kColumnCount), sweep.m}, ScalarType::Float);
+  const Stats rows = stats_of(row_stats), columns = stats_of(column_stats);
+  if (call.columns) std::fill_n(columns[Stat::kLseStudent], sweep.m, -kInf);
+  if (call.columns && sweep.teacher) std::fill_n(columns[Stat::kLseTeacher], sweep.m, -kInf);
 
   sweep.for_chunks([&](int64_t first, int64_t count) {
     sweep.for_strips(first, count, false, [&](const Strip& strip, int64_t i, int64_t index) {
-      auto row = [&](RowStat stat) { return stat_of(row_stats, stat) + first + i; };
-      ForwardOut out{};
-      out.lse = row(RowStat::kLseStudent);
-      out.diagonal = row(RowStat::kDiagonalStudent);
-      if (sweep.teacher) {
-        out.teacher_lse = row(RowStat::kLseTeacher);
-        out.mean = row(RowStat::kMean);
-        out.teacher_diagonal = row(RowStat::kDiagonalTeacher);
-      }
-      if (call.plane) {
-        out.plane = call.plane->const_data_ptr<float>();
-        out.pair_matching = row(RowStat::kPairMatching);
-      }
-      if (work.student) out.col_lse = work.student->lse_of(index);
-      if (work.teacher) {
-        out.col_teacher_lse = work.teacher->lse_of(index);
-        out.col_mean = work.teacher->mean_of(index);
-      }
+      const ForwardOut out = {rows.from(first + i), work.part(index), call.plane_values()};
       instruction_set().strip.forward(strip, out, sweep.is_bf16);
     });
-    if (work.student) work.student->merge(strips_of(count));
-    if (work.teacher) work.teacher->merge(strips_of(count));
+    if (call.columns) work.merge(strips_of(count), columns);
   });
   return {row_stats, column_stats, sweep.stored};
 }
@@ -107,8 +73,11 @@ struct Sharing {
   float top;
   bool possible;
 
-  Sharing(const float* lse, int64_t n, const float* col_lse, const float* g_col, int64_t m) {
-    top = *std::max_element(lse, lse + n);
+  // lse_stat: the softmaxes' log-sum-exps. of: the statistic of a column whose gradient this softmax passes on.
+  Sharing(const BackwardIn& in, Stat lse_stat, Stat of) {
+    const float *lse = in.rows[lse_stat], *col_lse = in.columns[lse_stat], *g_col = in.g_columns[of];
+    const int64_t m = in.columns.stride;
+    top = *std::max_element(lse, lse + in.rows.stride);
     float lowest = kInf;
     for (int64_t j = 0; j < m; ++j)
       if (g_col[j] != 0 && col_lse[j] > -kInf) lowest = std::min(lowest, col_lse[j]);
@@ -140,28 +109,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityG
   const Sweep& sweep = work.sweep;
 
   BackwardIn whole{};  // of all rows
-  whole.lse = stat_of(call.row_stats, RowStat::kLseStudent);
-  whole.g_lse = stat_of(call.grad_rows, RowStat::kLseStudent);
-  whole.teacher_lse = stat_of(call.row_stats, RowStat::kLseTeacher);
-  whole.g_mean = stat_of(call.grad_rows, RowStat::kMean);
-  whole.g_diagonal = stat_of(call.grad_rows, RowStat::kDiagonalStudent);
-  whole.g_pair_matching = stat_of(call.grad_rows, RowStat::kPairMatching);
-  whole.col_lse = stat_of(call.column_stats, ColumnStat::kLseStudent);
-  whole.g_col_lse = stat_of(call.grad_columns, ColumnStat::kLseStudent);
-  whole.col_teacher_lse = stat_of(call.column_stats, ColumnStat::kLseTeacher);
-  whole.g_col_mean = stat_of(call.grad_columns, ColumnStat::kMean);
-  if (call.plane) whole.plane = call.plane->const_data_ptr<float>();
+  whole.rows = stats_of(call.row_stats);
+  whole.g_rows = stats_of(call.grad_rows);
+  whole.columns = stats_of(call.column_stats);
+  whole.g_columns = stats_of(call.grad_columns);
+  whole.plane = call.plane_values();
 
   Softmax kind = Softmax::kRows;
   std::optional<Sharing> student, teacher;
   if (call.columns) {
-    student.emplace(whole.lse, sweep.n, whole.col_lse, whole.g_col_lse, sweep.m);
+    student.emplace(whole, Stat::kLseStudent, Stat::kLseStudent);
     whole.top = student->top;
-    whole.lse_ratio = student->ratio.data();
+    whole.ratio = student->ratio.data();
     kind = student->possible ? Softmax::kShared : Softmax::kApart;
   }
   if (call.columns && sweep.teacher) {
-    teacher.emplace(whole.teacher_lse, sweep.n, whole.col_teacher_lse, whole.g_col_mean, sweep.m);
+    teacher.emplace(whole, Stat::kLseTeacher, Stat::kMean);
     whole.teacher_top = teacher->top;
     whole.teacher_ratio = teacher->ratio.data();
     if (!teacher->possible) kind = Softmax::kApart;
@@ -173,7 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityG
   sweep.for_chunks([&](int64_t first, int64_t count) {
     sweep.for_strips(first, count, true, [&](const Strip& strip, int64_t i, int64_t index) {
       BackwardIn in = whole;
-      for (auto* p : {&in.lse, &in.g_lse, &in.teacher_lse, &in.g_mean, &in.g_diagonal, &in.g_pair_matching}) *p += first + i;
+      in.rows = whole.rows.from(first + i);
+      in.g_rows = whole.g_rows.from(first + i);
       parts[index] = instruction_set().strip.backward(strip, in, kind, sweep.is_bf16);
     });
     for (int64_t index = 0; index < strips_of(count); ++index) {

@@ -21,6 +21,19 @@ inline float to_float(bf16 x) {
 
 constexpr int64_t kStripRows = 64;
 
+// The statistics of rows and columns: RowStat of call.py, whose first are ColumnStat.
+enum class Stat { kLseStudent, kLseTeacher, kMean, kColumnCount, kDiagonalStudent = kColumnCount, kDiagonalTeacher, kPairMatching,
+                  kRowCount };
+
+// Statistics in memory, one after another in the order of Stat, of `stride` numbers each; null if they are not needed.
+struct Stats {
+  float* first;
+  int64_t stride;
+
+  float* operator[](Stat stat) const { return first ? first + int64_t(stat) * stride : nullptr; }
+  Stats from(int64_t i) const { return {first ? first + i : nullptr, stride}; }
+};
+
 // The softmaxes that have a gradient; r and c are log-sum-exps of a row and a column. kShared: both, by one exponential:
 // e^(z - c) = e^(z - r) e^(r - top) e^(top - c). kApart: both, by two exponentials, where r and c are too far apart for one.
 enum class Softmax { kShared, kApart, kRows };
@@ -51,29 +64,20 @@ struct SigmoidSums {
   double weight[2], bias[2];        // gradients with respect to each term's weight and bias
 };
 
-// teacher_lse, mean and teacher_diagonal are null without a teacher, the statistics of columns if they are not needed.
 struct ForwardOut {
-  float* lse;                // [rows] log-sum-exp of z over the row's negatives
-  float* teacher_lse;        // [rows] log-sum-exp of t
-  float* mean;               // [rows] mean of entropy t - z under the teacher's softmax
-  float* diagonal;           // [rows] S of the positive
-  float* teacher_diagonal;   // [rows]
-  float* pair_matching;      // [rows] sum of softplus(p S + q) over the row's negatives
-  float* col_lse;            // [M] over this strip's rows, like lse
-  float* col_teacher_lse;    // [M]
-  float* col_mean;           // [M]
-  const float* plane;        // p and q, or null
+  Stats rows;          // [6, rows]
+  Stats columns;       // [3, M] over this strip's rows; without a teacher [1, M]
+  const float* plane;  // p and q of pair matching, or null
 };
 
 // Statistics of whole rows and columns, and the loss's gradients with respect to them.
 struct BackwardIn {
-  const float *lse, *g_lse, *teacher_lse, *g_mean, *g_diagonal;          // [rows]
-  const float *col_lse, *g_col_lse, *col_teacher_lse, *g_col_mean;       // [M]
+  Stats rows, g_rows;        // [6, rows]
+  Stats columns, g_columns;  // [3, M]
   // For kShared. A ratio is a column's gradient times e^(top - its log-sum-exp); top is the highest log-sum-exp of all rows.
-  const float *lse_ratio, *teacher_ratio;  // [M]
+  const float *ratio, *teacher_ratio;  // [M]
   float top, teacher_top;
-  const float* plane;            // p and q, or null
-  const float* g_pair_matching;  // [rows]
+  const float* plane;  // p and q of pair matching, or null
 };
 
 // This strip's share of the gradients. That of the scale is without the positives, whose similarities have gradients.
