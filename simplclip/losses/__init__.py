@@ -58,3 +58,7 @@ def __getattr__(name: str):
 
         return getattr(drop_in, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
