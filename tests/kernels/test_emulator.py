@@ -288,6 +288,6 @@ def test_every_wrapper_compiles_for_every_architecture(tmp_path):
         codes = set(gate.OPCODE.findall(subprocess.run(dump, capture_output=True, text=True, check=True).stdout))
         for code in (
             "HMMA.16816.F32.BF16", "HMMA.16816.F32", "HMMA.1688.F32.TF32", "LDSM.16.M88.4", "LDSM.16.MT88.4",
-            "LDGSTS.E.BYPASS.128", "MUFU.EX2", "SHFL.BFLY", "SHFL.IDX",
+            "LDGSTS.E.BYPASS.128", "MUFU.EX2", "SHFL.BFLY",
         ):  # fmt: skip
             assert code in codes, f"sm_{architecture}: no {code}"
