@@ -13,8 +13,6 @@ from triton.compiler import ASTSource
 
 from simplclip.kernels import tuning
 from simplclip.kernels.attention import op as attention
-from simplclip.kernels.feature.op import MAX_BLOCK, _feature_loss_bwd_kernel, _feature_loss_fwd_kernel
-from simplclip.kernels.feature.op import tile as feature_tile
 from simplclip.kernels.launch import COMPILE
 from simplclip.kernels.mlp import op as mlp
 from simplclip.kernels.mlp.activations import ACTIVATIONS
@@ -193,18 +191,6 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
     )
 
 
-def feature_loss_kernels(dtype: str) -> Iterator[Kernel]:
-    """Yields kernels for widths within a block, at a block's limit, and beyond it."""
-    for d, smooth in itertools.product((512, MAX_BLOCK, 2 * MAX_BLOCK), (False, True)):
-        rows, block, warps = feature_tile(d)
-        constants = {"SMOOTH": smooth, "NORMALIZE": True, "WHOLE": d <= block, "ROWS": rows, "BLOCK": block}
-        for function in (_feature_loss_fwd_kernel, _feature_loss_bwd_kernel):
-            yield Kernel(
-                function.__name__, function, constants, tuning.Tile(0, 0, 0, warps, 3, 1), dtype,
-                f"D={d}" + " smooth" * smooth, False, {"beta": "fp32", "scale": "fp32"},
-            )  # fmt: skip
-
-
 def products(tile: tuning.Tile, precision: str) -> dict[str, object]:
     """Returns constants of the MLP's product: its precision and its tile."""
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
@@ -287,6 +273,5 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
     yield from sigmoid_kernels(dtype, architecture)
     yield from small_kernels(dtype)
     if dtype != "tf32":
-        yield from feature_loss_kernels(dtype)
         yield from attention_kernels(dtype)
     yield from mlp_kernels(dtype, architecture, ACTIVATIONS if everything else ("gelu",))

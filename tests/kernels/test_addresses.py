@@ -14,7 +14,6 @@ OTHERS = [
     "sigmoid",
     "all",
     "many sigmoid",
-    "features",
     "contrastive",
     "kept",
     "attention causal",

@@ -25,8 +25,7 @@ WHOLE = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, 
 
 
 def test_triton_serves_cuda_tensors():
-    ops = ("similarity_loss_fwd", "similarity_loss_bwd", "similarity_rows", "feature_loss_fwd", "feature_loss_bwd")
-    for op in (*ops, "parallel_mlp_fwd", "parallel_mlp_bwd"):
+    for op in ("similarity_loss_fwd", "similarity_loss_bwd", "similarity_rows", "parallel_mlp_fwd", "parallel_mlp_bwd"):
         assert backends.select(op, "cuda", torch.bfloat16)[0] == "triton"
 
 

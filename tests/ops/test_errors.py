@@ -191,6 +191,3 @@ def test_native_ops_refuse_a_layout_that_they_cannot_read():
     lengths = torch.tensor([3], dtype=torch.int32).expand(2)
     with pytest.raises(RuntimeError, match="lengths: expected a contiguous tensor"):
         torch.ops.simplclip.shaped_attention_fwd_cpu(q, q, q, torch.ones(3, 3), lengths, 0.5, False)
-    x = torch.randn(4, 6)
-    with pytest.raises(RuntimeError, match="teacher: expected a contiguous tensor"):
-        torch.ops.simplclip.feature_loss_fwd_cpu(x, layouts.strided(x), False, 1.0, True)

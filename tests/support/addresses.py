@@ -14,7 +14,6 @@ import triton  # noqa: F401
 from triton.runtime import interpreter
 
 import simplclip.kernels.attention.op
-import simplclip.kernels.feature.op
 import simplclip.kernels.mlp.op
 import simplclip.kernels.similarity.forward
 import simplclip.kernels.similarity.merge
@@ -36,7 +35,6 @@ import numpy as np
 import torch
 
 from benchmarks.bound import calls, trace
-from simplclip import ops
 from simplclip.common.cards import CARDS
 
 APART = 46  # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
@@ -134,11 +132,6 @@ def some(steps: list[trace.Step]) -> list[trace.Launch]:
     return [launches[i] for launches in found.values() for i in sorted({0, len(launches) // 2, len(launches) - 1})]
 
 
-def features(n: int, width: int, dtype: torch.dtype, backward: bool) -> None:
-    student, teacher = (torch.empty(n, width, dtype=dtype, device="cuda", requires_grad=side == 0) for side in range(2))
-    ops.feature_loss(student, teacher).backward()
-
-
 LARGE = 131_072, 1024  # N, D
 MANY = 2_200_003, 1000  # N D above 2^31, and an odd number of rows
 TOKENS = 2, 2_000_003, 16, 80  # B, L, H, K: one sequence has more than 2^31 elements
@@ -152,7 +145,6 @@ CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
     "attention": partial(calls.attention, TOKENS, False),
     "attention causal": partial(calls.attention, TOKENS, True),
     "mlp": partial(calls.mlp, (1, 1_000_003, 768, 3072)),
-    "features": partial(features, 2_200_003, 1000),
 }
 
 
