@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from simplclip.common.tuned import tuned
 from simplclip.ops import backends, checks, registry
 from simplclip.ops.calls import flat
 from simplclip.ops.mlp import reference
@@ -15,7 +14,7 @@ from simplclip.ops.mlp.call import HiddenCall, HiddenGradient, MlpCall, MlpGradi
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.registry import autocast, call, define, register_gradient, wants_grad
 
-HIDDEN, HIDDEN_BYTES = "hidden bytes of parallel_mlp", 16 << 20  # of a chunk of the hidden layer, if forward does not keep it
+HIDDEN_BYTES = 16 << 20  # of a chunk of the hidden layer, if forward does not keep it
 
 
 def to_overwrite(saved: Tensor) -> Tensor:
@@ -43,8 +42,7 @@ def hidden_rows(
     out: Tensor,  # [T, *]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Computes the hidden layer before its activation in chunks of rows; yields each chunk and the same rows of `out`."""
-    most = tuned(HIDDEN, x.dtype, x.device.type, HIDDEN_BYTES)
-    rows = min(max(64, most // (weight.shape[0] * x.itemsize)), x.shape[0])
+    rows = min(max(64, HIDDEN_BYTES // (weight.shape[0] * x.itemsize)), x.shape[0])
     h = x.new_empty(rows, weight.shape[0])
     for first in range(0, x.shape[0], rows):
         some = x[first : first + rows]
