@@ -13,6 +13,7 @@ import sys
 import pytest
 import tiny
 import torch
+from calls import DRAW, TERMS
 from devices import needs_cpu_kernels
 from interpreter import needs_interpreter
 from paths import PYTHONPATH, ROOT, SUPPORT
@@ -25,7 +26,6 @@ from simplclip.commands.doctor import render
 from simplclip.commands.main import app
 from simplclip.common import machine
 from simplclip.ops import backends
-from simplclip.selftest.calls import DRAW, TERMS
 
 KEY = "parallel_mlp cpu float32"
 

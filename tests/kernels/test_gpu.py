@@ -9,6 +9,7 @@ import sys
 import pytest
 import random_calls
 import torch
+from calls import DRAW, TEACHER, make_inputs
 from devices import cuda_peak_bytes
 from open_clip.loss import DistillClipLoss
 from paths import PYTHONPATH
@@ -18,7 +19,6 @@ from simplclip.losses import WIKDLoss
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends, similarity_loss
 from simplclip.ops.similarity.call import TERMS
-from simplclip.selftest.calls import DRAW, TEACHER, make_inputs
 
 pytestmark = pytest.mark.gpu
 WHOLE = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}

@@ -7,13 +7,13 @@ pytest tests/ops/test_properties.py --first-case 1234 --cases 1       repeats th
 import collections
 import itertools
 
+import compare
 import layouts
 import pytest
 import random_calls
 import torch
 
 from simplclip.ops import backends
-from simplclip.selftest import compare
 
 
 def expect_none(failed, block):
