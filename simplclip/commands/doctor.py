@@ -113,9 +113,11 @@ def _backend(op: str, device: str, facts: dict) -> dict:
         serves, _ = backends.select(op, kind, torch.float32, backends.forced(), **facts)
     except (RuntimeError, ValueError) as error:
         problem = str(error)
-    free = f"can run; {'another is forced' if backends.forced() else f'{serves} comes first'}"
-    others = [name for name in backends.NAMES if name != serves]
-    reasons = {name: backends.why_not(op, name, kind, torch.float32, **facts) or free for name in others}
+    reasons = {}
+    for name in (name for name in backends.NAMES if name != serves):
+        passed_over = serves is None or backends.NAMES.index(name) < backends.NAMES.index(serves)
+        free = f"can run; {'another is forced' if passed_over else f'{serves} comes first'}"
+        reasons[name] = backends.why_not(op, name, kind, torch.float32, **facts) or free
     return {"backend": serves, "error": problem, "others": reasons}
 
 

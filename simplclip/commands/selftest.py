@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from simplclip.commands.doctor import report
 from simplclip.commands.options import Kind, kind_of
 from simplclip.common.errors import visible
 from simplclip.common.files import write_atomically
+
+if TYPE_CHECKING:
+    import torch
 
 
 def selftest(
@@ -32,23 +35,27 @@ def selftest(
     from simplclip import selftest
 
     began, rows = time.monotonic(), []
-    typer.echo(f"{'op':<18}{'backend':<15}{'precision':<11}{'calls':>5}{'error':>8}")
+    typer.echo(f"{'op':<18}{'backend':<15}{'dtype':<10}{'calls':>5}{'error':>8}")
     for row in selftest.rows(torch.device(kind)):
-        rows.append(row)
         error = "FAILED" if row.failures else f"{row.worst:.2f}"
-        typer.echo(f"{row.op:<18}{row.backend:<15}{row.precision:<11}{row.calls:>5}{error:>8}")
+        typer.echo(f"{row.op:<18}{row.backend:<15}{_name(row.dtype):<10}{row.calls:>5}{error:>8}")
+        rows.append(row)
     failed = [row for row in rows if row.failures]
     for row in failed:
-        typer.echo(f"\n{row.op}, {row.backend}, {row.precision}:")
+        typer.echo(f"\n{row.op}, {row.backend}, {_name(row.dtype)}:")
         for failure in row.failures:
             typer.echo(f"    {visible(failure)}")
         if row.backend != "reference" and row.parts:
             avoided = ",".join(f"{op}=reference" for op in dict.fromkeys(row.parts.values()))
-            typer.echo(f"    SIMPLCLIP_BACKEND={avoided} avoids this backend")
+            typer.echo(f"    SIMPLCLIP_BACKEND={avoided} avoids it")
     if as_json is not None:
-        result = {"passed": not failed, "rows": [asdict(row) for row in rows], "environment": report()}
-        write_atomically(as_json, json.dumps(result, indent=2))
+        written = [{**asdict(row), "dtype": _name(row.dtype)} for row in rows]
+        write_atomically(as_json, json.dumps({"passed": not failed, "rows": written, "environment": report()}, indent=2))
     calls, seconds = sum(row.calls for row in rows), time.monotonic() - began
     typer.echo(f"\n{calls} calls in {seconds:.0f} s: {'FAILED' if failed else 'all are right'}")
     if failed:
         raise typer.Exit(1)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
