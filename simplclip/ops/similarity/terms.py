@@ -80,7 +80,7 @@ class Terms(torch.autograd.Function):
             teacher = teacher_scale * stats.teacher_diagonal
             margin = teacher - stats.teacher_lse
             loss = cross_entropy + torch.sigmoid(-margin) * (stats.mean + positive - options.entropy * teacher)
-            terms.append((loss - options.entropy * mismatch(margin) + 0 * teacher).mean())
+            terms.append((loss + options.entropy * F.logsigmoid(margin) + 0 * teacher).mean())
         if weight is not None:
             matched = mismatch(torch.addcmul(bias, weight, stats.diagonal)).mean()
             terms.append(0.5 * (matched + stats.unmatched.sum() / options.negatives))
