@@ -16,9 +16,9 @@ from simplclip import ops
 from simplclip.losses import RowwiseLoss, WIKDLoss
 
 
-def rowwise(image, text, scale, *_, compile=False):
+def rowwise(image, text, scale):
     fn = lambda logits, positives: F.cross_entropy(logits, positives, reduction="none")  # noqa: E731
-    return RowwiseLoss(fn, compile=compile)(image, text, scale)
+    return RowwiseLoss(fn)(image, text, scale)
 
 
 NAMED = {name: name.split()[0] for name in SMALL}
@@ -143,7 +143,7 @@ def test_losses_of_tensors_without_data(mode, backend, monkeypatch):
         image, text = (torch.randn(4, 8).requires_grad_() for _ in range(2))
         teacher = torch.randn(4, 6), torch.randn(4, 6), torch.tensor(9.0)
         distilled = WIKDLoss(interactive_weight=1, feature_weight=1, embed_dim=8, teacher_dim=6)
-        value = rowwise(image, text, torch.tensor(9.0), compile=True) + sum(
+        value = rowwise(image, text, torch.tensor(9.0)) + sum(
             distilled(image, text, torch.tensor(9.0), *teacher)
         )
         value.backward()

@@ -30,7 +30,7 @@ BAD = {
         (dict(text=zeros(4, 9)), "text: expected the width of image, 8, got 9"),
         (dict(text=meta(4, 8)), "text: expected the device of image, cpu, got meta"),
         (dict(image=GOOD[:0]), r"image: expected at least one row .* got shape \[0, 8\]"),
-        (dict(text=zeros(3, 8)), "label_offset: expected 0 <= label_offset <= M - N = -1"),
+        (dict(text=zeros(3, 8)), "text: expected at least one row for each of image's 4, got 3"),
         (dict(label_offset=1), "label_offset: expected 0 <= label_offset <= M - N = 0 .* got 1"),
         (dict(ids=torch.arange(3)), r"ids: expected shape \[N\] = \[4\], got \[3\]"),
         (dict(text_ids=torch.arange(4)), "ids: expected ids for the rows beside text_ids"),
