@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from calls import check
+from calls import Call
+from compare import check, function_of, run
 from devices import DTYPES
 
 import simplclip
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import feature_loss
-from simplclip.selftest.calls import Call
-from simplclip.selftest.compare import function_of, run
 
 CASES = ["cpu", "reference"]  # any backend but the reference means the op, in chunks; the reference is its definition
 

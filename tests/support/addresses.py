@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from benchmarks.bound import calls, trace
-from simplclip.common.cards import CARDS
+from benchmarks.bound.cards import CARDS
 
 APART = 46  # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
 _REAL = interpreter._interpreter
