@@ -100,7 +100,7 @@ def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
 
 def start(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> Any:
     """Returns the compiled kernel, or None under the interpreter."""
-    return kernel[(programs,)](*args, **options, **COMPILE)
+    return kernel[(programs,)](*args, **options)
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -109,7 +109,7 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     The gates (make aot) check that no kernel spills with the gates' versions of Triton; other versions may spill.
     """
     if not _pretends:
-        compiled = start(kernel, programs, args, options)
+        compiled = start(kernel, programs, args, {**options, **COMPILE})
         if getattr(compiled, "n_spills", 0):
             _warn(compiled.name, compiled.n_spills, compiled.metadata.target.arch)
 

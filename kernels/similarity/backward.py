@@ -95,14 +95,12 @@ def _similarity_gradient_kernel(
     column = first_column + column_block * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
     sums += tl.program_id(0) * 3
 
+    t = None
     if teacher_image is not None:
         t = product(teacher_image, teacher_text, row, column, n, m, teacher_width, TILE) * (tl.load(teacher_scale) * LOG2E)
-        t = tl.where(is_negative(row, column, n, m, label_offset, ids, text_ids), t, -INF)
+        t = tl.where(is_negative(None, row, column, n, m, label_offset, ids, text_ids), t, -INF)
     similarity = product(image, text, row, column, n, m, width, TILE)
-    if teacher_image is not None:
-        negative = t != -INF  # needs no registers beside T
-    else:
-        negative = is_negative(row, column, n, m, label_offset, ids, text_ids)
+    negative = is_negative(t, row, column, n, m, label_offset, ids, text_ids)
     z = tl.where(negative, similarity * (tl.load(scale) * LOG2E), -INF)
     g = _gradient_of_logits(z, rows, grad_rows, LSE_STUDENT, LSE_STUDENT, row, n, 1)
     if columns is not None:

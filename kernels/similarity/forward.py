@@ -95,15 +95,16 @@ def _similarity_statistics_kernel(
         if column_parts is not None:
             part = column_parts + row_block.to(tl.int64) * COLUMN_SLOTS * m + column
 
+        t = None
         if teacher_image is not None:
             t = product(teacher_image, teacher_text, row, column, n, m, teacher_width, TILE) * t_scale
             t += 0.0 * t  # NaN for an infinite logit, since -inf means that there is no negative
-            t = tl.where(is_negative(row, column, n, m, label_offset, ids, text_ids), t, -INF)
+            t = tl.where(is_negative(None, row, column, n, m, label_offset, ids, text_ids), t, -INF)
 
         similarity = product(image, text, row, column, n, m, width, TILE)
         z = similarity * z_scale
+        negative = is_negative(t, row, column, n, m, label_offset, ids, text_ids)
         if teacher_image is not None:
-            negative = t != -INF  # needs no registers beside T
             gap = entropy * t - z
             max_t, shift, shrink = online_max(max_t, t, 1)
             weight = exp_shifted(t, shift[:, None])
@@ -112,8 +113,6 @@ def _similarity_statistics_kernel(
             if column_parts is not None:
                 weight = _store_column_softmax(t, part + TEACHER * m, m, inside)
                 tl.store(part + (TEACHER + 2) * m, tl.sum(times_nonzero(weight, gap), 0), inside)
-        else:
-            negative = is_negative(row, column, n, m, label_offset, ids, text_ids)
         if plane is not None:
             softplus, _ = softplus_and_sigmoid(similarity * tl.load(plane) + tl.load(plane + 1), TILE.INTERPRETED)
             unmatched += tl.sum(tl.where(negative, softplus, 0.0), 1)
@@ -145,7 +144,7 @@ def _merge_softmax(
     out,  # at row 0
     out_stride,
     LSE: tl.constexpr,
-    WITH_MEAN: tl.constexpr,
+    MEAN: tl.constexpr,  # None without a mean
     PREVIOUS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
@@ -155,7 +154,7 @@ def _merge_softmax(
     if PREVIOUS:
         maximum = tl.load(out + LSE * out_stride, inside, -INF) * LOG2E
         total = tl.where(maximum == -INF, 0.0, 1.0)
-        if WITH_MEAN:
+        if MEAN is not None:
             mean = tl.load(out + MEAN * out_stride, inside, 0.0) / LN2
     for start in range(0, part_count, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
@@ -165,10 +164,10 @@ def _merge_softmax(
         maximum, shift, shrink = online_max(maximum, part_maximum, 0)
         weight = exp_shifted(part_maximum, shift[None, :])
         total = total * shrink + tl.sum(weight * tl.load(block + size, exists, 0.0), 0)
-        if WITH_MEAN:
+        if MEAN is not None:
             mean = mean * shrink + tl.sum(weight * tl.load(block + 2 * size, exists, 0.0), 0)
     tl.store(out + LSE * out_stride, (maximum + tl.log2(total)) * LN2, inside)
-    if WITH_MEAN:
+    if MEAN is not None:
         tl.store(out + MEAN * out_stride, tl.where(total == 0.0, 0.0, mean / total * LN2), inside)
 
 
@@ -194,12 +193,11 @@ def _similarity_merge_kernel(
     parts += index
     stride = size.to(tl.int64) * SLOTS
     _merge_softmax(
-        parts + STUDENT * size, part_count, stride, size, inside, out, out_stride, LSE_STUDENT, False, PREVIOUS, BLOCK_PARTS
+        parts + STUDENT * size, part_count, stride, size, inside, out, out_stride, LSE_STUDENT, None, PREVIOUS, BLOCK_PARTS
     )
+    teacher = parts + TEACHER * size
     if HAS_TEACHER:
-        _merge_softmax(
-            parts + TEACHER * size, part_count, stride, size, inside, out, out_stride, LSE_TEACHER, True, PREVIOUS, BLOCK_PARTS
-        )
+        _merge_softmax(teacher, part_count, stride, size, inside, out, out_stride, LSE_TEACHER, MEAN, PREVIOUS, BLOCK_PARTS)
     if HAS_PLANE:
         total = tl.zeros((BLOCK,), tl.float32)
         parts += UNMATCHED * size

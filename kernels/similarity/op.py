@@ -91,12 +91,12 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
 
     Scratch besides the results: as many elements as `chunk` rows of one matrix; for half types also the gradients in float32.
     """
-    columns, grad_columns = (call.column_stats, call.grad_columns) if call.columns else (None, None)
-    grads = {"grad_rows": call.grad_rows, "grad_columns": grad_columns}
+    grads = {"grad_rows": call.grad_rows, "grad_columns": call.grad_columns if call.columns else None}
+    stats = {"rows": call.row_stats, "columns": call.column_stats if call.columns else None}
     with device_of(call.image):
         factor = range_factor(call, scale=call.scale, plane=call.plane, **grads, HAS_TEACHER=call.has_teacher)
         d_image, d_text, sums = gradients_in_blocks(
-            call, _similarity_gradient_kernel, SUMS, *factor, **_arguments(call), **grads, rows=call.row_stats, columns=columns
+            call, _similarity_gradient_kernel, SUMS, *factor, call.image.dtype, **_arguments(call), **stats, **grads
         )
     return d_image, d_text, sums[0].clone(), sums[1:].clone()  # results share no memory
 
@@ -123,8 +123,8 @@ class FeatureGradient:
     The sum is not bfloat16, since cuBLAS, where it splits a long sum, would add up the parts in bfloat16.
     """
 
-    def __init__(self, features: Tensor, needed: bool):  # [N, D]
-        self.needed, self.dtype = needed, features.dtype
+    def __init__(self, features: Tensor, needed: bool, dtype: torch.dtype):  # [N, D]
+        self.needed, self.dtype = needed, dtype
         self.sum = features.new_empty(features.shape[0] * needed, features.shape[1], dtype=torch.float32)
         self.started: set[int] = set()  # the first rows of the ranges that have a product
 
@@ -146,13 +146,14 @@ def gradients_in_blocks(
     numbers: int,  # sums of a program
     factor: Tensor | None,
     unscale: Tensor | None,
+    dtype: torch.dtype,
     stored: bool = True,
     **of_kernel: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns d_image, d_text and the sums [numbers] from a kernel that computes blocks of G.
 
-    A program has its place in all blocks and adds to its own sums there, so that the order of sums is fixed. stored: whether
-    the kernel stores G.
+    A program adds to sums of its own in all blocks, so that the order of sums is fixed. dtype: of d_image and d_text.
+    stored: whether the kernel stores G.
     """
     (n, _), m, tile = call.image.shape, call.text.shape[0], tile_of(call)
     rows, columns = block_sides(n, m, call.chunk * m)
@@ -160,7 +161,8 @@ def gradients_in_blocks(
     scratch = call.image.new_empty(rows if stored else 0, pitch)
     tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
     sums = call.image.new_zeros(tiles, numbers, dtype=torch.float32)
-    d_image, d_text = FeatureGradient(call.image, call.need_image), FeatureGradient(call.text, call.need_text)
+    d_image = FeatureGradient(call.image, call.need_image, dtype)
+    d_text = FeatureGradient(call.text, call.need_text, dtype)
     for row_range, column_range in blocks_of(n, m, rows, columns):
         height, breadth = row_range.stop - row_range.start, column_range.stop - column_range.start
         row_blocks, column_blocks = -(-height // tile.block_m), -(-breadth // tile.block_n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,15 +40,17 @@ def _similarity_sigmoid_kernel(
     TILE: tl.constexpr,  # plan.Tiling
 ):
     """Adds a tile's part of the terms and of the gradients of their numbers to this program's sums; writes a tile of G."""
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     row_block, column_block = block_of_program(row_blocks, column_blocks)
-    row = first_row + row_block * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
-    column = first_column + column_block * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
+    row = first_row + row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = first_column + column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     sums += tl.program_id(0) * 3 * TERMS
 
     similarity = product(image, text, row, column, n, m, width, TILE)
-    negative = is_negative(row, column, n, m, label_offset, ids, text_ids)
+    negative = is_negative(None, row, column, n, m, label_offset, ids, text_ids)
     positive = (row < n)[:, None] & (column[None, :] == row[:, None] + label_offset)
-    g = tl.zeros((TILE.BLOCK_M, TILE.BLOCK_N), tl.float32)
+    g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.static_range(TERMS):
         logits = similarity * tl.load(sigmoids + k) + tl.load(sigmoids + TERMS + k)
         logits = tl.where(positive, -logits, logits)
@@ -66,15 +69,15 @@ def _similarity_sigmoid_kernel(
 
 
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the reference's results.
+    """Returns the reference's results, with gradients in the features' dtype, or in float32 for float16.
 
-    Scratch besides the results: as many elements as `chunk` rows of the matrix; for half types also the gradients in float32.
+    Scratch besides the results: as many elements as `chunk` rows of the matrix; for bfloat16 also the gradients in float32.
     """
-    terms = call.sigmoids.shape[1]
+    terms, dtype = call.sigmoids.shape[1], call.image.dtype
     with device_of(call.image):
         factor = range_factor(call, sigmoids=call.sigmoids, TERMS=terms) if call.gradient else (None, None)
         d_image, d_text, sums = gradients_in_blocks(
-            call, _similarity_sigmoid_kernel, 3 * terms, *factor, stored=call.gradient,
-            sigmoids=call.sigmoids, TERMS=terms, GRADIENT=call.gradient,
+            call, _similarity_sigmoid_kernel, 3 * terms, *factor, torch.float32 if dtype == torch.float16 else dtype,
+            stored=call.gradient, sigmoids=call.sigmoids, TERMS=terms, GRADIENT=call.gradient,
         )  # fmt: skip
     return sums[:terms].clone(), d_image, d_text, sums[terms:].view(2, terms).clone()  # results share no memory

@@ -33,11 +33,13 @@ def product(
     TILE: tl.constexpr,  # plan.Tiling
 ):  # [BLOCK_M, BLOCK_N] float32
     """Returns the tile of left rightᵀ at these rows and columns."""
-    PRECISION: tl.constexpr = TILE.PRECISION  # Triton 3.6 takes no string that is not a constexpr
+    PRECISION: tl.constexpr = TILE.PRECISION  # Triton 3.6 takes no string, and no number in a tuple, that is not a constexpr
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     depth = tl.arange(0, TILE.BLOCK_K)
     left += tl.minimum(row, n - 1).to(tl.int64)[:, None] * width + depth[None, :]
     right += tl.minimum(column, m - 1).to(tl.int64)[None, :] * width + depth[:, None]
-    tile = tl.zeros((TILE.BLOCK_M, TILE.BLOCK_N), tl.float32)
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, width, TILE.BLOCK_K):
         if TILE.EVEN:
             a = tl.load(left)
@@ -61,12 +63,18 @@ def clamped(values, index, size):
 
 
 @triton.jit
-def is_negative(row, column, n, m, label_offset, ids, text_ids):  # [BLOCK_M, BLOCK_N]
-    """Whether an entry is inside the matrix, is not the row's positive, and has no id equal to the row's."""
-    negative = (row < n)[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
-    if ids is not None:
-        negative = negative & (clamped(ids, row, n)[:, None] != clamped(text_ids, column, m)[None, :])
-    return negative
+def is_negative(masked, row, column, n, m, label_offset, ids, text_ids):  # [BLOCK_M, BLOCK_N]
+    """Whether an entry is inside the matrix, is not the row's positive, and has no id equal to the row's.
+
+    masked: a tile in registers that is -inf at all other entries, or None. A mask of its own would need registers too.
+    """
+    if masked is not None:
+        return masked != -INF
+    else:
+        negative = (row < n)[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
+        if ids is not None:
+            negative = negative & (clamped(ids, row, n)[:, None] != clamped(text_ids, column, m)[None, :])
+        return negative
 
 
 @triton.jit

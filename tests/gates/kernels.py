@@ -67,10 +67,14 @@ class Form(NamedTuple):
         return "".join(("Z", *parts, " odd D" * (not self.even)))
 
 
+SIMPLEST = Form(teacher=False, plane=False, columns=True, ids=False, even=True)
+
+
 def forms(everything: bool) -> list[Form]:
     """Returns all forms, or only those that fill the registers most and the simplest."""
-    found = [Form(*flags) for flags in itertools.product((True, False), repeat=5)]
-    return [form for form in found if everything or (form.ids and not form.even)] + [Form(False, False, True, False, True)]
+    every = [Form(*flags) for flags in itertools.product((True, False), repeat=5)]
+    every = [form for form in every if not (form.teacher and form.plane)]  # the op has a sweep of its own for the plane then
+    return every if everything else [form for form in every if form.ids and not form.even] + [SIMPLEST]
 
 
 def absent(names: str, missing: bool) -> dict[str, None]:
