@@ -114,7 +114,7 @@ plan: install  ## what fits a 24 GiB card, predicted; writes benchmarks/results
 bench: install  ## microbenchmarks on this CPU; writes benchmarks/results
 	$(BIN)/python -m pytest benchmarks --write
 
-bench-gpu: install  ## selftest, tune, timings; writes benchmarks/results
+bench-gpu: install  ## selftest, timings; writes benchmarks/results
 	$(BIN)/python -m benchmarks.gpu
 
 aot: install  ## compile all GPU kernels for all architectures; fails on a spill

@@ -23,7 +23,7 @@ from benchmarks.bound.assumed import (
     SUSTAINED,
 )
 from benchmarks.bound.trace import Stand, Step
-from simplclip.common.cards import CARDS, Card
+from benchmarks.bound.cards import CARDS, Card
 
 
 @dataclass

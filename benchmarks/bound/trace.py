@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from simplclip.common.cards import Card
+from benchmarks.bound.cards import Card
 from simplclip.kernels import launch as launching
 from simplclip.memory import fake
 from simplclip.ops import backends, registry

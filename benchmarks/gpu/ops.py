@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import attention_forms, block_forms, similarity_forms, training_forms
 from benchmarks.bound import calls
 from benchmarks.measure import PASSES, interleaved_times, quantiles, reason
-from simplclip.common.cards import CARDS
+from benchmarks.bound.cards import CARDS
 
 WHOLE = "the whole call"
 OURS = re.compile(r"(similarity_\w+?|shaped_attention_\w+?|parallel_mlp_\w+?|feature_loss_\w+?)(?:_kernel\b|$)")

@@ -11,7 +11,6 @@ import torch
 
 from simplclip import gradient_cache, models
 from simplclip.common import hardware
-from simplclip.common.cards import CARDS
 from simplclip.common.errors import InputError
 from simplclip.memory.count import Usage
 from simplclip.memory.exchange import Exchange
@@ -26,6 +25,8 @@ from simplclip.train.state import SIGLIP
 
 SMALL_MICRO_BATCH = 256  # if none is configured; a larger micro-batch leaves less memory for the loss
 MOST_PAIRS = 1 << 22
+# GiB of memory of cards, from their data sheets.
+CARDS = {"rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32, "rtx-3060": 12, "a100-40": 40, "a100-80": 80, "h100": 80}
 
 
 def parse_memory(text: str) -> int:
@@ -36,7 +37,7 @@ def parse_memory(text: str) -> int:
     name = re.sub(r"[\s_]+", "-", text.strip().lower())
     for card in (name, f"rtx-{name}"):
         if card in CARDS:
-            return CARDS[card].memory << 30
+            return CARDS[card] << 30
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])I?B", text.strip().upper())
     if not match or not float(match[1]):
         raise InputError(f"memory: expected a size such as 24GiB or one of {', '.join(CARDS)}, got {text!r}")

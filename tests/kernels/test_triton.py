@@ -10,13 +10,14 @@ import interpreter
 import pytest
 import random_calls
 import torch
-from calls import check, check_padding, check_registration
+from calls import TERMS, Call, attention_call, mlp_call, of_lengths, similarity_call
+from compare import check, check_padding
 from devices import DTYPES
 from interpreter import needs_interpreter, needs_triton
 from layouts import rows_apart
+from small_calls import check_registration
 
 from simplclip.ops.attention import around
-from simplclip.selftest.calls import TERMS, Call, attention_call, mlp_call, of_lengths, similarity_call
 
 MODES = [
     {"terms": TERMS[:1]},

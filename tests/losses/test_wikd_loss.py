@@ -2,9 +2,9 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import make_inputs
 
 from simplclip.losses import WIKDLoss
-from simplclip.selftest.calls import make_inputs
 
 EVERYTHING = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
 KEYS = ["contrastive_loss", "distill_loss", "interactive_loss", "feature_loss", "pair_matching_loss"]

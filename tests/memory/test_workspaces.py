@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from calls import MLP, Call, block_inputs
 from devices import DTYPES, needs_cpu_kernels
 from memory_calls import SIMILARITY, attention_call, feature_call, forward_and_backward, mlp_call, similarity_call
 from torch.utils._pytree import tree_leaves
@@ -19,7 +20,6 @@ from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.calls import flat, schema_of
 from simplclip.ops.feature.call import FeatureGradient
 from simplclip.ops.mlp.call import HiddenGradient
-from simplclip.selftest.calls import MLP, Call, block_inputs
 
 SCALARS = 64  # bytes of results that are made after the peak
 # The copies of oneDNN in products of half types are not stated; this bounds them for one thread.

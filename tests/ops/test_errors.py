@@ -6,11 +6,11 @@ import layouts
 import numpy as np
 import pytest
 import torch
+from calls import ATTENTION, MLP, attention_inputs, block_inputs, mlp_inputs
 from devices import needs_cpu_kernels
 
 from simplclip import ops
 from simplclip.ops import checks
-from simplclip.selftest.calls import ATTENTION, MLP, attention_inputs, block_inputs, mlp_inputs
 
 GOOD = torch.randn(4, 8)
 zeros, ones, meta = torch.zeros, torch.ones, functools.partial(torch.zeros, device="meta")

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from calls import check
+from calls import Call
+from compare import check, function_of, run
 from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 import simplclip
 from simplclip.ops import feature_loss
-from simplclip.selftest.calls import Call
-from simplclip.selftest.compare import function_of, run
 
 
 def features(n, d):

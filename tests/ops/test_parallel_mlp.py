@@ -3,11 +3,11 @@
 import plain
 import pytest
 import torch
+from calls import mlp_inputs as inputs
 from devices import needs_cpu_kernels
 
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import parallel_mlp
-from simplclip.selftest.calls import mlp_inputs as inputs
 
 
 @needs_cpu_kernels

@@ -36,8 +36,8 @@ import numpy as np
 import torch
 
 from benchmarks.bound import calls, trace
+from benchmarks.bound.cards import CARDS
 from simplclip import ops
-from simplclip.common.cards import CARDS
 
 APART = 46  # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
 _REAL = interpreter._interpreter

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from benchmarks.bound import machine, predict, trace
-from simplclip.common.cards import CARDS
+from benchmarks.bound.cards import CARDS
 from simplclip.kernels.launch import launch
 
 M, N, K, TILE, DEPTH = 96, 160, 64, 32, 16

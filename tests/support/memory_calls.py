@@ -1,13 +1,13 @@
 """Calls of the ops whose memory is compared with stated or predicted memory."""
 
 import torch
+from calls import ATTENTION, MLP, TERMS, Call, attention_inputs, make_inputs, mlp_inputs
+from compare import function_of, outputs_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from simplclip.memory import fake
 from simplclip.memory.count import Counter
-from simplclip.selftest.calls import ATTENTION, MLP, TERMS, Call, attention_inputs, make_inputs, mlp_inputs
-from simplclip.selftest.compare import function_of, outputs_of
 
 SIMILARITY = {
     "contrastive": {"terms": ("contrastive",)},

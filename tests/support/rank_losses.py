@@ -16,12 +16,12 @@ import rank_rowwise
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from calls import make_inputs
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 
 from simplclip import losses, ops
 from simplclip.losses import ClipPMLoss, WIKDLoss
 from simplclip.ops import distributed
-from simplclip.selftest.calls import make_inputs
 
 WORLD, N = int(os.environ["WORLD_SIZE"]), 10
 EVERYTHING = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
