@@ -182,7 +182,7 @@ def _similarity_merge_kernel(
     SLOTS: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     HAS_PLANE: tl.constexpr,
-    PREVIOUS: tl.constexpr,  # of columns: `out` holds the statistics over earlier rows
+    PREVIOUS: tl.constexpr,  # whether `out` holds statistics of columns over earlier rows
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

@@ -37,8 +37,6 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     image, (n, _), m = call.image, call.image.shape, call.text.shape[0]
     rows = image.new_zeros(len(RowStat), n, dtype=torch.float32)
     columns = image.new_zeros(len(ColumnStat), m, dtype=torch.float32)
-    if call.columns:  # of no rows; the parts of each sweep are merged into these
-        columns[: call.matrices].fill_(-torch.inf)
     with device_of(image):
         _write_positives(call, RowStat.DIAGONAL_STUDENT, image, call.text, rows)
         if call.has_teacher:
@@ -70,17 +68,19 @@ def _write_statistics(call: SimilarityCall, rows: Tensor, columns: Tensor) -> No
             _similarity_statistics_kernel, sweep.row_blocks * sweep.splits, **shared, **sweep._asdict(),
             row_parts=row_parts, column_parts=column_parts, entropy=call.entropy, ROW_SLOTS=ROW_SLOTS, COLUMN_SLOTS=slots,
         )  # fmt: skip
-        _merge(call, row_parts, rows, sweep.first_row, of_rows=True)
+        _merge(call, row_parts, rows, sweep.first_row, plane=call.plane is not None)
         if call.columns:
-            _merge(call, column_parts, columns, 0, of_rows=False)
+            _merge(call, column_parts, columns, 0, previous=sweep.first_row > 0)
 
 
-def _merge(call: SimilarityCall, parts: Tensor, out: Tensor, first: int, *, of_rows: bool) -> None:
-    """Merges parts [parts, slots, size] into `out`, [6, N] or [3, M]."""
+def _merge(
+    call: SimilarityCall, parts: Tensor, out: Tensor, first: int, *, plane: bool = False, previous: bool = False
+) -> None:
+    """Merges parts [parts, slots, size] into `out`, [6, N] or [3, M]. previous: with the statistics that `out` holds."""
     count, slots, size = parts.shape
     launch(
         _similarity_merge_kernel, -(-size // MERGE["BLOCK"]), parts, out, size, count, out.shape[1], first,
-        SLOTS=slots, HAS_TEACHER=call.has_teacher, HAS_PLANE=of_rows and call.plane is not None, PREVIOUS=not of_rows,
+        SLOTS=slots, HAS_TEACHER=call.has_teacher, HAS_PLANE=plane, PREVIOUS=previous,
         **MERGE, num_warps=MERGE_WARPS,
     )  # fmt: skip
 
@@ -98,7 +98,7 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
         d_image, d_text, sums = gradients_in_blocks(
             call, _similarity_gradient_kernel, SUMS, *factor, call.image.dtype, **_arguments(call), **stats, **grads
         )
-    return d_image, d_text, sums[0].clone(), sums[1:].clone()  # results share no memory
+    return d_image, d_text, sums[:, 0].sum(), sums[:, 1:].sum(0)
 
 
 def range_factor(call: SimilarityGradient | SigmoidCall, **of_call: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -150,7 +150,7 @@ def gradients_in_blocks(
     stored: bool = True,
     **of_kernel: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns d_image, d_text and the sums [numbers] from a kernel that computes blocks of G.
+    """Returns d_image, d_text and the programs' sums [programs, numbers] from a kernel that computes blocks of G.
 
     A program adds to sums of its own in all blocks, so that the order of sums is fixed. dtype: of d_image and d_text.
     stored: whether the kernel stores G.
@@ -175,5 +175,4 @@ def gradients_in_blocks(
         d_image.add(row_range, g, call.text[column_range])
         d_text.add(column_range, g.T, call.image[row_range])
     del scratch, g  # before the results in the features' dtype
-    total = sums.sum(0, dtype=torch.float64).to(torch.float32)
-    return d_image.result(unscale), d_text.result(unscale), total
+    return d_image.result(unscale), d_text.result(unscale), sums

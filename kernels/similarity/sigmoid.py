@@ -80,4 +80,4 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
             call, _similarity_sigmoid_kernel, 3 * terms, *factor, torch.float32 if dtype == torch.float16 else dtype,
             stored=call.gradient, sigmoids=call.sigmoids, TERMS=terms, GRADIENT=call.gradient,
         )  # fmt: skip
-    return sums[:terms].clone(), d_image, d_text, sums[terms:].view(2, terms).clone()  # results share no memory
+    return sums[:, :terms].sum(0), d_image, d_text, sums[:, terms:].sum(0).view(2, terms)

@@ -14,12 +14,10 @@ SIMILARITY = {
     "pair matching": {"terms": ("contrastive", "pair_matching")},
     "hadamard": {"terms": ("pair_matching",), "plane": "hadamard"},
     "relational": {"terms": ("relational",)},
-    "kl, projected": {"terms": ("interactive",), "interactive": "kl", "teacher_width": 80},
-    "kl, projected, rows only": {"terms": ("interactive",), "interactive": "kl", "teacher_width": 80, "symmetric": False},
-    "sigmoid": {"terms": ("sigmoid",), "positives": "ids"},
-    "infonce": {"terms": ("interactive",), "teacher_width": 80},
-    "every term": {"terms": TERMS, "interactive": "kl", "plane": "hadamard", "teacher_width": 80},
-    "every term, own features": {"terms": TERMS, "interactive": "kl"},
+    "relational, rows only": {"terms": ("relational",), "teacher_width": 80, "symmetric": False},
+    "sigmoid": {"terms": ("sigmoid",)},
+    "every term": {"terms": TERMS, "plane": "hadamard", "teacher_width": 80},
+    "every term, own features": {"terms": TERMS},
 }
 
 
