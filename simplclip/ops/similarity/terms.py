@@ -53,8 +53,9 @@ class Options(NamedTuple):
 class Terms(torch.autograd.Function):
     """Contrastive, relational and pair matching terms [], in this order, those that there are.
 
-    With weights, the first result is their weighted sum, which alone has a gradient. Cross-entropies are softplus(lse - z) with
-    lse over the negatives: exact for well matched pairs too, and NaN where the positive z is infinite, as in F.cross_entropy.
+    With weights, the first result is their weighted sum, which alone has a gradient. Cross-entropies are softplus(lse - z)
+    with lse over the negatives: exact for well matched pairs too, and NaN where the positive z is infinite, as in
+    F.cross_entropy.
     With m = 1 - softmax(T) of the positive, r and r̂ the log-sum-exps over the whole row, a row's divergence is
     r - E_T[Z] + entropy (E_T[T] - r̂) = (r - z) - entropy (r̂ - t) + m (mean + z - entropy t).
     """
