@@ -34,7 +34,7 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     Scratch besides the results: the parts of column statistics, at most as many bytes as `chunk` rows of one matrix (or one
     block of rows' parts), and the parts of row statistics.
     """
-    image, (n, _), m = call.image, call.image.shape, call.text.shape[0]
+    image, n, m = call.image, call.image.shape[0], call.text.shape[0]
     rows = image.new_zeros(len(RowStat), n, dtype=torch.float32)
     columns = image.new_zeros(len(ColumnStat), m, dtype=torch.float32)
     with device_of(image):
@@ -42,7 +42,8 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
         if call.has_teacher:
             _write_positives(call, RowStat.DIAGONAL_TEACHER, call.teacher_image, call.teacher_text, rows)
         _write_statistics(call, rows, columns)
-    return rows, columns, image.new_empty(0, 0, m)
+    stored = image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m)  # none, but in the interpreter
+    return rows, columns, stored
 
 
 def _write_positives(call: SimilarityCall, stat: RowStat, image: Tensor, text: Tensor, rows: Tensor) -> None:
@@ -163,16 +164,16 @@ def gradients_in_blocks(
     sums = call.image.new_zeros(tiles, numbers, dtype=torch.float32)
     d_image = FeatureGradient(call.image, call.need_image, dtype)
     d_text = FeatureGradient(call.text, call.need_text, dtype)
+    shared = {**arguments(call), **of_kernel, "factor": factor, "out": scratch, "sums": sums, "out_stride": pitch}
     for row_range, column_range in blocks_of(n, m, rows, columns):
         height, breadth = row_range.stop - row_range.start, column_range.stop - column_range.start
         row_blocks, column_blocks = -(-height // tile.block_m), -(-breadth // tile.block_n)
         launch(
-            kernel, row_blocks * column_blocks, **{**arguments(call), **of_kernel}, factor=factor, out=scratch, sums=sums,
-            first_row=row_range.start, first_column=column_range.start, row_blocks=row_blocks, column_blocks=column_blocks,
-            out_stride=pitch,
+            kernel, row_blocks * column_blocks, **shared, first_row=row_range.start, first_column=column_range.start,
+            row_blocks=row_blocks, column_blocks=column_blocks,
         )  # fmt: skip
         g = scratch[:height, :breadth]
         d_image.add(row_range, g, call.text[column_range])
         d_text.add(column_range, g.T, call.image[row_range])
-    del scratch, g  # before the results in the features' dtype
+    del scratch, shared, g  # before the results in the features' dtype
     return d_image.result(unscale), d_text.result(unscale), sums
