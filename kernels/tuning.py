@@ -27,7 +27,7 @@ _INTERPRETED = Tile(32, 64, 16, 4, 2)  # small and with three different sides, s
 _TILES = {
     ("similarity", "half"): Tile(64, 64, 32, 4, 4, 2),
     ("similarity", "tf32"): Tile(64, 64, 16, 4, 4, 2),
-    ("similarity", "ieee"): Tile(64, 64, 16, 4, 4, 2),
+    ("similarity", "ieee"): Tile(64, 64, 16, 8, 3),
     ("parallel_mlp", "half"): Tile(128, 128, 32, 8, 3),
     ("parallel_mlp", "tf32"): Tile(128, 128, 16, 8, 3),
     ("parallel_mlp", "ieee"): Tile(64, 64, 16, 8, 3),

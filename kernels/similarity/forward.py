@@ -102,8 +102,11 @@ def _similarity_statistics_kernel(
             t = tl.where(is_negative(None, row, column, n, m, label_offset, ids, text_ids), t, -INF)
 
         similarity = product(image, text, row, column, n, m, width, TILE)
-        z = similarity * z_scale
         negative = is_negative(t, row, column, n, m, label_offset, ids, text_ids)
+        z = tl.where(negative, similarity * z_scale, -INF)
+        if plane is not None:
+            softplus, _ = softplus_and_sigmoid(similarity * tl.load(plane) + tl.load(plane + 1), TILE.INTERPRETED)
+            unmatched += tl.sum(tl.where(negative, softplus, 0.0), 1)
         if teacher_image is not None:
             gap = entropy * t - z
             max_t, shift, shrink = online_max(max_t, t, 1)
@@ -113,10 +116,6 @@ def _similarity_statistics_kernel(
             if column_parts is not None:
                 weight = _store_column_softmax(t, part + TEACHER * m, m, inside)
                 tl.store(part + (TEACHER + 2) * m, tl.sum(times_nonzero(weight, gap), 0), inside)
-        if plane is not None:
-            softplus, _ = softplus_and_sigmoid(similarity * tl.load(plane) + tl.load(plane + 1), TILE.INTERPRETED)
-            unmatched += tl.sum(tl.where(negative, softplus, 0.0), 1)
-        z = tl.where(negative, z, -INF)
         max_z, shift, shrink = online_max(max_z, z, 1)
         sum_z = sum_z * shrink + tl.sum(exp_shifted(z, shift[:, None]), 1)
         if column_parts is not None:
