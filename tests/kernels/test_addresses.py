@@ -15,7 +15,6 @@ OTHERS = [
     "all",
     "many sigmoid",
     "contrastive",
-    "kept",
     "attention causal",
 ]
 # Cases of make prove, with dtypes and cards in turn.

@@ -126,7 +126,10 @@ class Draw:
 
 
 OFTEN = {"similarity_loss": 10, "shaped_attention": 4, "parallel_mlp": 3, "simplified_block": 4, "feature_loss": 3}
-WITHOUT = {"triton": ("shaped_attention",), "sdpa": ("similarity_loss", "parallel_mlp", "feature_loss")}  # what backends lack
+WITHOUT = {
+    "triton": ("shaped_attention", "feature_loss"),
+    "sdpa": ("similarity_loss", "parallel_mlp", "feature_loss"),
+}  # what backends lack
 
 
 def make(seed: int, backend: str = "") -> Draw:
