@@ -26,11 +26,12 @@ def floating(name: str, t: Tensor, letters: str = "") -> None:
 
 def features(name: str, t: Tensor, letters: str) -> None:
     """Checks that t is a floating matrix without an empty dimension."""
+    if isinstance(t, Tensor) and t.dtype in FLOATS and t.dim() == 2 and t.shape[0] > 0 and t.shape[1] > 0:
+        return
     if isinstance(t, Tensor) and t.dim() != 2:
         raise ValueError(f"{name}: expected a tensor {letters}, got shape {shape_of(t)}")
     floating(name, t, letters)
-    if t.shape[0] == 0 or t.shape[1] == 0:
-        raise ValueError(f"{name}: expected at least one row and one column, got shape {shape_of(t)}")
+    raise ValueError(f"{name}: expected at least one row and one column, got shape {shape_of(t)}")
 
 
 def on(name: str, t: Tensor, other_name: str, device: torch.device) -> None:
@@ -48,14 +49,16 @@ def like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
 
 def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype, of: str = "image") -> Tensor:
     """Returns a number as a tensor [] of this dtype. A tensor must be floating, have one element and be on the device."""
-    if not isinstance(value, Tensor):
-        value = _real(name, value, "a number or a tensor with one element")
-        return torch.full((), value, device=device, dtype=dtype)
-    if value.numel() != 1:
-        raise ValueError(f"{name}: expected one element, got shape {shape_of(value)}")
-    floating(name, value)
-    on(name, value, of, device)
-    return value.reshape(()).to(dtype)
+    if isinstance(value, Tensor):
+        if value.dtype == dtype and value.device == device and value.dim() == 0:
+            return value
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one element, got shape {shape_of(value)}")
+        floating(name, value)
+        on(name, value, of, device)
+        return value.reshape(()).to(dtype)
+    value = _real(name, value, "a number or a tensor with one element")
+    return torch.full((), value, device=device, dtype=dtype)
 
 
 _warned: set[str] = set()

@@ -1,4 +1,8 @@
-"""Registration of the ops in the library `simplclip`, and the dispatch of a call to its backend."""
+"""Registration of the ops in the library `simplclip`, and the way of a call to its backend.
+
+A call on plain tensors takes the short way: an autograd.Function calls the backend's function. torch.compile, export,
+tracing, fake tensors, subclasses and torch.func take the registered op, which has the same forward and backward.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,15 @@ import contextlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from operator import attrgetter
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from simplclip.ops import backends, distributed
-from simplclip.ops.calls import schema_of, tensors_of
+from simplclip.ops import backends
+from simplclip.ops.calls import flat, schema_of, tensors_of
 
 library = torch.library.Library("simplclip", "DEF")
 
@@ -22,6 +28,121 @@ library = torch.library.Library("simplclip", "DEF")
 DISPATCH: dict[str, Callable] = {}
 NATIVE_FAKES: dict[str, Callable] = {}
 counted = False  # True while simplclip.memory runs ops with fake tensors, to count the memory that they take
+
+_PLAIN = (Tensor, nn.Parameter)
+_selected: dict[tuple, Callable] = {}  # the backends' functions that earlier calls selected
+
+
+class Op:
+    """An op of the library; see `define`."""
+
+    def __init__(self, name: str, call_type: type, run: Callable, facts: Callable | None, composed: bool):
+        self.name, self.call_type, self.run, self.facts, self.composed = name, call_type, run, facts, composed
+        self.values = attrgetter(*call_type.__match_args__)
+        self.first = call_type.__match_args__[0]  # a tensor in every call: its device and dtype are the call's
+        self.tensors = len(tensors_of(call_type))
+        self.backward: Callable | None = None
+        self.differentiable, self.saved_results, self.saves_tensors = 1, 1, True
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        return getattr(torch.ops.simplclip, self.name).default
+
+    def select(self, first: Tensor, call: Any, spec: str) -> Callable:
+        """Returns the function of the call's backend. It is selected once for each kind of call."""
+        facts = self.facts(call) if self.facts else {}
+        tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision  # the predicate of CUDA attention reads it
+        key = self.name, spec, first.device, first.dtype, tf32, *facts.values()
+        if key not in _selected:
+            _selected[key] = backends.select(self.name, first.device, first.dtype, spec, **facts)[1]
+        return _selected[key]
+
+    def dispatch(self, call: Any, spec: str) -> Any:
+        """Runs a call of plain tensors on its backend."""
+        first = getattr(call, self.first)
+        function = self.pick(first, spec) if self.composed else self.select(first, call, spec)
+        if not torch.is_autocast_enabled(first.device.type):
+            return self.run(function, call)
+        with no_autocast(first.device):
+            return self.run(function, call)
+
+    def pick(self, first: Tensor, spec: str, through: Callable | None = None) -> Callable:
+        """Returns `pick(op, **facts)`, which gives a composed op the function of one of its parts."""
+
+        def pick(op: str, **facts) -> Callable:
+            name, function = backends.select(op, first.device, first.dtype, spec, part=True, **facts)
+            return through(op, name, function) if through else function
+
+        return pick
+
+    def dispatch_through(self, *args: Any, through: Callable | None = None) -> Any:
+        """Runs the dispatcher's arguments. `through(op, backend, function)` may return another function to call."""
+        call, spec = self.call_type(*args[:-1]), args[-1]
+        first = getattr(call, self.first)
+        if self.composed:
+            function = self.pick(first, spec, through)
+        else:
+            facts = self.facts(call) if self.facts else {}
+            name, function = backends.select(self.name, first.device, first.dtype, spec, **facts)
+            function = through(self.name, name, function) if through else function
+        with no_autocast(first.device):
+            return self.run(function, call)
+
+    def save(self, ctx, tensors: Sequence[Tensor | None], options: Sequence, spec: str, results: Sequence[Tensor]) -> None:
+        ctx.mark_non_differentiable(*results[self.differentiable :])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(tensors if self.saves_tensors else ()), *results[self.saved_results :])
+        ctx.options, ctx.spec = options, spec
+
+    def gradients(self, ctx, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of the call's tensors.
+
+        Differentiating them again raises an error instead of giving zero. For this the differentiable inputs, or a
+        differentiable result, must be among the saved tensors.
+        """
+        grads = grads[: self.differentiable]
+        if all(grad is None for grad in grads):
+            return (None,) * self.tensors
+        saved = ctx.saved_tensors  # read only once: under torch.utils.checkpoint, every access runs the forward again
+        inputs = self.tensors if self.saves_tensors else 0
+        call = self.call_type(*(saved[:inputs] or (None,) * self.tensors), *ctx.options)
+        with torch.no_grad():
+            gradients = self.backward(call, saved[inputs:], grads, needed, ctx.spec)
+        if torch.is_grad_enabled():  # with create_graph=True
+            return first_order_only(self.name, gradients, *saved, *grads)
+        return gradients
+
+
+class _Eager(torch.autograd.Function):
+    """A call of an op on plain tensors."""
+
+    @staticmethod
+    def forward(ctx, op, spec, options, *tensors):
+        results = op.dispatch(op.call_type(*tensors, *options), spec)
+        ctx.op = op
+        op.save(ctx, tensors, options, spec, results)
+        return results
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, None, None, *ctx.op.gradients(ctx, grads, ctx.needs_input_grad[3:])
+
+
+def call(op: Op, of_call: Any, spec: str | None = None) -> Any:
+    """Runs a call of an op, by default on the backends that are forced now."""
+    spec = backends.forced() if spec is None else spec
+    if torch.compiler.is_compiling():
+        return op.overload(*flat(of_call), spec)
+    values = op.values(of_call)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        check_reverse_mode(op.name, tensors)
+        return op.overload(*values, spec)
+    if torch._C._len_torch_dispatch_stack() or tensors[0].is_meta or not all(type(t) in _PLAIN for t in tensors):
+        return op.overload(*values, spec)
+    if op.backward is None or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        return op.dispatch(of_call, spec)
+    return _Eager.apply(op, spec, values[op.tensors :], *values[: op.tensors])
 
 
 def define(
@@ -35,14 +156,14 @@ def define(
     native: tuple[type, str] | None = None,
     native_fake: Callable | None = None,
     facts: Callable[..., dict] | None = None,
-) -> None:
-    """Registers `simplclip::name`, which runs on the backend named by its last argument, and the schemas that C++ implements.
+) -> Op:
+    """Registers `simplclip::name`, whose last argument says which backends are forced, and the schemas that C++ implements.
 
     call_type: the dataclass of a call, from whose fields the schema is generated.
     run(function, call): runs a backend's function, whose argument is a call too; a function of C++ gets the call's fields.
-    fake(call, backend): makes the op's results for fake tensors; backend: the name that was asked for.
+    fake(call, spec): makes the op's results for fake tensors; spec: the backends that are forced.
     row: the op's backends, for the table. An op without a row is composed of other ops: its `run` gets `pick(op, **facts)`,
-    which returns the function of such an op. Each of these ops runs on the backend that was asked for, if the op has it.
+    which returns the function of such an op.
     native: the dataclass and the result types of the backends' functions, if they differ from the op's; `native_fake(call)`
     makes their results for fake tensors.
     facts(call): returns the facts of a call, besides device and dtype, that the backends' predicates need.
@@ -57,29 +178,40 @@ def define(
         library.define(f"{name}_{backend}({arguments}) -> {results}")
         # Returns the bytes that the op above allocates besides its results; called with meta tensors.
         library.define(f"{name}_{backend}_workspace({unwritten}) -> int")
-
-    def dispatch(*args, through: Callable[[str, str, Callable], Callable] | None = None):
-        first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))
-        call = call_type(*args[:-1])
-
-        def pick(op: str, **of_call) -> Callable:
-            asked = args[-1] if op == name else backends.backend_of_part(op, args[-1])
-            backend, function = backends.select(op, first.device.type, first.dtype, asked, **of_call)
-            return through(op, backend, function) if through else function
-
-        function = pick(name, **(facts(call) if facts else {})) if row else pick
-        with no_autocast(first.device):
-            return run(function, call)
-
-    library.impl(name, dispatch, "CompositeExplicitAutograd")
+    op = Op(name, call_type, run, facts, composed=row is None)
+    library.impl(name, op.dispatch_through, "CompositeExplicitAutograd")
     torch.library.register_fake(f"simplclip::{name}", lambda *args: fake(call_type(*args[:-1]), args[-1]), lib=library)
-    DISPATCH[f"simplclip::{name}"] = dispatch
+    DISPATCH[f"simplclip::{name}"] = op.dispatch_through
+    return op
 
 
-FIRST_ORDER = (
-    "{op}: expected a first derivative in reverse mode, got {got}; "
-    'run the forward under simplclip.backend("reference"), which has all derivatives'
-)
+def register_gradient(
+    op: Op, backward: Callable, *, differentiable: int = 1, saved_results: int = 1, saves_tensors: bool = True
+) -> None:
+    """Registers the gradients of the first `differentiable` results. The other results are for backward: no gradients.
+
+    backward(call, results, grads, needed, spec) returns the gradients of the call's tensors, in the order of its fields.
+    `results`: those from `saved_results` on. `needed`: for each tensor whether its gradient is needed. The call has its
+    tensors unless `saves_tensors` is False; then the differentiable results must be saved instead (see Op.gradients).
+    """
+    op.backward, op.differentiable, op.saved_results, op.saves_tensors = (
+        backward,
+        differentiable,
+        saved_results,
+        saves_tensors,
+    )
+
+    def setup_context(ctx, inputs, output):
+        op.save(ctx, inputs[: op.tensors], inputs[op.tensors : -1], inputs[-1], output)
+
+    def of_all(ctx, *grads):
+        gradients = op.gradients(ctx, grads, ctx.needs_input_grad[: op.tensors])
+        return *gradients, *[None] * (len(fields(op.call_type)) + 1 - op.tensors)
+
+    torch.library.register_autograd(f"simplclip::{op.name}", of_all, setup_context=setup_context)
+
+
+FIRST_ORDER = "{op}: expected a first derivative in reverse mode, got {got}; the ops have no other derivatives"
 
 
 def transforms() -> set[str]:
@@ -101,20 +233,7 @@ def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> Non
         tensors = (value for value in values if isinstance(value, Tensor))
         got = "a forward-mode tangent" if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors) else None
     if got:
-        raise NotImplementedError(FIRST_ORDER.format(op=_public(name), got=got))
-
-
-def call(name: str, *args):
-    """Runs `simplclip::name`; if "reference" is forced, runs its definition directly, so that autograd differentiates it.
-
-    The other backends have first derivatives in reverse mode alone; asking for other derivatives raises an error.
-    """
-    if torch.compiler.is_compiling():
-        return getattr(torch.ops.simplclip, name)(*args)
-    if args[-1] == "reference":
-        return DISPATCH[f"simplclip::{name}"](*args)
-    check_reverse_mode(name, args)
-    return getattr(torch.ops.simplclip, name)(*args)
+        raise NotImplementedError(FIRST_ORDER.format(op=backends.public_name(name), got=got))
 
 
 def first_order_only(name: str, gradients: Sequence[Tensor | None], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -123,63 +242,9 @@ def first_order_only(name: str, gradients: Sequence[Tensor | None], *sources: Te
     Autograd runs a node only if the node lies on a path to a tensor whose gradient is asked for. So the node that raises has
     the sources as inputs: the tensors that the gradients were computed from, or a result of the op that depends on these.
     """
-    message = FIRST_ORDER.format(op=name, got="a double backward")
+    message = FIRST_ORDER.format(op=backends.public_name(name), got="a double backward")
     node = torch._C._functions.DelayedError(message.encode(), len(gradients) + len(sources))
     return node(*gradients, *sources)[: len(gradients)]
-
-
-def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Registers backward(ctx, saved, *grads) for `simplclip::name`; `saved` are the saved tensors.
-
-    Differentiating the returned gradients again raises an error instead of giving zero. For this the differentiable inputs,
-    or a differentiable result, must be among the saved tensors.
-    """
-
-    def once(ctx, *grads):
-        if all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors  # read only once: under torch.utils.checkpoint, every access runs the forward again
-        with torch.no_grad():
-            out = backward(ctx, saved, *grads)
-        if not torch.is_grad_enabled():  # it is enabled with create_graph=True
-            return out
-        return first_order_only(_public(name), out, *saved, *grads)
-
-    torch.library.register_autograd(f"simplclip::{name}", once, setup_context=setup_context)
-
-
-def register_gradient(
-    name: str, call_type: type, backward: Callable, forget: Sequence[str] = (), keep_result: bool = False
-) -> None:
-    """Registers the gradient of the first result of `simplclip::name`. The other results are for backward: no gradients.
-
-    backward(call, results, grad, need, backend) returns gradients by field. `results` are the other results; `need` maps a
-    field to whether its gradient is needed. All tensors of the call are saved except those in `forget`, which are None in
-    backward's `call`. If a forgotten tensor may need a gradient, set `keep_result`: then the first result, a number, is saved
-    too, as register_autograd requires.
-    """
-    names = [*(field.name for field in fields(call_type)), "backend"]
-    tensors = tensors_of(call_type)
-
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        saved = (None if field in forget else value for field, value in zip(tensors, inputs))
-        ctx.save_for_backward(*saved, *output[1:], *output[:keep_result])
-        ctx.options = inputs[len(tensors) :]
-
-    def of_fields(ctx, saved, grad, *_):
-        *options, backend = ctx.options
-        call, results = call_type(*saved[: len(tensors)], *options), saved[len(tensors) :]
-        results = results[:-1] if keep_result else results
-        found = backward(call, results, grad, dict(zip(names, ctx.needs_input_grad)), backend)
-        return tuple(found.get(field) for field in names)
-
-    register_autograd(name, of_fields, setup_context)
-
-
-def _public(name: str) -> str:
-    return "similarity_loss" if name.startswith("similarity") else name.removesuffix("_fwd")
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -200,14 +265,10 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
     """Casts the tensors to autocast's dtype, except float64, if autocast is enabled on the device of the first one."""
     device = tensors[0].device
     if not autocasts(device):
-        return list(tensors)
+        return tensors
     dtype = torch.get_autocast_dtype(device.type)
-    cast = [t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors]
-    for t, copy in zip(tensors, cast):
-        if copy is not t:
-            distributed.follow(t, copy)
-    return cast
+    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors]

@@ -25,7 +25,7 @@ Backward = Callable[[AttentionInto], tuple[Tensor, Tensor, Tensor]]
 
 def _fused(call: AttentionCall) -> bool:
     """Whether the Triton kernels of kernels/attention compute the terms besides the softmax attention."""
-    return backends.triton_on_cuda(call.q.device.type, call.q.dtype) is None
+    return backends.triton_on_cuda(call.q.device, call.q.dtype) is None
 
 
 def _padded(call: AttentionCall) -> Tensor | None:  # [B, L, 1, 1]

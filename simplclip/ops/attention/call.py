@@ -9,7 +9,7 @@ from torch import Tensor
 from simplclip.ops.calls import Mutated
 
 
-@dataclass
+@dataclass(frozen=True)
 class AttentionCall:
     """Arguments of forward, whose results are out [B, L, H, K], the log-sum-exps lse, and av: see AttentionGradient."""
 
@@ -22,7 +22,7 @@ class AttentionCall:
     causal: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class AttentionGradient(AttentionCall):
     """Arguments of backward."""
 
@@ -31,7 +31,7 @@ class AttentionGradient(AttentionCall):
     av: Tensor  # [B, L, H, K] softmax(q k^T scale) v, or empty if the backend does not need it
 
 
-@dataclass
+@dataclass(frozen=True)
 class AttentionInto(AttentionGradient):
     """Arguments of the backends' functions for backward, which write dq, dk and dv and return the gains' gradients [3, H]."""
 

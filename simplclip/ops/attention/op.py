@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from simplclip.ops import backends, checks
+from simplclip.ops import backends, checks, registry
 from simplclip.ops.attention import around, reference, sdpa, xformers
 from simplclip.ops.attention.call import AttentionCall, AttentionGradient, AttentionInto
-from simplclip.ops.calls import flat
-from simplclip.ops.calls import accumulate_dtype
-from simplclip.ops.registry import autocast, call, define, register_gradient
+from simplclip.ops.calls import accumulate_dtype, flat
+from simplclip.ops.registry import autocast, define, register_gradient
+
+Call = TypeVar("Call", bound=AttentionCall)
 
 
-def rows_in_memory(call: AttentionCall, *names: str) -> None:
+def rows_in_memory(call: Call, *names: str) -> Call:
     """Copies tensors whose last dimension is not contiguous; kernels read the other dimensions with any strides."""
-    for name in names:
-        if getattr(call, name).stride(-1) != 1:
-            setattr(call, name, getattr(call, name).contiguous())
+    copies = {name: getattr(call, name).contiguous() for name in names if getattr(call, name).stride(-1) != 1}
+    return replace(call, **copies) if copies else call
 
 
 def _facts(call):
@@ -37,14 +39,13 @@ def av_shape(shape: Sequence[int], like: Tensor, backend: str, **facts) -> Seque
     """Returns the shape of the last result, A v, for a q of this shape."""
     return (
         shape
-        if backends.select("shaped_attention_fwd", like.device.type, like.dtype, backend, **facts)[0] in AROUND
+        if backends.select("shaped_attention_fwd", like.device, like.dtype, backend, part=True, **facts)[0] in AROUND
         else (0,)
     )
 
 
 def _fwd(function, call):
-    rows_in_memory(call, "q", "k", "v")
-    return forward(function, call)
+    return forward(function, rows_in_memory(call, "q", "k", "v"))
 
 
 def _native_fake(call):
@@ -59,7 +60,7 @@ def _fwd_fake(call, backend):
 
 def _bwd(function, call):
     d = _empty_gradients(call)
-    rows_in_memory(call, "grad", "q", "k", "v")
+    call = rows_in_memory(call, "grad", "q", "k", "v")
     return *d, function(AttentionInto(*flat(call), *d))
 
 
@@ -71,7 +72,7 @@ def _empty_gradients(call: AttentionCall) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in (call.q, call.k, call.v)]
 
 
-def _why_not_cuda(device: str, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call) -> str | None:
+def _why_not_cuda(device: torch.device, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call) -> str | None:
     if reason := backends.extension_on_cuda(device, dtype):
         return reason
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
@@ -80,13 +81,13 @@ def _why_not_cuda(device: str, dtype: torch.dtype, *, length: int = 1, width: in
     return reason and f"{reason}; got {length} tokens, width {width}"
 
 
-def _why_not_sdpa(device: str, dtype: torch.dtype, **call) -> str | None:
-    if device not in ("cuda", "cpu"):
-        return f"serves cuda and cpu tensors, not {device}"
-    return backends.why_not_kernels(device, device, dtype)
+def _why_not_sdpa(device: torch.device, dtype: torch.dtype, **call) -> str | None:
+    if device.type not in ("cuda", "cpu"):
+        return f"serves cuda and cpu tensors, not {device.type}"
+    return backends.why_not_kernels(device.type, device, dtype)
 
 
-def _why_not_xformers(device: str, dtype: torch.dtype, *, lengths: bool = False, **call) -> str | None:
+def _why_not_xformers(device: torch.device, dtype: torch.dtype, *, lengths: bool = False, **call) -> str | None:
     if not backends.installed("xformers"):
         return "the package xformers is not installed"
     if lengths:
@@ -98,27 +99,26 @@ AROUND: dict[str, tuple[around.Forward, around.Backward, Callable]] = {
     "sdpa": (sdpa.attention, sdpa.attention_backward, _why_not_sdpa),
     "xformers": (xformers.attention, xformers.attention_backward, _why_not_xformers),
 }
-_FWD = backends.row(reference.shaped_attention_fwd, cuda=_why_not_cuda, cpu=True)
-_BWD = backends.row(reference.shaped_attention_bwd, cuda=_why_not_cuda, cpu=True)
+_FWD = backends.row(reference.shaped_attention_fwd, AttentionCall, cuda=_why_not_cuda)
+_BWD = backends.row(reference.shaped_attention_bwd, AttentionInto, cuda=_why_not_cuda)
 for _name, (_attend, _attend_backward, _why_not) in AROUND.items():
     _FWD[_name] = backends.Implementation(partial(around.shaped_attention_fwd, _attend), _why_not)
     _BWD[_name] = backends.Implementation(partial(around.shaped_attention_bwd, (_attend, _attend_backward)), _why_not)
-define(
+FORWARD = define(
     "shaped_attention_fwd", AttentionCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD, facts=_facts,
     native=(AttentionCall, "(Tensor, Tensor)"), native_fake=_native_fake,
 )  # fmt: skip
-define(
+BACKWARD = define(
     "shaped_attention_bwd", AttentionGradient, "(Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake, row=_BWD, facts=_facts,
     native=(AttentionInto, "Tensor"), native_fake=lambda call: torch.empty_like(call.gains),
 )  # fmt: skip
 
 
-def _gradient(call, results, grad, need, backend):
-    grads = torch.ops.simplclip.shaped_attention_bwd(*flat(call), grad, *results, backend)
-    return dict(zip(("q", "k", "v", "gains"), grads))
+def _gradient(call, results, grads, needed, spec):
+    return *registry.call(BACKWARD, AttentionGradient(*flat(call), *grads, *results), spec), None
 
 
-register_gradient("shaped_attention_fwd", AttentionCall, _gradient)
+register_gradient(FORWARD, _gradient)
 
 
 def shaped_attention(
@@ -174,4 +174,4 @@ def shaped_attention(
     dtype = accumulate_dtype(q.dtype)
     gains = torch.stack([alpha.to(dtype), beta.to(dtype), gamma.to(dtype)])
     of_call = AttentionCall(q, k, v, gains, lengths, scale, bool(causal))
-    return call("shaped_attention_fwd", *flat(of_call), backends.forced())[0]
+    return registry.call(FORWARD, of_call)[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 from simplclip.ops.calls import Mutated, tensors_of
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockCall:
     """Arguments of forward, whose results are out [B, L, C], and for backward [q|k], h, lse and av: see BlockGradient."""
 
@@ -43,7 +43,7 @@ class BlockCall:
 DIFFERENTIABLE = tensors_of(BlockCall)[:-1]  # all tensors but the lengths
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockGradient(BlockCall):
     """Arguments of backward."""
 

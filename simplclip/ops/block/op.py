@@ -7,18 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from simplclip.ops import backends, checks
+from simplclip.ops import checks, registry
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.attention.op import av_shape
 from simplclip.ops.attention.op import forward as attention_forward
 from simplclip.ops.block.call import DIFFERENTIABLE, BlockCall, BlockGradient
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
-from simplclip.ops.calls import flat
-from simplclip.ops.calls import accumulate_dtype
+from simplclip.ops.calls import accumulate_dtype, flat
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, linear, to_overwrite
 from simplclip.ops.mlp.reference import ACTIVATIONS
-from simplclip.ops.registry import autocast, call, define, register_gradient
+from simplclip.ops.registry import autocast, define, register_gradient
 
 
 def _split(qk: Tensor, call: BlockCall) -> tuple[Tensor, Tensor]:
@@ -70,8 +69,7 @@ def _fwd_fake(call, backend):
     widths = (2 * x.shape[2], call.fc1_weight.shape[0])
     qk, h = (x.new_empty((b * length, width) if call.keep else (0,)) for width in widths)
     lse = x.new_empty(b, heads, length, dtype=call.gains.dtype)
-    part = backends.backend_of_part("shaped_attention_fwd", backend)
-    av = x.new_empty(av_shape(call.heads, x, part, **_facts(call)) if call.keep else (0,))
+    av = x.new_empty(av_shape(call.heads, x, backend, **_facts(call)) if call.keep else (0,))
     return torch.empty_like(x, memory_format=torch.contiguous_format), qk, h, lse, av
 
 
@@ -135,18 +133,18 @@ def _bwd_fake(call, backend):
 
 
 _GRADIENTS = f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
-define("simplified_block_fwd", BlockCall, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
-define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_fake)
+FORWARD = define("simplified_block_fwd", BlockCall, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
+BACKWARD = define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_fake)
 
 
-def _gradient(call, results, grad, need, backend):
-    qk, h, lse, av = results
-    wanted = [need[name] for name in DIFFERENTIABLE]
-    grads = torch.ops.simplclip.simplified_block_bwd(*flat(call), grad, qk, to_overwrite(h), lse, av, wanted, backend)
-    return {name: d for name, d in zip(DIFFERENTIABLE, grads) if need[name]}
+def _gradient(call, results, grads, needed, spec):
+    (qk, h, lse, av), (grad,) = results, grads
+    gradient = BlockGradient(*flat(call), grad, qk, to_overwrite(h), lse, av, list(needed[:-1]))
+    gradients = registry.call(BACKWARD, gradient, spec)
+    return *[gradient if need else None for gradient, need in zip(gradients, needed)], None
 
 
-register_gradient("simplified_block_fwd", BlockCall, _gradient)
+register_gradient(FORWARD, _gradient)
 
 
 def simplified_block(
@@ -230,4 +228,4 @@ def simplified_block(
     scale = (x.shape[2] // alpha.shape[0]) ** -0.5 if scale is None else checks.number("scale", scale)
     keep = keeps_hidden(*tensors.values(), recompute=recompute)
     of_call = BlockCall(**tensors, lengths=lengths, norm=norm, eps=eps, act=act, scale=scale, causal=bool(causal), keep=keep)
-    return call("simplified_block_fwd", *flat(of_call), backends.forced())[0]
+    return registry.call(FORWARD, of_call)[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class FeatureCall:
     """Arguments of forward, whose results are the loss [] and the inverse norms [2, N], or [2, 0] if not `normalize`."""
 
@@ -18,7 +18,7 @@ class FeatureCall:
     normalize: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class FeatureGradient(FeatureCall):
     """Arguments of backward."""
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip.ops import backends, checks
-from simplclip.ops.calls import flat
-from simplclip.ops.calls import accumulate_dtype
+from simplclip.ops import backends, checks, registry
+from simplclip.ops.calls import accumulate_dtype, flat
 from simplclip.ops.feature import reference
 from simplclip.ops.feature.call import FeatureCall, FeatureGradient
-from simplclip.ops.registry import autocast, autocasts, call, define, register_gradient
+from simplclip.ops.registry import autocast, autocasts, define, register_gradient
 
 DISTANCES = ("mse", "smooth_l1")
 
@@ -21,8 +21,8 @@ DISTANCES = ("mse", "smooth_l1")
 def _run(function, call):
     """Makes tensors contiguous. Casts a float64 teacher to float32 if the student is not float64: no kernel reads float64."""
     wide = call.teacher.dtype == torch.float64 and call.student.dtype != torch.float64
-    call.student, call.teacher = call.student.contiguous(), (call.teacher.float() if wide else call.teacher).contiguous()
-    return function(call)
+    teacher = (call.teacher.float() if wide else call.teacher).contiguous()
+    return function(replace(call, student=call.student.contiguous(), teacher=teacher))
 
 
 def _fwd_fake(call, backend):
@@ -34,18 +34,17 @@ def _bwd_fake(call, backend):
     return torch.empty_like(call.student, memory_format=torch.contiguous_format)
 
 
-_FWD, _BWD = (
-    backends.row(function, module="feature.op") for function in (reference.feature_loss_fwd, reference.feature_loss_bwd)
-)
-define("feature_loss_fwd", FeatureCall, "(Tensor, Tensor)", _run, _fwd_fake, row=_FWD)
-define("feature_loss_bwd", FeatureGradient, "Tensor", _run, _bwd_fake, row=_BWD)
+_FWD = backends.row(reference.feature_loss_fwd, FeatureCall, module="feature.op")
+_BWD = backends.row(reference.feature_loss_bwd, FeatureGradient, module="feature.op")
+FORWARD = define("feature_loss_fwd", FeatureCall, "(Tensor, Tensor)", _run, _fwd_fake, row=_FWD)
+BACKWARD = define("feature_loss_bwd", FeatureGradient, "Tensor", _run, _bwd_fake, row=_BWD)
 
 
-def _gradient(call, results, grad, need, backend):
-    return {"student": torch.ops.simplclip.feature_loss_bwd(*flat(call), grad, *results, backend)} if need["student"] else {}
+def _gradient(call, results, grads, needed, spec):
+    return (registry.call(BACKWARD, FeatureGradient(*flat(call), *grads, *results), spec) if needed[0] else None), None
 
 
-register_gradient("feature_loss_fwd", FeatureCall, _gradient)
+register_gradient(FORWARD, _gradient)
 
 
 def feature_loss(
@@ -111,7 +110,7 @@ def feature_loss(
     (student,) = autocast(student)
     teacher = checks.constant("teacher", teacher)
     of_call = FeatureCall(student, teacher, distance == "smooth_l1", float(beta), bool(normalize))
-    return call("feature_loss_fwd", *flat(of_call), backends.forced())[0]
+    return registry.call(FORWARD, of_call)[0]
 
 
 def _project(student, projection, width):

@@ -9,7 +9,7 @@ from torch import Tensor
 from simplclip.ops.calls import Mutated
 
 
-@dataclass
+@dataclass(frozen=True)
 class MlpCall:
     """Arguments of forward, whose results are out [T, C_out] and the hidden layer before its activation [T, F] or [0, F]."""
 
@@ -22,7 +22,7 @@ class MlpCall:
     keep: bool  # whether to return the hidden layer, for backward
 
 
-@dataclass
+@dataclass(frozen=True)
 class MlpGradient:
     """Arguments of backward."""
 
@@ -35,7 +35,7 @@ class MlpGradient:
     need: list[bool]  # which gradients, of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; the others are empty
 
 
-@dataclass
+@dataclass(frozen=True)
 class HiddenCall:
     """Arguments of the backends' functions for forward, from the hidden layer before its activation to the output."""
 
@@ -47,7 +47,7 @@ class HiddenCall:
     accumulate: bool  # whether to add to out
 
 
-@dataclass
+@dataclass(frozen=True)
 class HiddenGradient:
     """Arguments of the backends' functions for backward, which return the gradient of the weight [C, F] or [0, F]."""
 

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from simplclip.common.tuned import tuned
 from simplclip.ops import backends, checks, registry
-from simplclip.ops.calls import flat
 from simplclip.ops.mlp import reference
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient, MlpCall, MlpGradient
 from simplclip.ops.mlp.reference import ACTIVATIONS
-from simplclip.ops.registry import autocast, call, define, register_gradient, wants_grad
+from simplclip.ops.registry import autocast, define, register_gradient, wants_grad
 
-HIDDEN, HIDDEN_BYTES = "hidden bytes of parallel_mlp", 16 << 20  # of a chunk of the hidden layer, if forward does not keep it
+HIDDEN_BYTES = 16 << 20  # of a chunk of the hidden layer, if forward does not keep it
 
 
 def to_overwrite(saved: Tensor) -> Tensor:
@@ -28,8 +26,8 @@ def to_overwrite(saved: Tensor) -> Tensor:
 
 
 def keeps_hidden(*tensors: Tensor | None, recompute: bool = False) -> bool:
-    """Whether the whole hidden layer is computed: for backward, and in the reference, which autograd differentiates."""
-    return backends.forced() == "reference" or (not recompute and wants_grad(*tensors))
+    """Whether the whole hidden layer is computed, for backward."""
+    return not recompute and wants_grad(*tensors)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:  # [T, C], [F, C], [F]
@@ -43,8 +41,7 @@ def hidden_rows(
     out: Tensor,  # [T, *]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Computes the hidden layer before its activation in chunks of rows; yields each chunk and the same rows of `out`."""
-    most = tuned(HIDDEN, x.dtype, x.device.type, HIDDEN_BYTES)
-    rows = min(max(64, most // (weight.shape[0] * x.itemsize)), x.shape[0])
+    rows = min(max(64, HIDDEN_BYTES // (weight.shape[0] * x.itemsize)), x.shape[0])
     h = x.new_empty(rows, weight.shape[0])
     for first in range(0, x.shape[0], rows):
         some = x[first : first + rows]
@@ -87,28 +84,26 @@ def _hidden_bwd_fake(call):
     return call.weight.new_empty(call.weight.shape if call.need_weight else (0, call.weight.shape[1]))
 
 
-_FWD, _BWD = (
-    backends.row(function, module="mlp.op") for function in (reference.parallel_mlp_fwd, reference.parallel_mlp_bwd)
-)
-define(
-    "parallel_mlp_fwd", MlpCall, "(Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD,
+FORWARD = define(
+    "parallel_mlp_fwd", MlpCall, "(Tensor, Tensor)", _fwd, _fwd_fake,
+    row=backends.row(reference.parallel_mlp_fwd, HiddenCall, module="mlp.op"),
     native=(HiddenCall, "()"), native_fake=lambda call: None,
 )  # fmt: skip
-define(
-    "parallel_mlp_bwd", MlpGradient, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake, row=_BWD,
+BACKWARD = define(
+    "parallel_mlp_bwd", MlpGradient, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake,
+    row=backends.row(reference.parallel_mlp_bwd, HiddenGradient, module="mlp.op"),
     native=(HiddenGradient, "Tensor"), native_fake=_hidden_bwd_fake,
 )  # fmt: skip
 
 
-def _gradient(call, results, grad, need, backend):
-    names = MlpCall.__match_args__[:5]
-    wanted = [need[name] for name in names]
-    of_call = MlpGradient(grad, to_overwrite(*results), call.x, call.fc1_weight, call.fc2_weight, call.act, wanted)
-    grads = torch.ops.simplclip.parallel_mlp_bwd(*flat(of_call), backend)
-    return {name: d for name, d in zip(names, grads) if need[name]}
+def _gradient(call, results, grads, needed, spec):
+    (h,), (grad,) = results, grads
+    of_call = MlpGradient(grad, to_overwrite(h), call.x, call.fc1_weight, call.fc2_weight, call.act, list(needed))
+    gradients = registry.call(BACKWARD, of_call, spec)
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needed))
 
 
-register_gradient("parallel_mlp_fwd", MlpCall, _gradient)
+register_gradient(FORWARD, _gradient)
 
 
 def parallel_mlp(
@@ -147,5 +142,5 @@ def parallel_mlp(
             checks.like(name, t, "x", x)
     keep = keeps_hidden(x, *cast)
     of_call = MlpCall(x=x.reshape(-1, x.shape[-1]), **dict(zip(tensors, cast)), act=act, keep=keep)
-    out, _ = call("parallel_mlp_fwd", *flat(of_call), backends.forced())
+    out, _ = registry.call(FORWARD, of_call)
     return out.reshape(*x.shape[:-1], out.shape[1])

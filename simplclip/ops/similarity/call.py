@@ -1,7 +1,7 @@
 """The tensors and options of a call of similarity_loss, and the slots of its statistics. Imports torch alone.
 
-The matrices of a call are the student's logits Z = s x yᵀ and the teacher's logits T = ŝ x̂ ŷᵀ. The plane of pair matching is a
-function of the student's similarities S = x yᵀ: l = p S + q.
+The matrices of a call are the student's logits Z = s x yᵀ and the teacher's logits T = ŝ x̂ ŷᵀ. The plane of pair matching is
+a function of the student's similarities S = x yᵀ: l = p S + q.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class SimilarityCall:
     teacher_text: Tensor | None  # [M, D̂]
     teacher_scale: Tensor | None  # []
     plane: Tensor | None  # [2]: p and q of pair matching, if it joins this sweep
-    ids: Tensor | None  # [N] int64: pairs (i, j) with ids[i] = text_ids[j] that are not the positive drop out of the negatives
+    ids: (
+        Tensor | None
+    )  # [N] int64: pairs (i, j) with ids[i] = text_ids[j] that are not the positive drop out of the negatives
     text_ids: Tensor | None  # [M] int64
     label_offset: int  # column of row 0's positive
     columns: bool  # whether statistics of columns are needed

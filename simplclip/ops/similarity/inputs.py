@@ -1,95 +1,44 @@
-"""Checks the arguments of similarity_loss, and makes tensors of numbers. positives.py checks the ids."""
+"""Checks the arguments of similarity_loss, casts them, and makes tensors of numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from simplclip.ops import checks
-from simplclip.ops.calls import accumulate_dtype
+from simplclip.ops import checks, distributed
 from simplclip.ops.registry import autocast
-from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE, POSITIVES, TERMS, SimilarityCall
-from simplclip.ops.similarity.contrastive import Contrastive
+from simplclip.ops.similarity.call import DIVERGENCES, TERMS
 
 
-def check_options(terms, interactive, divergence, **budgets):
-    if isinstance(terms, str) or not isinstance(terms, Collection) or not terms:
+def check_options(terms, divergence, symmetric, scratch_bytes, store_bytes) -> None:
+    if not isinstance(terms, (tuple, list, set)) or not terms or not set(TERMS).issuperset(terms):
         raise ValueError(f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}")
-    for term in terms:
-        checks.choice("terms", term, TERMS)
-    checks.choice("interactive", interactive, INTERACTIVE)
-    checks.choice("divergence", divergence, DIVERGENCES)
-    for name, value in budgets.items():
+    if divergence not in DIVERGENCES:
+        checks.choice("divergence", divergence, DIVERGENCES)
+    if not isinstance(symmetric, bool):
+        checks.boolean("symmetric", symmetric)
+    for name, value in (("scratch_bytes", scratch_bytes), ("store_bytes", store_bytes)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
 
 
-def check_contrastive(options: Contrastive, terms: Collection[str]) -> None:
-    """Checks the options of the contrastive term and the positives. `check_prior` checks a prior that is a tensor."""
-    checks.choice("positives", options.positives, POSITIVES)
-    checks.boolean("decoupled", options.decoupled)
-    options.margin = checks.number("margin", options.margin)
-    for name in ("label_smoothing", "prior"):
-        value = getattr(options, name)
-        if name != "prior" or not (value is None or isinstance(value, Tensor)):
-            if not 0 <= checks.number(name, value) < 1:
-                raise ValueError(f"{name}: expected a number from 0 to below 1, got {value}")
-            setattr(options, name, checks.number(name, value))
-    given = {"label_smoothing": bool(options.label_smoothing), "decoupled": options.decoupled}
-    given["prior"] = options.prior is not None
-    given |= {"margin": bool(options.margin)}
-    if "contrastive" not in terms and any(given.values()):
-        name = next(name for name, is_given in given.items() if is_given)
-        raise ValueError(f"{name}: expected the term contrastive beside it, got the terms {', '.join(terms)}")
-    if options.positives == "drop":
-        return
-    for name in ("prior", "margin"):
-        if given[name]:
-            raise ValueError(f"{name}: expected none with several positives, positives={options.positives!r}, got one")
-
-
-def check_prior(options: Contrastive, call: SimilarityCall) -> None:
-    """Checks a prior that is a tensor and casts it to the logits' dtype."""
-    prior, n = options.prior, call.image.shape[0]
-    if isinstance(prior, Tensor):
-        checks.floating("prior", prior)
-        checks.on("prior", prior, "image", call.image.device)
-        if prior.shape not in ((), (n,)):
-            raise ValueError(f"prior: expected a number or a tensor [N] = [{n}], got shape {checks.shape_of(prior)}")
-        options.prior = prior.to(call.scale.dtype)
-
-
-def check_weights(weights, terms: Collection[str]) -> dict[str, float] | None:
-    if weights is None:
-        return None
-    if not isinstance(weights, Mapping) or set(weights) != set(terms):
+def check_weights(weights, terms: Collection[str]) -> dict[str, float]:
+    if not isinstance(weights, Mapping) or weights.keys() != set(terms):
         raise ValueError(f"weights: expected a number for each of the terms {', '.join(terms)}, got {weights!r}")
     return {term: checks.number(f"weights[{term!r}]", weight) for term, weight in weights.items()}
 
 
-def normalise(call: SimilarityCall, terms: Collection[str]) -> None:
-    """Checks the features and scalars of a call, casts them and makes scalars tensors; sets what no term reads to None."""
-    checks.features("image", call.image, "[N, D]")
-    checks.features("text", call.text, "[M, D]")
-    projections = call.projected_image, call.projected_text
-    call.image, call.text, call.projected_image, call.projected_text = autocast(call.image, call.text, *projections)
-    image, device, stats = call.image, call.image.device, accumulate_dtype(call.image.dtype)
-    check_pair({"image": image, "text": call.text})
-    call.scale = checks.scalar("logit_scale", call.scale, device, stats)
-    teaching = {"relational", "interactive"} & set(terms)
-    if teaching:
-        teacher(call, min(teaching))
-    else:
-        call.teacher_image = call.teacher_text = call.teacher_scale = None
-    if "interactive" in terms:
-        call.projected_image = projection("image", call.projected_image, image, call.teacher_image)
-        call.projected_text = projection("text", call.projected_text, call.text, call.teacher_text)
-        own = call.cross_scale is None
-        call.cross_scale = call.scale if own else checks.scalar("interactive_scale", call.cross_scale, device, stats)
-    else:
-        call.projected_image = call.projected_text = call.cross_scale = None
+def features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the features, checked and cast to autocast's dtype."""
+    checks.features("image", image, "[N, D]")
+    checks.features("text", text, "[M, D]")
+    image, text = autocast(image, text)  # type: ignore[assignment]
+    if text.dtype != image.dtype or text.device != image.device or text.shape[1] != image.shape[1]:
+        check_pair({"image": image, "text": text})
+    return image, text
 
 
 def check_pair(student: Mapping[str, Tensor]) -> None:
@@ -100,74 +49,92 @@ def check_pair(student: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{text_name}: expected the width of {image_name}, {image.shape[1]}, got {text.shape[1]}")
 
 
-def teacher(call: SimilarityCall, term: str) -> None:
-    """Replaces the teacher's features and scale, which `term` needs, by constants."""
-    names = ("teacher_image", "teacher_text", "teacher_scale")
-    given = {name: getattr(call, name) for name in names}
-    values = constants_of_teacher(given, {"image": call.image, "text": call.text}, f"the term {term!r} needs it")
-    for name, value in zip(names, values):
-        setattr(call, name, value)
-
-
-def constants_of_teacher(given: Mapping[str, Any], student: Mapping[str, Tensor], why: str) -> list[Tensor]:
+def constants_of_teacher(arguments: Mapping[str, Any], student: Mapping[str, Tensor], why: str) -> list[Tensor]:
     """Returns a teacher's image and text features and scale, checked and detached, the features in the student's dtype.
 
-    given, student: the arguments of each by name. why: the reason in the error for a missing argument of the teacher.
+    arguments, student: the arguments of each by name. why: the reason in the error for a missing argument of the teacher.
     """
-    for name, value in given.items():
+    for name, value in arguments.items():
         if value is None:
             raise ValueError(f"{name}: expected a value, since {why}, got None")
-    image, text, scale = given
-    for name, (of, own), letters in zip((image, text), student.items(), ("[N, D̂]", "[M, D̂]")):
-        value = given[name]
+    image, text, scale = arguments
+    for name, (student_name, features), letters in zip((image, text), student.items(), ("[N, D̂]", "[M, D̂]")):
+        value = arguments[name]
         checks.features(name, value, letters)
-        if value.shape[0] != own.shape[0]:
-            raise ValueError(f"{name}: expected the {own.shape[0]} rows of {of}, got shape {checks.shape_of(value)}")
-        checks.on(name, value, of, own.device)
-    width = given[image].shape[1]
-    if given[text].shape[1] != width:
-        raise ValueError(f"{text}: expected the width of {image}, {width}, got {given[text].shape[1]}")
-    of, own = next(iter(student.items()))
-    scalar = checks.scalar(scale, given[scale], own.device, accumulate_dtype(own.dtype), of)
-    features = [checks.constant(name, given[name]).to(own.dtype) for name in (image, text)]
-    return [*features, checks.constant(scale, scalar)]
-
-
-def projection(kind, projected, student, teacher):
-    """Checks and returns the student's features projected to the teacher's width; None if the student's own are used."""
-    if projected is None:
-        if student.shape[1] != teacher.shape[1]:
+        if value.shape[0] != features.shape[0]:
             raise ValueError(
-                f"projected_{kind}: expected {kind} features projected to the teacher's width, {teacher.shape[1]}, since "
-                f"{kind} has {student.shape[1]}, got None"
+                f"{name}: expected the {features.shape[0]} rows of {student_name}, got shape {checks.shape_of(value)}"
             )
-        return None
-    checks.features(f"projected_{kind}", projected, "[N, D̂]" if kind == "image" else "[M, D̂]")
-    checks.like(f"projected_{kind}", projected, kind, student)
-    if projected.shape != teacher.shape:
-        raise ValueError(
-            f"projected_{kind}: expected the shape of teacher_{kind}, {checks.shape_of(teacher)}, "
-            f"got {checks.shape_of(projected)}"
-        )
-    return projected
+        checks.on(name, value, student_name, features.device)
+    width = arguments[image].shape[1]
+    if arguments[text].shape[1] != width:
+        raise ValueError(f"{text}: expected the width of {image}, {width}, got {arguments[text].shape[1]}")
+    student_name, features = next(iter(student.items()))
+    wide = torch.promote_types(features.dtype, torch.float32)
+    scalar = checks.scalar(scale, arguments[scale], features.device, wide, student_name)
+    constants = [checks.constant(name, arguments[name]).to(features.dtype) for name in (image, text)]
+    return [*constants, checks.constant(scale, scalar)]
 
 
-def normal_bias(logit_bias, call: SimilarityCall) -> Tensor | None:  # []
-    return None if logit_bias is None else checks.scalar("logit_bias", logit_bias, call.image.device, call.scale.dtype)
-
-
-def hyperplane(plane, call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [] or [D], []
-    width, device, stats = call.image.shape[1], call.image.device, call.scale.dtype
+def hyperplane(plane, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
+    width, device, wide = image.shape[1], image.device, torch.promote_types(image.dtype, torch.float32)
     if not isinstance(plane, (tuple, list)) or len(plane) != 2:
         raise ValueError(f"plane: expected (p [] or w [D], q []) for pair matching, got {type(plane).__name__}")
-    weight, q = plane
+    weight, bias = plane
     if isinstance(weight, Tensor) and weight.dim() == 1 and weight.numel() > 1:
         if weight.shape[0] != width:
             raise ValueError(f"plane: expected w [D] = [{width}], got shape {checks.shape_of(weight)}")
         checks.floating("plane's w", weight)
         if weight.device != device:
             raise ValueError(f"plane: expected w on the device of image, {device}, got {weight.device}")
-        weight = weight.to(stats)
+        weight = weight.to(wide)
     else:
-        weight = checks.scalar("plane's p", weight, device, stats)
-    return weight, checks.scalar("plane's q", q, device, stats)
+        weight = checks.scalar("plane's p", weight, device, wide)
+    return weight, checks.scalar("plane's q", bias, device, wide)
+
+
+def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.device) -> Tensor:
+    """Checks the ids and returns them as the kernels read them: int64, contiguous."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        got = getattr(ids, "dtype", type(ids).__name__)
+        raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {got}")
+    if ids.dim() != 1 or ids.shape[0] != count:
+        raise ValueError(f"{name}: expected shape [{letter}] = [{count}], got {checks.shape_of(ids)}")
+    checks.on(name, ids, "image", device)
+    return ids.long().contiguous()
+
+
+def pair_ids(
+    ids: Tensor | None, text_ids: Tensor | None, n: int, m: int, device: torch.device, group: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the ids of rows and columns, checked; with a process group the columns are the texts of all ranks."""
+    if ids is None:
+        if text_ids is not None:
+            raise ValueError("ids: expected ids for the rows beside text_ids, got None")
+        return None, None
+    ids = check_ids("ids", ids, n, "N", device)
+    if text_ids is None:
+        if n != m:
+            raise ValueError(f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None")
+        return ids, ids if group is None else distributed.gather(ids, group)
+    if group is not None:
+        raise ValueError("text_ids: expected None with group, where the ids of the texts are those of the images")
+    return ids, check_ids("text_ids", text_ids, m, "M", device)
+
+
+def check_offset(label_offset: int, n: int, m: int, group: Any) -> None:
+    """Checks that each of the n rows has its positive among the m columns."""
+    if isinstance(label_offset, bool) or not isinstance(label_offset, (int, torch.SymInt)):
+        raise TypeError(f"label_offset: expected an int, got {type(label_offset).__name__}")
+    if group is not None:
+        if m != n:
+            raise ValueError(f"text: expected this rank's {n} rows with group (they are gathered), got {m}")
+        if label_offset != 0:
+            raise ValueError(f"label_offset: expected 0 with group, which sets it by rank, got {label_offset}")
+    if m < n:
+        raise ValueError(f"text: expected at least one row for each of image's {n}, got {m}")
+    if not 0 <= label_offset <= m - n:
+        raise ValueError(
+            f"label_offset: expected 0 <= label_offset <= M - N = {m - n} so that each of {n} rows has its column among "
+            f"{m}, got {label_offset}"
+        )

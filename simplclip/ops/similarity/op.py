@@ -2,144 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip.ops import backends, checks, distributed
-from simplclip.ops.calls import flat, tensors_of
-from simplclip.ops.calls import accumulate_dtype
-from simplclip.ops.registry import call as run
-from simplclip.ops.registry import define, register_autograd, register_gradient, wants_grad
+from simplclip.ops import backends, checks, distributed, registry
+from simplclip.ops.calls import tensors_of
+from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference
-from simplclip.ops.similarity.call import (
-    GRADIENTS,
-    ColumnStat,
-    RowStat,
-    SimilarityCall,
-    SimilarityGradient,
-    TermsCall,
-    TermsGradient,
-    stored_dtype,
-)
-from simplclip.ops.similarity.chunks import budgets, computes_in, prepare, stored_rows, sweep_rows
-from simplclip.ops.similarity.contrastive import Contrastive, contrastive
-from simplclip.ops.similarity.positives import SameIds
-from simplclip.ops.similarity.rows import similarity_rows
-from simplclip.ops.similarity.sigmoid import numbers_of, sigmoid_terms
-from simplclip.ops.similarity.sweeps import on_gpu, sweeps_of
-from simplclip.ops.similarity.terms import cross_entropy, merge_columns, terms_of
+from simplclip.ops.similarity import terms as of_terms
+from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SimilarityCall, SimilarityGradient
+from simplclip.ops.similarity.chunks import computes_in, stored_rows, sweep_rows
 
-_ARGUMENTS = (*SimilarityCall.__match_args__, "backend")
-_TENSORS = tensors_of(SimilarityCall)
+MATRICES = ("image", "text", "teacher_image", "teacher_text")
+
+
+def _prepared(call: Any) -> Any:
+    """Returns the call with contiguous tensors, the features in the dtype of the products."""
+    dtype = computes_in(call.image.dtype, call.image.device.type)
+    changed = {}
+    for name in call.__match_args__:
+        value = getattr(call, name)
+        if isinstance(value, Tensor):
+            if name in MATRICES and value.dtype != dtype:
+                changed[name] = value.to(dtype).contiguous()
+            elif not value.is_contiguous():
+                changed[name] = value.contiguous()
+    return replace(call, **changed) if changed else call
 
 
 def _fwd(function, call):
-    prepare(call, _TENSORS, computes_in(call.image.dtype, call.image.device.type))
-    return function(call)
+    return function(_prepared(call))
 
 
-def _fwd_fake(call, backend):
-    image, m, stats = call.image, call.text.shape[0], accumulate_dtype(call.image.dtype)
+def _fwd_fake(call, spec):
+    image, m = call.image, call.text.shape[0]
     compute = computes_in(image.dtype, image.device.type)
     return (
-        image.new_empty(len(RowStat), image.shape[0], dtype=stats),
-        image.new_empty(len(ColumnStat), m, dtype=stats),
-        image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m, dtype=stored_dtype(compute)),
+        call.scale.new_empty(len(RowStat), image.shape[0]),
+        call.scale.new_empty(len(ColumnStat), m),
+        image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m, dtype=compute),
     )
 
 
 def _bwd(function, call):
-    dtype = call.image.dtype
-    call.grad_rows, call.grad_columns = call.grad_rows.contiguous(), call.grad_columns.contiguous()
-    return tuple(grad.to(dtype) if grad.dim() == 2 else grad for grad in _fwd(function, call))
+    d_image, d_text, *others = function(_prepared(call))
+    return d_image.to(call.image.dtype), d_text.to(call.text.dtype), *others
 
 
-def _bwd_fake(call, backend):
-    def like(t, needed=True):
-        return t.new_empty(t.shape if needed else (0, t.shape[1]))
-
-    number = call.grad_rows.new_empty
+def _empty_gradients(call, dtype):
     return (
-        like(call.image, call.need_image),
-        like(call.text, call.need_text),
-        number(()),
-        like(call.student_image, call.projected_image is not None),
-        like(call.student_text, call.projected_text is not None),
-        number(()),
-        number((call.sigmoids,)),
-        number((call.sigmoids,)),
+        t.new_empty(t.shape if needed else (0, t.shape[1]), dtype=dtype)
+        for t, needed in ((call.image, call.need_image), (call.text, call.need_text))
     )
 
 
-_FWD, _BWD = (
-    backends.row(function, module="similarity.op")
-    for function in (reference.similarity_loss_fwd, reference.similarity_loss_bwd)
-)
-_RESULTS = f"({', '.join(['Tensor'] * len(GRADIENTS))})"
-define("similarity_loss_fwd", SimilarityCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD)
-define("similarity_loss_bwd", SimilarityGradient, _RESULTS, _bwd, _bwd_fake, row=_BWD)
+def _bwd_fake(call, spec):
+    return *_empty_gradients(call, call.image.dtype), call.scale.new_empty(()), call.scale.new_empty(2)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[: len(_TENSORS)], *output)
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-    ctx.options = inputs[len(_TENSORS) :]
+def _sigmoid(function, call):
+    values, *gradients = function(_prepared(call))
+    return (values * call.sigmoids[4]).sum(), values, *gradients
 
 
-def _autograd(ctx, saved, grad_rows, grad_columns, _):
-    gradients = dict.fromkeys(_ARGUMENTS)
-    *tensors, rows, columns, stored = saved
-    *options, backend = ctx.options
-    grad_rows = torch.zeros_like(rows) if grad_rows is None else grad_rows
-    grad_columns = torch.zeros_like(columns) if grad_columns is None else grad_columns
-    need_image, need_text = ctx.needs_input_grad[:2]
-    found = torch.ops.simplclip.similarity_loss_bwd(
-        *tensors, *options, grad_rows, grad_columns, rows, columns, stored, need_image, need_text, backend
+def _sigmoid_results(call):
+    """Returns a backend's fake results. For float16, gradients are stored in float32, which does not lose entries of 1/N²."""
+    compute = computes_in(call.image.dtype, call.image.device.type)
+    stored = torch.float32 if compute == torch.float16 else compute
+    return (
+        call.sigmoids.new_empty(call.sigmoids.shape[1]),
+        *_empty_gradients(call, stored),
+        torch.empty_like(call.sigmoids[:2]),
     )
-    # Where a projection is None, the features take its place, and the features' gradient includes the projection's.
-    given = {name: t for name, t, needed in zip(_TENSORS, tensors, ctx.needs_input_grad) if needed and t is not None}
-    gradients |= {name: grad.to(given[name].dtype) for name, grad in zip(GRADIENTS, found) if name in given}
-    return tuple(gradients.values())
 
 
-register_autograd("similarity_loss_fwd", _autograd, _setup_context)
+def _sigmoid_fake(call, spec):
+    return call.sigmoids.new_empty(()), *_sigmoid_results(call)
 
 
-def _run_contiguous(function, call):
-    """Makes a call's tensors contiguous and runs the function: one launch, where torch would need one for each operation."""
-    for name in tensors_of(type(call)):
-        if getattr(call, name) is not None:
-            setattr(call, name, getattr(call, name).contiguous())
-    return function(call)
+FORWARD = define(
+    "similarity_loss_fwd", SimilarityCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake,
+    row=backends.row(reference.similarity_loss_fwd, SimilarityCall, module="similarity.op"),
+)  # fmt: skip
+BACKWARD = define(
+    "similarity_loss_bwd", SimilarityGradient, "(Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake,
+    row=backends.row(reference.similarity_loss_bwd, SimilarityGradient, module="similarity.op"),
+)  # fmt: skip
+SIGMOID = define(
+    "similarity_sigmoid", SigmoidCall, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _sigmoid, _sigmoid_fake,
+    row=backends.row(reference.similarity_sigmoid, SigmoidCall, module="similarity.sigmoid"),
+    native=(SigmoidCall, "(Tensor, Tensor, Tensor, Tensor)"), native_fake=_sigmoid_results,
+)  # fmt: skip
+_PLANE = tensors_of(SimilarityCall).index("plane")
 
 
-def _terms_fake(call, backend):
-    return call.rows.new_empty(1 + call.sigmoids)
+def _gradient(call, results, grads, needed, spec):
+    rows, columns, stored = results
+    grad_rows, grad_columns = (
+        torch.zeros_like(stats) if grad is None else grad for grad, stats in zip(grads, (rows, columns))
+    )
+    fields = (getattr(call, name) for name in SimilarityCall.__match_args__)
+    gradient = SimilarityGradient(*fields, grad_rows, grad_columns, rows, columns, stored, needed[0], needed[1])
+    *gradients, d_plane = registry.call(BACKWARD, gradient, spec)
+    gradients = [gradient if need else None for gradient, need in zip(gradients, needed)]
+    return *gradients, None, None, None, d_plane if needed[_PLANE] else None, None, None
 
 
-def _terms_bwd_fake(call, backend):
-    columns = call.rows.new_empty(0) if call.columns is None else call.columns.new_empty(call.columns.shape)
-    return call.rows.new_empty(call.rows.shape), columns, call.rows.new_empty(())
+def _sigmoid_gradient(call, results, grads, needed, spec):
+    d_image, d_text, d_sigmoids = (result * grads[0] for result in results[2:])
+    return d_image if needed[0] else None, d_text if needed[1] else None, F.pad(d_sigmoids, (0, 0, 0, 3)), None, None
 
 
-def _terms_backward(call, results, grad, need, backend):
-    gradient = TermsGradient(grad, call.rows, call.columns, call.scale, call.margin, call.sigmoids)
-    found = torch.ops.simplclip.similarity_terms_bwd(*flat(gradient), backend)
-    return {name: g for name, g in zip(("rows", "columns", "scale"), found) if need[name]}
-
-
-_TERMS, _TERMS_BWD = (
-    backends.row(function, module="similarity.terms", cpu=False)
-    for function in (reference.similarity_terms, reference.similarity_terms_bwd)
-)
-define("similarity_terms", TermsCall, "Tensor", _run_contiguous, _terms_fake, row=_TERMS)
-define("similarity_terms_bwd", TermsGradient, "(Tensor, Tensor, Tensor)", _run_contiguous, _terms_bwd_fake, row=_TERMS_BWD)
-register_gradient("similarity_terms", TermsCall, _terms_backward)
+register_gradient(FORWARD, _gradient, differentiable=2, saved_results=0)
+register_gradient(SIGMOID, _sigmoid_gradient, saved_results=0, saves_tensors=False)
 
 
 def similarity_loss(
@@ -153,16 +133,7 @@ def similarity_loss(
     teacher_image: Tensor | None = None,  # [N, D̂]
     teacher_text: Tensor | None = None,  # [M, D̂]
     teacher_scale: Tensor | float | None = None,  # []
-    interactive: str = "infonce",
-    interactive_scale: Tensor | float | None = None,  # []
-    projected_image: Tensor | None = None,  # [N, D̂]
-    projected_text: Tensor | None = None,  # [M, D̂]
     divergence: str = "kl",
-    label_smoothing: float = 0.0,
-    decoupled: bool = False,
-    prior: Tensor | float | None = None,  # [] or [N]
-    margin: float = 0.0,
-    positives: str = "drop",
     weights: Mapping[str, float] | None = None,
     ids: Tensor | None = None,  # [N] int64 or int32
     text_ids: Tensor | None = None,  # [M] int64 or int32
@@ -174,59 +145,33 @@ def similarity_loss(
 ) -> dict[str, Tensor]:
     r"""Computes losses of the similarity matrices of image and text features. At most `store_bytes` of the matrices are kept.
 
-    With S = image · textᵀ, Z = s S + b, row i's positive in column y_i = i + label_offset, and the row and column
-    log-sum-exps r, c of Z:
+    With S = image · textᵀ, Z = s S, row i's positive in column y_i = i + label_offset, all other columns as its negatives,
+    and the row and column log-sum-exps r, c of Z:
 
         contrastive    (1/2N) Σ_i [(r_i − Z_{i,y_i}) + (c_{y_i} − Z_{i,y_i})]          open_clip's ClipLoss
-        sigmoid        (1/N) Σ_i [softplus(−Z_{i,y_i}) + Σ over negatives softplus(Z_ij)]    open_clip's SigLipLoss
+        sigmoid        (1/N) Σ_i [softplus(−Z_{i,y_i} − b) + Σ over negatives softplus(Z_ij + b)]    open_clip's SigLipLoss
         pair_matching  ½ [ mean_i softplus(−l_{i,y_i}) + mean over negatives softplus(l_ij) ]
-
-    where l = p S + q (scalar plane) or l_ij = w·(x_i ⊙ t_j) + q (hadamard plane) is a learned hyperplane that separates
-    matched from unmatched pairs, and the negatives are every j ≠ y_i. The paper only names this loss; its form is this
-    library's interpretation.
-
-    With a teacher's features x̂, ŷ, its logits T = ŝ x̂ ŷᵀ, and the student's features x', y' in the teacher's width
-    (projected_image and projected_text, which default to image and text):
-
         relational     ½ [ mean_i KL(softmax T_i ‖ softmax Z_i) + the same over columns ]
-        interactive    U = s' x' ŷᵀ and V = s' x̂ y'ᵀ. "infonce": ½ [ mean_i cross-entropy of U_i to the positive
-                       + mean_j that of column j of V ]; "kl": ½ [ mean_i KL(softmax T_i ‖ softmax U_i)
-                       + mean_j KL(softmax of column j of T ‖ that of V) ]
 
-    Options of the contrastive term, whose loss of a row is log(Σ_j e^{Z_ij}) − Z_{i,y_i}; columns likewise:
-
-        label_smoothing  ε: the target is (1 − ε) for the positive plus ε/M for every column, as in F.cross_entropy
-        decoupled        the sum is over the negatives alone (Yeh et al. 2022); a row without negatives counts as 0
-        prior            τ⁺: the negatives' part of the sum becomes n g, g = max((mean of their e^Z − τ⁺ e^{Z⁺}) / (1 − τ⁺),
-                         e^{−s}), with n negatives; a number, or one for each pair (Chuang et al. 2020). It is 0 or more and
-                         below 1; the values of a tensor are not checked (this would synchronise)
-        margin           is subtracted from the positive's logit
-
-    `positives`: with "drop", pairs with equal ids are neither positives nor negatives. Otherwise they are positives of
-    contrastive, sigmoid and pair_matching, with the k_i columns of row i:
-
-        "ids"  contrastive: the target is 1/k_i for each (SupCon, UniCL); the other terms: softplus(−l) of the pair becomes
-               its mean over the positives of the row and of the column, half of each
-        "sum"  like "ids", with sums in place of these means: sigmoid is then SigLIP with a target matrix of ones and zeros
+    where l = p S + q (scalar plane) or l_ij = w·(x_i ⊙ y_j) + q (hadamard plane) is a learned hyperplane that separates
+    matched from unmatched pairs, and T = ŝ x̂ ŷᵀ are the logits of a teacher with the features x̂, ŷ. The paper only names
+    pair matching; its form is this library's interpretation.
 
     Args:
         image, text: [N, D] and [M, D] with M ≥ N, float32, bfloat16, float16 or float64, with the same dtype and
             device and any strides; usually L2-normalised, which is not checked. Under autocast they are cast to its dtype.
         logit_scale: s, one element (open_clip's `logit_scale.exp()`); a tensor, or what float() takes.
         logit_bias: b, one element. Only the term "sigmoid" depends on b; without this term the gradient of b is 0.
-        terms: any of "contrastive", "sigmoid", "pair_matching", "relational", "interactive"; the others are not computed.
+        terms: any of "contrastive", "sigmoid", "pair_matching", "relational"; the others are not computed.
         plane: (p, q) or (w, q), needed by "pair_matching".
         teacher_image, teacher_text, teacher_scale: x̂ [N, D̂], ŷ [M, D̂] (any float dtype; cast to image's) and ŝ, needed by
-            "relational" and "interactive". They are constants: one that requires a gradient gets none, with a warning.
-        interactive: form of the interactive term.
-        interactive_scale: s', by default logit_scale.
-        projected_image, projected_text: x' [N, D̂] and y' [M, D̂], needed by "interactive" where D̂ is not D.
-        divergence: "kl", or "cross_entropy": every KL without the teacher's entropy, which is constant, as in
+            "relational". They are constants: one that requires a gradient gets none, with a warning.
+        divergence: "kl", or "cross_entropy": the KL without the teacher's entropy, which is constant, as in
             open_clip.DistillClipLoss. Gradients are the same. A KL is a difference of numbers of the size of the teacher's
             logits: however small, its value has an absolute error of up to about eps · max |T|, eps = 1.2e-7 in float32.
         weights: weights of the terms. The result then has "loss" too, their weighted sum, and only "loss" has a gradient.
         ids, text_ids: pairs with equal ids, except the positive, are excluded from the negatives of every term and from every
-            softmax (but see `positives`). text_ids defaults to ids when N = M.
+            softmax. text_ids defaults to ids when N = M.
         label_offset: column of the first row's positive, 0 ≤ label_offset ≤ M − N; with gathered text features, the position
             of this rank's own.
         symmetric: if False, only the row direction is used: contrastive = mean_i (r_i − Z_{i,y_i}), one half of open_clip's
@@ -238,156 +183,153 @@ def similarity_loss(
             batch's loss.
         scratch_bytes: budget of the chunk of a similarity matrix; one chunk of the student's matrix and one of the teacher's
             exist at a time. By default 64 MiB on a CPU, where a chunk is some rows, and 128 MiB on a GPU, where it is a block
-            of about as many rows as columns for all of the student's matrices together.
-        store_bytes: budget of the rows that forward keeps, so that backward does not compute them again: on a CPU of the
-            similarity matrices, by default 36 MiB; on a GPU of the exponentials of Z, by default 256 MiB, bfloat16 for half
-            types, where the call has no other matrix, no sigmoid term in its sweep and no ids.
+            of about as many rows as columns.
+        store_bytes: budget of the rows of the similarity matrices that forward keeps on a CPU, so that backward does not
+            compute them again. By default 36 MiB.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32 (float64 for float64 features).
 
-    "sigmoid" and "pair_matching" are sigmoid terms, whose gradient needs no statistics. If there is a softmax of Z, they join
-    its sweep (on a GPU, only that of contrastive alone): 4 products of N M D in all. Otherwise, and for a hadamard plane with
-    its own matrix, forward computes the gradient with the value: 3 products, 2 if image or text needs no gradient, 1 if
-    neither does; with `weights`, for both terms together. The gradients [N, D] and [M, D] are then saved, and backward scales
-    them. They are rounded once more than other gradients, to the features' dtype (float32 for float16).
+    "sigmoid" and "pair_matching" are sigmoid terms, whose gradient needs no statistics: forward computes the gradient with
+    the value, by 3 products of N M D, 2 if image or text needs no gradient, 1 if neither does; with `weights`, for both terms
+    together. The gradients [N, D] and [M, D] are then saved, and backward scales them. They are rounded once more than other
+    gradients, to the features' dtype (float32 for float16). Pair matching with a scalar plane beside a softmax of Z joins the
+    softmax's sweep instead (on a GPU, only that of contrastive alone): 4 products in all.
 
-    Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
-    11 N + 5 M statistics and at most store_bytes of similarities. Extra memory:
+    Gradients flow to image, text, the scale, the bias and the plane; features that need no gradient cost no product. Saved
+    for backward: the inputs, 6 N + 3 M statistics and at most store_bytes of similarities. Extra memory:
     O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and sums are in float32 and in a
     fixed order: on one machine, the same call has the same bits each time; on a CPU, with the same number of threads, since
-    the products are BLAS's. Only first derivatives in reverse mode are supported, except by backend "reference".
+    the products are BLAS's. Only first derivatives in reverse mode are supported.
 
     Raises:
         TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
         RuntimeError: a forced backend does not support the call.
 
     Source: Radford et al. 2021 (arXiv 2103.00020) for the contrastive term; Yang et al. 2023 (CLIP-KD, arXiv 2307.12732) for
-    relational (CRD) and interactive (ICL); arXiv 2411.14789 for the system and pair matching; Zhai et al. 2023 (arXiv
-    2303.15343) for sigmoid; Khosla et al. 2020 and Yang et al. 2022 (arXiv 2204.03610) for several positives.
+    relational (CRD); arXiv 2411.14789 for the system and pair matching; Zhai et al. 2023 (arXiv 2303.15343) for sigmoid.
     """
-    inputs.check_options(terms, interactive, divergence, scratch_bytes=scratch_bytes, store_bytes=store_bytes)
-    checks.boolean("symmetric", symmetric)
-    options = Contrastive(label_smoothing, decoupled, prior, margin, positives)
-    crossing = interactive if "interactive" in terms else None
-    call = SimilarityCall(  # inputs.normalise turns numbers into tensors
-        image=image,
-        text=text,
-        scale=logit_scale,  # type: ignore[arg-type]
-        teacher_image=teacher_image,
-        teacher_text=teacher_text,
-        teacher_scale=teacher_scale,  # type: ignore[arg-type]
-        projected_image=projected_image,
-        projected_text=projected_text,
-        cross_scale=interactive_scale,  # type: ignore[arg-type]
-        columns=symmetric,
-        relational="relational" in terms,
-        interactive=crossing == "kl",
-        entropy=1.0 if divergence == "kl" else 0.0,
-    )
-    inputs.normalise(call, terms)
-    scratch_bytes, store_bytes = budgets(call.image.device.type, call.image.dtype, scratch_bytes, store_bytes)
-    bias = inputs.normal_bias(logit_bias, call)
-    hyperplane = inputs.hyperplane(plane, call) if "pair_matching" in terms else None
-    inputs.check_contrastive(options, terms)
-    inputs.check_prior(options, call)
-    weights = inputs.check_weights(weights, terms)
-    own_text, own_teacher_image = call.student_text, call.teacher_image
-    same_ids = SameIds.checked(ids, text_ids, label_offset, call.image, call.text, group)
-    call = replace(call, **same_ids.fields)
+    inputs.check_options(terms, divergence, symmetric, scratch_bytes, store_bytes)
+    image, text = inputs.features(image, text)
+    (n, _), m, device = image.shape, text.shape[0], image.device
+    wide = torch.promote_types(image.dtype, torch.float32)
+    scale = checks.scalar("logit_scale", logit_scale, device, wide)
+    bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, wide)
+    hyperplane = inputs.hyperplane(plane, image) if "pair_matching" in terms else None
+    teacher: list[Tensor | None] = [None, None, None]
+    if "relational" in terms:
+        arguments = {"teacher_image": teacher_image, "teacher_text": teacher_text, "teacher_scale": teacher_scale}
+        student = {"image": image, "text": text}
+        teacher = list(inputs.constants_of_teacher(arguments, student, "the term 'relational' needs it"))
+    if weights is not None:
+        weights = inputs.check_weights(weights, terms)
+    inputs.check_offset(label_offset, n, m, group)
+    if ids is not None or text_ids is not None:
+        ids, text_ids = inputs.pair_ids(ids, text_ids, n, m, device, group)
     if group is not None:
-        _gather_texts(call, group)
+        m, label_offset = n * torch.distributed.get_world_size(group), n * torch.distributed.get_rank(group)
+        text, teacher[1] = (None if t is None else distributed.gather(t, group) for t in (text, teacher[1]))
+    pairs = {"ids": ids, "text_ids": text_ids, "label_offset": label_offset}
+    matrices = 1 if teacher[0] is None else 2
+    sigmoids = {}  # term -> weight and bias, and the factors of its sums over negatives and positives
+    if "sigmoid" in terms:
+        sigmoids["sigmoid"] = scale, 0.0 if bias is None else bias, 1 / n, 1 / n
+    joined = None  # the plane of pair matching, if a softmax's sweep computes it
+    if hyperplane is not None:
+        negatives = max(1, n * (m - 1)) if ids is None else _negatives(ids, text_ids, m, label_offset, group)
+        if _joins(hyperplane, terms, image):
+            joined = *hyperplane, negatives
+        else:
+            sigmoids["pair_matching"] = *hyperplane, 0.5 / negatives, 0.5 / n
 
     out: dict[str, Tensor] = {}
-    if crossing == "infonce":
-        out["interactive"] = _infonce(call, own_text, own_teacher_image, same_ids, group, scratch_bytes)
-    hadamard = hyperplane is not None and hyperplane[0].dim() == 1
-    keep_ids = same_ids.given and positives != "drop" and not decoupled
-    sweeps = sweeps_of(call, terms, keep_ids=keep_ids, hadamard=hadamard, weighted=weights is not None)
-    sums: list[Tensor] = []  # the summands of the weighted sum
-    for sweep in sweeps:
-        numbers: dict[str, Any] = {}
-        if sweep.sigmoids:
-            numbers = numbers_of(call, sweep.sigmoids, bias, hyperplane, positives, same_ids, group)
-        if sweep.call is not None:
-            numbers = {name if name.endswith("share") else f"sigmoid_{name}": value for name, value in numbers.items()}
-            rows, columns = _statistics(replace(sweep.call, **numbers), group, scratch_bytes, store_bytes)
-            out |= terms_of(sweep.call, rows, columns)
-            if sweep.contrastive and options.plain and on_gpu(call):
-                of_sweep = TermsCall(rows, columns, call.scale, options.margin, len(sweep.sigmoids))
-                values = run("similarity_terms", *flat(of_sweep), backends.forced())
-                out |= zip(("contrastive", *sweep.sigmoids), values.unbind() if sweep.sigmoids else [values.reshape(())])
-                continue
-            out |= zip(sweep.sigmoids, (rows[stat].sum() for stat in (RowStat.SIGMOID, RowStat.SECOND_SIGMOID)))
-            if sweep.contrastive:
-                out["contrastive"] = contrastive(sweep.call, options, same_ids, rows, columns)
-            continue
-        mix = {term: 1.0 if weights is None else weights[term] for term in sweep.sigmoids}
-        of_plane = hadamard and "pair_matching" in sweep.sigmoids
-        features = replace(call, image=(call.image * hyperplane[0]).to(call.image.dtype)) if of_plane else call
-        total, values = sigmoid_terms(features, sweep.sigmoids, numbers, mix, same_ids, scratch_bytes)
-        out |= values if weights is not None else {sweep.sigmoids[0]: total}
-        sums.append(total)
+    if "contrastive" in terms or "relational" in terms:
+        call = SimilarityCall(
+            image, text, scale, *teacher, plane=torch.stack(hyperplane) if joined else None, **pairs, columns=symmetric,
+            entropy=1.0 if divergence == "kl" else 0.0, chunk=sweep_rows(image, m, matrices, scratch_bytes),
+            stored_rows=stored_rows(image, m, matrices, store_bytes) if wants_grad(image, text) else 0,
+        )  # fmt: skip
+        out = _softmax_terms(call, "contrastive" in terms, joined, group)
+    total = None
+    if sigmoids:
+        total, values = _sigmoid_terms(image, text, sigmoids, weights, pairs, sweep_rows(image, m, 1, scratch_bytes))
+        out |= values
     out = {term: out[term] for term in terms}
     if weights is not None:
-        summed = {term for sweep in sweeps if sweep.call is None for term in sweep.sigmoids}
-        sums += [weights[term] * value for term, value in out.items() if term not in summed]
+        for term in out.keys() - sigmoids.keys():
+            value = out[term] if weights[term] == 1 else weights[term] * out[term]
+            total = value if total is None else total + value
         out = {term: value.detach() for term, value in out.items()}
-        out["loss"] = sum(sums)  # type: ignore[assignment]
+        out["loss"] = total  # type: ignore[assignment]
     if bias is not None and "sigmoid" not in terms:  # a gradient of 0 instead of None, as DistributedDataParallel needs
         last = next(reversed(out))
         out[last] = out[last] + 0.0 * bias
     return out
 
 
-def _gather_texts(call: SimilarityCall, group: torch.distributed.ProcessGroup) -> None:
-    """Replaces the texts of this rank by those of all ranks; "infonce" reads only this rank's projected texts."""
-    for name in ("text", "teacher_text", *(["projected_text"] if call.interactive else [])):
-        if getattr(call, name) is not None:
-            setattr(call, name, distributed.gather(getattr(call, name), group))
+def _joins(hyperplane: tuple[Tensor, Tensor], terms: Collection[str], image: Tensor) -> bool:
+    """Whether pair matching joins the sweep of a softmax. On a GPU a sweep with a teacher has no registers left for it."""
+    if hyperplane[0].dim():  # a hadamard plane has a matrix of its own
+        return False
+    on_gpu = image.device.type != "cpu" or "triton" in backends.forced()
+    return "relational" in terms and not on_gpu or ("contrastive" in terms and "relational" not in terms)
 
 
-def _infonce(
-    call: SimilarityCall,
-    own_text: Tensor,  # [M, D̂]; with a group, those of this rank
-    own_teacher_image: Tensor,  # [N, D̂]
-    same_ids: SameIds,
-    group: torch.distributed.ProcessGroup | None,
-    scratch_bytes: int,
-) -> Tensor:
-    """Returns the interactive term "infonce": in each direction a cross-entropy of rows, whose keys are the teacher's."""
-
-    def direction(query, keys, of):
-        lse, positive = similarity_rows(query, keys, call.cross_scale, of, scratch_bytes)
-        return cross_entropy(lse, call.cross_scale * positive).mean()
-
-    loss = direction(call.student_image, call.teacher_text, same_ids)
-    if not call.columns:
-        return loss
-    if group is not None:
-        other = direction(own_text, distributed.gather(own_teacher_image, group), same_ids)
-    else:
-        other = direction(own_text[same_ids.window], own_teacher_image, same_ids.transposed())
-    return 0.5 * (loss + other)
+def _negatives(ids: Tensor, text_ids: Tensor, m: int, label_offset: int, group: Any) -> Tensor:  # []
+    """Returns the number of negatives of all rows, with a process group its mean over the ranks; at least 1."""
+    ordered, positives = text_ids.sort().values, text_ids[label_offset : label_offset + ids.shape[0]]
+    equal = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+    count = (m - equal - (positives != ids).long()).sum(dtype=torch.float64)
+    return (count if group is None else distributed.mean(count, group)).clamp(min=1)
 
 
-def _statistics(
-    call: SimilarityCall, group: torch.distributed.ProcessGroup | None, scratch_bytes: int, store_bytes: int
-) -> tuple[Tensor, Tensor | None]:
-    """Returns the statistics of the rows [11, N] and of the positives' columns [5, N], None without `columns`."""
-    if not call.interactive:
-        call.projected_image = call.projected_text = call.cross_scale = None
-    if not call.has_teacher:
-        call.teacher_image = call.teacher_text = call.teacher_scale = None
-    n, m, device = call.image.shape[0], call.text.shape[0], call.image.device.type
-    dtype = computes_in(call.image.dtype, device)
-    call.chunk = sweep_rows(n, m, dtype, device, 1 + call.has_teacher, scratch_bytes)
-    kept = call.keeps_exponentials and dtype != torch.float64 and backends.forced() != "reference"
-    if (kept or not on_gpu(call)) and wants_grad(call.image, call.text, call.projected_image, call.projected_text):
-        call.stored_rows = stored_rows(n, m, dtype, call.matrices, store_bytes, 128 if on_gpu(call) else 64)
-    rows, columns, _ = run("similarity_loss_fwd", *flat(call), backends.forced())
-    if not call.columns:
-        return rows, None
-    if group is not None:
-        return rows, merge_columns(distributed.exchange(columns, group))
-    return rows, columns[:, call.label_offset : call.label_offset + n]
+def _softmax_terms(
+    call: SimilarityCall, contrastive: bool, joined: tuple | None, group: torch.distributed.ProcessGroup | None
+) -> dict[str, Tensor]:
+    """Returns the terms of a sweep. joined: weight and bias of the plane of pair matching and the number of negatives."""
+    rows, columns, _ = registry.call(FORWARD, call)
+    lse, teacher_lse, mean, diagonal, teacher_diagonal, unmatched = rows.unbind()
+    column_lse = None
+    if call.columns:
+        n, first = call.image.shape[0], call.label_offset
+        if group is not None:
+            columns = of_terms.merge_columns(distributed.exchange(columns, group))
+        elif columns.shape[1] != n:
+            columns = columns[:, first : first + n]
+        column_lse, column_teacher_lse, column_mean = columns.unbind()
+    positive = call.scale * diagonal
+    out = {"contrastive": of_terms.contrastive(lse, column_lse, positive)} if contrastive else {}
+    if joined is not None:
+        out["pair_matching"] = of_terms.pair_matching(unmatched, diagonal, *joined)
+    if call.has_teacher:
+        teacher = call.teacher_scale * teacher_diagonal
+        loss = of_terms.divergence(lse, positive, teacher_lse, teacher, mean, call.entropy).mean()
+        if column_lse is not None:
+            stats = column_lse, positive, column_teacher_lse, teacher, column_mean
+            loss = 0.5 * (loss + of_terms.divergence(*stats, call.entropy).mean())
+        out["relational"] = loss
+    return out
+
+
+def _sigmoid_terms(
+    image: Tensor, text: Tensor, sigmoids: dict[str, tuple], weights: Mapping[str, float] | None, pairs: dict, chunk: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the weighted sum, and the terms: without weights with gradients, for which each term has a sweep of its own."""
+    total, values = None, {}
+    hadamard = "pair_matching" in sigmoids and sigmoids["pair_matching"][0].dim()
+    for lot in [[term] for term in sigmoids] if weights is None or hadamard else [list(sigmoids)]:
+        features = image
+        columns = [[*sigmoids[term], 1.0 if weights is None else weights[term]] for term in lot]
+        if hadamard and lot == ["pair_matching"]:
+            features, columns[0][0] = (image * columns[0][0]).to(image.dtype), 1.0
+        wide = torch.promote_types(image.dtype, torch.float32)
+        numbers = [[checks.scalar(term, x, image.device, wide) for x in column] for term, column in zip(lot, columns)]
+        call = SigmoidCall(
+            features, text, torch.stack([torch.stack(column) for column in numbers], 1), **pairs, chunk=chunk,
+            gradient=False, need_image=wants_grad(features), need_text=wants_grad(text),
+        )  # fmt: skip
+        call = replace(call, gradient=wants_grad(features, text, call.sigmoids))
+        summed, each, *_ = registry.call(SIGMOID, call)
+        total = summed if total is None else total + summed
+        values |= zip(lot, [summed] if weights is None else each.unbind())
+    return total, values

@@ -139,7 +139,9 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
         for k, (weight, bias, negative, positive, mix) in enumerate(call.sigmoids.T):
             logits = torch.addcmul(bias, similarity, weight)
             matched = chunk.positive(logits)
-            terms[k] -= negative * chunk.fill(F.logsigmoid(-logits), 0).sum() + positive * (F.logsigmoid(matched) - 0 * matched).sum()
+            terms[k] -= (
+                negative * chunk.fill(F.logsigmoid(-logits), 0).sum() + positive * (F.logsigmoid(matched) - 0 * matched).sum()
+            )
             if g is not None:
                 slope = chunk.fill(logits.sigmoid_(), 0).mul_(negative * mix)
                 slope[chunk.size, chunk.positives] = -positive * mix * (-matched).sigmoid()
