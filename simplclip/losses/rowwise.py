@@ -35,10 +35,10 @@ class RowwiseLoss(SimilarityLoss):
             values and gradients of each mode. use_horovod is not supported with several ranks.
         symmetric: whether the columns count too.
 
-    Cost: 4 matrix products of N·M·D a direction, 1 if no gradient is needed. Image or text features that need no gradient cost
-    1 less each, a teacher 2 more. Products are in the features' dtype (float32 for float16), sums in float32 or float64.
+    Cost: 4 matrix products of N·M·D a direction, 1 if no gradient is needed. Image or text features that need no gradient
+    cost 1 less each, a teacher 2 more. Products are in the features' dtype (float32 for float16), sums in float32 or float64.
 
-    Memory: copies of the features in float32 (float64 for float64), their gradients, and in the sweep about 4 matrices [R, M],
+    Memory: copies of the features in float32 (float64 for float64), their gradients, and about 4 matrices [R, M] at a time,
     more where fn is not compiled. `scratch_bytes`, the size of one of them, may be set on an instance.
 
     Source: this library; for losses as in Robinson et al. 2021 (arXiv 2010.04592), Chuang et al. 2022 (arXiv 2201.04309).

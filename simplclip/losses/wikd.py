@@ -13,8 +13,8 @@ from simplclip import ops
 from simplclip.losses.base import SimilarityLoss, weight_of, width_of, with_modes
 from simplclip.ops import checks
 from simplclip.ops.registry import autocasts, no_autocast
+from simplclip.ops.similarity.call import DIVERGENCES
 
-DIVERGENCES = ("cross_entropy", "kl")
 INTERACTIVE = ("infonce", "kl")
 TEACHER = ("dist_image_features", "dist_text_features", "dist_logit_scale")
 
@@ -32,9 +32,9 @@ class WIKDLoss(SimilarityLoss):
         "infonce"   ½ [ mean_i cross-entropy of U_i to the positive + mean_j that of V_j ]
         "kl"        ½ [ mean_i KL(softmax T_i ‖ softmax U_i) + mean_j KL(softmax of column j of T ‖ softmax V_j) ]
 
-    No term has an N×N matrix; see `simplclip.ops.similarity_loss`, which computes contrastive, relational and pair matching in
-    one sweep and each direction of the interactive term in another, and `simplclip.ops.feature_loss`. With the default weights
-    the values are open_clip's: the relational term is a cross-entropy, i.e. the KL divergence plus the entropy of the
+    No term has an N×N matrix; see `simplclip.ops.similarity_loss`, which computes contrastive, relational and pair matching
+    in one sweep and each direction of the interactive term in another, and `simplclip.ops.feature_loss`. With the default
+    weights the values are open_clip's: the relational term is a cross-entropy, i.e. the KL divergence plus the entropy of the
     teacher's softmax, a constant that divergence="kl" leaves out.
 
     Args:
@@ -207,7 +207,8 @@ def _project(side: str, features: Tensor, weight: Tensor) -> Tensor:
     """Returns features · weightᵀ, in float32 where autocast or the dtype would make the product float16: see `wide`."""
     if not autocasts(features.device) and weight.dtype != features.dtype:
         raise TypeError(
-            f"{side}_features: expected the dtype of {side}_projection, {weight.dtype}, without autocast, got {features.dtype}"
+            f"{side}_features: expected the dtype of {side}_projection, {weight.dtype}, without autocast, "
+            f"got {features.dtype}"
         )
     if torch.float64 not in (features.dtype, weight.dtype) and (
         _autocasts_to_half(features.device) or (features.dtype == torch.float16 and not autocasts(features.device))
