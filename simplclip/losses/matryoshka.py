@@ -20,9 +20,9 @@ class MatryoshkaLoss(nn.Module):
         value = Σ_k weights_k · loss(normalise(image[:, :widths_k]), normalise(text[:, :widths_k]), ...)
 
     loss: any module whose first arguments are image and text features [N, D]. It returns a tensor, a tuple or a dict of
-    terms, and each term is summed. A hadamard plane and projections of this library's losses have the width D; a prefix uses their
-    first columns. widths: ascending. weights: one of 0 or more for each width, by default 1. Everything that the loss does,
-    exchange between ranks and CoCaLoss's caption included, is done once for each width of a weight above 0.
+    terms, and each term is summed. A hadamard plane and projections have the width D; a prefix uses their first columns.
+    widths: ascending. weights: one of 0 or more for each width, by default 1. Everything that the loss does, exchange between
+    ranks and CoCaLoss's caption included, is done once for each width of a weight above 0.
 
     Source: Kusupati et al. 2022 (arXiv 2205.13147). memeff's MatryoshkaLoss has the same definition.
     """

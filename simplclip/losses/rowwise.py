@@ -13,6 +13,9 @@ from simplclip.losses.base import SimilarityLoss, with_modes
 from simplclip.ops import checks, distributed
 from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.registry import autocast, no_autocast
+from simplclip.ops.similarity import inputs
+
+_LEAST_ROWS = 64  # of a chunk: fewer make products slow
 
 
 class RowwiseLoss(SimilarityLoss):
@@ -80,29 +83,35 @@ class RowwiseLoss(SimilarityLoss):
         """
         checks.features("image_features", image_features, "[N, D]")
         checks.features("text_features", text_features, "[M, D]")
+        inputs.check_pair({"image_features": image_features, "text_features": text_features})
         n, offset, fn = len(image_features), 0, self.fn
         if len(text_features) < n:
             got = checks.shape_of(text_features)
             raise ValueError(f"text_features: expected at least {n} rows, a positive for each image, got {got}")
-        image, text = autocast(image_features, text_features)
-        teacher = [dist_image_features, dist_text_features]
-        sides = [(image, text, *teacher), (text[:n], image, *reversed(teacher))][: 1 + self.symmetric]
+        teacher = dist_image_features, dist_text_features
+        if len({value is None for value in (*teacher, dist_logit_scale)}) > 1:
+            raise ValueError("dist_logit_scale: expected a teacher's features and scale, or none of them")
+        image, text = columns = autocast(image_features, text_features)
         if self.world_size > 1:
             image, text = self._own_rows(image, text)
-            constant = self.local_loss and not self.gather_with_grad
-            gather = self._gathered if constant else lambda t: distributed.gather(t, self._group())
-            sides = [(image, gather(text), *teacher), (text, gather(image), *reversed(teacher))][: 1 + self.symmetric]
-            sides = [(x, y, x_teacher, self._gathered(y_teacher)) for x, y, x_teacher, y_teacher in sides]
-            offset = self.rank * n
-            if isinstance(fn, nn.Module):
-                named = dict(fn.named_parameters())
-                learned = dict(zip(named, self._learned(*named.values())))
-                fn = lambda *args: torch.func.functional_call(self.fn, learned, args)  # noqa: E731
+            constant, offset = self.local_loss and not self.gather_with_grad, self.rank * n
+            columns = [distributed.gather(t.detach() if constant else t, self._group()) for t in (image, text)]
+            fn = self._with_learned_parameters()
+        columns_of_teacher = [self._gathered(t) for t in teacher]
+        sides = [(image, columns[1], teacher[0], columns_of_teacher[1])]
+        if self.symmetric:
+            sides.append((text[:n], columns[0], None if teacher[1] is None else teacher[1][:n], columns_of_teacher[0]))
         with no_autocast(image.device):
             means = [self._mean(fn, *side, logit_scale, logit_bias, dist_logit_scale, offset) for side in sides]
             value = sum(means) / len(means)
         value = value if self.world_size <= 1 else self._value(value)
         return {"rowwise_loss": value} if output_dict else value
+
+    def _with_learned_parameters(self) -> Callable[..., Tensor]:
+        """Returns fn; backward averages the gradients of its parameters over the ranks."""
+        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        learned = dict(zip((name.removeprefix("fn.") for name in parameters), self._learned(*parameters.values())))
+        return lambda *args: torch.func.functional_call(self.fn, learned, args) if learned else self.fn(*args)
 
     def _mean(self, fn, x, y, x_teacher, y_teacher, scale, bias, teacher_scale, offset) -> Any:
         """Returns the mean of fn over the rows of x against the columns y."""
@@ -110,16 +119,16 @@ class RowwiseLoss(SimilarityLoss):
         multiplied = x.dtype if x.dtype == torch.bfloat16 else dtype  # float16 would lose small gradients
 
         def of_chunk(rows, columns, of_rows, index):
-            logits = scale * (rows.to(multiplied) @ columns.to(multiplied).T).to(dtype)
+            logits = scale * torch.mm(rows.to(multiplied), columns.to(multiplied).T).to(dtype)
             logits = logits if bias is None else logits + bias
-            teachers = () if of_rows is None else (teacher_scale * (of_rows @ y_teacher.T).to(dtype),)
+            teachers = () if of_rows is None else (teacher_scale * torch.mm(of_rows, y_teacher.T).to(dtype),)
             result = fn(logits, index, *teachers)
             if not isinstance(result, Tensor) or result.shape != index.shape:
                 got = checks.shape_of(result) if isinstance(result, Tensor) else type(result).__name__
                 raise ValueError(f"fn: expected a tensor [R] = [{len(index)}], got {got}")
             return result.sum()
 
-        count = -(-n // max(64, self.scratch_bytes // (len(y) * dtype.itemsize)))
+        count = -(-n // max(_LEAST_ROWS, self.scratch_bytes // (len(y) * dtype.itemsize)))
         sizes = [n * (k + 1) // count - n * k // count for k in range(count)]
         of_rows = [None] * count if x_teacher is None else x_teacher.detach().to(x.dtype).split(sizes)
         y_teacher = None if y_teacher is None else y_teacher.detach().to(x.dtype)
