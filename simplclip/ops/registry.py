@@ -134,13 +134,17 @@ def call(op: Op, of_call: Any, spec: str | None = None) -> Any:
     if torch.compiler.is_compiling():
         return op.overload(*flat(of_call), spec)
     values = op.values(of_call)
-    tensors = [value for value in values if isinstance(value, Tensor)]
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-        check_reverse_mode(op.name, tensors)
+        check_reverse_mode(op.name, values)
         return op.overload(*values, spec)
-    if torch._C._len_torch_dispatch_stack() or tensors[0].is_meta or not all(type(t) in _PLAIN for t in tensors):
+    plain, requires_grad = not torch._C._len_torch_dispatch_stack() and not values[0].is_meta, False
+    for value in values:
+        if isinstance(value, Tensor):
+            plain = plain and type(value) in _PLAIN
+            requires_grad = requires_grad or value.requires_grad
+    if not plain:
         return op.overload(*values, spec)
-    if op.backward is None or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+    if op.backward is None or not requires_grad or not torch.is_grad_enabled():
         return op.dispatch(of_call, spec)
     return _Eager.apply(op, spec, values[op.tensors :], *values[: op.tensors])
 

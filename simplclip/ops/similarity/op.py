@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks, distributed, registry
-from simplclip.ops.calls import tensors_of
+from simplclip.ops.calls import flat, tensors_of
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference
-from simplclip.ops.similarity import terms as of_terms
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SimilarityCall, SimilarityGradient
 from simplclip.ops.similarity.chunks import computes_in, stored_rows, sweep_rows
+from simplclip.ops.similarity.terms import Options, Terms, merge_columns
 
 MATRICES = ("image", "text", "teacher_image", "teacher_text")
 
@@ -103,14 +103,21 @@ _PLANE = tensors_of(SimilarityCall).index("plane")
 
 def _gradient(call, results, grads, needed, spec):
     rows, columns, stored = results
-    grad_rows, grad_columns = (
-        torch.zeros_like(stats) if grad is None else grad for grad, stats in zip(grads, (rows, columns))
+    grad_rows = torch.zeros_like(rows) if grads[0] is None else grads[0]
+    grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1]
+    of_grads = grad_rows, grad_columns, rows, columns, stored, needed[0], needed[1]
+    d_image, d_text, d_scale, d_plane = registry.call(BACKWARD, SimilarityGradient(*flat(call), *of_grads), spec)
+    return (
+        d_image if needed[0] else None,
+        d_text if needed[1] else None,
+        d_scale if needed[2] else None,
+        None,
+        None,
+        None,
+        d_plane if needed[_PLANE] else None,
+        None,
+        None,
     )
-    fields = (getattr(call, name) for name in SimilarityCall.__match_args__)
-    gradient = SimilarityGradient(*fields, grad_rows, grad_columns, rows, columns, stored, needed[0], needed[1])
-    *gradients, d_plane = registry.call(BACKWARD, gradient, spec)
-    gradients = [gradient if need else None for gradient, need in zip(gradients, needed)]
-    return *gradients, None, None, None, d_plane if needed[_PLANE] else None, None, None
 
 
 def _sigmoid_gradient(call, results, grads, needed, spec):
@@ -234,33 +241,41 @@ def similarity_loss(
     sigmoids = {}  # term -> weight and bias, and the factors of its sums over negatives and positives
     if "sigmoid" in terms:
         sigmoids["sigmoid"] = scale, 0.0 if bias is None else bias, 1 / n, 1 / n
-    joined = None  # the plane of pair matching, if a softmax's sweep computes it
+    joined, negatives = None, 1  # the plane of pair matching, if a softmax's sweep computes it
     if hyperplane is not None:
         negatives = max(1, n * (m - 1)) if ids is None else _negatives(ids, text_ids, m, label_offset, group)
         if _joins(hyperplane, terms, image):
-            joined = *hyperplane, negatives
+            joined = hyperplane
         else:
             sigmoids["pair_matching"] = *hyperplane, 0.5 / negatives, 0.5 / n
 
     out: dict[str, Tensor] = {}
-    if "contrastive" in terms or "relational" in terms:
+    sums: list[Tensor] = []  # the summands of "loss"
+    present = {
+        "contrastive": "contrastive" in terms,
+        "relational": "relational" in terms,
+        "pair_matching": joined is not None,
+    }
+    softmaxes = [term for term in present if present[term]]
+    if softmaxes:
         call = SimilarityCall(
-            image, text, scale, *teacher, plane=torch.stack(hyperplane) if joined else None, **pairs, columns=symmetric,
+            image, text, scale, *teacher, plane=None if joined is None else torch.stack(joined), **pairs, columns=symmetric,
             entropy=1.0 if divergence == "kl" else 0.0, chunk=sweep_rows(image, m, matrices, scratch_bytes),
             stored_rows=stored_rows(image, m, matrices, store_bytes) if wants_grad(image, text) else 0,
         )  # fmt: skip
-        out = _softmax_terms(call, "contrastive" in terms, joined, group)
-    total = None
+        mix = None if weights is None else tuple([weights[term] for term in softmaxes])
+        options = Options(present["contrastive"], present["relational"], call.entropy, negatives, mix)
+        results = _softmax_terms(call, options, joined, group)
+        if weights is not None:
+            sums, results = [results[0]], results[1:]
+        out = dict(zip(softmaxes, results))
     if sigmoids:
         total, values = _sigmoid_terms(image, text, sigmoids, weights, pairs, sweep_rows(image, m, 1, scratch_bytes))
-        out |= values
+        sums.append(total)
+        out |= values if weights is None else {term: value.detach() for term, value in values.items()}
     out = {term: out[term] for term in terms}
     if weights is not None:
-        for term in out.keys() - sigmoids.keys():
-            value = out[term] if weights[term] == 1 else weights[term] * out[term]
-            total = value if total is None else total + value
-        out = {term: value.detach() for term, value in out.items()}
-        out["loss"] = total  # type: ignore[assignment]
+        out["loss"] = sums[0] if len(sums) == 1 else sums[0] + sums[1]
     if bias is not None and "sigmoid" not in terms:  # a gradient of 0 instead of None, as DistributedDataParallel needs
         last = next(reversed(out))
         out[last] = out[last] + 0.0 * bias
@@ -284,31 +299,18 @@ def _negatives(ids: Tensor, text_ids: Tensor, m: int, label_offset: int, group: 
 
 
 def _softmax_terms(
-    call: SimilarityCall, contrastive: bool, joined: tuple | None, group: torch.distributed.ProcessGroup | None
-) -> dict[str, Tensor]:
-    """Returns the terms of a sweep. joined: weight and bias of the plane of pair matching and the number of negatives."""
+    call: SimilarityCall, options: Options, joined: tuple[Tensor, Tensor] | None, group: torch.distributed.ProcessGroup | None
+) -> Sequence[Tensor]:
+    """Returns the terms of a sweep, see Terms. joined: weight and bias of the plane of pair matching."""
     rows, columns, _ = registry.call(FORWARD, call)
-    lse, teacher_lse, mean, diagonal, teacher_diagonal, unmatched = rows.unbind()
-    column_lse = None
-    if call.columns:
-        n, first = call.image.shape[0], call.label_offset
-        if group is not None:
-            columns = of_terms.merge_columns(distributed.exchange(columns, group))
-        elif columns.shape[1] != n:
-            columns = columns[:, first : first + n]
-        column_lse, column_teacher_lse, column_mean = columns.unbind()
-    positive = call.scale * diagonal
-    out = {"contrastive": of_terms.contrastive(lse, column_lse, positive)} if contrastive else {}
-    if joined is not None:
-        out["pair_matching"] = of_terms.pair_matching(unmatched, diagonal, *joined)
-    if call.has_teacher:
-        teacher = call.teacher_scale * teacher_diagonal
-        loss = of_terms.divergence(lse, positive, teacher_lse, teacher, mean, call.entropy).mean()
-        if column_lse is not None:
-            stats = column_lse, positive, column_teacher_lse, teacher, column_mean
-            loss = 0.5 * (loss + of_terms.divergence(*stats, call.entropy).mean())
-        out["relational"] = loss
-    return out
+    if not call.columns:
+        columns = None
+    elif group is not None:
+        columns = merge_columns(distributed.exchange(columns, group))
+    elif columns.shape[1] != rows.shape[1]:
+        columns = columns[:, call.label_offset : call.label_offset + rows.shape[1]]
+    weight, bias = joined or (None, None)
+    return Terms.apply(rows, columns, call.scale, call.teacher_scale, weight, bias, options)
 
 
 def _sigmoid_terms(
