@@ -5,11 +5,11 @@ import inspect
 import open_clip.loss
 import plain
 import pytest
+import recorded
 import torch
 import torch.nn.functional as F
 
 from simplclip import losses
-from simplclip.ops import registry
 
 N, VOCABULARY = 12, 9
 
@@ -114,25 +114,11 @@ def test_a_loss_that_needs_the_logits():
     torch.testing.assert_close(found, tuple(expected.values()))
 
 
-@pytest.fixture
-def swept(monkeypatch):
-    """The calls of the op of sigmoid terms."""
-    calls, call = [], registry.call
-
-    def recording(op, of_call, *spec):
-        if op.name == "similarity_sigmoid":
-            calls.append(of_call)
-        return call(op, of_call, *spec)
-
-    monkeypatch.setattr(registry, "call", recording)
-    return calls
-
-
-def test_sigmoid_with_pair_matching_is_one_sweep(swept):
+def test_sigmoid_with_pair_matching_is_one_sweep(monkeypatch):
     """The terms' sum costs the products of one term; terms that are not added up have gradients and sweeps of their own."""
-    loss, leaves = losses.SigLipLoss(pm_weight=0.5), features()
+    loss, leaves, swept = losses.SigLipLoss(pm_weight=0.5), features(), recorded.calls(monkeypatch)
     loss(*leaves).backward()
-    assert len(swept) == 1
+    assert [name for name, _ in swept] == ["similarity_sigmoid"]
     terms = loss(*leaves, output_dict=True)
     assert len(swept) == 3
     assert list(terms) == ["contrastive_loss", "pair_matching_loss"]
@@ -191,12 +177,13 @@ def test_ids_and_pair_matching(name):
 
 
 @pytest.mark.parametrize("frozen", [(), ("image",), ("text",), ("image", "text"), ("image", "text", "scale", "bias")])
-def test_what_needs_no_gradient_costs_no_product(frozen, swept):
-    leaves = features()
+def test_what_needs_no_gradient_costs_no_product(frozen, monkeypatch):
+    leaves, swept = features(), recorded.calls(monkeypatch)
     for name, t in zip(("image", "text", "scale", "bias"), leaves):
         t.requires_grad_(name not in frozen)
     loss = losses.SigLipLoss()(*leaves)
-    assert [swept[0].need_image, swept[0].need_text] == [name not in frozen for name in ("image", "text")]
+    ((_, call),) = swept
+    assert [call.need_image, call.need_text] == [name not in frozen for name in ("image", "text")]
     assert loss.requires_grad == (len(frozen) < 4)
 
 

@@ -51,7 +51,7 @@ def killed(attempts, rank, steps):
 def observed(config, broken=None, **options) -> dict:
     """Runs a config, and returns for this rank: the ids of the samples of each step, the numbers of texts in micro-batches,
     the weights at the end, and the error."""
-    rank, ids, last, seen, original = int(os.environ.get("RANK", 0)), [], [], [], loop.train_step
+    rank, ids, last, original = int(os.environ.get("RANK", 0)), [], [], loop.train_step
     cut, split = [], TextCrop.split
 
     def splitting(crop, text, tokens):
