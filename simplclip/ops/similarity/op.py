@@ -264,7 +264,7 @@ def similarity_loss(
             stored_rows=stored_rows(image, m, matrices, store_bytes) if wants_grad(image, text) else 0,
         )  # fmt: skip
         mix = None if weights is None else tuple([weights[term] for term in softmaxes])
-        options = Options(present["contrastive"], present["relational"], call.entropy, negatives, mix)
+        options = Options("contrastive" in terms, "relational" in terms, call.entropy, negatives, mix)
         results = _softmax_terms(call, options, joined, group)
         if weights is not None:
             sums, results = [results[0]], results[1:]

@@ -53,8 +53,9 @@ class Options(NamedTuple):
 class Terms(torch.autograd.Function):
     """Contrastive, relational and pair matching terms [], in this order, those that there are.
 
-    With weights, the first result is their weighted sum, which alone has a gradient. Cross-entropies are softplus(lse - z) with
-    lse over the negatives: exact for well matched pairs too, and NaN where the positive z is infinite, as in F.cross_entropy.
+    With weights, the first result is their weighted sum, which alone has a gradient. Cross-entropies are softplus(lse - z)
+    with lse over the negatives: exact for well matched pairs too, and NaN where the positive z is infinite, as in
+    F.cross_entropy.
     With m = 1 - softmax(T) of the positive, r and r̂ the log-sum-exps over the whole row, a row's divergence is
     r - E_T[Z] + entropy (E_T[T] - r̂) = (r - z) - entropy (r̂ - t) + m (mean + z - entropy t).
     """
@@ -80,7 +81,7 @@ class Terms(torch.autograd.Function):
             teacher = teacher_scale * stats.teacher_diagonal
             margin = teacher - stats.teacher_lse
             loss = cross_entropy + torch.sigmoid(-margin) * (stats.mean + positive - options.entropy * teacher)
-            terms.append((loss - options.entropy * mismatch(margin) + 0 * teacher).mean())
+            terms.append((loss + options.entropy * F.logsigmoid(margin) + 0 * teacher).mean())
         if weight is not None:
             matched = mismatch(torch.addcmul(bias, weight, stats.diagonal)).mean()
             terms.append(0.5 * (matched + stats.unmatched.sum() / options.negatives))
