@@ -199,8 +199,7 @@ class _Planner:
             self.ranks, data.batch_size * data.captions_per_image, self.width,
             itemsize=4 if self.precision == "fp32" else 2,
             terms=tuple(name.removesuffix("_loss") for name in self.config.loss.weights),
-            teacher_width=teacher, interactive=self.config.loss.interactive,
-            projected=getattr(loss, "image_projections", None) is not None, ids=True,
+            teacher_width=teacher, ids=True,
             parameters=sum(p.numel() for p in trained),
         )  # fmt: skip
         computing = None if rate is None else data.batch_size / rate

@@ -143,9 +143,7 @@ def test_losses_of_tensors_without_data(mode, backend, monkeypatch):
         image, text = (torch.randn(4, 8).requires_grad_() for _ in range(2))
         teacher = torch.randn(4, 6), torch.randn(4, 6), torch.tensor(9.0)
         distilled = WIKDLoss(interactive_weight=1, feature_weight=1, embed_dim=8, teacher_dim=6)
-        value = rowwise(image, text, torch.tensor(9.0)) + sum(
-            distilled(image, text, torch.tensor(9.0), *teacher)
-        )
+        value = rowwise(image, text, torch.tensor(9.0)) + sum(distilled(image, text, torch.tensor(9.0), *teacher))
         value.backward()
     for t in (value, image.grad, text.grad, *(p.grad for p in distilled.parameters())):
         assert isinstance(t, FakeTensor) or t.is_meta
