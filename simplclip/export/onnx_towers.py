@@ -18,6 +18,7 @@ from simplclip.ops.attention.call import AttentionCall
 from simplclip.ops.attention.reference import shaped_attention_fwd
 from simplclip.ops.block.call import BlockCall
 from simplclip.ops.block.norm import norm_fwd
+from simplclip.ops.block.op import heads_of
 from simplclip.ops.mlp.call import MlpCall
 from simplclip.ops.mlp.reference import ACTIVATIONS
 
@@ -113,7 +114,7 @@ def _mlp(n: Tensor, call: MlpCall | BlockCall) -> Tensor:
 
 def _simplified_block(call: BlockCall):
     """`ops.simplified_block` without in-place writes, which a decomposition cannot have, and without results for backward."""
-    x, heads = call.x, call.heads
+    x, heads = call.x, heads_of(call)
     n, _ = norm_fwd(x.reshape(-1, x.shape[2]), call)
     q, k = F.linear(n, call.qk_weight).reshape(*heads[:2], 2, *heads[2:]).unbind(2)
     v = n if call.value_weight is None else F.linear(n, call.value_weight)

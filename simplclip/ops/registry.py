@@ -33,6 +33,16 @@ _PLAIN = (Tensor, nn.Parameter)
 _selected: dict[tuple, Callable] = {}  # the backends' functions that earlier calls selected
 
 
+def _select(op: str, first: Tensor, spec: str, part: bool, facts: dict) -> Callable:
+    """Returns the function of a backend. It is selected once for each kind of call."""
+    tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision  # the predicate of CUDA attention reads it
+    key = op, spec, part, first.device, first.dtype, tf32, *facts.values()
+    selected = _selected.get(key)
+    if selected is None:
+        selected = _selected[key] = backends.select(op, first.device, first.dtype, spec, part=part, **facts)[1]
+    return selected
+
+
 class Op:
     """An op of the library; see `define`."""
 
@@ -48,19 +58,13 @@ class Op:
     def overload(self) -> torch._ops.OpOverload:
         return getattr(torch.ops.simplclip, self.name).default
 
-    def select(self, first: Tensor, call: Any, spec: str) -> Callable:
-        """Returns the function of the call's backend. It is selected once for each kind of call."""
-        facts = self.facts(call) if self.facts else {}
-        tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision  # the predicate of CUDA attention reads it
-        key = self.name, spec, first.device, first.dtype, tf32, *facts.values()
-        if key not in _selected:
-            _selected[key] = backends.select(self.name, first.device, first.dtype, spec, **facts)[1]
-        return _selected[key]
-
     def dispatch(self, call: Any, spec: str) -> Any:
         """Runs a call of plain tensors on its backend."""
         first = getattr(call, self.first)
-        function = self.pick(first, spec) if self.composed else self.select(first, call, spec)
+        if self.composed:
+            function = self.pick(first, spec)
+        else:
+            function = _select(self.name, first, spec, False, self.facts(call) if self.facts else {})
         if not torch.is_autocast_enabled(first.device.type):
             return self.run(function, call)
         with no_autocast(first.device):
@@ -70,8 +74,9 @@ class Op:
         """Returns `pick(op, **facts)`, which gives a composed op the function of one of its parts."""
 
         def pick(op: str, **facts) -> Callable:
-            name, function = backends.select(op, first.device, first.dtype, spec, part=True, **facts)
-            return through(op, name, function) if through else function
+            if through is None:
+                return _select(op, first, spec, True, facts)
+            return through(op, *backends.select(op, first.device, first.dtype, spec, part=True, **facts))
 
         return pick
 
@@ -117,15 +122,15 @@ class _Eager(torch.autograd.Function):
     """A call of an op on plain tensors."""
 
     @staticmethod
-    def forward(ctx, op, spec, options, *tensors):
-        results = op.dispatch(op.call_type(*tensors, *options), spec)
+    def forward(ctx, op, of_call, spec, options, *tensors):
+        results = op.dispatch(of_call, spec)
         ctx.op = op
         op.save(ctx, tensors, options, spec, results)
         return results
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, None, None, *ctx.op.gradients(ctx, grads, ctx.needs_input_grad[3:])
+        return None, None, None, None, *ctx.op.gradients(ctx, grads, ctx.needs_input_grad[4:])
 
 
 def call(op: Op, of_call: Any, spec: str | None = None) -> Any:
@@ -146,7 +151,7 @@ def call(op: Op, of_call: Any, spec: str | None = None) -> Any:
         return op.overload(*values, spec)
     if op.backward is None or not requires_grad or not torch.is_grad_enabled():
         return op.dispatch(of_call, spec)
-    return _Eager.apply(op, spec, values[op.tensors :], *values[: op.tensors])
+    return _Eager.apply(op, of_call, spec, values[op.tensors :], *values[: op.tensors])
 
 
 def define(
