@@ -22,8 +22,11 @@ class BlockCall:
     fc1_bias: Tensor  # [F]
     fc2_weight: Tensor  # [C, F]
     fc2_bias: Tensor  # [C]
-    gains: Tensor  # [3, H]: attention_gain times alpha, beta, gamma
-    mlp_gain: Tensor  # []
+    alpha: Tensor  # [H]
+    beta: Tensor  # [H]
+    gamma: Tensor  # [H]
+    attention_gain: Tensor  # [], in the dtype of sums
+    mlp_gain: Tensor  # [], in the dtype of sums
     value_weight: Tensor | None  # [C, C]
     output_weight: Tensor | None  # [C, C]
     lengths: Tensor | None  # [B] int32

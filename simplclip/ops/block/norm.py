@@ -9,7 +9,7 @@ from simplclip.ops.block.call import BlockCall, Needed
 from simplclip.ops.calls import accumulate_dtype
 
 NORMS = ("layernorm", "rmsnorm")
-aten = torch.ops.aten
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -24,7 +24,7 @@ def norm_fwd(x: Tensor, call: BlockCall) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Returns the normalised x [T, C] in the dtype of x, and the statistics that `norm_bwd` needs."""
     weight, bias = call.norm_weight, call.norm_bias
     if call.norm == "layernorm":
-        n, mean, rstd = aten.native_layer_norm(x, [x.shape[1]], *_cast(x, weight, bias), call.eps)
+        n, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], *_cast(x, weight, bias), call.eps)
         return n, (mean, rstd)
     wide = x.to(accumulate_dtype(x.dtype))
     rstd = (wide.square().mean(1, keepdim=True) + call.eps).rsqrt()
@@ -42,7 +42,7 @@ def norm_bwd(
     weight, bias = call.norm_weight, call.norm_bias
     if call.norm == "layernorm":
         mask = [need.x, need.norm_weight, need.norm_bias and bias is not None]
-        dx, dw, db = aten.native_layer_norm_backward(grad, x, [x.shape[1]], *stats, *_cast(x, weight, bias), mask)
+        dx, dw, db = layer_norm_backward(grad, x, [x.shape[1]], *stats, *_cast(x, weight, bias), mask)
     else:
         (rstd,) = stats
         normed, wide = x.to(rstd.dtype) * rstd, grad.to(rstd.dtype)

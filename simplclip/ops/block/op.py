@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import checks, registry
@@ -12,7 +13,7 @@ from simplclip.ops.block.call import BlockCall, BlockGradient, Needed
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
 from simplclip.ops.calls import accumulate_dtype, flat
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
-from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, linear, to_overwrite
+from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, to_overwrite
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.registry import autocast, define, register_gradient
 
@@ -21,8 +22,14 @@ MATRICES = ("qk_weight", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "va
 
 def heads_of(call: BlockCall) -> tuple[int, int, int, int]:
     """Returns [B, L, H, K], the shape of q, k and v."""
-    (batch, length, width), heads = call.x.shape, call.gains.shape[1]
+    (batch, length, width), (heads,) = call.x.shape, call.alpha.shape
     return batch, length, heads, width // heads
+
+
+def gains_of(call: BlockCall) -> Tensor:  # [3, H], in the dtype of sums
+    """Returns alpha, beta and gamma. The attention's gains are attention_gain times these."""
+    wide = call.attention_gain.dtype
+    return torch.stack([call.alpha.to(wide), call.beta.to(wide), call.gamma.to(wide)])
 
 
 def _split(qk: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
@@ -31,25 +38,27 @@ def _split(qk: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor
     return qk.view(batch, length, 2, heads, width).unbind(2)
 
 
-def _attention_call(call: BlockCall, shape: tuple[int, int, int, int], n: Tensor, qk: Tensor) -> AttentionCall:
-    v = n if call.value_weight is None else linear(n, call.value_weight, None)
+def _attention_call(
+    call: BlockCall, shape: tuple[int, int, int, int], n: Tensor, qk: Tensor, gains: Tensor
+) -> AttentionCall:
+    v = n if call.value_weight is None else F.linear(n, call.value_weight)
     q, k = _split(qk, shape)
-    return AttentionCall(q, k, v.view(shape), call.gains, call.lengths, call.scale, call.causal)
+    return AttentionCall(q, k, v.view(shape), gains * call.attention_gain, call.lengths, call.scale, call.causal)
 
 
 def _fwd(pick, call):
     x, shape = call.x.contiguous().view(-1, call.x.shape[2]), heads_of(call)
     n, _ = norm_fwd(x, call)
-    qk = linear(n, call.qk_weight, None)
+    qk = F.linear(n, call.qk_weight)
     attention = pick("shaped_attention_fwd", **facts_of(shape, call.lengths))
-    out, lse, av = attend(attention, _attention_call(call, shape, n, qk))
+    out, lse, av = attend(attention, _attention_call(call, shape, n, qk, gains_of(call)))
     out, av = out.view(x.shape), av if call.keep else x.new_empty(0)
     if call.output_weight is not None:
-        out = linear(out, call.output_weight, None)
+        out = F.linear(out, call.output_weight)
     project, gain = pick("parallel_mlp_fwd"), call.mlp_gain.to(x.dtype)
     weight, bias = call.fc2_weight * gain, call.fc2_bias * gain
     first = n, call.fc1_weight, call.fc1_bias
-    h = linear(*first) if call.keep else x.new_empty(0)
+    h = F.linear(*first) if call.keep else x.new_empty(0)
     qk = qk if call.keep else x.new_empty(0)
     for h_chunk, out_chunk in [(h, out)] if call.keep else hidden_rows(*first, out):
         project(HiddenCall(h_chunk, weight, bias, call.act, out_chunk, accumulate=True))
@@ -61,7 +70,7 @@ def _fwd_fake(call, spec):
     batch, length, heads, _ = shape
     widths = (2 * x.shape[2], call.fc1_weight.shape[0])
     qk, h = (x.new_empty((batch * length, width) if call.keep else (0,)) for width in widths)
-    lse = x.new_empty(batch, heads, length, dtype=call.gains.dtype)
+    lse = x.new_empty(batch, heads, length, dtype=call.attention_gain.dtype)
     av = x.new_empty(av_shape(shape, x, spec, call.lengths) if call.keep else (0,))
     return torch.empty_like(x, memory_format=torch.contiguous_format), qk, h, lse, av
 
@@ -72,10 +81,10 @@ def _mlp_bwd(pick, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, n
     With w = mlp_gain fc2_weight: d mlp_gain = <dw, fc2_weight>, d fc2_weight = mlp_gain dw, likewise the bias.
     """
     gradients, h = {}, call.h
-    gain, wide = call.mlp_gain.to(grad.dtype), call.gains.dtype
+    gain, wide = call.mlp_gain.to(grad.dtype), call.mlp_gain.dtype
     need_w = need.fc2_weight or need.mlp_gain
     if need_n or need_w or need.fc1_weight or need.fc1_bias:
-        h = h if h.numel() else linear(n, call.fc1_weight, call.fc1_bias)
+        h = h if h.numel() else F.linear(n, call.fc1_weight, call.fc1_bias)
         dw = pick("parallel_mlp_bwd")(HiddenGradient(grad, h, call.fc2_weight * gain, call.act, need_w))
         if need.mlp_gain:
             gradients["mlp_gain"] = torch.dot(dw.flatten().to(wide), call.fc2_weight.flatten().to(wide))
@@ -86,7 +95,7 @@ def _mlp_bwd(pick, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, n
             gradients["mlp_gain"] += torch.dot(db.to(wide), call.fc2_bias.to(wide))
         gradients["fc2_bias"] = db.mul_(gain)
     if need.fc1_weight:
-        gradients["fc1_weight"] = torch.mm(h.T, n)
+        gradients["fc1_weight"] = torch.mm(h.t(), n)
     if need.fc1_bias:
         gradients["fc1_bias"] = h.sum(0)
     return h, gradients
@@ -99,24 +108,29 @@ def _bwd(pick, call):
     need_n = need.x or need.norm_weight or need.norm_bias
     d_h, gradients = _mlp_bwd(pick, call, n, grad, need, need_n)
 
-    need_attention = need_n or need.qk_weight or need.gains or need.value_weight
+    need_gains = need.alpha or need.beta or need.gamma or need.attention_gain
+    need_attention = need_n or need.qk_weight or need_gains or need.value_weight
     if need_attention or need.output_weight:
-        qk = qk if qk.numel() else linear(n, call.qk_weight, None)
-        attention = _attention_call(call, shape, n, qk)
+        qk, gains = qk if qk.numel() else F.linear(n, call.qk_weight), gains_of(call)
+        attention = _attention_call(call, shape, n, qk, gains)
     if need.output_weight:
         out, *_ = pick("shaped_attention_fwd", **facts)(attention)
-        gradients["output_weight"] = torch.mm(grad.T, out.view(x.shape))
+        gradients["output_weight"] = torch.mm(grad.t(), out.view(x.shape))
     if need_attention:
         d_attention = grad if call.output_weight is None else torch.mm(grad, call.output_weight)
         dqk, dv = torch.empty_like(qk), torch.empty_like(n)
         gradient = AttentionInto(
             *flat(attention), d_attention.view(shape), call.lse, call.av, *_split(dqk, shape), dv.view(shape)
         )
-        gradients["gains"] = pick("shaped_attention_bwd", **facts)(gradient)
+        d_gains = pick("shaped_attention_bwd", **facts)(gradient)
+        if need.attention_gain:
+            gradients["attention_gain"] = (d_gains * gains).sum()
+        for name, d_gain in zip(("alpha", "beta", "gamma"), d_gains.unbind()):
+            gradients[name] = (d_gain * call.attention_gain).to(getattr(call, name).dtype)
         if need.qk_weight:
-            gradients["qk_weight"] = torch.mm(dqk.T, n)
+            gradients["qk_weight"] = torch.mm(dqk.t(), n)
         if need.value_weight:
-            gradients["value_weight"] = torch.mm(dv.T, n)
+            gradients["value_weight"] = torch.mm(dv.t(), n)
         if need_n:
             dn = dv if call.value_weight is None else torch.mm(dv, call.value_weight)
             dn.addmm_(dqk, call.qk_weight).addmm_(d_h, call.fc1_weight)
@@ -215,10 +229,10 @@ def simplified_block(
     checks.all_like_x(x, MATRICES, matrices)
     *mlp_and_qk, value_weight, output_weight = matrices
     wide = accumulate_dtype(x.dtype)
-    gains = torch.stack([alpha.to(wide), beta.to(wide), gamma.to(wide)])
-    gains = gains * checks.scalar("attention_gain", attention_gain, x.device, wide, of="x")
+    attention_gain = checks.scalar("attention_gain", attention_gain, x.device, wide, of="x")
     mlp_gain = checks.scalar("mlp_gain", mlp_gain, x.device, wide, of="x")
-    tensors = x, norm_weight, norm_bias, *mlp_and_qk, gains, mlp_gain, value_weight, output_weight
+    gains = alpha, beta, gamma, attention_gain, mlp_gain
+    tensors = x, norm_weight, norm_bias, *mlp_and_qk, *gains, value_weight, output_weight
     eps = checks.number("eps", eps, positive=True)
     scale = (x.shape[2] // alpha.shape[0]) ** -0.5 if scale is None else checks.number("scale", scale)
     keep = keeps_hidden(*tensors, recompute=recompute)

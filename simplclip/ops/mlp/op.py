@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks, registry
@@ -31,10 +32,6 @@ def keeps_hidden(*tensors: Tensor | None, recompute: bool = False) -> bool:
     return not recompute and wants_grad(*tensors)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:  # [T, C], [F, C], [F]
-    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
-
-
 def hidden_rows(
     x: Tensor,  # [T, C]
     weight: Tensor,  # [F, C]
@@ -46,14 +43,14 @@ def hidden_rows(
     h = x.new_empty(rows, weight.shape[0])
     for first in range(0, x.shape[0], rows):
         x_chunk = x[first : first + rows]
-        yield linear(x_chunk, weight, bias, h[: x_chunk.shape[0]]), out[first : first + rows]
+        yield F.linear(x_chunk, weight, bias, out=h[: x_chunk.shape[0]]), out[first : first + rows]
 
 
 def _fwd(function, call):
     out = call.x.new_empty(call.x.shape[0], call.fc2_weight.shape[0])
     bias = None if call.fc2_bias is None else call.fc2_bias.contiguous()  # since the kernels read it through a pointer
     first = call.x, call.fc1_weight, call.fc1_bias
-    h = linear(*first) if call.keep else call.x.new_empty(0, call.fc1_weight.shape[0])
+    h = F.linear(*first) if call.keep else call.x.new_empty(0, call.fc1_weight.shape[0])
     for h_chunk, out_chunk in [(h, out)] if call.keep else hidden_rows(*first, out):
         function(HiddenCall(h_chunk, call.fc2_weight, bias, call.act, out_chunk, accumulate=False))
     return out, h
