@@ -27,7 +27,7 @@ void attention_backward(const AttentionHead& head, const AttentionGrad& grad, do
 }
 }  // namespace
 extern const InstructionSet kernels = {SIMPLCLIP_STRING(SIMPLCLIP_ISA),
-                                       {forward, backward, merge, sigmoid_strip},
+                                       {forward, backward, merge, sigmoids},
                                        {feature_forward, feature_backward},
                                        {attention_scratch_floats, attention_forward, attention_backward},
                                        {elementwise_activate, elementwise_convert}};

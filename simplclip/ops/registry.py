@@ -106,24 +106,24 @@ class Op:
         differentiable result, must be among the saved tensors.
         """
         grads = grads[: self.differentiable]
-        if all(grad is None for grad in grads):
+        if grads[0] is None and grads[-1] is None:
             return (None,) * self.tensors
         saved = ctx.saved_tensors  # read only once: under torch.utils.checkpoint, every access runs the forward again
         inputs = self.tensors if self.saves_tensors else 0
         call = self.call_type(*(saved[:inputs] or (None,) * self.tensors), *ctx.options)
-        with torch.no_grad():
+        if not torch.is_grad_enabled():
+            return self.backward(call, saved[inputs:], grads, needed, ctx.spec)
+        with torch.no_grad():  # with create_graph=True
             gradients = self.backward(call, saved[inputs:], grads, needed, ctx.spec)
-        if torch.is_grad_enabled():  # with create_graph=True
-            return first_order_only(self.name, gradients, *saved, *grads)
-        return gradients
+        return first_order_only(self.name, gradients, *saved, *grads)
 
 
 class _Eager(torch.autograd.Function):
     """A call of an op on plain tensors."""
 
     @staticmethod
-    def forward(ctx, op, of_call, spec, options, *tensors):
-        results = op.dispatch(of_call, spec)
+    def forward(ctx, op, spec, call, options, *tensors):
+        results = op.dispatch(call, spec)
         ctx.op = op
         op.save(ctx, tensors, options, spec, results)
         return results
@@ -151,7 +151,7 @@ def call(op: Op, of_call: Any, spec: str | None = None) -> Any:
         return op.overload(*values, spec)
     if op.backward is None or not requires_grad or not torch.is_grad_enabled():
         return op.dispatch(of_call, spec)
-    return _Eager.apply(op, of_call, spec, values[op.tensors :], *values[: op.tensors])
+    return _Eager.apply(op, spec, of_call, values[op.tensors :], *values[: op.tensors])
 
 
 def define(

@@ -1,4 +1,4 @@
-// Included after strip_impl.h, inside the namespace of an instruction set: backward of a strip.
+// Included after sigmoid_impl.h, inside the namespace of an instruction set: backward of a strip.
 
 // The gradient of one softmax term with respect to the logits z of a row: g e^(z - lse) by the row's softmax, plus
 // g_col e^(z - col_lse) by the softmax of column j. kShared computes both from one exponential and `ratio`.
@@ -13,53 +13,51 @@ struct SoftmaxGradient {
 
   template <class T, bool exact, class Lanes>
   VINLINE vf of(vf z, int64_t j, Lanes lanes) const {  // z: logits
-    vf e;
-    if constexpr (kind != Softmax::kColumns) e = exp_of_logit<T, exact>(z - lse);
+    const vf e = exp_of_logit<T, exact>(z - lse);
     if constexpr (kind == Softmax::kShared) return e * (shift * load(ratio + j, lanes) + g);
     if constexpr (kind == Softmax::kRows) return g * e;
     const vf by_column = load(g_col + j, lanes) * exp_of_logit<T, exact>(z - load(col_lse + j, lanes));
-    if constexpr (kind == Softmax::kColumns) return by_column;
     return g * e + by_column;
   }
 };
 
-template <class T, bool teacher, Softmax kind>
+template <class T, bool has_teacher, Softmax kind, bool has_plane>
 BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
+  constexpr bool coarse = std::is_same_v<T, bf16>;
+  const float p = has_plane ? in.plane[0] : 0.0f, q = has_plane ? in.plane[1] : 0.0f;
   BackwardOut total{};
   for (int64_t i = 0; i < s.rows; ++i) {
-    const T* sim_row = static_cast<const T*>(s.sim) + i * s.columns;
-    const T* teacher_row = teacher ? static_cast<const T*>(s.teacher) + i * s.columns : nullptr;
-    T* grad_row = static_cast<T*>(s.grad) + i * s.columns;
-    const int64_t label = s.pairs.label + i;
-    const bool rows = kind != Softmax::kColumns;
-    const SoftmaxGradient<kind> student(rows ? in.lse[i] : 0, rows ? in.g_lse[i] : 0, in.top, in.col_lse, in.g_col_lse,
-                                        in.lse_ratio);
-    const SoftmaxGradient<kind> tutor(rows && teacher ? in.teacher_lse[i] : 0, rows && teacher ? in.g_mean[i] : 0,
-                                      in.teacher_top, in.col_teacher_lse, in.g_col_mean, in.teacher_ratio);
-    const float* const sigmoid_row_grad = in.sigmoids.count ? in.sigmoid_grad : nullptr;
-    if (sigmoid_row_grad) {
-      SigmoidIn sigmoids = in.sigmoids;
-      for (int k = 0; k < sigmoids.count; ++k) {
-        sigmoids.terms[k].negative *= in.g_sigmoid[k][i];
-        sigmoids.terms[k].positive *= in.g_sigmoid[k][i];
-      }
-      sigmoid_row<T, Sigmoid::kGradient>(s, sigmoids, i, in.sigmoid_grad, total.sigmoids);
-    }
-    vf d_scale = {};
+    T* const grad_row = static_cast<T*>(s.grad) + i * s.columns;
+    const SoftmaxGradient<kind> student(in.rows[Stat::kLseStudent][i], in.g_rows[Stat::kLseStudent][i], in.top,
+                                        in.columns[Stat::kLseStudent], in.g_columns[Stat::kLseStudent], in.ratio);
+    const SoftmaxGradient<kind> teacher(in.rows[Stat::kLseTeacher][i], in.g_rows[Stat::kMean][i], in.teacher_top,
+                                        in.columns[Stat::kLseTeacher], in.g_columns[Stat::kMean], in.teacher_ratio);
+    const float g_plane = in.g_rows[Stat::kPairMatching][i];
+    vf d_scale = {}, d_p = {}, d_q = {};
 
-    for_blocks(s.columns, label, 1, everywhere(s.pairs), [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
-      const vf sim = load(sim_row + j, lanes), z = s.scale * sim;
+    for_blocks(s, i, 1, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
+      const vf sim = load_block<T>(s.sim, s, i, j, lanes), z = s.scale * sim;
       const vi drop = masked ? dropped_lanes(s, i, j, lanes) : vi{};
-      vf g = student.template of<T, masked || teacher>(z, j, lanes);
-      if constexpr (teacher) g -= tutor.template of<T, true>(s.teacher_scale * load(teacher_row + j, lanes), j, lanes);
+      vf g = student.template of<T, masked || has_teacher>(z, j, lanes);
+      if constexpr (has_teacher)
+        g -= teacher.template of<T, true>(s.teacher_scale * load_block<T>(s.teacher, s, i, j, lanes), j, lanes);
       g = drop ? vf{} : g;
       d_scale += g * sim;
-      g *= s.grad_scale;
-      if (sigmoid_row_grad) g += load(sigmoid_row_grad + j, lanes);
+      g *= s.scale;
+      if constexpr (has_plane) {
+        const vf t = max(splat(-126.0f), kLog2E * p * sim + kLog2E * q);  // l / log(2), so that e^-l is finite; a NaN stays one
+        vf h = inverse_of<coarse>(exp2<coarse>(-t) + 1.0f);  // sigmoid(l)
+        h = drop ? vf{} : h;
+        d_p += h * sim;
+        d_q += h;
+        g += g_plane * p * h;
+      }
       store(grad_row + j, g, lanes);
     });
-    store(grad_row + label, splat(in.g_diagonal[i] + (sigmoid_row_grad ? sigmoid_row_grad[label] : 0.0f)), 1);
+    store(grad_row + s.label + i, splat(in.g_rows[Stat::kDiagonalStudent][i]), 1);
     total.scale += double(sum(d_scale));
+    total.plane[0] += double(g_plane) * sum(d_p);
+    total.plane[1] += double(g_plane) * sum(d_q);
   }
   return total;
 }
@@ -67,9 +65,11 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
 BackwardOut backward(const Strip& s, const BackwardIn& in, Softmax kind, bool is_bf16) {
   using enum Softmax;
   return by_value<false, true>(is_bf16, [&](auto is_bf16) {
-    return by_value<false, true>(s.teacher != nullptr, [&](auto teacher) {
-      return by_value<kShared, kApart, kRows, kColumns>(kind, [&](auto kind) {
-        return backward_strip<std::conditional_t<is_bf16(), bf16, float>, teacher(), kind()>(s, in);
+    return by_value<false, true>(s.teacher != nullptr, [&](auto has_teacher) {
+      return by_value<kShared, kApart, kRows>(kind, [&](auto kind) {
+        return by_value<false, true>(in.plane != nullptr, [&](auto has_plane) {
+          return backward_strip<std::conditional_t<is_bf16(), bf16, float>, has_teacher(), kind(), has_plane()>(s, in);
+        });
       });
     });
   });

@@ -8,65 +8,63 @@
 namespace simplclip {
 namespace {
 
-// The workspace: a sweep over the student's matrix of a SimilarityCall, without its softmax, and the sum of d_text.
+// The memory of similarity_sigmoid: the sweep, and the sum of d_text.
 struct SigmoidWork {
   SimilarityCall call;
   Sweep sweep;
   TransposedSum d_text;
 
   SigmoidWork(const SigmoidCall& sigmoid, Scratch& scratch)
-      : call(sigmoid.student()), sweep(call, nullptr, scratch),
+      : call(sigmoid.similarities()), sweep(call, nullptr, scratch),
         d_text(call.text, sigmoid.need_text, sweep.is_bf16 && sweep.chunk < sweep.n, scratch) {}
 };
 
-// Returns the terms [K], and the gradients of sum_k mix[k] terms[k]: d_image and d_text (empty unless needed), d_weight [K] and
-// d_bias [K].
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall& call) {
+// Returns the terms [K], and the gradients of sum_k mix[k] terms[k]: d_image and d_text (empty unless needed), and d_sigmoids
+// [2, K], those of weight and bias.
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall& call) {
+  expect_contiguous("sigmoids", call.sigmoids);
+  const int64_t terms = call.sigmoids.size(1);
+  STD_TORCH_CHECK(terms == 1 || terms == 2, "sigmoids: expected one or two terms, got ", terms);
   Scratch scratch;
   SigmoidWork work(call, scratch);
-  Sweep& sweep = work.sweep;
+  const Sweep& sweep = work.sweep;
+  work.call.expect_layout();
 
-  const int count_of_terms = int(call.weight.size(0));
-  const float* mix = call.mix.const_data_ptr<float>();
+  auto of_term = [&](int field, int64_t k) { return call.sigmoids.const_data_ptr<float>()[field * terms + k]; };
+  SigmoidTerm mixed[2] = {};
+  for (int64_t k = 0; k < terms; ++k)
+    mixed[k] = {of_term(0, k), of_term(1, k), of_term(2, k) * of_term(4, k), of_term(3, k) * of_term(4, k)};
 
   Tensor d_image = new_empty(call.image, {call.need_image ? sweep.n : 0, sweep.d});
-  SigmoidOut total{};
-  std::vector<SigmoidOut> parts(strips_of(sweep.chunk));
+  SigmoidSums total{};
+  std::vector<SigmoidSums> parts(strips_of(sweep.chunk));
   sweep.for_chunks([&](int64_t first, int64_t count) {
-    const Tensor sim = sweep.load(*sweep.student, first, count, false);
-    sweep.for_strips(*sweep.student, sim, nullptr, first, count, [&](Strip strip, int64_t i, int64_t k) {
+    sweep.for_strips(first, count, false, [&](Strip strip, int64_t, int64_t index) {
       if (!call.gradient) strip.grad = nullptr;
-      SigmoidIn in = sweep.sigmoids(first + i);
-      for (int t = 0; t < in.count; ++t) {
-        in.terms[t].negative *= mix[t];
-        in.terms[t].positive *= mix[t];
-      }
-      parts[k] = instruction_set().strip.sigmoid(strip, in, sweep.is_bf16);
+      parts[index] = instruction_set().strip.sigmoid(strip, mixed, int(terms), sweep.is_bf16);
     });
-    for (int64_t k = 0; k < strips_of(count); ++k)
-      for (int t = 0; t < count_of_terms; ++t) {
-        total.negative[t] += parts[k].negative[t];
-        total.positive[t] += parts[k].positive[t];
-        total.weight[t] += parts[k].weight[t];
-        total.bias[t] += parts[k].bias[t];
+    for (int64_t index = 0; index < strips_of(count); ++index)
+      for (int64_t k = 0; k < terms; ++k) {
+        total.negative[k] += parts[index].negative[k];
+        total.positive[k] += parts[index].positive[k];
+        total.weight[k] += parts[index].weight[k];
+        total.bias[k] += parts[index].bias[k];
       }
+    const Tensor g = rows(sweep.student.scratch, 0, count);
     if (call.need_image) {
-      Tensor to = rows(d_image, first, count);
-      mm_out(to, sim, call.text);
+      Tensor d_rows = rows(d_image, first, count);
+      mm_out(d_rows, g, call.text);
     }
-    work.d_text.add(sim, rows(call.image, first, count));
+    work.d_text.add(g, rows(call.image, first, count));
   });
 
-  const SigmoidIn in = sweep.sigmoids(0);
-  Tensor terms = new_empty(call.weight, {count_of_terms}), d_weight = new_empty(call.weight, {count_of_terms});
-  Tensor d_bias = new_empty(call.weight, {count_of_terms});
-  for (int t = 0; t < count_of_terms; ++t) {
-    const SigmoidTerm& term = in.terms[t];
-    terms.mutable_data_ptr<float>()[t] = float(term.negative * total.negative[t] + term.positive * total.positive[t]);
-    d_weight.mutable_data_ptr<float>()[t] = float(total.weight[t]);
-    d_bias.mutable_data_ptr<float>()[t] = float(total.bias[t]);
+  Tensor values = new_empty(call.sigmoids, {terms}), d_sigmoids = new_empty(call.sigmoids, {2, terms});
+  for (int64_t k = 0; k < terms; ++k) {
+    data<float>(values)[k] = float(of_term(2, k) * total.negative[k] + of_term(3, k) * total.positive[k]);
+    data<float>(d_sigmoids)[k] = float(total.weight[k]);
+    data<float>(d_sigmoids)[terms + k] = float(total.bias[k]);
   }
-  return {terms, d_image, work.d_text.result(), d_weight, d_bias};
+  return {values, d_image, work.d_text.result(), d_sigmoids};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {

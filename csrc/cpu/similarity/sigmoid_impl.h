@@ -1,4 +1,4 @@
-// Included after strip_impl.h, inside the namespace of an instruction set: sigmoid terms of a row, values and gradient at once.
+// Included after strip_impl.h, inside the namespace of an instruction set: sigmoid terms of a strip, values and gradient at once.
 
 // Returns 1 / x for x >= 1, with the precision of exp2<coarse>.
 template <bool coarse>
@@ -27,98 +27,90 @@ struct SoftplusSum {
   }
 };
 
-// What sigmoid_row computes: the sums of the terms, their gradient, or both.
-enum class Sigmoid { kValues, kGradient, kBoth };
-
-template <class T, int K, Sigmoid what, class Grad>
-void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, Grad* grad_row, SigmoidOut& out) {
-  constexpr bool coarse = std::is_same_v<T, bf16>, values = what != Sigmoid::kGradient, gradient = what != Sigmoid::kValues;
-  const T* sim_row = static_cast<const T*>(s.sim) + i * s.columns;
+// Adds the sums of K terms over row i's negatives to `sums`. `gradient`: writes the gradient with respect to S to grad_row, 0 at
+// the columns that are no negatives.
+template <class T, int K, bool gradient>
+void sigmoid_row(const Strip& s, const SigmoidTerm* terms, int64_t i, T* grad_row, SigmoidSums& sums) {
+  constexpr bool coarse = std::is_same_v<T, bf16>;
   SoftplusSum negative[K];
-  vf positive[K] = {}, d_weight[K] = {}, d_bias[K] = {}, weight_of_positives[K] = {}, bias_of_positives[K] = {};
-  int factors = 0;
-  SigmoidTerm terms[K];  // a copy, so that the compiler knows that no store to grad_row changes it
+  vf d_weight[K] = {}, d_bias[K] = {};
   vf log2_weight[K], log2_bias[K], slope[K];
+  int factors = 0;
   for (int k = 0; k < K; ++k) {
-    terms[k] = in.terms[k];
     log2_weight[k] = splat(kLog2E * terms[k].weight);
     log2_bias[k] = splat(kLog2E * terms[k].bias);
     slope[k] = splat(terms[k].weight * terms[k].negative);
   }
 
-  const int64_t label = in.pairs.label + i;
-  for_blocks(s.columns, label, 1, everywhere(in.pairs), [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
-    const vf sim = load(sim_row + j, lanes);
-    vi dropped = {}, matched = {};
-    vf share = {};
-    if constexpr (masked) {
-      const PairLanes pairs(in.pairs, i, j, int(lanes));
-      matched = (in.row_share ? pairs.belongs : pairs.own) & ~pairs.outside;
-      dropped = pairs.no_negatives() & ~matched;
-      share = in.row_share ? in.row_share[i] + load(in.column_share + j, lanes) : splat(1.0f);
-    }
+  for_blocks(s, i, 1, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
+    const vf sim = load_block<T>(s.sim, s, i, j, lanes);
+    const vi drop = masked ? dropped_lanes(s, i, j, lanes) : vi{};
     vf g = {};
 #pragma GCC unroll 2
     for (int k = 0; k < K; ++k) {
-      vf t = log2_weight[k] * sim + log2_bias[k];  // l / log(2)
-      if constexpr (!values) t = max(splat(-126.0f), t);  // so that e^-l is finite; in this order a NaN stays one
-      const vf e = exp2<coarse>(values ? (vf)((vi)t | INT32_MIN) : -t);  // e^-|l|, or e^-l where only the gradient is computed
+      const vf t = log2_weight[k] * sim + log2_bias[k];  // l / log(2)
+      const vf e = exp2<coarse>((vf)((vi)t | INT32_MIN));  // e^-|l|
       const vf top = max(t, vf{});
-      if constexpr (values && masked) {
-        const vi other = dropped | matched;
-        negative[k].add(other ? vf{} : e, other ? vf{} : top);
-        if (any(matched)) positive[k] += matched ? share * (kLn2 * (top - t) + log1p(e)) : vf{};
-      } else if constexpr (values) {
-        negative[k].add(e, top);
-      }
+      negative[k].add(drop ? vf{} : e, drop ? vf{} : top);
       if constexpr (gradient) {
         const vf inverse = inverse_of<coarse>(e + 1.0f);
-        vf h = values ? (t < 0.0f ? e * inverse : inverse) : inverse;  // sigmoid(l)
-        if constexpr (masked) {
-          const vf bounded = e < 1e30f ? e : splat(1e30f);
-          vf miss = bounded * inverse_of<coarse>(bounded + 1.0f);  // sigmoid(-l)
-          if constexpr (values) miss = (t < 0.0f ? splat(1.0f) : e) * inverse;
-          h = dropped | matched ? vf{} : h;
-          const vf of_positive = matched ? -terms[k].positive * share * miss : vf{};
-          weight_of_positives[k] += matched ? of_positive * sim : vf{};
-          bias_of_positives[k] += of_positive;
-          g += terms[k].weight * of_positive;
-        }
-        d_weight[k] += masked ? (dropped | matched ? vf{} : h * sim) : h * sim;
+        vf h = t < 0.0f ? e * inverse : inverse;  // sigmoid(l)
+        h = drop ? vf{} : h;
+        d_weight[k] += h * sim;
         d_bias[k] += h;
         g += slope[k] * h;
       }
     }
-    if constexpr (values)
-      if (++factors == SoftplusSum::kFactors) {
-        for (int k = 0; k < K; ++k) negative[k].flush();
-        factors = 0;
-      }
+    if (++factors == SoftplusSum::kFactors) {
+      for (int k = 0; k < K; ++k) negative[k].flush();
+      factors = 0;
+    }
     if constexpr (gradient) store(grad_row + j, g, lanes);
   });
+
   for (int k = 0; k < K; ++k) {
     negative[k].flush();
-    out.negative[k] += double(sum(negative[k].total));
-    out.positive[k] += double(sum(positive[k]));
-    out.weight[k] += double(terms[k].negative) * sum(d_weight[k]) + sum(weight_of_positives[k]);
-    out.bias[k] += double(terms[k].negative) * sum(d_bias[k]) + sum(bias_of_positives[k]);
+    sums.negative[k] += double(sum(negative[k].total));
+    sums.weight[k] += double(terms[k].negative) * sum(d_weight[k]);
+    sums.bias[k] += double(terms[k].negative) * sum(d_bias[k]);
   }
 }
 
-// Adds row i's sums to `out`, and writes the gradient with respect to S to grad_row.
-template <class T, Sigmoid what, class Grad>
-void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, Grad* grad_row, SigmoidOut& out) {
-  by_value<1, 2>(in.count, [&](auto count) { sigmoid_row<T, count(), what>(s, in, i, grad_row, out); });
+// Adds the sums of K terms over a row's positive, whose similarity is `sim`. Returns the gradient with respect to it.
+template <int K, bool gradient>
+float add_positive(const SigmoidTerm* terms, float sim, SigmoidSums& sums) {
+  float g = 0;
+  for (int k = 0; k < K; ++k) {
+    const float l = terms[k].weight * sim + terms[k].bias, e = std::exp(-std::fabs(l));
+    sums.positive[k] += std::max(l, 0.0f) - l + std::log1p(e);
+    if constexpr (!gradient) continue;
+    const float slope = -terms[k].positive * (l < 0 ? 1 : e) / (1 + e);  // -sigmoid(-l)
+    sums.weight[k] += double(slope) * sim;
+    sums.bias[k] += slope;
+    g += terms[k].weight * slope;
+  }
+  return g;
 }
 
-SigmoidOut sigmoid_strip(const Strip& s, const SigmoidIn& in, bool is_bf16) {
-  SigmoidOut out{};
-  by_value<false, true>(is_bf16, [&](auto is_bf16) {
-    using T = std::conditional_t<is_bf16(), bf16, float>;
-    T* const grad = static_cast<T*>(s.grad);
-    by_value<Sigmoid::kValues, Sigmoid::kBoth>(grad ? Sigmoid::kBoth : Sigmoid::kValues, [&](auto what) {
-      for (int64_t i = 0; i < s.rows; ++i) sigmoid_row<T, what()>(s, in, i, grad + (grad ? i * s.columns : 0), out);
+template <class T, int K, bool gradient>
+SigmoidSums sigmoid_strip(const Strip& s, const SigmoidTerm* terms) {
+  SigmoidSums sums{};
+  for (int64_t i = 0; i < s.rows; ++i) {
+    const int64_t label = s.label + i;
+    T* const grad_row = gradient ? static_cast<T*>(s.grad) + i * s.columns : nullptr;
+    const float g = add_positive<K, gradient>(terms, to_float(static_cast<const T*>(s.sim)[i * s.columns + label]), sums);
+    sigmoid_row<T, K, gradient>(s, terms, i, grad_row, sums);
+    if constexpr (gradient) store(grad_row + label, splat(g), 1);
+  }
+  return sums;
+}
+
+SigmoidSums sigmoids(const Strip& s, const SigmoidTerm* terms, int count, bool is_bf16) {
+  return by_value<false, true>(is_bf16, [&](auto is_bf16) {
+    return by_value<1, 2>(count, [&](auto count) {
+      return by_value<false, true>(s.grad != nullptr, [&](auto gradient) {
+        return sigmoid_strip<std::conditional_t<is_bf16(), bf16, float>, count(), gradient()>(s, terms);
+      });
     });
   });
-  return out;
 }

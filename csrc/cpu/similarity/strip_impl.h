@@ -4,40 +4,27 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // A column sum below this may have lost terms that underflowed relative to the strip's reference; it is summed again.
 constexpr float kLostBelow = 1e-28f;
 
-// Calls f(j, lanes, masked) for every block of W columns, as each_block does; masked is true if a lane may have to be masked.
+// Calls f(j, lanes, masked) for every block of W columns of the strip's rows [i, i + rows), as each_block does; masked is true if a
+// lane may not be a negative. With ids this is every block, else those with the rows' own pairs.
 template <class F>
-VINLINE void for_blocks(int64_t columns, int64_t first_label, int64_t labels, bool mask_all, F&& f) {
-  const int64_t full = columns / W * W;
-  const int64_t lo = mask_all ? 0 : least(first_label / W * W, full);
-  const int64_t hi = mask_all ? full : least((first_label + labels + W - 1) / W * W, full);
+VINLINE void for_blocks(const Strip& s, int64_t i, int64_t rows, F&& f) {
+  const int64_t full = s.columns / W * W, first_label = s.label + i;
+  const int64_t lo = s.ids ? 0 : least(first_label / W * W, full);
+  const int64_t hi = s.ids ? full : least((first_label + rows + W - 1) / W * W, full);
   constexpr std::integral_constant<int, W> all;
   int64_t j = 0;
   for (; j < lo; j += W) f(j, all, std::false_type{});
   for (; j < hi; j += W) f(j, all, std::true_type{});
   for (; j < full; j += W) f(j, all, std::false_type{});
-  if (full < columns) f(full, int(columns - full), std::true_type{});
+  if (full < s.columns) f(full, int(s.columns - full), std::true_type{});
 }
 
-// Lanes of the block at column j: `own` is row i's own pair, `belongs` all that belong to row i, `outside` those past the end.
-struct PairLanes {
-  vi own, belongs, outside;
-
-  VINLINE PairLanes(const Pairs& pairs, int64_t i, int64_t j, int lanes) {
-    const vi lane = iota();
-    own = belongs = (lane + int32_t(j)) == int32_t(pairs.label + i);
-    if (pairs.ids) belongs |= load(pairs.text_ids + j, lanes) == pairs.ids[i];
-    outside = lanes < W ? lane >= lanes : vi{};
-  }
-
-  VINLINE vi no_negatives() const { return belongs | outside; }
-};
-
-// Whether any block of a row may have columns that belong to it, not only the block with its own pair.
-VINLINE bool everywhere(const Pairs& pairs) { return pairs.ids != nullptr; }
-
-// Lanes of block j that are not negatives of row i in the softmaxes.
+// Lanes of the block at column j that are not negatives of row i: those that belong to it, and those past the end.
 VINLINE vi dropped_lanes(const Strip& s, int64_t i, int64_t j, int lanes) {
-  return PairLanes(s.pairs, i, j, lanes).no_negatives();
+  const vi lane = iota();
+  vi dropped = (lane + int32_t(j)) == int32_t(s.label + i);
+  if (s.ids) dropped |= load(s.text_ids + j, lanes) == s.ids[i];
+  return lanes < W ? dropped | (lane >= lanes) : dropped;
 }
 
 template <class T, class Lanes>

@@ -21,44 +21,18 @@ using torch::stable::transpose;
 
 // One similarity matrix a b^T with its scratch.
 struct Matrix {
-  Tensor a, b;     // [N, *], [M, *]
-  float scale;
+  Tensor a, b;       // [N, *], [M, *]
   Tensor kept{};     // [stored rows, M]
-  Tensor scratch{};  // [chunk, M]; the student's matrices share one
-};
-
-// The pairs of a call. Replaces 64-bit ids by 32-bit numbers, of which a vector holds more: equal ids have equal numbers.
-class PairsOfCall {
- public:
-  explicit PairsOfCall(const SimilarityCall& call) : label_offset_(call.label_offset) {
-    if (!call.ids || !call.ids->is_cpu()) return;  // a meta tensor has no values to read
-    expect_contiguous("ids", call.ids);
-    expect_contiguous("text_ids", call.text_ids);
-    std::unordered_map<int64_t, int32_t> numbers;
-    auto fill = [&](std::vector<int32_t>& to, const Tensor& from) {
-      const int64_t* p = from.const_data_ptr<int64_t>();
-      to.resize(from.size(0));
-      for (size_t i = 0; i < to.size(); ++i) to[i] = numbers.emplace(p[i], int32_t(numbers.size())).first->second;
-    };
-    fill(row_numbers_, *call.ids);
-    fill(column_numbers_, *call.text_ids);
-  }
-
-  // Returns the pairs of the rows from `first` on; without `equal_ids` a row has its own pair alone.
-  Pairs from(int64_t first, bool equal_ids) const {
-    const bool has_ids = equal_ids && !row_numbers_.empty();
-    return {label_offset_ + first, has_ids ? row_numbers_.data() + first : nullptr, column_numbers_.data()};
-  }
-
- private:
-  int64_t label_offset_;
-  std::vector<int32_t> row_numbers_, column_numbers_;
+  Tensor scratch{};  // [chunk, M]; in backward the student's holds the gradients
 };
 
 template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
+
+// Returns the value of a scalar; 0 on the meta device, which has no values.
+inline float value_of(const Tensor& scalar) { return scalar.is_cpu() ? *scalar.const_data_ptr<float>() : 0.0f; }
 
 // out = a b^T. Multiplies float32 in blocks: MKL is 15% faster with an operand in the second-level cache (seen on Zen 4).
 inline void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
@@ -69,8 +43,8 @@ inline void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
   for (int64_t i = 0; i < count; i += row_block)
     for (int64_t j = 0; j < columns; j += column_block) {
       Tensor out_rows = rows(out, i, std::min(row_block, count - i)), y = rows(b, j, std::min(column_block, columns - j));
-      Tensor to = torch::stable::narrow(out_rows, 1, j, y.size(0));
-      mm_out(to, rows(a, i, out_rows.size(0)), transpose(y, 0, 1));
+      Tensor block = torch::stable::narrow(out_rows, 1, j, y.size(0));
+      mm_out(block, rows(a, i, out_rows.size(0)), transpose(y, 0, 1));
     }
 }
 
@@ -80,93 +54,85 @@ struct Sweep {
   const SimilarityCall& call;
   int64_t n, m, d, chunk, stored_rows;
   bool is_bf16;
-  PairsOfCall pairs;
-  Tensor stored;                         // [matrices, stored rows, M]
-  std::optional<Matrix> student, teacher, image_to_teacher, teacher_to_text;
+  float scale = 1, teacher_scale = 1;
+  std::vector<int32_t> row_ids, column_ids;  // [N], [M], or empty
+  Tensor stored;                             // [matrices, stored rows, M]
+  Matrix student;
+  std::optional<Matrix> teacher;
 
-  // `kept`: null in forward; in backward the stored rows, which forward returned.
+  // `kept`: null in forward; in backward the stored rows, which forward returned. A call without a scale has a scale of 1.
   Sweep(const SimilarityCall& call, const Tensor* kept, Scratch& scratch)
       : call(call), n(call.image.size(0)), m(call.text.size(0)), d(call.image.size(1)), chunk(std::min(call.chunk, n)),
         stored_rows(std::min(kept ? kept->size(1) : call.stored_rows, n)),
-        is_bf16(call.image.scalar_type() == ScalarType::BFloat16), pairs(call) {
-    call.expect_layout();
-    if (kept) expect_contiguous("stored", *kept);
-    auto number = [](const std::optional<Tensor>& s) { return s->is_cpu() ? *s->const_data_ptr<float>() : 0.0f; };
-    if (call.softmax) student = Matrix{call.image, call.text, number(call.scale)};
-    if (call.has_teacher()) teacher = Matrix{*call.teacher_image, *call.teacher_text, number(call.teacher_scale)};
-    if (call.interactive) {
-      const Tensor& x = call.projected_image ? *call.projected_image : call.image;
-      const Tensor& y = call.projected_text ? *call.projected_text : call.text;
-      image_to_teacher = Matrix{x, *call.teacher_text, number(call.cross_scale)};
-      if (call.columns) teacher_to_text = Matrix{*call.teacher_image, y, number(call.cross_scale)};
-    }
+        is_bf16(call.image.scalar_type() == ScalarType::BFloat16), student{call.image, call.text} {
+    if (call.scale.defined()) scale = value_of(call.scale);
+    number_ids();
     stored = kept ? *kept : new_empty(call.image, {stored_rows ? call.matrices() : 0, stored_rows, m});
-    // The student's matrices use one scratch in turn; in backward it holds the gradients of stored products.
     const int64_t missing = stored_rows < n ? chunk : 0;
-    const Tensor students = scratch.take(call.image, {kept ? chunk : missing, m});
-    int64_t slot = 0;
-    for (auto* matrix : {&student, &teacher, &image_to_teacher, &teacher_to_text})
-      if (*matrix) {
-        (*matrix)->scratch = matrix == &teacher ? scratch.take(call.image, {missing, m}) : students;
-        if (stored_rows) (*matrix)->kept = torch::stable::select(stored, 0, slot++);
-      }
-  }
-
-  // The sigmoid terms of the rows from `first` on.
-  SigmoidIn sigmoids(int64_t first) const {
-    SigmoidIn in{};
-    in.count = int(call.sigmoids());
-    for (int k = 0; k < in.count; ++k) {
-      auto number = [&](const std::optional<Tensor>& of) { return of->const_data_ptr<float>()[k]; };
-      in.terms[k] = {number(call.sigmoid_weight), number(call.sigmoid_bias), number(call.sigmoid_negative),
-                     number(call.sigmoid_positive)};
-    }
-    in.pairs = pairs.from(first, true);
-    if (call.image_share) {
-      in.row_share = call.image_share->const_data_ptr<float>() + first;
-      in.column_share = call.text_share->const_data_ptr<float>();
-    }
-    return in;
+    student.scratch = scratch.take(call.image, {kept ? chunk : missing, m});
+    if (stored_rows) student.kept = torch::stable::select(stored, 0, 0);
+    if (!call.has_teacher()) return;
+    teacher_scale = value_of(*call.teacher_scale);
+    teacher = Matrix{*call.teacher_image, *call.teacher_text};
+    teacher->scratch = scratch.take(call.image, {missing, m});
+    if (stored_rows) teacher->kept = torch::stable::select(stored, 0, 1);
   }
 
   // Calls f(first, count) for each chunk; no chunk crosses the end of the stored rows.
   template <class F>
-  void for_chunks(F&& f) {
+  void for_chunks(F&& f) const {
     for (int64_t first = 0, count = 0; first < n; first += count) {
       count = std::min(chunk, (first < stored_rows ? stored_rows : n) - first);
       f(first, count);
     }
   }
 
-  // Returns rows [first, first + count) of a matrix. Computes them, unless they are stored and `reuse` holds.
-  Tensor load(Matrix& matrix, int64_t first, int64_t count, bool reuse) {
-    const bool is_kept = first < stored_rows;
-    Tensor out = is_kept ? rows(matrix.kept, first, count) : rows(matrix.scratch, 0, count);
-    if (!(is_kept && reuse)) multiply(out, rows(matrix.a, first, count), matrix.b);
-    return out;
-  }
-
-  // Calls f(strip, its first row within the chunk, its index) in parallel over the strips of a chunk of a matrix.
+  // Calls f(strip, its first row within the chunk, its index) in parallel over the strips of the chunk [first, first + count).
+  // Computes the chunk of each matrix, unless it is stored and `reuse` holds.
   template <class F>
-  void for_strips(const Matrix& of, const Tensor& sim, const Tensor* of_teacher, int64_t first, int64_t count, F&& f) {
-    const int64_t bytes = is_bf16 ? 2 : 4;
+  void for_strips(int64_t first, int64_t count, bool reuse, F&& f) const {
+    const Tensor sim = load(student, first, count, reuse);
+    const Tensor teacher_sim = teacher ? load(*teacher, first, count, reuse) : Tensor();
+    const int64_t row_bytes = m * (is_bf16 ? 2 : 4);
     parallel_for(0, strips_of(count), 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const int64_t i = k * kStripRows;
-        auto at = [&](const Tensor& from) { return static_cast<void*>(data<char>(from) + i * m * bytes); };
         Strip strip{};
-        strip.sim = at(sim);
-        strip.grad = at(of.scratch);
-        strip.teacher = of_teacher ? at(*of_teacher) : nullptr;
+        strip.sim = data<char>(sim) + i * row_bytes;
+        strip.grad = data<char>(student.scratch) + i * row_bytes;
+        strip.teacher = teacher ? data<char>(teacher_sim) + i * row_bytes : nullptr;
         strip.rows = std::min(kStripRows, count - i);
         strip.columns = m;
-        strip.pairs = pairs.from(first + i, call.drop_ids);
-        strip.scale = strip.grad_scale = of.scale;
-        strip.teacher_scale = teacher ? teacher->scale : 1;
+        strip.label = call.label_offset + first + i;
+        strip.ids = row_ids.empty() ? nullptr : row_ids.data() + first + i;
+        strip.text_ids = column_ids.data();
+        strip.scale = scale;
+        strip.teacher_scale = teacher_scale;
         strip.entropy = float(call.entropy);
         f(strip, i, k);
       }
     });
+  }
+
+ private:
+  // Replaces 64-bit ids by 32-bit numbers, of which a vector holds more: equal ids have equal numbers.
+  void number_ids() {
+    if (!call.ids || !call.ids->is_cpu()) return;  // a meta tensor has no values to read
+    std::unordered_map<int64_t, int32_t> numbers;
+    auto fill = [&](std::vector<int32_t>& out, const Tensor& ids) {
+      const int64_t* id = ids.const_data_ptr<int64_t>();
+      out.resize(ids.size(0));
+      for (size_t i = 0; i < out.size(); ++i) out[i] = numbers.emplace(id[i], int32_t(numbers.size())).first->second;
+    };
+    fill(row_ids, *call.ids);
+    fill(column_ids, *call.text_ids);
+  }
+
+  Tensor load(const Matrix& matrix, int64_t first, int64_t count, bool reuse) const {
+    const bool is_kept = first < stored_rows;
+    Tensor out = is_kept ? rows(matrix.kept, first, count) : rows(matrix.scratch, 0, count);
+    if (!(is_kept && reuse)) multiply(out, rows(matrix.a, first, count), matrix.b);
+    return out;
   }
 };
 

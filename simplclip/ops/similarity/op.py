@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks, distributed, registry
-from simplclip.ops.calls import flat, tensors_of
+from simplclip.ops.calls import tensors_of
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SimilarityCall, SimilarityGradient
@@ -22,16 +22,13 @@ MATRICES = ("image", "text", "teacher_image", "teacher_text")
 
 
 def _prepared(call: Any) -> Any:
-    """Returns the call with contiguous tensors, the features in the dtype of the products."""
+    """Returns the call with contiguous features in the dtype of the products."""
     dtype = computes_in(call.image.dtype, call.image.device.type)
     changed = {}
-    for name in call.__match_args__:
-        value = getattr(call, name)
-        if isinstance(value, Tensor):
-            if name in MATRICES and value.dtype != dtype:
-                changed[name] = value.to(dtype).contiguous()
-            elif not value.is_contiguous():
-                changed[name] = value.contiguous()
+    for name in MATRICES:
+        features = getattr(call, name, None)
+        if features is not None and not (features.dtype == dtype and features.is_contiguous()):
+            changed[name] = features.to(dtype).contiguous()
     return replace(call, **changed) if changed else call
 
 
@@ -103,10 +100,10 @@ _PLANE = tensors_of(SimilarityCall).index("plane")
 
 def _gradient(call, results, grads, needed, spec):
     rows, columns, stored = results
-    grad_rows = torch.zeros_like(rows) if grads[0] is None else grads[0]
-    grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1]
+    grad_rows = torch.zeros_like(rows) if grads[0] is None else grads[0].contiguous()
+    grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1].contiguous()
     of_grads = grad_rows, grad_columns, rows, columns, stored, needed[0], needed[1]
-    d_image, d_text, d_scale, d_plane = registry.call(BACKWARD, SimilarityGradient(*flat(call), *of_grads), spec)
+    d_image, d_text, d_scale, d_plane = registry.call(BACKWARD, SimilarityGradient(*FORWARD.values(call), *of_grads), spec)
     return (
         d_image if needed[0] else None,
         d_text if needed[1] else None,

@@ -9,35 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops.registry import first_order_only
-from simplclip.ops.similarity.call import ColumnStat, RowStat
+from simplclip.ops.similarity.call import ColumnStat
+
+
+def softplus(x: Tensor) -> Tensor:
+    """Returns log(1 + e^x), exact beyond the 20 from which F.softplus by default returns x."""
+    return F.softplus(x, threshold=80)
 
 
 def mismatch(l: Tensor) -> Tensor:
     """Returns softplus(-l) for the logits l of positives. NaN where l is infinite, even if the softplus would be 0."""
-    return 0 * l - F.logsigmoid(l)  # F.softplus is exact to e^-20 only
-
-
-class Statistics(NamedTuple):
-    """The statistics of a sweep in both directions, which are rows and columns, or rows alone: S is 2 or 1."""
-
-    lse: Tensor  # [S, N] of the student's logits over the negatives
-    teacher_lse: Tensor | None  # [S, N]
-    mean: Tensor | None  # [S, N] of entropy T - Z under the teacher's softmax over the negatives
-    diagonal: Tensor  # [N] the positives' similarities
-    teacher_diagonal: Tensor | None  # [N]
-    unmatched: Tensor  # [N] sums of softplus(l) of pair matching over the negatives
-
-    @classmethod
-    def of(cls, rows: Tensor, columns: Tensor | None, teacher: bool) -> Statistics:
-        """rows: [6, N] RowStat; columns: [3, N] ColumnStat of the positives' columns, or None for rows alone."""
-        if columns is None:
-            lse, teacher_lse, mean = rows[:3].unsqueeze(1).unbind()
-        elif teacher:
-            lse, teacher_lse, mean = torch.stack([rows[:3], columns], 1).unbind()
-        else:
-            lse, teacher_lse, mean = torch.stack([rows[RowStat.LSE_STUDENT], columns[ColumnStat.LSE_STUDENT]]), None, None
-        _, _, _, diagonal, teacher_diagonal, unmatched = rows.unbind()
-        return cls(lse, teacher_lse, mean, diagonal, teacher_diagonal, unmatched)
+    return torch.add(softplus(-l), l, alpha=0)
 
 
 class Options(NamedTuple):
@@ -63,72 +45,74 @@ class Terms(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rows: Tensor,  # [6, N]
-        columns: Tensor | None,  # [3, N]
+        rows: Tensor,  # [6, N] RowStat
+        columns: Tensor | None,  # [3, N] ColumnStat of the positives' columns; None: rows alone
         scale: Tensor,  # []
         teacher_scale: Tensor | None,  # []
         weight: Tensor | None,  # [] of the plane of pair matching
         bias: Tensor | None,  # []
         options: Options,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(rows, columns, scale, teacher_scale, weight, bias)
-        ctx.options = options
-        stats = Statistics.of(rows, columns, options.relational)
-        positive = scale * stats.diagonal
-        cross_entropy = 0 * positive - F.logsigmoid(positive - stats.lse)
-        terms = [cross_entropy.mean()] if options.contrastive else []
+        lse, teacher_lse, mean, diagonal, teacher_diagonal, unmatched = rows.unbind()
+        if columns is not None:  # both directions, [2, N]
+            lse = torch.stack([lse, columns[ColumnStat.LSE_STUDENT]])
+        positive, terms = scale * diagonal, []
+        excess, teacher_excess, logits = lse - positive, None, None
+        cross_entropy = torch.add(softplus(excess), positive, alpha=0)
+        if options.contrastive:
+            terms.append(cross_entropy.mean())
         if options.relational:
-            teacher = teacher_scale * stats.teacher_diagonal
-            margin = teacher - stats.teacher_lse
-            loss = cross_entropy + torch.sigmoid(-margin) * (stats.mean + positive - options.entropy * teacher)
-            terms.append((loss + options.entropy * F.logsigmoid(margin) + 0 * teacher).mean())
+            if columns is not None:
+                teacher_lse, mean = torch.stack([rows[1:3], columns[1:3]], 1).unbind()
+            teacher = teacher_scale * teacher_diagonal
+            teacher_excess = teacher_lse - teacher
+            loss = cross_entropy + torch.sigmoid(teacher_excess) * (mean + positive - options.entropy * teacher)
+            terms.append((loss - options.entropy * softplus(teacher_excess) + 0 * teacher).mean())
         if weight is not None:
-            matched = mismatch(torch.addcmul(bias, weight, stats.diagonal)).mean()
-            terms.append(0.5 * (matched + stats.unmatched.sum() / options.negatives))
+            logits = torch.addcmul(bias, weight, diagonal)
+            terms.append(0.5 * (mismatch(logits).mean() + unmatched.sum() / options.negatives))
+        ctx.save_for_backward(rows, columns, scale, weight, diagonal, excess, teacher_excess, logits)
+        ctx.options = options
         if options.weights is None:
             return tuple(terms)
         total = options.weights[0] * terms[0]
-        for weight_of_term, term in zip(options.weights[1:], terms[1:]):
-            total = torch.add(total, term, alpha=weight_of_term)
+        for factor, term in zip(options.weights[1:], terms[1:]):
+            total = torch.add(total, term, alpha=factor)
         ctx.mark_non_differentiable(*terms)
         return total, *terms
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, options = ctx.saved_tensors, ctx.options
-        with torch.no_grad():
-            count = options.contrastive + options.relational + (saved[4] is not None)
-            own = grads if options.weights is None else [w * grads[0] for w in options.weights]
-            gradients = _gradients(*saved, options, list(own[:count]))
-        if torch.is_grad_enabled():  # with create_graph=True
-            gradients = first_order_only("similarity_loss", gradients, *saved, *grads)
-        return *gradients, None
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return _gradients(*saved, ctx.options, grads)
+        with torch.no_grad():  # with create_graph=True
+            gradients = _gradients(*saved, ctx.options, grads)
+        return first_order_only("similarity_loss", gradients, *saved, *grads)
 
 
-def _gradients(rows, columns, scale, teacher_scale, weight, bias, options: Options, grads: list[Tensor]):
-    """Returns the gradients of rows, columns, scale, teacher_scale (None), weight and bias."""
-    stats = Statistics.of(rows, columns, options.relational)
-    count, zero = stats.lse.numel(), torch.zeros_like(stats.diagonal)
-    d_matched = grads.pop() if weight is not None else None
-    d_sum = grads[0] if len(grads) == 1 else grads[0] + grads[1]
-    d_lse = torch.sigmoid(stats.lse - scale * stats.diagonal) * (d_sum / count)
-    d_positive, d_mean = -d_lse.sum(0), None
+def _gradients(rows, columns, scale, weight, diagonal, excess, teacher_excess, logits, options: Options, grads):
+    """Returns the gradients of forward's arguments, those of constants as None."""
+    if options.weights is not None:
+        grads = [factor * grads[0] for factor in options.weights]
+    zero, d_weight, d_bias = torch.zeros_like(diagonal), None, None
+    d_unmatched, d_mean = zero, (zero, zero)
+    softmaxes = grads if weight is None else grads[:-1]
+    share = softmaxes[0] if len(softmaxes) == 1 else softmaxes[0] + softmaxes[1]
+    d_lse = (torch.sigmoid(excess) * (share / excess.numel())).view(-1, len(diagonal))
+    d_positive = d_lse.sum(0).neg_()
     if options.relational:
-        d_mean = torch.sigmoid(stats.teacher_lse - teacher_scale * stats.teacher_diagonal) * (grads[-1] / count)
+        d_mean = (torch.sigmoid(teacher_excess) * (softmaxes[-1] / excess.numel())).view(d_lse.shape)
         d_positive += d_mean.sum(0)
-    d_diagonal, d_unmatched, d_weight, d_bias = scale * d_positive, zero, None, None
+    d_diagonal = scale * d_positive
     if weight is not None:
-        logits = torch.addcmul(bias, weight, stats.diagonal)
-        slope = torch.sigmoid(-logits) * (-0.5 / len(zero) * d_matched)
+        slope = torch.sigmoid(-logits) * (-0.5 / len(diagonal) * grads[-1])
         d_diagonal += weight * slope
-        d_weight, d_bias = slope.dot(stats.diagonal), slope.sum()
-        d_unmatched = (0.5 * d_matched / options.negatives).expand_as(zero)
-    row_mean = zero if d_mean is None else d_mean[0]
-    d_rows = torch.stack([d_lse[0], zero, row_mean, d_diagonal, zero, d_unmatched])
-    d_columns = None
-    if columns is not None:
-        d_columns = torch.stack([d_lse[1], zero, zero if d_mean is None else d_mean[1]])
-    return d_rows, d_columns, d_positive.dot(stats.diagonal), None, d_weight, d_bias
+        d_weight, d_bias = slope.dot(diagonal), slope.sum()
+        d_unmatched = (0.5 * grads[-1] / options.negatives).expand_as(zero)
+    d_rows = torch.stack([d_lse[0], zero, d_mean[0], d_diagonal, zero, d_unmatched])
+    d_columns = None if columns is None else torch.stack([d_lse[1], zero, d_mean[1]])
+    return d_rows, d_columns, d_positive.dot(diagonal), None, d_weight, d_bias, None
 
 
 def merge_columns(parts: Tensor) -> Tensor:  # [W, 3, N] -> [3, N]
