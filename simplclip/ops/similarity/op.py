@@ -16,7 +16,7 @@ from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SimilarityCall, SimilarityGradient
 from simplclip.ops.similarity.chunks import computes_in, stored_rows, sweep_rows
-from simplclip.ops.similarity.terms import Options, Terms, merge_columns
+from simplclip.ops.similarity.terms import Options, Terms, merge_columns, values
 
 MATRICES = ("image", "text", "teacher_image", "teacher_text")
 
@@ -189,7 +189,7 @@ def similarity_loss(
             exist at a time. By default 64 MiB on a CPU, where a chunk is some rows, and 128 MiB on a GPU, where it is a block
             of about as many rows as columns.
         store_bytes: budget of the rows of the similarity matrices that forward keeps on a CPU, so that backward does not
-            compute them again. By default 36 MiB.
+            compute them again. By default 208 MiB.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32 (float64 for float64 features).
@@ -283,7 +283,7 @@ def _joins(hyperplane: tuple[Tensor, Tensor], terms: Collection[str], image: Ten
     """Whether pair matching joins the sweep of a softmax. On a GPU a sweep with a teacher has no registers left for it."""
     if hyperplane[0].dim():  # a hadamard plane has a matrix of its own
         return False
-    on_gpu = image.device.type != "cpu" or "triton" in backends.forced()
+    on_gpu = image.device.type != "cpu" or backends.forced_for(FORWARD.name, backends.forced()) == "triton"
     return "relational" in terms and not on_gpu or ("contrastive" in terms and "relational" not in terms)
 
 
@@ -307,7 +307,10 @@ def _softmax_terms(
     elif columns.shape[1] != rows.shape[1]:
         columns = columns[:, call.label_offset : call.label_offset + rows.shape[1]]
     weight, bias = joined or (None, None)
-    return Terms.apply(rows, columns, call.scale, call.teacher_scale, weight, bias, options)
+    arguments = rows, columns, call.scale, call.teacher_scale, weight, bias, options
+    if not torch.compiler.is_compiling() and registry.transforms():  # torch.vmap maps plain torch
+        return values(*arguments)[0]
+    return Terms.apply(*arguments)
 
 
 def _sigmoid_terms(
