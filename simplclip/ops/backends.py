@@ -25,6 +25,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 
@@ -113,7 +114,8 @@ def extension_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _native(name: str, fields: tuple[str, ...]) -> Callable:
     """Returns a function that runs the op of C++. The op is looked up at the first call: the extension may be missing."""
-    values, overloads = attrgetter(*fields), []
+    values = attrgetter(*fields)
+    overloads: list[Callable] = []
 
     def run(call):
         if not overloads:
@@ -130,7 +132,7 @@ def kernel(module: str, name: str) -> Callable:
 
 def row(
     reference: Callable,
-    call: type,
+    call: Any,
     *,
     module: str = "",
     cuda: Callable | None = None,

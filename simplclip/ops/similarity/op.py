@@ -220,7 +220,7 @@ def similarity_loss(
     scale = checks.scalar("logit_scale", logit_scale, device, wide)
     bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, wide)
     hyperplane = inputs.hyperplane(plane, image) if "pair_matching" in terms else None
-    teacher: list[Tensor | None] = [None, None, None]
+    teacher: list[Any] = [None, None, None]
     if "relational" in terms:
         arguments = {"teacher_image": teacher_image, "teacher_text": teacher_text, "teacher_scale": teacher_scale}
         student = {"image": image, "text": text}
@@ -233,12 +233,13 @@ def similarity_loss(
     if group is not None:
         m, label_offset = n * torch.distributed.get_world_size(group), n * torch.distributed.get_rank(group)
         text, teacher[1] = (None if t is None else distributed.gather(t, group) for t in (text, teacher[1]))
-    pairs = {"ids": ids, "text_ids": text_ids, "label_offset": label_offset}
+    pairs: dict[str, Any] = {"ids": ids, "text_ids": text_ids, "label_offset": label_offset}
     matrices = 1 if teacher[0] is None else 2
-    sigmoids = {}  # term -> weight and bias, and the factors of its sums over negatives and positives
+    sigmoids: dict[str, tuple] = {}  # term -> weight and bias, and the factors of its sums over negatives and positives
     if "sigmoid" in terms:
         sigmoids["sigmoid"] = scale, 0.0 if bias is None else bias, 1 / n, 1 / n
-    joined, negatives = None, 1  # the plane of pair matching, if a softmax's sweep computes it
+    joined: tuple[Tensor, Tensor] | None = None  # the plane of pair matching, if a softmax's sweep computes it
+    negatives: Tensor | int = 1
     if hyperplane is not None:
         negatives = max(1, n * (m - 1)) if ids is None else _negatives(ids, text_ids, m, label_offset, group).to(wide)
         if _joins(hyperplane, terms, image):
@@ -248,15 +249,11 @@ def similarity_loss(
 
     out: dict[str, Tensor] = {}
     sums: list[Tensor] = []  # the summands of "loss"
-    present = {
-        "contrastive": "contrastive" in terms,
-        "relational": "relational" in terms,
-        "pair_matching": joined is not None,
-    }
-    softmaxes = [term for term in present if present[term]]
+    softmaxes = [term for term in ("contrastive", "relational") if term in terms]
     if softmaxes:
+        softmaxes += ["pair_matching"] if joined else []
         call = SimilarityCall(
-            image, text, scale, *teacher, plane=None if joined is None else torch.stack(joined), **pairs, columns=symmetric,
+            image, text, scale, *teacher, plane=torch.stack(joined) if joined else None, **pairs, columns=symmetric,
             entropy=1.0 if divergence == "kl" else 0.0, chunk=sweep_rows(image, m, matrices, scratch_bytes),
             stored_rows=stored_rows(image, m, matrices, store_bytes) if wants_grad(image, text) else 0,
         )  # fmt: skip
@@ -267,9 +264,9 @@ def similarity_loss(
             sums, results = [results[0]], results[1:]
         out = dict(zip(softmaxes, results))
     if sigmoids:
-        total, values = _sigmoid_terms(image, text, sigmoids, weights, pairs, sweep_rows(image, m, 1, scratch_bytes))
+        total, by_term = _sigmoid_terms(image, text, sigmoids, weights, pairs, sweep_rows(image, m, 1, scratch_bytes))
         sums.append(total)
-        out |= values if weights is None else {term: value.detach() for term, value in values.items()}
+        out |= by_term if weights is None else {term: value.detach() for term, value in by_term.items()}
     out = {term: out[term] for term in terms}
     if weights is not None:
         out["loss"] = sums[0] if len(sums) == 1 else sums[0] + sums[1]
@@ -317,7 +314,8 @@ def _sigmoid_terms(
     image: Tensor, text: Tensor, sigmoids: dict[str, tuple], weights: Mapping[str, float] | None, pairs: dict, chunk: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the weighted sum, and the terms: without weights with gradients, for which each term has a sweep of its own."""
-    total, values = None, {}
+    total: Any = None
+    by_term: dict[str, Tensor] = {}
     hadamard = "pair_matching" in sigmoids and sigmoids["pair_matching"][0].dim()
     for lot in [[term] for term in sigmoids] if weights is None or hadamard else [list(sigmoids)]:
         features = image
@@ -333,5 +331,5 @@ def _sigmoid_terms(
         call = replace(call, gradient=wants_grad(features, text, call.sigmoids))
         summed, each, *_ = registry.call(SIGMOID, call)
         total = summed if total is None else total + summed
-        values |= zip(lot, [summed] if weights is None else each.unbind())
-    return total, values
+        by_term |= zip(lot, [summed] if weights is None else each.unbind())
+    return total, by_term

@@ -88,7 +88,7 @@ class Terms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved: Any = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return _gradients(*saved, ctx.options, grads)
         with torch.no_grad():  # with create_graph=True
