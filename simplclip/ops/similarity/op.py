@@ -220,11 +220,13 @@ def similarity_loss(
     scale = checks.scalar("logit_scale", logit_scale, device, wide)
     bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, wide)
     hyperplane = inputs.hyperplane(plane, image) if "pair_matching" in terms else None
-    teacher: list[Any] = [None, None, None]
-    if "relational" in terms:
+    if "relational" not in terms:
+        teacher_image = teacher_text = teacher_scale = None
+    else:
         arguments = {"teacher_image": teacher_image, "teacher_text": teacher_text, "teacher_scale": teacher_scale}
         student = {"image": image, "text": text}
-        teacher = list(inputs.constants_of_teacher(arguments, student, "the term 'relational' needs it"))
+        why = "the term 'relational' needs it"
+        teacher_image, teacher_text, teacher_scale = inputs.constants_of_teacher(arguments, student, why)
     if weights is not None:
         weights = inputs.check_weights(weights, terms)
     inputs.check_offset(label_offset, n, m, group)
@@ -232,9 +234,10 @@ def similarity_loss(
         ids, text_ids = inputs.pair_ids(ids, text_ids, n, m, device, group)
     if group is not None:
         m, label_offset = n * torch.distributed.get_world_size(group), n * torch.distributed.get_rank(group)
-        text, teacher[1] = (None if t is None else distributed.gather(t, group) for t in (text, teacher[1]))
+        text = distributed.gather(text, group)
+        teacher_text = None if teacher_text is None else distributed.gather(teacher_text, group)
     pairs: dict[str, Any] = {"ids": ids, "text_ids": text_ids, "label_offset": label_offset}
-    matrices = 1 if teacher[0] is None else 2
+    matrices = 1 if teacher_image is None else 2
     sigmoids: dict[str, tuple] = {}  # term -> weight and bias, and the factors of its sums over negatives and positives
     if "sigmoid" in terms:
         sigmoids["sigmoid"] = scale, 0.0 if bias is None else bias, 1 / n, 1 / n
@@ -249,11 +252,12 @@ def similarity_loss(
 
     out: dict[str, Tensor] = {}
     sums: list[Tensor] = []  # the summands of "loss"
-    softmaxes = [term for term in ("contrastive", "relational") if term in terms]
+    softmaxes: list[str] = [term for term in ("contrastive", "relational") if term in terms]
     if softmaxes:
         softmaxes += ["pair_matching"] if joined else []
         call = SimilarityCall(
-            image, text, scale, *teacher, plane=torch.stack(joined) if joined else None, **pairs, columns=symmetric,
+            image, text, scale, teacher_image, teacher_text, teacher_scale,  # type: ignore[arg-type]
+            plane=torch.stack(joined) if joined else None, **pairs, columns=symmetric,
             entropy=1.0 if divergence == "kl" else 0.0, chunk=sweep_rows(image, m, matrices, scratch_bytes),
             stored_rows=stored_rows(image, m, matrices, store_bytes) if wants_grad(image, text) else 0,
         )  # fmt: skip

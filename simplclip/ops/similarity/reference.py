@@ -56,7 +56,7 @@ def _add_columns(columns: Tensor, stat: ColumnStat, lse: Tensor, mean: Tensor | 
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns rows [6, N] (RowStat), columns [3, M] (ColumnStat; 0 unless `columns`); the stored products are not computed."""
+    """Returns rows [6, N] (RowStat), columns [3, M] (ColumnStat; 0 unless `columns`); stored products are not computed."""
     dtype, (n, _), m = accumulate_dtype(call.image.dtype), call.image.shape, call.text.shape[0]
     text = call.text.to(dtype)
     rows, columns = call.image.new_zeros(len(RowStat), n, dtype=dtype), call.image.new_zeros(len(ColumnStat), m, dtype=dtype)

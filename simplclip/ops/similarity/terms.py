@@ -90,9 +90,9 @@ class Terms(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved: Any = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return _gradients(*saved, ctx.options, grads)
+            return _gradients(*saved, options=ctx.options, grads=grads)
         with torch.no_grad():  # with create_graph=True
-            gradients = _gradients(*saved, ctx.options, grads)
+            gradients = _gradients(*saved, options=ctx.options, grads=grads)
         return first_order_only("similarity_loss", gradients, *saved, *grads)
 
 
