@@ -22,8 +22,8 @@ from benchmarks.bound.assumed import (
     MULTIPROCESSORS,
     SUSTAINED,
 )
-from benchmarks.bound.trace import Stand, Step
 from benchmarks.bound.cards import CARDS, Card
+from benchmarks.bound.trace import Stand, Step
 
 
 @dataclass

@@ -23,7 +23,7 @@ from benchmarks.measure import PASSES, interleaved_times, quantiles, reason
 from benchmarks.bound.cards import CARDS
 
 WHOLE = "the whole call"
-OURS = re.compile(r"(similarity_\w+?|shaped_attention_\w+?|parallel_mlp_\w+?|feature_loss_\w+?)(?:_kernel\b|$)")
+OURS = re.compile(r"(similarity_\w+?|shaped_attention_\w+?|parallel_mlp_\w+?)(?:_kernel\b|$)")
 
 
 @dataclass

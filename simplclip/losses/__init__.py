@@ -14,7 +14,7 @@ compares the values):
       alpha_ckd_loss = a             relational_weight=a
       alpha_icl_loss = a             interactive_weight=a, interactive="infonce"
       alpha_cross_kd_loss = a        interactive_weight=a, interactive="kl"
-      alpha_fd_loss = a              feature_weight=2 * a, since image and text are added there and averaged here
+      alpha_fd_loss = a              feature_weight=2 * a / D: means over D numbers are added there, sums averaged here
       cross_logit_scale = c          the scale of the interactive term is logit_scale here, no parameter of its own;
                                      ops.similarity_loss(interactive_scale=c): equal
       visual_proj, text_proj         image_projections, text_projections: the same without a bias
@@ -58,3 +58,7 @@ def __getattr__(name: str):
 
         return getattr(drop_in, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

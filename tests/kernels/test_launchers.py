@@ -4,7 +4,7 @@ import pytest
 import torch
 from devices import DTYPES, cuda_peak_bytes
 from interpreter import needs_triton
-from memory_calls import attention_call, feature_call, forward_and_backward, mlp_call, predicted, similarity_call
+from memory_calls import attention_call, forward_and_backward, mlp_call, predicted, similarity_call
 
 from simplclip.memory.count import WORKSPACE
 
@@ -36,7 +36,7 @@ def test_chunks_between_the_second_and_the_last_change_no_peak(name, dtype, monk
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prediction_on_a_gpu(dtype):
     calls = [similarity_call(name, scratch_bytes=size) for name in OBJECTIVES for size in (1 << 17, 1 << 22)]
-    for call in [*calls, feature_call(900, 48), attention_call(8, 257, 2, 32), mlp_call(3000, 64, 256)]:
+    for call in [*calls, attention_call(8, 257, 2, 32), mlp_call(3000, 64, 256)]:
         expected = predicted(call, dtype, CUDA).usage.peak
         args = {name: t.to(CUDA) for name, t in call.typed(dtype).items()}
         forward_and_backward(call, args)  # compiles, and lets libraries allocate what they keep

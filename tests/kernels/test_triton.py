@@ -87,7 +87,7 @@ def large() -> Iterator[tuple[Call, torch.dtype, dict]]:
 
 
 def registration(device: str) -> None:
-    for name in ("similarity_loss", "similarity_loss kl", "feature_loss", "parallel_mlp"):
+    for name in ("similarity_loss", "similarity_loss kl", "parallel_mlp"):
         check_registration(name, "triton", device)
 
 

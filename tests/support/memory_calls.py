@@ -29,10 +29,6 @@ def similarity_call(name: str, n: int = 3000, m: int = 3100, width: int = 64, *,
     return Call("similarity_loss", tensors, built | case | options)
 
 
-def feature_call(n: int, width: int, **options) -> Call:
-    return Call("feature_loss", {"student": torch.randn(n, width), "teacher": torch.randn(n, width)}, options)
-
-
 def attention_call(*shape: int, lengths: tuple[int, ...] = ()) -> Call:
     valid = {"lengths": torch.tensor(lengths)} if lengths else {}
     return Call("shaped_attention", dict(zip(ATTENTION, attention_inputs(*shape))) | valid, {"causal": True})
