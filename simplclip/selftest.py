@@ -166,11 +166,11 @@ def check(row: Row, inputs: Inputs, options: dict[str, Any], device: torch.devic
         torch.use_deterministic_algorithms(False)
     tf32 = device.type == "cuda" and row.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     for name, value in results.items():
-        error, of_plain = ((t.double() - exact[name]).abs().max().item() for t in (value, plain[name]))
+        ours, of_plain = ((t.double() - exact[name]).abs().max().item() for t in (value, plain[name]))
         allowed = of_plain + (EPS_TF32 if tf32 else EPS[row.dtype]) * max(exact[name].abs().max().item(), LEAST)
-        row.worst = max(row.worst, 1e9 if math.isnan(error) else min(error / allowed, 1e9))  # JSON has no infinity
-        if not error <= allowed:
-            row.failures.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}; {shapes}, {options}")
+        row.worst = max(row.worst, 1e9 if math.isnan(ours) else min(ours / allowed, 1e9))  # JSON has no infinity
+        if not ours <= allowed:
+            row.failures.append(f"{name}: error {ours:.2e}, allowed {allowed:.2e}; {shapes}, {options}")
 
 
 def rows(device: torch.device, names: Iterable[str] | None = None) -> Iterator[Row]:

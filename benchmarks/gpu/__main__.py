@@ -57,7 +57,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_first(device: str, folder: Path) -> None:
-    """Runs selftest, and passes on and keeps its output. It ends with 1 if something is wrong; another error ends the program."""
+    """Runs selftest and keeps its output. Ends the program unless it ends with 0, or with 1: something is wrong."""
     command = [sys.executable, "-m", "simplclip", "selftest", "--device", device, "--json", str(folder / "selftest.json")]
     print(" ".join(command[2:]), flush=True)
     with (

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import attention_forms, block_forms, similarity_forms, training_forms
 from benchmarks.bound import calls
-from benchmarks.measure import PASSES, interleaved_times, quantiles, reason
 from benchmarks.bound.cards import CARDS
+from benchmarks.measure import PASSES, interleaved_times, quantiles, reason
 
 WHOLE = "the whole call"
 OURS = re.compile(r"(similarity_\w+?|shaped_attention_\w+?|parallel_mlp_\w+?)(?:_kernel\b|$)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator
 from operator import attrgetter
@@ -17,7 +16,7 @@ from simplclip.models.crop import lengths_of
 from simplclip.ops import backends
 from simplclip.train.batches import UNCOUNTED
 from simplclip.train.config import keys
-from simplclip.train.settings import TERMS, Config, Schedule
+from simplclip.train.settings import TERMS, Config
 from simplclip.train.state import Training
 
 # Settings that have an effect only if one of the listed settings is set.
@@ -99,14 +98,12 @@ def first_terms(
 def weak_terms(training: Training, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> Iterator[str]:
     """Yields a line for each term whose gradient of the features has a norm below a hundredth of the sum of all norms."""
     features = [t.detach().float().requires_grad_() for t in (image, text)]
-    objective, off = training.objective, Schedule(value=0)
+    objective = training.objective
     weights = {term: schedule.at(training.step, objective.steps) for term, schedule in objective.schedules.items()}
     norms: dict[str, float] = {}
     for term in (term for term, weight in weights.items() if weight):
-        # Each term is computed alone: one sweep of the sigmoid loss and pair matching gives the gradient of their sum.
-        alone = training.objective = copy.copy(objective)
-        alone.schedules = {name: schedule if name == term else off for name, schedule in objective.schedules.items()}
-        gradients = torch.autograd.grad(training.terms(batches, *features)[term], features, materialize_grads=True)
+        training.objective = objective.alone(term)
+        gradients = torch.autograd.grad(training.terms(batches, *features)[0], features, materialize_grads=True)
         norms[term] = ranks.total(torch.stack([gradient.norm() for gradient in gradients]).norm() ** 2).sqrt().item()
     training.objective, total = objective, sum(norms.values())
     for term, norm in norms.items():

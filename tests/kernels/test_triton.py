@@ -18,7 +18,7 @@ from interpreter import needs_interpreter, needs_triton
 from layouts import rows_apart
 from small_calls import check_registration
 
-from simplclip.ops.attention import around
+from simplclip.ops.attention import with_library_attention
 from simplclip.ops.similarity.call import RowStat
 
 MODES = [{"terms": TERMS[:1]}, {"terms": TERMS[:2]}, {"terms": TERMS[:2], "plane": "hadamard"}, {"terms": TERMS}]
@@ -68,7 +68,8 @@ def around_sdpa() -> Iterator[tuple[Call, torch.dtype, dict]]:
 
 def attention(device: str) -> None:
     """Checks the terms around torch's attention by this library's kernels alone."""
-    with mock.patch.object(around, "_terms", None), mock.patch.object(around, "_own_gradients", None):
+    plain = {"_write_terms": None, "_gradients_without_softmax": None}
+    with mock.patch.multiple(with_library_attention, **plain):
         for call, dtype, options in around_sdpa():
             check(call, dtype, "sdpa", device=device, **options)
         for dtype, causal in itertools.product(DTYPES, (False, True)):

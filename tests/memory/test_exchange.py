@@ -74,8 +74,8 @@ KINDS = {
                 interactive_weight=1, interactive=interactive, feature_weight=1, embed_dim=512, teacher_dim=768, **mode
             ),
             {
-                **{"terms": ("contrastive", "relational", "interactive", "feature"), "interactive": interactive},
-                **{"teacher_width": 768, "projected": True, "parameters": 2 * 512 * 768},
+                **{"terms": ("contrastive", "relational", "interactive", "feature"), "ids": True},
+                **{"teacher_width": 768, "parameters": 2 * 512 * 768},
             },
         )
         for interactive in ("infonce", "kl")

@@ -48,13 +48,18 @@ class Call:
         return {"fc1_bias": None, "fc2_bias": None, **named} if self.op == "parallel_mlp" else named
 
 
+def drawing(seed: int) -> Callable[..., Tensor]:
+    """Returns a function that draws tensors of a shape, times a size."""
+    g = torch.Generator().manual_seed(seed)
+    return lambda *shape, size=1.0: size * torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
 def make_inputs(n, m, offset=0, *, terms, plane="scalar", teacher_width=None, ids=False, scale=20.0, width=48, seed=0):
     """Tensors of similarity_loss by name (plane: plane_weight, plane_bias), and options. Unit features, partly matched."""
-    g = torch.Generator().manual_seed(seed)
+    draw = drawing(seed)
 
     def features(d, base=None):
-        image = torch.randn(n, d, generator=g, dtype=torch.float64)
-        text = torch.randn(m, d, generator=g, dtype=torch.float64)
+        image, text = draw(n, d), draw(m, d)
         if base is not None:
             image, text = base[0] + 0.5 * image, base[1] + 0.5 * text
         text[offset : offset + n] += 4 * F.normalize(image, dim=1)
@@ -64,15 +69,14 @@ def make_inputs(n, m, offset=0, *, terms, plane="scalar", teacher_width=None, id
     image, text = features(width)
     leaves = {"image": image, "text": text, "logit_scale": number(scale)}
     if "pair_matching" in terms:
-        shape = (width,) if plane == "hadamard" else ()
-        leaves["plane_weight"] = torch.randn(shape, generator=g, dtype=torch.float64) + 3
+        leaves["plane_weight"] = draw(width if plane == "hadamard" else 1).squeeze() + 3
         leaves["plane_bias"] = number(-1.0)
     if "relational" in terms:
         teacher = features(teacher_width or width, None if teacher_width else (image, text))
         leaves |= dict(zip(TEACHER, (*teacher, number(1.4 * scale))))
     options = {"terms": tuple(terms), "label_offset": offset}
     if ids:
-        columns = torch.randint(0, max(m // 2, 1), (m,), generator=g) * 10**12
+        columns = torch.randint(0, max(m // 2, 1), (m,), generator=torch.Generator().manual_seed(seed)) * 10**12
         options |= {"ids": columns[offset : offset + n].clone(), "text_ids": columns}
     return leaves, options
 
@@ -86,10 +90,8 @@ def similarity_call(n: int, m: int, offset: int = 0, **options) -> Call:
 
 
 def attention_inputs(b=2, length=5, h=3, k=4, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    q, k_, v = (torch.randn(b, length, h, k, generator=g, dtype=torch.float64).to(dtype) for _ in range(3))
-    gains = [torch.randn(h, generator=g, dtype=torch.float64) for _ in range(3)]
-    return q, k_, v, *gains
+    draw = drawing(seed)
+    return *(draw(b, length, h, k).to(dtype) for _ in range(3)), *(draw(h) for _ in range(3))
 
 
 def attention_call(*shape: int, **options) -> Call:
@@ -97,10 +99,9 @@ def attention_call(*shape: int, **options) -> Call:
 
 
 def mlp_inputs(t=7, c=6, f=10, out=5, bias=True, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape, d=1.0: torch.randn(*shape, generator=g, dtype=torch.float64) * d  # noqa: E731
-    tensors = [draw(t, c), 2 * draw(f, c, d=c**-0.5), draw(f), draw(out, f, d=f**-0.5), draw(out)]
-    return tensors if bias else [tensors[0], tensors[1], None, tensors[3], None]
+    draw = drawing(seed)
+    x, fc1, b1, fc2, b2 = draw(t, c), draw(f, c, size=2 * c**-0.5), draw(f), draw(out, f, size=f**-0.5), draw(out)
+    return [x, fc1, b1 if bias else None, fc2, b2 if bias else None]
 
 
 def mlp_call(*shape: int, **options) -> Call:
@@ -108,28 +109,26 @@ def mlp_call(*shape: int, **options) -> Call:
 
 
 def block_inputs(b=2, length=5, c=12, heads=3, f=20, norm="layernorm", projections=True, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape, d=1.0: torch.randn(*shape, generator=g, dtype=torch.float64) * d  # noqa: E731
-    found = {"x": draw(b, length, c), "qk_weight": draw(2 * c, c, d=c**-0.5), "fc1_weight": draw(f, c, d=c**-0.5)}
-    found |= {"fc1_bias": draw(f), "fc2_weight": draw(c, f, d=f**-0.5), "fc2_bias": draw(c)}
-    found |= {name: draw(heads) for name in ("alpha", "beta", "gamma")}
-    found |= {"norm_weight": 1 + draw(c, d=0.1), "attention_gain": draw(1)[0], "mlp_gain": draw(1)[0]}
+    draw = drawing(seed)
+    tensors = {"x": draw(b, length, c), "qk_weight": draw(2 * c, c, size=c**-0.5), "fc1_weight": draw(f, c, size=c**-0.5)}
+    tensors |= {"fc1_bias": draw(f), "fc2_weight": draw(c, f, size=f**-0.5), "fc2_bias": draw(c)}
+    tensors |= {name: draw(heads) for name in ("alpha", "beta", "gamma")}
+    tensors |= {"norm_weight": 1 + draw(c, size=0.1), "attention_gain": draw(1)[0], "mlp_gain": draw(1)[0]}
     if norm == "layernorm":
-        found["norm_bias"] = draw(c)
+        tensors["norm_bias"] = draw(c)
     if projections:
-        found |= {name: draw(c, c, d=c**-0.5) for name in ("value_weight", "output_weight")}
-    return found
+        tensors |= {name: draw(c, c, size=c**-0.5) for name in ("value_weight", "output_weight")}
+    return tensors
+
+
+def block_call(*shape: int, **options) -> Call:
+    return Call("simplified_block", block_inputs(*shape), options)
 
 
 def feature_call(n: int, d: int, **options) -> Call:
-    g = torch.Generator().manual_seed(0)
-    teacher = 3 * torch.randn(n, d, generator=g, dtype=torch.float64)
-    student = teacher + torch.randn(n, d, generator=g, dtype=torch.float64)
-    return Call("feature_loss", {"student": student, "teacher": teacher}, options)
-
-
-def _block_call(lengths: list[int] | None, *shape: int, **options) -> Call:
-    return of_lengths(Call("simplified_block", block_inputs(*shape), options), lengths)
+    draw = drawing(0)
+    teacher = draw(n, d, size=3)
+    return Call("feature_loss", {"student": teacher + draw(n, d), "teacher": teacher}, options)
 
 
 def of_lengths(call: Call, lengths: list[int] | None) -> Call:
@@ -150,8 +149,8 @@ LARGE: dict[str, Callable[[], Call]] = {
     "attention, 250": lambda: of_lengths(attention_call(4, 250, 2, 8), [250, 0, 125, 1]),
     "mlp": lambda: mlp_call(130, 24, 1000, 17),
     "mlp, several chunks": lambda: mlp_call(1300, 8, 4096, 8),  # more hidden rows than 8 MiB hold
-    "block": lambda: _block_call([77, 0, 30], 3, 77, 64, 2, 300, causal=True),
-    "block, recompute": lambda: _block_call(None, 2, 130, 48, 3, 100, recompute=True),
+    "block": lambda: of_lengths(block_call(3, 77, 64, 2, 300, causal=True), [77, 0, 30]),
+    "block, recompute": lambda: block_call(2, 130, 48, 3, 100, recompute=True),
     "feature": lambda: feature_call(3001, 65),
     "feature, smooth": lambda: feature_call(31, 1000, distance="smooth_l1", beta=0.05, normalize=False),
 }

@@ -11,7 +11,7 @@ from functools import partial
 import layouts
 import plain
 import torch
-from calls import ATTENTION, MLP, Call, attention_inputs, block_inputs, mlp_inputs, of_lengths, similarity_call
+from calls import ATTENTION, MLP, Call, attention_inputs, block_inputs, drawing, mlp_inputs, of_lengths, similarity_call
 from compare import PLAIN, Case, check_case, forced, function_of, outputs_of
 from torch import Tensor
 
@@ -88,15 +88,13 @@ def _block(r: random.Random, dtype: torch.dtype) -> Call:
 
 
 def _feature(r: random.Random, dtype: torch.dtype) -> Call:
-    n, d = r.choice((*SIZES, 130)), r.choice((*WIDTHS, 513))
-    g = torch.Generator().manual_seed(r.randrange(10**6))
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    teacher = r.choice((0.1, 1, 3)) * draw(n, d)
+    n, d, draw = r.choice((*SIZES, 130)), r.choice((*WIDTHS, 513)), drawing(r.randrange(10**6))
+    teacher = draw(n, d, size=r.choice((0.1, 1, 3)))
     if r.random() < 0.3:
         width = r.choice(WIDTHS)
-        tensors = {"student": draw(n, width), "projection": draw(d, width) / width**0.5}
+        tensors = {"student": draw(n, width), "projection": draw(d, width, size=width**-0.5)}
     else:
-        tensors = {"student": teacher + r.choice((0.1, 1)) * draw(n, d)}
+        tensors = {"student": teacher + draw(n, d, size=r.choice((0.1, 1)))}
     options = {"distance": r.choice(DISTANCES), "beta": r.choice((0.05, 0.7))}
     wide = min(d, tensors["student"].shape[1]) > 1  # a unit vector of width 1 has no gradient but rounding errors
     options["normalize"] = wide and r.random() < 0.7
@@ -176,20 +174,16 @@ def check_nonfinite(case: Draw, device: str = "cpu") -> None:
     """Checks that a NaN or infinity in a small tensor makes results non-finite where plain torch's are."""
     call, r = case.call, random.Random(case.seed)
     tensors = call.typed(case.dtype)
-    ignored = {"logit_bias"} | (
-        {"attention_gain"} if "lengths" in tensors else set()
-    )  # logit_bias cancels; padded tokens have no gain
-    for name, t in tensors.items():
-        if not t.is_floating_point() or name in ignored or t.numel() > 500:
-            continue
-        at, value = r.randrange(t.numel()), r.choice((math.inf, -math.inf, math.nan))
-        given = tensors | {name: t.clone()}
-        given[name].view(-1)[at] = value
-        wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+    ignored = {"attention_gain"} if "lengths" in tensors else set()  # padded tokens have no gain
+    for name in (k for k, t in tensors.items() if t.is_floating_point() and k not in ignored and t.numel() <= 500):
+        at, value = r.randrange(tensors[name].numel()), r.choice((math.inf, -math.inf, math.nan))
+        spoiled = tensors | {name: tensors[name].clone()}
+        spoiled[name].view(-1)[at] = value
+        wide = {k: t.double() if t.is_floating_point() else t for k, t in spoiled.items()}
         with forced(case.backend), torch.no_grad():
-            found = outputs_of(function_of(call), call, {k: v.to(device) for k, v in given.items()})
+            results = outputs_of(function_of(call), call, {k: t.to(device) for k, t in spoiled.items()})
         for term, expected in outputs_of(NONFINITE_FORMS[call.op], call, wide).items():
-            lost = found[term].cpu().isfinite() & ~expected.isfinite()
+            lost = results[term].cpu().isfinite() & ~expected.isfinite()
             assert not lost.any(), f"{term} is finite: {name}[{at}] = {value}"
 
 

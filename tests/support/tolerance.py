@@ -12,4 +12,5 @@ def assert_within(kernel, plain, truth, dtype, what="", least=0.0):
     for name, exact in truth.items():
         assert kernel[name].shape == exact.shape, f"{what} {name}: shape {kernel[name].shape}, expected {exact.shape}"
         allowed = error_of(plain[name], exact) + EPS[dtype] * max(exact.abs().max().item(), least) + 1e-30
-        assert error_of(kernel[name], exact) <= allowed, f"{what} {name}: error {error_of(kernel[name], exact):.3e}, {allowed=:.3e}"
+        error = error_of(kernel[name], exact)
+        assert error <= allowed, f"{what} {name}: error {error:.3e}, allowed {allowed:.3e}"
