@@ -23,7 +23,8 @@ def kernel(q: Tensor) -> str:
     """Returns which of torch's kernels serves tensors like q: "cpu", "flash" or "efficient"."""
     if q.device.type == "cpu":
         return "cpu"
-    old = backends.capability() is not None and backends.capability() < (8, 0)
+    capability = backends.capability(q.device)
+    old = capability is not None and capability < (8, 0)
     return "efficient" if q.itemsize != 2 or q.shape[3] > 256 or old else "flash"
 
 
