@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simplclip.kernels.arithmetic import narrowed
-from simplclip.kernels.launch import COMPILE, device_of, interpreted, started
+from simplclip.kernels.launch import device_of, interpreted, launch
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
 ELEMENTS = 1024  # of a block
@@ -22,7 +22,7 @@ WARPS = 4  # so a thread has 8 elements, in backward of six tensors at a time; w
 class Heads(NamedTuple):
     """A tensor [B, L, H, K] with contiguous rows, and its other strides."""
 
-    at: Tensor
+    first: Tensor
     batch: int
     token: int
     head: int
@@ -32,8 +32,8 @@ class Heads(NamedTuple):
 def _place(heads, tensor, rows, columns):
     """Returns pointers to these tokens of the program's head, [ROWS, COLUMNS]."""
     program = tl.program_id(0)
-    first = tensor.at + (program // heads).to(tl.int64) * tensor.batch + (program % heads).to(tl.int64) * tensor.head
-    return first + rows.to(tl.int64)[:, None] * tensor.token + columns[None, :]
+    head = tensor.first + (program // heads).to(tl.int64) * tensor.batch + (program % heads).to(tl.int64) * tensor.head
+    return head + rows.to(tl.int64)[:, None] * tensor.token + columns[None, :]
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _load(heads, tensor, rows, columns, inside):
 
 @triton.jit
 def _store(heads, tensor, rows, columns, value, inside, INTERPRETED: tl.constexpr):
-    value = narrowed(value, tensor.at.dtype.element_ty, INTERPRETED)
+    value = narrowed(value, tensor.first.dtype.element_ty, INTERPRETED)
     tl.store(_place(heads, tensor, rows, columns), value, inside)
 
 
@@ -134,12 +134,12 @@ def _shaped_attention_gradients_kernel(
         d_alpha += g * value
         d_beta += g * _load(heads, av, rows, columns, inside)
         d_gamma -= value * spread
-        of_v = alpha * g + beta * _load(heads, v_grad, rows, columns, inside) - gamma * spread
-        _store(heads, dv, rows, columns, tl.where(inside, of_v, 0.0), within, INTERPRETED)
-        of_q = sign * beta * _load(heads, q_grad, rows, columns, inside)
-        _store(heads, dq, rows, columns, of_q, within, INTERPRETED)
-        of_k = beta * _load(heads, k_grad, rows, columns, inside)
-        _store(heads, dk, rows, columns, of_k, within, INTERPRETED)
+        dv_rows = alpha * g + beta * _load(heads, v_grad, rows, columns, inside) - gamma * spread
+        _store(heads, dv, rows, columns, tl.where(inside, dv_rows, 0.0), within, INTERPRETED)
+        dq_rows = sign * beta * _load(heads, q_grad, rows, columns, inside)
+        _store(heads, dq, rows, columns, dq_rows, within, INTERPRETED)
+        dk_rows = beta * _load(heads, k_grad, rows, columns, inside)
+        _store(heads, dk, rows, columns, dk_rows, within, INTERPRETED)
     part = parts + tl.program_id(0)
     programs = tl.num_programs(0).to(tl.int64)
     tl.store(part, tl.sum(tl.sum(d_alpha, 1), 0))
@@ -160,20 +160,22 @@ def shaped_attention_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None
     """Writes out; av may hold anything at padded tokens."""
     batch, tokens, heads, width = call.q.shape
     with device_of(call.q):
-        started(_shaped_attention_terms_kernel)[(batch * heads,)](
+        launch(
+            _shaped_attention_terms_kernel, batch * heads,
             *_heads(call.v, av, out), call.gains, call.lengths, tokens, heads, width,
-            CAUSAL=call.causal, INTERPRETED=interpreted(), **tile(width), **COMPILE,
+            CAUSAL=call.causal, INTERPRETED=interpreted(), **tile(width),
         )  # fmt: skip
 
 
-def shaped_attention_gradients(call: AttentionInto, found: tuple[Tensor, Tensor, Tensor], sign: int) -> Tensor:  # [3, H]
-    """Writes dq, dk and dv; returns the gains' gradients. found: ordinary attention's gradients, arbitrary at padding."""
+def shaped_attention_gradients(call: AttentionInto, ordinary: tuple[Tensor, Tensor, Tensor], sign: int) -> Tensor:  # [3, H]
+    """Writes dq, dk and dv; returns the gains' gradients. ordinary: ordinary attention's gradients, arbitrary at padding."""
     batch, tokens, heads, width = call.q.shape
     parts = torch.empty(3, batch, heads, dtype=torch.float32, device=call.q.device)
     with device_of(call.q):
-        started(_shaped_attention_gradients_kernel)[(batch * heads,)](
-            *_heads(call.grad, call.v, call.av, *found, call.dq, call.dk, call.dv), parts, call.gains, call.lengths,
+        launch(
+            _shaped_attention_gradients_kernel, batch * heads,
+            *_heads(call.grad, call.v, call.av, *ordinary, call.dq, call.dk, call.dv), parts, call.gains, call.lengths,
             tokens, heads, width, float(sign),
-            CAUSAL=call.causal, INTERPRETED=interpreted(), **tile(width), **COMPILE,
+            CAUSAL=call.causal, INTERPRETED=interpreted(), **tile(width),
         )  # fmt: skip
     return parts.sum(1)

@@ -18,6 +18,7 @@ from simplclip.ops.attention.call import AttentionCall
 from simplclip.ops.attention.reference import shaped_attention_fwd
 from simplclip.ops.block.call import BlockCall
 from simplclip.ops.block.norm import norm_fwd
+from simplclip.ops.block.op import gains_of, heads_of
 from simplclip.ops.mlp.call import MlpCall
 from simplclip.ops.mlp.reference import ACTIVATIONS
 
@@ -113,11 +114,13 @@ def _mlp(n: Tensor, call: MlpCall | BlockCall) -> Tensor:
 
 def _simplified_block(call: BlockCall):
     """`ops.simplified_block` without in-place writes, which a decomposition cannot have, and without results for backward."""
-    x, heads = call.x, call.heads
+    x, heads = call.x, heads_of(call)
     n, _ = norm_fwd(x.reshape(-1, x.shape[2]), call)
     q, k = F.linear(n, call.qk_weight).reshape(*heads[:2], 2, *heads[2:]).unbind(2)
     v = n if call.value_weight is None else F.linear(n, call.value_weight)
-    attention = AttentionCall(q, k, v.reshape(heads), call.gains, call.lengths, call.scale, call.causal)
+    attention = AttentionCall(
+        q, k, v.reshape(heads), gains_of(call) * call.attention_gain, call.lengths, call.scale, call.causal
+    )
     out, lse = shaped_attention_fwd(attention)
     out = out.reshape(n.shape)
     if call.output_weight is not None:

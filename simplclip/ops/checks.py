@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +46,13 @@ def like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     on(name, t, other_name, other.device)
     if t.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {t.dtype}")
+
+
+def all_like_x(x: Tensor, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    """Checks that the tensors that are not None have the device and dtype of x."""
+    for name, t in zip(names, tensors):
+        if t is not None and (t.dtype != x.dtype or t.device != x.device):
+            like(name, t, "x", x)
 
 
 def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype, of: str = "image") -> Tensor:
@@ -104,21 +112,23 @@ def number(name: str, value, *, positive: bool = False) -> float:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> None:
     """Checks the tensors of shaped_attention except `lengths`."""
-    tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "beta": beta, "gamma": gamma}
-    for name, t in tensors.items():
-        floating(name, t)
-        on(name, t, "q", q.device)
+    gains = ("alpha", alpha), ("beta", beta), ("gamma", gamma)
+    for name, t in (("q", q), ("k", k), ("v", v), *gains):
+        if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.device != q.device:
+            floating(name, t)
+            on(name, t, "q", q.device)
     if q.dim() != 4:
         raise ValueError(f"q: expected a tensor [B, L, H, K], got shape {shape_of(q)}")
     if 0 in q.shape:
         raise ValueError(f"q: expected [B, L, H, K] without an empty dimension, got shape {shape_of(q)}")
-    for name in ("k", "v"):
-        if tensors[name].shape != q.shape:
-            raise ValueError(f"{name}: expected the shape of q, {shape_of(q)}, got {shape_of(tensors[name])}")
-        like(name, tensors[name], "q", q)
-    for name in ("alpha", "beta", "gamma"):
-        if tensors[name].shape != q.shape[2:3]:
-            raise ValueError(f"{name}: expected one value per head, [{q.shape[2]}], got {shape_of(tensors[name])}")
+    for name, t in (("k", k), ("v", v)):
+        if t.shape != q.shape:
+            raise ValueError(f"{name}: expected the shape of q, {shape_of(q)}, got {shape_of(t)}")
+        if t.dtype != q.dtype:
+            like(name, t, "q", q)
+    for name, t in gains:
+        if t.shape != q.shape[2:3]:
+            raise ValueError(f"{name}: expected one value per head, [{q.shape[2]}], got {shape_of(t)}")
 
 
 def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
@@ -139,46 +149,56 @@ def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.dev
 
 def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
     """Checks types and shapes of parallel_mlp's tensors."""
-    tensors = {"x": x, "fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
-    for name, t in tensors.items():
-        if not (t is None and name.endswith("bias")):
+    weights = ("fc1_weight", fc1_weight, "[F, C]"), ("fc2_weight", fc2_weight, "[C_out, F]")
+    for name, t, _ in (("x", x, ""), *weights, ("fc1_bias", fc1_bias, ""), ("fc2_bias", fc2_bias, "")):
+        if (not isinstance(t, Tensor) or t.dtype not in FLOATS) and not (t is None and name.endswith("bias")):
             floating(name, t)
     if x.dim() < 1 or 0 in x.shape:
         raise ValueError(f"x: expected [..., C] without an empty dimension, got shape {shape_of(x)}")
-    for name, letters in (("fc1_weight", "[F, C]"), ("fc2_weight", "[C_out, F]")):
-        if tensors[name].dim() != 2 or 0 in tensors[name].shape:
-            raise ValueError(f"{name}: expected {letters} without an empty dimension, got shape {shape_of(tensors[name])}")
+    for name, t, letters in weights:
+        if t.dim() != 2 or 0 in t.shape:
+            raise ValueError(f"{name}: expected {letters} without an empty dimension, got shape {shape_of(t)}")
     f, c = fc1_weight.shape
     if x.shape[-1] != c:
         raise ValueError(f"x: expected the width of fc1_weight, {c}, in the last dimension, got shape {shape_of(x)}")
     if fc2_weight.shape[1] != f:
         raise ValueError(f"fc2_weight: expected [C_out, F] with F = {f} of fc1_weight, got shape {shape_of(fc2_weight)}")
-    for name, size in (("fc1_bias", f), ("fc2_bias", fc2_weight.shape[0])):
-        if tensors[name] is not None and tensors[name].shape != (size,):
-            raise ValueError(f"{name}: expected [{size}], got shape {shape_of(tensors[name])}")
+    for name, t, size in (("fc1_bias", fc1_bias, f), ("fc2_bias", fc2_bias, fc2_weight.shape[0])):
+        if t is not None and t.shape != (size,):
+            raise ValueError(f"{name}: expected [{size}], got shape {shape_of(t)}")
 
 
-def block(x, norm: str, **tensors) -> None:
+def block(
+    x, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight,
+    norm, norm_weight, norm_bias, alpha, beta, gamma,
+) -> None:  # fmt: skip
     """Checks types and shapes of simplified_block's tensors."""
-    mlp(x, *(tensors[name] for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")))
+    mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if x.dim() != 3:
         raise ValueError(f"x: expected a tensor [B, L, C], got shape {shape_of(x)}")
-    c, f = x.shape[2], tensors["fc1_weight"].shape[0]
-    alpha = tensors["alpha"]
+    c, f = x.shape[2], fc1_weight.shape[0]
     if not isinstance(alpha, Tensor) or alpha.dim() != 1 or alpha.shape[0] < 1 or c % alpha.shape[0]:
         got = shape_of(alpha) if isinstance(alpha, Tensor) else type(alpha).__name__
         raise ValueError(f"alpha: expected one value per head, [H] with H a divisor of C = {c}, got {got}")
-    h = alpha.shape[0]
-    shapes = {"qk_weight": (2 * c, c), "fc1_bias": (f,), "fc2_weight": (c, f), "fc2_bias": (c,), "norm_weight": (c,)}
-    shapes |= {"value_weight": (c, c), "output_weight": (c, c), "norm_bias": (c,)}
-    shapes |= {"alpha": (h,), "beta": (h,), "gamma": (h,)}
-    if norm == "rmsnorm" and tensors["norm_bias"] is not None:
+    if norm == "rmsnorm" and norm_bias is not None:
         raise ValueError("norm_bias: expected None, since RMSNorm has no bias, got a tensor")
-    for name, shape in shapes.items():
-        t = tensors[name]
+    device, heads = x.device, alpha.shape
+    for name, t, shape in (
+        ("qk_weight", qk_weight, (2 * c, c)),
+        ("fc1_bias", fc1_bias, (f,)),
+        ("fc2_weight", fc2_weight, (c, f)),
+        ("fc2_bias", fc2_bias, (c,)),
+        ("norm_weight", norm_weight, (c,)),
+        ("alpha", alpha, heads),
+        ("beta", beta, heads),
+        ("gamma", gamma, heads),
+        ("value_weight", value_weight, (c, c)),
+        ("output_weight", output_weight, (c, c)),
+        ("norm_bias", norm_bias, (c,)),
+    ):
         if t is None and name in ("value_weight", "output_weight", "norm_bias"):
             continue
-        floating(name, t)
-        on(name, t, "x", x.device)
-        if t.shape != shape:
+        if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.device != device or t.shape != shape:
+            floating(name, t)
+            on(name, t, "x", device)
             raise ValueError(f"{name}: expected shape {list(shape)}, got {shape_of(t)}")

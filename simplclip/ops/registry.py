@@ -33,6 +33,16 @@ _PLAIN = (Tensor, nn.Parameter)
 _selected: dict[tuple, Callable] = {}  # the backends' functions that earlier calls selected
 
 
+def _select(op: str, first: Tensor, spec: str, part: bool, facts: dict) -> Callable:
+    """Returns the function of a backend. It is selected once for each kind of call."""
+    tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision  # the predicate of CUDA attention reads it
+    key = op, spec, part, first.device, first.dtype, tf32, *facts.values()
+    selected = _selected.get(key)
+    if selected is None:
+        selected = _selected[key] = backends.select(op, first.device, first.dtype, spec, part=part, **facts)[1]
+    return selected
+
+
 class Op:
     """An op of the library; see `define`."""
 
@@ -48,19 +58,13 @@ class Op:
     def overload(self) -> torch._ops.OpOverload:
         return getattr(torch.ops.simplclip, self.name).default
 
-    def select(self, first: Tensor, call: Any, spec: str) -> Callable:
-        """Returns the function of the call's backend. It is selected once for each kind of call."""
-        facts = self.facts(call) if self.facts else {}
-        tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision  # the predicate of CUDA attention reads it
-        key = self.name, spec, first.device, first.dtype, tf32, *facts.values()
-        if key not in _selected:
-            _selected[key] = backends.select(self.name, first.device, first.dtype, spec, **facts)[1]
-        return _selected[key]
-
     def dispatch(self, call: Any, spec: str) -> Any:
         """Runs a call of plain tensors on its backend."""
         first = getattr(call, self.first)
-        function = self.pick(first, spec) if self.composed else self.select(first, call, spec)
+        if self.composed:
+            function = self.pick(first, spec)
+        else:
+            function = _select(self.name, first, spec, False, self.facts(call) if self.facts else {})
         if not torch.is_autocast_enabled(first.device.type):
             return self.run(function, call)
         with no_autocast(first.device):
@@ -70,8 +74,9 @@ class Op:
         """Returns `pick(op, **facts)`, which gives a composed op the function of one of its parts."""
 
         def pick(op: str, **facts) -> Callable:
-            name, function = backends.select(op, first.device, first.dtype, spec, part=True, **facts)
-            return through(op, name, function) if through else function
+            if through is None:
+                return _select(op, first, spec, True, facts)
+            return through(op, *backends.select(op, first.device, first.dtype, spec, part=True, **facts))
 
         return pick
 

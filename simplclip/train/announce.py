@@ -42,8 +42,6 @@ def lines(training: Training, why_precision: str, source: data.Loader) -> Iterat
         bias = "none" if training.logit_bias is None else f"{training.logit_bias.item():.4g}"
         yield f"logits     scale {training.model.logit_scale.exp().item():.4g}, bias {bias}"
     yield f"ops        {_ops(training)}"
-    for key, reason in backends.taken_out(training.device.type).items():
-        yield f"warning    {key} {backends.TAKEN_OUT.format(reason)}"
     for line in training.folded.lines():
         yield f"frozen     {line}"
     yield f"precision  {training.precision} ({why_precision})"
@@ -132,7 +130,7 @@ def _ops(training: Training) -> str:
         for block, length in itertools.product(training.blocks, (1, 197))  # few tokens and many
     ]
     calls += [("similarity_sigmoid" if training.config.loss.base == "sigmoid" else "similarity_loss_fwd", {})]
-    how: tuple[Any, ...] = training.device.type, hardware.DTYPES[training.precision] or torch.float32, backends.forced()
+    how: tuple[Any, ...] = training.device, hardware.DTYPES[training.precision] or torch.float32, backends.forced()
     found: dict[str, dict[str, None]] = {}
     for op, call in calls:
         found.setdefault(op, {})[backends.select(op, *how, **call)[0]] = None

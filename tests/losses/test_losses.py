@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from simplclip import losses
 from simplclip.losses import ClipPMLoss, MatryoshkaLoss, SigLipLoss, WIKDLoss
 
 
@@ -95,3 +96,8 @@ def test_each_term_has_the_gradient_that_it_has_alone(loss, widths):
 def test_bad_arguments(cls, arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         cls(**arguments)
+
+
+def test_dir_lists_all_losses():
+    assert set(losses.__all__) <= set(dir(losses))
+    assert all(hasattr(losses, name) for name in losses.__all__)

@@ -65,8 +65,8 @@ def clip_kd(student, teacher, scale, teacher_scale, projections=None):
         ("icl_loss", "interactive_loss", {"interactive_weight": 0.7, "interactive": "infonce"}, 20),
         ("cross_kd_loss", "interactive_loss", {"interactive_weight": 0.7, "interactive": "kl"}, 16),
         ("cross_kd_loss", "interactive_loss", {"interactive_weight": 0.7, "interactive": "kl"}, 20),
-        ("fd_loss", "feature_loss", {"feature_weight": 2 * 0.7}, 16),
-        ("fd_loss", "feature_loss", {"feature_weight": 2 * 0.7}, 20),
+        ("fd_loss", "feature_loss", {"feature_weight": 2 * 0.7 / 16}, 16),
+        ("fd_loss", "feature_loss", {"feature_weight": 2 * 0.7 / 20}, 20),
     ],
 )
 def test_clip_kd(theirs, ours, options, teacher_width):

@@ -173,4 +173,7 @@ def feature_loss(student, teacher, *, distance="mse", beta=1.0, normalize=True, 
     teacher = teacher.to(student.dtype)
     if normalize:
         student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
-    return F.mse_loss(student, teacher) if distance == "mse" else F.smooth_l1_loss(student, teacher, beta=beta)
+    options = {"reduction": "none"}
+    if distance == "mse":
+        return F.mse_loss(student, teacher, **options).sum(1).mean()
+    return F.smooth_l1_loss(student, teacher, beta=beta, **options).sum(1).mean()

@@ -11,41 +11,46 @@ import torch
 from torch import Tensor
 
 from simplclip.ops import backends, checks, registry
-from simplclip.ops.attention import around, reference, sdpa, xformers
+from simplclip.ops.attention import reference, sdpa, with_library_attention, xformers
 from simplclip.ops.attention.call import AttentionCall, AttentionGradient, AttentionInto
+from simplclip.ops.attention.with_library_attention import Backward, Forward
 from simplclip.ops.calls import accumulate_dtype, flat
 from simplclip.ops.registry import autocast, define, register_gradient
 
 Call = TypeVar("Call", bound=AttentionCall)
 
 
-def rows_in_memory(call: Call, *names: str) -> Call:
+def with_contiguous_rows(call: Call) -> Call:
     """Copies tensors whose last dimension is not contiguous; kernels read the other dimensions with any strides."""
-    copies = {name: getattr(call, name).contiguous() for name in names if getattr(call, name).stride(-1) != 1}
-    return replace(call, **copies) if copies else call
+    names = ("q", "k", "v", "grad") if isinstance(call, AttentionGradient) else ("q", "k", "v")
+    strided = [name for name in names if getattr(call, name).stride(-1) != 1]
+    return replace(call, **{name: getattr(call, name).contiguous() for name in strided}) if strided else call
+
+
+def facts_of(shape: Sequence[int], lengths: Tensor | None) -> dict:
+    """Returns the facts of a call with a q of this shape that the backends' predicates need."""
+    return {"width": shape[3], "length": shape[1], "lengths": lengths is not None}
+
+
+def attend(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs a backend's function for forward; returns its three results, the last, A v, empty unless backward needs A v."""
+    results = function(call)
+    return results if len(results) == 3 else (*results, results[0].new_empty(0))
+
+
+def av_shape(shape: Sequence[int], q: Tensor, spec: str, lengths: Tensor | None) -> Sequence[int]:
+    """Returns the shape of the last result, A v, for a q of this shape, device and dtype."""
+    facts = facts_of(shape, lengths)
+    backend, _ = backends.select("shaped_attention_fwd", q.device, q.dtype, spec, part=True, **facts)
+    return shape if backend in LIBRARIES else (0,)
 
 
 def _facts(call):
-    return {"width": call.q.shape[3], "length": call.q.shape[1], "lengths": call.lengths is not None}
-
-
-def forward(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a backend's function; returns its three results, the last of them, A v, empty unless backward needs A v."""
-    out, lse, *av = function(call)
-    return out, lse, av[0] if av else out.new_empty(0)
-
-
-def av_shape(shape: Sequence[int], like: Tensor, backend: str, **facts) -> Sequence[int]:
-    """Returns the shape of the last result, A v, for a q of this shape."""
-    return (
-        shape
-        if backends.select("shaped_attention_fwd", like.device, like.dtype, backend, part=True, **facts)[0] in AROUND
-        else (0,)
-    )
+    return facts_of(call.q.shape, call.lengths)
 
 
 def _fwd(function, call):
-    return forward(function, rows_in_memory(call, "q", "k", "v"))
+    return attend(function, with_contiguous_rows(call))
 
 
 def _native_fake(call):
@@ -53,18 +58,18 @@ def _native_fake(call):
     return call.q.new_empty(call.q.shape), call.q.new_empty(b, h, length, dtype=call.gains.dtype)
 
 
-def _fwd_fake(call, backend):
-    av = av_shape(call.q.shape, call.q, backend, **_facts(call))
+def _fwd_fake(call, spec):
+    av = av_shape(call.q.shape, call.q, spec, call.lengths)
     return *_native_fake(call), call.q.new_empty(av)
 
 
 def _bwd(function, call):
-    d = _empty_gradients(call)
-    call = rows_in_memory(call, "grad", "q", "k", "v")
-    return *d, function(AttentionInto(*flat(call), *d))
+    dq, dk, dv = _empty_gradients(call)
+    call = with_contiguous_rows(call)
+    return dq, dk, dv, function(AttentionInto(*flat(call), dq, dk, dv))
 
 
-def _bwd_fake(call, backend):
+def _bwd_fake(call, spec):
     return *_empty_gradients(call), torch.empty_like(call.gains)
 
 
@@ -95,15 +100,18 @@ def _why_not_xformers(device: torch.device, dtype: torch.dtype, *, lengths: bool
     return backends.why_not_kernels("cuda", device, dtype)
 
 
-AROUND: dict[str, tuple[around.Forward, around.Backward, Callable]] = {
+# The backends that take the softmax attention from another library.
+LIBRARIES: dict[str, tuple[Forward, Backward, Callable]] = {
     "sdpa": (sdpa.attention, sdpa.attention_backward, _why_not_sdpa),
     "xformers": (xformers.attention, xformers.attention_backward, _why_not_xformers),
 }
 _FWD = backends.row(reference.shaped_attention_fwd, AttentionCall, cuda=_why_not_cuda)
 _BWD = backends.row(reference.shaped_attention_bwd, AttentionInto, cuda=_why_not_cuda)
-for _name, (_attend, _attend_backward, _why_not) in AROUND.items():
-    _FWD[_name] = backends.Implementation(partial(around.shaped_attention_fwd, _attend), _why_not)
-    _BWD[_name] = backends.Implementation(partial(around.shaped_attention_bwd, (_attend, _attend_backward)), _why_not)
+for _name, (_attend, _attend_backward, _why_not) in LIBRARIES.items():
+    _FWD[_name] = backends.Implementation(partial(with_library_attention.shaped_attention_fwd, _attend), _why_not)
+    _BWD[_name] = backends.Implementation(
+        partial(with_library_attention.shaped_attention_bwd, _attend, _attend_backward), _why_not
+    )
 FORWARD = define(
     "shaped_attention_fwd", AttentionCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD, facts=_facts,
     native=(AttentionCall, "(Tensor, Tensor)"), native_fake=_native_fake,
@@ -161,7 +169,7 @@ def shaped_attention(
     softmax(q k^T scale) v. No [L, L] matrix is stored. On one machine, the same call has the same bits each time, on the CPU
     kernels with any number of threads; with "sdpa" and "xformers" on a GPU only under
     torch.use_deterministic_algorithms(True). Under it torch 2.11 refuses causal attention where Triton is missing, since its
-    cumsum is not deterministic. Only first derivatives in reverse mode are supported, except by backend "reference".
+    cumsum is not deterministic. Only first derivatives in reverse mode are supported.
 
     Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and `lengths` are additions of
     this library.

@@ -1,4 +1,4 @@
-"""Forward and backward of torch's scaled_dot_product_attention, as an attention for around.py.
+"""Forward and backward of torch's scaled_dot_product_attention, as an attention for with_library_attention.py.
 
 On a GPU the kernels behind it are called: FlashAttention for half types, else the memory-efficient kernel. Both get sequences
 of several lengths as segments of one sequence: the valid tokens of each, and its padding, which attends to itself. So no mask
@@ -39,15 +39,15 @@ def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 
 def aligned(*tensors: Tensor) -> list[Tensor]:
     """Returns the tensors with heads that begin at multiples of ROW_BYTES, padded by zeros in width; copies where needed."""
-    found = []
+    results = []
     for t in tensors:
-        of_row = ROW_BYTES // t.itemsize
-        if t.shape[3] % of_row:
-            t = F.pad(t, (0, -t.shape[3] % of_row))
-        elif t.storage_offset() % of_row or any(step % of_row for step in t.stride()[:3]):
+        row_elements = ROW_BYTES // t.itemsize
+        if t.shape[3] % row_elements:
+            t = F.pad(t, (0, -t.shape[3] % row_elements))
+        elif t.storage_offset() % row_elements or any(step % row_elements for step in t.stride()[:3]):
             t = t.clone(memory_format=torch.contiguous_format)
-        found.append(t)
-    return found
+        results.append(t)
+    return results
 
 
 def _segments(call: AttentionCall) -> Tensor:  # [2 B + 1] int32
@@ -82,19 +82,19 @@ def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
             lse.transpose(0, 1).flatten(1).contiguous(),
         )
     state = lse.new_empty((), dtype=torch.int64)  # the state of random numbers, unused without dropout
-    found = aten._flash_attention_backward(
+    gradients = aten._flash_attention_backward(
         *tensors, lse, bounds, bounds, length, length, 0.0, call.causal, state, state, scale=call.scale
     )  # fmt: skip
-    return tuple(t.view(shape)[..., :width] for t in found)
+    return tuple(t.view(shape)[..., :width] for t in gradients)
 
 
 def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
     (_, length, _, width), (q, k, v) = call.q.shape, aligned(call.q, call.k, call.v)
-    bounds, most, shape = None, None, q.shape
+    bounds, longest, shape = None, None, q.shape
     if call.lengths is not None:
-        bounds, most, q, k, v = _segments(call), length, *(t.flatten(0, 1)[None] for t in (q, k, v))
+        bounds, longest, q, k, v = _segments(call), length, *(t.flatten(0, 1)[None] for t in (q, k, v))
     av, lse, *_ = aten._efficient_attention_forward(
-        q, k, v, None, bounds, bounds, most, most, 0.0, int(call.causal), True, scale=call.scale
+        q, k, v, None, bounds, bounds, longest, longest, 0.0, int(call.causal), True, scale=call.scale
     )  # fmt: skip
     lse = lse if bounds is None else lse[::2]  # drops the log-sum-exps of padding
     return av.view(shape)[..., :width], lse[:, :, :length].contiguous()
@@ -110,15 +110,15 @@ def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
         lse = lse.repeat_interleave(2, 0)  # padding gets the values of valid rows: its gradients are not used
     lse = F.pad(lse, (0, -length % LSE_ROWS), value=torch.inf)
     state = lse.new_empty((), dtype=torch.int64)  # the state of random numbers, unused without dropout
-    found = aten._efficient_attention_backward(
+    gradients = aten._efficient_attention_backward(
         grad, q, k, v, None, av, bounds, bounds, length, length, lse, 0.0, state, state, int(call.causal), False,
         scale=call.scale,
     )[:3]  # fmt: skip
-    return tuple(t.view(shape)[..., :width] for t in found)
+    return tuple(t.view(shape)[..., :width] for t in gradients)
 
 
 def _on_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    tensors, mask = _of_cpu(call, call.q, call.k, call.v)
+    tensors, mask = _heads_and_mask(call, call.q, call.k, call.v)
     av, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         *tensors, 0.0, call.causal, attn_mask=mask, scale=call.scale
     )  # fmt: skip
@@ -126,14 +126,14 @@ def _on_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _on_cpu_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, mask = _of_cpu(call, call.grad, call.q, call.k, call.v, call.av)
-    found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    tensors, mask = _heads_and_mask(call, call.grad, call.q, call.k, call.v, call.av)
+    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *tensors, call.lse, 0.0, call.causal, attn_mask=mask, scale=call.scale
     )  # fmt: skip
-    return tuple(t.transpose(1, 2) for t in found)
+    return tuple(t.transpose(1, 2) for t in gradients)
 
 
-def _of_cpu(call: AttentionCall, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
+def _heads_and_mask(call: AttentionCall, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
     """Returns the tensors as [B, H, L, K] with 0 in padding, and a mask [B, 1, 1, L] to add to the logits, or None.
 
     A valid query of causal attention sees no padding, since padding comes last, so that no mask is needed.

@@ -1,4 +1,5 @@
-"""memory_efficient_attention of the package xformers as an attention for around.py; xformers picks its kernel itself."""
+"""memory_efficient_attention of the package xformers as an attention for
+with_library_attention.py; xformers picks its kernel itself."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Returns A v and the log-sum-exps."""
     from xformers.ops import fmha
 
-    given = aligned(call.q, call.k, call.v)
-    av, lse = fmha.memory_efficient_attention_forward_requires_grad(*given, **_options(call))
+    q, k, v = aligned(call.q, call.k, call.v)
+    av, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, **_options(call))
     length, width = call.q.shape[1::2]
     return av[..., :width], lse[:, :, :length].contiguous()  # some kernels pad the log-sum-exps
 
@@ -29,5 +30,5 @@ def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     from xformers.ops import fmha
 
     grad, av, *inputs = aligned(call.grad, call.av, call.q, call.k, call.v)
-    found = fmha.memory_efficient_attention_backward(grad, av, call.lse, *inputs, **_options(call))
-    return tuple(t[..., : call.q.shape[3]] for t in found)
+    gradients = fmha.memory_efficient_attention_backward(grad, av, call.lse, *inputs, **_options(call))
+    return tuple(t[..., : call.q.shape[3]] for t in gradients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,8 +22,11 @@ class BlockCall:
     fc1_bias: Tensor  # [F]
     fc2_weight: Tensor  # [C, F]
     fc2_bias: Tensor  # [C]
-    gains: Tensor  # [3, H]: attention_gain times alpha, beta, gamma
-    mlp_gain: Tensor  # []
+    alpha: Tensor  # [H]
+    beta: Tensor  # [H]
+    gamma: Tensor  # [H]
+    attention_gain: Tensor  # [], in the dtype of sums
+    mlp_gain: Tensor  # [], in the dtype of sums
     value_weight: Tensor | None  # [C, C]
     output_weight: Tensor | None  # [C, C]
     lengths: Tensor | None  # [B] int32
@@ -33,14 +37,8 @@ class BlockCall:
     causal: bool
     keep: bool  # whether to return [q|k], h and av; backward computes them again otherwise
 
-    @property
-    def heads(self) -> tuple[int, int, int, int]:
-        """[B, L, H, K], the shape of q, k and v."""
-        (b, length, c), heads = self.x.shape, self.gains.shape[1]
-        return b, length, heads, c // heads
 
-
-DIFFERENTIABLE = tensors_of(BlockCall)[:-1]  # all tensors but the lengths
+Needed = namedtuple("Needed", tensors_of(BlockCall)[:-1])  # whether the gradients of all tensors but the lengths are needed
 
 
 @dataclass(frozen=True)
@@ -52,4 +50,4 @@ class BlockGradient(BlockCall):
     h: Mutated  # [B L, F] the hidden layer before its activation, or empty
     lse: Tensor  # [B, H, L]
     av: Tensor  # [B, L, H, K] as shaped_attention's, or empty
-    need: list[bool]  # for each of DIFFERENTIABLE, whether its gradient is needed; if not, the result is empty
+    need: list[bool]  # Needed; the result is empty for a gradient that is not needed

@@ -2,137 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import checks, registry
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
-from simplclip.ops.attention.op import av_shape
-from simplclip.ops.attention.op import forward as attention_forward
-from simplclip.ops.block.call import DIFFERENTIABLE, BlockCall, BlockGradient
+from simplclip.ops.attention.op import attend, av_shape, facts_of
+from simplclip.ops.block.call import BlockCall, BlockGradient, Needed
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
 from simplclip.ops.calls import accumulate_dtype, flat
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
-from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, linear, to_overwrite
+from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, to_overwrite
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.registry import autocast, define, register_gradient
 
+MATRICES = ("qk_weight", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "value_weight", "output_weight")
 
-def _split(qk: Tensor, call: BlockCall) -> tuple[Tensor, Tensor]:
+
+def heads_of(call: BlockCall) -> tuple[int, int, int, int]:
+    """Returns [B, L, H, K], the shape of q, k and v."""
+    (batch, length, width), (heads,) = call.x.shape, call.alpha.shape
+    return batch, length, heads, width // heads
+
+
+def gains_of(call: BlockCall) -> Tensor:  # [3, H], in the dtype of sums
+    """Returns alpha, beta and gamma. The attention's gains are attention_gain times these."""
+    wide = call.attention_gain.dtype
+    return torch.stack([call.alpha.to(wide), call.beta.to(wide), call.gamma.to(wide)])
+
+
+def _split(qk: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
     """Returns q and k [B, L, H, K], views of [q|k] [T, 2C]."""
-    b, length, *head = call.heads
-    q, k = qk.view(b, length, 2, *head).unbind(2)
-    return q, k
+    batch, length, heads, width = shape
+    return qk.view(batch, length, 2, heads, width).unbind(2)
 
 
-def _facts(call: BlockCall) -> dict:
-    """Returns the facts of the block's attention, for the predicates of backends."""
-    return {"length": call.heads[1], "width": call.heads[3], "lengths": call.lengths is not None}
-
-
-def _attention(pick, name: str, call: BlockCall) -> Callable:
-    return pick(f"shaped_attention_{name}", **_facts(call))
-
-
-def _attention_call(call: BlockCall, n: Tensor, qk: Tensor) -> AttentionCall:
-    v = n if call.value_weight is None else linear(n, call.value_weight, None)
-    return AttentionCall(*_split(qk, call), v.view(call.heads), call.gains, call.lengths, call.scale, call.causal)
-
-
-def _norm(call: BlockCall) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Returns x and the normalised x, [T, C], and the statistics that norm_bwd needs."""
-    x = call.x.contiguous().view(-1, call.x.shape[2])
-    return x, *norm_fwd(x, call)
+def _attention_call(call: BlockCall, shape: tuple[int, int, int, int], n: Tensor, qk: Tensor, gains: Tensor) -> AttentionCall:
+    v = n if call.value_weight is None else F.linear(n, call.value_weight)
+    q, k = _split(qk, shape)
+    return AttentionCall(q, k, v.view(shape), gains * call.attention_gain, call.lengths, call.scale, call.causal)
 
 
 def _fwd(pick, call):
-    x, n, _ = _norm(call)
-    qk = linear(n, call.qk_weight, None)
-    out, lse, av = attention_forward(_attention(pick, "fwd", call), _attention_call(call, n, qk))
+    x, shape = call.x.contiguous().view(-1, call.x.shape[2]), heads_of(call)
+    n, _ = norm_fwd(x, call)
+    qk = F.linear(n, call.qk_weight)
+    attention = pick("shaped_attention_fwd", **facts_of(shape, call.lengths))
+    out, lse, av = attend(attention, _attention_call(call, shape, n, qk, gains_of(call)))
     out, av = out.view(x.shape), av if call.keep else x.new_empty(0)
     if call.output_weight is not None:
-        out = linear(out, call.output_weight, None)
+        out = F.linear(out, call.output_weight)
     project, gain = pick("parallel_mlp_fwd"), call.mlp_gain.to(x.dtype)
     weight, bias = call.fc2_weight * gain, call.fc2_bias * gain
     first = n, call.fc1_weight, call.fc1_bias
-    h = linear(*first) if call.keep else x.new_empty(0)
+    h = F.linear(*first) if call.keep else x.new_empty(0)
     qk = qk if call.keep else x.new_empty(0)
-    for some, of_out in [(h, out)] if call.keep else hidden_rows(*first, out):
-        project(HiddenCall(some, weight, bias, call.act, of_out, accumulate=True))
+    for h_chunk, out_chunk in [(h, out)] if call.keep else hidden_rows(*first, out):
+        project(HiddenCall(h_chunk, weight, bias, call.act, out_chunk, accumulate=True))
     return out.view(call.x.shape), qk, h, lse, av
 
 
-def _fwd_fake(call, backend):
-    x, (b, length, heads, _) = call.x, call.heads
+def _fwd_fake(call, spec):
+    x, shape = call.x, heads_of(call)
+    batch, length, heads, _ = shape
     widths = (2 * x.shape[2], call.fc1_weight.shape[0])
-    qk, h = (x.new_empty((b * length, width) if call.keep else (0,)) for width in widths)
-    lse = x.new_empty(b, heads, length, dtype=call.gains.dtype)
-    av = x.new_empty(av_shape(call.heads, x, backend, **_facts(call)) if call.keep else (0,))
+    qk, h = (x.new_empty((batch * length, width) if call.keep else (0,)) for width in widths)
+    lse = x.new_empty(batch, heads, length, dtype=call.attention_gain.dtype)
+    av = x.new_empty(av_shape(shape, x, spec, call.lengths) if call.keep else (0,))
     return torch.empty_like(x, memory_format=torch.contiguous_format), qk, h, lse, av
 
 
-def _bwd(pick, call):
-    d = {}
-    wanted = dict(zip(DIFFERENTIABLE, call.need))
-    x, n, stats = _norm(call)
-    grad, qk, h, wide = call.grad.contiguous().view(x.shape), call.qk, call.h, call.gains.dtype
-    need_n = wanted["x"] or wanted["norm_weight"] or wanted["norm_bias"]
-    recompute = not qk.numel()
+def _mlp_bwd(pick, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, need_n: bool) -> tuple[Tensor, dict]:
+    """Returns the gradient of h, which overwrites h, and the gradients of the MLP's tensors.
 
-    # MLP. With w = mlp_gain fc2_weight: d mlp_gain = <dw, fc2_weight>, d fc2_weight = mlp_gain dw, likewise the bias.
-    gain = call.mlp_gain.to(x.dtype)
-    need_w = wanted["fc2_weight"] or wanted["mlp_gain"]
-    if need_n or need_w or wanted["fc1_weight"] or wanted["fc1_bias"]:
-        h = linear(n, call.fc1_weight, call.fc1_bias) if recompute else h
+    With w = mlp_gain fc2_weight: d mlp_gain = <dw, fc2_weight>, d fc2_weight = mlp_gain dw, likewise the bias.
+    """
+    gradients, h = {}, call.h
+    gain, wide = call.mlp_gain.to(grad.dtype), call.mlp_gain.dtype
+    need_w = need.fc2_weight or need.mlp_gain
+    if need_n or need_w or need.fc1_weight or need.fc1_bias:
+        h = h if h.numel() else F.linear(n, call.fc1_weight, call.fc1_bias)
         dw = pick("parallel_mlp_bwd")(HiddenGradient(grad, h, call.fc2_weight * gain, call.act, need_w))
-        if wanted["mlp_gain"]:
-            d["mlp_gain"] = torch.linalg.vecdot(dw.flatten().to(wide), call.fc2_weight.flatten().to(wide))
-        d["fc2_weight"] = dw.mul_(gain)
-    if wanted["fc2_bias"] or wanted["mlp_gain"]:
+        if need.mlp_gain:
+            gradients["mlp_gain"] = torch.dot(dw.flatten().to(wide), call.fc2_weight.flatten().to(wide))
+        gradients["fc2_weight"] = dw.mul_(gain)
+    if need.fc2_bias or need.mlp_gain:
         db = grad.sum(0)
-        if wanted["mlp_gain"]:
-            d["mlp_gain"] = d["mlp_gain"] + db.to(wide) @ call.fc2_bias.to(wide)
-        d["fc2_bias"] = db.mul_(gain)
-    if wanted["fc1_weight"]:
-        d["fc1_weight"] = torch.mm(h.T, n)
-    if wanted["fc1_bias"]:
-        d["fc1_bias"] = h.sum(0)
+        if need.mlp_gain:
+            gradients["mlp_gain"] += torch.dot(db.to(wide), call.fc2_bias.to(wide))
+        gradients["fc2_bias"] = db.mul_(gain)
+    if need.fc1_weight:
+        gradients["fc1_weight"] = torch.mm(h.t(), n)
+    if need.fc1_bias:
+        gradients["fc1_bias"] = h.sum(0)
+    return h, gradients
 
-    need_attention = need_n or wanted["qk_weight"] or wanted["gains"] or wanted["value_weight"]
-    if need_attention or wanted["output_weight"]:
-        qk = linear(n, call.qk_weight, None) if recompute else qk
-        attention = _attention_call(call, n, qk)
-    if wanted["output_weight"]:
-        out, *_ = _attention(pick, "fwd", call)(attention)
-        d["output_weight"] = torch.mm(grad.T, out.view(x.shape))
+
+def _bwd(pick, call):
+    x, shape, need = call.x.contiguous().view(-1, call.x.shape[2]), heads_of(call), Needed(*call.need)
+    n, stats = norm_fwd(x, call)
+    grad, qk, facts = call.grad.contiguous().view(x.shape), call.qk, facts_of(shape, call.lengths)
+    need_n = need.x or need.norm_weight or need.norm_bias
+    d_h, gradients = _mlp_bwd(pick, call, n, grad, need, need_n)
+
+    need_gains = need.alpha or need.beta or need.gamma or need.attention_gain
+    need_attention = need_n or need.qk_weight or need_gains or need.value_weight
+    if need_attention or need.output_weight:
+        qk, gains = qk if qk.numel() else F.linear(n, call.qk_weight), gains_of(call)
+        attention = _attention_call(call, shape, n, qk, gains)
+    if need.output_weight:
+        out, *_ = pick("shaped_attention_fwd", **facts)(attention)
+        gradients["output_weight"] = torch.mm(grad.t(), out.view(x.shape))
     if need_attention:
         d_attention = grad if call.output_weight is None else torch.mm(grad, call.output_weight)
         dqk, dv = torch.empty_like(qk), torch.empty_like(n)
-        given = *flat(attention), d_attention.view(call.heads), call.lse, call.av
-        into = AttentionInto(*given, *_split(dqk, call), dv.view(call.heads))
-        d["gains"] = _attention(pick, "bwd", call)(into)
-        if wanted["qk_weight"]:
-            d["qk_weight"] = torch.mm(dqk.T, n)
-        if wanted["value_weight"]:
-            d["value_weight"] = torch.mm(dv.T, n)
+        gradient = AttentionInto(
+            *flat(attention), d_attention.view(shape), call.lse, call.av, *_split(dqk, shape), dv.view(shape)
+        )
+        d_gains = pick("shaped_attention_bwd", **facts)(gradient)
+        if need.attention_gain:
+            gradients["attention_gain"] = (d_gains * gains).sum()
+        for name, d_gain in zip(("alpha", "beta", "gamma"), d_gains.unbind()):
+            gradients[name] = (d_gain * call.attention_gain).to(getattr(call, name).dtype)
+        if need.qk_weight:
+            gradients["qk_weight"] = torch.mm(dqk.t(), n)
+        if need.value_weight:
+            gradients["value_weight"] = torch.mm(dv.t(), n)
         if need_n:
             dn = dv if call.value_weight is None else torch.mm(dv, call.value_weight)
-            dn.addmm_(dqk, call.qk_weight).addmm_(h, call.fc1_weight)
-            d |= norm_bwd(dn, x, call, stats, wanted)
-            d["x"] = d["x"].view(call.x.shape) if wanted["x"] else None
-    return tuple(d[name] if wanted[name] else x.new_empty(0) for name in DIFFERENTIABLE)
+            dn.addmm_(dqk, call.qk_weight).addmm_(d_h, call.fc1_weight)
+            dx, gradients["norm_weight"], gradients["norm_bias"] = norm_bwd(dn, x, call, stats, need)
+            gradients["x"] = dx.view(call.x.shape) if need.x else None
+    return tuple([gradients[name] if needed else x.new_empty(0) for name, needed in zip(Needed._fields, need)])
 
 
-def _bwd_fake(call, backend):
+def _bwd_fake(call, spec):
     return tuple(
-        torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format) if wanted else call.grad.new_empty(0)
-        for name, wanted in zip(DIFFERENTIABLE, call.need)
+        torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format) if needed else call.grad.new_empty(0)
+        for name, needed in zip(Needed._fields, call.need)
     )
 
 
-_GRADIENTS = f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
+_GRADIENTS = f"({', '.join(['Tensor'] * len(Needed._fields))})"
 FORWARD = define("simplified_block_fwd", BlockCall, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
 BACKWARD = define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_fake)
 
@@ -197,8 +209,7 @@ def simplified_block(
     `recompute`), where a standard block keeps 16C; C more if backend "sdpa" or "xformers" computes the attention. Norm and
     activation are computed again. Backward overwrites h with its gradient (with retain_graph=True a copy of h). Gradients of
     frozen tensors are not computed. On one machine, the same call has the same bits each time (see `shaped_attention`); on
-    a CPU, with the same number of threads. Only first derivatives in reverse mode are supported, except by backend
-    "reference".
+    a CPU, with the same number of threads. Only first derivatives in reverse mode are supported.
 
     Raises:
         TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
@@ -208,24 +219,20 @@ def simplified_block(
     """
     checks.choice("norm", norm, NORMS)
     checks.choice("act", act, tuple(ACTIVATIONS))
-    matrices = {"qk_weight": qk_weight, "fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight}
-    matrices |= {"fc2_bias": fc2_bias, "value_weight": value_weight, "output_weight": output_weight}
-    vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "alpha": alpha, "beta": beta, "gamma": gamma}
-    checks.block(x, norm, **matrices, **vectors)
+    matrices = qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight
+    checks.block(x, *matrices, norm, norm_weight, norm_bias, alpha, beta, gamma)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, x.shape[0], x.shape[1], x.device)
-    x, *cast = autocast(x, *matrices.values())
-    matrices = dict(zip(matrices, cast))
-    for name, t in matrices.items():
-        if t is not None:
-            checks.like(name, t, "x", x)
+    x, *matrices = autocast(x, *matrices)
+    checks.all_like_x(x, MATRICES, matrices)
+    *mlp_and_qk, value_weight, output_weight = matrices
     wide = accumulate_dtype(x.dtype)
-    gains = torch.stack([alpha.to(wide), beta.to(wide), gamma.to(wide)])
-    gains = gains * checks.scalar("attention_gain", attention_gain, x.device, wide, of="x")
-    tensors = {"x": x, **matrices, "norm_weight": norm_weight, "norm_bias": norm_bias, "gains": gains}
-    tensors["mlp_gain"] = checks.scalar("mlp_gain", mlp_gain, x.device, wide, of="x")
+    attention_gain = checks.scalar("attention_gain", attention_gain, x.device, wide, of="x")
+    mlp_gain = checks.scalar("mlp_gain", mlp_gain, x.device, wide, of="x")
+    gains = alpha, beta, gamma, attention_gain, mlp_gain
+    tensors = x, norm_weight, norm_bias, *mlp_and_qk, *gains, value_weight, output_weight
     eps = checks.number("eps", eps, positive=True)
     scale = (x.shape[2] // alpha.shape[0]) ** -0.5 if scale is None else checks.number("scale", scale)
-    keep = keeps_hidden(*tensors.values(), recompute=recompute)
-    of_call = BlockCall(**tensors, lengths=lengths, norm=norm, eps=eps, act=act, scale=scale, causal=bool(causal), keep=keep)
+    keep = keeps_hidden(*tensors, recompute=recompute)
+    of_call = BlockCall(*tensors, lengths, norm, eps, act, scale, bool(causal), keep)
     return registry.call(FORWARD, of_call)[0]

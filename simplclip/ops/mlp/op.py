@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks, registry
@@ -13,6 +14,7 @@ from simplclip.ops.mlp.call import HiddenCall, HiddenGradient, MlpCall, MlpGradi
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.registry import autocast, define, register_gradient, wants_grad
 
+WEIGHTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 HIDDEN_BYTES = 16 << 20  # of a chunk of the hidden layer, if forward does not keep it
 
 
@@ -30,10 +32,6 @@ def keeps_hidden(*tensors: Tensor | None, recompute: bool = False) -> bool:
     return not recompute and wants_grad(*tensors)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:  # [T, C], [F, C], [F]
-    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
-
-
 def hidden_rows(
     x: Tensor,  # [T, C]
     weight: Tensor,  # [F, C]
@@ -44,21 +42,21 @@ def hidden_rows(
     rows = min(max(64, HIDDEN_BYTES // (weight.shape[0] * x.itemsize)), x.shape[0])
     h = x.new_empty(rows, weight.shape[0])
     for first in range(0, x.shape[0], rows):
-        some = x[first : first + rows]
-        yield linear(some, weight, bias, h[: some.shape[0]]), out[first : first + rows]
+        x_chunk = x[first : first + rows]
+        yield F.linear(x_chunk, weight, bias, out=h[: x_chunk.shape[0]]), out[first : first + rows]
 
 
 def _fwd(function, call):
     out = call.x.new_empty(call.x.shape[0], call.fc2_weight.shape[0])
     bias = None if call.fc2_bias is None else call.fc2_bias.contiguous()  # since the kernels read it through a pointer
     first = call.x, call.fc1_weight, call.fc1_bias
-    h = linear(*first) if call.keep else call.x.new_empty(0, call.fc1_weight.shape[0])
-    for some, of_out in [(h, out)] if call.keep else hidden_rows(*first, out):
-        function(HiddenCall(some, call.fc2_weight, bias, call.act, of_out, accumulate=False))
+    h = F.linear(*first) if call.keep else call.x.new_empty(0, call.fc1_weight.shape[0])
+    for h_chunk, out_chunk in [(h, out)] if call.keep else hidden_rows(*first, out):
+        function(HiddenCall(h_chunk, call.fc2_weight, bias, call.act, out_chunk, accumulate=False))
     return out, h
 
 
-def _fwd_fake(call, backend):
+def _fwd_fake(call, spec):
     rows, new = call.x.shape[0], call.x.new_empty
     return new(rows, call.fc2_weight.shape[0]), new(rows if call.keep else 0, call.fc1_weight.shape[0])
 
@@ -74,10 +72,10 @@ def _bwd(function, call):
     return d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight if need[3] else none, d_fc2_bias
 
 
-def _bwd_fake(call, backend):
+def _bwd_fake(call, spec):
     c, f = call.fc2_weight.shape
     shapes = (call.x.shape, call.fc1_weight.shape, (f,), (c, f), (c,))
-    return tuple(call.x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, call.need))
+    return tuple(call.x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, call.need))
 
 
 def _hidden_bwd_fake(call):
@@ -126,21 +124,16 @@ def parallel_mlp(
     Saved for backward: x, the weights, and h = x fc1_weightᵀ + fc1_bias. The activation of h exists for some rows at a
     time, in 8 or 16 MiB: [T, F] elements are kept instead of twice that. Backward overwrites h with its
     gradient (with retain_graph=True a copy of h). Sums are computed in float32. On one machine, the same call has the
-    same bits each time; on a CPU, with the same number of threads. Only first derivatives in reverse mode are supported,
-    except by backend "reference".
+    same bits each time; on a CPU, with the same number of threads. Only first derivatives in reverse mode are supported.
 
     Raises:
         TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
         RuntimeError: a forced backend does not support the call.
     """
-    tensors = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
     checks.choice("act", act, tuple(ACTIVATIONS))
-    checks.mlp(x, **tensors)
-    x, *cast = autocast(x, *tensors.values())
-    for name, t in zip(tensors, cast):
-        if t is not None:
-            checks.like(name, t, "x", x)
-    keep = keeps_hidden(x, *cast)
-    of_call = MlpCall(x=x.reshape(-1, x.shape[-1]), **dict(zip(tensors, cast)), act=act, keep=keep)
+    checks.mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    x, *weights = autocast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    checks.all_like_x(x, WEIGHTS, weights)
+    of_call = MlpCall(x.reshape(-1, x.shape[-1]), *weights, act, keeps_hidden(x, *weights))
     out, _ = registry.call(FORWARD, of_call)
     return out.reshape(*x.shape[:-1], out.shape[1])
