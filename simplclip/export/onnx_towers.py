@@ -118,7 +118,9 @@ def _simplified_block(call: BlockCall):
     n, _ = norm_fwd(x.reshape(-1, x.shape[2]), call)
     q, k = F.linear(n, call.qk_weight).reshape(*heads[:2], 2, *heads[2:]).unbind(2)
     v = n if call.value_weight is None else F.linear(n, call.value_weight)
-    attention = AttentionCall(q, k, v.reshape(heads), gains_of(call) * call.attention_gain, call.lengths, call.scale, call.causal)
+    attention = AttentionCall(
+        q, k, v.reshape(heads), gains_of(call) * call.attention_gain, call.lengths, call.scale, call.causal
+    )
     out, lse = shaped_attention_fwd(attention)
     out = out.reshape(n.shape)
     if call.output_weight is not None:

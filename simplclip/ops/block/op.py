@@ -38,9 +38,7 @@ def _split(qk: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor
     return qk.view(batch, length, 2, heads, width).unbind(2)
 
 
-def _attention_call(
-    call: BlockCall, shape: tuple[int, int, int, int], n: Tensor, qk: Tensor, gains: Tensor
-) -> AttentionCall:
+def _attention_call(call: BlockCall, shape: tuple[int, int, int, int], n: Tensor, qk: Tensor, gains: Tensor) -> AttentionCall:
     v = n if call.value_weight is None else F.linear(n, call.value_weight)
     q, k = _split(qk, shape)
     return AttentionCall(q, k, v.view(shape), gains * call.attention_gain, call.lengths, call.scale, call.causal)
