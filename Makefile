@@ -11,11 +11,11 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(CORES)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help check-tools install demo ablation plan test test-quick prove sanitize test-gpu bench \
+.PHONY: help check-tools install demo ablation plan test test-quick test-avx2 prove sanitize test-gpu bench \
 	bench-gpu aot oldest dist wheel tables lint clean
 
 help:  ## this list; it fits a screen of 24 lines of 80 columns
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 13
 
 # Prints a line for each missing tool that pip cannot install, with its package in Debian (and Ubuntu) and in Fedora.
 PYTHON_PACKAGE := $(or $(filter python3%,$(notdir $(PYTHON))),python3)
@@ -40,8 +40,13 @@ export CHECK_TOOLS
 check-tools:  ## what an installation needs and this machine does not have
 	@sh -c "$$CHECK_TOOLS"
 
+# What an installation depends on, by content: copies and archives bring old times.
+SOURCES := pyproject.toml setup.py requirements.txt simplclip/ops/extension.py \
+	$(wildcard simplclip/ops/calls.py simplclip/ops/*/call.py csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+INSTALLED := $(VENV)/.installed-$(firstword $(shell cat $(SOURCES) | cksum))
+
 # --no-build-isolation: the extensions are built against the torch that they will run with, and torch is not fetched twice.
-$(VENV)/.installed: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+$(INSTALLED):
 	@sh -c "$$CHECK_TOOLS"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools ninja
@@ -49,10 +54,10 @@ $(VENV)/.installed: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.*
 	@echo "$(BIN)/python -m pip install --no-build-isolation -e '.[dev]', log in $(VENV)/install.log"
 	@$(BIN)/python -m pip install --verbose --no-build-isolation -e '.[dev]' >$(VENV)/install.log 2>&1 || \
 		{ tail -n 60 $(VENV)/install.log >&2; exit 1; }
+	@rm -f $(VENV)/.installed* && touch $@
 	@sed -n 's/^ *\(simplclip: .*\)/\1/p' $(VENV)/install.log | uniq
-	touch $@
 
-install: $(VENV)/.installed  ## a venv with torch, the compiled kernels and all extras
+install: $(INSTALLED)  ## a venv with torch, the compiled kernels and all extras
 
 # By default glibc returns large tensors' memory to the system at once. Getting it back by pages takes a seventh of a CPU's step.
 demo ablation: export MALLOC_MMAP_THRESHOLD_ ?= 268435456
@@ -96,6 +101,13 @@ test: install  ## the tests; those that need a GPU are skipped without one
 test-quick: install  ## the fast ones, in two minutes
 	$(PYTEST) -m "not slow"
 
+# Desktop CPUs of many kinds have no instructions for bfloat16: torch, oneDNN and simplclip each have a variable.
+test-avx2: export ATEN_CPU_CAPABILITY := avx2
+test-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+test-avx2: export SIMPLCLIP_CPU_ISA := avx2
+test-avx2: install  ## the fast ones of ops and losses, as on a CPU with AVX2 alone
+	$(PYTEST) -m "not slow" tests/ops tests/losses tests/memory
+
 prove: install  ## all proofs at full length, an estimated 100 minutes
 	SIMPLCLIP_CUDA_ARCHS=all PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e .
 	$(PYTEST) --prove
@@ -114,7 +126,7 @@ plan: install  ## what fits a 24 GiB card, predicted; writes benchmarks/results
 bench: install  ## microbenchmarks on this CPU; writes benchmarks/results
 	$(BIN)/python -m pytest benchmarks --write
 
-bench-gpu: install  ## selftest, tune, timings; writes benchmarks/results
+bench-gpu: install  ## selftest, timings; writes benchmarks/results
 	$(BIN)/python -m benchmarks.gpu
 
 aot: install  ## compile all GPU kernels for all architectures; fails on a spill
@@ -154,13 +166,12 @@ wheel: dist  ## the same with a manylinux wheel, which PyPI takes
 tables: install  ## tables and charts of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
-# Imports are checked in a copy, since kernels/ lies beside the package but is imported as a part of it.
+# Imports are checked in a copy, in which simplclip/kernels is a folder, not a link.
 lint: install  ## ruff, mypy, and that packages import from those below them only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
-	rm -rf build/lint && mkdir -p build/lint && cp -r simplclip build/lint && rm -rf build/lint/simplclip/kernels
-	cp -r kernels build/lint/simplclip/kernels
+	rm -rf build/lint && mkdir -p build/lint && cp -rL simplclip build/lint
 	cd build/lint && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache --config ../../pyproject.toml
 
 clean:  ## remove what was built; keeps data, runs and venvs

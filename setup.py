@@ -7,10 +7,14 @@ SIMPLCLIP_CUDA=auto (default) builds CUDA where it can and prints why where it c
 SIMPLCLIP_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST chooses the architectures, e.g. "8.6;9.0"; "all" stands for ARCHITECTURES, as a
 wheel needs them. Without either, the build is for this machine's GPUs, or for an RTX 3090 where there is no GPU. MAX_JOBS
 caps the compilers that run at once.
+
+Each extension contains a digest of its sources, by which simplclip/ops/extension.py refuses one that is out of date.
 """
 
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import time
@@ -52,7 +56,7 @@ def why_no_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if cpp_extension.CUDA_HOME is None:
-        return "nvcc was not found (set CUDA_HOME)"
+        return f"nvcc was not found: install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME to it"
     nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
     try:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -60,7 +64,7 @@ def why_no_cuda() -> str | None:
         return f"{nvcc} does not run: {error}"
     release = text.split("release ")[1].split(",")[0]
     if release.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"nvcc is {release}, torch was built with CUDA {torch.version.cuda}: the major versions must be equal"
+        return f"nvcc is {release}, torch was built with CUDA {torch.version.cuda}: install a toolkit of that major version"
     return None
 
 
@@ -84,14 +88,29 @@ class Build(cpp_extension.BuildExtension):
 
     def run(self) -> None:
         start = time.monotonic()
+        write_header()
         super().run()
         print(f"simplclip: built {' and '.join(e.name for e in self.extensions)} in {time.monotonic() - start:.0f} s")
+        if NO_CUDA:
+            print(f"simplclip: WITHOUT the CUDA kernels: {NO_CUDA}")
 
 
-def extensions() -> list:
+def write_header() -> None:
+    """Writes build/sources.h, which the extensions' modules include: what they were built from, and why there is no CUDA."""
+    macros = {"SOURCES": DIGEST("_C"), "SOURCES_CUDA": DIGEST("_C_cuda"), "NO_CUDA": NO_CUDA or ""}
+    text = "".join(f"#define SIMPLCLIP_{name} {json.dumps(value)}\n" for name, value in macros.items())
+    BUILD.mkdir(exist_ok=True)
+    header = BUILD / "sources.h"
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
+
+
+def extensions() -> tuple[list, str | None]:
+    """Returns the extensions to build, and the reason why the CUDA objects are not among them; None if they are."""
     cpu = cpp_extension.CppExtension(
         "simplclip._C",
         ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").rglob("*.cpp")))],
+        include_dirs=[str(BUILD.resolve())],
         define_macros=MACROS,
         extra_compile_args={"cxx": [*FLAGS, *SANITIZE]},
         extra_link_args=SANITIZE,
@@ -101,33 +120,37 @@ def extensions() -> list:
     if wanted not in ("0", "1", "auto"):
         raise SystemExit(f"SIMPLCLIP_CUDA: expected 0, 1 or auto, got {wanted!r}")
     if wanted == "0":
-        return [cpu]
+        return [cpu], "SIMPLCLIP_CUDA=0 left them out: unset it"
     reason = why_no_cuda()
     if reason:
         if wanted == "1":
             raise SystemExit(f"SIMPLCLIP_CUDA=1, but the CUDA objects cannot be built: {reason}")
-        print(f"simplclip: building without CUDA: {reason}")
-        return [cpu]
+        return [cpu], reason
     chosen, why = architectures()
     print(f"simplclip: building the CUDA kernels for {chosen} ({why}); SIMPLCLIP_CUDA_ARCHS=all builds for {ARCHITECTURES}")
     os.environ["TORCH_CUDA_ARCH_LIST"] = chosen
     cuda = cpp_extension.CUDAExtension(
         "simplclip._C_cuda",
         sorted(str(path) for kind in ("*.cpp", "*.cu") for path in Path("csrc/cuda").rglob(kind)),
+        include_dirs=[str(BUILD.resolve())],
         define_macros=[*MACROS, ("USE_CUDA", None), ("SIMPLCLIP_ARCHITECTURES", f'"{chosen}"')],
         extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3", "-std=c++20"]},
         py_limited_api=True,
     )
-    return [cpu, cuda]
+    return [cpu, cuda], None
 
 
-# kernels/ lies at the top level beside csrc/, but is installed in simplclip: PyPI has another top-level package of this name.
-KERNELS = ["kernels", *(f"kernels.{name}" for name in find_packages("kernels"))]
+BUILD = Path("build")
+DIGEST = runpy.run_path("simplclip/ops/extension.py")["digest"]
+EXTENSIONS, NO_CUDA = extensions()
 
 setup(
-    packages=[*find_packages(include=["simplclip", "simplclip.*"]), *(f"simplclip.{name}" for name in KERNELS)],
-    package_dir={"simplclip.kernels": "kernels"},
-    ext_modules=extensions(),
+    # kernels/ lies at the top level beside csrc/, and simplclip/kernels is a link to it: PyPI has another package kernels.
+    packages=find_packages(include=["simplclip", "simplclip.*"]),
+    # With this, an editable installation is an entry of sys.path. By default it is a finder, which Python asks only after it
+    # has taken a folder without __init__.py for the package: a checkout in a folder named simplclip, beside a script.
+    package_dir={"": "."},
+    ext_modules=EXTENSIONS,
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

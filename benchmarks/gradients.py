@@ -47,10 +47,13 @@ def row(this: Training, batches: list[dict[str, Any]]) -> dict[str, Any]:
         features = [torch.cat([encode(b) for b in batches]).float() for encode in (this.encode_image, this.encode_text)]
     image, text = (t.requires_grad_() for t in features)
     found: dict[str, Any] = {"step": this.step}
-    for name, value in this.terms(batches, image, text).items():
-        gradients = torch.autograd.grad(value, (image, text), retain_graph=True)
+    objective = this.objective
+    for name in objective.schedules:
+        this.objective = objective.alone(name)
+        gradients = torch.autograd.grad(this.terms(batches, image, text)[0], (image, text))
         norm = torch.cat([g.flatten() for g in gradients]).norm().item()
         found |= {f"{name.removesuffix('_loss')} gradient": round(norm, 4)}
+    this.objective = objective
     captions = len(text) // len(image)
     groups = torch.cat([b["group"] for b in batches]).repeat_interleave(captions)
     similarity = (image.repeat_interleave(captions, 0) @ text.T).detach()

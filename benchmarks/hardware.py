@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 import re
 import subprocess
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 import torch
 
 import simplclip
-from simplclip.common.machine import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,6 +25,16 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def cpu_name() -> str:
+    """Returns the processor's name from /proc/cpuinfo with its family and model, since the name alone may say little."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return f"{info.get('model name', platform.machine())} (family {info.get('cpu family')}, model {info.get('model')})"
 
 
 def describe(device: str = "cpu") -> dict[str, str]:

@@ -50,21 +50,6 @@ struct HiddenGradient {
   auto fields() { return std::tie(grad, h, weight, act, need_weight); }
 };
 
-struct FeatureCall {
-  Tensor student, teacher;  // [N, D]
-  bool smooth;
-  double beta;
-  bool normalize;
-
-  auto fields() { return std::tie(student, teacher, smooth, beta, normalize); }
-};
-
-struct FeatureGradient : FeatureCall {
-  Tensor grad, inv_norms;  // [], [2, N] or [2, 0]
-
-  auto fields() { return std::tuple_cat(FeatureCall::fields(), std::tie(grad, inv_norms)); }
-};
-
 // Adapts `function` to TORCH_BOX, which needs a parameter for each argument: run(fields...) returns function(Call of the fields).
 template <class Call, auto function, class Fields = decltype(std::declval<Call&>().fields())>
 struct Unpacked;

@@ -47,14 +47,3 @@ def reciprocal(x, INTERPRETED: tl.constexpr):
     if INTERPRETED:
         return 1.0 / x
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def uniform(condition, INTERPRETED: tl.constexpr):
-    """Returns a condition and declares it equal in all threads: else the compiler would divide the warps at its branch."""
-    if not INTERPRETED:
-        vote: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.s32 $0, 1, 0, p; }"
-        condition = (
-            tl.inline_asm_elementwise(vote, "=r,r", [condition.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1) != 0
-        )
-    return condition

@@ -7,6 +7,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,8 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 def starts(size: int, step: int) -> Sequence[int]:
     """Returns the first rows of chunks of `step` rows. If pretended, only of the first two chunks and the last: the others
     would allocate the same as the second."""
-    every = range(0, size, step)
-    return [every[0], every[1], every[-1]] if _pretends and len(every) > 3 else every
+    rows = range(0, size, step)
+    return [rows[0], rows[1], rows[-1]] if _pretends and len(rows) > 3 else rows
 
 
 @functools.cache
@@ -55,15 +56,17 @@ def _device(index: int) -> tuple[int, int]:
 
 
 def architecture_and_processors(tensor: Tensor) -> tuple[int, int]:
-    """Returns architecture and number of multiprocessors; few for the interpreter, so that small calls split columns."""
+    """Returns architecture and number of multiprocessors of the tensor's device; 4 under the interpreter, so that small calls
+    split columns."""
     if interpreted():
         return tuning.INTERPRETER, 4
     return ASSUMED if _pretends and not torch.cuda.is_available() else _device(tensor.device.index)
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and not interpreted()
-    return tuning.precision_of(dtype, tf32)
+    """Returns the precision of products, of tuning.PRECISIONS."""
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and not interpreted()
+    return "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
 
 
 @functools.cache
@@ -95,26 +98,20 @@ def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
         torch.mm(left, right, out=out, **wide)
 
 
-class started:
-    """A kernel that is started as kernel[grid](...). Warns, once per kernel, if the compiler spilled registers.
+def start(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> Any:
+    """Returns the compiled kernel, or None under the interpreter."""
+    return kernel[(programs,)](*args, **options)
 
-    The gates (make aot) check that no tile of the table spills with the gates' versions of Triton; other versions may spill.
+
+def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    """Starts so many programs of a kernel. Warns, once per kernel, if the compiler spilled registers.
+
+    The gates (make aot) check that no kernel spills with the gates' versions of Triton; other versions may spill.
     """
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        if _pretends:
-            return lambda *args, **options: None
-        start = self.kernel[grid]
-
-        def call(*args, **options) -> None:
-            compiled = start(*args, **options)  # None under the interpreter
-            if getattr(compiled, "n_spills", 0):
-                _warn(compiled.name, compiled.n_spills, compiled.metadata.target.arch)
-
-        return call
+    if not _pretends:
+        compiled = start(kernel, programs, args, {**options, **COMPILE})
+        if getattr(compiled, "n_spills", 0):
+            _warn(compiled.name, compiled.n_spills, compiled.metadata.target.arch)
 
 
 @functools.cache
@@ -124,10 +121,10 @@ def splits(blocks: int, tiles: int, slots: int) -> tuple[int, int]:
     The cost is the number of rounds of programs times tiles per range; half a tile is added for the other work of a program,
     so that few large ranges are preferred if they fill the device equally well.
     """
-    most = min(tiles, max(8, -(-2 * slots // blocks)))
+    limit = min(tiles, max(8, -(-2 * slots // blocks)))
 
     def cost(ranges: int) -> float:
         return -(-blocks * ranges // slots) * (-(-tiles // ranges) + 0.5)
 
-    per_split = -(-tiles // min(range(1, most + 1), key=cost))
+    per_split = -(-tiles // min(range(1, limit + 1), key=cost))
     return -(-tiles // per_split), per_split

@@ -33,12 +33,10 @@ Named = dict[Any, Tensor]  # outputs by their name, or by their position
 def backward(
     encode: Encode | Mapping[str, Encode],
     micro_batches: Any,
-    loss: Callable[..., Tensor | Mapping[str, Tensor]],
+    loss: Callable[..., Any],
     *,
-    micro_batch: int | Mapping[str, int] | None = None,
     model: nn.Module | None = None,
     scaler: torch.amp.GradScaler | None = None,
-    encoded: Callable[[str | int, Tensor], Any] | None = None,
 ) -> dict[str, Tensor]:
     """Adds to `.grad` the gradients that one backward pass of the loss over all micro-batches together would add:
 
@@ -60,12 +58,9 @@ def backward(
             If the towers have micro-batches of their own: a mapping of such functions. A function returns one tensor, which
             is named by the function's key, or a mapping of outputs.
         micro_batches: a sequence of micro-batches of any type, which is read twice; for several towers, a mapping of such
-            sequences, like `encode`. Their lengths may differ.
-        loss: maps the outputs of all E pairs to the loss, or to a mapping of terms whose sum is the loss. Parameters of its
-            own get their gradients in step 2.
-        micro_batch: the rows of a micro-batch (GradCache's chunk_sizes), a number or a mapping of one for each tower.
-            micro_batches then has the whole inputs in place of each sequence: a tensor, or a sequence or mapping of tensors
-            with equal numbers of rows. The last micro-batch may be smaller.
+            sequences, like `encode`. Their lengths may differ. images.split(64) makes such a sequence of a tensor.
+        loss: maps the outputs of all E pairs to the loss, to a mapping of terms whose sum is the loss, or to (loss, terms)
+            like the method `terms` of simplclip.losses. Parameters of its own get their gradients in step 2.
         model: the module that `check` checks. If it contains DistributedDataParallel, the ranks exchange gradients only in
             the last backward pass of each tower. Towers that share a wrapper have one last backward pass, of the last
             micro-batches of all towers; such a wrapper must not have find_unused_parameters=True. encode must call the
@@ -73,8 +68,6 @@ def backward(
             forward(image, text)), not a variable that `loss` captures. static_graph=True is not supported, since torch then
             exchanges in the first backward pass.
         scaler: scales the loss; the caller calls its step and update.
-        encoded: is called with the name, or the position, of each output and with its features of all micro-batches, before
-            the next tower is encoded, e.g. to call losses.gather_early(features) for the texts.
 
     Returns the detached terms; {"loss": ...} if `loss` returns one tensor.
 
@@ -92,7 +85,7 @@ def backward(
 
     Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
     """
-    towers = _towers(encode, micro_batches, micro_batch)
+    towers = _towers(encode, micro_batches)
     if model is not None:
         check(model)
     ranks = _Ranks(model, towers)
@@ -103,12 +96,13 @@ def backward(
             if name in leaves:
                 raise ValueError(f"{tower.label}: expected outputs that no other tower has, got {name!r}")
             leaves[name] = leaf.requires_grad_()
-            if encoded is not None and leaf.dim() > 1:
-                encoded(name, leaf)
 
-    terms = loss(*leaves.values()) if 0 in leaves else loss(**leaves)
-    terms = terms if isinstance(terms, Mapping) else {"loss": terms}
-    total: Any = sum(terms.values())
+    result = loss(*leaves.values()) if 0 in leaves else loss(**leaves)
+    if isinstance(result, tuple):
+        total, terms = result
+    else:
+        terms = result if isinstance(result, Mapping) else {"loss": result}
+        total = sum(terms.values())
     total = total if scaler is None else scaler.scale(total)
     with _autocast_off(total):
         total.backward()
@@ -122,18 +116,16 @@ def backward(
 class _Tower:
     """An encoder, its micro-batches, and the state that step 1 keeps for step 3. key: None if there is only one tower."""
 
-    def __init__(self, key: str | None, encode: Encode, micro_batches: Any, size: int | None) -> None:
-        self.key, self.encode, at = key, encode, "" if key is None else f"[{key!r}]"
-        self.label = f"encode{at}"
-        if size is not None:
-            micro_batches = _split(f"micro_batches{at}", micro_batches, size)
+    def __init__(self, key: str | None, encode: Encode, micro_batches: Any) -> None:
+        self.key, self.encode, suffix = key, encode, "" if key is None else f"[{key!r}]"
+        self.label = f"encode{suffix}"
         if not hasattr(micro_batches, "__getitem__"):
             got = type(micro_batches).__name__
-            raise TypeError(f"micro_batches{at}: expected a sequence, since it is read twice, got {got}")
+            raise TypeError(f"micro_batches{suffix}: expected a sequence, since it is read twice, got {got}")
         self.micro_batches, self.count = micro_batches, len(micro_batches)
         if not self.count:
-            raise ValueError(f"micro_batches{at}: expected at least one, got none")
-        self.again = self.count - 1  # micro-batches that are encoded again in step 3, all but the last
+            raise ValueError(f"micro_batches{suffix}: expected at least one, got none")
+        self.recomputed = self.count - 1  # micro-batches that are encoded again in step 3, all but the last
         self.states: list[tuple[Tensor, list[Tensor]]] = []
         self.parts: list[Named] = []
         self.kept: Named = {}
@@ -141,56 +133,58 @@ class _Tower:
     def encode_once(self, ranks: _Ranks) -> None:
         for index in range(self.count):
             self.states.append(_generators())
-            with torch.set_grad_enabled(index == self.again), ranks.alone(self in ranks.again):
+            with torch.set_grad_enabled(index == self.recomputed), ranks.no_sync(self in ranks.recomputing):
                 outputs = self._outputs(self.micro_batches[index])
             if self.parts and outputs.keys() != self.parts[0].keys():
                 first, got = list(self.parts[0]), list(outputs)
                 raise ValueError(f"{self.label}: expected the outputs of the first micro-batch, {first}, got {got}")
-            if index == self.again:
+            if index == self.recomputed:
                 self.kept = outputs
             self.parts.append({name: output.detach() for name, output in outputs.items()})
-        self.rows = [{name: len(part) for name, part in of_one.items() if part.dim() > 1} for of_one in self.parts]
+        self.rows = [{name: len(part) for name, part in parts.items() if part.dim() > 1} for parts in self.parts]
 
     def leaves(self) -> Named:
         """Returns the outputs of all micro-batches as new tensors and forgets them."""
         parts, self.parts, features = self.parts, [], self.rows[0]
-        return {n: torch.cat([of_one[n] for of_one in parts]) if n in features else t for n, t in parts[-1].items()}
+        return {n: torch.cat([part[n] for part in parts]) if n in features else t for n, t in parts[-1].items()}
 
     def encode_again(self, ranks: _Ranks, gradients: Named) -> None:
         """Backpropagates all micro-batches but the one that `last` returns."""
         self.gradients: list[Named] = [{} for _ in self.rows]
         for name in self.names:
             if name in gradients and name in self.rows[0]:
-                for of_one, gradient in zip(self.gradients, gradients[name].split([m[name] for m in self.rows])):
-                    of_one[name] = gradient
+                parts = gradients[name].split([rows[name] for rows in self.rows])
+                for of_micro_batch, part in zip(self.gradients, parts):
+                    of_micro_batch[name] = part
             elif name in gradients:
-                self.gradients[self.again - 1][name] = gradients[name]  # -1, the last micro-batch, if none is encoded again
-        with ranks.alone(True):
-            if self.again:
+                # The micro-batch that `last` returns, which is at -1 if none is encoded again.
+                self.gradients[self.recomputed - 1][name] = gradients[name]
+        with ranks.no_sync(True):
+            if self.recomputed:
                 _backpropagate([self._kept()])
-            for index in range(self.again - 1):
-                _backpropagate([self._again(index)])
+            for index in range(self.recomputed - 1):
+                _backpropagate([self._encoded_again(index)])
 
     def last(self) -> tuple[Named, Named]:
         """Returns outputs and gradients of the last micro-batch that is encoded again, or else of the only micro-batch."""
-        return self._again(self.again - 1) if self.again else self._kept()
+        return self._encoded_again(self.recomputed - 1) if self.recomputed else self._kept()
 
     def _kept(self) -> tuple[Named, Named]:
         outputs, self.kept = self.kept, {}  # so that its graph does not outlive its backward pass
         return outputs, self.gradients[-1]
 
-    def _again(self, index: int) -> tuple[Named, Named]:
+    def _encoded_again(self, index: int) -> tuple[Named, Named]:
         _restore(self.states[index])
         return self._outputs(self.micro_batches[index]), self.gradients[index]
 
     def _outputs(self, batch: Any) -> Named:
         """Encodes a micro-batch and checks the outputs."""
         outputs: Any = self.encode(batch)
-        alone = self.key is None
+        single = self.key is None
         if isinstance(outputs, Tensor):
-            outputs = {0 if alone else self.key: outputs}
-        if not isinstance(outputs, (Mapping, Sequence) if alone else Mapping) or not outputs:
-            several = "a sequence or mapping" if alone else "a mapping"
+            outputs = {0 if single else self.key: outputs}
+        if not isinstance(outputs, (Mapping, Sequence) if single else Mapping) or not outputs:
+            several = "a sequence or mapping" if single else "a mapping"
             raise TypeError(f"{self.label}: expected a tensor, or {several} of them, got {type(outputs).__name__}")
         if not isinstance(outputs, Mapping):
             outputs = dict(enumerate(outputs))
@@ -203,41 +197,17 @@ class _Tower:
         return dict(outputs)
 
 
-def _towers(encode: Any, micro_batches: Any, micro_batch: Any) -> list[_Tower]:
+def _towers(encode: Any, micro_batches: Any) -> list[_Tower]:
     """Checks that the arguments fit each other, and makes the towers."""
     if callable(encode):
-        return [_Tower(None, encode, micro_batches, _checked("micro_batch", micro_batch))]
+        return [_Tower(None, encode, micro_batches)]
     if not isinstance(encode, Mapping) or not encode:
         raise TypeError(f"encode: expected a function, or a mapping of them, got {type(encode).__name__}")
-    sizes = micro_batch if isinstance(micro_batch, Mapping) else dict.fromkeys(encode, micro_batch)
-    for name, value in (("micro_batches", micro_batches), ("micro_batch", sizes)):
-        if not isinstance(value, Mapping) or set(value) != set(encode):
-            got = f"{type(value).__name__} {list(value)}" if isinstance(value, Mapping) else type(value).__name__
-            raise ValueError(f"{name}: expected one for each tower in a mapping, {list(encode)}, got {got}")
-    checked = {key: _checked(f"micro_batch[{key!r}]", sizes[key]) for key in encode}
-    return [_Tower(key, one, micro_batches[key], checked[key]) for key, one in encode.items()]
-
-
-def _checked(name: str, size: Any) -> int | None:
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
-        raise TypeError(f"{name}: expected a number of rows, got {size!r}")
-    if size is not None and size < 1:
-        raise ValueError(f"{name}: expected a number of rows, 1 or more, got {size}")
-    return size
-
-
-def _split(name: str, inputs: Any, size: int) -> list[Any]:
-    """Splits a tensor, or a sequence or mapping of tensors, into micro-batches of `size` rows."""
-    if isinstance(inputs, Tensor) and inputs.dim():
-        return list(inputs.split(size))
-    values = list(inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (list, tuple)) else ())
-    if not values or not all(isinstance(value, Tensor) and value.dim() for value in values):
-        raise TypeError(f"{name}: expected a tensor, or a sequence or mapping of tensors, got {type(inputs).__name__}")
-    lengths = [len(value) for value in values]
-    if len(set(lengths)) > 1:
-        raise ValueError(f"{name}: expected tensors of as many rows, got {lengths}")
-    parts = zip(*(value.split(size) for value in values))
-    return [dict(zip(inputs, part)) if isinstance(inputs, Mapping) else part for part in parts]
+    if not isinstance(micro_batches, Mapping) or set(micro_batches) != set(encode):
+        got = type(micro_batches).__name__
+        got += f" {list(micro_batches)}" if isinstance(micro_batches, Mapping) else ""
+        raise ValueError(f"micro_batches: expected one for each tower in a mapping, {list(encode)}, got {got}")
+    return [_Tower(key, function, micro_batches[key]) for key, function in encode.items()]
 
 
 def check(model: nn.Module) -> None:
@@ -259,24 +229,24 @@ def check(model: nn.Module) -> None:
 class _Ranks:
     """The choice of backward passes in which ranks exchange gradients. DistributedDataParallel makes it in forward passes.
 
-    again: the towers that exchange for a micro-batch that step 3 encodes again, not for the one whose graph step 1 keeps.
+    recomputing: the towers that exchange for a micro-batch of step 3, not for the one whose graph step 1 keeps.
     """
 
     def __init__(self, model: nn.Module | None, towers: list[_Tower]) -> None:
         modules = [] if model is None else model.modules()
         self.wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
-        self.towers, self.again = towers, [tower for tower in towers if tower.again]
+        self.towers, self.recomputing = towers, [tower for tower in towers if tower.recomputed]
         self.together = len(self.wrappers) == 1 and len(towers) > 1  # towers that share a wrapper
-        if self.together and self.again:
-            self.again = towers
+        if self.together and self.recomputing:
+            self.recomputing = towers
         if self.together and self.wrappers[0].find_unused_parameters:
             # DDP would count the parameters of one tower as finished in the forward pass of the other.
             raise InputError("model: expected find_unused_parameters=False of a wrapper that both towers share, got True")
 
-    def alone(self, alone: bool) -> ExitStack:
-        """Disables the exchange of gradients if `alone`."""
+    def no_sync(self, enabled: bool) -> ExitStack:
+        """Returns a context without the exchange of gradients, if `enabled`."""
         stack = ExitStack()
-        for wrapper in self.wrappers if alone else ():
+        for wrapper in self.wrappers if enabled else ():
             stack.enter_context(wrapper.no_sync())
         return stack
 
@@ -291,7 +261,7 @@ class _Ranks:
 
 def _backpropagate(parts: list[tuple[Named, Named]]) -> None:
     """Backpropagates outputs from their gradients, in one pass."""
-    pairs = [(outputs[n], g) for outputs, of_one in parts for n, g in of_one.items() if outputs[n].requires_grad]
+    pairs = [(outputs[n], g) for outputs, named in parts for n, g in named.items() if outputs[n].requires_grad]
     if pairs:
         with _autocast_off(pairs[0][0]):
             torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])

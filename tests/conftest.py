@@ -8,8 +8,6 @@ from paths import ROOT
 
 # torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's graphs would be taken.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))
-# What is known about this machine must not change the tests: this folder does not exist, so that nothing is known.
-os.environ["SIMPLCLIP_CACHE"] = str(ROOT / "build" / "nothing-known")
 # The variables that --prove sets: all cases of the emulator, and how often and where a test kills processes.
 PROOF = {
     "SIMPLCLIP_EMULATE_ALL": "1",
@@ -19,17 +17,6 @@ PROOF = {
 }
 # Fixtures that take long to make: a test that uses one is slow.
 SLOW = {"kernels", "single", "double", "documented_runs", "tiny", "vit", "trained", "of_ranks", "interpreted"}
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Yields an empty cache folder for findings about this machine."""
-    from simplclip.common import machine
-
-    monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "cache"))
-    machine.forget()
-    yield tmp_path / "cache"
-    machine.forget()
 
 
 def pytest_addoption(parser):

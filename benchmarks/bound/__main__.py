@@ -19,9 +19,9 @@ import torch
 
 from benchmarks import hardware
 from benchmarks.bound import assumed, calls, machine, predict, sass, trace
+from benchmarks.bound.cards import CARDS
 from benchmarks.measure import PASSES
 from benchmarks.results_file import RESULTS, table, write_csv
-from simplclip.common.cards import CARDS
 
 CALLS, KERNELS = RESULTS / "bound_calls-predicted.csv", RESULTS / "bound_kernels-predicted.csv"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}

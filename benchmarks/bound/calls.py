@@ -17,7 +17,7 @@ LOSSES = {
     "contrastive": ("contrastive",),
     "contrastive+pair_matching": ("contrastive", "pair_matching"),
     "sigmoid": ("sigmoid",),
-    "all": ("contrastive", "pair_matching", "relational", "interactive"),
+    "all": ("contrastive", "pair_matching", "relational"),
 }
 SIZES = (4096, 32768, 65536)
 WIDTH = 512
@@ -82,7 +82,7 @@ def loss(terms: tuple[str, ...], n: int, width: int, dtype: torch.dtype, backwar
         tensors["plane"] = (_leaf(), _leaf())
     if "sigmoid" in terms:
         tensors["logit_bias"] = _leaf()
-    if "relational" in terms or "interactive" in terms:
+    if "relational" in terms:
         tensors |= {f"teacher_{name}": _leaf(n, width, dtype=dtype, grad=False) for name in ("image", "text")}
         tensors["teacher_scale"] = _leaf(grad=False)
     weights = dict.fromkeys(terms, 1.0) if len(terms) > 1 else None

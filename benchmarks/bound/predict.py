@@ -22,8 +22,8 @@ from benchmarks.bound.assumed import (
     MULTIPROCESSORS,
     SUSTAINED,
 )
+from benchmarks.bound.cards import CARDS, Card
 from benchmarks.bound.trace import Stand, Step
-from simplclip.common.cards import CARDS, Card
 
 
 @dataclass

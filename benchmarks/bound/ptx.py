@@ -15,8 +15,6 @@ _LABEL = re.compile(r"^(\$\w+):")
 _INSTRUCTION = re.compile(r"^(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*?)\s*;")
 _PARAMETER = re.compile(r"\.param\s+(?:\.align \d+ )?\.\w+[^,)]*?\b(\w+_param_\d+)")
 _REGISTER = re.compile(r"%[a-z]+\d+")
-# The code that simplclip.kernels.arithmetic.uniform makes of a condition that is the same in all threads.
-_UNIFORM = re.compile(r"\{.*setp\.ne\.s32 p, (%r\d+),.*selp\.s32 (%r\d+),.*\}")
 _STEPS = 1 << 22  # most blocks that a thread may run: a longer run waits for a value that is not computed here
 _FIRST = 4096  # number of a thread's first accesses to a tensor whose addresses are kept
 _APART = 40  # log2 of the distance between tensors' addresses, by which `_touch` finds the tensor of an address
@@ -95,7 +93,7 @@ class Kernel:
         targets: list[tuple[int, str]] = []
         used = set(re.findall(r"\bbra(?:\.\w+)*\s+(\$\w+)", body))
         for raw in body.splitlines():
-            line = _UNIFORM.sub(r"mov.b32 \2, \1;", raw.split("//")[0].strip())
+            line = raw.split("//")[0].strip()
             if label := _LABEL.match(line):
                 if label[1] not in used:  # a label for the debugger
                     continue

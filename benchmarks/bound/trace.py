@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from simplclip.common.cards import Card
+from benchmarks.bound.cards import Card
 from simplclip.kernels import launch as launching
 from simplclip.memory import fake
 from simplclip.ops import backends, registry
@@ -193,11 +193,11 @@ class Trace(TorchDispatchMode):
 
         return record if backend == "cuda" else function
 
-    def launched(self, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
+    def launched(self, kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> None:
         name = kernel.__name__.strip("_").removesuffix("_kernel")
         args, options = tree_map_only(Tensor, self.stand, (args, options))
         first = next(t for t in tree_leaves((args, options)) if isinstance(t, Stand))
-        self.steps.append(Step("triton", name, first.dtype, launch=Launch(kernel, tuple(grid), args, options)))
+        self.steps.append(Step("triton", name, first.dtype, launch=Launch(kernel, (programs,), args, options)))
 
 
 def _of_product(step: Step, name: str, inputs: Sequence[Stand], out: Stand) -> None:
@@ -211,7 +211,8 @@ def _of_product(step: Step, name: str, inputs: Sequence[Stand], out: Stand) -> N
 
 
 def _forget() -> None:
-    """Clears the caches of launchers and backends, which hold properties of a device."""
+    """Clears the caches of launchers, backends and selected functions, which hold properties of a device."""
+    registry._selected.clear()
     for module in (launching, backends):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
@@ -228,9 +229,6 @@ def on_card(card: Card) -> Iterator[Trace]:
         L2_cache_size=card.l2 << 20, name="fake",
     )  # fmt: skip
 
-    def start(self, grid):
-        return lambda *args, **options: trace.launched(self.kernel, grid, args, options)
-
     def to_list(tensor):
         trace.host("tolist")
         return [0.0] * tensor.numel()
@@ -243,8 +241,8 @@ def on_card(card: Card) -> Iterator[Trace]:
             (torch.cuda, "get_device_properties", lambda *_: properties),
             (torch.cuda, "device_of", lambda *_: contextlib.nullcontext()),
             (torch.cuda, "synchronize", lambda *_: trace.host("synchronize")),
-            (backends, "capability", lambda: capability),
-            (launching.started, "__getitem__", start),
+            (backends, "capability", lambda device: capability),
+            (launching, "start", trace.launched),
             (FakeTensor, "tolist", to_list),
             (registry, "counted", True),
         ):

@@ -1,13 +1,12 @@
-"""Proves, tunes and measures this library on a GPU in one go: `python -m benchmarks.gpu`.
+"""Checks and measures this library on a GPU in one go: `python -m benchmarks.gpu`.
 
-Runs `simplclip selftest`, which takes out the kernels that fail it, and `simplclip tune`. Then measures case by case, the
-most useful first: steps of the SiCLIPs beside the models that they were made from; similarity_loss with its peers (open_clip,
-torch.compile; Inf-CLIP, memeff and siglip-kernel where they are installed); the largest batches; the rate of the loader;
-single kernels beside the prediction of benchmarks.bound and a plain product of cuBLAS; attention; blocks; a step of a small
-model. Measures all cases in one dtype, then in the next. A form that fails, does not fit in memory or has a wrong value
-becomes a row with its reason.
+Runs `simplclip selftest` and shows what fails. Then measures case by case, the most useful first: steps of the SiCLIPs beside
+the models that they were made from; similarity_loss with its peers (open_clip, torch.compile; Inf-CLIP, memeff and
+siglip-kernel where they are installed); the largest batches; the rate of the loader; single kernels beside the prediction of
+benchmarks.bound and a plain product of cuBLAS; attention; blocks; a step of a small model. Measures all cases in one dtype,
+then in the next. A form that fails, does not fit in memory or has a wrong value becomes a row with its reason.
 
-Writes one folder and a zip of it: rows.csv after every case, the output of selftest and tune, measured beside predicted
+Writes one folder and a zip of it: rows.csv after every case, the output of selftest, measured beside predicted
 figures, pictures, the environment. A case that the folder already has at this commit is not measured again.
 """
 
@@ -28,14 +27,7 @@ from benchmarks import hardware
 from benchmarks.gpu import bundle, models, ops
 from benchmarks.measure import reason
 from benchmarks.results_file import RESULTS, table, write_csv
-from simplclip.common import machine
 
-SELFTEST = ["selftest", "--json", "{folder}/selftest.json", "--device"]
-# The commands that run before anything is measured, by device: arguments of simplclip.
-FIRST = {
-    "cuda": {"selftest": [*SELFTEST, "cuda"], "tune": ["tune", "--device", "cuda"]},
-    "cpu": {"selftest": [*SELFTEST, "cpu"], "tune": ["tune", "siclip-tiny-emoji", "--device", "cpu"]},
-}
 OPS = {
     "steps": models.steps,
     "losses": ops.losses,
@@ -51,7 +43,7 @@ OPS = {
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this program without a GPU")
-    parser.add_argument("--at-once", action="store_true", help="measure without selftest and tune")
+    parser.add_argument("--at-once", action="store_true", help="measure without selftest")
     parser.add_argument("--ops", default=",".join(OPS), help="in this order")
     parser.add_argument("--minutes", type=float, default=40, help="start no case after so many")
     parser.add_argument("--sizes", default="32768,4096,65536,16384,1024", help="batch sizes N of the losses, in this order")
@@ -64,25 +56,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare(device: str, folder: Path) -> None:
-    """Runs selftest and tune, and passes on and keeps their output.
-
-    A selftest that ends with 1 has taken out what failed, so that the rest can be measured; any other error ends the program.
-    """
-    for name, words in FIRST[device].items():
-        command = [sys.executable, "-m", "simplclip", *(word.format(folder=folder) for word in words)]
-        print(f"{name}:", " ".join(command[1:]), flush=True)
-        with (
-            open(folder / f"{name}.txt", "w") as file,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run,
-        ):
-            for line in run.stdout:
-                print(line, end="", flush=True)
-                file.write(line)
-        if run.returncode == 1 and name == "selftest":
-            print("selftest: what failed is taken out; the rest is measured", flush=True)
-        elif run.returncode:
-            sys.exit(f"{name} ended with {run.returncode}, so nothing is measured (--at-once measures all the same)")
+def check_first(device: str, folder: Path) -> None:
+    """Runs selftest and keeps its output. Ends the program unless it ends with 0, or with 1: something is wrong."""
+    command = [sys.executable, "-m", "simplclip", "selftest", "--device", device, "--json", str(folder / "selftest.json")]
+    print(" ".join(command[2:]), flush=True)
+    with (
+        open(folder / "selftest.txt", "w") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run,
+    ):
+        for line in run.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+    if run.returncode not in (0, 1):
+        sys.exit(f"selftest ended with {run.returncode}, so nothing is measured (--at-once measures all the same)")
 
 
 def cases(options: argparse.Namespace) -> Iterator[ops.Case]:
@@ -110,8 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = options.out or RESULTS / f"{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}"
     folder.mkdir(parents=True, exist_ok=True)
     if not options.at_once:
-        prepare(options.device, folder)
-        machine.forget()  # so that this process reads the results of selftest and tune
+        check_first(options.device, folder)
     rows = earlier(folder / "rows.csv", where["commit"])
     done, left = {row["case"] for row in rows}, 0
     for case in cases(options):

@@ -12,7 +12,6 @@ from typing import Any
 import simplclip
 from benchmarks import hardware
 from benchmarks.results_file import table, write_csv
-from simplclip.common import machine
 from simplclip.common.files import write_atomically
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
 
@@ -55,8 +54,6 @@ def write_bundle(folder: Path, device: str, rows: list[dict], left: int) -> list
         lines += ["", f"{len(failed)} forms have no figure:", *table(failed)]
     write_atomically(folder / "summary.txt", "\n".join(lines) + "\n")
     write_atomically(folder / "environment.json", json.dumps(environment(device), indent=2) + "\n")
-    if machine.path(device).exists():
-        shutil.copy(machine.path(device), folder / "machine.json")
     draw(folder, rows, against)
     shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
     return lines

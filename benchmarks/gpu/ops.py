@@ -19,11 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import attention_forms, block_forms, similarity_forms, training_forms
 from benchmarks.bound import calls
+from benchmarks.bound.cards import CARDS
 from benchmarks.measure import PASSES, interleaved_times, quantiles, reason
-from simplclip.common.cards import CARDS
 
 WHOLE = "the whole call"
-OURS = re.compile(r"(similarity_\w+?|shaped_attention_\w+?|parallel_mlp_\w+?|feature_loss_\w+?)(?:_kernel\b|$)")
+OURS = re.compile(r"(similarity_\w+?|shaped_attention_\w+?|parallel_mlp_\w+?)(?:_kernel\b|$)")
 
 
 @dataclass

@@ -42,7 +42,7 @@ VINLINE vf activate(vf x) {
 
 template <Activation A>
 VINLINE vf slope(vf x) {
-  if constexpr (A == Activation::kRelu) return x > 0.0f ? splat(1.0f) : vf{};
+  if constexpr (A == Activation::kRelu) return x <= 0.0f ? vf{} : splat(1.0f);  // 1 for NaN, as in torch
   else if constexpr (A == Activation::kGelu) {
     const Normal n = normal(x);
     return n.integral + x * n.density;

@@ -10,7 +10,6 @@
 
 #include "attention/head.h"
 #include "elementwise.h"
-#include "feature/rows.h"
 #include "similarity/strip.h"
 
 namespace simplclip {
@@ -18,7 +17,6 @@ namespace simplclip {
 struct InstructionSet {
   const char* name;
   StripKernels strip;
-  FeatureKernels feature;
   AttentionKernels attention;
   ElementwiseKernels elementwise;
 };

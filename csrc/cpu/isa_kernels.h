@@ -1,4 +1,4 @@
-// The kernels of the instruction set that SIMPLCLIP_ISA names. Each file isa_*.cpp but isa_amx.cpp includes this header once,
+// The kernels of the instruction set that SIMPLCLIP_ISA names. Each file isa_*.cpp includes this header once,
 // after its `#pragma GCC target`, so that every function exists once per instruction set and the linker cannot mix them up.
 // System headers come first (instruction_set.h), so that their inline functions are baseline code.
 
@@ -12,7 +12,6 @@ namespace {
 #include "small_product.h"
 #include "attention/forward_impl.h"
 #include "attention/backward_impl.h"
-#include "feature/rows_impl.h"
 #include "similarity/strip_impl.h"
 #include "similarity/sigmoid_impl.h"
 #include "similarity/forward_impl.h"
@@ -28,7 +27,6 @@ void attention_backward(const AttentionHead& head, const AttentionGrad& grad, do
 }  // namespace
 extern const InstructionSet kernels = {SIMPLCLIP_STRING(SIMPLCLIP_ISA),
                                        {forward, backward, merge, sigmoids},
-                                       {feature_forward, feature_backward},
                                        {attention_scratch_floats, attention_forward, attention_backward},
                                        {elementwise_activate, elementwise_convert}};
 }  // namespace simplclip::SIMPLCLIP_ISA

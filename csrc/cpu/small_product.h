@@ -159,8 +159,4 @@ inline void unpack(const float* from, int64_t from_row, int64_t count, int64_t l
 }
 
 // Defines row_product, the product of kTile rows of a left operand and a right one, and the multiples for padding operands.
-#if defined(SIMPLCLIP_AMX)
-#include "amx_product.h"
-#else
 #include "vector_product.h"
-#endif

@@ -36,7 +36,6 @@ const char* launch_kernel(
 SIMPLCLIP_DEVICE int thread() { return threadIdx.x; }
 SIMPLCLIP_DEVICE int threads() { return blockDim.x; }
 SIMPLCLIP_DEVICE int block_x() { return blockIdx.x; }
-SIMPLCLIP_DEVICE int grid_x() { return gridDim.x; }
 SIMPLCLIP_DEVICE int lane() { return thread() & 31; }
 SIMPLCLIP_DEVICE int warp() { return thread() >> 5; }
 
@@ -51,14 +50,8 @@ SIMPLCLIP_DEVICE uint32_t shared_address(const void* pointer) {
 }
 
 SIMPLCLIP_DEVICE void sync_block() { __syncthreads(); }
-SIMPLCLIP_DEVICE void sync_warp() { __syncwarp(); }
 
 template <class V>  // float, int32_t or uint32_t
-SIMPLCLIP_DEVICE V shuffle(V value, int from) {
-  return __shfl_sync(0xffffffffu, value, from);
-}
-
-template <class V>
 SIMPLCLIP_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }

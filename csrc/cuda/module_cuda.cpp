@@ -2,6 +2,7 @@
 #include <Python.h>
 
 #include "attention/plan.h"
+#include "sources.h"  // written by setup.py
 
 namespace simplclip {
 int binary_version(int device);  // device.cu
@@ -47,7 +48,9 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+// The docstring is the digest of the sources: simplclip/ops/extension.py reads it from the file, before it loads the module.
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_cuda", SIMPLCLIP_SOURCES_CUDA, -1, methods,
+                          nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simplclip.kernels.arithmetic import narrowed
-from simplclip.kernels.launch import COMPILE, device_of, interpreted, started
+from simplclip.kernels.launch import device_of, interpreted, launch
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
 ELEMENTS = 1024  # of a block
@@ -160,9 +160,10 @@ def shaped_attention_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None
     """Writes out; av may hold anything at padded tokens."""
     batch, tokens, heads, width = call.q.shape
     with device_of(call.q):
-        started(_shaped_attention_terms_kernel)[(batch * heads,)](
+        launch(
+            _shaped_attention_terms_kernel, batch * heads,
             *_heads(call.v, av, out), call.gains, call.lengths, tokens, heads, width,
-            CAUSAL=call.causal, INTERPRETED=interpreted(), **tile(width), **COMPILE,
+            CAUSAL=call.causal, INTERPRETED=interpreted(), **tile(width),
         )  # fmt: skip
 
 
@@ -171,9 +172,10 @@ def shaped_attention_gradients(call: AttentionInto, ordinary: tuple[Tensor, Tens
     batch, tokens, heads, width = call.q.shape
     parts = torch.empty(3, batch, heads, dtype=torch.float32, device=call.q.device)
     with device_of(call.q):
-        started(_shaped_attention_gradients_kernel)[(batch * heads,)](
+        launch(
+            _shaped_attention_gradients_kernel, batch * heads,
             *_heads(call.grad, call.v, call.av, *ordinary, call.dq, call.dk, call.dv), parts, call.gains, call.lengths,
             tokens, heads, width, float(sign),
-            CAUSAL=call.causal, INTERPRETED=interpreted(), **tile(width), **COMPILE,
+            CAUSAL=call.causal, INTERPRETED=interpreted(), **tile(width),
         )  # fmt: skip
     return parts.sum(1)

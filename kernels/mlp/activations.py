@@ -43,4 +43,4 @@ def slope(x, ACT: tl.constexpr):
         return s + x * s * (1.0 - s)
     else:
         tl.static_assert(ACT == "relu")
-        return tl.where(x > 0.0, 1.0, 0.0)
+        return tl.where(x <= 0.0, 0.0, 1.0)  # 1 for NaN, as in torch

@@ -11,17 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simplclip.common.tuned import tuned
 from simplclip.kernels import tuning
 from simplclip.kernels.arithmetic import dot, narrowed
 from simplclip.kernels.launch import (
-    COMPILE,
     add_product,
     architecture_and_processors,
     device_of,
     interpreted,
+    launch,
     precision_of,
-    started,
     starts,
 )
 from simplclip.kernels.mlp.activations import activation, slope
@@ -29,7 +27,7 @@ from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 
 GROUP = 8  # blocks of rows that use the same blocks of columns while these columns are in the cache
 BLOCK = 2048  # elements that a program activates
-SCRATCH, SCRATCH_BYTES = "scratch bytes of parallel_mlp", 16 << 20  # of the rows of act(h) that exist at a time
+SCRATCH_BYTES = 16 << 20  # of the rows of act(h) that exist at a time
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -98,17 +96,16 @@ def _dense(tensor: Tensor) -> Tensor:
 def _chunks(h: Tensor) -> list[slice]:
     """Returns ranges of rows of nearly equal size, for each of which act(h) fits SCRATCH_BYTES."""
     tokens = h.shape[0]
-    most = max(64, tuned(SCRATCH, h.dtype, h.device.type, SCRATCH_BYTES) // (h.shape[1] * h.itemsize))
-    step = -(-tokens // -(-tokens // most))
+    limit = max(64, SCRATCH_BYTES // (h.shape[1] * h.itemsize))
+    step = -(-tokens // -(-tokens // limit))
     return [slice(first, min(first + step, tokens)) for first in starts(tokens, step)]
 
 
 def _activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, F], contiguous
     """Writes act(h) to the first rows of the scratch and returns these rows."""
     out = scratch[: h.shape[0]]
-    started(_parallel_mlp_activate_kernel)[(triton.cdiv(h.numel(), BLOCK),)](
-        h, out, h.numel(), ACT=act, INTERPRETED=interpreted(), BLOCK=BLOCK, **COMPILE
-    )
+    programs = triton.cdiv(h.numel(), BLOCK)
+    launch(_parallel_mlp_activate_kernel, programs, h, out, h.numel(), ACT=act, INTERPRETED=interpreted(), BLOCK=BLOCK)
     return out
 
 
@@ -142,12 +139,13 @@ def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not n
         d_weight = _weight_gradient(grad, h, call.act) if call.need_weight else weight.new_empty(0, weight.shape[1])
         if h.numel():
             precision = precision_of(h.dtype)
-            tile = tuning.lookup("parallel_mlp_hidden", 1, precision, architecture_and_processors(h)[0])
-            grid = (triton.cdiv(h.shape[0], tile.block_m) * triton.cdiv(h.shape[1], tile.block_n),)
-            started(_parallel_mlp_hidden_kernel)[grid](
+            tile = tuning.lookup("parallel_mlp", precision, architecture_and_processors(h)[0])
+            programs = triton.cdiv(h.shape[0], tile.block_m) * triton.cdiv(h.shape[1], tile.block_n)
+            launch(
+                _parallel_mlp_hidden_kernel, programs,
                 grad, weight, h, *grad.shape, h.shape[1], grad.stride(0), weight.stride(0), h.stride(0),
                 ACT=call.act, EVEN=grad.shape[1] % tile.block_k == 0, GROUP=GROUP, INTERPRETED=interpreted(),
-                PRECISION="tf32" if precision == "tf32" else "ieee", **tile.options(), **COMPILE,
+                PRECISION="tf32" if precision == "tf32" else "ieee", **tile.options(),
             )  # fmt: skip
     return d_weight
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -13,8 +14,7 @@ from simplclip.version import __version__
 
 LONG = 197  # tokens of an attention that is reported beside a short one
 FIRST_HOUR = (  # docs/first-hour.md
-    "simplclip selftest            proves each op on each backend of this machine",
-    "simplclip tune                chooses the fastest forms and tiles for it by measuring",
+    "simplclip selftest            compares each op on each backend of this machine with float64",
     "python -m benchmarks.gpu      measures all of them and a training step (in a checkout)",
 )
 PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "webdataset", "numpy")
@@ -25,8 +25,15 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Print versions, CPU, GPU, and which backend runs each op on this machine."""
-    found = report()
-    typer.echo(json.dumps(found, indent=2) if as_json else render(found, why))
+    data = report()
+    typer.echo(json.dumps(data, indent=2) if as_json else render(data, why))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _gpu() -> dict:
@@ -62,21 +69,18 @@ def _extension() -> dict:
 def report() -> dict:
     """Returns versions, CPU, GPU, extensions, the backend of each op for float32 CPU and CUDA tensors, and why no other runs.
 
-    "tuned" has the date of `simplclip tune` by device, or None.
     Attention has a second entry, "long", with 197 tokens, since the backend depends on the number of tokens.
     The report contains only plain types, so that it can be written as JSON.
     """
     import torch
 
-    from simplclip.common import machine, tuned
     from simplclip.ops import backends
 
-    devices = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
     return {
         "simplclip": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: machine.version_of(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {
             "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
@@ -85,8 +89,6 @@ def report() -> dict:
         "gpu": _gpu(),
         "extension": _extension(),
         "forced_backend": backends.forced() or None,
-        "taken_out": {device: dict(backends.taken_out(device)) for device in ("cpu", "cuda")},
-        "tuned": {device: machine.known(tuned.SECTION, device).get("date") for device in devices},
         "ops": {
             name: {device: _backend(op, device, facts) for device in ("cpu", "cuda")}
             for op in backends.TABLE
@@ -106,13 +108,16 @@ def _backend(op: str, device: str, facts: dict) -> dict:
     from simplclip.ops import backends
 
     serves = problem = None
+    kind = torch.device(device)
     try:
-        serves, _ = backends.select(op, device, torch.float32, backends.forced(), **facts)
+        serves, _ = backends.select(op, kind, torch.float32, backends.forced(), **facts)
     except (RuntimeError, ValueError) as error:
         problem = str(error)
-    free = f"can run; {'another is forced' if backends.forced() else f'{serves} comes first'}"
-    others = [name for name in backends.NAMES if name != serves]
-    reasons = {name: backends.why_not(op, name, device, torch.float32, **facts) or free for name in others}
+    reasons = {}
+    for name in (name for name in backends.NAMES if name != serves):
+        passed_over = serves is None or backends.NAMES.index(name) < backends.NAMES.index(serves)
+        free = f"can run; {'another is forced' if passed_over else f'{serves} comes first'}"
+        reasons[name] = backends.why_not(op, name, kind, torch.float32, **facts) or free
     return {"backend": serves, "error": problem, "others": reasons}
 
 
@@ -136,12 +141,8 @@ def render(data: dict, why: bool = False) -> str:
     ]
     if gpu["available"] and "reason" in gpu:
         rows.append(("", gpu["reason"]))
-    tuned = (f"{device} {date}" if date else f"{device} not tuned: simplclip tune" for device, date in data["tuned"].items())
-    rows.append(("tuned", ", ".join(tuned)))
     if data["forced_backend"]:
         rows.append(("forced", f"{data['forced_backend']}, by SIMPLCLIP_BACKEND or simplclip.backend"))
-    taken_out = [f"{key}: {reason}" for of_device in data["taken_out"].values() for key, reason in of_device.items()]
-    rows += [("" if number else "taken out", text) for number, text in enumerate(taken_out)]
     lines = [f"{name:<13}{text}" for name, text in rows]
     lines += ["", f"{'op':<28}{'float32 CPU tensor':<20}float32 CUDA tensor"]
     for op, devices in data["ops"].items():

@@ -20,7 +20,6 @@ from simplclip.commands.selftest import selftest
 from simplclip.commands.share import share
 from simplclip.commands.teacher import teacher
 from simplclip.commands.train import train
-from simplclip.commands.tune import tune
 from simplclip.common.errors import UserError
 
 # On few cores, spinning OpenMP threads of two processes slow both processes down several times. OpenMP reads the variable
@@ -86,8 +85,7 @@ def _root(
 # The commands in the order of the help, what each does, and an example.
 COMMANDS = {
     doctor: ("Show which backend runs each op on this machine.", "doctor --why"),
-    selftest: ("Prove each op on each backend of this machine.", "selftest --json selftest.json"),
-    tune: ("Measure the forms of each op here and keep the fastest.", "tune siclip-s0"),
+    selftest: ("Check each op on each backend of this machine.", "selftest --json selftest.json"),
     train: ("Train a model.", "train siclip-s0 --set data.train=shards/*.tar --resume"),
     evaluate: (
         "Evaluate models by retrieval and classification.",

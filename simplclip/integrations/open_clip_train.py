@@ -30,8 +30,8 @@ from simplclip import losses
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import replacing
 from simplclip.integrations.open_clip import register_models
+from simplclip.losses.wikd import INTERACTIVE
 from simplclip.models.crop import crop_texts
-from simplclip.ops.similarity.call import INTERACTIVE
 
 # Not .pt, since open_clip resumes from the last file with that suffix.
 SUFFIX = ".loss"
@@ -175,8 +175,8 @@ def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.
     matching = {"pm_weight": options.pm_weight}
     plane = {"plane": options.pm_plane, "embed_dim": _width(args.model)}
     if type(loss) is theirs.SigLipLoss:
-        ours = losses.SigLipLoss(**shared, **matching, dist_impl=loss.dist_impl)
-        ours.added_up = True  # open_clip's trainer adds up the terms
+        kind = OneSweepSigLipLoss if options.pm_weight else losses.SigLipLoss
+        ours = kind(**shared, **matching, dist_impl=loss.dist_impl)
     elif type(loss) is theirs.CoCaLoss:
         ours = losses.CoCaLoss(
             loss.caption_loss_weight, loss.clip_loss_weight, loss.caption_loss.ignore_index, **shared, **gather
@@ -193,6 +193,20 @@ def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.
             f"{type(loss).__name__}, which simplclip does not replace: train it with python -m open_clip_train.main"
         )
     return ours.to(args.device)
+
+
+class OneSweepSigLipLoss(losses.SigLipLoss):
+    """SigLipLoss with pair matching for open_clip's trainer, which adds up the terms of the dict.
+
+    Both terms share a sweep, and the first one carries the gradient of the sum.
+    """
+
+    def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
+        weights = {"sigmoid": 1.0, "pair_matching": self.pm_weight}
+        total, terms = self.terms(image_features, text_features, logit_scale, weights=weights, logit_bias=logit_bias)
+        if not output_dict:
+            return total
+        return {"contrastive_loss": terms["sigmoid"] + total - total.detach(), "pair_matching_loss": terms["pair_matching"]}
 
 
 def _width(model: str) -> int | None:

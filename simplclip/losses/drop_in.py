@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simplclip.losses.base import with_modes
 from simplclip.losses.clip import PairLoss
 from simplclip.ops import checks
 
@@ -31,32 +32,14 @@ class ClipLoss(PairLoss, theirs.ClipLoss):
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss; see SimilarityLoss for the
             values and gradients of each mode. use_horovod is not supported with several ranks.
-        label_smoothing, decoupled, prior, margin: options of the contrastive term, as in similarity_loss; the prior is a
-            number.
-        positives: "drop", "ids" or "sum": whether pairs with equal ids are positives, as in similarity_loss.
+        pm_weight, plane, embed_dim: as in ClipPMLoss, whose pair matching has weight 1 by default and here 0.
 
     Source: Radford et al. 2021 (arXiv 2103.00020); open_clip.loss.ClipLoss.
     """
 
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-        *,
-        label_smoothing: float = 0.0,
-        decoupled: bool = False,
-        prior: float | None = None,
-        margin: float = 0.0,
-        positives: str = "drop",
-    ):
-        super().__init__(
-            local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, pm_weight=0.0,
-            label_smoothing=label_smoothing, decoupled=decoupled, prior=prior, margin=margin, positives=positives,
-        )  # fmt: skip
+    @with_modes
+    def __init__(self, *modes: Any, **options: Any):
+        super().__init__(*modes, **options)
         self.prev_num_logits = 0
         self.labels: dict[torch.device, Tensor] = {}  # of get_ground_truth
 
@@ -72,19 +55,9 @@ class CoCaLoss(ClipLoss, theirs.CoCaLoss):
     Source: Yu et al. 2022 (arXiv 2205.01917); open_clip.loss.CoCaLoss.
     """
 
-    def __init__(
-        self,
-        caption_loss_weight: float,
-        clip_loss_weight: float,
-        pad_id: int = 0,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-    ):
-        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
+    @with_modes
+    def __init__(self, caption_loss_weight: float, clip_loss_weight: float, pad_id: int = 0, *modes: Any, **named: Any):
+        super().__init__(*modes, **named)
         self.caption_loss_weight = checks.number("caption_loss_weight", caption_loss_weight)
         self.clip_loss_weight = checks.number("clip_loss_weight", clip_loss_weight)
         self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
@@ -99,19 +72,15 @@ class CoCaLoss(ClipLoss, theirs.CoCaLoss):
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """Returns the weighted contrastive and caption losses; with output_dict, as `contrastive_loss`, `caption_loss`."""
-        image, text = self._own_features(image_features, text_features)
-        return self._of(image, text, logits, labels, logit_scale, output_dict)
-
-    def _of(self, image, text, logits, labels, logit_scale, output_dict=False) -> Any:  # type: ignore[override]
-        contrastive = torch.tensor(0, device=logits.device)
+        contrastive: Any = torch.tensor(0, device=logits.device)
         if self.clip_loss_weight:
-            contrastive = self.clip_loss_weight * super()._of(image, text, logit_scale)
+            contrastive = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)
         caption = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
         return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
 
 
 class SigLipLoss(PairLoss, theirs.SigLipLoss):
-    r"""`open_clip.SigLipLoss` without N×N matrices, with pair matching beside it and with several positives.
+    r"""`open_clip.SigLipLoss` without N×N matrices, and with pair matching beside it.
 
         loss = (1/N) Σ_ij softplus(−y_ij Z_ij) + pm_weight · pair matching,   Z = logit_scale · x yᵀ + logit_bias
 
@@ -127,9 +96,7 @@ class SigLipLoss(PairLoss, theirs.SigLipLoss):
             gather features, never logits.
         chunk_size: in open_clip 4, the rows of logits at a time. Without effect here, where `scratch_bytes` sets the rows;
             only open_clip's `_loss`, which a subclass may call, reads it.
-        positives: "drop", "ids" or "sum": whether pairs with equal ids are positives, as in similarity_loss. ClipLoss's other
-            options apply to a softmax alone.
-        pm_weight: weight of pair matching over all negatives with a scalar plane, `plane_weight` and `plane_bias`.
+        pm_weight, plane, embed_dim: pair matching over all negatives, as in ClipPMLoss.
 
     Source: Zhai et al. 2023 (arXiv 2303.15343); open_clip.loss.SigLipLoss.
     """
@@ -144,10 +111,11 @@ class SigLipLoss(PairLoss, theirs.SigLipLoss):
         dist_impl: str | None = None,
         chunk_size: int = 0,
         *,
-        positives: str = "drop",
         pm_weight: float = 0.0,
+        plane: str = "scalar",
+        embed_dim: int | None = None,
     ):
-        super().__init__(True, True, cache_labels, rank, world_size, pm_weight=pm_weight, positives=positives)
+        super().__init__(True, True, cache_labels, rank, world_size, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim)
         self.dist_impl = dist_impl or "bidir"
         checks.choice("dist_impl", self.dist_impl, DIST_IMPLS)
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 0:

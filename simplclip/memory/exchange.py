@@ -11,17 +11,16 @@ from torch.distributed import distributed_c10d
 
 # Bytes a second in one direction, as the vendors state them. Each rank has a link of its own.
 LINKS = {"PCIe 4.0 x16": 32e9, "NVLink 3": 300e9, "25 Gbit/s": 25e9 / 8, "100 Gbit/s": 100e9 / 8}
-COLUMN_STATISTICS = 5  # float32 numbers for each column, see ops/similarity/call.py
+COLUMN_STATISTICS = 3  # float32 numbers for each column, see ops/similarity/call.py
 
 
 @dataclass(frozen=True)
 class Exchange:
     """The exchange of k ranks in a step with n pairs each, whose loss has gather_with_grad=True, or local_loss=False.
 
-    terms: names of ops.similarity_loss's terms, and "feature". itemsize: bytes of one number of the features that are sent.
-    teacher_width: D̂ if a term has a teacher. interactive: the form of the term "interactive". projected: whether the
-    student's features are projected to D̂.
-    ids: whether the loss gets ids. parameters: the count of numbers, in float32, whose gradients are averaged.
+    terms: names of the terms of simplclip.losses. itemsize: bytes of one number of the features that are sent.
+    teacher_width: D̂ if a term has a teacher. ids: whether the loss gets ids. parameters: the count of numbers, in float32,
+    whose gradients are averaged.
     """
 
     ranks: int
@@ -30,21 +29,19 @@ class Exchange:
     itemsize: int = 4
     terms: tuple[str, ...] = ("contrastive",)
     teacher_width: int = 0
-    interactive: str = "infonce"
-    projected: bool = False
     ids: bool = False
     parameters: int = 0
 
     def sent(self) -> dict[str, int]:
         """Returns the bytes that a rank sends in a step, by kind of data. The rank receives as many."""
         n, others, terms = self.pairs, self.ranks - 1, set(self.terms)
-        kl = "interactive" in terms and self.interactive == "kl"
-        teacher = bool(terms & {"relational", "interactive"}) + ("interactive" in terms and not kl)  # texts, and images
-        there_and_back = self.width + (kl and self.projected) * self.teacher_width
-        features = n * self.itemsize * (2 * there_and_back + teacher * self.teacher_width)
-        swept = kl or terms & {"contrastive", "relational"}  # other terms need no column statistics
-        statistics = 2 * COLUMN_STATISTICS * n * 4 if swept else 0
-        sent = {"features": features, "column statistics": statistics, "ids": 8 * n * self.ids}
+        there_and_back = 2 * self.width if terms - {"interactive", "feature"} else 0
+        teacher = ("relational" in terms) + 2 * ("interactive" in terms)  # texts, and texts and images
+        features = n * self.itemsize * (there_and_back + teacher * self.teacher_width)
+        softmax = terms & {"contrastive", "relational"}  # other terms need no column statistics
+        statistics = 2 * COLUMN_STATISTICS * n * 4 if softmax else 0
+        ids = 8 * n * self.ids * ((there_and_back > 0) + ("interactive" in terms))
+        sent = {"features": features, "column statistics": statistics, "ids": ids}
         parameters = 2 * 4 * self.parameters * others // self.ranks  # a ring sends the parts of the sums, then the sums
         return {name: others * size for name, size in sent.items()} | {"gradients of parameters": parameters}
 

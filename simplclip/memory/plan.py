@@ -11,13 +11,12 @@ import torch
 
 from simplclip import gradient_cache, models
 from simplclip.common import hardware
-from simplclip.common.cards import CARDS
 from simplclip.common.errors import InputError
 from simplclip.memory.count import Usage
 from simplclip.memory.exchange import Exchange
 from simplclip.memory.measure import measure, predict
 from simplclip.memory.step import OpenClipStep, TrainerStep
-from simplclip.ops.similarity.chunks import budgets
+from simplclip.ops.similarity.chunks import SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE, STORE_BYTES
 from simplclip.train import config as configs
 from simplclip.train.config import ConfigError
 from simplclip.train.limits import Budget, gib
@@ -26,6 +25,8 @@ from simplclip.train.state import SIGLIP
 
 SMALL_MICRO_BATCH = 256  # if none is configured; a larger micro-batch leaves less memory for the loss
 MOST_PAIRS = 1 << 22
+# GiB of memory of cards, from their data sheets.
+CARDS = {"rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32, "rtx-3060": 12, "a100-40": 40, "a100-80": 80, "h100": 80}
 
 
 def parse_memory(text: str) -> int:
@@ -36,7 +37,7 @@ def parse_memory(text: str) -> int:
     name = re.sub(r"[\s_]+", "-", text.strip().lower())
     for card in (name, f"rtx-{name}"):
         if card in CARDS:
-            return CARDS[card].memory << 30
+            return CARDS[card] << 30
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])I?B", text.strip().upper())
     if not match or not float(match[1]):
         raise InputError(f"memory: expected a size such as 24GiB or one of {', '.join(CARDS)}, got {text!r}")
@@ -104,14 +105,13 @@ def make(
     if config.data.micro_batch == "auto":
         this.config = config = this.with_micro_batch()
     on_card = this.device.type == "cuda"
-    dtype = hardware.DTYPES[this.precision] or torch.float32
-    scratch, store = (size >> 20 for size in budgets(this.device.type, dtype, None, None))
+    kept = "" if on_card else f", and {STORE_BYTES >> 20} MiB of their rows kept for backward where that saves a product"
     assumptions = [
         f"{budget.context >> 20} MiB for the context of the driver and of torch's libraries",
         f"{budget.libraries >> 20} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
         f"{budget.fragmentation:.0%} of the rest lost to the allocator's fragmentation",
         f"precision {this.precision} ({this.why})",
-        f"in the loss, chunks of {scratch} MiB, and {store} MiB of their rows kept for backward where that saves a product",
+        f"in the loss, chunks of {(SCRATCH_BYTES_ELSEWHERE if on_card else SCRATCH_BYTES) >> 20} MiB{kept}",
         "two steps; the second has the optimizer's state from its beginning",
         *([] if on_card else ["nothing for what oneDNN takes inside convolutions and products of bfloat16"]),
         *this.base.assumed,
@@ -199,8 +199,7 @@ class _Planner:
             self.ranks, data.batch_size * data.captions_per_image, self.width,
             itemsize=4 if self.precision == "fp32" else 2,
             terms=tuple(name.removesuffix("_loss") for name in self.config.loss.weights),
-            teacher_width=teacher, interactive=self.config.loss.interactive,
-            projected=getattr(loss, "image_projections", None) is not None, ids=True,
+            teacher_width=teacher, ids=True,
             parameters=sum(p.numel() for p in trained),
         )  # fmt: skip
         computing = None if rate is None else data.batch_size / rate

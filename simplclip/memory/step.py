@@ -177,12 +177,13 @@ class TrainerStep(Training):
         unseen = sum(len(part["text"]) for part in parts[2:-1])
         return [*parts[:2], {"text": parts[2]["text"][:1].expand(unseen, -1), "unseen": True}, parts[-1]], rows
 
-    def travel(self, tower: str, features: Tensor) -> None:
-        """Does nothing, since fake tensors do not travel: the gathered texts are counted from the loss on."""
+    def groups(self, batches: list[dict[str, Any]]) -> Tensor:
+        """Returns groups that are not known to be different, as those of fake tensors cannot be read."""
+        return torch.cat([batch["group"] for batch in batches]).to(self.device)
 
-    def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor, **distances: Tensor) -> dict[str, Tensor]:
+    def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with self.during("loss", "loss"):
-            return super().terms(batches, image, text, **distances)
+            return super().terms(batches, image, text)
 
 
 def busiest_step(config: Config) -> int:

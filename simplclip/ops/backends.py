@@ -25,29 +25,20 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
 
 import torch
 
+from simplclip.ops.extension import load
+
 NAMES = ("cuda", "triton", "cpu", "sdpa", "xformers", "reference")
 
-
-def _load_extension(name: str) -> tuple[Any, str | None]:
-    """Returns the extension module simplclip.<name> and None, or None and the reason why the module is missing."""
-    try:
-        return importlib.import_module(f"simplclip.{name}"), None
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        return None, f"simplclip.{name} was not built" if missing else f"simplclip.{name} does not load: {error}"
-
-
-extension, extension_error = _load_extension("_C")
+extension, extension_error = load("_C")
 # A constant, so that torch.compile can trace code that depends on it.
 native_bf16: bool = extension is not None and extension.has_native_bf16()
 if torch.version.cuda is None:
     cuda_extension, cuda_extension_error = None, f"torch {torch.__version__} is a build without CUDA"
 else:
-    cuda_extension, cuda_extension_error = _load_extension("_C_cuda")
+    cuda_extension, cuda_extension_error = load("_C_cuda")
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,12 @@ torch.distributed.nn.functional has such collectives with gradients, but it is d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from simplclip.ops.calls import accumulate_dtype
 
@@ -23,47 +19,12 @@ from simplclip.ops.calls import accumulate_dtype
 _all_gather_traced = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 
 
-# The gathers that `gather_early` has started and that no loss has waited for yet. A key is the tensor of this rank's rows, or
-# its copy in the dtype that is gathered; the value is the key's memory (see _memory) and the result of _start_gather.
-_early: Any = WeakTensorKeyDictionary()
-
-
 def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     if torch.compiler.is_compiling():
         return _all_gather_traced(rows.contiguous(), 0, group)
-    for memory, started in list(_early.values()):
-        out, work, of_group = started
-        if of_group is group and memory == _memory(rows) and out.dtype == rows.dtype:
-            for key in [key for key, (_, other) in _early.items() if other is started]:
-                del _early[key]
-            work.wait()
-            return out
-    return _start_gather(rows, group, False)[0]
-
-
-def _start_gather(rows: Tensor, group: dist.ProcessGroup, early: bool) -> tuple[Tensor, dist.Work | None, dist.ProcessGroup]:
     out = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    return out, dist.all_gather_into_tensor(out, rows.contiguous(), group=group, async_op=early), group
-
-
-def gather_early(rows: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
-    """Starts to gather the rows in this dtype. The next `gather` of the rows, or of a copy given to `follow`, waits for it.
-
-    If no `gather` follows, the result is dropped when the tensor `rows` is freed.
-    """
-    _early[rows] = _memory(rows), _start_gather(rows.detach().to(dtype), group, True)
-
-
-def follow(rows: Tensor, copy: Tensor) -> None:
-    """Records that `copy` has the rows in another dtype, so that `gather(copy)` uses the gather started for the rows."""
-    for memory, started in [] if torch.compiler.is_compiling() else list(_early.values()):
-        if memory == _memory(rows) and started[0].dtype == copy.dtype:
-            _early[copy] = _memory(copy), started
-
-
-def _memory(rows: Tensor) -> tuple:
-    version = None if rows.is_inference() else rows._version
-    return rows.data_ptr(), rows.shape, rows.stride(), rows.dtype, version
+    dist.all_gather_into_tensor(out, rows.contiguous(), group=group)
+    return out
 
 
 def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -119,57 +80,9 @@ def _differentiable(function: type[torch.autograd.Function], plain: Callable) ->
     return plain if torch.compiler.is_compiling() or not torch.is_grad_enabled() else function.apply
 
 
-class _Whole:
-    """The rows of all ranks. They are gathered and split into parts when the first part is asked for."""
-
-    def __init__(self, rows: Tensor, split: Callable[[Tensor], Sequence[Tensor]], group: dist.ProcessGroup):
-        self.rows, self.split, self.group = rows, split, group
-        self.parts: Sequence[Tensor] = ()
-
-    def part(self, k: int) -> Tensor:
-        self.parts = self.parts or self.split(_Gather.apply(self.rows, self.group))
-        return self.parts[k]
-
-
-# Set within gathered_rows. A key is the memory of a tensor of this rank's rows (see _memory). The value is the _Whole, and
-# the index of its part, that has the same rows of all ranks.
-_gathered: ContextVar[dict[tuple, tuple[_Whole, int]] | None] = ContextVar("gathered", default=None)
-
-
-@contextmanager
-def gathered_rows(
-    parts: Sequence[tuple[Tensor, Sequence[Tensor]]], split: Callable[[Tensor], Sequence[Tensor]], group: dist.ProcessGroup
-) -> Iterator[None]:
-    """Context in which several tensors made from the same rows, such as prefixes of features, cost one collective.
-
-    parts: pairs of the rows and the result of split(rows). When `gather` gets a part in such a result, it gathers the rows
-    unless they have been gathered, splits the gathered rows and returns the same part of them. Other tensors without a
-    gradient are gathered only once too. Under torch.compile nothing changes.
-    """
-    if torch.compiler.is_compiling():
-        yield
-        return
-    wholes = [(_Whole(rows, split, group), own) for rows, own in parts]
-    token = _gathered.set({_memory(part): (whole, k) for whole, own in wholes for k, part in enumerate(own)})
-    try:
-        yield
-    finally:
-        _gathered.reset(token)
-
-
 def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Gathers rows in the order of ranks: [N, ...] of each rank -> [W N, ...]. The gradient is summed over the ranks."""
-    known = None if torch.compiler.is_compiling() else _gathered.get()
-    if known is None:
-        return _Gather.apply(rows, group)
-    whole, k = known.get(_memory(rows), (None, 0))
-    if whole is None or (rows.requires_grad and not whole.rows.requires_grad):
-        if rows.requires_grad:
-            return _Gather.apply(rows, group)
-        # _Whole keeps the rows alive, so that no other tensor gets their memory and is mistaken for them.
-        whole = _Whole(rows, lambda gathered: [gathered], group)
-        known[_memory(rows)] = whole, k
-    return whole.part(k) if rows.requires_grad else whole.part(k).detach()
+    return _Gather.apply(rows, group)
 
 
 class _Exchange(torch.autograd.Function):

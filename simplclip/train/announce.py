@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator
 from operator import attrgetter
@@ -17,7 +16,7 @@ from simplclip.models.crop import lengths_of
 from simplclip.ops import backends
 from simplclip.train.batches import UNCOUNTED
 from simplclip.train.config import keys
-from simplclip.train.settings import TERMS, Config, Schedule
+from simplclip.train.settings import TERMS, Config
 from simplclip.train.state import Training
 
 # Settings that have an effect only if one of the listed settings is set.
@@ -43,8 +42,6 @@ def lines(training: Training, why_precision: str, source: data.Loader) -> Iterat
         bias = "none" if training.logit_bias is None else f"{training.logit_bias.item():.4g}"
         yield f"logits     scale {training.model.logit_scale.exp().item():.4g}, bias {bias}"
     yield f"ops        {_ops(training)}"
-    for key, reason in backends.taken_out(training.device.type).items():
-        yield f"warning    {key} {backends.TAKEN_OUT.format(reason)}"
     for line in training.folded.lines():
         yield f"frozen     {line}"
     yield f"precision  {training.precision} ({why_precision})"
@@ -101,14 +98,12 @@ def first_terms(
 def weak_terms(training: Training, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> Iterator[str]:
     """Yields a line for each term whose gradient of the features has a norm below a hundredth of the sum of all norms."""
     features = [t.detach().float().requires_grad_() for t in (image, text)]
-    objective, off = training.objective, Schedule(value=0)
+    objective = training.objective
     weights = {term: schedule.at(training.step, objective.steps) for term, schedule in objective.schedules.items()}
     norms: dict[str, float] = {}
     for term in (term for term, weight in weights.items() if weight):
-        # Each term is computed alone: one sweep of the sigmoid loss and pair matching gives the gradient of their sum.
-        alone = training.objective = copy.copy(objective)
-        alone.schedules = {name: schedule if name == term else off for name, schedule in objective.schedules.items()}
-        gradients = torch.autograd.grad(training.terms(batches, *features)[term], features, materialize_grads=True)
+        training.objective = objective.alone(term)
+        gradients = torch.autograd.grad(training.terms(batches, *features)[0], features, materialize_grads=True)
         norms[term] = ranks.total(torch.stack([gradient.norm() for gradient in gradients]).norm() ** 2).sqrt().item()
     training.objective, total = objective, sum(norms.values())
     for term, norm in norms.items():
@@ -135,7 +130,7 @@ def _ops(training: Training) -> str:
         for block, length in itertools.product(training.blocks, (1, 197))  # few tokens and many
     ]
     calls += [("similarity_sigmoid" if training.config.loss.base == "sigmoid" else "similarity_loss_fwd", {})]
-    how: tuple[Any, ...] = training.device.type, hardware.DTYPES[training.precision] or torch.float32, backends.forced()
+    how: tuple[Any, ...] = training.device, hardware.DTYPES[training.precision] or torch.float32, backends.forced()
     found: dict[str, dict[str, None]] = {}
     for op, call in calls:
         found.setdefault(op, {})[backends.select(op, *how, **call)[0]] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,14 +11,13 @@ from torch import Tensor, nn
 
 from simplclip import losses
 from simplclip.common import ranks
-from simplclip.losses.wikd import SigmoidLoss, named
-from simplclip.train.settings import TERMS, LossConfig
+from simplclip.train.settings import LossConfig, Schedule
 
 
 class Objective:
     """A function that computes the weighted terms of a batch at a step of a run by `loss`.
 
-    `loss` is a SigmoidLoss for the base sigmoid, else a WIKDLoss with a teacher and a ClipPMLoss without.
+    `loss` is a WIKDLoss with a teacher, else a SigLipLoss for the base sigmoid and a ClipPMLoss for the base contrastive.
 
     width: D of the student's features, needed with a teacher and for plane="hadamard".
     teacher: the teacher's "width" D̂ and "logit_scale", if any step has a term that needs a teacher.
@@ -25,22 +25,26 @@ class Objective:
     """
 
     def __init__(self, config: LossConfig, steps: int, width: int | None, teacher: Mapping[str, Any] | None):
-        self.schedules, self.steps, self.teacher = config.weights, steps, teacher
-        self.sigmoid = config.base == "sigmoid"
-        on: dict[str, Any] = {switch: float(term in self.schedules) for term, switch in TERMS.items()}
-        on["contrastive_weight"] += self.sigmoid
-        shared: dict[str, Any] = {"plane": config.plane, "embed_dim": width, **ranks.loss_arguments()}
-        if teacher is None and not self.sigmoid:
-            self.loss: nn.Module = losses.ClipPMLoss(pm_weight=on["pm_weight"], **shared)
-            return
-        kind = SigmoidLoss if self.sigmoid else losses.WIKDLoss
-        self.loss = kind(
-            **on,
-            **shared,
-            teacher_dim=teacher["width"] if teacher else None,
-            interactive=config.interactive,
-            divergence="kl",
-        )
+        self.schedules, self.steps = config.weights, steps
+        modes = ranks.loss_arguments()
+        shared: dict[str, Any] = {"pm_weight": float("pair_matching_loss" in self.schedules), "plane": config.plane}
+        if teacher is not None:
+            on = {f"{term}_weight": float(f"{term}_loss" in self.schedules) for term in ("interactive", "feature")}
+            shared |= {"interactive": config.interactive, "divergence": "kl", "teacher_dim": teacher["width"]}
+            self.loss: nn.Module = losses.WIKDLoss(**on, **shared, embed_dim=width, **modes)
+            # A tensor made from a number at each step would make the CPU wait for a GPU.
+            self.loss.register_buffer("teacher_scale", torch.tensor(float(teacher["logit_scale"])), persistent=False)
+        elif config.base == "sigmoid":
+            modes.pop("gather_with_grad", None)  # always on in SigLipLoss
+            self.loss = losses.SigLipLoss(**shared, embed_dim=width, **modes)
+        else:
+            self.loss = losses.ClipPMLoss(**shared, embed_dim=width, **modes)
+
+    def alone(self, term: str) -> Objective:
+        """Returns the objective with this term alone; the others have weight 0 at every step."""
+        objective, off = copy.copy(self), Schedule(value=0)
+        objective.schedules = {name: schedule if name == term else off for name, schedule in self.schedules.items()}
+        return objective
 
     def __call__(
         self,
@@ -49,30 +53,25 @@ class Objective:
         text: Tensor,  # [N k, D], k captions of each image
         logit_scale: Tensor,  # []
         logit_bias: Tensor | None,  # []
-        group: Tensor,  # [N] int64
+        group: Tensor | None,  # [N] int64; None: all are different
         teacher_image: Tensor | None = None,  # [N, D̂]
         teacher_text: Tensor | None = None,  # [N k, D̂]
-    ) -> dict[str, Tensor]:
-        """Returns the terms by name, in one order for the whole run. A term of weight 0 at `step` is not computed and is 0.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the sum of the weighted terms, which has the gradient, and the terms by name without gradients.
 
-        Each caption of an image makes a pair with the image; pairs of one group are not each other's negatives.
+        The terms have one order for the whole run. A term of weight 0 at `step` is not computed and is 0. Each caption of an
+        image makes a pair with the image; pairs of one group are not each other's negatives.
         """
         weights = {term: schedule.at(step, self.steps) for term, schedule in self.schedules.items()}
-        off = image.new_zeros((), dtype=torch.float32)
         captions = len(text) // len(image)
         if captions > 1:
+            group = torch.arange(len(image), device=image.device) if group is None else group
             of_images = (image, group, teacher_image)
             image, group, teacher_image = (None if t is None else t.repeat_interleave(captions, 0) for t in of_images)
-        for term in weights.keys() & TERMS.keys():
-            setattr(self.loss, TERMS[term], float(weights[term] > 0))
-        teacher: tuple = ()
-        if self.teacher is not None:
-            teacher = teacher_image, teacher_text, torch.tensor(self.teacher["logit_scale"], device=image.device)
-        if self.sigmoid:
-            on = {term: weight for term, weight in weights.items() if weight}
-            terms = self.loss(image, text, logit_scale, logit_bias, on, *teacher, ids=group)
-        else:
-            options = {"output_dict": True, "ids": group}
-            terms = named(self.loss(image, text, logit_scale, *(teacher or (logit_bias,)), **options))
-            terms = {term: weights[term] * value for term, value in terms.items()}
-        return {term: terms.get(term, off) for term in weights}
+        teacher = None if teacher_image is None else (teacher_image, teacher_text, self.loss.teacher_scale)
+        on = {term.removesuffix("_loss"): weight for term, weight in weights.items() if weight}
+        total, terms = self.loss.terms(
+            image, text, logit_scale, weights=on, logit_bias=logit_bias, ids=group, teacher=teacher
+        )
+        off = total.new_zeros(())
+        return total, {term: terms.get(term.removesuffix("_loss"), off) for term in weights}

@@ -17,7 +17,6 @@ from simplclip import data, models
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation, finished
-from simplclip.losses import gather_early
 from simplclip.models.crop import try_crop
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.prefix import FrozenParts
@@ -149,12 +148,6 @@ class Training:
         """Returns the features of a tower for a batch, by the tower's name, as `terms` takes them."""
         return {tower: {"image": self.encode_image, "text": self.encode_text}[tower](batch)}
 
-    def travel(self, tower: str, features: Tensor) -> None:
-        """Starts to gather the texts of all ranks, which the loss needs, so that they travel while the image tower works."""
-        if tower == "text":
-            with hardware.autocast(self.precision, self.device):
-                gather_early(features)
-
     def encode_image(self, batch: dict[str, Any]) -> Tensor:
         """Returns normalised features [N, D] of a batch's images, or of the cached outputs of the tower's prefix."""
         if "prefix" in batch:
@@ -196,15 +189,23 @@ class Training:
         rows = self.crop.split(texts, size * texts.shape[1])
         return [{"text": texts[some]} for some in rows], torch.cat(rows).argsort().to(self.device)
 
-    def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """Returns the weighted terms of one loss over all `batches`, from their features."""
-        names = ("group", "teacher_image", "teacher_text") if self.teacher else ("group",)
+    def groups(self, batches: list[dict[str, Any]]) -> Tensor | None:
+        """Returns the groups [N] of a step; None if all pairs of all ranks are known to be of different ones."""
+        groups = torch.cat([batch["group"] for batch in batches])  # on the CPU, where reading them waits for nothing
+        if ranks.count() == 1 and len(set(groups.tolist())) == len(groups):
+            return None
+        return groups.to(self.device, non_blocking=True)
+
+    def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss over all `batches` from their features, and its weighted terms without gradients."""
+        names = ("teacher_image", "teacher_text") if self.teacher else ()
         rest = [torch.cat([batch[name] for batch in batches]).to(self.device, non_blocking=True) for name in names]
         if self.teacher:
-            rest[2] = rest[2].flatten(0, -2)
+            rest[1] = rest[1].flatten(0, -2)
+        group = self.groups(batches)
         with hardware.autocast(self.precision, self.device):
             scale, bias = self.together.learned(self.model.logit_scale, self.logit_bias)
-            return self.objective(self.step, image, text, scale.exp(), bias, *rest)
+            return self.objective(self.step, image, text, scale.exp(), bias, group, *rest)
 
     @property
     def logit_bias(self) -> Tensor | None:

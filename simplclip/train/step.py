@@ -27,23 +27,20 @@ def train_step(training: Training, batches: list[dict[str, Any]], terms_of: Any 
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     optimizer.zero_grad(set_to_none=True)
     if training.config.data.micro_batch is None:
-        terms = training.together(lambda: losses(**features_of(training, batches[0])))
-        scaler.scale(reduce(torch.add, terms.values())).backward()
+        loss, terms = training.together(lambda: losses(**features_of(training, batches[0])))
+        scaler.scale(loss).backward()
     else:
         towers = {tower: partial(training.outputs, tower) for tower in TOWERS}
         texts, rows = training.text_batches(batches)
-        ordered: dict[str, Tensor] = {}
 
-        def encoded(tower: str, features: Tensor) -> None:
-            """Puts texts that were sorted by length in the order of their images, then lets the features travel."""
-            ordered[tower] = features if tower == "image" or rows is None else features.index_select(0, rows)
-            training.travel(tower, ordered[tower])
+        def in_order(text: Tensor, image: Tensor) -> Any:
+            """Computes the loss of texts that were sorted by length in the order of their images."""
+            return losses(image=image, text=text if rows is None else text.index_select(0, rows))
 
         inputs = {"image": batches, "text": texts}
-        options = {"model": model, "scaler": scaler, "encoded": encoded}
-        terms = gradient_cache.backward(towers, inputs, lambda **_: losses(**ordered), **options)
+        terms = gradient_cache.backward(towers, inputs, in_order, model=model, scaler=scaler)
         training.together.exchange()
-    loss = reduce(torch.add, terms.values())
+        loss = reduce(torch.add, terms.values())
     scaler.unscale_(optimizer)
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, training.config.optim.grad_clip or math.inf)
@@ -77,5 +74,4 @@ def features_of(training: Training, batch: dict[str, Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for tower in TOWERS:
         found |= training.outputs(tower, batch)
-        training.travel(tower, found[tower])
     return found

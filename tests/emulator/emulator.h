@@ -4,7 +4,7 @@
 // instructions come from here. Every thread of a block is a fiber; one runs at a time, until it has to wait for others:
 //
 //   sync_block        until all threads of the block are in it
-//   warp operations   (mma, ldmatrix, shuffles, sync_warp) until all 32 lanes are; the last one computes everybody's result
+//   warp operations   (mma, ldmatrix, shuffle_xor) until all 32 lanes are; the last one computes everybody's result
 //
 // The launch's seed decides each time which fiber runs next; mostly one warp runs as far ahead as it can. So a missing
 // barrier shows as a wrong result under some seed: shared memory starts as NaN in every block, and the target of a cp.async
@@ -241,19 +241,14 @@ void warp_collective(const char* operation, Site site, Operands& mine, std::type
   self.waits_in = nullptr;
 }
 
-inline void sync_warp(Site site) {
-  char nothing = 0;
-  warp_collective("sync_warp", site, nothing, [](char* const (&)[32]) {});
-}
-
 template <class V>
-V shuffle(const char* operation, Site site, V value, int from) {
+V shuffle_xor(Site site, V value, int mask) {
   struct Operands {
     V value, result;
-    int from;
-  } mine{value, value, from & 31};
-  warp_collective(operation, site, mine, [](Operands* const (&lanes)[32]) {
-    for (Operands* lane : lanes) lane->result = lanes[lane->from]->value;
+    int mask;
+  } mine{value, value, mask};
+  warp_collective("shuffle_xor", site, mine, [](Operands* const (&lanes)[32]) {
+    for (int i = 0; i < 32; ++i) lanes[i]->result = lanes[i ^ (lanes[i]->mask & 31)]->value;
   });
   return mine.result;
 }

@@ -26,7 +26,7 @@ void cp_async(const char* from, int valid, uint32_t* early, uint32_t* late, uint
 
 void convert(bool half, const float* in, int pairs, uint32_t* packed, float* back, uint32_t* tf32, float* power) {
   auto kernel = half ? convert_kernel<f16> : convert_kernel<bf16>;
-  launch({2}, 64, 0, 1, [=] { kernel(in, pairs, packed, back, tf32, power); });
+  launch({1}, 64, 0, 1, [=] { kernel(in, pairs, packed, back, tf32, power); });
 }
 
 void softmax(const float* in, float* out, unsigned rows, int columns, int threads, uint64_t seed) {
@@ -53,12 +53,12 @@ void fault(const char* name, float* global /* [64] */, uint64_t seed) {
     if (kind == "missing thread" && thread() != 33) sync_block();
     if (kind == "divergent warp") {
       if (lane() < 20) {
-        sync_warp();
+        shuffle_xor(1.0f, 1);
       } else {
-        shuffle(1.0f, 0);
+        ldmatrix_x4(r, shared);
       }
     }
-    if (kind == "missing lane" && lane() != 3) sync_warp();
+    if (kind == "missing lane" && lane() != 3) shuffle_xor(1.0f, 1);
     if (kind == "misaligned ldmatrix") ldmatrix_x4(r, shared + lane() % 8 * 16 + (lane() == 9 ? 8 : 0));
     if (kind == "misaligned cp.async") cp_async_16(shared, reinterpret_cast<char*>(global) + 8, true);
     if (kind == "outside") cp_async_16(shared + 256, global, false);

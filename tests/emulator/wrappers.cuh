@@ -28,7 +28,7 @@ __global__ void ldmatrix_kernel(
   for (int i = lane() * 16; i < 1024; i += 512) cp_async_16(shared + i, memory + i, true);
   cp_async_commit();
   cp_async_wait<0>();
-  sync_warp();
+  sync_block();  // the rows have been copied
   const char* row = shared + offsets[lane()];
   uint32_t r[4];
   if (transposed) {
@@ -68,7 +68,7 @@ __global__ void cp_async_kernel(const char* from /* [2, 32, BYTES] */, int valid
 template <class T>
 __global__ void convert_kernel(
     const float* in, int pairs, uint32_t* packed, float* back, uint32_t* tf32, float* power) {
-  for (int i = thread() + block_x() * threads(); i < pairs; i += threads() * grid_x()) {
+  for (int i = thread(); i < pairs; i += threads()) {
     packed[i] = pack2<T>(in[2 * i], in[2 * i + 1]);
     const float2 pair = unpack2<T>(packed[i]);
     back[2 * i] = pair.x;
@@ -97,7 +97,7 @@ __global__ void softmax_kernel(const float* in /* [rows, columns] */, float* out
   float sum = 0;
   for (int i = thread(); i < columns; i += threads()) sum += fast_exp2((in[i] - most) * 1.44269504f);
   for (int mask = 16; mask; mask /= 2) sum += shuffle_xor(sum, mask);
-  if (shuffle(lane(), 5) == lane() + 5) parts[warp()] = sum;  // lane 0
+  if (lane() == 0) parts[warp()] = sum;
   sync_block();
   sum = 0;
   for (int i = 0; i < threads() / 32; ++i) sum += parts[i];

@@ -5,12 +5,12 @@ import types
 
 import open_clip_4
 import pytest
+import recorded
 import torch
 from clips import batch, clip
 
 from simplclip.integrations import open_clip_train as openclip_train
 from simplclip.models.simplify import simplify
-from simplclip.ops.similarity import sigmoid
 
 DISTILL = ("--distill-model", "ViT-B-32", "--distill-pretrained", "x")
 
@@ -103,11 +103,10 @@ def test_what_cannot_be_replaced_is_named(trainer):
 
 def test_sigmoid_and_pair_matching_have_one_sweep_in_the_launcher(trainer, monkeypatch, tmp_path):
     """The trainer adds the terms up; the first term carries the gradient of the sum."""
-    calls = []
-    monkeypatch.setattr(sigmoid, "run", lambda *args, run=sigmoid.run: calls.append(args) or run(*args))
+    calls = recorded.calls(monkeypatch)
     argv = ["--model", "ViT-B-32", "--siglip", "--pm-weight", "1", "--checkpoint-path", str(tmp_path)]
     steps, _ = openclip_train.main(argv)
-    assert len(calls) == len(steps)
+    assert [name for name, _ in calls] == ["similarity_sigmoid"] * len(steps)
 
 
 @pytest.mark.parametrize("missing", ["create_task", "train_one_epoch"])

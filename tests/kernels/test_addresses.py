@@ -14,9 +14,7 @@ OTHERS = [
     "sigmoid",
     "all",
     "many sigmoid",
-    "features",
     "contrastive",
-    "kept",
     "attention causal",
 ]
 # Cases of make prove, with dtypes and cards in turn.

@@ -4,30 +4,29 @@ import itertools
 import sys
 import traceback
 from collections.abc import Iterator
+from types import SimpleNamespace
 from unittest import mock
 
 import interpreter
 import pytest
 import random_calls
 import torch
-from calls import check, check_padding, check_registration
+from calls import TERMS, Call, attention_call, mlp_call, of_lengths, similarity_call
+from compare import check, check_padding
 from devices import DTYPES
 from interpreter import needs_interpreter, needs_triton
 from layouts import rows_apart
+from small_calls import check_registration
 
 from simplclip.ops.attention import with_library_attention
-from simplclip.selftest.calls import TERMS, Call, attention_call, mlp_call, of_lengths, similarity_call
+from simplclip.ops.similarity.call import RowStat
 
-MODES = [
-    {"terms": TERMS[:1]},
-    {"terms": TERMS[:2], "plane": "hadamard"},
-    {"terms": TERMS, "interactive": "kl"},
-]
+MODES = [{"terms": TERMS[:1]}, {"terms": TERMS[:2]}, {"terms": TERMS[:2], "plane": "hadamard"}, {"terms": TERMS}]
 
 
 def similarity() -> Iterator[tuple[Call, torch.dtype, dict]]:
     for mode in MODES:
-        yield similarity_call(130, 131, 1, **mode, scratch_bytes=0, store_bytes=0), torch.float32, {}  # three chunks
+        yield similarity_call(130, 131, 1, **mode, scratch_bytes=0), torch.float32, {}  # three chunks
         yield similarity_call(65, 65, **mode, ids=True, divergence="cross_entropy"), torch.bfloat16, {}
     for scale in (1000.0, -50.0):
         yield similarity_call(65, 65, **MODES[-1], scale=scale), torch.float32, {}
@@ -35,10 +34,10 @@ def similarity() -> Iterator[tuple[Call, torch.dtype, dict]]:
 
 
 def blocks() -> Iterator[tuple[Call, torch.dtype, dict]]:
-    """Yields sides around a block's, 128 here, with exponentials kept for all rows, for some and for none."""
-    for n, m, store in ((1, 1, None), (127, 128, 0), (129, 129, None), (257, 258, 128 * 258 * 4), (128, 129, None)):
+    """Yields sides around a block's, 128 here."""
+    for n, m in ((1, 1), (127, 128), (129, 129), (257, 258), (128, 129)):
         for dtype, symmetric in ((torch.float32, True), (torch.bfloat16, False))[: 2 - m % 2]:
-            options = {"scale": 20.0, "symmetric": symmetric, "scratch_bytes": 0, "store_bytes": store}
+            options = {"scale": 20.0, "symmetric": symmetric, "scratch_bytes": 0}
             yield similarity_call(n, m, (m - n) // 2, terms=TERMS[:1], **options), dtype, {}
     call = similarity_call(200, 200, terms=TERMS[:1], scratch_bytes=0)  # rows and columns with very different statistics
     call.tensors["image"][::3] *= 30
@@ -89,37 +88,33 @@ def large() -> Iterator[tuple[Call, torch.dtype, dict]]:
 
 
 def registration(device: str) -> None:
-    for name in ("similarity_loss", "similarity_loss kl", "feature_loss", "parallel_mlp"):
+    for name in ("similarity_loss", "similarity_loss kl", "parallel_mlp"):
         check_registration(name, "triton", device)
 
 
 def float16_range(device: str) -> None:
-    """Checks the factor where a single statistic has a gradient, -3 in its last row or column."""
-    from simplclip.kernels.similarity.gradients import PEAK, range_factor
-    from simplclip.kernels.similarity.launch import Launch
-    from simplclip.kernels.similarity.tile import Pairs, Sigmoids
+    """Checks the factor where a single statistic has a gradient, -3 in its last row or column; and for sigmoid terms."""
+    from simplclip.kernels.similarity.backward import PEAK
+    from simplclip.kernels.similarity.op import range_factor
 
-    def number(*values: float) -> torch.Tensor:
+    def number(*values) -> torch.Tensor:
         return torch.tensor(values, device=device)
 
-    student, teacher = Launch(True, SIGMOIDS=2, RELATIONAL=True, COLUMNS=True), Launch(False, True, COLUMNS=True)
-    bounds = {  # bounds by place in RowStat and in ColumnStat
-        student: ({0: 6, 3: 6, 5: 3, 9: 3 * 40, 10: 3 * 7 * 11}, {0: 6, 3: 6}),
-        teacher: ({2: 15, 4: 15, 7: 3, 8: 3}, {2: 15, 4: 15}),
-    }
-    sigmoids = Sigmoids(number(4.0, -7.0), None, number(-10.0, 1.0), number(2.0, 5.5))
-    pairs = Pairs(None, None, number(0.5, 1.0), number(1.0))
-    for launch, sides in bounds.items():
-        for side, places in enumerate(sides):
-            for place, bound in places.items():
-                rows, columns = gradients = torch.zeros(11, 2, device=device), torch.zeros(5, 1, device=device)
-                gradients[side][place, -1] = -3.0
-                given = {"grad_rows": rows, "grad_columns": columns, "scale": number(-2.0), "cross_scale": number(5.0)}
-                factor, back = range_factor(
-                    rows.half(), launch, **given, sigmoids=sigmoids, mix=None, pairs=pairs, n=2, m=1
-                )  # fmt: skip
-                assert 2 ** (PEAK.value - 1) < factor * bound <= 2**PEAK.value, (launch, side, place)
-                assert factor * back == 1
+    def check_range(bound: float, what: object, **arguments) -> None:
+        half = number(0.0).half()
+        factor, unscale = range_factor(SimpleNamespace(image=half.expand(2), text=half), **arguments)
+        assert 2 ** (PEAK.value - 1) < factor * bound <= 2**PEAK.value, what
+        assert factor * unscale == 1
+
+    bounds = {RowStat.LSE_STUDENT: 6, RowStat.MEAN: 6, RowStat.DIAGONAL_STUDENT: 3, RowStat.PAIR_MATCHING: 21}, {0: 6, 2: 6}
+    scalars = {"scale": number(-2.0), "plane": number(-7.0, 1.0), "HAS_TEACHER": True}
+    for side, of_stats in enumerate(bounds):
+        for stat, bound in of_stats.items():
+            rows, columns = gradients = torch.zeros(len(RowStat), 2, device=device), torch.zeros(3, 1, device=device)
+            gradients[side][stat, -1] = -3.0
+            check_range(bound, (side, stat), grad_rows=rows, grad_columns=columns, **scalars)
+    sigmoids = number([4.0, -7.0], [0.0, 0.0], [-10.0, 1.0], [2.0, 5.5], [-3.0, 1.0])
+    check_range(3 * 40 + 7 * 5.5, "sigmoids", sigmoids=sigmoids, TERMS=2)
 
 
 CALLS = {"similarity_loss": similarity, "blocks": blocks, "parallel_mlp": mlp, "large": large}

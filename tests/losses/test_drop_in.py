@@ -5,6 +5,7 @@ import inspect
 import open_clip.loss
 import plain
 import pytest
+import recorded
 import torch
 import torch.nn.functional as F
 
@@ -115,15 +116,11 @@ def test_a_loss_that_needs_the_logits():
 
 def test_sigmoid_with_pair_matching_is_one_sweep(monkeypatch):
     """The terms' sum costs the products of one term; terms that are not added up have gradients and sweeps of their own."""
-    from simplclip.ops.similarity import sigmoid
-
-    calls = []
-    monkeypatch.setattr(sigmoid, "run", lambda *args, run=sigmoid.run: calls.append(args) or run(*args))
-    loss, leaves = losses.SigLipLoss(pm_weight=0.5), features()
+    loss, leaves, swept = losses.SigLipLoss(pm_weight=0.5), features(), recorded.calls(monkeypatch)
     loss(*leaves).backward()
-    assert len(calls) == 1
+    assert [name for name, _ in swept] == ["similarity_sigmoid"]
     terms = loss(*leaves, output_dict=True)
-    assert len(calls) == 3
+    assert len(swept) == 3
     assert list(terms) == ["contrastive_loss", "pair_matching_loss"]
     other = features()
     plane = [p.detach().clone().requires_grad_() for p in (loss.plane_weight, loss.plane_bias)]
@@ -146,90 +143,62 @@ def test_what_open_clip_4_asks_for():
         torch.testing.assert_close(make(world_size=0)(*leaves), make()(*leaves), rtol=0, atol=0)
 
 
-OPTIONS = [
-    *({"label_smoothing": 0.1}, {"decoupled": True}, {"prior": 0.05}, {"margin": 0.2}, {"positives": "ids"}),
-    *({"positives": "sum", "label_smoothing": 0.1}, {"decoupled": True, "prior": 0.05, "margin": 0.1}),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        *((name, options) for name in ("ClipLoss", "ClipPMLoss") for options in OPTIONS),
-        *(("SigLipLoss", {"positives": positives}) for positives in ("ids", "sum")),
-    ],
-    ids=str,
-)
-def test_options_of_the_op(name, options):
-    """Values and gradients of the dict's terms and of the sum; also of prefixes, compiled, and the options in repr."""
-    sigmoid = name == "SigLipLoss"
-    ids = torch.arange(N) // 2
-    loss = getattr(losses, name)(**options | ({} if name == "ClipLoss" else {"pm_weight": 0.5})).double()
-    assert all(f"{key}={value!r}" in repr(loss) for key, value in options.items())
+@pytest.mark.parametrize("name", ["ClipPMLoss", "SigLipLoss"])
+def test_ids_and_pair_matching(name):
+    """Values and gradients of the dict's terms, of the sum and of `terms`; also compiled."""
+    ids, loss = torch.arange(N) // 2, getattr(losses, name)(pm_weight=0.5).double()
     parameters = list(loss.parameters())
+    leaves = [t.detach().double().requires_grad_() for t in features()]
+    image, text, scale, bias = leaves
+    first = "sigmoid" if name == "SigLipLoss" else "contrastive"
+    dense = plain.similarity_loss(
+        image, text, scale, terms=(first, "pair_matching"), logit_bias=bias, ids=ids, text_ids=ids, plane=parameters
+    )
+    expected = {"contrastive_loss": dense[first], "pair_matching_loss": 0.5 * dense["pair_matching"]}
 
-    def theirs(image, text, scale, bias):
-        terms = ("sigmoid" if sigmoid else "contrastive", "pair_matching")[: 1 if name == "ClipLoss" else 2]
-        given = {"logit_bias": bias, "ids": ids, "text_ids": ids, "plane": parameters or None, **options}
-        found = plain.similarity_loss(image, text, scale, terms=terms, **given)
-        return {"contrastive_loss": found[terms[0]]} | {f"{term}_loss": 0.5 * found[term] for term in terms[1:]}
-
-    def same(ours, expected, leaves):
+    def same(ours, expected):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
-        pair = (torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True) for value in (ours, expected))
+        every = [*leaves, *parameters]
+        pair = (torch.autograd.grad(value, every, retain_graph=True, materialize_grads=True) for value in (ours, expected))
         torch.testing.assert_close(*pair, rtol=1e-7, atol=1e-10)
 
-    leaves = [t.detach().double().requires_grad_() for t in features()]
-    terms, expected = loss(*leaves, output_dict=True, ids=ids), theirs(*leaves)
+    terms = loss(*leaves, output_dict=True, ids=ids)
     assert list(terms) == list(expected)
     for term in terms:
-        same(terms[term], expected[term], [*leaves, *parameters])
-    same(loss(*leaves, ids=ids), sum(expected.values()), [*leaves, *parameters])
-    if name != "ClipLoss" and (sigmoid or len(options) > 1):
-        torch.compiler.reset()  # the losses share one forward, and recompilations of a function are limited
-        compiled = torch.compile(loss, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(*leaves, ids=ids), loss(*leaves, ids=ids))
-    prefixes = losses.MatryoshkaLoss(loss, (4, 16))(*leaves, ids=ids)
-    units = [[F.normalize(t[:, :width], dim=1) for t in leaves[:2]] for width in (4, 16)]
-    same(prefixes, sum(sum(theirs(*unit, *leaves[2:]).values()) for unit in units), [*leaves, *parameters])
+        same(terms[term], expected[term])
+    same(loss(*leaves, ids=ids), sum(expected.values()))
+    weights = {first: 2.0, "pair_matching": 0.3}
+    total, terms = loss.terms(image, text, scale, weights=weights, logit_bias=bias, ids=ids)
+    same(total, 2 * dense[first] + 0.3 * dense["pair_matching"])
+    assert not any(term.requires_grad for term in terms.values())
+    torch.testing.assert_close(terms, {term: (weights[term] * dense[term]).detach() for term in weights})
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*leaves, ids=ids), loss(*leaves, ids=ids))
 
 
 @pytest.mark.parametrize("frozen", [(), ("image",), ("text",), ("image", "text"), ("image", "text", "scale", "bias")])
 def test_what_needs_no_gradient_costs_no_product(frozen, monkeypatch):
-    from simplclip.ops.similarity import sigmoid
-
-    results = []
-    monkeypatch.setattr(sigmoid, "run", lambda *args, run=sigmoid.run: results.append(run(*args)) or results[-1])
-    leaves = features()
+    leaves, swept = features(), recorded.calls(monkeypatch)
     for name, t in zip(("image", "text", "scale", "bias"), leaves):
         t.requires_grad_(name not in frozen)
     loss = losses.SigLipLoss()(*leaves)
-    _, _, d_image, d_text, *_ = results[0]
-    assert [len(d) for d in (d_image, d_text)] == [0 if name in frozen else N for name in ("image", "text")]
+    ((_, call),) = swept
+    assert [call.need_image, call.need_text] == [name not in frozen for name in ("image", "text")]
     assert loss.requires_grad == (len(frozen) < 4)
 
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="dist_impl: expected one of 'bidir', 'shift', 'reduce', 'gather', got 'ring'"):
         losses.SigLipLoss(dist_impl="ring")
-    for make, name, value, message in (
-        (losses.SigLipLoss, "positives", "all", "expected one of 'drop', 'ids', 'sum', got 'all'"),
-        (losses.SigLipLoss, "chunk_size", -1, "expected a number of rows, 0 or more, got -1"),
-        (losses.ClipLoss, "label_smoothing", 1.0, "expected a number from 0 to below 1, got 1.0"),
-        (losses.ClipPMLoss, "prior", 1, "expected a number from 0 to below 1, got 1"),
-    ):
-        with pytest.raises(ValueError, match=f"{name}: {message}"):
-            make(**{name: value})
-    with pytest.raises(ValueError, match="margin: expected none with several positives, positives='ids', got one"):
-        losses.ClipPMLoss(positives="ids", margin=0.1)
-    for options, message in (
-        ({"decoupled": 1}, "decoupled: expected a bool, got int"),
-        ({"margin": "0"}, "margin: expected a number, got str"),
-        ({"prior": torch.tensor(0.1)}, r"prior: expected a number or None \(.*\), got Tensor"),
-    ):
-        with pytest.raises(TypeError, match=message):
-            losses.ClipLoss(**options)
-    with pytest.raises(TypeError, match="label_smoothing"):  # an option of softmax losses
-        losses.SigLipLoss(label_smoothing=0.1)
+    with pytest.raises(ValueError, match="chunk_size: expected a number of rows, 0 or more, got -1"):
+        losses.SigLipLoss(chunk_size=-1)
     with pytest.raises(TypeError, match="caption_loss_weight: expected a number, got str"):
         losses.CoCaLoss("2", 1.0)
+    with pytest.raises(TypeError, match="label_smoothing"):
+        losses.ClipLoss(label_smoothing=0.1)
+    with pytest.raises(ValueError, match="plane: expected "):
+        losses.ClipLoss().terms(*features()[:3], weights={"pair_matching": 1.0})
+
+
+def test_the_module_lists_its_losses():
+    assert set(losses.__all__) <= set(dir(losses))

@@ -6,6 +6,7 @@ from functools import partial
 
 import open_clip
 import pytest
+import recorded
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
@@ -17,7 +18,6 @@ from simplclip import gradient_cache, losses, models
 from simplclip.losses import ClipPMLoss, WIKDLoss
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.nn import SimplifiedBlock, share_weights
-from simplclip.ops import backends
 
 SIZES = (5, 5, 5, 2)
 TEACHER = 24
@@ -226,9 +226,8 @@ def test_micro_batches_of_each_tower(images, texts):
     assert len(found) == len([*model.parameters(), *module.parameters()])
 
 
-@pytest.mark.parametrize(("micro_batch", "image", "text"), [(5, 5, 5), ({"text": 20, "image": 1}, 1, 20)])
-def test_inputs_are_split_into_micro_batches(micro_batch, image, text):
-    """The size of micro-batches is one number for all towers, or a number for each tower."""
+@pytest.mark.parametrize(("image", "text"), [(5, 5), (1, 20)])
+def test_each_micro_batch_but_the_last_is_encoded_twice(image, text):
     model, seen = Dropping().double().eval(), {"image": [], "text": []}
 
     def encode(tower, batch):
@@ -237,49 +236,41 @@ def test_inputs_are_split_into_micro_batches(micro_batch, image, text):
 
     towers, inputs = {name: partial(encode, name) for name in seen}, dict(zip(seen, whole()))
     loss = lambda image, text: ClipLoss()(image, text, model.logit_scale.exp())  # noqa: E731
-    cached = step(gradient_cache.backward, towers, inputs, loss, (model,), micro_batch=micro_batch)[0]
-    for name, size in (("image", image), ("text", text)):
-        sizes = [len(t) for t in inputs[name].split(size)]
+    batches = {"image": inputs["image"].split(image), "text": inputs["text"].split(text)}
+    cached = step(gradient_cache.backward, towers, batches, loss, (model,))[0]
+    for name, micro_batches in batches.items():
+        sizes = [len(t) for t in micro_batches]
         assert sorted(seen[name]) == sorted(sizes + sizes[:-1]), name  # the last one keeps its graph
     expected = step(one_graph, towers, {name: [t] for name, t in inputs.items()}, loss, (model,))[0]
     torch.testing.assert_close(cached, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [tuple, dict])
-def test_inputs_of_one_encoder_are_split_together_and_kept_ones_are_encoded_once(kind):
-    model, (image, text), calls = Dropping().double().eval(), whole(), []
-    inputs = {"image": image, "text": text} if kind is dict else (image, text)
-
-    def encode(batch):
-        calls.append(torch.is_grad_enabled())
-        return model(**batch) if kind is dict else model(*batch)
-
-    expected = step(one_graph, encode, [inputs], ClipLoss(), (model,))[0]
-    calls.clear()
-    cached = step(gradient_cache.backward, encode, inputs, ClipLoss(), (model,), micro_batch=6)[0]
-    torch.testing.assert_close(cached, expected, rtol=1e-9, atol=1e-12)
-    assert calls == [False] * 2 + [True] * 3
+def test_a_loss_that_returns_its_sum_and_its_terms():
+    model, loss = Dropping().double(), losses.ClipPMLoss(pm_weight=0.5).double()
+    batches, weights = pairs(dtype=torch.float64, vocabulary=64), {"contrastive": 1.0, "pair_matching": 0.5}
+    found, expected = (
+        step(gradient_cache.backward, lambda b: model(*b), batches, of_outputs, (model, loss))[0]
+        for of_outputs in (lambda *o: loss.terms(*o, weights=weights), lambda *o: loss(*o, output_dict=True))
+    )
+    for name in weights:
+        torch.testing.assert_close(found.pop(name), expected.pop(f"{name}_loss"))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("pm_weight", [0, 0.5])
 def test_sigmoid_terms_take_one_sweep(monkeypatch, pm_weight):
     """The sweep computes gradients with the value, from features that require gradients; no other sweep runs."""
-    model, loss, swept = Dropping(), losses.SigLipLoss(pm_weight=pm_weight), []
-    for name, row in backends.TABLE.items():
-        for backend, one in row.items() if name.startswith("similarity") else ():
-
-            def counting(call, name=name, function=one.function):
-                swept.append((name, getattr(call, "gradient", None)))
-                return function(call)
-
-            monkeypatch.setitem(row, backend, backends.Implementation(counting, one.why_not))
+    model, loss = Dropping(), losses.SigLipLoss(pm_weight=pm_weight)
     bias = nn.Parameter(torch.tensor(-10.0))
     names = ("text_features", "logit_scale", "logit_bias")
     encode = {"image_features": model.encode_image}
     encode["text_features"] = lambda text: dict(zip(names, (model.encode_text(text), model.logit_scale.exp(), bias)))
     inputs = dict(zip(encode, (t.float() if t.is_floating_point() else t for t in whole())))
-    gradient_cache.backward(encode, inputs, loss, micro_batch={"image_features": 5, "text_features": 8})
-    assert swept == [("similarity_sigmoid", True)]
+    batches = {name: t.split(size) for (name, t), size in zip(inputs.items(), (5, 8))}
+    swept = recorded.calls(monkeypatch)
+    gradient_cache.backward(encode, batches, loss)
+    similarities = [(name, call.gradient) for name, call in swept if name.startswith("similarity")]
+    assert similarities == [("similarity_sigmoid", True)]
     assert bias.grad is not None
     assert all(p.grad is not None for p in model.parameters())
 
@@ -366,22 +357,19 @@ TWO, NAMED = dict.fromkeys("ab", nn.Identity()), dict.fromkeys("ab", lambda b: {
 
 
 @pytest.mark.parametrize(
-    ("encode", "batches", "options", "error", "message"),
+    ("encode", "batches", "error", "message"),
     [
-        (nn.Identity(), [], {}, ValueError, "micro_batches: expected at least one, got none"),
-        (nn.Identity(), iter([1]), {}, TypeError, "micro_batches: expected a sequence, since .*got list_iterator"),
-        (lambda b: None, [1], {}, TypeError, "encode: expected a tensor, or a sequence or mapping of them, got NoneType"),
-        (lambda b: {"ids": torch.ones(2, 2).long()}, [1], {}, TypeError, "output 'ids' of encode: expected float32"),
-        (lambda b: (torch.ones(3, 1),) * b, [2, 1], {}, ValueError, r"the outputs of the first micro-batch, \[0, 1\]"),
-        (nn.Identity(), (torch.ones(3, 1), torch.ones(4, 1)), {"micro_batch": 2}, ValueError, r"as many rows, got \[3, 4\]"),
-        (nn.Identity(), [1], {"micro_batch": 0}, ValueError, "micro_batch: expected a number of rows, 1 or more, got 0"),
-        (TWO, {"a": [1], "b": [1]}, {"micro_batch": {"a": 2}}, ValueError, "micro_batch: expected one for each .* got dict"),
-        (TWO, [[1]], {}, ValueError, r"micro_batches: expected one for each tower in a mapping, \['a', 'b'\], got list"),
-        ({"a": lambda b: [b]}, {"a": [1]}, {}, TypeError, r"encode\['a'\]: expected a tensor, or a mapping of them"),
-        (NAMED, dict.fromkeys("ab", [torch.ones(2, 2)]), {}, ValueError, "encode.'b'.: expected outputs that no other tower"),
-        ([nn.Identity()], [1], {}, TypeError, "encode: expected a function, or a mapping of them, got list"),
+        (nn.Identity(), [], ValueError, "micro_batches: expected at least one, got none"),
+        (nn.Identity(), iter([1]), TypeError, "micro_batches: expected a sequence, since .*got list_iterator"),
+        (lambda b: None, [1], TypeError, "encode: expected a tensor, or a sequence or mapping of them, got NoneType"),
+        (lambda b: {"ids": torch.ones(2, 2).long()}, [1], TypeError, "output 'ids' of encode: expected float32"),
+        (lambda b: (torch.ones(3, 1),) * b, [2, 1], ValueError, r"the outputs of the first micro-batch, \[0, 1\]"),
+        (TWO, [[1]], ValueError, r"micro_batches: expected one for each tower in a mapping, \['a', 'b'\], got list"),
+        ({"a": lambda b: [b]}, {"a": [1]}, TypeError, r"encode\['a'\]: expected a tensor, or a mapping of them"),
+        (NAMED, dict.fromkeys("ab", [torch.ones(2, 2)]), ValueError, "encode.'b'.: expected outputs that no other tower"),
+        ([nn.Identity()], [1], TypeError, "encode: expected a function, or a mapping of them, got list"),
     ],
 )  # fmt: skip
-def test_bad_arguments(encode, batches, options, error, message):
+def test_bad_arguments(encode, batches, error, message):
     with pytest.raises(error, match=message):
-        gradient_cache.backward(encode, batches, torch.sum, **options)
+        gradient_cache.backward(encode, batches, torch.sum)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from simplclip import losses
 from simplclip.losses import ClipPMLoss, MatryoshkaLoss, SigLipLoss, WIKDLoss
 
 
@@ -49,8 +50,9 @@ def test_each_term_has_the_gradient_that_it_has_alone(loss, widths):
         weight = loss.plane_weight[: image.shape[1]] if loss.plane == "hadamard" else loss.plane_weight
         if term == "feature":
             return (plain.feature_loss(image, more[0]) + plain.feature_loss(text, more[1])) / 2
-        given = dict(zip(("teacher_image", "teacher_text", "teacher_scale"), more))
-        given |= {"interactive": loss.interactive, "divergence": "kl"} if distils else {"logit_bias": bias}
+        if term == "interactive":
+            return plain.interactive(image, text, scale, *more, form=loss.interactive)
+        given = dict(zip(("teacher_image", "teacher_text", "teacher_scale"), more)) if distils else {"logit_bias": bias}
         return plain.similarity_loss(image, text, scale, terms=(term,), plane=(weight, loss.plane_bias), **given)[term]
 
     wrapped = MatryoshkaLoss(loss, widths) if widths else loss
@@ -81,7 +83,7 @@ def test_each_term_has_the_gradient_that_it_has_alone(loss, widths):
         (ClipPMLoss, {"plane": "hadamard"}, "embed_dim: expected the width D"),
         (WIKDLoss, {"contrastive_weight": math.nan}, "contrastive_weight: expected a finite number, got nan"),
         (WIKDLoss, {"contrastive_weight": 0, "relational_weight": 0}, "contrastive_weight and the other weights: expected"),
-        (WIKDLoss, {"embed_dim": 16, "teacher_dim": (20, -1)}, "teacher_dim: expected an integer above 0 or None, got -1"),
+        (WIKDLoss, {"embed_dim": 16, "teacher_dim": -1}, "teacher_dim: expected an integer above 0 or None, got -1"),
         (WIKDLoss, {"interactive": "mse"}, "interactive: expected one of 'infonce', 'kl', got 'mse'"),
         (WIKDLoss, {"divergence": "js"}, "divergence: expected one of 'kl', 'cross_entropy', got 'js'"),
         (WIKDLoss, {"teacher_dim": 20, "feature_weight": 1}, "embed_dim: expected the width D"),
@@ -94,3 +96,8 @@ def test_each_term_has_the_gradient_that_it_has_alone(loss, widths):
 def test_bad_arguments(cls, arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         cls(**arguments)
+
+
+def test_dir_lists_all_losses():
+    assert set(losses.__all__) <= set(dir(losses))
+    assert all(hasattr(losses, name) for name in losses.__all__)

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 
 from simplclip.losses import WIKDLoss
-from simplclip.selftest.calls import make_inputs
 
 EVERYTHING = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
 KEYS = ["contrastive_loss", "distill_loss", "interactive_loss", "feature_loss", "pair_matching_loss"]
@@ -12,15 +11,12 @@ KEYS = ["contrastive_loss", "distill_loss", "interactive_loss", "feature_loss", 
 
 def batch(n=24, width=16, teacher_width=None, dtype=torch.float32, seed=0):
     """Returns the student's features as leaves, and the teacher's."""
-    terms = ("relational", "interactive")
-    leaves, _ = make_inputs(n, n, terms=terms, width=width, teacher_width=teacher_width, seed=seed)
-    student = [leaves[k].to(dtype if k != "logit_scale" else torch.float32) for k in ("image", "text", "logit_scale")]
-    teacher = [leaves[k].to(dtype if "scale" not in k else torch.float32) for k in leaves if k.startswith("teacher")]
-    return [t.clone().requires_grad_() for t in student], teacher
-
-
-def feature_distance(student, teacher):
-    return F.mse_loss(F.normalize(student, dim=1), F.normalize(teacher, dim=1))
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda width: F.normalize(torch.randn(n, width, generator=g), dim=1)  # noqa: E731
+    image, text, teacher_image = draw(width), draw(width), draw(teacher_width or width)
+    text, teacher_text = F.normalize(text + image, dim=1), F.normalize(draw(teacher_width or width) + teacher_image, dim=1)
+    student = [image.to(dtype), text.to(dtype), torch.tensor(14.0)]
+    return [t.requires_grad_() for t in student], [teacher_image.to(dtype), teacher_text.to(dtype), torch.tensor(20.0)]
 
 
 @pytest.mark.parametrize("name", ["contrastive", "relational", "interactive", "feature", "pm"])
@@ -34,30 +30,29 @@ def test_a_term_of_weight_0_is_not_computed(name):
     torch.testing.assert_close(left, {k: everything[k] for k in left})
 
 
-def test_several_teachers_are_averaged_after_the_softmax():
-    student, first = batch()
-    _, second = batch(teacher_width=20, seed=1)
-    image, text, scale = student
-    softmaxes = [s * (a @ b.T) for a, b, s in (first, second)]
-    logits = scale * (image @ text.T)
-    by_row = sum(t.softmax(1) for t in softmaxes) / 2
-    by_column = sum(t.T.softmax(1) for t in softmaxes) / 2
-    expected = (F.cross_entropy(logits, by_row) + F.cross_entropy(logits.T, by_column)) / 2
-    wanted = torch.autograd.grad(expected, student)
-
-    loss = WIKDLoss(contrastive_weight=0.5, feature_weight=1.0, interactive_weight=1.0, embed_dim=16, teacher_dim=(16, 20))
-    named = loss(*student, *zip(first, second), output_dict=True)
-    torch.testing.assert_close(named["distill_loss"], expected, rtol=1e-5, atol=1e-6)
-    got = torch.autograd.grad(named["distill_loss"], student, retain_graph=True)
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(
-        named["contrastive_loss"], 0.5 * plain.similarity_loss(*student, terms=("contrastive",))["contrastive"]
-    )
-    projected = [p @ w.T for p, w in zip((image, text), (loss.image_projections[1], loss.text_projections[1]))]
-    feature = [feature_distance(s, t) for s, t in zip((image, text, *projected), (*first[:2], *second[:2]))]
-    torch.testing.assert_close(named["feature_loss"], sum(feature) / 4, rtol=1e-4, atol=1e-6)
-    sum(named.values()).backward()
-    assert all(p.grad is not None for p in loss.parameters() if p.numel())
+@pytest.mark.parametrize("teacher_width", [16, 20])
+@pytest.mark.parametrize("divergence", ["kl", "cross_entropy"])
+@pytest.mark.parametrize("interactive", ["infonce", "kl"])
+def test_the_interactive_term_is_its_definition(interactive, divergence, teacher_width):
+    """With ids, and of projected features where the teacher has another width. Also by `terms`, beside every other term."""
+    options = {"interactive": interactive, "divergence": divergence, "embed_dim": 16, "teacher_dim": teacher_width}
+    loss = WIKDLoss(**EVERYTHING, **options).double()
+    student, teacher = batch(teacher_width=teacher_width)
+    leaves = [t.detach().double().requires_grad_() for t in student]
+    image, text, scale = leaves
+    teacher, ids = [t.double() for t in teacher], torch.arange(len(image)) // 2
+    projected = image, text
+    if teacher_width != 16:
+        leaves += loss.image_projection, loss.text_projection
+        projected = [F.normalize(t @ p.T, dim=1) for t, p in zip(projected, leaves[3:])]
+    expected = plain.interactive(*projected, scale, *teacher, form=interactive, divergence=divergence, ids=ids)
+    weights = dict.fromkeys(("sigmoid", "interactive", "relational", "contrastive", "pair_matching", "feature"), 0.0)
+    total, terms = loss.terms(image, text, scale, weights=weights | {"interactive": 0.6}, ids=ids, teacher=tuple(teacher))
+    assert terms.keys() == weights.keys()
+    for got in (loss(image, text, scale, *teacher, output_dict=True, ids=ids)["interactive_loss"], total):
+        torch.testing.assert_close(got, 0.6 * expected)
+        pair = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (got, 0.6 * expected))
+        torch.testing.assert_close(*pair, rtol=1e-7, atol=1e-10)
 
 
 def test_autocast():
@@ -74,11 +69,10 @@ def test_autocast():
 def test_teachers_and_widths_that_do_not_fit():
     student, teacher = batch()
     (image, text, scale), (wide_image, wide_text, wide_scale) = teacher, batch(teacher_width=20)[1]
-    wide, two = (wide_image, wide_text, wide_scale), [(t, t) for t in (wide_image, wide_text, wide_scale)]
+    wide = wide_image, wide_text, wide_scale
     narrow = (student[0], student[1][:, 1:], student[2])
     of_16, of_20 = {"embed_dim": 16}, {"embed_dim": 16, "teacher_dim": 20}
     for options, given, message in (
-        ({}, (*student, (image,) * 2, text, scale), "dist_text_features: expected one for each of 2 teachers, got Tensor"),
         ({}, (*student, image[1:], text, scale), r"teacher_image: expected the 24 rows of image, got shape \[23, 16\]"),
         ({}, (*student, image, None, scale), "teacher_text: expected a value, since .* 'relational' needs it, got None"),
         ({"interactive_weight": 1.0}, (*student, *wide), "teacher_dim: expected 20, the width of dist_image_features, since"),
@@ -90,13 +84,14 @@ def test_teachers_and_widths_that_do_not_fit():
             r"dist_image_features: expected the width teacher_dim = 24, got shape \[24, 20\]",
         ),
         (
-            of_20, (*student, wide_image, wide_text[:, 1:], wide_scale),
+            {**of_20, "interactive_weight": 1, "relational_weight": 0}, (*student, wide_image, wide_text[:, 1:], wide_scale),
             r"dist_text_features: expected the width teacher_dim = 20, got shape \[24, 19\]",
         ),
-        (of_20, (*student, *two), r"teacher_dim: expected one width for each of 2 teachers, got \(20,\)"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             WIKDLoss(**options)(*given)
+    with pytest.raises(ValueError, match="teacher: expected features and scale for the terms 'interactive' and 'feature'"):
+        WIKDLoss().terms(*student, weights={"interactive": 1.0})
     WIKDLoss()(*student, *wide)  # the relational term compares similarities, so that widths may differ
 
 
@@ -104,10 +99,10 @@ def test_teachers_and_widths_that_do_not_fit():
 def test_projections_of_another_dtype_need_autocast(term):
     loss = WIKDLoss(**{term: 1.0}, embed_dim=16, teacher_dim=20)
     student, teacher = batch(teacher_width=20, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match="image_features: expected the dtype of image_projections, torch.float32"):
+    with pytest.raises(TypeError, match="image_features: expected the dtype of image_projection, torch.float32"):
         loss(*student, *teacher)
-    loss.text_projections.double()
-    with pytest.raises(TypeError, match="text_features: expected the dtype of text_projections, torch.float64"):
+    loss.text_projection.data = loss.text_projection.data.double()
+    with pytest.raises(TypeError, match="text_features: expected the dtype of text_projection, torch.float64"):
         loss(*batch(teacher_width=20)[0], *teacher)
     loss.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from calls import Call, block_inputs
 from devices import needs_cpu_kernels
 from interpreter import needs_triton
 from memory_calls import attention_call, forward_and_backward, mlp_call, predicted
@@ -13,7 +14,6 @@ import simplclip
 from simplclip.memory.count import WORKSPACE
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import backends
-from simplclip.selftest.calls import Call, block_inputs
 
 OF_THE_TEST = 3  # kernels of the test: the sum of the results, and its gradient
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -8,8 +8,9 @@ from unittest import mock
 
 import pytest
 import torch
+from calls import MLP, Call, block_inputs
 from devices import DTYPES, needs_cpu_kernels
-from memory_calls import SIMILARITY, attention_call, feature_call, forward_and_backward, mlp_call, similarity_call
+from memory_calls import SIMILARITY, attention_call, forward_and_backward, mlp_call, similarity_call
 from torch.utils._pytree import tree_leaves
 
 from simplclip.memory.count import UncountedOp, workspace_bytes
@@ -17,9 +18,7 @@ from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import backends
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.calls import flat, schema_of
-from simplclip.ops.feature.call import FeatureGradient
 from simplclip.ops.mlp.call import HiddenGradient
-from simplclip.selftest.calls import MLP, Call, block_inputs
 
 SCALARS = 64  # bytes of results that are made after the peak
 # The copies of oneDNN in products of half types are not stated; this bounds them for one thread.
@@ -88,8 +87,7 @@ def test_similarity_on_cpu(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_ops_on_cpu(dtype):
     less = 8 if dtype == torch.float16 else 1  # torch's float16 products are slow
-    calls = [(feature_call(3000, 96, normalize=normalize), ()) for normalize in (True, False)]
-    calls.append((attention_call(3, 70, 4, 32, lengths=(70, 3, 0)), ()))
+    calls = [(attention_call(3, 70, 4, 32, lengths=(70, 3, 0)), ())]
     calls.append((Call("simplified_block", block_inputs(8, 77, 128, 2, 512, projections=False)), ()))
     for t, c, f in (30, 40 // less, 96), (3000, 64 // less, 1100), (2500, 192 // less, 2048):
         calls += [(mlp_call(t, c, f), ()), (mlp_call(t, c, f), MLP)]
@@ -102,15 +100,14 @@ def test_other_ops_on_cpu(dtype):
     # A block runs the functions of shaped_attention and, adding to the result, those of parallel_mlp.
     count = Bag(called)
     assert count.pop("parallel_mlp_fwd") >= 10  # without a backward, the op takes its rows in parts
-    same = {"feature_loss_fwd": 2, "feature_loss_bwd": 2, "shaped_attention_fwd": 2, "shaped_attention_bwd": 2}
-    assert count == {**same, "parallel_mlp_bwd": 8}
+    assert count == {"shaped_attention_fwd": 2, "shaped_attention_bwd": 2, "parallel_mlp_bwd": 8}
 
 
 @needs_cpu_kernels
 def test_what_has_no_workspace_is_an_error(monkeypatch):
     lib = torch.library.Library("simplclip", "FRAGMENT")
-    lib.define(f"silent_cpu_workspace({schema_of(FeatureGradient)}) -> int")
-    call = FeatureGradient(*[torch.empty(8)] * 2, False, 1.0, False, *[torch.empty(8)] * 2)
+    lib.define(f"silent_cpu_workspace({schema_of(HiddenGradient)}) -> int")
+    call = HiddenGradient(*[torch.empty(8, 8)] * 3, "gelu", True)
     with pytest.raises(UncountedOp, match="no workspace is stated for silent on backend cpu"):
         workspace_bytes("silent", "cpu", call)
     monkeypatch.setattr(backends, "extension", None)

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from calls import MODULES, SMALL, module_call
+from small_calls import MODULES, SMALL, module_call
 
 import simplclip
 

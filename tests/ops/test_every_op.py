@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from calls import SMALL, check, check_registration
+from calls import LARGE
+from compare import check, function_of, run
 from devices import BACKENDS, DTYPES, needs_cpu_kernels
+from small_calls import SMALL, check_registration
 
 import simplclip
-from simplclip.selftest.calls import LARGE
-from simplclip.selftest.compare import function_of, run
 
 OF_SETS = [pytest.param(n, marks=pytest.mark.instruction_set) if n.startswith("attention") else n for n in LARGE]
 

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from calls import check
-from devices import BACKENDS, DTYPES, needs_cpu_kernels
+from calls import Call
+from compare import check, function_of, run
+from devices import DTYPES
 
 import simplclip
+from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import feature_loss
-from simplclip.selftest.calls import Call
-from simplclip.selftest.compare import function_of, run
+
+CASES = ["cpu", "reference"]  # any backend but the reference means the op, in chunks; the reference is its definition
 
 
 def features(n, d):
@@ -17,8 +19,7 @@ def features(n, d):
     return {"student": teacher + torch.randn(n, d, generator=g, dtype=torch.float64), "teacher": teacher}
 
 
-@pytest.mark.instruction_set
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CASES)
 @pytest.mark.parametrize(("n", "d"), [(2, 7), (40, 48), (33, 513)])
 def test_zero_rows(n, d, backend):
     """A row of zeros, and a row shorter than eps, are divided by eps, a constant."""
@@ -30,8 +31,7 @@ def test_zero_rows(n, d, backend):
     check(Call("feature_loss", tensors), torch.float32, backend)
 
 
-@pytest.mark.instruction_set
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CASES)
 @pytest.mark.parametrize("which", ["student", "teacher"])
 @pytest.mark.parametrize("mode", [{}, {"normalize": False}, {"distance": "smooth_l1"}])
 def test_nan_reaches_the_gradient_of_its_row_alone(mode, which, backend):
@@ -44,7 +44,7 @@ def test_nan_reaches_the_gradient_of_its_row_alone(mode, which, backend):
     assert out["d_student"][torch.arange(18) != 9].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_column(dtype, backend):
     """One column is normalised to ±1: distances are 0 and 4, and the gradient is 0 up to rounding."""
@@ -56,15 +56,43 @@ def test_one_column(dtype, backend):
     assert student.grad.abs().max() < 1e-5
 
 
-@pytest.mark.instruction_set
-@needs_cpu_kernels
 def test_half_precision_is_read_and_rounded_exactly():
-    """Every float16 number is read exactly, and gradients round as in torch: d = (x − 0) · 2 / (N D) · grad."""
+    """Every float16 number is read exactly, and gradients round as in torch: d = (x − 0) · 2 / N · grad."""
     numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     for scale in (1.0, 0.37, 3.1e-4, 7e-8, 1.9):
         student = numbers.clone().reshape(-1, 64).requires_grad_()
-        with simplclip.backend("cpu"):
-            loss = feature_loss(student, torch.zeros_like(student), normalize=False)
-        loss.backward(torch.tensor(scale * student.numel() / 2))
+        loss = feature_loss(student, torch.zeros_like(student), normalize=False)
+        loss.backward(torch.tensor(scale * len(student) / 2))
         expected = (torch.tensor(scale) * numbers.float()).half()
         torch.testing.assert_close(student.grad.flatten(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_squared_distance_of_unit_vectors():
+    """For unit vectors of any width the value is 2 - 2 cos."""
+    for d in (4, 400):
+        student, teacher = 3 * torch.eye(2, d, dtype=torch.float64), torch.ones(2, d, dtype=torch.float64)
+        expected = torch.tensor(2 - 2 / d**0.5, dtype=torch.float64)
+        torch.testing.assert_close(feature_loss(student, teacher), expected)
+        smooth = feature_loss(student, teacher, distance="smooth_l1", beta=2.0)
+        torch.testing.assert_close(smooth, expected / 4)
+
+
+@pytest.mark.parametrize("n", [1, 300, 10_000])
+def test_chunks_have_the_values_of_the_whole(n):
+    for mode in {}, {"normalize": False}, {"distance": "smooth_l1", "beta": 0.1}:
+        check(Call("feature_loss", features(n, 64), mode), torch.float64, "cpu")
+
+
+def test_memory():
+    """Beside the gradient, two norms a row are kept, and some rows are in float32."""
+    n, d = 40_000, 256
+    student, teacher = torch.randn(n, d).bfloat16().requires_grad_(), torch.randn(n, d).half()
+
+    def step():
+        student.grad = None
+        loss = feature_loss(student, teacher)
+        assert loss.grad_fn.saved_tensors[2].shape == (n, 2)
+        loss.backward()
+
+    step()
+    assert cpu_peak_bytes(step) < 2 * n * d + 8 * n + (8 << 20)

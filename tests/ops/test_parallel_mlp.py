@@ -3,11 +3,12 @@
 import plain
 import pytest
 import torch
-from devices import needs_cpu_kernels
+from calls import mlp_inputs as inputs
+from devices import BACKENDS, needs_cpu_kernels
 
+import simplclip
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import parallel_mlp
-from simplclip.selftest.calls import mlp_inputs as inputs
 
 
 @needs_cpu_kernels
@@ -25,6 +26,17 @@ def test_memory():
     assert hidden <= peak <= hidden + results + (8 << 20) + 4096
     with torch.no_grad():
         assert cpu_peak_bytes(lambda: parallel_mlp(*leaves)) < hidden
+
+
+@pytest.mark.instruction_set
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("act", plain.ACTIVATIONS)
+def test_nan_in_the_hidden_layer_reaches_what_it_reaches_in_torch(act, backend):
+    h, one, grad = torch.tensor([torch.nan, 1.0, -1.0])[:, None], torch.ones(1, 1), torch.ones(3, 1)
+    with simplclip.backend(backend):
+        ours = torch.autograd.functional.vjp(lambda x, w: parallel_mlp(x, one, None, w, None, act=act), (h, one), grad)
+    theirs = torch.autograd.functional.vjp(lambda x, w: plain.ACTIVATIONS[act](x) @ w, (h, one), grad)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @needs_cpu_kernels

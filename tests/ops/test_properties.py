@@ -7,13 +7,13 @@ pytest tests/ops/test_properties.py --first-case 1234 --cases 1       repeats th
 import collections
 import itertools
 
+import compare
 import layouts
 import pytest
 import random_calls
 import torch
 
 from simplclip.ops import backends
-from simplclip.selftest import compare
 
 
 def expect_none(failed, block):
@@ -57,13 +57,10 @@ def test_draws_cover_the_ops():
     for case in cases:
         for name, value in case.call.options.items():
             seen[name].add(value if isinstance(value, (str, bool, tuple)) else type(value))
-    assert seen["interactive"] == {"infonce", "kl"}
     assert seen["divergence"] == {"kl", "cross_entropy"}
-    assert seen["positives"] == {"drop", "ids", "sum"}
-    assert seen["decoupled"] == {True, False}
-    assert {"weights", "label_smoothing", "prior", "margin"} <= seen.keys()
+    assert {"weights", "scratch_bytes", "logit_scale", "teacher_scale"} <= seen.keys()
     assert seen["symmetric"] == seen["causal"] == seen["recompute"] == seen["normalize"] == {True, False}
-    subsets = itertools.chain(*(itertools.combinations(random_calls.TERMS, k) for k in range(1, 6)))
+    subsets = itertools.chain(*(itertools.combinations(random_calls.TERMS, k) for k in range(1, 5)))
     assert {frozenset(terms) for terms in seen["terms"]} == set(map(frozenset, subsets))
 
 

@@ -8,14 +8,14 @@ import plain
 import pytest
 import torch
 import torch_attention
-from calls import check, check_padding
+from calls import Call, attention_call, block_inputs
+from calls import attention_inputs as inputs
+from compare import check, check_padding
 from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import backends, shaped_attention
 from simplclip.ops.attention import sdpa
-from simplclip.selftest.calls import Call, attention_call, block_inputs
-from simplclip.selftest.calls import attention_inputs as inputs
 
 
 @pytest.mark.parametrize("causal", [False, True])

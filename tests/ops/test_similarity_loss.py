@@ -7,13 +7,12 @@ import numpy as np
 import plain
 import pytest
 import torch
-from calls import check
+from calls import TERMS, similarity_call
+from compare import check, function_of, outputs_of, run
 from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 import simplclip
 from simplclip.ops import similarity_loss
-from simplclip.selftest.calls import TERMS, similarity_call
-from simplclip.selftest.compare import function_of, outputs_of, run
 
 
 def of_ones(call, backend):

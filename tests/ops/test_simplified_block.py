@@ -1,11 +1,11 @@
 """The products that backward of simplified_block computes, and the tensors that it keeps."""
 
 import torch
+from calls import block_inputs as inputs
 from devices import needs_cpu_kernels
 
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import simplified_block
-from simplclip.selftest.calls import block_inputs as inputs
 
 
 def test_frozen_tensors_cost_no_products(monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import runpy
 import shutil
 from unittest import mock
@@ -45,7 +46,8 @@ def test_without_a_toolkit_the_reason_is_said(setup, without_nvcc):
     reason = "is a build without CUDA" if torch.version.cuda is None else "does not run"
     with pytest.raises(SystemExit, match=f"SIMPLCLIP_CUDA=1, but the CUDA objects cannot be built: .* {reason}"):
         setup(**without_nvcc, SIMPLCLIP_CUDA="1")
-    assert "simplclip: building without CUDA: " in setup(**without_nvcc, SIMPLCLIP_CUDA="auto")[0]
+    assert re.search(reason, setup(**without_nvcc, SIMPLCLIP_CUDA="auto")[1]["NO_CUDA"])
+    assert setup(SIMPLCLIP_CUDA="0")[1]["NO_CUDA"] == "SIMPLCLIP_CUDA=0 left them out: unset it"
     with pytest.raises(SystemExit, match="SIMPLCLIP_CUDA: expected 0, 1 or auto, got 'yes'"):
         setup(SIMPLCLIP_CUDA="yes")
 

@@ -14,14 +14,10 @@ import triton  # noqa: F401
 from triton.runtime import interpreter
 
 import simplclip.kernels.attention.op
-import simplclip.kernels.feature.op
 import simplclip.kernels.mlp.op
 import simplclip.kernels.similarity.forward
-import simplclip.kernels.similarity.merge
 import simplclip.kernels.similarity.op
-import simplclip.kernels.similarity.rows
 import simplclip.kernels.similarity.sigmoid
-import simplclip.kernels.similarity.terms
 
 del os.environ["TRITON_INTERPRET"]
 
@@ -36,8 +32,7 @@ import numpy as np
 import torch
 
 from benchmarks.bound import calls, trace
-from simplclip import ops
-from simplclip.common.cards import CARDS
+from benchmarks.bound.cards import CARDS
 
 APART = 46  # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
 _REAL = interpreter._interpreter
@@ -134,25 +129,17 @@ def some(steps: list[trace.Step]) -> list[trace.Launch]:
     return [launches[i] for launches in found.values() for i in sorted({0, len(launches) // 2, len(launches) - 1})]
 
 
-def features(n: int, width: int, dtype: torch.dtype, backward: bool) -> None:
-    student, teacher = (torch.empty(n, width, dtype=dtype, device="cuda", requires_grad=side == 0) for side in range(2))
-    ops.feature_loss(student, teacher).backward()
-
-
 LARGE = 131_072, 1024  # N, D
 MANY = 2_200_003, 1000  # N D above 2^31, and an odd number of rows
 TOKENS = 2, 2_000_003, 16, 80  # B, L, H, K: one sequence has more than 2^31 elements
 CHUNKS = {"scratch_bytes": 6 << 30}
-KEPT = {"store_bytes": 6 << 30, **CHUNKS}
 CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
     **{name: partial(calls.loss, terms, *LARGE) for name, terms in calls.LOSSES.items()},
-    "kept": partial(calls.loss, ("contrastive",), *LARGE, **KEPT),
-    "many": partial(calls.loss, ("contrastive",), *MANY, **KEPT),
+    "many": partial(calls.loss, ("contrastive",), *MANY, **CHUNKS),
     "many sigmoid": partial(calls.loss, ("sigmoid",), *MANY, **CHUNKS),
     "attention": partial(calls.attention, TOKENS, False),
     "attention causal": partial(calls.attention, TOKENS, True),
     "mlp": partial(calls.mlp, (1, 1_000_003, 768, 3072)),
-    "features": partial(features, 2_200_003, 1000),
 }
 
 

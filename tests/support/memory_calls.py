@@ -1,25 +1,23 @@
 """Calls of the ops whose memory is compared with stated or predicted memory."""
 
 import torch
+from calls import ATTENTION, MLP, TERMS, Call, attention_inputs, make_inputs, mlp_inputs
+from compare import function_of, outputs_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from simplclip.memory import fake
 from simplclip.memory.count import Counter
-from simplclip.selftest.calls import ATTENTION, MLP, TERMS, Call, attention_inputs, make_inputs, mlp_inputs
-from simplclip.selftest.compare import function_of, outputs_of
 
 SIMILARITY = {
     "contrastive": {"terms": ("contrastive",)},
     "pair matching": {"terms": ("contrastive", "pair_matching")},
     "hadamard": {"terms": ("pair_matching",), "plane": "hadamard"},
     "relational": {"terms": ("relational",)},
-    "kl, projected": {"terms": ("interactive",), "interactive": "kl", "teacher_width": 80},
-    "kl, projected, rows only": {"terms": ("interactive",), "interactive": "kl", "teacher_width": 80, "symmetric": False},
-    "sigmoid": {"terms": ("sigmoid",), "positives": "ids"},
-    "infonce": {"terms": ("interactive",), "teacher_width": 80},
-    "every term": {"terms": TERMS, "interactive": "kl", "plane": "hadamard", "teacher_width": 80},
-    "every term, own features": {"terms": TERMS, "interactive": "kl"},
+    "relational, rows only": {"terms": ("relational",), "teacher_width": 80, "symmetric": False},
+    "sigmoid": {"terms": ("sigmoid",)},
+    "every term": {"terms": TERMS, "plane": "hadamard", "teacher_width": 80},
+    "every term, own features": {"terms": TERMS},
 }
 
 
@@ -29,10 +27,6 @@ def similarity_call(name: str, n: int = 3000, m: int = 3100, width: int = 64, *,
     tensors, built = make_inputs(n, m, (m - n) // 2, ids=ids, width=width, **build)
     tensors |= {key: built.pop(key) for key in ("ids", "text_ids") if key in built}
     return Call("similarity_loss", tensors, built | case | options)
-
-
-def feature_call(n: int, width: int, **options) -> Call:
-    return Call("feature_loss", {"student": torch.randn(n, width), "teacher": torch.randn(n, width)}, options)
 
 
 def attention_call(*shape: int, lengths: tuple[int, ...] = ()) -> Call:

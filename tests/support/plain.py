@@ -1,5 +1,7 @@
 """The ops as anyone would write them in plain torch, by autograd: independent of simplclip's own formulas."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -23,16 +25,7 @@ def similarity_loss(
     teacher_image=None,
     teacher_text=None,
     teacher_scale=None,
-    interactive="infonce",
-    interactive_scale=None,
-    projected_image=None,
-    projected_text=None,
     divergence="kl",
-    label_smoothing=0.0,
-    decoupled=False,
-    prior=None,
-    margin=0.0,
-    positives="drop",
     weights=None,
     ids=None,
     text_ids=None,
@@ -40,94 +33,73 @@ def similarity_loss(
     symmetric=True,
 ):
     n, m = image.shape[0], text.shape[0]
-    labels = torch.arange(n) + label_offset
+    positive, negative = pairs(n, m, ids, text_ids, label_offset)
     similarity = image @ text.T
     logits = logit_scale * similarity
-    positive = F.one_hot(labels, m).bool()
-    negative, matched = ~positive, positive
-    if ids is not None:
-        negative &= ids[:, None] != text_ids[None, :]
-        matched = ~negative if positives != "drop" else positive
 
-    def rows(matrix):
-        return matrix.masked_fill(~(positive | negative), -torch.inf)
-
-    def columns(matrix):
-        return rows(matrix).T[labels]
-
-    def cross_entropy(by_row, by_column):
-        loss = F.cross_entropy(rows(by_row), labels)
-        return (loss + F.cross_entropy(columns(by_column), torch.arange(n))) / 2 if symmetric else loss
-
-    def contrast(logits, pair, matched, negative):
-        """Returns the cross-entropy of rows with their pairs or, by options, with a distribution over the candidates."""
-        seen = matched | negative
-        logits = torch.where(pair, logits - margin, logits)
-        target = (1 - label_smoothing) * matched.to(logits.dtype) / matched.sum(1, keepdim=True)
-        target = target + label_smoothing * seen.to(logits.dtype) / seen.sum(1, keepdim=True)
-        others = logits.masked_fill(~(negative if decoupled else seen & ~pair), -torch.inf).logsumexp(1)
-        if prior is not None:
-            count = negative.sum(1)
-            top = torch.maximum(others, logits[pair]).detach()
-            g = ((others - top).exp() / count.clamp(min=1) - prior * (logits[pair] - top).exp()) / (1 - prior)
-            tiny = torch.finfo(g.dtype).tiny
-            others = torch.where(g < tiny, -torch.inf, top + g.clamp(min=tiny).log())
-            others = torch.maximum(others, -torch.as_tensor(logit_scale, dtype=g.dtype)) + count.to(g.dtype).log()
-            others = others.masked_fill(count == 0, -torch.inf)
-        denominator = others if decoupled else torch.logaddexp(others, logits[pair])
-        loss = denominator - (target * logits.masked_fill(target == 0, 0)).sum(1)
-        return loss.masked_fill(denominator == -torch.inf, 0).mean()
-
-    def of_positives(loss):  # [N, M] losses of each pair as a positive
-        if positives == "sum" or not matched.any():
-            return loss[matched].sum() / n
-        loss = loss.masked_fill(~matched, 0)
-        by_row = (loss / matched.sum(1, keepdim=True)).sum()
-        by_column = (loss / matched.sum(0).clamp(min=1)).sum()
-        return (by_row + by_column) / 2 / n if symmetric else by_row / n
-
-    def distance(teacher, student):
-        p = teacher.softmax(1)
-        log_q = student.log_softmax(1).masked_fill(p == 0, 0)
-        entropy = torch.special.entr(p).sum(1) if divergence == "kl" else 0
-        return (-(p * log_q).sum(1) - entropy).mean()
-
-    def distil(teacher, by_row, by_column):
-        loss = distance(rows(teacher), rows(by_row))
-        return (loss + distance(columns(teacher), columns(by_column))) / 2 if symmetric else loss
+    def of_sides(distance, *matrices):
+        """Returns a function of the rows of some matrices, averaged over rows and columns if symmetric."""
+        matrices = [matrix.masked_fill(~(positive | negative), -torch.inf) for matrix in matrices]
+        loss = distance(positive, *matrices)
+        if not symmetric:
+            return loss
+        window = slice(label_offset, label_offset + n)
+        return (loss + distance(*(matrix.T[window] for matrix in (positive, *matrices)))) / 2
 
     out = {}
     if "contrastive" in terms:
-        out["contrastive"] = contrast(logits, positive, matched, negative)
-        if symmetric:
-            turned = (matrix.T[labels] for matrix in (logits, positive, matched, negative))
-            out["contrastive"] = (out["contrastive"] + contrast(*turned)) / 2
+        out["contrastive"] = of_sides(cross_entropy, logits)
     if "sigmoid" in terms:
         biased = logits + logit_bias
-        out["sigmoid"] = of_positives(-F.logsigmoid(biased)) - F.logsigmoid(-biased)[negative].sum() / n
+        out["sigmoid"] = (F.softplus(-biased)[positive].sum() + F.softplus(biased)[negative].sum()) / n
     if "pair_matching" in terms:
         weight, bias = plane
         decision = (image * weight) @ text.T + bias
-        unmatched = F.softplus(decision)
-        negative_loss = unmatched[negative].sum() / max(int(negative.sum()), 1)
-        out["pair_matching"] = (of_positives(F.softplus(-decision)) + negative_loss) / 2
-    if teacher_image is not None:
-        teacher = teacher_scale * (teacher_image @ teacher_text.T)
+        of_negatives = F.softplus(decision)[negative].sum() / max(int(negative.sum()), 1)
+        out["pair_matching"] = (F.softplus(-decision)[positive].mean() + of_negatives) / 2
     if "relational" in terms:
-        out["relational"] = distil(teacher, logits, logits)
-    if "interactive" in terms:
-        scale = logit_scale if interactive_scale is None else interactive_scale
-        by_row = scale * ((image if projected_image is None else projected_image) @ teacher_text.T)
-        by_column = scale * (teacher_image @ (text if projected_text is None else projected_text).T)
-        if interactive == "infonce":
-            out["interactive"] = cross_entropy(by_row, by_column)
-        else:
-            out["interactive"] = distil(teacher, by_row, by_column)
+        teacher = teacher_scale * (teacher_image @ teacher_text.T)
+        out["relational"] = of_sides(functools.partial(distance_to_teacher, divergence), teacher, logits)
     out = {term: out[term] for term in terms}
     if weights is not None:
         loss = sum(weights[term] * value for term, value in out.items())
         out = {term: value.detach() for term, value in out.items()} | {"loss": loss}
     return out
+
+
+def pairs(n, m, ids=None, text_ids=None, label_offset=0):
+    """Returns the positives and the negatives, [N, M] bool; pairs with equal ids that are not the positive are neither."""
+    positive = F.one_hot(torch.arange(n) + label_offset, m).bool()
+    negative = ~positive
+    return positive, negative if ids is None else negative & (ids[:, None] != text_ids[None, :])
+
+
+def cross_entropy(positive, logits):
+    return (logits.logsumexp(1) - logits[positive]).mean()
+
+
+def distance_to_teacher(divergence, positive, teacher, student):
+    p = teacher.softmax(1)
+    log_q = student.log_softmax(1).masked_fill(p == 0, 0)
+    entropy = torch.special.entr(p).sum(1) if divergence == "kl" else 0
+    return (-(p * log_q).sum(1) - entropy).mean()
+
+
+def interactive(
+    image, text, logit_scale, teacher_image, teacher_text, teacher_scale=None, *, form="infonce", divergence="kl", ids=None
+):
+    """The interactive term of WIKDLoss: image and text are the student's features, or their projections, [N, D̂]."""
+    positive, negative = pairs(len(image), len(text), ids, ids)
+    across = logit_scale * image @ teacher_text.T, logit_scale * text @ teacher_image.T
+    teacher = None if form == "infonce" else teacher_scale * teacher_image @ teacher_text.T
+    loss = 0.0
+    for student, of_teacher in zip(across, (teacher, teacher if teacher is None else teacher.T)):
+        student, *rest = (
+            matrix.masked_fill(~(positive | negative), -torch.inf) for matrix in (student, of_teacher) if matrix is not None
+        )
+        of_side = distance_to_teacher(divergence, positive, *rest, student) if rest else cross_entropy(positive, student)
+        loss = loss + of_side / 2
+    return loss
 
 
 def shaped_attention(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
@@ -201,4 +173,7 @@ def feature_loss(student, teacher, *, distance="mse", beta=1.0, normalize=True, 
     teacher = teacher.to(student.dtype)
     if normalize:
         student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
-    return F.mse_loss(student, teacher) if distance == "mse" else F.smooth_l1_loss(student, teacher, beta=beta)
+    options = {"reduction": "none"}
+    if distance == "mse":
+        return F.mse_loss(student, teacher, **options).sum(1).mean()
+    return F.smooth_l1_loss(student, teacher, beta=beta, **options).sum(1).mean()

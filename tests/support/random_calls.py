@@ -11,12 +11,104 @@ from functools import partial
 import layouts
 import plain
 import torch
-from calls import PLAIN, OfPlain, check_case
+from calls import ATTENTION, MLP, Call, attention_inputs, block_inputs, drawing, mlp_inputs, of_lengths, similarity_call
+from compare import PLAIN, Case, check_case, forced, function_of, outputs_of
 from torch import Tensor
 
 from simplclip.ops import backends
-from simplclip.selftest.calls import DRAW, FLOATS, TERMS, Call
-from simplclip.selftest.compare import forced, function_of, outputs_of
+from simplclip.ops.checks import FLOATS
+from simplclip.ops.feature.op import DISTANCES
+from simplclip.ops.mlp.reference import ACTIVATIONS
+from simplclip.ops.similarity.call import TERMS
+
+SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 23, 31, 33, 47, 64, 65)  # primes, and on and off the tiles
+WIDTHS = (1, 2, 3, 5, 8, 15, 16, 17, 32, 33, 48, 65)
+
+
+def _similarity(r: random.Random, dtype: torch.dtype) -> Call:
+    n = r.choice(SIZES)
+    m, terms = (n if r.random() < 0.6 else n + r.randrange(40)), tuple(r.sample(TERMS, r.choice((1, 1, 2, 3, 4))))
+    teacher_width = r.choice(WIDTHS) if r.random() < 0.4 else None
+    half = dtype in (torch.bfloat16, torch.float16)
+    call = similarity_call(
+        n, m, r.randrange(m - n + 1), terms=terms, plane=r.choice(("scalar", "hadamard")), teacher_width=teacher_width,
+        ids=r.random() < 0.4, scale=r.uniform(0.5, 20 if half else 100), width=r.choice(WIDTHS), seed=r.randrange(10**6),
+    )  # fmt: skip
+    leaves, options = call.tensors, call.options
+    if "text_ids" in leaves and n == m and r.random() < 0.5:
+        leaves["ids"] = leaves.pop("text_ids")
+    if "sigmoid" in terms and r.random() < 0.5:
+        leaves["logit_bias"] = torch.tensor(-3.0, dtype=torch.float64)
+    for name in ("logit_scale", "teacher_scale"):
+        if name in leaves and r.random() < 0.15:
+            options[name] = leaves.pop(name).item()
+    options |= {"symmetric": r.random() < 0.7, "divergence": r.choice(("kl", "cross_entropy"))}
+    if r.random() < 0.3:
+        options["weights"] = {term: r.choice((0.0, 0.5, 1.0, 2.0)) for term in terms}
+    if r.random() < 0.4:
+        options |= {"scratch_bytes": r.choice((0, 1 << 12, 1 << 16)), "store_bytes": r.choice((0, 1 << 10, 1 << 14))}
+    return call
+
+
+def _lengths(r: random.Random, batch: int, length: int) -> list[int] | None:
+    return [r.randint(0, length) for _ in range(batch)] if r.random() < 0.4 else None
+
+
+def _attention(r: random.Random, dtype: torch.dtype) -> Call:
+    b, length = r.choice((1, 2, 3)), r.choice((*SIZES, 77, 241))
+    tensors = attention_inputs(b, length, r.choice((1, 2, 3)), r.choice(WIDTHS), seed=r.randrange(10**6))
+    options = {"causal": r.random() < 0.5, "scale": r.choice((None, None, 0.3, -0.7))}
+    call = of_lengths(Call("shaped_attention", dict(zip(ATTENTION, tensors)), options), _lengths(r, b, length))
+    wide = torch.promote_types(dtype, torch.float32)
+    call.dtypes = {name: r.choice((wide, dtype)) for name in ("alpha", "beta", "gamma")}
+    return call
+
+
+def _mlp(r: random.Random, dtype: torch.dtype) -> Call:
+    t, c, f, out = r.choice((*SIZES, 130)), r.choice(WIDTHS), r.choice((*WIDTHS, 200)), r.choice(WIDTHS)
+    tensors = dict(zip(MLP, mlp_inputs(t, c, f, out, seed=r.randrange(10**6))))
+    for name in ("fc1_bias", "fc2_bias"):
+        if r.random() < 0.25:
+            del tensors[name]
+    shape = r.choice(((t,), (1, t), (t, 1), (1, 1, t), () if t == 1 else (t,)))
+    tensors["x"] = tensors["x"].reshape(*shape, c)
+    return Call("parallel_mlp", tensors, {"act": r.choice(list(ACTIVATIONS))})
+
+
+def _block(r: random.Random, dtype: torch.dtype) -> Call:
+    b, length, heads, norm = r.choice((1, 2, 3)), r.choice(SIZES), r.choice((1, 2, 3)), r.choice(("layernorm", "rmsnorm"))
+    width = heads * r.choice((2, 3, 8, 16, 20))
+    tensors = block_inputs(b, length, width, heads, r.choice((1, 7, 32, 65)), norm, seed=r.randrange(10**6))
+    for name in ("norm_bias", "value_weight", "output_weight", "attention_gain", "mlp_gain"):
+        if name in tensors and r.random() < 0.4:
+            del tensors[name]
+    options = {"norm": norm, "act": r.choice(list(ACTIVATIONS)), "recompute": r.random() < 0.4}
+    options |= {"causal": r.random() < 0.5, "eps": r.choice((1e-5, 1e-3))}
+    return of_lengths(Call("simplified_block", tensors, options), _lengths(r, b, length))
+
+
+def _feature(r: random.Random, dtype: torch.dtype) -> Call:
+    n, d, draw = r.choice((*SIZES, 130)), r.choice((*WIDTHS, 513)), drawing(r.randrange(10**6))
+    teacher = draw(n, d, size=r.choice((0.1, 1, 3)))
+    if r.random() < 0.3:
+        width = r.choice(WIDTHS)
+        tensors = {"student": draw(n, width), "projection": draw(d, width, size=width**-0.5)}
+    else:
+        tensors = {"student": teacher + draw(n, d, size=r.choice((0.1, 1)))}
+    options = {"distance": r.choice(DISTANCES), "beta": r.choice((0.05, 0.7))}
+    wide = min(d, tensors["student"].shape[1]) > 1  # a unit vector of width 1 has no gradient but rounding errors
+    options["normalize"] = wide and r.random() < 0.7
+    return Call("feature_loss", tensors | {"teacher": teacher}, options, {"teacher": r.choice(FLOATS)})
+
+
+# A random call of each op.
+DRAW: dict[str, Callable[[random.Random, torch.dtype], Call]] = {
+    "similarity_loss": _similarity,
+    "shaped_attention": _attention,
+    "parallel_mlp": _mlp,
+    "simplified_block": _block,
+    "feature_loss": _feature,
+}
 
 
 @dataclass
@@ -34,7 +126,10 @@ class Draw:
 
 
 OFTEN = {"similarity_loss": 10, "shaped_attention": 4, "parallel_mlp": 3, "simplified_block": 4, "feature_loss": 3}
-WITHOUT = {"triton": ("shaped_attention",), "sdpa": ("similarity_loss", "parallel_mlp", "feature_loss")}  # what backends lack
+WITHOUT = {
+    "triton": ("shaped_attention", "feature_loss"),
+    "sdpa": ("similarity_loss", "parallel_mlp", "feature_loss"),
+}  # what backends lack
 
 
 def make(seed: int, backend: str = "") -> Draw:
@@ -44,7 +139,7 @@ def make(seed: int, backend: str = "") -> Draw:
     weights = OFTEN | dict.fromkeys(WITHOUT.get(backend, ()), 0)
     call = DRAW[r.choices(list(weights), weights.values())[0]](r, dtype)
     drawn = r.choices(("cpu", "reference"), (5, 1))[0]
-    if dtype == torch.float64 or backends.extension is None:  # a forced reference is differentiated by autograd
+    if dtype == torch.float64 or backends.extension is None:
         drawn = r.choice(("", "reference"))
     chosen = {}
     for name in (*call.tensors, *(f"grad {name}" for name in ("out", *TERMS))):
@@ -62,11 +157,11 @@ def _laid_out(t: Tensor, kind: str | None) -> Tensor:
 
 def check(case: Draw, device: str = "cpu") -> None:
     """Checks results and gradients in the layouts of the draw."""
-    of_plain = OfPlain(
+    laid_out = Case(
         case.call, case.dtype, case.backend, case.need, case.seed, device=device,
         lay_out=lambda name, t: _laid_out(t, case.layouts.get(name)),
     )  # fmt: skip
-    check_case(of_plain, roundings=True)
+    check_case(laid_out, roundings=True)
 
 
 NONFINITE_FORMS = PLAIN | {  # plain torch's attention multiplies what a query does not see by 0, so that NaN spreads
@@ -79,20 +174,16 @@ def check_nonfinite(case: Draw, device: str = "cpu") -> None:
     """Checks that a NaN or infinity in a small tensor makes results non-finite where plain torch's are."""
     call, r = case.call, random.Random(case.seed)
     tensors = call.typed(case.dtype)
-    ignored = {"logit_bias"} | (
-        {"attention_gain"} if "lengths" in tensors else set()
-    )  # logit_bias cancels; padded tokens have no gain
-    for name, t in tensors.items():
-        if not t.is_floating_point() or name in ignored or t.numel() > 500:
-            continue
-        at, value = r.randrange(t.numel()), r.choice((math.inf, -math.inf, math.nan))
-        given = tensors | {name: t.clone()}
-        given[name].view(-1)[at] = value
-        wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+    ignored = {"attention_gain"} if "lengths" in tensors else set()  # padded tokens have no gain
+    for name in (k for k, t in tensors.items() if t.is_floating_point() and k not in ignored and t.numel() <= 500):
+        at, value = r.randrange(tensors[name].numel()), r.choice((math.inf, -math.inf, math.nan))
+        spoiled = tensors | {name: tensors[name].clone()}
+        spoiled[name].view(-1)[at] = value
+        wide = {k: t.double() if t.is_floating_point() else t for k, t in spoiled.items()}
         with forced(case.backend), torch.no_grad():
-            found = outputs_of(function_of(call), call, {k: v.to(device) for k, v in given.items()})
+            results = outputs_of(function_of(call), call, {k: t.to(device) for k, t in spoiled.items()})
         for term, expected in outputs_of(NONFINITE_FORMS[call.op], call, wide).items():
-            lost = found[term].cpu().isfinite() & ~expected.isfinite()
+            lost = results[term].cpu().isfinite() & ~expected.isfinite()
             assert not lost.any(), f"{term} is finite: {name}[{at}] = {value}"
 
 

@@ -57,7 +57,8 @@ def train(model, loss, cached, rows, world):
         image, text = (t[rows] for t in batch(step, world))
         optimizer.zero_grad()
         if cached:
-            value = gradient_cache.backward(lambda b: model(*b), (image, text), loss, micro_batch=3, model=model)["loss"]
+            batches = list(zip(image.split(3), text.split(3)))
+            value = gradient_cache.backward(lambda b: model(*b), batches, loss, model=model)["loss"]
         else:
             value = loss(*model(image, text))
             value.backward()

@@ -142,7 +142,8 @@ def towers_of_their_own(image, text, loss, part, expected):
         bare.zero_grad()
         loss.zero_grad()
         exchanged.clear()
-        gradient_cache.backward(encode, inputs, of_named, micro_batch=dict(zip(inputs, sizes)), model=model)
-        what = f"{name} micro_batch={sizes}"
+        batches = {tower: t.split(size) for (tower, t), size in zip(inputs.items(), sizes)}
+        gradient_cache.backward(encode, batches, of_named, model=model)
+        what = f"{name}, micro-batches of {sizes}"
         assert sum(exchanged) == sum(p.numel() for p in bare.parameters()), f"{what} exchanged {exchanged}"
         compare(gradients(bare, loss), expected, what)

@@ -27,7 +27,7 @@ def make(world, rank):
         "ClipPMLoss of open_clip's defaults": (ClipPMLoss(**mode, **plane), 1),
         "SigLipLoss": (SigLipLoss(**mode, pm_weight=0.5), 1),
         "WIKDLoss": (WIKDLoss(local_loss=True, **both, **OF_TEACHER, embed_dim=D, teacher_dim=12), 2),
-        "RowwiseLoss": (RowwiseLoss(Tempered(), local_loss=True, **both, compile=False), 1),
+        "RowwiseLoss": (RowwiseLoss(Tempered(), local_loss=True, **both), 1),
         "MatryoshkaLoss": (MatryoshkaLoss(ClipPMLoss(local_loss=True, **both, **plane), (4, 16)), 2),
     }
 

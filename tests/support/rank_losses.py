@@ -7,7 +7,6 @@ import warnings
 from datetime import timedelta
 
 import plain
-import rank_early
 import rank_fsdp
 import rank_gradient_cache
 import rank_learned
@@ -21,15 +20,16 @@ from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from simplclip import losses, ops
 from simplclip.losses import ClipPMLoss, WIKDLoss
 from simplclip.ops import distributed
-from simplclip.selftest.calls import make_inputs
 
 WORLD, N = int(os.environ["WORLD_SIZE"]), 10
 EVERYTHING = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
 
 
 def batch(width=16):
-    leaves, _ = make_inputs(WORLD * N, WORLD * N, terms=("relational",), width=width)
-    return {name: value.float() for name, value in leaves.items()}
+    g = torch.Generator().manual_seed(0)
+    names = ("image", "text", "teacher_image", "teacher_text")
+    values = {name: F.normalize(torch.randn(WORLD * N, width, generator=g), dim=1) for name in names}
+    return values | {"logit_scale": torch.tensor(14.0), "teacher_scale": torch.tensor(20.0)}
 
 
 def run(loss, inputs, rows, distil, **options):
@@ -81,52 +81,41 @@ def sigmoid_equals_open_clip(rank):
 
 
 def sigmoid_equals_one_process(rank):
-    """Checks SigLipLoss with groups across ranks, which drop out or are positives, and beside pair matching."""
+    """Checks SigLipLoss with groups across ranks, and beside pair matching; also the sum of `terms`."""
     mine, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N).clamp(min=5)
     ids[15] = 7
-    for positives, options in itertools.product(("drop", "ids", "sum"), ({}, {"pm_weight": 0.5})):
-        options = {"positives": positives, **options}
+    for options in ({}, {"pm_weight": 0.5}):
         expected = run(losses.SigLipLoss(**options), batch(), slice(None), False, ids=ids)
-        got = run(losses.SigLipLoss(rank=rank, world_size=WORLD, **options), batch(), mine, False, ids=ids[mine])
+        loss = losses.SigLipLoss(rank=rank, world_size=WORLD, **options)
+        got = run(loss, batch(), mine, False, ids=ids[mine])
         close(average(got[0]), expected[0], str(options))
         close(got[1], {name: WORLD * g[mine] for name, g in expected[1].items()}, str(options))
         close(average(got[2]), expected[2], str(options))
-    image, text, scale = (batch()[name] for name in ("image", "text", "logit_scale"))
-    for options in ({"positives": "ids"}, {"label_smoothing": 0.1}, {"prior": 0.05}, {"margin": 0.2}, {"decoupled": True}):
-        leaves = [t.clone().requires_grad_() for t in (image, text)]
-        value = ops.similarity_loss(*leaves, scale, ids=ids, **options)["contrastive"]
-        expected = torch.autograd.grad(value, leaves)
-        leaves = [t[mine].clone().requires_grad_() for t in (image, text)]
-        shared = ops.similarity_loss(*leaves, scale, ids=ids[mine], group=dist.group.WORLD, **options)["contrastive"]
-        got = torch.autograd.grad(shared, leaves)
-        close(average({"value": shared.detach()}), {"value": value.detach()}, str(options))
-        close(dict(enumerate(got)), {k: WORLD * g[mine] for k, g in enumerate(expected)}, str(options))
+    image, text = (batch()[name][mine].requires_grad_() for name in ("image", "text"))
+    weights = {"sigmoid": 1.0, "pair_matching": 0.5}
+    total, terms = loss.terms(image, text, batch()["logit_scale"], weights=weights, ids=ids[mine])
+    close(dict(zip(got[1], torch.autograd.grad(total, (image, text)))), got[1], "terms")
+    close(average({"sigmoid": terms["sigmoid"]}), {"sigmoid": expected[0]["contrastive_loss"]}, "terms")
 
 
-OPTIONS = (
-    *({"positives": "ids", "label_smoothing": 0.1}, {"label_smoothing": 0.1, "margin": 0.2}),
-    *({"decoupled": True, "prior": 0.05}, {"positives": "sum"}),
-)
-
-
-def options_equal_one_process(rank):
-    """Checks the options of ClipLoss in each of open_clip's modes, with groups within a rank and across ranks."""
+def ids_equal_one_process(rank):
+    """Checks ClipLoss in each of open_clip's modes, with groups within a rank and across ranks."""
     mine, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N) // 3
     ids[15] = 2
-    for options, local_loss, gather_with_grad in itertools.product(OPTIONS, (False, True), (False, True)):
-        what = f"{options} local_loss={local_loss} gather_with_grad={gather_with_grad}"
-        expected = run(losses.ClipLoss(**options), batch(), slice(None), False, ids=ids)
+    for local_loss, gather_with_grad in itertools.product((False, True), (False, True)):
+        what = f"local_loss={local_loss} gather_with_grad={gather_with_grad}"
+        expected = run(losses.ClipLoss(), batch(), slice(None), False, ids=ids)
         mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
-        got = run(losses.ClipLoss(**mode, **options), batch(), mine, False, ids=ids[mine])
+        got = run(losses.ClipLoss(**mode), batch(), mine, False, ids=ids[mine])
         close(average(got[0]) if local_loss else got[0], expected[0], what)
         gradients = {name: (WORLD if gather_with_grad else 1) * g[mine] for name, g in expected[1].items()}
         if local_loss and not gather_with_grad:  # the other ranks' features are constants
             image, text, scale = (batch()[name] for name in ("image", "text", "logit_scale"))
             own = [t[mine].clone().requires_grad_() for t in (image, text)]
-            given = {"terms": ("contrastive",), "label_offset": N * rank, "symmetric": False}
-            given |= {"ids": ids[mine], "text_ids": ids}
+            options = {"terms": ("contrastive",), "label_offset": N * rank, "symmetric": False}
+            options |= {"ids": ids[mine], "text_ids": ids}
             both = zip(own, (text, image))
-            value = sum(plain.similarity_loss(x, y, scale, **given, **options)["contrastive"] for x, y in both) / 2
+            value = sum(plain.similarity_loss(x, y, scale, **options)["contrastive"] for x, y in both) / 2
             gradients = dict(zip(gradients, torch.autograd.grad(value, own)))
         close(got[1], gradients, what)
         close(average(got[2]), expected[2], what)
@@ -136,15 +125,22 @@ def equals_one_process(rank):
     mine = slice(N * rank, N * rank + N)
     ids = torch.arange(WORLD * N).clamp(min=5)  # groups within a rank and across: ranks have different numbers of negatives
     ids[15] = 7
-    for interactive, divergence, local_loss in itertools.product(("infonce", "kl"), ("kl", "cross_entropy"), (False, True)):
+    modes = [{}, {"gather_with_grad": True}, {"local_loss": True, "gather_with_grad": True}]
+    for interactive, divergence, mode in itertools.product(("infonce", "kl"), ("kl", "cross_entropy"), modes):
         options = {**EVERYTHING, "interactive": interactive, "divergence": divergence}
-        mode = {"local_loss": local_loss, "gather_with_grad": True, "rank": rank, "world_size": WORLD}
         expected = run(WIKDLoss(**options), batch(), slice(None), True, ids=ids)
-        got = run(WIKDLoss(**options, **mode), batch(), mine, True, ids=ids[mine])
-        what = f"{options} local_loss={local_loss}"
-        close(average(got[0]) if local_loss else got[0], expected[0], what)
-        close(got[1], {name: WORLD * g[mine] for name, g in expected[1].items()}, what)
+        got = run(WIKDLoss(**options, **mode, rank=rank, world_size=WORLD), batch(), mine, True, ids=ids[mine])
+        what = f"{options} {mode}"
+        close(average(got[0]) if "local_loss" in mode else got[0], expected[0], what)
+        times = WORLD if mode else 1
+        close(got[1], {name: times * g[mine] for name, g in expected[1].items()}, what)
         close(average(got[2]), expected[2], what)
+    interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1}
+    for form in ("infonce", "kl"):  # the keys are constants, so that the last mode is like the one before
+        options = {**interactive, "interactive": form, "local_loss": True, "rank": rank, "world_size": WORLD}
+        expected, got = (run(WIKDLoss(**options, **more), batch(), mine, True, ids=ids[mine]) for more in (modes[1], {}))
+        for theirs, ours in zip(expected, got):
+            close(ours, theirs, f"{form} {options}")
 
 
 def collectives(rank):
@@ -221,12 +217,12 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     parts = {
         "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
-        "one process": [equals_one_process, options_equal_one_process],
-        "exchanges": [collectives, unequal, grad_cache, rank_early.main],
+        "one process": [equals_one_process, ids_equal_one_process],
+        "exchanges": [collectives, unequal, grad_cache],
         "learned parameters": [rank_learned.main],
         "gradient caching": [rank_gradient_cache.main],
         "rows": [rank_rowwise.ranks_equal_open_clip],
-        "prefixes": [rank_matryoshka.main, rank_matryoshka.autocast],
+        "prefixes": [rank_matryoshka.main],
         "transformers": [transformers],
         "fully_shard": [lambda rank: rank_fsdp.main("aot_eager")],
         "fully_shard by inductor": [lambda rank: rank_fsdp.main("inductor")],

@@ -21,7 +21,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from torch.nn import SyncBatchNorm
-from wire import matrices, sent
 
 from simplclip import memory
 from simplclip.models.crop import TextCrop
@@ -51,8 +50,8 @@ def killed(attempts, rank, steps):
 
 def observed(config, broken=None, **options) -> dict:
     """Runs a config, and returns for this rank: the ids of the samples of each step, the numbers of texts in micro-batches,
-    the weights at the end, the error, and the number of matrices that were gathered asynchronously."""
-    rank, ids, last, seen, original = int(os.environ.get("RANK", 0)), [], [], [], loop.train_step
+    the weights at the end, and the error."""
+    rank, ids, last, original = int(os.environ.get("RANK", 0)), [], [], loop.train_step
     cut, split = [], TextCrop.split
 
     def splitting(crop, text, tokens):
@@ -76,15 +75,14 @@ def observed(config, broken=None, **options) -> dict:
 
     loop.train_step, loop.curves, TextCrop.split, error = stepping, lambda out: None, splitting, None
     try:
-        with open(f"{config.run.out}-{rank}.txt", "w") as text, sent("all_gather_into_tensor") as seen:
+        with open(f"{config.run.out}-{rank}.txt", "w") as text:
             loop.run(config, console=Console(file=text, width=200), planner=memory, **options)
     except (Exception, SystemExit) as failed:
         error = f"{type(failed).__name__}: {failed}"
     finally:
         loop.train_step, loop.curves, TextCrop.split = original, curves, split
     weights = [p.detach().sum().item() for p in last[0].model.parameters()] if last else []
-    early = sum(at_once for *_, at_once in matrices(seen))
-    return {"ids": ids, "cut": cut, "weights": weights, "error": error, "early": early}
+    return {"ids": ids, "cut": cut, "weights": weights, "error": error}
 
 
 def of_all_ranks(norm, x):

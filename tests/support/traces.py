@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.bound.cards import CARDS
 from benchmarks.bound.trace import Step, on_card
-from simplclip.common.cards import CARDS
 
 
 def trace(run: Callable[[dict[str, Any]], None], tensors: dict[str, Any]) -> list[Step]:

@@ -1,11 +1,11 @@
 """The objective of a run: weights by step, terms that are off, several captions, and misfits."""
 
 import pytest
+import recorded
 import torch
 import torch.nn.functional as F
 
 from simplclip import losses
-from simplclip.ops.similarity import op as similarity_op
 from simplclip.train.objective import Objective
 from simplclip.train.settings import LossConfig, Schedule
 
@@ -50,7 +50,8 @@ def test_terms_are_the_losses_terms_times_the_weight_of_the_step():
     want = theirs(x, y, torch.tensor(10.0), tx, ty, torch.tensor(12.0), output_dict=True, ids=group)
     want = {name.replace("distill_loss", "relational_loss"): value for name, value in want.items()}  # open_clip's name
     for step, weights in ((0, (0.5, 2, 1, 4, 0)), (4, (0.5, 2, 1, 2, 1)), (6, (0.5, 0, 1, 1, 1))):
-        terms = ours(step, x, y, torch.tensor(10.0), None, group, tx, ty)
+        total, terms = ours(step, x, y, torch.tensor(10.0), None, group, tx, ty)
+        assert total.item() == pytest.approx(sum(terms.values()).item())
         assert list(terms) == list(want), "the columns of metrics.csv must not change on the way"
         for (name, value), weight in zip(terms.items(), weights):
             assert value.item() == pytest.approx(weight * want[name].item(), rel=1e-6), (step, name)
@@ -61,7 +62,7 @@ def test_a_term_that_is_off_is_not_computed(monkeypatch):
     x, y, tx, ty = *features(3, 3, width=6), *features(3, 3, width=6)
     args = (x, y, torch.tensor(10.0), None, torch.arange(3), tx, ty)
     monkeypatch.setattr(losses.wikd.ops, "feature_loss", lambda *_, **__: 1 / 0)
-    assert ours(4, *args)["feature_loss"] == 0
+    assert ours(4, *args)[1]["feature_loss"] == 0
     with pytest.raises(ZeroDivisionError):
         ours(5, *args)
 
@@ -69,7 +70,8 @@ def test_a_term_that_is_off_is_not_computed(monkeypatch):
 def test_several_captions_are_pairs_with_their_image_and_no_negatives_of_each_other():
     torch.manual_seed(2)
     x, y = features(3, 6, width=8)
-    got = objective()(0, x, y, torch.tensor(10.0), None, torch.arange(3))["contrastive_loss"]
+    got = objective()(0, x, y, torch.tensor(10.0), None, torch.arange(3))[0]
+    assert torch.equal(objective()(0, x, y, torch.tensor(10.0), None, None)[0], got), "groups that are all different"
     logits = 10 * x @ y.T  # [3, 6]; the columns 2i and 2i + 1 are captions of image i
     rows = columns = 0.0
     for i in range(3):
@@ -92,30 +94,28 @@ def test_sigmoid_and_pair_matching_are_weighted_in_one_sweep(monkeypatch, plane)
     ours = objective(base="sigmoid", contrastive_weight=0.5, pm_weight={"value": 2.0, "start": 1}, **options)
     matching = losses.ClipPMLoss(embed_dim=8, **options).double()
     ours.loss.double()
-    swept, fused = [], similarity_op.sigmoid_terms
-    monkeypatch.setattr(
-        similarity_op, "sigmoid_terms", lambda call, names, *rest: swept.append(names) or fused(call, names, *rest)
-    )
+    swept = recorded.calls(monkeypatch)
     pair = torch.eye(6, dtype=torch.bool)
     logits = scale * x @ y.T + bias
     dense = F.softplus(torch.where(pair, -logits, logits)).masked_fill((group[:, None] == group) & ~pair, 0).sum() / 6
     for step, weights in ((0, (0.5, 0.0)), (1, (0.5, 2.0))):
         swept.clear()
         torch.manual_seed(4)
-        terms = ours(step, x, y, scale, bias, group)
-        of_ours = list(swept)
+        total, terms = ours(step, x, y, scale, bias, group)
+        of_ours = [(name, call.sigmoids.shape[1]) for name, call in swept]
         torch.manual_seed(4)
         other = matching(x, y, scale, output_dict=True, ids=group)["pair_matching_loss"]
         want = {"sigmoid_loss": weights[0] * dense, "pair_matching_loss": weights[1] * other}
         assert list(terms) == list(want)
         torch.testing.assert_close(dict(terms), want, check_dtype=False)
+        assert not any(term.requires_grad for term in terms.values())
         learned = [x, y, scale, bias, ours.loss.plane_weight, ours.loss.plane_bias]
         theirs = [x, y, scale, bias, matching.plane_weight, matching.plane_bias]
         expected = torch.autograd.grad(sum(want.values()), theirs, retain_graph=True, materialize_grads=True)
-        got = torch.autograd.grad(sum(terms.values()), learned, materialize_grads=True)
+        got = torch.autograd.grad(total, learned, materialize_grads=True)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
-        together = [("sigmoid", "pair_matching")] if plane == "scalar" else [("sigmoid",), ("pair_matching",)]
-        assert of_ours == (together if step else [("sigmoid",)])
+        together = [("similarity_sigmoid", 2)] if plane == "scalar" else [("similarity_sigmoid", 1)] * 2
+        assert of_ours == (together if step else [("similarity_sigmoid", 1)])
 
 
 def test_sigmoid_beside_a_teacher():
@@ -132,16 +132,29 @@ def test_sigmoid_beside_a_teacher():
     want["relational_loss"] = want.pop("distill_loss")  # open_clip's name
     factors = {"relational_loss": 0.7, "interactive_loss": 0.2, "feature_loss": 1.5, "pair_matching_loss": 0.3}
     for step in (0, 1):
-        terms = ours(step, x, y, scale, bias, group, tx, ty)
+        total, terms = ours(step, x, y, scale, bias, group, tx, ty)
         assert terms["sigmoid_loss"].item() == pytest.approx(0.5 * sigmoid * step)
-        assert sum(terms.values()).requires_grad
+        assert total.item() == pytest.approx(sum(terms.values()).item())
         for name, factor in factors.items():
             assert terms[name].item() == pytest.approx(factor * want[name].item(), rel=1e-6), name
-        (gradient,) = torch.autograd.grad(sum(terms.values()), [bias])
+        (gradient,) = torch.autograd.grad(total, [bias])
         assert (gradient == 0) == (step == 0)
 
 
 def test_a_teacher_of_another_width_is_compared_through_projections():
     for width, term, projected in ((8, "interactive", True), (8, "relational", False), (6, "interactive", False)):
         loss = objective(width=width, **{f"{term}_weight": 1.0}).loss
-        assert (loss.image_projections is not None) == projected
+        assert (loss.image_projection is not None) == projected
+
+
+@pytest.mark.parametrize("base", ["contrastive", "sigmoid"])
+def test_the_teachers_scale_is_a_buffer_that_checkpoints_leave_out(base):
+    loss = objective(base=base, relational_weight=1.0).loss
+    assert loss.teacher_scale == TEACHER["logit_scale"]
+    assert not loss.state_dict()
+    assert loss.to("meta").teacher_scale.is_meta
+
+
+def test_the_loss_without_a_teacher_is_that_of_the_base():
+    for base, kind in (("contrastive", losses.ClipPMLoss), ("sigmoid", losses.SigLipLoss)):
+        assert type(objective(base=base).loss) is kind

@@ -124,7 +124,6 @@ def equal(folder, name, got, expected, ranks, steps):
     ids = [sorted(i for rank in got for i in rank[name]["ids"][step]) for step in range(steps)]
     assert ids == [sorted(ids) for ids in expected[0][name]["ids"]]
     assert all(rank[name]["weights"] == got[0][name]["weights"] for rank in got)
-    assert all(rank[name]["early"] == steps for rank in got)  # the texts are gathered early
     one, several = (folder / f"{n}-{steps}" / name.replace(" ", "-") for n in (1, ranks))
     same(several, one, NEAR.get(name, 1e-6))
 

@@ -79,7 +79,7 @@ def test_fp16(tmp_path, monkeypatch):
 def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch):
     text = check_resumed(tmp_path, monkeypatch, 3, [*STAGES, *CACHED], teacher=256)
     assert "similarity_sigmoid by cpu\n" in text
-    assert "SigmoidLoss: sigmoid, relational, interactive, feature, pair matching; features of made up, 256 wide" in text
+    assert "WIKDLoss: sigmoid, relational, interactive, feature, pair matching; features of made up, 256 wide" in text
     logged = rows(tmp_path / "whole")
     on = {
         "feature_loss": [True] * 2 + [False] * 5,

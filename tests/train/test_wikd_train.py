@@ -73,4 +73,4 @@ def test_what_does_not_fit_is_one_error_and_leaves_nothing(tmp_path, change, tea
 def test_a_teacher_of_another_width_is_projected(tmp_path):
     changes = ["loss.feature_weight=1", "loss.interactive_weight=1", "run.steps=2"]
     go(tiny.settings(tmp_path, *changes, teacher=16))
-    assert checkpoint.load(tmp_path / "run")["loss"]["image_projections.0"].shape == (16, WIDTH)
+    assert checkpoint.load(tmp_path / "run")["loss"]["image_projection"].shape == (16, WIDTH)

@@ -69,7 +69,8 @@ struct SigmoidCall {
 
   // Returns a SimilarityCall without a scale, whose matrix is image text^T.
   SimilarityCall similarities() const {
-    return {.image = image, .text = text, .scale = {}, .ids = ids, .text_ids = text_ids, .label_offset = label_offset, .chunk = chunk};
+    return {.image = image, .text = text, .scale = {}, .ids = ids, .text_ids = text_ids, .label_offset = label_offset,
+            .chunk = chunk};
   }
 };
 

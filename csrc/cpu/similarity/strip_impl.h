@@ -4,8 +4,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // A column sum below this may have lost terms that underflowed relative to the strip's reference; it is summed again.
 constexpr float kLostBelow = 1e-28f;
 
-// Calls f(j, lanes, masked) for every block of W columns of the strip's rows [i, i + rows), as each_block does; masked is true if a
-// lane may not be a negative. With ids this is every block, else those with the rows' own pairs.
+// Calls f(j, lanes, masked) for every block of W columns of the strip's rows [i, i + rows), as each_block does; masked is true if
+// a lane may not be a negative. With ids this is every block, else those with the rows' own pairs.
 template <class F>
 VINLINE void for_blocks(const Strip& s, int64_t i, int64_t rows, F&& f) {
   const int64_t full = s.columns / W * W, first_label = s.label + i;

@@ -1,1 +1,1 @@
-"""feature_loss: op.py is the public function and its registration, reference.py its definition in plain torch."""
+"""feature_loss: op.py has it all."""

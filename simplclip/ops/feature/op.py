@@ -1,50 +1,80 @@
-"""feature_loss: distance of normalised student and teacher features, fused with the normalisation and its backward."""
+"""feature_loss: distance of normalised student and teacher features, in chunks of rows."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip.ops import backends, checks, registry
-from simplclip.ops.calls import accumulate_dtype, flat
-from simplclip.ops.feature import reference
-from simplclip.ops.feature.call import FeatureCall, FeatureGradient
-from simplclip.ops.registry import autocast, autocasts, define, register_gradient
+from simplclip.ops import checks
+from simplclip.ops.calls import accumulate_dtype
+from simplclip.ops.registry import autocast, autocasts, check_reverse_mode, first_order_only, transforms
 
 DISTANCES = ("mse", "smooth_l1")
+NORM_EPS = 1e-12  # eps of F.normalize
 
 
-def _run(function, call):
-    """Makes tensors contiguous. Casts a float64 teacher to float32 if the student is not float64: no kernel reads float64."""
-    wide = call.teacher.dtype == torch.float64 and call.student.dtype != torch.float64
-    teacher = (call.teacher.float() if wide else call.teacher).contiguous()
-    return function(replace(call, student=call.student.contiguous(), teacher=teacher))
+def _inverse_norm(rows: Tensor) -> Tensor:  # [N, D] -> [N, 1]
+    return rows.norm(dim=1, keepdim=True).clamp_min(NORM_EPS).reciprocal()
 
 
-def _fwd_fake(call, backend):
-    stats, rows = {"dtype": accumulate_dtype(call.student.dtype)}, call.student.shape[0] if call.normalize else 0
-    return call.student.new_empty((), **stats), call.student.new_empty(2, rows, **stats)
+def _distances(difference: Tensor, beta: float | None) -> Tensor:  # [N, D] -> [N]; beta is None for squares
+    size = difference.abs()
+    square = size * size
+    return (square if beta is None else torch.where(size < beta, 0.5 * square / beta, size - 0.5 * beta)).sum(1)
 
 
-def _bwd_fake(call, backend):
-    return torch.empty_like(call.student, memory_format=torch.contiguous_format)
+def _chunks(*tensors: Tensor) -> zip:
+    """Yields the same rows of each tensor. A sum of so few numbers has the same bits with any number of threads."""
+    most = (1 if tensors[0].device.type == "cpu" else 16) << 20  # bytes; on a CPU, of its cache
+    rows = min(4096, max(1, most // (tensors[0].shape[1] * 8)))
+    return zip(*(t.split(rows) for t in tensors))
 
 
-_FWD = backends.row(reference.feature_loss_fwd, FeatureCall, module="feature.op")
-_BWD = backends.row(reference.feature_loss_bwd, FeatureGradient, module="feature.op")
-FORWARD = define("feature_loss_fwd", FeatureCall, "(Tensor, Tensor)", _run, _fwd_fake, row=_FWD)
-BACKWARD = define("feature_loss_bwd", FeatureGradient, "Tensor", _run, _bwd_fake, row=_BWD)
+class _FeatureLoss(torch.autograd.Function):
+    """Keeps the inputs and the inverse norms [N, 2], or [N, 0] if not `normalize`; backward computes the rest again."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, beta: float | None, normalize: bool) -> Tensor:
+        dtype, sums = accumulate_dtype(student.dtype), []
+        inverse = student.new_empty(student.shape[0], 2 * normalize, dtype=dtype)
+        for x, y, inv in _chunks(student, teacher, inverse):
+            u, t = x.to(dtype), y.to(dtype)
+            if normalize:
+                torch.cat([_inverse_norm(u), _inverse_norm(t)], 1, out=inv)
+                u, t = u * inv[:, :1], t * inv[:, 1:]
+            sums.append(_distances(u - t, beta).sum())
+        ctx.save_for_backward(student, teacher, inverse)
+        ctx.beta = beta
+        return torch.stack(sums).sum() / student.shape[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        student, teacher, inverse = ctx.saved_tensors
+        d_student = torch.empty_like(student, memory_format=torch.contiguous_format)
+        with torch.no_grad():
+            factor = grad / student.shape[0]
+            for x, y, inv, out in _chunks(student, teacher, inverse, d_student):
+                u, t = x.to(inv.dtype), y.to(inv.dtype)
+                if inv.shape[1]:
+                    u, t = u * inv[:, :1], t * inv[:, 1:]
+                g = factor * (2 * (u - t) if ctx.beta is None else ((u - t) / ctx.beta).clamp(-1, 1))
+                if inv.shape[1]:
+                    clamped = inv[:, :1] >= inv.new_tensor(NORM_EPS).reciprocal()  # such a row was divided by a constant
+                    g = (g - u * (u * g).sum(1, keepdim=True).masked_fill(clamped, 0)) * inv[:, :1]
+                out.copy_(g)
+        if torch.is_grad_enabled():  # with create_graph=True
+            (d_student,) = first_order_only("feature_loss", (d_student,), student, grad)
+        return d_student, None, None, None
 
 
-def _gradient(call, results, grads, needed, spec):
-    return (registry.call(BACKWARD, FeatureGradient(*flat(call), *grads, *results), spec) if needed[0] else None), None
-
-
-register_gradient(FORWARD, _gradient)
+def _definition(student: Tensor, teacher: Tensor, beta: float | None, normalize: bool) -> Tensor:
+    u, t = (features.to(accumulate_dtype(student.dtype)) for features in (student, teacher))
+    if normalize:
+        u, t = u * _inverse_norm(u), t * _inverse_norm(t)
+    return _distances(u - t, beta).mean()
 
 
 def feature_loss(
@@ -59,16 +89,15 @@ def feature_loss(
     r"""Distance of a student's features to the features of a teacher, which are constants: unimodal distillation.
 
     With u = student / max(‖student‖, eps) and t = teacher / max(‖teacher‖, eps) by rows, eps = 1e-12 (or the features
-    themselves if not `normalize`), the mean over all N·D elements of
+    themselves if not `normalize`), the mean over the N rows of the sum over the D columns of
 
-        "mse"        (u − t)²                                                    F.mse_loss
+        "mse"        (u − t)²: the squared distance, for unit vectors 2 − 2 cos(u, t)
         "smooth_l1"  (u − t)² / (2 beta) where |u − t| < beta, else |u − t| − beta / 2      F.smooth_l1_loss
 
     Args:
         student: [N, D] float32, bfloat16, float16 or float64; under autocast it is cast to autocast's dtype. Any strides.
-        teacher: [N, D] on the same device, in any of these dtypes (e.g. stored float16 features). It is read without a cast,
-            unless it is float64 and the student is not. It gets no gradient; if it requires one, a warning is given once
-            per process (not under torch.compile).
+        teacher: [N, D] on the same device, in any of these dtypes (e.g. stored float16 features), read without a cast. It
+            gets no gradient; if it requires one, a warning is given once per process (not under torch.compile).
         distance: "mse" or "smooth_l1".
         beta: above 0; for "smooth_l1".
         projection: [D, D_student] in the student's dtype. `F.linear(student, projection)` is then compared to the teacher,
@@ -78,15 +107,13 @@ def feature_loss(
         The loss, 0-dimensional, float32 (float64 for a float64 student).
 
     Gradients flow to student and projection: with g = dloss/du, (g − u (u·g)) / ‖student‖; for a row shorter than eps,
-    which is divided by a constant, g / eps. Saved for backward: the inputs and two inverse norms per row, [2, N]; backward
-    computes the difference again. Extra memory: O(N), and O(N D) with a projection. The loss is computed in float32 (float64
-    for float64). Sums have a fixed order: on one machine, the same call has the same bits each time, by the CPU kernels with
-    any number of threads if there is no projection, whose product is BLAS's. Only first derivatives in reverse mode are
-    supported, except by backend "reference".
+    which is divided by a constant, g / eps. Saved for backward: the inputs and two inverse norms per row. Extra memory:
+    O(N) and a few MiB (on a GPU tens of them), and O(N D) with a projection. It computes in float32 (float64 for float64).
+    The same call has the same bits each time, on a CPU with any number of threads if there is no projection. Only first
+    derivatives in reverse mode are supported. Compiled, it is the formula in plain torch.
 
     Raises:
         TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
-        RuntimeError: a forced backend does not support the call.
 
     Source: feature distillation in CLIP-KD (Yang et al. 2023, arXiv 2307.12732); unimodal stage of WIKD (arXiv 2411.14789).
     """
@@ -108,9 +135,11 @@ def feature_loss(
             f"[{teacher.shape[1]}, {student.shape[1]}], got width {student.shape[1]}"
         )
     (student,) = autocast(student)
-    teacher = checks.constant("teacher", teacher)
-    of_call = FeatureCall(student, teacher, distance == "smooth_l1", float(beta), bool(normalize))
-    return registry.call(FORWARD, of_call)[0]
+    arguments = student, checks.constant("teacher", teacher), None if distance == "mse" else float(beta), bool(normalize)
+    if torch.compiler.is_compiling():
+        return _definition(*arguments)
+    check_reverse_mode("feature_loss", arguments)
+    return _definition(*arguments) if transforms() else _FeatureLoss.apply(*arguments)  # torch.vmap maps plain torch
 
 
 def _project(student, projection, width):

@@ -10,7 +10,7 @@ from simplclip.ops import backends
 # Budgets in bytes, on a CPU and elsewhere. SCRATCH: a chunk, which has no more rows of a similarity matrix than fast matrix
 # products need. STORE: the first rows of the matrices, which forward keeps so that backward need not compute them again; only
 # the CPU's kernels do. A GPU reads and writes gradients for every block, so that larger blocks cost it less.
-SCRATCH_BYTES, _SCRATCH_BYTES_ELSEWHERE = 64 << 20, 128 << 20
+SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE = 64 << 20, 128 << 20
 STORE_BYTES = 36 << 20
 _CHUNK_ROWS, _CHUNK_ROWS_ELSEWHERE = 1024, 4096
 _STRIP = 64  # rows of one task of the CPU kernel; a chunk is a multiple of it
@@ -40,7 +40,7 @@ def sweep_rows(image: Tensor, m: int, live: int, scratch_bytes: int | None) -> i
     dtype = computes_in(image.dtype, device)
     if device == "cpu":
         return chunk_rows(n, m, dtype, device, live, SCRATCH_BYTES if scratch_bytes is None else scratch_bytes)
-    scratch_bytes = _SCRATCH_BYTES_ELSEWHERE if scratch_bytes is None else scratch_bytes
+    scratch_bytes = SCRATCH_BYTES_ELSEWHERE if scratch_bytes is None else scratch_bytes
     return min(n, max(1, scratch_bytes // (m * dtype.itemsize)))
 
 

@@ -132,7 +132,7 @@ def check_offset(label_offset: int, n: int, m: int, group: Any) -> None:
         if label_offset != 0:
             raise ValueError(f"label_offset: expected 0 with group, which sets it by rank, got {label_offset}")
     if m < n:
-        raise ValueError(f"text: expected at least one row for each of image's {n}, got {m}")
+        raise ValueError(f"text: expected at least as many rows as image, {n}, got {m}")
     if not 0 <= label_offset <= m - n:
         raise ValueError(
             f"label_offset: expected 0 <= label_offset <= M - N = {m - n} so that each of {n} rows has its column among "

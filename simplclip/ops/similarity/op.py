@@ -240,7 +240,7 @@ def similarity_loss(
         sigmoids["sigmoid"] = scale, 0.0 if bias is None else bias, 1 / n, 1 / n
     joined, negatives = None, 1  # the plane of pair matching, if a softmax's sweep computes it
     if hyperplane is not None:
-        negatives = max(1, n * (m - 1)) if ids is None else _negatives(ids, text_ids, m, label_offset, group)
+        negatives = max(1, n * (m - 1)) if ids is None else _negatives(ids, text_ids, m, label_offset, group).to(wide)
         if _joins(hyperplane, terms, image):
             joined = hyperplane
         else:

@@ -39,22 +39,15 @@ const char* launch_kernel(
 inline int thread() { return emulator::engine.running->index; }
 inline int threads() { return emulator::engine.threads; }
 inline int block_x() { return emulator::engine.block.x; }
-inline int grid_x() { return emulator::engine.grid.x; }
 inline int lane() { return thread() & 31; }
 inline int warp() { return thread() >> 5; }
 inline char* shared_memory() { return emulator::engine.shared; }
 
 inline void sync_block(Site site = Site::current()) { emulator::sync_block(site); }
-inline void sync_warp(Site site = Site::current()) { emulator::sync_warp(site); }
-
-template <class V>
-V shuffle(V value, int from, Site site = Site::current()) {
-  return emulator::shuffle("shuffle", site, value, from);
-}
 
 template <class V>
 V shuffle_xor(V value, int mask, Site site = Site::current()) {
-  return emulator::shuffle("shuffle_xor", site, value, lane() ^ mask);
+  return emulator::shuffle_xor(site, value, mask);
 }
 
 template <class T>
@@ -130,7 +123,7 @@ inline void mma1688_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   mma<1>("mma1688_tf32", site, {d, a, b}, [](uint32_t bits, int) { return as_float(bits & 0xffffe000u); });
 }
 
-// A lane's row is read when the lane arrives: other lanes' later writes are seen only after a sync_warp.
+// A lane's row is read when the lane arrives: other lanes' later writes are seen only after a barrier.
 template <bool TRANSPOSED>
 void ldmatrix(const char* name, Site site, uint32_t (&r)[4], const void* row) {
   struct Operands {

@@ -1,4 +1,4 @@
-"""The cards that plans and predicted times know, from their data sheets."""
+"""The cards that predicted times know, from their data sheets."""
 
 from __future__ import annotations
 

@@ -1,1 +1,0 @@
-"""feature_loss in Triton: op.py has the launchers."""

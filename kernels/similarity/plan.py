@@ -1,0 +1,95 @@
+"""Sizes and constants of the similarity kernels' launches: tiles, ranges of rows in forward, blocks of G in backward."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from simplclip.kernels import tuning
+from simplclip.kernels.launch import architecture_and_processors, interpreted, precision_of, splits, starts
+from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
+
+SIDE = 128  # sides of a block of G are multiples of 128, and so of a tile's sides, unless they end with the matrix
+ROW_SLOTS = 6  # statistics of a row in forward's parts
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The constants with which the kernels compute a tile of a product."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    EVEN: bool  # the widths are multiples of BLOCK_K
+    PRECISION: str
+    INTERPRETED: bool
+
+
+def tile_of(call: SimilarityCall | SigmoidCall) -> tuning.Tile:
+    return tuning.lookup("similarity", precision_of(call.image.dtype), architecture_and_processors(call.image)[0])
+
+
+def arguments(call: SimilarityCall | SigmoidCall, *widths: int) -> dict[str, object]:
+    """Returns the arguments that all kernels have which multiply features. widths: of other features, beside the image's."""
+    tile, (n, width) = tile_of(call), call.image.shape
+    even = all(each % tile.block_k == 0 for each in (width, *widths))
+    precision = "tf32" if precision_of(call.image.dtype) == "tf32" else "ieee"
+    return {
+        "image": call.image, "text": call.text, "ids": call.ids, "text_ids": call.text_ids, "n": n, "m": call.text.shape[0],
+        "width": width, "label_offset": call.label_offset, "TILE": Tiling(*tile[:3], even, precision, interpreted()),
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+def column_slots(call: SimilarityCall) -> int:
+    """Returns the number of a column's statistics in forward's parts."""
+    return 5 if call.has_teacher else 2
+
+
+class Sweep(NamedTuple):
+    """A range of rows whose statistics one launch of forward computes."""
+
+    first_row: int
+    row_count: int
+    row_blocks: int
+    splits: int  # the columns are divided into so many ranges
+    tiles_per_split: int
+
+
+def sweeps(call: SimilarityCall) -> Iterator[Sweep]:
+    """Yields the sweeps of forward. A sweep's parts of columns have at most as many bytes as `chunk` rows of a matrix, or
+    are those of one block of rows."""
+    tile, (_, processors) = tile_of(call), architecture_and_processors(call.image)
+    (n, _), m = call.image.shape, call.text.shape[0]
+    blocks = -(-n // tile.block_m)
+    if call.columns:
+        blocks = min(blocks, max(1, call.chunk * call.image.itemsize // (4 * column_slots(call))))
+    for first in starts(n, blocks * tile.block_m):
+        count = min(n - first, blocks * tile.block_m)
+        row_blocks = -(-count // tile.block_m)
+        yield Sweep(first, count, row_blocks, *splits(row_blocks, -(-m // tile.block_n), processors * tile.blocks))
+
+
+@functools.cache
+def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
+    """Returns rows R, columns C of the blocks of an N x M matrix that backward computes in turn, R C <= elements or 128².
+
+    For each block the gradients of its rows and of its columns are read and written once, 8 D (N ceil(M / C) + M ceil(N / R))
+    bytes in all. These bytes are fewest where R and C are about equal.
+    """
+    sides = {}
+    for parts in range(1, -(-n // SIDE) + 1):
+        rows = min(n, -(-n // (parts * SIDE)) * SIDE)
+        columns = m if rows * m <= elements else elements // rows // SIDE * SIDE
+        if columns:
+            sides[n * -(-m // columns) + m * -(-n // rows)] = rows, columns
+    return sides[min(sides)] if sides else (min(n, SIDE), min(m, SIDE))
+
+
+def blocks_of(n: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Yields the rows and the columns of each block."""
+    for row, column in itertools.product(starts(n, rows), starts(m, columns)):
+        yield slice(row, min(n, row + rows)), slice(column, min(m, column + columns))

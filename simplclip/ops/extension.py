@@ -1,0 +1,95 @@
+"""The compiled extensions. One that was built from other sources than these is refused, with a line that says what to run.
+
+Each extension contains a digest of its sources, see `digest`. It is read from the file, without loading the module: loading
+registers kernels, which would misread the arguments of ops whose schemas have changed since.
+
+setup.py runs this file by its path before anything is installed, so that it imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parents[1]
+INSTALL = "run `pip install --no-build-isolation -e .` (or make install)"
+_DIGEST = re.compile(rb"simplclip sources ([0-9a-f]{16}) ([0-9a-f]{16})")
+
+
+def schemas() -> list[Path]:
+    """Returns the files that give the schemas of the ops."""
+    return [PACKAGE / "ops" / "calls.py", *sorted((PACKAGE / "ops").glob("*/call.py"))]
+
+
+def cpp_sources(name: str) -> list[Path]:
+    """Returns the files of csrc/ that simplclip.<name> is built from; none in an installed wheel, which has no csrc/."""
+    csrc = PACKAGE.parent / "csrc"
+    folder = csrc / ("cuda" if name == "_C_cuda" else "cpu")
+    files = [*csrc.glob("*.*"), *folder.rglob("*.*")]
+    # Editors leave hidden files beside those that they edit.
+    return sorted(file for file in files if file.suffix in (".h", ".cuh", ".cpp", ".cu") and not file.name.startswith("."))
+
+
+def _digest_of(files: Iterable[Path]) -> str:
+    """Returns a digest of the names and the contents of the files."""
+    contents = [(file.name, file.read_bytes()) for file in files]
+    return hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
+
+
+def digest(name: str) -> str:
+    """Returns the text in an extension that was built from the present sources: digests of the schemas and of csrc/."""
+    return f"simplclip sources {_digest_of(schemas())} {_digest_of(cpp_sources(name))}"
+
+
+def is_current(name: str, file: Path) -> bool:
+    """Whether the extension was built from the present schemas and, in a checkout, from the present csrc/."""
+    built = _DIGEST.search(file.read_bytes())
+    if built is None:
+        return False
+    _, _, of_schemas, of_csrc = digest(name).encode().split()
+    return built[1] == of_schemas and (built[2] == of_csrc or not cpp_sources(name))
+
+
+def _not_built(name: str) -> str:
+    """Returns that simplclip.<name> was not built. Why there are no CUDA objects is known to the CPU's, built beside them."""
+    cpu = sys.modules.get("simplclip._C")
+    why = cpu.why_no_cuda() if cpu and name == "_C_cuda" else ""
+    return f"simplclip.{name} was not built" + (f": {why}; then {INSTALL}" if why else "")
+
+
+def load(name: str) -> tuple[Any, str | None]:
+    """Returns the extension module simplclip.<name> and None, or None and the reason why the module is missing.
+
+    Warns of an extension that was built from other sources. Takes a file of this package's folder alone: the finder of an
+    editable installation may know that of another checkout.
+    """
+    try:
+        spec = importlib.util.find_spec(f"simplclip.{name}")
+        if spec is None or spec.origin is None or Path(spec.origin).parent != PACKAGE:
+            return None, _not_built(name)
+        if not is_current(name, Path(spec.origin)):
+            reason = f"simplclip.{name} was built from other sources: {INSTALL}"
+            warnings.warn(reason, RuntimeWarning, stacklevel=2)
+            return None, reason
+        return importlib.import_module(f"simplclip.{name}"), None
+    except ModuleNotFoundError:
+        return None, _not_built(name)
+    except ImportError as error:
+        return None, f"simplclip.{name} does not load: {error}"
+
+
+@functools.cache
+def warn_without_cuda(reason: str) -> None:
+    """Warns once in a process that shaped attention runs on a GPU without its CUDA kernels, and why.
+
+    For the first call with a CUDA tensor, if torch was built with CUDA and `load("_C_cuda")` gave this reason.
+    """
+    warnings.warn(f"shaped_attention runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2)

@@ -1,0 +1,195 @@
+"""Comparison of a call's results and gradients with its definition in float64, plain.py's.
+
+The rule: |kernel - float64| <= |plain torch in the same dtype - float64| + eps, with eps relative to the largest value of the
+float64 result. The first term lets a kernel round as plain torch rounds; the second is what reordering a sum may cost in that
+dtype. (The rule of ml-cross-entropy's tests.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import plain
+import torch
+from calls import Call, attention_call
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import simplclip
+from simplclip import ops
+
+EPS: dict[Any, float] = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float64: 1e-10}
+LOSS_SCALE = 64.0  # of a loss's incoming gradients, like a GradScaler's, so that half types can hold outgoing gradients
+ROUNDINGS = 8  # times the effect of rounding the inputs: an error that is allowed too, for results that nearly cancel
+
+
+def _plain_similarity(image, text, logit_scale, **named):
+    """Computes plain torch's similarity loss with all numbers in the dtype of the features."""
+    named.pop("scratch_bytes", None), named.pop("store_bytes", None)
+    if named.get("ids") is not None and named.get("text_ids") is None:
+        named["text_ids"] = named["ids"]
+    as_image = lambda t: t.to(image.dtype) if t.is_floating_point() else t  # noqa: E731
+    return plain.similarity_loss(image, text, **tree_map_only(Tensor, as_image, {"logit_scale": logit_scale, **named}))
+
+
+PLAIN: dict[str, Callable] = {
+    "similarity_loss": _plain_similarity,
+    "shaped_attention": plain.shaped_attention,
+    "parallel_mlp": plain.parallel_mlp,
+    "simplified_block": lambda *, recompute=False, **named: plain.simplified_block(**named),
+    "feature_loss": plain.feature_loss,
+}
+
+
+def forced(backend: str) -> contextlib.AbstractContextManager:
+    """Context that forces a backend; "" forces none, so that the first backend that can run a call runs it."""
+    return simplclip.backend(backend) if backend else contextlib.nullcontext()
+
+
+def function_of(call: Call) -> Callable:
+    return getattr(ops, call.op)
+
+
+def outputs_of(function: Callable, call: Call, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    out = function(**call.arguments(tensors))
+    return out if isinstance(out, dict) else {"out": out}
+
+
+def run(
+    function: Callable,
+    call: Call,
+    tensors: dict[str, Tensor],
+    need: Iterable[str],
+    incoming: Callable[[str, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Returns results, and gradients of `need` as d_NAME. incoming(name, result): the gradient that enters a result."""
+    need = list(need)
+    leaves = {name: t.detach().requires_grad_(name in need) for name, t in tensors.items()}
+    outputs = outputs_of(function, call, leaves)
+    gradients = {name: torch.zeros_like(tensors[name]) for name in need}
+    entering = {name: incoming(name, t) for name, t in outputs.items() if t.requires_grad}
+    if entering:
+        sources, wanted = [outputs[name] for name in entering], [leaves[name] for name in need]
+        of_need = torch.autograd.grad(sources, wanted, list(entering.values()), allow_unused=True, materialize_grads=True)
+        gradients = dict(zip(need, of_need))
+    return {name: t.detach() for name, t in outputs.items()} | {f"d_{name}": gradients[name] for name in need}
+
+
+def _least(call: Call, gradient: bool) -> float:
+    """Returns the least size that a result is assumed to have, since a smaller result is a cancellation of larger terms.
+
+    This size is a few hundredths of the terms: logits, or scale / N for gradients.
+    """
+    if call.op == "feature_loss":
+        return min(1e-2, LOSS_SCALE / call.tensors["teacher"].numel() if gradient else 1.0)
+    if call.op != "similarity_loss":
+        return 0.3 if call.op == "simplified_block" else 0.1  # a block's are sums over tokens and widths
+    scales = [abs(float((call.tensors | call.options).get(name, 1))) for name in ("logit_scale", "teacher_scale")]
+    return max(*scales, 1) * (0.05 * LOSS_SCALE / call.tensors["image"].shape[0] if gradient else 0.01)
+
+
+def error_of(result: Tensor, exact: Tensor) -> float:
+    """Returns the largest error; infinity for a NaN or another shape."""
+    error = (result.double() - exact).abs().max().item() if result.shape == exact.shape else math.inf
+    return math.inf if math.isnan(error) else error
+
+
+@dataclass
+class Case:
+    """A call in a dtype on a backend.
+
+    size: scale of the incoming gradients of losses. lay_out(name, t): returns a view that the op gets in place of t; a
+    gradient's name is "grad NAME".
+    """
+
+    call: Call
+    dtype: torch.dtype
+    backend: str
+    need: list[str]
+    seed: int = 0
+    size: float = LOSS_SCALE
+    device: str = "cpu"
+    lay_out: Callable[[str, Tensor], Tensor] = lambda name, t: t
+    tensors: dict[str, Tensor] = field(init=False)  # inputs of the op
+    grads: dict[str, Tensor] = field(init=False, default_factory=dict)  # incoming gradients
+
+    def __post_init__(self) -> None:
+        self.tensors = {name: self.lay_out(name, t.to(self.device)) for name, t in self.call.typed(self.dtype).items()}
+
+    def incoming(self, name: str, result: Tensor) -> Tensor:
+        if name not in self.grads:
+            grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(self.seed))
+            grad = grad.to(self.device, self.dtype) * (1 if result.dim() else self.size)
+            self.grads[name] = self.lay_out(f"grad {name}", grad.to(result.dtype))
+        return self.grads[name]
+
+    def run(self) -> dict[str, Tensor]:
+        with forced(self.backend):
+            return run(function_of(self.call), self.call, self.tensors, self.need, self.incoming)
+
+    def by_definition(self, change: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Tensor]:
+        """Returns plain torch's results, with inputs and incoming gradients changed by `change`."""
+
+        def changed(t: Tensor) -> Tensor:  # on the CPU, contiguous and without negative bits
+            t = t.detach().cpu().resolve_neg().contiguous()
+            return change(t) if t.is_floating_point() else t
+
+        tensors = {name: changed(t) for name, t in self.tensors.items()}
+        incoming = lambda name, result: changed(self.grads[name]).to(result.dtype)  # noqa: E731
+        return run(PLAIN[self.call.op], self.call, tensors, self.need, incoming)
+
+    def rounded_otherwise(self, seed: int) -> dict[str, Tensor]:
+        """Returns float64's results after a rounding error of the dtype in every number of inputs and gradients."""
+        g, rounding = torch.Generator().manual_seed(seed), torch.finfo(self.dtype).eps / 2
+        return self.by_definition(lambda t: t.double() * (1 + rounding * (2 * torch.randint(0, 2, t.shape, generator=g) - 1)))
+
+
+def check_case(case: Case, *, roundings: bool = False, twice: bool = False) -> None:
+    """Checks that results and gradients are within the tolerance or, with `roundings`, within the effect of rounding the
+    inputs. With `twice`, a second run must give the same bits."""
+    results = case.run()
+    again = case.run() if twice else results
+    plain_results, exact = case.by_definition(), case.by_definition(Tensor.double)
+    others: list[dict[str, Tensor]] = []
+    for name, value in results.items():
+        assert torch.equal(value, again[name]), f"{name}: a second run gave other values, or NaN"
+        least = max(exact[name].abs().max().item(), _least(case.call, name.startswith("d_")))
+        error, of_plain = error_of(value.cpu(), exact[name]), error_of(plain_results[name], exact[name])
+        allowed = (of_plain if of_plain < math.inf else 0) + EPS[case.dtype] * least + 1e-30  # plain sums overflow in float16
+        if roundings and error > allowed:
+            others = others or [case.rounded_otherwise(seed) for seed in range(4)]
+            allowed = max(allowed, ROUNDINGS * max(error_of(other[name], exact[name]) for other in others))
+        told = f"{case.call.options} {name}: error {error:.3e}, allowed {allowed:.3e} (plain torch {of_plain:.3e})"
+        assert error <= allowed, told
+
+
+def check(call: Call, dtype: torch.dtype, backend: str, *, roundings: bool = False, twice: bool = False, **of_case) -> None:
+    check_case(Case(call, dtype, backend, call.needed(), **of_case), roundings=roundings, twice=twice)
+
+
+def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu") -> None:
+    """Checks that padded tokens of shaped_attention are not read, and that their results and gradients are 0."""
+    call = attention_call(3, causal=causal)
+    call.tensors["lengths"] = torch.tensor([3, 0, 5])
+
+    def padded_with(value: float) -> dict[str, Tensor]:
+        def filled(t: Tensor) -> Tensor:
+            t = t.clone()
+            t[0, 3:], t[1] = value, value
+            return t
+
+        tensors = {name: t.to(device) for name, t in call.typed(dtype).items()}
+        tensors |= {name: filled(tensors[name]) for name in "qkv"}
+        return run(function_of(call), call, tensors, call.needed(), lambda name, t: filled(torch.ones_like(t)))
+
+    with simplclip.backend(backend):
+        expected, results = padded_with(1.0), padded_with(torch.nan)
+    for name, value in results.items():
+        assert torch.equal(value, expected[name]), name
+        if value.dim() == 4:
+            assert not value[0, 3:].any(), name
+            assert not value[1].any(), name

@@ -1,0 +1,15 @@
+"""The calls of ops that a test makes."""
+
+from simplclip.ops import registry
+
+
+def calls(monkeypatch) -> list:
+    """Returns a list to which each call of an op from here on is added, as (name, call)."""
+    found, call = [], registry.call
+
+    def recording(op, of_call, *spec):
+        found.append((op.name, of_call))
+        return call(op, of_call, *spec)
+
+    monkeypatch.setattr(registry, "call", recording)
+    return found
