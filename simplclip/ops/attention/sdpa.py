@@ -23,8 +23,9 @@ def kernel(q: Tensor) -> str:
     """Returns which of torch's kernels serves tensors like q: "cpu", "flash" or "efficient"."""
     if q.device.type == "cpu":
         return "cpu"
-    old = backends.capability() is not None and backends.capability() < (8, 0)
-    return "efficient" if q.itemsize != 2 or q.shape[3] > 256 or old else "flash"
+    capability = backends.capability(q.device)
+    before_ampere = capability is not None and capability < (8, 0)
+    return "efficient" if q.itemsize != 2 or q.shape[3] > 256 or before_ampere else "flash"
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
