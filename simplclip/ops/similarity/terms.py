@@ -96,7 +96,7 @@ class Terms(torch.autograd.Function):
         return first_order_only("similarity_loss", gradients, *saved, *grads)
 
 
-def _gradients(rows, columns, scale, weight, diagonal, excess, teacher_excess, logits, options: Options, grads):
+def _gradients(rows, columns, scale, weight, diagonal, excess, teacher_excess, logits, *, options: Options, grads):
     """Returns the gradients of forward's arguments, those of constants as None."""
     if options.weights is not None:
         grads = [factor * grads[0] for factor in options.weights]
