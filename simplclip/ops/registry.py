@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from simplclip.ops import backends
 from simplclip.ops.calls import flat, schema_of, tensors_of
+from simplclip.ops.extension import warn_without_cuda
 
 library = torch.library.Library("simplclip", "DEF")
 
@@ -40,6 +41,8 @@ def _select(op: str, first: Tensor, spec: str, part: bool, facts: dict) -> Calla
     selected = _selected.get(key)
     if selected is None:
         selected = _selected[key] = backends.select(op, first.device, first.dtype, spec, part=part, **facts)[1]
+        if first.is_cuda and op.startswith("shaped_attention") and backends.cuda_extension is None and torch.version.cuda:
+            warn_without_cuda(backends.cuda_extension_error)
     return selected
 
 
