@@ -173,10 +173,13 @@ def block(
     norm, norm_weight, norm_bias, alpha, beta, gamma,
 ) -> None:  # fmt: skip
     """Checks types and shapes of simplified_block's tensors."""
-    mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if x.dim() != 3:
+    of_mlp = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    if not isinstance(x, Tensor) or not isinstance(fc1_weight, Tensor) or x.dim() != 3 or fc1_weight.dim() != 2:
+        mlp(x, *of_mlp)
         raise ValueError(f"x: expected a tensor [B, L, C], got shape {shape_of(x)}")
     c, f = x.shape[2], fc1_weight.shape[0]
+    if not x.numel() or not f:
+        mlp(x, *of_mlp)
     if not isinstance(alpha, Tensor) or alpha.dim() != 1 or alpha.shape[0] < 1 or c % alpha.shape[0]:
         got = shape_of(alpha) if isinstance(alpha, Tensor) else type(alpha).__name__
         raise ValueError(f"alpha: expected one value per head, [H] with H a divisor of C = {c}, got {got}")
@@ -184,7 +187,9 @@ def block(
         raise ValueError("norm_bias: expected None, since RMSNorm has no bias, got a tensor")
     device, heads = x.device, alpha.shape
     for name, t, shape in (
+        ("x", x, x.shape),
         ("qk_weight", qk_weight, (2 * c, c)),
+        ("fc1_weight", fc1_weight, (f, c)),
         ("fc1_bias", fc1_bias, (f,)),
         ("fc2_weight", fc2_weight, (c, f)),
         ("fc2_bias", fc2_bias, (c,)),
@@ -199,6 +204,7 @@ def block(
         if t is None and name in ("value_weight", "output_weight", "norm_bias"):
             continue
         if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.device != device or t.shape != shape:
+            mlp(x, *of_mlp)
             floating(name, t)
             on(name, t, "x", device)
             raise ValueError(f"{name}: expected shape {list(shape)}, got {shape_of(t)}")

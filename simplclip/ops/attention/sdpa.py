@@ -24,8 +24,8 @@ def kernel(q: Tensor) -> str:
     if q.device.type == "cpu":
         return "cpu"
     capability = backends.capability(q.device)
-    old = capability is not None and capability < (8, 0)
-    return "efficient" if q.itemsize != 2 or q.shape[3] > 256 or old else "flash"
+    before_ampere = capability is not None and capability < (8, 0)
+    return "efficient" if q.itemsize != 2 or q.shape[3] > 256 or before_ampere else "flash"
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
