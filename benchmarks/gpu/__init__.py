@@ -1,1 +1,1 @@
-"""Proves, tunes and measures this library on a GPU in one go: `python -m benchmarks.gpu`."""
+"""Proves and measures this library on a GPU in one go: `python -m benchmarks.gpu`."""
