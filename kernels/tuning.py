@@ -26,6 +26,7 @@ _INTERPRETED = Tile(32, 64, 16, 4, 2)  # small and with three different sides, s
 # Several programs of the similarity kernels share a multiprocessor: the statistics of one run beside the products of others.
 _TILES = {
     ("similarity", "half"): Tile(64, 64, 32, 4, 4, 2),
+    ("similarity", "half", 90): Tile(128, 64, 64, 8, 3),  # its L2 cache is slow beside its tensor cores
     ("similarity", "tf32"): Tile(64, 64, 16, 4, 4, 2),
     ("similarity", "ieee"): Tile(64, 64, 16, 8, 3),
     ("parallel_mlp", "half"): Tile(128, 128, 32, 8, 3),
@@ -35,6 +36,7 @@ _TILES = {
 
 
 def lookup(op: str, precision: str, architecture: int) -> Tile:
+    """Returns the op's tile in a precision of PRECISIONS, or the architecture's own where it has one."""
     if architecture == INTERPRETER:
         return _INTERPRETED
     return _TILES.get((op, precision, architecture)) or _TILES[op, precision]

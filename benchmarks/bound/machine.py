@@ -189,7 +189,7 @@ def matched(code: sass.Code, program: ptx.Kernel, counts: Counter[int]) -> tuple
     Loops keep their order. A loop that ptxas unrolled k times has k times the matrix instructions, and runs k times less.
     A loop that is two in PTX, since its branches return to two places, has the instructions of both. In a part with branches,
     each pipe executes the same share of its instructions as in PTX. Where a branch depends on numbers that were read, a
-    comparison of floats holds, so that a tile of a similarity matrix takes its quick way, and an integer is 0.
+    comparison of floats holds, and an integer is 0.
     """
     theirs = [program.products(loop.own) for loop in program.loops]
     own = [part.products for part in code.parts[1:]]

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LOG2E, dot, reciprocal, rounded_to_tf32
 
-GROUP: tl.constexpr = tl.constexpr(16)  # blocks of rows, a thousand rows with tiles of 64: 1 MB of the cache with D = 512
+GROUP: tl.constexpr = tl.constexpr(16)  # with tiles of 64 rows and D = 512, 1 MB of the cache
 
 
 @triton.jit

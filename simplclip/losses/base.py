@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from inspect import Parameter, Signature, signature
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +23,20 @@ def weight_of(name: str, value: float) -> float:
 
 
 def width_of(name: str, value: int | None) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"{name}: expected an integer above 0 or None, got {value!r}")
-    if value is not None and value < 1:
-        raise ValueError(f"{name}: expected an integer above 0 or None, got {value}")
+    if value is not None and (type(value) is not int or value < 1):
+        kind = ValueError if type(value) is int else TypeError
+        raise kind(f"{name}: expected an integer above 0 or None, got {value!r}")
     return value
 
 
 def with_modes(init: Callable) -> Callable:
-    """Gives a constructor that passes open_clip's arguments on, as *modes and **named, the signature that lists them."""
-    kinds = inspect.Parameter
-    parameters = list(inspect.signature(init).parameters.values())
-    shared = list(inspect.signature(SimilarityLoss.__init__).parameters.values())[1:]
-    positional = [p for p in parameters if p.kind == kinds.POSITIONAL_OR_KEYWORD]
-    named = [p for p in parameters if p.kind == kinds.KEYWORD_ONLY]
-    positional += [p for p in shared if p.kind == kinds.POSITIONAL_OR_KEYWORD]
-    named += [p for p in shared if p.kind == kinds.KEYWORD_ONLY and p.name not in {other.name for other in named}]
-    init.__signature__ = inspect.Signature(positional + named)  # type: ignore[attr-defined]
+    """Gives a constructor that passes *modes and **options on to SimilarityLoss the signature that lists them."""
+    parameters = [*signature(init).parameters.values(), *signature(SimilarityLoss.__init__).parameters.values()]
+    listed: dict[str, Parameter] = {}
+    for p in parameters:
+        if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
+            listed.setdefault(p.name, p)
+    init.__signature__ = Signature(sorted(listed.values(), key=lambda p: p.kind))  # type: ignore[attr-defined]
     return init
 
 
@@ -134,44 +131,27 @@ class SimilarityLoss(nn.Module):
 
     def _similarity(self, image, text, logit_scale, terms, weights, logit_bias, ids, teacher) -> dict[str, Tensor]:
         """Returns the terms of this rank's rows, by ops.similarity_loss."""
-        plane = None if self.plane_weight is None or "pair_matching" not in terms else self._hyperplane(text)
+        plane = None
+        if "pair_matching" in terms and self.plane_weight is not None:
+            weight, bias = self._learned(self.plane_weight, self.plane_bias)
+            plane = weight[: text.shape[1]] if self.plane == "hadamard" else weight, bias
         teacher_image, teacher_text, teacher_scale = (None, None, None) if teacher is None else teacher
-        options: dict[str, Any] = {
-            "logit_bias": logit_bias,
-            "terms": terms,
-            "plane": plane,
-            "teacher_scale": teacher_scale,
-            "divergence": self.divergence,
-            "weights": weights,
-            "ids": ids,
-            "scratch_bytes": self.scratch_bytes,
-            "store_bytes": self.store_bytes,
-        }
+        compute = partial(
+            ops.similarity_loss, logit_scale=logit_scale, logit_bias=logit_bias, terms=terms, plane=plane,
+            teacher_scale=teacher_scale, divergence=self.divergence, weights=weights, ids=ids,
+            scratch_bytes=self.scratch_bytes, store_bytes=self.store_bytes,
+        )  # fmt: skip
         if self.world_size <= 1 or not self.local_loss or self.gather_with_grad:
             group = None if self.world_size <= 1 else self._group()
-            return ops.similarity_loss(
-                image, text, logit_scale, teacher_image=teacher_image, teacher_text=teacher_text, group=group, **options
-            )
+            return compute(image, text, teacher_image=teacher_image, teacher_text=teacher_text, group=group)
 
-        # The directions are computed apart, each with this rank's rows and the columns of all ranks, which are constants. The
-        # mean of both is taken below, so an option that treats rows and columns differently must be applied there too.
+        # The directions are computed apart, each with this rank's rows and the columns of all ranks, which are constants.
         image, text = autocast(image, text)  # before they travel
-        options |= {"label_offset": self.rank * image.shape[0], "symmetric": False, "text_ids": self._gathered(ids)}
-        by_image, by_text = (
-            ops.similarity_loss(
-                rows, self._gathered(columns), logit_scale,
-                teacher_image=teacher_rows, teacher_text=self._gathered(teacher_columns), **options,
-            )
-            for rows, columns, teacher_rows, teacher_columns in (
-                (image, text, teacher_image, teacher_text),
-                (text, image, teacher_text, teacher_image),
-            )
-        )  # fmt: skip
+        gather, where = self._gathered, {"label_offset": self.rank * len(image), "text_ids": self._gathered(ids)}
+        compute = partial(compute, symmetric=False, **where)
+        by_image = compute(image, gather(text), teacher_image=teacher_image, teacher_text=gather(teacher_text))
+        by_text = compute(text, gather(image), teacher_image=teacher_text, teacher_text=gather(teacher_image))
         return {name: 0.5 * (by_image[name] + by_text[name]) for name in by_image}
-
-    def _hyperplane(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        weight, bias = self._learned(self.plane_weight, self.plane_bias)
-        return (weight[: text.shape[1]] if self.plane == "hadamard" else weight), bias
 
     def _check_width(self, image: Tensor, text: Tensor) -> None:
         for name, features in (("image_features", image), ("text_features", text)):

@@ -74,7 +74,8 @@ class CoCaLoss(ClipLoss, theirs.CoCaLoss):
         """Returns the weighted contrastive and caption losses; with output_dict, as `contrastive_loss`, `caption_loss`."""
         contrastive: Any = torch.tensor(0, device=logits.device)
         if self.clip_loss_weight:
-            contrastive = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)
+            value: Any = super().forward(image_features, text_features, logit_scale)
+            contrastive = self.clip_loss_weight * value
         caption = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
         return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
 
@@ -85,17 +86,13 @@ class SigLipLoss(PairLoss, theirs.SigLipLoss):
         loss = (1/N) Σ_ij softplus(−y_ij Z_ij) + pm_weight · pair matching,   Z = logit_scale · x yᵀ + logit_bias
 
     with y_ij = 1 for a pair and −1 else. Three matrix products of N·M·D in all, pair matching included; with output_dict pair
-    matching has three of its own, since each term has its own gradient. See `simplclip.ops.similarity_loss` for shapes,
-    dtypes, memory, and the form of pair matching.
+    matching has three of its own, since each term has its own gradient.
 
     Args:
-        cache_labels: without effect, since labels are an offset here.
         rank, world_size: with world_size > 1 each rank computes its own rows against the texts of all ranks. Value and
             gradients are open_clip's.
-        dist_impl: "bidir", "shift", "reduce", "gather" or None as in open_clip. Here all of them do the same: the ranks
-            gather features, never logits.
-        chunk_size: in open_clip 4, the rows of logits at a time. Without effect here, where `scratch_bytes` sets the rows;
-            only open_clip's `_loss`, which a subclass may call, reads it.
+        cache_labels, dist_impl, chunk_size: as in open_clip, without effect. The ranks gather features, never logits, and
+            `scratch_bytes` sets the rows of a chunk. Only open_clip's `_loss`, which a subclass may call, reads chunk_size.
         pm_weight, plane, embed_dim: pair matching over all negatives, as in ClipPMLoss.
 
     Source: Zhai et al. 2023 (arXiv 2303.15343); open_clip.loss.SigLipLoss.

@@ -111,7 +111,8 @@ class RowwiseLoss(SimilarityLoss):
         """Returns fn; backward averages the gradients of its parameters over the ranks."""
         parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         learned = dict(zip((name.removeprefix("fn.") for name in parameters), self._learned(*parameters.values())))
-        return lambda *args: torch.func.functional_call(self.fn, learned, args) if learned else self.fn(*args)
+        module: Any = self.fn
+        return lambda *args: torch.func.functional_call(module, learned, args) if learned else module(*args)
 
     def _mean(self, fn, x, y, x_teacher, y_teacher, scale, bias, teacher_scale, offset) -> Any:
         """Returns the mean of fn over the rows of x against the columns y."""

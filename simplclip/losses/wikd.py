@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from simplclip import ops
 from simplclip.losses.base import SimilarityLoss, weight_of, width_of, with_modes
 from simplclip.ops import checks
-from simplclip.ops.registry import autocasts, no_autocast
+from simplclip.ops.registry import no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES
 
 INTERACTIVE = ("infonce", "kl")
@@ -46,7 +45,7 @@ class WIKDLoss(SimilarityLoss):
         divergence: "cross_entropy" or "kl", of the relational term and of interactive="kl".
         plane, embed_dim: of pair matching, as in ClipPMLoss.
         embed_dim, teacher_dim: D and D̂; where they differ, the interactive and feature terms project the student's features
-            by a learned `image_projection` and `text_projection` [D̂, D].
+            by a learned `image_projection` and `text_projection` [D̂, D], in float32.
 
     Source: open_clip.loss.DistillClipLoss; Yang et al. 2023 (CLIP-KD, arXiv 2307.12732); arXiv 2411.14789 for WIKD.
     """
@@ -131,7 +130,7 @@ class WIKDLoss(SimilarityLoss):
         if "interactive" in apart:
             values["interactive"] = self._interactive(*pairs, logit_scale, teacher, ids)
         if "feature" in apart:
-            with no_autocast(image.device) if _autocasts_to_half(image.device) else contextlib.nullcontext():
+            with no_autocast(image.device):
                 values["feature"] = 0.5 * sum(ops.feature_loss(wide(features), t) for features, t in zip(pairs, teacher))
         if weights is not None:
             values["loss"] = values.get("loss", 0) + sum(weights[name] * values[name] for name in apart)
@@ -159,22 +158,14 @@ class WIKDLoss(SimilarityLoss):
         if teacher is None:
             raise ValueError("teacher: expected features and scale for the terms 'interactive' and 'feature', got None")
         for side, features, t in zip(("image", "text"), (image, text), teacher):
-            expected, where = self.teacher_dim, f"dist_{side}_features"
-            if expected is not None and t.shape[-1] != expected:
-                got = checks.shape_of(t)
-                raise ValueError(f"{where}: expected the width teacher_dim = {expected}, got shape {got}")
-            if self.image_projection is None and t.shape[-1] != features.shape[-1]:
-                raise ValueError(
-                    f"teacher_dim: expected {t.shape[-1]}, the width of {where}, since {side}_features have "
-                    f"{features.shape[-1]} and interactive and feature terms compare them, got {expected}"
-                )
+            expected = self.teacher_dim or features.shape[-1]
+            if t.shape[-1] != expected:
+                got = f"shape {checks.shape_of(t)}"
+                raise ValueError(f"dist_{side}_features: expected the width teacher_dim = {expected}, got {got}")
         if self.image_projection is None:
             return image, text
         projections = self._learned(self.image_projection, self.text_projection)
-        image, text = (
-            _project(side, features, weight[:, : features.shape[1]])
-            for side, features, weight in zip(("image", "text"), (image, text), projections)
-        )
+        image, text = (_projected(features, weight) for features, weight in zip((image, text), projections))
         return image, text
 
 
@@ -199,20 +190,8 @@ def wide(features: Tensor) -> Tensor:
     return _Wide.apply(features) if features.dtype == torch.float16 else features
 
 
-def _autocasts_to_half(device: torch.device) -> bool:
-    return autocasts(device) and torch.get_autocast_dtype(device.type) == torch.float16
-
-
-def _project(side: str, features: Tensor, weight: Tensor) -> Tensor:
-    """Returns features · weightᵀ, in float32 where autocast or the dtype would make the product float16: see `wide`."""
-    if not autocasts(features.device) and weight.dtype != features.dtype:
-        raise TypeError(
-            f"{side}_features: expected the dtype of {side}_projection, {weight.dtype}, without autocast, "
-            f"got {features.dtype}"
-        )
-    if torch.float64 not in (features.dtype, weight.dtype) and (
-        _autocasts_to_half(features.device) or (features.dtype == torch.float16 and not autocasts(features.device))
-    ):
-        with no_autocast(features.device):
-            return F.linear(wide(features).float(), weight.float())
-    return F.linear(features, weight)
+def _projected(features: Tensor, weight: Tensor) -> Tensor:
+    """Returns features · weightᵀ in float32, or in float64 of float64."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    with no_autocast(features.device):
+        return F.linear(wide(features).to(dtype), weight[:, : features.shape[1]].to(dtype))

@@ -25,6 +25,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 
@@ -113,7 +114,8 @@ def extension_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _native(name: str, fields: tuple[str, ...]) -> Callable:
     """Returns a function that runs the op of C++. The op is looked up at the first call: the extension may be missing."""
-    values, overloads = attrgetter(*fields), []
+    values = attrgetter(*fields)
+    overloads: list[Callable] = []
 
     def run(call):
         if not overloads:
@@ -130,7 +132,7 @@ def kernel(module: str, name: str) -> Callable:
 
 def row(
     reference: Callable,
-    call: type,
+    call: Any,
     *,
     module: str = "",
     cuda: Callable | None = None,
@@ -183,6 +185,12 @@ def forced() -> str:
     return _forced
 
 
+def forced_for(op: str, spec: str) -> str:
+    """Returns the backend that a spec (see `forced`) forces for an op; an empty string if it forces none."""
+    by_op = _parse(spec)
+    return by_op.get(public_name(op)) or by_op.get("", "")
+
+
 @contextlib.contextmanager
 def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
     """Forces backends within the block, for the whole process: `name` for all ops, or one for each op that is named.
@@ -218,9 +226,8 @@ def select(
     part: whether `op` is a part of another op: a backend that is forced for all ops is ignored if the part does not have it.
     Raises RuntimeError if the forced backend, or without one every backend, cannot run.
     """
-    by_op = _parse(spec)
-    name = by_op.get(public_name(op), "")
-    if not name and (name := by_op.get("", "")) and part and name not in TABLE[op]:
+    name = forced_for(op, spec)
+    if part and name not in TABLE[op] and public_name(op) not in _parse(spec):
         name = ""
     if name:
         if reason := why_not(op, name, device, dtype, **call):

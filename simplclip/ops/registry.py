@@ -46,7 +46,7 @@ def _select(op: str, first: Tensor, spec: str, part: bool, facts: dict) -> Calla
 class Op:
     """An op of the library; see `define`."""
 
-    def __init__(self, name: str, call_type: type, run: Callable, facts: Callable | None, composed: bool):
+    def __init__(self, name: str, call_type: Any, run: Callable, facts: Callable | None, composed: bool):
         self.name, self.call_type, self.run, self.facts, self.composed = name, call_type, run, facts, composed
         self.values = attrgetter(*call_type.__match_args__)
         self.first = call_type.__match_args__[0]  # a tensor in every call: its device and dtype are the call's

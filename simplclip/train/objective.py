@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simplclip import losses
 from simplclip.common import ranks
@@ -31,7 +31,7 @@ class Objective:
         if teacher is not None:
             on = {f"{term}_weight": float(f"{term}_loss" in self.schedules) for term in ("interactive", "feature")}
             shared |= {"interactive": config.interactive, "divergence": "kl", "teacher_dim": teacher["width"]}
-            self.loss: nn.Module = losses.WIKDLoss(**on, **shared, embed_dim=width, **modes)
+            self.loss: Any = losses.WIKDLoss(**on, **shared, embed_dim=width, **modes)
             # A tensor made from a number at each step would make the CPU wait for a GPU.
             self.loss.register_buffer("teacher_scale", torch.tensor(float(teacher["logit_scale"])), persistent=False)
         elif config.base == "sigmoid":

@@ -63,7 +63,8 @@ def one_graph(encode, micro_batches, loss, scaler=None, **_):
         terms = loss(*map(join, zip(*every)))
     terms = terms if isinstance(terms, dict) else {"loss": terms}
     total = sum(terms.values())
-    (total if scaler is None else scaler.scale(total)).backward()
+    with torch.autocast("cpu", enabled=False):  # as torch recommends for backward, since it would cast float32 products
+        (total if scaler is None else scaler.scale(total)).backward()
     return terms
 
 

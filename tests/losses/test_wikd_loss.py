@@ -75,8 +75,8 @@ def test_teachers_and_widths_that_do_not_fit():
     for options, given, message in (
         ({}, (*student, image[1:], text, scale), r"teacher_image: expected the 24 rows of image, got shape \[23, 16\]"),
         ({}, (*student, image, None, scale), "teacher_text: expected a value, since .* 'relational' needs it, got None"),
-        ({"interactive_weight": 1.0}, (*student, *wide), "teacher_dim: expected 20, the width of dist_image_features, since"),
-        ({"feature_weight": 1.0}, (*student, *wide), "teacher_dim: expected 20, the width of dist_image_features, since"),
+        ({"interactive_weight": 1.0}, (*student, *wide), r"dist_image_features: .* teacher_dim = 16, got shape \[24, 20\]"),
+        ({"feature_weight": 1.0}, (*student, *wide), r"dist_image_features: .* teacher_dim = 16, got shape \[24, 20\]"),
         ({"embed_dim": 12}, (*student, *wide), r"image_features: expected the width embed_dim = 12, got shape \[24, 16\]"),
         (of_16, (*narrow, *wide), r"text_features: expected the width embed_dim = 16, got shape \[24, 15\]"),
         (
@@ -93,20 +93,6 @@ def test_teachers_and_widths_that_do_not_fit():
     with pytest.raises(ValueError, match="teacher: expected features and scale for the terms 'interactive' and 'feature'"):
         WIKDLoss().terms(*student, weights={"interactive": 1.0})
     WIKDLoss()(*student, *wide)  # the relational term compares similarities, so that widths may differ
-
-
-@pytest.mark.parametrize("term", ["interactive_weight", "feature_weight"])
-def test_projections_of_another_dtype_need_autocast(term):
-    loss = WIKDLoss(**{term: 1.0}, embed_dim=16, teacher_dim=20)
-    student, teacher = batch(teacher_width=20, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match="image_features: expected the dtype of image_projection, torch.float32"):
-        loss(*student, *teacher)
-    loss.text_projection.data = loss.text_projection.data.double()
-    with pytest.raises(TypeError, match="text_features: expected the dtype of text_projection, torch.float64"):
-        loss(*batch(teacher_width=20)[0], *teacher)
-    loss.float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.isfinite(sum(loss(*student, *teacher)))
 
 
 @pytest.mark.parametrize("teacher_width", [16, 20])

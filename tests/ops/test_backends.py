@@ -12,8 +12,9 @@ from paths import ROOT
 
 import simplclip
 from simplclip.commands.doctor import render
-from simplclip.ops import backends, similarity_loss
+from simplclip.ops import backends, registry, similarity_loss
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FEATURES = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
 
 
@@ -23,12 +24,27 @@ def loss(x=FEATURES):
 
 def test_forcing_is_scoped_and_named():
     with simplclip.backend("reference"):
-        assert backends.select("similarity_loss_fwd", "cpu", torch.float32, backends.forced())[0] == "reference"
+        assert backends.select("similarity_loss_fwd", CPU, torch.float32, backends.forced())[0] == "reference"
         loss()
+        with simplclip.backend(similarity_loss="cpu"):
+            assert backends.forced() == "reference,similarity_loss=cpu"
+            assert backends.select("parallel_mlp_fwd", CPU, torch.float32, backends.forced())[0] == "reference"
+            assert backends.select("similarity_sigmoid", CPU, torch.float32, backends.forced())[0] == "cpu"
     assert backends.forced() == ""
     with pytest.raises(ValueError, match="backend: expected one of cuda, triton, cpu, sdpa, xformers, reference, got 'gpu'"):  # noqa: SIM117
         with simplclip.backend("gpu"):
             pass
+    with pytest.raises(ValueError, match="backend: expected an op among .*parallel_mlp.*, got 'mlp'"):  # noqa: SIM117
+        with simplclip.backend(mlp="reference"):
+            pass
+
+
+def test_a_backend_forced_for_all_ops_spares_parts_that_lack_it():
+    facts = {"width": 64, "length": 4, "lengths": False}
+    for spec, part, expected in (("triton", True, "cpu"), ("reference", True, "reference")):
+        assert backends.select("shaped_attention_fwd", CPU, torch.float32, spec, part=part, **facts)[0] == expected
+    with pytest.raises(RuntimeError, match="backend 'cuda' was forced but cannot serve shaped_attention_fwd"):
+        backends.select("shaped_attention_fwd", CPU, torch.float32, "shaped_attention=cuda", part=True, **facts)
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
@@ -45,17 +61,21 @@ def test_float64_is_not_for_the_cpu_kernels():
 
 @needs_cpu_kernels
 def test_backward_keeps_the_backend_of_forward(monkeypatch):
-    seen = []
-    original = backends.select
-    monkeypatch.setattr(
-        backends, "select", lambda op, *rest: seen.append((op, original(op, *rest)[0])) or original(op, *rest)
-    )
+    selected, select = [], backends.select
+
+    def recorded(op, *args, **facts):
+        name, function = select(op, *args, **facts)
+        selected.append((op, name))
+        return name, function
+
+    monkeypatch.setattr(backends, "select", recorded)
+    monkeypatch.setattr(registry, "_selected", {})
     x = FEATURES.clone().requires_grad_()
     with simplclip.backend("cpu"):
         value = loss(x)
     with simplclip.backend("reference"):
         value.backward()
-    assert seen == [("similarity_loss_fwd", "cpu"), ("similarity_loss_bwd", "cpu")]
+    assert selected == [("similarity_loss_fwd", "cpu"), ("similarity_loss_bwd", "cpu")]
 
 
 def run_python(code, **environment):
@@ -65,7 +85,7 @@ def run_python(code, **environment):
 
 OF_THE_ENVIRONMENT = """
 import torch
-from simplclip.ops import backends, similarity_loss
+from simplclip.ops import backends, registry, similarity_loss
 calls = [lambda: similarity_loss(torch.eye(3), torch.eye(3), 1.0)]
 for call in calls + ([backends.extension.cpu_isa] if backends.extension else []):
     try:
@@ -141,14 +161,15 @@ def test_report_is_json_and_names_a_backend_for_every_op():
 
 @pytest.mark.skipif(backends.cuda_extension is None, reason=str(backends.cuda_extension_error))
 def test_what_the_cuda_kernels_of_attention_do_not_serve(monkeypatch):
-    def why_not(dtype=torch.bfloat16, device="cuda", **call):
+    def why_not(dtype=torch.bfloat16, device=CUDA, **call):
         return backends.why_not("shaped_attention_fwd", "cuda", device, dtype, **call)
 
-    monkeypatch.setattr(backends, "capability", lambda: (8, 6))
+    monkeypatch.setattr(backends, "capability", lambda device: (8, 6))
+    monkeypatch.setattr(backends, "_has_binary", lambda index: True)
     assert why_not(length=80, width=128) is None
     assert why_not(length=81, width=64) == "serves 1 to 80 tokens; got 81 tokens, width 64"
     assert why_not(length=77, width=40) == "serves heads of width 16, 32, ... or 128; got 77 tokens, width 40"
-    assert why_not(device="cpu") == "serves cuda tensors, not cpu"
+    assert why_not(device=CPU) == "serves cuda tensors, not cpu"
     assert "float64 is for the reference" in why_not(torch.float64)
     before = torch.backends.cuda.matmul.fp32_precision
     try:
@@ -161,26 +182,24 @@ def test_what_the_cuda_kernels_of_attention_do_not_serve(monkeypatch):
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-RUNS_ON = [
-    ("8.6;8.9;9.0;12.0", {(8, 6), (8, 7), (8, 9), (9, 0), (12, 0), (12, 1)}),
-    ("8.0 9.0+PTX", {(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)}),
-    ("9.0a+PTX", {(9, 0)}),
-    ("8.6;12.0f+PTX", {(8, 6), (8, 7), (8, 9), (12, 0), (12, 1)}),
-]
-DEVICES = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
-
-
-@pytest.mark.parametrize(("built", "runs"), RUNS_ON)
-def test_a_device_without_a_binary_gets_the_next_backend(built, runs, monkeypatch):
-    extension = SimpleNamespace(
-        architectures=lambda: built, shaped_attention_why_not=lambda *_: None, binary_version=lambda device: 0
-    )
+def test_a_device_without_a_binary_gets_the_next_backend(monkeypatch):
+    """The CUDA runtime says whether the build has code for the device."""
+    extension = SimpleNamespace(architectures=lambda: "8.6", shaped_attention_why_not=lambda *_: None)
     monkeypatch.setattr(backends, "cuda_extension", extension)
-    for device in DEVICES:
-        monkeypatch.setattr(backends, "capability", lambda device=device: device)
-        chosen, _ = backends.select("shaped_attention_fwd", "cuda", torch.bfloat16, length=77, width=64)
-        assert (chosen == "cuda") == (device in runs), device
-    monkeypatch.setattr(backends, "capability", lambda: (7, 5))
-    told = backends.why_not("shaped_attention_bwd", "cuda", "cuda", torch.bfloat16)
-    assert told == f"was built for {built}, the device has compute capability 7.5: rebuild with TORCH_CUDA_ARCH_LIST=7.5"
-    assert f"    cuda: not cuda: {told}" in render(simplclip.report(), why=True).splitlines()
+    monkeypatch.setattr(backends, "capability", lambda device: (9, 0))
+    for has_binary in (True, False):
+        monkeypatch.setattr(backends, "_has_binary", lambda index, has_binary=has_binary: has_binary)
+        chosen, _ = backends.select("shaped_attention_fwd", CUDA, torch.bfloat16, length=77, width=64)
+        assert (chosen == "cuda") == has_binary
+    reason = backends.why_not("shaped_attention_bwd", "cuda", CUDA, torch.bfloat16)
+    assert reason == "was built for 8.6, the device has compute capability 9.0: rebuild with TORCH_CUDA_ARCH_LIST=9.0"
+
+
+@pytest.mark.parametrize(
+    ("capability", "serves"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((10, 0), False), ((12, 0), True)]
+)
+def test_triton_asks_for_a_capability_that_the_kernels_were_compiled_for(capability, serves, monkeypatch):
+    monkeypatch.setattr(backends, "capability", lambda device: capability)
+    monkeypatch.setattr(backends, "installed", lambda package: True)
+    chosen, _ = backends.select("similarity_loss_fwd", CUDA, torch.bfloat16)
+    assert chosen == ("triton" if serves else "reference")

@@ -14,6 +14,10 @@ ACTIVATIONS = {
 }
 
 
+def softplus(x):
+    return -F.logsigmoid(-x)  # F.softplus is exact to e^-20 only
+
+
 def similarity_loss(
     image,
     text,
@@ -51,12 +55,12 @@ def similarity_loss(
         out["contrastive"] = of_sides(cross_entropy, logits)
     if "sigmoid" in terms:
         biased = logits + logit_bias
-        out["sigmoid"] = (F.softplus(-biased)[positive].sum() + F.softplus(biased)[negative].sum()) / n
+        out["sigmoid"] = (softplus(-biased)[positive].sum() + softplus(biased)[negative].sum()) / n
     if "pair_matching" in terms:
         weight, bias = plane
         decision = (image * weight) @ text.T + bias
-        of_negatives = F.softplus(decision)[negative].sum() / max(int(negative.sum()), 1)
-        out["pair_matching"] = (F.softplus(-decision)[positive].mean() + of_negatives) / 2
+        of_negatives = softplus(decision)[negative].sum() / max(int(negative.sum()), 1)
+        out["pair_matching"] = (softplus(-decision)[positive].mean() + of_negatives) / 2
     if "relational" in terms:
         teacher = teacher_scale * (teacher_image @ teacher_text.T)
         out["relational"] = of_sides(functools.partial(distance_to_teacher, divergence), teacher, logits)

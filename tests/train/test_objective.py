@@ -1,13 +1,17 @@
 """The objective of a run: weights by step, terms that are off, several captions, and misfits."""
 
+import types
+
 import pytest
 import recorded
 import torch
 import torch.nn.functional as F
 
 from simplclip import losses
+from simplclip.common import ranks
 from simplclip.train.objective import Objective
 from simplclip.train.settings import LossConfig, Schedule
+from simplclip.train.state import Training
 
 TEACHER = {"name": "t", "width": 6, "logit_scale": 12.0}
 
@@ -158,3 +162,13 @@ def test_the_teachers_scale_is_a_buffer_that_checkpoints_leave_out(base):
 def test_the_loss_without_a_teacher_is_that_of_the_base():
     for base, kind in (("contrastive", losses.ClipPMLoss), ("sigmoid", losses.SigLipLoss)):
         assert type(objective(base=base).loss) is kind
+
+
+def test_groups_that_are_all_different_are_not_passed_by_one_rank(monkeypatch):
+    training = types.SimpleNamespace(device=torch.device("cpu"))
+    batches = [{"group": torch.tensor(groups)} for groups in ([3, 1], [2, 5])]
+    assert Training.groups(training, batches) is None
+    repeated = [*batches, {"group": torch.tensor([1])}]
+    assert Training.groups(training, repeated).tolist() == [3, 1, 2, 5, 1]
+    monkeypatch.setattr(ranks, "count", lambda: 2)  # another rank may have the same group
+    assert Training.groups(training, batches).tolist() == [3, 1, 2, 5]

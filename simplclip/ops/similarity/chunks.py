@@ -11,7 +11,7 @@ from simplclip.ops import backends
 # products need. STORE: the first rows of the matrices, which forward keeps so that backward need not compute them again; only
 # the CPU's kernels do. A GPU reads and writes gradients for every block, so that larger blocks cost it less.
 SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE = 64 << 20, 128 << 20
-STORE_BYTES = 36 << 20
+STORE_BYTES = 208 << 20
 _CHUNK_ROWS, _CHUNK_ROWS_ELSEWHERE = 1024, 4096
 _STRIP = 64  # rows of one task of the CPU kernel; a chunk is a multiple of it
 
@@ -49,8 +49,10 @@ def stored_rows(image: Tensor, m: int, matrices: int, store_bytes: int | None) -
 
     Rows that fit are a multiple of 64. Of several matrices none are kept: they would save a few hundredths of the work.
     """
-    n, dtype = image.shape[0], computes_in(image.dtype, "cpu")
-    if image.device.type != "cpu" or dtype == torch.float64:  # only the CPU's kernels keep rows
+    n, dtype, spec = image.shape[0], computes_in(image.dtype, "cpu"), backends.forced()
+    if image.device.type != "cpu" or dtype == torch.float64 or backends.extension is None:
+        return 0  # only the CPU's kernels keep rows
+    if spec and backends.forced_for("similarity_loss_fwd", spec) not in ("", "cpu"):
         return 0
     rows = (STORE_BYTES if store_bytes is None else store_bytes) // (m * dtype.itemsize * matrices)
     if rows >= n:

@@ -16,7 +16,7 @@ from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SimilarityCall, SimilarityGradient
 from simplclip.ops.similarity.chunks import computes_in, stored_rows, sweep_rows
-from simplclip.ops.similarity.terms import Options, Terms, merge_columns
+from simplclip.ops.similarity.terms import Options, Terms, merge_columns, values
 
 MATRICES = ("image", "text", "teacher_image", "teacher_text")
 
@@ -189,7 +189,7 @@ def similarity_loss(
             exist at a time. By default 64 MiB on a CPU, where a chunk is some rows, and 128 MiB on a GPU, where it is a block
             of about as many rows as columns.
         store_bytes: budget of the rows of the similarity matrices that forward keeps on a CPU, so that backward does not
-            compute them again. By default 36 MiB.
+            compute them again. By default 208 MiB.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32 (float64 for float64 features).
@@ -220,11 +220,13 @@ def similarity_loss(
     scale = checks.scalar("logit_scale", logit_scale, device, wide)
     bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, wide)
     hyperplane = inputs.hyperplane(plane, image) if "pair_matching" in terms else None
-    teacher: list[Tensor | None] = [None, None, None]
-    if "relational" in terms:
+    if "relational" not in terms:
+        teacher_image = teacher_text = teacher_scale = None
+    else:
         arguments = {"teacher_image": teacher_image, "teacher_text": teacher_text, "teacher_scale": teacher_scale}
         student = {"image": image, "text": text}
-        teacher = list(inputs.constants_of_teacher(arguments, student, "the term 'relational' needs it"))
+        why = "the term 'relational' needs it"
+        teacher_image, teacher_text, teacher_scale = inputs.constants_of_teacher(arguments, student, why)
     if weights is not None:
         weights = inputs.check_weights(weights, terms)
     inputs.check_offset(label_offset, n, m, group)
@@ -232,13 +234,15 @@ def similarity_loss(
         ids, text_ids = inputs.pair_ids(ids, text_ids, n, m, device, group)
     if group is not None:
         m, label_offset = n * torch.distributed.get_world_size(group), n * torch.distributed.get_rank(group)
-        text, teacher[1] = (None if t is None else distributed.gather(t, group) for t in (text, teacher[1]))
-    pairs = {"ids": ids, "text_ids": text_ids, "label_offset": label_offset}
-    matrices = 1 if teacher[0] is None else 2
-    sigmoids = {}  # term -> weight and bias, and the factors of its sums over negatives and positives
+        text = distributed.gather(text, group)
+        teacher_text = None if teacher_text is None else distributed.gather(teacher_text, group)
+    pairs: dict[str, Any] = {"ids": ids, "text_ids": text_ids, "label_offset": label_offset}
+    matrices = 1 if teacher_image is None else 2
+    sigmoids: dict[str, tuple] = {}  # term -> weight and bias, and the factors of its sums over negatives and positives
     if "sigmoid" in terms:
         sigmoids["sigmoid"] = scale, 0.0 if bias is None else bias, 1 / n, 1 / n
-    joined, negatives = None, 1  # the plane of pair matching, if a softmax's sweep computes it
+    joined: tuple[Tensor, Tensor] | None = None  # the plane of pair matching, if a softmax's sweep computes it
+    negatives: Tensor | int = 1
     if hyperplane is not None:
         negatives = max(1, n * (m - 1)) if ids is None else _negatives(ids, text_ids, m, label_offset, group).to(wide)
         if _joins(hyperplane, terms, image):
@@ -248,15 +252,12 @@ def similarity_loss(
 
     out: dict[str, Tensor] = {}
     sums: list[Tensor] = []  # the summands of "loss"
-    present = {
-        "contrastive": "contrastive" in terms,
-        "relational": "relational" in terms,
-        "pair_matching": joined is not None,
-    }
-    softmaxes = [term for term in present if present[term]]
+    softmaxes: list[str] = [term for term in ("contrastive", "relational") if term in terms]
     if softmaxes:
+        softmaxes += ["pair_matching"] if joined else []
         call = SimilarityCall(
-            image, text, scale, *teacher, plane=None if joined is None else torch.stack(joined), **pairs, columns=symmetric,
+            image, text, scale, teacher_image, teacher_text, teacher_scale,  # type: ignore[arg-type]
+            plane=torch.stack(joined) if joined else None, **pairs, columns=symmetric,
             entropy=1.0 if divergence == "kl" else 0.0, chunk=sweep_rows(image, m, matrices, scratch_bytes),
             stored_rows=stored_rows(image, m, matrices, store_bytes) if wants_grad(image, text) else 0,
         )  # fmt: skip
@@ -267,9 +268,9 @@ def similarity_loss(
             sums, results = [results[0]], results[1:]
         out = dict(zip(softmaxes, results))
     if sigmoids:
-        total, values = _sigmoid_terms(image, text, sigmoids, weights, pairs, sweep_rows(image, m, 1, scratch_bytes))
+        total, by_term = _sigmoid_terms(image, text, sigmoids, weights, pairs, sweep_rows(image, m, 1, scratch_bytes))
         sums.append(total)
-        out |= values if weights is None else {term: value.detach() for term, value in values.items()}
+        out |= by_term if weights is None else {term: value.detach() for term, value in by_term.items()}
     out = {term: out[term] for term in terms}
     if weights is not None:
         out["loss"] = sums[0] if len(sums) == 1 else sums[0] + sums[1]
@@ -283,7 +284,7 @@ def _joins(hyperplane: tuple[Tensor, Tensor], terms: Collection[str], image: Ten
     """Whether pair matching joins the sweep of a softmax. On a GPU a sweep with a teacher has no registers left for it."""
     if hyperplane[0].dim():  # a hadamard plane has a matrix of its own
         return False
-    on_gpu = image.device.type != "cpu" or "triton" in backends.forced()
+    on_gpu = image.device.type != "cpu" or backends.forced_for(FORWARD.name, backends.forced()) == "triton"
     return "relational" in terms and not on_gpu or ("contrastive" in terms and "relational" not in terms)
 
 
@@ -307,14 +308,18 @@ def _softmax_terms(
     elif columns.shape[1] != rows.shape[1]:
         columns = columns[:, call.label_offset : call.label_offset + rows.shape[1]]
     weight, bias = joined or (None, None)
-    return Terms.apply(rows, columns, call.scale, call.teacher_scale, weight, bias, options)
+    arguments = rows, columns, call.scale, call.teacher_scale, weight, bias, options
+    if not torch.compiler.is_compiling() and registry.transforms():  # torch.vmap maps plain torch
+        return values(*arguments)[0]
+    return Terms.apply(*arguments)
 
 
 def _sigmoid_terms(
     image: Tensor, text: Tensor, sigmoids: dict[str, tuple], weights: Mapping[str, float] | None, pairs: dict, chunk: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the weighted sum, and the terms: without weights with gradients, for which each term has a sweep of its own."""
-    total, values = None, {}
+    total: Any = None
+    by_term: dict[str, Tensor] = {}
     hadamard = "pair_matching" in sigmoids and sigmoids["pair_matching"][0].dim()
     for lot in [[term] for term in sigmoids] if weights is None or hadamard else [list(sigmoids)]:
         features = image
@@ -330,5 +335,5 @@ def _sigmoid_terms(
         call = replace(call, gradient=wants_grad(features, text, call.sigmoids))
         summed, each, *_ = registry.call(SIGMOID, call)
         total = summed if total is None else total + summed
-        values |= zip(lot, [summed] if weights is None else each.unbind())
-    return total, values
+        by_term |= zip(lot, [summed] if weights is None else each.unbind())
+    return total, by_term

@@ -56,7 +56,7 @@ def _add_columns(columns: Tensor, stat: ColumnStat, lse: Tensor, mean: Tensor | 
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns rows [6, N] (RowStat), columns [3, M] (ColumnStat; 0 unless `columns`), and no stored products."""
+    """Returns rows [6, N] (RowStat), columns [3, M] (ColumnStat; 0 unless `columns`); stored products are not computed."""
     dtype, (n, _), m = accumulate_dtype(call.image.dtype), call.image.shape, call.text.shape[0]
     text = call.text.to(dtype)
     rows, columns = call.image.new_zeros(len(RowStat), n, dtype=dtype), call.image.new_zeros(len(ColumnStat), m, dtype=dtype)
@@ -85,7 +85,7 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
                 _add_columns(columns, ColumnStat.LSE_TEACHER, lse, (_softmax(teacher, lse) * gap).sum(0))
     if call.columns and not call.has_teacher:
         columns[ColumnStat.LSE_TEACHER] = 0
-    return rows, columns, call.image.new_empty(0, 0, m)
+    return rows, columns, call.image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m)
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -32,66 +32,71 @@ class Options(NamedTuple):
     weights: tuple[float, ...] | None  # of contrastive, relational and pair matching, those that there are
 
 
-class Terms(torch.autograd.Function):
-    """Contrastive, relational and pair matching terms [], in this order, those that there are.
+def values(
+    rows: Tensor,  # [6, N] RowStat
+    columns: Tensor | None,  # [3, N] ColumnStat of the positives' columns; None: rows alone
+    scale: Tensor,  # []
+    teacher_scale: Tensor | None,  # []
+    weight: Tensor | None,  # [] of the plane of pair matching
+    bias: Tensor | None,  # []
+    options: Options,
+) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
+    """Returns contrastive, relational and pair matching terms [], in this order, those there are, and what backward needs.
 
-    With weights, the first result is their weighted sum, which alone has a gradient. Cross-entropies are softplus(lse - z)
-    with lse over the negatives: exact for well matched pairs too, and NaN where the positive z is infinite, as in
-    F.cross_entropy.
-    With m = 1 - softmax(T) of the positive, r and r̂ the log-sum-exps over the whole row, a row's divergence is
+    With weights, the weighted sum comes first. Cross-entropies are softplus(lse - z) with lse over the negatives: exact for
+    well matched pairs too, and NaN where the positive z is infinite, as in F.cross_entropy. With m = 1 - softmax(T) of the
+    positive, r and r̂ the log-sum-exps over the whole row, a row's divergence is
     r - E_T[Z] + entropy (E_T[T] - r̂) = (r - z) - entropy (r̂ - t) + m (mean + z - entropy t).
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,  # [6, N] RowStat
-        columns: Tensor | None,  # [3, N] ColumnStat of the positives' columns; None: rows alone
-        scale: Tensor,  # []
-        teacher_scale: Tensor | None,  # []
-        weight: Tensor | None,  # [] of the plane of pair matching
-        bias: Tensor | None,  # []
-        options: Options,
-    ) -> tuple[Tensor, ...]:
-        lse, teacher_lse, mean, diagonal, teacher_diagonal, unmatched = rows.unbind()
-        if columns is not None:  # both directions, [2, N]
-            lse = torch.stack([lse, columns[ColumnStat.LSE_STUDENT]])
-        positive, terms = scale * diagonal, []
-        excess, teacher_excess, logits = lse - positive, None, None
-        cross_entropy = torch.add(softplus(excess), positive, alpha=0)
-        if options.contrastive:
-            terms.append(cross_entropy.mean())
-        if options.relational:
-            if columns is not None:
-                teacher_lse, mean = torch.stack([rows[1:3], columns[1:3]], 1).unbind()
-            teacher = teacher_scale * teacher_diagonal
-            teacher_excess = teacher_lse - teacher
-            loss = cross_entropy + torch.sigmoid(teacher_excess) * (mean + positive - options.entropy * teacher)
-            terms.append((loss - options.entropy * softplus(teacher_excess) + 0 * teacher).mean())
-        if weight is not None:
-            logits = torch.addcmul(bias, weight, diagonal)
-            terms.append(0.5 * (mismatch(logits).mean() + unmatched.sum() / options.negatives))
-        ctx.save_for_backward(rows, columns, scale, weight, diagonal, excess, teacher_excess, logits)
-        ctx.options = options
-        if options.weights is None:
-            return tuple(terms)
+    lse, teacher_lse, mean, diagonal, teacher_diagonal, unmatched = rows.unbind()
+    if columns is not None:  # both directions, [2, N]
+        lse = torch.stack([lse, columns[ColumnStat.LSE_STUDENT]])
+    positive, terms = scale * diagonal, []
+    excess, teacher_excess, logits = lse - positive, None, None
+    cross_entropy = torch.add(softplus(excess), positive, alpha=0)
+    if options.contrastive:
+        terms.append(cross_entropy.mean())
+    if options.relational:
+        if columns is not None:
+            teacher_lse, mean = torch.stack([rows[1:3], columns[1:3]], 1).unbind()
+        teacher = teacher_scale * teacher_diagonal
+        teacher_excess = teacher_lse - teacher
+        loss = cross_entropy + torch.sigmoid(teacher_excess) * (mean + positive - options.entropy * teacher)
+        terms.append((loss - options.entropy * softplus(teacher_excess) + 0 * teacher).mean())
+    if weight is not None:
+        logits = torch.addcmul(bias, weight, diagonal)
+        terms.append(0.5 * (mismatch(logits).mean() + unmatched.sum() / options.negatives))
+    if options.weights is not None:
         total = options.weights[0] * terms[0]
         for factor, term in zip(options.weights[1:], terms[1:]):
             total = torch.add(total, term, alpha=factor)
-        ctx.mark_non_differentiable(*terms)
-        return total, *terms
+        terms = [total, *terms]
+    return terms, (diagonal, excess, teacher_excess, logits)
+
+
+class Terms(torch.autograd.Function):
+    """The terms of `values`: one node of autograd. With weights, their sum alone has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows, columns, scale, teacher_scale, weight, bias, options: Options) -> tuple[Tensor, ...]:
+        terms, for_backward = values(rows, columns, scale, teacher_scale, weight, bias, options)
+        ctx.save_for_backward(rows, columns, scale, weight, *for_backward)
+        ctx.options = options
+        if options.weights is not None:
+            ctx.mark_non_differentiable(*terms[1:])
+        return tuple(terms)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved: Any = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return _gradients(*saved, ctx.options, grads)
+            return _gradients(*saved, options=ctx.options, grads=grads)
         with torch.no_grad():  # with create_graph=True
-            gradients = _gradients(*saved, ctx.options, grads)
+            gradients = _gradients(*saved, options=ctx.options, grads=grads)
         return first_order_only("similarity_loss", gradients, *saved, *grads)
 
 
-def _gradients(rows, columns, scale, weight, diagonal, excess, teacher_excess, logits, options: Options, grads):
+def _gradients(rows, columns, scale, weight, diagonal, excess, teacher_excess, logits, *, options: Options, grads):
     """Returns the gradients of forward's arguments, those of constants as None."""
     if options.weights is not None:
         grads = [factor * grads[0] for factor in options.weights]
