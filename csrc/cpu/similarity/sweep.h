@@ -43,7 +43,7 @@ inline void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
   for (int64_t i = 0; i < count; i += row_block)
     for (int64_t j = 0; j < columns; j += column_block) {
       Tensor out_rows = rows(out, i, std::min(row_block, count - i)), y = rows(b, j, std::min(column_block, columns - j));
-      Tensor block = torch::stable::narrow(out_rows, 1, j, y.size(0));
+      Tensor block = slices(out_rows, 1, j, y.size(0));
       mm_out(block, rows(a, i, out_rows.size(0)), transpose(y, 0, 1));
     }
 }
