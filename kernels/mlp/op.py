@@ -66,26 +66,26 @@ def _parallel_mlp_hidden_kernel(
     rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row)
     columns = column + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
-    grad_at = grad + row.to(tl.int64) * grad_stride + rows[:, None] * grad_stride + depth[None, :]
-    weight_at = weight + depth[:, None] * weight_stride + columns[None, :]
+    grad_pointers = grad + row.to(tl.int64) * grad_stride + rows[:, None] * grad_stride + depth[None, :]
+    weight_pointers = weight + depth[:, None] * weight_stride + columns[None, :]
     inside = (columns < hidden)[None, :]
     tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, width, BLOCK_K):
         if EVEN:
-            grad_tile = tl.load(grad_at)
-            weight_tile = tl.load(weight_at, inside, 0.0)
+            grad_tile = tl.load(grad_pointers)
+            weight_tile = tl.load(weight_pointers, inside, 0.0)
         else:
-            grad_tile = tl.load(grad_at, (depth < width - start)[None, :], 0.0)
-            weight_tile = tl.load(weight_at, (depth < width - start)[:, None] & inside, 0.0)
+            grad_tile = tl.load(grad_pointers, (depth < width - start)[None, :], 0.0)
+            weight_tile = tl.load(weight_pointers, (depth < width - start)[:, None] & inside, 0.0)
         tile = dot(grad_tile, weight_tile, tile, PRECISION, INTERPRETED)
-        grad_at += BLOCK_K
-        weight_at += BLOCK_K * weight_stride
+        grad_pointers += BLOCK_K
+        weight_pointers += BLOCK_K * weight_stride
 
     rows = tl.arange(0, BLOCK_M)
     inside = (row + rows < tokens)[:, None] & (columns < hidden)[None, :]
-    h_at = h + row.to(tl.int64) * h_stride + rows[:, None] * h_stride + columns[None, :]
-    tile *= slope(tl.load(h_at, inside, 0.0).to(tl.float32), ACT)
-    tl.store(h_at, narrowed(tile, h.dtype.element_ty, INTERPRETED), inside)
+    h_pointers = h + row.to(tl.int64) * h_stride + rows[:, None] * h_stride + columns[None, :]
+    tile *= slope(tl.load(h_pointers, inside, 0.0).to(tl.float32), ACT)
+    tl.store(h_pointers, narrowed(tile, h.dtype.element_ty, INTERPRETED), inside)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -124,9 +124,13 @@ def parallel_mlp_fwd(call: HiddenCall) -> None:
         out += bias
     with device_of(h):
         for rows in chunks:
-            activated, to = _activated(h[rows], call.act, scratch), out[rows]
-            base = to if call.accumulate else bias
-            torch.mm(activated, weight, out=to) if base is None else torch.addmm(base, activated, weight, out=to)
+            activated, out_chunk = _activated(h[rows], call.act, scratch), out[rows]
+            if call.accumulate:
+                out_chunk.addmm_(activated, weight)
+            elif bias is None:
+                torch.mm(activated, weight, out=out_chunk)
+            else:
+                torch.addmm(bias, activated, weight, out=out_chunk)
 
 
 def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not needed

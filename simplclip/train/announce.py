@@ -78,7 +78,7 @@ def warnings(config: Config, samples: int | None) -> Iterator[str]:
 
 def first_terms(
     training: Training, show: Callable[[str], None], batches: list[dict[str, Any]], image: Tensor, text: Tensor
-) -> dict[str, Tensor]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns `training.terms` of a run's first step. Before that, passes the warnings that need data to `show`."""
     captions = batches[0]["text"]
     if captions.ndim == 3:

@@ -53,8 +53,8 @@ def _fwd(pick, call):
     out, av = out.view(x.shape), av if call.keep else x.new_empty(0)
     if call.output_weight is not None:
         out = F.linear(out, call.output_weight)
-    project, gain = pick("parallel_mlp_fwd"), call.mlp_gain.to(x.dtype)
-    weight, bias = call.fc2_weight * gain, call.fc2_bias * gain
+    project = pick("parallel_mlp_fwd")
+    weight, bias = call.fc2_weight * call.mlp_gain, call.fc2_bias * call.mlp_gain
     first = n, call.fc1_weight, call.fc1_bias
     h = F.linear(*first) if call.keep else x.new_empty(0)
     qk = qk if call.keep else x.new_empty(0)
@@ -78,19 +78,18 @@ def _mlp_bwd(pick, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, n
 
     With w = mlp_gain fc2_weight: d mlp_gain = <dw, fc2_weight>, d fc2_weight = mlp_gain dw, likewise the bias.
     """
-    gradients, h = {}, call.h
-    gain, wide = call.mlp_gain.to(grad.dtype), call.mlp_gain.dtype
+    gradients, h, gain = {}, call.h, call.mlp_gain
     need_w = need.fc2_weight or need.mlp_gain
     if need_n or need_w or need.fc1_weight or need.fc1_bias:
         h = h if h.numel() else F.linear(n, call.fc1_weight, call.fc1_bias)
         dw = pick("parallel_mlp_bwd")(HiddenGradient(grad, h, call.fc2_weight * gain, call.act, need_w))
         if need.mlp_gain:
-            gradients["mlp_gain"] = torch.dot(dw.flatten().to(wide), call.fc2_weight.flatten().to(wide))
+            gradients["mlp_gain"] = torch.dot(dw.flatten().to(gain.dtype), call.fc2_weight.flatten().to(gain.dtype))
         gradients["fc2_weight"] = dw.mul_(gain)
     if need.fc2_bias or need.mlp_gain:
         db = grad.sum(0)
         if need.mlp_gain:
-            gradients["mlp_gain"] += torch.dot(db.to(wide), call.fc2_bias.to(wide))
+            gradients["mlp_gain"] += torch.dot(db.to(gain.dtype), call.fc2_bias.to(gain.dtype))
         gradients["fc2_bias"] = db.mul_(gain)
     if need.fc1_weight:
         gradients["fc1_weight"] = torch.mm(h.t(), n)
@@ -122,9 +121,11 @@ def _bwd(pick, call):
         )
         d_gains = pick("shaped_attention_bwd", **facts)(gradient)
         if need.attention_gain:
-            gradients["attention_gain"] = (d_gains * gains).sum()
-        for name, d_gain in zip(("alpha", "beta", "gamma"), d_gains.unbind()):
-            gradients[name] = (d_gain * call.attention_gain).to(getattr(call, name).dtype)
+            gradients["attention_gain"] = torch.dot(d_gains.flatten(), gains.flatten())
+        d_alpha, d_beta, d_gamma = torch._foreach_mul(d_gains.unbind(), call.attention_gain)  # one kernel on a GPU
+        gradients["alpha"] = d_alpha.to(call.alpha.dtype)
+        gradients["beta"] = d_beta.to(call.beta.dtype)
+        gradients["gamma"] = d_gamma.to(call.gamma.dtype)
         if need.qk_weight:
             gradients["qk_weight"] = torch.mm(dqk.t(), n)
         if need.value_weight:
