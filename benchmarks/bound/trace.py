@@ -242,6 +242,7 @@ def on_card(card: Card) -> Iterator[Trace]:
             (torch.cuda, "device_of", lambda *_: contextlib.nullcontext()),
             (torch.cuda, "synchronize", lambda *_: trace.host("synchronize")),
             (backends, "capability", lambda device: capability),
+            (backends, "_has_binary", lambda index: True),
             (launching, "start", trace.launched),
             (FakeTensor, "tolist", to_list),
             (registry, "counted", True),
