@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks, distributed, registry
-from simplclip.ops.calls import tensors_of
+from simplclip.ops.calls import flat, tensors_of
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SimilarityCall, SimilarityGradient
@@ -310,7 +310,7 @@ class _Softmaxes(torch.autograd.Function):
         rows, columns, stored = registry.call(FORWARD, call, ctx.spec)
         merged, shares = _of_positives(call, columns, group)
         results, for_backward = values(rows, merged, scale, call.teacher_scale, weight, bias, options)
-        fields = FORWARD.values(call)
+        fields = flat(call) if torch.compiler.is_compiling() else FORWARD.values(call)
         ctx.fields = fields[FORWARD.tensors :]
         ctx.save_for_backward(*fields[: FORWARD.tensors], rows, columns, stored, shares, weight, *for_backward)
         if options.weights is not None:
