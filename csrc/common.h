@@ -54,9 +54,7 @@ inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
 inline Tensor view(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, int64_t offset) {
   const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
   AtenTensorHandle out = nullptr;
-  int64_t first = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &first));
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, first + offset, &out));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &out));
   return Tensor(out);
 }
 
