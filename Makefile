@@ -125,6 +125,7 @@ plan: install  ## what fits a 24 GiB card, predicted; writes benchmarks/results
 
 bench: install  ## microbenchmarks on this CPU; writes benchmarks/results
 	$(BIN)/python -m pytest benchmarks --write
+	$(BIN)/python -m benchmarks.host
 
 bench-gpu: install  ## selftest, timings; writes benchmarks/results
 	$(BIN)/python -m benchmarks.gpu

@@ -7,7 +7,7 @@ from benchmarks.results_file import RESULTS, table, write_csv
 
 
 def pytest_addoption(parser):
-    parser.addoption("--sizes", default="4096,16384,32768", help="batch sizes N of the losses' benchmarks, comma-separated")
+    parser.addoption("--sizes", default="4096,8192,16384", help="batch sizes N of the losses' benchmarks, comma-separated")
     parser.addoption("--repeats", type=int, default=5, help="interleaved repeats of each form")
     parser.addoption("--write", action="store_true", help="write benchmarks/results/<op>-<hardware>-<date>.csv")
 

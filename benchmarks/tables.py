@@ -297,28 +297,29 @@ def card() -> list[str]:
 def figures() -> list[str]:
     """Returns the README's table: a loss, a block and a training step, each beside the form that it replaces."""
 
-    def pair(op: str, ours: str, theirs: str, **where: str) -> tuple[dict[str, str], dict[str, str]]:
+    def of_forms(op: str, *forms: str, **where: str) -> list[dict[str, str]]:
         rows = {row["form"]: row for row in read(op, **where)[1]}
-        return rows[ours], rows[theirs]
+        return [rows[form] for form in forms]
 
     def hardware(row: dict[str, str]) -> str:
         return f"{row['hardware']}; {row['date']}"
 
-    dense = "open_clip.ClipLoss"
-    loss = pair("similarity_loss", "simplclip", dense, objective="contrastive", n="16384", dtype="float32")
+    dense, compiled = "open_clip.ClipLoss", "torch.compile, one product"
+    loss = of_forms("similarity_loss", "simplclip", dense, compiled, objective="contrastive", n="16384", dtype="float32")
     shape = "B=64 L=77 C=512 causal"
-    block = pair("simplified_block", "simplclip", "open_clip's block", shape=shape, dtype="bfloat16", passes=BOTH)
+    block = of_forms("simplified_block", "simplclip", "open_clip's block", shape=shape, dtype="bfloat16", passes=BOTH)
     plain = "plain torch blocks, dense losses"
-    step = pair("training", "simplclip", plain, objective="contrastive, pair matching", n="1024", dtype="bfloat16")
+    step = of_forms("training", "simplclip", plain, objective="contrastive, pair matching", n="1024", dtype="bfloat16")
     seconds = [f"{float(row['p50_ms']) / 1000:.1f} s, {float(row['extra_mib']):,.0f} MiB" for row in loss]
     tokens = [f"{float(row['p50_ms']):,.0f} ms, {int(row['saved_bytes_per_token']):,} bytes" for row in block]
     samples = [f"{int(row['samples_per_s']):,} samples/s, {float(row['extra_mib']):,.0f} MiB" for row in step]
     of_loss = f"Contrastive loss of {int(loss[0]['n']):,} pairs, D = {loss[0]['d']}, float32: time, "
+    in_place = f"`{dense}`: {seconds[1]}; the loss with one product by `torch.compile`: {seconds[2]}"
     of_block = f"One block of CLIP's text tower, {shape}, bfloat16: time, bytes kept per token for backward"
     of_step = f"Training step of {step[0]['shape']}, {int(step[0]['n']):,} pairs, {step[0]['objective']}, bfloat16: "
     head = ("measured", "simplclip", "in its place", "hardware")
     lines = [
-        (f"{of_loss}memory beside the features", seconds[0], f"`{dense}`: {seconds[1]}", hardware(loss[0])),
+        (f"{of_loss}memory beside the features", seconds[0], in_place, hardware(loss[0])),
         (of_block, tokens[0], f"open_clip's block: {tokens[1]}", hardware(block[0])),
         (f"{of_step}throughput, memory beside the weights", samples[0], f"{plain}: {samples[1]}", hardware(step[0])),
     ]

@@ -12,7 +12,7 @@ class Scratch {
   explicit Scratch(int64_t grain = 1) : grain_(grain) {}
 
   Tensor take(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-    Tensor out = torch::stable::new_empty(like, sizes, dtype);
+    Tensor out = allocate(like, sizes, dtype);
     const int64_t size = out.numel() * bytes_of(out);
     bytes_ += (size + grain_ - 1) / grain_ * grain_;
     return out;

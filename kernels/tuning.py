@@ -15,6 +15,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     blocks: int = 1  # at least so many programs share a multiprocessor; forward divides the columns accordingly
+    registers: int | None = None  # of a thread at most; without a limit ptxas spills a few where more programs fit then
 
     def options(self) -> dict[str, int]:
         return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), self))
@@ -28,7 +29,7 @@ _TILES = {
     ("similarity", "half"): Tile(64, 64, 32, 4, 4, 2),
     ("similarity", "half", 90): Tile(128, 64, 64, 8, 3),  # its L2 cache is slow beside its tensor cores
     ("similarity", "tf32"): Tile(64, 64, 16, 4, 4, 2),
-    ("similarity", "ieee"): Tile(64, 64, 16, 8, 3),
+    ("similarity", "ieee"): Tile(64, 64, 16, 8, 3, registers=248),
     ("parallel_mlp", "half"): Tile(128, 128, 32, 8, 3),
     ("parallel_mlp", "tf32"): Tile(128, 128, 16, 8, 3),
     ("parallel_mlp", "ieee"): Tile(64, 64, 16, 8, 3),

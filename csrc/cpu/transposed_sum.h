@@ -13,22 +13,21 @@ class TransposedSum {
   // types in float32.
   TransposedSum(const Tensor& like, bool needed, bool in_float, Scratch& scratch)
       : needed_(needed), in_float_(needed && in_float),
-        out_(torch::stable::new_empty(like, {needed ? like.size(0) : 0, like.size(1)})) {
+        out_(allocate(like, {needed ? like.size(0) : 0, like.size(1)})) {
     if (in_float_) sum_ = scratch.take(out_, {out_.size(0), out_.size(1)}, ScalarType::Float);
   }
 
   // With a sum in float32, the latest product stays in out_ until the next one, or result(), which adds and rounds in one pass.
   void add(const Tensor& a, const Tensor& b) {
     if (!needed_) return;
-    Tensor view = a;
-    const Tensor transposed = torch::stable::transpose(view, 0, 1);
+    const Tensor a_transposed = transposed(a);
     if (in_float_ && count_ > 0) {
       float* sum = sum_.mutable_data_ptr<float>();
       for_all([&](int64_t begin, int64_t count) {
         instruction_set().elementwise.convert(type_of(out_), element(out_, begin), Float::kFloat, sum + begin, count, count_ > 1);
       });
     }
-    count_ == 0 || in_float_ ? mm_out(out_, transposed, b) : mm_add(out_, transposed, b);
+    count_ == 0 || in_float_ ? mm_out(out_, a_transposed, b) : mm_add(out_, a_transposed, b);
     ++count_;
   }
 

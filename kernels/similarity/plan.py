@@ -40,7 +40,7 @@ def arguments(call: SimilarityCall | SigmoidCall, *widths: int) -> dict[str, obj
     return {
         "image": call.image, "text": call.text, "ids": call.ids, "text_ids": call.text_ids, "n": n, "m": call.text.shape[0],
         "width": width, "label_offset": call.label_offset, "TILE": Tiling(*tile[:3], even, precision, interpreted()),
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
     }  # fmt: skip
 
 

@@ -187,6 +187,8 @@ def forced() -> str:
 
 def forced_for(op: str, spec: str) -> str:
     """Returns the backend that a spec (see `forced`) forces for an op; an empty string if it forces none."""
+    if not spec:
+        return ""
     by_op = _parse(spec)
     return by_op.get(public_name(op)) or by_op.get("", "")
 
@@ -227,7 +229,7 @@ def select(
     Raises RuntimeError if the forced backend, or without one every backend, cannot run.
     """
     name = forced_for(op, spec)
-    if part and name not in TABLE[op] and public_name(op) not in _parse(spec):
+    if name and part and name not in TABLE[op] and public_name(op) not in _parse(spec):
         name = ""
     if name:
         if reason := why_not(op, name, device, dtype, **call):

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from simplclip.ops import backends
 from simplclip.ops.calls import flat, schema_of, tensors_of
+from simplclip.ops.extension import warn_without_cuda
 
 library = torch.library.Library("simplclip", "DEF")
 
@@ -40,6 +41,8 @@ def _select(op: str, first: Tensor, spec: str, part: bool, facts: dict) -> Calla
     selected = _selected.get(key)
     if selected is None:
         selected = _selected[key] = backends.select(op, first.device, first.dtype, spec, part=part, **facts)[1]
+        if first.is_cuda and op.startswith("shaped_attention") and backends.cuda_extension is None and torch.version.cuda:
+            warn_without_cuda(backends.cuda_extension_error)
     return selected
 
 
@@ -143,10 +146,10 @@ def call(op: Op, of_call: Any, spec: str | None = None) -> Any:
         check_reverse_mode(op.name, values)
         return op.overload(*values, spec)
     plain, requires_grad = not torch._C._len_torch_dispatch_stack() and not values[0].is_meta, False
-    for value in values:
-        if isinstance(value, Tensor):
-            plain = plain and type(value) in _PLAIN
-            requires_grad = requires_grad or value.requires_grad
+    for tensor in values[: op.tensors] if op.backward else values:
+        if isinstance(tensor, Tensor):
+            plain = plain and type(tensor) in _PLAIN and not tensor.is_neg()
+            requires_grad = requires_grad or tensor.requires_grad
     if not plain:
         return op.overload(*values, spec)
     if op.backward is None or not requires_grad or not torch.is_grad_enabled():

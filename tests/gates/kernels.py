@@ -189,7 +189,12 @@ def compile_kernel(kernel: Kernel, architecture: int):
     return triton.compile(
         ASTSource(kernel.function, signature, constants, attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages, **COMPILE},
+        options={
+            "num_warps": kernel.tile.warps,
+            "num_stages": kernel.tile.stages,
+            "maxnreg": kernel.tile.registers,
+            **COMPILE,
+        },
     )
 
 

@@ -125,7 +125,7 @@ def test_the_docs_list_the_four_losses():
 def test_what_the_docs_say_is_kept_for_backward(theirs, ours, matrices):
     weights = (2.0, 1.0) if theirs == "CoCaLoss" else ()
     options = {"pm_weight": 0} if ours == "ClipPMLoss" else {}
-    small, large = 512, 4096
+    small, large = 512, 8192  # the large matrices are more than ours keep
     assert kept(getattr(open_clip.loss, theirs)(*weights), small) == pytest.approx(4 * small**2 * int(matrices), rel=0.1)
     most = STORE_BYTES + 100 * 4 * large
     assert kept(getattr(losses, ours)(*weights, **options), large) <= most < 4 * large**2

@@ -88,7 +88,7 @@ def large() -> Iterator[tuple[Call, torch.dtype, dict]]:
 
 
 def registration(device: str) -> None:
-    for name in ("similarity_loss", "similarity_loss kl", "parallel_mlp"):
+    for name in ("similarity_loss", "similarity_loss sigmoid", "parallel_mlp"):
         check_registration(name, "triton", device)
 
 

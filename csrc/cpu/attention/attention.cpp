@@ -11,7 +11,6 @@
 namespace simplclip {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 struct Free {
@@ -56,8 +55,8 @@ void for_heads(const AttentionCall& call, const Tensor& lse, bool is_backward, F
 // Returns the result [B, L, H, K] and the log-sum-exps [B, H, L].
 std::tuple<Tensor, Tensor> shaped_attention_fwd(const AttentionCall& call) {
   const Tensor& q = call.q;
-  const Tensor out = new_empty(q, q.sizes());
-  const Tensor lse = new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  const Tensor out = allocate(q, q.sizes());
+  const Tensor lse = allocate(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   for_heads(call, lse, false, [&](const AttentionHead& head, int64_t b, int64_t h, float* scratch) {
     instruction_set().attention.forward(head, head_rows(out, b, h), scratch);
   });
@@ -77,7 +76,7 @@ Tensor shaped_attention_bwd(const AttentionInto& call) {
                            head_rows(call.dv, b, h)};
     instruction_set().attention.backward(head, to, parts.data() + (b * heads + h) * 3, scratch);
   });
-  const Tensor d_gains = new_empty(call.gains, {3, heads});
+  const Tensor d_gains = allocate(call.gains, {3, heads});
   float* const sums = d_gains.mutable_data_ptr<float>();
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t gain = 0; gain < 3; ++gain) {

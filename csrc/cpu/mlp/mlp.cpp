@@ -10,9 +10,7 @@
 namespace simplclip {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
-using torch::stable::transpose;
 
 constexpr int64_t kScratchBytes = 8 << 20;
 constexpr int64_t kGrain = 8192;  // floats per thread, at least
@@ -69,8 +67,7 @@ void parallel_mlp_fwd(const HiddenCall& call) {
   if (bias) expect_dtype_of("bias", *bias, "h", h);
   const Activation kind = activation_of(act);
   const int64_t rows_of_chunk = chunk_rows(h);
-  Tensor view = weight;
-  const Tensor transposed = transpose(view, 0, 1);  // [F, C]
+  const Tensor w2 = transposed(weight);  // [F, C]
   Scratch scratch;
   const Forward work(call, scratch);
   for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
@@ -78,8 +75,8 @@ void parallel_mlp_fwd(const HiddenCall& call) {
     Tensor activated = rows(work.rows, 0, count), to = rows(out, i, count);
     activate(kind, rows(h, i, count), nullptr, activated);
     if (bias) put_bias(*bias, to, accumulate);
-    if (bias || accumulate) mm_add(to, activated, transposed);
-    else mm_out(to, activated, transposed);
+    if (bias || accumulate) mm_add(to, activated, w2);
+    else mm_out(to, activated, w2);
   }
 }
 

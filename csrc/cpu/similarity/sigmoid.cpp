@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall&
   for (int64_t k = 0; k < terms; ++k)
     mixed[k] = {of_term(0, k), of_term(1, k), of_term(2, k) * of_term(4, k), of_term(3, k) * of_term(4, k)};
 
-  Tensor d_image = new_empty(call.image, {call.need_image ? sweep.n : 0, sweep.d});
+  Tensor d_image = allocate(call.image, {call.need_image ? sweep.n : 0, sweep.d});
   SigmoidSums total{};
   std::vector<SigmoidSums> parts(strips_of(sweep.chunk));
   sweep.for_chunks([&](int64_t first, int64_t count) {
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall&
     work.d_text.add(g, rows(call.image, first, count));
   });
 
-  Tensor values = new_empty(call.sigmoids, {terms}), d_sigmoids = new_empty(call.sigmoids, {2, terms});
+  Tensor values = allocate(call.sigmoids, {terms}), d_sigmoids = allocate(call.sigmoids, {2, terms});
   for (int64_t k = 0; k < terms; ++k) {
     data<float>(values)[k] = float(of_term(2, k) * total.negative[k] + of_term(3, k) * total.positive[k]);
     data<float>(d_sigmoids)[k] = float(total.weight[k]);

@@ -50,8 +50,10 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
   const Forward work(call, scratch);
   const Sweep& sweep = work.sweep;
 
-  Tensor row_stats = new_zeros(call.image, {int64_t(Stat::kRowCount), sweep.n}, ScalarType::Float);
-  Tensor column_stats = new_zeros(call.image, {int64_t(Stat::kColumnCount), sweep.m}, ScalarType::Float);
+  Tensor row_stats = allocate(call.image, {int64_t(Stat::kRowCount), sweep.n}, ScalarType::Float);
+  Tensor column_stats = allocate(call.image, {int64_t(Stat::kColumnCount), sweep.m}, ScalarType::Float);
+  std::fill_n(data<float>(row_stats), row_stats.numel(), 0.0f);
+  std::fill_n(data<float>(column_stats), column_stats.numel(), 0.0f);
   const Stats rows = stats_of(row_stats), columns = stats_of(column_stats);
   if (call.columns) std::fill_n(columns[Stat::kLseStudent], sweep.m, -kInf);
   if (call.columns && sweep.teacher) std::fill_n(columns[Stat::kLseTeacher], sweep.m, -kInf);
@@ -130,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityG
     if (!teacher->possible) kind = Softmax::kApart;
   }
 
-  Tensor d_image = new_empty(call.image, {call.need_image ? sweep.n : 0, sweep.d});
+  Tensor d_image = allocate(call.image, {call.need_image ? sweep.n : 0, sweep.d});
   std::vector<BackwardOut> parts(strips_of(sweep.chunk));
   BackwardOut total{};
   sweep.for_chunks([&](int64_t first, int64_t count) {
@@ -153,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityG
     work.d_text.add(g, rows(call.image, first, count));
   });
 
-  Tensor d_scale = new_empty(call.image, {}, ScalarType::Float), d_plane = new_empty(call.image, {2}, ScalarType::Float);
+  Tensor d_scale = allocate(call.image, {}, ScalarType::Float), d_plane = allocate(call.image, {2}, ScalarType::Float);
   *data<float>(d_scale) = float(total.scale);
   std::copy_n(total.plane, 2, data<float>(d_plane));
   return {d_image, work.d_text.result(), d_scale, d_plane};

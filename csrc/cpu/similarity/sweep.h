@@ -14,10 +14,7 @@
 
 namespace simplclip {
 
-using torch::stable::new_empty;
-using torch::stable::new_zeros;
 using torch::stable::parallel_for;
-using torch::stable::transpose;
 
 // One similarity matrix a b^T with its scratch.
 struct Matrix {
@@ -43,8 +40,8 @@ inline void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
   for (int64_t i = 0; i < count; i += row_block)
     for (int64_t j = 0; j < columns; j += column_block) {
       Tensor out_rows = rows(out, i, std::min(row_block, count - i)), y = rows(b, j, std::min(column_block, columns - j));
-      Tensor block = torch::stable::narrow(out_rows, 1, j, y.size(0));
-      mm_out(block, rows(a, i, out_rows.size(0)), transpose(y, 0, 1));
+      Tensor block = slices(out_rows, 1, j, y.size(0));
+      mm_out(block, rows(a, i, out_rows.size(0)), transposed(y));
     }
 }
 
@@ -67,15 +64,15 @@ struct Sweep {
         is_bf16(call.image.scalar_type() == ScalarType::BFloat16), student{call.image, call.text} {
     if (call.scale.defined()) scale = value_of(call.scale);
     number_ids();
-    stored = kept ? *kept : new_empty(call.image, {stored_rows ? call.matrices() : 0, stored_rows, m});
+    stored = kept ? *kept : allocate(call.image, {stored_rows ? call.matrices() : 0, stored_rows, m});
     const int64_t missing = stored_rows < n ? chunk : 0;
     student.scratch = scratch.take(call.image, {kept ? chunk : missing, m});
-    if (stored_rows) student.kept = torch::stable::select(stored, 0, 0);
+    if (stored_rows) student.kept = view(stored, stored_rows, m, m, 1, 0);
     if (!call.has_teacher()) return;
     teacher_scale = value_of(*call.teacher_scale);
     teacher = Matrix{*call.teacher_image, *call.teacher_text};
     teacher->scratch = scratch.take(call.image, {missing, m});
-    if (stored_rows) teacher->kept = torch::stable::select(stored, 0, 1);
+    if (stored_rows) teacher->kept = view(stored, stored_rows, m, m, 1, stored_rows * m);
   }
 
   // Calls f(first, count) for each chunk; no chunk crosses the end of the stored rows.

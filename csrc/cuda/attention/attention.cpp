@@ -7,7 +7,6 @@ namespace simplclip {
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;
-using torch::stable::new_empty;
 
 bool is_aligned(const Tensor& t) {
   bool aligned = t.stride(3) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
@@ -88,8 +87,8 @@ void check_by_type(const Tensor& t, F&& f) {
 std::tuple<Tensor, Tensor> shaped_attention_fwd(const AttentionCall& call) {
   const Tensor& q = call.q;
   const DeviceGuard guard(q.get_device_index());
-  const Tensor out = new_empty(q, q.sizes());
-  const Tensor lse = new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  const Tensor out = allocate(q, q.sizes());
+  const Tensor lse = allocate(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   Scratch scratch(kGrain);
   const Forward work(call, scratch);
   const ShapedAttentionForward p{shaped(work, lse), view(out), 0};
@@ -103,7 +102,7 @@ Tensor shaped_attention_bwd(const AttentionInto& call) {
   const DeviceGuard guard(call.q.get_device_index());
   void* const stream = stream_of(call.q);
   const int batch = call.q.size(0), heads = call.q.size(2);
-  const Tensor d_gains = new_empty(call.gains, {3, heads});
+  const Tensor d_gains = allocate(call.gains, {3, heads});
   Scratch scratch(kGrain);
   const Backward work(call, scratch);
   const ShapedAttentionBackward p{shaped(work, work.lse), view(work.grad), view(work.dq), view(work.dk), view(work.dv),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from simplclip.ops.calls import Mutated, tensors_of
+from simplclip.ops.calls import Mutated
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,24 @@ class BlockCall:
     keep: bool  # whether to return [q|k], h and av; backward computes them again otherwise
 
 
-Needed = namedtuple("Needed", tensors_of(BlockCall)[:-1])  # whether the gradients of all tensors but the lengths are needed
+class Needed(NamedTuple):
+    """Whether the gradient of a tensor of a BlockCall is needed, in the order of its fields."""
+
+    x: bool
+    norm_weight: bool
+    norm_bias: bool
+    qk_weight: bool
+    fc1_weight: bool
+    fc1_bias: bool
+    fc2_weight: bool
+    fc2_bias: bool
+    alpha: bool
+    beta: bool
+    gamma: bool
+    attention_gain: bool
+    mlp_gain: bool
+    value_weight: bool
+    output_weight: bool
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ def gains_of(call: BlockCall) -> Tensor:  # [3, H], in the dtype of sums
 def _split(qk: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
     """Returns q and k [B, L, H, K], views of [q|k] [T, 2C]."""
     batch, length, heads, width = shape
-    return qk.view(batch, length, 2, heads, width).unbind(2)
+    q, k = qk.view(batch, length, 2, heads, width).unbind(2)
+    return q, k
 
 
 def _attention_call(call: BlockCall, shape: tuple[int, int, int, int], n: Tensor, qk: Tensor, gains: Tensor) -> AttentionCall:
@@ -224,16 +225,19 @@ def simplified_block(
     checks.block(x, *matrices, norm, norm_weight, norm_bias, alpha, beta, gamma)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, x.shape[0], x.shape[1], x.device)
-    x, *matrices = autocast(x, *matrices)
-    checks.all_like_x(x, MATRICES, matrices)
-    *mlp_and_qk, value_weight, output_weight = matrices
+    x, *cast = autocast(x, *matrices)
+    checks.all_like_x(x, MATRICES, cast)
+    qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight = cast
     wide = accumulate_dtype(x.dtype)
     attention_gain = checks.scalar("attention_gain", attention_gain, x.device, wide, of="x")
     mlp_gain = checks.scalar("mlp_gain", mlp_gain, x.device, wide, of="x")
-    gains = alpha, beta, gamma, attention_gain, mlp_gain
-    tensors = x, norm_weight, norm_bias, *mlp_and_qk, *gains, value_weight, output_weight
     eps = checks.number("eps", eps, positive=True)
     scale = (x.shape[2] // alpha.shape[0]) ** -0.5 if scale is None else checks.number("scale", scale)
-    keep = keeps_hidden(*tensors, recompute=recompute)
-    of_call = BlockCall(*tensors, lengths, norm, eps, act, scale, bool(causal), keep)
+    gains = alpha, beta, gamma, attention_gain, mlp_gain
+    keep = keeps_hidden(x, *cast, norm_weight, norm_bias, *gains, recompute=recompute)
+    of_call = BlockCall(
+        x, norm_weight, norm_bias, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+        alpha, beta, gamma, attention_gain, mlp_gain, value_weight, output_weight,
+        lengths, norm, eps, act, scale, bool(causal), keep,
+    )  # fmt: skip
     return registry.call(FORWARD, of_call)[0]

@@ -43,7 +43,8 @@ def hidden_rows(
     h = x.new_empty(rows, weight.shape[0])
     for first in range(0, x.shape[0], rows):
         x_chunk = x[first : first + rows]
-        yield F.linear(x_chunk, weight, bias, out=h[: x_chunk.shape[0]]), out[first : first + rows]
+        h_chunk = F.linear(x_chunk, weight, bias, out=h[: x_chunk.shape[0]])  # type: ignore[call-arg]
+        yield h_chunk, out[first : first + rows]
 
 
 def _fwd(function, call):
@@ -134,6 +135,7 @@ def parallel_mlp(
     checks.mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     x, *weights = autocast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     checks.all_like_x(x, WEIGHTS, weights)
-    of_call = MlpCall(x.reshape(-1, x.shape[-1]), *weights, act, keeps_hidden(x, *weights))
-    out, _ = registry.call(FORWARD, of_call)
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+    rows, keep = x.reshape(-1, x.shape[-1]), keeps_hidden(x, *weights)
+    out, _ = registry.call(FORWARD, MlpCall(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep))
     return out.reshape(*x.shape[:-1], out.shape[1])

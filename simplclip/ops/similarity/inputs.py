@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -28,7 +29,11 @@ def check_options(terms, divergence, symmetric, scratch_bytes, store_bytes) -> N
 def check_weights(weights, terms: Collection[str]) -> dict[str, float]:
     if not isinstance(weights, Mapping) or weights.keys() != set(terms):
         raise ValueError(f"weights: expected a number for each of the terms {', '.join(terms)}, got {weights!r}")
-    return {term: checks.number(f"weights[{term!r}]", weight) for term, weight in weights.items()}
+    numbers = dict(weights)
+    for term, weight in weights.items():
+        if type(weight) is not float or not abs(weight) < math.inf:
+            numbers[term] = checks.number(f"weights[{term!r}]", weight)
+    return numbers
 
 
 def features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip.ops.registry import first_order_only
 from simplclip.ops.similarity.call import ColumnStat
 
 
@@ -65,72 +65,62 @@ def values(
         terms.append((loss - options.entropy * softplus(teacher_excess) + 0 * teacher).mean())
     if weight is not None:
         logits = torch.addcmul(bias, weight, diagonal)
-        terms.append(0.5 * (mismatch(logits).mean() + unmatched.sum() / options.negatives))
+        matched = torch.add(softplus(-logits), logits, alpha=0)
+        terms.append(matched.sum() * (0.5 / diagonal.shape[0]) + unmatched.sum() * (0.5 / options.negatives))
     if options.weights is not None:
-        total = options.weights[0] * terms[0]
+        total = terms[0] * options.weights[0]  # a tensor of its own, whatever the weight
         for factor, term in zip(options.weights[1:], terms[1:]):
             total = torch.add(total, term, alpha=factor)
         terms = [total, *terms]
     return terms, (diagonal, excess, teacher_excess, logits)
 
 
-class Terms(torch.autograd.Function):
-    """The terms of `values`: one node of autograd. With weights, their sum alone has a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, rows, columns, scale, teacher_scale, weight, bias, options: Options) -> tuple[Tensor, ...]:
-        terms, for_backward = values(rows, columns, scale, teacher_scale, weight, bias, options)
-        ctx.save_for_backward(rows, columns, scale, weight, *for_backward)
-        ctx.options = options
-        if options.weights is not None:
-            ctx.mark_non_differentiable(*terms[1:])
-        return tuple(terms)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved: Any = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return _gradients(*saved, options=ctx.options, grads=grads)
-        with torch.no_grad():  # with create_graph=True
-            gradients = _gradients(*saved, options=ctx.options, grads=grads)
-        return first_order_only("similarity_loss", gradients, *saved, *grads)
-
-
-def _gradients(rows, columns, scale, weight, diagonal, excess, teacher_excess, logits, *, options: Options, grads):
-    """Returns the gradients of forward's arguments, those of constants as None."""
+def values_backward(
+    grads: Sequence[Tensor],  # [] of the results of `values`
+    options: Options,
+    scale: Tensor,  # []
+    weight: Tensor | None,  # []
+    diagonal: Tensor,  # [N], and what else `values` returned for backward
+    excess: Tensor,  # [N] or [2, N]
+    teacher_excess: Tensor | None,
+    logits: Tensor | None,  # [N]
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Returns the gradients of rows, columns, scale, weight and bias."""
     if options.weights is not None:
-        grads = [factor * grads[0] for factor in options.weights]
-    zero, d_weight, d_bias = torch.zeros_like(diagonal), None, None
-    d_unmatched, d_mean = zero, (zero, zero)
+        grads = [grads[0] if factor == 1 else factor * grads[0] for factor in options.weights]
+    n, zero = diagonal.shape[0], torch.zeros_like(diagonal)
+    d_unmatched, d_mean = zero, (zero, zero)  # type: Tensor, Sequence[Tensor]
     softmaxes = grads if weight is None else grads[:-1]
     share = softmaxes[0] if len(softmaxes) == 1 else softmaxes[0] + softmaxes[1]
-    d_lse = (torch.sigmoid(excess) * (share / excess.numel())).view(-1, len(diagonal))
+    d_lse = (torch.sigmoid(excess) * (share / excess.numel())).view(-1, n)
     d_positive = d_lse.sum(0).neg_()
     if options.relational:
-        d_mean = (torch.sigmoid(teacher_excess) * (softmaxes[-1] / excess.numel())).view(d_lse.shape)
+        d_mean = (torch.sigmoid(teacher_excess) * (softmaxes[-1] / excess.numel())).view(-1, n)
         d_positive += d_mean.sum(0)
-    d_diagonal = scale * d_positive
+    d_diagonal, d_weight, d_bias = scale * d_positive, None, None
     if weight is not None:
-        slope = torch.sigmoid(-logits) * (-0.5 / len(diagonal) * grads[-1])
-        d_diagonal += weight * slope
+        slope = torch.sigmoid(-logits) * (-0.5 / n * grads[-1])
+        d_diagonal.addcmul_(slope, weight)
         d_weight, d_bias = slope.dot(diagonal), slope.sum()
-        d_unmatched = (0.5 * grads[-1] / options.negatives).expand_as(zero)
+        d_unmatched = ((0.5 / options.negatives) * grads[-1]).expand_as(zero)
     d_rows = torch.stack([d_lse[0], zero, d_mean[0], d_diagonal, zero, d_unmatched])
-    d_columns = None if columns is None else torch.stack([d_lse[1], zero, d_mean[1]])
-    return d_rows, d_columns, d_positive.dot(diagonal), None, d_weight, d_bias, None
+    d_columns = torch.stack([d_lse[1], zero, d_mean[1]]) if excess.dim() == 2 else None
+    return d_rows, d_columns, d_positive.dot(diagonal), d_weight, d_bias
 
 
-def merge_columns(parts: Tensor) -> Tensor:  # [W, 3, N] -> [3, N]
+def merge_columns(parts: Tensor) -> tuple[Tensor, Tensor]:  # [W, 3, N] -> [3, N], [W, 3, N]
     """Merges statistics of the same columns, each over the rows of one rank, into the statistics over the rows of all ranks.
 
-    Differentiable in the student's log-sum-exps and in the means, whose weights are the teacher's softmax, a constant.
+    Also returns the derivatives of the merged statistics with respect to each rank's: the rank's share of the student's
+    exponentials for the log-sum-exps, 0 for the teacher's, and its share of the teacher's exponentials for the means.
     """
 
-    def lse(part: Tensor) -> tuple[Tensor, Tensor]:  # [W, N] -> [N], [W, N] shares
+    def merged(part: Tensor) -> tuple[Tensor, Tensor]:  # [W, N] -> [N], [W, N] shares
         empty = (part == -torch.inf).all(0)
         total = torch.where(empty, -torch.inf, part.masked_fill(empty, 0).logsumexp(0))
-        return total, (part.detach() - total.detach().masked_fill(empty, 0)).exp()
+        return total, (part - total.masked_fill(empty, 0)).exp()
 
-    student, _ = lse(parts[:, ColumnStat.LSE_STUDENT])
-    teacher, share = lse(parts[:, ColumnStat.LSE_TEACHER])
-    return torch.stack([student, teacher, (share * parts[:, ColumnStat.MEAN]).sum(0)])
+    student, of_student = merged(parts[:, ColumnStat.LSE_STUDENT])
+    teacher, of_teacher = merged(parts[:, ColumnStat.LSE_TEACHER])
+    mean = (of_teacher * parts[:, ColumnStat.MEAN]).sum(0)
+    return torch.stack([student, teacher, mean]), torch.stack([of_student, torch.zeros_like(of_teacher), of_teacher], 1)

@@ -1,0 +1,101 @@
+"""Host time of one small call, forward and backward: processor time, our Python files and our functions on its way.
+
+Sizes are so small that what is timed is not the arithmetic: one thread, float32, on a CPU. Writes benchmarks/results/host-*.csv.
+
+    python -m benchmarks.host [--calls 2000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import simplclip
+from benchmarks import hardware, results_file
+from simplclip.losses import ClipPMLoss
+from simplclip.nn import SimplifiedBlock
+from simplclip.ops import shaped_attention
+
+PACKAGE = str(Path(simplclip.__file__).parent)
+
+
+def cases() -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Returns pairs of functions that compute a number: ours, and the baseline in plain torch or open_clip."""
+    image, text = (torch.randn(16, 32).requires_grad_() for _ in range(2))
+    scale = torch.tensor(10.0, requires_grad=True)
+    contrastive, with_plane, plain_loss = ClipPMLoss(pm_weight=0), ClipPMLoss(), open_clip.ClipLoss()
+
+    x = torch.randn(1, 4, 64).requires_grad_()
+    mask = torch.full((4, 4), -torch.inf).triu(1)
+    block, plain_block = SimplifiedBlock(64, 1, causal=True), open_clip.transformer.ResidualAttentionBlock(64, 1)
+
+    q, k, v = (torch.randn(1, 4, 1, 64).requires_grad_() for _ in range(3))
+    gains = [torch.ones(1, requires_grad=True) for _ in range(3)]
+    counts = torch.arange(1, 5)[:, None, None]
+
+    def plain_attention() -> Tensor:
+        alpha, beta, gamma = (gain[:, None] for gain in gains)
+        attended = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+        return (alpha * v + beta * attended - gamma * (v.cumsum(1) / counts)).sum()
+
+    return {
+        "contrastive": (lambda: contrastive(image, text, scale), lambda: plain_loss(image, text, scale)),
+        "with pair matching": (lambda: with_plane(image, text, scale), lambda: plain_loss(image, text, scale)),
+        "block": (lambda: block(x).sum(), lambda: plain_block(x, attn_mask=mask).sum()),
+        "attention": (lambda: shaped_attention(q, k, v, *gains, causal=True).sum(), plain_attention),
+    }
+
+
+def seconds(function: Callable[[], Tensor]) -> float:
+    start = time.process_time()
+    function().backward()
+    return time.process_time() - start
+
+
+def way(function: Callable[[], Tensor]) -> tuple[int, int]:
+    """Returns how many of our files and functions a warm call passes, comprehensions and generators included."""
+    frames: list[str] = []
+    sys.setprofile(lambda frame, event, _: frames.append(frame.f_code.co_filename) if event == "call" else None)
+    function().backward()
+    sys.setprofile(None)
+    ours = [file for file in frames if file.startswith(PACKAGE) or "/kernels/" in file]
+    return len(set(ours)), len(ours)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=2000)
+    calls = parser.parse_args().calls
+    torch.set_num_threads(1)
+    rows, where = [], hardware.describe()
+    for name, functions in cases().items():
+        times = [[seconds(function) for function in functions] for _ in range(calls)][calls // 10 :]
+        ours, baseline = (statistics.median(column) for column in zip(*times))
+        files, functions_passed = way(functions[0])
+        rows.append(
+            {
+                "call": name,
+                "ours_ms": round(1e3 * ours, 3),
+                "baseline_ms": round(1e3 * baseline, 3),
+                "ratio": round(ours / baseline, 2),
+                "files": files,
+                "functions": functions_passed,
+            }
+        )
+    print("\n".join(results_file.table(rows)))
+    path = results_file.RESULTS / f"host-{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}.csv"
+    results_file.write_csv(path, [row | where for row in rows])
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
