@@ -1,6 +1,7 @@
 """Host time of one small call, forward and backward: processor time, our Python files and our functions on its way.
 
-Sizes are so small that what is timed is not the arithmetic: one thread, float32, on a CPU. Writes benchmarks/results/host-*.csv.
+Sizes are so small that what is timed is not the arithmetic: one thread, float32, on a CPU.
+Writes benchmarks/results/host-*.csv.
 
     python -m benchmarks.host [--calls 2000]
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import Parameter, Signature, signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +136,7 @@ class SimilarityLoss(nn.Module):
         if "pair_matching" in terms and self.plane_weight is not None:
             weight, bias = self._learned(self.plane_weight, self.plane_bias)
             plane = weight[: text.shape[1]] if self.plane == "hadamard" else weight, bias
-        teacher_image, teacher_text, teacher_scale = (None, None, None) if teacher is None else teacher
+        teacher_image, teacher_text, teacher_scale = teacher or (None, None, None)
         options: dict[str, Any] = {
             "logit_scale": logit_scale, "logit_bias": logit_bias, "terms": terms, "plane": plane,
             "teacher_scale": teacher_scale, "divergence": self.divergence, "weights": weights, "ids": ids,
@@ -143,13 +144,14 @@ class SimilarityLoss(nn.Module):
         }  # fmt: skip
         if self.world_size <= 1 or not self.local_loss or self.gather_with_grad:
             group = None if self.world_size <= 1 else self._group()
-            teacher_features: dict[str, Any] = {"teacher_image": teacher_image, "teacher_text": teacher_text}
-            return ops.similarity_loss(image, text, group=group, **teacher_features, **options)
+            options |= {"teacher_image": teacher_image, "teacher_text": teacher_text, "group": group}
+            return ops.similarity_loss(image, text, **options)
 
         # The directions are computed apart, each with this rank's rows and the columns of all ranks, which are constants.
         image, text = autocast(image, text)  # before they travel
-        gather, where = self._gathered, {"label_offset": self.rank * len(image), "text_ids": self._gathered(ids)}
-        compute = partial(ops.similarity_loss, symmetric=False, **where, **options)
+        gather = self._gathered
+        options |= {"label_offset": self.rank * len(image), "text_ids": gather(ids), "symmetric": False}
+        compute: Any = partial(ops.similarity_loss, **options)
         by_image = compute(image, gather(text), teacher_image=teacher_image, teacher_text=gather(teacher_text))
         by_text = compute(text, gather(image), teacher_image=teacher_text, teacher_text=gather(teacher_image))
         return {name: 0.5 * (by_image[name] + by_text[name]) for name in by_image}

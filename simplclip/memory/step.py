@@ -187,7 +187,10 @@ class TrainerStep(Training):
 
 
 def busiest_step(config: Config) -> int:
-    """The first step of a run with the largest number of active loss terms."""
+    """The first step of a run with the largest number of active loss terms.
+
+    On a CPU, a step of a large batch without the teacher's terms may keep rows, at most STORE_BYTES, that this step does not.
+    """
     schedules, steps = config.loss.weights.values(), config.run.steps
     turns = sorted({0, steps - 1, *(s.start for s in schedules), *(s.start + 1 for s in schedules)})
     return max((step for step in turns if step < steps), key=lambda step: sum(s.at(step, steps) > 0 for s in schedules))

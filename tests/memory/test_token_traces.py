@@ -39,7 +39,7 @@ CALLS = {
     "block": (block(197), 49, {"_flash_attention_forward": 1, "parallel_mlp_hidden": 1}),
     "block, recompute": (block(197, recompute=True), 52, {"_flash_attention_forward": 2, "_flash_attention_backward": 1}),
 }
-SHORT = {"attention": (attention(4, 77, 3, 64), 6), "block": (block(77), 47)}
+SHORT = {"attention": (attention(4, 77, 3, 64), 6), "block": (block(77), 46)}
 
 
 def traced(call, dtype=torch.bfloat16):

@@ -350,7 +350,7 @@ def _softmax_gradients(ctx, saved, grads) -> tuple[Tensor | None, ...]:
             first = ctx.fields[0]  # label_offset
             d_columns[:, first : first + rows.shape[1]] = d_merged
     need_image, need_text = ctx.needs_input_grad[3:5]
-    results = d_rows, d_columns, rows, columns, stored, need_image, need_text
+    results: list[Any] = [d_rows, d_columns, rows, columns, stored, need_image, need_text]
     gradient = SimilarityGradient(*tensors, *ctx.fields, *results)
     d_image, d_text, d_logits, d_plane = registry.call(BACKWARD, gradient, ctx.spec)
     if weight is not None:
@@ -358,7 +358,9 @@ def _softmax_gradients(ctx, saved, grads) -> tuple[Tensor | None, ...]:
     return d_image if need_image else None, d_text if need_text else None, d_scale + d_logits, d_weight, d_bias
 
 
-def _softmax_terms(call: SimilarityCall, options: Options, plane: tuple, group: Any) -> Sequence[Tensor]:
+def _softmax_terms(
+    call: SimilarityCall, options: Options, plane: tuple[Tensor | None, Tensor | None], group: Any
+) -> Sequence[Tensor]:
     """Returns contrastive, relational and pair matching terms, see `values`. plane: weight and bias, or None twice."""
     if torch.compiler.is_compiling() or not registry.transforms():
         return _Softmaxes.apply(call, options, group, call.image, call.text, call.scale, *plane)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,8 @@ def values_backward(
     if options.weights is not None:
         grads = [grads[0] if factor == 1 else factor * grads[0] for factor in options.weights]
     n, zero = diagonal.shape[0], torch.zeros_like(diagonal)
-    d_unmatched, d_mean = zero, (zero, zero)  # type: Tensor, Sequence[Tensor]
+    d_unmatched = zero
+    d_mean: Any = (zero, zero)
     softmaxes = grads if weight is None else grads[:-1]
     share = softmaxes[0] if len(softmaxes) == 1 else softmaxes[0] + softmaxes[1]
     d_lse = (torch.sigmoid(excess) * (share / excess.numel())).view(-1, n)
