@@ -142,7 +142,7 @@ def call(op: Op, of_call: Any, spec: str | None = None) -> Any:
     if torch.compiler.is_compiling():
         return op.overload(*flat(of_call), spec)
     values = op.values(of_call)
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transformed():
         check_reverse_mode(op.name, values)
         return op.overload(*values, spec)
     plain, requires_grad = not torch._C._len_torch_dispatch_stack() and not values[0].is_meta, False
@@ -231,6 +231,11 @@ def transforms() -> set[str]:
     if torch._C._functorch.peek_interpreter_stack() is None:
         return set()
     return {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack()}
+
+
+def is_transformed() -> bool:
+    """Whether the present call is one of forward mode or of a transform of torch.func."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> None:

@@ -362,7 +362,7 @@ def _softmax_terms(
     call: SimilarityCall, options: Options, plane: tuple[Tensor | None, Tensor | None], group: Any
 ) -> Sequence[Tensor]:
     """Returns contrastive, relational and pair matching terms, see `values`. plane: weight and bias, or None twice."""
-    if torch.compiler.is_compiling() or not registry.transforms():
+    if torch.compiler.is_compiling() or not registry.is_transformed():
         return _Softmaxes.apply(call, options, group, call.image, call.text, call.scale, *plane)
     call = replace(call, plane=None if plane[0] is None else torch.stack(plane))
     rows, columns, _ = registry.call(FORWARD, call)  # torch.vmap maps the op and plain torch
