@@ -354,7 +354,8 @@ def _softmax_gradients(ctx, saved, grads) -> tuple[Tensor | None, ...]:
     gradient = SimilarityGradient(*tensors, *ctx.fields, *results)
     d_image, d_text, d_logits, d_plane = registry.call(BACKWARD, gradient, ctx.spec)
     if weight is not None:
-        d_weight, d_bias = d_weight + d_plane[0], d_bias + d_plane[1]
+        of_weight, of_bias = d_plane.unbind()
+        d_weight, d_bias = d_weight + of_weight, d_bias + of_bias
     return d_image if need_image else None, d_text if need_text else None, d_scale + d_logits, d_weight, d_bias
 
 

@@ -23,7 +23,7 @@ def mismatch(l: Tensor) -> Tensor:
 
 
 class Options(NamedTuple):
-    """What `Terms` computes."""
+    """What `values` computes."""
 
     contrastive: bool
     relational: bool
@@ -52,7 +52,7 @@ def values(
     if columns is not None:  # both directions, [2, N]
         lse = torch.stack([lse, columns[ColumnStat.LSE_STUDENT]])
     positive, terms = scale * diagonal, []
-    excess, teacher_excess, logits = lse - positive, None, None
+    excess, teacher_excess, negated = lse - positive, None, None
     cross_entropy = torch.add(softplus(excess), positive, alpha=0)
     if options.contrastive:
         terms.append(cross_entropy.mean())
@@ -64,15 +64,15 @@ def values(
         loss = cross_entropy + torch.sigmoid(teacher_excess) * (mean + positive - options.entropy * teacher)
         terms.append((loss - options.entropy * softplus(teacher_excess) + 0 * teacher).mean())
     if weight is not None:
-        logits = torch.addcmul(bias, weight, diagonal)
-        matched = torch.add(softplus(-logits), logits, alpha=0)
+        negated = -torch.addcmul(bias, weight, diagonal)  # the logits of the positives
+        matched = torch.add(softplus(negated), negated, alpha=0)
         terms.append(matched.sum() * (0.5 / diagonal.shape[0]) + unmatched.sum() * (0.5 / options.negatives))
     if options.weights is not None:
-        total = terms[0] * options.weights[0]  # a tensor of its own, whatever the weight
+        total = terms[0] * options.weights[0]
         for factor, term in zip(options.weights[1:], terms[1:]):
             total = torch.add(total, term, alpha=factor)
         terms = [total, *terms]
-    return terms, (diagonal, excess, teacher_excess, logits)
+    return terms, (diagonal, excess, teacher_excess, negated)
 
 
 def values_backward(
@@ -83,7 +83,7 @@ def values_backward(
     diagonal: Tensor,  # [N], and what else `values` returned for backward
     excess: Tensor,  # [N] or [2, N]
     teacher_excess: Tensor | None,
-    logits: Tensor | None,  # [N]
+    negated: Tensor | None,  # [N]
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Returns the gradients of rows, columns, scale, weight and bias."""
     if options.weights is not None:
@@ -100,7 +100,7 @@ def values_backward(
         d_positive += d_mean.sum(0)
     d_diagonal, d_weight, d_bias = scale * d_positive, None, None
     if weight is not None:
-        slope = torch.sigmoid(-logits) * (-0.5 / n * grads[-1])
+        slope = torch.sigmoid(negated) * (-0.5 / n * grads[-1])
         d_diagonal.addcmul_(slope, weight)
         d_weight, d_bias = slope.dot(diagonal), slope.sum()
         d_unmatched = ((0.5 / options.negatives) * grads[-1]).expand_as(zero)
