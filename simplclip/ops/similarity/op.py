@@ -363,8 +363,11 @@ def _softmax_terms(
     call: SimilarityCall, options: Options, plane: tuple[Tensor | None, Tensor | None], group: Any
 ) -> Sequence[Tensor]:
     """Returns contrastive, relational and pair matching terms, see `values`. plane: weight and bias, or None twice."""
-    if torch.compiler.is_compiling() or not registry.is_transformed():
-        return _Softmaxes.apply(call, options, group, call.image, call.text, call.scale, *plane)
+    tensors = call.image, call.text, call.scale, *plane
+    if torch.compiler.is_compiling():  # Dynamo refuses a tensor that is an input twice, as in loss(x, x, scale)
+        return _Softmaxes.apply(call, options, group, *[None if t is None else t.view_as(t) for t in tensors])
+    if not registry.is_transformed():
+        return _Softmaxes.apply(call, options, group, *tensors)
     call = replace(call, plane=None if plane[0] is None else torch.stack(plane))
     rows, columns, _ = registry.call(FORWARD, call)  # torch.vmap maps the op and plain torch
     merged, _ = _of_positives(call, columns, None)
