@@ -115,7 +115,8 @@ def test_masked_towers_in_bfloat16(kind, tokens):
     assert len(tokens) > 1
     for name, exact in truth.items():
         error, usual = (torch.linalg.vector_norm(found[name].double() - exact) for found in (cropped, padded))
-        assert error <= 1.2 * usual + 1e-3 * torch.linalg.vector_norm(exact), (name, error.item(), usual.item())
+        least = 1e-2 if name == "numbers" else 1e-3  # two to four numbers may be exact by chance in one of the two
+        assert error <= 1.2 * usual + least * torch.linalg.vector_norm(exact), (name, error.item(), usual.item())
 
 
 def test_it_draws_nothing_and_a_copy_crops_with_its_own_weights(tokens):

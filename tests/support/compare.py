@@ -23,6 +23,7 @@ import simplclip
 from simplclip import ops
 
 EPS: dict[Any, float] = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float64: 1e-10}
+EPS["tf32"] = 2e-3
 LOSS_SCALE = 64.0  # of a loss's incoming gradients, like a GradScaler's, so that half types can hold outgoing gradients
 ROUNDINGS = 8  # times the effect of rounding the inputs: an error that is allowed too, for results that nearly cancel
 
