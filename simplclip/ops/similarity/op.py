@@ -257,7 +257,8 @@ def similarity_loss(
         softmaxes += ["pair_matching"] if joined else []
         call = SimilarityCall(
             image, text, scale, teacher_image, teacher_text, teacher_scale,  # type: ignore[arg-type]
-            plane=_stacked(joined), **pairs, columns=symmetric,
+            # The plane's gradients take another way, see _Softmaxes.
+            plane=torch.stack([joined[0].detach(), joined[1].detach()]) if joined else None, **pairs, columns=symmetric,
             entropy=1.0 if divergence == "kl" else 0.0, chunk=sweep_rows(image, m, matrices, scratch_bytes),
             stored_rows=stored_rows(image, m, matrices, store_bytes) if wants_grad(image, text) else 0,
         )  # fmt: skip
@@ -280,17 +281,13 @@ def similarity_loss(
     return out
 
 
-def _stacked(plane: tuple[Tensor, Tensor] | None) -> Tensor | None:
-    with torch.no_grad():  # the plane's gradients take another way, see _Softmaxes
-        return None if plane is None else torch.stack(plane)
-
-
 def _joins(hyperplane: tuple[Tensor, Tensor], terms: Collection[str], image: Tensor) -> bool:
     """Whether pair matching joins the sweep of a softmax. On a GPU a sweep with a teacher has no registers left for it."""
     if hyperplane[0].dim():  # a hadamard plane has a matrix of its own
         return False
-    on_gpu = image.device.type != "cpu" or backends.forced_for(FORWARD.name, backends.forced()) == "triton"
-    return "relational" in terms and not on_gpu or ("contrastive" in terms and "relational" not in terms)
+    if "relational" not in terms:
+        return "contrastive" in terms
+    return image.device.type == "cpu" and backends.forced_for(FORWARD.name, backends.forced()) != "triton"
 
 
 def _negatives(ids: Tensor, text_ids: Tensor, m: int, label_offset: int, group: Any) -> Tensor:  # []

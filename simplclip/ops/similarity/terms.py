@@ -66,10 +66,12 @@ def values(
     if weight is not None:
         negated = -torch.addcmul(bias, weight, diagonal)  # the logits of the positives
         matched = torch.add(softplus(negated), negated, alpha=0)
-        terms.append(matched.sum() * (0.5 / diagonal.shape[0]) + unmatched.sum() * (0.5 / options.negatives))
+        share = 0.5 / options.negatives
+        terms.append(torch.add(unmatched.sum() * share, matched.sum(), alpha=0.5 / diagonal.shape[0]))
     if options.weights is not None:
-        total = terms[0] * options.weights[0]
-        for factor, term in zip(options.weights[1:], terms[1:]):
+        first, *factors = options.weights
+        total = terms[0] if first == 1 and factors else terms[0] * first
+        for factor, term in zip(factors, terms[1:]):
             total = torch.add(total, term, alpha=factor)
         terms = [total, *terms]
     return terms, (diagonal, excess, teacher_excess, negated)
@@ -103,7 +105,7 @@ def values_backward(
         slope = torch.sigmoid(negated) * (-0.5 / n * grads[-1])
         d_diagonal.addcmul_(slope, weight)
         d_weight, d_bias = slope.dot(diagonal), slope.sum()
-        d_unmatched = ((0.5 / options.negatives) * grads[-1]).expand_as(zero)
+        d_unmatched = (0.5 / options.negatives * grads[-1]).expand_as(zero)
     d_rows = torch.stack([d_lse[0], zero, d_mean[0], d_diagonal, zero, d_unmatched])
     d_columns = torch.stack([d_lse[1], zero, d_mean[1]]) if excess.dim() == 2 else None
     return d_rows, d_columns, d_positive.dot(diagonal), d_weight, d_bias
