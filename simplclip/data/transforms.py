@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg, center_crop_or_pad
 from PIL import Image
@@ -141,8 +142,10 @@ class ImageTransform:
         unit = 255.0
         if colour is not None:
             floats, unit = colours.change(floats.div_(unit), colour), 1.0
-        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
-        return floats.sub_(mean * unit).div_(std * unit)
+        mean, std = (np.float32(values) * np.float32(unit) for values in (self.mean, self.std))
+        for channel in range(3):  # by numbers: copying tensors to a GPU would wait for it
+            floats[:, channel].sub_(float(mean[channel])).div_(float(std[channel]))
+        return floats
 
     def __call__(self, image: bytes | Image.Image) -> Tensor:
         if not isinstance(image, Image.Image):

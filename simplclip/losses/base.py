@@ -133,8 +133,10 @@ class SimilarityLoss(nn.Module):
     def _similarity(self, image, text, logit_scale, terms, weights, logit_bias, ids, teacher) -> dict[str, Tensor]:
         """Returns the terms of this rank's rows, by ops.similarity_loss."""
         plane = None
-        if "pair_matching" in terms and self.plane_weight is not None:
-            weight, bias = self._learned(self.plane_weight, self.plane_bias)
+        if "pair_matching" in terms and (weight := self.plane_weight) is not None:
+            bias = self.plane_bias
+            if self.world_size > 1:
+                weight, bias = self._learned(weight, bias)
             plane = weight[: text.shape[1]] if self.plane == "hadamard" else weight, bias
         teacher_image, teacher_text, teacher_scale = teacher or (None, None, None)
         options: dict[str, Any] = {

@@ -86,6 +86,9 @@ def hyperplane(plane, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
     if not isinstance(plane, (tuple, list)) or len(plane) != 2:
         raise ValueError(f"plane: expected (p [] or w [D], q []) for pair matching, got {type(plane).__name__}")
     weight, bias = plane
+    scalars = isinstance(weight, Tensor) and isinstance(bias, Tensor) and not weight.dim() and not bias.dim()
+    if scalars and weight.dtype == bias.dtype == wide and weight.device == bias.device == device:
+        return weight, bias
     if isinstance(weight, Tensor) and weight.dim() == 1 and weight.numel() > 1:
         if weight.shape[0] != width:
             raise ValueError(f"plane: expected w [D] = [{width}], got shape {checks.shape_of(weight)}")
