@@ -142,7 +142,7 @@ class ImageTransform:
         unit = 255.0
         if colour is not None:
             floats, unit = colours.change(floats.div_(unit), colour), 1.0
-        mean, std = (np.float32(values) * np.float32(unit) for values in (self.mean, self.std))
+        mean, std = (np.array(values, np.float32) * np.float32(unit) for values in (self.mean, self.std))
         for channel in range(3):  # by numbers: copying tensors to a GPU would wait for it
             floats[:, channel].sub_(float(mean[channel])).div_(float(std[channel]))
         return floats

@@ -133,8 +133,9 @@ class SimilarityLoss(nn.Module):
     def _similarity(self, image, text, logit_scale, terms, weights, logit_bias, ids, teacher) -> dict[str, Tensor]:
         """Returns the terms of this rank's rows, by ops.similarity_loss."""
         plane = None
-        if "pair_matching" in terms and (weight := self.plane_weight) is not None:
-            bias = self.plane_bias
+        weight: Any = self.plane_weight if "pair_matching" in terms else None
+        if weight is not None:
+            bias: Any = self.plane_bias
             if self.world_size > 1:
                 weight, bias = self._learned(weight, bias)
             plane = weight[: text.shape[1]] if self.plane == "hadamard" else weight, bias

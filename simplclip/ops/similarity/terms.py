@@ -17,9 +17,9 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=80)
 
 
-def mismatch(l: Tensor) -> Tensor:
-    """Returns softplus(-l) for the logits l of positives. NaN where l is infinite, even if the softplus would be 0."""
-    return torch.add(softplus(-l), l, alpha=0)
+def mismatch(negated: Tensor) -> Tensor:
+    """Returns softplus(-l) from the negated logits -l of positives. NaN where l is infinite, even if softplus would be 0."""
+    return torch.add(softplus(negated), negated, alpha=0)
 
 
 class Options(NamedTuple):
@@ -65,9 +65,8 @@ def values(
         terms.append((loss - options.entropy * softplus(teacher_excess) + 0 * teacher).mean())
     if weight is not None:
         negated = -torch.addcmul(bias, weight, diagonal)  # the logits of the positives
-        matched = torch.add(softplus(negated), negated, alpha=0)
         share = 0.5 / options.negatives
-        terms.append(torch.add(unmatched.sum() * share, matched.sum(), alpha=0.5 / diagonal.shape[0]))
+        terms.append(torch.add(unmatched.sum() * share, mismatch(negated).sum(), alpha=0.5 / diagonal.shape[0]))
     if options.weights is not None:
         first, *factors = options.weights
         total = terms[0] if first == 1 and factors else terms[0] * first
