@@ -10,7 +10,7 @@ from torch import Tensor
 from simplclip.kernels.launch import device_of
 from simplclip.kernels.similarity.backward import add_to_sum, store_gradient
 from simplclip.kernels.similarity.op import gradients_in_blocks, range_factor
-from simplclip.kernels.similarity.tile import block_of_program, is_negative, product, softplus_and_sigmoid
+from simplclip.kernels.similarity.tile import block_of_program, is_negative, product, softplus_and_sigmoid, times_nonzero
 from simplclip.ops.similarity.call import SigmoidCall
 
 
@@ -57,10 +57,10 @@ def _similarity_sigmoid_kernel(
         softplus, slope = softplus_and_sigmoid(logits, TILE.INTERPRETED)
         softplus += tl.where(positive, 0.0 * logits, 0.0)  # NaN where a positive's logit is infinite, though it may be 0
         share = tl.where(positive, tl.load(sigmoids + 3 * TERMS + k), tl.load(sigmoids + 2 * TERMS + k))
-        add_to_sum(sums + k, tl.where(negative | positive, softplus * share, 0.0))
+        share = tl.where(negative | positive, share, 0.0)
+        add_to_sum(sums + k, times_nonzero(share, softplus))
         if GRADIENT:
-            slope *= tl.where(positive, -share, share) * tl.load(sigmoids + 4 * TERMS + k)
-            slope = tl.where(negative | positive, slope, 0.0)
+            slope = times_nonzero(tl.where(positive, -share, share) * tl.load(sigmoids + 4 * TERMS + k), slope)
             add_to_sum(sums + TERMS + k, slope * similarity)
             add_to_sum(sums + 2 * TERMS + k, slope)
             g += slope * tl.load(sigmoids + k)
