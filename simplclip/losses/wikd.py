@@ -117,24 +117,24 @@ class WIKDLoss(SimilarityLoss):
         return losses if output_dict else tuple(losses.values())
 
     def _similarity(self, image, text, logit_scale, terms, weights, logit_bias, ids, teacher) -> dict[str, Tensor]:
-        apart = [name for name in terms if name in ("interactive", "feature")]
-        swept = tuple(name for name in terms if name not in apart)
+        unswept = [name for name in terms if name in ("interactive", "feature")]
+        swept = tuple(name for name in terms if name not in unswept)
         values: dict[str, Any] = {}
         if swept:
             of_swept = None if weights is None else {name: weights[name] for name in swept}
             of_terms = teacher if "relational" in swept else None
             shared = (logit_scale, swept, of_swept, logit_bias, ids, of_terms)
             values = super()._similarity(image, text, *shared)
-        if apart:
+        if unswept:
             pairs = self._in_teachers_width(image, text, teacher)
-        if "interactive" in apart:
+        if "interactive" in unswept:
             values["interactive"] = self._interactive(*pairs, logit_scale, teacher, ids)
-        if "feature" in apart:
+        if "feature" in unswept:
             with no_autocast(image.device):
                 values["feature"] = 0.5 * sum(ops.feature_loss(wide(features), t) for features, t in zip(pairs, teacher))
         if weights is not None:
-            values["loss"] = values.get("loss", 0) + sum(weights[name] * values[name] for name in apart)
-            values |= {name: values[name].detach() for name in apart}
+            values["loss"] = values.get("loss", 0) + sum(weights[name] * values[name] for name in unswept)
+            values |= {name: values[name].detach() for name in unswept}
         return values
 
     def _interactive(self, image: Tensor, text: Tensor, scale: Any, teacher: tuple, ids: Tensor | None) -> Tensor:

@@ -168,7 +168,7 @@ def _parse(spec: str) -> dict[str, str]:
     by_op = {}
     for part in filter(None, spec.split(",")):
         op, _, name = part.rpartition("=")
-        ops = {public_name(known) for known in TABLE}
+        ops = {public_name(op) for op in TABLE}
         if op and op not in ops:
             raise ValueError(f"backend: expected an op among {', '.join(sorted(ops))}, got {op!r}")
         if name not in NAMES:

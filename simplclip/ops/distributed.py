@@ -66,9 +66,9 @@ def _sum(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
     world = dist.get_world_size(group)
     # A reduce-scatter takes less memory than the exchange below, but gloo can sum few dtypes.
     if dist.get_backend(group) == "nccl" and not torch.compiler.is_compiling():
-        own = gathered.new_empty(gathered.shape[0] // world, *gathered.shape[1:])
-        dist.reduce_scatter_tensor(own, gathered.contiguous(), group=group)
-        return own
+        shard = gathered.new_empty(gathered.shape[0] // world, *gathered.shape[1:])
+        dist.reduce_scatter_tensor(shard, gathered.contiguous(), group=group)
+        return shard
     return _all_to_all(gathered.unflatten(0, (world, -1)), group).sum(0)
 
 
@@ -105,17 +105,17 @@ class SameShapes:
 
     def __init__(self) -> None:
         self.shape: list[int] | None = None
-        self.own: Tensor | None = None
+        self.shape_tensor: Tensor | None = None
 
     def check(self, image: Tensor, text: Tensor, group: dist.ProcessGroup) -> None:
         if torch.compiler.is_compiling() or not image.dim() == text.dim() == 2:
             return
         shape = [*image.shape, *text.shape]
-        new = shape != self.shape or self.own.device != image.device
+        new = shape != self.shape or self.shape_tensor.device != image.device
         if new:
-            self.shape, self.own = shape, torch.tensor(shape, device=image.device)
-        all_values = self.own.new_empty(dist.get_world_size(group) * len(shape))
-        dist.all_gather_into_tensor(all_values, self.own, group=group)
+            self.shape, self.shape_tensor = shape, torch.tensor(shape, device=image.device)
+        all_values = self.shape_tensor.new_empty(dist.get_world_size(group) * len(shape))
+        dist.all_gather_into_tensor(all_values, self.shape_tensor, group=group)
         if new or image.device.type == "cpu":
             shapes = all_values.unflatten(0, (-1, len(shape))).tolist()
             if any(other != shape for other in shapes):
