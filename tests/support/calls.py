@@ -89,6 +89,14 @@ def similarity_call(n: int, m: int, offset: int = 0, **options) -> Call:
     return Call("similarity_loss", tensors, fixed | options)
 
 
+def loss_inputs(n=24, width=16, teacher_width=None, dtype=torch.float64):
+    """Returns the student's features, scale and bias as leaves, and the teacher's features and scale, for a loss module."""
+    tensors = similarity_call(n, n, terms=("relational",), teacher_width=teacher_width, scale=14.0, width=width).typed(dtype)
+    teacher = [tensors.pop(name) for name in TEACHER]
+    student = [*tensors.values(), torch.tensor(-3.0, dtype=tensors["logit_scale"].dtype)]
+    return [t.requires_grad_() for t in student], teacher
+
+
 def attention_inputs(b=2, length=5, h=3, k=4, dtype=torch.float64, seed=0):
     draw = drawing(seed)
     return *(draw(b, length, h, k).to(dtype) for _ in range(3)), *(draw(h) for _ in range(3))
