@@ -18,22 +18,6 @@ def focal(logits, positives):
     return (1 - torch.exp(-cross_entropy)) ** 2 * cross_entropy
 
 
-def hard_negatives(logits, positives, beta=0.3):
-    """The loss of Robinson et al. 2021 with constant weights: negatives count by the softmax of beta times their logits."""
-    own = torch.arange(logits.shape[1], device=logits.device) == positives[:, None]
-    negatives = logits.masked_fill(own, -torch.inf)
-    weights = (beta * negatives).log_softmax(1).detach() + torch.log(torch.tensor(logits.shape[1] - 1.0, dtype=logits.dtype))
-    positive = logits.gather(1, positives[:, None])[:, 0]
-    return torch.logaddexp(positive, (negatives + weights).logsumexp(1)) - positive
-
-
-def rince(logits, positives, q=0.1, lam=0.3):
-    """The loss of Chuang et al. 2022."""
-    positive = logits.gather(1, positives[:, None])[:, 0]
-    lam = torch.tensor(lam, dtype=logits.dtype)
-    return ((q * (logits.logsumexp(1) + lam.log())).exp() - (q * positive).exp()) / q
-
-
 def distilled(logits, positives, teacher_logits):
     kl = F.kl_div(logits.log_softmax(1), teacher_logits.softmax(1), reduction="none").sum(1)
     return kl + F.cross_entropy(logits, positives, reduction="none")
@@ -48,9 +32,6 @@ class Tempered(nn.Module):
 
     def forward(self, logits, positives):
         return F.cross_entropy(self.temperature * logits, positives, reduction="none")
-
-
-FUNCTIONS = [focal, hard_negatives, rince, distilled]
 
 
 def batch(n=N, m=N, dtype=torch.float64, width=D, seed=0):
