@@ -1,7 +1,7 @@
 """Builds kernels for the emulator of emulator.h and loads them.
 
     kernels = emulator.build("wrappers")
-    kernels.softmax(x, out, rows, columns, threads, seed)  # C++ functions of tests/emulator/wrappers*.cpp
+    kernels.ldmatrix(memory, offsets, transposed, out, seed)  # a C++ function of tests/emulator/wrappers*.cpp
 
 A module is built once per content in the user's cache, from copies of the sources, so that a test can also build a kernel
 with some of its text replaced and show that tests notice the change.
