@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from calls import loss_inputs
-from rank_rowwise import focal
+from rowwise_calls import focal
 
 from simplclip.losses import ClipLoss, ClipPMLoss, CoCaLoss, MatryoshkaLoss, RowwiseLoss, SigLipLoss, WIKDLoss
 

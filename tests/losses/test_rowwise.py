@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from rank_rowwise import D, N, Tempered, batch, chunked, dense, distilled, focal, ours
+from rowwise_calls import D, N, Tempered, batch, chunked, dense, distilled, focal, ours
 from tolerance import assert_within
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

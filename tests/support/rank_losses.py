@@ -5,20 +5,19 @@ import os
 import sys
 import warnings
 from datetime import timedelta
+from functools import partial
 
 import plain
 import rank_fsdp
 import rank_gradient_cache
 import rank_learned
-import rank_matryoshka
-import rank_rowwise
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 
 from simplclip import losses, ops
-from simplclip.losses import ClipPMLoss, WIKDLoss
+from simplclip.losses import ClipPMLoss, MatryoshkaLoss, RowwiseLoss, WIKDLoss
 from simplclip.ops import distributed
 
 WORLD, N = int(os.environ["WORLD_SIZE"]), 10
@@ -37,10 +36,11 @@ def run(loss, inputs, rows, distil, **options):
     image, text = (inputs[name][rows].clone().requires_grad_() for name in ("image", "text"))
     scale = inputs["logit_scale"].clone().requires_grad_()
     teacher = [inputs["teacher_image"][rows], inputs["teacher_text"][rows], inputs["teacher_scale"]] if distil else []
+    teacher = dict(zip(("dist_image_features", "dist_text_features", "dist_logit_scale"), teacher))
     with warnings.catch_warnings():
         if isinstance(loss, losses.base.SimilarityLoss):  # open_clip 3.3 calls what torch 2.15 deprecates
             warnings.simplefilter("error")
-        terms = loss(image, text, scale, *teacher, output_dict=True, **options)
+        terms = loss(image, text, logit_scale=scale, **teacher, output_dict=True, **options)
         sum(terms.values()).backward()
     shared = {"scale": scale.grad, **{name: p.grad for name, p in loss.named_parameters()}}
     return {k: v.detach() for k, v in terms.items()}, {"image": image.grad, "text": text.grad}, shared
@@ -59,14 +59,21 @@ def close(ours, theirs, what):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{what} {n}: {m}")
 
 
+def distilled(logits, positives, teacher_logits):
+    """open_clip's loss with distillation, as a function of rows."""
+    probabilities = teacher_logits.softmax(1)
+    return F.cross_entropy(logits, positives, reduction="none") - (probabilities * logits.log_softmax(1)).sum(1)
+
+
 def equals_open_clip(rank):
     mine = slice(N * rank, N * rank + N)
-    kinds = (ClipLoss, losses.ClipLoss, False), (DistillClipLoss, WIKDLoss, True)
-    for (theirs, ours, distil), local_loss, gather_with_grad in itertools.product(kinds, (False, True), (False, True)):
+    kinds = (ClipLoss, losses.ClipLoss), (DistillClipLoss, WIKDLoss), (DistillClipLoss, partial(RowwiseLoss, distilled))
+    for (theirs, ours), local_loss, gather_with_grad in itertools.product(kinds, (False, True), (False, True)):
         mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
-        expected, got = (run(make(**mode), batch(), mine, distil) for make in (theirs, ours))
-        what = f"{theirs.__name__} local_loss={local_loss} gather_with_grad={gather_with_grad}"
-        close(got[0], expected[0], what)
+        expected, got = (run(make(**mode), batch(), mine, theirs is DistillClipLoss) for make in (theirs, ours))
+        what = f"{theirs.__name__} {ours} local_loss={local_loss} gather_with_grad={gather_with_grad}"
+        terms = {"rowwise_loss": sum(expected[0].values())} if "rowwise_loss" in got[0] else expected[0]
+        close(got[0], terms, what)
         close(got[1], expected[1], what)
         close(average(got[2]), average(expected[2]), what)
 
@@ -135,6 +142,13 @@ def equals_one_process(rank):
         times = WORLD if mode else 1
         close(got[1], {name: times * g[mine] for name, g in expected[1].items()}, what)
         close(average(got[2]), expected[2], what)
+    options = {**EVERYTHING, "plane": "hadamard", "embed_dim": 16, "divergence": "kl"}
+    make = lambda **mode: MatryoshkaLoss(WIKDLoss(**options, **mode), (7, 16), (0.5, 1.0))  # noqa: E731
+    expected = run(make(), batch(), slice(None), True, ids=ids)
+    got = run(make(**modes[2], rank=rank, world_size=WORLD), batch(), mine, True, ids=ids[mine])
+    close(average(got[0]), expected[0], "prefixes")
+    close(got[1], {name: WORLD * g[mine] for name, g in expected[1].items()}, "prefixes")
+    close(average(got[2]), expected[2], "prefixes")
     interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1}
     for form in ("infonce", "kl"):  # the keys are constants, so that the last mode is like the one before
         options = {**interactive, "interactive": form, "local_loss": True, "rank": rank, "world_size": WORLD}
@@ -224,8 +238,6 @@ if __name__ == "__main__":
         "exchanges": [collectives, unequal, grad_cache],
         "learned parameters": [rank_learned.main],
         "gradient caching": [rank_gradient_cache.main],
-        "rows": [rank_rowwise.ranks_equal_open_clip],
-        "prefixes": [rank_matryoshka.main],
         "transformers": [transformers],
         "fully_shard": [lambda rank: rank_fsdp.main("aot_eager")],
         "fully_shard by inductor": [lambda rank: rank_fsdp.main("inductor")],

@@ -1,10 +1,6 @@
-"""Losses of rows, their dense form, and what each rank of tests/ops/test_distributed.py runs."""
-
-import itertools
-import warnings
+"""Losses of rows for RowwiseLoss, and their dense form."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -68,34 +64,3 @@ def chunked(*args, **options):
     loss = RowwiseLoss(*args, **options)
     loss.scratch_bytes = 1
     return loss
-
-
-def ranks_equal_open_clip(rank):
-    """Compares values and gradients in each mode with fn over the logits that open_clip's ClipLoss makes in that mode."""
-    from open_clip.loss import ClipLoss
-
-    n, world = 6, dist.get_world_size()
-    own = slice(n * rank, n * rank + n)
-    for fn, local_loss, gather_with_grad in itertools.product((Tempered().double(), distilled), (False, True), (False, True)):
-        mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": world}
-        leaves, teacher = batch(world * n, world * n)
-        mine = [t.detach()[own].clone().requires_grad_() if t.dim() else t for t in leaves]
-        my_teacher = [t[own] if t.dim() else t for t in teacher] if fn is distilled else []
-        parameters = [fn.temperature] if isinstance(fn, nn.Module) else []
-        with warnings.catch_warnings():  # open_clip 3.3 calls what torch 2.15 deprecates
-            warnings.simplefilter("ignore")
-            theirs = ClipLoss(**mode)
-            logits = [z + mine[3] for z in theirs.get_logits(*mine[:3])]
-            teachers = theirs.get_logits(*my_teacher) if my_teacher else ((), ())
-            labels = theirs.get_ground_truth(logits[0].device, logits[0].shape[0])
-            halves = [fn(z, labels, *([] if len(t) == 0 else [t])).mean() for z, t in zip(logits, teachers)]
-            expected = [(halves[0] + halves[1]) / 2]
-            expected += torch.autograd.grad(expected[0], mine + parameters)
-        value = ours(chunked(fn, **mode), mine, my_teacher)
-        got = [value, *torch.autograd.grad(value, mine + parameters)]
-        for index, (a, b) in enumerate(zip(got, expected)):
-            a, b = a.detach().clone(), b.detach().clone()
-            if index > 2:  # each rank has a share of the gradients of scale, bias and parameters
-                dist.all_reduce(a)
-                dist.all_reduce(b)
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, w=(mode, index): f"{w}: {m}")
