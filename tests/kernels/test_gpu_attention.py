@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerance import assert_within
+from compare import assert_within
 
 import simplclip
 from simplclip.ops import backends, shaped_attention

@@ -8,10 +8,10 @@ import pytest
 import recorded
 import torch
 import torch.nn.functional as F
+from compare import assert_within
 from open_clip.loss import ClipLoss
 from timm.layers import BatchNormAct2d
 from timm.layers.evo_norm import EvoNorm2dB0
-from tolerance import assert_within
 from torch import nn
 
 from simplclip import gradient_cache
@@ -64,7 +64,7 @@ def step(run, encode, micro_batches, loss, parts, context=contextlib.nullcontext
 
 
 def assert_same(encode, micro_batches, loss, parts, dtype=torch.float64, **options):
-    """Compares values and gradients by the rule of tests/support/tolerance.py; its plain torch is one graph in this dtype.
+    """Compares values and gradients by the rule of tests/support/compare.py; its plain torch is one graph in this dtype.
 
     Returns the names of the parameters that have a gradient.
     """

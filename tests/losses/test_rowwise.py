@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import assert_within
 from rowwise_calls import D, N, Tempered, batch, chunked, dense, distilled, focal, ours
-from tolerance import assert_within
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from calls import Call, attention_call, block_inputs, feature_call, mlp_call
+from calls import Call, attention_call, block_call, feature_call, mlp_call
 from compare import function_of, outputs_of
 from devices import needs_cpu_kernels
 
@@ -59,7 +59,7 @@ def test_without_gradients_only_some_rows_of_the_hidden_layer_are_kept(op):
     tokens, width, hidden = 7700, 128, 2048
     call = mlp_call(tokens, width, hidden, width)
     if op == "simplified_block":
-        call = Call(op, block_inputs(100, 77, width, 2, hidden, projections=False))
+        call = block_call(100, 77, width, 2, hidden, projections=False)
     tensors = call.typed(torch.float32)
     peak = cpu_peak_bytes(lambda: outputs_of(function_of(call), call, tensors))
     assert peak < 0.8 * 4 * tokens * hidden  # scratch of 24 MiB, and five times x
@@ -68,7 +68,8 @@ def test_without_gradients_only_some_rows_of_the_hidden_layer_are_kept(op):
 @needs_cpu_kernels
 def test_a_block_keeps_its_input_queries_keys_and_hidden_layer_or_its_input_alone():
     b, length, c, f = 8, 77, 128, 512
-    tensors = {name: t.float().requires_grad_() for name, t in block_inputs(b, length, c, 2, f, projections=False).items()}
+    call = block_call(b, length, c, 2, f, projections=False)
+    tensors = {name: t.requires_grad_() for name, t in call.typed(torch.float32).items()}
     parameters = {t.untyped_storage().data_ptr() for t in tensors.values() if t.dim() < 3}
     tokens, lse = 4 * b * length * c, 4 * b * 2 * length
     for recompute, expected in ((False, 7 * tokens + lse), (True, tokens + lse)):
@@ -92,7 +93,8 @@ def test_frozen_tensors_of_a_block_cost_no_products(monkeypatch):
         monkeypatch.setattr(owner, name, lambda *a, original=original, **k: calls.append(1) or original(*a, **k))
     counts = {}
     for trained in ("x", "qk_weight", "fc1_weight", "fc2_bias", "all"):
-        tensors = {name: t.requires_grad_(trained in (name, "all")) for name, t in block_inputs(projections=False).items()}
+        tensors = block_call(projections=False).tensors
+        tensors = {name: t.requires_grad_(trained in (name, "all")) for name, t in tensors.items()}
         out = simplified_block(**tensors)
         calls.clear()
         out.sum().backward()

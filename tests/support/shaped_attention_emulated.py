@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from tolerance import assert_within
+from compare import assert_within
 from torch.overrides import TorchFunctionMode
 
 from simplclip.ops.attention import reference as attention_reference
