@@ -1,8 +1,5 @@
 """The emulator of tests/emulator: its instructions against the tables of the PTX ISA, and the errors that it must detect."""
 
-import shutil
-import subprocess
-
 import emulator
 import numpy as np
 import pytest
@@ -210,30 +207,3 @@ def test_sanitizers_pass_what_is_right_and_catch_what_is_wrong():
     for kind, message in CAUGHT.items():
         assert message in told[kind]
         assert "wrappers.cpp" in told[kind]
-
-
-@pytest.mark.slow
-def test_every_wrapper_compiles_for_every_architecture(tmp_path):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc was not found")
-    gate = pytest.importorskip("gates.gate", reason="cuobjdump comes with triton")
-    kinds = [f"mma_kernel<{T}>(const uint32_t*, const uint32_t*, float*)" for T in ("bf16", "f16", "float")]
-    for T in ("bf16", "f16"):
-        kinds.append(f"convert_kernel<{T}>(const float*, int, uint32_t*, float*, uint32_t*, float*)")
-    instances = [f"template __global__ void {kind};" for kind in kinds]
-    source, built = tmp_path / "wrappers.cu", tmp_path / "wrappers.fatbin"
-    source.write_text('#include "wrappers.cuh"\nnamespace simplclip::gpu {\n' + "\n".join(instances) + "\n}\n")
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in gate.LIMITS]
-    command = [nvcc, "-std=c++20", "-fatbin", f"-I{emulator.CUDA}", f"-I{emulator.HERE}", *targets, "-o", built, source]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
-    for architecture in gate.LIMITS:
-        dump = [gate.BIN / "cuobjdump", "-sass", "-arch", f"sm_{architecture}", built]
-        codes = set(gate.OPCODE.findall(subprocess.run(dump, capture_output=True, text=True, check=True).stdout))
-        for code in (
-            "HMMA.16816.F32.BF16", "HMMA.16816.F32", "HMMA.1688.F32.TF32", "LDSM.16.M88.4", "LDSM.16.MT88.4",
-            "LDGSTS.E.BYPASS.128", "MUFU.EX2",
-        ):  # fmt: skip
-            assert code in codes, f"sm_{architecture}: no {code}"

@@ -169,19 +169,6 @@ def test_on_a_gpu(name):
     run(name, "cuda")
 
 
-@pytest.mark.parametrize(
-    ("triton", "numpy", "reason"),
-    [
-        ("3.6.0", "2.4.0", "Triton 3.6's interpreter needs numpy < 2.4"),
-        ("3.6.0", "2.3.5", None),
-        ("3.7.1", "2.4.6", None),
-        ("", "2.4.0", "the package triton is not installed"),
-    ],
-)
-def test_the_interpreter_of_triton_3_6_needs_an_older_numpy(triton, numpy, reason):
-    assert interpreter.why_not(triton, numpy) == reason
-
-
 @needs_triton
 def test_every_tile_has_one_program():
     from simplclip.kernels.launch import splits

@@ -59,6 +59,13 @@ def close(ours, theirs, what):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{what} {n}: {m}")
 
 
+def equal_one_process(got, expected, rows, what, *, times=1, local=False):
+    """Compares a rank's results with those of the whole batch. times: of the features' gradients; local: terms are means."""
+    close(average(got[0]) if local else got[0], expected[0], what)
+    close(got[1], {name: times * gradient[rows] for name, gradient in expected[1].items()}, what)
+    close(average(got[2]), expected[2], what)
+
+
 def distilled(logits, positives, teacher_logits):
     """open_clip's loss with distillation, as a function of rows."""
     probabilities = teacher_logits.softmax(1)
@@ -95,9 +102,7 @@ def sigmoid_equals_one_process(rank):
         expected = run(losses.SigLipLoss(**options), batch(), slice(None), False, ids=ids)
         loss = losses.SigLipLoss(rank=rank, world_size=WORLD, **options)
         got = run(loss, batch(), mine, False, ids=ids[mine])
-        close(average(got[0]), expected[0], str(options))
-        close(got[1], {name: WORLD * g[mine] for name, g in expected[1].items()}, str(options))
-        close(average(got[2]), expected[2], str(options))
+        equal_one_process(got, expected, mine, str(options), times=WORLD, local=True)
     image, text = (batch()[name][mine].requires_grad_() for name in ("image", "text"))
     weights = {"sigmoid": 1.0, "pair_matching": 0.5}
     total, terms = loss.terms(image, text, batch()["logit_scale"], weights=weights, ids=ids[mine])
@@ -137,18 +142,12 @@ def equals_one_process(rank):
         options = {**EVERYTHING, "interactive": interactive, "divergence": divergence}
         expected = run(WIKDLoss(**options), batch(), slice(None), True, ids=ids)
         got = run(WIKDLoss(**options, **mode, rank=rank, world_size=WORLD), batch(), mine, True, ids=ids[mine])
-        what = f"{options} {mode}"
-        close(average(got[0]) if "local_loss" in mode else got[0], expected[0], what)
-        times = WORLD if mode else 1
-        close(got[1], {name: times * g[mine] for name, g in expected[1].items()}, what)
-        close(average(got[2]), expected[2], what)
+        equal_one_process(got, expected, mine, f"{options} {mode}", times=WORLD if mode else 1, local="local_loss" in mode)
     options = {**EVERYTHING, "plane": "hadamard", "embed_dim": 16, "divergence": "kl"}
     make = lambda **mode: MatryoshkaLoss(WIKDLoss(**options, **mode), (7, 16), (0.5, 1.0))  # noqa: E731
     expected = run(make(), batch(), slice(None), True, ids=ids)
     got = run(make(**modes[2], rank=rank, world_size=WORLD), batch(), mine, True, ids=ids[mine])
-    close(average(got[0]), expected[0], "prefixes")
-    close(got[1], {name: WORLD * g[mine] for name, g in expected[1].items()}, "prefixes")
-    close(average(got[2]), expected[2], "prefixes")
+    equal_one_process(got, expected, mine, "prefixes", times=WORLD, local=True)
     interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1}
     for form in ("infonce", "kl"):  # the keys are constants, so that the last mode is like the one before
         options = {**interactive, "interactive": form, "local_loss": True, "rank": rank, "world_size": WORLD}
