@@ -165,12 +165,6 @@ def test_calls_are_checked(kernels):
         emulator.build("wrappers", replace={"sync_block();": ""})
 
 
-def test_fibers_without_assembly():
-    kernels = emulator.build("wrappers", replace={"#if !defined(__x86_64__)": "#if 1"})
-    test_cp_async_is_seen_after_its_wait_and_not_before(kernels)
-    test_errors_say_who_waits_where(kernels, "two barriers", "")
-
-
 CAUGHT = {
     "shared overrun": "heap-buffer-overflow",
     "global overrun": "heap-buffer-overflow",
