@@ -122,33 +122,20 @@ def test_autocast_in_the_callers_context():
 
 
 def test_backward_runs_without_autocast():
-    """A backward pass has a float32 product, which autocast would cast; gradients are those outside of autocast."""
-    torch.manual_seed(0)
-    tower, other = nn.Linear(12, 16), nn.Linear(12, 16)
+    """Autocast would cast a float32 product of a backward pass. Watches both passes: of the loss, and of the encoder."""
+    model, states = Dropping(), []
 
-    class Product(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, weight):
-            ctx.save_for_backward(x, weight)
-            with torch.autocast("cpu", enabled=False):
-                return x @ weight.T
+    def watched(*outputs):
+        for t in outputs if torch.is_grad_enabled() else ():
+            t.register_hook(lambda gradient: states.append(torch.is_autocast_enabled("cpu")))
+        return outputs
 
-        @staticmethod
-        def backward(ctx, gradient):
-            x, weight = ctx.saved_tensors
-            return gradient @ weight, gradient.T @ x
-
-    batches = [(torch.randn(m, 12), torch.randn(m, 12)) for m in SIZES]
-    encode = lambda b: tuple(Product.apply(t, m.weight) for t, m in zip(b, (tower, other)))  # noqa: E731
-    weight = nn.Parameter(torch.randn(16, 16))
-    loss = lambda x, y: Product.apply(x, weight).mul(y).sum().square()  # noqa: E731
-    results = []
-    for context in (contextlib.nullcontext, bf16):
-        tower.zero_grad()
-        with context():
-            gradient_cache.backward(encode, batches, loss)
-        results.append(tower.weight.grad)
-    torch.testing.assert_close(*results)
+    with bf16():
+        gradient_cache.backward(
+            lambda b: watched(*model(*b)), pairs(dtype=torch.float32), lambda *o: ClipPMLoss(pm_weight=0)(*watched(*o))
+        )
+    assert len(states) == 3 * (len(SIZES) + 1)
+    assert not any(states)
 
 
 class Dropping(nn.Module):
