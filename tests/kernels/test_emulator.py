@@ -196,8 +196,8 @@ def test_sanitizers_pass_what_is_right_and_catch_what_is_wrong():
     )
     assert done.returncode == 0, done.stderr
     assert "waits in another" in done.stdout
-    told = dict(text.split(":", 1) for text in done.stderr.split("FAULT ")[1:])
-    assert told.keys() == CAUGHT.keys()
+    reports = dict(text.split(":", 1) for text in done.stderr.split("FAULT ")[1:])
+    assert reports.keys() == CAUGHT.keys()
     for kind, message in CAUGHT.items():
-        assert message in told[kind]
-        assert "wrappers.cpp" in told[kind]
+        assert message in reports[kind]
+        assert "wrappers.cpp" in reports[kind]

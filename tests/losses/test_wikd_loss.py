@@ -81,12 +81,12 @@ def test_a_row_of_zeros_in_float16(interactive, dtype, autocast, teacher_width):
     with torch.no_grad():
         student[0][3] = 0
     wide = [t.detach().float().requires_grad_() for t in student]
-    wanted = expected(*wide, *(t.float() for t in teacher), output_dict=True)
+    in_float32 = expected(*wide, *(t.float() for t in teacher), output_dict=True)
     with torch.autocast("cpu", torch.float16, enabled=autocast):
         named = loss(*student, *teacher, output_dict=True)
-    torch.testing.assert_close(named, wanted, rtol=1e-2, atol=2e-3)
+    torch.testing.assert_close(named, in_float32, rtol=1e-2, atol=2e-3)
     sum(named.values()).backward()
-    sum(wanted.values()).backward()
+    sum(in_float32.values()).backward()
     most = torch.finfo(dtype).max
     for ours, theirs in zip((*student, *loss.parameters()), (*wide, *expected.parameters())):
         assert ours.grad.isfinite().all()

@@ -69,13 +69,13 @@ def gradients(*modules):
 
 def main(rank):
     image, text, teacher, ids = inputs()
-    mine = slice(N * rank, N * rank + N)
+    shard = slice(N * rank, N * rank + N)
     whole = losses(teacher, ids)
     mode = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": WORLD}
-    for name, (loss, part) in losses([t[mine] for t in teacher], ids[mine], **mode).items():
+    for name, (loss, part) in losses([t[shard] for t in teacher], ids[shard], **mode).items():
         alone, (whole_loss, of_whole) = Model("image", "text"), whole[name]
         sum(of_whole(**alone(image, text)).values()).backward()
-        check_forms(image[mine], text[mine], loss, part, gradients(alone, whole_loss), SIZES[rank], name)
+        check_forms(image[shard], text[shard], loss, part, gradients(alone, whole_loss), SIZES[rank], name)
 
 
 def check_forms(image, text, loss, part, expected, sizes, what):

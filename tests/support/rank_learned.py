@@ -53,9 +53,9 @@ def train(loss, image, text, teacher):
 
 def main(rank):
     world = dist.get_world_size()
-    mine = slice(N * rank, N * rank + N)
+    shard = slice(N * rank, N * rank + N)
     image, text, teacher = batch(world)
-    own = image[mine], text[mine], [t[mine] for t in teacher]
+    rank_batch = image[shard], text[shard], [t[shard] for t in teacher]
     for name in make(1, 0):
         torch.manual_seed(rank)  # each rank draws its own projections
         loss, reductions = make(world, rank)[name]
@@ -63,10 +63,10 @@ def main(rank):
         torch.manual_seed(0)
         expected = train(make(1, 0)[name][0].double(), image, text, teacher)
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
-            alone = train(copy.deepcopy(loss), *own)
-        forms = {"alone": alone, "in DDP": train(DistributedDataParallel(copy.deepcopy(loss)), *own)}
+            alone = train(copy.deepcopy(loss), *rank_batch)
+        forms = {"alone": alone, "in DDP": train(DistributedDataParallel(copy.deepcopy(loss)), *rank_batch)}
         if name == "ClipPMLoss":
-            forms["compiled"] = train(torch.compile(loss, backend="aot_eager"), *own)
+            forms["compiled"] = train(torch.compile(loss, backend="aot_eager"), *rank_batch)
         for form, values in forms.items():
             all_values = [torch.empty_like(values) for _ in range(world)]
             dist.all_gather(all_values, values)

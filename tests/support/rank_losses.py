@@ -73,11 +73,11 @@ def distilled(logits, positives, teacher_logits):
 
 
 def equals_open_clip(rank):
-    mine = slice(N * rank, N * rank + N)
+    shard = slice(N * rank, N * rank + N)
     kinds = (ClipLoss, losses.ClipLoss), (DistillClipLoss, WIKDLoss), (DistillClipLoss, partial(RowwiseLoss, distilled))
     for (theirs, ours), local_loss, gather_with_grad in itertools.product(kinds, (False, True), (False, True)):
         mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
-        expected, got = (run(make(**mode), batch(), mine, theirs is DistillClipLoss) for make in (theirs, ours))
+        expected, got = (run(make(**mode), batch(), shard, theirs is DistillClipLoss) for make in (theirs, ours))
         what = f"{theirs.__name__} {ours} local_loss={local_loss} gather_with_grad={gather_with_grad}"
         terms = {"rowwise_loss": sum(expected[0].values())} if "rowwise_loss" in got[0] else expected[0]
         close(got[0], terms, what)
@@ -86,83 +86,85 @@ def equals_open_clip(rank):
 
 
 def sigmoid_equals_open_clip(rank):
-    mine, bias = slice(N * rank, N * rank + N), torch.tensor(-3.0)
+    shard, bias = slice(N * rank, N * rank + N), torch.tensor(-3.0)
     for dist_impl in ("bidir", "shift", "reduce", "gather"):
         mode = {"rank": rank, "world_size": WORLD, "dist_impl": dist_impl}
-        expected, got = (run(make(**mode), batch(), mine, False, logit_bias=bias) for make in (SigLipLoss, losses.SigLipLoss))
+        expected, got = (
+            run(make(**mode), batch(), shard, False, logit_bias=bias) for make in (SigLipLoss, losses.SigLipLoss)
+        )
         for theirs, ours in zip(expected, got):
             close(ours, theirs, f"SigLipLoss {dist_impl}")
 
 
 def sigmoid_equals_one_process(rank):
     """Checks SigLipLoss with groups across ranks, and beside pair matching; also the sum of `terms`."""
-    mine, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N).clamp(min=5)
+    shard, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N).clamp(min=5)
     ids[15] = 7
     for options in ({}, {"pm_weight": 0.5}):
         expected = run(losses.SigLipLoss(**options), batch(), slice(None), False, ids=ids)
         loss = losses.SigLipLoss(rank=rank, world_size=WORLD, **options)
-        got = run(loss, batch(), mine, False, ids=ids[mine])
-        equal_one_process(got, expected, mine, str(options), times=WORLD, local=True)
-    image, text = (batch()[name][mine].requires_grad_() for name in ("image", "text"))
+        got = run(loss, batch(), shard, False, ids=ids[shard])
+        equal_one_process(got, expected, shard, str(options), times=WORLD, local=True)
+    image, text = (batch()[name][shard].requires_grad_() for name in ("image", "text"))
     weights = {"sigmoid": 1.0, "pair_matching": 0.5}
-    total, terms = loss.terms(image, text, batch()["logit_scale"], weights=weights, ids=ids[mine])
+    total, terms = loss.terms(image, text, batch()["logit_scale"], weights=weights, ids=ids[shard])
     close(dict(zip(got[1], torch.autograd.grad(total, (image, text)))), got[1], "terms")
     close(average({"sigmoid": terms["sigmoid"]}), {"sigmoid": expected[0]["contrastive_loss"]}, "terms")
 
 
 def ids_equal_one_process(rank):
     """Checks ClipLoss in each of open_clip's modes, with groups within a rank and across ranks."""
-    mine, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N) // 3
+    shard, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N) // 3
     ids[15] = 2
     for local_loss, gather_with_grad in itertools.product((False, True), (False, True)):
         what = f"local_loss={local_loss} gather_with_grad={gather_with_grad}"
         expected = run(losses.ClipLoss(), batch(), slice(None), False, ids=ids)
         mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
-        got = run(losses.ClipLoss(**mode), batch(), mine, False, ids=ids[mine])
+        got = run(losses.ClipLoss(**mode), batch(), shard, False, ids=ids[shard])
         close(average(got[0]) if local_loss else got[0], expected[0], what)
-        gradients = {name: (WORLD if gather_with_grad else 1) * g[mine] for name, g in expected[1].items()}
+        gradients = {name: (WORLD if gather_with_grad else 1) * g[shard] for name, g in expected[1].items()}
         if local_loss and not gather_with_grad:  # the other ranks' features are constants
             image, text, scale = (batch()[name] for name in ("image", "text", "logit_scale"))
-            own = [t[mine].clone().requires_grad_() for t in (image, text)]
+            leaves = [t[shard].clone().requires_grad_() for t in (image, text)]
             options = {"terms": ("contrastive",), "label_offset": N * rank, "symmetric": False}
-            options |= {"ids": ids[mine], "text_ids": ids}
-            both = zip(own, (text, image))
+            options |= {"ids": ids[shard], "text_ids": ids}
+            both = zip(leaves, (text, image))
             value = sum(plain.similarity_loss(x, y, scale, **options)["contrastive"] for x, y in both) / 2
-            gradients = dict(zip(gradients, torch.autograd.grad(value, own)))
+            gradients = dict(zip(gradients, torch.autograd.grad(value, leaves)))
         close(got[1], gradients, what)
         close(average(got[2]), expected[2], what)
 
 
 def equals_one_process(rank):
-    mine = slice(N * rank, N * rank + N)
+    shard = slice(N * rank, N * rank + N)
     ids = torch.arange(WORLD * N).clamp(min=5)  # groups within a rank and across: ranks have different numbers of negatives
     ids[15] = 7
     modes = [{}, {"gather_with_grad": True}, {"local_loss": True, "gather_with_grad": True}]
     for interactive, divergence, mode in itertools.product(("infonce", "kl"), ("kl", "cross_entropy"), modes):
         options = {**EVERYTHING, "interactive": interactive, "divergence": divergence}
         expected = run(WIKDLoss(**options), batch(), slice(None), True, ids=ids)
-        got = run(WIKDLoss(**options, **mode, rank=rank, world_size=WORLD), batch(), mine, True, ids=ids[mine])
-        equal_one_process(got, expected, mine, f"{options} {mode}", times=WORLD if mode else 1, local="local_loss" in mode)
+        got = run(WIKDLoss(**options, **mode, rank=rank, world_size=WORLD), batch(), shard, True, ids=ids[shard])
+        equal_one_process(got, expected, shard, f"{options} {mode}", times=WORLD if mode else 1, local="local_loss" in mode)
     interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1}
     for form in ("infonce", "kl"):  # the keys are constants, so that the last mode is like the one before
         options = {**interactive, "interactive": form, "local_loss": True, "rank": rank, "world_size": WORLD}
-        expected, got = (run(WIKDLoss(**options, **more), batch(), mine, True, ids=ids[mine]) for more in (modes[1], {}))
+        expected, got = (run(WIKDLoss(**options, **more), batch(), shard, True, ids=ids[shard]) for more in (modes[1], {}))
         for theirs, ours in zip(expected, got):
             close(ours, theirs, f"{form} {options}")
 
 
 def prefixes_equal_one_process(rank):
     """Checks MatryoshkaLoss over every term, with projections to a teacher of another width."""
-    mine, inputs = slice(N * rank, N * rank + N), batch()
+    shard, inputs = slice(N * rank, N * rank + N), batch()
     inputs |= {name: F.normalize(inputs[name][:, :12], dim=1) for name in ("teacher_image", "teacher_text")}
     options = {**EVERYTHING, "plane": "hadamard", "embed_dim": 16, "teacher_dim": 12}
     of_ranks = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": WORLD}
     results = []
-    for rows, seed, mode in ((slice(None), 0, {}), (mine, rank, of_ranks)):
+    for rows, seed, mode in ((slice(None), 0, {}), (shard, rank, of_ranks)):
         torch.manual_seed(seed)  # the first rank's projections become those of all ranks
         loss = MatryoshkaLoss(WIKDLoss(**options, **mode), (7, 16), (0.5, 1.0))
         results.append(run(loss, inputs, rows, True))
-    equal_one_process(results[1], results[0], mine, "prefixes", times=WORLD, local=True)
+    equal_one_process(results[1], results[0], shard, "prefixes", times=WORLD, local=True)
 
 
 def collectives(rank):
@@ -222,14 +224,14 @@ def grad_cache(rank):
     """Compares with GradCache's DistributedContrastiveLoss, in which other ranks' rows are constants."""
     g = torch.Generator().manual_seed(0)
     image, text = (torch.randn(WORLD * N, 8, generator=g, dtype=torch.float64) for _ in range(2))
-    mine = slice(N * rank, N * rank + N)
-    x, y = (t[mine].clone().requires_grad_() for t in (image, text))
-    whole = [torch.cat([t[: N * rank], own, t[N * rank + N :]]) for t, own in ((image, x), (text, y))]
+    shard = slice(N * rank, N * rank + N)
+    x, y = (t[shard].clone().requires_grad_() for t in (image, text))
+    whole = [torch.cat([t[: N * rank], leaf, t[N * rank + N :]]) for t, leaf in ((image, x), (text, y))]
     theirs = F.cross_entropy(whole[0] @ whole[1].T, torch.arange(WORLD * N))
     value = ops.similarity_loss(x, y, 1.0, symmetric=False, group=dist.group.WORLD)["contrastive"]
     torch.testing.assert_close(distributed.mean(value.detach(), dist.group.WORLD), theirs)
-    for ours, wanted in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(theirs, (x, y))):
-        torch.testing.assert_close(ours, WORLD * wanted)
+    for ours, expected in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(theirs, (x, y))):
+        torch.testing.assert_close(ours, WORLD * expected)
 
 
 def transformers(rank):
