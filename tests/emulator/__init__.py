@@ -1,7 +1,7 @@
 """Builds kernels for the emulator of emulator.h and loads them.
 
     kernels = emulator.build("wrappers")
-    kernels.softmax(x, out, rows, columns, threads, seed)  # C++ functions of tests/emulator/wrappers*.cpp
+    kernels.ldmatrix(memory, offsets, transposed, out, seed)  # a C++ function of tests/emulator/wrappers*.cpp
 
 A module is built once per content in the user's cache, from copies of the sources, so that a test can also build a kernel
 with some of its text replaced and show that tests notice the change.
@@ -13,6 +13,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,8 @@ DAYS_KEPT = 7
 
 def why_not() -> str | None:
     """Returns why nothing can be built here, or None."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"fibers are written for x86-64, and this is {platform.machine()}"
     for package in ("pybind11", "ninja"):
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed (pip install -e '.[dev]')"
@@ -62,13 +65,13 @@ def digest(*parts: object) -> str:
 def sources(name: str, replace: dict[str, str]) -> dict[str, str]:
     """Returns the sources of a module: path -> text. Each key of `replace` must occur in them exactly once."""
     kinds = {CUDA: ("**/*.cu*", "**/*.h"), HERE: ("*.cuh", "*.h", f"{name}*.cpp"), HERE / "host": ("*.cuh",)}
-    found = {str(path.relative_to(top)): path for top, globs in kinds.items() for kind in globs for path in top.glob(kind)}
-    texts = {file: path.read_text() for file, path in sorted(found.items())}
+    paths = {str(path.relative_to(top)): path for top, globs in kinds.items() for kind in globs for path in top.glob(kind)}
+    texts = {file: path.read_text() for file, path in sorted(paths.items())}
     for old, new in replace.items():
-        found = [file for file, text in texts.items() for _ in range(text.count(old))]
-        if len(found) != 1:
-            raise ValueError(f"expected {old!r} once in the sources of {name}, found it in {found}")
-        texts[found[0]] = texts[found[0]].replace(old, new)
+        files = [file for file, text in texts.items() for _ in range(text.count(old))]
+        if len(files) != 1:
+            raise ValueError(f"expected {old!r} once in the sources of {name}, found it in {files}")
+        texts[files[0]] = texts[files[0]].replace(old, new)
     return texts
 
 

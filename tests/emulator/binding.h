@@ -1,4 +1,4 @@
-// Lets Python call a kernel's launchers: EMULATED(softmax) adds the function `softmax` of a file to its Python module.
+// Lets Python call a kernel's launchers: EMULATED(ldmatrix) adds the function `ldmatrix` of a file to its Python module.
 // Parameters are pointers (Python passes a tensor, an array, a str, an address or None), integers, bool and floats; the
 // result is void or an integer. Only binding.cpp includes pybind11, which takes longer to compile than most kernels.
 #pragma once

@@ -56,7 +56,7 @@ struct Dim3 {
 // The work of ldmatrix in a launch. The eight rows of a matrix are read at once if they lie in different groups of four
 // banks; each further row in a group costs a replay.
 struct Report {
-  int64_t matrices = 0, replays = 0;
+  int64_t replays = 0;
 };
 
 // A copy by cp.async that is under way.
@@ -267,7 +267,6 @@ inline void check_shared(const char* operation, Site site, const void* address, 
 inline void count_replays(const void* const (&rows)[8]) {
   int in_group[8] = {}, most = 0;
   for (const void* row : rows) most = std::max(most, ++in_group[(static_cast<const char*>(row) - engine.shared) / 16 % 8]);
-  ++engine.report.matrices;
   engine.report.replays += most - 1;
 }
 

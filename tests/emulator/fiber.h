@@ -1,5 +1,5 @@
-// A stack and a place to go on at. switch_fiber leaves one fiber and goes on in another: own assembly on x86-64, where a
-// switch takes nanoseconds, ucontext elsewhere, a system call each. AddressSanitizer is told of every switch.
+// A stack and a place to go on at. switch_fiber leaves one fiber and goes on in another, in assembly of x86-64.
+// AddressSanitizer is told of every switch.
 #pragma once
 
 #include <sys/mman.h>
@@ -8,12 +8,6 @@
 #include <cstdlib>
 #include <new>
 
-#if !defined(__x86_64__)
-#define SIMPLCLIP_EMULATOR_UCONTEXT
-#endif
-#ifdef SIMPLCLIP_EMULATOR_UCONTEXT
-#include <ucontext.h>
-#endif
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -27,24 +21,18 @@ struct Fiber {
   char* stack = nullptr;  // its lowest address; nullptr before the first start, and in the fiber that is the caller's own
   const void* bottom = nullptr;
   size_t bytes = 0;
-#ifdef SIMPLCLIP_EMULATOR_UCONTEXT
-  ucontext_t context;
-#else
   void* stack_pointer = nullptr;
-#endif
 
   // Makes the next switch to this fiber run `body`, which must not return.
   void start(int number, void (*body)());
 };
 
-#ifndef SIMPLCLIP_EMULATOR_UCONTEXT
 // Pushes what a call preserves, changes stacks, pops it. A new fiber's stack is laid out so that this returns into its body.
 [[gnu::naked, gnu::noinline]] inline void exchange(void** /* rdi */, void* /* rsi */) {
   asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
       "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
 }
-#endif
 
 #ifdef __SANITIZE_ADDRESS__
 inline Fiber* left;  // the fiber that the current switch leaves
@@ -63,11 +51,7 @@ inline void switch_fiber(Fiber& from, Fiber& to) {
   left = &from;
   __sanitizer_start_switch_fiber(nullptr, to.bottom, to.bytes);
 #endif
-#ifdef SIMPLCLIP_EMULATOR_UCONTEXT
-  swapcontext(&from.context, &to.context);
-#else
   exchange(&from.stack_pointer, to.stack_pointer);
-#endif
 #ifdef __SANITIZE_ADDRESS__
   arrived();
 #endif
@@ -97,13 +81,6 @@ inline void Fiber::start(int number, void (*body)()) {
   // Tops at different places of a page: at the same, the fibers' frames would push each other out of the cache.
   bytes = STACK - static_cast<size_t>(number) % 32 * 128;
   bottom = stack;
-#ifdef SIMPLCLIP_EMULATOR_UCONTEXT
-  getcontext(&context);
-  context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = bytes;
-  context.uc_link = nullptr;
-  makecontext(&context, enter, 0);
-#else
   // From the top: a zero where enter's caller would be (at 8 modulo 16, as after a call), enter as exchange's return address,
   // six registers.
   auto top = reinterpret_cast<uintptr_t*>(stack + bytes) - 1;
@@ -111,7 +88,6 @@ inline void Fiber::start(int number, void (*body)()) {
   *--top = reinterpret_cast<uintptr_t>(&enter);
   for (int i = 0; i < 6; ++i) *--top = 0;
   stack_pointer = top;
-#endif
 }
 
 }  // namespace simplclip::emulator

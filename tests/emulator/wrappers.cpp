@@ -29,14 +29,6 @@ void convert(bool half, const float* in, int pairs, uint32_t* packed, float* bac
   launch({1}, 64, 0, 1, [=] { kernel(in, pairs, packed, back, tf32, power); });
 }
 
-void softmax(const float* in, float* out, unsigned rows, int columns, int threads, uint64_t seed) {
-  launch({rows}, threads, threads / 32 * 4, seed, [=] { softmax_kernel(in, out, columns); });
-}
-
-void product(const bf16* a, const bf16* b, float* c, int inner, int warps, uint64_t seed) {
-  launch({1}, 32 * warps, 512 + 256 * warps, seed, [=] { product_kernel(a, b, c, inner); });
-}
-
 // Kernels that do one thing wrong, in a block of 64 threads with 256 bytes of shared memory.
 void fault(const char* name, float* global /* [64] */, uint64_t seed) {
   const std::string_view kind = name;
@@ -75,8 +67,6 @@ EMULATED(mma);
 EMULATED(ldmatrix);
 EMULATED(cp_async);
 EMULATED(convert);
-EMULATED(softmax);
-EMULATED(product);
 EMULATED(fault);
 
 }  // namespace

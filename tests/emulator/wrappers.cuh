@@ -1,4 +1,4 @@
-// Small kernels that between them call every function of instructions.cuh.
+// Small kernels, each for one group of functions of instructions.cuh.
 #pragma once
 
 #include "instructions.cuh"
@@ -78,57 +78,6 @@ __global__ void convert_kernel(
       power[j] = fast_exp2(in[j]);
     }
   }
-}
-
-// softmax of rows: one row per block, a float of shared memory per warp.
-__global__ void softmax_kernel(const float* in /* [rows, columns] */, float* out, int columns) {
-  float* parts = reinterpret_cast<float*>(shared_memory());
-  in += static_cast<int64_t>(block_x()) * columns;
-  out += static_cast<int64_t>(block_x()) * columns;
-  float most = -INFINITY;
-  for (int i = thread(); i < columns; i += threads()) most = fmaxf(most, in[i]);
-  for (int mask = 16; mask; mask /= 2) most = fmaxf(most, shuffle_xor(most, mask));
-  if (lane() == 0) parts[warp()] = most;
-  sync_block();
-  most = parts[0];
-  for (int i = 1; i < threads() / 32; ++i) most = fmaxf(most, parts[i]);
-  sync_block();  // the maxima are read before sums overwrite them
-
-  float sum = 0;
-  for (int i = thread(); i < columns; i += threads()) sum += fast_exp2((in[i] - most) * 1.44269504f);
-  for (int mask = 16; mask; mask /= 2) sum += shuffle_xor(sum, mask);
-  if (lane() == 0) parts[warp()] = sum;
-  sync_block();
-  sum = 0;
-  for (int i = 0; i < threads() / 32; ++i) sum += parts[i];
-  for (int i = thread(); i < columns; i += threads()) out[i] = fast_exp2((in[i] - most) * 1.44269504f) / sum;
-}
-
-// c = a b, a tile of 16 x 8 per warp: a and b row-major, staged by cp.async in slices of 16 of the inner dimension.
-template <class T>
-__global__ void product_kernel(
-    const T* a /* [16, inner] */, const T* b /* [inner, 8 * warps] */, float* c /* [16, 8 * warps] */, int inner) {
-  const int columns = threads() / 32 * 8;
-  T* left = reinterpret_cast<T*>(shared_memory());  // [16, 16]
-  T* right = left + 256;                            // [16, columns]
-  float sums[4] = {};
-  for (int k = 0; k < inner; k += 16) {
-    if (thread() < 32) cp_async_16(left + thread() * 8, a + thread() / 2 * inner + k + thread() % 2 * 8, true);
-    for (int i = thread(); i < 2 * columns; i += threads()) {
-      const int row = i * 8 / columns, column = i * 8 % columns;
-      cp_async_16(right + row * columns + column, b + (k + row) * columns + column, true);
-    }
-    cp_async_commit();
-    cp_async_wait<0>();
-    sync_block();
-    uint32_t x[4], y[4];
-    ldmatrix_x4(x, left + lane() % 16 * 16 + lane() / 16 * 8);
-    ldmatrix_x4_trans(y, right + lane() % 16 * columns + warp() * 8);  // twice the same two matrices
-    mma16816<T>(sums, x, {y[0], y[1]});
-    sync_block();  // the slices are read before the next ones overwrite them
-  }
-  float* tile = c + warp() * 8 + lane() % 4 * 2;
-  for (int i = 0; i < 4; ++i) tile[(lane() / 4 + i / 2 * 8) * columns + i % 2] = sums[i];
 }
 
 }  // namespace simplclip::gpu

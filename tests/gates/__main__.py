@@ -34,11 +34,11 @@ def main() -> int:
     options = parser.parse_args()
     rows = []
     if extension.why_not() is None:
-        wanted = set(options.arch or LIMITS)
-        if missing := sorted(wanted - extension.built()):
+        architectures = set(options.arch or LIMITS)
+        if missing := sorted(architectures - extension.built()):
             print(f"CUDA extension: not built for {missing}; SIMPLCLIP_CUDA_ARCHS=all pip install -e . builds for all")
-        found = extension.compiled(sorted(wanted & extension.built()))
-        rows = extension.rows(found) + extension.launches(found)
+        compiled = extension.compiled(sorted(architectures & extension.built()))
+        rows = extension.rows(compiled) + extension.launches(compiled)
     else:
         print(f"CUDA extension: {extension.why_not()}")
     asked = zip(*itertools.product(options.arch or LIMITS, options.dtype or DTYPES))

@@ -46,11 +46,11 @@ def built() -> set[int]:
 
 def demangled(symbol: str) -> str:
     name, arguments = re.search(r"\d([a-z_]+_kernel)(.*)", symbol).groups()
-    found = re.match(r"I(?:NS\d_\d(\w+?)E)?((?:Li\d+E)*)E", arguments)
-    if not found:
+    match = re.match(r"I(?:NS\d_\d(\w+?)E)?((?:Li\d+E)*)E", arguments)
+    if not match:
         return name
-    sizes = re.findall(r"Li(\d+)", found[2])
-    return f"{name}<{', '.join([found[1], *sizes])}>"
+    sizes = re.findall(r"Li(\d+)", match[2])
+    return f"{name}<{', '.join([match[1], *sizes])}>"
 
 
 def dump(option: str, architecture: int) -> Iterable[str]:
@@ -63,7 +63,7 @@ def dump(option: str, architecture: int) -> Iterable[str]:
 
 def compiled(architectures: Iterable[int]) -> dict[int, list[Compiled]]:
     """Returns the kernels of each architecture."""
-    found = {}
+    kernels_of = {}
     for architecture in architectures:
         codes: dict[str, Counter[str]] = {}
         counter: Counter[str] = Counter()
@@ -74,11 +74,11 @@ def compiled(architectures: Iterable[int]) -> dict[int, list[Compiled]]:
             elif "Function : " in line:
                 counter = codes[line.split()[-1]] = Counter()
         usage = "".join(dump("-res-usage", architecture))
-        found[architecture] = [
+        kernels_of[architecture] = [
             Compiled(demangled(symbol), *map(int, numbers), codes[symbol])
             for symbol, *numbers in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
         ]
-    return found
+    return kernels_of
 
 
 def row(kernel: Compiled, architecture: int, dtype: str = "", tile: str = ".cu", shared: int = 0, warps: int = 0) -> Row:
@@ -91,9 +91,9 @@ def row(kernel: Compiled, architecture: int, dtype: str = "", tile: str = ".cu",
     ))  # fmt: skip
 
 
-def rows(found: dict[int, list[Compiled]]) -> list[Row]:
+def rows(kernels_of: dict[int, list[Compiled]]) -> list[Row]:
     """Returns a row for each kernel."""
-    return [row(kernel, architecture) for architecture, kernels in found.items() for kernel in kernels]
+    return [row(kernel, architecture) for architecture, kernels in kernels_of.items() for kernel in kernels]
 
 
 def padding(plan: dict, direction: str, tokens: int) -> float:
@@ -101,15 +101,15 @@ def padding(plan: dict, direction: str, tokens: int) -> float:
     return plan["products"] * 256 / (PRODUCTS[direction] * tokens**2)
 
 
-def launches(found: dict[int, list[Compiled]]) -> list[Row]:
+def launches(kernels_of: dict[int, list[Compiled]]) -> list[Row]:
     """Returns the planned launches, each with its kernel's registers."""
     results = []
-    for architecture, tokens, width, dtype, direction in itertools.product(found, TOKENS, WIDTHS, TYPES, PRODUCTS):
+    for architecture, tokens, width, dtype, direction in itertools.product(kernels_of, TOKENS, WIDTHS, TYPES, PRODUCTS):
         if backends.cuda_extension.shaped_attention_why_not(tokens, width, dtype == "tf32"):
             continue
         plan = backends.cuda_extension.shaped_attention_plan(tokens, width, dtype == "tf32", direction == "backward")
         start = f"shaped_attention_{plan['kernel']}_kernel<{dtype},"
-        kernel = next(kernel for kernel in found[architecture] if kernel.name.startswith(start))
+        kernel = next(kernel for kernel in kernels_of[architecture] if kernel.name.startswith(start))
         result = row(kernel, architecture, dtype, f"{tokens}x{width}", plan["shared"], plan["threads"] // 32)
         if result.blocks < plan["resident"] or not plan["resident"]:
             result.failures.append(f"{result.blocks} blocks per multiprocessor, planned {plan['resident']}")

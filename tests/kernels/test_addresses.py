@@ -32,9 +32,9 @@ def audited(*cases: str) -> dict[str, str]:
 @needs_interpreter
 def test_addresses_at_large_sizes():
     cases = [f"{name}:bfloat16:rtx-3090" for name in SUITE]
-    found = audited(*cases)
-    assert list(found) == cases
-    for case, text in found.items():
+    reports = audited(*cases)
+    assert list(reports) == cases
+    for case, text in reports.items():
         programs, addresses = map(int, re.findall(r"\d+", text)[:2])
         assert programs >= 6, case
         assert addresses > 1 << 15, case

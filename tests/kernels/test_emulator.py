@@ -1,8 +1,5 @@
 """The emulator of tests/emulator: its instructions against the tables of the PTX ISA, and the errors that it must detect."""
 
-import shutil
-import subprocess
-
 import emulator
 import numpy as np
 import pytest
@@ -117,52 +114,10 @@ def test_conversions(kernels, dtype):
         np.testing.assert_allclose(power, np.exp2(values.astype(np.float64)).astype(np.float32), rtol=3e-7)
 
 
-def softmax(kernels, x, seed, threads=128):
-    out = np.full_like(x, np.nan)
-    kernels.softmax(x, out, *x.shape, threads, seed)
-    return out
-
-
-def product(kernels, seed):
-    """Returns the error of a 16 x 32 product over a length of 48."""
-    random = np.random.default_rng(5)
-    a, b = random.standard_normal((16, 48)).astype(np.float32), random.standard_normal((48, 32)).astype(np.float32)
-    out = np.full((16, 32), np.nan, np.float32)
-    kernels.product(bits(a, torch.bfloat16), bits(b, torch.bfloat16), out, 48, 4, seed)
-    a, b = (torch.from_numpy(matrix).bfloat16().double().numpy() for matrix in (a, b))
-    return np.abs(out - a @ b).max()
-
-
-def test_softmax_of_1024_rows_under_every_schedule(kernels):
-    x = np.random.default_rng(6).standard_normal((1024, 200)).astype(np.float32)
-    first = softmax(kernels, x, 0)
-    np.testing.assert_allclose(first, torch.from_numpy(x).double().softmax(1).numpy(), rtol=2e-6)
-    for seed in SEEDS:
-        np.testing.assert_array_equal(softmax(kernels, x, seed), first)
-
-
-def test_product_under_every_schedule(kernels):
-    assert max(product(kernels, seed) for seed in SEEDS) < 1e-4
-
-
-@pytest.mark.slow
-def test_what_is_wrong_in_a_kernel_is_noticed(kernels):
-    """Faults: missing barriers, a wrong fragment. Wrong and right kernels run in one process."""
-    wrong = emulator.build(
-        "wrappers",
-        replace={
-            "  sync_block();  // the maxima are read before sums overwrite them\n": "",
-            "lane() % 16 * columns + warp() * 8": "lane() % 8 * columns + warp() * 8",
-            "  sync_block();  // the rows have been copied\n": "",
-        },
-    )
-    x = np.random.default_rng(7).standard_normal((16, 200)).astype(np.float32)
-    right = softmax(kernels, x, 0)
-    noticed = [seed for seed in SEEDS if not np.array_equal(softmax(wrong, x, seed), right)]
-    assert len(noticed) > len(SEEDS) // 2
-    assert not product(wrong, 1) < 0.1
-
-    memory, out = np.arange(512, dtype=np.uint16), np.zeros((20, 32, 4), np.uint32)
+def test_a_missing_barrier_is_noticed():
+    """Without it, lanes read rows that other lanes have not copied yet, under some schedules."""
+    wrong = emulator.build("wrappers", replace={"  sync_block();  // the rows have been copied\n": ""})
+    memory, out = np.arange(512, dtype=np.uint16), np.zeros((len(SEEDS), 32, 4), np.uint32)
     offsets = (np.arange(32, dtype=np.int32) * 16)[::-1].copy()
     for seed in SEEDS:
         wrong.ldmatrix(memory, offsets, False, out[seed], seed)
@@ -202,22 +157,12 @@ def test_every_block_finds_nan_in_shared_memory(kernels):
 
 
 def test_calls_are_checked(kernels):
-    with pytest.raises(TypeError, match="softmax: expected 6 arguments, got 2"):
-        kernels.softmax(1, 2)
+    with pytest.raises(TypeError, match="mma: expected 5 arguments, got 2"):
+        kernels.mma(1, 2)
     with pytest.raises(ValueError, match="expected no float, got 2.5"):
-        kernels.softmax(None, None, 2.5, 1, 32, 0)
-    with pytest.raises(ValueError, match="threads: expected 32, 64, ... or 1024"):
-        kernels.softmax(None, None, 1, 1, 48, 0)
+        kernels.mma(2.5, None, None, None, 0)
     with pytest.raises(ValueError, match="once in the sources"):
         emulator.build("wrappers", replace={"sync_block();": ""})
-
-
-def test_fibers_without_assembly():
-    kernels = emulator.build("wrappers", replace={"#if !defined(__x86_64__)": "#if 1"})
-    x = np.random.default_rng(8).standard_normal((8, 77)).astype(np.float32)
-    np.testing.assert_allclose(softmax(kernels, x, 3), torch.from_numpy(x).softmax(1).numpy(), rtol=1e-5)
-    with pytest.raises(RuntimeError, match="waits in another"):
-        kernels.fault("two barriers", np.zeros(64, np.float32), 1)
 
 
 CAUGHT = {
@@ -235,13 +180,6 @@ def test_sanitizers_pass_what_is_right_and_catch_what_is_wrong():
         import os, numpy as np, emulator
         kernels = emulator.build("wrappers", sanitize=True)
         memory = np.zeros(64, np.float32)
-        x, out = np.ones((4, 200), np.float32), np.zeros((4, 200), np.float32)
-        for seed in range(3):
-            kernels.softmax(x, out, 4, 200, 128, seed)
-        assert np.allclose(out, 1 / 200)
-        a, b, out = np.zeros((16, 48), np.uint16), np.zeros((48, 32), np.uint16), np.ones((16, 32), np.float32)
-        kernels.product(a, b, out, 48, 4, 1)
-        assert (out == 0).all()
         for kind in ("two barriers", "none"):
             try:
                 kernels.fault(kind, memory, 1)
@@ -258,36 +196,8 @@ def test_sanitizers_pass_what_is_right_and_catch_what_is_wrong():
     )
     assert done.returncode == 0, done.stderr
     assert "waits in another" in done.stdout
-    told = dict(text.split(":", 1) for text in done.stderr.split("FAULT ")[1:])
-    assert told.keys() == CAUGHT.keys()
+    reports = dict(text.split(":", 1) for text in done.stderr.split("FAULT ")[1:])
+    assert reports.keys() == CAUGHT.keys()
     for kind, message in CAUGHT.items():
-        assert message in told[kind]
-        assert "wrappers.cpp" in told[kind]
-
-
-@pytest.mark.slow
-def test_every_wrapper_compiles_for_every_architecture(tmp_path):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc was not found")
-    gate = pytest.importorskip("gates.gate", reason="cuobjdump comes with triton")
-    kinds = [f"mma_kernel<{T}>(const uint32_t*, const uint32_t*, float*)" for T in ("bf16", "f16", "float")]
-    for T in ("bf16", "f16"):
-        kinds.append(f"convert_kernel<{T}>(const float*, int, uint32_t*, float*, uint32_t*, float*)")
-        kinds.append(f"product_kernel<{T}>(const {T}*, const {T}*, float*, int)")
-    instances = [f"template __global__ void {kind};" for kind in kinds]
-    source, built = tmp_path / "wrappers.cu", tmp_path / "wrappers.fatbin"
-    source.write_text('#include "wrappers.cuh"\nnamespace simplclip::gpu {\n' + "\n".join(instances) + "\n}\n")
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in gate.LIMITS]
-    command = [nvcc, "-std=c++20", "-fatbin", f"-I{emulator.CUDA}", f"-I{emulator.HERE}", *targets, "-o", built, source]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
-    for architecture in gate.LIMITS:
-        dump = [gate.BIN / "cuobjdump", "-sass", "-arch", f"sm_{architecture}", built]
-        codes = set(gate.OPCODE.findall(subprocess.run(dump, capture_output=True, text=True, check=True).stdout))
-        for code in (
-            "HMMA.16816.F32.BF16", "HMMA.16816.F32", "HMMA.1688.F32.TF32", "LDSM.16.M88.4", "LDSM.16.MT88.4",
-            "LDGSTS.E.BYPASS.128", "MUFU.EX2", "SHFL.BFLY",
-        ):  # fmt: skip
-            assert code in codes, f"sm_{architecture}: no {code}"
+        assert message in reports[kind]
+        assert "wrappers.cpp" in reports[kind]

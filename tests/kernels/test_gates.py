@@ -58,7 +58,6 @@ def test_the_gates_compile_every_kernel_of_similarity():
     written = {name for path in sources for name in re.findall(r"^def (_similarity_\w+_kernel)", path.read_text(), re.M)}
     compiled = {kernel.name for kernel in kernels("bfloat16", 86, False)}
     assert written == {name for name in compiled if name.startswith("_similarity")}
-    assert len(written) == 6
 
 
 def test_a_spill_warns_once_when_a_kernel_starts():
@@ -76,12 +75,6 @@ def test_a_spill_warns_once_when_a_kernel_starts():
         assert all(re.match(pattern, str(warning.message)) for pattern, warning in zip(expected, caught))
 
 
-def test_every_kernel_is_started_so():
-    sources = [path.read_text() for path in Path(launching.__file__).parent.rglob("*.py")]
-    assert not [line for source in sources for line in re.findall(r"^.*_kernel\[.*$", source, re.MULTILINE)]
-    assert sum(len(re.findall(r"\blaunch\(", source)) for source in sources) >= 7
-
-
 @pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 def test_every_launch_of_shaped_attention_fits_every_architecture():
     plan = backends.cuda_extension.shaped_attention_plan
@@ -91,14 +84,7 @@ def test_every_launch_of_shaped_attention_fits_every_architecture():
             assert wide
             assert width > 64
             continue
-        found = plan(tokens, width, wide, backward)
-        assert 0 < found["shared"] <= least, (tokens, width, wide, backward, found)
-        assert found["resident"] > 0
-        assert found["threads"] // 32 * 16 >= tokens
-
-
-@pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
-def test_padded_work_of_the_text_tower():
-    for backward, direction in enumerate(extension.PRODUCTS):
-        plan = backends.cuda_extension.shaped_attention_plan(77, 64, False, backward)
-        assert 1 <= extension.padding(plan, direction, 77) <= 1.12
+        planned = plan(tokens, width, wide, backward)
+        assert 0 < planned["shared"] <= least, (tokens, width, wide, backward, planned)
+        assert planned["resident"] > 0
+        assert planned["threads"] // 32 * 16 >= tokens

@@ -1,8 +1,12 @@
 """shaped_attention as users call it, on a CUDA device: the CUDA C++ kernels and the kernels around SDPA against float64."""
 
+import itertools
+
 import pytest
 import torch
-from tolerance import assert_within
+from calls import attention_call, of_lengths
+from compare import Case, assert_within, run
+from devices import DTYPES
 
 import simplclip
 from simplclip.ops import backends, shaped_attention
@@ -13,7 +17,6 @@ pytestmark = [
 ]
 TOKENS = (1, 15, 17, 50, 64, 77, 80, 81, 197, 257, 288)
 WIDTHS = (16, 32, 64, 80, 96, 128)
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
 
 
 @pytest.fixture(autouse=True)
@@ -24,47 +27,27 @@ def products_in_tf32():
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-def leaves(batch, tokens, heads, width):
-    g = torch.Generator().manual_seed(tokens * 1000 + width)
-    qk = torch.randn(batch, tokens, 2 * heads * width, generator=g)
-    x, grad = (torch.randn(batch, tokens, heads * width, generator=g) for _ in range(2))
-    return {"qk": qk, "x": x, "gains": 0.7 + torch.rand(3, heads, generator=g)}, grad
-
-
-def run(backend, given, grad, dtype, heads, **options):
-    """Returns values and gradients; q and k are views of one product and v is a view of x, as in a block."""
-    moved = {name: t.to("cuda", torch.float64 if dtype == torch.float64 else dtype) for name, t in given.items()}
-    moved["gains"] = given["gains"].to("cuda", torch.float64 if dtype == torch.float64 else torch.float32)
-    moved = {name: t.requires_grad_() for name, t in moved.items()}
-    q, k = moved["qk"].unflatten(-1, (2, heads, -1)).unbind(2)
-    with simplclip.backend(backend):
-        out = shaped_attention(q, k, moved["x"].unflatten(-1, (heads, -1)), *moved["gains"], **options)
-    out.backward(grad.to("cuda", dtype).view_as(out))
-    return {"out": out.detach().cpu()} | {f"d {name}": t.grad.cpu() for name, t in moved.items()}
-
-
-@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_values_and_gradients(tokens, kind):
-    dtype = DTYPES[kind]
-    for width in WIDTHS:
-        given, grad = leaves(5, tokens, 3, width)
-        given = {name: t if name == "gains" else t.to(dtype).float() for name, t in given.items()}
-        grad = grad.to(dtype).float()
-        for causal in (False, True):
-            for lengths in (None, torch.tensor([0, tokens, 1, tokens // 2, max(tokens - 1, 0)], device="cuda")):
-                options = {"causal": causal, "lengths": lengths}
-                served = not backends.cuda_extension.shaped_attention_why_not(tokens, width, kind == "tf32")
-                kernel, again = (run("cuda" if served else "sdpa", given, grad, dtype, 3, **options) for _ in range(2))
-                for name, value in kernel.items() if served else ():
-                    assert torch.equal(value, again[name]), f"{name}: a second run gave other values"
-                truth = run("reference", given, grad, torch.float64, 3, **options)
-                plain = run("reference", given, grad, dtype, 3, **options)
-                what = f"{tokens} tokens, width {width}, causal {causal}, lengths {lengths}"
-                # Sums over all tokens may nearly cancel: their error is relative to a sum of terms with random signs.
-                gains = [{"d gains": result.pop("d gains")} for result in (kernel, plain, truth)]
-                assert_within(kernel, plain, truth, "tf32" if kind == "tf32" else dtype, what, least=0.01)
-                assert_within(*gains, "tf32" if kind == "tf32" else dtype, what, least=(tokens * width) ** 0.5)
+def test_values_and_gradients(tokens, dtype):
+    """q, k and v have rows with gaps, as the views in a block; plain torch is the reference in this dtype on the device."""
+    precision = "tf32" if dtype == torch.float32 else dtype
+    every_length = (None, [0, tokens, 1, tokens // 2, tokens - 1])
+    for width, causal, lengths in itertools.product(WIDTHS, (False, True), every_length):
+        call = of_lengths(attention_call(5, tokens, 3, width, causal=causal), lengths)
+        served = not backends.cuda_extension.shaped_attention_why_not(tokens, width, precision == "tf32")
+        apart = dict.fromkeys(("q", "k", "v", "grad out"), "rows_apart")
+        case = Case(call, dtype, "cuda" if served else "sdpa", call.needed(), device="cuda", layouts=apart)
+        results = case.run()
+        for name, value in case.run().items() if served else ():
+            assert torch.equal(value, results[name]), f"{name}: a second run gave other values"
+        with simplclip.backend("reference"):
+            plain = run(shaped_attention, call, case.tensors, case.need, case.incoming)
+        # Sums over all tokens may nearly cancel: their error is relative to a sum of terms with random signs.
+        of_gains = (tokens * width) ** 0.5
+        least = lambda name, most=of_gains: most if name in ("d_alpha", "d_beta", "d_gamma") else 0.01  # noqa: E731
+        what = f"{tokens} tokens, width {width}, {call.options}, lengths {lengths}"
+        assert_within(results, plain, case.by_definition(torch.Tensor.double), precision, what, least)
 
 
 def test_rows_that_are_not_aligned():
@@ -79,19 +62,6 @@ def test_rows_that_are_not_aligned():
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
 
 
-def test_another_stream():
-    q, k, v = (torch.randn(64, 77, 8, 64, device="cuda", dtype=torch.float16) for _ in range(3))
-    gains = torch.ones(3, 8, device="cuda")
-    with simplclip.backend("cuda"):
-        expected = shaped_attention(q, k, v, *gains)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            found = shaped_attention(q, k, v, *gains)
-        torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(found, expected)
-
-
 def test_registration():
     for dtype in (torch.bfloat16, torch.float16):
         q, k, v = (torch.randn(2, 19, 3, 32, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
@@ -100,10 +70,3 @@ def test_registration():
             torch.ops.simplclip.shaped_attention_fwd, (q, k, v, gains, None, 0.2, True, "cuda"),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )  # fmt: skip
-
-
-def test_what_is_not_served_is_said():
-    q = torch.randn(1, 500, 2, 48, device="cuda", dtype=torch.bfloat16)
-    gains = torch.ones(3, 2, device="cuda")
-    with simplclip.backend("cuda"), pytest.raises(RuntimeError, match="serves 1 to 80 tokens; got 500 tokens, width 48"):
-        shaped_attention(q, q, q, *gains)

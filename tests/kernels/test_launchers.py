@@ -22,13 +22,13 @@ def test_chunks_between_the_second_and_the_last_change_no_peak(name, dtype, monk
     from simplclip.kernels.similarity import plan
 
     call = similarity_call(name, 900, 1000, scratch_bytes=1 << 15)
-    some = predicted(call, dtype, CUDA).usage
+    few = predicted(call, dtype, CUDA).usage
     monkeypatch.setattr(plan, "starts", lambda size, step: range(0, size, step))
     whole = predicted(call, dtype, CUDA).usage
-    assert some.peak == whole.peak
-    assert any(kind == WORKSPACE for kind, _ in some.events)
+    assert few.peak == whole.peak
+    assert any(kind == WORKSPACE for kind, _ in few.events)
     if name == "every term":  # others add in place, without an event
-        assert len(some.events) < len(whole.events)
+        assert len(few.events) < len(whole.events)
 
 
 @needs_triton

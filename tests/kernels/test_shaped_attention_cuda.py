@@ -67,9 +67,9 @@ def test_lengths_out_of_range_count_as_none_and_all(kernels):
     inside, outside = Case("bf16", 33, 32, lengths=(0, 33), batch=2), Case("bf16", 33, 32, lengths=(-5, 70), batch=2)
     given = inputs(inside)
     expected = emulate(kernels, inside, given, 1)
-    found = emulate(kernels, outside, given | {"lengths": torch.tensor(outside.lengths, dtype=torch.int32)}, 1)
+    results = emulate(kernels, outside, given | {"lengths": torch.tensor(outside.lengths, dtype=torch.int32)}, 1)
     for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(results[name], value), name
 
 
 def test_the_difference_of_softmax_and_mean_is_rounded_not_they(kernels):
@@ -78,11 +78,11 @@ def test_the_difference_of_softmax_and_mean_is_rounded_not_they(kernels):
     given = inputs(case)
     given["q"].mul_(1e-3)
     given["gains"].copy_(torch.tensor([[0.0], [1.0], [1.0]]))
-    truth, found = by_reference(case, given, torch.float64), emulate(kernels, case, given, 1)
+    truth, results = by_reference(case, given, torch.float64), emulate(kernels, case, given, 1)
     for name in ("out", "dv"):
         largest = truth[name].abs().max()
         assert largest < 0.01
-        assert (found[name] - truth[name]).abs().max() < 0.01 * largest, name
+        assert (results[name] - truth[name]).abs().max() < 0.01 * largest, name
 
 
 @pytest.mark.slow

@@ -45,11 +45,11 @@ def test_bytes_of_large_batches(n, most):
 
     rows, columns = block_sides(n, n, (128 << 20) // 2)
     down, across = -(-n // rows), -(-n // columns)
-    found = traced(shapes(n))
+    steps = traced(shapes(n))
     features = 2 * n * 512 * (down + across)  # read by the kernel of each block
-    moved = (span for step in found if step.kind == "torch" for span in (*step.read, *step.written, *step.operands[1:]))
+    moved = (span for step in steps if step.kind == "torch" for span in (*step.read, *step.written, *step.operands[1:]))
     assert sum(size for _, size in moved) + features < most
-    assert names(found, "triton")["similarity_gradient"] == down * across
+    assert names(steps, "triton")["similarity_gradient"] == down * across
 
 
 @pytest.mark.parametrize(("n", "m", "elements"), [(1, 1, 1), (300, 7, 0), (65536, 65536, 1 << 25), (5000, 131072, 1 << 26)])
@@ -98,7 +98,7 @@ def test_the_range_of_float16_costs_one_launch(name):
 def test_launches_of_a_step_and_no_copy_from_the_host(name):
     """Without copies from the host, a CUDA graph can capture each loss."""
     options, launches, kernels = CALLS[name]
-    found = traced(shapes(1024), **options)
-    assert not names(found, "host")
-    assert names(found, "triton").total() <= launches, names(found, "triton")
-    assert names(found, "torch").total() <= kernels, names(found, "torch")
+    steps = traced(shapes(1024), **options)
+    assert not names(steps, "host")
+    assert names(steps, "triton").total() <= launches, names(steps, "triton")
+    assert names(steps, "torch").total() <= kernels, names(steps, "torch")

@@ -15,7 +15,6 @@ from calls import TERMS, Call, attention_call, mlp_call, of_lengths, similarity_
 from compare import check, check_padding
 from devices import DTYPES
 from interpreter import needs_interpreter, needs_triton
-from layouts import rows_apart
 from small_calls import check_registration
 
 from simplclip.ops.attention import with_library_attention
@@ -57,7 +56,7 @@ def mlp() -> Iterator[tuple[Call, torch.dtype, dict]]:
 
 def around_sdpa() -> Iterator[tuple[Call, torch.dtype, dict]]:
     """Yields several blocks of tokens, the last one partial; q, k and v contiguous, and with gaps between rows."""
-    apart = {"lay_out": lambda name, t: rows_apart(t) if t.dim() == 4 else t}
+    apart = {"layouts": dict.fromkeys(("q", "k", "v", "grad out"), "rows_apart")}
     for (tokens, width), causal in itertools.product(((81, 64), (197, 48), (257, 64)), (False, True)):
         call = of_lengths(attention_call(3, tokens, 2, width, causal=causal), [tokens // 2, 0, tokens])
         yield call, torch.float32, {**apart, "twice": tokens == 81}
@@ -168,19 +167,6 @@ def test_more_random_calls_interpreted(name):
 @pytest.mark.parametrize("name", [*PROVED, *CALLS, *OTHERS])
 def test_on_a_gpu(name):
     run(name, "cuda")
-
-
-@pytest.mark.parametrize(
-    ("triton", "numpy", "reason"),
-    [
-        ("3.6.0", "2.4.0", "Triton 3.6's interpreter needs numpy < 2.4"),
-        ("3.6.0", "2.3.5", None),
-        ("3.7.1", "2.4.6", None),
-        ("", "2.4.0", "the package triton is not installed"),
-    ],
-)
-def test_the_interpreter_of_triton_3_6_needs_an_older_numpy(triton, numpy, reason):
-    assert interpreter.why_not(triton, numpy) == reason
 
 
 @needs_triton

@@ -2,6 +2,7 @@
 
 import copy
 
+import plain
 import pytest
 import torch
 from torch import nn
@@ -20,44 +21,36 @@ def test_attention_module_starts_as_the_identity():
     torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))  # orthogonal projections
 
 
-@pytest.fixture
-def mixing():
-    """Returns a block that mixes tokens, and its input."""
+@pytest.mark.parametrize("drop_path", [0.0, 1e-12])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "norm": "rmsnorm", "act": "silu", "value": True, "output": True},
+        {"recompute": True, "act": "relu"},
+    ],
+)
+def test_a_block_is_the_definition_of_its_parameters(options, drop_path):
+    """With lengths. A block with drop_path runs norm, attention and MLP apart."""
     torch.manual_seed(0)
-    block = SimplifiedBlock(12, 3)
-    nn.init.normal_(block.qk.weight)
-    return block, torch.randn(2, 6, 12)
-
-
-def test_causal_block_does_not_see_the_future(mixing):
-    block, x = mixing
-    changed = torch.cat([x[:, :4], torch.randn(2, 2, 12)], 1)
-    for block.causal in (True, False):
-        assert torch.allclose(block(x)[:, :4], block(changed)[:, :4]) == block.causal
-
-
-def test_lengths_keep_padding_out_of_the_block(mixing):
-    block, x = mixing
-    out = block(x, torch.tensor([4, 6]))
-    torch.testing.assert_close(out[:1, :4], block(x[:1, :4]))
-    torch.testing.assert_close(out[1:], block(x[1:]))
-    assert block(x, torch.tensor([0, 6])).isfinite().all()
-
-
-@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quickgelu", "relu", "silu"])
-def test_every_norm_and_activation_trains(norm, act):
-    block = SimplifiedBlock(8, 2, 2.0, norm=norm, act=act, value=True, output=True)
-    block(torch.randn(3, 4, 8)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+    block = SimplifiedBlock(12, 3, 2.0, drop_path=drop_path, **options).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    x, lengths = torch.randn(2, 6, 12, dtype=torch.float64), torch.tensor([4, 6])
+    weights = {f"{name}_weight": getattr(block, name).weight for name in ("qk", "fc1", "fc2", "norm")}
+    weights |= {f"{name}_bias": getattr(getattr(block, name), "bias", None) for name in ("fc1", "fc2", "norm")}
+    weights |= {f"{name}_weight": getattr(block, name).weight for name in ("value", "output") if options.get(name)}
+    weights |= {name: getattr(block, name) for name in ("alpha", "beta", "gamma", "attention_gain", "mlp_gain")}
+    modes = {name: value for name, value in options.items() if name in ("causal", "norm", "act")}
+    torch.testing.assert_close(block(x, lengths), plain.simplified_block(x, **weights, **modes, lengths=lengths))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype, mixing):
+def test_autocast(dtype):
     if dtype == torch.float16 and not torch.amp.is_autocast_available("cpu"):
         pytest.skip("no float16 autocast on this CPU")
-    block, x = mixing
-    block.qk.weight.data *= 0.2
+    block, x = SimplifiedBlock(12, 3), torch.randn(2, 6, 12)
+    nn.init.normal_(block.qk.weight, std=0.2)
     with torch.autocast("cpu", dtype):
         low = block(x)
     assert low.dtype == dtype

@@ -72,6 +72,6 @@ def test_a_recipe_equals_the_definition(definition, difficulty, page, monkeypatc
         value = loss(*leaves)
         expected = (definition(logits, leaves[2]).mean() + definition(logits.T, leaves[2]).mean()) / 2
     torch.testing.assert_close(value, expected)
-    for got, wanted in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves)):
-        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-10)
+    for got, exact in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-10)
     assert torch.equal(page["ids"], PAIRS)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from calls import Call, block_inputs
+from calls import Call, block_call
 from devices import needs_cpu_kernels
 from interpreter import needs_triton
 from memory_calls import attention_call, forward_and_backward, mlp_call, predicted
@@ -26,7 +26,7 @@ def attention(*shape, causal=False, **options):
 
 
 def block(length, **options):
-    return Call("simplified_block", block_inputs(8, length, 128, 2, 512, projections=False), options)
+    return block_call(8, length, 128, 2, 512, projections=False, **options)
 
 
 # name -> the call, the most kernels that forward and backward start, and some of these kernels.

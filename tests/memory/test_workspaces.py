@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from calls import MLP, Call, block_inputs
+from calls import MLP, block_call
 from devices import DTYPES, needs_cpu_kernels
 from memory_calls import SIMILARITY, attention_call, forward_and_backward, mlp_call, similarity_call
 from torch.utils._pytree import tree_leaves
@@ -88,7 +88,7 @@ def test_similarity_on_cpu(name, dtype):
 def test_other_ops_on_cpu(dtype):
     less = 8 if dtype == torch.float16 else 1  # torch's float16 products are slow
     calls = [(attention_call(3, 70, 4, 32, lengths=(70, 3, 0)), ())]
-    calls.append((Call("simplified_block", block_inputs(8, 77, 128, 2, 512, projections=False)), ()))
+    calls.append((block_call(8, 77, 128, 2, 512, projections=False), ()))
     for t, c, f in (30, 40 // less, 96), (3000, 64 // less, 1100), (2500, 192 // less, 2048):
         calls += [(mlp_call(t, c, f), ()), (mlp_call(t, c, f), MLP)]
         calls.append((mlp_call(t, c, f, bias=False, act="relu"), ("fc2_weight",)))

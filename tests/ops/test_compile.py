@@ -36,7 +36,7 @@ def check(name, form, sizes, **options):
     """Checks that a second size of a dynamic call, and a second call of a static one, reuse the first one's graph."""
     dtype, autocast = FORMS[form]
     torch.manual_seed(0)
-    tensors, function = SMALL[name] if name in SMALL else module_call(name, dtype)[:2]
+    tensors, function = SMALL[name] if name in SMALL else module_call(name, dtype)
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, **options)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -6,7 +6,7 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from calls import ATTENTION, MLP, attention_inputs, block_inputs, mlp_inputs
+from calls import attention_call, block_call, mlp_call
 from devices import needs_cpu_kernels
 
 from simplclip import ops
@@ -19,9 +19,7 @@ PLANE = {"terms": ("pair_matching",), "plane": (1.0, 0.0)}
 CALLS = {
     "similarity_loss": {"image": GOOD, "text": GOOD, "logit_scale": 10.0},
     "feature_loss": {"student": GOOD, "teacher": GOOD},
-    "shaped_attention": dict(zip(ATTENTION, attention_inputs(dtype=torch.float32))),
-    "parallel_mlp": {name: t.float() for name, t in zip(MLP, mlp_inputs())},
-    "simplified_block": {name: t.float() for name, t in block_inputs().items()},
+    **{call.op: call.typed(torch.float32) for call in (attention_call(), mlp_call(), block_call())},
 }
 # (op, kind of error) -> changes of the op's call, and the messages.
 BAD = {

@@ -34,10 +34,10 @@ def test_the_same_bits_each_time(name):
             results.append(run(function_of(call), call, tensors, call.needed(), lambda name, t: torch.ones_like(t)))
     finally:
         torch.set_num_threads(threads)
-    for found in zip(*(result.values() for result in results)):
-        assert all(torch.equal(first, again) for first, again in zip(found[::2], found[1::2]))
+    for first, *others in zip(*(result.values() for result in results)):
+        assert all(torch.equal(value, again) for value, again in zip((first, *others[1::2]), others[::2]))
         if name.startswith(("attention", "feature")):
-            assert all(torch.equal(found[0], other) for other in found)
+            assert all(torch.equal(first, other) for other in others)
 
 
 OF_TOKENS = [name for name in SMALL if name.startswith(("shaped_attention", "simplified_block"))]
@@ -46,13 +46,9 @@ EVERY += [*itertools.product(SMALL, ["reference"]), *itertools.product(OF_TOKENS
 
 
 @pytest.mark.parametrize(("name", "backend"), EVERY)
-def test_registration(name, backend):
-    check_registration(name, backend)
-
-
-@pytest.mark.parametrize(("name", "backend"), EVERY)
-def test_backward_twice(name, backend):
+def test_registration_and_a_second_backward(name, backend):
     """Backward writes over saved tensors only once: a retained graph keeps them."""
+    check_registration(name, backend)
     make, function = SMALL[name]
     tensors = make(4, torch.float32)
     leaves = [t for t in tensors if t.requires_grad]
@@ -70,11 +66,11 @@ def test_autocast_casts_the_features_and_returns_float32(name):
     wide = [t.detach().float().requires_grad_(t.requires_grad) for t in tensors]
     expected = function(*tensors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = function(*wide)
+        result = function(*wide)
         assert function(*(t.double() for t in wide)).dtype == torch.float64
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    found.backward()
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-7)
+    result.backward()
     expected.backward()
     for ours, theirs in zip(wide, tensors):
         if theirs.grad is not None:

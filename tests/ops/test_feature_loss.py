@@ -2,40 +2,33 @@
 
 import pytest
 import torch
-from calls import Call
+from calls import feature_call
 from compare import check, function_of, run
 from devices import DTYPES
 
 import simplclip
-from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import feature_loss
 
 CASES = ["cpu", "reference"]  # any backend but the reference means the op, in chunks; the reference is its definition
-
-
-def features(n, d):
-    g = torch.Generator().manual_seed(0)
-    teacher = 3 * torch.randn(n, d, generator=g, dtype=torch.float64)
-    return {"student": teacher + torch.randn(n, d, generator=g, dtype=torch.float64), "teacher": teacher}
 
 
 @pytest.mark.parametrize("backend", CASES)
 @pytest.mark.parametrize(("n", "d"), [(2, 7), (40, 48), (33, 513)])
 def test_zero_rows(n, d, backend):
     """A row of zeros, and a row shorter than eps, are divided by eps, a constant."""
-    tensors = features(n, d)
-    tensors["student"][0] = 0
-    tensors["teacher"][n // 2] = 0
-    check(Call("feature_loss", tensors), torch.float32, backend)
-    tensors["student"][0] = tensors["teacher"][0] * 1e-14
-    check(Call("feature_loss", tensors), torch.float32, backend)
+    call = feature_call(n, d)
+    call.tensors["student"][0] = 0
+    call.tensors["teacher"][n // 2] = 0
+    check(call, torch.float32, backend)
+    call.tensors["student"][0] = call.tensors["teacher"][0] * 1e-14
+    check(call, torch.float32, backend)
 
 
 @pytest.mark.parametrize("backend", CASES)
 @pytest.mark.parametrize("which", ["student", "teacher"])
 @pytest.mark.parametrize("mode", [{}, {"normalize": False}, {"distance": "smooth_l1"}])
 def test_nan_reaches_the_gradient_of_its_row_alone(mode, which, backend):
-    call = Call("feature_loss", features(18, 37), mode)
+    call = feature_call(18, 37, **mode)
     call.tensors[which][9, 36] = torch.nan
     with simplclip.backend(backend):
         out = run(function_of(call), call, call.typed(torch.float32), ["student"], lambda name, t: torch.ones_like(t))
@@ -65,34 +58,3 @@ def test_half_precision_is_read_and_rounded_exactly():
         loss.backward(torch.tensor(scale * len(student) / 2))
         expected = (torch.tensor(scale) * numbers.float()).half()
         torch.testing.assert_close(student.grad.flatten(), expected, rtol=0, atol=0, equal_nan=True)
-
-
-def test_the_squared_distance_of_unit_vectors():
-    """For unit vectors of any width the value is 2 - 2 cos."""
-    for d in (4, 400):
-        student, teacher = 3 * torch.eye(2, d, dtype=torch.float64), torch.ones(2, d, dtype=torch.float64)
-        expected = torch.tensor(2 - 2 / d**0.5, dtype=torch.float64)
-        torch.testing.assert_close(feature_loss(student, teacher), expected)
-        smooth = feature_loss(student, teacher, distance="smooth_l1", beta=2.0)
-        torch.testing.assert_close(smooth, expected / 4)
-
-
-@pytest.mark.parametrize("n", [1, 300, 10_000])
-def test_chunks_have_the_values_of_the_whole(n):
-    for mode in {}, {"normalize": False}, {"distance": "smooth_l1", "beta": 0.1}:
-        check(Call("feature_loss", features(n, 64), mode), torch.float64, "cpu")
-
-
-def test_memory():
-    """Beside the gradient, two norms a row are kept, and some rows are in float32."""
-    n, d = 40_000, 256
-    student, teacher = torch.randn(n, d).bfloat16().requires_grad_(), torch.randn(n, d).half()
-
-    def step():
-        student.grad = None
-        loss = feature_loss(student, teacher)
-        assert loss.grad_fn.saved_tensors[2].shape == (n, 2)
-        loss.backward()
-
-    step()
-    assert cpu_peak_bytes(step) < 2 * n * d + 8 * n + (8 << 20)

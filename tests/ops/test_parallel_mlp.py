@@ -1,31 +1,12 @@
-"""parallel_mlp against two calls of F.linear with an activation between them."""
+"""parallel_mlp's activations at NaN and far from zero."""
 
 import plain
 import pytest
 import torch
-from calls import mlp_inputs as inputs
 from devices import BACKENDS, needs_cpu_kernels
 
 import simplclip
-from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import parallel_mlp
-
-
-@needs_cpu_kernels
-def test_memory():
-    """One hidden layer is kept, and written over in backward. Without gradients only some of its rows are kept."""
-    t, c, f = 6000, 64, 2048
-    tensors = [x.float() for x in inputs(t, c, f, c)]
-    hidden, results = 4 * t * f, 4 * (2 * t * c + 2 * c * f + f + c)
-    grad = torch.ones(t, c)
-    leaves = [x.requires_grad_() for x in tensors]
-    parallel_mlp(*leaves).backward(grad)
-    for leaf in leaves:
-        leaf.grad = None
-    peak = cpu_peak_bytes(lambda: parallel_mlp(*leaves).backward(grad))
-    assert hidden <= peak <= hidden + results + (8 << 20) + 4096
-    with torch.no_grad():
-        assert cpu_peak_bytes(lambda: parallel_mlp(*leaves)) < hidden
 
 
 @pytest.mark.instruction_set

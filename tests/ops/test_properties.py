@@ -38,30 +38,23 @@ def test_random_calls_around_sdpa():
     expect_none(random_calls.failures(block, backend="sdpa"), block)
 
 
-def test_a_number_makes_the_same_call_again():
-    first, second = random_calls.make(12), random_calls.make(12)
-    assert str(first) == str(second)
-    assert all(torch.equal(t, second.call.tensors[name]) for name, t in first.call.tensors.items())
-
-
 def test_draws_cover_the_ops():
     """Draws include every op, dtype, backend, layout and option of similarity_loss; subsets of gradients, also none."""
     cases = [random_calls.make(seed) for seed in range(1000)]
     assert {case.call.op for case in cases} == set(random_calls.PLAIN)
     assert {case.dtype for case in cases} == set(random_calls.FLOATS)
     assert {case.backend for case in cases} == {"", "reference", *(["cpu"] if backends.extension else [])}
-    assert {kind for case in cases for kind in case.layouts.values()} == set(layouts.ALL)
+    assert {kind for case in cases for kind in case.layouts.values()} == set(layouts.SAME | layouts.OTHER)
     assert any(not case.need for case in cases)
     assert any(0 < len(case.need) < len(case.call.needed()) for case in cases)
-    seen = collections.defaultdict(set)
-    for case in cases:
-        for name, value in case.call.options.items():
-            seen[name].add(value if isinstance(value, (str, bool, tuple)) else type(value))
-    assert seen["divergence"] == {"kl", "cross_entropy"}
-    assert {"weights", "scratch_bytes", "logit_scale", "teacher_scale"} <= seen.keys()
-    assert seen["symmetric"] == seen["causal"] == seen["recompute"] == seen["normalize"] == {True, False}
-    subsets = itertools.chain(*(itertools.combinations(random_calls.TERMS, k) for k in range(1, 5)))
-    assert {frozenset(terms) for terms in seen["terms"]} == set(map(frozenset, subsets))
+    options = collections.defaultdict(set)
+    for name, value in itertools.chain(*(case.call.options.items() for case in cases)):
+        options[name].add(frozenset(value) if name == "terms" else str(value))
+    assert len(options["terms"]) == 15
+    assert options["divergence"] == {"kl", "cross_entropy"}
+    assert {"weights", "scratch_bytes", "logit_scale", "teacher_scale"} <= options.keys()
+    for name in ("symmetric", "causal", "recompute", "normalize"):
+        assert options[name] == {"True", "False"}
 
 
 @pytest.mark.slow
@@ -70,10 +63,10 @@ def test_a_wrong_result_fails(monkeypatch):
     honest = compare.run
 
     def wrong(function, call, *rest):
-        found = honest(function, call, *rest)
+        results = honest(function, call, *rest)
         if function is compare.function_of(call):
-            found = {name: t * 1.1 if name.startswith("d_") else t for name, t in found.items()}
-        return found
+            results = {name: t * 1.1 if name.startswith("d_") else t for name, t in results.items()}
+        return results
 
     monkeypatch.setattr(compare, "run", wrong)
     failed = random_calls.failures(range(100))

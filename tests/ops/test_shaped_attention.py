@@ -8,12 +8,10 @@ import plain
 import pytest
 import torch
 import torch_attention
-from calls import Call, attention_call, block_inputs
-from calls import attention_inputs as inputs
+from calls import attention_call, block_call, of_lengths
 from compare import check, check_padding
-from devices import BACKENDS, DTYPES, needs_cpu_kernels
+from devices import BACKENDS, DTYPES
 
-from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import backends, shaped_attention
 from simplclip.ops.attention import sdpa
 
@@ -22,7 +20,7 @@ from simplclip.ops.attention import sdpa
 @pytest.mark.parametrize("lengths", [None, [5, 2], [0, 1]])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_values_are_those_of_the_definition(causal, lengths, scale):
-    args = inputs()
+    args = attention_call().tensors.values()
     lengths = None if lengths is None else torch.tensor(lengths)
     options = {"scale": scale, "causal": causal, "lengths": lengths}
     expected = plain.attention_by_loops(*args, **options)
@@ -32,26 +30,12 @@ def test_values_are_those_of_the_definition(causal, lengths, scale):
 
 
 def test_zero_queries_and_equal_gains_give_the_identity():
-    q, k, v, *_ = inputs()
+    q, k, v, *_ = attention_call().tensors.values()
     for dtype, causal in itertools.product((torch.float64, *DTYPES), (False, True)):
         one = torch.ones(3)
         out = shaped_attention(torch.zeros_like(q, dtype=dtype), k.to(dtype), v.to(dtype), one, one, one, causal=causal)
         # The weights beta A − gamma C cancel before they are rounded, so that v itself remains, in half dtypes too.
         torch.testing.assert_close(out, v.to(dtype), rtol=1e-6, atol=1e-6)
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize(("length", "k"), [(77, 64), (300, 20)])
-def test_memory_is_inputs_results_and_the_log_sum_exps(length, k):
-    tensors = [t.float().requires_grad_() for t in inputs(4, length, 2, k)]
-    grad = torch.ones(4, length, 2, k)
-    shaped_attention(*tensors).backward(grad)
-    for t in tensors:
-        t.grad = None
-    peak = cpu_peak_bytes(lambda: shaped_attention(*tensors).backward(grad))
-    results = 4 * grad.nbytes  # out and three gradients; torch does not see a thread's scratch
-    assert peak <= results + 4 * 4 * 2 * length + 4096  # the log-sum-exps
-    assert peak >= results
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"])
@@ -94,31 +78,17 @@ def test_around_an_attention_of_others(around, dtype, causal):
     ):
         if around == "xformers" and lengths:
             continue
-        call = attention_call(*shape, causal=causal)
-        if lengths:
-            call.tensors["lengths"] = torch.tensor(lengths)
+        call = of_lengths(attention_call(*shape, causal=causal), lengths)
         halves = dtype != torch.float32  # beta's gradient comes from rounded A v, and may cancel
         check(call, dtype, around, roundings=halves)
-        for layout in ("a view of rows that are longer", "heads before tokens"):
-            check(call, dtype, around, lay_out=lambda name, t, layout=layout: view(layout, t), roundings=halves)
+        for layout in ("odd_rows", "heads_first"):
+            check(call, dtype, around, layouts=dict.fromkeys(("q", "k", "v", "grad out"), layout), roundings=halves)
     for scale in (-2.0, 0.0, 30.0):
         check(attention_call(1, 70, 2, 16, causal=causal, scale=scale), dtype, around, roundings=True)
     if around != "xformers":
         check_padding(dtype, around, causal)
 
 
-def view(layout, t):
-    """Returns t [B, L, H, K] as a part of a larger tensor that begins at odd addresses, or with other strides."""
-    if t.dim() != 4:
-        return t
-    if layout == "heads before tokens":
-        return t.transpose(1, 2).contiguous().transpose(1, 2)
-    whole = torch.full((*t.shape[:3], t.shape[3] + 16), torch.nan, dtype=t.dtype)
-    whole[..., 1:-15] = t
-    return whole[..., 1:-15]
-
-
 def test_a_block_around_an_attention_of_others(around):
-    inputs_of_block = block_inputs(2, 83, 32, 2, 40)
     for options in ({}, {"recompute": True}, {"causal": True}):
-        check(Call("simplified_block", inputs_of_block, options), torch.float32, around)
+        check(block_call(2, 83, 32, 2, 40, **options), torch.float32, around)

@@ -5,13 +5,14 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import recorded
 import torch
 from calls import TERMS, similarity_call
 from compare import check, function_of, outputs_of, run
 from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 import simplclip
-from simplclip.ops import registry, similarity_loss
+from simplclip.ops import similarity_loss
 
 
 def of_ones(call, backend):
@@ -61,9 +62,10 @@ def test_wide_logits(scale):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_all_ids_equal_leaves_no_negatives(backend):
-    call = similarity_call(20, 20, terms=TERMS)
-    call.tensors["ids"] = torch.zeros(20, dtype=torch.int64)
+@pytest.mark.parametrize("n", [1, 20])
+def test_all_ids_equal_leaves_no_negatives(n, backend):
+    call = similarity_call(n, n, terms=TERMS)
+    call.tensors["ids"] = torch.zeros(n, dtype=torch.int64)
     out = of_ones(call, backend)
     assert out["contrastive"] == out["relational"] == 0
     assert all(value.isfinite().all() for value in out.values())
@@ -122,11 +124,9 @@ def test_int32_ids_are_ids(backend):
     ],
 )
 def test_pair_matching_joins_the_sweep_of_a_softmax(asked, sweeps, monkeypatch):
-    called, run_op = [], registry.call
-    monkeypatch.setattr(registry, "call", lambda op, *args: called.append(op.name) or run_op(op, *args))
-    call = similarity_call(30, 30, ids=True, **asked)
+    called, call = recorded.calls(monkeypatch), similarity_call(30, 30, ids=True, **asked)
     outputs_of(function_of(call), call, call.typed(torch.float32))
-    assert called == sweeps
+    assert [name for name, _ in called] == sweeps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,13 +135,13 @@ def test_sigmoid_of_negatives_far_below_zero(backend, dtype):
     """e^-l overflows; the sigmoid's value and gradient are the same with and without a softmax term beside it."""
     image = torch.eye(20, 32).to(dtype).requires_grad_()
     text = -torch.eye(20, 32).roll(1, 0).to(dtype)
-    found = {}
+    results = {}
     for terms in (("contrastive", "sigmoid"), ("sigmoid",)):
         with simplclip.backend(backend):
             losses = similarity_loss(image, text, 300.0, logit_bias=-10.0, terms=terms)
-        found[terms] = losses["sigmoid"], *torch.autograd.grad(losses["sigmoid"], image)
-    assert all(t.isfinite().all() for results in found.values() for t in results)
-    torch.testing.assert_close(*found.values(), rtol=1e-2, atol=1e-6)
+        results[terms] = losses["sigmoid"], *torch.autograd.grad(losses["sigmoid"], image)
+    assert all(t.isfinite().all() for tensors in results.values() for t in tensors)
+    torch.testing.assert_close(*results.values(), rtol=1e-2, atol=1e-6)
 
 
 def test_pair_matching_in_float64_is_exact_above_the_threshold_of_softplus():

@@ -119,14 +119,14 @@ class Audit:
         self.check("store", addresses, mask, values.dtype.itemsize)
 
 
-def some(steps: list[trace.Step]) -> list[trace.Launch]:
+def sampled(steps: list[trace.Step]) -> list[trace.Launch]:
     """Returns the first, the middle and the last launch of each kernel and its compiled form."""
-    found = defaultdict(list)
+    launches_of = defaultdict(list)
     for step in steps:
         if step.kind == "triton":
             constants = {name: value for name, value in step.launch.options.items() if name.isupper()}
-            found[step.name, repr(constants)].append(step.launch)
-    return [launches[i] for launches in found.values() for i in sorted({0, len(launches) // 2, len(launches) - 1})]
+            launches_of[step.name, repr(constants)].append(step.launch)
+    return [launches[i] for launches in launches_of.values() for i in sorted({0, len(launches) // 2, len(launches) - 1})]
 
 
 LARGE = 131_072, 1024  # N, D
@@ -146,16 +146,16 @@ CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
 def audit(name: str, dtype: torch.dtype, card: str) -> Audit:
     with trace.on_card(CARDS[card]) as traced:
         CASES[name](dtype, True)
-    found = Audit()
+    result = Audit()
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        for launch in some(traced.steps):
-            found.run(launch)
-    return found
+        for launch in sampled(traced.steps):
+            result.run(launch)
+    return result
 
 
 if __name__ == "__main__":
     for case in sys.argv[1:]:
         name, dtype, card = case.split(":")
-        found = audit(name, getattr(torch, dtype), card)
-        lines = [f"{case}: {found.programs} programs, {found.addresses} addresses", *dict.fromkeys(found.wrong)]
+        result = audit(name, getattr(torch, dtype), card)
+        lines = [f"{case}: {result.programs} programs, {result.addresses} addresses", *dict.fromkeys(result.wrong)]
         print(*lines, sep="\n    ", flush=True)

@@ -37,8 +37,8 @@ class Call:
 
     def typed(self, dtype: torch.dtype) -> dict[str, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
-        of = {name: wide if name in WIDE else dtype for name in self.tensors} | self.dtypes
-        return {name: t.to(of[name]) if t.is_floating_point() else t for name, t in self.tensors.items()}
+        dtypes = {name: wide if name in WIDE else dtype for name in self.tensors} | self.dtypes
+        return {name: t.to(dtypes[name]) if t.is_floating_point() else t for name, t in self.tensors.items()}
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Returns the op's arguments, with these tensors."""
@@ -54,8 +54,10 @@ def drawing(seed: int) -> Callable[..., Tensor]:
     return lambda *shape, size=1.0: size * torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
-def make_inputs(n, m, offset=0, *, terms, plane="scalar", teacher_width=None, ids=False, scale=20.0, width=48, seed=0):
-    """Tensors of similarity_loss by name (plane: plane_weight, plane_bias), and options. Unit features, partly matched."""
+def similarity_call(
+    n, m, offset=0, *, terms=TERMS[:2], plane="scalar", teacher_width=None, ids=False, scale=20.0, width=48, seed=0, **options
+) -> Call:  # fmt: skip
+    """Returns a call with unit features, partly matched. options: arguments of similarity_loss."""
     draw = drawing(seed)
 
     def features(d, base=None):
@@ -67,62 +69,50 @@ def make_inputs(n, m, offset=0, *, terms, plane="scalar", teacher_width=None, id
 
     number = lambda value: torch.tensor(value, dtype=torch.float64)  # noqa: E731
     image, text = features(width)
-    leaves = {"image": image, "text": text, "logit_scale": number(scale)}
+    tensors = {"image": image, "text": text, "logit_scale": number(scale)}
     if "pair_matching" in terms:
-        leaves["plane_weight"] = draw(width if plane == "hadamard" else 1).squeeze() + 3
-        leaves["plane_bias"] = number(-1.0)
+        tensors["plane_weight"] = draw(width if plane == "hadamard" else 1).squeeze() + 3
+        tensors["plane_bias"] = number(-1.0)
     if "relational" in terms:
         teacher = features(teacher_width or width, None if teacher_width else (image, text))
-        leaves |= dict(zip(TEACHER, (*teacher, number(1.4 * scale))))
-    options = {"terms": tuple(terms), "label_offset": offset}
+        tensors |= dict(zip(TEACHER, (*teacher, number(1.4 * scale))))
     if ids:
         columns = torch.randint(0, max(m // 2, 1), (m,), generator=torch.Generator().manual_seed(seed)) * 10**12
-        options |= {"ids": columns[offset : offset + n].clone(), "text_ids": columns}
-    return leaves, options
+        tensors |= {"ids": columns[offset : offset + n].clone(), "text_ids": columns}
+    return Call("similarity_loss", tensors, {"terms": tuple(terms), "label_offset": offset} | options)
 
 
-def similarity_call(n: int, m: int, offset: int = 0, **options) -> Call:
-    """Returns a call. options: arguments of make_inputs and of similarity_loss."""
-    made = ("terms", "plane", "teacher_width", "ids", "scale", "width", "seed")
-    leaves, fixed = make_inputs(n, m, offset, **{name: options.pop(name) for name in made if name in options})
-    tensors = leaves | {name: fixed.pop(name) for name in ("ids", "text_ids") if name in fixed}
-    return Call("similarity_loss", tensors, fixed | options)
+def loss_inputs(n=24, width=16, teacher_width=None, dtype=torch.float64):
+    """Returns the student's features, scale and bias as leaves, and the teacher's features and scale, for a loss module."""
+    tensors = similarity_call(n, n, terms=("relational",), teacher_width=teacher_width, scale=14.0, width=width).typed(dtype)
+    teacher = [tensors.pop(name) for name in TEACHER]
+    student = [*tensors.values(), torch.tensor(-3.0, dtype=tensors["logit_scale"].dtype)]
+    return [t.requires_grad_() for t in student], teacher
 
 
-def attention_inputs(b=2, length=5, h=3, k=4, dtype=torch.float64, seed=0):
+def attention_call(b=2, length=5, h=3, k=4, seed=0, **options) -> Call:
     draw = drawing(seed)
-    return *(draw(b, length, h, k).to(dtype) for _ in range(3)), *(draw(h) for _ in range(3))
+    tensors = *(draw(b, length, h, k) for _ in range(3)), *(draw(h) for _ in range(3))
+    return Call("shaped_attention", dict(zip(ATTENTION, tensors)), options)
 
 
-def attention_call(*shape: int, **options) -> Call:
-    return Call("shaped_attention", dict(zip(ATTENTION, attention_inputs(*shape))), options)
-
-
-def mlp_inputs(t=7, c=6, f=10, out=5, bias=True, seed=0):
+def mlp_call(t=7, c=6, f=10, out=5, seed=0, **options) -> Call:
     draw = drawing(seed)
-    x, fc1, b1, fc2, b2 = draw(t, c), draw(f, c, size=2 * c**-0.5), draw(f), draw(out, f, size=f**-0.5), draw(out)
-    return [x, fc1, b1 if bias else None, fc2, b2 if bias else None]
+    tensors = draw(t, c), draw(f, c, size=2 * c**-0.5), draw(f), draw(out, f, size=f**-0.5), draw(out)
+    return Call("parallel_mlp", dict(zip(MLP, tensors)), options)
 
 
-def mlp_call(*shape: int, **options) -> Call:
-    return Call("parallel_mlp", dict(zip(MLP, mlp_inputs(*shape))), options)
-
-
-def block_inputs(b=2, length=5, c=12, heads=3, f=20, norm="layernorm", projections=True, seed=0):
+def block_call(b=2, length=5, c=12, heads=3, f=20, projections=True, seed=0, **options) -> Call:
     draw = drawing(seed)
     tensors = {"x": draw(b, length, c), "qk_weight": draw(2 * c, c, size=c**-0.5), "fc1_weight": draw(f, c, size=c**-0.5)}
     tensors |= {"fc1_bias": draw(f), "fc2_weight": draw(c, f, size=f**-0.5), "fc2_bias": draw(c)}
     tensors |= {name: draw(heads) for name in ("alpha", "beta", "gamma")}
     tensors |= {"norm_weight": 1 + draw(c, size=0.1), "attention_gain": draw(1)[0], "mlp_gain": draw(1)[0]}
-    if norm == "layernorm":
+    if options.get("norm") != "rmsnorm":
         tensors["norm_bias"] = draw(c)
     if projections:
         tensors |= {name: draw(c, c, size=c**-0.5) for name in ("value_weight", "output_weight")}
-    return tensors
-
-
-def block_call(*shape: int, **options) -> Call:
-    return Call("simplified_block", block_inputs(*shape), options)
+    return Call("simplified_block", tensors, options)
 
 
 def feature_call(n: int, d: int, **options) -> Call:

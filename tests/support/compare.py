@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import layouts
 import plain
 import torch
-from calls import Call, attention_call
+from calls import Call, attention_call, of_lengths
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -74,8 +75,8 @@ def run(
     gradients = {name: torch.zeros_like(tensors[name]) for name in need}
     entering = {name: incoming(name, t) for name, t in outputs.items() if t.requires_grad}
     if entering:
-        sources, wanted = [outputs[name] for name in entering], [leaves[name] for name in need]
-        of_need = torch.autograd.grad(sources, wanted, list(entering.values()), allow_unused=True, materialize_grads=True)
+        sources, inputs = [outputs[name] for name in entering], [leaves[name] for name in need]
+        of_need = torch.autograd.grad(sources, inputs, list(entering.values()), allow_unused=True, materialize_grads=True)
         gradients = dict(zip(need, of_need))
     return {name: t.detach() for name, t in outputs.items()} | {f"d_{name}": gradients[name] for name in need}
 
@@ -95,16 +96,42 @@ def _least(call: Call, gradient: bool) -> float:
 
 def error_of(result: Tensor, exact: Tensor) -> float:
     """Returns the largest error; infinity for a NaN or another shape."""
-    error = (result.double() - exact).abs().max().item() if result.shape == exact.shape else math.inf
+    error = (result.cpu().double() - exact).abs().max().item() if result.shape == exact.shape else math.inf
     return math.inf if math.isnan(error) else error
+
+
+def assert_within(
+    results: dict[str, Tensor],
+    plain_results: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    dtype: Any,
+    what: object = "",
+    least: float | Callable[[str], float] = 0.0,
+    rounded: Callable[[], list[dict[str, Tensor]]] | None = None,
+) -> None:
+    """Checks results by the rule above: plain_results are plain torch's in `dtype`, a key of EPS, and `exact` float64's.
+
+    least: the least size that a result is assumed to have, also as a function of its name, for results that are 0 by
+    cancellation. rounded: returns results for rounded inputs, whose errors are allowed too.
+    """
+    assert results.keys() == plain_results.keys() == exact.keys()
+    others = None
+    for name, value in exact.items():
+        size = max(value.abs().max().item(), least(name) if callable(least) else least)
+        error, of_plain = error_of(results[name], value), error_of(plain_results[name], value)
+        allowed = (of_plain if of_plain < math.inf else 0) + EPS[dtype] * size + 1e-30  # plain sums overflow in float16
+        if rounded is not None and error > allowed:
+            others = rounded() if others is None else others
+            allowed = max(allowed, ROUNDINGS * max(error_of(other[name], value) for other in others))
+        assert error <= allowed, f"{what} {name}: error {error:.3e}, allowed {allowed:.3e} (plain torch {of_plain:.3e})"
 
 
 @dataclass
 class Case:
     """A call in a dtype on a backend.
 
-    size: scale of the incoming gradients of losses. lay_out(name, t): returns a view that the op gets in place of t; a
-    gradient's name is "grad NAME".
+    size: scale of the incoming gradients of losses. layouts: memory layouts of tensors, and of incoming gradients as
+    "grad NAME", by their names in layouts.py.
     """
 
     call: Call
@@ -114,12 +141,20 @@ class Case:
     seed: int = 0
     size: float = LOSS_SCALE
     device: str = "cpu"
-    lay_out: Callable[[str, Tensor], Tensor] = lambda name, t: t
+    layouts: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(init=False)  # inputs of the op
     grads: dict[str, Tensor] = field(init=False, default_factory=dict)  # incoming gradients
 
     def __post_init__(self) -> None:
         self.tensors = {name: self.lay_out(name, t.to(self.device)) for name, t in self.call.typed(self.dtype).items()}
+
+    def __str__(self) -> str:
+        backend = self.backend or "the first backend"
+        return f"{self.dtype} on {backend}, {self.call}; layouts {self.layouts}; gradients of {self.need}"
+
+    def lay_out(self, name: str, t: Tensor) -> Tensor:
+        view = layouts.ALL[self.layouts[name]](t) if name in self.layouts else None
+        return t if view is None else view
 
     def incoming(self, name: str, result: Tensor) -> Tensor:
         if name not in self.grads:
@@ -148,34 +183,26 @@ class Case:
         g, rounding = torch.Generator().manual_seed(seed), torch.finfo(self.dtype).eps / 2
         return self.by_definition(lambda t: t.double() * (1 + rounding * (2 * torch.randint(0, 2, t.shape, generator=g) - 1)))
 
-
-def check_case(case: Case, *, roundings: bool = False, twice: bool = False) -> None:
-    """Checks that results and gradients are within the tolerance or, with `roundings`, within the effect of rounding the
-    inputs. With `twice`, a second run must give the same bits."""
-    results = case.run()
-    again = case.run() if twice else results
-    plain_results, exact = case.by_definition(), case.by_definition(Tensor.double)
-    others: list[dict[str, Tensor]] = []
-    for name, value in results.items():
-        assert torch.equal(value, again[name]), f"{name}: a second run gave other values, or NaN"
-        least = max(exact[name].abs().max().item(), _least(case.call, name.startswith("d_")))
-        error, of_plain = error_of(value.cpu(), exact[name]), error_of(plain_results[name], exact[name])
-        allowed = (of_plain if of_plain < math.inf else 0) + EPS[case.dtype] * least + 1e-30  # plain sums overflow in float16
-        if roundings and error > allowed:
-            others = others or [case.rounded_otherwise(seed) for seed in range(4)]
-            allowed = max(allowed, ROUNDINGS * max(error_of(other[name], exact[name]) for other in others))
-        told = f"{case.call.options} {name}: error {error:.3e}, allowed {allowed:.3e} (plain torch {of_plain:.3e})"
-        assert error <= allowed, told
+    def check(self, *, roundings: bool = False, twice: bool = False) -> None:
+        """Checks that results and gradients are within the tolerance or, with `roundings`, within the effect of rounding the
+        inputs. With `twice`, a second run must give the same bits."""
+        results = self.run()
+        for name, value in self.run().items() if twice else ():
+            assert torch.equal(value, results[name]), f"{name}: a second run gave other values, or NaN"
+        plain_results, exact = self.by_definition(), self.by_definition(Tensor.double)
+        least = lambda name: _least(self.call, name.startswith("d_"))  # noqa: E731
+        rounded = lambda: [self.rounded_otherwise(seed) for seed in range(4)]  # noqa: E731
+        assert_within(results, plain_results, exact, self.dtype, self.call.options, least, rounded if roundings else None)
 
 
 def check(call: Call, dtype: torch.dtype, backend: str, *, roundings: bool = False, twice: bool = False, **of_case) -> None:
-    check_case(Case(call, dtype, backend, call.needed(), **of_case), roundings=roundings, twice=twice)
+    """Checks results of a call and gradients of all its inputs."""
+    Case(call, dtype, backend, call.needed(), **of_case).check(roundings=roundings, twice=twice)
 
 
 def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu") -> None:
     """Checks that padded tokens of shaped_attention are not read, and that their results and gradients are 0."""
-    call = attention_call(3, causal=causal)
-    call.tensors["lengths"] = torch.tensor([3, 0, 5])
+    call = of_lengths(attention_call(3, causal=causal), [3, 0, 5])
 
     def padded_with(value: float) -> dict[str, Tensor]:
         def filled(t: Tensor) -> Tensor:

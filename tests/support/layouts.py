@@ -60,6 +60,16 @@ def scalar_expanded(t: Tensor) -> Tensor | None:
     return None if t.dim() == 0 else t.flatten()[:1].clone().view([1] * t.dim()).expand(t.shape)
 
 
+def odd_rows(t: Tensor) -> Tensor | None:
+    """Returns rows with gaps between them that begin at odd addresses."""
+    return None if t.dim() < 2 else _around(t, *t.shape[:-1], t.shape[-1] + 16)[..., 1:-15].copy_(t)
+
+
+def heads_first(t: Tensor) -> Tensor | None:
+    """Returns [B, L, H, K] whose heads lie before tokens in memory."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 4 else None
+
+
 SAME = {f.__name__: f for f in (strided, rows_apart, transposed, offset, negated, imaginary)}
 OTHER = {f.__name__: f for f in (expanded, scalar_expanded)}
-ALL = SAME | OTHER
+ALL = SAME | OTHER | {f.__name__: f for f in (odd_rows, heads_first)}

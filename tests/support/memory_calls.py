@@ -1,7 +1,8 @@
 """Calls of the ops whose memory is compared with stated or predicted memory."""
 
+import calls
 import torch
-from calls import ATTENTION, MLP, TERMS, Call, attention_inputs, make_inputs, mlp_inputs
+from calls import TERMS, Call
 from compare import function_of, outputs_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -22,21 +23,17 @@ SIMILARITY = {
 
 
 def similarity_call(name: str, n: int = 3000, m: int = 3100, width: int = 64, *, ids: bool = True, **options) -> Call:
-    case = dict(SIMILARITY[name])
-    build = {key: case.pop(key) for key in ("terms", "plane", "teacher_width") if key in case}
-    tensors, built = make_inputs(n, m, (m - n) // 2, ids=ids, width=width, **build)
-    tensors |= {key: built.pop(key) for key in ("ids", "text_ids") if key in built}
-    return Call("similarity_loss", tensors, built | case | options)
+    return calls.similarity_call(n, m, (m - n) // 2, ids=ids, width=width, **SIMILARITY[name], **options)
 
 
-def attention_call(*shape: int, lengths: tuple[int, ...] = ()) -> Call:
-    valid = {"lengths": torch.tensor(lengths)} if lengths else {}
-    return Call("shaped_attention", dict(zip(ATTENTION, attention_inputs(*shape))) | valid, {"causal": True})
+def attention_call(*shape: int, lengths: tuple[int, ...] | None = None) -> Call:
+    return calls.of_lengths(calls.attention_call(*shape, causal=True), lengths)
 
 
 def mlp_call(t: int, c: int, f: int, *, bias: bool = True, **options) -> Call:
-    tensors = {name: tensor for name, tensor in zip(MLP, mlp_inputs(t, c, f, c, bias)) if tensor is not None}
-    return Call("parallel_mlp", tensors, options)
+    call = calls.mlp_call(t, c, f, c, **options)
+    call.tensors = {name: tensor for name, tensor in call.tensors.items() if bias or not name.endswith("bias")}
+    return call
 
 
 def forward_and_backward(call: Call, tensors: dict[str, torch.Tensor], frozen: tuple[str, ...] = ()) -> None:

@@ -106,6 +106,28 @@ def interactive(
     return loss
 
 
+def loss_terms(loss, terms, image, text, logit_scale, *, bias=None, teacher=(None, None, None), ids=None):
+    """Returns terms of a loss module before weighting; narrower features use the first columns of its parameters."""
+    width, plane = image.shape[1], None
+    if "pair_matching" in terms:
+        weight = loss.plane_weight[:width] if loss.plane == "hadamard" else loss.plane_weight
+        plane = weight, loss.plane_bias
+    out = similarity_loss(
+        image, text, logit_scale, logit_bias=0.0 if bias is None else bias, plane=plane, ids=ids, text_ids=ids,
+        terms=[term for term in terms if term not in ("interactive", "feature")],
+        **dict(zip(("teacher_image", "teacher_text", "teacher_scale"), teacher)), divergence=loss.divergence,
+    )  # fmt: skip
+    if "interactive" not in terms:
+        return out
+    if loss.image_projection is not None:
+        projections = zip((image, text), (loss.image_projection, loss.text_projection))
+        image, text = (F.normalize(F.linear(features, weight[:, :width]), dim=1) for features, weight in projections)
+    form = {"form": loss.interactive, "divergence": loss.divergence, "ids": ids}
+    out["interactive"] = interactive(image, text, logit_scale, *teacher, **form)
+    out["feature"] = (feature_loss(image, teacher[0]) + feature_loss(text, teacher[1])) / 2
+    return out
+
+
 def shaped_attention(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
     """Computes the formula: products in the dtype of q, softmax and mixing weights in float32, one product with v."""
     length = q.shape[1]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import layouts
 import plain
 import torch
-from calls import ATTENTION, MLP, Call, attention_inputs, block_inputs, drawing, mlp_inputs, of_lengths, similarity_call
-from compare import PLAIN, Case, check_case, forced, function_of, outputs_of
-from torch import Tensor
+from calls import Call, attention_call, block_call, drawing, mlp_call, of_lengths, similarity_call
+from compare import PLAIN, Case, forced, function_of, outputs_of
 
 from simplclip.ops import backends
 from simplclip.ops.checks import FLOATS
@@ -34,14 +32,14 @@ def _similarity(r: random.Random, dtype: torch.dtype) -> Call:
         n, m, r.randrange(m - n + 1), terms=terms, plane=r.choice(("scalar", "hadamard")), teacher_width=teacher_width,
         ids=r.random() < 0.4, scale=r.uniform(0.5, 20 if half else 100), width=r.choice(WIDTHS), seed=r.randrange(10**6),
     )  # fmt: skip
-    leaves, options = call.tensors, call.options
-    if "text_ids" in leaves and n == m and r.random() < 0.5:
-        leaves["ids"] = leaves.pop("text_ids")
+    tensors, options = call.tensors, call.options
+    if "text_ids" in tensors and n == m and r.random() < 0.5:
+        tensors["ids"] = tensors.pop("text_ids")
     if "sigmoid" in terms and r.random() < 0.5:
-        leaves["logit_bias"] = torch.tensor(-3.0, dtype=torch.float64)
+        tensors["logit_bias"] = torch.tensor(-3.0, dtype=torch.float64)
     for name in ("logit_scale", "teacher_scale"):
-        if name in leaves and r.random() < 0.15:
-            options[name] = leaves.pop(name).item()
+        if name in tensors and r.random() < 0.15:
+            options[name] = tensors.pop(name).item()
     options |= {"symmetric": r.random() < 0.7, "divergence": r.choice(("kl", "cross_entropy"))}
     if r.random() < 0.3:
         options["weights"] = {term: r.choice((0.0, 0.5, 1.0, 2.0)) for term in terms}
@@ -56,9 +54,9 @@ def _lengths(r: random.Random, batch: int, length: int) -> list[int] | None:
 
 def _attention(r: random.Random, dtype: torch.dtype) -> Call:
     b, length = r.choice((1, 2, 3)), r.choice((*SIZES, 77, 241))
-    tensors = attention_inputs(b, length, r.choice((1, 2, 3)), r.choice(WIDTHS), seed=r.randrange(10**6))
-    options = {"causal": r.random() < 0.5, "scale": r.choice((None, None, 0.3, -0.7))}
-    call = of_lengths(Call("shaped_attention", dict(zip(ATTENTION, tensors)), options), _lengths(r, b, length))
+    call = attention_call(b, length, r.choice((1, 2, 3)), r.choice(WIDTHS), seed=r.randrange(10**6))
+    call.options = {"causal": r.random() < 0.5, "scale": r.choice((None, None, 0.3, -0.7))}
+    of_lengths(call, _lengths(r, b, length))
     wide = torch.promote_types(dtype, torch.float32)
     call.dtypes = {name: r.choice((wide, dtype)) for name in ("alpha", "beta", "gamma")}
     return call
@@ -66,25 +64,26 @@ def _attention(r: random.Random, dtype: torch.dtype) -> Call:
 
 def _mlp(r: random.Random, dtype: torch.dtype) -> Call:
     t, c, f, out = r.choice((*SIZES, 130)), r.choice(WIDTHS), r.choice((*WIDTHS, 200)), r.choice(WIDTHS)
-    tensors = dict(zip(MLP, mlp_inputs(t, c, f, out, seed=r.randrange(10**6))))
+    call = mlp_call(t, c, f, out, seed=r.randrange(10**6))
     for name in ("fc1_bias", "fc2_bias"):
         if r.random() < 0.25:
-            del tensors[name]
+            del call.tensors[name]
     shape = r.choice(((t,), (1, t), (t, 1), (1, 1, t), () if t == 1 else (t,)))
-    tensors["x"] = tensors["x"].reshape(*shape, c)
-    return Call("parallel_mlp", tensors, {"act": r.choice(list(ACTIVATIONS))})
+    call.tensors["x"] = call.tensors["x"].reshape(*shape, c)
+    call.options = {"act": r.choice(list(ACTIVATIONS))}
+    return call
 
 
 def _block(r: random.Random, dtype: torch.dtype) -> Call:
     b, length, heads, norm = r.choice((1, 2, 3)), r.choice(SIZES), r.choice((1, 2, 3)), r.choice(("layernorm", "rmsnorm"))
     width = heads * r.choice((2, 3, 8, 16, 20))
-    tensors = block_inputs(b, length, width, heads, r.choice((1, 7, 32, 65)), norm, seed=r.randrange(10**6))
+    call = block_call(b, length, width, heads, r.choice((1, 7, 32, 65)), seed=r.randrange(10**6), norm=norm)
     for name in ("norm_bias", "value_weight", "output_weight", "attention_gain", "mlp_gain"):
-        if name in tensors and r.random() < 0.4:
-            del tensors[name]
-    options = {"norm": norm, "act": r.choice(list(ACTIVATIONS)), "recompute": r.random() < 0.4}
-    options |= {"causal": r.random() < 0.5, "eps": r.choice((1e-5, 1e-3))}
-    return of_lengths(Call("simplified_block", tensors, options), _lengths(r, b, length))
+        if name in call.tensors and r.random() < 0.4:
+            del call.tensors[name]
+    call.options |= {"act": r.choice(list(ACTIVATIONS)), "recompute": r.random() < 0.4}
+    call.options |= {"causal": r.random() < 0.5, "eps": r.choice((1e-5, 1e-3))}
+    return of_lengths(call, _lengths(r, b, length))
 
 
 def _feature(r: random.Random, dtype: torch.dtype) -> Call:
@@ -111,20 +110,6 @@ DRAW: dict[str, Callable[[random.Random, torch.dtype], Call]] = {
 }
 
 
-@dataclass
-class Draw:
-    call: Call
-    dtype: torch.dtype
-    backend: str
-    layouts: dict[str, str]  # layouts of tensors, and of incoming gradients as "grad NAME"
-    need: list[str]
-    seed: int
-
-    def __str__(self) -> str:
-        how = f"{self.dtype} on {self.backend or 'the first'}"
-        return f"{how}, {self.call}; layouts {self.layouts}; gradients of {self.need}"
-
-
 OFTEN = {"similarity_loss": 10, "shaped_attention": 4, "parallel_mlp": 3, "simplified_block": 4, "feature_loss": 3}
 WITHOUT = {
     "triton": ("shaped_attention", "feature_loss"),
@@ -132,7 +117,7 @@ WITHOUT = {
 }  # what backends lack
 
 
-def make(seed: int, backend: str = "") -> Draw:
+def make(seed: int, backend: str = "", device: str = "cpu") -> Case:
     """Makes the call of a number. backend: replaces the backend that is drawn."""
     r = random.Random(seed)
     dtype = r.choices(FLOATS, (4, 3, 2, 0 if backend else 1))[0]
@@ -147,21 +132,7 @@ def make(seed: int, backend: str = "") -> Draw:
             chosen[name] = r.choice(list(layouts.SAME)) if r.random() < 0.85 else r.choice(list(layouts.OTHER))
     needed = call.needed()
     need = needed if r.random() < 0.5 else r.sample(needed, r.randint(0, len(needed)))
-    return Draw(call, dtype, backend or drawn, chosen, need, seed)
-
-
-def _laid_out(t: Tensor, kind: str | None) -> Tensor:
-    view = layouts.ALL[kind](t) if kind else None
-    return t if view is None else view
-
-
-def check(case: Draw, device: str = "cpu") -> None:
-    """Checks results and gradients in the layouts of the draw."""
-    laid_out = Case(
-        case.call, case.dtype, case.backend, case.need, case.seed, device=device,
-        lay_out=lambda name, t: _laid_out(t, case.layouts.get(name)),
-    )  # fmt: skip
-    check_case(laid_out, roundings=True)
+    return Case(call, dtype, backend or drawn, need, seed, device=device, layouts=chosen)
 
 
 NONFINITE_FORMS = PLAIN | {  # plain torch's attention multiplies what a query does not see by 0, so that NaN spreads
@@ -170,7 +141,7 @@ NONFINITE_FORMS = PLAIN | {  # plain torch's attention multiplies what a query d
 }
 
 
-def check_nonfinite(case: Draw, device: str = "cpu") -> None:
+def check_nonfinite(case: Case) -> None:
     """Checks that a NaN or infinity in a small tensor makes results non-finite where plain torch's are."""
     call, r = case.call, random.Random(case.seed)
     tensors = call.typed(case.dtype)
@@ -181,23 +152,27 @@ def check_nonfinite(case: Draw, device: str = "cpu") -> None:
         spoiled[name].view(-1)[at] = value
         wide = {k: t.double() if t.is_floating_point() else t for k, t in spoiled.items()}
         with forced(case.backend), torch.no_grad():
-            results = outputs_of(function_of(call), call, {k: t.to(device) for k, t in spoiled.items()})
+            results = outputs_of(function_of(call), call, {k: t.to(case.device) for k, t in spoiled.items()})
         for term, expected in outputs_of(NONFINITE_FORMS[call.op], call, wide).items():
             lost = results[term].cpu().isfinite() & ~expected.isfinite()
             assert not lost.any(), f"{term} is finite: {name}[{at}] = {value}"
 
 
-def failures(seeds: range, check: Callable = check, backend: str = "", device: str = "cpu") -> list[str]:
+def check(case: Case) -> None:
+    case.check(roundings=True)
+
+
+def failures(seeds: range, check: Callable[[Case], None] = check, backend: str = "", device: str = "cpu") -> list[str]:
     """Returns an error for each of the calls with these numbers that fails."""
-    found = []
+    errors = []
     torch.use_deterministic_algorithms(True, warn_only=True)  # makes unwritten memory NaN
     try:
         for seed in seeds:
-            case = make(seed, backend)
+            case = make(seed, backend, device)
             try:
-                check(case, device)
+                check(case)
             except Exception as error:
-                found.append(f"case {seed}: {type(error).__name__}: {error}\n    {case}")
+                errors.append(f"case {seed}: {type(error).__name__}: {error}\n    {case}")
     finally:
         torch.use_deterministic_algorithms(False)
-    return found
+    return errors

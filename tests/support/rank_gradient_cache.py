@@ -1,7 +1,5 @@
 """What each rank of test_distributed.py runs: gradient caching under DistributedDataParallel against one process."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,40 +12,31 @@ from simplclip.losses import ClipPMLoss, SigLipLoss, WIKDLoss
 from simplclip.nn import SimplifiedBlock
 
 WORLD, N = 2, 10
-SIZES = ((4, 4, 2), (5, 5))  # of the micro-batches of each rank
+SIZES = ([4, 4, 2], [5, 5])  # of the micro-batches of each rank
+BY_TOWER = {"several of both": (4, 3), "one of texts": (4, N), "one of images": (N, 3), "one of both": (N, N)}
 
 
 class Model(nn.Module):
-    def __init__(self):
+    """A model of these towers, of which a call may run one. The text tower holds the scale."""
+
+    def __init__(self, *towers):
         super().__init__()
         torch.manual_seed(0)
-        self.image = nn.Sequential(nn.Linear(6, 16), SimplifiedBlock(16, 4))
-        self.text = nn.Sequential(nn.Embedding(20, 16), SimplifiedBlock(16, 4, causal=True))
-        self.logit_scale = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, image, text):
-        x, y = (F.normalize(t.mean(1), dim=1) for t in (self.image(image), self.text(text)))
-        return x, y, self.logit_scale.exp()
-
-
-class Tower(nn.Module):
-    """One tower of a model in a wrapper of its own; the text tower holds the scale."""
-
-    def __init__(self, tower, logit_scale=None):
-        super().__init__()
-        self.tower, self.logit_scale = tower, logit_scale
-
-    def forward(self, batch):
-        features = F.normalize(self.tower(batch).mean(1), dim=1)
-        return features if self.logit_scale is None else (features, self.logit_scale.exp())
-
-
-class OneAtATime(Model):
-    """Both towers in one wrapper, which runs one of them."""
+        image = nn.Sequential(nn.Linear(6, 16), SimplifiedBlock(16, 4))
+        text = nn.Sequential(nn.Embedding(20, 16), SimplifiedBlock(16, 4, causal=True))
+        if "image" in towers:
+            self.image = image
+        if "text" in towers:
+            self.text, self.logit_scale = text, nn.Parameter(torch.tensor(2.0))
+        self.double()
 
     def forward(self, image=None, text=None):
-        x = F.normalize((self.text(text) if image is None else self.image(image)).mean(1), dim=1)
-        return x if text is None else (x, self.logit_scale.exp())
+        out = {}
+        if image is not None:
+            out["image"] = F.normalize(self.image(image).mean(1), dim=1)
+        if text is not None:
+            out |= {"text": F.normalize(self.text(text).mean(1), dim=1), "scale": self.logit_scale.exp()}
+        return out
 
 
 def inputs():
@@ -68,57 +57,31 @@ def losses(teacher, ids, **mode):
     options = {"output_dict": True, "ids": ids}
     sigmoid = SigLipLoss(rank=mode.get("rank", 0), world_size=mode.get("world_size", 1), pm_weight=0.5).double()
     return {
-        "ClipPMLoss": (clip, lambda *o: clip(*o, **options)),
-        "WIKDLoss": (wikd, lambda *o: wikd(*o, *rest, **options)),
-        "SigLipLoss": (sigmoid, lambda *o: sigmoid(*o, **options)),
+        "ClipPMLoss": (clip, lambda image, text, scale: clip(image, text, scale, **options)),
+        "WIKDLoss": (wikd, lambda image, text, scale: wikd(image, text, scale, *rest, **options)),
+        "SigLipLoss": (sigmoid, lambda image, text, scale: sigmoid(image, text, scale, **options)),
     }
 
 
 def gradients(*modules):
-    return {f"{i}.{name.removeprefix('module.')}": p.grad for i, m in enumerate(modules) for name, p in m.named_parameters()}
+    return {name.removeprefix("module."): p.grad for module in modules for name, p in module.named_parameters()}
 
 
 def main(rank):
     image, text, teacher, ids = inputs()
-    mine = slice(N * rank, N * rank + N)
+    shard = slice(N * rank, N * rank + N)
     whole = losses(teacher, ids)
     mode = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": WORLD}
-    exchanged = []
-
-    def counting(state, bucket):
-        exchanged.append(bucket.index())
-        return allreduce_hook(state, bucket)
-
-    model = DistributedDataParallel(Model().double())
-    model.register_comm_hook(None, counting)
-    for name, (loss, part) in losses([t[mine] for t in teacher], ids[mine], **mode).items():
-        alone, (whole_loss, of_whole) = Model().double(), whole[name]
-        sum(of_whole(*alone(image, text)).values()).backward()
-        expected = gradients(alone, whole_loss)
-        model.zero_grad()
-        loss.zero_grad()
-        exchanged.clear()
-        batches = list(zip(image[mine].split(SIZES[rank]), text[mine].split(SIZES[rank])))
-        gradient_cache.backward(lambda b: model(*b), batches, part, model=model)
-        assert len(exchanged) == len(set(exchanged)) > 0, f"exchanged {exchanged}"
-        compare(gradients(model, loss), expected, name)
-        towers_of_their_own(image[mine], text[mine], loss, part, expected)
+    for name, (loss, part) in losses([t[shard] for t in teacher], ids[shard], **mode).items():
+        alone, (whole_loss, of_whole) = Model("image", "text"), whole[name]
+        sum(of_whole(**alone(image, text)).values()).backward()
+        check_forms(image[shard], text[shard], loss, part, gradients(alone, whole_loss), SIZES[rank], name)
 
 
-def compare(found, expected, what):
-    assert found.keys() == expected.keys()
-    for key in expected:
-        torch.testing.assert_close(found[key], expected[key], rtol=1e-10, atol=1e-12, msg=lambda m, k=key: f"{what} {k}: {m}")
-
-
-def towers_of_their_own(image, text, loss, part, expected):
-    """Checks micro-batches of another size in each tower, with a wrapper for each tower and with one for both: ranks exchange
+def check_forms(image, text, loss, part, expected, sizes, what):
+    """Checks micro-batches of pairs, and of each tower with a wrapper for each tower and with one for both: ranks exchange
     all gradients once a step."""
-    whole, shared = Model().double(), OneAtATime().double()
-    image_tower = DistributedDataParallel(Tower(whole.image))
-    text_tower = DistributedDataParallel(Tower(whole.text, whole.logit_scale))
-    both = DistributedDataParallel(shared)
-    for_unused = DistributedDataParallel(OneAtATime().double(), find_unused_parameters=True)
+    for_unused = DistributedDataParallel(Model("image", "text"), find_unused_parameters=True)
     towers = dict.fromkeys(("image", "text"), for_unused)
     with pytest.raises(ValueError, match="model: expected find_unused_parameters=False of a wrapper that both towers share"):
         gradient_cache.backward(towers, {"image": [image], "text": [text]}, part, model=for_unused)
@@ -128,22 +91,25 @@ def towers_of_their_own(image, text, loss, part, expected):
         exchanged.append(bucket.buffer().numel())
         return allreduce_hook(None, bucket)
 
-    for wrapper in (image_tower, text_tower, both):
+    both, of_image, of_text = (DistributedDataParallel(Model(*names)) for names in (("image", "text"), ("image",), ("text",)))
+    for wrapper in (both, of_image, of_text):
         wrapper.register_comm_hook(None, counting)
-    scaled = lambda features, scale: {"text": features, "scale": scale}  # noqa: E731
-    encode = {"image": image_tower, "text": lambda b: scaled(*text_tower(b))}
-    of_both = {"image": lambda b: both(image=b), "text": lambda b: scaled(*both(text=b))}
-    forms = {
-        "two wrappers": (whole, nn.ModuleList([image_tower, text_tower]), encode),
-        "one wrapper": (shared, both, of_both),
-    }
-    inputs, of_named = {"image": image, "text": text}, lambda image, text, scale: part(image, text, scale)
-    for (name, (bare, model, encode)), sizes in itertools.product(forms.items(), ((4, 3), (4, N), (N, 3), (N, N))):
-        bare.zero_grad()
+    batches = {name: dict(zip(("image", "text"), (image.split(a), text.split(b)))) for name, (a, b) in BY_TOWER.items()}
+    forms = [(both, lambda b: both(*b), list(zip(image.split(sizes), text.split(sizes))), "pairs")]
+    for name, micro_batches in batches.items():
+        apart = {"image": lambda b: of_image(image=b), "text": lambda b: of_text(text=b)}
+        forms.append((nn.ModuleList([of_image, of_text]), apart, micro_batches, f"two wrappers, {name}"))
+        shared = {"image": lambda b: both(image=b), "text": lambda b: both(text=b)}
+        forms.append((both, shared, micro_batches, f"one wrapper, {name}"))
+    for model, encode, micro_batches, form in forms:
+        model.zero_grad()
         loss.zero_grad()
         exchanged.clear()
-        batches = {tower: t.split(size) for (tower, t), size in zip(inputs.items(), sizes)}
-        gradient_cache.backward(encode, batches, of_named, model=model)
-        what = f"{name}, micro-batches of {sizes}"
-        assert sum(exchanged) == sum(p.numel() for p in bare.parameters()), f"{what} exchanged {exchanged}"
-        compare(gradients(bare, loss), expected, what)
+        gradient_cache.backward(encode, micro_batches, part, model=model)
+        wrappers = [of_image, of_text] if isinstance(model, nn.ModuleList) else [model]
+        assert sum(exchanged) == sum(p.numel() for p in model.parameters()), f"{what}, {form}: exchanged {exchanged}"
+        results = gradients(*wrappers, loss)
+        assert results.keys() == expected.keys()
+        for key, gradient in expected.items():
+            message = lambda m, key=key, form=form: f"{what}, {form}, {key}: {m}"  # noqa: E731
+            torch.testing.assert_close(results[key], gradient, rtol=1e-10, atol=1e-12, msg=message)

@@ -5,20 +5,19 @@ import os
 import sys
 import warnings
 from datetime import timedelta
+from functools import partial
 
 import plain
 import rank_fsdp
 import rank_gradient_cache
 import rank_learned
-import rank_matryoshka
-import rank_rowwise
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 
 from simplclip import losses, ops
-from simplclip.losses import ClipPMLoss, WIKDLoss
+from simplclip.losses import ClipPMLoss, MatryoshkaLoss, RowwiseLoss, WIKDLoss
 from simplclip.ops import distributed
 
 WORLD, N = int(os.environ["WORLD_SIZE"]), 10
@@ -37,10 +36,11 @@ def run(loss, inputs, rows, distil, **options):
     image, text = (inputs[name][rows].clone().requires_grad_() for name in ("image", "text"))
     scale = inputs["logit_scale"].clone().requires_grad_()
     teacher = [inputs["teacher_image"][rows], inputs["teacher_text"][rows], inputs["teacher_scale"]] if distil else []
+    teacher = dict(zip(("dist_image_features", "dist_text_features", "dist_logit_scale"), teacher))
     with warnings.catch_warnings():
         if isinstance(loss, losses.base.SimilarityLoss):  # open_clip 3.3 calls what torch 2.15 deprecates
             warnings.simplefilter("error")
-        terms = loss(image, text, scale, *teacher, output_dict=True, **options)
+        terms = loss(image, text, logit_scale=scale, **teacher, output_dict=True, **options)
         sum(terms.values()).backward()
     shared = {"scale": scale.grad, **{name: p.grad for name, p in loss.named_parameters()}}
     return {k: v.detach() for k, v in terms.items()}, {"image": image.grad, "text": text.grad}, shared
@@ -59,88 +59,112 @@ def close(ours, theirs, what):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{what} {n}: {m}")
 
 
+def equal_one_process(got, expected, rows, what, *, times=1, local=False):
+    """Compares a rank's results with those of the whole batch. times: of the features' gradients; local: terms are means."""
+    close(average(got[0]) if local else got[0], expected[0], what)
+    close(got[1], {name: times * gradient[rows] for name, gradient in expected[1].items()}, what)
+    close(average(got[2]), expected[2], what)
+
+
+def distilled(logits, positives, teacher_logits):
+    """open_clip's loss with distillation, as a function of rows."""
+    probabilities = teacher_logits.softmax(1)
+    return F.cross_entropy(logits, positives, reduction="none") - (probabilities * logits.log_softmax(1)).sum(1)
+
+
 def equals_open_clip(rank):
-    mine = slice(N * rank, N * rank + N)
-    kinds = (ClipLoss, losses.ClipLoss, False), (DistillClipLoss, WIKDLoss, True)
-    for (theirs, ours, distil), local_loss, gather_with_grad in itertools.product(kinds, (False, True), (False, True)):
+    shard = slice(N * rank, N * rank + N)
+    kinds = (ClipLoss, losses.ClipLoss), (DistillClipLoss, WIKDLoss), (DistillClipLoss, partial(RowwiseLoss, distilled))
+    for (theirs, ours), local_loss, gather_with_grad in itertools.product(kinds, (False, True), (False, True)):
         mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
-        expected, got = (run(make(**mode), batch(), mine, distil) for make in (theirs, ours))
-        what = f"{theirs.__name__} local_loss={local_loss} gather_with_grad={gather_with_grad}"
-        close(got[0], expected[0], what)
+        expected, got = (run(make(**mode), batch(), shard, theirs is DistillClipLoss) for make in (theirs, ours))
+        what = f"{theirs.__name__} {ours} local_loss={local_loss} gather_with_grad={gather_with_grad}"
+        terms = {"rowwise_loss": sum(expected[0].values())} if "rowwise_loss" in got[0] else expected[0]
+        close(got[0], terms, what)
         close(got[1], expected[1], what)
         close(average(got[2]), average(expected[2]), what)
 
 
 def sigmoid_equals_open_clip(rank):
-    mine, bias = slice(N * rank, N * rank + N), torch.tensor(-3.0)
+    shard, bias = slice(N * rank, N * rank + N), torch.tensor(-3.0)
     for dist_impl in ("bidir", "shift", "reduce", "gather"):
         mode = {"rank": rank, "world_size": WORLD, "dist_impl": dist_impl}
-        expected, got = (run(make(**mode), batch(), mine, False, logit_bias=bias) for make in (SigLipLoss, losses.SigLipLoss))
+        expected, got = (
+            run(make(**mode), batch(), shard, False, logit_bias=bias) for make in (SigLipLoss, losses.SigLipLoss)
+        )
         for theirs, ours in zip(expected, got):
             close(ours, theirs, f"SigLipLoss {dist_impl}")
 
 
 def sigmoid_equals_one_process(rank):
     """Checks SigLipLoss with groups across ranks, and beside pair matching; also the sum of `terms`."""
-    mine, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N).clamp(min=5)
+    shard, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N).clamp(min=5)
     ids[15] = 7
     for options in ({}, {"pm_weight": 0.5}):
         expected = run(losses.SigLipLoss(**options), batch(), slice(None), False, ids=ids)
         loss = losses.SigLipLoss(rank=rank, world_size=WORLD, **options)
-        got = run(loss, batch(), mine, False, ids=ids[mine])
-        close(average(got[0]), expected[0], str(options))
-        close(got[1], {name: WORLD * g[mine] for name, g in expected[1].items()}, str(options))
-        close(average(got[2]), expected[2], str(options))
-    image, text = (batch()[name][mine].requires_grad_() for name in ("image", "text"))
+        got = run(loss, batch(), shard, False, ids=ids[shard])
+        equal_one_process(got, expected, shard, str(options), times=WORLD, local=True)
+    image, text = (batch()[name][shard].requires_grad_() for name in ("image", "text"))
     weights = {"sigmoid": 1.0, "pair_matching": 0.5}
-    total, terms = loss.terms(image, text, batch()["logit_scale"], weights=weights, ids=ids[mine])
+    total, terms = loss.terms(image, text, batch()["logit_scale"], weights=weights, ids=ids[shard])
     close(dict(zip(got[1], torch.autograd.grad(total, (image, text)))), got[1], "terms")
     close(average({"sigmoid": terms["sigmoid"]}), {"sigmoid": expected[0]["contrastive_loss"]}, "terms")
 
 
 def ids_equal_one_process(rank):
     """Checks ClipLoss in each of open_clip's modes, with groups within a rank and across ranks."""
-    mine, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N) // 3
+    shard, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N) // 3
     ids[15] = 2
     for local_loss, gather_with_grad in itertools.product((False, True), (False, True)):
         what = f"local_loss={local_loss} gather_with_grad={gather_with_grad}"
         expected = run(losses.ClipLoss(), batch(), slice(None), False, ids=ids)
         mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
-        got = run(losses.ClipLoss(**mode), batch(), mine, False, ids=ids[mine])
+        got = run(losses.ClipLoss(**mode), batch(), shard, False, ids=ids[shard])
         close(average(got[0]) if local_loss else got[0], expected[0], what)
-        gradients = {name: (WORLD if gather_with_grad else 1) * g[mine] for name, g in expected[1].items()}
+        gradients = {name: (WORLD if gather_with_grad else 1) * g[shard] for name, g in expected[1].items()}
         if local_loss and not gather_with_grad:  # the other ranks' features are constants
             image, text, scale = (batch()[name] for name in ("image", "text", "logit_scale"))
-            own = [t[mine].clone().requires_grad_() for t in (image, text)]
+            leaves = [t[shard].clone().requires_grad_() for t in (image, text)]
             options = {"terms": ("contrastive",), "label_offset": N * rank, "symmetric": False}
-            options |= {"ids": ids[mine], "text_ids": ids}
-            both = zip(own, (text, image))
+            options |= {"ids": ids[shard], "text_ids": ids}
+            both = zip(leaves, (text, image))
             value = sum(plain.similarity_loss(x, y, scale, **options)["contrastive"] for x, y in both) / 2
-            gradients = dict(zip(gradients, torch.autograd.grad(value, own)))
+            gradients = dict(zip(gradients, torch.autograd.grad(value, leaves)))
         close(got[1], gradients, what)
         close(average(got[2]), expected[2], what)
 
 
 def equals_one_process(rank):
-    mine = slice(N * rank, N * rank + N)
+    shard = slice(N * rank, N * rank + N)
     ids = torch.arange(WORLD * N).clamp(min=5)  # groups within a rank and across: ranks have different numbers of negatives
     ids[15] = 7
     modes = [{}, {"gather_with_grad": True}, {"local_loss": True, "gather_with_grad": True}]
     for interactive, divergence, mode in itertools.product(("infonce", "kl"), ("kl", "cross_entropy"), modes):
         options = {**EVERYTHING, "interactive": interactive, "divergence": divergence}
         expected = run(WIKDLoss(**options), batch(), slice(None), True, ids=ids)
-        got = run(WIKDLoss(**options, **mode, rank=rank, world_size=WORLD), batch(), mine, True, ids=ids[mine])
-        what = f"{options} {mode}"
-        close(average(got[0]) if "local_loss" in mode else got[0], expected[0], what)
-        times = WORLD if mode else 1
-        close(got[1], {name: times * g[mine] for name, g in expected[1].items()}, what)
-        close(average(got[2]), expected[2], what)
+        got = run(WIKDLoss(**options, **mode, rank=rank, world_size=WORLD), batch(), shard, True, ids=ids[shard])
+        equal_one_process(got, expected, shard, f"{options} {mode}", times=WORLD if mode else 1, local="local_loss" in mode)
     interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1}
     for form in ("infonce", "kl"):  # the keys are constants, so that the last mode is like the one before
         options = {**interactive, "interactive": form, "local_loss": True, "rank": rank, "world_size": WORLD}
-        expected, got = (run(WIKDLoss(**options, **more), batch(), mine, True, ids=ids[mine]) for more in (modes[1], {}))
+        expected, got = (run(WIKDLoss(**options, **more), batch(), shard, True, ids=ids[shard]) for more in (modes[1], {}))
         for theirs, ours in zip(expected, got):
             close(ours, theirs, f"{form} {options}")
+
+
+def prefixes_equal_one_process(rank):
+    """Checks MatryoshkaLoss over every term, with projections to a teacher of another width."""
+    shard, inputs = slice(N * rank, N * rank + N), batch()
+    inputs |= {name: F.normalize(inputs[name][:, :12], dim=1) for name in ("teacher_image", "teacher_text")}
+    options = {**EVERYTHING, "plane": "hadamard", "embed_dim": 16, "teacher_dim": 12}
+    of_ranks = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": WORLD}
+    results = []
+    for rows, seed, mode in ((slice(None), 0, {}), (shard, rank, of_ranks)):
+        torch.manual_seed(seed)  # the first rank's projections become those of all ranks
+        loss = MatryoshkaLoss(WIKDLoss(**options, **mode), (7, 16), (0.5, 1.0))
+        results.append(run(loss, inputs, rows, True))
+    equal_one_process(results[1], results[0], shard, "prefixes", times=WORLD, local=True)
 
 
 def collectives(rank):
@@ -200,14 +224,14 @@ def grad_cache(rank):
     """Compares with GradCache's DistributedContrastiveLoss, in which other ranks' rows are constants."""
     g = torch.Generator().manual_seed(0)
     image, text = (torch.randn(WORLD * N, 8, generator=g, dtype=torch.float64) for _ in range(2))
-    mine = slice(N * rank, N * rank + N)
-    x, y = (t[mine].clone().requires_grad_() for t in (image, text))
-    whole = [torch.cat([t[: N * rank], own, t[N * rank + N :]]) for t, own in ((image, x), (text, y))]
+    shard = slice(N * rank, N * rank + N)
+    x, y = (t[shard].clone().requires_grad_() for t in (image, text))
+    whole = [torch.cat([t[: N * rank], leaf, t[N * rank + N :]]) for t, leaf in ((image, x), (text, y))]
     theirs = F.cross_entropy(whole[0] @ whole[1].T, torch.arange(WORLD * N))
     value = ops.similarity_loss(x, y, 1.0, symmetric=False, group=dist.group.WORLD)["contrastive"]
     torch.testing.assert_close(distributed.mean(value.detach(), dist.group.WORLD), theirs)
-    for ours, wanted in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(theirs, (x, y))):
-        torch.testing.assert_close(ours, WORLD * wanted)
+    for ours, expected in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(theirs, (x, y))):
+        torch.testing.assert_close(ours, WORLD * expected)
 
 
 def transformers(rank):
@@ -220,12 +244,10 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     parts = {
         "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
-        "one process": [equals_one_process, ids_equal_one_process],
+        "one process": [equals_one_process, ids_equal_one_process, prefixes_equal_one_process],
         "exchanges": [collectives, unequal, grad_cache],
         "learned parameters": [rank_learned.main],
         "gradient caching": [rank_gradient_cache.main],
-        "rows": [rank_rowwise.ranks_equal_open_clip],
-        "prefixes": [rank_matryoshka.main],
         "transformers": [transformers],
         "fully_shard": [lambda rank: rank_fsdp.main("aot_eager")],
         "fully_shard by inductor": [lambda rank: rank_fsdp.main("inductor")],

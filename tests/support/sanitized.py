@@ -58,12 +58,12 @@ def main() -> int:
     for isa in options.isa or ISAS:
         env = {**os.environ, **environment, "SIMPLCLIP_CPU_ISA": isa}
         code = "from simplclip.ops import backends as b; print(b.extension.__file__, b.extension.cpu_isa())"
-        found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=OUT)
-        if "SIMPLCLIP_CPU_ISA: expected one of" in found.stderr:
+        loaded = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=OUT)
+        if "SIMPLCLIP_CPU_ISA: expected one of" in loaded.stderr:
             print(f"{isa}: not on this CPU", flush=True)
             continue
-        if found.stdout.split() != [str(next((OUT / "simplclip").glob("_C.*so"))), isa]:
-            raise SystemExit(f"{isa}: the sanitized kernels do not load: {found.stdout}\n{found.stderr}")
+        if loaded.stdout.split() != [str(next((OUT / "simplclip").glob("_C.*so"))), isa]:
+            raise SystemExit(f"{isa}: the sanitized kernels do not load: {loaded.stdout}\n{loaded.stderr}")
         print(f"{isa}: {options.cases} random calls", flush=True)
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-o",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from tolerance import assert_within
+from compare import assert_within
 from torch.overrides import TorchFunctionMode
 
 from simplclip.ops.attention import reference as attention_reference
@@ -73,8 +73,8 @@ def by_reference(case: Case, given: dict, dtype: torch.dtype) -> dict:
 
 
 def results(out, lse, dq, dk, dv, d_gains) -> dict:
-    found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    return found | dict(zip(("dalpha", "dbeta", "dgamma"), d_gains))
+    tensors = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    return tensors | dict(zip(("dalpha", "dbeta", "dgamma"), d_gains))
 
 
 class ProductsInTF32(TorchFunctionMode):
@@ -117,17 +117,17 @@ def emulate(kernels, case: Case, given: dict, seed: int) -> dict:
 
 def check(kernels, case: Case, seeds=(0, 1)) -> None:
     given = inputs(case)
-    found = [emulate(kernels, case, given, seed) for seed in seeds]
-    for seed, other in zip(seeds[1:], found[1:]):
+    runs = [emulate(kernels, case, given, seed) for seed in seeds]
+    for seed, other in zip(seeds[1:], runs[1:]):
         for name, value in other.items():
-            assert torch.equal(value, found[0][name]), f"{case}: {name} differs with seed {seed}"
+            assert torch.equal(value, runs[0][name]), f"{case}: {name} differs with seed {seed}"
     truth = by_reference(case, given, torch.float64)
-    for name, value in found[0].items():
+    for name, value in runs[0].items():
         assert value.isfinite().all(), f"{case}: {name} is not finite"
     # A lone key's dq is 0. dalpha and dbeta are sums over all tokens and columns that may nearly cancel: their error is
     # relative to a sum of terms with random signs.
     tokens = sum(case.lengths) if case.lengths else case.batch * case.length
-    compared = found[0], plain(case, given), truth
+    compared = runs[0], plain(case, given), truth
     sums = [{name: result.pop(name) for name in ("dalpha", "dbeta")} for result in compared]
     assert_within(*compared, TOLERANCE[case.type], str(case), least=0.01)
     assert_within(*sums, TOLERANCE[case.type], str(case), least=(tokens * case.width) ** 0.5)

@@ -13,7 +13,6 @@ from simplclip import losses, ops
 from simplclip.nn import SimplifiedBlock
 
 
-# A small call of each op and loss: its float tensors, and a function of them that returns a number.
 def _random(shapes, dtype):
     return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
@@ -78,6 +77,7 @@ def _block(recompute=False):
     return tensors, function
 
 
+# A small call of each op: its float tensors, and a function of them that returns a number.
 SMALL = {
     "similarity_loss": similarity(),
     "similarity_loss sigmoid": similarity(terms=("sigmoid", "pair_matching"), weights={"sigmoid": 1.0, "pair_matching": 0.5}),
@@ -98,16 +98,16 @@ MODULES = {
 }
 
 
-def module_call(name, dtype=torch.float32, device="cpu"):
-    """Returns tensors, a function of them, and its module: a block in `dtype`, a loss in float32."""
+def module_call(name, dtype=torch.float32):
+    """Returns tensors, and a function of them by the module: a block in `dtype`, a loss in float32."""
     tensors, make, count = MODULES[name]
-    module = make().to(device, dtype if name == "SimplifiedBlock" else None)
+    module = make().to(dtype if name == "SimplifiedBlock" else torch.float32)
 
     def function(*args):
         out = module(*args[:count])
         return sum(out) if isinstance(out, tuple) else out if out.dim() == 0 else _number(out)
 
-    return tensors, function, module
+    return tensors, function
 
 
 class Dispatched(TorchDispatchMode):

@@ -46,16 +46,16 @@ def _forward(q, k, v, segments, causal, scale):
 
 
 def _backward(grad, q, k, v, out, lse, segments, causal, scale):
-    found = [torch.full_like(t, torch.nan) for t in (q, k, v)]
+    gradients = [torch.full_like(t, torch.nan) for t in (q, k, v)]
     for (b, rows), of_segment in zip(segments, lse):
         g, o, values = (t[b, rows].float() for t in (grad, out, v))
         weights = (_logits(q[b, rows], k[b, rows], causal, scale) - of_segment[..., None]).exp().to(v.dtype).float()
         d = torch.einsum("ihk,jhk->hij", g, values) - (g * o).sum(-1).T[..., None]
         d = (scale * weights * d).to(v.dtype).float()
-        found[0][b, rows] = torch.einsum("hij,jhk->ihk", d, k[b, rows].float()).to(q.dtype)
-        found[1][b, rows] = torch.einsum("hij,ihk->jhk", d, q[b, rows].float()).to(q.dtype)
-        found[2][b, rows] = torch.einsum("hij,ihk->jhk", weights, g).to(q.dtype)
-    return found
+        gradients[0][b, rows] = torch.einsum("hij,jhk->ihk", d, k[b, rows].float()).to(q.dtype)
+        gradients[1][b, rows] = torch.einsum("hij,ihk->jhk", d, q[b, rows].float()).to(q.dtype)
+        gradients[2][b, rows] = torch.einsum("hij,ihk->jhk", weights, g).to(q.dtype)
+    return gradients
 
 
 def _flash_attention_forward(q, k, v, bounds, keys, most, most_keys, dropout, causal, debug, *, scale):

@@ -1,0 +1,103 @@
+"""Memory of a step of the ops on a CPU beside their inputs, and what backward of simplified_block keeps and computes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from calls import Call, attention_call, block_call, feature_call, mlp_call
+from compare import function_of, outputs_of
+from devices import needs_cpu_kernels
+
+from simplclip.memory.measure import cpu_peak_bytes
+from simplclip.ops import simplified_block
+
+MIB = 1 << 20
+
+
+def of_feature_loss() -> Call:
+    call = feature_call(40_000, 256)
+    call.dtypes = {"student": torch.bfloat16, "teacher": torch.float16}
+    return call
+
+
+# Calls, and the most bytes that a step adds: results, gradients, what is kept for backward, and some scratch.
+STEPS: dict[str, tuple[Callable[[], Call], int]] = {
+    "attention, 77 tokens": (lambda: attention_call(4, 77, 2, 64), 4 * 4 * 77 * 2 * (4 * 64 + 1) + 4096),  # log-sum-exps
+    "attention, 300 tokens": (lambda: attention_call(4, 300, 2, 20), 4 * 4 * 300 * 2 * (4 * 20 + 1) + 4096),
+    "mlp": (
+        lambda: mlp_call(6000, 64, 2048, 64),  # one hidden layer is kept, and written over in backward
+        4 * (6000 * 2048 + 2 * 6000 * 64 + 2 * 64 * 2048 + 2048 + 64) + 8 * MIB + 4096,
+    ),
+    "feature": (of_feature_loss, 40_000 * (2 * 256 + 8) + 8 * MIB),  # two norms a row are kept
+}
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("name", STEPS)
+def test_peak_of_a_step(name):
+    make, most = STEPS[name]
+    call = make()
+    tensors = call.typed(torch.float32)
+    leaves = [tensors[key].requires_grad_() for key in call.needed()]
+    with torch.no_grad():
+        grad = torch.ones_like(outputs_of(function_of(call), call, tensors)["out"])
+
+    def step():
+        for leaf in leaves:
+            leaf.grad = None
+        outputs_of(function_of(call), call, tensors)["out"].backward(grad)
+
+    step()
+    for leaf in leaves:
+        leaf.grad = None
+    assert cpu_peak_bytes(step) <= most
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("op", ["parallel_mlp", "simplified_block"])
+def test_without_gradients_only_some_rows_of_the_hidden_layer_are_kept(op):
+    tokens, width, hidden = 7700, 128, 2048
+    call = mlp_call(tokens, width, hidden, width)
+    if op == "simplified_block":
+        call = block_call(100, 77, width, 2, hidden, projections=False)
+    tensors = call.typed(torch.float32)
+    peak = cpu_peak_bytes(lambda: outputs_of(function_of(call), call, tensors))
+    assert peak < 0.8 * 4 * tokens * hidden  # scratch of 24 MiB, and five times x
+
+
+@needs_cpu_kernels
+def test_a_block_keeps_its_input_queries_keys_and_hidden_layer_or_its_input_alone():
+    b, length, c, f = 8, 77, 128, 512
+    call = block_call(b, length, c, 2, f, projections=False)
+    tensors = {name: t.requires_grad_() for name, t in call.typed(torch.float32).items()}
+    parameters = {t.untyped_storage().data_ptr() for t in tensors.values() if t.dim() < 3}
+    tokens, lse = 4 * b * length * c, 4 * b * 2 * length
+    for recompute, expected in ((False, 7 * tokens + lse), (True, tokens + lse)):
+        kept = {}
+
+        def pack(t, kept=kept):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            simplified_block(**tensors, recompute=recompute)
+        assert sum(size for at, size in kept.items() if at not in parameters and size > 4 * 3 * 2) == expected
+
+
+def test_frozen_tensors_of_a_block_cost_no_products(monkeypatch):
+    """If x needs no gradient, none of the three products for it is computed; nor is the product of a frozen weight."""
+    calls = []
+    for name in ("mm", "addmm", "addmm_"):
+        owner = torch.Tensor if name == "addmm_" else torch
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, original=original, **k: calls.append(1) or original(*a, **k))
+    counts = {}
+    for trained in ("x", "qk_weight", "fc1_weight", "fc2_bias", "all"):
+        tensors = block_call(projections=False).tensors
+        tensors = {name: t.requires_grad_(trained in (name, "all")) for name, t in tensors.items()}
+        out = simplified_block(**tensors)
+        calls.clear()
+        out.sum().backward()
+        counts[trained] = len(calls)
+    # x: two products into the gradient of n; each weight: one product; parallel_mlp_bwd's products are the backend's.
+    assert counts == {"x": 2, "qk_weight": 1, "fc1_weight": 1, "fc2_bias": 0, "all": 4}
