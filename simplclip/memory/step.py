@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
-from simplclip.common import hardware, plugins
+from simplclip.common import hardware
 from simplclip.models.crop import TextCrop
+from simplclip.models.packaged import SOURCES
 from simplclip.models.weights import TAG
 from simplclip.train.settings import Config
 from simplclip.train.state import Training, lr_factor, make_optimizer
@@ -142,7 +143,7 @@ class TrainerStep(Training):
         original = models.original(self.config.model.name)
         if slash and name in open_clip.list_models():
             original = models.PLAIN + name
-        elif original is None or Path(source).exists() or source in plugins.entries("weights"):
+        elif original is None or Path(source).exists() or source in SOURCES:
             return source
         else:
             self.assumed.append(f"weights of {original.removeprefix(models.PLAIN)}, since {source} is not on this machine")
