@@ -2,7 +2,7 @@
 
 A checkpoint is one `torch.save` dict that loads with weights_only=True, see `simplclip.models.trained`. Of the trainer's own are
     loss, optimizer, scaler        state dicts
-    step, data                     optimizer steps done; the loader's state, which says what each worker has read
+    step, data                     optimizer steps done; of each rank the loader's state, which says what its workers have read
     rng                            states of torch's generators (CPU and every GPU)
     frozen                         names of frozen modules
 """

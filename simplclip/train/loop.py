@@ -111,51 +111,58 @@ def _train(state: State, loader: Any, splits: dict[str, Any], snapshot: Any, sto
 
 def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[dict[str, Any]]]:
     """Yields the micro-batches of each step, one or several, without end."""
-    count = state.config.data.batch_size // ranks.count() // loader.batch_size
+    _, count = _micro_batches(state.config)
     batches: list[dict[str, Any]] = []
-    skipped = ""
+    shown = str(loader.skipped)
     for batch in loader:
         if count > 1:  # copies: a tensor from a loader process holds a file descriptor, and a step may have thousands
             batch = {k: v if v.is_pinned() else v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)}
         batches.append(batch)
         if len(batches) < count:
             continue
-        state.data = loader.state()
+        state.data = ranks.exchanged(loader.state())
         yield batches
         batches = []
-        if str(loader.skipped) != skipped and log.pace.due():
-            skipped = str(loader.skipped)
-            log.print(f"data       {skipped}")
+        if shown != (shown := str(loader.skipped)):
+            log.print(f"data       {shown}")
+
+
+def _micro_batches(config: Config) -> tuple[int, int]:
+    """Returns the images of a rank's micro-batch, and the number of micro-batches of its step."""
+    rows, rest = divmod(config.data.batch_size, ranks.count())
+    size = min(config.data.images_at_a_time, max(1, rows))
+    if rest or rows % size:
+        raise ConfigError(
+            f"data.batch_size: expected a multiple of {ranks.count()} ranks and of their micro-batches of {size}, "
+            f"got {config.data.batch_size}"
+        )
+    return size, rows // size
 
 
 def make_loader(state: State) -> tuple[data.Loader, list[str]]:
     """Makes this rank's loader, whose batches are micro-batches of a step, and lines for the log."""
-    c, config = state.config.data, state.config
-    rows = c.batch_size // ranks.count()
-    size = min(c.images_at_a_time, rows)
-    if c.batch_size % ranks.count() or rows % size:
-        raise ConfigError(
-            f"data.batch_size: expected a multiple of {ranks.count()} ranks and of data.micro_batch on each, got {c.batch_size}"
-        )
-    place = {"workers": c.workers, "world_size": ranks.count(), "batch_size": size}
-    former, notes, seed = state.data, list[str](), config.run.seed
-    if state.step and (former is None or any(former.get(name) != value for name, value in place.items())):
-        former, seed = None, seed + state.step
-        notes.append("resume     ranks, workers or micro-batches were others: the pass over the data starts again")
+    config, c, notes, seed = state.config, state.config.data, list[str](), state.config.run.seed
+    place = {"rank": ranks.number(), "world_size": ranks.count(), "workers": c.workers}
+    former = state.data[ranks.number()] if state.data and len(state.data) == ranks.count() else None
+    if former and any(former[name] != value for name, value in place.items()):
+        former = None
+    if former:
+        seed = former["seed"]
+    elif state.step:
+        seed += state.step
+        notes.append("resume     ranks, workers or the version were others: the pass over the data starts again")
     loader = data.make_loader(
         c.train,
         tokenizer=tokenizer(config.model.model_dump()),
         transform=state.transform,
-        batch_size=size,
+        batch_size=_micro_batches(config)[0],
         captions_per_image=c.captions_per_image,
         teacher=config.loss.needs_teacher,
         sidecars=c.sidecars,
-        workers=c.workers,
-        seed=former["seed"] if former else seed,
         pin_memory=state.device.type == "cuda",
-        rank=ranks.number(),
-        world_size=ranks.count(),
+        seed=seed,
         state=former,
+        **place,
         **c.options,
     )
     return loader, notes

@@ -51,7 +51,7 @@ class State:
     lines: list[str]  # for the log: how the model was made
     wrappers: dict[str, Any] = field(default_factory=dict)  # of the towers, if several ranks exchange gradients
     step: int = 0
-    data: dict[str, Any] | None = None  # the loader's state after the last whole step
+    data: list[dict[str, Any]] | None = None  # the loaders' states of all ranks after the step's last batch
     updating: bool = False  # while a step changes the weights, which cannot be undone
 
     @property
@@ -181,7 +181,8 @@ def _restore(state: State, checkpoint: Mapping[str, Any]) -> None:
     except (RuntimeError, ValueError, LookupError) as error:
         reasons = " ".join(line.strip() for line in str(error).splitlines()[1:]) or first_line(error)
         raise CheckpointError(f"checkpoint: expected the state of a {state.config.model.name}, got {reasons[:300]}") from None
-    state.step, state.data = checkpoint["step"], checkpoint["data"]
+    state.step = checkpoint["step"]
+    state.data = checkpoint["data"] if isinstance(checkpoint["data"], list) else None  # of an earlier version
 
 
 def _prepare_towers(state: State) -> None:
