@@ -1,22 +1,25 @@
-"""Image-text pairs. pairs.py finds them for all commands. loader.py makes training batches, in the order that epoch.py draws;
-heldout.py decodes held-out data in stored order. sidecars.py joins further files to samples, e.g. a teacher's. rewrite.py
-makes new shards and sidecars; pack.py makes shards of tables, JSON, folders and streams."""
+"""Image-text pairs in tars. loader.py makes training batches, held_out.py decodes held-out data in stored order.
 
-from simplclip.data.heldout import HeldOut, held_out
-from simplclip.data.loader import EmptyEpochError, Loader, make_loader
-from simplclip.data.pairs import expand, parts_of
-from simplclip.data.shards import ShardError, teacher_stamp
-from simplclip.data.workers import WorkerError
+Both read by tars.py what sources.py finds, join sidecars.py's files, e.g. a teacher's, and parse by samples.py.
+"""
+
+from simplclip.data.errors import EmptyDataError, ShardError, Skipped, WorkerError
+from simplclip.data.held_out import HeldOut, held_out
+from simplclip.data.loader import Loader, make_loader
+from simplclip.data.sidecars import dataset_size, teacher_stamp
+from simplclip.data.sources import expand, sources_of
 
 __all__ = [
-    "EmptyEpochError",
+    "EmptyDataError",
     "HeldOut",
     "Loader",
     "ShardError",
+    "Skipped",
     "WorkerError",
+    "dataset_size",
     "expand",
     "held_out",
     "make_loader",
-    "parts_of",
+    "sources_of",
     "teacher_stamp",
 ]
