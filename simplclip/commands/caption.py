@@ -35,7 +35,9 @@ def caption(
     hardware = {"batch_size": batch_size, "workers": workers, "device": device, "precision": precision}
     draws = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     with ranks.joined():
-        summary = captioning.run(source, out, model, checkpoint=checkpoint, pretrained=pretrained, sidecars=sidecars or (), **draws, **hardware)
+        summary = captioning.run(
+            source, out, model, checkpoint=checkpoint, pretrained=pretrained, sidecars=sidecars or (), **draws, **hardware
+        )
         if not ranks.first():
             return
     typer.echo(f"wrote {summary['written']} of {summary['shards']} sidecars to {summary['path']}: {summary['samples']} pairs")

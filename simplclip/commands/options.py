@@ -10,12 +10,11 @@ import typer
 
 from simplclip.common.errors import InputError, visible
 
-
 Pairs = Annotated[
     list[str],
     typer.Argument(
         metavar="PAIRS",
-        help="Tars, by path, glob, brace pattern, URL or list file; or what `simplclip data pack` makes shards of, which it does.",
+        help="Tars, by path, glob, brace pattern, URL or list file; or a table, JSON or folder, which becomes shards first.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]

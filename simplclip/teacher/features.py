@@ -1,7 +1,7 @@
 """`simplclip teacher`: writes a teacher's features of shards into sidecars, so that training never loads a teacher.
 
-    KEY.teacher.npy    [V + C, D] with rows of norm 1: the features of the image or of its V views, then of its C captions
-    KEY.teacher.json   {"captions": a digest of these captions, "views": what was drawn for each view}
+KEY.teacher.npy    [V + C, D] with rows of norm 1: the features of the image or of its V views, then of its C captions
+KEY.teacher.json   {"captions": a digest of these captions, "views": what was drawn for each view}
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def run(
     progress: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
-    """Writes the features of the teacher `name`, `checkpoint` (see `simplclip.load`) to `out`; returns the summary of `write`.
+    """Writes the features of a teacher, see `simplclip.load`, to the folder `out`; returns the summary of `write`.
 
     data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in OUT/shards.
     views, config, seed: number of views, the student whose augmentation they have, and the seed of their draws.
