@@ -29,9 +29,9 @@ import simplclip
 from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
-from simplclip.evaluation.encoder import EXPORT as SUMMARY
 from simplclip.export import onnx_towers
 from simplclip.models.registry import configuration
+from simplclip.models.trained import EXPORT as SUMMARY
 from simplclip.models.trained import base_of, load_model, model_options
 
 FORMATS = ("open_clip", "onnx")

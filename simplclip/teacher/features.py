@@ -21,7 +21,7 @@ from open_clip.model import get_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from simplclip import models, retrieval
+from simplclip import evaluation, models
 from simplclip.common import hardware, plugins, ranks
 from simplclip.common.errors import InputError
 from simplclip.data import held_out
@@ -33,10 +33,11 @@ from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Pair, check_count
 from simplclip.data.sidecars import TEACHER, VIEWS, Folders
 from simplclip.data.transforms import ImageTransform, View, augmentation, stack
-from simplclip.evaluation.encoder import BUILTIN, Encoder, load
+from simplclip.evaluation.encoder import Encoder, load
 from simplclip.train import config as configs
 from simplclip.train.state import image_transform
 
+BUILTIN = "builtin"
 DTYPES = ("fp16", "bf16")
 
 
@@ -218,12 +219,12 @@ def student_transform(config: str | None = None, model: str | None = None, augme
 def evaluate(
     teacher: Encoder, splits: Mapping[str, str | list[str]], *, batch_size: int = 64
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Measures a teacher's retrieval on splits (name -> shards); returns the results of `retrieval.recall_of` by name."""
+    """Measures a teacher's retrieval on splits (name -> shards); returns the results of `evaluation.recall_of` by name."""
     figures = {}
     for name, shards in splits.items():
-        split = retrieval.Split(held_out(shards), teacher.tokenizer, teacher.preprocess)
-        retrieval.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
-        figures[name] = ranks.on_first(partial(retrieval.recall_of, split, teacher.device)) or {}
+        split = evaluation.Split(held_out(shards), teacher.tokenizer, teacher.preprocess)
+        evaluation.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
+        figures[name] = ranks.on_first(partial(evaluation.recall_of, split, teacher.device)) or {}
     return figures
 
 
