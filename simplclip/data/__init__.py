@@ -3,23 +3,21 @@
 Both read by tars.py what sources.py finds, join sidecars.py's files, e.g. a teacher's, and parse by samples.py.
 """
 
-from simplclip.data.errors import EmptyDataError, ShardError, Skipped, WorkerError
-from simplclip.data.held_out import HeldOut, held_out
-from simplclip.data.loader import Loader, make_loader
-from simplclip.data.sidecars import dataset_size, teacher_stamp
-from simplclip.data.sources import expand, sources_of
+import importlib
 
-__all__ = [
-    "EmptyDataError",
-    "HeldOut",
-    "Loader",
-    "ShardError",
-    "Skipped",
-    "WorkerError",
-    "dataset_size",
-    "expand",
-    "held_out",
-    "make_loader",
-    "sources_of",
-    "teacher_stamp",
-]
+_MODULES = {  # imported on first use: packing needs no torch
+    "errors": ("EmptyDataError", "ShardError", "Skipped", "WorkerError"),
+    "held_out": ("HeldOut", "held_out"),
+    "loader": ("Loader", "make_loader"),
+    "pack": ("packed",),  # simplclip.data.pack is the module
+    "sidecars": ("dataset_size", "teacher_stamp"),
+    "sources": ("expand", "sources_of"),
+}
+__all__ = [name for names in _MODULES.values() for name in names]  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,13 +20,12 @@ from PIL import Image
 from simplclip.common.errors import InputError
 from simplclip.data.decode import decode_pil
 from simplclip.data.errors import BrokenSample, ShardError
-from simplclip.data.tars import IMAGE_SUFFIXES, Sample
+from simplclip.data.tars import Sample
+from simplclip.data.text import IMAGE_SUFFIXES, captions_of, clean, json_of, not_empty, record_of  # noqa: F401
 
-LONGEST = 8192  # characters of a caption that are used: more than any tokenizer takes, and tokenizers may be quadratic
 TEACHER = "teacher.npy"  # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
 TEACHER_JSON = "teacher.json"  # what the features belong to: "captions", a digest of them, and "views" if it saw views
 VIEWS = "views.json"  # the views in sidecars of earlier versions, which have no teacher.json
-_NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
 
 
 @dataclass
@@ -100,41 +98,6 @@ def image_of(sample: Sample) -> bytes:
     raise BrokenSample("missing image", "")
 
 
-def record_of(sample: Sample) -> dict[str, Any]:
-    """Parses the json of a sample; {} without one. Raises BrokenSample."""
-    record: Any = {}
-    if "json" in sample:
-        try:
-            record = json_of(sample["json"])
-        except ValueError as error:
-            raise BrokenSample("bad json", error) from None
-        if not isinstance(record, dict):
-            raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
-    return record
-
-
-def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = False) -> list[str]:
-    """Returns the captions of a sample, at least one. Raises BrokenSample.
-
-    txt_lines: each line of the txt is a caption, as in clip-benchmark's layout; else the txt is one, its white space joined.
-    """
-    several, single = record.get("captions"), record.get("caption")
-    if isinstance(several, list) and (captions := not_empty(several)):
-        return captions
-    texts = [*(several if isinstance(several, list) else ()), single]
-    if captions := not_empty([single]):
-        return captions
-    if "txt" in sample:
-        try:
-            text = sample["txt"].decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BrokenSample("caption not UTF-8", error) from None
-        texts = text.splitlines() if txt_lines else [" ".join(text.split())]
-        if captions := not_empty(texts):
-            return captions
-    raise BrokenSample("empty caption" if any(isinstance(text, str) for text in texts) else "missing caption", "")
-
-
 def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
     """Returns the name or number of a sample's class, None if it has none. Raises BrokenSample."""
     if "cls" in sample:
@@ -177,24 +140,6 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
     if "captions" in about and about["captions"] != digest_of(pair.captions):
         raise ShardError(f"{place} has teacher features of other captions than {pair.captions[0][:80]!r} ...: {again}")
     return features, views
-
-
-def not_empty(texts: list[Any]) -> list[str]:
-    """Cleans texts by `clean`; returns those that are not empty."""
-    return [cleaned for text in texts if isinstance(text, str) and (cleaned := clean(text))]
-
-
-def clean(text: str) -> str:
-    """Strips a caption or name and cuts it to LONGEST characters. Lone surrogates and NUL become U+FFFD."""
-    return _NO_CHARACTER.sub("\ufffd", text.removeprefix("\ufeff").strip()[:LONGEST].rstrip())
-
-
-def json_of(data: str | bytes) -> Any:
-    """Parses JSON. Raises ValueError for any error in it, also for too deep nesting."""
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def stable_hash(text: str) -> int:

@@ -97,9 +97,7 @@ class StoredOrder(IterableDataset):
             batch.skipped.add(broken.args[0], place_of(sample), broken.args[1])
 
     def _portion(self, index: int, batch: _Batch) -> Portion:
-        return Portion(
-            index, batch.positions, self.collate(batch.prepared) if batch.prepared else None, batch.skipped, False
-        )
+        return Portion(index, batch.positions, self.collate(batch.prepared) if batch.prepared else None, batch.skipped, False)
 
 
 @dataclass

@@ -21,11 +21,10 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
 from simplclip.data.sources import Address, Source
+from simplclip.data.text import IMAGE_SUFFIXES, TEXT_BYTES
 
 MAX_BYTES = 256 << 20  # most bytes that the files of a sample may have together, if no other limit is given
-TEXT_BYTES = 16 << 20  # most bytes of a text file of a sample; parsed JSON takes up to 30 times as many
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXTS = (".txt", ".json", ".cls")
 KNOWN = (*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *TEXTS, ".teacher.npy")
 _LONGEST = 4096  # most bytes of a name; systems allow no longer path

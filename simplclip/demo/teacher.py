@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from simplclip.common.files import write_atomically
 from simplclip.data.transforms import ImageTransform
 from simplclip.demo import weights
-from simplclip.train.checkpoint import CheckpointError
+from simplclip.models.trained import CheckpointError
 
 IMAGE_SIZE = 96
 CONTEXT = 64  # tokens

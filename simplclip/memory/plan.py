@@ -16,12 +16,12 @@ from simplclip.memory.count import Usage
 from simplclip.memory.exchange import Exchange
 from simplclip.memory.measure import measure, predict
 from simplclip.memory.step import OpenClipStep, TrainerStep
+from simplclip.models.trained import SIGLIP
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE, STORE_BYTES
 from simplclip.train import config as configs
 from simplclip.train.config import ConfigError
 from simplclip.train.limits import Budget, gib
 from simplclip.train.settings import Config, MicroBatch
-from simplclip.train.state import SIGLIP
 
 SMALL_MICRO_BATCH = 256  # if none is configured; a larger micro-batch leaves less memory for the loss
 MOST_PAIRS = 1 << 22

@@ -19,16 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from simplclip.common.errors import InputError
 from simplclip.common.files import replacing
-from simplclip.models.registry import read_weights
+from simplclip.models.trained import FORMAT, VERSION, CheckpointError
+from simplclip.models.trained import read_checkpoint as load
 
-FORMAT, VERSION = "simplclip", 1
+__all__ = ["WRITTEN", "CheckpointError", "load", "rng_state", "save", "set_rng_state", "step_of"]
+
 WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # files in the folder of a run
-
-
-class CheckpointError(InputError):
-    """Error for a file that is not a usable checkpoint."""
 
 
 def save(folder: str | Path, state: dict[str, Any]) -> Path:
@@ -46,28 +43,6 @@ def save(folder: str | Path, state: dict[str, Any]) -> Path:
                 raise OSError(first.errno, first.strerror, str(last)) from first
             raise
     return last
-
-
-def load(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU. Raises FileNotFoundError, CheckpointError."""
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no such file: {path}")
-    state = read_weights(path, CheckpointError, f"{path}: expected a simplclip checkpoint", "an unreadable file")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected a simplclip checkpoint, got a file without format={FORMAT!r}")
-    version = state.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        got = f"{version}, written by a newer simplclip" if isinstance(version, int) else repr(version)[:100]
-        raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {got}")
-    if "config" in state:
-        try:
-            whole = "model" in state and isinstance(state["config"]["model"]["name"], str)
-        except (LookupError, TypeError):
-            whole = False
-        if not whole:
-            raise CheckpointError(f"{path}: expected a checkpoint with a config and weights, got another one")
-    return state
 
 
 def step_of(path: str | Path) -> int | None:

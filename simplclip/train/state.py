@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,25 +12,22 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from simplclip import data, models
+from simplclip import data
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation, finished
+from simplclip.models import trained
 from simplclip.models.crop import try_crop
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.prefix import FrozenParts
-from simplclip.models.registry import first_line
 from simplclip.models.weights import InheritanceError, WeightTable, load_weights
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
-from simplclip.train.config import ConfigError, from_dict
+from simplclip.train.config import ConfigError
 from simplclip.train.objective import Objective
 from simplclip.train.prefix_cache import prefix_of
-from simplclip.train.settings import SHAPE, Config, MicroBatch
+from simplclip.train.settings import Config, MicroBatch
 from simplclip.train.together import Together, share_norms
-from simplclip.train.trust import check_options
-
-SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # initial values of SigLIP, arXiv 2303.15343
 
 
 class Training:
@@ -265,60 +261,20 @@ class Average:
 
 def image_transform(config: Config, train: bool = True) -> Any:
     """Returns the transform of the config's images, which augments if `train`."""
-    augment, size = config.data.augment, config.model.shape("image_size")
-    return models.transforms(config.model.name, train=train, augment=augment, image_size=size)
+    return trained.image_transform(config.model.model_dump(), train, config.data.augment)
 
 
 def tokenizer(config: Config) -> Any:
     """Returns the tokenizer of the config's model."""
-    return models.tokenizer(config.model.name, config.model.shape("context_length"))
-
-
-def model_options(config: Config) -> dict[str, Any]:
-    """Returns arguments for `models.create`; with the base sigmoid, SigLIP's scale and bias where the config has none."""
-    options = (SIGLIP if config.loss.base == "sigmoid" else {}) | config.model.options
-    shape = {section: {name: config.model.shape(name)} for section, name in SHAPE.items() if config.model.shape(name)}
-    return options | {section: (options.get(section) or {}) | values for section, values in shape.items()}
+    return trained.tokenizer(config.model.model_dump())
 
 
 def build_model(config: Config) -> Any:
     """Builds the model that `config` names, with random weights. Raises ConfigError for options that the model rejects."""
     try:
-        model = models.create(config.model.name, **model_options(config))
-    except TypeError as error:
-        got = f"{config.model.options}: {error}"
-        raise ConfigError(f"model.options: expected options of {config.model.name}, got {got}") from error
-    if any(map(config.model.shape, SHAPE.values())):
-        models.check_shape(model, tokenizer(config))
-    return model
-
-
-def load_model(
-    path: str | Path, device: torch.device | str = "cpu", *, trust: bool = False
-) -> tuple[nn.Module, Config, dict[str, Any]]:
-    """Returns the model in eval mode, config and raw state of a checkpoint. Raises FileNotFoundError, CheckpointError.
-
-    trust: accept model.options that may fetch or unpickle files, see `trust.check_options`.
-    """
-    state = checkpoint.load(path)
-    try:
-        config = from_dict(state["config"], stored=True)
-    except (ConfigError, LookupError) as error:
-        reason = first_line(error) if isinstance(error, ConfigError) else "none"
-        raise checkpoint.CheckpointError(f"{path}: expected a checkpoint with a valid config, got {reason}") from None
-    if not trust:
-        check_options(config.model.options, str(path))
-    try:
-        model = build_model(config)
-        model.load_state_dict(state["model"] | state.get("ema", {}), strict=True)
+        return trained.build_model(config.model.model_dump(), config.loss.base)
     except InputError as error:
-        raise checkpoint.CheckpointError(f"{path}: {error}") from None
-    except Exception as error:  # the type depends on the options, and on the damage
-        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:]) or str(error)
-        raise checkpoint.CheckpointError(
-            f"{path}: expected weights of {config.model.name!r}, the model of its config: {reasons[:300]}"
-        ) from None
-    return model.to(device).eval(), config, state
+        raise ConfigError(str(error)) from None
 
 
 def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:

@@ -15,37 +15,6 @@ from simplclip.common.errors import InputError
 from simplclip.data.pairs import addresses
 from simplclip.train.settings import Config
 
-# Options that describe a model's architecture. Other options of open_clip, e.g. pretrained and weights_only, load files.
-_ARCHITECTURE = {
-    *("vision_cfg", "text_cfg", "multimodal_cfg", "embed_dim", "custom_text", "quick_gelu", "output_dict"),
-    *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "simplified", "simplify_options"),
-    *("force_quick_gelu", "force_custom_text", "force_patch_dropout", "force_image_size", "force_context_length"),
-}
-_WIDE, _DEEP = 1_000_000, 1000  # the largest width and number of layers that are accepted
-
-
-def check_options(options: Mapping[str, Any], where: str) -> None:
-    """Raises InputError for stored model.options that would load more than an architecture, or one of an absurd size."""
-    for key, value in options.items():
-        if key not in _ARCHITECTURE:
-            _refuse(f"model.options.{key}", value, where)
-        for name, inner in value.items() if isinstance(value, Mapping) else ():
-            fetched = str(name).startswith("hf_") or (name == "timm_model_name" and set(":/\\") & {*str(inner)})
-            known = isinstance(inner, Mapping) and inner.keys() <= {"clean", "strip_sep_token"}
-            if (fetched or (name == "tokenizer_kwargs" and not known)) and inner:
-                _refuse(f"model.options.{key}.{name}", inner, where)
-            if isinstance(inner, (int, float)) and inner > (_DEEP if name == "layers" else _WIDE):
-                raise InputError(f"{where}: expected a model that can be built, got model.options.{key}.{name} = {inner:.3g}")
-        if isinstance(value, (int, float)) and value > _WIDE:
-            raise InputError(f"{where}: expected a model that can be built, got model.options.{key} = {value:.3g}")
-
-
-def _refuse(key: str, value: Any, where: str) -> None:
-    raise InputError(
-        f"{where}: expected options of the model's architecture, got {key} = {str(value)[:100]!r}, which may fetch or run "
-        "files; if you trust this file: trust=True of simplclip.load, or --trust of evaluate and export"
-    )
-
 
 def check_splits(splits: Mapping[str, Any], where: str) -> None:
     """Raises InputError for stored eval.splits that are commands or URLs."""

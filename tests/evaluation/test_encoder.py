@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     write_models(folder)
     trainer.run(tiny.settings(folder, "run.steps=1"))
-    export.run(folder / "run", folder / "export", formats=["open_clip"])
+    export.run(folder / "run", folder / "export")
     for number, colour in enumerate(("red", "green", "blue")):
         (folder / f"{number}.png").write_bytes(tiny.picture(tiny.COLOURS[colour], "ring", size=40))
     return folder
