@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from simplclip import models
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import visible
 from simplclip.common.files import write_csv

@@ -1,4 +1,4 @@
-"""Runs that start from trained weights, of other shapes too; inherited blocks; averaged weights; compiled towers; shapes alone."""
+"""Runs that start from trained weights; inherited blocks; averaged weights; compiled towers; models of shapes alone."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""Training with the base sigmoid and with a teacher: scale and bias, stages, several captions, caching, each term's gradient."""
+"""Training by the sigmoid base and by a teacher: scale and bias, stages, captions, caching, the gradient of each term."""
 
 import math
 import os
@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from runs import check_resumed, go, rows, state_of
+from runs import check_resumed, go, rows
 
 from simplclip import models
 from simplclip.models.trained import read_checkpoint
