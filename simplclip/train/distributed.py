@@ -1,8 +1,7 @@
 """Training of one model by several ranks: DistributedDataParallel averages gradients, and batch norms share their statistics.
 
-Each tower has a wrapper of its own, since `gradient_cache.backward` exchanges a tower's gradients in that tower's last backward
-pass. Losses average the gradients of their own parameters; logit scale and bias are averaged by `averaged`, as the terms'
-schedules decide whether a step uses them.
+Each tower has a wrapper of its own, since `gradient_cache.backward` exchanges a tower's gradients in its last backward pass.
+Losses average the gradients of their own parameters, and `averaged` those of logit scale and bias, which a step may not use.
 """
 
 from __future__ import annotations
