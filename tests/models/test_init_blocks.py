@@ -19,7 +19,7 @@ from simplclip.models.inherit import InheritanceError, inherit
 from simplclip.models.init_blocks import convert, is_block, start
 from simplclip.models.mobileclip import PreNormLayer
 from simplclip.models.simplify import MapBlock, attention_of, simplify
-from simplclip.nn import SimplifiedBlock, neighbour_groups, share_weights
+from simplclip.nn import SimplifiedBlock, share_weights
 
 C, H, F = 24, 2, 48
 _HF = {"hidden_size": C, "intermediate_size": F, "num_attention_heads": H, "attn_implementation": "eager"}

@@ -6,7 +6,6 @@ import pytest
 import torch
 from mobileclip_s0 import SMALL, SMALL_FEATURES, error, expected, inputs, small_case, small_state, weights
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
 import simplclip
