@@ -34,7 +34,8 @@ def model_of(kind, **text):
     model = clip(cls=options.get("cls", CLIP), text={"context_length": 40, **options.get("text", {}), **text}).eval()
     if kind == HUGGING_FACE:
         size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        model.text = HFTextEncoder("bert", 16, BertConfig(100, **size, pad_token_id=0), "cls_pooler", "linear").eval()
+        config = BertConfig(vocab_size=100, **size, pad_token_id=0)
+        model.text = HFTextEncoder("bert", 16, config, "cls_pooler", "linear").eval()
     if kind == PADDING_MASK:
         size = {"width": 24, "heads": 2, "layers": 2, "output_dim": 16}
         model.text = TextTransformer(40, 100, **size, no_causal_mask=True, use_pad_mask=True).eval()
