@@ -17,12 +17,12 @@ from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import write_atomically
 from simplclip.data import held_out
+from simplclip.evaluation.classification import NamelessError, class_names, named, phrases, zero_shot
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.figures import in_words, table
 from simplclip.evaluation.retrieval import recall_of
 from simplclip.evaluation.sheets import contact_sheet
 from simplclip.evaluation.split import BATCH_SIZE, Split, encode
-from simplclip.evaluation.zero_shot import NamelessError, class_names, named, phrases, zero_shot
 from simplclip.version import __version__
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]

@@ -57,7 +57,7 @@ def model_options(section: Mapping[str, Any], base: str = "contrastive") -> dict
 
     base: loss.base of the config. With "sigmoid" the scale and the bias start as SigLIP's, unless the options have them.
     """
-    options = (SIGLIP if base == "sigmoid" else {}) | dict(section.get("options") or {})
+    options: dict[str, Any] = {**(SIGLIP if base == "sigmoid" else {}), **(section.get("options") or {})}
     for name, part in _SHAPE.items():
         value = shape_of(section, name)
         if value:

@@ -14,7 +14,7 @@ from kills import digests
 from pairs import write
 from runs import at_step, bits, check_ends_as, go, state_of
 
-from simplclip import retrieval
+from simplclip import evaluation
 from simplclip.data import loader
 from simplclip.train import checkpoint, folder, metrics
 from simplclip.train import loop as train
@@ -95,7 +95,7 @@ def test_what_fails_behind_a_step_saves_that_step(tmp_path, monkeypatch, undistu
     """Logging, evaluation, and plotting at the end fail."""
     held = tiny.write_shard(tmp_path / "data" / "held.tar")
     config = tiny.settings(undisturbed, DROPOUT, "eval.every=4", f"eval.splits.held={held}", f"run.out={tmp_path / 'run'}")
-    for target, name, step in ((metrics.RunLog, "write", 1), (retrieval, "encode", 4), (train, "curves", 7)):
+    for target, name, step in ((metrics.RunLog, "write", 1), (evaluation, "encode", 4), (train, "curves", 7)):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, lambda *a, **k: fails())
             with pytest.raises(train.TrainingError, match=f"after step {step}: OSError.* [Ss]tep {step} (is saved|in)|Saved"):
