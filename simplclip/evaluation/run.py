@@ -70,8 +70,6 @@ def evaluate(
     if not splits:
         raise InputError("data: expected at least one split (--data NAME=DATA), got none")
     names, given = class_names(classnames), phrases(templates or ())
-    data = {split: named(held_out(what, captions=captions), *names) for split, what in splits.items()}
-    folder = _folder(out, sources[0])
     answer: dict[str, Any] = {}
 
     for number, source in enumerate(sources):
@@ -79,6 +77,8 @@ def evaluate(
         about: dict[str, Any] = {"checkpoint": source, "model": encoder.name, "step": encoder.step}
         about["precision"] = encoder.precision
         if number == 0:
+            folder = _folder(out, source)
+            data = {name: named(held_out(what, captions=captions), *names) for name, what in splits.items()}
             folder.mkdir(parents=True, exist_ok=True)
             usual = _templates_of(encoder.config)
             answer = result = about | {"versions": {"simplclip": __version__, "torch": torch.__version__}, "splits": {}}

@@ -178,7 +178,7 @@ def test_a_folder_of_classes_by_the_command(trained, tmp_path):
 
 
 def test_splits_of_a_run_are_local_files(trained, folder, tmp_path):
-    """They come from the config.yaml in the run's folder, never from the checkpoint; commands and URLs in them are refused."""
+    """They come from the config.yaml in the folder, never from the checkpoint; commands and URLs in them are refused."""
     run = tmp_path / "run"
     run.mkdir()
     state = read_checkpoint(trained)

@@ -49,7 +49,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     settings = tiny.settings(folder)
     state = {"format": "simplclip", "version": 1, "step": 3, "config": settings.to_dict()}
-    return state | {"model": build_model(settings.model.model_dump()).state_dict(), "shard": str(folder / "data" / "train-0.tar")}
+    weights = build_model(settings.model.model_dump()).state_dict()
+    return state | {"model": weights, "shard": str(folder / "data" / "train-0.tar")}
 
 
 def saved(state, path="run/last.pt"):
