@@ -18,7 +18,6 @@ from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import locked, write_atomically
 from simplclip.data import HeldOut, held_out
-from simplclip.data.pool import cores
 from simplclip.data.text import json_of
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.figures import in_words, table
@@ -78,7 +77,7 @@ def evaluate(
     sources = [os.fspath(model) for model in ([models] if isinstance(models, (str, os.PathLike)) else models)]
     if not sources or len({*sources}) < len(sources):
         raise InputError(f"model: expected one or several different models, got {', '.join(sources) or 'none'}")
-    workers = min(8, cores()) if workers is None else workers
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
     names, given = class_names(classnames), phrases(templates or ())
     found: dict[str, HeldOut] = {}
     answer: dict[str, Any] = {}

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data import HeldOut
-from simplclip.data.shards import not_empty
-from simplclip.data.text import clean, json_of
+from simplclip.data.text import clean, json_of, not_empty
 from simplclip.retrieval.metrics import nearest
 from simplclip.retrieval.split import Split
 
@@ -64,7 +63,7 @@ def named(data: HeldOut, names: Names | None, synsets: list[str] | None) -> Held
         return _renamed(data, list(names.values()) if isinstance(names, dict) else list(names))
     if synsets and set(folders) <= set(synsets):
         names = dict(zip(synsets, names))
-    where = f"of {data.parts[0].url}"
+    where = f"of {data.sources[0].url}"
     if not isinstance(names, dict):
         if len(names) != len(folders):
             raise InputError(f"classnames: expected a name for each of the {len(folders)} folders {where}, got {len(names)}")

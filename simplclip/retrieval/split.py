@@ -17,8 +17,8 @@ from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import write_atomically
 from simplclip.common.progress import Progress
 from simplclip.data import HeldOut, held_out
-from simplclip.data.broken import Skipped
-from simplclip.data.shards import Pair
+from simplclip.data.errors import Skipped
+from simplclip.data.samples import Pair
 from simplclip.data.transforms import finished
 from simplclip.retrieval.features import Features
 
