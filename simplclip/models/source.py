@@ -14,8 +14,9 @@ from torch import nn
 from simplclip.common.errors import InputError
 from simplclip.models import registry
 from simplclip.models.mobileclip import where_to_get
-from simplclip.models.registry import PLAIN, WeightsError, check_archive, create, first_line, read_weights, refusal
+from simplclip.models.registry import PLAIN, WeightsError, create
 from simplclip.models.trained import EXPORT, CheckpointError, load_export, load_model
+from simplclip.models.weight_files import check_archive, first_line, read_weights, refusal
 
 _FILES = (".pt", ".pth", ".bin", ".safetensors")
 

@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from simplclip.common.errors import InputError
-from simplclip.models.registry import Tokenizer, check_shape, create, first_line, read_weights, transforms
+from simplclip.models.registry import Tokenizer, check_shape, create, transforms
 from simplclip.models.registry import tokenizer as tokenizer_of
+from simplclip.models.weight_files import first_line, read_weights
 
 FORMAT, VERSION = "simplclip", 1
 EXPORT = "export.json"  # describes the folder of an export
