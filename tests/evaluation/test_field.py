@@ -17,7 +17,6 @@ from simplclip.data.broken import Skipped
 from simplclip.data.shards import contents, read_shard
 from simplclip.demo import builtin, emoji
 from simplclip.demo import teacher as networks
-from simplclip.integrations import clip_benchmark
 
 KS = (1, 5, 10)
 TEMPLATES = ["a drawing of {c}", "{c}"]
@@ -125,19 +124,3 @@ def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, teach
     assert count == mine["images"]
     assert [mine["top1"]["value"], mine["top5"]["value"]] == pytest.approx((hits / count).tolist(), abs=1e-6)
     assert ours["classes"]["contact_sheet"] is None
-
-
-@pytest.mark.slow
-def test_clip_benchmark_loads_our_models(folder, ours):
-    """clip-benchmark's own command evaluates a model of this library."""
-    output = str(folder / "{dataset}_{task}.json")
-    for name, task in (("retrieval", "zeroshot_retrieval"), ("classes", "zeroshot_classification")):
-        words = ["--model_type", "simplclip", "--model", "builtin", "--pretrained", folder / "heads.safetensors"]
-        words += ["--dataset", f"wds/{name}", "--dataset_root", folder / name, "--task", task, "--recall_k", 1, 5]
-        words += ["--num_workers", 0, "--no_amp", "--quiet", "--output", output]
-        clip_benchmark.main(["eval", *map(str, words)])
-        metrics = json.loads((folder / f"{name}_{task}.json").read_text())["metrics"]
-        if name == "retrieval":
-            assert metrics["image_retrieval_recall@5"] == pytest.approx(ours[name]["text_to_image"]["R@5"]["value"], abs=1e-6)
-        else:
-            assert metrics["acc1"] == pytest.approx(ours[name]["zero_shot"]["top1"]["value"], abs=1e-6)
