@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode_pil, rgb
 from simplclip.data.shards import file_bytes
 from simplclip.data.text import json_of
-from simplclip.models.crop import try_crop
+from simplclip.models.crop import crop_texts
 from simplclip.models.mobileclip import where_to_get
-from simplclip.models.registry import WeightsError, check_archive, first_line, read_weights, refusal
+from simplclip.models.registry import WeightsError
 from simplclip.models.simplify import count_parameters
+from simplclip.models.weight_files import check_archive, first_line, read_weights, refusal
 from simplclip.retrieval import features_of
 from simplclip.train.checkpoint import CheckpointError
 from simplclip.train.settings import Config
@@ -58,7 +60,8 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval().requires_grad_(False)
-        try_crop(self.model)
+        with suppress(InputError):  # texts that cannot be cropped stay as they are
+            crop_texts(self.model)
         self.width = self.encode_text(["a"]).shape[1]
 
     def __repr__(self) -> str:

@@ -31,12 +31,13 @@ from simplclip.data.shards import Pair, count_samples, parse
 from simplclip.data.sidecars import PREFIX, beside, entries, plain_name
 from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform, augmentation
-from simplclip.models.prefix import FrozenParts, Prefix
+from simplclip.models.frozen import FrozenParts
 from simplclip.train.config import ConfigError
 from simplclip.train.settings import Config
 
 AT_ONCE = 64  # images that the prefix gets at a time
 _KEY = "data.cache_prefix"
+Prefix: Any = None  # gone from models; this file goes with the trainer's rewriting
 
 
 def prefix_of(config: Config, frozen: FrozenParts, transform: Any, teacher: dict[str, Any] | None, context: Any) -> Prefix:

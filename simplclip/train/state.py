@@ -17,9 +17,9 @@ from simplclip import data, models
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation, finished
-from simplclip.models.crop import try_crop
+from simplclip.models.crop import crop_texts
+from simplclip.models.frozen import FrozenParts
 from simplclip.models.inherit import freeze, freeze_norms, inherit
-from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line
 from simplclip.models.weights import InheritanceError, WeightTable, load_weights
 from simplclip.nn import SimplifiedBlock
@@ -52,9 +52,7 @@ class Training:
         freeze(self.model, self.frozen)
         if config.inherit.source is not None and not state:
             how = config.inherit
-            options = config.model.options.get("simplify_options", {})
-            keep = [name for name in ("attention_gain", "mlp_gain") if options.get(name) is not None]
-            self.inheritance = inherit(self.model, self.sources(), train=how.train, blocks=how.blocks, keep=keep)
+            self.inheritance = inherit(self.model, self.sources(), train=how.train, blocks=how.blocks)
             self.frozen = self.inheritance.names
             for name in ("logit_scale", "logit_bias"):  # a value of the config replaces the source's
                 if (value := config.model.options.get(f"init_{name}")) is not None:
@@ -86,8 +84,11 @@ class Training:
             self.data = state["data"]
             checkpoint.set_rng_state(state["rng"])
         # torch.compile compiles a tower anew for each size, so it gets few.
-        cropped = try_crop(self.model, **{"multiple": 16, "groups": 1} if config.run.compile else {})
-        self.crop, self.padded = (None, cropped) if isinstance(cropped, str) else (cropped, "")
+        self.crop, self.padded = None, ""
+        try:
+            self.crop = crop_texts(self.model, **{"multiple": 16, "groups": 1} if config.run.compile else {})
+        except InputError as error:
+            self.padded = str(error).removeprefix("model: expected an open_clip model whose texts can be cropped, got ")
         self.together = Together(self.model, at_once=config.data.micro_batch is None)
         self.folded = FrozenParts(self.model, hardware.DTYPES[precision])
         copies = [part.folded for part in self.folded.parts if part.folded and part.name.startswith("visual")]
