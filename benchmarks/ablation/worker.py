@@ -24,9 +24,10 @@ from simplclip import retrieval, train
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
 from simplclip.common.files import write_atomically
+from simplclip.models.trained import load_model
 from simplclip.train import config
 from simplclip.train.settings import Config
-from simplclip.train.state import image_transform, load_model, tokenizer
+from simplclip.train.state import image_transform, tokenizer
 
 MATRIX = 1 << 26  # most similarities that `auc` computes
 
@@ -60,7 +61,7 @@ def result(values: Config) -> dict[str, Any]:
     out = Path(values.run.out)
     device = hardware.pick_device(values.run.device)
     precision, _ = hardware.pick_precision(values.run.precision, device)
-    model, _, state = load_model(out / "last.pt", device, trust=True)
+    model, _, state = load_model(out / "last.pt", device)
     splits = retrieval.load_splits(values.eval.splits, tokenizer(values), image_transform(values, train=False))
     found = {}
     for name, split in splits.items():

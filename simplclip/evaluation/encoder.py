@@ -29,11 +29,8 @@ from simplclip.models.crop import try_crop
 from simplclip.models.mobileclip import where_to_get
 from simplclip.models.registry import WeightsError, check_archive, first_line, read_weights, refusal
 from simplclip.models.simplify import count_parameters
+from simplclip.models.trained import CheckpointError, check_options, load_model
 from simplclip.retrieval import features_of
-from simplclip.train.checkpoint import CheckpointError
-from simplclip.train.settings import Config
-from simplclip.train.state import load_model
-from simplclip.train.trust import check_options
 
 BUILTIN = "builtin"
 EXPORT = "export.json"  # describes the folder of `simplclip export`
@@ -53,7 +50,7 @@ class Encoder:
     device: torch.device
     precision: str  # "fp32", "bf16" or "fp16"
     source: str = ""  # the argument of `load`
-    config: Config | None = None  # of the run, if the source is a checkpoint
+    config: dict[str, Any] | None = None  # of the run, if the source is a checkpoint
     step: int | None = None  # of the run
 
     def __post_init__(self) -> None:
@@ -150,7 +147,6 @@ def load(
     *,
     device: str | torch.device = "auto",
     precision: str = "fp32",
-    trust: bool = False,
 ) -> Encoder:
     """Loads the encoder that `source` names:
 
@@ -168,7 +164,6 @@ def load(
 
     device: cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.
     precision: fp32, bf16, fp16, or auto: bf16 if the device has it. Features are float32 in each of them.
-    trust: accept model options of a checkpoint or an export that may fetch or unpickle further files, see `train.trust`.
 
     Raises: ValueError if the source is unknown or has no weights, FileNotFoundError, CheckpointError if a file is not a
     checkpoint of that model.
@@ -182,11 +177,11 @@ def load(
         plain, _, tag = source.removeprefix(models.PLAIN).partition("/")
         found = _open_clip(plain, tag, checkpoint)
     elif checkpoint is None and Path(source).exists():
-        found = _from_run_or_export(Path(source), trust)
+        found = _from_run_or_export(Path(source))
     elif name == BUILTIN and not (rest and checkpoint):
         found = _builtin(checkpoint or rest)
     elif name in models.names() and not (rest and checkpoint):
-        found = _named(name, checkpoint or rest, trust)
+        found = _named(name, checkpoint or rest)
     elif source.endswith(_FILES) or (rest and checkpoint is None):
         raise _missing(source)
     else:
@@ -206,7 +201,7 @@ def _builtin(heads: str | os.PathLike) -> dict[str, Any]:
     return {"name": BUILTIN, "model": model, "preprocess": transform, "tokenizer": tokenizer}
 
 
-def _named(name: str, weights: str | os.PathLike, trust: bool) -> dict[str, Any]:
+def _named(name: str, weights: str | os.PathLike) -> dict[str, Any]:
     if not weights:
         raise InputError(f"checkpoint: expected a file with the weights of {name!r}, got none{where_to_get(name)}")
     path = Path(weights)
@@ -214,7 +209,7 @@ def _named(name: str, weights: str | os.PathLike, trust: bool) -> dict[str, Any]
         raise _missing(path)
     bare = path.is_file() and "format" not in read_weights(path, CheckpointError, "checkpoint: expected weights")
     if not bare:
-        found = _from_run_or_export(path, trust)
+        found = _from_run_or_export(path)
         if found["name"] != name:
             raise CheckpointError(f"{path}: expected a checkpoint of {name!r}, got one of {found['name']!r}")
         return found
@@ -232,16 +227,16 @@ def _parts(name: str, model: Any) -> dict[str, Any]:
     return {"name": name, "model": model, "preprocess": transform, "tokenizer": tokenizer}
 
 
-def _from_run_or_export(path: Path, trust: bool) -> dict[str, Any]:
+def _from_run_or_export(path: Path) -> dict[str, Any]:
     """Arguments of `Encoder` for a run's checkpoint or an export."""
     if (path / EXPORT).is_file() and not (path / "last.pt").exists():
-        return _exported(path, trust)
-    model, config, state = load_model(path, trust=trust)
-    name = config.model.name
+        return _exported(path)
+    model, config, state = load_model(path)
+    name = config["model"]["name"]
     return _parts(name, model) | {"config": config, "step": state["step"]}
 
 
-def _exported(folder: Path, trust: bool) -> dict[str, Any]:
+def _exported(folder: Path) -> dict[str, Any]:
     try:
         about = json_of((folder / EXPORT).read_text("utf-8"))
         name, options, step = about["model"], dict(about["options"]), int(about["step"])
@@ -253,8 +248,7 @@ def _exported(folder: Path, trust: bool) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: expected an export with weights (--format open_clip), got {', '.join(about['files'])}"
         )
-    if not trust:
-        check_options(options, str(folder / EXPORT))
+    check_options(options, str(folder / EXPORT))
     model = models.create(name, checkpoint=folder / weights[0], **options)
     return _parts(name, model) | {"step": step}
 

@@ -25,6 +25,7 @@ from simplclip.evaluation.figures import in_words, table
 from simplclip.evaluation.sheets import confusion_sheet, contact_sheet
 from simplclip.evaluation.zero_shot import NamelessError, class_names, named, phrases, zero_shot
 from simplclip.retrieval import BATCH_SIZE, Split, encode, recall_of
+from simplclip.train.config import from_dict
 from simplclip.train.settings import EvalConfig
 from simplclip.train.trust import check_splits
 
@@ -82,11 +83,11 @@ def evaluate(
     found: dict[str, HeldOut] = {}
     answer: dict[str, Any] = {}
     for number, name in enumerate(sources):
-        encoder = load(name, device=ranks.device(device), precision=precision, trust=trust)
+        encoder = load(name, device=ranks.device(device), precision=precision)
         about: dict[str, Any] = {"checkpoint": name, "model": encoder.name, "step": encoder.step}
         about["precision"] = encoder.precision
         if number == 0:
-            defaults = encoder.config.eval if encoder.config else EvalConfig()
+            defaults = from_dict(encoder.config, stored=True).eval if encoder.config else EvalConfig()
             if not (splits or trust):
                 check_splits(defaults.splits, name)
             found = _sources(splits or defaults.splits, skip_missing, say, captions=captions, images=images)

@@ -32,19 +32,16 @@ from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_f
 from simplclip.evaluation.encoder import EXPORT as SUMMARY
 from simplclip.export import onnx_towers
 from simplclip.models.registry import configuration
-from simplclip.train.settings import Config
-from simplclip.train.state import load_model, model_options
+from simplclip.models.trained import base_of, load_model, model_options
 
 FORMATS = ("open_clip", "onnx")
 _PHRASES = ("a cat", "a photo of two dogs on a beach", "red, green and blue")
 
 
-def run(
-    checkpoint: str | Path, out: str | Path, *, formats: Sequence[str] = FORMATS, force: bool = False, trust: bool = False
-) -> dict[str, Any]:
+def run(checkpoint: str | Path, out: str | Path, *, formats: Sequence[str] = FORMATS, force: bool = False) -> dict[str, Any]:
     """Exports `checkpoint`, a file or the folder of a run, to the folder `out`, and returns the content of export.json.
 
-    formats: names out of FORMATS. force: replace an existing export in `out`. trust: as for `simplclip.load`.
+    formats: names out of FORMATS. force: replace an existing export in `out`.
 
     `out` does not change before all files are written and checked. A process that is killed while it moves them leaves a
     folder without export.json.
@@ -63,7 +60,7 @@ def run(
         raise FileExistsError(f"out: expected a folder, got the file {out}")
     if (out / SUMMARY).exists() and not force:
         raise FileExistsError(f"out: expected a folder without an export, got {out}; --force replaces the export")
-    model, config, state = load_model(checkpoint, trust=trust)
+    model, config, state = load_model(checkpoint)
 
     remove_leftovers(out.parent, out.name.__eq__, HOUR)
     try:
@@ -80,9 +77,10 @@ def run(
     return answer
 
 
-def _write(out: Path, model: Any, config: Config, formats: list[str], source: dict[str, Any]) -> dict[str, Any]:
+def _write(out: Path, model: Any, config: dict[str, Any], formats: list[str], source: dict[str, Any]) -> dict[str, Any]:
     """Writes the files beside `out`, moves them there, and returns the content of export.json, which includes `source`."""
-    name, options, tokens = config.model.name, model_options(config), get_model_tokenize_cfg(model)
+    name, tokens = config["model"]["name"], get_model_tokenize_cfg(model)
+    options = model_options(config["model"], base_of(config))
     tokenizer = models.tokenizer(name, tokens.get("context_length"))
     # Three inputs for each tower: noise and token ids.
     size, noise = to_2tuple(model.visual.image_size), torch.Generator().manual_seed(0)

@@ -18,8 +18,8 @@ from open_clip.model import convert_to_custom_text_state_dict
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from simplclip.common import plugins
 from simplclip.common.errors import InputError
+from simplclip.models import packaged
 from simplclip.models.mobileclip import from_published, where_to_get
 from simplclip.models.registry import bare_state, first_line, read_weights
 from simplclip.nn import SimplifiedBlock
@@ -245,12 +245,12 @@ def _resized(model: nn.Module, name: str, ours: Tensor, theirs: Tensor) -> Tenso
 def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     """Returns the label of a source (as `inherit` takes it), and the source's tensors by their names in `model`."""
     prefixes: Mapping[str, str] | None = None  # prefix in the source -> prefix in the model; other names are ignored
-    if isinstance(source, str) and source in plugins.entries("weights") and not Path(source).exists():
+    if isinstance(source, str) and source in packaged.SOURCES and not Path(source).exists():
         prefixes = getattr(model, "origins", {}).get(source)
         if prefixes is None:
             known = ", ".join(getattr(model, "origins", {})) or "none by name"
             raise InheritanceError(f"source: expected weights that this model takes ({known}), got {source!r}")
-        label, state = source, plugins.load("weights", source)()
+        label, state = source, packaged.SOURCES[source]()
     elif isinstance(source, nn.Module):
         label, state = type(source).__name__, source.state_dict()
     elif isinstance(source, Mapping):
@@ -280,7 +280,7 @@ def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
         return _download(name, tag)
     if not path.is_file():
         raise FileNotFoundError(
-            f"source: expected a file, open_clip's NAME/TAG or one of {', '.join(plugins.entries('weights'))}, got {path}"
+            f"source: expected a file, open_clip's NAME/TAG or one of {', '.join(packaged.SOURCES)}, got {path}"
             + where_to_get(path)
         )
     state = read_weights(path, InheritanceError, "source: expected weights, readable without running code")

@@ -14,8 +14,8 @@ from simplclip import models
 from simplclip.export import onnx_towers
 from simplclip.models import mobileclip
 from simplclip.models.simplify import TransformerBlock, count_parameters
+from simplclip.models.trained import CheckpointError
 from simplclip.models.weights import NEW, InheritanceError
-from simplclip.train.checkpoint import CheckpointError
 
 NAME = "mobileclip-s0"
 EXACT, FOLDED = 2e-5, 1e-4

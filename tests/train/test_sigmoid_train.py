@@ -9,10 +9,11 @@ import torch
 from runs import check_resumed, go, rows, state_of
 
 from simplclip import evaluation, export, models
+from simplclip.models.trained import load_model
 from simplclip.train import checkpoint
 from simplclip.train import loop as train
 from simplclip.train.batches import batches
-from simplclip.train.state import Training, load_model
+from simplclip.train.state import Training
 
 SIGMOID = "loss.base=sigmoid"
 CPU = torch.device("cpu")

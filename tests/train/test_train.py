@@ -17,12 +17,13 @@ from runs import at_step, bits, check_resumed, go, rows, state_of
 from simplclip import losses
 from simplclip.common import hardware, progress
 from simplclip.common.errors import InputError
+from simplclip.models.trained import load_model
 from simplclip.train import checkpoint
 from simplclip.train import loop as train
 from simplclip.train.batches import loader
 from simplclip.train.config import ConfigError
 from simplclip.train.metrics import RunLog
-from simplclip.train.state import load_model, lr_factor
+from simplclip.train.state import lr_factor
 
 
 @pytest.mark.slow
