@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from itertools import accumulate
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from simplclip import gradient_cache
 from simplclip.memory import fake
 from simplclip.memory.count import Counter, Usage
-from simplclip.memory.step import Step, first_and_last
+from simplclip.memory.step import Running, Step, first_and_last
 
 STEPS = 2  # measured ones; in the second one the optimizer's state exists from the beginning
 
@@ -26,21 +27,21 @@ def predict(step: Step, device: torch.device) -> Usage:
     # Fallback kernels would run ops that have no fake implementation on real tensors.
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(real=False))
-    model, faked = step.model(), fake.faker(mode, device)
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+    running, faked = step.start(), fake.faker(mode, device)
+    for module in (inner for outer in running.modules for inner in outer.modules()):
+        both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in both:
             tensors.update({name: faked(tensor) for name, tensor in tensors.items() if tensor is not None})
-    counter.hold(_weights([model]), "parameters")
+    counter.hold(_weights(running), "parameters")
     counter.hold(batches, "batch")
     engine = fake.Engine(lambda gradient: counter.hold(gradient, "gradients"))
     shortened = mock.patch.object(gradient_cache, "backward", first_and_last(gradient_cache.backward))
     with fake.fake_step(mode, device), engine.installed(), shortened, counter.counting():
-        placed = step.place(model, device, counter.during)
-        counter.hold(_weights(placed.modules), "parameters")
-        counter.hold(placed.averages, "averages")
-        _make_state(placed.optimizer, counter)
+        running.place(device, counter.during)
+        counter.hold(running.averages, "averages")
+        _make_state(running.optimizer, counter)
         with counter.during("backward", "temporaries"):
-            placed.run(batches)
+            running.run(batches)
     return counter.usage
 
 
@@ -62,36 +63,24 @@ def _make_state(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
     optimizer.zero_grad()
 
 
-def with_values(model: nn.Module, device: torch.device) -> nn.Module:
-    """Gives a model of the meta device tensors on `device`, with values with which it runs."""
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name.endswith("running_var") or name.endswith("weight") and tensor.dim() == 1:  # of a norm
-                tensor.fill_(1)
-            elif isinstance(tensor, nn.Parameter):
-                tensor.normal_(0, 0.02)
-            else:
-                tensor.zero_()
-    return model
-
-
 def measure(step: Step, device: torch.device) -> int:
     """Runs the step; returns the peak bytes of torch's allocator on `device`, with parameters, on a CPU also the batch."""
-    model = with_values(step.model(), device)
-    placed = step.place(model, device, lambda phase, kind: nullcontext())
+    running = step.start()
+    for module in running.modules:
+        _fill(module.to_empty(device=device))
+    running.place(device, lambda phase, kind: nullcontext())
     batches = step.batches(real=True)
 
     def run() -> None:
         for _ in range(STEPS):
-            placed.run(batches)
+            running.run(batches)
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    before = tree_leaves([_weights([model, *placed.modules]), placed.averages, batches])
+    before = tree_leaves([_weights(running), running.averages, batches])
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in before}
     return sum(storages.values()) + cpu_peak_bytes(run)
 
@@ -104,5 +93,17 @@ def cpu_peak_bytes(run: Callable[[], object]) -> int:
     return max(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
-def _weights(modules: Iterable[nn.Module]) -> list[Tensor]:
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+@torch.no_grad()
+def _fill(module: nn.Module) -> None:
+    """Gives a module values with which a step runs."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name.endswith("running_var") or (name.endswith("weight") and tensor.dim() == 1):  # of a norm
+            tensor.fill_(1)
+        elif isinstance(tensor, nn.Parameter):
+            tensor.normal_(0, 0.02)
+        else:
+            tensor.zero_()
+
+
+def _weights(running: Running) -> list[Tensor]:
+    return [tensor for module in running.modules for tensor in (*module.parameters(), *module.buffers())]

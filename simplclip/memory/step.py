@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 from unittest import mock
 
@@ -25,24 +25,25 @@ Batch = dict[str, Any]
 ROWS = {"image": 1, "text": -1}  # dimensions of a batch [N, 3, S, S], [N, L] or [N, k, L] that count its features: all before
 
 
-@dataclass
-class Placed:
-    """A step whose weights are on a device. modules: all that have weights there. averages: copies of weights."""
+class Running(Protocol):
+    """A step with its modules, which are on the meta device until `predict` or `measure` gives them tensors on another."""
 
-    modules: list[nn.Module]
-    optimizer: torch.optim.Optimizer
-    run: Callable[[list[Batch]], object]
-    averages: list[Tensor] = field(default_factory=list)
+    modules: list[nn.Module]  # all that have weights
+    averages: list[Tensor]  # copies of weights, after `place`
+    optimizer: torch.optim.Optimizer  # after `place`
+
+    def place(self, device: torch.device, during: During) -> None:
+        """Makes all else on `device`, where the modules' tensors are now. The step enters `during` for its phases."""
+
+    def run(self, batches: list[Batch]) -> object:
+        """Runs one training step."""
 
 
 class Step(Protocol):
     """What `predict` and `measure` run."""
 
-    def model(self) -> nn.Module:
-        """Returns a new model whose tensors are on the meta device."""
-
-    def place(self, model: nn.Module, device: torch.device, during: During) -> Placed:
-        """Makes all else that the step has on `device`, where the model's tensors are. The step enters `during`."""
+    def start(self) -> Running:
+        """Returns a new step, on the meta device."""
 
     def batches(self, real: bool) -> list[Batch]:
         """Returns the micro-batches, in the host's memory. real: whether they have values, to run the step on a device."""
@@ -92,26 +93,16 @@ class TrainerStep:
         other.config = config
         return other
 
-    def model(self) -> nn.Module:
-        return copy.deepcopy(self.prepared.model)
-
-    def place(self, model: nn.Module, device: torch.device, during: During) -> Placed:
-        prepared = replace(self.prepared, model=model, lines=[])
-        state = setup.setup(self.config, device, self.precision, prepared=prepared, teacher=self.teacher)
-        state.scaler = torch.amp.GradScaler(device.type, enabled=False)  # an enabled one reads values of tensors
-        state.step = busiest_step(self.config)
+    def start(self) -> Running:
+        prepared = replace(self.prepared, model=copy.deepcopy(self.prepared.model), lines=[])
+        with (meta := torch.device("meta")):  # the folded copies of frozen parts are new modules
+            state = setup.setup(self.config, meta, self.precision, prepared=prepared, teacher=self.teacher)
         if state.crop is not None:  # all texts have one length
             state.crop.multiple = state.crop.groups = 1
             if self.tokens is None:
                 state.crop.undo()
                 state.crop = None
-
-        def run(batches: list[Batch]) -> None:
-            with _phases(during):
-                step.train_step(state, batches)
-
-        modules = [model, state.objective.loss, *state.folded.copies]
-        return Placed(modules, state.optimizer, run, state.ema.averages if state.ema else [])
+        return RunningTrainer(state)
 
     @property
     def tokens(self) -> int | None:
@@ -145,6 +136,29 @@ class TrainerStep:
         return batch
 
 
+class RunningTrainer:
+    """A step of the trainer with its state."""
+
+    def __init__(self, state: setup.State) -> None:
+        self.state = state
+        self.modules = [state.model, state.objective.loss, *state.folded.copies]
+        self.averages: list[Tensor] = []
+
+    def place(self, device: torch.device, during: During) -> None:
+        state, config = self.state, self.state.config
+        state.device, self.during = device, during
+        self.optimizer = state.optimizer = setup.make_optimizer(state.model, state.objective.loss, config, device)
+        state.scaler = torch.amp.GradScaler(device.type, enabled=False)  # an enabled one reads values of tensors
+        state.step = busiest_step(config)
+        if config.optim.ema is not None:
+            state.ema = setup.Average(state.model, config.optim.ema)
+            self.averages = state.ema.averages
+
+    def run(self, batches: list[Batch]) -> None:
+        with _phases(self.during):
+            step.train_step(self.state, batches)
+
+
 @contextmanager
 def _phases(during: During) -> Iterator[None]:
     """Context in which the step's functions enter their phases."""
@@ -157,9 +171,9 @@ def _phases(during: During) -> Iterator[None]:
 
 def _within(during: During, phase: tuple[str, str], function: Callable) -> Callable:
     @functools.wraps(function)
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **options: Any) -> Any:
         with during(*phase):
-            return function(*args)
+            return function(*args, **options)
 
     return run
 
