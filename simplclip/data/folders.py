@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 
 from simplclip.common.errors import InputError
-from simplclip.data.forms import IMAGE_SUFFIXES, Row, Rows, Source
+from simplclip.data.forms import Row, Rows, Source
+from simplclip.data.text import IMAGE_SUFFIXES
 
 _SUFFIXES = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json"))
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from simplclip.common.errors import InputError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TABLES = (".csv", ".tsv", ".parquet")
 JSON = ".json"
 # Columns of tables, and keys of the objects of JSON files, in order of preference: the first of these names that a file has.

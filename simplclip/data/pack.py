@@ -33,11 +33,10 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from simplclip.common.errors import InputError, UserError, visible
 from simplclip.common.files import locked, remove_leftovers, write_atomically
 from simplclip.common.progress import Progress
-from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.forms import BadRow, Options, Row, Source, is_source, open_source
 from simplclip.data.tar_writer import add, new_tar
-from simplclip.data.text import BYTES as TEXT_BYTES
-from simplclip.data.text import clean, json_of
+from simplclip.data.text import TEXT_BYTES, captions_of, json_of, record_of
 
 FORMAT = "simplclip-shards-1"
 SAMPLES = 1024  # rows of a shard
@@ -198,37 +197,16 @@ def _sample(row: Row | BadRow) -> tuple[dict[str, bytes], list[str], int]:
     """Returns a sample's files by suffix, its captions, and the short side of its image. Raises BrokenSample."""
     if isinstance(row, BadRow):
         raise BrokenSample(row.reason, row.detail)
-    record, captions = _texts(row)
+    texts = {suffix: _read(path, TEXT_BYTES) for suffix, path in row.texts.items()}
+    record = record_of(texts)
+    captions = captions_of(texts, record if row.texts else {"captions": row.captions})
+    captions = [" ".join(caption.split()) for caption in captions]
     image = _read(row.image, MAX_BYTES)
     suffix, side = _kind(image)
     record |= {"captions": captions, "source": row.name}
     if row.label is not None:
         record |= {"label": row.label, "group": row.label}
     return {suffix: image, "json": json.dumps(record).encode()}, captions, side
-
-
-def _texts(row: Row) -> tuple[dict[str, Any], list[str]]:
-    """Returns the json beside an image, {} without one, and the captions: of the row, the json, or the txt, which is one."""
-    record: Any = {}
-    if "json" in row.texts:
-        try:
-            record = json_of(_read(row.texts["json"], TEXT_BYTES))
-        except ValueError as error:
-            raise BrokenSample("bad json", error) from None
-        if not isinstance(record, dict):
-            raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
-    several = record.get("captions")
-    texts = row.captions or (several if isinstance(several, list) else []) or [record.get("caption")]
-    if "txt" in row.texts and not any(isinstance(text, str) and text.strip() for text in texts):
-        try:
-            texts = [_read(row.texts["txt"], TEXT_BYTES).decode("utf-8-sig")]
-        except UnicodeDecodeError as error:
-            raise BrokenSample("caption not UTF-8", error) from None
-    texts = [text for text in texts if isinstance(text, str)]
-    captions = [cleaned for text in texts if (cleaned := clean(" ".join(text.split())))]
-    if not captions:
-        raise BrokenSample("empty caption" if texts else "missing caption", "")
-    return record, captions
 
 
 def _read(path: str, limit: int) -> bytes:

@@ -17,13 +17,11 @@ from typing import Any
 from webdataset.tariterators import base_plus_ext
 
 from simplclip.common.errors import InputError
-from simplclip.data import tar
-from simplclip.data.addresses import name_of
-from simplclip.data.broken import ShardError, Skipped
-from simplclip.data.text import json_of
+from simplclip.data import tar, tars
+from simplclip.data.errors import BrokenSample, ShardError, Skipped
+from simplclip.data.samples import TEACHER, TEACHER_JSON, VIEWS, json_of
+from simplclip.data.sources import Address, Source, name_of, sources_of
 
-TEACHER = "teacher.npy"
-VIEWS = "views.json"
 PREFIX = "prefix.npy"
 
 Folders = Sequence[str | os.PathLike]
@@ -80,6 +78,114 @@ def entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
         return {name: entry for split in splits for name, entry in split["shards"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
+
+
+def zipped(samples: Iterable[Sample], shard: str, folders: Folders) -> Iterator[Sample]:
+    """Yields the samples of a shard with their sidecars' files. The sidecars have the samples in the shard's order.
+
+    A sample whose key an earlier sample has becomes a broken one, since the sidecars' files belong to the earlier one.
+    Raises ShardError for a sidecar that is missing or damaged, or has other samples than the shard.
+    """
+    sidecars = [_Sidecar(path) for path in beside(shard, folders)]
+    seen: set[str] = set()
+    for sample in samples:
+        key = sample["__key__"]
+        if key in seen:
+            sample["__double__"] = BrokenSample("duplicate key in tar", "")
+        else:
+            seen.add(key)
+            for sidecar in sidecars:
+                files = sidecar.take(key)
+                if TEACHER in files:  # those of a former teacher are replaced
+                    for suffix in (VIEWS, TEACHER_JSON):
+                        sample.pop(suffix, None)
+                sample.update(files)
+        yield sample
+    for sidecar in sidecars:
+        sidecar.check_end()
+
+
+class _Sidecar:
+    """The samples of a sidecar, one after another."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.damage = path, Skipped()
+        self.samples = tars.read(Source(path, name=path), self.damage, on_error="stop")
+        self.following = self._next()
+
+    def _next(self) -> Sample | None:
+        try:
+            return next(self.samples, None)
+        except ShardError as error:
+            raise ShardError(f"sidecar of {error}; make it again by the command that wrote it") from error.__cause__
+
+    def take(self, key: str) -> Sample:
+        """Returns the files of a sample, none if the sidecar goes on with another one."""
+        if self.following is None or self.following["__key__"] != key:
+            return {}
+        files = {suffix: value for suffix, value in self.following.items() if not suffix.startswith("__")}
+        self.following = self._next()
+        return files
+
+    def check_end(self) -> None:
+        if self.following is not None:
+            raise ShardError(
+                f"sidecar {self.path!r} has the sample {self.following['__key__']!r}, which its shard does not have in that "
+                "place; make it again by the command that wrote it"
+            )
+
+
+def teacher_stamp(shards: Any, folders: Folders = ()) -> dict[str, Any]:
+    """Returns the teacher of the features: "name", "width" D, "logit_scale", and "views" if it saw views of the images.
+
+    The teacher is taken from the last of the sidecars' `folders` whose meta.json names one, else from the meta.json beside
+    the shards.
+    Raises ShardError if there is no teacher, or if the folders of the shards have different teachers.
+    """
+    for folder in reversed(folders):
+        if (stamp := _stamp(os.path.expanduser(folder))) is not None:
+            return stamp
+    shard_folders = list(dict.fromkeys(os.path.dirname(source.url) for source in sources_of(shards)))
+    stamps = [_stamp(folder) for folder in shard_folders]
+    for folder, stamp in zip(shard_folders, stamps):
+        if stamp is None:
+            names = " or ".join(os.path.join(place, "meta.json") for place in (*folders, folder))
+            raise ShardError(
+                f"shards: expected a teacher's features, but no teacher is named in {names}; make them by "
+                "`simplclip teacher`, and name the folder that it writes in data.sidecars"
+            )
+        if stamp != stamps[0]:
+            raise ShardError(
+                f"shards: expected features of one teacher, got different ones in {shard_folders[0]!r} and {folder!r}"
+            )
+    return stamps[0] or {}
+
+
+def _stamp(folder: str | os.PathLike) -> dict[str, Any] | None:
+    try:
+        stamp = json_of(Path(folder, "meta.json").read_text("utf-8"))["teacher"]
+        return stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
+        return None
+
+
+def dataset_size(shards: Any) -> int | None:
+    """Returns the samples of a pass over shards, with their weights, as the meta.json beside them counts them.
+
+    None if a shard is a stream, or is not listed with its present size.
+    """
+    sources = sources_of(shards)
+    listed = {folder: entries(folder) for folder in {os.path.dirname(source.url) for source in sources}}
+    total = 0.0
+    for source in sources:
+        entry = listed[os.path.dirname(source.url)].get(os.path.basename(source.url), {})
+        try:
+            if isinstance(source.url, Address) or int(entry["bytes"]) != os.path.getsize(source.url):
+                return None
+            total += int(entry["samples"]) * source.weight
+        except (OSError, ValueError, LookupError, TypeError, OverflowError):
+            return None
+    return round(total)
 
 
 def joined(samples: Iterable[Sample], shard: str, folders: Folders, skipped: Skipped) -> Iterator[Sample]:

@@ -90,11 +90,12 @@ class ImageTransform:
 
         A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the view's crop is at least 2, 4 or 8 times as large as S.
         """
-        scale = 1
-        if "crop" in view and self._room(view["image"], view) >= SCALES[-1]:
-            room = self._room(size_of(encoded, self.max_pixels), view)
-            scale = next((scale for scale in SCALES if scale <= room), 1)
-        return self.render(decode(encoded, scale=scale, max_pixels=self.max_pixels), view)
+        return self.apply_all(encoded, [view])[0]
+
+    def apply_all(self, encoded: bytes, views: Sequence[View]) -> list[Tensor]:
+        """Returns the pixels of a file in several views, as `apply` does. It is decoded once, at the largest scale needed."""
+        image = decode(encoded, scale=min(self._scale(encoded, view) for view in views), max_pixels=self.max_pixels)
+        return [self.render(image, view) for view in views]
 
     def drawn(self, encoded: bytes) -> tuple[Tensor, View]:
         """Draws a view for a file; returns the pixels as `apply` does, and the view."""
@@ -154,6 +155,13 @@ class ImageTransform:
         view = self.draw(*pixels.shape[1:])
         colour = torch.tensor([view["colour"]]) if "colour" in view else None
         return self.finish(self.render(pixels, view)[None], colour)[0]
+
+    def _scale(self, encoded: bytes, view: View) -> int:
+        """Returns by what the sides of a JPEG may be divided while it is decoded for a view."""
+        if "crop" not in view or self._room(view["image"], view) < SCALES[-1]:
+            return 1
+        room = self._room(size_of(encoded, self.max_pixels), view)
+        return next((scale for scale in SCALES if scale <= room), 1)
 
     def _room(self, size: tuple[int, int], view: View) -> float:
         """Returns the sides of the view's crop, in an image of this size, divided by S: the smaller quotient."""

@@ -23,10 +23,15 @@ default_cfgs = generate_default_cfgs({"siclip_tiny_trunk.untrained": _CFG, "sicl
 
 @register_model
 def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Image trunk of siclip-tiny before it is simplified: a residual conv net of stride 8 under a one-block ViT."""
+    """Image trunk of siclip-tiny before it is simplified: a residual conv net of stride 8 under a one-block ViT.
+
+    Its norms are group norms of one group, which know nothing of other images: a batch may be computed in parts.
+    """
     # The first stages take most of the time, so they have one residual block each and few channels.
     stages = tuple(ByoBlockCfg(type="basic", d=1, c=c, s=s, br=1.0) for c, s in ((32, 1), (64, 2), (128, 2)))
-    net = ByobNet(ByoModelCfg(blocks=stages, stem_chs=32, stem_type="3x3", stem_pool=""), num_classes=0, global_pool="")
+    config = ByoModelCfg(blocks=stages, stem_chs=32, stem_type="3x3", stem_pool="", norm_layer="groupnorm1")
+    net = ByobNet(config, num_classes=0, global_pool="")
+    net.register_load_state_dict_pre_hook(_refuse_batch_norms)
     return _vit("siclip_tiny_trunk", pretrained, net, {"depth": 1} | kwargs)
 
 
@@ -40,6 +45,11 @@ def siclip_lite0_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransfo
     whole = timm.create_model("tf_efficientnet_lite0")
     net = nn.Sequential(OrderedDict(conv_stem=whole.conv_stem, bn1=whole.bn1, blocks=whole.blocks[:5]))
     return _vit("siclip_lite0_trunk", pretrained, net, {"depth": 2} | kwargs)
+
+
+def _refuse_batch_norms(net: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    if any(name.startswith(prefix) and name.endswith("running_mean") for name in state):
+        raise InputError("siclip-tiny: expected weights with group norms, got those of a former version; train it again")
 
 
 def _vit(name: str, pretrained: bool, net: nn.Module, options: dict[str, Any]) -> VisionTransformer:

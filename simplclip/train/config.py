@@ -365,6 +365,30 @@ def from_dict(values: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(dict.fromkeys(_line(e) for e in error.errors()))) from None
 
 
+def check_files(config: Config) -> None:
+    """Raises InputError for data and sidecars that are not there. It needs no torch, so that a wrong path is told at once."""
+    from simplclip.data.forms import is_source
+    from simplclip.data.sources import sources_of
+
+    def check(what: Any, name: str) -> None:
+        if isinstance(what, list):
+            for part in what:
+                check(part, name)
+        elif isinstance(what, dict):
+            check(what.get("shards"), name)
+        elif not (isinstance(what, str) and is_source(what)):
+            sources_of(what, name)
+        elif not Path(what.partition("#")[0]).expanduser().exists():
+            raise ConfigError(f"{name}: expected a file, got {what!r}, which does not exist")
+
+    check(config.data.train, "data.train")
+    for name, what in config.eval.splits.items() if config.eval.every else ():
+        check(what, f"eval.splits.{name}")
+    for folder in config.data.sidecars:
+        if not Path(folder).expanduser().is_dir():
+            raise ConfigError(f"data.sidecars: expected a folder, got {folder!r}, which does not exist")
+
+
 _LENGTHS = {"run.steps": "epochs", "run.epochs": "steps"}  # key of --set -> the other key, which it removes from the config
 
 

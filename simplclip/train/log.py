@@ -169,8 +169,11 @@ def curves(run: Path) -> None:
     figure = new_figure(11, 3 * height)
     for axis, (title, lines) in itertools.zip_longest(figure.subplots(height, 2).flat, panels.items(), fillvalue=("", {})):
         for (label, (steps, values)), colour in zip(lines.items(), itertools.cycle(COLOURS)):
-            axis.plot(steps, values, color=colour, marker="." if len(values) < 20 else "", label=f"{label}: {values[-1]:.3g}")
+            label = f"{label.removesuffix('_loss').replace('_', ' ')}: {values[-1]:.3g}"
+            axis.plot(steps, values, color=colour, marker="." if len(values) < 20 else "", label=label)
         style(axis, title)
+        if lines and min(np.nanmin(values) for _, values in lines.values()) >= 0:
+            axis.set_ylim(bottom=0)
         axis.set_axis_on() if lines else axis.set_axis_off()
         if len(lines) > 1:
             axis.legend(frameon=False, fontsize=9)

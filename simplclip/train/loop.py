@@ -198,11 +198,9 @@ def _with_data(config: Config, former: dict[str, Any] | None, console: Console) 
 
     Raises ConfigError if the samples are not counted, or if the config cannot continue the run of the checkpoint `former`.
     """
-    from simplclip.data.pack import packed
-
     out = Path(config.run.out)
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
-    train = packed(config.data.train, out / "shards")
+    train = data.packed(config.data.train, out / "shards")
     if train != config.data.train:
         console.print(f"data       packed into {out / 'shards'}", markup=False, highlight=False, soft_wrap=True)
         config = config.replaced(data={"train": train})

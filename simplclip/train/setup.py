@@ -43,7 +43,6 @@ class State:
     scaler: torch.amp.GradScaler
     ema: Average | None
     crop: TextCrop | None  # None: texts are computed at full length
-    folded: FrozenParts
     transform: Any
     channels_last: bool
     teacher: Mapping[str, Any] | None  # name, width and logit_scale of the teacher whose features the samples have
@@ -67,17 +66,20 @@ class State:
 
 @dataclass
 class Prepared:
-    """A model with its weights. frozen: names for `freeze`. lines: for the log, where the weights come from."""
+    """A model with its weights, as it trains."""
 
     model: Any
-    frozen: list[str]
-    lines: list[str]
+    frozen: list[str]  # names of frozen modules and parameters
+    folded: FrozenParts
+    crop: TextCrop | None  # None: texts are computed at full length
+    lines: list[str]  # for the log: where the weights come from, what is cropped and folded
 
 
-def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None, *, weights: bool = True) -> Prepared:
-    """Makes a run's model on the CPU, with its inherited weights, or those that it starts from.
+def make_model(
+    config: Config, precision: str, checkpoint: Mapping[str, Any] | None = None, *, weights: bool = True
+) -> Prepared:
+    """Makes a run's model on the CPU, with the weights of `checkpoint`, inherited ones, or those that it starts from.
 
-    checkpoint: the one to continue from, whose weights `setup` loads.
     weights: False makes a model of shapes alone, on the meta device. Nothing is downloaded, and where the file of
         inherit.source is missing, the tensors of the original model stand for it.
 
@@ -104,6 +106,8 @@ def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None, *, w
         for name in ("logit_scale", "logit_bias"):  # a value of the config replaces the source's
             if (value := config.model.options.get(f"init_{name}")) is not None:
                 nn.init.constant_(getattr(model, name), value)
+    if checkpoint:
+        _load(model, checkpoint["model"])
     if config.model.freeze_norms:
         freeze_norms(model)
     if config.model.recompute:
@@ -112,7 +116,19 @@ def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None, *, w
             block.recompute = True
         if not blocks:
             model.set_grad_checkpointing()
-    return Prepared(model, frozen, lines)
+    crop = None
+    try:  # torch.compile compiles a tower anew for each size, so it gets few
+        crop = crop_texts(model, multiple=16, groups=1) if config.run.compile else crop_texts(model)
+    except InputError as error:
+        lines.append(f"texts      computed at full length: {error}")
+    folded = FrozenParts(model, hardware.DTYPES[precision])
+    lines += [f"frozen     {line}" for line in folded.lines()]
+    if config.run.compile:
+        # The token embedding is not compiled, since its compiled gradient adds in an order that changes. Sizes are fixed,
+        # since the choice of sizes that dynamo makes dynamic depends on earlier compilations.
+        for part in (model.visual, getattr(model, "text", model).transformer):
+            part.compile(dynamic=False)
+    return Prepared(model, frozen, folded, crop, lines)
 
 
 def _shapes_of(source: str, name: str) -> Any:
@@ -135,21 +151,25 @@ def setup(
 ) -> State:
     """Makes the state of a run that begins, or that continues from `checkpoint`.
 
-    prepared: what `make_model` returns, made here if None. teacher: name, width and logit_scale of the teacher, by default
-    read from the data if a term needs a teacher.
+    prepared: what `make_model` returned, with all tensors on `device`; made here if None. teacher: name, width and logit_scale
+    of the teacher, by default read from the data if a term needs a teacher.
 
     Raises InputError, FileNotFoundError; CheckpointError if the checkpoint does not fit the model.
     """
-    prepared = prepared or make_model(config, checkpoint)
-    model = prepared.model
-    transform = image_transform(config.model.model_dump(), train=True, augment=config.data.augment)
+    if prepared is None:
+        prepared = make_model(config, precision, checkpoint)
+        prepared.folded.to(device)
+        prepared.model.to(device)
+    model, section = prepared.model, config.model.model_dump()
+    transform = image_transform(section, train=True, augment=config.data.augment)
     if teacher is None and config.loss.needs_teacher:
         teacher = data.teacher_stamp(config.data.train, config.data.sidecars)
     _check_views(config, transform, teacher)
     share_norms(model, device)
-    model.to(device)
-    objective = Objective(config.loss, config.run.steps or 1, _width(config, teacher), teacher)
-    objective.loss.to(device)
+    with device:
+        objective = Objective(config.loss, config.run.steps or 1, _width(config, teacher), teacher)
+    copies = [part.folded for part in prepared.folded.parts if part.folded and part.name.startswith("visual")]
+    weights = [p for module in (model.visual, *copies) for p in module.parameters()]
     state = State(
         config=config,
         device=device,
@@ -159,50 +179,30 @@ def setup(
         optimizer=make_optimizer(model, objective.loss, config, device),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         ema=Average(model, config.optim.ema) if config.optim.ema is not None else None,
-        crop=None,
-        folded=None,  # type: ignore[arg-type]  # made below, of weights that the checkpoint may replace
+        crop=prepared.crop,
         transform=transform,
-        channels_last=False,
+        channels_last=any(p.ndim == 4 and not p.is_contiguous() for p in weights),
         teacher=teacher,
         frozen=prepared.frozen,
         lines=prepared.lines,
     )
     if checkpoint:
-        _restore(state, checkpoint)
-    _prepare_towers(state)
+        for name, part in state.parts().items():
+            _load(part, checkpoint.get(name))
+        state.step = checkpoint["step"]
+        state.data = checkpoint["data"] if isinstance(checkpoint["data"], list) else None  # of an earlier version
     model.train()
     return state
 
 
-def _restore(state: State, checkpoint: Mapping[str, Any]) -> None:
+def _load(part: Any, saved: Any) -> None:
     try:
-        for name, part in state.parts().items():
-            part.load_state_dict(checkpoint[name])
-    except (RuntimeError, ValueError, LookupError) as error:
+        part.load_state_dict(saved)
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:
         reasons = " ".join(line.strip() for line in str(error).splitlines()[1:]) or first_line(error)
-        raise CheckpointError(f"checkpoint: expected the state of a {state.config.model.name}, got {reasons[:300]}") from None
-    state.step = checkpoint["step"]
-    state.data = checkpoint["data"] if isinstance(checkpoint["data"], list) else None  # of an earlier version
-
-
-def _prepare_towers(state: State) -> None:
-    """Crops texts, folds frozen parts, and compiles the towers, all as far as the model allows."""
-    model, compiled = state.model, state.config.run.compile
-    try:  # torch.compile compiles a tower anew for each size, so it gets few
-        state.crop = crop_texts(model, multiple=16, groups=1) if compiled else crop_texts(model)
-        state.lines.append("texts      computed at their own length")
-    except InputError as error:
-        state.lines.append(f"texts      computed at full length: {error}")
-    state.folded = FrozenParts(model, hardware.DTYPES[state.precision])
-    state.lines += [f"frozen     {line}" for line in state.folded.lines()]
-    copies = [part.folded for part in state.folded.parts if part.folded and part.name.startswith("visual")]
-    weights = [p for module in (model.visual, *copies) for p in module.parameters()]
-    state.channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in weights)
-    if compiled:
-        # The token embedding is not compiled, since its compiled gradient adds in an order that changes. Sizes are fixed,
-        # since the choice of sizes that dynamo makes dynamic depends on earlier compilations.
-        for part in (model.visual, getattr(model, "text", model).transformer):
-            part.compile(dynamic=False)
+        raise CheckpointError(
+            f"checkpoint: expected the state of this model's {type(part).__name__}, got {reasons[:300]}"
+        ) from None
 
 
 def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | None) -> None:

@@ -22,8 +22,7 @@ import pytest
 from archives import END, PNG, header, member, npy, pair, pax, record
 from pairs import call, keys, loader, resize, write
 
-from simplclip import data, embedding
-from simplclip.common.errors import InputError
+from simplclip import data
 from simplclip.data import build_index, index, parts, report, shrink
 from simplclip.data.arrays import from_bytes
 from simplclip.data.broken import BrokenSample, Skipped
@@ -358,37 +357,6 @@ def test_an_index_that_cannot_be_is_not_used(tmp_path, name):
 
 
 # name -> changed members of a file of features
-STORES = {
-    "of more rows than there are": {"features": npy(descr="<f4", shape=(10**12, 4))},
-    "of objects": {"features": npy(descr="|O", shape=(2, 4), data=bytes(64))},
-    "of a count without end": {"about": {"count": 10**12}},
-    "of rows that are numbers": {"key": npy(np.arange(2))},
-    "of rows with long texts": {"key": npy(np.array(["a" * (5 << 20), "b"]))},
-    "of too few rows": {"key": npy(np.array(["a"]))},
-    "of text without end": {"key": npy(descr=f"<U{10**9}", shape=(2,))},
-    "of a text that is none": {"about": b"\x93NUMPY\x01\x00\xff\xff"},
-    "of an unknown model": {"about": {"weights": None, "without": "weights"}},
-}
-
-
-@pytest.mark.parametrize("name", STORES)
-def test_a_file_of_features_that_promises_too_much(tmp_path, name):
-    about = {"count": 2, "width": 4, "name": "m", "source": "m", "weights": "w", "precision": "fp32", "tower": "text"}
-    change = dict(STORES[name])
-    if isinstance(change.get("about"), dict):
-        about |= change["about"]
-        about.pop(about.pop("without", None), None)
-        change["about"] = npy(np.array(json.dumps(about)))
-    texts = {column: npy(np.array(["a", "b"])) for column in embedding.COLUMNS}
-    parts = {"features": npy(np.ones((2, 4), np.float32)), **texts, "about": npy(np.array(json.dumps(about)))} | change
-    with zipfile.ZipFile(tmp_path / "f.npz", "w") as archive:
-        for part, data in parts.items():
-            archive.writestr(f"{part}.npy", data)
-
-    with in_memory(), pytest.raises(InputError, match="features: expected a file of simplclip embed"):
-        embedding.Stored(tmp_path / "f.npz")
-
-
 @pytest.mark.parametrize("array", [np.zeros((0, 3), "f2"), np.arange(6.0).reshape(2, 3), np.array("ü")], ids=str)
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_what_numpy_writes_is_read(array, order):

@@ -14,8 +14,8 @@ import simplclip
 from simplclip import export, models
 from simplclip import train as trainer
 from simplclip.models.simplify import count_parameters
+from simplclip.models.trained import load_model
 from simplclip.train.checkpoint import CheckpointError
-from simplclip.train.state import load_model
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     write_models(folder)
     trainer.run(tiny.settings(folder, "run.steps=1"))
-    export.run(folder / "run", folder / "export", formats=["open_clip"])
+    export.run(folder / "run", folder / "export")
     for number, colour in enumerate(("red", "green", "blue")):
         (folder / f"{number}.png").write_bytes(tiny.picture(tiny.COLOURS[colour], "ring", size=40))
     return folder

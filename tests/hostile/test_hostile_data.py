@@ -93,7 +93,7 @@ def test_a_list_file_is_refused_in_a_line(line, message):
     Path("list.txt").write_text(line)
     with pytest.raises(InputError, match=message):
         data.parts_of("list.txt")
-    assert "\x1b" not in one_line("embed", "list.txt", "--model", "builtin/none", "--out", "x.npz")
+    assert "\x1b" not in one_line("data", "pack", "list.txt", "--out", "packed")
 
 
 PATTERNS = {

@@ -1,6 +1,5 @@
 """Checkpoints, runs, exports, features and configs from elsewhere: refused in one line, or read; none runs code."""
 
-import io
 import json
 import os
 import pickle
@@ -8,7 +7,6 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -16,7 +14,7 @@ from pairs import call, one_line
 from torch._utils import _rebuild_tensor_v2
 
 import simplclip
-from simplclip import embedding, evaluation
+from simplclip import evaluation
 from simplclip.common.errors import InputError
 from simplclip.models import create
 from simplclip.train import checkpoint, config, trust
@@ -250,41 +248,6 @@ def test_a_config_is_refused_in_a_line(content, message):
     assert message in output
     assert "\x1b" not in output
     assert "Traceback" not in output
-
-
-def npz(about, path="f.npz", dtype="<f2", **members):
-    with zipfile.ZipFile(path, "w") as archive:
-        columns = dict.fromkeys(embedding.COLUMNS, np.array(["a", "b"]))
-        for name, value in {"features": np.zeros((2, 3), dtype), "about": about, **columns, **members}.items():
-            data = io.BytesIO()
-            np.save(data, value, allow_pickle=True)
-            archive.writestr(f"{name}.npy", data.getvalue())
-
-
-ABOUT = {"count": 2, "width": 3, "name": "x", "weights": "0", "source": "open_clip:x", "precision": "fp32", "tower": "image"}
-FEATURES = {
-    "a pickled account": (lambda: npz(np.array([Payload()], object)), "expected an array of numbers or text, got object"),
-    "pickled features": (
-        lambda: npz(json.dumps(ABOUT), features=np.array([Payload()], object)),
-        "numbers or text, got object",
-    ),
-    "an account without a model": (lambda: npz(json.dumps({"count": 2})), "it has no width"),
-    "other shapes": (lambda: npz(json.dumps(ABOUT | {"count": 10**12})), "features of 1,000,000,000,000 rows"),
-    "an account of 2 MB": (lambda: npz("x" * 500_000), "about: expected at most 1,048,576 bytes"),
-    "no zip": (lambda: Path("f.npz").write_bytes(b"x" * 99), "File is not a zip file"),
-    "a model that is a command": (
-        lambda: npz(json.dumps(ABOUT | {"source": "pipe:touch canary"})),
-        "expected the features' model at 'pipe:touch canary', got none",
-    ),
-}
-
-
-@pytest.mark.parametrize(("make", "message"), FEATURES.values(), ids=FEATURES)
-def test_a_file_of_features_is_refused_in_a_line(make, message):
-    make()
-    with pytest.raises(InputError, match=message):
-        embedding.find("f.npz", "a ring")
-    assert message in one_line("embed", "f.npz", "--find", "a ring")
 
 
 def exported(**changes):

@@ -112,7 +112,7 @@ def test_from_a_run_to_an_export(tmp_path):
     for key in ("zero_shot", "image_to_text", "text_to_image"):
         assert found[0][key] == found[1][key]
     assert found[0]["zero_shot"]["classes"] == sorted(tiny.COLOURS)
-    summary = export.run(out, tmp_path / "export", formats=["open_clip"])
+    summary = export.run(out, tmp_path / "export")
     assert summary["logit_bias"] == model.logit_bias.item()
     assert summary["options"]["init_logit_bias"] == -10  # other programs need it to build the model
     for options in (summary["options"], tiny.MODEL):

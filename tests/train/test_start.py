@@ -90,13 +90,13 @@ def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_o
     encoder = simplclip.load(tmp_path / "run")
     assert encoder.tokenizer(["a"]).shape == (1, 20)
     assert encoder.preprocess.size == (64, 64)
-    export.run(tmp_path / "run", tmp_path / "export", formats=("open_clip",))
+    export.run(tmp_path / "run", tmp_path / "export")
     again = simplclip.load(tmp_path / "export")
     assert torch.equal(again.encode_text(["a red bar"]), encoder.encode_text(["a red bar"]))
 
 
 def test_sources_of_a_start(tmp_path, trained, monkeypatch):
-    export.run(trained, tmp_path / "export", formats=("open_clip",))
+    export.run(trained, tmp_path / "export")
     wanted = weights_of(trained)
     for source in (trained, trained / "last.pt", tmp_path / "export", next((tmp_path / "export").glob("*.safetensors"))):
         model = started(tmp_path, f"model.checkpoint={source}").model

@@ -1,4 +1,4 @@
-"""simplclip share: divergences against their definition, groups for a budget, and the command on shards."""
+"""benchmarks.share: divergences against their definition, groups for a budget, and the program on shards."""
 
 import itertools
 import json
@@ -14,15 +14,14 @@ from clips import batch, clip
 from open_clip.model import CustomTextCLIP
 from timm.models import fastvit
 from torch import nn
-from typer.testing import CliRunner
 
-from simplclip import sharing
-from simplclip.commands.main import app
+import simplclip
+from benchmarks import share as sharing
+from benchmarks.share import divergences, parse_budget, propose
 from simplclip.common.errors import InputError
 from simplclip.evaluation.encoder import Encoder
 from simplclip.models.mobileclip import TextTower
 from simplclip.models.simplify import count_parameters, simplify
-from simplclip.sharing import divergences, parse_budget, propose
 
 IMAGE, TEXT = batch()
 LENGTHS = TEXT.argmax(1) + 1
@@ -147,7 +146,7 @@ def test_groups_for_a_budget():
 
 @pytest.fixture
 def share(tmp_path, monkeypatch):
-    """Runs the command on shards and a model whose text blocks 1 and 2 are alike."""
+    """Runs the program on shards and a model whose text blocks 1 and 2 are alike."""
     shard, model = tiny.write_shard(tmp_path / "val-0.tar"), lively(clip())
     blocks = model.transformer.resblocks
     # These blocks add the same to each channel, which a layer norm removes: the next block sees the same input.
@@ -158,44 +157,38 @@ def share(tmp_path, monkeypatch):
     preprocess = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255  # noqa: E731
     tokenizer = lambda texts: TEXT[:1].repeat(len(texts), 1)  # noqa: E731
     encoder = Encoder("small", model, preprocess, tokenizer, torch.device("cpu"), "fp32")
-    monkeypatch.setattr(sharing, "load", lambda *_, **__: encoder)
-    arguments = ["share", "small", "--data", str(shard), "--out", str(tmp_path / "out")]
-    return encoder, lambda *more: CliRunner().invoke(app, [*arguments, *more])
+    monkeypatch.setattr(simplclip, "load", lambda *_: encoder, raising=False)
+    arguments = ["small", "--data", str(shard), "--out", str(tmp_path / "out")]
+    return encoder, lambda *more: sharing.main([*arguments, *more])
 
 
-def test_the_command_proposes_identical_blocks_first(share, tmp_path):
+def test_the_program_proposes_identical_blocks_first(share, tmp_path, capsys):
     encoder, call = share
     budget = count_parameters(simplify(clip())[0])["text"] - 1
-    result = call("--samples", "10", "--budget", str(budget))
-    assert result.exit_code == 0, result.output
+    call("--samples", "10", "--budget", str(budget))
+    printed = capsys.readouterr().out
     about = json.loads((tmp_path / "out" / "share.json").read_text())
     assert about["samples"] == 10
     up_to_end = divergences(encoder.model, "text", [(TEXT[:1], LENGTHS[:1])], encoder.model.encode_text)
     torch.testing.assert_close(about["attention_divergence"], up_to_end.tolist(), rtol=0, atol=1e-5)
     assert (tmp_path / "out" / "share.png").stat().st_size > 10_000
-    assert ["1,", "2", "0.0000"] in [line.split() for line in result.stdout.splitlines()]
+    assert ["1,", "2", "0.0000"] in [line.split() for line in printed.splitlines()]
     assert [p["share"]["text"][p["what"]] for p in about["proposals"]] == [[[1, 2]]] * 3
-    values = re.findall(r"  model\.options\.simplify_options\.share=(.*)", result.stdout)
+    values = re.findall(r"  model\.options\.simplify_options\.share=(.*)", printed)
     assert [yaml.safe_load(value) for value in values] == [p["share"] for p in about["proposals"]]
 
 
-def test_an_image_tower_on_all_samples_without_a_budget(share, tmp_path):
-    result = share[1]("--tower", "image")
+def test_an_image_tower_on_all_samples_without_a_budget(share, tmp_path, capsys):
+    share[1]("--tower", "image")
     about = json.loads((tmp_path / "out" / "share.json").read_text())
     assert (about["samples"], len(about["blocks"]), about["proposals"]) == (24, 3, [])
-    assert "share=" not in result.stdout
+    assert "share=" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tower", "audio"], "tower: expected text or image, got 'audio'"),
-        (["--budget", "0%"], "budget: expected a number of parameters such as 9.78M, or a percentage such as 80%, got '0%'"),
-        (["--budget", "9"], "budget: expected at least"),
-    ],
-)
-def test_what_the_command_refuses(share, tmp_path, arguments, message):
-    result = share[1](*arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
+def test_what_the_program_refuses(share, tmp_path):
+    message = "budget: expected a number of parameters such as 9.78M, or a percentage such as 80%, got '0%'"
+    with pytest.raises(InputError, match=message):
+        share[1]("--budget", "0%")
+    with pytest.raises(InputError, match="budget: expected at least"):
+        share[1]("--budget", "9")
     assert not (tmp_path / "out").exists()

@@ -1,13 +1,17 @@
-"""`simplclip share`: finds blocks of a pretrained tower whose attention maps are similar, so that they may share weights.
+"""Finds blocks of a pretrained tower whose attention maps are alike, so that they may share weights.
 
-`run` measures a tower on data, prints a table, and writes share.json and share.png.
+python -m benchmarks.share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' --budget 60%
+python -m benchmarks.share mobileclip-s0 --checkpoint mobileclip_s0.pt --data 'shards/val-*.tar' --tower image --out share-s0
+
+Prints the Jensen-Shannon divergence of the attention maps of neighbouring blocks, from 0 for equal maps to ln 2 = 0.69 nats,
+and the value of `share` with which the tower keeps within the budget. share.json and share.png have all pairs of blocks.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -20,107 +24,41 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+import simplclip
 from simplclip.common.errors import InputError
-from simplclip.common.files import write_atomically
-from simplclip.common.plotting import new_figure, style, write
-from simplclip.common.progress import Progress
 from simplclip.data import HeldOut, held_out
 from simplclip.data.broken import Skipped
 from simplclip.data.transforms import finished
-from simplclip.evaluation.encoder import Encoder, load
 from simplclip.models.registry import text_pool
 from simplclip.models.simplify import attention_of, block_sites, build_block, count_parameters
 from simplclip.nn import SimplifiedBlock
 
+BATCH = 8
 
-def run(
-    model: str | os.PathLike | Encoder,
-    data: Any,
-    *,
-    checkpoint: str | os.PathLike | None = None,
-    tower: str = "text",
-    samples: int = 256,
-    budget: str | None = None,
-    out: str | os.PathLike = "share",
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Prints and writes how alike the blocks of a tower are and which may share weights; returns the content of share.json.
 
-    Args:
-        model, checkpoint: as for `simplclip.load`, or an encoder. Its blocks may be simplified.
-        data: what `data.held_out` takes; the image or the first caption of the first `samples` is used.
-        tower: "text" or "image".
-        budget: most parameters of the tower, as text for `parse_budget`. None: no proposals.
+def inputs_of(encoder: Any, tower: str, split: HeldOut, samples: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yields inputs of a tower for the first samples, and the number of first tokens that count in each (None: all).
 
-    Raises: InputError; the errors of `simplclip.load` and of `data.HeldOut.batches`.
+    encoder: an Encoder of `simplclip.load`. Of a sample's captions the first is taken.
     """
-    if tower not in ("text", "image"):
-        raise InputError(f"tower: expected text or image, got {tower!r}")
-    split = held_out(data, captions=1)
-    encoder = model if isinstance(model, Encoder) else load(model, checkpoint, device=device)
-    paths, size = [site.path for site in block_sites(encoder.model, tower)], count_parameters(encoder.model)[tower]
-    limit = None if budget is None else parse_budget(budget, size)
-    with Progress(f"{tower} tower", samples) as progress:
-        batches = _batches(encoder, tower, split, samples, progress)
-        found = divergences(encoder.model, tower, batches, lambda inputs: encoder.features(tower, inputs))
-    rows = [[None if value != value else value for value in row] for row in found.tolist()]  # JSON has no NaN
-    about = {"model": encoder.source or encoder.name, "data": str(data), "samples": progress.done, "tower": tower}
-    about |= {"blocks": paths, "parameters": size, "attention_divergence": rows}
-    about["proposals"] = [] if limit is None else propose(encoder.model, tower, found, limit)
-    _print(about, found)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "share.json", json.dumps(about, indent=2) + "\n")
-    _heat_map(folder / "share.png", found, f"{about['model']}, {tower}: divergence of attention maps (nats)")
-    print(f"wrote {folder / 'share.json'} and {folder / 'share.png'}")
-    return about
-
-
-def _batches(
-    encoder: Encoder, tower: str, split: HeldOut, samples: int, progress: Progress
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yields inputs of a tower for the first samples, and the number of first tokens that count in each (None: all)."""
-    pool = text_pool(encoder.model) or "argmax"
-    for images, _, found in split.batches(encoder.preprocess, 8, Skipped()):
-        left = samples - progress.done
+    argmax = (text_pool(encoder.model) or "argmax") == "argmax"
+    for images, _, rows in split.batches(encoder.preprocess, BATCH, Skipped()):
         if tower == "image":
-            inputs = images[:left]
-            yield finished(encoder.preprocess, inputs, encoder.device), None
-        elif captions := [sample.captions[0] for sample in found if sample.captions][:left]:
+            inputs, lengths = finished(encoder.preprocess, images[:samples], encoder.device), None
+        else:
+            captions = [row.captions[0] for row in rows if row.captions][:samples]
+            if not captions:
+                continue
             inputs = encoder.tokenizer(captions)
             # Where a tower pools by argmax, the end of a text has the highest id, and the tokens behind it are padding.
-            yield inputs, inputs.argmax(1) + 1 if pool == "argmax" else None
-        else:
-            continue
-        progress.update(len(inputs))
-        if progress.done == samples:
+            lengths = inputs.argmax(1) + 1 if argmax else None
+        yield inputs, lengths
+        samples -= len(inputs)
+        if samples == 0:
             return
-
-
-def _print(about: dict[str, Any], divergence: Tensor) -> None:
-    print(f"{about['tower']}: {len(about['blocks'])} blocks, {about['samples']} samples, {about['parameters']:,} parameters")
-    print("blocks    divergence of attention maps (nats)")
-    for i, value in enumerate(divergence.diagonal(1).tolist()):
-        print(f"{f'{i}, {i + 1}':<10}{value:.4f}")
-    for proposal in about["proposals"]:
-        share = yaml.safe_dump(proposal["share"], default_flow_style=True, width=10**6).strip()
-        print(f"{proposal['what']}: {proposal['parameters']:,} parameters\n  model.options.simplify_options.share={share}")
-
-
-def _heat_map(path: Path, divergence: Tensor, title: str) -> None:
-    """Draws a PNG with all pairs of blocks, from bright (alike) to dark."""
-    figure, values = new_figure(6.4, 5.4), divergence.numpy()
-    axis = figure.subplots()
-    # Maps of trained blocks diverge far less than the ln 2 that is possible, so the scale ends at the highest value.
-    image = axis.imshow(values, cmap="viridis_r", vmin=0.0, vmax=max(0.02, np.nanmax(values)))
-    style(axis, title)
-    axis.grid(False)
-    axis.set(xticks=range(len(values)), yticks=range(len(values)))
-    figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03).outline.set_visible(False)
-    figure.tight_layout()
-    write(figure, path)
 
 
 @torch.no_grad()
@@ -257,3 +195,62 @@ def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> li
 
 def _size(*parameters: nn.Parameter) -> int:
     return sum(p.numel() for p in parameters)
+
+
+def draw(path: Path, divergence: Tensor, title: str) -> None:
+    """Draws a PNG with all pairs of blocks, from bright (alike) to dark."""
+    figure, values = Figure(figsize=(6.4, 5.4), dpi=120), divergence.numpy()
+    axis = figure.subplots()
+    # Maps of trained blocks diverge far less than the ln 2 that is possible, so the scale ends at the highest value.
+    image = axis.imshow(values, cmap="viridis_r", vmin=0.0, vmax=max(0.02, np.nanmax(values)))
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.set(xticks=range(len(values)), yticks=range(len(values)))
+    figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03).outline.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.share", description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="what simplclip.load takes; its blocks may be simplified")
+    parser.add_argument("--checkpoint", help="file with the weights of the model")
+    parser.add_argument("--data", required=True, help="pairs, as in evaluate; the first samples are used")
+    parser.add_argument("--tower", choices=("text", "image"), default="text")
+    parser.add_argument("--samples", type=int, default=256, help="images or captions to measure (default: 256)")
+    parser.add_argument("--budget", help="parameters to keep within, as a number or as 80%% of the tower")
+    parser.add_argument("--out", type=Path, default=Path("share"), help="folder for share.json and share.png")
+    options = parser.parse_args(arguments)
+    tower, split = options.tower, held_out(options.data, captions=1)
+    encoder = simplclip.load(options.model, options.checkpoint)
+    size = count_parameters(encoder.model)[tower]
+    budget = parse_budget(options.budget, size) if options.budget else None
+
+    batches = list(inputs_of(encoder, tower, split, options.samples))
+    divergence = divergences(encoder.model, tower, batches, lambda inputs: encoder.features(tower, inputs))
+    report = {
+        "model": options.model,
+        "data": options.data,
+        "samples": sum(len(inputs) for inputs, _ in batches),
+        "tower": tower,
+        "blocks": [site.path for site in block_sites(encoder.model, tower)],
+        "parameters": size,
+        "attention_divergence": [[None if math.isnan(x) else x for x in row] for row in divergence.tolist()],
+        "proposals": propose(encoder.model, tower, divergence, budget) if budget is not None else [],
+    }
+
+    print(f"{tower}: {len(report['blocks'])} blocks, {report['samples']} samples, {size:,} parameters")
+    print("blocks    divergence of attention maps (nats)")
+    for i, value in enumerate(divergence.diagonal(1).tolist()):
+        print(f"{f'{i}, {i + 1}':<10}{value:.4f}")
+    for proposal in report["proposals"]:
+        share = yaml.safe_dump(proposal["share"], default_flow_style=True, width=10**6).strip()
+        print(f"{proposal['what']}: {proposal['parameters']:,} parameters")
+        print(f"  model.options.simplify_options.share={share}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "share.json").write_text(json.dumps(report, indent=2) + "\n")
+    draw(options.out / "share.png", divergence, f"{options.model}, {tower}: divergence of attention maps (nats)")
+    print(f"wrote {options.out / 'share.json'} and {options.out / 'share.png'}")
+
+
+if __name__ == "__main__":
+    main()
