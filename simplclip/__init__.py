@@ -22,7 +22,7 @@ _FUNCTIONS = {
     "simplify": ("simplclip.models.simplify", "simplify"),
 }
 _MODULES = (
-    *("data", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "retrieval", "train"),
+    *("data", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"),
     *("export", "memory", "teacher"),  # commands
 )
 

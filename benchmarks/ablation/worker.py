@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.ablation.effects import RESULT
-from simplclip import retrieval, train
+from simplclip import evaluation, train
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
 from simplclip.common.files import write_atomically
@@ -43,7 +43,7 @@ def follow(parent: int, period: float = 2.0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def auc(split: retrieval.Split) -> float:
+def auc(split: evaluation.Split) -> float:
     """Returns the probability that a pair is more similar than an image and a caption of different groups. Unlike recall, it
     shows how well one threshold serves all queries. Of large splits it takes every k-th image, with its captions."""
     step = math.ceil(math.sqrt(len(split.groups) * len(split.caption_groups) / MATRIX))
@@ -62,11 +62,11 @@ def result(values: Config) -> dict[str, Any]:
     device = hardware.pick_device(values.run.device)
     precision, _ = hardware.pick_precision(values.run.precision, device)
     model, _, state = load_model(out / "last.pt", device)
-    splits = retrieval.load_splits(values.eval.splits, tokenizer(values), image_transform(values, train=False))
+    splits = evaluation.load_splits(values.eval.splits, tokenizer(values), image_transform(values, train=False))
     found = {}
     for name, split in splits.items():
-        retrieval.encode(model, split, retrieval.BATCH_SIZE, device, precision, workers=values.data.workers or 0)
-        found[name] = {**(retrieval.recall_of(split, device) or {}), "AUC": auc(split)}
+        evaluation.encode(model, split, evaluation.BATCH_SIZE, device, precision, workers=values.data.workers or 0)
+        found[name] = {**(evaluation.recall_of(split, device) or {}), "AUC": auc(split)}
     with open(out / "metrics.csv", newline="") as file:
         rates = [float(row["samples_per_s"]) for row in csv.DictReader(file)]
     return {

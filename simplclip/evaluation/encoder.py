@@ -19,21 +19,17 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from simplclip import models
-from simplclip.common import hardware, plugins
+from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode_pil, rgb
 from simplclip.data.shards import file_bytes
-from simplclip.data.text import json_of
+from simplclip.evaluation.split import features_of
 from simplclip.models.crop import try_crop
 from simplclip.models.mobileclip import where_to_get
 from simplclip.models.registry import WeightsError, check_archive, first_line, read_weights, refusal
-from simplclip.models.simplify import count_parameters
-from simplclip.models.trained import CheckpointError, check_options, load_model
-from simplclip.retrieval import features_of
+from simplclip.models.trained import EXPORT, CheckpointError, load_export, load_model
 
-BUILTIN = "builtin"
-EXPORT = "export.json"  # describes the folder of `simplclip export`
 _FILES = (".pt", ".pth", ".bin", ".safetensors")
 
 Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or float [3, S, S], uint8 [3, H, W]
@@ -43,7 +39,7 @@ Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or fl
 class Encoder:
     """A frozen model with its image transform and tokenizer. Features are float32 [N, width], L2-normalised, on `device`."""
 
-    name: str  # of the model: "siclip-tiny", "open_clip:ViT-B-32", "builtin"
+    name: str  # of the model: "siclip-tiny", "open_clip:ViT-B-32"
     model: nn.Module  # encode_image and encode_text with open_clip's signatures, and logit_scale (a logarithm)
     preprocess: Callable[[Image.Image], Tensor]  # RGB -> float32 [3, S, S]
     tokenizer: Callable[[list[str]], Tensor]  # texts -> int64 [N, L]
@@ -59,17 +55,7 @@ class Encoder:
         self.width = self.encode_text(["a"]).shape[1]
 
     def __repr__(self) -> str:
-        counts, length = count_parameters(self.model), self.tokenizer(["a"]).shape[1]
-        height, width = self.preprocess(Image.new("RGB", (8, 8))).shape[1:]
-        parts = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
-        step = "" if self.step is None else f", step {self.step:,}"
-        return (
-            f"{self.name} from {self.source}{step}\n"
-            f"  parameters: {parts}\n"
-            f"  images: {height} x {width} pixels; texts: {length} tokens\n"
-            f"  features: {self.width} numbers, computed in {self.precision} on {self.device}\n"
-            f"  similarities: cosines times {self.logit_scale:.4g}"
-        )
+        return f"{self.name} from {self.source}: features of {self.width} numbers, in {self.precision} on {self.device}"
 
     @property
     def logit_scale(self) -> float:
@@ -95,7 +81,7 @@ class Encoder:
         """Returns features float32 [N, width] of N images.
 
         images: paths, PIL images, or tensors: preprocessed float [3, S, S], or uint8 [3, H, W]; a single image (N = 1), a
-            list of images, or a tensor [N, 3, ...]. Transparent images are composed on white, as in shards.
+            list of images, or a tensor [N, 3, ...].
         batch_size: images that are decoded and encoded at a time.
 
         Raises: FileNotFoundError; InputError for a file that is not an image, a tensor of another shape, or features that are
@@ -103,7 +89,7 @@ class Encoder:
         """
         if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, Tensor) and images.ndim == 3):
             images = [images]
-        parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+        parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
         batches = (torch.stack([self._pixels(image) for image in part]) for part in parts)
         return self._joined([self.features("image", batch) for batch in batches])
 
@@ -114,10 +100,10 @@ class Encoder:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         different = sorted(set(texts), key=lambda text: (len(text), text))
-        parts = [different[i : i + batch_size] for i in range(0, len(different), batch_size)]
-        place = {text: i for i, text in enumerate(different)}
+        parts = [different[start : start + batch_size] for start in range(0, len(different), batch_size)]
         features = self._joined([self.features("text", self.tokenizer(part)) for part in parts])
-        return features[[place[text] for text in texts]]
+        rows = {text: row for row, text in enumerate(different)}
+        return features[[rows[text] for text in texts]]
 
     def features(self, tower: str, inputs: Tensor) -> Tensor:
         """Features float32 [N, width] of preprocessed images [N, 3, S, S] (tower "image") or token ids [N, L] ("text")."""
@@ -142,7 +128,7 @@ class Encoder:
 
 
 def load(
-    source: str | os.PathLike = BUILTIN,
+    source: str | os.PathLike,
     checkpoint: str | os.PathLike | None = None,
     *,
     device: str | torch.device = "auto",
@@ -151,14 +137,13 @@ def load(
     """Loads the encoder that `source` names:
 
     PATH                        a checkpoint of `simplclip train` or the folder of a run (its last.pt), or the folder of
-                                `simplclip export` with weights for torch
+                                `simplclip export`
     open_clip:NAME/TAG          open_clip's pretrained weights, which it downloads if necessary; with `checkpoint` only the
                                 tag's preprocessing is used, and nothing is downloaded
     open_clip:NAME/PATH         weights of that model in a file, .pt or .safetensors
     open_clip:NAME              with `checkpoint`: a file of weights as above
     siclip-tiny, ...            with `checkpoint`: a checkpoint of `simplclip train`, the folder of a run, or a file of the
                                 model's weights, for mobileclip-s0 also the published file. siclip-tiny/PATH means the same
-    builtin                     the demo's teacher; `checkpoint`: the heads that `simplclip teacher` saved. Also builtin/PATH
 
     Without a tag, an open_clip model with a single known tag gets the preprocessing of this tag.
 
@@ -170,91 +155,65 @@ def load(
     """
     source, place = os.fspath(source), hardware.pick_device(str(device))
     precision, _ = hardware.pick_precision(precision, place)
-    name, _, rest = source.partition("/")
+    name, _, rest = source.removeprefix(models.PLAIN).partition("/")
     if checkpoint is not None and not Path(checkpoint).exists():
         raise _missing(checkpoint)
     if source.startswith(models.PLAIN):
-        plain, _, tag = source.removeprefix(models.PLAIN).partition("/")
-        found = _open_clip(plain, tag, checkpoint)
+        parts = _open_clip(name, rest, checkpoint)
     elif checkpoint is None and Path(source).exists():
-        found = _from_run_or_export(Path(source))
-    elif name == BUILTIN and not (rest and checkpoint):
-        found = _builtin(checkpoint or rest)
+        parts = _run_or_export(Path(source))
     elif name in models.names() and not (rest and checkpoint):
-        found = _named(name, checkpoint or rest)
+        parts = _named(name, checkpoint or rest)
     elif source.endswith(_FILES) or (rest and checkpoint is None):
         raise _missing(source)
     else:
-        known = ", ".join((BUILTIN, *models.names(), f"{models.PLAIN}NAME", f"{models.PLAIN}NAME/TAG"))
+        known = ", ".join((*models.names(), f"{models.PLAIN}NAME", f"{models.PLAIN}NAME/TAG"))
         raise InputError(f"source: expected a checkpoint, the folder of a run or an export, or {known}, got {source!r}")
-    return Encoder(**found, device=place, precision=precision, source=source)
+    return Encoder(**parts, device=place, precision=precision, source=source)
 
 
 def _missing(path: str | os.PathLike) -> FileNotFoundError:
     return FileNotFoundError(f"checkpoint: no such file: {path}{where_to_get(path)}")
 
 
-def _builtin(heads: str | os.PathLike) -> dict[str, Any]:
-    if not heads:
-        raise InputError(f"checkpoint: expected a file of heads for the teacher {BUILTIN!r}, got none")
-    model, transform, tokenizer = plugins.load("teachers", BUILTIN).load(heads)
-    return {"name": BUILTIN, "model": model, "preprocess": transform, "tokenizer": tokenizer}
+# Each of the following functions returns arguments of `Encoder`.
+
+
+def _run_or_export(path: Path) -> dict[str, Any]:
+    if (path / EXPORT).is_file() and not (path / "last.pt").exists():
+        model, name, step = load_export(path)
+        return _parts(name, model) | {"step": step}
+    model, config, state = load_model(path)
+    return _parts(config["model"]["name"], model) | {"config": config, "step": state["step"]}
 
 
 def _named(name: str, weights: str | os.PathLike) -> dict[str, Any]:
+    """For a model of this library and a checkpoint, the folder of a run or of an export, or bare weights."""
     if not weights:
         raise InputError(f"checkpoint: expected a file with the weights of {name!r}, got none{where_to_get(name)}")
     path = Path(weights)
     if not path.exists():
         raise _missing(path)
-    bare = path.is_file() and "format" not in read_weights(path, CheckpointError, "checkpoint: expected weights")
-    if not bare:
-        found = _from_run_or_export(path)
-        if found["name"] != name:
-            raise CheckpointError(f"{path}: expected a checkpoint of {name!r}, got one of {found['name']!r}")
-        return found
+    if path.is_dir() or "format" in read_weights(path, CheckpointError, "checkpoint: expected weights"):
+        parts = _run_or_export(path)
+        if parts["name"] != name:
+            raise CheckpointError(f"{path}: expected a checkpoint of {name!r}, got one of {parts['name']!r}")
+        return parts
     try:
-        model = models.create(name, checkpoint=path)
+        return _parts(name, models.create(name, checkpoint=path))
     except (InputError, WeightsError) as error:
         raise CheckpointError(str(error)) from None
-    return _parts(name, model)
 
 
 def _parts(name: str, model: Any) -> dict[str, Any]:
-    """Arguments of `Encoder` for a model of this library, whose image size and context length may differ from its default."""
+    """For a model of this library, whose image size and context length may differ from its default."""
     transform = models.transforms(name, train=False, image_size=model.visual.image_size)
     tokenizer = models.tokenizer(name, get_model_tokenize_cfg(model).get("context_length"))
     return {"name": name, "model": model, "preprocess": transform, "tokenizer": tokenizer}
 
 
-def _from_run_or_export(path: Path) -> dict[str, Any]:
-    """Arguments of `Encoder` for a run's checkpoint or an export."""
-    if (path / EXPORT).is_file() and not (path / "last.pt").exists():
-        return _exported(path)
-    model, config, state = load_model(path)
-    name = config["model"]["name"]
-    return _parts(name, model) | {"config": config, "step": state["step"]}
-
-
-def _exported(folder: Path) -> dict[str, Any]:
-    try:
-        about = json_of((folder / EXPORT).read_text("utf-8"))
-        name, options, step = about["model"], dict(about["options"]), int(about["step"])
-        options.pop("checkpoint", None)
-        weights = [Path(file).name for end in (".safetensors", ".pt") for file in about["files"] if file.endswith(end)]
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
-        raise CheckpointError(f"{folder / EXPORT}: expected a file of simplclip export, got another one") from None
-    if not weights:
-        raise CheckpointError(
-            f"{folder}: expected an export with weights (--format open_clip), got {', '.join(about['files'])}"
-        )
-    check_options(options, str(folder / EXPORT))
-    model = models.create(name, checkpoint=folder / weights[0], **options)
-    return _parts(name, model) | {"step": step}
-
-
 def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
-    """Arguments of `Encoder` for a model of open_clip. tag: a tag of open_clip, a file of weights, or an empty string."""
+    """For a model of open_clip. tag: a tag of open_clip, a file of weights, or an empty string."""
     name = models.PLAIN + plain
     if plain not in open_clip.list_models():
         models.tokenizer(name)  # raises an error that lists the nearest names
@@ -265,32 +224,35 @@ def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> di
             raise _missing(checkpoint)
     if tag and tag not in tags:
         raise InputError(f"source: expected a tag of {plain}, one of {', '.join(tags) or 'none'}, or a file, got {tag!r}")
-    named = f"{name}/{tag}" if tag else name
+    if checkpoint is None and not tag:
+        known = ", ".join(f"{name}/{tag}" for tag in tags) or "it has none"
+        raise InputError(
+            f"checkpoint: expected a file of weights for {name}, got none; or name a tag that open_clip downloads: {known}"
+        )
+    label = f"{name}/{tag}" if tag else name
     if checkpoint is None:
-        if not tag:
-            raise InputError(
-                f"checkpoint: expected a file of weights for {name}, got none; or name a tag that open_clip downloads: "
-                + (", ".join(f"{name}/{known}" for known in tags) or "it has none")
-            )
         try:
             model = open_clip.create_model(plain, pretrained=tag)
         except Exception as error:  # the download may raise many types
             reason = first_line(error)
-            raise InputError(f"source: open_clip could not get {named}: {reason}; or give its file by --checkpoint") from None
+            raise InputError(f"source: open_clip could not get {label}: {reason}; or give its file by --checkpoint") from None
     else:
-        model = models.create(name)
-        try:
-            check_archive(checkpoint)
-            open_clip.load_checkpoint(model, str(checkpoint), strict=True, weights_only=True)
-        except ModuleNotFoundError:
-            raise
-        except Exception as error:  # the type depends on the file: pickle, zip, safetensors, shapes and names
-            reason = refusal(error) or " ".join(str(error).split())[:300] or type(error).__name__
-            raise CheckpointError(
-                f"{checkpoint}: expected a checkpoint of open_clip's {plain}, got another file: {reason}"
-            ) from None
+        model = _open_clip_file(plain, checkpoint)
         if tag or len(tags) == 1:
-            theirs = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}  # None keeps the model's size
-            set_model_preprocess_cfg(model, merge_preprocess_dict(get_model_preprocess_cfg(model), theirs))
+            tagged = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}  # None keeps the model's size
+            set_model_preprocess_cfg(model, merge_preprocess_dict(get_model_preprocess_cfg(model), tagged))
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
-    return {"name": named, "model": model, "preprocess": transform, "tokenizer": open_clip.get_tokenizer(plain)}
+    return {"name": label, "model": model, "preprocess": transform, "tokenizer": open_clip.get_tokenizer(plain)}
+
+
+def _open_clip_file(plain: str, path: str | os.PathLike) -> nn.Module:
+    model = models.create(models.PLAIN + plain)
+    try:
+        check_archive(path)
+        open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
+        return model
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # the type depends on the file: pickle, zip, safetensors, shapes and names
+        reason = refusal(error) or " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{path}: expected a checkpoint of open_clip's {plain}, got another file: {reason}") from None

@@ -1,8 +1,8 @@
-"""Models from the settings of a run, and from the checkpoints that a run writes.
+"""Models from the settings of a run, from the checkpoints that a run writes, and from the exports of these.
 
-A checkpoint may come from elsewhere, so it is data alone. It is read with weights_only, and of its config only the part
-"model" and `loss.base` count. The model's options may describe an architecture; an option that could fetch, unpickle or run
-files is refused.
+A checkpoint or export may come from elsewhere, so it is data alone. It is read with weights_only, and of its config only the
+part "model" and `loss.base` count. The model's options may describe an architecture; an option that could fetch, unpickle or
+run files is refused.
 
 A checkpoint is one dict that torch.save wrote:
     format, version     "simplclip", 1
@@ -14,6 +14,7 @@ A checkpoint is one dict that torch.save wrote:
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from simplclip.models.registry import Tokenizer, check_shape, create, first_line
 from simplclip.models.registry import tokenizer as tokenizer_of
 
 FORMAT, VERSION = "simplclip", 1
+EXPORT = "export.json"  # describes the folder of an export
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # initial values of SigLIP, arXiv 2303.15343
 
 _SHAPE = {"image_size": "vision_cfg", "context_length": "text_cfg"}  # setting -> the part of the options that may have it too
@@ -170,6 +172,27 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
             f"{path}: expected weights of {section['name']!r}, the model of its config, got others: {reasons[:300]}"
         ) from None
     return model.to(device).eval(), config, state
+
+
+def load_export(folder: str | Path) -> tuple[nn.Module, str, int]:
+    """Loads the model of a folder that `simplclip export` wrote.
+
+    Returns: the model in eval mode on the CPU, its name, and the step of its checkpoint.
+    Raises: FileNotFoundError; CheckpointError if export.json is another file, or names no weights; InputError if its options
+    are refused; WeightsError if the weights do not fit.
+    """
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / EXPORT).read_text("utf-8"))
+        name, options, step = str(about["model"]), dict(about["options"]), int(about["step"])
+        files = [Path(file).name for file in about["files"]]
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise CheckpointError(f"{folder / EXPORT}: expected a file of simplclip export, got another one") from None
+    weights = [file for file in files if file.endswith((".safetensors", ".pt"))]
+    if not weights:
+        raise CheckpointError(f"{folder}: expected an export with weights for torch, got {', '.join(files)}")
+    check_options(options, str(folder / EXPORT))
+    return create(name, checkpoint=folder / weights[0], **options).eval(), name, step
 
 
 def base_of(config: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from simplclip import data, retrieval
+from simplclip import data, evaluation
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import UserError
 from simplclip.common.files import remove_leftovers
@@ -87,7 +87,7 @@ def run(
 
         splits = {}
         if config.eval.every:
-            splits = retrieval.load_splits(config.eval.splits, tokenizer(config), image_transform(config, train=False))
+            splits = evaluation.load_splits(config.eval.splits, tokenizer(config), image_transform(config, train=False))
         training = Training(config, device, precision, state)
         ranks.seed_apart(config.run.seed + training.step)
         console = (console or Console()) if is_first else Console(quiet=True)
@@ -138,7 +138,7 @@ def run(
 def _steps(
     training: Training,
     source: data.Loader,
-    splits: dict[str, retrieval.Split],
+    splits: dict[str, evaluation.Split],
     whole: LastStep,
     stop: StopRequest,
     report: Reporter,
@@ -202,13 +202,13 @@ def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Conf
     return TrainingError(f"after step {step - 1}: {ranks.error_line(error)}. {saved}{go_on}")
 
 
-def _evaluate(training: Training, splits: dict[str, retrieval.Split], log: RunLog, show: Callable[[str], None]) -> None:
+def _evaluate(training: Training, splits: dict[str, evaluation.Split], log: RunLog, show: Callable[[str], None]) -> None:
     training.model.eval()
     for name, split in splits.items():
         config = training.config
         where = training.device, training.precision
-        retrieval.encode(training.model, split, retrieval.BATCH_SIZE, *where, workers=config.data.workers)
-        found = ranks.on_first(partial(retrieval.recall_of, split, training.device))
+        evaluation.encode(training.model, split, evaluation.BATCH_SIZE, *where, workers=config.data.workers)
+        found = ranks.on_first(partial(evaluation.recall_of, split, training.device))
         for direction, figures in (found or {}).items():
             values = {k: v["value"] for k, v in figures.items()}
             log.write("evaluation", {"step": training.step, "split": name, "direction": direction, **values})

@@ -14,8 +14,8 @@ import simplclip
 from simplclip import export, models
 from simplclip import train as trainer
 from simplclip.models.simplify import count_parameters
+from simplclip.models.trained import load_model
 from simplclip.train.checkpoint import CheckpointError
-from simplclip.train.state import load_model
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from rich.console import Console
 from runs import go
 
 from simplclip import evaluation, models, retrieval
+from simplclip.models.trained import load_model
 from simplclip.train import checkpoint
-from simplclip.train.state import load_model
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from simplclip.retrieval.features import Features
-from simplclip.retrieval.split import Split
+from simplclip.evaluation.split import Split
 
 KS = (1, 5, 10)
 _TILE_BYTES = 64 * 2**20  # of a tile of similarities
@@ -22,17 +21,16 @@ def recall_of(split: Split, device: torch.device | str = "cpu") -> dict[str, dic
     query. Returns None for a split without captions.
     """
     x, y = split.image_features, split.text_features
-    if not len(y):
+    if x is None or y is None:
         return None
-    x_groups, y_groups = split.groups, split.caption_groups
     return {
-        "image_to_text": recall(x, y, x_groups, y_groups, device),
-        "text_to_image": recall(y, x, y_groups, x_groups, device),
+        "image_to_text": recall(x, y, split.groups, split.caption_groups, device),
+        "text_to_image": recall(y, x, split.caption_groups, split.groups, device),
     }
 
 
 def nearest(
-    queries: Tensor | Features, candidates: Tensor | Features, k: int, device: torch.device | str = "cpu"
+    queries: Tensor, candidates: Tensor, k: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yields for each part of `queries` [n, D] the number of its first row, and the similarities [q, k] and rows [q, k] of
     the k most similar `candidates` [m, D], the most similar first (min(k, m) candidates).
@@ -42,22 +40,22 @@ def nearest(
     columns = min(len(candidates), _TILE_COLUMNS)
     rows = max(1, _TILE_BYTES // (4 * columns))
     for start in range(0, len(queries), rows):
-        some = queries[start : start + rows].to(device)
+        part = queries[start : start + rows].to(device)
         for first in range(0, len(candidates), columns):
-            tile = some @ candidates[first : first + columns].to(device).T
-            found, where = tile.topk(min(k, tile.shape[1]))
+            tile = part @ candidates[first : first + columns].to(device).T
+            values, where = tile.topk(min(k, tile.shape[1]))
             if first == 0:
-                values, places = found, where
+                best, places = values, where
                 continue
-            found, where = torch.cat([values, found], 1), torch.cat([places, where + first], 1)
-            values, order = found.topk(min(k, found.shape[1]))
+            values, where = torch.cat([best, values], 1), torch.cat([places, where + first], 1)
+            best, order = values.topk(min(k, values.shape[1]))
             places = where.gather(1, order)
-        yield start, values, places
+        yield start, best, places
 
 
 def recall(
-    queries: Tensor | Features,
-    candidates: Tensor | Features,
+    queries: Tensor,
+    candidates: Tensor,
     query_groups: Tensor,
     candidate_groups: Tensor,
     device: torch.device | str = "cpu",
@@ -75,10 +73,10 @@ def recall(
         hits += torch.stack([right[:, :k].any(1).sum() for k in KS])
     names, counts = candidate_groups.unique(return_counts=True)
     place = torch.searchsorted(names, query_groups).clamp(max=len(names) - 1)
-    number = torch.where(names[place] == query_groups, counts[place], 0).double()
-    answer = {}
-    for k, found in zip(KS, hits.tolist()):
+    right_answers = torch.where(names[place] == query_groups, counts[place], 0).double()
+    figures = {}
+    for k, count in zip(KS, hits.tolist()):
         tries = torch.arange(min(k, m))
-        miss = ((m - number[:, None] - tries).clamp(min=0) / (m - tries)).prod(1)
-        answer[f"R@{k}"] = {"value": found / len(queries), "chance": (1 - miss).mean().item()}
-    return answer
+        miss = ((m - right_answers[:, None] - tries).clamp(min=0) / (m - tries)).prod(1)
+        figures[f"R@{k}"] = {"value": count / len(queries), "chance": (1 - miss).mean().item()}
+    return figures
