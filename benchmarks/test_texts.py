@@ -13,7 +13,6 @@ import open_clip
 import pytest
 import torch
 
-import simplclip
 from benchmarks.measure import clock_of_steps, figures, interleaved_times, peak_bytes
 from simplclip import models
 from simplclip.models.crop import TextCrop
@@ -85,11 +84,9 @@ def test_text_tower(benchmark, rows, request, dtype, kind, tower):
     torch.manual_seed(0)
     text = captions(kind)
     model = TOWERS[tower]()
-    tried = simplclip.crop_texts(model)
-    tried.undo()
 
     def run(groups):
-        crop = TextCrop(model, groups=groups, reach=tried.reach) if groups else None
+        crop = TextCrop(model, groups=groups) if groups else None
         step(model, text, dtype)
         if crop:
             crop.undo()

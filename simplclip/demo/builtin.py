@@ -15,7 +15,6 @@ from open_clip.transform import PreprocessCfg
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
-from simplclip import models
 from simplclip.common import hardware
 from simplclip.common.progress import Progress
 from simplclip.data import EmptyEpochError
@@ -88,7 +87,7 @@ def train(
 def features(files: list[str], device: torch.device, precision: str, progress: bool, sidecars: Folders = ()) -> Pairs:
     """Computes the frozen networks' features of all pairs. Augmentation draws from torch's global generator."""
     model, skipped = BuiltinTeacher(Heads()).to(device).eval(), Skipped()
-    plain, augmented = transform(), models.affine(PreprocessCfg(IMAGE_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3))
+    plain, augmented = transform(), ImageTransform(PreprocessCfg(IMAGE_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3), "affine")
     images, rows, captions, groups = [], {}, [], []
 
     def all_views():

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
-from simplclip.common import hardware, plugins
+from simplclip.common import hardware
 from simplclip.models.crop import TextCrop
+from simplclip.models.packaged import SOURCES
 from simplclip.models.weights import TAG
 from simplclip.train.settings import Config
 from simplclip.train.state import Training, lr_factor, make_optimizer
@@ -82,7 +83,7 @@ class TrainerStep(Training):
         self.model.train()
         if self.crop is not None:  # the predicted texts have one length
             self.crop.undo()
-            self.crop = TextCrop(self.model, 1, self.crop.groups, self.crop.reach) if self.tokens else None
+            self.crop = TextCrop(self.model, 1, self.crop.groups) if self.tokens else None
 
     def batches(self, real: bool) -> list[dict[str, Any]]:
         """Returns the micro-batches of a step, in the host's memory.
@@ -134,15 +135,12 @@ class TrainerStep(Training):
         return [self._architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
 
     def _architecture(self, source: str) -> Any:
-        """Returns the source; for a missing file, or an open_clip tag, which would be downloaded, tensors of its shapes.
-
-        The values of these tensors are random, since `try_crop` runs a tower with them, and zeros or NaN would tell nothing.
-        """
+        """Returns the source; for a missing file, or an open_clip tag, which would be downloaded, tensors of its shapes."""
         name, slash, _ = source.removeprefix(TAG).partition("/")
         original = models.original(self.config.model.name)
         if slash and name in open_clip.list_models():
             original = models.PLAIN + name
-        elif original is None or Path(source).exists() or source in plugins.entries("weights"):
+        elif original is None or Path(source).exists() or source in SOURCES:
             return source
         else:
             self.assumed.append(f"weights of {original.removeprefix(models.PLAIN)}, since {source} is not on this machine")

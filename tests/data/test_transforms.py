@@ -208,7 +208,7 @@ def test_a_view_fits_an_image_that_was_made_smaller():
 
 def test_affine_is_what_it_was():
     """The views equal those of PIL's RandomAffine and ColorJitter, up to PIL's rounding to 8 bits at every step."""
-    ours = models.affine(PreprocessCfg(48, mean=(0.5,) * 3, std=(0.5,) * 3))
+    ours = ImageTransform(PreprocessCfg(48, mean=(0.5,) * 3, std=(0.5,) * 3), "affine")
     torch.manual_seed(0)
     for image in drawings(4):
         view = ours.draw(72, 72)

