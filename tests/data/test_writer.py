@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import tarfile
 
 import pytest
 from pairs import digests, killed_at_any_point, members, meta, png, sample, write
@@ -101,19 +102,17 @@ def test_what_is_joined_is_seen(folder, out, tmp_path):
 
 
 def test_broken_samples_and_damage_are_counted(tmp_path, capsys):
-    key, files = sample(5)
     damaged = [sample(0), ("broken", {"png": b"no image", "txt": b"one"}), ("none", {"cls": b"1"}), sample(1), sample(0)]
-    path = write(tmp_path / "a-0.tar", [*damaged, ("torn", {"png": png(1)[:200], "txt": b"one"}), (key, files)])
-    os.truncate(path, os.path.getsize(path) // 512 * 512 - 10240 - 1024)  # within the last sample's files
-    reasons = {"not an image": 1, "missing image": 1, "duplicate key in tar": 1, "truncated image": 1, "damaged tar": 1}
+    path = write(tmp_path / "a-0.tar", [*damaged, ("torn", {"png": png(1)[:200], "txt": b"one"}), sample(5)])
+    with tarfile.open(path) as tar:
+        os.truncate(path, tar.getmembers()[-2].offset_data + 100)  # within the last sample's image
+    reasons = {"not an image": 1, "missing caption": 1, "duplicate key in tar": 1, "truncated image": 1, "damaged tar": 1}
     for workers in (0, 2):
         out = tmp_path / f"out{workers}"
         summary = write_sidecars(path, out, prepare, mark, stamp=STAMP, batch_size=2, workers=workers)
-        counts = dict(summary["skipped"].counts)
-        counts["missing image"] = counts.pop("missing caption", 0) + counts.pop("missing image", 0)
-        assert counts == reasons
+        assert dict(summary["skipped"].counts) == reasons
         assert "a-0.tar/broken" in capsys.readouterr().out
-        assert [name for name in members(out / "a-0.tar") if not name.startswith(key)] == ["k000.json", "k001.json"]
+        assert list(members(out / "a-0.tar")) == ["k000.json", "k001.json"]
         again = run(path, out)
         assert (again["written"], again["skipped"]) == (0, summary["skipped"])
 
