@@ -58,11 +58,14 @@ def lock(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     _held.add(descriptor)
     try:
-        if fcntl:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run.out: expected a folder that no process trains in, got {folder}") from None
+        except OSError:
+            pass
         yield
-    except BlockingIOError:
-        raise ConfigError(f"run.out: expected a folder that no process trains in, got {folder}") from None
     finally:
         _held.discard(descriptor)
         os.close(descriptor)
