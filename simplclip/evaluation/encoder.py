@@ -21,9 +21,9 @@ from torchvision.transforms.functional import to_pil_image
 from simplclip import models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
-from simplclip.data.broken import BrokenSample
+from simplclip.data.errors import BrokenSample
 from simplclip.data.decode import decode_pil, rgb
-from simplclip.data.shards import file_bytes
+from simplclip.data.samples import file_bytes
 from simplclip.evaluation.split import features_of
 from simplclip.models.crop import try_crop
 from simplclip.models.mobileclip import where_to_get

@@ -16,7 +16,7 @@ from rich.console import Console
 from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import write_atomically
-from simplclip.data.held_out import held_out
+from simplclip.data import held_out
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.figures import in_words, table
 from simplclip.evaluation.retrieval import recall_of
