@@ -125,8 +125,10 @@ class _Reading:
     max_bytes: int
 
     def __call__(self, source: Source, skipped: Skipped, wanted: Callable[[int], bool]) -> Iterator[tars.Sample]:
-        joined = (lambda samples: zipped(samples, source.url, self.sidecars)) if self.sidecars else None
-        return tars.read(source, skipped, sidecars=joined, max_bytes=self.max_bytes, wanted=wanted)
+        def join(samples: Iterator[tars.Sample]) -> Iterator[tars.Sample]:
+            return zipped(samples, source.url, self.sidecars)  # also of no sidecars, for keys that come again
+
+        return tars.read(source, skipped, sidecars=join, max_bytes=self.max_bytes, wanted=wanted)
 
 
 @dataclass
