@@ -195,7 +195,7 @@ def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[tuple[Any, Any]]:
-    """Context with the bytes of a tar, and the options by which tarfile reads them. Raises OSError if a stream ends by an error."""
+    """Context with the bytes of a tar, and tarfile's options for them. Raises OSError if a stream ends by an error."""
     if not isinstance(url, Address):
         path = os.path.abspath(url)  # so that gopen takes a file called pipe:... for a file
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a named pipe or a device may take for ever
