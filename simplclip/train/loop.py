@@ -47,7 +47,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             start that fails leaves the folder unchanged.
         TrainingError: any error once a step is done; that error is the __cause__. The last whole step is saved first; if it
             cannot be saved, the message says why, and which checkpoint is intact. Also a loss or gradient that is not finite.
-        Interrupted: SIGINT, SIGTERM, SIGHUP, or a closed pipe at the output; the running step is finished and the state saved.
+        Interrupted: SIGINT, SIGTERM, SIGHUP, or a closed pipe; the running step is finished and the state saved.
     """
     if config.data.micro_batch == "auto":
         raise ConfigError("data.micro_batch: expected a number, got auto, which `simplclip train` replaces by a number")

@@ -151,8 +151,8 @@ def setup(
 ) -> State:
     """Makes the state of a run that begins, or that continues from `checkpoint`.
 
-    prepared: what `make_model` returned, with all tensors on `device`; made here if None. teacher: name, width and logit_scale
-    of the teacher, by default read from the data if a term needs a teacher.
+    prepared: what `make_model` returned, with all tensors on `device`; made here if None.
+    teacher: name, width and logit_scale of the teacher, by default read from the data if a term needs a teacher.
 
     Raises InputError, FileNotFoundError; CheckpointError if the checkpoint does not fit the model.
     """
