@@ -16,7 +16,7 @@ from rich.console import Console
 from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import write_atomically
-from simplclip.data.held_out import held_out
+from simplclip.data import held_out
 from simplclip.evaluation.classification import NamelessError, class_names, named, phrases, zero_shot
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.figures import in_words, table
