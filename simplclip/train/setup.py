@@ -188,7 +188,8 @@ def setup(
     )
     if checkpoint:
         for name, part in state.parts().items():
-            _load(part, checkpoint.get(name))
+            if name != "model":
+                _load(part, checkpoint.get(name))
         state.step = checkpoint["step"]
         state.data = checkpoint["data"] if isinstance(checkpoint["data"], list) else None  # of an earlier version
     model.train()
