@@ -16,7 +16,7 @@ from pairs import call, digests, killed_at_any_point, members, meta, one_line, p
 
 from simplclip.common import files
 from simplclip.common.errors import InputError
-from simplclip.data import forms, pack, tables
+from simplclip.data import pack, tables
 from simplclip.data.forms import Options, Row
 
 ROWS = [("img/a.png", "one"), ("img/a.png", "two"), ("img/sub/b.png", "three")]
@@ -163,7 +163,7 @@ def test_separators_and_wrong_tables(tmp_path):
 def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
     path = table(tmp_path / "t.csv", [[f"{number}.png", f"{number} {'x' * 100}"] for number in range(rows)])
     Path(path).write_text(Path(path).read_text().replace("7.png,7 x", '7.png,"7 x', 1))
-    found = list(forms.open_source(path, Options()).rows())
+    found = list(pack.open_source(path, Options()).rows())
     assert [row.name for row in found if not isinstance(row, Row)] == ["t.csv/000000007"]
     assert [row.captions[0].split()[0] for row in found if isinstance(row, Row)] == [str(n) for n in range(rows) if n != 7]
 
@@ -179,7 +179,7 @@ def test_no_large_table_is_held(tmp_path, kind):
         pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").table(columns), path)
     del columns
     tracemalloc.start()
-    source = forms.open_source(path, Options())
+    source = pack.open_source(path, Options())
     assert source.total == count
     (last,) = deque(source.rows(), maxlen=1)
     _, peak = tracemalloc.get_traced_memory()
