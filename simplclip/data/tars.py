@@ -27,6 +27,7 @@ MAX_BYTES = 256 << 20  # most bytes that the files of a sample may have together
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
 TEXTS = (".txt", ".json", ".cls")
 KNOWN = (*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *TEXTS, ".teacher.npy")
+STALL = 60  # seconds without a byte after which a server counts as gone
 _LONGEST = 4096  # most bytes of a name; systems allow no longer path
 _EXTENDED = 16 << 10  # most bytes of an extended header; tarfile's expressions take quadratic time over one (CVE-2024-6232)
 _LARGEST = 1 << 50  # most bytes of a member, so that all offsets are numbers that a system takes
@@ -221,11 +222,11 @@ def _opened(url: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _curl(url: str) -> Any:
-    """Opens a URL as webdataset's gopen_curl does, but gives up on a server that sends nothing for 60 seconds.
+    """Opens a URL as webdataset's gopen_curl does, but gives up on a server that sends nothing for STALL seconds.
 
     curl's own retries would start the output again, in the middle of the tar.
     """
-    limits = ["--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60"]
+    limits = ["--connect-timeout", "30", "--speed-limit", "1", "--speed-time", str(STALL)]
     schemes = ["--proto", "=http,https", "--proto-redir", "=http,https", "--globoff"]
     command = ["curl", "-f", "-sS", "-L", *limits, *schemes, "--", str(url)]
     return _gopen.Pipe(command, mode="rb", stderr=subprocess.PIPE)
