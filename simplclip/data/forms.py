@@ -49,14 +49,12 @@ class Options:
     """Options of tables and JSON files.
 
     image_key, caption_key: columns, or keys of objects; by default the first of IMAGE_NAMES and CAPTION_NAMES.
-    separator: of a CSV; by default the most frequent one in its header.
     images: folder of the images; by default the file's own.
     split: name of a split in a JSON file.
     """
 
     image_key: str | None = None
     caption_key: str | None = None
-    separator: str | None = None
     images: str | None = None
     split: str | None = None
 

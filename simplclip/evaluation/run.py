@@ -69,7 +69,8 @@ def evaluate(
         raise InputError(f"model: expected one or several different models, got {', '.join(sources) or 'none'}")
     if not splits:
         raise InputError("data: expected at least one split (--data NAME=DATA), got none")
-    names, given = class_names(classnames), phrases(templates or ())
+    names, synsets = class_names(classnames)
+    chosen_templates = phrases(templates or ())
     answer: dict[str, Any] = {}
 
     for number, source in enumerate(sources):
@@ -78,21 +79,21 @@ def evaluate(
         about["precision"] = encoder.precision
         if number == 0:
             folder = _folder(out, source)
-            data = {name: named(held_out(what, captions=captions), *names) for name, what in splits.items()}
+            data = {name: named(held_out(what, captions=captions), names, synsets) for name, what in splits.items()}
             folder.mkdir(parents=True, exist_ok=True)
-            usual = _templates_of(encoder.config)
+            config_templates = _templates_of(encoder.config)
             answer = result = about | {"versions": {"simplclip": __version__, "torch": torch.__version__}, "splits": {}}
         else:
             result = answer.setdefault("baselines", {})[source] = about | {"splits": {}}
         for name, held in data.items():
             label = f"{name}, {source}" if sources[1:] else name
             split = Split(held, encoder.tokenizer, encoder.preprocess)
-            where = batch_size, encoder.device, encoder.precision
-            encode(encoder.model, split, *where, workers=workers, progress=label, who=source)
+            options = {"workers": workers, "progress": label, "who": source}
+            encode(encoder.model, split, batch_size, encoder.device, encoder.precision, **options)
             say(f"{label}: {split.report()}")
             picture = folder / f"evaluation-{file_name(name)}{f'-{file_name(source)}' if number else ''}.png"
-            wording = given or phrases(held.classes.templates or usual)
-            figures = ranks.on_first(partial(_figures, encoder, split, name, wording, picture))
+            texts = chosen_templates or phrases(held.classes.templates or config_templates)
+            figures = ranks.on_first(partial(_figures, encoder, split, name, texts, picture))
             for line in figures["left_out"]:
                 say(f"{label}: {line}")
             result["splits"][name] = figures
@@ -117,8 +118,8 @@ def _templates_of(config: Mapping[str, Any] | None) -> Sequence[str]:
     """Returns eval.templates of a checkpoint's config, if it has them."""
     section = (config or {}).get("eval")
     templates = section.get("templates") if isinstance(section, Mapping) else None
-    whole = isinstance(templates, list) and templates and all(isinstance(text, str) and "{" in text for text in templates)
-    return templates if whole else TEMPLATES
+    valid = isinstance(templates, list) and templates and all(isinstance(text, str) and "{" in text for text in templates)
+    return templates if valid else TEMPLATES
 
 
 def file_name(name: str) -> str:

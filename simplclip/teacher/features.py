@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from open_clip.model import get_model_preprocess_cfg
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
 from simplclip.common import hardware, ranks
@@ -27,7 +27,6 @@ from simplclip.data.loader import called, seeded
 from simplclip.data.pack import packed
 from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, check_count, digest_of
 from simplclip.data.sidecars import Folders
-from simplclip.data.sources import sources_of
 from simplclip.data.transforms import ImageTransform, View, augmentation, finished, stack
 from simplclip.data.writer import write_sidecars
 from simplclip.evaluation import Encoder, load
@@ -77,7 +76,7 @@ class Batch(NamedTuple):
 class Prepare:
     """Makes the inputs of a teacher, in workers. An image is decoded once for all its views."""
 
-    transform: Callable  # the teacher's, of the whole image or of a view
+    transform: Callable  # the teacher's; an ImageTransform if there are views
     tokenizer: Callable[[list[str]], Tensor]
     views: Views | None
 
@@ -128,9 +127,14 @@ def write(
         batch_size: samples, views or captions that are encoded at a time.
         workers: processes that decode and tokenize; 0 does it in this process.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
-    prepare = Prepare(teacher.preprocess if views is None else transform_of(teacher), teacher.tokenizer, views)
+    _check_dtype(dtype)
+    transform = transform_of(teacher)
+    if views is not None and transform is None:
+        raise InputError(
+            f"views: expected a teacher whose preprocessing is an ImageTransform or open_clip's, got {teacher.name} with "
+            f"{teacher.preprocess!r}"
+        )
+    prepare = Prepare(transform or teacher.preprocess, teacher.tokenizer, views)
 
     def process(batch: Batch) -> list[dict[str, bytes]]:
         images = finished(prepare.transform, batch.images, teacher.device, colour=batch.colours)
@@ -156,17 +160,15 @@ def encode_tokens(teacher: Encoder, tokens: Tensor, batch_size: int) -> Tensor:
     return features[[places[row.tobytes()] for row in tokens.numpy()]]
 
 
-def transform_of(teacher: Encoder) -> ImageTransform:
-    """Returns the transform that makes the pixels of a view for a teacher: its size and normalisation are the teacher's."""
+def transform_of(teacher: Encoder) -> ImageTransform | None:
+    """Returns the ImageTransform that makes the pixels of a teacher's preprocessing; None if it is not open_clip's own."""
     if isinstance(teacher.preprocess, ImageTransform):
         return teacher.preprocess
     try:
-        return ImageTransform(PreprocessCfg(**get_model_preprocess_cfg(teacher.model)))
+        cfg = PreprocessCfg(**get_model_preprocess_cfg(teacher.model))
     except AttributeError:
-        raise InputError(
-            f"views: expected a teacher whose preprocessing is an ImageTransform or open_clip's, got {teacher.name} with "
-            f"{teacher.preprocess!r}"
-        ) from None
+        return None
+    return ImageTransform(cfg) if repr(image_transform_v2(cfg, is_train=False)) == repr(teacher.preprocess) else None
 
 
 def student_transform(config: str | os.PathLike) -> ImageTransform:
@@ -203,17 +205,23 @@ def run(
     """
     if bool(views) != (config is not None):
         raise InputError(f"views, config: expected both or none, got {views} views and the config {config!r}")
+    _check_dtype(options.get("dtype", "fp16"))
     seen = Views(student_transform(config), views, seed) if config is not None else None
     place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
     teacher = load(name, checkpoint, device=place, precision=precision)
     shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards"), progress=progress))
-    summary = write(sources_of(shards), out, teacher, views=seen, progress=progress, **options)
+    summary = write(shards, out, teacher, views=seen, progress=progress, **options)
     if progress and ranks.first():
         what = "" if seen is None else f" of {seen.number} views of each image"
         features = f"features of {teacher.name}{what}, width {teacher.width}"
         print(f"wrote {summary['path']}: {summary['samples']:,} samples with {features}")
     return summary
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
 
 
 def _npy(rows: Tensor, dtype: str) -> bytes:
