@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import accumulate
 from typing import Any
 from unittest import mock
@@ -63,24 +64,34 @@ def _make_state(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
     optimizer.zero_grad()
 
 
-def measure(step: Step, device: torch.device) -> int:
-    """Runs the step; returns the peak bytes of torch's allocator on `device`, with parameters, on a CPU also the batch."""
+def runner(step: Step, device: torch.device) -> Callable[[], object]:
+    """Returns a function that runs the step on real tensors, with weights that are random."""
+    return _placed(step, device)[1]
+
+
+def _placed(step: Step, device: torch.device) -> tuple[list[Tensor], Callable[[], object]]:
+    """Returns the tensors that are in memory before a step on `device`, and a function that runs it."""
     running = step.start()
     for module in running.modules:
         _fill(module.to_empty(device=device))
     running.place(device, lambda phase, kind: nullcontext())
     batches = step.batches(real=True)
+    return tree_leaves([_weights(running), running.averages, batches]), partial(running.run, batches)
+
+
+def measure(step: Step, device: torch.device) -> int:
+    """Runs the step; returns the peak bytes of torch's allocator on `device`, with parameters, on a CPU also the batch."""
+    before, once = _placed(step, device)
 
     def run() -> None:
         for _ in range(STEPS):
-            running.run(batches)
+            once()
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    before = tree_leaves([_weights(running), running.averages, batches])
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in before}
     return sum(storages.values()) + cpu_peak_bytes(run)
 

@@ -60,7 +60,7 @@ class TrainerStep:
         self.assumed = list[str]()
         if config.run.compile:
             self.assumed.append("the memory of towers that are not compiled")
-            config = config.model_copy(update={"run": config.run.model_copy(update={"compile": False})})
+            config = config.replaced(run={"compile": False})
         self.config, self.precision = config, precision
         self.prepared = setup.make_model(config, weights=False)
         self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
@@ -83,7 +83,8 @@ class TrainerStep:
             try:
                 return data.teacher_stamp(self.config.data.train, self.config.data.sidecars)
             except (UserError, OSError) as error:
-                width = setup._width(self.config, {})
+                model = self.config.model
+                width = model.options.get("embed_dim") or models.spec_of(model.name).config["embed_dim"]
                 self.assumed.append(f"a teacher of the student's width, {width} (--teacher-width): {error}")
         return {"name": "a teacher", "width": width, "logit_scale": 100.0}
 
