@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import simplclip
 from simplclip.common.errors import InputError
 from simplclip.data import HeldOut, held_out
-from simplclip.data.broken import Skipped
+from simplclip.data.errors import Skipped
 from simplclip.data.transforms import finished
 from simplclip.models.registry import text_pool
 from simplclip.models.simplify import attention_of, block_sites, build_block, count_parameters

@@ -21,9 +21,8 @@ import simplclip
 from simplclip import models
 from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
 from simplclip.models.registry import configuration
-from simplclip.train.state import load_model, model_options
-
-SUMMARY = "export.json"
+from simplclip.models.trained import EXPORT as SUMMARY
+from simplclip.models.trained import base_of, load_model, model_options
 
 
 def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     if (out / SUMMARY).exists() and not force:
         raise FileExistsError(f"out: expected a folder without an export, got {out}; --force replaces the export")
     model, config, state = load_model(checkpoint)
-    name, options = config.model.name, model_options(config)
+    name, options = config["model"]["name"], model_options(config["model"], base_of(config))
     about = open_clip_config(model, name, options)
     summary = {
         "model": name,

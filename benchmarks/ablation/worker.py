@@ -24,10 +24,9 @@ from simplclip import evaluation, train
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
 from simplclip.common.files import write_atomically
-from simplclip.models.trained import load_model
+from simplclip.models.trained import image_transform, load_model, tokenizer
 from simplclip.train import config
-from simplclip.train.settings import Config
-from simplclip.train.state import image_transform, tokenizer
+from simplclip.train.config import Config
 
 MATRIX = 1 << 26  # most similarities that `auc` computes
 
@@ -62,10 +61,11 @@ def result(values: Config) -> dict[str, Any]:
     device = hardware.pick_device(values.run.device)
     precision, _ = hardware.pick_precision(values.run.precision, device)
     model, _, state = load_model(out / "last.pt", device)
-    splits = evaluation.load_splits(values.eval.splits, tokenizer(values), image_transform(values, train=False))
+    section = values.model.model_dump()
+    splits = evaluation.load_splits(values.eval.splits, tokenizer(section), image_transform(section))
     found = {}
     for name, split in splits.items():
-        evaluation.encode(model, split, evaluation.BATCH_SIZE, device, precision, workers=values.data.workers or 0)
+        evaluation.encode(model, split, evaluation.BATCH_SIZE, device, precision, workers=values.data.workers)
         found[name] = {**(evaluation.recall_of(split, device) or {}), "AUC": auc(split)}
     with open(out / "metrics.csv", newline="") as file:
         rates = [float(row["samples_per_s"]) for row in csv.DictReader(file)]

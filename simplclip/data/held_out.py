@@ -17,10 +17,11 @@ from simplclip.data import tars
 from simplclip.data.decode import decode_pil
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
 from simplclip.data.loader import called, seeded
-from simplclip.data.samples import Pair, captions_of, check_files, clean, image_of, label_of, record_of
+from simplclip.data.samples import Pair, check_files, file_bytes, image_of, label_of
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.stored_order import StoredOrder, workers_for
-from simplclip.data.tars import IMAGE_SUFFIXES, Sample
+from simplclip.data.tars import Sample
+from simplclip.data.text import IMAGE_SUFFIXES, captions_of, clean, record_of
 from simplclip.data.transforms import ImageTransform
 
 
@@ -46,7 +47,7 @@ class ImageFolder:
         for number, path in enumerate(self.paths):
             sample = {"__key__": path, "__url__": self.url, "__shard__": os.path.basename(self.url.rstrip(os.sep))}
             sample["__label__"] = numbers[path.split(os.sep)[0]]
-            sample["jpg"] = _file_bytes(os.path.join(self.url, path)) if wanted(number) else b""
+            sample["jpg"] = _image(os.path.join(self.url, path)) if wanted(number) else b""
             yield sample
 
 
@@ -181,14 +182,13 @@ def _collate(prepared: list[tuple[torch.Tensor, Pair]]) -> tuple[torch.Tensor, l
     return torch.stack(images), list(pairs)
 
 
-def _file_bytes(path: str) -> bytes | BrokenSample:
+def _image(path: str) -> bytes | BrokenSample:
     try:
-        size = os.path.getsize(path) if os.path.isfile(path) else -1
-        if not 0 <= size <= tars.MAX_BYTES:
-            return BrokenSample("file too large" if size > 0 else "missing image", f"{size:,} bytes")
-        return Path(path).read_bytes()
+        return file_bytes(path)
     except OSError as error:
         return BrokenSample("cannot be read", error)
+    except BrokenSample as broken:
+        return broken
 
 
 def _image_folder(path: str, name: str) -> ImageFolder:
@@ -200,8 +200,8 @@ def _image_folder(path: str, name: str) -> ImageFolder:
             folders.sort()
             if any(file.lower().endswith((".txt", ".json")) for file in files):
                 raise InputError(
-                    f"{name}: expected a folder of images by class, got {path!r} with texts beside the images; make shards of "
-                    "it by `simplclip data pack`"
+                    f"{name}: expected a folder of images by class, got {path!r} with texts beside the images; make shards "
+                    "of it by `simplclip data pack`"
                 )
             relative = os.path.relpath(place, path)
             paths += [os.path.join(relative, file) for file in sorted(files) if file.lower().endswith(suffixes)]

@@ -109,8 +109,8 @@ class Pairs(IterableDataset):
             if empty == EMPTY_PASSES:
                 whose = f"worker {self.rank * workers + worker + 1} of {self.world_size * workers}"
                 raise EmptyDataError(
-                    f"data: expected usable samples for every loader process, got none in {in_words(self.sources)} for {whose}; "
-                    f"{skipped}"
+                    f"data: expected usable samples for every loader process, got none in {in_words(self.sources)} for "
+                    f"{whose}; {skipped}"
                 )
 
     def _order(self, number: int) -> list[tuple[Source, int]]:

@@ -161,12 +161,12 @@ def _write(source: Source, out: Path, about: dict[str, Any], workers: int, progr
             if _samples(about):
                 _save(out, about)
             bar.update(len(rows))
-    if not _samples(about):
-        with contextlib.suppress(OSError):
-            out.rmdir()
-        raise InputError(
-            f"source: expected images with captions, got none that is usable in {source.path!r}; {_skipped(about)}"
-        )
+        if not _samples(about):
+            with contextlib.suppress(OSError):
+                out.rmdir()
+            raise InputError(
+                f"source: expected images with captions, got none that is usable in {source.path!r}; {_skipped(about)}"
+            )
     about["complete"] = True
     _save(out, about)
 

@@ -140,8 +140,8 @@ def _file(path: str, name: str, *, listed: bool) -> Iterator[str]:
     lower = path.lower()
     if os.path.isdir(path):
         raise InputError(
-            f"{name}: expected tars, got the folder {path!r}; name its tars by {os.path.join(path, '*.tar')!r}, or make shards "
-            "of a folder of images by `simplclip data pack`"
+            f"{name}: expected tars, got the folder {path!r}; name its tars by {os.path.join(path, '*.tar')!r}, or make "
+            "shards of a folder of images by `simplclip data pack`"
         )
     if lower.endswith((".csv", ".tsv", ".parquet", ".json", ".jsonl")):
         raise InputError(f"{name}: expected tars, got {path!r}; make shards of it by `simplclip data pack`")

@@ -55,6 +55,9 @@ class Member(tarfile.TarInfo):
 
     def _proc_pax(self, archive: tarfile.TarFile) -> Any:
         self._check_extended()
+        if self.type == tarfile.XGLTYPE:  # a header for all members could give all of them one name and size
+            archive.fileobj.read(self._block(self.size))  # type: ignore[union-attr]
+            return self.fromtarfile(archive)
         return super()._proc_pax(archive)  # type: ignore[misc]
 
     def _proc_gnulong(self, archive: tarfile.TarFile) -> Any:
@@ -136,7 +139,7 @@ def _files(
     """Yields the files of a tar that belong to samples. It ends at a damaged part, and notes the reason in `damage`."""
     key, number, held = None, -1, 0
     try:
-        with _opened(source.url) as (stream, mode), tarfile.open(fileobj=stream, mode=mode, tarinfo=Member) as archive:
+        with _opened(source.url) as (stream, options), tarfile.open(fileobj=stream, tarinfo=Member, **options) as archive:
             while (member := _next(archive)) is not None:
                 name = member.name
                 if not (member.isreg() and name.lower().endswith(KNOWN)):
@@ -191,19 +194,19 @@ def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 @contextlib.contextmanager
-def _opened(url: str) -> Iterator[tuple[Any, str]]:
-    """Context with the bytes of a tar and tarfile's mode for them. Raises OSError if a stream ends by an error."""
+def _opened(url: str) -> Iterator[tuple[Any, Any]]:
+    """Context with the bytes of a tar, and the options by which tarfile reads them. Raises OSError if a stream ends by an error."""
     if not isinstance(url, Address):
         path = os.path.abspath(url)  # so that gopen takes a file called pipe:... for a file
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a named pipe or a device may take for ever
             raise ShardError(f"shard {url!r}: expected a regular file")
         with _gopen.gopen(path) as file:
-            yield file, "r:"
+            yield file, {"mode": "r:"}
         return
     stream = _curl(url) if url.startswith("http") else _gopen.gopen(str(url))
     try:
         try:
-            yield stream, "r|"
+            yield stream, {"mode": "r|", "bufsize": 1 << 16}
         except Exception as error:
             broke = isinstance(error, OSError) or not stream.stream.read(1)  # the stream, not the tar
             if broke and stream.proc.wait(60):

@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ class _Reading:
     max_bytes: int
 
     def __call__(self, source: Source, skipped: Skipped, wanted: Callable[[int], bool]) -> Iterator[tars.Sample]:
-        joined = (lambda samples: zipped(samples, source.url, self.sidecars)) if self.sidecars else None
+        joined = partial(zipped, shard=source.url, folders=self.sidecars)
         return tars.read(source, skipped, sidecars=joined, max_bytes=self.max_bytes, wanted=wanted)
 
 
@@ -210,8 +211,8 @@ def _unfinished(
 
 def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
     """Returns the part of a sidecar's entry in meta.json that says from which files it was made."""
-    joined = {"sidecars": [_state(path) for path in beside(source.url, sidecars)]} if sidecars else {}
-    return {"source": {} if isinstance(source.url, Address) else _state(source.url), **joined}
+    source_state = {} if isinstance(source.url, Address) else _state(source.url)
+    return {"source": source_state, "sidecars": [_state(path) for path in beside(source.url, sidecars)]}
 
 
 def _state(path: str) -> dict[str, int]:

@@ -17,12 +17,12 @@ from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import write_atomically
 from simplclip.data.held_out import held_out
+from simplclip.evaluation.classification import NamelessError, class_names, named, phrases, zero_shot
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.figures import in_words, table
 from simplclip.evaluation.retrieval import recall_of
 from simplclip.evaluation.sheets import contact_sheet
 from simplclip.evaluation.split import BATCH_SIZE, Split, encode
-from simplclip.evaluation.zero_shot import NamelessError, class_names, named, phrases, zero_shot
 from simplclip.version import __version__
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]
@@ -70,8 +70,6 @@ def evaluate(
     if not splits:
         raise InputError("data: expected at least one split (--data NAME=DATA), got none")
     names, given = class_names(classnames), phrases(templates or ())
-    data = {split: named(held_out(what, captions=captions), *names) for split, what in splits.items()}
-    folder = _folder(out, sources[0])
     answer: dict[str, Any] = {}
 
     for number, source in enumerate(sources):
@@ -79,6 +77,8 @@ def evaluate(
         about: dict[str, Any] = {"checkpoint": source, "model": encoder.name, "step": encoder.step}
         about["precision"] = encoder.precision
         if number == 0:
+            folder = _folder(out, source)
+            data = {name: named(held_out(what, captions=captions), *names) for name, what in splits.items()}
             folder.mkdir(parents=True, exist_ok=True)
             usual = _templates_of(encoder.config)
             answer = result = about | {"versions": {"simplclip": __version__, "torch": torch.__version__}, "splits": {}}

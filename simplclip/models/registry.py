@@ -152,8 +152,8 @@ def names() -> list[str]:
 
 def original(name: str) -> str | None:
     """Returns the model with its own blocks behind a SiCLIP or a plain name, by its name for `create`; or None."""
-    known = spec_of(name).original
-    return known if known in _SPECS else PLAIN + known if known in open_clip.list_models() else None
+    base = spec_of(name).original
+    return base if base in _SPECS else PLAIN + base if base in open_clip.list_models() else None
 
 
 def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,8 +311,8 @@ def spec_of(name: str) -> Spec:
     plain = name.removeprefix(PLAIN)
     if name.startswith(PLAIN) and plain in open_clip.list_models():
         return Spec(plain, open_clip.get_model_config(plain), None, {}, {})
-    known = [*names(), *(PLAIN + n for n in open_clip.list_models())]
-    near = difflib.get_close_matches(name, known, 3) or difflib.get_close_matches(PLAIN + name, known, 3)
+    all_names = [*names(), *(PLAIN + n for n in open_clip.list_models())]
+    near = difflib.get_close_matches(name, all_names, 3) or difflib.get_close_matches(PLAIN + name, all_names, 3)
     raise InputError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")
 
 

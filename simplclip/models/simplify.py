@@ -90,14 +90,17 @@ class TransformerBlock(SimplifiedBlock):
         # While tracing and for fake tensors, which have no values, the check made by `simplify` has to suffice.
         if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.is_inference():
             return True
-        known = lambda t: (t.data_ptr(), t.shape, t.stride())  # noqa: E731
-        accepted = self._accepted.get(len(mask))
-        if accepted is not None and (known(accepted[0]), accepted[1]) == (known(mask), mask._version):
+        accepted, version = self._accepted.get(len(mask), (None, 0))
+        if accepted is not None and version == mask._version and _place(accepted) == _place(mask):
             return True
         causal = is_causal_mask(mask)
         if causal:
             self._accepted[len(mask)] = (mask, mask._version)  # kept alive, so that no other tensor gets its address
         return causal
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 class TimmBlock(SimplifiedBlock):
@@ -237,8 +240,8 @@ def simplify(
     """
     blocks, share = dict(blocks or {}), dict(share or {})
     _check_towers(model, towers, {*blocks, *share})
-    if init not in (known := ("random", *init_blocks.MERGES)):
-        raise InputError(f"init: expected one of {known}, got {init!r}")
+    if init not in (choices := ("random", *init_blocks.MERGES)):
+        raise InputError(f"init: expected one of {choices}, got {init!r}")
     encoders = _encoders(model)
     report = SimplifyReport(before=count_parameters(model))
     planned: list[tuple[_Site, SimplifiedBlock]] = []

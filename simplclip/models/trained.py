@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from simplclip.common.errors import InputError
-from simplclip.models.registry import Tokenizer, check_shape, create, first_line, read_weights, transforms
+from simplclip.models.registry import Tokenizer, check_shape, create, transforms
 from simplclip.models.registry import tokenizer as tokenizer_of
+from simplclip.models.weight_files import first_line, read_weights
 
 FORMAT, VERSION = "simplclip", 1
 EXPORT = "export.json"  # describes the folder of an export
@@ -57,7 +58,7 @@ def model_options(section: Mapping[str, Any], base: str = "contrastive") -> dict
 
     base: loss.base of the config. With "sigmoid" the scale and the bias start as SigLIP's, unless the options have them.
     """
-    options = (SIGLIP if base == "sigmoid" else {}) | dict(section.get("options") or {})
+    options: dict[str, Any] = {**(SIGLIP if base == "sigmoid" else {}), **(section.get("options") or {})}
     for name, part in _SHAPE.items():
         value = shape_of(section, name)
         if value:

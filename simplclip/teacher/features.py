@@ -27,7 +27,6 @@ from simplclip.data.loader import called, seeded
 from simplclip.data.pack import packed
 from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, check_count, digest_of
 from simplclip.data.sidecars import Folders
-from simplclip.data.sources import sources_of
 from simplclip.data.transforms import ImageTransform, View, augmentation, finished, stack
 from simplclip.data.writer import write_sidecars
 from simplclip.evaluation import Encoder, load
@@ -128,8 +127,7 @@ def write(
         batch_size: samples, views or captions that are encoded at a time.
         workers: processes that decode and tokenize; 0 does it in this process.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
+    _check_dtype(dtype)
     prepare = Prepare(teacher.preprocess if views is None else transform_of(teacher), teacher.tokenizer, views)
 
     def process(batch: Batch) -> list[dict[str, bytes]]:
@@ -203,17 +201,23 @@ def run(
     """
     if bool(views) != (config is not None):
         raise InputError(f"views, config: expected both or none, got {views} views and the config {config!r}")
+    _check_dtype(options.get("dtype", "fp16"))
     seen = Views(student_transform(config), views, seed) if config is not None else None
     place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
     teacher = load(name, checkpoint, device=place, precision=precision)
     shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards"), progress=progress))
-    summary = write(sources_of(shards), out, teacher, views=seen, progress=progress, **options)
+    summary = write(shards, out, teacher, views=seen, progress=progress, **options)
     if progress and ranks.first():
         what = "" if seen is None else f" of {seen.number} views of each image"
         features = f"features of {teacher.name}{what}, width {teacher.width}"
         print(f"wrote {summary['path']}: {summary['samples']:,} samples with {features}")
     return summary
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
 
 
 def _npy(rows: Tensor, dtype: str) -> bytes:

@@ -1,10 +1,10 @@
 """The files of a run: last.pt, written completely or not at all; the lock of the folder; what --resume accepts.
 
-A checkpoint is one `torch.save` dict that loads with weights_only=True, see `simplclip.models.trained`. Of the trainer's own are
-    loss, optimizer, scaler        state dicts
-    step, data                     optimizer steps done; of each rank the loader's state, which says what its workers have read
-    rng                            states of torch's generators (CPU and every GPU)
-    frozen                         names of frozen modules
+A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. The trainer adds
+    loss, optimizer, scaler     state dicts
+    data                        the loader's state of each rank: what its workers have read
+    rng                         states of torch's generators, of the CPU and every GPU
+    frozen                      names of frozen modules
 """
 
 from __future__ import annotations

@@ -26,25 +26,26 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def setting(default: Any, description: str, **limits: Any) -> Any:
+    """Returns a field of a section; `...` as its default: it is required."""
+    return Field(default, description=description, **limits)
+
+
 SHAPE = {"vision_cfg": "image_size", "text_cfg": "context_length"}  # open_clip's section that may have this setting too
 
 
 class ModelConfig(Section):
-    name: str = Field("siclip-tiny", description="name of the model, see `simplclip.models.create`")
-    options: dict[str, Any] = Field({}, description="keyword arguments for `simplclip.models.create`")
-    checkpoint: str | None = Field(
+    name: str = setting("siclip-tiny", "name of the model, see `simplclip.models.create`")
+    options: dict[str, Any] = setting({}, "keyword arguments for `simplclip.models.create`")
+    checkpoint: str | None = setting(
         None,
-        description="trained weights to start from: a run, a checkpoint, an export, open_clip's NAME/TAG or a file; all that "
-        "fit are loaded, positional embeddings interpolated, and all train. Read at the start of a run alone",
+        "trained weights to start from: a run, a checkpoint, an export, open_clip's NAME/TAG or a file; all that fit are "
+        "loaded, positional embeddings interpolated, and all train. Read at the start of a run alone",
     )
-    image_size: int | None = Field(None, ge=1, description="pixels of a side; null: the model's own")
-    context_length: int | None = Field(None, ge=2, description="tokens of a text; null: the model's own")
-    freeze_norms: bool = Field(
-        False, description="keep batch norms in eval mode; gradient caching needs this unless they are inherited"
-    )
-    recompute: bool = Field(
-        False, description="blocks keep only their input and are computed again in backward: less memory, a quarter more time"
-    )
+    image_size: int | None = setting(None, "pixels of a side; null: the model's own", ge=1)
+    context_length: int | None = setting(None, "tokens of a text; null: the model's own", ge=2)
+    freeze_norms: bool = setting(False, "keep batch norms in eval mode; gradient caching needs it unless they are inherited")
+    recompute: bool = setting(False, "blocks keep only their input and are computed again in backward: a quarter more time")
 
     @model_validator(mode="after")
     def _once(self) -> ModelConfig:
@@ -58,64 +59,61 @@ class ModelConfig(Section):
 
 
 class InheritConfig(Section):
-    source: str | list[str] | None = Field(
-        None, description="weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, or a list"
+    source: str | list[str] | None = setting(
+        None, "weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, or a list"
     )
-    train: list[str] = Field([], description="patterns of inherited tensors that are trained; the others are frozen")
-    blocks: Literal["average", "first"] | None = Field(
+    train: list[str] = setting([], "patterns of inherited tensors that are trained; the others are frozen")
+    blocks: Literal["average", "first"] | None = setting(
         None,
-        description="start simplified blocks from the source's blocks in their places; a matrix that they share is the "
-        "average of theirs, or the first one's. null: simplified blocks start from random weights",
+        "start simplified blocks from the source's blocks in their places; a matrix that they share is the average of "
+        "theirs, or the first one's. null: simplified blocks start from random weights",
     )
 
 
 class MicroBatch(Section):
     """The numbers of images and captions that the towers encode at a time; None: the whole batch."""
 
-    image: int | None = Field(None, ge=1)
-    text: int | None = Field(None, ge=1)
+    image: int | None = setting(None, "images at a time", ge=1)
+    text: int | None = setting(None, "captions at a time", ge=1)
 
 
 LOADER_OPTIONS = ("on_error", "max_pixels", "max_bytes", "shuffle_buffer")
 
 
 class DataConfig(Section):
-    train: str | dict[str, Any] | list[str | dict[str, Any]] = Field(
-        description="the pairs: tars by path, glob, brace pattern, URL, pipe:COMMAND or list file; {shards, weight}: each "
-        "sample weight times an epoch; or a list of these. A table, a JSON or a folder is packed into the run's folder first"
+    train: str | dict[str, Any] | list[str | dict[str, Any]] = setting(
+        ...,
+        "the pairs: tars by path, glob, brace pattern, URL, pipe:COMMAND or list file; {shards, weight}: each sample weight "
+        "times an epoch; or a list of these. A table, a JSON or a folder is packed into the run's folder first",
     )
-    samples: int | None = Field(
-        None, ge=1, description="samples of an epoch, for run.epochs; null: those that the meta.json beside the shards says"
+    samples: int | None = setting(
+        None, "samples of an epoch, for run.epochs; null: as meta.json beside the shards says", ge=1
     )
-    batch_size: int = Field(256, ge=1, description="images per step")
+    batch_size: int = setting(256, "images per step", ge=1)
     micro_batch: Annotated[
         Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, Tag("number")] | Annotated[MicroBatch, Tag("towers")],
         Discriminator(lambda value: "towers" if isinstance(value, dict | MicroBatch) else "number"),
-    ] = Field(
+    ] = setting(
         None,
-        description="images, with their captions, at a time (gradient caching: the gradient is that of the whole batch); "
-        "{image, text}: images and captions at a time, each tower by itself; null: all; auto: as many as fit, see "
-        "`simplclip plan`",
+        "images, with their captions, at a time (gradient caching: the gradient is that of the whole batch); {image, text}: "
+        "images and captions at a time, each tower by itself; null: all; auto: as many as fit, see `simplclip plan`",
     )
-    mean_tokens: float | None = Field(
+    mean_tokens: float | None = setting(
         None,
+        "tokens of a caption on average, with start and end, for `simplclip plan` and micro_batch auto, where texts are "
+        "computed at their length; null: texts of full length",
         ge=2,
-        description="tokens of a caption on average, with start and end, for `simplclip plan` and micro_batch auto, where "
-        "texts are computed at their length; null: texts of full length",
     )
-    captions_per_image: int = Field(1, ge=1, description="captions drawn for each image in each step; each makes a pair")
-    workers: int = Field(4, ge=0, description="loader processes; 0 reads in the training process. The order depends on it")
-    sidecars: list[str] = Field(
-        [],
-        description="folders of `simplclip teacher` and `simplclip caption`, whose files are joined to the samples",
-    )
-    augment: str | dict[str, Any] | None = Field(
+    captions_per_image: int = setting(1, "captions drawn for each image in each step; each makes a pair", ge=1)
+    workers: int = setting(4, "loader processes; 0 reads in the training process. The order depends on it", ge=0)
+    sidecars: list[str] = setting([], "folders of `simplclip teacher` and `caption`, whose files are joined to the samples")
+    augment: str | dict[str, Any] | None = setting(
         None,
-        description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of the views "
-        "which the teacher saw, else the model's default",
+        "image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of the views which the "
+        "teacher saw, else the model's default",
     )
-    options: dict[Literal[LOADER_OPTIONS], Any] = Field(  # type: ignore[valid-type]
-        {}, description=f"further arguments of `simplclip.data.make_loader`: {', '.join(LOADER_OPTIONS)}"
+    options: dict[Literal[LOADER_OPTIONS], Any] = setting(  # type: ignore[valid-type]
+        {}, f"further arguments of `simplclip.data.make_loader`: {', '.join(LOADER_OPTIONS)}"
     )
 
     @model_validator(mode="before")
@@ -181,24 +179,23 @@ TERMS = {
     "feature_loss": "feature_weight",
     "pair_matching_loss": "pm_weight",
 }
-_SCHEDULE = "a number, or a schedule {value, to, start, end, until}"
 
 
 class LossConfig(Section):
-    base: Literal["contrastive", "sigmoid"] = Field(
+    base: Literal["contrastive", "sigmoid"] = setting(
         "contrastive",
-        description="contrastive: softmax over the batch (CLIP); sigmoid: logistic loss of every pair (SigLIP), whose scale "
-        "starts at 10 and whose bias at -10 unless model.options has init_logit_scale and init_logit_bias",
+        "contrastive: softmax over the batch (CLIP); sigmoid: logistic loss of every pair (SigLIP), whose scale starts at 10 "
+        "and whose bias at -10 unless model.options has init_logit_scale and init_logit_bias",
     )
-    contrastive_weight: Weight = Field(1.0, description=f"weight of the base; each weight is {_SCHEDULE}")
-    pm_weight: Weight = Field(0.0, description="weight of the pair matching loss")
-    plane: Literal["scalar", "hadamard"] = Field("scalar", description="hyperplane of the pair matching loss")
-    feature_weight: Weight = Field(0.0, description="weight of feature distillation: distance to the teacher's features")
-    relational_weight: Weight = Field(0.0, description="weight of relational distillation: KL to the teacher's softmax")
-    interactive_weight: Weight = Field(
-        0.0, description="weight of interactive distillation: student against teacher across modalities"
+    contrastive_weight: Weight = setting(
+        1.0, "weight of the base; each weight is a number, or a schedule {value, to, start, end, until}"
     )
-    interactive: Literal["infonce", "kl"] = Field("infonce", description="form of interactive distillation")
+    pm_weight: Weight = setting(0.0, "weight of the pair matching loss")
+    plane: Literal["scalar", "hadamard"] = setting("scalar", "hyperplane of the pair matching loss")
+    feature_weight: Weight = setting(0.0, "weight of feature distillation: distance to the teacher's features")
+    relational_weight: Weight = setting(0.0, "weight of relational distillation: KL to the teacher's softmax")
+    interactive_weight: Weight = setting(0.0, "weight of interactive distillation: student against teacher across modalities")
+    interactive: Literal["infonce", "kl"] = setting("infonce", "form of interactive distillation")
 
     @property
     def weights(self) -> dict[str, Schedule]:
@@ -216,14 +213,14 @@ ADAMW = {"betas": [0.9, 0.98], "eps": 1e-6}  # arguments of torch.optim.AdamW, u
 
 
 class OptimConfig(Section):
-    lr: float = Field(1e-3, gt=0, description="learning rate at the end of the warm-up")
-    warmup: int = Field(100, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; norms, biases, gains and scalars have none")
-    options: dict[str, Any] = Field(ADAMW, description="further arguments of torch.optim.AdamW")
-    ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of the moving average of the weights that is evaluated and exported, e.g. 0.9999"
+    lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0)
+    warmup: int = setting(100, "steps of linear warm-up", ge=0)
+    weight_decay: float = setting(0.1, "weight decay of matrices; norms, biases, gains and scalars have none", ge=0)
+    options: dict[str, Any] = setting(ADAMW, "further arguments of torch.optim.AdamW")
+    ema: float | None = setting(
+        None, "decay of the moving average of the weights to evaluate and export, e.g. 0.9999", gt=0, lt=1
     )
-    grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null disables clipping")
+    grad_clip: float | None = setting(1.0, "largest norm of the gradient; null disables clipping", gt=0)
 
     @field_validator("options", mode="before")
     @classmethod
@@ -232,27 +229,23 @@ class OptimConfig(Section):
 
 
 class EvalConfig(Section):
-    splits: dict[str, str | list[str]] = Field({}, description="held-out data by name: shards as in data.train")
-    every: int = Field(0, ge=0, description="steps between evaluations of the splits during training; 0: never")
-    templates: list[str] = Field(
-        ["a photo of {}"], min_length=1, description="phrases around a label in zero-shot classification"
-    )
+    splits: dict[str, str | list[str]] = setting({}, "held-out data by name: shards as in data.train")
+    every: int = setting(0, "steps between evaluations of the splits during training; 0: never", ge=0)
+    templates: list[str] = setting(["a photo of {}"], "phrases around a label in zero-shot classification", min_length=1)
 
 
 class RunConfig(Section):
-    out: str = Field(description="folder of the run: config.yaml, metrics.csv, curves.png, last.pt")
-    steps: int | None = Field(1000, ge=1, description="number of optimizer steps")
-    epochs: float | None = Field(None, gt=0, description="passes over data.train in place of steps, see data.samples")
-    seed: int = Field(0, ge=0, description="seed of weights, data order, drawn captions and augmentation")
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
-        "auto", description="autocast; auto: bf16 if the hardware has it natively, else fp32"
+    out: str = setting(..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt")
+    steps: int | None = setting(1000, "number of optimizer steps", ge=1)
+    epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
+    seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0)
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = setting(
+        "auto", "autocast; auto: bf16 if the hardware has it, else fp32"
     )
-    device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
-    compile: bool = Field(False, description="compile the towers by torch.compile: minutes at the start, then faster steps")
-    log_every: int = Field(10, ge=1, description="steps between rows of metrics.csv")
-    save_every: int = Field(
-        500, ge=1, description="steps between writes of last.pt, which the last step and ten minutes without one write too"
-    )
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
+    compile: bool = setting(False, "compile the towers by torch.compile: minutes at the start, then faster steps")
+    log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
+    save_every: int = setting(500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -268,16 +261,13 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    model: ModelConfig = Field(ModelConfig(), description="the model to train")
-    inherit: InheritConfig = Field(InheritConfig(), description="weights that are copied and frozen")
-    data: DataConfig = Field(description="the training data")
-    loss: LossConfig = Field(
-        LossConfig(),
-        description="the base, pair matching, and the terms that need a teacher, whose features are in the shards",
-    )
-    optim: OptimConfig = Field(OptimConfig(), description="AdamW, linear warm-up, a cosine down to 0")
-    eval: EvalConfig = Field(EvalConfig(), description="held-out data")
-    run: RunConfig = Field(description="the run itself")
+    model: ModelConfig = setting(ModelConfig(), "the model to train")
+    inherit: InheritConfig = setting(InheritConfig(), "weights that are copied and frozen")
+    data: DataConfig = setting(..., "the training data")
+    loss: LossConfig = setting(LossConfig(), "the base, pair matching, and terms that need a teacher's features")
+    optim: OptimConfig = setting(OptimConfig(), "AdamW, linear warm-up, a cosine down to 0")
+    eval: EvalConfig = setting(EvalConfig(), "held-out data")
+    run: RunConfig = setting(..., "the run itself")
 
     @model_validator(mode="after")
     def _whole(self) -> Config:

@@ -1,8 +1,7 @@
 """Training of one model by several ranks: DistributedDataParallel averages gradients, and batch norms share their statistics.
 
-Each tower has a wrapper of its own, since `gradient_cache.backward` exchanges a tower's gradients in that tower's last backward
-pass. Losses average the gradients of their own parameters; logit scale and bias are averaged by `averaged`, as the terms'
-schedules decide whether a step uses them.
+Each tower has a wrapper of its own, since `gradient_cache.backward` exchanges a tower's gradients in its last backward pass.
+Losses average the gradients of their own parameters, and `averaged` those of logit scale and bias, which a step may not use.
 """
 
 from __future__ import annotations
@@ -67,13 +66,12 @@ def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
             distributed.from_first_rank([parameter], dist.group.WORLD)
         elif parameter.requires_grad:
             towers["image" if name.startswith("visual.") else "text"].append(parameter)
-    # A tower may have parameters that no feature depends on; torch warns where there are none.
+    trained = {name: _Tower(parameters) for name, parameters in towers.items() if parameters}
+    # A tower may have parameters that no feature depends on, for which torch searches, and warns where there are none.
+    # `gradient_cache` takes a single wrapper for one of both towers, in which it allows no such parameters.
     warnings.filterwarnings("ignore", "find_unused_parameters")
-    return {
-        name: DistributedDataParallel(_Tower(parameters), find_unused_parameters=True)
-        for name, parameters in towers.items()
-        if parameters
-    }
+    search = len(trained) > 1
+    return {name: DistributedDataParallel(tower, find_unused_parameters=search) for name, tower in trained.items()}
 
 
 def averaged(*scales: Tensor | None) -> tuple[Tensor | None, ...]:

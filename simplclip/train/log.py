@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from simplclip import models
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import visible
 from simplclip.common.files import write_csv
@@ -115,7 +114,8 @@ def first_lines(state: State, why_precision: str, samples: int | None) -> Iterat
     if samples is None:
         yield f"data       {drawn} image; no meta.json or data.samples says how many images there are"
     else:
-        yield f"data       {samples:,} images, {drawn}; {samples / size:,.1f} steps an epoch, {steps * size / samples:,.1f} epochs"
+        epochs = f"{samples / size:,.1f} steps an epoch, {steps * size / samples:,.1f} epochs"
+        yield f"data       {samples:,} images, {drawn}; {epochs}"
     terms = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in config.loss.weights)
     of_teacher = f", to stored features of {state.teacher['name']}" if state.teacher else ""
     bias = "" if state.logit_bias is None else f", bias {state.logit_bias.item():.4g}"

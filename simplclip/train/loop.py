@@ -47,7 +47,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             start that fails leaves the folder unchanged.
         TrainingError: any error once a step is done; that error is the __cause__. The last whole step is saved first; if it
             cannot be saved, the message says why, and which checkpoint is intact. Also a loss or gradient that is not finite.
-        Interrupted: SIGINT, SIGTERM, SIGHUP, or a closed pipe at the output; the running step is finished and the state saved.
+        Interrupted: SIGINT, SIGTERM, SIGHUP, or a closed pipe; the running step is finished and the state saved.
     """
     if config.data.micro_batch == "auto":
         raise ConfigError("data.micro_batch: expected a number, got auto, which `simplclip train` replaces by a number")
@@ -77,7 +77,9 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
                     _train(state, loader, splits, snapshot, stop, log)
             ranks.on_first(partial(curves, out))
         except Exception as error:
-            raise _failure(error, snapshot) from error
+            if (failure := _failure(error, snapshot)) is error:
+                raise
+            raise failure from error
         if state.step == config.run.steps:  # inside of StopSignals, where a closed pipe raises nothing
             took = duration(time.monotonic() - began)
             log.print(f"done       step {state.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
@@ -105,6 +107,8 @@ def _train(state: State, loader: Any, splits: dict[str, Any], snapshot: Any, sto
                 snapshot.save()
             saved = time.monotonic()
         if last or stopped:
+            if loader.skipped.counts:
+                log.print(f"data       {loader.skipped}")
             return
         log.restart_clock()
 
@@ -113,7 +117,7 @@ def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[dict[str
     """Yields the micro-batches of each step, one or several, without end."""
     _, count = _micro_batches(state.config)
     batches: list[dict[str, Any]] = []
-    shown = str(loader.skipped)
+    reasons = 0
     for batch in loader:
         if count > 1:  # copies: a tensor from a loader process holds a file descriptor, and a step may have thousands
             batch = {k: v if v.is_pinned() else v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)}
@@ -123,8 +127,8 @@ def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[dict[str
         state.data = ranks.exchanged(loader.state())
         yield batches
         batches = []
-        if shown != (shown := str(loader.skipped)):
-            log.print(f"data       {shown}")
+        if reasons != (reasons := len(loader.skipped.counts)):  # the end of the run has all counts
+            log.print(f"data       {loader.skipped}")
 
 
 def _micro_batches(config: Config) -> tuple[int, int]:

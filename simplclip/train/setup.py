@@ -151,8 +151,8 @@ def setup(
 ) -> State:
     """Makes the state of a run that begins, or that continues from `checkpoint`.
 
-    prepared: what `make_model` returned, with all tensors on `device`; made here if None. teacher: name, width and logit_scale
-    of the teacher, by default read from the data if a term needs a teacher.
+    prepared: what `make_model` returned, with all tensors on `device`; made here if None.
+    teacher: name, width and logit_scale of the teacher, by default read from the data if a term needs a teacher.
 
     Raises InputError, FileNotFoundError; CheckpointError if the checkpoint does not fit the model.
     """
@@ -188,7 +188,8 @@ def setup(
     )
     if checkpoint:
         for name, part in state.parts().items():
-            _load(part, checkpoint.get(name))
+            if name != "model":
+                _load(part, checkpoint.get(name))
         state.step = checkpoint["step"]
         state.data = checkpoint["data"] if isinstance(checkpoint["data"], list) else None  # of an earlier version
     model.train()

@@ -133,7 +133,6 @@ def check_command(words: list[str]) -> None:
         "simplclip": check_simplclip,
         "simplclip-open-clip": check_open_clip_train,
         "simplclip.integrations.open_clip_train": check_open_clip_train,
-        "simplclip.integrations.clip_benchmark": check_clip_benchmark,
         "pip": check_pip,
         "pytest": check_pytest,
         "sudo": check_system_packages,
@@ -211,18 +210,6 @@ def check_open_clip_train(arguments: list[str]) -> None:
     parser = open_clip_train.parser()
     options, theirs = parser.parse_known_args(arguments)
     open_clip_train._check(parser, options, parse_args(theirs))
-
-
-def check_clip_benchmark(arguments: list[str]) -> None:
-    from clip_benchmark import cli
-
-    from simplclip.integrations import clip_benchmark
-
-    clip_benchmark.register()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["clip_benchmark", *arguments])
-        _, found = cli.get_parser_args()
-    assert (found.which, found.model_type) == ("eval", clip_benchmark.TYPE)
 
 
 def check_pip(arguments: list[str]) -> None:

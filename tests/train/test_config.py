@@ -54,7 +54,10 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("run.compile=3", "run.compile: expected a valid boolean, got 3 (int)"),
         ("run.precision=fp8", "run.precision: expected 'fp32', 'bf16', 'fp16' or 'auto', got 'fp8' (str)"),
         ("data.train=3", "data.train"),
-        ("data.options.workers=3", "data.options: expected 'on_error', 'max_pixels', 'max_bytes' or 'shuffle_buffer', got 'workers'"),
+        (
+            "data.options.workers=3",
+            "data.options: expected 'on_error', 'max_pixels', 'max_bytes' or 'shuffle_buffer', got 'workers'",
+        ),
         ("eval.splits.held=3", "eval.splits.held"),
         ("optim=3", "optim: expected a valid dictionary"),
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),

@@ -1,19 +1,20 @@
-"""Training with the base sigmoid: its scale and bias from the start to the export, stages, resuming, and that it learns."""
+"""Training by the sigmoid base and by a teacher: scale and bias, stages, captions, caching, the gradient of each term."""
 
 import math
+import os
+import resource
 from functools import partial
 
 import pytest
 import tiny
 import torch
-from runs import check_resumed, go, rows, state_of
+from runs import check_resumed, go, rows
 
-from simplclip import evaluation, export, models
-from simplclip.models.trained import load_model
-from simplclip.train import checkpoint
-from simplclip.train import loop as train
-from simplclip.train.batches import batches
-from simplclip.train.state import Training
+from simplclip import models
+from simplclip.models.trained import read_checkpoint
+from simplclip.train import loop
+from simplclip.train.setup import setup
+from simplclip.train.step import train_step
 
 SIGMOID = "loss.base=sigmoid"
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ STAGES = [  # Stages of WIKD: one space after the other, with the base in the la
     "loss.pm_weight={value: 0.5, start: 4}",
     "data.captions_per_image=2",
 ]
-CACHED = ["data.micro_batch={image: 4, text: 6}", "model.freeze_norms=true"]
+CACHED = ["data.micro_batch={image: 4, text: 6}"]
 
 
 @pytest.mark.slow
@@ -53,13 +54,13 @@ def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
         ([clip], 80, None),
         ([clip, set_scale], 30, None),
     ):
-        model = Training(tiny.settings(tmp_path, *changes), CPU, "fp32").model
+        model = setup(tiny.settings(tmp_path, *changes), CPU, "fp32").model
         assert model.logit_scale.exp().item() == pytest.approx(scale), changes
         assert (None if model.logit_bias is None else model.logit_bias.item()) == bias, changes
         if SIGMOID in changes and (scale, bias) in ((10, -10), (10, None)):
             out = tmp_path / "-".join(map(str, (len(changes), scale, bias)))
-            line = f"logits     scale {scale}, bias {'none' if bias is None else bias}\n"
-            assert line in go(tiny.settings(tmp_path, "run.steps=1", f"run.out={out}", *changes))
+            line = f"scale {scale}" + ("" if bias is None else f", bias {bias}")
+            assert f"{line}\n" in go(tiny.settings(tmp_path, "run.steps=1", f"run.out={out}", *changes))
             assert ("logit_bias" in rows(out)[0]) == (bias is not None)
 
 
@@ -80,7 +81,7 @@ def test_fp16(tmp_path, monkeypatch):
 def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch):
     text = check_resumed(tmp_path, monkeypatch, 3, [*STAGES, *CACHED], teacher=256)
     assert "similarity_sigmoid by cpu\n" in text
-    assert "WIKDLoss: sigmoid, relational, interactive, feature, pair matching; features of made up, 256 wide" in text
+    assert "WIKDLoss: sigmoid, relational, interactive, feature, pair matching, to stored features of made up; " in text
     logged = rows(tmp_path / "whole")
     on = {
         "feature_loss": [True] * 2 + [False] * 5,
@@ -93,32 +94,42 @@ def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch):
     assert len({row["logit_bias"] for row in logged[4:]}) == 3
 
 
+WIKD = [
+    "loss.feature_weight={value: 1.0, to: 0.0, end: 4}",
+    "loss.relational_weight={value: 1.0, start: 2}",
+    "loss.interactive_weight=1.0",
+    "data.captions_per_image=2",
+]
+
+
 @pytest.mark.slow
-def test_from_a_run_to_an_export(tmp_path):
-    """A trained scale and bias are resumed, exported, and loaded with the export's options or without them. Zero-shot
-    evaluation ranks by cosines, so that the bias does not matter."""
-    held = tiny.write_shard(tmp_path / "data" / "held.tar")
-    out, settings = tmp_path / "run", [SIGMOID, "optim.lr=0.1"]
-    go(tiny.settings(tmp_path, *settings, "run.steps=2"))
-    bias = state_of(out)["model"]["logit_bias"].item()
-    assert bias != -10
-    assert f", bias {bias:.4g}\n" in go(tiny.settings(tmp_path, *settings, "run.steps=3"), resume=True)
-    model = load_model(out)[0]
-    found = [evaluation.evaluate(out, {"held": held}, out=tmp_path / "a")["splits"]["held"]]
-    state = checkpoint.load(out)
-    state["model"]["logit_bias"] += 9
-    torch.save(state, tmp_path / "other.pt")
-    found.append(evaluation.evaluate(tmp_path / "other.pt", {"held": held}, out=tmp_path / "b")["splits"]["held"])
-    for key in ("zero_shot", "image_to_text", "text_to_image"):
-        assert found[0][key] == found[1][key]
-    assert found[0]["zero_shot"]["classes"] == sorted(tiny.COLOURS)
-    summary = export.run(out, tmp_path / "export")
-    assert summary["logit_bias"] == model.logit_bias.item()
-    assert summary["options"]["init_logit_bias"] == -10  # other programs need it to build the model
-    for options in (summary["options"], tiny.MODEL):
-        for file in (tmp_path / "export" / "open_clip_model.safetensors", out / "last.pt"):
-            loaded = models.create("siclip-tiny", checkpoint=file, **options)
-            assert torch.equal(loaded.logit_bias, model.logit_bias)
+@pytest.mark.parametrize("changes", [WIKD, [*WIKD, "data.micro_batch=4", "run.precision=bf16"]])
+def test_distillation_logs_every_term_and_resumes_bit_for_bit(tmp_path, monkeypatch, changes):
+    check_resumed(tmp_path, monkeypatch, 4, [*changes, "model.options.vision_cfg.timm_drop=0.2"], teacher=256)
+    logged = rows(tmp_path / "whole")
+    assert [float(row["relational_loss"]) > 0 for row in logged] == [False, False, True, True, True, True, True]
+    assert [float(row["feature_loss"]) > 0 for row in logged] == [True, True, True, True, False, False, False]
+    for row in logged:
+        terms = sum(float(value) for name, value in row.items() if name.endswith("_loss"))
+        assert float(row["loss"]) == pytest.approx(terms, rel=1e-2 if "bf16" in str(changes) else 1e-5)
+
+
+def test_a_teacher_of_another_width_is_projected_and_its_source_may_have_a_weight(tmp_path):
+    changes = ["loss.feature_weight=1", "loss.interactive_weight=1", "run.steps=1"]
+    shard = tiny.settings(tmp_path, teacher=16).data.train
+    go(tiny.settings(tmp_path, *changes, f"data.train=[{{shards: {shard}, weight: 2}}]", teacher=16))
+    assert read_checkpoint(tmp_path / "run")["loss"]["image_projection"].shape == (16, 256)
+
+
+@pytest.mark.slow
+def test_many_micro_batches_do_not_use_up_file_descriptors(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 40, limit[1]))
+    try:
+        changes = ["data.micro_batch=1", "data.batch_size=48", "data.workers=1", "run.steps=1"]
+        assert "step 1/1" in go(tiny.settings(tmp_path, *changes))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 @pytest.mark.slow
@@ -129,17 +140,17 @@ def test_micro_batches_of_each_tower_give_the_whole_batches_gradient(tmp_path, m
     for changes in ([], [f"data.micro_batch={towers}".replace("'", "")]):
         torch.manual_seed(0)
         weights = [f"loss.{name}_weight=0.7" for name in ("feature", "relational", "interactive", "pm")]
-        settings = [SIGMOID, *weights, "data.captions_per_image=2", "model.freeze_norms=true", *changes]
-        this = Training(tiny.settings(tmp_path, *settings, teacher=256), CPU, "fp32")
-        torch.nn.init.normal_(this.model.text.transformer.resblocks[0].qk.weight, std=0.05)
-        this.model.train()
+        settings = [SIGMOID, *weights, "data.captions_per_image=2", *changes]
+        state = setup(tiny.settings(tmp_path, *settings, teacher=256), CPU, "fp32")
+        torch.nn.init.normal_(state.model.text.transformer.resblocks[0].qk.weight, std=0.05)
         seen = []
-        original = this.model.encode_text
-        monkeypatch.setattr(this.model, "encode_text", lambda t, f=original, s=seen, **k: s.append(len(t)) or f(t, **k))
-        of_step = next(batches(this))
-        monkeypatch.setattr(this.optimizer, "step", lambda: None)
-        row = train.train_step(this, of_step)
-        named = [*this.model.named_parameters(), *this.loss.named_parameters()]
+        original = state.model.encode_text
+        monkeypatch.setattr(state.model, "encode_text", lambda t, f=original, s=seen, **k: s.append(len(t)) or f(t, **k))
+        size, count = loop._micro_batches(state.config)
+        loader = iter(loop.make_loader(state)[0])
+        monkeypatch.setattr(state.optimizer, "step", lambda: None)
+        row = train_step(state, [next(loader) for _ in range(count)])
+        named = [*state.model.named_parameters(), *state.objective.loss.named_parameters()]
         results.append((row, {name: parameter.grad for name, parameter in named}, seen))
     (row, grads, once), (cached_row, cached, seen) = results
     assert once == [16]
