@@ -24,14 +24,11 @@ class OpenClipStep:
     def __init__(self, name: str, batch_size: int, precision: str, teacher_width: int | None = None, **options: Any) -> None:
         self.name, self.batch_size, self.precision, self.teacher_width = name, batch_size, precision, teacher_width
         self.options = options | {"output_dict": True}
-        self.model = self._model()
-
-    def _model(self) -> Any:
         with torch.device("meta"):
-            return models.create(self.name, device="meta", **self.options).train()
+            self.model: Any = models.create(name, device="meta", **self.options).train()
 
     def start(self) -> RunningOpenClip:
-        return RunningOpenClip(self._model(), self.precision, distilled=self.teacher_width is not None)
+        return RunningOpenClip(self.model, self.precision, distilled=self.teacher_width is not None)
 
     def batches(self, real: bool) -> list[dict[str, Tensor]]:
         with torch.device("cpu" if real else "meta"):

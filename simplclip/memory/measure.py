@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import accumulate
-from typing import Any
 from unittest import mock
 
 import torch
@@ -28,21 +27,19 @@ def predict(step: Step, device: torch.device) -> Usage:
     # Fallback kernels would run ops that have no fake implementation on real tensors.
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(real=False))
-    running, faked = step.start(), fake.faker(mode, device)
-    for module in (inner for outer in running.modules for inner in outer.modules()):
-        both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in both:
-            tensors.update({name: faked(tensor) for name, tensor in tensors.items() if tensor is not None})
-    counter.hold(_weights(running), "parameters")
-    counter.hold(batches, "batch")
+    running = step.start()
     engine = fake.Engine(lambda gradient: counter.hold(gradient, "gradients"))
     shortened = mock.patch.object(gradient_cache, "backward", first_and_last(gradient_cache.backward))
-    with fake.fake_step(mode, device), engine.installed(), shortened, counter.counting():
-        running.place(device, counter.during)
-        counter.hold(running.averages, "averages")
-        _make_state(running.optimizer, counter)
-        with counter.during("backward", "temporaries"):
-            running.run(batches)
+    with fake.fake_weights(running.modules, fake.faker(mode, device)):
+        counter.hold(_weights(running), "parameters")
+        counter.hold(batches, "batch")
+        with fake.fake_step(mode, device), engine.installed(), shortened, counter.counting():
+            running.place(device, counter.during)
+            counter.hold(_weights(running), "parameters")
+            counter.hold(running.averages, "averages")
+            _make_state(running.optimizer, counter)
+            with counter.during("backward", "temporaries"):
+                running.run(batches)
     return counter.usage
 
 
@@ -110,6 +107,8 @@ def _fill(module: nn.Module) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name.endswith("running_var") or (name.endswith("weight") and tensor.dim() == 1):  # of a norm
             tensor.fill_(1)
+        elif name.endswith("attn_mask"):  # of a causal tower, which checks it
+            tensor.fill_(-torch.inf).triu_(1)
         elif isinstance(tensor, nn.Parameter):
             tensor.normal_(0, 0.02)
         else:

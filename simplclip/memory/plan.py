@@ -75,7 +75,7 @@ class Budget:
 class Row:
     """A step of a plan. Sizes are bytes of torch's allocator; the plan's assumptions cover other memory.
 
-    micro_batch: as in the config. components: live bytes by kind at the peak. at_least: whether larger batches were not tried.
+    micro_batch: as in the config. components: live bytes by kind at the peak. at_least: larger ones were not tried.
     """
 
     what: str

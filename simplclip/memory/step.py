@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import data, models
-from simplclip.common.errors import InputError, UserError
-from simplclip.models.crop import crop_texts
-from simplclip.train import setup, step
+from simplclip.common.errors import UserError
+from simplclip.models.crop import TextCrop
+from simplclip.train import setup
+from simplclip.train import step as steps
 from simplclip.train.config import Config
 
 During = Callable[[str, str], AbstractContextManager]  # the context of a phase, which allocates memory of a kind
@@ -26,14 +27,14 @@ ROWS = {"image": 1, "text": -1}  # dimensions of a batch [N, 3, S, S], [N, L] or
 
 
 class Running(Protocol):
-    """A step with its modules, which are on the meta device until `predict` or `measure` gives them tensors on another."""
+    """A step whose modules get tensors on a device before `place`: fake ones from `predict`, real ones from `measure`."""
 
-    modules: list[nn.Module]  # all that have weights
+    modules: list[nn.Module]  # all that have weights; `place` may add some
     averages: list[Tensor]  # copies of weights, after `place`
     optimizer: torch.optim.Optimizer  # after `place`
 
     def place(self, device: torch.device, during: During) -> None:
-        """Makes all else on `device`, where the modules' tensors are now. The step enters `during` for its phases."""
+        """Makes all else on `device`, where the modules' tensors are. The step enters `during` for its phases."""
 
     def run(self, batches: list[Batch]) -> object:
         """Runs one training step."""
@@ -43,7 +44,7 @@ class Step(Protocol):
     """What `predict` and `measure` run."""
 
     def start(self) -> Running:
-        """Returns a new step, on the meta device."""
+        """Returns the step before its first run. Its modules may be those of an earlier one."""
 
     def batches(self, real: bool) -> list[Batch]:
         """Returns the micro-batches, in the host's memory. real: whether they have values, to run the step on a device."""
@@ -62,21 +63,13 @@ class TrainerStep:
             self.assumed.append("the memory of towers that are not compiled")
             config = config.replaced(run={"compile": False})
         self.config, self.precision = config, precision
-        self.prepared = setup.make_model(config, weights=False)
+        with torch.device("meta"):  # folding frozen parts makes new modules
+            self.prepared = setup.make_model(config, precision, weights=False)
         self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
-        self.reach = None if config.data.mean_tokens is None else self._reach()
-
-    def _reach(self) -> int | None:
-        """Returns how many tokens of padding the text tower reads; None if it needs all."""
-        try:
-            crop = crop_texts(self.prepared.model)
-        except InputError as error:
-            self.assumed.append(f"texts of full length, whatever data.mean_tokens: {error}")
-            return None
-        crop.undo()
-        mean = self.config.data.mean_tokens
-        self.assumed.append(f"in one graph, texts of {mean:g} tokens, and an eighth and 8 more, which groups of lengths add")
-        return crop.reach
+        if (mean := config.data.mean_tokens) is not None:
+            full = "texts of full length, whatever data.mean_tokens, since this model's texts cannot be cropped"
+            mixed = f"in one graph, texts of {mean:g} tokens, and an eighth and 8 more, which groups of lengths add"
+            self.assumed.append(mixed if self.prepared.crop else full)
 
     def _teacher(self, width: int | None) -> dict[str, Any]:
         if width is None:
@@ -95,15 +88,7 @@ class TrainerStep:
         return other
 
     def start(self) -> Running:
-        prepared = replace(self.prepared, model=copy.deepcopy(self.prepared.model), lines=[])
-        with (meta := torch.device("meta")):  # the folded copies of frozen parts are new modules
-            state = setup.setup(self.config, meta, self.precision, prepared=prepared, teacher=self.teacher)
-        if state.crop is not None:  # all texts have one length
-            state.crop.multiple = state.crop.groups = 1
-            if self.tokens is None:
-                state.crop.undo()
-                state.crop = None
-        return RunningTrainer(state)
+        return RunningTrainer(self)
 
     @property
     def tokens(self) -> int | None:
@@ -113,9 +98,9 @@ class TrainerStep:
         and 8 tokens for captions like COCO's and CC12M's. A micro-batch is filled up to as many tokens as padded texts have.
         """
         config = self.config.data
-        if self.reach is None or config.micro_batch is not None:
+        if self.prepared.crop is None or config.mean_tokens is None or config.micro_batch is not None:
             return None
-        return math.ceil(config.mean_tokens * 9 / 8 + 8) + self.reach
+        return math.ceil(config.mean_tokens * 9 / 8 + 8) + self.prepared.crop.reach
 
     def batches(self, real: bool) -> list[Batch]:
         """The micro-batches between the first and the last one are one of their size, if it need not run."""
@@ -140,24 +125,29 @@ class TrainerStep:
 class RunningTrainer:
     """A step of the trainer with its state."""
 
-    def __init__(self, state: setup.State) -> None:
-        self.state = state
-        self.modules = [state.model, state.objective.loss, *state.folded.copies]
+    def __init__(self, step: TrainerStep) -> None:
+        self.step = step
+        self.modules = [step.prepared.model, *step.prepared.folded.copies]
         self.averages: list[Tensor] = []
 
     def place(self, device: torch.device, during: During) -> None:
-        state, config = self.state, self.state.config
-        state.device, self.during = device, during
-        self.optimizer = state.optimizer = setup.make_optimizer(state.model, state.objective.loss, config, device)
+        step, prepared, crop, self.during = self.step, self.step.prepared, self.step.prepared.crop, during
+        if crop is not None:  # all texts have one length
+            crop.undo()
+            crop = TextCrop(prepared.model, 1, 1, crop.reach) if step.tokens else None
+        state = setup.setup(
+            step.config, device, step.precision, prepared=replace(prepared, crop=crop), teacher=step.teacher
+        )  # fmt: skip
         state.scaler = torch.amp.GradScaler(device.type, enabled=False)  # an enabled one reads values of tensors
-        state.step = busiest_step(config)
-        if config.optim.ema is not None:
-            state.ema = setup.Average(state.model, config.optim.ema)
+        state.step = busiest_step(step.config)
+        self.state, self.optimizer = state, state.optimizer
+        self.modules.append(state.objective.loss)
+        if state.ema is not None:
             self.averages = state.ema.averages
 
     def run(self, batches: list[Batch]) -> None:
         with _phases(self.during):
-            step.train_step(self.state, batches)
+            steps.train_step(self.state, batches)
 
 
 @contextmanager
@@ -166,7 +156,7 @@ def _phases(during: During) -> Iterator[None]:
     phases = {"encode_image": ("encode", "activations"), "encode_text": ("encode", "activations"), "losses": ("loss", "loss")}
     with ExitStack() as stack:
         for name, phase in phases.items():
-            stack.enter_context(mock.patch.object(step, name, _within(during, phase, getattr(step, name))))
+            stack.enter_context(mock.patch.object(steps, name, _within(during, phase, getattr(steps, name))))
         yield
 
 
@@ -201,7 +191,8 @@ def first_and_last(backward: Callable) -> Callable:
 
     def run(encode: dict[str, Callable], micro_batches: dict[str, list[Batch]], loss: Callable, **options: Any) -> Any:
         encoders, parts = {}, {}
-        for tower, batches in micro_batches.items():
+        for tower in encode:  # in the order in which the towers run
+            batches = micro_batches[tower]
             rows = _Skipped(sum(batch[tower].shape[: ROWS[tower]].numel() for batch in batches[1:-1]))
             encoders[tower] = _encoder(encode[tower])
             parts[tower] = [batches[0], rows, batches[-1]] if rows else batches

@@ -16,6 +16,7 @@ from simplclip.memory.plan import GIB, Budget, largest, parse_memory
 from simplclip.memory.step import TrainerStep, busiest_step
 from simplclip.train import config
 from simplclip.train.config import ConfigError
+from simplclip.train.objective import Objective
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SIGMOID, MATCHING = "loss.base=sigmoid", "loss.pm_weight=1"
@@ -182,14 +183,11 @@ def opaque(x):
     ],
 )
 def test_an_op_that_does_not_run_on_fake_tensors_is_an_error(tiny, monkeypatch, op, message):
-    step = trainer(tiny, "fp32", "data.batch_size=8")
-    running = step.start()
-    objective = running.state.objective.__call__
-    with_op = lambda _, at, image, *rest: objective(at, op(image), *rest)  # noqa: E731
-    monkeypatch.setattr(type(running.state.objective), "__call__", with_op)
-    monkeypatch.setattr(step, "start", lambda: running)
+    original = Objective.__call__
+    with_op = lambda objective, step, image, *rest: original(objective, step, op(image), *rest)  # noqa: E731
+    monkeypatch.setattr(Objective, "__call__", with_op)
     with pytest.raises(UncountedOp, match=message):
-        measure.predict(step, CPU)
+        predict(tiny, "data.batch_size=8")
 
 
 @pytest.mark.parametrize(
@@ -287,9 +285,8 @@ def test_what_is_not_on_this_machine_is_assumed(tmp_path):
     step = TrainerStep(config.load("siclip-s0", changes), "fp32")
     assert step.teacher["width"] == 512
     assert any(line.startswith("a teacher of the student's width, 512 (--teacher-width): ") for line in step.assumed)
-    running = step.start()
-    assert "visual.trunk.stages.0" in running.state.frozen
-    assert len(running.state.folded.copies) >= 8
+    assert "visual.trunk.stages.0" in step.prepared.frozen
+    assert len(step.prepared.folded.copies) >= 8
     compiled = TrainerStep(config.load("siclip-s0", [*changes, "run.compile=true"]), "fp32")
     assert "the memory of towers that are not compiled" in compiled.assumed
 
