@@ -11,8 +11,8 @@ import json
 import sys
 
 from benchmarks import hardware
-from benchmarks.open_clip_step import OpenClipStep
 from benchmarks.results_file import RESULTS
+from benchmarks.steps import OpenClipStep
 from simplclip import models
 from simplclip.common.files import write_atomically
 from simplclip.memory.measure import predict

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.block_forms import saved_bytes
 from benchmarks.measure import clock_of_steps, figures, interleaved_times
-from benchmarks.open_clip_step import OpenClipStep
+from benchmarks.steps import OpenClipStep, runner
 from simplclip import models
-from simplclip.memory.measure import cpu_peak_bytes, runner
+from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.memory.step import TrainerStep
 from simplclip.train import config
 

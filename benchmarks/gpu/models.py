@@ -24,10 +24,10 @@ import torch
 from benchmarks import loader
 from benchmarks.gpu.ops import Case
 from benchmarks.measure import attempted, interleaved_times, row_of
-from benchmarks.open_clip_step import OpenClipStep
+from benchmarks.steps import OpenClipStep, measure, runner
 from benchmarks.training_forms import PRECISION
 from simplclip import models
-from simplclip.memory.measure import measure, predict, runner
+from simplclip.memory.measure import predict
 from simplclip.memory.plan import MOST_PAIRS, Budget, largest
 from simplclip.memory.step import Step, TrainerStep
 from simplclip.train import config

@@ -15,9 +15,7 @@ FIRST_HOUR = (  # docs/first-hour.md
 
 
 def doctor(
-    why: Annotated[
-        bool, typer.Option("--why", help="List the backend of each op, and why the others do not run it.")
-    ] = False,
+    why: Annotated[bool, typer.Option("--why", help="List the backend of each op, and why no other runs it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Print versions, CPU, GPU, and which backends run the ops on this machine."""

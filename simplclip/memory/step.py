@@ -26,28 +26,21 @@ Batch = dict[str, Any]
 ROWS = {"image": 1, "text": -1}  # dimensions of a batch [N, 3, S, S], [N, L] or [N, k, L] that count its features: all before
 
 
-class Running(Protocol):
-    """A step whose modules get tensors on a device before `place`: fake ones from `predict`, real ones from `measure`."""
+class Step(Protocol):
+    """What `predict` runs. The modules get tensors on a device, then `place` makes all else there, then `run` runs."""
 
     modules: list[nn.Module]  # all that have weights; `place` may add some
-    averages: list[Tensor]  # copies of weights, after `place`
-    optimizer: torch.optim.Optimizer  # after `place`
+    averages: list[Tensor]  # copies of weights, made by `place`
+    optimizer: torch.optim.Optimizer  # made by `place`
 
     def place(self, device: torch.device, during: During) -> None:
         """Makes all else on `device`, where the modules' tensors are. The step enters `during` for its phases."""
 
-    def run(self, batches: list[Batch]) -> object:
-        """Runs one training step."""
-
-
-class Step(Protocol):
-    """What `predict` and `measure` run."""
-
-    def start(self) -> Running:
-        """Returns the step before its first run. Its modules may be those of an earlier one."""
-
     def batches(self, real: bool) -> list[Batch]:
         """Returns the micro-batches, in the host's memory. real: whether they have values, to run the step on a device."""
+
+    def run(self, batches: list[Batch]) -> object:
+        """Runs one training step."""
 
 
 class TrainerStep:
@@ -65,6 +58,7 @@ class TrainerStep:
         self.config, self.precision = config, precision
         with torch.device("meta"):  # folding frozen parts makes new modules
             self.prepared = setup.make_model(config, precision, weights=False)
+        self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.copies]
         self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
         if (mean := config.data.mean_tokens) is not None:
             full = "texts of full length, whatever data.mean_tokens, since this model's texts cannot be cropped"
@@ -82,13 +76,27 @@ class TrainerStep:
         return {"name": "a teacher", "width": width, "logit_scale": 100.0}
 
     def resized(self, config: Config) -> TrainerStep:
-        """Returns the step of a config that differs only in its section `data`, with the same model."""
+        """Returns the step of a config that differs only in its section `data`. Both share the model: run one at a time."""
         other = copy.copy(self)
         other.config = config
         return other
 
-    def start(self) -> Running:
-        return RunningTrainer(self)
+    def place(self, device: torch.device, during: During) -> None:
+        prepared, crop, self.during = self.prepared, self.prepared.crop, during
+        if crop is not None:  # all texts have one length
+            crop.undo()
+            crop = TextCrop(prepared.model, 1, 1) if self.tokens else None
+        prepared = replace(prepared, crop=crop)
+        self.state = setup.setup(self.config, device, self.precision, prepared=prepared, teacher=self.teacher)
+        self.state.scaler = torch.amp.GradScaler(device.type, enabled=False)  # an enabled one reads values of tensors
+        self.state.step = busiest_step(self.config)
+        self.optimizer = self.state.optimizer
+        self.modules = [prepared.model, *prepared.folded.copies, self.state.objective.loss]
+        self.averages = self.state.ema.averages if self.state.ema else []
+
+    def run(self, batches: list[Batch]) -> None:
+        with _phases(self.during):
+            steps.train_step(self.state, batches)
 
     @property
     def tokens(self) -> int | None:
@@ -120,34 +128,6 @@ class TrainerStep:
                 batch["teacher_image"] = torch.ones(size, width, dtype=torch.float16)
                 batch["teacher_text"] = torch.ones(size, *captions, width, dtype=torch.float16)
         return batch
-
-
-class RunningTrainer:
-    """A step of the trainer with its state."""
-
-    def __init__(self, step: TrainerStep) -> None:
-        self.step = step
-        self.modules = [step.prepared.model, *step.prepared.folded.copies]
-        self.averages: list[Tensor] = []
-
-    def place(self, device: torch.device, during: During) -> None:
-        step, prepared, crop, self.during = self.step, self.step.prepared, self.step.prepared.crop, during
-        if crop is not None:  # all texts have one length
-            crop.undo()
-            crop = TextCrop(prepared.model, 1, 1, crop.reach) if step.tokens else None
-        state = setup.setup(
-            step.config, device, step.precision, prepared=replace(prepared, crop=crop), teacher=step.teacher
-        )  # fmt: skip
-        state.scaler = torch.amp.GradScaler(device.type, enabled=False)  # an enabled one reads values of tensors
-        state.step = busiest_step(step.config)
-        self.state, self.optimizer = state, state.optimizer
-        self.modules.append(state.objective.loss)
-        if state.ema is not None:
-            self.averages = state.ema.averages
-
-    def run(self, batches: list[Batch]) -> None:
-        with _phases(self.during):
-            steps.train_step(self.state, batches)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import yaml
 from open_clip import add_model_config
 from typer.testing import CliRunner
 
+from benchmarks import steps
 from simplclip.commands.main import app
 from simplclip.memory import fake, largest_micro_batch, measure
 from simplclip.memory.count import WEIGHTS, UncountedOp
@@ -67,7 +68,7 @@ def check(step, within):
     """Compares the prediction with the allocator's peak over two real steps, on the CPU."""
     torch.manual_seed(0)
     predicted = measure.predict(step, CPU)
-    assert predicted.peak == pytest.approx(measure.measure(step, CPU), rel=within)
+    assert predicted.peak == pytest.approx(steps.measure(step, CPU), rel=within)
     assert sum(predicted.at_peak.values()) == predicted.peak
 
 
@@ -259,9 +260,9 @@ def test_the_largest_micro_batch(tiny):
         return Budget(size, context=0, libraries=0, fragmentation=0)
 
     auto = config.load(tiny, ["data.batch_size=24", "data.micro_batch=auto", "run.precision=fp32", "optim.ema=0.9"])
-    steps = {micro: predict(tiny, "data.batch_size=24", f"data.micro_batch={micro}", "optim.ema=0.9") for micro in (4, 6)}
+    usages = {micro: predict(tiny, "data.batch_size=24", f"data.micro_batch={micro}", "optim.ema=0.9") for micro in (4, 6)}
     assert largest_micro_batch(auto, CPU) is None
-    between = usable(sum(usage.peak for usage in steps.values()) // 2)
+    between = usable(sum(usage.peak for usage in usages.values()) // 2)
     told = []
     assert largest_micro_batch(auto, CPU, budget=between, tell=told.append) == 4
     assert len(told) <= 6
@@ -311,4 +312,4 @@ def test_predicted_and_measured_on_a_gpu(tiny):
     step = trainer(tiny, "bf16", "data.batch_size=512")
     predicted = measure.predict(step, CUDA).peak
     torch.cuda.empty_cache()
-    assert predicted == pytest.approx(measure.measure(step, CUDA), rel=0.1)
+    assert predicted == pytest.approx(steps.measure(step, CUDA), rel=0.1)
