@@ -68,7 +68,7 @@ data/emoji-teacher data/emoji-noisy: export GOMP_SPINCOUNT ?= 2000
 
 demo: data/emoji-teacher  ## distil a small SiCLIP on the built-in emoji pairs and evaluate it
 	$(BIN)/simplclip train siclip-lite0-emoji --resume --set run.out=$(OUT)
-	$(BIN)/simplclip evaluate $(OUT)/last.pt --skip-missing
+	$(BIN)/simplclip evaluate $(OUT)
 	@echo
 	@echo "Pictures: $(OUT)/curves.png and $(OUT)/evaluation-*.png"
 	@echo "Next:     $(BIN)/simplclip train --help-config      every setting, with its default"

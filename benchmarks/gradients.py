@@ -6,6 +6,7 @@ python -m benchmarks.gradients [--set KEY=VALUE ...]     of the demo's config wi
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from typing import Any
@@ -19,9 +20,11 @@ from benchmarks import hardware
 from benchmarks.results_file import RESULTS, table, write_csv
 from simplclip.common import hardware as devices
 from simplclip.train import config
-from simplclip.train.batches import batches
-from simplclip.train.state import Training
-from simplclip.train.step import train_step
+from simplclip.train.config import Schedule
+from simplclip.train.loop import make_loader
+from simplclip.train.objective import Objective
+from simplclip.train.setup import State, setup
+from simplclip.train.step import encode_image, encode_text, losses, train_step
 
 STEPS = (0, 10, 25, 50, 100, 149)
 
@@ -42,25 +45,32 @@ def best_plane(matched: Tensor, others: Tensor) -> tuple[float, float]:
     return plane[0].item(), plane[1].item()
 
 
-def row(this: Training, batches: list[dict[str, Any]]) -> dict[str, Any]:
+def alone(objective: Objective, term: str) -> Objective:
+    """Returns the objective with this term alone; the others have weight 0 at every step."""
+    other, off = copy.copy(objective), Schedule(value=0)
+    other.schedules = {name: schedule if name == term else off for name, schedule in objective.schedules.items()}
+    return other
+
+
+def row(state: State, batches: list[dict[str, Any]]) -> dict[str, Any]:
     with torch.no_grad():
-        features = [torch.cat([encode(b) for b in batches]).float() for encode in (this.encode_image, this.encode_text)]
+        features = [torch.cat([encode(state, b) for b in batches]).float() for encode in (encode_image, encode_text)]
     image, text = (t.requires_grad_() for t in features)
-    found: dict[str, Any] = {"step": this.step}
-    objective = this.objective
+    found: dict[str, Any] = {"step": state.step}
+    objective = state.objective
     for name in objective.schedules:
-        this.objective = objective.alone(name)
-        gradients = torch.autograd.grad(this.terms(batches, image, text)[0], (image, text))
+        state.objective = alone(objective, name)
+        gradients = torch.autograd.grad(losses(state, batches, image, text)[0], (image, text))
         norm = torch.cat([g.flatten() for g in gradients]).norm().item()
         found |= {f"{name.removesuffix('_loss')} gradient": round(norm, 4)}
-    this.objective = objective
+    state.objective = objective
     captions = len(text) // len(image)
     groups = torch.cat([b["group"] for b in batches]).repeat_interleave(captions)
     similarity = (image.repeat_interleave(captions, 0) @ text.T).detach()
     matched, others = similarity.diagonal(), similarity[groups[:, None] != groups]
     p, q = best_plane(matched, others)
     found |= {"cosine of pairs": round(matched.mean().item(), 3), "of others": round(others.mean().item(), 3)}
-    found |= {"p": round(this.loss.plane_weight.item(), 2), "q": round(this.loss.plane_bias.item(), 2)}
+    found |= {"p": round(objective.loss.plane_weight.item(), 2), "q": round(objective.loss.plane_bias.item(), 2)}
     return found | {"best p": round(p, 2), "best q": round(q, 2)}
 
 
@@ -74,14 +84,13 @@ def main() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     device = devices.pick_device("cpu")
-    this = Training(values, device, devices.pick_precision(values.run.precision, device)[0])
-    this.model.train()
+    state = setup(values, device, devices.pick_precision(values.run.precision, device)[0])
     rows = []
-    for of_step in batches(this, show=lambda line: None):
-        if this.step in STEPS:
-            rows.append(row(this, of_step))
-        train_step(this, of_step)
-        if this.step == values.run.steps:
+    for batch in make_loader(state)[0]:
+        if state.step in STEPS:
+            rows.append(row(state, [batch]))
+        train_step(state, [batch])
+        if state.step == values.run.steps:
             break
     print("\n".join(table(rows)))
     where = hardware.describe()

@@ -1,4 +1,4 @@
-"""A training step of models with inherited parts: the frozen parts as they are, folded, and cached.
+"""A training step of models with inherited parts: the frozen parts as they are, and folded.
 
     OMP_NUM_THREADS=1 pytest benchmarks/test_frozen_prefix.py --repeats 7 --write
 
@@ -17,18 +17,18 @@ from benchmarks.test_training import PRECISION, Ours, Run
 from simplclip import models
 from simplclip.common import hardware
 from simplclip.losses import ClipPMLoss
+from simplclip.models.frozen import FrozenParts
 from simplclip.models.inherit import freeze, inherit
-from simplclip.models.prefix import FrozenParts, Prefix
 from simplclip.train import config
 
-BEFORE, FOLDED, LAST, CACHED = "as it is", "folded", "folded, channels_last", "folded, channels_last, prefix cached"
+BEFORE, FOLDED = "as it is", "folded, channels_last"
 BATCHES = {"siclip-s0": (16, 1), "siclip2-s0": (16, 1), "siclip-lite0": (192, 2)}  # images, and captions of each
 
 
-class PrefixRun(Run):
+class FrozenRun(Run):
     def forward(self, image: Tensor, text: Tensor, teacher) -> Tensor:
         with hardware.autocast(self.precision, torch.device("cpu")):
-            x = self.model.encode_image(image.float(), normalize=True)  # a cached output is stored in fp16
+            x = self.model.encode_image(image, normalize=True)
             y = self.model.encode_text(text, normalize=True)
             return self.loss(x.repeat_interleave(len(y) // len(x), 0), y, self.model.logit_scale.exp())
 
@@ -52,18 +52,13 @@ def make(name: str, precision: str) -> dict[str, tuple[Run, tuple]]:
     words = ("cat", "dog", "ship", "tree")
     text = models.tokenizer(name)([f"a photo of {n} {words[n % 4]}s" for n in range(count * captions)])
     forms = {}
-    for form in (BEFORE, FOLDED, LAST, CACHED):
-        own, given = copy.deepcopy(model), image
-        if form != BEFORE:
-            frozen = FrozenParts(own, hardware.DTYPES[precision], channels_last=form != FOLDED)
-        if form == CACHED:
-            with torch.no_grad(), hardware.autocast(precision, torch.device("cpu")):
-                prefix = Prefix(frozen, image[:1])
-                given = prefix(image).half()
-            prefix.replace()
-        run = PrefixRun(own, Ours(ClipPMLoss()), precision)
+    for form in (BEFORE, FOLDED):
+        own = copy.deepcopy(model)
+        if form == FOLDED:
+            FrozenParts(own, hardware.DTYPES[precision])
+        run = FrozenRun(own, Ours(ClipPMLoss()), precision)
         run.parameters = [p for p in run.parameters if p.requires_grad]
-        forms[form] = run, (given, text, ())
+        forms[form] = run, (image, text, ())
     return forms
 
 

@@ -13,14 +13,13 @@ import open_clip
 import pytest
 import torch
 
-import simplclip
 from benchmarks.measure import clock_of_steps, figures, interleaved_times, peak_bytes
 from simplclip import models
 from simplclip.models.crop import TextCrop
 from simplclip.models.inherit import freeze_norms
 from simplclip.train import config
-from simplclip.train.batches import batches
-from simplclip.train.state import Training
+from simplclip.train.loop import make_loader
+from simplclip.train.setup import setup
 from simplclip.train.step import train_step
 
 TEXTS = 64
@@ -85,11 +84,9 @@ def test_text_tower(benchmark, rows, request, dtype, kind, tower):
     torch.manual_seed(0)
     text = captions(kind)
     model = TOWERS[tower]()
-    tried = simplclip.crop_texts(model)
-    tried.undo()
 
     def run(groups):
-        crop = TextCrop(model, groups=groups, reach=tried.reach) if groups else None
+        crop = TextCrop(model, groups=groups) if groups else None
         step(model, text, dtype)
         if crop:
             crop.undo()
@@ -103,14 +100,13 @@ def test_text_tower(benchmark, rows, request, dtype, kind, tower):
 @pytest.mark.skipif(not Path("data/emoji").exists(), reason="needs data/emoji and data/emoji-teacher, as the demo does")
 def test_demo_step(benchmark, rows, request):
     torch.manual_seed(0)
-    training = Training(config.load("siclip-lite0-emoji", ["data.workers=0"]), torch.device("cpu"), "bf16")
-    of_step, crop = next(batches(training)), training.crop
-    training.model.train()
+    state = setup(config.load("siclip-lite0-emoji", ["data.workers=0"]), torch.device("cpu"), "bf16")
+    of_step, crop = [next(iter(make_loader(state)[0]))], state.crop
 
     def run(groups):
         crop.undo()
-        training.crop = TextCrop(training.model, groups=groups) if groups else None
-        train_step(training, of_step)
+        state.crop = TextCrop(state.model, groups=groups) if groups else None
+        train_step(state, of_step)
 
     cases = {name: lambda groups=groups: run(groups) for name, groups in CROPS.items()}
     size, mean = of_step[0]["text"].shape, (of_step[0]["text"] != 0).double().sum(-1).mean().item()

@@ -18,11 +18,11 @@ _FUNCTIONS = {
     "fold": ("simplclip.models.fold", "fold"),
     "inherit": ("simplclip.models.inherit", "inherit"),
     "load": ("simplclip.evaluation.encoder", "load"),
-    "report": ("simplclip.commands.doctor", "report"),
+    "report": ("simplclip.ops.report", "report"),
     "simplify": ("simplclip.models.simplify", "simplify"),
 }
 _MODULES = (
-    *("data", "embedding", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "retrieval", "train"),
+    *("data", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"),
     *("export", "memory", "teacher"),  # commands
 )
 

@@ -31,8 +31,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError
 
 from simplclip.train import config
-from simplclip.train.config import ConfigError
-from simplclip.train.settings import Section
+from simplclip.train.config import ConfigError, Section
 
 SIDES = ("base", "variant")
 RESULT = "result.json"  # in the folder of a finished run

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from benchmarks.ablation.effects import RESULT
-from simplclip import retrieval, train
+from simplclip import evaluation, train
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
 from simplclip.common.files import write_atomically
+from simplclip.models.trained import image_transform, load_model, tokenizer
 from simplclip.train import config
-from simplclip.train.settings import Config
-from simplclip.train.state import image_transform, load_model, tokenizer
+from simplclip.train.config import Config
 
 MATRIX = 1 << 26  # most similarities that `auc` computes
 
@@ -42,7 +42,7 @@ def follow(parent: int, period: float = 2.0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def auc(split: retrieval.Split) -> float:
+def auc(split: evaluation.Split) -> float:
     """Returns the probability that a pair is more similar than an image and a caption of different groups. Unlike recall, it
     shows how well one threshold serves all queries. Of large splits it takes every k-th image, with its captions."""
     step = math.ceil(math.sqrt(len(split.groups) * len(split.caption_groups) / MATRIX))
@@ -60,12 +60,13 @@ def result(values: Config) -> dict[str, Any]:
     out = Path(values.run.out)
     device = hardware.pick_device(values.run.device)
     precision, _ = hardware.pick_precision(values.run.precision, device)
-    model, _, state = load_model(out / "last.pt", device, trust=True)
-    splits = retrieval.load_splits(values.eval.splits, tokenizer(values), image_transform(values, train=False))
+    model, _, state = load_model(out / "last.pt", device)
+    section = values.model.model_dump()
+    splits = evaluation.load_splits(values.eval.splits, tokenizer(section), image_transform(section))
     found = {}
     for name, split in splits.items():
-        retrieval.encode(model, split, retrieval.BATCH_SIZE, device, precision, workers=values.data.workers or 0)
-        found[name] = {**(retrieval.recall_of(split, device) or {}), "AUC": auc(split)}
+        evaluation.encode(model, split, evaluation.BATCH_SIZE, device, precision, workers=values.data.workers)
+        found[name] = {**(evaluation.recall_of(split, device) or {}), "AUC": auc(split)}
     with open(out / "metrics.csv", newline="") as file:
         rates = [float(row["samples_per_s"]) for row in csv.DictReader(file)]
     return {

@@ -12,7 +12,7 @@ from simplclip.commands.options import Device, Pairs, Precision, Sidecars
 
 def caption(
     source: Pairs,
-    out: Annotated[Path, typer.Option(help="Folder for the sidecars; pairs other than local tars are copied to OUT.shards.")],
+    out: Annotated[Path, typer.Option(help="Folder for the sidecars; pairs other than tars become shards in OUT/shards.")],
     *,
     model: Annotated[str, typer.Option(help="An open_clip CoCa model.")] = "coca_ViT-B-32",
     checkpoint: Annotated[Path | None, typer.Option(help="File with its weights.")] = None,
@@ -23,6 +23,7 @@ def caption(
     max_tokens: Annotated[int, typer.Option(help="Most tokens of a caption, including start and end.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images captioned at a time.")] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,
     sidecars: Sidecars = None,
     device: Device = "auto",
     precision: Precision = "fp32",
@@ -31,10 +32,12 @@ def caption(
     from simplclip.common import ranks
     from simplclip.teacher import caption as captioning
 
-    hardware = {"batch_size": batch_size, "sidecars": sidecars or (), "device": device, "precision": precision}
+    hardware = {"batch_size": batch_size, "workers": workers, "device": device, "precision": precision}
     draws = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     with ranks.joined():
-        summary = captioning.run(source, out, model, checkpoint=checkpoint, pretrained=pretrained, **draws, **hardware)
+        summary = captioning.run(
+            source, out, model, checkpoint=checkpoint, pretrained=pretrained, sidecars=sidecars or (), **draws, **hardware
+        )
         if not ranks.first():
             return
     typer.echo(f"wrote {summary['written']} of {summary['shards']} sidecars to {summary['path']}: {summary['samples']} pairs")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from simplclip.commands.options import Device, Precision, Trust, Workers, named_splits
+from simplclip.commands.options import Device, Precision, Workers, named_splits
+from simplclip.common.errors import InputError
 
 
 def evaluate(
@@ -15,16 +16,15 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL",
-            help="Checkpoint, folder of a run or of an export, open_clip:NAME/TAG, open_clip:NAME/FILE, "
-            "mobileclip-s0/FILE, or builtin/HEADS.",
+            help="Checkpoint, folder of a run or of an export, open_clip:NAME/TAG, open_clip:NAME/FILE, mobileclip-s0/FILE.",
         ),
     ],
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[NAME=]DATA",
-            help="All that training reads: shards, tables, JSON of Karpathy's or COCO's kind, folders. "
-            "DATA#SPLIT names a split other than test. May be repeated. Default: eval.splits of the first model's config.",
+            help="Shards, a folder with a folder of images for each class, or clip-benchmark's layout. DATA#SPLIT names a "
+            "split other than test. May be repeated. Default: eval.splits in the config.yaml beside the first model.",
         ),
     ] = None,
     *,
@@ -35,38 +35,48 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--templates",
-            help='Phrase around a label, e.g. "a photo of {}"; openai or simple for open_clip\'s lists; or a file. May be '
-            "repeated. Default: those of the data, or eval.templates of the config.",
+            help='Phrase around a label, e.g. "a photo of {}"; openai or simple for open_clip\'s lists; or a file with a '
+            "phrase a line. May be repeated. Default: those of the data, or eval.templates of the first model's config.",
         ),
     ] = None,
     classnames: Annotated[
-        str | None,
-        typer.Option(help="imagenet for open_clip's list, or a file: a name a line, or JSON. Default: those of the data."),
+        str | None, typer.Option(help="imagenet for open_clip's list, or a file with a name a line. Default: the data's.")
     ] = None,
     captions: Annotated[
         int | None,
         typer.Option(min=0, help="First captions of an image that count; 0: all. Default: all, but one of a json in shards."),
     ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of the images that a JSON or table names. Default: that of the file.")
-    ] = None,
-    features: Annotated[Path | None, typer.Option(help="Folder that keeps the features as .npy files.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images or captions encoded at a time.")] = 64,
     workers: Workers = None,
     device: Device = "auto",
     precision: Precision = "fp32",
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Skip splits whose files do not exist, and print a note.")
-    ] = False,
-    trust: Trust = False,
 ) -> None:
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
-    splits = named_splits(data or [])
+    splits = named_splits(data or []) or splits_of(models[0])
     from simplclip import evaluation
     from simplclip.common import ranks
 
-    what = {"templates": templates or None, "classnames": classnames, "captions": captions, "images": images}
-    what["trust"] = trust
-    how = {"batch_size": batch_size, "workers": workers, "device": device, "precision": precision}
+    words = {"templates": templates or None, "classnames": classnames, "captions": captions}
+    options = {"batch_size": batch_size, "workers": workers, "device": device, "precision": precision}
     with ranks.joined():
-        evaluation.evaluate(models, splits or None, out=out, features=features, skip_missing=skip_missing, **what, **how)
+        evaluation.evaluate(models, splits, out=out, **words, **options)
+
+
+def splits_of(model: str) -> dict[str, Any]:
+    """Returns eval.splits of the config.yaml in a run's folder, or beside a checkpoint; {} if there is none.
+
+    The folder may come from elsewhere, so its splits may be local files alone. Raises InputError for commands and URLs.
+    """
+    folder = Path(model) if Path(model).is_dir() else Path(model).parent
+    file = folder / "config.yaml"
+    if not (Path(model).exists() and file.is_file()):
+        return {}
+    from simplclip.train import config
+
+    splits = config.load(file).eval.splits
+    for name, what in splits.items():
+        for place in [what] if isinstance(what, str) else what:
+            if place.startswith("pipe:") or "://" in place:
+                hint = f"name the data by --data {name}=DATA"
+                raise InputError(f"data: expected local files in the eval.splits of {file}, got {place!r}; {hint}")
+    return splits

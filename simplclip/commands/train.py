@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from typing import Annotated
 
 import typer
 
-from simplclip.commands.options import Overrides, Trust, fail
+from simplclip.commands.options import Overrides, fail
 from simplclip.common.errors import UserError
 
 
@@ -20,16 +21,11 @@ def _config_help(wanted: bool) -> None:
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-tiny-emoji.")],
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-s0.")],
     set_: Overrides = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from run.out/last.pt; start at step 0 if there is none.")
     ] = False,
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(help="Cap the memory of the process, e.g. 24GiB or rtx-3090, to try a smaller card on a larger one."),
-    ] = None,
-    trust: Trust = False,
     help_config: Annotated[
         bool,
         typer.Option(
@@ -43,19 +39,36 @@ def train(
     """Train a model. Ctrl-C finishes the running step, saves a checkpoint and exits; --resume continues from it."""
     from simplclip.train import config as configs
 
-    values = configs.load(config, set_ or ())
-    from simplclip import memory
-    from simplclip import train as trainer
-    from simplclip.train.trust import check_run
-
-    if not trust:
-        check_run(config, values, set_ or ())
-    limit = None if memory_limit is None else memory.parse_memory(memory_limit)
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        trainer.run(values, resume=resume, memory_limit=limit, planner=memory)
+        values = configs.load(config, set_ or ())
+        configs.check_files(values)  # before seconds of imports
+    except (UserError, OSError) as error:
+        if first:
+            raise
+        raise typer.Exit(2) from error
+
+    from simplclip import train as trainer
+
+    if values.data.micro_batch == "auto":
+        values = _with_micro_batch(values)
+    try:
+        trainer.run(values, resume=resume)
     except trainer.Interrupted as stop:
         fail(str(stop), 130)
     except trainer.TrainingError as error:
         if error.__cause__ and not isinstance(error.__cause__, (UserError, OSError)):
             traceback.print_exception(error.__cause__)
         fail(str(error), 1)
+
+
+def _with_micro_batch(config):
+    """Returns `config` with the largest data.micro_batch that fits in place of "auto"."""
+    from simplclip import memory
+    from simplclip.common.hardware import pick_device
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch = memory.largest_micro_batch(config, pick_device(config.run.device), ranks=ranks)
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"memory     data.micro_batch = {micro_batch or 'null'} fits, by simplclip plan")
+    return config.replaced(data={"micro_batch": micro_batch})

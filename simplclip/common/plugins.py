@@ -1,8 +1,6 @@
 """Parts that other packages register by entry points, so that the library need not import those packages.
 
 group                   an entry is                                             registered by simplclip.demo
-simplclip.models        a `simplclip.models.registry.Spec`                      siclip-tiny, siclip-lite0
-simplclip.weights       a function that returns a state dict                    efficientnet-lite0, minilm
 simplclip.teachers      a module with `load` and `prepare`                      builtin
 simplclip.configs       a package with a folder configs/ of YAML files          demo
 """

@@ -11,8 +11,6 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from simplclip.common import ranks
-
 Item = TypeVar("Item")
 
 FIRST, LATER = 10.0, 60.0  # seconds between two lines, at the start and later
@@ -31,6 +29,12 @@ def _has_terminal() -> bool:
         return os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except OSError:
         return True
+
+
+def _first_rank() -> bool:
+    """Whether this process is the first rank. Only commands that load `common.ranks`, and torch by it, have several."""
+    ranks = sys.modules.get("simplclip.common.ranks")
+    return ranks is None or ranks.first()
 
 
 class Pace:
@@ -71,7 +75,7 @@ class Progress:
         self, title: str, total: int | None = None, done: int = 0, *, unit: str = "samples", shown: bool = True
     ) -> None:
         self.title, self.total, self.done, self.unit = title, total, done, unit
-        terminal, shown = _has_terminal(), shown and ranks.first()
+        terminal, shown = _has_terminal(), shown and _first_rank()
         self._lines, self._earlier = shown and not terminal, done
         self._pace, self._lock = Pace(), threading.Lock()
         hidden = not (shown and terminal)

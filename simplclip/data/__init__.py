@@ -1,22 +1,23 @@
-"""Image-text pairs. pairs.py finds them for all commands. loader.py makes training batches, in the order that epoch.py draws;
-heldout.py decodes held-out data in stored order. sidecars.py joins further files to samples, e.g. a teacher's. rewrite.py
-makes new shards and sidecars; pack.py makes shards of tables, JSON, folders and streams."""
+"""Image-text pairs in tars. loader.py makes training batches, held_out_data.py decodes held-out data in stored order.
 
-from simplclip.data.heldout import HeldOut, held_out
-from simplclip.data.loader import EmptyEpochError, Loader, make_loader
-from simplclip.data.pairs import expand, parts_of
-from simplclip.data.shards import ShardError, teacher_stamp
-from simplclip.data.workers import WorkerError
+Both read by tars.py what sources.py finds, join sidecars.py's files, e.g. a teacher's, and parse by samples.py.
+"""
 
-__all__ = [
-    "EmptyEpochError",
-    "HeldOut",
-    "Loader",
-    "ShardError",
-    "WorkerError",
-    "expand",
-    "held_out",
-    "make_loader",
-    "parts_of",
-    "teacher_stamp",
-]
+import importlib
+
+_MODULES = {  # imported on first use: packing needs no torch
+    "errors": ("EmptyDataError", "ShardError", "Skipped", "WorkerError"),
+    "held_out_data": ("HeldOut", "held_out"),
+    "loader": ("Loader", "make_loader"),
+    "pack": ("packed",),  # simplclip.data.pack is the module
+    "sidecars": ("dataset_size", "teacher_stamp"),
+    "sources": ("expand", "sources_of"),
+}
+__all__ = [name for names in _MODULES.values() for name in names]  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from torch import Tensor
 
-from simplclip.data.broken import BrokenSample
+from simplclip.data.errors import BrokenSample
 
 try:
     import simplejpeg
@@ -33,7 +33,7 @@ def size_of(encoded: bytes, max_pixels: int | None = None) -> tuple[int, int]:
 
 
 def decode(encoded: bytes, *, scale: int = 1, max_pixels: int | None = None) -> Tensor:
-    """Decodes a file to RGB, uint8 [3, H, W]. Transparent images are composed on white.
+    """Decodes a file to RGB, uint8 [3, H, W].
 
     Args:
         encoded: the file.
@@ -66,19 +66,10 @@ def decode_pil(encoded: bytes, *, scale: int = 1, max_pixels: int | None = None)
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB, on white where the image is transparent. 16 bits are scaled to 8."""
+    """Converts an image to RGB as open_clip does, without its alpha. 16 bits are scaled to 8."""
     if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip to white
-        values, clear = np.asarray(image), image.info.get("transparency")
-        image = Image.fromarray(np.where(values == clear, 255, values >> 8).astype(np.uint8))
-    return on_white(image) if image.has_transparency_data else image.convert("RGB")
-
-
-def on_white(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
-    """Composes an image at the centre of a white RGB image of `size`, by default its own size."""
-    image = image.convert("RGBA")
-    canvas = Image.new("RGBA", size or image.size, "white")
-    canvas.alpha_composite(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
-    return canvas.convert("RGB")
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def to_tensor(image: Image.Image) -> Tensor:

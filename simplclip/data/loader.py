@@ -1,167 +1,225 @@
-"""Image-text pairs from WebDataset shards, for training: `make_loader`. heldout.py reads held-out data.
+"""Image-text pairs from tars, for training: `make_loader`. held_out.py reads held-out data.
 
-Two fields of a sample's json are used: "group" (samples of one group show the same thing and are not each other's
-negatives) and "label" (the class, for zero-shot classification). simplclip/data/shards.py defines shards and samples.
+A worker's stream has no end: in each pass it shuffles the tars by (seed, pass), takes its part of them, shuffles samples in a
+buffer, and only then draws captions, decodes, augments and tokenises. So a position is two numbers for each worker, the
+pass and the samples consumed in it, and another process can go on from there without decoding what came before.
 """
 
-import copy
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from functools import cached_property
-from typing import Any
+from __future__ import annotations
 
+import contextlib
+import copy
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from PIL import Image
+from webdataset import filters
 
-from simplclip.common.errors import InputError, UserError
-from simplclip.data.broken import Skipped
-from simplclip.data.epoch import Batch, Epoch, Position, Share, WorkerItem
-from simplclip.data.pairs import check_sidecars, epoch_size, parts_of
-from simplclip.data.parts import in_words
-from simplclip.data.shards import check_count
+from simplclip.common.errors import InputError
+from simplclip.data import sidecars as joining
+from simplclip.data import tars
+from simplclip.data.decode import decode_pil
+from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
+from simplclip.data.samples import Pair, check_count, parse, place_of, stable_hash
 from simplclip.data.sidecars import Folders
-from simplclip.data.tar import MAX_BYTES
-from simplclip.data.transforms import ImageTransform
-from simplclip.data.workers import WorkerError, from_workers
+from simplclip.data.sources import Source, in_words, sources_of
+from simplclip.data.tars import MAX_BYTES, Sample
+from simplclip.data.transforms import ImageTransform, View, stack
+from simplclip.data.workers import from_workers
 
-RESTARTS = 3  # most restarts of loader processes in an epoch
+EMPTY_PASSES = 3  # passes in a row over a worker's part without a usable sample, after which the data count as empty
+
+Batch = dict[str, Any]
+_NUMPY: Any = np.random  # Any, since numpy's types leave out the global bit generator
+_NUMPY_GENERATOR = np.random.MT19937(0)
 
 
-class EmptyEpochError(UserError, RuntimeError):
-    """An epoch has no batch; the message says why."""
+class WorkerItem(NamedTuple):
+    """A batch, and the position of the worker after it."""
+
+    batch: Batch
+    worker: int
+    number: int  # of the pass
+    consumed: int  # samples of the worker's part of this pass, broken ones included
+    skipped: Skipped  # since the worker's last item
+
+
+@dataclass
+class Pairs:
+    """The batches of the workers; `make_loader` documents the fields."""
+
+    sources: list[Source]
+    turn: int  # the worker that yields the first item
+    positions: list[tuple[int, int]]  # of each worker: the pass, and the samples consumed in it
+    tokenizer: Callable
+    transform: Callable
+    batch_size: int
+    captions_per_image: int
+    shuffle: bool
+    shuffle_buffer: int
+    seed: int
+    teacher: bool
+    on_error: str
+    sidecars: Folders
+    max_pixels: int | None
+    max_bytes: int
+    rank: int
+    world_size: int
+
+    def items(self, process: int, workers: int) -> Iterator[WorkerItem]:
+        """Yields the batches of one worker without end. Raises ShardError, and EmptyDataError if no sample is usable."""
+        worker = (process + self.turn) % workers
+        first, skip = self.positions[worker]
+        skipped = Skipped()
+        rows: list[tuple] = []  # of the next batch
+        empty = 0  # passes in a row without a usable sample
+        for number in itertools.count(first):
+            order = self._order(number)
+            usable = bool(skip) or not order
+            samples = self._part(order, number, worker, workers, skipped)
+            for consumed, sample in enumerate(samples, 1):
+                if consumed <= skip:
+                    continue
+                if skip and consumed == skip + 1:
+                    skipped.take()  # counted before the resume, but for the damage within the shuffle buffer
+                try:
+                    rows.append(self._prepare(sample, number))
+                except BrokenSample as broken:
+                    skipped.add(broken.args[0], place_of(sample), broken.args[1])
+                    continue
+                usable = True
+                if len(rows) == self.batch_size:
+                    yield WorkerItem(self._collate(rows), worker, number, consumed, skipped.take())
+                    rows = []
+            skip = 0
+            empty = 0 if usable else empty + 1
+            if empty == EMPTY_PASSES:
+                whose = f"worker {self.rank * workers + worker + 1} of {self.world_size * workers}"
+                raise EmptyDataError(
+                    f"data: expected usable samples for every loader process, got none in {in_words(self.sources)} for "
+                    f"{whose}; {skipped}"
+                )
+
+    def _order(self, number: int) -> list[tuple[Source, int]]:
+        """Returns the tars of a pass in order, each with the number of its copy."""
+        draw = random.Random(f"{self.seed}/{number}")
+        order: list[tuple[Source, int]] = []
+        for source in self.sources:
+            copies = int(source.weight) + (source.weight % 1 > 0 and draw.random() < source.weight % 1)
+            order += [(source, copy_number) for copy_number in range(copies)]
+        if self.shuffle:
+            draw.shuffle(order)
+        return order
+
+    def _part(
+        self, order: list[tuple[Source, int]], number: int, worker: int, workers: int, skipped: Skipped
+    ) -> Iterator[Sample]:
+        """Yields the samples of one worker in a pass: webdataset's split_by_node, then split_by_worker, of the tars.
+
+        With fewer tars than workers of all ranks, each worker reads all tars and takes its share of the samples.
+        """
+        part, parts = self.rank * workers + worker, self.world_size * workers
+        if len(order) >= parts:
+            order = order[self.rank :: self.world_size][worker::workers]
+            samples = (sample for tar in order for sample in self._read(*tar, skipped))
+        else:
+            samples = self._divided(order, part, parts, skipped)
+        if self.shuffle:
+            draw = random.Random(f"{self.seed}/{number}/{part}/{parts}")
+            samples = filters.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=draw)(samples)
+        return samples
+
+    def _divided(self, order: list[tuple[Source, int]], part: int, parts: int, skipped: Skipped) -> Iterator[Sample]:
+        """Yields the samples n of tars, counted over all of them, with n % parts == part."""
+        damage = skipped if part == 0 else Skipped()  # every worker meets it
+        number = 0
+        for source, copy_number in order:
+
+            def wanted(sample: int, start: int = number) -> bool:
+                return (start + sample) % parts == part
+
+            for sample in self._read(source, copy_number, damage, wanted):
+                if number % parts == part:
+                    yield sample
+                number += 1
+
+    def _read(
+        self, source: Source, copy: int, skipped: Skipped, wanted: Callable[[int], bool] | None = None
+    ) -> Iterator[Sample]:
+        join = partial(joining.zipped, shard=source.url, folders=self.sidecars) if self.sidecars else None
+        options = {"sidecars": join, "max_bytes": self.max_bytes, "on_error": self.on_error, "wanted": wanted}
+        for sample in tars.read(source, skipped, **options):
+            if copy:
+                sample["__copy__"] = copy
+            yield sample
+
+    def _prepare(self, sample: Sample, number: int) -> tuple:
+        """Returns the row of a sample. Raises BrokenSample."""
+        pair = parse(sample, self.teacher)
+        with seeded(self.seed, number, pair.place, *filter(None, (sample.get("__copy__"),))):
+            drawn = _draw(len(pair.captions), self.captions_per_image)
+            view_number = random.randrange(len(pair.views)) if pair.views else 0
+            view = pair.views[view_number] if pair.views else None
+            pixels, colour = pixels_of(self.transform, pair, view, self.max_pixels)
+        features = None
+        if self.teacher:
+            captions = len(pair.features) - len(pair.captions)  # the row where the captions' features begin
+            features = torch.from_numpy(pair.features[[view_number, *(captions + i for i in drawn)]])
+            features = features.view(torch.bfloat16) if features.dtype == torch.uint16 else features
+        texts = [pair.captions[i] for i in drawn]
+        return pixels, colour, texts, pair.group_id, pair.key, pair.record, features
+
+    def _collate(self, rows: list[tuple]) -> Batch:
+        images, colours, texts, groups, keys, records, features = zip(*rows)
+        one = self.captions_per_image == 1
+        tokens = self.tokenizer([text for several in texts for text in several])
+        batch: Batch = {
+            "image": stack(images) if images[0].dtype == torch.uint8 else torch.stack(images),
+            "text": tokens if one else tokens.unflatten(0, (-1, self.captions_per_image)),
+            "group": torch.tensor(groups, dtype=torch.int64),
+            "key": list(keys),
+            "meta": list(records),
+        }
+        if colours[0] is not None:
+            batch["colour"] = torch.tensor(colours)
+        if self.teacher:
+            stacked = torch.stack(features)
+            batch |= {"teacher_image": stacked[:, 0], "teacher_text": stacked[:, 1] if one else stacked[:, 1:]}
+        return batch
 
 
 class Loader:
-    """Loader of training batches, made by `make_loader`, which documents it.
+    """Training batches without end, made by `make_loader`, which documents it.
 
-    parts: the parts of the shards, by `parts_of`. restarts: why loader processes were started again, one line for each time.
+    skipped: counts of what was damaged in the batches so far, by reason, with the first of each.
     """
 
-    def __init__(self, dataset: Epoch, drop_last: bool, workers: int, pin_memory: bool) -> None:
-        self._dataset, self.parts, self._drop_last = dataset, dataset.parts, drop_last
-        self._workers, self._pin_memory = workers, pin_memory
-        self.restarts: list[str] = []
-        self._start(0)
+    def __init__(self, pairs: Pairs, workers: int, pin_memory: bool) -> None:
+        self._pairs, self._workers, self._pin_memory = pairs, workers, pin_memory
+        self._turn, self._positions = pairs.turn, list(pairs.positions)
+        self.skipped = Skipped()
 
-    def _start(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._skipped = Skipped()
-        self._used = self._left_over = self._batches_done = 0
-        self._positions = [Position() for _ in range(max(1, self._workers))]
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Numbers of broken samples by reason, in the current or last epoch, up to the last batch."""
-        return dict(self._skipped.counts)
-
-    def report(self) -> str:
-        """Returns a line on the current or last epoch: samples used, and samples skipped by reason with the first of each.
-
-        The line does not contain the epoch's number, so that equal epochs have equal reports.
-        """
-        left = f", {self._left_over} left over (drop_last)" if self._left_over else ""
-        return f"{self._used} samples used{left}, {self._skipped}"
-
-    @cached_property
-    def samples_per_epoch(self) -> int | None:
-        """Samples of an epoch if none is broken; None if the shards are streams, or too large to count."""
-        return epoch_size(self.parts)
-
-    @property
-    def batches_per_epoch(self) -> int | None:
-        """Batches of an epoch if no sample is broken; None as for `samples_per_epoch`."""
-        samples, size = self.samples_per_epoch, self._dataset.batch_size
-        if samples is None:
-            return None
-        return samples // size if self._drop_last else -(-samples // size)
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches after the last one that was yielded. Raises ShardError, EmptyDataError, WorkerError."""
+        pairs = replace(self._pairs, turn=self._turn, positions=list(self._positions))
+        item: WorkerItem
+        for item in from_workers(pairs.items, self._workers, self._pin_memory):
+            self._positions[item.worker] = item.number, item.consumed
+            self._turn = (item.worker + 1) % len(self._positions)
+            self.skipped.merge(item.skipped)
+            yield item.batch
 
     def state(self) -> dict[str, Any]:
-        """Returns the position after the last batch, for `epoch`: plain values and tensors. O(broken samples)."""
-        workers = [{"items": at.items, "lost": torch.tensor(sorted(at.lost), dtype=torch.int64)} for at in self._positions]
-        skipped = {"counts": dict(self._skipped.counts), "examples": dict(self._skipped.examples)}
-        about = {"epoch": self._epoch, "batches": self._batches_done, "batch_size": self._dataset.batch_size}
-        return about | {"skipped": skipped, "workers": workers}
-
-    def epoch(self, epoch: int, skip_batches: int = 0, state: Mapping[str, Any] | None = None) -> Iterator[Batch]:
-        """Yields the batches of an epoch without the first `skip_batches`.
-
-        state: what `state` returned after these batches. With it they are skipped without being decoded. A state of another
-            position, batch size or number of workers is ignored.
-        """
-        check_count("epoch", epoch, 0)
-        check_count("skip_batches", skip_batches, 0)
-        return self._restarted(epoch, skip_batches, state)
-
-    def _restarted(self, epoch: int, skip_batches: int, state: Mapping[str, Any] | None) -> Iterator[Batch]:
-        """Yields the batches. If a loader process dies, loading restarts after the last batch, at most RESTARTS times."""
-        for left in reversed(range(RESTARTS + 1)):
-            try:
-                yield from self._batches(epoch, skip_batches, state)
-                return
-            except WorkerError as error:
-                if not left:
-                    raise
-                if self._batches_done >= skip_batches:
-                    skip_batches, state = self._batches_done, self.state()
-                self.restarts.append(f"{error} (restarted after batch {skip_batches} of epoch {epoch})")
-
-    def _batches(self, epoch: int, skip_batches: int, state: Mapping[str, Any] | None) -> Iterator[Batch]:
-        self._start(epoch)
-        here = (epoch, skip_batches, self._dataset.batch_size)
-        there = state and tuple(state[name] for name in ("epoch", "batches", "batch_size"))
-        known = None
-        if here == there and len(state["workers"]) == len(self._positions):
-            self._skipped = Skipped(Counter(state["skipped"]["counts"]), dict(state["skipped"]["examples"]))
-            known = [Position(at["items"], set(at["lost"].tolist())) for at in state["workers"]]
-            self._positions = [Position(0, set(at.lost)) for at in known]  # skipped items are counted again
-        dataset = replace(self._dataset, epoch=epoch, positions=known)
-        for batch, size in self._whole_batches(dataset):
-            self._batches_done += 1
-            self._used += size
-            if self._batches_done > skip_batches:
-                yield batch
-        number = self._batches_done
-        if number == 0:
-            need = f"batch_size {dataset.batch_size} with drop_last" if self._drop_last else "a batch"
-            raise EmptyEpochError(
-                f"epoch {epoch} of {in_words(dataset.parts)} has no batch: {self._left_over} usable samples do not fill "
-                f"{need}; {self._skipped}"
-            )
-        if number < skip_batches and known is None:  # with a state, shards may have vanished since
-            raise InputError(f"skip_batches: expected at most {number}, the batches of epoch {epoch}, got {skip_batches}")
-
-    def _whole_batches(self, dataset: Epoch) -> Iterator[tuple[Batch | None, int]]:
-        """Yields the full batches of the workers, then batches merged from their last, smaller ones; each with its size."""
-        ends = []
-        item: WorkerItem
-        for item in from_workers(dataset, self._workers, self._pin_memory):
-            position = self._positions[item.worker]
-            position.items += 1
-            position.lost.update(item.lost)
-            self._skipped.merge(item.skipped)
-            if not item.last:
-                yield item.batch, item.size
-            elif item.batch is not None:
-                ends.append(item.batch)
-        if ends:
-            yield from self._merged(ends, dataset.batch_size)
-
-    def _merged(self, ends: list[Batch], batch_size: int) -> Iterator[tuple[Batch, int]]:
-        merged = {
-            name: torch.cat([end[name] for end in ends])
-            if isinstance(ends[0][name], torch.Tensor)
-            else [value for end in ends for value in end[name]]
-            for name in ends[0]
-        }
-        count = len(merged["key"])
-        for start in range(0, count, batch_size):
-            size = min(batch_size, count - start)
-            if size < batch_size and self._drop_last:
-                self._left_over = size
-                return
-            own = self._dataset.share.rows(size) if self._dataset.share else slice(size)
-            yield {name: value[start : start + size][own] for name, value in merged.items()}, size
+        """Returns the position of this rank after the last batch, for `make_loader`: ints, and lists of an int a worker."""
+        about = {name: getattr(self._pairs, name) for name in ("rank", "world_size", "seed")}
+        passes, consumed = zip(*self._positions)
+        return about | {"workers": self._workers, "turn": self._turn, "passes": list(passes), "consumed": list(consumed)}
 
 
 def make_loader(
@@ -175,102 +233,143 @@ def make_loader(
     teacher: bool = False,
     sidecars: Folders = (),
     shuffle: bool = True,
-    seed: int = 0,
-    drop_last: bool = True,
     shuffle_buffer: int = 4096,
+    seed: int = 0,
     pin_memory: bool = False,
     on_error: str = "skip",
     max_pixels: int | None = None,
     max_bytes: int = MAX_BYTES,
-    prefix: tuple[int, ...] | None = None,
-    share: Share | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    state: Mapping[str, Any] | None = None,
 ) -> Loader:
-    """Returns a loader of training batches.
+    """Returns a loader of training batches. Iterating it has no end: each worker goes over its part of the data again.
 
-    `Loader.epoch(e)` yields dicts: "image" uint8 [N, 3, S, S], and "colour" float32 [N, P] if the transform changes colours
+    Batches are dicts: "image" uint8 [N, 3, S, S], and "colour" float32 [N, P] if the transform changes colours
     (`transform.finish` takes both on the device; the images of a caller's own transform are float32 and finished), "text"
     int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict]
     (the json). With captions_per_image k > 1 "text" is [N, k, L].
 
-    With `teacher` there are also "teacher_image" [N, D̂] and "teacher_text" [N, D̂] or [N, k, D̂], float16 or bfloat16: a
+    With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D], float16 or bfloat16: a
     teacher's features of the images and of the drawn captions. If the teacher saw views of an image, one of these views is
     drawn in place of the transform's own augmentation, and the features are those of the pixels in "image". Otherwise they
     are the features of the image without augmentation.
 
-    Order: shards (of tables and folders, pieces of 512 samples) are shuffled, then samples in a buffer of `shuffle_buffer`
-    samples per worker; a buffer that holds all samples of a worker shuffles them fully. Workers divide the shards; if there
-    are fewer shards than workers, each worker reads all shards and takes its share of the samples. The order depends on
-    (seed, epoch, workers) only. The drawn caption and the augmentation of a sample depend on (seed, epoch, shard's name,
-    key): the transform may draw from the global generators of torch (CPU), random and numpy, which are seeded for it and
-    restored. `Loader.epoch(e, skip_batches=k)` yields exactly what `epoch(e)` yields after k batches. Given `Loader.state()`
-    of that place too, it skips without decoding, 20,000 samples a second or more in each worker, but reads streams again.
-
-    Samples that do not fill a worker's last batch are joined with those of the other workers at the end of the epoch;
-    drop_last drops fewer than `batch_size` samples in all, whatever the number of workers.
+    Order: in each pass the shards are shuffled by (seed, pass), ranks and then workers divide them, and samples are shuffled
+    in a buffer of `shuffle_buffer` samples per worker; a buffer that holds all samples of a worker shuffles them fully. If
+    there are fewer shards than workers of all ranks, each worker reads all shards and takes its share of the samples. In each
+    pass of all workers every sample comes once, or as often as its weight says. The order depends on (seed, workers,
+    world_size) only; the drawn caption and the augmentation of a sample depend on (seed, pass, shard's name, key): the
+    transform may draw from the global generators of torch (CPU), random and numpy, which are seeded for it and restored.
 
     Args:
-        shards: tars by path, brace expression, glob, URL, pipe:COMMAND or list file; a table; a folder of images; a mapping
-            {"shards": one of these or a list, "weight": W}; or a list of these. See `pairs.parts_of`.
+        shards: tars by path, brace expression, glob, URL, pipe:COMMAND or list file; a mapping {"shards": one of these or a
+            list, "weight": W}; or a list of these. See `sources.sources_of`.
         tokenizer: list of captions -> int64 [N, L].
         transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such as open_clip's, whose
             exceptions are raised, naming the sample.
-        batch_size: samples per batch, N.
+        batch_size: samples of each of this rank's batches, N.
+        workers: number of loader processes; 0 reads in the calling process.
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
-        teacher: read the features that `simplclip teacher` wrote; a sample without features raises ShardError.
+        teacher: read the features that `simplclip teacher` wrote.
         sidecars: folders with further files of the samples, e.g. those of `simplclip teacher`, in the order in which they are
             joined; see `simplclip.data.sidecars`.
-        workers: number of loader processes; 0 reads in the calling process.
-        shuffle_buffer: number of samples. The buffer holds encoded files of streams and compressed tars, else only places.
+        shuffle_buffer: number of samples, whose files are held in memory.
         pin_memory: copy batches to page-locked memory, for a GPU.
-        on_error: "skip" counts shards that cannot be read after several tries, and samples that cannot be read any more;
-            "stop" raises ShardError for both.
-        prefix: the shape of an output of an image tower's frozen prefix. The trainer's `data.cache_prefix` stores the outputs
-            as prefix.npy in a sidecar, one for each of the teacher's views of the image. In place of "image" the batches have
-            "prefix" float16 [N, *prefix], the output for the drawn view, and no image is read.
-        share: the rows of each batch that this rank gets, if several ranks read the same data. `batch_size` then counts the
-            rows of all ranks, a multiple of their number. Each rank reads all samples and streams, but decodes its own rows.
+        on_error: "skip" counts damaged tars, "stop" raises ShardError. Broken samples are counted in both cases.
         max_pixels: an image whose header promises more pixels is skipped before it is decoded; by default Pillow's limit.
         max_bytes: a sample whose files have more bytes together is skipped without being read.
+        rank, world_size: this process and their number.
+        state: `Loader.state()` of an earlier loader of this rank. The batches are exactly those that would have followed: the
+            samples before are read, but not decoded.
 
-    If a loader process dies, loading restarts after the last batch, at most RESTARTS times in an epoch. The batches stay the
-    same, and `Loader.restarts` has the reasons.
-
-    Raises: ValueError if an argument is out of range or shards match no file; ShardError if a shard has no sidecar or has
-    changed since its sidecar was made. While iterating: ShardError if a teacher's features are missing, or if a shard cannot
-    be read and on_error is "stop"; WorkerError if loader processes died more often (never while the caller uses a batch);
-    EmptyEpochError if there is no batch.
+    Raises: InputError if an argument is out of range, shards match no file, or the state is of another rank or another number
+    of ranks or workers; ShardError if a shard has no sidecar or has changed since its sidecar was made. While iterating:
+    ShardError if a teacher's features are missing or belong to other captions, or a stream or disk fails after several tries;
+    WorkerError if a loader process died (never while the caller uses a batch); EmptyDataError if no sample is usable.
     """
-    check_count("batch_size", batch_size, 1)
-    check_count("captions_per_image", captions_per_image, 1)
+    options = {name: value for name, value in locals().items() if name in Pairs.__dataclass_fields__}
+    counts = {"batch_size": batch_size, "captions_per_image": captions_per_image, "shuffle_buffer": shuffle_buffer}
+    for name, value in (counts | {"max_bytes": max_bytes, "world_size": world_size}).items():
+        check_count(name, value, 1)
     check_count("workers", workers, 0)
-    check_count("shuffle_buffer", shuffle_buffer, 1)
-    check_count("max_bytes", max_bytes, 1)
+    if not 0 <= rank < world_size:
+        raise InputError(f"rank: expected 0 to {world_size - 1}, got {rank!r}")
     if on_error not in ("skip", "stop"):
         raise InputError(f"on_error: expected skip or stop, got {on_error!r}")
     if max_pixels is not None and isinstance(transform, ImageTransform):
         transform = copy.copy(transform)
         transform.max_pixels = max_pixels
-    if share and (batch_size % share.ranks or not drop_last):
-        raise InputError(
-            f"batch_size: expected a multiple of the {share.ranks} ranks, with drop_last, got {batch_size} and {drop_last}"
+        options["transform"] = transform
+    sources = sources_of(shards)
+    joining.check([source.url for source in sources], sidecars)
+    turn, positions = _resumed(state, workers, {"rank": rank, "world_size": world_size, "seed": seed})
+    return Loader(Pairs(sources, turn, positions, **options), workers, pin_memory)
+
+
+def _resumed(state: Mapping[str, Any] | None, workers: int, expected: dict[str, int]) -> tuple[int, list[tuple[int, int]]]:
+    """Returns the turn and the positions of a state, or of the start. Raises InputError for a state of another loader."""
+    if state is None:
+        return 0, [(0, 0)] * max(1, workers)
+    for name, value in (expected | {"workers": workers}).items():
+        if state.get(name) != value:
+            raise InputError(f"state: expected one of {name} {value}, got {state.get(name)}")
+    passes, consumed = state["passes"], state["consumed"]
+    if not len(passes) == len(consumed) == max(1, workers):
+        raise InputError(f"state: expected positions of {max(1, workers)} workers, got {len(passes)} and {len(consumed)}")
+    return state["turn"], list(zip(passes, consumed))
+
+
+@contextlib.contextmanager
+def seeded(*parts: object) -> Iterator[None]:
+    """Seeds the global generators that transforms use by `parts`, and restores them afterwards."""
+    seed = stable_hash("/".join(map(str, parts)))
+    states = torch.get_rng_state(), random.getstate(), _NUMPY.get_bit_generator()
+    # torch.manual_seed would also seed the GPU's generators.
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    _NUMPY.set_bit_generator(_NUMPY_GENERATOR)  # 30 times cheaper than saving and restoring the state
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        _NUMPY.set_bit_generator(states[2])
+
+
+def pixels_of(
+    transform: ImageTransform | Callable, pair: Pair, view: View | None = None, max_pixels: int | None = None
+) -> tuple[torch.Tensor, list[float] | None]:
+    """Returns the transformed image of a sample, and the parameters with which `ImageTransform.finish` changes its colour.
+
+    view: the view to replay instead of drawing one. max_pixels: as for `decode`, for a caller's transform only.
+    Raises BrokenSample. With a caller's transform, raises ShardError if a view is given, RuntimeError if the transform fails.
+    """
+    if isinstance(transform, ImageTransform):
+        encoded = pair.encoded
+        pixels, view = transform.drawn(encoded) if view is None else (transform.apply(encoded, view), view)
+        return pixels, view.get("colour")
+    if view is not None:
+        raise ShardError(
+            f"sample {pair.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "
+            f"got {transform!r}"
         )
-    parts = parts_of(shards)
-    check_sidecars(parts, sidecars)
-    dataset = Epoch(
-        parts=parts,
-        tokenizer=tokenizer,
-        transform=transform,
-        batch_size=batch_size,
-        captions=captions_per_image,
-        shuffle=shuffle,
-        shuffle_buffer=shuffle_buffer,
-        seed=seed,
-        teacher=teacher,
-        on_error=on_error,
-        sidecars=sidecars,
-        max_pixels=max_pixels,
-        max_bytes=max_bytes,
-        prefix=prefix,
-        share=share,
-    )
-    return Loader(dataset, drop_last, workers, pin_memory)
+    return called(transform, decode_pil(pair.encoded, max_pixels=max_pixels), pair), None
+
+
+def called(transform: Callable, image: Image.Image, pair: Pair) -> torch.Tensor:
+    """Applies a caller's transform to an image. Its errors become a RuntimeError that names the sample."""
+    try:
+        return transform(image)
+    except Exception as error:
+        place = f"{pair.key!r} of shard {pair.url!r}"
+        raise RuntimeError(f"the transform failed on sample {place}: {type(error).__name__}: {error}") from error
+
+
+def _draw(count: int, wanted: int) -> list[int]:
+    """Draws `wanted` of `count` captions at random, different ones if there are enough."""
+    drawn: list[int] = []
+    while len(drawn) < wanted:
+        drawn += random.sample(range(count), min(count, wanted - len(drawn)))
+    return drawn

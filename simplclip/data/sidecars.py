@@ -1,9 +1,10 @@
 """Sidecars: folders of tars with the names of the data's shards, whose files are joined to the samples by key.
 
     data/train-000000.tar       KEY.jpg, KEY.txt
-    taught/train-000000.tar     KEY.teacher.npy, KEY.views.json
+    taught/train-000000.tar     KEY.teacher.npy, KEY.teacher.json
 
-A sidecar's file replaces the sample's file of the same suffix. `simplclip teacher` and `simplclip caption` write sidecars.
+A sidecar's file replaces the sample's file of the same suffix. A sidecar has its samples in the order of the shard, and may
+lack some. `simplclip teacher` and `simplclip caption` write sidecars (writer.py).
 """
 
 from __future__ import annotations
@@ -14,36 +15,31 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from webdataset.tariterators import base_plus_ext
-
 from simplclip.common.errors import InputError
-from simplclip.data import tar
-from simplclip.data.addresses import name_of
-from simplclip.data.broken import ShardError, Skipped
+from simplclip.data import tars
+from simplclip.data.errors import BrokenSample, ShardError, Skipped
+from simplclip.data.samples import TEACHER, TEACHER_JSON, VIEWS
+from simplclip.data.sources import Address, Source, name_of, sources_of
+from simplclip.data.tars import Sample
 from simplclip.data.text import json_of
 
-TEACHER = "teacher.npy"
-VIEWS = "views.json"
-PREFIX = "prefix.npy"
-
 Folders = Sequence[str | os.PathLike]
-Sample = dict[str, Any]
 
 
 def plain_name(shard: str) -> str:
-    """Returns the file name of a shard's sidecar or rewritten shard: the shard's own name without .gz, .xz or .bz2."""
-    return re.sub(r"\.tgz$", ".tar", re.sub(r"\.(gz|xz|bz2)$", "", name_of(shard)))
+    """Returns the file name of a shard's sidecar: the shard's own, without the .gz of a file that a command unpacks."""
+    return re.sub(r"\.(gz|xz|bz2|zst)$", "", name_of(shard))
 
 
 def beside(shard: str, folders: Folders) -> list[str]:
     """Returns the paths of a shard's sidecars in `folders`. Raises ShardError if one is missing."""
-    found = [os.path.join(os.path.expanduser(folder), plain_name(shard)) for folder in folders]
-    for path in found:
+    paths = [os.path.join(os.path.expanduser(folder), plain_name(shard)) for folder in folders]
+    for path in paths:
         if not os.path.isfile(path):
             raise ShardError(
-                f"shard {shard!r} has no sidecar {path!r}; run the command that wrote its folder on this shard too"
+                f"shard {str(shard)!r} has no sidecar {path!r}; run the command that wrote its folder on this shard too"
             )
-    return found
+    return paths
 
 
 def check(shards: Iterable[str], folders: Folders) -> None:
@@ -57,15 +53,16 @@ def check(shards: Iterable[str], folders: Folders) -> None:
     for shard in shards if folders else ():
         if names.setdefault(plain_name(shard), shard) != shard:
             raise InputError(
-                f"sidecars: expected shards of different file names, got {names[plain_name(shard)]!r} and {shard!r}"
+                f"sidecars: expected shards of different file names, got {str(names[plain_name(shard)])!r} and {str(shard)!r}"
             )
     for folder in map(os.path.expanduser, folders):
         if not os.path.isdir(folder):
             raise InputError(f"sidecars: expected folders, got {str(folder)!r}, which is none")
-        made = entries(folder)
+        listed = entries(folder)
         for shard in names.values():
             (path,) = beside(shard, [folder])
-            size = made.get(os.path.basename(path), {}).get("source", {}).get("bytes")
+            source = listed.get(os.path.basename(path), {}).get("source")
+            size = source.get("bytes") if isinstance(source, dict) else None
             if size is not None and os.path.exists(shard) and os.path.getsize(shard) != size:
                 raise ShardError(
                     f"shard {shard!r} has changed since its sidecar {path!r} was made: expected {size} bytes, got "
@@ -77,41 +74,115 @@ def entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """Reads the entries of a folder's meta.json, by the file name of the shard or sidecar; {} without a valid meta.json."""
     try:
         splits = json_of(Path(folder, "meta.json").read_text("utf-8"))["splits"].values()
-        return {name: entry for split in splits for name, entry in split["shards"].items()}
+        named = [item for split in splits for item in split["shards"].items()]
+        return {name: entry for name, entry in named if isinstance(entry, dict)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
 
 
-def joined(samples: Iterable[Sample], shard: str, folders: Folders, skipped: Skipped) -> Iterator[Sample]:
-    """Yields the samples of a shard with the Spans of its sidecars' files. Memory: the sidecars' headers of one shard.
+def zipped(samples: Iterable[Sample], shard: str, folders: Folders) -> Iterator[Sample]:
+    """Yields the samples of a shard with their sidecars' files. The sidecars have the samples in the shard's order.
 
-    A sample whose key an earlier sample has is left out and counted, since the sidecars' files belong to the earlier one.
-    Raises ShardError for a sidecar that is missing or damaged.
+    A sample whose key an earlier sample has becomes a broken one, since the sidecars' files belong to the earlier one.
+    Raises ShardError for a sidecar that is missing or damaged, or has other samples than the shard.
     """
-    tables = [_files(path) for path in beside(shard, folders)]
+    sidecars = [_Sidecar(path) for path in beside(shard, folders)]
     seen: set[str] = set()
     for sample in samples:
         key = sample["__key__"]
         if key in seen:
-            skipped.add("duplicate key in tar", f"{name_of(shard)}/{key}")
-            continue
-        seen.add(key)
-        for table in tables:
-            files = table.pop(key, {})
-            if TEACHER in files:
-                sample.pop(VIEWS, None)  # views of the former teacher, whose features are replaced
-            sample.update(files)
+            sample["__double__"] = BrokenSample("duplicate key in tar", "")
+        else:
+            seen.add(key)
+            for sidecar in sidecars:
+                files = sidecar.take(key)
+                if TEACHER in files:  # those of a former teacher are replaced
+                    for suffix in (VIEWS, TEACHER_JSON):
+                        sample.pop(suffix, None)
+                sample.update(files)
         yield sample
+    for sidecar in sidecars:
+        sidecar.check_end()
 
 
-def _files(path: str) -> dict[str, dict[str, tar.Span]]:
-    """Reads the places of a sidecar's files: key -> suffix -> Span."""
-    found: dict[str, dict[str, tar.Span]] = {}
+class _Sidecar:
+    """The samples of a sidecar, one after another."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.damage = path, Skipped()
+        self.samples = tars.read(Source(path, name=path), self.damage, on_error="stop")
+        self.following = self._next()
+
+    def _next(self) -> Sample | None:
+        try:
+            return next(self.samples, None)
+        except ShardError as error:
+            raise ShardError(f"sidecar of {error}; make it again by the command that wrote it") from error.__cause__
+
+    def take(self, key: str) -> Sample:
+        """Returns the files of a sample, none if the sidecar goes on with another one."""
+        if self.following is None or self.following["__key__"] != key:
+            return {}
+        files = {suffix: value for suffix, value in self.following.items() if not suffix.startswith("__")}
+        self.following = self._next()
+        return files
+
+    def check_end(self) -> None:
+        if self.following is not None:
+            raise ShardError(
+                f"sidecar {self.path!r} has the sample {self.following['__key__']!r}, which its shard does not have in that "
+                "place; make it again by the command that wrote it"
+            )
+
+
+def teacher_stamp(shards: Any, folders: Folders = ()) -> dict[str, Any]:
+    """Returns the teacher of the features: "name", "width" D, "logit_scale", and "views" if it saw views of the images.
+
+    The teacher is taken from the last of the sidecars' `folders` whose meta.json names one, else from the meta.json beside
+    the shards.
+    Raises ShardError if there is no teacher, or if the folders of the shards have different teachers.
+    """
+    for folder in reversed(folders):
+        if (stamp := _stamp(os.path.expanduser(folder))) is not None:
+            return stamp
+    shard_folders = list(dict.fromkeys(os.path.dirname(source.url) for source in sources_of(shards)))
+    stamps = [_stamp(folder) for folder in shard_folders]
+    for folder, stamp in zip(shard_folders, stamps):
+        if stamp is None:
+            names = " or ".join(os.path.join(place, "meta.json") for place in (*folders, folder))
+            raise ShardError(
+                f"shards: expected a teacher's features, but no teacher is named in {names}; make them by "
+                "`simplclip teacher`, and name the folder that it writes in data.sidecars"
+            )
+        if stamp != stamps[0]:
+            raise ShardError(
+                f"shards: expected features of one teacher, got different ones in {shard_folders[0]!r} and {folder!r}"
+            )
+    return stamps[0] or {}
+
+
+def _stamp(folder: str | os.PathLike) -> dict[str, Any] | None:
     try:
-        for name, span in tar.members(path):
-            key, suffix = base_plus_ext(name)
-            if key is not None:
-                found.setdefault(key, {})[suffix.lower()] = span
-    except tar.ERRORS as error:
-        raise ShardError(f"sidecar {path!r} cannot be read: {error}; make it again by the command that wrote it") from error
-    return found
+        stamp = json_of(Path(folder, "meta.json").read_text("utf-8"))["teacher"]
+        return stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
+        return None
+
+
+def dataset_size(shards: Any) -> int | None:
+    """Returns the samples of a pass over shards, with their weights, as the meta.json beside them counts them.
+
+    None if a shard is a stream, or is not listed with its present size.
+    """
+    sources = sources_of(shards)
+    listed = {folder: entries(folder) for folder in {os.path.dirname(source.url) for source in sources}}
+    total = 0.0
+    for source in sources:
+        entry = listed[os.path.dirname(source.url)].get(os.path.basename(source.url), {})
+        try:
+            if isinstance(source.url, Address) or int(entry["bytes"]) != os.path.getsize(source.url):
+                return None
+            total += int(entry["samples"]) * source.weight
+        except (OSError, ValueError, LookupError, TypeError, OverflowError):
+            return None
+    return round(total)

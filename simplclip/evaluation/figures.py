@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from simplclip.retrieval.metrics import KS
+from simplclip.evaluation.retrieval import KS
 
 Figure = Mapping[str, float]
 
@@ -17,36 +17,28 @@ Figure = Mapping[str, float]
 def table(results: Mapping[str, Any]) -> Table:
     """Returns `evaluate`'s figures in per cent, for 80 columns. Figures of several models stand above their common chance."""
     models = [results, *results.get("baselines", {}).values()]
-    step = "" if results["step"] is None else f", step {results['step']}"
+    title = f"{results['model']}{'' if results['step'] is None else ', step ' + str(results['step'])}"
     shown = Table(
-        title=f"{len(models)} models" if models[1:] else f"{results['model']}{step}",
+        title=f"{len(models)} models" if models[1:] else title,
         caption="share found among the first k",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
     shown.add_column("split", overflow="fold", max_width=14)
     shown.add_column("among", no_wrap=True)
-    if models[1:]:
-        shown.add_column("model", overflow="fold")
+    shown.add_column("model" if models[1:] else "", overflow="fold")
     for k in KS:
         shown.add_column(f"@{k}", justify="right", no_wrap=True)
-
-    def add(first: str, among: str, model: str, cells: list[str], style: str = "") -> None:
-        blank = [""] * (len(KS) - len(cells))
-        shown.add_row(first, among, *([model] if models[1:] else []), *cells, *blank, style=style)
-
-    for split in dict.fromkeys(name for model in models for name in model["splits"]):
-        rows: dict[str, list[tuple[str, list[Figure]]]] = {}
-        for model in models:
-            if split in model["splits"]:
-                for among, figures in _rows(model["splits"][split]).items():
-                    rows.setdefault(among, []).append((escape(str(model["checkpoint"])), figures))
-        title = escape(split)
-        for among, several in rows.items():
-            for number, (name, figures) in enumerate(several):
-                add("" if number else title, "" if number else among, name, [percent(figure["value"]) for figure in figures])
-            add("", "  chance", "", [percent(figure["chance"]) for figure in several[0][1]], "dim")
-            title = ""
+    for split in results["splits"]:
+        heading = escape(split)
+        rows = [_rows(model["splits"][split]) for model in models]
+        for among, figures in rows[0].items():
+            first, second = heading, among
+            for model, row in zip(models, rows):
+                name = escape(str(model["checkpoint"])) if models[1:] else ""
+                shown.add_row(first, second, name, *(percent(figure["value"]) for figure in row[among]))
+                first = second = heading = ""
+            shown.add_row("", "  chance", "", *(percent(figure["chance"]) for figure in figures), style="dim")
         shown.add_section()
     return shown
 
@@ -67,8 +59,8 @@ def percent(share: float) -> str:
     return f"{share:.1%}" if share >= 5e-4 or not share else f"{float(f'{100 * share:.1g}'):.7f}".rstrip("0") + "%"
 
 
-def in_words(figures: Mapping[str, Mapping[str, float]], among: int) -> str:
+def in_words(figures: Mapping[str, Figure], among: int) -> str:
     """Returns the figures and their chance as one line of text for a picture."""
-    found = "   ".join(f"{name} {percent(figure['value'])}" for name, figure in figures.items())
+    values = "   ".join(f"{name} {percent(figure['value'])}" for name, figure in figures.items())
     chance = ", ".join(percent(figure["chance"]).rstrip("%") for figure in figures.values())
-    return f"{found}   of {among} (chance {chance}%)"
+    return f"{values}   of {among} (chance {chance}%)"

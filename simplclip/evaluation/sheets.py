@@ -1,24 +1,22 @@
-"""Contact sheets: pictures of queries and their nearest candidates, and of the classes that are confused most."""
+"""Contact sheets: pictures of queries and their nearest candidates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from simplclip.common.plotting import FRAME, INK, MUTED, draw_image, draw_text, frame, sheet, wrapped, write
-from simplclip.retrieval.metrics import nearest
-from simplclip.retrieval.split import Split
+from simplclip.evaluation.retrieval import nearest
+from simplclip.evaluation.split import Split
 
-RIGHT, WRONG = "#1a9850", "#d9480f"
-PAIRS = 10  # of a confusion sheet
-ROWS, TOP = 8, 5  # of a contact sheet: queries of each kind, and answers
+RIGHT = "#1a9850"
+ROWS, TOP = 8, 5  # queries of each kind, and answers
 
 
-def contact_sheet(path: str | Path, split: Split, title: str, subtitles: tuple[str, str] = ("", "")) -> Path:
+def contact_sheet(path: str | Path, split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> Path:
     """Writes a picture of ROWS captions with their TOP nearest images, and ROWS images with their nearest captions.
 
     split: an encoded split. The queries are drawn at random with a fixed seed. Right answers (same group) are framed green.
@@ -66,33 +64,6 @@ def contact_sheet(path: str | Path, split: Split, title: str, subtitles: tuple[s
     return write(figure, Path(path))
 
 
-def confusion_sheet(path: str | Path, split: Split, found: Mapping[str, Any], title: str, subtitle: str = "") -> Path | None:
-    """Writes a picture of the classes that are confused most, with images of each pair. Returns None if no image is wrong.
-
-    found: the result of `zero_shot` for this split.
-    """
-    pairs = found["confused"][:PAIRS]
-    if not pairs:
-        return None
-    shown = split.pictures([row for pair in pairs for row in pair["rows"]])
-    label, gap, columns = 4.6, 0.14, max(len(pair["rows"]) for pair in pairs)
-    width, height = max(label + columns * (1 + gap) + 0.1, 8), len(pairs) * (1 + gap)
-    figure, axis = sheet(width, height, 0.95)
-    draw_text(axis, 0, -0.75, wrapped(title, 90, 1), 15, fontweight="bold")
-    draw_text(axis, 0, -0.35, subtitle, 10, MUTED)
-    for number, pair in enumerate(pairs):
-        y = number * (1 + gap)
-        draw_text(axis, 0, y + 0.28, wrapped(pair["class"], 40, 1), 11, fontweight="bold")
-        draw_text(axis, 0, y + 0.53, wrapped(f"taken for {pair['taken_for']}", 44, 1), 11, WRONG)
-        share = f"{pair['images']} of {pair['of']} images, {pair['images'] / pair['of']:.0%}"
-        draw_text(axis, 0, y + 0.78, share, 9, MUTED)
-        for column, row in enumerate(pair["rows"]):
-            x = label + column * (1 + gap)
-            draw_image(axis, shown[row], x, y)
-            frame(axis, x, y)
-    return write(figure, Path(path))
-
-
-def _nearest(queries: Tensor, candidates: Any, k: int) -> tuple[list[list[int]], list[list[float]]]:
+def _nearest(queries: Tensor, candidates: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
     parts = list(nearest(queries, candidates, k))
     return [row for _, _, part in parts for row in part.tolist()], [row for _, part, _ in parts for row in part.tolist()]

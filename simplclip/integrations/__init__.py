@@ -1,1 +1,1 @@
-"""This library in other programs: open_clip and its trainer, transformers, and clip-benchmark."""
+"""This library in open_clip: its losses, its loading of models, and its own trainer."""

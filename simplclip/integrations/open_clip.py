@@ -19,7 +19,7 @@ from simplclip import losses, models
 from simplclip.common.errors import InputError
 from simplclip.models.mobileclip import from_published
 from simplclip.models.registry import Spec
-from simplclip.train.trust import check_options
+from simplclip.models.trained import check_options
 
 LOSSES = {
     "ClipLoss": losses.ClipLoss,
@@ -86,7 +86,7 @@ def register_models() -> list[str]:
     open_clip's functions work. Each global name that stands for open_clip's create_model or get_tokenizer is replaced, as by
     `use_losses`; calls with other names reach open_clip's own. Nothing else of open_clip changes. A second call does nothing.
 
-    Raises InputError if options in a folder, which may come from elsewhere, may fetch or unpickle files, see `train.trust`.
+    Raises InputError if options in a folder, which may come from elsewhere, may fetch or unpickle files.
     """
     factory, first = open_clip.factory, not _registered
     _registered.update({name: models.spec_of(name) for name in models.names()})

@@ -3,11 +3,11 @@
 
 ARGS are all arguments of `python -m open_clip_train.main`, and those of `parser()` below, whose defaults give the values of
 open_clip's losses. ClipPMLoss replaces ClipLoss, WIKDLoss DistillClipLoss, and SigLipLoss and CoCaLoss their namesakes.
-While `main` runs, the names `create_loss` (open_clip 3.3) or `create_task` (open_clip 4) and `train_one_epoch` in the module
-open_clip_train.main are replaced; no file is changed. --model takes the models of `register_models`, too.
+While `main` runs, a few names in the module open_clip_train.main are replaced; no file is changed. --model takes the models
+of `register_models`, too.
 
-Learned parameters of a loss (the plane of pair matching, projections to a teacher's width) do not belong to the model, see
-`LossParameters`.
+A loss that learns (the plane of pair matching, projections to a teacher's width) is the submodule `simplclip_loss` of the
+model: open_clip's optimizer trains it, DistributedDataParallel keeps it equal on all ranks, and checkpoints have it.
 """
 
 import argparse
@@ -15,26 +15,18 @@ import contextlib
 import functools
 import importlib
 import inspect
-import logging
 import os
-import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from simplclip import losses
 from simplclip.common.errors import InputError, UserError
-from simplclip.common.files import replacing
 from simplclip.integrations.open_clip import register_models
 from simplclip.losses.wikd import INTERACTIVE
 from simplclip.models.crop import crop_texts
 
-# Not .pt, since open_clip resumes from the last file with that suffix.
-SUFFIX = ".loss"
 DISTILLATION = ("relational_weight", "interactive_weight", "interactive", "feature_weight")
 
 
@@ -92,27 +84,59 @@ def main(argv: list[str] | None = None):
         trainer.parse_args(["--help"])
     register_models()
     options, rest = ours.parse_known_args(argv)
-    replacements = _replacements(ours, options, trainer)
     args = trainer.parse_args(rest)
     _check(ours, options, args)
-    if options.crop_texts:
-        create = functools.partial(create_cropped, args, trainer.create_model_and_transforms)
-        replacements["create_model_and_transforms"] = create
+    # The trainer gets these very args, in which it notes its rank before it makes the model.
+    replacements = {"parse_args": lambda argv: args, **_replacements(ours, options, args, trainer)}
     with mock.patch.multiple(trainer, **replacements), _shards_of_webdataset_1():
         return trainer.main(rest)
 
 
-def _replacements(ours: argparse.ArgumentParser, options: argparse.Namespace, trainer) -> dict:
-    """This library's functions by name in open_clip_train.main: `create_loss`, or `create_task` for model and loss in one."""
-    makers = {"create_task": create_task, "create_loss": create_loss}
-    makers = {name: make for name, make in makers.items() if hasattr(trainer, name)}
-    if not makers or not hasattr(trainer, "train_one_epoch"):
+def _replacements(ours: argparse.ArgumentParser, options: argparse.Namespace, args: argparse.Namespace, trainer) -> dict:
+    """Returns the functions that make models and losses, by their names in open_clip_train.main."""
+    names = ("create_model_and_transforms", "create_loss", "create_task")
+    theirs = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
+    if not theirs.keys() & {"create_loss", "create_task"}:
         ours.error(
-            "open_clip_train.main: expected train_one_epoch, and create_loss (open_clip 3.3) or create_task (open_clip 4), "
-            "found another trainer; pip install 'open_clip_torch==3.3.*' works"
+            "open_clip_train.main: expected create_loss (open_clip 3.3) or create_task (open_clip 4), found another trainer; "
+            "pip install 'open_clip_torch==3.3.*' works"
         )
-    found = {name: functools.partial(make, options, getattr(trainer, name)) for name, make in makers.items()}
-    return found | {"train_one_epoch": _with_loss_parameters(trainer.train_one_epoch)}
+    made: list[nn.Module] = []  # the loss, in open_clip 3.3
+
+    def create_model_and_transforms(*names, **others) -> tuple:
+        model, *transforms = theirs["create_model_and_transforms"](*names, **others)
+        if options.crop_texts:
+            # Both options need a fixed number of calls and fixed sizes in a step.
+            fixed = args.torchcompile or args.ddp_static_graph
+            crop_texts(model, **{"multiple": 16, "groups": 1} if fixed else {})
+        if "create_task" not in theirs and not made:  # the first model is the student, a second one the teacher
+            made.append(_attached(model, replacement(options, args, theirs["create_loss"](args)), args))
+        return model, *transforms
+
+    def create_loss(args: argparse.Namespace) -> nn.Module:
+        return made[0]
+
+    def create_task(args: argparse.Namespace, model: nn.Module, **parts) -> nn.Module:
+        task = theirs["create_task"](args, model=model, **parts)
+        task.loss = _attached(model, replacement(options, args, getattr(task, "loss", None)), args)
+        return task
+
+    replaced = {"create_model_and_transforms": create_model_and_transforms, "create_loss": create_loss}
+    replaced["create_task"] = create_task
+    return {name: function for name, function in replaced.items() if name in theirs}
+
+
+def _attached(model: nn.Module, loss: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """Makes a loss that learns a part of the model, which is not wrapped yet and has no optimizer; returns the loss."""
+    learned = list(loss.parameters())
+    if learned and getattr(args, "fsdp", False):
+        raise InputError("--fsdp: expected a loss without learned parameters, which are not sharded with the model's")
+    for parameter in learned:
+        # Each of the K backward passes of --accum-freq K is that of the whole loss.
+        parameter.register_hook(lambda gradient: gradient / args.accum_freq)
+    if learned:
+        model.simplclip_loss = loss
+    return loss
 
 
 def _shards_of_webdataset_1():
@@ -143,27 +167,6 @@ def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: arg
     for name, why in refused.items():
         if getattr(options, name) != ours.get_default(name):
             ours.error(f"--{name.replace('_', '-')}: {why}")
-
-
-def create_loss(options: argparse.Namespace, theirs: Callable, args: argparse.Namespace) -> nn.Module:
-    """Returns this library's loss in place of the one that `theirs`, open_clip's create_loss, makes."""
-    return replacement(options, args, theirs(args))
-
-
-def create_cropped(args: argparse.Namespace, theirs: Callable, *names, **options) -> tuple:
-    """Returns the result of `theirs`, open_clip's create_model_and_transforms, with a model whose texts are cropped."""
-    model, *transforms = theirs(*names, **options)
-    # Both options need a fixed number of calls and fixed sizes in a step.
-    fixed = args.torchcompile or args.ddp_static_graph
-    crop_texts(model, **{"multiple": 16, "groups": 1} if fixed else {})
-    return model, *transforms
-
-
-def create_task(options: argparse.Namespace, theirs: Callable, args: argparse.Namespace, **parts) -> nn.Module:
-    """Returns the task that `theirs`, open_clip 4's create_task, makes of the model, with this library's loss."""
-    task = theirs(args, **parts)
-    task.loss = replacement(options, args, getattr(task, "loss", None))
-    return task
 
 
 def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.Module | None) -> nn.Module:
@@ -214,116 +217,6 @@ def _width(model: str) -> int | None:
     import open_clip
 
     return (open_clip.get_model_config(model) or {}).get("embed_dim")
-
-
-def _with_loss_parameters(theirs: Callable) -> Callable:
-    """Wraps open_clip's train_one_epoch, to add parameters of the loss to the optimizer and to save them after an epoch."""
-    parameters: LossParameters | None = None
-
-    def train_one_epoch(first, *others, **rest):
-        nonlocal parameters
-        args = others[-1]
-        if hasattr(first, "task"):  # open_clip 4: (state, data, args)
-            loss, epoch, optimizer = first.task.loss, first.epoch, first.optimizer
-        else:  # open_clip 3.3: (model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args)
-            _, loss, epoch, optimizer, *_ = others
-        if parameters is None and any(True for _ in loss.parameters()):
-            parameters = LossParameters(loss, optimizer, args)
-            # Here `epoch` is the number of epochs that the checkpoint has completed, 0 for a checkpoint of weights only.
-            if args.resume is not None and epoch > 0:
-                parameters.load(args.resume, epoch)
-            parameters.set_apart()
-        theirs(first, *others, **rest)
-        completed = epoch + 1
-        numbered = args.save_frequency > 0 and completed % args.save_frequency == 0
-        if parameters and args.save_logs and (numbered or completed == args.epochs or args.save_most_recent):
-            parameters.save(args.checkpoint_path, completed)
-
-    return train_one_epoch
-
-
-class LossParameters:
-    """Learned parameters of a loss as groups of open_clip's optimizer, saved in files beside its unchanged checkpoints.
-
-    The groups follow open_clip's rule: matrices have its weight decay, other parameters none; its schedule sets their
-    learning rate. Its gradient clipping covers only the model. The loss itself averages the gradients over the ranks. Hooks
-    of this class average them over the backward passes of --accum-freq, each of which is that of the whole loss.
-
-    optimizer.state_dict() does not contain the groups, so that open_clip's trainer can resume from the checkpoint. They are
-    saved in `epoch_K.loss` (loaded with weights_only=True): {"epoch", "loss": state dict, "optimizer": state by parameter}.
-    """
-
-    def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace):
-        for flag, why in (("horovod", "are not averaged over its ranks"), ("fsdp", "are not sharded with the model's")):
-            if getattr(args, flag, False):
-                raise InputError(f"--{flag}: expected a loss without learned parameters, which {why}")
-        self.loss, self.optimizer, self.opt = loss, optimizer, args.opt
-        self.groups = len(optimizer.param_groups)  # open_clip's
-        self.names: list[str] = []  # of our parameters, in the order of our groups
-        rate = optimizer.param_groups[0]["lr"]  # in compiled steps of open_clip 4 a tensor, whose value the schedule sets
-        for matrices in (False, True):
-            group = {name: p for name, p in loss.named_parameters() if (p.ndim >= 2) == matrices}
-            if group:
-                options = {"weight_decay": args.wd if matrices else 0.0}
-                options |= {"lr": rate.clone()} if isinstance(rate, Tensor) else {}
-                optimizer.add_param_group({"params": list(group.values()), **options})
-                self.names += group
-        for parameter in loss.parameters():
-            parameter.register_hook(lambda gradient: gradient / args.accum_freq)
-        self.taken: dict[str, dict] = {}
-
-    def _numbers(self, state: dict) -> dict[str, int]:
-        """The indices of our parameters in a state dict of the optimizer with all groups."""
-        return dict(zip(self.names, (number for group in state["param_groups"][self.groups :] for number in group["params"])))
-
-    def set_apart(self) -> None:
-        """Removes our groups from the optimizer's state_dict()."""
-        self.optimizer.register_state_dict_post_hook(self._take_out)
-        if len(self.optimizer.state_dict()["param_groups"]) != self.groups:
-            raise InputError(f"--opt {self.opt}: expected an optimizer whose state dict can be split, or no learned loss")
-
-    def _take_out(self, optimizer: torch.optim.Optimizer, state: dict) -> dict:
-        numbers = self._numbers(state)
-        self.taken = {name: state["state"][number] for name, number in numbers.items() if number in state["state"]}
-        theirs = {number: value for number, value in state["state"].items() if number not in numbers.values()}
-        return {**state, "state": theirs, "param_groups": state["param_groups"][: self.groups]}
-
-    def save(self, folder: str, epoch: int) -> None:
-        """Writes the file of this epoch atomically, and removes files whose checkpoint is gone."""
-        self.optimizer.state_dict()  # fills `taken`
-        state = {"epoch": epoch, "loss": self.loss.state_dict(), "optimizer": self.taken}
-        path = Path(folder) / f"epoch_{epoch}{SUFFIX}"
-        with replacing(path) as file:
-            torch.save(state, file)
-        for other in Path(folder).glob(f"epoch_*{SUFFIX}"):
-            number = re.fullmatch(r"epoch_(\d+)", other.stem)
-            # The last file is kept, since open_clip writes this epoch's checkpoint only after this.
-            if number and int(number[1]) < epoch - 1 and not other.with_suffix(".pt").exists():
-                other.unlink()
-
-    def load(self, checkpoint: str, epoch: int) -> None:
-        """Loads the file beside this checkpoint, local or remote as in open_clip."""
-        import fsspec
-
-        path = f"{checkpoint.rpartition('/')[0] or '.'}/epoch_{epoch}{SUFFIX}"
-        try:
-            with fsspec.open(path, "rb") as file:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"--resume {checkpoint}: expected the learned parameters of the loss in {path}, got no such file; "
-                "--pretrained starts from the model's weights alone"
-            ) from None
-        found = {name: tuple(value.shape) for name, value in state["loss"].items()}
-        expected = {name: tuple(value.shape) for name, value in self.loss.state_dict().items()}
-        if found != expected:
-            raise InputError(f"{path}: expected parameters {expected}, got {found}")
-        self.loss.load_state_dict(state["loss"])
-        full = self.optimizer.state_dict()
-        moments = state["optimizer"]
-        full["state"] |= {number: moments[name] for name, number in self._numbers(full).items() if name in moments}
-        self.optimizer.load_state_dict(full)
-        logging.info(f"=> loaded the parameters of the loss '{path}' (epoch {epoch})")
 
 
 if __name__ == "__main__":

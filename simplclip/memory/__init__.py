@@ -1,17 +1,17 @@
 """Predicts the memory of a training step on a card, without the card.
 
-A step runs on fake tensors, and every storage that an op returns is counted until it is freed. step.py defines the steps of
-our trainer and of open_clip's, fake.py runs them without a card, and count.py counts. measure.py predicts a step's memory by
-these modules, or measures it on real tensors. plan.py makes the plan; report.py prints and draws it.
+A step runs on fake tensors, and every storage that an op returns is counted until it is freed. step.py makes the step by the
+functions of the trainer, fake.py runs it without a card, count.py counts, measure.py puts these together, or measures a step
+on real tensors. plan.py searches for the largest batches; report.py prints them.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from simplclip.memory.plan import Budget, Plan, make, micro_batch_that_fits, parse_memory
+    from simplclip.memory.plan import Budget, Planner, largest_micro_batch, parse_memory
 
-__all__ = ["Budget", "Plan", "make", "micro_batch_that_fits", "parse_memory"]
+__all__ = ["Budget", "Planner", "largest_micro_batch", "parse_memory"]
 
 
 def __getattr__(name: str):  # imported on first use: code that runs ops on fake tensors needs no trainer

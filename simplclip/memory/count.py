@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor as fakes
@@ -29,7 +28,8 @@ from simplclip.ops.calls import flat
 
 # The kinds of live bytes. A storage gets the kind of the phase that allocated it; `hold` may change it.
 WORKSPACE = "kernel workspaces"
-KINDS = ("parameters", "gradients", "optimizer state", "batch", "activations", "loss", "temporaries", WORKSPACE)
+WEIGHTS = ("parameters", "averages", "gradients", "optimizer state")
+KINDS = (*WEIGHTS, "batch", "activations", "loss", "temporaries", WORKSPACE)
 
 
 class UncountedOp(UserError, RuntimeError):
@@ -47,30 +47,10 @@ _VALUES = fakes.DataDependentOutputException, fakes.DynamicOutputShapeException
 class Usage:
     """Live bytes by kind over the events of a step."""
 
-    phases: list[tuple[int, str]] = field(default_factory=list)  # first event, name
     events: list[tuple[str, int]] = field(default_factory=list)  # kind, change in bytes
     peak: int = 0
     at_peak: dict[str, int] = field(default_factory=dict)
     peak_phase: str = ""
-    steps: list[int] = field(default_factory=list)  # first event of each step, and the end of the last one
-
-    def timeline(self, points: int = 2000) -> tuple[list[str], np.ndarray, list[tuple[int, str]]]:
-        """Returns for the last step: kinds, live bytes of each kind at about `points` moments, first moment of each phase.
-
-        A moment stands for several events, and shows the live bytes at the event with the highest total.
-        """
-        start, end = self.steps[-2:]
-        changes = np.zeros((len(KINDS), end), dtype=np.int64)
-        for event, (kind, change) in enumerate(self.events[:end]):
-            changes[KINDS.index(kind), event] = change
-        live = changes.cumsum(1)[:, start:]
-        totals, span = live.sum(0), max(1, (end - start) // points)
-        live = live[:, [first + totals[first : first + span].argmax() for first in range(0, end - start, span)]]
-        phases: list[tuple[int, str]] = []
-        for event, name in self.phases:
-            if start <= event < end and name and (not phases or phases[-1][1] != name):
-                phases.append(((event - start) // span, name))
-        return [kind for kind, of_kind in zip(KINDS, live) if of_kind.any()], live[live.any(1)], phases
 
 
 class Counter(TorchDispatchMode):
@@ -92,17 +72,13 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def during(self, phase: str, kind: str) -> Iterator[None]:
-        """Context in which allocations get this kind; `phase` is the name of the context in the timeline."""
+        """Context in which allocations get this kind; `phase` is the name that `Usage.peak_phase` has for it."""
         before = self.phase, self.kind
-        self._enter(phase, kind)
+        self.phase, self.kind = phase, kind
         try:
             yield
         finally:
-            self._enter(*before)
-
-    def _enter(self, phase: str, kind: str) -> None:
-        self.phase, self.kind = phase, kind
-        self.usage.phases.append((len(self.usage.events), phase))
+            self.phase, self.kind = before
 
     def hold(self, tensors: object, kind: str, instead_of: Container[str] = KINDS) -> None:
         """Counts the storages of `tensors` as `kind` from now on, including those that were counted as one of `instead_of`

@@ -1,32 +1,36 @@
-"""Makes a plan: the step as configured, the largest batches in one graph and by gradient caching, and open_clip's."""
+"""Makes a plan: the step as configured, and the largest batches in one graph and by gradient caching."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterator
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from simplclip import gradient_cache, models
+from simplclip import gradient_cache
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.memory.count import Usage
-from simplclip.memory.exchange import Exchange
-from simplclip.memory.measure import measure, predict
-from simplclip.memory.step import OpenClipStep, TrainerStep
+from simplclip.memory.measure import predict
+from simplclip.memory.step import TrainerStep
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE, STORE_BYTES
-from simplclip.train import config as configs
-from simplclip.train.config import ConfigError
-from simplclip.train.limits import Budget, gib
-from simplclip.train.settings import Config, MicroBatch
-from simplclip.train.state import SIGLIP
+from simplclip.train.config import Config, ConfigError, MicroBatch
 
+GIB = 2**30
+WITHIN = 0.05  # the largest batch is found up to this share
 SMALL_MICRO_BATCH = 256  # if none is configured; a larger micro-batch leaves less memory for the loss
-MOST_PAIRS = 1 << 22
+MOST_PAIRS = 1 << 16  # of a search; CLIP was trained with 32,768
 # GiB of memory of cards, from their data sheets.
 CARDS = {"rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32, "rtx-3060": 12, "a100-40": 40, "a100-80": 80, "h100": 80}
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
 
 
 def parse_memory(text: str) -> int:
@@ -45,266 +49,220 @@ def parse_memory(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A batch size and its peak memory; and the next larger batch size, which does not fit, with its peak."""
+class Budget:
+    """The bytes of a card or a machine, and how many a step may use. The defaults are assumptions, not measured."""
 
-    what: str
-    batch_size: int
-    micro_batch: int | dict[str, int | None] | None  # as in the config
-    peak: int
-    fits: bool
-    next_batch_size: int | None = None
-    next_peak: int | None = None
-    peaks: dict[int, int] = field(default_factory=dict)  # batch size -> peak, for all that were predicted
+    memory: int
+    context: int = 640 << 20  # of the driver, with the modules of torch and cuBLAS; on a CPU, of the process
+    libraries: int = 160 << 20  # workspaces of cuBLAS and cuDNN
+    fragmentation: float = 0.04  # the share of the rest that the allocator loses
+
+    @property
+    def usable(self) -> int:
+        return int((self.memory - self.context - self.libraries) * (1 - self.fragmentation))
+
+    @classmethod
+    def of(cls, device: torch.device) -> Budget:
+        """The budget of a card of this machine, or of a process's share of the machine's memory on a CPU."""
+        if device.type == "cuda":
+            return cls(torch.cuda.mem_get_info(device)[1])
+        known = hasattr(os, "sysconf")
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else sys.maxsize
+        return cls(total // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), context=1 << 30, libraries=0)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A plan. Sizes are bytes of torch's allocator; the assumptions cover other memory."""
+class Row:
+    """A step of a plan. Sizes are bytes of torch's allocator; the plan's assumptions cover other memory.
 
-    model: str
-    precision: str
-    device: str
-    memory: int
-    usable: int
-    answers: list[Answer]  # the first one is the step as configured
-    usage: Usage  # of the step as configured
-    measured: int | None  # peak of two real steps as configured, on this machine's GPU
-    assumptions: list[str]
-    advice: list[str]
-    ranks: int  # number of ranks; the figures above are for one rank
-    exchange: dict[str, Any]  # see `_Planner.exchange`; empty for one rank
+    micro_batch: as in the config. components: live bytes by kind at the peak. at_least: larger ones were not tried.
+    """
+
+    what: str
+    batch_size: int
+    micro_batch: Any
+    peak: int
+    fits: bool
+    components: dict[str, int] = field(default_factory=dict)
+    phase: str = ""
+    at_least: bool = False
 
 
-def make(
-    config: Config,
-    budget: Budget,
-    *,
-    device: str = "cuda",
-    teacher_width: int | None = None,
-    compare: bool = False,
-    solve: bool = True,
-    ranks: int = 1,
-    rate: float | None = None,
-) -> Plan:
-    """Makes the plan of `config` on a device with `budget`.
+class Planner:
+    """Plans the steps of a config on a device, "cuda" or "cpu", with a budget; the device need not be there.
 
-    config.data.micro_batch "auto" means the result of `micro_batch_that_fits`. teacher_width: D̂ of the stored features, if
-    the shards are not on this machine. compare: also predict the original model with open_clip's losses. solve: search the
-    largest batches. ranks: the number of ranks; the plan is for one rank, with its share of data.batch_size. rate: pairs that
-    a rank computes in a second, to which the time of the exchange is compared.
+    config.data.micro_batch "auto" means the result of `micro_batch`. teacher_width: D̂ of the stored features, if the shards
+    are not on this machine. tell: gets a line after each prediction of a search.
 
     Raises: ConfigError; InputError if torch is a build without CUDA; UncountedOp if the memory of an op cannot be predicted.
     """
-    if config.run.steps is None:  # memory does not depend on steps, and the data to count may be elsewhere
-        config = config.model_copy(update={"run": config.run.model_copy(update={"steps": 1 << 30, "epochs": None})})
-    if compare and ranks > 1:
-        raise InputError(f"--compare: expected one rank, got {ranks}")
-    this = _Planner(config, budget, device, teacher_width, ranks)
-    config = this.config
-    if config.data.micro_batch == "auto":
-        this.config = config = this.with_micro_batch()
-    on_card = this.device.type == "cuda"
-    kept = "" if on_card else f", and {STORE_BYTES >> 20} MiB of their rows kept for backward where that saves a product"
-    assumptions = [
-        f"{budget.context >> 20} MiB for the context of the driver and of torch's libraries",
-        f"{budget.libraries >> 20} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
-        f"{budget.fragmentation:.0%} of the rest lost to the allocator's fragmentation",
-        f"precision {this.precision} ({this.why})",
-        f"in the loss, chunks of {(SCRATCH_BYTES_ELSEWHERE if on_card else SCRATCH_BYTES) >> 20} MiB{kept}",
-        "two steps; the second has the optimizer's state from its beginning",
-        *([] if on_card else ["nothing for what oneDNN takes inside convolutions and products of bfloat16"]),
-        *this.base.assumed,
-        *([f"one of {ranks} ranks, with {config.data.batch_size} of the pairs, and buckets of DDP"] if ranks > 1 else []),
-    ]
-    usage, measured = this.usage(), None
-    micro = config.to_dict()["data"]["micro_batch"]
-    answers = [Answer("as configured", config.data.batch_size, micro, usage.peak, usage.peak <= budget.usable)]
-    exchange = this.exchange(rate) if ranks > 1 else {}
-    if on_card and torch.cuda.is_available() and ranks == 1:
-        try:
-            measured = measure(TrainerStep(config, this.precision, teacher_width), this.device)
-        except torch.OutOfMemoryError:
-            assumptions.append("the step as configured does not fit this machine's GPU")
-    if solve:
-        answers += this.solved()
-    if compare:
-        answers.append(this.of_open_clip())
-    of_what = config.model.name, this.precision, device, budget.memory, budget.usable
-    return Plan(*of_what, answers, usage, measured, assumptions, list(this.advice(usage)), ranks, exchange)
 
-
-def micro_batch_that_fits(config: Config, budget: Budget, *, device: str = "cuda", ranks: int = 1) -> Config:
-    """Returns `config` with the largest micro-batch whose step fits: a divisor of the batch, or None if the whole batch fits.
-
-    ranks: the number of ranks. The micro-batch is for one rank, and a multiple of `ranks`, as the loader of a run needs.
-    Raises ConfigError if even the smallest micro-batch does not fit.
-    """
-    fits = _Planner(config, budget, device, None, ranks).with_micro_batch().data.micro_batch
-    return configs.from_dict(config.to_dict() | {"data": config.to_dict()["data"] | {"micro_batch": fits}})
-
-
-class _Planner:
-    """A predictor for the steps of a config, also with some values of the config changed."""
-
-    def __init__(self, config: Config, budget: Budget, device: str, teacher_width: int | None, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        config: Config,
+        budget: Budget,
+        device: str = "cuda",
+        teacher_width: int | None = None,
+        tell: Callable[[str], object] = lambda line: None,
+    ) -> None:
         if device == "cuda" and torch.version.cuda is None:
             raise InputError(
                 f"device: expected cpu, got cuda: torch {torch.__version__} is a build without CUDA, which plans for a card "
                 "need (the card itself is not needed)"
             )
-        self.config, self.budget, self.teacher_width, self.ranks = config, budget, teacher_width, ranks
-        if config.data.batch_size % ranks:
-            raise ConfigError(f"data.batch_size: expected a multiple of {ranks} ranks, got {config.data.batch_size}")
-        if ranks > 1:
-            self.config = config = self.changed(data={"batch_size": config.data.batch_size // ranks})
+        if config.run.steps is None:  # memory does not depend on steps, and the data to count may be elsewhere
+            config = config.replaced(run={"steps": 1 << 30, "epochs": None})
+        self.config, self.budget, self.tell = config, budget, tell
+        self._usages: dict[str, Usage] = {}  # of the steps that were predicted
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         if device == "cuda" and config.run.precision == "auto" and not torch.cuda.is_available():
-            self.precision, self.why = "bf16", "auto: cards since Ampere have native bf16"
+            self.precision, why = "bf16", "auto: cards since Ampere have native bf16"
         else:
-            self.precision, self.why = hardware.pick_precision(config.run.precision, self.device)
-        self.base = self.step(config)
+            self.precision, why = hardware.pick_precision(config.run.precision, self.device)
+        self.step = TrainerStep(config, self.precision, teacher_width)
+        self.assumptions = [*_assumptions(budget, device), f"precision {self.precision} ({why})", *self.step.assumed]
         try:
-            gradient_cache.check(self.base.model.train())
+            gradient_cache.check(self.step.prepared.model.train())
             self.cacheable = True
-        except ValueError:
+        except InputError:
             self.cacheable = False
 
-    def changed(self, **sections: dict) -> Config:
-        """Returns the config with some values changed. Unlike pydantic's model_copy, this checks the config as a whole."""
-        values = self.config.to_dict()
-        for section, changes in sections.items():
-            values[section] |= changes
-        return configs.from_dict(values)
-
-    def step(self, config: Config) -> TrainerStep:
-        step = TrainerStep(config, self.precision, self.teacher_width)
-        if self.ranks > 1:
-            step.loss.world_size, step.loss.gather_with_grad = self.ranks, True  # type: ignore[assignment]
-        return step
-
-    def usage(self, **sections: dict) -> Usage:
-        config = self.changed(**sections)
-        same = sections.keys() <= {"data"}
-        step = self.base.resized(config) if same else self.step(config)
-        usage, self.width = predict(step, self.device, self.ranks), step.width()
-        return usage
-
-    def exchange(self, rate: float | None) -> dict[str, Any]:
-        """Returns for one rank and step: bytes sent by kind of data, seconds by link and, with `rate`, of computation."""
-        data, loss = self.config.data, self.base.loss
-        teacher = self.base.teacher["width"] if self.base.teacher else 0
-        trained = [p for module in (self.base.model, loss) for p in module.parameters() if p.requires_grad]
-        exchange = Exchange(
-            self.ranks, data.batch_size * data.captions_per_image, self.width,
-            itemsize=4 if self.precision == "fp32" else 2,
-            terms=tuple(name.removesuffix("_loss") for name in self.config.loss.weights),
-            teacher_width=teacher, ids=True,
-            parameters=sum(p.numel() for p in trained),
-        )  # fmt: skip
-        computing = None if rate is None else data.batch_size / rate
-        return {"sent": exchange.sent(), "seconds": exchange.seconds(), "computing": computing}
-
-    def with_micro_batch(self) -> Config:
-        size = self.config.data.batch_size
-        few = range(self.ranks, size, self.ranks)
-        micros = [*(micro for micro in few if size % micro == 0), None]  # None: the whole batch
-
-        def peak(count: int) -> int:
-            return self.usage(data={"micro_batch": micros[count - 1]}).peak
-
-        count, seen = largest(peak, self.budget.usable, start=len(micros), most=len(micros))
-        if not count:
-            raise ConfigError(
-                f"data.micro_batch: expected one that fits {gib(self.budget.usable)} of {gib(self.budget.memory)}, got auto; "
-                f"a batch of {size:,} takes {gib(seen[1])} even with {micros[0] or size} at a time"
-            )
-        return self.changed(data={"micro_batch": micros[count - 1]})
-
-    def solved(self) -> Iterator[Answer]:
-        """Yields the largest batch in one graph and, if the model allows gradient caching, the largest batch with it."""
-        whole = self._answer("most in one graph", lambda n: self.usage(data={"batch_size": n, "micro_batch": None}))
+    def rows(self) -> Iterator[Row]:
+        """Yields the step as configured, then the largest batch in one graph and, if the model allows it, with caching."""
+        if self.config.data.micro_batch == "auto":
+            self.config = self.config.replaced(data={"micro_batch": self.micro_batch()})
+        data = self.config.data
+        yield self._row("as configured", data.batch_size, self.config.to_dict()["data"]["micro_batch"])
+        whole = self._largest("largest in one graph", None)
         yield whole
-        if not self.cacheable or not whole.batch_size:
-            return
+        if self.cacheable and whole.batch_size:
+            yield self._largest("largest by gradient caching", *self._micro_batch_beside(whole.batch_size))
+
+    def micro_batch(self) -> int | None:
+        """Returns the largest micro-batch whose step fits: a divisor of the batch, or None if the whole batch fits.
+
+        Raises ConfigError if not even the smallest micro-batch fits.
+        """
+        size = self.config.data.batch_size
+        peak = self.usage(micro_batch=None).peak
+        self.tell(f"data.micro_batch = null: {gib(peak)}")
+        if peak <= self.budget.usable:
+            return None
+        few = [micro for micro in range(1, size) if size % micro == 0] if self.cacheable else []
+
+        def of(micro: int) -> int:
+            peak = self.usage(micro_batch=micro).peak
+            self.tell(f"data.micro_batch = {micro}: {gib(peak)}")
+            return peak
+
+        micro, peaks = largest(of, self.budget.usable, few, start=size * self.budget.usable // peak)
+        if not micro:
+            usable, memory = gib(self.budget.usable), gib(self.budget.memory)
+            raise ConfigError(
+                f"data.micro_batch: expected one that fits {usable} of {memory}, got auto; a batch of {size:,} takes "
+                f"{gib(min([peak, *peaks.values()]))} even with {min(peaks, default=size)} at a time"
+            )
+        return micro
+
+    def usage(self, **data: Any) -> Usage:
+        """Predicts the step of the config with some values of its section `data` changed."""
+        config = self.config.replaced(data=data)
+        size = f"{config.data.batch_size} {config.data.micro_batch}"
+        if size not in self._usages:
+            self._usages[size] = predict(self.step.resized(config), self.device)
+        return self._usages[size]
+
+    def _micro_batch_beside(self, whole: int) -> tuple[Any, int]:
+        """Returns the micro-batch of a search beside a largest whole batch: as in a config, and its images."""
         data, k = self.config.data, self.config.data.captions_per_image
-        unit = data.images_at_a_time if data.micro_batch else min(SMALL_MICRO_BATCH, data.batch_size)
-        most = max(1, whole.batch_size // 2)  # the largest micro-batch would leave no memory for a larger batch
-        unit = most if unit >= whole.batch_size else unit
-        micro: Any = unit
-        if isinstance(data.micro_batch, MicroBatch):
-            text = data.micro_batch.text or data.batch_size * k
-            micro = {"image": unit, "text": text if text < whole.batch_size * k else most * k}
-        usage = lambda n: self.usage(data={"batch_size": n, "micro_batch": micro})  # noqa: E731
-        yield self._answer("most by gradient caching", usage, micro, unit)
+        images = data.images_at_a_time if data.micro_batch else min(SMALL_MICRO_BATCH, data.batch_size)
+        most = max(1, whole // 2)  # the largest micro-batch would leave no memory for a larger batch
+        images = most if images >= whole else images
+        if not isinstance(data.micro_batch, MicroBatch):
+            return images, images
+        text = data.micro_batch.text or data.batch_size * k
+        return {"image": images, "text": text if text < whole * k else most * k}, images
 
-    def of_open_clip(self) -> Answer:
-        """The largest batch of the original model with open_clip's loss."""
-        name = models.original(self.config.model.name)
-        if name is None:
-            made = self.config.model.name
-            raise ConfigError(f"--compare: expected a model made from one of open_clip's or from mobileclip-s0, got {made}")
-        sigmoid = self.config.loss.base == "sigmoid"  # open_clip has this loss without a teacher only
-        width = self.base.teacher["width"] if "relational_loss" in self.config.loss.weights and not sigmoid else None
-        options: dict[str, Any] = SIGLIP if sigmoid else {}
+    def _largest(self, what: str, micro_batch: Any, unit: int = 1) -> Row:
+        """The largest batch, a multiple of `unit`, that fits."""
 
-        def step(size: int) -> OpenClipStep:
-            return OpenClipStep(name, size, self.precision, width, **options)
+        def peak(pairs: int) -> int:
+            peak = self.usage(batch_size=pairs, micro_batch=micro_batch).peak
+            self.tell(f"{what}: {pairs:,} pairs take {gib(peak)}")
+            return peak
 
-        what = f"most in open_clip: {name.removeprefix(models.PLAIN)}, {type(step(1).loss).__name__}"
-        return self._answer(what, lambda n: predict(step(n), self.device))
+        sizes = range(unit, MOST_PAIRS + 1, unit)
+        size, _ = largest(peak, self.budget.usable, sizes, start=16384 if unit > 1 else 64)
+        if not size:
+            return Row(what, 0, micro_batch, 0, False)
+        return self._row(what, size, micro_batch, at_least=size == sizes[-1])
 
-    def _answer(self, what: str, usage: Callable[[int], Usage], micro_batch: Any = None, unit: int = 1) -> Answer:
-        """The largest batch, a multiple of `unit`, whose usage fits."""
-        start = max(8, 16384 // unit) if unit > 1 else 32
-        found, seen = largest(lambda n: usage(n * unit).peak, self.budget.usable, start=start, most=MOST_PAIRS // unit)
-        peaks = {n * unit: peak for n, peak in sorted(seen.items())}
-        size, larger = found * unit, (found + 1) * unit
-        following = (larger, peaks[larger]) if larger in peaks else (None, None)
-        return Answer(what, size, micro_batch, peaks.get(size, 0), size > 0, *following, peaks)
-
-    def advice(self, usage: Usage) -> Iterator[str]:
-        """Settings that would lower the peak of the step as configured, with the new peak."""
-        config = self.config
-        size = config.data.batch_size
-        micro: Any = config.data.micro_batch
-        changes: dict[str, dict] = {}
-        if not config.model.recompute:
-            changes["model.recompute=true (blocks are computed again in backward)"] = {"model": {"recompute": True}}
-        if micro is None and size % 4 == 0 and self.cacheable:
-            changes[f"data.micro_batch={size // 4} (gradient caching)"] = {"data": {"micro_batch": size // 4}}
-        elif isinstance(micro, MicroBatch):
-            for tower, most in (("image", size), ("text", size * config.data.captions_per_image)):
-                half = (getattr(micro, tower) or most) // 2
-                if half and (tower == "text" or size % half == 0):
-                    halved = micro.model_dump() | {tower: half}
-                    changes[f"data.micro_batch.{tower}={half}"] = {"data": {"micro_batch": halved}}
-        elif micro is not None and micro % 2 == 0:
-            changes[f"data.micro_batch={micro // 2}"] = {"data": {"micro_batch": micro // 2}}
-        for change, sections in changes.items():
-            less = self.usage(**sections).peak
-            if less < 0.99 * usage.peak:
-                yield f"{change}: {gib(less)} instead of {gib(usage.peak)}"
-        if config.inherit.source is None and usage.at_peak.get("activations", 0) > 0.3 * usage.peak:
-            yield "inherit.source=... (a frozen prefix of a tower keeps no activations)"
-        if usage.peak > self.budget.usable:
-            yield "a smaller data.batch_size, or data.micro_batch=auto"
+    def _row(self, what: str, size: int, micro_batch: Any, **more: Any) -> Row:
+        usage = self.usage(batch_size=size, micro_batch=micro_batch)
+        fits = usage.peak <= self.budget.usable
+        return Row(what, size, micro_batch, usage.peak, fits, usage.at_peak, usage.peak_phase, **more)
 
 
-def largest(peak: Callable[[int], int], limit: int, *, start: int = 8, most: int = 1 << 24) -> tuple[int, dict[int, int]]:
-    """Returns the largest x with peak(x) <= limit, or 0, and all computed peaks, among them peak(x + 1) unless x is `most`.
+def _assumptions(budget: Budget, device: str) -> list[str]:
+    card = device == "cuda"
+    kept = "" if card else f", and {STORE_BYTES >> 20} MiB of their rows kept for backward where that saves a product"
+    return [
+        f"{budget.context >> 20} MiB for the context of the driver and of torch's libraries",
+        f"{budget.libraries >> 20} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
+        f"{budget.fragmentation:.0%} of the rest lost to the allocator's fragmentation",
+        f"in the loss, chunks of {(SCRATCH_BYTES_ELSEWHERE if card else SCRATCH_BYTES) >> 20} MiB{kept}",
+        "a step after the first one: the optimizer's state exists",
+        *([] if card else ["nothing for what oneDNN takes inside convolutions and products of bfloat16"]),
+    ]
 
-    Peaks are nearly affine in x, so that few are computed. Each guess is the x where a line crosses the limit: the line
-    through the two points that are nearest to the answer. peak should not decrease much with x.
+
+def largest_micro_batch(
+    config: Config, device: torch.device, *, ranks: int = 1, budget: Budget | None = None, tell: Callable = lambda line: None
+) -> int | None:
+    """Returns data.micro_batch for a config that says "auto": the largest that fits on `device`, None for the whole batch.
+
+    ranks: the number of ranks, which share data.batch_size. Each of them gets the same answer on equal machines; the texts
+        that a rank gets from the others are not counted.
+    budget: by default, of the device. tell: gets a line after each prediction.
+
+    Raises ConfigError if not even one pair at a time fits; UncountedOp.
+    """
+    share = config.replaced(data={"batch_size": config.data.batch_size // ranks, "micro_batch": None})
+    return Planner(share, budget or Budget.of(device), device.type, tell=tell).micro_batch()
+
+
+def largest(
+    peak: Callable[[int], int], limit: int, sizes: Sequence[int], *, start: int, within: float = WITHIN
+) -> tuple[int, dict[int, int]]:
+    """Returns the largest of the sizes with peak(size) <= limit, or 0, and all computed peaks.
+
+    A larger one of the sizes may fit, but none that is larger by more than the share `within`. Peaks are nearly affine in the
+    size, so that few are computed: where the line through the two nearest ones crosses the limit, one is tried just below
+    the crossing and one above it. peak should not decrease with the size.
+
+    sizes: ascending. start: about the first size that is tried.
     """
     seen: dict[int, int] = {}
-    low, high, guess = 0, most + 1, min(start, most)  # the largest x that fits, and the smallest that does not
-    while high - low > 1:
-        seen[guess] = peak(guess)
-        low, high = (guess, high) if seen[guess] <= limit else (low, guess)
-        near = sorted(seen, key=lambda x: abs(2 * x - low - high))[:2]
-        a, b = min(near), max(near)
-        rise = seen[b] - seen[a]
-        guess = a + (limit - seen[a]) * (b - a) // rise if rise > 0 else 2 * low or high // 2
-        guess = min(max(guess, low + 1), high - 1)
-    return low, seen
+    low, high = -1, len(sizes)  # places of the largest size that fits, and of the smallest that does not
+    guess = float(start)
+    while high - low > 1 and not (low >= 0 and high < len(sizes) and sizes[high] <= (1 + within) * sizes[low]):
+        place = min(max(bisect_right(sizes, guess) - 1, low + 1), high - 1)
+        size = sizes[place]
+        seen[size] = peak(size)
+        low, high = (place, high) if seen[size] <= limit else (low, place)
+        crossing = _crossing(seen, limit)
+        below = (1 - within / 4) * crossing
+        guess = below if low < 0 or sizes[low] < (1 - within / 2) * crossing else (1 + within) * sizes[low]
+    return (sizes[low] if low >= 0 else 0), seen
+
+
+def _crossing(seen: dict[int, int], limit: int) -> float:
+    """Returns the size at which the line through the two peaks nearest to the limit crosses it, at first one through 0."""
+    a, *others = sorted(seen, key=lambda size: abs(seen[size] - limit))
+    if not others:
+        return a * limit / seen[a]
+    a, b = sorted((a, others[0]))
+    rise = (seen[b] - seen[a]) / (b - a)
+    if rise <= 0:  # rounding, or memory that another size saves
+        return 2 * b if seen[b] <= limit else a / 2
+    return a + (limit - seen[a]) / rise

@@ -4,7 +4,6 @@ from simplclip.models.registry import (
     PLAIN,
     ShortVocabTokenizer,
     Spec,
-    affine,
     check_shape,
     create,
     names,
@@ -16,6 +15,6 @@ from simplclip.models.registry import (
 )
 
 __all__ = [
-    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "check_shape", "create", "names", "original", "spec_of", "summary",
+    "PLAIN", "ShortVocabTokenizer", "Spec", "check_shape", "create", "names", "original", "spec_of", "summary",
     "tokenizer", "transforms",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ Copied weights compute the same as in the source, except for RMSNorm's eps in bl
 
 import difflib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate
@@ -22,23 +22,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simplclip.common.errors import InputError
-from simplclip.models import warm
-from simplclip.models.weights import (
-    DIFFERS,
-    INHERITED,
-    STARTED,
-    TRAINS,
-    InheritanceError,
-    Source,
-    Unit,
-    WeightTable,
-    check_enough,
-    copy,
-    drop_half_tied,
-    rows_of,
-    state_of,
-    units_of,
-)  # fmt: skip
+from simplclip.models import init_blocks
+from simplclip.models.weight_table import InheritanceError, Status, Unit, Units, WeightTable
+from simplclip.models.weights import Source, state_of
 from simplclip.nn import SimplifiedBlock
 
 __all__ = ["Inheritance", "InheritanceError", "freeze", "freeze_norms", "inherit", "is_frozen"]
@@ -54,7 +40,7 @@ class Inheritance(WeightTable):
     @property
     def names(self) -> list[str]:
         """Names of the frozen modules and parameters, as `freeze` takes them."""
-        return [row.module for row in self.rows if row.status == INHERITED]
+        return [row.module for row in self.rows if row.status == Status.INHERITED]
 
 
 def inherit(
@@ -63,7 +49,6 @@ def inherit(
     *,
     train: str | Sequence[str] = (),
     blocks: str | None = None,
-    keep: Collection[str] = (),
 ) -> Inheritance:
     """Copies every unchanged module of ``source`` into ``model``, in place, and freezes it there.
 
@@ -77,14 +62,13 @@ def inherit(
         model: the student.
         source: a module; a state dict; a file of torch.save (a state dict, bare or under "state_dict" or "model", read
             with weights_only) or of safetensors; the folder of a run or of an export; ``NAME/TAG`` or
-            ``open_clip:NAME/TAG`` for weights that open_clip downloads; or the name of registered weights, e.g.
+            ``open_clip:NAME/TAG`` for weights that open_clip downloads; or a name in `packaged.SOURCES`, e.g.
             efficientnet-lite0, if ``model.origins`` has it. If several sources fit a module, the first one is used.
         train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but not frozen. A pattern
             that matches a module applies to everything in it; one that matches a tensor applies to its whole module.
-        blocks: None, or how simplified blocks start from the source's blocks in their places, see `warm.convert`. A matrix
-            that blocks share becomes the "average" of their folded matrices, or the matrix of the "first" block. These
-            blocks train. The first source with a block in a place is used. Blocks that were copied stay as they are.
-        keep: with ``blocks``, names of a block's tensors that do not start from the source, e.g. mlp_gain.
+        blocks: None, or how simplified blocks start from the source's blocks in their places, see `init_blocks.convert`. A
+            matrix that blocks share becomes the "average" of their folded matrices, or the matrix of the "first" block.
+            These blocks train. The first source with a block in a place is used. Blocks that were copied stay as they are.
 
     Returns:
         A table of module, status and parameters, with the names of the frozen modules and parameters.
@@ -99,51 +83,49 @@ def inherit(
     if not sources:
         raise InheritanceError("source: expected at least one, got an empty list")
     patterns = [train] if isinstance(train, str) else list(train)
-    units = list(units_of(model))
+    units = Units.of(model)
     labels, states = list[str](), list[dict[str, Tensor]]()
-    for one in sources:
-        label, state = state_of(one, model)
+    for each in sources:
+        label, state = state_of(each, model)
         labels.append(label)
         states.append(state)
         _take(units, state, label)
-    drop_half_tied(units)
+    units.drop_half_tied()
     for pattern in patterns:
-        hit = [unit for unit in units if _matches(pattern, unit)]
-        if not hit:
+        matching = [unit for unit in units if _matches(pattern, unit)]
+        if not matching:
             near = difflib.get_close_matches(pattern, [unit.path for unit in units], 1, 0.3)
             raise InheritanceError(f"train: expected a pattern that matches a module, got {pattern!r}; nearest: {near}")
-        for unit in hit:
-            unit.status = TRAINS if unit.taken else unit.status
+        for unit in matching:
+            unit.status = Status.TRAINS if unit.taken else unit.status
     if blocks is not None:
-        _start_blocks(model, units, states, ", ".join(labels), blocks, keep)
-    copy(units)
-    result = Inheritance(tuple(rows_of(units)), tuple(labels))
+        _start_blocks(model, units, states, ", ".join(labels), blocks)
+    units.copy_taken()
+    result = Inheritance(units.rows(), tuple(labels))
     freeze(model, result.names)
     return result
 
 
-def _start_blocks(
-    model: nn.Module, units: list[Unit], states: list[dict[str, Tensor]], label: str, merge: str, keep: Collection[str]
-) -> None:
+def _start_blocks(model: nn.Module, units: Units, states: list[dict[str, Tensor]], label: str, merge: str) -> None:
     """Starts the simplified blocks that were not copied: each from the first source with a block in its place."""
     simplified = {path: m for path, m in model.named_modules() if isinstance(m, SimplifiedBlock)}
     if not simplified:
         raise InheritanceError(f"blocks: expected a model with simplified blocks, got {type(model).__name__} without")
     new = {unit.block for unit in units if not unit.taken}
-    found: dict[str, tuple[SimplifiedBlock, dict[str, Tensor]]] = {}
+    starts: dict[str, tuple[SimplifiedBlock, dict[str, Tensor]]] = {}
     for path in (path for path in simplified if path in new):
-        theirs = ({n.removeprefix(f"{path}."): state[n] for n in state if n.startswith(f"{path}.")} for state in states)
-        tensors = next((tensors for tensors in theirs if warm.is_block(tensors)), None)
+        blocks = ({n.removeprefix(f"{path}."): state[n] for n in state if n.startswith(f"{path}.")} for state in states)
+        tensors = next((tensors for tensors in blocks if init_blocks.is_block(tensors)), None)
         if tensors is None:
             raise InheritanceError(f"blocks: expected a source with a block {path}, got {label} without")
-        found[path] = simplified[path], tensors
+        starts[path] = simplified[path], tensors
     try:
-        warm.start(found, merge, keep)
+        init_blocks.start(starts, merge)
     except InputError as error:
         raise InheritanceError(f"blocks: {error}") from None
     for unit in units:
-        if unit.block in found:
-            unit.status, unit.taken = STARTED, {}
+        if unit.block in starts:
+            unit.status, unit.taken = Status.STARTED, {}
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> None:
@@ -151,13 +133,13 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
 
     Raises InheritanceError for a name that the model does not have, and then leaves the model unchanged.
     """
-    found: list[nn.Module | nn.Parameter] = []
+    parts: list[nn.Module | nn.Parameter] = []
     for name in names:
         try:
-            found.append(attrgetter(name)(model) if name else model)
+            parts.append(attrgetter(name)(model) if name else model)
         except AttributeError:
             raise InheritanceError(f"names: expected modules or parameters of the model, got {name!r}") from None
-    for part in found:
+    for part in parts:
         part.requires_grad_(False)
         for module in part.modules() if isinstance(part, nn.Module) else ():
             _hold_in_eval(module)
@@ -188,20 +170,20 @@ def _eval_only(module: nn.Module, mode: bool = True) -> nn.Module:
     return nn.Module.train(module, False)
 
 
-def _take(units: list[Unit], state: dict[str, Tensor], label: str) -> None:
+def _take(units: Units, state: dict[str, Tensor], label: str) -> None:
     """Sets `taken` and `status` of each unit that can take its tensors from `state` and has none from an earlier source."""
     free = [unit for unit in units if unit.free(state)]
     fitting = [unit for unit in free if unit.fits(state)]
-    fit, wanted = ([n for unit in some if not _trains(unit) for n in unit.tensors] for some in (fitting, free))
-    check_enough(units, state, label, sum(n in state for n in fit), len(wanted))
+    fit, wanted = ([n for unit in group if not _trains(unit) for n in unit.tensors] for group in (fitting, free))
+    units.check_enough(state, label, sum(n in state for n in fit), len(wanted))
     for unit in free:
         if unit.taken:
             continue
         if unit in fitting:
             unit.taken = {name: state[name] for name in unit.tensors if name in state}
-            unit.status = TRAINS if unit.block or _trains(unit) else INHERITED
+            unit.status = Status.TRAINS if unit.block or _trains(unit) else Status.INHERITED
         elif unit.differs(state):
-            unit.status = DIFFERS
+            unit.status = Status.DIFFERS
 
 
 def _trains(unit: Unit) -> bool:

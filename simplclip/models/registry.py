@@ -4,9 +4,6 @@ import copy
 import difflib
 import logging
 import os
-import pickle
-import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +17,13 @@ from PIL import Image
 from timm.layers.helpers import to_2tuple
 from torch import nn
 
-from simplclip.common import plugins
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.transforms import ImageTransform
-from simplclip.models import mobileclip
+from simplclip.models import mobileclip, trunks  # noqa: F401, timm finds the trunks by name
+from simplclip.models.packaged import minilm_tokenizer
+from simplclip.models.short_vocabulary import ShortVocabTokenizer
 from simplclip.models.simplify import count_parameters, simplify
+from simplclip.models.weight_files import bare_state, first_line, read_weights
 from simplclip.nn import neighbour_groups
 
 PLAIN = "open_clip:"
@@ -43,7 +42,7 @@ class Spec:
     vocabulary: the number of tokens of a `ShortVocabTokenizer`, or a function from the context length to a tokenizer; None
         for open_clip's own.
     build: the function that makes the model of the configuration, if open_clip does not.
-    origins: name of registered weights (simplclip.weights) -> the tensors that `inherit` takes from these weights: prefix in
+    origins: name of packaged weights (packaged.SOURCES) -> the tensors that `inherit` takes from these weights: prefix in
         the weights -> prefix in this model.
     """
 
@@ -71,6 +70,19 @@ _MOBILECLIP_S0 = _MOBILECLIP | {
     },
     "build": mobileclip.create,
 }
+
+
+def _small(trunk: str, text: dict[str, Any], **others: Any) -> Spec:
+    config = {
+        "embed_dim": 256,
+        "vision_cfg": {"timm_model_name": trunk, "image_size": 48},
+        "text_cfg": {"context_length": 16, "layers": 2, **text},
+        "custom_text": True,
+    }
+    original, simplify = "the same with standard blocks", {"gamma": {"text": 0.3}}
+    return Spec(original, config, simplify, augment="affine", channels_last=True, **others)
+
+
 _SPECS = {
     "mobileclip-s0": Spec(simplify=None, **_MOBILECLIP_S0),
     # The two blocks of the last image stage share [q|k] and have their own MLPs, which takes 14.3 % of the image encoder's
@@ -85,48 +97,35 @@ _SPECS = {
         simplify={"share": {"text": neighbour_groups(12, 2)}, "mask_padding": True},
         **_MOBILECLIP,
     ),
+    "siclip-tiny": _small(
+        "siclip_tiny_trunk", {"vocab_size": 8192, "width": 256, "heads": 8}, preprocess={}, vocabulary=8192
+    ),
+    # The net and the token embeddings, which can be inherited, define both widths. A step at 48 px takes about 0.7 of the
+    # time of a step at 64 px, and retrieval on the emoji loses 1 to 3 points.
+    "siclip-lite0": _small(
+        "siclip_lite0_trunk",
+        # eos_id: [SEP]
+        {"vocab_size": 30522, "width": 384, "heads": 12, "mlp_ratio": 2.0, "pool_type": "eos", "eos_id": 102},
+        preprocess={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+        vocabulary=minilm_tokenizer,
+        origins={
+            "efficientnet-lite0": {"": "visual.trunk.patch_embed.backbone."},
+            "minilm": {"embeddings.word_embeddings.": "text.token_embedding."},
+        },
+    ),
 }
 
 
-class ShortVocabTokenizer(SimpleTokenizer):
-    """open_clip's tokenizer with only the first (most frequent) merges of its vocabulary.
-
-    Rare words are split into more pieces, and a small model needs no embedding of 49,408 tokens. Start and end of text
-    remain the two highest ids, as CLIP's pooling needs.
-    """
-
-    bpe_ranks: dict[tuple[str, str], int]
-    vocab_size: int
-    encoder: dict[str, int]
-    decoder: dict[int, str]
-    all_special_ids: list[int]
-
-    def __init__(self, vocab_size: int, **options: Any) -> None:
-        super().__init__(**options)
-        merges = vocab_size - 2 * len(self.byte_encoder) - 2
-        if not 0 <= merges <= len(self.bpe_ranks):
-            raise InputError(f"vocab_size: expected 514 to {self.vocab_size}, got {vocab_size}")
-        self.bpe_ranks = {pair: rank for pair, rank in self.bpe_ranks.items() if rank < merges}
-        specials = [self.decoder[i] for i in self.all_special_ids]
-        pieces = [*list(self.encoder)[: vocab_size - 2], *specials]
-        self.encoder = {piece: i for i, piece in enumerate(pieces)}
-        self.decoder = dict(enumerate(pieces))
-        self.cache = {special: special for special in specials}
-        self.vocab_size = len(pieces)
-        self.all_special_ids = [self.encoder[special] for special in specials]
-        self.sot_token_id, self.eot_token_id = self.all_special_ids
-
-
 def names() -> list[str]:
-    """Returns the names of MobileCLIP-S0, this library's SiCLIPs and the models of plugins. `create` also takes
-    ``open_clip:NAME`` for each name of ``open_clip.list_models()``."""
-    return [*_SPECS, *plugins.entries("models")]
+    """Returns the names of MobileCLIP-S0 and this library's SiCLIPs. `create` also takes ``open_clip:NAME`` for each name of
+    ``open_clip.list_models()``."""
+    return list(_SPECS)
 
 
 def original(name: str) -> str | None:
     """Returns the model with its own blocks behind a SiCLIP or a plain name, by its name for `create`; or None."""
-    known = spec_of(name).original
-    return known if known in _SPECS else PLAIN + known if known in open_clip.list_models() else None
+    base = spec_of(name).original
+    return base if base in _SPECS else PLAIN + base if base in open_clip.list_models() else None
 
 
 def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,21 +172,7 @@ def create(
     if simplify_options and not simplified:
         raise InputError(f"simplify_options: expected none for a model with its own blocks, got {dict(simplify_options)}")
     config = configuration(spec, overrides)
-    custom_text = config.pop("custom_text", False)
-    model: Any
-    if spec.build is not None:
-        model = spec.build(**config)
-    elif spec.original in open_clip.list_models():
-        config["text_cfg"]["hf_model_pretrained"] = False
-        config |= {"pretrained_text": False, "force_custom_text": custom_text}
-        root, keep = logging.getLogger(), lambda record: not record.getMessage().startswith("No pretrained weights loaded")
-        root.addFilter(keep)  # the weights are random on purpose, or loaded below
-        try:
-            model = open_clip.create_model(spec.original, device=device, **config)
-        finally:
-            root.removeFilter(keep)
-    else:
-        model = CustomTextCLIP(**config)
+    model = _build(spec, config, device)
     if hasattr(model.visual, "set_input_size") and "image_size" in overrides.get("vision_cfg", {}):
         model.visual.set_input_size(config["vision_cfg"]["image_size"])  # open_clip does not pass the size to timm's trunk
     set_model_preprocess_cfg(model, merge_preprocess_dict(PreprocessCfg(size=model.visual.image_size), dict(spec.preprocess)))
@@ -199,6 +184,23 @@ def create(
     if state is not None:
         _load(model, state, checkpoint)
     return model.to(device)
+
+
+def _build(spec: Spec, config: dict[str, Any], device: str | torch.device) -> Any:
+    """Makes a model with random weights and its own blocks."""
+    custom_text = config.pop("custom_text", False)
+    if spec.build is not None:
+        return spec.build(**config)
+    if spec.original not in open_clip.list_models():
+        return CustomTextCLIP(**config)
+    config["text_cfg"]["hf_model_pretrained"] = False
+    config |= {"pretrained_text": False, "force_custom_text": custom_text}
+    root, keep = logging.getLogger(), lambda record: not record.getMessage().startswith("No pretrained weights loaded")
+    root.addFilter(keep)  # the weights are random on purpose, or loaded later
+    try:
+        return open_clip.create_model(spec.original, device=device, **config)
+    finally:
+        root.removeFilter(keep)
 
 
 def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
@@ -278,13 +280,11 @@ def spec_of(name: str) -> Spec:
     """Returns the recipe of the model of this name. Raises ValueError for an unknown name."""
     if name in _SPECS:
         return _SPECS[name]
-    if name in plugins.entries("models"):
-        return plugins.load("models", name)
     plain = name.removeprefix(PLAIN)
     if name.startswith(PLAIN) and plain in open_clip.list_models():
         return Spec(plain, open_clip.get_model_config(plain), None, {}, {})
-    known = [*names(), *(PLAIN + n for n in open_clip.list_models())]
-    near = difflib.get_close_matches(name, known, 3) or difflib.get_close_matches(PLAIN + name, known, 3)
+    all_names = [*names(), *(PLAIN + n for n in open_clip.list_models())]
+    near = difflib.get_close_matches(name, all_names, 3) or difflib.get_close_matches(PLAIN + name, all_names, 3)
     raise InputError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")
 
 
@@ -307,88 +307,3 @@ def _load(model: nn.Module, state: Mapping[str, torch.Tensor], checkpoint: str |
         raise WeightsError(
             f"checkpoint: expected weights that fit the model, got {checkpoint}: {reasons[:300]}{where}"
         ) from None
-
-
-def read_weights(path: str | os.PathLike[str], error: type[InputError], expected: str, got: str = "") -> Any:
-    """Reads a file NAME.safetensors, or of torch.save with weights_only. Raises FileNotFoundError; `error` for other files.
-
-    got: the name of the file in the message, by default its path.
-    """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{expected}, got no such file: {path}{mobileclip.where_to_get(path)}")
-    try:
-        check_archive(path)
-        if os.fspath(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        _check_contents(found)
-        return found
-    except (ModuleNotFoundError, FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except Exception as fault:  # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
-        raise error(f"{expected}, got {got or path}: {refusal(fault) or first_line(fault)}") from None
-
-
-def refusal(fault: Exception) -> str:
-    """Returns why torch.load refused a file with weights_only, without torch's advice to read it anyway; else ""."""
-    if not isinstance(fault, pickle.UnpicklingError) and "weights_only" not in str(fault):
-        return ""
-    what = re.search(r"(?:GLOBAL|global) [\w.]+", str(fault))
-    return f"its pickle does more than store tensors ({what[0] if what else 'weights_only refuses it'})"
-
-
-def check_archive(path: str | os.PathLike[str]) -> None:
-    """Raises InputError for a zip that is a TorchScript program or has larger contents (torch.save compresses nothing)."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise InputError("it is a program of TorchScript, not a state dict")
-        if size > os.path.getsize(path):
-            raise InputError(f"its {size:,} bytes of contents do not fit in its {os.path.getsize(path):,}")
-
-
-def _check_contents(state: Any) -> None:
-    """Raises InputError for contents with which a file of few bytes fills the memory: tensors larger than their storage, and
-    containers that hold each other many times."""
-    known: dict[int, int] = {}
-
-    def count(value: Any) -> int:
-        if isinstance(value, torch.Tensor):
-            size = value.numel() * value.element_size()
-            if size > _SMALL and value.layout == torch.strided and size > value.untyped_storage().nbytes():
-                raise InputError(f"a tensor of shape {list(value.shape)} is stored with fewer numbers")
-            return 1
-        if not isinstance(value, (Mapping, list, tuple, set)):
-            return 1
-        if id(value) not in known:
-            known[id(value)] = _MOST + 1  # while the container is counted, since it may hold itself
-            parts = [part for pair in value.items() for part in pair] if isinstance(value, Mapping) else value
-            known[id(value)] = 1 + sum(map(count, parts))
-        return known[id(value)]
-
-    if count(state) > _MOST:
-        raise InputError(f"more than {_MOST:,} values, some in each other")
-
-
-_MOST = 50_000_000  # the most values in a file of weights
-_SMALL = 1 << 24  # bytes up to which a tensor may be larger than its storage, as one made by `expand` is
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def bare_state(state: Any) -> Any:
-    """Returns a state dict, bare or under "state_dict" or "model", without DistributedDataParallel's prefix "module."."""
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    return {str(name).removeprefix("module."): v for name, v in state.items()} if isinstance(state, Mapping) else state
-
-
-def affine(cfg: PreprocessCfg) -> ImageTransform:
-    """Returns the transform that `transforms` calls "affine", for a size, mean and std."""
-    return ImageTransform(cfg, "affine")

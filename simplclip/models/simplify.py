@@ -15,9 +15,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
-from simplclip.models import warm
+from simplclip.models import init_blocks
+from simplclip.models.mask_padding import mask_padding_of, tower_to_mask
 from simplclip.models.mobileclip import PreNormLayer, TextTower
-from simplclip.models.padding import mask_padding_of, tower_to_mask
 from simplclip.nn import SHARED_PARTS, SimplifiedBlock, share_weights
 
 __all__ = ["MapBlock", "Replaced", "SimplifyReport", "TimmBlock", "TransformerBlock", "count_parameters", "simplify"]
@@ -90,14 +90,17 @@ class TransformerBlock(SimplifiedBlock):
         # While tracing and for fake tensors, which have no values, the check made by `simplify` has to suffice.
         if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.is_inference():
             return True
-        known = lambda t: (t.data_ptr(), t.shape, t.stride())  # noqa: E731
-        accepted = self._accepted.get(len(mask))
-        if accepted is not None and (known(accepted[0]), accepted[1]) == (known(mask), mask._version):
+        accepted, version = self._accepted.get(len(mask), (None, 0))
+        if accepted is not None and version == mask._version and _place(accepted) == _place(mask):
             return True
         causal = is_causal_mask(mask)
         if causal:
             self._accepted[len(mask)] = (mask, mask._version)  # kept alive, so that no other tensor gets its address
         return causal
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 class TimmBlock(SimplifiedBlock):
@@ -148,11 +151,11 @@ class SimplifyReport:
         for part, now in self.after.items():
             lines.append(f"{part:<12}{now:>14,}{self.before[part]:>14,}{now / self.before[part]:>8.2f}")
         for tower in dict.fromkeys(r.tower for r in self.replaced):
-            mine = [r for r in self.replaced if r.tower == tower]
-            kinds = ", ".join(sorted({r.kind for r in mine}))
+            rows = [r for r in self.replaced if r.tower == tower]
+            kinds = ", ".join(sorted({r.kind for r in rows}))
             names = ((name if name != "all" else "weights", groups) for name, groups in self.share.get(tower, {}).items())
             shared = "".join(f", {name} shared in groups {groups}" for name, groups in names)
-            lines.append(f"{tower}: {len(mine)} of {kinds} replaced, blocks {[r.index for r in mine]}{shared}")
+            lines.append(f"{tower}: {len(rows)} of {kinds} replaced, blocks {[r.index for r in rows]}{shared}")
         return "\n".join(lines)
 
 
@@ -174,7 +177,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     words = {p for name, p in named if name.startswith((*text, "text_model."))}
     every = {p for _, p in named}
     parts = {"image": image, "text": words, "other": every - image - words, "total": every}
-    return {part: sum(p.numel() for p in found) for part, found in parts.items()}
+    return {part: sum(p.numel() for p in parameters) for part, parameters in parts.items()}
 
 
 def simplify(
@@ -183,33 +186,20 @@ def simplify(
     towers: Sequence[str] = TOWERS,
     blocks: Mapping[str, Sequence[int]] | None = None,
     share: Mapping[str, Groups | Mapping[str, Groups]] | None = None,
-    share_norms_and_gains: bool = False,
     mlp_ratio: float | Mapping[str, float] | None = None,
-    norm: str = "layernorm",
-    act: str | None = None,
-    value_first: bool = False,
-    output_last: bool = False,
     gamma: float | Mapping[str, float] = 1.0,
-    attention_gain: float | None = None,
-    mlp_gain: float | None = None,
-    drop_path: float | None = None,
     mask_padding: bool = False,
     init: str = "random",
-    merge: str = "first",
 ) -> tuple[nn.Module, SimplifyReport]:
     """Replaces blocks of an open_clip or transformers model by simplified ones (SAS-P), in place and in this model only.
 
     This works on the text transformer of CLIP and CustomTextCLIP, MobileCLIP-S0's, open_clip's VisionTransformer, the
     attention blocks of timm's VisionTransformer and FastViT, and the towers of transformers' CLIPModel, SiglipModel and
-    Siglip2Model (version 5, from 5.0 on). New blocks start from random weights, or by ``init="inherit"`` from the old blocks'
-    weights. They have the dtype, device and mode (train, eval) of the old blocks. A causal mask is recognised and kept.
-    Layer scale is removed; the gains replace it. The old block's drop path is kept for the MLP (see `SimplifiedBlock`).
+    Siglip2Model (version 5, from 5.0 on). New blocks have the activation, drop path, dtype, device and mode (train, eval) of
+    the old blocks. A causal mask is recognised and kept. Layer scale is removed; the gains replace it.
 
-    In a transformers model the new blocks ignore attn_implementation and attention_dropout. attention_mask, and SigLIP 2's
-    pixel_attention_mask, may pad on the right: rows of ones followed by zeros. Another mask raises an error, except under
-    torch.compile, where its values cannot be checked. SigLIP pools the last text token, so its attention_mask must be ones.
-    output_hidden_states works as before; output_attentions raises an error. save_pretrained works, and from_pretrained does
-    for a subclass whose __init__ calls `simplify` (see docs/block.md).
+    In a transformers model attention_mask may pad on the right alone: docs/block.md says which masks and options work, and
+    how from_pretrained does.
 
     Args:
         model: an open_clip model with the towers to replace: ``visual``; ``text`` or ``transformer``. Or a transformers model
@@ -220,32 +210,24 @@ def simplify(
         share: for each tower groups of such indices that share all weight matrices, or a mapping that names what is shared:
             ``{"attention": groups, "mlp": groups}`` or ``{"all": groups}``, see `nn.share_weights`. The groups of one part
             are disjoint ("all" counts for both parts); those of attention and MLP may differ.
-        share_norms_and_gains: share norms and gains within a group as well (the norm only within a group of "all").
-        mlp_ratio, act, drop_path: as in the old block when None. mlp_ratio: for both towers, or by tower.
-        norm: "layernorm" or "rmsnorm".
-        value_first, output_last: whether the first replaced block of a tower has value weights, and the last one output
-            weights.
-        gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens, so that text features pooled
-            at the end-of-text token depend only on its position until training changes W_q or gamma. The two text blocks of
-            siclip-tiny learned faster from 0.3; in a deep tower the means would add up and outweigh the tokens.
-        attention_gain, mlp_gain: initial values of the other gains. By default 1 and 0.1, and with ``init="inherit"`` those
-            that `warm.convert` finds.
+        mlp_ratio: for both towers, or by tower; as in the old block when None.
+        gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens, so that a text's feature
+            depends only on its length until training changes W_q or gamma. The two text blocks of siclip-tiny learned faster
+            from 0.3; in a deep tower the means would add up and outweigh the tokens.
         mask_padding: let no token see the padding behind its text. The text tower must be open_clip's separate one
             (custom_text) or MobileCLIP-S0's, and pool the end of the text. All its blocks must be replaced.
             `crop_texts` can then leave padding out. A causal tower stays as it is: its tokens do not see padding.
-        init: "random", or "inherit" for the attention's q and k and the MLP of the old blocks, with norms and layer scales
-            folded in, see `warm.convert`. Their value and output projections have no place in a simplified block.
-        merge: with ``init="inherit"``, the value of a matrix that blocks share: the "average" of their folded matrices, or
-            the folded matrix of the "first" block in the tower.
+        init: "random", or what a matrix starts from that blocks share: the old matrix of the "first" block in the tower, or
+            the "average" of all. With these two, attention's q and k and the MLP are the old blocks', with norms and layer
+            scales folded in, see `init_blocks.convert`. Old value and output projections have no place in a new block.
 
     Returns:
         The same model, and a report of what was replaced with the parameter counts before and after.
 
     Raises:
-        ValueError: a tower or index is unknown, the model has no such tower, the tower has no replaceable blocks (a ResNet,
-            a Hugging Face encoder, window or rotary attention), or it has a mask that a simplified block does not support
-            (padding or class token masks, as in CoCa's text tower), or padding cannot be masked, or `warm.convert` does not
-            know an old block, or the block has other shapes (``init="inherit"``). The model is left unchanged.
+        ValueError: an argument is unknown, or the model has no such tower, or the tower has no replaceable blocks (a ResNet,
+            a Hugging Face encoder in open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower),
+            or padding cannot be masked, or `init_blocks.convert` does not know a block. The model is left unchanged.
         TypeError: model is not a module.
 
     Example:
@@ -253,15 +235,50 @@ def simplify(
         >>> model, report = simplify(model, share={"text": neighbour_groups(12)})
     """
     blocks, share = dict(blocks or {}), dict(share or {})
+    _check_towers(model, towers, {*blocks, *share})
+    if init not in (choices := ("random", *init_blocks.MERGES)):
+        raise InputError(f"init: expected one of {choices}, got {init!r}")
+    encoders = _encoders(model)
+    report = SimplifyReport(before=count_parameters(model))
+    planned: list[tuple[_Site, SimplifiedBlock]] = []
+    for tower in dict.fromkeys(towers):
+        sites = block_sites(model, tower)
+        chosen = sorted({*indices(f"blocks[{tower!r}]", blocks.get(tower, range(len(sites))), len(sites))})
+        ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
+        start = gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma
+        new: list[Any] = [build_block(sites[index], ratio, gamma=start) for index in chosen]
+        for index, block in zip(chosen, new):
+            site, shape = sites[index], (block.width, block.heads, block.hidden, block.causal)
+            report.replaced.append(Replaced(tower, index, site.path, type(site.block).__name__, *shape))
+            planned.append((site, block))
+        if encoders:
+            new[0].checks_mask = True
+        report.share[tower] = shares(share.get(tower, ()), chosen, len(sites))
+        for part, groups in report.share[tower].items():
+            share_weights(new, [[chosen.index(i) for i in group] for group in groups], part)
+
+    masked = tower_to_mask(model, [block for block in report.replaced if block.tower == "text"]) if mask_padding else None
+    if init != "random":
+        init_blocks.start({site.path: (block, site.block.state_dict()) for site, block in planned}, init)
+    for site, block in planned:
+        model.set_submodule(site.path, block)
+    if masked is not None:
+        mask_padding_of(masked)
+    if encoders:
+        encoders.declare_shared(model)
+    report.after = count_parameters(model)
+    return model, report
+
+
+def _check_towers(model: nn.Module, towers: Sequence[str], named: set[str]) -> None:
+    """Raises an error for unknown towers, or towers that the model does not have. named: towers in other arguments."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an open_clip or transformers model, got {type(model).__name__}")
-    unknown = sorted({*towers, *blocks, *share} - set(TOWERS))
+    unknown = sorted({*towers, *named} - set(TOWERS))
     if unknown or not towers:
         raise InputError(f"towers: expected names out of {TOWERS}, got {unknown or list(towers)}")
-    idle = sorted({*blocks, *share} - set(towers))
-    if idle:
+    if idle := sorted(named - set(towers)):
         raise InputError(f"blocks, share: expected only the towers to replace, {list(towers)}, got {idle}")
-
     encoders = _encoders(model)
     library, parts = "an open_clip", {"text": ("text", "transformer"), "image": ("visual",)}
     if encoders:
@@ -272,49 +289,6 @@ def simplify(
             raise InputError(
                 f"model: expected {library} model with {expected}, its {tower} tower, got {type(model).__name__} without"
             )
-
-    for name, value, known in (("init", init, ("random", "inherit")), ("merge", merge, warm.MERGES)):
-        if value not in known:
-            raise InputError(f"{name}: expected one of {known}, got {value!r}")
-
-    given = {name: value for name, value in (("attention_gain", attention_gain), ("mlp_gain", mlp_gain)) if value is not None}
-    report = SimplifyReport(before=count_parameters(model))
-    planned: list[tuple[_Site, SimplifiedBlock]] = []
-    for tower in dict.fromkeys(towers):
-        sites = block_sites(model, tower)
-        chosen = sorted({*indices(f"blocks[{tower!r}]", blocks.get(tower, range(len(sites))), len(sites))})
-        new: dict[int, Any] = {}
-        ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
-        for index in chosen:
-            site = sites[index]
-            new[index] = block = build_block(
-                site, ratio, act, drop_path, norm=norm, **given,
-                gamma=gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma,
-                value=value_first and index == chosen[0], output=output_last and index == chosen[-1],
-            )  # fmt: skip
-            kind = type(site.block).__name__
-            report.replaced.append(
-                Replaced(tower, index, site.path, kind, block.width, block.heads, block.hidden, block.causal)
-            )
-            planned.append((site, block))
-        if encoders:
-            new[chosen[0]].checks_mask = True
-        report.share[tower] = shares(share.get(tower, ()), chosen, len(sites))
-        for what, groups in report.share[tower].items():
-            local = [[chosen.index(i) for i in group] for group in groups]
-            share_weights(list(new.values()), local, what, norms_and_gains=share_norms_and_gains)
-
-    masked = tower_to_mask(model, [block for block in report.replaced if block.tower == "text"]) if mask_padding else None
-    if init == "inherit":
-        warm.start({site.path: (block, site.block.state_dict()) for site, block in planned}, merge, keep=given)
-    for site, block in planned:
-        model.set_submodule(site.path, block)
-    if masked is not None:
-        mask_padding_of(masked)
-    if encoders:
-        encoders.declare_shared(model)
-    report.after = count_parameters(model)
-    return model, report
 
 
 def indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
@@ -330,34 +304,34 @@ def indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
 def shares(wanted: Groups | Mapping[str, Groups], replaced: list[int], count: int) -> dict[str, list[list[int]]]:
     """Returns a tower's groups by the part that they share, with indices from 0. replaced: indices of its new blocks."""
     parts: Mapping[str, Groups] = wanted if isinstance(wanted, Mapping) else {"all": wanted}
-    if unknown := [what for what in parts if what not in SHARED_PARTS]:
+    if unknown := [part for part in parts if part not in SHARED_PARTS]:
         raise InputError(f"share: expected groups, or groups by names out of {SHARED_PARTS}, got {unknown[0]!r}")
-    found = {}
-    for what, groups in parts.items():
+    checked = {}
+    for part, groups in parts.items():
         lists = isinstance(groups, Sequence) and all(isinstance(group, Sequence) for group in groups)
         if not lists or not all(isinstance(i, Integral) for group in groups for i in group):
             raise InputError(f"share: expected a list of groups of indices such as [[0, 1]], got {groups!r}")
-        found[what] = [indices("share", group, count) for group in groups]
-        if missing := [i for group in found[what] for i in group if i not in replaced]:
+        checked[part] = [indices("share", group, count) for group in groups]
+        if missing := [i for group in checked[part] for i in group if i not in replaced]:
             raise InputError(f"share: expected indices of replaced blocks, {replaced}, got {missing}")
     for part in ("attention", "mlp"):
-        every = [i for what in (part, "all") for group in found.get(what, ()) for i in group]
+        every = [i for name in (part, "all") for group in checked.get(name, ()) for i in group]
         if twice := sorted({i for i in every if every.count(i) > 1}):
             raise InputError(f"share: expected disjoint groups, got block {twice[0]} twice for {part}")
-    return {what: groups for what, groups in found.items() if groups}
+    return {part: groups for part, groups in checked.items() if groups}
 
 
 def block_sites(model: nn.Module, tower: str) -> list[_Site]:
     """The blocks of a tower that `simplify` can replace, in the order of their indices."""
     if encoders := _encoders(model):
-        return [_Site(*found) for found in encoders.encoder_layers(model, tower)]
+        return [_Site(*layer) for layer in encoders.encoder_layers(model, tower)]
     return list(_text_sites(model) if tower == "text" else _image_sites(model))
 
 
 def _encoders(model: nn.Module) -> Any:
     """Returns our module for transformers' models if `model` is such a model, else None."""
-    theirs = sys.modules.get("transformers.modeling_utils")  # imported already if `model` is of transformers
-    if theirs is None or not isinstance(model, theirs.PreTrainedModel):
+    transformers = sys.modules.get("transformers.modeling_utils")  # imported already if `model` is of transformers
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return None
     version = importlib.metadata.version("transformers")
     if int(version.partition(".")[0]) < 5:
@@ -424,23 +398,20 @@ def attention_of(block: Any) -> Any:
     return next(getattr(block, name) for name in ("attn", "self_attn", "token_mixer") if hasattr(block, name))
 
 
-def build_block(
-    site: _Site, mlp_ratio: float | None = None, act: str | None = None, drop_path: float | None = None, **options
-) -> SimplifiedBlock:
-    """Builds the block that replaces the block of a site. An argument that is None is taken from the old block."""
+def build_block(site: _Site, mlp_ratio: float | None = None, **options: Any) -> SimplifiedBlock:
+    """Builds the block that replaces the block of a site. options: of `SimplifiedBlock`."""
     block: Any = site.block
     if isinstance(block, SimplifiedBlock):
-        weight, heads, old_act, old_drop = block.fc1.weight, block.heads, block.act, block.drop_path
+        weight, heads = block.fc1.weight, block.heads
+        options |= {"act": block.act, "drop_path": block.drop_path, "norm": block.norm_name}
     else:
         heads = attention_of(block).num_heads
         # FastViT's MLP begins with a depthwise convolution, which has one input channel.
         dense = (m for m in block.mlp.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[1] > 1)
         weight = next(dense).weight
         acts = (_ACT_NAMES.get(type(m).__name__) for m in block.mlp.modules())
-        old_act = next((name for name in acts if name), "gelu")
-        old_drop = next((m.drop_prob for m in block.modules() if isinstance(m, DropPath)), 0.0)
+        options["act"] = next((name for name in acts if name), "gelu")
+        options["drop_path"] = next((m.drop_prob for m in block.modules() if isinstance(m, DropPath)), 0.0)
     hidden, width = weight.shape[:2]
-    ratio = hidden / width if mlp_ratio is None else mlp_ratio
-    options |= {"act": old_act if act is None else act, "drop_path": old_drop if drop_path is None else drop_path}
-    new = site.cls(width, heads, ratio, **options, **site.options)
+    new = site.cls(width, heads, hidden / width if mlp_ratio is None else mlp_ratio, **options, **site.options)
     return new.to(device=weight.device, dtype=weight.dtype).train(block.training)

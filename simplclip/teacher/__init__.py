@@ -1,10 +1,9 @@
-"""Teachers: models whose features are computed once and written into sidecars, so that training never loads one.
+"""Writers of sidecars, which training joins to the samples of shards.
 
-`simplclip.load` loads a teacher. features.py is `simplclip teacher`, which writes features of an image or of augmented views
-of the image, by one teacher or several. caption.py is `simplclip caption`.
+features.py   `simplclip teacher`: a teacher's features of images, or of augmented views of them, and of captions
+caption.py    `simplclip caption`: captions drawn by a CoCa model
 """
 
-from simplclip.evaluation.encoder import load
-from simplclip.teacher.features import Ensemble, Views, evaluate, run, student_transform, write
+from simplclip.teacher.features import Views, run, student_transform, write
 
-__all__ = ["Ensemble", "Views", "evaluate", "load", "run", "student_transform", "write"]
+__all__ = ["Views", "run", "student_transform", "write"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,41 @@ import torch
 from open_clip.coca_model import CoCa
 from open_clip.model import get_model_preprocess_cfg
 from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from simplclip import models
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
-from simplclip.data.pack import local_shards
-from simplclip.data.rewrite import rewrite
-from simplclip.data.shards import Pair, stable_hash
+from simplclip.data.pack import packed
+from simplclip.data.samples import Pair, stable_hash
 from simplclip.data.sidecars import Folders
+from simplclip.data.transforms import ImageTransform, finished, stack
+from simplclip.data.writer import write_sidecars
 from simplclip.models.registry import first_line
 
 
+@dataclass
+class Prepare:
+    """Makes the inputs of the model, in workers."""
+
+    transform: ImageTransform
+    draws: tuple[int, int]  # n, T
+    seed: int
+
+    def __call__(self, sample: Pair) -> tuple[Tensor, Tensor, list[str], dict[str, Any]]:
+        generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/{sample.place}") >> 1)
+        draws = torch.rand(self.draws, generator=generator, dtype=torch.float64)
+        return self.transform(sample.encoded), draws, sample.captions, sample.record
+
+    def collate(self, prepared: list[tuple]) -> tuple[Tensor, Tensor, tuple, tuple]:
+        images, draws, captions, records = zip(*prepared)
+        return stack(images), torch.stack(draws), captions, records
+
+
 def run(
-    shards: Any,
+    data: Any,
     out: str | os.PathLike,
     model: str,
     *,
@@ -42,32 +62,29 @@ def run(
     batch_size: int = 32,
     max_tokens: int = 30,  # open_clip's default
     sidecars: Folders = (),
+    workers: int = 0,
     device: str = "auto",
     precision: str = "fp32",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes a sidecar of each of `shards` to `out`, with up to `n` additional captions of each image.
+    """Writes a sidecar of each shard to the folder `out`, with up to `n` additional captions of each image.
 
     A sidecar holds the json of each sample with "captions", first the sample's own, and "synthetic", the number of captions
     by a model at the end. Empty captions, and captions that differ from an earlier one only in case and spaces, are dropped.
+    The captions of a sample depend only on the seed, its shard and its key, not on the batch.
 
     Args:
-        shards: what `data.parts_of` takes. Data other than local tars are copied first, see `data.pack.local_shards`.
-        out: as for `rewrite`; shards that an earlier run finished are kept.
+        data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in OUT/shards.
         model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
         checkpoint: file of its weights, see `models.create`; or
         pretrained: a tag of weights that open_clip downloads.
         top_p, temperature: how captions are drawn, see `generate`.
-        seed: the captions of a sample depend only on the seed, its shard and its key, not on the batch.
         batch_size: images at a time; n captions of each are drawn together.
         max_tokens: most tokens of a caption, including start and end of text; at most the model's context.
-        sidecars: folders that are joined to the shards first, e.g. with the captions of another model.
-        device, precision: as for evaluation; precision fp32, bf16, fp16 or auto.
+        sidecars, workers, errors, continuation: as for `data.writer.write_sidecars`.
 
-    Returns the dict of `rewrite` with "captions", "duplicate", "empty": counts of this run.
-
-    Raises: ValueError (the model is not a CoCa, the file has no weights, an argument is out of range, the folder is another
-    run's), RuntimeError (weights of another architecture), FileNotFoundError, FileExistsError, ShardError.
+    Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run. Raises InputError for an
+    argument out of range, a model that is no CoCa, and weights that do not fit; FileNotFoundError.
     """
     for name, value, good, expected in (
         ("n", n, n >= 1, "at least 1"),
@@ -83,37 +100,35 @@ def run(
     if not 3 <= max_tokens <= coca.context_length:
         raise InputError(f"max_tokens: expected 3 to {coca.context_length}, the context of {model}, got {max_tokens}")
     tokenizer = tokenizer_of(coca, model)
-    transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(coca)), is_train=False)
+    prepare = Prepare(ImageTransform(PreprocessCfg(**get_model_preprocess_cfg(coca))), (n, max_tokens), seed)
     counts: Counter[str] = Counter()
 
-    def process(samples: list[Pair]) -> list[dict[str, bytes]]:
-        images = torch.stack([transform(sample.image) for sample in samples]).to(place)
-        generators = [torch.Generator().manual_seed(stable_hash(f"{seed}/{sample.place}") >> 1) for sample in samples]
-        draws = torch.stack([torch.rand(n, max_tokens, generator=g, dtype=torch.float64) for g in generators])
+    def process(batch: tuple[Tensor, Tensor, tuple, tuple]) -> list[dict[str, bytes]]:
+        images, draws, captions, records = batch
+        images = finished(prepare.transform, images, place)
         with hardware.autocast(precision, place):
             tokens = generate(coca, images, draws, tokenizer, top_p=top_p, temperature=temperature)
-        return [{"json": _record(sample, decode(rows, tokenizer), counts)} for sample, rows in zip(samples, tokens.tolist())]
+        texts = [decode(rows, tokenizer) for rows in tokens.tolist()]
+        return [{"json": joined_record(*sample, counts)} for sample in zip(records, captions, texts)]
 
     weights = {"pretrained": pretrained} if checkpoint is None else {"sha256": sha256(checkpoint)}
     drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     about = {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}
-    options = {"batch_size": batch_size, "progress": progress, "title": "captions", "sidecar": True, "sidecars": sidecars}
-    shards = ranks.on_first(partial(local_shards, shards, out, progress=progress))
-    summary = rewrite(shards, out, process, stamp={"caption": about}, **options)
-    everywhere = ranks.all_values(counts)
-    return summary | {name: sum(of_one[name] for of_one in everywhere) for name in ("captions", "duplicate", "empty")}
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "sidecars": sidecars, "progress": progress}
+    shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards"), progress=progress))
+    summary = write_sidecars(
+        shards, out, prepare, process, collate=prepare.collate, stamp={"caption": about}, title="captions", **options
+    )
+    everywhere = ranks.exchanged(counts)
+    return summary | {name: sum(of_rank[name] for of_rank in everywhere) for name in ("captions", "duplicate", "empty")}
 
 
 def load_model(name: str, *, checkpoint: str | os.PathLike | None = None, pretrained: str | None = None) -> CoCa:
     """Loads a CoCa of open_clip in eval mode with the weights of a local file or of a tag. Raises the errors of `run`."""
     plain = name.removeprefix(models.PLAIN)
-    config = open_clip.get_model_config(plain)
-    if config is None or "multimodal_cfg" not in config:
-        known = [model for model in open_clip.list_models() if model.startswith("coca")]
-        what = "not a model of open_clip" if config is None else "not a CoCa: it has no text decoder"
-        raise InputError(
-            f"model: expected a CoCa model of open_clip, such as {', '.join(known)}, got {name!r}, which is {what}"
-        )
+    if "multimodal_cfg" not in (open_clip.get_model_config(plain) or {}):
+        names = ", ".join(model for model in open_clip.list_models() if model.startswith("coca"))
+        raise InputError(f"model: expected a CoCa model of open_clip, such as {names}, got {name!r}")
     if (checkpoint is None) == (pretrained is None):
         got = "neither" if checkpoint is None else "both"
         raise InputError(f"checkpoint, pretrained: expected a file or a tag with the weights of {plain}, got {got}")
@@ -198,10 +213,11 @@ def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
     return [" ".join(tokenizer.decode(row[1 : row.index(end)]).split()) for row in rows]
 
 
-def _record(sample: Pair, captions: list[str], counts: Counter[str]) -> bytes:
-    seen = {_normal(caption) for caption in sample.captions}
+def joined_record(record: dict[str, Any], own: list[str], drawn: list[str], counts: Counter[str]) -> bytes:
+    """Returns the json of a sample with its own captions and those that were drawn and are new; counts them."""
+    seen = {_normal(caption) for caption in own}
     new = []
-    for caption in captions:
+    for caption in drawn:
         if not (normal := _normal(caption)):
             counts["empty"] += 1
         elif normal in seen:
@@ -210,10 +226,9 @@ def _record(sample: Pair, captions: list[str], counts: Counter[str]) -> bytes:
             seen.add(normal)
             new.append(caption)
     counts["captions"] += len(new)
-    former = sample.record.get("synthetic")  # the number from an earlier captioning
+    former = record.get("synthetic")  # the number from an earlier captioning
     synthetic = len(new) + (former if isinstance(former, int) else 0)
-    record = {**sample.record, "captions": [*sample.captions, *new], "synthetic": synthetic}
-    return json.dumps(record).encode()
+    return json.dumps({**record, "captions": [*own, *new], "synthetic": synthetic}).encode()
 
 
 def _normal(caption: str) -> str:

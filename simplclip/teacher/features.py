@@ -1,41 +1,37 @@
-"""`simplclip teacher`: writes a teacher's features of shards into sidecars, and measures its retrieval.
+"""`simplclip teacher`: writes a teacher's features of shards into sidecars, so that training never loads a teacher.
 
-Several teachers are one `Ensemble`.
+KEY.teacher.npy    [V + C, D] with rows of norm 1: the features of the image or of its V views, then of its C captions
+KEY.teacher.json   {"captions": a digest of these captions, "views": what was drawn for each view}
 """
 
 from __future__ import annotations
 
 import io
 import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from open_clip.model import get_model_preprocess_cfg
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
-from simplclip import models, retrieval
-from simplclip.common import hardware, plugins, ranks
+from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
-from simplclip.data import held_out
 from simplclip.data.decode import size_of
-from simplclip.data.epoch import seeded
-from simplclip.data.pack import local_shards
-from simplclip.data.pairs import parts_of
-from simplclip.data.rewrite import rewrite
-from simplclip.data.shards import Pair, check_count
-from simplclip.data.sidecars import TEACHER, VIEWS, Folders
-from simplclip.data.transforms import ImageTransform, View, augmentation, stack
-from simplclip.evaluation.encoder import BUILTIN, Encoder, load
+from simplclip.data.loader import called, seeded
+from simplclip.data.pack import packed
+from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, check_count, digest_of
+from simplclip.data.sidecars import Folders
+from simplclip.data.transforms import ImageTransform, View, augmentation, finished, stack
+from simplclip.data.writer import write_sidecars
+from simplclip.evaluation import Encoder, load
+from simplclip.models.trained import image_transform
 from simplclip.train import config as configs
-from simplclip.train.state import image_transform
 
 DTYPES = ("fp16", "bf16")
 
@@ -66,121 +62,161 @@ class Views:
         return {"number": self.number, "augment": augmentation(self.transform), "seed": self.seed}
 
 
+class Batch(NamedTuple):
+    """What workers make of N samples."""
+
+    images: Tensor  # [N V, 3, S, S], uint8 or float32
+    colours: Tensor | None  # float32 [N V, P], see `ImageTransform.finish`
+    tokens: Tensor  # int64 [sum of C, L]
+    captions: list[int]  # C of each sample
+    about: list[dict[str, Any]]  # the content of each teacher.json
+
+
 @dataclass
-class Ensemble:
-    """Several teachers as one, whose logits are the mean of theirs: its features are those of the teachers side by side.
+class Prepare:
+    """Makes the inputs of a teacher, in workers. An image is decoded once for all its views."""
 
-    Teacher i of T has the logits s_i <x_i, y_i>, with its logit scale s_i and unit vectors x_i of an image and y_i of a text.
-    The features are x = [w_1 x_1, ..., w_T x_T] with w_i = sqrt(s_i / (s_1 + ... + s_T)), and y likewise. They are unit
-    vectors, and with the scale s = (s_1 + ... + s_T) / T the logits s <x, y> are the mean of the teachers' logits.
-    """
+    transform: Callable  # the teacher's; an ImageTransform if there are views
+    tokenizer: Callable[[list[str]], Tensor]
+    views: Views | None
 
-    encoders: Sequence[Encoder]
+    def __call__(self, sample: Pair) -> tuple[list[Tensor], list[View], Tensor, dict[str, Any]]:
+        drawn: list[View] = []
+        if self.views is not None:
+            drawn = self.views.draw(sample)
+            images = self.transform.apply_all(sample.encoded, drawn)  # type: ignore[attr-defined]
+        elif isinstance(self.transform, ImageTransform):
+            images = [self.transform(sample.encoded)]
+        else:
+            images = [called(self.transform, sample.image, sample)]
+        about = {"captions": digest_of(sample.captions), **({"views": drawn} if drawn else {})}
+        return images, drawn, self.tokenizer(sample.captions), about
 
-    @property
-    def name(self) -> str:
-        return " + ".join(encoder.name for encoder in self.encoders)
-
-    @property
-    def width(self) -> int:
-        return sum(encoder.width for encoder in self.encoders)
-
-    @property
-    def logit_scale(self) -> float:
-        return sum(encoder.logit_scale for encoder in self.encoders) / len(self.encoders)
-
-    def stamp(self) -> dict[str, Any]:
-        """Returns the description of the teachers that is stored with their features."""
-        stamps = [encoder.stamp() for encoder in self.encoders]
-        if len(stamps) == 1:
-            return stamps[0]
-        return {"name": self.name, "width": self.width, "logit_scale": self.logit_scale, "teachers": stamps}
-
-    def encode_image(self, samples: Sequence[Pair]) -> Tensor:
-        """Features float32 [N, width] of the images of N samples, not augmented."""
-        images = [sample.image for sample in samples]
-        return self._joined(lambda encoder: encoder.encode_image(images, len(images)))
-
-    def encode_views(self, samples: Sequence[Pair], views: Sequence[View]) -> Tensor:
-        """Features float32 [N, width] of a view of each image. Each teacher gets the pixels of the view at its own size.
-
-        Raises InputError for a teacher whose transform is not known by size, mean and standard deviation.
-        """
-        colour = torch.tensor([view["colour"] for view in views]) if "colour" in views[0] else None
-
-        def encode(encoder: Encoder) -> Tensor:
-            transform = transform_of(encoder)
-            pixels = stack([transform.apply(sample.encoded, view) for sample, view in zip(samples, views)])
-            return encoder.features("image", transform.finish(pixels.to(encoder.device), colour))
-
-        return self._joined(encode)
-
-    def encode_text(self, texts: Sequence[str], batch_size: int) -> Tensor:
-        """Features float32 [N, width] of N texts; equal texts are encoded once."""
-        return self._joined(lambda encoder: encoder.encode_text(texts, batch_size))
-
-    def _joined(self, encode: Callable[[Encoder], Tensor]) -> Tensor:
-        total = self.logit_scale * len(self.encoders)
-        return torch.cat([math.sqrt(e.logit_scale / total) * encode(e).cpu() for e in self.encoders], 1)
-
-
-def transform_of(encoder: Encoder) -> ImageTransform:
-    """Returns the transform that makes the pixels of a view for an encoder: its size and normalisation are the encoder's."""
-    if isinstance(encoder.preprocess, ImageTransform):
-        return encoder.preprocess
-    try:
-        return ImageTransform(PreprocessCfg(**get_model_preprocess_cfg(encoder.model)))
-    except AttributeError:
-        raise InputError(
-            f"views: expected a teacher whose preprocessing is an ImageTransform or open_clip's, got {encoder.name} with "
-            f"{encoder.preprocess!r}"
-        ) from None
+    def collate(self, prepared: list[tuple]) -> Batch:
+        images, views, tokens, about = zip(*prepared)
+        pixels = [image for several in images for image in several]
+        colours = [view["colour"] for several in views for view in several if "colour" in view]
+        return Batch(
+            stack(pixels) if pixels[0].dtype == torch.uint8 else torch.stack(pixels),
+            torch.tensor(colours) if colours else None,
+            torch.cat(tokens),
+            [len(several) for several in tokens],
+            list(about),
+        )
 
 
 def write(
     shards: Any,
     out: str | os.PathLike,
-    teacher: Encoder | Sequence[Encoder],
+    teacher: Encoder,
     *,
     views: Views | None = None,
     dtype: str = "fp16",
     sidecars: Folders = (),
     batch_size: int = 64,
+    workers: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes a sidecar of each shard to the folder `out`: a teacher.npy for each sample, and the teacher in meta.json.
+    """Writes a sidecar of each shard to the folder `out`, see the top of this file; meta.json has the teacher.
 
-    shards: what `data.parts_of` takes. Data other than local tars are first copied into shards, see `data.pack.local_shards`.
-
-    teacher.npy is [1 + C, D̂] with normalised rows: the image's features, then those of its C captions in the order of
-    `shards.captions_of`. With k `views` it is [k + C, D̂], and views.json has the views, which `make_loader` replays. It is
-    float16, or with dtype "bf16" bfloat16 stored as uint16, since numpy has no bfloat16. Several teachers are an `Ensemble`.
-
-    sidecars: folders that are joined to the shards first, e.g. with captions of `simplclip caption`.
-    batch_size: number of samples, views or captions that are encoded at a time.
-
-    See `data.rewrite.rewrite` for errors, continuation after a crash and the returned dict.
+    Args:
+        shards: tars, see `data.writer.write_sidecars`, which also documents errors, continuation and the returned dict.
+        views: views of the images in place of the images, not augmented. Training replays one of them in each epoch.
+        dtype: the features are float16, or with "bf16" bfloat16 stored as uint16, since numpy has no bfloat16.
+        sidecars: folders that are joined to the shards first, e.g. with captions of `simplclip caption`.
+        batch_size: samples, views or captions that are encoded at a time.
+        workers: processes that decode and tokenize; 0 does it in this process.
     """
     _check_dtype(dtype)
-    teachers = Ensemble([teacher] if isinstance(teacher, Encoder) else list(teacher))
+    transform = transform_of(teacher)
+    if views is not None and transform is None:
+        raise InputError(
+            f"views: expected a teacher whose preprocessing is an ImageTransform or open_clip's, got {teacher.name} with "
+            f"{teacher.preprocess!r}"
+        )
+    prepare = Prepare(transform or teacher.preprocess, teacher.tokenizer, views)
 
-    def process(samples: list[Pair]) -> list[dict[str, bytes]]:
-        files: list[dict[str, bytes]] = [{} for _ in samples]
-        if views is None:
-            images = teachers.encode_image(samples)[:, None]
-        else:
-            drawn = [views.draw(sample) for sample in samples]
-            images = torch.stack([teachers.encode_views(samples, one) for one in zip(*drawn)], 1)
-            files = [{VIEWS: json.dumps(of_one).encode()} for of_one in drawn]
-        captions = [sample.captions for sample in samples]
-        texts = teachers.encode_text([text for several in captions for text in several], batch_size)
-        rows = zip(images, texts.split([len(several) for several in captions]), strict=True)
-        return [{TEACHER: _npy(torch.cat(parts), dtype), **others} for parts, others in zip(rows, files)]
+    def process(batch: Batch) -> list[dict[str, bytes]]:
+        images = finished(prepare.transform, batch.images, teacher.device, colour=batch.colours)
+        x = torch.cat([teacher.features("image", part) for part in images.split(batch_size)]).cpu()
+        y = encode_tokens(teacher, batch.tokens, batch_size).cpu()
+        rows = zip(x.unflatten(0, (len(batch.about), -1)), y.split(batch.captions), batch.about)
+        return [{TEACHER: _npy(torch.cat([i, t]), dtype), TEACHER_JSON: json.dumps(about).encode()} for i, t, about in rows]
 
-    about = teachers.stamp() | {"dtype": dtype} | ({} if views is None else {"views": views.stamp()})
-    options = {"batch_size": batch_size, "progress": progress, "title": "teacher"}
-    shards = ranks.on_first(partial(local_shards, shards, out, progress=progress))
-    return rewrite(shards, out, process, stamp={"teacher": about}, sidecar=True, sidecars=sidecars, **options)
+    stamp = teacher.stamp() | {"dtype": dtype} | ({} if views is None else {"views": views.stamp()})
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "sidecars": sidecars, "progress": progress}
+    return write_sidecars(
+        shards, out, prepare, process, collate=prepare.collate, stamp={"teacher": stamp}, title="teacher", **options
+    )
+
+
+def encode_tokens(teacher: Encoder, tokens: Tensor, batch_size: int) -> Tensor:
+    """Returns features float32 [N, width] of captions as int64 [N, L]; equal ones are encoded once, long ones together."""
+    different = {row.tobytes(): number for number, row in enumerate(tokens.numpy())}
+    order = sorted(different, key=lambda row: int((tokens[different[row]] != 0).sum()))
+    parts = tokens[[different[row] for row in order]].split(batch_size)
+    features = torch.cat([teacher.features("text", part) for part in parts])
+    places = {row: place for place, row in enumerate(order)}
+    return features[[places[row.tobytes()] for row in tokens.numpy()]]
+
+
+def transform_of(teacher: Encoder) -> ImageTransform | None:
+    """Returns the ImageTransform that makes the pixels of a teacher's preprocessing; None if it is not open_clip's own."""
+    if isinstance(teacher.preprocess, ImageTransform):
+        return teacher.preprocess
+    try:
+        cfg = PreprocessCfg(**get_model_preprocess_cfg(teacher.model))
+    except AttributeError:
+        return None
+    return ImageTransform(cfg) if repr(image_transform_v2(cfg, is_train=False)) == repr(teacher.preprocess) else None
+
+
+def student_transform(config: str | os.PathLike) -> ImageTransform:
+    """Returns the training transform of a student's config, a file or the name of a built-in one.
+
+    Raises InputError for an augmentation whose draws cannot be stored, such as timm's.
+    """
+    student = configs.load(config, ())
+    transform = image_transform(student.model.model_dump(), train=True, augment=student.data.augment)
+    if not isinstance(transform, ImageTransform):
+        raise InputError(f"data.augment: expected one whose draws can be stored (without use_timm), got {transform!r}")
+    return transform
+
+
+def run(
+    data: Any,
+    out: str | os.PathLike,
+    name: str,
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    views: int = 0,
+    config: str | os.PathLike | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Writes the features of a teacher, see `simplclip.load`, to the folder `out`; returns the summary of `write`.
+
+    data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in OUT/shards.
+    views, config, seed: number of views, the student whose augmentation they have, and the seed of their draws.
+    options: dtype, sidecars, batch_size, workers of `write`.
+    """
+    if bool(views) != (config is not None):
+        raise InputError(f"views, config: expected both or none, got {views} views and the config {config!r}")
+    _check_dtype(options.get("dtype", "fp16"))
+    seen = Views(student_transform(config), views, seed) if config is not None else None
+    place = ranks.device(device)
+    precision, _ = hardware.pick_precision(precision, place)
+    teacher = load(name, checkpoint, device=place, precision=precision)
+    shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards"), progress=progress))
+    summary = write(shards, out, teacher, views=seen, progress=progress, **options)
+    if progress and ranks.first():
+        what = "" if seen is None else f" of {seen.number} views of each image"
+        features = f"features of {teacher.name}{what}, width {teacher.width}"
+        print(f"wrote {summary['path']}: {summary['samples']:,} samples with {features}")
+    return summary
 
 
 def _check_dtype(dtype: str) -> None:
@@ -193,110 +229,3 @@ def _npy(rows: Tensor, dtype: str) -> bytes:
     array = rows.half().numpy() if dtype == "fp16" else rows.bfloat16().view(torch.uint16).numpy()
     np.save(file, array, allow_pickle=False)
     return file.getvalue()
-
-
-def student_transform(config: str | None = None, model: str | None = None, augment: str | None = None) -> ImageTransform:
-    """Returns a student's training transform: that of a config (file or name), or of a model and an augmentation.
-
-    With neither it is `augment`, by default open_clip's own. augment: as data.augment, a mapping as YAML. Raises InputError
-    for an augmentation whose draws cannot be stored, such as timm's.
-    """
-    fields = configs.parse_yaml(augment, "augment") if augment else None
-    if config is not None:
-        if model is not None or augment is not None:
-            raise InputError("config: expected no model and no augment beside it, which it names")
-        found = image_transform(configs.load(config, ()))
-    elif model is not None:
-        found = models.transforms(model, train=True, augment=fields)
-    else:
-        found = ImageTransform(PreprocessCfg(), None if fields == "none" else fields or {})
-    if not isinstance(found, ImageTransform):
-        raise InputError(f"augment: expected one whose draws can be stored (without use_timm), got {found!r}")
-    return found
-
-
-def evaluate(
-    teacher: Encoder, splits: Mapping[str, str | list[str]], *, batch_size: int = 64
-) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Measures a teacher's retrieval on splits (name -> shards); returns the results of `retrieval.recall_of` by name."""
-    figures = {}
-    for name, shards in splits.items():
-        split = retrieval.Split(held_out(shards), teacher.tokenizer, teacher.preprocess)
-        retrieval.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
-        figures[name] = ranks.on_first(partial(retrieval.recall_of, split, teacher.device)) or {}
-    return figures
-
-
-def run(
-    shards: Any,
-    out: str | os.PathLike,
-    *,
-    name: str | Sequence[str] = BUILTIN,
-    checkpoint: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
-    heads_file: str | os.PathLike | None = None,
-    splits: Mapping[str, str] | None = None,
-    views: Views | None = None,
-    dtype: str = "fp16",
-    sidecars: Folders = (),
-    batch_size: int = 64,
-    device: str = "auto",
-    precision: str = "auto",
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Writes a teacher's features of `shards` to `out`; returns the summary of `write` with "teacher" and "figures".
-
-    name, checkpoint: of a teacher, see `simplclip.load`; or of several teachers, with a checkpoint for each or none.
-    heads_file: heads of the built-in teacher, by default OUT.heads.safetensors. If it does not exist, heads are first trained
-    and saved there: on the shards named train* if there are any, else on all shards.
-    splits: name -> shards on which the teacher's retrieval is measured, or that of each of several teachers.
-    views, dtype, sidecars, batch_size: see `write`.
-    """
-    names = [name] if isinstance(name, str) else list(name)
-    checkpoints = list(checkpoint) if isinstance(checkpoint, (list, tuple)) else [checkpoint] * (checkpoint is not None)
-    if len(checkpoints) not in (0, len(names)):
-        raise InputError(f"checkpoint: expected one for each of {len(names)} teachers or none, got {len(checkpoints)}")
-    _check_dtype(dtype)
-    parts_of(shards)  # raises InputError before the work begins
-    for split in (splits or {}).values():
-        held_out(split)
-    place = ranks.device(device)
-    precision, _ = hardware.pick_precision(precision, place)
-    say = print if progress and ranks.first() else lambda line: None
-    if heads_file is not None and BUILTIN not in names:
-        raise InputError(
-            f"heads: expected none, since the teacher {' + '.join(names)!r} has no heads, got {str(heads_file)!r}"
-        )
-    encoders = []
-    for source, weights in zip(names, checkpoints or [None] * len(names)):
-        note = None
-        if source == BUILTIN:
-            if weights is not None:
-                raise InputError(f"checkpoint: expected heads instead for the built-in teacher, got {str(weights)!r}")
-            weights = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
-            options = {"seed": seed, "device": place, "precision": precision, "progress": progress, "sidecars": sidecars}
-            shards, note = ranks.on_first(partial(_heads, source, shards, out, weights, options))
-        encoders.append(load(source, weights, device=place, precision=precision))
-        if note:
-            say(note)
-    options = {"views": views, "dtype": dtype, "sidecars": sidecars, "batch_size": batch_size, "progress": progress}
-    summary = write(shards, out, encoders, **options)
-    about = Ensemble(encoders).stamp()
-    seen = "" if views is None else f" of {views.number} views of each image"
-    what = f"features of {about['name']}{seen}, width {about['width']}"
-    say(f"wrote {summary['path']}: {summary['samples']} samples with {what}")
-    figures = {}
-    for encoder in encoders:
-        whose = "" if len(encoders) == 1 else f" ({encoder.name})"
-        for split, directions in evaluate(encoder, splits or {}, batch_size=batch_size).items():
-            figures[split + whose] = directions
-            shown = (f"{d.replace('_', ' ')} R@1 {found['R@1']['value']:.1%}" for d, found in directions.items())
-            say(f"{split}{whose}: {', '.join(shown)}")
-    return summary | {"teacher": about, "figures": figures}
-
-
-def _heads(source: str, shards: Any, out: str | os.PathLike, file: Path, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """Trains the heads of a teacher if `file` does not exist. Returns the shards (local if it trained) and a note."""
-    if not file.exists():
-        shards = local_shards(shards, out, progress=options["progress"])
-    return shards, plugins.load("teachers", source).prepare(shards, file, **options)

@@ -1,6 +1,14 @@
-"""The trainer. loop.py runs a config to its last checkpoint, step.py runs one step, and state.py has the model, loss and
-optimizer. folder.py locks and checks the run's folder, metrics.py writes the run's figures, limits.py limits its memory, and
-rescue.py handles Ctrl-C and saves after an error."""
+"""The trainer: `run(config)` trains a config to its last checkpoint.
+
+config.py       the sections of a config
+setup.py        model, weights, optimizer: the state of a run
+objective.py    the loss, with weights by step
+step.py         one step: forward, loss, backward, update
+loop.py         the steps of a run, its data, evaluation and stops
+checkpoint.py   last.pt, the lock of the folder, what --resume accepts
+distributed.py  several ranks
+log.py          lines, metrics.csv, curves.png
+"""
 
 import importlib
 

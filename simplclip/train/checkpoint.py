@@ -1,99 +1,194 @@
-"""Checkpoints: written completely or not at all, and read without running code from the file.
+"""The files of a run: last.pt, written completely or not at all; the lock of the folder; what --resume accepts.
 
-A checkpoint is one `torch.save` dict that loads with weights_only=True:
-    format, version         "simplclip", 1
-    model, loss, optimizer, schedule, scaler       state dicts; also ema, if the run averages its weights
-    step, epoch, batch      optimizer steps done; current epoch; batches used in that epoch
-    data                    the loader's state in that epoch
-    rng                     states of torch (CPU and every GPU), Python's random and numpy
-    config, frozen, ranks   the resolved config as a plain dict; names of frozen modules; number of ranks
+A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. The trainer adds
+    loss, optimizer, scaler     state dicts
+    data                        the loader's state of each rank: what its workers have read
+    rng                         states of torch's generators, of the CPU and every GPU
+    frozen                      names of frozen modules
 """
 
 from __future__ import annotations
 
-import random
+import contextlib
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from simplclip.common.errors import InputError
-from simplclip.common.files import replacing
-from simplclip.models.registry import read_weights
+from simplclip.common.files import differences, fcntl, replacing, write_atomically
+from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
+from simplclip.train.config import Config, ConfigError, from_dict
+from simplclip.train.setup import State
 
-FORMAT, VERSION = "simplclip", 1
 WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # files in the folder of a run
 
+# What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does not change the result.
+MAY_CHANGE = (
+    *("optim.lr", "run.steps", "run.epochs", "run.out", "run.device", "run.log_every", "run.save_every", "eval."),
+    *("data.micro_batch", "data.workers", "data.samples", "data.mean_tokens", "data.options.on_error"),
+    *("model.checkpoint", "model.recompute"),
+)
+_held: set[int] = set()  # descriptors of this process's locks
 
-class CheckpointError(InputError):
-    """Error for a file that is not a usable checkpoint."""
+
+def _close_inherited_locks() -> None:
+    """Closes inherited locks in a forked loader process, which may live seconds longer than a killed trainer."""
+    while _held:
+        os.close(_held.pop())
 
 
-def save(folder: str | Path, state: dict[str, Any]) -> Path:
-    """Writes FOLDER/last.pt and returns its path.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited_locks)
 
-    A crash, a full disk or a signal at any moment leaves the old last.pt unchanged or the new one complete.
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Context that locks `folder` for this process, and makes it; folders that are empty at the end are removed again.
+
+    The system releases the lock when the process ends, however it ends. Where the file system has no locks, there is none.
+    Raises ConfigError for a folder that another process trains in, or a file.
     """
-    last = Path(folder) / "last.pt"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.out: expected a folder, got the file {folder}")
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(descriptor)
+    try:
+        try:
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run.out: expected a folder that no process trains in, got {folder}") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        _held.discard(descriptor)
+        os.close(descriptor)
+        for part in made:
+            with contextlib.suppress(OSError):  # not empty any more
+                part.rmdir()
+
+
+def former(out: Path, resume: bool) -> dict[str, Any] | None:
+    """Reads the checkpoint to continue from; None for a run that begins, in a folder that must not hold a run."""
+    last = out / "last.pt"
+    if resume and last.exists():
+        return read_checkpoint(last)
+    if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
+        raise ConfigError(
+            f"run.out: expected a folder without a run, got {out}; continue that run by --resume, or --set run.out=FOLDER"
+        )
+    return None
+
+
+def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
+    """Raises ConfigError if `config` cannot continue a run that has this checkpoint; MAY_CHANGE says what may differ."""
+    last = Path(config.run.out) / "last.pt"
+    try:
+        old, new = from_dict(checkpoint["config"]).to_dict(), config.to_dict()
+    except ConfigError as error:
+        raise CheckpointError(f"{last}: expected settings that this version of simplclip has, got others: {error}") from None
+    for key in ("train", "sidecars"):  # folders may have moved
+        if _names(old["data"][key]) == _names(new["data"][key]):
+            old["data"][key] = new["data"][key]
+    changed = {k: v for k, v in differences(old, new).items() if not k.startswith(MAY_CHANGE)}
+    if changed:
+        changes = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
+        raise ConfigError(
+            f"resume: expected the settings of {last}, got other settings: {changes}. A new run takes its weights: "
+            f"--set model.checkpoint={last} --set run.out=FOLDER"
+        )
+    if checkpoint["step"] > config.run.steps:
+        raise ConfigError(f"run.steps: expected at least {checkpoint['step']}, the step of {last}, got {config.run.steps}")
+
+
+def _names(train: Any) -> Any:
+    """Returns data.train without the folders of its paths; a command stays whole."""
+    if isinstance(train, str):
+        return train if train.startswith("pipe:") else Path(train).name
+    if isinstance(train, dict):
+        return train | {"shards": _names(train["shards"])}
+    return [_names(part) for part in train]
+
+
+class Snapshot:
+    """The state of a run after its last whole step, for a checkpoint at any time.
+
+    It keeps copies of all that a failing step may have changed: the states of random generators and buffers (a forward pass
+    changes a batch norm's statistics). Parameters and the states of optimizer and scaler change only in the update, while
+    `state.updating` is set. Memory: a copy of the buffers.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.state, self.out = state, Path(state.config.run.out)
+        saved, buffers = state.model.state_dict(), state.model.named_buffers(remove_duplicate=False)
+        self._buffers = {name: (buffer, buffer.clone()) for name, buffer in buffers if name in saved}
+        self.saved = state.step  # the step of last.pt; 0: there is none
+        self.take()
+
+    def take(self) -> None:
+        """Copies the state after a whole step; to be called after each."""
+        for dtype in {copy.dtype for _, copy in self._buffers.values()}:  # one kernel each
+            pairs = [pair for pair in self._buffers.values() if pair[1].dtype == dtype]
+            torch._foreach_copy_([copy for _, copy in pairs], [buffer for buffer, _ in pairs])
+        self.progress = {"step": self.state.step, "data": self.state.data, "rng": rng_state()}
+
+    def save(self) -> None:
+        """Writes last.pt and, before the first one, config.yaml."""
+        state = self.state
+        if not self.saved:
+            write_atomically(self.out / "config.yaml", state.config.to_yaml())
+        parts = {name: part.state_dict() for name, part in state.parts().items()}
+        parts["model"].update({name: copy for name, (_, copy) in self._buffers.items()})
+        save(self.out, parts | self.progress | {"frozen": state.frozen, "config": state.config.to_dict()})
+        self.saved = self.progress["step"]
+
+    def rescue(self) -> str | None:
+        """Saves the last whole step after an error. Returns a sentence: what is saved, or why not and what is intact.
+
+        Returns None if there was no whole step, in this run or in one that it continues.
+        """
+        last, step = self.out / "last.pt", self.progress["step"]
+        self.state.optimizer.zero_grad(set_to_none=True)  # saving may need the memory
+        if self.saved == step:
+            return f"Step {step} is saved in {last}." if step else None
+        if self.state.updating:
+            reason = f"Step {step} is not saved, as the update of step {step + 1} was interrupted."
+        else:
+            try:
+                self.save()
+                return f"Saved step {step} in {last}."
+            except Exception as error:
+                reason = f"Step {step} could not be saved: {type(error).__name__}: {error}."
+        return f"{reason} " + (f"{last} of step {self.saved} is intact." if self.saved else "There is no checkpoint.")
+
+
+def save(folder: Path, contents: dict[str, Any]) -> None:
+    """Writes FOLDER/last.pt. A crash, a full disk or a signal at any moment leaves the old one or the new one, complete."""
+    last = folder / "last.pt"
     with replacing(last) as file:
         try:
-            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+            torch.save({"format": FORMAT, "version": VERSION, **contents}, file)
         except RuntimeError as error:
             # After a failed write torch closes its archive, and the error of closing hides the system's error.
             if isinstance(first := error.__context__, OSError):
                 raise OSError(first.errno, first.strerror, str(last)) from first
             raise
-    return last
-
-
-def load(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU. Raises FileNotFoundError, CheckpointError."""
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no such file: {path}")
-    state = read_weights(path, CheckpointError, f"{path}: expected a simplclip checkpoint", "an unreadable file")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected a simplclip checkpoint, got a file without format={FORMAT!r}")
-    version = state.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        got = f"{version}, written by a newer simplclip" if isinstance(version, int) else repr(version)[:100]
-        raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {got}")
-    if "config" in state:
-        try:
-            whole = "model" in state and isinstance(state["config"]["model"]["name"], str)
-        except (LookupError, TypeError):
-            whole = False
-        if not whole:
-            raise CheckpointError(f"{path}: expected a checkpoint with a config and weights, got another one")
-    return state
-
-
-def step_of(path: str | Path) -> int | None:
-    """Reads the step of a checkpoint, but not its tensors; returns None if the file is missing or cannot be read."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
-    except Exception:  # the type depends on the damage
-        return None
 
 
 def rng_state() -> dict[str, Any]:
-    """Returns the states of all random generators that training uses, as tensors and plain types."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (transforms may draw from the global generator)
-    state["numpy"] = [str(name), torch.from_numpy(np.asarray(keys).astype("int64")), *map(float, rest)]
-    return state
+    """Returns the states of torch's random generators; the loader draws from its own."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores the states that `rng_state` returned. The states of GPUs are skipped if the number of GPUs differs."""
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if "numpy" in state:
-        name, keys, position, has_gauss, cached = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype("uint32"), int(position), int(has_gauss), cached))  # noqa: NPY002
+def set_rng_state(states: dict[str, Any]) -> None:
+    """Restores the states that `rng_state` returned. Those of GPUs are skipped if the number of GPUs differs."""
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available() and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])

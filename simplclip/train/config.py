@@ -1,49 +1,309 @@
-"""The configuration of a run: a YAML file, changed by `--set key=value`, and checked against `settings`.
+"""The configuration of a run: sections with every key, its type, meaning and default; read from YAML, changed by `--set`.
 
-`describe()` prints every key with its default and meaning as a YAML file with comments.
+`describe()` prints every key as a YAML file with comments. Nothing here needs torch, so that a wrong key is answered at once.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-import types
 import typing
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from simplclip.common import plugins
 from simplclip.common.errors import InputError
-from simplclip.train.settings import Config, Section, shown
 
 
 class ConfigError(InputError):
     """Error for a configuration that is not valid; the message names the key."""
 
 
-NODES = 100_000  # the most values that a YAML document may have
-ANY = object()  # any value: the setting changes no result
-# Settings of earlier versions that a checkpoint or a run's config.yaml may still have, with the value that is now built in.
-REMOVED = {
-    "model.sync_norms": ANY,
-    "data.on_error": "skip",
-    "data.max_pixels": None,
-    "data.max_bytes": 256 << 20,
-    "loss.projection": ANY,
-    "eval.batch_size": ANY,
-    "optim.min_lr": 0.0,
-    "optim.options.amsgrad": False,
-    "run.print_every": ANY,
-    "run.save_minutes": ANY,
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def setting(default: Any, description: str, **limits: Any) -> Any:
+    """Returns a field of a section; `...` as its default: it is required."""
+    return Field(default, description=description, **limits)
+
+
+SHAPE = {"vision_cfg": "image_size", "text_cfg": "context_length"}  # open_clip's section that may have this setting too
+
+
+class ModelConfig(Section):
+    name: str = setting("siclip-tiny", "name of the model, see `simplclip.models.create`")
+    options: dict[str, Any] = setting({}, "keyword arguments for `simplclip.models.create`")
+    checkpoint: str | None = setting(
+        None,
+        "trained weights to start from: a run, a checkpoint, an export, open_clip's NAME/TAG or a file; all that fit are "
+        "loaded, positional embeddings interpolated, and all train. Read at the start of a run alone",
+    )
+    image_size: int | None = setting(None, "pixels of a side; null: the model's own", ge=1)
+    context_length: int | None = setting(None, "tokens of a text; null: the model's own", ge=2)
+    freeze_norms: bool = setting(False, "keep batch norms in eval mode; gradient caching needs it unless they are inherited")
+    recompute: bool = setting(False, "blocks keep only their input and are computed again in backward: a quarter more time")
+
+    @model_validator(mode="after")
+    def _once(self) -> ModelConfig:
+        if "checkpoint" in self.options:
+            raise ValueError("options: expected no checkpoint among them, which is the key model.checkpoint")
+        for section, name in SHAPE.items():
+            inside = (self.options.get(section) or {}).get(name)
+            if None not in (inside, value := getattr(self, name)) and inside != value:
+                raise ValueError(f"{name}: expected one value, got {value} and options.{section}.{name} = {inside}")
+        return self
+
+
+class InheritConfig(Section):
+    source: str | list[str] | None = setting(
+        None, "weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, or a list"
+    )
+    train: list[str] = setting([], "patterns of inherited tensors that are trained; the others are frozen")
+    blocks: Literal["average", "first"] | None = setting(
+        None,
+        "start simplified blocks from the source's blocks in their places; a matrix that they share is the average of "
+        "theirs, or the first one's. null: simplified blocks start from random weights",
+    )
+
+
+class MicroBatch(Section):
+    """The numbers of images and captions that the towers encode at a time; None: the whole batch."""
+
+    image: int | None = setting(None, "images at a time", ge=1)
+    text: int | None = setting(None, "captions at a time", ge=1)
+
+
+LOADER_OPTIONS = ("on_error", "max_pixels", "max_bytes", "shuffle_buffer")
+
+
+class DataConfig(Section):
+    train: str | dict[str, Any] | list[str | dict[str, Any]] = setting(
+        ...,
+        "the pairs: tars by path, glob, brace pattern, URL, pipe:COMMAND or list file; {shards, weight}: each sample weight "
+        "times an epoch; or a list of these. A table, a JSON or a folder is packed into the run's folder first",
+    )
+    samples: int | None = setting(
+        None, "samples of an epoch, for run.epochs; null: as meta.json beside the shards says", ge=1
+    )
+    batch_size: int = setting(256, "images per step", ge=1)
+    micro_batch: Annotated[
+        Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, Tag("number")] | Annotated[MicroBatch, Tag("towers")],
+        Discriminator(lambda value: "towers" if isinstance(value, dict | MicroBatch) else "number"),
+    ] = setting(
+        None,
+        "images, with their captions, at a time (gradient caching: the gradient is that of the whole batch); {image, text}: "
+        "images and captions at a time, each tower by itself; null: all; auto: as many as fit, see `simplclip plan`",
+    )
+    mean_tokens: float | None = setting(
+        None,
+        "tokens of a caption on average, with start and end, for `simplclip plan` and micro_batch auto, where texts are "
+        "computed at their length; null: texts of full length",
+        ge=2,
+    )
+    captions_per_image: int = setting(1, "captions drawn for each image in each step; each makes a pair", ge=1)
+    workers: int = setting(4, "loader processes; 0 reads in the training process. The order depends on it", ge=0)
+    sidecars: list[str] = setting([], "folders of `simplclip teacher` and `caption`, whose files are joined to the samples")
+    augment: str | dict[str, Any] | None = setting(
+        None,
+        "image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of the views which the "
+        "teacher saw, else the model's default",
+    )
+    options: dict[Literal[LOADER_OPTIONS], Any] = setting(  # type: ignore[valid-type]
+        {}, f"further arguments of `simplclip.data.make_loader`: {', '.join(LOADER_OPTIONS)}"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former(cls, values: Any) -> Any:
+        """Accepts the section of a run made when there were data.cache_prefix, unless the run used it, and workers null."""
+        if not isinstance(values, dict):
+            return values
+        former = {"cache_prefix", "workers"} & {name for name, value in values.items() if value is None}
+        return {name: value for name, value in values.items() if name not in former}
+
+    @property
+    def images_at_a_time(self) -> int:
+        """Images of a micro-batch; "auto" must have been replaced by a number."""
+        micro = self.micro_batch.image if isinstance(self.micro_batch, MicroBatch) else self.micro_batch
+        assert micro != "auto"
+        return min(micro or self.batch_size, self.batch_size)
+
+
+class Schedule(Section):
+    """A weight by step: linear from `value` at `start` to `to` at `end`; 0 before `start` and from `until` on."""
+
+    value: float = Field(ge=0)
+    to: float | None = Field(None, ge=0)
+    start: int = Field(0, ge=0)
+    end: int | None = Field(None, ge=1)
+    until: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Schedule:
+        for name in ("end", "until"):
+            last = getattr(self, name)
+            if last is not None and last <= self.start:
+                raise ValueError(f"expected {name} after start = {self.start}, got {last}")
+        if self.end is not None and self.to is None:
+            raise ValueError("expected `to`, the weight reached at `end`, got none")
+        return self
+
+    def __bool__(self) -> bool:
+        """Whether the weight is ever above 0."""
+        return bool(self.value or self.to)
+
+    def at(self, step: int, steps: int) -> float:
+        """The weight at `step` (from 0) of a run of `steps` steps; without `end`, `to` is reached at the last step."""
+        if step < self.start or (self.until is not None and step >= self.until):
+            return 0.0
+        if self.to is None:
+            return self.value
+        end = self.end or min(self.until or steps, steps) - 1
+        done = min(1.0, (step - self.start) / max(1, end - self.start))
+        return self.value + (self.to - self.value) * done
+
+
+Weight = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | Annotated[Schedule, Tag("schedule")],
+    Discriminator(lambda value: "schedule" if isinstance(value, dict | Schedule) else "number"),
+]
+# a term's name in logs -> the weight's name, here and in WIKDLoss and ClipPMLoss
+TERMS = {
+    "contrastive_loss": "contrastive_weight",
+    "relational_loss": "relational_weight",
+    "interactive_loss": "interactive_weight",
+    "feature_loss": "feature_weight",
+    "pair_matching_loss": "pm_weight",
 }
 
 
+class LossConfig(Section):
+    base: Literal["contrastive", "sigmoid"] = setting(
+        "contrastive",
+        "contrastive: softmax over the batch (CLIP); sigmoid: logistic loss of every pair (SigLIP), whose scale starts at 10 "
+        "and whose bias at -10 unless model.options has init_logit_scale and init_logit_bias",
+    )
+    contrastive_weight: Weight = setting(
+        1.0, "weight of the base; each weight is a number, or a schedule {value, to, start, end, until}"
+    )
+    pm_weight: Weight = setting(0.0, "weight of the pair matching loss")
+    plane: Literal["scalar", "hadamard"] = setting("scalar", "hyperplane of the pair matching loss")
+    feature_weight: Weight = setting(0.0, "weight of feature distillation: distance to the teacher's features")
+    relational_weight: Weight = setting(0.0, "weight of relational distillation: KL to the teacher's softmax")
+    interactive_weight: Weight = setting(0.0, "weight of interactive distillation: student against teacher across modalities")
+    interactive: Literal["infonce", "kl"] = setting("infonce", "form of interactive distillation")
+
+    @property
+    def weights(self) -> dict[str, Schedule]:
+        """The schedule of each term by the term's name in the loss, without the schedules that are always 0."""
+        fields = {f"{self.base}_loss" if t == "contrastive_loss" else t: getattr(self, f) for t, f in TERMS.items()}
+        schedules = {term: w if isinstance(w, Schedule) else Schedule(value=w) for term, w in fields.items()}
+        return {term: schedule for term, schedule in schedules.items() if schedule}
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool({"relational_loss", "interactive_loss", "feature_loss"} & self.weights.keys())
+
+
+ADAMW = {"betas": [0.9, 0.98], "eps": 1e-6}  # arguments of torch.optim.AdamW, unless optim.options replaces them
+
+
+class OptimConfig(Section):
+    lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0)
+    warmup: int = setting(100, "steps of linear warm-up", ge=0)
+    weight_decay: float = setting(0.1, "weight decay of matrices; norms, biases, gains and scalars have none", ge=0)
+    options: dict[str, Any] = setting(ADAMW, "further arguments of torch.optim.AdamW")
+    ema: float | None = setting(
+        None, "decay of the moving average of the weights to evaluate and export, e.g. 0.9999", gt=0, lt=1
+    )
+    grad_clip: float | None = setting(1.0, "largest norm of the gradient; null disables clipping", gt=0)
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _with_defaults(cls, options: Any) -> Any:
+        return ADAMW | options if isinstance(options, dict) else options
+
+
+class EvalConfig(Section):
+    splits: dict[str, str | list[str]] = setting({}, "held-out data by name: shards as in data.train")
+    every: int = setting(0, "steps between evaluations of the splits during training; 0: never", ge=0)
+    templates: list[str] = setting(["a photo of {}"], "phrases around a label in zero-shot classification", min_length=1)
+
+
+class RunConfig(Section):
+    out: str = setting(..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt")
+    steps: int | None = setting(1000, "number of optimizer steps", ge=1)
+    epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
+    seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0)
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = setting(
+        "auto", "autocast; auto: bf16 if the hardware has it, else fp32"
+    )
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
+    compile: bool = setting(False, "compile the towers by torch.compile: minutes at the start, then faster steps")
+    log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
+    save_every: int = setting(500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_default(cls, values: Any) -> Any:
+        """Leaves steps without a default if epochs are given."""
+        return {"steps": None} | values if isinstance(values, dict) and values.get("epochs") is not None else values
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RunConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"expected one of steps and epochs, got steps = {self.steps} and epochs = {self.epochs}")
+        return self
+
+
+class Config(Section):
+    model: ModelConfig = setting(ModelConfig(), "the model to train")
+    inherit: InheritConfig = setting(InheritConfig(), "weights that are copied and frozen")
+    data: DataConfig = setting(..., "the training data")
+    loss: LossConfig = setting(LossConfig(), "the base, pair matching, and terms that need a teacher's features")
+    optim: OptimConfig = setting(OptimConfig(), "AdamW, linear warm-up, a cosine down to 0")
+    eval: EvalConfig = setting(EvalConfig(), "held-out data")
+    run: RunConfig = setting(..., "the run itself")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Config:
+        size, micro = self.data.batch_size, self.data.micro_batch
+        if micro != "auto" and size % self.data.images_at_a_time:
+            key = "data.micro_batch.image" if isinstance(micro, MicroBatch) else "data.micro_batch"
+            raise ValueError(f"{key}: expected a divisor of data.batch_size = {size}, got {self.data.images_at_a_time}")
+        if self.run.steps is None:
+            return self  # the config is checked again when run.steps is known
+        schedules = self.loss.weights.values()
+        turns = {0, self.run.steps - 1, *(step for s in schedules for step in (s.start, s.end, s.until) if step is not None)}
+        for step in sorted(step for step in turns if step < self.run.steps):
+            if not any(schedule.at(step, self.run.steps) for schedule in schedules):
+                raise ValueError(f"loss: expected at least one weight above 0 at every step, got none at step {step}")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a plain dict with all defaults."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def replaced(self, **sections: dict[str, Any]) -> Config:
+        """Returns the config with some values of some sections replaced, checked as a whole."""
+        values = self.to_dict()
+        return from_dict(values | {name: values[name] | changes for name, changes in sections.items()})
+
+
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that reads `1e-3`, a string in YAML 1.1, as a number."""
+    """A YAML loader that reads `1e-3`, a string in YAML 1.1, as a number, and refuses aliases, which can repeat for ever."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("expected no aliases (*name)")
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(
@@ -51,11 +311,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits, a date without a month
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def builtin() -> dict[str, Any]:
-    """Returns the built-in configs by name, from configs/ of this package and of packages registered as simplclip.configs."""
-    packages = ["simplclip.train", *(entry.value for entry in plugins.entries("configs").values())]
-    folders = [resources.files(package) / "configs" for package in packages]
-    files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
+    """Returns the files of the built-in configs by name."""
+    files = (resources.files("simplclip.train") / "configs").iterdir()
     return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
 
 
@@ -65,93 +330,53 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     source: path of a YAML file, or the name of a built-in config.
     overrides: "key=value" with dotted keys; values are parsed as YAML. Raises ConfigError, which names the key.
     """
-    known = builtin()
-    file = Path(source) if Path(source).is_file() else known.get(str(source))
+    names = builtin()
+    file = Path(source) if Path(source).is_file() else names.get(str(source))
     if file is None:
-        near = difflib.get_close_matches(str(source), names := sorted(known), 1, 0.5)
+        near = difflib.get_close_matches(str(source), names, 1, 0.5)
         got = f"{str(source)!r}; did you mean {near[0]!r}?" if near else repr(str(source))
-        raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(names)}, got {got}")
+        raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(sorted(names))}, got {got}")
     try:
-        text = file.read_text(encoding="utf-8")
+        values = parse_yaml(file.read_text(encoding="utf-8"), str(source)) or {}
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: expected a YAML file in UTF-8, got {error}") from None
-    values = parse_yaml(text, str(source))
-    if not isinstance(values, dict | None):
-        raise ConfigError(f"{source}: expected a mapping of sections, got {shown(values)}")
-    values = values or {}
-    if file.name == "config.yaml":
-        _drop_gone(values)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected a mapping of sections, got {_shown(values)}")
     for item in overrides:
         _override(values, item)
     return from_dict(values)
 
 
-def from_dict(values: dict[str, Any], *, stored: bool = False) -> Config:
-    """Makes a config of plain values and checks it. stored: the values are from a checkpoint, maybe of an earlier version."""
-    if stored:
-        _drop_gone(values)
+def from_dict(values: dict[str, Any]) -> Config:
+    """Makes a config of plain values and checks it."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        told = "\n".join(dict.fromkeys(_explain(e) for e in error.errors()))
-        older = " (a checkpoint of a version with this setting goes on with that version alone)"
-        raise ConfigError(told + older * (stored and "unknown key" in told)) from None
+        raise ConfigError("\n".join(dict.fromkeys(_line(e) for e in error.errors()))) from None
 
 
-def _drop_gone(values: Any) -> None:
-    """Removes settings of earlier versions, except those whose value differs from the value that is now built in."""
-    for key, value in REMOVED.items():
-        section, (*outer, name) = values, key.split(".")
-        for part in outer:
-            section = section.get(part) if isinstance(section, dict) else None
-        if isinstance(section, dict) and (value is ANY or section.get(name) == value):
-            section.pop(name, None)
+def check_files(config: Config) -> None:
+    """Raises InputError for data and sidecars that are not there. It needs no torch, so that a wrong path is told at once."""
+    from simplclip.data.forms import is_source
+    from simplclip.data.sources import sources_of
 
+    def check(what: Any, name: str) -> None:
+        if isinstance(what, list):
+            for part in what:
+                check(part, name)
+        elif isinstance(what, dict):
+            check(what.get("shards"), name)
+        elif not (isinstance(what, str) and is_source(what)):
+            sources_of(what, name)
+        elif not Path(what.partition("#")[0]).expanduser().exists():
+            raise ConfigError(f"{name}: expected a file, got {what!r}, which does not exist")
 
-def keys(model: Any = Config, prefix: str = "") -> dict[str, Any]:
-    """Returns every dotted key, sections included, with its pydantic field."""
-    found: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        found[prefix + name] = field
-        if _is_section(field.annotation):
-            found |= keys(field.annotation, f"{prefix}{name}.")
-    return found
-
-
-def describe() -> str:
-    """Returns all fields as a YAML file with defaults; types and descriptions are in comments."""
-    lines = []
-    for key, field in keys().items():
-        indent, name = "  " * key.count("."), key.rpartition(".")[2]
-        if _is_section(field.annotation):
-            lines.append(f"\n{indent}{name}:  # {field.description}")
-            continue
-        default, need = "", ", required"
-        if not field.is_required():
-            default, need = " " + yaml.safe_dump(field.default, default_flow_style=True).removesuffix("...\n").strip(), ""
-        lines.append(f"{indent}{name + ':' + default:<28} # {_type_name(field.annotation)}{need}: {field.description}")
-    return "\n".join(lines).lstrip() + "\n"
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    try:
-        node = yaml.compose(text, _Loader)
-        if _size(node, {}) <= NODES:
-            return None if node is None else _Loader("").construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits, a date without a month
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    raise ConfigError(f"{where}: expected at most {NODES:,} values, got more, by aliases that repeat others")
-
-
-def _size(node: Any, known: dict[int, int]) -> int:
-    """Counts the values of a document with aliases written out; a document that contains itself has more than NODES."""
-    if node is None or isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = NODES + 1  # while the node is counted, since it may contain itself
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [one for pair in node.value for one in pair]
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
-    return known[id(node)]
+    check(config.data.train, "data.train")
+    for name, what in config.eval.splits.items() if config.eval.every else ():
+        check(what, f"eval.splits.{name}")
+    for folder in config.data.sidecars:
+        if not Path(folder).expanduser().is_dir():
+            raise ConfigError(f"data.sidecars: expected a folder, got {folder!r}, which does not exist")
 
 
 _LENGTHS = {"run.steps": "epochs", "run.epochs": "steps"}  # key of --set -> the other key, which it removes from the config
@@ -168,66 +393,59 @@ def _override(values: dict[str, Any], item: str) -> None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is not a section, it is {shown(node)}")
+            raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is not a section, it is {_shown(node)}")
     node[parts[-1]] = parse_yaml(text, f"--set {key}")
     if (other := _LENGTHS.get(key.strip())) and node[parts[-1]] is not None:
         node.pop(other, None)
+
+
+def keys(model: Any = Config, prefix: str = "") -> dict[str, Any]:
+    """Returns every dotted key, sections included, with its pydantic field."""
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        fields[prefix + name] = field
+        if _is_section(field.annotation):
+            fields |= keys(field.annotation, f"{prefix}{name}.")
+    return fields
+
+
+def describe() -> str:
+    """Returns all fields as a YAML file with defaults; descriptions are in comments."""
+    lines = []
+    for key, field in keys().items():
+        indent, name = "  " * key.count("."), key.rpartition(".")[2]
+        if _is_section(field.annotation):
+            lines.append(f"\n{indent}{name}:  # {field.description}")
+            continue
+        default, about = "", f"required: {field.description}"
+        if not field.is_required():
+            default = " " + yaml.safe_dump(field.default, default_flow_style=True).removesuffix("...\n").strip()
+            about = field.description
+        if typing.get_origin(field.annotation) is Literal:
+            about = f"{', '.join(typing.get_args(field.annotation))}: {about}"
+        lines.append(f"{indent}{name + ':' + default:<28} # {about}")
+    return "\n".join(lines).lstrip() + "\n"
 
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-_TAGS = ("number", "schedule", "towers")
-# kinds of errors for which pydantic's message is clearer than the type
-_LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short", "too_long", "finite_number"}
+def _line(error: Any) -> str:
+    """Returns an error of pydantic as one line; for an unknown key, with the nearest key."""
+    key = ".".join(str(part) for part in error["loc"] if part not in ("number", "schedule", "towers", "[key]"))
+    if error["type"] == "value_error":  # raised by a validator above
+        return f"{key}: {error['ctx']['error']}".removeprefix(": ")
+    if error["type"] == "extra_forbidden":
+        names = {name.rpartition(".")[2]: name for name in keys()}
+        near = difflib.get_close_matches(key, keys(), 1, 0.8) or difflib.get_close_matches(key.rpartition(".")[2], names, 1)
+        return f"{key}: unknown key" + (f"; did you mean {names.get(near[0], near[0])}?" if near else "")
+    if error["type"] == "missing":
+        return f"{key}: missing; expected {keys()[key].description}" if key in keys() else f"{key}: missing"
+    expected = error["msg"].replace("Input should be ", "expected ")
+    return f"{key}: {expected}, got {_shown(error['input'])}"
 
 
-def _explain(error: Any) -> str:
-    known, kind = keys(), error["type"]
-    path = [str(part) for part in error["loc"] if part not in _TAGS]
-    key = ".".join(path)
-    if kind == "value_error":  # raised by a validator of the settings
-        return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
-    if kind == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(key, known)}"
-    if kind == "invalid_key":
-        return f"{key}: expected a string for a key, got {shown(error['input'])}"
-    # pydantic appends the tried member of a union; the key is the longest known prefix, or a path inside a free dict
-    field_key = next(k for n in range(len(path), 0, -1) if (k := ".".join(path[:n])) in known)
-    field = known[field_key]
-    if kind == "missing":
-        hint = f"; expected {_type_name(field.annotation)} ({field.description})" if key == field_key else ""
-        return f"{key}: missing{hint}"
-    where = key if isinstance(field.annotation, types.GenericAlias) else field_key
-    limit = error["msg"].lower().replace("input should be ", "").replace("list should have", "a list of")
-    expected = limit if kind in _LIMITS else _type_name(field.annotation)
-    return f"{where}: expected {expected}, got {shown(error['input'])}"
-
-
-def _nearest(key: str, known: dict[str, Any]) -> str:
-    section, _, name = key.rpartition(".")
-    siblings = [k for k in known if k.rpartition(".")[0] == section]
-    # if several keys have this name, the key in the named section wins
-    by_name = {k.rpartition(".")[2]: k for k in reversed([*siblings, *known])}
-    near = [name] if name in by_name else difflib.get_close_matches(key, known, 1, 0.75)
-    near = near or difflib.get_close_matches(name, by_name, 1, 0.6)
-    if near:
-        return f"; did you mean {by_name.get(near[0], near[0])}?"
-    return f"; known here: {', '.join(siblings)}" if siblings else ""
-
-
-def _type_name(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return _type_name(arguments[0])
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(a) for a in arguments)
-    if origin is list:
-        return "a list of " + " or ".join(f"{name.removeprefix('a ')}s" for name in _type_name(arguments[0]).split(" or "))
-    if origin is dict or _is_section(annotation):
-        return "a mapping"
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(annotation, str(annotation))
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

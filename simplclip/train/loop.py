@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import random
+import contextlib
+import os
+import signal
+import threading
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
-from simplclip import data, retrieval
+from simplclip import data, evaluation
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import UserError
 from simplclip.common.files import remove_leftovers
 from simplclip.common.progress import duration
-from simplclip.train import announce, checkpoint
-from simplclip.train.batches import batches, loader, with_steps
-from simplclip.train.folder import claim, run_lock
-from simplclip.train.limits import MemoryLimit, gib, ran_out
-from simplclip.train.metrics import Reporter, RunLog, curves
-from simplclip.train.prefix_cache import PrefixCache
-from simplclip.train.rescue import LastStep, StopRequest
-from simplclip.train.settings import Config
-from simplclip.train.state import Training, image_transform, tokenizer
+from simplclip.models.trained import image_transform, tokenizer
+from simplclip.train import checkpoint
+from simplclip.train.config import Config, ConfigError
+from simplclip.train.distributed import wrap
+from simplclip.train.log import Log, curves, first_lines
+from simplclip.train.setup import State, setup
 from simplclip.train.step import TrainingError, train_step
-from simplclip.train.trust import flag
 
 SAVE_MINUTES = 10.0  # the longest time between two writes of last.pt
 
@@ -39,179 +36,269 @@ class Interrupted(UserError):
     """The end of a run by a signal, after a whole step whose state is saved."""
 
 
-def run(
-    config: Config,
-    *,
-    resume: bool = False,
-    console: Console | None = None,
-    memory_limit: int | None = None,
-    planner: ModuleType | None = None,
-) -> Path:
-    """Trains as `config` says, and returns the path of the last checkpoint.
+def run(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Trains as `config` says, and returns the path of the last checkpoint. data.micro_batch must be a number.
 
-    memory_limit: the most bytes that the process may use, see `limits.MemoryLimit`.
-    planner: a module that predicts the memory of a step, e.g. `simplclip.memory`; data.micro_batch "auto" needs one.
     resume: continue from last.pt in the folder, on the CPU bit for bit as if there had been no stop. Without a last.pt the
         run prints a note and starts at step 0 (as open_clip's `--resume latest`), so that one command starts and resumes.
-
-    The files in the folder config.run.out, except for its lock, are written after the first whole step.
 
     Raises:
         ConfigError: the folder already holds a run or another process trains in it, or the checkpoint has other settings. A
             start that fails leaves the folder unchanged.
         TrainingError: any error once a step is done; that error is the __cause__. The last whole step is saved first; if it
-            cannot be saved, the message says why, and which checkpoint is intact. Also a loss or gradient that is not finite,
-            and out of memory, with advice on settings that would fit.
-        Interrupted: SIGINT, SIGTERM, SIGHUP, or an output that nobody reads any more; the running step is finished and the
-            state saved.
+            cannot be saved, the message says why, and which checkpoint is intact. Also a loss or gradient that is not finite.
+        Interrupted: SIGINT, SIGTERM, SIGHUP, or a closed pipe; the running step is finished and the state saved.
     """
+    if config.data.micro_batch == "auto":
+        raise ConfigError("data.micro_batch: expected a number, got auto, which `simplclip train` replaces by a number")
     out, began = Path(config.run.out), time.monotonic()
-    with ExitStack() as stack:
-        stack.enter_context(ranks.joined())
+    with ranks.joined(), ExitStack() as stack:
         is_first = ranks.first()
-        config = ranks.on_first(partial(with_steps, config))
-        note = ranks.on_first(lambda: stack.enter_context(run_lock(out)))
-        state, config = ranks.on_first(partial(claim, out, config, resume))
-        if is_first:
-            remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
+        console = (console or Console()) if is_first else Console(quiet=True)
+        ranks.on_first(lambda: stack.enter_context(checkpoint.lock(out)))
+        former = ranks.on_first(partial(checkpoint.former, out, resume))
+        config = ranks.on_first(partial(_with_data, config, former, console))
         device = ranks.device(config.run.device)
         precision, why = hardware.pick_precision(config.run.precision, device)
-        limit = MemoryLimit(device, memory_limit, planner)
-        stack.callback(limit.lift)
-        auto = config.data.micro_batch == "auto"
-        if auto:
-            config = ranks.on_first(partial(limit.with_micro_batch, config))
         torch.manual_seed(config.run.seed)
-        random.seed(config.run.seed)
-        np.random.seed(config.run.seed % 2**32)  # noqa: NPY002 (transforms may draw from the global generator)
-
-        splits = {}
-        if config.eval.every:
-            splits = retrieval.load_splits(config.eval.splits, tokenizer(config), image_transform(config, train=False))
-        training = Training(config, device, precision, state)
-        ranks.seed_apart(config.run.seed + training.step)
-        console = (console or Console()) if is_first else Console(quiet=True)
-        if training.prefix:
-            show = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-            ranks.on_first(lambda: PrefixCache(training).make(show))
-        source = loader(training)
-        training.model.train()
-        whole = LastStep(training)
-        stop = stack.enter_context(StopRequest(console))
+        state = ranks.agreed(lambda: setup(config, device, precision, former))
+        state.wrappers = wrap(state.model)
+        if former:
+            checkpoint.set_rng_state(former["rng"])
+        ranks.seed_apart(config.run.seed + state.step)
+        loader, notes = ranks.agreed(lambda: make_loader(state))
+        splits = ranks.agreed(lambda: _splits(config))
+        snapshot, log = checkpoint.Snapshot(state), Log(state, console)
+        stop = stack.enter_context(StopSignals(console))
         try:
-            report, log = Reporter(console, config.run, device), RunLog(out, training.step)
-            with report.status:
-                for line in announce.lines(training, why, source):
-                    report.print(line)
-                if note:
-                    report.print(f"lock       {note}")
-                if auto:
-                    fits = f"fits in {gib(limit.budget.usable)}, by simplclip plan"
-                    report.print(f"memory     data.micro_batch = {config.data.micro_batch or 'null'} {fits}")
-                if resume and not state:
-                    report.print(f"resume     {out} has no checkpoint yet: starting at step 0")
-                elif state:
-                    before, now = state["config"]["run"]["steps"], config.run.steps
-                    longer = "" if before == now else f"; the learning rate now ends at {now}, not {before}"
-                    report.print(f"resume     continuing from step {training.step}{longer}{ranks.before(state)}")
-                if training.step < config.run.steps:
-                    _steps(training, source, splits, whole, stop, report, log)
+            with log.status:
+                for line in (*first_lines(state, why, _samples(config)), *_resumed(state, former, resume), *notes):
+                    log.print(line)
+                if state.step < config.run.steps:
+                    _train(state, loader, splits, snapshot, stop, log)
             ranks.on_first(partial(curves, out))
         except Exception as error:
-            failed = _failure(error, whole, limit, config)
-            if failed is error:
+            if (failure := _failure(error, snapshot)) is error:
                 raise
-            raise failed from error
-        if training.step == config.run.steps:  # inside of StopRequest, where a closed pipe raises nothing
+            raise failure from error
+        if state.step == config.run.steps:  # inside of StopSignals, where a closed pipe raises nothing
             took = duration(time.monotonic() - began)
-            report.print(f"done       step {training.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
-    if training.step < config.run.steps:
+            log.print(f"done       step {state.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
+    if state.step < config.run.steps:
         if not is_first:
             raise SystemExit(130)
-        raise Interrupted(
-            f"{stop.requested}: saved step {training.step} of {config.run.steps} to {out / 'last.pt'}. "
-            f"To go on: simplclip train {out / 'config.yaml'} --resume{flag(config)}"
-        )
+        raise Interrupted(f"{stop.reason}: saved step {state.step} of {config.run.steps} to {out / 'last.pt'}. {_go_on(out)}")
     return out / "last.pt"
 
 
-def _steps(
-    training: Training,
-    source: data.Loader,
-    splits: dict[str, retrieval.Split],
-    whole: LastStep,
-    stop: StopRequest,
-    report: Reporter,
-    log: RunLog,
-) -> None:
+def _train(state: State, loader: Any, splits: dict[str, Any], snapshot: Any, stop: StopSignals, log: Log) -> None:
     """Runs the steps until the last one or a stop, and saves the state."""
-    settings, every = training.config.run, training.config.eval.every
-    seconds, waiting, began, saved = 0.0, 0.0, time.perf_counter(), time.monotonic()
-    for of_step in batches(training, source, report.print):
-        waited = time.perf_counter() - began
-        announced = partial(announce.first_terms, training, report.print) if training.step == 0 else None
-        row = train_step(training, of_step, announced)
-        whole.take()
-        took, began = time.perf_counter() - began, time.perf_counter()
-        share = 0.05 if seconds else 1.0  # smoothed over about the last 20 steps
-        seconds, waiting = seconds + share * (took - seconds), waiting + share * (waited - waiting)
-        row |= {"samples_per_s": training.config.data.batch_size / seconds, "data_share": waiting / seconds}
-        row |= {"peak_mb": hardware.peak_memory_mb(training.device)}
-        report.step(training.step, row, seconds * (settings.steps - training.step))
-        last = training.step == settings.steps
-        if last or training.step % settings.log_every == 0:
-            log.write("metrics", row)
-        stopped = stop.agreed()  # raises if another rank died; this step is then saved, and is in the log already
-        if every and (last or training.step % every == 0):
-            with training.average.in_place() if training.average else nullcontext():
-                _evaluate(training, splits, log, report.print)
-            began = time.perf_counter()  # evaluations and checkpoints do not count
-        minutes = (time.monotonic() - saved) / 60
-        if last or stopped or training.step % settings.save_every == 0 or minutes >= SAVE_MINUTES:
-            whole.save()
-            began, saved = time.perf_counter(), time.monotonic()
+    config, saved = state.config, time.monotonic()
+    for batches in steps(state, loader, log):
+        log.loaded()
+        row = train_step(state, batches)
+        snapshot.take()
+        log.step(row)
+        last, stopped = state.step == config.run.steps, stop.agreed()
+        if config.eval.every and (last or state.step % config.eval.every == 0):
+            evaluate(state, splits, log)
+        late = time.monotonic() - saved > 60 * SAVE_MINUTES
+        if last or stopped or late or state.step % config.run.save_every == 0:
+            if ranks.first():
+                snapshot.save()
+            saved = time.monotonic()
         if last or stopped:
-            report.print(f"data       epoch {training.epoch} so far: {source.report()}")
+            if loader.skipped.counts:
+                log.print(f"data       {loader.skipped}")
             return
+        log.restart_clock()
 
 
-def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Config) -> BaseException:
+def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[dict[str, Any]]]:
+    """Yields the micro-batches of each step, one or several, without end."""
+    _, count = _micro_batches(state.config)
+    batches: list[dict[str, Any]] = []
+    reasons = 0
+    for batch in loader:
+        if count > 1:  # copies: a tensor from a loader process holds a file descriptor, and a step may have thousands
+            batch = {k: v if v.is_pinned() else v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        batches.append(batch)
+        if len(batches) < count:
+            continue
+        state.data = ranks.exchanged(loader.state())
+        yield batches
+        batches = []
+        if reasons != (reasons := len(loader.skipped.counts)):  # the end of the run has all counts
+            log.print(f"data       {loader.skipped}")
+
+
+def _micro_batches(config: Config) -> tuple[int, int]:
+    """Returns the images of a rank's micro-batch, and the number of micro-batches of its step."""
+    rows, rest = divmod(config.data.batch_size, ranks.count())
+    size = min(config.data.images_at_a_time, max(1, rows))
+    if rest or rows % size:
+        raise ConfigError(
+            f"data.batch_size: expected a multiple of {ranks.count()} ranks and of their micro-batches of {size}, "
+            f"got {config.data.batch_size}"
+        )
+    return size, rows // size
+
+
+def make_loader(state: State) -> tuple[data.Loader, list[str]]:
+    """Makes this rank's loader, whose batches are micro-batches of a step, and lines for the log."""
+    config, c, notes, seed = state.config, state.config.data, list[str](), state.config.run.seed
+    place = {"rank": ranks.number(), "world_size": ranks.count(), "workers": c.workers}
+    former = state.data[ranks.number()] if state.data and len(state.data) == ranks.count() else None
+    if former and any(former[name] != value for name, value in place.items()):
+        former = None
+    if former:
+        seed = former["seed"]
+    elif state.step:
+        seed += state.step
+        notes.append("resume     ranks, workers or the version were others: the pass over the data starts again")
+    loader = data.make_loader(
+        c.train,
+        tokenizer=tokenizer(config.model.model_dump()),
+        transform=state.transform,
+        batch_size=_micro_batches(config)[0],
+        captions_per_image=c.captions_per_image,
+        teacher=config.loss.needs_teacher,
+        sidecars=c.sidecars,
+        pin_memory=state.device.type == "cuda",
+        seed=seed,
+        state=former,
+        **place,
+        **c.options,
+    )
+    return loader, notes
+
+
+def evaluate(state: State, splits: dict[str, Any], log: Log) -> None:
+    """Evaluates the model, with the averages of its weights if it has some, on the splits."""
+    config = state.config
+    with state.ema.in_place() if state.ema else nullcontext():
+        state.model.eval()
+        for name, split in splits.items():
+            where = (state.device, state.precision)
+            evaluation.encode(state.model, split, evaluation.BATCH_SIZE, *where, workers=config.data.workers)
+            recall = ranks.on_first(partial(evaluation.recall_of, split, state.device))
+            for direction, figures in (recall or {}).items():
+                log.evaluation(name, direction, figures)
+        state.model.train()
+
+
+def _splits(config: Config) -> dict[str, Any]:
+    section = config.model.model_dump()
+    if not config.eval.every:
+        return {}
+    return evaluation.load_splits(config.eval.splits, tokenizer(section), image_transform(section))
+
+
+def _samples(config: Config) -> int | None:
+    return config.data.samples or data.dataset_size(config.data.train)
+
+
+def _with_data(config: Config, former: dict[str, Any] | None, console: Console) -> Config:
+    """Returns `config` with shards in place of tables and folders, which are packed first, and with steps for epochs.
+
+    Raises ConfigError if the samples are not counted, or if the config cannot continue the run of the checkpoint `former`.
+    """
+    out = Path(config.run.out)
+    remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
+    train = data.packed(config.data.train, out / "shards")
+    if train != config.data.train:
+        console.print(f"data       packed into {out / 'shards'}", markup=False, highlight=False, soft_wrap=True)
+        config = config.replaced(data={"train": train})
+    if config.run.epochs is not None:
+        if (samples := _samples(config)) is None:
+            raise ConfigError("data.samples: expected the number of samples, for run.epochs, got null and no meta.json")
+        number = max(1, round(samples * config.run.epochs / config.data.batch_size))
+        config = config.replaced(run={"steps": number, "epochs": None})
+    if former:
+        checkpoint.check_settings(former, config)
+    return config
+
+
+def _resumed(state: State, former: dict[str, Any] | None, resume: bool) -> Iterator[str]:
+    if former:
+        before, now = former["config"]["run"]["steps"], state.config.run.steps
+        longer = "" if before == now else f"; the learning rate now ends at {now}, not {before}"
+        yield f"resume     continuing from step {state.step}{longer}"
+    elif resume:
+        yield f"resume     {state.config.run.out} has no checkpoint yet: starting at step 0"
+
+
+def _go_on(out: Path) -> str:
+    return f"To go on: simplclip train {out / 'config.yaml'} --resume"
+
+
+def _failure(error: Exception, snapshot: checkpoint.Snapshot) -> BaseException:
     """Saves the last whole step, and returns the error that `run` raises in place of `error`."""
-    out, step = Path(config.run.out), whole.training.step + 1
-    full = ran_out(error)
-    if full:
-        traceback.clear_frames(error.__traceback__)  # the frames hold the step's activations
-        limit.lift()
+    step = snapshot.progress["step"]
     if not ranks.first():
-        return SystemExit(1) if isinstance(error, TrainingError) else TrainingError(f"step {step}: {ranks.error_line(error)}")
-    saved = whole.rescue()
-    again = f"simplclip train {out / 'config.yaml'} --resume{flag(config)}"
-    go_on = f" To go on: {again}" if (out / "last.pt").exists() else ""
-    if full:
-        where = saved or "No step was finished before it, so nothing is saved."
-        change = f"{go_on} --set KEY=VALUE" if go_on else " To try again: the same command with --set KEY=VALUE"
-        try:
-            advice = limit.advice(config)
-        except Exception as problem:  # an error of the planner must not hide the first error
-            advice = f"simplclip plan has no advice: {problem}."
-        return TrainingError(f"step {step}: out of memory. {where} {advice}{change}")
+        same = isinstance(error, TrainingError)  # the first rank says it
+        return SystemExit(1) if same else TrainingError(f"step {step + 1}: rank {ranks.number()}: {error}")
+    saved = snapshot.rescue()
+    go_on = f" {_go_on(snapshot.out)}" if snapshot.saved else ""
+    if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
+        return TrainingError(f"{error}. {saved}" if saved else str(error))
+    # For CPU tensors torch has no class of this error.
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        advice = "Try a smaller data.micro_batch, or auto; `simplclip plan` predicts what fits."
+        return TrainingError(f"step {step + 1}: out of memory. {saved or 'Nothing is saved.'} {advice}{go_on}")
     if saved is None:
         return error
-    if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
-        return TrainingError(f"{error}. {saved}")
-    return TrainingError(f"after step {step - 1}: {ranks.error_line(error)}. {saved}{go_on}")
+    reason = str(error).strip().rstrip(".") or "no message"
+    return TrainingError(f"after step {step}: {type(error).__name__}: {reason}. {saved}{go_on}")
 
 
-def _evaluate(training: Training, splits: dict[str, retrieval.Split], log: RunLog, show: Callable[[str], None]) -> None:
-    training.model.eval()
-    for name, split in splits.items():
-        config = training.config
-        where = training.device, training.precision
-        retrieval.encode(training.model, split, retrieval.BATCH_SIZE, *where, workers=config.data.workers)
-        found = ranks.on_first(partial(retrieval.recall_of, split, training.device))
-        for direction, figures in (found or {}).items():
-            values = {k: v["value"] for k, v in figures.items()}
-            log.write("evaluation", {"step": training.step, "split": name, "direction": direction, **values})
-            shown = "  ".join(f"{k} {v['value']:.1%} ({v['chance']:.1%})" for k, v in figures.items())
-            show(f"evaluation {name} {direction.replace('_', ' ')}: {shown}")
-    training.model.train()
+class StopSignals:
+    """Context in which a signal of `SIGNALS`, or a closed pipe, only sets `reason`; a second signal ends the process.
+
+    console: the console of the run. If the reader of its output is gone (`| head`), all further output is dropped.
+    Outside the main thread Python allows no handlers, so that signals are not handled.
+    """
+
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.reason: str | None = None
+        self._process = os.getpid()
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self.console.on_broken_pipe = self._closed  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_) -> None:
+        del self.console.on_broken_pipe
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether all ranks stop now, between two steps."""
+        stopped = ranks.any_of(self.reason is not None)
+        if stopped and self.reason is None:
+            self.reason = "signal to another rank"
+        return stopped
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a loader process, which the last step needs
+            return
+        if self.reason and ranks.count() == 1:  # torchrun repeats the signals that it gets
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+        # Not print(): a handler may interrupt a print, and Python's buffered files are not reentrant.
+        at_once = "; a second signal stops at once" if ranks.count() == 1 else ""
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{self.reason}: finishing this step, then saving{at_once}\n".encode() * ranks.first())
+
+    def _closed(self) -> None:
+        """Drops all further output. rich calls this instead of raising BrokenPipeError."""
+        self.reason = self.reason or "closed pipe"
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.console.file.fileno())
+        os.close(nowhere)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from simplclip import losses
 from simplclip.common import ranks
-from simplclip.train.settings import LossConfig, Schedule
+from simplclip.train.config import LossConfig
 
 
 class Objective:
@@ -39,12 +38,6 @@ class Objective:
             self.loss = losses.SigLipLoss(**shared, embed_dim=width, **modes)
         else:
             self.loss = losses.ClipPMLoss(**shared, embed_dim=width, **modes)
-
-    def alone(self, term: str) -> Objective:
-        """Returns the objective with this term alone; the others have weight 0 at every step."""
-        objective, off = copy.copy(self), Schedule(value=0)
-        objective.schedules = {name: schedule if name == term else off for name, schedule in self.schedules.items()}
-        return objective
 
     def __call__(
         self,

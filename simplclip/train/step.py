@@ -1,4 +1,4 @@
-"""One step of training: forward, backward, update."""
+"""One step of training: forward, loss, backward, a check, update. Plain functions of the `State` that setup.py makes."""
 
 from __future__ import annotations
 
@@ -10,68 +10,144 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import gradient_cache
+from simplclip.common import hardware, ranks
 from simplclip.common.errors import UserError
-from simplclip.train.state import Training
+from simplclip.data.transforms import finished
+from simplclip.train.config import MicroBatch
+from simplclip.train.distributed import averaged
+from simplclip.train.setup import State, learning_rate
 
 MAX_LOGIT_SCALE = math.log(100)  # as in open_clip
-TOWERS = ("text", "image")  # in the order in which they run
+
+Batch = dict[str, Any]
 
 
 class TrainingError(UserError, RuntimeError):
     """Error that ends training. The message says what is saved; the __cause__, if any, is the error behind it."""
 
 
-def train_step(training: Training, batches: list[dict[str, Any]], terms_of: Any = None) -> dict[str, float]:
-    """Runs one step on its micro-batches and returns its figures. terms_of: called in place of `training.terms`."""
-    losses = partial(terms_of or training.terms, batches)
-    model, optimizer, scaler = training.model, training.optimizer, training.scaler
+def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
+    """Runs one step on its micro-batches and returns its figures. The state counts the step when it is whole."""
+    optimizer, scaler = state.optimizer, state.scaler
     optimizer.zero_grad(set_to_none=True)
-    if training.config.data.micro_batch is None:
-        loss, terms = training.together(lambda: losses(**features_of(training, batches[0])))
-        scaler.scale(loss).backward()
-    else:
-        towers = {tower: partial(training.outputs, tower) for tower in TOWERS}
-        texts, rows = training.text_batches(batches)
-
-        def in_order(text: Tensor, image: Tensor) -> Any:
-            """Computes the loss of texts that were sorted by length in the order of their images."""
-            return losses(image=image, text=text if rows is None else text.index_select(0, rows))
-
-        inputs = {"image": batches, "text": texts}
-        terms = gradient_cache.backward(towers, inputs, in_order, model=model, scaler=scaler)
-        training.together.exchange()
-        loss = reduce(torch.add, terms.values())
+    terms = gradients(state, batches)
     scaler.unscale_(optimizer)
-    parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, training.config.optim.grad_clip or math.inf)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, state.config.optim.grad_clip or math.inf)
 
     # The step synchronises once, before the update, so that a bad step does not change the parameters.
-    figures = {"loss": loss, **terms, "logit_scale": model.logit_scale.exp()}
-    figures |= {"grad_norm": norm} if training.logit_bias is None else {"logit_bias": training.logit_bias, "grad_norm": norm}
+    figures = {**terms, "logit_scale": state.model.logit_scale.exp()}
+    figures |= {"grad_norm": norm} if state.logit_bias is None else {"logit_bias": state.logit_bias, "grad_norm": norm}
     values = dict(zip(figures, torch.stack([v.detach().float().reshape(()) for v in figures.values()]).tolist()))
     # The scaler handles an infinite gradient: it skips the step and lowers its scale.
     watched = [k for k in values if k != "grad_norm" or not scaler.is_enabled()]
     if not all(math.isfinite(values[k]) for k in watched):
         raise TrainingError(
-            f"step {training.step + 1}: not finite: {', '.join(f'{k}={values[k]:g}' for k in watched)}; stopped "
+            f"step {state.step + 1}: not finite: {', '.join(f'{k}={values[k]:g}' for k in watched)}; stopped "
             f"before the update. Try a new run with a lower optim.lr, a longer optim.warmup or run.precision=fp32"
         )
-    lr = optimizer.param_groups[0]["lr"]
-    training.updating = True
-    scaler.step(optimizer)
-    scaler.update()
-    training.schedule.step()
+    lr = learning_rate(state.config, state.step)
+    update(state, lr)
+    return {"step": state.step, **values, "lr": lr}
+
+
+def gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
+    """Adds the gradients of a step to `.grad`; returns "loss", then its weighted terms by name, without gradients."""
+    encode = {"text": _encoder(state, "text"), "image": _encoder(state, "image")}  # in the order in which the towers run
+    if state.config.data.micro_batch is None:
+        (batch,) = batches
+        features = {tower: function(batch) for tower, function in encode.items()}
+        loss, terms = losses(state, batches, **features)
+        state.scaler.scale(loss).backward()
+        return {"loss": loss.detach(), **terms}
+    texts, rows = text_batches(state, batches)
+
+    def in_order(text: Tensor, image: Tensor) -> Any:
+        """Computes the loss of texts that were sorted by length in the order of their images."""
+        return losses(state, batches, image, text if rows is None else text.index_select(0, rows))
+
+    modules = nn.ModuleList([state.model, *state.wrappers.values()])
+    inputs = {"image": batches, "text": texts}
+    terms = gradient_cache.backward(encode, inputs, in_order, model=modules, scaler=state.scaler)
+    return {"loss": reduce(torch.add, terms.values()), **terms}
+
+
+def update(state: State, lr: float) -> None:
+    """Changes the weights by their gradients, and counts the step."""
+    state.updating = True
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
     with torch.no_grad():
-        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-    if training.average:
-        training.average.update()
-    training.step += 1
-    training.updating = False
-    return {"step": training.step, "epoch": training.epoch, **values, "lr": lr}
+        state.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    if state.ema:
+        state.ema.update()
+    state.step += 1
+    state.updating = False
 
 
-def features_of(training: Training, batch: dict[str, Any]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for tower in TOWERS:
-        found |= training.outputs(tower, batch)
-    return found
+def losses(state: State, batches: list[Batch], image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the loss over all `batches` from their features, and its weighted terms without gradients."""
+    names = ("teacher_image", "teacher_text") if state.teacher else ()
+    teacher = [torch.cat([batch[name] for batch in batches]).to(state.device, non_blocking=True) for name in names]
+    if state.teacher:
+        teacher[1] = teacher[1].flatten(0, -2)
+    groups = _groups(state, batches)
+    with hardware.autocast(state.precision, state.device):
+        scale, bias = averaged(state.model.logit_scale, state.logit_bias)
+        assert scale is not None
+        return state.objective(state.step, image, text, scale.exp(), bias, groups, *teacher)
+
+
+def encode_image(state: State, batch: Batch) -> Tensor:
+    """Returns normalised features [N, D] of a batch's images, which are completed on the device."""
+    options = {"colour": batch.get("colour"), "channels_last": state.channels_last}
+    images = finished(state.transform, batch["image"], state.device, **options)
+    with hardware.autocast(state.precision, state.device):
+        return state.model.encode_image(images, normalize=True)
+
+
+def encode_text(state: State, batch: Batch) -> Tensor:
+    """Returns normalised features [N k, D] of the k captions of each image, or [M, D] of M captions."""
+    text = batch["text"].flatten(0, -2)
+    if state.crop is None:  # otherwise TextCrop needs the text on the CPU, and moves it
+        text = text.to(state.device, non_blocking=True)
+    with hardware.autocast(state.precision, state.device):
+        return state.model.encode_text(text, normalize=True)
+
+
+def _encoder(state: State, tower: str) -> Any:
+    """Returns the function that encodes a batch by a tower, through the tower's wrapper if ranks exchange its gradients."""
+    encode = partial({"image": encode_image, "text": encode_text}[tower], state)
+    wrapper = state.wrappers.get(tower)
+    outputs = encode if wrapper is None else partial(wrapper, encode)
+    if state.config.data.micro_batch is None:
+        return outputs
+    return lambda batch: {tower: outputs(batch)}
+
+
+def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tensor | None]:
+    """Splits the captions of a step for the text tower; also returns the row of each one's features, None if in order.
+
+    If texts are cropped, a micro-batch has at most as many tokens as the configured number of texts of full length. Ranks may
+    have different numbers of micro-batches, since they exchange nothing between two of them.
+    """
+    micro = state.config.data.micro_batch
+    if not isinstance(micro, MicroBatch) and state.crop is None:
+        return batches, None
+    parts = [batch["text"].flatten(0, -2) for batch in batches]
+    texts = torch.cat(parts)
+    size = (micro.text if isinstance(micro, MicroBatch) else len(parts[0])) or len(texts)
+    if state.crop is None or size >= len(texts):
+        return [{"text": part} for part in texts.split(size)], None
+    rows = state.crop.split(texts, size * texts.shape[1])
+    return [{"text": texts[part]} for part in rows], torch.cat(rows).argsort().to(state.device)
+
+
+def _groups(state: State, batches: list[Batch]) -> Tensor | None:
+    """Returns the groups [N] of a step; None if all pairs of all ranks are known to be of different ones."""
+    groups = torch.cat([batch["group"] for batch in batches])  # on the CPU, where reading them waits for nothing
+    if ranks.count() == 1 and len(set(groups.tolist())) == len(groups):
+        return None
+    return groups.to(state.device, non_blocking=True)

@@ -1,5 +1,5 @@
 """open_clip's trainer with this library's losses against itself, with equal arguments, also those of docs/losses.md: equal
-losses, and checkpoints that either trainer can resume.
+losses, and learned parameters that are trained and resumed.
 
 Runs share a process (distributed runs two processes), see trainer_plan.py; the tests read their results.
 """
@@ -66,19 +66,14 @@ def assert_same_run(plan, key, keys=("contrastive_loss",)):
 def single(folder):
     plan = Plan(folder)
     plan.both("plain")
-    # Resuming: two epochs in one run equal one epoch and then another; then open_clip's trainer resumes.
+    # Resuming: two epochs in one run equal one epoch and then another. open_clip's trainer resumes a run without a plane.
     matching = ("--pm-weight", 0.5)
     plan.add("pm-twice", "ours", *matching, epochs=2)
     plan.add("pm-once", "ours", *matching)
     plan.more("pm-once", *matching)
-    plan.add("theirs-from-ours", "theirs", "--resume", folder / "logs/pm-once/checkpoints/epoch_1.pt", epochs=2)
-    without = ("--resume", folder / "logs/plain-ours/checkpoints/epoch_1.pt")
-    plan.add("pm-without-file", "ours", *matching, *without, epochs=2)
-    plan.add("pm-other", "ours", "--pm-weight", 1, "--pm-plane", "hadamard", "--resume", "latest", name="pm-once", epochs=3)
+    plan.add("theirs-from-ours", "theirs", "--resume", folder / "logs/plain-ours/checkpoints/epoch_1.pt", epochs=2)
+    plan.add("pm-accumulated", "ours", *matching, "--accum-freq", 2, data="two")
     plan.add("pm-clip", "ours", *matching, "--grad-clip-norm", 1, "--pm-plane", "hadamard")
-    recent = (*matching, "--save-most-recent", "--save-frequency", 0)
-    plan.add("pm-latest", "ours", *recent, epochs=3, steps=2)
-    plan.more("pm-latest", *recent, epochs=4, steps=2)
     plan.both("scaled", "--precision", "amp")  # float16 and a GradScaler, as open_clip's default has them
     plan.add("pm-scaled", "ours", *matching, "--precision", "amp")
     wide = ("--feature-weight", 1, "--interactive-weight", 0.5, *teacher(folder, "tiny-wide"), "--pm-weight", 1)
@@ -142,44 +137,26 @@ def test_learned_parameters_are_trained_and_resumed(single):
         assert second["parameters"][name] == pytest.approx(whole["parameters"][name], rel=1e-4)
     for ours, expected in zip(second["steps"], whole["steps"][STEPS:]):
         assert ours == pytest.approx(expected, rel=1e-3)
-    one, two = (single.checkpoint("pm-twice", epoch, ".loss") for epoch in (1, 2))
-    assert (one["epoch"], two["epoch"]) == (1, 2)
-    again = single.checkpoint("pm-once", 2, ".loss")
+    last, again = single.checkpoint("pm-twice", 2), single.checkpoint("pm-once", 2)
     for name in start:
-        assert two["loss"][name].item() == pytest.approx(whole["parameters"][name])
-        for key, value in two["optimizer"][name].items():
-            torch.testing.assert_close(again["optimizer"][name][key], value, rtol=1e-2, atol=1e-6)
-        assert two["optimizer"][name]["step"] == 2 * STEPS
-
-
-@needs_trainer
-def test_a_checkpoint_with_learned_parameters_is_one_of_open_clips(single):
-    with_plane, without = single.checkpoint("pm-once"), single.checkpoint("plain-theirs")
-    assert with_plane.keys() == without.keys()
-    for part in ("state", "param_groups"):
-        assert len(with_plane["optimizer"][part]) == len(without["optimizer"][part])
-    theirs = single["theirs-from-ours"]["steps"]
-    assert len(theirs) == STEPS
-    assert theirs[0]["contrastive_loss"] == pytest.approx(single["pm-twice"]["steps"][STEPS]["contrastive_loss"], rel=1e-3)
-
-
-@needs_trainer
-def test_a_checkpoint_without_these_learned_parameters_is_an_error(single):
-    error = single.results[0]["pm-without-file"]["error"]
-    assert "expected the learned parameters of the loss in" in error
-    assert error.endswith("epoch_1.loss, got no such file; --pretrained starts from the model's weights alone")
-    error = single.results[0]["pm-other"]["error"]
-    assert "epoch_2.loss: expected parameters {'plane_weight': (16,)" in error
-
-
-@needs_trainer
-def test_files_of_learned_parameters_go_with_their_checkpoints(single):
-    folder = single.folder / "logs" / "pm-latest" / "checkpoints"
-    assert len(single["pm-latest-more"]["steps"]) == 2
-    names = {file.name for file in folder.iterdir()}
-    # --save-frequency 0 still saves the last epoch under its number: first 3, then 4.
-    assert names == {"epoch_latest.pt", "epoch_3.pt", "epoch_4.pt", "epoch_3.loss", "epoch_4.loss"}
+        assert last["state_dict"][f"simplclip_loss.{name}"].item() == pytest.approx(whole["parameters"][name])
+    assert last["optimizer"]["param_groups"] == again["optimizer"]["param_groups"]
+    assert len(last["optimizer"]["state"]) == len(single.checkpoint("plain-ours")["optimizer"]["state"]) + len(start)
     assert len(single["pm-clip"]["parameters"]["plane_weight"]) == 16
+    accumulated = single["pm-accumulated"]
+    assert len(accumulated["steps"]) == 2 * STEPS
+    for name, value in start.items():
+        assert abs(accumulated["parameters"][name] - value) > 1e-4, "not trained"
+
+
+@needs_trainer
+def test_open_clips_trainer_resumes_a_run_without_learned_parameters(single):
+    ours, theirs = single.checkpoint("plain-ours"), single.checkpoint("plain-theirs")
+    assert ours.keys() == theirs.keys()
+    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+    steps = single["theirs-from-ours"]["steps"]
+    assert len(steps) == STEPS
+    assert steps[0]["contrastive_loss"] < single["plain-theirs"]["steps"][0]["contrastive_loss"]
 
 
 @needs_trainer
@@ -187,8 +164,8 @@ def test_projections_to_a_wider_teacher_are_learned_and_resumed(single):
     steps = single["wide"]["steps"] + single["wide-more"]["steps"]
     assert {"contrastive_loss", "distill_loss", "interactive_loss", "feature_loss", "pair_matching_loss"} == set(steps[0])
     assert steps[-1]["feature_loss"] < steps[STEPS]["feature_loss"] < steps[0]["feature_loss"]
-    saved = single.checkpoint("wide", 1, ".loss")
-    assert saved["optimizer"].keys() == saved["loss"].keys() == single["wide"]["parameters"].keys()
+    saved = {name for name in single.checkpoint("wide")["state_dict"] if name.startswith("simplclip_loss.")}
+    assert saved == {f"simplclip_loss.{name}" for name in single["wide"]["parameters"]}
 
 
 def assert_same_steps(theirs, ours, passes=DOCUMENTED, rel=0.0, abs=1e-4):
@@ -231,9 +208,7 @@ def test_pair_matching_is_learned_beside_siglip(single):
     assert list(run["steps"][0]) == ["contrastive_loss", "pair_matching_loss"]
     assert run["steps"][0]["contrastive_loss"] == pytest.approx(plain["steps"][0]["contrastive_loss"], abs=1e-4)
     assert abs(run["parameters"]["plane_bias"] - losses.SigLipLoss.INITIAL_BIAS) > 1e-3, "not trained"
-    saved = single.checkpoint("matching", suffix=".loss")
-    assert saved["loss"].keys() == run["parameters"].keys() == {"plane_weight", "plane_bias"}
-    assert saved["optimizer"]["plane_bias"]["step"] == DOCUMENTED
+    assert run["parameters"].keys() == {"plane_weight", "plane_bias"}
 
 
 @needs_trainer
@@ -242,31 +217,11 @@ def test_two_ranks_learn_one_plane_and_start_from_one_draw_of_the_projections(do
         first, second = (result[key]["parameters"] for result in double.results)
         assert first == second
         assert first.get("plane_weight") != losses.ClipPMLoss.INITIAL_WEIGHT
-    assert double.checkpoint("two-pm", 2, ".loss")["optimizer"]["plane_bias"]["step"] == 2 * STEPS
-
-
-def make_parameters(loss, **changes):
-    optimizer = torch.optim.SGD(torch.nn.Linear(3, 3).parameters(), lr=1.0, momentum=0.5)
-    args = {"accum_freq": 1, "horovod": False, "wd": 0.2, "opt": "sgd", **changes}
-    return openclip_train.LossParameters(loss, optimizer, Namespace(**args)), optimizer
-
-
-def test_groups_follow_open_clips_rule_of_weight_decay():
-    loss = torch.nn.Linear(4, 2)
-    parameters, optimizer = make_parameters(loss)
-    bias, weight = optimizer.param_groups[1:]
-    assert (bias["weight_decay"], weight["weight_decay"]) == (0, 0.2)
-    assert (bias["params"], weight["params"]) == ([loss.bias], [loss.weight])
-    assert (bias["lr"], bias["momentum"]) == (1, 0.5)
-    parameters.set_apart()
-    assert len(optimizer.state_dict()["param_groups"]) == 1
-    with pytest.raises(ValueError, match="--horovod: expected a loss without learned parameters"):
-        make_parameters(loss, horovod=True)
 
 
 def test_accumulated_passes_count_once():
-    loss = torch.nn.Linear(4, 2)
-    make_parameters(loss, accum_freq=3)
+    loss, args = torch.nn.Linear(4, 2), Namespace(accum_freq=3)
+    assert openclip_train._attached(model := torch.nn.Module(), loss, args) is model.simplclip_loss is loss
     x = torch.randn(5, 4)
     for _ in range(3):
         loss(x).sum().backward()

@@ -5,12 +5,17 @@ import itertools
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+import open_clip
 import pytest
 import torch
 from clips import clip
+from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transformer import TextTransformer
+from transformers import BertConfig
 
 import simplclip
+from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.models import crop
 from simplclip.models.mobileclip import TextTower
@@ -21,12 +26,34 @@ KINDS = {
     "a text tower of its own": {"cls": CustomTextCLIP},
     "eos": {"cls": CustomTextCLIP, "text": {"pool_type": "eos", "eos_id": 98}},
 }
-CONVOLVED = "MobileCLIP-S0's"
+CONVOLVED, HUGGING_FACE, PADDING_MASK = "MobileCLIP-S0's", "Hugging Face's", "padding mask"
 
 
 def model_of(kind, **text):
     options = KINDS.get(kind, {"cls": CustomTextCLIP})
-    return clip(cls=options.get("cls", CLIP), text={"context_length": 40, **options.get("text", {}), **text}).eval()
+    model = clip(cls=options.get("cls", CLIP), text={"context_length": 40, **options.get("text", {}), **text}).eval()
+    if kind == HUGGING_FACE:
+        size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = BertConfig(vocab_size=100, **size, pad_token_id=0)
+        model.text = HFTextEncoder("bert", 16, config, "cls_pooler", "linear").eval()
+    if kind == PADDING_MASK:
+        size = {"width": 24, "heads": 2, "layers": 2, "output_dim": 16}
+        model.text = TextTransformer(40, 100, **size, no_causal_mask=True, use_pad_mask=True).eval()
+    return model
+
+
+def masked(kind):
+    """Returns a model of simplified blocks that do not see padding, whether they are causal or not."""
+    model = model_of(kind, no_causal_mask=kind != "CLIP")
+    if kind == CONVOLVED:
+        model.text = TextTower(40, 100, 24, 2, 2, kernel_size=3, output_dim=16).eval()
+    simplclip.simplify(model, mask_padding=True)
+    for name, p in model.named_parameters():  # new blocks do not mix tokens
+        if name.endswith(("qk.weight", "beta")):
+            torch.nn.init.normal_(p, std=0.5)
+        elif "layer_scale" in name:
+            torch.nn.init.uniform_(p)
+    return model
 
 
 def texts(lengths=LENGTHS, end=99, length=40):
@@ -50,85 +77,47 @@ def gradients(model, text):
 def tokens(monkeypatch):
     """Makes groups small, since the texts are few; returns a list of the shapes of the texts in each call of a tower."""
     monkeypatch.setattr(crop, "GROUP_TOKENS", 8)
-    seen, real = [], crop.TextCrop._encode
+    shapes, real = [], crop.TextCrop._encode
     monkeypatch.setattr(
-        crop.TextCrop, "_encode", lambda self, text, *a, **k: seen.append(text.shape) or real(self, text, *a, **k)
+        crop.TextCrop, "_encode", lambda self, text, *a, **k: shapes.append(text.shape) or real(self, text, *a, **k)
     )
-    return seen
+    return shapes
 
 
-def masked(kind):
-    """Returns a model of simplified blocks that do not see padding, whether they are causal or not."""
-    model = model_of(kind, no_causal_mask=kind != "CLIP")
-    if kind == CONVOLVED:
-        model.text = TextTower(40, 100, 24, 2, 2, kernel_size=3, output_dim=16).eval()
-    simplclip.simplify(model, mask_padding=True)
-    for name, p in model.named_parameters():  # new blocks do not mix tokens
-        if name.endswith(("qk.weight", "beta")):
-            torch.nn.init.normal_(p, std=0.5)
-        elif "layer_scale" in name:
-            torch.nn.init.uniform_(p)
-    return model
-
-
-@pytest.mark.parametrize(("kind", "make"), [*itertools.product(KINDS, (model_of, masked)), (CONVOLVED, masked)])
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        *itertools.product(KINDS, (model_of, masked)),
+        *((CONVOLVED, masked), (HUGGING_FACE, model_of), (PADDING_MASK, model_of)),
+    ],
+)
 def test_features_and_gradients_are_those_of_padded_texts(kind, make, tokens):
     model = make(kind)
     text = texts(end=98 if kind == "eos" else 99)
     features, expected = gradients(model, text)
     cropped = simplclip.crop_texts(model)
     assert cropped.reach == (3 if kind == CONVOLVED else 0)  # each of four convolutions sees one token further
-    tokens.clear()
     found, got = gradients(model, text)
     assert len(tokens) > 1
     assert sum(rows * length for rows, length in tokens) < 0.6 * text.numel()
     torch.testing.assert_close(found, features, rtol=0, atol=2e-6)
     assert got.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())  # the bias of keys has no gradient, but rounding
     for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=2e-6 * gradient.abs().max().item(), msg=name)
+        atol = (2e-6 * gradient.abs().max() + 1e-7 * largest).item()
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=atol, msg=name)
     _, forward, *_ = model(torch.zeros(len(text), 3, 16, 16), text)
     assert torch.equal(forward, found)
-    one = model.encode_text(text[3:4], normalize=True)
-    torch.testing.assert_close(one, features[3:4], rtol=0, atol=2e-6)
+    torch.testing.assert_close(model.encode_text(text[3:4], normalize=True), features[3:4], rtol=0, atol=2e-6)
     cropped.undo()
     assert torch.equal(gradients(model, text)[0], features)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, CONVOLVED])
-def test_masked_towers_in_bfloat16(kind, tokens):
-    """Cropped texts are as close to float64's results as padded texts, by the norms of errors; single errors are noise."""
-    model = masked(kind)
-    text = texts(end=98 if kind == "eos" else 99)
-
-    def results(of):
-        features, found = gradients(of, text)
-        # The gradient of a single number may be 0 by cancellation; all these gradients together are not.
-        numbers = [found.pop(name) for name in list(found) if found[name].numel() == 1]
-        return {"features": features, **found, "numbers": torch.stack(numbers)}
-
-    truth = results(copy.deepcopy(model).double())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        padded = results(model)
-        simplclip.crop_texts(model)
-        tokens.clear()
-        cropped = results(model)
-    assert len(tokens) > 1
-    for name, exact in truth.items():
-        error, usual = (torch.linalg.vector_norm(found[name].double() - exact) for found in (cropped, padded))
-        least = 1e-2 if name == "numbers" else 1e-3  # two to four numbers may be exact by chance in one of the two
-        assert error <= 1.2 * usual + least * torch.linalg.vector_norm(exact), (name, error.item(), usual.item())
-
-
-def test_it_draws_nothing_and_a_copy_crops_with_its_own_weights(tokens):
+def test_a_copy_crops_with_its_own_weights(tokens):
     model = model_of("CLIP")
-    model.transformer.train()
-    state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
     simplclip.crop_texts(model)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert [module.training for module in model.modules()] == modes
     other = copy.deepcopy(model)
     torch.nn.init.normal_(model.text_projection)
-    tokens.clear()
     assert not torch.equal(other.encode_text(texts()), model.encode_text(texts()))
     assert len(tokens) > 2
     other.encode_text.undo()
@@ -137,31 +126,49 @@ def test_it_draws_nothing_and_a_copy_crops_with_its_own_weights(tokens):
     assert not tokens
 
 
+def coca():
+    config = {"embed_dim": 16, "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}}
+    text = {"context_length": 12, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1, "embed_cls": True}
+    return open_clip.CoCa(**config, text_cfg=text, multimodal_cfg=text | {"context_length": 13})
+
+
+def cropped_already():
+    model = model_of("CLIP")
+    simplclip.crop_texts(model)
+    return model
+
+
+def other_mask():
+    model = model_of("CLIP")
+    model.attn_mask[0, 5] = 0
+    return model
+
+
 @pytest.mark.parametrize(
-    ("model", "reason"),
+    ("make", "reason"),
     [
-        (lambda: model_of("a text tower of its own", no_causal_mask=True), "padding changes features"),
-        (lambda: model_of("a text tower of its own", pool_type="last"), "padding changes features"),
+        (lambda: model_of("", no_causal_mask=True), "every token sees every token"),
         (lambda: simplclip.simplify(model_of("", no_causal_mask=True))[0], "every token sees every token"),
+        (other_mask, "every token sees every token"),
+        (lambda: models.create("mobileclip-s0", device="meta").eval(), "every token sees every token"),
+        (lambda: model_of("", pool_type="last"), "pools other tokens"),
+        (lambda: model_of("", embed_cls=True), "a class token, whose position depends on the length"),
         (lambda: masked(CONVOLVED).train(), "batch norms in training mode, whose statistics count padding"),
+        (coca, "CoCa, whose decoder reads the features of all tokens"),
+        (cropped_already, "cropped already"),
         (lambda: torch.nn.Linear(2, 2), "Linear"),
     ],
 )
-def test_towers_in_which_padding_counts_are_refused(model, reason):
-    model = model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+def test_towers_in_which_padding_counts_are_refused(make, reason):
     with pytest.raises(InputError, match=f"model: expected an open_clip model whose texts can be cropped, got .*{reason}"):
-        simplclip.crop_texts(model)
-    assert "encode_text" not in vars(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        simplclip.crop_texts(make())
 
 
-@torch.inference_mode()
-def test_weights_of_inference_mode():
-    model, text = model_of("CLIP"), texts()
-    expected = model.encode_text(text)
-    simplclip.crop_texts(model)
-    torch.testing.assert_close(model.encode_text(text), expected, rtol=0, atol=2e-6)
+def test_models_without_values_and_bad_arguments():
+    assert simplclip.crop_texts(models.create("siclip2-s0", device="meta")).reach == 0
+    for name in ("multiple", "groups"):
+        with pytest.raises(InputError, match=re.escape(f"{name}: expected an integer of at least 1, got 0")):
+            simplclip.crop_texts(model_of("CLIP"), **{name: 0})
 
 
 def test_threads_do_not_see_each_others_lengths():
@@ -173,39 +180,19 @@ def test_threads_do_not_see_each_others_lengths():
             assert all(map(torch.equal, found, expected))
 
 
-def test_what_cannot_be_cropped_twice_or_with_other_values():
-    model = model_of("CLIP")
-    simplclip.crop_texts(model)
-    with pytest.raises(InputError, match="cropped already"):
-        simplclip.crop_texts(model)
-    for name in ("multiple", "groups"):
-        with pytest.raises(InputError, match=re.escape(f"{name}: expected an integer of at least 1, got 0")):
-            simplclip.crop_texts(model_of("CLIP"), **{name: 0})
-
-
-def test_coca_is_refused_with_the_reason():
-    import open_clip
-
-    config = {"embed_dim": 16, "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}}
-    text = {"context_length": 12, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1, "embed_cls": True}
-    model = open_clip.CoCa(**config, text_cfg=text, multimodal_cfg=text | {"context_length": 13})
-    with pytest.raises(InputError, match="whose decoder reads the features of all tokens"):
-        simplclip.crop_texts(model)
-
-
-def test_groups_are_those_with_the_least_tokens(monkeypatch):
+def test_groups_have_nearly_the_least_tokens(monkeypatch):
     monkeypatch.setattr(crop, "GROUP_TOKENS", 20)
-    for seed, most in itertools.product(range(20), (1, 2, 3, 4)):
+
+    def cost(ordered, cuts):
+        return sum((stop - start) * ordered[stop - 1] + 20 for start, stop in itertools.pairwise((0, *cuts)))
+
+    for seed, groups in itertools.product(range(10), (1, 2, 3)):
         lengths = 8 * torch.randint(1, 7, (30,), generator=torch.Generator().manual_seed(seed))
         ordered, every = lengths.sort().values.tolist(), range(1, len(lengths))
-        tried = [(*cuts, 30) for n in range(min(most, 3)) for cuts in itertools.combinations(every, n)]
-        found = crop._cuts(lengths, most)
-        assert len(found) <= most
-        assert cost(ordered, found) <= min(cost(ordered, cuts) for cuts in tried)
-
-
-def cost(ordered, cuts):
-    return sum((stop - start) * ordered[stop - 1] + 20 for start, stop in itertools.pairwise((0, *cuts)))
+        tried = [(*cuts, 30) for n in range(groups) for cuts in itertools.combinations(every, n)]
+        found = crop._cuts(lengths, groups)
+        assert len(found) <= groups
+        assert cost(ordered, found) <= 1.03 * min(cost(ordered, cuts) for cuts in tried)
 
 
 def test_the_end_of_a_text_does_not_depend_on_what_pads_it():

@@ -14,6 +14,8 @@ import simplclip
 from simplclip import models
 from simplclip.nn import SimplifiedBlock
 
+IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
 
 def norms(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if getattr(module, "running_mean", None) is not None]
@@ -25,15 +27,10 @@ def same(model: nn.Module, folded: nn.Module, x: torch.Tensor) -> bool:
     return (found - expected).norm() <= 1e-4 * expected.norm() and not torch.equal(expected, torch.zeros_like(expected))
 
 
-IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "before", "after"),
     [
-        ("tf_efficientnet_lite0", 49, 0),
-        ("resnet18", 20, 0),
         ("repvgg_a0", 61, 0),  # a ByobNet with branches
         ("densenet121", 121, 62),  # norms that read the outputs of several layers stay
         ("resnetv2_50", 49, 17),  # norms before their layers stay as well
@@ -47,9 +44,8 @@ def test_a_net_of_timm_computes_the_same(name, before, after):
     assert same(model, folded, IMAGE)
 
 
-@pytest.mark.parametrize("name", ["siclip-tiny", "siclip-lite0"])
-def test_a_siclip_keeps_its_blocks(name):
-    model = with_statistics(models.create(name))
+def test_a_siclip_keeps_its_blocks():
+    model = with_statistics(models.create("siclip-lite0"))
     folded = simplclip.fold(model)
     assert not norms(folded.visual)
     assert sum(isinstance(m, SimplifiedBlock) for m in folded.modules()) == len(model.simplify_report.replaced)
@@ -77,7 +73,7 @@ class Twice(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.conv, self.bn, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
 
     def forward(self, x):
         y = self.conv(x)
@@ -90,10 +86,6 @@ class Reader(Twice):
 
 
 class OneNorm(Twice):
-    def __init__(self):
-        super().__init__()
-        self.other = nn.Conv2d(3, 4, 1)
-
     def forward(self, x):
         return self.bn(self.conv(x)) + self.bn(self.other(x))
 
@@ -104,12 +96,8 @@ class Choice(Twice):
         return y if plain or x.sum() > 1e9 else self.bn(y)
 
 
-class Order(nn.Module):
+class Order(Twice):
     """Children in the order of a layer and its norm; `forward` runs the norm first."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
 
     def forward(self, x):
         return self.conv(self.bn(x))
@@ -154,18 +142,16 @@ def test_tied_weights_keep_their_values_elsewhere():
     assert same(model, folded, IMAGE)
 
 
-def test_a_module_that_is_merged_itself_and_inplace():
+def test_a_module_that_is_merged_itself():
     block = with_statistics(timm.create_model("fastvit_t8")).stem[0]
-    before = copy.deepcopy(block)
-    x, state = torch.randn(1, 3, 16, 16), torch.get_rng_state()
-    assert same(before, simplclip.fold(block), x)
+    state = torch.get_rng_state()
+    folded = simplclip.fold(block)
     assert torch.equal(torch.get_rng_state(), state)  # folding must not change a run's random numbers
-    assert norms(block) == norms(before)
-    assert simplclip.fold(block, inplace=True) is block
-    assert not norms(block)
-    assert same(before, block, x)
-    assert all(p.requires_grad for p in block.parameters())
-    assert not any(p.requires_grad for p in simplclip.fold(before.requires_grad_(False)).parameters())
+    assert norms(block)
+    assert not norms(folded)
+    assert same(block, folded, torch.randn(1, 3, 16, 16))
+    assert all(p.requires_grad for p in folded.parameters())
+    assert not any(p.requires_grad for p in simplclip.fold(block.requires_grad_(False)).parameters())
 
 
 def test_training_mode_is_refused():

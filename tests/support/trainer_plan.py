@@ -70,8 +70,8 @@ class Plan:
         assert "error" not in result, (key, result["error"])
         return result
 
-    def checkpoint(self, run, epoch=1, suffix=".pt"):
-        file = self.folder / "logs" / run / "checkpoints" / f"epoch_{epoch}{suffix}"
+    def checkpoint(self, run, epoch=1):
+        file = self.folder / "logs" / run / "checkpoints" / f"epoch_{epoch}.pt"
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

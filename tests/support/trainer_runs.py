@@ -70,7 +70,7 @@ class Recorder:
 def names() -> tuple:
     trainer, data = open_clip_train.main, open_clip_train.data
     maker = getattr(trainer, "create_task", None) or trainer.create_loss  # the names in open_clip 4 and in 3.3
-    return maker, trainer.train_one_epoch, data.tar_file_expander
+    return maker, trainer.create_model_and_transforms, trainer.parse_args, data.tar_file_expander
 
 
 def run(entry: dict, meeting: Path) -> dict:

@@ -1,5 +1,6 @@
-"""Teachers by name, their features in shards, and the built-in teacher's heads."""
+"""`simplclip teacher`: features of images and captions in sidecars, which fit their captions and shards alone."""
 
+import json
 import os
 
 import numpy as np
@@ -7,16 +8,13 @@ import open_clip
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
-from pairs import call, digests, one_line, png, write
-from safetensors.torch import save_file
+from pairs import call, digests, keys, loader, one_line, png, sample, table, write
 from trainer_runs import write_models
 
+import simplclip
 from simplclip import data, models, teacher
-from simplclip.data import shards
-from simplclip.data.shards import Skipped, read_shard, teacher_stamp
-from simplclip.demo import builtin, emoji
-from simplclip.demo import teacher as networks
+from simplclip.data import samples, sidecars, tars
+from simplclip.data.errors import Skipped
 
 
 @pytest.fixture(scope="module")
@@ -31,67 +29,124 @@ def folder(tmp_path_factory):
     return folder
 
 
-def rows_of(path, sidecars):
-    for sample in read_shard(str(path), Skipped(), sidecars=[sidecars]):
-        opened = shards.parse(sample, teacher=True)
-        yield opened.image, opened.captions, opened.features
+def load(folder, **options):
+    return simplclip.load("open_clip:tiny", folder / "tiny.pt", device="cpu", **options)
+
+
+def pairs_of(path, folder):
+    """Yields the samples of a shard with the features in `folder`."""
+    (source,) = data.sources_of(path)
+    joined = sidecars.zipped(tars.read(source, Skipped()), source.url, [folder])
+    return (samples.parse(raw, teacher=True) for raw in joined)
 
 
 def test_features_are_those_of_the_model(folder, tmp_path):
-    out = tmp_path / "out"
     source = str(folder / "in" / "*.tar")
     options = ("--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt", "--batch-size", 5, "--precision", "fp32")
-    result = call("teacher", source, "--out", out, *options, "--evaluate", f"some={folder / 'in' / 'train-0.tar'}")
+    result = call("teacher", source, "--out", tmp_path / "two", *options, "--workers", 2)
     assert result.exit_code == 0, result.output
-    assert "48 samples with features of open_clip:tiny, width 16" in result.output
-    assert "some: image to text R@1" in result.output
+    assert "48 samples with features of open_clip:tiny, width 16" in result.output.replace("\n", " ")
+    teacher.write(source, tmp_path / "none", load(folder), batch_size=5, progress=False)
+    assert digests(tmp_path / "two") == digests(tmp_path / "none")  # the same with and without workers
     model = open_clip.create_model("tiny", pretrained=str(folder / "tiny.pt")).eval()
     transform = open_clip.image_transform(16, is_train=False)
     tokenizer = open_clip.get_tokenizer("tiny")
-    for image, captions, rows in rows_of(folder / "in" / "train-1.tar", out):
+    pairs = list(pairs_of(folder / "in" / "train-1.tar", tmp_path / "two"))
+    assert len(pairs) == 24
+    for pair in pairs:
         with torch.no_grad():
-            x = model.encode_image(transform(image)[None], normalize=True)
-            y = model.encode_text(tokenizer(captions), normalize=True)
-        assert rows.dtype == np.float16
-        torch.testing.assert_close(torch.from_numpy(rows).float(), torch.cat([x, y]), atol=1e-3, rtol=0)
-    stamp = teacher_stamp(data.expand(source), [out])
+            x = model.encode_image(transform(pair.image)[None], normalize=True)
+            y = model.encode_text(tokenizer(pair.captions), normalize=True)
+        assert pair.features.dtype == np.float16
+        torch.testing.assert_close(torch.from_numpy(pair.features).float(), torch.cat([x, y]), atol=1e-3, rtol=0)
+    stamp = data.teacher_stamp(source, [tmp_path / "two"])
     assert (stamp["name"], stamp["width"]) == ("open_clip:tiny", 16)
     assert stamp["logit_scale"] == pytest.approx(1 / 0.07)
-    assert len(list(rows_of(folder / "in" / "train-0.tar", out))) == 24
 
 
-def test_captions_are_encoded_once_and_put_back_in_order(folder):
-    found = teacher.load("open_clip:tiny", folder / "tiny.pt")
-    calls = []
-    tokenizer = found.tokenizer
-    found.tokenizer = lambda texts: calls.append(texts) or tokenizer(texts)
+def test_captions_are_encoded_once_long_ones_together(folder):
+    encoder, parts = load(folder), []
+    features = encoder.features
+    encoder.features = lambda tower, inputs: parts.append(inputs) or features(tower, inputs)
     texts = ["a long red bar", "red", "blue ring", "red", "a long red bar", "red bar"]
-    features = found.encode_text(texts, 3)
-    assert calls == [["red", "red bar", "blue ring"], ["a long red bar"]]
-    torch.testing.assert_close(features, torch.cat([found.encode_text(text) for text in texts]))
-    torch.testing.assert_close(features.norm(dim=1), torch.ones(6))
+    found = teacher.features.encode_tokens(encoder, encoder.tokenizer(texts), 3)
+    wanted = [["red", "blue ring", "red bar"], ["a long red bar"]]
+    assert [sorted(part.tolist()) for part in parts] == [sorted(encoder.tokenizer(part).tolist()) for part in wanted]
+    torch.testing.assert_close(found, torch.cat([encoder.encode_text(text) for text in texts]))
+
+
+def test_features_of_other_captions_are_refused(folder, tmp_path):
+    """Also if there are as many captions as before: a digest of them lies beside the features."""
+
+    def recaption(word, number):
+        files = {"json": json.dumps({"captions": [f"{number} {word}"]}).encode()}
+        return f"k{number:03d}", files
+
+    (tmp_path / "in").mkdir()
+    path = write(tmp_path / "in/a.tar", [sample(number) for number in range(6)])
+    for word in ("first", "second"):
+        (tmp_path / word).mkdir()
+        write(tmp_path / word / "a.tar", [recaption(word, number) for number in range(6)])
+    teacher.write(path, tmp_path / "taught", load(folder), sidecars=[tmp_path / "first"], progress=False)
+    options = {"teacher": True, "batch_size": 3, "shuffle": False}
+    batch = next(iter(loader(path, sidecars=[tmp_path / "first", tmp_path / "taught"], **options)))
+    assert batch["teacher_text"].shape == (3, 16)
+    message = r"sample 'k000' of shard '.*a.tar' has teacher features of other captions than '0 second'"
+    with pytest.raises(data.ShardError, match=message):
+        next(iter(loader(path, sidecars=[tmp_path / "second", tmp_path / "taught"], **options)))
+    with pytest.raises(data.ShardError, match="features of 1 captions, but 3 captions: the captions have changed since"):
+        next(iter(loader(path, sidecars=[tmp_path / "taught"], **options)))
+
+
+def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
+    source = str(folder / "in" / "train-0.tar")
+    teacher.write(source, tmp_path / "one", load(folder), progress=False)
+    second = load(folder, precision="bf16")
+    teacher.write(source, tmp_path / "two", second, progress=False)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for given, precision in ((folders, "bf16"), (folders[::-1], "fp32")):
+        assert data.teacher_stamp(source, given)["precision"] == precision
+        both, last = (next(iter(loader(source, sidecars=some, teacher=True, shuffle=False))) for some in (given, given[1:]))
+        assert torch.equal(both["teacher_image"], last["teacher_image"])
+    with pytest.raises(ValueError, match="teacher.precision was 'fp32', now 'bf16'"):
+        teacher.write(source, tmp_path / "one", second, progress=False)
+
+
+def test_a_table_becomes_shards_beside_the_sidecars(folder, tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    path = table(tmp_path / "t.csv", [(f"{number}.png", f"number {number}") for number in range(3)])
+    options = ("--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt", "--device", "cpu", "--workers", 0)
+    for words in (("packed 3 samples of t.csv", "3 samples with features"), ("kept 3 samples of t.csv", "1 of 1 sidecars")):
+        result = call("teacher", path, "--out", tmp_path / "out", *options)
+        assert result.exit_code == 0, result.output
+        assert all(word in result.output for word in words)
+    shards = str(tmp_path / "out/shards/t/*.tar")
+    assert sorted(keys([next(iter(loader(shards, sidecars=[tmp_path / "out"], teacher=True, batch_size=3)))])) == [
+        "000000000", "000000001", "000000002"
+    ]  # fmt: skip
 
 
 def test_equal_teachers_have_equal_fingerprints(folder, tmp_path):
     class Named:  # like many transforms, its repr has an address that differs between processes
         pass
 
-    first, again, changed = (teacher.load("open_clip:tiny", folder / "tiny.pt") for _ in range(3))
+    first, again, changed = (load(folder) for _ in range(3))
     assert first.fingerprint() == again.fingerprint()
     changed.preprocess = models.transforms("siclip-tiny", train=False)
     assert changed.fingerprint() != first.fingerprint()
     state = torch.load(folder / "tiny.pt", weights_only=True)
     state["logit_scale"] += 1e-3
     torch.save(state, tmp_path / "changed.pt")
-    assert teacher.load("open_clip:tiny", tmp_path / "changed.pt").fingerprint() != first.fingerprint()
+    assert simplclip.load("open_clip:tiny", tmp_path / "changed.pt").fingerprint() != first.fingerprint()
     first.preprocess, again.preprocess = Named(), Named()
     assert repr(first.preprocess) != repr(again.preprocess)
     assert first.fingerprint() == again.fingerprint()
 
 
-def test_a_tag_beside_a_checkpoint_gives_its_preprocessing(folder, tmp_path, monkeypatch):
+def test_a_tag_beside_a_checkpoint_gives_its_preprocessing(folder, monkeypatch):
     def transform(name):
-        return repr(teacher.load(name, folder / "tiny.pt").preprocess)
+        return repr(simplclip.load(name, folder / "tiny.pt").preprocess)
 
     plain = transform("open_clip:tiny")
     known = {"tiny": {"ours": {"url": "https://nowhere", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}}}
@@ -102,21 +157,6 @@ def test_a_tag_beside_a_checkpoint_gives_its_preprocessing(folder, tmp_path, mon
     assert transform("open_clip:tiny").split("mean")[1:] == plain.split("mean")[1:]
 
 
-def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
-    source, weights = str(folder / "in" / "train-0.tar"), folder / "tiny.pt"
-    first = teacher.load("open_clip:tiny", weights)
-    teacher.write(source, tmp_path / "one", first, progress=False)
-    second = teacher.load("open_clip:tiny", weights, precision="bf16")
-    teacher.write(source, tmp_path / "two", second, progress=False)
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for sidecars, precision in ((folders, "bf16"), (folders[::-1], "fp32")):
-        assert teacher_stamp([source], sidecars)["precision"] == precision
-        (joined, *_), (last, *_) = (shards.read_shard(source, Skipped(), sidecars=some) for some in (sidecars, sidecars[1:]))
-        assert shards.contents(joined) == shards.contents(last)
-    with pytest.raises(ValueError, match="teacher.precision was 'fp32', now 'bf16'"):
-        teacher.write(source, tmp_path / "one", second, progress=False)
-
-
 @pytest.fixture(scope="module")
 def odd(folder):
     """Writes files with other contents than their names say."""
@@ -125,139 +165,31 @@ def odd(folder):
     state = torch.load(folder / "tiny.pt", weights_only=True)
     state["text_projection"].fill_(float("nan"))
     torch.save(state, folder / "nan.pt")
-    save_file({"a": torch.zeros(1)}, folder / "other.safetensors")
-    mark = {"format": networks.FORMAT, "version": networks.VERSION}
-    save_file({"a": torch.zeros(1)}, folder / "small.safetensors", mark)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--teacher nobody", "the folder of a run or an export, or builtin, mobileclip-s0"),
-        ("--teacher open_clip:tiny", "checkpoint: expected a file of weights for open_clip:tiny, got none"),
-        ("--teacher open_clip:ViT-B-33", "nearest"),
-        ("--teacher open_clip:ViT-B-32/nowhere", "expected a tag of ViT-B-32, one of openai"),
-        ("--teacher siclip-tiny", "checkpoint: expected a file with the weights of 'siclip-tiny'"),
-        ("--teacher open_clip:tiny --checkpoint none.pt", "checkpoint: no such file: "),
-        ("--teacher open_clip:tiny-wide --checkpoint tiny.pt", "a checkpoint of open_clip's tiny-wide, got"),
-        ("--teacher open_clip:tiny --checkpoint garbage.pt", "a checkpoint of open_clip's tiny, got"),
-        ("--teacher open_clip:tiny --checkpoint code.pt", "a checkpoint of open_clip's tiny, got"),
-        ("--teacher siclip-tiny --checkpoint tiny.pt", "checkpoint: expected weights that fit the model, got tiny.pt"),
-        ("--teacher open_clip:tiny --checkpoint nan.pt", "open_clip:tiny: expected finite features, got text features"),
-        ("--checkpoint tiny.pt", "expected heads instead for the built-in teacher"),
-        ("--heads garbage.pt", "expected heads of the built-in teacher, got"),
-        ("--heads other.safetensors", "simplclip-heads 1, got None None"),
-        ("--heads small.safetensors", "expected heads that fit; remove the file"),
-        ("--teacher open_clip:tiny --heads garbage.pt", "'open_clip:tiny' has no heads"),
-        ("--evaluate none.tar", "does not exist"),
-        ("--teacher open_clip:tiny --checkpoint tiny.pt --device tpu9", "device: expected"),
-        ("--precision int8", "precision: expected fp32, bf16, fp16 or auto, got 'int8'"),
+        ("nobody", "the folder of a run or an export, or"),
+        ("open_clip:tiny", "checkpoint: expected a file of weights for open_clip:tiny, got none"),
+        ("open_clip:ViT-B-33", "nearest"),
+        ("open_clip:ViT-B-32/nowhere", "expected a tag of ViT-B-32, one of openai"),
+        ("siclip-tiny", "checkpoint: expected a file with the weights of 'siclip-tiny'"),
+        ("open_clip:tiny --checkpoint none.pt", "checkpoint: no such file: "),
+        ("open_clip:tiny-wide --checkpoint tiny.pt", "a checkpoint of open_clip's tiny-wide, got"),
+        ("open_clip:tiny --checkpoint garbage.pt", "a checkpoint of open_clip's tiny, got"),
+        ("open_clip:tiny --checkpoint code.pt", "a checkpoint of open_clip's tiny, got"),
+        ("siclip-tiny --checkpoint tiny.pt", "checkpoint: expected weights that fit the model, got tiny.pt"),
+        ("open_clip:tiny --checkpoint nan.pt", "open_clip:tiny: expected finite features, got text features"),
+        ("open_clip:tiny --checkpoint tiny.pt --device tpu9", "device: expected"),
+        ("open_clip:tiny --checkpoint tiny.pt --precision int8", "precision: expected fp32, bf16, fp16 or auto, got 'int8'"),
+        ("open_clip:tiny --checkpoint tiny.pt --dtype int8", "dtype: expected fp16 or bf16, got 'int8'"),
+        ("open_clip:tiny --checkpoint tiny.pt --views 2", "views, config: expected both or none, got 2 views"),
+        ("open_clip:tiny --checkpoint tiny.pt --config siclip-tiny", "views, config: expected both or none, got 0 views"),
+        ("open_clip:tiny --checkpoint tiny.pt --sidecars none", "sidecars: expected folders, got 'none', which is none"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(folder, odd, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
-    assert message in one_line("teacher", "in/train-0.tar", "--out", tmp_path / "out", *arguments.split())
+    assert message in one_line("teacher", "in/train-0.tar", "--out", tmp_path / "out", "--teacher", *arguments.split())
     assert not (tmp_path / "out").exists()
-
-
-TRAIN = {"device": torch.device("cpu"), "precision": "fp32", "progress": False}
-
-
-def separable(number=64):
-    """Returns pairs whose features tell which belong together; two captions each, two samples of each group."""
-    generator = torch.Generator().manual_seed(0)
-    groups = torch.arange(number) // 2
-    codes = torch.randn(number // 2, 24, generator=generator)
-    images = codes[groups] @ torch.randn(24, networks.IMAGE_FEATURES, generator=generator)
-    texts = codes @ torch.randn(24, networks.TEXT_FEATURES, generator=generator)
-    texts = torch.cat([texts, texts + 0.1 * torch.randn(texts.shape, generator=generator)])
-    captions = [[g, g + number // 2] for g in groups.tolist()]
-    return builtin.Pairs(images[None], texts, captions, groups)
-
-
-@pytest.mark.slow
-def test_heads_learn_align_and_repeat(tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin, "STEPS", 25)
-    monkeypatch.setattr(builtin, "BATCH", 48)
-    monkeypatch.setattr(builtin, "features", lambda *_: separable())
-    state = torch.get_rng_state()
-    first, count = builtin.train([], **TRAIN)
-    assert count == 64
-    assert torch.equal(state, torch.get_rng_state())
-    pairs = separable()
-    with torch.no_grad():
-        x, y = F.normalize(first.image(pairs.images[0]), dim=-1), F.normalize(first.text(pairs.texts[:32]), dim=-1)
-    assert ((x @ y.T).argmax(1) == pairs.groups).float().mean() > 0.95
-    assert first.logit_scale.exp() <= builtin.MAX_SCALE + 1e-3
-    again, _ = builtin.train([], **TRAIN)
-    other, _ = builtin.train([], seed=1, **TRAIN)
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
-    assert not torch.equal(first.image.linear.weight, other.image.linear.weight)
-    networks.save_heads(first, tmp_path / "heads.safetensors")
-    loaded = networks.load_heads(tmp_path / "heads.safetensors").state_dict()
-    assert all(torch.equal(a, loaded[name]) for name, a in first.state_dict().items())
-
-
-def test_pairs_of_a_group_are_no_negatives(monkeypatch):
-    """The loss gets the groups as ids, so that pairs of a group do not repel each other."""
-    seen = []
-    loss = builtin.ClipPMLoss.forward
-    monkeypatch.setattr(builtin.ClipPMLoss, "forward", lambda s, *a, **k: seen.append(k["ids"]) or loss(s, *a, **k))
-    monkeypatch.setattr(builtin, "STEPS", 1)
-    monkeypatch.setattr(builtin, "features", lambda *_: separable(8))
-    builtin.train([], **TRAIN)
-    assert sorted(seen[0].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_heads_need_pairs_to_tell_apart(tmp_path):
-    one = write(tmp_path / "a.tar", [("a", {"png": png(), "txt": b"one"}), ("b", {"png": b"broken", "txt": b"two"})])
-    with pytest.raises(data.EmptyEpochError, match="have only one group; 1 skipped: 1 not an image"):
-        builtin.train([one], **TRAIN)
-
-
-def test_padding_and_company_do_not_change_features():
-    model = networks.BuiltinTeacher(networks.Heads()).eval()
-    encode = networks.tokenizer()
-    with torch.no_grad():
-        together = model.text_features(encode(["cat", "a drawing of a rather long and winding caption of a cat"]))
-        alone = model.text_features(encode(["cat"]))
-        x = torch.randn(3, 3, networks.IMAGE_SIZE, networks.IMAGE_SIZE)
-        images = model.image_features(x)
-        torch.testing.assert_close(images[:1], model.image_features(x[:1]), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-4)
-    assert images.shape == (3, networks.IMAGE_FEATURES)
-    last = model.net.forward_head(model.net.forward_features(x), pre_logits=True).detach()
-    torch.testing.assert_close(images[:, -1280:], last, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin, "STEPS", 20)
-    monkeypatch.setattr(builtin, "BATCH", 32)
-    every = emoji.concepts()
-    monkeypatch.setattr(emoji, "concepts", lambda: every[::40])
-    monkeypatch.setattr(emoji, "HELD_OUT", 4)
-    emoji.build(tmp_path / "emoji")
-    source = tmp_path / "in"
-    source.mkdir()
-    every = (
-        s
-        for path in sorted((tmp_path / "emoji").glob("train-*.tar"))
-        for s in map(shards.contents, read_shard(str(path), Skipped()))
-    )
-    few = [(sample["__key__"], {suffix: sample[suffix] for suffix in ("json", "png")}) for sample in every]
-    write(source / "train-0.tar", few[:48])
-    write(source / "held-0.tar", few[48:64])
-    result = call("teacher", source / "*.tar", "--out", tmp_path / "out", "--evaluate", source / "train-0.tar")
-    assert result.exit_code == 0, result.output
-    assert "heads on 48 pairs of 1 shards" in result.output  # never on held-out pairs
-    assert (tmp_path / "out.heads.safetensors").exists()
-    found = rows_of(source / "train-0.tar", tmp_path / "out")
-    right = [(rows[1:].astype(np.float32) @ rows[0]).mean() for _, _, rows in found]
-    assert np.mean(right) > 0.2
-    before = digests(tmp_path / "out")
-    result = call("teacher", source / "*.tar", "--out", tmp_path / "out")
-    assert result.exit_code == 0, result.output
-    assert "uses the heads of" in result.output
-    assert "2 of 2 shards" in result.output
-    assert digests(tmp_path / "out") == before

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from simplclip import losses
 from simplclip.common import ranks
+from simplclip.train.config import LossConfig, Schedule
 from simplclip.train.objective import Objective
-from simplclip.train.settings import LossConfig, Schedule
-from simplclip.train.state import Training
+from simplclip.train.step import _groups
 
 TEACHER = {"name": "t", "width": 6, "logit_scale": 12.0}
 
@@ -165,10 +165,10 @@ def test_the_loss_without_a_teacher_is_that_of_the_base():
 
 
 def test_groups_that_are_all_different_are_not_passed_by_one_rank(monkeypatch):
-    training = types.SimpleNamespace(device=torch.device("cpu"))
+    state = types.SimpleNamespace(device=torch.device("cpu"))
     batches = [{"group": torch.tensor(groups)} for groups in ([3, 1], [2, 5])]
-    assert Training.groups(training, batches) is None
+    assert _groups(state, batches) is None
     repeated = [*batches, {"group": torch.tensor([1])}]
-    assert Training.groups(training, repeated).tolist() == [3, 1, 2, 5, 1]
+    assert _groups(state, repeated).tolist() == [3, 1, 2, 5, 1]
     monkeypatch.setattr(ranks, "count", lambda: 2)  # another rank may have the same group
-    assert Training.groups(training, batches).tolist() == [3, 1, 2, 5]
+    assert _groups(state, batches).tolist() == [3, 1, 2, 5]

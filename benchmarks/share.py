@@ -1,0 +1,256 @@
+"""Finds blocks of a pretrained tower whose attention maps are alike, so that they may share weights.
+
+python -m benchmarks.share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' --budget 60%
+python -m benchmarks.share mobileclip-s0 --checkpoint mobileclip_s0.pt --data 'shards/val-*.tar' --tower image --out share-s0
+
+Prints the Jensen-Shannon divergence of the attention maps of neighbouring blocks, from 0 for equal maps to ln 2 = 0.69 nats,
+and the value of `share` with which the tower keeps within the budget. share.json and share.png have all pairs of blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import simplclip
+from simplclip.common.errors import InputError
+from simplclip.data import HeldOut, held_out
+from simplclip.data.errors import Skipped
+from simplclip.data.transforms import finished
+from simplclip.models.registry import text_pool
+from simplclip.models.simplify import attention_of, block_sites, build_block, count_parameters
+from simplclip.nn import SimplifiedBlock
+
+BATCH = 8
+
+
+def inputs_of(encoder: Any, tower: str, split: HeldOut, samples: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yields inputs of a tower for the first samples, and the number of first tokens that count in each (None: all).
+
+    encoder: an Encoder of `simplclip.load`. Of a sample's captions the first is taken.
+    """
+    argmax = (text_pool(encoder.model) or "argmax") == "argmax"
+    for images, _, rows in split.batches(encoder.preprocess, BATCH, Skipped()):
+        if tower == "image":
+            inputs, lengths = finished(encoder.preprocess, images[:samples], encoder.device), None
+        else:
+            captions = [row.captions[0] for row in rows if row.captions][:samples]
+            if not captions:
+                continue
+            inputs = encoder.tokenizer(captions)
+            # Where a tower pools by argmax, the end of a text has the highest id, and the tokens behind it are padding.
+            lengths = inputs.argmax(1) + 1 if argmax else None
+        yield inputs, lengths
+        samples -= len(inputs)
+        if samples == 0:
+            return
+
+
+@torch.no_grad()
+def divergences(
+    model: nn.Module, tower: str, batches: Iterable[tuple[Tensor, Tensor | None]], encode: Callable[[Tensor], Any]
+) -> Tensor:
+    """Computes the Jensen-Shannon divergence of the attention maps of all pairs of n blocks of a tower, float64 [n, n].
+
+    It is H((p + q) / 2) - (H(p) + H(q)) / 2 in nats, where p and q are the attention of two blocks for one query and H is the
+    entropy: 0 for equal maps, at most ln 2. The result is the mean over queries, heads (compared by their index) and samples;
+    NaN for two blocks with different numbers of heads or tokens. The maps are computed from q and k, one sample at a time.
+
+    Args:
+        model: in eval mode. Its blocks may be simplified.
+        batches: inputs of the tower, "text" or "image", and for each the number of first tokens that are queries (None: all).
+        encode: runs the tower on inputs.
+
+    Raises InputError if the tower has fewer than two blocks, or attention of an unknown kind, or if there is no sample.
+    """
+    sites = block_sites(model, tower)
+    if len(sites) < 2:
+        raise InputError(f"{tower}: expected at least two blocks to compare, got {len(sites)}")
+    causal = [getattr(site.block, "causal", site.options.get("causal", False)) for site in sites]
+    seen: dict[int, tuple[Tensor, Tensor]] = {}  # number of a block -> its q and k in the current batch, [B, H, L, K]
+    total, samples = torch.zeros(len(sites), len(sites), dtype=torch.float64), 0
+
+    def note(i: int, module: Any, args: tuple) -> None:
+        x = args[0].flatten(2).transpose(1, 2) if args[0].ndim == 4 else args[0]
+        seen[i] = _queries_keys(module, x.float())
+
+    with ExitStack() as stack:
+        for i, site in enumerate(sites):
+            module = site.block if isinstance(site.block, SimplifiedBlock) else attention_of(site.block)
+            stack.callback(module.register_forward_pre_hook(partial(note, i)).remove)
+        for inputs, lengths in batches:
+            encode(inputs)
+            for row in range(len(inputs)):
+                length = None if lengths is None else int(lengths[row])
+                maps = [_map(seen[i][0][row], seen[i][1][row], causal[i])[:, :length] for i in range(len(sites))]
+                total += _of_one_sample(maps).cpu()
+            samples += len(inputs)
+    if not samples:
+        raise InputError(f"{tower}: expected at least one sample, got none")
+    return (total + total.T) / samples
+
+
+def _of_one_sample(maps: list[Tensor]) -> Tensor:
+    """Computes the divergences above the diagonal of [n, n]. maps: [heads, queries, keys] of each block."""
+    found = torch.zeros(len(maps), len(maps), dtype=torch.float64, device=maps[0].device)
+    entropies = [torch.special.entr(p).sum(-1) for p in maps]
+    for i, j in combinations(range(len(maps)), 2):
+        if maps[i].shape == maps[j].shape:
+            mixed = torch.special.entr((maps[i] + maps[j]) / 2).sum(-1)
+            found[i, j] = (mixed - (entropies[i] + entropies[j]) / 2).clamp_min(0).double().mean()
+        else:
+            found[i, j] = torch.nan
+    return found
+
+
+def _map(q: Tensor, k: Tensor, causal: bool) -> Tensor:  # [H, L, K] -> [H, L, L]
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if causal:
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf"))
+    return logits.softmax(-1)
+
+
+def _queries_keys(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes q and k [B, H, L, K] of a simplified block, or of another block's attention, for its input x [B, L, C]."""
+    if getattr(module, "logit_scale", None) is not None:
+        raise InputError("attention: expected products of q and k, got scaled cosine attention")
+    if isinstance(module, SimplifiedBlock):
+        heads, parts = module.heads, F.linear(module.norm(x), module.qk.weight).chunk(2, -1)
+    else:
+        layer = getattr(module, "qkv", None) or getattr(module, "qkv_proj", None)  # of timm, of MobileCLIP; else torch's
+        weight, bias = (layer.weight, layer.bias) if layer else (module.in_proj_weight, module.in_proj_bias)
+        heads, parts = module.num_heads, F.linear(x, weight, bias).chunk(3, -1)[:2]
+    q, k = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
+    for norms in (("q_norm", "k_norm"), ("ln_q", "ln_k")):  # the names in timm and in open_clip
+        if hasattr(module, norms[0]):
+            q, k = getattr(module, norms[0])(q), getattr(module, norms[1])(k)
+    return q, k
+
+
+def parse_budget(text: str, whole: int) -> int:
+    """Parses a number of parameters, such as 9780000 or 9.78M, or a percentage of `whole`. Raises InputError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM%]?)", text)
+    if not match or not float(match[1]):
+        raise InputError(f"budget: expected a number of parameters such as 9.78M, or a percentage such as 80%, got {text!r}")
+    return int(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "%": whole / 100}[match[2]])
+
+
+def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> list[dict[str, Any]]:
+    """Proposes which weights the simplified blocks of a tower share, so that the tower is within the budget.
+
+    Groups start as single blocks. The two neighbouring groups of lowest mean divergence, over all pairs of a block of one and
+    a block of the other, are merged until the tower is within the budget. Blocks of different shapes, or whose divergence is
+    NaN (other numbers of tokens), never share.
+
+    Returns for each of "attention", "mlp" and "all" that reaches the budget: "what", the argument "share" of `simplify`, and
+    the "parameters" of the tower. Raises InputError if none of the three reaches the budget.
+    """
+    sites = block_sites(model, tower)
+    blocks = [build_block(site) for site in sites]
+    shapes = [(block.width, block.heads, block.hidden, block.act, block.causal) for block in blocks]
+    replaced = {p for site in sites for p in site.block.parameters()}
+    unshared = count_parameters(model)[tower] - _size(*replaced) + _size(*(p for block in blocks for p in block.parameters()))
+
+    groups = [[i] for i in range(len(blocks))]
+    merges = [groups]  # the groups before the first merge and after each
+    while True:
+        means = {at: divergence[groups[at]][:, groups[at + 1]].mean().item() for at in range(len(groups) - 1)}
+        pairs = [at for at in means if shapes[groups[at][0]] == shapes[groups[at + 1][0]] and not math.isnan(means[at])]
+        if not pairs:
+            break
+        at = min(pairs, key=means.__getitem__)
+        groups = [*groups[:at], groups[at] + groups[at + 1], *groups[at + 2 :]]
+        merges.append(groups)
+
+    found, least = [], unshared
+    for what, names in ("attention", ("qk",)), ("mlp", ("fc1", "fc2")), ("all", ("qk", "fc1", "fc2")):
+        sizes = [_size(*(p for name in names for p in getattr(block, name).parameters())) for block in blocks]
+        for groups in merges:
+            parameters = unshared - sum(sizes[i] for group in groups for i in group[1:])
+            least = min(least, parameters)
+            if parameters <= budget:
+                shared = [group for group in groups if len(group) > 1]
+                share = {tower: {what: shared}} if shared else {}
+                found.append({"what": what, "share": share, "parameters": parameters})
+                break
+    if not found:
+        raise InputError(f"budget: expected at least {least:,} parameters, the least that sharing reaches, got {budget:,}")
+    return found
+
+
+def _size(*parameters: nn.Parameter) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def draw(path: Path, divergence: Tensor, title: str) -> None:
+    """Draws a PNG with all pairs of blocks, from bright (alike) to dark."""
+    figure, values = Figure(figsize=(6.4, 5.4), dpi=120), divergence.numpy()
+    axis = figure.subplots()
+    # Maps of trained blocks diverge far less than the ln 2 that is possible, so the scale ends at the highest value.
+    image = axis.imshow(values, cmap="viridis_r", vmin=0.0, vmax=max(0.02, np.nanmax(values)))
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.set(xticks=range(len(values)), yticks=range(len(values)))
+    figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03).outline.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.share", description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="what simplclip.load takes; its blocks may be simplified")
+    parser.add_argument("--checkpoint", help="file with the weights of the model")
+    parser.add_argument("--data", required=True, help="pairs, as in evaluate; the first samples are used")
+    parser.add_argument("--tower", choices=("text", "image"), default="text")
+    parser.add_argument("--samples", type=int, default=256, help="images or captions to measure (default: 256)")
+    parser.add_argument("--budget", help="parameters to keep within, as a number or as 80%% of the tower")
+    parser.add_argument("--out", type=Path, default=Path("share"), help="folder for share.json and share.png")
+    options = parser.parse_args(arguments)
+    tower, split = options.tower, held_out(options.data, captions=1)
+    encoder = simplclip.load(options.model, options.checkpoint)
+    size = count_parameters(encoder.model)[tower]
+    budget = parse_budget(options.budget, size) if options.budget else None
+
+    batches = list(inputs_of(encoder, tower, split, options.samples))
+    divergence = divergences(encoder.model, tower, batches, lambda inputs: encoder.features(tower, inputs))
+    report = {
+        "model": options.model,
+        "data": options.data,
+        "samples": sum(len(inputs) for inputs, _ in batches),
+        "tower": tower,
+        "blocks": [site.path for site in block_sites(encoder.model, tower)],
+        "parameters": size,
+        "attention_divergence": [[None if math.isnan(x) else x for x in row] for row in divergence.tolist()],
+        "proposals": propose(encoder.model, tower, divergence, budget) if budget is not None else [],
+    }
+
+    print(f"{tower}: {len(report['blocks'])} blocks, {report['samples']} samples, {size:,} parameters")
+    print("blocks    divergence of attention maps (nats)")
+    for i, value in enumerate(divergence.diagonal(1).tolist()):
+        print(f"{f'{i}, {i + 1}':<10}{value:.4f}")
+    for proposal in report["proposals"]:
+        share = yaml.safe_dump(proposal["share"], default_flow_style=True, width=10**6).strip()
+        print(f"{proposal['what']}: {proposal['parameters']:,} parameters")
+        print(f"  model.options.simplify_options.share={share}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "share.json").write_text(json.dumps(report, indent=2) + "\n")
+    draw(options.out / "share.png", divergence, f"{options.model}, {tower}: divergence of attention maps (nats)")
+    print(f"wrote {options.out / 'share.json'} and {options.out / 'share.png'}")
+
+
+if __name__ == "__main__":
+    main()

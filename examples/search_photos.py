@@ -1,0 +1,104 @@
+"""Searches a folder of photos by text or by another photo, and draws what it finds.
+
+python examples/search_photos.py photos --model open_clip:ViT-B-32/openai --find "a red car" beach.jpg --picture hits.png
+
+Features are kept in photos.npz beside the folder, float16 [N, D] with N paths: another search encodes new photos only.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+import simplclip
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+WORKERS = min(4, os.cpu_count() or 1)  # processes that decode photos
+
+
+def opened(path: str | Path) -> Image.Image:
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+class Photos(torch.utils.data.Dataset):
+    """Pairs of a path and its preprocessed pixels; the pixels are None for a file that is damaged."""
+
+    def __init__(self, paths, transform):
+        self.paths, self.transform = paths, transform
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, number):
+        try:
+            return self.paths[number], self.transform(opened(self.paths[number]))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            print(f"skipped {self.paths[number]}: {error}")
+            return self.paths[number], None
+
+
+def features_of(folder: Path, encoder) -> tuple[list[str], torch.Tensor]:
+    """Returns the paths of N photos and their features float32 [N, D]; encodes those that the file does not have yet."""
+    file, model, features = folder.parent / f"{folder.name}.npz", encoder.fingerprint(), {}
+    if file.exists():
+        with np.load(file) as stored:
+            if stored["model"] == model:
+                features = dict(zip(map(str, stored["paths"]), stored["features"]))
+    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    photos = Photos([path for path in paths if path not in features], encoder.preprocess)
+    for batch in torch.utils.data.DataLoader(photos, 64, num_workers=WORKERS, collate_fn=list):
+        batch = {path: pixels for path, pixels in batch if pixels is not None}
+        if batch:
+            rows = encoder.encode_image(torch.stack([*batch.values()]))
+            features |= zip(batch, rows.cpu().half().numpy())
+            print(f"encoded {len(features)} of {len(paths)} photos")
+    paths = [path for path in paths if path in features]
+    if not paths:
+        raise SystemExit(f"{folder}: expected photos ({', '.join(sorted(SUFFIXES))}), got none that can be read")
+    rows = np.stack([features[path] for path in paths])
+    np.savez(file, features=rows, paths=np.array(paths), model=model)
+    return paths, torch.from_numpy(rows).float()
+
+
+def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
+    columns = max(map(len, hits.values()))
+    figure = Figure(figsize=(1.7 * columns, 2.1 * len(hits)), dpi=120)
+    for (query, found), axes in zip(hits.items(), figure.subplots(len(hits), columns, squeeze=False)):
+        axes[0].set_title(query, loc="left", fontsize=9, parse_math=False)
+        for axis in axes:
+            axis.axis("off")
+        for axis, (score, path) in zip(axes, found):
+            axis.imshow(ImageOps.contain(opened(path), (256, 256)))
+            axis.text(0, 0, f"{score:.3f}", fontsize=7, color="white", backgroundcolor="black", va="top")
+    figure.savefig(picture)
+    print(f"wrote {picture}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", required=True, help="what simplclip.load takes: a run, an export, open_clip:NAME/TAG")
+    parser.add_argument("--find", nargs="+", required=True, metavar="QUERY", help="texts, or paths of photos")
+    parser.add_argument("--top", type=int, default=8, help="hits of each query (default: 8)")
+    parser.add_argument("--picture", help="PNG with the hits")
+    options = parser.parse_args(arguments)
+
+    encoder = simplclip.load(options.model)
+    paths, features = features_of(options.folder, encoder)
+    hits = {}
+    for query in options.find:
+        row = encoder.encode_image(opened(query)) if Path(query).is_file() else encoder.encode_text(query)
+        scores, places = (row.cpu() @ features.T)[0].topk(min(options.top, len(paths)))
+        hits[query] = [(score, paths[place]) for score, place in zip(scores.tolist(), places.tolist())]
+        print(query, *(f"  {score:.3f}  {path}" for score, path in hits[query]), sep="\n")
+    if options.picture:
+        draw(options.picture, hits)
+
+
+if __name__ == "__main__":
+    main()

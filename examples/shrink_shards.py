@@ -1,0 +1,68 @@
+"""Copies WebDataset shards with smaller images, as JPEG; all else stays. A repeated call goes on after the last whole shard.
+
+python examples/shrink_shards.py 'shards/*.tar' --out small --short 288
+
+Decoding costs by the pixel, and a crop of 256 pixels needs no more than 288. While downloading, img2dataset's --image_size
+does the same.
+"""
+
+import argparse
+import glob
+import io
+import os
+from multiprocessing import Pool
+from pathlib import Path
+
+import webdataset
+from PIL import Image
+
+SUFFIXES = {"jpg", "jpeg", "png", "webp"}
+
+
+def smaller(encoded: bytes, short: int, quality: int) -> bytes | None:
+    """Returns a JPEG with this short side; None for an image that is small enough, or that is damaged and is copied."""
+    try:
+        image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    scale = short / min(image.size)
+    if scale >= 1:
+        return None
+    jpeg = io.BytesIO()
+    size = [max(1, round(side * scale)) for side in image.size]
+    image.resize(size, Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=quality)
+    return jpeg.getvalue()
+
+
+def shrink(shard: str, out: Path, short: int, quality: int) -> None:
+    target = out / Path(shard).name
+    if target.exists():
+        return
+    unfinished = target.with_suffix(".unfinished")
+    with webdataset.TarWriter(str(unfinished), mtime=0) as writer:
+        for sample in webdataset.WebDataset(os.path.abspath(shard), shardshuffle=False, empty_check=False):
+            for suffix in SUFFIXES & sample.keys():
+                jpeg = smaller(sample[suffix], short, quality)
+                if jpeg is not None:
+                    del sample[suffix]
+                    sample["jpg"] = jpeg
+            writer.write({name: value for name, value in sample.items() if name == "__key__" or name[0] != "_"})
+    os.replace(unfinished, target)
+    print(f"{target}: {os.path.getsize(shard):,} bytes before, {os.path.getsize(target):,} after", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("shards", nargs="+", help="paths or patterns")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new shards")
+    parser.add_argument("--short", type=int, default=288, help="most pixels of the short side (default: 288)")
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs (default: 90)")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    shards = sorted({path for pattern in options.shards for path in glob.glob(pattern)})
+    with Pool() as pool:
+        pool.starmap(shrink, [(shard, options.out, options.short, options.quality) for shard in shards], 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Errors of the data, and the counts of what was damaged."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from simplclip.common.errors import UserError, visible
+
+
+class ShardError(UserError, RuntimeError):
+    """A shard or sidecar cannot be read or used; the message names it."""
+
+
+class WorkerError(UserError, RuntimeError):
+    """A loader process died; the message says how."""
+
+
+class EmptyDataError(UserError, RuntimeError):
+    """Nothing in the data is usable; the message says why."""
+
+
+class BrokenSample(Exception):
+    """A sample is broken: `args` are the reason under which it is counted, and a detail."""
+
+
+@dataclass
+class Skipped:
+    """Counts of broken samples by reason, and the first sample of each reason with a detail."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, place: str, detail: object = "") -> None:
+        self.counts[reason] += 1
+        if reason not in self.examples:  # one line of the detail, which may quote a file
+            self.examples[reason] = visible(f"{place}: {str(detail)[:500]}" if str(detail) else place)
+
+    def merge(self, other: Skipped) -> None:
+        self.counts += other.counts
+        self.examples = other.examples | self.examples
+
+    def take(self) -> Skipped:
+        """Returns and removes what was added since the last call."""
+        taken = Skipped(self.counts, self.examples)
+        self.counts, self.examples = Counter(), {}
+        return taken
+
+    def __str__(self) -> str:
+        reasons = [f"{n} {reason} (first: {self.examples[reason]})" for reason, n in self.counts.most_common()]
+        return f"{self.counts.total()} skipped" + (": " + ", ".join(reasons) if reasons else "")

@@ -1,0 +1,246 @@
+"""The samples of tars, in stored order. webdataset opens tars and groups their files, tarfile reads the members.
+
+A tar may come from anywhere: what is no regular file or has a name above 4,096 bytes is passed over, what is too large is
+not read and breaks its sample, and a damaged part ends the tar. None of this ends the run unless on_error is "stop".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import stat
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+from webdataset.tariterators import base_plus_ext, group_by_keys
+
+from simplclip.data.errors import BrokenSample, ShardError, Skipped
+from simplclip.data.sources import Address, Source
+from simplclip.data.text import IMAGE_SUFFIXES, TEXT_BYTES
+
+MAX_BYTES = 256 << 20  # most bytes that the files of a sample may have together, if no other limit is given
+RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
+TEXTS = (".txt", ".json", ".cls")
+KNOWN = (*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *TEXTS, ".teacher.npy")
+STALL = 60  # seconds without a byte after which a server counts as gone
+_LONGEST = 4096  # most bytes of a name; systems allow no longer path
+_EXTENDED = 16 << 10  # most bytes of an extended header; tarfile's expressions take quadratic time over one (CVE-2024-6232)
+_LARGEST = 1 << 50  # most bytes of a member, so that all offsets are numbers that a system takes
+
+Sample = dict[str, Any]  # "__key__", "__url__", "__shard__" (the source's name), and bytes or a BrokenSample by suffix
+
+_gopen = import_module("webdataset.gopen")  # the package has a function of this name too
+
+
+class Member(tarfile.TarInfo):
+    """A header that is damaged ends the tar by ReadError; tarfile would take most of them for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Any:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"bad header at byte {archive.offset}: {error}") from None
+
+    def _block(self, count: int) -> int:
+        if not 0 <= count <= _LARGEST:  # tarfile before Python 3.11.14 goes back by a negative size, for ever (CVE-2025-8194)
+            raise tarfile.ReadError(f"a size of {count}")
+        return super()._block(count)  # type: ignore[misc]
+
+    def _proc_pax(self, archive: tarfile.TarFile) -> Any:
+        self._check_extended()
+        if self.type == tarfile.XGLTYPE:  # a header for all members could give all of them one name and size
+            archive.fileobj.read(self._block(self.size))  # type: ignore[union-attr]
+            return self.fromtarfile(archive)
+        return super()._proc_pax(archive)  # type: ignore[misc]
+
+    def _proc_gnulong(self, archive: tarfile.TarFile) -> Any:
+        self._check_extended()
+        return super()._proc_gnulong(archive)  # type: ignore[misc]
+
+    def _proc_gnusparse_10(self, member: Any, headers: Any, archive: Any) -> None:
+        member.sparse = []  # a list of holes may be as long as the file; sparse files are not read
+
+    def _check_extended(self) -> None:
+        if self.size > _EXTENDED:
+            raise tarfile.ReadError(f"an extended header of {self.size:,} bytes")
+
+
+def read(
+    source: Source,
+    skipped: Skipped,
+    *,
+    sidecars: Callable[[Iterator[Sample]], Iterator[Sample]] | None = None,
+    max_bytes: int = MAX_BYTES,
+    on_error: str = "skip",
+    wanted: Callable[[int], bool] | None = None,
+) -> Iterator[Sample]:
+    """Yields the samples of a tar: images, txt, json, cls, and a teacher's files. Suffixes are in lower case.
+
+    Damage is counted in `skipped`. A file that was not read, since it is too large or sparse, is a BrokenSample in the
+    sample. A stream or disk that fails is tried again, from the sample where it failed.
+
+    sidecars: joins further files to the samples, see `sidecars.zipped`.
+    max_bytes: most bytes of a sample's files together.
+    wanted: whether sample number n, from 0 on, will be used; files of others are not read, and are empty.
+    Raises ShardError if it fails after several tries, or if on_error is "stop" and the tar is damaged.
+    """
+    given = 0
+    for wait in (*RETRIES, None):
+        counted = Skipped()
+        samples = _samples(source, counted, max_bytes, on_error, wanted)
+        try:
+            for number, sample in enumerate(sidecars(samples) if sidecars else samples):
+                if number == given:  # an earlier try yielded the samples before, and counted the damage there
+                    given += 1
+                    if counted.counts:
+                        skipped.merge(counted.take())
+                    yield sample
+                elif counted.counts:
+                    counted.take()
+            skipped.merge(counted)
+            return
+        except OSError as error:
+            if wait is None:
+                raise ShardError(f"shard {str(source.url)!r} cannot be read: {_reason(error)}") from error
+            time.sleep(wait)
+
+
+def _samples(
+    source: Source, skipped: Skipped, max_bytes: int, on_error: str, wanted: Callable[[int], bool] | None
+) -> Iterator[Sample]:
+    damage: list[str] = []
+
+    def count_double(error: Exception) -> bool:
+        skipped.add("duplicate file in tar", source.name, error.args[0])
+        return True
+
+    for sample in group_by_keys(_files(source, skipped, max_bytes, wanted, damage), handler=count_double):
+        # If the last sample is incomplete, only the damage is counted.
+        if damage and not (not {"txt", "json"}.isdisjoint(sample) and not set(IMAGE_SUFFIXES).isdisjoint(sample)):
+            break
+        sample["__shard__"] = source.name
+        yield sample
+    if damage and on_error == "stop":
+        raise ShardError(f"shard {str(source.url)!r} is damaged: {damage[0]}")
+    if damage:
+        skipped.add("damaged tar", source.name, damage[0])
+
+
+def _files(
+    source: Source, skipped: Skipped, max_bytes: int, wanted: Callable[[int], bool] | None, damage: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Yields the files of a tar that belong to samples. It ends at a damaged part, and notes the reason in `damage`."""
+    key, number, held = None, -1, 0
+    try:
+        with _opened(source.url) as (stream, options), tarfile.open(fileobj=stream, tarinfo=Member, **options) as archive:
+            while (member := _next(archive)) is not None:
+                name = member.name
+                if not (member.isreg() and name.lower().endswith(KNOWN)):
+                    continue
+                if len(name.encode("utf-8", "surrogatepass")) > _LONGEST:
+                    skipped.add("name too long", source.name, name[:100])
+                    continue
+                this_key, suffix = base_plus_ext(name)
+                if this_key is None:
+                    continue
+                if this_key != key:
+                    key, number, held = this_key, number + 1, 0
+                data: bytes | BrokenSample = b""
+                if wanted is None or wanted(number):
+                    data = _refusal(member, suffix, held, max_bytes) or _contents(archive, member)
+                    held += member.size
+                yield {"fname": name, "data": data, "__url__": source.url}
+    except (OSError, ShardError):
+        raise
+    except Exception as error:  # the type depends on the damage
+        damage.append(str(error) or type(error).__name__)
+
+
+def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+    file: Any = archive.fileobj
+    if archive.firstmember:  # type: ignore[attr-defined]
+        pass
+    elif isinstance(file, io.BufferedReader):
+        if archive.offset > os.fstat(file.fileno()).st_size:  # some file systems take no place so far behind the end
+            raise tarfile.ReadError("unexpected end of data")
+    else:
+        while file.tell() < archive.offset:  # tarfile would go on reading, in small pieces, behind a stream's end
+            if not file.read(min(archive.offset - file.tell(), 1 << 20)):
+                raise tarfile.ReadError("unexpected end of data")
+    archive.members.clear()  # type: ignore[attr-defined]
+    return archive.next()
+
+
+def _refusal(member: tarfile.TarInfo, suffix: str, held: int, max_bytes: int) -> BrokenSample | None:
+    """Returns why a file is not read. held: bytes of the sample's files before it."""
+    if member.issparse():
+        return BrokenSample("sparse file", suffix)
+    limit = min(TEXT_BYTES, max_bytes) if member.name.lower().endswith(TEXTS) else max_bytes
+    if member.size > limit or held + member.size > max_bytes:
+        others = f", with the sample's files before it {held + member.size:,}" if held else ""
+        return BrokenSample("file too large", f"{suffix} of {member.size:,} bytes{others}, expected at most {limit:,}")
+    return None
+
+
+def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    # extractfile would take three times as long.
+    archive.fileobj.seek(member.offset_data)  # type: ignore[union-attr]
+    data = archive.fileobj.read(member.size)  # type: ignore[union-attr]
+    if len(data) < member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return data
+
+
+@contextlib.contextmanager
+def _opened(url: str) -> Iterator[tuple[Any, Any]]:
+    """Context with the bytes of a tar, and tarfile's options for them. Raises OSError if a stream ends by an error."""
+    if not isinstance(url, Address):
+        path = os.path.abspath(url)  # so that gopen takes a file called pipe:... for a file
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a named pipe or a device may take for ever
+            raise ShardError(f"shard {url!r}: expected a regular file")
+        with _gopen.gopen(path) as file:
+            yield file, {"mode": "r:"}
+        return
+    stream = _curl(url) if url.startswith("http") else _gopen.gopen(str(url))
+    try:
+        try:
+            yield stream, {"mode": "r|", "bufsize": 1 << 16}
+        except Exception as error:
+            broke = isinstance(error, OSError) or not stream.stream.read(1)  # the stream, not the tar
+            if broke and stream.proc.wait(60):
+                raise OSError(_stream_error(stream)) from None
+            raise
+    finally:
+        stream.ignore_errors = True  # it may write on, or wait for something, after the end of the tar
+        stream.proc.kill()
+        stream.close()
+        if stream.proc.stderr:
+            stream.proc.stderr.close()
+
+
+def _curl(url: str) -> Any:
+    """Opens a URL as webdataset's gopen_curl does, but gives up on a server that sends nothing for STALL seconds.
+
+    curl's own retries would start the output again, in the middle of the tar.
+    """
+    limits = ["--connect-timeout", "30", "--speed-limit", "1", "--speed-time", str(STALL)]
+    schemes = ["--proto", "=http,https", "--proto-redir", "=http,https", "--globoff"]
+    command = ["curl", "-f", "-sS", "-L", *limits, *schemes, "--", str(url)]
+    return _gopen.Pipe(command, mode="rb", stderr=subprocess.PIPE)
+
+
+def _stream_error(stream: Any) -> str:
+    text = stream.proc.stderr.read().decode(errors="replace").strip() if stream.proc.stderr else ""
+    return text or f"the command ended with exit code {stream.proc.returncode}"
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__

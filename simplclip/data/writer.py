@@ -1,0 +1,242 @@
+"""Writes sidecars: `simplclip teacher` and `simplclip caption` make new files for the samples of shards, e.g. features.
+
+    OUT/NAME.tar      the new files of the samples of the shard NAME.tar, in its order
+    OUT/meta.json     how they were made; "splits" with the samples and bytes of each finished sidecar, and of its shard
+
+Worker processes read, decode and prepare the samples; this process computes on whole batches and writes. A sidecar gets its
+name after all of it is on disk. After a stop the same command goes on with the first unfinished sidecar. Ranks divide the
+shards, and the first one writes meta.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from simplclip.common import ranks
+from simplclip.common.errors import InputError
+from simplclip.common.files import differences, locked, remove_leftovers, temporary_of, write_atomically
+from simplclip.common.progress import Progress
+from simplclip.data import tars
+from simplclip.data.errors import Skipped
+from simplclip.data.samples import Pair, check_count, parse
+from simplclip.data.sidecars import Folders, beside, check, dataset_size, plain_name, zipped
+from simplclip.data.sources import Address, Source, sources_of
+from simplclip.data.stored_order import Portion, StoredOrder, workers_for
+from simplclip.data.tar_writer import add, new_tar
+from simplclip.data.text import json_of
+
+FORMAT = "simplclip-sidecars-1"
+
+Files = Sequence[Mapping[str, bytes]]  # the new files of each sample of a batch, by suffix
+
+
+def write_sidecars(
+    shards: Any,
+    out: str | os.PathLike,
+    prepare: Callable[[Pair], Any],
+    process: Callable[[Any], Files],
+    *,
+    stamp: Mapping[str, Mapping[str, Any]],
+    batch_size: int,
+    collate: Callable[[list[Any]], Any] = list,
+    workers: int = 0,
+    sidecars: Folders = (),
+    max_bytes: int = tars.MAX_BYTES,
+    title: str = "samples",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Writes a sidecar of each of `shards` to the folder `out`, with the files that are made for its samples.
+
+    Broken samples are left out and counted by reason. The bytes of a sidecar depend only on its shard, the functions and
+    `batch_size`, not on the number of workers or ranks. Finished sidecars of an earlier run are kept, unless the size or time
+    of their shard, or of a joined sidecar, is another one. A second command may add other shards.
+
+    Args:
+        shards: tars, as `sources_of` takes them, of different file names.
+        out: a new folder, or that of an earlier run with the same `stamp`.
+        prepare: function of a sample, in a worker. It may raise BrokenSample. collate: function of the list of what it
+            returned for at most `batch_size` samples of one shard, in the worker too.
+        process: function of what `collate` returned, in this process; returns {suffix: bytes} for each of the samples.
+        stamp: keys of meta.json that describe how the files were made, e.g. {"teacher": {"name": ...}}; JSON types only.
+        workers: processes; 0 prepares in this process.
+        sidecars: folders of sidecars that are joined to the samples first, e.g. with other captions.
+        max_bytes: a sample whose files have more bytes together is left out and counted.
+
+    Returns: {"path", "shards" (their number), "written" (by this run), "samples", "skipped" (a Skipped)}.
+
+    Raises: InputError (two shards have one file name, `out` is the folder of a shard, an earlier run had another stamp, the
+    disk is full), FileExistsError (`out` holds other files, or another process writes to it), ShardError (a shard or sidecar
+    cannot be read), WorkerError (a process died).
+    """
+    check_count("batch_size", batch_size, 1)
+    check_count("workers", workers, 0)
+    out = Path(out).expanduser()
+    sources = _by_name(sources_of(shards), out)
+    check([source.url for source in sources.values()], sidecars)
+    meta = {"format": FORMAT} | json.loads(json.dumps(dict(stamp)))
+    with contextlib.ExitStack() as stack:
+        finished = ranks.on_first(lambda: stack.enter_context(_claimed(out, meta)))
+        todo = ranks.on_first(lambda: _unfinished(sources, out, finished, sidecars))
+        kept = sum(finished[name]["samples"] for name in sources if name not in todo)
+        urls = [source.url for source in sources.values()]
+        order = StoredOrder(
+            list(islice(todo.values(), ranks.number(), None, ranks.count())),
+            _Reading(sidecars, max_bytes),
+            _Keyed(prepare, collate).prepare,
+            batch_size,
+            _Keyed(prepare, collate).collate,
+        )
+        portions = stack.enter_context(contextlib.closing(order.portions(workers_for(urls, workers))))
+        with Progress(title, dataset_size(urls), kept, shown=progress) as bar:
+
+            def write() -> Iterator[tuple[str, int, dict[str, Any]]]:
+                for name in islice(todo, ranks.number(), None, ranks.count()):
+                    yield name, ranks.number(), _write(portions, out / name, process, bar.update)
+
+            for name, rank, entry in ranks.gathered(write()):
+                finished[name] = entry | _origin(todo[name], sidecars)
+                _write_meta(out, meta, finished)
+                bar.update(entry["samples"] if rank else 0)
+        finished = ranks.on_first(lambda: finished)
+    skipped = Skipped()
+    for name in sources:
+        for reason, (count, first) in finished[name].get("skipped", {}).items():
+            skipped.merge(Skipped(Counter({reason: count}), {reason: first}))
+    if progress and ranks.first() and len(todo) < len(sources):
+        print(f"{len(sources) - len(todo)} of {len(sources)} sidecars in {out} were finished earlier and are kept.")
+    if progress and ranks.first() and skipped.counts:
+        print(f"Left out, or lost by damage: {skipped}")
+    samples = sum(finished[name]["samples"] for name in sources)
+    return {"path": str(out), "shards": len(sources), "written": len(todo), "samples": samples, "skipped": skipped}
+
+
+@dataclass
+class _Reading:
+    sidecars: Folders
+    max_bytes: int
+
+    def __call__(self, source: Source, skipped: Skipped, wanted: Callable[[int], bool]) -> Iterator[tars.Sample]:
+        joined = partial(zipped, shard=source.url, folders=self.sidecars)
+        return tars.read(source, skipped, sidecars=joined, max_bytes=self.max_bytes, wanted=wanted)
+
+
+@dataclass
+class _Keyed:
+    """Prepares and collates samples together with their keys."""
+
+    one: Callable[[Pair], Any]
+    several: Callable[[list[Any]], Any]
+
+    def prepare(self, sample: tars.Sample) -> tuple[str, Any]:
+        return sample["__key__"], self.one(parse(sample))
+
+    def collate(self, prepared: list[tuple[str, Any]]) -> tuple[list[str], Any]:
+        keys, results = zip(*prepared)
+        return list(keys), self.several(list(results))
+
+
+def _by_name(sources: list[Source], out: Path) -> dict[str, Source]:
+    """Returns the shards by the names of their sidecars."""
+    named: dict[str, Source] = {}
+    for source in sources:
+        if not isinstance(source.url, Address) and out.resolve() == Path(source.url).resolve().parent:
+            raise InputError(f"out: expected another folder than that of the shard {source.url!r}, got {str(out)!r}")
+        name = plain_name(source.url)
+        if name in named:
+            raise InputError(f"shards: expected files of different names, got {named[name].url!r} and {source.url!r}")
+        named[name] = source
+    return named
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, meta: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Context that makes or takes over the folder and locks it for this process; gives the finished sidecars by name."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"out: expected a folder, got the file {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, busy=f"out: expected a folder that no other process writes to, got {out}"):
+        names = {path.name for path in out.iterdir()} - {"shards"}  # shards that `packed` made for this command
+        finished: dict[str, Any] = {}
+        if "meta.json" in names:
+            former = json_of((out / "meta.json").read_bytes())
+            if not isinstance(former, dict) or former.get("format") != FORMAT:
+                raise FileExistsError(f"out: expected a new folder or an earlier run's, got {out} with another meta.json")
+            for split in former.pop("splits", {}).values():
+                finished |= split["shards"]
+            if changed := differences(former, meta):
+                changes = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+                raise InputError(
+                    f"out: expected the settings of the earlier run in {out}, got others: {changes}; choose another folder"
+                )
+        elif strangers := sorted(name for name in names if temporary_of(name) != "meta.json"):
+            raise FileExistsError(
+                f"out: expected a new folder or that of an earlier run, got {out}, which holds other files ({strangers[0]})"
+            )
+        else:
+            _write_meta(out, meta, finished)
+        remove_leftovers(out, lambda name: True)
+        yield finished
+
+
+def _write_meta(out: Path, meta: dict[str, Any], finished: dict[str, Any]) -> None:
+    splits: dict[str, Any] = {}
+    for name, entry in sorted(finished.items()):
+        split = splits.setdefault(re.split(r"[-_.]?\d|\.tar", name)[0] or "data", {"samples": 0, "shards": {}})
+        split["samples"] += entry["samples"]
+        split["shards"][name] = entry
+    write_atomically(out / "meta.json", json.dumps(meta | {"splits": splits}, indent=1) + "\n")
+
+
+def _unfinished(
+    sources: Mapping[str, Source], out: Path, finished: Mapping[str, Any], sidecars: Folders
+) -> dict[str, Source]:
+    todo = {}
+    for name, source in sources.items():
+        entry, sidecar = finished.get(name, {}), out / name
+        whole = sidecar.is_file() and sidecar.stat().st_size == entry.get("bytes")
+        if not whole or not _origin(source, sidecars).items() <= entry.items():
+            todo[name] = source
+    return todo
+
+
+def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
+    """Returns the part of a sidecar's entry in meta.json that says from which files it was made."""
+    source_state = {} if isinstance(source.url, Address) else _state(source.url)
+    return {"source": source_state, "sidecars": [_state(path) for path in beside(source.url, sidecars)]}
+
+
+def _state(path: str) -> dict[str, int]:
+    about = os.stat(path)
+    return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
+
+
+def _write(
+    portions: Iterator[Portion], target: Path, process: Callable[[Any], Files], advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Writes the sidecar of the next shard of `portions`; returns its entry of meta.json, without the shard's."""
+    skipped, samples = Skipped(), 0
+    with new_tar(target) as tar:
+        for portion in portions:
+            skipped.merge(portion.skipped)
+            if portion.end:
+                break
+            if portion.batch is not None:
+                keys, batch = portion.batch
+                for key, files in zip(keys, process(batch), strict=True):
+                    add(tar, key, files)
+                samples += len(keys)
+            advance(len(portion.positions) + portion.skipped.counts.total())
+    entry = {"samples": samples, "bytes": target.stat().st_size}
+    if skipped.counts:
+        entry["skipped"] = {reason: [n, skipped.examples[reason]] for reason, n in sorted(skipped.counts.items())}
+    return entry

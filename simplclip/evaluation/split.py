@@ -1,0 +1,143 @@
+"""Held-out splits. `encode` fills a split with features, captions, groups and labels; images are not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from simplclip.common import hardware, ranks
+from simplclip.common.errors import InputError, UserError
+from simplclip.common.progress import Progress
+from simplclip.data import HeldOut, held_out
+from simplclip.data.errors import Skipped
+from simplclip.data.transforms import finished
+
+BATCH_SIZE = 64  # images or captions that are encoded at a time
+
+
+class Split:
+    """A held-out split, read by `encode`.
+
+    It has n images and m captions. An image has any number of captions. All images of a group (a concept drawn by several
+    vendors) are right answers for all captions of the group, and identical captions of a group are one candidate.
+    """
+
+    def __init__(self, data: HeldOut, tokenizer: Callable[[list[str]], Tensor], transform: Any) -> None:
+        self.data, self.tokenizer, self.transform = data, tokenizer, transform
+        self.clear()
+
+    def clear(self) -> None:
+        self.keys: list[str] = []  # n
+        self.captions: list[str] = []  # m
+        self.labels: list[str | int | None] = []  # n
+        self.groups = torch.empty(0, dtype=torch.int64)  # [n]
+        self.caption_groups = torch.empty(0, dtype=torch.int64)  # [m]
+        self.image_features: Tensor | None = None  # float32 [n, D], L2-normalised
+        self.text_features: Tensor | None = None  # float32 [m, D]
+        self.skipped = Skipped()
+        self._positions: list[int] = []  # n, places in the data
+
+    def read(self, batch_size: int, workers: int = 0, use: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
+        """Yields the images in batches, uint8 or float32 [N, 3, S, S], and collects their keys, captions, labels and groups.
+
+        use: as in `data.HeldOut.batches`; its results, e.g. features, are then yielded in place of the images.
+        """
+        self.clear()
+        numbers: dict[str | int, int] = {}  # name of a group, or row of an image without one -> number of the group
+        seen: set[tuple[int, str]] = set()  # number of a group, and one of its captions
+        groups, caption_groups = [], []
+        for images, positions, samples in self.data.batches(self.transform, batch_size, self.skipped, workers, use):
+            for sample in samples:
+                alone = sample.group is None
+                number = numbers.setdefault(len(self.keys) if alone else sample.group, len(numbers))
+                captions = [text for text in sample.captions if alone or (number, text) not in seen]
+                captions = captions if alone else list(dict.fromkeys(captions))
+                seen.update((number, text) for text in captions)
+                groups.append(number)
+                caption_groups += [number] * len(captions)
+                self.captions += captions
+                self.keys.append(sample.key)
+                self.labels.append(sample.label)
+            self._positions += positions
+            yield images
+        self.groups, self.caption_groups = (torch.tensor(part, dtype=torch.int64) for part in (groups, caption_groups))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def pictures(self, rows: list[int]) -> dict[int, Image.Image]:
+        """Reads the images of these rows again, as they are stored, RGB; no other image is read."""
+        images = self.data.pictures([self._positions[row] for row in rows])
+        return {row: images[self._positions[row]] for row in rows}
+
+    def report(self) -> str:
+        """Returns one line: the number of samples read, and the number skipped by reason."""
+        return f"{len(self)} samples read, {self.skipped}"
+
+
+def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> dict[str, Split]:
+    """Returns the eval.splits of a run whose model has this tokenizer and image transform.
+
+    Raises InputError, which names the split's key, for data that `data.held_out` rejects or that have no usable sample.
+    """
+    loaded = {name: Split(held_out(what, name=f"eval.splits.{name}"), tokenizer, transform) for name, what in splits.items()}
+    for name, split in loaded.items():
+        try:
+            next(split.data.batches(transform, 1, Skipped()))
+        except UserError as error:
+            raise InputError(f"eval.splits.{name}: {error}") from None
+    return loaded
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, tower: str, inputs: Tensor, device: torch.device, precision: str, who: str) -> Tensor:
+    """Returns features float32 [N, D], L2-normalised, of images [N, 3, S, S] (tower "image") or token ids [N, L] ("text").
+
+    Raises InputError, which names `who`, if a feature is not finite.
+    """
+    encode: Any = model.encode_image if tower == "image" else model.encode_text
+    with hardware.autocast(precision, device):
+        features = encode(inputs.to(device, non_blocking=True), normalize=True).float()
+    if not features.isfinite().all():
+        raise InputError(f"{who}: expected finite features, got {tower} features that are not finite in {precision}")
+    return nn.functional.normalize(features, dim=-1)
+
+
+def encode(
+    model: nn.Module,
+    split: Split,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    *,
+    workers: int = 0,
+    progress: str | None = None,
+    who: str = "checkpoint",
+) -> None:
+    """Reads a split and computes its features, which stay on the CPU: 4 D bytes for each image and caption.
+
+    Ranks divide the images and captions. The first rank gets all of them; on other ranks `split` stays empty.
+
+    workers: processes that decode images. progress: title of the progress that is shown. who: name of the model in errors.
+    Raises: InputError if features are not finite; the errors of `data.HeldOut.batches`.
+    """
+
+    def of_images(batch: Tensor) -> Tensor:
+        return features_of(model, "image", finished(split.transform, batch, device), device, precision, who).cpu()
+
+    def of_texts(start: int) -> Tensor:
+        tokens = split.tokenizer(captions[start : start + batch_size])
+        return features_of(model, "text", tokens, device, precision, who).cpu()
+
+    images = []
+    with Progress(progress or "", unit="images", shown=progress is not None) as bar:
+        for features in split.read(batch_size, workers, of_images):
+            images.append(features)
+            bar.update(len(features))
+    captions = ranks.on_first(lambda: split.captions)
+    texts = list(ranks.mapped(of_texts, range(0, len(captions), batch_size)))
+    split.image_features, split.text_features = (torch.cat(parts) if parts else None for parts in (images, texts))

@@ -1,0 +1,185 @@
+"""The tensors of a model as units that take weights from a source, and the table of what each unit took."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from simplclip.common.errors import InputError
+from simplclip.nn import SimplifiedBlock
+
+__all__ = ["InheritanceError", "Status", "TableRow", "Unit", "Units", "WeightTable", "alike"]
+
+_COUNTERS = "num_batches_tracked"  # old checkpoints lack it
+_ENOUGH = 0.1  # the source has another architecture if a smaller share of its (or the model's) tensors fit
+
+
+class InheritanceError(InputError):
+    """Error for a source whose weights the model cannot take, or for a name that the model does not have."""
+
+
+class Status(StrEnum):
+    """Where the weights of a module come from."""
+
+    INHERITED = "inherited"
+    TRAINS = "inherited, trains"
+    STARTED = "initialised"  # a simplified block that starts from another kind of block in the source; it trains
+    LOADED = "loaded"
+    RESIZED = "resized"
+    NEW = "new"
+    DIFFERS = "shape differs"
+    LEFT = "left in the source"
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of the table: a largest module whose tensors all have this status, or a single tensor."""
+
+    module: str
+    status: Status
+    parameters: int  # without those that an earlier row counts
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """A table of the model's modules with the status of their weights, and the sources of the weights."""
+
+    rows: tuple[TableRow, ...]
+    sources: tuple[str, ...]
+
+    title = "weights from"
+
+    @property
+    def totals(self) -> dict[Status, int]:
+        """Parameters by status."""
+        totals = dict.fromkeys(Status, 0)
+        for row in self.rows:
+            totals[row.status] += row.parameters
+        return totals
+
+    def lines(self) -> list[str]:
+        """The table and the parameters by status, as lines of text."""
+        cells = [("module", "weights", "parameters")]
+        cells += [(row.module or "(all)", row.status, f"{row.parameters:,}") for row in self.rows]
+        cells += [("total", status, f"{count:,}") for status, count in self.totals.items() if count]
+        name, status = (max(len(row[i]) for row in cells) for i in (0, 1))
+        return [
+            f"{self.title} {', '.join(self.sources)}",
+            *(f"{row[0]:<{name}}  {row[1]:<{status}}  {row[2]:>12}" for row in cells),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+@dataclass(eq=False)
+class Unit:
+    """Tensors that are taken together or not at all: of a module whose submodules have no tensors, or a single tensor."""
+
+    path: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # by full name
+    leaf: bool = False
+    block: str = ""  # the path of the simplified block that contains the unit
+    status: Status = Status.NEW
+    taken: dict[str, Tensor] = field(default_factory=dict)
+
+    def free(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether the unit's names mean the same in `state`: a simplified block's do if `state` has a simplified one."""
+        return not self.block or f"{self.block}.qk.weight" in state
+
+    def fits(self, state: Mapping[str, Tensor]) -> bool:
+        names = {n for n in state if n.startswith(f"{self.path}.")} if self.leaf else self.tensors.keys() & state.keys()
+        return not self.differs(state) and all(n.endswith(_COUNTERS) for n in self.tensors.keys() ^ names)
+
+    def differs(self, state: Mapping[str, Tensor]) -> bool:
+        return any(n in state and not alike(t, state[n]) for n, t in self.tensors.items())
+
+
+class Units(list[Unit]):
+    """The units of a model, in the order of their paths."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Units:
+        units = cls()
+        blocks = [f"{path}." for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, SimplifiedBlock)]
+        for path, module in model.named_modules(remove_duplicate=False):
+            prefix = f"{path}." if path else ""
+            buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+            tensors = {prefix + n: t for n, t in {**module._parameters, **buffers}.items() if t is not None}
+            block = next((block[:-1] for block in blocks if prefix.startswith(block)), "")
+            inner = (t for child in module.children() for t in (*child.parameters(), *child.buffers()))
+            if tensors and path and next(inner, None) is None:
+                units.append(Unit(path, tensors, True, block))
+            else:
+                units += (Unit(name, {name: tensor}, False, block) for name, tensor in tensors.items())
+        return units
+
+    def check_enough(self, state: Mapping[str, Tensor], label: str, fitting: int, wanted: int) -> None:
+        """Raises InheritanceError if too few tensors fit for a model of the same architecture."""
+        if fitting >= max(1, _ENOUGH * min(len(state), wanted)):
+            return
+        ours = {name: tensor for unit in self for name, tensor in unit.tensors.items()}
+        shapes = [n for n in state if n in ours and not alike(ours[n], state[n])][:2]
+        reasons = [f"; {n} is {list(state[n].shape)} in the source and {list(ours[n].shape)} in the model" for n in shapes]
+        for name in [n for n in state if n not in ours][:2]:
+            near = difflib.get_close_matches(name, ours, 1, 0.0)
+            reasons.append(f"; {name} is not in the model (nearest: {', '.join(near)})")
+        raise InheritanceError(
+            f"source: expected weights of this model's architecture, got {label}, of whose {len(state)} tensors {fitting} fit"
+            + "".join(reasons)
+        )
+
+    def drop_half_tied(self) -> None:
+        """Resets units that own the same tensor, unless all of them take the same value for the tensor."""
+        owners: dict[int, list[tuple[Unit, str]]] = defaultdict(list)
+        for unit in self:
+            for name, tensor in unit.tensors.items():
+                owners[id(tensor)].append((unit, name))
+        changed = True
+        while changed:
+            changed = False
+            for tied in owners.values():
+                taking = [unit for unit, _ in tied if unit.taken]
+                values = [unit.taken[name] for unit, name in tied if name in unit.taken]
+                if taking and (len(taking) < len(tied) or not all(torch.equal(values[0], value) for value in values[1:])):
+                    for unit, _ in tied:
+                        unit.taken, unit.status = {}, Status.NEW
+                    changed = True
+
+    def copy_taken(self) -> None:
+        """Copies the tensors that the units take into the tensors of the model."""
+        with torch.no_grad():
+            for unit in self:
+                for name, value in unit.taken.items():
+                    unit.tensors[name].copy_(value.reshape(unit.tensors[name].shape))
+
+    def rows(self) -> tuple[TableRow, ...]:
+        counted: set[int] = set()
+
+        def split(path: str, inside: list[Unit]) -> Iterator[TableRow]:
+            statuses = {unit.status for unit in inside}
+            if len(statuses) == 1:
+                (status,) = statuses
+                tensors = (t for unit in inside for t in unit.tensors.values())
+                parameters = {id(t): t for t in tensors if status == Status.LEFT or isinstance(t, nn.Parameter)}
+                yield TableRow(path, status, sum(t.numel() for key, t in parameters.items() if key not in counted))
+                counted.update(parameters)
+                return
+            depth = path.count(".") + 1 if path else 0
+            for name, children in groupby(inside, lambda unit: ".".join(unit.path.split(".")[: depth + 1])):
+                yield from split(name, list(children))
+
+        return tuple(split("", self))
+
+
+def alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether shape and kind of number are the same. A scalar may be [] or [1], since checkpoints differ in that shape."""
+    scalar = ours.numel() == theirs.numel() == 1 and max(ours.dim(), theirs.dim()) <= 1
+    return (ours.shape == theirs.shape or scalar) and ours.is_floating_point() == theirs.is_floating_point()

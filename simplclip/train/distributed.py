@@ -1,0 +1,83 @@
+"""Training of one model by several ranks: DistributedDataParallel averages gradients, and batch norms share their statistics.
+
+Each tower has a wrapper of its own, since `gradient_cache.backward` exchanges a tower's gradients in its last backward pass.
+Losses average the gradients of their own parameters, and `averaged` those of logit scale and bias, which a step may not use.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from itertools import compress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from simplclip.common import ranks
+from simplclip.ops import distributed
+from simplclip.train.config import ConfigError
+
+SYNCHRONISED = ("cuda",)  # devices for which torch has SyncBatchNorm
+
+
+def share_norms(model: nn.Module, device: torch.device) -> None:
+    """Makes training batch norms use the statistics of all ranks. Raises ConfigError on a CPU, where torch cannot do that."""
+    if ranks.count() == 1:
+        return
+    from timm.layers import convert_sync_batchnorm  # unlike torch's own, it keeps timm's activations
+
+    for path, parent in list(model.named_modules()):
+        for name, norm in parent.named_children():
+            if not isinstance(norm, _BatchNorm) or isinstance(norm, SyncBatchNorm) or not norm.training:
+                continue
+            if device.type not in SYNCHRONISED:
+                raise ConfigError(
+                    f"model.freeze_norms: expected true for several ranks on a {device.type}, where their batch norms would "
+                    f"drift; got false and {type(norm).__name__} '{path}.{name}' in training mode"
+                )
+            setattr(parent, name, convert_sync_batchnorm(norm))
+
+
+class _Tower(nn.Module):
+    """A tower's parameters as one module for DistributedDataParallel; its forward calls the function that it is given."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.of_tower = nn.ParameterList(parameters)
+
+    def forward(self, encode: Callable[[Any], Tensor], batch: Any) -> Tensor:
+        return encode(batch)
+
+
+def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
+    """Returns a wrapper for each tower that trains, called as wrapper(encode, batch); none for one rank.
+
+    All ranks have to call it: it gives the model the first rank's values.
+    """
+    if ranks.count() == 1:
+        return {}
+    towers: dict[str, list[nn.Parameter]] = {"image": [], "text": []}
+    for name, parameter in model.named_parameters():
+        if name in ("logit_scale", "logit_bias"):
+            distributed.from_first_rank([parameter], dist.group.WORLD)
+        elif parameter.requires_grad:
+            towers["image" if name.startswith("visual.") else "text"].append(parameter)
+    trained = {name: _Tower(parameters) for name, parameters in towers.items() if parameters}
+    # A tower may have parameters that no feature depends on, for which torch searches, and warns where there are none.
+    # `gradient_cache` takes a single wrapper for one of both towers, in which it allows no such parameters.
+    warnings.filterwarnings("ignore", "find_unused_parameters")
+    search = len(trained) > 1
+    return {name: DistributedDataParallel(tower, find_unused_parameters=search) for name, tower in trained.items()}
+
+
+def averaged(*scales: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Returns logit scale and bias (None stays None) such that their gradients are averaged over the ranks."""
+    if ranks.count() == 1:
+        return scales
+    trains = [scale is not None and scale.requires_grad for scale in scales]
+    learned = iter(distributed.learned([*compress(scales, trains)], dist.group.WORLD))
+    return tuple(next(learned) if trained else scale for scale, trained in zip(scales, trains))

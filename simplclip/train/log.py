@@ -1,0 +1,186 @@
+"""What a run shows and writes of itself: lines by time, metrics.csv and evaluation.csv, curves.png."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from simplclip.common import hardware, ranks
+from simplclip.common.errors import visible
+from simplclip.common.files import write_csv
+from simplclip.common.plotting import COLOURS, new_figure, style, write
+from simplclip.common.progress import Pace, duration
+from simplclip.nn import SimplifiedBlock
+from simplclip.ops import backends
+from simplclip.train.setup import State
+
+
+class Log:
+    """The log of a run: a line that changes in a terminal, within `status`, else lines by time; and CSV files in its folder.
+
+    Rows of a CSV file after the step at which the run continues are removed, so that an interrupted and resumed run has the
+    same rows as an uninterrupted one.
+    """
+
+    def __init__(self, state: State, console: Console) -> None:
+        self.state, self.console, self.live = state, console, console.is_terminal
+        self.out, self.start = Path(state.config.run.out), state.step
+        self.pace = Pace(at_most=0.25) if self.live else Pace()
+        self.status: Any = console.status("first step") if self.live else contextlib.nullcontext()
+        self.seconds = self.waiting = 0.0  # of a step, smoothed over about the last 20
+        self._columns: dict[str, list[str]] = {}
+        self.restart_clock()
+
+    def print(self, message: str) -> None:
+        self.console.print(visible(message, keep="\n"), markup=False, highlight=False, soft_wrap=True)
+
+    def restart_clock(self) -> None:
+        """Starts the time of the next step, after work that does not belong to a step."""
+        self._began = self._loaded = time.perf_counter()
+
+    def loaded(self) -> None:
+        """Ends the time that a step waits for its data."""
+        self._loaded = time.perf_counter()
+
+    def step(self, row: dict[str, float]) -> None:
+        """Completes the figures of a step by its times, shows them if a line is due, and writes them if a row is."""
+        run, now = self.state.config.run, time.perf_counter()
+        share = 0.05 if self.seconds else 1.0
+        self.seconds += share * (now - self._began - self.seconds)
+        self.waiting += share * (self._loaded - self._began - self.waiting)
+        row |= {"samples_per_s": self.state.config.data.batch_size / self.seconds, "data_share": self.waiting / self.seconds}
+        row |= {"peak_mb": hardware.peak_memory_mb(self.state.device)}
+        last = self.state.step == run.steps
+        if last or self.pace.due():
+            line = self._line(row)
+            self.print(line) if last or not self.live else self.status.update(line)
+        if last or self.state.step % run.log_every == 0:
+            self.write("metrics", row)
+        self.restart_clock()
+
+    def _line(self, row: Mapping[str, float]) -> str:
+        steps = self.state.config.run.steps or 0
+        terms = [name for name in row if name.endswith("_loss")]
+        shown = [f"{name.removesuffix('_loss')} {row[name]:.3f}" for name in (terms if len(terms) > 1 else ())]
+        bias = [f"bias {row['logit_bias']:.1f}"] if "logit_bias" in row else []
+        left = duration(self.seconds * (steps - self.state.step))
+        parts = [
+            f"step {self.state.step}/{steps}",
+            f"{duration(self.pace.seconds)} gone, {left} left",
+            *(f"loss {row['loss']:.3f}", *shown, f"lr {row['lr']:.2e}", f"scale {row['logit_scale']:.1f}", *bias),
+            f"{row['samples_per_s']:.0f} samples/s",
+            f"waiting for data {row['data_share']:.0%}",
+            f"peak {row['peak_mb']:.0f} MiB{hardware.describe_gpu(self.state.device)}",
+        ]
+        return "  ".join(parts)
+
+    def evaluation(self, split: str, direction: str, figures: Mapping[str, Mapping[str, float]]) -> None:
+        values = {k: figure["value"] for k, figure in figures.items()}
+        self.write("evaluation", {"step": self.state.step, "split": split, "direction": direction, **values})
+        shown = "  ".join(f"{k} {figure['value']:.1%} (chance {figure['chance']:.1%})" for k, figure in figures.items())
+        self.print(f"evaluation {split} {direction.replace('_', ' ')}: {shown}")
+
+    def write(self, name: str, row: Mapping[str, float | str]) -> None:
+        """Adds a row to NAME.csv: "step", and figures or words. The first row of the file decides the columns."""
+        if not ranks.first():
+            return
+        path = self.out / f"{name}.csv"
+        if name not in self._columns:
+            rows = [row for row in read_rows(path) if int(row["step"]) <= self.start]
+            self._columns[name] = list(rows[0] if rows else row)
+            write_csv(path, self._columns[name], rows)
+        with path.open("a", newline="", encoding="utf-8") as lines:
+            csv.DictWriter(lines, self._columns[name], "", "ignore", lineterminator="\n").writerow(row)
+
+
+def first_lines(state: State, why_precision: str, samples: int | None) -> Iterator[str]:
+    """Yields a run's lines before its first step, each with its topic. samples: of an epoch, None if they are not counted."""
+    config = state.config
+    trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in state.model.parameters())
+    yield f"model      {config.model.name}: {total:,} parameters, of which {trained:,} train"
+    yield from state.lines
+    k, size, steps = config.data.captions_per_image, config.data.batch_size, config.run.steps or 0
+    drawn = f"{k} caption{'s' * (k > 1)} drawn of each"
+    if samples is None:
+        yield f"data       {drawn} image; no meta.json or data.samples says how many images there are"
+    else:
+        epochs = f"{samples / size:,.1f} steps an epoch, {steps * size / samples:,.1f} epochs"
+        yield f"data       {samples:,} images, {drawn}; {epochs}"
+    terms = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in config.loss.weights)
+    of_teacher = f", to stored features of {state.teacher['name']}" if state.teacher else ""
+    bias = "" if state.logit_bias is None else f", bias {state.logit_bias.item():.4g}"
+    scale = state.model.logit_scale.exp().item()
+    yield f"loss       {type(state.objective.loss).__name__}: {terms}{of_teacher}; scale {scale:.4g}{bias}"
+    yield f"ops        {_backends(state)}"
+    several = f"ranks: {ranks.count()}, of each " if ranks.count() > 1 else ""
+    threads = f"CPU threads: {torch.get_num_threads()}; loader processes: {config.data.workers}"
+    yield f"device     {state.device}, precision {state.precision} ({why_precision}); {several}{threads}"
+    if config.optim.warmup > steps:
+        yield f"warning    optim.warmup = {config.optim.warmup:,} is longer than the run: the rate does not reach optim.lr"
+
+
+def _backends(state: State) -> str:
+    """Returns the ops of a step with their backends."""
+    calls: dict[str, dict[str, Any]] = {}
+    for block in (module for module in state.model.modules() if isinstance(module, SimplifiedBlock)):
+        calls |= {"parallel_mlp_fwd": {}, "shaped_attention_fwd": {"width": block.width // block.heads, "length": 197}}
+    calls |= {"similarity_sigmoid" if state.config.loss.base == "sigmoid" else "similarity_loss_fwd": {}}
+    where = (state.device, hardware.DTYPES[state.precision] or torch.float32, backends.forced())
+    return ", ".join(f"{op} by {backends.select(op, *where, **call)[0]}" for op, call in calls.items())
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Reads the rows of a CSV file, without a last line that a crash cut short."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader([line for line in file if line.endswith("\n")])
+        return [row for row in rows if row["step"].isdigit() and None not in row and None not in row.values()]
+
+
+def curves(run: Path) -> None:
+    """Draws RUN/curves.png from RUN/metrics.csv and, if there is one, RUN/evaluation.csv."""
+    rows, evaluated = read_rows(run / "metrics.csv"), read_rows(run / "evaluation.csv")
+    if not rows:
+        return
+    terms = [name for name in rows[0] if name.endswith("_loss")]
+    panels = {"Loss": _lines(rows, ["loss", *(terms if len(terms) > 1 else [])]), "Learning rate": _lines(rows, ["lr"])}
+    panels |= {"Logit scale": _lines(rows, ["logit_scale"]), "Gradient norm before clipping": _lines(rows, ["grad_norm"])}
+    if "logit_bias" in rows[0]:
+        panels["Logit bias"] = _lines(rows, ["logit_bias"])
+    for direction in dict.fromkeys(row["direction"] for row in evaluated):
+        title = f"{direction.replace('_', ' ').capitalize()}, R@k"
+        panels[title] = {}
+        for split in dict.fromkeys(row["split"] for row in evaluated):
+            part = [row for row in evaluated if (row["split"], row["direction"]) == (split, direction)]
+            ks = [name for name in part[0] if name.startswith("R@")] if part else []
+            panels[title] |= {f"{split} {k}": line for k, line in _lines(part, ks).items()}
+    height = -(-len(panels) // 2)
+    figure = new_figure(11, 3 * height)
+    for axis, (title, lines) in itertools.zip_longest(figure.subplots(height, 2).flat, panels.items(), fillvalue=("", {})):
+        for (label, (steps, values)), colour in zip(lines.items(), itertools.cycle(COLOURS)):
+            label = f"{label.removesuffix('_loss').replace('_', ' ')}: {values[-1]:.3g}"
+            axis.plot(steps, values, color=colour, marker="." if len(values) < 20 else "", label=label)
+        style(axis, title)
+        if lines and min(np.nanmin(values) for _, values in lines.values()) >= 0:
+            axis.set_ylim(bottom=0)
+        axis.set_axis_on() if lines else axis.set_axis_off()
+        if len(lines) > 1:
+            axis.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    write(figure, run / "curves.png")
+
+
+def _lines(rows: list[dict[str, str]], names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    steps = np.array([int(row["step"]) for row in rows])
+    return {name: (steps, np.array([float(row[name] or "nan") for row in rows])) for name in names}

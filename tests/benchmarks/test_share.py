@@ -1,0 +1,194 @@
+"""benchmarks.share: divergences against their definition, groups for a budget, and the program on shards."""
+
+import itertools
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from clips import batch, clip
+from open_clip.model import CustomTextCLIP
+from timm.models import fastvit
+from torch import nn
+
+import simplclip
+from benchmarks import share as sharing
+from benchmarks.share import divergences, parse_budget, propose
+from simplclip.common.errors import InputError
+from simplclip.evaluation.encoder import Encoder
+from simplclip.models.mobileclip import TextTower
+from simplclip.models.simplify import count_parameters, simplify
+
+IMAGE, TEXT = batch()
+LENGTHS = TEXT.argmax(1) + 1
+CAUSAL = torch.full((12, 12), float("-inf")).triu(1)
+
+
+def lively(model):
+    """Gives a model weights that make attention maps differ."""
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("ln_q", "ln_k", "alpha", "layer_scale_1")):
+            nn.init.uniform_(parameter, 0.5, 2.0)
+        elif parameter.ndim == 2 and any(part in name for part in ("attn", "qk", "mlp", "fc")):
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 * 1.5)
+    return model.eval()
+
+
+def vision(**options):
+    return clip({"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16, **options})
+
+
+def mobileclip():
+    model = clip(cls=CustomTextCLIP)
+    model.text, model.visual = TextTower(12, 100, 24, 2, 3, output_dim=16), nn.Sequential()
+    mixers = ("repmixer", "repmixer", "repmixer", "attention")
+    sizes = {"layers": (1, 1, 1, 3), "embed_dims": (8, 16, 32, 64), "mlp_ratios": (2, 2, 2, 3)}
+    model.visual.trunk = fastvit.FastVit(**sizes, num_classes=16, token_mixers=mixers)
+    return model
+
+
+def of_open_clip(block, x):
+    q, k, _ = nn.functional.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, -1)
+    norms = getattr(block.attn, "ln_q", nn.Identity()), getattr(block.attn, "ln_k", nn.Identity())
+    return [norm(t.unflatten(-1, (2, -1))).flatten(2) for norm, t in zip(norms, (q, k))]
+
+
+# name -> the model; its tower; the tower's inputs and blocks; q and k [B, L, C] of a block from its input; the mask
+TOWERS = {
+    "open_clip, causal": (clip, "text", TEXT, lambda m: m.transformer.resblocks, of_open_clip, CAUSAL),
+    "open_clip, norms of q and k": (
+        lambda: vision(qk_norm=True), "image", IMAGE, lambda m: m.visual.transformer.resblocks, of_open_clip, 0,
+    ),
+    "FastViT": (
+        mobileclip, "image", 100 * batch(96)[0], lambda m: m.visual.trunk.stages[3].blocks,
+        lambda b, x: b.token_mixer.qkv(b.norm(x).flatten(2).mT).chunk(3, -1)[:2], 0,
+    ),
+    "MobileCLIP": (
+        mobileclip, "text", TEXT, lambda m: m.text.layers[1:-1], lambda b, x: b.attn.qkv_proj(b.ln_1(x)).chunk(3, -1)[:2], 0,
+    ),
+    "simplified": (
+        lambda: simplify(clip())[0], "text", TEXT, lambda m: m.transformer.resblocks,
+        lambda b, x: b.qk(b.norm(x)).chunk(2, -1), CAUSAL,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_divergences_are_those_of_the_definition(name):
+    make, tower, inputs, blocks_of, queries_keys, mask = TOWERS[name]
+    model, maps = lively(make()), []
+
+    def record(block, args, output):
+        q, k = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in queries_keys(block, args[0]))
+        maps.append((q @ k.mT / q.shape[-1] ** 0.5 + mask).softmax(-1).double())
+
+    handles = [block.register_forward_hook(record) for block in blocks_of(model)]
+    encode, lengths = (model.encode_text, LENGTHS) if tower == "text" else (model.encode_image, [None] * 3)
+    encode(inputs)
+    for handle in handles:
+        handle.remove()
+    batches = [(inputs[a:b], lengths[a:b] if tower == "text" else None) for a, b in ((0, 2), (2, 3))]
+    found = divergences(model, tower, batches, encode)
+    assert 0.01 < found[0, 1] < math.log(2)
+    for (i, p), (j, q) in itertools.product(enumerate(maps), repeat=2):
+        kl = [torch.where(a > 0, a * (2 * a / (p + q)).log(), 0).sum(-1) for a in (p, q)]  # [B, H, L]
+        rows = [row[:, :length].mean() for row, length in zip((kl[0] + kl[1]) / 2, lengths)]
+        torch.testing.assert_close(found[i, j], torch.stack(rows).mean(), rtol=1e-3, atol=1e-6)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_blocks_that_differ_in_heads_are_not_compared_or_merged():
+    model = lively(clip())
+    model.transformer.resblocks[1] = lively(clip(text={"heads": 4})).transformer.resblocks[1]
+    found = divergences(model, "text", [(TEXT, None)], model.encode_text)
+    assert found[0, 1].isnan()
+    assert found[0, 2] > 0
+    with pytest.raises(InputError, match="budget: expected at least"):
+        propose(model, "text", found, 1)
+    enough = count_parameters(simplify(clip())[0])["text"] - 1
+    assert propose(model, "text", found, enough)[0]["share"] == {"text": {"attention": [[2, 3]]}}
+    odd = vision(scaled_cosine_attn=True).eval()
+    with pytest.raises(InputError, match="attention: expected products of q and k, got scaled cosine attention"):
+        divergences(odd, "image", [(IMAGE, None)], odd.encode_image)
+
+
+def test_groups_for_a_budget():
+    divergence = torch.tensor([[0.0, 0.3, 0.2, 0.2], [0.3, 0.0, 0.1, 0.4], [0.2, 0.1, 0.0, 0.26], [0.2, 0.4, 0.26, 0.0]])
+    qk, mlp, whole = 2 * 24 * 24, 2 * 24 * 96 + 96 + 24, count_parameters(simplify(clip())[0])["text"]
+    # 1 and 2 join first. Then 0 joins them at the mean of 0.3 and 0.2; 3 would join at the mean of 0.4 and 0.26, later.
+    one, two, all_four = [[1, 2]], [[0, 1, 2]], [[0, 1, 2, 3]]
+    for budget, expected in (
+        (whole, {"attention": None, "mlp": None, "all": None}),
+        (whole - 1, {"attention": one, "mlp": one, "all": one}),
+        (whole - qk - 1, {"attention": two, "mlp": one, "all": one}),
+        (whole - 2 * mlp - 1, {"mlp": all_four, "all": two}),  # attention alone cannot save this many parameters
+    ):
+        found = propose(clip(), "text", divergence, budget)
+        assert {p["what"]: p["share"].get("text", {}).get(p["what"]) for p in found} == expected
+        for proposal in found:
+            _, made = simplify(clip(), share=proposal["share"])
+            assert made.after["text"] == proposal["parameters"] <= budget
+    divergence[0, 1] = torch.nan  # these blocks saw other numbers of tokens
+    assert propose(clip(), "text", divergence, whole - qk - 1)[0]["share"] == {"text": {"attention": [[1, 2, 3]]}}
+    divergence[0, 1] = 0.3
+    least = whole - 3 * qk - 3 * mlp
+    with pytest.raises(InputError, match=f"budget: expected at least {least:,} parameters, .* got {least - 1:,}"):
+        propose(clip(), "text", divergence, least - 1)
+    for text, number in ("80%", 8000), ("12.5%", 1250), ("9780", 9780), ("9.78k", 9780), ("2M", 2_000_000):
+        assert parse_budget(text, 10_000) == number
+
+
+@pytest.fixture
+def share(tmp_path, monkeypatch):
+    """Runs the program on shards and a model whose text blocks 1 and 2 are alike."""
+    shard, model = tiny.write_shard(tmp_path / "val-0.tar"), lively(clip())
+    blocks = model.transformer.resblocks
+    # These blocks add the same to each channel, which a layer norm removes: the next block sees the same input.
+    for layer in (blocks[1].attn.out_proj, blocks[1].mlp.c_proj):
+        nn.init.zeros_(layer.weight)
+        nn.init.ones_(layer.bias)
+    blocks[2].load_state_dict(blocks[1].state_dict())
+    preprocess = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255  # noqa: E731
+    tokenizer = lambda texts: TEXT[:1].repeat(len(texts), 1)  # noqa: E731
+    encoder = Encoder("small", model, preprocess, tokenizer, torch.device("cpu"), "fp32")
+    monkeypatch.setattr(simplclip, "load", lambda *_: encoder, raising=False)
+    arguments = ["small", "--data", str(shard), "--out", str(tmp_path / "out")]
+    return encoder, lambda *more: sharing.main([*arguments, *more])
+
+
+def test_the_program_proposes_identical_blocks_first(share, tmp_path, capsys):
+    encoder, call = share
+    budget = count_parameters(simplify(clip())[0])["text"] - 1
+    call("--samples", "10", "--budget", str(budget))
+    printed = capsys.readouterr().out
+    about = json.loads((tmp_path / "out" / "share.json").read_text())
+    assert about["samples"] == 10
+    up_to_end = divergences(encoder.model, "text", [(TEXT[:1], LENGTHS[:1])], encoder.model.encode_text)
+    torch.testing.assert_close(about["attention_divergence"], up_to_end.tolist(), rtol=0, atol=1e-5)
+    assert (tmp_path / "out" / "share.png").stat().st_size > 10_000
+    assert ["1,", "2", "0.0000"] in [line.split() for line in printed.splitlines()]
+    assert [p["share"]["text"][p["what"]] for p in about["proposals"]] == [[[1, 2]]] * 3
+    values = re.findall(r"  model\.options\.simplify_options\.share=(.*)", printed)
+    assert [yaml.safe_load(value) for value in values] == [p["share"] for p in about["proposals"]]
+
+
+def test_an_image_tower_on_all_samples_without_a_budget(share, tmp_path, capsys):
+    share[1]("--tower", "image")
+    about = json.loads((tmp_path / "out" / "share.json").read_text())
+    assert (about["samples"], len(about["blocks"]), about["proposals"]) == (24, 3, [])
+    assert "share=" not in capsys.readouterr().out
+
+
+def test_what_the_program_refuses(share, tmp_path):
+    message = "budget: expected a number of parameters such as 9.78M, or a percentage such as 80%, got '0%'"
+    with pytest.raises(InputError, match=message):
+        share[1]("--budget", "0%")
+    with pytest.raises(InputError, match="budget: expected at least"):
+        share[1]("--budget", "9")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,75 @@
+"""Progress of long commands: lines in a log, a bar on a terminal."""
+
+import os
+import sys
+
+import pytest
+
+from simplclip.common import progress
+from simplclip.common.progress import Progress
+
+
+class Clock:
+    """A clock that moves only when a test moves it."""
+
+    now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(progress, "time", Clock())
+    return progress.time
+
+
+def test_lines_without_a_terminal(clock, capsys):
+    with Progress("pack", 10_000, 1_000) as bar:
+        bar.update(10)
+        assert capsys.readouterr().err == ""  # work of a few seconds prints nothing
+        clock.now += 10
+        bar.update(490)
+        assert capsys.readouterr().err == "pack: 1,500 of 10,000 samples (15%), 50 samples/s, 02:50 left\n"
+        clock.now += 5
+        bar.update(1)
+        assert capsys.readouterr().err == ""
+        clock.now += 3600
+        bar.update(1)
+        clock.now += 30
+        bar.update(1)  # after a while only one line a minute
+        assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err == "pack: 1,503 samples in 1:00:45\n"
+    failing = Progress("pack", 10)
+    clock.now += 59
+    failing.__exit__(ValueError)
+    assert capsys.readouterr().err == ""  # unfinished work prints no last line
+
+
+@pytest.mark.parametrize(
+    ("total", "line"), [(None, "x: 5 images, 0.50 images/s"), (0, "x: 5 of 0 images (100%), 0.50 images/s")]
+)
+def test_lines_of_an_unknown_or_empty_total(clock, capsys, total, line):
+    with Progress("x", total, unit="images") as bar:
+        clock.now += 10
+        bar.update(5)
+    assert capsys.readouterr().err.startswith(line)
+    with Progress("x", total, shown=False) as bar:
+        clock.now += 10
+        bar.update(5)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_on_a_terminal_and_lines_on_one_without_columns(clock, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "fileno", lambda: 2)
+        patch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((0, 0)))
+        with Progress("x", 10) as bar:
+            clock.now += 10
+            bar.update(5)
+    assert capsys.readouterr().err == "x: 5 of 10 samples (50%), 0.50 samples/s, 00:10 left\nx: 5 samples in 10 s\n"
+    assert list(Progress("heads", 3, unit="steps").over("abc")) == list("abc")
+    shown = capsys.readouterr().err
+    assert "heads: 100%" in shown
+    assert "3/3" in shown

@@ -1,0 +1,209 @@
+"""Sidecars are written by worker processes, shard by shard: nothing is lost by a stop, wrong folders are refused."""
+
+import errno
+import json
+import os
+import signal
+import tarfile
+
+import pytest
+from pairs import digests, killed_at_any_point, members, meta, png, sample, write
+
+from simplclip import data
+from simplclip.data.samples import Pair
+from simplclip.data.writer import write_sidecars
+
+STAMP = {"mark": {"name": "test", "width": 2}}
+
+
+def prepare(pair: Pair):
+    return pair.place, pair.captions, pair.image.size  # decodes the image
+
+
+def mark(batch):
+    return [{"json": json.dumps({"captions": captions, "seen": [place, size]}).encode()} for place, captions, size in batch]
+
+
+def run(shards, out, process=mark, *, stamp=STAMP, batch_size=4, **options):
+    return write_sidecars(str(shards), out, prepare, process, stamp=stamp, batch_size=batch_size, progress=False, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Writes two train shards and a held-out shard."""
+    source = tmp_path / "in"
+    source.mkdir()
+    for name, start, stop in (("train-0", 0, 7), ("train-1", 7, 12), ("held-0", 12, 15)):
+        write(source / f"{name}.tar", [sample(i) for i in range(start, stop)])
+    return source
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def test_a_sidecar_has_what_is_new_in_the_order_of_its_shard(folder, out, tmp_path):
+    sizes = []
+    summary = run(folder / "*.tar", out, lambda batch: sizes.append(len(batch)) or mark(batch))
+    assert {name: summary[name] for name in ("shards", "written", "samples")} == {"shards": 3, "written": 3, "samples": 15}
+    assert sizes == [3, 4, 3, 4, 1]  # batches do not cross shards
+    assert list(members(out / "train-0.tar")) == [f"k{i:03d}.json" for i in range(7)]
+    record = json.loads(members(out / "train-1.tar")["k008.json"])
+    assert record == {"captions": ["8 a", "8 b", "8 c"], "seen": ["train-1.tar/k008", [12, 12]]}
+    about = meta(out)
+    assert about["mark"] == STAMP["mark"]
+    assert {name: split["samples"] for name, split in about["splits"].items()} == {"held": 3, "train": 12}
+    entry = about["splits"]["train"]["shards"]["train-1.tar"]
+    assert (entry["samples"], entry["bytes"]) == (5, (out / "train-1.tar").stat().st_size)
+    assert entry["source"]["bytes"] == (folder / "train-1.tar").stat().st_size
+    run(folder / "*.tar", tmp_path / "two", workers=2)
+    assert digests(tmp_path / "two") == digests(out)
+
+
+def test_a_second_command_adds_shards_and_keeps_what_is_whole(folder, out, capsys):
+    run(folder / "train-*.tar", out)
+    first = digests(out)
+    assert run(folder / "held-*.tar", out)["samples"] == 3
+    assert first.items() - digests(out).items() == {("meta.json", first["meta.json"])}
+    before = digests(out)
+    (out / ".former.tar.tmp").write_bytes(b"left by a run that was killed")
+    summary = write_sidecars(folder / "*.tar", out, prepare, None, stamp=STAMP, batch_size=4)
+    assert (summary["written"], summary["samples"]) == (0, 15)
+    assert "3 of 3 sidecars in" in capsys.readouterr().out
+    assert digests(out) == before
+
+
+def test_what_is_stale_is_made_again(folder, out, tmp_path):
+    """The size and time of a shard, and of the sidecars that are joined to it, are those of the files that were read."""
+    captions = tmp_path / "captions"
+    assert run(folder / "train-*.tar", captions)["written"] == 2
+    run(folder / "train-*.tar", out, sidecars=[captions])
+    size = (folder / "train-1.tar").stat().st_size
+    write(folder / "train-1.tar", [sample(i) for i in range(8, 13)])
+    assert (folder / "train-1.tar").stat().st_size == size
+    assert run(folder / "train-*.tar", captions)["written"] == 1
+    assert "k012.json" in members(captions / "train-1.tar")
+    for written in (1, 0):
+        assert run(folder / "train-*.tar", out, sidecars=[captions])["written"] == written
+    assert run(folder / "train-*.tar", out)["written"] == 2  # made of other captions
+    write(folder / "train-0.tar", [sample(i) for i in range(40)])
+    with pytest.raises(data.ShardError, match=r"'.*train-0.tar' has changed since its sidecar '.*captions/train-0.tar'"):
+        run(folder / "train-*.tar", out, sidecars=[captions])
+
+
+def test_what_is_joined_is_seen(folder, out, tmp_path):
+    def recaption(batch):
+        return [{"json": json.dumps({"captions": [f"new {place}"]}).encode()} for place, *_ in batch]
+
+    run(folder / "train-0.tar", tmp_path / "captions", recaption)
+    run(folder / "train-0.tar", out, sidecars=[tmp_path / "captions"])
+    assert json.loads(members(out / "train-0.tar")["k003.json"])["captions"] == ["new train-0.tar/k003"]
+
+
+def test_broken_samples_and_damage_are_counted(tmp_path, capsys):
+    damaged = [sample(0), ("broken", {"png": b"no image", "txt": b"one"}), ("none", {"cls": b"1"}), sample(1), sample(0)]
+    path = write(tmp_path / "a-0.tar", [*damaged, ("torn", {"png": png(1)[:200], "txt": b"one"}), sample(5)])
+    with tarfile.open(path) as tar:
+        os.truncate(path, tar.getmembers()[-2].offset_data + 100)  # within the last sample's image
+    reasons = {"not an image": 1, "missing caption": 1, "duplicate key in tar": 1, "truncated image": 1, "damaged tar": 1}
+    for workers in (0, 2):
+        out = tmp_path / f"out{workers}"
+        summary = write_sidecars(path, out, prepare, mark, stamp=STAMP, batch_size=2, workers=workers)
+        assert dict(summary["skipped"].counts) == reasons
+        assert "a-0.tar/broken" in capsys.readouterr().out
+        assert list(members(out / "a-0.tar")) == ["k000.json", "k001.json"]
+        again = run(path, out)
+        assert (again["written"], again["skipped"]) == (0, summary["skipped"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"stamp": {"mark": {"name": "test", "width": 3}}}, ValueError, "mark.width was 2, now 3"),
+        ({"shards": "{train-0,copy/train-0}.tar"}, ValueError, "different names"),
+        ({"out": "in"}, ValueError, "another folder than that of the shard"),
+        ({"out": "full"}, FileExistsError, "holds other files \\(notes.txt"),
+        ({"out": "in-too"}, FileExistsError, "with another meta.json"),
+        ({"out": "file"}, FileExistsError, "expected a folder, got the file"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected an integer of at least 1, got 0"),
+        ({"workers": -1}, ValueError, "workers: expected an integer of at least 0, got -1"),
+        ({"sidecars": ["none"]}, ValueError, "sidecars: expected folders, got 'none', which is none"),
+        ({"process": lambda batch: [], "out": "new"}, ValueError, "shorter than"),
+    ],
+)
+def test_wrong_arguments(folder, tmp_path, change, error, message):
+    run(folder / "train-0.tar", tmp_path / "out")
+    for path in (folder / "copy", tmp_path / "full", tmp_path / "in-too"):
+        path.mkdir()
+    write(folder / "copy" / "train-0.tar", [sample(0)])
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "in-too" / "meta.json").write_text(json.dumps({"format": "other"}))
+    (tmp_path / "file").write_text("mine")
+    before = {name: digests(tmp_path / name) for name in ("out", "full", "in-too")}
+    files = folder / change.pop("shards", "train-0.tar")
+    out = tmp_path / change.pop("out", "out")
+    with pytest.raises(error, match=message):
+        run(files, out, **change)
+    assert before == {name: digests(tmp_path / name) for name in before}
+
+
+def test_one_process_writes_at_a_time(folder, out):
+    def process(batch):
+        with pytest.raises(FileExistsError, match="no other process writes to, got"):
+            run(folder / "train-0.tar", out)
+        return mark(batch)
+
+    run(folder / "train-0.tar", out, process)
+
+
+class Dies:
+    """Prepares samples in workers until `place`, where the process is killed."""
+
+    def __call__(self, pair):
+        if pair.key == "k010":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return prepare(pair)
+
+
+@pytest.mark.parametrize("fault", ["error", "disk", "worker"])
+def test_a_fault_leaves_whole_sidecars_and_the_command_goes_on(folder, tmp_path, out, fault):
+    def process(batch):
+        if batch[0][0] == "train-1.tar/k011" and fault != "worker":
+            raise RuntimeError("stop") if fault == "error" else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return mark(batch)
+
+    error, message = {
+        "error": (RuntimeError, "stop"),
+        "disk": (ValueError, "train-1.tar could not be written: No space left on device; the same command goes on when"),
+        "worker": (data.WorkerError, "a loader process died: killed by signal SIGKILL"),
+    }[fault]
+    made, workers = (Dies(), 1) if fault == "worker" else (prepare, 0)
+    options = {"stamp": STAMP, "batch_size": 4, "progress": False}
+    with pytest.raises(error, match=message):
+        write_sidecars(folder / "train-*.tar", out, made, process, workers=workers, **options)
+    assert set(digests(out)) - {"train-0.tar"} == {"meta.json"}  # a dead worker may lose batches that it had made before
+    run(folder / "train-*.tar", out)
+    run(folder / "train-*.tar", tmp_path / "undisturbed")
+    assert digests(out) == digests(tmp_path / "undisturbed")
+
+
+def test_streams_have_sidecars_by_their_file_names(folder, out):
+    assert run(f"pipe:cat {folder / 'train-1.tar'}", out, workers=2)["samples"] == 5
+    assert run(f"pipe:cat {folder / 'train-1.tar'}", out)["written"] == 0
+    assert list(members(out / "train-1.tar")) == [f"k{i:03d}.json" for i in range(7, 12)]
+
+
+@pytest.mark.slow
+def test_killed_at_any_point(folder, tmp_path):
+    """kill -9 at each batch and each line that writes a file, then the same command: no sidecar is torn, and the command's
+    result is that of an undisturbed one."""
+
+    def work(out, step):
+        made = lambda batch: step() or [{"json": f"{place}".encode() * 2000} for place, *_ in batch]  # noqa: E731
+        run(folder / "train-*.tar", out, made)
+
+    def check(out):
+        assert not (out / "meta.json").exists() or meta(out)["mark"] == STAMP["mark"]
+
+    killed_at_any_point(tmp_path, work, 40, check)

@@ -1,0 +1,200 @@
+"""`simplclip evaluate`: several models and splits, what is written, what is refused."""
+
+import io
+import json
+import unicodedata
+
+import pytest
+import tiny
+import torch
+from pairs import call, one_line, write
+from PIL import Image
+from rich.console import Console
+from trainer_runs import write_models
+
+from simplclip import evaluation
+from simplclip.evaluation import run as running
+from simplclip.models.trained import read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """Makes a run with other weights, weights of an open_clip model, and two splits: each concept once, and twice."""
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    state = read_checkpoint(trained)
+    generator = torch.Generator().manual_seed(0)
+    state["model"] = {k: v + 0.1 * torch.randn(v.shape, generator=generator).to(v.dtype) for k, v in state["model"].items()}
+    torch.save(state, folder / "other.pt")
+    tiny.write_shard(folder / "one.tar")
+    tiny.write_shard(folder / "two.tar", copies=2)
+    return folder
+
+
+@pytest.fixture
+def evaluate(folder, tmp_path):
+    """Returns a function that evaluates models on the splits of these files, and returns the answer and the printed text."""
+
+    def evaluate(*models, splits=("one",), **options):
+        text = io.StringIO()
+        data = splits if isinstance(splits, dict) else {name: str(folder / f"{name}.tar") for name in splits}
+        options = {"out": tmp_path, "device": "cpu", "workers": 0, "console": Console(file=text, width=160)} | options
+        return evaluation.evaluate(models, data, **options), text.getvalue()
+
+    return evaluate
+
+
+def test_one_model(trained, evaluate, tmp_path):
+    answer, text = evaluate(trained, splits=("one", "two"), templates=["a {} shape"], batch_size=16)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == answer
+    assert list(answer["splits"]) == ["one", "two"]
+    assert (answer["model"], answer["step"], answer["precision"]) == ("siclip-tiny", 30, "fp32")
+    figure = answer["splits"]["one"]["image_to_text"]["R@5"]
+    assert figure["value"] > 2.5 * figure["chance"], "it was trained on these very pictures"
+    assert (answer["splits"]["two"]["images"], answer["splits"]["two"]["texts"]) == (48, 24)
+    assert answer["splits"]["two"]["zero_shot"]["templates"] == ["a {} shape"]
+    for name in ("one", "two"):
+        assert min(Image.open(answer["splits"][name]["contact_sheet"]).size) > 800
+    for words in ("one: 24 samples read, 0 skipped", "24 texts", " 4.2%", "siclip-tiny, step 30", "mean per class"):
+        assert words in text
+
+
+def test_several_models_side_by_side(trained, folder, evaluate, tmp_path):
+    models = [str(trained), str(folder / "other.pt"), f"open_clip:tiny/{folder / 'tiny.bin'}"]
+    answer, text = evaluate(*models)
+    assert answer["checkpoint"] == models[0]
+    assert list(answer["baselines"]) == models[1:]
+    parts = (answer, *answer["baselines"].values())
+    for number, (model, part) in enumerate(zip(models, parts)):
+        alone = evaluate(model, out=tmp_path / str(number))[0]["splits"]["one"]
+        for name in ("image_to_text", "text_to_image", "zero_shot"):
+            assert part["splits"]["one"][name] == alone[name]
+        assert Image.open(part["splits"]["one"]["contact_sheet"])
+    figures = [part["splits"]["one"]["image_to_text"]["R@5"]["value"] for part in parts]
+    assert len({*figures}) > 1
+    assert "3 models" in text
+    assert all(f"{figure:.1%}" in text for figure in figures)
+    assert answer["baselines"][models[2]]["step"] is None
+    assert len([*tmp_path.glob("evaluation-one*.png")]) == 3
+
+
+def test_what_gives_no_figures_is_said(trained, evaluate, tmp_path):
+    image = tiny.picture((200, 30, 40), "ring")
+    labelled = [(f"k{i}", {"png": image, "cls": b"%d" % (i % 3)}) for i in range(4)]
+    captioned = [(key, files | {"txt": b"red"}) for key, files in labelled]
+    classes = {"b": write(tmp_path / "classes.tar", labelled)}
+    numbered = {"a": write(tmp_path / "numbered.tar", [*captioned, ("last", {"png": image, "txt": b"blue"})])}
+    answer, text = evaluate(trained, splits=numbered)
+    assert answer["splits"]["a"]["image_to_text"]["R@5"]["value"] > 0
+    assert answer["splits"]["a"]["zero_shot"] is None
+    assert "a: no classification: classnames: expected a name for each label of " in text
+    assert "got the number 0, and no names" in text
+    with pytest.raises(ValueError, match="classnames: expected a name for each label"):
+        evaluate(trained, splits=classes)
+    (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
+    answer, text = evaluate(trained, splits=numbered | classes, classnames=tmp_path / "names.txt")
+    assert "a: no classification of images without a label: 1 of 5" in text
+    assert "b: no retrieval: no image has a caption" in text
+    assert answer["splits"]["b"]["contact_sheet"] is None
+    one = {"c": write(tmp_path / "one.tar", [("k", {"png": image, "json": b'{"label": "x"}'})])}
+    with pytest.raises(ValueError, match="data: expected captions or labels of at least two classes in c, got neither"):
+        evaluate(trained, splits=one)
+
+
+def test_templates_are_those_of_the_checkpoint_if_they_are_phrases(trained, folder, evaluate):
+    state = read_checkpoint(trained)
+    state["config"]["eval"]["templates"] = ["one {}", "{}"]
+    torch.save(state, folder / "phrases.pt")
+    assert evaluate(folder / "phrases.pt")[0]["splits"]["one"]["zero_shot"]["templates"] == ["one {}", "{}"]
+    for odd in ({"templates": [3]}, {"templates": []}, {"templates": ["/etc/passwd.txt"]}, {"templates": "{}"}, [1], None):
+        assert running._templates_of({"eval": odd}) == running.TEMPLATES
+    assert running._templates_of(None) == running.TEMPLATES
+
+
+def test_a_failure_half_way_keeps_the_splits_that_are_done(trained, folder, evaluate, tmp_path):
+    (tmp_path / "bad.tar").write_bytes(b"no shard" * 1000)
+    splits = {"one": str(folder / "one.tar"), "bad": str(tmp_path / "bad.tar"), "never": str(folder / "one.tar")}
+    with pytest.raises(RuntimeError, match="bad.tar"):
+        evaluate(trained, splits=splits)
+    before = (tmp_path / "evaluation.json").read_bytes()
+    assert list(json.loads(before)["splits"]) == ["one"]
+    for models, problem, message in (
+        ((), {}, "model: expected one or several different models, got none"),
+        ((trained, trained), {}, "model: expected one or several different models"),
+        ((trained,), {"splits": {}}, "data: expected at least one split"),
+        ((trained,), {"splits": {"gone": str(tmp_path / "no-*.tar")}}, "matches none"),
+        ((f"open_clip:tiny/{folder / 'tiny.bin'}",), {"out": None}, "out: expected a folder for the results"),
+        (("gone.pt",), {}, "no such file: gone.pt"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            evaluate(*models, **problem)
+    assert (tmp_path / "evaluation.json").read_bytes() == before
+
+
+def test_a_model_that_is_not_finite_is_an_error(trained, evaluate, tmp_path):
+    state = read_checkpoint(trained)
+    for value in state["model"].values():
+        if value.is_floating_point():
+            value.fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(ValueError, match=r"nan.pt: expected finite features, got text features that are not finite"):
+        evaluate(tmp_path / "nan.pt")
+
+
+def test_names_of_files():
+    assert running.file_name("runs/a: b?c") == "runs_a_ b_c"
+    assert running.file_name("第 2 部 🙂.") == "第 2 部 🙂"
+    assert running.file_name("..") == "_"
+
+
+def test_names_of_splits_are_any_words(trained, folder, tmp_path):
+    names = ["部 2 (新) 🙂", unicodedata.normalize("NFD", "é")]
+    data = [word for name in names for word in ("--data", f"{name}={folder / 'one.tar'}")]
+    result = call("evaluate", trained, *data, "--out", tmp_path, "--device", "cpu", "--workers", 0)
+    assert result.exit_code == 0, result.output
+    splits = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["splits"]
+    assert list(splits) == names
+    for name in names:
+        assert name in result.output
+        assert splits[name]["contact_sheet"] == str(tmp_path / f"evaluation-{name}.png")
+
+
+def test_a_folder_of_classes_by_the_command(trained, tmp_path):
+    for number, name in enumerate(tiny.COLOURS):
+        (tmp_path / "classes" / f"c{number}").mkdir(parents=True)
+        for shape in tiny.SHAPES:
+            (tmp_path / "classes" / f"c{number}" / f"{shape}.png").write_bytes(tiny.picture(tiny.COLOURS[name], shape))
+    (tmp_path / "names.txt").write_text("\n".join(tiny.COLOURS))
+    options = ("--classnames", tmp_path / "names.txt", "--templates", "simple", "--out", tmp_path / "out", "--device", "cpu")
+    result = call("evaluate", trained, "--data", tmp_path / "classes", *options)
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())["splits"]["classes"]
+    assert figures["zero_shot"]["classes"] == list(tiny.COLOURS)
+    assert figures["zero_shot"]["templates"] == evaluation.phrases("simple")
+    assert figures["zero_shot"]["top1"]["value"] > 0.25
+    assert (figures["images"], figures["texts"]) == (24, 0)
+    assert "image_to_text" not in figures
+
+
+def test_splits_of_a_run_are_local_files(trained, folder, tmp_path):
+    """They come from the config.yaml in the folder, never from the checkpoint; commands and URLs in them are refused."""
+    run = tmp_path / "run"
+    run.mkdir()
+    state = read_checkpoint(trained)
+    state["config"]["eval"]["splits"] = {"val": f"pipe:touch {tmp_path / 'canary'}; cat {folder / 'one.tar'}"}
+    torch.save(state, run / "last.pt")
+    assert "data: expected at least one split (--data NAME=DATA), got none" in one_line("evaluate", run / "last.pt")
+    text = (trained / "config.yaml").read_text()
+    assert "splits: {}" in text
+    for where in ("pipe:touch canary", "http://127.0.0.1:9/x.tar", [str(folder / "one.tar"), "pipe:touch canary"]):
+        (run / "config.yaml").write_text(text.replace("splits: {}", f"splits: {{val: {json.dumps(where)}}}"))
+        line = one_line("evaluate", run)
+        assert f"data: expected local files in the eval.splits of {run / 'config.yaml'}, got '" in line
+        assert line.endswith("; name the data by --data val=DATA")
+    (run / "config.yaml").write_text(text.replace("splits: {}", f"splits: {{val: {folder / 'one.tar'}}}"))
+    for model in (run, run / "last.pt"):
+        result = call("evaluate", model, "--workers", 0, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        assert list(json.loads((run / "evaluation.json").read_text())["splits"]) == ["val"]
+        (run / "evaluation.json").unlink()
+    assert not (tmp_path / "canary").exists()

@@ -1,0 +1,92 @@
+"""examples/export_onnx.py: onnxruntime computes torch's features, with standard operators alone."""
+
+import example
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tiny
+import torch
+from torch import nn
+from weights import randomise
+
+import simplclip
+from simplclip import models
+from simplclip import train as trainer
+from simplclip.models.simplify import MapBlock
+
+exporting = example.load("export_onnx")
+NAMES = {"image": ("pixel_values", "image_features"), "text": ("input_ids", "text_features")}
+
+
+def export_text(model, tokens, file):
+    """Returns the largest error of the exported text tower."""
+    return exporting.export(exporting.Tower(model, "encode_text").eval(), tokens, file, NAMES["text"])
+
+
+def test_a_run_is_exported_and_its_features_are_torchs(tmp_path, capsys):
+    trainer.run(tiny.settings(tmp_path, "run.steps=1"))
+    exporting.main([str(tmp_path / "run"), "--out", str(tmp_path / "onnx")])
+    assert "largest error" in capsys.readouterr().out
+    encoder = simplclip.load(tmp_path / "run", device="cpu")
+    size = encoder.model.visual.image_size[0]
+    words = ["a", "two dogs on a beach", "", "red " * 90, "café", "x y z", "!"]
+    inputs = {"image": torch.rand(7, 3, size, size), "text": encoder.tokenizer(words)}
+    for tower, (given, returned) in NAMES.items():
+        graph = onnx.load(tmp_path / "onnx" / f"{tower}.onnx")
+        onnx.checker.check_model(graph)
+        assert {node.domain for node in graph.graph.node} == {""}
+        assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+        session = onnxruntime.InferenceSession(tmp_path / "onnx" / f"{tower}.onnx")
+        for batch in (1, 2, 7):
+            rows = inputs[tower][-batch:]
+            (features,) = session.run([returned], {given: rows.numpy()})
+            assert np.abs(features - encoder.features(tower, rows).numpy()).max() < 1e-5
+        assert np.abs(features[0] - features[1]).max() > 1e-3  # features differ between inputs
+
+
+@pytest.mark.slow
+def test_padding_is_masked(tmp_path):
+    options = {"custom_text": True, "text_cfg": {"no_causal_mask": True, "width": 32, "heads": 2, "layers": 2}}
+    model = randomise(models.create("open_clip:ViT-B-32", simplify_options={"mask_padding": True}, **options))
+    tokens = models.tokenizer("open_clip:ViT-B-32")(["a cat", "two dogs on a beach", "red " * 20])
+    assert export_text(model, tokens, tmp_path / "text.onnx") < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "text.onnx")
+    other = torch.where(tokens == 0, 99, tokens)
+    (found,), (expected,) = (session.run(None, {"input_ids": rows.numpy()}) for rows in (other, tokens))
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.prove
+def test_the_text_tower_of_siclip2_s0(tmp_path):
+    options = {"text_cfg": {"layers": 2}, "simplify_options": {"share": {"text": [[0, 1]]}}}
+    model = randomise(models.create("siclip2-s0", **options))
+    tokens = models.tokenizer("siclip2-s0")(["a cat", "two dogs", "a blue house"])
+    assert export_text(model, tokens, tmp_path / "text.onnx") < 1e-5
+
+
+class Maps(nn.Module):
+    """siclip2-s0's block on maps, with value and output projections, RMSNorm and another activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 4, 4)
+        self.first = MapBlock(32, 2, value=True, output=True, norm="rmsnorm", act="quickgelu")
+        self.second = MapBlock(32, 4, mlp_ratio=3.0, act="gelu_tanh")
+
+    def encode_image(self, images, normalize):
+        return nn.functional.normalize(self.second(self.first(self.stem(images))).mean((2, 3)), dim=-1)
+
+
+@pytest.mark.slow
+def test_every_form_of_a_simplified_block_and_an_error_that_is_seen(tmp_path, monkeypatch):
+    model, images = randomise(Maps()), torch.randn(3, 3, 20, 28)
+
+    def error():
+        tower = exporting.Tower(model, "encode_image").eval()
+        return exporting.export(tower, images, tmp_path / "image.onnx", NAMES["image"])
+
+    assert error() < 1e-5
+    mlp = exporting.mlp
+    monkeypatch.setattr(exporting, "mlp", lambda *args: 1.01 * mlp(*args))
+    assert error() > exporting.TOLERANCE

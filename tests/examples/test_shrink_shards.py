@@ -1,0 +1,44 @@
+"""examples/shrink_shards.py: large images become smaller, all else stays, and whole shards are kept."""
+
+import io
+import json
+
+import example
+import pairs
+import tiny
+import webdataset
+from PIL import Image
+
+shrinking = example.load("shrink_shards")
+
+
+def samples(path):
+    return list(webdataset.WebDataset(str(path), shardshuffle=False))
+
+
+def test_images_shrink_and_all_else_stays(tmp_path, capsys):
+    buffer = io.BytesIO()
+    Image.effect_noise((90, 60), 80).convert("RGBA").save(buffer, "PNG")
+    record = json.dumps({"captions": ["noise"]}).encode()
+    large = {"png": buffer.getvalue(), "json": record, "teacher.npy": b"\x93NUMPY"}
+    small = {"png": tiny.picture(tiny.COLOURS["red"], "ring"), "txt": "крокодил".encode()}
+    broken = {"jpg": b"no image", "txt": b"x"}
+    for number in (0, 1):
+        pairs.write(tmp_path / f"{number}.tar", [(f"a.d/{number}", large), ("b", small), ("c", broken)])
+    arguments = [str(tmp_path / "*.tar"), "--out", str(tmp_path / "small"), "--short", "20"]
+    shrinking.main(arguments)
+    first, second, third = samples(tmp_path / "small" / "0.tar")
+    assert first["__key__"] == "a.d/0"
+    assert Image.open(io.BytesIO(first["jpg"])).size == (30, 20)
+    assert "png" not in first
+    assert (first["json"], first["teacher.npy"]) == (record, large["teacher.npy"])
+    assert {name: second[name] for name in small} == small
+    assert {name: third[name] for name in broken} == broken
+    assert "before" in capsys.readouterr().out or (tmp_path / "small" / "1.tar").exists()
+
+    (tmp_path / "small" / "0.tar").write_bytes(b"whole")
+    (tmp_path / "small" / "1.tar").unlink()
+    shrinking.main(arguments)
+    assert (tmp_path / "small" / "0.tar").read_bytes() == b"whole"
+    assert len(samples(tmp_path / "small" / "1.tar")) == 3
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["0.tar", "1.tar"]

@@ -1,0 +1,281 @@
+"""Simplified blocks that start from pretrained blocks: what they compute alike, what is dropped, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from clips import batch, clip
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
+from timm.layers import GluMlp, RmsNorm
+from timm.models import fastvit
+from timm.models.vision_transformer import Block
+from torch import nn
+from transformers import CLIPTextConfig, SiglipVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+
+from simplclip import models
+from simplclip.models.inherit import InheritanceError, inherit
+from simplclip.models.init_blocks import convert, is_block, start
+from simplclip.models.mobileclip import PreNormLayer
+from simplclip.models.simplify import MapBlock, attention_of, simplify
+from simplclip.nn import SimplifiedBlock, share_weights
+
+C, H, F = 24, 2, 48
+_HF = {"hidden_size": C, "intermediate_size": F, "num_attention_heads": H, "attn_implementation": "eager"}
+TOKENS = {
+    "open_clip": lambda: ResidualAttentionBlock(C, H, 2.0, ls_init_value=0.1),
+    "custom": lambda: CustomResidualAttentionBlock(C, H, 2.0, scale_heads=True, scale_attn_inner=True, scale_attn=True),
+    "timm": lambda: Block(C, H, 2.0, qkv_bias=True, init_values=0.1),
+    "timm_rms": lambda: Block(C, H, 2.0, norm_layer=RmsNorm),
+    "mobileclip": lambda: PreNormLayer(C, H, 2.0),
+    "clip": lambda: CLIPEncoderLayer(CLIPTextConfig(**_HF)),
+    "siglip": lambda: SiglipEncoderLayer(SiglipVisionConfig(**_HF)),
+}
+NORMS = ("ln_1", "norm1", "layer_norm1")
+ACTS = {"clip": "quickgelu", "siglip": "gelu_tanh"}
+
+
+def trained(make, seed=0):
+    """Returns a block in eval mode, each of whose tensors differs from its initial values."""
+    torch.manual_seed(seed)
+    block = make().eval()
+    for name, tensor in block.state_dict().items():
+        if tensor.is_floating_point():
+            noise = torch.randn_like(tensor)
+            tensor.copy_(noise.abs() + 0.5 if name.endswith("running_var") or "norm" in name else noise * 0.3)
+    return block
+
+
+def norm_of(block):
+    return next(getattr(block, name) for name in NORMS if hasattr(block, name))
+
+
+def call(block, x):
+    # transformers' layers take a mask as an argument
+    out = block(x, attention_mask=None) if hasattr(block, "self_attn") else block(x)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def started(old, **options):
+    block = SimplifiedBlock(C, H, 2.0, **options)
+    start({"b": (block, old.state_dict())})
+    return block
+
+
+def attention_maps(qk):  # [B, L, 2C] -> [B, H, L, L]
+    q, k = (t.unflatten(2, (H, -1)).transpose(1, 2) for t in qk.chunk(2, -1))
+    return (q @ k.transpose(-1, -2) * (C // H) ** -0.5).softmax(-1)
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_the_mlp_path_is_that_of_the_old_block(kind):
+    """With zero values and outputs, a block adds its MLP of the normalised input, as the new block does."""
+    old = trained(TOKENS[kind])
+    for name, tensor in old.state_dict().items():
+        if any(part in name for part in ("out_proj", "attn.proj", "ln_attn")):
+            tensor.zero_()
+    x = torch.nn.functional.layer_norm(torch.randn(2, 5, C), (C,), eps=0.0)
+    new = started(old, act=ACTS.get(kind, "gelu"))
+    nn.init.zeros_(new.alpha)
+    nn.init.zeros_(new.beta)
+    nn.init.zeros_(new.gamma)
+    torch.testing.assert_close(new(x), call(old, x) - x, rtol=1e-4, atol=1e-4)
+    assert new.mlp_gain == new.attention_gain == 1
+    assert torch.equal(new.norm.weight, torch.ones(C))
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_maps_are_those_of_the_old_block_but_for_the_bias_of_q(kind, biased):
+    old = trained(TOKENS[kind])
+    norm, attention, state = norm_of(old), attention_of(old), old.state_dict()
+    if getattr(norm, "bias", None) is not None and not biased:
+        nn.init.zeros_(norm.bias)
+    for name, bias in state.items():  # the bias of k has no effect on the maps
+        if "q_proj.bias" in name and not biased:
+            bias.zero_()
+        if name.endswith(("qkv.bias", "in_proj_bias", "qkv_proj.bias")) and not biased:
+            bias[:C].zero_()
+    x = torch.randn(2, 5, C)
+    n = norm(torch.nn.functional.layer_norm(x, (C,)))
+    if hasattr(attention, "q_proj"):
+        qk = torch.cat([attention.q_proj(n), attention.k_proj(n)], -1)
+    else:
+        weight = next(v for k, v in state.items() if k.endswith(("qkv.weight", "in_proj_weight", "qkv_proj.weight")))
+        bias = next((v for k, v in state.items() if k.endswith(("qkv.bias", "in_proj_bias", "qkv_proj.bias"))), None)
+        qk = torch.nn.functional.linear(n, weight, bias)[..., : 2 * C]
+    new = started(old)
+    ours, theirs = attention_maps(new.qk(new.norm(x))), attention_maps(qk)
+    assert torch.allclose(ours, theirs, atol=1e-5) == (not biased or kind == "timm_rms")
+
+
+def fastvit_block(maps, pointwise, seed=0):
+    """Returns an AttentionBlock whose batch norms have the statistics of `maps`, and whose attention adds nothing."""
+    old = trained(lambda: fastvit.AttentionBlock(64, mlp_ratio=2.0, layer_scale_init_value=0.1), seed)
+    nn.init.zeros_(old.token_mixer.proj.weight)
+    nn.init.zeros_(old.token_mixer.proj.bias)
+    if pointwise:  # keeps the convolution's tap at the token alone
+        tap = old.mlp.conv.conv.weight
+        tap.data *= torch.zeros(7, 7).index_put((torch.tensor(3), torch.tensor(3)), torch.tensor(1.0))
+    for norm, x in ((old.norm, maps), (old.mlp.conv.bn, old.mlp.conv.conv(maps))):
+        norm.running_mean.copy_(x.mean((0, 2, 3)))
+        norm.running_var.copy_(x.var((0, 2, 3), unbiased=False))
+    return old
+
+
+def from_fastvit(old):
+    new = MapBlock(64, 2, 2.0).eval()
+    start({"b": (new, old.state_dict())})
+    return new
+
+
+def channels_that_differ():
+    return torch.randn(64, 64, 4, 4) * (torch.rand(64, 1, 1) + 0.5) * 3 + torch.randn(64, 1, 1) + 3.0
+
+
+@torch.no_grad()
+def test_fastvit_from_its_running_statistics():
+    """The old norm is per channel, the new one per token: blocks agree exactly where tokens have the usual mean and scale."""
+    torch.manual_seed(0)
+    maps = channels_that_differ()
+    maps = 3 + 2 * (maps - maps.mean(1, keepdim=True)) / maps.std(1, keepdim=True, unbiased=False)
+    old = fastvit_block(maps, pointwise=True)
+    new = from_fastvit(old)
+    nn.init.zeros_(new.qk.weight)
+    torch.testing.assert_close(new(maps), old(maps), rtol=1e-3, atol=1e-3)
+    assert (old(maps) - maps).std() > 0.1  # the MLP adds something
+    torch.testing.assert_close(new.attention_gain.data, torch.tensor(2.0), rtol=1e-3, atol=0)
+
+
+@torch.no_grad()
+def test_fastvit_replaces_the_taps_of_neighbours_by_their_mean():
+    torch.manual_seed(0)
+    maps = channels_that_differ()
+    old = fastvit_block(maps, pointwise=False)
+    new = from_fastvit(old)
+    n = new.norm(maps.flatten(2).transpose(1, 2))
+    theirs = old.mlp.fc1(old.mlp.conv(maps)).flatten(2).transpose(1, 2)
+    ours = new.fc1(n)
+    assert (ours - theirs).mean((0, 1)).abs().max() < 0.1 * theirs.std()  # on average the bias is right
+    shuffled = new.fc1(n[:, torch.randperm(n.shape[1])])
+    assert (ours - theirs).square().mean() < (theirs - theirs.mean((0, 1))).square().mean()  # closer than the mean alone
+    assert (ours - theirs).square().mean() < (shuffled - theirs).square().mean()
+
+
+def test_blocks_that_are_refused():
+    folded = {k: v for k, v in fastvit.AttentionBlock(64).state_dict().items() if ".bn." not in k}
+    for tensors, message in (
+        (Block(C, H, qk_norm=True).state_dict(), "expected timm's Block without further parts, got attn.k_norm.bias"),
+        (CustomResidualAttentionBlock(C, H, scale_fc=True).state_dict(), "without further parts, got mlp.ln.bias"),
+        (ResidualAttentionBlock(C, H, is_cross_attention=True).state_dict(), "without further parts, got ln_1_kv.bias"),
+        (nn.Linear(3, 3).state_dict(), "a known kind .open_clip's residual attention block, .*, got one of bias, weight"),
+        (folded, "expected FastViT's AttentionBlock, got one without mlp.conv.bn.running_mean"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(tensors)
+    for make, message in (
+        (lambda: Block(C, H, 3.0), r"b: expected .* width 24, 48 hidden units with fc1.weight \[48, 24\], got \[72, 24\]"),
+        (lambda: Block(C, H, 2.0, mlp_layer=GluMlp), r"with fc2.weight \[24, 48\], got \[24, 24\]"),
+        (lambda: SimplifiedBlock(C, H, 2.0, value=True), r"with value.weight none, got \[24, 24\]"),
+    ):
+        new = SimplifiedBlock(C, H, 2.0)
+        old = copy.deepcopy(new.state_dict())
+        with pytest.raises(ValueError, match=message):
+            start({"b": (new, make().state_dict())})
+        torch.testing.assert_close(new.state_dict(), old, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="b: expected a block with a layer norm, got rmsnorm"):
+        start({"b": (SimplifiedBlock(C, H, 2.0, norm="rmsnorm"), Block(C, H, 2.0).state_dict())})
+    with pytest.raises(ValueError, match="merge: expected one of .'average', 'first'., got 'last'"):
+        start({}, "last")
+    assert not is_block({"bias", "weight"})
+    assert is_block(SimplifiedBlock(C, H).state_dict())
+
+
+def test_merges_of_what_is_shared_only():
+    olds = [trained(TOKENS["open_clip"], seed) for seed in range(3)]
+    alone = [convert(old.state_dict()) for old in olds]
+    for merge in ("average", "first"):
+        blocks = [SimplifiedBlock(C, H, 2.0) for _ in olds]
+        share_weights(blocks, [[0, 2]], "attention")
+        share_weights(blocks, [[2, 1]], "mlp")
+        start({str(i): (block, old.state_dict()) for i, (block, old) in enumerate(zip(blocks, olds))}, merge)
+
+        def merged(name, *members, merge=merge):
+            values = [alone[i][name] for i in members]
+            return sum(values) / len(values) if merge == "average" else values[0]
+
+        for i, attention, mlp in ((0, (0, 2), (0,)), (1, (1,), (1, 2)), (2, (0, 2), (1, 2))):
+            torch.testing.assert_close(blocks[i].qk.weight.data, merged("qk.weight", *attention))
+            for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+                torch.testing.assert_close(blocks[i].get_parameter(name).data, merged(name, *mlp))
+
+
+def test_simplified_blocks_start_from_each_other():
+    """A simplified model can be simplified again, to share weights that it has learnt."""
+    model = simplify(clip().to(torch.bfloat16), init="average")[0]
+    again, report = simplify(copy.deepcopy(model), share={"image": {"all": [[1, 2]]}}, init="first")
+    assert report.share == {"text": {}, "image": {"all": [[1, 2]]}}
+    one, two = again.visual.transformer.resblocks[1:]
+    assert one.fc1 is two.fc1
+    torch.testing.assert_close(two.fc1.weight, model.visual.transformer.resblocks[1].fc1.weight, rtol=0, atol=0)
+    torch.testing.assert_close(again.encode_text(batch()[1]), model.encode_text(batch()[1]))
+    plain = clip()
+    for options, message in (
+        ({"init": "mean"}, "init: expected one of .'random', 'average', 'first'., got 'mean'"),
+        ({"init": "first", "mlp_ratio": 2.0}, r"transformer.resblocks.0: expected a block of width 24, 48 hidden units"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            simplify(plain, **options)
+    assert len([m for m in plain.modules() if isinstance(m, ResidualAttentionBlock)]) == 7
+
+
+SHARE = {"text": {"attention": [[0, 1]]}}
+
+
+def tiny(seed=0, **options):
+    torch.manual_seed(seed)
+    return models.create("siclip-tiny", **(options or {"simplify_options": {"share": SHARE}}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", ["average", "first"])
+def test_inherit_starts_blocks_which_train_on(merge):
+    source, model, expected = tiny(1, simplified=False), tiny(), tiny(1, simplified=False)
+    simplify(expected, share=SHARE, init=merge, gamma={"text": 0.3})
+    report = inherit(model, source, blocks=merge)
+    started = {name for name, module in model.named_modules() if isinstance(module, SimplifiedBlock)}
+    statuses = {row.module: row.status for row in report.rows}
+    assert statuses["text.transformer"] == "initialised"
+    assert report.totals["initialised"] == sum(p.numel() for n in started for p in {*model.get_submodule(n).parameters()}) - (
+        model.text.transformer.resblocks[0].qk.weight.numel()
+    )
+    assert "initialised" in str(report)
+    for name in started:
+        block = model.get_submodule(name)
+        assert block.train().training
+        assert all(p.requires_grad for p in block.parameters())
+        torch.testing.assert_close(block.state_dict(), expected.get_submodule(name).state_dict(), rtol=0, atol=0)
+    one, two = tiny(), tiny()
+    inherit(one, source)
+    assert not torch.equal(one.text.transformer.resblocks[0].qk.weight, model.text.transformer.resblocks[0].qk.weight)
+    inherit(two, [{k: v for k, v in source.state_dict().items() if "resblocks" not in k}, source], blocks=merge)
+    torch.testing.assert_close(two.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_sources_without_fitting_blocks_leave_the_model_as_it_was():
+    model, source = tiny(), tiny(1, simplified=False)
+    old = copy.deepcopy(model.state_dict())
+    bare = {name: tensor for name, tensor in source.state_dict().items() if "resblocks" not in name}
+    wide = tiny(1, simplified=False, text_cfg={"mlp_ratio": 2.0})
+    for states, merge, message in (
+        (bare, "first", "blocks: expected a source with a block text.transformer.resblocks.0, got the state dict without"),
+        (wide, "first", r"blocks: text.transformer.resblocks.0: expected a block .* fc1.weight \[1024, 256\], got \[512"),
+        (source, "mean", "blocks: merge: expected one of"),
+    ):
+        with pytest.raises(InheritanceError, match=message):
+            inherit(model, states, blocks=merge)
+        torch.testing.assert_close(model.state_dict(), old, rtol=0, atol=0)
+        assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(InheritanceError, match="blocks: expected a model with simplified blocks, got CustomTextCLIP without"):
+        inherit(tiny(simplified=False), source, blocks="first")

@@ -1,0 +1,161 @@
+"""Training by the sigmoid base and by a teacher: scale and bias, stages, captions, caching, the gradient of each term."""
+
+import math
+import os
+import resource
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from runs import check_resumed, go, rows
+
+from simplclip import models
+from simplclip.models.trained import read_checkpoint
+from simplclip.train import loop
+from simplclip.train.setup import setup
+from simplclip.train.step import train_step
+
+SIGMOID = "loss.base=sigmoid"
+CPU = torch.device("cpu")
+STAGES = [  # Stages of WIKD: one space after the other, with the base in the last stage
+    SIGMOID,
+    "loss.feature_weight={value: 1.0, until: 2}",
+    "loss.relational_weight={value: 1.0, start: 2, until: 4}",
+    "loss.interactive_weight={value: 1.0, start: 4}",
+    "loss.contrastive_weight={value: 1.0, start: 4}",
+    "loss.pm_weight={value: 0.5, start: 4}",
+    "data.captions_per_image=2",
+]
+CACHED = ["data.micro_batch={image: 4, text: 6}"]
+
+
+@pytest.mark.slow
+def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
+    """The config's values come first, then the source's, then SigLIP's; the contrastive base has the model's own."""
+    sources = {
+        "siglip": {"init_logit_scale": math.log(50), "init_logit_bias": -12.0},
+        "clip": {"init_logit_scale": math.log(80)},
+    }
+    for name, options in sources.items():
+        torch.save(models.create("siclip-tiny", **tiny.MODEL, **options).state_dict(), tmp_path / f"{name}.pt")
+    siglip, clip = (f"inherit.source={tmp_path / name}.pt" for name in sources)
+    set_scale, set_bias = f"model.options.init_logit_scale={math.log(30)}", "model.options.init_logit_bias=-4.0"
+    for changes, scale, bias in (
+        ([], 1 / 0.07, None),
+        ([SIGMOID], 10, -10),
+        ([SIGMOID, set_scale], 30, -10),
+        ([SIGMOID, set_bias], 10, -4),
+        ([SIGMOID, "model.options.init_logit_bias=null"], 10, None),
+        ([SIGMOID, siglip], 50, -12),
+        ([SIGMOID, siglip, set_bias], 50, -4),
+        ([SIGMOID, clip], 80, -10),
+        ([SIGMOID, clip, set_scale], 30, -10),
+        ([clip], 80, None),
+        ([clip, set_scale], 30, None),
+    ):
+        model = setup(tiny.settings(tmp_path, *changes), CPU, "fp32").model
+        assert model.logit_scale.exp().item() == pytest.approx(scale), changes
+        assert (None if model.logit_bias is None else model.logit_bias.item()) == bias, changes
+        if SIGMOID in changes and (scale, bias) in ((10, -10), (10, None)):
+            out = tmp_path / "-".join(map(str, (len(changes), scale, bias)))
+            line = f"scale {scale}" + ("" if bias is None else f", bias {bias}")
+            assert f"{line}\n" in go(tiny.settings(tmp_path, "run.steps=1", f"run.out={out}", *changes))
+            assert ("logit_bias" in rows(out)[0]) == (bias is not None)
+
+
+@pytest.mark.slow
+def test_fp16(tmp_path, monkeypatch):
+    """The first scale is too large: GradScaler skips the step, and the curves leave out its norm."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**19))
+    go(tiny.settings(tmp_path, SIGMOID, "run.precision=fp16", *CACHED))
+    logged = rows(tmp_path / "run")
+    norms = [math.isfinite(float(row["grad_norm"])) for row in logged]
+    assert norms == sorted(norms)
+    assert (norms[0], norms[-1]) == (False, True)
+    assert len({row["logit_bias"] for row in logged}) == sum(norms)
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch):
+    text = check_resumed(tmp_path, monkeypatch, 3, [*STAGES, *CACHED], teacher=256)
+    assert "similarity_sigmoid by cpu\n" in text
+    assert "WIKDLoss: sigmoid, relational, interactive, feature, pair matching, to stored features of made up; " in text
+    logged = rows(tmp_path / "whole")
+    on = {
+        "feature_loss": [True] * 2 + [False] * 5,
+        "relational_loss": [False] * 2 + [True] * 2 + [False] * 3,
+        **dict.fromkeys(("sigmoid_loss", "interactive_loss", "pair_matching_loss"), [False] * 4 + [True] * 3),
+    }
+    for term, active in on.items():
+        assert [float(row[term]) > 0 for row in logged] == active, term
+    assert len({row["logit_bias"] for row in logged[:5]}) == 1, "the bias has no gradient before its term"
+    assert len({row["logit_bias"] for row in logged[4:]}) == 3
+
+
+WIKD = [
+    "loss.feature_weight={value: 1.0, to: 0.0, end: 4}",
+    "loss.relational_weight={value: 1.0, start: 2}",
+    "loss.interactive_weight=1.0",
+    "data.captions_per_image=2",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [WIKD, [*WIKD, "data.micro_batch=4", "run.precision=bf16"]])
+def test_distillation_logs_every_term_and_resumes_bit_for_bit(tmp_path, monkeypatch, changes):
+    check_resumed(tmp_path, monkeypatch, 4, [*changes, "model.options.vision_cfg.timm_drop=0.2"], teacher=256)
+    logged = rows(tmp_path / "whole")
+    assert [float(row["relational_loss"]) > 0 for row in logged] == [False, False, True, True, True, True, True]
+    assert [float(row["feature_loss"]) > 0 for row in logged] == [True, True, True, True, False, False, False]
+    for row in logged:
+        terms = sum(float(value) for name, value in row.items() if name.endswith("_loss"))
+        assert float(row["loss"]) == pytest.approx(terms, rel=1e-2 if "bf16" in str(changes) else 1e-5)
+
+
+def test_a_teacher_of_another_width_is_projected_and_its_source_may_have_a_weight(tmp_path):
+    changes = ["loss.feature_weight=1", "loss.interactive_weight=1", "run.steps=1"]
+    shard = tiny.settings(tmp_path, teacher=16).data.train
+    go(tiny.settings(tmp_path, *changes, f"data.train=[{{shards: {shard}, weight: 2}}]", teacher=16))
+    assert read_checkpoint(tmp_path / "run")["loss"]["image_projection"].shape == (16, 256)
+
+
+@pytest.mark.slow
+def test_many_micro_batches_do_not_use_up_file_descriptors(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 40, limit[1]))
+    try:
+        changes = ["data.micro_batch=1", "data.batch_size=48", "data.workers=1", "run.steps=1"]
+        assert "step 1/1" in go(tiny.settings(tmp_path, *changes))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("towers", [{"image": 4}, {"image": 2, "text": 7}, {"text": 5}, {"image": 8, "text": 16}])
+def test_micro_batches_of_each_tower_give_the_whole_batches_gradient(tmp_path, monkeypatch, towers):
+    """A batch has 16 captions of 8 images, with every term. Captions have 8 tokens, half of what micro_batch.text counts."""
+    results = []
+    for changes in ([], [f"data.micro_batch={towers}".replace("'", "")]):
+        torch.manual_seed(0)
+        weights = [f"loss.{name}_weight=0.7" for name in ("feature", "relational", "interactive", "pm")]
+        settings = [SIGMOID, *weights, "data.captions_per_image=2", *changes]
+        state = setup(tiny.settings(tmp_path, *settings, teacher=256), CPU, "fp32")
+        torch.nn.init.normal_(state.model.text.transformer.resblocks[0].qk.weight, std=0.05)
+        seen = []
+        original = state.model.encode_text
+        monkeypatch.setattr(state.model, "encode_text", lambda t, f=original, s=seen, **k: s.append(len(t)) or f(t, **k))
+        size, count = loop._micro_batches(state.config)
+        loader = iter(loop.make_loader(state)[0])
+        monkeypatch.setattr(state.optimizer, "step", lambda: None)
+        row = train_step(state, [next(loader) for _ in range(count)])
+        named = [*state.model.named_parameters(), *state.objective.loss.named_parameters()]
+        results.append((row, {name: parameter.grad for name, parameter in named}, seen))
+    (row, grads, once), (cached_row, cached, seen) = results
+    assert once == [16]
+    size = 2 * towers.get("text", 16)
+    assert seen[: -(-16 // size)] == [len(part) for part in torch.empty(16).split(size)]
+    assert cached_row == pytest.approx(row, rel=1e-4)
+    for name, grad in grads.items():
+        assert (grad - cached[name]).abs().max() <= 1e-4 * grad.abs().max() + 1e-7, name
