@@ -1,4 +1,4 @@
-"""`simplclip data`: a report on pairs, shards of pairs, indices of shards, smaller images, and the data of the demo."""
+"""`simplclip data`: a report on pairs, shards of pairs, indices of shards, and smaller images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from simplclip.common.errors import visible
 
 app = typer.Typer(
     no_args_is_help=True,
-    short_help="Make, index, inspect and shrink shards; build the demo's data.",
-    help="Make, index, inspect and shrink shards, and build the data of the demo.",
+    short_help="Make, index, inspect and shrink shards.",
+    help="Make, index, inspect and shrink shards.",
 )
 Shards = Annotated[list[str], typer.Argument(help="Shards of image-text pairs: paths, globs or brace patterns.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one for each core.")]
@@ -102,25 +102,6 @@ def shrink(
     )
     share = f" ({after / before:.0%})" if before else ""
     typer.echo(f"  bytes      {decimal(before)} before, {decimal(after)} after{share}")
-
-
-@app.command(epilog="Example: simplclip data emoji --out data/emoji")
-def emoji(
-    out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("data/emoji"),
-    swap: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the training pairs whose captions are swapped, for noisy pairs.")
-    ] = 0.0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing build.")] = False,
-) -> None:
-    """Build the built-in data: emoji of several vendors with their English names, as WebDataset shards."""
-    from simplclip.demo import emoji as builder
-
-    summary = builder.build(out, swap=swap, force=force)
-    typer.echo(f"{'wrote' if summary['built'] else 'kept the complete build in'} {summary['path']}")
-    for name, split in summary["splits"].items():
-        typer.echo(f"  {name:<10} {split['samples']:>6} pairs of {', '.join(split['vendors'])}")
-    if swap:
-        typer.echo(f"  {summary['swapped']} pairs of train ({swap:g}) have each other's captions")
 
 
 def _unreadable(found: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ def evaluate(
         typer.Argument(
             metavar="MODEL",
             help="Checkpoint, folder of a run or of an export, open_clip:NAME/TAG, open_clip:NAME/FILE, "
-            "mobileclip-s0/FILE, or builtin/HEADS.",
+            "or mobileclip-s0/FILE.",
         ),
     ],
     data: Annotated[

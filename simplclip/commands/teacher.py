@@ -16,21 +16,14 @@ def teacher(
     out: Annotated[Path, typer.Option(help="Folder for the sidecars; pairs other than local tars are copied to OUT.shards.")],
     *,
     teacher: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option(
-            help="builtin, open_clip:NAME, open_clip:NAME/TAG (open_clip downloads it), or a model or run of this library. "
-            "Several are an ensemble. Default: builtin."
+            help="open_clip:NAME, open_clip:NAME/TAG (open_clip downloads it), or a model or run of this library. "
+            "Several are an ensemble."
         ),
-    ] = None,
+    ],
     checkpoint: Annotated[
         list[Path] | None, typer.Option(help="File with the teacher's weights; one for each of several teachers, or none.")
-    ] = None,
-    heads: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of the built-in teacher's heads; if it does not exist, they are trained on the shards. "
-            "Default: OUT.heads.safetensors."
-        ),
     ] = None,
     views: Annotated[
         int, typer.Option(min=0, help="Augmented views of each image, which training replays. 0: the image, not augmented.")
@@ -49,7 +42,7 @@ def teacher(
     sidecars: Sidecars = None,
     device: Device = "auto",
     precision: Precision = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the views and of the training of the heads.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the views.")] = 0,
 ) -> None:
     """Write a teacher's features of images and captions into sidecars of the shards, which training reads (data.sidecars)."""
     splits = named_splits(evaluate or [], "--evaluate")
@@ -60,7 +53,7 @@ def teacher(
 
     seen = teachers.Views(teachers.student_transform(config, model, augment), views, seed) if views else None
     what = {"views": seen, "dtype": dtype, "sidecars": sidecars or ()}
-    files = {"checkpoint": checkpoint, "heads_file": heads, "splits": splits}
+    files = {"checkpoint": checkpoint, "splits": splits}
     hardware = {"batch_size": batch_size, "device": device, "precision": precision}
     with ranks.joined():
-        teachers.run(source, out, name=teacher or "builtin", seed=seed, **what, **files, **hardware)
+        teachers.run(source, out, name=teacher, **what, **files, **hardware)

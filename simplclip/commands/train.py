@@ -20,7 +20,7 @@ def _config_help(wanted: bool) -> None:
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-tiny-emoji.")],
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-s0.")],
     set_: Overrides = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from run.out/last.pt; start at step 0 if there is none.")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from simplclip import models
-from simplclip.common import hardware, plugins
+from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode_pil, rgb
@@ -37,7 +37,6 @@ from simplclip.train.settings import Config
 from simplclip.train.state import load_model
 from simplclip.train.trust import check_options
 
-BUILTIN = "builtin"
 EXPORT = "export.json"  # describes the folder of `simplclip export`
 _FILES = (".pt", ".pth", ".bin", ".safetensors")
 
@@ -48,7 +47,7 @@ Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or fl
 class Encoder:
     """A frozen model with its image transform and tokenizer. Features are float32 [N, width], L2-normalised, on `device`."""
 
-    name: str  # of the model: "siclip-tiny", "open_clip:ViT-B-32", "builtin"
+    name: str  # of the model: "siclip-tiny", "open_clip:ViT-B-32"
     model: nn.Module  # encode_image and encode_text with open_clip's signatures, and logit_scale (a logarithm)
     preprocess: Callable[[Image.Image], Tensor]  # RGB -> float32 [3, S, S]
     tokenizer: Callable[[list[str]], Tensor]  # texts -> int64 [N, L]
@@ -148,7 +147,7 @@ class Encoder:
 
 
 def load(
-    source: str | os.PathLike = BUILTIN,
+    source: str | os.PathLike,
     checkpoint: str | os.PathLike | None = None,
     *,
     device: str | torch.device = "auto",
@@ -165,7 +164,6 @@ def load(
     open_clip:NAME              with `checkpoint`: a file of weights as above
     siclip-tiny, ...            with `checkpoint`: a checkpoint of `simplclip train`, the folder of a run, or a file of the
                                 model's weights, for mobileclip-s0 also the published file. siclip-tiny/PATH means the same
-    builtin                     the demo's teacher; `checkpoint`: the heads that `simplclip teacher` saved. Also builtin/PATH
 
     Without a tag, an open_clip model with a single known tag gets the preprocessing of this tag.
 
@@ -186,27 +184,18 @@ def load(
         found = _open_clip(plain, tag, checkpoint)
     elif checkpoint is None and Path(source).exists():
         found = _from_run_or_export(Path(source), trust)
-    elif name == BUILTIN and not (rest and checkpoint):
-        found = _builtin(checkpoint or rest)
     elif name in models.names() and not (rest and checkpoint):
         found = _named(name, checkpoint or rest, trust)
     elif source.endswith(_FILES) or (rest and checkpoint is None):
         raise _missing(source)
     else:
-        known = ", ".join((BUILTIN, *models.names(), f"{models.PLAIN}NAME", f"{models.PLAIN}NAME/TAG"))
+        known = ", ".join((*models.names(), f"{models.PLAIN}NAME", f"{models.PLAIN}NAME/TAG"))
         raise InputError(f"source: expected a checkpoint, the folder of a run or an export, or {known}, got {source!r}")
     return Encoder(**found, device=place, precision=precision, source=source)
 
 
 def _missing(path: str | os.PathLike) -> FileNotFoundError:
     return FileNotFoundError(f"checkpoint: no such file: {path}{where_to_get(path)}")
-
-
-def _builtin(heads: str | os.PathLike) -> dict[str, Any]:
-    if not heads:
-        raise InputError(f"checkpoint: expected a file of heads for the teacher {BUILTIN!r}, got none")
-    model, transform, tokenizer = plugins.load("teachers", BUILTIN).load(heads)
-    return {"name": BUILTIN, "model": model, "preprocess": transform, "tokenizer": tokenizer}
 
 
 def _named(name: str, weights: str | os.PathLike, trust: bool) -> dict[str, Any]:

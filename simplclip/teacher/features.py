@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from simplclip import models, retrieval
-from simplclip.common import hardware, plugins, ranks
+from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data import held_out
 from simplclip.data.decode import size_of
@@ -33,7 +32,7 @@ from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Pair, check_count
 from simplclip.data.sidecars import TEACHER, VIEWS, Folders
 from simplclip.data.transforms import ImageTransform, View, augmentation, stack
-from simplclip.evaluation.encoder import BUILTIN, Encoder, load
+from simplclip.evaluation.encoder import Encoder, load
 from simplclip.train import config as configs
 from simplclip.train.state import image_transform
 
@@ -231,9 +230,8 @@ def run(
     shards: Any,
     out: str | os.PathLike,
     *,
-    name: str | Sequence[str] = BUILTIN,
+    name: str | Sequence[str],
     checkpoint: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
-    heads_file: str | os.PathLike | None = None,
     splits: Mapping[str, str] | None = None,
     views: Views | None = None,
     dtype: str = "fp16",
@@ -241,14 +239,11 @@ def run(
     batch_size: int = 64,
     device: str = "auto",
     precision: str = "auto",
-    seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes a teacher's features of `shards` to `out`; returns the summary of `write` with "teacher" and "figures".
 
     name, checkpoint: of a teacher, see `simplclip.load`; or of several teachers, with a checkpoint for each or none.
-    heads_file: heads of the built-in teacher, by default OUT.heads.safetensors. If it does not exist, heads are first trained
-    and saved there: on the shards named train* if there are any, else on all shards.
     splits: name -> shards on which the teacher's retrieval is measured, or that of each of several teachers.
     views, dtype, sidecars, batch_size: see `write`.
     """
@@ -263,22 +258,9 @@ def run(
     place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
     say = print if progress and ranks.first() else lambda line: None
-    if heads_file is not None and BUILTIN not in names:
-        raise InputError(
-            f"heads: expected none, since the teacher {' + '.join(names)!r} has no heads, got {str(heads_file)!r}"
-        )
     encoders = []
     for source, weights in zip(names, checkpoints or [None] * len(names)):
-        note = None
-        if source == BUILTIN:
-            if weights is not None:
-                raise InputError(f"checkpoint: expected heads instead for the built-in teacher, got {str(weights)!r}")
-            weights = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
-            options = {"seed": seed, "device": place, "precision": precision, "progress": progress, "sidecars": sidecars}
-            shards, note = ranks.on_first(partial(_heads, source, shards, out, weights, options))
         encoders.append(load(source, weights, device=place, precision=precision))
-        if note:
-            say(note)
     options = {"views": views, "dtype": dtype, "sidecars": sidecars, "batch_size": batch_size, "progress": progress}
     summary = write(shards, out, encoders, **options)
     about = Ensemble(encoders).stamp()
@@ -293,10 +275,3 @@ def run(
             shown = (f"{d.replace('_', ' ')} R@1 {found['R@1']['value']:.1%}" for d, found in directions.items())
             say(f"{split}{whose}: {', '.join(shown)}")
     return summary | {"teacher": about, "figures": figures}
-
-
-def _heads(source: str, shards: Any, out: str | os.PathLike, file: Path, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """Trains the heads of a teacher if `file` does not exist. Returns the shards (local if it trained) and a note."""
-    if not file.exists():
-        shards = local_shards(shards, out, progress=options["progress"])
-    return shards, plugins.load("teachers", source).prepare(shards, file, **options)

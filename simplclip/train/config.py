@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from simplclip.common import plugins
 from simplclip.common.errors import InputError
 from simplclip.train.settings import Config, Section, shown
 
@@ -52,10 +51,8 @@ _Loader.add_implicit_resolver(
 
 
 def builtin() -> dict[str, Any]:
-    """Returns the built-in configs by name, from configs/ of this package and of packages registered as simplclip.configs."""
-    packages = ["simplclip.train", *(entry.value for entry in plugins.entries("configs").values())]
-    folders = [resources.files(package) / "configs" for package in packages]
-    files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
+    """Returns the built-in configs by name, from configs/ of this package."""
+    files = (resources.files("simplclip.train") / "configs").iterdir()
     return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from open_clip import add_model_config, create_model
+from paths import ROOT
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -20,7 +21,7 @@ from simplclip.train import config
 from simplclip.train.limits import GIB, Budget
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-TINY_CONFIG = "siclip-tiny-emoji"
+TINY_CONFIG = str(ROOT / "examples/emoji/siclip-tiny.yaml")
 CACHED, SIGMOID = "model.freeze_norms=true", "loss.base=sigmoid"
 WIKD = ["loss.feature_weight=1", "loss.relational_weight=1", "loss.interactive_weight=1"]
 LAYERS = "model.options.text_cfg.layers="
