@@ -68,8 +68,9 @@ EMOJI := examples/emoji
 
 demo: data/emoji-teacher  ## distil a small SiCLIP on emoji and their names, and evaluate it
 	$(BIN)/simplclip train $(EMOJI)/siclip-lite0.yaml --resume --set run.out=$(OUT)
-	$(BIN)/simplclip evaluate $(OUT) $$(for split in concepts vendor; do \
-		ls data/emoji/$$split-*.tar >/dev/null 2>&1 && echo "--data $$split=data/emoji/$$split-*.tar"; done)
+	start=$$(date +%s); $(BIN)/simplclip evaluate $(OUT) $$(for split in concepts vendor; do \
+		ls data/emoji/$$split-*.tar >/dev/null 2>&1 && echo "--data $$split=data/emoji/$$split-*.tar"; done) && \
+		echo "evaluation: $$(($$(date +%s) - start)) s"
 	@echo
 	@echo "Pictures: $(OUT)/curves.png and $(OUT)/evaluation-*.png"
 	@echo "Next:     $(BIN)/simplclip train --help-config      every setting, with its default"

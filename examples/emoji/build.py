@@ -67,9 +67,7 @@ def build(out: Path, swap: float = 0.0) -> dict[str, Any]:
         if meta.items() >= settings.items():
             return meta
     if out.exists() and any(out.iterdir()):
-        raise SystemExit(
-            f"{out}: expected a new folder, or a build of the same settings; remove it or choose another"
-        )
+        raise SystemExit(f"{out}: expected a new folder, or a build of the same settings; remove it or choose another")
 
     splits, drawers, held_out = plan(swap)
     work = out.with_name(f"{out.name}.unfinished")

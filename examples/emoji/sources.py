@@ -47,8 +47,8 @@ def package(name: str) -> Path:
 
 def find_font() -> Path | None:
     """Returns the path of the installed Noto colour emoji font, or None."""
-    found = (sorted(Path(folder).expanduser().rglob(FONT_NAME)) for folder in FONT_FOLDERS)
-    return next((fonts[0] for fonts in found if fonts), None)
+    fonts = [font for folder in FONT_FOLDERS for font in sorted(Path(folder).expanduser().rglob(FONT_NAME))]
+    return fonts[0] if fonts else None
 
 
 def concepts() -> list[Concept]:
