@@ -105,11 +105,11 @@ def encoder_layers(model: nn.Module, tower: str) -> Iterator[tuple[str, nn.Modul
     """Yields the layers of a tower: path, layer, and the class of the block that replaces it, with the block's options."""
     part: Any = getattr(model, TOWERS[tower])
     for index, layer in enumerate(getattr(getattr(part, "encoder", None), "layers", None) or [part]):
-        found = [(block, options[tower]) for kind, block, options in _LAYERS if type(layer) in (kind, block)]
-        if not found:
+        blocks = [(block, options[tower]) for kind, block, options in _LAYERS if type(layer) in (kind, block)]
+        if not blocks:
             kinds = ", ".join(kind.__name__ for kind, _, _ in _LAYERS)
             raise InputError(f"{tower}: expected a transformers encoder with {kinds}, got {type(layer).__name__}")
-        block, options = found[0]
+        block, options = blocks[0]
         checkpointing = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
         options = {"config": part.config, "checkpointing": checkpointing, **options}
         yield f"{TOWERS[tower]}.encoder.layers.{index}", layer, block, options

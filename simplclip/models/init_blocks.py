@@ -164,8 +164,8 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
     """Returns the kind of a block. Raises InputError for a block with further parts, or without a part."""
     kind = next((kind for kind in _KINDS if set(kind.qk) <= set(tensors)), None)
     if kind is None:
-        known = ", ".join(kind.name for kind in _KINDS)
-        raise InputError(f"expected a block of a known kind ({known}), got one of {', '.join(sorted(tensors)[:4])}...")
+        kinds = ", ".join(kind.name for kind in _KINDS)
+        raise InputError(f"expected a block of a known kind ({kinds}), got one of {', '.join(sorted(tensors)[:4])}...")
     named = {kind.scale, kind.conv, *kind.qk, *(f"{part}.{end}" for part in kind.fc for end in ("weight", "bias"))}
     begins = tuple(f"{part}." for part in (kind.norm, kind.mlp_norm)) + kind.unused
     numbers = sorted(name for name, value in tensors.items() if value.is_floating_point())

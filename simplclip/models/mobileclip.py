@@ -236,8 +236,9 @@ def is_published(state: Mapping[str, Any]) -> bool:
 
 def where_to_get(source: str | os.PathLike[str]) -> str:
     """Returns the end of a message about a missing file: the URL if it is the published file, else an empty string."""
-    known = Path(source).name in (Path(URL).name, "mobileclip-s0")
-    return f"; Apple publishes {Path(URL).name} at {URL}" if known else ""
+    if Path(source).name not in (Path(URL).name, "mobileclip-s0"):
+        return ""
+    return f"; Apple publishes {Path(URL).name} at {URL}"
 
 
 def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,8 +255,8 @@ def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
         if name.startswith(TEXT):
             if name.endswith(_SQUEEZED) and not name.endswith("token_mixer.layer_scale"):
                 value = value.squeeze()
-            for theirs, ours in _RENAMED.items():
-                name = name.replace(theirs, ours)
+            for old, new in _RENAMED.items():
+                name = name.replace(old, new)
         renamed[name] = value
     return renamed
 

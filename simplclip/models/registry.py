@@ -21,6 +21,7 @@ from simplclip.common.errors import InputError, UserError
 from simplclip.data.transforms import ImageTransform
 from simplclip.models import mobileclip, trunks  # noqa: F401, timm finds the trunks by name
 from simplclip.models.packaged import minilm_tokenizer
+from simplclip.models.short_vocabulary import ShortVocabTokenizer
 from simplclip.models.simplify import count_parameters, simplify
 from simplclip.models.weight_files import bare_state, first_line, read_weights
 from simplclip.nn import neighbour_groups
@@ -115,35 +116,6 @@ _SPECS = {
 }
 
 
-class ShortVocabTokenizer(SimpleTokenizer):
-    """open_clip's tokenizer with only the first (most frequent) merges of its vocabulary.
-
-    Rare words are split into more pieces, and a small model needs no embedding of 49,408 tokens. Start and end of text
-    remain the two highest ids, as CLIP's pooling needs.
-    """
-
-    bpe_ranks: dict[tuple[str, str], int]
-    vocab_size: int
-    encoder: dict[str, int]
-    decoder: dict[int, str]
-    all_special_ids: list[int]
-
-    def __init__(self, vocab_size: int, **options: Any) -> None:
-        super().__init__(**options)
-        merges = vocab_size - 2 * len(self.byte_encoder) - 2
-        if not 0 <= merges <= len(self.bpe_ranks):
-            raise InputError(f"vocab_size: expected 514 to {self.vocab_size}, got {vocab_size}")
-        self.bpe_ranks = {pair: rank for pair, rank in self.bpe_ranks.items() if rank < merges}
-        specials = [self.decoder[i] for i in self.all_special_ids]
-        pieces = [*list(self.encoder)[: vocab_size - 2], *specials]
-        self.encoder = {piece: i for i, piece in enumerate(pieces)}
-        self.decoder = dict(enumerate(pieces))
-        self.cache = {special: special for special in specials}
-        self.vocab_size = len(pieces)
-        self.all_special_ids = [self.encoder[special] for special in specials]
-        self.sot_token_id, self.eot_token_id = self.all_special_ids
-
-
 def names() -> list[str]:
     """Returns the names of MobileCLIP-S0 and this library's SiCLIPs. `create` also takes ``open_clip:NAME`` for each name of
     ``open_clip.list_models()``."""
@@ -152,8 +124,8 @@ def names() -> list[str]:
 
 def original(name: str) -> str | None:
     """Returns the model with its own blocks behind a SiCLIP or a plain name, by its name for `create`; or None."""
-    known = spec_of(name).original
-    return known if known in _SPECS else PLAIN + known if known in open_clip.list_models() else None
+    base = spec_of(name).original
+    return base if base in _SPECS else PLAIN + base if base in open_clip.list_models() else None
 
 
 def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,8 +283,8 @@ def spec_of(name: str) -> Spec:
     plain = name.removeprefix(PLAIN)
     if name.startswith(PLAIN) and plain in open_clip.list_models():
         return Spec(plain, open_clip.get_model_config(plain), None, {}, {})
-    known = [*names(), *(PLAIN + n for n in open_clip.list_models())]
-    near = difflib.get_close_matches(name, known, 3) or difflib.get_close_matches(PLAIN + name, known, 3)
+    all_names = [*names(), *(PLAIN + n for n in open_clip.list_models())]
+    near = difflib.get_close_matches(name, all_names, 3) or difflib.get_close_matches(PLAIN + name, all_names, 3)
     raise InputError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")
 
 

@@ -106,11 +106,11 @@ def _packaged(name: str, model: nn.Module) -> dict[str, Tensor]:
     """Returns the packaged weights that a model takes, by their names in the model; see `registry.Spec.origins`."""
     origins = getattr(model, "origins", {})
     if name not in origins:
-        known = ", ".join(origins) or "none by name"
-        raise InheritanceError(f"source: expected weights that this model takes ({known}), got {name!r}")
+        takes = ", ".join(origins) or "none by name"
+        raise InheritanceError(f"source: expected weights that this model takes ({takes}), got {name!r}")
     state = packaged.SOURCES[name]()
-    pairs = [(n, theirs, ours) for n in state for theirs, ours in origins[name].items() if n.startswith(theirs)]
-    return {ours + n.removeprefix(theirs): state[n] for n, theirs, ours in pairs}
+    prefixes = [(n, old, new) for n in state for old, new in origins[name].items() if n.startswith(old)]
+    return {new + n.removeprefix(old): state[n] for n, old, new in prefixes}
 
 
 def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -119,8 +119,8 @@ def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not path.is_file() and slash and (str(source).startswith(TAG) or name in open_clip.list_models()):
         return _download(name, tag)
     if not path.is_file():
-        known = f"source: expected a file, open_clip's NAME/TAG or one of {', '.join(packaged.SOURCES)}"
-        raise FileNotFoundError(f"{known}, got {path}{where_to_get(path)}")
+        expected = f"a file, open_clip's NAME/TAG or one of {', '.join(packaged.SOURCES)}"
+        raise FileNotFoundError(f"source: expected {expected}, got {path}{where_to_get(path)}")
     state = read_weights(path, InheritanceError, "source: expected weights, readable without running code")
     if not isinstance(state, Mapping):
         raise InheritanceError(f"source: expected a state dict in {path}, got {type(state).__name__}")
@@ -139,8 +139,8 @@ def _download(name: str, tag: str) -> Mapping[str, Any]:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags:
         near = difflib.get_close_matches(tag, tags, 5, 0.0) or difflib.get_close_matches(name, open_clip.list_models(), 3)
-        known = f"nearest tags: {', '.join(near)}" if tags else f"it has no tags for {name}; nearest models: {near}"
-        raise InheritanceError(f"source: expected open_clip's NAME/TAG, got {name}/{tag}; {known}")
+        hint = f"nearest tags: {', '.join(near)}" if tags else f"it has no tags for {name}; nearest models: {near}"
+        raise InheritanceError(f"source: expected open_clip's NAME/TAG, got {name}/{tag}; {hint}")
     try:
         return open_clip.create_model(name, pretrained=tag).state_dict()
     except (OSError, RuntimeError) as error:

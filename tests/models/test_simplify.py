@@ -112,15 +112,6 @@ def test_towers_and_indices():
     model(*batch())
 
 
-def test_only_this_instance_is_touched():
-    other = clip().eval()
-    model = copy.deepcopy(other)
-    expected = other(*batch())
-    simplify(model)
-    assert kinds(other) == kinds(clip()) == []
-    assert_same(other(*batch()), expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -169,30 +160,28 @@ def test_one_tower_is_replaced_whatever_the_other_is():
         simplify("ViT-B-32")
 
 
-def test_sharing_and_first_value_and_last_output():
+def test_sharing():
     model = clip()
-    _, report = simplify(model, share={"text": neighbour_groups(4)}, value_first=True, output_last=True, mlp_ratio=2.0)
+    _, report = simplify(model, share={"text": neighbour_groups(4)}, mlp_ratio=2.0)
     blocks = model.transformer.resblocks
     assert blocks[0].fc1 is blocks[1].fc1
     assert blocks[1].fc1 is not blocks[2].fc1
-    assert [b.value is not None for b in blocks] == [True, False, False, False]
-    assert [b.output is not None for b in blocks] == [False, False, False, True]
     assert {r.hidden for r in report.replaced} == {48, 64}
     assert report.share == {"text": {"all": [[0, 1], [2, 3]]}, "image": {}}
     assert "blocks [0, 1, 2, 3], weights shared in groups [[0, 1], [2, 3]]\n" in str(report)
     per_block = 2 * 24 * 24 + 24 * 48 * 2 + 48 + 24
-    assert sum(p.numel() for p in blocks.parameters()) == 2 * per_block + 4 * (2 * 24 + 3 * 2 + 2) + 2 * 24 * 24
+    assert sum(p.numel() for p in blocks.parameters()) == 2 * per_block + 4 * (2 * 24 + 3 * 2 + 2)
 
 
 def test_parts_are_shared_by_groups_and_the_whole_by_others():
     share = {"all": [[0, 1]], "attention": [[2, -1]]}
-    one, two = (simplify(clip(seed=seed).to(torch.bfloat16), share={"text": share})[0] for seed in (0, 9))
+    one, two = (simplify(clip(seed=seed), share={"text": share})[0] for seed in (0, 9))
     blocks = one.transformer.resblocks
     assert [blocks[i].qk is blocks[i + 1].qk for i in range(3)] == [True, False, True]
     assert [blocks[i].fc1 is blocks[i + 1].fc1 for i in range(3)] == [True, False, False]
     two.load_state_dict(one.state_dict(), strict=True)
     for other in (two, copy.deepcopy(one)):
-        assert_same(one(batch()[0].bfloat16(), batch()[1]), other(batch()[0].bfloat16(), batch()[1]))
+        assert_same(one(*batch()), other(*batch()))
         assert sum(p.numel() for p in other.parameters()) == sum(p.numel() for p in one.parameters())
     _, report = simplify(clip(), share={"text": {"attention": [[0, -1]], "mlp": [[0, 1]]}, "image": {"mlp": []}})
     assert report.share == {"text": {"attention": [[0, 3]], "mlp": [[0, 1]]}, "image": {}}
@@ -206,26 +195,20 @@ def test_activation_dtype_and_mode_follow_the_old_block():
     assert block.act == "quickgelu"
     assert not block.training
     assert {p.dtype for p in block.parameters()} == {block.get_weight_dtype()} == {torch.bfloat16}
-    simplify(model, towers=("text",), act="relu")
-    assert model.transformer.resblocks[1].act == "relu"
+    simplify(model, towers=("text",))
+    assert model.transformer.resblocks[1].act == "quickgelu"  # of the simplified block that it replaces
     assert model.encode_text(batch()[1]).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("gamma", "same"), [(1.0, True), ({"text": 0.3}, False)])
-def test_gamma_by_tower_lets_new_text_features_depend_on_the_words(gamma, same):
+def test_gamma_and_mlp_ratio_by_tower(gamma, same):
     _, text = batch()
     text[:, 8:] = text[:1, 8:]
-    model, _ = simplify(clip(), gamma=gamma)
+    model, report = simplify(clip(), gamma=gamma, mlp_ratio={"text": 1.5})
     features = model.encode_text(text)
-    assert torch.allclose(features[0], features[1], atol=1e-5) == same
+    assert torch.allclose(features[0], features[1], atol=1e-5) == same  # below 1, new text features depend on the words
     assert torch.equal(model.visual.transformer.resblocks[0].gamma.data, torch.ones(2))
-
-
-def test_mlp_ratio_by_tower():
-    before = {row.tower: row.hidden for row in simplify(clip())[1].replaced}
-    after = {row.tower: (row.hidden, row.width) for row in simplify(clip(), mlp_ratio={"text": 1.5})[1].replaced}
-    assert after["text"][0] == 1.5 * after["text"][1] != before["text"]
-    assert after["image"][0] == before["image"], "as in the old block"
+    assert {(row.tower, row.hidden / row.width) for row in report.replaced} == {("text", 1.5), ("image", 4)}
 
 
 def restless(model):
@@ -303,11 +286,10 @@ def test_masks_that_cannot_be_honoured():
 def test_timm_vit():
     vision = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224, "timm_pool": "", "timm_proj": "linear"}
     model = clip(vision, cls=CustomTextCLIP)
-    _, report = simplify(model, towers=("image",), blocks={"image": [10, 11]}, drop_path=0.1)
+    _, report = simplify(model, towers=("image",), blocks={"image": [10, 11]})
     assert kinds(model, TimmBlock) == ["visual.trunk.blocks.10", "visual.trunk.blocks.11"]
     assert len(kinds(model, Block)) == 10
     assert report.replaced[0].heads == 3
-    assert model.visual.trunk.blocks[10].drop_path == 0.1
     model.set_grad_checkpointing()
     model.encode_image(batch(224, 1)[0]).sum().backward()
     assert model.visual.trunk.blocks[10].fc1.weight.grad.abs().sum() > 0
