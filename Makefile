@@ -63,33 +63,36 @@ install: $(INSTALLED)  ## a venv with torch, the compiled kernels and all extras
 demo ablation: export MALLOC_MMAP_THRESHOLD_ ?= 268435456
 demo ablation: export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-# A teacher runs alone: its threads spin for a moment before they sleep, so that it ends a tenth sooner.
-data/emoji-teacher data/emoji-noisy: export GOMP_SPINCOUNT ?= 2000
+# Each stage says its time. What is finished is kept, so that a second call goes on.
+EMOJI := examples/emoji
 
-demo: data/emoji-teacher  ## distil a small SiCLIP on the built-in emoji pairs and evaluate it
-	$(BIN)/simplclip train siclip-lite0-emoji --resume --set run.out=$(OUT)
-	$(BIN)/simplclip evaluate $(OUT)
+demo: data/emoji-teacher  ## distil a small SiCLIP on emoji and their names, and evaluate it
+	$(BIN)/simplclip train $(EMOJI)/siclip-lite0.yaml --resume --set run.out=$(OUT)
+	start=$$(date +%s); $(BIN)/simplclip evaluate $(OUT) $$(for split in concepts vendor; do \
+		ls data/emoji/$$split-*.tar >/dev/null 2>&1 && echo "--data $$split=data/emoji/$$split-*.tar"; done) && \
+		echo "evaluation: $$(($$(date +%s) - start)) s"
 	@echo
 	@echo "Pictures: $(OUT)/curves.png and $(OUT)/evaluation-*.png"
 	@echo "Next:     $(BIN)/simplclip train --help-config      every setting, with its default"
-	@echo "          $(BIN)/simplclip train siclip-lite0-emoji --set run.steps=2000 --set run.out=runs/longer"
-	@echo "          $(BIN)/simplclip export $(OUT) --out export    for open_clip, safetensors, ONNX"
-	@echo "          make ablation                             what each part of the system adds"
+	@echo "          $(BIN)/simplclip train $(EMOJI)/siclip-lite0.yaml --set run.steps=2000 --set run.out=runs/longer"
+	@echo "          $(BIN)/simplclip export $(OUT) --out export    for open_clip"
 	@echo "          $(BIN)/simplclip doctor                   which kernels run here, and why not others"
+	@echo "          $(EMOJI)/, docs/examples.md               the pattern for your own data"
 
 .PHONY: data/emoji-teacher
 data/emoji-teacher: install
-	$(BIN)/simplclip data emoji --out data/emoji
-	$(BIN)/simplclip teacher 'data/emoji/train-*.tar' --out data/emoji-teacher
+	$(BIN)/python $(EMOJI)/build.py --out data/emoji
+	$(BIN)/python $(EMOJI)/teach.py 'data/emoji/train-*.tar' --out data/emoji-teacher
 
 .PHONY: data/emoji-noisy
 data/emoji-noisy: data/emoji-teacher
-	$(BIN)/simplclip data emoji --swap 0.1 --out data/emoji-swap10
-	$(BIN)/simplclip data emoji --swap 0.3 --out data/emoji-swap30
-	$(BIN)/simplclip teacher 'data/emoji-swap30/train-*.tar' --out data/emoji-swap30-teacher --heads data/emoji-teacher.heads.safetensors
+	$(BIN)/python $(EMOJI)/build.py --swap 0.1 --out data/emoji-swap10
+	$(BIN)/python $(EMOJI)/build.py --swap 0.3 --out data/emoji-swap30
+	$(BIN)/python $(EMOJI)/teach.py 'data/emoji-swap30/train-*.tar' --out data/emoji-swap30-teacher \
+		--heads data/emoji-teacher/heads.safetensors
 
 ablation: data/emoji-noisy  ## what each part of the system adds: hours of training; resumes
-	$(BIN)/python -m benchmarks.ablation siclip-lite0-emoji --effects emoji --out runs/ablation --seeds 3 --jobs $(CORES)
+	$(BIN)/python -m benchmarks.ablation $(EMOJI)/siclip-lite0.yaml --effects emoji --out runs/ablation --seeds 3 --jobs $(CORES)
 
 # A worker with one thread for each core. The tests of a file stay together, since they share slow fixtures.
 XDIST := -n $(CORES) --dist loadfile --no-loadscope-reorder

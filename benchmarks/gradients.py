@@ -77,7 +77,7 @@ def row(state: State, batches: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     changes = [word for word in sys.argv[1:] if word != "--set"]
     base = ["loss.pm_weight=1", "run.steps=150", "data.batch_size=128", "data.workers=0", "run.out=none"]
-    values = config.load("siclip-lite0-emoji", [*base, *changes])
+    values = config.load("examples/emoji/siclip-lite0.yaml", [*base, *changes])
     if values.loss.base == "sigmoid":
         sys.exit("loss.base: expected contrastive, since sigmoid and pair matching are trained by the gradient of their sum")
     torch.manual_seed(0)

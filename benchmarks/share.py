@@ -107,15 +107,15 @@ def divergences(
 
 def _of_one_sample(maps: list[Tensor]) -> Tensor:
     """Computes the divergences above the diagonal of [n, n]. maps: [heads, queries, keys] of each block."""
-    found = torch.zeros(len(maps), len(maps), dtype=torch.float64, device=maps[0].device)
+    divergence = torch.zeros(len(maps), len(maps), dtype=torch.float64, device=maps[0].device)
     entropies = [torch.special.entr(p).sum(-1) for p in maps]
     for i, j in combinations(range(len(maps)), 2):
         if maps[i].shape == maps[j].shape:
             mixed = torch.special.entr((maps[i] + maps[j]) / 2).sum(-1)
-            found[i, j] = (mixed - (entropies[i] + entropies[j]) / 2).clamp_min(0).double().mean()
+            divergence[i, j] = (mixed - (entropies[i] + entropies[j]) / 2).clamp_min(0).double().mean()
         else:
-            found[i, j] = torch.nan
-    return found
+            divergence[i, j] = torch.nan
+    return divergence
 
 
 def _map(q: Tensor, k: Tensor, causal: bool) -> Tensor:  # [H, L, K] -> [H, L, L]
@@ -177,7 +177,7 @@ def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> li
         groups = [*groups[:at], groups[at] + groups[at + 1], *groups[at + 2 :]]
         merges.append(groups)
 
-    found, least = [], unshared
+    proposals, least = [], unshared
     for what, names in ("attention", ("qk",)), ("mlp", ("fc1", "fc2")), ("all", ("qk", "fc1", "fc2")):
         sizes = [_size(*(p for name in names for p in getattr(block, name).parameters())) for block in blocks]
         for groups in merges:
@@ -186,11 +186,11 @@ def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> li
             if parameters <= budget:
                 shared = [group for group in groups if len(group) > 1]
                 share = {tower: {what: shared}} if shared else {}
-                found.append({"what": what, "share": share, "parameters": parameters})
+                proposals.append({"what": what, "share": share, "parameters": parameters})
                 break
-    if not found:
+    if not proposals:
         raise InputError(f"budget: expected at least {least:,} parameters, the least that sharing reaches, got {budget:,}")
-    return found
+    return proposals
 
 
 def _size(*parameters: nn.Parameter) -> int:

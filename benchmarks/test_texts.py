@@ -100,7 +100,7 @@ def test_text_tower(benchmark, rows, request, dtype, kind, tower):
 @pytest.mark.skipif(not Path("data/emoji").exists(), reason="needs data/emoji and data/emoji-teacher, as the demo does")
 def test_demo_step(benchmark, rows, request):
     torch.manual_seed(0)
-    state = setup(config.load("siclip-lite0-emoji", ["data.workers=0"]), torch.device("cpu"), "bf16")
+    state = setup(config.load("examples/emoji/siclip-lite0.yaml", ["data.workers=0"]), torch.device("cpu"), "bf16")
     of_step, crop = [next(iter(make_loader(state)[0]))], state.crop
 
     def run(groups):

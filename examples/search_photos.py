@@ -61,18 +61,20 @@ def features_of(folder: Path, encoder) -> tuple[list[str], torch.Tensor]:
     if not paths:
         raise SystemExit(f"{folder}: expected photos ({', '.join(sorted(SUFFIXES))}), got none that can be read")
     rows = np.stack([features[path] for path in paths])
-    np.savez(file, features=rows, paths=np.array(paths), model=model)
+    unfinished = file.with_suffix(".unfinished.npz")
+    np.savez(unfinished, features=rows, paths=np.array(paths), model=model)
+    os.replace(unfinished, file)
     return paths, torch.from_numpy(rows).float()
 
 
 def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
     columns = max(map(len, hits.values()))
     figure = Figure(figsize=(1.7 * columns, 2.1 * len(hits)), dpi=120)
-    for (query, found), axes in zip(hits.items(), figure.subplots(len(hits), columns, squeeze=False)):
+    for (query, photos), axes in zip(hits.items(), figure.subplots(len(hits), columns, squeeze=False)):
         axes[0].set_title(query, loc="left", fontsize=9, parse_math=False)
         for axis in axes:
             axis.axis("off")
-        for axis, (score, path) in zip(axes, found):
+        for axis, (score, path) in zip(axes, photos):
             axis.imshow(ImageOps.contain(opened(path), (256, 256)))
             axis.text(0, 0, f"{score:.3f}", fontsize=7, color="white", backgroundcolor="black", va="top")
     figure.savefig(picture)

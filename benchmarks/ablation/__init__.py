@@ -1,6 +1,6 @@
 """Measures the effect of each part of a recipe: trains a model without and with each change of settings, for several seeds.
 
-python -m benchmarks.ablation siclip-lite0-emoji --effects emoji --out runs/ablation --seeds 3 --jobs 2
+python -m benchmarks.ablation examples/emoji/siclip-lite0.yaml --effects emoji --out runs/ablation --seeds 3 --jobs 2
 
 emoji.yaml      the effects of the demo's recipe
 effects.py      reads an effects file and lists the runs that it needs

@@ -2,7 +2,7 @@
 
     steps: 150                                  # run.steps of every run
     set: [data.batch_size=128]                  # settings of every run
-    data: {data/noisy: simplclip data emoji --swap 0.3 --out data/noisy}    # folders, and the commands that make them
+    data: {data/noisy: python examples/emoji/build.py --swap 0.3 --out data/noisy}   # folders, and commands that make them
     prepare:                                    # runs whose last checkpoint settings name by {pretrained}
       pretrained: ["model.options={simplified: false}", run.steps=400]   # run.seed=0: one run for all seeds
     effects:

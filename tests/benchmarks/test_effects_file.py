@@ -3,11 +3,12 @@
 import re
 
 import pytest
+from paths import ROOT
 
 from benchmarks.ablation import effects as files
 from simplclip.train.config import ConfigError
 
-DEMO = "siclip-lite0-emoji"
+DEMO = str(ROOT / "examples/emoji/siclip-lite0.yaml")
 ONE = """
 effects:
   - {name: a, group: g, base: [loss.pm_weight=0], variant: [loss.pm_weight=1]}

@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 import torch
+from paths import ROOT
 
 from benchmarks import attention_forms, similarity_forms, tables, training_forms
 from benchmarks.bound import calls, native
@@ -70,7 +71,7 @@ def few_cases(monkeypatch):
 
 
 OPTIONS = ["--device=cpu", "--sizes=64", "--width=32", "--dtypes=bfloat16", "--sequences=0.01", "--repeats=1"]
-OPTIONS += ["--models=siclip-tiny-emoji"]
+OPTIONS += [f"--models={ROOT / 'examples/emoji/siclip-tiny.yaml'}"]
 
 
 def commands(folder, monkeypatch, code):

