@@ -26,8 +26,7 @@ ASSUMPTIONS = (
     "cuBLAS reaches {0} TFLOP/s of half types, memory {1} TB/s, the cache {2} TB/s; own products at most cuBLAS's rate",
     f"a kernel takes at least {LAUNCH_US:g} µs; its pipes run in parallel, the parts of one block one after the other, those "
     f"of blocks that share a multiprocessor together; outside product loops a warp issues once in {DEPENDENT} clocks",
-    "a tensor comes from memory once for each kernel; bank "
-    "conflicts and clocks below boost cost nothing",
+    "a tensor comes from memory once for each kernel; bank conflicts and clocks below boost cost nothing",
 )
 
 

@@ -3,7 +3,8 @@
 python examples/emoji/teach.py 'data/emoji/train-*.tar' --out data/emoji-teacher
 
 A sidecar has the name of its shard, and for each sample KEY.teacher.npy: float16 [1 + C, WIDTH], normalised rows of the image
-and of its C captions in order, and KEY.teacher.json with a digest of these captions. meta.json names the teacher. A config takes them by `data.sidecars: [data/emoji-teacher]`.
+and of its C captions in order, and KEY.teacher.json with a digest of these captions. meta.json names the teacher. A config
+takes them by `data.sidecars: [data/emoji-teacher]`.
 
 The frozen networks see each image and caption once (and VIEWS augmented images): what they make of them trains the heads
 (teacher.py) and then becomes the features. For a teacher that is ready, e.g. of open_clip, `simplclip teacher` does the rest.
