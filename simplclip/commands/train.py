@@ -40,6 +40,8 @@ def train(
     from simplclip.train import config as configs
 
     first = os.environ.get("RANK", "0") == "0"
+    if "RANK" in os.environ:  # torch reads it when it is imported: else each rank warns of a search for unused parameters
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         values = configs.load(config, set_ or ())
         configs.check_files(values)  # before seconds of imports

@@ -6,7 +6,6 @@ Losses average the gradients of their own parameters, and `averaged` those of lo
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from itertools import compress
 from typing import Any
@@ -67,9 +66,8 @@ def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
         elif parameter.requires_grad:
             towers["image" if name.startswith("visual.") else "text"].append(parameter)
     trained = {name: _Tower(parameters) for name, parameters in towers.items() if parameters}
-    # A tower may have parameters that no feature depends on, for which torch searches, and warns where there are none.
+    # A tower may have parameters that no feature depends on, for which torch searches.
     # `gradient_cache` takes a single wrapper for one of both towers, in which it allows no such parameters.
-    warnings.filterwarnings("ignore", "find_unused_parameters")
     search = len(trained) > 1
     return {name: DistributedDataParallel(tower, find_unused_parameters=search) for name, tower in trained.items()}
 
