@@ -29,7 +29,6 @@ def pack(
         str | None, typer.Option(help="Column of the image paths. Default: filepath, path, image ...")
     ] = None,
     caption_key: Annotated[str | None, typer.Option(help="Column of the captions. Default: caption, title, text ...")] = None,
-    separator: Annotated[str | None, typer.Option(help="Of a CSV. Default: the most frequent one in its header.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder of the images. Default: that of the table.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one for each core.")] = None,
 ) -> None:
@@ -37,6 +36,6 @@ def pack(
     from simplclip.data import pack as packing
     from simplclip.data.forms import Options
 
-    options = Options(image_key=image_key, caption_key=caption_key, separator=separator, images=images)
+    options = Options(image_key=image_key, caption_key=caption_key, images=images)
     packing.pack(source, out, options, workers=workers)
     typer.echo(packing.summary(out))

@@ -20,9 +20,6 @@ Pairs = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]
 Kind = Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if the device has it.")]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Take commands, URLs and all options of models from the checkpoint or run too.")
-]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode images. Default: one for each core, at most 8.")
 ]

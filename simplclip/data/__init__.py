@@ -1,4 +1,4 @@
-"""Image-text pairs in tars. loader.py makes training batches, held_out.py decodes held-out data in stored order.
+"""Image-text pairs in tars. loader.py makes training batches, held_out_data.py decodes held-out data in stored order.
 
 Both read by tars.py what sources.py finds, join sidecars.py's files, e.g. a teacher's, and parse by samples.py.
 """
@@ -7,7 +7,7 @@ import importlib
 
 _MODULES = {  # imported on first use: packing needs no torch
     "errors": ("EmptyDataError", "ShardError", "Skipped", "WorkerError"),
-    "held_out": ("HeldOut", "held_out"),
+    "held_out_data": ("HeldOut", "held_out"),
     "loader": ("Loader", "make_loader"),
     "pack": ("packed",),  # simplclip.data.pack is the module
     "sidecars": ("dataset_size", "teacher_stamp"),

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from simplclip.common.errors import InputError
-
 TABLES = (".csv", ".tsv", ".parquet")
 JSON = ".json"
 # Columns of tables, and keys of the objects of JSON files, in order of preference: the first of these names that a file has.
@@ -49,14 +47,12 @@ class Options:
     """Options of tables and JSON files.
 
     image_key, caption_key: columns, or keys of objects; by default the first of IMAGE_NAMES and CAPTION_NAMES.
-    separator: of a CSV; by default the most frequent one in its header.
     images: folder of the images; by default the file's own.
     split: name of a split in a JSON file.
     """
 
     image_key: str | None = None
     caption_key: str | None = None
-    separator: str | None = None
     images: str | None = None
     split: str | None = None
 
@@ -95,28 +91,14 @@ def is_source(path: str | os.PathLike) -> bool:
     text = os.path.expanduser(os.fspath(path))
     if not os.path.exists(text) and ("://" in text or text.startswith("pipe:")):
         return False
-    file, _ = _split(text)
+    file, _ = split_of(text)
     return file.lower().endswith((*TABLES, JSON)) or os.path.isdir(file)
 
 
-def open_source(path: str | os.PathLike, options: Options) -> Source:
-    """Returns the rows of a table, a JSON file or a folder. Raises InputError if it is none, or lacks a column."""
-    from simplclip.data import annotations, folders, tables
-
-    file, split = _split(os.path.expanduser(os.fspath(path)))
-    if split:
-        options = Options(**{**vars(options), "split": split})
-    if not os.path.exists(file):
-        raise InputError(f"source: expected a table, a JSON file or a folder, got {file!r}, which does not exist")
-    if os.path.isdir(file):
-        return folders.source(file)
-    kind = file.lower()
-    if not kind.endswith((*TABLES, JSON)) or not os.path.isfile(file):
-        expected = "a folder of images, or a file that ends in .csv, .tsv, .parquet or .json"
-        hint = "; training reads tars as they are" if ".tar" in kind else ""
-        raise InputError(f"source: expected {expected}, got {file!r}{hint}")
-    read = annotations.source if kind.endswith(JSON) else tables.parquet if kind.endswith(".parquet") else tables.table
-    return read(file, options)
+def split_of(path: str) -> tuple[str, str]:
+    """Splits FILE.json#SPLIT, unless a file has this name."""
+    file, sharp, split = path.rpartition("#")
+    return (file, split) if sharp and file.lower().endswith(JSON) and not os.path.exists(path) else (path, "")
 
 
 def file_state(path: str, options: Options) -> dict[str, Any]:
@@ -124,9 +106,3 @@ def file_state(path: str, options: Options) -> dict[str, Any]:
     about = os.stat(path)
     given = {name: value for name, value in vars(options).items() if value is not None}
     return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns, **given}
-
-
-def _split(path: str) -> tuple[str, str]:
-    """Splits FILE.json#SPLIT, unless a file has this name."""
-    file, sharp, split = path.rpartition("#")
-    return (file, split) if sharp and file.lower().endswith(JSON) and not os.path.exists(path) else (path, "")

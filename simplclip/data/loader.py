@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import filters
 
-from simplclip.common.errors import InputError, UserError
+from simplclip.common.errors import InputError
 from simplclip.data import sidecars as joining
 from simplclip.data import tars
 from simplclip.data.decode import decode_pil
@@ -52,14 +51,16 @@ class WorkerItem(NamedTuple):
 
 
 @dataclass
-class Pairs(IterableDataset):
-    """Data set that yields the batches of one worker without end, or the error that ends them."""
+class Pairs:
+    """The batches of the workers; `make_loader` documents the fields."""
 
     sources: list[Source]
+    turn: int  # the worker that yields the first item
+    positions: list[tuple[int, int]]  # of each worker: the pass, and the samples consumed in it
     tokenizer: Callable
     transform: Callable
     batch_size: int
-    captions: int
+    captions_per_image: int
     shuffle: bool
     shuffle_buffer: int
     seed: int
@@ -70,18 +71,10 @@ class Pairs(IterableDataset):
     max_bytes: int
     rank: int
     world_size: int
-    turn: int  # the worker that yields the first item
-    positions: list[tuple[int, int]]  # of each worker: the pass, and the samples consumed in it
 
-    def __iter__(self) -> Iterator[WorkerItem | UserError]:
-        info = get_worker_info()
-        number, workers = (info.id, info.num_workers) if info else (0, 1)
-        try:
-            yield from self._items((number + self.turn) % workers, workers)
-        except (ShardError, EmptyDataError) as error:
-            yield error  # raised in the main process, without the worker's traceback
-
-    def _items(self, worker: int, workers: int) -> Iterator[WorkerItem]:
+    def items(self, process: int, workers: int) -> Iterator[WorkerItem]:
+        """Yields the batches of one worker without end. Raises ShardError, and EmptyDataError if no sample is usable."""
+        worker = (process + self.turn) % workers
         first, skip = self.positions[worker]
         skipped = Skipped()
         rows: list[tuple] = []  # of the next batch
@@ -116,10 +109,10 @@ class Pairs(IterableDataset):
     def _order(self, number: int) -> list[tuple[Source, int]]:
         """Returns the tars of a pass in order, each with the number of its copy."""
         draw = random.Random(f"{self.seed}/{number}")
-        order = []
+        order: list[tuple[Source, int]] = []
         for source in self.sources:
             copies = int(source.weight) + (source.weight % 1 > 0 and draw.random() < source.weight % 1)
-            order += [(source, number) for number in range(copies)]
+            order += [(source, copy_number) for copy_number in range(copies)]
         if self.shuffle:
             draw.shuffle(order)
         return order
@@ -170,7 +163,7 @@ class Pairs(IterableDataset):
         """Returns the row of a sample. Raises BrokenSample."""
         pair = parse(sample, self.teacher)
         with seeded(self.seed, number, pair.place, *filter(None, (sample.get("__copy__"),))):
-            drawn = _draw(len(pair.captions), self.captions)
+            drawn = _draw(len(pair.captions), self.captions_per_image)
             view_number = random.randrange(len(pair.views)) if pair.views else 0
             view = pair.views[view_number] if pair.views else None
             pixels, colour = pixels_of(self.transform, pair, view, self.max_pixels)
@@ -184,11 +177,11 @@ class Pairs(IterableDataset):
 
     def _collate(self, rows: list[tuple]) -> Batch:
         images, colours, texts, groups, keys, records, features = zip(*rows)
-        one = self.captions == 1
+        one = self.captions_per_image == 1
         tokens = self.tokenizer([text for several in texts for text in several])
         batch: Batch = {
             "image": stack(images) if images[0].dtype == torch.uint8 else torch.stack(images),
-            "text": tokens if one else tokens.unflatten(0, (-1, self.captions)),
+            "text": tokens if one else tokens.unflatten(0, (-1, self.captions_per_image)),
             "group": torch.tensor(groups, dtype=torch.int64),
             "key": list(keys),
             "meta": list(records),
@@ -207,16 +200,16 @@ class Loader:
     skipped: counts of what was damaged in the batches so far, by reason, with the first of each.
     """
 
-    def __init__(self, dataset: Pairs, workers: int, pin_memory: bool) -> None:
-        self._dataset, self._workers, self._pin_memory = dataset, workers, pin_memory
-        self._turn, self._positions = dataset.turn, list(dataset.positions)
+    def __init__(self, pairs: Pairs, workers: int, pin_memory: bool) -> None:
+        self._pairs, self._workers, self._pin_memory = pairs, workers, pin_memory
+        self._turn, self._positions = pairs.turn, list(pairs.positions)
         self.skipped = Skipped()
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields the batches after the last one that was yielded. Raises ShardError, EmptyDataError, WorkerError."""
-        dataset = replace(self._dataset, turn=self._turn, positions=list(self._positions))
+        pairs = replace(self._pairs, turn=self._turn, positions=list(self._positions))
         item: WorkerItem
-        for item in from_workers(dataset, self._workers, self._pin_memory):
+        for item in from_workers(pairs.items, self._workers, self._pin_memory):
             self._positions[item.worker] = item.number, item.consumed
             self._turn = (item.worker + 1) % len(self._positions)
             self.skipped.merge(item.skipped)
@@ -224,7 +217,7 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """Returns the position of this rank after the last batch, for `make_loader`: ints, and lists of an int a worker."""
-        about = {name: getattr(self._dataset, name) for name in ("rank", "world_size", "seed")}
+        about = {name: getattr(self._pairs, name) for name in ("rank", "world_size", "seed")}
         passes, consumed = zip(*self._positions)
         return about | {"workers": self._workers, "turn": self._turn, "passes": list(passes), "consumed": list(consumed)}
 
@@ -295,6 +288,7 @@ def make_loader(
     ShardError if a teacher's features are missing or belong to other captions, or a stream or disk fails after several tries;
     WorkerError if a loader process died (never while the caller uses a batch); EmptyDataError if no sample is usable.
     """
+    options = {name: value for name, value in locals().items() if name in Pairs.__dataclass_fields__}
     counts = {"batch_size": batch_size, "captions_per_image": captions_per_image, "shuffle_buffer": shuffle_buffer}
     for name, value in (counts | {"max_bytes": max_bytes, "world_size": world_size}).items():
         check_count(name, value, 1)
@@ -306,29 +300,11 @@ def make_loader(
     if max_pixels is not None and isinstance(transform, ImageTransform):
         transform = copy.copy(transform)
         transform.max_pixels = max_pixels
+        options["transform"] = transform
     sources = sources_of(shards)
     joining.check([source.url for source in sources], sidecars)
     turn, positions = _resumed(state, workers, {"rank": rank, "world_size": world_size, "seed": seed})
-    dataset = Pairs(
-        sources=sources,
-        tokenizer=tokenizer,
-        transform=transform,
-        batch_size=batch_size,
-        captions=captions_per_image,
-        shuffle=shuffle,
-        shuffle_buffer=shuffle_buffer,
-        seed=seed,
-        teacher=teacher,
-        on_error=on_error,
-        sidecars=sidecars,
-        max_pixels=max_pixels,
-        max_bytes=max_bytes,
-        rank=rank,
-        world_size=world_size,
-        turn=turn,
-        positions=positions,
-    )
-    return Loader(dataset, workers, pin_memory)
+    return Loader(Pairs(sources, turn, positions, **options), workers, pin_memory)
 
 
 def _resumed(state: Mapping[str, Any] | None, workers: int, expected: dict[str, int]) -> tuple[int, list[tuple[int, int]]]:
@@ -338,7 +314,10 @@ def _resumed(state: Mapping[str, Any] | None, workers: int, expected: dict[str, 
     for name, value in (expected | {"workers": workers}).items():
         if state.get(name) != value:
             raise InputError(f"state: expected one of {name} {value}, got {state.get(name)}")
-    return state["turn"], list(zip(state["passes"], state["consumed"], strict=True))
+    passes, consumed = state["passes"], state["consumed"]
+    if not len(passes) == len(consumed) == max(1, workers):
+        raise InputError(f"state: expected positions of {max(1, workers)} workers, got {len(passes)} and {len(consumed)}")
+    return state["turn"], list(zip(passes, consumed))
 
 
 @contextlib.contextmanager

@@ -33,8 +33,9 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from simplclip.common.errors import InputError, UserError, visible
 from simplclip.common.files import locked, remove_leftovers, write_atomically
 from simplclip.common.progress import Progress
+from simplclip.data import annotations, folders, tables
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.forms import BadRow, Options, Row, Source, is_source, open_source
+from simplclip.data.forms import JSON, TABLES, BadRow, Options, Row, Source, is_source, split_of
 from simplclip.data.tar_writer import add, new_tar
 from simplclip.data.text import TEXT_BYTES, captions_of, json_of, record_of
 
@@ -130,6 +131,24 @@ def summary(out: str | os.PathLike, examples: int = 3) -> str:
             captions = " | ".join(record["captions"])
             lines.append(visible(f"  {record['source']}: {captions[:90]}{'...' * (len(captions) > 90)}"))
     return "\n".join(lines)
+
+
+def open_source(path: str | os.PathLike, options: Options) -> Source:
+    """Returns the rows of a table, a JSON file or a folder. Raises InputError if it is none, or lacks a column."""
+    file, split = split_of(os.path.expanduser(os.fspath(path)))
+    if split:
+        options = Options(**{**vars(options), "split": split})
+    if not os.path.exists(file):
+        raise InputError(f"source: expected a table, a JSON file or a folder, got {file!r}, which does not exist")
+    if os.path.isdir(file):
+        return folders.source(file)
+    kind = file.lower()
+    if not kind.endswith((*TABLES, JSON)) or not os.path.isfile(file):
+        expected = "a folder of images, or a file that ends in .csv, .tsv, .parquet or .json"
+        hint = "; training reads tars as they are" if ".tar" in kind else ""
+        raise InputError(f"source: expected {expected}, got {file!r}{hint}")
+    read = annotations.source if kind.endswith(JSON) else tables.parquet if kind.endswith(".parquet") else tables.table
+    return read(file, options)
 
 
 def _write(source: Source, out: Path, about: dict[str, Any], workers: int, progress: bool) -> None:

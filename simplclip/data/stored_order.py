@@ -7,12 +7,10 @@ does not depend on the number of workers, and no process waits for the one that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch.utils.data import IterableDataset, get_worker_info
-
-from simplclip.data.errors import BrokenSample, ShardError, Skipped
+from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.samples import place_of
 from simplclip.data.sources import Address
 from simplclip.data.tars import Sample
@@ -33,12 +31,11 @@ class Portion(NamedTuple):
 
 
 @dataclass
-class StoredOrder(IterableDataset):
-    """Samples in stored order. Iterating yields `Portion`s; batches do not go over the end of a source.
+class StoredOrder:
+    """Samples in stored order. Batches do not go over the end of a source.
 
-    sources: URLs or others that `read` takes. prepare: function of a sample, in a worker; it may raise BrokenSample.
-    collate: function of a list of what `prepare` returned, in a worker. rank, world_size: only the batches of this rank are
-    prepared and yielded, every `world_size`-th.
+    sources: whatever `read` takes. prepare: function of a sample, in a worker; it may raise BrokenSample. collate: function
+    of a list of what `prepare` returned, in a worker. rank, world_size: this rank makes every `world_size`-th portion.
     """
 
     sources: Sequence[Any]
@@ -51,60 +48,40 @@ class StoredOrder(IterableDataset):
 
     def portions(self, workers: int = 0) -> Iterator[Portion]:
         """Yields the portions, from `workers` processes. Raises ShardError, and WorkerError if a process died."""
-        yield from from_workers(self, workers)
+        return from_workers(self._portions, workers)
 
-    def __iter__(self) -> Iterator[Portion | ShardError]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        try:
-            yield from self._portions(worker * self.world_size + self.rank, workers * self.world_size)
-        except ShardError as error:
-            yield error  # raised in the main process, without the worker's traceback
-
-    def _portions(self, turn: int, turns: int) -> Iterator[Portion]:
-        """Yields the portions n with n % turns == turn."""
-        number, position = 0, 0  # of the portion, and of the sample
-
+    def _portions(self, worker: int, workers: int) -> Iterator[Portion]:
+        turn, turns = worker * self.world_size + self.rank, workers * self.world_size
+        number, start = 0, 0  # of the source's first portion, and of its first sample
         for index, source in enumerate(self.sources):
-            damage, batch = Skipped(), _Batch()
-            first, start = number, position
 
-            def wanted(sample: int, first: int = first) -> bool:
+            def wanted(sample: int, first: int = number) -> bool:
                 return (first + sample // self.batch_size) % turns == turn
 
+            damage, count, rows = Skipped(), 0, []
             for sample in self.read(source, damage, wanted):
-                if wanted(position - start):
-                    self._add(batch, position, sample)
-                position += 1
-                if (position - start) % self.batch_size == 0:
-                    if number % turns == turn:
-                        yield self._portion(index, batch)
-                        batch = _Batch()
-                    number += 1
-            if (position - start) % self.batch_size:
-                if number % turns == turn:
-                    yield self._portion(index, batch)
-                number += 1
+                if wanted(count):
+                    rows.append((start + count, sample))
+                count += 1
+                if rows and count % self.batch_size == 0:
+                    yield self._portion(index, rows)
+                    rows = []
+            if rows:
+                yield self._portion(index, rows)
+            number, start = number - (-count // self.batch_size), start + count
             if number % turns == turn:
                 yield Portion(index, [], None, damage, True)
             number += 1
 
-    def _add(self, batch: _Batch, position: int, sample: Sample) -> None:
-        try:
-            batch.prepared.append(self.prepare(sample))
-            batch.positions.append(position)
-        except BrokenSample as broken:
-            batch.skipped.add(broken.args[0], place_of(sample), broken.args[1])
-
-    def _portion(self, index: int, batch: _Batch) -> Portion:
-        return Portion(index, batch.positions, self.collate(batch.prepared) if batch.prepared else None, batch.skipped, False)
-
-
-@dataclass
-class _Batch:
-    prepared: list[Any] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    skipped: Skipped = field(default_factory=Skipped)
+    def _portion(self, index: int, rows: list[tuple[int, Sample]]) -> Portion:
+        prepared, positions, skipped = [], [], Skipped()
+        for position, sample in rows:
+            try:
+                prepared.append(self.prepare(sample))
+                positions.append(position)
+            except BrokenSample as broken:
+                skipped.add(broken.args[0], place_of(sample), broken.args[1])
+        return Portion(index, positions, self.collate(prepared) if prepared else None, skipped, False)
 
 
 def workers_for(sources: Sequence[Any], workers: int) -> int:

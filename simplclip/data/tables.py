@@ -91,17 +91,15 @@ def _opened(path: str) -> TextIO:
 
 
 def _header(file: TextIO, path: str, options: Options) -> tuple[str, tuple[int, int]]:
-    """Reads the separator, by default the most frequent one in the first line, and the places of path and caption."""
+    """Reads the separator, of a CSV the most frequent one in the first line, and the places of path and caption."""
     header = file.readline(LINE)
     start = header[:2].encode("utf-8", "surrogateescape")
     if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise InputError(f"source: expected a table in UTF-8, got {path!r} in UTF-16: iconv -f UTF-16 -t UTF-8")
-    if "\r" in header.rstrip("\r\n"):
-        raise InputError(f"source: expected a table whose lines end in \\n or \\r\\n, got {path!r} with \\r alone")
-    separator = options.separator or ("\t" if path.lower().endswith(".tsv") else max(SEPARATORS, key=header.count))
+    separator = "\t" if path.lower().endswith(".tsv") else max(SEPARATORS, key=header.count)
     try:
         titles = next(csv.reader([header], delimiter=separator), [])
-    except (csv.Error, TypeError) as error:  # e.g. a separator of several characters
+    except csv.Error as error:  # e.g. lines that end in \r alone
         raise InputError(f"source: expected a table with a line of columns, got {path!r}: {error}") from None
     return separator, _columns([title.strip() for title in titles], path, options)
 
@@ -117,9 +115,7 @@ def _columns(titles: list[str], path: str, options: Options) -> tuple[int, int]:
         if title is None:
             names = wanted or " or ".join(usual)
             got = f"{path!r} with the columns {', '.join(map(repr, titles))[:300]}"
-            other = next((sign for sign in SEPARATORS for title in titles if sign in title), None)
-            hint = f"; its header has {other!r}: try separator={other!r}" if other else ""
-            raise InputError(f"source: expected a table with a column {names} ({option}), got {got}{hint}")
+            raise InputError(f"source: expected a table with a column {names} ({option}), got {got}")
         places.append(titles.index(title))
     return places[0], places[1]
 

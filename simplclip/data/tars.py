@@ -27,6 +27,7 @@ MAX_BYTES = 256 << 20  # most bytes that the files of a sample may have together
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
 TEXTS = (".txt", ".json", ".cls")
 KNOWN = (*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *TEXTS, ".teacher.npy")
+STALL = 60  # seconds without a byte after which a server counts as gone
 _LONGEST = 4096  # most bytes of a name; systems allow no longer path
 _EXTENDED = 16 << 10  # most bytes of an extended header; tarfile's expressions take quadratic time over one (CVE-2024-6232)
 _LARGEST = 1 << 50  # most bytes of a member, so that all offsets are numbers that a system takes
@@ -86,7 +87,7 @@ def read(
     Damage is counted in `skipped`. A file that was not read, since it is too large or sparse, is a BrokenSample in the
     sample. A stream or disk that fails is tried again, from the sample where it failed.
 
-    sidecars: joins further files to the samples, see `sidecars.joined`.
+    sidecars: joins further files to the samples, see `sidecars.zipped`.
     max_bytes: most bytes of a sample's files together.
     wanted: whether sample number n, from 0 on, will be used; files of others are not read, and are empty.
     Raises ShardError if it fails after several tries, or if on_error is "stop" and the tar is damaged.
@@ -165,7 +166,12 @@ def _files(
 
 def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
     file: Any = archive.fileobj
-    if not (archive.firstmember or isinstance(file, io.BufferedReader)):  # type: ignore[attr-defined]
+    if archive.firstmember:  # type: ignore[attr-defined]
+        pass
+    elif isinstance(file, io.BufferedReader):
+        if archive.offset > os.fstat(file.fileno()).st_size:  # some file systems take no place so far behind the end
+            raise tarfile.ReadError("unexpected end of data")
+    else:
         while file.tell() < archive.offset:  # tarfile would go on reading, in small pieces, behind a stream's end
             if not file.read(min(archive.offset - file.tell(), 1 << 20)):
                 raise tarfile.ReadError("unexpected end of data")
@@ -195,7 +201,7 @@ def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[tuple[Any, Any]]:
-    """Context with the bytes of a tar, and the options by which tarfile reads them. Raises OSError if a stream ends by an error."""
+    """Context with the bytes of a tar, and tarfile's options for them. Raises OSError if a stream ends by an error."""
     if not isinstance(url, Address):
         path = os.path.abspath(url)  # so that gopen takes a file called pipe:... for a file
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a named pipe or a device may take for ever
@@ -221,11 +227,11 @@ def _opened(url: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _curl(url: str) -> Any:
-    """Opens a URL as webdataset's gopen_curl does, but gives up on a server that sends nothing for 60 seconds.
+    """Opens a URL as webdataset's gopen_curl does, but gives up on a server that sends nothing for STALL seconds.
 
     curl's own retries would start the output again, in the middle of the tar.
     """
-    limits = ["--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60"]
+    limits = ["--connect-timeout", "30", "--speed-limit", "1", "--speed-time", str(STALL)]
     schemes = ["--proto", "=http,https", "--proto-redir", "=http,https", "--globoff"]
     command = ["curl", "-f", "-sS", "-L", *limits, *schemes, "--", str(url)]
     return _gopen.Pipe(command, mode="rb", stderr=subprocess.PIPE)

@@ -5,30 +5,31 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from simplclip.common.errors import UserError
 from simplclip.data.errors import WorkerError
 
 _CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # Windows has none
+Items = Callable[[int, int], Iterator[Any]]  # the items of worker i of n, with 0 of 1 for this process
 
 
-def from_workers(dataset: IterableDataset, workers: int, pin_memory: bool = False) -> Iterator[Any]:
-    """Yields the items of a data set from each of `workers` processes in turn; with 0 from this process.
+def from_workers(items: Items, workers: int, pin_memory: bool = False) -> Iterator[Any]:
+    """Yields the items of each of `workers` processes in turn; with 0 those of this process.
 
-    An error for users that the data set yields is raised here. If it raised it, it would have the worker's traceback.
-    Raises WorkerError if a process died; it is noticed within 5 seconds, and never while the caller uses an item.
+    Raises a user's errors without the worker's traceback, and WorkerError if a process died; that is noticed within 5
+    seconds, and never while the caller uses an item.
     """
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
     if workers:
         options |= {"prefetch_factor": 2, "worker_init_fn": _start}
         options |= {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     # Without its own generator the DataLoader would draw from the caller's global generator.
-    loader = DataLoader(dataset, batch_size=None, collate_fn=_unchanged, generator=torch.Generator(), **options)
+    loader = DataLoader(_Items(items), batch_size=None, collate_fn=_unchanged, generator=torch.Generator(), **options)
     iterator: Any = _iterator(loader)
     try:
         for item in iterator:
@@ -45,6 +46,18 @@ def from_workers(dataset: IterableDataset, workers: int, pin_memory: bool = Fals
     finally:
         if workers:  # the garbage collector would wait 5 seconds for each process; torch has no public method for this
             iterator._shutdown_workers()
+
+
+class _Items(IterableDataset):
+    def __init__(self, items: Items) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        try:
+            yield from self.items(*((info.id, info.num_workers) if info else (0, 1)))
+        except UserError as error:
+            yield error
 
 
 def _iterator(loader: DataLoader) -> Iterator[Any]:
@@ -74,11 +87,9 @@ def _died(error: Exception) -> bool:
 
 def _end(iterator: Any) -> str:
     """Returns how a process of an iterator died, "" if it is not known."""
-    codes = []
     for process in iterator._workers:
         process.join(0.2)
-        codes.append(process.exitcode)
-    code = next((code for code in codes if code), None)
+    code = next((process.exitcode for process in iterator._workers if process.exitcode), None)
     if code is None:
         return ""
     return f"killed by signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -15,7 +15,7 @@ from torch import nn
 
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
-from simplclip.data.held_out import HeldOut
+from simplclip.data import HeldOut
 from simplclip.data.text import clean
 from simplclip.evaluation.retrieval import nearest
 from simplclip.evaluation.split import Split

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -20,7 +21,7 @@ from simplclip.data.decode import decode_pil, rgb
 from simplclip.data.errors import BrokenSample
 from simplclip.data.samples import file_bytes
 from simplclip.evaluation.split import features_of
-from simplclip.models.crop import try_crop
+from simplclip.models.crop import crop_texts
 from simplclip.models.source import load_source
 
 Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or float [3, S, S], uint8 [3, H, W]
@@ -42,7 +43,8 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval().requires_grad_(False)
-        try_crop(self.model)
+        with contextlib.suppress(InputError):  # of a tower whose texts cannot be cropped, padding is computed too
+            crop_texts(self.model)
         self.width = self.encode_text(["a"]).shape[1]
 
     def __repr__(self) -> str:

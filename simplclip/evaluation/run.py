@@ -16,7 +16,7 @@ from rich.console import Console
 from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import write_atomically
-from simplclip.data.held_out import held_out
+from simplclip.data import held_out
 from simplclip.evaluation.classification import NamelessError, class_names, named, phrases, zero_shot
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.figures import in_words, table
@@ -26,7 +26,6 @@ from simplclip.evaluation.split import BATCH_SIZE, Split, encode
 from simplclip.version import __version__
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]
-WORKERS = 4
 TEMPLATES = ("a photo of {}",)
 
 
@@ -39,7 +38,7 @@ def evaluate(
     classnames: str | os.PathLike | None = None,
     captions: int | None = None,
     batch_size: int = BATCH_SIZE,
-    workers: int = WORKERS,
+    workers: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
     console: Console | None = None,
@@ -58,7 +57,8 @@ def evaluate(
         templates: see `evaluation.phrases`; by default those in the split's folder, in the config, or "a photo of {}".
         classnames: see `evaluation.class_names`; by default the names in the data.
         captions: see `data.held_out`.
-        batch_size: images or captions encoded at a time. workers: processes that decode images.
+        batch_size: images or captions encoded at a time.
+        workers: processes that decode images; by default one for each core, at most 8.
 
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture), InputError.
     """
@@ -69,7 +69,9 @@ def evaluate(
         raise InputError(f"model: expected one or several different models, got {', '.join(sources) or 'none'}")
     if not splits:
         raise InputError("data: expected at least one split (--data NAME=DATA), got none")
-    names, given = class_names(classnames), phrases(templates or ())
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    names, synsets = class_names(classnames)
+    chosen_templates = phrases(templates or ())
     answer: dict[str, Any] = {}
 
     for number, source in enumerate(sources):
@@ -78,21 +80,21 @@ def evaluate(
         about["precision"] = encoder.precision
         if number == 0:
             folder = _folder(out, source)
-            data = {name: named(held_out(what, captions=captions), *names) for name, what in splits.items()}
+            data = {name: named(held_out(what, captions=captions), names, synsets) for name, what in splits.items()}
             folder.mkdir(parents=True, exist_ok=True)
-            usual = _templates_of(encoder.config)
+            config_templates = _templates_of(encoder.config)
             answer = result = about | {"versions": {"simplclip": __version__, "torch": torch.__version__}, "splits": {}}
         else:
             result = answer.setdefault("baselines", {})[source] = about | {"splits": {}}
         for name, held in data.items():
             label = f"{name}, {source}" if sources[1:] else name
             split = Split(held, encoder.tokenizer, encoder.preprocess)
-            where = batch_size, encoder.device, encoder.precision
-            encode(encoder.model, split, *where, workers=workers, progress=label, who=source)
+            options = {"workers": workers, "progress": label, "who": source}
+            encode(encoder.model, split, batch_size, encoder.device, encoder.precision, **options)
             say(f"{label}: {split.report()}")
             picture = folder / f"evaluation-{file_name(name)}{f'-{file_name(source)}' if number else ''}.png"
-            wording = given or phrases(held.classes.templates or usual)
-            figures = ranks.on_first(partial(_figures, encoder, split, name, wording, picture))
+            texts = chosen_templates or phrases(held.classes.templates or config_templates)
+            figures = ranks.on_first(partial(_figures, encoder, split, name, texts, picture))
             for line in figures["left_out"]:
                 say(f"{label}: {line}")
             result["splits"][name] = figures
@@ -117,8 +119,8 @@ def _templates_of(config: Mapping[str, Any] | None) -> Sequence[str]:
     """Returns eval.templates of a checkpoint's config, if it has them."""
     section = (config or {}).get("eval")
     templates = section.get("templates") if isinstance(section, Mapping) else None
-    whole = isinstance(templates, list) and templates and all(isinstance(text, str) and "{" in text for text in templates)
-    return templates if whole else TEMPLATES
+    valid = isinstance(templates, list) and templates and all(isinstance(text, str) and "{" in text for text in templates)
+    return templates if valid else TEMPLATES
 
 
 def file_name(name: str) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.progress import Progress
+from simplclip.data import HeldOut, held_out
 from simplclip.data.errors import Skipped
-from simplclip.data.held_out import HeldOut, held_out
 from simplclip.data.transforms import finished
 
 BATCH_SIZE = 64  # images or captions that are encoded at a time

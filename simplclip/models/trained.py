@@ -129,7 +129,7 @@ def _refuse(key: str, value: Any, where: str) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint, or the last.pt of a run's folder, to the CPU, as a dict with at least "model" and "config".
+    """Reads a checkpoint, or the last.pt of a run's folder, to the CPU, as a dict with at least "model", "config" and "step".
 
     Raises FileNotFoundError; CheckpointError for a file that is damaged, no checkpoint, or of a newer version.
     """
@@ -144,7 +144,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         got = f"{version}, written by a newer simplclip" if isinstance(version, int) else repr(version)[:100]
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {got}")
     try:
-        complete = "model" in state and isinstance(state["config"]["model"]["name"], str)
+        complete = "model" in state and isinstance(state["config"]["model"]["name"], str) and isinstance(state["step"], int)
     except (LookupError, TypeError):
         complete = False
     if not complete:

@@ -67,29 +67,24 @@ def run(
     precision: str = "fp32",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes a sidecar of each shard to `out`, with up to `n` additional captions of each image.
+    """Writes a sidecar of each shard to the folder `out`, with up to `n` additional captions of each image.
 
     A sidecar holds the json of each sample with "captions", first the sample's own, and "synthetic", the number of captions
     by a model at the end. Empty captions, and captions that differ from an earlier one only in case and spaces, are dropped.
+    The captions of a sample depend only on the seed, its shard and its key, not on the batch.
 
     Args:
         data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in OUT/shards.
-        out: as for `data.writer.write_sidecars`; sidecars that an earlier run finished are kept.
         model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
         checkpoint: file of its weights, see `models.create`; or
         pretrained: a tag of weights that open_clip downloads.
         top_p, temperature: how captions are drawn, see `generate`.
-        seed: the captions of a sample depend only on the seed, its shard and its key, not on the batch.
         batch_size: images at a time; n captions of each are drawn together.
         max_tokens: most tokens of a caption, including start and end of text; at most the model's context.
-        sidecars: folders that are joined to the shards first, e.g. with the captions of another model.
-        workers: processes that decode; 0 does it in this process.
-        device, precision: as for evaluation; precision fp32, bf16, fp16 or auto.
+        sidecars, workers, errors, continuation: as for `data.writer.write_sidecars`.
 
-    Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run.
-
-    Raises: ValueError (the model is not a CoCa, the file has no weights, an argument is out of range, the folder is another
-    run's), RuntimeError (weights of another architecture), FileNotFoundError, FileExistsError, ShardError.
+    Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run. Raises InputError for an
+    argument out of range, a model that is no CoCa, and weights that do not fit; FileNotFoundError.
     """
     for name, value, good, expected in (
         ("n", n, n >= 1, "at least 1"),
@@ -131,13 +126,9 @@ def run(
 def load_model(name: str, *, checkpoint: str | os.PathLike | None = None, pretrained: str | None = None) -> CoCa:
     """Loads a CoCa of open_clip in eval mode with the weights of a local file or of a tag. Raises the errors of `run`."""
     plain = name.removeprefix(models.PLAIN)
-    config = open_clip.get_model_config(plain)
-    if config is None or "multimodal_cfg" not in config:
-        known = [model for model in open_clip.list_models() if model.startswith("coca")]
-        what = "not a model of open_clip" if config is None else "not a CoCa: it has no text decoder"
-        raise InputError(
-            f"model: expected a CoCa model of open_clip, such as {', '.join(known)}, got {name!r}, which is {what}"
-        )
+    if "multimodal_cfg" not in (open_clip.get_model_config(plain) or {}):
+        names = ", ".join(model for model in open_clip.list_models() if model.startswith("coca"))
+        raise InputError(f"model: expected a CoCa model of open_clip, such as {names}, got {name!r}")
     if (checkpoint is None) == (pretrained is None):
         got = "neither" if checkpoint is None else "both"
         raise InputError(f"checkpoint, pretrained: expected a file or a tag with the weights of {plain}, got {got}")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from open_clip.model import get_model_preprocess_cfg
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
 from simplclip.common import hardware, ranks
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
 class Prepare:
     """Makes the inputs of a teacher, in workers. An image is decoded once for all its views."""
 
-    transform: Callable  # the teacher's, of the whole image or of a view
+    transform: Callable  # the teacher's; an ImageTransform if there are views
     tokenizer: Callable[[list[str]], Tensor]
     views: Views | None
 
@@ -128,7 +128,13 @@ def write(
         workers: processes that decode and tokenize; 0 does it in this process.
     """
     _check_dtype(dtype)
-    prepare = Prepare(teacher.preprocess if views is None else transform_of(teacher), teacher.tokenizer, views)
+    transform = transform_of(teacher)
+    if views is not None and transform is None:
+        raise InputError(
+            f"views: expected a teacher whose preprocessing is an ImageTransform or open_clip's, got {teacher.name} with "
+            f"{teacher.preprocess!r}"
+        )
+    prepare = Prepare(transform or teacher.preprocess, teacher.tokenizer, views)
 
     def process(batch: Batch) -> list[dict[str, bytes]]:
         images = finished(prepare.transform, batch.images, teacher.device, colour=batch.colours)
@@ -154,17 +160,15 @@ def encode_tokens(teacher: Encoder, tokens: Tensor, batch_size: int) -> Tensor:
     return features[[places[row.tobytes()] for row in tokens.numpy()]]
 
 
-def transform_of(teacher: Encoder) -> ImageTransform:
-    """Returns the transform that makes the pixels of a view for a teacher: its size and normalisation are the teacher's."""
+def transform_of(teacher: Encoder) -> ImageTransform | None:
+    """Returns the ImageTransform that makes the pixels of a teacher's preprocessing; None if it is not open_clip's own."""
     if isinstance(teacher.preprocess, ImageTransform):
         return teacher.preprocess
     try:
-        return ImageTransform(PreprocessCfg(**get_model_preprocess_cfg(teacher.model)))
+        cfg = PreprocessCfg(**get_model_preprocess_cfg(teacher.model))
     except AttributeError:
-        raise InputError(
-            f"views: expected a teacher whose preprocessing is an ImageTransform or open_clip's, got {teacher.name} with "
-            f"{teacher.preprocess!r}"
-        ) from None
+        return None
+    return ImageTransform(cfg) if repr(image_transform_v2(cfg, is_train=False)) == repr(teacher.preprocess) else None
 
 
 def student_transform(config: str | os.PathLike) -> ImageTransform:

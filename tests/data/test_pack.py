@@ -16,13 +16,13 @@ from pairs import call, digests, killed_at_any_point, members, meta, one_line, p
 
 from simplclip.common import files
 from simplclip.common.errors import InputError
-from simplclip.data import forms, pack, tables
+from simplclip.data import pack, tables
 from simplclip.data.forms import Options, Row
 
 ROWS = [("img/a.png", "one"), ("img/a.png", "two"), ("img/sub/b.png", "three")]
 TWO = [("000000000", ["one", "two"]), ("000000002", ["three"])]
 IMAGES = [("img/a.png", ["one", "two"]), ("img/sub/b.png", ["three"])]
-OTHER = Options(image_key="where", caption_key="what", separator=";", images="img")
+OTHER = Options(image_key="where", caption_key="what", images="img")
 KINDS = {
     "rows.csv": (Options(), TWO),
     "rows.tsv": (Options(), TWO),
@@ -131,10 +131,14 @@ def test_separators_and_wrong_tables(tmp_path):
         path = table(tmp_path / "t.csv", [["a.png", "one"]], separator=separator)
         assert packed(path, tmp_path / f"out{ord(separator)}")[0] == [("000000000", ["one"])]
     for name, content, options, message in (
-        ("t.csv", None, Options(separator=","), "with the columns 'filepath;title'; its header has ';': try separator=';'"),
-        ("t.csv", None, Options(separator="::"), "expected a table with a line of columns, got"),
+        (
+            "t.csv",
+            None,
+            Options(image_key="x"),
+            r"a column x \(image_key\), got '.*t.csv' with the columns 'filepath', 'title'",
+        ),
         ("u.csv", "path,title\n".encode("utf-16"), Options(), "in UTF-16: iconv -f UTF-16 -t UTF-8"),
-        ("r.csv", b"path,title\ra.png,x\r", Options(), "got .* with \\\\r alone"),
+        ("r.csv", b"path,title\ra.png,x\r", Options(), "expected a table with a line of columns, got"),
         ("p.parquet", b"PAR1", Options(), "expected a parquet file, got"),
         ("j.json", b'{"a": 1}', Options(), "as in Karpathy's or COCO's JSON, got .*KeyError: 'images'"),
         ("d.json", b"[" * 100_000, Options(), "nested too deeply"),
@@ -159,7 +163,7 @@ def test_separators_and_wrong_tables(tmp_path):
 def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
     path = table(tmp_path / "t.csv", [[f"{number}.png", f"{number} {'x' * 100}"] for number in range(rows)])
     Path(path).write_text(Path(path).read_text().replace("7.png,7 x", '7.png,"7 x', 1))
-    found = list(forms.open_source(path, Options()).rows())
+    found = list(pack.open_source(path, Options()).rows())
     assert [row.name for row in found if not isinstance(row, Row)] == ["t.csv/000000007"]
     assert [row.captions[0].split()[0] for row in found if isinstance(row, Row)] == [str(n) for n in range(rows) if n != 7]
 
@@ -175,7 +179,7 @@ def test_no_large_table_is_held(tmp_path, kind):
         pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").table(columns), path)
     del columns
     tracemalloc.start()
-    source = forms.open_source(path, Options())
+    source = pack.open_source(path, Options())
     assert source.total == count
     (last,) = deque(source.rows(), maxlen=1)
     _, peak = tracemalloc.get_traced_memory()
@@ -263,7 +267,7 @@ def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
     (tmp_path / "out/t-000001.tar").unlink()
     assert "packed 6 samples" in call(*command).output
     assert digests(tmp_path / "out") == before
-    for change in (lambda: call(*command, "--separator", ","), lambda: os.utime(rows, (0, 0)) or call(*command)):
+    for change in (lambda: call(*command, "--caption-key", "title"), lambda: os.utime(rows, (0, 0)) or call(*command)):
         output = change().output
         assert "out to hold the shards of '" in output
         assert "remove it or choose another folder" in output
@@ -333,7 +337,6 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
         "image_key": "where",
         "caption_key": "what",
         "images": "img",
-        "separator": None,
     }
     source = [*tars, "rows.csv", {"shards": ["karpathy.json#val", "c.tar"]}, mapping, "rows.json"]
     found = pack.packed(source, tmp_path / "out")

@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
-from pairs import call, one_line, png, write
+from pairs import one_line, png, write
 
 from simplclip import data, evaluation
 from simplclip.common import plotting
 from simplclip.common.errors import InputError
-from simplclip.data import shards, text
-from simplclip.data.addresses import is_address
-from simplclip.data.broken import Skipped
-from simplclip.data.parts import read_part
+from simplclip.data import samples, tars, text
+from simplclip.data.errors import BrokenSample, Skipped
+from simplclip.data.sources import Address
 
 
 def read(source) -> list[str]:
-    return [sample["__key__"] for part in data.parts_of(source) for sample in read_part(part, Skipped())]
+    return [sample["__key__"] for tar in data.sources_of(source) for sample in tars.read(tar, Skipped())]
 
 
 NAMES = {
@@ -45,12 +44,10 @@ def test_a_file_is_a_file_whatever_it_is_called(tmp_path, name):
     assert read("*.tar") == read(name) == read(Path(name)) == read([name]) == ["k", key]
     (tmp_path / "here" / "list.txt").write_bytes(os.fsencode(f"#\n{name}\n"))
     assert "\n" in name or read("list.txt") == ["k", key]
-    found = data.held_out("*.tar")
-    assert [found.open(sample).captions for sample in found.samples(Skipped())] == [["x"], ["x"]]
-    result = call("data", "report", "--workers", 1, "--sample", 2, "--", name)
-    assert result.exit_code == 0, result.output
-    assert "2 in 1 file," in result.output
-    assert not {"\x1b", "\x07", "\udcff"} & {*result.output}
+    skipped = Skipped()
+    ((_, positions, pairs),) = data.held_out("*.tar").batches(lambda image: torch.zeros(1), 4, skipped)
+    assert ([pair.captions for pair in pairs], positions) == ([["x"]], [0])
+    assert not {"\x1b", "\x07"} & {*str(skipped)}
 
 
 def test_a_folder_whose_name_begins_as_a_command(tmp_path):
@@ -60,7 +57,7 @@ def test_a_folder_whose_name_begins_as_a_command(tmp_path):
     write(folder / "0.tar", [("k", {"png": png(), "txt": b"x", "cls": b"0"})])
     (folder / "nshards.txt").write_text("1")
     found = data.held_out("pipe:touch canary;")
-    assert len(list(found.samples(Skipped()))) == 1
+    assert len(list(found.batches(lambda image: torch.zeros(1), 4, Skipped()))) == 1
     for number in ("2", "99999999", "9" * 5000):
         (folder / "nshards.txt").write_text(number)
         with pytest.raises(InputError, match="1.tar', which does not exist|the number of shards"):
@@ -71,9 +68,18 @@ def test_what_a_pattern_finds_in_a_folder_called_http(tmp_path):
     Path("http:/x").mkdir(parents=True)
     write(tmp_path / "here/http:/x/a.tar", [("k", {"png": png(), "txt": b"x"})])
     assert read("http://x/a.tar") == read(data.expand("http://x/a.tar")) == ["k"]  # the file exists
-    assert is_address(data.parts_of("http://x/*.tar")[0].url)  # no file has this name
+    assert isinstance(data.sources_of("http://x/*.tar")[0].url, Address)  # no file has this name
     with pytest.raises(InputError, match=r"expected local tars, got 'http://x/\*.tar'"):
         data.expand("http://x/*.tar")
+
+
+def test_names_in_a_meta_json_are_not_run(tmp_path):
+    write(tmp_path / "here" / "a.tar", [("k", {"png": png(), "txt": b"x"})])
+    name = "pipe:touch canary"
+    entry = {"samples": 1, "bytes": 1, "source": {"bytes": 1}}
+    Path("meta.json").write_text(json.dumps({"splits": {"x": {"shards": {name: entry}}}, "packed": name, "source": name}))
+    assert data.dataset_size("a.tar") is None
+    assert read("*.tar") == ["k"]
 
 
 LISTS = {
@@ -92,7 +98,7 @@ LISTS = {
 def test_a_list_file_is_refused_in_a_line(line, message):
     Path("list.txt").write_text(line)
     with pytest.raises(InputError, match=message):
-        data.parts_of("list.txt")
+        data.sources_of("list.txt")
     assert "\x1b" not in one_line("data", "pack", "list.txt", "--out", "packed")
 
 
@@ -112,75 +118,13 @@ PATTERNS = {
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_a_pattern_of_too_many_names_is_refused(pattern):
     with pytest.raises(InputError, match=r"shards: expected (a pattern of at|a brace pattern|as many|braces in)") as error:
-        data.parts_of(pattern)
+        data.sources_of(pattern)
     assert len(str(error.value)) < 400
 
 
 def test_a_pattern_of_many_names_is_not():
-    assert len(data.parts_of("http://host/{00000..09999}.tar")) == 10000
-    assert len(data.parts_of("http://host/{{a,b}/{0..999},c/{a..d}}.tar")) == 2004
-
-
-HEAD = b"filepath,title\n"
-ROW = b"a.png,one\n"
-LONG = b"a.png," + b"x" * 200_000 + b"\n"
-# table -> its captions and counts, or the error
-TABLES = {
-    "latin-1": (HEAD + ROW + b"a.png,caf\xe9\n", (["one"], {"caption not UTF-8": 1})),
-    "a mark of UTF-8": (b"\xef\xbb\xbf" + HEAD + ROW, (["one"], {})),
-    "UTF-16": ("filepath,title\na.png,one\n".encode("utf-16"), "expected a table in UTF-8, got .* in UTF-16"),
-    "old line ends": (b"filepath,title\ra.png,one\r", r"whose lines end in .* with \\r alone"),
-    "a carriage return in a row": (HEAD + ROW + b"a.png,t\rw\n", (["one"], {"bad row": 1})),
-    "a long caption": (HEAD + ROW + LONG + ROW, (["one", "one"], {"bad row": 1})),
-    "NUL in a caption": (HEAD + ROW + b"a.png,t\0w\n", (["one", "t\ufffdw"], {})),
-    "a surrogate in UTF-8": (HEAD + b"a.png,\xed\xa0\x80\n" + ROW, (["one"], {"caption not UTF-8": 1})),
-    "a line of 40 MB": (HEAD + b"x" * 40_000_000 + b"\n" + ROW, (["one"], {"bad row": 0})),
-    "a long header": (b"x" * 200_000 + b",title\n" + ROW, "with a line of columns, got .*field larger"),
-    "no table": (b"\x89PNG\0\0\0\0\n" * 9, "expected a table with a column"),
-    "empty": (b"", "expected a table with a column"),
-}
-
-
-@pytest.mark.parametrize(("content", "expected"), TABLES.values(), ids=TABLES)
-def test_what_a_table_says_is_read_or_counted(content, expected):
-    Path("a.png").write_bytes(png())
-    Path("t.csv").write_bytes(content)
-    if isinstance(expected, str):
-        with pytest.raises(InputError, match=expected):
-            data.parts_of("t.csv")
-        return
-    skipped = Skipped()
-    samples = [sample for part in data.parts_of("t.csv") for sample in read_part(part, skipped)]
-    assert [shards.parse(sample).captions[0] for sample in samples] == expected[0]
-    assert skipped.counts.keys() == expected[1].keys()
-    assert all(skipped.counts[reason] == number or not number for reason, number in expected[1].items())
-
-
-PLACES = {
-    "a command": "pipe:touch canary",
-    "a URL": "http://127.0.0.1:9/a.png",
-    "a name with NUL": "a\0.png",
-    "a name that is too long": "a" * 5000,
-    "a pipe that nobody writes to": "fifo.png",
-    "a device without end": "/dev/zero",
-    "a folder": ".",
-    "another host's file": "//host/share/a.png",
-}
-
-
-@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-def test_what_a_table_names_is_a_file_or_counted(place):
-    os.mkfifo("fifo.png")
-    Path("a.png").write_bytes(png())
-    Path("t.csv").write_text(f"filepath,title\na.png,one\n{place},two\n")
-    skipped = Skipped()
-    for part in data.parts_of("t.csv"):
-        list(shards.usable(read_part(part, skipped), skipped))
-    assert skipped.counts.total() == 1
-    split = evaluation.Split(data.held_out("t.csv"), None, lambda image: torch.zeros(3, 2, 2))
-    assert [len(batch) for batch in split.read(4)] == [1]
-    assert split.skipped.counts == skipped.counts
-    split.report().encode()
+    assert len(data.sources_of("http://host/{00000..09999}.tar")) == 10000
+    assert len(data.sources_of("http://host/{{a,b}/{0..999},c/{a..d}}.tar")) == 2004
 
 
 def files(**content):
@@ -215,27 +159,27 @@ SAMPLES = {
 def test_captions_are_used_or_counted(content, expected):
     write("a.tar", [("k", content)])
     tokenizer = SimpleTokenizer(context_length=8)
-    for found in (data.held_out("a.tar"), data.parts_of("a.tar")):
-        skipped, captions = Skipped(), []
-        if isinstance(found, list):
-            for part in found:
-                for opened in shards.usable(read_part(part, skipped), skipped):
-                    captions += opened.captions
-        else:
-            split = evaluation.Split(found, tokenizer, lambda image: torch.zeros(3, 2, 2))
-            try:
-                list(split.read(4))
-            except data.EmptyEpochError as error:
-                str(error).encode()
-            captions, skipped = split.captions, split.skipped
-        assert (captions, dict(skipped.counts)) == (([], {expected: 1}) if isinstance(expected, str) else (expected, {}))
-        assert captions == [] or tokenizer(captions).shape == (1, 8)
-        assert len(str(skipped)) < 1000
-        for caption in captions:
-            json.dumps(caption, ensure_ascii=False).encode()
-            figure, axis = plotting.sheet(4, 2, 1)
-            plotting.draw_text(axis, 0, 0, plotting.wrapped(caption, 20, 2), 9)
-            plotting.write(figure, Path("x.png"))
+    expected = ([], {expected: 1}) if isinstance(expected, str) else (expected, {})
+    skipped, captions = Skipped(), []
+    for sample in tars.read(data.sources_of("a.tar")[0], skipped):
+        try:
+            captions += samples.parse(sample).captions
+        except BrokenSample as broken:
+            skipped.add(broken.args[0], "a.tar/k", broken.args[1])
+    assert (captions, dict(skipped.counts)) == expected
+    split = evaluation.Split(data.held_out("a.tar"), tokenizer, lambda image: torch.zeros(3, 2, 2))
+    try:
+        list(split.read(4))
+    except data.EmptyDataError as error:
+        str(error).encode()
+    assert (split.captions, dict(split.skipped.counts)) == expected
+    assert captions == [] or tokenizer(captions).shape == (1, 8)
+    assert len(str(skipped)) < 1000
+    for caption in captions:
+        json.dumps(caption, ensure_ascii=False).encode()
+        figure, axis = plotting.sheet(4, 2, 1)
+        plotting.draw_text(axis, 0, 0, plotting.wrapped(caption, 20, 2), 9)
+        plotting.write(figure, Path("x.png"))
 
 
 CLASSES = {

@@ -115,6 +115,7 @@ def test_harmless_options_of_tokenizers_and_timm():
         ({"format": "x"}, "got a file without format='simplclip'"),
         ({"version": 2}, "expected checkpoint version 1 or lower, got 2, written by a newer simplclip"),
         ({"config": {"model": {}}}, "expected a checkpoint with a config and weights, got another one"),
+        ({"step": "x"}, "expected a checkpoint with a config and weights, got another one"),
         ({"model": {"x": torch.zeros(1)}}, "expected weights of 'siclip-tiny', the model of its config, got others: Missing"),
         ({"config": {"model": {"name": "siclip-tini"}}}, "name: expected one of .*nearest: .*siclip-tiny"),
         ({"config": {"model": {"name": "siclip-tiny", "options": [1]}}}, "expected weights of|expected options of"),

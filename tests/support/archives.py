@@ -1,16 +1,14 @@
-"""Tars and indices that nobody would write: headers by hand, and mutations, each made from the number of its case."""
+"""Tars that nobody would write: headers by hand, and mutations, each made from the number of its case."""
 
 import bz2
 import contextlib
 import gzip
 import io
-import json
 import lzma
 import random
 import signal
 import tarfile
 import time
-import zipfile
 
 import numpy as np
 from pairs import png
@@ -218,32 +216,6 @@ def case(number):
     return f"case {number}: {'+'.join(done) or 'whole'} {ending}", data, files, f".tar.{ending}".rstrip(".")
 
 
-# --- indices
-
-ARRAYS = (
-    np.array([-1], np.int64), np.array([2**63 - 1] * 3, np.int64), np.zeros(0, np.int32),
-    np.zeros((2, 2), np.int32), np.zeros(4096, "u1"),
-    np.array(["a", None], object), np.array(0, np.int64), np.full(5, np.nan), np.array(["\0" * 9] * 4), np.ones(7, bool),
-    np.zeros(3, [("a", "i4"), ("b", "f8")]), np.full(40, 2**31 - 1, np.int32), np.frombuffer(b"\xff\xfe\0\0a", "u1"),
-)  # fmt: skip
-VALUES = (
-    None,
-    -1,
-    2**70,
-    1.5,
-    "a" * 3000,
-    [],
-    {},
-    [[[[]]]],
-    True,
-    float("nan"),
-    {"a": 1},
-    {"a": ["b", 1]},
-    {"a": [1, 2, 3]},
-    1,
-)
-
-
 def npy(array=None, descr="<i4", shape=(3,), data=b"", order="False"):
     """Returns an .npy file whose header may say anything."""
     if array is not None:
@@ -253,46 +225,3 @@ def npy(array=None, descr="<i4", shape=(3,), data=b"", order="False"):
     text = f"{{'descr': {descr!r}, 'fortran_order': {order}, 'shape': {shape}, }}".encode()
     text += b" " * (-len(text) - 11 % 64 - 1) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
-
-
-def changed_index(data, draw):
-    """Changes an index. Returns the kind of change, and the bytes of the result."""
-    if draw.random() < 0.3:
-        at = draw.randrange(len(data))
-        new = draw.choice((b"", bytes([data[at] ^ 1 << draw.randrange(8)]), draw.randbytes(20)))
-        return "bytes", data[:at] + (new + data[at + 1 :] if draw.random() < 0.8 else b"")
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        parts = {name: archive.read(name) for name in archive.namelist()}
-    what = []
-    for _ in range(draw.randrange(1, 4)):
-        kind = draw.choice(("array", "about", "header", "without", "text", "shuffled"))
-        name = draw.choice([name for name in parts if name != "about.npy"])
-        if kind == "array":
-            parts[name] = npy(draw.choice(ARRAYS))
-        elif kind == "shuffled":
-            parts[name] = parts[draw.choice([*parts])]
-        elif kind == "header":
-            shape = draw.choice(((10**12,), (-3,), (3, -1), (), (0, 10**9), (2**63,), (1,) * 40))
-            parts[name] = npy(
-                None, draw.choice(("<i4", "|O", "<U0", "<U999999999", "|V8", "x", "<i8")), shape, draw.randbytes(12)
-            )
-        elif kind == "without":
-            del parts[name]
-        else:
-            about = json.loads(np.load(io.BytesIO(parts["about.npy"])).tobytes()) if kind == "about" else None
-            if about is not None:
-                about[draw.choice([*about])] = draw.choice(VALUES)
-            text = (
-                draw.choice((b"[" * 100000, b"{", b"\xff", b"1" * 5000, b"null"))
-                if about is None
-                else json.dumps(about).encode()
-            )
-            parts["about.npy"] = npy(np.frombuffer(text, "u1"))
-        what.append(f"{kind} {name}")
-        if kind in ("text", "about"):
-            break
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in parts.items():
-            archive.writestr(name, content)
-    return ", ".join(what), out.getvalue()

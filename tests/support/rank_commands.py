@@ -27,7 +27,7 @@ def said(folder: Path, plan: dict[str, list[str]]) -> dict[str, list]:
     finally:
         os.chdir(before)
     return {
-        name: [result.exit_code, result.stderr.splitlines()[-1] if result.exit_code else result.stdout]
+        name: [result.exit_code, (result.stderr.splitlines() or [""])[-1] if result.exit_code else result.stdout]
         for name, result in results.items()
     }
 

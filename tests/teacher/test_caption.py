@@ -227,7 +227,7 @@ def test_command(source, weights, tmp_path):
     torch.save({name: torch.full_like(t, torch.nan) for name, t in state.items()}, tmp_path / "nan.pt")
     cases = {
         "model: expected a CoCa model of open_clip, such as coca_": (out, "--model", "ViT-B-32", "--checkpoint", weights),
-        "got 'coca_ViT-B-33', which is not a model of open_clip": (out, "--model", "coca_ViT-B-33"),
+        "model: expected a CoCa model of open_clip, such as": (out, "--model", "coca_ViT-B-33"),
         "expected a file or a tag with the weights of coca_ViT-B-32, got neither": (out,),
         "got both": (out, *options, "--pretrained", "x"),
         "pretrained: expected one of ['laion2b_s13b_b90k'": (out, "--pretrained", "x"),

@@ -56,7 +56,7 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("data.train=3", "data.train"),
         (
             "data.options.workers=3",
-            "data.options: expected 'on_error', 'max_pixels', 'max_bytes' or 'shuffle_buffer', got 'workers'",
+            "data.options.workers: expected 'on_error', 'max_pixels', 'max_bytes' or 'shuffle_buffer', got 'workers'",
         ),
         ("eval.splits.held=3", "eval.splits.held"),
         ("optim=3", "optim: expected a valid dictionary"),

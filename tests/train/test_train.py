@@ -274,7 +274,7 @@ def test_damaged_data_is_told_once(tmp_path):
     text = go(tiny.settings(tmp_path))
     (told,) = {line for line in re.findall("^data .* skipped: .*$", text, re.M) if " 1 skipped: " in line}
     assert "black-bar" not in told
-    assert "train-0/0-red-circle" in told
+    assert "train-0.tar/0-red-circle" in told
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,182 @@
+"""Held-out data: the same images in the same order, whatever the workers; layouts; damage; pictures."""
+
+import gc
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pairs import COUNT, SIZE, augment, png, resize, sample, write
+
+from simplclip import data
+from simplclip.common.errors import InputError
+from simplclip.data.errors import Skipped
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    for shard, (start, stop) in enumerate(((0, 5), (5, 19), (19, COUNT))):
+        write(folder / f"held-{shard}.tar", [sample(i) for i in range(start, stop)])
+    return str(folder / "held-*.tar")
+
+
+def read(what, workers=0, batch_size=4, transform=augment, **options):
+    skipped = Skipped()
+    batches = list(data.held_out(what, **options).batches(transform, batch_size, skipped, workers))
+    return batches, skipped
+
+
+def pairs(batches):
+    return [pair for _, _, of_batch in batches for pair in of_batch]
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_whole_split_in_order_whatever_the_workers(pattern, workers):
+    batches, skipped = read(pattern, workers)
+    assert not skipped.counts
+    assert [len(images) for images, _, _ in batches] == [4, 1, 4, 4, 4, 2, 4]  # no batch goes over the end of a tar
+    assert [position for _, positions, _ in batches for position in positions] == [*range(COUNT)]
+    assert [pair.key for pair in pairs(batches)] == [f"k{i:03d}" for i in range(COUNT)]
+    assert all(pair.captions == [f"{pair.key[1:].lstrip('0') or 0} a"] for pair in pairs(batches))  # of a json's the first
+    assert all(pair.encoded == b"" for pair in pairs(batches))
+    images = torch.cat([images for images, _, _ in batches])
+    assert images.shape == (COUNT, 3, SIZE, SIZE)
+    assert torch.equal(images, torch.cat([images for images, _, _ in read(pattern, 0)[0]]))
+    assert [len(pair.captions) for pair in pairs(read(pattern, captions=0)[0])] == [3] * COUNT
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_broken_samples_are_counted_once_and_leave_the_order(tmp_path, workers):
+    broken = {
+        3: {"png": b"not an image", "txt": b"x"},
+        4: {"png": png(4)},
+        7: {"txt": b"x"},
+        9: {"png": png(9)[:80], "txt": b"x"},
+        10: {"png": png(10), "json": b"{"},
+        11: {"png": png(11), "txt": b" "},
+        12: {"png": png(12), "cls": b"many"},
+    }
+    samples = [(f"k{i:03d}", broken.get(i, {"png": png(i), "txt": b"fine"})) for i in range(14)]
+    write(tmp_path / "a.tar", samples)
+    torn = tmp_path / "b.tar"
+    write(torn, [(f"t{i}", {"png": png(i), "txt": b"fine"}) for i in range(5)])
+    torn.write_bytes(torn.read_bytes()[:5200])
+    batches, skipped = read(str(tmp_path / "*.tar"), workers, batch_size=2)
+    reasons = ("not an image", "missing caption", "missing image", "truncated image", "bad json", "empty caption", "bad cls")
+    assert skipped.counts == dict.fromkeys((*reasons, "damaged tar"), 1)
+    assert "a.tar/k003" in skipped.examples["not an image"]
+    assert [pair.key for pair in pairs(batches)] == [f"k{i:03d}" for i in (0, 1, 2, 5, 6, 8, 13)] + ["t0", "t1"]
+
+
+def test_classes_of_folders(tmp_path):
+    for name, count in (("big_dog", 2), ("cat", 1)):
+        (tmp_path / "in" / name / "more").mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "in" / name / "more" / f"{number}.PNG").write_bytes(png(number))
+    (tmp_path / "in" / "cat" / "broken.jpg").write_bytes(b"x")
+    (tmp_path / "in" / "cat" / "gone.jpg").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "in" / "cat" / "pipe.jpg")
+    found = data.held_out(tmp_path / "in")
+    assert found.classes.names == ["big dog", "cat"]
+    for workers in (0, 2):
+        batches, skipped = read(tmp_path / "in", workers)
+        assert [(pair.key, pair.label) for pair in pairs(batches)] == [
+            ("big_dog/more/0.PNG", 0), ("big_dog/more/1.PNG", 0), ("cat/more/0.PNG", 1)
+        ]  # fmt: skip
+        assert skipped.counts == {"not an image": 1, "cannot be read": 2}
+    (tmp_path / "in" / "cat" / "a.txt").write_text("a cat")
+    with pytest.raises(InputError, match="data: .*with texts beside the images; make shards .* `simplclip data pack`"):
+        data.held_out(tmp_path / "in")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="data: expected a folder with a folder of images for each class"):
+        data.held_out(tmp_path / "empty")
+
+
+def clip_benchmark(folder, **files):
+    folder.mkdir(parents=True)
+    write(folder / "0.tar", [("s0", {"png": png(), "txt": b"one\n two\n\n", "cls": b"1"})])
+    (folder / "nshards.txt").write_text("1")
+    for name, text in files.items():
+        (folder.parent / f"{name}.txt").write_text(text)
+
+
+def test_clip_benchmarks_layout(tmp_path, monkeypatch):
+    """Only there each line of a txt is a caption."""
+    clip_benchmark(tmp_path / "set" / "test", classnames="a\n b\n", zeroshot_classification_templates="a {c}")
+    clip_benchmark(tmp_path / "set" / "val", dataset_type="retrieval")
+    for what in (tmp_path / "set", f"{tmp_path}/set#test", tmp_path / "set" / "test"):
+        found = data.held_out(what)
+        assert (found.classes.names, found.classes.templates) == (["a", "b"], ["a {c}"])
+        (pair,) = pairs(read(what)[0])
+        assert (pair.captions, pair.label) == (["one", "two"], 1)
+    assert "val/0.tar" in str(data.held_out(f"{tmp_path}/set#val"))
+    assert pairs(read(tmp_path / "set" / "test" / "0.tar")[0])[0].captions == ["one two"]
+    with pytest.raises(InputError, match="data: expected one of the splits test, val of .*set, got 'train'"):
+        data.held_out(f"{tmp_path}/set#train")
+    (tmp_path / "set" / "dataset_type.txt").write_text("other")
+    with pytest.raises(InputError, match=r"dataset_type.txt: expected retrieval or classification, got 'other'"):
+        data.held_out(tmp_path / "set")
+    (tmp_path / "set" / "dataset_type.txt").unlink()
+    for number, message in (("2", "expected a file, got '.*1.tar', which does not"), ("9" * 5000, "number of shards, got")):
+        Path(tmp_path, "set", "test", "nshards.txt").write_text(number)
+        with pytest.raises(InputError, match=message):
+            data.held_out(tmp_path / "set" / "test")
+
+
+def test_errors(tmp_path, pattern):
+    with pytest.raises(data.EmptyDataError, match=r"no usable sample.*1 missing image"):
+        read(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]))
+
+    def bad(image):
+        raise KeyError("why")
+
+    for workers in (0, 2):
+        with pytest.raises(
+            RuntimeError, match=r"the transform failed on sample 'k000' of shard .*held-0.tar': KeyError: 'why'"
+        ):
+            read(pattern, workers, transform=bad)
+
+
+@pytest.mark.parametrize("fails", ["the reader", "its caller"])
+def test_the_garbage_collector_does_not_wait_for_processes(pattern, fails):
+    """An error and the frames in its traceback are a cycle. torch would wait 5 s for each process of an iterator in it."""
+
+    def transform(image):
+        if fails == "the reader":
+            raise KeyError("why")
+        return torch.zeros(3, 4, 4)
+
+    def use():
+        batches = data.held_out(pattern).batches(transform, 4, Skipped(), 2)
+        try:
+            next(batches)
+            raise ValueError
+        except (RuntimeError, ValueError) as error:
+            kept = error  # noqa: F841
+
+    use()
+    start = time.process_time()
+    gc.collect()
+    assert time.process_time() - start < 4
+    assert not multiprocessing.active_children()
+
+
+def test_pictures_reads_what_is_asked_for(pattern):
+    shown = data.held_out(pattern).pictures([7, 2, 7, 21])
+    assert [*shown] == [2, 7, 21]
+    pixels = torch.cat([images for images, _, _ in read(pattern, transform=resize)[0]])
+    for position, image in shown.items():
+        assert torch.equal(resize(image), pixels[position])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_fetched_once_whatever_the_workers(pattern, tmp_path, workers):
+    shard = pattern.replace("*", "1")
+    batches, _ = read(f"pipe:echo once >> {tmp_path / 'log'} && cat {shard}", workers)
+    assert [pair.key for pair in pairs(batches)] == [f"k{i:03d}" for i in range(5, 19)]
+    assert (tmp_path / "log").read_text() == "once\n"

@@ -1,0 +1,366 @@
+"""Batches of training, with and without a teacher's features: parts of workers and ranks, resuming, and dead workers."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import AugmentationCfg, PreprocessCfg
+from pairs import COUNT, SIZE, keys, loader, npy, png, resize, sample, text_of, write
+from runs import bits
+
+from simplclip import data
+from simplclip.data.samples import digest_of
+from simplclip.data.transforms import ImageTransform
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+WIDTH = 6  # of the features
+ALL = [f"k{i:03d}" for i in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory):
+    """Writes seven shards of unequal size."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard, (start, stop) in enumerate(itertools.pairwise((0, 1, 3, 8, 10, 14, 19, COUNT))):
+        write(folder / f"train-{shard:06d}.tar", [sample(i) for i in range(start, stop)])
+    return str(folder / "train-{000000..000006}.tar")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("one") / "one.tar", [sample(i) for i in range(COUNT)])
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def passes(shards, count, *, workers=1, ranks=1, **options):
+    """Returns the keys of the first passes of each worker of each rank: keys[pass][worker]. No process starts."""
+    keys = [[] for _ in range(count)]
+    options = {"batch_size": 1, "shuffle_buffer": 4, "transform": resize} | options
+    for rank in range(ranks):
+        pairs = loader(shards, workers=workers, rank=rank, world_size=ranks, **options)._pairs
+        for worker in range(workers):
+            for of_pass in keys:
+                of_pass.append([])
+            for item in pairs.items(worker, workers):
+                if item.number >= count:
+                    break
+                keys[item.number][-1] += item.batch["key"]
+    return keys
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_hold_what_the_shards_hold(pattern, workers):
+    batches = take(loader(pattern, workers=workers), 8)
+    assert {len(b["key"]) for b in batches} == {4}
+    shapes = {
+        name: (tuple(value.shape), value.dtype) for name, value in batches[0].items() if isinstance(value, torch.Tensor)
+    }
+    assert shapes == {
+        "image": ((4, 3, SIZE, SIZE), torch.float32),
+        "text": ((4, 12), torch.int64),
+        "group": ((4,), torch.int64),
+    }
+    for batch in batches:
+        for key, row, record in zip(batch["key"], batch["text"], batch["meta"]):
+            assert text_of(row) in record["captions"]
+            assert record["group"] == int(key[1:]) // 2
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("shards", ["many", "one"])
+def test_in_a_pass_no_sample_is_lost_doubled_or_shared(pattern, one, shards, workers, ranks):
+    found = passes(pattern if shards == "many" else one, 3, workers=workers, ranks=ranks)
+    for of_pass in found:
+        assert sorted(key for of_worker in of_pass for key in of_worker) == ALL
+        assert all(of_pass)
+        if shards == "one":  # samples are dealt out
+            assert {len({int(key[1:]) % (workers * ranks) for key in of_worker}) for of_worker in of_pass} == {1}
+    assert found[0] != found[1]
+
+
+def test_tiny_shards_are_dealt_out_over_all_of_them(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"{i}.tar", [sample(2 * i), sample(2 * i + 1)])
+    (found,) = passes(str(tmp_path / "*.tar"), 1, workers=6)
+    assert sorted(found) == [[key] for key in ALL[:6]]
+
+
+def test_shuffle_mixes_shards_and_differs_by_pass_and_seed(pattern):
+    orders = [passes(pattern, 2, seed=seed, shuffle_buffer=COUNT)[number][0] for seed in (0, 1) for number in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(order != sorted(order) for order in orders)
+    assert passes(pattern, 2, shuffle=False) == [[ALL], [ALL]]
+
+
+def test_weights_say_how_often_shards_come(pattern, one):
+    mixed = [{"shards": one, "weight": 2.25}, {"shards": pattern, "weight": 0.5}]
+    counts = Counter(key for of_pass in passes(mixed, 40) for key in of_pass[0])
+    assert all(40 * 2.25 + 40 * 0.5 - 40 < count < 40 * 2.25 + 40 * 0.5 + 40 for count in counts.values())
+    twice = take(loader({"shards": one, "weight": 2}, shuffle_buffer=2 * COUNT, batch_size=2 * COUNT), 1)[0]
+    assert Counter(twice["key"]) == Counter(ALL * 2)
+    first = {key: twice["key"].index(key) for key in ALL}
+    again = {key: i for i, key in enumerate(twice["key"])}
+    assert any(not torch.equal(twice["image"][first[key]], twice["image"][again[key]]) for key in ALL)
+
+
+CASES = [(0, 1), (1, 1), (2, 2), pytest.param(3, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("workers", "ranks"), CASES)
+@pytest.mark.parametrize("shards", ["many", "one"])
+def test_a_resumed_loader_goes_on_exactly(pattern, one, shards, workers, ranks):
+    """The cuts are in the first pass, at its end, and in later ones; a state is plain ints."""
+    options = {"workers": workers, "world_size": ranks, "rank": ranks - 1, "shuffle_buffer": 5, "batch_size": 3}
+    make = lambda **more: loader(pattern if shards == "many" else one, **options, **more)  # noqa: E731
+    reader, states, whole = make(), [], []
+    for batch in itertools.islice(reader, 24):
+        whole.append(batch)
+        states.append(json.loads(json.dumps(reader.state())))
+    for cut in (1, 4, 17):
+        assert bits(take(make(state=states[cut - 1]), 24 - cut)) == bits(whole[cut:])
+    assert bits(take(reader, 2)) == bits(take(make(state=states[-1]), 2))  # iterating again goes on, too
+
+
+def test_what_was_consumed_is_not_decoded_again(pattern):
+    calls = Counter()
+
+    def counted(image):
+        calls["decoded"] += 1
+        return resize(image)
+
+    reader = loader(pattern, transform=counted, batch_size=3)
+    take(reader, 20)
+    calls.clear()
+    take(loader(pattern, transform=counted, batch_size=3, state=reader.state()), 1)
+    assert calls["decoded"] == 3
+
+
+@pytest.mark.parametrize("other", [{"workers": 2}, {"world_size": 2}, {"rank": 1, "world_size": 2}, {"seed": 5}])
+def test_a_state_of_another_loader_is_refused(pattern, other):
+    with pytest.raises(ValueError, match="state: expected one of (workers|world_size|rank|seed)"):
+        loader(pattern, **other, state=loader(pattern).state())
+
+
+def test_caption_and_augmentation_do_not_depend_on_workers(pattern):
+    alone, several = (
+        {
+            key: (text_of(item.batch["text"][0]), item.batch["image"][0].tolist())
+            for worker in range(workers)
+            for item in itertools.takewhile(
+                lambda item: item.number < 1, loader(pattern, workers=workers, batch_size=1)._pairs.items(worker, workers)
+            )
+            for key in item.batch["key"]
+        }
+        for workers in (1, 2)
+    )
+    assert alone == several
+
+
+def test_every_caption_is_drawn_and_augmentation_changes_by_pass(pattern):
+    drawn, images = Counter(), []
+    for batch in take(loader(pattern, batch_size=COUNT), 12):
+        drawn.update(text_of(row)[-1] for row in batch["text"])
+        images += [batch["image"][i] for i, key in enumerate(batch["key"]) if key == "k003"]
+    assert set(drawn) == {"a", "b", "c"}
+    assert min(drawn.values()) > 12 * COUNT / 6
+    assert all(not torch.equal(images[0], image) for image in images[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_callers_random_numbers_are_left_alone_and_change_nothing(pattern, workers):
+    def seed(number):
+        torch.manual_seed(number)
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002
+
+    def draws():
+        return torch.rand(2).tolist(), random.random(), np.random.rand()  # noqa: NPY002
+
+    found = []
+    for number in (3, 4):
+        seed(number)
+        expected = draws()
+        seed(number)
+        found.append(take(loader(pattern, workers=workers), 4))
+        assert draws() == expected
+    assert bits(found[0]) == bits(found[1])
+
+
+def test_interrupting_the_process_group_leaves_workers_to_the_trainer(pattern):
+    def interrupt(image):
+        os.kill(os.getpid(), signal.SIGINT)
+        return resize(image)
+
+    assert len(take(loader(pattern, workers=1, transform=interrupt), 4)) == 4
+
+
+def test_a_worker_that_dies_ends_the_loader_while_it_waits_and_not_before(pattern):
+    """The trainer has the last batch's state then, from which another loader goes on."""
+    whole = take(loader(pattern, workers=1, batch_size=1), 12)
+    reader = loader(pattern, workers=1, batch_size=1)
+    batches = iter(reader)
+    found = [next(batches)]
+    (victim,) = multiprocessing.active_children()
+    os.kill(victim.pid, signal.SIGKILL)
+    end = time.monotonic() + 1
+    while time.monotonic() < end:  # an error would be raised here by torch's handler of SIGCHLD
+        pass
+    with pytest.raises(data.WorkerError, match="a loader process died: killed by signal SIGKILL.*fewer data.workers"):
+        found += list(batches)
+    assert bits(found) == bits(whole[: len(found)])
+    again = loader(pattern, workers=1, batch_size=1, state=reader.state())
+    assert bits(take(again, 12 - len(found))) == bits(whole[len(found) :])
+    assert not multiprocessing.active_children()
+
+
+def test_a_failing_transform_names_the_sample(pattern):
+    def fail(image):
+        raise TypeError("no such image")
+
+    with pytest.raises(RuntimeError, match=r"'k000' of shard '.*train-000000\.tar': TypeError: no such image"):
+        take(loader(pattern, transform=fail, shuffle=False), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_without_a_usable_sample_say_why(tmp_path, workers):
+    path = write(tmp_path / "a.tar", [("broken", {"png": b"", "txt": b"x"})] * 2)
+    with pytest.raises(data.EmptyDataError, match=r"got none in '.*a\.tar' for worker 1 of [12]; .*not an image"):
+        take(loader(path, workers=workers), 1)
+    with pytest.raises(data.EmptyDataError, match=r"worker 1 of 1; 0 skipped"):
+        take(loader(write(tmp_path / "b.tar", [])), 1)
+    few = write(tmp_path / "c.tar", [sample(0)])
+    with pytest.raises(data.EmptyDataError, match=r"worker 2 of 2"):
+        list(loader(few, workers=2, batch_size=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "got"),
+    [
+        ("batch_size", 1, 0),
+        ("batch_size", 1, 2.5),
+        ("captions_per_image", 1, 0),
+        ("workers", 0, -1),
+        ("shuffle_buffer", 1, 0),
+        ("max_bytes", 1, True),
+    ],
+)
+def test_bad_counts(pattern, name, least, got):
+    with pytest.raises(ValueError, match=f"{name}: expected an integer of at least {least}, got {got}"):
+        loader(pattern, **{name: got})
+    with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
+        loader(pattern, rank=2, world_size=2)
+
+
+def features_of(number: int, captions: int) -> np.ndarray:
+    """Returns features whose row r of sample n is n + r / 8 everywhere, so that a row identifies its sample."""
+    return (number + np.arange(1 + captions)[:, None] / 8 + np.zeros(WIDTH)).astype(np.float16)
+
+
+def taught(number, features=None, **about):
+    key, files = sample(number)
+    about = {"teacher.json": json.dumps(about).encode()} if about else {}
+    return key, files | {"teacher.npy": features or npy(features_of(number, 3)), **about}
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("taught") / "train-0.tar", [taught(i) for i in range(10)])
+
+
+@pytest.mark.parametrize("captions", [1, 2, 3, 5])
+def test_rows_are_those_of_the_image_and_of_the_captions_drawn(shard, captions):
+    (batch,) = take(loader(shard, teacher=True, captions_per_image=captions, batch_size=10), 1)
+    wanted = (10,) if captions == 1 else (10, captions)
+    assert batch["text"].shape == (*wanted, 12)
+    assert batch["teacher_image"].shape == (10, WIDTH)
+    assert batch["teacher_text"].shape == (*wanted, WIDTH)
+    assert batch["teacher_text"].dtype == torch.float16
+    for i, (key, record) in enumerate(zip(batch["key"], batch["meta"])):
+        number = int(key[1:])
+        assert batch["teacher_image"][i].eq(number).all()
+        texts = [text_of(row) for row in batch["text"][i].reshape(captions, -1)]
+        assert len(set(texts)) == min(captions, 3)
+        for text, row in zip(texts, batch["teacher_text"][i].reshape(captions, WIDTH)):
+            assert row.eq(number + (1 + record["captions"].index(text)) / 8).all()
+
+
+def test_one_caption_is_drawn_as_without_a_teacher(shard):
+    plain, taught = (take(loader(shard, teacher=teacher), 5) for teacher in (False, True))
+    assert bits(plain) == bits([{k: v for k, v in batch.items() if not k.startswith("teacher")} for batch in taught])
+
+
+CAPTIONS = ["1 a", "1 b", "1 c"]
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (sample(1), r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher"),
+        (taught(1, npy(features_of(1, 2))), "features of 2 captions, but 3 captions: the captions have changed"),
+        (taught(1, captions=digest_of(["1 a", "1 b", "2 c"])), r"sample 'k001' .* features of other captions than '1 a'"),
+        (taught(1, captions=digest_of(CAPTIONS)), None),
+        (taught(1, npy(features_of(1, 4)), captions=digest_of(CAPTIONS), views=[{}, {}]), None),
+    ],
+)
+def test_features_that_are_not_the_samples(tmp_path, second, message):
+    path = write(tmp_path / "a.tar", [taught(0), second])
+    if message is None:
+        assert len(
+            take(loader(path, teacher=True, batch_size=1, transform=AUGMENTED if "views" in str(second) else resize), 2)
+        )
+    else:
+        with pytest.raises(data.ShardError, match=message):
+            take(loader(path, teacher=True, batch_size=1), 2)
+    assert len(take(loader(path, batch_size=1), 2)) == 2
+
+
+def test_the_stamp_of_a_folder(tmp_path):
+    for name, stamp in (("a", {"width": 6, "logit_scale": 10}), ("b", {"width": 6, "logit_scale": 11}), ("c", {"width": 6})):
+        write((folder := tmp_path / name).mkdir() or folder / "x.tar", [])
+        (folder / "meta.json").write_text(json.dumps({"teacher": {"name": "t"} | stamp}))
+    path = lambda *names: [str(tmp_path / name / "x.tar") for name in names]  # noqa: E731
+    assert data.teacher_stamp(path("a", "a")) == {"name": "t", "width": 6, "logit_scale": 10.0}
+    assert data.teacher_stamp(path("a"), [tmp_path / "a", tmp_path / "b", tmp_path / "c"])["logit_scale"] == 11.0
+    with pytest.raises(data.ShardError, match="features of one teacher, got different ones in '.*a' and '.*b'"):
+        data.teacher_stamp(path("a", "b"))
+    with pytest.raises(data.ShardError, match=r"no teacher is named in .*meta.json; make them by `simplclip teacher`"):
+        data.teacher_stamp(path("c"))
+
+
+AUGMENTED = ImageTransform(PreprocessCfg(size=8), AugmentationCfg())
+
+
+@pytest.mark.parametrize("transform", [AUGMENTED, lambda image: torch.zeros(3, 2, 2)], ids=["ours", "a caller's"])
+def test_max_pixels(tmp_path, transform):
+    path = write(tmp_path / "a.tar", [sample(0), ("large", {"png": png(size=(30, 20)), "txt": b"x"})])
+    reader = loader(path, transform=transform, batch_size=1, max_pixels=599)
+    assert keys(take(reader, 2)) == ["k000", "k000"]
+    assert reader.skipped.counts["image too large"] >= 1
+    assert len(set(keys(take(loader(path, transform=transform, batch_size=1, max_pixels=600), 2)))) == 2
+
+
+def test_the_files_that_an_image_passes(one):
+    """From tar to batch: at most eight files of this library."""
+    augmented = ImageTransform(PreprocessCfg(size=8), {"color_jitter": (0.1,) * 4, "color_jitter_prob": 1.0})
+    batches, files = iter(loader(one, transform=augmented)), set()
+    sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))
+    try:
+        next(batches)
+    finally:
+        sys.setprofile(None)
+    ours = {os.path.basename(file) for file in files if f"{os.sep}simplclip{os.sep}" in file}
+    assert len(ours) <= 8, ours

@@ -1,0 +1,229 @@
+"""Valid samples, and every kind of damage to a sample or its tar."""
+
+import os
+import tarfile
+import tracemalloc
+import zlib
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from pairs import keys, loader, png, resize, sample, text_of, write
+
+from simplclip import data
+from simplclip.data import samples, tars
+from simplclip.data.errors import Skipped
+
+
+def one(tmp_path, files, **options):
+    """Returns the first batch of a shard with one sample."""
+    return next(iter(loader(write(tmp_path / "a.tar", [("a", files)]), batch_size=1, **options)))
+
+
+def one_pass(shards, **options):
+    """Returns the keys of the first pass in stored order, and the counts of damage."""
+    found, skipped = [], Skipped()
+    pairs = loader(shards, batch_size=1, shuffle=False, transform=resize, **options)._pairs
+    for item in pairs.items(0, 1):
+        skipped.merge(item.skipped)
+        if item.number:
+            return found, skipped  # the damage behind the last batch is in the next one
+        found += item.batch["key"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "form"), [("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("JPG", "JPEG")]
+)
+def test_image_kinds(tmp_path, suffix, form):
+    batch = one(tmp_path, {suffix: png(form=form), "txt": b"one"})
+    assert text_of(batch["text"][0]) == "one"
+    assert batch["meta"] == [{}]
+
+
+@pytest.mark.parametrize(
+    ("files", "caption"),
+    [
+        ({"txt": b" one \n"}, "one"),
+        ({"txt": b"one\ntwo \t three\n"}, "one two three"),  # a txt is one caption
+        ({"json": b'{"caption": "two"}', "txt": b"one"}, "two"),
+        ({"json": b'{"captions": ["three", "", 3]}', "txt": b"one"}, "three"),
+        ({"json": b'{"captions": [], "caption": ""}', "txt": b"one"}, "one"),
+        ({"json": '{"caption": "zwölf"}'.encode()}, "zwölf"),
+    ],
+)
+def test_where_captions_come_from(tmp_path, files, caption):
+    assert text_of(one(tmp_path, {"png": png()} | files)["text"][0]) == caption.encode()[:12].decode().strip()
+
+
+def test_groups(tmp_path):
+    plain = {"png": png(), "txt": b"x"}
+    same = plain | {"json": b'{"group": "cat"}'}
+    write(tmp_path / "a.tar", [("a", same), ("b", plain)])
+    write(tmp_path / "b.tar", [("c", same), ("b", plain), ("cat", plain)])
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other" / "b.tar", [("b", plain)])
+    shards = [str(tmp_path / "*.tar"), str(tmp_path / "other" / "*.tar")]
+    groups = next(iter(loader(shards, batch_size=6, shuffle=False)))["group"].tolist()
+    assert groups[0] == groups[2]  # both name the group "cat"
+    assert len(set(groups)) == 5  # equal keys in two shards are two samples, and a key is not a group's name
+    assert all(0 <= group < 2**63 for group in groups)
+    # The hash is pinned, since it must be the same in every process and version.
+    assert groups[0] == samples.stable_hash("group/cat") >> 1 == 5663915147306578298
+
+
+def bomb(side):
+    """Returns a PNG whose header claims side x side pixels."""
+    small = bytearray(png())
+    small[16:24] = side.to_bytes(4, "big") * 2
+    small[29:33] = zlib.crc32(bytes(small[12:29])).to_bytes(4, "big")
+    return bytes(small)
+
+
+DAMAGE = {
+    "truncated image": {"png": png(size=(64, 64))[:2000], "txt": b"x"},
+    "truncated image (jpg)": {"jpg": png(size=(64, 64), form="JPEG")[:900], "txt": b"x"},
+    "not an image": {"png": b"hello", "txt": b"x"},
+    "not an image (empty)": {"png": b"", "txt": b"x"},
+    "image too large": {"png": bomb(60000), "txt": b"x"},
+    "image too large (where Pillow only warns)": {"png": bomb(10000), "txt": b"x"},
+    "missing image": {"txt": b"x"},
+    "missing caption": {"png": png()},
+    "missing caption (json)": {"png": png(), "json": b'{"group": 1}'},
+    "empty caption": {"png": png(), "txt": b" \n"},
+    "empty caption (json)": {"png": png(), "json": b'{"captions": ["", " "]}'},
+    "caption not UTF-8": {"png": png(), "txt": b"\xff\xfe\xff"},
+    "bad json": {"png": png(), "json": b'{"caption": ', "txt": b"x"},
+    "bad json (list)": {"png": png(), "json": b"[1]", "txt": b"x"},
+}
+
+
+def test_broken_samples_are_skipped_and_counted(tmp_path):
+    broken = [(f"broken{i}", files) for i, files in enumerate(DAMAGE.values())]
+    good = [sample(i) for i in range(len(broken))]
+    path = write(tmp_path / "a.tar", [pair for pairs in zip(good, broken) for pair in pairs])
+    found, skipped = one_pass(path, on_error="stop")  # which is about tars
+    assert found == [key for key, _ in good]
+    expected = Counter(reason.split(" (")[0] for reason in DAMAGE)
+    assert skipped.counts == expected
+    line = str(skipped)
+    assert line.startswith(f"{len(broken)} skipped: ")
+    assert all(f"{count} {reason} (first: a.tar/broken" in line for reason, count in expected.items())
+
+
+def test_a_double_file_is_counted_and_the_first_one_used(tmp_path):
+    files = [sample(0), ("a", {"png": png(), "txt": b"first"}), ("a", {"txt": b"second"}), sample(1)]
+    path = write(tmp_path / "a.tar", files)
+    found, skipped = one_pass(path)
+    assert (found, skipped.counts) == (["k000", "a", "k001"], {"duplicate file in tar": 1})
+    batch = next(iter(loader(path, batch_size=3, shuffle=False)))
+    assert text_of(batch["text"][1]) == "first"
+
+
+def member(path, name):
+    with tarfile.open(path) as tar:
+        return tar.getmember(name)
+
+
+@pytest.mark.parametrize("form", ["file", "stream"])
+@pytest.mark.parametrize("where", ["inside a file", "inside a header", "between files", "garbage header"])
+def test_samples_before_the_damage_are_used(tmp_path, where, form):
+    path = write(tmp_path / "torn.tar", [sample(i) for i in range(6)])
+    other = write(tmp_path / "whole.tar", [sample(i) for i in range(6, 9)])
+    start = member(path, "k004.png").offset
+    os.truncate(path, start + {"inside a file": tarfile.BLOCKSIZE + 10, "inside a header": 100}.get(where, 0))
+    if where == "garbage header":
+        with open(path, "ab") as file:
+            file.write(b"\x17" * 4096)
+    shard = path if form == "file" else f"pipe:cat {path}"
+    found, skipped = one_pass([shard, other])
+    assert found == [f"k{i:03d}" for i in (0, 1, 2, 3, 6, 7, 8)]
+    assert skipped.counts == {"damaged tar": 1}
+    assert "torn.tar" in skipped.examples["damaged tar"]
+    with pytest.raises(data.ShardError, match=r"shard '.*torn\.tar' is damaged: .+") as caught:
+        one_pass([shard, other], on_error="stop")
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("torn", "usable"), [("k001.txt", 2), ("k005.png", 5)])
+def test_damage_costs_no_usable_sample(tmp_path, torn, usable):
+    path = write(tmp_path / "torn.tar", [sample(i) for i in range(int(torn[3]) + 1)])
+    os.truncate(path, member(path, torn).offset_data + 1)
+    found, skipped = one_pass(path)
+    assert found == [f"k{i:03d}" for i in range(usable)]
+    assert skipped.counts == {"damaged tar": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("why", ["missing", "no permission"])
+def test_a_shard_that_cannot_be_read_ends_the_loader_and_names_itself(tmp_path, workers, why, monkeypatch):
+    """It may be a disk or network that fails for a while: nothing is left out in silence, and a resumed run goes on."""
+    path = write(tmp_path / "odd.tar", [sample(0)])
+    whole = write(tmp_path / "whole.tar", [sample(i) for i in range(9)])
+    monkeypatch.setattr(tars, "RETRIES", (0.01,))
+    reader = loader([path, whole], workers=workers)
+    user = os.geteuid()
+    os.unlink(path) if why == "missing" else os.chmod(path, 0)
+    os.seteuid(user or 65534) if why == "no permission" else None  # root can read every file
+    try:
+        with pytest.raises(data.ShardError, match=r"shard '.*odd\.tar' cannot be read: (No such file|Permission denied)"):
+            list(reader)
+    finally:
+        os.seteuid(user)
+
+
+def test_a_disk_that_recovers_costs_and_doubles_nothing(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.tar", [sample(0), ("broken", {"png": b"", "txt": b"x"}), *(sample(i) for i in range(1, 6))])
+    monkeypatch.setattr(tars, "RETRIES", (0.0, 0.0))
+    real, reads = tars._contents, []
+
+    def fails(archive, member):
+        reads.append(member.name)
+        if len(reads) in (8, 25):
+            raise OSError(5, "Input/output error")
+        return real(archive, member)
+
+    monkeypatch.setattr(tars, "_contents", fails)
+    found, skipped = one_pass(path)
+    assert found == [f"k{i:03d}" for i in range(6)]
+    assert skipped.counts == {"not an image": 1}
+    assert len(reads) > 25
+
+
+def test_reading_holds_one_sample(tmp_path):
+    path = write(tmp_path / "a.tar", [(f"{i:05d}", {"txt": b"x" * 1000}) for i in range(3000)])
+    tracemalloc.start()
+    count = sum(1 for _ in tars.read(data.sources_of(path)[0], Skipped()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 3000
+    assert peak < 1 << 20
+
+
+def test_files_of_other_samples_are_not_read(tmp_path):
+    path = write(tmp_path / "a.tar", [sample(i) for i in range(6)])
+    source = data.sources_of(path)[0]
+    found = list(tars.read(source, Skipped(), wanted=lambda number: number == 4))
+    assert [bool(files["png"]) for files in found] == [False] * 4 + [True, False]
+    assert [files["__key__"] for files in found] == [f"k{i:03d}" for i in range(6)]
+
+
+def test_dataset_size_is_that_of_a_meta_json_that_fits(tmp_path):
+    import json
+
+    path = write(tmp_path / "a.tar", [sample(i) for i in range(6)])
+    assert data.dataset_size(path) is None
+    entry = {"samples": 80, "bytes": os.path.getsize(path)}
+    (tmp_path / "meta.json").write_text(json.dumps({"splits": {"train": {"shards": {"a.tar": entry}}}}))
+    assert data.dataset_size(path) == 80
+    assert data.dataset_size([path, {"shards": path, "weight": 2.5}]) == 280
+    assert data.dataset_size([path, f"pipe:cat {path}"]) is None
+    os.truncate(path, os.path.getsize(path) - 512)  # the shard is no longer the file that was listed
+    assert data.dataset_size(path) is None
+
+
+def test_keys_and_batches(tmp_path):
+    path = write(tmp_path / "a.tar", [sample(i) for i in range(5)])
+    batches = list(islice(loader(path, shuffle=False, batch_size=5, transform=resize), 2))
+    assert keys(batches) == [f"k{i:03d}" for i in range(5)] * 2
+    assert torch.equal(batches[0]["image"], batches[1]["image"])

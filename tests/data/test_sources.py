@@ -1,0 +1,188 @@
+"""What names tars: paths, patterns, lists, weights, URLs of a server that fails in every way, and commands."""
+
+import contextlib
+import http.server
+import os
+import socket
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from pairs import sample, write
+from test_samples import one_pass
+
+from simplclip import data
+from simplclip.common.errors import InputError
+from simplclip.data import tars
+
+FIRST, SECOND = ([f"k{i:03d}" for i in range(start, start + 12)] for start in (0, 12))
+
+
+def shard(folder, first=0, count=12):
+    """Writes a tar of samples with distinct keys."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return write(folder / f"train-{first:03d}.tar", [sample(i) for i in range(first, first + count)])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(tars, "RETRIES", (0.01, 0.02))
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """A server of a folder. faults: name -> faults of its next requests, in order; the last fault stays."""
+
+    def do_GET(self):
+        name = self.path.split("?")[0].strip("/")
+        self.server.asked[name] += 1
+        waiting = self.server.faults.get(name, ["none"])
+        fault = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+        path = self.server.folder / name
+        if fault == "404" or not path.exists():
+            return self.send_error(404)
+        content = path.read_bytes()
+        self.send_response(200)
+        if fault != "chunked":
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+        if fault == "slow":  # sends nothing for a while
+            self.server.release.wait(20)
+            return None
+        if fault == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(content) // 2, content[: len(content) // 2]))
+            return self.connection.close()
+        if fault in ("cut", "reset"):
+            self.wfile.write(content[: len(content) // 2])
+            if fault == "reset":
+                linger = (1).to_bytes(4, "little") + (0).to_bytes(4, "little")
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            return self.connection.close()
+        return self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+    def finish(self):
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Yields a local server of tmp_path / "served"."""
+    (tmp_path / "served").mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.daemon_threads = True
+        server.handle_error = lambda *_: None
+        server.folder, server.faults, server.asked = tmp_path / "served", {}, Counter()
+        server.release = threading.Event()
+        server.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.release.set()
+        server.shutdown()
+        thread.join()
+
+
+def test_urls_with_brace_patterns_and_signatures(server):
+    for number in (0, 12):
+        shard(server.folder, number)
+    assert one_pass(f"{server.url}/train-0{{00,12}}.tar?signature=a/b")[0] == FIRST + SECOND
+    assert [source.name for source in data.sources_of(f"{server.url}/x.tar?signature=a/b")] == ["x.tar"]
+    assert server.asked == {"train-000.tar": 2, "train-012.tar": 1}  # the next pass has begun
+
+
+@pytest.mark.parametrize("fault", ["404", "cut", "reset", "chunked", "slow"])
+def test_a_server_that_fails(server, monkeypatch, fault):
+    """A stream goes on where it broke; one that stays broken ends the loader in a line."""
+    monkeypatch.setattr(tars, "STALL", 1)
+    urls = [f"{server.url}/{os.path.basename(shard(server.folder, number))}" for number in (0, 12)]
+    server.faults["train-000.tar"] = [fault, "none"]
+    found, skipped = one_pass(urls)
+    assert (found, dict(skipped.counts)) == (FIRST + SECOND, {})
+    server.faults["train-000.tar"] = [fault]
+    with pytest.raises(data.ShardError, match=rf"shard '{urls[0]}' cannot be read: curl: \(\d+\) .+"):
+        one_pass(urls)
+
+
+def test_a_server_that_is_not_there():
+    with pytest.raises(data.ShardError, match=r"127\.0\.0\.1:1/a\.tar' cannot be read: curl: \(7\)"):
+        one_pass("http://127.0.0.1:1/a.tar")
+
+
+@pytest.mark.parametrize("command", ["cat {0}", "cat {0}; yes", "cat {0}; sleep 100", "cat {0} 2>/dev/null; exit 0"])
+def test_the_output_of_a_command(tmp_path, command):
+    """It may write on, or wait for something, after the end of the tar."""
+    assert one_pass("pipe:" + command.format(shard(tmp_path)))[0] == FIRST
+
+
+@pytest.mark.parametrize("command", ["head -c 9000 {0}; exit 3", "exit 3", "false"])
+def test_a_command_that_fails(tmp_path, command):
+    with pytest.raises(data.ShardError, match=r"shard 'pipe:.*' cannot be read: the command ended with exit code [13]"):
+        one_pass("pipe:" + command.format(shard(tmp_path)))
+
+
+def test_a_command_that_ends_well_but_early_is_damage(tmp_path):
+    found, skipped = one_pass([f"pipe:head -c 9000 {shard(tmp_path)}", shard(tmp_path / "other")])
+    assert len(found) > 12
+    assert skipped.counts == {"damaged tar": 1}
+
+
+def urls(what):
+    return [str(source.url) for source in data.sources_of(what)]
+
+
+def test_paths_patterns_lists_and_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, b = Path(shard(tmp_path)), Path(shard(tmp_path / "more", 12))
+    assert urls("train-0{00..00}.tar") == urls("*.tar") == urls(Path("train-000.tar")) == ["train-000.tar"]
+    assert urls(["*.tar", "more/*.tar"]) == ["train-000.tar", "more/train-012.tar"]
+    (tmp_path / "more" / "list.txt").write_text(f"# all\ntrain-012.tar\n\n{a}\nhttp://host/{{1..2}}.tar\n")
+    assert urls("more/list.txt") == ["more/train-012.tar", str(a), "http://host/1.tar", "http://host/2.tar"]
+    weighted = data.sources_of([{"shards": ["*.tar", {"shards": str(b), "weight": 0.5}], "weight": 3}, "more/*.tar"])
+    assert [source.weight for source in weighted] == [3, 1.5, 1]
+    same = tmp_path / "more" / a.name
+    same.write_bytes(a.read_bytes())
+    assert [source.name for source in data.sources_of([a, same])] == [f"{tmp_path.name}/{a.name}", f"more/{a.name}"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ([], "data: expected at least one path or pattern, got an empty list"),
+        ("none.tar", "data: expected a file, got 'none.tar', which does not exist"),
+        ("none*.tar", "data: expected files, got the pattern 'none.*', which matches none"),
+        (5, "data: expected a path, an http"),
+        ({"shard": "x"}, "data: expected a mapping with shards"),
+        ({"shards": "x", "weight": 0}, "data: expected a weight above 0, got 0"),
+        ("s3://bucket/x.tar", "data: expected .* of other places the output of a command may be read, e.g. 'pipe:aws"),
+        ("folder", "data: expected tars, got the folder 'folder'; .* `simplclip data pack`"),
+        ("x.csv", "data: expected tars, got 'x.csv'; make shards of it by `simplclip data pack`"),
+        ("x.tar.gz", "data: expected tars that are not compressed, got 'x.tar.gz'; unpack it"),
+        (Path("pipe:cat x.tar"), "data: expected a file, got 'pipe:cat x.tar'"),
+    ],
+)
+def test_what_names_no_tar(tmp_path, monkeypatch, what, message):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("folder")
+    for name in ("x.csv", "x.tar.gz"):
+        Path(name).touch()
+    with pytest.raises(InputError, match=message):
+        data.sources_of(what, "data")
+
+
+def test_expand_gives_local_tars(tmp_path):
+    path = shard(tmp_path)
+    assert data.expand(str(tmp_path / "*.tar")) == [path]
+    with pytest.raises(InputError, match="shards: expected local tars, got 'pipe:cat x'"):
+        data.expand([path, "pipe:cat x"])
+
+
+def test_no_device_or_named_pipe_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(data.ShardError, match="a.tar': expected a regular file"):
+        one_pass(str(tmp_path / "a.tar"))
