@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -98,6 +99,7 @@ def measure(step: Step, device: torch.device) -> int:
 
 def _placed(step: Step, device: torch.device) -> tuple[list[Tensor], Callable[[], object]]:
     """Returns the tensors that are in memory before a step on `device`, and a function that runs it."""
+    step = copy.copy(step)  # what `place` makes is of this run
     for module in step.modules:
         _fill(module.to_empty(device=device))
     step.place(device, lambda phase, kind: nullcontext())

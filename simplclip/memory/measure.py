@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import accumulate
@@ -21,6 +22,7 @@ from simplclip.memory.step import Step, first_and_last
 
 def predict(step: Step, device: torch.device) -> Usage:
     """Predicts the memory that `step` takes on `device`, where the optimizer's state exists already."""
+    step = copy.copy(step)  # what `place` makes is of this run
     # Fallback kernels would run ops that have no fake implementation on real tensors.
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(real=False))
