@@ -45,7 +45,7 @@ class ImageFolder:
     def read(self, skipped: Skipped, wanted: Callable[[int], bool]) -> Iterator[Sample]:
         numbers = {name: number for number, name in enumerate(self.classes)}
         for number, path in enumerate(self.paths):
-            sample = {"__key__": path, "__url__": self.url, "__shard__": os.path.basename(self.url.rstrip(os.sep))}
+            sample: Sample = {"__key__": path, "__url__": self.url, "__shard__": os.path.basename(self.url.rstrip(os.sep))}
             sample["__label__"] = numbers[path.split(os.sep)[0]]
             sample["jpg"] = _image(os.path.join(self.url, path)) if wanted(number) else b""
             yield sample

@@ -127,7 +127,7 @@ class Pairs:
         part, parts = self.rank * workers + worker, self.world_size * workers
         if len(order) >= parts:
             order = order[self.rank :: self.world_size][worker::workers]
-            samples = (sample for tar in order for sample in self._read(*tar, skipped))
+            samples: Iterator[Sample] = (sample for tar in order for sample in self._read(*tar, skipped))
         else:
             samples = self._divided(order, part, parts, skipped)
         if self.shuffle:
@@ -153,8 +153,8 @@ class Pairs:
         self, source: Source, copy: int, skipped: Skipped, wanted: Callable[[int], bool] | None = None
     ) -> Iterator[Sample]:
         join = partial(joining.zipped, shard=source.url, folders=self.sidecars) if self.sidecars else None
-        options = {"sidecars": join, "max_bytes": self.max_bytes, "on_error": self.on_error, "wanted": wanted}
-        for sample in tars.read(source, skipped, **options):
+        limits: Any = {"max_bytes": self.max_bytes, "on_error": self.on_error}
+        for sample in tars.read(source, skipped, sidecars=join, wanted=wanted, **limits):
             if copy:
                 sample["__copy__"] = copy
             yield sample

@@ -6,7 +6,7 @@ does not depend on the number of workers, and no process waits for the one that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ class StoredOrder:
     rank: int = 0
     world_size: int = 1
 
-    def portions(self, workers: int = 0) -> Iterator[Portion]:
+    def portions(self, workers: int = 0) -> Generator[Portion, None, None]:
         """Yields the portions, from `workers` processes. Raises ShardError, and WorkerError if a process died."""
         return from_workers(self._portions, workers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ _CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # Windows has none
 Items = Callable[[int, int], Iterator[Any]]  # the items of worker i of n, with 0 of 1 for this process
 
 
-def from_workers(items: Items, workers: int, pin_memory: bool = False) -> Iterator[Any]:
+def from_workers(items: Items, workers: int, pin_memory: bool = False) -> Generator[Any, None, None]:
     """Yields the items of each of `workers` processes in turn; with 0 those of this process.
 
     Raises a user's errors without the worker's traceback, and WorkerError if a process died; that is noticed within 5

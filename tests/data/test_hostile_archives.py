@@ -46,6 +46,9 @@ def new_sparse(*records):
 # name -> (a tar, the keys of the samples that are used, the counts of damage)
 ARCHIVES = {
     "a size below zero": (lambda: after(header("k3.png", b"-0000001000\0")), [1], {DAMAGED: 1}),
+    "a size below zero of a file that is not read": (
+        lambda: after(header("k3.bin", b"-0000001000\0")), [1], {DAMAGED: 1}
+    ),
     "a binary size below zero": (lambda: after(header("k3.png", b"\xff" * 11 + b"\0")), [1], {DAMAGED: 1}),
     "a size below zero at the start": (lambda: header("k3.png", b"-0000001000\0") + END, [], {DAMAGED: 1}),
     "a size above 2**63": (lambda: after(header("k3.png", b"\x80\0\0\0\x7f" + b"\xff" * 7)), [1], {DAMAGED: 1}),
