@@ -314,7 +314,10 @@ def _resumed(state: Mapping[str, Any] | None, workers: int, expected: dict[str, 
     for name, value in (expected | {"workers": workers}).items():
         if state.get(name) != value:
             raise InputError(f"state: expected one of {name} {value}, got {state.get(name)}")
-    return state["turn"], list(zip(state["passes"], state["consumed"], strict=True))
+    passes, consumed = state["passes"], state["consumed"]
+    if not len(passes) == len(consumed) == max(1, workers):
+        raise InputError(f"state: expected positions of {max(1, workers)} workers, got {len(passes)} and {len(consumed)}")
+    return state["turn"], list(zip(passes, consumed))
 
 
 @contextlib.contextmanager

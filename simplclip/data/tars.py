@@ -87,7 +87,7 @@ def read(
     Damage is counted in `skipped`. A file that was not read, since it is too large or sparse, is a BrokenSample in the
     sample. A stream or disk that fails is tried again, from the sample where it failed.
 
-    sidecars: joins further files to the samples, see `sidecars.joined`.
+    sidecars: joins further files to the samples, see `sidecars.zipped`.
     max_bytes: most bytes of a sample's files together.
     wanted: whether sample number n, from 0 on, will be used; files of others are not read, and are empty.
     Raises ShardError if it fails after several tries, or if on_error is "stop" and the tar is damaged.
@@ -166,7 +166,12 @@ def _files(
 
 def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
     file: Any = archive.fileobj
-    if not (archive.firstmember or isinstance(file, io.BufferedReader)):  # type: ignore[attr-defined]
+    if archive.firstmember:  # type: ignore[attr-defined]
+        pass
+    elif isinstance(file, io.BufferedReader):
+        if archive.offset > os.fstat(file.fileno()).st_size:  # some file systems take no place so far behind the end
+            raise tarfile.ReadError("unexpected end of data")
+    else:
         while file.tell() < archive.offset:  # tarfile would go on reading, in small pieces, behind a stream's end
             if not file.read(min(archive.offset - file.tell(), 1 << 20)):
                 raise tarfile.ReadError("unexpected end of data")

@@ -121,6 +121,7 @@ def test_clip_benchmarks_layout(tmp_path, monkeypatch):
     (tmp_path / "set" / "dataset_type.txt").write_text("other")
     with pytest.raises(InputError, match=r"dataset_type.txt: expected retrieval or classification, got 'other'"):
         data.held_out(tmp_path / "set")
+    (tmp_path / "set" / "dataset_type.txt").unlink()
     for number, message in (("2", "expected a file, got '.*1.tar', which does not"), ("9" * 5000, "number of shards, got")):
         Path(tmp_path, "set", "test", "nshards.txt").write_text(number)
         with pytest.raises(InputError, match=message):

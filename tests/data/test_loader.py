@@ -46,7 +46,7 @@ def take(batches, count):
 
 
 def passes(shards, count, *, workers=1, ranks=1, **options):
-    """Returns the keys of the first passes of each worker of each rank, in its order: keys[pass][worker]. No process starts."""
+    """Returns the keys of the first passes of each worker of each rank: keys[pass][worker]. No process starts."""
     keys = [[] for _ in range(count)]
     options = {"batch_size": 1, "shuffle_buffer": 4, "transform": resize} | options
     for rank in range(ranks):

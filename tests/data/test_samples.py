@@ -112,10 +112,12 @@ def test_broken_samples_are_skipped_and_counted(tmp_path):
 
 
 def test_a_double_file_is_counted_and_the_first_one_used(tmp_path):
-    path = write(tmp_path / "a.tar", [("a", {"png": png(), "txt": b"first"}), ("a", {"txt": b"second"})])
+    files = [sample(0), ("a", {"png": png(), "txt": b"first"}), ("a", {"txt": b"second"}), sample(1)]
+    path = write(tmp_path / "a.tar", files)
     found, skipped = one_pass(path)
-    assert (found, skipped.counts) == (["a"], {"duplicate file in tar": 1})
-    assert text_of(next(iter(loader(path, batch_size=1)))["text"][0]) == "first"
+    assert (found, skipped.counts) == (["k000", "a", "k001"], {"duplicate file in tar": 1})
+    batch = next(iter(loader(path, batch_size=3, shuffle=False)))
+    assert text_of(batch["text"][1]) == "first"
 
 
 def member(path, name):
