@@ -2,8 +2,7 @@
 
     python -m benchmarks.plan siclip-s0 siclip2-s0
 
-Every row is an answer of `simplclip plan NAME --memory rtx-3090 --teacher-width 768 --compare open_clip` with the changes
-named; the picture of the third row is kept too.
+Every row is a row of `simplclip plan NAME --memory rtx-3090 --teacher-width 768` with the changes named.
 """
 
 from __future__ import annotations
@@ -13,9 +12,12 @@ import sys
 
 from benchmarks import hardware
 from benchmarks.results_file import RESULTS
-from simplclip import memory as plan
+from benchmarks.steps import OpenClipStep
+from simplclip import models
 from simplclip.common.files import write_atomically
-from simplclip.memory import report
+from simplclip.memory.measure import predict
+from simplclip.memory.plan import MOST_PAIRS, Budget, Planner, largest, parse_memory
+from simplclip.memory.report import as_dict
 from simplclip.train import config
 
 CARD, TEACHER_WIDTH = "rtx-3090", 768
@@ -32,17 +34,19 @@ CASES = {
 
 
 def run(name: str) -> None:
-    budget = plan.Budget(plan.parse_memory(CARD))
-    plans = {}
+    budget, plans = Budget(parse_memory(CARD)), {}
     for case, changes in CASES.items():
         # The changes replace the config's three stages, which would be the same in all rows.
-        values = config.load(name, [*PLAIN, *changes])
-        made = plan.make(values, budget, teacher_width=TEACHER_WIDTH, compare=not plans)
-        plans[case] = report.as_dict(made) | {"changes": changes}
-        if len(plans) == 3:
-            report.draw(RESULTS / f"plan-{name}.png", made)
+        planner = Planner(config.load(name, [*PLAIN, *changes]), budget, teacher_width=TEACHER_WIDTH, tell=print)
+        plans[case] = as_dict(planner, list(planner.rows())) | {"changes": changes}
+    other = models.original(config.load(name, []).model.name)
+    fits, peaks = largest(
+        lambda pairs: predict(OpenClipStep(other, pairs, planner.precision, TEACHER_WIDTH), planner.device).peak,
+        budget.usable, range(1, MOST_PAIRS), start=64,
+    )  # fmt: skip
+    compared = {"what": f"{other}, DistillClipLoss", "batch_size": fits, "peak": peaks.get(fits)}
     where = hardware.describe()
-    result = {"model": name, "card": CARD, "teacher_width": TEACHER_WIDTH, "plans": plans} | where
+    result = {"model": name, "card": CARD, "teacher_width": TEACHER_WIDTH, "plans": plans, "open_clip": compared} | where
     path = RESULTS / f"plan-{name}-{where['date']}.json"
     write_atomically(path, json.dumps(result, indent=2) + "\n")
     print(f"wrote {path}")

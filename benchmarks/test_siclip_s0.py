@@ -7,17 +7,15 @@ inherited and frozen, with pair matching and distillation from stored features. 
 its contrastive loss and all weights trained. Forms take turns within a round.
 """
 
-from contextlib import nullcontext
-from functools import partial
-
 import pytest
 import torch
 
 from benchmarks.block_forms import saved_bytes
 from benchmarks.measure import clock_of_steps, figures, interleaved_times
+from benchmarks.steps import OpenClipStep, runner
 from simplclip import models
 from simplclip.memory.measure import cpu_peak_bytes
-from simplclip.memory.step import OpenClipStep, TrainerStep
+from simplclip.memory.step import TrainerStep
 from simplclip.train import config
 
 NAMES = {"simplclip": "siclip-s0", "mobileclip": "mobileclip-s0"}
@@ -61,20 +59,15 @@ def test_blocks(benchmark, rows, request, backward, dtype, tower):
 
 
 @pytest.mark.parametrize("dtype", PRECISION)
-def test_steps(benchmark, rows, request, dtype, tmp_path):
+def test_steps(benchmark, rows, request, dtype):
     torch.manual_seed(0)
-    torch.save(models.create("mobileclip-s0").state_dict(), tmp_path / "source.pt")
-    changes = ["data.micro_batch=null", "data.captions_per_image=1", f"data.batch_size={BATCH}"]
-    ours = config.load("siclip-s0", [*changes, "loss.pm_weight=1", f"inherit.source={tmp_path / 'source.pt'}"])
+    changes = ["data.micro_batch=null", "data.captions_per_image=1", f"data.batch_size={BATCH}", "loss.pm_weight=1"]
+    ours = config.load("siclip-s0", changes)
     steps = {
         "simplclip": TrainerStep(ours, PRECISION[dtype], teacher_width=512),
         "mobileclip": OpenClipStep("mobileclip-s0", BATCH, PRECISION[dtype]),
     }
-    cases = {}
-    for key, step in steps.items():
-        step.materialize(CPU)
-        step.place(CPU, lambda phase, kind: nullcontext())
-        cases[key] = partial(step.run, step.batches(real=True))
+    cases = {key: runner(step, CPU) for key, step in steps.items()}
     forms = {
         "simplclip": "siclip-s0, inherited, all of WIKD and pair matching",
         "mobileclip": "mobileclip-s0 whole, ClipLoss",

@@ -18,7 +18,7 @@ _FUNCTIONS = {
     "fold": ("simplclip.models.fold", "fold"),
     "inherit": ("simplclip.models.inherit", "inherit"),
     "load": ("simplclip.evaluation.encoder", "load"),
-    "report": ("simplclip.commands.doctor", "report"),
+    "report": ("simplclip.ops.report", "report"),
     "simplify": ("simplclip.models.simplify", "simplify"),
 }
 _MODULES = (

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +24,13 @@ import torch
 from benchmarks import loader
 from benchmarks.gpu.ops import Case
 from benchmarks.measure import attempted, interleaved_times, row_of
+from benchmarks.steps import OpenClipStep, measure, runner
 from benchmarks.training_forms import PRECISION
 from simplclip import models
-from simplclip.memory.measure import measure, predict
-from simplclip.memory.plan import largest
-from simplclip.memory.step import OpenClipStep, Step, TrainerStep
+from simplclip.memory.measure import predict
+from simplclip.memory.plan import MOST_PAIRS, Budget, largest
+from simplclip.memory.step import Step, TrainerStep
 from simplclip.train import config
-from simplclip.train.limits import Budget
 
 TEACHER_WIDTH = 768
 PAIRS = 128  # of a step
@@ -69,10 +68,7 @@ def of_steps(o: argparse.Namespace, name: str, dtype: str) -> list[dict]:
     cases = {}
     for form, make in made.items():
         if form in measured:
-            step = make(pairs)
-            step.materialize(device)
-            step.place(device, lambda phase, kind: nullcontext())
-            cases[form] = partial(step.run, step.batches(real=True))
+            cases[form] = runner(make(pairs), device)
     times = interleaved_times(cases, o.repeats, strict=False)
     reasons |= times.failed
     rows = []
@@ -113,7 +109,8 @@ def of_batches(o: argparse.Namespace, name: str, dtype: str) -> list[dict]:
             torch.cuda.empty_cache()
 
     for form, make in makers(name, dtype).items():
-        planned, _ = largest(lambda n, make=make: predict(make(n), on(o.device)).peak, budget.usable, start=PAIRS)
+        peak = lambda n, make=make: predict(make(n), on(o.device)).peak  # noqa: E731
+        planned, _ = largest(peak, budget.usable, range(1, MOST_PAIRS), start=PAIRS)
         found = bisected(planned, partial(fits, make=make))
         row = {"op": "batches", "dtype": dtype, "form": form, "pairs": found, "predicted_pairs": planned}
         rows.append(row | {"usable_mib": budget.usable >> 20})

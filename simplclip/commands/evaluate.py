@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simplclip.commands.options import Device, Precision, named_splits
+from simplclip.commands.options import Device, Precision, Workers, named_splits
 from simplclip.common.errors import InputError
 
 
@@ -47,7 +47,7 @@ def evaluate(
         typer.Option(min=0, help="First captions of an image that count; 0: all. Default: all, but one of a json in shards."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images or captions encoded at a time.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 4,
+    workers: Workers = None,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:

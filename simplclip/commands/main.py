@@ -89,7 +89,7 @@ COMMANDS = {
         "Evaluate models by retrieval and classification.",
         "evaluate runs/NAME open_clip:ViT-B-32/openai.pt --data test=shards/test-*.tar",
     ),
-    plan: ("Predict the memory of a training step.", "plan siclip-s0 --card 3090 --compare open_clip"),
+    plan: ("Predict the memory of a training step.", "plan siclip-s0 --card 3090"),
     export: ("Write a folder that open_clip loads.", "export runs/NAME --out export"),
     caption: ("Add synthetic captions to shards.", "caption shards/*.tar --out captioned --checkpoint coca.pt --n 3"),
     teacher: (

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simplclip.commands.doctor import report
 from simplclip.commands.options import Kind, kind_of
 from simplclip.common.errors import visible
 from simplclip.common.files import write_atomically
@@ -33,6 +32,7 @@ def selftest(
     import torch
 
     from simplclip import selftest
+    from simplclip.ops.report import report
 
     began, rows = time.monotonic(), []
     typer.echo(f"{'op':<18}{'backend':<15}{'dtype':<10}{'calls':>5}{'error':>8}")

@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 
 HOUR = 3600.0  # seconds
-_TEMPORARY = re.compile(r"\.(.+?)(\.[0-9a-f]{16})?\.tmp")  # earlier versions' names had no number
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
@@ -86,8 +86,8 @@ def _temporary(path: Path) -> Path:
 
 def temporary_of(name: str) -> str | None:
     """Returns the final name of a temporary file or folder, or None if `name` is not the name of a temporary one."""
-    found = _TEMPORARY.fullmatch(name)
-    return found[1] if found else None
+    match = _TEMPORARY.fullmatch(name)
+    return match[1] if match else None
 
 
 def remove_leftovers(folder: str | Path, ours: Callable[[str], Any], seconds: float = 0.0) -> None:
@@ -130,11 +130,8 @@ def locked(folder: str | Path, busy: str | None = None) -> Iterator[None]:
 
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def identity(path: str | Path) -> dict[str, Any]:
@@ -144,11 +141,11 @@ def identity(path: str | Path) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ: key -> (old, new)."""
-    found: dict[str, tuple[Any, Any]] = {}
+    changed: dict[str, tuple[Any, Any]] = {}
     for name in dict.fromkeys([*old, *new]):
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found |= differences(a, b, f"{prefix}{name}.")
+            changed |= differences(a, b, f"{prefix}{name}.")
         elif a != b:
-            found[prefix + name] = (a, b)
-    return found
+            changed[prefix + name] = (a, b)
+    return changed

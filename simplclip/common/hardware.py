@@ -35,8 +35,8 @@ def native_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
@@ -56,16 +56,13 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def process_bytes(name: str) -> int:
-    """Returns the bytes of VmData (counted by RLIMIT_DATA) or VmHWM (peak resident set) of this process; 0 outside Linux."""
-    status = Path("/proc/self/status")
-    found = re.search(rf"{name}:\s*(\d+)", status.read_text()) if status.exists() else None
-    return 1024 * int(found[1]) if found else 0
-
-
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MiB: of the GPU's allocator, or of the process's resident set on a CPU (0 outside Linux)."""
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_bytes("VmHWM")) / 2**20
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None  # in KiB
+    return int(peak[1]) / 2**10 if peak else 0.0
 
 
 def describe_gpu(device: torch.device) -> str:

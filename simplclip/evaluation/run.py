@@ -26,7 +26,6 @@ from simplclip.evaluation.split import BATCH_SIZE, Split, encode
 from simplclip.version import __version__
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]
-WORKERS = 4
 TEMPLATES = ("a photo of {}",)
 
 
@@ -39,7 +38,7 @@ def evaluate(
     classnames: str | os.PathLike | None = None,
     captions: int | None = None,
     batch_size: int = BATCH_SIZE,
-    workers: int = WORKERS,
+    workers: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
     console: Console | None = None,
@@ -58,7 +57,8 @@ def evaluate(
         templates: see `evaluation.phrases`; by default those in the split's folder, in the config, or "a photo of {}".
         classnames: see `evaluation.class_names`; by default the names in the data.
         captions: see `data.held_out`.
-        batch_size: images or captions encoded at a time. workers: processes that decode images.
+        batch_size: images or captions encoded at a time.
+        workers: processes that decode images; by default one for each core, at most 8.
 
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture), InputError.
     """
@@ -69,6 +69,7 @@ def evaluate(
         raise InputError(f"model: expected one or several different models, got {', '.join(sources) or 'none'}")
     if not splits:
         raise InputError("data: expected at least one split (--data NAME=DATA), got none")
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
     names, synsets = class_names(classnames)
     chosen_templates = phrases(templates or ())
     answer: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import functools
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -39,6 +39,20 @@ def faker(mode: FakeTensorMode, device: torch.device) -> Callable[[Tensor], Tens
         return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
 
     return fake
+
+
+@contextmanager
+def fake_weights(modules: Iterable[nn.Module], fake: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Context in which the modules have fake tensors in place of their parameters and buffers."""
+    places = [tensors for outer in modules for inner in outer.modules() for tensors in (inner._parameters, inner._buffers)]
+    former = [dict(tensors) for tensors in places]
+    try:
+        for tensors in places:
+            tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
+        yield
+    finally:
+        for tensors, before in zip(places, former):
+            tensors.update(before)
 
 
 @contextmanager

@@ -1,25 +1,22 @@
-"""The memory of a step: predicted on fake tensors, or measured on real ones."""
+"""The memory of a step, predicted on fake tensors; and peaks of torch's CPU allocator, measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from itertools import accumulate
-from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from simplclip import gradient_cache
 from simplclip.memory import fake
 from simplclip.memory.count import Counter, Usage
-from simplclip.memory.step import Running, Step, first_and_last
-
-STEPS = 2  # measured ones; in the second one the optimizer's state exists from the beginning
+from simplclip.memory.step import Step, first_and_last
 
 
 def predict(step: Step, device: torch.device) -> Usage:
@@ -27,21 +24,18 @@ def predict(step: Step, device: torch.device) -> Usage:
     # Fallback kernels would run ops that have no fake implementation on real tensors.
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(real=False))
-    running, faked = step.start(), fake.faker(mode, device)
-    for module in (inner for outer in running.modules for inner in outer.modules()):
-        both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in both:
-            tensors.update({name: faked(tensor) for name, tensor in tensors.items() if tensor is not None})
-    counter.hold(_weights(running), "parameters")
-    counter.hold(batches, "batch")
     engine = fake.Engine(lambda gradient: counter.hold(gradient, "gradients"))
     shortened = mock.patch.object(gradient_cache, "backward", first_and_last(gradient_cache.backward))
-    with fake.fake_step(mode, device), engine.installed(), shortened, counter.counting():
-        running.place(device, counter.during)
-        counter.hold(running.averages, "averages")
-        _make_state(running.optimizer, counter)
-        with counter.during("backward", "temporaries"):
-            running.run(batches)
+    with fake.fake_weights(step.modules, fake.faker(mode, device)):
+        counter.hold(_weights(step), "parameters")
+        counter.hold(batches, "batch")
+        with fake.fake_step(mode, device), engine.installed(), shortened, counter.counting():
+            step.place(device, counter.during)
+            counter.hold(_weights(step), "parameters")
+            counter.hold(step.averages, "averages")
+            _make_state(step.optimizer, counter)
+            with counter.during("backward", "temporaries"):
+                step.run(batches)
     return counter.usage
 
 
@@ -63,28 +57,6 @@ def _make_state(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
     optimizer.zero_grad()
 
 
-def measure(step: Step, device: torch.device) -> int:
-    """Runs the step; returns the peak bytes of torch's allocator on `device`, with parameters, on a CPU also the batch."""
-    running = step.start()
-    for module in running.modules:
-        _fill(module.to_empty(device=device))
-    running.place(device, lambda phase, kind: nullcontext())
-    batches = step.batches(real=True)
-
-    def run() -> None:
-        for _ in range(STEPS):
-            running.run(batches)
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    before = tree_leaves([_weights(running), running.averages, batches])
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in before}
-    return sum(storages.values()) + cpu_peak_bytes(run)
-
-
 def cpu_peak_bytes(run: Callable[[], object]) -> int:
     """Peak bytes that torch's CPU allocator allocated during `run`, without those that were live before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -93,17 +65,5 @@ def cpu_peak_bytes(run: Callable[[], object]) -> int:
     return max(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
-@torch.no_grad()
-def _fill(module: nn.Module) -> None:
-    """Gives a module values with which a step runs."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name.endswith("running_var") or (name.endswith("weight") and tensor.dim() == 1):  # of a norm
-            tensor.fill_(1)
-        elif isinstance(tensor, nn.Parameter):
-            tensor.normal_(0, 0.02)
-        else:
-            tensor.zero_()
-
-
-def _weights(running: Running) -> list[Tensor]:
-    return [tensor for module in running.modules for tensor in (*module.parameters(), *module.buffers())]
+def _weights(step: Step) -> list[Tensor]:
+    return [tensor for module in step.modules for tensor in (*module.parameters(), *module.buffers())]

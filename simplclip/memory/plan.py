@@ -19,13 +19,12 @@ from simplclip.memory.count import Usage
 from simplclip.memory.measure import predict
 from simplclip.memory.step import TrainerStep
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE, STORE_BYTES
-from simplclip.train import config as configs
 from simplclip.train.config import Config, ConfigError, MicroBatch
 
 GIB = 2**30
 WITHIN = 0.05  # the largest batch is found up to this share
 SMALL_MICRO_BATCH = 256  # if none is configured; a larger micro-batch leaves less memory for the loss
-MOST_PAIRS = 1 << 20
+MOST_PAIRS = 1 << 16  # of a search; CLIP was trained with 32,768
 # GiB of memory of cards, from their data sheets.
 CARDS = {"rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32, "rtx-3060": 12, "a100-40": 40, "a100-80": 80, "h100": 80}
 
@@ -76,7 +75,7 @@ class Budget:
 class Row:
     """A step of a plan. Sizes are bytes of torch's allocator; the plan's assumptions cover other memory.
 
-    micro_batch: as in the config. components: live bytes by kind at the peak. at_least: whether larger batches were not tried.
+    micro_batch: as in the config. components: live bytes by kind at the peak. at_least: larger ones were not tried.
     """
 
     what: str
@@ -112,7 +111,7 @@ class Planner:
                 "need (the card itself is not needed)"
             )
         if config.run.steps is None:  # memory does not depend on steps, and the data to count may be elsewhere
-            config = config.model_copy(update={"run": config.run.model_copy(update={"steps": 1 << 30, "epochs": None})})
+            config = config.replaced(run={"steps": 1 << 30, "epochs": None})
         self.config, self.budget, self.tell = config, budget, tell
         self._usages: dict[str, Usage] = {}  # of the steps that were predicted
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
@@ -131,7 +130,7 @@ class Planner:
     def rows(self) -> Iterator[Row]:
         """Yields the step as configured, then the largest batch in one graph and, if the model allows it, with caching."""
         if self.config.data.micro_batch == "auto":
-            self.config = self._changed(micro_batch=self.micro_batch())
+            self.config = self.config.replaced(data={"micro_batch": self.micro_batch()})
         data = self.config.data
         yield self._row("as configured", data.batch_size, self.config.to_dict()["data"]["micro_batch"])
         whole = self._largest("largest in one graph", None)
@@ -167,17 +166,11 @@ class Planner:
 
     def usage(self, **data: Any) -> Usage:
         """Predicts the step of the config with some values of its section `data` changed."""
-        config = self._changed(**data)
+        config = self.config.replaced(data=data)
         size = f"{config.data.batch_size} {config.data.micro_batch}"
         if size not in self._usages:
             self._usages[size] = predict(self.step.resized(config), self.device)
         return self._usages[size]
-
-    def _changed(self, **data: Any) -> Config:
-        """Returns the config with some values changed. Unlike pydantic's model_copy, this checks the config as a whole."""
-        values = self.config.to_dict()
-        values["data"] |= data
-        return configs.from_dict(values)
 
     def _micro_batch_beside(self, whole: int) -> tuple[Any, int]:
         """Returns the micro-batch of a search beside a largest whole batch: as in a config, and its images."""
@@ -234,9 +227,7 @@ def largest_micro_batch(
 
     Raises ConfigError if not even one pair at a time fits; UncountedOp.
     """
-    values = config.to_dict()
-    values["data"] |= {"batch_size": config.data.batch_size // ranks, "micro_batch": None}
-    share = configs.from_dict(values)
+    share = config.replaced(data={"batch_size": config.data.batch_size // ranks, "micro_batch": None})
     return Planner(share, budget or Budget.of(device), device.type, tell=tell).micro_batch()
 
 
@@ -268,7 +259,10 @@ def largest(
 def _crossing(seen: dict[int, int], limit: int) -> float:
     """Returns the size at which the line through the two peaks nearest to the limit crosses it, at first one through 0."""
     a, *others = sorted(seen, key=lambda size: abs(seen[size] - limit))
-    if not others or seen[a] == seen[others[0]]:
-        return a * limit / max(seen[a], 1)
-    b = others[0]
-    return a + (limit - seen[a]) * (b - a) / (seen[b] - seen[a])
+    if not others:
+        return a * limit / seen[a]
+    a, b = sorted((a, others[0]))
+    rise = (seen[b] - seen[a]) / (b - a)
+    if rise <= 0:  # rounding, or memory that another size saves
+        return 2 * b if seen[b] <= limit else a / 2
+    return a + (limit - seen[a]) / rise

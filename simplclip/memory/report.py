@@ -14,7 +14,9 @@ from simplclip.train.config import Config
 COLUMNS = ("peak", "weights", "activations", "loss", "other")  # in GiB
 
 
-def run(config: Config, memory: str, *, device: str = "cuda", teacher_width: int | None = None, as_json: bool = False) -> None:
+def run(
+    config: Config, memory: str, *, device: str = "cuda", teacher_width: int | None = None, as_json: bool = False
+) -> None:
     """Prints the plan of `config`, and its progress to stderr. Raises the errors of `Planner`."""
 
     def tell(line: str) -> None:

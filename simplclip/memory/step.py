@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import data, models
-from simplclip.common.errors import InputError, UserError
-from simplclip.models.crop import crop_texts
-from simplclip.train import setup, step
+from simplclip.common.errors import UserError
+from simplclip.models.crop import TextCrop
+from simplclip.train import setup
+from simplclip.train import step as steps
 from simplclip.train.config import Config
 
 During = Callable[[str, str], AbstractContextManager]  # the context of a phase, which allocates memory of a kind
@@ -25,28 +26,21 @@ Batch = dict[str, Any]
 ROWS = {"image": 1, "text": -1}  # dimensions of a batch [N, 3, S, S], [N, L] or [N, k, L] that count its features: all before
 
 
-class Running(Protocol):
-    """A step with its modules, which are on the meta device until `predict` or `measure` gives them tensors on another."""
+class Step(Protocol):
+    """What `predict` runs. The modules get tensors on a device, then `place` makes all else there, then `run` runs."""
 
-    modules: list[nn.Module]  # all that have weights
-    averages: list[Tensor]  # copies of weights, after `place`
-    optimizer: torch.optim.Optimizer  # after `place`
+    modules: list[nn.Module]  # all that have weights; `place` may add some
+    averages: list[Tensor]  # copies of weights, made by `place`
+    optimizer: torch.optim.Optimizer  # made by `place`
 
     def place(self, device: torch.device, during: During) -> None:
-        """Makes all else on `device`, where the modules' tensors are now. The step enters `during` for its phases."""
-
-    def run(self, batches: list[Batch]) -> object:
-        """Runs one training step."""
-
-
-class Step(Protocol):
-    """What `predict` and `measure` run."""
-
-    def start(self) -> Running:
-        """Returns a new step, on the meta device."""
+        """Makes all else on `device`, where the modules' tensors are. The step enters `during` for its phases."""
 
     def batches(self, real: bool) -> list[Batch]:
         """Returns the micro-batches, in the host's memory. real: whether they have values, to run the step on a device."""
+
+    def run(self, batches: list[Batch]) -> object:
+        """Runs one training step."""
 
 
 class TrainerStep:
@@ -60,49 +54,49 @@ class TrainerStep:
         self.assumed = list[str]()
         if config.run.compile:
             self.assumed.append("the memory of towers that are not compiled")
-            config = config.model_copy(update={"run": config.run.model_copy(update={"compile": False})})
+            config = config.replaced(run={"compile": False})
         self.config, self.precision = config, precision
-        self.prepared = setup.make_model(config, weights=False)
+        with torch.device("meta"):  # folding frozen parts makes new modules
+            self.prepared = setup.make_model(config, precision, weights=False)
+        self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.copies]
         self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
-        self.reach = None if config.data.mean_tokens is None else self._reach()
-
-    def _reach(self) -> int | None:
-        """Returns how many tokens of padding the text tower reads; None if it needs all."""
-        try:
-            crop = crop_texts(self.prepared.model)
-        except InputError as error:
-            self.assumed.append(f"texts of full length, whatever data.mean_tokens: {error}")
-            return None
-        crop.undo()
-        mean = self.config.data.mean_tokens
-        self.assumed.append(f"in one graph, texts of {mean:g} tokens, and an eighth and 8 more, which groups of lengths add")
-        return crop.reach
+        if (mean := config.data.mean_tokens) is not None:
+            full = "texts of full length, whatever data.mean_tokens, since this model's texts cannot be cropped"
+            mixed = f"in one graph, texts of {mean:g} tokens, and an eighth and 8 more, which groups of lengths add"
+            self.assumed.append(mixed if self.prepared.crop else full)
 
     def _teacher(self, width: int | None) -> dict[str, Any]:
         if width is None:
             try:
                 return data.teacher_stamp(self.config.data.train, self.config.data.sidecars)
             except (UserError, OSError) as error:
-                width = setup._width(self.config, {})
+                model = self.config.model
+                width = model.options.get("embed_dim") or models.spec_of(model.name).config["embed_dim"]
                 self.assumed.append(f"a teacher of the student's width, {width} (--teacher-width): {error}")
         return {"name": "a teacher", "width": width, "logit_scale": 100.0}
 
     def resized(self, config: Config) -> TrainerStep:
-        """Returns the step of a config that differs only in its section `data`, with the same model."""
+        """Returns the step of a config that differs only in its section `data`. Both share the model: run one at a time."""
         other = copy.copy(self)
         other.config = config
         return other
 
-    def start(self) -> Running:
-        prepared = replace(self.prepared, model=copy.deepcopy(self.prepared.model), lines=[])
-        with (meta := torch.device("meta")):  # the folded copies of frozen parts are new modules
-            state = setup.setup(self.config, meta, self.precision, prepared=prepared, teacher=self.teacher)
-        if state.crop is not None:  # all texts have one length
-            state.crop.multiple = state.crop.groups = 1
-            if self.tokens is None:
-                state.crop.undo()
-                state.crop = None
-        return RunningTrainer(state)
+    def place(self, device: torch.device, during: During) -> None:
+        prepared, crop, self.during = self.prepared, self.prepared.crop, during
+        if crop is not None:  # all texts have one length
+            crop.undo()
+            crop = TextCrop(prepared.model, 1, 1) if self.tokens else None
+        prepared = replace(prepared, crop=crop)
+        self.state = setup.setup(self.config, device, self.precision, prepared=prepared, teacher=self.teacher)
+        self.state.scaler = torch.amp.GradScaler(device.type, enabled=False)  # an enabled one reads values of tensors
+        self.state.step = busiest_step(self.config)
+        self.optimizer = self.state.optimizer
+        self.modules = [prepared.model, *prepared.folded.copies, self.state.objective.loss]
+        self.averages = self.state.ema.averages if self.state.ema else []
+
+    def run(self, batches: list[Batch]) -> None:
+        with _phases(self.during):
+            steps.train_step(self.state, batches)
 
     @property
     def tokens(self) -> int | None:
@@ -112,9 +106,9 @@ class TrainerStep:
         and 8 tokens for captions like COCO's and CC12M's. A micro-batch is filled up to as many tokens as padded texts have.
         """
         config = self.config.data
-        if self.reach is None or config.micro_batch is not None:
+        if self.prepared.crop is None or config.mean_tokens is None or config.micro_batch is not None:
             return None
-        return math.ceil(config.mean_tokens * 9 / 8 + 8) + self.reach
+        return math.ceil(config.mean_tokens * 9 / 8 + 8) + self.prepared.crop.reach
 
     def batches(self, real: bool) -> list[Batch]:
         """The micro-batches between the first and the last one are one of their size, if it need not run."""
@@ -136,36 +130,13 @@ class TrainerStep:
         return batch
 
 
-class RunningTrainer:
-    """A step of the trainer with its state."""
-
-    def __init__(self, state: setup.State) -> None:
-        self.state = state
-        self.modules = [state.model, state.objective.loss, *state.folded.copies]
-        self.averages: list[Tensor] = []
-
-    def place(self, device: torch.device, during: During) -> None:
-        state, config = self.state, self.state.config
-        state.device, self.during = device, during
-        self.optimizer = state.optimizer = setup.make_optimizer(state.model, state.objective.loss, config, device)
-        state.scaler = torch.amp.GradScaler(device.type, enabled=False)  # an enabled one reads values of tensors
-        state.step = busiest_step(config)
-        if config.optim.ema is not None:
-            state.ema = setup.Average(state.model, config.optim.ema)
-            self.averages = state.ema.averages
-
-    def run(self, batches: list[Batch]) -> None:
-        with _phases(self.during):
-            step.train_step(self.state, batches)
-
-
 @contextmanager
 def _phases(during: During) -> Iterator[None]:
     """Context in which the step's functions enter their phases."""
     phases = {"encode_image": ("encode", "activations"), "encode_text": ("encode", "activations"), "losses": ("loss", "loss")}
     with ExitStack() as stack:
         for name, phase in phases.items():
-            stack.enter_context(mock.patch.object(step, name, _within(during, phase, getattr(step, name))))
+            stack.enter_context(mock.patch.object(steps, name, _within(during, phase, getattr(steps, name))))
         yield
 
 
@@ -200,7 +171,8 @@ def first_and_last(backward: Callable) -> Callable:
 
     def run(encode: dict[str, Callable], micro_batches: dict[str, list[Batch]], loss: Callable, **options: Any) -> Any:
         encoders, parts = {}, {}
-        for tower, batches in micro_batches.items():
+        for tower in encode:  # in the order in which the towers run
+            batches = micro_batches[tower]
             rows = _Skipped(sum(batch[tower].shape[: ROWS[tower]].numel() for batch in batches[1:-1]))
             encoders[tower] = _encoder(encode[tower])
             parts[tower] = [batches[0], rows, batches[-1]] if rows else batches

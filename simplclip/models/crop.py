@@ -18,6 +18,7 @@ from simplclip.models.simplify import is_causal_mask
 __all__ = ["TextCrop", "crop_texts", "lengths_of"]
 
 GROUP_TOKENS = 512  # cost of one more call of the tower, in tokens: launches, and small products
+_LOCK = threading.RLock()  # a tower has the positions and the mask of one length at a time
 
 
 def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextCrop:
@@ -26,8 +27,7 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
     Tokenizers pad every text to the context length, 77 tokens. In causal towers, or where padding is masked, padding changes
     no feature. `encode_text`, and with it `forward`, then sorts a batch by length, cuts the batch into groups and computes
     each group at the length of its longest text. Features and gradients are those of the padded batch up to rounding, in the
-    same order. Where convolutions reach a few tokens of padding, as in MobileCLIP-S0's masked text tower, these tokens are
-    computed too.
+    same order. Tokens of padding that convolutions reach, as in MobileCLIP-S0's masked text tower, are computed too.
 
     Args:
         model: an open_clip model whose text tower is causal, or masks padding (Hugging Face's towers do).
@@ -59,17 +59,10 @@ class TextCrop:
         # Since open_clip 4 forward() and encode_text() call _encode_text().
         self.name = "_encode_text" if hasattr(type(model), "_encode_text") else "encode_text"
         self.model, self.multiple, self.groups = model, multiple, groups
-        self.lock = threading.RLock()  # the tower has the positions and the mask of one length at a time
         convolutions = (m for m in _tower(model).modules() if isinstance(m, nn.Conv2d))
         reach = sum(m.kernel_size[1] // 2 for m in convolutions) if isinstance(_tower(model), TextTower) else 0
         self.reach = max(0, reach - 1)  # lengths count the first padding token
         vars(model)[self.name] = self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"lock": None}  # locks cannot be copied
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.RLock())
 
     def undo(self) -> None:
         """Restores the model's own `encode_text`."""
@@ -78,7 +71,7 @@ class TextCrop:
     @torch.compiler.disable(recursive=False)
     def __call__(self, text: Tensor, *args: Any, **options: Any) -> Any:
         device = next(_tower(self.model).parameters()).device
-        with self.lock:
+        with _LOCK:
             if type(text) is not Tensor or text.ndim != 2 or not len(text) or text.is_meta or torch.jit.is_tracing():
                 return self._encode(text.to(device), *args, **options)
             lengths = self.rounded(text)

@@ -198,11 +198,8 @@ def simplify(
     Siglip2Model (version 5, from 5.0 on). New blocks have the activation, drop path, dtype, device and mode (train, eval) of
     the old blocks. A causal mask is recognised and kept. Layer scale is removed; the gains replace it.
 
-    In a transformers model the new blocks ignore attn_implementation and attention_dropout. attention_mask, and SigLIP 2's
-    pixel_attention_mask, may pad on the right: rows of ones followed by zeros. Another mask raises an error, except under
-    torch.compile, where its values cannot be checked. SigLIP pools the last text token, so its attention_mask must be ones.
-    output_hidden_states works as before; output_attentions raises an error. save_pretrained works, and from_pretrained does
-    for a subclass whose __init__ calls `simplify` (see docs/block.md).
+    In a transformers model attention_mask may pad on the right alone: docs/block.md says which masks and options work, and
+    how from_pretrained does.
 
     Args:
         model: an open_clip model with the towers to replace: ``visual``; ``text`` or ``transformer``. Or a transformers model
@@ -214,9 +211,9 @@ def simplify(
             ``{"attention": groups, "mlp": groups}`` or ``{"all": groups}``, see `nn.share_weights`. The groups of one part
             are disjoint ("all" counts for both parts); those of attention and MLP may differ.
         mlp_ratio: for both towers, or by tower; as in the old block when None.
-        gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens, so that text features pooled
-            at the end-of-text token depend only on its position until training changes W_q or gamma. The two text blocks of
-            siclip-tiny learned faster from 0.3; in a deep tower the means would add up and outweigh the tokens.
+        gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens, so that a text's feature
+            depends only on its length until training changes W_q or gamma. The two text blocks of siclip-tiny learned faster
+            from 0.3; in a deep tower the means would add up and outweigh the tokens.
         mask_padding: let no token see the padding behind its text. The text tower must be open_clip's separate one
             (custom_text) or MobileCLIP-S0's, and pool the end of the text. All its blocks must be replaced.
             `crop_texts` can then leave padding out. A causal tower stays as it is: its tokens do not see padding.
@@ -228,10 +225,9 @@ def simplify(
         The same model, and a report of what was replaced with the parameter counts before and after.
 
     Raises:
-        ValueError: a tower or index is unknown, the model has no such tower, the tower has no replaceable blocks (a ResNet,
-            a Hugging Face encoder, window or rotary attention), or it has a mask that a simplified block does not support
-            (padding or class token masks, as in CoCa's text tower), or padding cannot be masked, or `init_blocks.convert`
-            does not know an old block, or the block has other shapes. The model is left unchanged.
+        ValueError: an argument is unknown, or the model has no such tower, or the tower has no replaceable blocks (a ResNet,
+            a Hugging Face encoder in open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower),
+            or padding cannot be masked, or `init_blocks.convert` does not know a block. The model is left unchanged.
         TypeError: model is not a module.
 
     Example:

@@ -188,7 +188,7 @@ class LossConfig(Section):
         "and whose bias at -10 unless model.options has init_logit_scale and init_logit_bias",
     )
     contrastive_weight: Weight = setting(
-        1.0, "weight of the base; each weight is a number, or a schedule {value, to, start, end, until}"
+        1.0, "of the base; each weight is a number, or a schedule {value, to, start, end, until}"
     )
     pm_weight: Weight = setting(0.0, "weight of the pair matching loss")
     plane: Literal["scalar", "hadamard"] = setting("scalar", "hyperplane of the pair matching loss")
@@ -239,9 +239,7 @@ class RunConfig(Section):
     steps: int | None = setting(1000, "number of optimizer steps", ge=1)
     epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
     seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0)
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = setting(
-        "auto", "autocast; auto: bf16 if the hardware has it, else fp32"
-    )
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = setting("auto", "of autocast; auto: bf16 if in hardware")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     compile: bool = setting(False, "compile the towers by torch.compile: minutes at the start, then faster steps")
     log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)

@@ -53,7 +53,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         raise ConfigError("data.micro_batch: expected a number, got auto, which `simplclip train` replaces by a number")
     out, began = Path(config.run.out), time.monotonic()
     with ranks.joined(), ExitStack() as stack:
-        console = (console or Console()) if ranks.first() else Console(quiet=True)
+        is_first = ranks.first()
+        console = (console or Console()) if is_first else Console(quiet=True)
         ranks.on_first(lambda: stack.enter_context(checkpoint.lock(out)))
         former = ranks.on_first(partial(checkpoint.former, out, resume))
         config = ranks.on_first(partial(_with_data, config, former, console))
@@ -84,7 +85,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             took = duration(time.monotonic() - began)
             log.print(f"done       step {state.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
     if state.step < config.run.steps:
-        if not ranks.first():
+        if not is_first:
             raise SystemExit(130)
         raise Interrupted(f"{stop.reason}: saved step {state.step} of {config.run.steps} to {out / 'last.pt'}. {_go_on(out)}")
     return out / "last.pt"

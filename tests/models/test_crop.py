@@ -102,8 +102,10 @@ def test_features_and_gradients_are_those_of_padded_texts(kind, make, tokens):
     assert sum(rows * length for rows, length in tokens) < 0.6 * text.numel()
     torch.testing.assert_close(found, features, rtol=0, atol=2e-6)
     assert got.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())  # the bias of keys has no gradient, but rounding
     for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=2e-6 * gradient.abs().max().item(), msg=name)
+        atol = (2e-6 * gradient.abs().max() + 1e-7 * largest).item()
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=atol, msg=name)
     _, forward, *_ = model(torch.zeros(len(text), 3, 16, 16), text)
     assert torch.equal(forward, found)
     torch.testing.assert_close(model.encode_text(text[3:4], normalize=True), features[3:4], rtol=0, atol=2e-6)

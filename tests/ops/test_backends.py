@@ -155,8 +155,11 @@ def test_report_is_json_and_names_a_backend_for_every_op():
             assert entry["backend"] in backends.TABLE[name.removesuffix(", long")]
             assert all(entry["others"].values())
             assert set(entry["others"]) == set(backends.NAMES) - {entry["backend"]}
-    text = render(report)
-    assert all(op in text for op in report["ops"])
+    text = render(report, why=True)
+    assert all(f"{op}, {device}: " in text for op in report["ops"] for device in ("cpu", "cuda"))
+    few = render(report)
+    assert not any(op in few for op in report["ops"])
+    assert re.search(r"^CPU tensors +\d+ ops by \w+", few, re.MULTILINE)
 
 
 @pytest.mark.skipif(backends.cuda_extension is None, reason=str(backends.cuda_extension_error))

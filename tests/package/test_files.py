@@ -67,10 +67,10 @@ def test_a_full_disk_leaves_the_former_file(tmp_path):
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path):
-    """Leftovers of this version and of earlier ones are removed; a link is removed, but not its target."""
+    """A link is removed, but not its target."""
     number = "0123456789abcdef"
-    ours = [f".a.tar.{number}.tmp", ".a.tar.tmp", f".b.tar.{number}.tmp"]
-    others = ["a.tar", ".c.txt.tmp", ".a.tar.0123.tmp.bak", f"a.tar.{number}.tmp", "kept"]
+    ours = [f".a.tar.{number}.tmp", f".c.tar.{number}.tmp", f".b.tar.{number}.tmp"]
+    others = ["a.tar", f".c.txt.{number}.tmp", ".a.tar.tmp", ".a.tar.0123.tmp.bak", f"a.tar.{number}.tmp", "kept"]
     for name in (*ours[:2], *others[:-1]):
         (tmp_path / name).write_text("x")
     (tmp_path / "kept").mkdir()

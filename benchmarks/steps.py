@@ -1,0 +1,120 @@
+"""A step of open_clip's trainer, for `simplclip.memory` to predict beside a step of ours; and both, measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from simplclip import models
+from simplclip.common import hardware
+from simplclip.memory.measure import cpu_peak_bytes
+from simplclip.memory.step import During, Step, inputs
+
+
+class OpenClipStep:
+    """A step of open_clip's trainer on a model, with its loss for that model or with stored teacher features.
+
+    name, options: as for `models.create`. teacher_width: the width of a teacher's features for DistillClipLoss; None:
+    SigLipLoss for a model with a logit bias, else ClipLoss. No teacher is in memory, unlike in open_clip's own trainer.
+    """
+
+    def __init__(self, name: str, batch_size: int, precision: str, teacher_width: int | None = None, **options: Any) -> None:
+        self.name, self.batch_size, self.precision, self.teacher_width = name, batch_size, precision, teacher_width
+        self.options = options | {"output_dict": True}
+        with torch.device("meta"):
+            self.model: Any = models.create(name, device="meta", **self.options).train()
+        if teacher_width is not None:
+            self.loss: Any = DistillClipLoss()
+        else:
+            self.loss = ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
+        self.modules, self.averages = [self.model, self.loss], list[Tensor]()
+
+    def place(self, device: torch.device, during: During) -> None:
+        self.device, self.during = device, during
+        card = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, foreach=card)  # torch's default on both devices
+
+    def batches(self, real: bool) -> list[dict[str, Tensor]]:
+        with torch.device("cpu" if real else "meta"):
+            image, text = inputs(self.name, self.model, self.batch_size, 1, real)
+            batch = {"image": image.float(), "text": text}
+            if self.teacher_width is not None:
+                for name in ("dist_image_features", "dist_text_features"):
+                    batch[name] = torch.ones(self.batch_size, self.teacher_width, dtype=torch.float16)
+        return [batch]
+
+    def run(self, batches: list[dict[str, Tensor]]) -> None:
+        (batch,) = batches
+        self.optimizer.zero_grad()
+        with hardware.autocast(self.precision, self.device):
+            with self.during("encode", "activations"):
+                batch = {name: t.to(self.device) for name, t in batch.items()}
+                outputs = self.model(batch.pop("image"), batch.pop("text"))
+            with self.during("loss", "loss"):
+                if batch:
+                    batch = {name: t.to(outputs["image_features"].dtype) for name, t in batch.items()}
+                    outputs |= batch | {"dist_logit_scale": torch.full((), 100.0, device=self.device)}
+                loss = sum(self.loss(**outputs, output_dict=True).values())
+        del outputs, batch
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, math.log(100))
+
+
+STEPS = 2  # measured ones; in the second one the optimizer's state exists from the beginning
+
+
+def runner(step: Step, device: torch.device) -> Callable[[], object]:
+    """Returns a function that runs the step on real tensors on `device`, with weights that are random."""
+    return _placed(step, device)[1]
+
+
+def measure(step: Step, device: torch.device) -> int:
+    """Runs the step; returns the peak bytes of torch's allocator on `device`, with parameters, on a CPU also the batch."""
+    before, once = _placed(step, device)
+
+    def run() -> None:
+        for _ in range(STEPS):
+            once()
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in before}
+    return sum(storages.values()) + cpu_peak_bytes(run)
+
+
+def _placed(step: Step, device: torch.device) -> tuple[list[Tensor], Callable[[], object]]:
+    """Returns the tensors that are in memory before a step on `device`, and a function that runs it."""
+    for module in step.modules:
+        _fill(module.to_empty(device=device))
+    step.place(device, lambda phase, kind: nullcontext())
+    batches = step.batches(real=True)
+    weights = [tensor for module in step.modules for tensor in (*module.parameters(), *module.buffers())]
+    return tree_leaves([weights, step.averages, batches]), partial(step.run, batches)
+
+
+@torch.no_grad()
+def _fill(module: nn.Module) -> None:
+    """Gives a module values with which a step runs."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name.endswith("running_var") or (name.endswith("weight") and tensor.dim() == 1):  # of a norm
+            tensor.fill_(1)
+        elif name.endswith("attn_mask"):  # of a causal tower, which checks it
+            tensor.fill_(-torch.inf).triu_(1)
+        elif isinstance(tensor, nn.Parameter):
+            tensor.normal_(0, 0.02)
+        else:
+            tensor.zero_()

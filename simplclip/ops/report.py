@@ -1,0 +1,96 @@
+"""simplclip.report(): which backend runs each op on this machine, and why other backends do not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from simplclip.ops import backends
+from simplclip.version import __version__
+
+LONG = 197  # tokens of an attention that is reported beside a short one
+PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "webdataset", "numpy")
+
+
+def report() -> dict[str, Any]:
+    """Returns versions, CPU, GPU, extensions, the backend of each op for float32 CPU and CUDA tensors, and why no other runs.
+
+    Attention has a second entry, "long", with 197 tokens, since the backend depends on the number of tokens.
+    The report contains only plain types, so that it can be written as JSON.
+    """
+    calls: dict[str, tuple[str, dict[str, Any]]] = {}  # entry -> op, and the facts that the choice of its backend depends on
+    for op in backends.TABLE:
+        calls[op] = op, {}
+        if op.startswith("shaped_attention"):
+            calls[f"{op}, long"] = op, {"length": LONG}
+    return {
+        "simplclip": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": {
+            "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        },
+        "gpu": _gpu(),
+        "extension": {"cpu": _cpu_extension(), "cuda": _cuda_extension()},
+        "forced_backend": backends.forced() or None,
+        "ops": {
+            name: {device: _backend(op, torch.device(device), facts) for device in ("cpu", "cuda")}
+            for name, (op, facts) in calls.items()
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+        return {"available": False, "reason": f"torch {torch.__version__} ({built}) sees no device"}
+    properties = torch.cuda.get_device_properties(0)
+    gpu: dict[str, Any] = {"available": True, "name": properties.name, "memory_bytes": properties.total_memory}
+    gpu["capability"] = f"{properties.major}.{properties.minor}"
+    extension = backends.cuda_extension
+    if extension is not None and not extension.binary_version(0):
+        built = extension.architectures()
+        gpu["reason"] = f"this build's kernels ({built}) do not run on it: rebuild with TORCH_CUDA_ARCH_LIST"
+    return gpu
+
+
+def _cpu_extension() -> dict[str, Any]:
+    extension = backends.extension
+    if extension is None:
+        return {"loaded": False, "reason": backends.extension_error}
+    facts = {"loaded": True, "compiler": extension.compiler(), "instruction_set": extension.cpu_isa()}
+    return facts | {"native_bfloat16": backends.native_bf16}
+
+
+def _cuda_extension() -> dict[str, Any]:
+    if backends.cuda_extension is None:
+        return {"loaded": False, "reason": backends.cuda_extension_error}
+    return {"loaded": True, "architectures": backends.cuda_extension.architectures()}
+
+
+def _backend(op: str, device: torch.device, facts: dict[str, Any]) -> dict[str, Any]:
+    serves = problem = None
+    try:
+        serves, _ = backends.select(op, device, torch.float32, backends.forced(), **facts)
+    except (RuntimeError, ValueError) as error:
+        problem = str(error)
+    reasons = {}
+    for name in (name for name in backends.NAMES if name != serves):
+        passed_over = serves is None or backends.NAMES.index(name) < backends.NAMES.index(serves)
+        free = f"can run; {'another is forced' if passed_over else f'{serves} comes first'}"
+        reasons[name] = backends.why_not(op, name, device, torch.float32, **facts) or free
+    return {"backend": serves, "error": problem, "others": reasons}

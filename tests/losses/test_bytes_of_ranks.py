@@ -1,0 +1,147 @@
+"""The bytes that ranks send and allocate in a loss, counted on fake tensors and a fake process group: docs/scaling.md."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from open_clip.loss import ClipLoss
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from simplclip.losses import ClipPMLoss, SigLipLoss, WIKDLoss
+from simplclip.memory import fake
+from simplclip.memory.count import Counter
+from simplclip.ops import backends
+
+
+@contextlib.contextmanager
+def pretended(ranks):
+    """Context in which this process is the first of `ranks` ranks, and collectives do nothing."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sent(ranks, n, width, itemsize, terms, teacher_width=0, ids=False, parameters=0):
+    """The bytes that a rank sends in a step, by the table of docs/scaling.md."""
+    others, terms = ranks - 1, set(terms)
+    there_and_back = 2 * width if terms - {"interactive", "feature"} else 0
+    teacher = ("relational" in terms) + 2 * ("interactive" in terms)  # texts, and texts and images
+    features = n * itemsize * (there_and_back + teacher * teacher_width)
+    statistics = 2 * 3 * n * 4 if terms & {"contrastive", "relational"} else 0  # sigmoid terms need none
+    numbers = 8 * n * ids * ((there_and_back > 0) + ("interactive" in terms))
+    return others * (features + statistics + numbers) + 2 * 4 * parameters * others // ranks
+
+
+class Wire(TorchDispatchMode):
+    """A mode that counts the bytes that this rank sends, without the loss's value."""
+
+    def __init__(self, ranks):
+        super().__init__()
+        self.ranks, self.sent, self.largest = ranks, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if name.startswith("c10d::") and "broadcast" not in name:
+            tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            size = max(t.numel() * t.element_size() for t in tensors)
+            self.largest = max(self.largest, size)
+            times = {"c10d::_allgather_base_": 1, "c10d::alltoall_base_": 1, "c10d::allreduce_": 2}
+            if tensors[0].numel() > 1:  # not the loss's value
+                self.sent += times.get(name, 0) * size * (self.ranks - 1) // self.ranks
+        return func(*args, **(kwargs or {}))
+
+
+def step(loss_of, ranks, n, width, dtype, teacher_width=0, ids=False):
+    """Returns the bytes sent and the peak memory of a loss's forward and backward on the first of several ranks."""
+    with pretended(ranks), FakeTensorMode(allow_fallback_kernels=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # open_clip 3.3 calls what torch 2.15 deprecates
+        loss = loss_of({"gather_with_grad": True, "rank": 0, "world_size": ranks})
+        if hasattr(loss, "_shapes"):
+            loss._shapes.check = lambda *_: None  # the check reads values
+        features = [torch.empty(n, width, dtype=dtype, requires_grad=True) for _ in range(2)]
+        teacher = [torch.empty(n, teacher_width, dtype=dtype) for _ in range(2)] if teacher_width else []
+        scale = torch.empty((), requires_grad=True)
+        args = (*features, scale, *teacher, *([scale.detach()] if teacher else []))
+        options = {"ids": torch.empty(n, dtype=torch.int64)} if ids else {}
+        counter, wire = Counter(torch.device("cpu")), Wire(ranks)
+        with counter.counting(), wire:
+            value = loss(*args, **options)
+            (sum(value) if isinstance(value, tuple) else value).backward()
+    return wire, counter.usage.peak
+
+
+KINDS = {
+    "contrastive": (lambda mode: ClipPMLoss(pm_weight=0, **mode), {"terms": ("contrastive",)}),
+    "with ids": (lambda mode: ClipPMLoss(pm_weight=0, **mode), {"terms": ("contrastive",), "ids": True}),
+    "hadamard": (
+        lambda mode: ClipPMLoss(plane="hadamard", embed_dim=512, **mode),
+        {"terms": ("contrastive", "pair_matching"), "parameters": 513},
+    ),
+    "sigmoid": (lambda mode: SigLipLoss(rank=0, world_size=mode["world_size"]), {"terms": ("sigmoid",)}),
+    **{
+        interactive: (
+            lambda mode, interactive=interactive: WIKDLoss(
+                interactive_weight=1, interactive=interactive, feature_weight=1, embed_dim=512, teacher_dim=768, **mode
+            ),
+            {
+                **{"terms": ("contrastive", "relational", "interactive", "feature"), "ids": True},
+                **{"teacher_width": 768, "parameters": 2 * 512 * 768},
+            },
+        )
+        for interactive in ("infonce", "kl")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("ranks", "n"), [(2, 1024), (1024, 1024)])
+def test_the_bytes_of_a_step_are_the_formula_s(kind, ranks, n):
+    loss_of, what = KINDS[kind]
+    dtype = torch.float32
+    wire, _ = step(loss_of, ranks, n, 512, dtype, what.get("teacher_width", 0), what.get("ids", False))
+    assert wire.sent == sent(ranks, n, 512, dtype.itemsize, **what)
+    assert wire.largest <= ranks * n * 768 * 4  # features of the whole batch, but no matrix of its pairs
+
+
+@pytest.mark.parametrize(("native", "most"), [(True, 4.5), (False, 6.1)])
+def test_bytes_grow_with_the_batch_and_not_with_its_square(native, most, monkeypatch):
+    """A million pairs on 1,024 ranks, with features of 512 numbers in bfloat16.
+
+    A CPU that does not multiply bfloat16 holds the gathered text, 1 GiB, once more in float32, and so its products.
+    """
+    monkeypatch.setattr(backends, "native_bf16", native)
+    of_half, of_all = (sent(ranks, 1024, 512, 2, ("contrastive",)) for ranks in (512, 1024))
+    assert 2 < of_all / of_half < 2.01
+    wire, peak = step(KINDS["contrastive"][0], 1024, 1024, 512, torch.bfloat16)
+    assert wire.sent == of_all
+    assert peak < most * 2**30  # a matrix of this rank's rows would take 2 GiB in bfloat16, 4 in float32
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
+@pytest.mark.parametrize("half", [False, True])
+def test_memory_of_a_rank_is_a_twentieth_of_open_clip_s_local_loss(half):
+    """32,768 pairs over 4 ranks, float32 features, with and without autocast, on a fake card."""
+    card, peaks = torch.device("cuda", 0), []
+    for loss_of in (ClipLoss, lambda **mode: ClipPMLoss(pm_weight=0, **mode)):
+        mode, counter = FakeTensorMode(allow_fallback_kernels=False), Counter(card)
+        of, engine = fake.faker(mode, card), fake.Engine(lambda _: None)
+        with warnings.catch_warnings(), fake.fake_step(mode, card), engine.installed(), pretended(4), counter.counting():
+            warnings.simplefilter("ignore")
+            loss = loss_of(local_loss=True, gather_with_grad=True, rank=0, world_size=4)
+            loss.scratch_bytes, loss.store_bytes = 16 << 20, 0
+            shapes = ((8192, 512), (8192, 512), ())
+            leaves = [of(torch.empty(shape, device="meta")).requires_grad_() for shape in shapes]
+            with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                value = loss(*leaves)
+            value.backward()
+        peaks.append(counter.usage.peak)
+    theirs, ours = peaks
+    assert 4 << 30 < theirs < 5 << 30
+    assert 20 * ours <= theirs, peaks
