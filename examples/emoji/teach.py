@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import webdataset
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from teacher import TEXT_FEATURES, WIDTH, Heads, Teacher, tokenizer, transform
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
@@ -188,7 +188,8 @@ def teach(shards: list[str], out: Path, heads_file: Path | None = None, seed: in
     (out / "meta.json").unlink(missing_ok=True)  # what it describes is replaced
     if heads_file is None:
         fit(heads, features, random.Random(seed), device)
-        save_file({name: tensor.cpu() for name, tensor in heads.state_dict().items()}, out / "heads.safetensors")
+        tensors = {name: tensor.cpu() for name, tensor in heads.state_dict().items()}
+        (out / "heads.safetensors").write_bytes(save(tensors))  # save_file would make it readable by its owner only
     write(pairs, features, heads, out, device)
     times = f"networks {seen - start:.0f} s, heads and sidecars {time.perf_counter() - seen:.0f} s"
     print(f"teacher: {out}, features of {len(pairs):,} images and {len(features.texts):,} captions; {times}")
