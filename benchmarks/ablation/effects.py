@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
 from simplclip.train import config
@@ -101,7 +102,10 @@ def load(source: str | Path) -> Effects:
     file = Path(source) if Path(source).is_file() else Path(__file__).parent / f"{source}.yaml"
     if not file.is_file():
         raise ConfigError(f"effects: expected a YAML file, or emoji, got {source!s}")
-    values = config.parse_yaml(file.read_text(encoding="utf-8"), str(source))
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))  # with aliases, which configs do not have
+    except (yaml.YAMLError, ValueError) as error:
+        raise config.ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected a mapping with `effects`, got {type(values).__name__}")
     values = {key: value for key, value in values.items() if not key.startswith(".")}  # places for anchors

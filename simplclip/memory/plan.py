@@ -247,6 +247,8 @@ def largest(
     guess = float(start)
     while high - low > 1 and not (low >= 0 and high < len(sizes) and sizes[high] <= (1 + within) * sizes[low]):
         place = min(max(bisect_right(sizes, guess) - 1, low + 1), high - 1)
+        if len(seen) > 8:  # the line is a poor guide, as where peaks hardly grow
+            place = (low + high) // 2
         size = sizes[place]
         seen[size] = peak(size)
         low, high = (place, high) if seen[size] <= limit else (low, place)

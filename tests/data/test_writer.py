@@ -67,7 +67,7 @@ def test_a_second_command_adds_shards_and_keeps_what_is_whole(folder, out, capsy
     assert run(folder / "held-*.tar", out)["samples"] == 3
     assert first.items() - digests(out).items() == {("meta.json", first["meta.json"])}
     before = digests(out)
-    (out / ".former.tar.tmp").write_bytes(b"left by a run that was killed")
+    (out / ".former.tar.0123456789abcdef.tmp").write_bytes(b"left by a run that was killed")
     summary = write_sidecars(folder / "*.tar", out, prepare, None, stamp=STAMP, batch_size=4)
     assert (summary["written"], summary["samples"]) == (0, 15)
     assert "3 of 3 sidecars in" in capsys.readouterr().out

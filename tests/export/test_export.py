@@ -26,9 +26,11 @@ from weights import randomise
 import simplclip
 from simplclip import evaluation, export, models
 from simplclip import train as trainer
-from simplclip.data.broken import Skipped
-from simplclip.data.shards import contents, read_shard
+from simplclip.data import tars
+from simplclip.data.errors import Skipped
+from simplclip.data.sources import sources_of
 from simplclip.integrations.open_clip import register_models
+from simplclip.models.trained import read_checkpoint
 from simplclip.train import checkpoint, config
 
 VIT, HF = "export-tiny-vit", "export-tiny-hf"
@@ -159,7 +161,7 @@ def test_command(tiny, tmp_path):
     assert "open_clip_model.safetensors" in result.output
     assert {p.name for p in (tmp_path / "a/b").iterdir()} == {"export.json", CONFIG, WEIGHTS}
     (tmp_path / "text.pt").write_text("not weights")
-    state = checkpoint.load(tiny.run)
+    state = read_checkpoint(tiny.run)
     state["config"]["model"]["options"] = {"embed_dim": 64}
     torch.save(state, tmp_path / "other.pt")
     (tmp_path / "a.safetensors").write_bytes(b"\x80\x04nothing of use")
@@ -308,7 +310,7 @@ def test_figures_stay_from_a_warm_start_to_open_clip(tmp_path, monkeypatch):
     def loaded_by_open_clip():
         register_models()
         model, _, preprocess = open_clip.create_model_and_transforms("local-dir:elsewhere/mine")
-        samples = [contents(sample) for sample in read_shard(held, Skipped())]
+        samples = list(tars.read(sources_of(held)[0], Skipped()))
         images = torch.stack([preprocess(Image.open(io.BytesIO(sample["png"])).convert("RGB")) for sample in samples])
         texts = open_clip.get_tokenizer("local-dir:elsewhere/mine")([json.loads(s["json"])["captions"][0] for s in samples])
         with torch.no_grad():

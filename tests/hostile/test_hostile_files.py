@@ -160,16 +160,16 @@ MERGES = "\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n 
 CONFIGS = {
     "an object of Python": (b"run: !!python/object/apply:os.system ['touch canary']", "not valid YAML: could not determine"),
     "a module of Python": (b"!!python/module:antigravity", "not valid YAML"),
-    "a billion laughs": (LAUGHS.encode(), "expected at most 100,000 values, got more, by aliases"),
-    "a billion merges": (MERGES.encode(), "expected at most 100,000 values, got more, by aliases"),
-    "a list in itself": (b"run: &a [*a]", "expected at most 100,000 values"),
+    "a billion laughs": (LAUGHS.encode(), "not valid YAML: expected no aliases"),
+    "a billion merges": (MERGES.encode(), "not valid YAML: expected no aliases"),
+    "a list in itself": (b"run: &a [*a]", "not valid YAML: expected no aliases"),
     "lists in lists": (b"run: " + b"[" * 600, "not valid YAML"),
     "a number of 5,000 digits": (b"run: {seed: 1" + b"0" * 5000 + b"}", "not valid YAML: Exceeds the limit"),
     "a date that is none": (b"run: 2024-99-99", "not valid YAML: month must be"),
     "latin-1": (b"run: caf\xe9", "expected a YAML file in UTF-8"),
     "NUL": (b"run: \0", "not valid YAML"),
     "a list for a key": (b"? [a]\n: 1", "not valid YAML"),
-    "a number for a key": (b"1: 2", "1: expected a string for a key"),
+    "a number for a key": (b"1: 2", "1: Keys should be strings"),
     "escape sequences": (b'"\\e[31m": 1', "unknown key"),
 }
 
