@@ -35,7 +35,8 @@ def source(path: str) -> Source:
             key, image = file[: -len(suffix) - 1], os.path.join(path, file)
             name = f"{os.path.basename(path)}/{key}"
             if texts:
-                beside = {suffix: os.path.join(path, sample[suffix]) for suffix in ("txt", "json") if suffix in sample}
+                files = [(suffix, sample[suffix]) for suffix in ("txt", "json") if suffix in sample]
+                beside: dict[str, str] = {suffix: os.path.join(path, file) for suffix, file in files}
                 yield Row(name, image, texts=beside)
             else:
                 label = key.split(os.sep)[0].replace("_", " ") if os.sep in key else None

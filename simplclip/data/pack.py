@@ -33,7 +33,8 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from simplclip.common.errors import InputError, UserError, visible
 from simplclip.common.files import locked, remove_leftovers, write_atomically
 from simplclip.common.progress import Progress
-from simplclip.data import annotations, folders, tables
+from simplclip.data import folders, tables
+from simplclip.data.annotations import source as annotated
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.forms import JSON, TABLES, BadRow, Options, Row, Source, is_source, split_of
 from simplclip.data.tar_writer import add, new_tar
@@ -147,7 +148,7 @@ def open_source(path: str | os.PathLike, options: Options) -> Source:
         expected = "a folder of images, or a file that ends in .csv, .tsv, .parquet or .json"
         hint = "; training reads tars as they are" if ".tar" in kind else ""
         raise InputError(f"source: expected {expected}, got {file!r}{hint}")
-    read = annotations.source if kind.endswith(JSON) else tables.parquet if kind.endswith(".parquet") else tables.table
+    read = annotated if kind.endswith(JSON) else tables.parquet if kind.endswith(".parquet") else tables.table
     return read(file, options)
 
 

@@ -29,8 +29,8 @@ def table(path: str, options: Options) -> Source:
     """Returns the rows of a .csv or .tsv file. Raises InputError for a wrong header."""
     with _opened(path) as file:
         separator, columns = _header(file, path, options)
-    with open(path, "rb") as file:
-        lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    with open(path, "rb") as binary:
+        lines = sum(block.count(b"\n") for block in iter(lambda: binary.read(1 << 20), b""))
 
     def rows() -> Rows:
         with _opened(path) as file:
@@ -75,8 +75,7 @@ def joined(rows: Rows) -> Rows:
     """Joins neighbouring rows of one image, as tables of several captions an image have them."""
     last: Row | BadRow | None = None
     for row in rows:
-        same = isinstance(last, Row) and isinstance(row, Row) and row.image == last.image
-        if same and len(last.captions) < JOINED:
+        if isinstance(last, Row) and isinstance(row, Row) and row.image == last.image and len(last.captions) < JOINED:
             last.captions.extend(row.captions)
             continue
         if last is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import os
 import tarfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from simplclip.common.errors import InputError
 from simplclip.common.files import replacing
@@ -16,7 +16,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def new_tar(path: str | os.PathLike) -> Iterator[tarfile.TarFile]:
+def new_tar(path: str | Path) -> Iterator[tarfile.TarFile]:
     """Context with a tar that gets its name when the block ends without an error. Raises InputError if the disk is full."""
     try:
         with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:

@@ -236,7 +236,7 @@ def _write(
                     add(tar, key, files)
                 samples += len(keys)
             advance(len(portion.positions) + portion.skipped.counts.total())
-    entry = {"samples": samples, "bytes": target.stat().st_size}
+    entry: dict[str, Any] = {"samples": samples, "bytes": target.stat().st_size}
     if skipped.counts:
         entry["skipped"] = {reason: [n, skipped.examples[reason]] for reason, n in sorted(skipped.counts.items())}
     return entry

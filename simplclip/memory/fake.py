@@ -44,7 +44,9 @@ def faker(mode: FakeTensorMode, device: torch.device) -> Callable[[Tensor], Tens
 @contextmanager
 def fake_weights(modules: Iterable[nn.Module], fake: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Context in which the modules have fake tensors in place of their parameters and buffers."""
-    places = [tensors for outer in modules for inner in outer.modules() for tensors in (inner._parameters, inner._buffers)]
+    places: list[dict[str, Any]] = [
+        tensors for outer in modules for inner in outer.modules() for tensors in (inner._parameters, inner._buffers)
+    ]
     former = [dict(tensors) for tensors in places]
     try:
         for tensors in places:

@@ -42,7 +42,7 @@ def line(row: Row) -> str:
     """Returns a row of the table."""
     pairs = f"{row.batch_size:,}" + "+" * row.at_least
     parts = {name: row.components.get(name, 0) for name in ("activations", "loss")}
-    sizes = {"peak": row.peak, "weights": sum(row.components.get(kind, 0) for kind in WEIGHTS), **parts}
+    sizes: dict[str, int] = {"peak": row.peak, "weights": sum(row.components.get(kind, 0) for kind in WEIGHTS), **parts}
     sizes["other"] = row.peak - sizes["weights"] - sum(parts.values())
     cells = "".join(f"{sizes[name] / GIB:>13.2f}" for name in COLUMNS)
     return f"{row.what:<28}{pairs:>10} {_at_a_time(row.micro_batch):>16}{cells}  {'yes' if row.fits else 'no'}"
@@ -50,8 +50,8 @@ def line(row: Row) -> str:
 
 def as_dict(planner: Planner, rows: list[Row]) -> dict[str, Any]:
     """The plan as JSON; sizes are in bytes."""
-    values = {"model": planner.config.model.name, "precision": planner.precision, "device": planner.device.type}
-    values |= {"memory": planner.budget.memory, "usable": planner.budget.usable}
+    values: dict[str, Any] = {"model": planner.config.model.name, "precision": planner.precision}
+    values |= {"device": planner.device.type, "memory": planner.budget.memory, "usable": planner.budget.usable}
     return values | {"rows": [asdict(row) for row in rows], "assumptions": planner.assumptions}
 
 

@@ -172,7 +172,7 @@ def create(
     if simplify_options and not simplified:
         raise InputError(f"simplify_options: expected none for a model with its own blocks, got {dict(simplify_options)}")
     config = configuration(spec, overrides)
-    model = _build(spec, config, device)
+    model: Any = _build(spec, config, device)
     if hasattr(model.visual, "set_input_size") and "image_size" in overrides.get("vision_cfg", {}):
         model.visual.set_input_size(config["vision_cfg"]["image_size"])  # open_clip does not pass the size to timm's trunk
     set_model_preprocess_cfg(model, merge_preprocess_dict(PreprocessCfg(size=model.visual.image_size), dict(spec.preprocess)))

@@ -42,7 +42,7 @@ def siclip_lite0_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransfo
     The stages have stride 16 and 112 channels. The net is ``patch_embed.backbone``, with the names of timm's
     tf_efficientnet_lite0: conv_stem, bn1, blocks.0 ...
     """
-    whole = timm.create_model("tf_efficientnet_lite0")
+    whole: Any = timm.create_model("tf_efficientnet_lite0")
     net = nn.Sequential(OrderedDict(conv_stem=whole.conv_stem, bn1=whole.bn1, blocks=whole.blocks[:5]))
     return _vit("siclip_lite0_trunk", pretrained, net, {"depth": 2} | kwargs)
 
@@ -55,6 +55,6 @@ def _refuse_batch_norms(net: nn.Module, state: dict[str, Any], prefix: str, *res
 def _vit(name: str, pretrained: bool, net: nn.Module, options: dict[str, Any]) -> VisionTransformer:
     if pretrained:
         raise InputError(f"pretrained: expected False, since {name} has no pretrained weights, got True")
-    size = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "num_heads": 8}
+    size: dict[str, Any] = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "num_heads": 8}
     options = size | {"class_token": False, "global_pool": "avg"} | options
     return build_model_with_cfg(VisionTransformer, name, False, embed_layer=partial(HybridEmbed, backbone=net), **options)

@@ -88,9 +88,9 @@ def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     if isinstance(source, nn.Module):
         label, state = type(source).__name__, source.state_dict()
     elif isinstance(source, Mapping):
-        label, state = "the state dict", source
+        label, state = "the state dict", dict(source)
     elif isinstance(source, str | os.PathLike):
-        label, state = str(source), _read(source)
+        label, state = str(source), dict(_read(source))
     else:
         raise TypeError(f"source: expected a module, a state dict, a path or a name, got {type(source).__name__}")
     state = {name: value for name, value in bare_state(state).items() if isinstance(value, Tensor)}

@@ -136,7 +136,7 @@ class Snapshot:
         for dtype in {copy.dtype for _, copy in self._buffers.values()}:  # one kernel each
             pairs = [pair for pair in self._buffers.values() if pair[1].dtype == dtype]
             torch._foreach_copy_([copy for _, copy in pairs], [buffer for buffer, _ in pairs])
-        self.progress = {"step": self.state.step, "data": self.state.data, "rng": rng_state()}
+        self.progress: dict[str, Any] = {"step": self.state.step, "data": self.state.data, "rng": rng_state()}
 
     def save(self) -> None:
         """Writes last.pt and, before the first one, config.yaml."""

@@ -167,7 +167,10 @@ def curves(run: Path) -> None:
             panels[title] |= {f"{split} {k}": line for k, line in _lines(part, ks).items()}
     height = -(-len(panels) // 2)
     figure = new_figure(11, 3 * height)
-    for axis, (title, lines) in itertools.zip_longest(figure.subplots(height, 2).flat, panels.items(), fillvalue=("", {})):
+    axes: list[Any] = list(figure.subplots(height, 2).flat)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, lines) in zip(axes, panels.items()):
         for (label, (steps, values)), colour in zip(lines.items(), itertools.cycle(COLOURS)):
             label = f"{label.removesuffix('_loss').replace('_', ' ')}: {values[-1]:.3g}"
             axis.plot(steps, values, color=colour, marker="." if len(values) < 20 else "", label=label)
