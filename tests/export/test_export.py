@@ -130,7 +130,7 @@ def test_the_printed_lines_load_the_export(which, request, tmp_path, capsys):
 )
 def test_shared_weights(share, shared, tmp_path):
     """safetensors has no shared tensors: each name has its own copy."""
-    options = {"simplify_options": {"share": {"text": share}, "output_last": True}}
+    options = {"simplify_options": {"share": {"text": share}}}
     model = save(tmp_path, "siclip-tiny", **options)
     export.run(tmp_path, tmp_path / "export")
     loaded = models.create("siclip-tiny", checkpoint=tmp_path / "export" / WEIGHTS, **options)
@@ -212,8 +212,6 @@ MODELS = {  # this library's models, and open_clip's, plain and simplified; most
     f"open_clip:{HF}": {
         "simplify_options": {
             "share": {"text": {"mlp": [[0, 1]]}},
-            "norm": "rmsnorm",
-            "value_first": True,
             "mask_padding": True,
         },
         "force_image_size": 48,

@@ -49,7 +49,7 @@ class Parts:
         return self.loader.skipped
 
 
-make_loader = data.make_loader
+make_loader, curves = data.make_loader, loop.curves
 
 
 def observed(config, broken=None, **options) -> dict:
@@ -82,7 +82,7 @@ def observed(config, broken=None, **options) -> dict:
     except (Exception, SystemExit) as failed:
         error = f"{type(failed).__name__}: {failed}"
     finally:
-        loop.train_step, TextCrop.split, loop.data.make_loader = original, split, make_loader
+        loop.train_step, loop.curves, TextCrop.split, loop.data.make_loader = original, curves, split, make_loader
     weights = [p.detach().sum().item() for p in last[0].model.parameters()] if last else []
     return {"groups": groups, "cut": cut, "weights": weights, "error": error}
 

@@ -211,7 +211,12 @@ def test_a_second_process_is_refused(tmp_path):
     assert digests(tmp_path / "run") == before
     os.kill(process.pid, signal.SIGKILL)  # the system then releases the lock
     process.join()
-    for name in (".config.yaml.tmp", ".last.pt.tmp", ".mine.tmp"):  # leftovers of a killed run, and a file of another program
+    half = ".0123456789abcdef.tmp"
+    for name in (
+        f".config.yaml{half}",
+        f".last.pt{half}",
+        ".mine.tmp",
+    ):  # leftovers of a killed run, and a file of another program
         (tmp_path / "run" / name).write_bytes(b"half")
     assert "done" in go(tiny.settings(tmp_path, "run.steps=1"))
     assert [p.name for p in (tmp_path / "run").glob(".*")] == [".mine.tmp"]
