@@ -3,7 +3,7 @@
 Both read by tars.py what sources.py finds, join sidecars.py's files, e.g. a teacher's, and parse by samples.py.
 """
 
-import importlib
+from simplclip.common.lazy import attribute
 
 _MODULES = {  # imported on first use: packing needs no torch
     "errors": ("EmptyDataError", "ShardError", "Skipped", "WorkerError"),
@@ -17,7 +17,4 @@ __all__ = [name for names in _MODULES.values() for name in names]  # noqa: PLE06
 
 
 def __getattr__(name: str):
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return attribute(__name__, _MODULES, name)

@@ -1,4 +1,4 @@
-"""Image-text pairs from tars, for training: `make_loader`. held_out.py reads held-out data.
+"""Image-text pairs from tars, for training: `make_loader`. held_out_data.py reads held-out data.
 
 A worker's stream has no end: in each pass it shuffles the tars by (seed, pass), takes its part of them, shuffles samples in a
 buffer, and only then draws captions, decodes, augments and tokenises. So a position is two numbers for each worker, the

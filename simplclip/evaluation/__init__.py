@@ -9,7 +9,7 @@ sheets.py           pictures of queries and their answers
 run.py              all of these for several models and splits
 """
 
-import importlib
+from simplclip.common.lazy import attribute
 
 # Imported on first use, since training needs neither pictures nor classes. No function has the name of a module.
 _MODULES = {
@@ -24,7 +24,4 @@ __all__ = [name for names in _MODULES.values() for name in names]  # noqa: PLE06
 
 
 def __getattr__(name: str):
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return attribute(__name__, _MODULES, name)

@@ -1,0 +1,13 @@
+"""Attributes of a package that are imported on first use, so that a command imports only what it needs."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+
+def attribute(package: str, modules: Mapping[str, tuple[str, ...]], name: str) -> Any:
+    """Returns a package's attribute. modules: module -> the names that it has. Raises AttributeError."""
+    for module, names in modules.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{package}.{module}"), name)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
