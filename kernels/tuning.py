@@ -27,8 +27,9 @@ _INTERPRETED = Tile(32, 64, 16, 4, 2)  # small and with three different sides, s
 # Several programs of the similarity kernels share a multiprocessor: the statistics of one run beside the products of others.
 _TILES = {
     ("similarity", "half"): Tile(64, 64, 32, 4, 4, 2, registers=232),
-    ("similarity", "half", 90): Tile(128, 64, 64, 8, 3),  # its L2 cache is slow beside its tensor cores
+    ("similarity", "half", 90): Tile(128, 64, 64, 8, 2),  # its L2 cache is slow beside its tensor cores; three stages spill
     ("similarity", "tf32"): Tile(64, 64, 16, 4, 4, 2, registers=232),
+    ("similarity", "tf32", 90): Tile(64, 64, 16, 8, 3, 2),  # four warps spill
     ("similarity", "ieee"): Tile(64, 64, 16, 8, 3, registers=248),
     ("parallel_mlp", "half"): Tile(128, 128, 32, 8, 3),
     ("parallel_mlp", "tf32"): Tile(128, 128, 16, 8, 3),

@@ -12,16 +12,16 @@ from simplclip.losses.base import with_modes
 from simplclip.losses.clip import PairLoss
 from simplclip.ops import checks
 
-theirs: Any
+open_clip_loss: Any
 try:
-    theirs = importlib.import_module("open_clip.loss")
+    open_clip_loss = importlib.import_module("open_clip.loss")
 except ImportError:
-    theirs = type("NoOpenClip", (), dict.fromkeys(("ClipLoss", "CoCaLoss", "SigLipLoss"), object))
+    open_clip_loss = type("NoOpenClip", (), dict.fromkeys(("ClipLoss", "CoCaLoss", "SigLipLoss"), object))
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
-class ClipLoss(PairLoss, theirs.ClipLoss):
+class ClipLoss(PairLoss, open_clip_loss.ClipLoss):
     r"""`open_clip.ClipLoss` without its N×N matrices: the same constructor, forward, values and gradients.
 
         loss = ½ [cross-entropy of the rows of Z to the diagonal + that of the columns],   Z = logit_scale · x yᵀ + logit_bias
@@ -44,7 +44,7 @@ class ClipLoss(PairLoss, theirs.ClipLoss):
         self.labels: dict[torch.device, Tensor] = {}  # of get_ground_truth
 
 
-class CoCaLoss(ClipLoss, theirs.CoCaLoss):
+class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
     r"""`open_clip.CoCaLoss`: the contrastive loss and the cross-entropy of a caption's tokens, each with its weight.
 
     Args:
@@ -80,7 +80,7 @@ class CoCaLoss(ClipLoss, theirs.CoCaLoss):
         return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
 
 
-class SigLipLoss(PairLoss, theirs.SigLipLoss):
+class SigLipLoss(PairLoss, open_clip_loss.SigLipLoss):
     r"""`open_clip.SigLipLoss` without N×N matrices, and with pair matching beside it.
 
         loss = (1/N) Σ_ij softplus(−y_ij Z_ij) + pm_weight · pair matching,   Z = logit_scale · x yᵀ + logit_bias
