@@ -1,6 +1,6 @@
 """Distils a large CLIP model into a small one: the teacher's features once, then a student that learns from them.
 
-python examples/distil.py 'shards/*.tar' --teacher open_clip:ViT-B-16/laion2b_s34b_b88k --student siclip2-s0 --out runs/distilled
+python examples/distil.py 'shards/*.tar' --teacher open_clip:ViT-B-16/laion2b_s34b_b88k --out distilled
 
 The teacher's features of all images and captions are written into OUT/teacher, one tar beside each shard, and a later call
 goes on from them; the teacher itself is not in memory while the student trains. WIKDLoss has the student match the pairs as
@@ -22,9 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("shards", help="a pattern of tars; `simplclip data pack` makes them")
     parser.add_argument("--teacher", required=True, help="what simplclip.load takes: open_clip:NAME/TAG, a run, an export")
-    parser.add_argument(
-        "--student", default="siclip2-s0", help="what simplclip.create_model takes: siclip2-s0, open_clip:NAME"
-    )
+    parser.add_argument("--student", default="siclip2-s0", help="what simplclip.create_model takes")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=4)
