@@ -50,14 +50,6 @@ def test_padding_is_masked(tmp_path):
     assert np.array_equal(features, expected)
 
 
-@pytest.mark.prove
-def test_the_text_tower_of_siclip2_s0(tmp_path):
-    options = {"text_cfg": {"layers": 2}, "simplify_options": {"share": {"text": [[0, 1]]}}}
-    model = randomise(models.create("siclip2-s0", **options))
-    tokens = models.tokenizer("siclip2-s0")(["a cat", "two dogs", "a blue house"])
-    assert exporting.export(model, "text", tokens, tmp_path / "text.onnx") < 1e-5
-
-
 class Maps(nn.Module):
     """siclip2-s0's block on maps, with value and output projections, RMSNorm and another activation."""
 

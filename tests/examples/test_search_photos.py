@@ -64,9 +64,6 @@ def test_only_new_photos_are_encoded_and_another_model_encodes_all(photos, model
     encoded.clear()
     search.main([str(photos), "--model", f"open_clip:tiny/{tmp_path / 'other.pt'}", "--find", "a ring"])
     assert len(encoded) == 5
-
-
-def test_a_folder_without_photos_is_named(tmp_path, model):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="empty: expected photos"):
         search.main([str(tmp_path / "empty"), "--model", model, "--find", "a ring"])

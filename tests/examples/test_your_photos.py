@@ -9,11 +9,14 @@ import shlex
 import traceback
 from pathlib import Path
 
+import example
 import numpy as np
 import pytest
 import tiny
 from pairs import forked
 from paths import ROOT
+
+from simplclip.commands.main import main
 
 PAGE = ROOT / "docs" / "your-photos.md"
 SMALLER = {"steps: 200": "steps: 2", "every: 50": "every: 2", "batch_size: 128": "batch_size: 8, workers: 0"}
@@ -21,31 +24,27 @@ SMALLER = {"steps: 200": "steps: 2", "every: 50": "every: 2", "batch_size: 128":
 
 def blocks() -> list[tuple[str, str]]:
     """Returns the language and text of each block; the last section is for a GPU and downloads weights."""
-    text = PAGE.read_text().split("\n## When you have a GPU")[0]
+    text = PAGE.read_text().split("\n## With a GPU")[0]
     return re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
 
 
 def command(line: str) -> None:
     """Runs a line of a shell block in a fork of this process, which has the modules."""
     program, *words = shlex.split(line)
+    assert program in ("simplclip", "python"), line
 
     def run() -> None:
-        with open("told", "w") as told, contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        with open("printed", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:
-                if program == "simplclip":
-                    from simplclip.commands.main import main
-
-                    assert not main(words, standalone_mode=False)
-                else:
-                    import example
-
+                if program == "python":
                     example.load(words[0].removeprefix("examples/").removesuffix(".py")).main(words[1:])
+                else:
+                    assert not main(words, standalone_mode=False)
             except BaseException:
                 traceback.print_exc()
                 raise
 
-    assert program in ("simplclip", "python"), line
-    assert forked(run) == 0, f"{line}: {Path('told').read_text()[-3000:]}"
+    assert forked(run) == 0, f"{line}: {Path('printed').read_text()[-3000:]}"
 
 
 @pytest.mark.slow
