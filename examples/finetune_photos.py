@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     crop_texts(model)  # captions cost their length
     files = sorted(file for file in options.folder.rglob("*") if file.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"})
     train = Photos([file for number, file in enumerate(files) if number % 10], augmented, tokenizer)
-    shared = {"batch_size": options.batch_size, "num_workers": options.workers}
+    shared = {"batch_size": min(options.batch_size, len(train)), "num_workers": options.workers}
     batches = DataLoader(train, shuffle=True, drop_last=True, **shared)
     held_out = DataLoader(Photos(files[::10], plain, tokenizer), **shared)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
             schedule.step()
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}, R@1 {recall(model, held_out, device):.1%}", flush=True)
 
-    model.load_state_dict({name: before[name].lerp(value, 0.5) for name, value in model.state_dict().items()})
+    model.load_state_dict({name: (before[name] + value) / 2 for name, value in model.state_dict().items()})
     torch.save(model.state_dict(), options.out)
     print(f"wrote {options.out}, the mean of before and after: R@1 {recall(model, held_out, device):.1%}")
 
