@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import webdataset
 from PIL import Image
 from safetensors.torch import load_file, save
-from teacher import WIDTH, Heads, Teacher, tokenizer, transform
+from teacher import WIDTH, Heads, Networks, tokenizer, transform
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 from tqdm import tqdm
@@ -89,7 +89,7 @@ def augmented(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def features_of(teacher: Teacher, pairs: list[Pair], views: int, device: torch.device) -> Features:
+def features_of(networks: Networks, pairs: list[Pair], views: int, device: torch.device) -> Features:
     precision, _ = hardware.pick_precision("auto", device)
     captions = {text for pair in pairs for text in pair.captions}
     captions = sorted(captions, key=lambda text: (len(text), text))  # texts of one length together: less padding
@@ -99,10 +99,10 @@ def features_of(teacher: Teacher, pairs: list[Pair], views: int, device: torch.d
             part = pairs[start : start + 64]
             pixels = torch.stack([transform(Image.open(io.BytesIO(pair.png)).convert("RGB")) for pair in part])
             seen = [pixels, *(augmented(pixels) for _ in range(views))]
-            images.append(torch.stack([teacher.image_features(view.to(device)).float().cpu() for view in seen]))
+            images.append(torch.stack([networks.image_features(view.to(device)).float().cpu() for view in seen]))
         for start in tqdm(range(0, len(captions), 256), "captions", unit="batch"):
             part = captions[start : start + 256]
-            texts.append(teacher.text_features(tokenizer(part).to(device)).float().cpu())
+            texts.append(networks.text_features(tokenizer(part).to(device)).float().cpu())
     rows = {text: row for row, text in enumerate(captions)}
     groups = {name: number for number, name in enumerate(dict.fromkeys(pair.group for pair in pairs))}
     return Features(
@@ -172,20 +172,19 @@ def complete(shards: list[str], out: Path) -> bool:
     return sizes == {name: entry["source"]["bytes"] for name, entry in entries.items()}
 
 
-def teach(shards: list[str], out: Path, heads_file: Path | None = None, seed: int = 0) -> None:
+def teach(shards: list[str], out: Path, heads_file: Path | None = None) -> None:
     """Trains the heads, or takes those of a file, and writes the sidecars of the shards."""
     device, start = hardware.pick_device(), time.perf_counter()
-    torch.manual_seed(seed)
-    heads = Heads()
+    torch.manual_seed(0)
+    heads, pairs = Heads().to(device).eval(), read(shards)
     if heads_file is not None:
         heads.load_state_dict(load_file(heads_file))
-    teacher, pairs = Teacher(heads.eval()).to(device), read(shards)
-    features = features_of(teacher, pairs, 0 if heads_file else VIEWS, device)
+    features = features_of(Networks().to(device), pairs, 0 if heads_file else VIEWS, device)
     seen = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     (out / "meta.json").unlink(missing_ok=True)  # what it describes is replaced
     if heads_file is None:
-        fit(heads, features, random.Random(seed), device)
+        fit(heads, features, random.Random(0), device)
         tensors = {name: tensor.cpu() for name, tensor in heads.state_dict().items()}
         (out / "heads.safetensors").write_bytes(save(tensors))  # save_file would make it readable by its owner only
     write(pairs, features, heads, out, device)

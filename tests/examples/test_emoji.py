@@ -197,8 +197,8 @@ def test_a_teacher_of_a_build_and_the_same_heads_for_another(small, out, tmp_pat
     monkeypatch.setattr(teach, "STEPS", 20)
     monkeypatch.setattr(teach, "BATCH", 32)
     build.build(out)
-    encoded, encode = [], teach.Teacher.image_features
-    monkeypatch.setattr(teach.Teacher, "image_features", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    encoded, encode = [], teach.Networks.image_features
+    monkeypatch.setattr(teach.Networks, "image_features", lambda self, x: encoded.append(len(x)) or encode(self, x))
     arguments = [str(out / "train-*.tar"), "--out", str(tmp_path / "taught")]
     teach.main(arguments)
     assert sum(encoded) == (1 + teach.VIEWS) * 100  # each image and each view once
@@ -219,7 +219,7 @@ def test_a_teacher_of_a_build_and_the_same_heads_for_another(small, out, tmp_pat
 
 
 def test_padding_and_company_do_not_change_features():
-    model = teach.Teacher(teach.Heads())
+    model = teach.Networks()
     with torch.no_grad():
         both = model.text_features(teach.tokenizer(["cat", "a drawing of a rather long and winding caption of a cat"]))
         alone = model.text_features(teach.tokenizer(["cat"]))
