@@ -18,6 +18,7 @@ import simplclip
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 WORKERS = min(4, os.cpu_count() or 1)  # processes that decode photos
+HITS = 8  # of each query
 
 
 def opened(path: str | Path) -> Image.Image:
@@ -26,8 +27,6 @@ def opened(path: str | Path) -> Image.Image:
 
 
 class Photos(torch.utils.data.Dataset):
-    """Pairs of a path and its preprocessed pixels; the pixels are None for a file that is damaged."""
-
     def __init__(self, paths, transform):
         self.paths, self.transform = paths, transform
 
@@ -39,11 +38,11 @@ class Photos(torch.utils.data.Dataset):
             return self.paths[number], self.transform(opened(self.paths[number]))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             print(f"skipped {self.paths[number]}: {error}")
-            return self.paths[number], None
+            return self.paths[number], None  # is left out
 
 
 def features_of(folder: Path, encoder) -> tuple[list[str], torch.Tensor]:
-    """Returns the paths of N photos and their features float32 [N, D]; encodes those that the file does not have yet."""
+    """Returns the paths of N photos and their features float32 [N, D]; encodes those that are not stored yet."""
     file, model, features = folder.parent / f"{folder.name}.npz", encoder.fingerprint(), {}
     if file.exists():
         with np.load(file) as stored:
@@ -59,10 +58,9 @@ def features_of(folder: Path, encoder) -> tuple[list[str], torch.Tensor]:
             print(f"encoded {len(features)} of {len(paths)} photos")
     paths = [path for path in paths if path in features]
     if not paths:
-        raise SystemExit(f"{folder}: expected photos ({', '.join(sorted(SUFFIXES))}), got none that can be read")
+        raise SystemExit(f"{folder}: expected photos, got none that can be read")
     rows = np.stack([features[path] for path in paths])
-    unfinished = file.with_suffix(".unfinished.npz")
-    np.savez(unfinished, features=rows, paths=np.array(paths), model=model)
+    np.savez(unfinished := file.with_suffix(".unfinished.npz"), features=rows, paths=np.array(paths), model=model)
     os.replace(unfinished, file)
     return paths, torch.from_numpy(rows).float()
 
@@ -72,13 +70,10 @@ def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
     figure = Figure(figsize=(1.7 * columns, 2.1 * len(hits)), dpi=120)
     for (query, photos), axes in zip(hits.items(), figure.subplots(len(hits), columns, squeeze=False)):
         axes[0].set_title(query, loc="left", fontsize=9, parse_math=False)
-        for axis in axes:
-            axis.axis("off")
         for axis, (score, path) in zip(axes, photos):
             axis.imshow(ImageOps.contain(opened(path), (256, 256)))
-            axis.text(0, 0, f"{score:.3f}", fontsize=7, color="white", backgroundcolor="black", va="top")
+            axis.set(xticks=[], yticks=[], xlabel=f"{score:.3f}")
     figure.savefig(picture)
-    print(f"wrote {picture}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,7 +81,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", required=True, help="what simplclip.load takes: a run, an export, open_clip:NAME/TAG")
     parser.add_argument("--find", nargs="+", required=True, metavar="QUERY", help="texts, or paths of photos")
-    parser.add_argument("--top", type=int, default=8, help="hits of each query (default: 8)")
     parser.add_argument("--picture", help="PNG with the hits")
     options = parser.parse_args(arguments)
 
@@ -95,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     hits = {}
     for query in options.find:
         row = encoder.encode_image(opened(query)) if Path(query).is_file() else encoder.encode_text(query)
-        scores, places = (row.cpu() @ features.T)[0].topk(min(options.top, len(paths)))
+        scores, places = (row.cpu() @ features.T)[0].topk(min(HITS, len(paths)))
         hits[query] = [(score, paths[place]) for score, place in zip(scores.tolist(), places.tolist())]
         print(query, *(f"  {score:.3f}  {path}" for score, path in hits[query]), sep="\n")
     if options.picture:

@@ -18,6 +18,7 @@ import os
 import random
 import time
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 import webdataset
 from PIL import Image
 from safetensors.torch import load_file, save
-from teacher import TEXT_FEATURES, WIDTH, Heads, Teacher, tokenizer, transform
+from teacher import WIDTH, Heads, Networks, tokenizer, transform
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 from tqdm import tqdm
@@ -88,25 +89,25 @@ def augmented(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def features_of(teacher: Teacher, pairs: list[Pair], views: int, device: torch.device) -> Features:
+def features_of(networks: Networks, pairs: list[Pair], views: int, device: torch.device) -> Features:
     precision, _ = hardware.pick_precision("auto", device)
-    images, rows = [], {text: None for pair in pairs for text in pair.captions}
-    texts = sorted(rows, key=lambda text: (len(text), text))  # texts of one length together: less padding
-    rows = {text: row for row, text in enumerate(texts)}
-    encoded = torch.empty(len(texts), TEXT_FEATURES)
+    captions = {text for pair in pairs for text in pair.captions}
+    captions = sorted(captions, key=lambda text: (len(text), text))  # texts of one length together: less padding
+    images, texts = [], []
     with hardware.autocast(precision, device):
         for start in tqdm(range(0, len(pairs), 64), "images", unit="batch"):
             part = pairs[start : start + 64]
             pixels = torch.stack([transform(Image.open(io.BytesIO(pair.png)).convert("RGB")) for pair in part])
             seen = [pixels, *(augmented(pixels) for _ in range(views))]
-            images.append(torch.stack([teacher.image_features(view.to(device)).float().cpu() for view in seen]))
-        for start in tqdm(range(0, len(texts), 256), "captions", unit="batch"):
-            part = texts[start : start + 256]
-            encoded[start : start + 256] = teacher.text_features(tokenizer(part).to(device)).float().cpu()
+            images.append(torch.stack([networks.image_features(view.to(device)).float().cpu() for view in seen]))
+        for start in tqdm(range(0, len(captions), 256), "captions", unit="batch"):
+            part = captions[start : start + 256]
+            texts.append(networks.text_features(tokenizer(part).to(device)).float().cpu())
+    rows = {text: row for row, text in enumerate(captions)}
     groups = {name: number for number, name in enumerate(dict.fromkeys(pair.group for pair in pairs))}
     return Features(
         torch.cat(images, 1),
-        encoded,
+        torch.cat(texts),
         [[rows[text] for text in pair.captions] for pair in pairs],
         torch.tensor([groups[pair.group] for pair in pairs]),
     )
@@ -145,21 +146,18 @@ def write(pairs: list[Pair], features: Features, heads: Heads, out: Path, device
     """Writes a sidecar of each shard, then meta.json."""
     x = F.normalize(heads.image(features.images[0].to(device)), dim=-1).cpu()
     y = F.normalize(heads.text(features.texts.to(device)), dim=-1).cpu()
-    arrays = [torch.cat([x[i : i + 1], y[rows]]).half().numpy() for i, rows in enumerate(features.captions)]
-    shards: dict[str, list[tuple[str, str, np.ndarray]]] = {}
-    for pair, array in zip(pairs, arrays):
-        shards.setdefault(pair.shard, []).append((pair.key, digest_of(pair.captions), array))
+    arrays = (torch.cat([x[i : i + 1], y[rows]]).half().numpy() for i, rows in enumerate(features.captions))
     entries = {}
-    for shard, samples in shards.items():
-        path = out / Path(shard).name
+    for shard, grouped in groupby(zip(pairs, arrays), lambda sample: sample[0].shard):
+        path, samples = out / Path(shard).name, list(grouped)
         with webdataset.TarWriter(f"{path}.unfinished", mtime=0) as writer:
-            for key, digest, array in samples:
-                file = io.BytesIO()
-                np.save(file, array)
-                writer.write({"__key__": key, TEACHER: file.getvalue(), TEACHER_JSON: {"captions": digest}})
+            for pair, array in samples:
+                np.save(file := io.BytesIO(), array)
+                about = {"captions": digest_of(pair.captions)}
+                writer.write({"__key__": pair.key, TEACHER: file.getvalue(), TEACHER_JSON: about})
         os.replace(f"{path}.unfinished", path)
-        sizes = {"bytes": path.stat().st_size, "source": {"bytes": os.path.getsize(shard)}}
-        entries[path.name] = {"samples": len(samples), **sizes}
+        source = {"bytes": os.path.getsize(shard)}
+        entries[path.name] = {"samples": len(samples), "bytes": path.stat().st_size, "source": source}
     stamp = {"name": "emoji", "width": WIDTH, "logit_scale": heads.logit_scale.exp().item(), "dtype": "fp16"}
     meta = {"teacher": stamp, "splits": {"train": {"samples": len(pairs), "shards": entries}}}
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
@@ -174,20 +172,19 @@ def complete(shards: list[str], out: Path) -> bool:
     return sizes == {name: entry["source"]["bytes"] for name, entry in entries.items()}
 
 
-def teach(shards: list[str], out: Path, heads_file: Path | None = None, seed: int = 0) -> None:
+def teach(shards: list[str], out: Path, heads_file: Path | None = None) -> None:
     """Trains the heads, or takes those of a file, and writes the sidecars of the shards."""
     device, start = hardware.pick_device(), time.perf_counter()
-    torch.manual_seed(seed)
-    heads = Heads()
+    torch.manual_seed(0)
+    heads, pairs = Heads().to(device).eval(), read(shards)
     if heads_file is not None:
         heads.load_state_dict(load_file(heads_file))
-    teacher, pairs = Teacher(heads.eval()).to(device), read(shards)
-    features = features_of(teacher, pairs, 0 if heads_file else VIEWS, device)
+    features = features_of(Networks().to(device), pairs, 0 if heads_file else VIEWS, device)
     seen = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     (out / "meta.json").unlink(missing_ok=True)  # what it describes is replaced
     if heads_file is None:
-        fit(heads, features, random.Random(seed), device)
+        fit(heads, features, random.Random(0), device)
         tensors = {name: tensor.cpu() for name, tensor in heads.state_dict().items()}
         (out / "heads.safetensors").write_bytes(save(tensors))  # save_file would make it readable by its owner only
     write(pairs, features, heads, out, device)

@@ -62,22 +62,17 @@ class Heads(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
 
-class Teacher(nn.Module):
-    """The two networks and their heads, with open_clip's encode_image and encode_text."""
+class Networks(nn.Module):
+    """The two frozen networks."""
 
-    def __init__(self, heads: Heads) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.net = timm.create_model("tf_efficientnet_lite0").to(memory_format=torch.channels_last)
         self.net.load_state_dict(packaged.efficientnet_lite0_state())
         self.bert = BertModel(BertConfig.from_json_file(packaged.minilm_folder() / "config.json"), add_pooling_layer=False)
         unused = ("pooler.", "embeddings.position_ids")  # no part of the sentence encoder
         self.bert.load_state_dict({k: v for k, v in packaged.minilm_state().items() if not k.startswith(unused)})
-        self.heads = heads
         self.eval().requires_grad_(False)
-
-    @property
-    def logit_scale(self) -> Tensor:
-        return self.heads.logit_scale
 
     def image_features(self, x: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, IMAGE_FEATURES]"""
@@ -98,11 +93,3 @@ class Teacher(nn.Module):
         mask = tokens != 0
         hidden = self.bert(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         return F.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
-
-    def encode_image(self, x: Tensor, normalize: bool = False) -> Tensor:
-        x = self.heads.image(self.image_features(x))
-        return F.normalize(x, dim=-1) if normalize else x
-
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        x = self.heads.text(self.text_features(tokens))
-        return F.normalize(x, dim=-1) if normalize else x

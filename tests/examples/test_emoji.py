@@ -16,6 +16,7 @@ from PIL import Image
 
 build = example.load("emoji/build")
 teach = example.load("emoji/teach")
+networks = example.load("emoji/teacher")
 sources = example.load("emoji/sources")
 
 KEPT = 60  # concepts in the small builds
@@ -61,20 +62,15 @@ def test_concepts():
     assert len(every) > 1800
     assert list(every) == sorted(every)
     assert not any(tone in key.split("-") for key in every for tone in ("fe0f", "1f3fb", "1f3ff"))
-    names = [concept.captions[0] for concept in every.values()]
-    assert len(set(names)) == len(names)
     heart, sweden = every["2764"], every["1f1f8-1f1ea"]
     assert (heart.captions[0], heart.group) == ("red heart", "Smileys & Emotion")
     assert {"heart", "an emoji of red heart"} <= set(heart.captions)
-    assert (sweden.captions[0], sweden.group) == ("flag of Sweden", "Flags")
-    assert "Sweden" in sweden.captions
+    assert (sweden.captions[0], sweden.captions[1], sweden.group) == ("flag of Sweden", "Sweden", "Flags")
     assert every["1f3f4-e0067-e0062-e0077-e006c-e0073-e007f"].captions[0] == "flag of Wales"
     assert sum(concept.group is None for concept in every.values()) < 30
-    assert all(len(set(c.captions)) == len(c.captions) >= 3 and all(c.captions) for c in every.values())
-    owners = {}
-    for concept in every.values():
-        for caption in concept.captions:
-            assert owners.setdefault(caption.lower(), concept.key) == concept.key, caption
+    assert all(len(concept.captions) >= 3 and all(concept.captions) for concept in every.values())
+    captions = [caption.lower() for concept in every.values() for caption in concept.captions]
+    assert len(set(captions)) == len(captions)  # none is a caption of two concepts
 
 
 def test_a_build_holds_what_its_summary_says(small, out, few):
@@ -83,12 +79,10 @@ def test_a_build_holds_what_its_summary_says(small, out, few):
     shards = [*(f"train-{i:06d}.tar" for i in range(4)), "concepts-000000.tar"]
     assert {path.name for path in out.iterdir()} == {*shards, "LICENSES.md", "meta.json"}
     for split, number in (("train", KEPT - HELD_OUT), ("concepts", HELD_OUT)):
-        found, entry = records(out, split), summary["splits"][split]
-        assert entry["samples"] == len(found) == 2 * number == 2 * len({record["group"] for record in found})
-        assert {record["vendor"] for record in found} == {"openmoji", "twemoji"}
-        for name, shard in entry["shards"].items():
-            assert (out / name).stat().st_size == shard["bytes"]
-            assert sum(1 for _ in wds.WebDataset(str(out / name), shardshuffle=False)) == shard["samples"]
+        entry = summary["splits"][split]
+        assert entry["samples"] == len(records(out, split)) == 2 * number
+        assert all((out / name).stat().st_size == shard["bytes"] for name, shard in entry["shards"].items())
+        assert sum(shard["samples"] for shard in entry["shards"].values()) == entry["samples"]
     held_out, train = ({record["group"] for record in records(out, split)} for split in ("concepts", "train"))
     assert held_out == set(summary["held_out_concepts"])
     assert not held_out & train
@@ -105,9 +99,8 @@ def test_a_build_holds_what_its_summary_says(small, out, few):
         drawings[concept.key].add(sample["png"])
     assert {len(pair) for pair in drawings.values()} == {2}  # each vendor draws differently
     licences = (out / "LICENSES.md").read_text()
-    assert "CC-BY-4.0" in licences
-    assert "CC-BY-SA-4.0" in licences
-    assert "OFL" not in licences
+    assert all(licence in licences for licence in ("CC-BY-4.0", "CC-BY-SA-4.0"))
+    assert "OFL" not in licences  # Noto's, which is not in this build
 
 
 def test_a_third_vendor_is_held_out(font, out):
@@ -118,26 +111,11 @@ def test_a_third_vendor_is_held_out(font, out):
     assert len(vendor) > 0.9 * (KEPT - HELD_OUT)
     assert any("-" in key for key in vendor)  # some emoji are ligatures
     assert "SIL Open Font License" in (out / "LICENSES.md").read_text()
-    # Bitmaps are found by the font's tables, not by position: the red heart is red and the green heart green.
     noto = sources.noto(sources.find_font())
-    for key, channel in (("2764", 0), ("1f49a", 1), ("1f499", 2)):
+    for key, channel in (("2764", 0), ("1f49a", 1), ("1f499", 2)):  # the red, green and blue heart, by the font's tables
         pixel = sources.square(noto.draw(sources.Concept(key, [], None, None))).getpixel((36, 36))
         assert pixel.index(max(pixel)) == channel
     assert not noto.has(sources.Concept("1f600-1f600", [], None, None))
-
-
-def test_a_font_without_bitmaps_gives_no_vendor(small, out, monkeypatch, capsys, tmp_path):
-    from fontTools.fontBuilder import FontBuilder
-
-    builder = FontBuilder(1000)
-    builder.setupGlyphOrder([".notdef"])
-    builder.setupCharacterMap({})
-    builder.setupPost()
-    builder.save(tmp_path / "font.ttf")
-    monkeypatch.setattr(build, "find_font", lambda: tmp_path / "font.ttf")
-    build.main(["--out", str(out)])
-    assert "vendor" not in meta(out)["splits"]
-    assert "apt-get install -y fonts-noto-color-emoji" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -155,8 +133,6 @@ def test_swapped_captions(small, tmp_path):
         assert after["captions"] == captions[after["group"]]
         assert (after["vendor"], after.get("label")) == (before["vendor"], before.get("label"))
     assert sorted(before["group"] for before, _ in swapped) == sorted(after["group"] for _, after in swapped)
-    name = "concepts-000000.tar"
-    assert digests(tmp_path / "noisy")[name] == digests(tmp_path / "clean")[name]
     with pytest.raises(SystemExit, match="--swap: expected 0, or a share that swaps at least a few of 100 pairs, got 0.01"):
         build.build(tmp_path / "none", swap=0.01)
 
@@ -168,16 +144,14 @@ def test_builds_repeat_are_kept_and_touch_no_other_files(small, out, tmp_path, m
     born = (out / "meta.json").stat().st_ino
     assert build.build(out) == meta(out)
     assert (out / "meta.json").stat().st_ino == born
-    random.seed(99)
     monkeypatch.setattr("time.time", lambda: 4e9)
     build.build(tmp_path / "again")
     assert digests(tmp_path / "again") == digests(out)
-    with pytest.raises(SystemExit, match="out: expected a new folder, or a build of the same settings"):
-        build.build(out, swap=0.3)
     (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "thesis.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="thesis: expected a new folder"):
-        build.build(tmp_path / "thesis")
+    (tmp_path / "thesis" / "thesis.txt").write_text("not a build")
+    for folder in (out, tmp_path / "thesis"):
+        with pytest.raises(SystemExit, match=f"{folder.name}: expected a new folder, or a build of the same settings"):
+            build.build(folder, swap=0.3)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "again", "thesis"}
 
 
@@ -186,13 +160,15 @@ def separable(number=64):
     generator = torch.Generator().manual_seed(0)
     groups = torch.arange(number) // 2
     codes = torch.randn(number // 2, 24, generator=generator)
-    images = codes[groups] @ torch.randn(24, example.load("emoji/teacher").IMAGE_FEATURES, generator=generator)
-    texts = codes @ torch.randn(24, teach.TEXT_FEATURES, generator=generator)
+    images = codes[groups] @ torch.randn(24, networks.IMAGE_FEATURES, generator=generator)
+    texts = codes @ torch.randn(24, networks.TEXT_FEATURES, generator=generator)
     texts = torch.cat([texts, texts + 0.1 * torch.randn(texts.shape, generator=generator)])
     return teach.Features(images[None], texts, [[g, g + number // 2] for g in groups.tolist()], groups)
 
 
-def test_heads_learn_align_and_repeat(monkeypatch):
+def test_heads_learn_align_and_repeat_and_pairs_of_a_group_are_no_negatives(monkeypatch):
+    ids, forward = [], teach.ClipPMLoss.forward
+    monkeypatch.setattr(teach.ClipPMLoss, "forward", lambda s, *a, **k: ids.append(k["ids"]) or forward(s, *a, **k))
     monkeypatch.setattr(teach, "STEPS", 25)
     monkeypatch.setattr(teach, "BATCH", 48)
     pairs, made = separable(), []
@@ -205,26 +181,15 @@ def test_heads_learn_align_and_repeat(monkeypatch):
     assert ((x @ y.T).argmax(1) == pairs.groups).float().mean() > 0.95
     assert first.logit_scale.exp() <= teach.MAX_SCALE + 1e-3
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+    assert any(len(set(batch.tolist())) < len(batch) for batch in ids)
 
 
-def test_pairs_of_a_group_are_no_negatives(monkeypatch):
-    """The loss gets the groups as ids, so that pairs of a group do not repel each other."""
-    ids, loss = [], teach.ClipPMLoss.forward
-    monkeypatch.setattr(teach.ClipPMLoss, "forward", lambda s, *a, **k: ids.append(k["ids"]) or loss(s, *a, **k))
-    monkeypatch.setattr(teach, "STEPS", 1)
-    teach.fit(teach.Heads(), separable(8), random.Random(0), torch.device("cpu"))
-    assert sorted(ids[0].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_views_differ_a_little_on_white():
-    image = torch.ones(2, 3, 96, 96)
-    image[:, :, 30:60, 30:60] = -1
-    torch.manual_seed(0)
-    views = teach.augmented(image)
-    assert not torch.equal(views[0], views[1])
-    assert views.min() >= -1
-    assert views.max() <= 1
-    assert (views[0, :, 0, 0] > 0.1).all()
+def features(folder):
+    """Returns the teacher's features in the sidecars of train: key -> float32 [1 + C, WIDTH]."""
+    files = {sample["__key__"]: io.BytesIO(sample["teacher.npy"]) for sample in samples(folder, "train")}
+    arrays = {key: np.load(file) for key, file in files.items()}
+    assert {array.dtype for array in arrays.values()} == {np.dtype(np.float16)}
+    return {key: array.astype(np.float32) for key, array in arrays.items()}
 
 
 @pytest.mark.slow
@@ -232,46 +197,29 @@ def test_a_teacher_of_a_build_and_the_same_heads_for_another(small, out, tmp_pat
     monkeypatch.setattr(teach, "STEPS", 20)
     monkeypatch.setattr(teach, "BATCH", 32)
     build.build(out)
-    taught, encoded = tmp_path / "taught", []
-    features = teach.Teacher.image_features
-    monkeypatch.setattr(teach.Teacher, "image_features", lambda self, x: encoded.append(len(x)) or features(self, x))
-    arguments = [str(out / "train-*.tar"), "--out", str(taught)]
+    encoded, encode = [], teach.Networks.image_features
+    monkeypatch.setattr(teach.Networks, "image_features", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    arguments = [str(out / "train-*.tar"), "--out", str(tmp_path / "taught")]
     teach.main(arguments)
     assert sum(encoded) == (1 + teach.VIEWS) * 100  # each image and each view once
-    assert "features of 100 images" in capsys.readouterr().out
-    about = meta(taught)
+    about, taught = meta(tmp_path / "taught"), features(tmp_path / "taught")
     assert (about["teacher"]["width"], about["splits"]["train"]["samples"]) == (teach.WIDTH, 100)
-    right = []
-    for shard in sorted(out.glob("train-*.tar")):
-        pairs = zip(
-            wds.WebDataset(str(shard), shardshuffle=False), wds.WebDataset(str(taught / shard.name), shardshuffle=False)
-        )
-        for sample, sidecar in pairs:
-            rows = np.load(io.BytesIO(sidecar["teacher.npy"]))
-            assert sidecar["__key__"] == sample["__key__"]
-            assert (rows.dtype, len(rows)) == (np.float16, 1 + len(json.loads(sample["json"])["captions"]))
-            rows = rows.astype(np.float32)
-            np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-2)
-            right.append((rows[1:] @ rows[0]).mean())
-    assert np.mean(right) > 0.2
+    assert list(taught) == [sample["__key__"] for sample in samples(out, "train")]
+    assert [len(rows) - 1 for rows in taught.values()] == [len(record["captions"]) for record in records(out, "train")]
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate(list(taught.values())), axis=1), 1, atol=1e-2)
+    assert np.mean([(rows[1:] @ rows[0]).mean() for rows in taught.values()]) > 0.2  # images and their captions
     teach.main(arguments)
     assert "is complete and is kept" in capsys.readouterr().out
-
     encoded.clear()
-    again = ["--out", str(tmp_path / "again"), "--heads", str(taught / "heads.safetensors")]
-    teach.main([str(out / "train-*.tar"), *again])
+    heads = ["--heads", str(tmp_path / "taught" / "heads.safetensors")]
+    teach.main([arguments[0], "--out", str(tmp_path / "again"), *heads])
     assert sum(encoded) == 100
-    for name in about["splits"]["train"]["shards"]:
-        for one, other in zip(
-            wds.WebDataset(str(taught / name), shardshuffle=False),
-            wds.WebDataset(str(tmp_path / "again" / name), shardshuffle=False),
-        ):
-            one, other = (np.load(io.BytesIO(s["teacher.npy"])).astype(np.float32) for s in (one, other))
-            np.testing.assert_allclose(one, other, atol=2e-3)
+    for key, rows in features(tmp_path / "again").items():
+        np.testing.assert_allclose(rows, taught[key], atol=2e-3)
 
 
 def test_padding_and_company_do_not_change_features():
-    model = teach.Teacher(teach.Heads())
+    model = teach.Networks()
     with torch.no_grad():
         both = model.text_features(teach.tokenizer(["cat", "a drawing of a rather long and winding caption of a cat"]))
         alone = model.text_features(teach.tokenizer(["cat"]))

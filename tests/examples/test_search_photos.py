@@ -22,6 +22,7 @@ def model(tmp_path):
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "WORKERS", 0)
+    monkeypatch.setattr(search, "HITS", 3)
     folder = tmp_path / "photos"
     (folder / "trip").mkdir(parents=True)
     for shape in tiny.SHAPES[:4]:
@@ -35,7 +36,7 @@ def test_photos_are_found_and_drawn(photos, model, tmp_path, capsys):
     query = str(photos / "trip" / "ring.png")
     (photos / "trip" / "ring.png").write_bytes(tiny.picture(tiny.COLOURS["blue"], "ring", size=24))
     picture = str(tmp_path / "hits.png")
-    search.main([str(photos), "--model", model, "--find", query, "$5 [red] ring", "--top", "3", "--picture", picture])
+    search.main([str(photos), "--model", model, "--find", query, "$5 [red] ring", "--picture", picture])
     printed = capsys.readouterr().out.splitlines()
     assert any(line.startswith(f"skipped {photos / 'broken.jpg'}") for line in printed)
     hits = printed[printed.index(query) + 1 :]
@@ -63,9 +64,6 @@ def test_only_new_photos_are_encoded_and_another_model_encodes_all(photos, model
     encoded.clear()
     search.main([str(photos), "--model", f"open_clip:tiny/{tmp_path / 'other.pt'}", "--find", "a ring"])
     assert len(encoded) == 5
-
-
-def test_a_folder_without_photos_is_named(tmp_path, model):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="empty: expected photos"):
         search.main([str(tmp_path / "empty"), "--model", model, "--find", "a ring"])
