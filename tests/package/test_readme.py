@@ -212,8 +212,8 @@ def check_open_clip_train(arguments: list[str]) -> None:
     from simplclip.integrations import open_clip_train
 
     parser = open_clip_train.parser()
-    options, theirs = parser.parse_known_args(arguments)
-    open_clip_train._check(parser, options, parse_args(theirs))
+    options, of_open_clip = parser.parse_known_args(arguments)
+    open_clip_train._check(parser, options, parse_args(of_open_clip))
 
 
 def check_pip(arguments: list[str]) -> None:
