@@ -19,7 +19,7 @@ compares the values):
     GradCache SimpleContrastiveLoss         ops.similarity_loss(x, y, 1.0, symmetric=False): only the direction from x to y
     GradCache DistributedContrastiveLoss    the same with group=, whose gradients are world_size times as large
 
-Label smoothing, several positives, decoupled, debiased and margin losses: five lines each with RowwiseLoss, docs/losses.md.
+Label smoothing, several positives, decoupled, debiased and margin losses: five lines each with RowwiseLoss, docs/recipes.md.
 """
 
 from simplclip.losses.base import PLANES

@@ -25,7 +25,7 @@ class RowwiseLoss(SimilarityLoss):
         loss = ½ [ mean_i fn(Z_i, i, T_i) + mean_j fn(column j of Z, j, column j of T) ]
 
     where column i is the positive of row i. With symmetric=False the loss is the mean over the rows alone. The N×M matrix is
-    never stored: chunks of rows are computed, and once more in backward. docs/losses.md has examples.
+    never stored: chunks of rows are computed, and once more in backward. docs/recipes.md has examples.
 
     Args:
         fn: fn(logits [R, M], index [R] int64) -> [R] in plain torch, or with a teacher fn(logits, index, teacher_logits

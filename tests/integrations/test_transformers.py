@@ -1,4 +1,4 @@
-"""The recipe of docs/losses.md for transformers' Trainer: the values of the models' own losses, and a loss that learns."""
+"""The recipe of docs/recipes.md for transformers' Trainer: the values of the models' own losses, and a loss that learns."""
 
 import doc_blocks
 import pytest
@@ -14,7 +14,7 @@ pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate:
 
 @pytest.fixture(scope="module")
 def recipe():
-    return doc_blocks.run("losses.md", "In transformers' Trainer")
+    return doc_blocks.run("recipes.md", "In transformers' Trainer")
 
 
 def train(kind, clip, folder, name="CLIPModel", **options):

@@ -1,4 +1,4 @@
-"""The recipes with RowwiseLoss in docs/losses.md against the definitions of the losses, over the whole matrix in float64."""
+"""The recipes with RowwiseLoss in docs/recipes.md against the definitions of the losses, over the whole matrix in float64."""
 
 import doc_blocks
 import pytest
@@ -14,7 +14,7 @@ SAME, POSITIVE = PAIRS[:, None] == PAIRS, torch.eye(N, dtype=torch.bool)
 
 @pytest.fixture(scope="module")
 def page():
-    return doc_blocks.run("losses.md", "Recipes")
+    return doc_blocks.run("recipes.md", "Recipes")
 
 
 def several_positives(logits, scale):

@@ -1,4 +1,4 @@
-"""What each rank of tests/ops/test_distributed.py runs: the recipe of docs/losses.md for transformers' Trainer, in
+"""What each rank of tests/ops/test_distributed.py runs: the recipe of docs/recipes.md for transformers' Trainer, in
 DistributedDataParallel."""
 
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def check(trainer, name: str, loss, whole: bool, rank: int) -> None:
 
 def main(rank: int) -> None:
     world = dist.get_world_size()
-    trainer = doc_blocks.run("losses.md", "In transformers' Trainer")["ContrastiveTrainer"]
+    trainer = doc_blocks.run("recipes.md", "In transformers' Trainer")["ContrastiveTrainer"]
     check(trainer, "CLIPModel", ClipLoss(), False, rank)
     of_all = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
     check(trainer, "CLIPModel", of_all, True, rank)
