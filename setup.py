@@ -50,8 +50,8 @@ TORCH_TARGET = "0x020a000000000000"  # LibTorch 2.10: the oldest stable ABI that
 ARCHITECTURES = "8.0;8.6;8.9;9.0;12.0+PTX"
 DEFAULT_ARCHITECTURE = "8.6+PTX"
 
-# SIMPLCLIP_SANITIZE builds the CPU kernels with AddressSanitizer and UBSan, or with ThreadSanitizer, which needs real threads;
-# tests/support/sanitized.py does, and runs them.
+# SIMPLCLIP_SANITIZE=address builds the CPU kernels with AddressSanitizer and UBSan, =thread with ThreadSanitizer, which needs
+# real threads; tests/support/sanitized.py does, and runs them.
 SANITIZERS = {
     "": [],
     "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
@@ -119,7 +119,7 @@ def write_header() -> None:
 
 
 def runtime_folders() -> list[str]:
-    """Returns where the linker finds CUDA's runtime. PyPI's has no libcudart.so, but libcudart.so.13, to which a link is made."""
+    """Returns where the linker finds CUDA's runtime. PyPI's has libcudart.so.13 alone, to which a link is made."""
     folder = Path(cpp_extension.CUDA_HOME) / "lib"
     runtimes = sorted(folder.glob("libcudart.so.[0-9]*"))
     if not runtimes or (folder / "libcudart.so").exists():

@@ -4,8 +4,8 @@
     python tests/support/sanitized.py --threads --cases 2000                          ThreadSanitizer: races of threads
 
 In build/sanitize-*, beside links to the package's other files, so that the normal build stays. Once for each instruction set
-that this CPU has; the first error ends the run with 1. With --threads, four threads run each parallel loop (real_threads.h), and
-a race that is planted must be reported first.
+that this CPU has; the first error ends the run with 1. With --threads, four threads run each parallel loop (real_threads.h),
+and a race that is planted must be reported first.
 """
 
 import argparse

@@ -37,7 +37,7 @@ PLACES = "import sys, simplclip, torch; print(simplclip.__file__); print(torch._
 
 
 class Environment:
-    """A virtual environment in which a wheel is installed. run() runs one of its programs in `folder` and returns the output."""
+    """A new virtual environment in `folder`, where its programs run."""
 
     def __init__(self, folder: Path, python: str) -> None:
         self.folder = folder
@@ -46,6 +46,7 @@ class Environment:
         (self.site,) = (folder / "venv").glob("lib/python*/site-packages")
 
     def run(self, program: str, *arguments: str) -> str:
+        """Runs a program of the environment and returns its output. Ends this process if it fails."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "SIMPLCLIP_", "VIRTUAL_ENV"))}
         started = time.monotonic()
         done = subprocess.run(
