@@ -184,8 +184,7 @@ tables: install  ## tables and charts of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
 api: install  ## pages of the public names, from their docstrings, in build/api
-	$(BIN)/python -m pdoc --output-directory build/api simplclip simplclip.losses simplclip.ops simplclip.nn \
-		simplclip.gradient_cache simplclip.models
+	$(BIN)/python docs/make_api.py build/api
 
 lint: install lint-source  ## ruff, the contracts of imports, mypy
 	$(BIN)/python -m mypy
