@@ -19,7 +19,6 @@ from simplclip.commands.selftest import selftest
 from simplclip.commands.teacher import teacher
 from simplclip.commands.train import train
 from simplclip.common.errors import UserError
-from simplclip.common.extras import install_command
 
 # On few cores, spinning OpenMP threads of two processes slow both processes down several times. OpenMP reads the variable
 # when torch is loaded, which a command does when it runs.
@@ -48,7 +47,7 @@ class Commands(TyperGroup):
             extra = next((extra for extra, modules in EXTRAS.items() if module in modules.split()), None)
             if extra is None:
                 raise
-            fail(f"this command needs the package {error.name}: {install_command(extra)}", 2)
+            fail(f"this command needs the package {error.name}: pip install 'simplclip[{extra}]'", 2)
         except (UserError, OSError) as error:
             if os.environ.get("SIMPLCLIP_DEBUG"):
                 raise

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from simplclip.common.errors import InputError
-from simplclip.common.extras import install_command
 from simplclip.data.forms import CAPTION_NAMES, IMAGE_NAMES, BadRow, Options, Row, Rows, Source, file_state, key_in
 
 LINE = 1 << 24  # most characters of a line
@@ -49,7 +48,7 @@ def parquet(path: str, options: Options) -> Source:
         import pyarrow.parquet
     except ImportError:
         raise InputError(
-            f"source: expected the package pyarrow to read {path!r}, got none: {install_command('data')}"
+            f"source: expected the package pyarrow to read {path!r}, got none: pip install 'simplclip[data]'"
         ) from None
     try:
         file = pyarrow.parquet.ParquetFile(path)

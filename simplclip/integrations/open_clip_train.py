@@ -23,7 +23,6 @@ from torch import nn
 
 from simplclip import losses
 from simplclip.common.errors import InputError, UserError
-from simplclip.common.extras import install_command
 from simplclip.integrations.open_clip import register_models
 from simplclip.losses.wikd import INTERACTIVE
 from simplclip.models.crop import crop_texts
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None):
     try:
         trainer = importlib.import_module("open_clip_train.main")
     except ModuleNotFoundError as error:
-        ours.error(f"open_clip's trainer does not load: {error}; {install_command('openclip')}")
+        ours.error(f"open_clip's trainer does not load: {error}; pip install 'simplclip[openclip]'")
     if {"-h", "--help"} & set(argv):
         ours.print_help()
         print(flush=True)

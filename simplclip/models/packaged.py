@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from simplclip.common.errors import InputError
-from simplclip.common.extras import install_command
 
 
 def efficientnet_lite0_state() -> dict[str, Tensor]:
@@ -65,7 +64,7 @@ def _package(name: str) -> Path:
     try:
         return Path(str(resources.files(name)))
     except ModuleNotFoundError as error:
-        message = f"these weights are in the package {name!r}: {install_command('demo')}"
+        message = f"these weights are in the package {name!r}: pip install 'simplclip[demo]'"
         raise ModuleNotFoundError(message, name=name) from error
 
 

@@ -30,7 +30,7 @@ def require(*distributions: str) -> None:
         try:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            pytest.skip(f"{name} is not installed: pip install --no-build-isolation -e '.[test]' brings it")
+            pytest.skip(f"{name} is not installed: pip install 'simplclip[test]' brings it")
 
 
 def run(*command, **environment) -> str:
