@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/siclip-lite0-emoji
 OLDEST := .venv-oldest
 DIST ?= dist
+EXTRAS ?= dev
 
 # One process uses all cores. PASSIVE: the spinning threads of two processes at once would slow both several times.
 CORES := $(shell nproc 2>/dev/null || echo 2)
@@ -12,7 +13,7 @@ export OMP_NUM_THREADS ?= $(CORES)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help check-tools install demo ablation plan test test-quick test-avx2 prove sanitize test-gpu bench \
-	bench-gpu aot oldest dist wheel tables lint clean
+	bench-gpu aot oldest dist wheel wheel-test tables api lint lint-source clean
 
 help:  ## this list; it fits a screen of 24 lines of 80 columns
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 13
@@ -45,14 +46,21 @@ SOURCES := pyproject.toml setup.py requirements.txt simplclip/ops/extension.py \
 	$(wildcard simplclip/ops/calls.py simplclip/ops/*/call.py csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 INSTALLED := $(VENV)/.installed-$(firstword $(shell cat $(SOURCES) | cksum))
 
+# NVCC=pypi: the CUDA compiler comes from PyPI, in the version of torch's CUDA, into the same venv.
+define ADD_NVCC
+$(if $(filter pypi,$(NVCC)),$1/python -m pip install --quiet \
+	"nvidia-cuda-nvcc==$$($1/python -c 'import torch; print(torch.version.cuda)').*")
+endef
+
 # --no-build-isolation: the extensions are built against the torch that they will run with, and torch is not fetched twice.
 $(INSTALLED):
 	@sh -c "$$CHECK_TOOLS"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools ninja
 	$(BIN)/python -m pip install --quiet -r requirements.txt
-	@echo "$(BIN)/python -m pip install --no-build-isolation -e '.[dev]', log in $(VENV)/install.log"
-	@$(BIN)/python -m pip install --verbose --no-build-isolation -e '.[dev]' >$(VENV)/install.log 2>&1 || \
+	$(call ADD_NVCC,$(BIN))
+	@echo "$(BIN)/python -m pip install --no-build-isolation -e '.[$(EXTRAS)]', log in $(VENV)/install.log"
+	@$(BIN)/python -m pip install --verbose --no-build-isolation -e '.[$(EXTRAS)]' >$(VENV)/install.log 2>&1 || \
 		{ tail -n 60 $(VENV)/install.log >&2; exit 1; }
 	@rm -f $(VENV)/.installed* && touch $@
 	@sed -n 's/^ *\(simplclip: .*\)/\1/p' $(VENV)/install.log | uniq
@@ -117,8 +125,9 @@ prove: install  ## all proofs at full length, an estimated 100 minutes
 	$(MAKE) sanitize aot oldest
 	$(MAKE) aot AOT="--all --arch 86"
 
-sanitize: install  ## random calls of the CPU kernels under ASan, UBSan; CASES=2000
+sanitize: install  ## random calls of the CPU kernels under ASan, UBSan, TSan; CASES=2000
 	$(BIN)/python tests/support/sanitized.py --cases $(or $(CASES),2000)
+	$(BIN)/python tests/support/sanitized.py --threads --cases $(or $(CASES),2000)
 
 test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
@@ -145,12 +154,13 @@ $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip setuptools ninja
 	$(OLDEST)/bin/python -m pip install --quiet 'torch==$(OLDEST_TORCH).*' torchvision 'numpy<2.4'
+	$(call ADD_NVCC,$(OLDEST)/bin)
 	touch $@
 
 oldest: install $(OLDEST)/.installed  ## the tests of ops and kernels with the oldest torch
 	rm -rf build/oldest && mkdir -p build/oldest
 	tree=$$(git stash create) && git archive $${tree:-HEAD} | tar -x -C build/oldest
-	cd build/oldest && PATH="$(abspath $(OLDEST)/bin):$$PATH" python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	cd build/oldest && PATH="$(abspath $(OLDEST)/bin):$$PATH" python -m pip install --quiet --no-build-isolation -e '.[test]'
 	SIMPLCLIP_OTHER_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest --prove tests/package/test_packages.py
 	cd build/oldest && OMP_NUM_THREADS=1 $(abspath $(OLDEST))/bin/python -m pytest -q $(XDIST) $(OPS_TESTS)
 	cd build/oldest && PYTHONPATH=tests $(abspath $(OLDEST))/bin/python -m gates $(AOT)
@@ -167,14 +177,22 @@ wheel: dist  ## the same with a manylinux wheel, which PyPI takes
 		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart.so.*' $(DIST)/*-linux_*.whl
 	rm $(DIST)/*-linux_*.whl
 
+wheel-test: wheel  ## try that wheel in an empty venv: doctor, selftest, a training step
+	$(BIN)/python tests/support/wheel.py $(DIST)/*.whl --train --packages-of $(BIN)/python
+
 tables: install  ## tables and charts of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
-# Imports are checked in a copy, in which simplclip/kernels is a folder, not a link.
-lint: install  ## ruff, mypy, and that packages import from those below them only
+api: install  ## pages of the public names, from their docstrings, in build/api
+	$(BIN)/python docs/make_api.py build/api
+
+lint: install lint-source  ## ruff, the contracts of imports, mypy
+	$(BIN)/python -m mypy
+
+# Needs no torch. Imports are checked in a copy, in which simplclip/kernels is a folder, not a link.
+lint-source:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m mypy
 	rm -rf build/lint && mkdir -p build/lint && cp -rL simplclip build/lint
 	cd build/lint && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache --config ../../pyproject.toml
 

@@ -25,29 +25,41 @@ from setuptools import find_packages, setup
 
 
 def find_toolkit() -> None:
-    """Sets CUDA_HOME to the folder that nvcc reports as TOP, since the folder of a wrapper or a link has no libraries."""
+    """Sets CUDA_HOME to the folder that nvcc reports as TOP, since the folder of a wrapper or a link has no libraries.
+
+    Without an nvcc on the path, to that of PyPI's nvidia-cuda-nvcc, which lies beside torch.
+    """
     nvcc = shutil.which("nvcc")
-    if nvcc and not os.environ.get("CUDA_HOME"):
+    packaged = sorted(Path(torch.__file__).parents[1].glob("nvidia/cu*/bin/nvcc"))
+    if os.environ.get("CUDA_HOME"):
+        return
+    if nvcc:
         text = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
         top = re.search(r"^#\$ TOP=(.+)$", text, re.MULTILINE)
         if top:
             os.environ["CUDA_HOME"] = os.path.realpath(top[1].strip())
+    elif packaged:
+        os.environ["CUDA_HOME"] = str(packaged[-1].parents[1])
 
 
 find_toolkit()
 from torch.utils import cpp_extension  # noqa: E402  (reads CUDA_HOME when imported)
 
 TORCH_TARGET = "0x020a000000000000"  # LibTorch 2.10: the oldest stable ABI that has all we call
-PYTHON_TARGET = "0x030B0000"  # CPython 3.11
 # A100, RTX 3090, RTX 4090, H100, RTX 50; PTX of the last for later architectures.
 ARCHITECTURES = "8.0;8.6;8.9;9.0;12.0+PTX"
 DEFAULT_ARCHITECTURE = "8.6+PTX"
 
-# SIMPLCLIP_SANITIZE=1 builds the CPU kernels with AddressSanitizer and UBSan; tests/support/sanitized.py does, and runs them.
-SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
-SANITIZE = SANITIZE if os.environ.get("SIMPLCLIP_SANITIZE") == "1" else []
+# SIMPLCLIP_SANITIZE=address builds the CPU kernels with AddressSanitizer and UBSan, =thread with ThreadSanitizer, which needs
+# real threads; tests/support/sanitized.py does, and runs them.
+SANITIZERS = {
+    "": [],
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread", "-include", os.path.abspath("tests/support/real_threads.h")],
+}
+SANITIZE = SANITIZERS[os.environ.get("SIMPLCLIP_SANITIZE", "")]
 
-MACROS = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", PYTHON_TARGET)]
+MACROS = [("TORCH_TARGET_VERSION", TORCH_TARGET)]
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
 
 
@@ -56,7 +68,8 @@ def why_no_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if cpp_extension.CUDA_HOME is None:
-        return f"nvcc was not found: install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME to it"
+        packages = f"PyPI's nvidia-cuda-nvcc=={torch.version.cuda}.*"
+        return f"nvcc was not found: install {packages} or the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME to it"
     nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
     try:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -105,6 +118,19 @@ def write_header() -> None:
         header.write_text(text)
 
 
+def runtime_folders() -> list[str]:
+    """Returns where the linker finds CUDA's runtime. PyPI's has libcudart.so.13 alone, to which a link is made."""
+    folder = Path(cpp_extension.CUDA_HOME) / "lib"
+    runtimes = sorted(folder.glob("libcudart.so.[0-9]*"))
+    if not runtimes or (folder / "libcudart.so").exists():
+        return []
+    link = BUILD.resolve() / "lib" / "libcudart.so"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(runtimes[-1])
+    return [str(link.parent)]
+
+
 def extensions() -> tuple[list, str | None]:
     """Returns the extensions to build, and the reason why the CUDA objects are not among them; None if they are."""
     cpu = cpp_extension.CppExtension(
@@ -133,6 +159,7 @@ def extensions() -> tuple[list, str | None]:
         "simplclip._C_cuda",
         sorted(str(path) for kind in ("*.cpp", "*.cu") for path in Path("csrc/cuda").rglob(kind)),
         include_dirs=[str(BUILD.resolve())],
+        library_dirs=runtime_folders(),
         define_macros=[*MACROS, ("USE_CUDA", None), ("SIMPLCLIP_ARCHITECTURES", f'"{chosen}"')],
         extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3", "-std=c++20"]},
         py_limited_api=True,

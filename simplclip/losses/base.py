@@ -91,7 +91,7 @@ class SimilarityLoss(nn.Module):
         if pm_weight:
             if plane == "hadamard" and embed_dim is None:
                 raise ValueError("embed_dim: expected the width D of the features for plane='hadamard', got None")
-            shape = (embed_dim,) if plane == "hadamard" else ()
+            shape = () if embed_dim is None or plane == "scalar" else (embed_dim,)
             self.plane_weight = nn.Parameter(torch.full(shape, self.INITIAL_WEIGHT))
             self.plane_bias = nn.Parameter(torch.tensor(self.INITIAL_BIAS))
         self._shapes = distributed.SameShapes()
@@ -122,8 +122,7 @@ class SimilarityLoss(nn.Module):
         self, image, text, logit_scale, terms, weights=None, logit_bias=None, ids=None, teacher=None
     ) -> dict[str, Tensor]:
         """Returns the terms before weighting, each with its gradient; with `weights`, without, and beside them "loss"."""
-        if self.embed_dim is not None:
-            self._check_width(image, text)
+        self._check_width(image, text)
         if self.world_size <= 1:
             return self._similarity(image, text, logit_scale, terms, weights, logit_bias, ids, teacher)
         image, text = self._own_rows(image, text)
@@ -160,6 +159,8 @@ class SimilarityLoss(nn.Module):
         return {name: 0.5 * (by_image[name] + by_text[name]) for name in by_image}
 
     def _check_width(self, image: Tensor, text: Tensor) -> None:
+        if self.embed_dim is None:
+            return
         for name, features in (("image_features", image), ("text_features", text)):
             width = features.shape[-1]
             if width > self.embed_dim or width < self.embed_dim and not self.prefixes:
@@ -180,8 +181,8 @@ class SimilarityLoss(nn.Module):
         share = 1 / self.world_size
         return distributed.scale_gradient(image, share), distributed.scale_gradient(text, share)
 
-    def _gathered(self, rows: Tensor | None) -> Tensor | None:
-        """Returns the rows of all ranks as constants."""
+    def _gathered(self, rows: Any) -> Any:
+        """Returns the rows of all ranks as constants; None for None."""
         return rows if rows is None or self.world_size <= 1 else distributed.gather(rows.detach(), self._group())
 
     def _learned(self, *parameters: Tensor) -> tuple[Tensor, ...]:

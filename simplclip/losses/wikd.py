@@ -74,13 +74,13 @@ class WIKDLoss(SimilarityLoss):
         self.teacher_dim = width_of("teacher_dim", teacher_dim)
         if not self._weights():
             raise ValueError("contrastive_weight and the other weights: expected one above 0, got all 0")
-        if teacher_dim is not None and self.embed_dim is None:
+        dim = self.embed_dim
+        if teacher_dim is not None and dim is None:
             raise ValueError("embed_dim: expected the width D of the student's features, beside a teacher_dim, got None")
         self.image_projection = self.text_projection = None
-        if (interactive_weight or feature_weight) and teacher_dim not in (None, self.embed_dim):
-            self.image_projection, self.text_projection = (
-                nn.Parameter(torch.randn(teacher_dim, self.embed_dim) * self.embed_dim**-0.5) for _ in range(2)
-            )
+        if (interactive_weight or feature_weight) and teacher_dim is not None and dim is not None and teacher_dim != dim:
+            self.image_projection = nn.Parameter(torch.randn(teacher_dim, dim) * dim**-0.5)
+            self.text_projection = nn.Parameter(torch.randn(teacher_dim, dim) * dim**-0.5)
 
     def extra_repr(self) -> str:
         names = ("contrastive", "relational", "interactive", "feature", "pm")
@@ -162,7 +162,7 @@ class WIKDLoss(SimilarityLoss):
             if t.shape[-1] != expected:
                 got = f"shape {checks.shape_of(t)}"
                 raise ValueError(f"dist_{side}_features: expected the width teacher_dim = {expected}, got {got}")
-        if self.image_projection is None:
+        if self.image_projection is None or self.text_projection is None:
             return image, text
         projections = self._learned(self.image_projection, self.text_projection)
         image, text = (_projected(features, weight) for features, weight in zip((image, text), projections))

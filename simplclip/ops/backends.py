@@ -36,10 +36,10 @@ NAMES = ("cuda", "triton", "cpu", "sdpa", "xformers", "reference")
 extension, extension_error = load("_C")
 # A constant, so that torch.compile can trace code that depends on it.
 native_bf16: bool = extension is not None and extension.has_native_bf16()
-if torch.version.cuda is None:
-    cuda_extension, cuda_extension_error = None, f"torch {torch.__version__} is a build without CUDA"
-else:
+if torch.version.cuda is not None:
     cuda_extension, cuda_extension_error = load("_C_cuda")
+else:
+    cuda_extension, cuda_extension_error = None, f"torch {torch.__version__} is a build without CUDA"
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class SameShapes:
 
     def __init__(self) -> None:
         self.shape: list[int] | None = None
-        self.shape_tensor: Tensor | None = None
+        self.shape_tensor = torch.empty(0)
 
     def check(self, image: Tensor, text: Tensor, group: dist.ProcessGroup) -> None:
         if torch.compiler.is_compiling() or not image.dim() == text.dim() == 2:

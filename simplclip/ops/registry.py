@@ -54,7 +54,7 @@ class Op:
         self.values = attrgetter(*call_type.__match_args__)
         self.first = call_type.__match_args__[0]  # a tensor in every call: its device and dtype are the call's
         self.tensors = len(tensors_of(call_type))
-        self.backward: Callable | None = None
+        self.backward: Any = None  # set by `gradients`, before which the op has none
         self.differentiable, self.saved_results, self.saves_tensors = 1, 1, True
 
     @property
@@ -253,14 +253,14 @@ def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> Non
         raise NotImplementedError(FIRST_ORDER.format(op=backends.public_name(name), got=got))
 
 
-def first_order_only(name: str, gradients: Sequence[Tensor | None], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
+def first_order_only(name: str, gradients: Sequence[Tensor | None], *sources: Tensor | None) -> tuple[Any, ...]:
     """Returns the gradients. Differentiating them again, with respect to anything that a source depends on, raises an error.
 
     Autograd runs a node only if the node lies on a path to a tensor whose gradient is asked for. So the node that raises has
     the sources as inputs: the tensors that the gradients were computed from, or a result of the op that depends on these.
     """
     message = FIRST_ORDER.format(op=backends.public_name(name), got="a double backward")
-    node = torch._C._functions.DelayedError(message.encode(), len(gradients) + len(sources))
+    node: Any = torch._C._functions.DelayedError(message.encode(), len(gradients) + len(sources))
     return node(*gradients, *sources)[: len(gradients)]
 
 
@@ -282,9 +282,9 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+def autocast(first: Tensor, *others: Tensor | None) -> Sequence[Any]:
     """Casts the tensors to autocast's dtype, except float64, if autocast is enabled on the device of the first one."""
-    device = tensors[0].device
+    tensors, device = (first, *others), first.device
     if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)

@@ -78,6 +78,27 @@ def test_the_architectures_of_gpus_are_taken(setup, monkeypatch):
     assert architectures() == ("8.6;9.0", "the GPUs of this machine")
 
 
+def test_the_compiler_of_pypi_is_taken_where_the_path_has_none(setup, monkeypatch, tmp_path):
+    """nvidia-cuda-nvcc lies beside torch. It has no libcudart.so, which the linker asks for, but libcudart.so.13."""
+    toolkit = tmp_path / "nvidia" / "cu13"
+    for file in ("bin/nvcc", "lib/libcudart.so.13"):
+        (toolkit / file).parent.mkdir(parents=True, exist_ok=True)
+        (toolkit / file).write_text("")
+    names = setup(SIMPLCLIP_CUDA="0")[1]
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkit))
+    monkeypatch.chdir(tmp_path)
+    with mock.patch.dict(os.environ, {"PATH": str(tmp_path)}):
+        os.environ.pop("CUDA_HOME", None)
+        names["find_toolkit"]()
+        assert os.environ["CUDA_HOME"] == str(toolkit)
+    for _ in range(2):
+        (folder,) = names["runtime_folders"]()
+        assert os.path.realpath(f"{folder}/libcudart.so") == str(toolkit / "lib" / "libcudart.so.13")
+    (toolkit / "lib" / "libcudart.so").write_text("a toolkit of the system")
+    assert names["runtime_folders"]() == []
+
+
 @pytest.mark.parametrize("module", ["extension", "cuda_extension"])
 def test_only_the_stable_abi_is_asked_for(module):
     """No C++ symbol of libtorch is needed, since these symbols change between releases."""

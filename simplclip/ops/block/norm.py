@@ -49,4 +49,4 @@ def norm_bwd(
         dw, db = (wide * normed).sum(0) if need.norm_weight else None, None
         wide = wide * weight.to(rstd.dtype)
         dx = (rstd * (wide - normed * (wide * normed).mean(1, keepdim=True))).to(x.dtype) if need.x else None
-    return dx, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(bias.dtype)
+    return dx, None if dw is None else dw.to(weight.dtype), None if db is None or bias is None else db.to(bias.dtype)

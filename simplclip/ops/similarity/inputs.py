@@ -40,7 +40,7 @@ def features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the features, checked and cast to autocast's dtype."""
     checks.features("image", image, "[N, D]")
     checks.features("text", text, "[M, D]")
-    image, text = autocast(image, text)  # type: ignore[assignment]
+    image, text = autocast(image, text)
     if text.dtype != image.dtype or text.device != image.device or text.shape[1] != image.shape[1]:
         check_pair({"image": image, "text": text})
     return image, text

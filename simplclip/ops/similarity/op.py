@@ -244,7 +244,9 @@ def similarity_loss(
     joined: tuple[Tensor, Tensor] | None = None  # the plane of pair matching, if a softmax's sweep computes it
     negatives: Tensor | int = 1
     if hyperplane is not None:
-        negatives = max(1, n * (m - 1)) if ids is None else _negatives(ids, text_ids, m, label_offset, group).to(wide)
+        negatives = max(1, n * (m - 1))
+        if ids is not None and text_ids is not None:
+            negatives = _negatives(ids, text_ids, m, label_offset, group).to(wide)
         if _joins(hyperplane, terms, image):
             joined = hyperplane
         else:
@@ -365,7 +367,8 @@ def _softmax_terms(
         return _Softmaxes.apply(call, options, group, *[None if t is None else t.view_as(t) for t in tensors])
     if not registry.is_transformed():
         return _Softmaxes.apply(call, options, group, *tensors)
-    call = replace(call, plane=None if plane[0] is None else torch.stack(plane))
+    weight, bias = plane
+    call = replace(call, plane=None if weight is None or bias is None else torch.stack((weight, bias)))
     rows, columns, _ = registry.call(FORWARD, call)  # torch.vmap maps the op and plain torch
     merged, _ = _of_positives(call, columns, None)
     return values(rows, merged, call.scale, call.teacher_scale, *plane, options)[0]
