@@ -9,8 +9,6 @@ from typing import Any
 from simplclip.data.errors import BrokenSample
 
 LONGEST = 8192  # characters of a caption that are used: more than any tokenizer takes, and tokenizers may be quadratic
-TEXT_BYTES = 16 << 20  # most bytes of a text file of a sample; parsed JSON takes up to 30 times as many
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
 
 Sample = dict[str, Any]  # the files of a sample by suffix, see tars.py
