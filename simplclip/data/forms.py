@@ -1,7 +1,7 @@
 """What `simplclip data pack` reads: tables, JSON files and folders, each as a stream of rows with an image and its captions.
 
     .csv, .tsv, .parquet    a row for each caption; neighbouring rows of one image are one sample
-    .json                   in Karpathy's or COCO's format, or a list of objects
+    .json                   in Karpathy's or COCO's format
     a folder                KEY.txt or KEY.json beside KEY.jpg, or a folder of images for each class
 
 Text is UTF-8, with or without byte order mark. Nothing here imports torch, so that packing some images takes a second.
@@ -14,20 +14,19 @@ import csv
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from simplclip.common.errors import InputError
-from simplclip.data.files import IMAGE_SUFFIXES
-from simplclip.data.text import json_of
+from simplclip.data.files import IMAGE_SUFFIXES, json_of
 
 TABLES = (".csv", ".tsv", ".parquet")
 JSON = ".json"
-# Columns of tables, and keys of the objects of JSON files, in order of preference: the first of these names that a file has.
+# Columns of tables, in order of preference: the first of these names that a table has.
 IMAGE_NAMES = ("filepath", "image_path", "path", "image", "file_name", "filename", "file", "image_name")
-CAPTION_NAMES = ("captions", "caption", "sentences", "title", "text", "raw", "comment")
+CAPTION_NAMES = ("captions", "caption", "title", "text", "comment")
 SEPARATORS = "\t,|;"
 LINE = 1 << 24  # most bytes of a line
 _SUFFIXES = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json"))
@@ -48,7 +47,7 @@ class Row(NamedTuple):
 class Options:
     """Options of tables and JSON files.
 
-    image_key, caption_key: columns, or keys of objects; by default the first of IMAGE_NAMES and CAPTION_NAMES.
+    image_key, caption_key: columns of a table; by default the first of IMAGE_NAMES and CAPTION_NAMES.
     images: folder of the images; by default the file's own.
     split: name of a split in a JSON file.
     """
@@ -106,11 +105,6 @@ def _split_of(path: str) -> tuple[str, str]:
     """Splits FILE.json#SPLIT, unless a file has this name."""
     file, sharp, split = path.rpartition("#")
     return (file, split) if sharp and file.lower().endswith(JSON) and not os.path.exists(path) else (path, "")
-
-
-def _key_in(names: Iterable[str], wanted: str | None, usual: tuple[str, ...]) -> str | None:
-    """Returns the one of `names` to read: `wanted`, if given, or else the first of `usual` there; None if there is none."""
-    return next((name for name in ((wanted,) if wanted else usual) if name in names), None)
 
 
 def _table(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]]]:
@@ -217,7 +211,7 @@ def _columns(titles: list[str], path: str, options: Options) -> list[str]:
     columns = []
     for option, usual in (("image_key", IMAGE_NAMES), ("caption_key", CAPTION_NAMES)):
         wanted = getattr(options, option)
-        title = _key_in(titles, wanted, usual)
+        title = next((title for title in ((wanted,) if wanted else usual) if title in titles), None)
         if title is None:
             got = f"{path!r} with the columns {', '.join(map(repr, titles))[:300]}"
             raise InputError(f"source: expected a table with a column {wanted or ' or '.join(usual)} ({option}), got {got}")
@@ -248,34 +242,18 @@ def _json(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]]
 
 def _entries(content: Any, path: str, options: Options) -> Iterator[tuple[str, list[Any]]]:
     """Yields images with captions. Raises the error of any other content, e.g. KeyError."""
-
-    def value(entry: dict[str, Any], wanted: str | None, usual: tuple[str, ...]) -> Any:
-        name = _key_in(entry, wanted, usual)
-        if name is None:
-            raise LookupError(f"none of {wanted or ', '.join(usual)}")
-        return entry[name]
-
-    entries = content["images"] if isinstance(content, dict) else content
-    if isinstance(content, dict) and "annotations" in content:  # COCO's captions_val2017.json
-        paths = {entry["id"]: value(entry, options.image_key, IMAGE_NAMES) for entry in entries}
-        yield from ((str(paths[entry["image_id"]]), [entry["caption"]]) for entry in content["annotations"])
+    images = content["images"]
+    if "annotations" in content:  # COCO's captions_val2017.json
+        files = {image["id"]: image["file_name"] for image in images}
+        yield from ((str(files[entry["image_id"]]), [entry["caption"]]) for entry in content["annotations"])
         return
-    splits = list(dict.fromkeys(entry["split"] for entry in entries if "split" in entry))
+    splits = list(dict.fromkeys(image["split"] for image in images if "split" in image))
     if options.split is None and len(splits) > 1:
         several = ", ".join(map(str, splits))
         raise InputError(f"source: expected one of the splits {several}, as {path}#{splits[0]}, got none")
-    for entry in entries:
-        if options.split is not None and entry.get("split", options.split) != options.split:
-            continue
-        if options.image_key is None and "filepath" in entry and "filename" in entry:  # Karpathy's: a folder and a name
-            image = os.path.join(entry["filepath"], entry["filename"])
-        else:
-            image = value(entry, options.image_key, IMAGE_NAMES)
-        if not isinstance(image, str):
-            raise TypeError(f"expected a path, got {str(image)[:40]!r}")
-        texts = value(entry, options.caption_key, CAPTION_NAMES)
-        texts = texts if isinstance(texts, list) else [texts]
-        yield image, [text["raw"] if isinstance(text, dict) else text for text in texts]
+    for image in images:
+        if options.split is None or image.get("split", options.split) == options.split:
+            yield os.path.join(image.get("filepath", ""), image["filename"]), [text["raw"] for text in image["sentences"]]
 
 
 def _folder(path: str) -> Source:

@@ -17,13 +17,12 @@ from simplclip.common.errors import InputError
 from simplclip.data import tars
 from simplclip.data.decode import decode_pil
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
-from simplclip.data.files import IMAGE_SUFFIXES, file_bytes
+from simplclip.data.files import IMAGE_SUFFIXES, captions_of, clean, file_bytes, record_of
 from simplclip.data.loader import called, seeded
 from simplclip.data.samples import Pair, check_files, image_of, label_of
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.stored_order import StoredOrder
 from simplclip.data.tars import Sample
-from simplclip.data.text import captions_of, clean, record_of
 from simplclip.data.transforms import ImageTransform
 
 

@@ -30,10 +30,9 @@ import numpy as np
 from simplclip.common.errors import InputError, UserError, visible
 from simplclip.common.progress import Progress
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.files import MAX_BYTES, TEXT_BYTES, file_bytes, open_image
+from simplclip.data.files import MAX_BYTES, TEXT_BYTES, captions_of, file_bytes, open_image, record_of
 from simplclip.data.forms import Options, Row, Source, is_source, open_source
 from simplclip.data.tar_writer import TarFolder, add, entry_of, new_tar, skipped_in
-from simplclip.data.text import captions_of, record_of
 
 FORMAT = "simplclip-shards-2"
 SAMPLES = 1024  # rows of a shard
@@ -76,14 +75,10 @@ def pack(
         if not again:
             _write(opened, folder, workers or _cores(), progress)
         shards = [str(out / shard) for shard, entry in sorted(folder.entries.items()) if entry["samples"]]
-        skipped = skipped_in(folder.entries.values())
-        if not shards:
-            (out / "meta.json").unlink()
-            out.rmdir()
-            raise InputError(f"source: expected images with captions, got none that is usable in {opened.path!r}; {skipped}")
     if progress:
         samples = sum(entry["samples"] for entry in folder.entries.values())
         made = f"{samples:,} samples of {name} in {len(shards)} shard{'s' * (len(shards) > 1)}, {out / '*.tar'}"
+        skipped = skipped_in(folder.entries.values())
         left_out = f"; {skipped}" if skipped.counts else ""
         print(f"kept {made}, which an earlier run packed" if again else f"packed {made}{left_out}")
     return shards
@@ -165,6 +160,11 @@ def _write(source: Source, folder: TarFolder, workers: int, progress: bool) -> N
             bar.update(len(rows))
             if not any(entry["samples"] for entry in folder.entries.values()) and NOT_LOCAL in entry.get("skipped", {}):
                 break  # a table of URLs: all other rows are URLs too
+        if not any(entry["samples"] for entry in folder.entries.values()):
+            (folder.out / "meta.json").unlink()
+            folder.out.rmdir()
+            left_out = skipped_in(folder.entries.values())
+            raise InputError(f"source: expected images with captions, got none that is usable in {source.path!r}; {left_out}")
     folder.complete = True
     folder.save()
 

@@ -20,9 +20,8 @@ from PIL import Image
 from simplclip.common.errors import InputError
 from simplclip.data.decode import decode_pil
 from simplclip.data.errors import BrokenSample, ShardError
-from simplclip.data.files import IMAGE_SUFFIXES
+from simplclip.data.files import IMAGE_SUFFIXES, captions_of, clean, json_of, record_of
 from simplclip.data.tars import Sample
-from simplclip.data.text import captions_of, clean, json_of, record_of
 
 TEACHER = "teacher.npy"  # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
 TEACHER_JSON = "teacher.json"  # what the features belong to: "captions", a digest of them, and "views" if it saw views

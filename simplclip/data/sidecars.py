@@ -18,10 +18,10 @@ from typing import Any
 from simplclip.common.errors import InputError
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
+from simplclip.data.files import json_of
 from simplclip.data.samples import TEACHER, TEACHER_JSON, VIEWS
 from simplclip.data.sources import Address, Source, name_of, sources_of
 from simplclip.data.tars import Sample
-from simplclip.data.text import json_of
 
 Folders = Sequence[str | os.PathLike]
 

@@ -82,20 +82,17 @@ def write_sidecars(
     folder = TarFolder(out, {"format": FORMAT, **stamp})
     rank, count = ranks.number(), ranks.count()
 
-    def read(source: Source, skipped: Skipped) -> Iterator[tars.Sample]:
-        join = partial(zipped, shard=source.url, folders=sidecars)
-        return tars.read(source, skipped, sidecars=join, max_bytes=max_bytes)
-
     with contextlib.ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(folder.claimed()))
         todo, folder.entries = ranks.on_first(lambda: (_unfinished(sources, folder, sidecars), folder.entries))
-        mine = list(islice(todo, rank, None, count))
+        of_rank = list(islice(todo, rank, None, count))
         keyed = _Keyed(prepare, collate)
-        order = StoredOrder([todo[name] for name in mine], read, keyed.prepare, batch_size, keyed.collate)
+        read = partial(_read, sidecars=sidecars, max_bytes=max_bytes)
+        order = StoredOrder([todo[name] for name in of_rank], read, keyed.prepare, batch_size, keyed.collate)
         portions = stack.enter_context(contextlib.closing(order.portions(workers)))
         kept = sum(folder.entries[name]["samples"] for name in sources if name not in todo)
         with Progress(title, dataset_size(urls), kept, shown=progress) as bar:
-            written = ((name, rank, _write(portions, out / name, process, bar.update)) for name in mine)
+            written = ((name, rank, _write(portions, out / name, process, bar.update)) for name in of_rank)
             for name, writer, entry in ranks.gathered(written):
                 folder.entries[name] = entry | _origin(todo[name], sidecars)
                 folder.save()
@@ -108,6 +105,10 @@ def write_sidecars(
         print(f"Left out, or lost by damage: {skipped}")
     samples = sum(entry["samples"] for entry in entries)
     return {"path": str(out), "shards": len(sources), "written": len(todo), "samples": samples, "skipped": skipped}
+
+
+def _read(source: Source, skipped: Skipped, sidecars: Folders, max_bytes: int) -> Iterator[tars.Sample]:
+    return tars.read(source, skipped, sidecars=partial(zipped, shard=source.url, folders=sidecars), max_bytes=max_bytes)
 
 
 @dataclass

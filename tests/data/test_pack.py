@@ -1,6 +1,5 @@
 """Packing: every form of pairs as shards, rows that are bad, hostile files, and stops at any moment."""
 
-import errno
 import json
 import os
 import signal
@@ -31,8 +30,6 @@ KINDS = {
     "other.csv": (OTHER, TWO),
     "karpathy.json#val": (Options(), IMAGES),
     "coco.json": (Options(), IMAGES),
-    "list.json": (Options(), IMAGES),
-    "rows.json": (Options(), IMAGES),
     "texts": (Options(), [("a", ["one", "two"]), ("b", ["two lines"])]),
     "classes": (Options(), [("cat_x/1", ["cat x"]), ("cat_x/2", ["cat x"]), ("dog/1", ["dog"])]),
 }
@@ -63,10 +60,8 @@ def folder(tmp_path_factory):
     for name, content in (
         ("karpathy", {"images": [gone, *split]}),
         ("coco", {"images": images, "annotations": annotations}),
-        ("list", [{"image": path, "captions": captions} for path, captions in IMAGES]),
-        ("rows", [{"filepath": path, "caption": text} for path, text in ROWS]),
     ):
-        (here / f"{name}.json").write_text("\ufeff" * (name == "list") + json.dumps(content), "utf-8")
+        (here / f"{name}.json").write_text("\ufeff" * (name == "coco") + json.dumps(content), "utf-8")
     (here / "texts/a.json").write_text(json.dumps({"captions": ["one", "two"], "group": "g", "label": "x"}))
     (here / "texts/b.txt").write_text("\ufefftwo\n lines\n", "utf-8")
     return here
@@ -148,7 +143,7 @@ def test_separators_and_wrong_tables(tmp_path):
         ("d.json", b"[" * 100_000, Options(), "nested too deeply"),
         (
             "s.json",
-            b'[{"split": "a"}, {"split": "b"}]',
+            b'{"images": [{"split": "a"}, {"split": "b"}]}',
             Options(),
             "expected one of the splits a, b, as .*s.json#a, got none",
         ),
@@ -202,7 +197,8 @@ def test_hostile_rows_are_counted(tmp_path, monkeypatch):
         file.truncate(1 << 40)
     images = ["good.png", "pipe.png", "/dev/zero", "/dev/stdin", "../../../../../../etc/passwd", "text.png", "torn.png",
               "huge.jpg", "a\0b.png", ".", "", "http://x/y.jpg", "pipe:true", "x" * 5000]  # fmt: skip
-    (tmp_path / "rows.json").write_text(json.dumps([{"path": image, "caption": image or "none"} for image in images]))
+    entries = [{"filename": image, "sentences": [{"raw": image or "none"}]} for image in images]
+    (tmp_path / "rows.json").write_text(json.dumps({"images": entries}))
     found, skipped = packed(tmp_path / "rows.json", tmp_path / "out")
     assert found == [("good.png", ["good.png"])]
     unreadable = {"cannot be read": 7, "file too large": 1, "not a local file": 2, "not an image": 3}
@@ -285,25 +281,6 @@ def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
         pack.pack(rows, tmp_path / "out")
 
 
-def test_a_full_disk_is_one_line_and_work_goes_on(tmp_path, rows, monkeypatch):
-    with monkeypatch.context() as patch:
-        original, calls = os.fsync, []
-
-        def full(descriptor):
-            calls.append(descriptor)
-            if len(calls) == 7:  # the second shard's
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            original(descriptor)
-
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(InputError, match=r"could not be written: No space left on device; the same command goes on"):
-            pack.pack(rows, tmp_path / "out", workers=1, progress=False)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["meta.json", "t-000000.tar"]
-    pack.pack(rows, tmp_path / "out", workers=1, progress=False)
-    pack.pack(rows, tmp_path / "undisturbed", workers=1, progress=False)
-    assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
-
-
 def slow(path, first, rows):
     Path(path).with_suffix(f".{os.getpid()}").touch()
     time.sleep(60)
@@ -342,7 +319,7 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
         "caption_key": "what",
         "images": "img",
     }
-    source = [*tars, "rows.csv", {"shards": ["karpathy.json#val", "c.tar"]}, mapping, "rows.json"]
+    source = [*tars, "rows.csv", {"shards": ["karpathy.json#val", "c.tar"]}, mapping, "rows.tsv"]
     found = pack.packed(source, tmp_path / "out")
     shard = {
         name: [str(tmp_path / f"out/{name}/{name.split('-')[0]}-000000.tar")]

@@ -11,7 +11,8 @@ from pairs import png, write
 from simplclip import data, evaluation
 from simplclip.common import plotting
 from simplclip.common.errors import InputError
-from simplclip.data import samples, tars, text
+from simplclip.data import files as data_files
+from simplclip.data import samples, tars
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.sources import Address
 
@@ -117,7 +118,7 @@ SAMPLES = {
     "NUL": (files(txt=b"a\0b"), ["a\ufffdb"]),
     "latin-1": (files(txt=b"caf\xe9"), "caption not UTF-8"),
     "UTF-16": (files(txt="one".encode("utf-16")), "caption not UTF-8"),
-    "10 MB of a word": (files(txt=WORDS), [WORDS[: text.LONGEST]]),
+    "10 MB of a word": (files(txt=WORDS), [WORDS[: data_files.LONGEST]]),
     "10 MB of spaces": (files(txt=" " * 10_000_000), "empty caption"),
     "20 MB of a word": (files(txt=2 * WORDS), "file too large"),
     "20 MB of json": (files(json=json.dumps({"caption": 2 * WORDS})), "file too large"),
@@ -163,7 +164,7 @@ CLASSES = {
     "latin-1": ("c.txt", b"caf\xe9\nx\n", "expected imagenet or a file of names, got c.txt: .*utf-8"),
     "NUL": ("c.txt", b"a\nb\0\n", ["a", "b\ufffd"]),
     "marks and spaces": ("c.txt", b"\xef\xbb\xbfone\n\n two\n", ["one", "two"]),
-    "20 MB of a name": ("c.txt", b"a\n" + b"b" * 20_000_000, ["a", "b" * text.LONGEST]),
+    "20 MB of a name": ("c.txt", b"a\n" + b"b" * 20_000_000, ["a", "b" * data_files.LONGEST]),
 }
 
 

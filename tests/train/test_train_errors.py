@@ -159,24 +159,6 @@ def test_a_second_signal_ends_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_save_that_fails_or_is_interrupted_leaves_the_former_checkpoint(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, {"step": 1})
-    before = (tmp_path / "last.pt").read_bytes()
-    original = torch.save
-
-    def torn(state, file):
-        original(state, file)
-        file.write(b"half")
-        raise KeyboardInterrupt if state["step"] == 2 else OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", torn)
-    for number, error in ((2, KeyboardInterrupt), (3, OSError)):
-        with pytest.raises(error):
-            checkpoint.save(tmp_path, {"step": number})
-    assert (tmp_path / "last.pt").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt"]
-
-
 def test_a_reader_that_goes_at_the_end_is_no_error(tmp_path):
     reader, writer = os.pipe()
 
