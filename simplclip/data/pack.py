@@ -114,8 +114,9 @@ def summary(shards: list[str], examples: int = 3) -> str:
 
     The lengths and sizes are those of the first, the middle and the last shard.
     """
+    shards = list(dict.fromkeys((shards[0], shards[len(shards) // 2], shards[-1])))
     records, sides = [], []
-    for shard in dict.fromkeys((shards[0], shards[len(shards) // 2], shards[-1])):
+    for shard in shards:
         with tarfile.open(shard) as tar:
             for member in tar:
                 content = tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -128,9 +129,10 @@ def summary(shards: list[str], examples: int = 3) -> str:
         "median {}, of 19 in 20 at most {}, at most {}".format(*np.quantile(numbers, (0.5, 0.95, 1), method="higher"))
         for numbers in ([len(caption.split()) for caption in captions], sides)
     )
+    kilobytes = sum(map(os.path.getsize, shards)) / len(records) / 1000
     lines = [
         f"captions  {len(captions) / len(records):.1f} an image; words: {words}",
-        f"images    pixels of the short side: {pixels}",
+        f"images    pixels of the short side: {pixels}; {kilobytes:,.1f} kB a sample",
     ]
     for record in records[:examples]:
         text = " | ".join(record["captions"])
