@@ -70,10 +70,8 @@ class InheritConfig(Section):
     )
 
 
-def or_section(plain: Any, section: type[Section]) -> Any:
-    """Returns the type of a value that may also be a section. An error then is about the one that was given."""
-    tagged = Annotated[plain, Tag("plain")] | Annotated[section, Tag("section")]
-    return Annotated[tagged, Discriminator(lambda value: "section" if isinstance(value, dict | section) else "plain")]
+# Of a value that may also be a section: an error is about the form that was given.
+PLAIN_OR_SECTION = Discriminator(lambda value: "section" if isinstance(value, dict | Section) else "plain")
 
 
 class MicroBatch(Section):
@@ -96,7 +94,10 @@ class DataConfig(Section):
         None, "samples of an epoch, for run.epochs; null: as meta.json beside the shards says", ge=1
     )
     batch_size: int = setting(256, "images per step", ge=1)
-    micro_batch: or_section(Annotated[int, Field(ge=1)] | Literal["auto"] | None, MicroBatch) = setting(
+    micro_batch: Annotated[
+        Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, Tag("plain")] | Annotated[MicroBatch, Tag("section")],
+        PLAIN_OR_SECTION,
+    ] = setting(
         None,
         "images, with their captions, at a time (gradient caching: the gradient is that of the whole batch); {image, text}: "
         "images and captions at a time, each tower by itself; null: all; auto: as many as fit, see `simplclip plan`",
@@ -161,7 +162,7 @@ class Schedule(Section):
         return self.value + (self.to - self.value) * done
 
 
-Weight = or_section(Annotated[float, Field(ge=0)], Schedule)
+Weight = Annotated[Annotated[float, Field(ge=0), Tag("plain")] | Annotated[Schedule, Tag("section")], PLAIN_OR_SECTION]
 # a term's name in logs -> the weight's name, here and in WIKDLoss and ClipPMLoss
 TERMS = {
     "contrastive_loss": "contrastive_weight",
