@@ -162,7 +162,7 @@ def test_the_garbage_collector_does_not_wait_for_processes(pattern, fails):
     assert not multiprocessing.active_children()
 
 
-def test_pictures_reads_what_is_asked_for(pattern):
+def test_pictures_are_those_at_the_positions(pattern):
     shown = data.held_out(pattern).pictures([7, 2, 7, 21])
     assert [*shown] == [2, 7, 21]
     pixels = torch.cat([images for images, _, _ in read(pattern, transform=resize)[0]])
