@@ -37,5 +37,4 @@ def pack(
     from simplclip.data.forms import Options
 
     options = Options(image_key=image_key, caption_key=caption_key, images=images)
-    packing.pack(source, out, options, workers=workers)
-    typer.echo(packing.summary(out))
+    typer.echo(packing.summary(packing.pack(source, out, options, workers=workers)))

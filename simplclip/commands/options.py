@@ -14,7 +14,7 @@ Pairs = Annotated[
     list[str],
     typer.Argument(
         metavar="PAIRS",
-        help="Tars, by path, glob, brace pattern, URL or list file; or a table, JSON or folder, which becomes shards first.",
+        help="Tars, by path, glob, brace pattern or URL; or a table, JSON or folder, which becomes shards first.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]

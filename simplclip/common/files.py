@@ -109,23 +109,43 @@ def remove_leftovers(folder: str | Path, ours: Callable[[str], Any], seconds: fl
                 path.unlink()
 
 
-@contextlib.contextmanager
-def locked(folder: str | Path, busy: str | None = None) -> Iterator[None]:
-    """Context that one process at a time can enter for `folder`; without effect if the system has no locks.
+_locks: set[int] = set()  # descriptors of this process's locks
 
-    While another process is inside, entering waits, or raises FileExistsError(busy) if `busy` is given.
+
+def _close_inherited_locks() -> None:
+    """Closes the locks in a forked process, which may live seconds longer than its parent."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited_locks)
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, busy: str) -> Iterator[None]:
+    """Context that one process at a time can enter for `folder`, without effect if the system has no locks.
+
+    The system releases the lock when the process ends, however it ends. Raises FileExistsError(busy) while another process is
+    inside.
     """
-    with contextlib.ExitStack() as stack:
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    _locks.add(descriptor)
+    try:
         try:
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            if fcntl:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(busy) from None
-        except OSError:  # also raised without support for flock
+        except OSError:  # a file system without locks
             pass
         yield
+    finally:
+        if descriptor in _locks:  # otherwise a forked process, which has closed it
+            _locks.discard(descriptor)
+            os.close(descriptor)
 
 
 def sha256(path: str | Path) -> str:

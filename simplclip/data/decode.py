@@ -6,15 +6,13 @@ Only the first frame of an animation is used, and EXIF's orientation is ignored,
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
-
 import numpy as np
 import torch
-from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image
 from torch import Tensor
 
 from simplclip.data.errors import BrokenSample
+from simplclip.data.files import is_jpeg, open_image
 
 try:
     import simplejpeg
@@ -84,13 +82,9 @@ def check_pixels(height: int, width: int, max_pixels: int | None) -> None:
         raise BrokenSample("image too large", f"{width} x {height} pixels, more than {limit}")
 
 
-def _is_jpeg(encoded: bytes) -> bool:
-    return encoded[:3] == b"\xff\xd8\xff"
-
-
 def _jpeg_size(encoded: bytes, max_pixels: int | None) -> tuple[int, int] | None:
     """Reads height and width of an image that simplejpeg can decode; None for other images."""
-    if simplejpeg is None or not _is_jpeg(encoded):
+    if simplejpeg is None or not is_jpeg(encoded):
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(encoded)
@@ -101,19 +95,6 @@ def _jpeg_size(encoded: bytes, max_pixels: int | None) -> tuple[int, int] | None
 
 
 def _open(encoded: bytes, max_pixels: int | None) -> Image.Image:
-    """Opens an image without decoding its pixels. Image.open would apply its own limit of pixels."""
-    plugin: Callable[[io.BytesIO], Image.Image]
-    if _is_jpeg(encoded):
-        plugin = JpegImagePlugin.JpegImageFile
-    elif encoded[:8] == b"\x89PNG\r\n\x1a\n":
-        plugin = PngImagePlugin.PngImageFile
-    elif encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
-        plugin = WebPImagePlugin.WebPImageFile
-    else:
-        raise BrokenSample("not an image", f"{len(encoded)} bytes that are not jpg, png or webp")
-    try:
-        image = plugin(io.BytesIO(encoded))
-    except Exception as error:  # as in decode_pil
-        raise BrokenSample("not an image", error) from None
+    _, image = open_image(encoded)
     check_pixels(image.height, image.width, max_pixels)
     return image

@@ -1,52 +1,53 @@
-"""What `simplclip data pack` reads: tables, JSON files and folders, as a stream of rows that name an image and its captions.
+"""What `simplclip data pack` reads: tables, JSON files and folders, each as a stream of rows with an image and its captions.
 
-tables.py       CSV, TSV, parquet
-annotations.py  JSON of Karpathy's and COCO's kind, or a list of objects
-folders.py      folders of images with texts beside them, or by class
+    .csv, .tsv, .parquet    a row for each caption; neighbouring rows of one image are one sample
+    .json                   in Karpathy's or COCO's format
+    a folder                KEY.txt or KEY.json beside KEY.jpg, or a folder of images for each class
 
-Nothing here imports torch, so that packing a few hundred images takes a second.
+Text is UTF-8, with or without byte order mark. Nothing here imports torch, so that packing some images takes a second.
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
+import hashlib
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from simplclip.common.errors import InputError
+from simplclip.data.files import IMAGE_SUFFIXES, json_of
 
 TABLES = (".csv", ".tsv", ".parquet")
 JSON = ".json"
-# Columns of tables, and keys of the objects of JSON files, in order of preference: the first of these names that a file has.
+# Columns of tables, in order of preference: the first of these names that a table has.
 IMAGE_NAMES = ("filepath", "image_path", "path", "image", "file_name", "filename", "file", "image_name")
-CAPTION_NAMES = ("captions", "caption", "sentences", "title", "text", "raw", "comment")
+CAPTION_NAMES = ("captions", "caption", "title", "text", "comment")
+SEPARATORS = "\t,|;"
+LINE = 1 << 24  # most bytes of a line
+_SUFFIXES = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json"))
 
 
 class Row(NamedTuple):
     """An image with its captions, not read yet."""
 
     name: str  # in messages, and "source" in the sample's json
-    image: str  # path of the image
-    captions: list[Any] = []  # noqa: RUF012 (of a row alone: tables and JSON give each row its list)
+    image: str = ""  # path of the image
+    captions: list[Any] = []  # noqa: RUF012 (never changed)
     texts: Mapping[str, str] = {}  # noqa: RUF012  suffix (txt, json) -> path of a file beside the image
     label: str | None = None
-
-
-class BadRow(NamedTuple):
-    """A row that has no image or no captions: the reason under which it is counted, and a detail."""
-
-    name: str
-    reason: str
-    detail: str = ""
-
-
-Rows = Iterator[Row | BadRow]
+    problem: tuple[str, str] | None = None  # of a row without image or captions: the reason that is counted, and a detail
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of tables and JSON files.
 
-    image_key, caption_key: columns, or keys of objects; by default the first of IMAGE_NAMES and CAPTION_NAMES.
+    image_key, caption_key: columns of a table; by default the first of IMAGE_NAMES and CAPTION_NAMES.
     images: folder of the images; by default the file's own.
     split: name of a split in a JSON file.
     """
@@ -64,26 +65,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """A source of rows.
-
-    total: the number of its rows, for the progress; None if counting them is as much work as reading them.
-    state: what tells whether the source has changed, as JSON.
-    rows: starts to read its rows.
-    """
+    """A source of rows. total: their number. state: JSON that tells whether it has changed. rows: starts to read them."""
 
     path: str
-    total: int | None
-    state: dict[str, Any] = field(compare=False)
-    rows: Callable[[], Rows]
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(os.path.abspath(self.path))
-
-
-def key_in(names: Iterable[str], wanted: str | None, usual: tuple[str, ...]) -> str | None:
-    """Returns the one of `names` to read: `wanted`, if given, or else the first of `usual` there; None if there is none."""
-    return next((name for name in ((wanted,) if wanted else usual) if name in names), None)
+    total: int
+    state: dict[str, Any]
+    rows: Callable[[], Iterator[Row]]
 
 
 def is_source(path: str | os.PathLike) -> bool:
@@ -91,18 +78,225 @@ def is_source(path: str | os.PathLike) -> bool:
     text = os.path.expanduser(os.fspath(path))
     if not os.path.exists(text) and ("://" in text or text.startswith("pipe:")):
         return False
-    file, _ = split_of(text)
+    file, _ = _split_of(text)
     return file.lower().endswith((*TABLES, JSON)) or os.path.isdir(file)
 
 
-def split_of(path: str) -> tuple[str, str]:
+def open_source(path: str | os.PathLike, options: Options) -> Source:
+    """Returns the rows of a table, a JSON file or a folder. Raises InputError if it is none, or lacks a column."""
+    file, split = _split_of(os.path.expanduser(os.fspath(path)))
+    options = Options(**vars(options) | {"split": split}) if split else options
+    kind = file.lower()
+    if not os.path.exists(file):
+        raise InputError(f"source: expected a table, a JSON file or a folder, got {file!r}, which does not exist")
+    if os.path.isdir(file):
+        return _folder(file)
+    if not kind.endswith((*TABLES, JSON)) or not os.path.isfile(file):
+        expected = "a folder of images, or a file that ends in .csv, .tsv, .parquet or .json"
+        hint = "; training reads tars as they are" if ".tar" in kind else ""
+        raise InputError(f"source: expected {expected}, got {file!r}{hint}")
+    total, rows = (_json if kind.endswith(JSON) else _parquet if kind.endswith(".parquet") else _table)(file, options)
+    about = os.stat(file)
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return Source(file, total, {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns, **given}, rows)
+
+
+def _split_of(path: str) -> tuple[str, str]:
     """Splits FILE.json#SPLIT, unless a file has this name."""
     file, sharp, split = path.rpartition("#")
     return (file, split) if sharp and file.lower().endswith(JSON) and not os.path.exists(path) else (path, "")
 
 
-def file_state(path: str, options: Options) -> dict[str, Any]:
-    """Returns the state of a file: its size and time, and the options by which it is read."""
-    about = os.stat(path)
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns, **given}
+def _table(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]]]:
+    with open(path, "rb") as file:
+        header = file.readline(LINE)
+        if header.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise InputError(f"source: expected a table in UTF-8, got {path!r} in UTF-16: iconv -f UTF-16 -t UTF-8")
+        total = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    text = header.decode("utf-8-sig", "surrogateescape")
+    separator = "\t" if path.lower().endswith(".tsv") else max(SEPARATORS, key=text.count)
+    try:
+        titles = [title.strip() for title in next(csv.reader([text], delimiter=separator), [])]
+    except csv.Error as error:  # e.g. lines that end in \r alone
+        raise InputError(f"source: expected a table with a line of columns, got {path!r}: {error}") from None
+    image, caption = map(titles.index, _columns(titles, path, options))
+
+    def rows() -> Iterator[Row]:
+        with open(path, "rb") as file:
+            file.readline(LINE)
+            for number, record in enumerate(_records(file, separator)):
+                name = f"{os.path.basename(path)}/{number:09d}"
+                if isinstance(record, str):
+                    yield Row(name, problem=("bad row", record))
+                elif len(record) <= max(image, caption):
+                    got = f"expected {max(image, caption) + 1} columns, got {len(record)}"
+                    yield Row(name, problem=("bad row", got))
+                elif any("\udc80" <= character <= "\udcff" for character in record[caption]):  # by surrogateescape
+                    yield Row(name, problem=("caption not UTF-8", ""))
+                else:
+                    yield _row(name, record[image].strip(), [record[caption]], path, options)
+
+    return max(1, total), lambda: _joined(rows())
+
+
+def _records(file: BinaryIO, separator: str) -> Iterator[list[str] | str]:
+    """Yields the records of a table; in place of a bad one, the reason. Empty lines are no records.
+
+    A quoted field may span several lines. A record with a quote that is not closed, or with a field above csv's limit, ends
+    with its first line, so that no other record is lost.
+    """
+    while first := file.readline(LINE):
+        if not first.strip(b"\r\n"):
+            continue
+        behind, read_all = file.tell(), False
+
+        def lines(first: bytes = first) -> Iterator[str]:
+            nonlocal read_all
+            for line in itertools.chain([first], iter(lambda: file.readline(LINE), b"")):
+                yield line.decode(errors="surrogateescape")
+            read_all = True
+
+        try:
+            record: list[str] | str = next(csv.reader(lines(), delimiter=separator))
+        except csv.Error as error:
+            record = str(error)
+        if read_all:
+            record = "expected a quote at its end, got none"
+        if isinstance(record, str):
+            file.seek(behind)
+        yield record
+
+
+def _parquet(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise InputError(f"source: expected a parquet file, got {path!r}: {error}") from None
+    columns = _columns(file.schema_arrow.names, path, options)
+
+    def value(scalar: Any) -> Any:
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError:
+            return None
+
+    def rows() -> Iterator[Row]:
+        batches = file.iter_batches(4096, columns=columns)
+        pairs = (pair for batch in batches for pair in zip(*(batch.column(name) for name in columns)))
+        for number, (image, caption) in enumerate(map(value, pair) for pair in pairs):
+            captions = caption if isinstance(caption, list) else [] if caption is None else [str(caption)]
+            yield _row(f"{os.path.basename(path)}/{number:09d}", image, captions, path, options)
+
+    return file.metadata.num_rows, lambda: _joined(rows())
+
+
+def _row(name: str, image: Any, captions: list[Any], path: str, options: Options) -> Row:
+    if not isinstance(image, str) or not image:
+        return Row(name, problem=("missing image", ""))
+    return Row(name, options.image(path, image), captions)
+
+
+def _joined(rows: Iterator[Row]) -> Iterator[Row]:
+    """Joins neighbouring rows of one image, as tables of several captions an image have them."""
+    for _, group in itertools.groupby(rows, lambda row: row.name if row.problem else row.image):
+        first, *more = group
+        yield first._replace(captions=[*first.captions, *(text for row in more for text in row.captions)])
+
+
+def _columns(titles: list[str], path: str, options: Options) -> list[str]:
+    """Returns the columns of images and captions."""
+    columns = []
+    for option, usual in (("image_key", IMAGE_NAMES), ("caption_key", CAPTION_NAMES)):
+        wanted = getattr(options, option)
+        title = next((title for title in ((wanted,) if wanted else usual) if title in titles), None)
+        if title is None:
+            got = f"{path!r} with the columns {', '.join(map(repr, titles))[:300]}"
+            raise InputError(f"source: expected a table with a column {wanted or ' or '.join(usual)} ({option}), got {got}")
+        columns.append(title)
+    return columns
+
+
+def _json(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]]]:
+    """Several entries of one image are one sample with all captions."""
+    captions: dict[str, list[Any]] = {}
+    try:
+        for image, texts in _entries(json_of(Path(path).read_text("utf-8-sig")), path, options):
+            captions.setdefault(image, []).extend(texts)
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"source: expected images with captions, as in Karpathy's or COCO's JSON, got {path!r}, another one: "
+            f"{type(error).__name__}: {error}"
+        ) from None
+    if not captions:
+        of_split = f" of the split {options.split!r}" if options.split else ""
+        raise InputError(f"source: expected images with captions, got none{of_split} in {path!r}")
+    name = os.path.basename(path)
+    rows = [Row(f"{name}/{image}", options.image(path, image), texts) for image, texts in captions.items()]
+    return len(rows), lambda: iter(rows)
+
+
+def _entries(content: Any, path: str, options: Options) -> Iterator[tuple[str, list[Any]]]:
+    """Yields images with captions. Raises the error of any other content, e.g. KeyError."""
+    images = content["images"]
+    if "annotations" in content:  # COCO's captions_val2017.json
+        files = {image["id"]: image["file_name"] for image in images}
+        yield from ((str(files[entry["image_id"]]), [entry["caption"]]) for entry in content["annotations"])
+        return
+    splits = list(dict.fromkeys(image["split"] for image in images if "split" in image))
+    if options.split is None and len(splits) > 1:
+        several = ", ".join(map(str, splits))
+        raise InputError(f"source: expected one of the splits {several}, as {path}#{splits[0]}, got none")
+    for image in images:
+        if options.split is None or image.get("split", options.split) == options.split:
+            yield os.path.join(image.get("filepath", ""), image["filename"]), [text["raw"] for text in image["sentences"]]
+
+
+def _folder(path: str) -> Source:
+    """The images of a folder and of its subfolders, in the order of names.
+
+    If no image has a text beside it, the folders in `path` are classes: the label of an image, and its caption.
+    """
+    path = path.rstrip(os.sep) or path
+    digest = hashlib.blake2b(digest_size=16)
+    images, texts = 0, False
+    for files in _images(path):
+        images += 1
+        texts = texts or len(files) > 1
+        digest.update(repr(sorted(files.items())).encode("utf-8", "surrogateescape"))
+    if not images:
+        hint = " (try its *.tar)" if any(file.endswith(".tar") for file in os.listdir(path)) else ""
+        raise InputError(f"source: expected a folder of images with captions, got {path!r}, which has no image{hint}")
+
+    def rows() -> Iterator[Row]:
+        for files in _images(path):
+            suffix = next(suffix for suffix in IMAGE_SUFFIXES if suffix in files)
+            key = files[suffix][: -len(suffix) - 1]
+            name, image = f"{os.path.basename(path)}/{key}", os.path.join(path, files[suffix])
+            if texts:
+                beside = {suffix: os.path.join(path, file) for suffix, file in files.items() if suffix in ("txt", "json")}
+                yield Row(name, image, texts=beside)
+            else:
+                label = key.split(os.sep)[0].replace("_", " ") if os.sep in key else None
+                yield Row(name, image, [label] if label else [], label=label)
+
+    return Source(path, images, {"images": images, "names": digest.hexdigest()}, rows)
+
+
+def _images(path: str) -> Iterator[dict[str, str]]:
+    """Yields the files of each image, suffix -> path relative to `path`. Subfolders of a linked folder are left out."""
+    for place, folders, files in os.walk(path, followlinks=True):
+        folders.sort()
+        if place != path and os.path.islink(place):  # a link may lead anywhere, also to a folder that contains it
+            folders.clear()
+        inside = "" if place == path else os.path.relpath(place, path) + os.sep
+        samples: dict[str, dict[str, str]] = {}
+        for file in sorted(files):
+            suffix = next((suffix for suffix in _SUFFIXES if file.lower().endswith(suffix)), None)
+            if suffix:
+                samples.setdefault(file[: -len(suffix)], {}).setdefault(suffix[1:], inside + file)
+        yield from (sample for _, sample in sorted(samples.items()) if not sample.keys().isdisjoint(IMAGE_SUFFIXES))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from simplclip.common.errors import InputError
 from simplclip.data import tars
 from simplclip.data.decode import decode_pil
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
+from simplclip.data.files import IMAGE_SUFFIXES, captions_of, clean, file_bytes, record_of
 from simplclip.data.loader import called, seeded
-from simplclip.data.samples import Pair, check_files, file_bytes, image_of, label_of
+from simplclip.data.samples import Pair, check_files, image_of, label_of
 from simplclip.data.sources import Source, in_words, sources_of
-from simplclip.data.stored_order import StoredOrder, workers_for
+from simplclip.data.stored_order import StoredOrder
 from simplclip.data.tars import Sample
-from simplclip.data.text import IMAGE_SUFFIXES, captions_of, clean, record_of
 from simplclip.data.transforms import ImageTransform
 
 
@@ -42,13 +43,11 @@ class ImageFolder:
     paths: tuple[str, ...]
     classes: tuple[str, ...]
 
-    def read(self, skipped: Skipped, wanted: Callable[[int], bool]) -> Iterator[Sample]:
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        for number, path in enumerate(self.paths):
-            sample: Sample = {"__key__": path, "__url__": self.url, "__shard__": os.path.basename(self.url.rstrip(os.sep))}
-            sample["__label__"] = numbers[path.split(os.sep)[0]]
-            sample["jpg"] = _image(os.path.join(self.url, path)) if wanted(number) else b""
-            yield sample
+    def samples(self) -> Iterator[Sample]:
+        """Yields the samples without the images, whose files `HeldOut.open` reads."""
+        about = {"__url__": self.url, "__shard__": os.path.basename(self.url.rstrip(os.sep))}
+        for path in self.paths:
+            yield about | {"__key__": path, "__label__": self.classes.index(path.split(os.sep)[0])}
 
 
 @dataclass
@@ -65,6 +64,11 @@ class HeldOut:
 
     def open(self, sample: Sample) -> Pair:
         """Parses the files of a sample. Raises BrokenSample."""
+        if "__label__" in sample:
+            try:
+                sample = sample | {"jpg": file_bytes(os.path.join(sample["__url__"], sample["__key__"]))}
+            except OSError as error:
+                raise BrokenSample("cannot be read", error) from None
         check_files(sample)
         record = record_of(sample)
         label = label_of(sample, record)
@@ -98,7 +102,6 @@ class HeldOut:
         """
         share = {"rank": ranks.number(), "world_size": ranks.count()} if use else {}
         order = StoredOrder(self.sources, _read, _Prepare(self, transform), batch_size, _collate, **share)
-        workers = workers_for([source.url for source in self.sources], workers)
         read: Any = ((item.batch and (*item.batch, item.positions), item.skipped) for item in order.portions(workers))
         if use:
             read = ranks.gathered((batch and (use(batch[0]), *batch[1:]), new) for batch, new in read)
@@ -113,22 +116,10 @@ class HeldOut:
             raise EmptyDataError(f"{self} has no usable sample; {skipped}")
 
     def pictures(self, positions: Iterable[int]) -> dict[int, Image.Image]:
-        """Returns the RGB images at these positions; no other image is read."""
-        chosen = set(positions)
-        pictures: dict[int, Image.Image] = {}
-        position = 0
-        for source in self.sources:
-
-            def wanted(number: int, start: int = position) -> bool:
-                return start + number in chosen
-
-            for sample in _read(source, Skipped(), wanted):
-                if position in chosen:
-                    pictures[position] = decode_pil(image_of(sample))
-                position += 1
-            if len(pictures) == len(chosen):
-                break
-        return pictures
+        """Returns the RGB images at these positions. The data before the last one are read again."""
+        chosen, samples = set(positions), chain.from_iterable(_read(source, Skipped()) for source in self.sources)
+        last = max(chosen, default=-1)
+        return {n: self.open(sample).image for n, sample in enumerate(islice(samples, last + 1)) if n in chosen}
 
 
 def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:
@@ -149,17 +140,14 @@ def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> H
         split = ""
     if not os.path.isdir(folder):
         return HeldOut(list(sources_of(what, name)), Classes(), captions)
-    split_folder = _clip_benchmark_split(Path(folder), split, name)
-    if split_folder is None:
-        found = _image_folder(folder, name)
-        return HeldOut([found], Classes([clean(one.replace("_", " ")) for one in found.classes], found.classes), captions)
-    return _clip_benchmark(split_folder, Path(folder), captions, name)
+    if (data := _clip_benchmark(Path(folder), split, captions, name)) is not None:
+        return data
+    images = _image_folder(folder, name)
+    return HeldOut([images], Classes([clean(one.replace("_", " ")) for one in images.classes], images.classes), captions)
 
 
-def _read(source: Any, skipped: Skipped, wanted: Callable[[int], bool]) -> Iterator[Sample]:
-    if isinstance(source, ImageFolder):
-        return source.read(skipped, wanted)
-    return tars.read(source, skipped, wanted=wanted)
+def _read(source: Source | ImageFolder, skipped: Skipped) -> Iterator[Sample]:
+    return source.samples() if isinstance(source, ImageFolder) else tars.read(source, skipped)
 
 
 @dataclass
@@ -182,65 +170,40 @@ def _collate(prepared: list[tuple[torch.Tensor, Pair]]) -> tuple[torch.Tensor, l
     return torch.stack(images), list(pairs)
 
 
-def _image(path: str) -> bytes | BrokenSample:
-    try:
-        return file_bytes(path)
-    except OSError as error:
-        return BrokenSample("cannot be read", error)
-    except BrokenSample as broken:
-        return broken
-
-
 def _image_folder(path: str, name: str) -> ImageFolder:
-    classes = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
-    suffixes = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-    paths: list[str] = []
-    for one in classes:
-        for place, folders, files in os.walk(os.path.join(path, one)):
-            folders.sort()
-            if any(file.lower().endswith((".txt", ".json")) for file in files):
-                raise InputError(
-                    f"{name}: expected a folder of images by class, got {path!r} with texts beside the images; make shards "
-                    "of it by `simplclip data pack`"
-                )
-            relative = os.path.relpath(place, path)
-            paths += [os.path.join(relative, file) for file in sorted(files) if file.lower().endswith(suffixes)]
+    classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    files = [file for folder in classes for file in sorted(Path(path, folder).rglob("*"))]
+    if any(file.suffix.lower() in (".txt", ".json") for file in files):
+        raise InputError(
+            f"{name}: expected a folder of images by class, got {path!r} with texts beside the images; make shards "
+            "of it by `simplclip data pack`"
+        )
+    paths = [str(file.relative_to(path)) for file in files if file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES]
     if not paths:
         raise InputError(
             f"{name}: expected a folder with a folder of images for each class, or of clip-benchmark's layout "
             f"(test/nshards.txt), got {path!r}; of a folder of images with captions `simplclip data pack` makes shards"
         )
-    return ImageFolder(path, tuple(paths), classes)
+    return ImageFolder(path, tuple(paths), tuple(classes))
 
 
-def _clip_benchmark_split(folder: Path, split: str, name: str) -> Path | None:
-    """Returns the folder of a split in clip-benchmark's layout; None for another layout."""
+def _clip_benchmark(folder: Path, split: str, captions: int | None, name: str) -> HeldOut | None:
+    """Returns the data of a folder in clip-benchmark's layout, or of one of its splits; None for another layout."""
     splits = [entry.name for entry in sorted(folder.iterdir()) if (entry / "nshards.txt").is_file()]
-    if split and split not in splits:
-        raise InputError(f"{name}: expected one of the splits {', '.join(splits) or '(none)'} of {folder}, got {split!r}")
-    if split or splits:
-        if not split and len(splits) > 1 and "test" not in splits:
-            raise InputError(f"{name}: expected one of the splits {', '.join(splits)}, as {folder}#{splits[0]}, got none")
-        return folder / (split or ("test" if "test" in splits else splits[0]))
-    return folder if (folder / "nshards.txt").is_file() else None
-
-
-def _clip_benchmark(place: Path, folder: Path, captions: int | None, name: str) -> HeldOut:
-    root = place.parent if place == folder else folder
+    if (split and split not in splits) or (not split and len(splits) > 1 and "test" not in splits):
+        several = f"{', '.join(splits) or '(none)'} of {folder}, as {folder}#SPLIT"
+        raise InputError(f"{name}: expected one of the splits {several}, got {split or 'none'!r}")
+    root, place = folder, folder / (split or ("test" if "test" in splits else "".join(splits)))
+    if not splits:
+        root, place = folder.parent, folder
+        if not (place / "nshards.txt").is_file():
+            return None
     number = (place / "nshards.txt").read_text(errors="replace").strip()
     if not number.isdecimal() or len(number) > 9 or not int(number):
         raise InputError(f"{place / 'nshards.txt'}: expected the number of shards, got {number[:40]!r}")
-    kind = _lines(root / "dataset_type.txt") or ["classification"]
-    if kind[0].lower() not in ("retrieval", "classification"):
-        raise InputError(f"{root / 'dataset_type.txt'}: expected retrieval or classification, got {kind[0]!r}")
-    sources: list[Source | ImageFolder] = []
-    for shard in range(int(number)):
-        path = place / f"{shard}.tar"
-        if not path.is_file():
-            raise InputError(f"{name}: expected a file, got {str(path)!r}, which does not exist")
-        sources.append(Source(str(path), name=path.name))
+    sources = sources_of((place / f"{shard}.tar" for shard in range(int(number))), name)
     names, templates = (_lines(root / file) for file in ("classnames.txt", "zeroshot_classification_templates.txt"))
-    return HeldOut(sources, Classes(names, templates=templates), captions, txt_lines=True)
+    return HeldOut(list(sources), Classes(names, templates=templates), captions, txt_lines=True)
 
 
 def _lines(file: Path) -> list[str] | None:

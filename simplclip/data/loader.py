@@ -12,7 +12,7 @@ import copy
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,12 +22,11 @@ from PIL import Image
 from webdataset import filters
 
 from simplclip.common.errors import InputError
-from simplclip.data import sidecars as joining
 from simplclip.data import tars
 from simplclip.data.decode import decode_pil
 from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
 from simplclip.data.samples import Pair, check_count, parse, place_of, stable_hash
-from simplclip.data.sidecars import Folders
+from simplclip.data.sidecars import Folders, check_sidecars, zipped
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.tars import MAX_BYTES, Sample
 from simplclip.data.transforms import ImageTransform, View, stack
@@ -51,26 +50,47 @@ class WorkerItem(NamedTuple):
 
 
 @dataclass
-class Pairs:
-    """The batches of the workers; `make_loader` documents the fields."""
+class Loader:
+    """Training batches without end, made by `make_loader`, which documents the fields. Each worker has a copy.
+
+    skipped: counts of what was damaged in the batches so far, by reason, with the first of each.
+    """
 
     sources: list[Source]
-    turn: int  # the worker that yields the first item
+    turn: int  # the worker that yields the next batch
     positions: list[tuple[int, int]]  # of each worker: the pass, and the samples consumed in it
     tokenizer: Callable
     transform: Callable
     batch_size: int
+    workers: int
     captions_per_image: int
+    teacher: bool
+    sidecars: Folders
     shuffle: bool
     shuffle_buffer: int
     seed: int
-    teacher: bool
+    pin_memory: bool
     on_error: str
-    sidecars: Folders
     max_pixels: int | None
     max_bytes: int
     rank: int
     world_size: int
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches after the last one that was yielded. Raises ShardError, EmptyDataError, WorkerError."""
+        item: WorkerItem
+        for item in from_workers(self.items, self.workers, self.pin_memory):
+            self.positions[item.worker] = item.number, item.consumed
+            self.turn = (item.worker + 1) % len(self.positions)
+            self.skipped.merge(item.skipped)
+            yield item.batch
+
+    def state(self) -> dict[str, Any]:
+        """Returns the position of this rank after the last batch, for `make_loader`: ints, and lists of an int a worker."""
+        about = {name: getattr(self, name) for name in ("rank", "world_size", "seed", "workers", "turn")}
+        passes, consumed = zip(*self.positions)
+        return about | {"passes": list(passes), "consumed": list(consumed)}
 
     def items(self, process: int, workers: int) -> Iterator[WorkerItem]:
         """Yields the batches of one worker without end. Raises ShardError, and EmptyDataError if no sample is usable."""
@@ -82,8 +102,7 @@ class Pairs:
         for number in itertools.count(first):
             order = self._order(number)
             usable = bool(skip) or not order
-            samples = self._part(order, number, worker, workers, skipped)
-            for consumed, sample in enumerate(samples, 1):
+            for consumed, sample in enumerate(self._part(order, number, worker, workers, skipped), 1):
                 if consumed <= skip:
                     continue
                 if skip and consumed == skip + 1:
@@ -126,38 +145,21 @@ class Pairs:
         """
         part, parts = self.rank * workers + worker, self.world_size * workers
         if len(order) >= parts:
-            order = order[self.rank :: self.world_size][worker::workers]
-            samples: Iterator[Sample] = (sample for tar in order for sample in self._read(*tar, skipped))
+            samples = self._read(order[self.rank :: self.world_size][worker::workers], skipped)
         else:
-            samples = self._divided(order, part, parts, skipped)
+            damage = skipped if part == 0 else Skipped()  # every worker meets it
+            samples = itertools.islice(self._read(order, damage), part, None, parts)
         if self.shuffle:
             draw = random.Random(f"{self.seed}/{number}/{part}/{parts}")
             samples = filters.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=draw)(samples)
         return samples
 
-    def _divided(self, order: list[tuple[Source, int]], part: int, parts: int, skipped: Skipped) -> Iterator[Sample]:
-        """Yields the samples n of tars, counted over all of them, with n % parts == part."""
-        damage = skipped if part == 0 else Skipped()  # every worker meets it
-        number = 0
+    def _read(self, order: list[tuple[Source, int]], skipped: Skipped) -> Iterator[Sample]:
         for source, copy_number in order:
-
-            def wanted(sample: int, start: int = number) -> bool:
-                return (start + sample) % parts == part
-
-            for sample in self._read(source, copy_number, damage, wanted):
-                if number % parts == part:
-                    yield sample
-                number += 1
-
-    def _read(
-        self, source: Source, copy: int, skipped: Skipped, wanted: Callable[[int], bool] | None = None
-    ) -> Iterator[Sample]:
-        join = partial(joining.zipped, shard=source.url, folders=self.sidecars) if self.sidecars else None
-        limits: Any = {"max_bytes": self.max_bytes, "on_error": self.on_error}
-        for sample in tars.read(source, skipped, sidecars=join, wanted=wanted, **limits):
-            if copy:
-                sample["__copy__"] = copy
-            yield sample
+            join = partial(zipped, shard=source.url, folders=self.sidecars) if self.sidecars else None
+            limits: Any = {"max_bytes": self.max_bytes, "on_error": self.on_error}
+            for sample in tars.read(source, skipped, sidecars=join, **limits):
+                yield sample | {"__copy__": copy_number} if copy_number else sample
 
     def _prepare(self, sample: Sample, number: int) -> tuple:
         """Returns the row of a sample. Raises BrokenSample."""
@@ -194,34 +196,6 @@ class Pairs:
         return batch
 
 
-class Loader:
-    """Training batches without end, made by `make_loader`, which documents it.
-
-    skipped: counts of what was damaged in the batches so far, by reason, with the first of each.
-    """
-
-    def __init__(self, pairs: Pairs, workers: int, pin_memory: bool) -> None:
-        self._pairs, self._workers, self._pin_memory = pairs, workers, pin_memory
-        self._turn, self._positions = pairs.turn, list(pairs.positions)
-        self.skipped = Skipped()
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches after the last one that was yielded. Raises ShardError, EmptyDataError, WorkerError."""
-        pairs = replace(self._pairs, turn=self._turn, positions=list(self._positions))
-        item: WorkerItem
-        for item in from_workers(pairs.items, self._workers, self._pin_memory):
-            self._positions[item.worker] = item.number, item.consumed
-            self._turn = (item.worker + 1) % len(self._positions)
-            self.skipped.merge(item.skipped)
-            yield item.batch
-
-    def state(self) -> dict[str, Any]:
-        """Returns the position of this rank after the last batch, for `make_loader`: ints, and lists of an int a worker."""
-        about = {name: getattr(self._pairs, name) for name in ("rank", "world_size", "seed")}
-        passes, consumed = zip(*self._positions)
-        return about | {"workers": self._workers, "turn": self._turn, "passes": list(passes), "consumed": list(consumed)}
-
-
 def make_loader(
     shards: Any,
     *,
@@ -255,15 +229,14 @@ def make_loader(
     drawn in place of the transform's own augmentation, and the features are those of the pixels in "image". Otherwise they
     are the features of the image without augmentation.
 
-    Order: in each pass the shards are shuffled by (seed, pass), ranks and then workers divide them, and samples are shuffled
-    in a buffer of `shuffle_buffer` samples per worker; a buffer that holds all samples of a worker shuffles them fully. If
-    there are fewer shards than workers of all ranks, each worker reads all shards and takes its share of the samples. In each
-    pass of all workers every sample comes once, or as often as its weight says. The order depends on (seed, workers,
-    world_size) only; the drawn caption and the augmentation of a sample depend on (seed, pass, shard's name, key): the
-    transform may draw from the global generators of torch (CPU), random and numpy, which are seeded for it and restored.
+    Order: a buffer that holds all samples of a worker shuffles them fully. With fewer shards than workers of all ranks, each
+    worker reads all shards and takes its share of the samples. In each pass of all workers every sample comes once, or as
+    often as its weight says. The order depends on (seed, workers, world_size) only; the drawn caption and the augmentation of
+    a sample depend on (seed, pass, shard's name, key): the transform may draw from the global generators of torch (CPU),
+    random and numpy, which are seeded for it and restored.
 
     Args:
-        shards: tars by path, brace expression, glob, URL, pipe:COMMAND or list file; a mapping {"shards": one of these or a
+        shards: tars by path, brace expression, glob, URL or pipe:COMMAND; a mapping {"shards": one of these or a
             list, "weight": W}; or a list of these. See `sources.sources_of`.
         tokenizer: list of captions -> int64 [N, L].
         transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such as open_clip's, whose
@@ -278,7 +251,7 @@ def make_loader(
         pin_memory: copy batches to page-locked memory, for a GPU.
         on_error: "skip" counts damaged tars, "stop" raises ShardError. Broken samples are counted in both cases.
         max_pixels: an image whose header promises more pixels is skipped before it is decoded; by default Pillow's limit.
-        max_bytes: a sample whose files have more bytes together is skipped without being read.
+        max_bytes: a sample with a file of more bytes is skipped without being read.
         rank, world_size: this process and their number.
         state: `Loader.state()` of an earlier loader of this rank. The batches are exactly those that would have followed: the
             samples before are read, but not decoded.
@@ -288,36 +261,26 @@ def make_loader(
     ShardError if a teacher's features are missing or belong to other captions, or a stream or disk fails after several tries;
     WorkerError if a loader process died (never while the caller uses a batch); EmptyDataError if no sample is usable.
     """
-    options = {name: value for name, value in locals().items() if name in Pairs.__dataclass_fields__}
-    counts = {"batch_size": batch_size, "captions_per_image": captions_per_image, "shuffle_buffer": shuffle_buffer}
-    for name, value in (counts | {"max_bytes": max_bytes, "world_size": world_size}).items():
-        check_count(name, value, 1)
+    options = {name: value for name, value in locals().items() if name in Loader.__dataclass_fields__}
+    for name in ("batch_size", "captions_per_image", "shuffle_buffer", "max_bytes", "world_size"):
+        check_count(name, options[name], 1)
     check_count("workers", workers, 0)
     if not 0 <= rank < world_size:
         raise InputError(f"rank: expected 0 to {world_size - 1}, got {rank!r}")
     if on_error not in ("skip", "stop"):
         raise InputError(f"on_error: expected skip or stop, got {on_error!r}")
     if max_pixels is not None and isinstance(transform, ImageTransform):
-        transform = copy.copy(transform)
-        transform.max_pixels = max_pixels
-        options["transform"] = transform
+        options["transform"] = copy.copy(transform)
+        options["transform"].max_pixels = max_pixels
     sources = sources_of(shards)
-    joining.check([source.url for source in sources], sidecars)
-    turn, positions = _resumed(state, workers, {"rank": rank, "world_size": world_size, "seed": seed})
-    return Loader(Pairs(sources, turn, positions, **options), workers, pin_memory)
-
-
-def _resumed(state: Mapping[str, Any] | None, workers: int, expected: dict[str, int]) -> tuple[int, list[tuple[int, int]]]:
-    """Returns the turn and the positions of a state, or of the start. Raises InputError for a state of another loader."""
-    if state is None:
-        return 0, [(0, 0)] * max(1, workers)
-    for name, value in (expected | {"workers": workers}).items():
-        if state.get(name) != value:
-            raise InputError(f"state: expected one of {name} {value}, got {state.get(name)}")
-    passes, consumed = state["passes"], state["consumed"]
-    if not len(passes) == len(consumed) == max(1, workers):
-        raise InputError(f"state: expected positions of {max(1, workers)} workers, got {len(passes)} and {len(consumed)}")
-    return state["turn"], list(zip(passes, consumed))
+    check_sidecars([source.url for source in sources], sidecars)
+    turn, positions = 0, [(0, 0)] * max(1, workers)
+    if state is not None:
+        for name in ("workers", "rank", "world_size", "seed"):
+            if state.get(name) != options[name]:
+                raise InputError(f"state: expected one of {name} {options[name]}, got {state.get(name)}")
+        turn, positions = state["turn"], list(zip(state["passes"], state["consumed"], strict=True))
+    return Loader(sources, turn, positions, **options)
 
 
 @contextlib.contextmanager

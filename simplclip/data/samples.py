@@ -10,11 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import stat
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +20,8 @@ from PIL import Image
 from simplclip.common.errors import InputError
 from simplclip.data.decode import decode_pil
 from simplclip.data.errors import BrokenSample, ShardError
-from simplclip.data.tars import MAX_BYTES, Sample
-from simplclip.data.text import IMAGE_SUFFIXES, captions_of, clean, json_of, record_of
+from simplclip.data.files import IMAGE_SUFFIXES, captions_of, clean, json_of, record_of
+from simplclip.data.tars import Sample
 
 TEACHER = "teacher.npy"  # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
 TEACHER_JSON = "teacher.json"  # what the features belong to: "captions", a digest of them, and "views" if it saw views
@@ -143,19 +140,6 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
     if "captions" in about and about["captions"] != digest_of(pair.captions):
         raise ShardError(f"{place} has teacher features of other captions than {pair.captions[0][:80]!r} ...: {again}")
     return features, views
-
-
-def file_bytes(path: str | os.PathLike) -> bytes:
-    """Reads an image that is a file by itself. Raises OSError, also if it is no regular file, and BrokenSample."""
-    try:
-        about = os.stat(path)
-    except ValueError:  # a name with NUL
-        about = None
-    if about is None or not stat.S_ISREG(about.st_mode):  # reading a named pipe or a device may take for ever
-        raise OSError(f"expected a file, got {os.fspath(path)!r}")
-    if about.st_size > MAX_BYTES:
-        raise BrokenSample("file too large", f"{about.st_size:,} bytes, expected at most {MAX_BYTES:,}")
-    return Path(path).read_bytes()
 
 
 def stable_hash(text: str) -> int:

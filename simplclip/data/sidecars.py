@@ -18,10 +18,10 @@ from typing import Any
 from simplclip.common.errors import InputError
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
+from simplclip.data.files import json_of
 from simplclip.data.samples import TEACHER, TEACHER_JSON, VIEWS
 from simplclip.data.sources import Address, Source, name_of, sources_of
 from simplclip.data.tars import Sample
-from simplclip.data.text import json_of
 
 Folders = Sequence[str | os.PathLike]
 
@@ -42,7 +42,7 @@ def beside(shard: str, folders: Folders) -> list[str]:
     return paths
 
 
-def check(shards: Iterable[str], folders: Folders) -> None:
+def check_sidecars(shards: Iterable[str], folders: Folders) -> None:
     """Raises InputError for paths that are no folders or shards of one name, ShardError for a missing or stale sidecar.
 
     A shard that has changed since its sidecar was made is noticed by its size, if the sidecar's meta.json has the size.
@@ -81,58 +81,42 @@ def entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
 
 
 def zipped(samples: Iterable[Sample], shard: str, folders: Folders) -> Iterator[Sample]:
-    """Yields the samples of a shard with their sidecars' files. The sidecars have the samples in the shard's order.
+    """Yields the samples of a shard with the files of its sidecars, which have the samples in the shard's order.
 
     A sample whose key an earlier sample has becomes a broken one, since the sidecars' files belong to the earlier one.
     Raises ShardError for a sidecar that is missing or damaged, or has other samples than the shard.
     """
-    sidecars = [_Sidecar(path) for path in beside(shard, folders)]
+    paths = beside(shard, folders)
+    sidecars = [_samples(path) for path in paths]
+    following = [next(sidecar, None) for sidecar in sidecars]  # of each sidecar the first sample that is not joined yet
     seen: set[str] = set()
     for sample in samples:
         key = sample["__key__"]
         if key in seen:
             sample["__double__"] = BrokenSample("duplicate key in tar", "")
-        else:
-            seen.add(key)
-            for sidecar in sidecars:
-                files = sidecar.take(key)
-                if TEACHER in files:  # those of a former teacher are replaced
-                    for suffix in (VIEWS, TEACHER_JSON):
-                        sample.pop(suffix, None)
-                sample.update(files)
+        for place, other in enumerate(following):
+            if other is None or other["__key__"] != key or key in seen:
+                continue
+            if TEACHER in other:  # the files of a former teacher are replaced
+                for suffix in (VIEWS, TEACHER_JSON):
+                    sample.pop(suffix, None)
+            sample |= {suffix: value for suffix, value in other.items() if not suffix.startswith("__")}
+            following[place] = next(sidecars[place], None)
+        seen.add(key)
         yield sample
-    for sidecar in sidecars:
-        sidecar.check_end()
-
-
-class _Sidecar:
-    """The samples of a sidecar, one after another."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.damage = path, Skipped()
-        self.samples = tars.read(Source(path, name=path), self.damage, on_error="stop")
-        self.following = self._next()
-
-    def _next(self) -> Sample | None:
-        try:
-            return next(self.samples, None)
-        except ShardError as error:
-            raise ShardError(f"sidecar of {error}; make it again by the command that wrote it") from error.__cause__
-
-    def take(self, key: str) -> Sample:
-        """Returns the files of a sample, none if the sidecar goes on with another one."""
-        if self.following is None or self.following["__key__"] != key:
-            return {}
-        files = {suffix: value for suffix, value in self.following.items() if not suffix.startswith("__")}
-        self.following = self._next()
-        return files
-
-    def check_end(self) -> None:
-        if self.following is not None:
+    for path, other in zip(paths, following):
+        if other is not None:
             raise ShardError(
-                f"sidecar {self.path!r} has the sample {self.following['__key__']!r}, which its shard does not have in that "
-                "place; make it again by the command that wrote it"
+                f"sidecar {path!r} has the sample {other['__key__']!r}, which its shard does not have in that place; make it "
+                "again by the command that wrote it"
             )
+
+
+def _samples(sidecar: str) -> Iterator[Sample]:
+    try:
+        yield from tars.read(Source(sidecar, name=sidecar), Skipped(), on_error="stop")
+    except ShardError as error:
+        raise ShardError(f"sidecar of {error}; make it again by the command that wrote it") from error.__cause__
 
 
 def teacher_stamp(shards: Any, folders: Folders = ()) -> dict[str, Any]:
@@ -145,20 +129,18 @@ def teacher_stamp(shards: Any, folders: Folders = ()) -> dict[str, Any]:
     for folder in reversed(folders):
         if (stamp := _stamp(os.path.expanduser(folder))) is not None:
             return stamp
-    shard_folders = list(dict.fromkeys(os.path.dirname(source.url) for source in sources_of(shards)))
-    stamps = [_stamp(folder) for folder in shard_folders]
-    for folder, stamp in zip(shard_folders, stamps):
-        if stamp is None:
+    stamps = {folder: _stamp(folder) for folder in (os.path.dirname(source.url) for source in sources_of(shards))}
+    first, stamp = next(iter(stamps.items()))
+    for folder, other in stamps.items():
+        if other is None:
             names = " or ".join(os.path.join(place, "meta.json") for place in (*folders, folder))
             raise ShardError(
                 f"shards: expected a teacher's features, but no teacher is named in {names}; make them by "
                 "`simplclip teacher`, and name the folder that it writes in data.sidecars"
             )
-        if stamp != stamps[0]:
-            raise ShardError(
-                f"shards: expected features of one teacher, got different ones in {shard_folders[0]!r} and {folder!r}"
-            )
-    return stamps[0] or {}
+        if other != stamp:
+            raise ShardError(f"shards: expected features of one teacher, got different ones in {first!r} and {folder!r}")
+    return stamp or {}
 
 
 def _stamp(folder: str | os.PathLike) -> dict[str, Any] | None:

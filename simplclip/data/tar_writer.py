@@ -1,18 +1,98 @@
-"""Tars that are written completely or not at all."""
+"""Folders of tars that a command makes one after another, each complete or absent, with a meta.json to go on from."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import io
+import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import replacing
+from simplclip.common.files import differences, locked, remove_leftovers, replacing, write_atomically
+from simplclip.data.errors import Skipped
+from simplclip.data.files import json_of
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class TarFolder:
+    """A folder of tars and its meta.json: `about`, which says of what and how they are made, and an entry of each tar.
+
+    entries: file name -> {"samples", "bytes", "skipped" (reason -> [count, the first]), ...}
+    """
+
+    def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
+        self.out, self.about = out, json.loads(json.dumps(dict(about)))
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.complete = False  # whether all tars are finished, where a command knows it
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Context that makes the folder, or takes over that of an earlier run, and locks it for this process.
+
+        Raises InputError if the folder holds other files, or tars of something else.
+        """
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"out: expected a folder, got the file {self.out}")
+        self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out, busy=f"out: expected a folder that no other process writes to, got {self.out}"):
+            names = sorted(path.name for path in self.out.iterdir() if not path.name.startswith("."))
+            if "meta.json" in names:
+                self._read()
+            elif others := [name for name in names if name != "shards"]:  # which `packed` made for this command
+                raise InputError(f"out: expected a new folder, got {self.out}, which holds other files ({others[0]})")
+            else:
+                self.save()
+            remove_leftovers(self.out, lambda name: True)
+            yield
+
+    def _read(self) -> None:
+        try:
+            former = json_of((self.out / "meta.json").read_text("utf-8"))
+            self.entries = former.pop("splits")["data"]["shards"]
+            self.complete = former.pop("complete", False)
+            changed = differences(former, self.about)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            expected = "a new folder or that of an earlier run"
+            raise InputError(f"out: expected {expected}, got {self.out} with another meta.json") from None
+        if changed:
+            changes = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+            raise InputError(
+                f"out: expected {self.out} to hold what an earlier run made of the same with the same settings, got others: "
+                f"{changes}; remove it or choose another folder"
+            )
+
+    def save(self) -> None:
+        samples = sum(entry["samples"] for entry in self.entries.values())
+        splits = {"data": {"samples": samples, "shards": dict(sorted(self.entries.items()))}}
+        content = self.about | ({"complete": True} if self.complete else {}) | {"splits": splits}
+        write_atomically(self.out / "meta.json", json.dumps(content, indent=1) + "\n")
+
+    def is_whole(self, name: str) -> bool:
+        """Whether an earlier run has finished the tar, and it is still there."""
+        tar, entry = self.out / name, self.entries.get(name)
+        return entry is not None and entry["bytes"] == (tar.stat().st_size if tar.is_file() else 0)
+
+
+def entry_of(tar: Path, samples: int, skipped: Skipped) -> dict[str, Any]:
+    """Returns the entry of a tar; a tar that was not written has 0 bytes."""
+    reasons = {reason: [count, skipped.examples[reason]] for reason, count in sorted(skipped.counts.items())}
+    size = tar.stat().st_size if tar.is_file() else 0
+    return {"samples": samples, "bytes": size} | ({"skipped": reasons} if reasons else {})
+
+
+def skipped_in(entries: Iterable[Mapping[str, Any]]) -> Skipped:
+    """Returns what was left out of tars."""
+    skipped = Skipped()
+    for entry in entries:
+        for reason, (count, first) in entry.get("skipped", {}).items():
+            skipped.merge(Skipped(Counter({reason: count}), {reason: first}))
+    return skipped
 
 
 @contextlib.contextmanager

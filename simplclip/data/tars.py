@@ -7,7 +7,6 @@ not read and breaks its sample, and a damaged part ends the tar. None of this en
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import stat
 import subprocess
@@ -20,17 +19,21 @@ from typing import Any
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
+from simplclip.data.files import IMAGE_SUFFIXES, MAX_BYTES, TEXT_BYTES
 from simplclip.data.sources import Address, Source
-from simplclip.data.text import IMAGE_SUFFIXES, TEXT_BYTES
 
-MAX_BYTES = 256 << 20  # most bytes that the files of a sample may have together, if no other limit is given
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
-TEXTS = (".txt", ".json", ".cls")
-KNOWN = (*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *TEXTS, ".teacher.npy")
 STALL = 60  # seconds without a byte after which a server counts as gone
+TEXTS = ("txt", "json", "cls", "teacher.json", "views.json")
+SUFFIXES = (*IMAGE_SUFFIXES, *TEXTS, "teacher.npy")  # files that are read
+
 _LONGEST = 4096  # most bytes of a name; systems allow no longer path
+_LARGEST = 1 << 34  # most bytes of a member: passing over more of a stream that has ended would take long
 _EXTENDED = 16 << 10  # most bytes of an extended header; tarfile's expressions take quadratic time over one (CVE-2024-6232)
-_LARGEST = 1 << 50  # most bytes of a member, so that all offsets are numbers that a system takes
+_EXTENDED_TYPES = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 
 Sample = dict[str, Any]  # "__key__", "__url__", "__shard__" (the source's name), and bytes or a BrokenSample by suffix
 
@@ -54,23 +57,13 @@ class Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"a size of {count}")
         return super()._block(count)  # type: ignore[misc]
 
-    def _proc_pax(self, archive: tarfile.TarFile) -> Any:
-        self._check_extended()
-        if self.type == tarfile.XGLTYPE:  # a header for all members could give all of them one name and size
-            archive.fileobj.read(self._block(self.size))  # type: ignore[union-attr]
-            return self.fromtarfile(archive)
-        return super()._proc_pax(archive)  # type: ignore[misc]
-
-    def _proc_gnulong(self, archive: tarfile.TarFile) -> Any:
-        self._check_extended()
-        return super()._proc_gnulong(archive)  # type: ignore[misc]
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        if self.type in _EXTENDED_TYPES and self.size > _EXTENDED:
+            raise tarfile.ReadError(f"an extended header of {self.size:,} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
 
     def _proc_gnusparse_10(self, member: Any, headers: Any, archive: Any) -> None:
         member.sparse = []  # a list of holes may be as long as the file; sparse files are not read
-
-    def _check_extended(self) -> None:
-        if self.size > _EXTENDED:
-            raise tarfile.ReadError(f"an extended header of {self.size:,} bytes")
 
 
 def read(
@@ -80,51 +73,46 @@ def read(
     sidecars: Callable[[Iterator[Sample]], Iterator[Sample]] | None = None,
     max_bytes: int = MAX_BYTES,
     on_error: str = "skip",
-    wanted: Callable[[int], bool] | None = None,
 ) -> Iterator[Sample]:
-    """Yields the samples of a tar: images, txt, json, cls, and a teacher's files. Suffixes are in lower case.
+    """Yields the samples of a tar with the files of SUFFIXES. Suffixes are in lower case.
 
     Damage is counted in `skipped`. A file that was not read, since it is too large or sparse, is a BrokenSample in the
     sample. A stream or disk that fails is tried again, from the sample where it failed.
 
     sidecars: joins further files to the samples, see `sidecars.zipped`.
-    max_bytes: most bytes of a sample's files together.
-    wanted: whether sample number n, from 0 on, will be used; files of others are not read, and are empty.
+    max_bytes: most bytes of a file.
     Raises ShardError if it fails after several tries, or if on_error is "stop" and the tar is damaged.
     """
     given = 0
     for wait in (*RETRIES, None):
         counted = Skipped()
-        samples = _samples(source, counted, max_bytes, on_error, wanted)
+        samples = _samples(source, counted, max_bytes, on_error)
         try:
             for number, sample in enumerate(sidecars(samples) if sidecars else samples):
+                new = counted.take()
                 if number == given:  # an earlier try yielded the samples before, and counted the damage there
                     given += 1
-                    if counted.counts:
-                        skipped.merge(counted.take())
+                    skipped.merge(new)
                     yield sample
-                elif counted.counts:
-                    counted.take()
             skipped.merge(counted)
             return
         except OSError as error:
             if wait is None:
-                raise ShardError(f"shard {str(source.url)!r} cannot be read: {_reason(error)}") from error
+                reason = error.strerror or str(error) or type(error).__name__
+                raise ShardError(f"shard {str(source.url)!r} cannot be read: {reason}") from error
             time.sleep(wait)
 
 
-def _samples(
-    source: Source, skipped: Skipped, max_bytes: int, on_error: str, wanted: Callable[[int], bool] | None
-) -> Iterator[Sample]:
+def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) -> Iterator[Sample]:
     damage: list[str] = []
 
     def count_double(error: Exception) -> bool:
         skipped.add("duplicate file in tar", source.name, error.args[0])
         return True
 
-    for sample in group_by_keys(_files(source, skipped, max_bytes, wanted, damage), handler=count_double):
-        # If the last sample is incomplete, only the damage is counted.
-        if damage and not (not {"txt", "json"}.isdisjoint(sample) and not set(IMAGE_SUFFIXES).isdisjoint(sample)):
+    for sample in group_by_keys(_files(source, skipped, max_bytes, damage), handler=count_double):
+        # If the sample before the damage is incomplete, only the damage is counted.
+        if damage and ({"txt", "json"}.isdisjoint(sample) or {*IMAGE_SUFFIXES}.isdisjoint(sample)):
             break
         sample["__shard__"] = source.name
         yield sample
@@ -134,63 +122,34 @@ def _samples(
         skipped.add("damaged tar", source.name, damage[0])
 
 
-def _files(
-    source: Source, skipped: Skipped, max_bytes: int, wanted: Callable[[int], bool] | None, damage: list[str]
-) -> Iterator[dict[str, Any]]:
+def _files(source: Source, skipped: Skipped, max_bytes: int, damage: list[str]) -> Iterator[dict[str, Any]]:
     """Yields the files of a tar that belong to samples. It ends at a damaged part, and notes the reason in `damage`."""
-    key, number, held = None, -1, 0
     try:
-        with _opened(source.url) as (stream, options), tarfile.open(fileobj=stream, tarinfo=Member, **options) as archive:
-            while (member := _next(archive)) is not None:
-                name = member.name
-                if not (member.isreg() and name.lower().endswith(KNOWN)):
+        with (
+            _opened(source.url) as (stream, mode),
+            tarfile.open(fileobj=stream, mode=mode, bufsize=1 << 20, tarinfo=Member) as archive,
+        ):
+            for member in archive:
+                archive.members.clear()  # type: ignore[attr-defined]
+                _, suffix = base_plus_ext(member.name)
+                if not member.isreg() or suffix is None or suffix.lower() not in SUFFIXES:
                     continue
-                if len(name.encode("utf-8", "surrogatepass")) > _LONGEST:
-                    skipped.add("name too long", source.name, name[:100])
+                if len(member.name.encode("utf-8", "surrogatepass")) > _LONGEST:
+                    skipped.add("name too long", source.name, member.name[:100])
                     continue
-                this_key, suffix = base_plus_ext(name)
-                if this_key is None:
-                    continue
-                if this_key != key:
-                    key, number, held = this_key, number + 1, 0
-                data: bytes | BrokenSample = b""
-                if wanted is None or wanted(number):
-                    data = _refusal(member, suffix, held, max_bytes) or _contents(archive, member)
-                    held += member.size
-                yield {"fname": name, "data": data, "__url__": source.url}
+                limit = min(TEXT_BYTES, max_bytes) if suffix.lower() in TEXTS else max_bytes
+                yield {"fname": member.name, "data": _contents(archive, member, limit), "__url__": source.url}
     except (OSError, ShardError):
         raise
     except Exception as error:  # the type depends on the damage
         damage.append(str(error) or type(error).__name__)
 
 
-def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
-    file: Any = archive.fileobj
-    if archive.firstmember:  # type: ignore[attr-defined]
-        pass
-    elif isinstance(file, io.BufferedReader):
-        if archive.offset > os.fstat(file.fileno()).st_size:  # some file systems take no place so far behind the end
-            raise tarfile.ReadError("unexpected end of data")
-    else:
-        while file.tell() < archive.offset:  # tarfile would go on reading, in small pieces, behind a stream's end
-            if not file.read(min(archive.offset - file.tell(), 1 << 20)):
-                raise tarfile.ReadError("unexpected end of data")
-    archive.members.clear()  # type: ignore[attr-defined]
-    return archive.next()
-
-
-def _refusal(member: tarfile.TarInfo, suffix: str, held: int, max_bytes: int) -> BrokenSample | None:
-    """Returns why a file is not read. held: bytes of the sample's files before it."""
+def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes | BrokenSample:
     if member.issparse():
-        return BrokenSample("sparse file", suffix)
-    limit = min(TEXT_BYTES, max_bytes) if member.name.lower().endswith(TEXTS) else max_bytes
-    if member.size > limit or held + member.size > max_bytes:
-        others = f", with the sample's files before it {held + member.size:,}" if held else ""
-        return BrokenSample("file too large", f"{suffix} of {member.size:,} bytes{others}, expected at most {limit:,}")
-    return None
-
-
-def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+        return BrokenSample("sparse file", member.name)
+    if member.size > limit:
+        return BrokenSample("file too large", f"{member.name} of {member.size:,} bytes, expected at most {limit:,}")
     # extractfile would take three times as long.
     archive.fileobj.seek(member.offset_data)  # type: ignore[union-attr]
     data = archive.fileobj.read(member.size)  # type: ignore[union-attr]
@@ -201,22 +160,23 @@ def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[tuple[Any, Any]]:
-    """Context with the bytes of a tar, and tarfile's options for them. Raises OSError if a stream ends by an error."""
+    """Context with the bytes of a tar, and tarfile's mode for them. Raises OSError if a stream ends by an error."""
     if not isinstance(url, Address):
         path = os.path.abspath(url)  # so that gopen takes a file called pipe:... for a file
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a named pipe or a device may take for ever
             raise ShardError(f"shard {url!r}: expected a regular file")
         with _gopen.gopen(path) as file:
-            yield file, {"mode": "r:"}
+            yield file, "r:"
         return
     stream = _curl(url) if url.startswith("http") else _gopen.gopen(str(url))
     try:
         try:
-            yield stream, {"mode": "r|", "bufsize": 1 << 16}
+            yield stream, "r|"
         except Exception as error:
             broke = isinstance(error, OSError) or not stream.stream.read(1)  # the stream, not the tar
             if broke and stream.proc.wait(60):
-                raise OSError(_stream_error(stream)) from None
+                said = stream.proc.stderr.read().decode(errors="replace").strip() if stream.proc.stderr else ""
+                raise OSError(said or f"the command ended with exit code {stream.proc.returncode}") from None
             raise
     finally:
         stream.ignore_errors = True  # it may write on, or wait for something, after the end of the tar
@@ -235,12 +195,3 @@ def _curl(url: str) -> Any:
     schemes = ["--proto", "=http,https", "--proto-redir", "=http,https", "--globoff"]
     command = ["curl", "-f", "-sS", "-L", *limits, *schemes, "--", str(url)]
     return _gopen.Pipe(command, mode="rb", stderr=subprocess.PIPE)
-
-
-def _stream_error(stream: Any) -> str:
-    text = stream.proc.stderr.read().decode(errors="replace").strip() if stream.proc.stderr else ""
-    return text or f"the command ended with exit code {stream.proc.returncode}"
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__

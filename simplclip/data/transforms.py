@@ -102,10 +102,6 @@ class ImageTransform:
 
     def drawn(self, encoded: bytes) -> tuple[Tensor, View]:
         """Draws a view for a file; returns the pixels as `apply` does, and the view."""
-        if self.augment == "affine":  # needs the whole image, which is decoded once for both its size and its pixels
-            image = decode(encoded, max_pixels=self.max_pixels)
-            view = self.draw(*image.shape[1:])
-            return self.render(image, view), view
         view = self.draw(*size_of(encoded, self.max_pixels))
         return self.apply(encoded, view), view
 
@@ -255,18 +251,15 @@ def _changed_colour(images: Tensor, colour: Tensor) -> Tensor:
     The parameters are read on the CPU. If they are on a GPU, reading them costs a synchronisation.
     """
     part = max(1, _CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
-    for some, rows in zip(images.split(part), colour.split(part)):
-        _change_colour(some, rows.tolist())
+    for some, parameters in zip(images.split(part), colour.split(part)):
+        rows = parameters.tolist()
+        for step in range(4):
+            for which, function in enumerate((_brightness, _contrast, _saturation, _hue)):
+                none = 0.0 if function is _hue else 1.0
+                chosen = [(i, row[which]) for i, row in enumerate(rows) if row[4 + step] == which and row[which] != none]
+                _apply(some, chosen, function)
+        _apply(some, [(i, 0.0) for i, row in enumerate(rows) if row[8]], _saturation)
     return images
-
-
-def _change_colour(images: Tensor, rows: list[list[float]]) -> None:
-    for step in range(4):
-        for which, function in enumerate((_brightness, _contrast, _saturation, _hue)):
-            none = 0.0 if function is _hue else 1.0
-            chosen = [(i, row[which]) for i, row in enumerate(rows) if row[4 + step] == which and row[which] != none]
-            _apply(images, chosen, function)
-    _apply(images, [(i, 0.0) for i, row in enumerate(rows) if row[8]], _saturation)
 
 
 def _apply(images: Tensor, chosen: list[tuple[int, float]], function) -> None:

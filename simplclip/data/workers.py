@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from simplclip.common.errors import UserError
 from simplclip.data.errors import WorkerError
 
-_CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # Windows has none
 Items = Callable[[int, int], Iterator[Any]]  # the items of worker i of n, with 0 of 1 for this process
 
 
@@ -30,7 +29,14 @@ def from_workers(items: Items, workers: int, pin_memory: bool = False) -> Genera
         options |= {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     # Without its own generator the DataLoader would draw from the caller's global generator.
     loader = DataLoader(_Items(items), batch_size=None, collate_fn=_unchanged, generator=torch.Generator(), **options)
-    iterator: Any = _iterator(loader)
+    former = None
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        former = signal.getsignal(signal.SIGCHLD)
+    iterator: Any = iter(loader)
+    # torch's handler would raise wherever the main thread is when a process dies, e.g. in the middle of an optimizer's update
+    # or of writing a checkpoint. torch also looks for dead processes whenever it waits for an item.
+    if former is not None:
+        signal.signal(signal.SIGCHLD, former)
     try:
         for item in iterator:
             if isinstance(item, UserError):
@@ -58,21 +64,6 @@ class _Items(IterableDataset):
             yield from self.items(*((info.id, info.num_workers) if info else (0, 1)))
         except UserError as error:
             yield error
-
-
-def _iterator(loader: DataLoader) -> Iterator[Any]:
-    """Starts the loader's processes without torch's handler of SIGCHLD.
-
-    The handler would raise wherever the main thread is when a process dies, e.g. in the middle of an optimizer's update or of
-    writing a checkpoint. torch also looks for dead processes whenever it waits for an item.
-    """
-    if _CHILD_ENDED is None or threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    former = signal.getsignal(_CHILD_ENDED)
-    try:
-        return iter(loader)
-    finally:
-        signal.signal(_CHILD_ENDED, former)
 
 
 def _unchanged(item: Any) -> Any:

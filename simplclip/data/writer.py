@@ -1,7 +1,7 @@
 """Writes sidecars: `simplclip teacher` and `simplclip caption` make new files for the samples of shards, e.g. features.
 
     OUT/NAME.tar      the new files of the samples of the shard NAME.tar, in its order
-    OUT/meta.json     how they were made; "splits" with the samples and bytes of each finished sidecar, and of its shard
+    OUT/meta.json     how they were made, and the samples and bytes of each finished sidecar and of its shard
 
 Worker processes read, decode and prepare the samples; this process computes on whole batches and writes. A sidecar gets its
 name after all of it is on disk. After a stop the same command goes on with the first unfinished sidecar. Ranks divide the
@@ -11,10 +11,7 @@ shards, and the first one writes meta.json.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,16 +21,14 @@ from typing import Any
 
 from simplclip.common import ranks
 from simplclip.common.errors import InputError
-from simplclip.common.files import differences, locked, remove_leftovers, temporary_of, write_atomically
 from simplclip.common.progress import Progress
 from simplclip.data import tars
 from simplclip.data.errors import Skipped
 from simplclip.data.samples import Pair, check_count, parse
-from simplclip.data.sidecars import Folders, beside, check, dataset_size, plain_name, zipped
+from simplclip.data.sidecars import Folders, beside, check_sidecars, dataset_size, plain_name, zipped
 from simplclip.data.sources import Address, Source, sources_of
-from simplclip.data.stored_order import Portion, StoredOrder, workers_for
-from simplclip.data.tar_writer import add, new_tar
-from simplclip.data.text import json_of
+from simplclip.data.stored_order import Portion, StoredOrder
+from simplclip.data.tar_writer import TarFolder, add, entry_of, new_tar, skipped_in
 
 FORMAT = "simplclip-sidecars-1"
 
@@ -70,64 +65,50 @@ def write_sidecars(
         stamp: keys of meta.json that describe how the files were made, e.g. {"teacher": {"name": ...}}; JSON types only.
         workers: processes; 0 prepares in this process.
         sidecars: folders of sidecars that are joined to the samples first, e.g. with other captions.
-        max_bytes: a sample whose files have more bytes together is left out and counted.
+        max_bytes: a sample with a file of more bytes is left out and counted.
 
     Returns: {"path", "shards" (their number), "written" (by this run), "samples", "skipped" (a Skipped)}.
 
-    Raises: InputError (two shards have one file name, `out` is the folder of a shard, an earlier run had another stamp, the
-    disk is full), FileExistsError (`out` holds other files, or another process writes to it), ShardError (a shard or sidecar
-    cannot be read), WorkerError (a process died).
+    Raises: InputError (two shards have one file name, `out` is the folder of a shard or holds other files, an earlier run had
+    another stamp, the disk is full), FileExistsError (another process writes to `out`), ShardError (a shard or sidecar cannot
+    be read), WorkerError (a process died).
     """
     check_count("batch_size", batch_size, 1)
     check_count("workers", workers, 0)
     out = Path(out).expanduser()
     sources = _by_name(sources_of(shards), out)
-    check([source.url for source in sources.values()], sidecars)
-    meta = {"format": FORMAT} | json.loads(json.dumps(dict(stamp)))
+    urls = [source.url for source in sources.values()]
+    check_sidecars(urls, sidecars)
+    folder = TarFolder(out, {"format": FORMAT, **stamp})
+    rank, count = ranks.number(), ranks.count()
+
     with contextlib.ExitStack() as stack:
-        finished = ranks.on_first(lambda: stack.enter_context(_claimed(out, meta)))
-        todo = ranks.on_first(lambda: _unfinished(sources, out, finished, sidecars))
-        kept = sum(finished[name]["samples"] for name in sources if name not in todo)
-        urls = [source.url for source in sources.values()]
-        order = StoredOrder(
-            list(islice(todo.values(), ranks.number(), None, ranks.count())),
-            _Reading(sidecars, max_bytes),
-            _Keyed(prepare, collate).prepare,
-            batch_size,
-            _Keyed(prepare, collate).collate,
-        )
-        portions = stack.enter_context(contextlib.closing(order.portions(workers_for(urls, workers))))
+        ranks.on_first(lambda: stack.enter_context(folder.claimed()))
+        todo, folder.entries = ranks.on_first(lambda: (_unfinished(sources, folder, sidecars), folder.entries))
+        of_rank = list(islice(todo, rank, None, count))
+        keyed = _Keyed(prepare, collate)
+        read = partial(_read, sidecars=sidecars, max_bytes=max_bytes)
+        order = StoredOrder([todo[name] for name in of_rank], read, keyed.prepare, batch_size, keyed.collate)
+        portions = stack.enter_context(contextlib.closing(order.portions(workers)))
+        kept = sum(folder.entries[name]["samples"] for name in sources if name not in todo)
         with Progress(title, dataset_size(urls), kept, shown=progress) as bar:
-
-            def write() -> Iterator[tuple[str, int, dict[str, Any]]]:
-                for name in islice(todo, ranks.number(), None, ranks.count()):
-                    yield name, ranks.number(), _write(portions, out / name, process, bar.update)
-
-            for name, rank, entry in ranks.gathered(write()):
-                finished[name] = entry | _origin(todo[name], sidecars)
-                _write_meta(out, meta, finished)
-                bar.update(entry["samples"] if rank else 0)
-        finished = ranks.on_first(lambda: finished)
-    skipped = Skipped()
-    for name in sources:
-        for reason, (count, first) in finished[name].get("skipped", {}).items():
-            skipped.merge(Skipped(Counter({reason: count}), {reason: first}))
+            written = ((name, rank, _write(portions, out / name, process, bar.update)) for name in of_rank)
+            for name, writer, entry in ranks.gathered(written):
+                folder.entries[name] = entry | _origin(todo[name], sidecars)
+                folder.save()
+                bar.update(entry["samples"] if writer else 0)
+        entries = ranks.on_first(lambda: [folder.entries[name] for name in sources])
+    skipped = skipped_in(entries)
     if progress and ranks.first() and len(todo) < len(sources):
         print(f"{len(sources) - len(todo)} of {len(sources)} sidecars in {out} were finished earlier and are kept.")
     if progress and ranks.first() and skipped.counts:
         print(f"Left out, or lost by damage: {skipped}")
-    samples = sum(finished[name]["samples"] for name in sources)
+    samples = sum(entry["samples"] for entry in entries)
     return {"path": str(out), "shards": len(sources), "written": len(todo), "samples": samples, "skipped": skipped}
 
 
-@dataclass
-class _Reading:
-    sidecars: Folders
-    max_bytes: int
-
-    def __call__(self, source: Source, skipped: Skipped, wanted: Callable[[int], bool]) -> Iterator[tars.Sample]:
-        joined = partial(zipped, shard=source.url, folders=self.sidecars)
-        return tars.read(source, skipped, sidecars=joined, max_bytes=self.max_bytes, wanted=wanted)
+def _read(source: Source, skipped: Skipped, sidecars: Folders, max_bytes: int) -> Iterator[tars.Sample]:
+    return tars.read(source, skipped, sidecars=partial(zipped, shard=source.url, folders=sidecars), max_bytes=max_bytes)
 
 
 @dataclass
@@ -158,55 +139,12 @@ def _by_name(sources: list[Source], out: Path) -> dict[str, Source]:
     return named
 
 
-@contextlib.contextmanager
-def _claimed(out: Path, meta: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Context that makes or takes over the folder and locks it for this process; gives the finished sidecars by name."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out: expected a folder, got the file {out}")
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out, busy=f"out: expected a folder that no other process writes to, got {out}"):
-        names = {path.name for path in out.iterdir()} - {"shards"}  # shards that `packed` made for this command
-        finished: dict[str, Any] = {}
-        if "meta.json" in names:
-            former = json_of((out / "meta.json").read_bytes())
-            if not isinstance(former, dict) or former.get("format") != FORMAT:
-                raise FileExistsError(f"out: expected a new folder or an earlier run's, got {out} with another meta.json")
-            for split in former.pop("splits", {}).values():
-                finished |= split["shards"]
-            if changed := differences(former, meta):
-                changes = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
-                raise InputError(
-                    f"out: expected the settings of the earlier run in {out}, got others: {changes}; choose another folder"
-                )
-        elif strangers := sorted(name for name in names if temporary_of(name) != "meta.json"):
-            raise FileExistsError(
-                f"out: expected a new folder or that of an earlier run, got {out}, which holds other files ({strangers[0]})"
-            )
-        else:
-            _write_meta(out, meta, finished)
-        remove_leftovers(out, lambda name: True)
-        yield finished
-
-
-def _write_meta(out: Path, meta: dict[str, Any], finished: dict[str, Any]) -> None:
-    splits: dict[str, Any] = {}
-    for name, entry in sorted(finished.items()):
-        split = splits.setdefault(re.split(r"[-_.]?\d|\.tar", name)[0] or "data", {"samples": 0, "shards": {}})
-        split["samples"] += entry["samples"]
-        split["shards"][name] = entry
-    write_atomically(out / "meta.json", json.dumps(meta | {"splits": splits}, indent=1) + "\n")
-
-
-def _unfinished(
-    sources: Mapping[str, Source], out: Path, finished: Mapping[str, Any], sidecars: Folders
-) -> dict[str, Source]:
-    todo = {}
-    for name, source in sources.items():
-        entry, sidecar = finished.get(name, {}), out / name
-        whole = sidecar.is_file() and sidecar.stat().st_size == entry.get("bytes")
-        if not whole or not _origin(source, sidecars).items() <= entry.items():
-            todo[name] = source
-    return todo
+def _unfinished(sources: Mapping[str, Source], folder: TarFolder, sidecars: Folders) -> dict[str, Source]:
+    return {
+        name: source
+        for name, source in sources.items()
+        if not folder.is_whole(name) or not _origin(source, sidecars).items() <= folder.entries[name].items()
+    }
 
 
 def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
@@ -236,7 +174,4 @@ def _write(
                     add(tar, key, files)
                 samples += len(keys)
             advance(len(portion.positions) + portion.skipped.counts.total())
-    entry: dict[str, Any] = {"samples": samples, "bytes": target.stat().st_size}
-    if skipped.counts:
-        entry["skipped"] = {reason: [n, skipped.examples[reason]] for reason, n in sorted(skipped.counts.items())}
-    return entry
+    return entry_of(target, samples, skipped)

@@ -19,7 +19,7 @@ from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data.decode import decode_pil, rgb
 from simplclip.data.errors import BrokenSample
-from simplclip.data.samples import file_bytes
+from simplclip.data.files import file_bytes
 from simplclip.evaluation.split import features_of
 from simplclip.models.crop import crop_texts
 from simplclip.models.source import load_source

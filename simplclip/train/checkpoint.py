@@ -10,7 +10,6 @@ A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from simplclip.common.files import differences, fcntl, replacing, write_atomically
+from simplclip.common.files import differences, locked, replacing, write_atomically
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
 from simplclip.train.config import Config, ConfigError, from_dict
 from simplclip.train.setup import State
@@ -31,44 +30,22 @@ MAY_CHANGE = (
     *("data.micro_batch", "data.workers", "data.samples", "data.mean_tokens", "data.options.on_error"),
     *("model.checkpoint", "model.recompute"),
 )
-_held: set[int] = set()  # descriptors of this process's locks
-
-
-def _close_inherited_locks() -> None:
-    """Closes inherited locks in a forked loader process, which may live seconds longer than a killed trainer."""
-    while _held:
-        os.close(_held.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Context that locks `folder` for this process, and makes it; folders that are empty at the end are removed again.
 
-    The system releases the lock when the process ends, however it ends. Where the file system has no locks, there is none.
-    Raises ConfigError for a folder that another process trains in, or a file.
+    Raises FileExistsError for a folder that another process trains in, ConfigError for a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.out: expected a folder, got the file {folder}")
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    _held.add(descriptor)
     try:
-        try:
-            if fcntl:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"run.out: expected a folder that no process trains in, got {folder}") from None
-        except OSError:
-            pass
-        yield
+        with locked(folder, busy=f"run.out: expected a folder that no process trains in, got {folder}"):
+            yield
     finally:
-        _held.discard(descriptor)
-        os.close(descriptor)
         for part in made:
             with contextlib.suppress(OSError):  # not empty any more
                 part.rmdir()

@@ -70,6 +70,10 @@ class InheritConfig(Section):
     )
 
 
+# Of a value that may also be a section: an error is about the form that was given.
+PLAIN_OR_SECTION = Discriminator(lambda value: "section" if isinstance(value, dict | Section) else "plain")
+
+
 class MicroBatch(Section):
     """The numbers of images and captions that the towers encode at a time; None: the whole batch."""
 
@@ -83,16 +87,16 @@ LOADER_OPTIONS = ("on_error", "max_pixels", "max_bytes", "shuffle_buffer")
 class DataConfig(Section):
     train: str | dict[str, Any] | list[str | dict[str, Any]] = setting(
         ...,
-        "the pairs: tars by path, glob, brace pattern, URL, pipe:COMMAND or list file; {shards, weight}: each sample weight "
-        "times an epoch; or a list of these. A table, a JSON or a folder is packed into the run's folder first",
+        "the pairs: tars by path, glob, brace pattern, URL or pipe:COMMAND; {shards, weight}: each sample weight times an "
+        "epoch; or a list of these. A table, a JSON or a folder is packed into the run's folder first",
     )
     samples: int | None = setting(
         None, "samples of an epoch, for run.epochs; null: as meta.json beside the shards says", ge=1
     )
     batch_size: int = setting(256, "images per step", ge=1)
     micro_batch: Annotated[
-        Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, Tag("number")] | Annotated[MicroBatch, Tag("towers")],
-        Discriminator(lambda value: "towers" if isinstance(value, dict | MicroBatch) else "number"),
+        Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, Tag("plain")] | Annotated[MicroBatch, Tag("section")],
+        PLAIN_OR_SECTION,
     ] = setting(
         None,
         "images, with their captions, at a time (gradient caching: the gradient is that of the whole batch); {image, text}: "
@@ -115,15 +119,6 @@ class DataConfig(Section):
     options: dict[Literal[LOADER_OPTIONS], Any] = setting(  # type: ignore[valid-type]
         {}, f"further arguments of `simplclip.data.make_loader`: {', '.join(LOADER_OPTIONS)}"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _former(cls, values: Any) -> Any:
-        """Accepts the section of a run made when there were data.cache_prefix, unless the run used it, and workers null."""
-        if not isinstance(values, dict):
-            return values
-        former = {"cache_prefix", "workers"} & {name for name, value in values.items() if value is None}
-        return {name: value for name, value in values.items() if name not in former}
 
     @property
     def images_at_a_time(self) -> int:
@@ -167,10 +162,7 @@ class Schedule(Section):
         return self.value + (self.to - self.value) * done
 
 
-Weight = Annotated[
-    Annotated[float, Field(ge=0), Tag("number")] | Annotated[Schedule, Tag("schedule")],
-    Discriminator(lambda value: "schedule" if isinstance(value, dict | Schedule) else "number"),
-]
+Weight = Annotated[Annotated[float, Field(ge=0), Tag("plain")] | Annotated[Schedule, Tag("section")], PLAIN_OR_SECTION]
 # a term's name in logs -> the weight's name, here and in WIKDLoss and ClipPMLoss
 TERMS = {
     "contrastive_loss": "contrastive_weight",
@@ -431,7 +423,7 @@ def _is_section(annotation: Any) -> bool:
 
 def _line(error: Any) -> str:
     """Returns an error of pydantic as one line; for an unknown key, with the nearest key."""
-    key = ".".join(str(part) for part in error["loc"] if part not in ("number", "schedule", "towers", "[key]"))
+    key = ".".join(str(part) for part in error["loc"] if part not in ("plain", "section", "[key]"))
     if error["type"] == "value_error":  # raised by a validator above
         return f"{key}: {error['ctx']['error']}".removeprefix(": ")
     if error["type"] == "extra_forbidden":

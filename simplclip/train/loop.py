@@ -43,8 +43,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         run prints a note and starts at step 0 (as open_clip's `--resume latest`), so that one command starts and resumes.
 
     Raises:
-        ConfigError: the folder already holds a run or another process trains in it, or the checkpoint has other settings. A
-            start that fails leaves the folder unchanged.
+        ConfigError: the folder already holds a run, or the checkpoint has other settings. FileExistsError: another process
+            trains in the folder. A start that fails leaves the folder unchanged.
         TrainingError: any error once a step is done; that error is the __cause__. The last whole step is saved first; if it
             cannot be saved, the message says why, and which checkpoint is intact. Also a loss or gradient that is not finite.
         Interrupted: SIGINT, SIGTERM, SIGHUP, or a closed pipe; the running step is finished and the state saved.

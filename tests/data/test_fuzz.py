@@ -42,10 +42,10 @@ def test_mutated_archives(tmp_path, monkeypatch, archives):
     @contextlib.contextmanager
     def open_stream(url):
         if isinstance(url, Address):
-            yield io.BytesIO(data), {"mode": "r|", "bufsize": 1 << 16}
+            yield io.BytesIO(data), "r|"
         else:
-            with opened(url) as (file, options):
-                yield file, options
+            with opened(url) as (file, mode):
+                yield file, mode
 
     monkeypatch.setattr(tars, "_opened", open_stream)
     seen = {"whole": 0, "accepted": 0, "damaged": 0}
@@ -57,7 +57,7 @@ def test_mutated_archives(tmp_path, monkeypatch, archives):
             local, streamed = read(str(path)), read(Address("http://host/a.tar"))
             assert local == streamed
             if files is not None and ending == ".tar":
-                expected = [(name, value) for name, value in files.items() if name.lower().endswith(tars.KNOWN)]
+                expected = [(name, value) for name, value in files.items() if not name.endswith(".bin")]
                 assert local == (expected, {})
                 seen["whole"] += 1
         seen["damaged" if local[1].get("damaged tar") else "accepted"] += 1

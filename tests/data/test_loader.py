@@ -50,7 +50,7 @@ def passes(shards, count, *, workers=1, ranks=1, **options):
     keys = [[] for _ in range(count)]
     options = {"batch_size": 1, "shuffle_buffer": 4, "transform": resize} | options
     for rank in range(ranks):
-        pairs = loader(shards, workers=workers, rank=rank, world_size=ranks, **options)._pairs
+        pairs = loader(shards, workers=workers, rank=rank, world_size=ranks, **options)
         for worker in range(workers):
             for of_pass in keys:
                 of_pass.append([])
@@ -161,7 +161,7 @@ def test_caption_and_augmentation_do_not_depend_on_workers(pattern):
             key: (text_of(item.batch["text"][0]), item.batch["image"][0].tolist())
             for worker in range(workers)
             for item in itertools.takewhile(
-                lambda item: item.number < 1, loader(pattern, workers=workers, batch_size=1)._pairs.items(worker, workers)
+                lambda item: item.number < 1, loader(pattern, workers=workers, batch_size=1).items(worker, workers)
             )
             for key in item.batch["key"]
         }

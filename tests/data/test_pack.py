@@ -1,6 +1,5 @@
 """Packing: every form of pairs as shards, rows that are bad, hostile files, and stops at any moment."""
 
-import errno
 import json
 import os
 import signal
@@ -16,8 +15,8 @@ from pairs import call, digests, killed_at_any_point, members, meta, one_line, p
 
 from simplclip.common import files
 from simplclip.common.errors import InputError
-from simplclip.data import pack, tables
-from simplclip.data.forms import Options, Row
+from simplclip.data import forms, pack, tar_writer
+from simplclip.data.forms import Options
 
 ROWS = [("img/a.png", "one"), ("img/a.png", "two"), ("img/sub/b.png", "three")]
 TWO = [("000000000", ["one", "two"]), ("000000002", ["three"])]
@@ -31,8 +30,6 @@ KINDS = {
     "other.csv": (OTHER, TWO),
     "karpathy.json#val": (Options(), IMAGES),
     "coco.json": (Options(), IMAGES),
-    "list.json": (Options(), IMAGES),
-    "rows.json": (Options(), IMAGES),
     "texts": (Options(), [("a", ["one", "two"]), ("b", ["two lines"])]),
     "classes": (Options(), [("cat_x/1", ["cat x"]), ("cat_x/2", ["cat x"]), ("dog/1", ["dog"])]),
 }
@@ -63,10 +60,8 @@ def folder(tmp_path_factory):
     for name, content in (
         ("karpathy", {"images": [gone, *split]}),
         ("coco", {"images": images, "annotations": annotations}),
-        ("list", [{"image": path, "captions": captions} for path, captions in IMAGES]),
-        ("rows", [{"filepath": path, "caption": text} for path, text in ROWS]),
     ):
-        (here / f"{name}.json").write_text("\ufeff" * (name == "list") + json.dumps(content), "utf-8")
+        (here / f"{name}.json").write_text("\ufeff" * (name == "coco") + json.dumps(content), "utf-8")
     (here / "texts/a.json").write_text(json.dumps({"captions": ["one", "two"], "group": "g", "label": "x"}))
     (here / "texts/b.txt").write_text("\ufefftwo\n lines\n", "utf-8")
     return here
@@ -81,11 +76,15 @@ def samples(shards):
     return found
 
 
+def skipped_of(out):
+    return tar_writer.skipped_in(meta(out)["splits"]["data"]["shards"].values())
+
+
 def packed(source, out, options=Options(), **more):  # noqa: B008
     """Returns (name, captions) of each sample, and what was left out."""
     shards = pack.pack(source, out, options, progress=False, **more)
     records = [json.loads(sample["json"]) for sample in samples(shards).values()]
-    skipped = {reason: count for reason, (count, _) in meta(out)["skipped"].items()}
+    skipped = dict(skipped_of(out).counts)
     return [(record["source"].partition("/")[2], record["captions"]) for record in records], skipped
 
 
@@ -127,7 +126,7 @@ def test_rows_of_every_kind(tmp_path):
 
 def test_separators_and_wrong_tables(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
-    for separator in tables.SEPARATORS:
+    for separator in forms.SEPARATORS:
         path = table(tmp_path / "t.csv", [["a.png", "one"]], separator=separator)
         assert packed(path, tmp_path / f"out{ord(separator)}")[0] == [("000000000", ["one"])]
     for name, content, options, message in (
@@ -144,7 +143,7 @@ def test_separators_and_wrong_tables(tmp_path):
         ("d.json", b"[" * 100_000, Options(), "nested too deeply"),
         (
             "s.json",
-            b'[{"split": "a"}, {"split": "b"}]',
+            b'{"images": [{"split": "a"}, {"split": "b"}]}',
             Options(),
             "expected one of the splits a, b, as .*s.json#a, got none",
         ),
@@ -163,9 +162,9 @@ def test_separators_and_wrong_tables(tmp_path):
 def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
     path = table(tmp_path / "t.csv", [[f"{number}.png", f"{number} {'x' * 100}"] for number in range(rows)])
     Path(path).write_text(Path(path).read_text().replace("7.png,7 x", '7.png,"7 x', 1))
-    found = list(pack.open_source(path, Options()).rows())
-    assert [row.name for row in found if not isinstance(row, Row)] == ["t.csv/000000007"]
-    assert [row.captions[0].split()[0] for row in found if isinstance(row, Row)] == [str(n) for n in range(rows) if n != 7]
+    found = list(forms.open_source(path, Options()).rows())
+    assert [row.name for row in found if row.problem] == ["t.csv/000000007"]
+    assert [row.captions[0].split()[0] for row in found if not row.problem] == [str(n) for n in range(rows) if n != 7]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -179,7 +178,7 @@ def test_no_large_table_is_held(tmp_path, kind):
         pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").table(columns), path)
     del columns
     tracemalloc.start()
-    source = pack.open_source(path, Options())
+    source = forms.open_source(path, Options())
     assert source.total == count
     (last,) = deque(source.rows(), maxlen=1)
     _, peak = tracemalloc.get_traced_memory()
@@ -198,10 +197,11 @@ def test_hostile_rows_are_counted(tmp_path, monkeypatch):
         file.truncate(1 << 40)
     images = ["good.png", "pipe.png", "/dev/zero", "/dev/stdin", "../../../../../../etc/passwd", "text.png", "torn.png",
               "huge.jpg", "a\0b.png", ".", "", "http://x/y.jpg", "pipe:true", "x" * 5000]  # fmt: skip
-    (tmp_path / "rows.json").write_text(json.dumps([{"path": image, "caption": image or "none"} for image in images]))
+    entries = [{"filename": image, "sentences": [{"raw": image or "none"}]} for image in images]
+    (tmp_path / "rows.json").write_text(json.dumps({"images": entries}))
     found, skipped = packed(tmp_path / "rows.json", tmp_path / "out")
     assert found == [("good.png", ["good.png"])]
-    unreadable = {"missing image": 5, "cannot be read": 2, "file too large": 1, "not a local file": 2, "not an image": 3}
+    unreadable = {"cannot be read": 7, "file too large": 1, "not a local file": 2, "not an image": 3}
     assert skipped == unreadable
     assert list(members(tmp_path / "out" / "rows-000000.tar")) == ["000000000.png", "000000000.json"]
     table(tmp_path / "urls.csv", [(f"https://x/{number}.jpg", "x") for number in range(3000)])
@@ -226,8 +226,8 @@ def test_links_to_folders(tmp_path):
 def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match=r"expected the package pyarrow to read '.*t.parquet', got none: pip install"):
-        pack.pack(tmp_path / "t.parquet", tmp_path / "out")
+    line = one_line("data", "pack", tmp_path / "t.parquet", "--out", tmp_path / "out")
+    assert line.endswith("needs the package pyarrow: pip install 'simplclip[data]'")
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_killed_at_any_point(tmp_path, rows):
         pack.pack(rows, out, workers=1, progress=False)
 
     killed_at_any_point(tmp_path, work, 40)
-    assert meta(tmp_path / "whole")["skipped"]["not an image"][0] == 4
+    assert skipped_of(tmp_path / "whole").counts["not an image"] == 4
     pack.pack(rows, tmp_path / "parallel", workers=3, progress=False)
     assert digests(tmp_path / "parallel") == digests(tmp_path / "whole")
 
@@ -259,7 +259,7 @@ def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
     assert "packed 6 samples of t.csv in 3 shards" in first.output
     assert "4 skipped: 4 not an image (first: t.csv/000000000: 4 bytes that are not jpg, png or webp)" in first.output
     assert "words: median 2, of 19 in 20 at most 2" in first.output
-    assert "short side: median 12 pixels" in first.output
+    assert "pixels of the short side: median 12" in first.output
     assert "t.csv/000000001: number 1" in first.output
     before = digests(tmp_path / "out")
     assert "kept 6 samples of t.csv" in call(*command).output
@@ -269,7 +269,7 @@ def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
     assert digests(tmp_path / "out") == before
     for change in (lambda: call(*command, "--caption-key", "title"), lambda: os.utime(rows, (0, 0)) or call(*command)):
         output = change().output
-        assert "out to hold the shards of '" in output
+        assert "to hold what an earlier run made of the same" in output
         assert "remove it or choose another folder" in output
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").touch()
@@ -277,27 +277,8 @@ def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
         pack.pack(rows, tmp_path / "full")
     with pytest.raises(InputError, match="expected a folder, got the file"):
         pack.pack(rows, rows)
-    with files.locked(tmp_path / "out"), pytest.raises(FileExistsError, match="that no other process writes to"):
+    with files.locked(tmp_path / "out", ""), pytest.raises(FileExistsError, match="that no other process writes to"):
         pack.pack(rows, tmp_path / "out")
-
-
-def test_a_full_disk_is_one_line_and_work_goes_on(tmp_path, rows, monkeypatch):
-    with monkeypatch.context() as patch:
-        original, calls = os.fsync, []
-
-        def full(descriptor):
-            calls.append(descriptor)
-            if len(calls) == 5:  # the second shard's
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            original(descriptor)
-
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(InputError, match=r"could not be written: No space left on device; the same command goes on"):
-            pack.pack(rows, tmp_path / "out", workers=1, progress=False)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["meta.json", "t-000000.tar"]
-    pack.pack(rows, tmp_path / "out", workers=1, progress=False)
-    pack.pack(rows, tmp_path / "undisturbed", workers=1, progress=False)
-    assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
 
 
 def slow(path, first, rows):
@@ -338,7 +319,7 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
         "caption_key": "what",
         "images": "img",
     }
-    source = [*tars, "rows.csv", {"shards": ["karpathy.json#val", "c.tar"]}, mapping, "rows.json"]
+    source = [*tars, "rows.csv", {"shards": ["karpathy.json#val", "c.tar"]}, mapping, "rows.tsv"]
     found = pack.packed(source, tmp_path / "out")
     shard = {
         name: [str(tmp_path / f"out/{name}/{name.split('-')[0]}-000000.tar")]

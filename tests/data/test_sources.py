@@ -1,4 +1,4 @@
-"""What names tars: paths, patterns, lists, weights, URLs of a server that fails in every way, and commands."""
+"""What names tars: paths, patterns, weights, URLs of a server that fails in every way, and commands."""
 
 import contextlib
 import http.server
@@ -136,34 +136,35 @@ def urls(what):
     return [str(source.url) for source in data.sources_of(what)]
 
 
-def test_paths_patterns_lists_and_weights(tmp_path, monkeypatch):
+def test_paths_patterns_and_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a, b = Path(shard(tmp_path)), Path(shard(tmp_path / "more", 12))
     assert urls("train-0{00..00}.tar") == urls("*.tar") == urls(Path("train-000.tar")) == ["train-000.tar"]
     assert urls(["*.tar", "more/*.tar"]) == ["train-000.tar", "more/train-012.tar"]
-    (tmp_path / "more" / "list.txt").write_text(f"# all\ntrain-012.tar\n\n{a}\nhttp://host/{{1..2}}.tar\n")
-    assert urls("more/list.txt") == ["more/train-012.tar", str(a), "http://host/1.tar", "http://host/2.tar"]
+    assert urls("http://host/{1..2}.tar") == ["http://host/1.tar", "http://host/2.tar"]
     weighted = data.sources_of([{"shards": ["*.tar", {"shards": str(b), "weight": 0.5}], "weight": 3}, "more/*.tar"])
     assert [source.weight for source in weighted] == [3, 1.5, 1]
     same = tmp_path / "more" / a.name
     same.write_bytes(a.read_bytes())
-    assert [source.name for source in data.sources_of([a, same])] == [f"{tmp_path.name}/{a.name}", f"more/{a.name}"]
+    assert [source.name for source in data.sources_of([a, same])] == [str(a), str(same)]
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
         ([], "data: expected at least one path or pattern, got an empty list"),
-        ("none.tar", "data: expected a file, got 'none.tar', which does not exist"),
-        ("none*.tar", "data: expected files, got the pattern 'none.*', which matches none"),
+        ("none.tar", "data: expected files, got 'none.tar', which does not exist"),
+        ("none*.tar", "data: expected files, got 'none.*', which matches none"),
         (5, "data: expected a path, an http"),
         ({"shard": "x"}, "data: expected a mapping with shards"),
         ({"shards": "x", "weight": 0}, "data: expected a weight above 0, got 0"),
+        ("a\0.tar", "data: expected files, got 'a.*.tar', which does not exist"),
+        ("file:///etc/passwd", "data: expected .* of other places the output of a command may be read"),
         ("s3://bucket/x.tar", "data: expected .* of other places the output of a command may be read, e.g. 'pipe:aws"),
         ("folder", "data: expected tars, got the folder 'folder'; .* `simplclip data pack`"),
         ("x.csv", "data: expected tars, got 'x.csv'; make shards of it by `simplclip data pack`"),
         ("x.tar.gz", "data: expected tars that are not compressed, got 'x.tar.gz'; unpack it"),
-        (Path("pipe:cat x.tar"), "data: expected a file, got 'pipe:cat x.tar'"),
+        (Path("pipe:cat x.tar"), "data: expected files, got 'pipe:cat x.tar'"),
     ],
 )
 def test_what_names_no_tar(tmp_path, monkeypatch, what, message):

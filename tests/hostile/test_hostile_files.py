@@ -123,14 +123,9 @@ CHECKPOINTS = {
     ),
     "values in each other": (lambda s: saved(s | {"x": in_each_other(30)}), "values, some in each other"),
     "no weights": (lambda s: saved({**s, "model": None}), "expected weights of 'siclip-tiny'"),
-    "words for weights": (
-        lambda s: saved({**s, "model": dict.fromkeys(s["model"], "x")}),
-        "expected weights of 'siclip-tiny'",
-    ),
     "other weights": (lambda s: saved({**s, "model": {"x": torch.zeros(1)}}), "expected weights of 'siclip-tiny'"),
     "no config": (lambda s: saved({**s, "config": None}), "with a config and weights"),
     "a newer version": (lambda s: saved({**s, "version": 99}), "newer simplclip"),
-    "no version": (lambda s: saved({**s, "version": "x"}), "expected checkpoint version 1 or lower, got 'x'"),
     "an unknown model": (lambda s: saved(changed(s, "model.name", "hf-hub:x/y")), "name: expected one of"),
     "options that unpickle a file": (beside, "options of the model's architecture, got model.options.pretrained"),
     "options that download": (option(pretrained_image=True), "got model.options.pretrained_image"),
@@ -140,8 +135,6 @@ CHECKPOINTS = {
     ),
     "an option of transformers": (option(text_cfg={"hf_model_name": "x/y"}), "got model.options.text_cfg.hf_model_name"),
     "a billion layers": (option(text_cfg={"layers": 10**9}), r"model.options.text_cfg.layers = 1e\+09"),
-    "a width of 10^12": (option(embed_dim=10**12), r"model.options.embed_dim = 1e\+12"),
-    "options of wrong types": (option(text_cfg={"layers": "x"}), "expected weights of 'siclip-tiny'|model.options"),
 }
 
 
@@ -165,10 +158,7 @@ CONFIGS = {
     "a list in itself": (b"run: &a [*a]", "not valid YAML: expected no aliases"),
     "lists in lists": (b"run: " + b"[" * 600, "not valid YAML"),
     "a number of 5,000 digits": (b"run: {seed: 1" + b"0" * 5000 + b"}", "not valid YAML: Exceeds the limit"),
-    "a date that is none": (b"run: 2024-99-99", "not valid YAML: month must be"),
-    "latin-1": (b"run: caf\xe9", "expected a YAML file in UTF-8"),
     "NUL": (b"run: \0", "not valid YAML"),
-    "a list for a key": (b"? [a]\n: 1", "not valid YAML"),
     "a number for a key": (b"1: 2", "1: Keys should be strings"),
     "escape sequences": (b'"\\e[31m": 1', "unknown key"),
 }

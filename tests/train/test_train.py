@@ -135,7 +135,6 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_or_says_why_not(tmp_path):
     path = tmp_path / "run" / "last.pt"
     state = torch.load(path, weights_only=True)
     del state["config"]["data"]["samples"]
-    state["config"]["data"]["cache_prefix"] = None
     state |= {"epoch": 0, "batch": 1, "schedule": {"last_epoch": 1}, "ranks": 1, "data": {"epoch": 0, "batches": 1}}
     torch.save(state, path)
     longer = tiny.settings(tmp_path, "run.steps=2")
@@ -284,7 +283,7 @@ def test_damaged_data_is_told_once(tmp_path):
         ("optim.options.beta=1", "optim.options: expected arguments of torch.optim.AdamW, got {.*'beta': 1}"),
         ("optim.options.betas=[1, 2]", "optim.options: .*: Invalid beta parameter at index 0: 1"),
         ("inherit.source=nowhere.pt", "nowhere.pt"),
-        ("data.train=[none.tar]", "expected a file, got 'none.tar', which does not exist"),
+        ("data.train=[none.tar]", "expected files, got 'none.tar', which does not exist"),
         ("model.options.depth=3", "model.options"),
         ("data.micro_batch=auto", "data.micro_batch: expected a number, got auto"),
         ("eval={every: 4, splits: {bad: gone.tar}}", "eval.splits.bad: .*gone.tar.* does not exist"),
