@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 
-from benchmarks.measure import clock_of_steps, figures, interleaved_times, peak_bytes
+from benchmarks.measure import PASSES, compare, peak_mib
 from simplclip import models
 from simplclip.models.crop import TextCrop
 from simplclip.models.inherit import freeze_norms
@@ -65,25 +65,19 @@ TOWERS = {
 CROPS = {"padded": None, "one piece": 1, "four groups": 4}
 
 
-def compare(benchmark, request, row, cases):
-    """Measures cases, which take turns. Returns their rows."""
-    repeats = request.config.getoption("--repeats")
-    name, clock = clock_of_steps()
-    times = benchmark.pedantic(interleaved_times, args=(cases, repeats, 1, clock), rounds=1)
-    how = {"threads": torch.get_num_threads(), "clock": name, "repeats": repeats}
-    rows = [{"op": "texts", **row, "form": form} | how | figures(times, form, base="four groups") for form in cases]
-    for one in rows:
-        one["extra_mib"] = round(peak_bytes(cases[one["form"]], "cpu") / 2**20, 1)
-    return rows
+def measure(what, run, repeats):
+    """Measures run(groups) for each of CROPS, and its peak memory."""
+    cases = {name: lambda groups=groups: run(groups) for name, groups in CROPS.items()}
+    rows = compare({"op": "texts", **what}, cases, repeats, base="four groups")
+    return [row | {"extra_mib": peak_mib(cases[row["form"]])} for row in rows]
 
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("kind", HISTOGRAMS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_text_tower(benchmark, rows, request, dtype, kind, tower):
+def test_text_tower(measured, dtype, kind, tower):
     torch.manual_seed(0)
-    text = captions(kind)
-    model = TOWERS[tower]()
+    text, model = captions(kind), TOWERS[tower]()
 
     def run(groups):
         crop = TextCrop(model, groups=groups) if groups else None
@@ -91,14 +85,12 @@ def test_text_tower(benchmark, rows, request, dtype, kind, tower):
         if crop:
             crop.undo()
 
-    cases = {name: lambda groups=groups: run(groups) for name, groups in CROPS.items()}
-    mean = (text != 0).sum().item() / TEXTS
-    shape = f"{tower}{kind}: {TEXTS} captions of {mean:.1f} tokens"
-    rows += compare(benchmark, request, {"shape": shape, "dtype": dtype, "pass": "forward + backward"}, cases)
+    shape = f"{tower}{kind}: {TEXTS} captions of {(text != 0).sum().item() / TEXTS:.1f} tokens"
+    measured(measure, {"shape": shape, "dtype": dtype, "pass": PASSES[True]}, run)
 
 
 @pytest.mark.skipif(not Path("data/emoji").exists(), reason="needs data/emoji and data/emoji-teacher, as the demo does")
-def test_demo_step(benchmark, rows, request):
+def test_demo_step(measured):
     torch.manual_seed(0)
     state = setup(config.load("examples/emoji/siclip-lite0.yaml", ["data.workers=0"]), torch.device("cpu"), "bf16")
     of_step, crop = [next(iter(make_loader(state)[0]))], state.crop
@@ -108,7 +100,8 @@ def test_demo_step(benchmark, rows, request):
         state.crop = TextCrop(state.model, groups=groups) if groups else None
         train_step(state, of_step)
 
-    cases = {name: lambda groups=groups: run(groups) for name, groups in CROPS.items()}
-    size, mean = of_step[0]["text"].shape, (of_step[0]["text"] != 0).double().sum(-1).mean().item()
-    shape = f"the demo's step: {size[0]} images, {size[1]} captions each of {mean:.1f} of {size[2]} tokens"
-    rows += compare(benchmark, request, {"shape": shape, "dtype": "bfloat16", "pass": "step"}, cases)
+    text = of_step[0]["text"]
+    images, captions, length = text.shape
+    mean = (text != 0).double().sum(-1).mean().item()
+    shape = f"the demo's step: {images} images, {captions} captions each of {mean:.1f} of {length} tokens"
+    measured(measure, {"shape": shape, "dtype": "bfloat16", "pass": "step"}, run)

@@ -12,13 +12,13 @@ from open_clip.loss import ClipLoss, DistillClipLoss
 from torch import Tensor, nn
 
 from benchmarks.block_forms import PlainBlock
-from benchmarks.measure import apart, attempted, clock_of_steps, figures, interleaved_times, peak_bytes
+from benchmarks.measure import BASE, compare, peak_mib
 from simplclip import models
 from simplclip.common import hardware
 from simplclip.losses import ClipPMLoss, WIKDLoss
 from simplclip.nn import SimplifiedBlock
 
-OURS, AGAIN, PLAIN = "simplclip", "simplclip, blocks recomputed", "plain torch blocks, dense losses"
+AGAIN, PLAIN = f"{BASE}, blocks recomputed", "plain torch blocks, dense losses"
 PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 OBJECTIVES = ("contrastive, pair matching", "and all of distillation")
 WIDTH = 256
@@ -104,29 +104,15 @@ class Run:
         self.optimizer.step()
         return loss.detach()
 
-    def saved_bytes(self, *pairs) -> int:
-        """Bytes of the distinct storages that autograd keeps for backward, without those of parameters and of the pairs."""
-        weights = {p.untyped_storage().data_ptr() for p in (*self.parameters, *pairs[:2], *pairs[2])}
-        held: dict[int, int] = {}
 
-        def pack(t: Tensor) -> Tensor:
-            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = self.forward(*pairs)
-        del loss
-        return sum(size for at, size in held.items() if at not in weights)
-
-
-def make(batch: int, dtype: str, distil: bool, device: str = "cpu") -> tuple[dict[str, Run], tuple]:
+def make(batch: int, dtype: str, distil: bool, device: str) -> tuple[dict[str, Run], tuple]:
     torch.manual_seed(0)
     model = models.create("siclip-tiny").train().to(device)
     weights = {"interactive_weight": 1.0, "feature_weight": 1.0, "pm_weight": 1.0}
     loss = WIKDLoss(**weights, embed_dim=WIDTH, teacher_dim=WIDTH) if distil else ClipPMLoss()
     loss = loss.to(device)
     forms = {}
-    for form in (OURS, AGAIN, PLAIN):
+    for form in (BASE, AGAIN, PLAIN):
         own_model, own_loss = copy.deepcopy(model), copy.deepcopy(loss)
         for module in own_model.modules():
             if isinstance(module, SimplifiedBlock):
@@ -139,31 +125,20 @@ def make(batch: int, dtype: str, distil: bool, device: str = "cpu") -> tuple[dic
     return forms, (torch.rand(batch, 3, 48, 48).to(device), torch.randint(1, 8000, (batch, 16)).to(device), teacher)
 
 
-def measure(objective: str, batch: int, dtype: str, repeats: int, device: str = "cpu", strict: bool = True) -> list[dict]:
-    """Returns a row for each form. strict: an error or another loss is raised; else the row says why."""
+def measure(objective: str, batch: int, dtype: str, device: str, repeats: int, strict: bool = True) -> list[dict]:
+    """Returns a row for each form. Compares their losses first. strict: as for `compare`."""
     forms, pairs = make(batch, dtype, "distillation" in objective, device)
+    cases = {form: lambda run=run: run.step(*pairs) for form, run in forms.items()}
 
-    def wrong(name: str, loss: float, ours: float) -> str:
+    def wrong(name: str, loss: Tensor, ours: Tensor) -> str:
         if abs(loss - ours) <= (1e-4 if dtype == "float32" else 2e-2) * abs(ours):
             return ""
-        return f"{name}: expected the loss of {OURS}, {ours}, got {loss}"
+        return f"{name}: expected the loss of {BASE}, {ours}, got {loss}"
 
-    first = {form: lambda run=run: run.step(*pairs).item() for form, run in forms.items()}
-    losses, reasons = attempted(first, wrong, OURS, strict)
-    cases = {form: lambda run=forms[form]: run.step(*pairs) for form in losses}
-    name, clock = clock_of_steps()
-    times = interleaved_times(cases, repeats, 1, clock, strict)
-    reasons |= times.failed
-    rows = []
-    for form, run in forms.items():
-        row = {"op": "training", "objective": objective, "n": batch, "shape": "siclip-tiny", "dtype": dtype, "pass": "step"}
-        row |= {"form": form, "threads": torch.get_num_threads(), "clock": name, "repeats": repeats}
-        if form in times:
-            row |= figures(times, form, OURS)
+    what = {"op": "training", "objective": objective, "n": batch, "shape": "siclip-tiny", "dtype": dtype, "pass": "step"}
+    rows = compare(what, cases, repeats, wrong=wrong, strict=strict)
+    for row in rows:
+        if "p50_ms" in row:
             row["samples_per_s"] = round(1e3 * batch / row["p50_ms"])
-            row["saved_mib"] = round(run.saved_bytes(*pairs) / 2**20, 1)
-            row["extra_mib"] = round(peak_bytes(cases[form], device) / 2**20, 1)
-        rows.append(
-            row if strict else {**row, **(apart(times, form) if form in times else {}), "note": reasons.get(form, "")}
-        )
+            row["extra_mib"] = peak_mib(cases[row["form"]], device)
     return rows
