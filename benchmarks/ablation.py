@@ -25,7 +25,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -87,13 +86,12 @@ def load(path: Path) -> Effects:
     return Effects.model_validate({key: value for key, value in values.items() if not key.startswith(".")})
 
 
-def run_of(source: str, out: Path, title: str, settings: list[str], seed: int) -> Run:
+def run_of(o: argparse.Namespace, settings: list[str], seed: int) -> Run:
     """Returns the run of these settings. Raises ConfigError for a setting that the config does not have."""
-    settings = [f"run.seed={seed}", *settings]
-    values = config.load(source, [*settings, "run.out=."]).model_dump(mode="json")
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
-    name = re.sub(r"[^\w.]+", "-", f"{title} s{seed} {digest}")
-    folder = next(out.glob(f"*-{digest}"), out / name)
+    settings = [f"run.seed={seed}", *settings, *o.set]
+    values = config.load(o.config, [*settings, "run.out=."]).model_dump(mode="json")
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    folder = o.out / digest
     return Run(folder, (*settings, f"run.out={json.dumps(str(folder))}"))
 
 
@@ -107,7 +105,7 @@ def train(run: Run, source: str, threads: int) -> str | None:
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
             code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
             if code:
-                return f"{run.folder.name} ended with {code}: see {log}"
+                return f"{run.folder} ended with {code}: see {log}"
     write_atomically(run.folder / RESULT, (run.folder / "evaluation.json").read_text())
     (run.folder / "last.pt").unlink()
     return None
@@ -166,8 +164,7 @@ def planned(o: argparse.Namespace) -> Plan:
             continue
         shared, pairs = [*file.set, f"run.steps={effect.steps or file.steps}", *effect.set], []
         for seed in range(effect.seeds or o.seeds):
-            base = run_of(o.config, o.out, f"{effect.name} base", [*shared, *effect.base, *o.set], seed)
-            variant = run_of(o.config, o.out, f"{effect.name} variant", [*shared, *effect.variant, *o.set], seed)
+            base, variant = (run_of(o, [*shared, *changes], seed) for changes in (effect.base, effect.variant))
             pairs.append((base, variant))
         plan.append((effect, pairs))
     return plan or sys.exit(f"--only: expected a name or a group of {o.effects}, got {o.only}")
@@ -184,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     def one(run: Run) -> None:
         failure = train(run, options.config, threads)
         failed.extend([failure] if failure else [])
-        print(failure or f"done: {run.folder.name}", flush=True)
+        print(failure or f"done: {run.folder}", flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         try:

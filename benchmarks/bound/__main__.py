@@ -4,7 +4,7 @@
     python -m benchmarks.bound --write         all calls on all cards, as a result file
 
 The rates are the vendor's, which no kernel reaches, so that the prediction is a lower bound. With --call the last line is a
-JSON object: "predicted_ms", "bound" (what takes most of it), "bytes" of memory, "launches", "torch_kernels", "host_copies", ...
+JSON object: "predicted_ms", "bound" (what takes most of it), "bytes" of memory, "launches", "torch_kernels" and so on
 """
 
 from __future__ import annotations

@@ -196,11 +196,9 @@ def check_simplclip(arguments: list[str]) -> None:
 
 
 def check_ablation(arguments: list[str]) -> None:
-    from benchmarks.ablation import __main__, effects
+    from benchmarks import ablation
 
-    options = __main__.parser().parse_args(arguments)
-    file = effects.load(options.effects)
-    assert all(effects.trials(file, effect, 0, options.config, options.set) for effect in file.effects)
+    assert ablation.planned(ablation.parser().parse_args(arguments))
 
 
 def check_open_clip_train(arguments: list[str]) -> None:
