@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.measure import BASE, PASSES, compare
 from simplclip.ops import shaped_attention
@@ -50,25 +50,14 @@ def _sdpa_and_terms(q, k, v, alpha, beta, gamma, causal):
 
 
 def _flex_and_terms(q, k, v, alpha, beta, gamma, causal):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    mask = None
-    if causal:
-        mask = _block_mask(create_block_mask, q.shape[1], q.device.type)
+    mask = _causal_blocks(q.shape[1], q.device.type) if causal else None
     out = flex_attention(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
     return beta.to(v.dtype)[:, None] * out + _linear_terms(v, alpha, gamma, causal)
 
 
 @functools.cache
-def _block_mask(create, length, device):
-    return create(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
-
-
-def _xformers_and_terms(q, k, v, alpha, beta, gamma, causal):
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention
-
-    out = memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else None)
-    return beta.to(v.dtype)[:, None] * out + _linear_terms(v, alpha, gamma, causal)
+def _causal_blocks(length, device):
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
 
 
 def _ours(q, k, v, alpha, beta, gamma, causal):
@@ -105,8 +94,6 @@ def forms(device: str, backward: bool) -> dict[str, Callable]:
     }
     if device == "cuda" or not backward:  # FlexAttention has no backward on a CPU
         made["FlexAttention and linear terms"] = torch.compile(_flex_and_terms, dynamic=False)
-    if device == "cuda" and importlib.util.find_spec("xformers"):
-        made["xformers and linear terms"] = _xformers_and_terms
     return made | {ALONE: _sdpa}
 
 

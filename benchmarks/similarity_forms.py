@@ -138,8 +138,9 @@ def _inf_clip(b: Batch) -> Tensor:
     return 0.5 * (cal_flash_loss(b.image, b.text, scale=b.scale) + cal_flash_loss(b.text, b.image, scale=b.scale))
 
 
-def _pair_matching(similarity: Tensor) -> Tensor:
-    decision = PLANE[0] * similarity + PLANE[1]
+def pair_matching(similarity: Tensor, weight: Tensor | float, bias: Tensor | float) -> Tensor:
+    """Computes the pair matching loss of a dense matrix [N, N]."""
+    decision = weight * similarity + bias
     n = similarity.shape[0]
     positive = F.softplus(-decision.diagonal())
     negative = (_sum(F.softplus(decision)) - _sum(F.softplus(decision.diagonal()))) / (n * (n - 1))
@@ -155,7 +156,7 @@ def _interactive(b: Batch) -> Tensor:
 def _open_clip_all(b: Batch) -> Tensor:
     """Adds open_clip.DistillClipLoss, pair matching over one more product, and cross-entropies across modalities."""
     distilled = DistillClipLoss()(b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale)
-    return sum(distilled) + _pair_matching(b.image @ b.text.T) + _interactive(b)
+    return sum(distilled) + pair_matching(b.image @ b.text.T, *PLANE) + _interactive(b)
 
 
 def _fewest_products_all(b: Batch) -> Tensor:
@@ -163,7 +164,7 @@ def _fewest_products_all(b: Batch) -> Tensor:
     similarity = b.image @ b.text.T
     logits, teacher = b.scale * similarity, b.teacher_scale * (b.teacher_image @ b.teacher_text.T)
     diagonal = logits.diagonal()
-    loss = _pair_matching(similarity) + _interactive(b)
+    loss = pair_matching(similarity, *PLANE) + _interactive(b)
     for dim in (0, 1):
         loss = loss + 0.5 * (logits.logsumexp(dim) - diagonal).mean()
         loss = loss - 0.5 * (teacher.softmax(dim) * logits.log_softmax(dim)).sum(dim).mean(dtype=torch.float32)

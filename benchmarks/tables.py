@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import chart
+from benchmarks.bound.cards import CARDS
 from benchmarks.results_file import RESULTS, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +58,10 @@ COLUMNS: dict[str, tuple[str, Callable[[str], str]]] = TEXT | {
     "times_open_clip": ("times open_clip's", str),
     "cached_pairs": ("by gradient caching", number()),
     "micro_batch": ("at a time", str),
+    **{f"{card} ms": (f"{card}, ms", lambda value: f"{float(value):.3g}") for card in CARDS},
+    "bound": ("bound by", str),
+    "bytes": ("GB", lambda value: f"{float(value) / 1e9:.2f}"),
+    "launches": ("kernels", str),
     "ours_ms": ("ms", str),
     "baseline_ms": ("baseline, ms", str),
     "ratio": ("times the baseline's", str),
@@ -104,27 +109,6 @@ def op_table(op: str, what: str = "", command: str = "make bench", **where: str)
         [show(row[name]) if row[name] else "" for name, (_, show) in columns.items() if name not in shared] for row in rows
     ]
     return [*markdown([title for title, _ in shown], cells, list(TEXT)), "", f"{said}; {origin(path, rows, command)}"]
-
-
-def predicted() -> list[str]:
-    """Returns a table with a row for each call: milliseconds by card, and the first card's bounds."""
-    path, rows = read("bound-predicted", call=PREDICTED)
-    cards = list(dict.fromkeys(row["card"] for row in rows))
-    calls: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        calls.setdefault((row["call"], row["shape"]), []).append(row)
-    lines = []
-    for call, of_cards in calls.items():
-        first = of_cards[0]
-        ms = [f"{float(row['predicted_ms']):.3g}" for row in of_cards]
-        lines.append((*call, *ms, first["bound"], number(2)(str(float(first["bytes"]) / 1e9)), first["launches"]))
-    head = ("call", "shape", *(f"{card}, ms" for card in cards), "bound by", "GB", "kernels")
-    what = f"{rows[0]['dtype']}, {rows[0]['pass']}; bound, bytes and kernels (torch's too) are those of {cards[0]}"
-    return [
-        *markdown(head, lines, (*TEXT, "bound by")),
-        "",
-        f"{what}; {origin(path, rows, 'python -m benchmarks.bound --write')}",
-    ]
 
 
 def ablation() -> list[str]:
@@ -229,7 +213,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "gradient_cache": partial(op_table, "gradient_cache", CPU, dtype="bfloat16"),
         "plan": partial(op_table, "plan-siclip-s0", PLANNED, "make plan"),
         "host": partial(op_table, "host", "Processor time", "python -m benchmarks.host"),
-        "predicted": predicted,
+        "predicted": partial(op_table, "bound-predicted", "", "python -m benchmarks.bound --write", call=PREDICTED),
         "ablation": ablation,
     },
 }  # fmt: skip

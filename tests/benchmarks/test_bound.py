@@ -51,7 +51,7 @@ def test_products_and_bytes_of_calls(call, products):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     first, *_, last = done.stdout.strip().splitlines()
-    assert first == "predicted, never measured"
+    assert first.startswith("predicted, never measured")
     found = json.loads(last)
     m, n, k = (4928, 2048, 512) if call == "mlp-siclip" else (4096, 4096, 512)
     tflop = products * 2e-12 * m * n * k

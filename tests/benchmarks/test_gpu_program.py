@@ -9,7 +9,7 @@ import pytest
 import torch
 from paths import ROOT
 
-from benchmarks import attention_forms, gpu, similarity_forms, training_forms
+from benchmarks import attention_forms, gpu, similarity_forms
 from benchmarks.results_file import read_csv
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,6 @@ def test_a_dry_run(monkeypatch, tmp_path, capfd):
     )
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     monkeypatch.setattr(attention_forms, "SHAPES", attention_forms.SHAPES[2:3])
-    monkeypatch.setattr(training_forms, "OBJECTIVES", training_forms.OBJECTIVES[:1])
     script(tmp_path / "nvidia-smi", SMI, monkeypatch)
     out = tmp_path / "cpu"
     options = [*OPTIONS, "--out", str(out)]
