@@ -38,10 +38,7 @@ BATCH = 8
 
 
 def inputs_of(encoder: Any, tower: str, split: HeldOut, samples: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yields inputs of a tower for the first samples, and the number of first tokens that count in each (None: all).
-
-    encoder: an Encoder of `simplclip.load`. Of a sample's captions the first is taken.
-    """
+    """Yields inputs of a tower for the first samples and captions, and how many first tokens count in each (None: all)."""
     argmax = (text_pool(encoder.model) or "argmax") == "argmax"
     for images, _, rows in split.batches(encoder.preprocess, BATCH, Skipped()):
         if tower == "image":
@@ -69,12 +66,9 @@ def divergences(
     entropy. The result is the mean over queries, heads (compared by their index) and samples; NaN for two blocks with
     different numbers of heads or tokens.
 
-    Args:
-        model: in eval mode. Its blocks may be simplified.
-        batches: inputs of the tower, "text" or "image", and for each the number of first tokens that are queries (None: all).
-        encode: runs the tower on inputs.
-
-    Raises InputError if the tower has fewer than two blocks, or attention of an unknown kind, or if there is no sample.
+    model: in eval mode. batches: inputs of the tower, "text" or "image", and for each the number of first tokens that are
+    queries (None: all). encode: runs the tower on inputs. Raises InputError if the tower has fewer than two blocks, or
+    attention of an unknown kind, or if there is no sample.
     """
     sites = block_sites(model, tower)
     if len(sites) < 2:
@@ -223,7 +217,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{proposal['what']}: {proposal['parameters']:,} parameters")
         print(f"  model.options.simplify_options.share={share}")
     report = {"model": options.model, "data": options.data, "samples": samples, "tower": tower, "parameters": size}
-    report["blocks"] = [site.path for site in block_sites(encoder.model, tower)]
     report["attention_divergence"] = [[None if math.isnan(x) else x for x in row] for row in divergence.tolist()]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "share.json").write_text(json.dumps(report | {"proposals": proposals}, indent=2) + "\n")

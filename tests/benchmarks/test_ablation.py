@@ -1,6 +1,7 @@
 """The ablation: its runs, going on after a stop, failures and the table."""
 
 import json
+import re
 
 import pytest
 import tiny
@@ -86,16 +87,17 @@ def test_the_row_of_an_effect():
     assert (every["split"], every["base"], every["difference"]) == ("all", 19.0, 3.0)
 
 
-@pytest.mark.slow
-def test_runs_are_trained_and_evaluated_and_failures_are_named(command, tmp_path):
-    ablation.main([*command, "--only", "matching"])
-    folders = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
-    assert len(folders) == 4
-    for folder in folders:
-        assert json.loads((folder / ablation.RESULT).read_text())["step"] == 1
-        assert not (folder / "last.pt").exists()
-    with pytest.raises(SystemExit, match=r"the same command tries these again:\n\S+ ended with \d+: see"):
-        ablation.main([*command, "--only", "rate", "--set", "data.train=nowhere-*.tar", "--set", "loss.pm_weight=0.5"])
+@pytest.mark.prove
+def test_a_run_is_trained_and_evaluated_and_a_failure_names_its_log(command):
+    options = ablation.parser().parse_args(command)
+    ((_, ((run, _), _)), *_) = ablation.planned(options)
+    assert ablation.train(run, options.config, 1) is None
+    assert json.loads((run.folder / ablation.RESULT).read_text())["step"] == 1
+    assert not (run.folder / "last.pt").exists()
+    failing = ablation.run_of(options, ["data.train=nowhere-*.tar"], 0)
+    assert re.fullmatch(
+        rf"{failing.folder} ended with \d+: see {failing.folder}/log.txt", ablation.train(failing, options.config, 1)
+    )
 
 
 def test_the_effects_of_the_demo_are_valid():

@@ -196,9 +196,11 @@ def check_simplclip(arguments: list[str]) -> None:
 
 
 def check_ablation(arguments: list[str]) -> None:
-    from benchmarks import ablation
+    from benchmarks.ablation import __main__, effects
 
-    assert ablation.planned(ablation.parser().parse_args(arguments))
+    options = __main__.parser().parse_args(arguments)
+    file = effects.load(options.effects)
+    assert all(effects.trials(file, effect, 0, options.config, options.set) for effect in file.effects)
 
 
 def check_open_clip_train(arguments: list[str]) -> None:
