@@ -162,11 +162,11 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 def peak_mib(run: Callable[[], object], device: str = "cpu") -> float:
     """Returns the highest sum of live MiB of torch's allocator on the device during `run`, above those before it."""
     if device == "cpu":
-        return round(cpu_peak_bytes(run) / 2**20, 1)
+        return cpu_peak_bytes(run) / 2**20
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     kept = run()
     torch.cuda.synchronize()
     del kept
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

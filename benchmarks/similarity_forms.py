@@ -272,7 +272,7 @@ def measure(
             gemms = _products(features.image, form.terms) if form.products is None else form.products
             row["gemms"] = round(gemms, 2)
             row["gemm_share"] = round(gemms * of_products["p50_ms"] / 3 / row["p50_ms"], 2)
-            row["extra_mib"] = peaks[name]
+            row["extra_mib"] = round(peaks[name], 1)
             row["memory_times_ours"] = round(peaks[name] / peaks[BASE], 1) if BASE in peaks else ""
     size = n * n * features.image.element_size() / 2**30
     note = {"note": f"left out: N×N matrices of {size:.3g} GiB each"}

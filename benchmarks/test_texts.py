@@ -53,7 +53,7 @@ def measure(kind, dtype, repeats):
     shape = f"{kind}: {TEXTS} captions of {(text != 0).sum().item() / TEXTS:.1f} tokens"
     what = {"op": "texts", "shape": shape, "dtype": dtype, "pass": PASSES[True]}
     rows = compare(what, cases, repeats, base="four groups")
-    return [row | {"extra_mib": peak_mib(cases[row["form"]])} for row in rows]
+    return [row | {"extra_mib": round(peak_mib(cases[row["form"]]), 1)} for row in rows]
 
 
 @pytest.mark.parametrize("kind", HISTOGRAMS)

@@ -93,5 +93,5 @@ def measure(batch: int, dtype: str, device: str, repeats: int, strict: bool = Tr
     for row in rows:
         if "p50_ms" in row:
             row["samples_per_s"] = round(1e3 * batch / row["p50_ms"])
-            row["extra_mib"] = peak_mib(cases[row["form"]], device)
+            row["extra_mib"] = round(peak_mib(cases[row["form"]], device), 1)
     return rows

@@ -1,16 +1,13 @@
 """benchmarks.bound: the work of kernels of known size, and the command line."""
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from interpreter import needs_triton
-from paths import PYTHONPATH, ROOT
 
+from benchmarks.bound.__main__ import main
 from benchmarks.bound.cards import CARDS
 from benchmarks.bound.roofline import LAUNCH_MS, roofline
 from benchmarks.bound.trace import ExtensionCall, Step
@@ -42,15 +39,9 @@ def test_the_longest_of_products_bytes_and_launch_counts():
     ("call", "products"),
     [("sigmoid", 3), ("contrastive", 4), ("mlp-siclip", 6)],  # of the MLP two forward, four backward
 )
-def test_products_and_bytes_of_calls(call, products):
-    """A process of its own, since this one may have loaded Triton as an interpreter. The last line is a JSON object."""
-    command = ["-m", "benchmarks.bound", "--call", call, "--n", "4096", "--card", "rtx-4090"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment | {"PYTHONPATH": PYTHONPATH}, capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    first, *_, last = done.stdout.strip().splitlines()
+def test_products_and_bytes_of_calls(call, products, capsys):
+    main(["--call", call, "--n", "4096", "--card", "rtx-4090"])
+    first, *_, last = capsys.readouterr().out.strip().splitlines()
     assert first.startswith("predicted, never measured")
     found = json.loads(last)
     m, n, k = (4928, 2048, 512) if call == "mlp-siclip" else (4096, 4096, 512)
