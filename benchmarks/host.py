@@ -1,4 +1,4 @@
-"""Host time of one small call, forward and backward: our time, the baseline's, and our Python files and functions on its way.
+"""Host time of one small call, forward and backward, beside a baseline's.
 
 Sizes are so small that what is timed is not the arithmetic: one thread, float32. On a CPU processor time, on a GPU the time
 until the last kernel is started. Writes benchmarks/results/host-*.csv.
@@ -10,23 +10,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import simplclip
 from benchmarks import hardware, results_file
 from benchmarks.measure import interleaved_times
 from simplclip.losses import ClipPMLoss
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import shaped_attention
-
-PACKAGE = str(Path(simplclip.__file__).parent)
 
 
 def cases(device: str) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
@@ -57,16 +52,6 @@ def cases(device: str) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Ten
     }
 
 
-def way(function: Callable[[], Tensor]) -> tuple[int, int]:
-    """Returns how many of our files and functions a warm call passes, comprehensions and generators included."""
-    frames: list[str] = []
-    sys.setprofile(lambda frame, event, _: frames.append(frame.f_code.co_filename) if event == "call" else None)
-    function().backward()
-    sys.setprofile(None)
-    ours = [file for file in frames if file.startswith(PACKAGE) or "/kernels/" in file]
-    return len(set(ours)), len(ours)
-
-
 def measure(calls: int, device: str) -> list[dict]:
     """Returns a row for each case, from so many interleaved calls of ours and of the baseline."""
     rows = []
@@ -74,9 +59,8 @@ def measure(calls: int, device: str) -> list[dict]:
         steps = {side: lambda run=run: run().backward() for side, run in zip(("ours", "baseline"), pair)}
         times, _ = interleaved_times(steps, calls, warmup=calls // 10 + 1)
         ours, baseline = (statistics.median(times[side].host or times[side].whole) for side in steps)
-        files, functions = way(pair[0])
         row = {"call": name, "ours_ms": round(1e3 * ours, 3), "baseline_ms": round(1e3 * baseline, 3)}
-        rows.append(row | {"ratio": round(ours / baseline, 2), "files": files, "functions": functions})
+        rows.append(row | {"ratio": round(ours / baseline, 2)})
     return rows
 
 

@@ -37,16 +37,8 @@ ATTENTION = {
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "dot", "vdot")
 SEVERAL = {"unbind_copy": 2, "select_backward": 2, "slice_backward": 2}  # kernels of an op: a copy each, or zeros and a copy
 _NO_KERNEL = (
-    "empty",
-    "new_empty",
-    "resize_",
-    "set_",
-    "record_stream",
-    "_unsafe_view",
-    "_reshape_alias",
-    "lift_fresh",
-    "prim",
-)
+    "empty", "new_empty", "resize_", "set_", "record_stream", "_unsafe_view", "_reshape_alias", "lift_fresh", "prim",
+)  # fmt: skip
 
 
 @dataclass
