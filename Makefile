@@ -94,13 +94,12 @@ data/emoji-teacher: install
 
 .PHONY: data/emoji-noisy
 data/emoji-noisy: data/emoji-teacher
-	$(BIN)/python $(EMOJI)/build.py --swap 0.1 --out data/emoji-swap10
 	$(BIN)/python $(EMOJI)/build.py --swap 0.3 --out data/emoji-swap30
 	$(BIN)/python $(EMOJI)/teach.py 'data/emoji-swap30/train-*.tar' --out data/emoji-swap30-teacher \
 		--heads data/emoji-teacher/heads.safetensors
 
 ablation: data/emoji-noisy  ## what each part of the system adds: hours of training; resumes
-	$(BIN)/python -m benchmarks.ablation $(EMOJI)/siclip-lite0.yaml --effects emoji --out runs/ablation --seeds 3 --jobs $(CORES)
+	$(BIN)/python -m benchmarks.ablation $(EMOJI)/siclip-lite0.yaml --out runs/ablation --seeds 3 --jobs $(CORES) --write
 
 # A worker with one thread for each core. The tests of a file stay together, since they share slow fixtures.
 XDIST := -n $(CORES) --dist loadfile --no-loadscope-reorder

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.measure import PASSES, attempted, interleaved_times, row_of
+from benchmarks.measure import BASE, PASSES, compare
 from simplclip.ops import shaped_attention
 
 
-def plain(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
+def plain(q, k, v, alpha, beta, gamma, causal=False):
     """Computes the formula: products in the inputs' dtype, softmax and mixing weights in float32, one product with v."""
     length = q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    logits = (q @ k.transpose(-2, -1)).to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = (q @ k.transpose(-2, -1)).to(wide) * q.shape[-1] ** -0.5
     visible = torch.ones(length, length, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible.tril()
-    if lengths is not None:
-        valid = torch.arange(length, device=q.device) < lengths[:, None]
-        visible = (visible & valid[:, None, :] & valid[:, :, None])[:, None]
-        logits = logits.masked_fill(~visible, torch.finfo(wide).min)
-    elif causal:
         logits = logits.masked_fill(~visible, -torch.inf)
-    uniform = visible.to(wide) / visible.sum(-1, keepdim=True).clamp(min=1)
-    weights = logits.softmax(-1) if lengths is None else logits.softmax(-1).masked_fill(~visible, 0)
+    uniform = visible.to(wide) / visible.sum(-1, keepdim=True)
     identity = torch.eye(length, dtype=wide, device=q.device)
-    if lengths is not None:
-        identity = identity * visible.any(-1, keepdim=True)
     alpha, beta, gamma = (t.to(wide)[:, None, None] for t in (alpha, beta, gamma))
-    return ((alpha * identity + beta * weights - gamma * uniform).to(v.dtype) @ v).transpose(1, 2)
+    return ((alpha * identity + beta * logits.softmax(-1) - gamma * uniform).to(v.dtype) @ v).transpose(1, 2)
 
 
 def _linear_terms(v, alpha, gamma, causal):
@@ -58,29 +50,14 @@ def _sdpa_and_terms(q, k, v, alpha, beta, gamma, causal):
 
 
 def _flex_and_terms(q, k, v, alpha, beta, gamma, causal):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    mask = None
-    if causal:
-        mask = _block_mask(create_block_mask, q.shape[1], q.device.type)
+    mask = _causal_blocks(q.shape[1], q.device.type) if causal else None
     out = flex_attention(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
     return beta.to(v.dtype)[:, None] * out + _linear_terms(v, alpha, gamma, causal)
 
 
 @functools.cache
-def _block_mask(create, length, device):
-    return create(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
-
-
-def _xformers_and_terms(q, k, v, alpha, beta, gamma, causal):
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention
-
-    out = memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else None)
-    return beta.to(v.dtype)[:, None] * out + _linear_terms(v, alpha, gamma, causal)
-
-
-def _plain(q, k, v, alpha, beta, gamma, causal):
-    return plain(q, k, v, alpha, beta, gamma, causal=causal)
+def _causal_blocks(length, device):
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
 
 
 def _ours(q, k, v, alpha, beta, gamma, causal):
@@ -108,23 +85,21 @@ ALONE = "SDPA alone"
 
 
 def forms(device: str, backward: bool) -> dict[str, Callable]:
-    found = {
-        "simplclip": _ours,
-        "formula": _plain,
-        "torch.compile of it": torch.compile(_plain, dynamic=False),
+    made = {
+        BASE: _ours,
+        "formula": plain,
+        "torch.compile of it": torch.compile(plain, dynamic=False),
         "SDPA and linear terms": _sdpa_and_terms,
         "torch.compile of that": torch.compile(_sdpa_and_terms, dynamic=False),
     }
     if device == "cuda" or not backward:  # FlexAttention has no backward on a CPU
-        found["FlexAttention and linear terms"] = torch.compile(_flex_and_terms, dynamic=False)
-    if device == "cuda" and importlib.util.find_spec("xformers"):
-        found["xformers and linear terms"] = _xformers_and_terms
-    return found | {ALONE: _sdpa}
+        made["FlexAttention and linear terms"] = torch.compile(_flex_and_terms, dynamic=False)
+    return made | {ALONE: _sdpa}
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[list[Tensor], Tensor]:
+def inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     """Returns q, k (views of one product), v and the gains; and a gradient of the result."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     b, length, h, k = shape.b, shape.length, shape.heads, shape.k
     qk = torch.randn(b, length, 2, h, k, generator=g).to(device, dtype)
     v, grad = (torch.randn(b, length, h, k, generator=g).to(device, dtype) for _ in range(2))
@@ -142,23 +117,21 @@ def _step(form, tensors, grad, shape, backward):
     return out.detach()
 
 
-def measure(shape, dtype, backward, repeats, device="cpu", strict=True):
+def measure(shape: Shape, dtype: str, backward: bool, device: str, repeats: int, strict: bool = True) -> list[dict]:
+    """Returns a row for each form. Compares results with the formula's in float64 first. strict: as for `compare`."""
     torch.compiler.reset()
     tensors, grad = inputs(shape, getattr(torch, dtype), device)
-    found = forms(device, backward)
     truth = plain(*(t[:2].double() if t.dim() == 4 else t.double() for t in tensors), causal=shape.causal)
+    cases = {
+        name: lambda form=form: _step(form, tensors, grad, shape, backward) for name, form in forms(device, backward).items()
+    }
 
-    def error(form) -> float:
-        out = _step(form, tensors, grad, shape, backward)[:2].double()
-        return ((out - truth).abs().max() / truth.abs().max()).item()
+    def error(run) -> float:
+        return ((run()[:2].double() - truth).abs().max() / truth.abs().max()).item()
 
-    limit = 5e-4 if dtype == "float32" else 3e-2
-    wrong = lambda name, got, _: "" if name == ALONE or got <= limit else f"{name}: error {got:.1e}"  # noqa: E731
-    errors, reasons = attempted({name: lambda form=form: error(form) for name, form in found.items()}, wrong, strict=strict)
-    if strict:
-        assert errors["simplclip"] <= limit, f"simplclip: error {errors['simplclip']:.1e}"
-    cases = {name: lambda form=found[name]: _step(form, tensors, grad, shape, backward) for name in errors}
-    times = interleaved_times(cases, repeats, warmup=2, strict=strict)
-    reasons |= times.failed
+    def wrong(name: str, error: float, ours: float) -> str:
+        return "" if name == ALONE or error <= (5e-4 if dtype == "float32" else 3e-2) else f"{name}: error {error:.1e}"
+
+    first = {name: lambda run=run: error(run) for name, run in cases.items()}
     what = {"op": "shaped_attention", "shape": str(shape), "dtype": dtype, "pass": PASSES[backward]}
-    return [row_of(what | {"form": name, "repeats": repeats}, times, name, reasons, strict) for name in found]
+    return compare(what, cases, repeats, first=first, wrong=wrong, warmup=2, strict=strict)

@@ -10,12 +10,12 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from benchmarks.attention_forms import plain
-from benchmarks.measure import PASSES, attempted, interleaved_times, row_of
+from benchmarks.measure import BASE, PASSES, compare
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops.mlp.reference import ACTIVATIONS
 
 WIDTH, HEADS, LENGTH, BATCH = 512, 8, 77, 64
-BASE = "open_clip's block"
+STANDARD = "open_clip's block"
 
 
 class PlainBlock(nn.Module):
@@ -34,26 +34,24 @@ class PlainBlock(nn.Module):
         return block.attention_gain * attention + block.mlp_gain * mlp
 
 
-def forms(
-    width: int, heads: int, length: int, dtype: torch.dtype, device: str = "cpu"
-) -> dict[str, Callable[[Tensor], Tensor]]:
+def forms(dtype: torch.dtype, device: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """Returns causal blocks of a CLIP text tower; the simplified blocks have equal weights."""
     torch.manual_seed(0)
-    ours = SimplifiedBlock(width, heads, causal=True)
-    nn.init.normal_(ours.qk.weight, std=width**-0.5)
-    again = SimplifiedBlock(width, heads, causal=True, recompute=True)
+    ours = SimplifiedBlock(WIDTH, HEADS, causal=True)
+    nn.init.normal_(ours.qk.weight, std=WIDTH**-0.5)
+    again = SimplifiedBlock(WIDTH, HEADS, causal=True, recompute=True)
     again.load_state_dict(ours.state_dict())
-    theirs = ResidualAttentionBlock(width, heads)
-    ours, again, theirs = (module.to(device, dtype) for module in (ours, again, theirs))
-    mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1)
-    residual = lambda x: theirs(x, attn_mask=mask)  # noqa: E731
+    standard = ResidualAttentionBlock(WIDTH, HEADS)
+    ours, again, standard = (module.to(device, dtype) for module in (ours, again, standard))
+    mask = torch.full((LENGTH, LENGTH), -torch.inf, dtype=dtype, device=device).triu(1)
+    residual = lambda x: standard(x, attn_mask=mask)  # noqa: E731
     formula = PlainBlock(ours)
     return {
-        "simplclip": ours,
-        "simplclip, recompute": again,
+        BASE: ours,
+        f"{BASE}, recompute": again,
         "the same in plain torch": formula,
         "torch.compile of it": torch.compile(formula, dynamic=False),
-        "open_clip's block": residual,
+        STANDARD: residual,
         "torch.compile of that": torch.compile(residual, dynamic=False),
     }
 
@@ -91,30 +89,25 @@ def _step(form, x, grad, backward):
     return leaf.grad
 
 
-def measure(
-    dtype, backward, repeats, device="cpu", width=WIDTH, heads=HEADS, length=LENGTH, batch=BATCH, strict=True
-):  # fmt: skip
+def measure(dtype: str, backward: bool, batch: int, device: str, repeats: int, strict: bool = True) -> list[dict]:
+    """Returns a row for each form. Compares the simplified blocks' results first. strict: as for `compare`."""
     torch.compiler.reset()
-    found = forms(width, heads, length, getattr(torch, dtype), device)
-    x, grad = (torch.randn(batch, length, width).to(device, getattr(torch, dtype)) for _ in range(2))
-    same, limit = list(found)[:4], 1e-4 if dtype == "float32" else 5e-2
+    kind = getattr(torch, dtype)
+    of_name = forms(kind, device)
+    x, grad = (torch.randn(batch, LENGTH, WIDTH).to(device, kind) for _ in range(2))
+    cases = {name: lambda form=form: _step(form, x, grad, backward) for name, form in of_name.items()}
+    simplified, limit = list(of_name)[:4], 1e-4 if dtype == "float32" else 5e-2
 
-    def wrong(name, result, ours) -> str:
-        error = ((result - ours).abs().max() / ours.abs().max()).item()
-        return "" if name not in same or error <= limit else f"{name}: {error:.1e}"
+    def wrong(name: str, result: Tensor, ours: Tensor) -> str:
+        error = ((result.float() - ours.float()).abs().max() / ours.float().abs().max()).item()
+        return "" if name not in simplified or error <= limit else f"{name}: error {error:.1e}"
 
-    first = {name: lambda form=form: _step(form, x, grad, backward).float() for name, form in found.items()}
-    results, reasons = attempted(first, wrong, strict=strict)
-    saved = {name: saved_bytes(found[name], x) for name in results if "compile" not in name and backward}
-    cases = {name: lambda form=found[name]: _step(form, x, grad, backward) for name in results}
-    times = interleaved_times(cases, repeats, warmup=2, strict=strict)
-    reasons |= times.failed
-    shape = f"B={batch} L={length} C={width} causal"
+    shape = f"B={batch} L={LENGTH} C={WIDTH} causal"
     what = {"op": "simplified_block", "shape": shape, "dtype": dtype, "pass": PASSES[backward]}
-    rows = []
-    for name in found:
-        row = row_of(what | {"form": name, "repeats": repeats}, times, name, reasons, strict)
-        known = name in saved and BASE in saved
-        row["saved_bytes_per_token"] = round(saved[name] / (batch * length)) if name in saved else ""
-        rows.append(row | {"of_open_clips": round(saved[name] / saved[BASE], 3) if known else ""})
+    rows = compare(what, cases, repeats, wrong=wrong, warmup=2, strict=strict)
+    eager = [row for row in rows if backward and "p50_ms" in row and "compile" not in row["form"]]
+    saved = {row["form"]: saved_bytes(of_name[row["form"]], x) for row in eager}
+    for row in eager:
+        row["saved_bytes_per_token"] = round(saved[row["form"]] / (batch * LENGTH))
+        row["of_open_clips"] = round(saved[row["form"]] / saved[STANDARD], 3) if STANDARD in saved else ""
     return rows

@@ -1,17 +1,16 @@
-"""Charts of the README and the docs: time and memory of losses against the number of pairs, as SVGs.
+"""The README's chart: time and memory of the contrastive loss against the number of pairs, as an SVG.
 
-A chart is written as text, without a plotting library: the same result file gives the same bytes on every machine, so that a
+The SVG is written as text, without a plotting library: the same result file gives the same bytes on every machine, so that a
 test can compare them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 880, 392
-LEFT, TOP, PANEL_WIDTH, PANEL_HEIGHT = 62, 92, 268, 206
+WIDTH, HEIGHT = 880, 372
+LEFT, TOP, PANEL_WIDTH, PANEL_HEIGHT = 62, 72, 268, 206
 PANEL_STEP = 450  # from the left edge of one panel to that of the next
 STYLE = """
 text { font: 12px system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f2328 }
@@ -19,115 +18,63 @@ text { font: 12px system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f232
 .small { font-size: 11px; fill: #59636e }
 .grid { stroke: #e4e7eb; stroke-width: 1 }
 polyline { fill: none; stroke-width: 2.2 }
-.ours { stroke: #0969da; fill: #0969da }
-.theirs { stroke: #bc4c00; fill: #bc4c00 }
-.compiled { stroke: #1a7f37; fill: #1a7f37 }
-polyline.ours, polyline.theirs, polyline.compiled { fill: none }
-.other { stroke-dasharray: 6 4 }
-circle { stroke: none }
-text.ours, text.theirs, text.compiled { stroke: none }
+polyline.ours { stroke: #0969da } .ours { fill: #0969da }
+polyline.eager { stroke: #bc4c00 } .eager { fill: #bc4c00 }
+polyline.compiled { stroke: #1a7f37 } .compiled { fill: #1a7f37 }
+polyline.ours, polyline.eager, polyline.compiled { fill: none }
 """
+# Forms of the result file: class of STYLE, and title.
+SERIES = {
+    "simplclip": ("ours", "simplclip"),
+    "open_clip.ClipLoss": ("eager", "open_clip.ClipLoss, eager"),
+    "torch.compile, one product": ("compiled", "dense loss with one product, torch.compile"),
+}
+# Title, column of the result file, what to divide it by, and unit.
+PANELS = (("Forward and backward", "p50_ms", 1000, "s"), ("Memory beside the features", "extra_mib", 1, "MiB"))
 
 
-@dataclass(frozen=True)
-class Series:
-    objective: str  # as in the result file
-    form: str
-    title: str
-    style: str  # classes of STYLE
-    label: str = "right"  # place of the last point's label: "right", "above" where another line passes, or "" for no label
-
-
-@dataclass(frozen=True)
-class Panel:
-    title: str
-    column: str  # of the result file
-    divisor: float  # from its unit to that of the labels
-    ticks: tuple[float, ...]  # in the unit of the labels; the first and the last are the ends of the axis
-    unit: str
-
-    def label(self, value: float) -> str:
-        return f"{value:,.1f} {self.unit}" if value < 10 else f"{value:,.0f} {self.unit}"
-
-
-@dataclass(frozen=True)
-class Chart:
-    op: str  # of the result file
-    title: str
-    series: tuple[Series, ...]
-    panels: tuple[Panel, Panel]
-
-
-TIME, MEMORY = "Forward and backward", "Memory beside the features"
-SIMILARITY = Chart(
-    "similarity_loss",
-    "Time and memory of the similarity losses against the number of pairs",
-    (
-        Series("contrastive", "simplclip", "simplclip, contrastive loss", "ours"),
-        Series("contrastive", "open_clip.ClipLoss", "open_clip.ClipLoss", "theirs"),
-        Series("contrastive", "torch.compile, one product", "one product, by torch.compile", "compiled"),
-        Series("all four", "simplclip", "simplclip, all four terms", "ours other"),
-        Series("all four", "open_clip's losses and KL", "all four by open_clip and torch", "theirs other", "above"),
-        Series("all four", "torch.compile, fewest products", "fewest products, by torch.compile", "compiled other", ""),
-    ),
-    (
-        Panel(TIME, "p50_ms", 1000, (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100), "s"),
-        Panel(MEMORY, "extra_mib", 1, (40, 100, 200, 500, 1000, 2000, 5000), "MiB"),
-    ),
-)
-SIGMOID = Chart(
-    "sigmoid_loss",
-    "Time and memory of the sigmoid and the contrastive loss against the number of pairs",
-    (
-        Series("sigmoid", "simplclip", "simplclip, sigmoid loss", "ours"),
-        Series("contrastive", "simplclip", "simplclip, contrastive loss", "ours other"),
-        Series("sigmoid", "open_clip.SigLipLoss", "open_clip.SigLipLoss", "theirs", "above"),
-        Series("contrastive", "open_clip.ClipLoss", "open_clip.ClipLoss", "theirs other", "above"),
-        Series("sigmoid", "torch.compile of open_clip.SigLipLoss", "SigLipLoss by torch.compile", "compiled", ""),
-        Series("contrastive", "torch.compile of open_clip.ClipLoss", "ClipLoss by torch.compile", "compiled other", ""),
-    ),
-    (
-        Panel(TIME, "p50_ms", 1000, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100), "s"),
-        Panel(MEMORY, "extra_mib", 1, (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000), "MiB"),
-    ),
-)
-
-
-def draw(chart: Chart, rows: list[dict[str, str]], source: str) -> str:
-    """Returns the SVG of the float32 rows of a result file, whose name is `source`."""
-    rows = [row for row in rows if row["dtype"] == "float32"]
-    sizes = sorted({int(row["n"]) for row in rows})
+def draw(rows: list[dict[str, str]], source: str) -> str:
+    """Returns the SVG of the contrastive loss in float32. rows: those of the result file `source`."""
+    rows = [row for row in rows if (row["objective"], row["dtype"]) == ("contrastive", "float32") and row["p50_ms"]]
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">',
-        f"<title>{chart.title}</title>",
+        "<title>Time and memory of the contrastive loss against the number of pairs</title>",
         f"<style>{STYLE}</style>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#ffffff"/>',
     ]
-    for index, series in enumerate(chart.series):
-        x, y = 24 + 300 * (index // 2), 24 + 20 * (index % 2)
-        lines.append(f'<polyline class="{series.style}" points="{x},{y - 4} {x + 30},{y - 4}"/>')
-        lines.append(_text(x + 38, y, series.title))
-    for index, panel in enumerate(chart.panels):
-        lines += _panel(chart, panel, LEFT + PANEL_STEP * index, rows, sizes)
+    for x, (style, title) in zip((24, 150, 370), SERIES.values()):
+        lines.append(f'<polyline class="{style}" points="{x},20 {x + 30},20"/>')
+        lines.append(_text(x + 38, 24, title))
+    for index, panel in enumerate(PANELS):
+        lines += _panel(*panel, LEFT + PANEL_STEP * index, rows)
     first = rows[0]
     lines.append(_text(24, HEIGHT - 30, f"float32, D = {first['d']}; {first['hardware']}; {first['date']}", style="small"))
     lines.append(_text(24, HEIGHT - 13, f"drawn by make tables from {source}", style="small"))
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _panel(chart: Chart, panel: Panel, left: float, rows: list[dict[str, str]], sizes: list[int]) -> list[str]:
+def _ticks(values: list[float]) -> list[float]:
+    """Returns the numbers 1, 2, 5, 10, ... that enclose the values."""
+    numbers = [lead * 10**power for power in range(-3, 6) for lead in (1, 2, 5)]
+    first = max(n for n in numbers if n <= min(values))
+    last = min(n for n in numbers if n >= max(values))
+    return [n for n in numbers if first <= n <= last]
+
+
+def _panel(title: str, column: str, divisor: float, unit: str, left: float, rows: list[dict[str, str]]) -> list[str]:
     """Returns the lines of a panel, whose axes are both logarithmic."""
-    low, high = math.log(panel.ticks[0]), math.log(panel.ticks[-1])
-    first, last = math.log(sizes[0]), math.log(sizes[-1])
+    sizes = sorted({int(row["n"]) for row in rows})
+    values = {(row["form"], int(row["n"])): float(row[column]) / divisor for row in rows if row["form"] in SERIES}
+    ticks = _ticks(list(values.values()))
 
     def across(n: int) -> float:
-        return left + 12 + (PANEL_WIDTH - 24) * (math.log(n) - first) / (last - first)
+        return left + 12 + (PANEL_WIDTH - 24) * math.log(n / sizes[0]) / math.log(sizes[-1] / sizes[0])
 
     def down(value: float) -> float:
-        return TOP + PANEL_HEIGHT * (high - math.log(value)) / (high - low)
+        return TOP + PANEL_HEIGHT * math.log(ticks[-1] / value) / math.log(ticks[-1] / ticks[0])
 
-    lines = [_text(left, TOP - 14, f"{panel.title}, {panel.unit}", style="title")]
-    for tick in panel.ticks:
+    lines = [_text(left, TOP - 14, f"{title}, {unit}", style="title")]
+    for tick in ticks:
         y = down(tick)
         lines.append(f'<line class="grid" x1="{left}" x2="{left + PANEL_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
         lines.append(_text(left - 8, y + 4, f"{tick:,g}", style="small", anchor="end"))
@@ -136,28 +83,16 @@ def _panel(chart: Chart, panel: Panel, left: float, rows: list[dict[str, str]], 
     middle, below = left + PANEL_WIDTH / 2, TOP + PANEL_HEIGHT + 36
     lines.append(_text(middle, below, "pairs in the batch, N", style="small", anchor="middle"))
     ends = []
-    for series in chart.series:
-        mine = [row for row in rows if (row["objective"], row["form"]) == (series.objective, series.form) and row["p50_ms"]]
-        values = sorted((int(row["n"]), float(row[panel.column]) / panel.divisor) for row in mine)
-        points = [(across(n), down(value)) for n, value in values]
-        lines.append(f'<polyline class="{series.style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
-        colour = series.style.split()[0]
-        lines += [f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
-        ends.append((series, *points[-1], panel.label(values[-1][1])))
-    return lines + _labels(ends)
-
-
-def _labels(ends: list[tuple[Series, float, float, str]]) -> list[str]:
-    """Returns the labels of the last points, from the lowest up. A label that would cover another in its column moves up."""
-    lines, below = [], {}
-    for series, x, y, text in sorted(ends, key=lambda end: -end[2]):
-        if not series.label:
-            continue
-        above = series.label == "above"
-        y = min(end[2] for end in ends if end[1] == x) - 9 if above else y + 4
-        y = below[x, above] = min(y, below.get((x, above), math.inf) - 13)
-        place = {"x": x, "anchor": "middle"} if above else {"x": x + 8}
-        lines.append(_text(y=y, text=text, style=series.style.split()[0], **place))
+    for form, (style, _) in SERIES.items():
+        points = [(across(n), down(values[form, n])) for n in sizes if (form, n) in values]
+        lines.append(f'<polyline class="{style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
+        lines += [f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
+        last = values[form, max(n for name, n in values if name == form)]
+        ends.append((points[-1][1] + 4, points[-1][0] + 8, style, f"{last:,.{1 if last < 10 else 0}f} {unit}"))
+    above = math.inf
+    for y, x, style, text in sorted(ends, reverse=True):  # from the lowest up; a label that would cover another moves up
+        above = min(y, above - 13)
+        lines.append(_text(x, above, text, style=style))
     return lines
 
 

@@ -3,7 +3,10 @@
 import pytest
 
 from benchmarks import hardware
-from benchmarks.results_file import RESULTS, table, write_csv
+from benchmarks.results_file import result_path, table, write_csv
+
+ROWS = pytest.StashKey[list]()
+KEY = ("op", "objective", "n", "d", "shape", "dtype", "pass", "form")
 
 
 def pytest_addoption(parser):
@@ -17,15 +20,16 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("n", [int(n) for n in metafunc.config.getoption("--sizes").split(",")])
 
 
-@pytest.fixture(scope="session")
-def rows(request):
-    collected: list[dict] = []
-    request.config.stash[ROWS] = collected
-    return collected
+@pytest.fixture
+def measured(benchmark, request):
+    """Runs a function once, with `repeats` as its last argument, and keeps the rows that it returns."""
+    rows = request.config.stash.setdefault(ROWS, [])
 
+    def run(function, *arguments):
+        arguments += (request.config.getoption("--repeats"),)
+        rows.extend(benchmark.pedantic(function, args=arguments, rounds=1))
 
-ROWS = pytest.StashKey[list]()
-KEY = ("op", "objective", "n", "d", "shape", "dtype", "pass", "form")
+    return run
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -38,6 +42,6 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(line)
     if config.getoption("--write"):
         for op in dict.fromkeys(row["op"] for row in collected):
-            path = RESULTS / f"{op}-{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}.csv"
+            path = result_path(op, where)
             write_csv(path, [{**row, **where} for row in collected if row["op"] == op], key=KEY)
             terminalreporter.write_line(f"wrote {path}")

@@ -43,7 +43,8 @@ def describe(device: str = "cpu") -> dict[str, str]:
         hardware = torch.cuda.get_device_name()
     else:
         isa = simplclip.report()["extension"]["cpu"].get("instruction_set", "no extension")
-        hardware = f"{cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {isa}"
+        threads = torch.get_num_threads()
+        hardware = f"{cpu_name()}, {threads} thread{'s' * (threads > 1)} of {os.cpu_count()} cores, {isa}"
     return {
         "hardware": hardware,
         "torch": torch.__version__,
@@ -60,10 +61,10 @@ def gpu_state() -> dict[str, str]:
     """Returns driver, power, clocks and temperature as nvidia-smi reports them; nothing where nvidia-smi does not run."""
     command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return {}
-    return dict(zip(STATE, (value.strip() for value in told.splitlines()[0].split(","))))
+    return dict(zip(STATE, (value.strip() for value in lines[0].split(","))))
 
 
 def slug(text: str) -> str:

@@ -1,7 +1,7 @@
-"""Host time of one small call, forward and backward: processor time, our Python files and our functions on its way.
+"""Host time of one small call, forward and backward, beside a baseline's.
 
-Sizes are so small that what is timed is not the arithmetic: one thread, float32, on a CPU.
-Writes benchmarks/results/host-*.csv.
+Sizes are so small that what is timed is not the arithmetic: one thread, float32. On a CPU processor time, on a GPU the time
+until the last kernel is started. Writes benchmarks/results/host-*.csv.
 
     python -m benchmarks.host [--calls 2000]
 """
@@ -10,38 +10,34 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import simplclip
 from benchmarks import hardware, results_file
+from benchmarks.measure import interleaved_times
 from simplclip.losses import ClipPMLoss
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import shaped_attention
 
-PACKAGE = str(Path(simplclip.__file__).parent)
 
-
-def cases() -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
+def cases(device: str) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
     """Returns pairs of functions that compute a number: ours, and the baseline in plain torch or open_clip."""
-    image, text = (torch.randn(16, 32).requires_grad_() for _ in range(2))
-    scale = torch.tensor(10.0, requires_grad=True)
-    contrastive, with_plane, plain_loss = ClipPMLoss(pm_weight=0), ClipPMLoss(), open_clip.ClipLoss()
+    with torch.device(device):
+        image, text = (torch.randn(16, 32).requires_grad_() for _ in range(2))
+        scale = torch.tensor(10.0, requires_grad=True)
+        contrastive, with_plane, plain_loss = ClipPMLoss(pm_weight=0), ClipPMLoss(), open_clip.ClipLoss()
 
-    x = torch.randn(1, 4, 64).requires_grad_()
-    mask = torch.full((4, 4), -torch.inf).triu(1)
-    block, plain_block = SimplifiedBlock(64, 1, causal=True), open_clip.transformer.ResidualAttentionBlock(64, 1)
+        x = torch.randn(1, 4, 64).requires_grad_()
+        mask = torch.full((4, 4), -torch.inf).triu(1)
+        block, plain_block = SimplifiedBlock(64, 1, causal=True), open_clip.transformer.ResidualAttentionBlock(64, 1)
 
-    q, k, v = (torch.randn(1, 4, 1, 64).requires_grad_() for _ in range(3))
-    gains = [torch.ones(1, requires_grad=True) for _ in range(3)]
-    counts = torch.arange(1, 5)[:, None, None]
+        q, k, v = (torch.randn(1, 4, 1, 64).requires_grad_() for _ in range(3))
+        gains = [torch.ones(1, requires_grad=True) for _ in range(3)]
+        counts = torch.arange(1, 5)[:, None, None]
 
     def plain_attention() -> Tensor:
         alpha, beta, gamma = (gain[:, None] for gain in gains)
@@ -56,20 +52,16 @@ def cases() -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
     }
 
 
-def seconds(function: Callable[[], Tensor]) -> float:
-    start = time.process_time()
-    function().backward()
-    return time.process_time() - start
-
-
-def way(function: Callable[[], Tensor]) -> tuple[int, int]:
-    """Returns how many of our files and functions a warm call passes, comprehensions and generators included."""
-    frames: list[str] = []
-    sys.setprofile(lambda frame, event, _: frames.append(frame.f_code.co_filename) if event == "call" else None)
-    function().backward()
-    sys.setprofile(None)
-    ours = [file for file in frames if file.startswith(PACKAGE) or "/kernels/" in file]
-    return len(set(ours)), len(ours)
+def measure(calls: int, device: str) -> list[dict]:
+    """Returns a row for each case, from so many interleaved calls of ours and of the baseline."""
+    rows = []
+    for name, pair in cases(device).items():
+        steps = {side: lambda run=run: run().backward() for side, run in zip(("ours", "baseline"), pair)}
+        times, _ = interleaved_times(steps, calls, warmup=calls // 10 + 1)
+        ours, baseline = (statistics.median(times[side].host or times[side].whole) for side in steps)
+        row = {"call": name, "ours_ms": round(1e3 * ours, 3), "baseline_ms": round(1e3 * baseline, 3)}
+        rows.append(row | {"ratio": round(ours / baseline, 2)})
+    return rows
 
 
 def main() -> None:
@@ -77,23 +69,9 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=2000)
     calls = parser.parse_args().calls
     torch.set_num_threads(1)
-    rows, where = [], hardware.describe()
-    for name, functions in cases().items():
-        times = [[seconds(function) for function in functions] for _ in range(calls)][calls // 10 :]
-        ours, baseline = (statistics.median(column) for column in zip(*times))
-        files, functions_passed = way(functions[0])
-        rows.append(
-            {
-                "call": name,
-                "ours_ms": round(1e3 * ours, 3),
-                "baseline_ms": round(1e3 * baseline, 3),
-                "ratio": round(ours / baseline, 2),
-                "files": files,
-                "functions": functions_passed,
-            }
-        )
+    rows, where = measure(calls, "cpu"), hardware.describe()
     print("\n".join(results_file.table(rows)))
-    path = results_file.RESULTS / f"host-{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}.csv"
+    path = results_file.result_path("host", where)
     results_file.write_csv(path, [row | where for row in rows])
     print(f"wrote {path}")
 

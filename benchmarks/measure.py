@@ -1,83 +1,79 @@
-"""Interleaved timing and allocator peaks, shared by the benchmarks and the tests of memory."""
+"""Interleaved timing, and the rows of result files that all benchmarks make by it."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from simplclip.memory.measure import cpu_peak_bytes
 
-Value = TypeVar("Value")
+BASE = "simplclip"  # the form by whose time the others' times are divided
 PASSES = {False: "forward", True: "forward + backward"}
 
 
-class Times(dict[str, list[float]]):
-    """Seconds of each run by case, until all kernels are done. `host`: until the last kernel is started. `device`: from the
-    first to the last kernel on the GPU. `failed`: the reasons of cases that raised an error."""
+@dataclass
+class Times:
+    """Seconds of each run of a form; on a GPU also until its last kernel starts (`host`), and of its kernels (`device`)."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        super().__init__({name: [] for name in names})
-        self.host: dict[str, list[float]] = {name: [] for name in self}
-        self.device: dict[str, list[float]] = {name: [] for name in self}
-        self.failed: dict[str, str] = {}
+    whole: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    device: list[float] = field(default_factory=list)
+
+
+def choose_clock() -> tuple[str, Callable[[], float]]:
+    """Returns name and clock: with one thread processor time, which other processes change little; else wall time."""
+    if torch.get_num_threads() == 1 and not torch.cuda.is_available():
+        return "processor", time.process_time
+    return "wall", time.perf_counter
 
 
 def interleaved_times(
-    cases: Mapping[str, Callable[[], object]],
-    repeats: int,
-    warmup: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
-    strict: bool = True,
-) -> Times:
+    cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, strict: bool = True
+) -> tuple[dict[str, Times], dict[str, str]]:
     """Times `repeats` runs of each case, taken in turn (A B C A B C ...) so that drift of the machine hits all cases alike.
 
-    strict: an error of a case is raised; else the case is left out from then on.
+    Returns the times, and the reasons of cases that failed and are left out. strict: an error of a case is raised.
     """
-    times = Times(cases)
+    _, clock = choose_clock()
+    times, reasons = {name: Times() for name in cases}, dict[str, str]()
     for turn in range(warmup + repeats):
-        for name, run in cases.items():
-            if name in times.failed:
-                continue
+        for name in [name for name in cases if name not in reasons]:
+            run = Times()
             try:
-                first, last = _mark(), _mark()
-                _synchronize()
-                start = clock()
-                first.record()
-                run()
-                last.record()
-                host = clock() - start
-                _synchronize()
-                whole = clock() - start
+                _time(cases[name], clock, run)
             except Exception as error:
                 if strict:
                     raise
-                times.failed[name] = reason(error)
+                reasons[name] = reason(error)
+                del times[name]
                 continue
             if turn >= warmup:
-                times[name].append(whole)
-                times.host[name].append(host)
-                times.device[name].append(first.elapsed_time(last) / 1e3)
-    for name in times.failed:
-        times.pop(name)
-    return times
+                for column in ("whole", "host", "device"):
+                    getattr(times[name], column).extend(getattr(run, column))
+    return times, reasons
 
 
-class _Moment:
-    """A stand-in for torch.cuda.Event where there is no GPU."""
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end: _Moment) -> float:  # milliseconds
-        return 1e3 * (end.at - self.at)
-
-
-def _mark():
-    return torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else _Moment()
+def _time(run: Callable[[], object], clock: Callable[[], float], times: Times) -> None:
+    if not torch.cuda.is_available():
+        start = clock()
+        run()
+        times.whole.append(clock() - start)
+        return
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start = clock()
+    first.record()
+    run()
+    last.record()
+    times.host.append(clock() - start)
+    torch.cuda.synchronize()
+    times.whole.append(clock() - start)
+    times.device.append(first.elapsed_time(last) / 1e3)
 
 
 def reason(error: Exception) -> str:
@@ -88,20 +84,12 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
-def attempted(
-    forms: Mapping[str, Callable[[], Value]],
-    wrong: Callable[[str, Value, Value], str],
-    base: str = "simplclip",
-    strict: bool = True,
-) -> tuple[dict[str, Value], dict[str, str]]:
-    """Runs each form. Returns the values, and the reasons of forms that are left out: out of memory, or a wrong value.
-
-    wrong(name, value, value of `base`) says what is wrong, "" if nothing is. strict: other errors and wrong values are
-    raised; else they are reasons too.
-    """
-    values: dict[str, Value] = {}
-    reasons: dict[str, str] = {}
-    for name, run in forms.items():
+def _first_runs(
+    cases: Mapping[str, Callable[[], Any]], wrong: Callable[[str, Any, Any], str] | None, base: str, strict: bool
+) -> dict[str, str]:
+    """Runs each case once. Returns the reasons of those that are left out: out of memory, and if not strict any error."""
+    values, reasons = dict[str, Any](), dict[str, str]()
+    for name, run in cases.items():
         try:
             values[name] = run()
         except Exception as error:
@@ -110,38 +98,57 @@ def attempted(
             reasons[name] = reason(error)
         if name in reasons and torch.cuda.is_available():  # outside the handler, which holds the failed form's tensors
             torch.cuda.empty_cache()
-    for name in [name for name in values if name != base and base in values]:
-        if text := wrong(name, values[name], values[base]):
-            if strict:
-                raise AssertionError(text)
+    for name, value in values.items():
+        text = wrong(name, value, values[base]) if wrong and base in values else ""
+        if text and strict:
+            raise AssertionError(text)
+        if text:
             reasons[name] = text
-            del values[name]
-    return values, reasons
+    return reasons
 
 
-def clock_of_steps() -> tuple[str, Callable[[], float]]:
-    """Returns name and clock for steps of seconds: with one thread processor time, which load changes little; else wall."""
-    if torch.get_num_threads() == 1 and not torch.cuda.is_available():
-        return "processor", time.process_time
-    return "wall", time.perf_counter
+def compare(
+    what: dict[str, Any],
+    cases: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    first: Mapping[str, Callable[[], Any]] | None = None,
+    wrong: Callable[[str, Any, Any], str] | None = None,
+    base: str = BASE,
+    warmup: int = 1,
+    strict: bool = True,
+) -> list[dict[str, Any]]:
+    """Measures cases that take turns. Returns a row of a result file for each: `what`, its form, and its quantiles.
+
+    first: what to run of each case before, in place of the case itself. wrong(form, value, value of `base`) says what is
+    wrong with the value that this returns, "" if nothing is. strict: errors but those of memory, and wrong values, are
+    raised; else the row says why it has no figures.
+    """
+    reasons = _first_runs(first or cases, wrong, base, strict)
+    usable = {name: run for name, run in cases.items() if name not in reasons}
+    times, failed = interleaved_times(usable, repeats, warmup, strict)
+    reasons |= failed
+    how = {"threads": torch.get_num_threads(), "clock": choose_clock()[0], "repeats": repeats}
+    rows = []
+    for name in cases:
+        row = {**what, "form": name, **how}
+        if name in times:
+            milliseconds = [round(1e3 * seconds, 2) for seconds in quantiles(times[name].whole)]
+            row |= dict(zip(("p20_ms", "p50_ms", "p80_ms"), milliseconds))
+            row["times_ours"] = _ratio(times, name, base)
+            row |= {
+                f"{side}_ms": round(1e3 * statistics.median(seconds), 3)
+                for side, seconds in (("host", times[name].host), ("device", times[name].device))
+                if seconds
+            }
+        rows.append(row | {"note": reasons.get(name, "")})
+    return rows
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """Returns the highest sum of live bytes of torch's allocator on the device during `run`, above those before it."""
-    if device == "cpu":
-        return cpu_peak_bytes(run)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    kept = run()
-    torch.cuda.synchronize()
-    del kept
-    return torch.cuda.max_memory_allocated() - before
+def _ratio(times: Mapping[str, Times], name: str, base: str) -> float | str:
+    if base not in times:
+        return ""
+    return round(statistics.median(times[name].whole) / statistics.median(times[base].whole), 2)
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -152,24 +159,14 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(values), fifths[3]
 
 
-def figures(times: dict[str, list[float]], form: str, base: str = "simplclip") -> dict[str, float]:
-    """Returns columns of a row: a form's quantiles in milliseconds, and its median divided by `base`'s."""
-    p20, p50, p80 = quantiles(times[form])
-    milliseconds = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
-    ratio = round(p50 / quantiles(times[base])[1], 2) if base in times else ""
-    return {**{name: round(1e3 * seconds, 2) for name, seconds in milliseconds.items()}, "times_ours": ratio}
-
-
-def apart(times: Times, form: str) -> dict[str, float]:
-    """Returns columns of a row: medians of the host's and of the device's milliseconds."""
-    sides = {"host_ms": times.host[form], "device_ms": times.device[form]}
-    return {name: round(1e3 * quantiles(seconds)[1], 3) for name, seconds in sides.items()}
-
-
-def row_of(
-    row: dict, times: Times, form: str, reasons: Mapping[str, str], strict: bool, base: str = "simplclip"
-) -> dict:  # fmt: skip
-    """Adds the figures of a form to a row. If not strict, also adds medians of host and device, and a failure's reason."""
-    if form in times:
-        row |= figures(times, form, base) | ({} if strict else apart(times, form))
-    return row if strict else row | {"note": reasons.get(form, "")}
+def peak_mib(run: Callable[[], object], device: str = "cpu") -> float:
+    """Returns the highest sum of live MiB of torch's allocator on the device during `run`, above those before it."""
+    if device == "cpu":
+        return cpu_peak_bytes(run) / 2**20
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = run()
+    torch.cuda.synchronize()
+    del kept
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -4,7 +4,7 @@ python -m benchmarks.share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' -
 python -m benchmarks.share mobileclip-s0 --checkpoint mobileclip_s0.pt --data 'shards/val-*.tar' --tower image --out share-s0
 
 Prints the Jensen-Shannon divergence of the attention maps of neighbouring blocks, from 0 for equal maps to ln 2 = 0.69 nats,
-and the value of `share` with which the tower keeps within the budget. share.json and share.png have all pairs of blocks.
+and the value of `share` with which the tower keeps within the budget. share.json has all pairs of blocks.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import simplclip
@@ -40,10 +38,7 @@ BATCH = 8
 
 
 def inputs_of(encoder: Any, tower: str, split: HeldOut, samples: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yields inputs of a tower for the first samples, and the number of first tokens that count in each (None: all).
-
-    encoder: an Encoder of `simplclip.load`. Of a sample's captions the first is taken.
-    """
+    """Yields inputs of a tower for the first samples and captions, and how many first tokens count in each (None: all)."""
     argmax = (text_pool(encoder.model) or "argmax") == "argmax"
     for images, _, rows in split.batches(encoder.preprocess, BATCH, Skipped()):
         if tower == "image":
@@ -68,15 +63,12 @@ def divergences(
     """Computes the Jensen-Shannon divergence of the attention maps of all pairs of n blocks of a tower, float64 [n, n].
 
     It is H((p + q) / 2) - (H(p) + H(q)) / 2 in nats, where p and q are the attention of two blocks for one query and H is the
-    entropy: 0 for equal maps, at most ln 2. The result is the mean over queries, heads (compared by their index) and samples;
-    NaN for two blocks with different numbers of heads or tokens. The maps are computed from q and k, one sample at a time.
+    entropy. The result is the mean over queries, heads (compared by their index) and samples; NaN for two blocks with
+    different numbers of heads or tokens.
 
-    Args:
-        model: in eval mode. Its blocks may be simplified.
-        batches: inputs of the tower, "text" or "image", and for each the number of first tokens that are queries (None: all).
-        encode: runs the tower on inputs.
-
-    Raises InputError if the tower has fewer than two blocks, or attention of an unknown kind, or if there is no sample.
+    model: in eval mode. batches: inputs of the tower, "text" or "image", and for each the number of first tokens that are
+    queries (None: all). encode: runs the tower on inputs. Raises InputError if the tower has fewer than two blocks, or
+    attention of an unknown kind, or if there is no sample.
     """
     sites = block_sites(model, tower)
     if len(sites) < 2:
@@ -153,9 +145,8 @@ def parse_budget(text: str, whole: int) -> int:
 def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> list[dict[str, Any]]:
     """Proposes which weights the simplified blocks of a tower share, so that the tower is within the budget.
 
-    Groups start as single blocks. The two neighbouring groups of lowest mean divergence, over all pairs of a block of one and
-    a block of the other, are merged until the tower is within the budget. Blocks of different shapes, or whose divergence is
-    NaN (other numbers of tokens), never share.
+    The two neighbouring groups of lowest mean divergence, over all pairs of a block of one and a block of the other, are
+    merged until the tower is within the budget. Blocks of different shapes or numbers of tokens never share.
 
     Returns for each of "attention", "mlp" and "all" that reaches the budget: "what", the argument "share" of `simplify`, and
     the "parameters" of the tower. Raises InputError if none of the three reaches the budget.
@@ -197,19 +188,6 @@ def _size(*parameters: nn.Parameter) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def draw(path: Path, divergence: Tensor, title: str) -> None:
-    """Draws a PNG with all pairs of blocks, from bright (alike) to dark."""
-    figure, values = Figure(figsize=(6.4, 5.4), dpi=120), divergence.numpy()
-    axis = figure.subplots()
-    # Maps of trained blocks diverge far less than the ln 2 that is possible, so the scale ends at the highest value.
-    image = axis.imshow(values, cmap="viridis_r", vmin=0.0, vmax=max(0.02, np.nanmax(values)))
-    axis.set_title(title, loc="left", fontsize=11)
-    axis.set(xticks=range(len(values)), yticks=range(len(values)))
-    figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03).outline.set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.share", description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="what simplclip.load takes; its blocks may be simplified")
@@ -218,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tower", choices=("text", "image"), default="text")
     parser.add_argument("--samples", type=int, default=256, help="images or captions to measure (default: 256)")
     parser.add_argument("--budget", help="parameters to keep within, as a number or as 80%% of the tower")
-    parser.add_argument("--out", type=Path, default=Path("share"), help="folder for share.json and share.png")
+    parser.add_argument("--out", type=Path, default=Path("share"), help="folder for share.json")
     options = parser.parse_args(arguments)
     tower, split = options.tower, held_out(options.data, captions=1)
     encoder = simplclip.load(options.model, options.checkpoint)
@@ -227,29 +205,22 @@ def main(arguments: list[str] | None = None) -> None:
 
     batches = list(inputs_of(encoder, tower, split, options.samples))
     divergence = divergences(encoder.model, tower, batches, lambda inputs: encoder.features(tower, inputs))
-    report = {
-        "model": options.model,
-        "data": options.data,
-        "samples": sum(len(inputs) for inputs, _ in batches),
-        "tower": tower,
-        "blocks": [site.path for site in block_sites(encoder.model, tower)],
-        "parameters": size,
-        "attention_divergence": [[None if math.isnan(x) else x for x in row] for row in divergence.tolist()],
-        "proposals": propose(encoder.model, tower, divergence, budget) if budget is not None else [],
-    }
+    samples = sum(len(inputs) for inputs, _ in batches)
+    proposals = propose(encoder.model, tower, divergence, budget) if budget is not None else []
 
-    print(f"{tower}: {len(report['blocks'])} blocks, {report['samples']} samples, {size:,} parameters")
+    print(f"{tower}: {len(divergence)} blocks, {samples} samples, {size:,} parameters")
     print("blocks    divergence of attention maps (nats)")
     for i, value in enumerate(divergence.diagonal(1).tolist()):
         print(f"{f'{i}, {i + 1}':<10}{value:.4f}")
-    for proposal in report["proposals"]:
+    for proposal in proposals:
         share = yaml.safe_dump(proposal["share"], default_flow_style=True, width=10**6).strip()
         print(f"{proposal['what']}: {proposal['parameters']:,} parameters")
         print(f"  model.options.simplify_options.share={share}")
+    report = {"model": options.model, "data": options.data, "samples": samples, "tower": tower, "parameters": size}
+    report["attention_divergence"] = [[None if math.isnan(x) else x for x in row] for row in divergence.tolist()]
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "share.json").write_text(json.dumps(report, indent=2) + "\n")
-    draw(options.out / "share.png", divergence, f"{options.model}, {tower}: divergence of attention maps (nats)")
-    print(f"wrote {options.out / 'share.json'} and {options.out / 'share.png'}")
+    (options.out / "share.json").write_text(json.dumps(report | {"proposals": proposals}, indent=2) + "\n")
+    print(f"wrote {options.out / 'share.json'}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
-"""The forms that benchmarks compare: similarity objectives as simplclip, open_clip, torch.compile and others compute them."""
+"""Similarity objectives as simplclip, open_clip, torch.compile and others compute them, measured in turn."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import apart, attempted, clock_of_steps, figures, interleaved_times, peak_bytes, quantiles
+from benchmarks.measure import BASE, compare, peak_mib
 from simplclip.losses import WIKDLoss
 from simplclip.ops import similarity_loss
 from simplclip.ops.similarity.chunks import stored_rows
@@ -22,6 +20,7 @@ OBJECTIVES = ("contrastive", "sigmoid", "all four")
 PLANE = (10.0, -2.0)
 SCALE = 50.0
 CHUNK = 1024  # rows of a chunk in forms of other libraries
+PRODUCTS = "three products"  # S = X Yᵀ, G Y and Gᵀ X alone
 
 
 @dataclass
@@ -34,11 +33,8 @@ class Batch:
     teacher_text: Tensor  # [N, D]
     teacher_scale: Tensor  # []
 
-    def leaves(self) -> list[Tensor]:
-        return [t for t in (getattr(self, f.name) for f in fields(self)) if t.requires_grad]
-
     def clear(self) -> None:
-        for leaf in self.leaves():
+        for leaf in (self.image, self.text, self.scale, self.bias):
             leaf.grad = None
 
     def step(self, form: Callable[[Batch], Tensor]) -> Tensor:
@@ -82,18 +78,8 @@ def _clip_loss(b: Batch) -> Tensor:
     return ClipLoss()(b.image, b.text, b.scale)
 
 
-class _SigLipLoss(SigLipLoss):
-    """SigLipLoss with its sum in float32, since the sum of N² float16 numbers overflows from N = 1,024 on."""
-
-    def _loss(self, image, text, scale, bias=None, negative_only=False):
-        logits = self.get_logits(image, text, scale, bias)
-        labels = self.get_ground_truth(image.device, image.dtype, len(image), negative_only=negative_only)
-        return -F.logsigmoid(labels * logits).sum(dtype=torch.float32) / len(image)
-
-
-def _siglip_loss(b: Batch) -> Tensor:
-    loss = _SigLipLoss() if b.image.dtype == torch.float16 else SigLipLoss()
-    return loss(b.image, b.text, b.scale, b.bias)
+def _siglip_loss(b: Batch) -> Tensor:  # in float16 its sum overflows from N = 1,024 on
+    return SigLipLoss()(b.image, b.text, b.scale, b.bias)
 
 
 def _sum(values: Tensor) -> Tensor:
@@ -124,18 +110,6 @@ def _one_product_sigmoid(b: Batch) -> Tensor:
     return (_sum(F.softplus(logits)) - _sum(logits.diagonal())) / b.image.shape[0]
 
 
-def _siglip_kernel_references() -> list[Callable[[Batch], Tensor]]:
-    """Returns siglip-kernel's reference, whole and in chunks. Loads its file alone: importing the package needs a GPU."""
-    path = Path(importlib.util.find_spec("siglip_kernel").origin).with_name("reference.py")
-    spec = importlib.util.spec_from_file_location("siglip_kernel_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return [
-        lambda b: module.siglip_loss_reference(b.image, b.text, b.scale, b.bias),
-        lambda b: module.siglip_loss_chunked_reference(b.image, b.text, b.scale, b.bias, CHUNK),
-    ]
-
-
 def _siglip_kernel(b: Batch) -> Tensor:
     from siglip_kernel import fused_siglip_loss
 
@@ -154,8 +128,9 @@ def _inf_clip(b: Batch) -> Tensor:
     return 0.5 * (cal_flash_loss(b.image, b.text, scale=b.scale) + cal_flash_loss(b.text, b.image, scale=b.scale))
 
 
-def _pair_matching(similarity: Tensor) -> Tensor:
-    decision = PLANE[0] * similarity + PLANE[1]
+def pair_matching(similarity: Tensor, weight: Tensor | float, bias: Tensor | float) -> Tensor:
+    """Computes the pair matching loss of a dense matrix [N, N]."""
+    decision = weight * similarity + bias
     n = similarity.shape[0]
     positive = F.softplus(-decision.diagonal())
     negative = (_sum(F.softplus(decision)) - _sum(F.softplus(decision.diagonal()))) / (n * (n - 1))
@@ -171,7 +146,7 @@ def _interactive(b: Batch) -> Tensor:
 def _open_clip_all(b: Batch) -> Tensor:
     """Adds open_clip.DistillClipLoss, pair matching over one more product, and cross-entropies across modalities."""
     distilled = DistillClipLoss()(b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale)
-    return sum(distilled) + _pair_matching(b.image @ b.text.T) + _interactive(b)
+    return sum(distilled) + pair_matching(b.image @ b.text.T, *PLANE) + _interactive(b)
 
 
 def _fewest_products_all(b: Batch) -> Tensor:
@@ -179,7 +154,7 @@ def _fewest_products_all(b: Batch) -> Tensor:
     similarity = b.image @ b.text.T
     logits, teacher = b.scale * similarity, b.teacher_scale * (b.teacher_image @ b.teacher_text.T)
     diagonal = logits.diagonal()
-    loss = _pair_matching(similarity) + _interactive(b)
+    loss = pair_matching(similarity, *PLANE) + _interactive(b)
     for dim in (0, 1):
         loss = loss + 0.5 * (logits.logsumexp(dim) - diagonal).mean()
         loss = loss - 0.5 * (teacher.softmax(dim) * logits.log_softmax(dim)).sum(dim).mean(dtype=torch.float32)
@@ -205,139 +180,103 @@ def _products(features: Tensor, terms: tuple[str, ...]) -> float:
 class Form:
     name: str
     run: Callable[[Batch], Tensor]
-    eager: Callable[[Batch], Tensor] | None = None  # matrix products are counted in this form; None: by `_products`
-    largest: int = 1 << 62  # largest N for which the form is measured
+    products: float | None = None  # matrix products of N·N·D, forward and backward; None: as `_products` says of the terms
     terms: tuple[str, ...] = ()
-    counted: float | None = None  # the number of matrix products, where it is known
-    tf32: bool = False  # the form multiplies float32 as TF32
-
-    def products(self, b: Batch) -> float:
-        """Returns the matrix products of N·M·D in a forward and backward; stored rows may save a fraction of one."""
-        d = b.image.shape[1]
-        if self.counted is not None:
-            return self.counted
-        if self.eager is None:
-            return _products(b.image, self.terms)
-        small = batch(64, d, b.image.dtype, b.image.device.type)
-        with FlopCounterMode(display=False) as counter:
-            small.step(self.eager)
-        return counter.get_total_flops() / (2 * 64 * 64 * d)
+    dense: bool = False  # holds N×N matrices
+    tf32: bool = False  # multiplies float32 as TF32
 
 
-def forms(objective: str, dtype: str, dense_up_to: int) -> list[Form]:
-    """Returns the forms of an objective, simplclip's first. Dense forms hold N×N matrices and run up to N = dense_up_to."""
-    on_gpu = torch.cuda.is_available()
-    installed = {name for name in ("inf_cl", "memeff", "siglip_kernel") if importlib.util.find_spec(name)}
+def forms(objective: str, dtype: str) -> list[Form]:
+    """Returns the forms of an objective, simplclip's first."""
 
     def ours(name: str, *terms: str) -> Form:
         return Form(name, _ours(terms), terms=terms)
 
-    def dense(name: str, run: Callable[[Batch], Tensor]) -> Form:
-        return Form(name, run, run, dense_up_to)
+    def dense(name: str, run: Callable[[Batch], Tensor], products: int) -> Form:
+        return Form(name, run, products, dense=True)
 
-    def compiled(name: str, run: Callable[[Batch], Tensor]) -> Form:
-        return Form(f"torch.compile{name}", torch.compile(run, dynamic=False), run, dense_up_to)
+    def compiled(name: str, run: Callable[[Batch], Tensor], products: int) -> Form:
+        return dense(f"torch.compile{name}", torch.compile(run, dynamic=False), products)
+
+    def on_gpu(package: str, name: str, run: Callable[[Batch], Tensor], products: int, tf32: bool) -> list[Form]:
+        usable = torch.cuda.is_available() and importlib.util.find_spec(package)
+        return [Form(name, run, products, tf32=tf32)] if usable else []
 
     if objective == "contrastive":
-        found = [
-            ours("simplclip", "contrastive"),
-            ours("simplclip, pair matching too", "contrastive", "pair_matching"),
-            dense("open_clip.ClipLoss", _clip_loss),
-            compiled(" of open_clip.ClipLoss", _clip_loss),
-            compiled(", one product", _one_product),
+        return [
+            ours(BASE, "contrastive"),
+            ours(f"{BASE}, pair matching too", "contrastive", "pair_matching"),
+            dense("open_clip.ClipLoss", _clip_loss, 6),
+            compiled(" of open_clip.ClipLoss", _clip_loss, 6),
+            compiled(", one product", _one_product, 3),
+            *on_gpu("inf_cl", "Inf-CLIP, both directions", _inf_clip, 10, tf32=False),
+            *on_gpu("memeff", "memeff, no gradient of the scale", _memeff, 5, tf32=True),
         ]
-        if on_gpu and "inf_cl" in installed:
-            found.append(Form("Inf-CLIP, both directions", _inf_clip, counted=10))
-        if on_gpu and "memeff" in installed:
-            found.append(Form("memeff, no gradient of the scale", _memeff, counted=5, tf32=True))
-        return found
     if objective == "sigmoid":
-        found = [
-            ours("simplclip", "sigmoid"),
-            ours("simplclip, pair matching too", "sigmoid", "pair_matching"),
-            dense("open_clip.SigLipLoss", _siglip_loss),
-            compiled(" of open_clip.SigLipLoss", _siglip_loss),
-            dense(f"open_clip's main branch, chunk_size={CHUNK}", _siglip_loss_in_chunks),
-            compiled(f" of open_clip's main branch, chunk_size={CHUNK}", _siglip_loss_in_chunks),
-            compiled(", three products", _one_product_sigmoid),
+        chunks = f"open_clip's main branch, chunk_size={CHUNK}"
+        return [
+            ours(BASE, "sigmoid"),
+            ours(f"{BASE}, pair matching too", "sigmoid", "pair_matching"),
+            dense("open_clip.SigLipLoss", _siglip_loss, 3),
+            compiled(" of open_clip.SigLipLoss", _siglip_loss, 3),
+            dense(chunks, _siglip_loss_in_chunks, 3),
+            compiled(f" of {chunks}", _siglip_loss_in_chunks, 3),
+            compiled(", three products", _one_product_sigmoid, 3),
+            *on_gpu("siglip_kernel", "siglip-kernel", _siglip_kernel, 4 if dtype == "float32" else 3, tf32=True),
         ]
-        if "siglip_kernel" in installed:
-            whole, in_chunks = _siglip_kernel_references()
-            found += [dense("siglip-kernel's reference", whole), dense("siglip-kernel's reference, chunks", in_chunks)]
-        if on_gpu and "siglip_kernel" in installed:
-            found.append(Form("siglip-kernel", _siglip_kernel, counted=4 if dtype == "float32" else 3, tf32=True))
-        return found
     return [
-        Form("simplclip", _wikd_loss, terms=("contrastive", "pair_matching", "relational", "interactive")),
-        dense("open_clip's losses and KL", _open_clip_all),
-        compiled(", fewest products", _fewest_products_all),
+        Form(BASE, _wikd_loss, terms=("contrastive", "pair_matching", "relational", "interactive")),
+        dense("open_clip's losses and KL", _open_clip_all, 15),
+        compiled(", fewest products", _fewest_products_all, 8),
     ]
 
 
 def measure(
-    objective: str,
-    n: int,
-    d: int,
-    dtype: str,
-    repeats: int,
-    device: str = "cpu",
-    dense_up_to: int = 1 << 62,
-    op: str = "similarity_loss",
-    strict: bool = True,
+    op: str, objective: str, n: int, d: int, dtype: str, dense_up_to: int, device: str, repeats: int, strict: bool = True
 ) -> list[dict]:
     """Returns a row of a result file for each form, also for a form that is left out or does not fit. Compares values first.
 
-    strict: any other error, or another value, is raised; else the row says why.
+    Dense forms are measured up to N = dense_up_to. strict: as for `compare`.
     """
     torch.compiler.reset()  # so that each form is compiled for this size alone
     features = batch(n, d, getattr(torch, dtype), device)
-    peaks: dict[str, int] = {}
-    left_out: dict[str, str] = {}
+    wanted = {form.name: form for form in forms(objective, dtype)}
+    used = {name: form for name, form in wanted.items() if n <= dense_up_to or not form.dense}
+    peaks: dict[str, float] = {}
 
     def first_step(form: Form) -> float:
         if device != "cpu" or form.name.startswith("torch.compile"):
             features.step(form.run)  # compiles or tunes
         features.clear()
         values: list[float] = []
-        peaks[form.name] = peak_bytes(lambda: values.append(features.step(form.run).item()), device)
+        peaks[form.name] = peak_mib(lambda: values.append(features.step(form.run).item()), device)
         return values[0]
 
     def wrong(name: str, value: float, ours: float) -> str:
-        tolerance = 1e-4 if dtype == "float32" and not found[name].tf32 else 2e-2
-        if "too" in name or abs(value - ours) <= tolerance * max(abs(ours), 1):
+        if name == PRODUCTS or "too" in name:
             return ""
-        return f"{name}: expected the value of simplclip, {ours}, got {value} ({objective}, {n}, {dtype})"
+        tolerance = 1e-4 if dtype == "float32" and not used[name].tf32 else 2e-2
+        if abs(value - ours) <= tolerance * max(abs(ours), 1):
+            return ""
+        return f"{name}: expected the value of {BASE}, {ours}, got {value} ({objective}, {n}, {dtype})"
 
-    found: dict[str, Form] = {}
-    for form in forms(objective, dtype, dense_up_to):
-        if n > form.largest:
-            left_out[form.name] = f"left out: N×N matrices of {n * n * features.image.element_size() / 2**30:.3g} GiB each"
-        else:
-            found[form.name] = form
-    first = {name: lambda form=form: first_step(form) for name, form in found.items()}
-    values, reasons = attempted(first, wrong, strict=strict)
-
-    cases = {name: lambda form=found[name]: features.step(form.run) for name in values}
     products = three_products(features)
-    products()  # the first run of each form was above
-    clock, tick = clock_of_steps()
-    times = interleaved_times({"products": products, **cases}, repeats, warmup=0, clock=tick, strict=strict)
-    reasons |= left_out | times.failed
-    one_product = quantiles(times["products"])[1] / 3
-    rows = []
-    for name in [*found, *left_out]:
-        row = {"op": op, "objective": objective, "n": n, "d": d, "dtype": dtype, "form": name, "repeats": repeats}
-        if name not in reasons:
-            gemms = found[name].products(features)
-            row |= figures(times, name) | {
-                "gemms": round(gemms, 2),
-                "gemm_share": round(gemms * one_product / quantiles(times[name])[1], 2),
-                "extra_mib": round(peaks[name] / 2**20, 1),
-                "memory_times_ours": round(peaks[name] / peaks["simplclip"], 1) if "simplclip" in peaks else "",
-            }
-            row |= {} if strict else apart(times, name)
-        rows.append({**row, "clock": clock, "note": reasons.get(name, "")})
-    return rows
+    what = {"op": op, "objective": objective, "n": n, "d": d, "dtype": dtype}
+    cases = {PRODUCTS: products} | {name: lambda form=form: features.step(form.run) for name, form in used.items()}
+    first = {PRODUCTS: products} | {name: lambda form=form: first_step(form) for name, form in used.items()}
+    of_products, *rows = compare(what, cases, repeats, first=first, wrong=wrong, warmup=0, strict=strict)
+    for row in rows:
+        name = row["form"]
+        if "p50_ms" in row:
+            form = used[name]
+            gemms = _products(features.image, form.terms) if form.products is None else form.products
+            row["gemms"] = round(gemms, 2)
+            row["gemm_share"] = round(gemms * of_products["p50_ms"] / 3 / row["p50_ms"], 2)
+            row["extra_mib"] = round(peaks[name], 1)
+            row["memory_times_ours"] = round(peaks[name] / peaks[BASE], 1) if BASE in peaks else ""
+    size = n * n * features.image.element_size() / 2**30
+    note = {"note": f"left out: N×N matrices of {size:.3g} GiB each"}
+    return rows + [{**what, "form": name, **note} for name in wanted if name not in used]
 
 
 def three_products(b: Batch) -> Callable[[], None]:

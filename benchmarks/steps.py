@@ -76,7 +76,7 @@ STEPS = 2  # measured ones; in the second one the optimizer's state exists from 
 
 
 def runner(step: Step, device: torch.device) -> Callable[[], object]:
-    """Returns a function that runs the step on real tensors on `device`, with weights that are random."""
+    """Returns a function that runs the step on real tensors on `device`, with random weights."""
     return _placed(step, device)[1]
 
 

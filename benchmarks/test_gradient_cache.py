@@ -1,4 +1,4 @@
-"""Gradient caching on siclip-tiny: time against plain accumulation, and resident memory at a large effective batch.
+"""Gradient caching on siclip-tiny: time and memory against plain accumulation, and memory against one graph.
 
     OMP_NUM_THREADS=1 pytest benchmarks/test_gradient_cache.py --repeats 5 --write
 
@@ -6,27 +6,21 @@ Accumulation runs the same micro-batches, each with a loss of its own, so that t
 One graph, whose gradients gradient caching computes, is measured at a smaller batch. No optimizer.
 """
 
-import resource
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from benchmarks.hardware import ROOT
-from benchmarks.measure import clock_of_steps, cpu_peak_bytes, figures, interleaved_times
+from benchmarks.measure import PASSES, compare, peak_mib
+from benchmarks.training_forms import PRECISION
 from simplclip import gradient_cache, models
 from simplclip.common import hardware
 from simplclip.losses import ClipPMLoss
 
-MICRO = 64
-TIMED, PEAK, LARGE = 2048, 1024, 16384
+MICRO, TIMED, PEAK = 64, 2048, 1024
 OURS, ACCUMULATION, GRAPH = "gradient caching", "accumulation, a loss for each micro-batch", "one graph"
-PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 class Case:
-    """siclip-tiny, a loss, and E pairs in micro-batches."""
+    """siclip-tiny, a loss, and pairs in micro-batches."""
 
     def __init__(self, pairs: int, dtype: str):
         torch.manual_seed(0)
@@ -59,46 +53,17 @@ class Case:
         loss.backward()
 
 
-def row(pairs: int, dtype: str, form: str, **columns) -> dict:
-    return {
-        "op": "gradient_cache",
-        "n": pairs,
-        "shape": f"siclip-tiny, m={MICRO}",
-        "dtype": dtype,
-        "pass": "forward + backward",
-        "form": form,
-        "threads": torch.get_num_threads(),
-        **columns,
-    }
-
-
-@pytest.mark.parametrize("dtype", PRECISION)
-def test_time(benchmark, rows, request, dtype):
-    case, repeats = Case(TIMED, dtype), request.config.getoption("--repeats")
-    forms = {OURS: case.cached, ACCUMULATION: case.accumulated}
-    name, clock = clock_of_steps()
-    times = benchmark.pedantic(interleaved_times, args=(forms, repeats, 1, clock), rounds=1)
-    rows += [row(TIMED, dtype, form, clock=name, repeats=repeats, **figures(times, form, OURS)) for form in forms]
-
-
-@pytest.mark.parametrize("dtype", PRECISION)
-def test_allocator_peak(rows, dtype):
+def measure(dtype, repeats):
+    what = {"op": "gradient_cache", "shape": f"siclip-tiny, m={MICRO}", "dtype": dtype, "pass": PASSES[True]}
+    timed = Case(TIMED, dtype)
+    rows = compare(what | {"n": TIMED}, {OURS: timed.cached, ACCUMULATION: timed.accumulated}, repeats, base=OURS, warmup=0)
     case = Case(PEAK, dtype)
     for form, run in {OURS: case.cached, ACCUMULATION: case.accumulated, GRAPH: case.one_graph}.items():
         run()  # so that gradients exist
-        rows.append(row(PEAK, dtype, form, extra_mib=round(cpu_peak_bytes(run) / 2**20)))
+        rows.append(what | {"n": PEAK, "form": form, "extra_mib": round(peak_mib(run))})
+    return rows
 
 
-@pytest.mark.parametrize("dtype", PRECISION)
-def test_resident_memory(rows, dtype):
-    """Measures the highest resident set of a process that makes one step, with torch, the model and the pairs' pixels."""
-    program = f"from benchmarks import test_gradient_cache as t; t.print_resident({dtype!r})"
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    resident = int(run.stdout)
-    rows.append(row(LARGE, dtype, OURS, resident_mib=resident))
-    assert resident < 4096
-
-
-def print_resident(dtype: str) -> None:
-    Case(LARGE, dtype).cached()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_cache(measured, dtype):
+    measured(measure, dtype)

@@ -1,28 +1,19 @@
-"""A text tower on padded captions and on the same captions cropped, in one piece or in groups by length; and the demo's step.
+"""ViT-B-32's text tower on padded captions, and on the same captions cropped in one piece or in groups by length.
 
     OMP_NUM_THREADS=1 pytest benchmarks/test_texts.py --repeats 9 --write
 
-Forward and backward of text towers on 64 captions: ViT-B-32's (12 layers, width 512, causal, 77 tokens), and those of
-siclip2-s0 and siclip-s0 with masked padding. The lengths of the captions follow two histograms: one like COCO's captions
-(mean 13), one like CC12M's alt texts (mean 23, a tail to 77). The demo's step needs the demo's data, see its config.
+Forward and backward of 12 layers of width 512 on 64 captions of at most 77 tokens. The lengths follow two histograms: one
+like COCO's captions (mean 13), one like CC12M's alt texts (mean 23, a tail to 77).
 """
-
-from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 
-from benchmarks.measure import clock_of_steps, figures, interleaved_times, peak_bytes
-from simplclip import models
+from benchmarks.measure import PASSES, compare, peak_mib
 from simplclip.models.crop import TextCrop
-from simplclip.models.inherit import freeze_norms
-from simplclip.train import config
-from simplclip.train.loop import make_loader
-from simplclip.train.setup import setup
-from simplclip.train.step import train_step
 
-TEXTS = 64
+TEXTS, CONTEXT, END = 64, 77, 49407
 # How many of 1,000 captions have so many tokens, start and end included.
 HISTOGRAMS = {
     "COCO": {9: 20, 10: 90, 11: 180, 12: 200, 13: 175, 14: 120, 15: 80, 16: 50, 17: 30, 18: 20, 20: 15, 22: 10, 26: 6, 32: 4},
@@ -31,84 +22,41 @@ HISTOGRAMS = {
         56: 15, 64: 10, 70: 5, 77: 25,
     },
 }  # fmt: skip
-
-
-def captions(kind, context=77, end=49407):
-    """Returns token ids [TEXTS, context]. Their lengths are the quantiles of a histogram, in random order."""
-    lengths = [length for length, count in HISTOGRAMS[kind].items() for _ in range(count)]
-    chosen = torch.tensor(lengths)[torch.linspace(0, len(lengths) - 1, TEXTS).round().long()]
-    text = torch.zeros(TEXTS, context, dtype=torch.long)
-    for row, length in zip(text, chosen[torch.randperm(TEXTS)].tolist()):
-        row[:length] = torch.randint(1, end - 1, (length,))
-        row[length - 1] = end
-    return text
-
-
-def step(model, text, dtype):
-    model.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        features = model.encode_text(text, normalize=True)
-    features.float().square().mul(torch.arange(features.shape[1])).sum().backward()
-
-
-def siclip(name):
-    model = models.create(name, simplify_options={"mask_padding": True})
-    freeze_norms(model)
-    return model
-
-
-TOWERS = {
-    "": lambda: open_clip.create_model("ViT-B-32"),
-    "siclip2-s0, masked, ": lambda: siclip("siclip2-s0"),
-    "siclip-s0, masked, ": lambda: siclip("siclip-s0"),
-}
 CROPS = {"padded": None, "one piece": 1, "four groups": 4}
 
 
-def compare(benchmark, request, row, cases):
-    """Measures cases, which take turns. Returns their rows."""
-    repeats = request.config.getoption("--repeats")
-    name, clock = clock_of_steps()
-    times = benchmark.pedantic(interleaved_times, args=(cases, repeats, 1, clock), rounds=1)
-    how = {"threads": torch.get_num_threads(), "clock": name, "repeats": repeats}
-    rows = [{"op": "texts", **row, "form": form} | how | figures(times, form, base="four groups") for form in cases]
-    for one in rows:
-        one["extra_mib"] = round(peak_bytes(cases[one["form"]], "cpu") / 2**20, 1)
-    return rows
+def captions(kind):
+    """Returns token ids [TEXTS, CONTEXT]. Their lengths are the quantiles of a histogram, in random order."""
+    lengths = [length for length, count in HISTOGRAMS[kind].items() for _ in range(count)]
+    chosen = torch.tensor(lengths)[torch.linspace(0, len(lengths) - 1, TEXTS).round().long()]
+    text = torch.zeros(TEXTS, CONTEXT, dtype=torch.long)
+    for row, length in zip(text, chosen[torch.randperm(TEXTS)].tolist()):
+        row[:length] = torch.randint(1, END - 1, (length,))
+        row[length - 1] = END
+    return text
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("kind", HISTOGRAMS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_text_tower(benchmark, rows, request, dtype, kind, tower):
+def measure(kind, dtype, repeats):
     torch.manual_seed(0)
-    text = captions(kind)
-    model = TOWERS[tower]()
+    text, model = captions(kind), open_clip.create_model("ViT-B-32")
 
     def run(groups):
         crop = TextCrop(model, groups=groups) if groups else None
-        step(model, text, dtype)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            features = model.encode_text(text, normalize=True)
+        features.float().square().mul(torch.arange(features.shape[1])).sum().backward()
         if crop:
             crop.undo()
 
     cases = {name: lambda groups=groups: run(groups) for name, groups in CROPS.items()}
-    mean = (text != 0).sum().item() / TEXTS
-    shape = f"{tower}{kind}: {TEXTS} captions of {mean:.1f} tokens"
-    rows += compare(benchmark, request, {"shape": shape, "dtype": dtype, "pass": "forward + backward"}, cases)
+    shape = f"{kind}: {TEXTS} captions of {(text != 0).sum().item() / TEXTS:.1f} tokens"
+    what = {"op": "texts", "shape": shape, "dtype": dtype, "pass": PASSES[True]}
+    rows = compare(what, cases, repeats, base="four groups")
+    return [row | {"extra_mib": round(peak_mib(cases[row["form"]]), 1)} for row in rows]
 
 
-@pytest.mark.skipif(not Path("data/emoji").exists(), reason="needs data/emoji and data/emoji-teacher, as the demo does")
-def test_demo_step(benchmark, rows, request):
-    torch.manual_seed(0)
-    state = setup(config.load("examples/emoji/siclip-lite0.yaml", ["data.workers=0"]), torch.device("cpu"), "bf16")
-    of_step, crop = [next(iter(make_loader(state)[0]))], state.crop
-
-    def run(groups):
-        crop.undo()
-        state.crop = TextCrop(state.model, groups=groups) if groups else None
-        train_step(state, of_step)
-
-    cases = {name: lambda groups=groups: run(groups) for name, groups in CROPS.items()}
-    size, mean = of_step[0]["text"].shape, (of_step[0]["text"] != 0).double().sum(-1).mean().item()
-    shape = f"the demo's step: {size[0]} images, {size[1]} captions each of {mean:.1f} of {size[2]} tokens"
-    rows += compare(benchmark, request, {"shape": shape, "dtype": "bfloat16", "pass": "step"}, cases)
+@pytest.mark.parametrize("kind", HISTOGRAMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_text_tower(measured, dtype, kind):
+    measured(measure, kind, dtype)

@@ -1,5 +1,5 @@
-"""Predicted times of the GPU's kernels and of whole calls, from machine code, bytes and launches; no GPU is needed."""
+"""Lower bounds of an op's time on a card, from its products, bytes and launches; no GPU is needed."""
 
 import os
 
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: interpreted kernels cannot be compiled
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: launches are recorded as on a card

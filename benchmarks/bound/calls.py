@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +17,8 @@ LOSSES = {
     "sigmoid": ("sigmoid",),
     "all": ("contrastive", "pair_matching", "relational"),
 }
-SIZES = (4096, 32768, 65536)
 WIDTH = 512
-LENGTHS = (50, 64, 77, 197, 257)
+LENGTHS = (50, 77, 197)
 BATCH, HEADS, HEAD = 64, 12, 64  # of attention
 # Sequences, tokens, C, F and heads: the text tower of siclip-s0 (causal), SigLIP's So400m at 224 pixels, ViT-B/16.
 TOWERS = {
@@ -38,41 +35,18 @@ class Case:
     name: str
     shape: str
     run: Callable[[torch.dtype, bool], None]  # dtype, and whether to run backward
-    product: tuple[int, int, int]  # m n k of its largest product
-
-    def __str__(self) -> str:
-        return f"{self.name}, {self.shape}"
-
-
-make, device = torch.empty, "cuda"  # make the tensors of a call; `real` replaces both
-
-
-def _normalised(shape: tuple[int, ...], **options) -> Tensor:
-    return torch.randn(shape, **options) / math.sqrt(shape[-1] if shape else 1)
-
-
-@contextlib.contextmanager
-def real(on: str) -> Iterator[None]:
-    """Context in which calls run on tensors with values, whose rows have about the length of normalised features."""
-    global make, device
-    before = make, device
-    make, device = _normalised, on
-    try:
-        yield
-    finally:
-        make, device = before
 
 
 def _leaf(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
-    return make(shape, dtype=dtype, device=device).requires_grad_(grad)
+    return torch.empty(shape, dtype=dtype, device="cuda").requires_grad_(grad)
 
 
-def _step(make: Callable[[], Tensor], backward: bool) -> None:
+def _step(call: Callable[[], Tensor], backward: bool) -> None:
     if not backward:
         with torch.no_grad():
-            make()
+            call()
         return
-    out = make()
+    out = call()
     out.backward(torch.empty_like(out) if out.dim() else None)
 
 
@@ -110,28 +84,25 @@ def block(tower: tuple, dtype: torch.dtype, backward: bool) -> None:
     _step(lambda: ops.simplified_block(*matrices, **gains, **rest, causal=causal), backward)
 
 
-def losses(sizes: tuple[int, ...] = SIZES, width: int = WIDTH) -> list[Case]:
-    found = []
-    for n in sizes:
-        for name, terms in LOSSES.items():
-            run = functools.partial(loss, terms, n, width)
-            found.append(Case(name, f"N={n} D={width}", run, (n, n, width)))
-    return found
+def losses(sizes: tuple[int, ...], width: int = WIDTH) -> list[Case]:
+    return [
+        Case(name, f"N={n} D={width}", functools.partial(loss, terms, n, width))
+        for n in sizes
+        for name, terms in LOSSES.items()
+    ]
 
 
-def others(share: float = 1.0) -> list[Case]:
-    """Returns calls of attention, MLPs and blocks. share: the part of their sequences to use."""
-    found = []
-    batch = max(1, int(BATCH * share))
+def others() -> list[Case]:
+    """Returns calls of attention, MLPs and blocks."""
+    made = []
     for length in LENGTHS:
-        shape, causal = (batch, length, HEADS, HEAD), length == 77
-        text = f"B={batch} L={length} H={HEADS} K={HEAD}" + " causal" * causal
-        run = functools.partial(attention, shape, causal)
-        found.append(Case(f"attention-{length}", text, run, (length, length, HEAD)))
-    for name, (b, length, c, f, heads, causal) in TOWERS.items():
-        b = max(1, int(b * share))
-        tower, product = (b, length, c, f, heads, causal), (b * length, f, c)
-        found.append(Case(f"mlp-{name}", f"T={b * length} C={c} F={f}", functools.partial(mlp, tower), product))
+        causal = length == 77
+        text = f"B={BATCH} L={length} H={HEADS} K={HEAD}" + " causal" * causal
+        run = functools.partial(attention, (BATCH, length, HEADS, HEAD), causal)
+        made.append(Case(f"attention-{length}", text, run))
+    for name, tower in TOWERS.items():
+        b, length, c, f, heads, causal = tower
+        made.append(Case(f"mlp-{name}", f"T={b * length} C={c} F={f}", functools.partial(mlp, tower)))
         text = f"B={b} L={length} C={c} F={f} H={heads}" + " causal" * causal
-        found.append(Case(f"block-{name}", text, functools.partial(block, tower), product))
-    return found
+        made.append(Case(f"block-{name}", text, functools.partial(block, tower)))
+    return made

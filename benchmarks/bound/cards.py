@@ -12,7 +12,6 @@ class Card:
     memory: int  # GiB
     architecture: int  # compute capability, 86 for 8.6
     multiprocessors: int
-    ghz: float  # boost clock, at which the vendor states the rates
     bandwidth: float  # GB/s
     l2: int  # MiB
     half: float  # TFLOP/s of bfloat16 and float16 in tensor cores
@@ -20,14 +19,11 @@ class Card:
     float32: float  # TFLOP/s outside tensor cores
 
 
-# NVIDIA's whitepapers on the architectures GA102, Ada, RTX Blackwell, A100 (SXM4 modules) and H100 (SXM5; its tensor rates
-# are those at 1.83 GHz), and the specifications of the GeForce RTX 3060.
+# NVIDIA's whitepapers on the architectures GA102, Ada, RTX Blackwell, A100 (SXM4 modules) and H100 (SXM5).
 CARDS = {
-    "rtx-3090": Card(24, 86, 82, 1.695, 936, 6, 71.2, 35.6, 35.6),
-    "rtx-4090": Card(24, 89, 128, 2.52, 1008, 72, 165.2, 82.6, 82.6),
-    "rtx-5090": Card(32, 120, 170, 2.407, 1792, 96, 209.5, 104.8, 104.8),
-    "rtx-3060": Card(12, 86, 28, 1.777, 360, 3, 25.5, 12.7, 12.7),
-    "a100-40": Card(40, 80, 108, 1.41, 1555, 40, 312, 156, 19.5),
-    "a100-80": Card(80, 80, 108, 1.41, 2039, 40, 312, 156, 19.5),
-    "h100": Card(80, 90, 132, 1.83, 3352, 50, 989.4, 494.7, 66.9),
+    "rtx-3090": Card(24, 86, 82, 936, 6, 71.2, 35.6, 35.6),
+    "rtx-4090": Card(24, 89, 128, 1008, 72, 165.2, 82.6, 82.6),
+    "rtx-5090": Card(32, 120, 170, 1792, 96, 209.5, 104.8, 104.8),
+    "a100-80": Card(80, 80, 108, 2039, 40, 312, 156, 19.5),
+    "h100": Card(80, 90, 132, 3352, 50, 989.4, 494.7, 66.9),
 }

@@ -37,16 +37,8 @@ ATTENTION = {
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "dot", "vdot")
 SEVERAL = {"unbind_copy": 2, "select_backward": 2, "slice_backward": 2}  # kernels of an op: a copy each, or zeros and a copy
 _NO_KERNEL = (
-    "empty",
-    "new_empty",
-    "resize_",
-    "set_",
-    "record_stream",
-    "_unsafe_view",
-    "_reshape_alias",
-    "lift_fresh",
-    "prim",
-)
+    "empty", "new_empty", "resize_", "set_", "record_stream", "_unsafe_view", "_reshape_alias", "lift_fresh", "prim",
+)  # fmt: skip
 
 
 @dataclass
@@ -60,7 +52,6 @@ class Step:
     operands: list[Touched] = field(default_factory=list)  # of a product
     read: list[Touched] = field(default_factory=list)
     written: list[Touched] = field(default_factory=list)
-    shape: tuple[int, ...] = ()  # of a product, m n k
     launch: Any = None  # Launch or ExtensionCall, for kernels of this library
 
 
@@ -170,7 +161,6 @@ class Trace(TorchDispatchMode):
             q, k = stands["backward" in name :][:2]
             tokens = 2 if name.startswith("_scaled") else 1  # [B, H, L, K] or [B, L, H, K]
             if q.dim() == 4:  # packed sequences [T, H, K] have lengths in values, so that no work is counted
-                step.shape = (q.shape[tokens], k.shape[tokens], q.shape[3])
                 step.multiply_adds = products * math.prod(q.shape) * k.shape[tokens]
             step.dtype, step.operands, step.read = q.dtype, step.read, []
         elif name in ("fill_", "zero_", "copy_"):
@@ -203,9 +193,7 @@ class Trace(TorchDispatchMode):
 def _of_product(step: Step, name: str, inputs: Sequence[Stand], out: Stand) -> None:
     first = int(name.startswith(("add", "badd")))  # these ops add their first input
     left, right = inputs[first : first + 2]  # mm.out has `out` last
-    k = left.shape[-1]
-    step.shape = (*(left.shape[-2:-1] or (1,)), right.shape[-1] if right.dim() > 1 else 1, k)
-    step.multiply_adds = math.prod(out.shape) * k
+    step.multiply_adds = math.prod(out.shape) * left.shape[-1]
     step.dtype, step.operands = left.dtype, [left.touched(), right.touched()]
     step.read = [t.touched() for t in inputs[:first]]
 

@@ -1,69 +1,54 @@
-"""benchmarks.bound: a kernel of known size, and the command line."""
+"""benchmarks.bound: the work of kernels of known size, and the command line."""
 
 import json
-import os
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from interpreter import needs_triton
-from paths import PYTHONPATH, ROOT
 
-from benchmarks.bound import ptx, sass
+from benchmarks.bound.__main__ import main
+from benchmarks.bound.cards import CARDS
+from benchmarks.bound.roofline import LAUNCH_MS, roofline
+from benchmarks.bound.trace import ExtensionCall, Step
 
-pytestmark = pytest.mark.slow
-M, N, K, TILE, WARPS = 96, 160, 64, 32, 4  # of tests/support/bound_product.py
-
-
-def run(*command):
-    """Runs Python in a process of its own, since this process may have loaded Triton as an interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment | {"PYTHONPATH": PYTHONPATH}, capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip().splitlines()
+CARD = CARDS["rtx-3090"]
 
 
-def test_pipes():
-    codes = {"MUFU.EX2": "mufu", "I2F": "mufu", "FFMA": "fma", "IMAD.MOV": "fma", "LDSM.4": "lsu", "HMMA.16816.F32": "tensor"}
-    assert {code: sass.pipe(code) for code in codes} == codes
-    assert sass.pipe(sass.of_ptx(ptx.Instruction("ex2.approx.ftz.f32", []))) == "mufu"
-
-
-@needs_triton
-def test_a_product_of_known_size():
-    """The program: a kernel out = a b + bias; zeros; sum += out bᵀ in float32; a copy from the host."""
-    for found in json.loads(run("tests/support/bound_product.py")[-1]):
-        assert found["multiply_adds"] == M * N * K
-        assert found["tensor"] > 0
-        programs = (M // TILE) * (N // TILE)
-        *of_products, of_rows = found["asked"]
-        assert of_products == 2 * [programs * TILE * K * 2]
-        assert programs * 4 * TILE <= of_rows <= programs * 4 * TILE * WARPS
-        assert found["stored"] == 2 * M * N
-        sums = 3 * 4 * M * K  # zeros are written, then read and written
-        assert found["bytes"] == 2 * M * N + 4 * M + sums + (2 + 4) * (M * N + K * N)
-        assert found["operand_bytes"] == 2 * (M * K + K * N) + 4 * (M * N + K * N)
-        assert found["block_bytes"] == 0
-        assert (found["own_kernels"], found["torch_kernels"], found["launches"]) == (1, 4, 5)
-        assert found["host_copies"] == 1
-        assert found["exact"]
+def test_the_longest_of_products_bytes_and_launch_counts():
+    """Three kernels, each bound by another of the three, and a copy from the host."""
+    q = torch.empty(2, 77, 8, 64, device="meta")
+    steps = [
+        Step("torch", "mm", torch.bfloat16, 10**12, [(0, 10**6), (1, 10**6)], written=[(2, 10**6)]),
+        Step("torch", "add", torch.float32, read=[(0, 10**9)], written=[(1, 10**9)]),
+        Step("cuda", "attention", torch.bfloat16, launch=ExtensionCall("shaped_attention_bwd", SimpleNamespace(q=q))),
+        Step("host", "copy"),
+    ]
+    rows, total = roofline(steps, CARD)
+    ms = [2e12 / CARD.half / 1e9, 2e9 / CARD.bandwidth / 1e6, LAUNCH_MS]
+    assert {row["kernel"]: row["ms"] for row in rows} == pytest.approx(dict(zip(("mm", "add", "attention"), ms)))
+    assert next(row["gflop"] for row in rows if row["by"] == "cuda") == pytest.approx(5 * 2e-9 * 2 * 8 * 77**2 * 64)
+    assert total["predicted_ms"] == pytest.approx(sum(ms), abs=1e-4)
+    assert (total["bound"], total["bytes"]) == ("products", 3 * 10**6 + 2 * 10**9)
+    assert (total["launches"], total["own_kernels"], total["torch_kernels"], total["host_copies"]) == (3, 1, 2, 1)
 
 
 @needs_triton
-def test_the_command_line():
-    n, width = 4096, 512
-    *shown, last = run(
-        "-m", "benchmarks.bound", "--call", "sigmoid", "--n", str(n), "--width", str(width), "--card", "rtx-4090"
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "products"),
+    [("sigmoid", 3), ("contrastive", 4), ("mlp-siclip", 6)],  # of the MLP two forward, four backward
+)
+def test_products_and_bytes_of_calls(call, products, capsys):
+    main(["--call", call, "--n", "4096", "--card", "rtx-4090"])
+    first, *_, last = capsys.readouterr().out.strip().splitlines()
+    assert first.startswith("predicted, never measured")
     found = json.loads(last)
-    assert (found["call"], found["shape"], found["dtype"]) == ("sigmoid", f"N={n} D={width}", "bfloat16")
-    assert abs(found["tflop"] - 3 * 2e-12 * n * n * width) <= 1e-4
-    assert found["predicted_ms"] >= 3 * 2e-9 * n * n * width / 165.2
-    assert found["block_bytes"] == 2 * n * n
-    assert found["all_bytes"] == found["bytes"] + found["operand_bytes"] + found["block_bytes"]
+    m, n, k = (4928, 2048, 512) if call == "mlp-siclip" else (4096, 4096, 512)
+    tflop = products * 2e-12 * m * n * k
+    assert found["tflop"] == pytest.approx(tflop, abs=2e-4)
+    assert found["predicted_ms"] >= 1e3 * tflop / 165.2
+    if call != "mlp-siclip":
+        assert found["bytes"] > 2 * (n * n + 2 * 2 * n * k)  # G is written, features are read and have gradients
     assert found["launches"] == found["own_kernels"] + found["torch_kernels"] > 3
-    assert "host_copies" in found
-    assert "predicted, never measured" in shown[0]
-    assert any("similarity_sigmoid" in line for line in shown)
+    assert found["host_copies"] == 0
