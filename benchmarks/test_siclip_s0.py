@@ -21,7 +21,7 @@ from simplclip.train import config
 NAMES = {"simplclip": "siclip-s0", "mobileclip": "mobileclip-s0"}
 PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
 SHAPES = {"text": (32, 77, 512), "image": (16, 512, 8, 8)}
-PLACES = {"text": "text.layers.1", "image": "visual.trunk.stages.3.blocks.0"}
+PLACES = {"text": "text.transformer.resblocks.0", "image": "visual.trunk.stages.3.blocks.0"}
 CPU, BATCH = torch.device("cpu"), 16
 
 

@@ -17,21 +17,17 @@ from PIL import Image
 from timm.layers.helpers import to_2tuple
 from torch import nn
 
-from simplclip.common.errors import InputError, UserError
+from simplclip.common.errors import InputError
 from simplclip.data.transforms import ImageTransform
 from simplclip.models import mobileclip, trunks  # noqa: F401, timm finds the trunks by name
 from simplclip.models.packaged import minilm_tokenizer
 from simplclip.models.short_vocabulary import ShortVocabTokenizer
 from simplclip.models.simplify import count_parameters, simplify
-from simplclip.models.weight_files import bare_state, first_line, read_weights
+from simplclip.models.weights import first_line, load_exactly
 from simplclip.nn import neighbour_groups
 
 PLAIN = "open_clip:"
 Tokenizer = Callable[[list[str]], torch.Tensor]
-
-
-class WeightsError(UserError, RuntimeError):
-    """Error for weights that do not fit the model."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +146,7 @@ def create(
 
     Args:
         name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model; or a `Spec`.
-        checkpoint: file written by torch.save with the state dict, bare or under "state_dict" or "model", which is read
-            with weights_only; or NAME.safetensors. It must fit exactly.
+        checkpoint: a file of weights as for `inherit`, which must fit exactly.
         device: device of the model.
         simplified: False for the model that a SiCLIP is made from, with its own blocks.
         simplify_options: arguments of `simplify` that replace those of the name. If they are given, even as {}, a model that
@@ -164,10 +159,9 @@ def create(
         report of the replaced blocks.
 
     Raises:
-        ValueError: the name is unknown (the message lists the nearest names), or the file has no weights.
-        WeightsError: the checkpoint does not fit.
+        InputError: the name is unknown; the message lists the nearest names.
+        CheckpointError: the checkpoint has no weights, or others.
     """
-    state = None if checkpoint is None else _read_state(checkpoint)
     spec = spec_of(name) if isinstance(name, str) else name
     if simplify_options and not simplified:
         raise InputError(f"simplify_options: expected none for a model with its own blocks, got {dict(simplify_options)}")
@@ -181,8 +175,8 @@ def create(
         model, model.simplify_report = simplify(model, **{**(spec.simplify or {}), **(simplify_options or {})})
     if spec.channels_last:
         model.visual.to(memory_format=torch.channels_last)
-    if state is not None:
-        _load(model, state, checkpoint)
+    if checkpoint is not None:
+        load_exactly(model, checkpoint)
     return model.to(device)
 
 
@@ -286,24 +280,3 @@ def spec_of(name: str) -> Spec:
     all_names = [*names(), *(PLAIN + n for n in open_clip.list_models())]
     near = difflib.get_close_matches(name, all_names, 3) or difflib.get_close_matches(PLAIN + name, all_names, 3)
     raise InputError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")
-
-
-def _read_state(checkpoint: str | os.PathLike[str]) -> Mapping[str, torch.Tensor]:
-    state = bare_state(read_weights(checkpoint, InputError, "checkpoint: expected a file of weights"))
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"checkpoint: expected a state dict of tensors, got {checkpoint}, which holds something else")
-    return state
-
-
-def _load(model: nn.Module, state: Mapping[str, torch.Tensor], checkpoint: str | os.PathLike[str]) -> None:
-    published, state = mobileclip.is_published(state), dict(mobileclip.from_published(model, state))
-    if "logit_bias" in state and getattr(model, "logit_bias", None) is None:  # it was trained by a sigmoid loss
-        model.logit_bias = nn.Parameter(torch.empty_like(state["logit_bias"]))
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
-        where = "; simplclip.models.mobileclip says how the file's names became these" if published else ""
-        raise WeightsError(
-            f"checkpoint: expected weights that fit the model, got {checkpoint}: {reasons[:300]}{where}"
-        ) from None
