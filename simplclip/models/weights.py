@@ -36,7 +36,7 @@ class CheckpointError(InputError):
 def state_of(source: Source, model: nn.Module, argument: str = "source") -> tuple[str, dict[str, Tensor]]:
     """Returns the label of a source (as `inherit` takes it), and the source's tensors by their names in `model`.
 
-    argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError; TypeError for a source of another type.
+    argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError; TypeError for another type.
     """
     if isinstance(source, str) and source in packaged.SOURCES and not Path(source).exists():
         return source, _packaged(source, model, argument)
@@ -65,8 +65,9 @@ def load_exactly(model: nn.Module, checkpoint: Source) -> None:
     label, state = state_of(checkpoint, model, "checkpoint")
     if "logit_bias" in state and getattr(model, "logit_bias", None) is None:
         model.logit_bias = nn.Parameter(torch.empty_like(state["logit_bias"]))
-    for name in {"logit_scale", "logit_bias"} & state.keys():  # [] or [1]
-        state[name] = state[name].reshape(getattr(model, name).shape)
+    for name in {"logit_scale", "logit_bias"} & state.keys():
+        if state[name].numel() == 1:  # [] or [1]
+            state[name] = state[name].reshape(getattr(model, name).shape)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

@@ -11,6 +11,7 @@ import sys
 from argparse import Namespace
 
 import pytest
+import recorded
 import torch
 from paths import ROOT
 from trainer_plan import STEPS, Plan, coca, needs_trainer, prepare, teacher
@@ -226,6 +227,22 @@ def test_accumulated_passes_count_once():
     for _ in range(3):
         loss(x).sum().backward()
     torch.testing.assert_close(loss.weight.grad, x.sum(0).expand(2, 4))
+
+
+def test_losses_that_do_not_go_with_the_trainer_are_refused():
+    with pytest.raises(InputError, match="--fsdp: expected a loss without learned parameters"):
+        openclip_train._attached(torch.nn.Module(), torch.nn.Linear(4, 2), Namespace(accum_freq=1, fsdp=True))
+    with pytest.raises(InputError, match="--model genlip: expected open_clip's .* got CrossEntropyLoss, which"):
+        options = openclip_train.parser().parse_args([])
+        openclip_train.replacement(options, Namespace(model="genlip", device="cpu"), torch.nn.CrossEntropyLoss())
+
+
+def test_sigmoid_and_pair_matching_have_one_sweep(monkeypatch):
+    """The trainer adds the terms up; the first one carries the gradient of the sum."""
+    calls, loss = recorded.calls(monkeypatch), openclip_train.OneSweepSigLipLoss(pm_weight=1.0)
+    image, text = torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1).requires_grad_().unbind()
+    sum(loss(image, text, torch.tensor(10.0), torch.tensor(-10.0), output_dict=True).values()).backward()
+    assert [name for name, _ in calls] == ["similarity_sigmoid"]
 
 
 TEACHER = ("--distill-model", "tiny", "--distill-pretrained", "tiny.bin")
