@@ -1,4 +1,4 @@
-"""Models by name: SiCLIPs, MobileCLIP-S0, open_clip's models; with their tokenizers, transforms and parameter counts."""
+"""Models by name: SiCLIPs, MobileCLIP-S0, open_clip's models; with their tokenizers and image transforms."""
 
 import copy
 import difflib
@@ -22,7 +22,7 @@ from simplclip.data.transforms import ImageTransform
 from simplclip.models import mobileclip, trunks  # noqa: F401, timm finds the trunks by name
 from simplclip.models.packaged import minilm_tokenizer
 from simplclip.models.short_vocabulary import ShortVocabTokenizer
-from simplclip.models.simplify import count_parameters, simplify
+from simplclip.models.simplify import simplify
 from simplclip.models.weights import first_line, load_exactly
 from simplclip.nn import neighbour_groups
 
@@ -259,15 +259,6 @@ def text_pool(model: nn.Module) -> str | None:
     """Returns how open_clip's text tower pools its tokens, e.g. "argmax"; None for other towers."""
     tower: Mapping[str, Any] = vars(getattr(model, "text", None) or model)
     return tower.get("pool_type", tower.get("text_pool_type"))
-
-
-def summary(model: nn.Module, name: str) -> str:
-    """Returns a table of each tower's parameters; for a SiCLIP also the blocks that were replaced in its original model."""
-    report = getattr(model, "simplify_report", None)
-    if report is not None:
-        return f"{name}, made from {spec_of(name).original}\n{report}"
-    now = count_parameters(model)
-    return "\n".join([f"{name:<12}{'parameters':>14}", *(f"{part:<12}{n:>14,}" for part, n in now.items())])
 
 
 def spec_of(name: str) -> Spec:

@@ -196,25 +196,17 @@ def test_by_name():
     tokens = models.tokenizer(NAME)(["a cat"])
     assert (tokens.shape, tokens.max()) == ((1, 77), 49407)
     meta = models.create(NAME, device="meta")
-    assert f"{53_847_681:,}" in models.summary(meta, NAME)
     assert (meta.context_length, meta.vocab_size, meta.visual.preprocess_cfg["interpolation"]) == (77, 49408, "bilinear")
 
 
 @pytest.mark.slow
-def test_an_encoder_of_the_published_checkpoint(model, published, tmp_path):
+def test_an_encoder_of_the_published_checkpoint(model, published):
     image, _ = inputs()
     with torch.no_grad():
         features = model.encode_image(image, normalize=True)
     encoder = simplclip.load(f"{NAME}/{published}")
     assert (encoder.name, encoder.width) == (NAME, 512)
     torch.testing.assert_close(encoder.features("image", image), features)
-    with pytest.raises(CheckpointError, match="checkpoint: expected weights that fit the model"):
-        simplclip.load("siclip-tiny", published)
-    (tmp_path / "bad.pt").write_bytes(b"bad")
-    with pytest.raises(CheckpointError, match="checkpoint: expected a file of weights, got .*bad.pt"):
-        simplclip.load(NAME, tmp_path / "bad.pt")
-    with pytest.raises(FileNotFoundError, match="checkpoint: no such file: gone.pt"):
-        simplclip.load(f"{NAME}/gone.pt")
 
 
 @pytest.mark.slow
