@@ -149,9 +149,9 @@ def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 def _get_tokenizer(
     theirs: Callable[..., Any], model_name: str = "", context_length: int | None = None, *args: Any, **options: Any
 ) -> Any:
-    """Returns open_clip's tokenizer, or this library's tokenizer for a model with a vocabulary of its own."""
+    """Returns open_clip's tokenizer, or this library's for a model with one of its own."""
     name = (_part_of(model_name) or {}).get("model")
-    if name is None or models.spec_of(name).vocabulary is None:
+    if name is None or models.spec_of(name).tokenizer is None:
         return theirs(model_name, context_length, *args, **options)
     return models.tokenizer(name, context_length or open_clip.get_model_config(model_name)["text_cfg"]["context_length"])
 

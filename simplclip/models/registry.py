@@ -23,7 +23,7 @@ from simplclip.models import mobileclip, trunks  # noqa: F401, timm finds the tr
 from simplclip.models.packaged import minilm_tokenizer
 from simplclip.models.short_vocabulary import ShortVocabTokenizer
 from simplclip.models.simplify import simplify
-from simplclip.models.weights import first_line, load_exactly
+from simplclip.models.weights import first_line, load_exactly, read
 from simplclip.nn import neighbour_groups
 
 PLAIN = "open_clip:"
@@ -35,8 +35,7 @@ class Spec:
     """The recipe of a model: an open_clip configuration, and the arguments of `simplify`, or None for a model with its own
     blocks.
 
-    vocabulary: the number of tokens of a `ShortVocabTokenizer`, or a function from the context length to a tokenizer; None
-        for open_clip's own.
+    tokenizer: a function from the context length to a tokenizer; None for open_clip's own.
     build: the function that makes the model of the configuration, if open_clip does not.
     origins: name of packaged weights (packaged.SOURCES) -> the tensors that `inherit` takes from these weights: prefix in
         the weights -> prefix in this model.
@@ -47,7 +46,7 @@ class Spec:
     simplify: Mapping[str, Any] | None
     preprocess: Mapping[str, Any]
     augment: str | Mapping[str, Any]
-    vocabulary: int | Callable[[int], Tokenizer] | None = None
+    tokenizer: Callable[[int], Tokenizer] | None = None
     channels_last: bool = False
     build: Callable[..., nn.Module] | None = None
     origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -65,6 +64,7 @@ _MOBILECLIP_S0 = _MOBILECLIP | {
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 4},
     },
     "build": mobileclip.create,
+    "tokenizer": lambda length: SimpleTokenizer(context_length=length),
 }
 
 
@@ -94,7 +94,10 @@ _SPECS = {
         **_MOBILECLIP,
     ),
     "siclip-tiny": _small(
-        "siclip_tiny_trunk", {"vocab_size": 8192, "width": 256, "heads": 8}, preprocess={}, vocabulary=8192
+        "siclip_tiny_trunk",
+        {"vocab_size": 8192, "width": 256, "heads": 8},
+        preprocess={},
+        tokenizer=lambda length: ShortVocabTokenizer(8192, context_length=length),
     ),
     # The net and the token embeddings, which can be inherited, define both widths. A step at 48 px takes about 0.7 of the
     # time of a step at 64 px, and retrieval on the emoji loses 1 to 3 points.
@@ -103,7 +106,7 @@ _SPECS = {
         # eos_id: [SEP]
         {"vocab_size": 30522, "width": 384, "heads": 12, "mlp_ratio": 2.0, "pool_type": "eos", "eos_id": 102},
         preprocess={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-        vocabulary=minilm_tokenizer,
+        tokenizer=minilm_tokenizer,
         origins={
             "efficientnet-lite0": {"": "visual.trunk.patch_embed.backbone."},
             "minilm": {"embeddings.word_embeddings.": "text.token_embedding."},
@@ -162,6 +165,7 @@ def create(
         InputError: the name is unknown; the message lists the nearest names.
         CheckpointError: the checkpoint has no weights, or others.
     """
+    state = None if checkpoint is None else read(checkpoint, "checkpoint")  # before the model, which may take long
     spec = spec_of(name) if isinstance(name, str) else name
     if simplify_options and not simplified:
         raise InputError(f"simplify_options: expected none for a model with its own blocks, got {dict(simplify_options)}")
@@ -175,8 +179,8 @@ def create(
         model, model.simplify_report = simplify(model, **{**(spec.simplify or {}), **(simplify_options or {})})
     if spec.channels_last:
         model.visual.to(memory_format=torch.channels_last)
-    if checkpoint is not None:
-        load_exactly(model, checkpoint)
+    if state is not None:
+        load_exactly(model, state, str(checkpoint))
     return model.to(device)
 
 
@@ -200,14 +204,9 @@ def _build(spec: Spec, config: dict[str, Any], device: str | torch.device) -> An
 def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
     """Returns a model's tokenizer: list of strings -> token ids, int64 [B, L]. context_length: L, by default the model's."""
     spec = spec_of(name)
-    if spec.vocabulary is None and spec.build is None:
+    if spec.tokenizer is None:
         return open_clip.get_tokenizer(spec.original, context_length=context_length)
-    length = context_length or spec.config["text_cfg"]["context_length"]
-    if spec.vocabulary is None:
-        return SimpleTokenizer(context_length=length)
-    if callable(spec.vocabulary):
-        return spec.vocabulary(length)
-    return ShortVocabTokenizer(spec.vocabulary, context_length=length)
+    return spec.tokenizer(context_length or spec.config["text_cfg"]["context_length"])
 
 
 def transforms(

@@ -33,46 +33,73 @@ class CheckpointError(InputError):
     """Error for a file that is not a usable checkpoint, or whose weights do not fit; the message names the file."""
 
 
-def state_of(source: Source, model: nn.Module, argument: str = "source") -> tuple[str, dict[str, Tensor]]:
+def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     """Returns the label of a source (as `inherit` takes it), and the source's tensors by their names in `model`.
 
-    argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError; TypeError for another type.
+    Raises CheckpointError, FileNotFoundError; TypeError for another type.
     """
     if isinstance(source, str) and source in packaged.SOURCES and not Path(source).exists():
-        return source, _packaged(source, model, argument)
+        return source, _packaged(source, model)
     if isinstance(source, nn.Module):
         label, state = type(source).__name__, source.state_dict()
     elif isinstance(source, Mapping):
-        label, state = "the state dict", source
+        label, state = "the state dict", dict(source)
     elif isinstance(source, str | os.PathLike):
-        label, state = str(source), _read(source, argument)
+        label, state = str(source), read(source)
     else:
-        raise TypeError(f"{argument}: expected a module, a state dict, a path or a name, got {type(source).__name__}")
-    tensors = {name: value for name, value in bare_state(state).items() if isinstance(value, Tensor)}
+        raise TypeError(f"source: expected a module, a state dict, a path or a name, got {type(source).__name__}")
+    tensors = _renamed(state, model)
     if not tensors:
-        raise CheckpointError(f"{argument}: expected weights, got {label}, which has no tensors")
-    if hasattr(model, "text"):
-        tensors = from_published(model, tensors)
-        tensors = convert_to_custom_text_state_dict(convert_state_dict(model, tensors))
+        raise CheckpointError(f"source: expected weights, got {label}, which has no tensors")
     return label, tensors
 
 
-def load_exactly(model: nn.Module, checkpoint: Source) -> None:
+def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None:
     """Loads weights that must fit exactly. A model without a bias gets one if its weights have one (of a sigmoid loss).
 
-    Raises what `state_of` raises; CheckpointError for weights that do not fit.
+    Raises CheckpointError, which names `label`, for weights that do not fit.
     """
-    label, state = state_of(checkpoint, model, "checkpoint")
-    if "logit_bias" in state and getattr(model, "logit_bias", None) is None:
-        model.logit_bias = nn.Parameter(torch.empty_like(state["logit_bias"]))
-    for name in {"logit_scale", "logit_bias"} & state.keys():
-        if state[name].numel() == 1:  # [] or [1]
-            state[name] = state[name].reshape(getattr(model, name).shape)
+    tensors = _renamed(state, model)
+    if "logit_bias" in tensors and getattr(model, "logit_bias", None) is None:
+        model.logit_bias = nn.Parameter(torch.empty_like(tensors["logit_bias"]))
+    for name in {"logit_scale", "logit_bias"} & tensors.keys():
+        if tensors[name].numel() == 1:  # [] or [1]
+            tensors[name] = tensors[name].reshape(getattr(model, name).shape)
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         got = f"{label}: {load_error(error)}"
         raise CheckpointError(f"checkpoint: expected weights that fit the model, got {got}") from None
+
+
+def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors of a state dict by their names in `model`."""
+    tensors = {name: value for name, value in bare_state(state).items() if isinstance(value, Tensor)}
+    if tensors and hasattr(model, "text"):
+        tensors = from_published(model, tensors)
+        tensors = convert_to_custom_text_state_dict(convert_state_dict(model, tensors))
+    return tensors
+
+
+def read(source: str | os.PathLike[str], argument: str = "source") -> dict[str, Any]:
+    """Returns the state dict of a file, of the file in the folder of a run or an export, or of a model that open_clip
+    downloads (NAME/TAG). argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError."""
+    path = Path(source)
+    name, slash, tag = str(source).removeprefix(TAG).partition("/")
+    if not path.exists() and slash and (str(source).startswith(TAG) or name in open_clip.list_models()):
+        return download(name, tag, argument).state_dict()
+    if path.is_dir():
+        files = [file for name in ("last.pt", "*.safetensors", "*.pt", "*.bin") for file in sorted(path.glob(name))]
+        if not files:
+            raise FileNotFoundError(f"{argument}: expected a folder with weights, of a run or an export, got {path}")
+        path = files[0]
+    if not path.is_file():
+        expected = f"a file, open_clip's NAME/TAG or one of {', '.join(packaged.SOURCES)}"
+        raise FileNotFoundError(f"{argument}: expected {expected}, got {path}{where_to_get(path)}")
+    state = read_weights(path, f"{argument}: expected a file of weights")
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{argument}: expected a state dict in {path}, got {type(state).__name__}")
+    return {**bare_state(state), **state.get("ema", {})}  # of a run: with its averages, if it has some
 
 
 def read_weights(path: str | os.PathLike, expected: str = "checkpoint: expected a file of weights", got: str = "") -> Any:
@@ -130,35 +157,15 @@ def load_error(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines()[1:])[:300] or first_line(error)
 
 
-def _packaged(name: str, model: nn.Module, argument: str) -> dict[str, Tensor]:
+def _packaged(name: str, model: nn.Module) -> dict[str, Tensor]:
     """Returns the packaged weights that a model takes, by their names in the model; see `registry.Spec.origins`."""
     origins = getattr(model, "origins", {})
     if name not in origins:
         takes = ", ".join(origins) or "none by name"
-        raise CheckpointError(f"{argument}: expected weights that this model takes ({takes}), got {name!r}")
+        raise CheckpointError(f"source: expected weights that this model takes ({takes}), got {name!r}")
     state = packaged.SOURCES[name]()
     prefixes = [(n, old, new) for n in state for old, new in origins[name].items() if n.startswith(old)]
     return {new + n.removeprefix(old): state[n] for n, old, new in prefixes}
-
-
-def _read(source: str | os.PathLike[str], argument: str) -> Mapping[str, Any]:
-    """Returns the content of a file, of a folder's file, or of a model that open_clip downloads."""
-    path = Path(source)
-    name, slash, tag = str(source).removeprefix(TAG).partition("/")
-    if not path.exists() and slash and (str(source).startswith(TAG) or name in open_clip.list_models()):
-        return download(name, tag, argument).state_dict()
-    if path.is_dir():
-        files = [file for name in ("last.pt", "*.safetensors", "*.pt", "*.bin") for file in sorted(path.glob(name))]
-        if not files:
-            raise FileNotFoundError(f"{argument}: expected a folder with weights, of a run or an export, got {path}")
-        path = files[0]
-    if not path.is_file():
-        expected = f"a file, open_clip's NAME/TAG or one of {', '.join(packaged.SOURCES)}"
-        raise FileNotFoundError(f"{argument}: expected {expected}, got {path}{where_to_get(path)}")
-    state = read_weights(path, f"{argument}: expected a file of weights")
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"{argument}: expected a state dict in {path}, got {type(state).__name__}")
-    return {**bare_state(state), **state.get("ema", {})}  # of a run: with its averages, if it has some
 
 
 def _refusal(error: Exception) -> str:

@@ -129,6 +129,8 @@ def test_a_file_of_an_open_clip_model(folder, monkeypatch):
     ("source", "error", "message"),
     [
         ("siclip-tiny", ValueError, "checkpoint: expected a file with the weights of 'siclip-tiny', got none$"),
+        ("open_clip:ViT-B-32", ValueError, "expected a file of weights for open_clip:ViT-B-32, or a tag .*/openai"),
+        ("open_clip:ViT-B-33", ValueError, "nearest"),
         (
             "mobileclip-s0",
             ValueError,
