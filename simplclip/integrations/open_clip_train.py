@@ -157,22 +157,22 @@ def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: arg
 
 def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.Module | None) -> nn.Module:
     """Returns this library's loss with the settings of `loss`, open_clip's, on args.device."""
-    from open_clip import loss as theirs
+    from open_clip import loss as originals
 
     shared = {name: getattr(loss, name, None) for name in ("cache_labels", "rank", "world_size")}
     gather = {name: getattr(loss, name, False) for name in ("local_loss", "gather_with_grad", "use_horovod")}
     matching = {"pm_weight": options.pm_weight}
     plane = {"plane": options.pm_plane, "embed_dim": _width(args.model)}
-    if type(loss) is theirs.SigLipLoss:
+    if type(loss) is originals.SigLipLoss:
         kind = OneSweepSigLipLoss if options.pm_weight else losses.SigLipLoss
         ours = kind(**shared, **matching, dist_impl=loss.dist_impl)
-    elif type(loss) is theirs.CoCaLoss:
+    elif type(loss) is originals.CoCaLoss:
         ours = losses.CoCaLoss(
             loss.caption_loss_weight, loss.clip_loss_weight, loss.caption_loss.ignore_index, **shared, **gather
         )
-    elif type(loss) is theirs.ClipLoss:
+    elif type(loss) is originals.ClipLoss:
         ours = losses.ClipPMLoss(**shared, **gather, **matching, **plane)
-    elif type(loss) is theirs.DistillClipLoss:
+    elif type(loss) is originals.DistillClipLoss:
         distillation = {name: getattr(options, name) for name in DISTILLATION}
         width = _width(args.distill_model)
         ours = losses.WIKDLoss(**shared, **gather, **matching, **plane, **distillation, teacher_dim=width)

@@ -157,15 +157,15 @@ def load_weights(model: nn.Module, source: Source) -> WeightTable:
     return WeightTable(units.rows(), (label,))
 
 
-def _resized(model: nn.Module, name: str, ours: Tensor, theirs: Tensor) -> Tensor | None:
-    """Resizes a positional embedding [..., tokens, C] to the shape of `ours`; returns None for other tensors."""
-    positions = name.rpartition(".")[2] in ("positional_embedding", "pos_embed", "pos_embedding") and not alike(ours, theirs)
-    if not positions or ours.shape[:-2] != theirs.shape[:-2] or ours.shape[-1] != theirs.shape[-1]:
+def _resized(model: nn.Module, name: str, target: Tensor, value: Tensor) -> Tensor | None:
+    """Resizes a positional embedding [..., tokens, C] to the shape of `target`; returns None for other tensors."""
+    positions = name.rpartition(".")[2] in ("positional_embedding", "pos_embed", "pos_embedding") and not alike(target, value)
+    if not positions or target.shape[:-2] != value.shape[:-2] or target.shape[-1] != value.shape[-1]:
         return None
-    old, tokens = theirs.reshape(1, -1, theirs.shape[-1]).float(), ours.numel() // ours.shape[-1]
+    old, tokens = value.reshape(1, -1, value.shape[-1]).float(), target.numel() // target.shape[-1]
     if not name.startswith("visual."):
         new = nn.functional.interpolate(old.mT, size=tokens, mode="linear").mT
-        return new.reshape(ours.shape).to(theirs.dtype)
+        return new.reshape(target.shape).to(value.dtype)
     visual: Any = model.visual
     grid = visual.grid_size if hasattr(visual, "grid_size") else visual.trunk.patch_embed.grid_size
     prefix = tokens - math.prod(grid)
@@ -173,7 +173,7 @@ def _resized(model: nn.Module, name: str, ours: Tensor, theirs: Tensor) -> Tenso
     if prefix < 0 or side * side != old.shape[1] - prefix or not side:
         return None
     new = resample_abs_pos_embed(old, list(grid), [side, side], num_prefix_tokens=prefix)
-    return new.reshape(ours.shape).to(theirs.dtype)
+    return new.reshape(target.shape).to(value.dtype)
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> None:

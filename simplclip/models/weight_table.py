@@ -194,7 +194,7 @@ class Units(list[Unit]):
         return tuple(split("", self))
 
 
-def alike(ours: Tensor, theirs: Tensor) -> bool:
+def alike(target: Tensor, value: Tensor) -> bool:
     """Whether shape and kind of number are the same. A scalar may be [] or [1], since checkpoints differ in that shape."""
-    scalar = ours.numel() == theirs.numel() == 1 and max(ours.dim(), theirs.dim()) <= 1
-    return (ours.shape == theirs.shape or scalar) and ours.is_floating_point() == theirs.is_floating_point()
+    scalar = target.numel() == value.numel() == 1 and max(target.dim(), value.dim()) <= 1
+    return (target.shape == value.shape or scalar) and target.is_floating_point() == value.is_floating_point()

@@ -194,9 +194,9 @@ def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
     return [" ".join(tokenizer.decode(row[1 : row.index(end)]).split()) for row in rows]
 
 
-def joined_record(record: dict[str, Any], own: list[str], drawn: list[str], counts: Counter[str]) -> bytes:
+def joined_record(record: dict[str, Any], captions: list[str], drawn: list[str], counts: Counter[str]) -> bytes:
     """Returns the json of a sample with its own captions and those that were drawn and are new; counts them."""
-    seen = {_normal(caption) for caption in own}
+    seen = {_normal(caption) for caption in captions}
     new = []
     for caption in drawn:
         if not (normal := _normal(caption)):
@@ -209,7 +209,7 @@ def joined_record(record: dict[str, Any], own: list[str], drawn: list[str], coun
     counts["captions"] += len(new)
     former = record.get("synthetic")  # the number from an earlier captioning
     synthetic = len(new) + (former if isinstance(former, int) else 0)
-    return json.dumps({**record, "captions": [*own, *new], "synthetic": synthetic}).encode()
+    return json.dumps({**record, "captions": [*captions, *new], "synthetic": synthetic}).encode()
 
 
 def _normal(caption: str) -> str:
