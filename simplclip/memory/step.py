@@ -139,8 +139,9 @@ def _phases(during: During) -> AbstractContextManager:
 
         return run
 
-    encode = {name: within(getattr(steps, name), "encode", "activations") for name in ("encode_image", "encode_text")}
-    return mock.patch.multiple(steps, losses=within(steps.losses, "loss", "loss"), **encode)
+    phases: dict[str, Any] = {"losses": within(steps.losses, "loss", "loss")}
+    phases |= {name: within(getattr(steps, name), "encode", "activations") for name in ("encode_image", "encode_text")}
+    return mock.patch.multiple(steps, **phases)
 
 
 def busiest_step(config: Config) -> int:

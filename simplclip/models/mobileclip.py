@@ -156,8 +156,8 @@ class TextTower(TextTransformer):
 
 def _refuse_former_names(tower: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
     if f"{prefix}layers.0.layer_scale" in state:
-        raise InputError("mobileclip-s0: expected weights with text.first and text.last, got names of a former version; "
-                         "make them again from the published file")  # fmt: skip
+        expected = "weights with text.first and text.last, got text.layers of a former version"
+        raise InputError(f"text tower: expected {expected}: train the model again, or load the published file")
 
 
 def create(embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], **options: Any) -> CustomTextCLIP:

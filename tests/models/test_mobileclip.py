@@ -123,6 +123,13 @@ def test_a_siclip_inherits_from_the_published_checkpoint(tmp_path):
         simplclip.inherit(models.create("siclip-tiny"), tmp_path / "small.pt")
 
 
+def test_weights_with_former_names_are_refused():
+    model = small()
+    former = {name.replace("text.first.", "text.layers.0."): tensor for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="text tower: expected weights with text.first .*train the model again"):
+        model.load_state_dict(former)
+
+
 def test_simplified_blocks_replace_its_transformer_layers():
     changed, report = simplclip.simplify(small(), towers=["text"])
     assert [(r.index, r.width, r.heads, r.causal) for r in report.replaced] == [
