@@ -95,7 +95,7 @@ def read(source: str | os.PathLike[str], argument: str = "source") -> dict[str, 
         path = files[0]
     if not path.is_file():
         expected = f"a file, open_clip's NAME/TAG or one of {', '.join(packaged.SOURCES)}"
-        raise FileNotFoundError(f"{argument}: expected {expected}, got {path}{where_to_get(path)}")
+        raise FileNotFoundError(f"{argument}: expected {expected}, got no such file: {path}{where_to_get(path)}")
     state = read_weights(path, f"{argument}: expected a file of weights")
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{argument}: expected a state dict in {path}, got {type(state).__name__}")
