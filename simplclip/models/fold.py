@@ -45,8 +45,9 @@ def fold(model: Model) -> Model:
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
     holder = nn.Module()  # timm merges only the children of its argument
     holder.model = copy.deepcopy(model)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     # timm's new layers draw initial weights, which must not change the random numbers of a resumed run.
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), device, torch.random.fork_rng(devices=[]):
         reparameterize_model(holder, inplace=True)
         owners = Counter(id(child) for module in holder.modules() for child in module._modules.values())
         for module in list(holder.model.modules()):

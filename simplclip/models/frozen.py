@@ -46,9 +46,17 @@ class FrozenParts:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-        copies = [(name, module, _copy(module, dtype)) for name, module in _largest(model, "", set())]
         self.dtype = dtype
-        self.parts = [FrozenPart(name, module, copy, dtype) for name, module, copy in copies if copy is not None]
+        self.parts: list[FrozenPart] = []
+        self.refused: list[str] = []  # lines for the log
+        for name, module in _largest(model, "", set()):
+            try:
+                folded = _copy(module, dtype)
+            except Exception as error:  # of any type, from methods of other libraries
+                self.refused.append(f"{name or 'the model'} runs as it is: {type(error).__name__}: {error}")
+                continue
+            if folded is not None:
+                self.parts.append(FrozenPart(name, module, folded, dtype))
 
     @property
     def copies(self) -> list[nn.Module]:
@@ -59,11 +67,11 @@ class FrozenParts:
             folded.to(device)
 
     def lines(self) -> list[str]:
-        """Returns a line for the log; none if there are no copies."""
+        """Returns lines for the log: the copies, and the modules that could not be copied with the reason."""
         size = sum(t.nbytes for folded in self.copies for t in (*folded.parameters(), *folded.buffers()))
         form = "folded, in channels_last" + ("" if self.dtype is None else f" and {self.dtype}".replace("torch.", ""))
         names = ", ".join(part.name for part in self.parts)
-        return [f"{form}, copies of {size / 2**20:.1f} MiB: {names}"] if self.parts else []
+        return [f"{form}, copies of {size / 2**20:.1f} MiB: {names}"] * bool(self.parts) + self.refused
 
 
 def _largest(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:

@@ -91,7 +91,7 @@ def read(source: str | os.PathLike[str], argument: str = "source") -> dict[str, 
     if path.is_dir():
         files = [file for name in ("last.pt", "*.safetensors", "*.pt", "*.bin") for file in sorted(path.glob(name))]
         if not files:
-            raise FileNotFoundError(f"{argument}: expected a folder with weights, of a run or an export, got {path}")
+            raise FileNotFoundError(f"{argument}: expected the folder of a run or of an export with weights, got {path}")
         path = files[0]
     if not path.is_file():
         expected = f"a file, open_clip's NAME/TAG or one of {', '.join(packaged.SOURCES)}"

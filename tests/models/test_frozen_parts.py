@@ -122,6 +122,9 @@ def test_what_has_no_copy():
     model = lite0()
     model.get_submodule(f"{LITE0}.blocks.0").register_forward_hook(lambda *_: None)
     assert FrozenParts(model).lines() == []  # a copy would not call the hook
+    model = lite0()
+    model.get_submodule(f"{LITE0}.blocks.0").fuse = lambda: 1 / 0  # timm calls a method of this name
+    assert FrozenParts(model).lines() == [f"{LITE0} runs as it is: ZeroDivisionError: division by zero"]
     vit = models.create("open_clip:ViT-B-32", vision_cfg={"layers": 1, "width": 64}, text_cfg={"layers": 1})
     freeze(vit, ["visual"])  # its one convolution has no norm
     assert FrozenParts(vit.train()).lines() == []
