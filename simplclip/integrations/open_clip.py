@@ -29,7 +29,7 @@ LOSSES = {
 }
 FOLDER = "local-dir:"  # open_clip's prefix of the name of a folder
 OURS = "simplclip"  # the key of this library's part of a configuration
-_PAIRS = [(getattr(open_clip.loss, name), ours) for name, ours in LOSSES.items()]
+_PAIRS = [(getattr(open_clip.loss, name), replacement) for name, replacement in LOSSES.items()]
 _registered: dict[str, Spec] = {}
 
 
@@ -57,18 +57,18 @@ class use_losses(contextlib.AbstractContextManager):
 
     def __init__(self) -> None:
         self._replaced: list[tuple[ModuleType, str]] = []  # names that stood for open_clip's classes
-        for theirs, ours in _PAIRS:
-            for module, name in list(_names_of(theirs)):
+        for original, replacement in _PAIRS:
+            for module, name in list(_names_of(original)):
                 self._replaced.append((module, name))
-                setattr(module, name, ours)
+                setattr(module, name, replacement)
 
     def undo(self) -> None:
         """Puts open_clip's losses back."""
         replaced, self._replaced = self._replaced, []
-        for theirs, ours in _PAIRS if replaced else ():
-            for module, name in list(_names_of(ours)):
+        for original, replacement in _PAIRS if replaced else ():
+            for module, name in list(_names_of(replacement)):
                 if (module, name) in replaced or module.__name__.partition(".")[0] in ("open_clip", "open_clip_train"):
-                    setattr(module, name, theirs)
+                    setattr(module, name, original)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.undo()
@@ -91,10 +91,10 @@ def register_models() -> list[str]:
     factory, first = open_clip.factory, not _registered
     _registered.update({name: models.spec_of(name) for name in models.names()})
     factory._MODEL_CONFIGS.update({name: {**spec.config, OURS: {"model": name}} for name, spec in _registered.items()})
-    for ours in (_create_model, _get_tokenizer) if first else ():
-        theirs = getattr(factory, ours.__name__.removeprefix("_"))
-        replacement = functools.wraps(theirs)(functools.partial(ours, theirs))
-        for module, name in list(_names_of(theirs)):
+    for function in (_create_model, _get_tokenizer) if first else ():
+        original = getattr(factory, function.__name__.removeprefix("_"))
+        replacement = functools.wraps(original)(functools.partial(function, original))
+        for module, name in list(_names_of(original)):
             setattr(module, name, replacement)
     return list(_registered)
 
@@ -115,20 +115,20 @@ def _part_of(name: str) -> dict[str, Any] | None:
     return part
 
 
-def _create_model(theirs: Callable[..., nn.Module], model_name: str, *args: Any, **options: Any) -> nn.Module:
+def _create_model(original: Callable[..., nn.Module], model_name: str, *args: Any, **options: Any) -> nn.Module:
     """Calls open_clip's create_model, with this library's model in it; open_clip sets precision, loads weights and so on."""
     if _part_of(model_name) is None:
-        return theirs(model_name, *args, **options)
+        return original(model_name, *args, **options)
     factory = open_clip.factory
     convert = factory.convert_state_dict
-    call = inspect.signature(theirs).bind(model_name, *args, **options)
+    call = inspect.signature(original).bind(model_name, *args, **options)
     if model_name in _registered:  # a folder has its own preprocessing
         forced = call.arguments.get("force_preprocess_cfg")
         call.arguments["force_preprocess_cfg"] = merge_preprocess_dict(dict(_registered[model_name].preprocess), forced)
     replaced = {kind: _builder(getattr(factory, kind)) for kind in ("CLIP", "CustomTextCLIP", "CoCa")}
     replaced["convert_state_dict"] = lambda model, state: convert(model, from_published(model, state))
     with mock.patch.multiple(factory, **replaced):
-        return theirs(*call.args, **call.kwargs)
+        return original(*call.args, **call.kwargs)
 
 
 def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -147,12 +147,12 @@ def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def _get_tokenizer(
-    theirs: Callable[..., Any], model_name: str = "", context_length: int | None = None, *args: Any, **options: Any
+    original: Callable[..., Any], model_name: str = "", context_length: int | None = None, *args: Any, **options: Any
 ) -> Any:
-    """Returns open_clip's tokenizer, or this library's tokenizer for a model with a vocabulary of its own."""
+    """Returns open_clip's tokenizer, or this library's for a model with one of its own."""
     name = (_part_of(model_name) or {}).get("model")
-    if name is None or models.spec_of(name).vocabulary is None:
-        return theirs(model_name, context_length, *args, **options)
+    if name is None or models.spec_of(name).tokenizer is None:
+        return original(model_name, context_length, *args, **options)
     return models.tokenizer(name, context_length or open_clip.get_model_config(model_name)["text_cfg"]["context_length"])
 
 

@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None):
         trainer = importlib.import_module("open_clip_train.main")
     except ModuleNotFoundError as error:
         ours.error(f"open_clip's trainer does not load: {error}; pip install 'simplclip[openclip]'")
+    if not hasattr(trainer, "create_loss"):
+        ours.error("open_clip_train.main: expected that of open_clip 3.3, got another: pip install 'open_clip_torch==3.3.*'")
     if {"-h", "--help"} & set(argv):
         ours.print_help()
         print(flush=True)
@@ -87,43 +89,27 @@ def main(argv: list[str] | None = None):
     args = trainer.parse_args(rest)
     _check(ours, options, args)
     # The trainer gets these very args, in which it notes its rank before it makes the model.
-    replacements = {"parse_args": lambda argv: args, **_replacements(ours, options, args, trainer)}
+    replacements = {"parse_args": lambda argv: args, **_replacements(options, args, trainer)}
     with mock.patch.multiple(trainer, **replacements), _shards_of_webdataset_1():
         return trainer.main(rest)
 
 
-def _replacements(ours: argparse.ArgumentParser, options: argparse.Namespace, args: argparse.Namespace, trainer) -> dict:
+def _replacements(options: argparse.Namespace, args: argparse.Namespace, trainer) -> dict:
     """Returns the functions that make models and losses, by their names in open_clip_train.main."""
-    names = ("create_model_and_transforms", "create_loss", "create_task")
-    theirs = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
-    if not theirs.keys() & {"create_loss", "create_task"}:
-        ours.error(
-            "open_clip_train.main: expected create_loss (open_clip 3.3) or create_task (open_clip 4), found another trainer; "
-            "pip install 'open_clip_torch==3.3.*' works"
-        )
-    made: list[nn.Module] = []  # the loss, in open_clip 3.3
+    create_model, create_loss = trainer.create_model_and_transforms, trainer.create_loss
+    made: list[nn.Module] = []  # the loss
 
     def create_model_and_transforms(*names, **others) -> tuple:
-        model, *transforms = theirs["create_model_and_transforms"](*names, **others)
+        model, *transforms = create_model(*names, **others)
         if options.crop_texts:
             # Both options need a fixed number of calls and fixed sizes in a step.
             fixed = args.torchcompile or args.ddp_static_graph
             crop_texts(model, **{"multiple": 16, "groups": 1} if fixed else {})
-        if "create_task" not in theirs and not made:  # the first model is the student, a second one the teacher
-            made.append(_attached(model, replacement(options, args, theirs["create_loss"](args)), args))
+        if not made:  # the first model is the student, a second one the teacher
+            made.append(_attached(model, replacement(options, args, create_loss(args)), args))
         return model, *transforms
 
-    def create_loss(args: argparse.Namespace) -> nn.Module:
-        return made[0]
-
-    def create_task(args: argparse.Namespace, model: nn.Module, **parts) -> nn.Module:
-        task = theirs["create_task"](args, model=model, **parts)
-        task.loss = _attached(model, replacement(options, args, getattr(task, "loss", None)), args)
-        return task
-
-    replaced = {"create_model_and_transforms": create_model_and_transforms, "create_loss": create_loss}
-    replaced["create_task"] = create_task
-    return {name: function for name, function in replaced.items() if name in theirs}
+    return {"create_model_and_transforms": create_model_and_transforms, "create_loss": lambda args: made[0]}
 
 
 def _attached(model: nn.Module, loss: nn.Module, args: argparse.Namespace) -> nn.Module:
@@ -171,30 +157,28 @@ def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: arg
 
 def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.Module | None) -> nn.Module:
     """Returns this library's loss with the settings of `loss`, open_clip's, on args.device."""
-    from open_clip import loss as theirs
+    from open_clip import loss as originals
 
     shared = {name: getattr(loss, name, None) for name in ("cache_labels", "rank", "world_size")}
-    gather = {name: getattr(loss, name, False) for name in ("local_loss", "gather_with_grad", "use_horovod")}  # 4: no horovod
+    gather = {name: getattr(loss, name, False) for name in ("local_loss", "gather_with_grad", "use_horovod")}
     matching = {"pm_weight": options.pm_weight}
     plane = {"plane": options.pm_plane, "embed_dim": _width(args.model)}
-    if type(loss) is theirs.SigLipLoss:
+    if type(loss) is originals.SigLipLoss:
         kind = OneSweepSigLipLoss if options.pm_weight else losses.SigLipLoss
         ours = kind(**shared, **matching, dist_impl=loss.dist_impl)
-    elif type(loss) is theirs.CoCaLoss:
+    elif type(loss) is originals.CoCaLoss:
         ours = losses.CoCaLoss(
             loss.caption_loss_weight, loss.clip_loss_weight, loss.caption_loss.ignore_index, **shared, **gather
         )
-    elif type(loss) is theirs.ClipLoss:
+    elif type(loss) is originals.ClipLoss:
         ours = losses.ClipPMLoss(**shared, **gather, **matching, **plane)
-    elif type(loss) is theirs.DistillClipLoss:
+    elif type(loss) is originals.DistillClipLoss:
         distillation = {name: getattr(options, name) for name in DISTILLATION}
         width = _width(args.distill_model)
         ours = losses.WIKDLoss(**shared, **gather, **matching, **plane, **distillation, teacher_dim=width)
     else:
-        raise InputError(
-            f"--model {args.model}: expected open_clip's ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss, got "
-            f"{type(loss).__name__}, which simplclip does not replace: train it with python -m open_clip_train.main"
-        )
+        expected = "open_clip's ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss"
+        raise InputError(f"--model {args.model}: expected {expected}, got {type(loss).__name__}, which has no replacement")
     return ours.to(args.device)
 
 

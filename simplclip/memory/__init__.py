@@ -5,16 +5,11 @@ functions of the trainer, fake.py runs it without a card, count.py counts, measu
 on real tensors. plan.py searches for the largest batches; report.py prints them.
 """
 
-import importlib
-from typing import TYPE_CHECKING
+from simplclip.common.lazy import attribute
 
-if TYPE_CHECKING:
-    from simplclip.memory.plan import Budget, Planner, largest_micro_batch, parse_memory
-
-__all__ = ["Budget", "Planner", "largest_micro_batch", "parse_memory"]
+_MODULES = {"plan": ("Budget", "Planner", "largest_micro_batch", "parse_memory")}
+__all__ = [*_MODULES["plan"]]  # noqa: PLE0604
 
 
 def __getattr__(name: str):  # imported on first use: code that runs ops on fake tensors needs no trainer
-    if name in __all__:
-        return getattr(importlib.import_module("simplclip.memory.plan"), name)
-    raise AttributeError(f"module 'simplclip.memory' has no attribute {name!r}")
+    return attribute(__name__, _MODULES, name)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol
 from unittest import mock
@@ -130,23 +129,19 @@ class TrainerStep:
         return batch
 
 
-@contextmanager
-def _phases(during: During) -> Iterator[None]:
+def _phases(during: During) -> AbstractContextManager:
     """Context in which the step's functions enter their phases."""
-    phases = {"encode_image": ("encode", "activations"), "encode_text": ("encode", "activations"), "losses": ("loss", "loss")}
-    with ExitStack() as stack:
-        for name, phase in phases.items():
-            stack.enter_context(mock.patch.object(steps, name, _within(during, phase, getattr(steps, name))))
-        yield
 
+    def within(function: Callable, *phase: str) -> Callable:
+        def run(*args: Any, **options: Any) -> Any:
+            with during(*phase):
+                return function(*args, **options)
 
-def _within(during: During, phase: tuple[str, str], function: Callable) -> Callable:
-    @functools.wraps(function)
-    def run(*args: Any, **options: Any) -> Any:
-        with during(*phase):
-            return function(*args, **options)
+        return run
 
-    return run
+    phases: dict[str, Any] = {"losses": within(steps.losses, "loss", "loss")}
+    phases |= {name: within(getattr(steps, name), "encode", "activations") for name in ("encode_image", "encode_text")}
+    return mock.patch.multiple(steps, **phases)
 
 
 def busiest_step(config: Config) -> int:

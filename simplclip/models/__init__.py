@@ -9,12 +9,11 @@ from simplclip.models.registry import (
     names,
     original,
     spec_of,
-    summary,
     tokenizer,
     transforms,
 )
 
 __all__ = [
-    "PLAIN", "ShortVocabTokenizer", "Spec", "check_shape", "create", "names", "original", "spec_of", "summary",
-    "tokenizer", "transforms",
+    "PLAIN", "ShortVocabTokenizer", "Spec", "check_shape", "create", "names", "original", "spec_of", "tokenizer",
+    "transforms",
 ]  # fmt: skip

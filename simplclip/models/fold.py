@@ -12,11 +12,10 @@ from collections import Counter
 from typing import Any, TypeVar
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from timm.utils import reparameterize_model
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torchvision.ops import FrozenBatchNorm2d
 
 from simplclip.common.errors import InputError
 
@@ -26,7 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Exact types, since a subclass may compute something else, e.g. standardise its weight.
 _CONVS = (nn.Conv2d, Conv2dSame)
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 
 
 def fold(model: Model) -> Model:
@@ -46,8 +45,9 @@ def fold(model: Model) -> Model:
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
     holder = nn.Module()  # timm merges only the children of its argument
     holder.model = copy.deepcopy(model)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     # timm's new layers draw initial weights, which must not change the random numbers of a resumed run.
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), device, torch.random.fork_rng(devices=[]):
         reparameterize_model(holder, inplace=True)
         owners = Counter(id(child) for module in holder.modules() for child in module._modules.values())
         for module in list(holder.model.modules()):
@@ -64,7 +64,7 @@ class _Tracer(fx.Tracer):
 
 def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
     """Returns names of children that can be merged: a convolution, and the batch norm that alone gets its output."""
-    children: dict[str, Any] = {n: m for n, m in module.named_children() if owners[id(m)] == 1 and not _is_changed(m)}
+    children: dict[str, Any] = {n: m for n, m in module.named_children() if owners[id(m)] == 1 and not has_hooks(m)}
     convs = {n for n, m in children.items() if type(m) in _CONVS}
     norms = {n for n, m in children.items() if type(m) in _NORMS and m.running_mean is not None}
     if not convs or not norms:
@@ -86,7 +86,7 @@ def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
     ]
 
 
-def _is_changed(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks or a forward of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)

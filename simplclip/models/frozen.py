@@ -3,7 +3,7 @@
     frozen = FrozenParts(model, torch.bfloat16)  # after `inherit` or `freeze`, when the frozen weights have their values
 
 A part is a module that `freeze` froze, inside no larger frozen one. Its own tensors stay where they are and are saved, moved
-and counted as before. The copies belong to no module: no state dict, deep copy or pickle of the model has them.
+and counted as before. The copies belong to no module, so that no state dict has them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from simplclip.common.errors import InputError
-from simplclip.models.fold import fold
+from simplclip.models.fold import fold, has_hooks
 from simplclip.models.inherit import is_frozen
 
 
@@ -25,6 +24,7 @@ class FrozenPart:
 
     def __init__(self, name: str, module: nn.Module, folded: nn.Module, dtype: torch.dtype | None) -> None:
         self.name, self.module, self.folded, self.dtype = name, module, folded, dtype
+        module.forward = self
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
         device = x.device.type
@@ -33,36 +33,30 @@ class FrozenPart:
             return type(self.module).forward(self.module, x, *args, **options)
         return self.folded(x, *args, **options)
 
-    def __reduce__(self) -> tuple:
-        # A deep copy or pickle gets its class's `forward`: while getattr runs, the copied module has no attributes yet.
-        return getattr, (self.module, "forward")
-
 
 class FrozenParts:
-    """The frozen modules of `model` with convolutions, which run as folded copies from now on.
+    """The frozen modules of `model` with convolutions and without hooks, which run as folded copies from now on.
 
     dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the copies are stored in it.
     Other tensors stay in fp32, so that values are rounded where autocast rounds. A module that runs under another autocast
     does not use its copy.
 
     Gradients pass through a part to its input if the input needs a gradient. The weights must not change afterwards; `to`
-    moves the copies. `lines` lists the copies, and the modules that could not be copied with the reason.
+    moves the copies.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
         self.parts: list[FrozenPart] = []
-        self.refused: dict[str, str] = {}
+        self.refused: list[str] = []  # lines for the log
         for name, module in _largest(model, "", set()):
             try:
                 folded = _copy(module, dtype)
             except Exception as error:  # of any type, from methods of other libraries
-                self.refused[name] = f"{type(error).__name__}: {error}"
+                self.refused.append(f"{name or 'the model'} runs as it is: {type(error).__name__}: {error}")
                 continue
             if folded is not None:
-                part = FrozenPart(name, module, folded, dtype)
-                module.forward = part
-                self.parts.append(part)
+                self.parts.append(FrozenPart(name, module, folded, dtype))
 
     @property
     def copies(self) -> list[nn.Module]:
@@ -73,12 +67,11 @@ class FrozenParts:
             folded.to(device)
 
     def lines(self) -> list[str]:
-        lines = []
-        if self.parts:
-            size = sum(t.nbytes for folded in self.copies for t in (*folded.parameters(), *folded.buffers()))
-            form = "folded, in channels_last" + ("" if self.dtype is None else f" and {self.dtype}".replace("torch.", ""))
-            lines.append(f"{form}, copies of {size / 2**20:.1f} MiB: {', '.join(part.name for part in self.parts)}")
-        return lines + [f"{name or 'the model'} runs as it is: {reason}" for name, reason in self.refused.items()]
+        """Returns lines for the log: the copies, and the modules that could not be copied with the reason."""
+        size = sum(t.nbytes for folded in self.copies for t in (*folded.parameters(), *folded.buffers()))
+        form = "folded, in channels_last" + ("" if self.dtype is None else f" and {self.dtype}".replace("torch.", ""))
+        names = ", ".join(part.name for part in self.parts)
+        return [f"{form}, copies of {size / 2**20:.1f} MiB: {names}"] * bool(self.parts) + self.refused
 
 
 def _largest(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
@@ -94,15 +87,13 @@ def _largest(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str
 
 
 def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
-    """Returns a folded copy of a module; None if it has no convolution, or a single one with nothing to fold."""
+    """Returns a folded copy of a module, or None if it would save next to nothing or compute something else."""
     inside = list(module.modules())
     convolutions = sum(isinstance(inner, _ConvNd) for inner in inside)
-    if not convolutions:
+    if not convolutions or any(has_hooks(inner) for inner in inside[1:]):
         return None
-    if any(inner._forward_hooks or inner._forward_pre_hooks for inner in inside[1:]):
-        raise InputError("expected no hooks in it, which the copy would not call")
     folded = fold(module)
-    # A copy of a vision transformer, whose patches are its only convolution, would save next to nothing.
+    # A vision transformer's patches are a single convolution, with nothing to fold.
     if convolutions == 1 and [n for n, _ in folded.named_modules()] == [n for n, _ in module.named_modules()]:
         return None
     for inner in folded.modules() if dtype else ():

@@ -58,9 +58,8 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         return super().forward(hidden_states, lengths)
 
     def _lengths(self, mask: Tensor) -> Tensor:  # [B, L] with 0 for hidden, or [B, 1, L, L] boolean or additive -> [B]
-        if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-            got = f"a tensor {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise InputError(f"{self.mask}: expected a mask [B, L] or [B, 1, L, L] from transformers, got {got}")
+        if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):  # flex attention has no tensor
+            raise InputError(f"{self.mask}: expected a mask [B, L] or [B, 1, L, L], got {type(mask).__name__}")
         visible = mask if mask.dtype == torch.bool else mask != 0 if mask.dim() == 2 else mask == 0
         rows = visible if mask.dim() == 2 else visible[:, 0, -1]  # the last token sees every valid token
         lengths = rows.sum(-1)
@@ -93,25 +92,25 @@ class Siglip2Block(EncoderBlock, Siglip2EncoderLayer):
     """The block in the place of Siglip2EncoderLayer."""
 
 
-# The layer, its block, and the options of the block in each tower.
-_LAYERS: list[tuple[type, type[EncoderBlock], dict[str, dict[str, Any]]]] = [
-    (CLIPEncoderLayer, CLIPBlock, {"text": {"causal": True}, "image": {}}),
-    (SiglipEncoderLayer, SiglipBlock, {"text": {"pools_last": True}, "image": {}}),
-    (Siglip2EncoderLayer, Siglip2Block, {"text": {"pools_last": True}, "image": {"mask": "pixel_attention_mask"}}),
-]
+# Layer -> its block, and the options of the block in the text and in the image tower.
+_BLOCKS: dict[type, tuple[type[EncoderBlock], dict[str, Any], dict[str, Any]]] = {
+    CLIPEncoderLayer: (CLIPBlock, {"causal": True}, {}),
+    SiglipEncoderLayer: (SiglipBlock, {"pools_last": True}, {}),
+    Siglip2EncoderLayer: (Siglip2Block, {"pools_last": True}, {"mask": "pixel_attention_mask"}),
+}
+_BLOCKS |= {entry[0]: entry for entry in _BLOCKS.values()}  # a block can be replaced again
 
 
 def encoder_layers(model: nn.Module, tower: str) -> Iterator[tuple[str, nn.Module, type[EncoderBlock], dict[str, Any]]]:
     """Yields the layers of a tower: path, layer, and the class of the block that replaces it, with the block's options."""
     part: Any = getattr(model, TOWERS[tower])
     for index, layer in enumerate(getattr(getattr(part, "encoder", None), "layers", None) or [part]):
-        blocks = [(block, options[tower]) for kind, block, options in _LAYERS if type(layer) in (kind, block)]
-        if not blocks:
-            kinds = ", ".join(kind.__name__ for kind, _, _ in _LAYERS)
+        if type(layer) not in _BLOCKS:
+            kinds = ", ".join(kind.__name__ for kind in _BLOCKS if not issubclass(kind, EncoderBlock))
             raise InputError(f"{tower}: expected a transformers encoder with {kinds}, got {type(layer).__name__}")
-        block, options = blocks[0]
+        block, *of_towers = _BLOCKS[type(layer)]
         checkpointing = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
-        options = {"config": part.config, "checkpointing": checkpointing, **options}
+        options = {"config": part.config, "checkpointing": checkpointing, **of_towers[tower == "image"]}
         yield f"{TOWERS[tower]}.encoder.layers.{index}", layer, block, options
 
 

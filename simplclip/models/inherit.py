@@ -1,9 +1,10 @@
-"""Weight inheritance: a student copies and freezes the modules that it shares with a teacher or pretrained model.
+"""Weights from other models: `inherit` copies and freezes modules that a student shares with a teacher or pretrained model,
+`load_weights` copies all tensors that fit and freezes nothing.
 
     model = simplclip.models.create("siclip2-s0")
     print(simplclip.inherit(model, "MobileCLIP2-S0/dfndr2b"))
 
-`inherit` copies and freezes; `freeze` only freezes, e.g. the names in `Inheritance.names` after loading a checkpoint. No
+`freeze` only freezes, e.g. the names in `Inheritance.names` after loading a checkpoint. No
 tensor in a frozen prefix of a tower requires a gradient, so autograd keeps none of its activations. Source: WIKD of arXiv
 2411.14789.
 
@@ -11,25 +12,26 @@ Copied weights compute the same as in the source, except for RMSNorm's eps in bl
 """
 
 import difflib
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate
 from operator import attrgetter
+from typing import Any
 
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
-from simplclip.models.weight_table import InheritanceError, Status, Unit, Units, WeightTable
+from simplclip.models.weight_table import InheritanceError, Status, Unit, Units, WeightTable, alike
 from simplclip.models.weights import Source, state_of
 from simplclip.nn import SimplifiedBlock
 
-__all__ = ["Inheritance", "InheritanceError", "freeze", "freeze_norms", "inherit", "is_frozen"]
-
-ALWAYS_TRAIN = ("logit_scale", "logit_bias")
+__all__ = ["Inheritance", "InheritanceError", "freeze", "freeze_norms", "inherit", "is_frozen", "load_weights"]
 
 
 class Inheritance(WeightTable):
@@ -89,8 +91,11 @@ def inherit(
         label, state = state_of(each, model)
         labels.append(label)
         states.append(state)
-        _take(units, state, label)
+        units.take(state, label)
     units.drop_half_tied()
+    for unit in units:
+        if unit.taken:
+            unit.status = Status.TRAINS if unit.block or unit.always_trains else Status.INHERITED
     for pattern in patterns:
         matching = [unit for unit in units if _matches(pattern, unit)]
         if not matching:
@@ -126,6 +131,49 @@ def _start_blocks(model: nn.Module, units: Units, states: list[dict[str, Tensor]
     for unit in units:
         if unit.block in starts:
             unit.status, unit.taken = Status.STARTED, {}
+
+
+def load_weights(model: nn.Module, source: Source) -> WeightTable:
+    """Copies into ``model``, in place, every tensor of ``source`` whose name and shape the model has. Nothing is frozen.
+
+    Positional embeddings of another image size or context length are interpolated: over the grid of the image (bicubic, its
+    prefix tokens kept) or along the text (linear), as open_clip does. Tensors in a `SimplifiedBlock` are taken from a
+    simplified block alone, since equal names may have another meaning. A tensor that modules of the model share is taken if
+    the source has one value for it.
+
+    Returns a table of what was loaded, resized, new, and of another shape. model: any model of this library or of open_clip.
+    source: as for `inherit`, whose errors are raised; then the model is unchanged.
+    """
+    label, state = state_of(source, model)
+    units = Units.of(model).split()
+    resized = {name: _resized(model, name, t, state[name]) for u in units for name, t in u.tensors.items() if name in state}
+    resized = {name: value for name, value in resized.items() if value is not None}
+    units.take({**state, **resized}, label)
+    units.drop_half_tied()
+    for unit in units:
+        if unit.taken:
+            unit.status = Status.RESIZED if unit.path in resized else Status.LOADED
+    units.copy_taken()
+    return WeightTable(units.rows(), (label,))
+
+
+def _resized(model: nn.Module, name: str, target: Tensor, value: Tensor) -> Tensor | None:
+    """Resizes a positional embedding [..., tokens, C] to the shape of `target`; returns None for other tensors."""
+    positions = name.rpartition(".")[2] in ("positional_embedding", "pos_embed", "pos_embedding") and not alike(target, value)
+    if not positions or target.shape[:-2] != value.shape[:-2] or target.shape[-1] != value.shape[-1]:
+        return None
+    old, tokens = value.reshape(1, -1, value.shape[-1]).float(), target.numel() // target.shape[-1]
+    if not name.startswith("visual."):
+        new = nn.functional.interpolate(old.mT, size=tokens, mode="linear").mT
+        return new.reshape(target.shape).to(value.dtype)
+    visual: Any = model.visual
+    grid = visual.grid_size if hasattr(visual, "grid_size") else visual.trunk.patch_embed.grid_size
+    prefix = tokens - math.prod(grid)
+    side = math.isqrt(max(0, old.shape[1] - prefix))
+    if prefix < 0 or side * side != old.shape[1] - prefix or not side:
+        return None
+    new = resample_abs_pos_embed(old, list(grid), [side, side], num_prefix_tokens=prefix)
+    return new.reshape(target.shape).to(value.dtype)
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> None:
@@ -168,26 +216,6 @@ def _hold_in_eval(module: nn.Module) -> None:
 
 def _eval_only(module: nn.Module, mode: bool = True) -> nn.Module:
     return nn.Module.train(module, False)
-
-
-def _take(units: Units, state: dict[str, Tensor], label: str) -> None:
-    """Sets `taken` and `status` of each unit that can take its tensors from `state` and has none from an earlier source."""
-    free = [unit for unit in units if unit.free(state)]
-    fitting = [unit for unit in free if unit.fits(state)]
-    fit, wanted = ([n for unit in group if not _trains(unit) for n in unit.tensors] for group in (fitting, free))
-    units.check_enough(state, label, sum(n in state for n in fit), len(wanted))
-    for unit in free:
-        if unit.taken:
-            continue
-        if unit in fitting:
-            unit.taken = {name: state[name] for name in unit.tensors if name in state}
-            unit.status = Status.TRAINS if unit.block or _trains(unit) else Status.INHERITED
-        elif unit.differs(state):
-            unit.status = Status.DIFFERS
-
-
-def _trains(unit: Unit) -> bool:
-    return unit.path.rpartition(".")[2] in ALWAYS_TRAIN
 
 
 def _matches(pattern: str, unit: Unit) -> bool:

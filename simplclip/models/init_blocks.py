@@ -74,10 +74,6 @@ _KINDS = (
         ("token_mixer.qkv.bias", "token_mixer.proj.", "layer_scale_1."), "layer_scale_2.gamma", "mlp.conv.conv.weight",
     ),
     _Kind(
-        "MobileCLIP's PreNormLayer", "ln_1", ("attn.qkv_proj.weight",), "ln_2", ("mlp.fc1", "mlp.fc2"),
-        ("attn.qkv_proj.bias", "attn.out_proj."),
-    ),
-    _Kind(
         "transformers' encoder layer", "layer_norm1", ("self_attn.q_proj.weight", "self_attn.k_proj.weight"), "layer_norm2",
         ("mlp.fc1", "mlp.fc2"),
         ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.", "self_attn.out_proj."),
@@ -126,8 +122,8 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns tensors for a `SimplifiedBlock` to start as a pretrained block: qk, fc1, fc2 and the outer gains, in float32.
 
     tensors: the block's tensors by names relative to the block: open_clip's ResidualAttentionBlock or
-    CustomResidualAttentionBlock, timm's Block, FastViT's AttentionBlock, MobileCLIP's PreNormLayer, or transformers' encoder
-    layers of CLIP, SigLIP and SigLIP 2. The tensors of a simplified block are returned as they are.
+    CustomResidualAttentionBlock, timm's Block, FastViT's AttentionBlock, or transformers' encoder layers of CLIP, SigLIP and
+    SigLIP 2. The tensors of a simplified block are returned as they are.
 
     Raises InputError for another block, or one whose q, k or MLP have more parts (qk norms, gated MLPs).
     """

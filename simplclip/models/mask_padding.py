@@ -9,8 +9,7 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor
 
 from simplclip.common.errors import InputError
-from simplclip.models.mobileclip import RepMixerBlock, TextTower
-from simplclip.nn import SimplifiedBlock
+from simplclip.models.mobileclip import TextTower
 
 
 class MaskedTextTransformer(TextTransformer):
@@ -24,6 +23,13 @@ class MaskedTextTransformer(TextTransformer):
         return super()._embeds(text)[0], ends.argmax(1) + 1
 
 
+class MaskedTextTower(TextTower, MaskedTextTransformer):
+    """MobileCLIP-S0's text tower with such blocks. Its convolutions read the padding next to a text."""
+
+
+_MASKED = {TextTransformer: MaskedTextTransformer, TextTower: MaskedTextTower}
+
+
 def tower_to_mask(model: Any, replaced: Sequence[Any]) -> Any:
     """Returns the text tower whose padding is to be masked; None if it is causal. Raises InputError if masking is impossible.
 
@@ -34,24 +40,18 @@ def tower_to_mask(model: Any, replaced: Sequence[Any]) -> Any:
         raise InputError("mask_padding: expected the text tower among the towers, got the image tower alone")
     if all(block.causal for block in replaced):
         return None
-    if type(tower) not in (TextTransformer, MaskedTextTransformer, TextTower):
+    if type(tower) not in (*_MASKED, *_MASKED.values()):
         kind = type(tower or model).__name__
         raise InputError(f"mask_padding: expected an open_clip text tower of its own (custom_text=True), got {kind}")
-    if (pool := getattr(tower, "pool_type", "argmax")) not in ("argmax", "eos"):
+    if (pool := tower.pool_type) not in ("argmax", "eos"):
         raise InputError(f"mask_padding: expected a tower that pools the end of each text (argmax, eos), got {pool}")
-    blocks = tower.layers if isinstance(tower, TextTower) else tower.transformer.resblocks
-    count = sum(not isinstance(block, RepMixerBlock) for block in blocks)
-    if len(replaced) < count:
+    if len(replaced) < (count := len(tower.transformer.resblocks)):
         raise InputError(f"mask_padding: expected all {count} text blocks to be replaced, got {len(replaced)} of them")
     return tower
 
 
 def mask_padding_of(tower: Any) -> None:
     """Makes a text tower pass the lengths of its texts to its simplified blocks."""
-    if isinstance(tower, TextTransformer):
-        tower.__class__ = MaskedTextTransformer
-    else:
-        tower.masks_padding = True
-    blocks: list[Any] = [block for block in tower.modules() if isinstance(block, SimplifiedBlock)]
-    for block in blocks:
+    tower.__class__ = _MASKED.get(type(tower), type(tower))
+    for block in tower.transformer.resblocks:
         block.masks_padding = True

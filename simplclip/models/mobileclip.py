@@ -8,30 +8,32 @@ timm's image projection would have a bias; the published image projection has no
 """
 
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from open_clip.model import CustomTextCLIP
+from open_clip.transformer import TextTransformer
 from timm.models.fastvit import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.checkpoint import checkpoint
 
-__all__ = ["PreNormLayer", "RepMixer", "RepMixerBlock", "TextTower", "create", "from_published"]
+from simplclip.common.errors import InputError
+
+__all__ = ["RepMixer", "RepMixerBlock", "TextTower", "create", "from_published"]
 
 URL = "https://docs-assets.developer.apple.com/ml-research/datasets/mobileclip/mobileclip_s0.pt"
 IMAGE, TEXT = "image_encoder.model.", "text_encoder."
 _RENAMED = {
     TEXT: "text.", "embedding_layer": "token_embedding", "positional_embedding.pos_embed.pos_embed": "positional_embedding",
-    "final_layer_norm": "ln_final", "projection_layer": "text_projection", "transformer.": "layers.",
+    "final_layer_norm": "ln_final", "projection_layer": "text_projection",
     "token_mixer.layer_scale": "mixer.layer_scale", "token_mixer.norm.rbr_skip": "mixer.norm",
     "token_mixer.mixer.rbr_skip": "mixer.skip", "token_mixer.mixer.rbr_conv.0": "mixer.conv", "convffn.conv": "conv",
-    "convffn.fc": "mlp.fc", "pre_norm_mha.0": "ln_1", "pre_norm_mha.1": "attn", "pre_norm_ffn.0": "ln_2",
-    "pre_norm_ffn.1": "mlp.fc1", "pre_norm_ffn.4": "mlp.fc2",
+    "convffn.fc": "mlp.fc", "pre_norm_mha.0": "ln_1", "pre_norm_mha.1.qkv_proj.": "attn.in_proj_",
+    "pre_norm_mha.1": "attn", "pre_norm_ffn.0": "ln_2", "pre_norm_ffn.1": "mlp.c_fc", "pre_norm_ffn.4": "mlp.c_proj",
 }  # fmt: skip
 _SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", "layer_scale")
 
@@ -90,7 +92,9 @@ class RepMixerBlock(nn.Module):
         super().__init__()
         self.mixer = RepMixer(width, kernel_size)
         self.conv = ConvNorm(width, kernel_size)
-        self.mlp = _mlp(width, mlp_ratio)
+        hidden = round(width * mlp_ratio)
+        layers = {"fc1": nn.Linear(width, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
         self.layer_scale = nn.Parameter(torch.full((width,), 1e-5))
 
     def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
@@ -103,43 +107,11 @@ class RepMixerBlock(nn.Module):
         return x + self.layer_scale * self.mlp(hidden)
 
 
-class Attention(nn.Module):
-    """Multi-head attention in which each token attends to every token: [B, L, C] -> [B, L, C]."""
+class TextTower(TextTransformer):
+    """The text tower of MobileCLIP-S0: a RepMixer block, open_clip's transformer layers without a mask, a RepMixer block.
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"heads: expected a divisor of the width {width}, got {heads}")
-        self.num_heads = heads
-        self.qkv_proj = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, L, K] each
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class PreNormLayer(nn.Module):
-    """A transformer layer: ``x + attn(ln_1(x))``, then ``x + mlp(ln_2(x))``, [B, L, C] -> [B, L, C]."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = _mlp(width, mlp_ratio)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-
-
-class TextTower(nn.Module):
-    """The text tower of MobileCLIP-S0, with the attributes that open_clip expects.
-
-    The layers are a RepMixer block, ``layers`` pre-norm transformer layers and a RepMixer block. The feature is that of the
-    token with the highest id, which is the end of the text. No token is masked, unless `simplify` sets ``masks_padding``:
-    then the transformer layers see no token behind the end. The RepMixer blocks always see their neighbours.
+    Each RepMixer block sees its neighbours, also those in the padding. Gradient checkpointing leaves these two blocks out:
+    computed twice, a batch would count twice in the statistics of their norms.
 
     forward(text int64 [B, L]) -> [B, output_dim]; L is at most ``context_length``.
     """
@@ -156,65 +128,36 @@ class TextTower(nn.Module):
         kernel_size: int = 11,
         output_dim: int = 512,
     ) -> None:
-        super().__init__()
-        self.context_length, self.vocab_size, self.width, self.output_dim = context_length, vocab_size, width, output_dim
-        self.grad_checkpointing = self.masks_padding = False
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
-        ends = (RepMixerBlock(width, mlp_ratio, kernel_size) for _ in range(2))
-        inner = (PreNormLayer(width, heads, mlp_ratio) for _ in range(layers))
-        self.layers = nn.ModuleList([next(ends), *inner, next(ends)])
-        self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.empty(width, output_dim))
-        self.init_parameters()
-
-    def init_parameters(self) -> None:
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=self.width**-0.5)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        sizes = context_length, vocab_size, width, heads, layers, mlp_ratio
+        super().__init__(*sizes, output_dim=output_dim, no_causal_mask=True)
+        self.first, self.last = (RepMixerBlock(width, mlp_ratio, kernel_size) for _ in range(2))
+        self.register_load_state_dict_pre_hook(_refuse_former_names)
 
     def forward(self, text: Tensor) -> Tensor:
         # The last block's MLP, a seventh of the tower's work, is needed at one token alone.
-        ends = self.ln_final(self.layers[-1](self._inner(text), text.argmax(1)))
+        ends = self.ln_final(self.last(self._inner(text), text.argmax(1)))
         return ends @ self.text_projection.to(ends.dtype)
 
     def encode_tokens(self, text: Tensor) -> Tensor:
         """Returns the outputs of all tokens after the last norm, [B, L, C]."""
-        return self.ln_final(self.layers[-1](self._inner(text)))
+        return self.ln_final(self.last(self._inner(text)))
 
     def _inner(self, text: Tensor) -> Tensor:
         """Returns the input of the last block, [B, L, C]."""
-        x = self.token_embedding(text)
-        x = x + self.positional_embedding[: text.shape[1]].to(x.dtype)
-        lengths = (None, None, text.argmax(1) + 1) if self.masks_padding else ()
-        for layer in self.layers[:-1]:
-            # A RepMixer block is not checkpointed: computed twice, a batch would count twice in the statistics of its norms.
-            if isinstance(layer, RepMixerBlock):
-                x = layer(x)
-            elif self.grad_checkpointing and self.training:
-                x = checkpoint(layer, x, *lengths, use_reentrant=False)
-            else:
-                x = layer(x, *lengths)
-        return x
+        x, mask = self._embeds(text)
+        return self.transformer(self.first(x), attn_mask=mask)
 
-    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline") -> None:
-        self.grad_checkpointing = enable
+    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Freezes all but the last groups of parameters, as open_clip does: embeddings, layers, projection."""
+        super().lock(unlocked_layers, freeze_layer_norm)
+        self.first.requires_grad_(unlocked_layers > len(self.transformer.resblocks) + 1)
+        self.last.requires_grad_(unlocked_layers > 1)
 
-    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = True) -> None:
-        """Freezes all but the last groups of parameters: embeddings, each layer (the last with ln_final), projection."""
-        groups = [[*self.token_embedding.parameters(), self.positional_embedding]]
-        groups += [list(layer.parameters()) for layer in self.layers]
-        groups[-1] += self.ln_final.parameters()
-        groups.append([self.text_projection])
-        for parameter in sum(groups[: len(groups) - unlocked_layers], []):
-            parameter.requires_grad_(False)
 
-    def no_weight_decay(self) -> set[str]:
-        return {"positional_embedding"}
+def _refuse_former_names(tower: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    if f"{prefix}layers.0.layer_scale" in state:
+        expected = "weights with text.first and text.last, got text.layers of a former version"
+        raise InputError(f"text tower: expected {expected}: train the model again, or load the published file")
 
 
 def create(embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], **options: Any) -> CustomTextCLIP:
@@ -249,6 +192,8 @@ def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
     image = {name.removeprefix(IMAGE): value for name, value in state.items() if name.startswith(IMAGE)}
     renamed = {f"visual.trunk.{k}": v for k, v in checkpoint_filter_fn(image, model.get_submodule("visual.trunk")).items()}
     renamed.pop("visual.trunk.head.fc.bias", None)  # zeros, which checkpoint_filter_fn adds
+    count = len(model.get_submodule("text.transformer.resblocks"))  # type: ignore[arg-type]
+    layers = {0: "first", count + 1: "last"} | {i + 1: f"transformer.resblocks.{i}" for i in range(count)}
     for name, value in state.items():
         if name.startswith(IMAGE):
             continue
@@ -257,14 +202,9 @@ def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
                 value = value.squeeze()
             for old, new in _RENAMED.items():
                 name = name.replace(old, new)
+            name = re.sub(r"(?<=text\.)transformer\.(\d+)", lambda match: layers.get(int(match[1]), match[0]), name)
         renamed[name] = value
     return renamed
-
-
-def _mlp(width: int, ratio: float) -> nn.Sequential:
-    hidden = round(width * ratio)
-    layers = {"fc1": nn.Linear(width, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, width)}
-    return nn.Sequential(OrderedDict(layers))
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Models by name: SiCLIPs, MobileCLIP-S0, open_clip's models; with their tokenizers, transforms and parameter counts."""
+"""Models by name: SiCLIPs, MobileCLIP-S0, open_clip's models; with their tokenizers and image transforms."""
 
 import copy
 import difflib
@@ -17,21 +17,17 @@ from PIL import Image
 from timm.layers.helpers import to_2tuple
 from torch import nn
 
-from simplclip.common.errors import InputError, UserError
+from simplclip.common.errors import InputError
 from simplclip.data.transforms import ImageTransform
 from simplclip.models import mobileclip, trunks  # noqa: F401, timm finds the trunks by name
 from simplclip.models.packaged import minilm_tokenizer
 from simplclip.models.short_vocabulary import ShortVocabTokenizer
-from simplclip.models.simplify import count_parameters, simplify
-from simplclip.models.weight_files import bare_state, first_line, read_weights
+from simplclip.models.simplify import simplify
+from simplclip.models.weights import first_line, load_exactly, read
 from simplclip.nn import neighbour_groups
 
 PLAIN = "open_clip:"
 Tokenizer = Callable[[list[str]], torch.Tensor]
-
-
-class WeightsError(UserError, RuntimeError):
-    """Error for weights that do not fit the model."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +35,7 @@ class Spec:
     """The recipe of a model: an open_clip configuration, and the arguments of `simplify`, or None for a model with its own
     blocks.
 
-    vocabulary: the number of tokens of a `ShortVocabTokenizer`, or a function from the context length to a tokenizer; None
-        for open_clip's own.
+    tokenizer: a function from the context length to a tokenizer; None for open_clip's own.
     build: the function that makes the model of the configuration, if open_clip does not.
     origins: name of packaged weights (packaged.SOURCES) -> the tensors that `inherit` takes from these weights: prefix in
         the weights -> prefix in this model.
@@ -51,7 +46,7 @@ class Spec:
     simplify: Mapping[str, Any] | None
     preprocess: Mapping[str, Any]
     augment: str | Mapping[str, Any]
-    vocabulary: int | Callable[[int], Tokenizer] | None = None
+    tokenizer: Callable[[int], Tokenizer] | None = None
     channels_last: bool = False
     build: Callable[..., nn.Module] | None = None
     origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -69,6 +64,7 @@ _MOBILECLIP_S0 = _MOBILECLIP | {
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 4},
     },
     "build": mobileclip.create,
+    "tokenizer": lambda length: SimpleTokenizer(context_length=length),
 }
 
 
@@ -98,7 +94,10 @@ _SPECS = {
         **_MOBILECLIP,
     ),
     "siclip-tiny": _small(
-        "siclip_tiny_trunk", {"vocab_size": 8192, "width": 256, "heads": 8}, preprocess={}, vocabulary=8192
+        "siclip_tiny_trunk",
+        {"vocab_size": 8192, "width": 256, "heads": 8},
+        preprocess={},
+        tokenizer=lambda length: ShortVocabTokenizer(8192, context_length=length),
     ),
     # The net and the token embeddings, which can be inherited, define both widths. A step at 48 px takes about 0.7 of the
     # time of a step at 64 px, and retrieval on the emoji loses 1 to 3 points.
@@ -107,7 +106,7 @@ _SPECS = {
         # eos_id: [SEP]
         {"vocab_size": 30522, "width": 384, "heads": 12, "mlp_ratio": 2.0, "pool_type": "eos", "eos_id": 102},
         preprocess={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-        vocabulary=minilm_tokenizer,
+        tokenizer=minilm_tokenizer,
         origins={
             "efficientnet-lite0": {"": "visual.trunk.patch_embed.backbone."},
             "minilm": {"embeddings.word_embeddings.": "text.token_embedding."},
@@ -150,8 +149,7 @@ def create(
 
     Args:
         name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model; or a `Spec`.
-        checkpoint: file written by torch.save with the state dict, bare or under "state_dict" or "model", which is read
-            with weights_only; or NAME.safetensors. It must fit exactly.
+        checkpoint: a file of weights as for `inherit`, which must fit exactly.
         device: device of the model.
         simplified: False for the model that a SiCLIP is made from, with its own blocks.
         simplify_options: arguments of `simplify` that replace those of the name. If they are given, even as {}, a model that
@@ -164,10 +162,10 @@ def create(
         report of the replaced blocks.
 
     Raises:
-        ValueError: the name is unknown (the message lists the nearest names), or the file has no weights.
-        WeightsError: the checkpoint does not fit.
+        InputError: the name is unknown; the message lists the nearest names.
+        CheckpointError: the checkpoint has no weights, or others.
     """
-    state = None if checkpoint is None else _read_state(checkpoint)
+    state = None if checkpoint is None else read(checkpoint, "checkpoint")  # before the model, which may take long
     spec = spec_of(name) if isinstance(name, str) else name
     if simplify_options and not simplified:
         raise InputError(f"simplify_options: expected none for a model with its own blocks, got {dict(simplify_options)}")
@@ -182,7 +180,7 @@ def create(
     if spec.channels_last:
         model.visual.to(memory_format=torch.channels_last)
     if state is not None:
-        _load(model, state, checkpoint)
+        load_exactly(model, state, str(checkpoint))
     return model.to(device)
 
 
@@ -206,14 +204,9 @@ def _build(spec: Spec, config: dict[str, Any], device: str | torch.device) -> An
 def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
     """Returns a model's tokenizer: list of strings -> token ids, int64 [B, L]. context_length: L, by default the model's."""
     spec = spec_of(name)
-    if spec.vocabulary is None and spec.build is None:
+    if spec.tokenizer is None:
         return open_clip.get_tokenizer(spec.original, context_length=context_length)
-    length = context_length or spec.config["text_cfg"]["context_length"]
-    if spec.vocabulary is None:
-        return SimpleTokenizer(context_length=length)
-    if callable(spec.vocabulary):
-        return spec.vocabulary(length)
-    return ShortVocabTokenizer(spec.vocabulary, context_length=length)
+    return spec.tokenizer(context_length or spec.config["text_cfg"]["context_length"])
 
 
 def transforms(
@@ -267,15 +260,6 @@ def text_pool(model: nn.Module) -> str | None:
     return tower.get("pool_type", tower.get("text_pool_type"))
 
 
-def summary(model: nn.Module, name: str) -> str:
-    """Returns a table of each tower's parameters; for a SiCLIP also the blocks that were replaced in its original model."""
-    report = getattr(model, "simplify_report", None)
-    if report is not None:
-        return f"{name}, made from {spec_of(name).original}\n{report}"
-    now = count_parameters(model)
-    return "\n".join([f"{name:<12}{'parameters':>14}", *(f"{part:<12}{n:>14,}" for part, n in now.items())])
-
-
 def spec_of(name: str) -> Spec:
     """Returns the recipe of the model of this name. Raises ValueError for an unknown name."""
     if name in _SPECS:
@@ -286,24 +270,3 @@ def spec_of(name: str) -> Spec:
     all_names = [*names(), *(PLAIN + n for n in open_clip.list_models())]
     near = difflib.get_close_matches(name, all_names, 3) or difflib.get_close_matches(PLAIN + name, all_names, 3)
     raise InputError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")
-
-
-def _read_state(checkpoint: str | os.PathLike[str]) -> Mapping[str, torch.Tensor]:
-    state = bare_state(read_weights(checkpoint, InputError, "checkpoint: expected a file of weights"))
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"checkpoint: expected a state dict of tensors, got {checkpoint}, which holds something else")
-    return state
-
-
-def _load(model: nn.Module, state: Mapping[str, torch.Tensor], checkpoint: str | os.PathLike[str]) -> None:
-    published, state = mobileclip.is_published(state), dict(mobileclip.from_published(model, state))
-    if "logit_bias" in state and getattr(model, "logit_bias", None) is None:  # it was trained by a sigmoid loss
-        model.logit_bias = nn.Parameter(torch.empty_like(state["logit_bias"]))
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
-        where = "; simplclip.models.mobileclip says how the file's names became these" if published else ""
-        raise WeightsError(
-            f"checkpoint: expected weights that fit the model, got {checkpoint}: {reasons[:300]}{where}"
-        ) from None

@@ -1,10 +1,8 @@
 """Simplified blocks in open_clip and transformers models: `simplify` replaces transformer blocks of one model in place."""
 
-import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
 from simplclip.models.mask_padding import mask_padding_of, tower_to_mask
-from simplclip.models.mobileclip import PreNormLayer, TextTower
 from simplclip.nn import SHARED_PARTS, SimplifiedBlock, share_weights
 
 __all__ = ["MapBlock", "Replaced", "SimplifyReport", "TimmBlock", "TransformerBlock", "count_parameters", "simplify"]
@@ -56,7 +53,7 @@ class TransformerBlock(SimplifiedBlock):
     ) -> None:
         super().__init__(width, heads, mlp_ratio, **options)
         self.masks_padding = masks_padding
-        self._accepted: dict[int, tuple[Tensor, int]] = {}  # length -> the accepted mask, and its version
+        self._accepted: dict[int, tuple[tuple, Tensor]] = {}  # length -> place and version of the accepted mask, and the mask
 
     def get_weight_dtype(self) -> torch.dtype:
         return self.fc1.weight.dtype
@@ -71,36 +68,26 @@ class TransformerBlock(SimplifiedBlock):
 
     def _check_mask(self, mask: Tensor | None, batch: int, length: int) -> None:
         if self.masks_padding:
-            if mask is None or mask.shape != (batch,):
-                got = None if mask is None else f"a tensor {list(mask.shape)}"
-                raise InputError(f"attn_mask: expected the lengths of the texts, [{batch}], got {got}")
-            return
-        if mask is None:
-            got = "None" if self.causal else ""
-        elif not self.causal or mask.shape != (length, length):
-            got = f"a tensor {list(mask.shape)}"
+            expected, valid = f"the lengths of the texts, [{batch}]", mask is not None and mask.shape == (batch,)
+        elif self.causal:
+            expected = f"the causal mask [{length}, {length}]"
+            valid = mask is not None and mask.shape == (length, length) and self._accepts(mask)
         else:
-            got = "" if self._accepts(mask) else "other values"
-        if got:
-            causal = f"the causal mask [{length}, {length}]"
-            expected = causal if self.causal else "None, since this block attends to every token"
+            expected, valid = "None, since this block attends to every token", mask is None
+        if not valid:
+            got = None if mask is None else f"another tensor {list(mask.shape)}"
             raise InputError(f"attn_mask: expected {expected}, got {got}")
 
     def _accepts(self, mask: Tensor) -> bool:
         # While tracing and for fake tensors, which have no values, the check made by `simplify` has to suffice.
         if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.is_inference():
             return True
-        accepted, version = self._accepted.get(len(mask), (None, 0))
-        if accepted is not None and version == mask._version and _place(accepted) == _place(mask):
-            return True
-        causal = is_causal_mask(mask)
-        if causal:
-            self._accepted[len(mask)] = (mask, mask._version)  # kept alive, so that no other tensor gets its address
-        return causal
-
-
-def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+        place = mask.data_ptr(), mask.shape, mask.stride(), mask._version
+        if place != self._accepted.get(len(mask), ((), None))[0]:
+            if not is_causal_mask(mask):
+                return False
+            self._accepted[len(mask)] = place, mask  # kept alive, so that no other tensor gets its address
+        return True
 
 
 class TimmBlock(SimplifiedBlock):
@@ -280,15 +267,12 @@ def _check_towers(model: nn.Module, towers: Sequence[str], named: set[str]) -> N
     if idle := sorted(named - set(towers)):
         raise InputError(f"blocks, share: expected only the towers to replace, {list(towers)}, got {idle}")
     encoders = _encoders(model)
-    library, parts = "an open_clip", {"text": ("text", "transformer"), "image": ("visual",)}
-    if encoders:
-        library, parts = "a transformers", {tower: (name,) for tower, name in encoders.TOWERS.items()}
-    for tower, names in parts.items():
-        if tower in towers and all(getattr(model, name, None) is None for name in names):
-            expected = " or ".join(f"`{name}`" for name in names)
-            raise InputError(
-                f"model: expected {library} model with {expected}, its {tower} tower, got {type(model).__name__} without"
-            )
+    for tower in towers:
+        names = [encoders.TOWERS[tower]] if encoders else ["text", "transformer"] if tower == "text" else ["visual"]
+        if all(getattr(model, name, None) is None for name in names):
+            library = "a transformers" if encoders else "an open_clip"
+            expected = f"{library} model with {' or '.join(names)}, its {tower} tower"
+            raise InputError(f"model: expected {expected}, got {type(model).__name__} without")
 
 
 def indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
@@ -306,19 +290,14 @@ def shares(wanted: Groups | Mapping[str, Groups], replaced: list[int], count: in
     parts: Mapping[str, Groups] = wanted if isinstance(wanted, Mapping) else {"all": wanted}
     if unknown := [part for part in parts if part not in SHARED_PARTS]:
         raise InputError(f"share: expected groups, or groups by names out of {SHARED_PARTS}, got {unknown[0]!r}")
-    checked = {}
-    for part, groups in parts.items():
-        lists = isinstance(groups, Sequence) and all(isinstance(group, Sequence) for group in groups)
-        if not lists or not all(isinstance(i, Integral) for group in groups for i in group):
-            raise InputError(f"share: expected a list of groups of indices such as [[0, 1]], got {groups!r}")
-        checked[part] = [indices("share", group, count) for group in groups]
-        if missing := [i for group in checked[part] for i in group if i not in replaced]:
-            raise InputError(f"share: expected indices of replaced blocks, {replaced}, got {missing}")
+    checked = {part: [indices("share", group, count) for group in groups] for part, groups in parts.items() if groups}
     for part in ("attention", "mlp"):
         every = [i for name in (part, "all") for group in checked.get(name, ()) for i in group]
+        if missing := sorted({*every} - {*replaced}):
+            raise InputError(f"share: expected indices of replaced blocks, {replaced}, got {missing}")
         if twice := sorted({i for i in every if every.count(i) > 1}):
             raise InputError(f"share: expected disjoint groups, got block {twice[0]} twice for {part}")
-    return {part: groups for part, groups in checked.items() if groups}
+    return checked
 
 
 def block_sites(model: nn.Module, tower: str) -> list[_Site]:
@@ -333,9 +312,6 @@ def _encoders(model: nn.Module) -> Any:
     transformers = sys.modules.get("transformers.modeling_utils")  # imported already if `model` is of transformers
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return None
-    version = importlib.metadata.version("transformers")
-    if int(version.partition(".")[0]) < 5:
-        raise InputError(f"model: expected a model of transformers 5.0 or later, got version {version}")
     from simplclip.models import hugging_face
 
     return hugging_face
@@ -344,19 +320,11 @@ def _encoders(model: nn.Module) -> Any:
 def _text_sites(model: nn.Module) -> Iterator[_Site]:
     tower: Any = getattr(model, "text", None)
     prefix, tower = ("", model) if tower is None else ("text.", tower)
-    if isinstance(tower, TextTower):
-        kinds = (PreNormLayer, SimplifiedBlock)
-        layers = ((f"text.layers.{i}", layer) for i, layer in enumerate(tower.layers) if isinstance(layer, kinds))
-        masks = {"masks_padding": tower.masks_padding}
-        yield from (_Site(path, layer, TransformerBlock, masks) for path, layer in layers)
-        return
     transformer = getattr(tower, "transformer", None)
     if not isinstance(transformer, Transformer):
         raise InputError(f"text: expected open_clip's text transformer, got {type(transformer or tower).__name__}")
     if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
         raise InputError("text: expected no mask or a causal one, got a tower with class token or padding masks")
-    if not hasattr(tower, "attn_mask"):
-        raise InputError(f"text: expected an attribute attn_mask, None or causal, got {type(tower).__name__} without")
     mask: Any = tower.attn_mask
     if mask is not None and not mask.is_meta and not is_causal_mask(mask):
         raise InputError("text: expected no mask or a causal one, got a tower with another attn_mask")
@@ -385,8 +353,6 @@ def _image_sites(model: nn.Module) -> Iterator[_Site]:
 
 
 def _transformer_sites(transformer: Transformer, path: str, tower: str, **options: bool) -> Iterator[_Site]:
-    if not getattr(transformer, "batch_first", True):  # since open_clip 4 there is no such attribute
-        raise InputError(f"{tower}: expected a tower with batch_first=True, got False")
     for index, block in enumerate(transformer.resblocks):
         if not isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock | SimplifiedBlock):
             raise InputError(f"{tower}: expected residual attention blocks, got {type(block).__name__}")

@@ -9,14 +9,13 @@ from typing import Any
 import open_clip
 from open_clip.model import get_model_preprocess_cfg, get_model_tokenize_cfg, set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
-from torch import nn
 
 from simplclip.common.errors import InputError
 from simplclip.models import registry
 from simplclip.models.mobileclip import where_to_get
-from simplclip.models.registry import PLAIN, WeightsError, create
-from simplclip.models.trained import EXPORT, CheckpointError, load_export, load_model
-from simplclip.models.weight_files import check_archive, first_line, read_weights, refusal
+from simplclip.models.registry import PLAIN, create
+from simplclip.models.trained import EXPORT, load_export, load_model
+from simplclip.models.weights import CheckpointError, download, read_weights
 
 _FILES = (".pt", ".pth", ".bin", ".safetensors")
 
@@ -78,15 +77,12 @@ def _named(name: str, weights: str | os.PathLike) -> dict[str, Any]:
     path = Path(weights)
     if not path.exists():
         raise _missing(path)
-    if path.is_dir() or "format" in read_weights(path, CheckpointError, "checkpoint: expected weights"):
-        parts = _run_or_export(path)
-        if parts["name"] != name:
-            raise CheckpointError(f"{path}: expected a checkpoint of {name!r}, got one of {parts['name']!r}")
-        return parts
-    try:
+    if not path.is_dir() and "format" not in read_weights(path):
         return _parts(name, create(name, checkpoint=path))
-    except (InputError, WeightsError) as error:
-        raise CheckpointError(str(error)) from None
+    parts = _run_or_export(path)
+    if parts["name"] != name:
+        raise CheckpointError(f"{path}: expected a checkpoint of {name!r}, got one of {parts['name']!r}")
+    return parts
 
 
 def _parts(name: str, model: Any) -> dict[str, Any]:
@@ -99,8 +95,7 @@ def _parts(name: str, model: Any) -> dict[str, Any]:
 def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
     """For a model of open_clip. tag: a tag of open_clip, a file of weights, or an empty string."""
     name = PLAIN + plain
-    if plain not in open_clip.list_models():
-        registry.tokenizer(name)  # raises an error that lists the nearest names
+    tokenizer = registry.tokenizer(name)  # raises an error that lists the nearest names
     tags = open_clip.list_pretrained_tags_by_model(plain)
     if tag and tag not in tags and checkpoint is None and (tag.endswith(_FILES) or Path(tag).is_file()):
         checkpoint, tag = tag, ""
@@ -110,33 +105,14 @@ def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> di
         raise InputError(f"source: expected a tag of {plain}, one of {', '.join(tags) or 'none'}, or a file, got {tag!r}")
     if checkpoint is None and not tag:
         known = ", ".join(f"{name}/{tag}" for tag in tags) or "it has none"
-        raise InputError(
-            f"checkpoint: expected a file of weights for {name}, got none; or name a tag that open_clip downloads: {known}"
-        )
-    label = f"{name}/{tag}" if tag else name
+        expected = f"a file of weights for {name}, or a tag that open_clip downloads ({known})"
+        raise InputError(f"checkpoint: expected {expected}, got none")
     if checkpoint is None:
-        try:
-            model = open_clip.create_model(plain, pretrained=tag)
-        except Exception as error:  # the download may raise many types
-            reason = first_line(error)
-            raise InputError(f"source: open_clip could not get {label}: {reason}; or give its file by --checkpoint") from None
+        model: Any = download(plain, tag)
     else:
-        model = _open_clip_file(plain, checkpoint)
+        model = create(name, checkpoint=checkpoint)
         if tag or len(tags) == 1:
             tagged = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}  # None keeps the model's size
             set_model_preprocess_cfg(model, merge_preprocess_dict(get_model_preprocess_cfg(model), tagged))
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
-    return {"name": label, "model": model, "preprocess": transform, "tokenizer": open_clip.get_tokenizer(plain)}
-
-
-def _open_clip_file(plain: str, path: str | os.PathLike) -> nn.Module:
-    model = create(PLAIN + plain)
-    try:
-        check_archive(path)
-        open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
-        return model
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # the type depends on the file: pickle, zip, safetensors, shapes and names
-        reason = refusal(error) or " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{path}: expected a checkpoint of open_clip's {plain}, got another file: {reason}") from None
+    return {"name": f"{name}/{tag}" if tag else name, "model": model, "preprocess": transform, "tokenizer": tokenizer}

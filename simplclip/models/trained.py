@@ -26,7 +26,7 @@ from torch import nn
 from simplclip.common.errors import InputError
 from simplclip.models.registry import Tokenizer, check_shape, create, transforms
 from simplclip.models.registry import tokenizer as tokenizer_of
-from simplclip.models.weight_files import first_line, read_weights
+from simplclip.models.weights import CheckpointError, load_error, read_weights
 
 FORMAT, VERSION = "simplclip", 1
 EXPORT = "export.json"  # describes the folder of an export
@@ -41,10 +41,6 @@ _ARCHITECTURE = {
 }
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
 _WIDEST, _DEEPEST = 1_000_000, 1000  # the largest width and number of layers that are accepted
-
-
-class CheckpointError(InputError):
-    """Error for a file that is not a usable checkpoint; the message names the file."""
 
 
 def shape_of(section: Mapping[str, Any], name: str) -> Any:
@@ -100,14 +96,16 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     Raises InputError for an option that could fetch, unpickle or run files (pretrained, weights_only, hf_model_name, a path
     or a URL in place of a model's name), and for a model of absurd size.
     """
-    for key, value in options.items():
-        if key not in _ARCHITECTURE:
-            _refuse(key, value, where)
-        _check_size(key, value, _WIDEST, where)
-        for name, inner in value.items() if isinstance(value, Mapping) else ():
-            if inner and _fetches(str(name), inner):
-                _refuse(f"{key}.{name}", inner, where)
-            _check_size(f"{key}.{name}", inner, _DEEPEST if name == "layers" else _WIDEST, where)
+    values = {key: (key, value) for key, value in options.items()}
+    for key, part in options.items():
+        values |= {f"{key}.{name}": (name, value) for name, value in part.items()} if isinstance(part, Mapping) else {}
+    for path, (name, value) in values.items():
+        got = f"model.options.{path} = {str(value)[:100]!r}"
+        if path.partition(".")[0] not in _ARCHITECTURE or (value and _fetches(str(name), value)):
+            expected = "options of the model's architecture"
+            raise InputError(f"{where}: expected {expected}, got {got}, which may fetch or run files")
+        if isinstance(value, (int, float)) and value > (_DEEPEST if name == "layers" else _WIDEST):
+            raise InputError(f"{where}: expected a model that can be built, got model.options.{path} = {value:.3g}")
 
 
 def _fetches(name: str, value: Any) -> bool:
@@ -118,16 +116,6 @@ def _fetches(name: str, value: Any) -> bool:
     return name.startswith("hf_")
 
 
-def _check_size(key: str, value: Any, largest: int, where: str) -> None:
-    if isinstance(value, (int, float)) and value > largest:
-        raise InputError(f"{where}: expected a model that can be built, got model.options.{key} = {value:.3g}")
-
-
-def _refuse(key: str, value: Any, where: str) -> None:
-    got = f"model.options.{key} = {str(value)[:100]!r}"
-    raise InputError(f"{where}: expected options of the model's architecture, got {got}, which may fetch or run files")
-
-
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint, or the last.pt of a run's folder, to the CPU, as a dict with at least "model", "config" and "step".
 
@@ -136,7 +124,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no such file: {path}")
-    state = read_weights(path, CheckpointError, f"{path}: expected a simplclip checkpoint", "an unreadable file")
+    state = read_weights(path, f"{path}: expected a simplclip checkpoint", "an unreadable file")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected a simplclip checkpoint, got a file without format={FORMAT!r}")
     version = state.get("version")
@@ -168,10 +156,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # the type depends on the options, and on the damage
-        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:]) or first_line(error)
-        raise CheckpointError(
-            f"{path}: expected weights of {section['name']!r}, the model of its config, got others: {reasons[:300]}"
-        ) from None
+        expected = f"weights of {section['name']!r}, the model of its config"
+        raise CheckpointError(f"{path}: expected {expected}, got others: {load_error(error)}") from None
     return model.to(device).eval(), config, state
 
 
@@ -179,8 +165,8 @@ def load_export(folder: str | Path) -> tuple[nn.Module, str, int]:
     """Loads the model of a folder that `simplclip export` wrote.
 
     Returns: the model in eval mode on the CPU, its name, and the step of its checkpoint.
-    Raises: FileNotFoundError; CheckpointError if export.json is another file, or names no weights; InputError if its options
-    are refused; WeightsError if the weights do not fit.
+    Raises: FileNotFoundError; CheckpointError if export.json is another file, or its weights do not fit; InputError if its
+    options are refused.
     """
     folder = Path(folder)
     try:

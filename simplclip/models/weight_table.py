@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from simplclip.common.errors import InputError
+from simplclip.models.weights import CheckpointError
 from simplclip.nn import SimplifiedBlock
 
 __all__ = ["InheritanceError", "Status", "TableRow", "Unit", "Units", "WeightTable", "alike"]
@@ -21,7 +21,7 @@ _COUNTERS = "num_batches_tracked"  # old checkpoints lack it
 _ENOUGH = 0.1  # the source has another architecture if a smaller share of its (or the model's) tensors fit
 
 
-class InheritanceError(InputError):
+class InheritanceError(CheckpointError):
     """Error for a source whose weights the model cannot take, or for a name that the model does not have."""
 
 
@@ -35,7 +35,6 @@ class Status(StrEnum):
     RESIZED = "resized"
     NEW = "new"
     DIFFERS = "shape differs"
-    LEFT = "left in the source"
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,10 @@ class Unit:
     status: Status = Status.NEW
     taken: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def always_trains(self) -> bool:
+        return self.path.rpartition(".")[2] in ("logit_scale", "logit_bias")
+
     def free(self, state: Mapping[str, Tensor]) -> bool:
         """Whether the unit's names mean the same in `state`: a simplified block's do if `state` has a simplified one."""
         return not self.block or f"{self.block}.qk.weight" in state
@@ -121,20 +124,38 @@ class Units(list[Unit]):
                 units += (Unit(name, {name: tensor}, False, block) for name, tensor in tensors.items())
         return units
 
-    def check_enough(self, state: Mapping[str, Tensor], label: str, fitting: int, wanted: int) -> None:
-        """Raises InheritanceError if too few tensors fit for a model of the same architecture."""
-        if fitting >= max(1, _ENOUGH * min(len(state), wanted)):
+    def split(self) -> Units:
+        """Returns units of a single tensor each."""
+        return Units(Unit(name, {name: tensor}, block=unit.block) for unit in self for name, tensor in unit.tensors.items())
+
+    def take(self, state: Mapping[str, Tensor], label: str) -> None:
+        """Sets `taken` of each unit that fits and has none from an earlier source, `status` of each whose shapes differ.
+
+        Raises InheritanceError if too few tensors fit for a model of the same architecture.
+        """
+        free = [unit for unit in self if unit.free(state)]
+        fitting = [unit for unit in free if unit.fits(state)]
+        self._check_enough(state, label, fitting, free)
+        for unit in free:
+            if not unit.taken and unit in fitting:
+                unit.taken = {name: state[name] for name in unit.tensors if name in state}
+            elif not unit.taken and unit.differs(state):
+                unit.status = Status.DIFFERS
+
+    def _check_enough(self, state: Mapping[str, Tensor], label: str, fitting: list[Unit], free: list[Unit]) -> None:
+        wanted, fit = ([n for unit in units if not unit.always_trains for n in unit.tensors] for units in (free, fitting))
+        count = sum(name in state for name in fit)
+        if count >= max(1, _ENOUGH * min(len(state), len(wanted))):
             return
         ours = {name: tensor for unit in self for name, tensor in unit.tensors.items()}
-        shapes = [n for n in state if n in ours and not alike(ours[n], state[n])][:2]
-        reasons = [f"; {n} is {list(state[n].shape)} in the source and {list(ours[n].shape)} in the model" for n in shapes]
-        for name in [n for n in state if n not in ours][:2]:
-            near = difflib.get_close_matches(name, ours, 1, 0.0)
-            reasons.append(f"; {name} is not in the model (nearest: {', '.join(near)})")
-        raise InheritanceError(
-            f"source: expected weights of this model's architecture, got {label}, of whose {len(state)} tensors {fitting} fit"
-            + "".join(reasons)
-        )
+        reasons = [
+            f"; {name} is {list(state[name].shape)} in the source and {list(ours[name].shape)} in the model"
+            if name in ours
+            else f"; {name} is not in the model (nearest: {difflib.get_close_matches(name, ours, 1, 0.0)[0]})"
+            for name in [name for name in state if name not in fit][:3]
+        ]
+        got = f"{label}, of whose {len(state)} tensors {count} fit{''.join(reasons)}"
+        raise InheritanceError(f"source: expected weights of this model's architecture, got {got}")
 
     def drop_half_tied(self) -> None:
         """Resets units that own the same tensor, unless all of them take the same value for the tensor."""
@@ -142,16 +163,12 @@ class Units(list[Unit]):
         for unit in self:
             for name, tensor in unit.tensors.items():
                 owners[id(tensor)].append((unit, name))
-        changed = True
-        while changed:
-            changed = False
-            for tied in owners.values():
-                taking = [unit for unit, _ in tied if unit.taken]
-                values = [unit.taken[name] for unit, name in tied if name in unit.taken]
-                if taking and (len(taking) < len(tied) or not all(torch.equal(values[0], value) for value in values[1:])):
-                    for unit, _ in tied:
-                        unit.taken, unit.status = {}, Status.NEW
-                    changed = True
+        for tied in owners.values():
+            taking = [unit for unit, _ in tied if unit.taken]
+            values = [unit.taken[name] for unit, name in tied if name in unit.taken]
+            if 0 < len(taking) < len(tied) or not all(torch.equal(values[0], value) for value in values[1:]):
+                for unit, _ in tied:
+                    unit.taken, unit.status = {}, Status.NEW
 
     def copy_taken(self) -> None:
         """Copies the tensors that the units take into the tensors of the model."""
@@ -164,13 +181,11 @@ class Units(list[Unit]):
         counted: set[int] = set()
 
         def split(path: str, inside: list[Unit]) -> Iterator[TableRow]:
-            statuses = {unit.status for unit in inside}
-            if len(statuses) == 1:
-                (status,) = statuses
-                tensors = (t for unit in inside for t in unit.tensors.values())
-                parameters = {id(t): t for t in tensors if status == Status.LEFT or isinstance(t, nn.Parameter)}
-                yield TableRow(path, status, sum(t.numel() for key, t in parameters.items() if key not in counted))
+            if len({unit.status for unit in inside}) == 1:
+                parameters = {id(t): t for unit in inside for t in unit.tensors.values() if isinstance(t, nn.Parameter)}
+                size = sum(t.numel() for key, t in parameters.items() if key not in counted)
                 counted.update(parameters)
+                yield TableRow(path, inside[0].status, size)
                 return
             depth = path.count(".") + 1 if path else 0
             for name, children in groupby(inside, lambda unit: ".".join(unit.path.split(".")[: depth + 1])):
@@ -179,7 +194,7 @@ class Units(list[Unit]):
         return tuple(split("", self))
 
 
-def alike(ours: Tensor, theirs: Tensor) -> bool:
+def alike(target: Tensor, value: Tensor) -> bool:
     """Whether shape and kind of number are the same. A scalar may be [] or [1], since checkpoints differ in that shape."""
-    scalar = ours.numel() == theirs.numel() == 1 and max(ours.dim(), theirs.dim()) <= 1
-    return (ours.shape == theirs.shape or scalar) and ours.is_floating_point() == theirs.is_floating_point()
+    scalar = target.numel() == value.numel() == 1 and max(target.dim(), value.dim()) <= 1
+    return (target.shape == value.shape or scalar) and target.is_floating_point() == value.is_floating_point()

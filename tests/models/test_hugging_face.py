@@ -96,7 +96,7 @@ def test_masks_that_cannot_be_honoured(implementation):
         ),
         (lambda: siglip2(**of_siglip2 | {"pixel_attention_mask": patches}), "^pixel_attention_mask: expected rows of ones"),
         (lambda: layers(clip)[0](torch.randn(1, 3, 24), "causal"), "^attention_mask: expected a mask .*, got str"),
-        (lambda: layers(clip)[0](torch.randn(1, 3, 24), torch.ones(3)), r"^attention_mask: expected .*, got a tensor \[3\]"),
+        (lambda: layers(clip)[0](torch.randn(1, 3, 24), torch.ones(3)), "^attention_mask: expected .*, got Tensor"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -193,7 +193,7 @@ def test_what_is_refused_leaves_the_model_as_it_was():
         (clip, {"blocks": {"image": [7]}}, r"blocks\['image'\]: expected an index of 3 blocks, got 7"),
         (model("MetaClip2Model"), {}, "text: expected a transformers encoder with CLIPEncoderLayer, .*, got MetaClip2Enc"),
         (model("ChineseCLIPModel"), {}, "text: expected a transformers encoder with .*, got ChineseCLIPTextModel"),
-        (clip.text_model, {}, "model: expected a transformers model with `text_model`, its text tower, got CLIPTextModel"),
+        (clip.text_model, {}, "model: expected a transformers model with text_model, its text tower, got CLIPTextModel"),
     ):
         with pytest.raises(ValueError, match=message):
             simplclip.simplify(made, **options)

@@ -18,6 +18,7 @@ from simplclip.losses import ClipPMLoss
 from simplclip.models import packaged
 from simplclip.models.inherit import InheritanceError, freeze, inherit
 from simplclip.models.simplify import count_parameters
+from simplclip.models.weights import CheckpointError
 from simplclip.nn import SimplifiedBlock
 
 BACKBONE = "visual.trunk.patch_embed.backbone"
@@ -249,12 +250,12 @@ def bad_sources(folder):
     torch.save({"epoch": 3}, folder / "empty.pt")
     yield FileNotFoundError, [folder / "no.pt"], "source: expected a file, .* got .*no.pt"
     for name in ("module.pt", "cut.safetensors"):
-        yield InheritanceError, [folder / name], f"expected weights, readable without running code, got .*{name}: "
-    yield InheritanceError, [folder / "list.pt"], "expected a state dict in .*list.pt, got list"
-    yield InheritanceError, [folder / "empty.pt"], "expected weights, got .*empty.pt, which has no tensors"
-    yield InheritanceError, ["minilm"], "expected weights that this model takes .none by name., got 'minilm'"
-    yield InheritanceError, ["ViT-B-32/laion2b"], "got ViT-B-32/laion2b; nearest tags: laion2b_e16"
-    yield InheritanceError, ["open_clip:ViT-B-23/x"], "no tags for ViT-B-23; nearest models: .*'ViT-B-32'"
+        yield CheckpointError, [folder / name], f"source: expected a file of weights, got .*{name}: "
+    yield CheckpointError, [folder / "list.pt"], "source: expected a state dict in .*list.pt, got list"
+    yield CheckpointError, [folder / "empty.pt"], "source: expected weights, got .*empty.pt, which has no tensors"
+    yield CheckpointError, ["minilm"], "expected weights that this model takes .none by name., got 'minilm'"
+    yield CheckpointError, ["ViT-B-32/laion2b"], "got ViT-B-32/laion2b; nearest tags: laion2b_e16"
+    yield CheckpointError, ["open_clip:ViT-B-23/x"], "no tags for ViT-B-23; nearest models: .*'ViT-B-32'"
     vision = {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}
     vit = open_clip.CLIP(256, vision, {"width": 256, "layers": 1, "vocab_size": 99})
     yield InheritanceError, [vit], "CLIP, of whose 3. tensors 3 fit; .* is .* in the source and .* \\(nearest: "

@@ -17,7 +17,6 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from simplclip import models
 from simplclip.models.inherit import InheritanceError, inherit
 from simplclip.models.init_blocks import convert, is_block, start
-from simplclip.models.mobileclip import PreNormLayer
 from simplclip.models.simplify import MapBlock, attention_of, simplify
 from simplclip.nn import SimplifiedBlock, share_weights
 
@@ -28,7 +27,6 @@ TOKENS = {
     "custom": lambda: CustomResidualAttentionBlock(C, H, 2.0, scale_heads=True, scale_attn_inner=True, scale_attn=True),
     "timm": lambda: Block(C, H, 2.0, qkv_bias=True, init_values=0.1),
     "timm_rms": lambda: Block(C, H, 2.0, norm_layer=RmsNorm),
-    "mobileclip": lambda: PreNormLayer(C, H, 2.0),
     "clip": lambda: CLIPEncoderLayer(CLIPTextConfig(**_HF)),
     "siglip": lambda: SiglipEncoderLayer(SiglipVisionConfig(**_HF)),
 }
@@ -95,15 +93,15 @@ def test_attention_maps_are_those_of_the_old_block_but_for_the_bias_of_q(kind, b
     for name, bias in state.items():  # the bias of k has no effect on the maps
         if "q_proj.bias" in name and not biased:
             bias.zero_()
-        if name.endswith(("qkv.bias", "in_proj_bias", "qkv_proj.bias")) and not biased:
+        if name.endswith(("qkv.bias", "in_proj_bias")) and not biased:
             bias[:C].zero_()
     x = torch.randn(2, 5, C)
     n = norm(torch.nn.functional.layer_norm(x, (C,)))
     if hasattr(attention, "q_proj"):
         qk = torch.cat([attention.q_proj(n), attention.k_proj(n)], -1)
     else:
-        weight = next(v for k, v in state.items() if k.endswith(("qkv.weight", "in_proj_weight", "qkv_proj.weight")))
-        bias = next((v for k, v in state.items() if k.endswith(("qkv.bias", "in_proj_bias", "qkv_proj.bias"))), None)
+        weight = next(v for k, v in state.items() if k.endswith(("qkv.weight", "in_proj_weight")))
+        bias = next((v for k, v in state.items() if k.endswith(("qkv.bias", "in_proj_bias"))), None)
         qk = torch.nn.functional.linear(n, weight, bias)[..., : 2 * C]
     new = started(old)
     ours, theirs = attention_maps(new.qk(new.norm(x))), attention_maps(qk)

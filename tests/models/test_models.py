@@ -21,10 +21,6 @@ def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def test_names():
-    assert models.names() == ["mobileclip-s0", "siclip-s0", "siclip2-s0", "siclip-tiny", "siclip-lite0"]
-
-
 @pytest.mark.slow
 def test_s0_is_mobileclip2_s0_with_simplified_blocks():
     s0 = models.create("siclip2-s0", device="meta")
@@ -38,6 +34,7 @@ def test_s0_is_mobileclip2_s0_with_simplified_blocks():
     assert len({b.fc1 for b in blocks}) == 6
     original = open_clip.create_model("MobileCLIP2-S0", device="meta")
     assert s0.simplify_report.before["total"] == count(original)
+    assert "weights shared in groups [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]\n" in f"{s0.simplify_report}\n"
     assert count(s0) < 0.7 * count(original)
 
 
@@ -70,7 +67,7 @@ def test_create_repeats_from_the_seed_and_loads_its_own_checkpoint(tmp_path, tin
     torch.manual_seed(0)
     for options in ({}, {"checkpoint": tmp_path / "a.pt"}):
         torch.testing.assert_close(models.create("siclip-tiny", **options).state_dict(), tiny.state_dict(), rtol=0, atol=0)
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match="checkpoint: expected weights that fit the model, got .*size mismatch"):
         models.create("siclip-tiny", checkpoint=tmp_path / "a.pt", embed_dim=64)
     former = tiny.state_dict() | {"visual.trunk.patch_embed.backbone.stem.bn.running_mean": torch.zeros(32)}
     with pytest.raises(ValueError, match="siclip-tiny: expected weights with group norms, got those of a former version"):
@@ -94,7 +91,6 @@ def test_plain_open_clip_models(tiny):
     model = models.create("open_clip:ViT-B-32", device="meta", vision_cfg={"layers": 1}, text_cfg={"layers": 1})
     assert len(model.visual.transformer.resblocks) == len(model.transformer.resblocks) == 1
     assert not any(isinstance(m, SimplifiedBlock) for m in model.modules())
-    assert "ViT-B-32" in models.summary(model, "open_clip:ViT-B-32")
     assert models.tokenizer("open_clip:ViT-B-32")(["x"]).shape == (1, 77)
     assert models.transforms("open_clip:ViT-B-32", train=False)(Image.new("L", (9, 9))).shape == (3, 224, 224)
     one = {"device": "meta", "vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1}}
@@ -112,16 +108,6 @@ def test_plain_open_clip_models(tiny):
 def test_unknown_names_list_the_nearest(function, name, near):
     with pytest.raises(ValueError, match=rf"name: expected one of .*got '{name}'; nearest: .*'{near}'"):
         function(name)
-
-
-def test_summary_prints_the_parameters_beside_the_originals():
-    model = models.create("siclip2-s0", device="meta")
-    table = models.summary(model, "siclip2-s0")
-    assert f"{count(model):,}" in table
-    assert f"{model.simplify_report.before['total']:,}" in table
-    assert "made from MobileCLIP2-S0" in table
-    assert "text: 12 of ResidualAttentionBlock replaced" in table
-    assert "weights shared in groups [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]\n" in f"{table}\n"
 
 
 def test_short_vocabulary_is_a_prefix_of_clips_and_decodes():

@@ -3,7 +3,10 @@
 import re
 
 import pytest
+import tiny
 import torch
+from mobileclip_s0 import weights
+from nets import with_statistics
 from typer.testing import CliRunner
 
 from simplclip import models
@@ -11,6 +14,9 @@ from simplclip.commands.main import app
 from simplclip.models.inherit import inherit
 from simplclip.models.simplify import MapBlock
 from simplclip.nn import SimplifiedBlock
+from simplclip.train import config, loop
+from simplclip.train.setup import setup
+from simplclip.train.step import train_step
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def test_all_but_the_new_blocks_is_inherited_and_frozen(student):
     report = inherit(student, source)
     new = {name for name, p in student.named_parameters() if p.requires_grad}
     assert {name.split(".blocks.")[0] for name in new if name.startswith("visual")} == {"visual.trunk.stages.3"}
-    assert {name.split(".")[2] for name in new if name.startswith("text.")} == {"1", "2", "3", "4"}
+    assert {name.split(".")[1] for name in new if name.startswith("text.")} == {"transformer"}
     assert report.totals["inherited"] > 30_000_000
 
 
@@ -55,6 +61,33 @@ def test_a_missing_file_is_named_with_where_it_is_to_be_had(student, tmp_path):
             read(tmp_path / "mobileclip_s0.pt")
         with pytest.raises(FileNotFoundError, match=r"other[.]pt$"):
             read(tmp_path / "other.pt")
+
+
+def stand_in(name):
+    """Returns weights made from a seed in the layout of the config's inherit.source."""
+    torch.manual_seed(1)
+    return weights(1) if name == "siclip-s0" else with_statistics(models.create(name, simplified=False)).state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["siclip-s0", "siclip2-s0"])
+def test_a_training_step_of_the_config(name, tmp_path):
+    """With all terms of the last stage, by cached gradients: what trains moves, and what is frozen stays."""
+    torch.save(stand_in(name), tmp_path / "source.pt")
+    shard = tiny.write_shard(tmp_path / "train-0.tar", teacher=64)
+    data = [f"data.train={shard}", "data.sidecars=[]", "data.batch_size=4", "data.micro_batch=2", "data.workers=0"]
+    changes = [*data, f"inherit.source={tmp_path / 'source.pt'}", "run.precision=fp32"]
+    state = setup(config.load(name, changes), torch.device("cpu"), "fp32")
+    assert len(state.frozen) > 8
+    state.step = 20_000
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    loader = iter(loop.make_loader(state)[0])
+    row = train_step(state, [next(loader) for _ in range(2)])
+    terms = ("contrastive", "pair_matching", "feature", "relational", "interactive")
+    assert all(0 < float(row[f"{term}_loss"]) < 1e3 for term in terms), row
+    moved = {name for name, tensor in state.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    trains = {name for name, p in state.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    assert moved == trains
 
 
 @pytest.mark.prove
@@ -68,9 +101,9 @@ def test_the_configs_fit_a_24_gib_card(name):
 
 def test_the_last_blocks_mlp_computes_one_token_of_each_text(student):
     torch.manual_seed(0)
-    torch.nn.init.uniform_(student.text.layers[-1].layer_scale)
+    torch.nn.init.uniform_(student.text.last.layer_scale)
     text, seen = torch.randint(1, 49000, (3, 77)), []
-    hook = student.text.layers[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    hook = student.text.last.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     with torch.no_grad():
         features, tokens = student.text(text), student.text.encode_tokens(text)
     hook.remove()

@@ -34,12 +34,6 @@ def without(name):
     return model
 
 
-def length_first():
-    model = clip()
-    model.visual.transformer.batch_first = False
-    return model
-
-
 def with_text(text):
     model = clip(cls=CustomTextCLIP)
     model.text = text
@@ -119,7 +113,6 @@ def test_towers_and_indices():
         ({"blocks": {"image": [0]}, "share": {"image": [[0, 1]]}}, r"share: expected .*\[1\]"),
         ({"towers": ("text", "audio")}, "towers: expected names .*audio"),
         ({"share": {"text": {"qk": [[0, 1]]}}}, r"share: expected groups, .* names out of \('attention', .* got 'qk'"),
-        ({"share": {"text": {"mlp": [0, 1]}}}, r"share: expected a list of groups of .* as \[\[0, 1\]\], got \[0, 1\]"),
         ({"share": {"text": {"all": [[0, 1]], "mlp": [[1, 2]]}}}, "share: expected disjoint groups, got block 1 twice"),
         ({"share": {"image": {"attention": [[0, -3]]}}}, "share: .*got block 0 twice for attention"),
     ],
@@ -139,10 +132,8 @@ def test_an_error_leaves_the_model_as_it_was(options, message):
         (lambda: masking(no_causal_mask=True, use_pad_mask=True), "text: .*class token or padding masks"),
         (lambda: clip({"layers": (1,) * 4, "width": 8, "head_width": 8, "image_size": 32}), "ModifiedResNet without any"),
         (lambda: with_text(nn.Module()), "text: expected open_clip's text transformer, got Module"),
-        (lambda: without("transformer"), "model: expected an open_clip model with `text` or `transformer`, its text tower"),
-        (lambda: without("visual"), "model: expected .* with `visual`, its image tower, got CLIP without"),
-        (length_first, "image: expected a tower with batch_first=True, got False"),
-        (lambda: without("attn_mask"), "text: expected an attribute attn_mask, None or causal, got CLIP without"),
+        (lambda: without("transformer"), "model: expected an open_clip model with text or transformer, its text tower"),
+        (lambda: without("visual"), "model: expected .* with visual, its image tower, got CLIP without"),
     ],
 )
 def test_models_that_are_refused(make, message):
@@ -238,7 +229,7 @@ def test_masked_padding_is_as_if_it_were_not_there(pool):
     assert (other.encode_text(text) - found)[0].abs().max() > 0.01
     again = restless(simplify(copy.deepcopy(masked), blocks={"text": [0, 2]})[0])  # its blocks stay masked
     assert torch.equal(again.encode_text(text), again.encode_text(torch.where(text == 0, 50, text)))
-    with pytest.raises(InputError, match=r"attn_mask: expected the lengths of the texts, \[2\], got a tensor \[5, 5\]"):
+    with pytest.raises(InputError, match=r"attn_mask: expected the lengths of the texts, \[2\], got another tensor \[5, 5\]"):
         masked.text.transformer(torch.randn(2, 5, 24), attn_mask=torch.zeros(5, 5))
 
 
@@ -270,9 +261,9 @@ def test_masks_that_cannot_be_honoured():
     changed[0, 1] = 0  # changed after the block has accepted it
     for call, message in (
         (lambda: block(x), r"attn_mask: expected the causal mask \[12, 12\], got None"),
-        (lambda: block(x, attn_mask=mask.expand(4, 12, 12)), r"attn_mask: .*\[12, 12\], got a tensor \[4, 12, 12\]"),
-        (lambda: block(x, attn_mask=changed), "got other values"),
-        (lambda: block(x, attn_mask=torch.zeros(12, 12)), "got other values"),
+        (lambda: block(x, attn_mask=mask.expand(4, 12, 12)), r"attn_mask: .*\[12, 12\], got another tensor \[4, 12, 12\]"),
+        (lambda: block(x, attn_mask=changed), "got another tensor"),
+        (lambda: block(x, attn_mask=torch.zeros(12, 12)), "got another tensor"),
         (lambda: full(torch.randn(2, 5, 32), attn_mask=torch.zeros(5, 5)), "attn_mask: expected None"),
         (lambda: block(x, x, x, mask), "k_x, v_x: expected None"),
         (lambda: TimmBlock(8, 2)(torch.randn(1, 3, 8), is_causal=True), "attn_mask, is_causal: expected None and False"),

@@ -22,22 +22,16 @@ def state_of(section=SECTION, base="contrastive", **more):
 
 
 @pytest.mark.parametrize("where", ["last.pt", "."])
-def test_a_model_comes_back_from_its_checkpoint(tmp_path, where):
+def test_a_model_comes_back_from_its_checkpoint_with_its_averages(tmp_path, where):
     state = state_of()
-    torch.save(state, tmp_path / "last.pt")
+    averaged = next(iter(state["model"]))
+    torch.save(state | {"ema": {averaged: state["model"][averaged] + 1}}, tmp_path / "last.pt")
     model, config, raw = trained.load_model(tmp_path / where)
     assert not model.training
     assert config == state["config"] == raw["config"]
     assert raw["step"] == 3
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, state["model"][name])
-
-
-def test_averages_take_the_place_of_the_weights(tmp_path):
-    state = state_of()
-    name, weight = next(iter(state["model"].items()))
-    torch.save(state | {"ema": {name: weight + 1}}, tmp_path / "last.pt")
-    assert torch.equal(trained.load_model(tmp_path)[0].state_dict()[name], weight + 1)
+        assert torch.equal(weight, state["model"][name] + (name == averaged))
 
 
 def test_the_sigmoid_base_gives_a_bias(tmp_path):
@@ -77,10 +71,7 @@ def test_options_of_another_model():
 
 
 REFUSED = {
-    "a tag": ({"pretrained": "openai"}, "pretrained = 'openai'"),
     "a download": ({"pretrained_image": True}, "pretrained_image = 'True'"),
-    "a model of transformers": ({"text_cfg": {"hf_model_name": "x/y"}}, "text_cfg.hf_model_name = 'x/y'"),
-    "a repository": ({"vision_cfg": {"timm_model_name": "hf-hub:x/y"}}, "vision_cfg.timm_model_name = 'hf-hub:x/y'"),
     "code of a tokenizer": (
         {"text_cfg": {"tokenizer_kwargs": {"trust_remote_code": True}}},
         "text_cfg.tokenizer_kwargs = \"{'trust_remote_code': True}\"",
@@ -114,9 +105,7 @@ def test_harmless_options_of_tokenizers_and_timm():
     [
         ({"format": "x"}, "got a file without format='simplclip'"),
         ({"version": 2}, "expected checkpoint version 1 or lower, got 2, written by a newer simplclip"),
-        ({"config": {"model": {}}}, "expected a checkpoint with a config and weights, got another one"),
         ({"step": "x"}, "expected a checkpoint with a config and weights, got another one"),
-        ({"model": {"x": torch.zeros(1)}}, "expected weights of 'siclip-tiny', the model of its config, got others: Missing"),
         ({"config": {"model": {"name": "siclip-tini"}}}, "name: expected one of .*nearest: .*siclip-tiny"),
         ({"config": {"model": {"name": "siclip-tiny", "options": [1]}}}, "expected weights of|expected options of"),
     ],

@@ -34,8 +34,7 @@ def weights(tmp_path_factory, coca):
 
 
 def generate(model, images, draws, top_p=1.0, temperature=1.0):
-    tokenizer = caption.tokenizer_of(model, NAME)
-    return caption.generate(model, images, draws, tokenizer, top_p=top_p, temperature=temperature)
+    return caption.generate(model, images, draws, caption.tokenizer_of(NAME), top_p=top_p, temperature=temperature)
 
 
 def uniform(*shape):
@@ -132,7 +131,7 @@ def test_a_caption_depends_on_seed_and_sample_alone(source, captioned, weights, 
 def test_the_likeliest_tokens(coca):
     """With a tiny top_p each token is the likeliest one after the tokens before it, by the whole model."""
     images = torch.randn(3, 3, 32, 32)
-    tokenizer = caption.tokenizer_of(coca, NAME)
+    tokenizer = caption.tokenizer_of(NAME)
     tokens = generate(coca, images, torch.rand(3, 2, CONTEXT).double(), top_p=1e-9, temperature=0.7)
     assert torch.equal(tokens[:, 0], tokens[:, 1])
     assert not torch.equal(tokens[0], tokens[1])  # the image makes a difference
@@ -168,7 +167,7 @@ def test_captions_end_where_the_model_ends_them():
         model.text_decoder.ln_final.bias.fill_(1)
         model.text_decoder.text_projection.fill_(-100)
         model.text_decoder.text_projection[0, [end, 5, 6, 7, start]] = torch.tensor([1500.0, 1500, 1500, 1500, 1600])
-    tokenizer = caption.tokenizer_of(model, NAME)
+    tokenizer = caption.tokenizer_of(NAME)
     images, draws = torch.randn(4, 3, 32, 32), uniform(4, 12)
     tokens = generate(model, images, draws)
     body = tokens[..., 1:].flatten(0, 1)
@@ -206,7 +205,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(source, tmp_path, monkeypatch)
 
     monkeypatch.setattr(open_clip, "create_model", offline)
     told = one_line("caption", source / "train-0.tar", "--out", tmp_path / "out", "--pretrained", "laion2b_s13b_b90k")
-    assert "pretrained: open_clip could not get coca_ViT-B-32/laion2b_s13b_b90k: Failed to download; or give" in told
+    assert "pretrained: open_clip could not get coca_ViT-B-32/laion2b_s13b_b90k: Failed to download; or name its file" in told
 
 
 @pytest.mark.slow
@@ -230,15 +229,19 @@ def test_command(source, weights, tmp_path):
         "model: expected a CoCa model of open_clip, such as": (out, "--model", "coca_ViT-B-33"),
         "expected a file or a tag with the weights of coca_ViT-B-32, got neither": (out,),
         "got both": (out, *options, "--pretrained", "x"),
-        "pretrained: expected one of ['laion2b_s13b_b90k'": (out, "--pretrained", "x"),
-        "checkpoint: no such file": (out, "--checkpoint", tmp_path / "none.pt"),
+        "pretrained: expected open_clip's NAME/TAG, got coca_ViT-B-32/x; nearest tags: ": (
+            out,
+            "--pretrained",
+            "x",
+        ),
+        "checkpoint: expected a file": (out, "--checkpoint", tmp_path / "none.pt"),
         "checkpoint: expected a file of weights": (out, *tiny(tmp_path / "text.pt")),
         "wide.pt: Missing key(s)": (out, *tiny(tmp_path / "wide.pt")),
         "shape.pt: size mismatch for logit_scale": (out, *tiny(tmp_path / "shape.pt")),
         "max_tokens: expected 3 to 12, the context of": (out, *options, "--max-tokens", 13),
         "top_p: expected a share above 0, up to 1, got 1.5": (out, *options, "--top-p", 1.5),
         "temperature: expected a number above 0, got 0.0": (out, *options, "--temperature", 0),
-        "precision: expected one of fp32, bf16, fp16 or auto, got 'fp8'": (out, *options, "--precision", "fp8"),
+        "precision: expected fp32, bf16, fp16 or auto, got 'fp8'": (out, *options, "--precision", "fp8"),
         "n was 1, now 2": (tmp_path / "out", *options, "--n", 2),
     }
     for message, arguments in cases.items():

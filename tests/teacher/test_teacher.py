@@ -1,7 +1,6 @@
 """`simplclip teacher`: features of images and captions in sidecars, which fit their captions and shards alone."""
 
 import json
-import os
 
 import numpy as np
 import open_clip
@@ -157,28 +156,10 @@ def test_a_tag_beside_a_checkpoint_gives_its_preprocessing(folder, monkeypatch):
     assert transform("open_clip:tiny").split("mean")[1:] == plain.split("mean")[1:]
 
 
-@pytest.fixture(scope="module")
-def odd(folder):
-    """Writes files with other contents than their names say."""
-    (folder / "garbage.pt").write_bytes(b"not weights")
-    torch.save({"state_dict": os.system}, folder / "code.pt")
-    state = torch.load(folder / "tiny.pt", weights_only=True)
-    state["text_projection"].fill_(float("nan"))
-    torch.save(state, folder / "nan.pt")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("nobody", "the folder of a run or an export, or"),
-        ("open_clip:tiny", "checkpoint: expected a file of weights for open_clip:tiny, got none"),
-        ("open_clip:ViT-B-33", "nearest"),
-        ("open_clip:ViT-B-32/nowhere", "expected a tag of ViT-B-32, one of openai"),
-        ("siclip-tiny", "checkpoint: expected a file with the weights of 'siclip-tiny'"),
         ("open_clip:tiny --checkpoint none.pt", "checkpoint: no such file: "),
-        ("open_clip:tiny-wide --checkpoint tiny.pt", "a checkpoint of open_clip's tiny-wide, got"),
-        ("open_clip:tiny --checkpoint garbage.pt", "a checkpoint of open_clip's tiny, got"),
-        ("open_clip:tiny --checkpoint code.pt", "a checkpoint of open_clip's tiny, got"),
         ("siclip-tiny --checkpoint tiny.pt", "checkpoint: expected weights that fit the model, got tiny.pt"),
         ("open_clip:tiny --checkpoint nan.pt", "open_clip:tiny: expected finite features, got text features"),
         ("open_clip:tiny --checkpoint tiny.pt --device tpu9", "device: expected"),
@@ -189,7 +170,9 @@ def odd(folder):
         ("open_clip:tiny --checkpoint tiny.pt --sidecars none", "sidecars: expected folders, got 'none', which is none"),
     ],
 )
-def test_wrong_arguments_end_in_one_line(folder, odd, tmp_path, monkeypatch, arguments, message):
+def test_wrong_arguments_end_in_one_line(folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
+    state = torch.load("tiny.pt", weights_only=True)
+    torch.save(state | {"text_projection": torch.full_like(state["text_projection"], torch.nan)}, "nan.pt")
     assert message in one_line("teacher", "in/train-0.tar", "--out", tmp_path / "out", "--teacher", *arguments.split())
     assert not (tmp_path / "out").exists()
