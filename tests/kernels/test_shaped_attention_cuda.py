@@ -87,7 +87,7 @@ def test_the_difference_of_softmax_and_mean_is_rounded_not_they(kernels):
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing():
-    shapes = [(1, 16), (17, 80), (64, 128), (80, 64), *([(77, 64), (33, 112)] if ALL else [])]
+    shapes = [(17, 80), (80, 64), *([(1, 16), (64, 128), (77, 64), (33, 112)] if ALL else [])]
     done = emulator.sanitized(
         f"""
         import emulator

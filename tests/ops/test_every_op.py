@@ -72,7 +72,7 @@ def test_autocast_casts_the_features_and_returns_float32(name):
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-7)
     result.backward()
     expected.backward()
-    for ours, theirs in zip(wide, tensors):
-        if theirs.grad is not None:
-            assert ours.grad.dtype == torch.float32
-            torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=1e-5, atol=1e-7)
+    for cast, narrow in zip(wide, tensors):
+        if narrow.grad is not None:
+            assert cast.grad.dtype == torch.float32
+            torch.testing.assert_close(cast.grad, narrow.grad.float(), rtol=1e-5, atol=1e-7)
