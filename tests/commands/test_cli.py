@@ -131,13 +131,16 @@ def test_a_run_that_is_ended_saves_its_state_and_goes_on(tmp_path, end):
     pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     run = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
     deadline = time.monotonic() + 300
-    while not (out / "metrics.csv").exists() or len((out / "metrics.csv").read_text().splitlines()) < 4:
-        assert run.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGINT) if end == "SIGINT" else run.stdout.close()
-    errors = run.stderr.read()
-    assert run.wait(300) == 130, errors
+    try:
+        while not (out / "metrics.csv").exists() or len((out / "metrics.csv").read_text().splitlines()) < 4:
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(run.pid, signal.SIGINT) if end == "SIGINT" else run.stdout.close()
+        errors = run.stderr.read()
+        assert run.wait(300) == 130, errors
+    finally:
+        run.kill()
     assert "Traceback" not in errors
     step = len((out / "metrics.csv").read_text().splitlines()) - 1
     assert 3 <= step < 4000

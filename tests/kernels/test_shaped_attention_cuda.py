@@ -25,13 +25,16 @@ def kernels():
 
 
 def cases(tokens, width, kind):
-    """Yields all tokens, causal, and sequences of several lengths in a batch with two heads; nothing if tokens do not fit."""
+    """Yields all tokens, and sequences of several lengths in a batch with two heads; nothing if tokens do not fit.
+
+    One of the two is causal, in make prove each with and without.
+    """
     if kind == "tf32" and tokens > 64 and width > 64:
         return
-    yield Case(kind, tokens, width)
-    yield Case(kind, tokens, width, causal=True)
-    for causal in (False, True):
-        yield Case(kind, tokens, width, causal, lengths=(tokens // 2, 0, tokens), batch=3, heads=2)
+    first = width % 64 == 0
+    for causal in (False, True) if ALL else (first,):
+        yield Case(kind, tokens, width, causal)
+        yield Case(kind, tokens, width, causal if ALL else not first, lengths=(tokens // 2, 0, tokens), batch=3, heads=2)
 
 
 @pytest.mark.slow
@@ -47,7 +50,7 @@ def test_values_and_gradients(kernels, tokens, kind):
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(77, 64), (64, 128), (80, 16)])
 def test_other_schedules_give_the_same_bits(kernels, tokens, width, kind):
-    schedules = range(20 if ALL else 4)
+    schedules = range(20 if ALL else 3)
     check(kernels, Case(kind, tokens, width, causal=True, lengths=(tokens - 3,)), schedules)
     check(kernels, Case(kind, tokens, width), schedules)
 
