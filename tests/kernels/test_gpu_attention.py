@@ -30,7 +30,7 @@ def products_in_tf32():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_values_and_gradients(tokens, dtype):
-    """q, k and v have rows with gaps, as the views in a block, or begin at odd addresses. Plain torch runs on the device too."""
+    """q, k and v have rows with gaps, as the views in a block, or begin at odd addresses. Plain torch runs on the device."""
     precision = "tf32" if dtype == torch.float32 else dtype
     every_length = (None, [0, tokens, 1, tokens // 2, tokens - 1])
     for width, causal, lengths in itertools.product(WIDTHS, (False, True), every_length):
