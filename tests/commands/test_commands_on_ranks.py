@@ -1,6 +1,6 @@
-"""Commands under torchrun: the results of two ranks are those of one process, byte for byte.
+"""Commands on ranks: the results of two ranks are those of one process, byte for byte.
 
-torchrun runs this file as well: test_commands_on_ranks.py FOLDER runs COMMANDS in FOLDER, and each rank writes there
+Each rank runs this file as well: test_commands_on_ranks.py FOLDER runs COMMANDS in FOLDER, and writes there
 results-RANK.json, by name each command's exit code and its output, or the error that ended it.
 """
 
@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from launch import torchrun
+from launch import forked_ranks
 from pairs import png, write
 from typer.testing import CliRunner
 
@@ -73,7 +73,7 @@ def results(tmp_path_factory):
     for name in ("one", "two"):
         (folder / name).mkdir()
     one = run(folder / "one")
-    torchrun(__file__, folder / "two", check=True)
+    forked_ranks(__file__, folder / "two", check=True)
     two = [json.loads((folder / "two" / f"results-{rank}.json").read_text()) for rank in (0, 1)]
     return one, two, folder
 
