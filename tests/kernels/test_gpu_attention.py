@@ -48,13 +48,3 @@ def test_values_and_gradients(tokens, dtype):
         least = lambda name, most=of_gains: most if name in ("d_alpha", "d_beta", "d_gamma") else 0.01  # noqa: E731
         what = f"{tokens} tokens, width {width}, {call.options}, lengths {lengths}"
         assert_within(results, plain, case.by_definition(torch.Tensor.double), precision, what, least)
-
-
-def test_registration():
-    for dtype in (torch.bfloat16, torch.float16):
-        q, k, v = (torch.randn(2, 19, 3, 32, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
-        gains = torch.rand(3, 3, device="cuda", requires_grad=True)
-        torch.library.opcheck(
-            torch.ops.simplclip.shaped_attention_fwd, (q, k, v, gains, None, 0.2, True, "cuda"),
-            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-        )  # fmt: skip
