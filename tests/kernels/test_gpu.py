@@ -27,10 +27,8 @@ def cases():
     """Yields two calls of each op on each backend that serves them on a GPU, in each dtype."""
     for op, backend, dtype in itertools.product(selftest.CALLS, backends.NAMES, DTYPES):
         calls = [call for call in (make() for make in LARGE.values()) if call.op == op][:2]
-        row, shapes = (
-            selftest.Row(op, backend, dtype),
-            [{n: tuple(t.shape) for n, t in call.tensors.items()} for call in calls],
-        )
+        shapes = [{name: tuple(t.shape) for name, t in call.tensors.items()} for call in calls]
+        row = selftest.Row(op, backend, dtype)
         if backend != "reference" and all(row.serves(inputs, torch.device("cuda")) for inputs in shapes):
             made = [Case(call, dtype, backend, call.needed(), device="cuda") for call in calls]
             yield pytest.param(made, id=f"{op}, {backend}, {dtype}")
