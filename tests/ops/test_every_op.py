@@ -20,7 +20,7 @@ def kernels_and_reference():
         yield name, torch.float32, "reference"
 
 
-@pytest.mark.parametrize(("name", "dtype", "backend"), kernels_and_reference())
+@pytest.mark.parametrize(("name", "dtype", "backend"), [*kernels_and_reference()])
 def test_values_and_gradients(name, dtype, backend):
     check(LARGE[name](), dtype, backend, twice=backend == "cpu")
 
