@@ -42,12 +42,9 @@ def test_a_second_derivative_is_refused_whatever_asks_for_it(name):
     first, plain = gradients(True), gradients(False)
     assert first.keys() == plain.keys()
     assert all(torch.equal(first[i], plain[i]) for i in first)
-    penalty = {i: g.square().sum() for i, g in first.items()}
     for i, j in itertools.product(first, first):
         with pytest.raises(RuntimeError, match=twice):
-            torch.autograd.grad(penalty[i], leaves[j], retain_graph=True)
-    with pytest.raises(RuntimeError, match=twice):
-        sum(penalty.values()).backward()
+            torch.autograd.grad(first[i].square().sum(), leaves[j], retain_graph=True)
     used, values = [leaves[i] for i in first], tuple(leaves[i].detach() for i in first)
     of_used, _ = of_leaves([t.detach().requires_grad_(any(t is u for u in used)) for t in leaves], function)
     with pytest.raises(RuntimeError, match=twice):
