@@ -1,14 +1,25 @@
-"""Commands under torchrun: the results of two ranks are those of one process, byte for byte."""
+"""Commands on ranks: the results of two ranks are those of one process, byte for byte.
+
+Each rank runs this file as well: test_commands_on_ranks.py FOLDER runs COMMANDS in FOLDER, and writes there
+results-RANK.json, by name each command's exit code and its output, or the error that ended it.
+"""
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import captioners
+import open_clip
 import pytest
-import rank_commands
 import tiny
 import torch
-from launch import torchrun
+import torch.distributed as dist
+from launch import forked_ranks
 from pairs import png, write
+from typer.testing import CliRunner
+
+from simplclip.commands.main import app
 
 pytestmark = pytest.mark.slow
 MODEL = f"open_clip:{captioners.NAME}"
@@ -18,7 +29,7 @@ COMMANDS = {
     "evaluate": [
         *["evaluate", OF_FILE, "--data", "held=../data/train-*.tar", "--data", "captions=../data/train-1.tar"],
         *["--classnames", "../names.txt", "--out", "evaluated"],
-        *["--batch-size", "10", "--workers", "2"],
+        *["--batch-size", "10", "--workers", "0"],
     ],
     "teacher": ["teacher", "../data/train-{0..2}.tar", "--out", "taught", *TEACHER, "--precision", "fp32", "--workers", "1"],
     "caption": [
@@ -30,9 +41,23 @@ COMMANDS = {
 }
 
 
+def run(folder: Path) -> dict[str, list]:
+    open_clip.add_model_config(folder.parent / f"{captioners.NAME}.json")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        results = {name: CliRunner().invoke(app, arguments) for name, arguments in COMMANDS.items()}
+    finally:
+        os.chdir(before)
+    return {
+        name: [result.exit_code, (result.stderr.splitlines() or [""])[-1] if result.exit_code else result.stdout]
+        for name, result in results.items()
+    }
+
+
 @pytest.fixture(scope="module")
-def did(tmp_path_factory):
-    """Returns the outputs of one process and of two ranks, and their folders."""
+def results(tmp_path_factory):
+    """Returns the results of one process, those of two ranks, and their folder."""
     folder = tmp_path_factory.mktemp("commands")
     captioners.register(folder)
     torch.save(captioners.build().state_dict(), folder / "coca.pt")
@@ -45,38 +70,41 @@ def did(tmp_path_factory):
     (folder / "joined" / "train-4.tar").write_bytes(b"no tar" * 200)
     # More classes than the ten whose texts are encoded together.
     (folder / "names.txt").write_text("\n".join([*tiny.COLOURS, *(f"colour {number}" for number in range(9))]))
-    (folder / "plan.json").write_text(json.dumps(COMMANDS))
     for name in ("one", "two"):
         (folder / name).mkdir()
-    one = rank_commands.said(folder / "one", COMMANDS)
-    torchrun("rank_commands.py", folder / "two", folder / "plan.json", check=True)
-    two = [json.loads((folder / "two" / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    one = run(folder / "one")
+    forked_ranks(__file__, folder / "two", check=True)
+    two = [json.loads((folder / "two" / f"results-{rank}.json").read_text()) for rank in (0, 1)]
     return one, two, folder
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "error"])
-def test_ranks_do_what_one_process_does(did, command):
-    one, (first, second), _ = did
+def test_ranks_do_what_one_process_does(results, command):
+    one, (first, second), _ = results
     assert one[command][0] == 0, one[command]
     assert first[command] == one[command]
     assert second[command] == [0, ""]
 
 
-def test_files_are_the_same(did):
-    folder = did[2]
-    files = [
-        {path.relative_to(folder / name): path.read_bytes() for path in (folder / name).rglob("*") if path.is_file()}
-        for name in ("one", "two")
-    ]
-    theirs = {path: data for path, data in files[1].items() if path.parts[0] != "bad" and not path.name.startswith("said-")}
-    ours = {path: data for path, data in files[0].items() if path.parts[0] != "bad"}
-    assert len(ours) > 8
-    assert [path for path in ours.keys() | theirs.keys() if ours.get(path) != theirs.get(path)] == []
+def test_files_are_the_same(results):
+    one, two = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (results[2] / "one", results[2] / "two")
+    )
+    compared = [path for path in one.keys() | two.keys() if not path.parts[0].startswith(("bad", "results-"))]
+    assert len(compared) > 8
+    assert [path for path in compared if one.get(path) != two.get(path)] == []
 
 
-def test_an_error_of_one_rank_ends_all(did):
-    one, (first, second), _ = did
+def test_an_error_of_one_rank_ends_all(results):
+    one, (first, second), _ = results
     assert one["error"][0] == 2
     assert "train-4.tar" in one["error"][1]
     assert second["error"] == one["error"]  # the rank that fails tells it
     assert first["error"] == [1, ""]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group()
+    (Path(sys.argv[1]) / f"results-{os.environ['RANK']}.json").write_text(json.dumps(run(Path(sys.argv[1]))))

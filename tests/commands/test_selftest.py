@@ -74,22 +74,22 @@ def test_a_flipped_sign_is_found_and_named(spoil, tmp_path):
 
 @needs_cpu_kernels
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         (lambda function, call: tree_map(torch.empty_like, function(call)), "out: error nan"),  # results are not written
         (lambda function, call: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )
-def test_other_faults_are_found(spoil, wrong, told):
+def test_other_faults_are_found(spoil, wrong, message):
     spoil("shaped_attention_fwd", "cpu", wrong)
     done = run()
     assert done.exit_code == 1
-    assert done.output.count(f", cpu, float32:\n    {told}") == 1
+    assert done.output.count(f", cpu, float32:\n    {message}") == 1
     assert "shaped_attention  reference      float32       2    0.00\n" in done.output
 
 
 @needs_cpu_kernels
-def test_what_lies_between_rows_is_seen(spoil):
+def test_reading_between_rows_is_found(spoil):
     """A kernel that takes tensors for contiguous reads NaN."""
 
     def reads_on(function, call):

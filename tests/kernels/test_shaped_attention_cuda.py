@@ -25,12 +25,11 @@ def kernels():
 
 
 def cases(tokens, width, kind):
-    """Yields all tokens, causal, and sequences of several lengths in a batch with two heads; nothing if tokens do not fit."""
+    """Yields all tokens, and sequences of several lengths in a batch with two heads; nothing if tokens do not fit."""
     if kind == "tf32" and tokens > 64 and width > 64:
         return
-    yield Case(kind, tokens, width)
-    yield Case(kind, tokens, width, causal=True)
     for causal in (False, True):
+        yield Case(kind, tokens, width, causal)
         yield Case(kind, tokens, width, causal, lengths=(tokens // 2, 0, tokens), batch=3, heads=2)
 
 
@@ -47,7 +46,7 @@ def test_values_and_gradients(kernels, tokens, kind):
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(77, 64), (64, 128), (80, 16)])
 def test_other_schedules_give_the_same_bits(kernels, tokens, width, kind):
-    schedules = range(20 if ALL else 4)
+    schedules = range(20 if ALL else 3)
     check(kernels, Case(kind, tokens, width, causal=True, lengths=(tokens - 3,)), schedules)
     check(kernels, Case(kind, tokens, width), schedules)
 
@@ -87,7 +86,7 @@ def test_the_difference_of_softmax_and_mean_is_rounded_not_they(kernels):
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing():
-    shapes = [(1, 16), (17, 80), (64, 128), (80, 64), *([(77, 64), (33, 112)] if ALL else [])]
+    shapes = [(17, 80), (80, 64), *([(1, 16), (64, 128), (77, 64), (33, 112)] if ALL else [])]
     done = emulator.sanitized(
         f"""
         import emulator

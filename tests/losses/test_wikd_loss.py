@@ -88,7 +88,7 @@ def test_a_row_of_zeros_in_float16(interactive, dtype, autocast, teacher_width):
     sum(named.values()).backward()
     sum(in_float32.values()).backward()
     most = torch.finfo(dtype).max
-    for ours, theirs in zip((*student, *loss.parameters()), (*wide, *expected.parameters())):
-        assert ours.grad.isfinite().all()
-        torch.testing.assert_close(ours.grad.float(), theirs.grad.clamp(-most, most), rtol=2e-2, atol=4e-3)
+    for half, exact in zip((*student, *loss.parameters()), (*wide, *expected.parameters())):
+        assert half.grad.isfinite().all()
+        torch.testing.assert_close(half.grad.float(), exact.grad.clamp(-most, most), rtol=2e-2, atol=4e-3)
     assert autocast or wide[0].grad[3].abs().max() > most

@@ -1,6 +1,7 @@
 """Every op and loss traces as one graph under torch.compile: dtypes and autocast, static and dynamic shapes."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -25,11 +26,16 @@ def value_and_grads(function, tensors, autocast):
     return [value.detach(), *torch.autograd.grad(value, [t for t in tensors if t.requires_grad], allow_unused=True)]
 
 
-# The static or dynamic forms in the suite, and the ops in the suite for torch's own compiler; `make prove` takes all.
-SAMPLE = {("float32", True)}
-INDUCTOR = ("simplified_block",)
-KINDS = [(form, dynamic) for form in FORMS for dynamic in (False, True)]
-KINDS = [pytest.param(*kind, marks=pytest.mark.slow if kind in SAMPLE else pytest.mark.prove) for kind in KINDS]
+# The form, the calls, and the call for torch's own compiler in the suite; `make prove` takes all.
+SUITE = "float32", True
+CALLS = {"similarity_loss sigmoid", "similarity_loss hadamard", "shaped_attention lengths", "parallel_mlp"}
+CALLS |= {"simplified_block recompute", "SimplifiedBlock", "WIKDLoss"}  # which contain the other ops
+OF_INDUCTOR = "parallel_mlp"  # compiles the least C++
+AROUND_SDPA = {("autocast bfloat16", "simplified_block"), ("float32", "shaped_attention lengths")}
+
+
+def mark(quick):
+    return pytest.mark.slow if quick else pytest.mark.prove
 
 
 def check(name, form, sizes, **options):
@@ -50,30 +56,30 @@ def check(name, form, sizes, **options):
                     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-# Options of a sweep that "similarity_loss" traces already.
-RARE = ("similarity_loss kl", "similarity_loss positives")
-NAMES = [pytest.param(name, marks=pytest.mark.prove if name in RARE else []) for name in (*SMALL, *MODULES)]
+EVERY = [
+    pytest.param(name, form, dynamic, marks=mark(name in CALLS and (form, dynamic) == SUITE))
+    for name, form, dynamic in itertools.product((*SMALL, *MODULES), FORMS, (False, True))
+]
+OF_TOKENS = [name for name in SMALL if name.startswith(("shaped_attention", "simplified_block"))]
+SDPA = [
+    pytest.param(form, name, marks=mark((form, name) in AROUND_SDPA))
+    for form, name in itertools.product(("float32", "autocast bfloat16"), OF_TOKENS)
+]
 
 
-@pytest.mark.parametrize(("form", "dynamic"), KINDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "form", "dynamic"), EVERY)
 def test_traces_without_graph_breaks(name, form, dynamic):
     check(name, form, (6, 11) if dynamic else (6, 6), dynamic=dynamic, backend="aot_eager")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["float32", "autocast bfloat16"])
-@pytest.mark.parametrize("name", [name for name in SMALL if name.startswith(("shaped_attention", "simplified_block"))])
-def test_what_sdpa_keeps_traces(name, form):
+@pytest.mark.parametrize(("form", "name"), SDPA)
+def test_blocks_around_sdpa_trace_without_graph_breaks(form, name):
     """A fake function promises the results that a backend keeps for its backward."""
     with simplclip.backend("sdpa"):
         check(name, form, (6, 11), dynamic=True, backend="aot_eager")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in INDUCTOR else pytest.mark.prove) for name in (*SMALL, *MODULES)]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=mark(name == OF_INDUCTOR)) for name in (*SMALL, *MODULES)])
 def test_compiles(name):
     """torch's own compiler compiles each op and loss; ops on tokens under autocast."""
     of_tokens = name.startswith(("shaped_attention", "parallel_mlp", "simplified_block"))

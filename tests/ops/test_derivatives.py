@@ -4,20 +4,11 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from devices import BACKENDS
 from small_calls import SMALL
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
 import simplclip
-from simplclip.losses import RowwiseLoss, WIKDLoss
-
-
-def rowwise(image, text, scale):
-    fn = lambda logits, positives: F.cross_entropy(logits, positives, reduction="none")  # noqa: E731
-    return RowwiseLoss(fn)(image, text, scale)
-
 
 NAMED = {name: name.split()[0] for name in SMALL}
 REFUSED = "expected a first derivative in reverse mode, got {}; the ops have no other derivatives"
@@ -51,12 +42,9 @@ def test_a_second_derivative_is_refused_whatever_asks_for_it(name):
     first, plain = gradients(True), gradients(False)
     assert first.keys() == plain.keys()
     assert all(torch.equal(first[i], plain[i]) for i in first)
-    penalty = {i: g.square().sum() for i, g in first.items()}
     for i, j in itertools.product(first, first):
         with pytest.raises(RuntimeError, match=twice):
-            torch.autograd.grad(penalty[i], leaves[j], retain_graph=True)
-    with pytest.raises(RuntimeError, match=twice):
-        sum(penalty.values()).backward()
+            torch.autograd.grad(first[i].square().sum(), leaves[j], retain_graph=True)
     used, values = [leaves[i] for i in first], tuple(leaves[i].detach() for i in first)
     of_used, _ = of_leaves([t.detach().requires_grad_(any(t is u for u in used)) for t in leaves], function)
     with pytest.raises(RuntimeError, match=twice):
@@ -111,17 +99,3 @@ def test_meta_tensors_give_meta_results_and_gradients(name, backend, monkeypatch
         out.backward()
     for t in tensors:
         assert t.grad is None or (t.grad.device.type == "meta" and t.grad.shape == t.shape)
-
-
-@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
-@pytest.mark.parametrize("backend", ["", "reference"])
-def test_losses_of_tensors_without_data(mode, backend, monkeypatch):
-    monkeypatch.setattr(simplclip.ops.backends, "_forced", backend)
-    with mode():
-        image, text = (torch.randn(4, 8).requires_grad_() for _ in range(2))
-        teacher = torch.randn(4, 6), torch.randn(4, 6), torch.tensor(9.0)
-        distilled = WIKDLoss(interactive_weight=1, feature_weight=1, embed_dim=8, teacher_dim=6)
-        value = rowwise(image, text, torch.tensor(9.0)) + sum(distilled(image, text, torch.tensor(9.0), *teacher))
-        value.backward()
-    for t in (value, image.grad, text.grad, *(p.grad for p in distilled.parameters())):
-        assert isinstance(t, FakeTensor) or t.is_meta

@@ -3,7 +3,7 @@ import functools
 
 import pytest
 import torch
-from launch import torchrun
+from launch import forked_ranks, torchrun
 
 from simplclip.ops import distributed
 
@@ -14,7 +14,7 @@ PARTS = {2: (*OF_THREE, "exchanges", "gradient caching", "transformers", "fully_
 @pytest.fixture(scope="module")
 def of_ranks():
     """Runs the parts for a number of ranks in one start, and returns the output."""
-    return functools.cache(lambda ranks: torchrun("rank_losses.py", *PARTS[ranks], ranks=ranks))
+    return functools.cache(lambda ranks: forked_ranks("rank_losses.py", *PARTS[ranks], ranks=ranks))
 
 
 @pytest.mark.parametrize(

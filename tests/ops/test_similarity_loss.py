@@ -30,7 +30,7 @@ def test_chunks_and_stored_rows_change_nothing(plane, dtype):
     row = 310 * (4 if dtype == torch.float16 else dtype.itemsize)
     rows = ((0, 0), (64, 0), (128, 0), (128, 64), (128, 192))
     budgets = [(scratch * row, store * row) for scratch, store in rows] + [(1 << 20, 1 << 20)]
-    for scratch, store in budgets:
+    for scratch, store in budgets if dtype == torch.float32 else budgets[1::2]:
         call = similarity_call(
             300, 310, 7, terms=TERMS, plane=plane, ids=True, teacher_width=20, scratch_bytes=scratch, store_bytes=store
         )

@@ -84,12 +84,12 @@ class Audit:
         return type(value)(*map(self.argument, value)) if isinstance(value, tuple) else value
 
     def run(self, launch: trace.Launch) -> None:
-        """Runs the first, the middle and the last program of a launch."""
+        """Runs the first and the last program of a launch."""
         (count,), builder = launch.grid, interpreter.interpreter_builder
         args = [self.argument(value) for value in launch.args]
         options = {name: name == "INTERPRETED" or self.argument(value) for name, value in launch.options.items()}
         grid, place, self.kernel = builder.set_grid_dim, builder.set_grid_idx, launch.kernel.fn.__name__
-        for program in sorted({0, count // 2, count - 1}):
+        for program in sorted({0, count - 1}):
             with (
                 mock.patch.object(builder, "set_grid_dim", lambda *_, count=count: grid(count, 1, 1)),
                 mock.patch.object(builder, "set_grid_idx", lambda *_, program=program: place(program, 0, 0)),
@@ -120,13 +120,13 @@ class Audit:
 
 
 def sampled(steps: list[trace.Step]) -> list[trace.Launch]:
-    """Returns the first, the middle and the last launch of each kernel and its compiled form."""
+    """Returns the first and the last launch of each kernel and its compiled form."""
     launches_of = defaultdict(list)
     for step in steps:
         if step.kind == "triton":
             constants = {name: value for name, value in step.launch.options.items() if name.isupper()}
             launches_of[step.name, repr(constants)].append(step.launch)
-    return [launches[i] for launches in launches_of.values() for i in sorted({0, len(launches) // 2, len(launches) - 1})]
+    return [launches[i] for launches in launches_of.values() for i in sorted({0, len(launches) - 1})]
 
 
 LARGE = 131_072, 1024  # N, D

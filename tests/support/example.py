@@ -13,9 +13,9 @@ def load(name):
     path = FOLDER / f"{name}.py"
     if path.parent != FOLDER and str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # where it finds the files beside it, as a script does
-    known = f"example_{name.replace('/', '_')}"
-    if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, path)
-        sys.modules[known] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[known])
-    return sys.modules[known]
+    module = f"example_{name.replace('/', '_')}"
+    if module not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module, path)
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module])
+    return sys.modules[module]

@@ -67,9 +67,9 @@ def small_case() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return published, case
 
 
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+def error(result: torch.Tensor, exact: torch.Tensor) -> float:
     """Returns the largest error, relative to the largest value."""
-    return ((found - exact).abs().max() / exact.abs().max()).item()
+    return ((result - exact).abs().max() / exact.abs().max()).item()
 
 
 def small_state():

@@ -53,10 +53,10 @@ def average(values):
     return values
 
 
-def close(ours, theirs, what):
-    assert ours.keys() == theirs.keys(), what
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{what} {n}: {m}")
+def close(got, expected, what):
+    assert got.keys() == expected.keys(), what
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{what} {n}: {m}")
 
 
 def equal_one_process(got, expected, rows, what, *, times=1, local=False):
@@ -75,10 +75,10 @@ def distilled(logits, positives, teacher_logits):
 def equals_open_clip(rank):
     shard = slice(N * rank, N * rank + N)
     kinds = (ClipLoss, losses.ClipLoss), (DistillClipLoss, WIKDLoss), (DistillClipLoss, partial(RowwiseLoss, distilled))
-    for (theirs, ours), local_loss, gather_with_grad in itertools.product(kinds, (False, True), (False, True)):
+    for (original, replacement), local_loss, gather_with_grad in itertools.product(kinds, (False, True), (False, True)):
         mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
-        expected, got = (run(make(**mode), batch(), shard, theirs is DistillClipLoss) for make in (theirs, ours))
-        what = f"{theirs.__name__} {ours} local_loss={local_loss} gather_with_grad={gather_with_grad}"
+        expected, got = (run(make(**mode), batch(), shard, original is DistillClipLoss) for make in (original, replacement))
+        what = f"{original.__name__} {replacement} local_loss={local_loss} gather_with_grad={gather_with_grad}"
         terms = {"rowwise_loss": sum(expected[0].values())} if "rowwise_loss" in got[0] else expected[0]
         close(got[0], terms, what)
         close(got[1], expected[1], what)
@@ -92,8 +92,8 @@ def sigmoid_equals_open_clip(rank):
         expected, got = (
             run(make(**mode), batch(), shard, False, logit_bias=bias) for make in (SigLipLoss, losses.SigLipLoss)
         )
-        for theirs, ours in zip(expected, got):
-            close(ours, theirs, f"SigLipLoss {dist_impl}")
+        for expected_part, part in zip(expected, got):
+            close(part, expected_part, f"SigLipLoss {dist_impl}")
 
 
 def sigmoid_equals_one_process(rank):
@@ -112,27 +112,18 @@ def sigmoid_equals_one_process(rank):
     close(average({"sigmoid": terms["sigmoid"]}), {"sigmoid": expected[0]["contrastive_loss"]}, "terms")
 
 
-def ids_equal_one_process(rank):
-    """Checks ClipLoss in each of open_clip's modes, with groups within a rank and across ranks."""
+def ids_of_constant_features(rank):
+    """Checks ids where the other ranks' features are constants; `equals_one_process` has ids in the other modes."""
     shard, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N) // 3
     ids[15] = 2
-    for local_loss, gather_with_grad in itertools.product((False, True), (False, True)):
-        what = f"local_loss={local_loss} gather_with_grad={gather_with_grad}"
-        expected = run(losses.ClipLoss(), batch(), slice(None), False, ids=ids)
-        mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
-        got = run(losses.ClipLoss(**mode), batch(), shard, False, ids=ids[shard])
-        close(average(got[0]) if local_loss else got[0], expected[0], what)
-        gradients = {name: (WORLD if gather_with_grad else 1) * g[shard] for name, g in expected[1].items()}
-        if local_loss and not gather_with_grad:  # the other ranks' features are constants
-            image, text, scale = (batch()[name] for name in ("image", "text", "logit_scale"))
-            leaves = [t[shard].clone().requires_grad_() for t in (image, text)]
-            options = {"terms": ("contrastive",), "label_offset": N * rank, "symmetric": False}
-            options |= {"ids": ids[shard], "text_ids": ids}
-            both = zip(leaves, (text, image))
-            value = sum(plain.similarity_loss(x, y, scale, **options)["contrastive"] for x, y in both) / 2
-            gradients = dict(zip(gradients, torch.autograd.grad(value, leaves)))
-        close(got[1], gradients, what)
-        close(average(got[2]), expected[2], what)
+    got = run(losses.ClipLoss(local_loss=True, rank=rank, world_size=WORLD), batch(), shard, False, ids=ids[shard])
+    image, text, scale = (batch()[name] for name in ("image", "text", "logit_scale"))
+    leaves = [t[shard].clone().requires_grad_() for t in (image, text)]
+    options = {"terms": ("contrastive",), "label_offset": N * rank, "symmetric": False, "ids": ids[shard], "text_ids": ids}
+    both = zip(leaves, (text, image))
+    value = sum(plain.similarity_loss(x, y, scale, **options)["contrastive"] for x, y in both) / 2
+    close(got[0], {"contrastive_loss": value.detach()}, "ids")
+    close(got[1], dict(zip(got[1], torch.autograd.grad(value, leaves))), "ids")
 
 
 def equals_one_process(rank):
@@ -140,17 +131,18 @@ def equals_one_process(rank):
     ids = torch.arange(WORLD * N).clamp(min=5)  # groups within a rank and across: ranks have different numbers of negatives
     ids[15] = 7
     modes = [{}, {"gather_with_grad": True}, {"local_loss": True, "gather_with_grad": True}]
-    for interactive, divergence, mode in itertools.product(("infonce", "kl"), ("kl", "cross_entropy"), modes):
+    forms = [("infonce", "kl"), ("kl", "kl"), ("kl", "cross_entropy")]  # the divergence of "infonce" is the relational term's
+    for (interactive, divergence), mode in itertools.product(forms, modes):
         options = {**EVERYTHING, "interactive": interactive, "divergence": divergence}
         expected = run(WIKDLoss(**options), batch(), slice(None), True, ids=ids)
         got = run(WIKDLoss(**options, **mode, rank=rank, world_size=WORLD), batch(), shard, True, ids=ids[shard])
         equal_one_process(got, expected, shard, f"{options} {mode}", times=WORLD if mode else 1, local="local_loss" in mode)
-    interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1}
-    for form in ("infonce", "kl"):  # the keys are constants, so that the last mode is like the one before
-        options = {**interactive, "interactive": form, "local_loss": True, "rank": rank, "world_size": WORLD}
+    only_interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1, "local_loss": True}
+    for form in ("infonce", "kl"):  # its keys are constants, so that gathering with gradients changes nothing
+        options = {**only_interactive, "interactive": form, "rank": rank, "world_size": WORLD}
         expected, got = (run(WIKDLoss(**options, **more), batch(), shard, True, ids=ids[shard]) for more in (modes[1], {}))
-        for theirs, ours in zip(expected, got):
-            close(ours, theirs, f"{form} {options}")
+        for expected_part, part in zip(expected, got):
+            close(part, expected_part, f"{form} {options}")
 
 
 def prefixes_equal_one_process(rank):
@@ -187,7 +179,7 @@ def collectives(rank):
         all_values = torch.arange(WORLD * 3 * 4).reshape(WORLD, 3, 4).to(dtype)
         weight = torch.arange(WORLD * 3 * 4).reshape(WORLD * 3, 4).to(dtype) / 8
         columns = torch.arange(WORLD * 2 * 6).reshape(WORLD, 2, 6).to(dtype)
-        for compiled in (False, True) if dtype in (torch.float32, torch.bfloat16) else (False,):
+        for compiled in (False, True) if dtype == torch.bfloat16 else (False,):
             with warnings.catch_warnings():
                 if not compiled:  # torch 2.11's Dynamo warns about itself
                     warnings.simplefilter("error")
@@ -227,11 +219,11 @@ def grad_cache(rank):
     shard = slice(N * rank, N * rank + N)
     x, y = (t[shard].clone().requires_grad_() for t in (image, text))
     whole = [torch.cat([t[: N * rank], leaf, t[N * rank + N :]]) for t, leaf in ((image, x), (text, y))]
-    theirs = F.cross_entropy(whole[0] @ whole[1].T, torch.arange(WORLD * N))
+    of_grad_cache = F.cross_entropy(whole[0] @ whole[1].T, torch.arange(WORLD * N))
     value = ops.similarity_loss(x, y, 1.0, symmetric=False, group=dist.group.WORLD)["contrastive"]
-    torch.testing.assert_close(distributed.mean(value.detach(), dist.group.WORLD), theirs)
-    for ours, expected in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(theirs, (x, y))):
-        torch.testing.assert_close(ours, WORLD * expected)
+    torch.testing.assert_close(distributed.mean(value.detach(), dist.group.WORLD), of_grad_cache)
+    for gradient, expected in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(of_grad_cache, (x, y))):
+        torch.testing.assert_close(gradient, WORLD * expected)
 
 
 def transformers(rank):
@@ -244,12 +236,12 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     parts = {
         "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
-        "one process": [equals_one_process, ids_equal_one_process, prefixes_equal_one_process],
+        "one process": [equals_one_process, ids_of_constant_features, prefixes_equal_one_process],
         "exchanges": [collectives, unequal, grad_cache],
         "learned parameters": [rank_learned.main],
         "gradient caching": [rank_gradient_cache.main],
         "transformers": [transformers],
-        "fully_shard": [lambda rank: rank_fsdp.main("aot_eager")],
+        "fully_shard": [lambda rank: rank_fsdp.main("eager")],
         "fully_shard by inductor": [lambda rank: rank_fsdp.main("inductor")],
     }
     for name in sys.argv[1:]:

@@ -23,9 +23,9 @@ def check(trainer, name: str, loss, whole: bool, rank: int) -> None:
         for gradient in expected.values():
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
-    ours = model(name)
-    ours.simplclip_loss = loss
-    wrapped = DistributedDataParallel(ours)
+    student = model(name)
+    student.simplclip_loss = loss
+    wrapped = DistributedDataParallel(student)
     accelerator = SimpleNamespace(unwrap_model=lambda wrapped: wrapped.module)
     value = trainer.compute_loss(SimpleNamespace(accelerator=accelerator), wrapped, local)
     value.backward()
@@ -33,7 +33,7 @@ def check(trainer, name: str, loss, whole: bool, rank: int) -> None:
     if whole:
         dist.all_reduce(value)
         value /= dist.get_world_size()
-    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     torch.testing.assert_close(value, out.loss.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
 

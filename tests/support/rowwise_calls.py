@@ -54,7 +54,7 @@ def dense(fn, leaves, teacher=(), symmetric=True):
     return 0.5 * (value + fn(matrices[0][:, :n].T, positives, *(t[:, :n].T for t in matrices[1:])).mean())
 
 
-def ours(loss, leaves, teacher=()):
+def call(loss, leaves, teacher=()):
     names = ("dist_image_features", "dist_text_features", "dist_logit_scale")
     return loss(*leaves, **dict(zip(names, teacher)))
 

@@ -14,10 +14,10 @@ from benchmarks.bound.trace import Step, on_card
 
 def trace(run: Callable[[dict[str, Any]], None], tensors: dict[str, Any]) -> list[Step]:
     """Runs `run` with fake CUDA tensors like `tensors`, and returns the trace."""
-    with on_card(CARDS["rtx-3090"]) as found:
+    with on_card(CARDS["rtx-3090"]) as traced:
         like = lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")  # noqa: E731
         run(tree_map_only(Tensor, like, tensors))
-    return found.steps
+    return traced.steps
 
 
 def names(steps: list[Step], *kinds: str) -> Counter[str]:

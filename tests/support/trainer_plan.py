@@ -2,15 +2,12 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pairs
 import pytest
 import tiny
 import torch
-from paths import PYTHONPATH, SUPPORT
+from launch import forked_ranks
 
 MISSING = [name for name in ("pandas", "fsspec", "open_clip_train") if importlib.util.find_spec(name) is None]
 needs_trainer = pytest.mark.skipif(bool(MISSING), reason=f"open_clip's trainer needs {', '.join(MISSING)}")
@@ -52,13 +49,7 @@ class Plan:
 
     def run(self, plan):
         (self.folder / f"{plan}.json").write_text(json.dumps(self.entries))
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"] if self.ranks > 1 else []
-        paths = [PYTHONPATH, *filter(None, [os.environ.get("PYTHONPATH")])]
-        done = subprocess.run(
-            [sys.executable, *launch, str(SUPPORT / "trainer_runs.py"), str(self.folder), plan],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
+        done = forked_ranks("trainer_runs.py", self.folder, plan, ranks=self.ranks)
         files = [self.folder / f"{plan}-{rank}.json" for rank in range(self.ranks)]
         assert all(file.exists() for file in files), done.stderr[-3000:]
         self.results = [json.loads(file.read_text()) for file in files]

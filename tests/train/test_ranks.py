@@ -10,7 +10,7 @@ import runs
 import tiny
 import torch
 import torch.distributed as dist
-from launch import ENVIRONMENT, TORCHRUN, torchrun
+from launch import ENVIRONMENT, TORCHRUN, forked_ranks, torchrun
 from torch import nn
 
 from simplclip import gradient_cache
@@ -57,7 +57,7 @@ def data_of(folder, changes=()):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """Returns the results of one process and of two ranks, which one start of torchrun runs."""
+    """Returns the results of one process and of two ranks."""
     started = {}
 
     def of(cases):
@@ -68,7 +68,7 @@ def results(folder):
             for place in ("one", "two"):
                 (folder / place).mkdir(exist_ok=True)
             (folder / "plan.json").write_text(json.dumps(plan))
-            torchrun("rank_train.py", folder, "plan", check=True, timeout=3600)
+            forked_ranks("rank_train.py", folder, "plan", check=True, timeout=3600)
             two = [json.loads((folder / f"plan-{rank}.json").read_text()) for rank in (0, 1)]
             settings = {
                 name: tiny.settings(folder, *entry(folder / "one", name, data_of(folder, changes))["changes"])
