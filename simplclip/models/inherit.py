@@ -146,8 +146,9 @@ def load_weights(model: nn.Module, source: Source) -> WeightTable:
     """
     label, state = state_of(source, model)
     units = Units.of(model).split()
-    resized = {name: _resized(model, name, t, state[name]) for u in units for name, t in u.tensors.items() if name in state}
-    resized = {name: value for name, value in resized.items() if value is not None}
+    targets = {name: target for unit in units for name, target in unit.tensors.items() if name in state}
+    values = {name: _resized(model, name, target, state[name]) for name, target in targets.items()}
+    resized = {name: value for name, value in values.items() if value is not None}
     units.take({**state, **resized}, label)
     units.drop_half_tied()
     for unit in units:
