@@ -67,7 +67,7 @@ $(INSTALLED):
 
 install: $(INSTALLED)  ## a venv with torch, the compiled kernels and all extras
 
-# By default glibc returns large tensors' memory to the system at once. Getting it back by pages takes a seventh of a CPU's step.
+# By default glibc returns large tensors' memory to the system at once. Getting it back by pages slows a step on a CPU.
 demo ablation: export MALLOC_MMAP_THRESHOLD_ ?= 268435456
 demo ablation: export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
@@ -85,7 +85,7 @@ demo: data/emoji-teacher  ## distil a small SiCLIP on emoji and their names, and
 	@echo "          $(BIN)/simplclip train $(EMOJI)/siclip-lite0.yaml --set run.steps=2000 --set run.out=runs/longer"
 	@echo "          $(BIN)/simplclip export $(OUT) --out export    for open_clip"
 	@echo "          $(BIN)/simplclip doctor                   which kernels run here, and why not others"
-	@echo "          $(EMOJI)/, docs/examples.md               the pattern for your own data"
+	@echo "          $(EMOJI)/, docs/your-photos.md            the same with your own pictures"
 
 .PHONY: data/emoji-teacher
 data/emoji-teacher: install

@@ -1,7 +1,7 @@
 r"""Loss modules with open_clip's signatures on top of the fused ops.
 
-The losses of other libraries and their equals here, which expect L2-normalised features [N, D] (tests/losses/test_peers.py
-compares the values):
+The losses of other libraries and their equals here, which expect L2-normalised features [N, D]
+(tests/losses/test_peers.py, test_drop_in.py and test_matryoshka.py compare the values with open_clip or the formula):
 
     open_clip ClipLoss, DistillClipLoss     ClipLoss (ClipPMLoss(pm_weight=0)), WIKDLoss(): equal in each distributed mode
     open_clip SigLipLoss, CoCaLoss          SigLipLoss, CoCaLoss: equal; chunk_size of open_clip 4 has no effect
