@@ -102,14 +102,6 @@ def test_masks_that_cannot_be_honoured(implementation):
             call()
 
 
-def test_only_the_first_replaced_block_checks_the_mask():
-    clip, _ = simplclip.simplify(model(), blocks={"text": [1, 3]}, towers=("text",))
-    assert [getattr(layer, "checks_mask", None) for layer in layers(clip)] == [None, True, None, False]
-    inputs = batch()
-    with pytest.raises(ValueError, match="attention_mask"):
-        clip(**inputs | {"attention_mask": inputs["attention_mask"].flip(1)})
-
-
 def test_hidden_states_are_returned_and_attention_weights_are_an_error():
     clip, inputs = simplified(), batch()
     out = clip(**inputs, output_hidden_states=True)
@@ -122,22 +114,6 @@ def test_hidden_states_are_returned_and_attention_weights_are_an_error():
     eager.text_model.config.output_attentions = True
     with pytest.raises(ValueError, match="output_attentions: expected False"):
         eager(**inputs)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch):
-    inputs, calls = batch(), []
-    expected = step(simplified(), inputs)[1]
-    late, early = simplified(), model()
-    late.gradient_checkpointing_enable()
-    early.gradient_checkpointing_enable()
-    simplclip.simplify(early)
-    early.load_state_dict(late.state_dict())
-    for clip in (late, early):
-        forward, calls = EncoderBlock._lengths, []
-        monkeypatch.setattr(EncoderBlock, "_lengths", lambda *a, f=forward, c=calls: c.append(1) or f(*a))
-        torch.testing.assert_close(step(clip.train(), inputs)[1], expected)
-        assert len(calls) == 8  # two calls of each of the 4 text blocks
-        monkeypatch.undo()
 
 
 @pytest.mark.slow

@@ -123,12 +123,6 @@ def forked(action):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def step_killed_at(point):
-    """Returns a function that kills the process (-9) at call number `point`."""
-    count = itertools.count()
-    return lambda: os.kill(os.getpid(), signal.SIGKILL) if next(count) == point else None
-
-
 def killed_at_any_point(folder, work, least, check=lambda out: None):
     """Kills `work(out, step)` (-9) at every fourth point, with --prove at each, and repeats the work. A point is a call of
     `step` or a line that writes a file.
@@ -138,7 +132,8 @@ def killed_at_any_point(folder, work, least, check=lambda out: None):
     writing = [f.__code__ for f in (files.write_atomically, files.replacing.__wrapped__)]
 
     def go(out, point=-1):
-        step = step_killed_at(point)
+        count = itertools.count()
+        step = lambda: os.kill(os.getpid(), signal.SIGKILL) if next(count) == point else None  # noqa: E731
 
         def trace(frame, event, _):
             if frame.f_code in writing:
