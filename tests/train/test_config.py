@@ -61,7 +61,7 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("run.out.x=3", "--set run.out.x: run.out is not a section, it is 'runs/x' (str)"),
         (
             "model={name: siclip-tiny, image_size: 64, options: {vision_cfg: {image_size: 32}}}",
-            "model.image_size: expected one",
+            "model: image_size: expected one value, got 64",
         ),
         ("run.steps", "--set: expected key=value (e.g. optim.lr=1e-3), got 'run.steps'"),
         ("data.micro_batch=7", "data.micro_batch: expected a divisor of data.batch_size = 256, got 7"),

@@ -28,12 +28,10 @@ def objective(teacher=TEACHER, width=8, steps=10, **values):
 @pytest.mark.parametrize(
     ("schedule", "weights"),
     [
-        ({"value": 2.0}, [2] * 7),
         ({"value": 2.0, "start": 2, "until": 5}, [0, 0, 2, 2, 2, 0, 0]),
         ({"value": 0.0, "to": 6.0}, [0, 1, 2, 3, 4, 5, 6]),
         ({"value": 4.0, "to": 0.0, "end": 4}, [4, 3, 2, 1, 0, 0, 0]),
         ({"value": 1.0, "to": 3.0, "start": 1, "end": 3, "until": 5}, [0, 1, 2, 3, 3, 0, 0]),
-        ({"value": 1.0, "to": 3.0, "start": 1, "until": 4}, [0, 1, 2, 3, 0, 0, 0]),
     ],
 )
 def test_schedules(schedule, weights):

@@ -127,17 +127,13 @@ def test_what_may_change_on_resume(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_an_earlier_version_goes_on_or_says_why_not(tmp_path):
+def test_a_checkpoint_that_this_version_cannot_take_says_why(tmp_path):
+    """One that it can take: tests/golden."""
     config = tiny.settings(tmp_path, "run.steps=1")
     go(config)
     path = tmp_path / "run" / "last.pt"
     state = torch.load(path, weights_only=True)
-    del state["config"]["data"]["samples"]
-    state |= {"epoch": 0, "batch": 1, "schedule": {"last_epoch": 1}, "ranks": 1, "data": {"epoch": 0, "batches": 1}}
-    torch.save(state, path)
     longer = tiny.settings(tmp_path, "run.steps=2")
-    assert "the version were others: the pass over the data starts again" in go(longer, resume=True)
-
     state["config"]["data"]["cache_prefix"] = "folder"
     torch.save(state, path)
     with pytest.raises(
