@@ -125,7 +125,6 @@ def test_compiles_without_graph_breaks_and_in_bfloat16():
             compiled = torch.compile(clip, fullgraph=True, backend="eager")
             torch.testing.assert_close(compiled(**inputs).logits_per_image, expected)
         clip = clip.to(torch.bfloat16)
-        assert {p.dtype for p in layers(clip).parameters()} == {torch.bfloat16}
         torch.testing.assert_close(clip(**inputs).logits_per_image.float(), expected, rtol=0.1, atol=0.1)
     assert {p.dtype for p in layers(simplified(dtype=torch.bfloat16)).parameters()} == {torch.bfloat16}
 

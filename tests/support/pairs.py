@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 from simplclip import data
 from simplclip.commands.main import app
 from simplclip.common import files
+from simplclip.data import samples, sidecars, tars
+from simplclip.data.errors import Skipped
 
 SIZE = 8
 COUNT = 23
@@ -60,6 +62,15 @@ def write(path, samples):
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return str(path)
+
+
+def joined(shards, *folders, teacher=False):
+    """Returns the samples of shards by key, as training reads them with the sidecars in `folders`."""
+    found = {}
+    for source in data.sources_of(str(shards)):
+        for raw in sidecars.zipped(tars.read(source, Skipped()), source.url, folders):
+            found[raw["__key__"]] = samples.parse(raw, teacher=teacher)
+    return found
 
 
 def table(path, rows, header=("filepath", "title"), separator=","):

@@ -8,11 +8,9 @@ import open_clip
 import pytest
 import torch
 from captioners import CONTEXT, NAME, build, register
-from pairs import call, members, meta, one_line, png, sample, write
+from pairs import call, joined, members, meta, one_line, png, sample, write
 
 from simplclip import data, models
-from simplclip.data import samples, sidecars, tars
-from simplclip.data.errors import Skipped
 from simplclip.teacher import caption
 
 
@@ -62,13 +60,6 @@ def run(source, out, weights, **options):
     return caption.run(str(source), out, NAME, checkpoint=weights, **options)
 
 
-def read(folder, *joined):
-    """Returns the samples of all shards by key, as training reads them."""
-    sources = data.sources_of(str(folder / "*.tar"))
-    raw = (raw for source in sources for raw in sidecars.zipped(tars.read(source, Skipped()), source.url, joined))
-    return {pair.key: pair for pair in map(samples.parse, raw)}
-
-
 def records(folder):
     found = {name: content for path in folder.glob("*.tar") for name, content in members(path).items()}
     assert all(name.endswith(".json") for name in found)
@@ -78,7 +69,7 @@ def records(folder):
 @pytest.mark.slow
 def test_captions_come_after_the_samples_own(source, captioned, weights):
     out, summary = captioned
-    found, before = records(out), read(source)
+    found, before = records(out), joined(source / "*.tar")
     assert found.keys() == before.keys()
     assert (summary["samples"], summary["captions"]) == (8, 16)  # with 49,408 tokens, no two captions are equal
     for key, record in found.items():
@@ -88,7 +79,7 @@ def test_captions_come_after_the_samples_own(source, captioned, weights):
         assert all(text == " ".join(text.split()) and "_of_text" not in text for text in record["captions"])
         assert len(set(record["captions"])) == len(record["captions"])
         assert record.get("group") == (int(key[1:]) // 2 if key[0] == "k" else None)
-    for key, pair in read(source, out).items():
+    for key, pair in joined(source / "*.tar", out).items():
         assert pair.captions == found[key]["captions"]
         assert pair.encoded == before[key].encoded
     about = meta(out)["caption"]

@@ -7,13 +7,12 @@ import open_clip
 import pytest
 import tiny
 import torch
-from pairs import call, digests, keys, loader, members, one_line, png, table
+from pairs import call, digests, joined, keys, loader, members, one_line, png, table
 from trainer_runs import write_models
 
 import simplclip
 from simplclip import data, models, teacher
-from simplclip.data import samples, sidecars, tars
-from simplclip.data.errors import Skipped
+from simplclip.data import samples
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +31,6 @@ def load(folder, **options):
     return simplclip.load("open_clip:tiny", folder / "tiny.pt", device="cpu", **options)
 
 
-def pairs_of(path, folder):
-    """Yields the samples of a shard with the features in `folder`."""
-    (source,) = data.sources_of(path)
-    joined = sidecars.zipped(tars.read(source, Skipped()), source.url, [folder])
-    return (samples.parse(raw, teacher=True) for raw in joined)
-
-
 def test_features_are_those_of_the_model(folder, tmp_path):
     source = str(folder / "in" / "*.tar")
     options = ("--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt", "--batch-size", 5, "--precision", "fp32")
@@ -50,9 +42,9 @@ def test_features_are_those_of_the_model(folder, tmp_path):
     model = open_clip.create_model("tiny", pretrained=str(folder / "tiny.pt")).eval()
     transform = open_clip.image_transform(16, is_train=False)
     tokenizer = open_clip.get_tokenizer("tiny")
-    pairs = list(pairs_of(folder / "in" / "train-1.tar", tmp_path / "two"))
+    pairs = joined(folder / "in" / "train-1.tar", tmp_path / "two", teacher=True)
     assert len(pairs) == 24
-    for pair in pairs:
+    for pair in pairs.values():
         with torch.no_grad():
             x = model.encode_image(transform(pair.image)[None], normalize=True)
             y = model.encode_text(tokenizer(pair.captions), normalize=True)
