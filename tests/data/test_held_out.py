@@ -52,25 +52,16 @@ def test_the_whole_split_in_order_whatever_the_workers(pattern, workers):
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_broken_samples_are_counted_once_and_leave_the_order(tmp_path, workers):
-    broken = {
-        3: {"png": b"not an image", "txt": b"x"},
-        4: {"png": png(4)},
-        7: {"txt": b"x"},
-        9: {"png": png(9)[:80], "txt": b"x"},
-        10: {"png": png(10), "json": b"{"},
-        11: {"png": png(11), "txt": b" "},
-        12: {"png": png(12), "cls": b"many"},
-    }
-    samples = [(f"k{i:03d}", broken.get(i, {"png": png(i), "txt": b"fine"})) for i in range(14)]
+    broken = {3: {"png": b"not an image", "txt": b"x"}, 4: {"txt": b"x"}, 7: {"png": png(7), "cls": b"many"}}
+    samples = [(f"k{i:03d}", broken.get(i, {"png": png(i), "txt": b"fine"})) for i in range(9)]
     write(tmp_path / "a.tar", samples)
     torn = tmp_path / "b.tar"
     write(torn, [(f"t{i}", {"png": png(i), "txt": b"fine"}) for i in range(5)])
     torn.write_bytes(torn.read_bytes()[:5200])
     batches, skipped = read(str(tmp_path / "*.tar"), workers, batch_size=2)
-    reasons = ("not an image", "missing caption", "missing image", "truncated image", "bad json", "empty caption", "bad cls")
-    assert skipped.counts == dict.fromkeys((*reasons, "damaged tar"), 1)
+    assert skipped.counts == dict.fromkeys(("not an image", "missing image", "bad cls", "damaged tar"), 1)
     assert "a.tar/k003" in skipped.examples["not an image"]
-    assert [pair.key for pair in pairs(batches)] == [f"k{i:03d}" for i in (0, 1, 2, 5, 6, 8, 13)] + ["t0", "t1"]
+    assert [pair.key for pair in pairs(batches)] == [f"k{i:03d}" for i in (0, 1, 2, 5, 6, 8)] + ["t0", "t1"]
 
 
 def test_classes_of_folders(tmp_path):
@@ -124,18 +115,9 @@ def test_clip_benchmarks_layout(tmp_path, monkeypatch):
             data.held_out(tmp_path / "set" / "test")
 
 
-def test_errors(tmp_path, pattern):
+def test_data_without_a_usable_sample(tmp_path):
     with pytest.raises(data.EmptyDataError, match=r"no usable sample.*1 missing image"):
         read(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]))
-
-    def bad(image):
-        raise KeyError("why")
-
-    for workers in (0, 2):
-        with pytest.raises(
-            RuntimeError, match=r"the transform failed on sample 'k000' of shard .*held-0.tar': KeyError: 'why'"
-        ):
-            read(pattern, workers, transform=bad)
 
 
 @pytest.mark.parametrize("fails", ["the reader", "its caller"])

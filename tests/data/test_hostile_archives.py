@@ -11,8 +11,8 @@ import resource
 import archives as make
 import numpy as np
 import pytest
-from archives import END, PNG, header, member, npy, pair, pax, record
-from pairs import resize, write
+from archives import END, PNG, header, member, npy_that_claims, pair, pax, record
+from pairs import npy, resize, write
 from test_samples import one_pass
 
 from simplclip import data
@@ -47,24 +47,15 @@ def new_sparse(*records):
 # name -> (a tar, the keys of the samples that are used, the counts of damage)
 ARCHIVES = {
     "a size below zero": (lambda: after(header("k3.png", b"-0000001000\0")), [1], {DAMAGED: 1}),
-    "a size below zero of a file that is not read": (
-        lambda: after(header("k3.bin", b"-0000001000\0")), [1], {DAMAGED: 1}
-    ),
     "a binary size below zero": (lambda: after(header("k3.png", b"\xff" * 11 + b"\0")), [1], {DAMAGED: 1}),
-    "a size below zero at the start": (lambda: header("k3.png", b"-0000001000\0") + END, [], {DAMAGED: 1}),
     "a size above 2**63": (lambda: after(header("k3.png", b"\x80\0\0\0\x7f" + b"\xff" * 7)), [1], {DAMAGED: 1}),
-    "a size of Python's": (lambda: after(header("k3.png", b"1_000\0")), [1], {DAMAGED: 1}),
     "a size beyond the end": (lambda: after(header("k3.png", 1 << 20)), [1], {DAMAGED: 1}),
     "a checksum below zero": (lambda: after(header("k3.png", checksum=b"-17777\0")), [1], {DAMAGED: 1}),
     "a pax record of length 0": (lambda: after(pax(b"0 path=k3.png\n")), [1], {DAMAGED: 1}),
     "a pax record of 5,000 digits": (lambda: after(pax(b"1" * 5000 + b" path=a\n")), [1], {DAMAGED: 1}),
-    "a pax size of letters": (lambda: after(pax(record(b"size", b"abc"))), [1], {DAMAGED: 1}),
     "a pax size below zero": (lambda: after(pax(record(b"size", b"-512"))), [1], {DAMAGED: 1}),
-    "a pax size of 5,000 digits": (lambda: after(pax(record(b"size", b"9" * 5000))), [1], {DAMAGED: 1}),
     "a pax header of 4 GiB": (lambda: after(header("pax", 4 * GIB, b"x")), [1], {DAMAGED: 1}),
-    "a long name of 4 GiB": (lambda: after(header("././@LongLink", 4 * GIB, b"L")), [1], {DAMAGED: 1}),
     "a long name of folders": (lambda: after(member("l", b"a/" * 400000 + b"b.c/.png", b"L")), [1], {DAMAGED: 1}),
-    "a longer pax header of digits": (lambda: after(pax(b"1" * 100_000)), [1], {DAMAGED: 1}),
     "a name of 5,000 bytes": (
         lambda: after(pax(record(b"path", b"a/" * 2500 + b"k.png")), member("a", PNG)), [1, 2], {"name too long": 1}
     ),
@@ -76,10 +67,6 @@ ARCHIVES = {
     "a sparse file": (lambda: after(old_sparse(0), member("k3.txt", b"x")), [1, 2], {SPARSE: 1}),
     "a sparse file with a long map": (lambda: after(old_sparse(9000), member("k3.txt", b"x")), [1, 2], {SPARSE: 1}),
     "a sparse file, its map cut": (lambda: pair(1) + old_sparse(9)[:3000], [1], {DAMAGED: 1}),
-    "a sparse file of pax 0.0": (
-        lambda: after(new_sparse((b"size", b"1099511627776"), (b"offset", b"0"), (b"numbytes", b"5"))), [1, 2], {SPARSE: 1}
-    ),
-    "a sparse file of pax 0.1": (lambda: after(new_sparse((b"size", b"%d" % 2**40), (b"map", b"0,5"))), [1, 2], {SPARSE: 1}),
     "a sparse file of pax 1.0": (
         lambda: after(new_sparse((b"major", b"1"), (b"minor", b"0"), (b"realsize", b"%d" % 2**40))), [1, 2], {SPARSE: 1}
     ),
@@ -100,7 +87,6 @@ ARCHIVES = {
     "many empty files": (lambda: after(*(header(f"{i:05d}.jpg") for i in range(4000))), [1, 2], {"missing caption": 4000}),
     "a caption of 17 MiB": (lambda: after(member("k3.txt", bytes(17 << 20)), member("k3.png", PNG)), [1, 2], {LARGE: 1}),
     "json of brackets": (lambda: after(member("k3.json", b"[" * 10**6), member("k3.png", PNG)), [1, 2], {"bad json": 1}),
-    "a gzip of noise": (lambda: b"\x1f\x8b\x08" + os.urandom(999), [], {DAMAGED: 1}),
     "an empty file": (lambda: b"", [], {DAMAGED: 1}),
     "a page": (lambda: b"<html>" * 999, [], {DAMAGED: 1}),
 }  # fmt: skip
@@ -195,11 +181,10 @@ def test_the_limit_of_a_file_can_be_set(tmp_path):
 
 # name -> a teacher's features in a sidecar
 FEATURES = {
-    "of 10**12 numbers": lambda: npy(descr="<f2", shape=(10**6, 10**6)),
-    "of fewer numbers than none": lambda: npy(descr="<f2", shape=(-2, 8), data=bytes(32)),
+    "of 10**12 numbers": lambda: npy_that_claims((10**6, 10**6)),
+    "of fewer numbers than none": lambda: npy_that_claims((-2, 8), bytes(32)),
     "pickled": lambda: npy(np.array([[print, 1]], object)),
     "of other numbers": lambda: npy(np.zeros((2, 8))),
-    "of an unknown format": lambda: b"\x93NUMPY\x09\x00" + bytes(99),
     "an archive": lambda: b"PK\x03\x04" + bytes(99),
     "cut": lambda: npy(np.zeros((2, 8), np.float16))[:40],
 }

@@ -3,7 +3,6 @@
 import contextlib
 import http.server
 import os
-import socket
 import threading
 from collections import Counter
 from pathlib import Path
@@ -43,22 +42,13 @@ class Server(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         content = path.read_bytes()
         self.send_response(200)
-        if fault != "chunked":
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
         if fault == "slow":  # sends nothing for a while
             self.server.release.wait(20)
             return None
-        if fault == "chunked":
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(content) // 2, content[: len(content) // 2]))
-            return self.connection.close()
-        if fault in ("cut", "reset"):
+        if fault == "cut":
             self.wfile.write(content[: len(content) // 2])
-            if fault == "reset":
-                linger = (1).to_bytes(4, "little") + (0).to_bytes(4, "little")
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             return self.connection.close()
         return self.wfile.write(content)
 
@@ -96,7 +86,7 @@ def test_urls_with_brace_patterns_and_signatures(server):
     assert server.asked == {"train-000.tar": 2, "train-012.tar": 1}  # the next pass has begun
 
 
-@pytest.mark.parametrize("fault", ["404", "cut", "reset", "chunked", "slow"])
+@pytest.mark.parametrize("fault", ["404", "cut", "slow"])
 def test_a_server_that_fails(server, monkeypatch, fault):
     """A stream goes on where it broke; one that stays broken ends the loader in a line."""
     monkeypatch.setattr(tars, "STALL", 1)
@@ -156,10 +146,7 @@ def test_paths_patterns_and_weights(tmp_path, monkeypatch):
         ("none.tar", "data: expected files, got 'none.tar', which does not exist"),
         ("none*.tar", "data: expected files, got 'none.*', which matches none"),
         (5, "data: expected a path, an http"),
-        ({"shard": "x"}, "data: expected a mapping with shards"),
         ({"shards": "x", "weight": 0}, "data: expected a weight above 0, got 0"),
-        ("a\0.tar", "data: expected files, got 'a.*.tar', which does not exist"),
-        ("file:///etc/passwd", "data: expected .* of other places the output of a command may be read"),
         ("s3://bucket/x.tar", "data: expected .* of other places the output of a command may be read, e.g. 'pipe:aws"),
         ("folder", "data: expected tars, got the folder 'folder'; .* `simplclip data pack`"),
         ("x.csv", "data: expected tars, got 'x.csv'; make shards of it by `simplclip data pack`"),

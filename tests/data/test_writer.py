@@ -126,7 +126,6 @@ def test_broken_samples_and_damage_are_counted(tmp_path, capsys):
         ({"out": "full"}, ValueError, "holds other files \\(notes.txt"),
         ({"out": "in-too"}, ValueError, "with another meta.json"),
         ({"out": "file"}, ValueError, "expected a folder, got the file"),
-        ({"batch_size": 0}, ValueError, "batch_size: expected an integer of at least 1, got 0"),
         ({"workers": -1}, ValueError, "workers: expected an integer of at least 0, got -1"),
         ({"sidecars": ["none"]}, ValueError, "sidecars: expected folders, got 'none', which is none"),
         ({"process": lambda batch: [], "out": "new"}, ValueError, "shorter than"),

@@ -102,14 +102,6 @@ def test_masks_that_cannot_be_honoured(implementation):
             call()
 
 
-def test_only_the_first_replaced_block_checks_the_mask():
-    clip, _ = simplclip.simplify(model(), blocks={"text": [1, 3]}, towers=("text",))
-    assert [getattr(layer, "checks_mask", None) for layer in layers(clip)] == [None, True, None, False]
-    inputs = batch()
-    with pytest.raises(ValueError, match="attention_mask"):
-        clip(**inputs | {"attention_mask": inputs["attention_mask"].flip(1)})
-
-
 def test_hidden_states_are_returned_and_attention_weights_are_an_error():
     clip, inputs = simplified(), batch()
     out = clip(**inputs, output_hidden_states=True)
@@ -124,22 +116,6 @@ def test_hidden_states_are_returned_and_attention_weights_are_an_error():
         eager(**inputs)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch):
-    inputs, calls = batch(), []
-    expected = step(simplified(), inputs)[1]
-    late, early = simplified(), model()
-    late.gradient_checkpointing_enable()
-    early.gradient_checkpointing_enable()
-    simplclip.simplify(early)
-    early.load_state_dict(late.state_dict())
-    for clip in (late, early):
-        forward, calls = EncoderBlock._lengths, []
-        monkeypatch.setattr(EncoderBlock, "_lengths", lambda *a, f=forward, c=calls: c.append(1) or f(*a))
-        torch.testing.assert_close(step(clip.train(), inputs)[1], expected)
-        assert len(calls) == 8  # two calls of each of the 4 text blocks
-        monkeypatch.undo()
-
-
 @pytest.mark.slow
 def test_compiles_without_graph_breaks_and_in_bfloat16():
     for name in BLOCKS:
@@ -149,7 +125,6 @@ def test_compiles_without_graph_breaks_and_in_bfloat16():
             compiled = torch.compile(clip, fullgraph=True, backend="eager")
             torch.testing.assert_close(compiled(**inputs).logits_per_image, expected)
         clip = clip.to(torch.bfloat16)
-        assert {p.dtype for p in layers(clip).parameters()} == {torch.bfloat16}
         torch.testing.assert_close(clip(**inputs).logits_per_image.float(), expected, rtol=0.1, atol=0.1)
     assert {p.dtype for p in layers(simplified(dtype=torch.bfloat16)).parameters()} == {torch.bfloat16}
 
@@ -163,9 +138,8 @@ class Small(transformers.CLIPModel):
         simplclip.simplify(self, share={"text": share})
 
 
-@pytest.mark.parametrize("cls", [None, Small])
-def test_saved_and_loaded(cls, tmp_path):
-    clip, twin = (simplified(seed=seed) if cls is None else model(cls=cls, seed=seed) for seed in (5, 6))
+def test_saved_and_loaded(tmp_path):
+    clip, twin = (model(cls=Small, seed=seed) for seed in (5, 6))
     inputs = batch()
     expected = clip(**inputs).logits_per_image
     assert not torch.allclose(twin(**inputs).logits_per_image, expected)
@@ -173,9 +147,7 @@ def test_saved_and_loaded(cls, tmp_path):
     torch.testing.assert_close(twin(**inputs).logits_per_image, expected)
     torch.testing.assert_close(copy.deepcopy(clip)(**inputs).logits_per_image, expected)
     clip.save_pretrained(tmp_path)
-    if cls is None:
-        return
-    loaded, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = Small.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     first, second = (f"text_model.encoder.layers.{index}.fc1.weight" for index in (0, 1))

@@ -108,57 +108,25 @@ def test_attention_maps_are_those_of_the_old_block_but_for_the_bias_of_q(kind, b
     assert torch.allclose(ours, theirs, atol=1e-5) == (not biased or kind == "timm_rms")
 
 
-def fastvit_block(maps, pointwise, seed=0):
-    """Returns an AttentionBlock whose batch norms have the statistics of `maps`, and whose attention adds nothing."""
-    old = trained(lambda: fastvit.AttentionBlock(64, mlp_ratio=2.0, layer_scale_init_value=0.1), seed)
-    nn.init.zeros_(old.token_mixer.proj.weight)
-    nn.init.zeros_(old.token_mixer.proj.bias)
-    if pointwise:  # keeps the convolution's tap at the token alone
-        tap = old.mlp.conv.conv.weight
-        tap.data *= torch.zeros(7, 7).index_put((torch.tensor(3), torch.tensor(3)), torch.tensor(1.0))
-    for norm, x in ((old.norm, maps), (old.mlp.conv.bn, old.mlp.conv.conv(maps))):
-        norm.running_mean.copy_(x.mean((0, 2, 3)))
-        norm.running_var.copy_(x.var((0, 2, 3), unbiased=False))
-    return old
-
-
-def from_fastvit(old):
-    new = MapBlock(64, 2, 2.0).eval()
-    start({"b": (new, old.state_dict())})
-    return new
-
-
-def channels_that_differ():
-    return torch.randn(64, 64, 4, 4) * (torch.rand(64, 1, 1) + 0.5) * 3 + torch.randn(64, 1, 1) + 3.0
-
-
 @torch.no_grad()
 def test_fastvit_from_its_running_statistics():
     """The old norm is per channel, the new one per token: blocks agree exactly where tokens have the usual mean and scale."""
-    torch.manual_seed(0)
-    maps = channels_that_differ()
+    maps = torch.randn(64, 64, 4, 4) * (torch.rand(64, 1, 1) + 0.5) * 3 + torch.randn(64, 1, 1) + 3.0
     maps = 3 + 2 * (maps - maps.mean(1, keepdim=True)) / maps.std(1, keepdim=True, unbiased=False)
-    old = fastvit_block(maps, pointwise=True)
-    new = from_fastvit(old)
+    old = trained(lambda: fastvit.AttentionBlock(64, mlp_ratio=2.0, layer_scale_init_value=0.1))
+    nn.init.zeros_(old.token_mixer.proj.weight)  # attention adds nothing
+    nn.init.zeros_(old.token_mixer.proj.bias)
+    tap = old.mlp.conv.conv.weight
+    tap.data *= torch.zeros(7, 7).index_put((torch.tensor(3), torch.tensor(3)), torch.tensor(1.0))  # the token alone
+    for norm, x in ((old.norm, maps), (old.mlp.conv.bn, old.mlp.conv.conv(maps))):
+        norm.running_mean.copy_(x.mean((0, 2, 3)))
+        norm.running_var.copy_(x.var((0, 2, 3), unbiased=False))
+    new = MapBlock(64, 2, 2.0).eval()
+    start({"b": (new, old.state_dict())})
     nn.init.zeros_(new.qk.weight)
     torch.testing.assert_close(new(maps), old(maps), rtol=1e-3, atol=1e-3)
     assert (old(maps) - maps).std() > 0.1  # the MLP adds something
     torch.testing.assert_close(new.attention_gain.data, torch.tensor(2.0), rtol=1e-3, atol=0)
-
-
-@torch.no_grad()
-def test_fastvit_replaces_the_taps_of_neighbours_by_their_mean():
-    torch.manual_seed(0)
-    maps = channels_that_differ()
-    old = fastvit_block(maps, pointwise=False)
-    new = from_fastvit(old)
-    n = new.norm(maps.flatten(2).transpose(1, 2))
-    theirs = old.mlp.fc1(old.mlp.conv(maps)).flatten(2).transpose(1, 2)
-    ours = new.fc1(n)
-    assert (ours - theirs).mean((0, 1)).abs().max() < 0.1 * theirs.std()  # on average the bias is right
-    shuffled = new.fc1(n[:, torch.randperm(n.shape[1])])
-    assert (ours - theirs).square().mean() < (theirs - theirs.mean((0, 1))).square().mean()  # closer than the mean alone
-    assert (ours - theirs).square().mean() < (shuffled - theirs).square().mean()
 
 
 def test_blocks_that_are_refused():
@@ -218,14 +186,8 @@ def test_simplified_blocks_start_from_each_other():
     assert one.fc1 is two.fc1
     torch.testing.assert_close(two.fc1.weight, model.visual.transformer.resblocks[1].fc1.weight, rtol=0, atol=0)
     torch.testing.assert_close(again.encode_text(batch()[1]), model.encode_text(batch()[1]))
-    plain = clip()
-    for options, message in (
-        ({"init": "mean"}, "init: expected one of .'random', 'average', 'first'., got 'mean'"),
-        ({"init": "first", "mlp_ratio": 2.0}, r"transformer.resblocks.0: expected a block of width 24, 48 hidden units"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            simplify(plain, **options)
-    assert len([m for m in plain.modules() if isinstance(m, ResidualAttentionBlock)]) == 7
+    with pytest.raises(ValueError, match="init: expected one of .'random', 'average', 'first'., got 'mean'"):
+        simplify(clip(), init="mean")
 
 
 SHARE = {"text": {"attention": [[0, 1]]}}

@@ -1,11 +1,6 @@
 """Processes for tests that disturb or kill them."""
 
-import hashlib
 import multiprocessing
-
-
-def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def start(preload, target, *args):

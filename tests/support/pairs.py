@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 from simplclip import data
 from simplclip.commands.main import app
 from simplclip.common import files
+from simplclip.data import samples, sidecars, tars
+from simplclip.data.errors import Skipped
 
 SIZE = 8
 COUNT = 23
@@ -60,6 +62,15 @@ def write(path, samples):
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return str(path)
+
+
+def joined(shards, *folders, teacher=False):
+    """Returns the samples of shards by key, as training reads them with the sidecars in `folders`."""
+    found = {}
+    for source in data.sources_of(str(shards)):
+        for raw in sidecars.zipped(tars.read(source, Skipped()), source.url, folders):
+            found[raw["__key__"]] = samples.parse(raw, teacher=teacher)
+    return found
 
 
 def table(path, rows, header=("filepath", "title"), separator=","):
@@ -123,12 +134,6 @@ def forked(action):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def step_killed_at(point):
-    """Returns a function that kills the process (-9) at call number `point`."""
-    count = itertools.count()
-    return lambda: os.kill(os.getpid(), signal.SIGKILL) if next(count) == point else None
-
-
 def killed_at_any_point(folder, work, least, check=lambda out: None):
     """Kills `work(out, step)` (-9) at every fourth point, with --prove at each, and repeats the work. A point is a call of
     `step` or a line that writes a file.
@@ -138,7 +143,8 @@ def killed_at_any_point(folder, work, least, check=lambda out: None):
     writing = [f.__code__ for f in (files.write_atomically, files.replacing.__wrapped__)]
 
     def go(out, point=-1):
-        step = step_killed_at(point)
+        count = itertools.count()
+        step = lambda: os.kill(os.getpid(), signal.SIGKILL) if next(count) == point else None  # noqa: E731
 
         def trace(frame, event, _):
             if frame.f_code in writing:

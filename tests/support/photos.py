@@ -1,6 +1,7 @@
 """Images that compress like photographs: noise of several frequencies and gradients, and drawings on it."""
 
 import io
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -24,3 +25,11 @@ def encode(image, form="JPEG", **options):
     file = io.BytesIO()
     image.save(file, form, **options)
     return file.getvalue()
+
+
+def png_that_claims(side):
+    """Returns a small PNG whose header claims side x side pixels."""
+    small = bytearray(encode(Image.new("RGB", (4, 4)), "PNG"))
+    small[16:24] = side.to_bytes(4, "big") * 2
+    small[29:33] = zlib.crc32(bytes(small[12:29])).to_bytes(4, "big")
+    return bytes(small)

@@ -1,11 +1,12 @@
 """A tiny model, tiny shards and a config for the tests of training, evaluation and the command line."""
 
 import io
+import itertools
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
+import pairs
 from PIL import Image
 
 from simplclip.train import config
@@ -38,22 +39,15 @@ def write_shard(path: Path, copies: int = 1, teacher: int = 0) -> str:
     if teacher:
         stamp = {"name": "made up", "width": teacher, "logit_scale": 10.0}
         (path.parent / "meta.json").write_text(json.dumps({"teacher": stamp}))
-    with tarfile.open(path, "w") as tar:
-        for copy in range(copies):
-            for name, colour in COLOURS.items():
-                for shape in SHAPES:
-                    caption = f"{name} {shape}"
-                    record = {"captions": [caption, f"a {caption}"], "group": caption, "label": name}
-                    files = {"png": picture(colour, shape), "json": json.dumps(record).encode()}
-                    if teacher:
-                        features = io.BytesIO()
-                        np.save(features, teacher_features(record["captions"], teacher))
-                        files["teacher.npy"] = features.getvalue()
-                    for suffix, data in files.items():
-                        member = tarfile.TarInfo(f"{copy}-{name}-{shape}.{suffix}")
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-    return str(path)
+    samples = []
+    for copy, name, shape in itertools.product(range(copies), COLOURS, SHAPES):
+        caption = f"{name} {shape}"
+        record = {"captions": [caption, f"a {caption}"], "group": caption, "label": name}
+        files = {"png": picture(COLOURS[name], shape), "json": json.dumps(record).encode()}
+        if teacher:
+            files["teacher.npy"] = pairs.npy(teacher_features(record["captions"], teacher))
+        samples.append((f"{copy}-{name}-{shape}", files))
+    return pairs.write(path, samples)
 
 
 def settings(folder: Path, *changes: str, teacher: int = 0) -> config.Config:

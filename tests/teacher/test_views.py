@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from open_clip.transform import PreprocessCfg
-from pairs import call, loader, members, meta, one_line, tokenizer, write
+from pairs import call, joined, loader, members, meta, one_line, tokenizer, write
 from photos import encode, photo
 from runs import bits, check_resumed, go, state_of
 from torch.nn.functional import interpolate
@@ -16,8 +16,7 @@ from trainer_runs import write_models
 
 import simplclip
 from simplclip import data, models, teacher
-from simplclip.data import decode, samples, sidecars, tars, transforms
-from simplclip.data.errors import Skipped
+from simplclip.data import decode, samples, transforms
 from simplclip.data.transforms import ImageTransform
 from simplclip.train import config as configs
 from simplclip.train.config import ConfigError
@@ -68,11 +67,7 @@ def batches(folder, out, student, passes=1, **options):
 
 def stored(folder, out):
     """Returns the samples with their views and features by key."""
-    pairs = {}
-    for source in data.sources_of(str(folder / "in" / "*.tar")):
-        for sample in sidecars.zipped(tars.read(source, Skipped()), source.url, [out]):
-            pairs[sample["__key__"]] = samples.parse(sample, teacher=True)
-    return pairs
+    return joined(folder / "in" / "*.tar", out, teacher=True)
 
 
 @pytest.mark.parametrize("augment", [AUGMENT, "affine", {"scale": [0.3, 0.6]}])

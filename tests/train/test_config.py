@@ -6,7 +6,6 @@ import sys
 import pytest
 import yaml
 
-from simplclip.common.files import differences
 from simplclip.train import config
 
 MINIMAL = {"data": {"train": "x-*.tar"}, "run": {"out": "runs/x"}}
@@ -48,35 +47,28 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("lr=1", "lr: unknown key; did you mean optim.lr?"),
         ("run.batch_size=8", "run.batch_size: unknown key; did you mean data.batch_size?"),
         ("optimm.lr=8", "optimm: unknown key; did you mean optim?"),
-        ("zzz=8", "zzz: unknown key"),
         ("optim.lr=fast", "optim.lr: expected a valid number, got 'fast' (str)"),
-        ("data.batch_size=1.5", "data.batch_size: expected a valid integer, got 1.5 (float)"),
-        ("run.compile=3", "run.compile: expected a valid boolean, got 3 (int)"),
         ("run.precision=fp8", "run.precision: expected 'fp32', 'bf16', 'fp16' or 'auto', got 'fp8' (str)"),
-        ("data.train=3", "data.train"),
         (
             "data.options.workers=3",
             "data.options.workers: expected 'on_error', 'max_pixels', 'max_bytes' or 'shuffle_buffer', got 'workers'",
         ),
-        ("eval.splits.held=3", "eval.splits.held"),
         ("optim=3", "optim: expected a valid dictionary"),
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
-        ("run.epochs=0", "run.epochs: expected greater than 0, got 0 (int)"),
         ("run={out: x, steps: 7, epochs: 2}", "run: expected one of steps and epochs, got steps = 7 and epochs = 2.0"),
         ("run={out: x, steps: null}", "run: expected one of steps and epochs, got steps = None and epochs = None"),
         ("optim.lr=-1", "optim.lr: expected greater than 0, got -1 (int)"),
         ("run.out.x=3", "--set run.out.x: run.out is not a section, it is 'runs/x' (str)"),
+        (
+            "model={name: siclip-tiny, image_size: 64, options: {vision_cfg: {image_size: 32}}}",
+            "model: image_size: expected one value, got 64",
+        ),
         ("run.steps", "--set: expected key=value (e.g. optim.lr=1e-3), got 'run.steps'"),
-        ("run.out=[", "--set run.out: not valid YAML"),
         ("data.micro_batch=7", "data.micro_batch: expected a divisor of data.batch_size = 256, got 7"),
         ("data.micro_batch={image: 7}", "data.micro_batch.image: expected a divisor of data.batch_size = 256, got 7"),
-        ("data.micro_batch={imge: 8}", "data.micro_batch.imge: unknown key"),
-        ("data.micro_batch=some", "data.micro_batch"),
         ("loss.pm_weight={value: 1, start: 9, until: 4}", "loss.pm_weight: expected until after start = 9, got 4"),
         ("loss.pm_weight={value: 1, end: 4}", "loss.pm_weight: expected `to`, the weight reached at `end`, got none"),
-        ("loss.pm_weight={vlue: 1}", "loss.pm_weight.value: missing"),
         ("run.out=[*a]", "--set run.out: not valid YAML: expected no aliases (*name)"),
-        ("loss.pm_weight=much", "loss.pm_weight: expected a valid number, got 'much'"),
         ("loss={contrastive_weight: {value: 1, until: 7}, pm_weight: 0}", "loss: expected at least one weight above 0 at"),
     ],
 )
@@ -152,7 +144,3 @@ def test_files_that_are_not_there_are_named_without_torch(tmp_path):
     names = [line.partition(":")[0] for line in told.splitlines()]
     assert names == ["data.train", "data.train", "data.sidecars", "eval.splits.held"]
     assert told.count("gone") == 4
-
-
-def test_differences():
-    assert differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}}) == {"a.c": (2, 5), "d": (3, None)}

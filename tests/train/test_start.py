@@ -12,7 +12,6 @@ from runs import bits, check_resumed, go, state_of
 from timm.layers import resample_abs_pos_embed
 
 import simplclip
-from simplclip.common.errors import InputError
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import step
 from simplclip.train.config import ConfigError, load
@@ -111,18 +110,6 @@ def test_a_model_of_shapes_alone_trains_what_the_run_trains(tmp_path, trained):
         else:
             assert prepared.folded.copies
             assert "visual.trunk.stem" in prepared.frozen
-
-
-def test_shapes_that_no_tower_takes_are_refused(tmp_path):
-    for change, told in (
-        ("model.image_size=20", "image_size: expected one that the model takes, got 20: "),
-        ("model.image_size=0", "model.image_size: expected"),
-        ("model.context_length=1", "model.context_length: expected"),
-    ):
-        with pytest.raises(InputError, match=told):
-            started(tmp_path, change, "model.name=open_clip:ViT-B-32", "model.options.vision_cfg.layers=1")
-    with pytest.raises(ConfigError, match=r"image_size: expected one value, got 64 and options.vision_cfg.image_size = 32"):
-        tiny.settings(tmp_path, "model.image_size=64", "model.options.vision_cfg.image_size=32")
 
 
 @pytest.mark.slow

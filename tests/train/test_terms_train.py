@@ -50,8 +50,6 @@ def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
         ([SIGMOID, siglip], 50, -12),
         ([SIGMOID, siglip, set_bias], 50, -4),
         ([SIGMOID, clip], 80, -10),
-        ([SIGMOID, clip, set_scale], 30, -10),
-        ([clip], 80, None),
         ([clip, set_scale], 30, None),
     ):
         model = setup(tiny.settings(tmp_path, *changes), CPU, "fp32").model

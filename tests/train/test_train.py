@@ -1,19 +1,17 @@
 """Training: that it learns, resuming bit for bit, other lengths, evaluation on the way, the log, and refusals."""
 
-import io
 import re
 
 import pytest
 import tiny
 import torch
-from kills import digests
-from pairs import table
+from pairs import digests, table
 from PIL import Image
 from rich.console import Console
 from runs import at_step, bits, check_resumed, go, rows, state_of
 
 from simplclip import losses
-from simplclip.common import hardware, progress
+from simplclip.common import progress
 from simplclip.models.trained import CheckpointError, read_checkpoint
 from simplclip.train import checkpoint, log, loop
 from simplclip.train.config import ConfigError
@@ -129,17 +127,13 @@ def test_what_may_change_on_resume(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_an_earlier_version_goes_on_or_says_why_not(tmp_path):
+def test_a_checkpoint_that_this_version_cannot_take_says_why(tmp_path):
+    """One that it can take: tests/golden."""
     config = tiny.settings(tmp_path, "run.steps=1")
     go(config)
     path = tmp_path / "run" / "last.pt"
     state = torch.load(path, weights_only=True)
-    del state["config"]["data"]["samples"]
-    state |= {"epoch": 0, "batch": 1, "schedule": {"last_epoch": 1}, "ranks": 1, "data": {"epoch": 0, "batches": 1}}
-    torch.save(state, path)
     longer = tiny.settings(tmp_path, "run.steps=2")
-    assert "the version were others: the pass over the data starts again" in go(longer, resume=True)
-
     state["config"]["data"]["cache_prefix"] = "folder"
     torch.save(state, path)
     with pytest.raises(
@@ -175,7 +169,7 @@ def test_epochs_and_tables(tmp_path):
         go(config, resume=True)
         assert read_checkpoint(out)["step"] == steps
 
-    for epochs, size, samples, expected in ((0.5, 7, None, 2), (2, 64, None, 1), (0.01, 8, None, 1), (2, 8, 80, 20)):
+    for epochs, size, samples, expected in ((0.5, 7, None, 2), (0.01, 8, None, 1), (2, 8, 80, 20)):
         changes = [f"run.epochs={epochs}", f"data.batch_size={size}", f"data.train={out}/shards/t/*.tar"]
         changes += [f"data.samples={samples or 'null'}"]
         assert loop._with_data(tiny.settings(tmp_path, *changes), None, Console()).run.steps == expected, changes
@@ -212,10 +206,8 @@ def test_only_matrices_decay_and_the_scale_is_held_below_100(tmp_path):
 
 
 def test_a_model_of_which_only_the_scale_trains(tmp_path):
-    torch.save(
-        setup(tiny.settings(tmp_path, "model.options.simplified=false"), CPU, "fp32").model.state_dict(), tmp_path / "a.pt"
-    )
     changes = ["model.options.simplified=false", f"inherit.source={tmp_path / 'a.pt'}", "loss.pm_weight=0"]
+    torch.save(setup(tiny.settings(tmp_path, changes[0]), CPU, "fp32").model.state_dict(), tmp_path / "a.pt")
     state = setup(tiny.settings(tmp_path, *changes), CPU, "fp32")
     assert [len(group["params"]) for group in state.optimizer.param_groups] == [0, 1]
 
@@ -256,15 +248,6 @@ def test_csv_of_a_run_keeps_its_columns_and_drops_later_rows(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_terminal_and_a_gpu_show_in_the_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "describe_gpu", lambda device: "  GPU 5.0 of")
-    text = io.StringIO()
-    loop.run(tiny.settings(tmp_path, "run.steps=2"), console=Console(file=text, width=300, force_terminal=True))
-    assert len(re.findall(r"^.*step 2/2  \d+ s gone, 0 s left  loss .* MiB  GPU 5.0 of", text.getvalue(), re.M)) == 1
-    assert "first step" in text.getvalue()
-
-
-@pytest.mark.slow
 def test_damaged_data_is_told_once(tmp_path):
     shard = tiny.write_shard(tmp_path / "data" / "train-0.tar")
     with open(shard, "r+b") as file:  # the first picture
@@ -279,14 +262,9 @@ def test_damaged_data_is_told_once(tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("loss.feature_weight=1", "no teacher is named in .*meta.json; make them by `simplclip teacher`"),
         ("optim.options.beta=1", "optim.options: expected arguments of torch.optim.AdamW, got {.*'beta': 1}"),
-        ("optim.options.betas=[1, 2]", "optim.options: .*: Invalid beta parameter at index 0: 1"),
-        ("inherit.source=nowhere.pt", "nowhere.pt"),
-        ("data.train=[none.tar]", "expected files, got 'none.tar', which does not exist"),
         ("model.options.depth=3", "model.options"),
         ("data.micro_batch=auto", "data.micro_batch: expected a number, got auto"),
-        ("eval={every: 4, splits: {bad: gone.tar}}", "eval.splits.bad: .*gone.tar.* does not exist"),
     ],
 )
 def test_what_does_not_fit_is_one_error_and_leaves_nothing(tmp_path, change, told):

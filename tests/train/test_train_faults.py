@@ -2,9 +2,8 @@
 less time: test_train_errors.py.
 
 A process trains. Meanwhile a fault occurs: the process or its loader process is killed (-9), its terminal or the reader of
-its output is closed, its shard is removed or cut in half, or its disk becomes full. Then the last whole step is in the
-checkpoint, or the process says why not and which checkpoint is good. With the fault mended, the run resumes and ends as an
-undisturbed run, to the bit.
+its output is closed, or its disk becomes full. Then the last whole step is in the checkpoint, or the process says why not and
+which checkpoint is good. Without the fault, the run resumes and ends as an undisturbed run, to the bit.
 
 A limit on the size of the process's files stands for a full disk.
 """
@@ -35,7 +34,7 @@ from simplclip import train
 from simplclip.common import progress
 from simplclip.models.trained import read_checkpoint
 
-KINDS = ["kill", "worker", "full", "removed", "truncated", "hangup", "pipe"]
+KINDS = ["kill", "worker", "full", "hangup", "pipe"]
 FAULTS = int(os.environ.get("SIMPLCLIP_TEST_FAULTS", len(KINDS)))
 STEPS = 24
 LARGEST = 1 << 12  # largest file on a full disk, in bytes
@@ -78,38 +77,34 @@ class Faults:
 
     def __init__(self, folder):
         self.folder, self.random, self.took = folder, random.Random(0), None
-        self.config, self.shard = tiny.write_config(folder), folder / "data" / "train-0.tar"
-        self.content = self.shard.read_bytes()
+        self.config = tiny.write_config(folder)
         assert self.train(folder / "whole")[0] == 0
         self.whole = bits(state_of(folder / "whole"))
 
     def train(self, out, fault=None):
-        """Returns exit code and text of a run. fault(process): called at a random moment, returns a function to mend it."""
+        """Returns exit code and text of a run. fault(process): called at a random moment."""
         told = self.folder / "told"
         told.unlink(missing_ok=True)
         self.reader, writer = multiprocessing.Pipe(duplex=False)
-        process, mend = kills.start(["simplclip.train", "test_train_faults"], work, self.config, out, told, writer), None
+        process = kills.start(["simplclip.train", "test_train_faults"], work, self.config, out, told, writer)
         writer.close()
         began = time.monotonic()
         if fault:
             time.sleep(self.random.random() * self.took)
-            mend = fault(process)
+            fault(process)
         process.join(120)
         assert process.exitcode is not None, "it hangs"
         self.took = self.took or time.monotonic() - began
-        if mend:
-            mend()
         return process.exitcode, told.read_text() if told.exists() else ""
 
     def meet(self, kind):
         out = self.folder / "run"
         outcome = self.check(kind, out, *self.train(out, getattr(self, kind)))
-        if outcome != "told":  # "told": a shard was cut in half, and its other half was not read
-            code, told = self.train(out)
-            assert code == 0, told
-            assert bits(state_of(out)) == self.whole, f"{kind}: it does not end as undisturbed"
-            if kind != "full":  # a row may not have fit on the disk
-                assert rows(out) == rows(self.folder / "whole")
+        code, told = self.train(out)
+        assert code == 0, told
+        assert bits(state_of(out)) == self.whole, f"{kind}: it does not end as undisturbed"
+        if kind != "full":  # a row may not have fit on the disk
+            assert rows(out) == rows(self.folder / "whole")
         assert not list(out.glob(".*")), "a torn file was left"
         shutil.rmtree(out)
         return outcome
@@ -124,7 +119,7 @@ class Faults:
         assert kind == "kill" or not list(out.glob(".*")), "a torn file was left"
         if code == 0:
             assert good == STEPS
-            return "told" if "damaged tar" in told else MISSED
+            return MISSED
         if kind in ("hangup", "pipe") and (saved := re.search(r"(SIGHUP|pipe).*: saved step (\d+) of", told)):
             assert good == int(saved[2]), told
             return "saved the step"
@@ -155,14 +150,6 @@ class Faults:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for child in children.read_text().split():
                 os.kill(int(child), 9)
-
-    def removed(self, process):
-        self.shard.unlink()
-        return lambda: self.shard.write_bytes(self.content)
-
-    def truncated(self, process):
-        os.truncate(self.shard, len(self.content) // 2)
-        return lambda: self.shard.write_bytes(self.content)
 
     def full(self, process):
         with contextlib.suppress(ProcessLookupError):
