@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 
@@ -347,3 +348,16 @@ def test_max_pixels(tmp_path, transform):
     assert keys(take(reader, 2)) == ["k000", "k000"]
     assert reader.skipped.counts["image too large"] >= 1
     assert len(set(keys(take(loader(path, transform=transform, batch_size=1, max_pixels=600), 2)))) == 2
+
+
+def test_the_files_that_an_image_passes(one):
+    """From tar to batch: at most eight files of this library."""
+    augmented = ImageTransform(PreprocessCfg(size=8), {"color_jitter": (0.1,) * 4, "color_jitter_prob": 1.0})
+    batches, files = iter(loader(one, transform=augmented)), set()
+    sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))
+    try:
+        next(batches)
+    finally:
+        sys.setprofile(None)
+    ours = {os.path.basename(file) for file in files if f"{os.sep}simplclip{os.sep}" in file}
+    assert len(ours) <= 8, ours

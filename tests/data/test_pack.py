@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -299,3 +300,11 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
     assert capsys.readouterr().out.count("kept 2 samples of ") == 3
     assert digests(tmp_path / "out", "*/*.tar") == before
     assert pack.packed("texts", tmp_path / "one") == [str(tmp_path / "one/texts/texts-000000.tar")]
+
+
+def test_packing_loads_neither_torch_nor_open_clip(tmp_path, rows):
+    code = "import sys; from simplclip.commands.main import app; app(standalone_mode=False)"
+    code += "; print({'torch', 'open_clip', 'PIL'} & {*sys.modules})"
+    command = [sys.executable, "-c", code, "data", "pack", rows, "--out", tmp_path / "out"]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert run.stdout.endswith("{'PIL'}\n"), run.stderr

@@ -3,6 +3,7 @@
 import json
 import os
 import tarfile
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -188,3 +189,13 @@ def test_dataset_size_is_that_of_a_meta_json_that_fits(tmp_path):
     assert data.dataset_size([path, f"pipe:cat {path}"]) is None
     os.truncate(path, os.path.getsize(path) - 512)  # the shard is no longer the file that was listed
     assert data.dataset_size(path) is None
+
+
+def test_reading_holds_one_sample(tmp_path):
+    path = write(tmp_path / "a.tar", [(f"{i:05d}", {"txt": b"x" * 1000}) for i in range(3000)])
+    tracemalloc.start()
+    count = sum(1 for _ in tars.read(data.sources_of(path)[0], Skipped()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 3000
+    assert peak < 1 << 20
