@@ -8,7 +8,7 @@ from paths import ROOT
 
 # torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's graphs would be taken.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))
-# The variables that --prove sets: all cases of the emulator, and how often and where a test disturbs processes.
+# The variables that --prove sets: all cases of the emulator and of the interpreter, and how often a test disturbs processes.
 PROOF = {
     "SIMPLCLIP_EMULATE_ALL": "1",
     "SIMPLCLIP_TEST_FAULTS": "60",

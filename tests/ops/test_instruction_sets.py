@@ -15,25 +15,26 @@ from simplclip.ops import backends
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 CPU = set(Path("/proc/cpuinfo").read_text().split())
 FLAGS = {"avx512_bf16": AVX512 | {"avx512_bf16"}, "avx512": AVX512, "avx2": {"avx2", "fma"}, "baseline": set()}
+PROVED, QUICK = ("avx512_bf16", "avx512"), ("avx2", "baseline")  # the suite itself takes the best set
 
 
-def run(isa):
-    """Runs the tests that are marked instruction_set again."""
+def run(isa, cases):
+    """Runs the tests that are marked instruction_set again, with this number of random calls."""
     options = ["-q", "-m", "instruction_set", "-k", "not reference", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", *options, "--cases", "150", "tests/ops"]
+    command = [sys.executable, "-m", "pytest", *options, "--cases", str(cases), "tests/ops"]
     environment = os.environ | {"SIMPLCLIP_CPU_ISA": isa}
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.slow
 @needs_cpu_kernels
-@pytest.mark.parametrize("isa", FLAGS)
-def test_kernels(isa):
+@pytest.mark.parametrize("isa", [*(pytest.param(isa, marks=pytest.mark.prove) for isa in PROVED), *QUICK])
+def test_kernels(isa, request):
     if isa == backends.extension.cpu_isa():
         pytest.skip("this run takes it already")
     if not FLAGS[isa] <= CPU:
         pytest.skip(f"this CPU has no {isa}")
-    done = run(isa)
+    done = run(isa, cases=150 if request.config.getoption("--prove") else 60)
     assert done.returncode == 0, done.stdout[-4000:]
 
 

@@ -136,7 +136,12 @@ def test_averaged_weights_are_those_of_the_steps_and_loaded(tmp_path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "backend"), [("fp32", "aot_eager"), pytest.param("bf16", "inductor", marks=pytest.mark.prove)]
+    ("precision", "backend"),
+    [
+        ("fp32", "eager"),
+        pytest.param("fp32", "aot_eager", marks=pytest.mark.prove),
+        pytest.param("bf16", "inductor", marks=pytest.mark.prove),
+    ],
 )
 def test_compiled_towers_resume_bit_for_bit(tmp_path, monkeypatch, precision, backend):
     compiler = mock.Mock(side_effect=functools.partial(torch.compile, backend=backend))
