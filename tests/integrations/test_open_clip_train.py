@@ -31,6 +31,7 @@ COMMANDS = {
     ),
     "clip-accumulated": ("--accum-freq", "ClipLoss", "ClipPMLoss", ["contrastive_loss"]),
 }  # fmt: skip
+QUICK = [key for key in COMMANDS if key != "clip-accumulated"]  # in the suite; make prove takes all
 
 
 def documented(added: str) -> list[str]:
@@ -63,8 +64,8 @@ def assert_same_run(plan, key, keys=("contrastive_loss",)):
 
 
 @pytest.fixture(scope="module")
-def single(folder):
-    plan = Plan(folder)
+def single(folder, request):
+    plan, prove = Plan(folder), request.config.getoption("--prove")
     plan.both("plain")
     # Resuming: two epochs in one run equal one epoch and then another. open_clip's trainer resumes a run without a plane.
     matching = ("--pm-weight", 0.5)
@@ -73,7 +74,8 @@ def single(folder):
     plan.more("pm-once", *matching)
     plan.add("theirs-from-ours", "theirs", "--resume", folder / "logs/plain-ours/checkpoints/epoch_1.pt", epochs=2)
     plan.add("pm-accumulated", "ours", *matching, "--accum-freq", 2, data="two")
-    plan.add("pm-clip", "ours", *matching, "--grad-clip-norm", 1, "--pm-plane", "hadamard")
+    if prove:
+        plan.add("pm-clip", "ours", *matching, "--grad-clip-norm", 1, "--pm-plane", "hadamard")
     plan.both("scaled", "--precision", "amp")  # float16 and a GradScaler, as open_clip's default has them
     plan.add("pm-scaled", "ours", *matching, "--precision", "amp")
     wide = ("--feature-weight", 1, "--interactive-weight", 0.5, *teacher(folder, "tiny-wide"), "--pm-weight", 1)
@@ -82,7 +84,8 @@ def single(folder):
     # Commands of the docs. Arguments that follow replace their model, data and sizes.
     options = {"steps": DOCUMENTED}
     tiny = {"coca": coca(folder), "distilled": teacher(folder)}
-    for key, (added, *_) in COMMANDS.items():
+    for key in COMMANDS if prove else QUICK:
+        added = COMMANDS[key][0]
         data = "two" if "--accum-freq" in added else "one"
         plan.both(key, *tiny.get(key, ()), command=documented(added), data=data, **options)
     plan.add("matching", "ours", command=documented("--siglip --pm-weight"), **options)
@@ -126,7 +129,7 @@ def test_mixed_precision(single):
 
 
 @needs_trainer
-def test_learned_parameters_are_trained_and_resumed(single):
+def test_learned_parameters_are_trained_and_resumed(single, request):
     start = {"plane_weight": losses.ClipPMLoss.INITIAL_WEIGHT, "plane_bias": losses.ClipPMLoss.INITIAL_BIAS}
     whole, second = single["pm-twice"], single["pm-once-more"]
     assert (len(whole["steps"]), len(second["steps"])) == (2 * STEPS, STEPS)
@@ -140,7 +143,8 @@ def test_learned_parameters_are_trained_and_resumed(single):
         assert last["state_dict"][f"simplclip_loss.{name}"].item() == pytest.approx(whole["parameters"][name])
     assert last["optimizer"]["param_groups"] == again["optimizer"]["param_groups"]
     assert len(last["optimizer"]["state"]) == len(single.checkpoint("plain-ours")["optimizer"]["state"]) + len(start)
-    assert len(single["pm-clip"]["parameters"]["plane_weight"]) == 16
+    if request.config.getoption("--prove"):
+        assert len(single["pm-clip"]["parameters"]["plane_weight"]) == 16
     accumulated = single["pm-accumulated"]
     assert len(accumulated["steps"]) == 2 * STEPS
     for name, value in start.items():
@@ -174,7 +178,7 @@ def assert_same_steps(theirs, ours, passes=DOCUMENTED):
 
 
 @needs_trainer
-@pytest.mark.parametrize("key", COMMANDS)
+@pytest.mark.parametrize("key", [*QUICK, pytest.param("clip-accumulated", marks=pytest.mark.prove)])
 def test_each_step_of_a_command_is_open_clips(single, key):
     theirs, ours = (single[f"{key}-{who}"] for who in ("theirs", "ours"))
     _, kind, replaced, names = COMMANDS[key]

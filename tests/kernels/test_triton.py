@@ -21,7 +21,7 @@ from small_calls import check_registration
 from simplclip.ops.attention import with_library_attention
 from simplclip.ops.similarity.call import RowStat
 
-PROVE = "SIMPLCLIP_EMULATE_ALL" in os.environ  # set by --prove
+PROVE = os.environ.get("SIMPLCLIP_EMULATE_ALL") == "1"  # as --prove sets it
 MODES = [{"terms": TERMS[:1]}, {"terms": TERMS[:2]}, {"terms": TERMS[:2], "plane": "hadamard"}, {"terms": TERMS}]
 
 
