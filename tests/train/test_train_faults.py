@@ -86,7 +86,8 @@ class Faults:
         told = self.folder / "told"
         told.unlink(missing_ok=True)
         self.reader, writer = multiprocessing.Pipe(duplex=False)
-        process = kills.start(["simplclip.train.loop", "open_clip", "test_train_faults"], work, self.config, out, told, writer)
+        imported = ["simplclip.train.loop", "open_clip", "test_train_faults"]
+        process = kills.start(imported, work, self.config, out, told, writer)
         writer.close()
         began = time.monotonic()
         if fault:
