@@ -90,8 +90,8 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[
 
 def origin(path: Path, rows: list[Row], command: str = "make bench") -> str:
     """Returns how the rows were measured, with a link from a page in docs/."""
-    said = {name: ", ".join(dict.fromkeys(row[name] for row in rows if row.get(name))) for name in rows[0]}
-    parts = [said["hardware"], f"torch {said['torch']}", f"commit {said['commit']}", said["date"]]
+    values = {name: ", ".join(dict.fromkeys(row[name] for row in rows if row.get(name))) for name in rows[0]}
+    parts = [values["hardware"], f"torch {values['torch']}", f"commit {values['commit']}", values["date"]]
     return f"{', '.join(filter(None, parts))} ([{path.name}](../benchmarks/results/{path.name}); `{command}`)."
 
 
@@ -103,12 +103,12 @@ def op_table(op: str, what: str = "", command: str = "make bench", **where: str)
     shared = [name for name in columns if name in TEXT and len({row[name] for row in rows}) == 1]
     repeats = sorted({row["repeats"] for row in rows if row.get("repeats")}, key=int)
     medians = [f"medians of {' to '.join(repeats)} interleaved runs"] if repeats else []
-    said = ", ".join([*filter(None, [what]), *(rows[0][name] for name in shared), *medians])
+    note = ", ".join([*filter(None, [what]), *(rows[0][name] for name in shared), *medians])
     shown = [column for name, column in columns.items() if name not in shared]
     cells = [
         [show(row[name]) if row[name] else "" for name, (_, show) in columns.items() if name not in shared] for row in rows
     ]
-    return [*markdown([title for title, _ in shown], cells, list(TEXT)), "", f"{said}; {origin(path, rows, command)}"]
+    return [*markdown([title for title, _ in shown], cells, list(TEXT)), "", f"{note}; {origin(path, rows, command)}"]
 
 
 def ablation() -> list[str]:
@@ -121,12 +121,12 @@ def ablation() -> list[str]:
         interval = f"{figure['difference']:+.2f} ({figure['low']:+.2f} to {figure['high']:+.2f})"
         lines.append((row["effect"], row["variant steps"], row["seeds"], base, variant, interval, f"{figure['p']:.3f}"))
     head = ("effect", "steps", "seeds", "base", "variant", "difference, 95 % interval", "p")
-    told = (
+    note = (
         "R@1 in per cent, the mean over `concepts` and `vendor` and both directions: mean ± standard deviation of the seeds, "
         "the paired difference, and p of the paired t-test, not corrected for the number of effects. siclip-lite0 on the "
         "built-in data"
     )
-    return [*markdown(head, lines, ("effect",)), "", f"{told}; {origin(path, rows, 'make ablation')}"]
+    return [*markdown(head, lines, ("effect",)), "", f"{note}; {origin(path, rows, 'make ablation')}"]
 
 
 def demo() -> list[str]:
@@ -164,8 +164,8 @@ def figures() -> list[str]:
         cells += [NONE] * (3 - len(cells))
         lines.append((what, *cells, f"{ours['hardware']}; {ours['date']}, {ours['commit']}"))
     head = ("measured", "simplclip", "eager baseline", "compiled baseline", "hardware; date, commit")
-    told = "Forward and backward, medians of interleaved runs on a CPU. Written by `make tables` from `benchmarks/results`."
-    return [*markdown(head, lines, head), "", told]
+    note = "Forward and backward, medians of interleaved runs on a CPU. Written by `make tables` from `benchmarks/results`."
+    return [*markdown(head, lines, head), "", note]
 
 
 # Rows of the README's table: title; op and rows of its result file; an eager and a compiled baseline, with how the table

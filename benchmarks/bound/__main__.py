@@ -28,9 +28,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.fl
 def predicted(case: calls.Case, dtype: str, backward: bool, card: str) -> tuple[list[dict], dict]:
     """Returns a row for each kernel, and the columns of the whole call."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    with trace.on_card(CARDS[card]) as found:
+    with trace.on_card(CARDS[card]) as traced:
         case.run(DTYPES[dtype], backward)
-    rows, total = roofline(found.steps, CARDS[card])
+    rows, total = roofline(traced.steps, CARDS[card])
     what = {"call": case.name, "shape": case.shape, "dtype": dtype, "pass": PASSES[backward], "card": card}
     return rows, what | total
 

@@ -68,14 +68,14 @@ def roofline(steps: Sequence[Step], card: Card) -> tuple[list[dict], dict]:
         row["ms"] += max(times)
         row["gflop"] += 2e-9 * multiply_adds
         row["mb"] += moved / 1e6
-    found = sorted(rows.values(), key=lambda row: -row["ms"])
-    launches = sum(row["launches"] for row in found)
-    own = sum(row["launches"] for row in found if row["by"] != "torch")
-    return found, {
+    kernels = sorted(rows.values(), key=lambda row: -row["ms"])
+    launches = sum(row["launches"] for row in kernels)
+    own = sum(row["launches"] for row in kernels if row["by"] != "torch")
+    return kernels, {
         "predicted_ms": round(sum(bounds.values()), 4),
         "bound": max(bounds, key=lambda name: bounds[name]),
-        "tflop": round(sum(row["gflop"] for row in found) / 1e3, 4),
-        "bytes": round(1e6 * sum(row["mb"] for row in found)),
+        "tflop": round(sum(row["gflop"] for row in kernels) / 1e3, 4),
+        "bytes": round(1e6 * sum(row["mb"] for row in kernels)),
         "launches": launches,
         "own_kernels": own,
         "torch_kernels": launches - own,

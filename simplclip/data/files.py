@@ -20,7 +20,8 @@ TEXT_BYTES = 16 << 20  # most bytes of a text file of a sample; parsed JSON take
 LONGEST = 8192  # characters of a caption that are used: more than any tokenizer takes, and tokenizers may be quadratic
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
 
-Sample = dict[str, Any]  # the files of a sample by suffix, see tars.py
+# "__key__", "__url__", "__shard__" (the source's name), and bytes or a BrokenSample by suffix
+Sample = dict[str, Any]
 
 
 def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:

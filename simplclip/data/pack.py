@@ -148,12 +148,12 @@ def _write(source: Source, folder: TarFolder, workers: int, progress: bool) -> N
     def tasks() -> Iterator[tuple[Path, int, list[Row]]]:
         rows = source.rows()
         for first in itertools.count(step=SAMPLES):
-            some = list(itertools.islice(rows, SAMPLES))
-            if not some:
+            of_shard = list(itertools.islice(rows, SAMPLES))
+            if not of_shard:
                 return
             name = f"{stem}-{first // SAMPLES:06d}.tar"
             if name not in folder.entries:
-                yield folder.out / name, first, some
+                yield folder.out / name, first, of_shard
 
     with Progress("pack", source.total, done, unit="rows", shown=progress) as bar:
         for (path, _, rows), entry in _mapped(_write_shard, tasks(), workers):
@@ -222,8 +222,8 @@ def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[t
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
         with ProcessPoolExecutor(workers, context, _start) as pool:
-            while some := list(itertools.islice(tasks, 4 * workers)):
-                yield from zip(some, pool.map(write, *zip(*some)))
+            while started := list(itertools.islice(tasks, 4 * workers)):
+                yield from zip(started, pool.map(write, *zip(*started)))
     except BrokenProcessPool:
         raise PackError(
             "workers: a process died before its work was done (out of memory, the system kills processes); "

@@ -19,7 +19,7 @@ from typing import Any
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
-from simplclip.data.files import IMAGE_SUFFIXES, MAX_BYTES, TEXT_BYTES
+from simplclip.data.files import IMAGE_SUFFIXES, MAX_BYTES, TEXT_BYTES, Sample
 from simplclip.data.sources import Address, Source
 
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
@@ -34,8 +34,6 @@ _EXTENDED_TYPES = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
-
-Sample = dict[str, Any]  # "__key__", "__url__", "__shard__" (the source's name), and bytes or a BrokenSample by suffix
 
 _gopen = import_module("webdataset.gopen")  # the package has a function of this name too
 
@@ -175,8 +173,8 @@ def _opened(url: str) -> Iterator[tuple[Any, Any]]:
         except Exception as error:
             broke = isinstance(error, OSError) or not stream.stream.read(1)  # the stream, not the tar
             if broke and stream.proc.wait(60):
-                said = stream.proc.stderr.read().decode(errors="replace").strip() if stream.proc.stderr else ""
-                raise OSError(said or f"the command ended with exit code {stream.proc.returncode}") from None
+                message = stream.proc.stderr.read().decode(errors="replace").strip() if stream.proc.stderr else ""
+                raise OSError(message or f"the command ended with exit code {stream.proc.returncode}") from None
             raise
     finally:
         stream.ignore_errors = True  # it may write on, or wait for something, after the end of the tar

@@ -251,14 +251,14 @@ def _changed_colour(images: Tensor, colour: Tensor) -> Tensor:
     The parameters are read on the CPU. If they are on a GPU, reading them costs a synchronisation.
     """
     part = max(1, _CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
-    for some, parameters in zip(images.split(part), colour.split(part)):
+    for chunk, parameters in zip(images.split(part), colour.split(part)):
         rows = parameters.tolist()
         for step in range(4):
             for which, function in enumerate((_brightness, _contrast, _saturation, _hue)):
                 none = 0.0 if function is _hue else 1.0
                 chosen = [(i, row[which]) for i, row in enumerate(rows) if row[4 + step] == which and row[which] != none]
-                _apply(some, chosen, function)
-        _apply(some, [(i, 0.0) for i, row in enumerate(rows) if row[8]], _saturation)
+                _apply(chunk, chosen, function)
+        _apply(chunk, [(i, 0.0) for i, row in enumerate(rows) if row[8]], _saturation)
     return images
 
 

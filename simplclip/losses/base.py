@@ -122,7 +122,8 @@ class SimilarityLoss(nn.Module):
         self, image, text, logit_scale, terms, weights=None, logit_bias=None, ids=None, teacher=None
     ) -> dict[str, Tensor]:
         """Returns the terms before weighting, each with its gradient; with `weights`, without, and beside them "loss"."""
-        self._check_width(image, text)
+        if self.embed_dim is not None:
+            self._check_width(self.embed_dim, image, text)
         if self.world_size <= 1:
             return self._similarity(image, text, logit_scale, terms, weights, logit_bias, ids, teacher)
         image, text = self._own_rows(image, text)
@@ -158,14 +159,12 @@ class SimilarityLoss(nn.Module):
         by_text = compute(text, gather(image), teacher_image=teacher_text, teacher_text=gather(teacher_image))
         return {name: 0.5 * (by_image[name] + by_text[name]) for name in by_image}
 
-    def _check_width(self, image: Tensor, text: Tensor) -> None:
-        if self.embed_dim is None:
-            return
+    def _check_width(self, embed_dim: int, image: Tensor, text: Tensor) -> None:
         for name, features in (("image_features", image), ("text_features", text)):
             width = features.shape[-1]
-            if width > self.embed_dim or width < self.embed_dim and not self.prefixes:
+            if width > embed_dim or width < embed_dim and not self.prefixes:
                 got = checks.shape_of(features)
-                raise ValueError(f"{name}: expected the width embed_dim = {self.embed_dim}, got shape {got}")
+                raise ValueError(f"{name}: expected the width embed_dim = {embed_dim}, got shape {got}")
 
     def _group(self):
         have = torch.distributed.get_world_size() if torch.distributed.is_initialized() else "no process group"

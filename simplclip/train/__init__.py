@@ -10,12 +10,10 @@ distributed.py  several ranks
 log.py          lines, metrics.csv, curves.png
 """
 
-import importlib
+from simplclip.common.lazy import attribute
 
 __all__ = ["Interrupted", "TrainingError", "run"]
 
 
 def __getattr__(name: str):  # imported late, so that a config is checked before torch is imported
-    if name in __all__:
-        return getattr(importlib.import_module("simplclip.train.loop"), name)
-    raise AttributeError(f"module 'simplclip.train' has no attribute {name!r}")
+    return attribute(__name__, {"loop": tuple(__all__)}, name)
