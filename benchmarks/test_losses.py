@@ -21,7 +21,7 @@ CASES = {  # op of the result file, objective: largest N of the dense forms, whe
 }
 
 
-@pytest.mark.parametrize(("op", "objective"), CASES, ids=", ".join)
+@pytest.mark.parametrize(("op", "objective"), CASES, ids=[", ".join(case) for case in CASES])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_losses(measured, n, dtype, op, objective):
     measured(measure, op, objective, n, WIDTH, dtype, CASES[op, objective], "cpu")
