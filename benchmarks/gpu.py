@@ -105,7 +105,7 @@ def of_steps(o: argparse.Namespace, name: str, dtype: str) -> list[dict]:
     pairs, device = max(2, int(PAIRS * o.sequences)), torch.device(o.device)
     changes = ["data.micro_batch=null", "data.captions_per_image=1", f"data.batch_size={pairs}", "loss.pm_weight=1"]
     values = config.load(name, changes)
-    model, original = values.model.name, models.original(values.model.name)
+    model, original = values.model.name, models.spec_of(values.model.name).original
     made: dict[str, Callable[[], Step]] = {model: lambda: TrainerStep(values, PRECISION[dtype], TEACHER_WIDTH)}
     if original:
         made[f"{original}, whole"] = lambda: OpenClipStep(original, pairs, PRECISION[dtype])

@@ -33,7 +33,7 @@ CASES = {
 
 def main() -> None:
     budget, device = Budget(parse_memory(CARD)), torch.device("cuda", 0)
-    whole = models.original(config.load(NAME, []).model.name)
+    whole = models.spec_of(config.load(NAME, []).model.name).original
     dense, _ = largest(
         lambda pairs: predict(OpenClipStep(whole, pairs, "bf16", TEACHER_WIDTH), device).peak,
         budget.usable, range(1, MOST_PAIRS), start=64,

@@ -30,7 +30,6 @@ from simplclip.common.errors import InputError
 from simplclip.data import HeldOut, held_out
 from simplclip.data.errors import Skipped
 from simplclip.data.transforms import finished
-from simplclip.models.registry import text_pool
 from simplclip.models.simplify import attention_of, block_sites, build_block, count_parameters
 from simplclip.nn import SimplifiedBlock
 
@@ -39,7 +38,8 @@ BATCH = 8
 
 def inputs_of(encoder: Any, tower: str, split: HeldOut, samples: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yields inputs of a tower for the first samples and captions, and how many first tokens count in each (None: all)."""
-    argmax = (text_pool(encoder.model) or "argmax") == "argmax"
+    text_tower = vars(getattr(encoder.model, "text", None) or encoder.model)
+    argmax = text_tower.get("pool_type", text_tower.get("text_pool_type", "argmax")) == "argmax"
     for images, _, rows in split.batches(encoder.preprocess, BATCH, Skipped()):
         if tower == "image":
             inputs, lengths = finished(encoder.preprocess, images[:samples], encoder.device), None

@@ -1,7 +1,7 @@
 """Exports a checkpoint of the trainer as a folder that open_clip and `simplclip.load` read:
 
     open_clip_config.json, open_clip_model.safetensors, and the files of a tokenizer of Hugging Face
-    export.json     the model, its options, and the other files with their sizes; written last: an export with it is whole
+    export.json     the model and its options; written last: an export with it is whole
 
 A matrix that blocks share is stored under each of its names, so that every reader can load the weights strictly.
 """
@@ -15,14 +15,12 @@ import torch
 from open_clip.model import get_model_preprocess_cfg, get_model_tokenize_cfg
 from open_clip.utils import to_2tuple
 from safetensors.torch import save
-from torch import nn
 
 import simplclip
 from simplclip import models
-from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
+from simplclip.common.files import HOUR, remove_leftovers, temporary_folder
 from simplclip.models.registry import configuration
-from simplclip.models.trained import EXPORT as SUMMARY
-from simplclip.models.trained import base_of, load_model, model_options
+from simplclip.models.trained import EXPORT, EXPORTED_WEIGHTS, load_model, model_options
 
 
 def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
@@ -37,10 +35,10 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: expected a folder, got the file {out}")
-    if (out / SUMMARY).exists() and not force:
+    if (out / EXPORT).exists() and not force:
         raise FileExistsError(f"out: expected a folder without an export, got {out}; --force replaces the export")
     model, config, state = load_model(checkpoint)
-    name, options = config["model"]["name"], model_options(config["model"], base_of(config))
+    name, options = config["model"]["name"], model_options(config["model"], config["loss"]["base"])
     about = open_clip_config(model, name, options)
     summary = {
         "model": name,
@@ -51,35 +49,27 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     }
 
     remove_leftovers(out.parent, out.name.__eq__, HOUR)
-    try:
-        with temporary_folder(out) as work:
-            (work / "open_clip_config.json").write_text(json.dumps(about, indent=2) + "\n")
-            (work / "open_clip_model.safetensors").write_bytes(safetensors(model, summary))
-            tokenizer = models.tokenizer(name, about["model_cfg"]["text_cfg"]["context_length"])
-            if hasattr(tokenizer, "save_pretrained"):  # of Hugging Face; open_clip reads it from the folder
-                tokenizer.save_pretrained(work)
-            summary["files"] = {path.name: identity(path) for path in sorted(work.iterdir())}
-            (work / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-            move(work, out)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(out)) from error  # the error for a full disk names no file
+    with temporary_folder(out) as work:
+        (work / "open_clip_config.json").write_text(json.dumps(about, indent=2) + "\n")
+        # The format has neither shared memory nor strides.
+        tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
+        metadata = {"format": "pt", "model": name, "step": str(state["step"])}
+        (work / EXPORTED_WEIGHTS).write_bytes(save(tensors, metadata))
+        tokenizer = models.tokenizer(name, about["model_cfg"]["text_cfg"]["context_length"])
+        if hasattr(tokenizer, "save_pretrained"):  # of Hugging Face; open_clip reads it from the folder
+            tokenizer.save_pretrained(work)
+        (work / EXPORT).write_text(json.dumps(summary, indent=2) + "\n")
+        for path in work.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        out.mkdir(parents=True, exist_ok=True)
+        (out / EXPORT).unlink(missing_ok=True)
+        for path in sorted(work.iterdir(), key=lambda path: path.name == EXPORT):
+            os.replace(path, out / path.name)
+            print(f"wrote {out / path.name}: {(out / path.name).stat().st_size:,} bytes")
 
-    print(*(f"wrote {path}: {path.stat().st_size:,} bytes" for path in map(out.joinpath, summary["files"])), sep="\n")
     print(loading(out, needs_simplclip="simplclip" in about["model_cfg"]))
     return summary
-
-
-def move(work: Path, out: Path) -> None:
-    """Moves the files of a whole export to `out`, export.json last."""
-    for path in work.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    out.mkdir(parents=True, exist_ok=True)
-    (out / SUMMARY).unlink(missing_ok=True)
-    for path in sorted(work.iterdir(), key=lambda path: path.name == SUMMARY):
-        os.replace(path, out / path.name)
 
 
 def loading(out: Path, needs_simplclip: bool) -> str:
@@ -97,9 +87,7 @@ def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str
     """Returns open_clip's configuration of the model before it was simplified, with a part "simplclip" from which
     `register_models` makes the model. An unchanged model of open_clip needs no such part and has none."""
     ours = {key: options[key] for key in ("simplified", "simplify_options") if key in options}
-    sizes = ("force_image_size", "force_context_length", "force_patch_dropout")
-    rest = {key.removeprefix("force_"): value for key, value in options.items() if key not in (*ours, *sizes)}
-    config = configuration(models.spec_of(name), rest)
+    config = configuration(models.spec_of(name), {key: value for key, value in options.items() if key not in ours})
     height, width = to_2tuple(model.visual.image_size)
     config["vision_cfg"]["image_size"] = height if height == width else [height, width]
     config["text_cfg"] |= get_model_tokenize_cfg(model)
@@ -108,9 +96,3 @@ def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str
     elif getattr(model, "simplify_report", None) is not None:
         config["simplclip"] = ours
     return {"model_cfg": config, "preprocess_cfg": get_model_preprocess_cfg(model)}
-
-
-def safetensors(model: nn.Module, about: dict[str, Any]) -> bytes:
-    # The format has neither shared memory nor strides.
-    tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
-    return save(tensors, {"format": "pt", "model": about["model"], "step": str(about["step"])})

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from simplclip.models import packaged
+from simplclip.models import siclip_small, weights
 
 IMAGE_SIZE = 96
 WIDTH = 256
@@ -27,7 +27,7 @@ GRIDS = (3, 4)  # blocks also averaged over the quarters of the image, since fla
 IMAGE_FEATURES = 40 + 5 * 80 + 5 * 112 + 192 + 320 + 1280
 TEXT_FEATURES = 384
 
-tokenizer = packaged.minilm_tokenizer(64)  # texts -> int64 [B, 64]
+tokenizer = siclip_small.minilm_tokenizer(64)  # texts -> int64 [B, 64]
 
 
 def transform(image: Image.Image) -> Tensor:
@@ -68,10 +68,10 @@ class Networks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = timm.create_model("tf_efficientnet_lite0").to(memory_format=torch.channels_last)
-        self.net.load_state_dict(packaged.efficientnet_lite0_state())
-        self.bert = BertModel(BertConfig.from_json_file(packaged.minilm_folder() / "config.json"), add_pooling_layer=False)
+        self.net.load_state_dict(weights.efficientnet_lite0_state())
+        self.bert = BertModel(BertConfig.from_json_file(weights.minilm_folder() / "config.json"), add_pooling_layer=False)
         unused = ("pooler.", "embeddings.position_ids")  # no part of the sentence encoder
-        self.bert.load_state_dict({k: v for k, v in packaged.minilm_state().items() if not k.startswith(unused)})
+        self.bert.load_state_dict({k: v for k, v in weights.minilm_state().items() if not k.startswith(unused)})
         self.eval().requires_grad_(False)
 
     def image_features(self, x: Tensor) -> Tensor:

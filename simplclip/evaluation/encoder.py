@@ -22,7 +22,7 @@ from simplclip.data.errors import BrokenSample
 from simplclip.data.files import file_bytes
 from simplclip.evaluation.split import features_of
 from simplclip.models.crop import crop_texts
-from simplclip.models.source import load_source
+from simplclip.models.trained import load_source
 
 Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or float [3, S, S], uint8 [3, H, W]
 
@@ -129,11 +129,11 @@ def load(
 ) -> Encoder:
     """Loads the encoder that `source` names: a run, a checkpoint, an export, or a model's name with weights.
 
-    source, checkpoint: see `models.source.load_source`.
+    source, checkpoint: see `models.trained.load_source`.
     device: cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.
     precision: fp32, bf16, fp16, or auto: bf16 if the device has it. Features are float32 in each of them.
 
-    Raises: ValueError if the source is unknown or has no weights, FileNotFoundError, CheckpointError if a file is not a
+    Raises: InputError if the source is unknown, FileNotFoundError, CheckpointError if a file is not a
     checkpoint of that model.
     """
     place = hardware.pick_device(str(device))

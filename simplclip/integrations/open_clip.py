@@ -135,12 +135,9 @@ def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Returns a function that takes the place of open_clip's class `kind` of models."""
 
     def build(cast_dtype: Any = None, **config: Any) -> nn.Module:
-        part = config.pop(OURS, None)
-        if part is None:
-            return kind(**config, cast_dtype=cast_dtype)
-        options = {**part, **config}
+        options = {**config.pop(OURS, {}), **config}
         # A simplified model of open_clip has no name in this library, but all of its configuration.
-        unnamed = Spec("", {}, None, {}, {}, build=functools.partial(kind, cast_dtype=cast_dtype))
+        unnamed = Spec(build=functools.partial(kind, cast_dtype=cast_dtype))
         return models.create(options.pop("model", unnamed), **options)
 
     return build
@@ -149,9 +146,9 @@ def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 def _get_tokenizer(
     original: Callable[..., Any], model_name: str = "", context_length: int | None = None, *args: Any, **options: Any
 ) -> Any:
-    """Returns open_clip's tokenizer, or this library's for a model with one of its own."""
+    """Returns open_clip's tokenizer, or the one of a model of this library."""
     name = (_part_of(model_name) or {}).get("model")
-    if name is None or models.spec_of(name).tokenizer is None:
+    if name is None:
         return original(model_name, context_length, *args, **options)
     return models.tokenizer(name, context_length or open_clip.get_model_config(model_name)["text_cfg"]["context_length"])
 

@@ -1,19 +1,5 @@
 """Models by name: registry.py builds them, simplify.py replaces blocks of open_clip models, inherit.py copies weights."""
 
-from simplclip.models.registry import (
-    PLAIN,
-    ShortVocabTokenizer,
-    Spec,
-    check_shape,
-    create,
-    names,
-    original,
-    spec_of,
-    tokenizer,
-    transforms,
-)
+from simplclip.models.registry import PLAIN, Spec, create, names, spec_of, tokenizer, transforms
 
-__all__ = [
-    "PLAIN", "ShortVocabTokenizer", "Spec", "check_shape", "create", "names", "original", "spec_of", "tokenizer",
-    "transforms",
-]  # fmt: skip
+__all__ = ["PLAIN", "Spec", "create", "names", "spec_of", "tokenizer", "transforms"]

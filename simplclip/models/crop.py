@@ -15,8 +15,6 @@ from simplclip.common.errors import InputError
 from simplclip.models.mobileclip import TextTower
 from simplclip.models.simplify import is_causal_mask
 
-__all__ = ["TextCrop", "crop_texts", "lengths_of"]
-
 GROUP_TOKENS = 512  # cost of one more call of the tower, in tokens: launches, and small products
 _LOCK = threading.RLock()  # a tower has the positions and the mask of one length at a time
 
@@ -41,9 +39,6 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
     Returns a `TextCrop`, whose `undo()` restores the model. Raises InputError, with the reason, if texts cannot be cropped.
     Memory: activations of the tokens that are computed.
     """
-    for name, value in (("multiple", multiple), ("groups", groups)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
     if reason := _why_not(model):
         raise InputError(f"model: expected an open_clip model whose texts can be cropped, got {reason}")
     return TextCrop(model, multiple, groups)

@@ -19,8 +19,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from simplclip.common.errors import InputError
 
-__all__ = ["fold"]
-
 Model = TypeVar("Model", bound=nn.Module)
 
 # Exact types, since a subclass may compute something else, e.g. standardise its weight.
@@ -35,14 +33,13 @@ def fold(model: Model) -> Model:
     output to this norm alone. The activation in timm's `BatchNormAct2d` stays. A layer with hooks, a parametrization, or
     several owners or calls is left as it is, and so is a module that cannot be traced.
 
-    Tied weights keep their values elsewhere. The result is for inference: it has no statistics to train with, and its state
-    dict has other names. Raises InputError if a module is in training mode, where a batch norm uses its batch's statistics.
+    Tied weights keep their values elsewhere. The result is for inference: its weights get no gradient, and its state dict has
+    other names. Raises InputError if a module is in training mode, where a batch norm uses its batch's statistics.
     """
     for name, module in model.named_modules():
         if module.training:
-            kind = f"{type(module).__name__} {name!r}" if name else type(module).__name__
-            raise InputError(f"model: expected eval mode (call model.eval() first), got {kind} in training mode")
-    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+            kind = type(module).__name__
+            raise InputError(f"model: expected eval mode (call model.eval() first), got {kind} {name!r} in training mode")
     holder = nn.Module()  # timm merges only the children of its argument
     holder.model = copy.deepcopy(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -54,7 +51,7 @@ def fold(model: Model) -> Model:
             for conv, norm in _pairs(module, owners):
                 _merge(module, conv, norm)
     folded: Model = holder.model.eval()  # timm's new layers are in training mode
-    return folded.requires_grad_(False) if frozen else folded
+    return folded.requires_grad_(False)
 
 
 class _Tracer(fx.Tracer):

@@ -46,17 +46,8 @@ class FrozenParts:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-        self.dtype = dtype
-        self.parts: list[FrozenPart] = []
-        self.refused: list[str] = []  # lines for the log
-        for name, module in _largest(model, "", set()):
-            try:
-                folded = _copy(module, dtype)
-            except Exception as error:  # of any type, from methods of other libraries
-                self.refused.append(f"{name or 'the model'} runs as it is: {type(error).__name__}: {error}")
-                continue
-            if folded is not None:
-                self.parts.append(FrozenPart(name, module, folded, dtype))
+        copies = [(name, module, _copy(module, dtype)) for name, module in _largest(model, "", set())]
+        self.parts = [FrozenPart(name, module, folded, dtype) for name, module, folded in copies if folded is not None]
 
     @property
     def copies(self) -> list[nn.Module]:
@@ -67,11 +58,9 @@ class FrozenParts:
             folded.to(device)
 
     def lines(self) -> list[str]:
-        """Returns lines for the log: the copies, and the modules that could not be copied with the reason."""
-        size = sum(t.nbytes for folded in self.copies for t in (*folded.parameters(), *folded.buffers()))
-        form = "folded, in channels_last" + ("" if self.dtype is None else f" and {self.dtype}".replace("torch.", ""))
+        """Returns lines for the log: the names of the parts."""
         names = ", ".join(part.name for part in self.parts)
-        return [f"{form}, copies of {size / 2**20:.1f} MiB: {names}"] * bool(self.parts) + self.refused
+        return [f"folded, in channels_last: {names}"] if names else []
 
 
 def _largest(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
@@ -99,4 +88,4 @@ def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
     for inner in folded.modules() if dtype else ():
         if isinstance(inner, (_ConvNd, nn.Linear)):
             inner.to(dtype)
-    return folded.requires_grad_(False).to(memory_format=torch.channels_last)
+    return folded.to(memory_format=torch.channels_last)

@@ -13,8 +13,6 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2EncoderLayer
 from simplclip.common.errors import InputError
 from simplclip.nn import SimplifiedBlock
 
-__all__ = ["CLIPBlock", "EncoderBlock", "Siglip2Block", "SiglipBlock", "encoder_layers"]
-
 TOWERS = {"text": "text_model", "image": "vision_model"}
 
 
@@ -103,7 +101,7 @@ _BLOCKS |= {entry[0]: entry for entry in _BLOCKS.values()}  # a block can be rep
 
 def encoder_layers(model: nn.Module, tower: str) -> Iterator[tuple[str, nn.Module, type[EncoderBlock], dict[str, Any]]]:
     """Yields the layers of a tower: path, layer, and the class of the block that replaces it, with the block's options."""
-    part: Any = getattr(model, TOWERS[tower])
+    part: Any = getattr(model, TOWERS[tower], None)
     for index, layer in enumerate(getattr(getattr(part, "encoder", None), "layers", None) or [part]):
         if type(layer) not in _BLOCKS:
             kinds = ", ".join(kind.__name__ for kind in _BLOCKS if not issubclass(kind, EncoderBlock))

@@ -4,45 +4,186 @@
     model = simplclip.models.create("siclip2-s0")
     print(simplclip.inherit(model, "MobileCLIP2-S0/dfndr2b"))
 
-`freeze` only freezes, e.g. the names in `Inheritance.names` after loading a checkpoint. No
+`freeze` only freezes, e.g. the names in `WeightTable.names` after loading a checkpoint. No
 tensor in a frozen prefix of a tower requires a gradient, so autograd keeps none of its activations. Source: WIKD of arXiv
 2411.14789.
 
 Copied weights compute the same as in the source, except for RMSNorm's eps in blocks of He & Hofmann: see nn.SimplifiedBlock.
 """
 
+from __future__ import annotations
+
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from operator import attrgetter
 from typing import Any
 
+import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
-from simplclip.models.weight_table import InheritanceError, Status, Unit, Units, WeightTable, alike
-from simplclip.models.weights import Source, state_of
+from simplclip.models.weights import CheckpointError, Source, state_of
 from simplclip.nn import SimplifiedBlock
 
-__all__ = ["Inheritance", "InheritanceError", "freeze", "freeze_norms", "inherit", "is_frozen", "load_weights"]
+_COUNTERS = "num_batches_tracked"  # old checkpoints lack it
+_ENOUGH = 0.1  # the source has another architecture if a smaller share of its (or the model's) tensors fit
 
 
-class Inheritance(WeightTable):
-    """The result of `inherit`: a table of the model, and the sources of the weights."""
+class Status(StrEnum):
+    """Where the weights of a module come from."""
 
-    title = "inherited from"
+    INHERITED = "inherited"
+    TRAINS = "inherited, trains"
+    STARTED = "initialised"  # a simplified block that starts from another kind of block in the source; it trains
+    LOADED = "loaded"
+    RESIZED = "resized"
+    NEW = "new"
+    DIFFERS = "shape differs"
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of the table: a largest module whose tensors all have this status, or a single tensor."""
+
+    module: str
+    status: Status
+    parameters: int  # without those that an earlier row counts
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """A table of the model's modules with the status of their weights, and the sources of the weights."""
+
+    rows: tuple[TableRow, ...]
+    sources: tuple[str, ...]
 
     @property
     def names(self) -> list[str]:
         """Names of the frozen modules and parameters, as `freeze` takes them."""
         return [row.module for row in self.rows if row.status == Status.INHERITED]
+
+    @property
+    def totals(self) -> dict[Status, int]:
+        """Parameters by status."""
+        totals = dict.fromkeys(Status, 0)
+        for row in self.rows:
+            totals[row.status] += row.parameters
+        return totals
+
+    def lines(self) -> list[str]:
+        """The table and the parameters by status, as lines of text."""
+        cells = [("module", "weights", "parameters")]
+        cells += [(row.module or "(all)", row.status, f"{row.parameters:,}") for row in self.rows]
+        cells += [("total", status, f"{count:,}") for status, count in self.totals.items() if count]
+        width = max(len(name) for name, *_ in cells)
+        table = [f"{name:<{width}}  {status:<17}  {count:>12}" for name, status, count in cells]
+        return [f"weights from {', '.join(self.sources)}", *table]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+class Transfer:
+    """The tensors of a model, and what they take from sources.
+
+    units: path -> names of the tensors that are taken together or not at all: of a module whose submodules have no tensors,
+        or a single tensor. With `single` each tensor is a unit.
+    blocks: unit -> the path of the simplified block that contains it, or "".
+    """
+
+    def __init__(self, model: nn.Module, *, single: bool = False) -> None:
+        self.tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self.units: dict[str, list[str]] = {}
+        for path, group in groupby(self.tensors, lambda name: name.rpartition(".")[0]):
+            names = list(group)
+            leaf = path and not single and sum(name.startswith(f"{path}.") for name in self.tensors) == len(names)
+            self.units |= {path: names} if leaf else {name: [name] for name in names}
+        simplified = [path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, SimplifiedBlock)]
+        self.blocks = {unit: next((b for b in simplified if unit.startswith(f"{b}.")), "") for unit in self.units}
+        self.status = dict.fromkeys(self.units, Status.NEW)
+        self.taken: dict[str, Tensor] = {}
+
+    def took(self, unit: str) -> bool:
+        return any(name in self.taken for name in self.units[unit])
+
+    def reset(self, unit: str, status: Status = Status.NEW) -> None:
+        self.status[unit] = status
+        for name in self.units[unit]:
+            self.taken.pop(name, None)
+
+    def take(self, state: Mapping[str, Tensor], label: str) -> None:
+        """Takes the tensors of each unit that fits and has none from an earlier source.
+
+        Raises CheckpointError if too few tensors fit for a model of the same architecture.
+        """
+        # In a simplified block the names mean the same if the source has a simplified block there.
+        free = [unit for unit, block in self.blocks.items() if not block or f"{block}.qk.weight" in state]
+        fitting = [unit for unit in free if self._fits(unit, state)]
+        wanted, fit = ([n for unit in part if not _always_trains(unit) for n in self.units[unit]] for part in (free, fitting))
+        count = sum(name in state for name in fit)
+        if count < max(1, _ENOUGH * min(len(state), len(wanted))):
+            others = ", ".join([name for name in state if name not in fit][:3]) or "it has none"
+            got = f"{label}, of whose {len(state)} tensors {count} fit (not: {others})"
+            raise CheckpointError(f"source: expected weights of this model's architecture, got {got}")
+        for unit in free:
+            if self.took(unit):
+                continue
+            if unit in fitting:
+                self.taken |= {name: state[name] for name in self.units[unit] if name in state}
+            elif self._differs(unit, state):
+                self.status[unit] = Status.DIFFERS
+
+    def _fits(self, unit: str, state: Mapping[str, Tensor]) -> bool:
+        present = {name for name in state if name == unit or name.startswith(f"{unit}.")}
+        unmatched = present.symmetric_difference(self.units[unit])
+        return not self._differs(unit, state) and all(name.endswith(_COUNTERS) for name in unmatched)
+
+    def _differs(self, unit: str, state: Mapping[str, Tensor]) -> bool:
+        return any(name in state and not _alike(self.tensors[name], state[name]) for name in self.units[unit])
+
+    def drop_half_tied(self) -> None:
+        """Resets units that own the same tensor, unless all of them take the same value for the tensor."""
+        owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        for unit, names in self.units.items():
+            for name in names:
+                owners[id(self.tensors[name])].append((unit, name))
+        for tied in owners.values():
+            taking = [unit for unit, _ in tied if self.took(unit)]
+            values = [self.taken[name] for _, name in tied if name in self.taken]
+            if 0 < len(taking) < len(tied) or not all(torch.equal(values[0], value) for value in values[1:]):
+                for unit, _ in tied:
+                    self.reset(unit)
+
+    @torch.no_grad()
+    def copy(self, labels: Sequence[str]) -> WeightTable:
+        """Copies what the units take into the model, and returns the table."""
+        for name, value in self.taken.items():
+            self.tensors[name].copy_(value.reshape(self.tensors[name].shape))
+        counted: set[Tensor] = set()
+
+        def rows(path: str, inside: list[str]) -> Iterator[TableRow]:
+            if len({self.status[unit] for unit in inside}) == 1:
+                tensors = {self.tensors[name] for unit in inside for name in self.units[unit]} - counted
+                counted.update(tensors)
+                size = sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
+                yield TableRow(path, self.status[inside[0]], size)
+                return
+            depth = path.count(".") + 1 if path else 0
+            for name, children in groupby(inside, lambda unit: ".".join(unit.split(".")[: depth + 1])):
+                yield from rows(name, list(children))
+
+        return WeightTable(tuple(rows("", list(self.units))), tuple(labels))
 
 
 def inherit(
@@ -51,7 +192,7 @@ def inherit(
     *,
     train: str | Sequence[str] = (),
     blocks: str | None = None,
-) -> Inheritance:
+) -> WeightTable:
     """Copies every unchanged module of ``source`` into ``model``, in place, and freezes it there.
 
     A module is unchanged if the source has the same tensors under the same names in the same shapes. Modules in a
@@ -64,8 +205,8 @@ def inherit(
         model: the student.
         source: a module; a state dict; a file of torch.save (a state dict, bare or under "state_dict" or "model", read
             with weights_only) or of safetensors; the folder of a run or of an export; ``NAME/TAG`` or
-            ``open_clip:NAME/TAG`` for weights that open_clip downloads; or a name in `packaged.SOURCES`, e.g.
-            efficientnet-lite0, if ``model.origins`` has it. If several sources fit a module, the first one is used.
+            ``open_clip:NAME/TAG`` for weights that open_clip downloads; or, for siclip-lite0, a name in `weights.PACKAGED`.
+            If several sources fit a module, the first one is used.
         train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but not frozen. A pattern
             that matches a module applies to everything in it; one that matches a tensor applies to its whole module.
         blocks: None, or how simplified blocks start from the source's blocks in their places, see `init_blocks.convert`. A
@@ -76,61 +217,53 @@ def inherit(
         A table of module, status and parameters, with the names of the frozen modules and parameters.
 
     Raises:
-        InheritanceError: the source has no tensors, has another architecture or cannot be read as weights, or a pattern
-            matches nothing; or, with ``blocks``, it has no block in the place of a simplified block, or one of another kind
-            or shape.
+        CheckpointError: the source has another architecture or cannot be read as weights.
+        InputError: a pattern matches nothing; or, with ``blocks``, the source has no block in the place of a simplified
+            block, or one of another kind or shape.
         FileNotFoundError: there is no such file. In all cases the model is left unchanged.
     """
     sources = [source] if isinstance(source, str | os.PathLike | nn.Module | Mapping) else list(source)
-    if not sources:
-        raise InheritanceError("source: expected at least one, got an empty list")
     patterns = [train] if isinstance(train, str) else list(train)
-    units = Units.of(model)
-    labels, states = list[str](), list[dict[str, Tensor]]()
-    for each in sources:
-        label, state = state_of(each, model)
-        labels.append(label)
-        states.append(state)
-        units.take(state, label)
-    units.drop_half_tied()
-    for unit in units:
-        if unit.taken:
-            unit.status = Status.TRAINS if unit.block or unit.always_trains else Status.INHERITED
+    transfer = Transfer(model)
+    loaded = [state_of(each, model) for each in sources]
+    for label, state in loaded:
+        transfer.take(state, label)
+    transfer.drop_half_tied()
+    for unit in filter(transfer.took, transfer.units):
+        trains = transfer.blocks[unit] or _always_trains(unit)
+        transfer.status[unit] = Status.TRAINS if trains else Status.INHERITED
     for pattern in patterns:
-        matching = [unit for unit in units if _matches(pattern, unit)]
+        matching = [unit for unit, names in transfer.units.items() if _matches(pattern, unit, names)]
         if not matching:
-            near = difflib.get_close_matches(pattern, [unit.path for unit in units], 1, 0.3)
-            raise InheritanceError(f"train: expected a pattern that matches a module, got {pattern!r}; nearest: {near}")
-        for unit in matching:
-            unit.status = Status.TRAINS if unit.taken else unit.status
+            near = difflib.get_close_matches(pattern, transfer.units, 1, 0.3)
+            raise InputError(f"train: expected a pattern that matches a module, got {pattern!r}; nearest: {near}")
+        transfer.status |= {unit: Status.TRAINS for unit in matching if transfer.took(unit)}
+    labels = [label for label, _ in loaded]
     if blocks is not None:
-        _start_blocks(model, units, states, ", ".join(labels), blocks)
-    units.copy_taken()
-    result = Inheritance(units.rows(), tuple(labels))
-    freeze(model, result.names)
-    return result
+        _start_blocks(model, transfer, [state for _, state in loaded], ", ".join(labels), blocks)
+    table = transfer.copy(labels)
+    freeze(model, table.names)
+    return table
 
 
-def _start_blocks(model: nn.Module, units: Units, states: list[dict[str, Tensor]], label: str, merge: str) -> None:
+def _start_blocks(model: nn.Module, transfer: Transfer, states: list[dict[str, Tensor]], label: str, merge: str) -> None:
     """Starts the simplified blocks that were not copied: each from the first source with a block in its place."""
     simplified = {path: m for path, m in model.named_modules() if isinstance(m, SimplifiedBlock)}
-    if not simplified:
-        raise InheritanceError(f"blocks: expected a model with simplified blocks, got {type(model).__name__} without")
-    new = {unit.block for unit in units if not unit.taken}
+    if not simplified or merge not in init_blocks.MERGES:
+        expected = f"one of {init_blocks.MERGES}, for a model with simplified blocks"
+        raise InputError(f"blocks: expected {expected}, got {merge!r} for {len(simplified)} blocks")
+    new = {block for unit, block in transfer.blocks.items() if not transfer.took(unit)}
     starts: dict[str, tuple[SimplifiedBlock, dict[str, Tensor]]] = {}
     for path in (path for path in simplified if path in new):
         blocks = ({n.removeprefix(f"{path}."): state[n] for n in state if n.startswith(f"{path}.")} for state in states)
         tensors = next((tensors for tensors in blocks if init_blocks.is_block(tensors)), None)
         if tensors is None:
-            raise InheritanceError(f"blocks: expected a source with a block {path}, got {label} without")
+            raise InputError(f"blocks: expected a source with a block {path}, got {label} without")
         starts[path] = simplified[path], tensors
-    try:
-        init_blocks.start(starts, merge)
-    except InputError as error:
-        raise InheritanceError(f"blocks: {error}") from None
-    for unit in units:
-        if unit.block in starts:
-            unit.status, unit.taken = Status.STARTED, {}
+    init_blocks.start(starts, merge)
+    for unit, block in transfer.blocks.items():
+        if block in starts:
+            transfer.reset(unit, Status.STARTED)
 
 
 def load_weights(model: nn.Module, source: Source) -> WeightTable:
@@ -145,22 +278,22 @@ def load_weights(model: nn.Module, source: Source) -> WeightTable:
     source: as for `inherit`, whose errors are raised; then the model is unchanged.
     """
     label, state = state_of(source, model)
-    units = Units.of(model).split()
-    targets = {name: target for unit in units for name, target in unit.tensors.items() if name in state}
-    values = {name: _resized(model, name, target, state[name]) for name, target in targets.items()}
-    resized = {name: value for name, value in values.items() if value is not None}
-    units.take({**state, **resized}, label)
-    units.drop_half_tied()
-    for unit in units:
-        if unit.taken:
-            unit.status = Status.RESIZED if unit.path in resized else Status.LOADED
-    units.copy_taken()
-    return WeightTable(units.rows(), (label,))
+    transfer = Transfer(model, single=True)
+    for name in transfer.tensors.keys() & state.keys():
+        if (value := _resized(model, name, transfer.tensors[name], state[name])) is not None:
+            state[name], transfer.status[name] = value, Status.RESIZED
+    transfer.take(state, label)
+    transfer.drop_half_tied()
+    loaded = [name for name in transfer.taken if transfer.status[name] is not Status.RESIZED]
+    transfer.status |= dict.fromkeys(loaded, Status.LOADED)
+    return transfer.copy([label])
 
 
 def _resized(model: nn.Module, name: str, target: Tensor, value: Tensor) -> Tensor | None:
     """Resizes a positional embedding [..., tokens, C] to the shape of `target`; returns None for other tensors."""
-    positions = name.rpartition(".")[2] in ("positional_embedding", "pos_embed", "pos_embedding") and not alike(target, value)
+    positions = name.rpartition(".")[2] in ("positional_embedding", "pos_embed", "pos_embedding") and not _alike(
+        target, value
+    )
     if not positions or target.shape[:-2] != value.shape[:-2] or target.shape[-1] != value.shape[-1]:
         return None
     old, tokens = value.reshape(1, -1, value.shape[-1]).float(), target.numel() // target.shape[-1]
@@ -177,17 +310,30 @@ def _resized(model: nn.Module, name: str, target: Tensor, value: Tensor) -> Tens
     return new.reshape(target.shape).to(value.dtype)
 
 
+def _alike(target: Tensor, value: Tensor) -> bool:
+    """Whether shape and kind of number are the same. A scalar may be [] or [1], since checkpoints differ in that shape."""
+    scalar = target.numel() == value.numel() == 1 and max(target.dim(), value.dim()) <= 1
+    return (target.shape == value.shape or scalar) and target.is_floating_point() == value.is_floating_point()
+
+
+def _always_trains(unit: str) -> bool:
+    return unit.rpartition(".")[2] in ("logit_scale", "logit_bias")
+
+
+def _matches(pattern: str, unit: str, names: list[str]) -> bool:
+    paths = accumulate(unit.split("."), "{}.{}".format)
+    return any(fnmatchcase(name, pattern) for name in (*paths, *names))
+
+
 def freeze(model: nn.Module, names: Iterable[str]) -> None:
     """Freezes modules and parameters by name, as `inherit` does: they get no gradient and stay in eval mode.
 
-    Raises InheritanceError for a name that the model does not have, and then leaves the model unchanged.
+    Raises InputError for a name that the model does not have, and then leaves the model unchanged.
     """
-    parts: list[nn.Module | nn.Parameter] = []
-    for name in names:
-        try:
-            parts.append(attrgetter(name)(model) if name else model)
-        except AttributeError:
-            raise InheritanceError(f"names: expected modules or parameters of the model, got {name!r}") from None
+    try:
+        parts: list[Any] = [attrgetter(name)(model) if name else model for name in names]
+    except AttributeError as error:
+        raise InputError(f"names: expected modules or parameters of the model, got others: {error}") from None
     for part in parts:
         part.requires_grad_(False)
         for module in part.modules() if isinstance(part, nn.Module) else ():
@@ -217,8 +363,3 @@ def _hold_in_eval(module: nn.Module) -> None:
 
 def _eval_only(module: nn.Module, mode: bool = True) -> nn.Module:
     return nn.Module.train(module, False)
-
-
-def _matches(pattern: str, unit: Unit) -> bool:
-    paths = accumulate(unit.path.split("."), "{}.{}".format)
-    return any(fnmatchcase(name, pattern) for name in (*paths, *unit.tensors))

@@ -40,8 +40,6 @@ from torch import Tensor, nn
 from simplclip.common.errors import InputError
 from simplclip.nn import SimplifiedBlock
 
-__all__ = ["MERGES", "convert", "is_block", "start"]
-
 MERGES = ("average", "first")
 _EPS = 1e-5  # of batch norms in timm and torch
 
@@ -94,8 +92,6 @@ def start(blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], me
 
     Raises InputError, before anything is changed, if a block is of no known kind or has other shapes.
     """
-    if merge not in MERGES:
-        raise InputError(f"merge: expected one of {MERGES}, got {merge!r}")
     values: dict[nn.Parameter, list[Tensor]] = {}
     for path, (block, tensors) in blocks.items():
         parameters = dict(block.named_parameters())
@@ -105,11 +101,12 @@ def start(blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], me
             converted = convert(tensors)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
+        except KeyError as error:
+            raise InputError(f"{path}: expected a whole block, got one without {error}") from None
         for name, value in converted.items():
             if name not in parameters or parameters[name].shape != value.shape:
-                shape = list(parameters[name].shape) if name in parameters else "none"
                 kind = f"width {block.width}, {block.hidden} hidden units"
-                raise InputError(f"{path}: expected a block of {kind} with {name} {shape}, got {list(value.shape)}")
+                raise InputError(f"{path}: expected a block of {kind}, got {name} {list(value.shape)}")
             values.setdefault(parameters[name], []).append(value)
     with torch.no_grad():
         for parameter, candidates in values.items():
@@ -125,7 +122,8 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     CustomResidualAttentionBlock, timm's Block, FastViT's AttentionBlock, or transformers' encoder layers of CLIP, SigLIP and
     SigLIP 2. The tensors of a simplified block are returned as they are.
 
-    Raises InputError for another block, or one whose q, k or MLP have more parts (qk norms, gated MLPs).
+    Raises InputError for another block, or one whose q, k or MLP have more parts (qk norms, gated MLPs); KeyError for a part
+    that is missing.
     """
     if "qk.weight" in tensors:
         return dict(tensors)
@@ -157,7 +155,7 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
-    """Returns the kind of a block. Raises InputError for a block with further parts, or without a part."""
+    """Returns the kind of a block. Raises InputError for a block with further parts."""
     kind = next((kind for kind in _KINDS if set(kind.qk) <= set(tensors)), None)
     if kind is None:
         kinds = ", ".join(kind.name for kind in _KINDS)
@@ -167,11 +165,6 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
     numbers = sorted(name for name, value in tensors.items() if value.is_floating_point())
     if odd := [name for name in numbers if name not in named and not name.startswith(begins)]:
         raise InputError(f"expected {kind.name} without further parts, got {odd[0]}")
-    needed = {f"{part}.weight" for part in kind.fc}
-    if kind.conv:
-        needed |= {kind.conv, *(f"{part}.running_{end}" for part in (kind.norm, kind.mlp_norm) for end in ("mean", "var"))}
-    if missing := sorted(needed - set(numbers)):
-        raise InputError(f"expected {kind.name}, got one without {missing[0]}")
     return kind
 
 

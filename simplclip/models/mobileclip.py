@@ -21,10 +21,6 @@ from timm.models.fastvit import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from simplclip.common.errors import InputError
-
-__all__ = ["RepMixer", "RepMixerBlock", "TextTower", "create", "from_published"]
-
 URL = "https://docs-assets.developer.apple.com/ml-research/datasets/mobileclip/mobileclip_s0.pt"
 IMAGE, TEXT = "image_encoder.model.", "text_encoder."
 _RENAMED = {
@@ -131,7 +127,6 @@ class TextTower(TextTransformer):
         sizes = context_length, vocab_size, width, heads, layers, mlp_ratio
         super().__init__(*sizes, output_dim=output_dim, no_causal_mask=True)
         self.first, self.last = (RepMixerBlock(width, mlp_ratio, kernel_size) for _ in range(2))
-        self.register_load_state_dict_pre_hook(_refuse_former_names)
 
     def forward(self, text: Tensor) -> Tensor:
         # The last block's MLP, a seventh of the tower's work, is needed at one token alone.
@@ -154,27 +149,14 @@ class TextTower(TextTransformer):
         self.last.requires_grad_(unlocked_layers > 1)
 
 
-def _refuse_former_names(tower: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-    if f"{prefix}layers.0.layer_scale" in state:
-        expected = "weights with text.first and text.last, got text.layers of a former version"
-        raise InputError(f"text tower: expected {expected}: train the model again, or load the published file")
-
-
 def create(embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], **options: Any) -> CustomTextCLIP:
     """Makes an open_clip model with a `TextTower`. text_cfg: arguments of `TextTower`; all others: of CustomTextCLIP."""
     placeholder = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}  # open_clip's tower, which ours replaces
     model = CustomTextCLIP(embed_dim, dict(vision_cfg), placeholder, **options)
-    head = getattr(model.visual.trunk, "head", None)
-    if isinstance(getattr(head, "fc", None), nn.Linear):
-        head.fc.register_parameter("bias", None)
+    model.visual.trunk.head.fc.register_parameter("bias", None)
     model.text = TextTower(output_dim=embed_dim, **text_cfg)
     model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
     return model
-
-
-def is_published(state: Mapping[str, Any]) -> bool:
-    """Whether a state dict has names of the published layout."""
-    return any(name.startswith((IMAGE, TEXT)) for name in state)
 
 
 def where_to_get(source: str | os.PathLike[str]) -> str:
@@ -187,7 +169,7 @@ def where_to_get(source: str | os.PathLike[str]) -> str:
 def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Renames a state dict of the published layout to the names of `model`. A state dict of another layout stays as it is,
     and so does any state dict if the model has no `TextTower`."""
-    if not isinstance(getattr(model, "text", None), TextTower) or not is_published(state):
+    if not isinstance(getattr(model, "text", None), TextTower) or not any(name.startswith((IMAGE, TEXT)) for name in state):
         return dict(state)
     image = {name.removeprefix(IMAGE): value for name, value in state.items() if name.startswith(IMAGE)}
     renamed = {f"visual.trunk.{k}": v for k, v in checkpoint_filter_fn(image, model.get_submodule("visual.trunk")).items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, Transformer
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, TextTransformer, Transformer
 from timm.layers import DropPath
 from timm.models.fastvit import AttentionBlock
 from timm.models.vision_transformer import Block
@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
-from simplclip.models.mask_padding import mask_padding_of, tower_to_mask
+from simplclip.models.mobileclip import TextTower
 from simplclip.nn import SHARED_PARTS, SimplifiedBlock, share_weights
-
-__all__ = ["MapBlock", "Replaced", "SimplifyReport", "TimmBlock", "TransformerBlock", "count_parameters", "simplify"]
 
 TOWERS = ("text", "image")
 Groups = Sequence[Sequence[int]]  # indices of blocks
@@ -27,33 +25,21 @@ _ACT_NAMES |= {"GELUActivation": "gelu", "QuickGELUActivation": "quickgelu", "Si
 _ACT_NAMES |= dict.fromkeys(("NewGELUActivation", "FastGELUActivation"), "gelu_tanh")
 
 
-def is_causal_mask(mask: Tensor) -> bool:  # [L, L]
-    """Whether ``mask`` lets token i see exactly 0..i: additive 0 / -inf, or boolean with True for hidden."""
-    hidden = torch.ones_like(mask, dtype=torch.bool).triu(1)
-    if mask.dtype == torch.bool:
-        return torch.equal(mask, hidden)
-    return torch.equal(mask.float(), torch.zeros_like(mask, dtype=torch.float32).masked_fill(hidden, float("-inf")))
+def is_causal_mask(mask: Tensor) -> bool:
+    """Whether an additive mask [L, L] of 0 and -inf lets token i see exactly 0..i."""
+    return torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1))
 
 
 class TransformerBlock(SimplifiedBlock):
     """A block of open_clip's ``Transformer``: [B, L, C].
 
-    A causal block accepts only the tower's causal mask; other blocks accept no mask. The values of a mask are checked
-    once, and again only after it has changed. A block that masks padding gets the lengths [B] of the texts as its mask.
+    A causal block takes a mask of the causal mask's shape, whose values `simplify` has checked in the tower; other blocks
+    take no mask. A block that masks padding gets the lengths [B] of the texts as its mask.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        *,
-        masks_padding: bool = False,
-        **options,
-    ) -> None:
-        super().__init__(width, heads, mlp_ratio, **options)
+    def __init__(self, *shape: Any, masks_padding: bool = False, **options: Any) -> None:
+        super().__init__(*shape, **options)
         self.masks_padding = masks_padding
-        self._accepted: dict[int, tuple[tuple, Tensor]] = {}  # length -> place and version of the accepted mask, and the mask
 
     def get_weight_dtype(self) -> torch.dtype:
         return self.fc1.weight.dtype
@@ -63,31 +49,13 @@ class TransformerBlock(SimplifiedBlock):
     ) -> Tensor:
         if k_x is not None or v_x is not None:
             raise InputError("k_x, v_x: expected None, since a simplified block has no cross-attention, got a tensor")
-        self._check_mask(attn_mask, *x.shape[:2])
+        batch, length = x.shape[:2]
+        shape = (batch,) if self.masks_padding else (length, length) if self.causal else None
+        given = None if attn_mask is None else tuple(attn_mask.shape)
+        if given != shape:
+            what = "lengths of texts" if self.masks_padding else "the causal mask" if self.causal else "no mask"
+            raise InputError(f"attn_mask: expected {what}, {shape}, got {given}")
         return super().forward(x, attn_mask if self.masks_padding else None)
-
-    def _check_mask(self, mask: Tensor | None, batch: int, length: int) -> None:
-        if self.masks_padding:
-            expected, valid = f"the lengths of the texts, [{batch}]", mask is not None and mask.shape == (batch,)
-        elif self.causal:
-            expected = f"the causal mask [{length}, {length}]"
-            valid = mask is not None and mask.shape == (length, length) and self._accepts(mask)
-        else:
-            expected, valid = "None, since this block attends to every token", mask is None
-        if not valid:
-            got = None if mask is None else f"another tensor {list(mask.shape)}"
-            raise InputError(f"attn_mask: expected {expected}, got {got}")
-
-    def _accepts(self, mask: Tensor) -> bool:
-        # While tracing and for fake tensors, which have no values, the check made by `simplify` has to suffice.
-        if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.is_inference():
-            return True
-        place = mask.data_ptr(), mask.shape, mask.stride(), mask._version
-        if place != self._accepted.get(len(mask), ((), None))[0]:
-            if not is_causal_mask(mask):
-                return False
-            self._accepted[len(mask)] = place, mask  # kept alive, so that no other tensor gets its address
-        return True
 
 
 class TimmBlock(SimplifiedBlock):
@@ -108,42 +76,34 @@ class MapBlock(SimplifiedBlock):
         return tokens.reshape(batch, height, breadth, width).permute(0, 3, 1, 2)
 
 
-@dataclass(frozen=True)
-class Replaced:
-    """One replaced block: its position, its type, and the shape of its replacement."""
+class MaskedTextTransformer(TextTransformer):
+    """open_clip's text tower with simplified blocks that see nothing behind the end of a text. In the place of a mask these
+    blocks get the lengths of the texts, up to and including the token that the tower pools."""
 
-    tower: str
-    index: int
-    path: str
-    kind: str
-    width: int
-    heads: int
-    hidden: int
-    causal: bool
+    masks_padding = True
+
+    def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        ends = text if self.pool_type == "argmax" else (text == self.eos_id).int()
+        return super()._embeds(text)[0], ends.argmax(1) + 1
+
+
+class MaskedTextTower(TextTower, MaskedTextTransformer):
+    """MobileCLIP-S0's text tower with such blocks. Its convolutions read the padding next to a text."""
+
+
+_MASKED: dict[type, type] = {TextTransformer: MaskedTextTransformer, TextTower: MaskedTextTower}
+_MASKED |= {masked: masked for masked in _MASKED.values()}
 
 
 @dataclass
 class SimplifyReport:
-    """The result of `simplify`: the replaced blocks, the groups that share weights (tower -> "attention", "mlp" or "all" ->
-    groups of indices), parameters before and after.
-    """
+    """The result of `simplify`: the path and the former type of each replaced block, the groups of indices that share weights
+    (tower -> "attention", "mlp" or "all" -> groups), and the parameters before and after, see `count_parameters`."""
 
-    replaced: list[Replaced] = field(default_factory=list)
+    replaced: dict[str, str] = field(default_factory=dict)
     share: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{'':<12}{'parameters':>14}{'before':>14}{'ratio':>8}"]
-        for part, now in self.after.items():
-            lines.append(f"{part:<12}{now:>14,}{self.before[part]:>14,}{now / self.before[part]:>8.2f}")
-        for tower in dict.fromkeys(r.tower for r in self.replaced):
-            rows = [r for r in self.replaced if r.tower == tower]
-            kinds = ", ".join(sorted({r.kind for r in rows}))
-            names = ((name if name != "all" else "weights", groups) for name, groups in self.share.get(tower, {}).items())
-            shared = "".join(f", {name} shared in groups {groups}" for name, groups in names)
-            lines.append(f"{tower}: {len(rows)} of {kinds} replaced, blocks {[r.index for r in rows]}{shared}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -212,76 +172,76 @@ def simplify(
         The same model, and a report of what was replaced with the parameter counts before and after.
 
     Raises:
-        ValueError: an argument is unknown, or the model has no such tower, or the tower has no replaceable blocks (a ResNet,
-            a Hugging Face encoder in open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower),
-            or padding cannot be masked, or `init_blocks.convert` does not know a block. The model is left unchanged.
-        TypeError: model is not a module.
+        InputError: an argument is unknown, or a tower has no replaceable blocks (a ResNet, a Hugging Face encoder in
+            open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower), or padding cannot be
+            masked, or `init_blocks.convert` does not know a block. The model is left unchanged.
 
     Example:
         >>> model = open_clip.create_model("ViT-B-32")
         >>> model, report = simplify(model, share={"text": neighbour_groups(12)})
     """
     blocks, share = dict(blocks or {}), dict(share or {})
-    _check_towers(model, towers, {*blocks, *share})
+    for name, keys, allowed in (("towers", towers, TOWERS), ("blocks", blocks, towers), ("share", share, towers)):
+        if unknown := sorted({*keys} - {*allowed}):
+            raise InputError(f"{name}: expected names out of {list(allowed)}, got {unknown}")
     if init not in (choices := ("random", *init_blocks.MERGES)):
         raise InputError(f"init: expected one of {choices}, got {init!r}")
     encoders = _encoders(model)
     report = SimplifyReport(before=count_parameters(model))
     planned: list[tuple[_Site, SimplifiedBlock]] = []
+    texts: list[SimplifiedBlock] = []
     for tower in dict.fromkeys(towers):
         sites = block_sites(model, tower)
         chosen = sorted({*indices(f"blocks[{tower!r}]", blocks.get(tower, range(len(sites))), len(sites))})
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
         start = gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma
         new: list[Any] = [build_block(sites[index], ratio, gamma=start) for index in chosen]
-        for index, block in zip(chosen, new):
-            site, shape = sites[index], (block.width, block.heads, block.hidden, block.causal)
-            report.replaced.append(Replaced(tower, index, site.path, type(site.block).__name__, *shape))
-            planned.append((site, block))
+        planned += zip([sites[index] for index in chosen], new)
+        texts += new if tower == "text" else ()
         if encoders:
             new[0].checks_mask = True
         report.share[tower] = shares(share.get(tower, ()), chosen, len(sites))
         for part, groups in report.share[tower].items():
             share_weights(new, [[chosen.index(i) for i in group] for group in groups], part)
 
-    masked = tower_to_mask(model, [block for block in report.replaced if block.tower == "text"]) if mask_padding else None
+    masked = _tower_to_mask(model, texts) if mask_padding else None
     if init != "random":
         init_blocks.start({site.path: (block, site.block.state_dict()) for site, block in planned}, init)
     for site, block in planned:
+        report.replaced[site.path] = type(site.block).__name__
         model.set_submodule(site.path, block)
     if masked is not None:
-        mask_padding_of(masked)
+        masked.__class__ = _MASKED[type(masked)]
+        for block in masked.transformer.resblocks:
+            block.masks_padding = True
     if encoders:
         encoders.declare_shared(model)
     report.after = count_parameters(model)
     return model, report
 
 
-def _check_towers(model: nn.Module, towers: Sequence[str], named: set[str]) -> None:
-    """Raises an error for unknown towers, or towers that the model does not have. named: towers in other arguments."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an open_clip or transformers model, got {type(model).__name__}")
-    unknown = sorted({*towers, *named} - set(TOWERS))
-    if unknown or not towers:
-        raise InputError(f"towers: expected names out of {TOWERS}, got {unknown or list(towers)}")
-    if idle := sorted(named - set(towers)):
-        raise InputError(f"blocks, share: expected only the towers to replace, {list(towers)}, got {idle}")
-    encoders = _encoders(model)
-    for tower in towers:
-        names = [encoders.TOWERS[tower]] if encoders else ["text", "transformer"] if tower == "text" else ["visual"]
-        if all(getattr(model, name, None) is None for name in names):
-            library = "a transformers" if encoders else "an open_clip"
-            expected = f"{library} model with {' or '.join(names)}, its {tower} tower"
-            raise InputError(f"model: expected {expected}, got {type(model).__name__} without")
+def _tower_to_mask(model: Any, blocks: list[SimplifiedBlock]) -> Any:
+    """Returns the text tower whose padding is to be masked; None if it is causal. Raises InputError if masking is impossible.
+
+    blocks: the new blocks of the tower.
+    """
+    tower: Any = getattr(model, "text", None)
+    if blocks and all(block.causal for block in blocks):
+        return None
+    if type(tower) not in _MASKED:
+        kind = type(tower or model).__name__
+        raise InputError(f"mask_padding: expected an open_clip text tower of its own (custom_text=True), got {kind}")
+    if (pool := tower.pool_type) not in ("argmax", "eos"):
+        raise InputError(f"mask_padding: expected a tower that pools the end of each text (argmax, eos), got {pool}")
+    if len(blocks) < (count := len(tower.transformer.resblocks)):
+        raise InputError(f"mask_padding: expected all {count} text blocks to be replaced, got {len(blocks)} of them")
+    return tower
 
 
 def indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
     """Returns `wanted` as indices from 0. Negative indices count from the end of `count` blocks."""
-    if not wanted:
-        raise InputError(f"{name}: expected at least one index, got none")
-    for index in wanted:
-        if not -count <= index < count:
-            raise InputError(f"{name}: expected an index of {count} blocks, got {index}")
+    if not wanted or not all(-count <= index < count for index in wanted):
+        raise InputError(f"{name}: expected indices of {count} blocks, got {list(wanted)}")
     return [index % count for index in wanted]
 
 
@@ -333,7 +293,7 @@ def _text_sites(model: nn.Module) -> Iterator[_Site]:
 
 
 def _image_sites(model: nn.Module) -> Iterator[_Site]:
-    visual: Any = model.visual
+    visual: Any = getattr(model, "visual", None)
     transformer = getattr(visual, "transformer", None)
     if isinstance(transformer, Transformer):
         yield from _transformer_sites(transformer, "visual.transformer", "image")
@@ -341,15 +301,16 @@ def _image_sites(model: nn.Module) -> Iterator[_Site]:
     # Subclasses may change the signature or the attention, so only the exact classes are known to fit. A simplified block of
     # an earlier call keeps its index and can be replaced again.
     classes: dict[type, type[SimplifiedBlock]] = {Block: TimmBlock, AttentionBlock: MapBlock}
-    classes |= {type(module): type(module) for module in visual.modules() if isinstance(module, SimplifiedBlock)}
-    sites = [(path, m) for path, m in visual.named_modules(prefix="visual") if type(m) in classes]
+    modules = dict(visual.named_modules(prefix="visual")) if visual is not None else {}
+    classes |= {type(module): type(module) for module in modules.values() if isinstance(module, SimplifiedBlock)}
+    sites = [_Site(path, module, classes[type(module)]) for path, module in modules.items() if type(module) in classes]
     if not sites:
         trunk = getattr(visual, "trunk", visual)
         raise InputError(
             "image: expected blocks of open_clip's VisionTransformer, timm's VisionTransformer or FastViT, "
             f"got {type(trunk).__name__} without any"
         )
-    yield from (_Site(path, module, classes[type(module)]) for path, module in sites)
+    yield from sites
 
 
 def _transformer_sites(transformer: Transformer, path: str, tower: str, **options: bool) -> Iterator[_Site]:

@@ -1,4 +1,4 @@
-"""Models from the settings of a run, from the checkpoints that a run writes, and from the exports of these.
+"""Trained models: from the settings of a run, from checkpoints and exports, and from any source that `simplclip.load` takes.
 
 A checkpoint or export may come from elsewhere, so it is data alone. It is read with weights_only, and of its config only the
 part "model" and `loss.base` count. The model's options may describe an architecture; an option that could fetch, unpickle or
@@ -16,29 +16,35 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
+from open_clip.model import get_model_preprocess_cfg, get_model_tokenize_cfg, set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from timm.layers.helpers import to_2tuple
 from torch import nn
 
 from simplclip.common.errors import InputError
-from simplclip.models.registry import Tokenizer, check_shape, create, transforms
-from simplclip.models.registry import tokenizer as tokenizer_of
-from simplclip.models.weights import CheckpointError, load_error, read_weights
+from simplclip.data.transforms import ImageTransform
+from simplclip.models import registry
+from simplclip.models.mobileclip import where_to_get
+from simplclip.models.registry import PLAIN, Tokenizer, create
+from simplclip.models.weights import CheckpointError, download, first_line, load_error, read_weights
 
 FORMAT, VERSION = "simplclip", 1
-EXPORT = "export.json"  # describes the folder of an export
+EXPORT, EXPORTED_WEIGHTS = "export.json", "open_clip_model.safetensors"  # in the folder of an export
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # initial values of SigLIP, arXiv 2303.15343
 
 _SHAPE = {"image_size": "vision_cfg", "context_length": "text_cfg"}  # setting -> the part of the options that may have it too
 # Options that describe a model's architecture. Other options of open_clip, such as pretrained and weights_only, load files.
 _ARCHITECTURE = {
-    *("vision_cfg", "text_cfg", "multimodal_cfg", "embed_dim", "custom_text", "quick_gelu", "output_dict"),
-    *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "simplified", "simplify_options"),
-    *("force_quick_gelu", "force_custom_text", "force_patch_dropout", "force_image_size", "force_context_length"),
-}
+    "vision_cfg", "text_cfg", "multimodal_cfg", "embed_dim", "custom_text", "quick_gelu", "output_dict", "init_logit_scale",
+    "init_logit_bias", "nonscalar_logit_scale", "simplified", "simplify_options",
+}  # fmt: skip
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
 _WIDEST, _DEEPEST = 1_000_000, 1000  # the largest width and number of layers that are accepted
 
@@ -56,9 +62,8 @@ def model_options(section: Mapping[str, Any], base: str = "contrastive") -> dict
     """
     options: dict[str, Any] = {**(SIGLIP if base == "sigmoid" else {}), **(section.get("options") or {})}
     for name, part in _SHAPE.items():
-        value = shape_of(section, name)
-        if value:
-            options[part] = dict(options.get(part) or {}) | {name: value}
+        if value := shape_of(section, name):
+            options[part] = {**(options.get(part) or {}), name: value}
     return options
 
 
@@ -66,28 +71,35 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
     """Makes the model of a config's part "model", with random weights. Nothing is fetched, and no file is read.
 
     section: name, options, image_size and context_length, see `simplclip train --help-config`. base: loss.base of the config.
-    Raises InputError for an unknown name, for options that the model does not take, and as `check_options` does.
+    Raises InputError for an unknown name, for options or sizes that the model does not take, and as `check_options` does.
     """
     name, options = section["name"], model_options(section, base)
     check_options(options, "config")
     try:
-        model = create(name, **options)
+        model: Any = create(name, **options)
     except TypeError as error:
         given = section.get("options")
         raise InputError(f"model.options: expected options of {name}, got {given}: {error}") from error
     if shape_of(section, "image_size") or shape_of(section, "context_length"):
-        check_shape(model, tokenizer(section))
+        size, tokens = to_2tuple(model.visual.image_size), tokenizer(section)(["a photo"])
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, 3, *size), tokens)
+        except Exception as error:  # its type depends on the tower
+            sizes = f"{size[0]} and {tokens.shape[1]}: {first_line(error)}"
+            raise InputError(f"image_size, context_length: expected sizes that the model takes, got {sizes}") from None
+        model.train()
     return model
 
 
 def tokenizer(section: Mapping[str, Any]) -> Tokenizer:
     """Returns the tokenizer of a config's part "model": texts -> int64 [N, L]."""
-    return tokenizer_of(section["name"], shape_of(section, "context_length"))
+    return registry.tokenizer(section["name"], shape_of(section, "context_length"))
 
 
-def image_transform(section: Mapping[str, Any], train: bool = False, augment: Any = None) -> Callable[..., torch.Tensor]:
+def image_transform(section: Mapping[str, Any], train: bool = False, augment: Any = None) -> ImageTransform:
     """Returns the image transform of a config's part "model", see `models.transforms`. augment: used if `train`."""
-    return transforms(section["name"], train=train, augment=augment, image_size=shape_of(section, "image_size"))
+    return registry.transforms(section["name"], train=train, augment=augment, image_size=shape_of(section, "image_size"))
 
 
 def check_options(options: Mapping[str, Any], where: str) -> None:
@@ -122,14 +134,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises FileNotFoundError; CheckpointError for a file that is damaged, no checkpoint, or of a newer version.
     """
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no such file: {path}")
-    state = read_weights(path, f"{path}: expected a simplclip checkpoint", "an unreadable file")
+    state = read_weights(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected a simplclip checkpoint, got a file without format={FORMAT!r}")
     version = state.get("version")
     if not isinstance(version, int) or version > VERSION:
-        got = f"{version}, written by a newer simplclip" if isinstance(version, int) else repr(version)[:100]
+        got = f"{str(version)[:100]!r}, maybe of a newer simplclip"
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {got}")
     try:
         complete = "model" in state and isinstance(state["config"]["model"]["name"], str) and isinstance(state["step"], int)
@@ -140,10 +150,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """Loads the model of a checkpoint, or of a run's folder; with the averages of its weights if the run has averages.
 
-    Returns: the model in eval mode on `device`, the config (a plain dict), and all that `read_checkpoint` returns.
+    Returns: the model in eval mode on the CPU, the config (a plain dict), and all that `read_checkpoint` returns.
     Raises: FileNotFoundError; CheckpointError if the file is no checkpoint, if its options are refused, or if its weights do
     not fit.
     """
@@ -151,14 +161,14 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     config = state["config"]
     section = config["model"]
     try:
-        model = build_model(section, base_of(config))
+        model = build_model(section, config["loss"]["base"])
         model.load_state_dict(state["model"] | state.get("ema", {}), strict=True)
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # the type depends on the options, and on the damage
         expected = f"weights of {section['name']!r}, the model of its config"
         raise CheckpointError(f"{path}: expected {expected}, got others: {load_error(error)}") from None
-    return model.to(device).eval(), config, state
+    return model.eval(), config, state
 
 
 def load_export(folder: str | Path) -> tuple[nn.Module, str, int]:
@@ -168,21 +178,80 @@ def load_export(folder: str | Path) -> tuple[nn.Module, str, int]:
     Raises: FileNotFoundError; CheckpointError if export.json is another file, or its weights do not fit; InputError if its
     options are refused.
     """
-    folder = Path(folder)
+    file = Path(folder) / EXPORT
     try:
-        about = json.loads((folder / EXPORT).read_text("utf-8"))
+        about = json.loads(file.read_text("utf-8"))
         name, options, step = str(about["model"]), dict(about["options"]), int(about["step"])
-        files = [Path(file).name for file in about["files"]]
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise CheckpointError(f"{folder / EXPORT}: expected a file of simplclip export, got another one") from None
-    weights = [file for file in files if file.endswith((".safetensors", ".pt"))]
-    if not weights:
-        raise CheckpointError(f"{folder}: expected an export with weights for torch, got {', '.join(files)}")
-    check_options(options, str(folder / EXPORT))
-    return create(name, checkpoint=folder / weights[0], **options).eval(), name, step
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        raise CheckpointError(f"{file}: expected a file of simplclip export, got another one") from None
+    check_options(options, str(file))
+    return create(name, checkpoint=file.with_name(EXPORTED_WEIGHTS), **options).eval(), name, step
 
 
-def base_of(config: Mapping[str, Any]) -> str:
-    """Returns loss.base of a checkpoint's config, the argument `base` of `build_model`."""
-    loss = config.get("loss")
-    return loss.get("base", "contrastive") if isinstance(loss, Mapping) else "contrastive"
+def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> dict[str, Any]:
+    """Loads the model that `source` names:
+
+    PATH                    a checkpoint of `simplclip train` or the folder of a run (its last.pt), or the folder of
+                            `simplclip export`
+    open_clip:NAME/TAG      open_clip's pretrained weights, which it downloads if necessary; with `checkpoint` only the tag's
+                            preprocessing is used, and nothing is downloaded
+    open_clip:NAME/FILE     weights of that model, .pt or .safetensors. A model with a single known tag gets its preprocessing
+    siclip-tiny/FILE, ...   weights of that model, for mobileclip-s0 also the published file
+
+    checkpoint: FILE, if `source` does not have it.
+
+    Returns: "name", "model", "preprocess" (RGB image -> float32 [3, S, S]), "tokenizer" (texts -> int64 [N, L]); also "step"
+    of a checkpoint or export, and "config" of a checkpoint.
+    Raises: InputError for an unknown model, FileNotFoundError, CheckpointError for a file that is no checkpoint of the model.
+    """
+    source = os.fspath(source)
+    name, _, rest = source.removeprefix(PLAIN).partition("/")
+    files = [file for file in (checkpoint, rest) if file]
+    if source.startswith(PLAIN):
+        return _open_clip(name, rest, checkpoint)
+    if checkpoint is None and Path(source).exists():
+        return _run_or_export(Path(source))
+    if name in registry.names() and len(files) == 1:
+        return _parts(name, create(name, checkpoint=files[0]))
+    known = f"a checkpoint, the folder of a run or an export, {', '.join(registry.names())} or {PLAIN}NAME, each with /FILE"
+    raise FileNotFoundError(f"source: expected {known}, got {source!r}{where_to_get(source)}")
+
+
+# Each of the following functions returns what `load_source` returns.
+
+
+def _run_or_export(path: Path) -> dict[str, Any]:
+    if (path / EXPORT).is_file() and not (path / "last.pt").exists():
+        model, name, step = load_export(path)
+        return _parts(name, model) | {"step": step}
+    model, config, state = load_model(path)
+    return _parts(config["model"]["name"], model) | {"config": config, "step": state["step"]}
+
+
+def _parts(name: str, model: Any) -> dict[str, Any]:
+    """For a model of this library, whose image size and context length may differ from its default."""
+    transform = registry.transforms(name, train=False, image_size=model.visual.image_size)
+    length = get_model_tokenize_cfg(model).get("context_length")
+    return {"name": name, "model": model, "preprocess": transform, "tokenizer": registry.tokenizer(name, length)}
+
+
+def _open_clip(plain: str, rest: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
+    """For a model of open_clip. rest: a tag of open_clip, a file of weights, or an empty string."""
+    name = PLAIN + plain
+    tokenizer = registry.tokenizer(name)  # raises an error that lists the nearest names
+    tags = open_clip.list_pretrained_tags_by_model(plain)
+    tag = rest if rest in tags else ""
+    files = [file for file in (checkpoint, "" if tag else rest) if file]
+    if tag and not files:
+        model: Any = download(plain, tag)
+    elif len(files) != 1 or not Path(files[0]).exists():
+        expected = f"a file of weights for {name}, or a tag that open_clip downloads ({', '.join(tags) or 'it has none'})"
+        given = " and ".join(map(str, files)) or "none"
+        raise FileNotFoundError(f"source: expected {expected}, got {given}")
+    else:
+        model = create(name, checkpoint=files[0])
+        if tag or len(tags) == 1:
+            tagged = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}  # None keeps the model's size
+            set_model_preprocess_cfg(model, merge_preprocess_dict(get_model_preprocess_cfg(model), tagged))
+    transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
+    return {"name": f"{name}/{tag}" if tag else name, "model": model, "preprocess": transform, "tokenizer": tokenizer}

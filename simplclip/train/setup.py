@@ -20,9 +20,8 @@ from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.frozen import FrozenParts
 from simplclip.models.inherit import freeze, freeze_norms, inherit, load_weights
-from simplclip.models.packaged import SOURCES
-from simplclip.models.registry import first_line
 from simplclip.models.trained import CheckpointError, build_model, image_transform, model_options
+from simplclip.models.weights import PACKAGED, first_line
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import share_norms
@@ -132,11 +131,10 @@ def make_model(
 
 def _shapes_of(source: str, name: str) -> Any:
     """Returns a source for `inherit`: the file if it is here, else a model of shapes alone, the original of model `name`."""
-    original = models.original(name)
-    if original is None or source in SOURCES or Path(source).exists():
+    if source in PACKAGED or Path(source).exists():
         return source
     with torch.device("meta"):
-        return models.create(original, device="meta")
+        return models.create(name, device="meta", simplified=False)
 
 
 def setup(

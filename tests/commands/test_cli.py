@@ -83,7 +83,7 @@ def test_help_config_prints_every_key():
         ("train config.yaml --set optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
         ("train config.yaml --set data.train=no-*.tar", "matches none"),
         ("train config.yaml --set run.device=cuda:77", "device: expected"),
-        ("evaluate nothing.pt --data x.tar", "checkpoint: no such file: nothing.pt"),
+        ("evaluate nothing.pt --data x.tar", "source: expected a checkpoint, the folder of a run"),
         ("evaluate nothing.pt --data a=x.tar --data a=y.tar", "--data: expected different split names (--data NAME=DATA)"),
     ],
 )

@@ -310,10 +310,3 @@ def test_an_image_one_pixel_wide_does_not_become_gigabytes():
 def test_augmentations_that_are_refused(augment, message):
     with pytest.raises(ValueError, match=message):
         ImageTransform(PreprocessCfg(), augment)
-
-
-def test_timms_augmentation_is_open_clips():
-    pytest.importorskip("timm")
-    found = models.transforms("siclip-tiny", train=True, augment={"use_timm": True, "re_prob": 0.25})
-    assert "RandomErasing" in repr(found)
-    assert found(decode_pil(PHOTOS[1])).shape == (3, 48, 48)

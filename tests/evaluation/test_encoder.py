@@ -1,7 +1,5 @@
 """`simplclip.load`: every kind of source, every kind of input."""
 
-import json
-
 import numpy as np
 import open_clip
 import pytest
@@ -86,24 +84,20 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_encoder(trained, folde
     sources = [
         (trained / "last.pt",),
         (str(folder / "export"),),
-        ("siclip-tiny", trained),
-        ("siclip-tiny", folder / "export"),
     ]
     for source in sources:
         other = simplclip.load(*source)
         assert other.fingerprint() == encoder.fingerprint()
         assert (other.name, other.step) == (encoder.name, encoder.step)
         torch.testing.assert_close(other.encode_image(folder / "0.png"), encoder.encode_image(folder / "0.png"))
-    with pytest.raises(CheckpointError, match="expected a checkpoint of 'siclip2-s0', got one of 'siclip-tiny'"):
+    with pytest.raises(CheckpointError, match="checkpoint: expected weights that fit the model, got .*: Missing key"):
         simplclip.load("siclip2-s0", trained)
-    about = json.loads((folder / "export" / "export.json").read_text())
-    for text, message in (
-        (json.dumps(about | {"files": {"image.onnx": {}}}), "expected an export with weights for torch, got image.onnx"),
-        ("{}", "expected a file of simplclip export"),
-    ):
-        (tmp_path / "export.json").write_text(text)
-        with pytest.raises(CheckpointError, match=message):
-            simplclip.load(tmp_path)
+    (tmp_path / "export.json").write_text((folder / "export" / "export.json").read_text())
+    with pytest.raises(FileNotFoundError, match="got no such file: .*open_clip_model.safetensors"):
+        simplclip.load(tmp_path)
+    (tmp_path / "export.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="expected a file of simplclip export"):
+        simplclip.load(tmp_path)
 
 
 def test_a_file_of_an_open_clip_model(folder, monkeypatch):
@@ -117,10 +111,14 @@ def test_a_file_of_an_open_clip_model(folder, monkeypatch):
         encoder = simplclip.load(source)
         assert encoder.fingerprint() == expected.fingerprint()
         assert (encoder.name, encoder.source) == ("open_clip:tiny", source)
-    with pytest.raises(FileNotFoundError, match="no such file: gone.pt"):
-        simplclip.load("open_clip:tiny/gone.pt")
-    with pytest.raises(ValueError, match="source: expected a tag of tiny, one of none, or a file, got 'gone'"):
-        simplclip.load("open_clip:tiny/gone")
+    for source, given in (
+        (("open_clip:tiny/gone.pt",), "gone.pt"),
+        (("open_clip:tiny",), "none"),
+        (("open_clip:tiny/tiny.bin", "tiny.bin"), "tiny.bin and tiny.bin"),
+    ):
+        expected = f"source: expected a file of weights for open_clip:tiny, or a tag .*it has none.*, got {given}$"
+        with pytest.raises(FileNotFoundError, match=expected):
+            simplclip.load(*source)
     with pytest.raises(CheckpointError, match="checkpoint: expected weights that fit the model, got .*tiny.bin"):
         simplclip.load("open_clip:tiny-wide/tiny.bin")
 
@@ -128,18 +126,17 @@ def test_a_file_of_an_open_clip_model(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("siclip-tiny", ValueError, "checkpoint: expected a file with the weights of 'siclip-tiny', got none$"),
-        ("open_clip:ViT-B-32", ValueError, "expected a file of weights for open_clip:ViT-B-32, or a tag .*/openai"),
+        ("siclip-tiny", FileNotFoundError, "source: expected .* siclip-tiny.* each with /FILE, got 'siclip-tiny'$"),
+        ("open_clip:ViT-B-32", FileNotFoundError, "expected a file of weights for open_clip:ViT-B-32, or a tag .*openai"),
         ("open_clip:ViT-B-33", ValueError, "nearest"),
         (
             "mobileclip-s0",
-            ValueError,
-            "got none; Apple publishes mobileclip_s0.pt at https://docs-assets.developer.apple.com/",
+            FileNotFoundError,
+            "got 'mobileclip-s0'; Apple publishes mobileclip_s0.pt at https://docs-assets.developer.apple.com/",
         ),
         ("mobileclip-s0/mobileclip_s0.pt", FileNotFoundError, "no such file: mobileclip_s0.pt; Apple publishes .* at https:"),
-        ("nobody", ValueError, "source: expected a checkpoint, the folder of a run .* got 'nobody'"),
-        ("runs/gone", FileNotFoundError, "checkpoint: no such file: runs/gone"),
-        ("gone.pt", FileNotFoundError, "checkpoint: no such file: gone.pt"),
+        ("nobody", FileNotFoundError, "source: expected a checkpoint, the folder of a run .* got 'nobody'"),
+        ("runs/gone", FileNotFoundError, "source: expected a checkpoint, .* got 'runs/gone'"),
         ("empty", FileNotFoundError, "no such file: empty"),
     ],
 )

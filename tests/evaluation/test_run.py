@@ -124,7 +124,7 @@ def test_a_failure_half_way_keeps_the_splits_that_are_done(trained, folder, eval
         ((trained,), {"splits": {}}, "data: expected at least one split"),
         ((trained,), {"splits": {"gone": str(tmp_path / "no-*.tar")}}, "matches none"),
         ((f"open_clip:tiny/{folder / 'tiny.bin'}",), {"out": None}, "out: expected a folder for the results"),
-        (("gone.pt",), {}, "no such file: gone.pt"),
+        (("gone.pt",), {}, "source: expected a checkpoint, .* got 'gone.pt'"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             evaluate(*models, **problem)

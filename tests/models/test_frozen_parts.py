@@ -122,9 +122,6 @@ def test_what_has_no_copy():
     model = lite0()
     model.get_submodule(f"{LITE0}.blocks.0").register_forward_hook(lambda *_: None)
     assert FrozenParts(model).lines() == []  # a copy would not call the hook
-    model = lite0()
-    model.get_submodule(f"{LITE0}.blocks.0").fuse = lambda: 1 / 0  # timm calls a method of this name
-    assert FrozenParts(model).lines() == [f"{LITE0} runs as it is: ZeroDivisionError: division by zero"]
     vit = models.create("open_clip:ViT-B-32", vision_cfg={"layers": 1, "width": 64}, text_cfg={"layers": 1})
     freeze(vit, ["visual"])  # its one convolution has no norm
     assert FrozenParts(vit.train()).lines() == []
@@ -134,7 +131,7 @@ def test_what_has_no_copy():
 def test_under_other_wrappers(tmp_path):
     model = lite0()
     image = pairs(model, "siclip-lite0", 2)[0]
-    assert FrozenParts(model).lines() == [f"folded, in channels_last, copies of 2.6 MiB: {LITE0}"]
+    assert FrozenParts(model).lines() == [f"folded, in channels_last: {LITE0}"]
 
     def step(encode):
         model.zero_grad(set_to_none=True)

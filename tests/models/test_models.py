@@ -7,6 +7,7 @@ from open_clip.model import CustomTextCLIP
 from PIL import Image
 
 from simplclip import models
+from simplclip.models.siclip_small import ShortVocabTokenizer
 from simplclip.models.simplify import MapBlock, TransformerBlock, count_parameters
 from simplclip.nn import SimplifiedBlock
 
@@ -29,7 +30,7 @@ def test_s0_is_mobileclip2_s0_with_simplified_blocks():
     assert all(isinstance(b, TransformerBlock) and not b.causal for b in s0.text.transformer.resblocks)
     original = open_clip.create_model("MobileCLIP2-S0", device="meta")
     assert s0.simplify_report.before["total"] == count(original)
-    assert "weights shared in groups [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]\n" in f"{s0.simplify_report}\n"
+    assert s0.simplify_report.share["text"] == {"all": [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]}
     assert count(s0) < 0.7 * count(original)
 
 
@@ -40,9 +41,6 @@ def test_create_repeats_from_the_seed_and_loads_its_own_checkpoint(tmp_path, tin
         torch.testing.assert_close(models.create("siclip-tiny", **options).state_dict(), tiny.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="checkpoint: expected weights that fit the model, got .*size mismatch"):
         models.create("siclip-tiny", checkpoint=tmp_path / "a.pt", embed_dim=64)
-    former = tiny.state_dict() | {"visual.trunk.patch_embed.backbone.stem.bn.running_mean": torch.zeros(32)}
-    with pytest.raises(ValueError, match="siclip-tiny: expected weights with group norms, got those of a former version"):
-        tiny.load_state_dict(former)
 
 
 def test_overrides():
@@ -50,9 +48,9 @@ def test_overrides():
         "siclip-tiny", simplify_options={"towers": ["text"], "mlp_ratio": 2.0}, embed_dim=32, output_dict=True,
         text_cfg={"layers": 1}, vision_cfg={"image_size": 48},
     )  # fmt: skip
-    (replaced,) = model.simplify_report.replaced
-    assert (replaced.tower, replaced.index, replaced.hidden) == ("text", 0, 512)
-    assert model.text.transformer.resblocks[0].width == 256  # options are merged into the configuration and do not replace it
+    assert list(model.simplify_report.replaced) == ["text.transformer.resblocks.0"]
+    block = model.text.transformer.resblocks[0]
+    assert (block.width, block.hidden) == (256, 512)  # options are merged into the configuration and do not replace it
     out = model(torch.randn(2, 3, 48, 48), torch.randint(0, 99, (2, 16)))
     assert out["image_features"].shape == (2, 32)
     assert len(models.create("siclip-tiny").text.transformer.resblocks) == 2
@@ -66,7 +64,7 @@ def test_plain_open_clip_models(tiny):
     assert models.transforms("open_clip:ViT-B-32", train=False)(Image.new("L", (9, 9))).shape == (3, 224, 224)
     one = {"device": "meta", "vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1}}
     simple = models.create("open_clip:ViT-B-32", simplify_options={"towers": ["text"]}, **one)
-    assert [r.path for r in simple.simplify_report.replaced] == ["transformer.resblocks.0"]
+    assert list(simple.simplify_report.replaced) == ["transformer.resblocks.0"]
     with pytest.raises(ValueError, match="simplify_options: expected none"):
         models.create("open_clip:ViT-B-32", simplified=False, simplify_options={"towers": ["text"]})
     assert count_parameters(models.create("siclip-tiny", simplified=False)) == tiny.simplify_report.before
@@ -81,7 +79,7 @@ def test_unknown_names_list_the_nearest(function, name, near):
 
 def test_short_vocabulary_is_a_prefix_of_clips_and_decodes():
     full, short = open_clip.SimpleTokenizer(), models.tokenizer("siclip-tiny")
-    assert short.vocab_size == 8192
+    assert short.vocab_size == len(short.encoder) == len(short.decoder) == 8192
     assert (short.sot_token_id, short.eot_token_id) == (8190, 8191)
     for text in ("face with tears of joy", "flag: Côte d’Ivoire", "ok!"):
         ids = short(text)[0]
@@ -91,8 +89,6 @@ def test_short_vocabulary_is_a_prefix_of_clips_and_decodes():
     assert short.encode("cat") == full.encode("cat")  # frequent words keep their ids
     assert short(["word " * 40]).shape == (1, 16)
     assert short(["word " * 40])[0, -1] == 8191
-    whole = models.ShortVocabTokenizer(full.vocab_size)
+    whole = ShortVocabTokenizer(full.vocab_size)
     assert whole.encoder == full.encoder
     assert whole.bpe_ranks == full.bpe_ranks
-    with pytest.raises(ValueError, match="vocab_size: expected 514 to 49408, got 100"):
-        models.ShortVocabTokenizer(100)

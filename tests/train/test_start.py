@@ -75,7 +75,7 @@ def test_sources_of_a_start(tmp_path, trained):
         model = started(tmp_path, f"model.checkpoint={source}").model
         assert bits(dict(model.state_dict())) == bits({name: wanted[name] for name in model.state_dict()})
     for source, told in (
-        ("nowhere.pt", "model.checkpoint: expected a file, open_clip's NAME/TAG .*, got no such file: nowhere.pt"),
+        ("nowhere.pt", "model.checkpoint: expected a file of weights, got no such file: nowhere.pt"),
         (tmp_path, "model.checkpoint: expected the folder of a run or of an export with weights, got"),
     ):
         with pytest.raises(ConfigError, match=told):
