@@ -20,7 +20,8 @@ import simplclip
 from simplclip import models
 from simplclip.common.files import HOUR, remove_leftovers, temporary_folder
 from simplclip.models.registry import configuration
-from simplclip.models.trained import EXPORT, EXPORTED_WEIGHTS, load_model, model_options
+from simplclip.models.trained import EXPORT, load_model, model_options
+from simplclip.models.weights import EXPORTED_WEIGHTS
 
 
 def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:

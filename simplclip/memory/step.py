@@ -107,7 +107,7 @@ class TrainerStep:
         config = self.config.data
         if self.prepared.crop is None or config.mean_tokens is None or config.micro_batch is not None:
             return None
-        return math.ceil(config.mean_tokens * 9 / 8 + 8) + self.prepared.crop.reach
+        return math.ceil(config.mean_tokens * 9 / 8 + 8)
 
     def batches(self, real: bool) -> list[Batch]:
         """The micro-batches between the first and the last one are one of their size, if it need not run."""

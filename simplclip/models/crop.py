@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from simplclip.common.errors import InputError
-from simplclip.models.mobileclip import TextTower
 from simplclip.models.simplify import is_causal_mask
 
 GROUP_TOKENS = 512  # cost of one more call of the tower, in tokens: launches, and small products
@@ -25,7 +23,7 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
     Tokenizers pad every text to the context length, 77 tokens. In causal towers, or where padding is masked, padding changes
     no feature. `encode_text`, and with it `forward`, then sorts a batch by length, cuts the batch into groups and computes
     each group at the length of its longest text. Features and gradients are those of the padded batch up to rounding, in the
-    same order. Tokens of padding that convolutions reach, as in MobileCLIP-S0's masked text tower, are computed too.
+    same order.
 
     Args:
         model: an open_clip model whose text tower is causal, or masks padding (Hugging Face's towers do).
@@ -45,18 +43,12 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
 
 
 class TextCrop:
-    """A replacement of a model's `encode_text` that crops texts. A copy of the model has a TextCrop of its own.
-
-    reach: the number of padding tokens, after the first one, on which the feature of a text depends.
-    """
+    """A replacement of a model's `encode_text` that crops texts. A copy of the model has a TextCrop of its own."""
 
     def __init__(self, model: nn.Module, multiple: int = 8, groups: int = 4) -> None:
         # Since open_clip 4 forward() and encode_text() call _encode_text().
         self.name = "_encode_text" if hasattr(type(model), "_encode_text") else "encode_text"
         self.model, self.multiple, self.groups = model, multiple, groups
-        convolutions = (m for m in _tower(model).modules() if isinstance(m, nn.Conv2d))
-        reach = sum(m.kernel_size[1] // 2 for m in convolutions) if isinstance(_tower(model), TextTower) else 0
-        self.reach = max(0, reach - 1)  # lengths count the first padding token
         vars(model)[self.name] = self
 
     def undo(self) -> None:
@@ -94,7 +86,7 @@ class TextCrop:
 
     def rounded(self, text: Tensor) -> Tensor:
         """Returns the lengths at which texts [N, L] are computed, int64 [N] on the CPU."""
-        lengths = lengths_of(text).cpu() + self.reach
+        lengths = lengths_of(text).cpu()
         return ((lengths + self.multiple - 1) // self.multiple * self.multiple).clamp(max=text.shape[1])
 
     def _encode(self, text: Tensor, *args: Any, **options: Any) -> Any:
@@ -136,8 +128,6 @@ def _why_not(model: Any) -> str:
         return "a text tower with a class token, whose position depends on the length"
     if getattr(tower, "pool_type", getattr(tower, "text_pool_type", "argmax")) not in ("argmax", "eos", "first"):
         return "a text tower that pools other tokens than the end of a text"
-    if isinstance(tower, TextTower) and any(isinstance(m, _BatchNorm) and m.training for m in tower.modules()):
-        return "batch norms in training mode, whose statistics count padding"
     mask: Any = getattr(tower, "attn_mask", None)
     causal = mask is not None and (type(mask) is not Tensor or mask.is_meta or is_causal_mask(mask))
     if causal or getattr(tower, "masks_padding", False) or getattr(tower, "use_pad_mask", False):

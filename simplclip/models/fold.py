@@ -4,6 +4,10 @@
 
 timm's `reparameterize_model` merges the branches of FastViT, MobileOne, RepVGG and the like, and of every module with one of
 its methods (`fuse`, `reparameterize`, `switch_to_deploy`). Then each batch norm that follows a convolution is merged into it.
+
+In training the frozen parts of a model run as folded copies, in channels_last and the precision of the run:
+
+    frozen = FrozenParts(model, torch.bfloat16)  # after `inherit` or `freeze`, when the frozen weights have their values
 """
 
 import copy
@@ -14,10 +18,12 @@ from typing import Any, TypeVar
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from timm.utils import reparameterize_model
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from simplclip.common.errors import InputError
+from simplclip.models.inherit import is_frozen
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -96,3 +102,69 @@ def _merge(module: nn.Module, conv_name: str, norm_name: str) -> None:
     conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
     rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
     setattr(module, norm_name, nn.Sequential(*rest) if rest else nn.Identity())
+
+
+class FrozenPart:
+    """A frozen module and its folded copy. A part is the `forward` of its module."""
+
+    def __init__(self, name: str, module: nn.Module, folded: nn.Module, dtype: torch.dtype | None) -> None:
+        self.name, self.module, self.folded, self.dtype = name, module, folded, dtype
+        module.forward = self
+
+    def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if dtype != self.dtype:
+            return type(self.module).forward(self.module, x, *args, **options)
+        return self.folded(x, *args, **options)
+
+
+class FrozenParts:
+    """The frozen modules of `model` (see `inherit.freeze`) with convolutions and without hooks: they run as folded copies from
+    now on, the largest module that is frozen as one. The copies belong to no module, so that no state dict has them.
+
+    dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the copies are stored in it.
+    Other tensors stay in fp32, so that values are rounded where autocast rounds. A module that runs under another autocast
+    does not use its copy.
+
+    Gradients pass through a part to its input if the input needs a gradient. The weights must not change afterwards; `to`
+    moves the copies.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        self.parts: list[FrozenPart] = []
+        largest: tuple[str, ...] = ()  # frozen modules, each as the beginning of the names inside
+        for name, module in model.named_modules():
+            if is_frozen(module) and not name.startswith(largest):
+                largest += (f"{name}." if name else "",)
+                if (folded := _copy(module, dtype)) is not None:
+                    self.parts.append(FrozenPart(name, module, folded, dtype))
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        return [part.folded for part in self.parts]
+
+    def to(self, device: torch.device) -> None:
+        for folded in self.copies:
+            folded.to(device)
+
+    def lines(self) -> list[str]:
+        """Returns lines for the log: the names of the parts."""
+        names = ", ".join(part.name for part in self.parts)
+        return [f"folded, in channels_last: {names}"] if names else []
+
+
+def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
+    """Returns a folded copy of a module, or None if it would save next to nothing or compute something else."""
+    inside = list(module.modules())
+    convolutions = sum(isinstance(inner, _ConvNd) for inner in inside)
+    if not convolutions or any(has_hooks(inner) for inner in inside[1:]):
+        return None
+    folded = fold(module)
+    # A vision transformer's patches are a single convolution, with nothing to fold.
+    if convolutions == 1 and [n for n, _ in folded.named_modules()] == [n for n, _ in module.named_modules()]:
+        return None
+    for inner in folded.modules() if dtype else ():
+        if isinstance(inner, (_ConvNd, nn.Linear)):
+            inner.to(dtype)
+    return folded.to(memory_format=torch.channels_last)

@@ -1,13 +1,10 @@
 """Weights from other models: `inherit` copies and freezes modules that a student shares with a teacher or pretrained model,
-`load_weights` copies all tensors that fit and freezes nothing.
+`load_weights` copies all tensors that fit and freezes nothing, `freeze` only freezes.
 
     model = simplclip.models.create("siclip2-s0")
     print(simplclip.inherit(model, "MobileCLIP2-S0/dfndr2b"))
 
-`freeze` only freezes, e.g. the names in `WeightTable.names` after loading a checkpoint. No
-tensor in a frozen prefix of a tower requires a gradient, so autograd keeps none of its activations. Source: WIKD of arXiv
-2411.14789.
-
+No tensor in a frozen prefix of a tower requires a gradient, so autograd keeps none of its activations: arXiv 2411.14789.
 Copied weights compute the same as in the source, except for RMSNorm's eps in blocks of He & Hofmann: see nn.SimplifiedBlock.
 """
 
@@ -209,9 +206,9 @@ def inherit(
             If several sources fit a module, the first one is used.
         train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but not frozen. A pattern
             that matches a module applies to everything in it; one that matches a tensor applies to its whole module.
-        blocks: None, or how simplified blocks start from the source's blocks in their places, see `init_blocks.convert`. A
-            matrix that blocks share becomes the "average" of their folded matrices, or the matrix of the "first" block.
-            These blocks train. The first source with a block in a place is used. Blocks that were copied stay as they are.
+        blocks: None, or how simplified blocks that were not copied start from the source's blocks in their places, see
+            `init_blocks`: a matrix that blocks share becomes the "average" of their matrices, or that of the "first" block.
+            The first source with a block in a place is used. These blocks train.
 
     Returns:
         A table of module, status and parameters, with the names of the frozen modules and parameters.

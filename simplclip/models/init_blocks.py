@@ -20,11 +20,9 @@ the tap at the token itself stays. The other taps see the token's neighbours; th
 batch norm's running mean includes. This is best in the least squares sense if neighbouring tokens deviate independently.
 
 The gains: alpha, beta and gamma stay as they are, by default at 1. With A the inherited attention and C the uniform one, a
-head then starts as (1 + A - C) n, no longer as the identity. The rows of A and of C sum to one, so the part that all tokens
-have in common passes unchanged. The other eigenvalues are 1 + l for each other eigenvalue l of A, |l| < 1 (in causal
-attention 1 + A_ii - 1 / (i + 1) > 0), so the part that distinguishes tokens is never lost. Without -C the common part would
-double in every block and drown the other part. With uniform attention a head still starts as the identity. Other attention
-mixes tokens from the first step, without the gamma below 1 that random blocks may need.
+head then starts as (1 + A - C) n. The rows of A and of C sum to one, so the part that all tokens have in common passes
+unchanged; without -C it would double in every block. The other eigenvalues are 1 + l for each other eigenvalue l of A,
+|l| < 1 (in causal attention 1 + A_ii - 1 / (i + 1) > 0), so the part that distinguishes tokens is never lost.
 
 mlp_gain starts at 1, since a pretrained block adds its MLP to the skip connection. attention_gain replaces the scale of the
 skip connection: S for FastViT, so that later, inherited layers get values in their range (M goes into the bias b_2); else 1,

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
-from simplclip.models.mobileclip import TextTower
-from simplclip.nn import SHARED_PARTS, SimplifiedBlock, share_weights
+from simplclip.nn import SimplifiedBlock, share_weights
 
 TOWERS = ("text", "image")
 Groups = Sequence[Sequence[int]]  # indices of blocks
@@ -87,14 +86,6 @@ class MaskedTextTransformer(TextTransformer):
         return super()._embeds(text)[0], ends.argmax(1) + 1
 
 
-class MaskedTextTower(TextTower, MaskedTextTransformer):
-    """MobileCLIP-S0's text tower with such blocks. Its convolutions read the padding next to a text."""
-
-
-_MASKED: dict[type, type] = {TextTransformer: MaskedTextTransformer, TextTower: MaskedTextTower}
-_MASKED |= {masked: masked for masked in _MASKED.values()}
-
-
 @dataclass
 class SimplifyReport:
     """The result of `simplify`: the path and the former type of each replaced block, the groups of indices that share weights
@@ -131,7 +122,6 @@ def simplify(
     model: nn.Module,
     *,
     towers: Sequence[str] = TOWERS,
-    blocks: Mapping[str, Sequence[int]] | None = None,
     share: Mapping[str, Groups | Mapping[str, Groups]] | None = None,
     mlp_ratio: float | Mapping[str, float] | None = None,
     gamma: float | Mapping[str, float] = 1.0,
@@ -151,19 +141,17 @@ def simplify(
     Args:
         model: an open_clip model with the towers to replace: ``visual``; ``text`` or ``transformer``. Or a transformers model
             with ``vision_model``; ``text_model``.
-        towers: "text", "image" or both.
-        blocks: for each tower the indices of the blocks to replace, counted over the tower's attention blocks; negative
-            indices count from the end. By default all blocks of a tower are replaced.
-        share: for each tower groups of such indices that share all weight matrices, or a mapping that names what is shared:
-            ``{"attention": groups, "mlp": groups}`` or ``{"all": groups}``, see `nn.share_weights`. The groups of one part
-            are disjoint ("all" counts for both parts); those of attention and MLP may differ.
+        towers: "text", "image" or both; all attention blocks of a tower are replaced.
+        share: for each tower groups of indices of blocks that share all weight matrices, or a mapping that names what is
+            shared: ``{"attention": groups, "mlp": groups}`` or ``{"all": groups}``, see `nn.share_weights`. The groups of one
+            part are disjoint ("all" counts for both parts); those of attention and MLP may differ.
         mlp_ratio: for both towers, or by tower; as in the old block when None.
         gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens, so that a text's feature
             depends only on its length until training changes W_q or gamma. The two text blocks of siclip-tiny learned faster
             from 0.3; in a deep tower the means would add up and outweigh the tokens.
         mask_padding: let no token see the padding behind its text. The text tower must be open_clip's separate one
-            (custom_text) or MobileCLIP-S0's, and pool the end of the text. All its blocks must be replaced.
-            `crop_texts` can then leave padding out. A causal tower stays as it is: its tokens do not see padding.
+            (custom_text), and pool the end of the text. `crop_texts` can then leave padding out. A causal tower stays as it
+            is: its tokens do not see padding.
         init: "random", or what a matrix starts from that blocks share: the old matrix of the "first" block in the tower, or
             the "average" of all. With these two, attention's q and k and the MLP are the old blocks', with norms and layer
             scales folded in, see `init_blocks.convert`. Old value and output projections have no place in a new block.
@@ -172,16 +160,12 @@ def simplify(
         The same model, and a report of what was replaced with the parameter counts before and after.
 
     Raises:
-        InputError: an argument is unknown, or a tower has no replaceable blocks (a ResNet, a Hugging Face encoder in
+        ValueError: an argument is unknown, or a tower has no replaceable blocks (a ResNet, a Hugging Face encoder in
             open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower), or padding cannot be
             masked, or `init_blocks.convert` does not know a block. The model is left unchanged.
-
-    Example:
-        >>> model = open_clip.create_model("ViT-B-32")
-        >>> model, report = simplify(model, share={"text": neighbour_groups(12)})
     """
-    blocks, share = dict(blocks or {}), dict(share or {})
-    for name, keys, allowed in (("towers", towers, TOWERS), ("blocks", blocks, towers), ("share", share, towers)):
+    share = dict(share or {})
+    for name, keys, allowed in (("towers", towers, TOWERS), ("share", share, towers)):
         if unknown := sorted({*keys} - {*allowed}):
             raise InputError(f"{name}: expected names out of {list(allowed)}, got {unknown}")
     if init not in (choices := ("random", *init_blocks.MERGES)):
@@ -189,30 +173,35 @@ def simplify(
     encoders = _encoders(model)
     report = SimplifyReport(before=count_parameters(model))
     planned: list[tuple[_Site, SimplifiedBlock]] = []
-    texts: list[SimplifiedBlock] = []
+    texts: list[Any] = []
     for tower in dict.fromkeys(towers):
         sites = block_sites(model, tower)
-        chosen = sorted({*indices(f"blocks[{tower!r}]", blocks.get(tower, range(len(sites))), len(sites))})
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
         start = gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma
-        new: list[Any] = [build_block(sites[index], ratio, gamma=start) for index in chosen]
-        planned += zip([sites[index] for index in chosen], new)
+        new: list[Any] = [build_block(site, ratio, gamma=start) for site in sites]
+        planned += zip(sites, new)
         texts += new if tower == "text" else ()
         if encoders:
             new[0].checks_mask = True
-        report.share[tower] = shares(share.get(tower, ()), chosen, len(sites))
+        report.share[tower] = groups_of(share.get(tower, ()))
         for part, groups in report.share[tower].items():
-            share_weights(new, [[chosen.index(i) for i in group] for group in groups], part)
+            share_weights(new, groups, part)
 
-    masked = _tower_to_mask(model, texts) if mask_padding else None
+    mask_padding = mask_padding and not (texts and all(block.causal for block in texts))
+    text: Any = getattr(model, "text", None)
+    maskable = type(text) in (TextTransformer, MaskedTextTransformer) and text.pool_type in ("argmax", "eos")
+    if mask_padding and not (texts and maskable):
+        got = f"{type(text or model).__name__} that pools by {getattr(text, 'pool_type', None)}"
+        expected = "the text tower among the towers, open_clip's own (custom_text=True) that pools by argmax or eos"
+        raise InputError(f"mask_padding: expected {expected}, got {got}")
     if init != "random":
         init_blocks.start({site.path: (block, site.block.state_dict()) for site, block in planned}, init)
     for site, block in planned:
         report.replaced[site.path] = type(site.block).__name__
         model.set_submodule(site.path, block)
-    if masked is not None:
-        masked.__class__ = _MASKED[type(masked)]
-        for block in masked.transformer.resblocks:
+    if mask_padding:
+        text.__class__ = MaskedTextTransformer
+        for block in texts:
             block.masks_padding = True
     if encoders:
         encoders.declare_shared(model)
@@ -220,44 +209,15 @@ def simplify(
     return model, report
 
 
-def _tower_to_mask(model: Any, blocks: list[SimplifiedBlock]) -> Any:
-    """Returns the text tower whose padding is to be masked; None if it is causal. Raises InputError if masking is impossible.
-
-    blocks: the new blocks of the tower.
-    """
-    tower: Any = getattr(model, "text", None)
-    if blocks and all(block.causal for block in blocks):
-        return None
-    if type(tower) not in _MASKED:
-        kind = type(tower or model).__name__
-        raise InputError(f"mask_padding: expected an open_clip text tower of its own (custom_text=True), got {kind}")
-    if (pool := tower.pool_type) not in ("argmax", "eos"):
-        raise InputError(f"mask_padding: expected a tower that pools the end of each text (argmax, eos), got {pool}")
-    if len(blocks) < (count := len(tower.transformer.resblocks)):
-        raise InputError(f"mask_padding: expected all {count} text blocks to be replaced, got {len(blocks)} of them")
-    return tower
-
-
-def indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
-    """Returns `wanted` as indices from 0. Negative indices count from the end of `count` blocks."""
-    if not wanted or not all(-count <= index < count for index in wanted):
-        raise InputError(f"{name}: expected indices of {count} blocks, got {list(wanted)}")
-    return [index % count for index in wanted]
-
-
-def shares(wanted: Groups | Mapping[str, Groups], replaced: list[int], count: int) -> dict[str, list[list[int]]]:
-    """Returns a tower's groups by the part that they share, with indices from 0. replaced: indices of its new blocks."""
-    parts: Mapping[str, Groups] = wanted if isinstance(wanted, Mapping) else {"all": wanted}
-    if unknown := [part for part in parts if part not in SHARED_PARTS]:
-        raise InputError(f"share: expected groups, or groups by names out of {SHARED_PARTS}, got {unknown[0]!r}")
-    checked = {part: [indices("share", group, count) for group in groups] for part, groups in parts.items() if groups}
+def groups_of(share: Groups | Mapping[str, Groups]) -> dict[str, list[list[int]]]:
+    """Returns a tower's groups by the part that they share. Raises InputError for groups that are not disjoint."""
+    parts: Mapping[str, Groups] = share if isinstance(share, Mapping) else {"all": share}
+    shared = {part: [list(group) for group in groups] for part, groups in parts.items() if groups}
     for part in ("attention", "mlp"):
-        every = [i for name in (part, "all") for group in checked.get(name, ()) for i in group]
-        if missing := sorted({*every} - {*replaced}):
-            raise InputError(f"share: expected indices of replaced blocks, {replaced}, got {missing}")
-        if twice := sorted({i for i in every if every.count(i) > 1}):
-            raise InputError(f"share: expected disjoint groups, got block {twice[0]} twice for {part}")
-    return checked
+        indices = [index for name in (part, "all") for group in shared.get(name, ()) for index in group]
+        if len(set(indices)) < len(indices):
+            raise InputError(f"share: expected disjoint groups of blocks that share {part}, got {shared}")
+    return shared
 
 
 def block_sites(model: nn.Module, tower: str) -> list[_Site]:

@@ -36,7 +36,7 @@ from simplclip.models.registry import PLAIN, Tokenizer, create
 from simplclip.models.weights import CheckpointError, download, first_line, load_error, read_weights
 
 FORMAT, VERSION = "simplclip", 1
-EXPORT, EXPORTED_WEIGHTS = "export.json", "open_clip_model.safetensors"  # in the folder of an export
+EXPORT = "export.json"  # describes the folder of an export
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # initial values of SigLIP, arXiv 2303.15343
 
 _SHAPE = {"image_size": "vision_cfg", "context_length": "text_cfg"}  # setting -> the part of the options that may have it too
@@ -171,34 +171,15 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, A
     return model.eval(), config, state
 
 
-def load_export(folder: str | Path) -> tuple[nn.Module, str, int]:
-    """Loads the model of a folder that `simplclip export` wrote.
-
-    Returns: the model in eval mode on the CPU, its name, and the step of its checkpoint.
-    Raises: FileNotFoundError; CheckpointError if export.json is another file, or its weights do not fit; InputError if its
-    options are refused.
-    """
-    file = Path(folder) / EXPORT
-    try:
-        about = json.loads(file.read_text("utf-8"))
-        name, options, step = str(about["model"]), dict(about["options"]), int(about["step"])
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-        raise CheckpointError(f"{file}: expected a file of simplclip export, got another one") from None
-    check_options(options, str(file))
-    return create(name, checkpoint=file.with_name(EXPORTED_WEIGHTS), **options).eval(), name, step
-
-
 def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> dict[str, Any]:
     """Loads the model that `source` names:
 
-    PATH                    a checkpoint of `simplclip train` or the folder of a run (its last.pt), or the folder of
-                            `simplclip export`
-    open_clip:NAME/TAG      open_clip's pretrained weights, which it downloads if necessary; with `checkpoint` only the tag's
-                            preprocessing is used, and nothing is downloaded
+    PATH                    a checkpoint of `simplclip train`, the folder of a run (its last.pt) or of `simplclip export`
+    open_clip:NAME/TAG      open_clip's pretrained weights, which it downloads if necessary
     open_clip:NAME/FILE     weights of that model, .pt or .safetensors. A model with a single known tag gets its preprocessing
     siclip-tiny/FILE, ...   weights of that model, for mobileclip-s0 also the published file
 
-    checkpoint: FILE, if `source` does not have it.
+    checkpoint: FILE, if `source` does not have it. Beside a TAG, which then says the preprocessing alone.
 
     Returns: "name", "model", "preprocess" (RGB image -> float32 [3, S, S]), "tokenizer" (texts -> int64 [N, L]); also "step"
     of a checkpoint or export, and "config" of a checkpoint.
@@ -206,11 +187,12 @@ def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None 
     """
     source = os.fspath(source)
     name, _, rest = source.removeprefix(PLAIN).partition("/")
-    files = [file for file in (checkpoint, rest) if file]
     if source.startswith(PLAIN):
         return _open_clip(name, rest, checkpoint)
-    if checkpoint is None and Path(source).exists():
-        return _run_or_export(Path(source))
+    path = Path(source)
+    if checkpoint is None and path.exists():
+        return _export(path) if (path / EXPORT).is_file() and not (path / "last.pt").exists() else _run(path)
+    files = [file for file in (checkpoint, rest) if file]
     if name in registry.names() and len(files) == 1:
         return _parts(name, create(name, checkpoint=files[0]))
     known = f"a checkpoint, the folder of a run or an export, {', '.join(registry.names())} or {PLAIN}NAME, each with /FILE"
@@ -220,12 +202,20 @@ def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None 
 # Each of the following functions returns what `load_source` returns.
 
 
-def _run_or_export(path: Path) -> dict[str, Any]:
-    if (path / EXPORT).is_file() and not (path / "last.pt").exists():
-        model, name, step = load_export(path)
-        return _parts(name, model) | {"step": step}
+def _run(path: Path) -> dict[str, Any]:
     model, config, state = load_model(path)
     return _parts(config["model"]["name"], model) | {"config": config, "step": state["step"]}
+
+
+def _export(folder: Path) -> dict[str, Any]:
+    file = folder / EXPORT
+    try:
+        about = json.loads(file.read_text("utf-8"))
+        name, options, step = str(about["model"]), dict(about["options"]), int(about["step"])
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        raise CheckpointError(f"{file}: expected a file of simplclip export, got another one") from None
+    check_options(options, str(file))
+    return _parts(name, create(name, checkpoint=folder, **options)) | {"step": step}
 
 
 def _parts(name: str, model: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from simplclip.common.errors import InputError
 from simplclip.models.mobileclip import from_published, where_to_get
 
 PLAIN = "open_clip:"  # begins the names of open_clip's models
+EXPORTED_WEIGHTS = "open_clip_model.safetensors"  # in the folder of an export
 _MOST_VALUES = 50_000_000  # in a file of weights
 _SMALL = 1 << 24  # bytes up to which a tensor may be larger than its storage, as one made by `expand` is
 
@@ -87,11 +88,8 @@ def read(source: str | os.PathLike[str], argument: str = "source") -> dict[str, 
     name, slash, tag = str(source).removeprefix(PLAIN).partition("/")
     if not path.exists() and slash and (str(source).startswith(PLAIN) or name in open_clip.list_models()):
         return download(name, tag, argument).state_dict()
-    if path.is_dir():
-        files = [file for name in ("last.pt", "*.safetensors", "*.pt", "*.bin") for file in sorted(path.glob(name))]
-        if not files:
-            raise FileNotFoundError(f"{argument}: expected the folder of a run or of an export with weights, got {path}")
-        path = files[0]
+    if path.is_dir():  # of a run or of an export
+        path = path / ("last.pt" if (path / "last.pt").exists() else EXPORTED_WEIGHTS)
     state = read_weights(path, argument)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{argument}: expected a state dict in {path}, got {type(state).__name__}")

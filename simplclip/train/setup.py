@@ -18,7 +18,7 @@ from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
-from simplclip.models.frozen import FrozenParts
+from simplclip.models.fold import FrozenParts
 from simplclip.models.inherit import freeze, freeze_norms, inherit, load_weights
 from simplclip.models.trained import CheckpointError, build_model, image_transform, model_options
 from simplclip.models.weights import PACKAGED, first_line

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import simplclip
 from simplclip import models
 from simplclip.losses import ClipPMLoss
-from simplclip.models.frozen import FrozenParts
+from simplclip.models.fold import FrozenParts
 from simplclip.models.inherit import freeze, inherit
 from simplclip.models.mobileclip import TextTower
 

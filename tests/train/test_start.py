@@ -76,7 +76,7 @@ def test_sources_of_a_start(tmp_path, trained):
         assert bits(dict(model.state_dict())) == bits({name: wanted[name] for name in model.state_dict()})
     for source, told in (
         ("nowhere.pt", "model.checkpoint: expected a file of weights, got no such file: nowhere.pt"),
-        (tmp_path, "model.checkpoint: expected the folder of a run or of an export with weights, got"),
+        (tmp_path, "model.checkpoint: expected a file of weights, got no such file: .*open_clip_model.safetensors"),
     ):
         with pytest.raises(ConfigError, match=told):
             started(tmp_path, f"model.checkpoint={source}")
