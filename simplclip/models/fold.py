@@ -120,7 +120,7 @@ class FrozenPart:
 
 
 class FrozenParts:
-    """The frozen modules of `model` (see `inherit.freeze`) with convolutions and without hooks: they run as folded copies from
+    """The frozen modules of `model` (see `freeze`) with convolutions and without hooks: they run as folded copies from
     now on, the largest module that is frozen as one. The copies belong to no module, so that no state dict has them.
 
     dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the copies are stored in it.

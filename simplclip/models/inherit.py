@@ -111,7 +111,7 @@ class Transfer:
         self.status = dict.fromkeys(self.units, Status.NEW)
         self.taken: dict[str, Tensor] = {}
 
-    def took(self, unit: str) -> bool:
+    def is_taken(self, unit: str) -> bool:
         return any(name in self.taken for name in self.units[unit])
 
     def reset(self, unit: str, status: Status = Status.NEW) -> None:
@@ -134,7 +134,7 @@ class Transfer:
             got = f"{label}, of whose {len(state)} tensors {count} fit (not: {others})"
             raise CheckpointError(f"source: expected weights of this model's architecture, got {got}")
         for unit in free:
-            if self.took(unit):
+            if self.is_taken(unit):
                 continue
             if unit in fitting:
                 self.taken |= {name: state[name] for name in self.units[unit] if name in state}
@@ -156,7 +156,7 @@ class Transfer:
             for name in names:
                 owners[id(self.tensors[name])].append((unit, name))
         for tied in owners.values():
-            taking = [unit for unit, _ in tied if self.took(unit)]
+            taking = [unit for unit, _ in tied if self.is_taken(unit)]
             values = [self.taken[name] for _, name in tied if name in self.taken]
             if 0 < len(taking) < len(tied) or not all(torch.equal(values[0], value) for value in values[1:]):
                 for unit, _ in tied:
@@ -226,7 +226,7 @@ def inherit(
     for label, state in loaded:
         transfer.take(state, label)
     transfer.drop_half_tied()
-    for unit in filter(transfer.took, transfer.units):
+    for unit in filter(transfer.is_taken, transfer.units):
         trains = transfer.blocks[unit] or _always_trains(unit)
         transfer.status[unit] = Status.TRAINS if trains else Status.INHERITED
     for pattern in patterns:
@@ -234,7 +234,7 @@ def inherit(
         if not matching:
             near = difflib.get_close_matches(pattern, transfer.units, 1, 0.3)
             raise InputError(f"train: expected a pattern that matches a module, got {pattern!r}; nearest: {near}")
-        transfer.status |= {unit: Status.TRAINS for unit in matching if transfer.took(unit)}
+        transfer.status |= {unit: Status.TRAINS for unit in matching if transfer.is_taken(unit)}
     labels = [label for label, _ in loaded]
     if blocks is not None:
         _start_blocks(model, transfer, [state for _, state in loaded], ", ".join(labels), blocks)
@@ -249,7 +249,7 @@ def _start_blocks(model: nn.Module, transfer: Transfer, states: list[dict[str, T
     if not simplified or merge not in init_blocks.MERGES:
         expected = f"one of {init_blocks.MERGES}, for a model with simplified blocks"
         raise InputError(f"blocks: expected {expected}, got {merge!r} for {len(simplified)} blocks")
-    new = {block for unit, block in transfer.blocks.items() if not transfer.took(unit)}
+    new = {block for unit, block in transfer.blocks.items() if not transfer.is_taken(unit)}
     starts: dict[str, tuple[SimplifiedBlock, dict[str, Tensor]]] = {}
     for path in (path for path in simplified if path in new):
         blocks = ({n.removeprefix(f"{path}."): state[n] for n in state if n.startswith(f"{path}.")} for state in states)

@@ -173,25 +173,25 @@ def simplify(
     encoders = _encoders(model)
     report = SimplifyReport(before=count_parameters(model))
     planned: list[tuple[_Site, SimplifiedBlock]] = []
-    texts: list[Any] = []
+    text_blocks: list[Any] = []
     for tower in dict.fromkeys(towers):
         sites = block_sites(model, tower)
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
         start = gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma
         new: list[Any] = [build_block(site, ratio, gamma=start) for site in sites]
         planned += zip(sites, new)
-        texts += new if tower == "text" else ()
+        text_blocks += new if tower == "text" else ()
         if encoders:
             new[0].checks_mask = True
         report.share[tower] = groups_of(share.get(tower, ()))
         for part, groups in report.share[tower].items():
             share_weights(new, groups, part)
 
-    mask_padding = mask_padding and not (texts and all(block.causal for block in texts))
-    text: Any = getattr(model, "text", None)
-    maskable = type(text) in (TextTransformer, MaskedTextTransformer) and text.pool_type in ("argmax", "eos")
-    if mask_padding and not (texts and maskable):
-        got = f"{type(text or model).__name__} that pools by {getattr(text, 'pool_type', None)}"
+    mask_padding = mask_padding and not (text_blocks and all(block.causal for block in text_blocks))
+    text_tower: Any = getattr(model, "text", None)
+    maskable = type(text_tower) in (TextTransformer, MaskedTextTransformer) and text_tower.pool_type in ("argmax", "eos")
+    if mask_padding and not (text_blocks and maskable):
+        got = f"{type(text_tower or model).__name__} that pools by {getattr(text_tower, 'pool_type', None)}"
         expected = "the text tower among the towers, open_clip's own (custom_text=True) that pools by argmax or eos"
         raise InputError(f"mask_padding: expected {expected}, got {got}")
     if init != "random":
@@ -200,8 +200,8 @@ def simplify(
         report.replaced[site.path] = type(site.block).__name__
         model.set_submodule(site.path, block)
     if mask_padding:
-        text.__class__ = MaskedTextTransformer
-        for block in texts:
+        text_tower.__class__ = MaskedTextTransformer
+        for block in text_blocks:
             block.masks_padding = True
     if encoders:
         encoders.declare_shared(model)

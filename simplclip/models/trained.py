@@ -195,8 +195,10 @@ def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None 
     files = [file for file in (checkpoint, rest) if file]
     if name in registry.names() and len(files) == 1:
         return _parts(name, create(name, checkpoint=files[0]))
-    known = f"a checkpoint, the folder of a run or an export, {', '.join(registry.names())} or {PLAIN}NAME, each with /FILE"
-    raise FileNotFoundError(f"source: expected {known}, got {source!r}{where_to_get(source)}")
+    expected = (
+        f"a checkpoint, the folder of a run or an export, {', '.join(registry.names())} or {PLAIN}NAME, each with /FILE"
+    )
+    raise FileNotFoundError(f"source: expected {expected}, got {source!r}{where_to_get(source)}")
 
 
 # Each of the following functions returns what `load_source` returns.
