@@ -96,6 +96,10 @@ class SimplifyReport:
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        sizes = [f"{part}: {size:,} parameters, {self.before[part]:,} before" for part, size in self.after.items()]
+        return "\n".join([f"{len(self.replaced)} blocks replaced: {', '.join(self.replaced)}", *sizes])
+
 
 @dataclass(frozen=True)
 class _Site:
@@ -122,6 +126,7 @@ def simplify(
     model: nn.Module,
     *,
     towers: Sequence[str] = TOWERS,
+    blocks: Mapping[str, Sequence[int]] | None = None,
     share: Mapping[str, Groups | Mapping[str, Groups]] | None = None,
     mlp_ratio: float | Mapping[str, float] | None = None,
     gamma: float | Mapping[str, float] = 1.0,
@@ -141,17 +146,18 @@ def simplify(
     Args:
         model: an open_clip model with the towers to replace: ``visual``; ``text`` or ``transformer``. Or a transformers model
             with ``vision_model``; ``text_model``.
-        towers: "text", "image" or both; all attention blocks of a tower are replaced.
-        share: for each tower groups of indices of blocks that share all weight matrices, or a mapping that names what is
-            shared: ``{"attention": groups, "mlp": groups}`` or ``{"all": groups}``, see `nn.share_weights`. The groups of one
-            part are disjoint ("all" counts for both parts); those of attention and MLP may differ.
+        towers: "text", "image" or both.
+        blocks: for each tower the indices of the attention blocks to replace; by default all of a tower are replaced.
+        share: for each tower groups of such indices that share all weight matrices, or a mapping that names what is shared:
+            ``{"attention": groups, "mlp": groups}`` or ``{"all": groups}``, see `nn.share_weights`. The groups of one part
+            are disjoint ("all" counts for both parts); those of attention and MLP may differ.
         mlp_ratio: for both towers, or by tower; as in the old block when None.
         gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens, so that a text's feature
             depends only on its length until training changes W_q or gamma. The two text blocks of siclip-tiny learned faster
             from 0.3; in a deep tower the means would add up and outweigh the tokens.
         mask_padding: let no token see the padding behind its text. The text tower must be open_clip's separate one
-            (custom_text), and pool the end of the text. `crop_texts` can then leave padding out. A causal tower stays as it
-            is: its tokens do not see padding.
+            (custom_text), and pool the end of the text; all its blocks must be replaced. `crop_texts` can then leave padding
+            out. A causal tower stays as it is: its tokens do not see padding.
         init: "random", or what a matrix starts from that blocks share: the old matrix of the "first" block in the tower, or
             the "average" of all. With these two, attention's q and k and the MLP are the old blocks', with norms and layer
             scales folded in, see `init_blocks.convert`. Old value and output projections have no place in a new block.
@@ -164,8 +170,8 @@ def simplify(
             open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower), or padding cannot be
             masked, or `init_blocks.convert` does not know a block. The model is left unchanged.
     """
-    share = dict(share or {})
-    for name, keys, allowed in (("towers", towers, TOWERS), ("share", share, towers)):
+    blocks, share = dict(blocks or {}), dict(share or {})
+    for name, keys, allowed in (("towers", towers, TOWERS), ("blocks", blocks, towers), ("share", share, towers)):
         if unknown := sorted({*keys} - {*allowed}):
             raise InputError(f"{name}: expected names out of {list(allowed)}, got {unknown}")
     if init not in (choices := ("random", *init_blocks.MERGES)):
@@ -178,22 +184,25 @@ def simplify(
         sites = block_sites(model, tower)
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
         start = gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma
-        new: list[Any] = [build_block(site, ratio, gamma=start) for site in sites]
-        planned += zip(sites, new)
+        chosen = sorted(blocks.get(tower, range(len(sites))))
+        if not chosen or not {*chosen} <= {*range(len(sites))}:
+            raise InputError(f"blocks: expected indices of the {len(sites)} blocks of the {tower} tower, got {chosen}")
+        new: list[Any] = [build_block(sites[index], ratio, gamma=start) for index in chosen]
+        planned += zip([sites[index] for index in chosen], new)
         text_blocks += new if tower == "text" else ()
         if encoders:
             new[0].checks_mask = True
-        report.share[tower] = groups_of(share.get(tower, ()))
+        report.share[tower] = groups_of(share.get(tower, ()), chosen)
         for part, groups in report.share[tower].items():
-            share_weights(new, groups, part)
+            share_weights(new, [[chosen.index(i) for i in group] for group in groups], part)
 
     mask_padding = mask_padding and not (text_blocks and all(block.causal for block in text_blocks))
     text_tower: Any = getattr(model, "text", None)
     maskable = type(text_tower) in (TextTransformer, MaskedTextTransformer) and text_tower.pool_type in ("argmax", "eos")
-    if mask_padding and not (text_blocks and maskable):
+    if mask_padding and not (maskable and len(text_blocks) == len(text_tower.transformer.resblocks)):
         got = f"{type(text_tower or model).__name__} that pools by {getattr(text_tower, 'pool_type', None)}"
-        expected = "the text tower among the towers, open_clip's own (custom_text=True) that pools by argmax or eos"
-        raise InputError(f"mask_padding: expected {expected}, got {got}")
+        expected = "open_clip's own text tower (custom_text=True) that pools by argmax or eos, and all its blocks replaced"
+        raise InputError(f"mask_padding: expected {expected}, got {got} and {len(text_blocks)} blocks")
     if init != "random":
         init_blocks.start({site.path: (block, site.block.state_dict()) for site, block in planned}, init)
     for site, block in planned:
@@ -209,14 +218,14 @@ def simplify(
     return model, report
 
 
-def groups_of(share: Groups | Mapping[str, Groups]) -> dict[str, list[list[int]]]:
-    """Returns a tower's groups by the part that they share. Raises InputError for groups that are not disjoint."""
+def groups_of(share: Groups | Mapping[str, Groups], chosen: list[int]) -> dict[str, list[list[int]]]:
+    """Returns a tower's groups by the part that they share. Raises InputError if they are not disjoint groups of `chosen`."""
     parts: Mapping[str, Groups] = share if isinstance(share, Mapping) else {"all": share}
     shared = {part: [list(group) for group in groups] for part, groups in parts.items() if groups}
     for part in ("attention", "mlp"):
         indices = [index for name in (part, "all") for group in shared.get(name, ()) for index in group]
-        if len(set(indices)) < len(indices):
-            raise InputError(f"share: expected disjoint groups of blocks that share {part}, got {shared}")
+        if len(set(indices)) < len(indices) or not {*indices} <= {*chosen}:
+            raise InputError(f"share: expected disjoint groups of the replaced blocks, {chosen}, got {shared}")
     return shared
 
 

@@ -163,7 +163,7 @@ def test_what_is_refused_leaves_the_model_as_it_was():
     clip = model()
     names = clip.state_dict().keys()
     for made, options, message in (
-        (clip, {"share": {"image": [[0, 7]]}}, "groups: expected indices of 3 blocks, got 7"),
+        (clip, {"blocks": {"image": [7]}}, "blocks: expected indices of the 3 blocks of the image tower, got .7."),
         (model("MetaClip2Model"), {}, "text: expected a transformers encoder with CLIPEncoderLayer, .*, got MetaClip2Enc"),
         (model("ChineseCLIPModel"), {}, "text: expected a transformers encoder with .*, got ChineseCLIPTextModel"),
         (clip.text_model, {}, "text: expected a transformers encoder with .*, got NoneType"),

@@ -93,14 +93,30 @@ def test_the_causal_mask_is_kept(causal):
     assert torch.allclose(model.encode_text(text), model.encode_text(changed)) == causal
 
 
+def test_blocks_by_their_indices():
+    model = clip()
+    _, report = simplify(model, towers=("image",), blocks={"image": [2, 0]})
+    assert kinds(model) == list(report.replaced) == ["visual.transformer.resblocks.0", "visual.transformer.resblocks.2"]
+    assert str(report).startswith(
+        "2 blocks replaced: visual.transformer.resblocks.0, visual.transformer.resblocks.2\nimage: "
+    )
+    simplify(model, blocks={"image": [1], "text": [3]})
+    assert len(kinds(model)) == 4
+    model(*batch())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": {"image": [[0, 7]]}}, "groups: expected indices of 3 blocks, got 7"),
+        ({"blocks": {"image": [7]}}, "blocks: expected indices of the 3 blocks of the image tower, got .7."),
+        (
+            {"blocks": {"image": [0]}, "share": {"image": [[0, 1]]}},
+            r"share: expected disjoint groups .*, \[0\], got .*\[0, 1\]",
+        ),
         ({"towers": ("text", "audio")}, "towers: expected names .*audio"),
         ({"towers": ["text"], "share": {"image": [[0, 1]]}}, r"share: expected names out of \['text'\], got \['image'\]"),
         ({"share": {"text": {"qk": [[0, 1]]}}}, "what: expected one of .'attention', 'mlp', 'all'., got 'qk'"),
-        ({"share": {"text": {"all": [[0, 1]], "mlp": [[1, 2]]}}}, "share: expected disjoint groups of blocks that share mlp"),
+        ({"share": {"text": {"all": [[0, 1]], "mlp": [[1, 2]]}}}, "share: expected disjoint groups of the replaced blocks"),
     ],
 )
 def test_an_error_leaves_the_model_as_it_was(options, message):
@@ -195,14 +211,23 @@ def test_masked_padding_is_as_if_it_were_not_there(pool):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (lambda: clip(cls=CustomTextCLIP), {"towers": ["image"]}, "the text tower among the towers"),
-        (lambda: clip(text={"no_causal_mask": True}), {}, r"open_clip's own \(custom_text=True\) .* got CLIP"),
+        (
+            lambda: clip(cls=CustomTextCLIP),
+            {"towers": ["image"]},
+            "and all its blocks replaced, got TextTransformer .* and 0 blocks",
+        ),
+        (
+            lambda: masking(no_causal_mask=True),
+            {"blocks": {"text": [0, 1]}},
+            "and all its blocks replaced, got .* and 2 blocks",
+        ),
+        (lambda: clip(text={"no_causal_mask": True}), {}, r"open_clip's own text tower \(custom_text=True\) .* got CLIP"),
         (
             lambda: masking(no_causal_mask=True, pool_type="last"),
             {},
             "got TextTransformer that pools by last",
         ),
-        (lambda: with_text(TextTower(12, 100, 24, 2, 2)), {}, "open_clip's own .*, got TextTower"),
+        (lambda: with_text(TextTower(12, 100, 24, 2, 2)), {}, "open_clip's own text tower .*, got TextTower"),
     ],
 )
 def test_padding_that_cannot_be_masked(model, options, message):
