@@ -85,8 +85,12 @@ class TextCrop:
         return rows
 
     def rounded(self, text: Tensor) -> Tensor:
-        """Returns the lengths at which texts [N, L] are computed, int64 [N] on the CPU."""
-        lengths = lengths_of(text).cpu()
+        """Returns the lengths at which texts [N, L] are computed, int64 [N] on the CPU, with the first padding token of each.
+
+        Padding is the run of equal tokens at the end.
+        """
+        padding = (text == text[:, -1:]).flip(1).cumprod(1).sum(1).cpu()
+        lengths = text.shape[1] + 1 - padding
         return ((lengths + self.multiple - 1) // self.multiple * self.multiple).clamp(max=text.shape[1])
 
     def _encode(self, text: Tensor, *args: Any, **options: Any) -> Any:
@@ -105,12 +109,6 @@ class TextCrop:
         finally:
             for name in cropped:
                 del vars(tower)[name]
-
-
-def lengths_of(text: Tensor) -> Tensor:
-    """Counts the tokens of each text [N, L] and its first padding token. Padding is the run of equal tokens at the end."""
-    run = (text == text[:, -1:]).flip(1).cumprod(1).sum(1)
-    return text.shape[1] + 1 - run
 
 
 def _why_not(model: Any) -> str:

@@ -50,38 +50,33 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
-class TableRow:
-    """A row of the table: a largest module whose tensors all have this status, or a single tensor."""
-
-    module: str
-    status: Status
-    parameters: int  # without those that an earlier row counts
-
-
-@dataclass(frozen=True)
 class WeightTable:
-    """A table of the model's modules with the status of their weights, and the sources of the weights."""
+    """The status of a model's weights, and their sources.
 
-    rows: tuple[TableRow, ...]
-    sources: tuple[str, ...]
+    rows: a largest module whose tensors all have this status, or a single tensor -> the status, and the number of parameters
+        without those that an earlier row counts.
+    """
+
+    rows: Mapping[str, tuple[Status, int]]
+    sources: Sequence[str]
 
     @property
     def names(self) -> list[str]:
         """Names of the frozen modules and parameters, as `freeze` takes them."""
-        return [row.module for row in self.rows if row.status == Status.INHERITED]
+        return [name for name, (status, _) in self.rows.items() if status == Status.INHERITED]
 
     @property
     def totals(self) -> dict[Status, int]:
         """Parameters by status."""
         totals = dict.fromkeys(Status, 0)
-        for row in self.rows:
-            totals[row.status] += row.parameters
+        for status, count in self.rows.values():
+            totals[status] += count
         return totals
 
     def lines(self) -> list[str]:
         """The table and the parameters by status, as lines of text."""
         cells = [("module", "weights", "parameters")]
-        cells += [(row.module or "(all)", row.status, f"{row.parameters:,}") for row in self.rows]
+        cells += [(name or "(all)", status, f"{count:,}") for name, (status, count) in self.rows.items()]
         cells += [("total", status, f"{count:,}") for status, count in self.totals.items() if count]
         width = max(len(name) for name, *_ in cells)
         table = [f"{name:<{width}}  {status:<17}  {count:>12}" for name, status, count in cells]
@@ -142,7 +137,7 @@ class Transfer:
                 self.status[unit] = Status.DIFFERS
 
     def _fits(self, unit: str, state: Mapping[str, Tensor]) -> bool:
-        present = {name for name in state if name == unit or name.startswith(f"{unit}.")}
+        present = {unit} & state.keys() if unit in self.tensors else {n for n in state if n.startswith(f"{unit}.")}
         unmatched = present.symmetric_difference(self.units[unit])
         return not self._differs(unit, state) and all(name.endswith(_COUNTERS) for name in unmatched)
 
@@ -169,18 +164,18 @@ class Transfer:
             self.tensors[name].copy_(value.reshape(self.tensors[name].shape))
         counted: set[Tensor] = set()
 
-        def rows(path: str, inside: list[str]) -> Iterator[TableRow]:
+        def rows(path: str, inside: list[str]) -> Iterator[tuple[str, tuple[Status, int]]]:
             if len({self.status[unit] for unit in inside}) == 1:
                 tensors = {self.tensors[name] for unit in inside for name in self.units[unit]} - counted
                 counted.update(tensors)
                 size = sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
-                yield TableRow(path, self.status[inside[0]], size)
+                yield path, (self.status[inside[0]], size)
                 return
             depth = path.count(".") + 1 if path else 0
             for name, children in groupby(inside, lambda unit: ".".join(unit.split(".")[: depth + 1])):
                 yield from rows(name, list(children))
 
-        return WeightTable(tuple(rows("", list(self.units))), tuple(labels))
+        return WeightTable(dict(rows("", list(self.units))), labels)
 
 
 def inherit(
