@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     student.train()
     for step, batch in enumerate(islice(loader, options.steps)):
         batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        images = transform.finish(batch["image"], batch.get("colour"))
+        images = transform.finish(batch["image"])
         with torch.autocast(device, torch.bfloat16):
             features = student(images, batch["text"])[:3]
             taught = batch["teacher_image"], batch["teacher_text"], torch.tensor(stamp["logit_scale"], device=device)

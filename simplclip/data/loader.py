@@ -168,17 +168,17 @@ class Loader:
             drawn = _draw(len(pair.captions), self.captions_per_image)
             view_number = random.randrange(len(pair.views)) if pair.views else 0
             view = pair.views[view_number] if pair.views else None
-            pixels, colour = pixels_of(self.transform, pair, view, self.max_pixels)
+            pixels = pixels_of(self.transform, pair, view, self.max_pixels)
         features = None
         if self.teacher:
             captions = len(pair.features) - len(pair.captions)  # the row where the captions' features begin
             features = torch.from_numpy(pair.features[[view_number, *(captions + i for i in drawn)]])
             features = features.view(torch.bfloat16) if features.dtype == torch.uint16 else features
         texts = [pair.captions[i] for i in drawn]
-        return pixels, colour, texts, pair.group_id, pair.key, pair.record, features
+        return pixels, texts, pair.group_id, pair.key, pair.record, features
 
     def _collate(self, rows: list[tuple]) -> Batch:
-        images, colours, texts, groups, keys, records, features = zip(*rows)
+        images, texts, groups, keys, records, features = zip(*rows)
         one = self.captions_per_image == 1
         tokens = self.tokenizer([text for several in texts for text in several])
         batch: Batch = {
@@ -188,8 +188,6 @@ class Loader:
             "key": list(keys),
             "meta": list(records),
         }
-        if colours[0] is not None:
-            batch["colour"] = torch.tensor(colours)
         if self.teacher:
             stacked = torch.stack(features)
             batch |= {"teacher_image": stacked[:, 0], "teacher_text": stacked[:, 1] if one else stacked[:, 1:]}
@@ -219,10 +217,9 @@ def make_loader(
 ) -> Loader:
     """Returns a loader of training batches. Iterating it has no end: each worker goes over its part of the data again.
 
-    Batches are dicts: "image" uint8 [N, 3, S, S], and "colour" float32 [N, P] if the transform changes colours
-    (`transform.finish` takes both on the device; the images of a caller's own transform are float32 and finished), "text"
-    int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict]
-    (the json). With captions_per_image k > 1 "text" is [N, k, L].
+    Batches are dicts: "image" uint8 [N, 3, S, S] (`transform.finish` normalises it on the device; the images of a caller's
+    own transform are float32 and finished), "text" int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard
+    and key), "key" list[str], "meta" list[dict] (the json). With captions_per_image k > 1 "text" is [N, k, L].
 
     With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D], float16 or bfloat16: a
     teacher's features of the images and of the drawn captions. If the teacher saw views of an image, one of these views is
@@ -303,22 +300,20 @@ def seeded(*parts: object) -> Iterator[None]:
 
 def pixels_of(
     transform: ImageTransform | Callable, pair: Pair, view: View | None = None, max_pixels: int | None = None
-) -> tuple[torch.Tensor, list[float] | None]:
-    """Returns the transformed image of a sample, and the parameters with which `ImageTransform.finish` changes its colour.
+) -> torch.Tensor:
+    """Returns the transformed image of a sample.
 
     view: the view to replay instead of drawing one. max_pixels: as for `decode`, for a caller's transform only.
     Raises BrokenSample. With a caller's transform, raises ShardError if a view is given, RuntimeError if the transform fails.
     """
     if isinstance(transform, ImageTransform):
-        encoded = pair.encoded
-        pixels, view = transform.drawn(encoded) if view is None else (transform.apply(encoded, view), view)
-        return pixels, view.get("colour")
+        return transform(pair.encoded) if view is None else transform.apply(pair.encoded, view)
     if view is not None:
         raise ShardError(
             f"sample {pair.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "
             f"got {transform!r}"
         )
-    return called(transform, decode_pil(pair.encoded, max_pixels=max_pixels), pair), None
+    return called(transform, decode_pil(pair.encoded, max_pixels=max_pixels), pair)
 
 
 def called(transform: Callable, image: Image.Image, pair: Pair) -> torch.Tensor:

@@ -65,7 +65,6 @@ class Batch(NamedTuple):
     """What workers make of N samples."""
 
     images: Tensor  # [N V, 3, S, S], uint8 or float32
-    colours: Tensor | None  # float32 [N V, P], see `ImageTransform.finish`
     tokens: Tensor  # int64 [sum of C, L]
     captions: list[int]  # C of each sample
     about: list[dict[str, Any]]  # the content of each teacher.json
@@ -79,7 +78,7 @@ class Prepare:
     tokenizer: Callable[[list[str]], Tensor]
     views: Views | None
 
-    def __call__(self, sample: Pair) -> tuple[list[Tensor], list[View], Tensor, dict[str, Any]]:
+    def __call__(self, sample: Pair) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
         drawn: list[View] = []
         if self.views is not None:
             drawn = self.views.draw(sample)
@@ -89,15 +88,13 @@ class Prepare:
         else:
             images = [called(self.transform, sample.image, sample)]
         about = {"captions": digest_of(sample.captions), **({"views": drawn} if drawn else {})}
-        return images, drawn, self.tokenizer(sample.captions), about
+        return images, self.tokenizer(sample.captions), about
 
     def collate(self, prepared: list[tuple]) -> Batch:
-        images, views, tokens, about = zip(*prepared)
+        images, tokens, about = zip(*prepared)
         pixels = [image for several in images for image in several]
-        colours = [view["colour"] for several in views for view in several if "colour" in view]
         return Batch(
             stack(pixels) if pixels[0].dtype == torch.uint8 else torch.stack(pixels),
-            torch.tensor(colours) if colours else None,
             torch.cat(tokens),
             [len(several) for several in tokens],
             list(about),
@@ -134,7 +131,7 @@ def write(
     prepare = Prepare(transform or teacher.preprocess, teacher.tokenizer, views)
 
     def process(batch: Batch) -> list[dict[str, bytes]]:
-        images = finished(prepare.transform, batch.images, teacher.device, colour=batch.colours)
+        images = finished(prepare.transform, batch.images, teacher.device)
         x = torch.cat([teacher.features("image", part) for part in images.split(batch_size)]).cpu()
         y = encode_tokens(teacher, batch.tokens, batch_size).cpu()
         rows = zip(x.unflatten(0, (len(batch.about), -1)), y.split(batch.captions), batch.about)
