@@ -31,11 +31,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     sidecars = [options.out / "teacher"]
     teacher.run(options.shards, sidecars[0], options.teacher, workers=options.workers)
-    stamp = data.teacher_stamp(options.shards, sidecars)
+    stamp = data.teacher_stamp(sidecars)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student, transform = create_model(options.student, device=device), models.transforms(options.student, train=True)
-    loader = data.make_loader(
+    loader = data.Loader(
         options.shards,
         sidecars=sidecars,
         teacher=True,

@@ -87,7 +87,7 @@ def pack(
 def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
     """Returns `data` with shards in place of tables, JSON files and folders; `pack` makes these shards in OUT/NAME first.
 
-    data: a path or address, a mapping with "shards", or a list of these, as `make_loader` takes them. A mapping may also have
+    data: a path or address, a mapping with "shards", or a list of these, as `Loader` takes them. A mapping may also have
         the fields of `Options`.
     """
     names: Counter[str] = Counter()

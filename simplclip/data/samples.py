@@ -25,7 +25,6 @@ from simplclip.data.tars import Sample
 
 TEACHER = "teacher.npy"  # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
 TEACHER_JSON = "teacher.json"  # what the features belong to: "captions", a digest of them, and "views" if it saw views
-VIEWS = "views.json"  # the views in sidecars of earlier versions, which have no teacher.json
 
 
 @dataclass
@@ -119,12 +118,12 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
     place = f"sample {pair.key!r} of shard {pair.url!r}"
     again = "the captions have changed since; run `simplclip teacher` on these shards and captions again"
     if TEACHER not in sample:
-        decode_pil(pair.encoded)  # raises BrokenSample: a broken image has no features
+        pair.image  # raises BrokenSample: a broken image has no features
         raise ShardError(f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`")
     try:
         features = np.lib.format.read_array(io.BytesIO(sample[TEACHER]), allow_pickle=False)
         about = json_of(sample[TEACHER_JSON]) if TEACHER_JSON in sample else {}
-        views = about.get("views") or (json_of(sample[VIEWS]) if VIEWS in sample else None)
+        views = about.get("views")
         if features.dtype not in (np.float16, np.uint16) or features.ndim != 2:
             raise ValueError(f"expected float16 or uint16 [V + C, D], got {features.dtype} {list(features.shape)}")
         if views is not None and not (views and isinstance(views, list) and all(isinstance(view, dict) for view in views)):

@@ -45,21 +45,13 @@ class ImageTransform:
             interpolation, as in open_clip; unlike there, `ratio` is heeded), then a change of colour with the probability
             color_jitter_prob and to grey with gray_scale_prob. "affine": small rotations, shifts, zooms and changes of
             colour without mirroring, for drawings on white.
-        max_pixels: as for `decode`.
     """
 
-    def __init__(
-        self,
-        cfg: PreprocessCfg,
-        augment: AugmentationCfg | Mapping[str, Any] | str | None = None,
-        *,
-        max_pixels: int | None = None,
-    ) -> None:
+    def __init__(self, cfg: PreprocessCfg, augment: AugmentationCfg | Mapping[str, Any] | str | None = None) -> None:
         self.size: tuple[int, int] = tuple(cfg.input_size[1:])
         self.mean, self.std = tuple(cfg.mean), tuple(cfg.std)
         self.resize_mode, self.fill = cfg.resize_mode, cfg.fill_color
         self.interpolation = BILINEAR if cfg.interpolation == "bilinear" else BICUBIC
-        self.max_pixels = max_pixels
         self.augment: Any = _checked(augment)  # None, "affine" or an AugmentationCfg
         self._jitter, self._jitter_prob, self._grey_prob = None, 0.0, 0.0
         if self.augment == "affine":
@@ -94,7 +86,7 @@ class ImageTransform:
 
     def apply_all(self, encoded: bytes, views: Sequence[View]) -> list[Tensor]:
         """Returns the pixels of a file in several views, as `apply` does. It is decoded once, at the largest scale needed."""
-        image = decode(encoded, scale=min(self._scale(encoded, view) for view in views), max_pixels=self.max_pixels)
+        image = decode(encoded, scale=min(self._scale(encoded, view) for view in views))
         return [self.render(image, view) for view in views]
 
     def render(self, image: Tensor, view: View) -> Tensor:
@@ -128,7 +120,7 @@ class ImageTransform:
 
     def __call__(self, image: bytes | Image.Image) -> Tensor:
         if not isinstance(image, Image.Image):
-            return self.apply(image, self.draw(*size_of(image, self.max_pixels)))
+            return self.apply(image, self.draw(*size_of(image)))
         pixels = to_tensor(rgb(image))
         return self.finish(self.render(pixels, self.draw(*pixels.shape[1:]))[None])[0]
 
@@ -136,7 +128,7 @@ class ImageTransform:
         """Returns by what the sides of a JPEG may be divided while it is decoded for a view."""
         if "crop" not in view or self._room(view["image"], view) < SCALES[-1]:
             return 1
-        room = self._room(size_of(encoded, self.max_pixels), view)
+        room = self._room(size_of(encoded), view)
         return next((scale for scale in SCALES if scale <= room), 1)
 
     def _room(self, size: tuple[int, int], view: View) -> float:
@@ -155,7 +147,7 @@ class ImageTransform:
         else:
             ratio = fit(height / self.size[0], width / self.size[1])
             size = [round(height / ratio), round(width / ratio)]
-        check_pixels(size[0], size[1], None)  # an image one pixel wide would become gigabytes
+        check_pixels(*size)  # an image one pixel wide would become gigabytes
         return size, self.interpolation if fit is max or square else BICUBIC  # open_clip passes none on for other sizes
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data.decode import size_of
-from simplclip.data.loader import called, seeded
+from simplclip.data.loader import pixels_of, seeded
 from simplclip.data.pack import packed
 from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, check_count, digest_of
 from simplclip.data.transforms import ImageTransform, View, augmentation, finished, stack
@@ -50,7 +50,7 @@ class Views:
 
     def draw(self, sample: Pair) -> list[View]:
         """Draws the views of a sample's image. A view depends on the seed, the shard's name, the key and its number only."""
-        height, width = size_of(sample.encoded, self.transform.max_pixels)
+        height, width = size_of(sample.encoded)
         views = []
         for view in range(self.number):
             with seeded(self.seed, "view", sample.place, view):
@@ -83,10 +83,8 @@ class Prepare:
         if self.views is not None:
             drawn = self.views.draw(sample)
             images = self.transform.apply_all(sample.encoded, drawn)  # type: ignore[attr-defined]
-        elif isinstance(self.transform, ImageTransform):
-            images = [self.transform(sample.encoded)]
         else:
-            images = [called(self.transform, sample.image, sample)]
+            images = [pixels_of(self.transform, sample)]
         about = {"captions": digest_of(sample.captions), **({"views": drawn} if drawn else {})}
         return images, self.tokenizer(sample.captions), about
 
