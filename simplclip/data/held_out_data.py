@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -22,7 +22,6 @@ from simplclip.data.samples import Pair, check_files, image_of, label_of
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.stored_order import StoredOrder
 from simplclip.data.tars import Sample
-from simplclip.data.transforms import ImageTransform
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class ImageFolder:
 class HeldOut:
     """Held-out data, made by `held_out`. It is copied to the workers, each of which goes over all samples."""
 
-    sources: list[Source | ImageFolder]
+    sources: Sequence[Source | ImageFolder]
     classes: Classes
     captions: int | None = None
     txt_lines: bool = False
@@ -124,8 +123,8 @@ class HeldOut:
 def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:
     """Returns held-out data: tars as `sources_of` takes them, ImageFolder's layout, or clip-benchmark's.
 
-    In clip-benchmark's layout it takes the split `test`; the folder of another split is named itself. A sample without caption
-    and label is broken.
+    Of clip-benchmark's layout it takes the split `test`; name the folder of another split itself. A sample without caption and
+    label is broken.
 
     captions: number of captions to use of each sample, from the first on; 0 for all. None for all, except that of a json's
     captions only the first counts, since the others may be rephrasings for training, or synthetic.
@@ -179,7 +178,7 @@ def _image_folder(path: str, name: str) -> ImageFolder:
 
 
 def _clip_benchmark(folder: Path, captions: int | None, name: str) -> HeldOut | None:
-    """Returns the data of a folder in clip-benchmark's layout, or of the folder of one of its splits; None for another layout."""
+    """Returns the data of a folder in clip-benchmark's layout, or of one of its splits; None for another layout."""
     root, place = (folder.parent, folder) if (folder / "nshards.txt").is_file() else (folder, folder / "test")
     if not (place / "nshards.txt").is_file():
         return None

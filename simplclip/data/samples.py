@@ -118,7 +118,7 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
     place = f"sample {pair.key!r} of shard {pair.url!r}"
     again = "the captions have changed since; run `simplclip teacher` on these shards and captions again"
     if TEACHER not in sample:
-        pair.image  # raises BrokenSample: a broken image has no features
+        decode_pil(pair.encoded)  # raises BrokenSample: a broken image has no features
         raise ShardError(f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`")
     try:
         features = np.lib.format.read_array(io.BytesIO(sample[TEACHER]), allow_pickle=False)

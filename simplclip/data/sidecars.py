@@ -129,9 +129,8 @@ def teacher_stamp(folders: Folders) -> dict[str, Any]:
             return stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
         except (OSError, ValueError, LookupError, TypeError, OverflowError):
             continue
-    raise ShardError(
-        f"data.sidecars: expected the folder of a teacher's features, which `simplclip teacher` writes, got {list(map(str, folders))}"
-    )
+    given = list(map(str, folders))
+    raise ShardError(f"data.sidecars: expected a teacher's features, which `simplclip teacher` writes, got {given}")
 
 
 def dataset_size(shards: Any) -> int | None:

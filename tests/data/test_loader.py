@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg
-from pairs import COUNT, SIZE, keys, loader, npy, png, resize, sample, text_of, write
+from pairs import COUNT, SIZE, loader, npy, resize, sample, text_of, write
 from runs import bits
 
 from simplclip import data
@@ -332,7 +332,7 @@ def test_the_stamp_of_a_folder(tmp_path):
     assert data.teacher_stamp([tmp_path / "a"]) == {"name": "t", "width": 6, "logit_scale": 10.0}
     assert data.teacher_stamp([tmp_path / "a", tmp_path / "b", tmp_path / "c"])["logit_scale"] == 11.0
     for folders in ([tmp_path / "c"], []):
-        with pytest.raises(data.ShardError, match=r"data.sidecars: expected the folder of a teacher's features, .*got \["):
+        with pytest.raises(data.ShardError, match=r"data.sidecars: expected a teacher's features, .*got \["):
             data.teacher_stamp(folders)
 
 
