@@ -123,7 +123,7 @@ class HeldOut:
 def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:
     """Returns held-out data: tars as `sources_of` takes them, ImageFolder's layout, or clip-benchmark's.
 
-    Of clip-benchmark's layout it takes the split `test`; name the folder of another split itself. A sample without caption and
+    Of clip-benchmark's layout it takes the split `test`; name the folder of another one itself. A sample without caption and
     label is broken.
 
     captions: number of captions to use of each sample, from the first on; 0 for all. None for all, except that of a json's
