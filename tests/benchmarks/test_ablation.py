@@ -78,7 +78,7 @@ def test_wrong_settings_and_names_end_it_before_a_run(command, trained, tmp_path
     assert not trained
 
 
-def test_the_row_of_an_effect():
+def test_figures_of_an_effect():
     pairs = [[evaluated(base), evaluated(variant)] for base, variant in ((0.10, 0.14), (0.12, 0.20), (0.14, 0.14))]
     every, a, _ = ablation.rows_of(ablation.Effect(name="e", base=[], variant=[]), pairs)
     # Means over both directions are recall + 0.1 in split a, and recall / 2 + 0.1 in split b.

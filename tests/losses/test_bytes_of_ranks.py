@@ -102,7 +102,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("ranks", "n"), [(2, 1024), (1024, 1024)])
-def test_the_bytes_of_a_step_are_the_formula_s(kind, ranks, n):
+def test_bytes_of_a_step_equal_the_formula(kind, ranks, n):
     loss_of, what = KINDS[kind]
     dtype = torch.float32
     wire, _ = step(loss_of, ranks, n, 512, dtype, what.get("teacher_width", 0), what.get("ids", False))

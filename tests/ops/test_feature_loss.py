@@ -14,7 +14,7 @@ CASES = ["cpu", "reference"]  # any backend but the reference means the op, in c
 
 @pytest.mark.parametrize("backend", CASES)
 @pytest.mark.parametrize(("n", "d"), [(2, 7), (40, 48), (33, 513)])
-def test_zero_rows(n, d, backend):
+def test_features_of_zeros(n, d, backend):
     """A row of zeros, and a row shorter than eps, are divided by eps, a constant."""
     call = feature_call(n, d)
     call.tensors["student"][0] = 0
@@ -39,7 +39,7 @@ def test_nan_reaches_the_gradient_of_its_row_alone(mode, which, backend):
 
 @pytest.mark.parametrize("backend", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_column(dtype, backend):
+def test_features_of_one_column(dtype, backend):
     """One column is normalised to ±1: distances are 0 and 4, and the gradient is 0 up to rounding."""
     student = torch.tensor([[2.0], [-3.0], [5.0]], dtype=dtype, requires_grad=True)
     with simplclip.backend(backend):
