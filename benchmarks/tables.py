@@ -179,7 +179,8 @@ FIGURES: tuple[tuple[str, tuple[str, dict[str, str]], dict[str, str], dict[str, 
         {"p50_ms": "{:,.0f} ms", "saved_bytes_per_token": "{:,.0f} bytes"},
     ),
     (
-        "Training step of siclip-tiny, a small model: 1,024 pairs, with pair matching, bfloat16: rate, memory beside weights",
+        "Training step of siclip-tiny, a small model: 1,024 pairs, contrastive and the paper's pair matching loss, bfloat16: "
+        "rate, memory beside the weights",
         ("training", {"objective": "contrastive, pair matching", "n": "1024", "dtype": "bfloat16"}),
         {"plain torch blocks, dense losses": "plain torch blocks, N×N losses: "},
         {"samples_per_s": "{:,.0f} samples/s", "extra_mib": "{:,.0f} MiB"},
