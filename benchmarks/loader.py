@@ -41,7 +41,7 @@ TOKENIZER = "ViT-B-32"
 
 def simplclip_batches(shards: str, size: int, workers: int, batch: int) -> Iterator[int]:
     """Returns the sizes of the batches of this library's loader, which like open_clip's has no end."""
-    loader = data.make_loader(
+    loader = data.Loader(
         shards,
         tokenizer=open_clip.get_tokenizer(TOKENIZER),
         transform=ImageTransform(PreprocessCfg(size), {}),

@@ -156,11 +156,8 @@ def figures() -> list[str]:
         cells += [NONE] * (3 - len(cells))
         lines.append((what, *cells, f"{ours['hardware']}; {ours['date']}, {ours['commit']}"))
     head = ("measured", "simplclip", "eager baseline", "compiled baseline", "hardware; date, commit")
-    note = (
-        "Forward and backward on a CPU, medians of interleaved runs; with one thread, processor time. It is memory that is "
-        "saved: where a batch fits in plain torch, that may be as fast, and simpler. [More figures](docs/benchmarks.md)."
-    )
-    return [*markdown(head, lines, head), "", note]
+    note = "Forward and backward on a CPU, medians of interleaved runs; with one thread, processor time."
+    return [*markdown(head, lines, head), "", f"{note} [More figures](docs/benchmarks.md)."]
 
 
 # Rows of the README's table: title; op and rows of its result file; an eager and a compiled baseline, with how the table

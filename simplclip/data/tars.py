@@ -24,7 +24,7 @@ from simplclip.data.sources import Address, Source
 
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
 STALL = 60  # seconds without a byte after which a server counts as gone
-TEXTS = ("txt", "json", "cls", "teacher.json", "views.json")
+TEXTS = ("txt", "json", "cls", "teacher.json")
 SUFFIXES = (*IMAGE_SUFFIXES, *TEXTS, "teacher.npy")  # files that are read
 
 _LONGEST = 4096  # most bytes of a name; systems allow no longer path
