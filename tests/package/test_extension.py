@@ -117,7 +117,7 @@ print(simplclip.__file__, *kernels.__path__, binary, backends.extension_error, s
 
 
 @pytest.mark.slow
-def test_an_editable_installation(python, tmp_path, request):
+def test_an_editable_installation(python, tmp_path):
     """A checkout in a folder named simplclip, installed by the command of docs/install.md; a script lies beside it."""
     checkout = copy_of_tree(tmp_path / "simplclip", built=False)
     shutil.rmtree(checkout / "csrc" / "cpu")
@@ -138,14 +138,6 @@ def test_an_editable_installation(python, tmp_path, request):
     assert places([script], tmp_path) == of(checkout, binary, "None")
     # Another checkout takes its own files, of which the extension was not built.
     assert places(["-c", PLACES], other) == of(other, None, "simplclip._C was not built")
-
-    # A pull, and the installation that its line asks for.
-    with (checkout / "simplclip" / "ops" / "mlp" / "call.py").open("a") as file:
-        file.write("\n")
-    assert places([script], tmp_path) == of(checkout, None, OTHER_SOURCES)
-    if request.config.getoption("--prove"):
-        run(*install, "-e", ".", cwd=checkout)
-        assert places([script], tmp_path) == of(checkout, binary, "None")
 
 
 def test_the_reason_for_missing_cuda_kernels_is_that_of_the_build(monkeypatch):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 
 from simplclip import losses
-from simplclip.losses import ClipPMLoss, MatryoshkaLoss, RowwiseLoss, WIKDLoss
+from simplclip.losses import ClipPMLoss, RowwiseLoss, WIKDLoss
 from simplclip.ops import distributed
 
 WORLD, N = int(os.environ["WORLD_SIZE"]), 10
@@ -145,20 +145,6 @@ def equals_one_process(rank):
             close(part, expected_part, f"{form} {options}")
 
 
-def prefixes_equal_one_process(rank):
-    """Checks MatryoshkaLoss over every term, with projections to a teacher of another width."""
-    shard, inputs = slice(N * rank, N * rank + N), batch()
-    inputs |= {name: F.normalize(inputs[name][:, :12], dim=1) for name in ("teacher_image", "teacher_text")}
-    options = {**EVERYTHING, "plane": "hadamard", "embed_dim": 16, "teacher_dim": 12}
-    of_ranks = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": WORLD}
-    results = []
-    for rows, seed, mode in ((slice(None), 0, {}), (shard, rank, of_ranks)):
-        torch.manual_seed(seed)  # the first rank's projections become those of all ranks
-        loss = MatryoshkaLoss(WIKDLoss(**options, **mode), (7, 16), (0.5, 1.0))
-        results.append(run(loss, inputs, rows, True))
-    equal_one_process(results[1], results[0], shard, "prefixes", times=WORLD, local=True)
-
-
 def collectives(rank):
     """Compares values and gradients of collectives with those by hand; upstream gradients are `weight` times rank + 1."""
     group = dist.group.WORLD
@@ -217,7 +203,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     parts = {
         "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
-        "one process": [equals_one_process, ids_of_constant_features, prefixes_equal_one_process],
+        "one process": [equals_one_process, ids_of_constant_features],
         "exchanges": [collectives, unequal],
         "learned parameters": [rank_learned.main],
         "gradient caching": [rank_gradient_cache.main],
