@@ -2,8 +2,7 @@
 
 import pytest
 
-from benchmarks import hardware
-from benchmarks.results_file import result_path, table, write_csv
+from benchmarks.results_file import describe, result_path, table, write_csv
 
 ROWS = pytest.StashKey[list]()
 KEY = ("op", "objective", "n", "d", "shape", "dtype", "pass", "form")
@@ -21,13 +20,12 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def measured(benchmark, request):
-    """Runs a function once, with `repeats` as its last argument, and keeps the rows that it returns."""
+def measured(request):
+    """Calls a function with `repeats` as its last argument, and keeps the rows that it returns."""
     rows = request.config.stash.setdefault(ROWS, [])
 
     def run(function, *arguments):
-        arguments += (request.config.getoption("--repeats"),)
-        rows.extend(benchmark.pedantic(function, args=arguments, rounds=1))
+        rows.extend(function(*arguments, request.config.getoption("--repeats")))
 
     return run
 
@@ -36,7 +34,7 @@ def pytest_terminal_summary(terminalreporter, config):
     collected = config.stash.get(ROWS, [])
     if not collected:
         return
-    where = hardware.describe()
+    where = describe()
     terminalreporter.section(f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}")
     for line in table(collected):
         terminalreporter.write_line(line)

@@ -19,7 +19,7 @@ The losses of other libraries and their equals here, which expect L2-normalised 
     GradCache SimpleContrastiveLoss         ops.similarity_loss(x, y, 1.0, symmetric=False): only the direction from x to y
     GradCache DistributedContrastiveLoss    the same with group=, whose gradients are world_size times as large
 
-Label smoothing, several positives, decoupled, debiased and margin losses: five lines each with RowwiseLoss, docs/recipes.md.
+Label smoothing, several positives and decoupled losses: a few lines each with RowwiseLoss, docs/recipes.md.
 """
 
 from simplclip.common.lazy import attribute
