@@ -20,12 +20,13 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def measured(request):
-    """Calls a function with `repeats` as its last argument, and keeps the rows that it returns."""
+def measured(benchmark, request):
+    """Runs a function once, with `repeats` as its last argument, and keeps the rows that it returns."""
     rows = request.config.stash.setdefault(ROWS, [])
 
     def run(function, *arguments):
-        rows.extend(function(*arguments, request.config.getoption("--repeats")))
+        arguments += (request.config.getoption("--repeats"),)
+        rows.extend(benchmark.pedantic(function, args=arguments, rounds=1))
 
     return run
 
