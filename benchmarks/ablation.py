@@ -8,7 +8,6 @@ The effects are those of a YAML file, by default benchmarks/ablation.yaml. Setti
     set: [data.batch_size=128]                # settings of every run
     effects:
       - name: pair matching beside contrastive
-        group: pair matching
         base: [loss.pm_weight=0]
         variant: [loss.pm_weight=1]
         set: [data.batch_size=64]             # of both; optional, as `steps` and `seeds`
@@ -38,8 +37,7 @@ import yaml
 from pydantic import BeforeValidator
 from scipy import stats
 
-from benchmarks import hardware
-from benchmarks.results_file import result_path, write_csv
+from benchmarks.results_file import describe, result_path, write_csv
 from simplclip.common.files import write_atomically
 from simplclip.train import config
 from simplclip.train.config import Section
@@ -58,7 +56,6 @@ Settings = Annotated[list[str], BeforeValidator(_flat)]
 
 class Effect(Section):
     name: str
-    group: str
     base: Settings
     variant: Settings
     set: Settings = []
@@ -123,7 +120,7 @@ def rows_of(effect: Effect, pairs: list[list[dict[str, Any]]]) -> Iterator[dict[
         base, variant = ([recall(result, split) for result in column] for column in zip(*pairs))
         test = stats.ttest_rel(variant, base)
         low, high = test.confidence_interval()
-        row = {"group": effect.group, "effect": effect.name, "measure": "R@1", "split": split, "seeds": len(pairs)}
+        row = {"effect": effect.name, "measure": "R@1", "split": split, "seeds": len(pairs)}
         figures = {"base": statistics.fmean(base), "base std": statistics.stdev(base)}
         figures |= {"variant": statistics.fmean(variant), "variant std": statistics.stdev(variant)}
         figures |= {"difference": figures["variant"] - figures["base"], "p": test.pvalue, "low": low, "high": high}
@@ -152,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs")
     made.add_argument("--seeds", type=int, default=3, help="of each effect that names no number, at least 2 (default: 3)")
     made.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the CPU's threads (default: 1)")
-    made.add_argument("--only", default="*", metavar="GLOB", help="only effects of this name or group")
+    made.add_argument("--only", default="*", metavar="GLOB", help="only effects of this name")
     made.add_argument("--write", action="store_true", help="write benchmarks/results/ablation-*.csv too")
     return made
 
@@ -160,14 +157,14 @@ def parser() -> argparse.ArgumentParser:
 def planned(o: argparse.Namespace) -> Plan:
     file, plan = load(o.effects), []
     for effect in file.effects:
-        if not any(fnmatchcase(name, o.only) for name in (effect.name, effect.group)):
+        if not fnmatchcase(effect.name, o.only):
             continue
         shared, pairs = [*file.set, f"run.steps={effect.steps or file.steps}", *effect.set], []
         for seed in range(effect.seeds or o.seeds):
             base, variant = (run_of(o, [*shared, *changes], seed) for changes in (effect.base, effect.variant))
             pairs.append((base, variant))
         plan.append((effect, pairs))
-    return plan or sys.exit(f"--only: expected a name or a group of {o.effects}, got {o.only}")
+    return plan or sys.exit(f"--only: expected a name of {o.effects}, got {o.only}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -189,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
         except KeyboardInterrupt:  # the runs get the same signal and save their last step
             pool.shutdown(cancel_futures=True)
             sys.exit("ablation: interrupted; the same command goes on")
-    rows, where = report(plan, options.out), hardware.describe()
+    rows, where = report(plan, options.out), describe()
     if options.write:
         write_csv(result_path("ablation", where), [row | where for row in rows if row["seeds"] >= 3])
     if failed:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.measure import BASE, PASSES, compare
 from simplclip.ops import shaped_attention
@@ -49,21 +47,6 @@ def _sdpa_and_terms(q, k, v, alpha, beta, gamma, causal):
     return beta.to(v.dtype)[:, None] * _sdpa(q, k, v, alpha, beta, gamma, causal) + _linear_terms(v, alpha, gamma, causal)
 
 
-def _flex_and_terms(q, k, v, alpha, beta, gamma, causal):
-    mask = _causal_blocks(q.shape[1], q.device.type) if causal else None
-    out = flex_attention(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
-    return beta.to(v.dtype)[:, None] * out + _linear_terms(v, alpha, gamma, causal)
-
-
-@functools.cache
-def _causal_blocks(length, device):
-    return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
-
-
-def _ours(q, k, v, alpha, beta, gamma, causal):
-    return shaped_attention(q, k, v, alpha, beta, gamma, causal=causal)
-
-
 @dataclass(frozen=True)
 class Shape:
     """A case: B sequences of L tokens, H heads of K."""
@@ -84,17 +67,15 @@ SHAPES = (Shape(256, 77, 8, 64, True), Shape(64, 77, 8, 64), Shape(64, 64, 16, 3
 ALONE = "SDPA alone"
 
 
-def forms(device: str, backward: bool) -> dict[str, Callable]:
-    made = {
-        BASE: _ours,
+def forms() -> dict[str, Callable]:
+    return {
+        BASE: lambda q, k, v, alpha, beta, gamma, causal: shaped_attention(q, k, v, alpha, beta, gamma, causal=causal),
         "formula": plain,
         "torch.compile of it": torch.compile(plain, dynamic=False),
         "SDPA and linear terms": _sdpa_and_terms,
         "torch.compile of that": torch.compile(_sdpa_and_terms, dynamic=False),
+        ALONE: _sdpa,
     }
-    if device == "cuda" or not backward:  # FlexAttention has no backward on a CPU
-        made["FlexAttention and linear terms"] = torch.compile(_flex_and_terms, dynamic=False)
-    return made | {ALONE: _sdpa}
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
@@ -122,9 +103,7 @@ def measure(shape: Shape, dtype: str, backward: bool, device: str, repeats: int,
     torch.compiler.reset()
     tensors, grad = inputs(shape, getattr(torch, dtype), device)
     truth = plain(*(t[:2].double() if t.dim() == 4 else t.double() for t in tensors), causal=shape.causal)
-    cases = {
-        name: lambda form=form: _step(form, tensors, grad, shape, backward) for name, form in forms(device, backward).items()
-    }
+    cases = {name: lambda form=form: _step(form, tensors, grad, shape, backward) for name, form in forms().items()}
 
     def error(run) -> float:
         return ((run()[:2].double() - truth).abs().max() / truth.abs().max()).item()

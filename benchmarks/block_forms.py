@@ -109,5 +109,4 @@ def measure(dtype: str, backward: bool, batch: int, device: str, repeats: int, s
     saved = {row["form"]: saved_bytes(of_name[row["form"]], x) for row in eager}
     for row in eager:
         row["saved_bytes_per_token"] = round(saved[row["form"]] / (batch * LENGTH))
-        row["of_open_clips"] = round(saved[row["form"]] / saved[STANDARD], 3) if STANDARD in saved else ""
     return rows

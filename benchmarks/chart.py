@@ -27,7 +27,7 @@ polyline.ours, polyline.eager, polyline.compiled { fill: none }
 SERIES = {
     "simplclip": ("ours", "simplclip"),
     "open_clip.ClipLoss": ("eager", "open_clip.ClipLoss, eager"),
-    "torch.compile, one product": ("compiled", "dense loss with one product, torch.compile"),
+    "torch.compile, one product": ("compiled", "the N×N loss in plain torch, torch.compile"),
 }
 # Title, column of the result file, what to divide it by, and unit.
 PANELS = (("Forward and backward", "p50_ms", 1000, "s"), ("Memory beside the features", "extra_mib", 1, "MiB"))

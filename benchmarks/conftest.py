@@ -2,8 +2,7 @@
 
 import pytest
 
-from benchmarks import hardware
-from benchmarks.results_file import result_path, table, write_csv
+from benchmarks.results_file import describe, result_path, table, write_csv
 
 ROWS = pytest.StashKey[list]()
 KEY = ("op", "objective", "n", "d", "shape", "dtype", "pass", "form")
@@ -36,7 +35,7 @@ def pytest_terminal_summary(terminalreporter, config):
     collected = config.stash.get(ROWS, [])
     if not collected:
         return
-    where = hardware.describe()
+    where = describe()
     terminalreporter.section(f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}")
     for line in table(collected):
         terminalreporter.write_line(line)

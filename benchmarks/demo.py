@@ -7,13 +7,12 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks import hardware
-from benchmarks.results_file import read_csv, result_path
+from benchmarks.results_file import describe, read_csv, result_path
 from simplclip.common.files import write_atomically
 
 
 def main() -> None:
-    run, where = Path(sys.argv[1]), hardware.describe()
+    run, where = Path(sys.argv[1]), describe()
     result = json.loads((run / "evaluation.json").read_text()) | where
     result["samples_per_second"] = statistics.median(float(row["samples_per_s"]) for row in read_csv(run / "metrics.csv"))
     path = result_path("demo", where, ".json")

@@ -1,7 +1,7 @@
 """Checks and measures this library on a GPU in one go: `python -m benchmarks.gpu`.
 
 Runs `simplclip selftest` and shows what fails. Then measures case by case, the most useful first: steps of the SiCLIPs beside
-the models that they were made from; the losses with their peers (open_clip, torch.compile; Inf-CLIP, memeff and siglip-kernel
+the models that they were made from; the losses with their peers (open_clip, torch.compile; memeff and siglip-kernel
 where they are installed); attention; blocks; a step of a small model; the host's time of small calls. Measures all cases in
 one dtype, then in the next. A form that fails, does not fit in memory or has a wrong value becomes a row with its reason.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import importlib.metadata
 import itertools
 import json
@@ -29,18 +28,12 @@ from pathlib import Path
 import torch
 
 import simplclip
-from benchmarks import attention_forms, block_forms, hardware, host, similarity_forms, training_forms
-from benchmarks.measure import PASSES, compare, reason
-from benchmarks.results_file import RESULTS, read_csv, table, write_csv
-from benchmarks.steps import OpenClipStep, measure, runner
-from benchmarks.training_forms import PRECISION
-from simplclip import models
+from benchmarks import attention_forms, block_forms, host, similarity_forms, training_forms
+from benchmarks.measure import PASSES, reason
+from benchmarks.results_file import RESULTS, describe, gpu_state, read_csv, slug, table, write_csv
+from benchmarks.steps import beside_original
 from simplclip.common.files import write_atomically
-from simplclip.memory.measure import predict
-from simplclip.memory.step import Step, TrainerStep
-from simplclip.train import config
 
-TEACHER_WIDTH = 768
 PAIRS, LARGE_STEP = 128, 1024  # of a step of a SiCLIP, and of siclip-tiny
 
 
@@ -92,38 +85,10 @@ def of_small_calls(o: argparse.Namespace) -> list[dict]:
 
 
 def steps(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
+    pairs = max(2, int(PAIRS * o.sequences))
     for name in o.models.split(","):
-        yield Case("steps", f"{name} {dtype}", partial(of_steps, o, name, dtype))
-
-
-def of_steps(o: argparse.Namespace, name: str, dtype: str) -> list[dict]:
-    """Measures steps of a config's model and of the model that it was made from: time, and peak memory beside its prediction.
-
-    Weights are random. A step of a SiCLIP is a step of `simplclip train`, with unchanged parts inherited and frozen, pair
-    matching and distillation from stored features; a step of the other model is open_clip's, with all weights trained.
-    """
-    pairs, device = max(2, int(PAIRS * o.sequences)), torch.device(o.device)
-    changes = ["data.micro_batch=null", "data.captions_per_image=1", f"data.batch_size={pairs}", "loss.pm_weight=1"]
-    values = config.load(name, changes)
-    model, original = values.model.name, models.spec_of(values.model.name).original
-    made: dict[str, Callable[[], Step]] = {model: lambda: TrainerStep(values, PRECISION[dtype], TEACHER_WIDTH)}
-    if original:
-        made[f"{original}, whole"] = lambda: OpenClipStep(original, pairs, PRECISION[dtype])
-    peaks: dict[str, int] = {}
-    placed = functools.cache(lambda form: runner(made[form](), device))  # after the peaks were measured
-
-    def first(form: str) -> None:
-        peaks[form] = measure(made[form](), device)
-
-    what = {"op": "steps", "shape": f"{pairs} pairs", "n": pairs, "dtype": dtype}
-    cases = {form: lambda form=form: placed(form)() for form in made}
-    rows = compare(what, cases, o.repeats, first={form: partial(first, form) for form in made}, base=model, strict=False)
-    for row in rows:
-        if "p50_ms" in row:
-            planned = predict(made[row["form"]](), torch.device("cuda", 0) if o.device == "cuda" else device).peak
-            row["samples_per_s"] = round(1e3 * pairs / row["p50_ms"], 1)
-            row |= {"mib": round(peaks[row["form"]] / 2**20, 1), "planned_mib": round(planned / 2**20, 1)}
-    return rows
+        run = partial(beside_original, name, pairs, dtype, torch.device(o.device), o.repeats, False)
+        yield Case("steps", f"{name} {dtype}", run)
 
 
 OPS = {
@@ -187,7 +152,7 @@ def write_bundle(folder: Path, rows: list[dict], left: int, where: dict[str, str
     if failed:
         lines += ["", f"{len(failed)} forms have no figure:", *table(failed)]
     packages = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
-    environment = {"command": sys.argv, "where": where, "gpu": hardware.gpu_state(), "doctor": simplclip.report()}
+    environment = {"command": sys.argv, "where": where, "gpu": gpu_state(), "doctor": simplclip.report()}
     environment["packages"] = dict(sorted(packages.items()))
     write_atomically(folder / "summary.txt", "\n".join(lines) + "\n")
     write_atomically(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
@@ -201,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"--device cuda: torch {torch.__version__} sees no CUDA device; --device cpu --sizes 256 tries the program")
     if unknown := set(options.ops.split(",")) - set(OPS):
         sys.exit(f"--ops: expected some of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
-    where = hardware.describe(options.device)
-    folder = options.out or RESULTS / f"{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}"
+    where = describe(options.device)
+    folder = options.out or RESULTS / f"{slug(where['hardware'].split(',')[0])}-{where['date']}"
     folder.mkdir(parents=True, exist_ok=True)
     if not options.at_once:
         check_first(options.device, folder)
@@ -220,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         except Exception as error:
             measured = [{"op": case.op, "note": reason(error)}]
         print("\n".join(table(measured)), flush=True)
-        state = hardware.gpu_state()
+        state = gpu_state()
         rows += [{"case": str(case), "form": "", **row, **state, **where} for row in measured]
         write_csv(folder / "rows.csv", rows)
     print("\n", *write_bundle(folder, rows, left, where), f"wrote {folder} and {folder}.zip", sep="\n")

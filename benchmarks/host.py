@@ -3,12 +3,11 @@
 Sizes are so small that what is timed is not the arithmetic: one thread, float32. On a CPU processor time, on a GPU the time
 until the last kernel is started. Writes benchmarks/results/host-*.csv.
 
-    python -m benchmarks.host [--calls 2000]
+    python -m benchmarks.host
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import hardware, results_file
+from benchmarks import results_file
 from benchmarks.measure import interleaved_times
 from simplclip.losses import ClipPMLoss
 from simplclip.nn import SimplifiedBlock
@@ -65,11 +64,8 @@ def measure(calls: int, device: str) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=2000)
-    calls = parser.parse_args().calls
     torch.set_num_threads(1)
-    rows, where = measure(calls, "cpu"), hardware.describe()
+    rows, where = measure(2000, "cpu"), results_file.describe()
     print("\n".join(results_file.table(rows)))
     path = results_file.result_path("host", where)
     results_file.write_csv(path, [row | where for row in rows])

@@ -19,7 +19,6 @@ import logging
 import multiprocessing
 import os
 import statistics
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,20 +28,20 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image, ImageDraw
+from PIL import Image
+from webdataset import TarWriter
 
-from benchmarks import hardware
-from benchmarks.results_file import table
+from benchmarks.results_file import describe, table
 from simplclip import data
 from simplclip.data.transforms import ImageTransform
 
-SIDE, BYTES = 512, 37 * 1024
+SIDE, QUALITY = 512, 88
 TOKENIZER = "ViT-B-32"
 
 
 def simplclip_batches(shards: str, size: int, workers: int, batch: int) -> Iterator[int]:
     """Returns the sizes of the batches of this library's loader, which like open_clip's has no end."""
-    loader = data.make_loader(
+    loader = data.Loader(
         shards,
         tokenizer=open_clip.get_tokenizer(TOKENIZER),
         transform=ImageTransform(PreprocessCfg(size), {}),
@@ -116,7 +115,7 @@ def measure(shards: str, size: int, workers: list[int], batch: int, seconds: flo
         row = {"loader": name, "workers": count, "images_per_s": round(whole), "least": round(min(seen))}
         row |= {"most": round(max(seen)), "times": round(whole / base[0], 2)}
         rows.append(row | {"per_processor_s": round(busy), "times_of_it": round(busy / base[1], 2)})
-    where = hardware.describe()
+    where = describe()
     print(f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}")
     print(f"{shards}: to {size} pixels, in batches of {batch}; `times` open_clip's images")
     print("\n".join(table(rows)))
@@ -124,17 +123,16 @@ def measure(shards: str, size: int, workers: list[int], batch: int, seconds: flo
 
 
 def make(folder: Path, count: int, shards: int = 4) -> None:
-    """Writes shards of JPEGs that decode like photographs: shapes on a noise of many frequencies."""
+    """Writes shards of JPEGs whose spectrum is that of photographs, about 37 KiB each."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for shard in range(shards):
-        with tarfile.open(folder / f"photos-{shard:06d}.tar", "w") as tar:
+        with TarWriter(str(folder / f"photos-{shard:06d}.tar")) as tar:
             for number in range(shard, count, shards):
-                caption = b"six shapes on a noise of many frequencies, number %d" % number
-                for suffix, content in (("jpg", _of_size(_picture(rng))), ("txt", caption)):
-                    member = tarfile.TarInfo(f"{number:06d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                image = io.BytesIO()
+                _picture(rng).save(image, "JPEG", quality=QUALITY)
+                caption = f"a noise of many frequencies, number {number}"
+                tar.write({"__key__": f"{number:06d}", "jpg": image.getvalue(), "txt": caption})
     print(f"wrote {count} images to {folder}/photos-*.tar")
 
 
@@ -144,29 +142,7 @@ def _picture(rng: np.random.Generator) -> Image.Image:
         noise = rng.random((cells, cells, 3), np.float32) * 0.4 + rng.random((cells, cells, 1), np.float32) * 0.6
         channels = [Image.fromarray(noise[..., i]).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for i in range(3)]
         total += np.stack(channels, -1) * cells**-0.62
-    total = (total - total.min()) / np.ptp(total)
-    image = Image.fromarray((total * 255).astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-    for _ in range(6):
-        side = int(rng.integers(60, 200))
-        x, y = rng.integers(0, SIDE - side, 2).tolist()
-        colours = [tuple(rng.integers(0, 256, 3).tolist()) for _ in range(2)]
-        draw.regular_polygon((x + side / 2, y + side / 2, side / 2), int(rng.integers(3, 9)), 0, *colours)
-    return image
-
-
-def _of_size(image: Image.Image) -> bytes:
-    """Returns the JPEG of the highest quality that takes at most BYTES."""
-    low, high, best = 10, 96, b""
-    while low < high:
-        quality = (low + high) // 2
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=quality)
-        if file.tell() <= BYTES:
-            low, best = quality + 1, file.getvalue()
-        else:
-            high = quality
-    return best
+    return Image.fromarray((255 * (total - total.min()) / np.ptp(total)).astype(np.uint8))
 
 
 def main() -> None:

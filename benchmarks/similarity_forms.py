@@ -122,12 +122,6 @@ def _memeff(b: Batch) -> Tensor:
     return MemoryEfficientCLIPLoss(1 / SCALE, normalized_inputs=True, stable=False)(b.image, b.text)
 
 
-def _inf_clip(b: Batch) -> Tensor:
-    from inf_cl import cal_flash_loss
-
-    return 0.5 * (cal_flash_loss(b.image, b.text, scale=b.scale) + cal_flash_loss(b.text, b.image, scale=b.scale))
-
-
 def pair_matching(similarity: Tensor, weight: Tensor | float, bias: Tensor | float) -> Tensor:
     """Computes the pair matching loss of a dense matrix [N, N]."""
     decision = weight * similarity + bias
@@ -209,7 +203,6 @@ def forms(objective: str, dtype: str) -> list[Form]:
             dense("open_clip.ClipLoss", _clip_loss, 6),
             compiled(" of open_clip.ClipLoss", _clip_loss, 6),
             compiled(", one product", _one_product, 3),
-            *on_gpu("inf_cl", "Inf-CLIP, both directions", _inf_clip, 10, tf32=False),
             *on_gpu("memeff", "memeff, no gradient of the scale", _memeff, 5, tf32=True),
         ]
     if objective == "sigmoid":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,10 +15,15 @@ from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.measure import compare
+from benchmarks.training_forms import PRECISION
 from simplclip import models
 from simplclip.common import hardware
-from simplclip.memory.measure import cpu_peak_bytes
-from simplclip.memory.step import During, Step, inputs
+from simplclip.memory.measure import cpu_peak_bytes, predict
+from simplclip.memory.step import During, Step, TrainerStep, inputs
+from simplclip.train import config
+
+TEACHER_WIDTH = 768
 
 
 class OpenClipStep:
@@ -120,3 +126,33 @@ def _fill(module: nn.Module) -> None:
             tensor.normal_(0, 0.02)
         else:
             tensor.zero_()
+
+
+def beside_original(name: str, pairs: int, dtype: str, device: torch.device, repeats: int, strict: bool = True) -> list[dict]:
+    """Returns a row for a step of a config's model and one for the model that it was made from: time, and peak memory beside
+    its prediction. strict: as for `measure.compare`.
+
+    Weights are random. A step of a SiCLIP is a step of `simplclip train`, with unchanged parts inherited and frozen, pair
+    matching and distillation from stored features; a step of the other model is open_clip's, with all weights trained.
+    """
+    changes = ["data.micro_batch=null", "data.captions_per_image=1", f"data.batch_size={pairs}", "loss.pm_weight=1"]
+    values = config.load(name, changes)
+    model, original = values.model.name, models.spec_of(values.model.name).original
+    made: dict[str, Callable[[], Step]] = {model: lambda: TrainerStep(values, PRECISION[dtype], TEACHER_WIDTH)}
+    if original:
+        made[f"{original}, whole"] = lambda: OpenClipStep(original, pairs, PRECISION[dtype])
+    peaks: dict[str, int] = {}
+    placed = functools.cache(lambda form: runner(made[form](), device))  # after the peaks were measured
+
+    def first(form: str) -> None:
+        peaks[form] = measure(made[form](), device)
+
+    what = {"op": "steps", "shape": f"{pairs} pairs", "n": pairs, "dtype": dtype, "pass": "step"}
+    cases = {form: lambda form=form: placed(form)() for form in made}
+    rows = compare(what, cases, repeats, first={form: partial(first, form) for form in made}, base=model, strict=strict)
+    for row in rows:
+        if "p50_ms" in row:
+            planned = predict(made[row["form"]](), torch.device("cuda", 0) if device.type == "cuda" else device).peak
+            row["samples_per_s"] = round(1e3 * pairs / row["p50_ms"], 1)
+            row |= {"mib": round(peaks[row["form"]] / 2**20, 1), "planned_mib": round(planned / 2**20, 1)}
+    return rows

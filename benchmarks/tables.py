@@ -18,19 +18,17 @@ from typing import Any
 
 from benchmarks import chart
 from benchmarks.bound.cards import CARDS
-from benchmarks.results_file import RESULTS, read_csv
+from benchmarks.results_file import RESULTS, ROOT, read_csv
 
-ROOT = Path(__file__).resolve().parent.parent
 README, BENCHMARKS, CHART = "README.md", "docs/benchmarks.md", "docs/similarity_loss.svg"
 BOTH, NONE = "forward + backward", "–"
 # The sigmoid losses of the table: of the compiled ones, the fastest.
 CHUNKS = "open_clip's main branch, chunk_size=1024"
 SIGMOID = f"simplclip|simplclip, pair matching too|open_clip.SigLipLoss|{CHUNKS}|torch.compile of {CHUNKS}"
 TEXTS = "COCO: 64 captions of 13.2 tokens|CC12M: 64 captions of 23.3 tokens"
-ATTENTION = "simplclip|torch.compile of it|torch.compile of that|SDPA alone"
-PREDICTED = "contrastive|sigmoid|all|attention-77|attention-197|block-vit-b"
+PREDICTED = "contrastive|all|attention-77|block-vit-b"
 EFFECTS = (
-    "pair matching 1 beside contrastive|pair matching 0.3 beside the whole recipe, 400 steps|all three beside contrastive|"
+    "pair matching 1 beside contrastive|all three beside contrastive|"
     "30 % swapped, all three beside contrastive|inherited and frozen|inherited, tokens tuned|"
     "simplified blocks start from own ones|2 captions instead of 1|SAS-P instead of pre-LN blocks, equal parameters|"
     "text blocks shared"
@@ -52,19 +50,13 @@ COLUMNS: dict[str, tuple[str, Callable[[str], str]]] = TEXT | {
     "gemms": ("products", lambda value: f"{float(value):g}"),
     "gemm_share": ("of the GEMM rate", lambda value: f"{float(value):.0%}"),
     "extra_mib": ("extra MiB", number()),
+    "mib": ("MiB", number()),
     "memory_times_ours": ("MiB, times simplclip's", str),
     "saved_bytes_per_token": ("saved bytes a token", number()),
-    "pairs": ("pairs in one graph", number()),
-    "times_open_clip": ("times open_clip's", str),
-    "cached_pairs": ("by gradient caching", number()),
-    "micro_batch": ("at a time", str),
     **{f"{card} ms": (f"{card}, ms", lambda value: f"{float(value):.3g}") for card in CARDS},
     "bound": ("bound by", str),
     "bytes": ("GB", lambda value: f"{float(value) / 1e9:.2f}"),
     "launches": ("kernels", str),
-    "ours_ms": ("ms", str),
-    "baseline_ms": ("baseline, ms", str),
-    "ratio": ("times the baseline's", str),
 }
 
 
@@ -164,8 +156,8 @@ def figures() -> list[str]:
         cells += [NONE] * (3 - len(cells))
         lines.append((what, *cells, f"{ours['hardware']}; {ours['date']}, {ours['commit']}"))
     head = ("measured", "simplclip", "eager baseline", "compiled baseline", "hardware; date, commit")
-    note = "Forward and backward, medians of interleaved runs on a CPU. Written by `make tables` from `benchmarks/results`."
-    return [*markdown(head, lines, head), "", note]
+    note = "Forward and backward on a CPU, medians of interleaved runs; with one thread, processor time."
+    return [*markdown(head, lines, head), "", f"{note} [More figures](docs/benchmarks.md)."]
 
 
 # Rows of the README's table: title; op and rows of its result file; an eager and a compiled baseline, with how the table
@@ -174,7 +166,7 @@ FIGURES: tuple[tuple[str, tuple[str, dict[str, str]], dict[str, str], dict[str, 
     (
         "Contrastive loss of 16,384 pairs, D = 512, float32: time, memory beside the features",
         ("similarity_loss", {"objective": "contrastive", "n": "16384", "dtype": "float32"}),
-        {"open_clip.ClipLoss": "open_clip.ClipLoss: ", "torch.compile, one product": "dense loss with one product: "},
+        {"open_clip.ClipLoss": "open_clip.ClipLoss: ", "torch.compile, one product": "the N×N loss in plain torch: "},
         {"p50_ms": "{:,.0f} ms", "extra_mib": "{:,.0f} MiB"},
     ),
     (
@@ -184,15 +176,12 @@ FIGURES: tuple[tuple[str, tuple[str, dict[str, str]], dict[str, str], dict[str, 
         {"p50_ms": "{:,.0f} ms", "saved_bytes_per_token": "{:,.0f} bytes"},
     ),
     (
-        "Training step of siclip-tiny, 1,024 pairs, contrastive and pair matching, bfloat16: rate, memory beside the weights",
+        "Training step of siclip-tiny, a small model: 1,024 pairs, contrastive and the paper's pair matching loss, bfloat16: "
+        "rate, memory beside the weights",
         ("training", {"objective": "contrastive, pair matching", "n": "1024", "dtype": "bfloat16"}),
-        {"plain torch blocks, dense losses": "plain torch blocks, dense losses: "},
+        {"plain torch blocks, dense losses": "plain torch blocks, N×N losses: "},
         {"samples_per_s": "{:,.0f} samples/s", "extra_mib": "{:,.0f} MiB"},
     ),
-)
-PLANNED = (
-    "Pairs of a training step in 22.29 GiB of the 24 of an RTX 3090, bf16; CLIP and relational distillation from stored "
-    "features of width 768 where nothing else is said. Predicted up to 5 %, searched up to 65,536, not measured"
 )
 CPU = "On a CPU"
 TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
@@ -204,16 +193,8 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
             n="16384", objective="sigmoid", dtype="bfloat16", form=SIGMOID,
         ),
         "simplified_block": partial(op_table, "simplified_block", CPU, passes=BOTH, dtype="bfloat16"),
-        "shaped_attention": partial(
-            op_table, "shaped_attention", CPU,
-            passes=BOTH, dtype="bfloat16", form=ATTENTION, shape="B=256 L=77 H=8 K=64 causal",
-        ),
-        "siclip_s0_step": partial(op_table, "siclip_s0_step", CPU, dtype="bfloat16"),
-        "towers": partial(op_table, "towers", CPU, shape="both: 64 texts, 8 images", dtype="bfloat16"),
+        "steps": partial(op_table, "steps", CPU, dtype="bfloat16"),
         "texts": partial(op_table, "texts", CPU, form="padded|four groups", dtype="bfloat16", shape=TEXTS),
-        "gradient_cache": partial(op_table, "gradient_cache", CPU, dtype="bfloat16"),
-        "plan": partial(op_table, "plan-siclip-s0", PLANNED, "make plan"),
-        "host": partial(op_table, "host", "Processor time", "python -m benchmarks.host"),
         "predicted": partial(op_table, "bound-predicted", "", "python -m benchmarks.bound --write", call=PREDICTED),
         "ablation": ablation,
     },

@@ -17,7 +17,6 @@ CASES = {  # op of the result file, objective: largest N of the dense forms, whe
     ("similarity_loss", "contrastive"): 16384,
     ("similarity_loss", "all four"): 8192,
     ("sigmoid_loss", "sigmoid"): 16384,
-    ("sigmoid_loss", "contrastive"): 16384,
 }
 
 

@@ -1,4 +1,4 @@
-"""ViT-B-32's text tower on padded captions, and on the same captions cropped in one piece or in groups by length.
+"""ViT-B-32's text tower on padded captions, and on the same captions cropped in groups by length.
 
     OMP_NUM_THREADS=1 pytest benchmarks/test_texts.py --repeats 9 --write
 
@@ -22,7 +22,7 @@ HISTOGRAMS = {
         56: 15, 64: 10, 70: 5, 77: 25,
     },
 }  # fmt: skip
-CROPS = {"padded": None, "one piece": 1, "four groups": 4}
+CROPS = {"padded": None, "four groups": 4}
 
 
 def captions(kind):

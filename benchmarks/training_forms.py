@@ -19,7 +19,7 @@ from simplclip.common import hardware
 from simplclip.losses import ClipPMLoss
 from simplclip.nn import SimplifiedBlock
 
-AGAIN, PLAIN = f"{BASE}, blocks recomputed", "plain torch blocks, dense losses"
+PLAIN = "plain torch blocks, dense losses"
 PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -74,11 +74,8 @@ def measure(batch: int, dtype: str, device: str, repeats: int, strict: bool = Tr
     torch.manual_seed(0)
     model, cases = models.create("siclip-tiny").train().to(device), {}
     image, text = torch.rand(batch, 3, 48, 48).to(device), torch.randint(1, 8000, (batch, 16)).to(device)
-    for form in (BASE, AGAIN, PLAIN):
+    for form in (BASE, PLAIN):
         copied = copy.deepcopy(model)
-        for module in copied.modules():
-            if isinstance(module, SimplifiedBlock):
-                module.recompute = form == AGAIN
         loss = (DenseLoss if form == PLAIN else ClipPMLoss)().to(device)
         run = Run(in_plain_torch(copied) if form == PLAIN else copied, loss, PRECISION[dtype])
         cases[form] = lambda run=run: run.step(image, text)

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, preprocess, _ = open_clip.create_model_and_transforms(options.model, device=device)
     crop_texts(model)  # captions cost their length, not the context length of 77 tokens
-    loader = data.make_loader(
+    loader = data.Loader(
         options.shards,
         tokenizer=open_clip.get_tokenizer(options.model),
         transform=preprocess,

@@ -31,11 +31,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     sidecars = [options.out / "teacher"]
     teacher.run(options.shards, sidecars[0], options.teacher, workers=options.workers)
-    stamp = data.teacher_stamp(options.shards, sidecars)
+    stamp = data.teacher_stamp(sidecars)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student, transform = create_model(options.student, device=device), models.transforms(options.student, train=True)
-    loader = data.make_loader(
+    loader = data.Loader(
         options.shards,
         sidecars=sidecars,
         teacher=True,
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     student.train()
     for step, batch in enumerate(islice(loader, options.steps)):
         batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        images = transform.finish(batch["image"], batch.get("colour"))
+        images = transform.finish(batch["image"])
         with torch.autocast(device, torch.bfloat16):
             features = student(images, batch["text"])[:3]
             taught = batch["teacher_image"], batch["teacher_text"], torch.tensor(stamp["logit_scale"], device=device)

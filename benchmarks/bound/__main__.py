@@ -10,17 +10,15 @@ JSON object: "predicted_ms", "bound" (what takes most of it), "bytes" of memory,
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 
 import torch
 
-from benchmarks import hardware
 from benchmarks.bound import calls, trace
 from benchmarks.bound.cards import CARDS
 from benchmarks.bound.roofline import roofline
 from benchmarks.measure import PASSES
-from benchmarks.results_file import RESULTS, table, write_csv
+from benchmarks.results_file import RESULTS, table, versions, write_csv
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 
@@ -61,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"predicted, never measured; all but the times is of {cards[0]}")
     print("\n".join(table(lines)))
     if options.write:
-        where = {"torch": torch.__version__, "commit": hardware.commit(), "date": datetime.date.today().isoformat()}
+        where = versions()
         path = RESULTS / f"bound-predicted-{where['date']}.csv"
         write_csv(path, [line | where for line in lines])
         print(f"wrote {path}")

@@ -23,8 +23,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]DATA",
-            help="Shards, a folder with a folder of images for each class, or clip-benchmark's layout. DATA#SPLIT names a "
-            "split other than test. May be repeated. Default: eval.splits in the config.yaml beside the first model.",
+            help="Shards, a folder with a folder of images for each class, or clip-benchmark's layout (its split test, "
+            "or the folder of another one). May be repeated. Default: eval.splits in the config.yaml beside the first model.",
         ),
     ] = None,
     *,

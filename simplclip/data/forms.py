@@ -64,7 +64,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Source:
+class RowSource:
     """A source of rows. total: their number. state: JSON that tells whether it has changed. rows: starts to read them."""
 
     path: str
@@ -78,13 +78,13 @@ def is_source(path: str | os.PathLike) -> bool:
     text = os.path.expanduser(os.fspath(path))
     if not os.path.exists(text) and ("://" in text or text.startswith("pipe:")):
         return False
-    file, _ = _split_of(text)
+    file, _ = split_of(text)
     return file.lower().endswith((*TABLES, JSON)) or os.path.isdir(file)
 
 
-def open_source(path: str | os.PathLike, options: Options) -> Source:
+def open_source(path: str | os.PathLike, options: Options) -> RowSource:
     """Returns the rows of a table, a JSON file or a folder. Raises InputError if it is none, or lacks a column."""
-    file, split = _split_of(os.path.expanduser(os.fspath(path)))
+    file, split = split_of(os.path.expanduser(os.fspath(path)))
     options = Options(**vars(options) | {"split": split}) if split else options
     kind = file.lower()
     if not os.path.exists(file):
@@ -98,10 +98,10 @@ def open_source(path: str | os.PathLike, options: Options) -> Source:
     total, rows = (_json if kind.endswith(JSON) else _parquet if kind.endswith(".parquet") else _table)(file, options)
     about = os.stat(file)
     given = {name: value for name, value in vars(options).items() if value is not None}
-    return Source(file, total, {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns, **given}, rows)
+    return RowSource(file, total, {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns, **given}, rows)
 
 
-def _split_of(path: str) -> tuple[str, str]:
+def split_of(path: str) -> tuple[str, str]:
     """Splits FILE.json#SPLIT, unless a file has this name."""
     file, sharp, split = path.rpartition("#")
     return (file, split) if sharp and file.lower().endswith(JSON) and not os.path.exists(path) else (path, "")
@@ -256,7 +256,7 @@ def _entries(content: Any, path: str, options: Options) -> Iterator[tuple[str, l
             yield os.path.join(image.get("filepath", ""), image["filename"]), [text["raw"] for text in image["sentences"]]
 
 
-def _folder(path: str) -> Source:
+def _folder(path: str) -> RowSource:
     """The images of a folder and of its subfolders, in the order of names.
 
     If no image has a text beside it, the folders in `path` are classes: the label of an image, and its caption.
@@ -284,7 +284,7 @@ def _folder(path: str) -> Source:
                 label = key.split(os.sep)[0].replace("_", " ") if os.sep in key else None
                 yield Row(name, image, [label] if label else [], label=label)
 
-    return Source(path, images, {"images": images, "names": digest.hexdigest()}, rows)
+    return RowSource(path, images, {"images": images, "names": digest.hexdigest()}, rows)
 
 
 def _images(path: str) -> Iterator[dict[str, str]]:

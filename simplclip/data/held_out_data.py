@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -15,15 +15,13 @@ from PIL import Image
 from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.data import tars
-from simplclip.data.decode import decode_pil
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
 from simplclip.data.files import IMAGE_SUFFIXES, captions_of, clean, file_bytes, record_of
-from simplclip.data.loader import called, seeded
+from simplclip.data.loader import pixels_of, seeded
 from simplclip.data.samples import Pair, check_files, image_of, label_of
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.stored_order import StoredOrder
 from simplclip.data.tars import Sample
-from simplclip.data.transforms import ImageTransform
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class ImageFolder:
 class HeldOut:
     """Held-out data, made by `held_out`. It is copied to the workers, each of which goes over all samples."""
 
-    sources: list[Source | ImageFolder]
+    sources: Sequence[Source | ImageFolder]
     classes: Classes
     captions: int | None = None
     txt_lines: bool = False
@@ -125,7 +123,7 @@ class HeldOut:
 def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:
     """Returns held-out data: tars as `sources_of` takes them, ImageFolder's layout, or clip-benchmark's.
 
-    Of several splits in clip-benchmark's layout it takes `test`, unless FOLDER#SPLIT names one. A sample without caption and
+    Of clip-benchmark's layout it takes the split `test`; name the folder of another one itself. A sample without caption and
     label is broken.
 
     captions: number of captions to use of each sample, from the first on; 0 for all. None for all, except that of a json's
@@ -133,14 +131,9 @@ def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> H
     Raises InputError if no data are found, or if a folder has another layout.
     """
     folder = os.path.expanduser(os.fspath(what)) if isinstance(what, (str, os.PathLike)) else ""
-    place, _, split = folder.rpartition("#")
-    if folder and not os.path.exists(folder) and os.path.isdir(place):
-        folder = place
-    else:
-        split = ""
     if not os.path.isdir(folder):
-        return HeldOut(list(sources_of(what, name)), Classes(), captions)
-    if (data := _clip_benchmark(Path(folder), split, captions, name)) is not None:
+        return HeldOut(sources_of(what, name), Classes(), captions)
+    if (data := _clip_benchmark(Path(folder), captions, name)) is not None:
         return data
     images = _image_folder(folder, name)
     return HeldOut([images], Classes([clean(one.replace("_", " ")) for one in images.classes], images.classes), captions)
@@ -158,10 +151,7 @@ class _Prepare:
     def __call__(self, sample: Sample) -> tuple[torch.Tensor, Pair]:
         pair = self.data.open(sample)
         with seeded("eval", pair.place):
-            if isinstance(self.transform, ImageTransform):
-                image = self.transform(pair.encoded)
-            else:
-                image = called(self.transform, decode_pil(pair.encoded), pair)
+            image = pixels_of(self.transform, pair)
         return image, replace(pair, encoded=b"", record={} if pair.group is None else {"group": pair.group})
 
 
@@ -187,23 +177,17 @@ def _image_folder(path: str, name: str) -> ImageFolder:
     return ImageFolder(path, tuple(paths), tuple(classes))
 
 
-def _clip_benchmark(folder: Path, split: str, captions: int | None, name: str) -> HeldOut | None:
+def _clip_benchmark(folder: Path, captions: int | None, name: str) -> HeldOut | None:
     """Returns the data of a folder in clip-benchmark's layout, or of one of its splits; None for another layout."""
-    splits = [entry.name for entry in sorted(folder.iterdir()) if (entry / "nshards.txt").is_file()]
-    if (split and split not in splits) or (not split and len(splits) > 1 and "test" not in splits):
-        several = f"{', '.join(splits) or '(none)'} of {folder}, as {folder}#SPLIT"
-        raise InputError(f"{name}: expected one of the splits {several}, got {split or 'none'!r}")
-    root, place = folder, folder / (split or ("test" if "test" in splits else "".join(splits)))
-    if not splits:
-        root, place = folder.parent, folder
-        if not (place / "nshards.txt").is_file():
-            return None
+    root, place = (folder.parent, folder) if (folder / "nshards.txt").is_file() else (folder, folder / "test")
+    if not (place / "nshards.txt").is_file():
+        return None
     number = (place / "nshards.txt").read_text(errors="replace").strip()
     if not number.isdecimal() or len(number) > 9 or not int(number):
         raise InputError(f"{place / 'nshards.txt'}: expected the number of shards, got {number[:40]!r}")
     sources = sources_of((place / f"{shard}.tar" for shard in range(int(number))), name)
     names, templates = (_lines(root / file) for file in ("classnames.txt", "zeroshot_classification_templates.txt"))
-    return HeldOut(list(sources), Classes(names, templates=templates), captions, txt_lines=True)
+    return HeldOut(sources, Classes(names, templates=templates), captions, txt_lines=True)
 
 
 def _lines(file: Path) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""Image-text pairs from tars, for training: `make_loader`. held_out_data.py reads held-out data.
+"""Image-text pairs from tars, for training: `Loader`. held_out_data.py reads held-out data.
 
 A worker's stream has no end: in each pass it shuffles the tars by (seed, pass), takes its part of them, shuffles samples in a
 buffer, and only then draws captions, decodes, augments and tokenises. So a position is two numbers for each worker, the
@@ -8,11 +8,10 @@ pass and the samples consumed in it, and another process can go on from there wi
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from webdataset import filters
 
 from simplclip.common.errors import InputError
 from simplclip.data import tars
-from simplclip.data.decode import decode_pil
 from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
 from simplclip.data.samples import Pair, check_count, parse, place_of, stable_hash
 from simplclip.data.sidecars import Folders, check_sidecars, zipped
@@ -32,6 +30,7 @@ from simplclip.data.tars import MAX_BYTES, Sample
 from simplclip.data.transforms import ImageTransform, View, stack
 from simplclip.data.workers import from_workers
 
+PLACE = ("rank", "world_size", "workers", "seed")  # what a position belongs to
 EMPTY_PASSES = 3  # passes in a row over a worker's part without a usable sample, after which the data count as empty
 
 Batch = dict[str, Any]
@@ -51,31 +50,79 @@ class WorkerItem(NamedTuple):
 
 @dataclass
 class Loader:
-    """Training batches without end, made by `make_loader`, which documents the fields. Each worker has a copy.
+    """Training batches without end: each worker goes over its part of the data again.
 
-    skipped: counts of what was damaged in the batches so far, by reason, with the first of each.
+    Batches are dicts: "image" uint8 [N, 3, S, S] (`transform.finish` normalises it on the device; the images of a caller's
+    own transform are float32 and finished), "text" int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard
+    and key), "key" list[str], "meta" list[dict] (the json). With captions_per_image k > 1 "text" is [N, k, L].
+
+    With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D], float16 or bfloat16: a
+    teacher's features of the images and of the drawn captions. If the teacher saw views of an image, one of these views is
+    drawn in place of the transform's own augmentation, and the features are those of the pixels in "image". Otherwise they
+    are the features of the image without augmentation.
+
+    Order: a buffer that holds all samples of a worker shuffles them fully. With fewer shards than workers of all ranks, each
+    worker reads all shards and takes its share of the samples. In each pass of all workers every sample comes once, or as
+    often as its weight says. The order depends on (seed, workers, world_size) only; the drawn caption and the augmentation of
+    a sample depend on (seed, pass, shard's name, key): the transform may draw from the global generators of torch (CPU),
+    random and numpy, which are seeded for it and restored.
+
+    Args:
+        shards: tars by path, brace expression, glob, URL or pipe:COMMAND; a mapping {"shards": one of these or a
+            list, "weight": W}; or a list of these. See `sources.sources_of`.
+        tokenizer: list of captions -> int64 [N, L].
+        transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such as open_clip's, whose
+            exceptions are raised, naming the sample.
+        batch_size: samples of each of this rank's batches, N.
+        workers: number of loader processes; 0 reads in the calling process.
+        captions_per_image: k captions drawn for each sample, different ones if there are enough.
+        teacher: read the features that `simplclip teacher` wrote.
+        sidecars: folders with further files of the samples, e.g. those of `simplclip teacher`, in the order in which they are
+            joined; see `simplclip.data.sidecars`.
+        shuffle_buffer: number of samples, whose files are held in memory.
+        pin_memory: copy batches to page-locked memory, for a GPU.
+        on_error: "skip" counts damaged tars, "stop" raises ShardError. Broken samples are counted in both cases.
+        max_bytes: a sample with a file of more bytes is skipped without being read.
+        rank, world_size: this process and their number.
+        skipped: counts of what was damaged in the batches so far, by reason, with the first of each.
+
+    Raises: InputError if an argument is out of range or shards match no file; ShardError if a shard has no sidecar or has
+    changed since its sidecar was made. While iterating: ShardError if a teacher's features are missing or belong to other
+    captions, or a stream or disk fails after several tries; WorkerError if a loader process died (never while the caller uses
+    a batch); EmptyDataError if no sample is usable.
     """
 
-    sources: list[Source]
-    turn: int  # the worker that yields the next batch
-    positions: list[tuple[int, int]]  # of each worker: the pass, and the samples consumed in it
-    tokenizer: Callable
-    transform: Callable
+    shards: Any
+    _: KW_ONLY
+    tokenizer: Callable[[list[str]], torch.Tensor]
+    transform: ImageTransform | Callable[[Image.Image], torch.Tensor]
     batch_size: int
-    workers: int
-    captions_per_image: int
-    teacher: bool
-    sidecars: Folders
-    shuffle: bool
-    shuffle_buffer: int
-    seed: int
-    pin_memory: bool
-    on_error: str
-    max_pixels: int | None
-    max_bytes: int
-    rank: int
-    world_size: int
-    skipped: Skipped = field(default_factory=Skipped)
+    workers: int = 0
+    captions_per_image: int = 1
+    teacher: bool = False
+    sidecars: Folders = ()
+    shuffle: bool = True
+    shuffle_buffer: int = 4096
+    seed: int = 0
+    pin_memory: bool = False
+    on_error: str = "skip"
+    max_bytes: int = MAX_BYTES
+    rank: int = 0
+    world_size: int = 1
+    skipped: Skipped = field(default_factory=Skipped, init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "captions_per_image", "shuffle_buffer", "max_bytes", "world_size"):
+            check_count(name, getattr(self, name), 1)
+        check_count("workers", self.workers, 0)
+        if not 0 <= self.rank < self.world_size:
+            raise InputError(f"rank: expected 0 to {self.world_size - 1}, got {self.rank!r}")
+        if self.on_error not in ("skip", "stop"):
+            raise InputError(f"on_error: expected skip or stop, got {self.on_error!r}")
+        self.sources = sources_of(self.shards)
+        check_sidecars([source.url for source in self.sources], self.sidecars)
+        self.turn = 0  # the worker that yields the next batch
+        self.positions = [(0, 0)] * max(1, self.workers)  # of each: the pass, and the samples consumed in it
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields the batches after the last one that was yielded. Raises ShardError, EmptyDataError, WorkerError."""
@@ -86,11 +133,25 @@ class Loader:
             self.skipped.merge(item.skipped)
             yield item.batch
 
-    def state(self) -> dict[str, Any]:
-        """Returns the position of this rank after the last batch, for `make_loader`: ints, and lists of an int a worker."""
-        about = {name: getattr(self, name) for name in ("rank", "world_size", "seed", "workers", "turn")}
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position of this rank after the last batch: ints, and lists of an int for each worker."""
         passes, consumed = zip(*self.positions)
-        return about | {"passes": list(passes), "consumed": list(consumed)}
+        return {name: getattr(self, name) for name in PLACE} | {
+            "turn": self.turn,
+            "passes": list(passes),
+            "consumed": list(consumed),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the loader that returned `state` was: the batches are exactly those that would have followed.
+
+        The samples before are read, but not decoded. Raises InputError for the state of another rank, seed, or number of
+        ranks or workers.
+        """
+        for name in PLACE:
+            if state.get(name) != getattr(self, name):
+                raise InputError(f"state: expected one of {name} {getattr(self, name)}, got {state.get(name)}")
+        self.turn, self.positions = state["turn"], list(zip(state["passes"], state["consumed"], strict=True))
 
     def items(self, process: int, workers: int) -> Iterator[WorkerItem]:
         """Yields the batches of one worker without end. Raises ShardError, and EmptyDataError if no sample is usable."""
@@ -168,17 +229,17 @@ class Loader:
             drawn = _draw(len(pair.captions), self.captions_per_image)
             view_number = random.randrange(len(pair.views)) if pair.views else 0
             view = pair.views[view_number] if pair.views else None
-            pixels, colour = pixels_of(self.transform, pair, view, self.max_pixels)
+            pixels = pixels_of(self.transform, pair, view)
         features = None
         if self.teacher:
             captions = len(pair.features) - len(pair.captions)  # the row where the captions' features begin
             features = torch.from_numpy(pair.features[[view_number, *(captions + i for i in drawn)]])
             features = features.view(torch.bfloat16) if features.dtype == torch.uint16 else features
         texts = [pair.captions[i] for i in drawn]
-        return pixels, colour, texts, pair.group_id, pair.key, pair.record, features
+        return pixels, texts, pair.group_id, pair.key, pair.record, features
 
     def _collate(self, rows: list[tuple]) -> Batch:
-        images, colours, texts, groups, keys, records, features = zip(*rows)
+        images, texts, groups, keys, records, features = zip(*rows)
         one = self.captions_per_image == 1
         tokens = self.tokenizer([text for several in texts for text in several])
         batch: Batch = {
@@ -188,99 +249,10 @@ class Loader:
             "key": list(keys),
             "meta": list(records),
         }
-        if colours[0] is not None:
-            batch["colour"] = torch.tensor(colours)
         if self.teacher:
             stacked = torch.stack(features)
             batch |= {"teacher_image": stacked[:, 0], "teacher_text": stacked[:, 1] if one else stacked[:, 1:]}
         return batch
-
-
-def make_loader(
-    shards: Any,
-    *,
-    tokenizer: Callable[[list[str]], torch.Tensor],
-    transform: ImageTransform | Callable[[Image.Image], torch.Tensor],
-    batch_size: int,
-    workers: int = 0,
-    captions_per_image: int = 1,
-    teacher: bool = False,
-    sidecars: Folders = (),
-    shuffle: bool = True,
-    shuffle_buffer: int = 4096,
-    seed: int = 0,
-    pin_memory: bool = False,
-    on_error: str = "skip",
-    max_pixels: int | None = None,
-    max_bytes: int = MAX_BYTES,
-    rank: int = 0,
-    world_size: int = 1,
-    state: Mapping[str, Any] | None = None,
-) -> Loader:
-    """Returns a loader of training batches. Iterating it has no end: each worker goes over its part of the data again.
-
-    Batches are dicts: "image" uint8 [N, 3, S, S], and "colour" float32 [N, P] if the transform changes colours
-    (`transform.finish` takes both on the device; the images of a caller's own transform are float32 and finished), "text"
-    int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict]
-    (the json). With captions_per_image k > 1 "text" is [N, k, L].
-
-    With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D], float16 or bfloat16: a
-    teacher's features of the images and of the drawn captions. If the teacher saw views of an image, one of these views is
-    drawn in place of the transform's own augmentation, and the features are those of the pixels in "image". Otherwise they
-    are the features of the image without augmentation.
-
-    Order: a buffer that holds all samples of a worker shuffles them fully. With fewer shards than workers of all ranks, each
-    worker reads all shards and takes its share of the samples. In each pass of all workers every sample comes once, or as
-    often as its weight says. The order depends on (seed, workers, world_size) only; the drawn caption and the augmentation of
-    a sample depend on (seed, pass, shard's name, key): the transform may draw from the global generators of torch (CPU),
-    random and numpy, which are seeded for it and restored.
-
-    Args:
-        shards: tars by path, brace expression, glob, URL or pipe:COMMAND; a mapping {"shards": one of these or a
-            list, "weight": W}; or a list of these. See `sources.sources_of`.
-        tokenizer: list of captions -> int64 [N, L].
-        transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such as open_clip's, whose
-            exceptions are raised, naming the sample.
-        batch_size: samples of each of this rank's batches, N.
-        workers: number of loader processes; 0 reads in the calling process.
-        captions_per_image: k captions drawn for each sample, different ones if there are enough.
-        teacher: read the features that `simplclip teacher` wrote.
-        sidecars: folders with further files of the samples, e.g. those of `simplclip teacher`, in the order in which they are
-            joined; see `simplclip.data.sidecars`.
-        shuffle_buffer: number of samples, whose files are held in memory.
-        pin_memory: copy batches to page-locked memory, for a GPU.
-        on_error: "skip" counts damaged tars, "stop" raises ShardError. Broken samples are counted in both cases.
-        max_pixels: an image whose header promises more pixels is skipped before it is decoded; by default Pillow's limit.
-        max_bytes: a sample with a file of more bytes is skipped without being read.
-        rank, world_size: this process and their number.
-        state: `Loader.state()` of an earlier loader of this rank. The batches are exactly those that would have followed: the
-            samples before are read, but not decoded.
-
-    Raises: InputError if an argument is out of range, shards match no file, or the state is of another rank or another number
-    of ranks or workers; ShardError if a shard has no sidecar or has changed since its sidecar was made. While iterating:
-    ShardError if a teacher's features are missing or belong to other captions, or a stream or disk fails after several tries;
-    WorkerError if a loader process died (never while the caller uses a batch); EmptyDataError if no sample is usable.
-    """
-    options = {name: value for name, value in locals().items() if name in Loader.__dataclass_fields__}
-    for name in ("batch_size", "captions_per_image", "shuffle_buffer", "max_bytes", "world_size"):
-        check_count(name, options[name], 1)
-    check_count("workers", workers, 0)
-    if not 0 <= rank < world_size:
-        raise InputError(f"rank: expected 0 to {world_size - 1}, got {rank!r}")
-    if on_error not in ("skip", "stop"):
-        raise InputError(f"on_error: expected skip or stop, got {on_error!r}")
-    if max_pixels is not None and isinstance(transform, ImageTransform):
-        options["transform"] = copy.copy(transform)
-        options["transform"].max_pixels = max_pixels
-    sources = sources_of(shards)
-    check_sidecars([source.url for source in sources], sidecars)
-    turn, positions = 0, [(0, 0)] * max(1, workers)
-    if state is not None:
-        for name in ("workers", "rank", "world_size", "seed"):
-            if state.get(name) != options[name]:
-                raise InputError(f"state: expected one of {name} {options[name]}, got {state.get(name)}")
-        turn, positions = state["turn"], list(zip(state["passes"], state["consumed"], strict=True))
-    return Loader(sources, turn, positions, **options)
 
 
 @contextlib.contextmanager
@@ -301,28 +273,19 @@ def seeded(*parts: object) -> Iterator[None]:
         _NUMPY.set_bit_generator(states[2])
 
 
-def pixels_of(
-    transform: ImageTransform | Callable, pair: Pair, view: View | None = None, max_pixels: int | None = None
-) -> tuple[torch.Tensor, list[float] | None]:
-    """Returns the transformed image of a sample, and the parameters with which `ImageTransform.finish` changes its colour.
+def pixels_of(transform: ImageTransform | Callable, pair: Pair, view: View | None = None) -> torch.Tensor:
+    """Returns the transformed image of a sample. view: the view to replay instead of drawing one.
 
-    view: the view to replay instead of drawing one. max_pixels: as for `decode`, for a caller's transform only.
     Raises BrokenSample. With a caller's transform, raises ShardError if a view is given, RuntimeError if the transform fails.
     """
     if isinstance(transform, ImageTransform):
-        encoded = pair.encoded
-        pixels, view = transform.drawn(encoded) if view is None else (transform.apply(encoded, view), view)
-        return pixels, view.get("colour")
+        return transform(pair.encoded) if view is None else transform.apply(pair.encoded, view)
     if view is not None:
         raise ShardError(
             f"sample {pair.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "
             f"got {transform!r}"
         )
-    return called(transform, decode_pil(pair.encoded, max_pixels=max_pixels), pair), None
-
-
-def called(transform: Callable, image: Image.Image, pair: Pair) -> torch.Tensor:
-    """Applies a caller's transform to an image. Its errors become a RuntimeError that names the sample."""
+    image = pair.image
     try:
         return transform(image)
     except Exception as error:

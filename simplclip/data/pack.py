@@ -31,7 +31,7 @@ from simplclip.common.errors import InputError, UserError, visible
 from simplclip.common.progress import Progress
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.files import MAX_BYTES, TEXT_BYTES, captions_of, file_bytes, open_image, record_of
-from simplclip.data.forms import Options, Row, Source, is_source, open_source
+from simplclip.data.forms import Options, Row, RowSource, is_source, open_source, split_of
 from simplclip.data.tar_writer import TarFolder, add, entry_of, new_tar, skipped_in
 
 FORMAT = "simplclip-shards-2"
@@ -87,7 +87,7 @@ def pack(
 def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
     """Returns `data` with shards in place of tables, JSON files and folders; `pack` makes these shards in OUT/NAME first.
 
-    data: a path or address, a mapping with "shards", or a list of these, as `make_loader` takes them. A mapping may also have
+    data: a path or address, a mapping with "shards", or a list of these, as `Loader` takes them. A mapping may also have
         the fields of `Options`.
     """
     names: Counter[str] = Counter()
@@ -140,7 +140,7 @@ def summary(shards: list[str], examples: int = 3) -> str:
     return "\n".join(lines)
 
 
-def _write(source: Source, folder: TarFolder, workers: int, progress: bool) -> None:
+def _write(source: RowSource, folder: TarFolder, workers: int, progress: bool) -> None:
     """Writes the shards that the folder does not have, and adds their entries one after another."""
     folder.entries = {name: entry for name, entry in folder.entries.items() if folder.is_whole(name)}
     done, stem = sum(entry["rows"] for entry in folder.entries.values()), _stem(source.path)
@@ -242,5 +242,5 @@ def _cores() -> int:
 
 
 def _stem(path: str) -> str:
-    name = os.path.basename(os.path.abspath(path.partition("#")[0] if not os.path.exists(path) else path))
+    name = os.path.basename(os.path.abspath(split_of(path)[0]))
     return re.sub(r"[^\w-]+", "_", os.path.splitext(name)[0]) or "data"

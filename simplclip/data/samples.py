@@ -25,7 +25,6 @@ from simplclip.data.tars import Sample
 
 TEACHER = "teacher.npy"  # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
 TEACHER_JSON = "teacher.json"  # what the features belong to: "captions", a digest of them, and "views" if it saw views
-VIEWS = "views.json"  # the views in sidecars of earlier versions, which have no teacher.json
 
 
 @dataclass
@@ -124,7 +123,7 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
     try:
         features = np.lib.format.read_array(io.BytesIO(sample[TEACHER]), allow_pickle=False)
         about = json_of(sample[TEACHER_JSON]) if TEACHER_JSON in sample else {}
-        views = about.get("views") or (json_of(sample[VIEWS]) if VIEWS in sample else None)
+        views = about.get("views")
         if features.dtype not in (np.float16, np.uint16) or features.ndim != 2:
             raise ValueError(f"expected float16 or uint16 [V + C, D], got {features.dtype} {list(features.shape)}")
         if views is not None and not (views and isinstance(views, list) and all(isinstance(view, dict) for view in views)):

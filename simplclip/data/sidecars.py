@@ -19,7 +19,7 @@ from simplclip.common.errors import InputError
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
 from simplclip.data.files import json_of
-from simplclip.data.samples import TEACHER, TEACHER_JSON, VIEWS
+from simplclip.data.samples import TEACHER, TEACHER_JSON
 from simplclip.data.sources import Address, Source, name_of, sources_of
 from simplclip.data.tars import Sample
 
@@ -97,9 +97,8 @@ def zipped(samples: Iterable[Sample], shard: str, folders: Folders) -> Iterator[
         for place, other in enumerate(following):
             if other is None or other["__key__"] != key or key in seen:
                 continue
-            if TEACHER in other:  # the files of a former teacher are replaced
-                for suffix in (VIEWS, TEACHER_JSON):
-                    sample.pop(suffix, None)
+            if TEACHER in other:  # a former teacher's files are replaced, also if this one writes no digest
+                sample.pop(TEACHER_JSON, None)
             sample |= {suffix: value for suffix, value in other.items() if not suffix.startswith("__")}
             following[place] = next(sidecars[place], None)
         seen.add(key)
@@ -119,36 +118,19 @@ def _samples(sidecar: str) -> Iterator[Sample]:
         raise ShardError(f"sidecar of {error}; make it again by the command that wrote it") from error.__cause__
 
 
-def teacher_stamp(shards: Any, folders: Folders = ()) -> dict[str, Any]:
-    """Returns the teacher of the features: "name", "width" D, "logit_scale", and "views" if it saw views of the images.
+def teacher_stamp(folders: Folders) -> dict[str, Any]:
+    """Returns the teacher of the features in sidecars: "name", "width" D, "logit_scale", and "views" if it saw views.
 
-    The teacher is taken from the last of the sidecars' `folders` whose meta.json names one, else from the meta.json beside
-    the shards.
-    Raises ShardError if there is no teacher, or if the folders of the shards have different teachers.
+    The last of the folders whose meta.json names a teacher counts. Raises ShardError if there is none.
     """
     for folder in reversed(folders):
-        if (stamp := _stamp(os.path.expanduser(folder))) is not None:
-            return stamp
-    stamps = {folder: _stamp(folder) for folder in (os.path.dirname(source.url) for source in sources_of(shards))}
-    first, stamp = next(iter(stamps.items()))
-    for folder, other in stamps.items():
-        if other is None:
-            names = " or ".join(os.path.join(place, "meta.json") for place in (*folders, folder))
-            raise ShardError(
-                f"shards: expected a teacher's features, but no teacher is named in {names}; make them by "
-                "`simplclip teacher`, and name the folder that it writes in data.sidecars"
-            )
-        if other != stamp:
-            raise ShardError(f"shards: expected features of one teacher, got different ones in {first!r} and {folder!r}")
-    return stamp or {}
-
-
-def _stamp(folder: str | os.PathLike) -> dict[str, Any] | None:
-    try:
-        stamp = json_of(Path(folder, "meta.json").read_text("utf-8"))["teacher"]
-        return stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
-    except (OSError, ValueError, LookupError, TypeError, OverflowError):
-        return None
+        try:
+            stamp = json_of(Path(os.path.expanduser(folder), "meta.json").read_text("utf-8"))["teacher"]
+            return stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
+        except (OSError, ValueError, LookupError, TypeError, OverflowError):
+            continue
+    given = list(map(str, folders))
+    raise ShardError(f"data.sidecars: expected a teacher's features, which `simplclip teacher` writes, got {given}")
 
 
 def dataset_size(shards: Any) -> int | None:

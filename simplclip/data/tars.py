@@ -24,12 +24,12 @@ from simplclip.data.sources import Address, Source
 
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
 STALL = 60  # seconds without a byte after which a server counts as gone
-TEXTS = ("txt", "json", "cls", "teacher.json", "views.json")
+TEXTS = ("txt", "json", "cls", "teacher.json")
 SUFFIXES = (*IMAGE_SUFFIXES, *TEXTS, "teacher.npy")  # files that are read
 
 _LONGEST = 4096  # most bytes of a name; systems allow no longer path
 _LARGEST = 1 << 34  # most bytes of a member: passing over more of a stream that has ended would take long
-_EXTENDED = 16 << 10  # most bytes of an extended header; tarfile's expressions take quadratic time over one (CVE-2024-6232)
+_EXTENDED = 16 << 10  # most bytes of a member's extended headers; tarfile may take quadratic time (CVE-2024-6232)
 _EXTENDED_TYPES = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -56,8 +56,12 @@ class Member(tarfile.TarInfo):
         return super()._block(count)  # type: ignore[misc]
 
     def _proc_member(self, archive: tarfile.TarFile) -> Any:
-        if self.type in _EXTENDED_TYPES and self.size > _EXTENDED:
-            raise tarfile.ReadError(f"an extended header of {self.size:,} bytes")
+        extended = 0
+        if self.type in _EXTENDED_TYPES:
+            extended = getattr(archive, "extended", 0) + tarfile.BLOCKSIZE + self._block(self.size)
+        if extended > _EXTENDED:
+            raise tarfile.ReadError(f"extended headers of {extended:,} bytes")
+        archive.extended = extended  # type: ignore[attr-defined]
         return super()._proc_member(archive)  # type: ignore[misc]
 
     def _proc_gnusparse_10(self, member: Any, headers: Any, archive: Any) -> None:
@@ -146,6 +150,8 @@ def _files(source: Source, skipped: Skipped, max_bytes: int, damage: list[str]) 
 def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes | BrokenSample:
     if member.issparse():
         return BrokenSample("sparse file", member.name)
+    if member.size < 0 or member.offset_data + member.size > archive.offset:  # type: ignore[attr-defined]
+        raise tarfile.ReadError(f"{member.name} has a wrong size, {member.size}")  # by a global pax header
     if member.size > limit:
         return BrokenSample("file too large", f"{member.name} of {member.size:,} bytes, expected at most {limit:,}")
     # extractfile would take three times as long.

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg, center_crop_or_pad
 from PIL import Image
@@ -21,10 +20,8 @@ from simplclip.data.decode import SCALES, check_pixels, decode, rgb, size_of, to
 
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 RATIO = (3 / 4, 4 / 3)  # RandomResizedCrop's default aspect ratios
-GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
-COLUMNS = 9  # factors of brightness, contrast and saturation, shift of hue, in which order (four indices), whether grey
-_CACHE = 1 << 19  # elements that a CPU changes at once: several times as fast as a whole batch
-
+CHANGES = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+UNCHANGED = (1.0, 1.0, 1.0, 0.0)  # with these parameters CHANGES change nothing
 
 View = dict[str, Any]  # JSON values: what was drawn for an image
 
@@ -36,7 +33,7 @@ class ImageTransform:
 
         view = transform.draw(*size_of(encoded))
         pixels = transform.apply(encoded, view)                  # uint8 [3, S, S]
-        images = transform.finish(torch.stack([pixels, ...]))    # float32 [N, 3, S, S], changed in colour, normalised
+        images = transform.finish(torch.stack([pixels, ...]))    # float32 [N, 3, S, S], normalised
 
     Called with a file's bytes, it draws a view and returns the pixels, uint8 [3, S, S]. Called with a PIL image, it does all
     three steps and returns what open_clip's preprocess returns, float32 [3, S, S].
@@ -48,26 +45,18 @@ class ImageTransform:
             interpolation, as in open_clip; unlike there, `ratio` is heeded), then a change of colour with the probability
             color_jitter_prob and to grey with gray_scale_prob. "affine": small rotations, shifts, zooms and changes of
             colour without mirroring, for drawings on white.
-        max_pixels: as for `decode`.
     """
 
-    def __init__(
-        self,
-        cfg: PreprocessCfg,
-        augment: AugmentationCfg | Mapping[str, Any] | str | None = None,
-        *,
-        max_pixels: int | None = None,
-    ) -> None:
+    def __init__(self, cfg: PreprocessCfg, augment: AugmentationCfg | Mapping[str, Any] | str | None = None) -> None:
         self.size: tuple[int, int] = tuple(cfg.input_size[1:])
         self.mean, self.std = tuple(cfg.mean), tuple(cfg.std)
         self.resize_mode, self.fill = cfg.resize_mode, cfg.fill_color
         self.interpolation = BILINEAR if cfg.interpolation == "bilinear" else BICUBIC
-        self.max_pixels = max_pixels
         self.augment: Any = _checked(augment)  # None, "affine" or an AugmentationCfg
         self._jitter, self._jitter_prob, self._grey_prob = None, 0.0, 0.0
         if self.augment == "affine":
             self._affine = RandomAffine(15, (0.1, 0.1), (0.8, 1.15), 5)
-            self._jitter, self._jitter_prob = ColorJitter(0.3, 0.3, 0.3, 0.03), 1.0
+            self._jitter, self._jitter_prob = ColorJitter(0.3, 0.3, 0.3), 1.0
         elif self.augment is not None:
             self._jitter_prob, self._grey_prob = self.augment.color_jitter_prob or 0.0, self.augment.gray_scale_prob or 0.0
             if self._jitter_prob:
@@ -89,7 +78,7 @@ class ImageTransform:
         return view
 
     def apply(self, encoded: bytes, view: View) -> Tensor:
-        """Returns the pixels of a file in a view, uint8 [3, S, S], colours unchanged. Raises BrokenSample as `decode` does.
+        """Returns the pixels of a file in a view, uint8 [3, S, S]. Raises BrokenSample as `decode` does.
 
         A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the view's crop is at least 2, 4 or 8 times as large as S.
         """
@@ -97,13 +86,8 @@ class ImageTransform:
 
     def apply_all(self, encoded: bytes, views: Sequence[View]) -> list[Tensor]:
         """Returns the pixels of a file in several views, as `apply` does. It is decoded once, at the largest scale needed."""
-        image = decode(encoded, scale=min(self._scale(encoded, view) for view in views), max_pixels=self.max_pixels)
+        image = decode(encoded, scale=min(self._scale(encoded, view) for view in views))
         return [self.render(image, view) for view in views]
-
-    def drawn(self, encoded: bytes) -> tuple[Tensor, View]:
-        """Draws a view for a file; returns the pixels as `apply` does, and the view."""
-        view = self.draw(*size_of(encoded, self.max_pixels))
-        return self.apply(encoded, view), view
 
     def render(self, image: Tensor, view: View) -> Tensor:
         """Does what `apply` does, for a decoded image, uint8 [3, H, W], on the image's device.
@@ -114,52 +98,37 @@ class ImageTransform:
             top, left, bottom, right = _box(image.shape[1:], view)
             # Copied, since resizing contiguous rows saves more time than the copy takes.
             crop = image[None, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
-            return F.resize(crop, list(self.size), BICUBIC)[0]
-        if "affine" in view:
+            pixels = F.resize(crop, list(self.size), BICUBIC)[0]
+        elif "affine" in view:
             angle, x, y, zoom, *shear = view["affine"]
             shift = [x * (self.size[1] / view["size"][1]), y * (self.size[0] / view["size"][0])]
             # torchvision draws a grey line around the image unless the fill is black. The negative turns white into black.
             negative = ~F.resize(image, list(self.size), BICUBIC)
-            return ~F.affine(negative, angle, shift, zoom, shear, interpolation=BILINEAR)
-        size, interpolation = self._resized(*image.shape[1:])
-        return center_crop_or_pad(F.resize(image, size, interpolation), list(self.size), self.fill)
+            pixels = ~F.affine(negative, angle, shift, zoom, shear, interpolation=BILINEAR)
+        else:
+            size, interpolation = self._resized(*image.shape[1:])
+            pixels = center_crop_or_pad(F.resize(image, size, interpolation), list(self.size), self.fill)
+        return _changed_colour(pixels, view["colour"]) if "colour" in view else pixels
 
-    def finish(
-        self,
-        images: Tensor,
-        colour: Tensor | None = None,
-        *,
-        channels_last: bool = False,
-    ) -> Tensor:
-        """The model's input, float32 [N, 3, S, S]: images changed in colour and normalised, on their device.
-
-        Args:
-            images: uint8 [N, 3, S, S].
-            colour: float32 [N, P], the "colour" of the images' views, None if the views have none; see `_changed_colour`.
-        """
+    def finish(self, images: Tensor, *, channels_last: bool = False) -> Tensor:
+        """Normalises images, uint8 [N, 3, S, S], on their device: the model's input, float32 [N, 3, S, S]."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         floats = images.to(torch.float32, memory_format=layout)
-        unit = 255.0
-        if colour is not None:
-            floats, unit = _changed_colour(floats.div_(unit), colour), 1.0
-        mean, std = (np.array(values, np.float32) * np.float32(unit) for values in (self.mean, self.std))
-        for channel in range(3):  # by numbers: copying tensors to a GPU would wait for it
-            floats[:, channel].sub_(float(mean[channel])).div_(float(std[channel]))
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std)):
+            floats[:, channel].sub_(255 * mean).div_(255 * std)  # by numbers: copying tensors to a GPU would wait for it
         return floats
 
     def __call__(self, image: bytes | Image.Image) -> Tensor:
         if not isinstance(image, Image.Image):
-            return self.drawn(image)[0]
+            return self.apply(image, self.draw(*size_of(image)))
         pixels = to_tensor(rgb(image))
-        view = self.draw(*pixels.shape[1:])
-        colour = torch.tensor([view["colour"]]) if "colour" in view else None
-        return self.finish(self.render(pixels, view)[None], colour)[0]
+        return self.finish(self.render(pixels, self.draw(*pixels.shape[1:]))[None])[0]
 
     def _scale(self, encoded: bytes, view: View) -> int:
         """Returns by what the sides of a JPEG may be divided while it is decoded for a view."""
         if "crop" not in view or self._room(view["image"], view) < SCALES[-1]:
             return 1
-        room = self._room(size_of(encoded, self.max_pixels), view)
+        room = self._room(size_of(encoded), view)
         return next((scale for scale in SCALES if scale <= room), 1)
 
     def _room(self, size: tuple[int, int], view: View) -> float:
@@ -178,14 +147,14 @@ class ImageTransform:
         else:
             ratio = fit(height / self.size[0], width / self.size[1])
             size = [round(height / ratio), round(width / ratio)]
-        check_pixels(size[0], size[1], None)  # an image one pixel wide would become gigabytes
+        check_pixels(*size)  # an image one pixel wide would become gigabytes
         return size, self.interpolation if fit is max or square else BICUBIC  # open_clip passes none on for other sizes
 
 
-def finished(transform: Any, images: Tensor, device: torch.device, **options: Any) -> Tensor:
+def finished(transform: Any, images: Tensor, device: torch.device, *, channels_last: bool = False) -> Tensor:
     """Moves a loader's images to the device, and completes uint8 ones by `transform.finish` there; others are complete."""
     images = images.to(device, non_blocking=True)
-    return transform.finish(images, **options) if images.dtype == torch.uint8 else images
+    return transform.finish(images, channels_last=channels_last) if images.dtype == torch.uint8 else images
 
 
 def augmentation(transform: Any) -> Any:
@@ -235,9 +204,12 @@ def _checked(augment: Any) -> Any:
 
 
 def _draw_colour(jitter: ColorJitter | None, jitter_prob: float, grey_prob: float) -> list[float]:
-    """Draws the parameters of one image, as open_clip's color_jitter and gray_scale do, from torch's global generator."""
+    """Draws as open_clip's color_jitter and gray_scale do, from torch's global generator.
+
+    Returns a parameter for each of CHANGES, their order (four indices), and whether the image becomes grey (1 or 0).
+    """
     change, grey = torch.rand(2).tolist()
-    factors, order = [1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3]
+    factors, order = list(UNCHANGED), [0, 1, 2, 3]
     if jitter is not None and change < jitter_prob:
         drawn, *values = jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
         factors = [none if value is None else value for value, none in zip(values, factors)]
@@ -245,60 +217,9 @@ def _draw_colour(jitter: ColorJitter | None, jitter_prob: float, grey_prob: floa
     return [*factors, *map(float, order), float(grey < grey_prob)]
 
 
-def _changed_colour(images: Tensor, colour: Tensor) -> Tensor:
-    """Changes images [N, 3, H, W] (floats from 0 to 1) in place, by parameters float32 [N, COLUMNS]; returns them.
-
-    The parameters are read on the CPU. If they are on a GPU, reading them costs a synchronisation.
-    """
-    part = max(1, _CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
-    for chunk, parameters in zip(images.split(part), colour.split(part)):
-        rows = parameters.tolist()
-        for step in range(4):
-            for which, function in enumerate((_brightness, _contrast, _saturation, _hue)):
-                none = 0.0 if function is _hue else 1.0
-                chosen = [(i, row[which]) for i, row in enumerate(rows) if row[4 + step] == which and row[which] != none]
-                _apply(chunk, chosen, function)
-        _apply(chunk, [(i, 0.0) for i, row in enumerate(rows) if row[8]], _saturation)
-    return images
-
-
-def _apply(images: Tensor, chosen: list[tuple[int, float]], function) -> None:
-    if chosen:
-        indices, factors = zip(*chosen)
-        place = torch.tensor(indices, device=images.device)
-        factor = torch.tensor(factors, dtype=images.dtype, device=images.device).view(-1, 1, 1, 1)
-        images[place] = function(images[place], factor)
-
-
-def _grey(images: Tensor) -> Tensor:
-    red, green, blue = images.split(1, dim=1)
-    return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
-
-
-def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return images.mul_(factor).clamp_(0, 1)
-
-
-def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    mean = _grey(images).mean(dim=(1, 2, 3), keepdim=True)
-    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
-
-
-def _saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return _grey(images).mul_(1 - factor).add(images.mul_(factor)).clamp_(0, 1)
-
-
-def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Shifts the hue. A channel is max - range * clamp(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6; n is 5, 3, 1 for RGB."""
-    red, green, blue = images.split(1, dim=1)
-    low, high = torch.aminmax(images, dim=1, keepdim=True)
-    spread = high - low
-    safe = spread.where(spread > 0, 1)
-    hue = torch.where(
-        high == red,
-        (green - blue) / safe,
-        torch.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )
-    k = torch.tensor([5.0, 3.0, 1.0], dtype=images.dtype, device=images.device).view(1, 3, 1, 1) + (hue + 6 * shift)
-    k.remainder_(6)
-    return high - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(spread)
+def _changed_colour(image: Tensor, colour: Sequence[float]) -> Tensor:
+    """Changes the colours of an image, uint8 [3, H, W], by what `_draw_colour` returned."""
+    for which in map(int, colour[4:8]):
+        if colour[which] != UNCHANGED[which]:
+            image = CHANGES[which](image, colour[which])
+    return F.rgb_to_grayscale(image, 3) if colour[8] else image

@@ -46,7 +46,7 @@ def from_workers(items: Items, workers: int, pin_memory: bool = False) -> Genera
         if isinstance(error, UserError) or not workers or not _died(error):
             raise
         raise WorkerError(
-            f"data.workers: a loader process died: {_end(iterator) or repr(error)}. A system that runs out of memory kills "
+            f"data.workers: a loader process died: {str(error) or repr(error)}. A system that runs out of memory kills "
             "processes; fewer data.workers or a smaller batch need less"
         ) from error
     finally:
@@ -74,16 +74,6 @@ def _died(error: Exception) -> bool:
     """Whether an error says that a loader process died, perhaps while it sent a batch."""
     cut_off = isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) and "in DataLoader worker" not in str(error)
     return cut_off or str(error).startswith("DataLoader worker")
-
-
-def _end(iterator: Any) -> str:
-    """Returns how a process of an iterator died, "" if it is not known."""
-    for process in iterator._workers:
-        process.join(0.2)
-    code = next((process.exitcode for process in iterator._workers if process.exitcode), None)
-    if code is None:
-        return ""
-    return f"killed by signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _start(worker: int) -> None:

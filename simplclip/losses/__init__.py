@@ -19,9 +19,10 @@ The losses of other libraries and their equals here, which expect L2-normalised 
     GradCache SimpleContrastiveLoss         ops.similarity_loss(x, y, 1.0, symmetric=False): only the direction from x to y
     GradCache DistributedContrastiveLoss    the same with group=, whose gradients are world_size times as large
 
-Label smoothing, several positives, decoupled, debiased and margin losses: five lines each with RowwiseLoss, docs/recipes.md.
+Label smoothing, several positives and decoupled losses: a few lines each with RowwiseLoss, docs/recipes.md.
 """
 
+from simplclip.common.lazy import attribute
 from simplclip.losses.base import PLANES
 from simplclip.losses.clip import ClipPMLoss
 from simplclip.losses.matryoshka import MatryoshkaLoss
@@ -33,11 +34,7 @@ __all__ = ["PLANES", "ClipLoss", "ClipPMLoss", "CoCaLoss", "MatryoshkaLoss", "Ro
 
 def __getattr__(name: str):
     """Imports the losses that subclass open_clip's at their first use: importing open_clip takes seconds."""
-    if name in ("ClipLoss", "CoCaLoss", "SigLipLoss"):
-        from simplclip.losses import drop_in
-
-        return getattr(drop_in, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return attribute(__name__, {"drop_in": ("ClipLoss", "CoCaLoss", "SigLipLoss")}, name)
 
 
 def __dir__() -> list[str]:

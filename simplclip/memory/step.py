@@ -67,7 +67,7 @@ class TrainerStep:
     def _teacher(self, width: int | None) -> dict[str, Any]:
         if width is None:
             try:
-                return data.teacher_stamp(self.config.data.train, self.config.data.sidecars)
+                return data.teacher_stamp(self.config.data.sidecars)
             except (UserError, OSError) as error:
                 model = self.config.model
                 width = model.options.get("embed_dim") or models.spec_of(model.name).config["embed_dim"]

@@ -23,7 +23,7 @@ from torch import Tensor
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data.decode import size_of
-from simplclip.data.loader import called, seeded
+from simplclip.data.loader import pixels_of, seeded
 from simplclip.data.pack import packed
 from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, check_count, digest_of
 from simplclip.data.transforms import ImageTransform, View, augmentation, finished, stack
@@ -50,7 +50,7 @@ class Views:
 
     def draw(self, sample: Pair) -> list[View]:
         """Draws the views of a sample's image. A view depends on the seed, the shard's name, the key and its number only."""
-        height, width = size_of(sample.encoded, self.transform.max_pixels)
+        height, width = size_of(sample.encoded)
         views = []
         for view in range(self.number):
             with seeded(self.seed, "view", sample.place, view):
@@ -65,7 +65,6 @@ class Batch(NamedTuple):
     """What workers make of N samples."""
 
     images: Tensor  # [N V, 3, S, S], uint8 or float32
-    colours: Tensor | None  # float32 [N V, P], see `ImageTransform.finish`
     tokens: Tensor  # int64 [sum of C, L]
     captions: list[int]  # C of each sample
     about: list[dict[str, Any]]  # the content of each teacher.json
@@ -79,25 +78,21 @@ class Prepare:
     tokenizer: Callable[[list[str]], Tensor]
     views: Views | None
 
-    def __call__(self, sample: Pair) -> tuple[list[Tensor], list[View], Tensor, dict[str, Any]]:
+    def __call__(self, sample: Pair) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
         drawn: list[View] = []
         if self.views is not None:
             drawn = self.views.draw(sample)
             images = self.transform.apply_all(sample.encoded, drawn)  # type: ignore[attr-defined]
-        elif isinstance(self.transform, ImageTransform):
-            images = [self.transform(sample.encoded)]
         else:
-            images = [called(self.transform, sample.image, sample)]
+            images = [pixels_of(self.transform, sample)]
         about = {"captions": digest_of(sample.captions), **({"views": drawn} if drawn else {})}
-        return images, drawn, self.tokenizer(sample.captions), about
+        return images, self.tokenizer(sample.captions), about
 
     def collate(self, prepared: list[tuple]) -> Batch:
-        images, views, tokens, about = zip(*prepared)
+        images, tokens, about = zip(*prepared)
         pixels = [image for several in images for image in several]
-        colours = [view["colour"] for several in views for view in several if "colour" in view]
         return Batch(
             stack(pixels) if pixels[0].dtype == torch.uint8 else torch.stack(pixels),
-            torch.tensor(colours) if colours else None,
             torch.cat(tokens),
             [len(several) for several in tokens],
             list(about),
@@ -134,7 +129,7 @@ def write(
     prepare = Prepare(transform or teacher.preprocess, teacher.tokenizer, views)
 
     def process(batch: Batch) -> list[dict[str, bytes]]:
-        images = finished(prepare.transform, batch.images, teacher.device, colour=batch.colours)
+        images = finished(prepare.transform, batch.images, teacher.device)
         x = torch.cat([teacher.features("image", part) for part in images.split(batch_size)]).cpu()
         y = encode_tokens(teacher, batch.tokens, batch_size).cpu()
         rows = zip(x.unflatten(0, (len(batch.about), -1)), y.split(batch.captions), batch.about)

@@ -81,7 +81,7 @@ class MicroBatch(Section):
     text: int | None = setting(None, "captions at a time", ge=1)
 
 
-LOADER_OPTIONS = ("on_error", "max_pixels", "max_bytes", "shuffle_buffer")
+LOADER_OPTIONS = ("on_error", "max_bytes", "shuffle_buffer")
 
 
 class DataConfig(Section):
@@ -117,7 +117,7 @@ class DataConfig(Section):
         "teacher saw, else the model's default",
     )
     options: dict[Literal[LOADER_OPTIONS], Any] = setting(  # type: ignore[valid-type]
-        {}, f"further arguments of `simplclip.data.make_loader`: {', '.join(LOADER_OPTIONS)}"
+        {}, f"further arguments of `simplclip.data.Loader`: {', '.join(LOADER_OPTIONS)}"
     )
 
     @property

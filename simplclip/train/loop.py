@@ -125,7 +125,7 @@ def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[dict[str
         batches.append(batch)
         if len(batches) < count:
             continue
-        state.data = ranks.exchanged(loader.state())
+        state.data = ranks.exchanged(loader.state_dict())
         yield batches
         batches = []
         if reasons != (reasons := len(loader.skipped.counts)):  # the end of the run has all counts
@@ -156,7 +156,7 @@ def make_loader(state: State) -> tuple[data.Loader, list[str]]:
     elif state.step:
         seed += state.step
         notes.append("resume     ranks, workers or the version were others: the pass over the data starts again")
-    loader = data.make_loader(
+    loader = data.Loader(
         c.train,
         tokenizer=tokenizer(config.model.model_dump()),
         transform=state.transform,
@@ -166,10 +166,11 @@ def make_loader(state: State) -> tuple[data.Loader, list[str]]:
         sidecars=c.sidecars,
         pin_memory=state.device.type == "cuda",
         seed=seed,
-        state=former,
         **place,
         **c.options,
     )
+    if former:
+        loader.load_state_dict(former)
     return loader, notes
 
 

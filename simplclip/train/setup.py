@@ -160,7 +160,7 @@ def setup(
     model, section = prepared.model, config.model.model_dump()
     transform = image_transform(section, train=True, augment=config.data.augment)
     if teacher is None and config.loss.needs_teacher:
-        teacher = data.teacher_stamp(config.data.train, config.data.sidecars)
+        teacher = data.teacher_stamp(config.data.sidecars)
     _check_views(config, transform, teacher)
     share_norms(model, device)
     with device:

@@ -102,8 +102,7 @@ def losses(state: State, batches: list[Batch], image: Tensor, text: Tensor) -> t
 
 def encode_image(state: State, batch: Batch) -> Tensor:
     """Returns normalised features [N, D] of a batch's images, which are completed on the device."""
-    options = {"colour": batch.get("colour"), "channels_last": state.channels_last}
-    images = finished(state.transform, batch["image"], state.device, **options)
+    images = finished(state.transform, batch["image"], state.device, channels_last=state.channels_last)
     with hardware.autocast(state.precision, state.device):
         return state.model.encode_image(images, normalize=True)
 

@@ -15,8 +15,8 @@ steps: 1
 set: [loss.pm_weight=0]
 .parts: &parts [[optim.lr=1e-4]]
 effects:
-  - {name: pm, group: matching, base: [], variant: [loss.pm_weight=1]}
-  - {name: rate, group: optimizer, base: [], variant: [*parts], seeds: 3}
+  - {name: matching, base: [], variant: [loss.pm_weight=1]}
+  - {name: rate, base: [], variant: [*parts], seeds: 3}
 """
 
 
@@ -58,7 +58,7 @@ def test_each_run_is_done_once_and_the_same_command_goes_on(command, trained, tm
     assert trained == [(f"run.seed={seed}", setting) for seed, setting in runs]
     rows = read_csv(tmp_path / "out" / "effects.csv")
     assert [(row["effect"], row["split"], row["seeds"]) for row in rows] == [
-        (effect, split, seeds) for effect, seeds in (("pm", "2"), ("rate", "3")) for split in ("all", "a", "b")
+        (effect, split, seeds) for effect, seeds in (("matching", "2"), ("rate", "3")) for split in ("all", "a", "b")
     ]
     ablation.main(command)
     assert len(trained) == 8
@@ -67,7 +67,7 @@ def test_each_run_is_done_once_and_the_same_command_goes_on(command, trained, tm
 
 
 def test_wrong_settings_and_names_end_it_before_a_run(command, trained, tmp_path):
-    with pytest.raises(SystemExit, match="--only: expected a name or a group of .*effects.yaml, got x"):
+    with pytest.raises(SystemExit, match="--only: expected a name of .*effects.yaml, got x"):
         ablation.main([*command, "--only", "x"])
     (tmp_path / "effects.yaml").write_text(TEXT.replace("pm_weight=1", "pm_wieght=1"))
     with pytest.raises(ConfigError, match="did you mean loss.pm_weight"):
@@ -78,9 +78,9 @@ def test_wrong_settings_and_names_end_it_before_a_run(command, trained, tmp_path
     assert not trained
 
 
-def test_the_row_of_an_effect():
+def test_figures_of_an_effect():
     pairs = [[evaluated(base), evaluated(variant)] for base, variant in ((0.10, 0.14), (0.12, 0.20), (0.14, 0.14))]
-    every, a, _ = ablation.rows_of(ablation.Effect(name="e", group="g", base=[], variant=[]), pairs)
+    every, a, _ = ablation.rows_of(ablation.Effect(name="e", base=[], variant=[]), pairs)
     # Means over both directions are recall + 0.1 in split a, and recall / 2 + 0.1 in split b.
     assert (a["split"], a["base"], a["variant"], a["base std"], a["variant std"]) == ("a", 22.0, 26.0, 2.0, 3.4641)
     assert (a["difference"], a["p"], a["low"], a["high"]) == (4.0, 0.2254, -5.9366, 13.9366)

@@ -30,7 +30,7 @@ def selftest(folder, monkeypatch, code):
     monkeypatch.setattr(sys, "executable", str(folder / "python"))
 
 
-def test_a_dry_run(monkeypatch, tmp_path, capfd):
+def test_gpu_program_on_a_cpu(monkeypatch, tmp_path, capfd):
     """A form that fails is a row with its reason. A second call measures what is left."""
 
     def fails(b):
@@ -73,7 +73,7 @@ def test_a_dry_run(monkeypatch, tmp_path, capfd):
     assert names == {"rows.csv", "selftest.txt", "summary.txt", "environment.json"}
 
 
-def test_it_stops_where_nothing_can_be_measured(monkeypatch, tmp_path, capfd):
+def test_gpu_program_stops_where_nothing_can_be_measured(monkeypatch, tmp_path, capfd):
     gpu.main([*OPTIONS, "--at-once", "--minutes", "0", "--out", str(tmp_path / "late")])
     assert "cases were left for the next call" in capfd.readouterr().out
     with monkeypatch.context() as patch:

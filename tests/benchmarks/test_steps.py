@@ -13,7 +13,7 @@ WITHIN = {"fp32": 0.01, "bf16": 0.02}  # oneDNN's memory in bfloat16 products is
 
 @pytest.mark.prove
 @pytest.mark.parametrize(("precision", "teacher_width"), [("fp32", None), ("bf16", None), ("bf16", 512)])
-def test_vit_b_32(precision, teacher_width):
+def test_predicted_peak_of_vit_b_32(precision, teacher_width):
     step = OpenClipStep("open_clip:ViT-B-32", 24, precision, teacher_width)
     predicted = predict(step, CPU).peak
     assert predicted == pytest.approx(measure(step, CPU), rel=WITHIN[precision])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg
-from pairs import COUNT, SIZE, keys, loader, npy, png, resize, sample, text_of, write
+from pairs import COUNT, SIZE, loader, npy, resize, sample, text_of, write
 from runs import bits
 
 from simplclip import data
@@ -125,14 +125,14 @@ CASES = [(0, 1), (1, 1), (2, 2), pytest.param(3, 1, marks=pytest.mark.slow), pyt
 def test_a_resumed_loader_goes_on_exactly(pattern, one, shards, workers, ranks):
     """The cuts are in the first pass, at its end, and in later ones; a state is plain ints."""
     options = {"workers": workers, "world_size": ranks, "rank": ranks - 1, "shuffle_buffer": 5, "batch_size": 3}
-    make = lambda **more: loader(pattern if shards == "many" else one, **options, **more)  # noqa: E731
+    make = lambda state=None: loader(pattern if shards == "many" else one, state, **options)  # noqa: E731
     reader, states, whole = make(), [], []
     for batch in itertools.islice(reader, 24):
         whole.append(batch)
-        states.append(json.loads(json.dumps(reader.state())))
+        states.append(json.loads(json.dumps(reader.state_dict())))
     for cut in (1, 4, 17):
-        assert bits(take(make(state=states[cut - 1]), 24 - cut)) == bits(whole[cut:])
-    assert bits(take(reader, 2)) == bits(take(make(state=states[-1]), 2))  # iterating again goes on, too
+        assert bits(take(make(states[cut - 1]), 24 - cut)) == bits(whole[cut:])
+    assert bits(take(reader, 2)) == bits(take(make(states[-1]), 2))  # iterating again goes on, too
 
 
 def test_what_was_consumed_is_not_decoded_again(pattern):
@@ -145,14 +145,14 @@ def test_what_was_consumed_is_not_decoded_again(pattern):
     reader = loader(pattern, transform=counted, batch_size=3)
     take(reader, 20)
     calls.clear()
-    take(loader(pattern, transform=counted, batch_size=3, state=reader.state()), 1)
+    take(loader(pattern, reader.state_dict(), transform=counted, batch_size=3), 1)
     assert calls["decoded"] == 3
 
 
 @pytest.mark.parametrize("other", [{"workers": 2}, {"world_size": 2}, {"rank": 1, "world_size": 2}, {"seed": 5}])
 def test_a_state_of_another_loader_is_refused(pattern, other):
     with pytest.raises(ValueError, match="state: expected one of (workers|world_size|rank|seed)"):
-        loader(pattern, **other, state=loader(pattern).state())
+        loader(pattern, loader(pattern).state_dict(), **other)
 
 
 def test_caption_and_augmentation_do_not_depend_on_workers(pattern):
@@ -219,10 +219,10 @@ def test_a_worker_that_dies_ends_the_loader_while_it_waits_and_not_before(patter
     end = time.monotonic() + 1
     while time.monotonic() < end:  # an error would be raised here by torch's handler of SIGCHLD
         pass
-    with pytest.raises(data.WorkerError, match="a loader process died: killed by signal SIGKILL.*fewer data.workers"):
+    with pytest.raises(data.WorkerError, match="a loader process died: .*fewer data.workers"):
         found += list(batches)
     assert bits(found) == bits(whole[: len(found)])
-    again = loader(pattern, workers=1, batch_size=1, state=reader.state())
+    again = loader(pattern, reader.state_dict(), workers=1, batch_size=1)
     assert bits(take(again, 12 - len(found))) == bits(whole[len(found) :])
     assert not multiprocessing.active_children()
 
@@ -329,25 +329,14 @@ def test_the_stamp_of_a_folder(tmp_path):
     for name, stamp in (("a", {"width": 6, "logit_scale": 10}), ("b", {"width": 6, "logit_scale": 11}), ("c", {"width": 6})):
         write((folder := tmp_path / name).mkdir() or folder / "x.tar", [])
         (folder / "meta.json").write_text(json.dumps({"teacher": {"name": "t"} | stamp}))
-    path = lambda *names: [str(tmp_path / name / "x.tar") for name in names]  # noqa: E731
-    assert data.teacher_stamp(path("a", "a")) == {"name": "t", "width": 6, "logit_scale": 10.0}
-    assert data.teacher_stamp(path("a"), [tmp_path / "a", tmp_path / "b", tmp_path / "c"])["logit_scale"] == 11.0
-    with pytest.raises(data.ShardError, match="features of one teacher, got different ones in '.*a' and '.*b'"):
-        data.teacher_stamp(path("a", "b"))
-    with pytest.raises(data.ShardError, match=r"no teacher is named in .*meta.json; make them by `simplclip teacher`"):
-        data.teacher_stamp(path("c"))
+    assert data.teacher_stamp([tmp_path / "a"]) == {"name": "t", "width": 6, "logit_scale": 10.0}
+    assert data.teacher_stamp([tmp_path / "a", tmp_path / "b", tmp_path / "c"])["logit_scale"] == 11.0
+    for folders in ([tmp_path / "c"], []):
+        with pytest.raises(data.ShardError, match=r"data.sidecars: expected a teacher's features, .*got \["):
+            data.teacher_stamp(folders)
 
 
 AUGMENTED = ImageTransform(PreprocessCfg(size=8), AugmentationCfg())
-
-
-@pytest.mark.parametrize("transform", [AUGMENTED, lambda image: torch.zeros(3, 2, 2)], ids=["ours", "a caller's"])
-def test_max_pixels(tmp_path, transform):
-    path = write(tmp_path / "a.tar", [sample(0), ("large", {"png": png(size=(30, 20)), "txt": b"x"})])
-    reader = loader(path, transform=transform, batch_size=1, max_pixels=599)
-    assert keys(take(reader, 2)) == ["k000", "k000"]
-    assert reader.skipped.counts["image too large"] >= 1
-    assert len(set(keys(take(loader(path, transform=transform, batch_size=1, max_pixels=600), 2)))) == 2
 
 
 def test_the_files_that_an_image_passes(one):

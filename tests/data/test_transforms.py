@@ -12,7 +12,7 @@ from open_clip import get_model_config, get_pretrained_cfg
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from photos import encode, photo
 from PIL import Image
-from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms import functional as TF
 
 from simplclip import models
@@ -153,9 +153,6 @@ def test_views_replay_bit_for_bit(augment):
         again = json.loads(json.dumps(view))
         assert again == view
         assert torch.equal(ours.apply(file, again), ours.apply(file, view))
-        if augment in ("affine", AUGMENT):
-            assert len(view["colour"]) == transforms.COLUMNS
-            assert torch.tensor(again["colour"]).tolist() == view["colour"]  # float32 holds the values exactly
     assert ("colour" in view) == (augment in ("affine", AUGMENT))
 
 
@@ -183,7 +180,7 @@ def test_a_view_fits_an_image_that_was_made_smaller():
 
 
 def test_affine_is_what_it_was():
-    """The views equal those of PIL's RandomAffine and ColorJitter, up to PIL's rounding to 8 bits at every step."""
+    """The views equal those of PIL's RandomAffine, up to rounding to 8 bits."""
     ours = ImageTransform(PreprocessCfg(48, mean=(0.5,) * 3, std=(0.5,) * 3), "affine")
     torch.manual_seed(0)
     for image in drawings(4):
@@ -196,37 +193,34 @@ def test_affine_is_what_it_was():
         assert shear[1] == 0
         small = image.resize((48, 48), Image.Resampling.BICUBIC)
         moved = TF.affine(small, angle, [x, y], zoom, shear, interpolation=TF.InterpolationMode.BILINEAR, fill=[255] * 3)
+        del view["colour"]
         found = ours.render(decode(encode(image, "PNG")), view).float()
         levels = (found - TF.pil_to_tensor(moved).float()).abs()
         assert levels.median() <= 1
         assert (levels > 4).float().mean() < 0.02  # edges of drawings are softer here
     white = encode(Image.new("RGB", (72, 72), "white"), "PNG")
-    assert all((ours(white) == 255).all() for _ in range(20))  # no line around the image
+    assert all(ours(white).unique().numel() == 1 for _ in range(20))  # no line around the image
 
 
-def by_torchvision(image, row):
-    """Changes the colours of one float image by torchvision's functions."""
-    for which in map(int, row[4:8]):
-        image = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)[which](image, row[which])
-    return TF.rgb_to_grayscale(image, 3) if row[8] else image
+@pytest.mark.parametrize("grey", [0.0, 1.0])
+def test_colours_change_as_torchvisions(grey):
+    """To the bit as ColorJitter and RandomGrayscale change uint8, and up to rounding as they change PIL images."""
+    settings, image = (0.9, 0.9, 0.9, 0.5), photo(3, (48, 48))
+    augment = {"scale": (1.0, 1.0), "color_jitter": settings, "color_jitter_prob": 1.0, "gray_scale_prob": grey}
+    ours, pixels = ImageTransform(PreprocessCfg(size=48), augment), TF.pil_to_tensor(image)
+    theirs = v2.Compose([v2.ColorJitter(*settings), v2.RandomGrayscale(grey)])
 
+    def expected(image):
+        torch.manual_seed(seed)
+        RandomResizedCrop.get_params(pixels, (1.0, 1.0), (3 / 4, 4 / 3))
+        torch.rand(2)  # whether colours change, whether to grey
+        return theirs(image)
 
-@pytest.mark.parametrize("count", [1, 40])
-@pytest.mark.parametrize("size", [(48, 48), (400, 500)])
-def test_colours_change_as_torchvisions(count, size):
-    g = torch.Generator().manual_seed(0)
-    images = torch.rand(min(count, 6 if size[0] > 48 else count), 3, *size, generator=g)
-    images[0, :, :9] = 0.25  # grey has no hue
-    images[0, 0, 9:18] = 1
-    torch.manual_seed(2)
-    jitter = ColorJitter(0.9, 0.9, 0.9, 0.5)
-    rows = [transforms._draw_colour(jitter, 0.9, 0.3) for _ in images]
-    assert {row[8] for row in rows} <= {0.0, 1.0}
-    expected = torch.stack([by_torchvision(image, row) for image, row in zip(images, rows)])
-    found = transforms._changed_colour(images.clone(), torch.tensor(rows))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    changed = transforms._changed_colour(images.clone(memory_format=torch.channels_last), torch.tensor(rows))
-    torch.testing.assert_close(changed, expected, atol=1e-5, rtol=0)
+    for seed in range(30):
+        torch.manual_seed(seed)
+        found = ours.render(pixels, ours.draw(48, 48))
+        assert torch.equal(found, expected(pixels))
+        assert (found.float() - TF.pil_to_tensor(expected(image)).float()).abs().mean() < 3
 
 
 def test_draws_of_colour():
@@ -262,12 +256,6 @@ def test_finish(channels_last):
         assert found.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
         assert torch.equal(batch, before)
-        row = [1.3, 1.0, 0.2, 0.1, 3.0, 0.0, 2.0, 1.0, 0.0]
-        changed = ours.finish(batch, torch.tensor([row] * 5), channels_last=channels_last)
-        expected = TF.normalize(torch.stack([by_torchvision(image / 255, row) for image in batch]), cfg.mean, cfg.std)
-        torch.testing.assert_close(changed, expected, atol=1e-4, rtol=0)
-        assert changed.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        assert torch.equal(batch, before)
 
 
 def test_a_pil_image_is_preprocessed_whole_and_batches_are_channels_last():
@@ -280,7 +268,7 @@ def test_a_pil_image_is_preprocessed_whole_and_batches_are_channels_last():
     found = ours(decode_pil(PHOTOS[2]))
     torch.manual_seed(3)
     view = ours.draw(*size_of(PHOTOS[2]))
-    assert torch.equal(found, ours.finish(ours.render(decode(PHOTOS[2]), view)[None], torch.tensor([view["colour"]]))[0])
+    assert torch.equal(found, ours.finish(ours.render(decode(PHOTOS[2]), view)[None])[0])
     clear = Image.new("RGBA", (60, 50), (10, 20, 30, 0))
     plain = ImageTransform(PreprocessCfg(size=48))
     assert torch.equal(plain(clear), plain(clear.convert("RGB")))  # as open_clip: no white behind it

@@ -175,7 +175,7 @@ def test_a_fault_leaves_whole_sidecars_and_the_command_goes_on(folder, tmp_path,
     error, message = {
         "error": (RuntimeError, "stop"),
         "disk": (ValueError, "train-1.tar could not be written: No space left on device; the same command goes on when"),
-        "worker": (data.WorkerError, "a loader process died: killed by signal SIGKILL"),
+        "worker": (data.WorkerError, "a loader process died: DataLoader worker"),
     }[fault]
     made, workers = (Dies(), 1) if fault == "worker" else (prepare, 0)
     options = {"stamp": STAMP, "batch_size": 4, "progress": False}

@@ -102,9 +102,9 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_encoder(trained, folde
 
 def test_a_file_of_an_open_clip_model(folder, monkeypatch):
     expected = simplclip.load("open_clip:tiny", folder / "tiny.bin")
-    theirs = open_clip.create_model("tiny", pretrained=str(folder / "tiny.bin")).eval()
+    model = open_clip.create_model("tiny", pretrained=str(folder / "tiny.bin")).eval()
     with torch.no_grad():
-        y = theirs.encode_text(open_clip.get_tokenizer("tiny")(["a cat"]), normalize=True)
+        y = model.encode_text(open_clip.get_tokenizer("tiny")(["a cat"]), normalize=True)
     torch.testing.assert_close(expected.encode_text("a cat"), y)
     monkeypatch.chdir(folder)
     for source in (f"open_clip:tiny/{folder / 'tiny.bin'}", "open_clip:tiny/tiny.bin", "open_clip:tiny/./tiny.bin"):

@@ -59,7 +59,7 @@ def encoder(trained):
     return simplclip.load(trained, device="cpu")
 
 
-def theirs(folder, encoder, collate=None):
+def of_clip_benchmark(folder, encoder, collate=None):
     data = build_wds_dataset("x", encoder.preprocess, data_dir=str(folder))
     loader = torch.utils.data.DataLoader(data, 16, collate_fn=collate)
     loader.dataset.classes = data.classes
@@ -67,7 +67,7 @@ def theirs(folder, encoder, collate=None):
 
 
 def test_retrieval_with_several_captions_is_that_of_clip_benchmark(folder, encoder, ours):
-    loader, _ = theirs(folder / "retrieval", encoder, image_captions_collate_fn)
+    loader, _ = of_clip_benchmark(folder / "retrieval", encoder, image_captions_collate_fn)
     expected = zeroshot_retrieval.evaluate(encoder.model, loader, encoder.tokenizer, "cpu", amp=False, recall_k_list=KS)
     for k in KS:
         to_text, to_image = (ours["retrieval"][way][f"R@{k}"] for way in ("image_to_text", "text_to_image"))
@@ -79,7 +79,7 @@ def test_retrieval_with_several_captions_is_that_of_clip_benchmark(folder, encod
 
 
 def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, encoder, ours):
-    loader, data = theirs(folder / "classes", encoder)
+    loader, data = of_clip_benchmark(folder / "classes", encoder)
     figures, tokenizer = ours["classes"]["zero_shot"], encoder.tokenizer
     names = encoder.model, loader, tokenizer, data.classes, data.templates
     expected = zeroshot_classification.evaluate(*names, "cpu", amp=False)

@@ -187,15 +187,15 @@ from simplclip.integrations.open_clip import register_models
 register_models()
 torch.set_num_threads(1)
 texts, pictures = torch.load("../inputs.pt")
-found = {}
+loaded = {}
 for folder in os.listdir():
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
     pixels = torch.stack([preprocess(Image.fromarray(picture.numpy())) for picture in pictures])
     with torch.no_grad():
         features = model.eval().encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
-    found[folder] = pixels, tokens, *features, model.logit_scale.item()
-torch.save(found, "../found.pt")
+    loaded[folder] = pixels, tokens, *features, model.logit_scale.item()
+torch.save(loaded, "../loaded.pt")
 """
 
 
@@ -225,14 +225,14 @@ def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp
         shutil.rmtree("run")
     torch.save((texts, pictures), "inputs.pt")
     subprocess.run([sys.executable, "-c", ELSEWHERE], cwd="elsewhere", check=True)
-    found = torch.load("found.pt")
-    assert found.keys() == {*names}
-    for name, (pixels, tokens, image, text, scale) in found.items():
-        encoder, own = encoders[name], [Image.fromarray(picture.numpy()) for picture in pictures]
-        torch.testing.assert_close(pixels, torch.stack([*map(encoder.preprocess, own)]), rtol=0, atol=2.01 / 255 / 0.26)
+    loaded = torch.load("loaded.pt")
+    assert loaded.keys() == {*names}
+    for name, (pixels, tokens, image, text, scale) in loaded.items():
+        encoder, opened = encoders[name], [Image.fromarray(picture.numpy()) for picture in pictures]
+        torch.testing.assert_close(pixels, torch.stack([*map(encoder.preprocess, opened)]), rtol=0, atol=2.01 / 255 / 0.26)
         assert torch.equal(tokens, encoder.tokenizer(texts)), name
         torch.testing.assert_close(image, encoder.features("image", pixels), rtol=0, atol=1e-5)
         torch.testing.assert_close(text, encoder.encode_text(texts), rtol=0, atol=1e-5)
-        cosines = encoder.encode_image(own) @ encoder.encode_text(texts).T  # of this library's own pixels
+        cosines = encoder.encode_image(opened) @ encoder.encode_text(texts).T  # of this library's own pixels
         torch.testing.assert_close(image @ text.T, cosines, rtol=0, atol=1e-2)
         assert math.exp(scale) == pytest.approx(encoder.logit_scale)

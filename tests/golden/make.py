@@ -78,7 +78,7 @@ def make(folder: Path) -> None:
 
 def read() -> dict[str, np.ndarray]:
     """Returns a batch of all pairs of the shard, with the teacher's features and one of the views that it saw."""
-    loader = data.make_loader(
+    loader = data.Loader(
         "shards/*.tar",
         tokenizer=models.tokenizer(MODEL["name"], 8),
         transform=models.transforms(MODEL["name"], train=True, augment="affine", image_size=16),

@@ -81,12 +81,7 @@ def test_names_in_a_meta_json_are_not_run(tmp_path):
 
 
 PATTERNS = {
-    "a range": "{1..1000000000}.tar",
-    "a range of a URL": "http://127.0.0.1/{1..1000000000}.tar",
-    "a range of 30 digits": f"{{0..{'9' * 30}}}.tar",
     "a range of 5,000 digits": f"{{0..{'9' * 5000}}}.tar",
-    "a product": "http://127.0.0.1/" + "{a,b}" * 40,
-    "a product within an alternative": "{" + "{a,b}" * 40 + ",c}.tar",
     "a closed brace too much": "http://127.0.0.1/a}.tar",
     "an open brace": "http://127.0.0.1/{a.tar",
     "nested braces": "{a," * 5000 + "}" * 5000,
@@ -94,8 +89,8 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_a_pattern_of_too_many_names_is_refused(pattern):
-    with pytest.raises(InputError, match=r"shards: expected (a pattern of at|a brace pattern|as many|braces in)") as error:
+def test_a_pattern_with_wrong_braces_is_refused(pattern):
+    with pytest.raises(InputError, match=r"shards: expected a brace pattern") as error:
         data.sources_of(pattern)
     assert len(str(error.value)) < 400
 

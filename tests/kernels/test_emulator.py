@@ -114,7 +114,7 @@ def test_conversions(kernels, dtype):
         np.testing.assert_allclose(power, np.exp2(values.astype(np.float64)).astype(np.float32), rtol=3e-7)
 
 
-def test_a_missing_barrier_is_noticed():
+def test_the_emulator_detects_a_missing_barrier():
     """Without it, lanes read rows that other lanes have not copied yet, under some schedules."""
     wrong = emulator.build("wrappers", replace={"  sync_block();  // the rows have been copied\n": ""})
     memory, out = np.arange(512, dtype=np.uint16), np.zeros((len(SEEDS), 32, 4), np.uint32)
@@ -141,7 +141,7 @@ def test_a_missing_barrier_is_noticed():
         ("outside", r"cp_async_16 \(.*\): offset 256 is outside of the 256 bytes of shared memory"),
     ],
 )
-def test_errors_say_who_waits_where(kernels, kind, message):
+def test_errors_of_the_emulator_name_threads_and_barriers(kernels, kind, message):
     memory = np.zeros(64, np.float32)
     for seed in SEEDS:
         with pytest.raises(RuntimeError, match=r"^block \([01], 0, 0\).*" + message):

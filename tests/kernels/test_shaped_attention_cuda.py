@@ -71,7 +71,7 @@ def test_lengths_out_of_range_count_as_none_and_all(kernels):
         assert torch.equal(results[name], value), name
 
 
-def test_the_difference_of_softmax_and_mean_is_rounded_not_they(kernels):
+def test_softmax_minus_mean_is_rounded_after_the_subtraction(kernels):
     """At initialisation q is zero: softmax equals the mean, and with equal gains their difference is zero."""
     case = Case("bf16", 77, 64)
     given = inputs(case)
@@ -122,7 +122,7 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS if ALL else list(FAULTS)[::3])
-def test_a_fault_is_noticed(fault):
+def test_the_emulator_detects_faults_of_kernels(fault):
     old, new, case = FAULTS[fault]
     with pytest.raises((AssertionError, RuntimeError)):
         check(emulator.build("shaped_attention", replace={old: new}), case, range(20))

@@ -157,7 +157,7 @@ def interpreted():
 @pytest.mark.slow
 @needs_interpreter
 @pytest.mark.parametrize("name", TOGETHER)
-def test_interpreted(name, interpreted):
+def test_triton_kernels_under_the_interpreter(name, interpreted):
     assert f"{name} passed" in interpreted.stdout.splitlines(), interpreted.stderr[-8000:]
 
 
@@ -172,7 +172,7 @@ def test_more_random_calls_interpreted(name):
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("name", [*PROVED, *CALLS, *OTHERS])
-def test_on_a_gpu(name):
+def test_triton_kernels_on_a_gpu(name):
     run(name, "cuda")
 
 

@@ -60,7 +60,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("original", "replacement", "options", "more", "call"), CASES)
-def test_is_open_clips_loss(original, replacement, options, more, call):
+def test_signature_values_and_gradients_are_open_clips(original, replacement, options, more, call):
     """Signature, values in both forms and gradients are open_clip's; a loss of the same name is an instance of its class."""
     classes = getattr(open_clip.loss, original), getattr(losses, replacement)
     assert issubclass(classes[1], classes[0]) == (replacement == original)

@@ -97,7 +97,7 @@ def wikd(dtype, captions=1):
 
 
 @pytest.mark.parametrize(("dtype", "captions"), [(torch.float32, 1), (torch.float64, 2)])
-def test_wikd(dtype, captions):
+def test_wikd_loss_with_gradient_caching(dtype, captions):
     model, (module, loss) = Dropping().to(dtype), wikd(dtype, captions)
     batches = pairs(captions=captions, dtype=dtype)
     assert assert_same(lambda b: model(*b), batches, loss, (model, module), dtype, model=model) == names_of(model, module)

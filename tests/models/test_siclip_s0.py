@@ -53,7 +53,8 @@ def test_a_training_step_of_the_config(name, tmp_path):
     """With all terms of the last stage, by cached gradients: what trains moves, and what is frozen stays."""
     torch.save(stand_in(name), tmp_path / "source.pt")
     shard = tiny.write_shard(tmp_path / "train-0.tar", teacher=64)
-    data = [f"data.train={shard}", "data.sidecars=[]", "data.batch_size=4", "data.micro_batch=2", "data.workers=0"]
+    data = [f"data.train={shard}", f"data.sidecars=[{tmp_path / 'teacher'}]", "data.workers=0"]
+    data += ["data.batch_size=4", "data.micro_batch=2"]
     changes = [*data, f"inherit.source={tmp_path / 'source.pt'}", "run.precision=fp32"]
     state = setup(config.load(name, changes), torch.device("cpu"), "fp32")
     assert len(state.frozen) > 8

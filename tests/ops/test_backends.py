@@ -126,7 +126,7 @@ def test_without_extension_and_triton_the_reference_serves():
 
 
 @pytest.mark.slow
-def test_importing_is_light():
+def test_import_loads_no_torch_before_a_submodule_is_named():
     """No compiler, no GPU context, and not even torch before a submodule is named."""
     code = """
 import sys, simplclip

@@ -21,7 +21,7 @@ def of_ranks():
     ("ranks", "part"),
     [*((2, part) for part in PARTS[2]), *(pytest.param(3, part, marks=pytest.mark.prove) for part in OF_THREE)],
 )
-def test_ranks_equal(ranks, part, of_ranks):
+def test_losses_on_ranks_equal_open_clip_or_one_process(ranks, part, of_ranks):
     """Values and gradients on ranks equal those of open_clip's losses, or of one process."""
     if part == "transformers":
         pytest.importorskip("transformers", reason="transformers is not installed: pip install 'simplclip[transformers]'")

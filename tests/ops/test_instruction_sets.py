@@ -29,7 +29,7 @@ def run(isa, cases):
 @pytest.mark.slow
 @needs_cpu_kernels
 @pytest.mark.parametrize("isa", [*(pytest.param(isa, marks=pytest.mark.prove) for isa in PROVED), *QUICK])
-def test_kernels(isa, request):
+def test_ops_on_every_instruction_set(isa, request):
     if isa == backends.extension.cpu_isa():
         pytest.skip("this run takes it already")
     if not FLAGS[isa] <= CPU:
@@ -40,6 +40,6 @@ def test_kernels(isa, request):
 
 @pytest.mark.instruction_set
 @needs_cpu_kernels
-def test_the_set_is_the_one_that_was_asked_for_or_the_best_of_this_cpu():
+def test_the_instruction_set_is_the_variables_or_the_best_of_this_cpu():
     best = next(isa for isa, flags in FLAGS.items() if flags <= CPU)
     assert backends.extension.cpu_isa() == (os.environ.get("SIMPLCLIP_CPU_ISA") or best)

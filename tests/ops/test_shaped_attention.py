@@ -69,7 +69,7 @@ def around(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
-def test_around_an_attention_of_others(around, dtype, causal):
+def test_shaped_attention_around_attention_of_torch_and_xformers(around, dtype, causal):
     for shape, lengths in (
         ((3, 81, 2, 16), None),
         ((4, 97, 3, 20), (97, 0, 1, 50)),
@@ -89,6 +89,6 @@ def test_around_an_attention_of_others(around, dtype, causal):
         check_padding(dtype, around, causal)
 
 
-def test_a_block_around_an_attention_of_others(around):
+def test_a_block_around_attention_of_torch_and_xformers(around):
     for options in ({}, {"recompute": True}, {"causal": True}):
         check(block_call(2, 83, 32, 2, 40, **options), torch.float32, around)

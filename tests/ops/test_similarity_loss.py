@@ -71,7 +71,7 @@ def test_all_ids_equal_leaves_no_negatives(n, backend):
     assert all(value.isfinite().all() for value in out.values())
 
 
-def test_numbers_that_float_takes_are_scales():
+def test_numbers_of_numpy_and_fractions_are_scales():
     image, text = torch.randn(4, 8), torch.randn(4, 8)
     terms = {"terms": ("sigmoid",), "logit_bias": np.float32(-2.0)}
     expected = similarity_loss(image, text, 10.0, terms=("sigmoid",), logit_bias=-2.0)
@@ -101,7 +101,7 @@ def test_a_bias_that_changes_nothing_has_a_gradient_of_zero(terms, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_int32_ids_are_ids(backend):
+def test_int32_ids_equal_int64_ids(backend):
     call = similarity_call(4, 4, terms=TERMS, scale=1.0)
     plain = of_ones(call, backend)
     call.tensors["ids"] = torch.tensor([0, 0, 1, 2])

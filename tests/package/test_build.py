@@ -24,14 +24,14 @@ def setup(monkeypatch):
 
     def run(**environment):
         kept = {k: v for k, v in os.environ.items() if not k.startswith("CUDA") and "ARCH" not in k}
-        told, home = io.StringIO(), environment.get("CUDA_HOME", cpp_extension.CUDA_HOME)
+        output, home = io.StringIO(), environment.get("CUDA_HOME", cpp_extension.CUDA_HOME)
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.dict(os.environ, kept | environment, clear=True))
             stack.enter_context(mock.patch("setuptools.setup"))
             stack.enter_context(mock.patch.object(cpp_extension, "CUDA_HOME", home))
-            stack.enter_context(contextlib.redirect_stdout(told))
+            stack.enter_context(contextlib.redirect_stdout(output))
             names = runpy.run_path("setup.py")
-        return told.getvalue(), names
+        return output.getvalue(), names
 
     return run
 
@@ -42,7 +42,7 @@ def without_nvcc(tmp_path):
     return {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path / "no-cuda")}
 
 
-def test_without_a_toolkit_the_reason_is_said(setup, without_nvcc):
+def test_a_build_without_a_toolkit_names_the_reason(setup, without_nvcc):
     reason = "is a build without CUDA" if torch.version.cuda is None else "does not run"
     with pytest.raises(SystemExit, match=f"SIMPLCLIP_CUDA=1, but the CUDA objects cannot be built: .* {reason}"):
         setup(**without_nvcc, SIMPLCLIP_CUDA="1")
@@ -55,7 +55,7 @@ def test_without_a_toolkit_the_reason_is_said(setup, without_nvcc):
 @pytest.mark.skipif(
     torch.version.cuda is None or shutil.which("nvcc") is None, reason="no CUDA toolkit, or torch without CUDA"
 )
-def test_the_architectures_are_named(setup, monkeypatch):
+def test_a_build_names_its_architectures(setup, monkeypatch):
     for environment, chosen in (
         ({"SIMPLCLIP_CUDA_ARCHS": "all"}, "for 8.0;8.6;8.9;9.0;12.0+PTX (by SIMPLCLIP_CUDA_ARCHS)"),
         ({"TORCH_CUDA_ARCH_LIST": "8.9 9.0"}, "for 8.9;9.0 (by TORCH_CUDA_ARCH_LIST)"),
@@ -64,11 +64,11 @@ def test_the_architectures_are_named(setup, monkeypatch):
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected numbers, .* or all, got 'Ampere'"):
         setup(TORCH_CUDA_ARCH_LIST="Ampere")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    told = "simplclip: building the CUDA kernels for 8.6+PTX (an RTX 3090, since this machine has no GPU)"
-    assert told in setup()[0]
+    message = "simplclip: building the CUDA kernels for 8.6+PTX (an RTX 3090, since this machine has no GPU)"
+    assert message in setup()[0]
 
 
-def test_the_architectures_of_gpus_are_taken(setup, monkeypatch):
+def test_a_build_takes_the_architectures_of_this_machines_gpus(setup, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((8, 6), (9, 0))[i])
@@ -78,7 +78,7 @@ def test_the_architectures_of_gpus_are_taken(setup, monkeypatch):
     assert architectures() == ("8.6;9.0", "the GPUs of this machine")
 
 
-def test_the_compiler_of_pypi_is_taken_where_the_path_has_none(setup, monkeypatch, tmp_path):
+def test_a_build_takes_nvcc_of_pypi_where_the_path_has_none(setup, monkeypatch, tmp_path):
     """nvidia-cuda-nvcc lies beside torch. It has no libcudart.so, which the linker asks for, but libcudart.so.13."""
     toolkit = tmp_path / "nvidia" / "cu13"
     for file in ("bin/nvcc", "lib/libcudart.so.13"):

@@ -12,20 +12,20 @@ from simplclip.common import files
 from simplclip.common.files import remove_leftovers, replacing, temporary_folder, write_atomically
 
 
-def test_a_link_that_waits_is_not_followed(tmp_path, monkeypatch):
-    """A link waits under the name of earlier versions, and under the name that would be drawn now."""
-    target, theirs = tmp_path / "report.json", tmp_path / "theirs"
-    theirs.write_text("theirs")
-    (tmp_path / ".report.json.tmp").symlink_to(theirs)
-    write_atomically(target, "mine")
+def test_a_link_under_a_temporary_name_is_not_followed(tmp_path, monkeypatch):
+    """A link waits under a fixed name, and under the name that is drawn."""
+    target, linked = tmp_path / "report.json", tmp_path / "linked"
+    linked.write_text("kept")
+    (tmp_path / ".report.json.tmp").symlink_to(linked)
+    write_atomically(target, "written")
     monkeypatch.setattr(files.secrets, "token_hex", lambda count: "5" * 2 * count)
-    (tmp_path / f".report.json.{'5' * 16}.tmp").symlink_to(theirs)
+    (tmp_path / f".report.json.{'5' * 16}.tmp").symlink_to(linked)
     (tmp_path / f".folder.{'5' * 16}.tmp").symlink_to(tmp_path)
     with pytest.raises(FileExistsError):
         write_atomically(target, "new")
     with pytest.raises(FileExistsError), temporary_folder(tmp_path / "folder"):
         pass
-    assert (target.read_text(), theirs.read_text(), target.is_symlink()) == ("mine", "theirs", False)
+    assert (target.read_text(), linked.read_text(), target.is_symlink()) == ("written", "kept", False)
 
 
 def test_names_cannot_be_guessed_and_nothing_is_left(tmp_path):

@@ -41,14 +41,14 @@ def test_help_fits_a_screen():
     assert max(map(len, lines)) <= 80
 
 
-def test_nothing_is_missing(folder):
+def test_check_tools_prints_nothing_if_nothing_is_missing(folder):
     run = make("check-tools", PATH=str(folder))
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     (folder / "g++").rename(folder / "clang++")
     assert make("check-tools", PATH=str(folder), CXX="clang++ -stdlib=libc++").returncode == 0
 
 
-def test_an_installation_stops_before_it_starts(folder, tmp_path):
+def test_an_installation_names_missing_tools_before_it_starts(folder, tmp_path):
     """Without a compiler, and with a Python that has neither headers nor, as Debian's, ensurepip."""
     (folder / "g++").unlink()
     (tmp_path / "ensurepip.py").write_text("raise ModuleNotFoundError('ensurepip')\n")

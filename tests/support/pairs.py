@@ -102,8 +102,11 @@ def augment(image):
     return resize(image) + torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
 
 
-def loader(paths, **options):
-    return data.make_loader(paths, **{"batch_size": 4, "transform": augment, "tokenizer": tokenizer} | options)
+def loader(paths, state=None, **options):
+    reader = data.Loader(paths, **{"batch_size": 4, "transform": augment, "tokenizer": tokenizer} | options)
+    if state is not None:
+        reader.load_state_dict(state)
+    return reader
 
 
 def keys(batches):

@@ -10,7 +10,6 @@ from rowwise_calls import Tempered
 from torch.nn.parallel import DistributedDataParallel
 
 from simplclip.losses import ClipPMLoss, MatryoshkaLoss, RowwiseLoss, SigLipLoss, WIKDLoss
-from simplclip.ops import distributed
 
 N, D, STEPS = 6, 16, 3
 OF_TEACHER = {"interactive_weight": 0.6, "feature_weight": 0.4, "pm_weight": 0.5}
@@ -74,16 +73,3 @@ def main(rank):
             torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-11, msg=lambda m, w=(name, form): f"{w}: {m}")
         several = [call for call in reduced.call_args_list if call.args[0].numel() > 1]  # values of losses have one element
         assert len(several) == STEPS * reductions, (name, several)
-    second(torch.tensor([2.0 + rank], dtype=torch.float64, requires_grad=True))
-
-
-def second(weight):
-    """Checks that the averaged gradient can be differentiated again."""
-    (learned,) = distributed.learned((weight,), dist.group.WORLD)
-    (first,) = torch.autograd.grad(learned.pow(3).sum(), weight, create_graph=True)
-    all_values = [torch.empty_like(weight) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_values, weight.detach())
-    weights = torch.stack(all_values)
-    torch.testing.assert_close(first.detach(), 3 * weights.pow(2).mean(0))
-    (again,) = torch.autograd.grad(first.sum(), weight)
-    torch.testing.assert_close(again, 6 * weights.mean(0))

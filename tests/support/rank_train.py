@@ -34,22 +34,25 @@ class Parts:
 
     def __init__(self, rank, ranks, batch_size, **options):
         self.rank, self.size = rank, batch_size
-        self.loader = make_loader(rank=0, world_size=1, batch_size=ranks * batch_size, **options)
+        self.loader = Loader(rank=0, world_size=1, batch_size=ranks * batch_size, **options)
 
     def __iter__(self):
         rows = slice(self.rank * self.size, (self.rank + 1) * self.size)
         for batch in self.loader:
             yield {name: value[rows] for name, value in batch.items()}
 
-    def state(self):
-        return self.loader.state() | {"rank": self.rank, "world_size": int(os.environ.get("WORLD_SIZE", 1))}
+    def state_dict(self):
+        return self.loader.state_dict() | {"rank": self.rank, "world_size": int(os.environ.get("WORLD_SIZE", 1))}
+
+    def load_state_dict(self, state):
+        self.loader.load_state_dict(state | {"rank": 0, "world_size": 1})
 
     @property
     def skipped(self):
         return self.loader.skipped
 
 
-make_loader, curves = data.make_loader, loop.curves
+Loader, curves = data.Loader, loop.curves
 
 
 def observed(config, broken=None, **options) -> dict:
@@ -71,18 +74,17 @@ def observed(config, broken=None, **options) -> dict:
         last[:] = [state]
         return original(state, batches)
 
-    def parts(shards, *, rank, world_size, state=None, **options):
-        former = state and state | {"rank": 0, "world_size": 1}
-        return Parts(rank, world_size, shards=shards, state=former, **options)
+    def parts(shards, *, rank, world_size, **options):
+        return Parts(rank, world_size, shards=shards, **options)
 
-    loop.train_step, loop.curves, TextCrop.split, loop.data.make_loader = stepping, lambda out: None, splitting, parts
+    loop.train_step, loop.curves, TextCrop.split, loop.data.Loader = stepping, lambda out: None, splitting, parts
     try:
         with open(f"{config.run.out}-{rank}.txt", "w") as text:
             loop.run(config, console=Console(file=text, width=200), **options)
     except (Exception, SystemExit) as failed:
         error = f"{type(failed).__name__}: {failed}"
     finally:
-        loop.train_step, loop.curves, TextCrop.split, loop.data.make_loader = original, curves, split, make_loader
+        loop.train_step, loop.curves, TextCrop.split, loop.data.Loader = original, curves, split, Loader
     weights = [p.detach().sum().item() for p in last[0].model.parameters()] if last else []
     return {"groups": groups, "cut": cut, "weights": weights, "error": error}
 

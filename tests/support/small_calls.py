@@ -95,6 +95,7 @@ MODULES = {
     "SimplifiedBlock": (lambda n, dtype: _random([(n, 5, 16)], dtype), lambda: SimplifiedBlock(16, 2), 1),
     "ClipPMLoss": (_features, losses.ClipPMLoss, 3),
     "WIKDLoss": (_features, lambda: losses.WIKDLoss(interactive_weight=1, feature_weight=1, pm_weight=1), 6),
+    "MatryoshkaLoss": (_features, lambda: losses.MatryoshkaLoss(losses.ClipPMLoss(), (8, 24)), 3),
 }
 
 

@@ -34,20 +34,27 @@ def teacher_features(captions: list[str], width: int) -> np.ndarray:
 
 
 def write_shard(path: Path, copies: int = 1, teacher: int = 0) -> str:
-    """Writes 24 concepts (colour and shape), each `copies` times. teacher: width of a teacher's features beside them."""
+    """Writes 24 concepts (colour and shape), each `copies` times. teacher: width of a teacher's features in a sidecar."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if teacher:
-        stamp = {"name": "made up", "width": teacher, "logit_scale": 10.0}
-        (path.parent / "meta.json").write_text(json.dumps({"teacher": stamp}))
-    samples = []
+    samples, taught = [], []
     for copy, name, shape in itertools.product(range(copies), COLOURS, SHAPES):
         caption = f"{name} {shape}"
         record = {"captions": [caption, f"a {caption}"], "group": caption, "label": name}
         files = {"png": picture(COLOURS[name], shape), "json": json.dumps(record).encode()}
+        key = f"{copy}-{name}-{shape}"
+        samples.append((key, files))
         if teacher:
-            files["teacher.npy"] = pairs.npy(teacher_features(record["captions"], teacher))
-        samples.append((f"{copy}-{name}-{shape}", files))
+            taught.append((key, {"teacher.npy": pairs.npy(teacher_features(record["captions"], teacher))}))
+    if teacher:
+        write_teacher(path.parent / "teacher", path.name, taught, {"name": "made up", "width": teacher, "logit_scale": 10.0})
     return pairs.write(path, samples)
+
+
+def write_teacher(folder: Path, name: str, samples: list, stamp: dict) -> None:
+    """Writes a sidecar of a teacher's features, and its meta.json."""
+    folder.mkdir(exist_ok=True)
+    pairs.write(folder / name, samples)
+    (folder / "meta.json").write_text(json.dumps({"teacher": stamp}))
 
 
 def settings(folder: Path, *changes: str, teacher: int = 0) -> config.Config:
@@ -60,10 +67,11 @@ def write_config(folder: Path, teacher: int = 0) -> str:
     if not shard.exists():
         write_shard(shard, teacher=teacher)
     run = {"out": str(folder / "run"), "steps": 7, "precision": "fp32", "device": "cpu", "log_every": 1}
+    sidecars = [str(shard.parent / "teacher")] if teacher else []
     values = config.from_dict(
         {
             "model": {"name": "siclip-tiny", "options": MODEL},
-            "data": {"train": str(shard), "batch_size": 8, "workers": 0},
+            "data": {"train": str(shard), "sidecars": sidecars, "batch_size": 8, "workers": 0},
             "loss": {"pm_weight": 1.0},
             "optim": {"warmup": 2},
             "run": run | {"save_every": 100},

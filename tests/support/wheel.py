@@ -68,8 +68,8 @@ class Environment:
     def take_packages(self, python: str) -> None:
         """Adds the packages of another Python, but not its editable installations, whose path files are not read."""
         folders = "import sys; print(*(path for path in sys.path if path.endswith('-packages')), sep='\\n')"
-        found = subprocess.run([python, "-c", folders], capture_output=True, text=True, check=True).stdout
-        (self.site / "packages.pth").write_text(found)
+        packages = subprocess.run([python, "-c", folders], capture_output=True, text=True, check=True).stdout
+        (self.site / "packages.pth").write_text(packages)
 
 
 def size_of(folder: Path) -> float:

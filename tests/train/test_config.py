@@ -51,7 +51,7 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("run.precision=fp8", "run.precision: expected 'fp32', 'bf16', 'fp16' or 'auto', got 'fp8' (str)"),
         (
             "data.options.workers=3",
-            "data.options.workers: expected 'on_error', 'max_pixels', 'max_bytes' or 'shuffle_buffer', got 'workers'",
+            "data.options.workers: expected 'on_error', 'max_bytes' or 'shuffle_buffer', got 'workers'",
         ),
         ("optim=3", "optim: expected a valid dictionary"),
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),

@@ -71,7 +71,7 @@ def results(folder):
             forked_ranks("rank_train.py", folder, "plan", check=True, timeout=3600)
             two = [json.loads((folder / f"plan-{rank}.json").read_text()) for rank in (0, 1)]
             settings = {
-                name: tiny.settings(folder, *entry(folder / "one", name, data_of(folder, changes))["changes"])
+                name: tiny.settings(folder, *entry(folder / "one", name, data_of(folder, changes))["changes"], teacher=16)
                 for name, changes in cases.items()
             }
             started[key] = {name: rank_train.observed(config) for name, config in settings.items()}, two
@@ -126,7 +126,7 @@ def test_a_signal_to_any_rank_saves_once_and_one_process_goes_on(folder, results
     state = read_checkpoint(folder / "two" / "stopped")
     assert state["step"] == 2
     assert [data["rank"] for data in state["data"]] == [0, 1]
-    config = tiny.settings(folder, *entry(folder / "two", "stopped", data_of(folder))["changes"])
+    config = tiny.settings(folder, *entry(folder / "two", "stopped", data_of(folder))["changes"], teacher=16)
     text = runs.go(config, resume=True)
     assert "resume     ranks, workers or the version were others: the pass over the data starts again" in text
     assert read_checkpoint(folder / "two" / "stopped")["step"] == 3
