@@ -184,6 +184,7 @@ def exported(**changes):
 def test_an_export_unpickles_nothing():
     exported()
     Path("export/w.pt").write_bytes(pickle.dumps({"state_dict": Payload()}, 2))
+    Path("x.tar").touch()
     assert "its pickle does more than store tensors" in one_line("evaluate", "export", "--data", "x.tar")
 
 
