@@ -83,13 +83,10 @@ def run(
     Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run. Raises InputError for an
     argument out of range, a model that is no CoCa, and weights that do not fit; FileNotFoundError.
     """
-    for name, value, valid, expected in (
-        ("n", n, n >= 1, "at least 1"),
-        ("top_p", top_p, 0 < top_p <= 1, "a share above 0, up to 1"),
-        ("temperature", temperature, 0 < temperature < float("inf"), "a number above 0"),
-    ):
-        if not valid:
-            raise InputError(f"{name}: expected {expected}, got {value!r}")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p: expected a share above 0, up to 1, got {top_p!r}")
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"temperature: expected a number above 0, got {temperature!r}")
     place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
     coca = load_model(model, checkpoint=checkpoint, pretrained=pretrained).to(place)
