@@ -19,7 +19,7 @@ from rich.console import Console
 from simplclip import data, evaluation
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import UserError
-from simplclip.common.files import remove_leftovers
+from simplclip.common.files import locked, remove_leftovers
 from simplclip.common.progress import duration
 from simplclip.models.trained import image_transform, tokenizer
 from simplclip.train import checkpoint
@@ -55,7 +55,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     with ranks.joined(), ExitStack() as stack:
         is_first = ranks.first()
         console = (console or Console()) if is_first else Console(quiet=True)
-        ranks.on_first(lambda: stack.enter_context(checkpoint.lock(out)))
+        ranks.on_first(lambda: stack.enter_context(locked(out, "run.out")))
         former = ranks.on_first(partial(checkpoint.former, out, resume))
         config = ranks.on_first(partial(_with_data, config, former, console))
         device = ranks.device(config.run.device)
@@ -66,13 +66,13 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         if former:
             checkpoint.set_rng_state(former["rng"])
         ranks.seed_apart(config.run.seed + state.step)
-        loader, notes = ranks.agreed(lambda: make_loader(state))
+        loader = ranks.agreed(lambda: make_loader(state))
         splits = ranks.agreed(lambda: _splits(config))
         snapshot, log = checkpoint.Snapshot(state), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
         try:
             with log.status:
-                for line in (*first_lines(state, why, _samples(config)), *_resumed(state, former, resume), *notes):
+                for line in (*first_lines(state, why, _samples(config)), *_resumed(state, former, resume)):
                     log.print(line)
                 if state.step < config.run.steps:
                     _train(state, loader, splits, snapshot, stop, log)
@@ -144,9 +144,9 @@ def _micro_batches(config: Config) -> tuple[int, int]:
     return size, rows // size
 
 
-def make_loader(state: State) -> tuple[data.Loader, list[str]]:
-    """Makes this rank's loader, whose batches are micro-batches of a step, and lines for the log."""
-    config, c, notes, seed = state.config, state.config.data, list[str](), state.config.run.seed
+def make_loader(state: State) -> data.Loader:
+    """Makes this rank's loader, whose batches are micro-batches of a step. It continues as `state.data` says, if it can."""
+    config, c, seed = state.config, state.config.data, state.config.run.seed
     place = {"rank": ranks.number(), "world_size": ranks.count(), "workers": c.workers}
     former = state.data[ranks.number()] if state.data and len(state.data) == ranks.count() else None
     if former and any(former[name] != value for name, value in place.items()):
@@ -155,8 +155,8 @@ def make_loader(state: State) -> tuple[data.Loader, list[str]]:
         seed = former["seed"]
     elif state.step:
         seed += state.step
-        notes.append("resume     ranks, workers or the version were others: the pass over the data starts again")
-    loader = data.make_loader(
+        state.lines.append("resume     ranks, workers or the version were others: the pass over the data starts again")
+    return data.make_loader(
         c.train,
         tokenizer=tokenizer(config.model.model_dump()),
         transform=state.transform,
@@ -170,17 +170,15 @@ def make_loader(state: State) -> tuple[data.Loader, list[str]]:
         **place,
         **c.options,
     )
-    return loader, notes
 
 
 def evaluate(state: State, splits: dict[str, Any], log: Log) -> None:
     """Evaluates the model, with the averages of its weights if it has some, on the splits."""
-    config = state.config
     with state.ema.in_place() if state.ema else nullcontext():
         state.model.eval()
         for name, split in splits.items():
             where = (state.device, state.precision)
-            evaluation.encode(state.model, split, evaluation.BATCH_SIZE, *where, workers=config.data.workers)
+            evaluation.encode(state.model, split, evaluation.BATCH_SIZE, *where, workers=state.config.data.workers)
             recall = ranks.on_first(partial(evaluation.recall_of, split, state.device))
             for direction, figures in (recall or {}).items():
                 log.evaluation(name, direction, figures)
@@ -189,9 +187,8 @@ def evaluate(state: State, splits: dict[str, Any], log: Log) -> None:
 
 def _splits(config: Config) -> dict[str, Any]:
     section = config.model.model_dump()
-    if not config.eval.every:
-        return {}
-    return evaluation.load_splits(config.eval.splits, tokenizer(section), image_transform(section))
+    splits = config.eval.splits if config.eval.every else {}
+    return evaluation.load_splits(splits, tokenizer(section), image_transform(section))
 
 
 def _samples(config: Config) -> int | None:
@@ -236,9 +233,9 @@ def _failure(error: Exception, snapshot: checkpoint.Snapshot) -> BaseException:
     """Saves the last whole step, and returns the error that `run` raises in place of `error`."""
     step = snapshot.progress["step"]
     if not ranks.first():
-        same = isinstance(error, TrainingError)  # the first rank says it
+        same = isinstance(error, TrainingError)  # the first rank reports it
         return SystemExit(1) if same else TrainingError(f"step {step + 1}: rank {ranks.number()}: {error}")
-    saved = snapshot.rescue()
+    saved = snapshot.save_after_error()
     go_on = f" {_go_on(snapshot.out)}" if snapshot.saved else ""
     if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
         return TrainingError(f"{error}. {saved}" if saved else str(error))
@@ -259,7 +256,7 @@ class StopSignals:
     Outside the main thread Python allows no handlers, so that signals are not handled.
     """
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -280,7 +277,7 @@ class StopSignals:
 
     def agreed(self) -> bool:
         """Whether all ranks stop now, between two steps."""
-        stopped = ranks.any_of(self.reason is not None)
+        stopped = any(ranks.exchanged(self.reason is not None))
         if stopped and self.reason is None:
             self.reason = "signal to another rank"
         return stopped
