@@ -173,7 +173,6 @@ def run(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
-    progress: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Writes the features of a teacher, see `simplclip.load`, to the folder `out`; returns the summary of `write`.
@@ -188,9 +187,9 @@ def run(
     place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
     teacher = load(name, checkpoint, device=place, precision=precision)
-    shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards"), progress=progress))
-    summary = write(shards, out, teacher, views=seen, progress=progress, **options)
-    if progress and ranks.first():
+    shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards")))
+    summary = write(shards, out, teacher, views=seen, **options)
+    if ranks.first():
         what = "" if seen is None else f" of {seen.number} views of each image"
         features = f"features of {teacher.name}{what}, width {teacher.width}"
         print(f"wrote {summary['path']}: {summary['samples']:,} samples with {features}")

@@ -335,8 +335,8 @@ def keys() -> dict[str, Any]:
     """Returns every dotted key, sections included, with its pydantic field."""
     fields: dict[str, Any] = {}
     for section, field in Config.model_fields.items():
-        inside: Any = field.annotation
-        fields |= {section: field} | {f"{section}.{name}": inner for name, inner in inside.model_fields.items()}
+        inside = field.annotation.model_fields  # type: ignore[union-attr]
+        fields |= {section: field} | {f"{section}.{name}": inner for name, inner in inside.items()}
     return fields
 
 

@@ -65,7 +65,6 @@ class Log:
             self.print(line) if last or not self.live else self.status.update(line)
         if last or self.state.step % run.log_every == 0:
             self.write("metrics", row)
-        self.restart_clock()
 
     def _line(self, row: Mapping[str, float]) -> str:
         steps = self.state.config.run.steps or 0

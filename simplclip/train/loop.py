@@ -78,9 +78,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
                     _train(state, loader, splits, snapshot, stop, log)
             ranks.on_first(partial(curves, out))
         except Exception as error:
-            if (failure := _failure(error, snapshot)) is error:
-                raise
-            raise failure from error
+            _end(error, snapshot)
+            raise
         if state.step == config.run.steps:  # inside of StopSignals, where a closed pipe raises nothing
             took = duration(time.monotonic() - began)
             log.print(f"done       step {state.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
@@ -148,14 +147,12 @@ def make_loader(state: State) -> data.Loader:
     """Makes this rank's loader, whose batches are micro-batches of a step. It continues as `state.data` says, if it can."""
     config, c, seed = state.config, state.config.data, state.config.run.seed
     place = {"rank": ranks.number(), "world_size": ranks.count(), "workers": c.workers}
-    former = state.data[ranks.number()] if state.data and len(state.data) == ranks.count() else None
-    if former and any(former[name] != value for name, value in place.items()):
-        former = None
+    former = next((position for position in state.data or () if position.items() >= place.items()), None)
     if former:
         seed = former["seed"]
     elif state.step:
         seed += state.step
-        state.lines.append("resume     ranks, workers or the version were others: the pass over the data starts again")
+        state.lines.append("resume     ranks or workers were others: the pass over the data starts again")
     return data.make_loader(
         c.train,
         tokenizer=tokenizer(config.model.model_dump()),
@@ -229,34 +226,32 @@ def _go_on(out: Path) -> str:
     return f"To go on: simplclip train {out / 'config.yaml'} --resume"
 
 
-def _failure(error: Exception, snapshot: checkpoint.Snapshot) -> BaseException:
-    """Saves the last whole step, and returns the error that `run` raises in place of `error`."""
+def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
+    """Saves the last whole step, and raises a TrainingError in place of `error`. Returns if no step has been done."""
     step = snapshot.progress["step"]
     if not ranks.first():
-        same = isinstance(error, TrainingError)  # the first rank reports it
-        return SystemExit(1) if same else TrainingError(f"step {step + 1}: rank {ranks.number()}: {error}")
+        if isinstance(error, TrainingError):  # the first rank reports it
+            raise SystemExit(1)
+        raise TrainingError(f"step {step + 1}: rank {ranks.number()}: {error}") from error
     saved = snapshot.save_after_error()
     go_on = f" {_go_on(snapshot.out)}" if snapshot.saved else ""
     if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
-        return TrainingError(f"{error}. {saved}" if saved else str(error))
+        raise TrainingError(f"{error}. {saved}" if saved else str(error)) from error
     # For CPU tensors torch has no class of this error.
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(error):
         advice = "Try a smaller data.micro_batch, or auto; `simplclip plan` predicts what fits."
-        return TrainingError(f"step {step + 1}: out of memory. {saved or 'Nothing is saved.'} {advice}{go_on}")
-    if saved is None:
-        return error
-    reason = str(error).strip().rstrip(".") or "no message"
-    return TrainingError(f"after step {step}: {type(error).__name__}: {reason}. {saved}{go_on}")
+        raise TrainingError(f"step {step + 1}: out of memory. {saved or 'Nothing is saved.'} {advice}{go_on}") from error
+    if saved is not None:
+        reason = str(error).strip().rstrip(".") or "no message"
+        raise TrainingError(f"after step {step}: {type(error).__name__}: {reason}. {saved}{go_on}") from error
 
 
 class StopSignals:
-    """Context in which a signal of `SIGNALS`, or a closed pipe, only sets `reason`; a second signal ends the process.
+    """Context in which SIGINT, SIGTERM, SIGHUP or a closed pipe only sets `reason`; a second signal ends the process.
 
     console: the console of the run. If the reader of its output is gone (`| head`), all further output is dropped.
     Outside the main thread Python allows no handlers, so that signals are not handled.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -266,7 +261,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            self._former = {number: signal.signal(number, self._handle) for number in signals}
         self.console.on_broken_pipe = self._closed  # type: ignore[method-assign]
         return self
 

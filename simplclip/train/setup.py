@@ -165,8 +165,7 @@ def setup(
         for name, part in state.parts().items():
             if name != "model":
                 _load(part, checkpoint.get(name))
-        state.step = checkpoint["step"]
-        state.data = checkpoint["data"] if isinstance(checkpoint["data"], list) else None  # of an earlier version
+        state.step, state.data = checkpoint["step"], checkpoint["data"]
     model.train()
     return state
 

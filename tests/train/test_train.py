@@ -121,7 +121,7 @@ def test_what_may_change_on_resume(tmp_path):
     )
     text = go(config, resume=True)
     assert "continuing from step 2; the learning rate now ends at 4, not 2" in text
-    assert "workers or the version were others: the pass over the data starts again" in text
+    assert "ranks or workers were others: the pass over the data starts again" in text
     assert [float(row["lr"]) for row in rows(tmp_path / "run")[2:]] == [learning_rate(config, step) for step in (2, 3)]
     again = config.replaced(run={"steps": 5})  # a pass that started again goes on in its own order
     assert "starts again" not in go(again, resume=True)
