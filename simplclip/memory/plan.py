@@ -166,10 +166,10 @@ class Planner:
 
     def usage(self, **data: Any) -> Usage:
         """Predicts the step of the config with some values of its section `data` changed."""
-        config = self.config.replaced(data=data)
+        config = self.step.config = self.config.replaced(data=data)
         size = config.data.batch_size, config.data.micro_batch
         if size not in self._usages:
-            self._usages[size] = predict(self.step.resized(config), self.device)
+            self._usages[size] = predict(self.step, self.device)
         return self._usages[size]
 
     def _largest(self, what: str, micro_batch: int | None) -> Row:

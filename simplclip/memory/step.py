@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -75,12 +74,6 @@ class TrainerStep:
                 width = setup.width_of(self.config)
                 self.assumed.append(f"a teacher of the student's width, {width} (--teacher-width): {error}")
         return {"name": "a teacher", "width": width, "logit_scale": 100.0}
-
-    def resized(self, config: Config) -> TrainerStep:
-        """Returns the step of a config that differs only in its section `data`. Both share the model: run one at a time."""
-        other = copy.copy(self)
-        other.config = config
-        return other
 
     def place(self, device: torch.device, during: During) -> None:
         prepared, crop, self.during = self.prepared, self.prepared.crop, during
