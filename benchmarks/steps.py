@@ -15,11 +15,11 @@ from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import compare
+from benchmarks.measure import compare, cpu_peak_bytes
 from benchmarks.training_forms import PRECISION
 from simplclip import models
 from simplclip.common import hardware
-from simplclip.memory.measure import cpu_peak_bytes, predict
+from simplclip.memory.measure import predict
 from simplclip.memory.step import During, Step, TrainerStep, inputs
 from simplclip.train import config
 
@@ -62,10 +62,10 @@ class OpenClipStep:
         (batch,) = batches
         self.optimizer.zero_grad()
         with hardware.autocast(self.precision, self.device):
-            with self.during("encode", "activations"):
+            with self.during("activations"):
                 batch = {name: t.to(self.device) for name, t in batch.items()}
                 outputs = self.model(batch.pop("image"), batch.pop("text"))
-            with self.during("loss", "loss"):
+            with self.during("loss"):
                 if batch:
                     batch = {name: t.to(outputs["image_features"].dtype) for name, t in batch.items()}
                     outputs |= batch | {"dist_logit_scale": torch.full((), 100.0, device=self.device)}
@@ -108,7 +108,7 @@ def _placed(step: Step, device: torch.device) -> tuple[list[Tensor], Callable[[]
     step = copy.copy(step)  # what `place` makes is of this run
     for module in step.modules:
         _fill(module.to_empty(device=device))
-    step.place(device, lambda phase, kind: nullcontext())
+    step.place(device, lambda kind: nullcontext())
     batches = step.batches(real=True)
     weights = [tensor for module in step.modules for tensor in (*module.parameters(), *module.buffers())]
     return tree_leaves([weights, step.averages, batches]), partial(step.run, batches)

@@ -18,7 +18,6 @@ Pairs = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]
-Kind = Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if the device has it.")]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode images. Default: one for each core, at most 8.")
@@ -33,21 +32,12 @@ Sidecars = Annotated[
 ]
 
 
-def kind_of(device: str) -> str:
-    """Returns the type, cuda or cpu, of a device that is given as `Kind`."""
-    if device not in ("auto", "cuda", "cpu"):
-        raise InputError(f"--device: expected cuda, cpu or auto, got {device!r}")
-    from simplclip.common.hardware import pick_device
-
-    return pick_device(device).type
-
-
 def fail(message: str, code: int) -> None:
     typer.echo(f"simplclip: {visible(message, keep=chr(10))}", err=True)
     raise typer.Exit(code)
 
 
-def named_splits(items: list[str], option: str = "--data") -> dict[str, Any]:
+def named_splits(items: list[str]) -> dict[str, Any]:
     """Parses NAME=DATA, or DATA alone, which is named after its file or folder up to the first number or wildcard.
 
     A name is anything without the characters of paths and patterns: / \\ * ? [ ] { } # and =.
@@ -56,11 +46,11 @@ def named_splits(items: list[str], option: str = "--data") -> dict[str, Any]:
     for item in items:
         match = re.fullmatch(r"(?:([^/\\*?\[\]{}#=]+)=)?(.+)", item, re.DOTALL)
         if not match:
-            raise InputError(f"{option}: expected NAME=DATA or DATA, got {item!r}")
+            raise InputError(f"--data: expected NAME=DATA or DATA, got {item!r}")
         file, _, split = match[2].partition("#")
         name = match[1] or re.split(r"[-_.]?[*?\[{\d]|\.(?:tar|json|csv|tsv|parquet|txt)", Path(file).name)[0] or "data"
         name += f"-{split}" if split and not match[1] else ""
         if name in splits:
-            raise InputError(f"{option}: expected different split names ({option} NAME=DATA), got {name!r} twice")
+            raise InputError(f"--data: expected different split names (--data NAME=DATA), got {name!r} twice")
         splits[name] = match[2]
     return splits

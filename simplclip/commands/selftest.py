@@ -6,20 +6,16 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
-from simplclip.commands.options import Kind, kind_of
 from simplclip.common.errors import visible
 from simplclip.common.files import write_atomically
 
-if TYPE_CHECKING:
-    import torch
-
 
 def selftest(
-    device: Kind = "auto",
+    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="auto: a GPU if there is one.")] = "auto",
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the results and this machine's report, for an issue.")
     ] = None,
@@ -28,15 +24,13 @@ def selftest(
 
     An error is in units of the tolerance: at most 1 is right. What is wrong is named with the variable that avoids it.
     """
-    kind = kind_of(device)
-    import torch
-
     from simplclip import selftest
+    from simplclip.common.hardware import pick_device
     from simplclip.ops.report import report
 
     began, rows = time.monotonic(), []
     typer.echo(f"{'op':<18}{'backend':<15}{'dtype':<10}{'calls':>5}{'error':>8}")
-    for row in selftest.rows(torch.device(kind)):
+    for row in selftest.rows(pick_device(device)):
         error = "FAILED" if row.failures else f"{row.worst:.2f}"
         typer.echo(f"{row.op:<18}{row.backend:<15}{_name(row.dtype):<10}{row.calls:>5}{error:>8}")
         rows.append(row)
@@ -57,5 +51,5 @@ def selftest(
         raise typer.Exit(1)
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")

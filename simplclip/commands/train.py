@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import traceback
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from simplclip.commands.options import Overrides, fail
-from simplclip.common.errors import UserError
+from simplclip.common.errors import InputError, UserError
 
 
 def _config_help(wanted: bool) -> None:
@@ -44,7 +45,7 @@ def train(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         values = configs.load(config, set_ or ())
-        configs.check_files(values)  # before seconds of imports
+        check_sources(values)
     except (UserError, OSError) as error:
         if first:
             raise
@@ -64,13 +65,37 @@ def train(
         fail(str(error), 1)
 
 
-def _with_micro_batch(config):
+def check_sources(config: Any) -> None:
+    """Raises InputError for data and sidecars that are not there. Nothing here needs seconds of imports."""
+    from simplclip.data.forms import is_source
+    from simplclip.data.sources import sources_of
+
+    def check(source: Any, name: str) -> None:
+        if isinstance(source, list):
+            for part in source:
+                check(part, name)
+        elif isinstance(source, dict):
+            check(source.get("shards"), name)
+        elif not (isinstance(source, str) and is_source(source)):
+            sources_of(source, name)
+        elif not Path(source.partition("#")[0]).expanduser().exists():
+            raise InputError(f"{name}: expected a file, got {source!r}, which does not exist")
+
+    check(config.data.train, "data.train")
+    for name, split in config.eval.splits.items() if config.eval.every else ():
+        check(split, f"eval.splits.{name}")
+    for folder in config.data.sidecars:
+        if not Path(folder).expanduser().is_dir():
+            raise InputError(f"data.sidecars: expected a folder, got {folder!r}, which does not exist")
+
+
+def _with_micro_batch(config: Any) -> Any:
     """Returns `config` with the largest data.micro_batch that fits in place of "auto"."""
-    from simplclip import memory
     from simplclip.common.hardware import pick_device
+    from simplclip.memory.plan import largest_micro_batch
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batch = memory.largest_micro_batch(config, pick_device(config.run.device), ranks=ranks)
+    micro_batch = largest_micro_batch(config, pick_device(config.run.device), ranks)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"memory     data.micro_batch = {micro_batch or 'null'} fits, by simplclip plan")
     return config.replaced(data={"micro_batch": micro_batch})

@@ -1,1 +1,1 @@
-"""Helpers for all packages: errors, files, hardware, pictures, and parts that other packages register."""
+"""Helpers for all packages: errors, files, hardware, ranks, progress and pictures."""

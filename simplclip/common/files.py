@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import os
@@ -15,11 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
+from simplclip.common.errors import InputError
 
 HOUR = 3600.0  # seconds
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
@@ -39,6 +36,15 @@ def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]])
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Reads the rows of a CSV file, none if there is no file; without a last line that a crash cut short."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader([line for line in file if line.endswith("\n")])
+        return [row for row in rows if None not in row and None not in row.values()]
 
 
 @contextlib.contextmanager
@@ -84,21 +90,15 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def temporary_of(name: str) -> str | None:
-    """Returns the final name of a temporary file or folder, or None if `name` is not the name of a temporary one."""
-    match = _TEMPORARY.fullmatch(name)
-    return match[1] if match else None
-
-
-def remove_leftovers(folder: str | Path, ours: Callable[[str], Any], seconds: float = 0.0) -> None:
+def remove_leftovers(folder: str | Path, removable: Callable[[str], Any], seconds: float = 0.0) -> None:
     """Removes temporary files and folders that killed processes left in `folder`.
 
-    ours: a predicate of the final name of a file or folder that may be removed.
+    removable: a predicate of the final name of a file or folder that may be removed.
     seconds: files that were written to within this time stay, since another process may still be writing.
     """
-    for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
-        name = temporary_of(path.name)
-        if name is None or not ours(name):
+    for path in Path(folder).glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if not match or not removable(match[1]):
             continue
         with contextlib.suppress(FileNotFoundError):
             if seconds and time.time() - path.lstat().st_mtime < seconds:
@@ -118,34 +118,37 @@ def _close_inherited_locks() -> None:
         os.close(_locks.pop())
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_inherited_locks)
+os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path, busy: str) -> Iterator[None]:
-    """Context that one process at a time can enter for `folder`, without effect if the system has no locks.
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """Context that makes `folder`, which one process at a time can enter; folders that are empty at the end are removed.
 
-    The system releases the lock when the process ends, however it ends. Raises FileExistsError(busy) while another process is
-    inside.
+    The system releases the lock when the process ends, however it ends. A file system may have no locks.
+    name: the argument, in errors. Raises FileExistsError while another process is inside, InputError for a file.
     """
-    if fcntl is None:
-        yield
-        return
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{name}: expected a folder, got the file {folder}")
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     _locks.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FileExistsError(busy) from None
-        except OSError:  # a file system without locks
+            raise FileExistsError(f"{name}: expected a folder that no other process writes to, got {folder}") from None
+        except OSError:  # the file system has no locks
             pass
         yield
     finally:
         if descriptor in _locks:  # otherwise a forked process, which has closed it
             _locks.discard(descriptor)
             os.close(descriptor)
+        for part in made:
+            with contextlib.suppress(OSError):  # not empty
+                part.rmdir()
 
 
 def sha256(path: str | Path) -> str:

@@ -44,9 +44,9 @@ def sheet(width: float, height: float, head: float) -> tuple[Figure, Any]:
     return figure, axis
 
 
-def draw_image(axis: Any, image: Any, x: float, y: float, size: tuple[float, float] = (1.0, 1.0)) -> None:
-    """Draws an image into a tile of this width and height."""
-    axis.imshow(image, extent=(x, x + size[0], y + size[1], y), interpolation="bilinear", zorder=1)
+def draw_image(axis: Any, image: Any, x: float, y: float) -> None:
+    """Draws an image into a tile of an inch."""
+    axis.imshow(image, extent=(x, x + 1, y + 1, y), interpolation="bilinear", zorder=1)
 
 
 def frame(

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 from tqdm import tqdm
-
-Item = TypeVar("Item")
 
 FIRST, LATER = 10.0, 60.0  # seconds between two lines, at the start and later
 
@@ -45,7 +40,7 @@ class Pace:
 
     def __init__(self, at_most: float = LATER) -> None:
         self.at_most = at_most
-        self.began = self._said = time.monotonic()
+        self.began = self._last = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -54,14 +49,14 @@ class Pace:
 
     def due(self) -> bool:
         now = time.monotonic()
-        if now - self._said < min(max(FIRST, (now - self.began) / 10), self.at_most):
+        if now - self._last < min(max(FIRST, (now - self.began) / 10), self.at_most):
             return False
-        self._said = now
+        self._last = now
         return True
 
 
 class Progress:
-    """Context that shows how much of `total` is done, how fast it goes and when it ends; `update` may come from any thread.
+    """Context that shows how much of `total` is done, how fast it goes and when it ends.
 
     Args:
         title: name of the work.
@@ -77,7 +72,7 @@ class Progress:
         self.title, self.total, self.done, self.unit = title, total, done, unit
         terminal, shown = _has_terminal(), shown and _first_rank()
         self._lines, self._earlier = shown and not terminal, done
-        self._pace, self._lock = Pace(), threading.Lock()
+        self._pace = Pace()
         hidden = not (shown and terminal)
         self._bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", disable=hidden, dynamic_ncols=True)
 
@@ -89,23 +84,14 @@ class Progress:
         if self._lines and kind is None and self._pace.seconds >= 1:
             print(f"{self.title}: {self.done:,} {self.unit} in {duration(self._pace.seconds)}", file=sys.stderr, flush=True)
 
-    def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yields the items, and counts each one when the loop asks for the next."""
-        with self:
-            for item in items:
-                yield item
-                self.update()
+    def update(self, count: int) -> None:
+        self.done += count
+        self._bar.update(count)
+        if self._lines and self._pace.due():
+            print(self._line(), file=sys.stderr, flush=True)
 
-    def update(self, count: int = 1) -> None:
-        with self._lock:
-            self.done += count
-            self._bar.update(count)
-            if self._lines and self._pace.due():
-                print(self.line(self._pace.seconds), file=sys.stderr, flush=True)
-
-    def line(self, seconds: float) -> str:
-        """Returns a log's line for the progress after so many seconds."""
-        rate = (self.done - self._earlier) / max(seconds, 1e-9)
+    def _line(self) -> str:
+        rate = (self.done - self._earlier) / max(self._pace.seconds, 1e-9)
         shown = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s"
         if self.total is None:
             return f"{self.title}: {self.done:,} {self.unit}, {shown}"

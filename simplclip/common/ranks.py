@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from simplclip.common import hardware
 
@@ -22,7 +21,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _objects: Any = None  # within `joined`: the group that exchanges Python objects, by gloo, without a limit of time
-_alone = False  # within `alone`
+_alone = False  # while the first rank does work in which other ranks take no part
 
 
 def count() -> int:
@@ -56,17 +55,6 @@ def joined() -> Iterator[None]:
         _objects = before
     if started:  # after an error the other ranks may be in a collective, and would wait for this one
         dist.destroy_process_group()
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Context in which this process is the only rank, for work in which other ranks take no part."""
-    global _alone
-    before, _alone = _alone, True
-    try:
-        yield
-    finally:
-        _alone = before
 
 
 def device(name: str) -> torch.device:
@@ -108,10 +96,14 @@ def on_first(make: Callable[[], Result]) -> Result:
         return make()
 
     def made() -> Any:
+        global _alone
         if not first():
             return None
-        with alone():
+        _alone = True
+        try:
             return make()
+        finally:
+            _alone = False
 
     result = [agreed(made)]
     dist.broadcast_object_list(result, device=torch.device("cpu"), group=_objects)
@@ -134,23 +126,6 @@ def gathered(items: Iterable[Item]) -> Iterator[Item]:
 def mapped(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yields `function` of each item, in order, on the first rank. Ranks divide the items; all iterate over the result."""
     return gathered(function(item) for item in islice(items, number(), None, count()))
-
-
-def any_of(flag: bool) -> bool:
-    """Whether `flag` is set on any rank. All ranks have to call it."""
-    return bool(total(torch.tensor(int(flag))).item()) if count() > 1 else flag
-
-
-def total(value: Tensor) -> Tensor:
-    """Sums `value` over the ranks, in place."""
-    if count() > 1:
-        dist.all_reduce(value)
-    return value
-
-
-def loss_arguments() -> dict[str, Any]:
-    """Returns arguments of a loss over the batch of all ranks; its gradients are right after DDP averages them."""
-    return {"gather_with_grad": True, "rank": number(), "world_size": count()} if count() > 1 else {}
 
 
 def seed_apart(seed: int) -> None:

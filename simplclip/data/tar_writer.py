@@ -37,10 +37,7 @@ class TarFolder:
 
         Raises InputError if the folder holds other files, or tars of something else.
         """
-        if self.out.exists() and not self.out.is_dir():
-            raise InputError(f"out: expected a folder, got the file {self.out}")
-        self.out.mkdir(parents=True, exist_ok=True)
-        with locked(self.out, busy=f"out: expected a folder that no other process writes to, got {self.out}"):
+        with locked(self.out, "out"):
             names = sorted(path.name for path in self.out.iterdir() if not path.name.startswith("."))
             if "meta.json" in names:
                 self._read()

@@ -72,6 +72,7 @@ def evaluate(
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     names, synsets = class_names(classnames)
     chosen_templates = phrases(templates or ())
+    data = {name: named(held_out(what, captions=captions), names, synsets) for name, what in splits.items()}
     answer: dict[str, Any] = {}
 
     for number, source in enumerate(sources):
@@ -80,7 +81,6 @@ def evaluate(
         about["precision"] = encoder.precision
         if number == 0:
             folder = _folder(out, source)
-            data = {name: named(held_out(what, captions=captions), names, synsets) for name, what in splits.items()}
             folder.mkdir(parents=True, exist_ok=True)
             config_templates = _templates_of(encoder.config)
             answer = result = about | {"versions": {"simplclip": __version__, "torch": torch.__version__}, "splits": {}}

@@ -26,7 +26,7 @@ from simplclip.kernels import launch as launching
 from simplclip.ops import backends, registry
 from simplclip.ops.calls import flat
 
-# The kinds of live bytes. A storage gets the kind of the phase that allocated it; `hold` may change it.
+# The kinds of live bytes. `during` gives a storage its kind; `hold` may change it.
 WORKSPACE = "kernel workspaces"
 WEIGHTS = ("parameters", "averages", "gradients", "optimizer state")
 KINDS = (*WEIGHTS, "batch", "activations", "loss", "temporaries", WORKSPACE)
@@ -50,7 +50,6 @@ class Usage:
     events: list[tuple[str, int]] = field(default_factory=list)  # kind, change in bytes
     peak: int = 0
     at_peak: dict[str, int] = field(default_factory=dict)
-    peak_phase: str = ""
 
 
 class Counter(TorchDispatchMode):
@@ -66,19 +65,18 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.device, self.usage = device, Usage()
         self.block = 512 if device.type == "cuda" else 1  # torch's allocator rounds sizes up to multiples of this
-        self.kind, self.phase = "temporaries", ""
+        self.kind = "temporaries"
         self.live: Bag[str] = Bag()
         self._held: dict[int, tuple[str, int, weakref.ref]] = {}
 
     @contextmanager
-    def during(self, phase: str, kind: str) -> Iterator[None]:
-        """Context in which allocations get this kind; `phase` is the name that `Usage.peak_phase` has for it."""
-        before = self.phase, self.kind
-        self.phase, self.kind = phase, kind
+    def during(self, kind: str) -> Iterator[None]:
+        """Context in which allocations get this kind."""
+        before, self.kind = self.kind, kind
         try:
             yield
         finally:
-            self.phase, self.kind = before
+            self.kind = before
 
     def hold(self, tensors: object, kind: str, instead_of: Container[str] = KINDS) -> None:
         """Counts the storages of `tensors` as `kind` from now on, including those that were counted as one of `instead_of`
@@ -139,7 +137,7 @@ class Counter(TorchDispatchMode):
 
         def launch(*args):
             outer = self.kind
-            with self.during(self.phase, WORKSPACE), launching.pretended():
+            with self.during(WORKSPACE), launching.pretended():
                 out = function(*args)
             self.hold(out, outer, instead_of=(WORKSPACE,))
             return out
@@ -160,7 +158,7 @@ class Counter(TorchDispatchMode):
         usage, total = self.usage, self.live.total()
         usage.events.append((kind, size))
         if total > usage.peak:
-            usage.peak, usage.peak_phase = total, self.phase
+            usage.peak = total
             usage.at_peak = {kind: self.live[kind] for kind in KINDS if self.live[kind]}
 
 

@@ -1,17 +1,13 @@
-"""The memory of a step, predicted on fake tensors; and peaks of torch's CPU allocator, measured."""
+"""The memory of a step, predicted on fake tensors."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import ExitStack
-from itertools import accumulate
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map_only
 
 from simplclip import gradient_cache
@@ -36,35 +32,19 @@ def predict(step: Step, device: torch.device) -> Usage:
             counter.hold(_weights(step), "parameters")
             counter.hold(step.averages, "averages")
             _make_state(step.optimizer, counter)
-            with counter.during("backward", "temporaries"):
-                step.run(batches)
+            step.run(batches)
     return counter.usage
 
 
 def _make_state(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
     """Makes the optimizer's state by an update, and counts it now and in later updates."""
-    phase = ExitStack()
-
-    def after(*_) -> None:
-        phase.close()
-        counter.hold(list(optimizer.state.values()), "optimizer state")
-
-    optimizer.register_step_pre_hook(lambda *_: phase.enter_context(counter.during("optimizer", "temporaries")))
-    optimizer.register_step_post_hook(after)
+    optimizer.register_step_post_hook(lambda *_: counter.hold(list(optimizer.state.values()), "optimizer state"))
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.empty_like(parameter)
             counter.hold(parameter.grad, "gradients")
     optimizer.step()
     optimizer.zero_grad()
-
-
-def cpu_peak_bytes(run: Callable[[], object]) -> int:
-    """Peak bytes that torch's CPU allocator allocated during `run`, without those that were live before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
 def _weights(step: Step) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from simplclip.memory.count import Usage
 from simplclip.memory.measure import predict
 from simplclip.memory.step import TrainerStep
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE, STORE_BYTES
-from simplclip.train.config import Config, ConfigError, MicroBatch
+from simplclip.train.config import Config, ConfigError
 
 GIB = 2**30
 WITHIN = 0.05  # the largest batch is found up to this share
@@ -66,8 +65,7 @@ class Budget:
         """The budget of a card of this machine, or of a process's share of the machine's memory on a CPU."""
         if device.type == "cuda":
             return cls(torch.cuda.mem_get_info(device)[1])
-        known = hasattr(os, "sysconf")
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else sys.maxsize
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return cls(total // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), context=1 << 30, libraries=0)
 
 
@@ -75,16 +73,15 @@ class Budget:
 class Row:
     """A step of a plan. Sizes are bytes of torch's allocator; the plan's assumptions cover other memory.
 
-    micro_batch: as in the config. components: live bytes by kind at the peak. at_least: larger ones were not tried.
+    micro_batch: None: the whole batch. components: live bytes by kind at the peak. at_least: larger ones were not tried.
     """
 
     what: str
     batch_size: int
-    micro_batch: Any
+    micro_batch: int | None
     peak: int
     fits: bool
     components: dict[str, int] = field(default_factory=dict)
-    phase: str = ""
     at_least: bool = False
 
 
@@ -113,7 +110,7 @@ class Planner:
         if config.run.steps is None:  # memory does not depend on steps, and the data to count may be elsewhere
             config = config.replaced(run={"steps": 1 << 30, "epochs": None})
         self.config, self.budget, self.tell = config, budget, tell
-        self._usages: dict[str, Usage] = {}  # of the steps that were predicted
+        self._usages: dict[tuple[int, Any], Usage] = {}  # by batch_size and micro_batch
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         if device == "cuda" and config.run.precision == "auto" and not torch.cuda.is_available():
             self.precision, why = "bf16", "auto: cards since Ampere have native bf16"
@@ -132,11 +129,14 @@ class Planner:
         if self.config.data.micro_batch == "auto":
             self.config = self.config.replaced(data={"micro_batch": self.micro_batch()})
         data = self.config.data
-        yield self._row("as configured", data.batch_size, self.config.to_dict()["data"]["micro_batch"])
+        yield self._row("as configured", data.batch_size, data.micro_batch)
         whole = self._largest("largest in one graph", None)
         yield whole
         if self.cacheable and whole.batch_size:
-            yield self._largest("largest by gradient caching", *self._micro_batch_beside(whole.batch_size))
+            images = data.images_at_a_time if data.micro_batch else min(SMALL_MICRO_BATCH, data.batch_size)
+            if images >= whole.batch_size:  # which would leave no memory for a larger batch
+                images = max(1, whole.batch_size // 2)
+            yield self._largest("largest by gradient caching", images)
 
     def micro_batch(self) -> int | None:
         """Returns the largest micro-batch whose step fits: a divisor of the batch, or None if the whole batch fits.
@@ -166,41 +166,30 @@ class Planner:
 
     def usage(self, **data: Any) -> Usage:
         """Predicts the step of the config with some values of its section `data` changed."""
-        config = self.config.replaced(data=data)
-        size = f"{config.data.batch_size} {config.data.micro_batch}"
+        config = self.step.config = self.config.replaced(data=data)
+        size = config.data.batch_size, config.data.micro_batch
         if size not in self._usages:
-            self._usages[size] = predict(self.step.resized(config), self.device)
+            self._usages[size] = predict(self.step, self.device)
         return self._usages[size]
 
-    def _micro_batch_beside(self, whole: int) -> tuple[Any, int]:
-        """Returns the micro-batch of a search beside a largest whole batch: as in a config, and its images."""
-        data, k = self.config.data, self.config.data.captions_per_image
-        images = data.images_at_a_time if data.micro_batch else min(SMALL_MICRO_BATCH, data.batch_size)
-        most = max(1, whole // 2)  # the largest micro-batch would leave no memory for a larger batch
-        images = most if images >= whole else images
-        if not isinstance(data.micro_batch, MicroBatch):
-            return images, images
-        text = data.micro_batch.text or data.batch_size * k
-        return {"image": images, "text": text if text < whole * k else most * k}, images
-
-    def _largest(self, what: str, micro_batch: Any, unit: int = 1) -> Row:
-        """The largest batch, a multiple of `unit`, that fits."""
+    def _largest(self, what: str, micro_batch: int | None) -> Row:
+        """The largest batch that fits, a multiple of `micro_batch`."""
 
         def peak(pairs: int) -> int:
             peak = self.usage(batch_size=pairs, micro_batch=micro_batch).peak
             self.tell(f"{what}: {pairs:,} pairs take {gib(peak)}")
             return peak
 
+        unit = micro_batch or 1
         sizes = range(unit, MOST_PAIRS + 1, unit)
-        size, _ = largest(peak, self.budget.usable, sizes, start=16384 if unit > 1 else 64)
+        size, _ = largest(peak, self.budget.usable, sizes, start=16384 if micro_batch else 64)
         if not size:
             return Row(what, 0, micro_batch, 0, False)
         return self._row(what, size, micro_batch, at_least=size == sizes[-1])
 
-    def _row(self, what: str, size: int, micro_batch: Any, **more: Any) -> Row:
+    def _row(self, what: str, size: int, micro_batch: Any, at_least: bool = False) -> Row:
         usage = self.usage(batch_size=size, micro_batch=micro_batch)
-        fits = usage.peak <= self.budget.usable
-        return Row(what, size, micro_batch, usage.peak, fits, usage.at_peak, usage.peak_phase, **more)
+        return Row(what, size, micro_batch, usage.peak, usage.peak <= self.budget.usable, usage.at_peak, at_least)
 
 
 def _assumptions(budget: Budget, device: str) -> list[str]:
@@ -216,27 +205,22 @@ def _assumptions(budget: Budget, device: str) -> list[str]:
     ]
 
 
-def largest_micro_batch(
-    config: Config, device: torch.device, *, ranks: int = 1, budget: Budget | None = None, tell: Callable = lambda line: None
-) -> int | None:
+def largest_micro_batch(config: Config, device: torch.device, ranks: int = 1) -> int | None:
     """Returns data.micro_batch for a config that says "auto": the largest that fits on `device`, None for the whole batch.
 
     ranks: the number of ranks, which share data.batch_size. Each of them gets the same answer on equal machines; the texts
         that a rank gets from the others are not counted.
-    budget: by default, of the device. tell: gets a line after each prediction.
 
     Raises ConfigError if not even one pair at a time fits; UncountedOp.
     """
     share = config.replaced(data={"batch_size": config.data.batch_size // ranks, "micro_batch": None})
-    return Planner(share, budget or Budget.of(device), device.type, tell=tell).micro_batch()
+    return Planner(share, Budget.of(device), device.type).micro_batch()
 
 
-def largest(
-    peak: Callable[[int], int], limit: int, sizes: Sequence[int], *, start: int, within: float = WITHIN
-) -> tuple[int, dict[int, int]]:
+def largest(peak: Callable[[int], int], limit: int, sizes: Sequence[int], *, start: int) -> tuple[int, dict[int, int]]:
     """Returns the largest of the sizes with peak(size) <= limit, or 0, and all computed peaks.
 
-    A larger one of the sizes may fit, but none that is larger by more than the share `within`. Peaks are nearly affine in the
+    A larger one of the sizes may fit, but none that is larger by more than the share WITHIN. Peaks are nearly affine in the
     size, so that few are computed: where the line through the two nearest ones crosses the limit, one is tried just below
     the crossing and one above it. peak should not decrease with the size.
 
@@ -245,7 +229,7 @@ def largest(
     seen: dict[int, int] = {}
     low, high = -1, len(sizes)  # places of the largest size that fits, and of the smallest that does not
     guess = float(start)
-    while high - low > 1 and not (low >= 0 and high < len(sizes) and sizes[high] <= (1 + within) * sizes[low]):
+    while high - low > 1 and not (low >= 0 and high < len(sizes) and sizes[high] <= (1 + WITHIN) * sizes[low]):
         place = min(max(bisect_right(sizes, guess) - 1, low + 1), high - 1)
         if len(seen) > 8:  # the line is a poor guide, as where peaks hardly grow
             place = (low + high) // 2
@@ -253,8 +237,8 @@ def largest(
         seen[size] = peak(size)
         low, high = (place, high) if seen[size] <= limit else (low, place)
         crossing = _crossing(seen, limit)
-        below = (1 - within / 4) * crossing
-        guess = below if low < 0 or sizes[low] < (1 - within / 2) * crossing else (1 + within) * sizes[low]
+        below = (1 - WITHIN / 4) * crossing
+        guess = below if low < 0 or sizes[low] < (1 - WITHIN / 2) * crossing else (1 + WITHIN) * sizes[low]
     return (sizes[low] if low >= 0 else 0), seen
 
 

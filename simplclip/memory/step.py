@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from simplclip import data, models
 from simplclip.common.errors import UserError
 from simplclip.models.crop import TextCrop
+from simplclip.models.inherit import inherit
+from simplclip.models.trained import model_options
+from simplclip.models.weights import PACKAGED
 from simplclip.train import setup
 from simplclip.train import step as steps
 from simplclip.train.config import Config
 
-During = Callable[[str, str], AbstractContextManager]  # the context of a phase, which allocates memory of a kind
+During = Callable[[str], AbstractContextManager]  # the context in which a step allocates memory of a kind
 Batch = dict[str, Any]
-ROWS = {"image": 1, "text": -1}  # dimensions of a batch [N, 3, S, S], [N, L] or [N, k, L] that count its features: all before
 
 
 class Step(Protocol):
@@ -33,7 +35,7 @@ class Step(Protocol):
     optimizer: torch.optim.Optimizer  # made by `place`
 
     def place(self, device: torch.device, during: During) -> None:
-        """Makes all else on `device`, where the modules' tensors are. The step enters `during` for its phases."""
+        """Makes all else on `device`, where the modules' tensors are. The step enters `during` for activations and loss."""
 
     def batches(self, real: bool) -> list[Batch]:
         """Returns the micro-batches, in the host's memory. real: whether they have values, to run the step on a device."""
@@ -56,7 +58,7 @@ class TrainerStep:
             config = config.replaced(run={"compile": False})
         self.config, self.precision = config, precision
         with torch.device("meta"):  # folding frozen parts makes new modules
-            self.prepared = setup.make_model(config, precision, weights=False)
+            self.prepared = setup.prepare(*shapes_of(config), [], config, precision)
         self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.copies]
         self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
         if (mean := config.data.mean_tokens) is not None:
@@ -69,16 +71,9 @@ class TrainerStep:
             try:
                 return data.teacher_stamp(self.config.data.sidecars)
             except (UserError, OSError) as error:
-                model = self.config.model
-                width = model.options.get("embed_dim") or models.spec_of(model.name).config["embed_dim"]
+                width = setup.width_of(self.config)
                 self.assumed.append(f"a teacher of the student's width, {width} (--teacher-width): {error}")
         return {"name": "a teacher", "width": width, "logit_scale": 100.0}
-
-    def resized(self, config: Config) -> TrainerStep:
-        """Returns the step of a config that differs only in its section `data`. Both share the model: run one at a time."""
-        other = copy.copy(self)
-        other.config = config
-        return other
 
     def place(self, device: torch.device, during: During) -> None:
         prepared, crop, self.during = self.prepared, self.prepared.crop, during
@@ -91,10 +86,10 @@ class TrainerStep:
         self.state.step = busiest_step(self.config)
         self.optimizer = self.state.optimizer
         self.modules = [prepared.model, *prepared.folded.copies, self.state.objective.loss]
-        self.averages = self.state.ema.averages if self.state.ema else []
+        self.averages = list(self.state.ema.averages.values()) if self.state.ema else []
 
     def run(self, batches: list[Batch]) -> None:
-        with _phases(self.during):
+        with _kinds(self.during):
             steps.train_step(self.state, batches)
 
     @property
@@ -129,19 +124,35 @@ class TrainerStep:
         return batch
 
 
-def _phases(during: During) -> AbstractContextManager:
-    """Context in which the step's functions enter their phases."""
+def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
+    """Returns a run's model on the meta device, and the names of its frozen modules and parameters.
 
-    def within(function: Callable, *phase: str) -> Callable:
+    Nothing is downloaded: where a file of inherit.source is missing, the tensors of the original model stand for it.
+    """
+    name, source = config.model.name, config.inherit.source
+    model = models.create(name, device="meta", **model_options(config.model.model_dump(), config.loss.base))
+    if source is None:
+        return model, []
+    sources: list[Any] = [source] if isinstance(source, str) else list(source)
+    for place, file in enumerate(sources):
+        if file not in PACKAGED and not Path(file).exists():
+            sources[place] = models.create(name, device="meta", simplified=False)
+    return model, inherit(model, sources, train=config.inherit.train).names
+
+
+def _kinds(during: During) -> AbstractContextManager:
+    """Context in which the step's functions allocate memory of a kind each."""
+
+    def of_kind(kind: str, function: Callable) -> Callable:
         def run(*args: Any, **options: Any) -> Any:
-            with during(*phase):
+            with during(kind):
                 return function(*args, **options)
 
         return run
 
-    phases: dict[str, Any] = {"losses": within(steps.losses, "loss", "loss")}
-    phases |= {name: within(getattr(steps, name), "encode", "activations") for name in ("encode_image", "encode_text")}
-    return mock.patch.multiple(steps, **phases)
+    kinds = {"losses": "loss", "encode_image": "activations", "encode_text": "activations"}
+    patches: dict[str, Any] = {name: of_kind(kind, getattr(steps, name)) for name, kind in kinds.items()}
+    return mock.patch.multiple(steps, **patches)
 
 
 def busiest_step(config: Config) -> int:
@@ -154,10 +165,6 @@ def busiest_step(config: Config) -> int:
     return max((step for step in turns if step < steps), key=lambda step: sum(s.at(step, steps) > 0 for s in schedules))
 
 
-class _Skipped(int):
-    """The number of rows of micro-batches that are not encoded."""
-
-
 def first_and_last(backward: Callable) -> Callable:
     """Wraps `gradient_cache.backward`, with a mapping of towers, to encode the first and the last micro-batch of each alone.
 
@@ -165,23 +172,19 @@ def first_and_last(backward: Callable) -> Callable:
     """
 
     def run(encode: dict[str, Callable], micro_batches: dict[str, list[Batch]], loss: Callable, **options: Any) -> Any:
-        encoders, parts = {}, {}
-        for tower in encode:  # in the order in which the towers run
-            batches = micro_batches[tower]
-            rows = _Skipped(sum(batch[tower].shape[: ROWS[tower]].numel() for batch in batches[1:-1]))
-            encoders[tower] = _encoder(encode[tower])
-            parts[tower] = [batches[0], rows, batches[-1]] if rows else batches
-        return backward(encoders, parts, loss, **options)
+        encoders = {tower: _encoder(tower, encode[tower], micro_batches[tower][1:-1]) for tower in encode}
+        return backward(encoders, micro_batches, loss, **options)
 
     return run
 
 
-def _encoder(encode: Callable) -> Callable:
+def _encoder(tower: str, encode: Callable, skipped: list[Batch]) -> Callable:
     kinds: dict[str, tuple[int, torch.dtype, torch.device]] = {}  # of the outputs
 
-    def run(batch: Any) -> dict[str, Tensor]:
-        if isinstance(batch, _Skipped):
-            return {name: torch.empty(batch, width, dtype=t, device=place) for name, (width, t, place) in kinds.items()}
+    def run(batch: Batch) -> dict[str, Tensor]:
+        if any(batch is other for other in skipped):
+            rows = batch[tower].shape[: 1 if tower == "image" else -1].numel()
+            return {name: torch.empty(rows, width, dtype=t, device=place) for name, (width, t, place) in kinds.items()}
         outputs = encode(batch)
         kinds.update({name: (output.shape[1], output.dtype, output.device) for name, output in outputs.items()})
         return outputs

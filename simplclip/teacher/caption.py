@@ -61,7 +61,6 @@ def run(
     max_tokens: int = 30,  # open_clip's default
     device: str = "auto",
     precision: str = "fp32",
-    progress: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Writes a sidecar of each shard to the folder `out`, with up to `n` additional captions of each image.
@@ -75,21 +74,17 @@ def run(
         model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
         checkpoint: file of its weights, see `models.create`; or
         pretrained: a tag of weights that open_clip downloads.
-        top_p, temperature: how captions are drawn, see `generate`.
         batch_size: images at a time; n captions of each are drawn together.
         max_tokens: most tokens of a caption, including start and end of text; at most the model's context.
-        options: workers, sidecars of `data.writer.write_sidecars`, which also documents errors and continuation.
+        options: workers, sidecars, progress of `data.writer.write_sidecars`, which also documents errors and continuation.
 
     Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run. Raises InputError for an
     argument out of range, a model that is no CoCa, and weights that do not fit; FileNotFoundError.
     """
-    for name, value, valid, expected in (
-        ("n", n, n >= 1, "at least 1"),
-        ("top_p", top_p, 0 < top_p <= 1, "a share above 0, up to 1"),
-        ("temperature", temperature, 0 < temperature < float("inf"), "a number above 0"),
-    ):
-        if not valid:
-            raise InputError(f"{name}: expected {expected}, got {value!r}")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p: expected a share above 0, up to 1, got {top_p!r}")
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"temperature: expected a number above 0, got {temperature!r}")
     place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
     coca = load_model(model, checkpoint=checkpoint, pretrained=pretrained).to(place)
@@ -110,9 +105,9 @@ def run(
     weights = {"pretrained": pretrained} if checkpoint is None else {"sha256": sha256(checkpoint)}
     drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     about = {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}
-    shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards"), progress=progress))
+    shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards")))
     made: dict[str, Any] = {"collate": prepare.collate, "stamp": {"caption": about}, "batch_size": batch_size}
-    summary = write_sidecars(shards, out, prepare, process, title="captions", progress=progress, **made, **options)
+    summary = write_sidecars(shards, out, prepare, process, title="captions", **made, **options)
     everywhere = ranks.exchanged(counts)
     return summary | {name: sum(of_rank[name] for of_rank in everywhere) for name in ("captions", "duplicate", "empty")}
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data.decode import size_of
-from simplclip.data.loader import pixels_of, seeded
+from simplclip.data.loader import seeded
 from simplclip.data.pack import packed
-from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, check_count, digest_of
+from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, digest_of
 from simplclip.data.transforms import ImageTransform, View, augmentation, finished, stack
 from simplclip.data.writer import write_sidecars
 from simplclip.evaluation import Encoder, load
@@ -44,7 +44,6 @@ class Views:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("views", self.number, 1)
         if augmentation(self.transform) == "none":
             raise InputError("views: expected a transform that augments, got one without, whose views are all equal")
 
@@ -74,17 +73,13 @@ class Batch(NamedTuple):
 class Prepare:
     """Makes the inputs of a teacher, in workers. An image is decoded once for all its views."""
 
-    transform: Callable  # the teacher's; an ImageTransform if there are views
+    transform: ImageTransform  # the teacher's
     tokenizer: Callable[[list[str]], Tensor]
     views: Views | None
 
     def __call__(self, sample: Pair) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
-        drawn: list[View] = []
-        if self.views is not None:
-            drawn = self.views.draw(sample)
-            images = self.transform.apply_all(sample.encoded, drawn)  # type: ignore[attr-defined]
-        else:
-            images = [pixels_of(self.transform, sample)]
+        drawn = self.views.draw(sample) if self.views else []
+        images = self.transform.apply_all(sample.encoded, drawn) if drawn else [self.transform(sample.encoded)]
         about = {"captions": digest_of(sample.captions), **({"views": drawn} if drawn else {})}
         return images, self.tokenizer(sample.captions), about
 
@@ -120,13 +115,7 @@ def write(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
-    transform = transform_of(teacher)
-    if views is not None and transform is None:
-        raise InputError(
-            f"views: expected a teacher whose preprocessing is an ImageTransform or open_clip's, got {teacher.name} with "
-            f"{teacher.preprocess!r}"
-        )
-    prepare = Prepare(transform or teacher.preprocess, teacher.tokenizer, views)
+    prepare = Prepare(transform_of(teacher), teacher.tokenizer, views)
 
     def process(batch: Batch) -> list[dict[str, bytes]]:
         images = finished(prepare.transform, batch.images, teacher.device)
@@ -148,15 +137,14 @@ def encode_tokens(teacher: Encoder, tokens: Tensor, batch_size: int) -> Tensor:
     return features[order.argsort()[rows]]
 
 
-def transform_of(teacher: Encoder) -> ImageTransform | None:
-    """Returns the ImageTransform that makes the pixels of a teacher's preprocessing; None if it is not open_clip's own."""
+def transform_of(teacher: Encoder) -> ImageTransform:
+    """Returns the ImageTransform that makes the pixels of a teacher's preprocessing. Raises InputError for another one."""
     if isinstance(teacher.preprocess, ImageTransform):
         return teacher.preprocess
-    try:
-        cfg = PreprocessCfg(**get_model_preprocess_cfg(teacher.model))
-    except AttributeError:
-        return None
-    return ImageTransform(cfg) if repr(image_transform_v2(cfg, is_train=False)) == repr(teacher.preprocess) else None
+    cfg = PreprocessCfg(**get_model_preprocess_cfg(teacher.model))
+    if repr(image_transform_v2(cfg, is_train=False)) != repr(teacher.preprocess):
+        raise InputError(f"teacher: expected open_clip's preprocessing or an ImageTransform, got {teacher.preprocess!r}")
+    return ImageTransform(cfg)
 
 
 def student_transform(config: str | os.PathLike) -> ImageTransform:
@@ -182,7 +170,6 @@ def run(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
-    progress: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Writes the features of a teacher, see `simplclip.load`, to the folder `out`; returns the summary of `write`.
@@ -197,9 +184,9 @@ def run(
     place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
     teacher = load(name, checkpoint, device=place, precision=precision)
-    shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards"), progress=progress))
-    summary = write(shards, out, teacher, views=seen, progress=progress, **options)
-    if progress and ranks.first():
+    shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards")))
+    summary = write(shards, out, teacher, views=seen, **options)
+    if ranks.first():
         what = "" if seen is None else f" of {seen.number} views of each image"
         features = f"features of {teacher.name}{what}, width {teacher.width}"
         print(f"wrote {summary['path']}: {summary['samples']:,} samples with {features}")

@@ -5,7 +5,7 @@ setup.py        model, weights, optimizer: the state of a run
 objective.py    the loss, with weights by step
 step.py         one step: forward, loss, backward, update
 loop.py         the steps of a run, its data, evaluation and stops
-checkpoint.py   last.pt, the lock of the folder, what --resume accepts
+checkpoint.py   last.pt, what --resume accepts
 distributed.py  several ranks
 log.py          lines, metrics.csv, curves.png
 """

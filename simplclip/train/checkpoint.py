@@ -1,4 +1,4 @@
-"""The files of a run: last.pt, written completely or not at all; the lock of the folder; what --resume accepts.
+"""The files of a run: last.pt, written completely or not at all; what --resume accepts.
 
 A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. The trainer adds
     loss, optimizer, scaler     state dicts
@@ -9,15 +9,13 @@ A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. 
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from simplclip.common.files import differences, locked, replacing, write_atomically
+from simplclip.common.files import differences, replacing, write_atomically
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
 from simplclip.train.config import Config, ConfigError, from_dict
 from simplclip.train.setup import State
@@ -30,25 +28,6 @@ MAY_CHANGE = (
     *("data.micro_batch", "data.workers", "data.samples", "data.mean_tokens", "data.options.on_error"),
     *("model.checkpoint", "model.recompute"),
 )
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Context that locks `folder` for this process, and makes it; folders that are empty at the end are removed again.
-
-    Raises FileExistsError for a folder that another process trains in, ConfigError for a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"run.out: expected a folder, got the file {folder}")
-    made = [part for part in (folder, *folder.parents) if not part.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder, busy=f"run.out: expected a folder that no process trains in, got {folder}"):
-            yield
-    finally:
-        for part in made:
-            with contextlib.suppress(OSError):  # not empty any more
-                part.rmdir()
 
 
 def former(out: Path, resume: bool) -> dict[str, Any] | None:
@@ -125,24 +104,23 @@ class Snapshot:
         save(self.out, parts | self.progress | {"frozen": state.frozen, "config": state.config.to_dict()})
         self.saved = self.progress["step"]
 
-    def rescue(self) -> str | None:
+    def save_after_error(self) -> str | None:
         """Saves the last whole step after an error. Returns a sentence: what is saved, or why not and what is intact.
 
         Returns None if there was no whole step, in this run or in one that it continues.
         """
         last, step = self.out / "last.pt", self.progress["step"]
         self.state.optimizer.zero_grad(set_to_none=True)  # saving may need the memory
+        reason = f"the update of step {step + 1} was interrupted"
+        try:
+            if self.saved != step and not self.state.updating:
+                self.save()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
         if self.saved == step:
             return f"Step {step} is saved in {last}." if step else None
-        if self.state.updating:
-            reason = f"Step {step} is not saved, as the update of step {step + 1} was interrupted."
-        else:
-            try:
-                self.save()
-                return f"Saved step {step} in {last}."
-            except Exception as error:
-                reason = f"Step {step} could not be saved: {type(error).__name__}: {error}."
-        return f"{reason} " + (f"{last} of step {self.saved} is intact." if self.saved else "There is no checkpoint.")
+        intact = f"{last} of step {self.saved} is intact" if self.saved else "There is no checkpoint"
+        return f"Step {step} is not saved: {reason}. {intact}."
 
 
 def save(folder: Path, contents: dict[str, Any]) -> None:

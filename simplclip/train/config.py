@@ -31,9 +31,6 @@ def setting(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, **limits)
 
 
-SHAPE = {"vision_cfg": "image_size", "text_cfg": "context_length"}  # open_clip's section that may have this setting too
-
-
 class ModelConfig(Section):
     name: str = setting("siclip-tiny", "name of the model, see `simplclip.models.create`")
     options: dict[str, Any] = setting({}, "keyword arguments for `simplclip.models.create`")
@@ -48,10 +45,8 @@ class ModelConfig(Section):
     recompute: bool = setting(False, "blocks keep only their input and are computed again in backward: a quarter more time")
 
     @model_validator(mode="after")
-    def _once(self) -> ModelConfig:
-        if "checkpoint" in self.options:
-            raise ValueError("options: expected no checkpoint among them, which is the key model.checkpoint")
-        for section, name in SHAPE.items():
+    def _one_shape(self) -> ModelConfig:
+        for section, name in (("vision_cfg", "image_size"), ("text_cfg", "context_length")):
             inside = (self.options.get(section) or {}).get(name)
             if None not in (inside, value := getattr(self, name)) and inside != value:
                 raise ValueError(f"{name}: expected one value, got {value} and options.{section}.{name} = {inside}")
@@ -70,17 +65,6 @@ class InheritConfig(Section):
     )
 
 
-# Of a value that may also be a section: an error is about the form that was given.
-PLAIN_OR_SECTION = Discriminator(lambda value: "section" if isinstance(value, dict | Section) else "plain")
-
-
-class MicroBatch(Section):
-    """The numbers of images and captions that the towers encode at a time; None: the whole batch."""
-
-    image: int | None = setting(None, "images at a time", ge=1)
-    text: int | None = setting(None, "captions at a time", ge=1)
-
-
 LOADER_OPTIONS = ("on_error", "max_bytes", "shuffle_buffer")
 
 
@@ -94,13 +78,10 @@ class DataConfig(Section):
         None, "samples of an epoch, for run.epochs; null: as meta.json beside the shards says", ge=1
     )
     batch_size: int = setting(256, "images per step", ge=1)
-    micro_batch: Annotated[
-        Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, Tag("plain")] | Annotated[MicroBatch, Tag("section")],
-        PLAIN_OR_SECTION,
-    ] = setting(
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = setting(
         None,
-        "images, with their captions, at a time (gradient caching: the gradient is that of the whole batch); {image, text}: "
-        "images and captions at a time, each tower by itself; null: all; auto: as many as fit, see `simplclip plan`",
+        "images, with their captions, at a time (gradient caching: the gradient is that of the whole batch); null: all; "
+        "auto: as many as fit, see `simplclip plan`",
     )
     mean_tokens: float | None = setting(
         None,
@@ -123,9 +104,8 @@ class DataConfig(Section):
     @property
     def images_at_a_time(self) -> int:
         """Images of a micro-batch; "auto" must have been replaced by a number."""
-        micro = self.micro_batch.image if isinstance(self.micro_batch, MicroBatch) else self.micro_batch
-        assert micro != "auto"
-        return min(micro or self.batch_size, self.batch_size)
+        assert self.micro_batch != "auto"
+        return min(self.micro_batch or self.batch_size, self.batch_size)
 
 
 class Schedule(Section):
@@ -134,22 +114,17 @@ class Schedule(Section):
     value: float = Field(ge=0)
     to: float | None = Field(None, ge=0)
     start: int = Field(0, ge=0)
-    end: int | None = Field(None, ge=1)
-    until: int | None = Field(None, ge=1)
+    end: int | None = None
+    until: int | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Schedule:
-        for name in ("end", "until"):
-            last = getattr(self, name)
+        for name, last in (("end", self.end), ("until", self.until)):
             if last is not None and last <= self.start:
                 raise ValueError(f"expected {name} after start = {self.start}, got {last}")
         if self.end is not None and self.to is None:
             raise ValueError("expected `to`, the weight reached at `end`, got none")
         return self
-
-    def __bool__(self) -> bool:
-        """Whether the weight is ever above 0."""
-        return bool(self.value or self.to)
 
     def at(self, step: int, steps: int) -> float:
         """The weight at `step` (from 0) of a run of `steps` steps; without `end`, `to` is reached at the last step."""
@@ -162,15 +137,9 @@ class Schedule(Section):
         return self.value + (self.to - self.value) * done
 
 
+# Of a value that may also be a section: an error is about the form that was given.
+PLAIN_OR_SECTION = Discriminator(lambda value: "section" if isinstance(value, dict | Section) else "plain")
 Weight = Annotated[Annotated[float, Field(ge=0), Tag("plain")] | Annotated[Schedule, Tag("section")], PLAIN_OR_SECTION]
-# a term's name in logs -> the weight's name, here and in WIKDLoss and ClipPMLoss
-TERMS = {
-    "contrastive_loss": "contrastive_weight",
-    "relational_loss": "relational_weight",
-    "interactive_loss": "interactive_weight",
-    "feature_loss": "feature_weight",
-    "pair_matching_loss": "pm_weight",
-}
 
 
 class LossConfig(Section):
@@ -192,9 +161,11 @@ class LossConfig(Section):
     @property
     def weights(self) -> dict[str, Schedule]:
         """The schedule of each term by the term's name in the loss, without the schedules that are always 0."""
-        fields = {f"{self.base}_loss" if t == "contrastive_loss" else t: getattr(self, f) for t, f in TERMS.items()}
-        schedules = {term: w if isinstance(w, Schedule) else Schedule(value=w) for term, w in fields.items()}
-        return {term: schedule for term, schedule in schedules.items() if schedule}
+        terms = {f"{self.base}_loss": self.contrastive_weight, "relational_loss": self.relational_weight}
+        terms |= {"interactive_loss": self.interactive_weight, "feature_loss": self.feature_weight}
+        terms |= {"pair_matching_loss": self.pm_weight}
+        schedules = {term: w if isinstance(w, Schedule) else Schedule(value=w) for term, w in terms.items()}
+        return {term: schedule for term, schedule in schedules.items() if schedule.value or schedule.to}
 
     @property
     def needs_teacher(self) -> bool:
@@ -263,8 +234,7 @@ class Config(Section):
     def _whole(self) -> Config:
         size, micro = self.data.batch_size, self.data.micro_batch
         if micro != "auto" and size % self.data.images_at_a_time:
-            key = "data.micro_batch.image" if isinstance(micro, MicroBatch) else "data.micro_batch"
-            raise ValueError(f"{key}: expected a divisor of data.batch_size = {size}, got {self.data.images_at_a_time}")
+            raise ValueError(f"data.micro_batch: expected a divisor of data.batch_size = {size}, got {micro}")
         if self.run.steps is None:
             return self  # the config is checked again when run.steps is known
         schedules = self.loss.weights.values()
@@ -301,7 +271,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str | bytes, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits, a date without a month
@@ -326,10 +296,7 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
         near = difflib.get_close_matches(str(source), names, 1, 0.5)
         got = f"{str(source)!r}; did you mean {near[0]!r}?" if near else repr(str(source))
         raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(sorted(names))}, got {got}")
-    try:
-        values = parse_yaml(file.read_text(encoding="utf-8"), str(source)) or {}
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{source}: expected a YAML file in UTF-8, got {error}") from None
+    values = parse_yaml(file.read_bytes(), str(source)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected a mapping of sections, got {_shown(values)}")
     for item in overrides:
@@ -345,30 +312,6 @@ def from_dict(values: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(dict.fromkeys(_line(e) for e in error.errors()))) from None
 
 
-def check_files(config: Config) -> None:
-    """Raises InputError for data and sidecars that are not there. It needs no torch, so that a wrong path is told at once."""
-    from simplclip.data.forms import is_source
-    from simplclip.data.sources import sources_of
-
-    def check(what: Any, name: str) -> None:
-        if isinstance(what, list):
-            for part in what:
-                check(part, name)
-        elif isinstance(what, dict):
-            check(what.get("shards"), name)
-        elif not (isinstance(what, str) and is_source(what)):
-            sources_of(what, name)
-        elif not Path(what.partition("#")[0]).expanduser().exists():
-            raise ConfigError(f"{name}: expected a file, got {what!r}, which does not exist")
-
-    check(config.data.train, "data.train")
-    for name, what in config.eval.splits.items() if config.eval.every else ():
-        check(what, f"eval.splits.{name}")
-    for folder in config.data.sidecars:
-        if not Path(folder).expanduser().is_dir():
-            raise ConfigError(f"data.sidecars: expected a folder, got {folder!r}, which does not exist")
-
-
 _LENGTHS = {"run.steps": "epochs", "run.epochs": "steps"}  # key of --set -> the other key, which it removes from the config
 
 
@@ -378,24 +321,22 @@ def _override(values: dict[str, Any], item: str) -> None:
     if not equals or not all(parts):
         raise ConfigError(f"--set: expected key=value (e.g. optim.lr=1e-3), got {item!r}")
     node = values
-    for depth, part in enumerate(parts[:-1]):
-        if node.get(part) is None:
-            node[part] = {}
+    for part in parts[:-1]:
+        node[part] = node.get(part) or {}
         node = node[part]
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is not a section, it is {_shown(node)}")
+            raise ConfigError(f"--set {key}: expected a section {part}, got {_shown(node)}")
     node[parts[-1]] = parse_yaml(text, f"--set {key}")
     if (other := _LENGTHS.get(key.strip())) and node[parts[-1]] is not None:
         node.pop(other, None)
 
 
-def keys(model: Any = Config, prefix: str = "") -> dict[str, Any]:
+def keys() -> dict[str, Any]:
     """Returns every dotted key, sections included, with its pydantic field."""
     fields: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        fields[prefix + name] = field
-        if _is_section(field.annotation):
-            fields |= keys(field.annotation, f"{prefix}{name}.")
+    for section, field in Config.model_fields.items():
+        inside = field.annotation.model_fields  # type: ignore[union-attr]
+        fields |= {section: field} | {f"{section}.{name}": inner for name, inner in inside.items()}
     return fields
 
 
@@ -403,9 +344,9 @@ def describe() -> str:
     """Returns all fields as a YAML file with defaults; descriptions are in comments."""
     lines = []
     for key, field in keys().items():
-        indent, name = "  " * key.count("."), key.rpartition(".")[2]
-        if _is_section(field.annotation):
-            lines.append(f"\n{indent}{name}:  # {field.description}")
+        section, _, name = key.rpartition(".")
+        if not section:
+            lines.append(f"\n{key}:  # {field.description}")
             continue
         default, about = "", f"required: {field.description}"
         if not field.is_required():
@@ -413,12 +354,8 @@ def describe() -> str:
             about = field.description
         if typing.get_origin(field.annotation) is Literal:
             about = f"{', '.join(typing.get_args(field.annotation))}: {about}"
-        lines.append(f"{indent}{name + ':' + default:<28} # {about}")
+        lines.append(f"  {name + ':' + default:<28} # {about}")
     return "\n".join(lines).lstrip() + "\n"
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _line(error: Any) -> str:

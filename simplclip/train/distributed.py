@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from simplclip.common import ranks
@@ -31,7 +31,7 @@ def share_norms(model: nn.Module, device: torch.device) -> None:
 
     for path, parent in list(model.named_modules()):
         for name, norm in parent.named_children():
-            if not isinstance(norm, _BatchNorm) or isinstance(norm, SyncBatchNorm) or not norm.training:
+            if not isinstance(norm, _BatchNorm) or not norm.training:
                 continue
             if device.type not in SYNCHRONISED:
                 raise ConfigError(

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import visible
-from simplclip.common.files import write_csv
+from simplclip.common.files import read_csv, write_csv
 from simplclip.common.plotting import COLOURS, new_figure, style, write
 from simplclip.common.progress import Pace, duration
 from simplclip.nn import SimplifiedBlock
@@ -65,7 +65,6 @@ class Log:
             self.print(line) if last or not self.live else self.status.update(line)
         if last or self.state.step % run.log_every == 0:
             self.write("metrics", row)
-        self.restart_clock()
 
     def _line(self, row: Mapping[str, float]) -> str:
         steps = self.state.config.run.steps or 0
@@ -95,7 +94,7 @@ class Log:
             return
         path = self.out / f"{name}.csv"
         if name not in self._columns:
-            rows = [row for row in read_rows(path) if int(row["step"]) <= self.start]
+            rows = [row for row in read_csv(path) if int(row["step"]) <= self.start]
             self._columns[name] = list(rows[0] if rows else row)
             write_csv(path, self._columns[name], rows)
         with path.open("a", newline="", encoding="utf-8") as lines:
@@ -139,18 +138,9 @@ def _backends(state: State) -> str:
     return ", ".join(f"{op} by {backends.select(op, *where, **call)[0]}" for op, call in calls.items())
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Reads the rows of a CSV file, without a last line that a crash cut short."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader([line for line in file if line.endswith("\n")])
-        return [row for row in rows if row["step"].isdigit() and None not in row and None not in row.values()]
-
-
 def curves(run: Path) -> None:
     """Draws RUN/curves.png from RUN/metrics.csv and, if there is one, RUN/evaluation.csv."""
-    rows, evaluated = read_rows(run / "metrics.csv"), read_rows(run / "evaluation.csv")
+    rows, evaluated = read_csv(run / "metrics.csv"), read_csv(run / "evaluation.csv")
     if not rows:
         return
     terms = [name for name in rows[0] if name.endswith("_loss")]
@@ -158,13 +148,10 @@ def curves(run: Path) -> None:
     panels |= {"Logit scale": _lines(rows, ["logit_scale"]), "Gradient norm before clipping": _lines(rows, ["grad_norm"])}
     if "logit_bias" in rows[0]:
         panels["Logit bias"] = _lines(rows, ["logit_bias"])
-    for direction in dict.fromkeys(row["direction"] for row in evaluated):
-        title = f"{direction.replace('_', ' ').capitalize()}, R@k"
-        panels[title] = {}
-        for split in dict.fromkeys(row["split"] for row in evaluated):
-            part = [row for row in evaluated if (row["split"], row["direction"]) == (split, direction)]
-            ks = [name for name in part[0] if name.startswith("R@")] if part else []
-            panels[title] |= {f"{split} {k}": line for k, line in _lines(part, ks).items()}
+    for direction, split in dict.fromkeys((row["direction"], row["split"]) for row in evaluated):
+        part = [row for row in evaluated if (row["direction"], row["split"]) == (direction, split)]
+        panel = panels.setdefault(f"{direction.replace('_', ' ').capitalize()}, R@k", {})
+        panel |= {f"{split} {k}": line for k, line in _lines(part, [k for k in part[0] if k.startswith("R@")]).items()}
     height = -(-len(panels) // 2)
     figure = new_figure(11, 3 * height)
     axes: list[Any] = list(figure.subplots(height, 2).flat)
@@ -175,9 +162,8 @@ def curves(run: Path) -> None:
             label = f"{label.removesuffix('_loss').replace('_', ' ')}: {values[-1]:.3g}"
             axis.plot(steps, values, color=colour, marker="." if len(values) < 20 else "", label=label)
         style(axis, title)
-        if lines and min(np.nanmin(values) for _, values in lines.values()) >= 0:
+        if min(np.nanmin(values) for _, values in lines.values()) >= 0:
             axis.set_ylim(bottom=0)
-        axis.set_axis_on() if lines else axis.set_axis_off()
         if len(lines) > 1:
             axis.legend(frameon=False, fontsize=9)
     figure.tight_layout()

@@ -19,7 +19,7 @@ from rich.console import Console
 from simplclip import data, evaluation
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import UserError
-from simplclip.common.files import remove_leftovers
+from simplclip.common.files import locked, remove_leftovers
 from simplclip.common.progress import duration
 from simplclip.models.trained import image_transform, tokenizer
 from simplclip.train import checkpoint
@@ -55,7 +55,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     with ranks.joined(), ExitStack() as stack:
         is_first = ranks.first()
         console = (console or Console()) if is_first else Console(quiet=True)
-        ranks.on_first(lambda: stack.enter_context(checkpoint.lock(out)))
+        ranks.on_first(lambda: stack.enter_context(locked(out, "run.out")))
         former = ranks.on_first(partial(checkpoint.former, out, resume))
         config = ranks.on_first(partial(_with_data, config, former, console))
         device = ranks.device(config.run.device)
@@ -66,21 +66,20 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         if former:
             checkpoint.set_rng_state(former["rng"])
         ranks.seed_apart(config.run.seed + state.step)
-        loader, notes = ranks.agreed(lambda: make_loader(state))
+        loader = ranks.agreed(lambda: make_loader(state))
         splits = ranks.agreed(lambda: _splits(config))
         snapshot, log = checkpoint.Snapshot(state), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
         try:
             with log.status:
-                for line in (*first_lines(state, why, _samples(config)), *_resumed(state, former, resume), *notes):
+                for line in (*first_lines(state, why, _samples(config)), *_resumed(state, former, resume)):
                     log.print(line)
                 if state.step < config.run.steps:
                     _train(state, loader, splits, snapshot, stop, log)
             ranks.on_first(partial(curves, out))
         except Exception as error:
-            if (failure := _failure(error, snapshot)) is error:
-                raise
-            raise failure from error
+            _end(error, snapshot)
+            raise
         if state.step == config.run.steps:  # inside of StopSignals, where a closed pipe raises nothing
             took = duration(time.monotonic() - began)
             log.print(f"done       step {state.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
@@ -144,18 +143,16 @@ def _micro_batches(config: Config) -> tuple[int, int]:
     return size, rows // size
 
 
-def make_loader(state: State) -> tuple[data.Loader, list[str]]:
-    """Makes this rank's loader, whose batches are micro-batches of a step, and lines for the log."""
-    config, c, notes, seed = state.config, state.config.data, list[str](), state.config.run.seed
+def make_loader(state: State) -> data.Loader:
+    """Makes this rank's loader, whose batches are micro-batches of a step. It continues as `state.data` says, if it can."""
+    config, c, seed = state.config, state.config.data, state.config.run.seed
     place = {"rank": ranks.number(), "world_size": ranks.count(), "workers": c.workers}
-    former = state.data[ranks.number()] if state.data and len(state.data) == ranks.count() else None
-    if former and any(former[name] != value for name, value in place.items()):
-        former = None
+    former = next((position for position in state.data or () if position.items() >= place.items()), None)
     if former:
         seed = former["seed"]
     elif state.step:
         seed += state.step
-        notes.append("resume     ranks, workers or the version were others: the pass over the data starts again")
+        state.lines.append("resume     ranks or workers were others: the pass over the data starts again")
     loader = data.Loader(
         c.train,
         tokenizer=tokenizer(config.model.model_dump()),
@@ -171,17 +168,16 @@ def make_loader(state: State) -> tuple[data.Loader, list[str]]:
     )
     if former:
         loader.load_state_dict(former)
-    return loader, notes
+    return loader
 
 
 def evaluate(state: State, splits: dict[str, Any], log: Log) -> None:
     """Evaluates the model, with the averages of its weights if it has some, on the splits."""
-    config = state.config
     with state.ema.in_place() if state.ema else nullcontext():
         state.model.eval()
         for name, split in splits.items():
             where = (state.device, state.precision)
-            evaluation.encode(state.model, split, evaluation.BATCH_SIZE, *where, workers=config.data.workers)
+            evaluation.encode(state.model, split, evaluation.BATCH_SIZE, *where, workers=state.config.data.workers)
             recall = ranks.on_first(partial(evaluation.recall_of, split, state.device))
             for direction, figures in (recall or {}).items():
                 log.evaluation(name, direction, figures)
@@ -190,9 +186,8 @@ def evaluate(state: State, splits: dict[str, Any], log: Log) -> None:
 
 def _splits(config: Config) -> dict[str, Any]:
     section = config.model.model_dump()
-    if not config.eval.every:
-        return {}
-    return evaluation.load_splits(config.eval.splits, tokenizer(section), image_transform(section))
+    splits = config.eval.splits if config.eval.every else {}
+    return evaluation.load_splits(splits, tokenizer(section), image_transform(section))
 
 
 def _samples(config: Config) -> int | None:
@@ -233,34 +228,32 @@ def _go_on(out: Path) -> str:
     return f"To go on: simplclip train {out / 'config.yaml'} --resume"
 
 
-def _failure(error: Exception, snapshot: checkpoint.Snapshot) -> BaseException:
-    """Saves the last whole step, and returns the error that `run` raises in place of `error`."""
+def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
+    """Saves the last whole step, and raises a TrainingError in place of `error`. Returns if no step has been done."""
     step = snapshot.progress["step"]
     if not ranks.first():
-        same = isinstance(error, TrainingError)  # the first rank says it
-        return SystemExit(1) if same else TrainingError(f"step {step + 1}: rank {ranks.number()}: {error}")
-    saved = snapshot.rescue()
+        if isinstance(error, TrainingError):  # the first rank reports it
+            raise SystemExit(1)
+        raise TrainingError(f"step {step + 1}: rank {ranks.number()}: {error}") from error
+    saved = snapshot.save_after_error()
     go_on = f" {_go_on(snapshot.out)}" if snapshot.saved else ""
     if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
-        return TrainingError(f"{error}. {saved}" if saved else str(error))
+        raise TrainingError(f"{error}. {saved}" if saved else str(error)) from error
     # For CPU tensors torch has no class of this error.
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(error):
         advice = "Try a smaller data.micro_batch, or auto; `simplclip plan` predicts what fits."
-        return TrainingError(f"step {step + 1}: out of memory. {saved or 'Nothing is saved.'} {advice}{go_on}")
-    if saved is None:
-        return error
-    reason = str(error).strip().rstrip(".") or "no message"
-    return TrainingError(f"after step {step}: {type(error).__name__}: {reason}. {saved}{go_on}")
+        raise TrainingError(f"step {step + 1}: out of memory. {saved or 'Nothing is saved.'} {advice}{go_on}") from error
+    if saved is not None:
+        reason = str(error).strip().rstrip(".") or "no message"
+        raise TrainingError(f"after step {step}: {type(error).__name__}: {reason}. {saved}{go_on}") from error
 
 
 class StopSignals:
-    """Context in which a signal of `SIGNALS`, or a closed pipe, only sets `reason`; a second signal ends the process.
+    """Context in which SIGINT, SIGTERM, SIGHUP or a closed pipe only sets `reason`; a second signal ends the process.
 
     console: the console of the run. If the reader of its output is gone (`| head`), all further output is dropped.
     Outside the main thread Python allows no handlers, so that signals are not handled.
     """
-
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -270,7 +263,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            self._former = {number: signal.signal(number, self._handle) for number in signals}
         self.console.on_broken_pipe = self._closed  # type: ignore[method-assign]
         return self
 
@@ -281,7 +275,7 @@ class StopSignals:
 
     def agreed(self) -> bool:
         """Whether all ranks stop now, between two steps."""
-        stopped = ranks.any_of(self.reason is not None)
+        stopped = any(ranks.exchanged(self.reason is not None))
         if stopped and self.reason is None:
             self.reason = "signal to another rank"
         return stopped

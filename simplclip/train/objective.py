@@ -18,26 +18,24 @@ class Objective:
 
     `loss` is a WIKDLoss with a teacher, else a SigLipLoss for the base sigmoid and a ClipPMLoss for the base contrastive.
 
-    width: D of the student's features, needed with a teacher and for plane="hadamard".
+    width: D of the student's features.
     teacher: the teacher's "width" D̂ and "logit_scale", if any step has a term that needs a teacher.
     If D̂ is not D, learned projections map the student's features to width D̂.
     """
 
-    def __init__(self, config: LossConfig, steps: int, width: int | None, teacher: Mapping[str, Any] | None):
+    def __init__(self, config: LossConfig, steps: int, width: int, teacher: Mapping[str, Any] | None):
         self.schedules, self.steps = config.weights, steps
-        modes = ranks.loss_arguments()
         shared: dict[str, Any] = {"pm_weight": float("pair_matching_loss" in self.schedules), "plane": config.plane}
+        shared |= {"embed_dim": width, "rank": ranks.number(), "world_size": ranks.count()}
+        gather = {"gather_with_grad": True}  # so that gradients are right after DDP averages them; SigLipLoss always does
         if teacher is not None:
             on = {f"{term}_weight": float(f"{term}_loss" in self.schedules) for term in ("interactive", "feature")}
             shared |= {"interactive": config.interactive, "divergence": "kl", "teacher_dim": teacher["width"]}
-            self.loss: Any = losses.WIKDLoss(**on, **shared, embed_dim=width, **modes)
+            self.loss: Any = losses.WIKDLoss(**on, **shared, **gather)
             # A tensor made from a number at each step would make the CPU wait for a GPU.
             self.loss.register_buffer("teacher_scale", torch.tensor(float(teacher["logit_scale"])), persistent=False)
-        elif config.base == "sigmoid":
-            modes.pop("gather_with_grad", None)  # always on in SigLipLoss
-            self.loss = losses.SigLipLoss(**shared, embed_dim=width, **modes)
         else:
-            self.loss = losses.ClipPMLoss(**shared, embed_dim=width, **modes)
+            self.loss = losses.SigLipLoss(**shared) if config.base == "sigmoid" else losses.ClipPMLoss(**shared, **gather)
 
     def __call__(
         self,

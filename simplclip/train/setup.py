@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.fold import FrozenParts
 from simplclip.models.inherit import freeze, freeze_norms, inherit, load_weights
-from simplclip.models.trained import CheckpointError, build_model, image_transform, model_options
-from simplclip.models.weights import PACKAGED, first_line
+from simplclip.models.trained import CheckpointError, build_model, image_transform
+from simplclip.models.weights import first_line
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import share_norms
@@ -29,23 +28,30 @@ from simplclip.train.objective import Objective
 
 
 @dataclass
-class State:
+class Prepared:
+    """A model with its weights, as it trains."""
+
+    model: Any
+    frozen: list[str]  # names of frozen modules and parameters
+    folded: FrozenParts
+    crop: TextCrop | None  # None: texts are computed at full length
+    lines: list[str]  # for the log: where the weights come from, what is cropped and folded
+
+
+@dataclass
+class State(Prepared):
     """All that a step of training reads and changes. Between two steps it is that of a whole step."""
 
     config: Config
     device: torch.device
     precision: str
-    model: Any
     objective: Objective  # with objective.loss, the module of the loss's own parameters
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Average | None
-    crop: TextCrop | None  # None: texts are computed at full length
     transform: Any
     channels_last: bool
     teacher: Mapping[str, Any] | None  # name, width and logit_scale of the teacher whose features the samples have
-    frozen: list[str]  # names of frozen modules and parameters
-    lines: list[str]  # for the log: how the model was made
     wrappers: dict[str, Any] = field(default_factory=dict)  # of the towers, if several ranks exchange gradients
     step: int = 0
     data: list[dict[str, Any]] | None = None  # the loaders' states of all ranks after the step's last batch
@@ -62,50 +68,34 @@ class State:
         return parts | ({"ema": self.ema} if self.ema else {})
 
 
-@dataclass
-class Prepared:
-    """A model with its weights, as it trains."""
-
-    model: Any
-    frozen: list[str]  # names of frozen modules and parameters
-    folded: FrozenParts
-    crop: TextCrop | None  # None: texts are computed at full length
-    lines: list[str]  # for the log: where the weights come from, what is cropped and folded
-
-
-def make_model(
-    config: Config, precision: str, checkpoint: Mapping[str, Any] | None = None, *, weights: bool = True
-) -> Prepared:
+def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> tuple[Any, list[str], list[str]]:
     """Makes a run's model on the CPU, with the weights of `checkpoint`, inherited ones, or those that it starts from.
 
-    weights: False makes a model of shapes alone, on the meta device. Nothing is downloaded, and where the file of
-        inherit.source is missing, the tensors of the original model stand for it.
-
-    Raises InputError, FileNotFoundError.
+    Returns the model, the names of its frozen modules and parameters, and lines for the log. Raises InputError,
+    FileNotFoundError; CheckpointError if the checkpoint does not fit the model.
     """
-    section, base, lines = config.model.model_dump(), config.loss.base, list[str]()
-    if weights:
-        model: Any = build_model(section, base)
-    else:
-        with torch.device("meta"):
-            model = models.create(config.model.name, device="meta", **model_options(section, base))
-    frozen: list[str] = checkpoint["frozen"] if checkpoint else []
-    freeze(model, frozen)
-    if config.model.checkpoint is not None and weights and not checkpoint:
+    model: Any = build_model(config.model.model_dump(), config.loss.base)
+    if checkpoint:
+        freeze(model, checkpoint["frozen"])
+        _load(model, checkpoint["model"])
+        return model, checkpoint["frozen"], []
+    frozen, lines = list[str](), list[str]()
+    if config.model.checkpoint is not None:
         try:
             lines += load_weights(model, config.model.checkpoint).lines()
         except (CheckpointError, FileNotFoundError) as error:
             raise ConfigError(f"model.checkpoint: {str(error).removeprefix('source: ')}") from None
-    if config.inherit.source is not None and not checkpoint:
-        names = [config.inherit.source] if isinstance(config.inherit.source, str) else config.inherit.source
-        sources = names if weights else [_shapes_of(name, config.model.name) for name in names]
-        inherited = inherit(model, sources, train=config.inherit.train, blocks=config.inherit.blocks if weights else None)
+    if config.inherit.source is not None:
+        inherited = inherit(model, config.inherit.source, train=config.inherit.train, blocks=config.inherit.blocks)
         frozen, lines = inherited.names, lines + inherited.lines()
         for name in ("logit_scale", "logit_bias"):  # a value of the config replaces the source's
             if (value := config.model.options.get(f"init_{name}")) is not None:
                 nn.init.constant_(getattr(model, name), value)
-    if checkpoint:
-        _load(model, checkpoint["model"])
+    return model, frozen, lines
+
+
+def prepare(model: Any, frozen: list[str], lines: list[str], config: Config, precision: str) -> Prepared:
+    """Prepares what `make_model` returned for training: norms, recomputation, cropped texts, folded copies, compilation."""
     if config.model.freeze_norms:
         freeze_norms(model)
     if config.model.recompute:
@@ -118,23 +108,14 @@ def make_model(
     try:  # torch.compile compiles a tower anew for each size, so it gets few
         crop = crop_texts(model, multiple=16, groups=1) if config.run.compile else crop_texts(model)
     except InputError as error:
-        lines.append(f"texts      computed at full length: {error}")
+        lines = [*lines, f"texts      computed at full length: {error}"]
     folded = FrozenParts(model, hardware.DTYPES[precision])
-    lines += [f"frozen     {line}" for line in folded.lines()]
     if config.run.compile:
         # The token embedding is not compiled, since its compiled gradient adds in an order that changes. Sizes are fixed,
         # since the choice of sizes that dynamo makes dynamic depends on earlier compilations.
         for part in (model.visual, getattr(model, "text", model).transformer):
             part.compile(dynamic=False)
-    return Prepared(model, frozen, folded, crop, lines)
-
-
-def _shapes_of(source: str, name: str) -> Any:
-    """Returns a source for `inherit`: the file if it is here, else a model of shapes alone, the original of model `name`."""
-    if source in PACKAGED or Path(source).exists():
-        return source
-    with torch.device("meta"):
-        return models.create(name, device="meta", simplified=False)
+    return Prepared(model, frozen, folded, crop, [*lines, *(f"frozen     {line}" for line in folded.lines())])
 
 
 def setup(
@@ -148,47 +129,43 @@ def setup(
 ) -> State:
     """Makes the state of a run that begins, or that continues from `checkpoint`.
 
-    prepared: what `make_model` returned, with all tensors on `device`; made here if None.
+    prepared: what `prepare` returned, with all tensors on `device`; made here if None.
     teacher: name, width and logit_scale of the teacher, by default read from the data if a term needs a teacher.
 
     Raises InputError, FileNotFoundError; CheckpointError if the checkpoint does not fit the model.
     """
     if prepared is None:
-        prepared = make_model(config, precision, checkpoint)
+        prepared = prepare(*make_model(config, checkpoint), config, precision)
         prepared.folded.to(device)
         prepared.model.to(device)
-    model, section = prepared.model, config.model.model_dump()
-    transform = image_transform(section, train=True, augment=config.data.augment)
+    model = prepared.model
+    transform = image_transform(config.model.model_dump(), train=True, augment=config.data.augment)
     if teacher is None and config.loss.needs_teacher:
         teacher = data.teacher_stamp(config.data.sidecars)
     _check_views(config, transform, teacher)
     share_norms(model, device)
     with device:
-        objective = Objective(config.loss, config.run.steps or 1, _width(config, teacher), teacher)
-    copies = [part.folded for part in prepared.folded.parts if part.folded and part.name.startswith("visual")]
+        objective = Objective(config.loss, config.run.steps or 1, width_of(config), teacher)
+    copies = [part.folded for part in prepared.folded.parts if part.name.startswith("visual")]
     weights = [p for module in (model.visual, *copies) for p in module.parameters()]
     state = State(
+        **vars(prepared),
         config=config,
         device=device,
         precision=precision,
-        model=model,
         objective=objective,
-        optimizer=make_optimizer(model, objective.loss, config, device),
+        optimizer=make_optimizer(model, objective.loss, config),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         ema=Average(model, config.optim.ema) if config.optim.ema is not None else None,
-        crop=prepared.crop,
         transform=transform,
         channels_last=any(p.ndim == 4 and not p.is_contiguous() for p in weights),
         teacher=teacher,
-        frozen=prepared.frozen,
-        lines=prepared.lines,
     )
     if checkpoint:
         for name, part in state.parts().items():
             if name != "model":
                 _load(part, checkpoint.get(name))
-        state.step = checkpoint["step"]
-        state.data = checkpoint["data"] if isinstance(checkpoint["data"], list) else None  # of an earlier version
+        state.step, state.data = checkpoint["step"], checkpoint["data"]
     model.train()
     return state
 
@@ -207,18 +184,16 @@ def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | No
     """Raises ConfigError if data.augment differs from the augmentation of the views that the teacher saw."""
     if config.data.augment is None or not teacher or "views" not in teacher:
         return
-    wanted, stored = augmentation(transform), teacher["views"]["augment"]
-    if wanted != stored:
+    configured, stored = augmentation(transform), teacher["views"]["augment"]
+    if configured != stored:
         raise ConfigError(
             f"data.augment: expected null, or {stored!r} as in the views that the teacher {teacher['name']} saw and "
-            f"training replays, got {wanted!r}"
+            f"training replays, got {configured!r}"
         )
 
 
-def _width(config: Config, teacher: Any) -> int | None:
-    """Returns D, the width of the model's features, if the loss needs it, else None."""
-    if teacher is None and config.loss.plane != "hadamard":
-        return None
+def width_of(config: Config) -> int:
+    """Returns D, the width of the model's features."""
     return config.model.options.get("embed_dim") or models.spec_of(config.model.name).config["embed_dim"]
 
 
@@ -231,16 +206,14 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        names = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-        self.weights = list(dict.fromkeys(names.values()))
-        self.averages = [weight.detach().clone() for weight in self.weights]
-        places = {id(weight): i for i, weight in enumerate(self.weights)}
-        self.names = {name: places[id(weight)] for name, weight in names.items()}
+        self.averages = {weight: weight.detach().clone() for weight in model.parameters() if weight.requires_grad}
+        names = model.named_parameters(remove_duplicate=False)  # a weight that blocks share has several
+        self.names = {name: weight for name, weight in names if weight.requires_grad}
         self._average = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update(self) -> None:
-        self._average(self.averages, self.weights, 0)
+        self._average(list(self.averages.values()), list(self.averages), 0)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -252,19 +225,19 @@ class Average:
             self._swap()
 
     def _swap(self) -> None:
-        for i, weight in enumerate(self.weights):
-            weight.data, self.averages[i] = self.averages[i], weight.data
+        for weight, average in self.averages.items():
+            weight.data, self.averages[weight] = average, weight.data
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the averages by the names of the model's state dict."""
-        return {name: self.averages[i] for name, i in self.names.items()}
+        return {name: self.averages[weight] for name, weight in self.names.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for name, i in self.names.items():
-            self.averages[i].copy_(state[name])
+        for name, weight in self.names.items():
+            self.averages[weight].copy_(state[name])
 
 
-def make_optimizer(model: nn.Module, loss: nn.Module, config: Config, device: torch.device) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
     """Returns an AdamW that decays matrices only: no norms, biases, gains, scales, class tokens or parameters of the loss."""
     o = config.optim
     decayed: list[nn.Parameter] = []
@@ -275,8 +248,7 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config, device: to
     rest += [p for p in loss.parameters() if p.requires_grad]
     groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     try:
-        options: dict[str, Any] = {**o.options, "betas": tuple(o.options["betas"])}
-        return torch.optim.AdamW(groups, lr=o.lr, fused=device.type in ("cpu", "cuda"), **options)
+        return torch.optim.AdamW(groups, lr=o.lr, fused=True, **o.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optim.options: expected arguments of torch.optim.AdamW, got {o.options}: {error}") from None
 
@@ -287,5 +259,5 @@ def learning_rate(config: Config, step: int) -> float:
     assert steps is not None
     if step < o.warmup:
         return o.lr * (step + 1) / o.warmup
-    done = min(1.0, (step - o.warmup) / max(1, steps - o.warmup))
+    done = (step - o.warmup) / (steps - o.warmup)
     return o.lr * 0.5 * (1 + math.cos(math.pi * done))

@@ -13,7 +13,6 @@ from simplclip import gradient_cache
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import UserError
 from simplclip.data.transforms import finished
-from simplclip.train.config import MicroBatch
 from simplclip.train.distributed import averaged
 from simplclip.train.setup import State, learning_rate
 
@@ -132,15 +131,10 @@ def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tenso
     If texts are cropped, a micro-batch has at most as many tokens as the configured number of texts of full length. Ranks may
     have different numbers of micro-batches, since they exchange nothing between two of them.
     """
-    micro = state.config.data.micro_batch
-    if not isinstance(micro, MicroBatch) and state.crop is None:
+    if state.crop is None or len(batches) == 1:
         return batches, None
-    parts = [batch["text"].flatten(0, -2) for batch in batches]
-    texts = torch.cat(parts)
-    size = (micro.text if isinstance(micro, MicroBatch) else len(parts[0])) or len(texts)
-    if state.crop is None or size >= len(texts):
-        return [{"text": part} for part in texts.split(size)], None
-    rows = state.crop.split(texts, size * texts.shape[1])
+    texts = torch.cat([batch["text"].flatten(0, -2) for batch in batches])
+    rows = state.crop.split(texts, len(texts) // len(batches) * texts.shape[1])
     return [{"text": texts[part]} for part in rows], torch.cat(rows).argsort().to(state.device)
 
 

@@ -83,7 +83,8 @@ def test_help_config_prints_every_key():
         ("train config.yaml --set optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
         ("train config.yaml --set data.train=no-*.tar", "matches none"),
         ("train config.yaml --set run.device=cuda:77", "device: expected"),
-        ("evaluate nothing.pt --data x.tar", "source: expected a checkpoint, the folder of a run"),
+        ("evaluate nothing.pt --data data/train-0.tar", "source: expected a checkpoint, the folder of a run"),
+        ("evaluate nothing.pt --data x.tar", "data: expected files, got 'x.tar', which does not exist"),
         ("evaluate nothing.pt --data a=x.tar --data a=y.tar", "--data: expected different split names (--data NAME=DATA)"),
     ],
 )
@@ -96,6 +97,32 @@ def test_wrong_input_ends_in_one_line(tmp_path, monkeypatch, arguments, message)
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "data"]
+
+
+def test_data_that_are_not_there_are_named_without_torch(tmp_path):
+    """In a process of its own: a wrong path is answered before seconds of imports."""
+    (tmp_path / "a.tar").touch()
+    (tmp_path / "t.csv").touch()
+    program = """if True:
+        import sys
+        from simplclip.commands.train import check_sources
+        from simplclip.train import config
+        there = ["a.tar", {"shards": "t.csv", "weight": 2}, "pipe:cat x", "."]
+        check_sources(config.from_dict({"data": {"train": there}, "run": {"out": "run"}}))
+        for changes in ({"data": {"train": "gone/*.tar"}}, {"data": {"train": ["a.tar", "gone.csv"]}},
+                        {"data": {"train": "a.tar", "sidecars": ["gone"]}},
+                        {"data": {"train": "a.tar"}, "eval": {"every": 1, "splits": {"held": "gone.tar"}}}):
+            try:
+                check_sources(config.from_dict(changes | {"run": {"out": "run"}}))
+            except ValueError as error:
+                print(error)
+        assert "torch" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = [line.partition(":")[0] for line in done.stdout.splitlines()]
+    assert names == ["data.train", "data.train", "data.sidecars", "eval.splits.held"]
+    assert done.stdout.count("gone") == 4
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):

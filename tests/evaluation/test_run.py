@@ -122,7 +122,7 @@ def test_a_failure_half_way_keeps_the_splits_that_are_done(trained, folder, eval
         ((), {}, "model: expected one or several different models, got none"),
         ((trained, trained), {}, "model: expected one or several different models"),
         ((trained,), {"splits": {}}, "data: expected at least one split"),
-        ((trained,), {"splits": {"gone": str(tmp_path / "no-*.tar")}}, "matches none"),
+        (("gone.pt",), {"splits": {"gone": str(tmp_path / "no-*.tar")}}, "matches none"),  # before a model is loaded
         ((f"open_clip:tiny/{folder / 'tiny.bin'}",), {"out": None}, "out: expected a folder for the results"),
         (("gone.pt",), {}, "source: expected a checkpoint, .* got 'gone.pt'"),
     ):

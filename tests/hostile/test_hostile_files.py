@@ -185,6 +185,7 @@ def test_an_export_unpickles_nothing():
     exported()
     Path("export/w.pt").write_bytes(pickle.dumps({"state_dict": Payload()}, 2))
     os.link("export/w.pt", "export/open_clip_model.safetensors")
+    Path("x.tar").touch()
     assert "expected a file of weights, got export/open_clip_model." in one_line("evaluate", "export", "--data", "x.tar")
 
 

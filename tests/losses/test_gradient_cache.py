@@ -13,9 +13,9 @@ from timm.layers import BatchNormAct2d
 from timm.layers.evo_norm import EvoNorm2dB0
 from torch import nn
 
+from benchmarks.measure import cpu_peak_bytes
 from simplclip import gradient_cache
 from simplclip.losses import ClipPMLoss, SigLipLoss, WIKDLoss
-from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.nn import SimplifiedBlock, share_weights
 
 SIZES = (5, 5, 5, 2)

@@ -11,8 +11,8 @@ from rowwise_calls import D, N, Tempered, batch, call, chunked, dense, distilled
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import cpu_peak_bytes
 from simplclip.losses import RowwiseLoss
-from simplclip.memory.measure import cpu_peak_bytes
 
 LEAST = 0.05  # about the largest gradient; the bias's gradient is 0 by cancellation
 

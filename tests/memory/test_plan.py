@@ -2,6 +2,7 @@
 
 import json
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from open_clip import add_model_config
 from typer.testing import CliRunner
 
 from benchmarks import steps
+from simplclip import models
 from simplclip.commands.main import app
-from simplclip.memory import fake, largest_micro_batch, measure
+from simplclip.memory import fake, measure, plan
 from simplclip.memory.count import UncountedOp
-from simplclip.memory.plan import GIB, Budget, largest, parse_memory
-from simplclip.memory.step import TrainerStep, busiest_step
-from simplclip.train import config
+from simplclip.memory.plan import GIB, Budget, largest, largest_micro_batch, parse_memory
+from simplclip.memory.step import TrainerStep, busiest_step, shapes_of
+from simplclip.train import config, setup
 from simplclip.train.config import ConfigError
 from simplclip.train.objective import Objective
 
@@ -78,7 +80,7 @@ CASES = {
     "averages": ["optim.ema=0.99", "data.batch_size=24"],
     "cached WIKD": ["data.micro_batch=16", *WIKD, MATCHING, "loss.plane=hadamard", "data.captions_per_image=2"],
     "WIKD, recomputed": [*WIKD, "data.batch_size=64", "loss.interactive=kl", "model.recompute=true", f"{LAYERS}3"],
-    "sigmoid, towers": [SIGMOID, MATCHING, *WIKD, "data.micro_batch={image: 32, text: 45}", "data.captions_per_image=2"],
+    "sigmoid, cached": [SIGMOID, MATCHING, *WIKD, "data.micro_batch=32", "data.captions_per_image=2"],
 }
 IN_BF16 = ("one graph",)  # in the suite; make prove takes all
 S0 = {
@@ -124,15 +126,14 @@ def test_terms_that_come_later_count(tiny):
 
 @pytest.mark.slow
 def test_micro_batches_that_do_not_run_change_nothing(tiny, monkeypatch):
-    """A smaller micro-batch of the larger tower lowers the peak. Micro-batches between the first and the last do not run."""
+    """Micro-batches between the first and the last do not run."""
     peak = lambda micro: predict(tiny, SIGMOID, f"data.micro_batch={micro}").peak  # noqa: E731
-    assert peak("{image: 24, text: 24}") == pytest.approx(peak(24), rel=1e-3)  # captions are copied on this device
-    assert peak("{image: 12, text: 24}") < peak(24)
-    shortened = [peak("{image: 24, text: 20}"), peak(12)]
+    shortened = [peak(24), peak(12)]
+    assert shortened[1] < shortened[0]
     monkeypatch.setattr(measure, "first_and_last", lambda backward: backward)
     batches = TrainerStep.batches
     monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
-    assert [peak("{image: 24, text: 20}"), peak(12)] == pytest.approx(shortened, rel=1e-3)
+    assert [peak(24), peak(12)] == pytest.approx(shortened, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -193,10 +194,12 @@ def test_an_op_that_does_not_run_on_fake_tensors_is_an_error(tiny, monkeypatch, 
         (lambda n: 10**6 - n % 3, 10**6, 1 << 20, 30),
     ],
 )
-def test_the_largest_batch(peak, limit, most, peaks):
+def test_the_largest_batch(monkeypatch, peak, limit, most, peaks):
     """Few peaks are computed. Within a share of 0 the answer is exact, else near it, and known to fit."""
     sizes = range(1, (1 << 20) + 1)
-    assert largest(peak, limit, sizes, start=8, within=0)[0] == most
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "WITHIN", 0)
+        assert largest(peak, limit, sizes, start=8)[0] == most
     size, seen = largest(peak, limit, sizes, start=8)
     assert most / 1.05 - 1 <= size <= most
     assert not size or seen[size] <= limit
@@ -222,15 +225,15 @@ def test_batches_that_fit(tiny):
     """Of a run of epochs, whose data is elsewhere."""
     changes = ("--set", "data.batch_size=64", "--set", "data.micro_batch=16", "--set", "run.epochs=3")
     result = call(tiny, "--memory", "1200MiB", *changes, "--device", "cpu", "--json")
-    plan = json.loads(result.stdout)
-    as_is, one_graph, cached = plan["rows"]
+    answer = json.loads(result.stdout)
+    as_is, one_graph, cached = answer["rows"]
     assert (as_is["batch_size"], as_is["micro_batch"], as_is["fits"]) == (64, 16, True)
     assert sum(as_is["components"].values()) == as_is["peak"]
-    assert as_is["peak"] == predict(tiny, "data.batch_size=64", "data.micro_batch=16", precision=plan["precision"]).peak
+    assert as_is["peak"] == predict(tiny, "data.batch_size=64", "data.micro_batch=16", precision=answer["precision"]).peak
     for row in (one_graph, cached):
-        assert row["peak"] <= plan["usable"]
+        assert row["peak"] <= answer["usable"]
     larger = f"data.batch_size={int(1.05 * one_graph['batch_size']) + 1}"
-    assert predict(tiny, larger, precision=plan["precision"]).peak > plan["usable"]
+    assert predict(tiny, larger, precision=answer["precision"]).peak > answer["usable"]
     assert cached["batch_size"] > 4 * one_graph["batch_size"]
     assert len(re.findall("pairs take", result.stderr)) <= 12  # predictions
 
@@ -246,20 +249,32 @@ def test_a_step_that_does_not_fit(tiny):
 
 
 @pytest.mark.slow
-def test_the_largest_micro_batch(tiny):
-    def usable(size):
-        return Budget(size, context=0, libraries=0, fragmentation=0)
+def test_the_largest_micro_batch(tiny, monkeypatch):
+    def machine_with(size):
+        budget = Budget(size, context=0, libraries=0, fragmentation=0)
+        monkeypatch.setattr(Budget, "of", lambda device: budget)
 
     auto = config.load(tiny, ["data.batch_size=24", "data.micro_batch=auto", "run.precision=fp32", "optim.ema=0.9"])
     usages = {micro: predict(tiny, "data.batch_size=24", f"data.micro_batch={micro}", "optim.ema=0.9") for micro in (4, 6)}
     assert largest_micro_batch(auto, CPU) is None
-    between = usable(sum(usage.peak for usage in usages.values()) // 2)
-    told = []
-    assert largest_micro_batch(auto, CPU, budget=between, tell=told.append) == 4
-    assert len(told) <= 6
-    assert largest_micro_batch(auto, CPU, budget=between, ranks=6) is None
+    predicted = mock.Mock(side_effect=measure.predict)
+    monkeypatch.setattr(plan, "predict", predicted)
+    machine_with(sum(usage.peak for usage in usages.values()) // 2)
+    assert largest_micro_batch(auto, CPU) == 4
+    assert predicted.call_count <= 6
+    assert largest_micro_batch(auto, CPU, ranks=6) is None
+    machine_with(1 << 20)
     with pytest.raises(ConfigError, match="data.micro_batch: expected one that fits .* even with 1 at a time"):
-        largest_micro_batch(auto, CPU, budget=usable(1 << 20))
+        largest_micro_batch(auto, CPU)
+
+
+def test_shapes_are_those_of_the_run(tiny, tmp_path):
+    """No tensor has values, and the same modules are frozen as in a run, which inherits them."""
+    torch.save(models.create("siclip-tiny", text_cfg={"layers": 1}, simplified=False).state_dict(), tmp_path / "a.pt")
+    values = config.load(tiny, [f"inherit.source={tmp_path / 'a.pt'}"])
+    model, frozen = shapes_of(values)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert frozen == setup.make_model(values)[1] != []
 
 
 @pytest.mark.slow

@@ -36,12 +36,12 @@ def gradients(module, run):
 
 def both(module, run):
     """Compares gradients of torch's engine and of this engine, which calls back with each parameter's gradient."""
-    expected, told = gradients(module, run), []
-    with Engine(told.append).installed():
+    expected, reported = gradients(module, run), []
+    with Engine(reported.append).installed():
         got = gradients(module, run)
     torch.testing.assert_close(got, expected)
     assert {name: g.stride() for name, g in got.items()} == {name: g.stride() for name, g in expected.items()}
-    assert {id(g) for g in got.values()} == {id(g) for g in told}
+    assert {id(g) for g in got.values()} == {id(g) for g in reported}
 
 
 def test_gradients_of_a_net_with_everything():

@@ -11,8 +11,8 @@ from memory_calls import attention_call, forward_and_backward, mlp_call, predict
 from traces import names, trace
 
 import simplclip
+from benchmarks.measure import cpu_peak_bytes
 from simplclip.memory.count import WORKSPACE
-from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import backends
 
 OF_THE_TEST = 3  # kernels of the test: the sum of the results, and its gradient

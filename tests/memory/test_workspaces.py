@@ -13,8 +13,8 @@ from devices import DTYPES, needs_cpu_kernels
 from memory_calls import SIMILARITY, attention_call, forward_and_backward, mlp_call, similarity_call
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.measure import cpu_peak_bytes
 from simplclip.memory.count import UncountedOp, workspace_bytes
-from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import backends, registry
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.calls import flat, schema_of

@@ -60,7 +60,7 @@ def test_a_training_step_of_the_config(name, tmp_path):
     assert len(state.frozen) > 8
     state.step = 20_000
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    loader = iter(loop.make_loader(state)[0])
+    loader = iter(loop.make_loader(state))
     row = train_step(state, [next(loader) for _ in range(2)])
     terms = ("contrastive", "pair_matching", "feature", "relational", "interactive")
     assert all(0 < float(row[f"{term}_loss"]) < 1e3 for term in terms), row

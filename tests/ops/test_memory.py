@@ -8,7 +8,7 @@ from calls import Call, attention_call, block_call, feature_call, mlp_call
 from compare import function_of, outputs_of
 from devices import needs_cpu_kernels
 
-from simplclip.memory.measure import cpu_peak_bytes
+from benchmarks.measure import cpu_peak_bytes
 from simplclip.ops import simplified_block
 
 MIB = 1 << 20

@@ -61,18 +61,18 @@ def run(source, out, weights, **options):
 
 
 def records(folder):
-    found = {name: content for path in folder.glob("*.tar") for name, content in members(path).items()}
-    assert all(name.endswith(".json") for name in found)
-    return {name.removesuffix(".json"): json.loads(content) for name, content in found.items()}
+    written = {name: content for path in folder.glob("*.tar") for name, content in members(path).items()}
+    assert all(name.endswith(".json") for name in written)
+    return {name.removesuffix(".json"): json.loads(content) for name, content in written.items()}
 
 
 @pytest.mark.slow
 def test_captions_come_after_the_samples_own(source, captioned, weights):
     out, summary = captioned
-    found, before = records(out), joined(source / "*.tar")
-    assert found.keys() == before.keys()
+    written, before = records(out), joined(source / "*.tar")
+    assert written.keys() == before.keys()
     assert (summary["samples"], summary["captions"]) == (8, 16)  # with 49,408 tokens, no two captions are equal
-    for key, record in found.items():
+    for key, record in written.items():
         own = before[key].captions
         assert record["captions"][: len(own)] == own
         assert record["synthetic"] == len(record["captions"]) - len(own) == 2
@@ -80,7 +80,7 @@ def test_captions_come_after_the_samples_own(source, captioned, weights):
         assert len(set(record["captions"])) == len(record["captions"])
         assert record.get("group") == (int(key[1:]) // 2 if key[0] == "k" else None)
     for key, pair in joined(source / "*.tar", out).items():
-        assert pair.captions == found[key]["captions"]
+        assert pair.captions == written[key]["captions"]
         assert pair.encoded == before[key].encoded
     about = meta(out)["caption"]
     assert about["model"] == NAME
@@ -183,8 +183,8 @@ def test_a_hub_that_cannot_be_reached_is_one_line(source, tmp_path, monkeypatch)
         raise RuntimeError("Failed to download\nthe weights")
 
     monkeypatch.setattr(open_clip, "create_model", offline)
-    told = one_line("caption", source / "train-0.tar", "--out", tmp_path / "out", "--pretrained", "laion2b_s13b_b90k")
-    assert "pretrained: open_clip could not get coca_ViT-B-32/laion2b_s13b_b90k: Failed to download; or name its file" in told
+    line = one_line("caption", source / "train-0.tar", "--out", tmp_path / "out", "--pretrained", "laion2b_s13b_b90k")
+    assert "pretrained: open_clip could not get coca_ViT-B-32/laion2b_s13b_b90k: Failed to download; or name its file" in line
 
 
 @pytest.mark.slow

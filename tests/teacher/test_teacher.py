@@ -62,10 +62,10 @@ def test_captions_are_encoded_once_long_ones_together(folder):
     features = encoder.features
     encoder.features = lambda tower, inputs: parts.append(inputs) or features(tower, inputs)
     texts = ["a long red bar", "red", "blue ring", "red", "a long red bar", "red bar"]
-    found = teacher.features.encode_tokens(encoder, encoder.tokenizer(texts), 3)
+    features_of_texts = teacher.features.encode_tokens(encoder, encoder.tokenizer(texts), 3)
     wanted = [["red", "blue ring", "red bar"], ["a long red bar"]]
     assert [sorted(part.tolist()) for part in parts] == [sorted(encoder.tokenizer(part).tolist()) for part in wanted]
-    torch.testing.assert_close(found, torch.cat([encoder.encode_text(text) for text in texts]))
+    torch.testing.assert_close(features_of_texts, torch.cat([encoder.encode_text(text) for text in texts]))
 
 
 def test_a_table_becomes_shards_beside_the_sidecars(folder, tmp_path):

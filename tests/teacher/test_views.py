@@ -177,7 +177,7 @@ def test_bfloat16(folder, tmp_path):
 def test_only_a_transform_that_replays_takes_views(folder, tmp_path):
     other = load(folder)
     other.preprocess = models.transforms  # a caller's own
-    with pytest.raises(ValueError, match="views: expected a teacher whose preprocessing is an ImageTransform or open_clip's"):
+    with pytest.raises(ValueError, match="teacher: expected open_clip's preprocessing or an ImageTransform, got"):
         teacher.write(folder / "in" / "*.tar", tmp_path / "none", other, views=teacher.Views(transform(32), 2))
     teach(folder, tmp_path / "out")
     with pytest.raises(data.ShardError, match="has the views that a teacher saw, which only simplclip's ImageTransform"):

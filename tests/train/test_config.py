@@ -1,8 +1,5 @@
 """Configs: the file, --set, and errors that name the key."""
 
-import subprocess
-import sys
-
 import pytest
 import yaml
 
@@ -58,14 +55,13 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("run={out: x, steps: 7, epochs: 2}", "run: expected one of steps and epochs, got steps = 7 and epochs = 2.0"),
         ("run={out: x, steps: null}", "run: expected one of steps and epochs, got steps = None and epochs = None"),
         ("optim.lr=-1", "optim.lr: expected greater than 0, got -1 (int)"),
-        ("run.out.x=3", "--set run.out.x: run.out is not a section, it is 'runs/x' (str)"),
+        ("run.out.x=3", "--set run.out.x: expected a section out, got 'runs/x' (str)"),
         (
             "model={name: siclip-tiny, image_size: 64, options: {vision_cfg: {image_size: 32}}}",
             "model: image_size: expected one value, got 64",
         ),
         ("run.steps", "--set: expected key=value (e.g. optim.lr=1e-3), got 'run.steps'"),
         ("data.micro_batch=7", "data.micro_batch: expected a divisor of data.batch_size = 256, got 7"),
-        ("data.micro_batch={image: 7}", "data.micro_batch.image: expected a divisor of data.batch_size = 256, got 7"),
         ("loss.pm_weight={value: 1, start: 9, until: 4}", "loss.pm_weight: expected until after start = 9, got 4"),
         ("loss.pm_weight={value: 1, end: 4}", "loss.pm_weight: expected `to`, the weight reached at `end`, got none"),
         ("run.out=[*a]", "--set run.out: not valid YAML: expected no aliases (*name)"),
@@ -91,9 +87,9 @@ def test_the_length_that_is_typed_replaces_that_of_the_file(tmp_path):
         (["run.epochs=null"], 50, None),
         ([], 50, None),
     ):
-        found = config.load(file, overrides)
-        assert (found.run.steps, found.run.epochs) == (steps, epochs)
-        assert config.from_dict(found.to_dict()) == found
+        loaded = config.load(file, overrides)
+        assert (loaded.run.steps, loaded.run.epochs) == (steps, epochs)
+        assert config.from_dict(loaded.to_dict()) == loaded
     assert config.load(write(tmp_path, MINIMAL)).run.steps == 1000
 
 
@@ -120,27 +116,3 @@ def test_describe_is_a_config_with_every_key():
             node = node[part]
     values["data"]["train"], values["run"]["out"] = "x", "y"
     assert config.from_dict(values) == config.from_dict({"data": {"train": "x"}, "run": {"out": "y"}})
-
-
-def test_files_that_are_not_there_are_named_without_torch(tmp_path):
-    """In a process of its own: a path is told before seconds of imports."""
-    shard, table = tmp_path / "a.tar", tmp_path / "t.csv"
-    shard.touch()
-    table.touch()
-    good = MINIMAL | {"data": {"train": [str(shard), {"shards": str(table), "weight": 2}, "pipe:cat x", str(tmp_path)]}}
-    config.check_files(config.from_dict(good))
-    program = f"""if True:
-        import sys
-        from simplclip.train import config
-        for changes in (["data.train=gone/*.tar"], ["data.train=[{shard}, gone.csv]"], ["data.sidecars=[gone]"],
-                        ["eval.every=1", "eval.splits.held=gone.tar"]):
-            try:
-                config.check_files(config.load({write(tmp_path, good)!r}, changes))
-            except ValueError as error:
-                print(error)
-        assert "torch" not in sys.modules
-    """
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
-    names = [line.partition(":")[0] for line in told.splitlines()]
-    assert names == ["data.train", "data.train", "data.sidecars", "eval.splits.held"]
-    assert told.count("gone") == 4

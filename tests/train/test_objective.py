@@ -49,8 +49,8 @@ def test_terms_are_the_losses_terms_times_the_weight_of_the_step(base):
     feature, relational = {"value": 4.0, "to": 0.0, "end": 8}, {"value": 2.0, "until": 5}
     weights = {"pm_weight": {"value": 1.0, "start": 3}, "feature_weight": feature, "relational_weight": relational}
     ours = objective(width=6, base=base, **constant, **weights)
-    theirs = losses.WIKDLoss(**dict.fromkeys(weights, 1), interactive_weight=1, divergence="kl", embed_dim=6)
-    want = theirs(x, y, scale, tx, ty, torch.tensor(12.0), output_dict=True, ids=group)
+    plain = losses.WIKDLoss(**dict.fromkeys(weights, 1), interactive_weight=1, divergence="kl", embed_dim=6)
+    want = plain(x, y, scale, tx, ty, torch.tensor(12.0), output_dict=True, ids=group)
     want = {name.replace("distill_loss", "relational_loss"): value for name, value in want.items()}  # open_clip's name
     if base == "sigmoid":
         want = {"sigmoid_loss": losses.SigLipLoss()(x, y, scale, bias)} | want
@@ -113,8 +113,8 @@ def test_sigmoid_and_pair_matching(plane):
         torch.testing.assert_close(dict(terms), want, check_dtype=False)
         assert not any(term.requires_grad for term in terms.values())
         learned = [x, y, scale, bias, ours.loss.plane_weight, ours.loss.plane_bias]
-        theirs = [x, y, scale, bias, matching.plane_weight, matching.plane_bias]
-        expected = torch.autograd.grad(sum(want.values()), theirs, retain_graph=True, materialize_grads=True)
+        inputs = [x, y, scale, bias, matching.plane_weight, matching.plane_bias]
+        expected = torch.autograd.grad(sum(want.values()), inputs, retain_graph=True, materialize_grads=True)
         got = torch.autograd.grad(total, learned, materialize_grads=True)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 

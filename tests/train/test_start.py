@@ -1,4 +1,4 @@
-"""Runs that start from trained weights; inherited blocks; averaged weights; compiled towers; models of shapes alone."""
+"""Runs that start from trained weights; inherited blocks; averaged weights; compiled towers."""
 
 import functools
 import os
@@ -12,10 +12,11 @@ from runs import bits, check_resumed, go, state_of
 from timm.layers import resample_abs_pos_embed
 
 import simplclip
+from simplclip.common.errors import InputError
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import step
 from simplclip.train.config import ConfigError, load
-from simplclip.train.setup import make_model, setup
+from simplclip.train.setup import setup
 
 CPU = torch.device("cpu")
 
@@ -74,14 +75,16 @@ def test_sources_of_a_start(tmp_path, trained):
     for source in (trained, trained / "last.pt"):
         model = started(tmp_path, f"model.checkpoint={source}").model
         assert bits(dict(model.state_dict())) == bits({name: wanted[name] for name in model.state_dict()})
-    for source, told in (
+    for source, message in (
         ("nowhere.pt", "model.checkpoint: expected a file of weights, got no such file: nowhere.pt"),
         (tmp_path, "model.checkpoint: expected a file of weights, got no such file: .*open_clip_model.safetensors"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             started(tmp_path, f"model.checkpoint={source}")
-    with pytest.raises(ConfigError, match="expected no checkpoint among them, which is the key model.checkpoint"):
-        tiny.settings(tmp_path, "model.options.checkpoint=a.pt")
+    with pytest.raises(
+        InputError, match="expected options of the model's architecture, got model.options.checkpoint = 'a.pt'"
+    ):
+        started(tmp_path, "model.options.checkpoint=a.pt")
 
 
 def test_inherit_takes_a_run_and_its_trained_blocks(tmp_path, trained):
@@ -94,22 +97,6 @@ def test_inherit_takes_a_run_and_its_trained_blocks(tmp_path, trained):
     for name, parameter in state.model.named_parameters():
         assert parameter.requires_grad == (parameter in inside or name == "logit_scale"), name
     assert "inherited, trains" in "\n".join(state.lines)
-
-
-def test_a_model_of_shapes_alone_trains_what_the_run_trains(tmp_path, trained):
-    """What the planner reads: no weights, the same frozen modules, also where the source is not on this machine."""
-    for source in (trained, tmp_path / "mobileclip_s0.pt"):
-        changes = [f"inherit.source={source}", *(() if source == trained else ["model.name=siclip-s0", "model.options={}"])]
-        config = tiny.settings(tmp_path, *changes)
-        prepared = make_model(config, "fp32", weights=False)
-        assert all(tensor.is_meta for tensor in (*prepared.model.parameters(), *prepared.model.buffers()))
-        assert any(p.requires_grad for p in prepared.model.parameters())
-        assert prepared.frozen
-        if source == trained:
-            assert prepared.frozen == make_model(config, "fp32").frozen
-        else:
-            assert prepared.folded.copies
-            assert "visual.trunk.stem" in prepared.frozen
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from runs import at_step, bits, check_resumed, go, rows, state_of
 
 from simplclip import losses
 from simplclip.common import progress
+from simplclip.common.errors import InputError
 from simplclip.models.trained import CheckpointError, read_checkpoint
 from simplclip.train import checkpoint, log, loop
 from simplclip.train.config import ConfigError
@@ -89,14 +90,14 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     assert after.keys() == before.keys()
     assert after["metrics.csv"] == before["metrics.csv"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="run.out: expected a folder"):
+    with pytest.raises(InputError, match="run.out: expected a folder, got the file"):
         go(tiny.settings(tmp_path, f"run.out={tmp_path / 'file'}"))
 
 
 @pytest.mark.slow
 def test_what_may_change_on_resume(tmp_path):
     go(tiny.settings(tmp_path, "run.steps=2"))
-    for changes, told in (
+    for changes, message in (
         (
             ["optim.weight_decay=0.5", "data.batch_size=4"],
             "other settings: data.batch_size was 8, now 4; optim.weight_decay was 0.1, now 0.5. A new run takes its weights: "
@@ -107,7 +108,7 @@ def test_what_may_change_on_resume(tmp_path):
         ([f"data.train={tiny.write_shard(tmp_path / 'other-0.tar')}"], "data.train was"),
         (["data.train=pipe:cat train-0.tar"], "data.train was .*, now 'pipe:cat "),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             go(tiny.settings(tmp_path, *changes), resume=True)
     (tmp_path / "data").rename(tmp_path / "moved")
     config = tiny.settings(
@@ -120,7 +121,7 @@ def test_what_may_change_on_resume(tmp_path):
     )
     text = go(config, resume=True)
     assert "continuing from step 2; the learning rate now ends at 4, not 2" in text
-    assert "workers or the version were others: the pass over the data starts again" in text
+    assert "ranks or workers were others: the pass over the data starts again" in text
     assert [float(row["lr"]) for row in rows(tmp_path / "run")[2:]] == [learning_rate(config, step) for step in (2, 3)]
     again = config.replaced(run={"steps": 5})  # a pass that started again goes on in its own order
     assert "starts again" not in go(again, resume=True)
@@ -150,7 +151,7 @@ def test_a_checkpoint_that_this_version_cannot_take_says_why(tmp_path):
 
 @pytest.mark.slow
 def test_epochs_and_tables(tmp_path):
-    """A table is packed into the run's folder, whose meta.json counts it, and found there again."""
+    """A table is packed into the run's folder, whose meta.json counts it, and read from there again."""
     images = tmp_path / "images"
     images.mkdir()
     pairs = [(f"{colour}-{shape}.png", f"{colour} {shape}") for colour in tiny.COLOURS for shape in tiny.SHAPES]
@@ -200,7 +201,7 @@ def test_only_matrices_decay_and_the_scale_is_held_below_100(tmp_path):
 
     with torch.no_grad():
         state.model.logit_scale.fill_(9.0)
-    loader, _ = loop.make_loader(state)
+    loader = loop.make_loader(state)
     train_step(state, [next(iter(loader))])
     assert state.model.logit_scale.exp().item() == pytest.approx(100)
 
@@ -248,27 +249,27 @@ def test_csv_of_a_run_keeps_its_columns_and_drops_later_rows(tmp_path):
 
 
 @pytest.mark.slow
-def test_damaged_data_is_told_once(tmp_path):
+def test_damaged_data_is_reported_once(tmp_path):
     shard = tiny.write_shard(tmp_path / "data" / "train-0.tar")
     with open(shard, "r+b") as file:  # the first picture
         file.seek(512)
         file.write(bytes(40))
     text = go(tiny.settings(tmp_path))
-    (told,) = {line for line in re.findall("^data .* skipped: .*$", text, re.M) if " 1 skipped: " in line}
-    assert "black-bar" not in told
-    assert "train-0.tar/0-red-circle" in told
+    (skipped,) = {line for line in re.findall("^data .* skipped: .*$", text, re.M) if " 1 skipped: " in line}
+    assert "black-bar" not in skipped
+    assert "train-0.tar/0-red-circle" in skipped
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("optim.options.beta=1", "optim.options: expected arguments of torch.optim.AdamW, got {.*'beta': 1}"),
         ("model.options.depth=3", "model.options"),
         ("data.micro_batch=auto", "data.micro_batch: expected a number, got auto"),
     ],
 )
-def test_what_does_not_fit_is_one_error_and_leaves_nothing(tmp_path, change, told):
+def test_what_does_not_fit_is_one_error_and_leaves_nothing(tmp_path, change, message):
     out = tmp_path / "new" / "run"
-    with pytest.raises(Exception, match=told):
+    with pytest.raises(Exception, match=message):
         go(tiny.settings(tmp_path, change, f"run.out={out}"))
     assert not out.parent.exists()

@@ -15,7 +15,7 @@ from runs import at_step, bits, check_ends_as, go, state_of
 from simplclip import evaluation
 from simplclip.common import files
 from simplclip.models.trained import read_checkpoint
-from simplclip.train import checkpoint, loop, step
+from simplclip.train import loop, step
 from simplclip.train.log import Log
 
 DROPOUT = "model.options.vision_cfg.timm_drop=0.2"  # draws from the global generator
@@ -49,12 +49,12 @@ def test_an_error_within_a_step_saves_the_one_before_to_the_bit(tmp_path, monkey
         total, terms = original(state, *args, **features)
         return total * float("nan"), terms | {"pair_matching_loss": terms["pair_matching_loss"] * float("nan")}
 
-    told = r"Saved step 4 in .*run/last.pt.*To go on: simplclip train"
+    message = r"Step 4 is saved in .*run/last.pt.*To go on: simplclip train"
     if error is None:
-        told = r"step 5: not finite: loss=nan, contrastive_loss=\d.*, pair_matching_loss=nan.*Saved step 4 in .*run/last.pt"
+        message = r"step 5: not finite: loss=nan, contrastive_loss=\d.*, pair_matching_loss=nan.*Step 4 is saved in "
     with monkeypatch.context() as patch:
         patch.setattr(step, "losses", losses)
-        with pytest.raises(loop.TrainingError, match=told) as raised:
+        with pytest.raises(loop.TrainingError, match=message) as raised:
             go(config)
     assert raised.value.__cause__ is error or error is None
     assert read_checkpoint(tmp_path / "run")["step"] == 4
@@ -62,12 +62,12 @@ def test_an_error_within_a_step_saves_the_one_before_to_the_bit(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_an_error_within_the_update_is_told(tmp_path, monkeypatch):
+def test_an_error_within_the_update_says_what_is_intact(tmp_path, monkeypatch):
     config = tiny.settings(tmp_path, "run.save_every=2")
     original, fault = torch.optim.AdamW.step, mock.Mock(side_effect=[None, None, None, OSError(5, "Input/output error")])
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **options: fault() or original(*args, **options))
-    told = "Step 3 is not saved, as the update of step 4 was interrupted. .*last.pt of step 2 is intact"
-    with pytest.raises(loop.TrainingError, match=told):
+    message = "Step 3 is not saved: the update of step 4 was interrupted. .*last.pt of step 2 is intact"
+    with pytest.raises(loop.TrainingError, match=message):
         go(config)
     assert read_checkpoint(tmp_path / "run")["step"] == 2
 
@@ -80,7 +80,7 @@ def test_what_fails_behind_a_step_saves_that_step(tmp_path, monkeypatch, undistu
     for target, name, number in ((Log, "write", 1), (evaluation, "encode", 4), (loop, "curves", 7)):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, lambda *a, **k: fails())
-            with pytest.raises(loop.TrainingError, match=f"after step {number}: OSError.* ([Ss]tep {number} is saved|Saved)"):
+            with pytest.raises(loop.TrainingError, match=f"after step {number}: OSError.* Step {number} is saved"):
                 go(config, resume=True)
         assert read_checkpoint(tmp_path / "run")["step"] == number
     assert bits(state_of(undisturbed / "whole")["model"]) == bits(state_of(tmp_path / "run")["model"])
@@ -99,8 +99,8 @@ def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        told = "Step 4 could not be saved: OSError: .*No space.*last.pt of step 2 is intact"
-        with pytest.raises(loop.TrainingError, match=told):
+        message = "Step 4 is not saved: OSError: .*No space.*last.pt of step 2 is intact"
+        with pytest.raises(loop.TrainingError, match=message):
             go(config)
         patch.setattr(torch, "save", lambda *a: fails())
         with pytest.raises(loop.TrainingError, match="There is no checkpoint"):
@@ -119,8 +119,8 @@ def test_a_first_step_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
     at_step(monkeypatch, 2, mock.Mock(side_effect=torch.OutOfMemoryError("no room")))
-    told = r"^step 2: out of memory. Saved step 1 in .*last.pt. Try a smaller data.micro_batch.*simplclip plan.* To go on: "
-    with pytest.raises(loop.TrainingError, match=told):
+    message = r"^step 2: out of memory. Step 1 is saved in .*. Try a smaller data.micro_batch.*simplclip plan.* To go on: "
+    with pytest.raises(loop.TrainingError, match=message):
         go(tiny.settings(tmp_path))
 
 
@@ -135,7 +135,7 @@ def test_a_second_signal_ends_at_once():
 
 
 def hold(out, ready, done):
-    with checkpoint.lock(out):
+    with files.locked(out, "run.out"):
         ready.set()
         done.wait()
 
@@ -149,19 +149,19 @@ def test_a_second_process_is_refused(tmp_path):
     assert ready.wait(120)
     before = digests(tmp_path / "run")
     for resume in (False, True):
-        with pytest.raises(FileExistsError, match="run.out: expected a folder that no process trains in, got .*run"):
+        with pytest.raises(FileExistsError, match="run.out: expected a folder that no other process writes to, got .*run"):
             go(tiny.settings(tmp_path), resume=resume)
     assert digests(tmp_path / "run") == before
     os.kill(process.pid, signal.SIGKILL)  # the system then releases the lock
     process.join()
-    for name in (".last.pt.0123456789abcdef.tmp", ".mine.tmp"):  # left by a killed run, and a file of another program
+    for name in (".last.pt.0123456789abcdef.tmp", ".other.tmp"):  # left by a killed run, and a file of another program
         (tmp_path / "run" / name).write_bytes(b"half")
     assert "done" in go(tiny.settings(tmp_path, "run.steps=1"))
-    assert [p.name for p in (tmp_path / "run").glob(".*")] == [".mine.tmp"]
+    assert [p.name for p in (tmp_path / "run").glob(".*")] == [".other.tmp"]
 
 
 def test_without_locks_a_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(files.fcntl, "flock", mock.Mock(side_effect=OSError(95, "Operation not supported")))
-    with checkpoint.lock(tmp_path / "new" / "run"):
+    with files.locked(tmp_path / "new" / "run", "run.out"):
         assert (tmp_path / "new" / "run").is_dir()
     assert not (tmp_path / "new").exists()
