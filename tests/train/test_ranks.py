@@ -25,7 +25,7 @@ CASES = {
     # Some steps do not use the plane and the projections.
     "distilled": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", "loss.feature_weight={value: 10, until: 2}"],
     "captions": ["data.captions_per_image=2", "optim.ema=0.5", "eval.every=2", "eval.splits={held: DATA}"],
-    "captions cached": ["data.captions_per_image=2", *CACHED],
+    "captions cached": ["data.captions_per_image=2", *CACHED, "data.micro_batch=3"],
 }
 PROOFS = {
     "sigmoid cached": ["loss.base=sigmoid", *DISTILLED, *CACHED],
@@ -115,7 +115,7 @@ def test_each_rank_cuts_its_texts_by_tokens(results):
     assert len(first) == len(second) == 3
     for few, many in zip(first, second):
         assert sum(few) == sum(many) == 60
-        assert len(few) < len(many) < 5  # 12 texts of full length would need this many
+        assert len(few) < len(many) < 10  # 6 texts of full length would need this many
 
 
 @pytest.mark.slow
