@@ -18,16 +18,8 @@ PROOF = {
 SLOW = {"kernels", "single", "double", "documented_runs", "tiny", "vit", "trained", "of_ranks", "interpreted"}
 # Files that take more than 20 s of a core.
 LONG = {"test_triton", "test_addresses", "test_shaped_attention_cuda", "test_distributed", "test_train", "test_train_errors"}
-LONG |= {
-    "test_emoji",
-    "test_ranks",
-    "test_train_faults",
-    "test_terms_train",
-    "test_open_clip_train",
-    "test_commands_on_ranks",
-    "test_extension",
-    "test_export",
-}
+LONG |= {"test_ranks", "test_terms_train", "test_open_clip_train", "test_commands_on_ranks", "test_extension", "test_export"}
+LONG |= {"test_emoji", "test_train_faults"}
 
 
 def pytest_addoption(parser):
