@@ -63,7 +63,7 @@ class Views:
 class Batch(NamedTuple):
     """What workers make of N samples."""
 
-    images: Tensor  # [N V, 3, S, S], uint8 or float32
+    images: Tensor  # uint8 [N V, 3, S, S]
     tokens: Tensor  # int64 [sum of C, L]
     captions: list[int]  # C of each sample
     about: list[dict[str, Any]]  # the content of each teacher.json
@@ -86,12 +86,7 @@ class Prepare:
     def collate(self, prepared: list[tuple]) -> Batch:
         images, tokens, about = zip(*prepared)
         pixels = [image for several in images for image in several]
-        return Batch(
-            stack(pixels) if pixels[0].dtype == torch.uint8 else torch.stack(pixels),
-            torch.cat(tokens),
-            [len(several) for several in tokens],
-            list(about),
-        )
+        return Batch(stack(pixels), torch.cat(tokens), [len(several) for several in tokens], list(about))
 
 
 def write(
