@@ -206,7 +206,7 @@ def test_command(source, weights, tmp_path):
         "model: expected a CoCa model of open_clip, such as coca_": (out, "--model", "ViT-B-32", "--checkpoint", weights),
         "expected a file or a tag with the weights of coca_ViT-B-32, got neither": (out,),
         "got both": (out, *options, "--pretrained", "x"),
-        "pretrained: expected open_clip's NAME/TAG, got coca_ViT-B-32/x; nearest tags: ": (out, "--pretrained", "x"),
+        "pretrained: expected a tag of coca_ViT-B-32, one of laion2b_s13b_b90k, ": (out, "--pretrained", "x"),
         "checkpoint: expected a file of weights": (out, *tiny(tmp_path / "text.pt")),
         "wide.pt: Missing key(s)": (out, *tiny(tmp_path / "wide.pt")),
         "max_tokens: expected 3 to 12, the context of": (out, *options, "--max-tokens", 13),

@@ -29,7 +29,8 @@ CASES = {
 }
 PROOFS = {
     "sigmoid cached": ["loss.base=sigmoid", *DISTILLED, *CACHED],
-    "workers": ["data.workers=2", *CACHED],
+    # An even number of micro-batches, so that the workers give as much to a step of two ranks as to one of one.
+    "workers": ["data.workers=2", *CACHED, "data.micro_batch=3"],
     "distilled cached": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", *CACHED],
     "bf16 cached": [*DISTILLED, "run.precision=bf16", *CACHED],
 }
