@@ -11,6 +11,11 @@ class InputError(UserError, ValueError):
     """An argument, file or setting is not valid; the message names it."""
 
 
+def check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+
 def visible(text: str, keep: str = "") -> str:
     """Returns `text` for a terminal: `repr`'s escapes replace unprintable characters, such as escape sequences.
 

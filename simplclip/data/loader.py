@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from webdataset import filters
 
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, check_count
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
-from simplclip.data.samples import Pair, check_count, parse, place_of, stable_hash
+from simplclip.data.samples import Pair, parse, place_of, stable_hash
 from simplclip.data.sidecars import Folders, check_sidecars, zipped
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.tars import MAX_BYTES, Sample

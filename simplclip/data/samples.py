@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from simplclip.common.errors import InputError
 from simplclip.data.decode import decode_pil
 from simplclip.data.errors import BrokenSample, ShardError
 from simplclip.data.files import IMAGE_SUFFIXES, captions_of, clean, json_of, record_of
@@ -144,8 +143,3 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
 def stable_hash(text: str) -> int:
     """Returns a hash of 64 bits, the same in every process and version."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from simplclip.common import ranks
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, check_count
 from simplclip.common.progress import Progress
 from simplclip.data import tars
 from simplclip.data.errors import Skipped
-from simplclip.data.samples import Pair, check_count, parse
+from simplclip.data.samples import Pair, parse
 from simplclip.data.sidecars import Folders, beside, check_sidecars, dataset_size, plain_name, zipped
 from simplclip.data.sources import Address, Source, sources_of
 from simplclip.data.stored_order import Portion, StoredOrder

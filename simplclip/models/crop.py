@@ -10,7 +10,7 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, check_count
 from simplclip.models.simplify import is_causal_mask
 
 GROUP_TOKENS = 512  # cost of one more call of the tower, in tokens: launches, and small products
@@ -37,6 +37,8 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
     Returns a `TextCrop`, whose `undo()` restores the model. Raises InputError, with the reason, if texts cannot be cropped.
     Memory: activations of the tokens that are computed.
     """
+    check_count("multiple", multiple, 1)
+    check_count("groups", groups, 1)
     if reason := _why_not(model):
         raise InputError(f"model: expected an open_clip model whose texts can be cropped, got {reason}")
     return TextCrop(model, multiple, groups)

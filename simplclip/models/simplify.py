@@ -24,21 +24,25 @@ _ACT_NAMES |= {"GELUActivation": "gelu", "QuickGELUActivation": "quickgelu", "Si
 _ACT_NAMES |= dict.fromkeys(("NewGELUActivation", "FastGELUActivation"), "gelu_tanh")
 
 
-def is_causal_mask(mask: Tensor) -> bool:
-    """Whether an additive mask [L, L] of 0 and -inf lets token i see exactly 0..i."""
-    return torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1))
+def is_causal_mask(mask: Tensor) -> bool:  # [L, L]
+    """Whether ``mask`` lets token i see exactly 0..i: additive 0 / -inf, or boolean with True for hidden."""
+    hidden = torch.ones_like(mask, dtype=torch.bool).triu(1)
+    if mask.dtype == torch.bool:
+        return torch.equal(mask, hidden)
+    return torch.equal(mask.float(), torch.zeros_like(mask, dtype=torch.float32).masked_fill(hidden, float("-inf")))
 
 
 class TransformerBlock(SimplifiedBlock):
     """A block of open_clip's ``Transformer``: [B, L, C].
 
-    A causal block takes a mask of the causal mask's shape, whose values `simplify` has checked in the tower; other blocks
-    take no mask. A block that masks padding gets the lengths [B] of the texts as its mask.
+    A causal block accepts only the tower's causal mask; other blocks accept no mask. The values of a mask are checked
+    once, and again only after it has changed. A block that masks padding gets the lengths [B] of the texts as its mask.
     """
 
     def __init__(self, *shape: Any, masks_padding: bool = False, **options: Any) -> None:
         super().__init__(*shape, **options)
         self.masks_padding = masks_padding
+        self._accepted: dict[int, tuple[tuple, Tensor]] = {}  # length -> place and version of the accepted mask, and the mask
 
     def get_weight_dtype(self) -> torch.dtype:
         return self.fc1.weight.dtype
@@ -54,7 +58,20 @@ class TransformerBlock(SimplifiedBlock):
         if given != shape:
             what = "lengths of texts" if self.masks_padding else "the causal mask" if self.causal else "no mask"
             raise InputError(f"attn_mask: expected {what}, {shape}, got {given}")
+        if attn_mask is not None and self.causal and not self.masks_padding and not self._accepts(attn_mask):
+            raise InputError(f"attn_mask: expected the causal mask, {shape}, got another mask of this shape")
         return super().forward(x, attn_mask if self.masks_padding else None)
+
+    def _accepts(self, mask: Tensor) -> bool:
+        # While tracing and for fake tensors, which have no values, the check made by `simplify` has to suffice.
+        if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.is_inference():
+            return True
+        place = mask.data_ptr(), mask.shape, mask.stride(), mask._version
+        if place != self._accepted.get(len(mask), ((), None))[0]:
+            if not is_causal_mask(mask):
+                return False
+            self._accepted[len(mask)] = place, mask  # kept alive, so that no other tensor gets its address
+        return True
 
 
 class TimmBlock(SimplifiedBlock):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from simplclip import models
 from simplclip.common import hardware, ranks
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, check_count
 from simplclip.common.files import sha256
 from simplclip.data.pack import packed
 from simplclip.data.samples import Pair, stable_hash
@@ -81,6 +81,7 @@ def run(
     Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run. Raises InputError for an
     argument out of range, a model that is no CoCa, and weights that do not fit; FileNotFoundError.
     """
+    check_count("n", n, 1)
     if not 0 < top_p <= 1:
         raise InputError(f"top_p: expected a share above 0, up to 1, got {top_p!r}")
     if not 0 < temperature < float("inf"):

@@ -21,7 +21,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
 from simplclip.common import hardware, ranks
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, check_count
 from simplclip.data.decode import size_of
 from simplclip.data.loader import seeded
 from simplclip.data.pack import packed
@@ -44,6 +44,7 @@ class Views:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_count("views", self.number, 1)
         if augmentation(self.transform) == "none":
             raise InputError("views: expected a transform that augments, got one without, whose views are all equal")
 

@@ -162,6 +162,12 @@ def test_models_without_values():
     simplclip.crop_texts(models.create("siclip2-s0", device="meta"))
 
 
+@pytest.mark.parametrize("name", ["multiple", "groups"])
+def test_bad_arguments(name):
+    with pytest.raises(InputError, match=f"{name}: expected an integer of at least 1, got 0"):
+        simplclip.crop_texts(model_of("CLIP"), **{name: 0})
+
+
 def test_threads_do_not_see_each_others_lengths():
     model, several = model_of("CLIP"), [texts([count, 3]) for count in (5, 12, 20, 39)]
     crop.TextCrop(model)

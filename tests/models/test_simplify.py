@@ -244,15 +244,22 @@ def test_masks_that_cannot_be_honoured():
     block, full, x = model.transformer.resblocks[0], model.visual.transformer.resblocks[0], torch.randn(2, 12, 24)
     mask = model.attn_mask
     assert block(x, attn_mask=mask).shape == x.shape
+    changed = mask.clone()
+    assert block(x, attn_mask=changed).shape == x.shape
+    changed[0, 1] = 0  # changed after the block has accepted it
     for call, message in (
         (lambda: block(x), r"attn_mask: expected the causal mask, \(12, 12\), got None"),
         (lambda: block(x, attn_mask=mask.expand(4, 12, 12)), r"attn_mask: .* \(12, 12\), got \(4, 12, 12\)"),
+        (lambda: block(x, attn_mask=changed), "got another mask of this shape"),
+        (lambda: block(x, attn_mask=torch.zeros(12, 12)), "got another mask of this shape"),
         (lambda: full(torch.randn(2, 5, 32), attn_mask=torch.zeros(5, 5)), "attn_mask: expected no mask, None, got"),
         (lambda: block(x, x, x, mask), "k_x, v_x: expected None"),
         (lambda: TimmBlock(8, 2)(torch.randn(1, 3, 8), is_causal=True), "attn_mask, is_causal: expected None and False"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    boolean = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(block(x[:, :7], attn_mask=mask[:7, :7]), block(x[:, :7], attn_mask=boolean))
     model.attn_mask[0, 1] = 0
     with pytest.raises(ValueError, match="text: expected no mask or a causal one, got a tower with another attn_mask"):
         simplify(model)

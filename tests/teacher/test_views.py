@@ -18,6 +18,7 @@ import simplclip
 from simplclip import data, models, teacher
 from simplclip.data import decode, samples, transforms
 from simplclip.data.transforms import ImageTransform
+from simplclip.teacher import caption
 from simplclip.train import config as configs
 from simplclip.train.config import ConfigError
 
@@ -266,3 +267,10 @@ def test_training_checks_the_augmentation(taught, tmp_path):
     go(tiny.settings(tmp_path, *changes, f"data.augment={json.dumps(default)}", f"run.out={tmp_path / 'same'}"))
     go(tiny.settings(tmp_path, *changes))
     assert bits(state_of(tmp_path / "run")["model"]) == bits(state_of(tmp_path / "same")["model"])
+
+
+def test_counts_below_one_are_refused():
+    with pytest.raises(ValueError, match="views: expected an integer of at least 1, got -1"):
+        teacher.Views(transform(32, AUGMENT), -1)
+    with pytest.raises(ValueError, match="n: expected an integer of at least 1, got 0"):
+        caption.run("a.tar", "out", "coca_ViT-B-32", n=0)
