@@ -210,11 +210,13 @@ def inherit(
 
     Raises:
         CheckpointError: the source has another architecture or cannot be read as weights.
-        InputError: a pattern matches nothing; or, with ``blocks``, the source has no block in the place of a simplified
-            block, or one of another kind or shape.
+        InputError: no source is given; a pattern matches nothing; or, with ``blocks``, the source has no block in the place
+            of a simplified block, or one of another kind or shape.
         FileNotFoundError: there is no such file. In all cases the model is left unchanged.
     """
     sources = [source] if isinstance(source, str | os.PathLike | nn.Module | Mapping) else list(source)
+    if not sources:
+        raise InputError("source: expected at least one, got an empty list")
     patterns = [train] if isinstance(train, str) else list(train)
     transfer = Transfer(model)
     loaded = [state_of(each, model) for each in sources]

@@ -262,6 +262,7 @@ def bad_sources(folder):
     vision = {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}
     vit = open_clip.CLIP(256, vision, {"width": 256, "layers": 1, "vocab_size": 99})
     yield CheckpointError, [vit], "CLIP, of whose 3. tensors 3 fit .not: "
+    yield InputError, [], "expected at least one, got an empty list"
     yield TypeError, [tiny(1), 3], "not 'int'|not int"
 
 
