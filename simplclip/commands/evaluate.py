@@ -23,8 +23,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]DATA",
-            help="Shards, a folder with a folder of images for each class, or clip-benchmark's layout (its split test, "
-            "or the folder of another one). May be repeated. Default: eval.splits in the config.yaml beside the first model.",
+            help="Shards, a table, JSON or folder as `simplclip data pack` takes them, or clip-benchmark's layout (its split "
+            "test, or a split's folder). May be repeated. Default: eval.splits in the config.yaml beside the first model.",
         ),
     ] = None,
     *,

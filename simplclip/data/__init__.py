@@ -11,7 +11,7 @@ _MODULES = {  # imported on first use: packing needs no torch
     "loader": ("Loader",),
     "pack": ("packed",),  # simplclip.data.pack is the module
     "sidecars": ("dataset_size", "teacher_stamp"),
-    "sources": ("expand", "sources_of"),
+    "sources": ("sources_of",),
 }
 __all__ = [name for names in _MODULES.values() for name in names]  # noqa: PLE0605
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from simplclip.data.errors import BrokenSample
 from simplclip.data.files import open_image
 
-SCALES = (8, 4, 2)  # scales that `decode` takes besides 1
-
 
 def size_of(encoded: bytes) -> tuple[int, int]:
     """Reads height and width from the header."""
@@ -22,23 +20,23 @@ def size_of(encoded: bytes) -> tuple[int, int]:
     return image.height, image.width
 
 
-def decode(encoded: bytes, *, scale: int = 1) -> Tensor:
+def decode(encoded: bytes, *, least: tuple[int, int] | None = None) -> Tensor:
     """Decodes a file to RGB, uint8 [3, H, W].
 
-    scale: 1, 2, 4 or 8, by which the sides of a JPEG are divided (and rounded up) while it is decoded, which is faster; other
-        formats stay as they are.
+    least: height and width that are enough. A JPEG that is 2, 4 or 8 times as large is decoded at that fraction of its sides
+        (rounded up), which is faster; other formats stay as they are.
     Raises BrokenSample: "not an image", "truncated image", or, before anything is decoded, "image too large" for a header
     that promises more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    return to_tensor(decode_pil(encoded, scale=scale))
+    return to_tensor(decode_pil(encoded, least=least))
 
 
-def decode_pil(encoded: bytes, *, scale: int = 1) -> Image.Image:
+def decode_pil(encoded: bytes, *, least: tuple[int, int] | None = None) -> Image.Image:
     """Decodes a file as `decode` does, to a PIL image."""
     image = _open(encoded)
     try:
-        if scale > 1:
-            image.draft(None, (image.width // scale, image.height // scale))
+        if least:
+            image.draft(None, least[::-1])
         return rgb(image)
     except Exception as error:  # decoders raise many types for damaged bytes
         raise BrokenSample("truncated image", error) from None

@@ -14,13 +14,14 @@ import csv
 import hashlib
 import itertools
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from simplclip.common.errors import InputError
-from simplclip.data.files import IMAGE_SUFFIXES, json_of
+from simplclip.data.files import IMAGE_SUFFIXES, clean, json_of
 
 TABLES = (".csv", ".tsv", ".parquet")
 JSON = ".json"
@@ -29,7 +30,6 @@ IMAGE_NAMES = ("filepath", "image_path", "path", "image", "file_name", "filename
 CAPTION_NAMES = ("captions", "caption", "title", "text", "comment")
 SEPARATORS = "\t,|;"
 LINE = 1 << 24  # most bytes of a line
-_SUFFIXES = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json"))
 
 
 class Row(NamedTuple):
@@ -71,6 +71,11 @@ class RowSource:
     total: int
     state: dict[str, Any]
     rows: Callable[[], Iterator[Row]]
+    classes: tuple[str, ...] = ()  # of a folder with a folder for each class: the labels, in order
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(os.path.abspath(self.path))
 
 
 def is_source(path: str | os.PathLike) -> bool:
@@ -263,40 +268,43 @@ def _folder(path: str) -> RowSource:
     """
     path = path.rstrip(os.sep) or path
     digest = hashlib.blake2b(digest_size=16)
-    images, texts = 0, False
-    for files in _images(path):
+    images, any_text, classes = 0, False, set()
+    for image, texts in _images(path):
         images += 1
-        texts = texts or len(files) > 1
-        digest.update(repr(sorted(files.items())).encode("utf-8", "surrogateescape"))
+        any_text = any_text or bool(texts)
+        classes.add(_class_of(image))
+        digest.update(repr((image, texts)).encode("utf-8", "surrogateescape"))
     if not images:
         hint = " (try its *.tar)" if any(file.endswith(".tar") for file in os.listdir(path)) else ""
         raise InputError(f"source: expected a folder of images with captions, got {path!r}, which has no image{hint}")
 
     def rows() -> Iterator[Row]:
-        for files in _images(path):
-            suffix = next(suffix for suffix in IMAGE_SUFFIXES if suffix in files)
-            key = files[suffix][: -len(suffix) - 1]
-            name, image = f"{os.path.basename(path)}/{key}", os.path.join(path, files[suffix])
-            if texts:
-                beside = {suffix: os.path.join(path, file) for suffix, file in files.items() if suffix in ("txt", "json")}
-                yield Row(name, image, texts=beside)
-            else:
-                label = key.split(os.sep)[0].replace("_", " ") if os.sep in key else None
-                yield Row(name, image, [label] if label else [], label=label)
+        for image, texts in _images(path):
+            name, file = os.path.join(os.path.basename(path), os.path.splitext(image)[0]), os.path.join(path, image)
+            label = None if any_text else _class_of(image)
+            yield Row(
+                name, file, [label] if label else [], {suffix: os.path.join(path, texts[suffix]) for suffix in texts}, label
+            )
 
-    return RowSource(path, images, {"images": images, "names": digest.hexdigest()}, rows)
+    labels = () if any_text else tuple(sorted(filter(None, classes)))
+    return RowSource(path, images, {"images": images, "names": digest.hexdigest()}, rows, labels)
 
 
-def _images(path: str) -> Iterator[dict[str, str]]:
-    """Yields the files of each image, suffix -> path relative to `path`. Subfolders of a linked folder are left out."""
+def _class_of(image: str) -> str | None:
+    return clean(image.split(os.sep)[0].replace("_", " ")) if os.sep in image else None
+
+
+def _images(path: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields images, and by suffix the texts beside them, relative to `path`. Subfolders of a linked folder are left out."""
     for place, folders, files in os.walk(path, followlinks=True):
         folders.sort()
         if place != path and os.path.islink(place):  # a link may lead anywhere, also to a folder that contains it
             folders.clear()
-        inside = "" if place == path else os.path.relpath(place, path) + os.sep
-        samples: dict[str, dict[str, str]] = {}
+        inside = "" if place == path else os.path.relpath(place, path)
+        samples: defaultdict[str, dict[str, str]] = defaultdict(dict)  # of each key: file -> suffix
         for file in sorted(files):
-            suffix = next((suffix for suffix in _SUFFIXES if file.lower().endswith(suffix)), None)
-            if suffix:
-                samples.setdefault(file[: -len(suffix)], {}).setdefault(suffix[1:], inside + file)
-        yield from (sample for _, sample in sorted(samples.items()) if not sample.keys().isdisjoint(IMAGE_SUFFIXES))
+            key, suffix = os.path.splitext(file)
+            samples[key][os.path.join(inside, file)] = suffix[1:].lower()
+        for _, sample in sorted(samples.items()):
+            texts = {suffix: file for file, suffix in sample.items() if suffix in ("txt", "json")}
+            yield from ((file, texts) for file, suffix in sample.items() if suffix in IMAGE_SUFFIXES)

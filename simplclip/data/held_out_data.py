@@ -16,8 +16,10 @@ from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
-from simplclip.data.files import IMAGE_SUFFIXES, captions_of, clean, file_bytes, record_of
+from simplclip.data.files import captions_of, clean, record_of
+from simplclip.data.forms import Options, Row, is_source, open_source
 from simplclip.data.loader import pixels_of, seeded
+from simplclip.data.pack import files_of
 from simplclip.data.samples import Pair, check_files, image_of, label_of
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.stored_order import StoredOrder
@@ -26,33 +28,18 @@ from simplclip.data.tars import Sample
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of labelled data, by number: their names, their folders if each class has one, and prompt templates."""
+    """The classes of labelled data, by number: their names, those of their folders if each has one, and prompt templates."""
 
     names: list[str] | None = None
     folders: tuple[str, ...] = ()
     templates: list[str] | None = None
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """A folder with a folder of images for each class. The key of an image is its path in the folder."""
-
-    url: str
-    paths: tuple[str, ...]
-    classes: tuple[str, ...]
-
-    def samples(self) -> Iterator[Sample]:
-        """Yields the samples without the images, whose files `HeldOut.open` reads."""
-        about = {"__url__": self.url, "__shard__": os.path.basename(self.url.rstrip(os.sep))}
-        for path in self.paths:
-            yield about | {"__key__": path, "__label__": self.classes.index(path.split(os.sep)[0])}
-
-
 @dataclass
 class HeldOut:
     """Held-out data, made by `held_out`. It is copied to the workers, each of which goes over all samples."""
 
-    sources: Sequence[Source | ImageFolder]
+    sources: Sequence[Source]
     classes: Classes
     captions: int | None = None
     txt_lines: bool = False
@@ -61,25 +48,26 @@ class HeldOut:
         return in_words(self.sources)
 
     def open(self, sample: Sample) -> Pair:
-        """Parses the files of a sample. Raises BrokenSample."""
-        if "__label__" in sample:
-            try:
-                sample = sample | {"jpg": file_bytes(os.path.join(sample["__url__"], sample["__key__"]))}
-            except OSError as error:
-                raise BrokenSample("cannot be read", error) from None
+        """Parses the files of a sample, and reads those of a row. Raises BrokenSample."""
+        row: Row | None = sample.get("__row__")
+        if row is not None:
+            sample = sample | files_of(row)
         check_files(sample)
         record = record_of(sample)
         label = label_of(sample, record)
         try:
             captions = captions_of(sample, record, txt_lines=self.txt_lines)[: self.captions or None]
-            if self.captions is None and isinstance(record.get("captions"), list):
-                captions = captions[:1]
         except BrokenSample as broken:
             if label is None or broken.args[0] not in ("missing caption", "empty caption"):
                 raise
             captions = []
-        url = os.path.abspath(sample["__url__"]) if type(sample["__url__"]) is str else sample["__url__"]
-        return Pair(image_of(sample), captions, record, sample["__key__"], url, sample["__shard__"], label=label)
+        if self.classes.folders:  # the caption of an image is only the name of its class
+            captions, label = [], self.classes.folders.index(str(label))
+        elif self.captions is None and isinstance(record.get("captions"), list) and not (row and row.captions):
+            captions = captions[:1]
+        return Pair(
+            image_of(sample), captions, record, sample["__key__"], sample["__url__"], sample["__shard__"], label=label
+        )
 
     def batches(
         self,
@@ -121,7 +109,7 @@ class HeldOut:
 
 
 def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:
-    """Returns held-out data: tars as `sources_of` takes them, ImageFolder's layout, or clip-benchmark's.
+    """Returns held-out data: tars as `sources_of` takes them, what `pack` takes, or clip-benchmark's layout.
 
     Of clip-benchmark's layout it takes the split `test`; name the folder of another one itself. A sample without caption and
     label is broken.
@@ -130,17 +118,26 @@ def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> H
     captions only the first counts, since the others may be rephrasings for training, or synthetic.
     Raises InputError if no data are found, or if a folder has another layout.
     """
-    folder = os.path.expanduser(os.fspath(what)) if isinstance(what, (str, os.PathLike)) else ""
-    if not os.path.isdir(folder):
+    if not (isinstance(what, (str, os.PathLike)) and is_source(what)):
         return HeldOut(sources_of(what, name), Classes(), captions)
-    if (data := _clip_benchmark(Path(folder), captions, name)) is not None:
+    path = os.path.expanduser(os.fspath(what))
+    if (data := _clip_benchmark(Path(path), captions, name)) is not None:
         return data
-    images = _image_folder(folder, name)
-    return HeldOut([images], Classes([clean(one.replace("_", " ")) for one in images.classes], images.classes), captions)
+    try:
+        rows = open_source(path, Options())
+    except InputError as error:
+        raise InputError(f"{name}: {str(error).removeprefix('source: ')}") from None
+    labels = list(rows.classes)
+    return HeldOut([Source(path, name=rows.name)], Classes(labels or None, rows.classes), captions)
 
 
-def _read(source: Source | ImageFolder, skipped: Skipped) -> Iterator[Sample]:
-    return source.samples() if isinstance(source, ImageFolder) else tars.read(source, skipped)
+def _read(source: Source, skipped: Skipped) -> Iterator[Sample]:
+    if not is_source(source.url):
+        yield from tars.read(source, skipped)
+        return
+    for row in open_source(source.url, Options()).rows():
+        key = row.name.partition("/")[2]
+        yield {"__key__": key, "__url__": source.url, "__shard__": source.name, "__row__": row}
 
 
 @dataclass
@@ -158,23 +155,6 @@ class _Prepare:
 def _collate(prepared: list[tuple[torch.Tensor, Pair]]) -> tuple[torch.Tensor, list[Pair]]:
     images, pairs = zip(*prepared)
     return torch.stack(images), list(pairs)
-
-
-def _image_folder(path: str, name: str) -> ImageFolder:
-    classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    files = [file for folder in classes for file in sorted(Path(path, folder).rglob("*"))]
-    if any(file.suffix.lower() in (".txt", ".json") for file in files):
-        raise InputError(
-            f"{name}: expected a folder of images by class, got {path!r} with texts beside the images; make shards "
-            "of it by `simplclip data pack`"
-        )
-    paths = [str(file.relative_to(path)) for file in files if file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES]
-    if not paths:
-        raise InputError(
-            f"{name}: expected a folder with a folder of images for each class, or of clip-benchmark's layout "
-            f"(test/nshards.txt), got {path!r}; of a folder of images with captions `simplclip data pack` makes shards"
-        )
-    return ImageFolder(path, tuple(paths), tuple(classes))
 
 
 def _clip_benchmark(folder: Path, captions: int | None, name: str) -> HeldOut | None:

@@ -68,8 +68,7 @@ def pack(
     FileExistsError (another process writes to `out`); PackError (a process died).
     """
     opened, out = open_source(source, options), Path(out).expanduser()
-    name = os.path.basename(os.path.abspath(opened.path))
-    folder = TarFolder(out, {"format": FORMAT, "source": {"name": name, **opened.state}})
+    folder = TarFolder(out, {"format": FORMAT, "source": {"name": opened.name, **opened.state}})
     with folder.claimed():
         again = folder.complete and all(map(folder.is_whole, folder.entries))
         if not again:
@@ -77,7 +76,7 @@ def pack(
         shards = [str(out / shard) for shard, entry in sorted(folder.entries.items()) if entry["samples"]]
     if progress:
         samples = sum(entry["samples"] for entry in folder.entries.values())
-        made = f"{samples:,} samples of {name} in {len(shards)} shard{'s' * (len(shards) > 1)}, {out / '*.tar'}"
+        made = f"{samples:,} samples of {opened.name} in {len(shards)} shard{'s' * (len(shards) > 1)}, {out / '*.tar'}"
         skipped = skipped_in(folder.entries.values())
         left_out = f"; {skipped}" if skipped.counts else ""
         print(f"kept {made}, which an earlier run packed" if again else f"packed {made}{left_out}")
@@ -177,7 +176,7 @@ def _write_shard(path: Path, first: int, rows: list[Row]) -> dict[str, Any]:
     with new_tar(path) as tar:
         for number, row in enumerate(rows, first):
             try:
-                files = _files(row)
+                files = files_of(row)
             except BrokenSample as broken:
                 skipped.add(broken.args[0], row.name, broken.args[1])
                 continue
@@ -188,8 +187,8 @@ def _write_shard(path: Path, first: int, rows: list[Row]) -> dict[str, Any]:
     return entry_of(path, samples, skipped)
 
 
-def _files(row: Row) -> dict[str, bytes]:
-    """Returns a sample's files by suffix. Raises BrokenSample."""
+def files_of(row: Row) -> dict[str, bytes]:
+    """Returns a sample's files by suffix: the image as it is, and a json. Raises BrokenSample."""
     if row.problem:
         raise BrokenSample(*row.problem)
     texts = {suffix: _read(path, TEXT_BYTES) for suffix, path in row.texts.items()}

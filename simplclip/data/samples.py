@@ -103,8 +103,7 @@ def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
             return int(sample["cls"])
         except ValueError:
             raise BrokenSample("bad cls", f"expected the number of a class, got {sample['cls'][:40]!r}") from None
-    label = sample.get("__label__")
-    return label if label is not None or record.get("label") is None else clean(str(record["label"]))
+    return None if record.get("label") is None else clean(str(record["label"]))
 
 
 def digest_of(captions: list[str]) -> str:

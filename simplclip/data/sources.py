@@ -63,15 +63,6 @@ def sources_of(what: Any, name: str = "shards") -> list[Source]:
     return [replace(s, name=str(s.url) if files[names[s.url]] > 1 else names[s.url]) for s in sources]
 
 
-def expand(what: Any, name: str = "shards") -> list[str]:
-    """Returns the paths of local tars. Raises InputError as `sources_of` does, and for URLs and commands."""
-    urls = [source.url for source in sources_of(what, name)]
-    for url in urls:
-        if isinstance(url, Address):
-            raise InputError(f"{name}: expected local tars, got {str(url)!r}")
-    return urls
-
-
 def in_words(sources: Iterable[Any]) -> str:
     """Names sources in messages: "'a.tar' (and 3 more files)"."""
     first, *more = dict.fromkeys(source.url for source in sources)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +17,7 @@ from torchvision.transforms import ColorJitter, InterpolationMode, RandomAffine,
 from torchvision.transforms.v2 import functional as F
 
 from simplclip.common.errors import InputError
-from simplclip.data.decode import SCALES, check_pixels, decode, rgb, size_of, to_tensor
+from simplclip.data.decode import check_pixels, decode, rgb, size_of, to_tensor
 
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 RATIO = (3 / 4, 4 / 3)  # RandomResizedCrop's default aspect ratios
@@ -85,8 +86,14 @@ class ImageTransform:
         return self.apply_all(encoded, [view])[0]
 
     def apply_all(self, encoded: bytes, views: Sequence[View]) -> list[Tensor]:
-        """Returns the pixels of a file in several views, as `apply` does. It is decoded once, at the largest scale needed."""
-        image = decode(encoded, scale=min(self._scale(encoded, view) for view in views))
+        """Returns the pixels of a file in several views, as `apply` does. It is decoded once, as large as they need it."""
+        # The sides of a whole image whose crop is as large as S.
+        sides = [
+            [math.ceil(whole * side / max(1, part)) for whole, side, part in zip(view["image"], self.size, view["crop"][2:])]
+            for view in views
+            if "crop" in view
+        ]
+        image = decode(encoded, least=(max(y for y, _ in sides), max(x for _, x in sides)) if sides else None)
         return [self.render(image, view) for view in views]
 
     def render(self, image: Tensor, view: View) -> Tensor:
@@ -123,18 +130,6 @@ class ImageTransform:
             return self.apply(image, self.draw(*size_of(image)))
         pixels = to_tensor(rgb(image))
         return self.finish(self.render(pixels, self.draw(*pixels.shape[1:]))[None])[0]
-
-    def _scale(self, encoded: bytes, view: View) -> int:
-        """Returns by what the sides of a JPEG may be divided while it is decoded for a view."""
-        if "crop" not in view or self._room(view["image"], view) < SCALES[-1]:
-            return 1
-        room = self._room(size_of(encoded), view)
-        return next((scale for scale in SCALES if scale <= room), 1)
-
-    def _room(self, size: tuple[int, int], view: View) -> float:
-        """Returns the sides of the view's crop, in an image of this size, divided by S: the smaller quotient."""
-        top, left, bottom, right = _box(size, view)
-        return min((bottom - top) / self.size[0], (right - left) / self.size[1])
 
     def _resized(self, height: int, width: int) -> tuple[list[int], InterpolationMode]:
         """Returns the size to which evaluation resizes an image before it crops or pads, and the interpolation."""

@@ -192,7 +192,7 @@ class OptimConfig(Section):
 
 
 class EvalConfig(Section):
-    splits: dict[str, str | list[str]] = setting({}, "held-out data by name: shards as in data.train")
+    splits: dict[str, str | list[str]] = setting({}, "held-out data by name: as in data.train, or as evaluate takes them")
     every: int = setting(0, "steps between evaluations of the splits during training; 0: never", ge=0)
     templates: list[str] = setting(["a photo of {}"], "phrases around a label in zero-shot classification", min_length=1)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairs import COUNT, SIZE, augment, png, resize, sample, write
+from pairs import COUNT, SIZE, augment, png, resize, sample, table, write
 
 from simplclip import data
 from simplclip.common.errors import InputError
@@ -77,15 +77,36 @@ def test_classes_of_folders(tmp_path):
     for workers in (0, 2):
         batches, skipped = read(tmp_path / "in", workers)
         assert [(pair.key, pair.label) for pair in pairs(batches)] == [
-            ("big_dog/more/0.PNG", 0), ("big_dog/more/1.PNG", 0), ("cat/more/0.PNG", 1)
+            ("big_dog/more/0", 0), ("big_dog/more/1", 0), ("cat/more/0", 1)
         ]  # fmt: skip
+        assert not any(pair.captions for pair in pairs(batches))
         assert skipped.counts == {"not an image": 1, "cannot be read": 2}
-    (tmp_path / "in" / "cat" / "a.txt").write_text("a cat")
-    with pytest.raises(InputError, match="data: .*with texts beside the images; make shards .* `simplclip data pack`"):
-        data.held_out(tmp_path / "in")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="data: expected a folder with a folder of images for each class"):
+    with pytest.raises(InputError, match="data: expected a folder of images with captions, got .* which has no image"):
         data.held_out(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_pack_takes_is_read_as_it_is(tmp_path, workers):
+    """All captions of a row count; of a json beside an image the first one, as in shards."""
+    (tmp_path / "texts").mkdir()
+    for name, texts in (("a.txt", "one\n two"), ("b.json", '{"captions": ["first", "second"], "label": "cat"}')):
+        (tmp_path / "texts" / name).write_text(texts)
+        (tmp_path / "texts" / name).with_suffix(".png").write_bytes(png())
+    rows = [(f"texts/{name}.png", f"{name} {which}") for name in "ab" for which in (1, 2)]
+    table(tmp_path / "rows.csv", [*rows, ("texts/none.png", "x")])
+    batches, skipped = read(tmp_path / "texts", workers)
+    assert [(pair.captions, pair.label) for pair in pairs(batches)] == [(["one two"], None), (["first"], "cat")]
+    batches, skipped = read(tmp_path / "rows.csv", workers, batch_size=2)
+    assert [(pair.key, pair.captions) for pair in pairs(batches)] == [
+        ("000000000", ["a 1", "a 2"]),
+        ("000000002", ["b 1", "b 2"]),
+    ]
+    assert skipped.examples["cannot be read"].startswith("rows.csv/000000004")
+    assert [len(pair.captions) for pair in pairs(read(tmp_path / "rows.csv", captions=1)[0])] == [1, 1]
+    assert [*data.held_out(tmp_path / "rows.csv").pictures([1])] == [1]
+    with pytest.raises(InputError, match="held: expected a table with a column"):
+        data.held_out(table(tmp_path / "other.csv", rows, ("x", "y")), name="held")
 
 
 def clip_benchmark(folder, **files):

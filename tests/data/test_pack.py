@@ -198,6 +198,13 @@ def test_hostile_rows_are_counted(tmp_path, monkeypatch):
     )
 
 
+def test_images_of_one_name_are_different_samples(tmp_path):
+    (tmp_path / "in/dog").mkdir(parents=True)
+    for name in ("1.png", "1.JPG", "2.png"):
+        (tmp_path / "in/dog" / name).write_bytes(png())
+    assert packed(tmp_path / "in", tmp_path / "out")[0] == [("dog/1", ["dog"]), ("dog/1", ["dog"]), ("dog/2", ["dog"])]
+
+
 def test_links_to_folders(tmp_path):
     """A class may be a link to a folder; a link to its own parent or to the disk's root costs nothing."""
     (tmp_path / "all/dog/deep").mkdir(parents=True)

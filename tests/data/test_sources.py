@@ -163,13 +163,6 @@ def test_what_names_no_tar(tmp_path, monkeypatch, what, message):
         data.sources_of(what, "data")
 
 
-def test_expand_gives_local_tars(tmp_path):
-    path = shard(tmp_path)
-    assert data.expand(str(tmp_path / "*.tar")) == [path]
-    with pytest.raises(InputError, match="shards: expected local tars, got 'pipe:cat x'"):
-        data.expand([path, "pipe:cat x"])
-
-
 def test_no_device_or_named_pipe_is_opened(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     with pytest.raises(data.ShardError, match="a.tar': expected a regular file"):

@@ -164,6 +164,7 @@ def test_names_of_classes(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="classnames: expected imagenet or a file of names, got 'gone.txt'"):
         names("gone.txt")
     (tmp_path / "val" / "n99999999_x").mkdir()
+    (tmp_path / "val" / "n99999999_x" / "0.JPEG").write_bytes(png(form="JPEG"))
     folder = data.held_out("val")
     with pytest.raises(ValueError, match="expected a name for each of the 4 folders"):
         names("imagenet")
