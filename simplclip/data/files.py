@@ -43,6 +43,12 @@ def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
     raise BrokenSample("file too large", f"{os.fspath(path)!r} of {about.st_size:,} bytes, expected at most {limit:,}")
 
 
+def state_of(path: str | os.PathLike) -> dict[str, int]:
+    """Returns what tells in a meta.json whether a file has changed."""
+    about = os.stat(path)
+    return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
+
+
 def is_jpeg(encoded: bytes) -> bool:
     return encoded[:3] == b"\xff\xd8\xff"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from simplclip.common.errors import InputError
-from simplclip.data.files import IMAGE_SUFFIXES, clean, json_of
+from simplclip.data.files import IMAGE_SUFFIXES, clean, json_of, state_of
 
 TABLES = (".csv", ".tsv", ".parquet")
 JSON = ".json"
@@ -101,9 +101,8 @@ def open_source(path: str | os.PathLike, options: Options) -> RowSource:
         hint = "; training reads tars as they are" if ".tar" in kind else ""
         raise InputError(f"source: expected {expected}, got {file!r}{hint}")
     total, rows = (_json if kind.endswith(JSON) else _parquet if kind.endswith(".parquet") else _table)(file, options)
-    about = os.stat(file)
     given = {name: value for name, value in vars(options).items() if value is not None}
-    return RowSource(file, total, {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns, **given}, rows)
+    return RowSource(file, total, {**state_of(file), **given}, rows)
 
 
 def split_of(path: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from simplclip.common.errors import InputError, check_count
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
 from simplclip.data.samples import Pair, parse, place_of, stable_hash
-from simplclip.data.sidecars import Folders, check_sidecars, zipped
+from simplclip.data.sidecars import Folders, check_sidecars, joined
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.tars import MAX_BYTES, Sample
 from simplclip.data.transforms import ImageTransform, View, stack
@@ -120,7 +120,7 @@ class Loader:
         if self.on_error not in ("skip", "stop"):
             raise InputError(f"on_error: expected skip or stop, got {self.on_error!r}")
         self.sources = sources_of(self.shards)
-        check_sidecars([source.url for source in self.sources], self.sidecars)
+        check_sidecars(self.sources, self.sidecars)
         self.turn = 0  # the worker that yields the next batch
         self.positions = [(0, 0)] * max(1, self.workers)  # of each: the pass, and the samples consumed in it
 
@@ -216,10 +216,9 @@ class Loader:
         return samples
 
     def _read(self, order: list[tuple[Source, int]], skipped: Skipped) -> Iterator[Sample]:
+        read: Any = partial(joined, folders=self.sidecars) if self.sidecars else tars.read
         for source, copy_number in order:
-            join = partial(zipped, shard=source.url, folders=self.sidecars) if self.sidecars else None
-            limits: Any = {"max_bytes": self.max_bytes, "on_error": self.on_error}
-            for sample in tars.read(source, skipped, sidecars=join, **limits):
+            for sample in read(source, skipped, max_bytes=self.max_bytes, on_error=self.on_error):
                 yield sample | {"__copy__": copy_number} if copy_number else sample
 
     def _prepare(self, sample: Sample, number: int) -> tuple:

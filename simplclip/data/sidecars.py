@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +43,30 @@ def beside(shard: str, folders: Folders) -> list[str]:
     return paths
 
 
-def check_sidecars(shards: Iterable[str], folders: Folders) -> None:
+def by_name(sources: Iterable[Source]) -> dict[str, Source]:
+    """Returns sources by the names of their sidecars. Raises InputError for two of one name."""
+    named: dict[str, Source] = {}
+    for source in sources:
+        first = named.setdefault(plain_name(source.url), source)
+        if first.url != source.url:
+            got = f"{str(first.url)!r} and {str(source.url)!r}"
+            raise InputError(f"shards: expected files of different names, since sidecars go by them, got {got}")
+    return named
+
+
+def check_sidecars(sources: Iterable[Source], folders: Folders) -> None:
     """Raises InputError for paths that are no folders or shards of one name, ShardError for a missing or stale sidecar.
 
     A shard that has changed since its sidecar was made is noticed by its size, if the sidecar's meta.json has the size.
     """
     if isinstance(folders, (str, os.PathLike)):
         raise InputError(f"sidecars: expected a list of folders, got {folders!r}")
-    names: dict[str, str] = {}
-    for shard in shards if folders else ():
-        if names.setdefault(plain_name(shard), shard) != shard:
-            raise InputError(
-                f"sidecars: expected shards of different file names, got {str(names[plain_name(shard)])!r} and {str(shard)!r}"
-            )
+    shards = [source.url for source in by_name(sources).values()] if folders else []
     for folder in map(os.path.expanduser, folders):
         if not os.path.isdir(folder):
             raise InputError(f"sidecars: expected folders, got {str(folder)!r}, which is none")
         listed = entries(folder)
-        for shard in names.values():
+        for shard in shards:
             (path,) = beside(shard, [folder])
             source = listed.get(os.path.basename(path), {}).get("source")
             size = source.get("bytes") if isinstance(source, dict) else None
@@ -78,6 +85,11 @@ def entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
         return {name: entry for name, entry in named if isinstance(entry, dict)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
+
+
+def joined(source: Source, skipped: Skipped, folders: Folders, **limits: Any) -> Iterator[Sample]:
+    """Yields the samples of a tar, each key once, with the files of its sidecars. limits: those of `tars.read`."""
+    return tars.read(source, skipped, sidecars=partial(zipped, shard=source.url, folders=folders), **limits)
 
 
 def zipped(samples: Iterable[Sample], shard: str, folders: Folders) -> Iterator[Sample]:

@@ -21,7 +21,8 @@ from simplclip.data.workers import from_workers
 class Portion(NamedTuple):
     """A batch of one source, or the end of a source."""
 
-    positions: list[int]  # of the batch's samples among all samples of all sources
+    positions: list[int]  # of the batch's usable samples among all samples of all sources
+    keys: list[str]  # of the same samples
     batch: Any  # what `collate` returned; None at the end of a source, and if no sample of the batch is usable
     skipped: Skipped  # damage in the batch; at the end of a source that of the tar itself
     end: bool = False  # whether the source ends here
@@ -61,15 +62,16 @@ class StoredOrder:
                     yield self._portion(start, rows)
                 number, start = number + 1, start + len(rows)
             if number % turns == turn:
-                yield Portion([], None, damage, end=True)
+                yield Portion([], [], None, damage, end=True)
             number += 1
 
     def _portion(self, start: int, rows: list[Sample]) -> Portion:
-        prepared, positions, skipped = [], [], Skipped()
+        prepared, positions, keys, skipped = [], [], [], Skipped()
         for position, sample in enumerate(rows, start):
             try:
                 prepared.append(self.prepare(sample))
                 positions.append(position)
+                keys.append(sample["__key__"])
             except BrokenSample as broken:
                 skipped.add(broken.args[0], place_of(sample), broken.args[1])
-        return Portion(positions, self.collate(prepared) if prepared else None, skipped)
+        return Portion(positions, keys, self.collate(prepared) if prepared else None, skipped)

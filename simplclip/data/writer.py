@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,8 +23,9 @@ from simplclip.common.errors import InputError, check_count
 from simplclip.common.progress import Progress
 from simplclip.data import tars
 from simplclip.data.errors import Skipped
+from simplclip.data.files import state_of
 from simplclip.data.samples import Pair, parse
-from simplclip.data.sidecars import Folders, beside, check_sidecars, dataset_size, plain_name, zipped
+from simplclip.data.sidecars import Folders, beside, by_name, check_sidecars, dataset_size, joined
 from simplclip.data.sources import Address, Source, sources_of
 from simplclip.data.stored_order import Portion, StoredOrder
 from simplclip.data.tar_writer import TarFolder, add, entry_of, new_tar, skipped_in
@@ -76,9 +76,12 @@ def write_sidecars(
     check_count("batch_size", batch_size, 1)
     check_count("workers", workers, 0)
     out = Path(out).expanduser()
-    sources = _by_name(sources_of(shards), out)
+    sources = by_name(sources_of(shards))
     urls = [source.url for source in sources.values()]
-    check_sidecars(urls, sidecars)
+    check_sidecars(sources.values(), sidecars)
+    for url in urls:
+        if not isinstance(url, Address) and out.resolve() == Path(url).resolve().parent:
+            raise InputError(f"out: expected another folder than that of the shard {url!r}, got {str(out)!r}")
     folder = TarFolder(out, {"format": FORMAT, **stamp})
     rank, count = ranks.number(), ranks.count()
 
@@ -86,9 +89,9 @@ def write_sidecars(
         ranks.on_first(lambda: stack.enter_context(folder.claimed()))
         todo, folder.entries = ranks.on_first(lambda: (_unfinished(sources, folder, sidecars), folder.entries))
         of_rank = list(islice(todo, rank, None, count))
-        keyed = _Keyed(prepare, collate)
-        read = partial(_read, sidecars=sidecars, max_bytes=max_bytes)
-        order = StoredOrder([todo[name] for name in of_rank], read, keyed.prepare, batch_size, keyed.collate)
+        read = partial(joined, folders=sidecars, max_bytes=max_bytes)
+        prepared = partial(_prepared, prepare=prepare)
+        order = StoredOrder([todo[name] for name in of_rank], read, prepared, batch_size, collate)
         portions = stack.enter_context(contextlib.closing(order.portions(workers)))
         kept = sum(folder.entries[name]["samples"] for name in sources if name not in todo)
         with Progress(title, dataset_size(urls), kept, shown=progress) as bar:
@@ -107,36 +110,8 @@ def write_sidecars(
     return {"path": str(out), "shards": len(sources), "written": len(todo), "samples": samples, "skipped": skipped}
 
 
-def _read(source: Source, skipped: Skipped, sidecars: Folders, max_bytes: int) -> Iterator[tars.Sample]:
-    return tars.read(source, skipped, sidecars=partial(zipped, shard=source.url, folders=sidecars), max_bytes=max_bytes)
-
-
-@dataclass
-class _Keyed:
-    """Prepares and collates samples together with their keys."""
-
-    one: Callable[[Pair], Any]
-    several: Callable[[list[Any]], Any]
-
-    def prepare(self, sample: tars.Sample) -> tuple[str, Any]:
-        return sample["__key__"], self.one(parse(sample))
-
-    def collate(self, prepared: list[tuple[str, Any]]) -> tuple[list[str], Any]:
-        keys, results = zip(*prepared)
-        return list(keys), self.several(list(results))
-
-
-def _by_name(sources: list[Source], out: Path) -> dict[str, Source]:
-    """Returns the shards by the names of their sidecars."""
-    named: dict[str, Source] = {}
-    for source in sources:
-        if not isinstance(source.url, Address) and out.resolve() == Path(source.url).resolve().parent:
-            raise InputError(f"out: expected another folder than that of the shard {source.url!r}, got {str(out)!r}")
-        name = plain_name(source.url)
-        if name in named:
-            raise InputError(f"shards: expected files of different names, got {named[name].url!r} and {source.url!r}")
-        named[name] = source
-    return named
+def _prepared(sample: tars.Sample, prepare: Callable[[Pair], Any]) -> Any:
+    return prepare(parse(sample))
 
 
 def _unfinished(sources: Mapping[str, Source], folder: TarFolder, sidecars: Folders) -> dict[str, Source]:
@@ -149,13 +124,8 @@ def _unfinished(sources: Mapping[str, Source], folder: TarFolder, sidecars: Fold
 
 def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
     """Returns the part of a sidecar's entry in meta.json that says from which files it was made."""
-    source_state = {} if isinstance(source.url, Address) else _state(source.url)
-    return {"source": source_state, "sidecars": [_state(path) for path in beside(source.url, sidecars)]}
-
-
-def _state(path: str) -> dict[str, int]:
-    about = os.stat(path)
-    return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
+    source_state = {} if isinstance(source.url, Address) else state_of(source.url)
+    return {"source": source_state, "sidecars": [state_of(path) for path in beside(source.url, sidecars)]}
 
 
 def _write(
@@ -169,9 +139,8 @@ def _write(
             if portion.end:
                 break
             if portion.batch is not None:
-                keys, batch = portion.batch
-                for key, files in zip(keys, process(batch), strict=True):
+                for key, files in zip(portion.keys, process(portion.batch), strict=True):
                     add(tar, key, files)
-                samples += len(keys)
+                samples += len(portion.keys)
             advance(len(portion.positions) + portion.skipped.counts.total())
     return entry_of(target, samples, skipped)

@@ -156,7 +156,9 @@ def test_a_key_that_comes_again_is_counted_not_mistaken(tmp_path):
 
 def test_sidecars_belong_to_tars_of_different_names(folder, out, tmp_path):
     write(((other := tmp_path / "other").mkdir() or other) / "train-0.tar", [sample(30)])
-    with pytest.raises(ValueError, match="expected shards of different file names, got .*train-0.tar. and .*other"):
+    with pytest.raises(
+        ValueError, match="expected files of different names, since sidecars go by them, got .*train-0.tar. and .*other"
+    ):
         loader([str(folder / "*.tar"), str(other / "*.tar")], sidecars=[out])
     twice = [{"shards": str(folder / "train-0.tar"), "weight": 2}, str(folder / "train-1.tar")]
     found, _ = one_pass(twice, sidecars=[out], teacher=True)
