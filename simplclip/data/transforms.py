@@ -182,8 +182,8 @@ def _checked(augment: Any) -> Any:
         try:
             augment = AugmentationCfg(**augment)
         except TypeError:
-            known = ", ".join(asdict(AugmentationCfg()))
-            raise InputError(f"augment: expected fields of AugmentationCfg ({known}), got {dict(augment)}") from None
+            names = ", ".join(asdict(AugmentationCfg()))
+            raise InputError(f"augment: expected fields of AugmentationCfg ({names}), got {dict(augment)}") from None
     for name in ("use_timm", "re_prob", "re_count"):
         if getattr(augment, name):
             raise InputError(

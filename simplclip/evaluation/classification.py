@@ -78,8 +78,8 @@ def phrases(templates: str | Sequence[str]) -> list[str]:
     for text in texts:
         rest = text.replace("{}", "", 1)
         if rest == text or set("{}") & set(rest):
-            known = ", ".join(TEMPLATES)
-            raise InputError(f"template: expected a phrase with one {{}} for the label, {known}, or a file, got {text!r}")
+            lists = ", ".join(TEMPLATES)
+            raise InputError(f"template: expected a phrase with one {{}} for the label, {lists}, or a file, got {text!r}")
     return texts
 
 
@@ -109,14 +109,14 @@ def zero_shot(
     templates = phrases(templates)
     classes, numbers = _classes(split)
     labels = torch.tensor(numbers)
-    known = labels >= 0
-    if len(classes) < 2 or not known.any():
+    labelled = labels >= 0
+    if len(classes) < 2 or not labelled.any():
         return None
     with hardware.autocast(precision, device):
         parts = [classes[start : start + AT_ONCE] for start in range(0, len(classes), AT_ONCE)]
         weights = [open_clip.build_zero_shot_classifier(model, split.tokenizer, p, templates, AT_ONCE, device) for p in parts]
     columns = torch.cat(weights, 1).float()  # [D, classes]
-    features, labels = split.image_features[known], labels[known]
+    features, labels = split.image_features[labelled], labels[labelled]
     ranked = torch.cat([places.cpu() for _, _, places in nearest(features, columns.T, 5, device)])
     hits = ranked == labels[:, None]
 

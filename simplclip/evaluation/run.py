@@ -89,7 +89,7 @@ def evaluate(
         for name, held in data.items():
             label = f"{name}, {source}" if sources[1:] else name
             split = Split(held, encoder.tokenizer, encoder.preprocess)
-            options: dict[str, Any] = {"workers": workers, "progress": label, "who": source}
+            options: dict[str, Any] = {"workers": workers, "progress": label, "source": source}
             encode(encoder.model, split, batch_size, encoder.device, encoder.precision, **options)
             say(f"{label}: {split.report()}")
             picture = folder / f"evaluation-{file_name(name)}{f'-{file_name(source)}' if number else ''}.png"

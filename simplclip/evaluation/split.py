@@ -94,16 +94,16 @@ def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> di
 
 
 @torch.no_grad()
-def features_of(model: nn.Module, tower: str, inputs: Tensor, device: torch.device, precision: str, who: str) -> Tensor:
+def features_of(model: nn.Module, tower: str, inputs: Tensor, device: torch.device, precision: str, source: str) -> Tensor:
     """Returns features float32 [N, D], L2-normalised, of images [N, 3, S, S] (tower "image") or token ids [N, L] ("text").
 
-    Raises InputError, which names `who`, if a feature is not finite.
+    Raises InputError, which names `source`, if a feature is not finite.
     """
     encode: Any = model.encode_image if tower == "image" else model.encode_text
     with hardware.autocast(precision, device):
         features = encode(inputs.to(device, non_blocking=True), normalize=True).float()
     if not features.isfinite().all():
-        raise InputError(f"{who}: expected finite features, got {tower} features that are not finite in {precision}")
+        raise InputError(f"{source}: expected finite features, got {tower} features that are not finite in {precision}")
     return nn.functional.normalize(features, dim=-1)
 
 
@@ -116,22 +116,22 @@ def encode(
     *,
     workers: int = 0,
     progress: str | None = None,
-    who: str = "checkpoint",
+    source: str = "checkpoint",
 ) -> None:
     """Reads a split and computes its features, which stay on the CPU: 4 D bytes for each image and caption.
 
     Ranks divide the images and captions. The first rank gets all of them; on other ranks `split` stays empty.
 
-    workers: processes that decode images. progress: title of the progress that is shown. who: name of the model in errors.
+    workers: processes that decode images. progress: title of the progress that is shown. source: name of the model in errors.
     Raises: InputError if features are not finite; the errors of `data.HeldOut.batches`.
     """
 
     def of_images(batch: Tensor) -> Tensor:
-        return features_of(model, "image", finished(split.transform, batch, device), device, precision, who).cpu()
+        return features_of(model, "image", finished(split.transform, batch, device), device, precision, source).cpu()
 
     def of_texts(start: int) -> Tensor:
         tokens = split.tokenizer(captions[start : start + batch_size])
-        return features_of(model, "text", tokens, device, precision, who).cpu()
+        return features_of(model, "text", tokens, device, precision, source).cpu()
 
     images = []
     with Progress(progress or "", unit="images", shown=progress is not None) as bar:

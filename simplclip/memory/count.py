@@ -91,8 +91,8 @@ class Counter(TorchDispatchMode):
                 self._held[key] = kind, size, weakref.ref(storage, partial(self._free, key))
                 self._change(kind, size)
             elif (before := self._held[key][0]) in instead_of and before != kind:
-                _, size, gone = self._held[key]
-                self._held[key] = kind, size, gone
+                _, size, reference = self._held[key]
+                self._held[key] = kind, size, reference
                 self._change(before, -size)
                 self._change(kind, size)
 
@@ -144,8 +144,8 @@ class Counter(TorchDispatchMode):
 
         if backend == "xformers":  # its kernels need the same memory as torch's SDPA
             function = backends.TABLE[op]["sdpa"].function
-        known = {"reference": function, "triton": launch, "sdpa": launch, "xformers": launch}
-        return known.get(backend, fake)
+        functions = {"reference": function, "triton": launch, "sdpa": launch, "xformers": launch}
+        return functions.get(backend, fake)
 
     def _free(self, key: int, _: object) -> None:
         kind, size, _ = self._held.pop(key)
