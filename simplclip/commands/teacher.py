@@ -23,7 +23,6 @@ def teacher(
         int, typer.Option(min=0, help="Augmented views of each image, which training replays. 0: the image, not augmented.")
     ] = 0,
     config: Annotated[str | None, typer.Option(help="Config of the student, whose augmentation the views have.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the stored features: fp16 or bf16.")] = "fp16",
     batch_size: Annotated[int, typer.Option(min=1, help="Samples encoded at a time.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,
     sidecars: Sidecars = None,
@@ -36,6 +35,6 @@ def teacher(
     from simplclip.common import ranks
 
     seen = {"views": views, "config": config, "seed": seed}
-    options = {"dtype": dtype, "batch_size": batch_size, "workers": workers, "sidecars": sidecars or ()}
+    options = {"batch_size": batch_size, "workers": workers, "sidecars": sidecars or ()}
     with ranks.joined():
         teachers.run(source, out, teacher, checkpoint=checkpoint, device=device, precision=precision, **seen, **options)

@@ -56,7 +56,7 @@ class Loader:
     own transform are float32 and finished), "text" int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard
     and key), "key" list[str], "meta" list[dict] (the json). With captions_per_image k > 1 "text" is [N, k, L].
 
-    With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D], float16 or bfloat16: a
+    With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D], float16: a
     teacher's features of the images and of the drawn captions. If the teacher saw views of an image, one of these views is
     drawn in place of the transform's own augmentation, and the features are those of the pixels in "image". Otherwise they
     are the features of the image without augmentation.
@@ -233,7 +233,6 @@ class Loader:
         if self.teacher:
             captions = len(pair.features) - len(pair.captions)  # the row where the captions' features begin
             features = torch.from_numpy(pair.features[[view_number, *(captions + i for i in drawn)]])
-            features = features.view(torch.bfloat16) if features.dtype == torch.uint16 else features
         texts = [pair.captions[i] for i in drawn]
         return pixels, texts, pair.group_id, pair.key, pair.record, features
 

@@ -36,7 +36,7 @@ class Pair:
     key: str
     url: str  # the tar or folder
     shard: str  # its name in messages and seeds
-    features: np.ndarray | None = None  # a teacher's [V + C, D], float16 or bfloat16 (stored as uint16)
+    features: np.ndarray | None = None  # a teacher's, float16 [V + C, D]
     views: list[dict[str, Any]] | None = None  # that the teacher saw, see `transforms.View`; None: the plain image
     label: str | int | None = None  # held-out data only: name or number of the class
 
@@ -112,7 +112,7 @@ def digest_of(captions: list[str]) -> str:
 
 
 def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
-    """Returns a teacher's features of a sample, float16 or bfloat16 (stored as uint16), and the views that it saw."""
+    """Returns a teacher's features of a sample, float16 [V + C, D], and the views that it saw."""
     place = f"sample {pair.key!r} of shard {pair.url!r}"
     again = "the captions have changed since; run `simplclip teacher` on these shards and captions again"
     if TEACHER not in sample:
@@ -122,8 +122,8 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
         features = np.lib.format.read_array(io.BytesIO(sample[TEACHER]), allow_pickle=False)
         about = json_of(sample[TEACHER_JSON]) if TEACHER_JSON in sample else {}
         views = about.get("views")
-        if features.dtype not in (np.float16, np.uint16) or features.ndim != 2:
-            raise ValueError(f"expected float16 or uint16 [V + C, D], got {features.dtype} {list(features.shape)}")
+        if features.dtype != np.float16 or features.ndim != 2:
+            raise ValueError(f"expected float16 [V + C, D], got {features.dtype} {list(features.shape)}")
         if views is not None and not (views and isinstance(views, list) and all(isinstance(view, dict) for view in views)):
             raise ValueError(f"expected views, got {str(views)[:100]}")
     except Exception as error:  # the type depends on the damage

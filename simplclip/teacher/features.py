@@ -1,6 +1,6 @@
 """`simplclip teacher`: writes a teacher's features of shards into sidecars, so that training never loads a teacher.
 
-KEY.teacher.npy    [V + C, D] with rows of norm 1: the features of the image or of its V views, then of its C captions
+KEY.teacher.npy    float16 [V + C, D] with rows of norm 1: the features of the image or of its V views, then of its C captions
 KEY.teacher.json   {"captions": a digest of these captions, "views": what was drawn for each view}
 """
 
@@ -31,8 +31,6 @@ from simplclip.data.writer import write_sidecars
 from simplclip.evaluation import Encoder, load
 from simplclip.models.trained import image_transform
 from simplclip.train import config as configs
-
-DTYPES = ("fp16", "bf16")
 
 
 @dataclass
@@ -96,7 +94,6 @@ def write(
     teacher: Encoder,
     *,
     views: Views | None = None,
-    dtype: str = "fp16",
     batch_size: int = 64,
     **options: Any,
 ) -> dict[str, Any]:
@@ -105,12 +102,9 @@ def write(
     Args:
         shards: tars, see `data.writer.write_sidecars`, which also documents errors, continuation and the returned dict.
         views: views of the images in place of the images, not augmented. Training replays one of them in each epoch.
-        dtype: the features are float16, or with "bf16" bfloat16 stored as uint16, since numpy has no bfloat16.
         batch_size: samples, views or captions that are encoded at a time.
         options: workers, sidecars, progress of `data.writer.write_sidecars`.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
     prepare = Prepare(transform_of(teacher), teacher.tokenizer, views)
 
     def process(batch: Batch) -> list[dict[str, bytes]]:
@@ -118,9 +112,9 @@ def write(
         x = torch.cat([teacher.features("image", part) for part in images.split(batch_size)]).cpu()
         y = encode_tokens(teacher, batch.tokens, batch_size).cpu()
         rows = zip(x.unflatten(0, (len(batch.about), -1)), y.split(batch.captions), batch.about)
-        return [{TEACHER: _npy(torch.cat([i, t]), dtype), TEACHER_JSON: json.dumps(about).encode()} for i, t, about in rows]
+        return [{TEACHER: _npy(torch.cat([i, t])), TEACHER_JSON: json.dumps(about).encode()} for i, t, about in rows]
 
-    stamp = teacher.stamp() | {"dtype": dtype} | ({} if views is None else {"views": views.stamp()})
+    stamp = teacher.stamp() | {"dtype": "fp16"} | ({} if views is None else {"views": views.stamp()})
     made: dict[str, Any] = {"collate": prepare.collate, "stamp": {"teacher": stamp}, "batch_size": batch_size}
     return write_sidecars(shards, out, prepare, process, title="teacher", **made, **options)
 
@@ -172,7 +166,7 @@ def run(
 
     data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in OUT/shards.
     views, config, seed: number of views, the student whose augmentation they have, and the seed of their draws.
-    options: dtype, batch_size, sidecars, workers of `write`.
+    options: batch_size, sidecars, workers of `write`.
     """
     if bool(views) != (config is not None):
         raise InputError(f"views, config: expected both or none, got {views} views and the config {config!r}")
@@ -189,8 +183,7 @@ def run(
     return summary
 
 
-def _npy(rows: Tensor, dtype: str) -> bytes:
+def _npy(rows: Tensor) -> bytes:
     file = io.BytesIO()
-    array = rows.half().numpy() if dtype == "fp16" else rows.bfloat16().view(torch.uint16).numpy()
-    np.save(file, array, allow_pickle=False)
+    np.save(file, rows.half().numpy(), allow_pickle=False)
     return file.getvalue()

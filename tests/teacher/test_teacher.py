@@ -119,7 +119,6 @@ def test_a_tag_beside_a_checkpoint_gives_its_preprocessing(folder, monkeypatch):
         ("siclip-tiny --checkpoint tiny.pt", "checkpoint: expected weights that fit the model, got tiny.pt"),
         ("open_clip:tiny --checkpoint nan.pt", "open_clip:tiny: expected finite features, got text features"),
         ("open_clip:tiny --checkpoint tiny.pt --precision int8", "precision: expected fp32, bf16, fp16 or auto, got 'int8'"),
-        ("open_clip:tiny --checkpoint tiny.pt --dtype int8", "dtype: expected fp16 or bf16, got 'int8'"),
         ("open_clip:tiny --checkpoint tiny.pt --views 2", "views, config: expected both or none, got 2 views"),
         ("open_clip:tiny --checkpoint tiny.pt --config siclip-tiny", "views, config: expected both or none, got 0 views"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from open_clip.transform import PreprocessCfg
-from pairs import call, joined, loader, members, meta, one_line, tokenizer, write
+from pairs import call, joined, loader, members, one_line, tokenizer, write
 from photos import encode, photo
 from runs import bits, check_resumed, go, state_of
 from torch.nn.functional import interpolate
@@ -161,18 +161,6 @@ def test_a_view_is_the_same_part_of_an_image_at_another_size(augment):
         assert (shrunken - b)[..., inside, inside].abs().mean() < 4
         moved = (shrunken.roll(2, -1) - b)[..., inside, inside].abs().mean()
         assert moved > 1.5 * (shrunken - b)[..., inside, inside].abs().mean()
-
-
-def test_bfloat16(folder, tmp_path):
-    teach(folder, tmp_path / "half")
-    teach(folder, tmp_path / "brain", dtype="bf16")
-    assert meta(tmp_path / "brain")["teacher"]["dtype"] == "bf16"
-    half, brain = (batches(folder, tmp_path / name, transform(16)) for name in ("half", "brain"))
-    for one, other in zip(half, brain):
-        assert bits(one["image"]) == bits(other["image"])
-        for name in ("teacher_image", "teacher_text"):
-            assert other[name].dtype == torch.bfloat16
-            torch.testing.assert_close(other[name].float(), one[name].float(), atol=2**-9, rtol=2**-7)
 
 
 def test_only_a_transform_that_replays_takes_views(folder, tmp_path):
