@@ -129,7 +129,7 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     q, k = [t[name] for name in kind.qk] if len(kind.qk) == 2 else t[kind.qk[0]].chunk(3)[:2]
     width = q.shape[1]
     (factor1, _), (factor2, shift2) = _affine(t, kind.norm, width), _affine(t, kind.mlp_norm, width)
-    spread, level = torch.ones(()), torch.zeros(())  # S and M
+    spread, level = q.new_ones(()), q.new_zeros(())  # S and M
     if kind.conv:
         mean, variance = t[f"{kind.norm}.running_mean"], t[f"{kind.norm}.running_var"]
         level = mean.mean()
@@ -148,7 +148,7 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "fc2.weight": scale[:, None] * fc2,
         "fc2.bias": scale * bias2 + level,
         "attention_gain": spread,
-        "mlp_gain": torch.ones(()),
+        "mlp_gain": q.new_ones(()),
     }
 
 

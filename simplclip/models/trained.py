@@ -191,7 +191,10 @@ def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None 
         return _open_clip(name, rest, checkpoint)
     path = Path(source)
     if checkpoint is None and path.exists():
-        return _export(path) if (path / EXPORT).is_file() and not (path / "last.pt").exists() else _run(path)
+        if (path / EXPORT).is_file() and not (path / "last.pt").exists():
+            return _export(path)
+        model, config, state = load_model(path)
+        return _parts(config["model"]["name"], model) | {"config": config, "step": state["step"]}
     files = [file for file in (checkpoint, rest) if file]
     if name in registry.names() and len(files) == 1:
         return _parts(name, create(name, checkpoint=files[0]))
@@ -202,11 +205,6 @@ def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None 
 
 
 # Each of the following functions returns what `load_source` returns.
-
-
-def _run(path: Path) -> dict[str, Any]:
-    model, config, state = load_model(path)
-    return _parts(config["model"]["name"], model) | {"config": config, "step": state["step"]}
 
 
 def _export(folder: Path) -> dict[str, Any]:

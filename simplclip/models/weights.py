@@ -44,14 +44,10 @@ def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     Raises CheckpointError, FileNotFoundError.
     """
     if isinstance(source, nn.Module):
-        label, state = type(source).__name__, source.state_dict()
-    elif isinstance(source, Mapping):
-        label, state = "the state dict", dict(source)
-    elif source in PACKAGED and not Path(source).exists():
-        label, state = str(source), PACKAGED[str(source)]()
-    else:
-        label, state = str(source), read(source)
-    return label, _renamed(state, model)
+        return type(source).__name__, _renamed(source.state_dict(), model)
+    if isinstance(source, Mapping):
+        return "the state dict", _renamed(source, model)
+    return str(source), _renamed(read(source), model)
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None:
@@ -73,27 +69,37 @@ def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None
 
 
 def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors of a state dict by their names in `model`."""
-    tensors = {name: value for name, value in bare_state(state).items() if isinstance(value, Tensor)}
+    """Returns the tensors of a state dict, bare or under "state_dict" or "model", by their names in `model`. Averages under
+    "ema", as a run has them, replace weights; DistributedDataParallel's prefix "module." is removed."""
+    averages = state.get("ema")
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+    if isinstance(averages, Mapping):
+        state = {**state, **averages}
+    tensors = {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
     if hasattr(model, "text"):
         tensors = from_published(model, tensors)
         tensors = convert_to_custom_text_state_dict(convert_state_dict(model, tensors))
     return tensors
 
 
-def read(source: str | os.PathLike[str], argument: str = "source") -> dict[str, Any]:
-    """Returns the state dict of a file, of the file in the folder of a run or an export, or of a model that open_clip
-    downloads (NAME/TAG). argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError."""
+def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[str, Any]:
+    """Reads a file, the file in the folder of a run or an export, a name in PACKAGED, or weights that open_clip downloads
+    (NAME/TAG). argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError."""
     path = Path(source)
     name, slash, tag = str(source).removeprefix(PLAIN).partition("/")
-    if not path.exists() and slash and (str(source).startswith(PLAIN) or name in open_clip.list_models()):
-        return download(name, tag, argument).state_dict()
+    if not path.exists():
+        if source in PACKAGED:
+            return PACKAGED[str(source)]()
+        if slash and (str(source).startswith(PLAIN) or name in open_clip.list_models()):
+            return download(name, tag, argument).state_dict()
     if path.is_dir():  # of a run or of an export
         path = path / ("last.pt" if (path / "last.pt").exists() else EXPORTED_WEIGHTS)
     state = read_weights(path, argument)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{argument}: expected a state dict in {path}, got {type(state).__name__}")
-    return {**bare_state(state), **state.get("ema", {})}  # of a run: with its averages, if it has some
+    return state
 
 
 def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
@@ -117,14 +123,6 @@ def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
     except Exception as error:  # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
         reason = _refusal(error) or first_line(error)
         raise CheckpointError(f"{argument}: expected a file of weights, got {path}: {reason}") from None
-
-
-def bare_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a state dict, bare or under "state_dict" or "model", without DistributedDataParallel's prefix "module."."""
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
 def download(name: str, tag: str, argument: str = "source") -> nn.Module:
@@ -166,10 +164,9 @@ def _package(name: str) -> Path:
 
 
 # Sources for `inherit` that need no download: the weights by their names in siclip-lite0.
+_NET = "visual.trunk.patch_embed.backbone."
 PACKAGED: dict[str, Callable[[], dict[str, Tensor]]] = {
-    "efficientnet-lite0": lambda: {
-        f"visual.trunk.patch_embed.backbone.{n}": t for n, t in efficientnet_lite0_state().items()
-    },
+    "efficientnet-lite0": lambda: {_NET + name: tensor for name, tensor in efficientnet_lite0_state().items()},
     "minilm": lambda: {"text.token_embedding.weight": minilm_state()["embeddings.word_embeddings.weight"]},
 }
 

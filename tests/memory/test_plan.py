@@ -285,7 +285,7 @@ def test_what_is_not_on_this_machine_is_assumed(tmp_path):
     assert step.teacher["width"] == 512
     assert any(line.startswith("a teacher of the student's width, 512 (--teacher-width): ") for line in step.assumed)
     assert "visual.trunk.stages.0" in step.prepared.frozen
-    assert len(step.prepared.folded.copies) >= 8
+    assert len(step.prepared.folded) >= 8
     compiled = TrainerStep(config.load("siclip-s0", [*changes, "run.compile=true"]), "fp32")
     assert "the memory of towers that are not compiled" in compiled.assumed
 
