@@ -4,10 +4,7 @@
 
 timm's `reparameterize_model` merges the branches of FastViT, MobileOne, RepVGG and the like, and of every module with one of
 its methods (`fuse`, `reparameterize`, `switch_to_deploy`). Then each batch norm that follows a convolution is merged into it.
-
-In training the frozen parts of a model run as folded copies, in channels_last and the precision of the run:
-
-    fold_frozen(model, torch.bfloat16)  # after `inherit` or `freeze`, when the frozen weights have their values
+In training, `fold_frozen` lets the frozen parts of a model run as folded copies.
 """
 
 import copy
@@ -107,7 +104,7 @@ def _merge(module: nn.Module, conv_name: str, norm_name: str) -> None:
 
 def fold_frozen(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
     """Lets the frozen modules of `model` (see `freeze`) with convolutions and without hooks run as folded copies from now
-    on, the largest module that is frozen as one. Returns the copies by the modules' names.
+    on, in channels_last, the largest module that is frozen as one. Returns the copies by the modules' names.
 
     dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the copies are stored in it.
     Other tensors stay in fp32, so that values are rounded where autocast rounds. A module that runs under another autocast

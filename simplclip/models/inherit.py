@@ -5,7 +5,6 @@
     print(simplclip.inherit(model, "MobileCLIP2-S0/dfndr2b"))
 
 No tensor in a frozen prefix of a tower requires a gradient, so autograd keeps none of its activations: arXiv 2411.14789.
-Copied weights compute the same as in the source, except for RMSNorm's eps in blocks of He & Hofmann: see nn.SimplifiedBlock.
 """
 
 from __future__ import annotations
@@ -116,13 +115,13 @@ class Transfer:
 
         Raises CheckpointError if too few tensors fit for a model of the same architecture.
         """
-        differing = [name for name in self.tensors if name in state and not _alike(self.tensors[name], state[name])]
+        differing = {name for name in self.tensors if name in state and not _alike(self.tensors[name], state[name])}
         interpolated = {name: _resized(self.model, name, self.tensors[name], state[name]) for name in differing}
         resized = {name: value for name, value in interpolated.items() if value is not None}
-        state = state | resized
+        state, differing = state | resized, differing - resized.keys()
         # In a simplified block the names mean the same if the source has a simplified block there.
         free = [unit for unit, block in self.blocks.items() if not block or f"{block}.qk.weight" in state]
-        fitting = [unit for unit in free if self._fits(unit, state)]
+        fitting = [unit for unit in free if self._is_whole(unit, state) and differing.isdisjoint(self.units[unit])]
         wanted, fit = ([n for u in part if not u.endswith(_SCALES) for n in self.units[u]] for part in (free, fitting))
         count = sum(name in state and name not in resized for name in fit)
         if count < max(1, _ENOUGH * min(len(state), len(wanted))):
@@ -135,19 +134,15 @@ class Transfer:
             if unit in fitting:
                 self.taken |= {name: state.get(name, self.tensors[name]) for name in self.units[unit]}
                 trains = self.blocks[unit] or unit.endswith(_SCALES)
-                self.status[unit] = Status.TRAINS if trains else Status.INHERITED
-                if not resized.keys().isdisjoint(self.units[unit]):
-                    self.status[unit] = Status.RESIZED
-            elif self._differs(unit, state):
+                status = Status.TRAINS if trains else Status.INHERITED
+                self.status[unit] = Status.RESIZED if resized.keys() & self.units[unit] else status
+            elif not differing.isdisjoint(self.units[unit]):
                 self.status[unit] = Status.DIFFERS
 
-    def _fits(self, unit: str, state: Mapping[str, Tensor]) -> bool:
+    def _is_whole(self, unit: str, state: Mapping[str, Tensor]) -> bool:
+        """Whether a state dict has the names of a unit, and no others inside it."""
         present = {unit} & state.keys() if unit in self.tensors else {n for n in state if n.startswith(f"{unit}.")}
-        unmatched = present.symmetric_difference(self.units[unit])
-        return not self._differs(unit, state) and all(name.endswith(_COUNTERS) for name in unmatched)
-
-    def _differs(self, unit: str, state: Mapping[str, Tensor]) -> bool:
-        return any(name in state and not _alike(self.tensors[name], state[name]) for name in self.units[unit])
+        return all(name.endswith(_COUNTERS) for name in present.symmetric_difference(self.units[unit]))
 
     def drop_half_tied(self) -> None:
         """Resets units that own the same tensor, unless all of them take the same value for the tensor."""
@@ -199,7 +194,6 @@ def inherit(
     that norm statistics do not change. deepcopy and pickle keep this, while a state dict has only weights (see `freeze`).
 
     Args:
-        model: the student.
         source: a module; a state dict; a file of torch.save (a state dict, bare or under "state_dict" or "model", read
             with weights_only) or of safetensors; the folder of a run or of an export; ``NAME/TAG`` or
             ``open_clip:NAME/TAG`` for weights that open_clip downloads; or, for siclip-lite0, a name in `weights.PACKAGED`.
@@ -211,25 +205,23 @@ def inherit(
             `init_blocks`: a matrix that blocks share becomes the "average" of their matrices, or that of the "first" block.
             The first source with a block in a place is used. These blocks train.
 
-    Returns:
-        A table of module, status and parameters, with the names of the frozen modules and parameters.
+    Returns a table of module, status and parameters, with the names of the frozen modules and parameters.
 
-    Raises:
+    Raises, and leaves the model unchanged:
         CheckpointError: the source has another architecture or cannot be read as weights.
         InputError: no source is given; a pattern matches nothing; or, with ``blocks``, the source has no block in the place
             of a simplified block, or one of another kind or shape.
-        FileNotFoundError: there is no such file. In all cases the model is left unchanged.
+        FileNotFoundError: there is no such file.
     """
     sources = [source] if isinstance(source, str | os.PathLike | nn.Module | Mapping) else list(source)
     if not sources:
         raise InputError("source: expected at least one, got an empty list")
-    patterns = [train] if isinstance(train, str) else list(train)
     transfer = Transfer(model)
     loaded = [state_of(each, model) for each in sources]
     for label, state in loaded:
         transfer.take(state, label)
     transfer.drop_half_tied()
-    for pattern in patterns:
+    for pattern in [train] if isinstance(train, str) else train:
         matching = [unit for unit, names in transfer.units.items() if _matches(pattern, unit, names)]
         if not matching:
             near = difflib.get_close_matches(pattern, transfer.units, 1, 0.3)
@@ -245,18 +237,17 @@ def inherit(
 
 def _start_blocks(model: nn.Module, transfer: Transfer, states: list[dict[str, Tensor]], label: str, merge: str) -> None:
     """Starts the simplified blocks that were not copied: each from the first source with a block in its place."""
-    simplified = {path: m for path, m in model.named_modules() if isinstance(m, SimplifiedBlock)}
+    simplified = {block for block in transfer.blocks.values() if block}
     if not simplified or merge not in init_blocks.MERGES:
         expected = f"one of {init_blocks.MERGES}, for a model with simplified blocks"
         raise InputError(f"blocks: expected {expected}, got {merge!r} for {len(simplified)} blocks")
-    new = {block for unit, block in transfer.blocks.items() if not transfer.is_taken(unit)}
-    starts: dict[str, tuple[SimplifiedBlock, dict[str, Tensor]]] = {}
-    for path in (path for path in simplified if path in new):
+    starts: dict[str, Any] = {}
+    for path in dict.fromkeys(block for unit, block in transfer.blocks.items() if block and not transfer.is_taken(unit)):
         blocks = ({n.removeprefix(f"{path}."): state[n] for n in state if n.startswith(f"{path}.")} for state in states)
         tensors = next((tensors for tensors in blocks if init_blocks.is_block(tensors)), None)
         if tensors is None:
             raise InputError(f"blocks: expected a source with a block {path}, got {label} without")
-        starts[path] = simplified[path], tensors
+        starts[path] = model.get_submodule(path), tensors
     init_blocks.start(starts, merge)
     for unit, block in transfer.blocks.items():
         if block in starts:

@@ -116,10 +116,7 @@ def start(blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], me
 def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns tensors for a `SimplifiedBlock` to start as a pretrained block: qk, fc1, fc2 and the outer gains, in float32.
 
-    tensors: the block's tensors by names relative to the block: open_clip's ResidualAttentionBlock or
-    CustomResidualAttentionBlock, timm's Block, FastViT's AttentionBlock, or transformers' encoder layers of CLIP, SigLIP and
-    SigLIP 2. The tensors of a simplified block are returned as they are.
-
+    tensors: those of a block of _KINDS by names relative to the block; of a simplified block they are returned as they are.
     Raises InputError for another block, or one whose q, k or MLP have more parts (qk norms, gated MLPs); KeyError for a part
     that is missing.
     """

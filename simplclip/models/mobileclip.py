@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from open_clip.model import CustomTextCLIP
 from open_clip.transformer import TextTransformer
-from timm.layers import Mlp
+from timm.layers import ConvNormAct, Mlp
 from timm.models.fastvit import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -34,16 +34,9 @@ _RENAMED = {
 _SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", "layer_scale")
 
 
-class ConvNorm(nn.Module):
+def _conv_norm(width: int, kernel_size: int) -> ConvNormAct:
     """A depthwise convolution over the tokens and a batch norm: [B, C, 1, L] -> [B, C, 1, L]."""
-
-    def __init__(self, width: int, kernel_size: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, (1, kernel_size), padding=(0, kernel_size // 2), groups=width, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
+    return ConvNormAct(width, width, (1, kernel_size), padding=(0, kernel_size // 2), groups=width, apply_act=False)
 
 
 class RepMixer(nn.Module):
@@ -53,7 +46,7 @@ class RepMixer(nn.Module):
         super().__init__()
         self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-5))
         self.norm, self.skip = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-        self.conv = ConvNorm(width, kernel_size)
+        self.conv = _conv_norm(width, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layer_scale * (self.skip(x) + self.conv(x) - self.norm(x))
@@ -80,7 +73,7 @@ class RepMixerBlock(nn.Module):
     def __init__(self, width: int, mlp_ratio: float = 4.0, kernel_size: int = 11) -> None:
         super().__init__()
         self.mixer = RepMixer(width, kernel_size)
-        self.conv = ConvNorm(width, kernel_size)
+        self.conv = _conv_norm(width, kernel_size)
         self.mlp = Mlp(width, round(width * mlp_ratio))
         self.layer_scale = nn.Parameter(torch.full((width,), 1e-5))
 

@@ -130,12 +130,11 @@ class _Site:
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Counts the parameters of a model by part: image, text, other (scale, bias, decoder), total. Shared ones count once."""
-    text = ("text.", "transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
     named = list(model.named_parameters(remove_duplicate=False))
-    image = {p for name, p in named if name.startswith(("visual.", "vision_model.", "visual_projection."))}
-    words = {p for name, p in named if name.startswith((*text, "text_model."))}
     every = {p for _, p in named}
-    parts = {"image": image, "text": words, "other": every - image - words, "total": every}
+    image = {p for name, p in named if name.startswith(("visual", "vision_model."))}
+    other = {p for name, p in named if name.startswith(("logit_", "text_decoder."))}
+    parts = {"image": image, "text": every - image - other, "other": other, "total": every}
     return {part: sum(p.numel() for p in parameters) for part, parameters in parts.items()}
 
 
@@ -150,19 +149,14 @@ def simplify(
     mask_padding: bool = False,
     init: str = "random",
 ) -> tuple[nn.Module, SimplifyReport]:
-    """Replaces blocks of an open_clip or transformers model by simplified ones (SAS-P), in place and in this model only.
+    """Replaces blocks of an open_clip or transformers model by simplified ones (SAS-P), in place.
 
     This works on the text transformer of CLIP and CustomTextCLIP, MobileCLIP-S0's, open_clip's VisionTransformer, the
     attention blocks of timm's VisionTransformer and FastViT, and the towers of transformers' CLIPModel, SiglipModel and
-    Siglip2Model (version 5, from 5.0 on). New blocks have the activation, drop path, dtype, device and mode (train, eval) of
-    the old blocks. A causal mask is recognised and kept. Layer scale is removed; the gains replace it.
-
-    In a transformers model attention_mask may pad on the right alone: docs/block.md says which masks and options work, and
-    how from_pretrained does.
+    Siglip2Model (from 5.0 on; docs/block.md says which masks and options work). New blocks have the activation, drop path,
+    dtype, device and mode of the old blocks. A causal mask is recognised and kept. Gains replace layer scale.
 
     Args:
-        model: an open_clip model with the towers to replace: ``visual``; ``text`` or ``transformer``. Or a transformers model
-            with ``vision_model``; ``text_model``.
         towers: "text", "image" or both.
         blocks: for each tower the indices of the attention blocks to replace; by default all of a tower are replaced.
         share: for each tower groups of such indices that share all weight matrices, or a mapping that names what is shared:
@@ -172,20 +166,16 @@ def simplify(
         gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens, so that a text's feature
             depends only on its length until training changes W_q or gamma. The two text blocks of siclip-tiny learned faster
             from 0.3; in a deep tower the means would add up and outweigh the tokens.
-        mask_padding: let no token see the padding behind its text. The text tower must be open_clip's separate one
-            (custom_text), and pool the end of the text; all its blocks must be replaced. `crop_texts` can then leave padding
-            out. A causal tower stays as it is: its tokens do not see padding.
+        mask_padding: let no token see the padding behind its text, so that `crop_texts` can leave it out. The text tower must
+            be open_clip's separate one (custom_text), and pool the end of the text; all its blocks must be replaced. A
+            causal tower stays as it is: its tokens do not see padding.
         init: "random", or what a matrix starts from that blocks share: the old matrix of the "first" block in the tower, or
-            the "average" of all. With these two, attention's q and k and the MLP are the old blocks', with norms and layer
-            scales folded in, see `init_blocks.convert`. Old value and output projections have no place in a new block.
+            the "average" of all, see `init_blocks`.
 
-    Returns:
-        The same model, and a report of what was replaced with the parameter counts before and after.
-
-    Raises:
-        ValueError: an argument is unknown, or a tower has no replaceable blocks (a ResNet, a Hugging Face encoder in
-            open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower), or padding cannot be
-            masked, or `init_blocks.convert` does not know a block. The model is left unchanged.
+    Returns the same model, and a report of what was replaced with the parameter counts before and after. Raises ValueError,
+    and leaves the model unchanged, if an argument is unknown, or a tower has no replaceable blocks (a ResNet, a Hugging Face
+    encoder in open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower), or padding cannot be
+    masked, or `init_blocks` does not know a block.
     """
     blocks, share = dict(blocks or {}), dict(share or {})
     for name, keys, allowed in (("towers", towers, TOWERS), ("blocks", blocks, towers), ("share", share, towers)):
@@ -291,11 +281,8 @@ def _image_sites(model: nn.Module) -> Iterator[_Site]:
     classes |= {type(module): type(module) for module in modules.values() if isinstance(module, SimplifiedBlock)}
     sites = [_Site(path, module, classes[type(module)]) for path, module in modules.items() if type(module) in classes]
     if not sites:
-        trunk = getattr(visual, "trunk", visual)
-        raise InputError(
-            "image: expected blocks of open_clip's VisionTransformer, timm's VisionTransformer or FastViT, "
-            f"got {type(trunk).__name__} without any"
-        )
+        expected = "blocks of open_clip's VisionTransformer, timm's VisionTransformer or FastViT"
+        raise InputError(f"image: expected {expected}, got {type(getattr(visual, 'trunk', visual)).__name__} without any")
     yield from sites
 
 

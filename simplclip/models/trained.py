@@ -114,8 +114,9 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     for path, (name, value) in values.items():
         got = f"model.options.{path} = {str(value)[:100]!r}"
         if path.partition(".")[0] not in _ARCHITECTURE or (value and _fetches(str(name), value)):
-            expected = "options of the model's architecture"
-            raise InputError(f"{where}: expected {expected}, got {got}, which may fetch or run files")
+            raise InputError(
+                f"{where}: expected options of the model's architecture, got {got}, which may fetch or run files"
+            )
         if isinstance(value, (int, float)) and value > (_DEEPEST if name == "layers" else _WIDEST):
             raise InputError(f"{where}: expected a model that can be built, got model.options.{path} = {value:.3g}")
 
@@ -153,9 +154,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """Loads the model of a checkpoint, or of a run's folder; with the averages of its weights if the run has averages.
 
-    Returns: the model in eval mode on the CPU, the config (a plain dict), and all that `read_checkpoint` returns.
-    Raises: FileNotFoundError; CheckpointError if the file is no checkpoint, if its options are refused, or if its weights do
-    not fit.
+    Returns the model in eval mode on the CPU, the config (a plain dict), and all that `read_checkpoint` returns. Raises as
+    `read_checkpoint`, also for options that are refused and for weights that do not fit.
     """
     state = read_checkpoint(path)
     config = state["config"]
@@ -163,11 +163,9 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, A
     try:
         model = build_model(section, config["loss"]["base"])
         model.load_state_dict(state["model"] | state.get("ema", {}), strict=True)
-    except InputError as error:
-        raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # the type depends on the options, and on the damage
-        expected = f"weights of {section['name']!r}, the model of its config"
-        raise CheckpointError(f"{path}: expected {expected}, got others: {load_error(error)}") from None
+        others = f"expected weights of {section['name']!r}, the model of its config, got others: {load_error(error)}"
+        raise CheckpointError(f"{path}: {error if isinstance(error, InputError) else others}") from None
     return model.eval(), config, state
 
 
@@ -198,13 +196,9 @@ def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None 
     files = [file for file in (checkpoint, rest) if file]
     if name in registry.names() and len(files) == 1:
         return _parts(name, create(name, checkpoint=files[0]))
-    expected = (
-        f"a checkpoint, the folder of a run or an export, {', '.join(registry.names())} or {PLAIN}NAME, each with /FILE"
-    )
+    ours = ", ".join(registry.names())
+    expected = f"a checkpoint, the folder of a run or an export, {ours} or {PLAIN}NAME, each with /FILE"
     raise FileNotFoundError(f"source: expected {expected}, got {source!r}{where_to_get(source)}")
-
-
-# Each of the following functions returns what `load_source` returns.
 
 
 def _export(folder: Path) -> dict[str, Any]:

