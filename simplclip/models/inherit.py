@@ -64,18 +64,13 @@ class WeightTable:
         """Names of the frozen modules and parameters, as `freeze` takes them."""
         return [name for name, (status, _) in self.rows.items() if status == Status.INHERITED]
 
-    @property
-    def totals(self) -> dict[Status, int]:
-        """Parameters by status."""
+    def __str__(self) -> str:
         totals = dict.fromkeys(Status, 0)
         for status, count in self.rows.values():
             totals[status] += count
-        return totals
-
-    def __str__(self) -> str:
         cells = [("module", "weights", "parameters")]
         cells += [(name or "(all)", status, f"{count:,}") for name, (status, count) in self.rows.items()]
-        cells += [("total", status, f"{count:,}") for status, count in self.totals.items() if count]
+        cells += [("total", status, f"{count:,}") for status, count in totals.items() if count]
         width = max(len(name) for name, *_ in cells)
         table = [f"{name:<{width}}  {status:<17}  {count:>12}" for name, status, count in cells]
         return "\n".join([f"weights from {', '.join(self.sources)}", *table])

@@ -151,22 +151,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Loads the model of a checkpoint, or of a run's folder; with the averages of its weights if the run has averages.
 
-    Returns the model in eval mode on the CPU, the config (a plain dict), and all that `read_checkpoint` returns. Raises as
-    `read_checkpoint`, also for options that are refused and for weights that do not fit.
+    Returns the model in eval mode on the CPU, and what `read_checkpoint` returns. Raises as `read_checkpoint`, also for
+    options that are refused and for weights that do not fit.
     """
     state = read_checkpoint(path)
-    config = state["config"]
-    section = config["model"]
+    section = state["config"]["model"]
     try:
-        model = build_model(section, config["loss"]["base"])
+        model = build_model(section, state["config"]["loss"]["base"])
         model.load_state_dict(state["model"] | state.get("ema", {}), strict=True)
     except Exception as error:  # the type depends on the options, and on the damage
         others = f"expected weights of {section['name']!r}, the model of its config, got others: {load_error(error)}"
         raise CheckpointError(f"{path}: {error if isinstance(error, InputError) else others}") from None
-    return model.eval(), config, state
+    return model.eval(), state
 
 
 def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> dict[str, Any]:
@@ -191,8 +190,8 @@ def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None 
     if checkpoint is None and path.exists():
         if (path / EXPORT).is_file() and not (path / "last.pt").exists():
             return _export(path)
-        model, config, state = load_model(path)
-        return _parts(config["model"]["name"], model) | {"config": config, "step": state["step"]}
+        model, state = load_model(path)
+        return _parts(state["config"]["model"]["name"], model) | {"config": state["config"], "step": state["step"]}
     files = [file for file in (checkpoint, rest) if file]
     if name in registry.names() and len(files) == 1:
         return _parts(name, create(name, checkpoint=files[0]))
