@@ -36,7 +36,8 @@ _SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", 
 
 def _conv_norm(width: int, kernel_size: int) -> ConvNormAct:
     """A depthwise convolution over the tokens and a batch norm: [B, C, 1, L] -> [B, C, 1, L]."""
-    return ConvNormAct(width, width, (1, kernel_size), padding=(0, kernel_size // 2), groups=width, apply_act=False)
+    shape: Any = (1, kernel_size)
+    return ConvNormAct(width, width, shape, padding=(0, kernel_size // 2), groups=width, apply_act=False)
 
 
 class RepMixer(nn.Module):

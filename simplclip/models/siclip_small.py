@@ -65,6 +65,9 @@ class ShortVocabTokenizer(SimpleTokenizer):
     remain the two highest ids, as CLIP's pooling needs.
     """
 
+    bpe_ranks: dict[tuple[str, str], int]
+    encoder: dict[str, int]
+
     def __init__(self, vocab_size: int, **options: Any) -> None:
         super().__init__(**options)
         self.bpe_ranks = dict(list(self.bpe_ranks.items())[: vocab_size - 2 * len(self.byte_encoder) - 2])

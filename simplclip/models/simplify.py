@@ -1,7 +1,7 @@
 """Simplified blocks in open_clip and transformers models: `simplify` replaces transformer blocks of one model in place."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -253,7 +253,7 @@ def _encoders(model: nn.Module) -> Any:
     return hugging_face
 
 
-def _text_sites(model: nn.Module) -> Iterator[_Site]:
+def _text_sites(model: nn.Module) -> Iterable[_Site]:
     tower: Any = getattr(model, "text", None)
     prefix, tower = ("", model) if tower is None else ("text.", tower)
     transformer = getattr(tower, "transformer", None)
@@ -265,15 +265,14 @@ def _text_sites(model: nn.Module) -> Iterator[_Site]:
     if mask is not None and not mask.is_meta and not is_causal_mask(mask):
         raise InputError("text: expected no mask or a causal one, got a tower with another attn_mask")
     options = {"causal": mask is not None, "masks_padding": getattr(tower, "masks_padding", False)}
-    yield from _transformer_sites(transformer, f"{prefix}transformer", "text", **options)
+    return _transformer_sites(transformer, f"{prefix}transformer", "text", **options)
 
 
-def _image_sites(model: nn.Module) -> Iterator[_Site]:
+def _image_sites(model: nn.Module) -> Iterable[_Site]:
     visual: Any = getattr(model, "visual", None)
     transformer = getattr(visual, "transformer", None)
     if isinstance(transformer, Transformer):
-        yield from _transformer_sites(transformer, "visual.transformer", "image")
-        return
+        return _transformer_sites(transformer, "visual.transformer", "image")
     # Subclasses may change the signature or the attention, so only the exact classes are known to fit. A simplified block of
     # an earlier call keeps its index and can be replaced again.
     classes: dict[type, type[SimplifiedBlock]] = {Block: TimmBlock, AttentionBlock: MapBlock}
@@ -283,7 +282,7 @@ def _image_sites(model: nn.Module) -> Iterator[_Site]:
     if not sites:
         expected = "blocks of open_clip's VisionTransformer, timm's VisionTransformer or FastViT"
         raise InputError(f"image: expected {expected}, got {type(getattr(visual, 'trunk', visual)).__name__} without any")
-    yield from sites
+    return sites
 
 
 def _transformer_sites(transformer: Transformer, path: str, tower: str, **options: bool) -> Iterator[_Site]:
