@@ -54,7 +54,9 @@ class RepMixer(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
-        """Returns one depthwise convolution that computes the same in eval mode; timm's reparameterize_model calls this."""
+        """Returns a depthwise convolution that computes the same in eval mode; timm puts it in the place of this module."""
+        dtype = self.layer_scale.dtype
+        self.float()  # differences of half types would lose digits
         conv = fuse_conv_bn_eval(self.conv.conv, self.conv.bn)
         impulse = torch.zeros_like(conv.weight.transpose(0, 1))  # [1, C, 1, K]
         shift = self(impulse)
@@ -62,7 +64,7 @@ class RepMixer(nn.Module):
         # The response to an impulse is the mirrored kernel.
         conv.weight.copy_((self(impulse) - shift).flip(-1).transpose(0, 1))
         conv.bias.copy_(shift[0, :, 0, 0])
-        return conv
+        return conv.to(dtype)
 
 
 class RepMixerBlock(nn.Module):

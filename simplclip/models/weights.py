@@ -56,8 +56,7 @@ def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        got = f"{label}: {load_error(error)}"
-        raise CheckpointError(f"checkpoint: expected weights that fit the model, got {got}") from None
+        raise CheckpointError(f"checkpoint: expected weights that fit the model, got {label}: {load_error(error)}") from None
 
 
 def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
