@@ -105,11 +105,10 @@ class MaskedTextTransformer(TextTransformer):
 
 @dataclass
 class SimplifyReport:
-    """The result of `simplify`: the path and the former type of each replaced block, the groups of indices that share weights
-    (tower -> "attention", "mlp" or "all" -> groups), and the parameters before and after, see `count_parameters`."""
+    """The result of `simplify`: the path and the former type of each replaced block, and the parameters before and after, see
+    `count_parameters`."""
 
     replaced: dict[str, str] = field(default_factory=dict)
-    share: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
 
@@ -199,8 +198,7 @@ def simplify(
         text_blocks += new if tower == "text" else ()
         if encoders:
             new[0].checks_mask = True
-        report.share[tower] = groups_of(share.get(tower, ()), chosen)
-        for part, groups in report.share[tower].items():
+        for part, groups in groups_of(share.get(tower, ()), chosen).items():
             share_weights(new, [[chosen.index(i) for i in group] for group in groups], part)
 
     mask_padding = mask_padding and not (text_blocks and all(block.causal for block in text_blocks))
