@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.results_file import RESULTS, table, versions, write_csv
-from benchmarks.steps import TEACHER_WIDTH, OpenClipStep
-from simplclip import models
+from benchmarks.steps import ORIGINALS, TEACHER_WIDTH, OpenClipStep
 from simplclip.memory.measure import predict
 from simplclip.memory.plan import MOST_PAIRS, Budget, Planner, largest, parse_memory
 from simplclip.train import config
@@ -24,7 +23,7 @@ CASES = {"all of it trained": [*LOSS, "inherit={}", "model.freeze_norms=true"], 
 
 def main() -> None:
     budget, device = Budget(parse_memory(CARD)), torch.device("cuda", 0)
-    whole = models.spec_of(config.load(NAME, []).model.name).original
+    whole = ORIGINALS[NAME]
     dense, _ = largest(
         lambda pairs: predict(OpenClipStep(whole, pairs, "bf16", TEACHER_WIDTH), device).peak,
         budget.usable, range(1, MOST_PAIRS), start=64,

@@ -24,6 +24,7 @@ from simplclip.memory.step import During, Step, TrainerStep, inputs
 from simplclip.train import config
 
 TEACHER_WIDTH = 768
+ORIGINALS = {"siclip-s0": "mobileclip-s0", "siclip2-s0": "open_clip:MobileCLIP2-S0"}  # the models that they are made from
 
 
 class OpenClipStep:
@@ -137,7 +138,7 @@ def beside_original(name: str, pairs: int, dtype: str, device: torch.device, rep
     """
     changes = ["data.micro_batch=null", "data.captions_per_image=1", f"data.batch_size={pairs}", "loss.pm_weight=1"]
     values = config.load(name, changes)
-    model, original = values.model.name, models.spec_of(values.model.name).original
+    model, original = values.model.name, ORIGINALS.get(values.model.name)
     made: dict[str, Callable[[], Step]] = {model: lambda: TrainerStep(values, PRECISION[dtype], TEACHER_WIDTH)}
     if original:
         made[f"{original}, whole"] = lambda: OpenClipStep(original, pairs, PRECISION[dtype])

@@ -38,7 +38,8 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         raise FileExistsError(f"out: expected a folder, got the file {out}")
     if (out / EXPORT).exists() and not force:
         raise FileExistsError(f"out: expected a folder without an export, got {out}; --force replaces the export")
-    model, config, state = load_model(checkpoint)
+    model, state = load_model(checkpoint)
+    config = state["config"]
     name, options = config["model"]["name"], model_options(config["model"], config["loss"]["base"])
     about = open_clip_config(model, name, options)
     summary = {

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from simplclip import data, models
 from simplclip.common.errors import UserError
 from simplclip.models.crop import TextCrop
-from simplclip.models.inherit import inherit
 from simplclip.models.trained import model_options
 from simplclip.models.weights import PACKAGED
 from simplclip.train import setup
@@ -59,7 +58,7 @@ class TrainerStep:
         self.config, self.precision = config, precision
         with torch.device("meta"):  # folding frozen parts makes new modules
             self.prepared = setup.prepare(*shapes_of(config), [], config, precision)
-        self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.copies]
+        self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.values()]
         self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
         if (mean := config.data.mean_tokens) is not None:
             full = "texts of full length, whatever data.mean_tokens, since this model's texts cannot be cropped"
@@ -85,7 +84,7 @@ class TrainerStep:
         self.state.scaler = torch.amp.GradScaler(device.type, enabled=False)  # an enabled one reads values of tensors
         self.state.step = busiest_step(self.config)
         self.optimizer = self.state.optimizer
-        self.modules = [prepared.model, *prepared.folded.copies, self.state.objective.loss]
+        self.modules = [prepared.model, *prepared.folded.values(), self.state.objective.loss]
         self.averages = list(self.state.ema.averages.values()) if self.state.ema else []
 
     def run(self, batches: list[Batch]) -> None:
@@ -137,7 +136,7 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
     for place, file in enumerate(sources):
         if file not in PACKAGED and not Path(file).exists():
             sources[place] = models.create(name, device="meta", simplified=False)
-    return model, inherit(model, sources, train=config.inherit.train).names
+    return model, setup.inherit_as(config, model, sources).names
 
 
 def _kinds(during: During) -> AbstractContextManager:

@@ -35,7 +35,6 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
     While torch exports a model or runs it on fake tensors, texts stay as they are.
 
     Returns a `TextCrop`, whose `undo()` restores the model. Raises InputError, with the reason, if texts cannot be cropped.
-    Memory: activations of the tokens that are computed.
     """
     check_count("multiple", multiple, 1)
     check_count("groups", groups, 1)

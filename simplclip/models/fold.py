@@ -4,15 +4,13 @@
 
 timm's `reparameterize_model` merges the branches of FastViT, MobileOne, RepVGG and the like, and of every module with one of
 its methods (`fuse`, `reparameterize`, `switch_to_deploy`). Then each batch norm that follows a convolution is merged into it.
-
-In training the frozen parts of a model run as folded copies, in channels_last and the precision of the run:
-
-    frozen = FrozenParts(model, torch.bfloat16)  # after `inherit` or `freeze`, when the frozen weights have their values
+In training, `fold_frozen` lets the frozen parts of a model run as folded copies.
 """
 
 import copy
 import inspect
 from collections import Counter
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -104,54 +102,35 @@ def _merge(module: nn.Module, conv_name: str, norm_name: str) -> None:
     setattr(module, norm_name, nn.Sequential(*rest) if rest else nn.Identity())
 
 
-class FrozenPart:
-    """A frozen module and its folded copy. A part is the `forward` of its module."""
-
-    def __init__(self, name: str, module: nn.Module, folded: nn.Module, dtype: torch.dtype | None) -> None:
-        self.name, self.module, self.folded, self.dtype = name, module, folded, dtype
-        module.forward = self
-
-    def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if dtype != self.dtype:
-            return type(self.module).forward(self.module, x, *args, **options)
-        return self.folded(x, *args, **options)
-
-
-class FrozenParts:
-    """The frozen modules of `model` (see `freeze`) with convolutions and without hooks: they run as folded copies from
-    now on, the largest module that is frozen as one. The copies belong to no module, so that no state dict has them.
+def fold_frozen(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
+    """Lets the frozen modules of `model` (see `freeze`) with convolutions and without hooks run as folded copies from now
+    on, in channels_last, the largest module that is frozen as one. Returns the copies by the modules' names.
 
     dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the copies are stored in it.
     Other tensors stay in fp32, so that values are rounded where autocast rounds. A module that runs under another autocast
     does not use its copy.
 
-    Gradients pass through a part to its input if the input needs a gradient. The weights must not change afterwards; `to`
-    moves the copies.
+    Gradients pass through a copy to its input if the input needs a gradient. The weights must not change afterwards. The
+    copies belong to no module, so that no state dict has them, and have to be moved to a device by themselves.
     """
+    copies: dict[str, nn.Module] = {}
+    largest: tuple[str, ...] = ()  # frozen modules, each as the beginning of the names inside
+    for name, module in model.named_modules():
+        if is_frozen(module) and not name.startswith(largest):
+            largest += (f"{name}." if name else "",)
+            if (folded := _copy(module, dtype)) is not None:
+                copies[name] = folded
+                module.forward = partial(_run_folded, module, folded, dtype)
+    return copies
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-        self.parts: list[FrozenPart] = []
-        largest: tuple[str, ...] = ()  # frozen modules, each as the beginning of the names inside
-        for name, module in model.named_modules():
-            if is_frozen(module) and not name.startswith(largest):
-                largest += (f"{name}." if name else "",)
-                if (folded := _copy(module, dtype)) is not None:
-                    self.parts.append(FrozenPart(name, module, folded, dtype))
 
-    @property
-    def copies(self) -> list[nn.Module]:
-        return [part.folded for part in self.parts]
-
-    def to(self, device: torch.device) -> None:
-        for folded in self.copies:
-            folded.to(device)
-
-    def lines(self) -> list[str]:
-        """Returns lines for the log: the names of the parts."""
-        names = ", ".join(part.name for part in self.parts)
-        return [f"folded, in channels_last: {names}"] if names else []
+def _run_folded(
+    module: nn.Module, folded: nn.Module, dtype: torch.dtype | None, x: Tensor, *args: Any, **options: Any
+) -> Any:
+    device = x.device.type
+    if dtype != (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None):
+        return type(module).forward(module, x, *args, **options)
+    return folded(x, *args, **options)
 
 
 def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:

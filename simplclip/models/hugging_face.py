@@ -27,13 +27,9 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
     """A block of a transformers encoder: [B, L, C]. From the encoder's mask it takes the number of valid tokens.
 
     Each subclass also derives from the layer that it replaces: transformers finds by class the layers to checkpoint, and the
-    layers whose hidden states it returns.
-
-    Args:
-        config: the tower's config, which the layer's attention has too.
-        mask: the name of the tower's argument from which a mask comes, for errors.
-        pools_last: whether the tower pools the last token, which then has to be valid.
-        checkpointing: transformers' function for gradient checkpointing, if it is enabled.
+    layers whose hidden states it returns. mask: the name of the tower's argument from which a mask comes, for errors.
+    pools_last: whether the tower pools the last token, which then has to be valid. checkpointing: transformers' function for
+    gradient checkpointing, if it is enabled.
     """
 
     checks_mask = False  # whether to check the mask's values: only in a tower's first block, since a check makes a GPU wait
@@ -50,7 +46,7 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:  # type: ignore[override]
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise InputError(
-                "output_attentions: expected False, since a simplified block stores no attention weights, got True"
+                "output_attentions: expected False, since simplified blocks store no attention weights, got True"
             )
         lengths = None if attention_mask is None else self._lengths(attention_mask)
         return super().forward(hidden_states, lengths)

@@ -1,11 +1,10 @@
 """Weights from other models: `inherit` copies and freezes modules that a student shares with a teacher or pretrained model,
-`load_weights` copies all tensors that fit and freezes nothing, `freeze` only freezes.
+`freeze` only freezes.
 
     model = simplclip.models.create("siclip2-s0")
     print(simplclip.inherit(model, "MobileCLIP2-S0/dfndr2b"))
 
 No tensor in a frozen prefix of a tower requires a gradient, so autograd keeps none of its activations: arXiv 2411.14789.
-Copied weights compute the same as in the source, except for RMSNorm's eps in blocks of He & Hofmann: see nn.SimplifiedBlock.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from simplclip.models.weights import CheckpointError, Source, state_of
 from simplclip.nn import SimplifiedBlock
 
 _COUNTERS = "num_batches_tracked"  # old checkpoints lack it
+_SCALES = ("logit_scale", "logit_bias")  # ends of names; they always train
 _ENOUGH = 0.1  # the source has another architecture if a smaller share of its (or the model's) tensors fit
 
 
@@ -43,8 +43,7 @@ class Status(StrEnum):
     INHERITED = "inherited"
     TRAINS = "inherited, trains"
     STARTED = "initialised"  # a simplified block that starts from another kind of block in the source; it trains
-    LOADED = "loaded"
-    RESIZED = "resized"
+    RESIZED = "resized"  # a positional embedding, interpolated; it trains
     NEW = "new"
     DIFFERS = "shape differs"
 
@@ -65,41 +64,33 @@ class WeightTable:
         """Names of the frozen modules and parameters, as `freeze` takes them."""
         return [name for name, (status, _) in self.rows.items() if status == Status.INHERITED]
 
-    @property
-    def totals(self) -> dict[Status, int]:
-        """Parameters by status."""
+    def __str__(self) -> str:
         totals = dict.fromkeys(Status, 0)
         for status, count in self.rows.values():
             totals[status] += count
-        return totals
-
-    def lines(self) -> list[str]:
-        """The table and the parameters by status, as lines of text."""
         cells = [("module", "weights", "parameters")]
         cells += [(name or "(all)", status, f"{count:,}") for name, (status, count) in self.rows.items()]
-        cells += [("total", status, f"{count:,}") for status, count in self.totals.items() if count]
+        cells += [("total", status, f"{count:,}") for status, count in totals.items() if count]
         width = max(len(name) for name, *_ in cells)
         table = [f"{name:<{width}}  {status:<17}  {count:>12}" for name, status, count in cells]
-        return [f"weights from {', '.join(self.sources)}", *table]
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
+        return "\n".join([f"weights from {', '.join(self.sources)}", *table])
 
 
 class Transfer:
     """The tensors of a model, and what they take from sources.
 
     units: path -> names of the tensors that are taken together or not at all: of a module whose submodules have no tensors,
-        or a single tensor. With `single` each tensor is a unit.
+        or a single tensor.
     blocks: unit -> the path of the simplified block that contains it, or "".
     """
 
-    def __init__(self, model: nn.Module, *, single: bool = False) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self.units: dict[str, list[str]] = {}
         for path, group in groupby(self.tensors, lambda name: name.rpartition(".")[0]):
             names = list(group)
-            leaf = path and not single and sum(name.startswith(f"{path}.") for name in self.tensors) == len(names)
+            leaf = path and sum(name.startswith(f"{path}.") for name in self.tensors) == len(names)
             self.units |= {path: names} if leaf else {name: [name] for name in names}
         simplified = [path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, SimplifiedBlock)]
         self.blocks = {unit: next((b for b in simplified if unit.startswith(f"{b}.")), "") for unit in self.units}
@@ -107,23 +98,27 @@ class Transfer:
         self.taken: dict[str, Tensor] = {}
 
     def is_taken(self, unit: str) -> bool:
-        return any(name in self.taken for name in self.units[unit])
+        return self.units[unit][0] in self.taken
 
     def reset(self, unit: str, status: Status = Status.NEW) -> None:
         self.status[unit] = status
         for name in self.units[unit]:
             self.taken.pop(name, None)
 
-    def take(self, state: Mapping[str, Tensor], label: str) -> None:
+    def take(self, state: dict[str, Tensor], label: str) -> None:
         """Takes the tensors of each unit that fits and has none from an earlier source.
 
         Raises CheckpointError if too few tensors fit for a model of the same architecture.
         """
+        differing = {name for name in self.tensors if name in state and not _alike(self.tensors[name], state[name])}
+        interpolated = {name: _resized(self.model, name, self.tensors[name], state[name]) for name in differing}
+        resized = {name: value for name, value in interpolated.items() if value is not None}
+        state, differing = state | resized, differing - resized.keys()
         # In a simplified block the names mean the same if the source has a simplified block there.
         free = [unit for unit, block in self.blocks.items() if not block or f"{block}.qk.weight" in state]
-        fitting = [unit for unit in free if self._fits(unit, state)]
-        wanted, fit = ([n for unit in part if not _always_trains(unit) for n in self.units[unit]] for part in (free, fitting))
-        count = sum(name in state for name in fit)
+        fitting = [unit for unit in free if self._is_whole(unit, state) and differing.isdisjoint(self.units[unit])]
+        wanted, fit = ([n for u in part if not u.endswith(_SCALES) for n in self.units[u]] for part in (free, fitting))
+        count = sum(name in state and name not in resized for name in fit)
         if count < max(1, _ENOUGH * min(len(state), len(wanted))):
             others = ", ".join([name for name in state if name not in fit][:3]) or "it has none"
             got = f"{label}, of whose {len(state)} tensors {count} fit (not: {others})"
@@ -132,17 +127,17 @@ class Transfer:
             if self.is_taken(unit):
                 continue
             if unit in fitting:
-                self.taken |= {name: state[name] for name in self.units[unit] if name in state}
-            elif self._differs(unit, state):
+                self.taken |= {name: state.get(name, self.tensors[name]) for name in self.units[unit]}
+                trains = self.blocks[unit] or unit.endswith(_SCALES)
+                status = Status.TRAINS if trains else Status.INHERITED
+                self.status[unit] = Status.RESIZED if resized.keys() & self.units[unit] else status
+            elif not differing.isdisjoint(self.units[unit]):
                 self.status[unit] = Status.DIFFERS
 
-    def _fits(self, unit: str, state: Mapping[str, Tensor]) -> bool:
+    def _is_whole(self, unit: str, state: Mapping[str, Tensor]) -> bool:
+        """Whether a state dict has the names of a unit, and no others inside it."""
         present = {unit} & state.keys() if unit in self.tensors else {n for n in state if n.startswith(f"{unit}.")}
-        unmatched = present.symmetric_difference(self.units[unit])
-        return not self._differs(unit, state) and all(name.endswith(_COUNTERS) for name in unmatched)
-
-    def _differs(self, unit: str, state: Mapping[str, Tensor]) -> bool:
-        return any(name in state and not _alike(self.tensors[name], state[name]) for name in self.units[unit])
+        return all(name.endswith(_COUNTERS) for name in present.symmetric_difference(self.units[unit]))
 
     def drop_half_tied(self) -> None:
         """Resets units that own the same tensor, unless all of them take the same value for the tensor."""
@@ -151,9 +146,8 @@ class Transfer:
             for name in names:
                 owners[id(self.tensors[name])].append((unit, name))
         for tied in owners.values():
-            taking = [unit for unit, _ in tied if self.is_taken(unit)]
             values = [self.taken[name] for _, name in tied if name in self.taken]
-            if 0 < len(taking) < len(tied) or not all(torch.equal(values[0], value) for value in values[1:]):
+            if values and (len(values) < len(tied) or not all(torch.equal(values[0], value) for value in values[1:])):
                 for unit, _ in tied:
                     self.reset(unit)
 
@@ -187,51 +181,47 @@ def inherit(
 ) -> WeightTable:
     """Copies every unchanged module of ``source`` into ``model``, in place, and freezes it there.
 
-    A module is unchanged if the source has the same tensors under the same names in the same shapes. Modules in a
-    `SimplifiedBlock` are copied from a simplified block alone, since equal names may have another meaning (FastViT's
-    ``norm`` is a batch norm); they are not frozen, and neither are ``logit_scale`` and ``logit_bias``. Frozen modules get no
-    gradient and stay in eval mode even after ``model.train()``, so that norm statistics do not change. deepcopy and pickle
-    keep this, while a state dict has only weights (see `freeze`).
+    A module is unchanged if the source has the same tensors under the same names in the same shapes. Positional embeddings
+    of another image size or context length are interpolated, as open_clip does: over the grid of the image (bicubic, its
+    prefix tokens kept) or along the text (linear). Modules in a `SimplifiedBlock` are copied from a simplified block alone,
+    since equal names may have another meaning (FastViT's ``norm`` is a batch norm). These two are not frozen, and neither are
+    ``logit_scale`` and ``logit_bias``. Frozen modules get no gradient and stay in eval mode even after ``model.train()``, so
+    that norm statistics do not change. deepcopy and pickle keep this, while a state dict has only weights (see `freeze`).
 
     Args:
-        model: the student.
         source: a module; a state dict; a file of torch.save (a state dict, bare or under "state_dict" or "model", read
             with weights_only) or of safetensors; the folder of a run or of an export; ``NAME/TAG`` or
             ``open_clip:NAME/TAG`` for weights that open_clip downloads; or, for siclip-lite0, a name in `weights.PACKAGED`.
             If several sources fit a module, the first one is used.
         train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but not frozen. A pattern
-            that matches a module applies to everything in it; one that matches a tensor applies to its whole module.
+            that matches a module applies to everything in it; one that matches a tensor applies to its whole module. With
+            "*" nothing is frozen.
         blocks: None, or how simplified blocks that were not copied start from the source's blocks in their places, see
             `init_blocks`: a matrix that blocks share becomes the "average" of their matrices, or that of the "first" block.
             The first source with a block in a place is used. These blocks train.
 
-    Returns:
-        A table of module, status and parameters, with the names of the frozen modules and parameters.
+    Returns a table of module, status and parameters, with the names of the frozen modules and parameters.
 
-    Raises:
+    Raises, and leaves the model unchanged:
         CheckpointError: the source has another architecture or cannot be read as weights.
         InputError: no source is given; a pattern matches nothing; or, with ``blocks``, the source has no block in the place
             of a simplified block, or one of another kind or shape.
-        FileNotFoundError: there is no such file. In all cases the model is left unchanged.
+        FileNotFoundError: there is no such file.
     """
     sources = [source] if isinstance(source, str | os.PathLike | nn.Module | Mapping) else list(source)
     if not sources:
         raise InputError("source: expected at least one, got an empty list")
-    patterns = [train] if isinstance(train, str) else list(train)
     transfer = Transfer(model)
     loaded = [state_of(each, model) for each in sources]
     for label, state in loaded:
         transfer.take(state, label)
     transfer.drop_half_tied()
-    for unit in filter(transfer.is_taken, transfer.units):
-        trains = transfer.blocks[unit] or _always_trains(unit)
-        transfer.status[unit] = Status.TRAINS if trains else Status.INHERITED
-    for pattern in patterns:
+    for pattern in [train] if isinstance(train, str) else train:
         matching = [unit for unit, names in transfer.units.items() if _matches(pattern, unit, names)]
         if not matching:
             near = difflib.get_close_matches(pattern, transfer.units, 1, 0.3)
             raise InputError(f"train: expected a pattern that matches a module, got {pattern!r}; nearest: {near}")
-        transfer.status |= {unit: Status.TRAINS for unit in matching if transfer.is_taken(unit)}
+        transfer.status |= {unit: Status.TRAINS for unit in matching if transfer.status[unit] == Status.INHERITED}
     labels = [label for label, _ in loaded]
     if blocks is not None:
         _start_blocks(model, transfer, [state for _, state in loaded], ", ".join(labels), blocks)
@@ -242,61 +232,37 @@ def inherit(
 
 def _start_blocks(model: nn.Module, transfer: Transfer, states: list[dict[str, Tensor]], label: str, merge: str) -> None:
     """Starts the simplified blocks that were not copied: each from the first source with a block in its place."""
-    simplified = {path: m for path, m in model.named_modules() if isinstance(m, SimplifiedBlock)}
+    simplified = {block for block in transfer.blocks.values() if block}
     if not simplified or merge not in init_blocks.MERGES:
         expected = f"one of {init_blocks.MERGES}, for a model with simplified blocks"
         raise InputError(f"blocks: expected {expected}, got {merge!r} for {len(simplified)} blocks")
-    new = {block for unit, block in transfer.blocks.items() if not transfer.is_taken(unit)}
-    starts: dict[str, tuple[SimplifiedBlock, dict[str, Tensor]]] = {}
-    for path in (path for path in simplified if path in new):
+    starts: dict[str, Any] = {}
+    for path in dict.fromkeys(block for unit, block in transfer.blocks.items() if block and not transfer.is_taken(unit)):
         blocks = ({n.removeprefix(f"{path}."): state[n] for n in state if n.startswith(f"{path}.")} for state in states)
         tensors = next((tensors for tensors in blocks if init_blocks.is_block(tensors)), None)
         if tensors is None:
             raise InputError(f"blocks: expected a source with a block {path}, got {label} without")
-        starts[path] = simplified[path], tensors
+        starts[path] = model.get_submodule(path), tensors
     init_blocks.start(starts, merge)
     for unit, block in transfer.blocks.items():
         if block in starts:
             transfer.reset(unit, Status.STARTED)
 
 
-def load_weights(model: nn.Module, source: Source) -> WeightTable:
-    """Copies into ``model``, in place, every tensor of ``source`` whose name and shape the model has. Nothing is frozen.
-
-    Positional embeddings of another image size or context length are interpolated: over the grid of the image (bicubic, its
-    prefix tokens kept) or along the text (linear), as open_clip does. Tensors in a `SimplifiedBlock` are taken from a
-    simplified block alone, since equal names may have another meaning. A tensor that modules of the model share is taken if
-    the source has one value for it.
-
-    Returns a table of what was loaded, resized, new, and of another shape. model: any model of this library or of open_clip.
-    source: as for `inherit`, whose errors are raised; then the model is unchanged.
-    """
-    label, state = state_of(source, model)
-    transfer = Transfer(model, single=True)
-    for name in transfer.tensors.keys() & state.keys():
-        if (value := _resized(model, name, transfer.tensors[name], state[name])) is not None:
-            state[name], transfer.status[name] = value, Status.RESIZED
-    transfer.take(state, label)
-    transfer.drop_half_tied()
-    loaded = [name for name in transfer.taken if transfer.status[name] is not Status.RESIZED]
-    transfer.status |= dict.fromkeys(loaded, Status.LOADED)
-    return transfer.copy([label])
-
-
 def _resized(model: nn.Module, name: str, target: Tensor, value: Tensor) -> Tensor | None:
-    """Resizes a positional embedding [..., tokens, C] to the shape of `target`; returns None for other tensors."""
-    positions = name.rpartition(".")[2] in ("positional_embedding", "pos_embed", "pos_embedding") and not _alike(
-        target, value
-    )
-    if not positions or target.shape[:-2] != value.shape[:-2] or target.shape[-1] != value.shape[-1]:
+    """Returns a positional embedding [..., tokens, C] of another length in the shape of `target`; None for other tensors."""
+    if name.rpartition(".")[2] not in ("positional_embedding", "pos_embed", "pos_embedding"):
+        return None
+    if target.shape[:-2] != value.shape[:-2] or target.shape[-1] != value.shape[-1]:
         return None
     old, tokens = value.reshape(1, -1, value.shape[-1]).float(), target.numel() // target.shape[-1]
     if not name.startswith("visual."):
         new = nn.functional.interpolate(old.mT, size=tokens, mode="linear").mT
         return new.reshape(target.shape).to(value.dtype)
     visual: Any = model.visual
-    grid = visual.grid_size if hasattr(visual, "grid_size") else visual.trunk.patch_embed.grid_size
-    prefix = tokens - math.prod(grid)
+    patches = visual if hasattr(visual, "grid_size") else getattr(getattr(visual, "trunk", None), "patch_embed", None)
+    grid: Any = getattr(patches, "grid_size", None)
+    prefix = tokens - math.prod(grid) if grid else -1
     side = math.isqrt(max(0, old.shape[1] - prefix))
     if prefix < 0 or side * side != old.shape[1] - prefix or not side:
         return None
@@ -308,10 +274,6 @@ def _alike(target: Tensor, value: Tensor) -> bool:
     """Whether shape and kind of number are the same. A scalar may be [] or [1], since checkpoints differ in that shape."""
     scalar = target.numel() == value.numel() == 1 and max(target.dim(), value.dim()) <= 1
     return (target.shape == value.shape or scalar) and target.is_floating_point() == value.is_floating_point()
-
-
-def _always_trains(unit: str) -> bool:
-    return unit.rpartition(".")[2] in ("logit_scale", "logit_bias")
 
 
 def _matches(pattern: str, unit: str, names: list[str]) -> bool:

@@ -116,10 +116,7 @@ def start(blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], me
 def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns tensors for a `SimplifiedBlock` to start as a pretrained block: qk, fc1, fc2 and the outer gains, in float32.
 
-    tensors: the block's tensors by names relative to the block: open_clip's ResidualAttentionBlock or
-    CustomResidualAttentionBlock, timm's Block, FastViT's AttentionBlock, or transformers' encoder layers of CLIP, SigLIP and
-    SigLIP 2. The tensors of a simplified block are returned as they are.
-
+    tensors: those of a block of _KINDS by names relative to the block; of a simplified block they are returned as they are.
     Raises InputError for another block, or one whose q, k or MLP have more parts (qk norms, gated MLPs); KeyError for a part
     that is missing.
     """
@@ -129,7 +126,7 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     q, k = [t[name] for name in kind.qk] if len(kind.qk) == 2 else t[kind.qk[0]].chunk(3)[:2]
     width = q.shape[1]
     (factor1, _), (factor2, shift2) = _affine(t, kind.norm, width), _affine(t, kind.mlp_norm, width)
-    spread, level = torch.ones(()), torch.zeros(())  # S and M
+    spread, level = q.new_ones(()), q.new_zeros(())  # S and M
     if kind.conv:
         mean, variance = t[f"{kind.norm}.running_mean"], t[f"{kind.norm}.running_var"]
         level = mean.mean()
@@ -148,7 +145,7 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "fc2.weight": scale[:, None] * fc2,
         "fc2.bias": scale * bias2 + level,
         "attention_gain": spread,
-        "mlp_gain": torch.ones(()),
+        "mlp_gain": q.new_ones(()),
     }
 
 

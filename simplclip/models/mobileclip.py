@@ -9,7 +9,6 @@ timm's image projection would have a bias; the published image projection has no
 
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from open_clip.model import CustomTextCLIP
 from open_clip.transformer import TextTransformer
+from timm.layers import ConvNormAct, Mlp
 from timm.models.fastvit import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -34,48 +34,37 @@ _RENAMED = {
 _SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", "layer_scale")
 
 
-class ConvNorm(nn.Module):
+def _conv_norm(width: int, kernel_size: int) -> ConvNormAct:
     """A depthwise convolution over the tokens and a batch norm: [B, C, 1, L] -> [B, C, 1, L]."""
-
-    def __init__(self, width: int, kernel_size: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, (1, kernel_size), padding=(0, kernel_size // 2), groups=width, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
+    shape: Any = (1, kernel_size)
+    return ConvNormAct(width, width, shape, padding=(0, kernel_size // 2), groups=width, apply_act=False)
 
 
 class RepMixer(nn.Module):
-    """Mixes tokens: ``x + layer_scale (skip(x) + conv(x) - norm(x))``, x [B, C, 1, L]; skip and norm are batch norms.
-
-    `reparameterize` turns the module into one depthwise convolution, for inference; timm.utils.reparameterize_model calls it.
-    """
+    """Mixes tokens: ``x + layer_scale (skip(x) + conv(x) - norm(x))``, x [B, C, 1, L]; skip and norm are batch norms."""
 
     def __init__(self, width: int, kernel_size: int) -> None:
         super().__init__()
         self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-5))
         self.norm, self.skip = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-        self.conv = ConvNorm(width, kernel_size)
-        self.reparam_conv: nn.Conv2d | None = None
+        self.conv = _conv_norm(width, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.reparam_conv is not None:
-            return self.reparam_conv(x)
         return x + self.layer_scale * (self.skip(x) + self.conv(x) - self.norm(x))
 
     @torch.no_grad()
-    def reparameterize(self) -> None:
-        if self.reparam_conv is not None:
-            return
+    def fuse(self) -> nn.Conv2d:
+        """Returns a depthwise convolution that computes the same in eval mode; timm puts it in the place of this module."""
+        dtype = self.layer_scale.dtype
+        self.float()  # differences of half types would lose digits
         conv = fuse_conv_bn_eval(self.conv.conv, self.conv.bn)
-        (skip, skip_shift), (norm, norm_shift) = _affine(self.skip), _affine(self.norm)
-        scale = self.layer_scale.flatten()
-        conv.weight.mul_(scale[:, None, None, None])
-        conv.weight[..., conv.weight.shape[-1] // 2] += (1 + scale * (skip - norm))[:, None, None]
-        conv.bias.copy_(scale * (conv.bias + skip_shift - norm_shift))
-        del self.layer_scale, self.norm, self.skip, self.conv
-        self.reparam_conv = conv
+        impulse = torch.zeros_like(conv.weight.transpose(0, 1))  # [1, C, 1, K]
+        shift = self(impulse)
+        impulse[..., impulse.shape[-1] // 2] = 1
+        # The response to an impulse is the mirrored kernel.
+        conv.weight.copy_((self(impulse) - shift).flip(-1).transpose(0, 1))
+        conv.bias.copy_(shift[0, :, 0, 0])
+        return conv.to(dtype)
 
 
 class RepMixerBlock(nn.Module):
@@ -87,10 +76,8 @@ class RepMixerBlock(nn.Module):
     def __init__(self, width: int, mlp_ratio: float = 4.0, kernel_size: int = 11) -> None:
         super().__init__()
         self.mixer = RepMixer(width, kernel_size)
-        self.conv = ConvNorm(width, kernel_size)
-        hidden = round(width * mlp_ratio)
-        layers = {"fc1": nn.Linear(width, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, width)}
-        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.conv = _conv_norm(width, kernel_size)
+        self.mlp = Mlp(width, round(width * mlp_ratio))
         self.layer_scale = nn.Parameter(torch.full((width,), 1e-5))
 
     def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
@@ -113,34 +100,19 @@ class TextTower(TextTransformer):
     """
 
     def __init__(
-        self,
-        context_length: int = 77,
-        vocab_size: int = 49408,
-        width: int = 512,
-        heads: int = 8,
-        layers: int = 4,
-        mlp_ratio: float = 4.0,
-        *,
-        kernel_size: int = 11,
-        output_dim: int = 512,
-    ) -> None:
+        self, context_length: int, vocab_size: int, width: int, heads: int, layers: int, mlp_ratio: float = 4.0, *,
+        kernel_size: int = 11, output_dim: int = 512,
+    ) -> None:  # fmt: skip
         sizes = context_length, vocab_size, width, heads, layers, mlp_ratio
         super().__init__(*sizes, output_dim=output_dim, no_causal_mask=True)
         self.first, self.last = (RepMixerBlock(width, mlp_ratio, kernel_size) for _ in range(2))
 
     def forward(self, text: Tensor) -> Tensor:
-        # The last block's MLP, a seventh of the tower's work, is needed at one token alone.
-        ends = self.ln_final(self.last(self._inner(text), text.argmax(1)))
-        return ends @ self.text_projection.to(ends.dtype)
-
-    def encode_tokens(self, text: Tensor) -> Tensor:
-        """Returns the outputs of all tokens after the last norm, [B, L, C]."""
-        return self.ln_final(self.last(self._inner(text)))
-
-    def _inner(self, text: Tensor) -> Tensor:
-        """Returns the input of the last block, [B, L, C]."""
         x, mask = self._embeds(text)
-        return self.transformer(self.first(x), attn_mask=mask)
+        x = self.transformer(self.first(x), attn_mask=mask)
+        # The last block's MLP, a seventh of the tower's work, is needed at one token alone.
+        ends = self.ln_final(self.last(x, text.argmax(1)))
+        return ends @ self.text_projection.to(ends.dtype)
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Freezes all but the last groups of parameters, as open_clip does: embeddings, layers, projection."""
@@ -187,9 +159,3 @@ def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
             name = re.sub(r"(?<=text\.)transformer\.(\d+)", lambda match: layers.get(int(match[1]), match[0]), name)
         renamed[name] = value
     return renamed
-
-
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Returns factor and shift of a batch norm in eval mode, [C] each."""
-    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return factor, norm.bias - norm.running_mean * factor

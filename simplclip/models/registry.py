@@ -33,7 +33,6 @@ class Spec:
     config: open_clip's configuration.
     tokenizer: a function of context_length that makes the tokenizer.
     simplify: the arguments of `simplify`, or None for a model with its own blocks.
-    original: the name for `create` of the model that a SiCLIP was made from, if it has one.
     build: the function that makes the model of the configuration, if open_clip does not.
     """
 
@@ -43,7 +42,6 @@ class Spec:
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     augment: str | Mapping[str, Any] = field(default_factory=dict)
     channels_last: bool = False
-    original: str = ""
     build: Callable[..., nn.Module] | None = None
 
 
@@ -54,7 +52,6 @@ _MOBILECLIP_S0: dict[str, Any] = {
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 4},
     },
     "preprocess": {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear"},
-    "original": "mobileclip-s0",
     "build": mobileclip.create,
 }
 
@@ -82,7 +79,6 @@ _SPECS = {
         partial(open_clip.get_tokenizer, "MobileCLIP2-S0"),
         simplify={"share": {"text": neighbour_groups(12, 2)}, "mask_padding": True},
         preprocess=_MOBILECLIP_S0["preprocess"],
-        original=f"{PLAIN}MobileCLIP2-S0",
     ),
     "siclip-tiny": _small(
         "siclip_tiny_trunk",
@@ -102,8 +98,7 @@ _SPECS = {
 
 
 def names() -> list[str]:
-    """Returns the names of MobileCLIP-S0 and this library's SiCLIPs. `create` also takes ``open_clip:NAME`` for each name of
-    ``open_clip.list_models()``."""
+    """Returns the names of MobileCLIP-S0 and this library's SiCLIPs; ``open_clip:NAME`` is a name, too."""
     return list(_SPECS)
 
 
@@ -132,19 +127,14 @@ def create(
     Args:
         name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model; or a `Spec`.
         checkpoint: a file of weights as for `inherit`, which must fit exactly.
-        device: device of the model.
         simplified: False for the model that a SiCLIP is made from, with its own blocks.
         simplify_options: arguments of `simplify` that replace those of the name. If they are given, even as {}, a model that
             is no SiCLIP is simplified too.
         overrides: open_clip's model arguments. ``vision_cfg`` and ``text_cfg`` are merged into those of the name,
             others (``embed_dim``, ``init_logit_scale``, ``output_dict``...) replace them.
 
-    Returns:
-        An open_clip model. If it was simplified, its attribute ``simplify_report`` lists the replaced blocks.
-
-    Raises:
-        InputError: the name is unknown; the message lists the nearest names.
-        CheckpointError: the checkpoint has no weights, or others.
+    Returns an open_clip model. If it was simplified, its attribute ``simplify_report`` lists the replaced blocks. Raises
+    InputError for an unknown name, with the nearest names; CheckpointError for a checkpoint without weights, or with others.
     """
     state = None if checkpoint is None else read(checkpoint, "checkpoint")  # before the model, which may take long
     spec = spec_of(name) if isinstance(name, str) else name
@@ -192,9 +182,8 @@ def transforms(
     spec = spec_of(name)
     size = image_size or spec.config["vision_cfg"].get("image_size", PreprocessCfg.size)
     cfg = PreprocessCfg(size=size, **spec.preprocess)
-    if not train or augment == "none":
-        return ImageTransform(cfg)
-    return ImageTransform(cfg, spec.augment if augment is None else augment)
+    augment = spec.augment if augment is None else augment
+    return ImageTransform(cfg, augment if train and augment != "none" else None)
 
 
 def spec_of(name: str) -> Spec:
@@ -203,7 +192,7 @@ def spec_of(name: str) -> Spec:
         return _SPECS[name]
     plain = name.removeprefix(PLAIN)
     if name.startswith(PLAIN) and plain in open_clip.list_models():
-        return Spec(open_clip.get_model_config(plain), partial(open_clip.get_tokenizer, plain), original=name)
+        return Spec(open_clip.get_model_config(plain), partial(open_clip.get_tokenizer, plain))
     all_names = [*names(), *(PLAIN + n for n in open_clip.list_models())]
     near = difflib.get_close_matches(name, all_names, 3) or difflib.get_close_matches(PLAIN + name, all_names, 3)
     raise InputError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")

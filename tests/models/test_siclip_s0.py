@@ -5,7 +5,7 @@ import re
 import pytest
 import tiny
 import torch
-from mobileclip_s0 import weights
+from mobileclip_s0 import all_tokens, weights
 from nets import with_statistics
 from typer.testing import CliRunner
 
@@ -84,7 +84,7 @@ def test_the_last_blocks_mlp_computes_one_token_of_each_text(student):
     text, seen = torch.randint(1, 49000, (3, 77)), []
     hook = student.text.last.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     with torch.no_grad():
-        features, tokens = student.text(text), student.text.encode_tokens(text)
+        features, tokens = student.text(text), all_tokens(student.text, text)
     hook.remove()
     assert seen == [(3, 512), (3, 77, 512)]
     expected = tokens[torch.arange(3), text.argmax(1)] @ student.text.text_projection

@@ -160,8 +160,10 @@ def test_parts_are_shared_by_groups_and_the_whole_by_others():
     for other in (two, copy.deepcopy(one)):
         assert_same(one(*batch()), other(*batch()))
         assert sum(p.numel() for p in other.parameters()) == sum(p.numel() for p in one.parameters())
-    _, report = simplify(clip(), share={"text": {"attention": [[0, 3]], "mlp": [[0, 1]]}, "image": {"mlp": []}})
-    assert report.share == {"text": {"attention": [[0, 3]], "mlp": [[0, 1]]}, "image": {}}
+    other, _ = simplify(clip(), share={"text": {"attention": [[0, 3]], "mlp": [[0, 1]]}, "image": {"mlp": []}})
+    first, second, _, last = other.transformer.resblocks
+    assert (first.qk is last.qk, first.fc1 is second.fc1) == (True, True)
+    assert len({id(module) for block in other.visual.transformer.resblocks for module in (block.qk, block.fc1)}) == 6
 
 
 def test_activation_dtype_and_mode_follow_the_old_block():

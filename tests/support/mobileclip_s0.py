@@ -72,6 +72,11 @@ def error(result: torch.Tensor, exact: torch.Tensor) -> float:
     return ((result - exact).abs().max() / exact.abs().max()).item()
 
 
+def all_tokens(tower: torch.nn.Module, text: torch.Tensor) -> torch.Tensor:
+    """Returns the outputs of all tokens after a text tower's last norm, [B, L, C]."""
+    return tower.ln_final(tower.last(tower.transformer(tower.first(tower._embeds(text)[0]))))
+
+
 def small_state():
     """Returns a published checkpoint of the model with the small text tower."""
     image = {name: t for name, t in weights(1).items() if name.startswith("image_encoder.")}
