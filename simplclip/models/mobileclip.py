@@ -34,20 +34,20 @@ _RENAMED = {
 _SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", "layer_scale")
 
 
-def _conv_norm(width: int, kernel_size: int) -> ConvNormAct:
+def _conv_norm(width: int) -> ConvNormAct:
     """A depthwise convolution over the tokens and a batch norm: [B, C, 1, L] -> [B, C, 1, L]."""
-    shape: Any = (1, kernel_size)
-    return ConvNormAct(width, width, shape, padding=(0, kernel_size // 2), groups=width, apply_act=False)
+    shape: Any = (1, 11)
+    return ConvNormAct(width, width, shape, padding=(0, 5), groups=width, apply_act=False)
 
 
 class RepMixer(nn.Module):
     """Mixes tokens: ``x + layer_scale (skip(x) + conv(x) - norm(x))``, x [B, C, 1, L]; skip and norm are batch norms."""
 
-    def __init__(self, width: int, kernel_size: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-5))
         self.norm, self.skip = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-        self.conv = _conv_norm(width, kernel_size)
+        self.conv = _conv_norm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layer_scale * (self.skip(x) + self.conv(x) - self.norm(x))
@@ -56,7 +56,7 @@ class RepMixer(nn.Module):
     def fuse(self) -> nn.Conv2d:
         """Returns a depthwise convolution that computes the same in eval mode; timm puts it in the place of this module."""
         dtype = self.layer_scale.dtype
-        self.float()  # differences of half types would lose digits
+        self.double()  # differences of the responses would lose digits
         conv = fuse_conv_bn_eval(self.conv.conv, self.conv.bn)
         impulse = torch.zeros_like(conv.weight.transpose(0, 1))  # [1, C, 1, K]
         shift = self(impulse)
@@ -73,11 +73,11 @@ class RepMixerBlock(nn.Module):
     Convolutions see the tokens as [B, C, 1, L] in channels_last, which for a contiguous [B, L, C] is only a view.
     """
 
-    def __init__(self, width: int, mlp_ratio: float = 4.0, kernel_size: int = 11) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.mixer = RepMixer(width, kernel_size)
-        self.conv = _conv_norm(width, kernel_size)
-        self.mlp = Mlp(width, round(width * mlp_ratio))
+        self.mixer = RepMixer(width)
+        self.conv = _conv_norm(width)
+        self.mlp = Mlp(width, 4 * width)
         self.layer_scale = nn.Parameter(torch.full((width,), 1e-5))
 
     def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
@@ -99,13 +99,9 @@ class TextTower(TextTransformer):
     forward(text int64 [B, L]) -> [B, output_dim]; L is at most ``context_length``.
     """
 
-    def __init__(
-        self, context_length: int, vocab_size: int, width: int, heads: int, layers: int, mlp_ratio: float = 4.0, *,
-        kernel_size: int = 11, output_dim: int = 512,
-    ) -> None:  # fmt: skip
-        sizes = context_length, vocab_size, width, heads, layers, mlp_ratio
-        super().__init__(*sizes, output_dim=output_dim, no_causal_mask=True)
-        self.first, self.last = (RepMixerBlock(width, mlp_ratio, kernel_size) for _ in range(2))
+    def __init__(self, context_length: int, vocab_size: int, width: int, heads: int, layers: int, *, output_dim: int) -> None:
+        super().__init__(context_length, vocab_size, width, heads, layers, output_dim=output_dim, no_causal_mask=True)
+        self.first, self.last = RepMixerBlock(width), RepMixerBlock(width)
 
     def forward(self, text: Tensor) -> Tensor:
         x, mask = self._embeds(text)

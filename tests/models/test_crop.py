@@ -131,7 +131,7 @@ def cropped_already():
 
 def convolved():
     model = model_of("")
-    model.text = TextTower(40, 100, 24, 2, 2, kernel_size=3, output_dim=16)  # MobileCLIP-S0's
+    model.text = TextTower(40, 100, 24, 2, 2, output_dim=16)  # MobileCLIP-S0's
     return model
 
 

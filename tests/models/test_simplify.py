@@ -229,7 +229,7 @@ def test_masked_padding_is_as_if_it_were_not_there(pool):
             {},
             "got TextTransformer that pools by last",
         ),
-        (lambda: with_text(TextTower(12, 100, 24, 2, 2)), {}, "open_clip's own text tower .*, got TextTower"),
+        (lambda: with_text(TextTower(12, 100, 24, 2, 2, output_dim=16)), {}, "open_clip's own text tower .*, got TextTower"),
     ],
 )
 def test_padding_that_cannot_be_masked(model, options, message):
