@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simplclip.commands.options import Device, Pairs, Precision, Sidecars
+from simplclip.commands.options import Device, Pairs, Precision, Sidecars, check_data
 
 
 def caption(
@@ -29,6 +29,7 @@ def caption(
     precision: Precision = "fp32",
 ) -> None:
     """Write synthetic captions by a CoCa model into sidecars of the shards. Repeat the command to continue after a stop."""
+    check_data(source, "source")
     from simplclip.common import ranks
     from simplclip.teacher import caption as captioning
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simplclip.commands.options import Device, Precision, Workers, named_splits
+from simplclip.commands.options import Device, Precision, Workers, check_data, named_splits
 from simplclip.common.errors import InputError
 
 
@@ -53,6 +53,7 @@ def evaluate(
 ) -> None:
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
     splits = named_splits(data or []) or splits_of(models[0])
+    check_data(list(splits.values()), "data")
     from simplclip import evaluation
     from simplclip.common import ranks
 
@@ -73,7 +74,10 @@ def splits_of(model: str) -> dict[str, Any]:
         return {}
     from simplclip.train import config
 
-    splits = config.load(file).eval.splits
+    try:
+        splits = config.load(file).eval.splits
+    except config.ConfigError as error:
+        raise InputError(f"data: expected a config of this version in {file}, got {error}; name the data by --data") from None
     for name, what in splits.items():
         for place in [what] if isinstance(what, str) else what:
             if place.startswith("pipe:") or "://" in place:

@@ -37,6 +37,22 @@ def fail(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
+def check_data(source: Any, name: str) -> None:
+    """Raises InputError, which names the argument, for data that are not there. Nothing here needs seconds of imports."""
+    from simplclip.data.forms import is_source
+    from simplclip.data.sources import sources_of
+
+    if isinstance(source, list):
+        for part in source:
+            check_data(part, name)
+    elif isinstance(source, dict):
+        check_data(source.get("shards"), name)
+    elif not (isinstance(source, str) and is_source(source)):
+        sources_of(source, name)
+    elif not Path(source.partition("#")[0]).expanduser().exists():
+        raise InputError(f"{name}: expected a file, got {source!r}, which does not exist")
+
+
 def named_splits(items: list[str]) -> dict[str, Any]:
     """Parses NAME=DATA, or DATA alone, which is named after its file or folder up to the first number or wildcard.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simplclip.commands.options import Device, Pairs, Precision, Sidecars
+from simplclip.commands.options import Device, Pairs, Precision, Sidecars, check_data
 
 
 def teacher(
@@ -31,6 +31,7 @@ def teacher(
     seed: Annotated[int, typer.Option(help="Seed of the views.")] = 0,
 ) -> None:
     """Write a teacher's features of images and captions into sidecars of the shards, which training reads (data.sidecars)."""
+    check_data(source, "source")
     from simplclip import teacher as teachers
     from simplclip.common import ranks
 

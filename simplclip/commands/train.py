@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simplclip.commands.options import Overrides, fail
+from simplclip.commands.options import Overrides, check_data, fail
 from simplclip.common.errors import InputError, UserError
 
 
@@ -67,23 +67,9 @@ def train(
 
 def check_sources(config: Any) -> None:
     """Raises InputError for data and sidecars that are not there. Nothing here needs seconds of imports."""
-    from simplclip.data.forms import is_source
-    from simplclip.data.sources import sources_of
-
-    def check(source: Any, name: str) -> None:
-        if isinstance(source, list):
-            for part in source:
-                check(part, name)
-        elif isinstance(source, dict):
-            check(source.get("shards"), name)
-        elif not (isinstance(source, str) and is_source(source)):
-            sources_of(source, name)
-        elif not Path(source.partition("#")[0]).expanduser().exists():
-            raise InputError(f"{name}: expected a file, got {source!r}, which does not exist")
-
-    check(config.data.train, "data.train")
+    check_data(config.data.train, "data.train")
     for name, split in config.eval.splits.items() if config.eval.every else ():
-        check(split, f"eval.splits.{name}")
+        check_data(split, f"eval.splits.{name}")
     for folder in config.data.sidecars:
         if not Path(folder).expanduser().is_dir():
             raise InputError(f"data.sidecars: expected a folder, got {folder!r}, which does not exist")

@@ -272,7 +272,8 @@ def _folder(path: str) -> RowSource:
         images += 1
         any_text = any_text or bool(texts)
         classes.add(_class_of(image))
-        digest.update(repr((image, texts)).encode("utf-8", "surrogateescape"))
+        states = [state_of(file) for text in texts.values() if os.path.exists(file := os.path.join(path, text))]
+        digest.update(repr((image, texts, states)).encode("utf-8", "surrogateescape"))
     if not images:
         hint = " (try its *.tar)" if any(file.endswith(".tar") for file in os.listdir(path)) else ""
         raise InputError(f"source: expected a folder of images with captions, got {path!r}, which has no image{hint}")

@@ -276,8 +276,15 @@ def pixels_of(transform: ImageTransform | Callable, pair: Pair, view: View | Non
 
     Raises BrokenSample. With a caller's transform, raises ShardError if a view is given, RuntimeError if the transform fails.
     """
+    if isinstance(transform, ImageTransform) and view is None:
+        return transform(pair.encoded)
     if isinstance(transform, ImageTransform):
-        return transform(pair.encoded) if view is None else transform.apply(pair.encoded, view)
+        try:
+            return transform.apply(pair.encoded, view)
+        except BrokenSample:
+            raise
+        except Exception as error:  # the type depends on what a damaged sidecar has in place of the view
+            raise BrokenSample("bad teacher features", f"view {str(view)[:100]}: {error!r}") from None
     if view is not None:
         raise ShardError(
             f"sample {pair.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "

@@ -9,6 +9,7 @@ lack some. `simplclip teacher` and `simplclip caption` write sidecars (writer.py
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,8 @@ from simplclip.data.sources import Address, Source, name_of, sources_of
 from simplclip.data.tars import Sample
 
 Folders = Sequence[str | os.PathLike]
+_LEAST = 1024  # bytes of a sample in a tar
+_WIDEST = 1 << 20  # numbers of a feature
 
 
 def plain_name(shard: str) -> str:
@@ -138,9 +141,12 @@ def teacher_stamp(folders: Folders) -> dict[str, Any]:
     for folder in reversed(folders):
         try:
             stamp = json_of(Path(os.path.expanduser(folder), "meta.json").read_text("utf-8"))["teacher"]
-            return stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
+            stamp |= {"name": str(stamp["name"]), "width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
+            stamp.get("views", {"augment": None})["augment"]
         except (OSError, ValueError, LookupError, TypeError, OverflowError):
             continue
+        if 1 <= stamp["width"] <= _WIDEST and 0 < stamp["logit_scale"] < math.inf:
+            return stamp
     given = list(map(str, folders))
     raise ShardError(f"data.sidecars: expected a teacher's features, which `simplclip teacher` writes, got {given}")
 
@@ -148,7 +154,7 @@ def teacher_stamp(folders: Folders) -> dict[str, Any]:
 def dataset_size(shards: Any) -> int | None:
     """Returns the samples of a pass over shards, with their weights, as the meta.json beside them counts them.
 
-    None if a shard is a stream, or is not listed with its present size.
+    None if a shard is a stream, or is not listed with its present size, and if there is less than one sample.
     """
     sources = sources_of(shards)
     listed = {folder: entries(folder) for folder in {os.path.dirname(source.url) for source in sources}}
@@ -156,9 +162,10 @@ def dataset_size(shards: Any) -> int | None:
     for source in sources:
         entry = listed[os.path.dirname(source.url)].get(os.path.basename(source.url), {})
         try:
-            if isinstance(source.url, Address) or int(entry["bytes"]) != os.path.getsize(source.url):
+            samples, size = int(entry["samples"]), int(entry["bytes"])
+            if isinstance(source.url, Address) or size != os.path.getsize(source.url) or not 0 <= samples <= size / _LEAST:
                 return None
-            total += int(entry["samples"]) * source.weight
+            total += samples * source.weight
         except (OSError, ValueError, LookupError, TypeError, OverflowError):
             return None
-    return round(total)
+    return round(total) or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from simplclip.common.errors import InputError
 
 _FORMS = "a path, an http(s) URL, pipe:COMMAND, a mapping with shards and weight, or a list of them"
 _OTHERS = (".csv", ".tsv", ".parquet", ".json", ".jsonl", ".txt")
+_MOST = 1_000_000  # names of a brace pattern; a pattern may come with a run from elsewhere
+_BRACES = re.compile(r"\{([^{}]*)\}")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 
 
@@ -125,6 +128,27 @@ def _tar(path: str, name: str) -> str:
 def _expanded(pattern: str, name: str) -> list[str]:
     """Expands braces. webdataset's `expand_urls` would also split at '::', as in http://[::1]/, and substitute variables."""
     try:
+        if _most_names(pattern) > _MOST:
+            raise InputError(f"{name}: expected a brace pattern of at most {_MOST:,} names, got {pattern[:200]!r}")
         return list(braceexpand.braceexpand(pattern, escape=False))
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{name}: expected a brace pattern, got {pattern[:200]!r}, whose braces do not match") from None
+
+
+def _most_names(pattern: str) -> float:
+    """Returns a number that the names of a brace pattern do not exceed: the product over all braces."""
+    counts: list[int] = []
+
+    def count(braces: re.Match) -> str:
+        ends = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?", braces[1])
+        letters = 64 if ".." in braces[1] else 1  # of {a..z}
+        counts.append(abs(int(ends[1]) - int(ends[2])) + 1 if ends else max(letters, braces[1].count(",") + 1))
+        return ""
+
+    for _ in range(20):  # levels of braces in braces
+        pattern, number = _BRACES.subn(count, pattern)
+        if not number:
+            return math.prod(counts)
+    return math.inf

@@ -53,6 +53,8 @@ class TarFolder:
             former = json_of((self.out / "meta.json").read_text("utf-8"))
             self.entries = former.pop("splits")["data"]["shards"]
             self.complete = former.pop("complete", False)
+            skipped_in(self.entries.values())
+            sum(entry["samples"] + entry["bytes"] + entry.get("rows", 0) for entry in self.entries.values())
             changed = differences(former, self.about)
         except (ValueError, LookupError, TypeError, AttributeError):
             expected = "a new folder or that of an earlier run"

@@ -189,6 +189,11 @@ def _checked(augment: Any) -> Any:
             raise InputError(
                 f"augment.{name}: expected none, as timm's transforms take PIL images, got {getattr(augment, name)}"
             )
+    for name in ("scale", "ratio"):
+        ends = getattr(augment, name)
+        pair = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
+        if ends is not None and not (pair and 0 < ends[0] <= ends[1]):
+            raise InputError(f"augment.{name}: expected two numbers above 0 in order, got {ends!r}")
     jitter = augment.color_jitter
     if bool(augment.color_jitter_prob) != (jitter is not None) or (jitter is not None and len(jitter) != 4):
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -27,12 +28,14 @@ def from_workers(items: Items, workers: int, pin_memory: bool = False) -> Genera
     if workers:
         options |= {"prefetch_factor": 2, "worker_init_fn": _start}
         options |= {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
-    # Without its own generator the DataLoader would draw from the caller's global generator.
-    loader = DataLoader(_Items(items), batch_size=None, collate_fn=_unchanged, generator=torch.Generator(), **options)
     former = None
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         former = signal.getsignal(signal.SIGCHLD)
-    iterator: Any = iter(loader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # that there are fewer cores than processes
+        # Without its own generator the DataLoader would draw from the caller's global generator.
+        loader = DataLoader(_Items(items), batch_size=None, collate_fn=_unchanged, generator=torch.Generator(), **options)
+        iterator: Any = iter(loader)
     # torch's handler would raise wherever the main thread is when a process dies, e.g. in the middle of an optimizer's update
     # or of writing a checkpoint. torch also looks for dead processes whenever it waits for an item.
     if former is not None:

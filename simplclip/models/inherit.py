@@ -288,7 +288,7 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
     """
     try:
         parts: list[Any] = [attrgetter(name)(model) if name else model for name in names]
-    except AttributeError as error:
+    except (AttributeError, TypeError) as error:
         raise InputError(f"names: expected modules or parameters of the model, got others: {error}") from None
     for part in parts:
         part.requires_grad_(False)

@@ -207,7 +207,12 @@ def _export(folder: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         raise CheckpointError(f"{file}: expected a file of simplclip export, got another one") from None
     check_options(options, str(file))
-    return _parts(name, create(name, checkpoint=folder, **options)) | {"step": step}
+    try:
+        return _parts(name, create(name, checkpoint=folder, **options)) | {"step": step}
+    except InputError:
+        raise
+    except Exception as error:  # the type depends on the options
+        raise CheckpointError(f"{file}: expected options of {name}, got {options}: {first_line(error)}") from None
 
 
 def _parts(name: str, model: Any) -> dict[str, Any]:

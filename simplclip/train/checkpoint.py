@@ -22,11 +22,14 @@ from simplclip.train.setup import State
 
 WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # files in the folder of a run
 
+KINDS = {"data": list, "frozen": list, "rng": dict, "loss": dict, "optimizer": dict, "scaler": dict}
+PLACE = {"rank", "world_size", "workers", "seed", "turn", "passes", "consumed"}  # of a loader's state
+
 # What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does not change the result.
 MAY_CHANGE = (
     *("optim.lr", "run.steps", "run.epochs", "run.out", "run.device", "run.log_every", "run.save_every", "eval."),
     *("data.micro_batch", "data.workers", "data.samples", "data.mean_tokens", "data.options.on_error"),
-    *("model.checkpoint", "model.recompute"),
+    *("model.checkpoint", "model.recompute", "inherit.source"),
 )
 
 
@@ -34,7 +37,17 @@ def former(out: Path, resume: bool) -> dict[str, Any] | None:
     """Reads the checkpoint to continue from; None for a run that begins, in a folder that must not hold a run."""
     last = out / "last.pt"
     if resume and last.exists():
-        return read_checkpoint(last)
+        checkpoint = read_checkpoint(last)
+        wrong = [name for name, kind in KINDS.items() if not isinstance(checkpoint.get(name), kind)]
+        try:
+            torch.Generator().set_state(checkpoint["rng"]["torch"])
+            whole = checkpoint["step"] > 0 and all(position.keys() >= PLACE for position in checkpoint["data"])
+        except (RuntimeError, LookupError, TypeError, AttributeError):
+            whole = False
+        if wrong or not whole:
+            others = f"others in {', '.join(wrong or ['step, data or rng'])}"
+            raise CheckpointError(f"{last}: expected the values that simplclip train writes, got {others}")
+        return checkpoint
     if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
         raise ConfigError(
             f"run.out: expected a folder without a run, got {out}; continue that run by --resume, or --set run.out=FOLDER"

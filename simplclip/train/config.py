@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import typing
 from importlib import resources
@@ -13,7 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from simplclip.common.errors import InputError
 
@@ -47,7 +58,10 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_shape(self) -> ModelConfig:
         for section, name in (("vision_cfg", "image_size"), ("text_cfg", "context_length")):
-            inside = (self.options.get(section) or {}).get(name)
+            options = self.options.get(section) or {}
+            if not isinstance(options, dict):
+                raise ValueError(f"options.{section}: expected a mapping, got {_shown(options)}")
+            inside = options.get(name)
             if None not in (inside, value := getattr(self, name)) and inside != value:
                 raise ValueError(f"{name}: expected one value, got {value} and options.{section}.{name} = {inside}")
         return self
@@ -63,6 +77,12 @@ class InheritConfig(Section):
         "start simplified blocks from the source's blocks in their places; a matrix that they share is the average of "
         "theirs, or the first one's. null: simplified blocks start from random weights",
     )
+
+    @model_validator(mode="after")
+    def _has_source(self) -> InheritConfig:
+        if self.source is None and (self.train or self.blocks):
+            raise ValueError(f"source: expected weights, since train = {self.train} and blocks = {self.blocks}, got none")
+        return self
 
 
 LOADER_OPTIONS = ("on_error", "max_bytes", "shuffle_buffer")
@@ -196,9 +216,17 @@ class EvalConfig(Section):
     every: int = setting(0, "steps between evaluations of the splits during training; 0: never", ge=0)
     templates: list[str] = setting(["a photo of {}"], "phrases around a label in zero-shot classification", min_length=1)
 
+    @model_validator(mode="after")
+    def _has_splits(self) -> EvalConfig:
+        if self.every and not self.splits:
+            raise ValueError(f"splits: expected held-out data, since every = {self.every}, got none")
+        return self
+
 
 class RunConfig(Section):
-    out: str = setting(..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt")
+    out: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
+        ..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt"
+    )
     steps: int | None = setting(1000, "number of optimizer steps", ge=1)
     epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
     seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0)
@@ -274,7 +302,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str | bytes, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits, a date without a month
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # e.g. of !!bool, or a date
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -360,7 +388,8 @@ def describe() -> str:
 
 def _line(error: Any) -> str:
     """Returns an error of pydantic as one line; for an unknown key, with the nearest key."""
-    key = ".".join(str(part) for part in error["loc"] if part not in ("plain", "section", "[key]"))
+    parts = [str(part) for part in error["loc"] if part not in ("plain", "section", "[key]", "str")]
+    key = ".".join(part for part in parts if not part.startswith(("dict[", "list[")))
     if error["type"] == "value_error":  # raised by a validator above
         return f"{key}: {error['ctx']['error']}".removeprefix(": ")
     if error["type"] == "extra_forbidden":

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from simplclip.common import hardware, ranks
-from simplclip.common.errors import visible
+from simplclip.common.errors import InputError, visible
 from simplclip.common.files import read_csv, write_csv
 from simplclip.common.plotting import COLOURS, new_figure, style, write
 from simplclip.common.progress import Pace, duration
@@ -94,7 +94,10 @@ class Log:
             return
         path = self.out / f"{name}.csv"
         if name not in self._columns:
-            rows = [row for row in read_csv(path) if int(row["step"]) <= self.start]
+            former = read_csv(path)
+            if any(not row.get("step", "").isdigit() for row in former):
+                raise InputError(f"run.out: expected rows with the number of a step in {path}, got others")
+            rows = [row for row in former if int(row["step"]) <= self.start]
             self._columns[name] = list(rows[0] if rows else row)
             write_csv(path, self._columns[name], rows)
         with path.open("a", newline="", encoding="utf-8") as lines:

@@ -88,16 +88,15 @@ def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> t
     if config.inherit.source is not None:
         table = inherit_as(config, model, config.inherit.source)
         frozen, lines = table.names, lines + str(table).splitlines()
+    for name in ("logit_scale", "logit_bias"):  # a value of the config replaces that of the weights
+        if (value := config.model.options.get(f"init_{name}")) is not None:
+            nn.init.constant_(getattr(model, name), value)
     return model, frozen, lines
 
 
 def inherit_as(config: Config, model: nn.Module, source: Source | Sequence[Source]) -> WeightTable:
     """Lets a run's model inherit as its config says, from `source`, which may stand for the one of the config."""
-    table = inherit(model, source, train=config.inherit.train, blocks=config.inherit.blocks)
-    for name in ("logit_scale", "logit_bias"):  # a value of the config replaces the source's
-        if (value := config.model.options.get(f"init_{name}")) is not None:
-            nn.init.constant_(getattr(model, name), value)
-    return table
+    return inherit(model, source, train=config.inherit.train, blocks=config.inherit.blocks)
 
 
 def prepare(model: Any, frozen: list[str], lines: list[str], config: Config, precision: str) -> Prepared:
@@ -181,7 +180,12 @@ def setup(
 def _load(part: Any, saved: Any) -> None:
     try:
         part.load_state_dict(saved)
-    except (RuntimeError, ValueError, LookupError, TypeError) as error:
+        if isinstance(part, torch.optim.Optimizer):  # it checks no shapes, and fused updates would read beyond the ends
+            for weight, moments in part.state.items():
+                for name in ("exp_avg", "exp_avg_sq", *(moments.keys() & {"max_exp_avg_sq"})):
+                    if moments[name].shape != weight.shape:
+                        raise ValueError(f"{name} of shape {list(moments[name].shape)} for {list(weight.shape)}")
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         expected = f"the state of this model's {type(part).__name__}"
         raise CheckpointError(f"checkpoint: expected {expected}, got {load_error(error)}") from None
 
@@ -254,8 +258,8 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
     rest += [p for p in loss.parameters() if p.requires_grad]
     groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     try:
-        return torch.optim.AdamW(groups, lr=o.lr, fused=True, **o.options)
-    except (TypeError, ValueError) as error:
+        return torch.optim.AdamW(groups, lr=o.lr, weight_decay=0.0, fused=True, **o.options)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise ConfigError(f"optim.options: expected arguments of torch.optim.AdamW, got {o.options}: {error}") from None
 
 

@@ -130,7 +130,8 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
         return json.loads("{")  # a ValueError that is not a UserError
 
     monkeypatch.setattr(evaluation, "evaluate", broken)
-    result = call("evaluate", "x.pt", "--data", "x.tar")
+    (tmp_path / "x.tar").touch()
+    result = call("evaluate", "x.pt", "--data", tmp_path / "x.tar")
     assert result.exit_code == 1
     assert isinstance(result.exception, json.JSONDecodeError)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -326,17 +327,28 @@ def test_features_that_are_not_the_samples(tmp_path, second, message):
 
 
 def test_the_stamp_of_a_folder(tmp_path):
-    for name, stamp in (("a", {"width": 6, "logit_scale": 10}), ("b", {"width": 6, "logit_scale": 11}), ("c", {"width": 6})):
+    wrong = ({}, {"logit_scale": math.nan}, {"logit_scale": 1, "width": 0}, {"logit_scale": 1, "views": {"number": 1}})
+    stamps = {"a": {"logit_scale": 10}, "b": {"logit_scale": 11}} | {f"c{n}": stamp for n, stamp in enumerate(wrong)}
+    for name, stamp in stamps.items():
         write((folder := tmp_path / name).mkdir() or folder / "x.tar", [])
-        (folder / "meta.json").write_text(json.dumps({"teacher": {"name": "t"} | stamp}))
+        (folder / "meta.json").write_text(json.dumps({"teacher": {"name": "t", "width": 6} | stamp}))
     assert data.teacher_stamp([tmp_path / "a"]) == {"name": "t", "width": 6, "logit_scale": 10.0}
-    assert data.teacher_stamp([tmp_path / "a", tmp_path / "b", tmp_path / "c"])["logit_scale"] == 11.0
-    for folders in ([tmp_path / "c"], []):
+    assert data.teacher_stamp([tmp_path / name for name in stamps])["logit_scale"] == 11.0
+    for folders in ([tmp_path / "c0"], []):
         with pytest.raises(data.ShardError, match=r"data.sidecars: expected a teacher's features, .*got \["):
             data.teacher_stamp(folders)
 
 
 AUGMENTED = ImageTransform(PreprocessCfg(size=8), AugmentationCfg())
+
+
+@pytest.mark.parametrize("view", [{"crop": "x"}, {"image": [1, 2], "crop": [5]}, {"affine": []}, {"colour": [9] * 9}])
+def test_a_view_that_cannot_be_replayed_breaks_its_sample(tmp_path, view):
+    features = npy(features_of(1, 3))
+    samples = [taught(0), taught(1, features, captions=digest_of(CAPTIONS), views=[view])]
+    reader = loader(write(tmp_path / "a.tar", samples), teacher=True, batch_size=1, transform=AUGMENTED)
+    assert {key for batch in take(reader, 3) for key in batch["key"]} == {"k000"}
+    assert reader.skipped.counts["bad teacher features"] >= 2
 
 
 def test_the_files_that_an_image_passes(one):

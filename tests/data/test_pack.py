@@ -198,6 +198,30 @@ def test_hostile_rows_are_counted(tmp_path, monkeypatch):
     )
 
 
+def test_a_folder_whose_captions_change_is_another_source(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/1.png").write_bytes(png())
+    for text in ("a cat", "a dog"):
+        (tmp_path / "in/1.txt").write_text(text)
+        os.utime(tmp_path / "in/1.txt", (len(text), ord(text[2])))
+        if text == "a cat":
+            assert packed(tmp_path / "in", tmp_path / "out") == ([("1", ["a cat"])], {})
+    with pytest.raises(InputError, match="to hold what an earlier run made of the same"):
+        packed(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "entries", [5, [], {"in-000000.tar": 5}, {"in-000000.tar": {"samples": "7", "bytes": 1}},
+                {"in-000000.tar": {"samples": 7, "bytes": 1, "skipped": 5}}]
+)  # fmt: skip
+def test_another_meta_json_is_refused(tmp_path, rows, entries):
+    packed(rows, tmp_path / "out")
+    path = tmp_path / "out/meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"splits": {"data": {"shards": entries}}}))
+    with pytest.raises(InputError, match="expected a new folder or that of an earlier run, got .* with another meta.json"):
+        packed(rows, tmp_path / "out")
+
+
 def test_images_of_one_name_are_different_samples(tmp_path):
     (tmp_path / "in/dog").mkdir(parents=True)
     for name in ("1.png", "1.JPG", "2.png"):

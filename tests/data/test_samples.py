@@ -182,11 +182,17 @@ def test_a_disk_that_recovers_costs_and_doubles_nothing(tmp_path, monkeypatch):
 def test_dataset_size_is_that_of_a_meta_json_that_fits(tmp_path):
     path = write(tmp_path / "a.tar", [sample(i) for i in range(6)])
     assert data.dataset_size(path) is None
-    entry = {"samples": 80, "bytes": os.path.getsize(path)}
+    entry = {"samples": 8, "bytes": os.path.getsize(path)}
     (tmp_path / "meta.json").write_text(json.dumps({"splits": {"train": {"shards": {"a.tar": entry}}}}))
-    assert data.dataset_size(path) == 80
-    assert data.dataset_size([path, {"shards": path, "weight": 2.5}]) == 280
+    assert data.dataset_size(path) == 8
+    assert data.dataset_size([path, {"shards": path, "weight": 2.5}]) == 28
     assert data.dataset_size([path, f"pipe:cat {path}"]) is None
+    assert data.dataset_size({"shards": path, "weight": 0.01}) is None  # less than one
+    for number in (0, -5, 1e300, "x"):
+        text = json.dumps({"splits": {"train": {"shards": {"a.tar": entry | {"samples": number}}}}})
+        (tmp_path / "meta.json").write_text(text)
+        assert data.dataset_size(path) is None
+    (tmp_path / "meta.json").write_text(json.dumps({"splits": {"train": {"shards": {"a.tar": entry}}}}))
     os.truncate(path, os.path.getsize(path) - 512)  # the shard is no longer the file that was listed
     assert data.dataset_size(path) is None
 

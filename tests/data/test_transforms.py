@@ -292,6 +292,10 @@ def test_an_image_one_pixel_wide_does_not_become_gigabytes():
         ({"color_jitter": 0.4}, "augment.color_jitter: expected brightness, contrast, saturation and hue, and"),
         ({"color_jitter_prob": 0.4}, "augment.color_jitter: .* got None and 0.4"),
         ({"color_jitter": (0.1, 0.1, 0.1), "color_jitter_prob": 0.4}, "augment.color_jitter: expected"),
+        *(
+            ({name: value}, f"augment.{name}: expected two numbers above 0 in order, got ")
+            for name, value in (("scale", "x"), ("scale", (0.9, 0.1)), ("scale", (-3, -1)), ("ratio", 5))
+        ),
         (AugmentationCfg(re_count=2), "augment.re_count: expected none, .* got 2"),
     ],
 )

@@ -3,13 +3,16 @@
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from pairs import call, one_line
+from runs import go
 from torch._utils import _rebuild_tensor_v2
 
 import simplclip
@@ -48,6 +51,14 @@ def made(tmp_path_factory):
     state = {"format": "simplclip", "version": 1, "step": 3, "config": settings.to_dict()}
     weights = build_model(settings.model.model_dump()).state_dict()
     return state | {"model": weights, "shard": str(folder / "data" / "train-0.tar")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Trains a run."""
+    folder = tmp_path_factory.mktemp("whole")
+    go(tiny.settings(folder))
+    return folder
 
 
 def saved(state, path="run/last.pt"):
@@ -148,6 +159,48 @@ def test_a_checkpoint_is_refused_in_a_line(made, make, message):
     assert len(line) < 600
 
 
+# keys of a run's checkpoint -> in the message
+RESUMED: dict[str, tuple[dict[str, Any], str]] = {
+    "no loaders": ({"data": 5}, "got others in data"),
+    "loaders of numbers": ({"data": [5]}, "got others in step, data or rng"),
+    "frozen numbers": ({"frozen": [1]}, "expected modules or parameters of the model"),
+    "no generator": ({"rng": {}}, "got others in step, data or rng"),
+    "a generator of another size": ({"rng": {"torch": torch.zeros(3, dtype=torch.uint8)}}, "got others in step, data or rng"),
+    "a step before the first": ({"step": -5}, "got others in step, data or rng"),
+    "no optimizer": ({"optimizer": None}, "got others in optimizer"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("keys", "message"), RESUMED.values(), ids=RESUMED)
+def test_a_run_is_not_continued_from_other_values(whole, keys, message):
+    saved(torch.load(whole / "run/last.pt", weights_only=True) | keys)
+    line = one_line("train", whole / "config.yaml", "--resume", "--set", "run.out=run", "--set", "run.steps=9")
+    assert message in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(3,), (1,)])
+def test_no_moments_of_another_shape_are_read_beyond_their_end(whole, shape):
+    state = torch.load(whole / "run/last.pt", weights_only=True)
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(shape)
+    saved(state)
+    line = one_line("train", whole / "config.yaml", "--resume", "--set", "run.out=run", "--set", "run.steps=9")
+    assert f"expected the state of this model's AdamW, got exp_avg of shape {list(shape)} for [" in line
+
+
+@pytest.mark.slow
+def test_rows_that_no_run_wrote_are_not_replaced(whole):
+    shutil.copytree(whole / "run", "run")
+    for text in ("foo,bar\n1,2\n", "step,loss\nx,1\n"):
+        Path("run/metrics.csv").write_text(text)
+        result = call("train", whole / "config.yaml", "--resume", "--set", "run.out=run", "--set", "run.steps=9")
+        assert result.exit_code == 1
+        assert "run.out: expected rows with the number of a step in run/metrics.csv, got others" in result.output
+        assert "Traceback" not in result.output
+        assert Path("run/metrics.csv").read_text() == text
+
+
 LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30))])
 MERGES = "\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 30))])
 CONFIGS = {
@@ -159,6 +212,10 @@ CONFIGS = {
     "lists in lists": (b"run: " + b"[" * 600, "not valid YAML"),
     "a number of 5,000 digits": (b"run: {seed: 1" + b"0" * 5000 + b"}", "not valid YAML: Exceeds the limit"),
     "NUL": (b"run: \0", "not valid YAML"),
+    "no bool": (b"run: !!bool foo", "not valid YAML"),
+    "no time": (b"run: !!timestamp foo", "not valid YAML"),
+    "no integer": (b"run: !!int ''", "not valid YAML"),
+    "a tower of 5": (b"model: {options: {text_cfg: 5}}", "model: options.text_cfg: expected a mapping, got 5"),
     "a number for a key": (b"1: 2", "1: Keys should be strings"),
     "escape sequences": (b'"\\e[31m": 1', "unknown key"),
 }
@@ -179,6 +236,15 @@ def exported(**changes):
     Path("export").mkdir()
     about = {"model": "siclip-tiny", "options": tiny.MODEL, "step": 1}
     Path("export/export.json").write_text(json.dumps(about | changes))
+
+
+@pytest.mark.parametrize(
+    "options", [{"vision_cfg": 5}, {"embed_dim": "x"}, {"vision_cfg": {"foo": 1}}, {"simplify_options": {"share": 5}}]
+)
+def test_an_export_of_other_options_is_refused_in_a_line(options):
+    exported(options=options)
+    Path("x.tar").touch()
+    assert "export/export.json: expected options of siclip-tiny, got {" in one_line("evaluate", "export", "--data", "x.tar")
 
 
 def test_an_export_unpickles_nothing():

@@ -40,6 +40,7 @@ def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
     for name, options in sources.items():
         torch.save(models.create("siclip-tiny", **tiny.MODEL, **options).state_dict(), tmp_path / f"{name}.pt")
     siglip, clip = (f"inherit.source={tmp_path / name}.pt" for name in sources)
+    started = f"model.checkpoint={tmp_path / 'clip'}.pt"
     set_scale, set_bias = f"model.options.init_logit_scale={math.log(30)}", "model.options.init_logit_bias=-4.0"
     for changes, scale, bias in (
         ([], 1 / 0.07, None),
@@ -51,6 +52,8 @@ def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
         ([SIGMOID, siglip, set_bias], 50, -4),
         ([SIGMOID, clip], 80, -10),
         ([clip, set_scale], 30, None),
+        ([started], 80, None),
+        ([SIGMOID, started, set_scale, set_bias], 30, -4),
     ):
         model = setup(tiny.settings(tmp_path, *changes), CPU, "fp32").model
         assert model.logit_scale.exp().item() == pytest.approx(scale), changes

@@ -263,6 +263,8 @@ def test_damaged_data_is_reported_once(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("optim.options.betas=[0.9]", "optim.options: expected arguments of torch.optim.AdamW, got {.*'betas': .0.9"),
+        ("optim.options.weight_decay=1", "optim.options: expected arguments of torch.optim.AdamW, got {.*'weight_decay': 1"),
         ("optim.options.beta=1", "optim.options: expected arguments of torch.optim.AdamW, got {.*'beta': 1}"),
         ("model.options.depth=3", "model.options"),
         ("data.micro_batch=auto", "data.micro_batch: expected a number, got auto"),
