@@ -94,6 +94,7 @@ def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch):
     assert len({row["logit_bias"] for row in logged[4:]}) == 3
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_width_is_projected_and_its_source_may_have_a_weight(tmp_path):
     changes = ["loss.feature_weight=1", "loss.interactive_weight=1", "run.steps=1"]
     shard = tiny.settings(tmp_path, teacher=16).data.train
