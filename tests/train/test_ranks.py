@@ -156,7 +156,7 @@ def test_a_rank_that_dies_ends_the_others(folder):
 
 
 @pytest.mark.slow
-def test_the_command_trains_and_a_wrong_setting_is_one_line(folder, request):
+def test_the_command_trains_and_a_wrong_setting_is_one_line(folder, request, monkeypatch):
     """Two ranks, whose own data each reads: a run, and with --prove by torchrun, and one that the first rank refuses."""
     path = tiny.write_config(folder, teacher=16)
     out = folder / "command"
@@ -166,6 +166,7 @@ def test_the_command_trains_and_a_wrong_setting_is_one_line(folder, request):
         call = functools.partial(subprocess.run, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
         trained = call(command)
     else:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "forked")  # by which torch knows torchrun's processes
         trained = forked_ranks(ROOT / "simplclip" / "__main__.py", *words)
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert trained.stdout.count("done       step 2 in") == 1
