@@ -27,7 +27,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--cases",
         type=int,
-        help="random calls of test_properties.py (default: 2000; with --prove 20000), or "
+        help="random calls of test_properties.py (default: 1000; with --prove 20000), or "
         "archives of test_fuzz.py (500; with --prove 10000)",
     )
     parser.addoption("--first-case", type=int, default=0, help="the number of the first; with --cases 1 the one that failed")
@@ -41,7 +41,7 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     """Splits the random calls and archives into blocks, so that a run shows its progress."""
-    for fixture, few, all_of_them, size in (("block", 2000, 20000, 500), ("archives", 500, 10000, 100)):
+    for fixture, few, all_of_them, size in (("block", 1000, 20000, 500), ("archives", 500, 10000, 100)):
         if fixture in metafunc.fixturenames:
             option = metafunc.config.option
             first, count = option.first_case, option.cases or (all_of_them if option.prove else few)
