@@ -16,10 +16,11 @@ PROOF = {
 }
 # Fixtures that take long to make: a test that uses one is slow.
 SLOW = {"kernels", "single", "double", "documented_runs", "tiny", "vit", "trained", "of_ranks", "interpreted"}
-# Files that take more than 20 s of a core.
-LONG = {"test_triton", "test_addresses", "test_shaped_attention_cuda", "test_distributed", "test_train", "test_train_errors"}
-LONG |= {"test_ranks", "test_terms_train", "test_open_clip_train", "test_commands_on_ranks", "test_extension", "test_export"}
-LONG |= {"test_emoji", "test_train_faults"}
+# Files that take more than 12 s of a core.
+LONG = {"test_triton", "test_plan", "test_compile", "test_readme", "test_distributed", "test_extension", "test_teaching"}
+LONG |= {"test_open_clip_train", "test_train", "test_ranks", "test_instruction_sets", "test_properties", "test_run"}
+LONG |= {"test_start", "test_cli", "test_export", "test_export_onnx", "test_scripts", "test_backends", "test_held_out"}
+LONG |= {"test_open_clip_models", "test_caption", "test_views", "test_addresses"}
 
 
 def pytest_addoption(parser):
