@@ -20,7 +20,7 @@ SLOW = {"kernels", "single", "double", "documented_runs", "tiny", "vit", "traine
 LONG = {"test_triton", "test_plan", "test_compile", "test_readme", "test_distributed", "test_extension", "test_teaching"}
 LONG |= {"test_open_clip_train", "test_train", "test_ranks", "test_instruction_sets", "test_properties", "test_run"}
 LONG |= {"test_start", "test_cli", "test_export", "test_export_onnx", "test_scripts", "test_backends", "test_held_out"}
-LONG |= {"test_open_clip_models", "test_caption", "test_views", "test_addresses"}
+LONG |= {"test_open_clip_models", "test_caption", "test_views", "test_addresses", "test_shaped_attention_cuda"}
 
 
 def pytest_addoption(parser):

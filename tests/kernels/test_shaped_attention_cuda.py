@@ -37,8 +37,7 @@ def cases(tokens, width, kind):
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_values_and_gradients(kernels, tokens, kind):
-    """The suite takes one or two widths of each pair, in turn."""
-    for width in WIDTHS if ALL else WIDTHS[(TOKENS.index(tokens) + list(TYPES).index(kind)) % 3 :: 3]:
+    for width in WIDTHS if ALL else WIDTHS[TOKENS.index(tokens) % 2 :: 2]:
         for case in cases(tokens, width, kind):
             check(kernels, case, SEEDS)
 
