@@ -108,7 +108,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(XDIST)
 test: install  ## the tests; those that need a GPU are skipped without one
 	$(PYTEST) --durations=15
 
-test-quick: install  ## the fast ones, in two minutes
+test-quick: install  ## the fast ones, in a minute and a half
 	$(PYTEST) -m "not slow"
 
 # Desktop CPUs of many kinds have no instructions for bfloat16: torch, oneDNN and simplclip each have a variable.

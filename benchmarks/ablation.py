@@ -35,7 +35,6 @@ from typing import Annotated, Any, NamedTuple
 
 import yaml
 from pydantic import BeforeValidator
-from scipy import stats
 
 from benchmarks.results_file import describe, result_path, write_csv
 from simplclip.common.files import write_atomically
@@ -116,6 +115,8 @@ def recall(result: dict[str, Any], split: str) -> float:
 
 def rows_of(effect: Effect, pairs: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """Yields a row for all splits and for each. pairs: results of base and variant by seed, at least two."""
+    from scipy import stats  # here, since it takes a second to import
+
     for split in (ALL, *pairs[0][0]["splits"]):
         base, variant = ([recall(result, split) for result in column] for column in zip(*pairs))
         test = stats.ttest_rel(variant, base)

@@ -58,6 +58,7 @@ def test_rows_that_were_measured_earlier_stay(tmp_path):
     assert read_csv(path) == [{"form": "a", "ms": "1", "note": ""}, {"form": "b", "ms": "3", "note": "new"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", similarity_forms.OBJECTIVES)
 def test_products_of_dense_forms(objective):
     """The numbers of products that the forms state are those that torch counts."""

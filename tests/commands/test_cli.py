@@ -11,8 +11,8 @@ import time
 
 import pytest
 import tiny
+from pairs import call
 from paths import ROOT
-from typer.testing import CliRunner
 
 import simplclip
 from simplclip import evaluation
@@ -22,10 +22,6 @@ from simplclip.models.trained import read_checkpoint
 from simplclip.train import config
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def process(*words):

@@ -21,6 +21,7 @@ def test_every_op_is_checked():
     assert set(selftest.CALLS) == set(ops.__all__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", selftest.CALLS)
 def test_each_backend_that_serves_is_checked(op):
     served = {(row.backend, row.dtype) for row in selftest.rows(CPU, [op])}

@@ -71,6 +71,7 @@ def test_sixteen_bits_are_scaled():
     assert torch.equal(found, torch.from_numpy((grey >> 8).astype(np.uint8)).expand(3, 32, 32))
 
 
+@pytest.mark.slow
 def test_reasons():
     jpg, png, webp = PLAIN["jpg"], PLAIN["png"], PLAIN["webp"]
     for call in (decode, decode_pil):

@@ -139,6 +139,7 @@ def test_data_without_a_usable_sample(tmp_path):
         read(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", ["the reader", "its caller"])
 def test_the_garbage_collector_does_not_wait_for_processes(pattern, fails):
     """An error and the frames in its traceback are a cycle. torch would wait 5 s for each process of an iterator in it."""

@@ -122,6 +122,7 @@ def sample_keys(used):
     return [f"k{key}" if isinstance(key, int) else key for key in used]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_training_and_evaluation_read_what_they_can_and_count_the_rest(tmp_path, name):
     build, used, counted = ARCHIVES[name]
@@ -151,6 +152,7 @@ def test_pax_headers_that_some_versions_of_python_take_for_damage(tmp_path, text
         assert one_pass(str(tmp_path / "a.tar"))[0] in (["k1"], ["k1", "k2"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["file", "stream"])
 def test_a_gibibyte_is_not_read_into_memory(tmp_path, form):
     """Nothing of a file that is too large is held, and later files are read. A stream may also promise what never comes."""

@@ -153,6 +153,7 @@ def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
     assert [row.captions[0].split()[0] for row in found if not row.problem] == [str(n) for n in range(rows) if n != 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_no_large_table_is_held(tmp_path, kind):
     """Rows are a stream: reading 20,000 of them holds those of one piece."""

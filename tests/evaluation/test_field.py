@@ -3,12 +3,9 @@
 import functools
 
 import open_clip
-import open_clip_train.zero_shot
 import pytest
 import tiny
 import torch
-from clip_benchmark.datasets.builder import build_wds_dataset, image_captions_collate_fn
-from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from pairs import write
 
 import simplclip
@@ -43,6 +40,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def float_of_one_element(monkeypatch):
     """Makes float() take arrays [1], as both packages need and numpy 2.4 refuses."""
+    import open_clip_train.zero_shot  # these packages are imported here, since they take two seconds
+    from clip_benchmark.metrics import zeroshot_classification
+
     for module in (zeroshot_classification, open_clip_train.zero_shot):
         monkeypatch.setattr(module, "float", lambda x: x.item() if hasattr(x, "item") else float(x), raising=False)
 
@@ -60,6 +60,8 @@ def encoder(trained):
 
 
 def of_clip_benchmark(folder, encoder, collate=None):
+    from clip_benchmark.datasets.builder import build_wds_dataset
+
     data = build_wds_dataset("x", encoder.preprocess, data_dir=str(folder))
     loader = torch.utils.data.DataLoader(data, 16, collate_fn=collate)
     loader.dataset.classes = data.classes
@@ -67,6 +69,9 @@ def of_clip_benchmark(folder, encoder, collate=None):
 
 
 def test_retrieval_with_several_captions_is_that_of_clip_benchmark(folder, encoder, ours):
+    from clip_benchmark.datasets.builder import image_captions_collate_fn
+    from clip_benchmark.metrics import zeroshot_retrieval
+
     loader, _ = of_clip_benchmark(folder / "retrieval", encoder, image_captions_collate_fn)
     expected = zeroshot_retrieval.evaluate(encoder.model, loader, encoder.tokenizer, "cpu", amp=False, recall_k_list=KS)
     for k in KS:
@@ -79,6 +84,9 @@ def test_retrieval_with_several_captions_is_that_of_clip_benchmark(folder, encod
 
 
 def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, encoder, ours):
+    from clip_benchmark.metrics import zeroshot_classification
+    from open_clip_train.zero_shot import accuracy
+
     loader, data = of_clip_benchmark(folder / "classes", encoder)
     figures, tokenizer = ours["classes"]["zero_shot"], encoder.tokenizer
     names = encoder.model, loader, tokenizer, data.classes, data.templates
@@ -95,7 +103,7 @@ def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, encod
     with torch.no_grad():
         for images, target in loader:
             logits = 100.0 * encoder.model.encode_image(images, normalize=True) @ weights
-            hits += torch.tensor(open_clip_train.zero_shot.accuracy(logits, target, topk=(1, 5)))
+            hits += torch.tensor(accuracy(logits, target, topk=(1, 5)))
             count += len(target)
     assert count == figures["images"]
     assert [figures["top1"]["value"], figures["top5"]["value"]] == pytest.approx((hits / count).tolist(), abs=1e-6)

@@ -182,6 +182,7 @@ def test_phrases_around_names(tmp_path):
         evaluation.phrases(["gone.txt"])
 
 
+@pytest.mark.slow
 def test_the_contact_sheet_frames_what_is_right(tmp_path):
     split = split_of(data.held_out(tiny.write_shard(tmp_path / "s.tar")))
 

@@ -15,8 +15,6 @@ from pairs import call, digests, meta
 from PIL import Image
 
 build = example.load("emoji/build")
-teach = example.load("emoji/teach")
-networks = example.load("emoji/teacher")
 sources = example.load("emoji/sources")
 
 KEPT = 60  # concepts in the small builds
@@ -28,6 +26,11 @@ def few():
     """Takes a cross-section of the concepts, so that a build takes a fraction of a second."""
     every = build.concepts()
     return every[:: len(every) // KEPT][:KEPT]
+
+
+@pytest.fixture(scope="module")
+def teach():
+    return example.load("emoji/teach")  # imports transformers
 
 
 @pytest.fixture
@@ -155,9 +158,9 @@ def test_builds_repeat_are_kept_and_touch_no_other_files(small, out, tmp_path, m
     assert {path.name for path in tmp_path.iterdir()} == {"out", "again", "thesis"}
 
 
-def separable(number=64):
+def separable(teach, number=64):
     """Returns features that tell which pairs belong together; two captions each, two pairs of each group."""
-    generator = torch.Generator().manual_seed(0)
+    networks, generator = example.load("emoji/teacher"), torch.Generator().manual_seed(0)
     groups = torch.arange(number) // 2
     codes = torch.randn(number // 2, 24, generator=generator)
     images = codes[groups] @ torch.randn(24, networks.IMAGE_FEATURES, generator=generator)
@@ -166,12 +169,13 @@ def separable(number=64):
     return teach.Features(images[None], texts, [[g, g + number // 2] for g in groups.tolist()], groups)
 
 
-def test_heads_learn_align_and_repeat_and_pairs_of_a_group_are_no_negatives(monkeypatch):
+@pytest.mark.slow
+def test_heads_learn_align_and_repeat_and_pairs_of_a_group_are_no_negatives(teach, monkeypatch):
     ids, forward = [], teach.ClipPMLoss.forward
     monkeypatch.setattr(teach.ClipPMLoss, "forward", lambda s, *a, **k: ids.append(k["ids"]) or forward(s, *a, **k))
     monkeypatch.setattr(teach, "STEPS", 25)
     monkeypatch.setattr(teach, "BATCH", 48)
-    pairs, made = separable(), []
+    pairs, made = separable(teach), []
     for _ in range(2):
         torch.manual_seed(0)
         made.append(teach.Heads())
@@ -193,7 +197,7 @@ def features(folder):
 
 
 @pytest.mark.slow
-def test_a_teacher_of_a_build_and_the_same_heads_for_another(small, out, tmp_path, monkeypatch, capsys):
+def test_a_teacher_of_a_build_and_the_same_heads_for_another(teach, small, out, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(teach, "STEPS", 20)
     monkeypatch.setattr(teach, "BATCH", 32)
     build.build(out)
@@ -218,7 +222,7 @@ def test_a_teacher_of_a_build_and_the_same_heads_for_another(small, out, tmp_pat
         np.testing.assert_allclose(rows, taught[key], atol=2e-3)
 
 
-def test_padding_and_company_do_not_change_features():
+def test_padding_and_company_do_not_change_features(teach):
     model = teach.Networks()
     with torch.no_grad():
         both = model.text_features(teach.tokenizer(["cat", "a drawing of a rather long and winding caption of a cat"]))
@@ -232,7 +236,7 @@ def test_padding_and_company_do_not_change_features():
 
 
 @pytest.mark.prove
-def test_the_demo_finds_concepts_that_it_never_saw(tmp_path):
+def test_the_demo_finds_concepts_that_it_never_saw(teach, tmp_path):
     """R@1 of the unseen concepts is 26 to 28% in both directions, where chance is 0.5%."""
     data, taught, run = tmp_path / "emoji", tmp_path / "taught", tmp_path / "run"
     build.build(data)

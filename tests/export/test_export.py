@@ -88,6 +88,7 @@ def test_the_summary_says_what_was_exported(tiny):
         assert file.metadata() == {"format": "pt", "model": "siclip-tiny", "step": "7"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["tiny", "vit"])
 def test_the_printed_lines_load_the_export(which, request, tmp_path, capsys):
     """Plain open_clip loads a plain model; a simplified one needs register_models, which the lines have."""

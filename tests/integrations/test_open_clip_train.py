@@ -20,7 +20,7 @@ from simplclip import losses
 from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip_train as openclip_train
 
-DOCUMENTED = 20  # steps of a documented command
+DOCUMENTED = 10  # steps of a documented command
 # Options that a command of docs/losses.md adds to the first; open_clip's loss and this library's; the names of the losses.
 COMMANDS = {
     "clip": ("", "ClipLoss", "ClipPMLoss", ["contrastive_loss"]),
@@ -73,7 +73,6 @@ def single(folder, request):
     plan.add("pm-once", "ours", *matching)
     plan.more("pm-once", *matching)
     plan.add("theirs-from-ours", "theirs", "--resume", folder / "logs/plain-ours/checkpoints/epoch_1.pt", epochs=2)
-    plan.add("pm-accumulated", "ours", *matching, "--accum-freq", 2, data="two")
     if prove:
         plan.add("pm-clip", "ours", *matching, "--grad-clip-norm", 1, "--pm-plane", "hadamard")
     plan.both("scaled", "--precision", "amp")  # float16 and a GradScaler, as open_clip's default has them
@@ -82,7 +81,7 @@ def single(folder, request):
     plan.add("wide", "ours", *wide)
     plan.more("wide", *wide)
     # Commands of the docs. Arguments that follow replace their model, data and sizes.
-    options = {"steps": DOCUMENTED}
+    options = {"steps": DOCUMENTED, "lr": "3e-3"}
     tiny = {"coca": coca(folder), "distilled": teacher(folder)}
     for key in COMMANDS if prove else QUICK:
         added = COMMANDS[key][0]
@@ -95,9 +94,10 @@ def single(folder, request):
 
 
 @pytest.fixture(scope="module")
-def double(folder):
+def double(folder, request):
     plan = Plan(folder, ranks=2)
-    plan.both("two-local", "--local-loss", "--gather-with-grad", data="two")
+    if request.config.getoption("--prove"):
+        plan.both("two-local", "--local-loss", "--gather-with-grad", data="two")
     plan.both("two-siglip", "--siglip", data="two")
     plan.add("two-pm", "ours", "--local-loss", "--gather-with-grad", "--pm-weight", 1, data="two")
     plan.more("two-pm", "--pm-weight", 1, data="two")
@@ -145,10 +145,6 @@ def test_learned_parameters_are_trained_and_resumed(single, request):
     assert len(last["optimizer"]["state"]) == len(single.checkpoint("plain-ours")["optimizer"]["state"]) + len(start)
     if request.config.getoption("--prove"):
         assert len(single["pm-clip"]["parameters"]["plane_weight"]) == 16
-    accumulated = single["pm-accumulated"]
-    assert len(accumulated["steps"]) == 2 * STEPS
-    for name, value in start.items():
-        assert abs(accumulated["parameters"][name] - value) > 1e-4, "not trained"
 
 
 @needs_trainer
@@ -263,15 +259,6 @@ def test_wrong_arguments_are_named(argv, message, capsys):
         openclip_train.main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
-
-
-@needs_trainer
-def test_help_shows_ours_and_then_open_clips(capsys):
-    with pytest.raises(SystemExit) as stop:
-        openclip_train.main(["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert text.index("--pm-weight") < text.index("--train-data")
 
 
 @needs_trainer

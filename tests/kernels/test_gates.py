@@ -40,6 +40,7 @@ def test_tf32_operands_are_rounded():
     assert text.count("cvt.rna.tf32.f32") > 8
 
 
+@pytest.mark.slow
 def test_too_much_shared_memory_fails_the_gate():
     row = of_one_matrix(tuning.Tile(128, 128, 64, 8, 6, 2))
     assert any("shared memory" in failure for failure in row.failures)

@@ -158,6 +158,7 @@ def test_towers_in_which_padding_counts_are_refused(make, reason):
         simplclip.crop_texts(make())
 
 
+@pytest.mark.slow
 def test_models_without_values():
     simplclip.crop_texts(models.create("siclip2-s0", device="meta"))
 

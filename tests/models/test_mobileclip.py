@@ -66,6 +66,7 @@ def test_the_small_text_tower():
     assert shorter.shape == case["features"].shape
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_that_does_not_fit(tmp_path):
     """The message has the model's own names, with which it can be searched."""
     state = small_state()

@@ -21,6 +21,7 @@ def state_of(section=SECTION, base="contrastive", **more):
     return {"format": trained.FORMAT, "version": trained.VERSION, "step": 3, "config": config, "model": weights} | more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["last.pt", "."])
 def test_a_model_comes_back_from_its_checkpoint_with_its_averages(tmp_path, where):
     state = state_of()
@@ -58,6 +59,7 @@ def test_sizes_of_images_and_texts(more):
         assert trained.image_transform(section, train)(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
 
 
+@pytest.mark.slow
 def test_options_of_another_model():
     with pytest.raises(InputError, match=r"model.options: expected options of siclip-tiny, got .*unexpected keyword"):
         trained.build_model({"name": "siclip-tiny", "options": {"text_cfg": {"depth": 1}}})

@@ -130,7 +130,7 @@ def sampled(steps: list[trace.Step]) -> list[trace.Launch]:
 
 
 LARGE = 131_072, 1024  # N, D
-MANY = 2_200_003, 1000  # N D above 2^31, and an odd number of rows
+MANY = 1_000_003, 2200  # N D above 2^31, and an odd number of rows
 TOKENS = 2, 2_000_003, 16, 80  # B, L, H, K: one sequence has more than 2^31 elements
 CHUNKS = {"scratch_bytes": 6 << 30}
 CASES: dict[str, Callable[[torch.dtype, bool], None]] = {

@@ -61,6 +61,8 @@ def _run(command, environment, out, err):
         torch.set_num_threads(1)
         runpy.run_path(command[0], run_name="__main__")
         code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
     except BaseException:
         traceback.print_exc()
     finally:

@@ -138,7 +138,7 @@ def forked(action):
 
 
 def killed_at_any_point(folder, work, least, check=lambda out: None):
-    """Kills `work(out, step)` (-9) at every eighth point, with --prove at each, and repeats the work. A point is a call of
+    """Kills `work(out, step)` (-9) at every 16th point, with --prove at each, and repeats the work. A point is a call of
     `step` or a line that writes a file.
 
     After a kill no shard is torn and `check(out)` holds; the repeated work ends as undisturbed work. least: number of points.
@@ -160,7 +160,7 @@ def killed_at_any_point(folder, work, least, check=lambda out: None):
 
     go(folder / "whole")
     whole = digests(folder / "whole")
-    for point in itertools.count(step=int(os.environ.get("SIMPLCLIP_TEST_STRIDE", "8"))):
+    for point in itertools.count(step=int(os.environ.get("SIMPLCLIP_TEST_STRIDE", "16"))):
         out = folder / f"killed-{point}"
         code = forked(functools.partial(go, out, point))
         assert code in (0, -signal.SIGKILL)

@@ -1,10 +1,12 @@
 """Training runs of the tests and the files that they leave."""
 
+import contextlib
 import csv
 import io
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
@@ -17,10 +19,11 @@ from simplclip.train import loop
 TIMED = ("samples_per_s", "data_share", "peak_mb")
 
 
-def go(config, **options) -> str:
-    """Runs a config and returns the printed text."""
+def go(config, curves=False, **options) -> str:
+    """Runs a config and returns the printed text. curves: draw them at the end, which takes longer than 7 steps."""
     text = io.StringIO()
-    loop.run(config, console=Console(file=text, width=200), **options)
+    with contextlib.nullcontext() if curves else mock.patch.object(loop, "curves"):
+        loop.run(config, console=Console(file=text, width=200), **options)
     return text.getvalue()
 
 

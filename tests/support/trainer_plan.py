@@ -26,7 +26,7 @@ class Plan:
     def __init__(self, folder, ranks=1):
         self.folder, self.ranks, self.entries, self.results = folder, ranks, {}, []
 
-    def add(self, key, who, *argv, name=None, data="one", epochs=1, steps=STEPS, command=()):
+    def add(self, key, who, *argv, name=None, data="one", epochs=1, steps=STEPS, lr="1e-3", command=()):
         # A batch holds all samples as whole pictures, so that open_clip's unseeded shuffling changes no loss.
         shards, samples = {"one": ("train-0.tar", BATCH), "two": ("train-{0..1}.tar", 2 * BATCH)}[data]
         argv = [
@@ -34,7 +34,7 @@ class Plan:
             "--model", "tiny", "--precision", "fp32", "--device", "cpu", "--workers", "0", "--batch-size", str(BATCH),
             "--dataset-type", "webdataset", "--train-data", str(self.folder / shards),
             "--train-num-samples", str(steps * samples), "--aug-cfg", "scale=(1.0,1.0)",
-            "--epochs", str(epochs), "--lr", "1e-3", "--warmup", "0", "--lr-scheduler", "const",
+            "--epochs", str(epochs), "--lr", lr, "--warmup", "0", "--lr-scheduler", "const",
             "--log-every-n-steps", "1", "--logs", str(self.folder / "logs"), "--name", name or key, *map(str, argv),
         ]  # fmt: skip
         self.entries[key] = {"who": who, "argv": argv}

@@ -110,6 +110,7 @@ def test_a_caption_depends_on_seed_and_sample_alone(source, captioned, weights, 
     assert first != second
 
 
+@pytest.mark.slow
 def test_the_likeliest_tokens(coca):
     """With a tiny top_p each token is the likeliest one after the tokens before it, by the whole model."""
     images = torch.randn(3, 3, 32, 32)
@@ -141,6 +142,7 @@ def test_draws_follow_the_restricted_softmax():
         assert caption._draw(logits[None], torch.tensor([u]).double(), 1.0).item() == order[0 if u == 0 else -1]
 
 
+@pytest.mark.slow
 def test_captions_end_where_the_model_ends_them():
     model = build()
     end, start = 49407, 49406

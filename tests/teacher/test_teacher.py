@@ -31,6 +31,7 @@ def load(folder, **options):
     return simplclip.load("open_clip:tiny", folder / "tiny.pt", device="cpu", **options)
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_model(folder, tmp_path):
     source = str(folder / "in" / "*.tar")
     options = ("--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt", "--batch-size", 5, "--precision", "fp32")

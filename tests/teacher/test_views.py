@@ -71,6 +71,7 @@ def stored(folder, out):
     return joined(folder / "in" / "*.tar", out, teacher=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", [AUGMENT, "affine", {"scale": [0.3, 0.6]}])
 def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
     teach(folder, tmp_path / "a", augment, batch_size=2)

@@ -39,7 +39,7 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
         tmp_path, "run.steps=40", "run.log_every=4", "optim.lr=2e-3", "data.augment=none", "data.samples=24"
     )
     out = tmp_path / "run"
-    text = go(config)
+    text = go(config, curves=True)
     logged = rows(out)
     assert [int(r["step"]) for r in logged] == list(range(4, 41, 4))
     first, last = float(logged[0]["contrastive_loss"]), float(logged[-1]["contrastive_loss"])
@@ -65,8 +65,10 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
 @pytest.mark.slow
 def test_evaluating_on_the_way_does_not_change_the_run(tmp_path):
     held = tiny.write_shard(tmp_path / "data" / "held.tar")
-    go(tiny.settings(tmp_path, f"run.out={tmp_path / 'plain'}"))
-    text = go(tiny.settings(tmp_path, f"run.out={tmp_path / 'seen'}", "eval.every=3", f"eval.splits.held={held}"))
+    go(tiny.settings(tmp_path, f"run.out={tmp_path / 'plain'}"), curves=True)
+    text = go(
+        tiny.settings(tmp_path, f"run.out={tmp_path / 'seen'}", "eval.every=3", f"eval.splits.held={held}"), curves=True
+    )
     assert bits(state_of(tmp_path / "plain")["model"]) == bits(state_of(tmp_path / "seen")["model"])
     seen = rows(tmp_path / "seen", "evaluation.csv")
     assert [r["step"] for r in seen] == ["3", "3", "6", "6", "7", "7"]

@@ -81,7 +81,7 @@ def test_what_fails_behind_a_step_saves_that_step(tmp_path, monkeypatch, undistu
         with monkeypatch.context() as patch:
             patch.setattr(target, name, lambda *a, **k: fails())
             with pytest.raises(loop.TrainingError, match=f"after step {number}: OSError.* Step {number} is saved"):
-                go(config, resume=True)
+                go(config, curves=True, resume=True)
         assert read_checkpoint(tmp_path / "run")["step"] == number
     assert bits(state_of(undisturbed / "whole")["model"]) == bits(state_of(tmp_path / "run")["model"])
 
