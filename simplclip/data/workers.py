@@ -53,7 +53,11 @@ def from_workers(items: Items, workers: int, pin_memory: bool = False) -> Genera
             "processes; fewer data.workers or a smaller batch need less"
         ) from error
     finally:
-        if workers:  # the garbage collector would wait 5 seconds for each process; torch has no public method for this
+        if workers:  # torch has no public method for this
+            if any(queue._close and not queue._close.still_active() for queue in iterator._index_queues):
+                # The garbage collector has ended the queues, so that no process would be told to end, and each waited for.
+                for process in iterator._workers:
+                    process.kill()  # a trainer's loader processes ignore SIGTERM
             iterator._shutdown_workers()
 
 

@@ -209,7 +209,7 @@ def _export(folder: Path) -> dict[str, Any]:
     check_options(options, str(file))
     try:
         return _parts(name, create(name, checkpoint=folder, **options)) | {"step": step}
-    except InputError:
+    except (InputError, OSError):
         raise
     except Exception as error:  # the type depends on the options
         raise CheckpointError(f"{file}: expected options of {name}, got {options}: {first_line(error)}") from None

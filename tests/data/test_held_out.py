@@ -158,9 +158,9 @@ def test_the_garbage_collector_does_not_wait_for_processes(pattern, fails):
             kept = error  # noqa: F841
 
     use()
-    start = time.process_time()
+    start = time.monotonic()
     gc.collect()
-    assert time.process_time() - start < 4
+    assert time.monotonic() - start < 4
     assert not multiprocessing.active_children()
 
 
