@@ -13,6 +13,7 @@ import tiny
 import torch
 from pairs import call, one_line
 from runs import go
+from safetensors.torch import save_file
 from torch._utils import _rebuild_tensor_v2
 
 import simplclip
@@ -243,6 +244,7 @@ def exported(**changes):
 )
 def test_an_export_of_other_options_is_refused_in_a_line(options):
     exported(options=options)
+    save_file({"x": torch.zeros(1)}, "export/open_clip_model.safetensors")
     Path("x.tar").touch()
     assert "export/export.json: expected options of siclip-tiny, got {" in one_line("evaluate", "export", "--data", "x.tar")
 
