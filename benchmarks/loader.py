@@ -59,7 +59,7 @@ def open_clip_batches(shards: str, size: int, workers: int, batch: int) -> Itera
     # webdataset 1.0 marks the ends of shards, which this version of open_clip does not know.
     trainer.tar_file_expander = functools.partial(tar_file_expander, eof_value=None)
     arguments = SimpleNamespace(
-        train_data="::".join(data.expand(shards)),
+        train_data="::".join(source.url for source in data.sources_of(shards)),
         train_num_samples=10**9,  # of an endless epoch
         train_data_upsampling_factors=None,
         dataset_resampled=True,  # does not end with the shards, as ours
