@@ -17,7 +17,7 @@ from torchvision.transforms import ColorJitter, InterpolationMode, RandomAffine,
 from torchvision.transforms.v2 import functional as F
 
 from simplclip.common.errors import InputError
-from simplclip.data.decode import check_pixels, decode, rgb, size_of, to_tensor
+from simplclip.data.decode import check_pixels, decode, opened, rgb, to_tensor
 
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 RATIO = (3 / 4, 4 / 3)  # RandomResizedCrop's default aspect ratios
@@ -78,14 +78,15 @@ class ImageTransform:
             view["colour"] = _draw_colour(self._jitter, self._jitter_prob, self._grey_prob)
         return view
 
-    def apply(self, encoded: bytes, view: View) -> Tensor:
-        """Returns the pixels of a file in a view, uint8 [3, S, S]. Raises BrokenSample as `decode` does.
+    def apply(self, encoded: bytes | Image.Image, view: View) -> Tensor:
+        """Returns the pixels of a file, or of what `decode.opened` returned of it, in a view, uint8 [3, S, S].
 
-        A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the view's crop is at least 2, 4 or 8 times as large as S.
+        Raises BrokenSample as `decode` does. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the view's crop is at least
+        2, 4 or 8 times as large as S.
         """
         return self.apply_all(encoded, [view])[0]
 
-    def apply_all(self, encoded: bytes, views: Sequence[View]) -> list[Tensor]:
+    def apply_all(self, encoded: bytes | Image.Image, views: Sequence[View]) -> list[Tensor]:
         """Returns the pixels of a file in several views, as `apply` does. It is decoded once, as large as they need it."""
         # The sides of a whole image whose crop is as large as S.
         sides = [
@@ -127,7 +128,8 @@ class ImageTransform:
 
     def __call__(self, image: bytes | Image.Image) -> Tensor:
         if not isinstance(image, Image.Image):
-            return self.apply(image, self.draw(*size_of(image)))
+            file = opened(image)
+            return self.apply(file, self.draw(file.height, file.width))
         pixels = to_tensor(rgb(image))
         return self.finish(self.render(pixels, self.draw(*pixels.shape[1:]))[None])[0]
 
