@@ -14,17 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from simplclip.common.errors import InputError
 
@@ -77,12 +67,6 @@ class InheritConfig(Section):
         "start simplified blocks from the source's blocks in their places; a matrix that they share is the average of "
         "theirs, or the first one's. null: simplified blocks start from random weights",
     )
-
-    @model_validator(mode="after")
-    def _has_source(self) -> InheritConfig:
-        if self.source is None and (self.train or self.blocks):
-            raise ValueError(f"source: expected weights, since train = {self.train} and blocks = {self.blocks}, got none")
-        return self
 
 
 LOADER_OPTIONS = ("on_error", "max_bytes", "shuffle_buffer")
@@ -216,17 +200,9 @@ class EvalConfig(Section):
     every: int = setting(0, "steps between evaluations of the splits during training; 0: never", ge=0)
     templates: list[str] = setting(["a photo of {}"], "phrases around a label in zero-shot classification", min_length=1)
 
-    @model_validator(mode="after")
-    def _has_splits(self) -> EvalConfig:
-        if self.every and not self.splits:
-            raise ValueError(f"splits: expected held-out data, since every = {self.every}, got none")
-        return self
-
 
 class RunConfig(Section):
-    out: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
-        ..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt"
-    )
+    out: str = setting(..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt")
     steps: int | None = setting(1000, "number of optimizer steps", ge=1)
     epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
     seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0)
@@ -235,6 +211,11 @@ class RunConfig(Section):
     compile: bool = setting(False, "compile the towers by torch.compile: minutes at the start, then faster steps")
     log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
     save_every: int = setting(500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1)
+
+    @field_validator("out")
+    @classmethod
+    def _with_home(cls, out: str) -> str:
+        return os.path.expanduser(out)
 
     @model_validator(mode="before")
     @classmethod
@@ -263,6 +244,10 @@ class Config(Section):
         size, micro = self.data.batch_size, self.data.micro_batch
         if micro != "auto" and size % self.data.images_at_a_time:
             raise ValueError(f"data.micro_batch: expected a divisor of data.batch_size = {size}, got {micro}")
+        if self.inherit.source is None and (self.inherit.train or self.inherit.blocks):
+            raise ValueError("inherit.source: expected weights, for inherit.train and inherit.blocks, got none")
+        if self.eval.every and not self.eval.splits:
+            raise ValueError(f"eval.splits: expected held-out data, for eval.every = {self.eval.every}, got none")
         if self.run.steps is None:
             return self  # the config is checked again when run.steps is known
         schedules = self.loss.weights.values()

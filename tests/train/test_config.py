@@ -1,5 +1,7 @@
 """Configs: the file, --set, and errors that name the key."""
 
+import os
+
 import pytest
 import yaml
 
@@ -33,6 +35,7 @@ def test_set_parses_values_as_yaml(tmp_path):
     free = ["data.train=[a.tar, b.tar]", "model.options.width=64", "eval.splits.held=h-*.tar"]
     plain = ["optim.lr=2e-3", "optim.weight_decay=1E-8", "optim.grad_clip=null", "run.compile=true", "run.steps=7"]
     c = config.load(write(tmp_path, MINIMAL), free + plain)
+    assert config.load(write(tmp_path, MINIMAL), ["run.out=~/runs"]).run.out == os.path.expanduser("~/runs")
     assert (c.data.train, c.model.options, c.eval.splits) == (["a.tar", "b.tar"], {"width": 64}, {"held": "h-*.tar"})
     assert (c.optim.lr, c.optim.weight_decay, c.optim.grad_clip, c.run.compile, c.run.steps) == (2e-3, 1e-8, None, True, 7)
 
@@ -52,8 +55,8 @@ def test_set_parses_values_as_yaml(tmp_path):
         ),
         ("optim=3", "optim: expected a valid dictionary"),
         ("data.train=5", "data.train: expected a valid string, got 5 (int)"),
-        ("inherit.train=['*']", "inherit: source: expected weights, since train = ['*'] and blocks = None, got none"),
-        ("eval.every=2", "eval: splits: expected held-out data, since every = 2, got none"),
+        ("inherit.train=['*']", "inherit.source: expected weights, for inherit.train and inherit.blocks, got none"),
+        ("eval.every=2", "eval.splits: expected held-out data, for eval.every = 2, got none"),
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
         ("run={out: x, steps: 7, epochs: 2}", "run: expected one of steps and epochs, got steps = 7 and epochs = 2.0"),
         ("run={out: x, steps: null}", "run: expected one of steps and epochs, got steps = None and epochs = None"),
