@@ -118,7 +118,7 @@ test-avx2: export SIMPLCLIP_CPU_ISA := avx2
 test-avx2: install  ## the fast ones of ops and losses, as on a CPU with AVX2 alone
 	$(PYTEST) -m "not slow" tests/ops tests/losses tests/memory
 
-prove: install  ## all proofs at full length, an estimated 100 minutes
+prove: install  ## all proofs at full length, an estimated 90 minutes
 	SIMPLCLIP_CUDA_ARCHS=all PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e .
 	$(PYTEST) --prove
 	$(MAKE) sanitize aot oldest
