@@ -281,10 +281,9 @@ def _folder(path: str) -> RowSource:
     def rows() -> Iterator[Row]:
         for image, texts in _images(path):
             name, file = os.path.join(os.path.basename(path), os.path.splitext(image)[0]), os.path.join(path, image)
+            beside = {suffix: os.path.join(path, text) for suffix, text in texts.items()}
             label = None if any_text else _class_of(image)
-            yield Row(
-                name, file, [label] if label else [], {suffix: os.path.join(path, texts[suffix]) for suffix in texts}, label
-            )
+            yield Row(name, file, [label] if label else [], beside, label)
 
     labels = () if any_text else tuple(sorted(filter(None, classes)))
     return RowSource(path, images, {"images": images, "names": digest.hexdigest()}, rows, labels)

@@ -65,9 +65,8 @@ class HeldOut:
             captions, label = [], self.classes.folders.index(str(label))
         elif self.captions is None and isinstance(record.get("captions"), list) and not (row and row.captions):
             captions = captions[:1]
-        return Pair(
-            image_of(sample), captions, record, sample["__key__"], sample["__url__"], sample["__shard__"], label=label
-        )
+        place = sample["__key__"], sample["__url__"], sample["__shard__"]
+        return Pair(image_of(sample), captions, record, *place, label=label)
 
     def batches(
         self,
