@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simplclip import gradient_cache
 from simplclip.common import hardware, ranks
-from simplclip.common.errors import UserError
+from simplclip.common.errors import InputError, UserError
 from simplclip.data.transforms import finished
 from simplclip.train.distributed import averaged
 from simplclip.train.setup import State, learning_rate
@@ -92,6 +92,9 @@ def losses(state: State, batches: list[Batch], image: Tensor, text: Tensor) -> t
     teacher = [torch.cat([batch[name] for batch in batches]).to(state.device, non_blocking=True) for name in names]
     if state.teacher:
         teacher[1] = teacher[1].flatten(0, -2)
+        if (width := teacher[0].shape[1]) != state.teacher["width"]:
+            expected = f"features of width {state.teacher['width']}, as their meta.json says"
+            raise InputError(f"data.sidecars: expected {expected}, got features of width {width}")
     groups = _groups(state, batches)
     with hardware.autocast(state.precision, state.device):
         scale, bias = averaged(state.model.logit_scale, state.logit_bias)

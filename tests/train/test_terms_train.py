@@ -1,5 +1,6 @@
 """Training by the sigmoid base and by a teacher: scale and bias, stages, captions, caching, the gradient of each term."""
 
+import json
 import math
 import os
 import resource
@@ -11,6 +12,7 @@ import torch
 from runs import check_resumed, go, rows
 
 from simplclip import models
+from simplclip.common.errors import InputError
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import loop
 from simplclip.train.setup import setup
@@ -103,6 +105,14 @@ def test_a_teacher_of_another_width_is_projected_and_its_source_may_have_a_weigh
     shard = tiny.settings(tmp_path, teacher=16).data.train
     go(tiny.settings(tmp_path, *changes, f"data.train=[{{shards: {shard}, weight: 2}}]", teacher=16))
     assert read_checkpoint(tmp_path / "run")["loss"]["image_projection"].shape == (16, 256)
+
+
+def test_features_of_another_width_than_their_folder_says(tmp_path):
+    settings = tiny.settings(tmp_path, "loss.feature_weight=1", teacher=16)
+    stamp = json.dumps({"teacher": {"name": "made up", "width": 8, "logit_scale": 10.0}})
+    (tmp_path / "data" / "teacher" / "meta.json").write_text(stamp)
+    with pytest.raises(InputError, match="data.sidecars: expected features of width 8, as their meta.json says, got .* 16"):
+        go(settings)
 
 
 @pytest.mark.slow
