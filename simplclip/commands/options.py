@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +40,7 @@ def fail(message: str, code: int) -> None:
 
 def check_data(source: Any, name: str) -> None:
     """Raises InputError, which names the argument, for data that are not there. Nothing here needs seconds of imports."""
-    from simplclip.data.forms import is_source
+    from simplclip.data.forms import is_source, split_of
     from simplclip.data.sources import sources_of
 
     if isinstance(source, list):
@@ -49,7 +50,7 @@ def check_data(source: Any, name: str) -> None:
         check_data(source.get("shards"), name)
     elif not (isinstance(source, str) and is_source(source)):
         sources_of(source, name)
-    elif not Path(source.partition("#")[0]).expanduser().exists():
+    elif not os.path.exists(split_of(os.path.expanduser(source))[0]):
         raise InputError(f"{name}: expected a file, got {source!r}, which does not exist")
 
 

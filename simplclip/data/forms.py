@@ -10,6 +10,7 @@ Text is UTF-8, with or without byte order mark. Nothing here imports torch, so t
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from simplclip.common.errors import InputError
-from simplclip.data.files import IMAGE_SUFFIXES, clean, json_of, state_of
+from simplclip.data.errors import BrokenSample
+from simplclip.data.files import IMAGE_SUFFIXES, TEXT_BYTES, clean, file_bytes, json_of, state_of
 
 TABLES = (".csv", ".tsv", ".parquet")
 JSON = ".json"
@@ -71,7 +73,7 @@ class RowSource:
     total: int
     state: dict[str, Any]
     rows: Callable[[], Iterator[Row]]
-    classes: tuple[str, ...] = ()  # of a folder with a folder for each class: the labels, in order
+    classes: tuple[str, ...] = ()  # of a folder with a folder for each class: their names, in order
 
     @property
     def name(self) -> str:
@@ -267,13 +269,14 @@ def _folder(path: str) -> RowSource:
     """
     path = path.rstrip(os.sep) or path
     digest = hashlib.blake2b(digest_size=16)
-    images, any_text, classes = 0, False, set()
+    images, any_text = 0, False
     for image, texts in _images(path):
         images += 1
         any_text = any_text or bool(texts)
-        classes.add(_class_of(image))
-        states = [state_of(file) for text in texts.values() if os.path.exists(file := os.path.join(path, text))]
-        digest.update(repr((image, texts, states)).encode("utf-8", "surrogateescape"))
+        digest.update(repr((image, texts)).encode("utf-8", "surrogateescape"))
+        for text in texts.values():
+            with contextlib.suppress(OSError, BrokenSample):  # which is counted when the row is read
+                digest.update(file_bytes(os.path.join(path, text), TEXT_BYTES))
     if not images:
         hint = " (try its *.tar)" if any(file.endswith(".tar") for file in os.listdir(path)) else ""
         raise InputError(f"source: expected a folder of images with captions, got {path!r}, which has no image{hint}")
@@ -285,12 +288,17 @@ def _folder(path: str) -> RowSource:
             label = None if any_text else _class_of(image)
             yield Row(name, file, [label] if label else [], beside, label)
 
-    labels = () if any_text else tuple(sorted(filter(None, classes)))
-    return RowSource(path, images, {"images": images, "names": digest.hexdigest()}, rows, labels)
+    classes = () if any_text else tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
+    return RowSource(path, images, {"images": images, "names": digest.hexdigest()}, rows, classes)
 
 
 def _class_of(image: str) -> str | None:
-    return clean(image.split(os.sep)[0].replace("_", " ")) if os.sep in image else None
+    return label_of_folder(image.split(os.sep)[0]) if os.sep in image else None
+
+
+def label_of_folder(name: str) -> str:
+    """Returns the label of a class by the name of its folder."""
+    return clean(name.replace("_", " "))
 
 
 def _images(path: str) -> Iterator[tuple[str, dict[str, str]]]:

@@ -17,7 +17,7 @@ from simplclip.common.errors import InputError
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
 from simplclip.data.files import captions_of, clean, record_of
-from simplclip.data.forms import Options, Row, is_source, open_source
+from simplclip.data.forms import Options, Row, is_source, label_of_folder, open_source
 from simplclip.data.loader import pixels_of, seeded
 from simplclip.data.pack import files_of
 from simplclip.data.samples import Pair, check_files, image_of, label_of
@@ -62,7 +62,7 @@ class HeldOut:
                 raise
             captions = []
         if self.classes.folders:  # the caption of an image is only the name of its class
-            captions, label = [], self.classes.folders.index(str(label))
+            captions, label = [], self.classes.folders.index(sample["__key__"].split(os.sep)[0])
         elif self.captions is None and isinstance(record.get("captions"), list) and not (row and row.captions):
             captions = captions[:1]
         place = sample["__key__"], sample["__url__"], sample["__shard__"]
@@ -126,8 +126,8 @@ def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> H
         rows = open_source(path, Options())
     except InputError as error:
         raise InputError(f"{name}: {str(error).removeprefix('source: ')}") from None
-    labels = list(rows.classes)
-    return HeldOut([Source(path, name=rows.name)], Classes(labels or None, rows.classes), captions)
+    names = [label_of_folder(folder) for folder in rows.classes] or None
+    return HeldOut([Source(path, name=rows.name)], Classes(names, rows.classes), captions)
 
 
 def _read(source: Source, skipped: Skipped) -> Iterator[Sample]:

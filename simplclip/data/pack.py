@@ -56,7 +56,7 @@ def pack(
 
     Rows without a usable image and caption are left out, counted and named in meta.json; an image is opened, not decoded.
     Shards that an earlier run made of the same source are kept. Whether a table or JSON file is the same is told by its size
-    and time, a folder by the names in it.
+    and time, a folder by the names and texts in it.
 
     Args:
         source: a table (.csv, .tsv, .parquet), a JSON file, FILE.json#SPLIT, a folder of images with captions beside them, or

@@ -20,6 +20,7 @@ _FORMS = "a path, an http(s) URL, pipe:COMMAND, a mapping with shards and weight
 _OTHERS = (".csv", ".tsv", ".parquet", ".json", ".jsonl", ".txt")
 _MOST = 1_000_000  # names of a brace pattern; a pattern may come with a run from elsewhere
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(?:(-?\d+)\.\.(-?\d+)|([a-zA-Z])\.\.([a-zA-Z]))(?:\.\.(-?\d+))?")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 
 
@@ -142,9 +143,13 @@ def _most_names(pattern: str) -> float:
     counts: list[int] = []
 
     def count(braces: re.Match) -> str:
-        ends = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?", braces[1])
-        letters = 64 if ".." in braces[1] else 1  # of {a..z}
-        counts.append(abs(int(ends[1]) - int(ends[2])) + 1 if ends else max(letters, braces[1].count(",") + 1))
+        ends = _RANGE.fullmatch(braces[1])
+        number = braces[1].count(",") + 1
+        if ends and ends[1]:
+            number = abs(int(ends[1]) - int(ends[2])) // max(1, abs(int(ends[5] or 1))) + 1
+        elif ends:
+            number = abs(ord(ends[3]) - ord(ends[4])) + 1
+        counts.append(number)
         return ""
 
     for _ in range(20):  # levels of braces in braces

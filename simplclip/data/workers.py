@@ -54,7 +54,8 @@ def from_workers(items: Items, workers: int, pin_memory: bool = False) -> Genera
         ) from error
     finally:
         if workers:  # torch has no public method for this
-            if any(queue._close and not queue._close.still_active() for queue in iterator._index_queues):
+            ended = any(queue._close and not queue._close.still_active() for queue in iterator._index_queues)
+            if ended and not pin_memory and not sys.is_finalizing():  # torch's thread for pinning needs whole messages
                 # The garbage collector has ended the queues, so that no process would be told to end, and each waited for.
                 for process in iterator._workers:
                     process.kill()  # a trainer's loader processes ignore SIGTERM

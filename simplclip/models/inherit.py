@@ -124,7 +124,8 @@ class Transfer:
             got = f"{label}, of whose {len(state)} tensors {count} fit (not: {others})"
             raise CheckpointError(f"source: expected weights of this model's architecture, got {got}")
         for unit in free:
-            if self.is_taken(unit):
+            exact = unit in fitting and not resized.keys() & self.units[unit]
+            if self.is_taken(unit) and not (exact and self.status[unit] == Status.RESIZED):
                 continue
             if unit in fitting:
                 self.taken |= {name: state.get(name, self.tensors[name]) for name in self.units[unit]}

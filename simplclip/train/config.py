@@ -244,10 +244,6 @@ class Config(Section):
         size, micro = self.data.batch_size, self.data.micro_batch
         if micro != "auto" and size % self.data.images_at_a_time:
             raise ValueError(f"data.micro_batch: expected a divisor of data.batch_size = {size}, got {micro}")
-        if self.inherit.source is None and (self.inherit.train or self.inherit.blocks):
-            raise ValueError("inherit.source: expected weights, for inherit.train and inherit.blocks, got none")
-        if self.eval.every and not self.eval.splits:
-            raise ValueError(f"eval.splits: expected held-out data, for eval.every = {self.eval.every}, got none")
         if self.run.steps is None:
             return self  # the config is checked again when run.steps is known
         schedules = self.loss.weights.values()

@@ -212,6 +212,10 @@ def _with_data(config: Config, former: dict[str, Any] | None, console: Console) 
         config = config.replaced(run={"steps": number, "epochs": None})
     if former:
         checkpoint.check_settings(former, config)
+    elif config.inherit.source is None and (config.inherit.train or config.inherit.blocks):
+        raise ConfigError("inherit.source: expected weights, for inherit.train and inherit.blocks, got none")
+    elif config.eval.every and not config.eval.splits:
+        raise ConfigError(f"eval.splits: expected held-out data, for eval.every = {config.eval.every}, got none")
     return config
 
 

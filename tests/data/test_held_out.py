@@ -11,6 +11,7 @@ import torch
 from pairs import COUNT, SIZE, augment, png, resize, sample, table, write
 
 from simplclip import data
+from simplclip.commands import options
 from simplclip.common.errors import InputError
 from simplclip.data.errors import Skipped
 
@@ -84,6 +85,19 @@ def test_classes_of_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="data: expected a folder of images with captions, got .* which has no image"):
         data.held_out(tmp_path / "empty")
+
+
+def test_classes_have_the_order_of_their_folders(tmp_path):
+    """As in torchvision's ImageFolder, whose numbers lists of names follow: "_" is behind "T", a space before it."""
+    for name in ("a_early", "aTarget", "b c", "b_c"):
+        (tmp_path / "set#1" / name).mkdir(parents=True)
+        (tmp_path / "set#1" / name / "0.png").write_bytes(png())
+    (tmp_path / "set#1" / "empty").mkdir()
+    held = data.held_out(tmp_path / "set#1")
+    assert held.classes.folders == ("aTarget", "a_early", "b c", "b_c", "empty")
+    assert held.classes.names == ["aTarget", "a early", "b c", "b c", "empty"]
+    assert [pair.label for pair in pairs(read(tmp_path / "set#1")[0])] == [0, 1, 2, 3]
+    options.check_data([str(tmp_path / "set#1")], "data")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

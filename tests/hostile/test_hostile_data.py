@@ -101,6 +101,7 @@ def test_a_pattern_with_wrong_braces_is_refused(pattern):
 def test_a_pattern_of_many_names_is_not():
     assert len(data.sources_of("http://host/{00000..09999}.tar")) == 10000
     assert len(data.sources_of("http://host/{{a,b}/{0..999},c/{a..d}}.tar")) == 2004
+    assert len(data.sources_of("http://host/{0..5000000..1000}/{a..c}{a..c}.tar")) == 5001 * 9
 
 
 def files(**content):

@@ -55,8 +55,6 @@ def test_set_parses_values_as_yaml(tmp_path):
         ),
         ("optim=3", "optim: expected a valid dictionary"),
         ("data.train=5", "data.train: expected a valid string, got 5 (int)"),
-        ("inherit.train=['*']", "inherit.source: expected weights, for inherit.train and inherit.blocks, got none"),
-        ("eval.every=2", "eval.splits: expected held-out data, for eval.every = 2, got none"),
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
         ("run={out: x, steps: 7, epochs: 2}", "run: expected one of steps and epochs, got steps = 7 and epochs = 2.0"),
         ("run={out: x, steps: null}", "run: expected one of steps and epochs, got steps = None and epochs = None"),
