@@ -244,6 +244,10 @@ def test_positional_embeddings_of_other_sizes_are_interpolated_and_train():
         assert model.get_parameter(name).requires_grad
     assert torch.equal(model.text.token_embedding.weight, source.text.token_embedding.weight)
     assert not model.text.token_embedding.weight.requires_grad
+    same = tiny(2)  # an exact value of a later source is better than an interpolated one
+    assert statuses(inherit(model := tiny(), [source, same]))["visual.trunk.pos_embed"] == "inherited"
+    assert torch.equal(model.visual.trunk.pos_embed, same.visual.trunk.pos_embed)
+    assert torch.equal(model.text.token_embedding.weight, source.text.token_embedding.weight)
     # no grid is known for the embedding of a ResNet's attention pool
     small, large = (open_clip.CLIP(16, {"layers": (1,) * 4, "width": 8, "image_size": s}, {"layers": 1}) for s in (32, 64))
     assert statuses(inherit(small, large))["visual.attnpool.positional_embedding"] == "shape differs"
