@@ -71,7 +71,7 @@ class RowSource:
 
     path: str
     total: int
-    state: dict[str, Any]
+    state: Callable[[], dict[str, Any]]
     rows: Callable[[], Iterator[Row]]
     classes: tuple[str, ...] = ()  # of a folder with a folder for each class: their names, in order
 
@@ -104,7 +104,7 @@ def open_source(path: str | os.PathLike, options: Options) -> RowSource:
         raise InputError(f"source: expected {expected}, got {file!r}{hint}")
     total, rows = (_json if kind.endswith(JSON) else _parquet if kind.endswith(".parquet") else _table)(file, options)
     given = {name: value for name, value in vars(options).items() if value is not None}
-    return RowSource(file, total, {**state_of(file), **given}, rows)
+    return RowSource(file, total, lambda: {**state_of(file), **given}, rows)
 
 
 def split_of(path: str) -> tuple[str, str]:
@@ -268,18 +268,22 @@ def _folder(path: str) -> RowSource:
     If no image has a text beside it, the folders in `path` are classes: the label of an image, and its caption.
     """
     path = path.rstrip(os.sep) or path
-    digest = hashlib.blake2b(digest_size=16)
     images, any_text = 0, False
-    for image, texts in _images(path):
+    for _, texts in _images(path):
         images += 1
         any_text = any_text or bool(texts)
-        digest.update(repr((image, texts)).encode("utf-8", "surrogateescape"))
-        for text in texts.values():
-            with contextlib.suppress(OSError, BrokenSample):  # which is counted when the row is read
-                digest.update(file_bytes(os.path.join(path, text), TEXT_BYTES))
     if not images:
         hint = " (try its *.tar)" if any(file.endswith(".tar") for file in os.listdir(path)) else ""
         raise InputError(f"source: expected a folder of images with captions, got {path!r}, which has no image{hint}")
+
+    def state() -> dict[str, Any]:
+        digest = hashlib.blake2b(digest_size=16)
+        for image, texts in _images(path):
+            digest.update(repr((image, texts)).encode("utf-8", "surrogateescape"))
+            for text in texts.values():
+                with contextlib.suppress(OSError, BrokenSample):  # which is counted when the row is read
+                    digest.update(file_bytes(os.path.join(path, text), TEXT_BYTES))
+        return {"images": images, "names": digest.hexdigest()}
 
     def rows() -> Iterator[Row]:
         for image, texts in _images(path):
@@ -289,7 +293,7 @@ def _folder(path: str) -> RowSource:
             yield Row(name, file, [label] if label else [], beside, label)
 
     classes = () if any_text else tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
-    return RowSource(path, images, {"images": images, "names": digest.hexdigest()}, rows, classes)
+    return RowSource(path, images, state, rows, classes)
 
 
 def _class_of(image: str) -> str | None:

@@ -31,6 +31,7 @@ from simplclip.data.transforms import ImageTransform, View, stack
 from simplclip.data.workers import from_workers
 
 PLACE = ("rank", "world_size", "workers", "seed")  # what a position belongs to
+STATE = (*PLACE, "turn", "passes", "consumed")  # the keys of a loader's state_dict
 EMPTY_PASSES = 3  # passes in a row over a worker's part without a usable sample, after which the data count as empty
 
 Batch = dict[str, Any]

@@ -68,7 +68,7 @@ def pack(
     FileExistsError (another process writes to `out`); PackError (a process died).
     """
     opened, out = open_source(source, options), Path(out).expanduser()
-    folder = TarFolder(out, {"format": FORMAT, "source": {"name": opened.name, **opened.state}})
+    folder = TarFolder(out, {"format": FORMAT, "source": {"name": opened.name, **opened.state()}})
     with folder.claimed():
         again = folder.complete and all(map(folder.is_whole, folder.entries))
         if not again:

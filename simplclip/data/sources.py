@@ -129,13 +129,11 @@ def _tar(path: str, name: str) -> str:
 def _expanded(pattern: str, name: str) -> list[str]:
     """Expands braces. webdataset's `expand_urls` would also split at '::', as in http://[::1]/, and substitute variables."""
     try:
-        if _most_names(pattern) > _MOST:
-            raise InputError(f"{name}: expected a brace pattern of at most {_MOST:,} names, got {pattern[:200]!r}")
-        return list(braceexpand.braceexpand(pattern, escape=False))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
+        if _most_names(pattern) <= _MOST:
+            return list(braceexpand.braceexpand(pattern, escape=False))
+    except (ValueError, RecursionError):
         raise InputError(f"{name}: expected a brace pattern, got {pattern[:200]!r}, whose braces do not match") from None
+    raise InputError(f"{name}: expected a brace pattern of at most {_MOST:,} names, got {pattern[:200]!r}")
 
 
 def _most_names(pattern: str) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from simplclip.common.files import differences, replacing, write_atomically
+from simplclip.data.loader import STATE
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
 from simplclip.train.config import Config, ConfigError, from_dict
 from simplclip.train.setup import State
@@ -23,7 +24,6 @@ from simplclip.train.setup import State
 WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # files in the folder of a run
 
 KINDS = {"data": list, "frozen": list, "rng": dict, "loss": dict, "optimizer": dict, "scaler": dict}
-PLACE = {"rank", "world_size", "workers", "seed", "turn", "passes", "consumed"}  # of a loader's state
 
 # What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does not change the result.
 MAY_CHANGE = (
@@ -41,7 +41,7 @@ def former(out: Path, resume: bool) -> dict[str, Any] | None:
         wrong = [name for name, kind in KINDS.items() if not isinstance(checkpoint.get(name), kind)]
         try:
             torch.Generator().set_state(checkpoint["rng"]["torch"])
-            whole = checkpoint["step"] > 0 and all(position.keys() >= PLACE for position in checkpoint["data"])
+            whole = checkpoint["step"] > 0 and all(position.keys() >= {*STATE} for position in checkpoint["data"])
         except (RuntimeError, LookupError, TypeError, AttributeError):
             whole = False
         if wrong or not whole:
