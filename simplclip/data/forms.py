@@ -9,13 +9,12 @@ Text is UTF-8, with or without byte order mark. Nothing here imports torch, so t
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import csv
 import hashlib
 import itertools
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from simplclip.common.errors import InputError
 from simplclip.data.errors import BrokenSample
-from simplclip.data.files import IMAGE_SUFFIXES, TEXT_BYTES, clean, file_bytes, json_of, state_of
+from simplclip.data.images import SUFFIXES
+from simplclip.data.samples import TEXT_BYTES, clean, file_bytes, json_of, state_of
 
 TABLES = (".csv", ".tsv", ".parquet")
 JSON = ".json"
@@ -96,6 +96,10 @@ def open_source(path: str | os.PathLike, options: Options) -> RowSource:
     kind = file.lower()
     if not os.path.exists(file):
         raise InputError(f"source: expected a table, a JSON file or a folder, got {file!r}, which does not exist")
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    used = ("images", "split") if kind.endswith(JSON) else ("images", "image_key", "caption_key")
+    for name in given.keys() - (() if os.path.isdir(file) else used):
+        raise InputError(f"{name}: expected none, as {file!r} has no such part, got {given[name]!r}")
     if os.path.isdir(file):
         return _folder(file)
     if not kind.endswith((*TABLES, JSON)) or not os.path.isfile(file):
@@ -103,7 +107,6 @@ def open_source(path: str | os.PathLike, options: Options) -> RowSource:
         hint = "; training reads tars as they are" if ".tar" in kind else ""
         raise InputError(f"source: expected {expected}, got {file!r}{hint}")
     total, rows = (_json if kind.endswith(JSON) else _parquet if kind.endswith(".parquet") else _table)(file, options)
-    given = {name: value for name, value in vars(options).items() if value is not None}
     return RowSource(file, total, lambda: {**state_of(file), **given}, rows)
 
 
@@ -116,8 +119,8 @@ def split_of(path: str) -> tuple[str, str]:
 def _table(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]]]:
     with open(path, "rb") as file:
         header = file.readline(LINE)
-        if header.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise InputError(f"source: expected a table in UTF-8, got {path!r} in UTF-16: iconv -f UTF-16 -t UTF-8")
+        if b"\0" in header:
+            raise InputError(f"source: expected a table in UTF-8, got {path!r}, perhaps in UTF-16: iconv -f UTF-16 -t UTF-8")
         total = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
     text = header.decode("utf-8-sig", "surrogateescape")
     separator = "\t" if path.lower().endswith(".tsv") else max(SEPARATORS, key=text.count)
@@ -135,8 +138,7 @@ def _table(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]
                 if isinstance(record, str):
                     yield Row(name, problem=("bad row", record))
                 elif len(record) <= max(image, caption):
-                    got = f"expected {max(image, caption) + 1} columns, got {len(record)}"
-                    yield Row(name, problem=("bad row", got))
+                    yield Row(name, problem=("bad row", f"expected {len(titles)} columns, got {len(record)}"))
                 elif any("\udc80" <= character <= "\udcff" for character in record[caption]):  # by surrogateescape
                     yield Row(name, problem=("caption not UTF-8", ""))
                 else:
@@ -234,10 +236,8 @@ def _json(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]]
     except InputError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"source: expected images with captions, as in Karpathy's or COCO's JSON, got {path!r}, another one: "
-            f"{type(error).__name__}: {error}"
-        ) from None
+        got = f"{path!r}, another one: {type(error).__name__}: {error}"
+        raise InputError(f"source: expected images with captions, as in Karpathy's or COCO's JSON, got {got}") from None
     if not captions:
         of_split = f" of the split {options.split!r}" if options.split else ""
         raise InputError(f"source: expected images with captions, got none{of_split} in {path!r}")
@@ -268,10 +268,8 @@ def _folder(path: str) -> RowSource:
     If no image has a text beside it, the folders in `path` are classes: the label of an image, and its caption.
     """
     path = path.rstrip(os.sep) or path
-    images, any_text = 0, False
-    for _, texts in _images(path):
-        images += 1
-        any_text = any_text or bool(texts)
+    counts = Counter(bool(texts) for _, texts in _images(path))
+    images, any_text = counts.total(), counts[True] > 0
     if not images:
         hint = " (try its *.tar)" if any(file.endswith(".tar") for file in os.listdir(path)) else ""
         raise InputError(f"source: expected a folder of images with captions, got {path!r}, which has no image{hint}")
@@ -287,17 +285,14 @@ def _folder(path: str) -> RowSource:
 
     def rows() -> Iterator[Row]:
         for image, texts in _images(path):
-            name, file = os.path.join(os.path.basename(path), os.path.splitext(image)[0]), os.path.join(path, image)
+            folder, *inside = image.split(os.sep)
+            label = label_of_folder(folder) if inside and not any_text else None
             beside = {suffix: os.path.join(path, text) for suffix, text in texts.items()}
-            label = None if any_text else _class_of(image)
-            yield Row(name, file, [label] if label else [], beside, label)
+            name = os.path.join(os.path.basename(path), os.path.splitext(image)[0])
+            yield Row(name, os.path.join(path, image), [label] if label else [], beside, label)
 
     classes = () if any_text else tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
     return RowSource(path, images, state, rows, classes)
-
-
-def _class_of(image: str) -> str | None:
-    return label_of_folder(image.split(os.sep)[0]) if os.sep in image else None
 
 
 def label_of_folder(name: str) -> str:
@@ -318,4 +313,4 @@ def _images(path: str) -> Iterator[tuple[str, dict[str, str]]]:
             samples[key][os.path.join(inside, file)] = suffix[1:].lower()
         for _, sample in sorted(samples.items()):
             texts = {suffix: file for file, suffix in sample.items() if suffix in ("txt", "json")}
-            yield from ((file, texts) for file, suffix in sample.items() if suffix in IMAGE_SUFFIXES)
+            yield from ((file, texts) for file, suffix in sample.items() if suffix in SUFFIXES)

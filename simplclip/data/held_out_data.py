@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,12 @@ from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
-from simplclip.data.files import captions_of, clean, record_of
 from simplclip.data.forms import Options, Row, is_source, label_of_folder, open_source
 from simplclip.data.loader import pixels_of, seeded
 from simplclip.data.pack import files_of
-from simplclip.data.samples import Pair, check_files, image_of, label_of
+from simplclip.data.samples import Pair, Sample, captions_of, check_files, clean, image_of, label_of, record_of
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.stored_order import StoredOrder
-from simplclip.data.tars import Sample
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class HeldOut:
         process died.
         """
         share = {"rank": ranks.number(), "world_size": ranks.count()} if use else {}
-        order = StoredOrder(self.sources, _read, _Prepare(self, transform), batch_size, _collate, **share)
+        order = StoredOrder(self.sources, _read, partial(self._prepare, transform=transform), batch_size, _collate, **share)
         read: Any = ((item.batch and (*item.batch, item.positions), item.skipped) for item in order.portions(workers))
         if use:
             read = ranks.gathered((batch and (use(batch[0]), *batch[1:]), new) for batch, new in read)
@@ -105,6 +104,12 @@ class HeldOut:
         chosen, samples = set(positions), chain.from_iterable(_read(source, Skipped()) for source in self.sources)
         last = max(chosen, default=-1)
         return {n: self.open(sample).image for n, sample in enumerate(islice(samples, last + 1)) if n in chosen}
+
+    def _prepare(self, sample: Sample, transform: Callable) -> tuple[torch.Tensor, Pair]:
+        pair = self.open(sample)
+        with seeded("eval", pair.place):
+            image = pixels_of(transform, pair)
+        return image, replace(pair, encoded=b"", record={} if pair.group is None else {"group": pair.group})
 
 
 def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:
@@ -137,18 +142,6 @@ def _read(source: Source, skipped: Skipped) -> Iterator[Sample]:
     for row in open_source(source.url, Options()).rows():
         key = row.name.partition("/")[2]
         yield {"__key__": key, "__url__": source.url, "__shard__": source.name, "__row__": row}
-
-
-@dataclass
-class _Prepare:
-    data: HeldOut
-    transform: Callable
-
-    def __call__(self, sample: Sample) -> tuple[torch.Tensor, Pair]:
-        pair = self.data.open(sample)
-        with seeded("eval", pair.place):
-            image = pixels_of(self.transform, pair)
-        return image, replace(pair, encoded=b"", record={} if pair.group is None else {"group": pair.group})
 
 
 def _collate(prepared: list[tuple[torch.Tensor, Pair]]) -> tuple[torch.Tensor, list[Pair]]:

@@ -17,16 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from webdataset import filters
 
 from simplclip.common.errors import InputError, check_count
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
-from simplclip.data.samples import Pair, parse, place_of, stable_hash
+from simplclip.data.samples import MAX_BYTES, Pair, Sample, parse, place_of, stable_hash
 from simplclip.data.sidecars import Folders, check_sidecars, joined
 from simplclip.data.sources import Source, in_words, sources_of
-from simplclip.data.tars import MAX_BYTES, Sample
 from simplclip.data.transforms import ImageTransform, View, stack
 from simplclip.data.workers import from_workers
 
@@ -35,8 +33,6 @@ STATE = (*PLACE, "turn", "passes", "consumed")  # the keys of a loader's state_d
 EMPTY_PASSES = 3  # passes in a row over a worker's part without a usable sample, after which the data count as empty
 
 Batch = dict[str, Any]
-_NUMPY: Any = np.random  # Any, since numpy's types leave out the global bit generator
-_NUMPY_GENERATOR = np.random.MT19937(0)
 
 
 class WorkerItem(NamedTuple):
@@ -57,30 +53,26 @@ class Loader:
     own transform are float32 and finished), "text" int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard
     and key), "key" list[str], "meta" list[dict] (the json). With captions_per_image k > 1 "text" is [N, k, L].
 
-    With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D], float16: a
-    teacher's features of the images and of the drawn captions. If the teacher saw views of an image, one of these views is
-    drawn in place of the transform's own augmentation, and the features are those of the pixels in "image". Otherwise they
-    are the features of the image without augmentation.
+    With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D], float16: a teacher's features
+    of the images and of the drawn captions. If the teacher saw views of an image, one of them is drawn in place of the
+    transform's own augmentation; otherwise the features are those of the image without augmentation.
 
-    Order: a buffer that holds all samples of a worker shuffles them fully. With fewer shards than workers of all ranks, each
-    worker reads all shards and takes its share of the samples. In each pass of all workers every sample comes once, or as
-    often as its weight says. The order depends on (seed, workers, world_size) only; the drawn caption and the augmentation of
-    a sample depend on (seed, pass, shard's name, key): the transform may draw from the global generators of torch (CPU),
-    random and numpy, which are seeded for it and restored.
+    Order: with fewer shards than workers of all ranks, each worker reads all shards and takes its share of the samples. In
+    each pass of all workers every sample comes once, or as often as its weight says. The order depends on (seed, workers,
+    world_size) only; the drawn caption and the augmentation of a sample depend on (seed, pass, shard's name, key): the
+    transform may draw from the global generators of torch (CPU), random and numpy, which are seeded for it and restored.
 
     Args:
         shards: tars by path, brace expression, glob, URL or pipe:COMMAND; a mapping {"shards": one of these or a
             list, "weight": W}; or a list of these. See `sources.sources_of`.
         tokenizer: list of captions -> int64 [N, L].
-        transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such as open_clip's, whose
-            exceptions are raised, naming the sample.
+        transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such as open_clip's.
         batch_size: samples of each of this rank's batches, N.
         workers: number of loader processes; 0 reads in the calling process.
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
         teacher: read the features that `simplclip teacher` wrote.
-        sidecars: folders with further files of the samples, e.g. those of `simplclip teacher`, in the order in which they are
-            joined; see `simplclip.data.sidecars`.
-        shuffle_buffer: number of samples, whose files are held in memory.
+        sidecars: folders with further files of the samples, in the order in which they are joined; see sidecars.py.
+        shuffle_buffer: number of samples, whose files are held in memory; one that holds all of a worker shuffles fully.
         pin_memory: copy batches to page-locked memory, for a GPU.
         on_error: "skip" counts damaged tars, "stop" raises ShardError. Broken samples are counted in both cases.
         max_bytes: a sample with a file of more bytes is skipped without being read.
@@ -96,7 +88,7 @@ class Loader:
     shards: Any
     _: KW_ONLY
     tokenizer: Callable[[list[str]], torch.Tensor]
-    transform: ImageTransform | Callable[[Image.Image], torch.Tensor]
+    transform: ImageTransform | Callable[[Any], torch.Tensor]
     batch_size: int
     workers: int = 0
     captions_per_image: int = 1
@@ -136,12 +128,8 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position of this rank after the last batch: ints, and lists of an int for each worker."""
-        passes, consumed = zip(*self.positions)
-        return {name: getattr(self, name) for name in PLACE} | {
-            "turn": self.turn,
-            "passes": list(passes),
-            "consumed": list(consumed),
-        }
+        passes, consumed = map(list, zip(*self.positions))
+        return {name: getattr(self, name) for name in PLACE} | {"turn": self.turn, "passes": passes, "consumed": consumed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the loader that returned `state` was: the batches are exactly those that would have followed.
@@ -157,29 +145,29 @@ class Loader:
     def items(self, process: int, workers: int) -> Iterator[WorkerItem]:
         """Yields the batches of one worker without end. Raises ShardError, and EmptyDataError if no sample is usable."""
         worker = (process + self.turn) % workers
-        first, skip = self.positions[worker]
+        first, consumed_before = self.positions[worker]
         skipped = Skipped()
         rows: list[tuple] = []  # of the next batch
         empty = 0  # passes in a row without a usable sample
         for number in itertools.count(first):
             order = self._order(number)
-            usable = bool(skip) or not order
-            for consumed, sample in enumerate(self._part(order, number, worker, workers, skipped), 1):
-                if consumed <= skip:
-                    continue
-                if skip and consumed == skip + 1:
-                    skipped.take()  # counted before the resume, but for the damage within the shuffle buffer
+            samples = enumerate(self._part(order, number, worker, workers, skipped), 1)
+            if consumed_before:
+                next(itertools.islice(samples, consumed_before - 1, None), None)
+                skipped.take()  # counted before the resume, but for the damage within the shuffle buffer
+            elif order:
+                empty += 1
+            consumed_before = 0
+            for consumed, sample in samples:
                 try:
                     rows.append(self._prepare(sample, number))
                 except BrokenSample as broken:
                     skipped.add(broken.args[0], place_of(sample), broken.args[1])
                     continue
-                usable = True
+                empty = 0
                 if len(rows) == self.batch_size:
                     yield WorkerItem(self._collate(rows), worker, number, consumed, skipped.take())
                     rows = []
-            skip = 0
-            empty = 0 if usable else empty + 1
             if empty == EMPTY_PASSES:
                 whose = f"worker {self.rank * workers + worker + 1} of {self.world_size * workers}"
                 raise EmptyDataError(
@@ -226,16 +214,17 @@ class Loader:
         """Returns the row of a sample. Raises BrokenSample."""
         pair = parse(sample, self.teacher)
         with seeded(self.seed, number, pair.place, *filter(None, (sample.get("__copy__"),))):
-            drawn = _draw(len(pair.captions), self.captions_per_image)
+            drawn: list[int] = []
+            while len(drawn) < self.captions_per_image:  # different ones if there are enough
+                left = self.captions_per_image - len(drawn)
+                drawn += random.sample(range(len(pair.captions)), min(len(pair.captions), left))
             view_number = random.randrange(len(pair.views)) if pair.views else 0
-            view = pair.views[view_number] if pair.views else None
-            pixels = pixels_of(self.transform, pair, view)
+            pixels = pixels_of(self.transform, pair, pair.views[view_number] if pair.views else None)
         features = None
-        if self.teacher:
+        if pair.features is not None:
             captions = len(pair.features) - len(pair.captions)  # the row where the captions' features begin
             features = torch.from_numpy(pair.features[[view_number, *(captions + i for i in drawn)]])
-        texts = [pair.captions[i] for i in drawn]
-        return pixels, texts, pair.group_id, pair.key, pair.record, features
+        return pixels, [pair.captions[i] for i in drawn], pair.group_id, pair.key, pair.record, features
 
     def _collate(self, rows: list[tuple]) -> Batch:
         images, texts, groups, keys, records, features = zip(*rows)
@@ -258,24 +247,23 @@ class Loader:
 def seeded(*parts: object) -> Iterator[None]:
     """Seeds the global generators that transforms use by `parts`, and restores them afterwards."""
     seed = stable_hash("/".join(map(str, parts)))
-    states = torch.get_rng_state(), random.getstate(), _NUMPY.get_bit_generator()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     # torch.manual_seed would also seed the GPU's generators.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    _NUMPY.set_bit_generator(_NUMPY_GENERATOR)  # 30 times cheaper than saving and restoring the state
     np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
     try:
         yield
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        _NUMPY.set_bit_generator(states[2])
+        np.random.set_state(states[2])  # noqa: NPY002
 
 
 def pixels_of(transform: ImageTransform | Callable, pair: Pair, view: View | None = None) -> torch.Tensor:
     """Returns the transformed image of a sample. view: the view to replay instead of drawing one.
 
-    Raises BrokenSample. With a caller's transform, raises ShardError if a view is given, RuntimeError if the transform fails.
+    Raises BrokenSample. A caller's transform raises its own errors, which then name the sample, and ShardError for a view.
     """
     if isinstance(transform, ImageTransform) and view is None:
         return transform(pair.encoded)
@@ -295,13 +283,5 @@ def pixels_of(transform: ImageTransform | Callable, pair: Pair, view: View | Non
     try:
         return transform(image)
     except Exception as error:
-        place = f"{pair.key!r} of shard {pair.url!r}"
-        raise RuntimeError(f"the transform failed on sample {place}: {type(error).__name__}: {error}") from error
-
-
-def _draw(count: int, wanted: int) -> list[int]:
-    """Draws `wanted` of `count` captions at random, different ones if there are enough."""
-    drawn: list[int] = []
-    while len(drawn) < wanted:
-        drawn += random.sample(range(count), min(count, wanted - len(drawn)))
-    return drawn
+        error.add_note(f"The transform failed on sample {pair.key!r} of shard {pair.url!r}.")
+        raise

@@ -30,13 +30,14 @@ import numpy as np
 from simplclip.common.errors import InputError, UserError, visible
 from simplclip.common.progress import Progress
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.files import MAX_BYTES, TEXT_BYTES, captions_of, file_bytes, open_image, record_of
 from simplclip.data.forms import Options, Row, RowSource, is_source, open_source, split_of
+from simplclip.data.images import open_image
+from simplclip.data.samples import MAX_BYTES, TEXT_BYTES, captions_of, file_bytes, record_of
 from simplclip.data.tar_writer import TarFolder, add, entry_of, new_tar, skipped_in
 
 FORMAT = "simplclip-shards-2"
 SAMPLES = 1024  # rows of a shard
-NOT_LOCAL = "not a local file"
+SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # of Pillow's formats
 _OPTIONS = tuple(Options.__dataclass_fields__)
 
 
@@ -122,7 +123,7 @@ def summary(shards: list[str], examples: int = 3) -> str:
                 if member.name.endswith(".json"):
                     records.append(json.loads(content))
                 else:
-                    sides.append(min(open_image(content)[1].size))
+                    sides.append(min(open_image(content).size))
     captions = [caption for record in records for caption in record["captions"]]
     words, pixels = (
         "median {}, of 19 in 20 at most {}, at most {}".format(*np.quantile(numbers, (0.5, 0.95, 1), method="higher"))
@@ -142,7 +143,7 @@ def summary(shards: list[str], examples: int = 3) -> str:
 def _write(source: RowSource, folder: TarFolder, workers: int, progress: bool) -> None:
     """Writes the shards that the folder does not have, and adds their entries one after another."""
     folder.entries = {name: entry for name, entry in folder.entries.items() if folder.is_whole(name)}
-    done, stem = sum(entry["rows"] for entry in folder.entries.values()), _stem(source.path)
+    done, stem = sum(entry.get("rows", 0) for entry in folder.entries.values()), _stem(source.path)
 
     def tasks() -> Iterator[tuple[Path, int, list[Row]]]:
         rows = source.rows()
@@ -159,8 +160,6 @@ def _write(source: RowSource, folder: TarFolder, workers: int, progress: bool) -
             folder.entries[path.name] = entry | {"rows": len(rows)}
             folder.save()
             bar.update(len(rows))
-            if not any(entry["samples"] for entry in folder.entries.values()) and NOT_LOCAL in entry.get("skipped", {}):
-                break  # a table of URLs: all other rows are URLs too
         if not any(entry["samples"] for entry in folder.entries.values()):
             (folder.out / "meta.json").unlink()
             folder.out.rmdir()
@@ -195,7 +194,7 @@ def files_of(row: Row) -> dict[str, bytes]:
     record = record_of(texts)
     captions = captions_of(texts, record if row.texts else {"captions": row.captions})
     image = _read(row.image, MAX_BYTES)
-    suffix, _ = open_image(image)
+    suffix = SUFFIX[open_image(image).format]
     record |= {"captions": [" ".join(caption.split()) for caption in captions], "source": row.name}
     if row.label is not None:
         record |= {"label": row.label, "group": row.label}
@@ -204,18 +203,16 @@ def files_of(row: Row) -> dict[str, bytes]:
 
 def _read(path: str, limit: int) -> bytes:
     if not os.path.exists(path) and (path.startswith("pipe:") or "://" in path):
-        raise BrokenSample(NOT_LOCAL, f"{path!r}, which is not a path; of URLs img2dataset makes shards")
+        raise BrokenSample("not a local file", f"{path!r}, which is not a path; of URLs img2dataset makes shards")
     try:
         return file_bytes(path, limit)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL
         raise BrokenSample("cannot be read", error) from None
 
 
 def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:
-    """Yields each task with write(*task), in order, done by `workers` processes; in this one if there is a single task."""
-    first = list(itertools.islice(tasks, 2))
-    tasks = itertools.chain(first, tasks)
-    if workers == 1 or len(first) < 2:
+    """Yields each task with write(*task), in order, done by `workers` processes."""
+    if workers == 1:
         yield from ((task, write(*task)) for task in tasks)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")

@@ -1,8 +1,8 @@
-"""Parses the files of a sample: its image, its captions, and what a teacher wrote for it.
+"""The files of a sample: its image, its captions, and what a teacher wrote for it. No content of them ends the program.
 
 The captions are a json's list "captions" or text "caption", else the txt, which is one caption. Two more fields of the json
 are used: "group" (samples of one group show the same thing and are not each other's negatives) and "label" (the class, for
-zero-shot classification).
+zero-shot classification). Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,20 +10,27 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import re
+import stat
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from simplclip.data.decode import decode_pil
+from simplclip.data import images
 from simplclip.data.errors import BrokenSample, ShardError
-from simplclip.data.files import IMAGE_SUFFIXES, captions_of, clean, json_of, record_of
-from simplclip.data.tars import Sample
 
 TEACHER = "teacher.npy"  # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
 TEACHER_JSON = "teacher.json"  # what the features belong to: "captions", a digest of them, and "views" if it saw views
+MAX_BYTES = 256 << 20  # most bytes of an image, if no other limit is given
+TEXT_BYTES = 16 << 20  # most bytes of a text file of a sample; parsed JSON takes up to 30 times as many
+LONGEST = 8192  # characters of a caption that are used: more than any tokenizer takes, and tokenizers may be quadratic
+_NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
+
+# "__key__", "__url__", "__shard__" (the source's name), and bytes or a BrokenSample by suffix
+Sample = dict[str, Any]
 
 
 @dataclass
@@ -40,10 +47,10 @@ class Pair:
     views: list[dict[str, Any]] | None = None  # that the teacher saw, see `transforms.View`; None: the plain image
     label: str | int | None = None  # held-out data only: name or number of the class
 
-    @cached_property
+    @property
     def image(self) -> Image.Image:
         """The decoded image, RGB. Raises BrokenSample."""
-        return decode_pil(self.encoded)
+        return images.decode_pil(self.encoded)
 
     @property
     def place(self) -> str:
@@ -90,10 +97,44 @@ def check_files(sample: Sample) -> None:
 
 def image_of(sample: Sample) -> bytes:
     """Returns the encoded image of a sample. Raises BrokenSample if it has none."""
-    for suffix in IMAGE_SUFFIXES:
+    for suffix in images.SUFFIXES:
         if suffix in sample:
             return sample[suffix]
     raise BrokenSample("missing image", "")
+
+
+def record_of(sample: Sample) -> dict[str, Any]:
+    """Parses the json of a sample; {} without one. Raises BrokenSample."""
+    try:
+        record = json_of(sample.get("json", b"{}"))
+    except ValueError as error:
+        raise BrokenSample("bad json", error) from None
+    if not isinstance(record, dict):
+        raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
+    return record
+
+
+def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = False) -> list[str]:
+    """Returns the captions of a sample, at least one. Raises BrokenSample.
+
+    txt_lines: each line of the txt is a caption, as in clip-benchmark's layout; else the txt is one, its white space joined.
+    """
+    texts: list[Any] = []
+    several = record.get("captions")
+    for form in (several if isinstance(several, list) else [], [record.get("caption")]):
+        texts += form
+        if captions := [cleaned for text in form if isinstance(text, str) and (cleaned := clean(text))]:
+            return captions
+    if "txt" in sample:
+        try:
+            text = sample["txt"].decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BrokenSample("caption not UTF-8", error) from None
+        texts.append(text)
+        lines = text.splitlines() if txt_lines else [" ".join(text.split())]
+        if captions := [cleaned for line in lines if (cleaned := clean(line))]:
+            return captions
+    raise BrokenSample("empty caption" if any(isinstance(text, str) for text in texts) else "missing caption", "")
 
 
 def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
@@ -106,39 +147,65 @@ def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
     return None if record.get("label") is None else clean(str(record["label"]))
 
 
+def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
+    """Returns a teacher's features of a sample, float16 [V + C, D], and the views that it saw."""
+    place = f"sample {pair.key!r} of shard {pair.url!r}"
+    if TEACHER not in sample:
+        _ = pair.image  # raises BrokenSample: a broken image has no features
+        raise ShardError(f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`")
+    try:
+        features = np.lib.format.read_array(io.BytesIO(sample[TEACHER]), allow_pickle=False)
+        about = json_of(sample.get(TEACHER_JSON, b"{}"))
+        views = about.get("views") or None
+        rows, digest = len(views or [None]) + len(pair.captions), digest_of(pair.captions)
+        same = about.get("captions", digest) == digest
+        if features.dtype != np.float16 or features.ndim != 2:
+            raise ValueError(f"expected float16 [V + C, D], got {features.dtype} {list(features.shape)}")
+    except Exception as error:  # the type depends on the damage
+        raise BrokenSample("bad teacher features", error) from None
+    if len(features) != rows or not same:
+        raise ShardError(
+            f"{place} has teacher features of other captions than {pair.captions[0][:80]!r} ...: the captions have changed "
+            "since; run `simplclip teacher` on these shards and captions again"
+        )
+    return features, views
+
+
 def digest_of(captions: list[str]) -> str:
     """Returns the digest of captions that a sidecar records with their features, 16 hexadecimal digits."""
     return f"{stable_hash(json.dumps(captions)):016x}"
 
 
-def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
-    """Returns a teacher's features of a sample, float16 [V + C, D], and the views that it saw."""
-    place = f"sample {pair.key!r} of shard {pair.url!r}"
-    again = "the captions have changed since; run `simplclip teacher` on these shards and captions again"
-    if TEACHER not in sample:
-        decode_pil(pair.encoded)  # raises BrokenSample: a broken image has no features
-        raise ShardError(f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`")
-    try:
-        features = np.lib.format.read_array(io.BytesIO(sample[TEACHER]), allow_pickle=False)
-        about = json_of(sample[TEACHER_JSON]) if TEACHER_JSON in sample else {}
-        views = about.get("views")
-        if features.dtype != np.float16 or features.ndim != 2:
-            raise ValueError(f"expected float16 [V + C, D], got {features.dtype} {list(features.shape)}")
-        if views is not None and not (views and isinstance(views, list) and all(isinstance(view, dict) for view in views)):
-            raise ValueError(f"expected views, got {str(views)[:100]}")
-    except Exception as error:  # the type depends on the damage
-        raise BrokenSample("bad teacher features", error) from None
-    images, captions = len(views or [None]), len(pair.captions)
-    if len(features) != images + captions:
-        seen = "" if views is None else f"{images} views and "
-        raise ShardError(
-            f"{place} has teacher features of {seen}{len(features) - images} captions, but {captions} captions: {again}"
-        )
-    if "captions" in about and about["captions"] != digest_of(pair.captions):
-        raise ShardError(f"{place} has teacher features of other captions than {pair.captions[0][:80]!r} ...: {again}")
-    return features, views
-
-
 def stable_hash(text: str) -> int:
     """Returns a hash of 64 bits, the same in every process and version."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def clean(text: str) -> str:
+    """Strips a caption or name and cuts it to LONGEST characters. Lone surrogates and NUL become U+FFFD."""
+    return _NO_CHARACTER.sub("\ufffd", text.removeprefix("\ufeff").strip()[:LONGEST].rstrip())
+
+
+def json_of(data: str | bytes) -> Any:
+    """Parses JSON. Raises ValueError for any error in it, also for too deep nesting."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
+    """Reads a file. Raises OSError, also for what is no regular file, and BrokenSample if it is too large."""
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):  # reading a named pipe or a device may take for ever
+        raise OSError(f"expected a file, got {os.fspath(path)!r}")
+    if about.st_size > limit:
+        raise BrokenSample("file too large", f"{os.fspath(path)!r} of {about.st_size:,} bytes, expected at most {limit:,}")
+    with open(path, "rb") as file:
+        return file.read(limit)
+
+
+def state_of(path: str | os.PathLike) -> dict[str, int]:
+    """Returns what tells in a meta.json whether a file has changed."""
+    about = os.stat(path)
+    return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}

@@ -20,10 +20,8 @@ from typing import Any
 from simplclip.common.errors import InputError
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
-from simplclip.data.files import json_of
-from simplclip.data.samples import TEACHER, TEACHER_JSON
+from simplclip.data.samples import TEACHER, TEACHER_JSON, Sample, json_of
 from simplclip.data.sources import Address, Source, name_of, sources_of
-from simplclip.data.tars import Sample
 
 Folders = Sequence[str | os.PathLike]
 _LEAST = 1024  # bytes of a sample in a tar

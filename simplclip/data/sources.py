@@ -9,19 +9,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
-
-import braceexpand
 
 from simplclip.common.errors import InputError
 
 _FORMS = "a path, an http(s) URL, pipe:COMMAND, a mapping with shards and weight, or a list of them"
-_OTHERS = (".csv", ".tsv", ".parquet", ".json", ".jsonl", ".txt")
-_MOST = 1_000_000  # names of a brace pattern; a pattern may come with a run from elsewhere
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(?:(-?\d+)\.\.(-?\d+)|([a-zA-Z])\.\.([a-zA-Z]))(?:\.\.(-?\d+))?")
-_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
+_NO_TAR = (".csv", ".tsv", ".parquet", ".json", ".gz", ".tgz", ".bz2", ".xz", ".zst")
+_MOST = 1_000_000  # names of a pattern, which may come with a run from elsewhere
+_BRACES = 20  # pairs of braces in a pattern
+_PAIR = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})(?:\.\.(\d{1,18}))?|([^{}]*,[^{}]*))\}")
 
 
 class Address(str):
@@ -95,63 +93,50 @@ def _urls(text: str | os.PathLike, name: str) -> Iterator[str]:
     what = os.fspath(text)
     path = os.path.expanduser(what)
     if os.path.exists(path):
-        yield _tar(path, name)
+        patterns = [path]
     elif isinstance(text, str) and what.startswith(("pipe:", "http://", "https://")):
         yield from map(Address, _expanded(what, name))
+        return
     elif "://" in what:
-        raise InputError(
-            f"{name}: expected {_FORMS}, got {what!r}; of other places the output of a command may be read, e.g. "
-            "'pipe:aws s3 cp s3://BUCKET/NAME.tar -'"
-        )
+        hint = f"of other places name a command, e.g. 'pipe:aws s3 cp {what} -'"
+        raise InputError(f"{name}: expected {_FORMS}, got {what!r}; {hint}")
     else:
-        for pattern in _expanded(path, name):
-            paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-            if not paths:
-                reason = "which matches none" if glob.has_magic(pattern) else "which does not exist"
-                raise InputError(f"{name}: expected files, got {pattern!r}, {reason}")
-            yield from (_tar(path, name) for path in paths)
-
-
-def _tar(path: str, name: str) -> str:
-    lower = path.lower()
-    if os.path.isdir(path):
-        raise InputError(
-            f"{name}: expected tars, got the folder {path!r}; name its tars by {os.path.join(path, '*.tar')!r}, or make "
-            "shards of a folder of images by `simplclip data pack`"
-        )
-    if lower.endswith(_OTHERS):
-        raise InputError(f"{name}: expected tars, got {path!r}; make shards of it by `simplclip data pack`")
-    if lower.endswith(_COMPRESSED):
-        raise InputError(f"{name}: expected tars that are not compressed, got {path!r}; unpack it, e.g. by gunzip")
-    return path
+        patterns = _expanded(path, name)
+    for pattern in patterns:
+        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+        if not paths:
+            reason = "which matches none" if glob.has_magic(pattern) else "which does not exist"
+            raise InputError(f"{name}: expected files, got {pattern!r}, {reason}")
+        for tar in paths:
+            if os.path.isdir(tar) or tar.lower().endswith(_NO_TAR):
+                hint = "`simplclip data pack` makes them of a table, a JSON file or a folder of images"
+                raise InputError(f"{name}: expected tars, not compressed, got {tar!r}; {hint}")
+            yield tar
 
 
 def _expanded(pattern: str, name: str) -> list[str]:
-    """Expands braces. webdataset's `expand_urls` would also split at '::', as in http://[::1]/, and substitute variables."""
-    try:
-        if _most_names(pattern) <= _MOST:
-            return list(braceexpand.braceexpand(pattern, escape=False))
-    except (ValueError, RecursionError):
-        raise InputError(f"{name}: expected a brace pattern, got {pattern[:200]!r}, whose braces do not match") from None
-    raise InputError(f"{name}: expected a brace pattern of at most {_MOST:,} names, got {pattern[:200]!r}")
+    """Expands braces. braceexpand, which webdataset uses, would hang at a pattern of very many names."""
+    names = list(islice(_names(pattern), _MOST + 1)) if pattern.count("{") <= _BRACES else []
+    if not 0 < len(names) <= _MOST or any(brace in names[0] for brace in "{}"):
+        expected = f"a brace pattern such as {{000..009}} or {{a,b}}, of at most {_MOST:,} names"
+        raise InputError(f"{name}: expected {expected}, got {pattern[:200]!r}")
+    return list(dict.fromkeys(names))
 
 
-def _most_names(pattern: str) -> float:
-    """Returns a number that the names of a brace pattern do not exceed: the product over all braces."""
-    counts: list[int] = []
-
-    def count(braces: re.Match) -> str:
-        ends = _RANGE.fullmatch(braces[1])
-        number = braces[1].count(",") + 1
-        if ends and ends[1]:
-            number = abs(int(ends[1]) - int(ends[2])) // max(1, abs(int(ends[5] or 1))) + 1
-        elif ends:
-            number = abs(ord(ends[3]) - ord(ends[4])) + 1
-        counts.append(number)
-        return ""
-
-    for _ in range(20):  # levels of braces in braces
-        pattern, number = _BRACES.subn(count, pattern)
-        if not number:
-            return math.prod(counts)
-    return math.inf
+def _names(pattern: str) -> Iterator[str]:
+    """Yields the names of a pattern; of braces in braces it expands the inner ones first, which may yield a name twice."""
+    braces = _PAIR.search(pattern)
+    if not braces:
+        yield pattern
+        return
+    first, last, step, listed = braces.groups()
+    parts: Iterable[str]
+    if listed is None:
+        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        start, end = int(first), int(last)
+        sign = 1 if start <= end else -1
+        parts = (f"{number:0{width}}" for number in range(start, end + sign, sign * max(1, int(step or 1))))
+    else:
+        parts = listed.split(",")
+    for part in parts:
+        yield from _names(pattern[: braces.start()] + part + pattern[braces.end() :])

@@ -12,9 +12,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.samples import place_of
-from simplclip.data.sources import Address
-from simplclip.data.tars import Sample
+from simplclip.data.samples import Sample, place_of
+from simplclip.data.sources import Address, Source
 from simplclip.data.workers import from_workers
 
 
@@ -32,13 +31,13 @@ class Portion(NamedTuple):
 class StoredOrder:
     """Samples in stored order. Batches do not go over the end of a source.
 
-    sources: whatever `read` takes, which yields the samples of one and counts damage. prepare: function of a sample, in a
-    worker; it may raise BrokenSample. collate: function of a list of what `prepare` returned, in a worker. rank, world_size:
-    this rank makes every `world_size`-th portion.
+    read: yields the samples of a source and counts damage. prepare: function of a sample, in a worker; it may raise
+    BrokenSample. collate: function of a list of what `prepare` returned, in a worker. rank, world_size: this rank makes every
+    `world_size`-th portion.
     """
 
-    sources: Sequence[Any]
-    read: Callable[[Any, Skipped], Iterator[Sample]]
+    sources: Sequence[Source]
+    read: Callable[[Source, Skipped], Iterator[Sample]]
     prepare: Callable[[Sample], Any]
     batch_size: int
     collate: Callable[[list[Any]], Any] = list
@@ -57,13 +56,12 @@ class StoredOrder:
         for source in self.sources:
             damage = Skipped()
             samples = self.read(source, damage)
-            while rows := list(islice(samples, self.batch_size)):
+            rows: list[Sample] = [{}]
+            while rows:
+                rows = list(islice(samples, self.batch_size))
                 if number % turns == turn:
-                    yield self._portion(start, rows)
+                    yield self._portion(start, rows) if rows else Portion([], [], None, damage, end=True)
                 number, start = number + 1, start + len(rows)
-            if number % turns == turn:
-                yield Portion([], [], None, damage, end=True)
-            number += 1
 
     def _portion(self, start: int, rows: list[Sample]) -> Portion:
         prepared, positions, keys, skipped = [], [], [], Skipped()

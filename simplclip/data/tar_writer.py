@@ -15,7 +15,7 @@ from typing import Any
 from simplclip.common.errors import InputError
 from simplclip.common.files import differences, locked, remove_leftovers, replacing, write_atomically
 from simplclip.data.errors import Skipped
-from simplclip.data.files import json_of
+from simplclip.data.samples import json_of
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

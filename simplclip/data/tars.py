@@ -1,4 +1,4 @@
-"""The samples of tars, in stored order. webdataset opens tars and groups their files, tarfile reads the members.
+"""The samples of tars, in stored order. webdataset opens streams and groups files, tarfile reads the members.
 
 A tar may come from anywhere: what is no regular file or has a name above 4,096 bytes is passed over, what is too large is
 not read and breaks its sample, and a damaged part ends the tar. None of this ends the run unless on_error is "stop".
@@ -18,14 +18,15 @@ from typing import Any
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
+from simplclip.data import images
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
-from simplclip.data.files import IMAGE_SUFFIXES, MAX_BYTES, TEXT_BYTES, Sample
+from simplclip.data.samples import MAX_BYTES, TEACHER, TEACHER_JSON, TEXT_BYTES, Sample
 from simplclip.data.sources import Address, Source
 
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
 STALL = 60  # seconds without a byte after which a server counts as gone
-TEXTS = ("txt", "json", "cls", "teacher.json")
-SUFFIXES = (*IMAGE_SUFFIXES, *TEXTS, "teacher.npy")  # files that are read
+TEXTS = ("txt", "json", "cls", TEACHER_JSON)
+SUFFIXES = (*images.SUFFIXES, *TEXTS, TEACHER)  # files that are read
 
 _LONGEST = 4096  # most bytes of a name; systems allow no longer path
 _LARGEST = 1 << 34  # most bytes of a member: passing over more of a stream that has ended would take long
@@ -114,10 +115,9 @@ def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) ->
 
     for sample in group_by_keys(_files(source, skipped, max_bytes, damage), handler=count_double):
         # If the sample before the damage is incomplete, only the damage is counted.
-        if damage and ({"txt", "json"}.isdisjoint(sample) or {*IMAGE_SUFFIXES}.isdisjoint(sample)):
+        if damage and ({"txt", "json"}.isdisjoint(sample) or {*images.SUFFIXES}.isdisjoint(sample)):
             break
-        sample["__shard__"] = source.name
-        yield sample
+        yield sample | {"__shard__": source.name}
     if damage and on_error == "stop":
         raise ShardError(f"shard {str(source.url)!r} is damaged: {damage[0]}")
     if damage:
@@ -147,16 +147,15 @@ def _files(source: Source, skipped: Skipped, max_bytes: int, damage: list[str]) 
         damage.append(str(error) or type(error).__name__)
 
 
-def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes | BrokenSample:
+def _contents(archive: Any, member: tarfile.TarInfo, limit: int) -> bytes | BrokenSample:
     if member.issparse():
         return BrokenSample("sparse file", member.name)
-    if member.size < 0 or member.offset_data + member.size > archive.offset:  # type: ignore[attr-defined]
+    if member.size < 0 or member.offset_data + member.size > archive.offset:
         raise tarfile.ReadError(f"{member.name} has a wrong size, {member.size}")  # by a global pax header
     if member.size > limit:
         return BrokenSample("file too large", f"{member.name} of {member.size:,} bytes, expected at most {limit:,}")
-    # extractfile would take three times as long.
-    archive.fileobj.seek(member.offset_data)  # type: ignore[union-attr]
-    data = archive.fileobj.read(member.size)  # type: ignore[union-attr]
+    archive.fileobj.seek(member.offset_data)  # extractfile would take three times as long
+    data = archive.fileobj.read(member.size)
     if len(data) < member.size:
         raise tarfile.ReadError("unexpected end of data")
     return data
@@ -166,22 +165,20 @@ def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> 
 def _opened(url: str) -> Iterator[tuple[Any, Any]]:
     """Context with the bytes of a tar, and tarfile's mode for them. Raises OSError if a stream ends by an error."""
     if not isinstance(url, Address):
-        path = os.path.abspath(url)  # so that gopen takes a file called pipe:... for a file
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a named pipe or a device may take for ever
+        if not stat.S_ISREG(os.stat(url).st_mode):  # reading a named pipe or a device may take for ever
             raise ShardError(f"shard {url!r}: expected a regular file")
-        with _gopen.gopen(path) as file:
+        with open(url, "rb") as file:
             yield file, "r:"
         return
     stream = _curl(url) if url.startswith("http") else _gopen.gopen(str(url))
     try:
-        try:
-            yield stream, "r|"
-        except Exception as error:
-            broke = isinstance(error, OSError) or not stream.stream.read(1)  # the stream, not the tar
-            if broke and stream.proc.wait(60):
-                message = stream.proc.stderr.read().decode(errors="replace").strip() if stream.proc.stderr else ""
-                raise OSError(message or f"the command ended with exit code {stream.proc.returncode}") from None
-            raise
+        yield stream, "r|"
+    except Exception as error:
+        broke = isinstance(error, OSError) or not stream.stream.read(1)  # the stream, not the tar
+        if broke and stream.proc.wait(60):
+            message = stream.proc.stderr.read().decode(errors="replace").strip() if stream.proc.stderr else ""
+            raise OSError(message or f"the command ended with exit code {stream.proc.returncode}") from None
+        raise
     finally:
         stream.ignore_errors = True  # it may write on, or wait for something, after the end of the tar
         stream.proc.kill()

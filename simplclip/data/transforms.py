@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+import simplejpeg
 import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg, center_crop_or_pad
 from PIL import Image
@@ -17,7 +20,7 @@ from torchvision.transforms import ColorJitter, InterpolationMode, RandomAffine,
 from torchvision.transforms.v2 import functional as F
 
 from simplclip.common.errors import InputError
-from simplclip.data.decode import check_pixels, decode, opened, rgb, to_tensor
+from simplclip.data.images import check_pixels, decode_pil, open_image, rgb
 
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 RATIO = (3 / 4, 4 / 3)  # RandomResizedCrop's default aspect ratios
@@ -30,14 +33,9 @@ View = dict[str, Any]  # JSON values: what was drawn for an image
 class ImageTransform:
     """A transform of image files into the pixels that a model takes.
 
-    A loader calls `draw` for each image, `apply` for its pixels (uint8), and `finish` once for a batch, on the device:
-
-        view = transform.draw(*size_of(encoded))
-        pixels = transform.apply(encoded, view)                  # uint8 [3, S, S]
-        images = transform.finish(torch.stack([pixels, ...]))    # float32 [N, 3, S, S], normalised
-
-    Called with a file's bytes, it draws a view and returns the pixels, uint8 [3, S, S]. Called with a PIL image, it does all
-    three steps and returns what open_clip's preprocess returns, float32 [3, S, S].
+    Called with a file's bytes, it draws a view (`draw`) and returns its pixels (`apply`), uint8 [3, S, S]; `finish` turns a
+    batch of them into the model's input on the device, float32 [N, 3, S, S]. Called with a PIL image, it does all three steps
+    and returns what open_clip's preprocess returns, float32 [3, S, S].
 
     Args:
         cfg: open_clip's preprocessing.
@@ -79,10 +77,9 @@ class ImageTransform:
         return view
 
     def apply(self, encoded: bytes | Image.Image, view: View) -> Tensor:
-        """Returns the pixels of a file, or of what `decode.opened` returned of it, in a view, uint8 [3, S, S].
+        """Returns the pixels of a file, or of what `open_image` returned of it, in a view, uint8 [3, S, S].
 
-        Raises BrokenSample as `decode` does. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the view's crop is at least
-        2, 4 or 8 times as large as S.
+        Raises BrokenSample. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop is that many times as large as S.
         """
         return self.apply_all(encoded, [view])[0]
 
@@ -128,7 +125,7 @@ class ImageTransform:
 
     def __call__(self, image: bytes | Image.Image) -> Tensor:
         if not isinstance(image, Image.Image):
-            file = opened(image)
+            file = open_image(image)
             return self.apply(file, self.draw(file.height, file.width))
         pixels = to_tensor(rgb(image))
         return self.finish(self.render(pixels, self.draw(*pixels.shape[1:]))[None])[0]
@@ -160,6 +157,27 @@ def augmentation(transform: Any) -> Any:
     return json.loads(json.dumps(asdict(augment))) if isinstance(augment, AugmentationCfg) else augment or "none"
 
 
+def decode(encoded: bytes | Image.Image, *, least: tuple[int, int] | None = None) -> Tensor:
+    """Decodes a file, or what `open_image` returned of it, to RGB, uint8 [3, H, W]. Raises BrokenSample as `decode_pil` does.
+
+    least: height and width that are enough. A JPEG that is 2, 4 or 8 times as large is decoded at that fraction of its sides
+        (rounded up), which is faster; other formats stay as they are.
+    """
+    image: Any = open_image(encoded) if isinstance(encoded, bytes) else encoded
+    size = image.size
+    if least:
+        image.draft(None, least[::-1])
+    if image.format == "JPEG" and image.mode == "RGB" and image.size == size:
+        with contextlib.suppress(ValueError):  # damage: Pillow reads what it can, or says what is wrong
+            return torch.from_numpy(simplejpeg.decode_jpeg(image.fp.getvalue())).permute(2, 0, 1)  # in half of Pillow's time
+    return to_tensor(decode_pil(image))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Converts an RGB image to uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def stack(images: Sequence[Tensor]) -> Tensor:
     """Stacks pixels [3, S, S] to a batch [N, 3, S, S], channels last as the pixels are; torch.stack would transpose each.
 
@@ -178,31 +196,27 @@ def _box(size: Sequence[int], view: View) -> tuple[int, int, int, int]:
 def _checked(augment: Any) -> Any:
     if augment is None or augment == "affine":
         return augment
-    if isinstance(augment, str):
-        raise InputError(f"augment: expected 'affine', 'none' or fields of AugmentationCfg, got {augment!r}")
-    if isinstance(augment, Mapping):
-        try:
-            augment = AugmentationCfg(**augment)
-        except TypeError:
-            names = ", ".join(asdict(AugmentationCfg()))
-            raise InputError(f"augment: expected fields of AugmentationCfg ({names}), got {dict(augment)}") from None
-    for name in ("use_timm", "re_prob", "re_count"):
-        if getattr(augment, name):
-            raise InputError(
-                f"augment.{name}: expected none, as timm's transforms take PIL images, got {getattr(augment, name)}"
-            )
-    for name in ("scale", "ratio"):
-        ends = getattr(augment, name)
-        pair = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
-        if ends is not None and not (pair and 0 < ends[0] <= ends[1]):
-            raise InputError(f"augment.{name}: expected two numbers above 0 in order, got {ends!r}")
-    jitter = augment.color_jitter
-    if bool(augment.color_jitter_prob) != (jitter is not None) or (jitter is not None and len(jitter) != 4):
-        raise InputError(
-            "augment.color_jitter: expected brightness, contrast, saturation and hue, and their color_jitter_prob, "
-            f"got {jitter} and {augment.color_jitter_prob}"
-        )
+    try:
+        augment = augment if isinstance(augment, AugmentationCfg) else AugmentationCfg(**augment)
+    except TypeError:
+        fields = f"fields of AugmentationCfg ({', '.join(asdict(AugmentationCfg()))})"
+        raise InputError(f"augment: expected 'affine', 'none' or {fields}, got {augment!r}") from None
+    jitter, timm = augment.color_jitter, ("use_timm", "re_prob", "re_count")
+    four = isinstance(jitter, (list, tuple)) and len(jitter) == 4
+    rules = [(name, not getattr(augment, name), "none, as timm's transforms take PIL images") for name in timm]
+    rules += [("scale", _is_range(augment.scale), "two numbers above 0 in order")]
+    rules += [("ratio", augment.ratio is None or _is_range(augment.ratio), "two numbers above 0 in order")]
+    expected = "brightness, contrast, saturation and hue, and their color_jitter_prob"
+    rules += [("color_jitter", four if augment.color_jitter_prob else jitter is None, expected)]
+    for name, valid, expected in rules:
+        if not valid:
+            raise InputError(f"augment.{name}: expected {expected}, got {getattr(augment, name)!r}")
     return augment
+
+
+def _is_range(ends: Any) -> bool:
+    numbers = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
+    return numbers and 0 < ends[0] <= ends[1]
 
 
 def _draw_colour(jitter: ColorJitter | None, jitter_prob: float, grey_prob: float) -> list[float]:

@@ -21,10 +21,8 @@ from typing import Any
 from simplclip.common import ranks
 from simplclip.common.errors import InputError, check_count
 from simplclip.common.progress import Progress
-from simplclip.data import tars
 from simplclip.data.errors import Skipped
-from simplclip.data.files import state_of
-from simplclip.data.samples import Pair, parse
+from simplclip.data.samples import MAX_BYTES, Pair, Sample, parse, state_of
 from simplclip.data.sidecars import Folders, beside, by_name, check_sidecars, dataset_size, joined
 from simplclip.data.sources import Address, Source, sources_of
 from simplclip.data.stored_order import Portion, StoredOrder
@@ -46,7 +44,7 @@ def write_sidecars(
     collate: Callable[[list[Any]], Any] = list,
     workers: int = 0,
     sidecars: Folders = (),
-    max_bytes: int = tars.MAX_BYTES,
+    max_bytes: int = MAX_BYTES,
     title: str = "samples",
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def write_sidecars(
     return {"path": str(out), "shards": len(sources), "written": len(todo), "samples": samples, "skipped": skipped}
 
 
-def _prepared(sample: tars.Sample, prepare: Callable[[Pair], Any]) -> Any:
+def _prepared(sample: Sample, prepare: Callable[[Pair], Any]) -> Any:
     return prepare(parse(sample))
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data import HeldOut
-from simplclip.data.files import clean
+from simplclip.data.samples import clean
 from simplclip.evaluation.retrieval import nearest
 from simplclip.evaluation.split import Split
 

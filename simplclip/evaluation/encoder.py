@@ -17,9 +17,9 @@ from torchvision.transforms.functional import to_pil_image
 
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
-from simplclip.data.decode import decode_pil, rgb
 from simplclip.data.errors import BrokenSample
-from simplclip.data.files import file_bytes
+from simplclip.data.images import decode_pil, rgb
+from simplclip.data.samples import file_bytes
 from simplclip.evaluation.split import features_of
 from simplclip.models.crop import crop_texts
 from simplclip.models.trained import load_source

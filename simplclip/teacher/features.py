@@ -22,7 +22,7 @@ from torch import Tensor
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, check_count
-from simplclip.data.decode import size_of
+from simplclip.data.images import open_image
 from simplclip.data.loader import seeded
 from simplclip.data.pack import packed
 from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, digest_of
@@ -48,11 +48,11 @@ class Views:
 
     def draw(self, sample: Pair) -> list[View]:
         """Draws the views of a sample's image. A view depends on the seed, the shard's name, the key and its number only."""
-        height, width = size_of(sample.encoded)
+        image = open_image(sample.encoded)
         views = []
         for view in range(self.number):
             with seeded(self.seed, "view", sample.place, view):
-                views.append(self.transform.draw(height, width))
+                views.append(self.transform.draw(image.height, image.width))
         return views
 
     def stamp(self) -> dict[str, Any]:

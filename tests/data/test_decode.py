@@ -8,8 +8,9 @@ import torch
 from photos import encode, photo, png_that_claims
 from PIL import Image
 
-from simplclip.data.decode import decode, decode_pil, size_of
 from simplclip.data.errors import BrokenSample
+from simplclip.data.images import decode_pil, open_image
+from simplclip.data.transforms import decode
 
 
 def pixels(image):
@@ -60,7 +61,7 @@ def test_pixels_are_those_of_pillow(kind):
     found = decode(PLAIN[kind])
     assert found.dtype == torch.uint8
     assert found.shape == (3, 240, 320)
-    assert size_of(PLAIN[kind]) == (240, 320)
+    assert open_image(PLAIN[kind]).size == (320, 240)
     assert torch.equal(found, by_pillow(PLAIN[kind]))
     assert torch.equal(found, pixels(decode_pil(PLAIN[kind])))
 
@@ -80,7 +81,7 @@ def test_reasons():
         assert reason(call, jpg[: len(jpg) // 2]) == "truncated image"
         assert reason(call, jpg[:-2]) == "truncated image"
         assert reason(call, png[: len(png) // 2]) == "truncated image"
-    for call in (decode, decode_pil, size_of):
+    for call in (decode, decode_pil, open_image):
         for file in (b"", b"hello", jpg[:40], png[:20], webp[:16], encode(RGB, "BMP"), encode(RGB, "GIF")):
             assert reason(call, file) == "not an image"
 
@@ -92,14 +93,14 @@ def test_an_image_of_too_many_pixels_is_not_decoded(kind, monkeypatch):
     assert decode(file).shape == (3, 240, 320)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 240 * 320 - 1)
     monkeypatch.setattr(Image.Image, "convert", None)
-    for call in (decode, decode_pil, size_of):
+    for call in (decode, decode_pil, open_image):
         assert reason(call, file) == "image too large"
 
 
 def test_the_limit_is_pillows_and_may_be_raised(monkeypatch):
-    assert reason(size_of, png_that_claims(10_000)) == "image too large"
+    assert reason(open_image, png_that_claims(10_000)) == "image too large"
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert size_of(png_that_claims(60_000)) == (60_000, 60_000)
+    assert open_image(png_that_claims(60_000)).size == (60_000, 60_000)
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4, 8])

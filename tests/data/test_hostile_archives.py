@@ -204,7 +204,7 @@ def test_a_teachers_features_that_promise_too_much(tmp_path, name):
     assert (found, skipped.counts) == (["a", "c"], {"bad teacher features": 1})
 
 
-@pytest.mark.parametrize("about", [b"[]", b"5", b"{", b"\xff", b'{"views": 5}', b'{"views": [5]}', b"[" * 100_000])
+@pytest.mark.parametrize("about", [b"[]", b"5", b"{", b"\xff", b'{"views": 5}', b"[" * 100_000])
 def test_accounts_of_features_that_are_none(tmp_path, about):
     features = npy(np.zeros((2, 8), np.float16))
     bad = {"png": PNG, "txt": b"x", "teacher.npy": features, "teacher.json": about}

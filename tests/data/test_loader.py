@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -233,8 +234,9 @@ def test_a_failing_transform_names_the_sample(pattern):
     def fail(image):
         raise TypeError("no such image")
 
-    with pytest.raises(RuntimeError, match=r"'k000' of shard '.*train-000000\.tar': TypeError: no such image"):
+    with pytest.raises(TypeError, match="no such image") as caught:
         take(loader(pattern, transform=fail, shuffle=False), 1)
+    assert re.match(r"The transform failed on sample 'k000' of shard '.*train-000000\.tar'", caught.value.__notes__[0])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -309,7 +311,7 @@ CAPTIONS = ["1 a", "1 b", "1 c"]
     ("second", "message"),
     [
         (sample(1), r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher"),
-        (taught(1, npy(features_of(1, 2))), "features of 2 captions, but 3 captions: the captions have changed"),
+        (taught(1, npy(features_of(1, 2))), "features of other captions than '1 a' ...: the captions have changed"),
         (taught(1, captions=digest_of(["1 a", "1 b", "2 c"])), r"sample 'k001' .* features of other captions than '1 a'"),
         (taught(1, captions=digest_of(CAPTIONS)), None),
         (taught(1, npy(features_of(1, 4)), captions=digest_of(CAPTIONS), views=[{}, {}]), None),
@@ -343,7 +345,7 @@ def test_the_stamp_of_a_folder(tmp_path):
 AUGMENTED = ImageTransform(PreprocessCfg(size=8), AugmentationCfg())
 
 
-@pytest.mark.parametrize("view", [{"crop": "x"}, {"image": [1, 2], "crop": [5]}, {"affine": []}, {"colour": [9] * 9}])
+@pytest.mark.parametrize("view", [5, {"crop": "x"}, {"image": [1, 2], "crop": [5]}, {"affine": []}, {"colour": [9] * 9}])
 def test_a_view_that_cannot_be_replayed_breaks_its_sample(tmp_path, view):
     features = npy(features_of(1, 3))
     samples = [taught(0), taught(1, features, captions=digest_of(CAPTIONS), views=[view])]

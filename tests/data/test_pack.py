@@ -135,6 +135,8 @@ def test_separators_and_wrong_tables(tmp_path):
         ("s.json", b'{"images": [{"split": "a"}, {"split": "b"}]}', Options(), "splits a, b, as .*s.json#a, got none"),
         ("x.tar", b"", Options(), "that ends in .csv, .tsv, .parquet or .json, got .*; training reads tars as they are"),
         ("none.csv", None, Options(), "got '.*none.csv', which does not exist"),
+        ("", None, Options(image_key="x"), "image_key: expected none, as '.*' has no such part, got 'x'"),
+        ("t.csv", None, Options(split="x"), "split: expected none"),
         ("", None, Options(), "got none that is usable in .*; 1 skipped: 1 missing caption"),
     ):
         if content is not None:
@@ -194,7 +196,7 @@ def test_hostile_rows_are_counted(tmp_path, monkeypatch):
     table(tmp_path / "urls.csv", [(f"https://x/{number}.jpg", "x") for number in range(3000)])
     told = one_line("data", "pack", tmp_path / "urls.csv", "--out", tmp_path / "none")
     assert (
-        "1024 not a local file (first: urls.csv/000000000: 'https://x/0.jpg', which is not a path; of URLs img2dataset"
+        "3000 not a local file (first: urls.csv/000000000: 'https://x/0.jpg', which is not a path; of URLs img2dataset"
         in told
     )
 

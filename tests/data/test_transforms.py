@@ -17,9 +17,14 @@ from torchvision.transforms import functional as TF
 
 from simplclip import models
 from simplclip.data import transforms
-from simplclip.data.decode import decode, decode_pil, size_of
 from simplclip.data.errors import BrokenSample
-from simplclip.data.transforms import ImageTransform
+from simplclip.data.images import decode_pil, open_image
+from simplclip.data.transforms import ImageTransform, decode
+
+
+def size_of(file):
+    width, height = open_image(file).size
+    return height, width
 
 
 @functools.cache
@@ -285,12 +290,12 @@ def test_an_image_one_pixel_wide_does_not_become_gigabytes():
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
-        ("flip", "augment: expected 'affine', 'none' or fields of AugmentationCfg, got 'flip'"),
-        ({"scal": (0.1, 1)}, r"augment: expected fields of AugmentationCfg \(scale, .*\), got \{'scal'"),
+        ("flip", r"augment: expected 'affine', 'none' or fields of AugmentationCfg \(scale, .*\), got 'flip'"),
+        ({"scal": (0.1, 1)}, r"augment: expected .* fields of AugmentationCfg \(scale, .*\), got \{'scal'"),
         ({"use_timm": True}, "augment.use_timm: expected none, as timm's transforms take PIL images, got True"),
         ({"re_prob": 0.25}, "augment.re_prob: expected none, as timm's transforms take PIL images, got 0.25"),
         ({"color_jitter": 0.4}, "augment.color_jitter: expected brightness, contrast, saturation and hue, and"),
-        ({"color_jitter_prob": 0.4}, "augment.color_jitter: .* got None and 0.4"),
+        ({"color_jitter_prob": 0.4}, "augment.color_jitter: .* got None"),
         ({"color_jitter": (0.1, 0.1, 0.1), "color_jitter_prob": 0.4}, "augment.color_jitter: expected"),
         *(
             ({name: value}, f"augment.{name}: expected two numbers above 0 in order, got ")

@@ -16,7 +16,7 @@ from trainer_runs import write_models
 
 import simplclip
 from simplclip import data, models, teacher
-from simplclip.data import decode, samples, transforms
+from simplclip.data import samples, transforms
 from simplclip.data.transforms import ImageTransform
 from simplclip.teacher import caption
 from simplclip.train import config as configs
@@ -96,7 +96,7 @@ def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
 
 
 def test_an_image_is_decoded_once_for_all_its_views(folder, tmp_path, monkeypatch):
-    decoded, original = [], decode.decode
+    decoded, original = [], transforms.decode
     monkeypatch.setattr(transforms, "decode", lambda file, **options: decoded.append(file) or original(file, **options))
     teach(folder, tmp_path / "out")
     assert len(decoded) == len(set(decoded)) == COUNT
@@ -188,7 +188,7 @@ def test_sidecars_with_views_of_earlier_versions_are_refused(folder, tmp_path):
             for name, drawn in views.items()
         ]
         write(tmp_path / "old" / path.name, old)
-    with pytest.raises(data.ShardError, match="has teacher features of .* captions, .*run `simplclip teacher` .* again"):
+    with pytest.raises(data.ShardError, match="has teacher features of other captions .*run `simplclip teacher` .* again"):
         batches(folder, tmp_path / "old", transform(16))
 
 
