@@ -12,7 +12,6 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from simplclip.common.errors import InputError, check_count
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
 from simplclip.data.samples import MAX_BYTES, Pair, Sample, parse, place_of, stable_hash
-from simplclip.data.sidecars import Folders, check_sidecars, joined
+from simplclip.data.sidecars import Folders, check_sidecars
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.transforms import ImageTransform, View, stack
 from simplclip.data.workers import from_workers
@@ -205,9 +204,9 @@ class Loader:
         return samples
 
     def _read(self, order: list[tuple[Source, int]], skipped: Skipped) -> Iterator[Sample]:
-        read: Any = partial(joined, folders=self.sidecars) if self.sidecars else tars.read
+        options: dict[str, Any] = {"sidecars": self.sidecars, "max_bytes": self.max_bytes, "on_error": self.on_error}
         for source, copy_number in order:
-            for sample in read(source, skipped, max_bytes=self.max_bytes, on_error=self.on_error):
+            for sample in tars.read(source, skipped, **options):
                 yield sample | {"__copy__": copy_number} if copy_number else sample
 
     def _prepare(self, sample: Sample, number: int) -> tuple:

@@ -4,7 +4,7 @@
     taught/train-000000.tar     KEY.teacher.npy, KEY.teacher.json
 
 A sidecar's file replaces the sample's file of the same suffix. A sidecar has its samples in the order of the shard, and may
-lack some. `simplclip teacher` and `simplclip caption` write sidecars (writer.py).
+lack some. `simplclip teacher` and `simplclip caption` write sidecars (writer.py), tars.py reads them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from simplclip.common.errors import InputError
-from simplclip.data import tars
-from simplclip.data.errors import BrokenSample, ShardError, Skipped
-from simplclip.data.samples import TEACHER, TEACHER_JSON, Sample, json_of
+from simplclip.data.errors import ShardError
+from simplclip.data.samples import json_of
 from simplclip.data.sources import Address, Source, name_of, sources_of
 
 Folders = Sequence[str | os.PathLike]
@@ -86,49 +84,6 @@ def entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
         return {name: entry for name, entry in named if isinstance(entry, dict)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
-
-
-def joined(source: Source, skipped: Skipped, folders: Folders, **limits: Any) -> Iterator[Sample]:
-    """Yields the samples of a tar, each key once, with the files of its sidecars. limits: those of `tars.read`."""
-    return tars.read(source, skipped, sidecars=partial(zipped, shard=source.url, folders=folders), **limits)
-
-
-def zipped(samples: Iterable[Sample], shard: str, folders: Folders) -> Iterator[Sample]:
-    """Yields the samples of a shard with the files of its sidecars, which have the samples in the shard's order.
-
-    A sample whose key an earlier sample has becomes a broken one, since the sidecars' files belong to the earlier one.
-    Raises ShardError for a sidecar that is missing or damaged, or has other samples than the shard.
-    """
-    paths = beside(shard, folders)
-    sidecars = [_samples(path) for path in paths]
-    following = [next(sidecar, None) for sidecar in sidecars]  # of each sidecar the first sample that is not joined yet
-    seen: set[str] = set()
-    for sample in samples:
-        key = sample["__key__"]
-        if key in seen:
-            sample["__double__"] = BrokenSample("duplicate key in tar", "")
-        for place, other in enumerate(following):
-            if other is None or other["__key__"] != key or key in seen:
-                continue
-            if TEACHER in other:  # a former teacher's files are replaced, also if this one writes no digest
-                sample.pop(TEACHER_JSON, None)
-            sample |= {suffix: value for suffix, value in other.items() if not suffix.startswith("__")}
-            following[place] = next(sidecars[place], None)
-        seen.add(key)
-        yield sample
-    for path, other in zip(paths, following):
-        if other is not None:
-            raise ShardError(
-                f"sidecar {path!r} has the sample {other['__key__']!r}, which its shard does not have in that place; make it "
-                "again by the command that wrote it"
-            )
-
-
-def _samples(sidecar: str) -> Iterator[Sample]:
-    try:
-        yield from tars.read(Source(sidecar, name=sidecar), Skipped(), on_error="stop")
-    except ShardError as error:
-        raise ShardError(f"sidecar of {error}; make it again by the command that wrote it") from error.__cause__
 
 
 def teacher_stamp(folders: Folders) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import stat
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -21,6 +21,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 from simplclip.data import images
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
 from simplclip.data.samples import MAX_BYTES, TEACHER, TEACHER_JSON, TEXT_BYTES, Sample
+from simplclip.data.sidecars import Folders, beside
 from simplclip.data.sources import Address, Source
 
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
@@ -73,25 +74,25 @@ def read(
     source: Source,
     skipped: Skipped,
     *,
-    sidecars: Callable[[Iterator[Sample]], Iterator[Sample]] | None = None,
+    sidecars: Folders = (),
     max_bytes: int = MAX_BYTES,
     on_error: str = "skip",
 ) -> Iterator[Sample]:
-    """Yields the samples of a tar with the files of SUFFIXES. Suffixes are in lower case.
+    """Yields the samples of a tar with their files of SUFFIXES, which are in lower case, and the files of its sidecars.
 
     Damage is counted in `skipped`. A file that was not read, since it is too large or sparse, is a BrokenSample in the
     sample. A stream or disk that fails is tried again, from the sample where it failed.
 
-    sidecars: joins further files to the samples, see `sidecars.zipped`.
-    max_bytes: most bytes of a file.
-    Raises ShardError if it fails after several tries, or if on_error is "stop" and the tar is damaged.
+    sidecars: their folders; then a key that comes again is a broken sample. max_bytes: most bytes of a file.
+    Raises ShardError if it fails after several tries, if on_error is "stop" and the tar is damaged, and for a sidecar that is
+    missing or damaged, or has other samples than the shard.
     """
     given = 0
     for wait in (*RETRIES, None):
         counted = Skipped()
         samples = _samples(source, counted, max_bytes, on_error)
         try:
-            for number, sample in enumerate(sidecars(samples) if sidecars else samples):
+            for number, sample in enumerate(_joined(samples, source.url, sidecars) if sidecars else samples):
                 new = counted.take()
                 if number == given:  # an earlier try yielded the samples before, and counted the damage there
                     given += 1
@@ -104,6 +105,39 @@ def read(
                 reason = error.strerror or str(error) or type(error).__name__
                 raise ShardError(f"shard {str(source.url)!r} cannot be read: {reason}") from error
             time.sleep(wait)
+
+
+def _joined(samples: Iterator[Sample], shard: str, folders: Folders) -> Iterator[Sample]:
+    paths = beside(shard, folders)
+    sidecars = [_of_sidecar(path) for path in paths]
+    following = [next(sidecar, None) for sidecar in sidecars]  # of each sidecar the first sample that is not joined yet
+    seen: set[str] = set()
+    for sample in samples:
+        key = sample["__key__"]
+        if key in seen:  # the sidecars' files belong to the earlier sample
+            sample["__double__"] = BrokenSample("duplicate key in tar", "")
+        for place, other in enumerate(following):
+            if other is None or other["__key__"] != key or key in seen:
+                continue
+            if TEACHER in other:  # a former teacher's files are replaced, also if this one writes no digest
+                sample.pop(TEACHER_JSON, None)
+            sample |= {suffix: value for suffix, value in other.items() if not suffix.startswith("__")}
+            following[place] = next(sidecars[place], None)
+        seen.add(key)
+        yield sample
+    for path, other in zip(paths, following):
+        if other is not None:
+            raise ShardError(
+                f"sidecar {path!r} has the sample {other['__key__']!r}, which its shard does not have in that place; make it "
+                "again by the command that wrote it"
+            )
+
+
+def _of_sidecar(path: str) -> Iterator[Sample]:
+    try:
+        yield from read(Source(path, name=path), Skipped(), on_error="stop")
+    except ShardError as error:
+        raise ShardError(f"sidecar of {error}; make it again by the command that wrote it") from error.__cause__
 
 
 def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) -> Iterator[Sample]:

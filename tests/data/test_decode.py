@@ -1,6 +1,7 @@
 """Decoding: what each format and mode becomes, and what is refused."""
 
 import io
+import random
 
 import numpy as np
 import pytest
@@ -70,6 +71,33 @@ def test_sixteen_bits_are_scaled():
     grey = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
     found = decode(encode(Image.fromarray(grey), "PNG"))
     assert torch.equal(found, torch.from_numpy((grey >> 8).astype(np.uint8)).expand(3, 32, 32))
+
+
+def outcome(call, file):
+    """Returns the pixels of a file, or the reason that it has none."""
+    try:
+        return call(file).tolist()
+    except BrokenSample as broken:
+        return broken.args[0]
+
+
+@pytest.mark.parametrize("quality", [20, pytest.param(90, marks=pytest.mark.slow)])
+def test_jpegs_of_every_kind_and_damage_are_what_pillow_makes_of_them(quality):
+    """Bytes are changed, left out and cut off; another library decodes JPEGs."""
+    draw = random.Random(quality)
+    for number in range(60):
+        image = photo(number % 3, (draw.randrange(1, 70), draw.randrange(1, 70)))
+        kind = {"progressive": number % 2 == 0, "subsampling": number % 3, "restart_marker_blocks": number % 5}
+        whole = encode(image, quality=quality, **kind)
+        damaged = [bytearray(whole) for _ in range(8)]
+        for file in damaged[1:]:
+            for _ in range(draw.randrange(1, 5)):
+                place = draw.randrange(2, len(file))
+                file[place : place + draw.choice((1, 1, 9))] = draw.randbytes(draw.choice((1, 1, 0)))
+            del file[len(file) - draw.choice((0, 0, 0, len(file) // 3)) :]
+        outcomes = [[outcome(call, bytes(file)) for file in damaged] for call in (decode, lambda f: pixels(decode_pil(f)))]
+        assert outcomes[0] == outcomes[1]
+        assert outcomes[0][0] == by_pillow(whole).tolist()
 
 
 @pytest.mark.slow

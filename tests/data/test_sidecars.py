@@ -11,7 +11,7 @@ from pairs import keys, loader, npy, png, resize, sample, write
 from test_samples import one_pass
 
 from simplclip import data
-from simplclip.data import sidecars, tars
+from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.samples import digest_of, parse
 
@@ -58,7 +58,7 @@ def out(folder, tmp_path):
 
 def read(shard, *folders):
     source = data.sources_of(shard)[0]
-    samples = tars.read(source, Skipped(), sidecars=lambda samples: sidecars.zipped(samples, source.url, folders))
+    samples = tars.read(source, Skipped(), sidecars=folders)
     return {sample["__key__"]: sample for sample in samples}
 
 
