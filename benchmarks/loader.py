@@ -31,7 +31,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from webdataset import TarWriter
 
-from benchmarks.results_file import describe, table
+from benchmarks.results_file import describe, result_path, table, write_csv
 from simplclip import data
 from simplclip.data.transforms import ImageTransform
 
@@ -102,7 +102,7 @@ def processor_seconds() -> float:
 
 
 def measure(shards: str, size: int, workers: list[int], batch: int, seconds: float, repeats: int) -> dict[str, float]:
-    """Prints a table. Returns images a second with one worker, by loader."""
+    """Prints a table and writes it to benchmarks/results. Returns images a second with one worker, by loader."""
     rates: dict[tuple[int, str], list[tuple[float, float]]] = {(count, name): [] for count in workers for name in LOADERS}
     for _ in range(repeats):
         for count, name in rates:
@@ -112,10 +112,11 @@ def measure(shards: str, size: int, workers: list[int], batch: int, seconds: flo
     for (count, name), values in rates.items():
         (whole, busy), base = medians[count, name], medians[count, "open_clip"]
         seen = [value for value, _ in values]
-        row = {"loader": name, "workers": count, "images_per_s": round(whole), "least": round(min(seen))}
-        row |= {"most": round(max(seen)), "times": round(whole / base[0], 2)}
+        row = {"form": name, "workers": count, "images_per_s": round(whole), "least": round(min(seen))}
+        row |= {"most": round(max(seen)), "times": round(whole / base[0], 2), "repeats": repeats}
         rows.append(row | {"per_processor_s": round(busy), "times_of_it": round(busy / base[1], 2)})
     where = describe()
+    write_csv(result_path("loader", where), [row | where for row in rows])
     print(f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}")
     print(f"{shards}: to {size} pixels, in batches of {batch}; `times` open_clip's images")
     print("\n".join(table(rows)))

@@ -106,7 +106,7 @@ def _urls(text: str | os.PathLike, name: str) -> Iterator[str]:
         paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         if not paths:
             reason = "which matches none" if glob.has_magic(pattern) else "which does not exist"
-            raise InputError(f"{name}: expected files, got {pattern!r}, {reason}")
+            raise InputError(f"{name}: expected files, got {pattern[:200]!r}, {reason}")
         for tar in paths:
             if os.path.isdir(tar) or tar.lower().endswith(_NO_TAR):
                 hint = "`simplclip data pack` makes them of a table, a JSON file or a folder of images"
@@ -115,11 +115,10 @@ def _urls(text: str | os.PathLike, name: str) -> Iterator[str]:
 
 
 def _expanded(pattern: str, name: str) -> list[str]:
-    """Expands braces. braceexpand, which webdataset uses, would hang at a pattern of very many names."""
+    """Expands braces; others, such as awk's, stay. braceexpand, which webdataset uses, would hang at very many names."""
     names = list(islice(_names(pattern), _MOST + 1)) if pattern.count("{") <= _BRACES else []
-    if not 0 < len(names) <= _MOST or any(brace in names[0] for brace in "{}"):
-        expected = f"a brace pattern such as {{000..009}} or {{a,b}}, of at most {_MOST:,} names"
-        raise InputError(f"{name}: expected {expected}, got {pattern[:200]!r}")
+    if not 0 < len(names) <= _MOST:
+        raise InputError(f"{name}: expected a brace pattern of at most {_MOST:,} names, got {pattern[:200]!r}")
     return list(dict.fromkeys(names))
 
 

@@ -132,6 +132,8 @@ def test_paths_patterns_and_weights(tmp_path, monkeypatch):
     assert urls("train-0{00..00}.tar") == urls("*.tar") == urls(Path("train-000.tar")) == ["train-000.tar"]
     assert urls(["*.tar", "more/*.tar"]) == ["train-000.tar", "more/train-012.tar"]
     assert urls("http://host/{1..2}.tar") == ["http://host/1.tar", "http://host/2.tar"]
+    command = "pipe:cat {a,b}.tar | awk '{ print ${x} }'"
+    assert urls(command) == [command.replace("{a,b}", name) for name in "ab"]
     weighted = data.sources_of([{"shards": ["*.tar", {"shards": str(b), "weight": 0.5}], "weight": 3}, "more/*.tar"])
     assert [source.weight for source in weighted] == [3, 1.5, 1]
     same = tmp_path / "more" / a.name

@@ -78,15 +78,11 @@ def test_names_in_a_meta_json_are_not_run(tmp_path):
 
 
 PATTERNS = {
-    "a range of 5,000 digits": f"{{0..{'9' * 5000}}}.tar",
-    "a closed brace too much": "http://127.0.0.1/a}.tar",
-    "an open brace": "http://127.0.0.1/{a.tar",
     "nested braces": "{a," * 5000 + "}" * 5000,
     "a billion names": "a/{1..1000000000}.tar",
     "a billion URLs": "http://127.0.0.1/{0..999999999}.tar",
     "pairs of pairs": "{a,b}" * 40,
-    "letters of letters": "{a..z}" * 9,
-    "a number of 5,000 digits": "{1..1" + "0" * 5000 + "}",
+    "lists of lists": "{a,b,c,d,e,f,g,h}" * 9,
 }
 
 
