@@ -9,12 +9,12 @@ import difflib
 import os
 import re
 import typing
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 from simplclip.common.errors import InputError
 
@@ -69,7 +69,13 @@ class InheritConfig(Section):
     )
 
 
-LOADER_OPTIONS = ("on_error", "max_bytes", "shuffle_buffer")
+Count = Annotated[int, Field(ge=1)]
+
+
+class LoaderOptions(TypedDict, total=False):
+    on_error: Literal["skip", "stop"]
+    max_bytes: Count
+    shuffle_buffer: Count
 
 
 class DataConfig(Section):
@@ -82,7 +88,7 @@ class DataConfig(Section):
         None, "samples of an epoch, for run.epochs; null: as meta.json beside the shards says", ge=1
     )
     batch_size: int = setting(256, "images per step", ge=1)
-    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = setting(
+    micro_batch: Count | Literal["auto"] | None = setting(
         None,
         "images, with their captions, at a time (gradient caching: the gradient is that of the whole batch); null: all; "
         "auto: as many as fit, see `simplclip plan`",
@@ -101,9 +107,7 @@ class DataConfig(Section):
         "image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of the views which the "
         "teacher saw, else the model's default",
     )
-    options: dict[Literal[LOADER_OPTIONS], Any] = setting(  # type: ignore[valid-type]
-        {}, f"further arguments of `simplclip.data.Loader`: {', '.join(LOADER_OPTIONS)}"
-    )
+    options: LoaderOptions = setting({}, "on_error, max_bytes and shuffle_buffer of `simplclip.data.Loader`")
 
     @property
     def images_at_a_time(self) -> int:
@@ -183,16 +187,13 @@ class OptimConfig(Section):
     lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0)
     warmup: int = setting(100, "steps of linear warm-up", ge=0)
     weight_decay: float = setting(0.1, "weight decay of matrices; norms, biases, gains and scalars have none", ge=0)
-    options: dict[str, Any] = setting(ADAMW, "further arguments of torch.optim.AdamW")
+    options: Annotated[dict[str, Any], AfterValidator(lambda options: ADAMW | options)] = setting(
+        ADAMW, "further arguments of torch.optim.AdamW"
+    )
     ema: float | None = setting(
         None, "decay of the moving average of the weights to evaluate and export, e.g. 0.9999", gt=0, lt=1
     )
     grad_clip: float | None = setting(1.0, "largest norm of the gradient; null disables clipping", gt=0)
-
-    @field_validator("options", mode="before")
-    @classmethod
-    def _with_defaults(cls, options: Any) -> Any:
-        return ADAMW | options if isinstance(options, dict) else options
 
 
 class EvalConfig(Section):
@@ -202,7 +203,9 @@ class EvalConfig(Section):
 
 
 class RunConfig(Section):
-    out: str = setting(..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt")
+    out: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
+        ..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt"
+    )
     steps: int | None = setting(1000, "number of optimizer steps", ge=1)
     epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
     seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0)
@@ -211,11 +214,6 @@ class RunConfig(Section):
     compile: bool = setting(False, "compile the towers by torch.compile: minutes at the start, then faster steps")
     log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
     save_every: int = setting(500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1)
-
-    @field_validator("out")
-    @classmethod
-    def _with_home(cls, out: str) -> str:
-        return os.path.expanduser(out)
 
     @model_validator(mode="before")
     @classmethod
@@ -247,8 +245,9 @@ class Config(Section):
         if self.run.steps is None:
             return self  # the config is checked again when run.steps is known
         schedules = self.loss.weights.values()
-        turns = {0, self.run.steps - 1, *(step for s in schedules for step in (s.start, s.end, s.until) if step is not None)}
-        for step in sorted(step for step in turns if step < self.run.steps):
+        turns = {turn for s in schedules for turn in (s.start, s.end, s.until) if turn is not None} | {0, self.run.steps}
+        turns |= {turn - 1 for turn in turns}  # where a weight may end at 0
+        for step in sorted(turn for turn in turns if 0 <= turn < self.run.steps):
             if not any(schedule.at(step, self.run.steps) for schedule in schedules):
                 raise ValueError(f"loss: expected at least one weight above 0 at every step, got none at step {step}")
         return self
@@ -287,10 +286,9 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def builtin() -> dict[str, Any]:
+def builtin() -> dict[str, Path]:
     """Returns the files of the built-in configs by name."""
-    files = (resources.files("simplclip.train") / "configs").iterdir()
-    return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
+    return {file.stem: file for file in Path(__file__).with_name("configs").glob("*.yaml")}
 
 
 def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -302,9 +300,7 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     names = builtin()
     file = Path(source) if Path(source).is_file() else names.get(str(source))
     if file is None:
-        near = difflib.get_close_matches(str(source), names, 1, 0.5)
-        got = f"{str(source)!r}; did you mean {near[0]!r}?" if near else repr(str(source))
-        raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(sorted(names))}, got {got}")
+        raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(sorted(names))}, got {source!r}")
     values = parse_yaml(file.read_bytes(), str(source)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected a mapping of sections, got {_shown(values)}")
