@@ -23,8 +23,6 @@ from simplclip.train.setup import State
 
 WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # files in the folder of a run
 
-KINDS = {"data": list, "frozen": list, "rng": dict, "loss": dict, "optimizer": dict, "scaler": dict}
-
 # What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does not change the result.
 MAY_CHANGE = (
     *("optim.lr", "run.steps", "run.epochs", "run.out", "run.device", "run.log_every", "run.save_every", "eval."),
@@ -38,15 +36,14 @@ def former(out: Path, resume: bool) -> dict[str, Any] | None:
     last = out / "last.pt"
     if resume and last.exists():
         checkpoint = read_checkpoint(last)
-        wrong = [name for name, kind in KINDS.items() if not isinstance(checkpoint.get(name), kind)]
         try:
             torch.Generator().set_state(checkpoint["rng"]["torch"])
-            whole = checkpoint["step"] > 0 and all(position.keys() >= {*STATE} for position in checkpoint["data"])
+            positions = [position.keys() >= {*STATE} for position in checkpoint["data"]]
+            whole = all(positions) and checkpoint["step"] > 0 and "frozen" in checkpoint
         except (RuntimeError, LookupError, TypeError, AttributeError):
             whole = False
-        if wrong or not whole:
-            others = f"others in {', '.join(wrong or ['step, data or rng'])}"
-            raise CheckpointError(f"{last}: expected the values that simplclip train writes, got {others}")
+        if not whole:
+            raise CheckpointError(f"{last}: expected the values that simplclip train writes, got others")
         return checkpoint
     if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
         raise ConfigError(
@@ -108,10 +105,9 @@ class Snapshot:
         self.progress: dict[str, Any] = {"step": self.state.step, "data": self.state.data, "rng": rng_state()}
 
     def save(self) -> None:
-        """Writes last.pt and, before the first one, config.yaml."""
+        """Writes config.yaml, whose settings may have changed on resume, and last.pt."""
         state = self.state
-        if not self.saved:
-            write_atomically(self.out / "config.yaml", state.config.to_yaml())
+        write_atomically(self.out / "config.yaml", state.config.to_yaml())
         parts = {name: part.state_dict() for name, part in state.parts().items()}
         parts["model"].update({name: copy for name, (_, copy) in self._buffers.items()})
         save(self.out, parts | self.progress | {"frozen": state.frozen, "config": state.config.to_dict()})

@@ -125,6 +125,7 @@ def test_what_may_change_on_resume(tmp_path):
     assert "continuing from step 2; the learning rate now ends at 4, not 2" in text
     assert "ranks or workers were others: the pass over the data starts again" in text
     assert [float(row["lr"]) for row in rows(tmp_path / "run")[2:]] == [learning_rate(config, step) for step in (2, 3)]
+    assert tiny.config.load(tmp_path / "run" / "config.yaml") == config, "the command to go on takes its settings from there"
     again = config.replaced(run={"steps": 5})  # a pass that started again goes on in its own order
     assert "starts again" not in go(again, resume=True)
 
