@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +18,9 @@ from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.fold import fold_frozen
-from simplclip.models.inherit import WeightTable, freeze, freeze_norms, inherit
+from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.trained import CheckpointError, build_model, image_transform
-from simplclip.models.weights import Source, load_error
+from simplclip.models.weights import load_error
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import share_norms
@@ -86,17 +86,12 @@ def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> t
         except (CheckpointError, FileNotFoundError) as error:
             raise ConfigError(f"model.checkpoint: {str(error).removeprefix('source: ')}") from None
     if config.inherit.source is not None:
-        table = inherit_as(config, model, config.inherit.source)
+        table = inherit(model, config.inherit.source, train=config.inherit.train, blocks=config.inherit.blocks)
         frozen, lines = table.names, lines + str(table).splitlines()
     for name in ("logit_scale", "logit_bias"):  # a value of the config replaces that of the weights
         if (value := config.model.options.get(f"init_{name}")) is not None:
             nn.init.constant_(getattr(model, name), value)
     return model, frozen, lines
-
-
-def inherit_as(config: Config, model: nn.Module, source: Source | Sequence[Source]) -> WeightTable:
-    """Lets a run's model inherit as its config says, from `source`, which may stand for the one of the config."""
-    return inherit(model, source, train=config.inherit.train, blocks=config.inherit.blocks)
 
 
 def prepare(model: Any, frozen: list[str], lines: list[str], config: Config, precision: str) -> Prepared:
@@ -173,6 +168,9 @@ def setup(
             if name != "model":
                 _load(part, checkpoint.get(name))
         state.step, state.data = checkpoint["step"], checkpoint["data"]
+        before, now = checkpoint["config"]["run"]["steps"], config.run.steps
+        longer = "" if before == now else f"; the learning rate now ends at {now}, not {before}"
+        state.lines.append(f"resume     continuing from step {state.step}{longer}")
     model.train()
     return state
 
@@ -266,7 +264,6 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
 def learning_rate(config: Config, step: int) -> float:
     """Returns the learning rate of `step` (from 0): linear warm-up, then a cosine down to 0."""
     o, steps = config.optim, config.run.steps
-    assert steps is not None
     if step < o.warmup:
         return o.lr * (step + 1) / o.warmup
     done = (step - o.warmup) / (steps - o.warmup)
