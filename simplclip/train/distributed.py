@@ -20,8 +20,6 @@ from simplclip.common import ranks
 from simplclip.ops import distributed
 from simplclip.train.config import ConfigError
 
-SYNCHRONISED = ("cuda",)  # devices for which torch has SyncBatchNorm
-
 
 def share_norms(model: nn.Module, device: torch.device) -> None:
     """Makes training batch norms use the statistics of all ranks. Raises ConfigError on a CPU, where torch cannot do that."""
@@ -29,16 +27,15 @@ def share_norms(model: nn.Module, device: torch.device) -> None:
         return
     from timm.layers import convert_sync_batchnorm  # unlike torch's own, it keeps timm's activations
 
-    for path, parent in list(model.named_modules()):
-        for name, norm in parent.named_children():
-            if not isinstance(norm, _BatchNorm) or not norm.training:
-                continue
-            if device.type not in SYNCHRONISED:
-                raise ConfigError(
-                    f"model.freeze_norms: expected true for several ranks on a {device.type}, where their batch norms would "
-                    f"drift; got false and {type(norm).__name__} '{path}.{name}' in training mode"
-                )
-            setattr(parent, name, convert_sync_batchnorm(norm))
+    for name, norm in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(norm, _BatchNorm) or not norm.training:
+            continue
+        if device.type != "cuda":
+            raise ConfigError(
+                f"model.freeze_norms: expected true for several ranks on a {device.type}, where their batch norms would "
+                f"drift; got false and {type(norm).__name__} '{name}' in training mode"
+            )
+        model.set_submodule(name, convert_sync_batchnorm(norm))
 
 
 class _Tower(nn.Module):

@@ -65,14 +65,17 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         state.wrappers = wrap(state.model)
         if former:
             checkpoint.set_rng_state(former["rng"])
+        elif resume:
+            state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
         ranks.seed_apart(config.run.seed + state.step)
         loader = ranks.agreed(lambda: make_loader(state))
-        splits = ranks.agreed(lambda: _splits(config))
+        section, held_out = config.model.model_dump(), config.eval.splits if config.eval.every else {}
+        splits = ranks.agreed(lambda: evaluation.load_splits(held_out, tokenizer(section), image_transform(section)))
         snapshot, log = checkpoint.Snapshot(state), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
         try:
             with log.status:
-                for line in (*first_lines(state, why, _samples(config)), *_resumed(state, former, resume)):
+                for line in first_lines(state, why, _samples(config)):
                     log.print(line)
                 if state.step < config.run.steps:
                     _train(state, loader, splits, snapshot, stop, log)
@@ -184,12 +187,6 @@ def evaluate(state: State, splits: dict[str, Any], log: Log) -> None:
         state.model.train()
 
 
-def _splits(config: Config) -> dict[str, Any]:
-    section = config.model.model_dump()
-    splits = config.eval.splits if config.eval.every else {}
-    return evaluation.load_splits(splits, tokenizer(section), image_transform(section))
-
-
 def _samples(config: Config) -> int | None:
     return config.data.samples or data.dataset_size(config.data.train)
 
@@ -217,15 +214,6 @@ def _with_data(config: Config, former: dict[str, Any] | None, console: Console) 
     elif config.eval.every and not config.eval.splits:
         raise ConfigError(f"eval.splits: expected held-out data, for eval.every = {config.eval.every}, got none")
     return config
-
-
-def _resumed(state: State, former: dict[str, Any] | None, resume: bool) -> Iterator[str]:
-    if former:
-        before, now = former["config"]["run"]["steps"], state.config.run.steps
-        longer = "" if before == now else f"; the learning rate now ends at {now}, not {before}"
-        yield f"resume     continuing from step {state.step}{longer}"
-    elif resume:
-        yield f"resume     {state.config.run.out} has no checkpoint yet: starting at step 0"
 
 
 def _go_on(out: Path) -> str:
