@@ -92,6 +92,7 @@ class Snapshot:
 
     def __init__(self, state: State) -> None:
         self.state, self.out = state, Path(state.config.run.out)
+        self.go_on = f"To go on: simplclip train {self.out / 'config.yaml'} --resume"
         saved, buffers = state.model.state_dict(), state.model.named_buffers(remove_duplicate=False)
         self._buffers = {name: (buffer, buffer.clone()) for name, buffer in buffers if name in saved}
         self.saved = state.step  # the step of last.pt; 0: there is none
@@ -99,9 +100,8 @@ class Snapshot:
 
     def take(self) -> None:
         """Copies the state after a whole step; to be called after each."""
-        for dtype in {copy.dtype for _, copy in self._buffers.values()}:  # one kernel each
-            pairs = [pair for pair in self._buffers.values() if pair[1].dtype == dtype]
-            torch._foreach_copy_([copy for _, copy in pairs], [buffer for buffer, _ in pairs])
+        for buffer, copy in self._buffers.values():
+            copy.copy_(buffer)
         self.progress: dict[str, Any] = {"step": self.state.step, "data": self.state.data, "rng": rng_state()}
 
     def save(self) -> None:

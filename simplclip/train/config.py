@@ -317,9 +317,6 @@ def from_dict(values: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(dict.fromkeys(_line(e) for e in error.errors()))) from None
 
 
-_LENGTHS = {"run.steps": "epochs", "run.epochs": "steps"}  # key of --set -> the other key, which it removes from the config
-
-
 def _override(values: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     parts = key.strip().split(".")
@@ -332,8 +329,8 @@ def _override(values: dict[str, Any], item: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {key}: expected a section {part}, got {_shown(node)}")
     node[parts[-1]] = parse_yaml(text, f"--set {key}")
-    if (other := _LENGTHS.get(key.strip())) and node[parts[-1]] is not None:
-        node.pop(other, None)
+    if parts in (["run", "steps"], ["run", "epochs"]) and node[parts[-1]] is not None:  # it replaces the other one
+        node.pop("epochs" if parts[-1] == "steps" else "steps", None)
 
 
 def keys() -> dict[str, Any]:

@@ -7,7 +7,6 @@ Losses average the gradients of their own parameters, and `averaged` those of lo
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import compress
 from typing import Any
 
 import torch
@@ -69,10 +68,8 @@ def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
     return {name: DistributedDataParallel(tower, find_unused_parameters=search) for name, tower in trained.items()}
 
 
-def averaged(*scales: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Returns logit scale and bias (None stays None) such that their gradients are averaged over the ranks."""
-    if ranks.count() == 1:
-        return scales
-    trains = [scale is not None and scale.requires_grad for scale in scales]
-    learned = iter(distributed.learned([*compress(scales, trains)], dist.group.WORLD))
-    return tuple(next(learned) if trained else scale for scale, trained in zip(scales, trains))
+def averaged(scale: Tensor | None) -> Tensor | None:
+    """Returns logit scale or bias such that its gradient is averaged over the ranks; None for None."""
+    if ranks.count() == 1 or scale is None or not scale.requires_grad:
+        return scale
+    return distributed.learned([scale], dist.group.WORLD)[0]

@@ -57,7 +57,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         console = (console or Console()) if is_first else Console(quiet=True)
         ranks.on_first(lambda: stack.enter_context(locked(out, "run.out")))
         former = ranks.on_first(partial(checkpoint.former, out, resume))
-        config = ranks.on_first(partial(_with_data, config, former, console))
+        config = ranks.on_first(partial(_with_data, config, former))
         device = ranks.device(config.run.device)
         precision, why = hardware.pick_precision(config.run.precision, device)
         torch.manual_seed(config.run.seed)
@@ -89,7 +89,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     if state.step < config.run.steps:
         if not is_first:
             raise SystemExit(130)
-        raise Interrupted(f"{stop.reason}: saved step {state.step} of {config.run.steps} to {out / 'last.pt'}. {_go_on(out)}")
+        saved = f"saved step {state.step} of {config.run.steps} to {out / 'last.pt'}"
+        raise Interrupted(f"{stop.reason}: {saved}. {snapshot.go_on}")
     return out / "last.pt"
 
 
@@ -191,17 +192,14 @@ def _samples(config: Config) -> int | None:
     return config.data.samples or data.dataset_size(config.data.train)
 
 
-def _with_data(config: Config, former: dict[str, Any] | None, console: Console) -> Config:
+def _with_data(config: Config, former: dict[str, Any] | None) -> Config:
     """Returns `config` with shards in place of tables and folders, which are packed first, and with steps for epochs.
 
     Raises ConfigError if the samples are not counted, or if the config cannot continue the run of the checkpoint `former`.
     """
     out = Path(config.run.out)
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
-    train = data.packed(config.data.train, out / "shards")
-    if train != config.data.train:
-        console.print(f"data       packed into {out / 'shards'}", markup=False, highlight=False, soft_wrap=True)
-        config = config.replaced(data={"train": train})
+    config = config.replaced(data={"train": data.packed(config.data.train, out / "shards")})
     if config.run.epochs is not None:
         if (samples := _samples(config)) is None:
             raise ConfigError("data.samples: expected the number of samples, for run.epochs, got null and no meta.json")
@@ -216,10 +214,6 @@ def _with_data(config: Config, former: dict[str, Any] | None, console: Console) 
     return config
 
 
-def _go_on(out: Path) -> str:
-    return f"To go on: simplclip train {out / 'config.yaml'} --resume"
-
-
 def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
     """Saves the last whole step, and raises a TrainingError in place of `error`. Returns if no step has been done."""
     step = snapshot.progress["step"]
@@ -228,7 +222,7 @@ def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
             raise SystemExit(1)
         raise TrainingError(f"step {step + 1}: rank {ranks.number()}: {error}") from error
     saved = snapshot.save_after_error()
-    go_on = f" {_go_on(snapshot.out)}" if snapshot.saved else ""
+    go_on = f" {snapshot.go_on}" if snapshot.saved else ""
     if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
         raise TrainingError(f"{error}. {saved}" if saved else str(error)) from error
     # For CPU tensors torch has no class of this error.

@@ -104,11 +104,10 @@ def prepare(model: Any, frozen: list[str], lines: list[str], config: Config, pre
             block.recompute = True
         if not blocks:
             model.set_grad_checkpointing()
-    crop = None
     try:  # torch.compile compiles a tower anew for each size, so it gets few
         crop = crop_texts(model, multiple=16, groups=1) if config.run.compile else crop_texts(model)
     except InputError as error:
-        lines = [*lines, f"texts      computed at full length: {error}"]
+        crop, lines = None, [*lines, f"texts      computed at full length: {error}"]
     folded = fold_frozen(model, hardware.DTYPES[precision])
     if folded:
         lines = [*lines, f"frozen     folded, in channels_last: {', '.join(folded)}"]
@@ -190,13 +189,11 @@ def _load(part: Any, saved: Any) -> None:
 
 def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | None) -> None:
     """Raises ConfigError if data.augment differs from the augmentation of the views that the teacher saw."""
-    if config.data.augment is None or not teacher or "views" not in teacher:
-        return
-    configured, stored = augmentation(transform), teacher["views"]["augment"]
-    if configured != stored:
+    views = teacher.get("views") if teacher else None
+    if views and config.data.augment is not None and augmentation(transform) != views["augment"]:
         raise ConfigError(
-            f"data.augment: expected null, or {stored!r} as in the views that the teacher {teacher['name']} saw and "
-            f"training replays, got {configured!r}"
+            f"data.augment: expected null, or {views['augment']!r} as in the views that the teacher {teacher['name']} saw "
+            f"and training replays, got {augmentation(transform)!r}"
         )
 
 

@@ -90,15 +90,14 @@ def update(state: State, lr: float) -> None:
 def losses(state: State, batches: list[Batch], image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss over all `batches` from their features, and its weighted terms without gradients."""
     names = ("teacher_image", "teacher_text") if state.teacher else ()
-    teacher = [torch.cat([batch[name] for batch in batches]).to(state.device, non_blocking=True) for name in names]
-    if state.teacher:
-        teacher[1] = teacher[1].flatten(0, -2)
-        if (width := teacher[0].shape[1]) != state.teacher["width"]:
-            expected = f"features of width {state.teacher['width']}, as their meta.json says"
-            raise InputError(f"data.sidecars: expected {expected}, got features of width {width}")
+    features = [torch.cat([batch[name] for batch in batches]).flatten(0, -2) for name in names]
+    teacher = [part.to(state.device, non_blocking=True) for part in features]
+    if state.teacher and (width := teacher[0].shape[1]) != state.teacher["width"]:
+        expected = f"features of width {state.teacher['width']}, as their meta.json says"
+        raise InputError(f"data.sidecars: expected {expected}, got features of width {width}")
     groups = _groups(state, batches)
     with hardware.autocast(state.precision, state.device):
-        scale, bias = averaged(state.model.logit_scale, state.logit_bias)
+        scale, bias = averaged(state.model.logit_scale), averaged(state.logit_bias)
         return state.objective(state.step, image, text, scale.exp(), bias, groups, *teacher)
 
 
