@@ -8,9 +8,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -208,7 +207,7 @@ class RunConfig(Section):
     )
     steps: int | None = setting(1000, "number of optimizer steps", ge=1)
     epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
-    seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0)
+    seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0, lt=2**62)
     precision: Literal["fp32", "bf16", "fp16", "auto"] = setting("auto", "of autocast; auto: bf16 if in hardware")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     compile: bool = setting(False, "compile the towers by torch.compile: minutes at the start, then faster steps")
@@ -291,7 +290,7 @@ def builtin() -> dict[str, Path]:
     return {file.stem: file for file in Path(__file__).with_name("configs").glob("*.yaml")}
 
 
-def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a config.
 
     source: path of a YAML file, or the name of a built-in config.
@@ -354,8 +353,8 @@ def describe() -> str:
         if not field.is_required():
             default = " " + yaml.safe_dump(field.default, default_flow_style=True).removesuffix("...\n").strip()
             about = field.description
-        if typing.get_origin(field.annotation) is Literal:
-            about = f"{', '.join(typing.get_args(field.annotation))}: {about}"
+        if get_origin(field.annotation) is Literal:
+            about = f"{', '.join(get_args(field.annotation))}: {about}"
         lines.append(f"  {name + ':' + default:<28} # {about}")
     return "\n".join(lines).lstrip() + "\n"
 

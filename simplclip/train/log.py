@@ -71,10 +71,9 @@ class Log:
         terms = [name for name in row if name.endswith("_loss")]
         shown = [f"{name.removesuffix('_loss')} {row[name]:.3f}" for name in (terms if len(terms) > 1 else ())]
         bias = [f"bias {row['logit_bias']:.1f}"] if "logit_bias" in row else []
-        left = duration(self.seconds * (steps - self.state.step))
         parts = [
             f"step {self.state.step}/{steps}",
-            f"{duration(self.pace.seconds)} gone, {left} left",
+            f"{duration(self.pace.seconds)} gone, {duration(self.seconds * (steps - self.state.step))} left",
             *(f"loss {row['loss']:.3f}", *shown, f"lr {row['lr']:.2e}", f"scale {row['logit_scale']:.1f}", *bias),
             f"{row['samples_per_s']:.0f} samples/s",
             f"waiting for data {row['data_share']:.0%}",

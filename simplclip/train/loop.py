@@ -280,6 +280,5 @@ class StopSignals:
     def _closed(self) -> None:
         """Drops all further output. rich calls this instead of raising BrokenPipeError."""
         self.reason = self.reason or "closed pipe"
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.console.file.fileno())
-        os.close(nowhere)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.console.file.fileno())

@@ -71,8 +71,7 @@ class State(Prepared):
 def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> tuple[Any, list[str], list[str]]:
     """Makes a run's model on the CPU, with the weights of `checkpoint`, inherited ones, or those that it starts from.
 
-    Returns the model, the names of its frozen modules and parameters, and lines for the log. Raises InputError,
-    FileNotFoundError; CheckpointError if the checkpoint does not fit the model.
+    Returns the model, the names of its frozen modules and parameters, and lines for the log. Raises as `setup`.
     """
     model: Any = build_model(config.model.model_dump(), config.loss.base)
     if checkpoint:
@@ -206,7 +205,6 @@ class Average:
     """The exponential moving average of a run's weights, for evaluation and export.
 
     v = decay v + (1 - decay) w after each step, for every parameter w that trains. Memory: one copy of these parameters.
-
     Buffers are not averaged: a model with the averages has the buffers of the last step.
     """
 

@@ -57,6 +57,7 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
         ("run={out: x, steps: 7, epochs: 2}", "run: expected one of steps and epochs, got steps = 7 and epochs = 2.0"),
         ("run={out: x, steps: null}", "run: expected one of steps and epochs, got steps = None and epochs = None"),
+        ("run.seed=99999999999999999999", "run.seed: expected less than 4611686018427387904, got 99999999999999999999"),
         ("optim.lr=-1", "optim.lr: expected greater than 0, got -1 (int)"),
         ("run.out.x=3", "--set run.out.x: expected a section out, got 'runs/x' (str)"),
         (

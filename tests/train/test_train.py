@@ -270,6 +270,8 @@ def test_damaged_data_is_reported_once(tmp_path):
         ("optim.options.weight_decay=1", "optim.options: expected arguments of torch.optim.AdamW, got {.*'weight_decay': 1"),
         ("optim.options.beta=1", "optim.options: expected arguments of torch.optim.AdamW, got {.*'beta': 1}"),
         ("model.options.depth=3", "model.options"),
+        ("model.options.text_cfg.layers=0", "model.options: expected options of siclip-tiny, got .*'layers': 0"),
+        ("model.options.text_cfg.width=7", "model.options: expected options of siclip-tiny, got .*'width': 7"),
         ("inherit.train=['*']", "inherit.source: expected weights, for inherit.train and inherit.blocks, got none"),
         ("eval.every=2", "eval.splits: expected held-out data, for eval.every = 2, got none"),
         ("data.micro_batch=auto", "data.micro_batch: expected a number, got auto"),
