@@ -26,9 +26,8 @@ def share_norms(model: nn.Module, device: torch.device) -> None:
         return
     from timm.layers import convert_sync_batchnorm  # unlike torch's own, it keeps timm's activations
 
-    for name, norm in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(norm, _BatchNorm) or not norm.training:
-            continue
+    modules = model.named_modules(remove_duplicate=False)
+    for name, norm in [(name, module) for name, module in modules if isinstance(module, _BatchNorm) and module.training]:
         if device.type != "cuda":
             raise ConfigError(
                 f"model.freeze_norms: expected true for several ranks on a {device.type}, where their batch norms would "
