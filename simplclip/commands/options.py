@@ -43,7 +43,7 @@ def check_data(source: Any, name: str) -> None:
     from simplclip.data.forms import is_source, split_of
     from simplclip.data.sources import sources_of
 
-    if isinstance(source, list):
+    if isinstance(source, list) and source:
         for part in source:
             check_data(part, name)
     elif isinstance(source, dict):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from simplclip import data, models
 from simplclip.common.errors import UserError
 from simplclip.models.crop import TextCrop
+from simplclip.models.inherit import inherit
 from simplclip.models.trained import model_options
 from simplclip.models.weights import PACKAGED
 from simplclip.train import setup
@@ -136,7 +137,7 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
     for place, file in enumerate(sources):
         if file not in PACKAGED and not Path(file).exists():
             sources[place] = models.create(name, device="meta", simplified=False)
-    return model, setup.inherit_as(config, model, sources).names
+    return model, inherit(model, sources, train=config.inherit.train, blocks=config.inherit.blocks).names
 
 
 def _kinds(during: During) -> AbstractContextManager:
@@ -178,15 +179,16 @@ def first_and_last(backward: Callable) -> Callable:
 
 
 def _encoder(tower: str, encode: Callable, skipped: list[Batch]) -> Callable:
-    kinds: dict[str, tuple[int, torch.dtype, torch.device]] = {}  # of the outputs
+    kind: list[Any] = []  # width, dtype and device of the features
 
-    def run(batch: Batch) -> dict[str, Tensor]:
+    def run(batch: Batch) -> Tensor:
         if any(batch is other for other in skipped):
             rows = batch[tower].shape[: 1 if tower == "image" else -1].numel()
-            return {name: torch.empty(rows, width, dtype=t, device=place) for name, (width, t, place) in kinds.items()}
-        outputs = encode(batch)
-        kinds.update({name: (output.shape[1], output.dtype, output.device) for name, output in outputs.items()})
-        return outputs
+            width, dtype, device = kind
+            return torch.empty(rows, width, dtype=dtype, device=device)
+        features = encode(batch)
+        kind[:] = features.shape[1], features.dtype, features.device
+        return features
 
     return run
 

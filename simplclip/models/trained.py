@@ -77,7 +77,7 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
     check_options(options, "config")
     try:
         model: Any = create(name, **options)
-    except TypeError as error:
+    except (TypeError, RuntimeError, ArithmeticError, AssertionError) as error:  # the type depends on the option
         raise InputError(f"model.options: expected options of {name}, got {section.get('options')}: {error}") from error
     if shape_of(section, "image_size") or shape_of(section, "context_length"):
         size, tokens = to_2tuple(model.visual.image_size), tokenizer(section)(["a photo"])

@@ -23,8 +23,6 @@ from simplclip.train.setup import State
 
 WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # files in the folder of a run
 
-KINDS = {"data": list, "frozen": list, "rng": dict, "loss": dict, "optimizer": dict, "scaler": dict}
-
 # What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does not change the result.
 MAY_CHANGE = (
     *("optim.lr", "run.steps", "run.epochs", "run.out", "run.device", "run.log_every", "run.save_every", "eval."),
@@ -38,15 +36,14 @@ def former(out: Path, resume: bool) -> dict[str, Any] | None:
     last = out / "last.pt"
     if resume and last.exists():
         checkpoint = read_checkpoint(last)
-        wrong = [name for name, kind in KINDS.items() if not isinstance(checkpoint.get(name), kind)]
         try:
             torch.Generator().set_state(checkpoint["rng"]["torch"])
-            whole = checkpoint["step"] > 0 and all(position.keys() >= {*STATE} for position in checkpoint["data"])
+            positions = [position.keys() >= {*STATE} for position in checkpoint["data"]]
+            whole = all(positions) and checkpoint["step"] > 0 and "frozen" in checkpoint
         except (RuntimeError, LookupError, TypeError, AttributeError):
             whole = False
-        if wrong or not whole:
-            others = f"others in {', '.join(wrong or ['step, data or rng'])}"
-            raise CheckpointError(f"{last}: expected the values that simplclip train writes, got {others}")
+        if not whole:
+            raise CheckpointError(f"{last}: expected the values that simplclip train writes, got others")
         return checkpoint
     if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
         raise ConfigError(
@@ -95,6 +92,7 @@ class Snapshot:
 
     def __init__(self, state: State) -> None:
         self.state, self.out = state, Path(state.config.run.out)
+        self.go_on = f"To go on: simplclip train {self.out / 'config.yaml'} --resume"
         saved, buffers = state.model.state_dict(), state.model.named_buffers(remove_duplicate=False)
         self._buffers = {name: (buffer, buffer.clone()) for name, buffer in buffers if name in saved}
         self.saved = state.step  # the step of last.pt; 0: there is none
@@ -102,16 +100,14 @@ class Snapshot:
 
     def take(self) -> None:
         """Copies the state after a whole step; to be called after each."""
-        for dtype in {copy.dtype for _, copy in self._buffers.values()}:  # one kernel each
-            pairs = [pair for pair in self._buffers.values() if pair[1].dtype == dtype]
-            torch._foreach_copy_([copy for _, copy in pairs], [buffer for buffer, _ in pairs])
+        for buffer, copy in self._buffers.values():
+            copy.copy_(buffer)
         self.progress: dict[str, Any] = {"step": self.state.step, "data": self.state.data, "rng": rng_state()}
 
     def save(self) -> None:
-        """Writes last.pt and, before the first one, config.yaml."""
+        """Writes config.yaml, whose settings may have changed on resume, and last.pt."""
         state = self.state
-        if not self.saved:
-            write_atomically(self.out / "config.yaml", state.config.to_yaml())
+        write_atomically(self.out / "config.yaml", state.config.to_yaml())
         parts = {name: part.state_dict() for name, part in state.parts().items()}
         parts["model"].update({name: copy for name, (_, copy) in self._buffers.items()})
         save(self.out, parts | self.progress | {"frozen": state.frozen, "config": state.config.to_dict()})

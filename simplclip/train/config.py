@@ -8,13 +8,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import typing
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 from simplclip.common.errors import InputError
 
@@ -69,7 +68,13 @@ class InheritConfig(Section):
     )
 
 
-LOADER_OPTIONS = ("on_error", "max_bytes", "shuffle_buffer")
+Count = Annotated[int, Field(ge=1)]
+
+
+class LoaderOptions(TypedDict, total=False):
+    on_error: Literal["skip", "stop"]
+    max_bytes: Count
+    shuffle_buffer: Count
 
 
 class DataConfig(Section):
@@ -82,7 +87,7 @@ class DataConfig(Section):
         None, "samples of an epoch, for run.epochs; null: as meta.json beside the shards says", ge=1
     )
     batch_size: int = setting(256, "images per step", ge=1)
-    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = setting(
+    micro_batch: Count | Literal["auto"] | None = setting(
         None,
         "images, with their captions, at a time (gradient caching: the gradient is that of the whole batch); null: all; "
         "auto: as many as fit, see `simplclip plan`",
@@ -101,9 +106,7 @@ class DataConfig(Section):
         "image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of the views which the "
         "teacher saw, else the model's default",
     )
-    options: dict[Literal[LOADER_OPTIONS], Any] = setting(  # type: ignore[valid-type]
-        {}, f"further arguments of `simplclip.data.Loader`: {', '.join(LOADER_OPTIONS)}"
-    )
+    options: LoaderOptions = setting({}, "on_error, max_bytes and shuffle_buffer of `simplclip.data.Loader`")
 
     @property
     def images_at_a_time(self) -> int:
@@ -183,16 +186,13 @@ class OptimConfig(Section):
     lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0)
     warmup: int = setting(100, "steps of linear warm-up", ge=0)
     weight_decay: float = setting(0.1, "weight decay of matrices; norms, biases, gains and scalars have none", ge=0)
-    options: dict[str, Any] = setting(ADAMW, "further arguments of torch.optim.AdamW")
+    options: Annotated[dict[str, Any], AfterValidator(lambda options: ADAMW | options)] = setting(
+        ADAMW, "further arguments of torch.optim.AdamW"
+    )
     ema: float | None = setting(
         None, "decay of the moving average of the weights to evaluate and export, e.g. 0.9999", gt=0, lt=1
     )
     grad_clip: float | None = setting(1.0, "largest norm of the gradient; null disables clipping", gt=0)
-
-    @field_validator("options", mode="before")
-    @classmethod
-    def _with_defaults(cls, options: Any) -> Any:
-        return ADAMW | options if isinstance(options, dict) else options
 
 
 class EvalConfig(Section):
@@ -202,20 +202,17 @@ class EvalConfig(Section):
 
 
 class RunConfig(Section):
-    out: str = setting(..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt")
+    out: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
+        ..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt"
+    )
     steps: int | None = setting(1000, "number of optimizer steps", ge=1)
     epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
-    seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0)
+    seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0, lt=2**62)
     precision: Literal["fp32", "bf16", "fp16", "auto"] = setting("auto", "of autocast; auto: bf16 if in hardware")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     compile: bool = setting(False, "compile the towers by torch.compile: minutes at the start, then faster steps")
     log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
     save_every: int = setting(500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1)
-
-    @field_validator("out")
-    @classmethod
-    def _with_home(cls, out: str) -> str:
-        return os.path.expanduser(out)
 
     @model_validator(mode="before")
     @classmethod
@@ -247,8 +244,9 @@ class Config(Section):
         if self.run.steps is None:
             return self  # the config is checked again when run.steps is known
         schedules = self.loss.weights.values()
-        turns = {0, self.run.steps - 1, *(step for s in schedules for step in (s.start, s.end, s.until) if step is not None)}
-        for step in sorted(step for step in turns if step < self.run.steps):
+        turns = {turn for s in schedules for turn in (s.start, s.end, s.until) if turn is not None} | {0, self.run.steps}
+        turns |= {turn - 1 for turn in turns}  # where a weight may end at 0
+        for step in sorted(turn for turn in turns if 0 <= turn < self.run.steps):
             if not any(schedule.at(step, self.run.steps) for schedule in schedules):
                 raise ValueError(f"loss: expected at least one weight above 0 at every step, got none at step {step}")
         return self
@@ -287,13 +285,12 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def builtin() -> dict[str, Any]:
+def builtin() -> dict[str, Path]:
     """Returns the files of the built-in configs by name."""
-    files = (resources.files("simplclip.train") / "configs").iterdir()
-    return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
+    return {file.stem: file for file in Path(__file__).with_name("configs").glob("*.yaml")}
 
 
-def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a config.
 
     source: path of a YAML file, or the name of a built-in config.
@@ -302,9 +299,7 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     names = builtin()
     file = Path(source) if Path(source).is_file() else names.get(str(source))
     if file is None:
-        near = difflib.get_close_matches(str(source), names, 1, 0.5)
-        got = f"{str(source)!r}; did you mean {near[0]!r}?" if near else repr(str(source))
-        raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(sorted(names))}, got {got}")
+        raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(sorted(names))}, got {source!r}")
     values = parse_yaml(file.read_bytes(), str(source)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected a mapping of sections, got {_shown(values)}")
@@ -321,9 +316,6 @@ def from_dict(values: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(dict.fromkeys(_line(e) for e in error.errors()))) from None
 
 
-_LENGTHS = {"run.steps": "epochs", "run.epochs": "steps"}  # key of --set -> the other key, which it removes from the config
-
-
 def _override(values: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     parts = key.strip().split(".")
@@ -336,8 +328,8 @@ def _override(values: dict[str, Any], item: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {key}: expected a section {part}, got {_shown(node)}")
     node[parts[-1]] = parse_yaml(text, f"--set {key}")
-    if (other := _LENGTHS.get(key.strip())) and node[parts[-1]] is not None:
-        node.pop(other, None)
+    if parts in (["run", "steps"], ["run", "epochs"]) and node[parts[-1]] is not None:  # it replaces the other one
+        node.pop("epochs" if parts[-1] == "steps" else "steps", None)
 
 
 def keys() -> dict[str, Any]:
@@ -361,8 +353,8 @@ def describe() -> str:
         if not field.is_required():
             default = " " + yaml.safe_dump(field.default, default_flow_style=True).removesuffix("...\n").strip()
             about = field.description
-        if typing.get_origin(field.annotation) is Literal:
-            about = f"{', '.join(typing.get_args(field.annotation))}: {about}"
+        if get_origin(field.annotation) is Literal:
+            about = f"{', '.join(get_args(field.annotation))}: {about}"
         lines.append(f"  {name + ':' + default:<28} # {about}")
     return "\n".join(lines).lstrip() + "\n"
 

@@ -7,7 +7,6 @@ Losses average the gradients of their own parameters, and `averaged` those of lo
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import compress
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from simplclip.common import ranks
 from simplclip.ops import distributed
 from simplclip.train.config import ConfigError
 
-SYNCHRONISED = ("cuda",)  # devices for which torch has SyncBatchNorm
-
 
 def share_norms(model: nn.Module, device: torch.device) -> None:
     """Makes training batch norms use the statistics of all ranks. Raises ConfigError on a CPU, where torch cannot do that."""
@@ -29,16 +26,14 @@ def share_norms(model: nn.Module, device: torch.device) -> None:
         return
     from timm.layers import convert_sync_batchnorm  # unlike torch's own, it keeps timm's activations
 
-    for path, parent in list(model.named_modules()):
-        for name, norm in parent.named_children():
-            if not isinstance(norm, _BatchNorm) or not norm.training:
-                continue
-            if device.type not in SYNCHRONISED:
-                raise ConfigError(
-                    f"model.freeze_norms: expected true for several ranks on a {device.type}, where their batch norms would "
-                    f"drift; got false and {type(norm).__name__} '{path}.{name}' in training mode"
-                )
-            setattr(parent, name, convert_sync_batchnorm(norm))
+    modules = model.named_modules(remove_duplicate=False)
+    for name, norm in [(name, module) for name, module in modules if isinstance(module, _BatchNorm) and module.training]:
+        if device.type != "cuda":
+            raise ConfigError(
+                f"model.freeze_norms: expected true for several ranks on a {device.type}, where their batch norms would "
+                f"drift; got false and {type(norm).__name__} '{name}' in training mode"
+            )
+        model.set_submodule(name, convert_sync_batchnorm(norm))
 
 
 class _Tower(nn.Module):
@@ -72,10 +67,8 @@ def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
     return {name: DistributedDataParallel(tower, find_unused_parameters=search) for name, tower in trained.items()}
 
 
-def averaged(*scales: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Returns logit scale and bias (None stays None) such that their gradients are averaged over the ranks."""
-    if ranks.count() == 1:
-        return scales
-    trains = [scale is not None and scale.requires_grad for scale in scales]
-    learned = iter(distributed.learned([*compress(scales, trains)], dist.group.WORLD))
-    return tuple(next(learned) if trained else scale for scale, trained in zip(scales, trains))
+def averaged(scale: Tensor | None) -> Tensor | None:
+    """Returns logit scale or bias such that its gradient is averaged over the ranks; None for None."""
+    if ranks.count() == 1 or scale is None or not scale.requires_grad:
+        return scale
+    return distributed.learned([scale], dist.group.WORLD)[0]

@@ -71,10 +71,9 @@ class Log:
         terms = [name for name in row if name.endswith("_loss")]
         shown = [f"{name.removesuffix('_loss')} {row[name]:.3f}" for name in (terms if len(terms) > 1 else ())]
         bias = [f"bias {row['logit_bias']:.1f}"] if "logit_bias" in row else []
-        left = duration(self.seconds * (steps - self.state.step))
         parts = [
             f"step {self.state.step}/{steps}",
-            f"{duration(self.pace.seconds)} gone, {left} left",
+            f"{duration(self.pace.seconds)} gone, {duration(self.seconds * (steps - self.state.step))} left",
             *(f"loss {row['loss']:.3f}", *shown, f"lr {row['lr']:.2e}", f"scale {row['logit_scale']:.1f}", *bias),
             f"{row['samples_per_s']:.0f} samples/s",
             f"waiting for data {row['data_share']:.0%}",
@@ -147,20 +146,17 @@ def curves(run: Path) -> None:
     if not rows:
         return
     terms = [name for name in rows[0] if name.endswith("_loss")]
-    panels = {"Loss": _lines(rows, ["loss", *(terms if len(terms) > 1 else [])]), "Learning rate": _lines(rows, ["lr"])}
-    panels |= {"Logit scale": _lines(rows, ["logit_scale"]), "Gradient norm before clipping": _lines(rows, ["grad_norm"])}
-    if "logit_bias" in rows[0]:
-        panels["Logit bias"] = _lines(rows, ["logit_bias"])
+    columns = {"Loss": ["loss", *(terms if len(terms) > 1 else [])], "Learning rate": ["lr"], "Logit scale": ["logit_scale"]}
+    columns |= {"Gradient norm before clipping": ["grad_norm"], "Logit bias": ["logit_bias"]}
+    panels = {title: _lines(rows, names) for title, names in columns.items() if names[0] in rows[0]}
     for direction, split in dict.fromkeys((row["direction"], row["split"]) for row in evaluated):
         part = [row for row in evaluated if (row["direction"], row["split"]) == (direction, split)]
         panel = panels.setdefault(f"{direction.replace('_', ' ').capitalize()}, R@k", {})
         panel |= {f"{split} {k}": line for k, line in _lines(part, [k for k in part[0] if k.startswith("R@")]).items()}
     height = -(-len(panels) // 2)
     figure = new_figure(11, 3 * height)
-    axes: list[Any] = list(figure.subplots(height, 2).flat)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    for axis, (title, lines) in zip(axes, panels.items()):
+    for place, (title, lines) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(height, 2, place)
         for (label, (steps, values)), colour in zip(lines.items(), itertools.cycle(COLOURS)):
             label = f"{label.removesuffix('_loss').replace('_', ' ')}: {values[-1]:.3g}"
             axis.plot(steps, values, color=colour, marker="." if len(values) < 20 else "", label=label)

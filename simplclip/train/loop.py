@@ -57,7 +57,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         console = (console or Console()) if is_first else Console(quiet=True)
         ranks.on_first(lambda: stack.enter_context(locked(out, "run.out")))
         former = ranks.on_first(partial(checkpoint.former, out, resume))
-        config = ranks.on_first(partial(_with_data, config, former, console))
+        config = ranks.on_first(partial(_with_data, config, former))
         device = ranks.device(config.run.device)
         precision, why = hardware.pick_precision(config.run.precision, device)
         torch.manual_seed(config.run.seed)
@@ -65,14 +65,17 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         state.wrappers = wrap(state.model)
         if former:
             checkpoint.set_rng_state(former["rng"])
+        elif resume:
+            state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
         ranks.seed_apart(config.run.seed + state.step)
         loader = ranks.agreed(lambda: make_loader(state))
-        splits = ranks.agreed(lambda: _splits(config))
+        section, held_out = config.model.model_dump(), config.eval.splits if config.eval.every else {}
+        splits = ranks.agreed(lambda: evaluation.load_splits(held_out, tokenizer(section), image_transform(section)))
         snapshot, log = checkpoint.Snapshot(state), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
         try:
             with log.status:
-                for line in (*first_lines(state, why, _samples(config)), *_resumed(state, former, resume)):
+                for line in first_lines(state, why, _samples(config)):
                     log.print(line)
                 if state.step < config.run.steps:
                     _train(state, loader, splits, snapshot, stop, log)
@@ -86,7 +89,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     if state.step < config.run.steps:
         if not is_first:
             raise SystemExit(130)
-        raise Interrupted(f"{stop.reason}: saved step {state.step} of {config.run.steps} to {out / 'last.pt'}. {_go_on(out)}")
+        saved = f"saved step {state.step} of {config.run.steps} to {out / 'last.pt'}"
+        raise Interrupted(f"{stop.reason}: {saved}. {snapshot.go_on}")
     return out / "last.pt"
 
 
@@ -184,27 +188,18 @@ def evaluate(state: State, splits: dict[str, Any], log: Log) -> None:
         state.model.train()
 
 
-def _splits(config: Config) -> dict[str, Any]:
-    section = config.model.model_dump()
-    splits = config.eval.splits if config.eval.every else {}
-    return evaluation.load_splits(splits, tokenizer(section), image_transform(section))
-
-
 def _samples(config: Config) -> int | None:
     return config.data.samples or data.dataset_size(config.data.train)
 
 
-def _with_data(config: Config, former: dict[str, Any] | None, console: Console) -> Config:
+def _with_data(config: Config, former: dict[str, Any] | None) -> Config:
     """Returns `config` with shards in place of tables and folders, which are packed first, and with steps for epochs.
 
     Raises ConfigError if the samples are not counted, or if the config cannot continue the run of the checkpoint `former`.
     """
     out = Path(config.run.out)
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
-    train = data.packed(config.data.train, out / "shards")
-    if train != config.data.train:
-        console.print(f"data       packed into {out / 'shards'}", markup=False, highlight=False, soft_wrap=True)
-        config = config.replaced(data={"train": train})
+    config = config.replaced(data={"train": data.packed(config.data.train, out / "shards")})
     if config.run.epochs is not None:
         if (samples := _samples(config)) is None:
             raise ConfigError("data.samples: expected the number of samples, for run.epochs, got null and no meta.json")
@@ -219,19 +214,6 @@ def _with_data(config: Config, former: dict[str, Any] | None, console: Console) 
     return config
 
 
-def _resumed(state: State, former: dict[str, Any] | None, resume: bool) -> Iterator[str]:
-    if former:
-        before, now = former["config"]["run"]["steps"], state.config.run.steps
-        longer = "" if before == now else f"; the learning rate now ends at {now}, not {before}"
-        yield f"resume     continuing from step {state.step}{longer}"
-    elif resume:
-        yield f"resume     {state.config.run.out} has no checkpoint yet: starting at step 0"
-
-
-def _go_on(out: Path) -> str:
-    return f"To go on: simplclip train {out / 'config.yaml'} --resume"
-
-
 def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
     """Saves the last whole step, and raises a TrainingError in place of `error`. Returns if no step has been done."""
     step = snapshot.progress["step"]
@@ -240,7 +222,7 @@ def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
             raise SystemExit(1)
         raise TrainingError(f"step {step + 1}: rank {ranks.number()}: {error}") from error
     saved = snapshot.save_after_error()
-    go_on = f" {_go_on(snapshot.out)}" if snapshot.saved else ""
+    go_on = f" {snapshot.go_on}" if snapshot.saved else ""
     if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
         raise TrainingError(f"{error}. {saved}" if saved else str(error)) from error
     # For CPU tensors torch has no class of this error.
@@ -298,6 +280,5 @@ class StopSignals:
     def _closed(self) -> None:
         """Drops all further output. rich calls this instead of raising BrokenPipeError."""
         self.reason = self.reason or "closed pipe"
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.console.file.fileno())
-        os.close(nowhere)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.console.file.fileno())

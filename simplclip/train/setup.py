@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +18,9 @@ from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
 from simplclip.models.crop import TextCrop, crop_texts
 from simplclip.models.fold import fold_frozen
-from simplclip.models.inherit import WeightTable, freeze, freeze_norms, inherit
+from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.trained import CheckpointError, build_model, image_transform
-from simplclip.models.weights import Source, load_error
+from simplclip.models.weights import load_error
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import share_norms
@@ -71,8 +71,7 @@ class State(Prepared):
 def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> tuple[Any, list[str], list[str]]:
     """Makes a run's model on the CPU, with the weights of `checkpoint`, inherited ones, or those that it starts from.
 
-    Returns the model, the names of its frozen modules and parameters, and lines for the log. Raises InputError,
-    FileNotFoundError; CheckpointError if the checkpoint does not fit the model.
+    Returns the model, the names of its frozen modules and parameters, and lines for the log. Raises as `setup`.
     """
     model: Any = build_model(config.model.model_dump(), config.loss.base)
     if checkpoint:
@@ -86,17 +85,12 @@ def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> t
         except (CheckpointError, FileNotFoundError) as error:
             raise ConfigError(f"model.checkpoint: {str(error).removeprefix('source: ')}") from None
     if config.inherit.source is not None:
-        table = inherit_as(config, model, config.inherit.source)
+        table = inherit(model, config.inherit.source, train=config.inherit.train, blocks=config.inherit.blocks)
         frozen, lines = table.names, lines + str(table).splitlines()
     for name in ("logit_scale", "logit_bias"):  # a value of the config replaces that of the weights
         if (value := config.model.options.get(f"init_{name}")) is not None:
             nn.init.constant_(getattr(model, name), value)
     return model, frozen, lines
-
-
-def inherit_as(config: Config, model: nn.Module, source: Source | Sequence[Source]) -> WeightTable:
-    """Lets a run's model inherit as its config says, from `source`, which may stand for the one of the config."""
-    return inherit(model, source, train=config.inherit.train, blocks=config.inherit.blocks)
 
 
 def prepare(model: Any, frozen: list[str], lines: list[str], config: Config, precision: str) -> Prepared:
@@ -109,11 +103,10 @@ def prepare(model: Any, frozen: list[str], lines: list[str], config: Config, pre
             block.recompute = True
         if not blocks:
             model.set_grad_checkpointing()
-    crop = None
     try:  # torch.compile compiles a tower anew for each size, so it gets few
         crop = crop_texts(model, multiple=16, groups=1) if config.run.compile else crop_texts(model)
     except InputError as error:
-        lines = [*lines, f"texts      computed at full length: {error}"]
+        crop, lines = None, [*lines, f"texts      computed at full length: {error}"]
     folded = fold_frozen(model, hardware.DTYPES[precision])
     if folded:
         lines = [*lines, f"frozen     folded, in channels_last: {', '.join(folded)}"]
@@ -173,6 +166,9 @@ def setup(
             if name != "model":
                 _load(part, checkpoint.get(name))
         state.step, state.data = checkpoint["step"], checkpoint["data"]
+        before, now = checkpoint["config"]["run"]["steps"], config.run.steps
+        longer = "" if before == now else f"; the learning rate now ends at {now}, not {before}"
+        state.lines.append(f"resume     continuing from step {state.step}{longer}")
     model.train()
     return state
 
@@ -192,13 +188,11 @@ def _load(part: Any, saved: Any) -> None:
 
 def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | None) -> None:
     """Raises ConfigError if data.augment differs from the augmentation of the views that the teacher saw."""
-    if config.data.augment is None or not teacher or "views" not in teacher:
-        return
-    configured, stored = augmentation(transform), teacher["views"]["augment"]
-    if configured != stored:
+    views = teacher.get("views") if teacher else None
+    if views and config.data.augment is not None and augmentation(transform) != views["augment"]:
         raise ConfigError(
-            f"data.augment: expected null, or {stored!r} as in the views that the teacher {teacher['name']} saw and "
-            f"training replays, got {configured!r}"
+            f"data.augment: expected null, or {views['augment']!r} as in the views that the teacher {teacher['name']} saw "
+            f"and training replays, got {augmentation(transform)!r}"
         )
 
 
@@ -211,7 +205,6 @@ class Average:
     """The exponential moving average of a run's weights, for evaluation and export.
 
     v = decay v + (1 - decay) w after each step, for every parameter w that trains. Memory: one copy of these parameters.
-
     Buffers are not averaged: a model with the averages has the buffers of the last step.
     """
 
@@ -266,7 +259,6 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
 def learning_rate(config: Config, step: int) -> float:
     """Returns the learning rate of `step` (from 0): linear warm-up, then a cosine down to 0."""
     o, steps = config.optim, config.run.steps
-    assert steps is not None
     if step < o.warmup:
         return o.lr * (step + 1) / o.warmup
     done = (step - o.warmup) / (steps - o.warmup)

@@ -52,7 +52,8 @@ def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
 
 def gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
     """Adds the gradients of a step to `.grad`; returns "loss", then its weighted terms by name, without gradients."""
-    encode = {"text": _encoder(state, "text"), "image": _encoder(state, "image")}  # in the order in which the towers run
+    encode = {"text": partial(encode_text, state), "image": partial(encode_image, state)}  # in this order the towers run
+    encode |= {tower: partial(wrapper, encode[tower]) for tower, wrapper in state.wrappers.items()}
     if state.config.data.micro_batch is None:
         (batch,) = batches
         features = {tower: function(batch) for tower, function in encode.items()}
@@ -89,16 +90,14 @@ def update(state: State, lr: float) -> None:
 def losses(state: State, batches: list[Batch], image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss over all `batches` from their features, and its weighted terms without gradients."""
     names = ("teacher_image", "teacher_text") if state.teacher else ()
-    teacher = [torch.cat([batch[name] for batch in batches]).to(state.device, non_blocking=True) for name in names]
-    if state.teacher:
-        teacher[1] = teacher[1].flatten(0, -2)
-        if (width := teacher[0].shape[1]) != state.teacher["width"]:
-            expected = f"features of width {state.teacher['width']}, as their meta.json says"
-            raise InputError(f"data.sidecars: expected {expected}, got features of width {width}")
+    features = [torch.cat([batch[name] for batch in batches]).flatten(0, -2) for name in names]
+    teacher = [part.to(state.device, non_blocking=True) for part in features]
+    if state.teacher and (width := teacher[0].shape[1]) != state.teacher["width"]:
+        expected = f"features of width {state.teacher['width']}, as their meta.json says"
+        raise InputError(f"data.sidecars: expected {expected}, got features of width {width}")
     groups = _groups(state, batches)
     with hardware.autocast(state.precision, state.device):
-        scale, bias = averaged(state.model.logit_scale, state.logit_bias)
-        assert scale is not None
+        scale, bias = averaged(state.model.logit_scale), averaged(state.logit_bias)
         return state.objective(state.step, image, text, scale.exp(), bias, groups, *teacher)
 
 
@@ -116,16 +115,6 @@ def encode_text(state: State, batch: Batch) -> Tensor:
         text = text.to(state.device, non_blocking=True)
     with hardware.autocast(state.precision, state.device):
         return state.model.encode_text(text, normalize=True)
-
-
-def _encoder(state: State, tower: str) -> Any:
-    """Returns the function that encodes a batch by a tower, through the tower's wrapper if ranks exchange its gradients."""
-    encode = partial({"image": encode_image, "text": encode_text}[tower], state)
-    wrapper = state.wrappers.get(tower)
-    outputs = encode if wrapper is None else partial(wrapper, encode)
-    if state.config.data.micro_batch is None:
-        return outputs
-    return lambda batch: {tower: outputs(batch)}
 
 
 def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tensor | None]:

@@ -78,6 +78,7 @@ def test_help_config_prints_every_key():
         ("train nothing.yaml", "config: expected a YAML file or one of the built-in siclip-s0, "),
         ("train config.yaml --set optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
         ("train config.yaml --set data.train=no-*.tar", "matches none"),
+        ("train config.yaml --set data.train=[]", "data.train: expected at least one path or pattern, got an empty list"),
         ("train config.yaml --set run.device=cuda:77", "device: expected"),
         ("evaluate nothing.pt --data data/train-0.tar", "source: expected a checkpoint, the folder of a run"),
         ("evaluate nothing.pt --data x.tar", "data: expected files, got 'x.tar', which does not exist"),

@@ -160,15 +160,19 @@ def test_a_checkpoint_is_refused_in_a_line(made, make, message):
     assert len(line) < 600
 
 
+OTHERS = "expected the values that simplclip train writes, got others"
 # keys of a run's checkpoint -> in the message
 RESUMED: dict[str, tuple[dict[str, Any], str]] = {
-    "no loaders": ({"data": 5}, "got others in data"),
-    "loaders of numbers": ({"data": [5]}, "got others in step, data or rng"),
+    "no loaders": ({"data": 5}, OTHERS),
+    "loaders of numbers": ({"data": [5]}, OTHERS),
+    "a frozen number": ({"frozen": 5}, "expected modules or parameters of the model"),
     "frozen numbers": ({"frozen": [1]}, "expected modules or parameters of the model"),
-    "no generator": ({"rng": {}}, "got others in step, data or rng"),
-    "a generator of another size": ({"rng": {"torch": torch.zeros(3, dtype=torch.uint8)}}, "got others in step, data or rng"),
-    "a step before the first": ({"step": -5}, "got others in step, data or rng"),
-    "no optimizer": ({"optimizer": None}, "got others in optimizer"),
+    "no generator": ({"rng": {}}, OTHERS),
+    "no generators": ({"rng": None}, OTHERS),
+    "a generator of another size": ({"rng": {"torch": torch.zeros(3, dtype=torch.uint8)}}, OTHERS),
+    "a step before the first": ({"step": -5}, OTHERS),
+    "no optimizer": ({"optimizer": None}, "expected the state of this model's AdamW"),
+    "no state of the loss": ({"loss": 5}, "expected the state of this model's ClipPMLoss"),
 }
 
 

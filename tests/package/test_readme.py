@@ -302,7 +302,7 @@ def resolves(dotted: str) -> bool:
 def is_key(key: str) -> bool:
     """Whether a config has the key; arguments of the loader are those that it takes."""
     if key.startswith("data.options."):
-        return key.removeprefix("data.options.") in config.LOADER_OPTIONS
+        return key.removeprefix("data.options.") in config.LoaderOptions.__annotations__
     section: type[BaseModel] = config.Config
     for part in key.split("."):
         if not (isinstance(section, type) and issubclass(section, BaseModel)):

@@ -49,15 +49,15 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("optimm.lr=8", "optimm: unknown key; did you mean optim?"),
         ("optim.lr=fast", "optim.lr: expected a valid number, got 'fast' (str)"),
         ("run.precision=fp8", "run.precision: expected 'fp32', 'bf16', 'fp16' or 'auto', got 'fp8' (str)"),
-        (
-            "data.options.workers=3",
-            "data.options.workers: expected 'on_error', 'max_bytes' or 'shuffle_buffer', got 'workers'",
-        ),
+        ("data.options.workers=3", "data.options.workers: unknown key; did you mean data.workers?"),
+        ("data.options.shuffle_buffer=0", "data.options.shuffle_buffer: expected greater than or equal to 1, got 0 (int)"),
+        ("data.options.on_error=no", "data.options.on_error: expected 'skip' or 'stop', got False (bool)"),
         ("optim=3", "optim: expected a valid dictionary"),
         ("data.train=5", "data.train: expected a valid string, got 5 (int)"),
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
         ("run={out: x, steps: 7, epochs: 2}", "run: expected one of steps and epochs, got steps = 7 and epochs = 2.0"),
         ("run={out: x, steps: null}", "run: expected one of steps and epochs, got steps = None and epochs = None"),
+        ("run.seed=99999999999999999999", "run.seed: expected less than 4611686018427387904, got 99999999999999999999"),
         ("optim.lr=-1", "optim.lr: expected greater than 0, got -1 (int)"),
         ("run.out.x=3", "--set run.out.x: expected a section out, got 'runs/x' (str)"),
         (
@@ -70,6 +70,10 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("loss.pm_weight={value: 1, end: 4}", "loss.pm_weight: expected `to`, the weight reached at `end`, got none"),
         ("run.out=[*a]", "--set run.out: not valid YAML: expected no aliases (*name)"),
         ("loss={contrastive_weight: {value: 1, until: 7}, pm_weight: 0}", "loss: expected at least one weight above 0 at"),
+        (
+            "loss={contrastive_weight: {value: 1, to: 0, until: 5}, pm_weight: {value: 1, start: 5}}",
+            "loss: expected at least one weight above 0 at every step, got none at step 4",
+        ),
     ],
 )
 def test_wrong_value_names_key_expected_and_got(tmp_path, override, message):
@@ -100,7 +104,7 @@ def test_the_length_that_is_typed_replaces_that_of_the_file(tmp_path):
 def test_files_that_are_no_config(tmp_path):
     assert "expected a mapping of sections" in error_of(tmp_path, "- a\n- b\n")
     assert "not valid YAML" in error_of(tmp_path, "a: [\n")
-    with pytest.raises(config.ConfigError, match="did you mean 'siclip2-s0'"):
+    with pytest.raises(config.ConfigError, match="one of the built-in siclip-s0, siclip2-s0, got 'siclip2-s1'"):
         config.load("siclip2-s1")
 
 

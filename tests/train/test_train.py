@@ -125,6 +125,7 @@ def test_what_may_change_on_resume(tmp_path):
     assert "continuing from step 2; the learning rate now ends at 4, not 2" in text
     assert "ranks or workers were others: the pass over the data starts again" in text
     assert [float(row["lr"]) for row in rows(tmp_path / "run")[2:]] == [learning_rate(config, step) for step in (2, 3)]
+    assert tiny.config.load(tmp_path / "run" / "config.yaml") == config, "the command to go on takes its settings from there"
     again = config.replaced(run={"steps": 5})  # a pass that started again goes on in its own order
     assert "starts again" not in go(again, resume=True)
 
@@ -152,7 +153,7 @@ def test_a_checkpoint_that_this_version_cannot_take_says_why(tmp_path):
 
 
 @pytest.mark.slow
-def test_epochs_and_tables(tmp_path):
+def test_epochs_and_tables(tmp_path, capsys):
     """A table is packed into the run's folder, whose meta.json counts it, and read from there again."""
     images = tmp_path / "images"
     images.mkdir()
@@ -164,7 +165,7 @@ def test_epochs_and_tables(tmp_path):
     changes = [f"data.train={tmp_path / 't.csv'}"]
     out = tmp_path / "run"
     text = go(tiny.settings(tmp_path, *changes, "run.epochs=1", "run.save_every=1"))
-    assert f"data       packed into {out / 'shards'}" in text
+    assert f"packed 24 samples of t.csv in 1 shard, {out / 'shards' / 't' / '*.tar'}" in capsys.readouterr().out
     assert "24 images, 1 caption drawn of each; 3.0 steps an epoch, 1.0 epochs" in text
     stored = tiny.config.load(out / "config.yaml")
     assert (stored.run.steps, stored.run.epochs) == (3, None)
@@ -175,7 +176,7 @@ def test_epochs_and_tables(tmp_path):
     for epochs, size, samples, expected in ((0.5, 7, None, 2), (0.01, 8, None, 1), (2, 8, 80, 20)):
         changes = [f"run.epochs={epochs}", f"data.batch_size={size}", f"data.train={out}/shards/t/*.tar"]
         changes += [f"data.samples={samples or 'null'}"]
-        assert loop._with_data(tiny.settings(tmp_path, *changes), None, Console()).run.steps == expected, changes
+        assert loop._with_data(tiny.settings(tmp_path, *changes), None).run.steps == expected, changes
     with pytest.raises(ConfigError, match="data.samples: expected the number of samples, for run.epochs, got null"):
         go(tiny.settings(tmp_path, "run.epochs=1", f"run.out={tmp_path / 'other'}"))
     assert not (tmp_path / "other").exists()
@@ -269,6 +270,8 @@ def test_damaged_data_is_reported_once(tmp_path):
         ("optim.options.weight_decay=1", "optim.options: expected arguments of torch.optim.AdamW, got {.*'weight_decay': 1"),
         ("optim.options.beta=1", "optim.options: expected arguments of torch.optim.AdamW, got {.*'beta': 1}"),
         ("model.options.depth=3", "model.options"),
+        ("model.options.text_cfg.layers=0", "model.options: expected options of siclip-tiny, got .*'layers': 0"),
+        ("model.options.text_cfg.width=7", "model.options: expected options of siclip-tiny, got .*'width': 7"),
         ("inherit.train=['*']", "inherit.source: expected weights, for inherit.train and inherit.blocks, got none"),
         ("eval.every=2", "eval.splits: expected held-out data, for eval.every = 2, got none"),
         ("data.micro_batch=auto", "data.micro_batch: expected a number, got auto"),
