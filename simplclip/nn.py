@@ -14,6 +14,8 @@ __all__ = [
 ]  # fmt: skip
 
 NORMS: dict[str, Callable[..., Any]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+_FORWARDS = (nn.Linear.forward, nn.LayerNorm.forward, nn.RMSNorm.forward)
+_HOOKED = {"weight_orig", "weight_g"}  # parameters of which torch.nn.utils computes the weight in a hook
 
 
 class ShapedAttention(nn.Module):
@@ -136,6 +138,10 @@ class SimplifiedBlock(ShapedAttention):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         self._check(x)
+        for name, part in self._modules.items():
+            if part is not None and (type(part).forward not in _FORWARDS or _HOOKED & part._parameters.keys()):
+                expected = "a Linear or norm as it was made, since the op reads its weight and does not call it"
+                raise TypeError(f"{name}: expected {expected} (LoRA, pruning and old weight_norm change calls), got {part}")
         if self.training and self.drop_path > 0:
             n, keep = self.norm(x), 1 - self.drop_path
             mlp = parallel_mlp(n, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act=self.act)

@@ -131,8 +131,8 @@ class RowwiseLoss(SimilarityLoss):
 
         count = -(-n // max(_LEAST_ROWS, self.scratch_bytes // (len(y) * dtype.itemsize)))
         sizes = [n * (k + 1) // count - n * k // count for k in range(count)]
-        of_rows = [None] * count if x_teacher is None else x_teacher.detach().to(x.dtype).split(sizes)
-        y_teacher = None if y_teacher is None else y_teacher.detach().to(x.dtype)
+        of_rows = [None] * count if x_teacher is None else checks.savable(x_teacher.detach()).to(x.dtype).split(sizes)
+        y_teacher = None if y_teacher is None else checks.savable(y_teacher.detach()).to(x.dtype)
         index = torch.arange(offset, offset + n, device=x.device).split(sizes)
         columns = y.to(dtype)  # the gradients of chunks are added in this dtype
         chunks = zip(x.to(dtype).split(sizes), of_rows, index)

@@ -56,8 +56,11 @@ class TextCrop:
         """Restores the model's own `encode_text`."""
         vars(self.model).pop(self.name, None)
 
-    @torch.compiler.disable(recursive=False)
     def __call__(self, text: Tensor, *args: Any, **options: Any) -> Any:
+        return (self._encode if torch.compiler.is_exporting() else self._cropped)(text, *args, **options)
+
+    @torch.compiler.disable(recursive=False)
+    def _cropped(self, text: Tensor, *args: Any, **options: Any) -> Any:
         device = next(_tower(self.model).parameters()).device
         with _LOCK:
             if type(text) is not Tensor or text.ndim != 2 or not len(text) or text.is_meta or torch.jit.is_tracing():
@@ -88,9 +91,14 @@ class TextCrop:
     def rounded(self, text: Tensor) -> Tensor:
         """Returns the lengths at which texts [N, L] are computed, int64 [N] on the CPU, with the first padding token of each.
 
-        Padding is the run of equal tokens at the end.
+        Padding is the run at the end of the token that the tower masks; in causal towers, of any equal tokens.
         """
-        padding = (text == text[:, -1:]).flip(1).cumprod(1).sum(1).cpu()
+        tower = _tower(self.model)
+        if isinstance(tower, HFTextEncoder):
+            pad = tower.config.pad_token_id
+        else:
+            pad = tower.pad_id if getattr(tower, "use_pad_mask", False) else text[:, -1:]
+        padding = (text == pad).flip(1).cumprod(1).sum(1).cpu()
         lengths = text.shape[1] + 1 - padding
         return ((lengths + self.multiple - 1) // self.multiple * self.multiple).clamp(max=text.shape[1])
 

@@ -1,11 +1,12 @@
 """Simplified blocks in transformers' CLIP, SigLIP and SigLIP 2 models. `simplify` imports this for such models only."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from transformers.models.siglip2.modeling_siglip2 import Siglip2EncoderLayer
@@ -39,6 +40,7 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         pools_last: bool = False, checkpointing: Callable | None = None, **options,
     ) -> None:  # fmt: skip
         super().__init__(width, heads, mlp_ratio, **options)
+        self.fresh = partial(SimplifiedBlock, width, heads, mlp_ratio, **options)  # makes a block that has just begun
         self.config, self.mask, self.pools_last = config, mask, pools_last
         if checkpointing is not None:
             self.gradient_checkpointing, self._gradient_checkpointing_func = True, checkpointing
@@ -108,9 +110,31 @@ def encoder_layers(model: nn.Module, tower: str) -> Iterator[tuple[str, nn.Modul
         yield f"{TOWERS[tower]}.encoder.layers.{index}", layer, block, options
 
 
-def declare_shared(model: Any) -> None:
+class InitWeights:
+    """A model's `_init_weights`, which from_pretrained calls for modules of which a checkpoint lacks parameters.
+
+    transformers knows its own modules; without this a block's gains would be uninitialised memory.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module) -> None:
+        if not isinstance(module, EncoderBlock):
+            type(self.model)._init_weights(self.model, module)
+            return
+        fresh = module.fresh().state_dict()
+        for name, parameter in module.named_parameters():
+            if not getattr(parameter, "_is_hf_initialized", False):  # transformers' mark of what was loaded
+                parameter.copy_(fresh[name])
+
+
+def prepare_loading(model: Any) -> None:
     """Tells transformers which parameters are shared, so that save_pretrained writes one of them and from_pretrained sets the
-    others. transformers 5.0 needs the second attribute for this; 5.24 does not."""
+    others, and how blocks begin. transformers 5.0 needs the second attribute for shared ones; 5.24 does not."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part._init_weights = InitWeights(part)  # type: ignore[method-assign]
     first: dict[Tensor, str] = {}
     names = [(name, first.setdefault(p, name)) for name, p in model.named_parameters(remove_duplicate=False)]
     shared = {name: source for name, source in names if name != source}

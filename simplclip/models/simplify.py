@@ -218,7 +218,7 @@ def simplify(
         for block in text_blocks:
             block.masks_padding = True
     if encoders:
-        encoders.declare_shared(model)
+        encoders.prepare_loading(model)
     report.after = count_parameters(model)
     return model, report
 

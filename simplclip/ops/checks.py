@@ -72,13 +72,20 @@ def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.
 _warned: set[str] = set()
 
 
+def savable(t: Tensor) -> Tensor:
+    """Returns t; a copy of a tensor of torch.inference_mode, which autograd does not save."""
+    if torch.compiler.is_compiling() or not t.is_inference() or torch.is_inference_mode_enabled():
+        return t
+    return t.clone()
+
+
 def constant(name: str, t: Tensor) -> Tensor:
     """Detaches t. Warns, once per name and process, if it requires a gradient."""
     compiling = torch.compiler.is_compiling()  # a warning would break the compiled graph
     if t.requires_grad and torch.is_grad_enabled() and not compiling and name not in _warned:
         _warned.add(name)
         warnings.warn(f"{name} requires a gradient, but is a constant here and gets none", stacklevel=4)
-    return t.detach()
+    return savable(t.detach())
 
 
 def choice(name: str, value, options: tuple[str, ...]) -> None:

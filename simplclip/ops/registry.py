@@ -145,7 +145,7 @@ def call(op: Op, of_call: Any, spec: str | None = None) -> Any:
     if is_transformed():
         check_reverse_mode(op.name, values)
         return op.overload(*values, spec)
-    plain, requires_grad = not torch._C._len_torch_dispatch_stack() and not values[0].is_meta, False
+    plain, requires_grad = not (torch._C._len_torch_dispatch_stack() or values[0].is_meta or torch.jit.is_tracing()), False
     for tensor in values[: op.tensors] if op.backward else values:
         if isinstance(tensor, Tensor):
             plain = plain and type(tensor) in _PLAIN and not tensor.is_neg()

@@ -168,3 +168,25 @@ def test_each_part_asks_only_for_what_it_shares():
     share_weights(blocks, [[0, 2]], "mlp")
     assert blocks[0].qk is blocks[1].qk is not blocks[2].qk
     assert blocks[0].fc2 is blocks[2].fc2 is not blocks[1].fc2
+
+
+class Adapted(nn.Linear):
+    """A layer with a product of its own, as LoRA's."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", [nn.utils.weight_norm, nn.utils.spectral_norm, lambda linear: Adapted(8, 32), None])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_layers_whose_call_the_op_would_leave_out_are_refused(change):
+    """Parametrizations, whose weight the op reads as it is, work."""
+    block, x = SimplifiedBlock(8, 2), torch.randn(2, 5, 8)
+    if change is None:
+        nn.utils.parametrizations.spectral_norm(block.fc1)
+        block(x).sum().backward()
+        assert block.fc1.parametrizations.weight.original.grad.any()
+        return
+    block.fc1 = change(block.fc1)
+    with pytest.raises(TypeError, match="fc1: expected a Linear or norm as it was made, .* got (Linear|Adapted)"):
+        block(x)

@@ -158,6 +158,26 @@ def test_towers_in_which_padding_counts_are_refused(make, reason):
         simplclip.crop_texts(make())
 
 
+@pytest.mark.parametrize("kind", [HUGGING_FACE, PADDING_MASK])
+def test_equal_tokens_at_the_end_are_no_padding_where_padding_is_masked(kind):
+    model = model_of(kind)
+    row = torch.tensor([[2, 10, *[7] * 38]])
+    expected = model.encode_text(row)
+    simplclip.crop_texts(model, multiple=1)
+    assert torch.equal(model.encode_text(row), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_computes_whole_texts(strict):
+    model = model_of("CLIP")
+    simplclip.crop_texts(model)
+    images = torch.zeros(len(LENGTHS), 3, 16, 16)
+    exported = torch.export.export(model, (images, texts()), strict=strict).module()
+    other = texts(LENGTHS[::-1])
+    torch.testing.assert_close(exported(images, other)[1], model(images, other)[1], rtol=0, atol=2e-6)
+
+
 @pytest.mark.slow
 def test_models_without_values():
     simplclip.crop_texts(models.create("siclip2-s0", device="meta"))

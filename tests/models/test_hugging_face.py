@@ -1,6 +1,7 @@
 """`simplify` on small models of transformers: replaced parts, accepted masks, and saving."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -139,6 +140,12 @@ class Small(transformers.CLIPModel):
         simplclip.simplify(self, share={"text": share})
 
 
+class Unshared(transformers.CLIPModel):
+    def __init__(self, config):
+        super().__init__(config)
+        simplclip.simplify(self)
+
+
 def test_saved_and_loaded(tmp_path):
     clip, twin = (model(cls=Small, seed=seed) for seed in (5, 6))
     inputs = batch()
@@ -157,6 +164,22 @@ def test_saved_and_loaded(tmp_path):
     assert blocks[0].fc1.weight is blocks[1].fc1.weight is not blocks[2].fc1.weight
     assert len({id(block.qk.weight) for block in blocks}) == 1
     torch.testing.assert_close(loaded.train()(**inputs).logits_per_image, expected)
+
+
+def test_blocks_that_a_checkpoint_lacks_begin_as_new_ones(tmp_path):
+    """transformers would leave gains uninitialised. One checkpoint is of the original blocks, one lacks some parameters."""
+    model().save_pretrained(tmp_path / "original")
+    small = model(cls=Unshared)
+    torch.nn.init.constant_(layers(small)[0].alpha, 3.0)
+    state = {name: value for name, value in small.state_dict().items() if ".mlp_gain" not in name and ".fc1." not in name}
+    small.save_pretrained(tmp_path / "half", state_dict=state)
+    for name, alpha in (("original", 1.0), ("half", 3.0)):
+        loaded = Unshared.from_pretrained(tmp_path / name)
+        first = layers(pickle.loads(pickle.dumps(copy.deepcopy(loaded))))[0]
+        assert first.alpha.unique().tolist() == [alpha]
+        assert [first.beta.unique().tolist(), first.mlp_gain.item()] == [[1.0], pytest.approx(0.1)]
+        assert not first.qk.weight[: first.width].any()
+        assert first.fc1.weight.std().item() == pytest.approx(first.width**-0.5, rel=0.1)
 
 
 def test_what_is_refused_leaves_the_model_as_it_was():

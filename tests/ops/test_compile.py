@@ -84,3 +84,13 @@ def test_compiles(name):
     """torch's own compiler compiles each op and loss; ops on tokens under autocast."""
     of_tokens = name.startswith(("shaped_attention", "parallel_mlp", "simplified_block"))
     check(name, "autocast bfloat16" if of_tokens else "float32", (6, 6), dynamic=False)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_block_traced_by_torch_jit_computes_batches_of_other_sizes(trained):
+    """A frozen block computes its MLP in chunks, whose number must not become that of the example."""
+    block = simplclip.nn.SimplifiedBlock(64, 2).requires_grad_(trained)
+    torch.nn.init.ones_(block.mlp_gain)
+    traced = torch.jit.trace(block, (torch.randn(300, 77, 64),), check_trace=not trained)
+    x = torch.randn(900, 77, 64)
+    torch.testing.assert_close(traced(x), block(x))

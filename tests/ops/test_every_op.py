@@ -80,3 +80,30 @@ def test_autocast_casts_the_features_and_returns_float32(name):
         if narrow.grad is not None:
             assert cast.grad.dtype == torch.float32
             torch.testing.assert_close(cast.grad, narrow.grad.float(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_cpu_kernels), "reference", "sdpa"])
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 5, 1), (2, 1, 3)])
+def test_results_may_be_changed_in_place(backend, shape):
+    """Also those of one head or one token, whose transposed form is the same memory."""
+    x, gains = torch.randn(*shape, 4, requires_grad=True), torch.ones(shape[2])
+    block = simplclip.nn.SimplifiedBlock(4 * shape[2], shape[2])
+    with simplclip.backend(backend):
+        for out in (simplclip.ops.shaped_attention(x, x, x, gains, gains, gains), block(x.flatten(2))):
+            out.relu_().sum().backward()
+
+
+def test_constants_may_come_from_inference_mode():
+    """As a teacher's features usually do; autograd cannot save such tensors."""
+    x, y, scale = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8), torch.tensor(2.0)
+    with torch.inference_mode():
+        teacher, ids = (torch.randn(6, 4), torch.randn(6, 4), torch.tensor(3.0)), torch.arange(6)
+    rowwise = simplclip.losses.RowwiseLoss(lambda logits, index, of_teacher: (logits * of_teacher).sum(1))
+    for loss in (
+        sum(simplclip.losses.WIKDLoss()(x, y, scale, *teacher)),
+        simplclip.losses.ClipLoss()(x, y, scale, ids=ids),
+        rowwise(x, y, scale, dist_image_features=teacher[0], dist_text_features=teacher[1], dist_logit_scale=teacher[2]),
+        simplclip.ops.feature_loss(x[:, :4], teacher[0]),
+    ):
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert gradient.any()

@@ -38,7 +38,7 @@ def shaped_attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
     seen = visible.any(-1)[..., None]
     # Filled with 0 so that backward does not read the gradients at padded tokens, which may be NaN.
     out = (alpha * v + mixing @ v).masked_fill(~seen, 0)
-    return out.transpose(1, 2).to(call.q.dtype).contiguous(), lse
+    return out.transpose(1, 2).to(call.q.dtype).clone(memory_format=torch.contiguous_format), lse
 
 
 def _uniform(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -109,7 +109,7 @@ def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.dev
     if ids.dim() != 1 or ids.shape[0] != count:
         raise ValueError(f"{name}: expected shape [{letter}] = [{count}], got {checks.shape_of(ids)}")
     checks.on(name, ids, "image", device)
-    return ids.long().contiguous()
+    return checks.savable(ids.long().contiguous())
 
 
 def pair_ids(
