@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -48,6 +50,9 @@ class Commands(TyperGroup):
             if extra is None:
                 raise
             fail(f"this command needs the package {error.name}: pip install 'simplclip[{extra}]'", 2)
+        except BrokenPipeError:  # who reads the output, such as `head`, has ended; Python would write again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise typer.Exit(1) from None
         except (UserError, OSError) as error:
             if os.environ.get("SIMPLCLIP_DEBUG"):
                 raise
@@ -77,7 +82,9 @@ def _version(wanted: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    pass
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an output that has no such characters shows escapes
+            stream.reconfigure(errors="backslashreplace")
 
 
 # The commands in the order of the help, what each does, and an example.

@@ -59,12 +59,14 @@ def named_splits(items: list[str]) -> dict[str, Any]:
 
     A name is anything without the characters of paths and patterns: / \\ * ? [ ] { } # and =.
     """
+    from simplclip.data.forms import split_of
+
     splits: dict[str, Any] = {}
     for item in items:
         match = re.fullmatch(r"(?:([^/\\*?\[\]{}#=]+)=)?(.+)", item, re.DOTALL)
         if not match:
             raise InputError(f"--data: expected NAME=DATA or DATA, got {item!r}")
-        file, _, split = match[2].partition("#")
+        file, split = split_of(match[2])
         name = match[1] or re.split(r"[-_.]?[*?\[{\d]|\.(?:tar|json|csv|tsv|parquet|txt)", Path(file).name)[0] or "data"
         name += f"-{split}" if split and not match[1] else ""
         if name in splits:

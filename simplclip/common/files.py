@@ -68,6 +68,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which a full disk does not say
+        raise
     finally:
         with contextlib.suppress(OSError):  # after an error: closing flushes the buffer, which fails again on a full disk
             file.close()
@@ -87,6 +90,7 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
 
 def _temporary(path: Path) -> Path:
     """Returns a random name beside `path`, since other users of a shared folder could put a link under a name they guess."""
+    path = path.absolute()  # "." has no name
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 

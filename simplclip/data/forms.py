@@ -137,7 +137,7 @@ def _table(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Row]
                 name = f"{os.path.basename(path)}/{number:09d}"
                 if isinstance(record, str):
                     yield Row(name, problem=("bad row", record))
-                elif len(record) <= max(image, caption):
+                elif len(record) <= max(image, caption) or any(record[len(titles) :]):
                     yield Row(name, problem=("bad row", f"expected {len(titles)} columns, got {len(record)}"))
                 elif any("\udc80" <= character <= "\udcff" for character in record[caption]):  # by surrogateescape
                     yield Row(name, problem=("caption not UTF-8", ""))
@@ -185,16 +185,21 @@ def _parquet(path: str, options: Options) -> tuple[int, Callable[[], Iterator[Ro
         raise InputError(f"source: expected a parquet file, got {path!r}: {error}") from None
     columns = _columns(file.schema_arrow.names, path, options)
 
+    def pairs() -> Iterator[tuple[Any, ...]]:
+        try:
+            for batch in file.iter_batches(4096, columns=columns):
+                yield from zip(*(batch.column(name) for name in columns))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"source: expected a parquet file, got {path!r}, which is damaged: {error}") from None
+
     def value(scalar: Any) -> Any:
         try:
             return scalar.as_py()
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, pyarrow.ArrowException):
             return None
 
     def rows() -> Iterator[Row]:
-        batches = file.iter_batches(4096, columns=columns)
-        pairs = (pair for batch in batches for pair in zip(*(batch.column(name) for name in columns)))
-        for number, (image, caption) in enumerate(map(value, pair) for pair in pairs):
+        for number, (image, caption) in enumerate(map(value, pair) for pair in pairs()):
             captions = caption if isinstance(caption, list) else [] if caption is None else [str(caption)]
             yield _row(f"{os.path.basename(path)}/{number:09d}", image, captions, path, options)
 
@@ -251,7 +256,8 @@ def _entries(content: Any, path: str, options: Options) -> Iterator[tuple[str, l
     images = content["images"]
     if "annotations" in content:  # COCO's captions_val2017.json
         files = {image["id"]: image["file_name"] for image in images}
-        yield from ((str(files[entry["image_id"]]), [entry["caption"]]) for entry in content["annotations"])
+        for entry in content["annotations"]:
+            yield str(files.get(entry["image_id"], f"image_id {entry['image_id']}")), [entry["caption"]]
         return
     splits = list(dict.fromkeys(image["split"] for image in images if "split" in image))
     if options.split is None and len(splits) > 1:
@@ -259,7 +265,8 @@ def _entries(content: Any, path: str, options: Options) -> Iterator[tuple[str, l
         raise InputError(f"source: expected one of the splits {several}, as {path}#{splits[0]}, got none")
     for image in images:
         if options.split is None or image.get("split", options.split) == options.split:
-            yield os.path.join(image.get("filepath", ""), image["filename"]), [text["raw"] for text in image["sentences"]]
+            captions = [text["raw"] for text in image.get("sentences", [])]
+            yield os.path.join(image.get("filepath", ""), image["filename"]), captions
 
 
 def _folder(path: str) -> RowSource:
@@ -277,11 +284,13 @@ def _folder(path: str) -> RowSource:
     def state() -> dict[str, Any]:
         digest = hashlib.blake2b(digest_size=16)
         for image, texts in _images(path):
+            if any_text and not texts:  # it is no sample; a run's own curves.png may lie in the folder
+                continue
             digest.update(repr((image, texts)).encode("utf-8", "surrogateescape"))
             for text in texts.values():
                 with contextlib.suppress(OSError, BrokenSample):  # which is counted when the row is read
                     digest.update(file_bytes(os.path.join(path, text), TEXT_BYTES))
-        return {"images": images, "names": digest.hexdigest()}
+        return {"images": counts[any_text], "names": digest.hexdigest()}
 
     def rows() -> Iterator[Row]:
         for image, texts in _images(path):

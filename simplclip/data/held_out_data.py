@@ -97,7 +97,7 @@ class HeldOut:
                 images, pairs, positions = batch
                 yield images, positions, pairs
         if not any_usable:
-            raise EmptyDataError(f"{self} has no usable sample; {skipped}")
+            raise EmptyDataError(f"data: expected usable samples, got none in {self}; {skipped}")
 
     def pictures(self, positions: Iterable[int]) -> dict[int, Image.Image]:
         """Returns the RGB images at these positions. The data before the last one are read again."""

@@ -58,4 +58,5 @@ def rgb(image: Image.Image) -> Image.Image:
     """Converts an image to RGB as open_clip does, without its alpha. 16 bits are scaled to 8."""
     if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image.info.pop("transparency", None)  # of which Pillow would warn
     return image if image.mode == "RGB" else image.convert("RGB")

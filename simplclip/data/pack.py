@@ -9,6 +9,7 @@ after a stop. The rows are read as a stream, and processes on every core read th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -18,7 +19,6 @@ import re
 import signal
 import sys
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -90,7 +90,7 @@ def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
     data: a path or address, a mapping with "shards", or a list of these, as `Loader` takes them. A mapping may also have
         the fields of `Options`.
     """
-    names: Counter[str] = Counter()
+    folders: set[str] = set()
 
     def replaced(part: Any, options: Options = Options()) -> Any:  # noqa: B008
         if isinstance(part, Mapping):
@@ -101,9 +101,12 @@ def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
             return [replaced(one, options) for one in part]
         if not (isinstance(part, (str, os.PathLike)) and is_source(part)):
             return part
-        name = _stem(os.fspath(part))
-        names[name] += 1
-        folder = name if names[name] == 1 else f"{name}-{names[name]}"  # of two files with one name, in their order
+        name = folder = _stem(os.fspath(part))
+        for number in itertools.count(2):  # of files with one name, in their order
+            if folder not in folders:
+                break
+            folder = f"{name}-{number}"
+        folders.add(folder)
         return pack(part, Path(out) / folder, options, progress=progress)
 
     return replaced(data)
@@ -142,6 +145,7 @@ def summary(shards: list[str], examples: int = 3) -> str:
 
 def _write(source: RowSource, folder: TarFolder, workers: int, progress: bool) -> None:
     """Writes the shards that the folder does not have, and adds their entries one after another."""
+    folder.complete = False
     folder.entries = {name: entry for name, entry in folder.entries.items() if folder.is_whole(name)}
     done, stem = sum(entry.get("rows", 0) for entry in folder.entries.values()), _stem(source.path)
 
@@ -162,7 +166,8 @@ def _write(source: RowSource, folder: TarFolder, workers: int, progress: bool) -
             bar.update(len(rows))
         if not any(entry["samples"] for entry in folder.entries.values()):
             (folder.out / "meta.json").unlink()
-            folder.out.rmdir()
+            with contextlib.suppress(OSError):  # it holds something else, such as .gitkeep
+                folder.out.rmdir()
             left_out = skipped_in(folder.entries.values())
             raise InputError(f"source: expected images with captions, got none that is usable in {source.path!r}; {left_out}")
     folder.complete = True

@@ -39,9 +39,14 @@ class Source:
 
 
 def name_of(url: str) -> str:
-    """Returns the file name of a path or URL, without the query of the URL, which may be a signature that changes."""
-    is_url = isinstance(url, Address) and url.startswith("http")
-    return os.path.basename(urlsplit(url).path if is_url else url)
+    """Returns the file name of a path or URL, or the last tar that a command names.
+
+    The query of a URL, which may be a signature that changes, is left out.
+    """
+    if not isinstance(url, Address):
+        return os.path.basename(url)
+    tars = re.findall(r"[^/\s]+\.tar\b", url) if url.startswith("pipe:") else []
+    return tars[-1] if tars else os.path.basename(urlsplit(url).path)
 
 
 def sources_of(what: Any, name: str = "shards") -> list[Source]:
@@ -131,7 +136,8 @@ def _names(pattern: str) -> Iterator[str]:
     first, last, step, listed = braces.groups()
     parts: Iterable[str]
     if listed is None:
-        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        padded = any(len(end) > 1 and end[0] == "0" for end in (first, last))
+        width = max(len(first), len(last)) if padded else 0
         start, end = int(first), int(last)
         sign = 1 if start <= end else -1
         parts = (f"{number:0{width}}" for number in range(start, end + sign, sign * max(1, int(step or 1))))

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import tiny
-from pairs import call
+from pairs import call, png
 from paths import ROOT
 
 import simplclip
@@ -136,9 +136,23 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 def test_names_of_splits():
     named = {"concepts": "a/b-*.tar", "z": "/p/q=1/r.tar", "Prüfung, 第 2 部 🙂": "x=1.tar", "COCO (5k)": "coco.json#test"}
     derived = {"vendor": "emoji/vendor-*.tar", "val": "val-{000..003}.tar", "held": "/q=1/held-000.tar", "one": "one.tar.gz"}
-    derived |= {"データ": "データ-1.tar", "dataset_coco": "x/dataset_coco.json", "flickr-val": "flickr.csv#val"}
+    derived |= {"photos": "set #1 [x]/photos"}
+    derived |= {"データ": "データ-1.tar", "dataset_coco": "x/dataset_coco.json", "flickr-val": "flickr.json#val"}
     words = [*(f"{name}={shards}" for name, shards in named.items()), *derived.values()]
     assert options.named_splits(words) == named | derived
+
+
+def test_outputs_that_end_early_or_lack_characters(tmp_path):
+    """`| head` has read enough, and latin-1 has no emoji; neither costs a result."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/1.txt").write_text("🙂")
+    (tmp_path / "in/1.png").write_bytes(png())
+    words = f"{sys.executable} -m simplclip data pack in --out"
+    for command, expected in ((f"{words} a | true", ""), (f"PYTHONIOENCODING=latin-1 {words} b", r"in/1: \U0001f642")):
+        done = subprocess.run(command, shell=True, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path)
+        assert expected in done.stdout
+        assert not done.stderr
+    assert [*tmp_path.glob("?/in-000000.tar")]
 
 
 def test_doctor():

@@ -152,7 +152,7 @@ def test_clip_benchmarks_layout(tmp_path, monkeypatch):
 
 
 def test_data_without_a_usable_sample(tmp_path):
-    with pytest.raises(data.EmptyDataError, match=r"no usable sample.*1 missing image"):
+    with pytest.raises(data.EmptyDataError, match=r"data: expected usable samples, got none.*1 missing image"):
         read(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -110,14 +111,15 @@ def test_rows_of_every_kind(tmp_path):
         lines.write(b"\n\r\n")  # empty lines
         lines.write(b'a.png,half a "quote\n')  # a quote inside a field that is not quoted
         lines.write(f"{tmp_path}/a.png,absolute\r\n".encode())
+        lines.write(b"a.png,with a comma, not quoted\n")
         lines.write(b"alone\na.png,\n,no path\nnone.png,gone\na.png,\xff\xfe\n")
         lines.write(b"\x00\r\x00,a.png\na.png,last")
     found, skipped = packed(path, tmp_path / "out")
     cleaned = [" ".join(text.removeprefix("\ufeff").split()) for text in [*quoted, 'half a "quote']]
     assert found[0] == ("000000000", [*cleaned, "absolute"])  # neighbouring rows of one image
-    assert found[1:] == [("000000013", ["last"])]
+    assert found[1:] == [("000000014", ["last"])]
     # The reason of the row with NUL depends on Python's version.
-    assert skipped.pop("bad row") + skipped.pop("cannot be read") == 3
+    assert skipped.pop("bad row") + skipped.pop("cannot be read") == 4
     assert skipped == {"caption not UTF-8": 1, "empty caption": 1, "missing image": 1}
 
 
@@ -225,6 +227,43 @@ def test_another_meta_json_is_refused(tmp_path, rows, entries):
         packed(rows, tmp_path / "out")
 
 
+def test_a_run_in_the_folder_of_its_data_does_not_change_them(tmp_path):
+    """Its pictures have no captions beside them."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/1.txt").write_text("a cat")
+    for name in ("1.png", "curves.png"):
+        (tmp_path / "in" / name).write_bytes(png())
+        assert packed(tmp_path / "in", tmp_path / "out") == ([("1", ["a cat"])], {})
+
+
+def test_entries_of_json_files_that_are_incomplete_cost_no_other(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "b.png").write_bytes(png())
+    coco = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": n, "caption": f"{n}"} for n in (1, 2)]}
+    karpathy = {"images": [{"filename": "b.png"}, {"filename": "a.png", "sentences": [{"raw": "1"}]}]}
+    for name, content, reason in (("c", coco, "cannot be read"), ("k", karpathy, "missing caption")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        assert packed(tmp_path / f"{name}.json", tmp_path / name) == ([("a.png", ["1"])], {reason: 1})
+
+
+@pytest.mark.slow
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    texts = [f"a photo of {number % 7}" for number in range(300)]
+    parquet.write_table(pyarrow.table({"filepath": texts, "title": texts}), tmp_path / "t.parquet")
+    whole, draw, damaged = (tmp_path / "t.parquet").read_bytes(), random.Random(0), []
+    for _ in range(150):
+        file = bytearray(whole)
+        file[draw.randrange(len(file))] = draw.randrange(256)
+        (tmp_path / "t.parquet").write_bytes(file)
+        try:
+            deque(forms.open_source(tmp_path / "t.parquet", Options()).rows())
+        except InputError as error:
+            damaged.append(str(error))
+    assert damaged
+    assert all("t.parquet" in message for message in damaged)
+
+
 def test_images_of_one_name_are_different_samples(tmp_path):
     (tmp_path / "in/dog").mkdir(parents=True)
     for name in ("1.png", "1.JPG", "2.png"):
@@ -292,6 +331,34 @@ def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
         assert "remove it or choose another folder" in output
 
 
+def test_shards_that_are_made_again_are_missing_until_they_are(tmp_path, rows, monkeypatch):
+    def fails(path, first, rows):
+        if first == 8:
+            raise KeyboardInterrupt
+        return write(path, first, rows)
+
+    write, out = pack._write_shard, tmp_path / "out"
+    packed(rows, out)
+    before = digests(out)
+    for name in ("t-000001.tar", "t-000002.tar"):
+        (out / name).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "_write_shard", fails)
+        with pytest.raises(KeyboardInterrupt):
+            packed(rows, out, workers=1)
+    packed(rows, out)
+    assert digests(out) == before
+
+
+def test_a_folder_that_holds_something_else_stays(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.gitkeep").touch()
+    table(tmp_path / "t.csv", [("none.png", "x")])
+    with pytest.raises(InputError, match="got none that is usable in .*t.csv"):
+        packed(tmp_path / "t.csv", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".gitkeep"]
+
+
 def slow(path, first, rows):
     Path(path).with_suffix(f".{os.getpid()}").touch()
     time.sleep(60)
@@ -333,6 +400,12 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
     assert pack.packed(source, tmp_path / "out") == found
     assert capsys.readouterr().out.count("kept 2 samples of ") == 3
     assert digests(tmp_path / "out", "*/*.tar") == before
+    tables = [tmp_path / name for name in ("rows.csv", "more/rows.csv", "rows-2.csv")]
+    for place in tables:
+        place.parent.mkdir(exist_ok=True)
+        table(place, [(folder / path, text) for path, text in ROWS])
+    found = pack.packed(tables, tmp_path / "several")
+    assert [Path(shard).parent.name for (shard,) in found] == ["rows", "rows-2", "rows-2-2"]
     assert pack.packed("texts", tmp_path / "one") == [str(tmp_path / "one/texts/texts-000000.tar")]
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from braceexpand import braceexpand
 from pairs import sample, write
 from test_samples import one_pass
 
@@ -132,6 +133,9 @@ def test_paths_patterns_and_weights(tmp_path, monkeypatch):
     assert urls("train-0{00..00}.tar") == urls("*.tar") == urls(Path("train-000.tar")) == ["train-000.tar"]
     assert urls(["*.tar", "more/*.tar"]) == ["train-000.tar", "more/train-012.tar"]
     assert urls("http://host/{1..2}.tar") == ["http://host/1.tar", "http://host/2.tar"]
+    for pattern in ("{0..10}", "{10..8}", "{08..11}", "{0..100..50}", "{a,b}-{1..2}", "{x}", "{a,{1..3}}", "{,x}"):
+        pattern = f"http://host/{pattern}.tar"
+        assert urls(pattern) == [*braceexpand(pattern)]
     command = "pipe:cat {a,b}.tar | awk '{ print ${x} }'"
     assert urls(command) == [command.replace("{a,b}", name) for name in "ab"]
     weighted = data.sources_of([{"shards": ["*.tar", {"shards": str(b), "weight": 0.5}], "weight": 3}, "more/*.tar"])

@@ -66,6 +66,13 @@ def test_a_full_disk_leaves_the_former_file(tmp_path):
     assert (tmp_path / "a").read_text() == "former"
 
 
+def test_a_folder_beside_the_present_one(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with temporary_folder(".") as folder:
+        assert folder.parent == tmp_path
+
+
 def test_leftovers_of_killed_processes_are_removed(tmp_path):
     """A link is removed, but not its target."""
     number = "0123456789abcdef"
