@@ -53,7 +53,8 @@ def evaluate(
 ) -> None:
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
     splits = named_splits(data or []) or splits_of(models[0])
-    check_data(list(splits.values()), "data")
+    for split in splits.values():
+        check_data(split, "data")
     from simplclip import evaluation
     from simplclip.common import ranks
 

@@ -206,7 +206,7 @@ class Loader:
         return samples
 
     def _read(self, order: list[tuple[Source, int]], skipped: Skipped) -> Iterator[Sample]:
-        options: dict[str, Any] = {"sidecars": self.sidecars, "max_bytes": self.max_bytes, "on_error": self.on_error}
+        options: dict[str, Any] = {"sidecars": self.sidecars or None, "max_bytes": self.max_bytes, "on_error": self.on_error}
         for source, copy_number in order:
             for sample in tars.read(source, skipped, **options):
                 yield sample | {"__copy__": copy_number} if copy_number else sample

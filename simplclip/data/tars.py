@@ -74,7 +74,7 @@ def read(
     source: Source,
     skipped: Skipped,
     *,
-    sidecars: Folders = (),
+    sidecars: Folders | None = None,
     max_bytes: int = MAX_BYTES,
     on_error: str = "skip",
 ) -> Iterator[Sample]:
@@ -83,7 +83,7 @@ def read(
     Damage is counted in `skipped`. A file that was not read, since it is too large or sparse, is a BrokenSample in the
     sample. A stream or disk that fails is tried again, from the sample where it failed.
 
-    sidecars: their folders; then a key that comes again is a broken sample. max_bytes: most bytes of a file.
+    sidecars: their folders, if not None; then a key that comes again is a broken sample. max_bytes: most bytes of a file.
     Raises ShardError if it fails after several tries, if on_error is "stop" and the tar is damaged, and for a sidecar that is
     missing or damaged, or has other samples than the shard.
     """
@@ -92,7 +92,7 @@ def read(
         counted = Skipped()
         samples = _samples(source, counted, max_bytes, on_error)
         try:
-            for number, sample in enumerate(_joined(samples, source.url, sidecars) if sidecars else samples):
+            for number, sample in enumerate(samples if sidecars is None else _joined(samples, source.url, sidecars)):
                 new = counted.take()
                 if number == given:  # an earlier try yielded the samples before, and counted the damage there
                     given += 1

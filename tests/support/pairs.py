@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from simplclip import data
 from simplclip.commands.main import app
 from simplclip.common import files
-from simplclip.data import samples, sidecars, tars
+from simplclip.data import samples, tars
 from simplclip.data.errors import Skipped
 
 SIZE = 8
@@ -68,7 +68,7 @@ def joined(shards, *folders, teacher=False):
     """Returns the samples of shards by key, as training reads them with the sidecars in `folders`."""
     found = {}
     for source in data.sources_of(str(shards)):
-        for raw in sidecars.zipped(tars.read(source, Skipped()), source.url, folders):
+        for raw in tars.read(source, Skipped(), sidecars=folders):
             found[raw["__key__"]] = samples.parse(raw, teacher=teacher)
     return found
 
