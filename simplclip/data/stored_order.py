@@ -1,7 +1,8 @@
 """The samples of tars in stored order, prepared by several processes: for evaluation, and for the writers of sidecars.
 
 Every worker goes over all samples, and prepares the batches b with b % workers equal to its number. So the order does not
-depend on the number of workers, and no process waits for the one that has the next tar.
+depend on the number of workers, and no process waits for the one that has the next tar. Writers, to which the order of tars
+does not matter, let each worker read tars of its own, if there are enough.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from simplclip.data.workers import from_workers
 class Portion(NamedTuple):
     """A batch of one source, or the end of a source."""
 
-    positions: list[int]  # of the batch's usable samples among all samples of all sources
+    source: int  # its index
+    positions: list[int]  # of the batch's usable samples among all samples of all sources that the worker reads
     keys: list[str]  # of the same samples
     batch: Any  # what `collate` returned; None at the end of a source, and if no sample of the batch is usable
     skipped: Skipped  # damage in the batch; at the end of a source that of the tar itself
@@ -43,6 +45,7 @@ class StoredOrder:
     collate: Callable[[list[Any]], Any] = list
     rank: int = 0
     world_size: int = 1
+    divide_sources: bool = False  # among the workers, if there are enough: batches of a source are in order, sources are not
 
     def portions(self, workers: int = 0) -> Generator[Portion, None, None]:
         """Yields the portions, from `workers` processes. Raises ShardError, and WorkerError if a process died."""
@@ -52,18 +55,21 @@ class StoredOrder:
 
     def _portions(self, worker: int, workers: int) -> Iterator[Portion]:
         turn, turns = worker * self.world_size + self.rank, workers * self.world_size
+        sources = [*enumerate(self.sources)]
+        if self.divide_sources and len(sources) >= workers:
+            turn, turns, sources = 0, 1, sources[worker::workers]
         number = start = 0  # of the next portion, and of its first sample
-        for source in self.sources:
+        for index, source in sources:
             damage = Skipped()
             samples = self.read(source, damage)
             rows: list[Sample] = [{}]
             while rows:
                 rows = list(islice(samples, self.batch_size))
                 if number % turns == turn:
-                    yield self._portion(start, rows) if rows else Portion([], [], None, damage, end=True)
+                    yield self._portion(index, start, rows) if rows else Portion(index, [], [], None, damage, end=True)
                 number, start = number + 1, start + len(rows)
 
-    def _portion(self, start: int, rows: list[Sample]) -> Portion:
+    def _portion(self, source: int, start: int, rows: list[Sample]) -> Portion:
         prepared, positions, keys, skipped = [], [], [], Skipped()
         for position, sample in enumerate(rows, start):
             try:
@@ -72,4 +78,4 @@ class StoredOrder:
                 keys.append(sample["__key__"])
             except BrokenSample as broken:
                 skipped.add(broken.args[0], place_of(sample), broken.args[1])
-        return Portion(positions, keys, self.collate(prepared) if prepared else None, skipped)
+        return Portion(source, positions, keys, self.collate(prepared) if prepared else None, skipped)

@@ -3,8 +3,8 @@
     OUT/NAME.tar      the new files of the samples of the shard NAME.tar, in its order
     OUT/meta.json     how they were made, and the samples and bytes of each finished sidecar and of its shard
 
-Worker processes read, decode and prepare the samples; this process computes on whole batches and writes. A sidecar gets its
-name after all of it is on disk. After a stop the same command goes on with the first unfinished sidecar. Ranks divide the
+Worker processes read, decode and prepare the samples, each of shards of its own; this process computes on whole batches and
+writes. A sidecar gets its name after all of it is on disk. After a stop the same command goes on with the unfinished ones. Ranks divide the
 shards, and the first one writes meta.json.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -90,12 +91,12 @@ def write_sidecars(
         of_rank = list(islice(todo, rank, None, count))
         read = partial(tars.read, sidecars=sidecars, max_bytes=max_bytes)
         prepared = partial(_prepared, prepare=prepare)
-        order = StoredOrder([todo[name] for name in of_rank], read, prepared, batch_size, collate)
+        order = StoredOrder([todo[name] for name in of_rank], read, prepared, batch_size, collate, divide_sources=True)
         portions = stack.enter_context(contextlib.closing(order.portions(workers)))
         kept = sum(folder.entries[name]["samples"] for name in sources if name not in todo)
         with Progress(title, dataset_size(urls), kept, shown=progress) as bar:
-            written = ((name, rank, _write(portions, out / name, process, bar.update)) for name in of_rank)
-            for name, writer, entry in ranks.gathered(written):
+            written = _write(portions, [out / name for name in of_rank], process, bar.update)
+            for name, writer, entry in ranks.gathered((path.name, rank, entry) for path, entry in written):
                 folder.entries[name] = entry | _origin(todo[name], sidecars)
                 folder.save()
                 bar.update(entry["samples"] if writer else 0)
@@ -128,18 +129,25 @@ def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
 
 
 def _write(
-    portions: Iterator[Portion], target: Path, process: Callable[[Any], Files], advance: Callable[[int], None]
-) -> dict[str, Any]:
-    """Writes the sidecar of the next shard of `portions`; returns its entry of meta.json, without the shard's."""
-    skipped, samples = Skipped(), 0
-    with new_tar(target) as tar:
+    portions: Iterator[Portion], targets: Sequence[Path], process: Callable[[Any], Files], advance: Callable[[int], None]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Writes the sidecars of the sources of `portions`; yields the path and the entry of each when it is complete."""
+    unfinished: dict[int, tuple[contextlib.ExitStack, tarfile.TarFile, Skipped, list[str]]] = {}
+    with contextlib.ExitStack() as all_tars:
         for portion in portions:
+            target = targets[portion.source]
+            if portion.source not in unfinished:
+                of_tar = all_tars.enter_context(contextlib.ExitStack())
+                unfinished[portion.source] = of_tar, of_tar.enter_context(new_tar(target)), Skipped(), []
+            of_tar, tar, skipped, keys = unfinished[portion.source]
             skipped.merge(portion.skipped)
             if portion.end:
-                break
+                of_tar.close()  # gives the tar its name
+                del unfinished[portion.source]
+                yield target, entry_of(target, len(keys), skipped)
+                continue
             if portion.batch is not None:
                 for key, files in zip(portion.keys, process(portion.batch), strict=True):
                     add(tar, key, files)
-                samples += len(portion.keys)
+                keys += portion.keys
             advance(len(portion.positions) + portion.skipped.counts.total())
-    return entry_of(target, samples, skipped)
