@@ -84,7 +84,7 @@ class HeldOut:
         Raises ShardError for a shard that cannot be read, EmptyDataError if no sample is usable, WorkerError if a loader
         process died.
         """
-        share = {"rank": ranks.number(), "world_size": ranks.count()} if use else {}
+        share: dict[str, Any] = {"rank": ranks.number(), "world_size": ranks.count()} if use else {}
         order = StoredOrder(self.sources, _read, partial(self._prepare, transform=transform), batch_size, _collate, **share)
         read: Any = ((item.batch and (*item.batch, item.positions), item.skipped) for item in order.portions(workers))
         if use:

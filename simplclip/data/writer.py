@@ -4,8 +4,8 @@
     OUT/meta.json     how they were made, and the samples and bytes of each finished sidecar and of its shard
 
 Worker processes read, decode and prepare the samples, each of shards of its own; this process computes on whole batches and
-writes. A sidecar gets its name after all of it is on disk. After a stop the same command goes on with the unfinished ones. Ranks divide the
-shards, and the first one writes meta.json.
+writes. A sidecar gets its name after all of it is on disk. After a stop the same command goes on with the unfinished ones.
+Ranks divide the shards, and the first one writes meta.json.
 """
 
 from __future__ import annotations
