@@ -15,7 +15,6 @@ __all__ = [
 
 NORMS: dict[str, Callable[..., Any]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 _FORWARDS = (nn.Linear.forward, nn.LayerNorm.forward, nn.RMSNorm.forward)
-_HOOKED = {"weight_orig", "weight_g"}  # parameters of which torch.nn.utils computes the weight in a hook
 
 
 class ShapedAttention(nn.Module):
@@ -138,8 +137,10 @@ class SimplifiedBlock(ShapedAttention):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         self._check(x)
-        for name, part in self._modules.items():
-            if part is not None and (type(part).forward not in _FORWARDS or _HOOKED & part._parameters.keys()):
+        for name, part in self._modules.items():  # weight_orig and weight_g are those of torch.nn.utils' hooks
+            if part is None:
+                continue
+            if type(part).forward not in _FORWARDS or "weight_orig" in part._parameters or "weight_g" in part._parameters:
                 expected = "a Linear or norm as it was made, since the op reads its weight and does not call it"
                 raise TypeError(f"{name}: expected {expected} (LoRA, pruning and old weight_norm change calls), got {part}")
         if self.training and self.drop_path > 0:
