@@ -137,10 +137,11 @@ class SimplifiedBlock(ShapedAttention):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         self._check(x)
-        for name, part in self._modules.items():  # weight_orig and weight_g are those of torch.nn.utils' hooks
+        for name, part in self._modules.items():
             if part is None:
                 continue
-            if type(part).forward not in _FORWARDS or "weight_orig" in part._parameters or "weight_g" in part._parameters:
+            hooked = "weight_orig" in part._parameters or "weight_g" in part._parameters  # by torch.nn.utils
+            if hooked or type(part).forward not in _FORWARDS:
                 expected = "a Linear or norm as it was made, since the op reads its weight and does not call it"
                 raise TypeError(f"{name}: expected {expected} (LoRA, pruning and old weight_norm change calls), got {part}")
         if self.training and self.drop_path > 0:

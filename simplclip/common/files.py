@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import io
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 from simplclip.common.errors import InputError
 
 HOUR = 3600.0  # seconds
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 
 
@@ -69,7 +71,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             finally:
                 os.close(descriptor)
     except OSError as error:
-        error.filename = error.filename or str(path)  # which a full disk does not say
+        if error.errno in FULL_DISK and error.filename is None:
+            error.filename = str(path)
         raise
     finally:
         with contextlib.suppress(OSError):  # after an error: closing flushes the buffer, which fails again on a full disk

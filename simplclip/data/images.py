@@ -49,6 +49,7 @@ def decode_pil(encoded: bytes | Image.Image) -> Image.Image:
     image = open_image(encoded) if isinstance(encoded, bytes) else encoded
     try:
         image.load()
+        image.info.pop("transparency", None)  # of which Pillow would warn; `rgb` may be given a caller's own image
         return rgb(image)
     except Exception as error:
         raise BrokenSample("truncated image", error) from None
@@ -58,5 +59,4 @@ def rgb(image: Image.Image) -> Image.Image:
     """Converts an image to RGB as open_clip does, without its alpha. 16 bits are scaled to 8."""
     if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image.info.pop("transparency", None)  # of which Pillow would warn
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -101,11 +101,9 @@ def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
             return [replaced(one, options) for one in part]
         if not (isinstance(part, (str, os.PathLike)) and is_source(part)):
             return part
-        name = folder = _stem(os.fspath(part))
-        for number in itertools.count(2):  # of files with one name, in their order
-            if folder not in folders:
-                break
-            folder = f"{name}-{number}"
+        name = _stem(os.fspath(part))
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))  # of files with one name
+        folder = next(candidate for candidate in names if candidate not in folders)
         folders.add(folder)
         return pack(part, Path(out) / folder, options, progress=progress)
 

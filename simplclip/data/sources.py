@@ -43,10 +43,10 @@ def name_of(url: str) -> str:
 
     The query of a URL, which may be a signature that changes, is left out.
     """
-    if not isinstance(url, Address):
-        return os.path.basename(url)
-    tars = re.findall(r"[^/\s]+\.tar\b", url) if url.startswith("pipe:") else []
-    return tars[-1] if tars else os.path.basename(urlsplit(url).path)
+    if isinstance(url, Address) and url.startswith("http"):
+        return os.path.basename(urlsplit(url).path)
+    tars = re.findall(r"[^/\s]+\.tar\b", url) if isinstance(url, Address) else []
+    return tars[-1] if tars else os.path.basename(url)
 
 
 def sources_of(what: Any, name: str = "shards") -> list[Source]:

@@ -62,12 +62,13 @@ class StoredOrder:
         for index, source in sources:
             damage = Skipped()
             samples = self.read(source, damage)
-            rows: list[Sample] = [{}]
-            while rows:
-                rows = list(islice(samples, self.batch_size))
+            while rows := list(islice(samples, self.batch_size)):
                 if number % turns == turn:
-                    yield self._portion(index, start, rows) if rows else Portion(index, [], [], None, damage, end=True)
+                    yield self._portion(index, start, rows)
                 number, start = number + 1, start + len(rows)
+            if number % turns == turn:
+                yield Portion(index, [], [], None, damage, end=True)
+            number += 1
 
     def _portion(self, source: int, start: int, rows: list[Sample]) -> Portion:
         prepared, positions, keys, skipped = [], [], [], Skipped()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import tarfile
@@ -13,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import differences, locked, remove_leftovers, replacing, write_atomically
+from simplclip.common.files import FULL_DISK, differences, locked, remove_leftovers, replacing, write_atomically
 from simplclip.data.errors import Skipped
 from simplclip.data.samples import json_of
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TarFolder:
@@ -101,7 +98,7 @@ def new_tar(path: str | Path) -> Iterator[tarfile.TarFile]:
         with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             yield tar
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL_DISK:
             raise
         raise InputError(
             f"out: {path} could not be written: {error.strerror}; the same command goes on when there is more room"

@@ -2,6 +2,7 @@
 
 import io
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from photos import encode, photo, png_that_claims
 from PIL import Image
 
 from simplclip.data.errors import BrokenSample
-from simplclip.data.images import decode_pil, open_image
+from simplclip.data.images import decode_pil, open_image, rgb
 from simplclip.data.transforms import decode
 
 
@@ -65,6 +66,17 @@ def test_pixels_are_those_of_pillow(kind):
     assert open_image(PLAIN[kind]).size == (320, 240)
     assert torch.equal(found, by_pillow(PLAIN[kind]))
     assert torch.equal(found, pixels(decode_pil(PLAIN[kind])))
+
+
+def test_transparent_palettes_are_decoded_without_a_warning_and_images_of_a_caller_keep_theirs():
+    file = encode(RGB.quantize(16), "PNG", transparency=bytes(range(16)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoded = decode_pil(file)
+    image = Image.open(io.BytesIO(file))
+    with pytest.warns(UserWarning, match="Palette images with Transparency"):
+        assert torch.equal(pixels(rgb(image)), pixels(decoded))
+    assert "transparency" in image.info
 
 
 def test_sixteen_bits_are_scaled():

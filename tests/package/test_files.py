@@ -1,5 +1,6 @@
 """Files that are written completely, also in a folder that other users can write to."""
 
+import errno
 import os
 import resource
 import signal
@@ -71,6 +72,13 @@ def test_a_folder_beside_the_present_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     with temporary_folder(".") as folder:
         assert folder.parent == tmp_path
+
+
+def test_only_a_full_disk_gets_the_name_of_the_file(tmp_path):
+    for error, message in ((OSError("why"), "why"), (OSError(errno.ENOSPC, "full"), f"[Errno 28] full: '{tmp_path / 'a'}'")):
+        with pytest.raises(OSError) as caught, replacing(tmp_path / "a"):  # noqa: PT011 (the message is compared below)
+            raise error
+        assert str(caught.value) == message
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path):

@@ -61,13 +61,8 @@ def _fwd(pick, call):
     qk = qk if call.keep else x.new_empty(0)
     for h_chunk, out_chunk in [(h, out)] if call.keep else hidden_rows(*first, out):
         project(HiddenCall(h_chunk, weight, bias, call.act, out_chunk, accumulate=True))
-    return (
-        torch.ops.aten._unsafe_view(out, call.x.shape),
-        qk,
-        h,
-        lse,
-        av,
-    )  # autograd lets no view of an op be changed in place
+    out = torch.ops.aten._unsafe_view(out, call.x.shape)  # autograd lets no view that an op returns be changed in place
+    return out, qk, h, lse, av
 
 
 def _fwd_fake(call, spec):
