@@ -12,7 +12,7 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(CORES)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help check-tools install demo ablation plan test test-quick test-avx2 prove sanitize test-gpu bench \
+.PHONY: help check-tools install demo ablation plan test test-quick test-cpu prove sanitize test-gpu bench \
 	bench-gpu aot oldest dist wheel wheel-test tables api lint lint-source clean
 
 help:  ## this list; it fits a screen of 24 lines of 80 columns
@@ -111,12 +111,20 @@ test: install  ## the tests; those that need a GPU are skipped without one
 test-quick: install  ## the fast ones, in a minute and a half
 	$(PYTEST) -m "not slow"
 
-# Desktop CPUs of many kinds have no instructions for bfloat16: torch, oneDNN and simplclip each have a variable.
-test-avx2: export ATEN_CPU_CAPABILITY := avx2
-test-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
-test-avx2: export SIMPLCLIP_CPU_ISA := avx2
-test-avx2: install  ## the fast ones of ops and losses, as on a CPU with AVX2 alone
-	$(PYTEST) -m "not slow" tests/ops tests/losses tests/memory
+# A lesser CPU than this one: torch, oneDNN and simplclip each have a variable for it. Most desktop CPUs have AVX2 alone, many
+# servers AVX-512 without instructions for bfloat16.
+CPU ?= avx2
+ONEDNN_avx2 := AVX2
+ONEDNN_avx512 := AVX512_CORE
+ONEDNN_avx512_bf16 := AVX512_CORE_BF16
+test-cpu: export ATEN_CPU_CAPABILITY = $(patsubst avx512%,avx512,$(CPU))
+test-cpu: export ONEDNN_MAX_CPU_ISA = $(ONEDNN_$(CPU))
+test-cpu: export SIMPLCLIP_CPU_ISA = $(CPU)
+test-cpu: install  ## ops, losses, memory as on a CPU=avx2, avx512, avx512_bf16
+	@$(if $(ONEDNN_$(CPU)),,$(error CPU: expected avx2, avx512 or avx512_bf16, got $(CPU)))
+	@if grep -qw $(CPU:avx512=avx512bw) /proc/cpuinfo; then set -x; \
+		$(PYTEST) tests/memory tests/ops/test_memory.py && $(PYTEST) -m "not slow" tests/ops tests/losses; \
+	else echo "skipped: this CPU has no $(CPU)"; fi
 
 prove: install  ## all proofs at full length, an estimated 90 minutes
 	SIMPLCLIP_CUDA_ARCHS=all PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e .

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from devices import NATIVE_BF16
 from open_clip import add_model_config
 from pairs import call
 
@@ -67,6 +68,8 @@ WITHIN = {"fp32": 0.01, "bf16": 0.02}
 
 def check(step, within):
     """Compares the prediction with the allocator's peak over two real steps, on the CPU."""
+    if step.precision == "bf16" and not NATIVE_BF16:
+        pytest.skip("oneDNN copies bfloat16 to float32 on this CPU")
     torch.manual_seed(0)
     predicted = measure.predict(step, CPU)
     assert predicted.peak == pytest.approx(steps.measure(step, CPU), rel=within)

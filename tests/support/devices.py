@@ -1,13 +1,28 @@
 """What the tests of an op share: backends and dtypes, and the peak on a GPU."""
 
+import os
+
 import pytest
 import torch
 
+from simplclip.common import hardware
 from simplclip.ops import backends
 
 needs_cpu_kernels = pytest.mark.skipif(backends.extension is None, reason=f"no CPU kernels: {backends.extension_error}")
 BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Without bfloat16 instructions, and as a lesser CPU than it runs on, oneDNN copies operands of half types to float32.
+NATIVE_BF16 = hardware.native_bf16(torch.device("cpu"))
+NATIVE_FP16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+needs_native_bf16 = pytest.mark.skipif(not NATIVE_BF16, reason="oneDNN copies bfloat16 to float32 on this CPU")
+needs_uncopied_fp16 = pytest.mark.skipif(
+    NATIVE_FP16 and "ONEDNN_MAX_CPU_ISA" in os.environ, reason="oneDNN may copy float16 to float32 by ONEDNN_MAX_CPU_ISA"
+)
+UNCOPIED_DTYPES = [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=needs_native_bf16),
+    pytest.param(torch.float16, marks=needs_uncopied_fp16),
+]
 
 
 def cuda_peak_bytes(run):
