@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Any
 
@@ -54,6 +54,7 @@ class Op:
         self.values = attrgetter(*call_type.__match_args__)
         self.first = call_type.__match_args__[0]  # a tensor in every call: its device and dtype are the call's
         self.tensors = len(tensors_of(call_type))
+        self.contiguous = [field.name for field in fields(call_type) if str(field.type).startswith("Tensor")]
         self.backward: Any = None  # set by `gradients`, before which the op has none
         self.differentiable, self.saved_results, self.saves_tensors = 1, 1, True
 
@@ -63,7 +64,7 @@ class Op:
 
     def dispatch(self, call: Any, spec: str) -> Any:
         """Runs a call of plain tensors on its backend."""
-        first = getattr(call, self.first)
+        call, first = self.laid_out(call), getattr(call, self.first)
         if self.composed:
             function = self.pick(first, spec)
         else:
@@ -72,6 +73,14 @@ class Op:
             return self.run(function, call)
         with no_autocast(first.device):
             return self.run(function, call)
+
+    def laid_out(self, call: Any) -> Any:
+        """Returns the call with contiguous tensors, except those of type Strided: kernels read tensors through pointers."""
+        for name in self.contiguous:
+            t = getattr(call, name)
+            if t is not None and not t.is_contiguous():
+                call = replace(call, **{name: t.contiguous()})
+        return call
 
     def pick(self, first: Tensor, spec: str, through: Callable | None = None) -> Callable:
         """Returns `pick(op, **facts)`, which gives a composed op the function of one of its parts."""
@@ -85,7 +94,7 @@ class Op:
 
     def dispatch_through(self, *args: Any, through: Callable | None = None) -> Any:
         """Runs the dispatcher's arguments. `through(op, backend, function)` may return another function to call."""
-        call, spec = self.call_type(*args[:-1]), args[-1]
+        call, spec = self.laid_out(self.call_type(*args[:-1])), args[-1]
         first = getattr(call, self.first)
         if self.composed:
             function = self.pick(first, spec, through)
