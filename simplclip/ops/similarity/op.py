@@ -22,14 +22,12 @@ MATRICES = ("image", "text", "teacher_image", "teacher_text")
 
 
 def _prepared(call: Any) -> Any:
-    """Returns the call with contiguous features in the dtype of the products."""
+    """Returns the call with features in the dtype of the products."""
     dtype = computes_in(call.image.dtype, call.image.device.type)
-    changed = {}
-    for name in MATRICES:
-        features = getattr(call, name, None)
-        if features is not None and not (features.dtype == dtype and features.is_contiguous()):
-            changed[name] = features.to(dtype).contiguous()
-    return replace(call, **changed) if changed else call
+    if call.image.dtype == dtype:
+        return call
+    features = {name: getattr(call, name, None) for name in MATRICES}
+    return replace(call, **{name: t.to(dtype) for name, t in features.items() if t is not None})
 
 
 def _fwd(function, call):
@@ -100,8 +98,8 @@ _PLANE = tensors_of(SimilarityCall).index("plane")
 
 def _gradient(call, results, grads, needed, spec):
     rows, columns, stored = results
-    grad_rows = torch.zeros_like(rows) if grads[0] is None else grads[0].contiguous()
-    grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1].contiguous()
+    grad_rows = torch.zeros_like(rows) if grads[0] is None else grads[0]
+    grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1]
     of_grads = grad_rows, grad_columns, rows, columns, stored, needed[0], needed[1]
     d_image, d_text, d_scale, d_plane = registry.call(BACKWARD, SimilarityGradient(*FORWARD.values(call), *of_grads), spec)
     return (
@@ -311,7 +309,7 @@ class _Softmaxes(torch.autograd.Function):
         results, for_backward = values(rows, merged, scale, call.teacher_scale, weight, bias, options)
         fields = flat(call) if torch.compiler.is_compiling() else FORWARD.values(call)
         ctx.fields = fields[FORWARD.tensors :]
-        ctx.save_for_backward(*fields[: FORWARD.tensors], rows, columns, stored, shares, weight, *for_backward)
+        ctx.save_for_backward(*fields[: FORWARD.tensors], rows, columns, stored, shares, weight, bias, *for_backward)
         if options.weights is not None:
             ctx.mark_non_differentiable(*results[1:])
         return tuple(results)
@@ -338,7 +336,7 @@ def _of_positives(call: SimilarityCall, columns: Tensor, group: Any) -> tuple[Te
 
 def _softmax_gradients(ctx, saved, grads) -> tuple[Tensor | None, ...]:
     """Returns the gradients of image, text, scale, weight and bias."""
-    tensors, (rows, columns, stored, shares, weight, *intermediates) = saved[: FORWARD.tensors], saved[FORWARD.tensors :]
+    tensors, (rows, columns, stored, shares, weight, _, *intermediates) = saved[: FORWARD.tensors], saved[FORWARD.tensors :]
     d_rows, d_merged, d_scale, d_weight, d_bias = values_backward(grads, ctx.options, tensors[2], weight, *intermediates)
     d_columns = d_merged
     if shares is not None:
