@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
-from simplclip.nn import SimplifiedBlock, share_weights
+from simplclip.nn import SHARED_PARTS, SimplifiedBlock, share_weights
+from simplclip.ops import checks
 
 TOWERS = ("text", "image")
 Groups = Sequence[Sequence[int]]  # indices of blocks
@@ -153,7 +154,8 @@ def simplify(
     This works on the text transformer of CLIP and CustomTextCLIP, MobileCLIP-S0's, open_clip's VisionTransformer, the
     attention blocks of timm's VisionTransformer and FastViT, and the towers of transformers' CLIPModel, SiglipModel and
     Siglip2Model (from 5.0 on; docs/block.md says which masks and options work). New blocks have the activation, drop path,
-    dtype, device and mode of the old blocks. A causal mask is recognised and kept. Gains replace layer scale.
+    eps of the layer norm, dtype, device and mode of the old blocks. A causal mask is recognised and kept. Gains replace layer
+    scale.
 
     Args:
         towers: "text", "image" or both.
@@ -171,12 +173,15 @@ def simplify(
         init: "random", or what a matrix starts from that blocks share: the old matrix of the "first" block in the tower, or
             the "average" of all, see `init_blocks`.
 
-    Returns the same model, and a report of what was replaced with the parameter counts before and after. Raises ValueError,
-    and leaves the model unchanged, if an argument is unknown, or a tower has no replaceable blocks (a ResNet, a Hugging Face
-    encoder in open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower), or padding cannot be
-    masked, or `init_blocks` does not know a block.
+    Returns the same model, and a report of what was replaced with the parameter counts before and after. Raises ValueError
+    (TypeError for another type), and leaves the model unchanged, if an argument is unknown, or a tower has no replaceable
+    blocks (a ResNet, a Hugging Face encoder in open_clip, window or rotary attention) or a mask that is not causal (CoCa's
+    text tower), or padding cannot be masked, or `init_blocks` does not know a block.
     """
-    blocks, share = dict(blocks or {}), dict(share or {})
+    checks.instance("model", model, nn.Module, "an nn.Module")
+    blocks, share = blocks or {}, share or {}
+    for name, of_towers in (("blocks", blocks), ("share", share)):
+        checks.instance(name, of_towers, Mapping, f"a mapping, e.g. {{{TOWERS[0]!r}: ...}}")
     for name, keys, allowed in (("towers", towers, TOWERS), ("blocks", blocks, towers), ("share", share, towers)):
         if unknown := sorted({*keys} - {*allowed}):
             raise InputError(f"{name}: expected names out of {list(allowed)}, got {unknown}")
@@ -226,6 +231,8 @@ def simplify(
 def groups_of(share: Groups | Mapping[str, Groups], chosen: list[int]) -> dict[str, list[list[int]]]:
     """Returns a tower's groups by the part that they share. Raises InputError if they are not disjoint groups of `chosen`."""
     parts: Mapping[str, Groups] = share if isinstance(share, Mapping) else {"all": share}
+    if unknown := sorted({*parts} - {*SHARED_PARTS}):
+        raise InputError(f"share: expected parts out of {SHARED_PARTS}, got {unknown}")
     shared = {part: [list(group) for group in groups] for part, groups in parts.items() if groups}
     for part in ("attention", "mlp"):
         indices = [index for name in (part, "all") for group in shared.get(name, ()) for index in group]
@@ -311,4 +318,6 @@ def build_block(site: _Site, mlp_ratio: float | None = None, **options: Any) -> 
         options["drop_path"] = next((m.drop_prob for m in block.modules() if isinstance(m, DropPath)), 0.0)
     hidden, width = weight.shape[:2]
     new = site.cls(width, heads, hidden / width if mlp_ratio is None else mlp_ratio, **options, **site.options)
+    norms = [m for m in block.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm) and m.eps]
+    new.norm.eps = norms[0].eps if norms else new.norm.eps
     return new.to(device=weight.device, dtype=weight.dtype).train(block.training)

@@ -87,7 +87,15 @@ def test_signal_and_gradient_keep_their_size_through_a_deep_skipless_stack():
     ("call", "words"),
     [
         (lambda: SimplifiedBlock(12, 5), "heads: expected a divisor of the width 12, got 5"),
-        (lambda: SimplifiedBlock(12, 0), "heads: expected a divisor"),
+        (lambda: SimplifiedBlock(12, 0), "heads: expected an integer of at least 1, got 0"),
+        (lambda: SimplifiedBlock(12.0, 3), "width: expected an integer of at least 1, got 12.0"),
+        (lambda: SimplifiedBlock(12, 3, gamma="x"), "gamma: expected a number, got str"),
+        (lambda: SimplifiedBlock(12, 3, mlp_ratio="4"), "mlp_ratio: expected a number, got str"),
+        (lambda: SimplifiedBlock(12, 3)(None), r"x: expected \[B, L, 12\], got NoneType"),
+        *(
+            (lambda name=name: SimplifiedBlock(12, 3, **{name: "no"}), f"{name}: expected a bool, got str")
+            for name in ("causal", "value", "output", "recompute")
+        ),
         (lambda: SimplifiedBlock(12, 3, norm="batchnorm"), "norm: expected one of .*'layernorm'.*got 'batchnorm'"),
         (lambda: SimplifiedBlock(12, 3, act="tanh"), "act: expected one of .*'gelu'.*got 'tanh'"),
         (lambda: SimplifiedBlock(12, 3, drop_path=1.0), "drop_path: expected a probability"),
@@ -98,7 +106,7 @@ def test_signal_and_gradient_keep_their_size_through_a_deep_skipless_stack():
     ],
 )
 def test_bad_arguments(call, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         call()
 
 

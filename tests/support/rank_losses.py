@@ -8,6 +8,7 @@ from datetime import timedelta
 from functools import partial
 
 import plain
+import pytest
 import rank_fsdp
 import rank_gradient_cache
 import rank_learned
@@ -51,7 +52,7 @@ def run(loss, inputs, rows, distil, **options):
     teacher = [inputs["teacher_image"][rows], inputs["teacher_text"][rows], inputs["teacher_scale"]] if distil else []
     teacher = dict(zip(("dist_image_features", "dist_text_features", "dist_logit_scale"), teacher))
     with warnings.catch_warnings():
-        if isinstance(loss, losses.base.SimilarityLoss):  # open_clip 3.3 calls what torch 2.15 deprecates
+        if isinstance(loss, losses.base.DistributedLoss):  # open_clip 3.3 calls what torch 2.15 deprecates
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # log2 of 0 in the interpreter
         terms = loss(image, text, logit_scale=scale, **teacher, output_dict=True, **options)
@@ -218,6 +219,17 @@ def unequal(rank):
             assert error == (None if a == b else what), error
 
 
+def misfits(rank):
+    """Checks that several texts an image, and a wrong rank, are an error on every rank: none waits for the others."""
+    image, text, scale = torch.ones(2, 4), torch.ones(4, 4), torch.tensor(2.0)
+    mode = {"rank": rank, "world_size": WORLD}
+    for loss in (ClipPMLoss(local_loss=True, **mode), RowwiseLoss(distilled, **mode), losses.SigLipLoss(**mode)):
+        with pytest.raises(ValueError, match="text_features: expected (the )?2 rows"):
+            loss(image, text, scale)
+    with pytest.raises(RuntimeError, match=f"rank: expected this process's rank, {rank}, got"):
+        ClipPMLoss(rank=(rank + 1) % WORLD, world_size=WORLD)(image, image, scale)
+
+
 def transformers(rank):
     import rank_transformers
 
@@ -232,7 +244,7 @@ if __name__ == "__main__":
         "open_clip": of_open_clip,
         "one process": [*of_one_process, small_divergences],
         "one pair": [partial(part, n=1) for part in (*of_open_clip, *of_one_process)],
-        "exchanges": [collectives, unequal],
+        "exchanges": [collectives, unequal, misfits],
         "learned parameters": [rank_learned.main],
         "gradient caching": [rank_gradient_cache.main],
         "transformers": [transformers],

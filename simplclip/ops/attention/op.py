@@ -175,11 +175,11 @@ def shaped_attention(
     this library.
     """
     checks.attention(q, k, v, alpha, beta, gamma)
+    checks.boolean("causal", causal)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, q.shape[0], q.shape[1], q.device)
     q, k, v = autocast(q, k, v)
     scale = q.shape[3] ** -0.5 if scale is None else checks.number("scale", scale)
     dtype = accumulate_dtype(q.dtype)
     gains = torch.stack([alpha.to(dtype), beta.to(dtype), gamma.to(dtype)])
-    of_call = AttentionCall(q, k, v, gains, lengths, scale, bool(causal))
-    return registry.call(FORWARD, of_call)[0]
+    return registry.call(FORWARD, AttentionCall(q, k, v, gains, lengths, scale, causal))[0]

@@ -222,6 +222,8 @@ def simplified_block(
     """
     checks.choice("norm", norm, NORMS)
     checks.choice("act", act, tuple(ACTIVATIONS))
+    checks.boolean("causal", causal)
+    checks.boolean("recompute", recompute)
     matrices = qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight
     checks.block(x, *matrices, norm, norm_weight, norm_bias, alpha, beta, gamma)
     if lengths is not None:
@@ -239,6 +241,6 @@ def simplified_block(
     of_call = BlockCall(
         x, norm_weight, norm_bias, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
         alpha, beta, gamma, attention_gain, mlp_gain, value_weight, output_weight,
-        lengths, norm, eps, act, scale, bool(causal), keep,
+        lengths, norm, eps, act, scale, causal, keep,
     )  # fmt: skip
     return registry.call(FORWARD, of_call)[0]

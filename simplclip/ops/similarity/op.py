@@ -224,7 +224,8 @@ def similarity_loss(
         arguments = {"teacher_image": teacher_image, "teacher_text": teacher_text, "teacher_scale": teacher_scale}
         student = {"image": image, "text": text}
         why = "the term 'relational' needs it"
-        teacher_image, teacher_text, teacher_scale = inputs.constants_of_teacher(arguments, student, why)
+        *of_teacher, teacher_scale = inputs.constants_of_teacher(arguments, student, why)
+        teacher_image, teacher_text = (t.to(image.dtype) for t in of_teacher)
     if weights is not None:
         weights = inputs.check_weights(weights, terms)
     inputs.check_offset(label_offset, n, m, group)
