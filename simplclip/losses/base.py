@@ -35,7 +35,7 @@ def width_of(name: str, value: int | None) -> int | None:
     return value
 
 
-def with_arguments_of(parent: type) -> Callable:
+def with_arguments_of(parent: Any) -> Callable:
     """Gives a constructor that passes *modes and **options on to its parent's the signature that lists them."""
 
     def decorate(init: Callable) -> Callable:
@@ -204,9 +204,7 @@ class SimilarityLoss(DistributedLoss):
     def _check_pairs(self, image: Tensor, text: Tensor) -> None:
         """Checks that the features fit each other, and that each image has one text: similarity_loss takes more."""
         if len(text) != len(image):
-            several = (
-                "; with k captions an image, pass image_features.repeat_interleave(k, 0), and equal ids for its captions"
-            )
+            several = "; with k captions an image, pass image_features.repeat_interleave(k, 0), and ids equal for an image"
             got = checks.shape_of(text) + (several if len(text) > len(image) else "")
             raise ValueError(f"text_features: expected the {len(image)} rows of image_features, got shape {got}")
         inputs.check_pair(dict(zip(STUDENT, autocast(image, text))))

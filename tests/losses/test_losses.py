@@ -120,7 +120,7 @@ TOKENS = torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.int64)
 def test_features_that_do_not_fit_each_other(call):
     """open_clip's losses raise an error for several texts an image; with rows in order, image 1 would get image 0's text."""
     image, text = torch.randn(4, 8), torch.randn(8, 8)
-    several = r"got shape \[8, 8\]; with k captions an image, pass image_features.repeat_interleave\(k, 0\), and equal ids"
+    several = r"got shape \[8, 8\]; with k captions an image, pass image_features.repeat_interleave\(k, 0\), and ids equal"
     for features, message in (
         ((image, text), f"text_features: expected the 4 rows of image_features, {several}"),
         ((text, image), r"text_features: expected the 8 rows of image_features, got shape \[4, 8\]$"),
