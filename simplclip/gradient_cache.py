@@ -86,8 +86,7 @@ def backward(
     Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
     """
     towers = _towers(encode, micro_batches)
-    if scaler is not None:
-        checks.instance("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
+    checks.instance("scaler", scaler, torch.amp.GradScaler | None, "a torch.amp.GradScaler or None")
     if model is not None:
         check(model)
     ranks = _Ranks(model, towers)
@@ -122,9 +121,9 @@ def _loss_and_terms(result: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
             terms, summands = {"loss": result}, [result]
     sizes = {t.numel() if isinstance(t, Tensor) else 0 for t in summands}
     if sizes != {1} or not all(isinstance(term, Tensor) for term in terms.values()):
-        kinds = [checks.shape_of(t) if isinstance(t, Tensor) else type(t).__name__ for t in (*summands, *terms.values())]
+        got = checks.shape_of(result) if isinstance(result, Tensor) else type(result).__name__
         expected = "a tensor [], a mapping of them (as losses return with output_dict=True) or (loss, mapping)"
-        raise TypeError(f"loss: expected {expected}, got {', '.join(dict.fromkeys(kinds)) or 'an empty mapping'}")
+        raise TypeError(f"loss: expected {expected}, got {got}")
     return sum(summands), terms
 
 

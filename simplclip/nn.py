@@ -122,10 +122,8 @@ class SimplifiedBlock(ShapedAttention):
         recompute: bool = False,
     ) -> None:
         super().__init__(width, heads, causal=causal, value=value, output=output, gamma=gamma)
-        if norm not in NORMS:
-            raise ValueError(f"norm: expected one of {sorted(NORMS)}, got {norm!r}")
-        if act not in ACTIVATIONS:
-            raise ValueError(f"act: expected one of {sorted(ACTIVATIONS)}, got {act!r}")
+        checks.choice("norm", norm, tuple(NORMS))
+        checks.choice("act", act, tuple(ACTIVATIONS))
         checks.boolean("recompute", recompute)
         if not 0.0 <= checks.number("drop_path", drop_path) < 1.0:
             raise ValueError(f"drop_path: expected a probability in [0, 1), got {drop_path}")
@@ -171,8 +169,7 @@ class SimplifiedBlock(ShapedAttention):
 
 def neighbour_groups(count: int, size: int = 2) -> list[list[int]]:
     """Returns groups of ``size`` neighbouring indices, ``neighbour_groups(5) == [[0, 1], [2, 3], [4]]``."""
-    if size < 1:
-        raise ValueError(f"size: expected at least 1, got {size}")
+    check_count("size", size, 1)
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
@@ -209,8 +206,7 @@ def share_weights(
         ValueError: a group is empty, an index is out of range or in two groups, or the blocks of one group differ in
             width or in heads (attention), hidden units or activation (MLP).
     """
-    if what not in _PARTS:
-        raise ValueError(f"what: expected one of {SHARED_PARTS}, got {what!r}")
+    checks.choice("what", what, SHARED_PARTS)
     groups = [list(group) for group in groups]
     every = [index for group in groups for index in group]
     for group in groups:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from inspect import Parameter, Signature, signature
 from typing import Any
@@ -29,32 +29,9 @@ def weight_of(name: str, value: float) -> float:
 
 
 def width_of(name: str, value: int | None) -> int | None:
-    if value is not None and (type(value) is not int or value < 1):
-        kind = ValueError if type(value) is int else TypeError
-        raise kind(f"{name}: expected an integer above 0 or None, got {value!r}")
+    if value is not None:
+        check_count(name, value, 1)
     return value
-
-
-def with_arguments_of(parent: Any) -> Callable:
-    """Gives a constructor that passes *modes and **options on to its parent's the signature that lists them."""
-
-    def decorate(init: Callable) -> Callable:
-        parameters = [*signature(init).parameters.values(), *signature(parent.__init__).parameters.values()]
-        listed: dict[str, Parameter] = {}
-        for p in parameters:
-            if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
-                listed.setdefault(p.name, p)
-        init.__signature__ = Signature(sorted(listed.values(), key=lambda p: p.kind))  # type: ignore[attr-defined]
-        return init
-
-    return decorate
-
-
-def refuse(loss: nn.Module, unknown: Collection[str]) -> None:
-    """Raises TypeError if a constructor got arguments that it does not know."""
-    if unknown:
-        name, recipes = type(loss).__name__, "label smoothing, several positives and others are recipes in docs/recipes.md"
-        raise TypeError(f"{name}: expected arguments that help({name}) lists, got {', '.join(unknown)}; {recipes}")
 
 
 class DistributedLoss(nn.Module):
@@ -85,7 +62,9 @@ class DistributedLoss(nn.Module):
         **unknown: Any,
     ):
         nn.Module.__init__(self)  # not super().__init__: a subclass may also inherit from open_clip's loss
-        refuse(self, unknown)
+        if unknown:
+            name, recipes = type(self).__name__, "docs/recipes.md has label smoothing, several positives and others"
+            raise TypeError(f"{name}: expected arguments that help({name}) lists, got {', '.join(unknown)}; {recipes}")
         check_count("rank", rank, 0)
         check_count("world_size", world_size, 0)
         if rank >= max(1, world_size):
@@ -96,6 +75,19 @@ class DistributedLoss(nn.Module):
         self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
         self._shapes = distributed.SameShapes()
         self._same_parameters = False  # whether all ranks have the first rank's parameters
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Gives a constructor that passes *modes and **options on the signature that lists these."""
+        super().__init_subclass__(**keywords)
+        init: Any = vars(cls).get("__init__")
+        if init is None or not {"modes", "options"} <= signature(init).parameters.keys():
+            return
+        of_parent = signature(super(cls, cls).__init__).parameters.values()
+        listed: dict[str, Parameter] = {}
+        for p in [*signature(init).parameters.values(), *of_parent]:
+            if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
+                listed.setdefault(p.name, p)
+        init.__signature__ = Signature(sorted(listed.values(), key=lambda p: p.kind))
 
     def _group(self):
         have = torch.distributed.get_world_size() if torch.distributed.is_initialized() else "no process group"
@@ -142,14 +134,8 @@ class SimilarityLoss(DistributedLoss):
     divergence = "kl"  # of the relational term
     prefixes = False  # True within MatryoshkaLoss: narrower features than embed_dim use the parameters' first columns
 
-    @with_arguments_of(DistributedLoss)
     def __init__(
-        self,
-        *modes: Any,
-        pm_weight: float = 0.0,
-        plane: str = "scalar",
-        embed_dim: int | None = None,
-        **options: Any,
+        self, *modes: Any, pm_weight: float = 0.0, plane: str = "scalar", embed_dim: int | None = None, **options: Any
     ):
         super().__init__(*modes, **options)
         self.pm_weight = weight_of("pm_weight", pm_weight)
@@ -195,31 +181,20 @@ class SimilarityLoss(DistributedLoss):
         if self.world_size > 1:
             image, text = self._own_rows(image, text)
         if text.shape != image.shape or text.dtype != image.dtype or text.device != image.device:
-            self._check_pairs(image, text)
+            inputs.check_pair(dict(zip(STUDENT, autocast(image, text))), equal_rows=True)
         if of_teacher := [term for term in terms if term in OF_TEACHER]:
             teacher = self._constants(teacher, image, text, of_teacher)
         values = self._similarity(image, text, logit_scale, terms, weights, logit_bias, ids, teacher)
         return values if self.world_size <= 1 else {name: self._value(value) for name, value in values.items()}
 
-    def _check_pairs(self, image: Tensor, text: Tensor) -> None:
-        """Checks that the features fit each other, and that each image has one text: similarity_loss takes more."""
-        if len(text) != len(image):
-            several = "; with k captions an image, pass image_features.repeat_interleave(k, 0), and ids equal for an image"
-            got = checks.shape_of(text) + (several if len(text) > len(image) else "")
-            raise ValueError(f"text_features: expected the {len(image)} rows of image_features, got shape {got}")
-        inputs.check_pair(dict(zip(STUDENT, autocast(image, text))))
-
     def _constants(self, teacher: Any, image: Tensor, text: Tensor, terms: list[str]) -> tuple[Tensor | None, ...]:
         """Returns the teacher's features and scale, checked and detached. A scale that no term needs may be None."""
-        if not isinstance(teacher, (tuple, list)) or len(teacher) != len(TEACHER):
-            got = type(teacher).__name__
-            raise ValueError(f"teacher: expected ({', '.join(TEACHER)}), since the term {terms[0]!r} needs it, got {got}")
-        arguments = dict(zip(TEACHER, teacher))
-        if teacher[2] is None and "relational" not in terms:
-            del arguments["dist_logit_scale"]
-        student = dict(zip(STUDENT, (image, text)))
-        constants = inputs.constants_of_teacher(arguments, student, f"the term {terms[0]!r} needs it")
-        return *constants, *(None,) * (3 - len(constants))
+        student, why = dict(zip(STUDENT, (image, text))), f"the term {terms[0]!r} needs it"
+        if not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
+            raise ValueError(f"teacher: expected ({', '.join(TEACHER)}), since {why}, got {type(teacher).__name__}")
+        unused = teacher[2] is None and "relational" not in terms
+        constants = inputs.constants_of_teacher(dict(zip(TEACHER[: 3 - unused], teacher)), student, why)
+        return *constants, *[None] * unused
 
     def _similarity(self, image, text, logit_scale, terms, weights, logit_bias, ids, teacher) -> dict[str, Tensor]:
         """Returns the terms of this rank's rows, by ops.similarity_loss."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from simplclip.losses.base import STUDENT, TEACHER, DistributedLoss, with_arguments_of
+from simplclip.losses.base import STUDENT, TEACHER, DistributedLoss
 from simplclip.ops import checks, distributed
 from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.registry import autocast, no_autocast
@@ -49,7 +49,6 @@ class RowwiseLoss(DistributedLoss):
 
     scratch_bytes = 16 << 20
 
-    @with_arguments_of(DistributedLoss)
     def __init__(self, fn: Callable[..., Tensor], *modes: Any, symmetric: bool = True, **options: Any):
         super().__init__(*modes, **options)
         if not callable(fn):
@@ -84,14 +83,14 @@ class RowwiseLoss(DistributedLoss):
         checks.features("image_features", image_features, "[N, D]")
         checks.features("text_features", text_features, "[M, D]")
         image, text = columns = autocast(image_features, text_features)
-        student = dict(zip(STUDENT, columns))
-        inputs.check_pair(student)
         if self.world_size > 1:
             image, text = self._own_rows(image, text)
+        student = dict(zip(STUDENT, (image, text)))
+        inputs.check_pair(student, equal_rows=self.world_size > 1)
         n, offset, fn = len(image), 0, self.fn
-        if len(text) < n or self.world_size > 1 and len(text) != n:
-            expected = f"{n} rows, a positive for each image" + (" of this rank" if self.world_size > 1 else ", or more")
-            raise ValueError(f"text_features: expected {expected}, got shape {checks.shape_of(text)}")
+        if len(text) < n:
+            got = checks.shape_of(text)
+            raise ValueError(f"text_features: expected at least {n} rows, a positive for each image, got {got}")
         arguments = dict(zip(TEACHER, (dist_image_features, dist_text_features, dist_logit_scale)))
         teacher: list[Any] = [None, None, None]
         if any(value is not None for value in arguments.values()):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip import ops
-from simplclip.losses.base import SimilarityLoss, weight_of, width_of, with_arguments_of
+from simplclip.losses.base import SimilarityLoss, weight_of, width_of
 from simplclip.ops import checks
 from simplclip.ops.registry import no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES
@@ -49,7 +49,6 @@ class WIKDLoss(SimilarityLoss):
     Source: open_clip.loss.DistillClipLoss; Yang et al. 2023 (CLIP-KD, arXiv 2307.12732); arXiv 2411.14789 for WIKD.
     """
 
-    @with_arguments_of(SimilarityLoss)
     def __init__(
         self,
         *modes: Any,
@@ -154,14 +153,13 @@ class WIKDLoss(SimilarityLoss):
 
     def _in_teachers_width(self, image: Tensor, text: Tensor, teacher: tuple) -> tuple[Tensor, Tensor]:
         """Returns the student's features as such, or projected to the width of the teacher's, and not normalised again."""
-        width, expected = teacher[0].shape[1], f"the width teacher_dim = {self.teacher_dim}"
         projects = self.image_projection is not None
-        if not projects:
-            makes = "embed_dim, another teacher_dim, and interactive_weight or feature_weight above 0"
+        width = self.teacher_dim if projects else image.shape[1]
+        if teacher[0].shape[1] != width:
             features = "a prefix of image_features" if self.prefixes else "image_features"
-            expected = f"the width of {features}, {image.shape[1]}, without a projection ({makes} make one)"
-        if width != (self.teacher_dim if projects else image.shape[1]):
-            raise ValueError(f"dist_image_features: expected {expected}, got shape {checks.shape_of(teacher[0])}")
+            why = "embed_dim, another teacher_dim, and interactive_weight or feature_weight above 0 make one"
+            expected = f"teacher_dim = {width}" if projects else f"{width} of {features}, without a projection ({why})"
+            raise ValueError(f"dist_image_features: expected the width {expected}, got shape {checks.shape_of(teacher[0])}")
         if self.image_projection is None or self.text_projection is None:
             return image, text
         projections = self._learned(self.image_projection, self.text_projection)

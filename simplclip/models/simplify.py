@@ -153,9 +153,8 @@ def simplify(
 
     This works on the text transformer of CLIP and CustomTextCLIP, MobileCLIP-S0's, open_clip's VisionTransformer, the
     attention blocks of timm's VisionTransformer and FastViT, and the towers of transformers' CLIPModel, SiglipModel and
-    Siglip2Model (from 5.0 on; docs/block.md says which masks and options work). New blocks have the activation, drop path,
-    eps of the layer norm, dtype, device and mode of the old blocks. A causal mask is recognised and kept. Gains replace layer
-    scale.
+    Siglip2Model (from 5.0 on; docs/block.md says which masks and options work). New blocks have the old blocks' activation,
+    eps of the norm, drop path, dtype, device and mode. A causal mask is recognised and kept. Gains replace layer scale.
 
     Args:
         towers: "text", "image" or both.
@@ -179,9 +178,9 @@ def simplify(
     text tower), or padding cannot be masked, or `init_blocks` does not know a block.
     """
     checks.instance("model", model, nn.Module, "an nn.Module")
-    blocks, share = blocks or {}, share or {}
-    for name, of_towers in (("blocks", blocks), ("share", share)):
-        checks.instance(name, of_towers, Mapping, f"a mapping, e.g. {{{TOWERS[0]!r}: ...}}")
+    checks.instance("blocks", blocks, Mapping | None, "a mapping of towers to indices")
+    checks.instance("share", share, Mapping | None, "a mapping of towers to groups of indices")
+    blocks, share = dict(blocks or {}), dict(share or {})
     for name, keys, allowed in (("towers", towers, TOWERS), ("blocks", blocks, towers), ("share", share, towers)):
         if unknown := sorted({*keys} - {*allowed}):
             raise InputError(f"{name}: expected names out of {list(allowed)}, got {unknown}")
@@ -318,6 +317,5 @@ def build_block(site: _Site, mlp_ratio: float | None = None, **options: Any) -> 
         options["drop_path"] = next((m.drop_prob for m in block.modules() if isinstance(m, DropPath)), 0.0)
     hidden, width = weight.shape[:2]
     new = site.cls(width, heads, hidden / width if mlp_ratio is None else mlp_ratio, **options, **site.options)
-    norms = [m for m in block.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm) and m.eps]
-    new.norm.eps = norms[0].eps if norms else new.norm.eps
+    new.norm.eps = next((m.eps for m in block.modules() if isinstance(m, nn.LayerNorm)), new.norm.eps)
     return new.to(device=weight.device, dtype=weight.dtype).train(block.training)

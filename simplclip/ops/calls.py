@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Mutated = Tensor  # the type of a field that the op overwrites
-Strided = Tensor  # the type of a field with any strides; tensors of other fields reach a backend contiguous
+Strided = Tensor  # the type of a field of which only the last dimension is contiguous; those of type Tensor are contiguous
 
 _TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "SymInt", "bool": "bool", "float": "float", "str": "str"}
 _TYPES |= {"Strided": "Tensor", "Strided | None": "Tensor?", "list[bool]": "bool[]"}

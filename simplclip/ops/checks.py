@@ -94,7 +94,7 @@ def choice(name: str, value, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
-def instance(name: str, value: Any, kind: type, expected: str) -> None:
+def instance(name: str, value: Any, kind: Any, expected: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 

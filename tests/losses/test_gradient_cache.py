@@ -318,9 +318,9 @@ def test_bad_arguments(encode, batches, error, message):
         (lambda x: (x.sum(), None), "tuple"),
         (lambda x: 1.0, "float"),
         (lambda x: None, "NoneType"),
-        (lambda x: {}, "an empty mapping"),
-        (lambda x: {"a": x.sum(), "b": 0.5}, r"\[\], float"),
-        (lambda x: (x.sum(), {"a": 0.5}), r"\[\], float"),
+        (lambda x: {}, "dict"),
+        (lambda x: {"a": x.sum(), "b": 0.5}, "dict"),
+        (lambda x: (x.sum(), {"a": 0.5}), "tuple"),
         (lambda x: x.sum(1), r"\[4\]"),
     ],
 )
@@ -332,7 +332,7 @@ def test_what_loss_returns_is_checked_before_a_gradient_changes(loss, got):
     assert linear.weight.grad is None
 
 
-@pytest.mark.parametrize(("name", "kind"), [("model", "nn.Module"), ("scaler", "torch.amp.GradScaler")])
+@pytest.mark.parametrize(("name", "kind"), [("model", "nn.Module"), ("scaler", "torch.amp.GradScaler or None")])
 def test_models_and_scalers_of_another_type(name, kind):
     with pytest.raises(TypeError, match=f"{name}: expected an? {kind}, got float"):
         gradient_cache.backward(nn.Identity(), [torch.ones(2, 2)], torch.sum, **{name: 2.0})

@@ -102,7 +102,7 @@ def test_signal_and_gradient_keep_their_size_through_a_deep_skipless_stack():
         (lambda: SimplifiedBlock(12, 3, mlp_ratio=0.0), "mlp_ratio: expected at least one hidden unit"),
         (lambda: SimplifiedBlock(12, 3)(torch.zeros(2, 5, 8)), r"x: expected \[B, L, 12\], got \[2, 5, 8\]"),
         (lambda: SimplifiedBlock(12, 3)(torch.zeros(2, 5, 12), torch.ones(1).long()), r"lengths: expected one per .*, \[2\]"),
-        (lambda: neighbour_groups(4, 0), "size: expected at least 1, got 0"),
+        (lambda: neighbour_groups(4, 0), "size: expected an integer of at least 1, got 0"),
     ],
 )
 def test_bad_arguments(call, words):
@@ -160,7 +160,7 @@ def test_attention_and_mlp_may_be_shared_among_different_groups(norms_and_gains)
         ("mlp", [[0, 1]], "equal hidden"),
         ("attention", [[0, 2]], "equal heads within group .0, 2., got .2, 4."),
         ("mlp", [[0, 2]], "equal act within group"),
-        ("norms", [[0, 1]], "what: expected one of .'attention', 'mlp', 'all'., got 'norms'"),
+        ("norms", [[0, 1]], "what: expected one of 'attention', 'mlp', 'all', got 'norms'"),
     ],
 )
 def test_share_weights_rejects(what, groups, words):

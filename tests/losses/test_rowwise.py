@@ -154,7 +154,7 @@ def test_errors_of_the_arguments():
     for args, teacher, message in (
         ((image[0], text), (), r"image_features: expected a tensor \[N, D\], got shape \[16\]"),
         ((image, text[:, :8]), (), "text_features: expected the width of image_features, 16, got 8"),
-        ((image, text[:9]), (), r"text_features: expected 150 rows, a positive for each image, or more, got shape \[9, 16\]"),
+        ((image, text[:9]), (), r"text_features: expected at least 150 rows, a positive for each image, got \[9, 16\]"),
         ((image, text), (x, y), "dist_logit_scale: expected a value, since a teacher has features and a scale, got None"),
         (
             (image, text),

@@ -33,7 +33,7 @@ def test_teachers_and_widths_that_do_not_fit():
     narrow = (student[0], student[1][:, 1:], student[2])
     only_interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1}
     of_16, of_20 = {"embed_dim": 16}, {"embed_dim": 16, "teacher_dim": 20, "interactive_weight": 1, "relational_weight": 0}
-    unprojected, rows = "expected the width of image_features, 16, without a projection", "the 24 rows of image_features"
+    unprojected, rows = "expected the width 16 of image_features, without a projection", "the 24 rows of image_features"
     for options, given, message in (
         ({}, (*student, image[1:], text, scale), rf"dist_image_features: expected {rows}, got shape \[23, 16\]"),
         (only_interactive, (*student, image[1:], text, scale), f"dist_image_features: expected {rows}, got"),
@@ -62,7 +62,7 @@ def test_teachers_and_widths_that_do_not_fit():
 def test_prefixes_need_a_projection():
     student, teacher = batch()
     for options in ({"interactive_weight": 1, "embed_dim": 16, "teacher_dim": 16}, {"feature_weight": 1}):
-        with pytest.raises(ValueError, match="expected the width of a prefix of image_features, 8, without a projection"):
+        with pytest.raises(ValueError, match="expected the width 8 of a prefix of image_features, without a projection"):
             MatryoshkaLoss(WIKDLoss(**options), (8, 16))(*student, *teacher)
 
 

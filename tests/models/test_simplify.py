@@ -117,8 +117,8 @@ def test_blocks_by_their_indices():
         ({"towers": ["text"], "share": {"image": [[0, 1]]}}, r"share: expected names out of \['text'\], got \['image'\]"),
         ({"share": {"text": {"qk": [[0, 1]]}}}, "share: expected parts out of .'attention', 'mlp', 'all'., got .'qk'"),
         ({"share": {"text": {"all": [[0, 1]], "mlp": [[1, 2]]}}}, "share: expected disjoint groups of the replaced blocks"),
-        ({"blocks": [0]}, "blocks: expected a mapping, e.g. {'text': ...}, got list"),
-        ({"share": [[0, 1]]}, "share: expected a mapping, e.g. {'text': ...}, got list"),
+        ({"blocks": [0]}, "blocks: expected a mapping of towers to indices, got list"),
+        ({"share": [[0, 1]]}, "share: expected a mapping of towers to groups of indices, got list"),
     ],
 )
 def test_an_error_leaves_the_model_as_it_was(options, message):

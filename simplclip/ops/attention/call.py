@@ -13,7 +13,7 @@ from simplclip.ops.calls import Mutated, Strided
 class AttentionCall:
     """Arguments of forward, whose results are out [B, L, H, K], the log-sum-exps lse, and av: see AttentionGradient."""
 
-    q: Strided  # [B, L, H, K]; kernels read tensors of this shape with any strides if the last dimension is contiguous
+    q: Strided  # [B, L, H, K]
     k: Strided  # [B, L, H, K]
     v: Strided  # [B, L, H, K]
     gains: Tensor  # [3, H] alpha, beta, gamma, in the dtype of sums

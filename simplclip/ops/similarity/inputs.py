@@ -17,10 +17,8 @@ from simplclip.ops.similarity.call import DIVERGENCES, TERMS
 def check_options(terms, divergence, symmetric, scratch_bytes, store_bytes) -> None:
     if not isinstance(terms, (tuple, list, set)) or not terms or not set(TERMS).issuperset(terms):
         raise ValueError(f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}")
-    if divergence not in DIVERGENCES:
-        checks.choice("divergence", divergence, DIVERGENCES)
-    if not isinstance(symmetric, bool):
-        checks.boolean("symmetric", symmetric)
+    checks.choice("divergence", divergence, DIVERGENCES)
+    checks.boolean("symmetric", symmetric)
     for name, value in (("scratch_bytes", scratch_bytes), ("store_bytes", store_bytes)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
@@ -46,9 +44,13 @@ def features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     return image, text
 
 
-def check_pair(student: Mapping[str, Tensor]) -> None:
+def check_pair(student: Mapping[str, Tensor], equal_rows: bool = False) -> None:
     """Checks that a student's image and text features fit each other. student: argument name -> features, images first."""
     (image_name, image), (text_name, text) = student.items()
+    if equal_rows and len(text) != len(image):
+        several = f"; with k captions an image, pass {image_name}.repeat_interleave(k, 0), and ids equal for an image"
+        got = checks.shape_of(text) + (several if len(text) > len(image) else "")
+        raise ValueError(f"{text_name}: expected the {len(image)} rows of {image_name}, got shape {got}")
     checks.like(text_name, text, image_name, image)
     if text.shape[1] != image.shape[1]:
         raise ValueError(f"{text_name}: expected the width of {image_name}, {image.shape[1]}, got {text.shape[1]}")

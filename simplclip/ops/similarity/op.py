@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks, distributed, registry
-from simplclip.ops.calls import flat, tensors_of
+from simplclip.ops.calls import flat
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SimilarityCall, SimilarityGradient
@@ -93,7 +93,6 @@ SIGMOID = define(
     row=backends.row(reference.similarity_sigmoid, SigmoidCall, module="similarity.sigmoid"),
     native=(SigmoidCall, "(Tensor, Tensor, Tensor, Tensor)"), native_fake=_sigmoid_results,
 )  # fmt: skip
-_PLANE = tensors_of(SimilarityCall).index("plane")
 
 
 def _gradient(call, results, grads, needed, spec):
@@ -102,17 +101,8 @@ def _gradient(call, results, grads, needed, spec):
     grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1]
     of_grads = grad_rows, grad_columns, rows, columns, stored, needed[0], needed[1]
     d_image, d_text, d_scale, d_plane = registry.call(BACKWARD, SimilarityGradient(*FORWARD.values(call), *of_grads), spec)
-    return (
-        d_image if needed[0] else None,
-        d_text if needed[1] else None,
-        d_scale if needed[2] else None,
-        None,
-        None,
-        None,
-        d_plane if needed[_PLANE] else None,
-        None,
-        None,
-    )
+    gradients = d_image, d_text, d_scale, None, None, None, d_plane, None, None
+    return tuple([gradient if need else None for gradient, need in zip(gradients, needed)])
 
 
 def _sigmoid_gradient(call, results, grads, needed, spec):

@@ -48,12 +48,6 @@ def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
     return (logits - lse.masked_fill(lse == -torch.inf, 0)).exp_()
 
 
-def _mean(gap: Tensor, logits: Tensor, lse: Tensor, dim: int) -> Tensor:
-    """Returns the mean of `gap` under the softmax of the logits, 0 where their log-sum-exp `lse` is -inf."""
-    # Not e^(logits - lse), which does not add up to 1 with a rounded lse: the gaps are as large as the logits.
-    return (logits.softmax(dim) * gap).sum(dim).masked_fill(lse == -torch.inf, 0)
-
-
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     """Returns rows [6, N] (RowStat), columns [3, M] (ColumnStat; 0 unless `columns`); stored products are not computed."""
     dtype, (n, _), m = accumulate_dtype(call.image.dtype), call.image.shape, call.text.shape[0]
@@ -69,22 +63,20 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
             unmatched = F.logsigmoid(torch.addcmul(call.plane[1], student, call.plane[0]).neg_())
             part[RowStat.PAIR_MATCHING] = -chunk.fill(unmatched, 0).sum(1)
         student = chunk.fill(student.mul_(call.scale), -torch.inf)
-        part[RowStat.LSE_STUDENT] = student.logsumexp(1)
-        part_columns = torch.zeros_like(columns)
-        if call.columns:
-            part_columns[ColumnStat.LSE_STUDENT] = student.logsumexp(0)
         if call.has_teacher:
             teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype))
             part[RowStat.DIAGONAL_TEACHER] = chunk.positive(teacher)
             teacher = chunk.fill(teacher.mul_(call.teacher_scale), -torch.inf)
             gap = chunk.fill(call.entropy * teacher.masked_fill(teacher == -torch.inf, 0) - student, 0)
-            lse = part[RowStat.LSE_TEACHER] = teacher.logsumexp(1)
-            part[RowStat.MEAN] = _mean(gap, teacher, lse, 1)
-            if call.columns:
-                lse = part_columns[ColumnStat.LSE_TEACHER] = teacher.logsumexp(0)
-                part_columns[ColumnStat.MEAN] = _mean(gap, teacher, lse, 0)
+        of_chunk = torch.zeros_like(columns)
+        for stats, stat, dim in ((part, RowStat, 1), (of_chunk, ColumnStat, 0))[: 1 + call.columns]:
+            stats[stat.LSE_STUDENT] = student.logsumexp(dim)
+            if call.has_teacher:
+                lse = stats[stat.LSE_TEACHER] = teacher.logsumexp(dim)
+                # Not e^(T - lse), which adds up to 1 + eps |lse|: the gaps are as large as the logits.
+                stats[stat.MEAN] = (teacher.softmax(dim) * gap).sum(dim).masked_fill(lse == -torch.inf, 0)
         if call.columns:
-            columns = merge_columns(torch.stack([columns, part_columns]))[0]
+            columns = merge_columns(torch.stack([columns, of_chunk]))[0]
     if not call.has_teacher:
         columns[ColumnStat.LSE_TEACHER] = 0
     return rows, columns, call.image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m)
