@@ -80,12 +80,13 @@ def backward(
     sweep that computes the value and the gradients. Double backward is not supported.
 
     Raises:
-        ValueError, TypeError: there is no micro-batch, the arguments of the towers do not fit each other, the outputs have
-            another type or shape, or `check` rejects the model.
+        ValueError, TypeError: there is no micro-batch, the arguments of the towers do not fit each other, the outputs or
+            what `loss` returns have another type or shape, or `check` rejects the model. No gradient has changed then.
 
     Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
     """
     towers = _towers(encode, micro_batches)
+    checks.instance("scaler", scaler, torch.amp.GradScaler | None, "a torch.amp.GradScaler or None")
     if model is not None:
         check(model)
     ranks = _Ranks(model, towers)
@@ -98,11 +99,7 @@ def backward(
             leaves[name] = leaf.requires_grad_()
 
     result = loss(*leaves.values()) if 0 in leaves else loss(**leaves)
-    if isinstance(result, tuple):
-        total, terms = result
-    else:
-        terms = result if isinstance(result, Mapping) else {"loss": result}
-        total = sum(terms.values())
+    total, terms = _loss_and_terms(result)
     total = total if scaler is None else scaler.scale(total)
     with _autocast_off(total):
         total.backward()
@@ -111,6 +108,23 @@ def backward(
     ranks.encode_again(gradients)
     _restore(end)
     return {name: term.detach() for name, term in terms.items()}
+
+
+def _loss_and_terms(result: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Returns the loss and its terms from what `loss` returned, checked before a backward pass changes any gradient."""
+    match result:
+        case (total, Mapping() as terms):
+            summands = [total]
+        case Mapping() as terms:
+            summands = list(terms.values())
+        case _:
+            terms, summands = {"loss": result}, [result]
+    sizes = {t.numel() if isinstance(t, Tensor) else 0 for t in summands}
+    if sizes != {1} or not all(isinstance(term, Tensor) for term in terms.values()):
+        got = checks.shape_of(result) if isinstance(result, Tensor) else type(result).__name__
+        expected = "a tensor [], a mapping of them (as losses return with output_dict=True) or (loss, mapping)"
+        raise TypeError(f"loss: expected {expected}, got {got}")
+    return sum(summands), terms
 
 
 class _Tower:
@@ -131,13 +145,15 @@ class _Tower:
         self.kept: Named = {}
 
     def encode_once(self, ranks: _Ranks) -> None:
+        first: dict[Any, list] = {}
         for index in range(self.count):
             self.states.append(_generators())
             with torch.set_grad_enabled(index == self.recomputed), ranks.no_sync(self in ranks.recomputing):
                 outputs = self._outputs(self.micro_batches[index])
-            if self.parts and outputs.keys() != self.parts[0].keys():
-                first, got = list(self.parts[0]), list(outputs)
-                raise ValueError(f"{self.label}: expected the outputs of the first micro-batch, {first}, got {got}")
+            shapes = {name: ["m", *output.shape[1:]] if output.dim() > 1 else [] for name, output in outputs.items()}
+            first = first or shapes
+            if shapes != first:
+                raise ValueError(f"{self.label}: expected the outputs of the first micro-batch, {first}, got {shapes}")
             if index == self.recomputed:
                 self.kept = outputs
             self.parts.append({name: output.detach() for name, output in outputs.items()})
@@ -215,6 +231,7 @@ def check(model: nn.Module) -> None:
 
     Raises: ValueError that names the first such module, e.g. a batch norm in training mode.
     """
+    checks.instance("model", model, nn.Module, "an nn.Module")
     for name, module in model.named_modules():
         running = any(getattr(module, key, None) is not None for key in ("running_mean", "running_var"))
         if module.training and running or isinstance(module, _BatchNorm) and (module.training or not running):

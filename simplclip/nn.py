@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simplclip.ops import parallel_mlp, shaped_attention, simplified_block
+from simplclip.common.errors import check_count
+from simplclip.ops import checks, parallel_mlp, shaped_attention, simplified_block
 from simplclip.ops.mlp.reference import ACTIVATIONS
 
 __all__ = [
@@ -39,7 +40,11 @@ class ShapedAttention(nn.Module):
         self, width: int, heads: int, *, causal: bool = False, value: bool = False, output: bool = False, gamma: float = 1.0
     ) -> None:
         super().__init__()
-        if heads < 1 or width < 1 or width % heads:
+        check_count("width", width, 1)
+        check_count("heads", heads, 1)
+        for name, flag in (("causal", causal), ("value", value), ("output", output)):
+            checks.boolean(name, flag)
+        if width % heads:
             raise ValueError(f"heads: expected a divisor of the width {width}, got {heads}")
         self.width, self.heads, self.causal = width, heads, causal
         self.qk = nn.Linear(width, 2 * width, bias=False)
@@ -47,7 +52,7 @@ class ShapedAttention(nn.Module):
         self.output = nn.Linear(width, width, bias=False) if output else None
         self.alpha = nn.Parameter(torch.ones(heads))
         self.beta = nn.Parameter(torch.ones(heads))
-        self.gamma = nn.Parameter(torch.full((heads,), float(gamma)))
+        self.gamma = nn.Parameter(torch.full((heads,), checks.number("gamma", gamma)))
         with torch.no_grad():
             self.qk.weight[:width].zero_()
             self.qk.weight[width:].normal_(std=width**-0.5)
@@ -67,8 +72,9 @@ class ShapedAttention(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         """Checks the shape of x; the ops check everything else."""
-        if x.ndim != 3 or x.shape[-1] != self.width:
-            raise ValueError(f"x: expected [B, L, {self.width}], got {list(x.shape)}")
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.width:
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x: expected [B, L, {self.width}], got {got}")
 
     def extra_repr(self) -> str:
         return f"width={self.width}, heads={self.heads}, causal={self.causal}"
@@ -116,21 +122,20 @@ class SimplifiedBlock(ShapedAttention):
         recompute: bool = False,
     ) -> None:
         super().__init__(width, heads, causal=causal, value=value, output=output, gamma=gamma)
-        if norm not in NORMS:
-            raise ValueError(f"norm: expected one of {sorted(NORMS)}, got {norm!r}")
-        if act not in ACTIVATIONS:
-            raise ValueError(f"act: expected one of {sorted(ACTIVATIONS)}, got {act!r}")
-        if not 0.0 <= drop_path < 1.0:
+        checks.choice("norm", norm, tuple(NORMS))
+        checks.choice("act", act, tuple(ACTIVATIONS))
+        checks.boolean("recompute", recompute)
+        if not 0.0 <= checks.number("drop_path", drop_path) < 1.0:
             raise ValueError(f"drop_path: expected a probability in [0, 1), got {drop_path}")
-        self.hidden = round(width * mlp_ratio)
+        self.hidden = round(width * checks.number("mlp_ratio", mlp_ratio))
         if self.hidden < 1:
             raise ValueError(f"mlp_ratio: expected at least one hidden unit, got {mlp_ratio} of width {width}")
         self.act, self.norm_name, self.drop_path, self.recompute = act, norm, drop_path, recompute
         self.norm = NORMS[norm](width, eps=1e-5)
         self.fc1 = nn.Linear(width, self.hidden)
         self.fc2 = nn.Linear(self.hidden, width)
-        self.attention_gain = nn.Parameter(torch.tensor(float(attention_gain)))
-        self.mlp_gain = nn.Parameter(torch.tensor(float(mlp_gain)))
+        self.attention_gain = nn.Parameter(torch.tensor(checks.number("attention_gain", attention_gain)))
+        self.mlp_gain = nn.Parameter(torch.tensor(checks.number("mlp_gain", mlp_gain)))
         for linear in (self.fc1, self.fc2):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
@@ -164,8 +169,7 @@ class SimplifiedBlock(ShapedAttention):
 
 def neighbour_groups(count: int, size: int = 2) -> list[list[int]]:
     """Returns groups of ``size`` neighbouring indices, ``neighbour_groups(5) == [[0, 1], [2, 3], [4]]``."""
-    if size < 1:
-        raise ValueError(f"size: expected at least 1, got {size}")
+    check_count("size", size, 1)
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
@@ -202,8 +206,7 @@ def share_weights(
         ValueError: a group is empty, an index is out of range or in two groups, or the blocks of one group differ in
             width or in heads (attention), hidden units or activation (MLP).
     """
-    if what not in _PARTS:
-        raise ValueError(f"what: expected one of {SHARED_PARTS}, got {what!r}")
+    checks.choice("what", what, SHARED_PARTS)
     groups = [list(group) for group in groups]
     every = [index for group in groups for index in group]
     for group in groups:

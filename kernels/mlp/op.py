@@ -88,11 +88,6 @@ def _parallel_mlp_hidden_kernel(
     tl.store(h_pointers, narrowed(tile, h.dtype.element_ty, INTERPRETED), inside)
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """Returns the tensor, copied if its rows are not dense (an expanded gradient)."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _chunks(h: Tensor) -> list[slice]:
     """Returns ranges of rows of nearly equal size, for each of which act(h) fits SCRATCH_BYTES."""
     tokens = h.shape[0]
@@ -138,7 +133,7 @@ def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not n
 
     Scratch: that of forward, and if it does not hold all of act(h), also dweight in float32.
     """
-    grad, h, weight = _dense(call.grad), call.h, _dense(call.weight)
+    grad, h, weight = call.grad, call.h, call.weight
     with device_of(h):
         d_weight = _weight_gradient(grad, h, call.act) if call.need_weight else weight.new_empty(0, weight.shape[1])
         if h.numel():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from inspect import Parameter, Signature, signature
 from typing import Any
@@ -11,10 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import ops
+from simplclip.common.errors import check_count
 from simplclip.ops import checks, distributed
 from simplclip.ops.registry import autocast
+from simplclip.ops.similarity import inputs
 
 PLANES = ("scalar", "hadamard")
+STUDENT = ("image_features", "text_features")
+TEACHER = ("dist_image_features", "dist_text_features", "dist_logit_scale")
+OF_TEACHER = ("relational", "interactive", "feature")  # terms
 
 
 def weight_of(name: str, value: float) -> float:
@@ -24,25 +29,13 @@ def weight_of(name: str, value: float) -> float:
 
 
 def width_of(name: str, value: int | None) -> int | None:
-    if value is not None and (type(value) is not int or value < 1):
-        kind = ValueError if type(value) is int else TypeError
-        raise kind(f"{name}: expected an integer above 0 or None, got {value!r}")
+    if value is not None:
+        check_count(name, value, 1)
     return value
 
 
-def with_modes(init: Callable) -> Callable:
-    """Gives a constructor that passes *modes and **options on to SimilarityLoss the signature that lists them."""
-    parameters = [*signature(init).parameters.values(), *signature(SimilarityLoss.__init__).parameters.values()]
-    listed: dict[str, Parameter] = {}
-    for p in parameters:
-        if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
-            listed.setdefault(p.name, p)
-    init.__signature__ = Signature(sorted(listed.values(), key=lambda p: p.kind))  # type: ignore[attr-defined]
-    return init
-
-
-class SimilarityLoss(nn.Module):
-    """Base class with open_clip's distributed modes and the plane of pair matching.
+class DistributedLoss(nn.Module):
+    """Base class with open_clip's distributed modes.
 
     With world_size > 1 each rank computes its own rows against the gathered features. Values and gradients are open_clip's in
     each mode:
@@ -58,6 +51,81 @@ class SimilarityLoss(nn.Module):
     backward pass averages the gradients. DDP would average equal gradients again, which changes nothing.
     """
 
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        **unknown: Any,
+    ):
+        nn.Module.__init__(self)  # not super().__init__: a subclass may also inherit from open_clip's loss
+        if unknown:
+            name, recipes = type(self).__name__, "docs/recipes.md has label smoothing, several positives and others"
+            raise TypeError(f"{name}: expected arguments that help({name}) lists, got {', '.join(unknown)}; {recipes}")
+        check_count("rank", rank, 0)
+        check_count("world_size", world_size, 0)
+        if rank >= max(1, world_size):
+            raise ValueError(f"rank: expected less than world_size = {world_size}, got {rank}")
+        if use_horovod and world_size > 1:
+            raise ValueError("use_horovod: expected False, since the ranks communicate through torch.distributed, got True")
+        self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
+        self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
+        self._shapes = distributed.SameShapes()
+        self._same_parameters = False  # whether all ranks have the first rank's parameters
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Gives a constructor that passes *modes and **options on the signature that lists these."""
+        super().__init_subclass__(**keywords)
+        init: Any = vars(cls).get("__init__")
+        if init is None or not {"modes", "options"} <= signature(init).parameters.keys():
+            return
+        of_parent = signature(super(cls, cls).__init__).parameters.values()
+        listed: dict[str, Parameter] = {}
+        for p in [*signature(init).parameters.values(), *of_parent]:
+            if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
+                listed.setdefault(p.name, p)
+        init.__signature__ = Signature(sorted(listed.values(), key=lambda p: p.kind))
+
+    def _group(self):
+        have = torch.distributed.get_world_size() if torch.distributed.is_initialized() else "no process group"
+        if have != self.world_size:
+            raise RuntimeError(f"world_size: expected a process group of {self.world_size} ranks, got {have}")
+        if (rank := torch.distributed.get_rank()) != self.rank:
+            raise RuntimeError(f"rank: expected this process's rank, {rank}, got {self.rank}")
+        return torch.distributed.group.WORLD
+
+    def _own_rows(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns this rank's features, with gradients scaled as in open_clip's mode. Checks that ranks have equal shapes."""
+        self._shapes.check(image, text, self._group())
+        if self.local_loss or self.gather_with_grad:
+            return image, text
+        share = 1 / self.world_size
+        return distributed.scale_gradient(image, share), distributed.scale_gradient(text, share)
+
+    def _gathered(self, rows: Any) -> Any:
+        """Returns the rows of all ranks as constants; None for None."""
+        return rows if rows is None or self.world_size <= 1 else distributed.gather(rows.detach(), self._group())
+
+    def _learned(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Returns parameters of the loss; backward averages their gradients over the ranks."""
+        if self.world_size <= 1:
+            return parameters
+        if not torch.compiler.is_compiling() and not self._same_parameters:
+            distributed.from_first_rank(self.parameters(), self._group())
+            self._same_parameters = True
+        return distributed.learned(parameters, self._group())
+
+    def _value(self, loss: Tensor) -> Tensor:
+        """Returns the value that open_clip's mode reports: the loss of this rank, or the mean over the ranks."""
+        return loss if self.local_loss else distributed.mean(loss, self._group())
+
+
+class SimilarityLoss(DistributedLoss):
+    """Base class of the losses by ops.similarity_loss, with the plane of pair matching."""
+
     # l = p S + q is 0 at S = 0.2 at first, between the cosines of unmatched (about 0) and matched (about 0.3 and more) pairs.
     INITIAL_WEIGHT, INITIAL_BIAS = 10.0, -2.0
 
@@ -67,23 +135,9 @@ class SimilarityLoss(nn.Module):
     prefixes = False  # True within MatryoshkaLoss: narrower features than embed_dim use the parameters' first columns
 
     def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-        *,
-        pm_weight: float = 0.0,
-        plane: str = "scalar",
-        embed_dim: int | None = None,
+        self, *modes: Any, pm_weight: float = 0.0, plane: str = "scalar", embed_dim: int | None = None, **options: Any
     ):
-        nn.Module.__init__(self)  # not super().__init__: a subclass may also inherit from open_clip's loss
-        if use_horovod and world_size > 1:
-            raise ValueError("use_horovod: expected False, since the ranks communicate through torch.distributed, got True")
-        self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
-        self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
+        super().__init__(*modes, **options)
         self.pm_weight = weight_of("pm_weight", pm_weight)
         checks.choice("plane", plane, PLANES)
         self.plane, self.embed_dim = plane, width_of("embed_dim", embed_dim)
@@ -94,8 +148,6 @@ class SimilarityLoss(nn.Module):
             shape = () if embed_dim is None or plane == "scalar" else (embed_dim,)
             self.plane_weight = nn.Parameter(torch.full(shape, self.INITIAL_WEIGHT))
             self.plane_bias = nn.Parameter(torch.tensor(self.INITIAL_BIAS))
-        self._shapes = distributed.SameShapes()
-        self._same_parameters = False  # whether all ranks have the first rank's parameters
 
     def terms(
         self,
@@ -122,13 +174,27 @@ class SimilarityLoss(nn.Module):
         self, image, text, logit_scale, terms, weights=None, logit_bias=None, ids=None, teacher=None
     ) -> dict[str, Tensor]:
         """Returns the terms before weighting, each with its gradient; with `weights`, without, and beside them "loss"."""
+        checks.features("image_features", image, "[N, D]")
+        checks.features("text_features", text, "[N, D]")
         if self.embed_dim is not None:
             self._check_width(self.embed_dim, image, text)
-        if self.world_size <= 1:
-            return self._similarity(image, text, logit_scale, terms, weights, logit_bias, ids, teacher)
-        image, text = self._own_rows(image, text)
+        if self.world_size > 1:
+            image, text = self._own_rows(image, text)
+        if text.shape != image.shape or text.dtype != image.dtype or text.device != image.device:
+            inputs.check_pair(dict(zip(STUDENT, autocast(image, text))), equal_rows=True)
+        if of_teacher := [term for term in terms if term in OF_TEACHER]:
+            teacher = self._constants(teacher, image, text, of_teacher)
         values = self._similarity(image, text, logit_scale, terms, weights, logit_bias, ids, teacher)
-        return {name: self._value(value) for name, value in values.items()}
+        return values if self.world_size <= 1 else {name: self._value(value) for name, value in values.items()}
+
+    def _constants(self, teacher: Any, image: Tensor, text: Tensor, terms: list[str]) -> tuple[Tensor | None, ...]:
+        """Returns the teacher's features and scale, checked and detached. A scale that no term needs may be None."""
+        student, why = dict(zip(STUDENT, (image, text))), f"the term {terms[0]!r} needs it"
+        if not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
+            raise ValueError(f"teacher: expected ({', '.join(TEACHER)}), since {why}, got {type(teacher).__name__}")
+        unused = teacher[2] is None and "relational" not in terms
+        constants = inputs.constants_of_teacher(dict(zip(TEACHER[: 3 - unused], teacher)), student, why)
+        return *constants, *[None] * unused
 
     def _similarity(self, image, text, logit_scale, terms, weights, logit_bias, ids, teacher) -> dict[str, Tensor]:
         """Returns the terms of this rank's rows, by ops.similarity_loss."""
@@ -165,34 +231,3 @@ class SimilarityLoss(nn.Module):
             if width > embed_dim or width < embed_dim and not self.prefixes:
                 got = checks.shape_of(features)
                 raise ValueError(f"{name}: expected the width embed_dim = {embed_dim}, got shape {got}")
-
-    def _group(self):
-        have = torch.distributed.get_world_size() if torch.distributed.is_initialized() else "no process group"
-        if have != self.world_size:
-            raise RuntimeError(f"world_size: expected a process group of {self.world_size} ranks, got {have}")
-        return torch.distributed.group.WORLD
-
-    def _own_rows(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns this rank's features, with gradients scaled as in open_clip's mode. Checks that ranks have equal shapes."""
-        self._shapes.check(image, text, self._group())
-        if self.local_loss or self.gather_with_grad:
-            return image, text
-        share = 1 / self.world_size
-        return distributed.scale_gradient(image, share), distributed.scale_gradient(text, share)
-
-    def _gathered(self, rows: Any) -> Any:
-        """Returns the rows of all ranks as constants; None for None."""
-        return rows if rows is None or self.world_size <= 1 else distributed.gather(rows.detach(), self._group())
-
-    def _learned(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Returns parameters of the loss; backward averages their gradients over the ranks."""
-        if self.world_size <= 1:
-            return parameters
-        if not torch.compiler.is_compiling() and not self._same_parameters:
-            distributed.from_first_rank(self.parameters(), self._group())
-            self._same_parameters = True
-        return distributed.learned(parameters, self._group())
-
-    def _value(self, loss: Tensor) -> Tensor:
-        """Returns the value that open_clip's mode reports: the loss of this rank, or the mean over the ranks."""
-        return loss if self.local_loss else distributed.mean(loss, self._group())

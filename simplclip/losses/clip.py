@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from simplclip.losses.base import SimilarityLoss, with_modes
+from simplclip.losses.base import SimilarityLoss
 
 
 class PairLoss(SimilarityLoss):
@@ -64,6 +64,5 @@ class ClipPMLoss(PairLoss):
     Source: open_clip.loss.ClipLoss; arXiv 2411.14789 names pair matching; its form is this library's interpretation.
     """
 
-    @with_modes
     def __init__(self, *modes: Any, pm_weight: float = 1.0, **options: Any):
         super().__init__(*modes, pm_weight=pm_weight, **options)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simplclip.losses.base import with_modes
+from simplclip.common.errors import check_count
 from simplclip.losses.clip import PairLoss
 from simplclip.ops import checks
 
@@ -30,14 +30,13 @@ class ClipLoss(PairLoss, open_clip_loss.ClipLoss):
     `simplclip.ops.similarity_loss` for shapes, dtypes and memory.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss; see SimilarityLoss for the
+        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss; see DistributedLoss for the
             values and gradients of each mode. use_horovod is not supported with several ranks.
         pm_weight, plane, embed_dim: as in ClipPMLoss, whose pair matching has weight 1 by default and here 0.
 
     Source: Radford et al. 2021 (arXiv 2103.00020); open_clip.loss.ClipLoss.
     """
 
-    @with_modes
     def __init__(self, *modes: Any, **options: Any):
         super().__init__(*modes, **options)
         self.prev_num_logits = 0
@@ -55,11 +54,11 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
     Source: Yu et al. 2022 (arXiv 2205.01917); open_clip.loss.CoCaLoss.
     """
 
-    @with_modes
-    def __init__(self, caption_loss_weight: float, clip_loss_weight: float, pad_id: int = 0, *modes: Any, **named: Any):
-        super().__init__(*modes, **named)
+    def __init__(self, caption_loss_weight: float, clip_loss_weight: float, pad_id: int = 0, *modes: Any, **options: Any):
+        super().__init__(*modes, **options)
         self.caption_loss_weight = checks.number("caption_loss_weight", caption_loss_weight)
         self.clip_loss_weight = checks.number("clip_loss_weight", clip_loss_weight)
+        checks.instance("pad_id", pad_id, int, "an integer")
         self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
 
     def forward(  # type: ignore[override]
@@ -111,10 +110,11 @@ class SigLipLoss(PairLoss, open_clip_loss.SigLipLoss):
         pm_weight: float = 0.0,
         plane: str = "scalar",
         embed_dim: int | None = None,
+        **unknown: Any,
     ):
-        super().__init__(True, True, cache_labels, rank, world_size, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim)
+        of_pairs: dict[str, Any] = {"pm_weight": pm_weight, "plane": plane, "embed_dim": embed_dim}
+        super().__init__(True, True, cache_labels, rank, world_size, **of_pairs, **unknown)
         self.dist_impl = dist_impl or "bidir"
         checks.choice("dist_impl", self.dist_impl, DIST_IMPLS)
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 0:
-            raise ValueError(f"chunk_size: expected a number of rows, 0 or more, got {chunk_size!r}")
+        check_count("chunk_size", chunk_size, 0)
         self.chunk_size = chunk_size  # not used here; open_clip 4's own `_loss` reads it

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from simplclip.losses.base import SimilarityLoss, weight_of
 from simplclip.losses.wikd import wide
+from simplclip.ops import checks
 
 
 class MatryoshkaLoss(nn.Module):
@@ -28,6 +29,7 @@ class MatryoshkaLoss(nn.Module):
 
     def __init__(self, loss: nn.Module, widths: Sequence[int], weights: Sequence[float] | None = None):
         super().__init__()
+        checks.instance("loss", loss, nn.Module, "an nn.Module")
         self.loss, self.widths = loss, tuple(widths)
         self.weights = (1.0,) * len(self.widths) if weights is None else tuple(weights)
         if not self.widths or any(type(b) is not int or a >= b for a, b in zip((0, *self.widths), self.widths)):

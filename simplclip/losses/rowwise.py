@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from simplclip.losses.base import SimilarityLoss, with_modes
+from simplclip.losses.base import STUDENT, TEACHER, DistributedLoss
 from simplclip.ops import checks, distributed
 from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.registry import autocast, no_autocast
@@ -18,7 +18,7 @@ from simplclip.ops.similarity import inputs
 _LEAST_ROWS = 64  # of a chunk: fewer make products slow
 
 
-class RowwiseLoss(SimilarityLoss):
+class RowwiseLoss(DistributedLoss):
     r"""The mean of a function of the user's own over the rows, and over the columns, of the similarity matrix.
 
         Z = s · image · textᵀ + b          T = ŝ · x̂ · ŷᵀ, a teacher's logits, where its features are given
@@ -34,7 +34,7 @@ class RowwiseLoss(SimilarityLoss):
             number R of rows. The logits are float32 (float64 for float64 features) and autocast is disabled. fn may be an
             nn.Module, whose parameters are trained as those of this loss, and may draw random numbers. torch.compile(fn,
             dynamic=True) saves memory and time.
-        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss; see SimilarityLoss for the
+        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss; see DistributedLoss for the
             values and gradients of each mode. use_horovod is not supported with several ranks.
         symmetric: whether the columns count too.
 
@@ -49,7 +49,6 @@ class RowwiseLoss(SimilarityLoss):
 
     scratch_bytes = 16 << 20
 
-    @with_modes
     def __init__(self, fn: Callable[..., Tensor], *modes: Any, symmetric: bool = True, **options: Any):
         super().__init__(*modes, **options)
         if not callable(fn):
@@ -83,26 +82,33 @@ class RowwiseLoss(SimilarityLoss):
         """
         checks.features("image_features", image_features, "[N, D]")
         checks.features("text_features", text_features, "[M, D]")
-        inputs.check_pair({"image_features": image_features, "text_features": text_features})
-        n, offset, fn = len(image_features), 0, self.fn
-        if len(text_features) < n:
-            got = checks.shape_of(text_features)
-            raise ValueError(f"text_features: expected at least {n} rows, a positive for each image, got {got}")
-        teacher = dist_image_features, dist_text_features
-        if len({value is None for value in (*teacher, dist_logit_scale)}) > 1:
-            raise ValueError("dist_logit_scale: expected a teacher's features and scale, or none of them")
         image, text = columns = autocast(image_features, text_features)
         if self.world_size > 1:
             image, text = self._own_rows(image, text)
+        student = dict(zip(STUDENT, (image, text)))
+        inputs.check_pair(student, equal_rows=self.world_size > 1)
+        n, offset, fn = len(image), 0, self.fn
+        if len(text) < n:
+            got = checks.shape_of(text)
+            raise ValueError(f"text_features: expected at least {n} rows, a positive for each image, got {got}")
+        arguments = dict(zip(TEACHER, (dist_image_features, dist_text_features, dist_logit_scale)))
+        teacher: list[Any] = [None, None, None]
+        if any(value is not None for value in arguments.values()):
+            *teacher, teacher_scale = inputs.constants_of_teacher(arguments, student, "a teacher has features and a scale")
+            teacher = [t.to(image.dtype) for t in teacher] + [teacher_scale]
+        wide = accumulate_dtype(image.dtype)
+        scale = checks.scalar("logit_scale", logit_scale, image.device, wide)
+        bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, image.device, wide)
+        if self.world_size > 1:
             constant, offset = self.local_loss and not self.gather_with_grad, self.rank * n
             columns = [distributed.gather(t.detach() if constant else t, self._group()) for t in (image, text)]
             fn = self._with_learned_parameters()
-        columns_of_teacher = [self._gathered(t) for t in teacher]
+        columns_of_teacher = [self._gathered(t) for t in teacher[:2]]
         sides = [(image, columns[1], teacher[0], columns_of_teacher[1])]
         if self.symmetric:
             sides.append((text[:n], columns[0], None if teacher[1] is None else teacher[1][:n], columns_of_teacher[0]))
         with no_autocast(image.device):
-            means = [self._mean(fn, *side, logit_scale, logit_bias, dist_logit_scale, offset) for side in sides]
+            means = [self._mean(fn, *side, scale, bias, teacher[2], offset) for side in sides]
             value = sum(means) / len(means)
         value = value if self.world_size <= 1 else self._value(value)
         return {"rowwise_loss": value} if output_dict else value
@@ -131,8 +137,7 @@ class RowwiseLoss(SimilarityLoss):
 
         count = -(-n // max(_LEAST_ROWS, self.scratch_bytes // (len(y) * dtype.itemsize)))
         sizes = [n * (k + 1) // count - n * k // count for k in range(count)]
-        of_rows = [None] * count if x_teacher is None else checks.savable(x_teacher.detach()).to(x.dtype).split(sizes)
-        y_teacher = None if y_teacher is None else checks.savable(y_teacher.detach()).to(x.dtype)
+        of_rows = [None] * count if x_teacher is None else x_teacher.split(sizes)
         index = torch.arange(offset, offset + n, device=x.device).split(sizes)
         columns = y.to(dtype)  # the gradients of chunks are added in this dtype
         chunks = zip(x.to(dtype).split(sizes), of_rows, index)

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip import ops
-from simplclip.losses.base import SimilarityLoss, weight_of, width_of, with_modes
+from simplclip.losses.base import SimilarityLoss, weight_of, width_of
 from simplclip.ops import checks
 from simplclip.ops.registry import no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES
 
 INTERACTIVE = ("infonce", "kl")
-TEACHER = ("dist_image_features", "dist_text_features", "dist_logit_scale")
 
 
 class WIKDLoss(SimilarityLoss):
@@ -50,7 +49,6 @@ class WIKDLoss(SimilarityLoss):
     Source: open_clip.loss.DistillClipLoss; Yang et al. 2023 (CLIP-KD, arXiv 2307.12732); arXiv 2411.14789 for WIKD.
     """
 
-    @with_modes
     def __init__(
         self,
         *modes: Any,
@@ -143,7 +141,7 @@ class WIKDLoss(SimilarityLoss):
         options: dict[str, Any] = {"terms": (term,), "symmetric": False, "ids": ids, "text_ids": self._gathered(ids)}
         options |= {"label_offset": self.rank * len(image) if self.world_size > 1 else 0, "divergence": self.divergence}
         options |= {"scratch_bytes": self.scratch_bytes, "store_bytes": self.store_bytes}
-        teacher_image, teacher_text = (checks.constant(name, t).to(image.dtype) for name, t in zip(TEACHER, teacher[:2]))
+        teacher_image, teacher_text = (t.to(image.dtype) for t in teacher[:2])
         loss: Any = 0.0
         for rows, of_rows, columns in ((image, teacher_image, teacher_text), (text, teacher_text, teacher_image)):
             columns = self._gathered(columns)
@@ -153,15 +151,15 @@ class WIKDLoss(SimilarityLoss):
             loss = loss + 0.5 * ops.similarity_loss(rows, columns, scale, **options)[term]
         return loss
 
-    def _in_teachers_width(self, image: Tensor, text: Tensor, teacher: tuple | None) -> tuple[Tensor, Tensor]:
+    def _in_teachers_width(self, image: Tensor, text: Tensor, teacher: tuple) -> tuple[Tensor, Tensor]:
         """Returns the student's features as such, or projected to the width of the teacher's, and not normalised again."""
-        if teacher is None:
-            raise ValueError("teacher: expected features and scale for the terms 'interactive' and 'feature', got None")
-        for side, features, t in zip(("image", "text"), (image, text), teacher):
-            expected = self.teacher_dim or features.shape[-1]
-            if t.shape[-1] != expected:
-                got = f"shape {checks.shape_of(t)}"
-                raise ValueError(f"dist_{side}_features: expected the width teacher_dim = {expected}, got {got}")
+        projects = self.image_projection is not None
+        width = self.teacher_dim if projects else image.shape[1]
+        if teacher[0].shape[1] != width:
+            features = "a prefix of image_features" if self.prefixes else "image_features"
+            why = "embed_dim, another teacher_dim, and interactive_weight or feature_weight above 0 make one"
+            expected = f"teacher_dim = {width}" if projects else f"{width} of {features}, without a projection ({why})"
+            raise ValueError(f"dist_image_features: expected the width {expected}, got shape {checks.shape_of(teacher[0])}")
         if self.image_projection is None or self.text_projection is None:
             return image, text
         projections = self._learned(self.image_projection, self.text_projection)

@@ -22,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from simplclip.common.errors import InputError
 from simplclip.models.inherit import is_frozen
+from simplclip.ops import checks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,6 +41,7 @@ def fold(model: Model) -> Model:
     Tied weights keep their values elsewhere. The result is for inference: its weights get no gradient, and its state dict has
     other names. Raises InputError if a module is in training mode, where a batch norm uses its batch's statistics.
     """
+    checks.instance("model", model, nn.Module, "an nn.Module")
     for name, module in model.named_modules():
         if module.training:
             kind = type(module).__name__

@@ -31,6 +31,7 @@ from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
 from simplclip.models.weights import CheckpointError, Source, state_of
 from simplclip.nn import SimplifiedBlock
+from simplclip.ops import checks
 
 _COUNTERS = "num_batches_tracked"  # old checkpoints lack it
 _SCALES = ("logit_scale", "logit_bias")  # ends of names; they always train
@@ -209,7 +210,9 @@ def inherit(
             of a simplified block, or one of another kind or shape.
         FileNotFoundError: there is no such file.
     """
-    sources = [source] if isinstance(source, str | os.PathLike | nn.Module | Mapping) else list(source)
+    checks.instance("model", model, nn.Module, "an nn.Module")
+    sources = [source] if isinstance(source, str | os.PathLike | nn.Module | Mapping) else source
+    checks.instance("source", sources, Sequence, "a module, a state dict, a path or name, or a list of them")
     if not sources:
         raise InputError("source: expected at least one, got an empty list")
     transfer = Transfer(model)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
-from simplclip.nn import SimplifiedBlock, share_weights
+from simplclip.nn import SHARED_PARTS, SimplifiedBlock, share_weights
+from simplclip.ops import checks
 
 TOWERS = ("text", "image")
 Groups = Sequence[Sequence[int]]  # indices of blocks
@@ -152,8 +153,8 @@ def simplify(
 
     This works on the text transformer of CLIP and CustomTextCLIP, MobileCLIP-S0's, open_clip's VisionTransformer, the
     attention blocks of timm's VisionTransformer and FastViT, and the towers of transformers' CLIPModel, SiglipModel and
-    Siglip2Model (from 5.0 on; docs/block.md says which masks and options work). New blocks have the activation, drop path,
-    dtype, device and mode of the old blocks. A causal mask is recognised and kept. Gains replace layer scale.
+    Siglip2Model (from 5.0 on; docs/block.md says which masks and options work). New blocks have the old blocks' activation,
+    eps of the norm, drop path, dtype, device and mode. A causal mask is recognised and kept. Gains replace layer scale.
 
     Args:
         towers: "text", "image" or both.
@@ -171,11 +172,14 @@ def simplify(
         init: "random", or what a matrix starts from that blocks share: the old matrix of the "first" block in the tower, or
             the "average" of all, see `init_blocks`.
 
-    Returns the same model, and a report of what was replaced with the parameter counts before and after. Raises ValueError,
-    and leaves the model unchanged, if an argument is unknown, or a tower has no replaceable blocks (a ResNet, a Hugging Face
-    encoder in open_clip, window or rotary attention) or a mask that is not causal (CoCa's text tower), or padding cannot be
-    masked, or `init_blocks` does not know a block.
+    Returns the same model, and a report of what was replaced with the parameter counts before and after. Raises ValueError
+    (TypeError for another type), and leaves the model unchanged, if an argument is unknown, or a tower has no replaceable
+    blocks (a ResNet, a Hugging Face encoder in open_clip, window or rotary attention) or a mask that is not causal (CoCa's
+    text tower), or padding cannot be masked, or `init_blocks` does not know a block.
     """
+    checks.instance("model", model, nn.Module, "an nn.Module")
+    checks.instance("blocks", blocks, Mapping | None, "a mapping of towers to indices")
+    checks.instance("share", share, Mapping | None, "a mapping of towers to groups of indices")
     blocks, share = dict(blocks or {}), dict(share or {})
     for name, keys, allowed in (("towers", towers, TOWERS), ("blocks", blocks, towers), ("share", share, towers)):
         if unknown := sorted({*keys} - {*allowed}):
@@ -226,6 +230,8 @@ def simplify(
 def groups_of(share: Groups | Mapping[str, Groups], chosen: list[int]) -> dict[str, list[list[int]]]:
     """Returns a tower's groups by the part that they share. Raises InputError if they are not disjoint groups of `chosen`."""
     parts: Mapping[str, Groups] = share if isinstance(share, Mapping) else {"all": share}
+    if unknown := sorted({*parts} - {*SHARED_PARTS}):
+        raise InputError(f"share: expected parts out of {SHARED_PARTS}, got {unknown}")
     shared = {part: [list(group) for group in groups] for part, groups in parts.items() if groups}
     for part in ("attention", "mlp"):
         indices = [index for name in (part, "all") for group in shared.get(name, ()) for index in group]
@@ -311,4 +317,5 @@ def build_block(site: _Site, mlp_ratio: float | None = None, **options: Any) -> 
         options["drop_path"] = next((m.drop_prob for m in block.modules() if isinstance(m, DropPath)), 0.0)
     hidden, width = weight.shape[:2]
     new = site.cls(width, heads, hidden / width if mlp_ratio is None else mlp_ratio, **options, **site.options)
+    new.norm.eps = next((m.eps for m in block.modules() if isinstance(m, nn.LayerNorm)), new.norm.eps)
     return new.to(device=weight.device, dtype=weight.dtype).train(block.training)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 Mutated = Tensor  # the type of a field that the op overwrites
+Strided = Tensor  # the type of a field of which only the last dimension is contiguous; those of type Tensor are contiguous
 
 _TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "SymInt", "bool": "bool", "float": "float", "str": "str"}
-_TYPES["list[bool]"] = "bool[]"
+_TYPES |= {"Strided": "Tensor", "Strided | None": "Tensor?", "list[bool]": "bool[]"}
 
 
 def schema_of(call: type) -> str:
@@ -25,8 +26,8 @@ def schema_of(call: type) -> str:
 
 
 def tensors_of(call: type) -> list[str]:
-    """Returns the names of the fields of type Tensor or Tensor | None."""
-    return [field.name for field in fields(call) if str(field.type).startswith("Tensor")]
+    """Returns the names of the fields of type Tensor or Strided, also where they may be None."""
+    return [field.name for field in fields(call) if str(field.type).startswith(("Tensor", "Strided"))]
 
 
 def flat(call: Any) -> tuple:

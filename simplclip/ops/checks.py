@@ -6,6 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def all_like_x(x: Tensor, names: Sequence[str], tensors: Sequence[Tensor | None]
             like(name, t, "x", x)
 
 
-def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype, of: str = "image") -> Tensor:
+def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype, of: str = "the features") -> Tensor:
     """Returns a number as a tensor [] of this dtype. A tensor must be floating, have one element and be on the device."""
     if isinstance(value, Tensor):
         if value.dtype == dtype and value.device == device and value.dim() == 0:
@@ -93,9 +94,13 @@ def choice(name: str, value, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
-def boolean(name: str, value) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+def instance(name: str, value: Any, kind: Any, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def boolean(name: str, value: Any) -> None:
+    instance(name, value, bool, "a bool")
 
 
 def _real(name: str, value, expected: str) -> float:

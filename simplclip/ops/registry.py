@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Any
 
@@ -34,13 +34,16 @@ _PLAIN = (Tensor, nn.Parameter)
 _selected: dict[tuple, Callable] = {}  # the backends' functions that earlier calls selected
 
 
-def _select(op: str, first: Tensor, spec: str, part: bool, facts: dict) -> Callable:
-    """Returns the function of a backend. It is selected once for each kind of call."""
+def _select(op: str, first: Tensor, spec: str, part: bool, facts: dict, through: Callable | None = None) -> Callable:
+    """Returns the function of a backend, or what `through` makes of it. It is selected once for each kind of call."""
     tf32 = first.is_cuda and torch.backends.cuda.matmul.fp32_precision  # the predicate of CUDA attention reads it
     key = op, spec, part, first.device, first.dtype, tf32, *facts.values()
     selected = _selected.get(key)
-    if selected is None:
-        selected = _selected[key] = backends.select(op, first.device, first.dtype, spec, part=part, **facts)[1]
+    if selected is None or through:
+        name, selected = backends.select(op, first.device, first.dtype, spec, part=part, **facts)
+        if through:
+            return through(op, name, selected)
+        _selected[key] = selected
         if first.is_cuda and op.startswith("shaped_attention") and backends.cuda_extension is None and torch.version.cuda:
             warn_without_cuda(backends.cuda_extension_error)
     return selected
@@ -54,6 +57,8 @@ class Op:
         self.values = attrgetter(*call_type.__match_args__)
         self.first = call_type.__match_args__[0]  # a tensor in every call: its device and dtype are the call's
         self.tensors = len(tensors_of(call_type))
+        of_tensors = [field for field in fields(call_type) if field.name in tensors_of(call_type)]
+        self.layouts = [(field.name, str(field.type).startswith("Strided")) for field in of_tensors]
         self.backward: Any = None  # set by `gradients`, before which the op has none
         self.differentiable, self.saved_results, self.saves_tensors = 1, 1, True
 
@@ -61,40 +66,33 @@ class Op:
     def overload(self) -> torch._ops.OpOverload:
         return getattr(torch.ops.simplclip, self.name).default
 
-    def dispatch(self, call: Any, spec: str) -> Any:
-        """Runs a call of plain tensors on its backend."""
-        first = getattr(call, self.first)
-        if self.composed:
-            function = self.pick(first, spec)
-        else:
-            function = _select(self.name, first, spec, False, self.facts(call) if self.facts else {})
-        if not torch.is_autocast_enabled(first.device.type):
-            return self.run(function, call)
-        with no_autocast(first.device):
-            return self.run(function, call)
-
-    def pick(self, first: Tensor, spec: str, through: Callable | None = None) -> Callable:
-        """Returns `pick(op, **facts)`, which gives a composed op the function of one of its parts."""
-
-        def pick(op: str, **facts) -> Callable:
-            if through is None:
-                return _select(op, first, spec, True, facts)
-            return through(op, *backends.select(op, first.device, first.dtype, spec, part=True, **facts))
-
-        return pick
-
-    def dispatch_through(self, *args: Any, through: Callable | None = None) -> Any:
-        """Runs the dispatcher's arguments. `through(op, backend, function)` may return another function to call."""
-        call, spec = self.call_type(*args[:-1]), args[-1]
-        first = getattr(call, self.first)
+    def dispatch(self, call: Any, spec: str, through: Callable | None = None) -> Any:
+        """Runs a call on its backend. `through(op, backend, function)` may return another function to call."""
+        call, first = self.laid_out(call), getattr(call, self.first)
         if self.composed:
             function = self.pick(first, spec, through)
         else:
-            facts = self.facts(call) if self.facts else {}
-            name, function = backends.select(self.name, first.device, first.dtype, spec, **facts)
-            function = through(self.name, name, function) if through else function
+            function = _select(self.name, first, spec, False, self.facts(call) if self.facts else {}, through)
+        if not autocasts(first.device):
+            return self.run(function, call)
         with no_autocast(first.device):
             return self.run(function, call)
+
+    def laid_out(self, call: Any) -> Any:
+        """Returns the call with tensors in the layout that their types promise: kernels read them through pointers."""
+        for name, strided in self.layouts:
+            t = getattr(call, name)
+            if t is not None and not (t.stride(-1) == 1 if strided else t.is_contiguous()):
+                call = replace(call, **{name: t.contiguous()})
+        return call
+
+    def pick(self, first: Tensor, spec: str, through: Callable | None) -> Callable:
+        """Returns `pick(op, **facts)`, which gives a composed op the function of one of its parts."""
+        return lambda op, **facts: _select(op, first, spec, True, facts, through)
+
+    def dispatch_through(self, *args: Any, through: Callable | None = None) -> Any:
+        """Runs the dispatcher's arguments, see `dispatch`."""
+        return self.dispatch(self.call_type(*args[:-1]), args[-1], through)
 
     def save(self, ctx, tensors: Sequence[Tensor | None], options: Sequence, spec: str, results: Sequence[Tensor]) -> None:
         ctx.mark_non_differentiable(*results[self.differentiable :])
@@ -206,12 +204,8 @@ def register_gradient(
     `results`: those from `saved_results` on. `needed`: for each tensor whether its gradient is needed. The call has its
     tensors unless `saves_tensors` is False; then the differentiable results must be saved instead (see Op.gradients).
     """
-    op.backward, op.differentiable, op.saved_results, op.saves_tensors = (
-        backward,
-        differentiable,
-        saved_results,
-        saves_tensors,
-    )
+    op.backward, op.differentiable = backward, differentiable
+    op.saved_results, op.saves_tensors = saved_results, saves_tensors
 
     def setup_context(ctx, inputs, output):
         op.save(ctx, inputs[: op.tensors], inputs[op.tensors : -1], inputs[-1], output)

@@ -27,11 +27,12 @@ class Objective:
         self.schedules, self.steps = config.weights, steps
         shared: dict[str, Any] = {"pm_weight": float("pair_matching_loss" in self.schedules), "plane": config.plane}
         shared |= {"embed_dim": width, "rank": ranks.number(), "world_size": ranks.count()}
-        gather = {"gather_with_grad": True}  # so that gradients are right after DDP averages them; SigLipLoss always does
+        # Gradients are then right after DDP averages them; SigLipLoss always gathers so.
+        gather: dict[str, Any] = {"gather_with_grad": True}
         if teacher is not None:
-            on = {f"{term}_weight": float(f"{term}_loss" in self.schedules) for term in ("interactive", "feature")}
+            shared |= {f"{term}_weight": float(f"{term}_loss" in self.schedules) for term in ("interactive", "feature")}
             shared |= {"interactive": config.interactive, "divergence": "kl", "teacher_dim": teacher["width"]}
-            self.loss: Any = losses.WIKDLoss(**on, **shared, **gather)
+            self.loss: Any = losses.WIKDLoss(**shared, **gather)
             # A tensor made from a number at each step would make the CPU wait for a GPU.
             self.loss.register_buffer("teacher_scale", torch.tensor(float(teacher["logit_scale"])), persistent=False)
         else:

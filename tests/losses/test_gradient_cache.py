@@ -296,7 +296,9 @@ TWO, NAMED = dict.fromkeys("ab", nn.Identity()), dict.fromkeys("ab", lambda b: {
         (nn.Identity(), iter([1]), TypeError, "micro_batches: expected a sequence, since .*got list_iterator"),
         (lambda b: None, [1], TypeError, "encode: expected a tensor, or a sequence or mapping of them, got NoneType"),
         (lambda b: {"ids": torch.ones(2, 2).long()}, [1], TypeError, "output 'ids' of encode: expected float32"),
-        (lambda b: (torch.ones(3, 1),) * b, [2, 1], ValueError, r"the outputs of the first micro-batch, \[0, 1\]"),
+        (lambda b: (torch.ones(3, 1),) * b, [2, 1], ValueError, r"first micro-batch, {0: \['m', 1\], 1: \['m', 1\]}, got"),
+        (lambda b: b, [torch.ones(2, 3), torch.ones(2, 4)], ValueError, r"first .*, {0: \['m', 3\]}, got {0: \['m', 4\]}"),
+        (lambda b: b, [torch.ones(2, 3), torch.ones(1)], ValueError, r"first micro-batch, {0: \['m', 3\]}, got {0: \[\]}"),
         (TWO, [[1]], ValueError, r"micro_batches: expected one for each tower in a mapping, \['a', 'b'\], got list"),
         ({"a": lambda b: [b]}, {"a": [1]}, TypeError, r"encode\['a'\]: expected a tensor, or a mapping of them"),
         (NAMED, dict.fromkeys("ab", [torch.ones(2, 2)]), ValueError, "encode.'b'.: expected outputs that no other tower"),
@@ -306,3 +308,31 @@ TWO, NAMED = dict.fromkeys("ab", nn.Identity()), dict.fromkeys("ab", lambda b: {
 def test_bad_arguments(encode, batches, error, message):
     with pytest.raises(error, match=message):
         gradient_cache.backward(encode, batches, torch.sum)
+
+
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        (lambda x: (x.sum(), x.mean()), "tuple"),  # as WIKDLoss and CoCaLoss return without output_dict
+        (lambda x: (x.sum(),), "tuple"),
+        (lambda x: (x.sum(), None), "tuple"),
+        (lambda x: 1.0, "float"),
+        (lambda x: None, "NoneType"),
+        (lambda x: {}, "dict"),
+        (lambda x: {"a": x.sum(), "b": 0.5}, "dict"),
+        (lambda x: (x.sum(), {"a": 0.5}), "tuple"),
+        (lambda x: x.sum(1), r"\[4\]"),
+    ],
+)
+def test_what_loss_returns_is_checked_before_a_gradient_changes(loss, got):
+    linear = nn.Linear(3, 3)
+    expected = r"a tensor \[\], a mapping of them \(as losses return with output_dict=True\) or \(loss, mapping\)"
+    with pytest.raises(TypeError, match=f"loss: expected {expected}, got {got}$"):
+        gradient_cache.backward(linear, torch.ones(4, 3).split(2), loss)
+    assert linear.weight.grad is None
+
+
+@pytest.mark.parametrize(("name", "kind"), [("model", "nn.Module"), ("scaler", "torch.amp.GradScaler or None")])
+def test_models_and_scalers_of_another_type(name, kind):
+    with pytest.raises(TypeError, match=f"{name}: expected an? {kind}, got float"):
+        gradient_cache.backward(nn.Identity(), [torch.ones(2, 2)], torch.sum, **{name: 2.0})

@@ -9,7 +9,7 @@ import torch
 from calls import loss_inputs
 
 from simplclip import losses
-from simplclip.losses import ClipLoss, ClipPMLoss, CoCaLoss, SigLipLoss, WIKDLoss
+from simplclip.losses import ClipLoss, ClipPMLoss, CoCaLoss, MatryoshkaLoss, RowwiseLoss, SigLipLoss, WIKDLoss
 
 TERMS = {
     ClipPMLoss: ("contrastive", "pair_matching"),
@@ -66,18 +66,30 @@ def test_terms_equal_the_definition(kind, options):
     [
         (ClipPMLoss, {"pm_weight": -1}, "pm_weight: expected a weight of 0 or more, got -1"),
         (ClipPMLoss, {"pm_weight": math.inf}, "pm_weight: expected a finite number, got inf"),
-        (ClipPMLoss, {"embed_dim": -2}, "embed_dim: expected an integer above 0 or None, got -2"),
-        (ClipPMLoss, {"embed_dim": 16.0}, "embed_dim: expected an integer above 0 or None, got 16.0"),
+        (ClipPMLoss, {"embed_dim": -2}, "embed_dim: expected an integer of at least 1, got -2"),
+        (ClipPMLoss, {"embed_dim": 16.0}, "embed_dim: expected an integer of at least 1, got 16.0"),
         (ClipPMLoss, {"plane": "affine"}, "plane: expected one of 'scalar', 'hadamard', got 'affine'"),
         (ClipPMLoss, {"plane": "hadamard"}, "embed_dim: expected the width D"),
         (ClipPMLoss, {"world_size": 2, "use_horovod": True}, "use_horovod: expected False"),
         (SigLipLoss, {"dist_impl": "ring"}, "dist_impl: expected one of 'bidir', 'shift', 'reduce', 'gather', got 'ring'"),
-        (SigLipLoss, {"chunk_size": -1}, "chunk_size: expected a number of rows, 0 or more, got -1"),
+        (SigLipLoss, {"chunk_size": -1}, "chunk_size: expected an integer of at least 0, got -1"),
         (CoCaLoss, {"caption_loss_weight": "2", "clip_loss_weight": 1.0}, "caption_loss_weight: expected a number, got str"),
-        (ClipLoss, {"label_smoothing": 0.1}, "label_smoothing"),
+        (ClipLoss, {"label_smoothing": 0.1}, "ClipLoss: expected arguments .*, got label_smoothing; docs/recipes.md"),
+        (SigLipLoss, {"positives": 2, "margin": 1}, "SigLipLoss: expected arguments .*, got positives, margin; "),
+        (RowwiseLoss, {"fn": math.exp, "pm_weight": 1.0}, "RowwiseLoss: expected arguments .*, got pm_weight; "),
+        (ClipLoss, {"rank": 3, "world_size": 2}, "rank: expected less than world_size = 2, got 3"),
+        (ClipLoss, {"rank": 1}, "rank: expected less than world_size = 1, got 1"),
+        (SigLipLoss, {"rank": -1}, "rank: expected an integer of at least 0, got -1"),
+        (WIKDLoss, {"world_size": "2"}, "world_size: expected an integer of at least 0, got '2'"),
+        (
+            CoCaLoss,
+            {"caption_loss_weight": 2.0, "clip_loss_weight": 1.0, "pad_id": "a"},
+            "pad_id: expected an integer, got str",
+        ),
+        (MatryoshkaLoss, {"loss": math.exp, "widths": (4,)}, "loss: expected an nn.Module, got builtin_function_or_method"),
         (WIKDLoss, {"contrastive_weight": math.nan}, "contrastive_weight: expected a finite number, got nan"),
         (WIKDLoss, {"contrastive_weight": 0, "relational_weight": 0}, "contrastive_weight and the other weights: expected"),
-        (WIKDLoss, {"embed_dim": 16, "teacher_dim": -1}, "teacher_dim: expected an integer above 0 or None, got -1"),
+        (WIKDLoss, {"embed_dim": 16, "teacher_dim": -1}, "teacher_dim: expected an integer of at least 1, got -1"),
         (WIKDLoss, {"interactive": "mse"}, "interactive: expected one of 'infonce', 'kl', got 'mse'"),
         (WIKDLoss, {"divergence": "js"}, "divergence: expected one of 'kl', 'cross_entropy', got 'js'"),
         (WIKDLoss, {"teacher_dim": 20, "feature_weight": 1}, "embed_dim: expected the width D"),
@@ -88,6 +100,35 @@ def test_terms_equal_the_definition(kind, options):
 def test_bad_arguments(cls, arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         cls(**arguments)
+
+
+TOKENS = torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ClipLoss(),
+        SigLipLoss(),
+        ClipPMLoss(),
+        lambda *features: CoCaLoss(1.0, 1.0)(*features[:2], *TOKENS, *features[2:]),
+        lambda *features: WIKDLoss(interactive_weight=1, relational_weight=0)(*features, *features),
+        lambda *features: ClipLoss().terms(*features, weights={"contrastive": 1.0}),
+    ],
+    ids=("ClipLoss", "SigLipLoss", "ClipPMLoss", "CoCaLoss", "WIKDLoss", "terms"),
+)
+def test_features_that_do_not_fit_each_other(call):
+    """open_clip's losses raise an error for several texts an image; with rows in order, image 1 would get image 0's text."""
+    image, text = torch.randn(4, 8), torch.randn(8, 8)
+    several = r"got shape \[8, 8\]; with k captions an image, pass image_features.repeat_interleave\(k, 0\), and ids equal"
+    for features, message in (
+        ((image, text), f"text_features: expected the 4 rows of image_features, {several}"),
+        ((text, image), r"text_features: expected the 8 rows of image_features, got shape \[4, 8\]$"),
+        ((image, image.double()), "text_features: expected the dtype of image_features, torch.float32, got torch.float64"),
+        ((image, image[:, :7]), "text_features: expected the width of image_features, 8, got 7"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call(*features, 10.0)
 
 
 def test_a_loss_without_a_plane_or_a_process_group():

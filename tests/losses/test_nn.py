@@ -87,18 +87,26 @@ def test_signal_and_gradient_keep_their_size_through_a_deep_skipless_stack():
     ("call", "words"),
     [
         (lambda: SimplifiedBlock(12, 5), "heads: expected a divisor of the width 12, got 5"),
-        (lambda: SimplifiedBlock(12, 0), "heads: expected a divisor"),
+        (lambda: SimplifiedBlock(12, 0), "heads: expected an integer of at least 1, got 0"),
+        (lambda: SimplifiedBlock(12.0, 3), "width: expected an integer of at least 1, got 12.0"),
+        (lambda: SimplifiedBlock(12, 3, gamma="x"), "gamma: expected a number, got str"),
+        (lambda: SimplifiedBlock(12, 3, mlp_ratio="4"), "mlp_ratio: expected a number, got str"),
+        (lambda: SimplifiedBlock(12, 3)(None), r"x: expected \[B, L, 12\], got NoneType"),
+        *(
+            (lambda name=name: SimplifiedBlock(12, 3, **{name: "no"}), f"{name}: expected a bool, got str")
+            for name in ("causal", "value", "output", "recompute")
+        ),
         (lambda: SimplifiedBlock(12, 3, norm="batchnorm"), "norm: expected one of .*'layernorm'.*got 'batchnorm'"),
         (lambda: SimplifiedBlock(12, 3, act="tanh"), "act: expected one of .*'gelu'.*got 'tanh'"),
         (lambda: SimplifiedBlock(12, 3, drop_path=1.0), "drop_path: expected a probability"),
         (lambda: SimplifiedBlock(12, 3, mlp_ratio=0.0), "mlp_ratio: expected at least one hidden unit"),
         (lambda: SimplifiedBlock(12, 3)(torch.zeros(2, 5, 8)), r"x: expected \[B, L, 12\], got \[2, 5, 8\]"),
         (lambda: SimplifiedBlock(12, 3)(torch.zeros(2, 5, 12), torch.ones(1).long()), r"lengths: expected one per .*, \[2\]"),
-        (lambda: neighbour_groups(4, 0), "size: expected at least 1, got 0"),
+        (lambda: neighbour_groups(4, 0), "size: expected an integer of at least 1, got 0"),
     ],
 )
 def test_bad_arguments(call, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         call()
 
 
@@ -152,7 +160,7 @@ def test_attention_and_mlp_may_be_shared_among_different_groups(norms_and_gains)
         ("mlp", [[0, 1]], "equal hidden"),
         ("attention", [[0, 2]], "equal heads within group .0, 2., got .2, 4."),
         ("mlp", [[0, 2]], "equal act within group"),
-        ("norms", [[0, 1]], "what: expected one of .'attention', 'mlp', 'all'., got 'norms'"),
+        ("norms", [[0, 1]], "what: expected one of 'attention', 'mlp', 'all', got 'norms'"),
     ],
 )
 def test_share_weights_rejects(what, groups, words):

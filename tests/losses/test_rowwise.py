@@ -1,6 +1,7 @@
 """RowwiseLoss against the dense form in plain torch."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import cpu_peak_bytes
 from simplclip.losses import RowwiseLoss
+from simplclip.ops import checks
 
 LEAST = 0.05  # about the largest gradient; the bias's gradient is 0 by cancellation
 
@@ -153,12 +155,40 @@ def test_errors_of_the_arguments():
         ((image[0], text), (), r"image_features: expected a tensor \[N, D\], got shape \[16\]"),
         ((image, text[:, :8]), (), "text_features: expected the width of image_features, 16, got 8"),
         ((image, text[:9]), (), r"text_features: expected at least 150 rows, a positive for each image, got \[9, 16\]"),
-        ((image, text), (x, y), "dist_logit_scale: expected a teacher's features and scale, or none of them"),
+        ((image, text), (x, y), "dist_logit_scale: expected a value, since a teacher has features and a scale, got None"),
+        (
+            (image, text),
+            (x[1:], y, s),
+            r"dist_image_features: expected the 150 rows of image_features, got shape \[149, 16\]",
+        ),
+        ((image, text), (x, y, s.expand(150)), r"dist_logit_scale: expected one element, got shape \[150\]"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             call(loss, (*args, scale), teacher)
+    for bad, got in ((scale.expand(150), r"shape \[150\]"), ("1", "str"), (None, "NoneType")):
+        with pytest.raises((TypeError, ValueError), match=f"logit_scale: expected .*one element, got {got}"):
+            chunked(focal)(image, text, bad)
+    with pytest.raises((TypeError, ValueError), match=r"logit_bias: expected one element, got shape \[2\]"):
+        chunked(focal)(image, text, scale, torch.ones(2))
     with pytest.raises(TypeError, match="fn: expected a function or an nn.Module, got int"):
         RowwiseLoss(3)
+
+
+def test_a_teacher_is_constant(monkeypatch):
+    """A scale that the student shares with its teacher is not trained by the teacher's logits."""
+    monkeypatch.setattr(checks, "_warned", set())
+    leaves, (x, y, _) = batch()
+    scale = leaves[2]
+    with pytest.warns(UserWarning, match="dist_logit_scale requires a gradient, but is a constant here"):
+        (shared,) = torch.autograd.grad(call(chunked(distilled), leaves, (x, y, scale)), scale)
+    (apart,) = torch.autograd.grad(call(chunked(distilled), leaves, (x, y, scale.detach())), scale)
+    torch.testing.assert_close(shared, apart, rtol=0, atol=0)
+
+
+def test_arguments_without_a_meaning_are_not_listed():
+    assert not {"pm_weight", "plane", "embed_dim"} & inspect.signature(RowwiseLoss).parameters.keys()
+    assert {"fn", "symmetric", "local_loss", "world_size"} <= inspect.signature(RowwiseLoss).parameters.keys()
+    assert not hasattr(RowwiseLoss, "terms")
 
 
 def test_output_dict_and_numbers():

@@ -159,3 +159,5 @@ def test_training_mode_is_refused():
     model[1].train()
     with pytest.raises(ValueError, match=r"model: expected eval mode .* got BatchNorm2d '1' in training mode"):
         simplclip.fold(model)
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got NoneType"):
+        simplclip.fold(None)

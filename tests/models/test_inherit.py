@@ -292,6 +292,7 @@ def bad_sources(folder):
     vit = open_clip.CLIP(256, vision, {"width": 256, "layers": 1, "vocab_size": 99})
     yield CheckpointError, [vit], "CLIP, of whose 3. tensors 3 fit .not: "
     yield InputError, [], "expected at least one, got an empty list"
+    yield TypeError, None, "source: expected a module, a state dict, a path or name, or a list of them, got NoneType"
     yield TypeError, [tiny(1), 3], "not 'int'|not int"
 
 

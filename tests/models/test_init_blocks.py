@@ -2,6 +2,7 @@
 
 import copy
 
+import hugging_face
 import pytest
 import torch
 from clips import batch, clip
@@ -237,3 +238,15 @@ def test_sources_without_fitting_blocks_leave_the_model_as_it_was():
         assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="blocks: expected .* for a model with simplified blocks, got 'first' for 0 blocks"):
         inherit(tiny(simplified=False), source, blocks="first")
+
+
+@pytest.mark.parametrize(("name", "eps"), [("CLIPModel", 1e-5), ("SiglipModel", 1e-6)])
+def test_the_norm_has_the_eps_of_the_old_one(name, eps):
+    """At a variance of eps it counts as much as the variance. Another simplification keeps it."""
+    model = hugging_face.model(name)
+    old, x = model.vision_model.encoder.layers[1].layer_norm1, eps**0.5 * torch.randn(2, 5, 32)
+    for init in ("first", "random"):
+        simplify(model, init=init)
+        norm = model.vision_model.encoder.layers[1].norm
+        assert norm.eps == eps
+        torch.testing.assert_close(norm(x), old(x))

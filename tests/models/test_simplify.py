@@ -115,14 +115,16 @@ def test_blocks_by_their_indices():
         ),
         ({"towers": ("text", "audio")}, "towers: expected names .*audio"),
         ({"towers": ["text"], "share": {"image": [[0, 1]]}}, r"share: expected names out of \['text'\], got \['image'\]"),
-        ({"share": {"text": {"qk": [[0, 1]]}}}, "what: expected one of .'attention', 'mlp', 'all'., got 'qk'"),
+        ({"share": {"text": {"qk": [[0, 1]]}}}, "share: expected parts out of .'attention', 'mlp', 'all'., got .'qk'"),
         ({"share": {"text": {"all": [[0, 1]], "mlp": [[1, 2]]}}}, "share: expected disjoint groups of the replaced blocks"),
+        ({"blocks": [0]}, "blocks: expected a mapping of towers to indices, got list"),
+        ({"share": [[0, 1]]}, "share: expected a mapping of towers to groups of indices, got list"),
     ],
 )
 def test_an_error_leaves_the_model_as_it_was(options, message):
     model = clip()
     names = model.state_dict().keys()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         simplify(model, **options)
     assert model.state_dict().keys() == names
 
@@ -275,6 +277,7 @@ def test_timm_vit():
     assert kinds(model, Block) == []
     assert report.replaced == dict.fromkeys(kinds(model, TimmBlock), "Block")
     assert model.visual.trunk.blocks[10].heads == 3
+    assert {block.norm.eps for block in model.visual.trunk.blocks} == {1e-6}
     model.set_grad_checkpointing()
     model.encode_image(batch(224, 1)[0]).sum().backward()
     assert model.visual.trunk.blocks[10].fc1.weight.grad.abs().sum() > 0

@@ -51,6 +51,17 @@ def test_a_second_derivative_is_refused_whatever_asks_for_it(name):
         torch.autograd.functional.hvp(of_used, values, values)
 
 
+@pytest.mark.parametrize("terms", [("pair_matching",), ("contrastive", "pair_matching")])
+def test_a_second_derivative_of_the_planes_bias_is_refused(terms):
+    """A backward pass to the bias alone takes no other way through the op."""
+    image, text = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
+    bias = torch.tensor(-1.0, requires_grad=True)
+    value = sum(simplclip.ops.similarity_loss(image, text, 10.0, terms=terms, plane=(3.0, bias)).values())
+    (gradient,) = torch.autograd.grad(value, image, create_graph=True)
+    with pytest.raises(RuntimeError, match=REFUSED.format("a double backward")):
+        torch.autograd.backward(gradient.square().sum(), inputs=[bias])
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_forward_mode_is_refused(name):
     tensors, function = tensors_of(name)

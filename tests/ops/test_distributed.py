@@ -1,8 +1,10 @@
 import contextlib
 import functools
 
+import launch
 import pytest
 import torch
+from interpreter import needs_interpreter
 from launch import forked_ranks, torchrun
 
 from simplclip.ops import distributed
@@ -26,6 +28,20 @@ def test_losses_on_ranks_equal_open_clip_or_one_process(ranks, part, of_ranks):
     if part == "transformers":
         pytest.importorskip("transformers", reason="transformers is not installed: pip install 'simplclip[transformers]'")
     assert of_ranks(ranks).stdout.count(f"{part} passed") == ranks, of_ranks(ranks).stderr[-5000:]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_one_pair_a_rank(ranks):
+    """Statistics of one column a rank have strides by which a kernel must not read them."""
+    forked_ranks("rank_losses.py", "one pair", ranks=ranks, check=True)
+
+
+@pytest.mark.slow
+@needs_interpreter
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_one_pair_a_rank_in_triton(ranks, monkeypatch):
+    monkeypatch.setitem(launch.ENVIRONMENT, "TRITON_INTERPRET", "1")
+    torchrun("rank_losses.py", "one pair", ranks=ranks, check=True)
 
 
 @pytest.mark.prove

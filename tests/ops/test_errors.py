@@ -50,6 +50,7 @@ BAD = {
         (dict(image=GOOD.long()), "image: expected float32, .* got torch.int64"),
         (dict(label_offset=0.5), "label_offset: expected an int, got float"),
         (dict(symmetric="x"), "symmetric: expected a bool, got str"),
+        (dict(group="world"), "group: expected a process group, got str"),
         (dict(logit_scale="10"), "logit_scale: expected a number or a tensor with one element, got str"),
         (dict(logit_scale=np.ones(2)), "logit_scale: expected a number or a tensor with one element, got ndarray"),
         (dict(ids=torch.arange(4.0)), r"ids: expected an int64 or int32 tensor \[N\], got torch.float32"),
@@ -73,6 +74,7 @@ BAD = {
         (dict(teacher=[1.0]), r"teacher: expected a tensor \[N, D\], got list"),
         (dict(teacher=GOOD.long()), "teacher: expected float32, .* got torch.int64"),
         (dict(beta=ones(())), "beta: expected a number, got Tensor"),
+        (dict(normalize="no"), "normalize: expected a bool, got str"),
         (dict(projection=3), r"projection: expected a tensor \[D, D_student\] .* got int"),
         (dict(projection=torch.eye(8).half()), "projection: expected the dtype of student, torch.float32, got torch.float16"),
     ],
@@ -91,6 +93,7 @@ BAD = {
         (dict(q=zeros(2, 5, 3, 4).int()), "q: expected float32, .* got torch.int32"),
         (dict(gamma=1.0), "gamma: expected a tensor, got float"),
         (dict(scale="1"), "scale: expected a number, got str"),
+        (dict(causal="no"), "causal: expected a bool, got str"),
         (dict(lengths=[1, 2]), "lengths: expected an integer tensor"),
         (dict(lengths=torch.tensor([1.0, 2.0])), "lengths: expected an integer dtype, got torch.float32"),
     ],
@@ -124,6 +127,7 @@ BAD = {
     ("simplified_block", TypeError): [
         (dict(qk_weight=zeros(24, 12).bfloat16()), "qk_weight: expected the dtype of x"),
         (dict(mlp_gain="1"), "mlp_gain: expected a number or a tensor with one element, got str"),
+        *((dict.fromkeys([name], "no"), f"{name}: expected a bool, got str") for name in ("causal", "recompute")),
         *(
             ({name: ones(3 if len(name) < 6 else ()).to(dtype)}, f"{name}: expected float32, .* got {dtype}")
             for name in ("alpha", "beta", "gamma", "mlp_gain", "attention_gain")

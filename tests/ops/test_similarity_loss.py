@@ -4,11 +4,13 @@ import math
 from fractions import Fraction
 
 import numpy as np
+import plain
 import pytest
 import recorded
 import torch
+import torch.nn.functional as F
 from calls import TERMS, similarity_call
-from compare import check, function_of, outputs_of, run
+from compare import PLAIN, check, function_of, outputs_of, run
 from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 import simplclip
@@ -90,6 +92,38 @@ def test_a_student_equal_to_its_teacher_has_no_divergence(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("n", "scratch"), [(8, None), (80, 0)])  # one chunk, or two
+@pytest.mark.parametrize("scale", [100.0, 300.0])
+def test_a_small_kl_has_the_documented_error(scale, n, scratch, backend):
+    """Its summands are as large as the teacher's logits, whose cosines are about 0.5."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        tensors = [F.normalize(torch.randn(n, 16, generator=generator) + 1, dim=1) for _ in range(4)]
+        teacher = dict(zip(("teacher_image", "teacher_text"), tensors[2:]), teacher_scale=scale)
+        with simplclip.backend(backend):
+            kl = similarity_loss(*tensors[:2], 1.0, terms=("relational",), **teacher, scratch_bytes=scratch)
+        wide = {name: t.double() for name, t in zip(teacher, tensors[2:])} | {"teacher_scale": scale}
+        exact = plain.similarity_loss(*(t.double() for t in tensors[:2]), 1.0, terms=("relational",), **wide)
+        largest = scale * (tensors[2] @ tensors[3].T).abs().max()
+        assert abs(kl["relational"] - exact["relational"]) < 2**-23 * largest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("terms", [("contrastive", "pair_matching"), ("sigmoid", "pair_matching")])
+def test_gradients_of_scale_and_plane_have_the_digits_of_float32(terms, backend):
+    """They are sums over N² pairs."""
+    call = similarity_call(2048, 2048, terms=terms, width=32)
+    wide = call.typed(torch.float64)
+    need = ["logit_scale", "plane_weight", "plane_bias"]
+    with simplclip.backend(backend):
+        got = run(function_of(call), call, call.typed(torch.float32), need, lambda name, t: torch.ones_like(t))
+    exact = run(PLAIN[call.op], call, wide, need, lambda name, t: torch.ones_like(t))
+    for name in need:
+        torch.testing.assert_close(got[f"d_{name}"].double(), exact[f"d_{name}"], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("terms", [TERMS[:1], TERMS[1:2], TERMS[2:3], TERMS[1::-1]])
 def test_a_bias_that_changes_nothing_has_a_gradient_of_zero(terms, backend):
     call = similarity_call(4, 4, terms=terms, plane="scalar")
@@ -103,13 +137,13 @@ def test_a_bias_that_changes_nothing_has_a_gradient_of_zero(terms, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_int32_ids_equal_int64_ids(backend):
     call = similarity_call(4, 4, terms=TERMS, scale=1.0)
-    plain = of_ones(call, backend)
+    without = of_ones(call, backend)
     call.tensors["ids"] = torch.tensor([0, 0, 1, 2])
     wide = of_ones(call, backend)
     call.tensors["ids"] = call.tensors["ids"].int()
     narrow = of_ones(call, backend)
     for term in call.options["terms"]:
-        assert narrow[term] == wide[term] != plain[term]
+        assert narrow[term] == wide[term] != without[term]
 
 
 @pytest.mark.parametrize(

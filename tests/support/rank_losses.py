@@ -8,6 +8,7 @@ from datetime import timedelta
 from functools import partial
 
 import plain
+import pytest
 import rank_fsdp
 import rank_gradient_cache
 import rank_learned
@@ -24,11 +25,24 @@ WORLD, N = int(os.environ["WORLD_SIZE"]), 10
 EVERYTHING = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
 
 
-def batch(width=16):
+def batch(n=N, width=16):
     g = torch.Generator().manual_seed(0)
     names = ("image", "text", "teacher_image", "teacher_text")
-    values = {name: F.normalize(torch.randn(WORLD * N, width, generator=g), dim=1) for name in names}
+    values = {name: F.normalize(torch.randn(WORLD * n, width, generator=g), dim=1) for name in names}
     return values | {"logit_scale": torch.tensor(14.0), "teacher_scale": torch.tensor(20.0)}
+
+
+def rows_of(rank, n):
+    return slice(n * rank, n * rank + n)
+
+
+def ids_of(n):
+    """Returns ids of groups within a rank and across: ranks have different numbers of negatives."""
+    if n == 1:
+        return torch.arange(WORLD) // 2
+    ids = torch.arange(WORLD * n).clamp(min=5)
+    ids[15] = 7
+    return ids
 
 
 def run(loss, inputs, rows, distil, **options):
@@ -38,8 +52,9 @@ def run(loss, inputs, rows, distil, **options):
     teacher = [inputs["teacher_image"][rows], inputs["teacher_text"][rows], inputs["teacher_scale"]] if distil else []
     teacher = dict(zip(("dist_image_features", "dist_text_features", "dist_logit_scale"), teacher))
     with warnings.catch_warnings():
-        if isinstance(loss, losses.base.SimilarityLoss):  # open_clip 3.3 calls what torch 2.15 deprecates
+        if isinstance(loss, losses.base.DistributedLoss):  # open_clip 3.3 calls what torch 2.15 deprecates
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # log2 of 0 in the interpreter
         terms = loss(image, text, logit_scale=scale, **teacher, output_dict=True, **options)
         sum(terms.values()).backward()
     shared = {"scale": scale.grad, **{name: p.grad for name, p in loss.named_parameters()}}
@@ -72,12 +87,12 @@ def distilled(logits, positives, teacher_logits):
     return F.cross_entropy(logits, positives, reduction="none") - (probabilities * logits.log_softmax(1)).sum(1)
 
 
-def equals_open_clip(rank):
-    shard = slice(N * rank, N * rank + N)
+def equals_open_clip(rank, n=N):
+    shard = rows_of(rank, n)
     kinds = (ClipLoss, losses.ClipLoss), (DistillClipLoss, WIKDLoss), (DistillClipLoss, partial(RowwiseLoss, distilled))
     for (original, replacement), local_loss, gather_with_grad in itertools.product(kinds, (False, True), (False, True)):
         mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
-        expected, got = (run(make(**mode), batch(), shard, original is DistillClipLoss) for make in (original, replacement))
+        expected, got = (run(make(**mode), batch(n), shard, original is DistillClipLoss) for make in (original, replacement))
         what = f"{original.__name__} {replacement} local_loss={local_loss} gather_with_grad={gather_with_grad}"
         terms = {"rowwise_loss": sum(expected[0].values())} if "rowwise_loss" in got[0] else expected[0]
         close(got[0], terms, what)
@@ -85,64 +100,75 @@ def equals_open_clip(rank):
         close(average(got[2]), average(expected[2]), what)
 
 
-def sigmoid_equals_open_clip(rank):
-    shard, bias = slice(N * rank, N * rank + N), torch.tensor(-3.0)
+def sigmoid_equals_open_clip(rank, n=N):
+    shard, bias = rows_of(rank, n), torch.tensor(-3.0)
     for dist_impl in ("bidir", "shift", "reduce", "gather"):
         mode = {"rank": rank, "world_size": WORLD, "dist_impl": dist_impl}
         expected, got = (
-            run(make(**mode), batch(), shard, False, logit_bias=bias) for make in (SigLipLoss, losses.SigLipLoss)
+            run(make(**mode), batch(n), shard, False, logit_bias=bias) for make in (SigLipLoss, losses.SigLipLoss)
         )
         for expected_part, part in zip(expected, got):
             close(part, expected_part, f"SigLipLoss {dist_impl}")
 
 
-def sigmoid_equals_one_process(rank):
+def sigmoid_equals_one_process(rank, n=N):
     """Checks SigLipLoss with groups across ranks, and beside pair matching; also the sum of `terms`."""
-    shard, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N).clamp(min=5)
-    ids[15] = 7
+    shard, ids = rows_of(rank, n), ids_of(n)
     for options in ({}, {"pm_weight": 0.5}):
-        expected = run(losses.SigLipLoss(**options), batch(), slice(None), False, ids=ids)
+        expected = run(losses.SigLipLoss(**options), batch(n), slice(None), False, ids=ids)
         loss = losses.SigLipLoss(rank=rank, world_size=WORLD, **options)
-        got = run(loss, batch(), shard, False, ids=ids[shard])
+        got = run(loss, batch(n), shard, False, ids=ids[shard])
         equal_one_process(got, expected, shard, str(options), times=WORLD, local=True)
-    image, text = (batch()[name][shard].requires_grad_() for name in ("image", "text"))
+    image, text = (batch(n)[name][shard].requires_grad_() for name in ("image", "text"))
     weights = {"sigmoid": 1.0, "pair_matching": 0.5}
-    total, terms = loss.terms(image, text, batch()["logit_scale"], weights=weights, ids=ids[shard])
+    total, terms = loss.terms(image, text, batch(n)["logit_scale"], weights=weights, ids=ids[shard])
     close(dict(zip(got[1], torch.autograd.grad(total, (image, text)))), got[1], "terms")
     close(average({"sigmoid": terms["sigmoid"]}), {"sigmoid": expected[0]["contrastive_loss"]}, "terms")
 
 
-def ids_of_constant_features(rank):
+def ids_of_constant_features(rank, n=N):
     """Checks ids where the other ranks' features are constants; `equals_one_process` has ids in the other modes."""
-    shard, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N) // 3
-    ids[15] = 2
-    got = run(losses.ClipLoss(local_loss=True, rank=rank, world_size=WORLD), batch(), shard, False, ids=ids[shard])
-    image, text, scale = (batch()[name] for name in ("image", "text", "logit_scale"))
+    shard, ids = rows_of(rank, n), ids_of(n)
+    got = run(losses.ClipLoss(local_loss=True, rank=rank, world_size=WORLD), batch(n), shard, False, ids=ids[shard])
+    image, text, scale = (batch(n)[name] for name in ("image", "text", "logit_scale"))
     leaves = [t[shard].clone().requires_grad_() for t in (image, text)]
-    options = {"terms": ("contrastive",), "label_offset": N * rank, "symmetric": False, "ids": ids[shard], "text_ids": ids}
+    options = {"terms": ("contrastive",), "label_offset": n * rank, "symmetric": False, "ids": ids[shard], "text_ids": ids}
     both = zip(leaves, (text, image))
     value = sum(plain.similarity_loss(x, y, scale, **options)["contrastive"] for x, y in both) / 2
     close(got[0], {"contrastive_loss": value.detach()}, "ids")
     close(got[1], dict(zip(got[1], torch.autograd.grad(value, leaves))), "ids")
 
 
-def equals_one_process(rank):
-    shard = slice(N * rank, N * rank + N)
-    ids = torch.arange(WORLD * N).clamp(min=5)  # groups within a rank and across: ranks have different numbers of negatives
-    ids[15] = 7
+def equals_one_process(rank, n=N):
+    shard, ids = rows_of(rank, n), ids_of(n)
     modes = [{}, {"gather_with_grad": True}, {"local_loss": True, "gather_with_grad": True}]
     forms = [("infonce", "kl"), ("kl", "kl"), ("kl", "cross_entropy")]  # the divergence of "infonce" is the relational term's
     for (interactive, divergence), mode in itertools.product(forms, modes):
         options = {**EVERYTHING, "interactive": interactive, "divergence": divergence}
-        expected = run(WIKDLoss(**options), batch(), slice(None), True, ids=ids)
-        got = run(WIKDLoss(**options, **mode, rank=rank, world_size=WORLD), batch(), shard, True, ids=ids[shard])
+        expected = run(WIKDLoss(**options), batch(n), slice(None), True, ids=ids)
+        got = run(WIKDLoss(**options, **mode, rank=rank, world_size=WORLD), batch(n), shard, True, ids=ids[shard])
         equal_one_process(got, expected, shard, f"{options} {mode}", times=WORLD if mode else 1, local="local_loss" in mode)
     only_interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1, "local_loss": True}
     for form in ("infonce", "kl"):  # its keys are constants, so that gathering with gradients changes nothing
         options = {**only_interactive, "interactive": form, "rank": rank, "world_size": WORLD}
-        expected, got = (run(WIKDLoss(**options, **more), batch(), shard, True, ids=ids[shard]) for more in (modes[1], {}))
+        expected, got = (run(WIKDLoss(**options, **more), batch(n), shard, True, ids=ids[shard]) for more in (modes[1], {}))
         for expected_part, part in zip(expected, got):
             close(part, expected_part, f"{form} {options}")
+
+
+def small_divergences(rank, n=4):
+    """Checks the error of a KL whose summands are as large as the teacher's logits, whose cosines are about 0.5."""
+    loss = WIKDLoss(
+        contrastive_weight=0, divergence="kl", local_loss=True, gather_with_grad=True, rank=rank, world_size=WORLD
+    )
+    generator, shard = torch.Generator().manual_seed(0), rows_of(rank, n)
+    for scale in 15 * (100.0, 300.0):
+        image, text, *teacher = (F.normalize(torch.randn(WORLD * n, 16, generator=generator) + 1, dim=1) for _ in range(4))
+        parts = [t[shard] for t in (image, text, *teacher)]
+        kl = average(loss(*parts[:2], 1.0, *parts[2:], scale, output_dict=True))["distill_loss"]
+        wide = dict(zip(("teacher_image", "teacher_text"), (t.double() for t in teacher)), teacher_scale=scale)
+        exact = plain.similarity_loss(image.double(), text.double(), 1.0, terms=("relational",), **wide)["relational"]
+        assert abs(kl - exact) < 2**-23 * scale * (teacher[0] @ teacher[1].T).abs().max()
 
 
 def collectives(rank):
@@ -193,6 +219,17 @@ def unequal(rank):
             assert error == (None if a == b else what), error
 
 
+def misfits(rank):
+    """Checks that several texts an image, and a wrong rank, are an error on every rank: none waits for the others."""
+    image, text, scale = torch.ones(2, 4), torch.ones(4, 4), torch.tensor(2.0)
+    mode = {"rank": rank, "world_size": WORLD}
+    for loss in (ClipPMLoss(local_loss=True, **mode), RowwiseLoss(distilled, **mode), losses.SigLipLoss(**mode)):
+        with pytest.raises(ValueError, match="text_features: expected (the )?2 rows"):
+            loss(image, text, scale)
+    with pytest.raises(RuntimeError, match=f"rank: expected this process's rank, {rank}, got"):
+        ClipPMLoss(rank=(rank + 1) % WORLD, world_size=WORLD)(image, image, scale)
+
+
 def transformers(rank):
     import rank_transformers
 
@@ -201,10 +238,13 @@ def transformers(rank):
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    of_open_clip = [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process]
+    of_one_process = [equals_one_process, ids_of_constant_features]
     parts = {
-        "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
-        "one process": [equals_one_process, ids_of_constant_features],
-        "exchanges": [collectives, unequal],
+        "open_clip": of_open_clip,
+        "one process": [*of_one_process, small_divergences],
+        "one pair": [partial(part, n=1) for part in (*of_open_clip, *of_one_process)],
+        "exchanges": [collectives, unequal, misfits],
         "learned parameters": [rank_learned.main],
         "gradient caching": [rank_gradient_cache.main],
         "transformers": [transformers],

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from simplclip.ops.calls import Mutated
+from simplclip.ops.calls import Mutated, Strided
 
 
 @dataclass(frozen=True)
 class AttentionCall:
     """Arguments of forward, whose results are out [B, L, H, K], the log-sum-exps lse, and av: see AttentionGradient."""
 
-    q: Tensor  # [B, L, H, K]; tensors of this shape may have any strides if the last dimension is contiguous
-    k: Tensor  # [B, L, H, K]
-    v: Tensor  # [B, L, H, K]
+    q: Strided  # [B, L, H, K]
+    k: Strided  # [B, L, H, K]
+    v: Strided  # [B, L, H, K]
     gains: Tensor  # [3, H] alpha, beta, gamma, in the dtype of sums
     lengths: Tensor | None  # [B] int32, 0..L: the valid tokens
     scale: float
@@ -26,7 +26,7 @@ class AttentionCall:
 class AttentionGradient(AttentionCall):
     """Arguments of backward."""
 
-    grad: Tensor  # [B, L, H, K]
+    grad: Strided  # [B, L, H, K]
     lse: Tensor  # [B, H, L]
     av: Tensor  # [B, L, H, K] softmax(q k^T scale) v, or empty if the backend does not need it
 

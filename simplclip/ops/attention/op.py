@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,15 +14,6 @@ from simplclip.ops.attention.call import AttentionCall, AttentionGradient, Atten
 from simplclip.ops.attention.with_library_attention import Backward, Forward
 from simplclip.ops.calls import accumulate_dtype, flat
 from simplclip.ops.registry import autocast, define, register_gradient
-
-Call = TypeVar("Call", bound=AttentionCall)
-
-
-def with_contiguous_rows(call: Call) -> Call:
-    """Copies tensors whose last dimension is not contiguous; kernels read the other dimensions with any strides."""
-    names = ("q", "k", "v", "grad") if isinstance(call, AttentionGradient) else ("q", "k", "v")
-    strided = [name for name in names if getattr(call, name).stride(-1) != 1]
-    return replace(call, **{name: getattr(call, name).contiguous() for name in strided}) if strided else call
 
 
 def facts_of(shape: Sequence[int], lengths: Tensor | None) -> dict:
@@ -50,7 +39,7 @@ def _facts(call):
 
 
 def _fwd(function, call):
-    return attend(function, with_contiguous_rows(call))
+    return attend(function, call)
 
 
 def _native_fake(call):
@@ -65,7 +54,6 @@ def _fwd_fake(call, spec):
 
 def _bwd(function, call):
     dq, dk, dv = _empty_gradients(call)
-    call = with_contiguous_rows(call)
     return dq, dk, dv, function(AttentionInto(*flat(call), dq, dk, dv))
 
 
@@ -175,11 +163,11 @@ def shaped_attention(
     this library.
     """
     checks.attention(q, k, v, alpha, beta, gamma)
+    checks.boolean("causal", causal)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, q.shape[0], q.shape[1], q.device)
     q, k, v = autocast(q, k, v)
     scale = q.shape[3] ** -0.5 if scale is None else checks.number("scale", scale)
     dtype = accumulate_dtype(q.dtype)
     gains = torch.stack([alpha.to(dtype), beta.to(dtype), gamma.to(dtype)])
-    of_call = AttentionCall(q, k, v, gains, lengths, scale, bool(causal))
-    return registry.call(FORWARD, of_call)[0]
+    return registry.call(FORWARD, AttentionCall(q, k, v, gains, lengths, scale, causal))[0]

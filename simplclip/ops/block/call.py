@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from simplclip.ops.calls import Mutated
+from simplclip.ops.calls import Mutated, Strided
 
 
 @dataclass(frozen=True)
@@ -17,18 +17,18 @@ class BlockCall:
     x: Tensor  # [B, L, C]
     norm_weight: Tensor  # [C]
     norm_bias: Tensor | None  # [C]
-    qk_weight: Tensor  # [2C, C]
-    fc1_weight: Tensor  # [F, C]
+    qk_weight: Strided  # [2C, C]
+    fc1_weight: Strided  # [F, C]
     fc1_bias: Tensor  # [F]
-    fc2_weight: Tensor  # [C, F]
+    fc2_weight: Strided  # [C, F]
     fc2_bias: Tensor  # [C]
     alpha: Tensor  # [H]
     beta: Tensor  # [H]
     gamma: Tensor  # [H]
     attention_gain: Tensor  # [], in the dtype of sums
     mlp_gain: Tensor  # [], in the dtype of sums
-    value_weight: Tensor | None  # [C, C]
-    output_weight: Tensor | None  # [C, C]
+    value_weight: Strided | None  # [C, C]
+    output_weight: Strided | None  # [C, C]
     lengths: Tensor | None  # [B] int32
     norm: str
     eps: float

@@ -46,7 +46,7 @@ def _attention_call(call: BlockCall, shape: tuple[int, int, int, int], n: Tensor
 
 
 def _fwd(pick, call):
-    x, shape = call.x.contiguous().view(-1, call.x.shape[2]), heads_of(call)
+    x, shape = call.x.view(-1, call.x.shape[2]), heads_of(call)
     n, _ = norm_fwd(x, call)
     qk = F.linear(n, call.qk_weight)
     attention = pick("shaped_attention_fwd", **facts_of(shape, call.lengths))
@@ -101,9 +101,9 @@ def _mlp_bwd(pick, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, n
 
 
 def _bwd(pick, call):
-    x, shape, need = call.x.contiguous().view(-1, call.x.shape[2]), heads_of(call), Needed(*call.need)
+    x, shape, need = call.x.view(-1, call.x.shape[2]), heads_of(call), Needed(*call.need)
     n, stats = norm_fwd(x, call)
-    grad, qk, facts = call.grad.contiguous().view(x.shape), call.qk, facts_of(shape, call.lengths)
+    grad, qk, facts = call.grad.view(x.shape), call.qk, facts_of(shape, call.lengths)
     need_n = need.x or need.norm_weight or need.norm_bias
     d_h, gradients = _mlp_bwd(pick, call, n, grad, need, need_n)
 
@@ -222,6 +222,8 @@ def simplified_block(
     """
     checks.choice("norm", norm, NORMS)
     checks.choice("act", act, tuple(ACTIVATIONS))
+    checks.boolean("causal", causal)
+    checks.boolean("recompute", recompute)
     matrices = qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight
     checks.block(x, *matrices, norm, norm_weight, norm_bias, alpha, beta, gamma)
     if lengths is not None:
@@ -239,6 +241,6 @@ def simplified_block(
     of_call = BlockCall(
         x, norm_weight, norm_bias, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
         alpha, beta, gamma, attention_gain, mlp_gain, value_weight, output_weight,
-        lengths, norm, eps, act, scale, bool(causal), keep,
+        lengths, norm, eps, act, scale, causal, keep,
     )  # fmt: skip
     return registry.call(FORWARD, of_call)[0]

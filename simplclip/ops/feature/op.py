@@ -123,6 +123,7 @@ def feature_loss(
     if teacher.shape[0] != student.shape[0]:
         raise ValueError(f"teacher: expected one row for each of student's {student.shape[0]}, got {teacher.shape[0]}")
     checks.choice("distance", distance, DISTANCES)
+    checks.boolean("normalize", normalize)
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
         raise TypeError(f"beta: expected a number, got {type(beta).__name__}")
     if not torch.finfo(torch.float32).tiny <= beta < math.inf:
@@ -135,7 +136,7 @@ def feature_loss(
             f"[{teacher.shape[1]}, {student.shape[1]}], got width {student.shape[1]}"
         )
     (student,) = autocast(student)
-    arguments = student, checks.constant("teacher", teacher), None if distance == "mse" else float(beta), bool(normalize)
+    arguments = student, checks.constant("teacher", teacher), None if distance == "mse" else float(beta), normalize
     if torch.compiler.is_compiling():
         return _definition(*arguments)
     check_reverse_mode("feature_loss", arguments)

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from simplclip.ops.calls import Mutated
+from simplclip.ops.calls import Mutated, Strided
 
 
 @dataclass(frozen=True)
 class MlpCall:
     """Arguments of forward, whose results are out [T, C_out] and the hidden layer before its activation [T, F] or [0, F]."""
 
-    x: Tensor  # [T, C]
-    fc1_weight: Tensor  # [F, C]
+    x: Strided  # [T, C]
+    fc1_weight: Strided  # [F, C]
     fc1_bias: Tensor | None  # [F]
-    fc2_weight: Tensor  # [C_out, F]
+    fc2_weight: Strided  # [C_out, F]
     fc2_bias: Tensor | None  # [C_out]
     act: str
     keep: bool  # whether to return the hidden layer, for backward
@@ -28,9 +28,9 @@ class MlpGradient:
 
     grad: Tensor  # [T, C_out]
     h: Mutated  # [T, F]
-    x: Tensor  # [T, C]
-    fc1_weight: Tensor  # [F, C]
-    fc2_weight: Tensor  # [C_out, F]
+    x: Strided  # [T, C]
+    fc1_weight: Strided  # [F, C]
+    fc2_weight: Strided  # [C_out, F]
     act: str
     need: list[bool]  # which gradients, of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; the others are empty
 

@@ -49,11 +49,10 @@ def hidden_rows(
 
 def _fwd(function, call):
     out = call.x.new_empty(call.x.shape[0], call.fc2_weight.shape[0])
-    bias = None if call.fc2_bias is None else call.fc2_bias.contiguous()  # since the kernels read it through a pointer
     first = call.x, call.fc1_weight, call.fc1_bias
     h = F.linear(*first) if call.keep else call.x.new_empty(0, call.fc1_weight.shape[0])
     for h_chunk, out_chunk in [(h, out)] if call.keep else hidden_rows(*first, out):
-        function(HiddenCall(h_chunk, call.fc2_weight, bias, call.act, out_chunk, accumulate=False))
+        function(HiddenCall(h_chunk, call.fc2_weight, call.fc2_bias, call.act, out_chunk, accumulate=False))
     return out, h
 
 
@@ -63,7 +62,7 @@ def _fwd_fake(call, spec):
 
 
 def _bwd(function, call):
-    grad, h, need = call.grad.contiguous(), call.h, call.need
+    grad, h, need = call.grad, call.h, call.need
     none = h.new_empty(0)
     d_fc2_bias = grad.sum(0) if need[4] else none
     d_fc2_weight = function(HiddenGradient(grad, h, call.fc2_weight, call.act, need[3]))  # overwrites h by its gradient

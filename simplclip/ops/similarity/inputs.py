@@ -17,10 +17,8 @@ from simplclip.ops.similarity.call import DIVERGENCES, TERMS
 def check_options(terms, divergence, symmetric, scratch_bytes, store_bytes) -> None:
     if not isinstance(terms, (tuple, list, set)) or not terms or not set(TERMS).issuperset(terms):
         raise ValueError(f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}")
-    if divergence not in DIVERGENCES:
-        checks.choice("divergence", divergence, DIVERGENCES)
-    if not isinstance(symmetric, bool):
-        checks.boolean("symmetric", symmetric)
+    checks.choice("divergence", divergence, DIVERGENCES)
+    checks.boolean("symmetric", symmetric)
     for name, value in (("scratch_bytes", scratch_bytes), ("store_bytes", store_bytes)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
@@ -46,23 +44,27 @@ def features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     return image, text
 
 
-def check_pair(student: Mapping[str, Tensor]) -> None:
+def check_pair(student: Mapping[str, Tensor], equal_rows: bool = False) -> None:
     """Checks that a student's image and text features fit each other. student: argument name -> features, images first."""
     (image_name, image), (text_name, text) = student.items()
+    if equal_rows and len(text) != len(image):
+        several = f"; with k captions an image, pass {image_name}.repeat_interleave(k, 0), and ids equal for an image"
+        got = checks.shape_of(text) + (several if len(text) > len(image) else "")
+        raise ValueError(f"{text_name}: expected the {len(image)} rows of {image_name}, got shape {got}")
     checks.like(text_name, text, image_name, image)
     if text.shape[1] != image.shape[1]:
         raise ValueError(f"{text_name}: expected the width of {image_name}, {image.shape[1]}, got {text.shape[1]}")
 
 
-def constants_of_teacher(arguments: Mapping[str, Any], student: Mapping[str, Tensor], why: str) -> list[Tensor]:
-    """Returns a teacher's image and text features and scale, checked and detached, the features in the student's dtype.
+def constants_of_teacher(arguments: dict[str, Any], student: Mapping[str, Tensor], why: str) -> list[Tensor]:
+    """Returns a teacher's image and text features and, if it is among the arguments, the scale: checked and detached.
 
     arguments, student: the arguments of each by name. why: the reason in the error for a missing argument of the teacher.
     """
     for name, value in arguments.items():
         if value is None:
             raise ValueError(f"{name}: expected a value, since {why}, got None")
-    image, text, scale = arguments
+    image, text, *scales = arguments
     for name, (student_name, features), letters in zip((image, text), student.items(), ("[N, D̂]", "[M, D̂]")):
         value = arguments[name]
         checks.features(name, value, letters)
@@ -74,11 +76,9 @@ def constants_of_teacher(arguments: Mapping[str, Any], student: Mapping[str, Ten
     width = arguments[image].shape[1]
     if arguments[text].shape[1] != width:
         raise ValueError(f"{text}: expected the width of {image}, {width}, got {arguments[text].shape[1]}")
-    student_name, features = next(iter(student.items()))
     wide = torch.promote_types(features.dtype, torch.float32)
-    scalar = checks.scalar(scale, arguments[scale], features.device, wide, student_name)
-    constants = [checks.constant(name, arguments[name]).to(features.dtype) for name in (image, text)]
-    return [*constants, checks.constant(scale, scalar)]
+    numbers = {name: checks.scalar(name, arguments[name], features.device, wide) for name in scales}
+    return [checks.constant(name, t) for name, t in (arguments | numbers).items()]
 
 
 def hyperplane(plane, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
@@ -94,7 +94,7 @@ def hyperplane(plane, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
             raise ValueError(f"plane: expected w [D] = [{width}], got shape {checks.shape_of(weight)}")
         checks.floating("plane's w", weight)
         if weight.device != device:
-            raise ValueError(f"plane: expected w on the device of image, {device}, got {weight.device}")
+            raise ValueError(f"plane: expected w on the device of the features, {device}, got {weight.device}")
         weight = weight.to(wide)
     else:
         weight = checks.scalar("plane's p", weight, device, wide)
@@ -108,7 +108,7 @@ def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.dev
         raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {got}")
     if ids.dim() != 1 or ids.shape[0] != count:
         raise ValueError(f"{name}: expected shape [{letter}] = [{count}], got {checks.shape_of(ids)}")
-    checks.on(name, ids, "image", device)
+    checks.on(name, ids, "the features", device)
     return checks.savable(ids.long().contiguous())
 
 
@@ -135,6 +135,7 @@ def check_offset(label_offset: int, n: int, m: int, group: Any) -> None:
     if isinstance(label_offset, bool) or not isinstance(label_offset, (int, torch.SymInt)):
         raise TypeError(f"label_offset: expected an int, got {type(label_offset).__name__}")
     if group is not None:
+        checks.instance("group", group, torch.distributed.ProcessGroup, "a process group")
         if m != n:
             raise ValueError(f"text: expected this rank's {n} rows with group (they are gathered), got {m}")
         if label_offset != 0:

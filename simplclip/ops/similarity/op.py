@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks, distributed, registry
-from simplclip.ops.calls import flat, tensors_of
+from simplclip.ops.calls import flat
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SimilarityCall, SimilarityGradient
@@ -22,14 +22,12 @@ MATRICES = ("image", "text", "teacher_image", "teacher_text")
 
 
 def _prepared(call: Any) -> Any:
-    """Returns the call with contiguous features in the dtype of the products."""
+    """Returns the call with features in the dtype of the products."""
     dtype = computes_in(call.image.dtype, call.image.device.type)
-    changed = {}
-    for name in MATRICES:
-        features = getattr(call, name, None)
-        if features is not None and not (features.dtype == dtype and features.is_contiguous()):
-            changed[name] = features.to(dtype).contiguous()
-    return replace(call, **changed) if changed else call
+    if call.image.dtype == dtype:
+        return call
+    features = {name: getattr(call, name, None) for name in MATRICES}
+    return replace(call, **{name: t.to(dtype) for name, t in features.items() if t is not None})
 
 
 def _fwd(function, call):
@@ -95,26 +93,16 @@ SIGMOID = define(
     row=backends.row(reference.similarity_sigmoid, SigmoidCall, module="similarity.sigmoid"),
     native=(SigmoidCall, "(Tensor, Tensor, Tensor, Tensor)"), native_fake=_sigmoid_results,
 )  # fmt: skip
-_PLANE = tensors_of(SimilarityCall).index("plane")
 
 
 def _gradient(call, results, grads, needed, spec):
     rows, columns, stored = results
-    grad_rows = torch.zeros_like(rows) if grads[0] is None else grads[0].contiguous()
-    grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1].contiguous()
+    grad_rows = torch.zeros_like(rows) if grads[0] is None else grads[0]
+    grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1]
     of_grads = grad_rows, grad_columns, rows, columns, stored, needed[0], needed[1]
     d_image, d_text, d_scale, d_plane = registry.call(BACKWARD, SimilarityGradient(*FORWARD.values(call), *of_grads), spec)
-    return (
-        d_image if needed[0] else None,
-        d_text if needed[1] else None,
-        d_scale if needed[2] else None,
-        None,
-        None,
-        None,
-        d_plane if needed[_PLANE] else None,
-        None,
-        None,
-    )
+    gradients = d_image, d_text, d_scale, None, None, None, d_plane, None, None
+    return tuple([gradient if need else None for gradient, need in zip(gradients, needed)])
 
 
 def _sigmoid_gradient(call, results, grads, needed, spec):
@@ -226,7 +214,8 @@ def similarity_loss(
         arguments = {"teacher_image": teacher_image, "teacher_text": teacher_text, "teacher_scale": teacher_scale}
         student = {"image": image, "text": text}
         why = "the term 'relational' needs it"
-        teacher_image, teacher_text, teacher_scale = inputs.constants_of_teacher(arguments, student, why)
+        *of_teacher, teacher_scale = inputs.constants_of_teacher(arguments, student, why)
+        teacher_image, teacher_text = (t.to(image.dtype) for t in of_teacher)
     if weights is not None:
         weights = inputs.check_weights(weights, terms)
     inputs.check_offset(label_offset, n, m, group)
@@ -311,7 +300,7 @@ class _Softmaxes(torch.autograd.Function):
         results, for_backward = values(rows, merged, scale, call.teacher_scale, weight, bias, options)
         fields = flat(call) if torch.compiler.is_compiling() else FORWARD.values(call)
         ctx.fields = fields[FORWARD.tensors :]
-        ctx.save_for_backward(*fields[: FORWARD.tensors], rows, columns, stored, shares, weight, *for_backward)
+        ctx.save_for_backward(*fields[: FORWARD.tensors], rows, columns, stored, shares, weight, bias, *for_backward)
         if options.weights is not None:
             ctx.mark_non_differentiable(*results[1:])
         return tuple(results)
@@ -338,7 +327,7 @@ def _of_positives(call: SimilarityCall, columns: Tensor, group: Any) -> tuple[Te
 
 def _softmax_gradients(ctx, saved, grads) -> tuple[Tensor | None, ...]:
     """Returns the gradients of image, text, scale, weight and bias."""
-    tensors, (rows, columns, stored, shares, weight, *intermediates) = saved[: FORWARD.tensors], saved[FORWARD.tensors :]
+    tensors, (rows, columns, stored, shares, weight, _, *intermediates) = saved[: FORWARD.tensors], saved[FORWARD.tensors :]
     d_rows, d_merged, d_scale, d_weight, d_bias = values_backward(grads, ctx.options, tensors[2], weight, *intermediates)
     d_columns = d_merged
     if shares is not None:

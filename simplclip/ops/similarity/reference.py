@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SimilarityCall, SimilarityGradient
+from simplclip.ops.similarity.terms import merge_columns
 
 
 class _Chunk:
@@ -47,14 +48,6 @@ def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
     return (logits - lse.masked_fill(lse == -torch.inf, 0)).exp_()
 
 
-def _add_columns(columns: Tensor, stat: ColumnStat, lse: Tensor, mean: Tensor | None = None) -> None:
-    """Merges statistics over a chunk's rows into those over earlier rows. The mean's weights are the softmax of `lse`."""
-    total = torch.logaddexp(columns[stat], lse)
-    if mean is not None:
-        columns[ColumnStat.MEAN].mul_(_softmax(columns[stat], total)).add_(mean * _softmax(lse, total))
-    columns[stat] = total
-
-
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     """Returns rows [6, N] (RowStat), columns [3, M] (ColumnStat; 0 unless `columns`); stored products are not computed."""
     dtype, (n, _), m = accumulate_dtype(call.image.dtype), call.image.shape, call.text.shape[0]
@@ -70,20 +63,21 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
             unmatched = F.logsigmoid(torch.addcmul(call.plane[1], student, call.plane[0]).neg_())
             part[RowStat.PAIR_MATCHING] = -chunk.fill(unmatched, 0).sum(1)
         student = chunk.fill(student.mul_(call.scale), -torch.inf)
-        part[RowStat.LSE_STUDENT] = student.logsumexp(1)
-        if call.columns:
-            _add_columns(columns, ColumnStat.LSE_STUDENT, student.logsumexp(0))
         if call.has_teacher:
             teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype))
             part[RowStat.DIAGONAL_TEACHER] = chunk.positive(teacher)
             teacher = chunk.fill(teacher.mul_(call.teacher_scale), -torch.inf)
             gap = chunk.fill(call.entropy * teacher.masked_fill(teacher == -torch.inf, 0) - student, 0)
-            lse = part[RowStat.LSE_TEACHER] = teacher.logsumexp(1)
-            part[RowStat.MEAN] = (_softmax(teacher, lse[:, None]) * gap).sum(1)
-            if call.columns:
-                lse = teacher.logsumexp(0)
-                _add_columns(columns, ColumnStat.LSE_TEACHER, lse, (_softmax(teacher, lse) * gap).sum(0))
-    if call.columns and not call.has_teacher:
+        of_chunk = torch.zeros_like(columns)
+        for stats, stat, dim in ((part, RowStat, 1), (of_chunk, ColumnStat, 0))[: 1 + call.columns]:
+            stats[stat.LSE_STUDENT] = student.logsumexp(dim)
+            if call.has_teacher:
+                lse = stats[stat.LSE_TEACHER] = teacher.logsumexp(dim)
+                # Not e^(T - lse), which adds up to 1 + eps |lse|: the gaps are as large as the logits.
+                stats[stat.MEAN] = (teacher.softmax(dim) * gap).sum(dim).masked_fill(lse == -torch.inf, 0)
+        if call.columns:
+            columns = merge_columns(torch.stack([columns, of_chunk]))[0]
+    if not call.has_teacher:
         columns[ColumnStat.LSE_TEACHER] = 0
     return rows, columns, call.image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m)
 
@@ -110,12 +104,12 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
             if call.columns:
                 lse, grad = call.column_stats[ColumnStat.LSE_TEACHER], call.grad_columns[ColumnStat.MEAN]
                 g.addcmul_(_softmax(teacher, lse), grad, value=-1)
-        d_scale += torch.linalg.vecdot(g.flatten(), similarity.flatten())
+        d_scale += torch.linalg.vecdot(g, similarity).sum()  # by rows first, which rounds less than one long sum
         g.mul_(call.scale)
         if call.plane is not None:
             slope = chunk.fill(torch.addcmul(call.plane[1], similarity, call.plane[0]).sigmoid_(), 0)
             slope.mul_(grads[RowStat.PAIR_MATCHING])
-            d_plane += torch.stack([torch.linalg.vecdot(slope.flatten(), similarity.flatten()), slope.sum()])
+            d_plane += torch.stack([torch.linalg.vecdot(slope, similarity).sum(), slope.sum()])
             g.add_(slope.mul_(call.plane[0]))
         g[chunk.size, chunk.positives] = grads[RowStat.DIAGONAL_STUDENT, :, 0]
         if call.need_image:
@@ -145,7 +139,7 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
             if g is not None:
                 slope = chunk.fill(logits.sigmoid_(), 0).mul_(negative * mix)
                 slope[chunk.size, chunk.positives] = -positive * mix * (-matched).sigmoid()
-                d_sigmoids[0, k] += torch.linalg.vecdot(slope.flatten(), similarity.flatten())
+                d_sigmoids[0, k] += torch.linalg.vecdot(slope, similarity).sum()
                 d_sigmoids[1, k] += slope.sum()
                 g.add_(slope.mul_(weight))
         if call.need_image:

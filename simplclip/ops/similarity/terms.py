@@ -119,8 +119,9 @@ def merge_columns(parts: Tensor) -> tuple[Tensor, Tensor]:  # [W, 3, N] -> [3, N
 
     def merged(part: Tensor) -> tuple[Tensor, Tensor]:  # [W, N] -> [N], [W, N] shares
         empty = (part == -torch.inf).all(0)
-        total = torch.where(empty, -torch.inf, part.masked_fill(empty, 0).logsumexp(0))
-        return total, (part - total.masked_fill(empty, 0)).exp()
+        part = part.masked_fill(empty, 0)
+        # softmax, since exp(part - logsumexp) would not add up to 1: means as large as the logits would lose digits.
+        return part.logsumexp(0).masked_fill(empty, -torch.inf), part.softmax(0).masked_fill(empty, 0)
 
     student, of_student = merged(parts[:, ColumnStat.LSE_STUDENT])
     teacher, of_teacher = merged(parts[:, ColumnStat.LSE_TEACHER])
