@@ -182,9 +182,9 @@ def digests_of(pair: Pair) -> dict[str, str]:
     return {"captions": digest_of(pair.captions), "image": f"{zlib.crc32(pair.encoded):08x}"}
 
 
-def digest_of(captions: list[str]) -> str:
-    """Returns the digest of captions, 16 hexadecimal digits."""
-    return f"{stable_hash(json.dumps(captions)):016x}"
+def digest_of(values: list[Any]) -> str:
+    """Returns a digest of values of JSON, 16 hexadecimal digits."""
+    return f"{stable_hash(json.dumps(values)):016x}"
 
 
 def stable_hash(text: str) -> int:

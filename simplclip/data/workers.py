@@ -89,12 +89,10 @@ def _died(error: Exception) -> bool:
 
 def _start(worker: int) -> None:
     # Ctrl-C, and SIGTERM at the end of a job, reach all processes; the trainer needs a batch to finish its step.
-    # DataLoader itself caps torch's threads at one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    queue: Any = Queue
-    queue._on_queue_feeder_error = _send_error
+    Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
 
 
 def _end_with_parent() -> None:
@@ -109,5 +107,4 @@ def _end_with_parent() -> None:
 
 def _send_error(queue: Any, error: Exception, message: tuple[int, Any]) -> None:
     """Sends an error in place of an item that cannot be sent, for which the parent would wait without end."""
-    got = f"{type(error).__name__}: {error}"
-    queue.put((message[0], WorkerError(f"data.workers: expected items that can be sent, got {got}")))
+    queue.put((message[0], WorkerError(f"data.workers: expected items that can be sent, got {error!r}")))

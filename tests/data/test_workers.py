@@ -119,6 +119,7 @@ def test_an_iterator_that_is_dropped_ends_workers_that_are_busy():
     received, began = from_workers(endless, 1), time.monotonic()
     next(received)
     (worker,) = multiprocessing.active_children()
+    time.sleep(1)  # it has begun the next item
     received.close()
     assert not worker.is_alive()
     assert time.monotonic() - began < 60
