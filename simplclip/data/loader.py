@@ -21,15 +21,15 @@ from webdataset import filters
 from simplclip.common.errors import InputError, check_count
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
-from simplclip.data.samples import MAX_BYTES, Pair, Sample, parse, place_of, stable_hash
+from simplclip.data.samples import MAX_BYTES, Pair, Sample, digest_of, parse, place_of, stable_hash
 from simplclip.data.sidecars import Folders, check_sidecars
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.transforms import ImageTransform, View, stack
 from simplclip.data.workers import from_workers
 
-PLACE = ("rank", "world_size", "workers", "seed")  # what a position belongs to
-STATE = (*PLACE, "turn", "passes", "consumed")  # the keys of a loader's state_dict
-EMPTY_PASSES = 3  # passes in a row over a worker's part without a usable sample, after which the data count as empty
+PLACE = ("rank", "world_size", "workers", "seed", "shards_digest")  # what a position belongs to
+STATE = (*PLACE[:-1], "turn", "passes", "consumed")  # the keys of a state_dict, which in version 0.1.0 had no digest
+EMPTY_PASSES = 100  # in a row, after which a worker without a usable sample gives up although the data have some
 
 Batch = dict[str, Any]
 _NUMPY: Any = np.random  # Any, since numpy's types leave out the global bit generator
@@ -115,6 +115,7 @@ class Loader:
             raise InputError(f"on_error: expected skip or stop, got {self.on_error!r}")
         self.sources = sources_of(self.shards)
         check_sidecars(self.sources, self.sidecars)
+        self.shards_digest = digest_of([(source.name, source.weight) for source in self.sources])
         self.turn = 0  # the worker that yields the next batch
         self.positions = [(0, 0)] * max(1, self.workers)  # of each: the pass, and the samples consumed in it
 
@@ -128,7 +129,7 @@ class Loader:
             yield item.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position of this rank after the last batch: ints, and lists of an int for each worker."""
+        """Returns the position of this rank after the last batch: ints, a text, and lists of an int for each worker."""
         passes, consumed = map(list, zip(*self.positions))
         return {name: getattr(self, name) for name in PLACE} | {"turn": self.turn, "passes": passes, "consumed": consumed}
 
@@ -136,8 +137,9 @@ class Loader:
         """Goes on where the loader that returned `state` was: the batches are exactly those that would have followed.
 
         The samples before are read, but not decoded. Raises InputError for the state of another rank, seed, or number of
-        ranks or workers.
+        ranks or workers, or of other names or weights of shards.
         """
+        state = {"shards_digest": self.shards_digest, **state}
         for name in PLACE:
             if state.get(name) != getattr(self, name):
                 raise InputError(f"state: expected one of {name} {getattr(self, name)}, got {state.get(name)}")
@@ -156,25 +158,38 @@ class Loader:
             if consumed_before:
                 next(itertools.islice(samples, consumed_before - 1, None), None)
                 skipped.take()  # counted before the resume, but for the damage within the shuffle buffer
-            elif order:
+            else:
                 empty += 1
             consumed_before = 0
-            for consumed, sample in samples:
-                try:
-                    rows.append(self._prepare(sample, number))
-                except BrokenSample as broken:
-                    skipped.add(broken.args[0], place_of(sample), broken.args[1])
-                    continue
+            for consumed, row in self._rows(samples, number, skipped):
                 empty = 0
+                rows.append(row)
                 if len(rows) == self.batch_size:
                     yield WorkerItem(self._collate(rows), worker, number, consumed, skipped.take())
                     rows = []
+            if empty:
+                self._check_usable(number)
             if empty == EMPTY_PASSES:
                 whose = f"worker {self.rank * workers + worker + 1} of {self.world_size * workers}"
                 raise EmptyDataError(
-                    f"data: expected usable samples for every loader process, got none in {in_words(self.sources)} for "
-                    f"{whose}; {skipped}"
+                    f"data: expected usable samples for every loader process, got none in {in_words(self.sources)} "
+                    f"for {whose} in {empty} passes; fewer data.workers or larger weights may help; {skipped}"
                 )
+
+    def _check_usable(self, number: int) -> None:
+        """Reads all sources up to the first usable sample. Raises EmptyDataError if there is none."""
+        skipped = Skipped()
+        samples = self._read([(source, 0) for source in self.sources], skipped)
+        if next(self._rows(enumerate(samples), number, skipped), None) is None:
+            raise EmptyDataError(f"data: expected usable samples, got none in {in_words(self.sources)}; {skipped}")
+
+    def _rows(self, samples: Iterator[tuple[int, Sample]], number: int, skipped: Skipped) -> Iterator[tuple[int, tuple]]:
+        """Yields the rows of the usable samples in a pass, with their numbers; counts the broken ones."""
+        for consumed, sample in samples:
+            try:
+                yield consumed, self._prepare(sample, number)
+            except BrokenSample as broken:
+                skipped.add(broken.args[0], place_of(sample), broken.args[1])
 
     def _order(self, number: int) -> list[tuple[Source, int]]:
         """Returns the tars of a pass in order, each with the number of its copy."""

@@ -13,7 +13,9 @@ import json
 import os
 import re
 import stat
+import zlib
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ TEACHER_JSON = "teacher.json"  # what the features belong to: "captions", a dige
 MAX_BYTES = 256 << 20  # most bytes of an image, if no other limit is given
 TEXT_BYTES = 16 << 20  # most bytes of a text file of a sample; parsed JSON takes up to 30 times as many
 LONGEST = 8192  # characters of a caption that are used: more than any tokenizer takes, and tokenizers may be quadratic
+DEEPEST = 100  # lists and objects within each other in a json; at about 500 Python can read but not pickle it
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
 
 # "__key__", "__url__", "__shard__" (the source's name), and bytes or a BrokenSample by suffix
@@ -77,7 +80,7 @@ def place_of(sample: Sample) -> str:
 def parse(sample: Sample, teacher: bool = False) -> Pair:
     """Parses the files of a sample. teacher: also a teacher's features.
 
-    Raises BrokenSample, and ShardError if the features are missing or belong to other captions.
+    Raises BrokenSample, and ShardError if the features are missing or belong to another image or other captions.
     """
     check_files(sample)
     record = record_of(sample)
@@ -157,23 +160,31 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
         features = np.lib.format.read_array(io.BytesIO(sample[TEACHER]), allow_pickle=False)
         about = json_of(sample.get(TEACHER_JSON, b"{}"))
         views = about.get("views") or None
-        rows, digest = len(views or [None]) + len(pair.captions), digest_of(pair.captions)
-        same = about.get("captions", digest) == digest
+        rows, digests = len(views or [None]) + len(pair.captions), digests_of(pair)
+        stale = [name for name, digest in digests.items() if about.get(name, digest) != digest]
         if features.dtype != np.float16 or features.ndim != 2:
             raise ValueError(f"expected float16 [V + C, D], got {features.dtype} {list(features.shape)}")
+        if not np.isfinite(features).all():
+            raise ValueError("expected finite numbers")
     except Exception as error:  # the type depends on the damage
         raise BrokenSample("bad teacher features", error) from None
-    if len(features) != rows or not same:
+    if stale or len(features) != rows:
+        what = "another image: it has" if stale == ["image"] else "other captions: they have"
         raise ShardError(
-            f"{place} has teacher features of other captions than {pair.captions[0][:80]!r} ...: the captions have changed "
-            "since; run `simplclip teacher` on these shards and captions again"
+            f"{place} has teacher features of {what} changed since; run `simplclip teacher` on these shards and "
+            "captions again"
         )
     return features, views
 
 
-def digest_of(captions: list[str]) -> str:
-    """Returns the digest of captions that a sidecar records with their features, 16 hexadecimal digits."""
-    return f"{stable_hash(json.dumps(captions)):016x}"
+def digests_of(pair: Pair) -> dict[str, str]:
+    """Returns what a sidecar records with features: digests of the captions and of the image's file."""
+    return {"captions": digest_of(pair.captions), "image": f"{zlib.crc32(pair.encoded):08x}"}
+
+
+def digest_of(values: list[Any]) -> str:
+    """Returns a digest of values of JSON, 16 hexadecimal digits."""
+    return f"{stable_hash(json.dumps(values)):016x}"
 
 
 def stable_hash(text: str) -> int:
@@ -187,11 +198,18 @@ def clean(text: str) -> str:
 
 
 def json_of(data: str | bytes) -> Any:
-    """Parses JSON. Raises ValueError for any error in it, also for too deep nesting."""
+    """Parses JSON. Raises ValueError for any error in it, also for more than DEEPEST levels of lists and objects."""
     try:
-        return json.loads(data)
+        content = json.loads(data)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    level, depth = [content], 0
+    while level := [part for part in level if isinstance(part, (dict, list))]:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError("nested too deeply")
+        level = list(chain.from_iterable(part.values() if isinstance(part, dict) else part for part in level))
+    return content
 
 
 def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:

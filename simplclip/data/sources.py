@@ -6,7 +6,7 @@ import glob
 import math
 import os
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -39,14 +39,31 @@ class Source:
 
 
 def name_of(url: str) -> str:
-    """Returns the file name of a path or URL, or the last tar that a command names.
+    """Returns the file name of a path or URL, or the last tar that a command names."""
+    return os.path.basename(_path_of(url))
 
-    The query of a URL, which may be a signature that changes, is left out.
-    """
-    if isinstance(url, Address) and url.startswith("http"):
-        return os.path.basename(urlsplit(url).path)
-    tars = re.findall(r"[^/\s]+\.tar\b", url) if isinstance(url, Address) else []
-    return tars[-1] if tars else os.path.basename(url)
+
+def _path_of(url: str) -> str:
+    """Returns the path whose end names a tar. The query of a URL, which may be a signature that changes, is left out."""
+    if not isinstance(url, Address):
+        return url
+    if url.startswith("http"):
+        return urlsplit(url).netloc + urlsplit(url).path
+    return [url, *re.findall(r"\S+\.tar\b", url)][-1]
+
+
+def _ends(urls: Iterable[str]) -> dict[str, str]:
+    """Returns the names of tars: the shortest ends of their paths that differ, which stay if the data move."""
+    names = {url: name_of(url) for url in urls}
+    same_name: dict[str, list[str]] = defaultdict(list)
+    for url, name in names.items():
+        same_name[name].append(url)
+    for urls in filter(lambda urls: len(urls) > 1, same_name.values()):
+        whole = [url if isinstance(url, Address) else os.path.abspath(url) for url in urls]
+        paths = [_path_of(url).split("/") for url in whole]
+        ends = (["/".join(path[-length:]) for path in paths] for length in range(2, max(map(len, paths)) + 1))
+        names |= zip(urls, next((end for end in ends if len({*end}) == len({*whole})), whole))
+    return names
 
 
 def sources_of(what: Any, name: str = "shards") -> list[Source]:
@@ -64,10 +81,8 @@ def sources_of(what: Any, name: str = "shards") -> list[Source]:
     sources = list(_sources(what, name))
     if not sources:
         raise InputError(f"{name}: expected at least one path or pattern, got an empty list")
-    # The samples of files of one name, such as a/000.tar and b/000.tar, may have the same keys; whole paths tell them apart.
-    files = Counter(name_of(url) for url in {source.url for source in sources})
-    names = {source.url: name_of(source.url) for source in sources}
-    return [replace(s, name=str(s.url) if files[names[s.url]] > 1 else names[s.url]) for s in sources]
+    names = _ends(source.url for source in sources)  # samples of a/000.tar and b/000.tar may have the same keys
+    return [replace(source, name=names[source.url]) for source in sources]
 
 
 def in_words(sources: Iterable[Any]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
+from multiprocessing import parent_process
+from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
@@ -58,7 +61,7 @@ def from_workers(items: Items, workers: int, pin_memory: bool = False) -> Genera
             if ended and not pin_memory and not sys.is_finalizing():  # torch's thread for pinning needs whole messages
                 # The garbage collector has ended the queues, so that no process would be told to end, and each waited for.
                 for process in iterator._workers:
-                    process.kill()  # a trainer's loader processes ignore SIGTERM
+                    process.kill()
             iterator._shutdown_workers()
 
 
@@ -85,6 +88,23 @@ def _died(error: Exception) -> bool:
 
 
 def _start(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the trainer still needs a batch to finish its step.
-    # DataLoader itself caps torch's threads at one and ends its workers with the parent.
+    # Ctrl-C, and SIGTERM at the end of a job, reach all processes; the trainer needs a batch to finish its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent sends SIGTERM or has ended. DataLoader looks only between two items."""
+    parent: Any = parent_process()
+    while os.getppid() == parent.pid:
+        received = signal.sigtimedwait([signal.SIGTERM], 1.0)
+        if received is not None and received.si_pid == parent.pid:
+            break
+    os._exit(0)
+
+
+def _send_error(queue: Any, error: Exception, message: tuple[int, Any]) -> None:
+    """Sends an error in place of an item that cannot be sent, for which the parent would wait without end."""
+    queue.put((message[0], WorkerError(f"data.workers: expected items that can be sent, got {error!r}")))

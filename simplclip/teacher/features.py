@@ -1,7 +1,7 @@
 """`simplclip teacher`: writes a teacher's features of shards into sidecars, so that training never loads a teacher.
 
 KEY.teacher.npy    float16 [V + C, D] with rows of norm 1: the features of the image or of its V views, then of its C captions
-KEY.teacher.json   {"captions": a digest of these captions, "views": what was drawn for each view}
+KEY.teacher.json   {"captions", "image": digests of these captions and of the image, "views": what was drawn for each view}
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from simplclip.common.errors import InputError, check_count
 from simplclip.data.images import open_image
 from simplclip.data.loader import seeded
 from simplclip.data.pack import packed
-from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, digest_of
+from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, digests_of
 from simplclip.data.transforms import ImageTransform, View, augmentation, finished, stack
 from simplclip.data.writer import write_sidecars
 from simplclip.evaluation import Encoder, load
@@ -79,7 +79,7 @@ class Prepare:
     def __call__(self, sample: Pair) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
         drawn = self.views.draw(sample) if self.views else []
         images = self.transform.apply_all(sample.encoded, drawn) if drawn else [self.transform(sample.encoded)]
-        about = {"captions": digest_of(sample.captions), **({"views": drawn} if drawn else {})}
+        about = digests_of(sample) | ({"views": drawn} if drawn else {})
         return images, self.tokenizer(sample.captions), about
 
     def collate(self, prepared: list[tuple]) -> Batch:

@@ -372,6 +372,8 @@ def _line(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key}: missing; expected {keys()[key].description}" if key in keys() else f"{key}: missing"
     expected = error["msg"].replace("Input should be ", "expected ")
+    if error["type"] == "list_type" and isinstance(error["input"], str):
+        expected += f", written [{error['input'][:60]}]"
     return f"{key}: {expected}, got {_shown(error['input'])}"
 
 

@@ -117,6 +117,8 @@ def first_lines(state: State, why_precision: str, samples: int | None) -> Iterat
     else:
         epochs = f"{samples / size:,.1f} steps an epoch, {steps * size / samples:,.1f} epochs"
         yield f"data       {samples:,} images, {drawn}; {epochs}"
+        if size > samples:
+            yield f"warning    of {samples:,} images, each comes {size / samples:,.4g} times in a batch of {size:,}"
     terms = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in config.loss.weights)
     of_teacher = f", to stored features of {state.teacher['name']}" if state.teacher else ""
     bias = "" if state.logit_bias is None else f", bias {state.logit_bias.item():.4g}"

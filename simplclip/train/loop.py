@@ -97,6 +97,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
 def _train(state: State, loader: Any, splits: dict[str, Any], snapshot: Any, stop: StopSignals, log: Log) -> None:
     """Runs the steps until the last one or a stop, and saves the state."""
     config, saved = state.config, time.monotonic()
+    log.print("data       loading the first batch")
     for batches in steps(state, loader, log):
         log.loaded()
         row = train_step(state, batches)
@@ -149,14 +150,8 @@ def _micro_batches(config: Config) -> tuple[int, int]:
 
 def make_loader(state: State) -> data.Loader:
     """Makes this rank's loader, whose batches are micro-batches of a step. It continues as `state.data` says, if it can."""
-    config, c, seed = state.config, state.config.data, state.config.run.seed
-    place = {"rank": ranks.number(), "world_size": ranks.count(), "workers": c.workers}
-    former = next((position for position in state.data or () if position.items() >= place.items()), None)
-    if former:
-        seed = former["seed"]
-    elif state.step:
-        seed += state.step
-        state.lines.append("resume     ranks or workers were others: the pass over the data starts again")
+    config, c = state.config, state.config.data
+    place: dict[str, Any] = {"rank": ranks.number(), "world_size": ranks.count(), "workers": c.workers}
     loader = data.Loader(
         c.train,
         tokenizer=tokenizer(config.model.model_dump()),
@@ -166,12 +161,19 @@ def make_loader(state: State) -> data.Loader:
         teacher=config.loss.needs_teacher,
         sidecars=c.sidecars,
         pin_memory=state.device.type == "cuda",
-        seed=seed,
+        seed=config.run.seed,
         **place,
         **c.options,
     )
+    shards = {"shards_digest": loader.shards_digest}  # which positions of version 0.1.0 lack
+    positions = (shards | position for position in state.data or ())
+    former = next((position for position in positions if position.items() >= (place | shards).items()), None)
     if former:
+        loader.seed = former["seed"]
         loader.load_state_dict(former)
+    elif state.step:
+        loader.seed += state.step
+        state.lines.append("resume     ranks, workers or shards were others: the pass over the data starts again")
     return loader
 
 
@@ -231,7 +233,8 @@ def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
         raise TrainingError(f"step {step + 1}: out of memory. {saved or 'Nothing is saved.'} {advice}{go_on}") from error
     if saved is not None:
         reason = str(error).strip().rstrip(".") or "no message"
-        raise TrainingError(f"after step {step}: {type(error).__name__}: {reason}. {saved}{go_on}") from error
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise TrainingError(f"after step {step}: {kind}{reason}. {saved}{go_on}") from error
 
 
 class StopSignals:

@@ -52,7 +52,7 @@ def test_features_are_those_of_the_model(folder, tmp_path):
         assert pair.features.dtype == np.float16
         torch.testing.assert_close(torch.from_numpy(pair.features).float(), torch.cat([x, y]), atol=1e-3, rtol=0)
     about = json.loads(members(tmp_path / "two" / "train-1.tar")[f"{pair.key}.teacher.json"])
-    assert about == {"captions": samples.digest_of(pair.captions)}  # so that training refuses other captions
+    assert about == samples.digests_of(pair)  # so that training refuses other captions and images
     stamp = data.teacher_stamp([tmp_path / "two"])
     assert (stamp["name"], stamp["width"]) == ("open_clip:tiny", 16)
     assert stamp["logit_scale"] == pytest.approx(1 / 0.07)

@@ -53,6 +53,7 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("data.options.shuffle_buffer=0", "data.options.shuffle_buffer: expected greater than or equal to 1, got 0 (int)"),
         ("data.options.on_error=no", "data.options.on_error: expected 'skip' or 'stop', got False (bool)"),
         ("optim=3", "optim: expected a valid dictionary"),
+        ("data.sidecars=taught", "data.sidecars: expected a valid list, written [taught], got 'taught' (str)"),
         ("data.train=5", "data.train: expected a valid string, got 5 (int)"),
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
         ("run={out: x, steps: 7, epochs: 2}", "run: expected one of steps and epochs, got steps = 7 and epochs = 2.0"),

@@ -130,7 +130,7 @@ def test_a_signal_to_any_rank_saves_once_and_one_process_goes_on(folder, results
     assert [data["rank"] for data in state["data"]] == [0, 1]
     config = tiny.settings(folder, *entry(folder / "two", "stopped", data_of(folder))["changes"], teacher=16)
     text = runs.go(config, resume=True)
-    assert "resume     ranks or workers were others: the pass over the data starts again" in text
+    assert "resume     ranks, workers or shards were others: the pass over the data starts again" in text
     assert read_checkpoint(folder / "two" / "stopped")["step"] == 3
 
 

@@ -123,11 +123,24 @@ def test_what_may_change_on_resume(tmp_path):
     )
     text = go(config, resume=True)
     assert "continuing from step 2; the learning rate now ends at 4, not 2" in text
-    assert "ranks or workers were others: the pass over the data starts again" in text
+    assert "ranks, workers or shards were others: the pass over the data starts again" in text
     assert [float(row["lr"]) for row in rows(tmp_path / "run")[2:]] == [learning_rate(config, step) for step in (2, 3)]
     assert tiny.config.load(tmp_path / "run" / "config.yaml") == config, "the command to go on takes its settings from there"
     again = config.replaced(run={"steps": 5})  # a pass that started again goes on in its own order
     assert "starts again" not in go(again, resume=True)
+
+
+@pytest.mark.slow
+def test_shards_that_were_added_start_the_pass_again(tmp_path):
+    pattern = f"data.train={tmp_path / 'data' / '*.tar'}"
+    text = go(tiny.settings(tmp_path, pattern, "run.steps=2", "data.samples=5"))
+    assert "warning    of 5 images, each comes 1.6 times in a batch of 8\n" in text
+    assert "data       loading the first batch\nstep 2/2" in text
+    config = tiny.settings(tmp_path, pattern, "run.steps=3")
+    assert "starts again" not in go(config, resume=True)
+    tiny.write_shard(tmp_path / "data" / "train-1.tar")
+    assert "shards were others: the pass over the data starts again" in go(config.replaced(run={"steps": 4}), resume=True)
+    assert "starts again" not in go(config.replaced(run={"steps": 5}), resume=True)
 
 
 @pytest.mark.slow

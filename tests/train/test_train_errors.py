@@ -14,6 +14,7 @@ from runs import at_step, bits, check_ends_as, go, state_of
 
 from simplclip import evaluation
 from simplclip.common import files
+from simplclip.data import ShardError
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import loop, step
 from simplclip.train.log import Log
@@ -120,6 +121,13 @@ def test_a_first_step_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
     at_step(monkeypatch, 2, mock.Mock(side_effect=torch.OutOfMemoryError("no room")))
     message = r"^step 2: out of memory. Step 1 is saved in .*. Try a smaller data.micro_batch.*simplclip plan.* To go on: "
+    with pytest.raises(loop.TrainingError, match=message):
+        go(tiny.settings(tmp_path))
+
+
+def test_an_error_of_the_data_is_told_in_its_own_words(tmp_path, monkeypatch):
+    at_step(monkeypatch, 2, mock.Mock(side_effect=ShardError("sample 'a' has teacher features of another image")))
+    message = r"^after step 1: sample 'a' has teacher features of another image\. Step 1 is saved in .* To go on: "
     with pytest.raises(loop.TrainingError, match=message):
         go(tiny.settings(tmp_path))
 

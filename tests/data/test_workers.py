@@ -1,0 +1,125 @@
+"""Loader processes: signals, items that cannot be sent, and the death of a worker or of its parent."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from pairs import keys, loader, png, resize, sample, write
+from runs import bits
+
+from simplclip import data
+from simplclip.data.workers import from_workers
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning", "ignore:'pin_memory' argument")
+
+
+@pytest.fixture
+def pattern(tmp_path):
+    """Writes two shards."""
+    for shard in (0, 10):
+        write(tmp_path / f"train-{shard}.tar", [sample(i) for i in range(shard, shard + 10)])
+    return str(tmp_path / "train-*.tar")
+
+
+def taken(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_leaves_workers_to_the_trainer(pattern, number):
+    def interrupt(image):
+        os.kill(os.getpid(), number)
+        return resize(image)
+
+    assert len(list(itertools.islice(loader(pattern, workers=1, transform=interrupt), 4))) == 4
+
+
+def test_a_worker_that_dies_ends_the_loader_while_it_waits_and_not_before(pattern):
+    """The trainer has the last batch's state then, from which another loader goes on."""
+    whole = taken(loader(pattern, workers=1, batch_size=1), 12)
+    reader = loader(pattern, workers=1, batch_size=1)
+    batches = iter(reader)
+    found = [next(batches)]
+    (victim,) = multiprocessing.active_children()
+    os.kill(victim.pid, signal.SIGKILL)
+    end = time.monotonic() + 1
+    while time.monotonic() < end:  # an error would be raised here by torch's handler of SIGCHLD
+        pass
+    with pytest.raises(data.WorkerError, match="a loader process died: .*fewer data.workers"):
+        found += list(batches)
+    assert bits(found) == bits(whole[: len(found)])
+    again = loader(pattern, reader.state_dict(), workers=1, batch_size=1)
+    assert bits(taken(again, 12 - len(found))) == bits(whole[len(found) :])
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("depth", [99, 100, 300, 600, 900, 5000])
+def test_a_json_of_any_depth_is_read_or_counted(tmp_path, depth):
+    """Of a depth from 495 to 970 Python reads a json that it cannot send to another process."""
+    deep = b'{"caption": "deep", "x": ' + b"[" * depth + b"]" * depth + b"}"
+    path = write(tmp_path / "a.tar", [("deep", {"png": png(), "json": deep}), sample(1)])
+    reader = loader(path, workers=1, batch_size=1)
+    assert set(keys(taken(reader, 6))) == ({"deep", "k001"} if depth < 100 else {"k001"})
+    assert reader.skipped.counts == ({} if depth < 100 else {"bad json": reader.skipped.counts.total()})
+
+
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_an_item_that_cannot_be_sent_is_an_error(pin_memory):
+    def items(worker, workers):
+        yield "first"
+        yield lambda: None
+        yield "third"
+
+    received = from_workers(items, 1, pin_memory)
+    assert next(received) == "first"
+    with pytest.raises(data.WorkerError, match=r"data.workers: expected items that can be sent, got .*pickle"):
+        next(received)
+
+
+def endless(worker, workers):
+    for number in itertools.count():
+        yield number
+        time.sleep(600)  # in place of a large batch
+
+
+def receive(pids):
+    received = from_workers(endless, 2)
+    next(received), next(received)
+    for process in multiprocessing.active_children():
+        pids.send(process.pid)
+    next(received)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_end_with_their_parent():
+    """Which was killed, and left them no time to finish an item."""
+    pids, sender = multiprocessing.Pipe(duplex=False)
+    parent = multiprocessing.get_context("fork").Process(target=receive, args=(sender,))
+    parent.start()
+    workers = [pids.recv(), pids.recv()]
+    assert all(map(is_running, workers))
+    parent.kill()
+    end = time.monotonic() + 10
+    while any(map(is_running, workers)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_an_iterator_that_is_dropped_ends_workers_that_are_busy():
+    received, began = from_workers(endless, 1), time.monotonic()
+    next(received)
+    (worker,) = multiprocessing.active_children()
+    time.sleep(1)  # it has begun the next item
+    received.close()
+    assert not worker.is_alive()
+    assert time.monotonic() - began < 60
