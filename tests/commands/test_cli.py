@@ -81,8 +81,8 @@ def test_help_config_prints_every_key():
         ("train config.yaml --set data.train=[]", "data.train: expected at least one path or pattern, got an empty list"),
         ("train config.yaml --set run.device=cuda:77", "device: expected"),
         ("evaluate nothing.pt --data data/train-0.tar", "source: expected a checkpoint, the folder of a run"),
-        ("evaluate nothing.pt --data x.tar", "data: expected files, got 'x.tar', which does not exist"),
-        ("evaluate nothing.pt --data a=x.tar --data a=y.tar", "--data: expected different split names (--data NAME=DATA)"),
+        ("evaluate config.yaml --data x.tar", "data: expected files, got 'x.tar', which does not exist"),
+        ("evaluate config.yaml --data a=x.tar --data a=y.tar", "--data: expected different split names (--data NAME=DATA)"),
     ],
 )
 def test_wrong_input_ends_in_one_line(tmp_path, monkeypatch, arguments, message):
@@ -128,7 +128,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation, "evaluate", broken)
     (tmp_path / "x.tar").touch()
-    result = call("evaluate", "x.pt", "--data", tmp_path / "x.tar")
+    result = call("evaluate", tmp_path / "x.tar", "--data", tmp_path / "x.tar")
     assert result.exit_code == 1
     assert isinstance(result.exception, json.JSONDecodeError)
 
