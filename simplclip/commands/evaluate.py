@@ -52,7 +52,13 @@ def evaluate(
     precision: Precision = "fp32",
 ) -> None:
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
+    from simplclip.models.sources import check_source
+
+    for model in models:
+        check_source(model)
     splits = named_splits(data or []) or splits_of(models[0])
+    if not splits:
+        raise InputError("data: expected at least one split (--data NAME=DATA), got none")
     for split in splits.values():
         check_data(split, "data")
     from simplclip import evaluation

@@ -40,14 +40,17 @@ def train(
     """Train a model. Ctrl-C finishes the running step, saves a checkpoint and exits; --resume continues from it."""
     from simplclip.train import config as configs
 
-    first = os.environ.get("RANK", "0") == "0"
     if "RANK" in os.environ:  # torch reads it when it is imported: else each rank warns of a search for unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         values = configs.load(config, set_ or ())
-        check_sources(values)
+        if not any(item.startswith("run.out=") for item in set_ or ()):
+            values = _at_place(values, config)
+        # With several nodes the ranks agree later, since one node alone may lack files.
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+            check(values, resume)
     except (UserError, OSError) as error:
-        if first:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         raise typer.Exit(2) from error
 
@@ -65,8 +68,40 @@ def train(
         fail(str(error), 1)
 
 
+def _at_place(config: Any, file: str) -> Any:
+    """Returns `config` with the place of its file, if that is the config.yaml of a moved run."""
+    from simplclip.train.config import relocated
+
+    moved = relocated(config, file)
+    if moved is not config and os.environ.get("RANK", "0") == "0":
+        former = f"{config.run.out}, which --set run.out={config.run.out} means"
+        typer.echo(f"run        in {moved.run.out}, where {file} lies; before in {former}")
+    return moved
+
+
+def check(config: Any, resume: bool) -> None:
+    """Raises InputError or OSError for a wrong name, folder or file. Nothing here needs seconds of imports."""
+    from simplclip.models.sources import check_name, check_weights
+    from simplclip.train.config import check_out
+
+    check_name(config.model.name, "model.name")
+    check_out(Path(config.run.out), resume)
+    if not (resume and Path(config.run.out, "last.pt").exists()):  # a checkpoint has the weights
+        inherited = config.inherit.source or []
+        weights = {"model.checkpoint": [config.model.checkpoint] if config.model.checkpoint else []}
+        weights |= {"inherit.source": [inherited] if isinstance(inherited, str) else inherited}
+        for key, sources in weights.items():
+            for source in sources:
+                check_weights(source, key)
+    check_sources(config)
+    if config.run.device.startswith("cuda"):
+        from simplclip.common.hardware import pick_device
+
+        pick_device(config.run.device)
+
+
 def check_sources(config: Any) -> None:
-    """Raises InputError for data and sidecars that are not there. Nothing here needs seconds of imports."""
+    """Raises InputError for data and sidecars that are not there."""
     check_data(config.data.train, "data.train")
     for name, split in config.eval.splits.items() if config.eval.every else ():
         check_data(split, f"eval.splits.{name}")
