@@ -234,7 +234,7 @@ def test_a_rank_that_vanishes_ends_the_others_in_time(folder):
     """It stops without a word, as by a cut cable."""
     words = command(folder, folder / "vanished", "run.timeout_minutes=0.1")
     began = time.monotonic()
-    done = forked_ranks("rank_fault.py", '[[0, 1, 3, "SIGSTOP"]]', *words)
+    done = forked_ranks("rank_fault.py", '[[0, 1, 3, "SIGSTOP"]]', *words, timeout=100)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("simplclip: ")]
     assert "after step 2: no answer from another rank within 0.1 minutes (run.timeout_minutes); its node may be" in line
