@@ -193,8 +193,9 @@ def test_ranks_resume_to_the_bit_with_dropout(folder):
     plan["resumed"] = entry(folder, "drawn", changes, resume=True)
     (folder / "dropout.json").write_text(json.dumps(plan))
     forked_ranks("rank_train.py", folder, "dropout", check=True)
-    for rank in (0, 1):
-        results = json.loads((folder / f"dropout-{rank}.json").read_text())
+    both = [json.loads((folder / f"dropout-{rank}.json").read_text()) for rank in (0, 1)]
+    assert both[0]["undisturbed"]["seed"] != both[1]["undisturbed"]["seed"]
+    for results in both:
         assert results["resumed"]["error"] is None
         assert [len(results[name]["groups"]) for name in plan] == [3, 1, 2]
         assert results["resumed"]["weights"] == results["undisturbed"]["weights"]
