@@ -57,8 +57,6 @@ def evaluate(
     for model in models:
         check_source(model)
     splits = named_splits(data or []) or splits_of(models[0])
-    if not splits:
-        raise InputError("data: expected at least one split (--data NAME=DATA), got none")
     for split in splits.values():
         check_data(split, "data")
     from simplclip import evaluation

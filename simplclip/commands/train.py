@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
 from pathlib import Path
@@ -44,8 +45,8 @@ def train(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         values = configs.load(config, set_ or ())
-        if not any(item.startswith("run.out=") for item in set_ or ()):
-            values = _at_place(values, config)
+        if not any(item.partition("=")[0].strip() in ("run", "run.out") for item in set_ or ()):
+            values = _relocated(values, Path(config))
         # With several nodes the ranks agree later, since one node alone may lack files.
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
             check(values, resume)
@@ -68,15 +69,16 @@ def train(
         fail(str(error), 1)
 
 
-def _at_place(config: Any, file: str) -> Any:
-    """Returns `config` with the place of its file, if that is the config.yaml of a moved run."""
-    from simplclip.train.config import relocated
-
-    moved = relocated(config, file)
-    if moved is not config and os.environ.get("RANK", "0") == "0":
-        former = f"{config.run.out}, which --set run.out={config.run.out} means"
-        typer.echo(f"run        in {moved.run.out}, where {file} lies; before in {former}")
-    return moved
+def _relocated(config: Any, file: Path) -> Any:
+    """Returns `config` with the folder of its file as run.out, if the file is the config.yaml of a run that was moved."""
+    old, new = Path(config.run.out), file.parent
+    if file.name != "config.yaml" or not (new / "last.pt").exists() or old.resolve() == new.resolve():
+        return config
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"run        in {new}, where {file} lies; --set run.out={old} means its former place")
+    was, now = (json.dumps(f"{folder}/shards/")[:-1] for folder in (old, new))  # beginnings of shards that it packed
+    train = json.loads(json.dumps(config.to_dict()["data"]["train"]).replace(was, now))
+    return config.replaced(data={"train": train}, run={"out": str(new)})
 
 
 def check(config: Any, resume: bool) -> None:
@@ -86,12 +88,10 @@ def check(config: Any, resume: bool) -> None:
 
     check_name(config.model.name, "model.name")
     check_out(Path(config.run.out), resume)
-    if not (resume and Path(config.run.out, "last.pt").exists()):  # a checkpoint has the weights
-        inherited = config.inherit.source or []
-        weights = {"model.checkpoint": [config.model.checkpoint] if config.model.checkpoint else []}
-        weights |= {"inherit.source": [inherited] if isinstance(inherited, str) else inherited}
-        for key, sources in weights.items():
-            for source in sources:
+    has_weights = resume and Path(config.run.out, "last.pt").exists()
+    for key, sources in (("model.checkpoint", config.model.checkpoint), ("inherit.source", config.inherit.source)):
+        for source in [sources] if isinstance(sources, str) else sources or ():
+            if not has_weights:
                 check_weights(source, key)
     check_sources(config)
     if config.run.device.startswith("cuda"):

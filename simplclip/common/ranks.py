@@ -93,8 +93,7 @@ def _met(store: dist.Store, rank: int, size: int) -> dist.Store:
             if store.check([f"word of {other}"]):  # perhaps of a dead one, whose successor will replace it
                 store.set(f"answer to {store.get(f'word of {other}').decode()}", word)
         if time.monotonic() > until:
-            others = ", ".join(map(str, missing))
-            raise RankError(f"ranks: expected {size} within {_in_words()}, got no answer from {others}")
+            raise dist.DistStoreError(f"timeout: of {size} ranks these have not started: {', '.join(map(str, missing))}")
         time.sleep(0.02)
     return dist.PrefixStore(word, store)
 
@@ -104,13 +103,10 @@ def named(error: Exception) -> Exception:
     if isinstance(error, UserError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return error
     late = "imed out" in str(error) or "timeout" in str(error)
-    silence = f"no answer from another rank within {_in_words()}; its node may be gone"
+    minutes = f"{_limit.total_seconds() / 60:g} minutes (run.timeout_minutes)"
+    silence = f"no answer from another rank within {minutes}; its node may be gone"
     reason = re.sub(r"^\[.*?\] ", "", first_line(error)).partition(". ")[0]  # without gloo's line of code and advice
     return RankError(f"{silence if late else 'another rank has ended'} ({reason})")
-
-
-def _in_words() -> str:
-    return f"{_limit.total_seconds() / 60:g} minutes (run.timeout_minutes)"
 
 
 def device(name: str) -> torch.device:
@@ -158,49 +154,35 @@ def on_first(make: Callable[[], Result]) -> Result:
     def made() -> Any:
         global _alone
         if not first():
-            return _wait_for_first()
-        with _heartbeat():
-            _alone = True
-            try:
-                return make()
-            finally:
-                _alone = False
+            while _of_first(None):
+                if os.environ.get("LOCAL_RANK") == "0":  # a line in the log of each node
+                    print(f"rank {number()}: the first rank works alone, e.g. packs", file=sys.stderr, flush=True)
+            return None
+        done = threading.Event()
+        teller = threading.Thread(target=_tell_until, args=[done], daemon=True)
+        teller.start()
+        _alone = True
+        try:
+            return make()
+        finally:
+            _alone = False
+            done.set()
+            teller.join()
 
     return _of_first(agreed(made))
+
+
+def _tell_until(done: threading.Event) -> None:
+    """Tells the other ranks from time to time that the first one, whose thread this is, works, and then that it is done."""
+    with suppress(RuntimeError):  # of a rank that has ended, which the next exchange notices
+        while _of_first(not done.wait(min(60.0, _limit.total_seconds() / 4))):
+            pass
 
 
 def _of_first(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, device=torch.device("cpu"), group=_objects)
     return values[0]
-
-
-@contextmanager
-def _heartbeat() -> Iterator[None]:
-    """Context in which a thread tells the other ranks from time to time that the first one works, and at the end
-    that it is done."""
-    done = threading.Event()
-
-    def tell() -> None:
-        with suppress(RuntimeError):  # of a rank that has ended, which the next exchange notices
-            while _of_first(not done.wait(min(60.0, _limit.total_seconds() / 4))):
-                pass
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _wait_for_first() -> None:
-    told = os.environ.get("LOCAL_RANK") != "0"  # one line of each node
-    while _of_first(None):
-        if not told:
-            print(f"rank {number()}: waiting for the first rank, which may be packing", file=sys.stderr, flush=True)
-        told = True
 
 
 def gathered(items: Iterable[Item]) -> Iterator[Item]:

@@ -17,10 +17,7 @@ COLUMNS = ("peak", "weights", "activations", "loss", "other")  # in GiB
 def run(
     config: Config, memory: int, *, device: str = "cuda", teacher_width: int | None = None, as_json: bool = False
 ) -> None:
-    """Prints the plan of `config` for `memory` bytes, and its progress to stderr. In JSON sizes are in bytes.
-
-    Raises the errors of `Planner`.
-    """
+    """Prints the plan for `memory` bytes, and its progress to stderr. In JSON sizes are in bytes. Raises as `Planner`."""
 
     def tell(line: str) -> None:
         print(f"    {line}", file=sys.stderr, flush=True)

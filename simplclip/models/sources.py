@@ -36,10 +36,8 @@ def check_name(name: str, argument: str = "name") -> None:
 
 
 def check_weights(source: str | os.PathLike, argument: str, files: tuple[str, ...] = ("last.pt", EXPORTED_WEIGHTS)) -> None:
-    """Raises FileNotFoundError for weights, as `weights.read` takes them, that are not there.
-
-    argument: the name of `source` in errors. files: what the folder of a run or of an export has.
-    """
+    """Raises FileNotFoundError, which names `argument`, for weights, as `weights.read` takes them, that are not there.
+    files: one of them is in a folder."""
     name, slash, _ = os.fspath(source).removeprefix(PLAIN).partition("/")
     if Path(source).exists() or source in PACKAGED or (slash and name in open_clip_names()):
         if Path(source).is_dir() and not any(Path(source, file).exists() for file in files):
@@ -54,10 +52,8 @@ def check_weights(source: str | os.PathLike, argument: str, files: tuple[str, ..
 
 
 def check_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> None:
-    """Raises InputError or FileNotFoundError for a source, as `trained.load_source` takes it, that is not there.
-
-    Whether open_clip has weights of this TAG for a model is not checked.
-    """
+    """Raises InputError or FileNotFoundError for a source, as `trained.load_source` takes it, that is not there; open_clip's
+    tags are not checked."""
     source = os.fspath(source)
     name, _, rest = source.removeprefix(PLAIN).partition("/")
     if source.startswith(PLAIN):

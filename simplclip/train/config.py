@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from pathlib import Path
@@ -100,10 +99,8 @@ class DataConfig(Section):
         ge=2,
     )
     captions_per_image: int = setting(1, "captions drawn for each image in each step; each makes a pair", ge=1)
-    workers: int = setting(4, "loader processes; 0 reads in the training process. The order depends on it", ge=0)
-    sidecars: list[str] = setting(
-        [], "folders of `simplclip teacher` and `caption`, whose files are joined to the samples", examples=["[taught]"]
-    )
+    workers: int = setting(4, "loader processes, on which the order depends; 0 reads in the training process", ge=0)
+    sidecars: list[str] = setting([], "folders of `simplclip teacher` and `caption`, whose files are joined to the samples")
     augment: str | dict[str, Any] | None = setting(
         None,
         "image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of the views which the "
@@ -199,20 +196,9 @@ class OptimConfig(Section):
 
 
 class EvalConfig(Section):
-    splits: dict[str, str | list[str]] = setting(
-        {}, "held-out data by name: as in data.train, or as evaluate takes them", examples=["{held: 'held/*.tar'}"]
-    )
+    splits: dict[str, str | list[str]] = setting({}, "held-out data by name: as in data.train, or as evaluate takes them")
     every: int = setting(0, "steps between evaluations of the splits during training; 0: never", ge=0)
     templates: list[str] = setting(["a photo of {}"], "phrases around a label in zero-shot classification", min_length=1)
-
-
-def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {name!r}")
-    return name
-
-
-Device = Annotated[str, AfterValidator(_device)]
 
 
 class RunConfig(Section):
@@ -223,7 +209,7 @@ class RunConfig(Section):
     epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
     seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0, lt=2**62)
     precision: Literal["fp32", "bf16", "fp16", "auto"] = setting("auto", "of autocast; auto: bf16 if in hardware")
-    device: Device = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     compile: bool = setting(False, "compile the towers by torch.compile: minutes at the start, then faster steps")
     log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
     save_every: int = setting(500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1)
@@ -316,11 +302,9 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
     names = builtin()
     file = Path(source) if Path(source).is_file() else names.get(str(source))
     if file is None:
-        beside = [str(path) for path in Path(source).parent.glob("*.y*ml")]
-        near = difflib.get_close_matches(str(source), [*beside, *names], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        expected = f"expected a YAML file or one of the built-in {', '.join(sorted(names))}"
-        raise ConfigError(f"config: {expected}, got {str(source)!r}{hint}")
+        near = difflib.get_close_matches(str(source), [*names, *map(str, Path(source).parent.glob("*.yaml"))], 1)
+        got = f"got {str(source)!r}" + (f"; did you mean {near[0]}?" if near else "")
+        raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(sorted(names))}, {got}")
     values = parse_yaml(file.read_bytes(), str(source)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected a mapping of sections, got {_shown(values)}")
@@ -360,17 +344,6 @@ def check_out(out: Path, resume: bool) -> None:
         raise ConfigError(f"run.out: expected a folder without a run, got {out}; {advice}")
 
 
-def relocated(config: Config, source: str) -> Config:
-    """Returns the config that the file `source` has, with the file's folder as run.out if it is that of a moved run."""
-    old, new = Path(config.run.out), Path(source).parent
-    has_run = Path(source).name == "config.yaml" and (new / "last.pt").exists()
-    if not has_run or old.resolve() == new.resolve():
-        return config
-    was, now = (json.dumps(f"{folder}/shards/")[:-1] for folder in (old, new))  # beginnings of shards that it packed
-    train = json.loads(json.dumps(config.data.model_dump(mode="json")["train"]).replace(was, now))
-    return config.replaced(data={"train": train}, run={"out": str(new)})
-
-
 def keys() -> dict[str, Any]:
     """Returns every dotted key, sections included, with its pydantic field."""
     fields: dict[str, Any] = {}
@@ -398,6 +371,10 @@ def describe() -> str:
     return "\n".join(lines).lstrip() + "\n"
 
 
+WORDS = {"Input should be ": "expected ", "String should match pattern": "expected"}  # of pydantic -> of our errors
+WORDS |= {"a valid dictionary": "a mapping, as {NAME: VALUE}", "a valid list": "a list, as [VALUE]"}
+
+
 def _line(error: Any) -> str:
     """Returns an error of pydantic as one line; for an unknown key, with the nearest key."""
     parts = [str(part) for part in error["loc"] if part not in ("plain", "section", "[key]", "str")]
@@ -410,10 +387,10 @@ def _line(error: Any) -> str:
         return f"{key}: unknown key" + (f"; did you mean {names.get(near[0], near[0])}?" if near else "")
     if error["type"] == "missing":
         return f"{key}: missing; expected {keys()[key].description}" if key in keys() else f"{key}: missing"
-    expected = error["msg"].replace("Input should be ", "expected ")
-    examples = keys()[key].examples if key in keys() else None
-    example = f", e.g. {examples[0]}" if examples else ""
-    return f"{key}: {expected}{example}, got {_shown(error['input'])}"
+    expected = error["msg"]
+    for words, replacement in WORDS.items():
+        expected = expected.replace(words, replacement)
+    return f"{key}: {expected}, got {_shown(error['input'])}"
 
 
 def _shown(value: Any) -> str:
