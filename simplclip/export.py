@@ -1,7 +1,7 @@
 """Exports a checkpoint of the trainer as a folder that open_clip and `simplclip.load` read:
 
     open_clip_config.json, open_clip_model.safetensors, and the files of a tokenizer of Hugging Face
-    export.json     the model and its options; written last: an export with it is whole
+    export.json     the model, its options, and the digest of the weights; written last: an export with it is whole
 
 A matrix that blocks share is stored under each of its names, so that every reader can load the weights strictly.
 """
@@ -18,10 +18,10 @@ from safetensors.torch import save
 
 import simplclip
 from simplclip import models
-from simplclip.common.files import HOUR, remove_leftovers, temporary_folder
+from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
 from simplclip.models.registry import configuration
-from simplclip.models.trained import EXPORT, load_model, model_options
-from simplclip.models.weights import EXPORTED_WEIGHTS
+from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, check_export
+from simplclip.models.trained import load_model, model_options
 
 
 def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
@@ -34,10 +34,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     export), OSError (the disk is full).
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out: expected a folder, got the file {out}")
-    if (out / EXPORT).exists() and not force:
-        raise FileExistsError(f"out: expected a folder without an export, got {out}; --force replaces the export")
+    check_export(out, force)
     model, state = load_model(checkpoint)
     config = state["config"]
     name, options = config["model"]["name"], model_options(config["model"], config["loss"]["base"])
@@ -60,6 +57,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         tokenizer = models.tokenizer(name, about["model_cfg"]["text_cfg"]["context_length"])
         if hasattr(tokenizer, "save_pretrained"):  # of Hugging Face; open_clip reads it from the folder
             tokenizer.save_pretrained(work)
+        summary["files"] = {EXPORTED_WEIGHTS: identity(work / EXPORTED_WEIGHTS)}
         (work / EXPORT).write_text(json.dumps(summary, indent=2) + "\n")
         for path in work.iterdir():
             with open(path, "rb+") as file:

@@ -52,6 +52,10 @@ def evaluate(
     precision: Precision = "fp32",
 ) -> None:
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
+    from simplclip.models.sources import check_source
+
+    for model in models:
+        check_source(model)
     splits = named_splits(data or []) or splits_of(models[0])
     for split in splits.values():
         check_data(split, "data")

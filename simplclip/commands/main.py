@@ -91,17 +91,17 @@ def _root(
 COMMANDS = {
     doctor: ("Show which backend runs each op on this machine.", "doctor --why"),
     selftest: ("Check each op on each backend of this machine.", "selftest --json selftest.json"),
-    train: ("Train a model.", "train siclip-s0 --set data.train=shards/*.tar --resume"),
+    train: ("Train a model.", "train siclip-s0 --set data.train='shards/*.tar' --resume"),
     evaluate: (
         "Evaluate models by retrieval and classification.",
-        "evaluate runs/NAME open_clip:ViT-B-32/openai.pt --data test=shards/test-*.tar",
+        "evaluate runs/NAME open_clip:ViT-B-32/openai.pt --data test='shards/test-*.tar'",
     ),
     plan: ("Predict the memory of a training step.", "plan siclip-s0 --card 3090"),
     export: ("Write a folder that open_clip loads.", "export runs/NAME --out export"),
-    caption: ("Add synthetic captions to shards.", "caption shards/*.tar --out captioned --checkpoint coca.pt --n 3"),
+    caption: ("Add synthetic captions to shards.", "caption 'shards/*.tar' --out captioned --checkpoint coca.pt --n 3"),
     teacher: (
         "Write a teacher's features beside shards.",
-        "teacher shards/*.tar --out taught --teacher open_clip:ViT-B-32 --checkpoint vit.pt",
+        "teacher 'shards/*.tar' --out taught --teacher open_clip:ViT-B-32 --checkpoint vit.pt",
     ),
 }
 for command, (what, example) in COMMANDS.items():

@@ -34,7 +34,9 @@ Sidecars = Annotated[
 
 
 def fail(message: str, code: int) -> None:
-    typer.echo(f"simplclip: {visible(message, keep=chr(10))}", err=True)
+    rank = os.environ.get("RANK", "0")
+    of_rank = f"rank {rank}: " if rank != "0" else ""
+    typer.echo(f"simplclip: {of_rank}{visible(message, keep=chr(10))}", err=True)
     raise typer.Exit(code)
 
 

@@ -26,9 +26,13 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Predict the peak memory of a training step without the card, and the largest batches that fit."""
+    from simplclip.memory.cards import parse_memory
+    from simplclip.models.sources import check_name
     from simplclip.train import config as configs
 
     values = configs.load(config, set_ or ())
+    check_name(values.model.name, "model.name")
+    size = parse_memory(memory)
     from simplclip.memory import report
 
-    report.run(values, memory, device=device, teacher_width=teacher_width, as_json=as_json)
+    report.run(values, size, device=device, teacher_width=teacher_width, as_json=as_json)

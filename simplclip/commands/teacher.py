@@ -31,7 +31,10 @@ def teacher(
     seed: Annotated[int, typer.Option(help="Seed of the views.")] = 0,
 ) -> None:
     """Write a teacher's features of images and captions into sidecars of the shards, which training reads (data.sidecars)."""
+    from simplclip.models.sources import check_source
+
     check_data(source, "source")
+    check_source(teacher, checkpoint)
     from simplclip import teacher as teachers
     from simplclip.common import ranks
 

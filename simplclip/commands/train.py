@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
 from pathlib import Path
@@ -40,14 +41,17 @@ def train(
     """Train a model. Ctrl-C finishes the running step, saves a checkpoint and exits; --resume continues from it."""
     from simplclip.train import config as configs
 
-    first = os.environ.get("RANK", "0") == "0"
     if "RANK" in os.environ:  # torch reads it when it is imported: else each rank warns of a search for unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         values = configs.load(config, set_ or ())
-        check_sources(values)
+        if not any(item.partition("=")[0].strip() in ("run", "run.out") for item in set_ or ()):
+            values = _relocated(values, Path(config))
+        # With several nodes the ranks agree later, since one node alone may lack files.
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+            check(values, resume)
     except (UserError, OSError) as error:
-        if first:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         raise typer.Exit(2) from error
 
@@ -65,8 +69,39 @@ def train(
         fail(str(error), 1)
 
 
+def _relocated(config: Any, file: Path) -> Any:
+    """Returns `config` with the folder of its file as run.out, if the file is the config.yaml of a run that was moved."""
+    old, new = Path(config.run.out), file.parent
+    if file.name != "config.yaml" or not (new / "last.pt").exists() or old.resolve() == new.resolve():
+        return config
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"run        in {new}, where {file} lies; --set run.out={old} means its former place")
+    was, now = (json.dumps(f"{folder}/shards/")[:-1] for folder in (old, new))  # beginnings of shards that it packed
+    train = json.loads(json.dumps(config.to_dict()["data"]["train"]).replace(was, now))
+    return config.replaced(data={"train": train}, run={"out": str(new)})
+
+
+def check(config: Any, resume: bool) -> None:
+    """Raises InputError or OSError for a wrong name, folder or file. Nothing here needs seconds of imports."""
+    from simplclip.models.sources import check_name, check_weights
+    from simplclip.train.config import check_out
+
+    check_name(config.model.name, "model.name")
+    check_out(Path(config.run.out), resume)
+    has_weights = resume and Path(config.run.out, "last.pt").exists()
+    for key, sources in (("model.checkpoint", config.model.checkpoint), ("inherit.source", config.inherit.source)):
+        for source in [sources] if isinstance(sources, str) else sources or ():
+            if not has_weights:
+                check_weights(source, key)
+    check_sources(config)
+    if config.run.device.startswith("cuda"):
+        from simplclip.common.hardware import pick_device
+
+        pick_device(config.run.device)
+
+
 def check_sources(config: Any) -> None:
-    """Raises InputError for data and sidecars that are not there. Nothing here needs seconds of imports."""
+    """Raises InputError for data and sidecars that are not there."""
     check_data(config.data.train, "data.train")
     for name, split in config.eval.splits.items() if config.eval.every else ():
         check_data(split, f"eval.splits.{name}")

@@ -6,8 +6,13 @@ Without torchrun, and outside of `joined`, there is one rank, and the functions 
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain, islice
 from typing import Any, TypeVar
@@ -16,12 +21,18 @@ import torch
 import torch.distributed as dist
 
 from simplclip.common import hardware
+from simplclip.common.errors import UserError, first_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_objects: Any = None  # within `joined`: the group that exchanges Python objects, by gloo, without a limit of time
+_objects: Any = None  # within `joined`: the group that exchanges Python objects, by gloo
+_limit = timedelta(days=7)  # the time that a rank waits for another one
 _alone = False  # while the first rank does work in which other ranks take no part
+
+
+class RankError(UserError, RuntimeError):
+    """Another rank has ended, or does not answer."""
 
 
 def count() -> int:
@@ -37,24 +48,65 @@ def first() -> bool:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def joined(minutes: float | None = None) -> Iterator[None]:
     """Context in which the processes that torchrun started work together: by NCCL on cards, by gloo on CPUs.
 
     If there is a process group already, its ranks are used.
+    minutes: the time that a rank waits for another one, except for the first one in `on_first`; None: a week.
+
+    Raises RankError if a rank waits longer, or if another one has ended.
     """
-    global _objects
-    before, exists = _objects, dist.is_initialized()
+    global _objects, _limit
+    before, exists = (_objects, _limit), dist.is_initialized()
     started = not exists and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
-    if started:
-        dist.init_process_group()
+    _limit = timedelta(days=7) if minutes is None else timedelta(minutes=minutes)
     try:
+        if started:
+            store, rank, size = next(dist.rendezvous("env://", timeout=_limit))
+            dist.init_process_group(store=_met(store, rank, size), rank=rank, world_size=size, timeout=_limit)
         if started or exists:
-            _objects = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            _objects = dist.new_group(backend="gloo", timeout=_limit)
         yield
+    except RuntimeError as error:
+        raise named(error) from error.__cause__
     finally:
-        _objects = before
+        _objects, _limit = before
     if started:  # after an error the other ranks may be in a collective, and would wait for this one
         dist.destroy_process_group()
+
+
+def _met(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """Returns the part of torchrun's store for these processes alone.
+
+    The store outlives a restart of the ranks, and keeps addresses of the dead. TORCHELASTIC_RESTART_COUNT does not
+    tell attempts apart, since nodes count differently. So each rank asks by a random word, which the first one answers.
+    """
+    word, until = secrets.token_hex(8), time.monotonic() + _limit.total_seconds()
+    if rank:
+        store.set(f"word of {rank}", word)
+        attempt = store.get(f"answer to {word}").decode()
+        store.set(f"{attempt}/{rank}", "here")
+        return dist.PrefixStore(attempt, store)
+    missing = list(range(1, size))
+    while missing := [other for other in missing if not store.check([f"{word}/{other}"])]:
+        for other in missing:
+            if store.check([f"word of {other}"]):  # perhaps of a dead one, whose successor will replace it
+                store.set(f"answer to {store.get(f'word of {other}').decode()}", word)
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"timeout: of {size} ranks these have not started: {', '.join(map(str, missing))}")
+        time.sleep(0.02)
+    return dist.PrefixStore(word, store)
+
+
+def named(error: Exception) -> Exception:
+    """Returns a RankError in place of an error of torch.distributed or gloo; other errors as they are."""
+    if isinstance(error, UserError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return error
+    late = "imed out" in str(error) or "timeout" in str(error)
+    minutes = f"{_limit.total_seconds() / 60:g} minutes (run.timeout_minutes)"
+    silence = f"no answer from another rank within {minutes}; its node may be gone"
+    reason = re.sub(r"^\[.*?\] ", "", first_line(error)).partition(". ")[0]  # without gloo's line of code and advice
+    return RankError(f"{silence if late else 'another rank has ended'} ({reason})")
 
 
 def device(name: str) -> torch.device:
@@ -76,38 +128,61 @@ def exchanged(value: Item) -> list[Item]:
 
 
 def agreed(make: Callable[[], Result]) -> Result:
-    """Calls `make` on all ranks. If it fails on one, the first such rank raises the error, and the others end in silence."""
-    result, error = None, None
+    """Calls `make` on all ranks. If it fails on one, the first such rank raises the error. The others end in silence,
+    but for the first rank of each other node, which repeats the error."""
+    result, error, node = None, None, os.environ.get("GROUP_RANK")
     try:
         result = make()
     except Exception as failure:
         error = failure
-    failed = [rank for rank, fails in enumerate(exchanged(error is not None)) if fails]
-    if error is not None and failed[0] == number():
-        raise error
-    if failed:
+    for rank, failure in enumerate(exchanged((str(error), node) if error else None)):
+        if failure is None:
+            continue
+        if error and rank == number():
+            raise error
+        if failure[1] != node and os.environ.get("LOCAL_RANK") == "0":
+            raise RankError(f"of rank {rank}: {failure[0]}")
         raise SystemExit(1)
     return result  # type: ignore[return-value]
 
 
 def on_first(make: Callable[[], Result]) -> Result:
-    """Calls `make` on the first rank; returns its result on all ranks, which wait without limit. A failure ends all."""
+    """Calls `make` on the first rank; returns its result on all ranks, which wait while it works. A failure ends all."""
     if count() == 1:
         return make()
 
     def made() -> Any:
         global _alone
         if not first():
+            while _of_first(None):
+                if os.environ.get("LOCAL_RANK") == "0":  # a line in the log of each node
+                    print(f"rank {number()}: the first rank works alone, e.g. packs", file=sys.stderr, flush=True)
             return None
+        done = threading.Event()
+        teller = threading.Thread(target=_tell_until, args=[done], daemon=True)
+        teller.start()
         _alone = True
         try:
             return make()
         finally:
             _alone = False
+            done.set()
+            teller.join()
 
-    result = [agreed(made)]
-    dist.broadcast_object_list(result, device=torch.device("cpu"), group=_objects)
-    return result[0]
+    return _of_first(agreed(made))
+
+
+def _tell_until(done: threading.Event) -> None:
+    """Tells the other ranks from time to time that the first one, whose thread this is, works, and then that it is done."""
+    with suppress(RuntimeError):  # of a rank that has ended, which the next exchange notices
+        while _of_first(not done.wait(min(60.0, _limit.total_seconds() / 4))):
+            pass
+
+
+def _of_first(value: Any) -> Any:
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"), group=_objects)
+    return values[0]
 
 
 def gathered(items: Iterable[Item]) -> Iterator[Item]:
@@ -129,6 +204,7 @@ def mapped(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
 
 
 def seed_apart(seed: int) -> None:
-    """Seeds each rank after the first differently, e.g. for dropout. The weights, equal on all ranks, are drawn before."""
+    """Seeds each rank after the first differently, e.g. for dropout; at each step, so that a checkpoint needs no state
+    of theirs. The weights, equal on all ranks, are drawn before."""
     if not first():
         torch.manual_seed(seed + 1_000_003 * number())

@@ -7,6 +7,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 from unittest import mock
@@ -19,7 +20,9 @@ from simplclip import losses, models
 from simplclip.common.errors import InputError
 from simplclip.models.mobileclip import from_published
 from simplclip.models.registry import Spec
+from simplclip.models.sources import EXPORTED_WEIGHTS
 from simplclip.models.trained import check_options
+from simplclip.models.weights import check_digest
 
 LOSSES = {
     "ClipLoss": losses.ClipLoss,
@@ -117,6 +120,8 @@ def _part_of(name: str) -> dict[str, Any] | None:
 
 def _create_model(original: Callable[..., nn.Module], model_name: str, *args: Any, **options: Any) -> nn.Module:
     """Calls open_clip's create_model, with this library's model in it; open_clip sets precision, loads weights and so on."""
+    if model_name.startswith(FOLDER):
+        check_digest(Path(model_name.removeprefix(FOLDER), EXPORTED_WEIGHTS))
     if _part_of(model_name) is None:
         return original(model_name, *args, **options)
     factory = open_clip.factory

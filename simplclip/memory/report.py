@@ -8,21 +8,21 @@ from dataclasses import asdict
 from typing import Any
 
 from simplclip.memory.count import WEIGHTS
-from simplclip.memory.plan import GIB, Budget, Planner, Row, gib, parse_memory
+from simplclip.memory.plan import GIB, Budget, Planner, Row, gib
 from simplclip.train.config import Config
 
 COLUMNS = ("peak", "weights", "activations", "loss", "other")  # in GiB
 
 
 def run(
-    config: Config, memory: str, *, device: str = "cuda", teacher_width: int | None = None, as_json: bool = False
+    config: Config, memory: int, *, device: str = "cuda", teacher_width: int | None = None, as_json: bool = False
 ) -> None:
-    """Prints the plan of `config`, and its progress to stderr. In JSON sizes are in bytes. Raises the errors of `Planner`."""
+    """Prints the plan for `memory` bytes, and its progress to stderr. In JSON sizes are in bytes. Raises as `Planner`."""
 
     def tell(line: str) -> None:
         print(f"    {line}", file=sys.stderr, flush=True)
 
-    planner = Planner(config, Budget(parse_memory(memory)), device, teacher_width, tell)
+    planner = Planner(config, Budget(memory), device, teacher_width, tell)
     budget = planner.budget
     if as_json:
         values: dict[str, Any] = {"model": config.model.name, "precision": planner.precision, "device": device}

@@ -17,8 +17,8 @@ from simplclip import data, models
 from simplclip.common.errors import UserError
 from simplclip.models.crop import TextCrop
 from simplclip.models.inherit import inherit
+from simplclip.models.sources import PACKAGED
 from simplclip.models.trained import model_options
-from simplclip.models.weights import PACKAGED
 from simplclip.train import setup
 from simplclip.train import step as steps
 from simplclip.train.config import Config

@@ -193,7 +193,7 @@ def inherit(
     Args:
         source: a module; a state dict; a file of torch.save (a state dict, bare or under "state_dict" or "model", read
             with weights_only) or of safetensors; the folder of a run or of an export; ``NAME/TAG`` or
-            ``open_clip:NAME/TAG`` for weights that open_clip downloads; or, for siclip-lite0, a name in `weights.PACKAGED`.
+            ``open_clip:NAME/TAG`` for weights that open_clip downloads; or, for siclip-lite0, a name in `sources.PACKAGED`.
             If several sources fit a module, the first one is used.
         train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but not frozen. A pattern
             that matches a module applies to everything in it; one that matches a tensor applies to its whole module. With

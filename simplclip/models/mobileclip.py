@@ -7,10 +7,8 @@ timm's checkpoint_filter_fn, the text tower's by `_RENAMED`. Each of the checkpo
 timm's image projection would have a bias; the published image projection has none.
 """
 
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from timm.models.fastvit import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-URL = "https://docs-assets.developer.apple.com/ml-research/datasets/mobileclip/mobileclip_s0.pt"
 IMAGE, TEXT = "image_encoder.model.", "text_encoder."
 _RENAMED = {
     TEXT: "text.", "embedding_layer": "token_embedding", "positional_embedding.pos_embed.pos_embed": "positional_embedding",
@@ -125,13 +122,6 @@ def create(embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str,
     model.text = TextTower(output_dim=embed_dim, **text_cfg)
     model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
     return model
-
-
-def where_to_get(source: str | os.PathLike[str]) -> str:
-    """Returns the end of a message about a missing file: the URL if it is the published file, else an empty string."""
-    if Path(source).name not in (Path(URL).name, "mobileclip-s0"):
-        return ""
-    return f"; Apple publishes {Path(URL).name} at {URL}"
 
 
 def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

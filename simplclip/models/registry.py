@@ -1,7 +1,6 @@
 """Models by name: SiCLIPs, MobileCLIP-S0, open_clip's models; with their tokenizers and image transforms."""
 
 import copy
-import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,8 @@ from simplclip.data.transforms import ImageTransform
 from simplclip.models import mobileclip
 from simplclip.models.siclip_small import ShortVocabTokenizer, minilm_tokenizer
 from simplclip.models.simplify import simplify
-from simplclip.models.weights import PLAIN, load_exactly, read
+from simplclip.models.sources import NAMES, PLAIN, check_name
+from simplclip.models.weights import load_exactly, read
 from simplclip.nn import neighbour_groups
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
@@ -99,7 +99,7 @@ _SPECS = {
 
 def names() -> list[str]:
     """Returns the names of MobileCLIP-S0 and this library's SiCLIPs; ``open_clip:NAME`` is a name, too."""
-    return list(_SPECS)
+    return list(NAMES)
 
 
 def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,9 +190,6 @@ def spec_of(name: str) -> Spec:
     """Returns the recipe of the model of this name. Raises InputError for an unknown name."""
     if name in _SPECS:
         return _SPECS[name]
+    check_name(name)
     plain = name.removeprefix(PLAIN)
-    if name.startswith(PLAIN) and plain in open_clip.list_models():
-        return Spec(open_clip.get_model_config(plain), partial(open_clip.get_tokenizer, plain))
-    all_names = [*names(), *(PLAIN + n for n in open_clip.list_models())]
-    near = difflib.get_close_matches(name, all_names, 3) or difflib.get_close_matches(PLAIN + name, all_names, 3)
-    raise InputError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")
+    return Spec(open_clip.get_model_config(plain), partial(open_clip.get_tokenizer, plain))

@@ -28,15 +28,14 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from timm.layers.helpers import to_2tuple
 from torch import nn
 
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, first_line
 from simplclip.data.transforms import ImageTransform
 from simplclip.models import registry
-from simplclip.models.mobileclip import where_to_get
-from simplclip.models.registry import PLAIN, Tokenizer, create
-from simplclip.models.weights import CheckpointError, download, first_line, load_error, read_weights
+from simplclip.models.registry import Tokenizer, create
+from simplclip.models.sources import EXPORT, PLAIN, check_source, check_weights
+from simplclip.models.weights import CheckpointError, download, load_error, read_weights
 
 FORMAT, VERSION = "simplclip", 1
-EXPORT = "export.json"  # describes the folder of an export
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # initial values of SigLIP, arXiv 2303.15343
 
 _SHAPE = {"image_size": "vision_cfg", "context_length": "text_cfg"}  # setting -> the part of the options that may have it too
@@ -133,6 +132,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises FileNotFoundError; CheckpointError for a file that is damaged, no checkpoint, or of a newer version.
     """
+    check_weights(path, "checkpoint", ("last.pt",))
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     state = read_weights(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -181,6 +181,7 @@ def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None 
     of a checkpoint or export, and "config" of a checkpoint.
     Raises: InputError for an unknown model, FileNotFoundError, CheckpointError for a file that is no checkpoint of the model.
     """
+    check_source(source, checkpoint)
     source = os.fspath(source)
     name, _, rest = source.removeprefix(PLAIN).partition("/")
     if source.startswith(PLAIN):
@@ -191,12 +192,7 @@ def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None 
             return _export(path)
         model, state = load_model(path)
         return _parts(state["config"]["model"]["name"], model) | {"config": state["config"], "step": state["step"]}
-    files = [file for file in (checkpoint, rest) if file]
-    if name in registry.names() and len(files) == 1:
-        return _parts(name, create(name, checkpoint=files[0]))
-    ours = ", ".join(registry.names())
-    expected = f"a checkpoint, the folder of a run or an export, {ours} or {PLAIN}NAME, each with /FILE"
-    raise FileNotFoundError(f"source: expected {expected}, got {source!r}{where_to_get(source)}")
+    return _parts(name, create(name, checkpoint=checkpoint or rest))
 
 
 def _export(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Files are read without running code from them, and without filling the memory from a small file.
 """
 
+import json
 import os
 import pickle
 import re
@@ -20,11 +21,11 @@ from open_clip.model import convert_to_custom_text_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from simplclip.common.errors import InputError
-from simplclip.models.mobileclip import from_published, where_to_get
+from simplclip.common.errors import InputError, first_line
+from simplclip.common.files import sha256
+from simplclip.models.mobileclip import from_published
+from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, PLAIN, check_weights
 
-PLAIN = "open_clip:"  # begins the names of open_clip's models
-EXPORTED_WEIGHTS = "open_clip_model.safetensors"  # in the folder of an export
 _MOST_VALUES = 50_000_000  # in a file of weights
 _SMALL = 1 << 24  # bytes up to which a tensor may be larger than its storage, as one made by `expand` is
 
@@ -76,15 +77,15 @@ def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
 
 
 def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[str, Any]:
-    """Reads a file, the file in the folder of a run or an export, a name in PACKAGED, or weights that open_clip downloads
-    (NAME/TAG). argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError."""
+    """Reads a file, the file in the folder of a run or an export, a name in `sources.PACKAGED`, or weights that
+    open_clip downloads (NAME/TAG). argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError."""
+    check_weights(source, argument)
     path = Path(source)
-    name, slash, tag = str(source).removeprefix(PLAIN).partition("/")
     if not path.exists():
-        if source in PACKAGED:
-            return PACKAGED[str(source)]()
-        if slash and (str(source).startswith(PLAIN) or name in open_clip.list_models()):
-            return download(name, tag, argument).state_dict()
+        if source in _PACKAGED:
+            return _PACKAGED[str(source)]()
+        name, _, tag = str(source).removeprefix(PLAIN).partition("/")
+        return download(name, tag, argument).state_dict()
     if path.is_dir():  # of a run or of an export
         path = path / ("last.pt" if (path / "last.pt").exists() else EXPORTED_WEIGHTS)
     state = read_weights(path, argument)
@@ -94,9 +95,13 @@ def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[st
 
 
 def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
-    """Reads a file NAME.safetensors, or of torch.save with weights_only. argument: its name in errors. Raises as `read`."""
+    """Reads a file NAME.safetensors, or of torch.save with weights_only. argument: its name in errors.
+
+    Raises as `read`, also for a flipped bit in a file of torch.save, which has checksums, or in an export.
+    """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {path}{where_to_get(path)}")
+        raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {path}")
+    check_digest(path)
     try:
         _check_archive(path)
         if os.fspath(path).endswith(".safetensors"):
@@ -113,6 +118,17 @@ def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
             refused = re.search(r"(?:GLOBAL|global) [\w.]+", str(error))
             reason = f"its pickle does more than store tensors ({refused[0] if refused else 'weights_only refuses it'})"
         raise CheckpointError(f"{argument}: expected a file of weights, got {path}: {reason}") from None
+
+
+def check_digest(path: str | os.PathLike) -> None:
+    """Raises CheckpointError for weights whose digest in the export.json beside them, if there is one, is another."""
+    try:
+        about = json.loads(Path(path).with_name(EXPORT).read_text("utf-8"))
+        expected = about["files"][Path(path).name]["sha256"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return
+    if sha256(path) != expected:
+        raise CheckpointError(f"{path}: expected the file that {EXPORT} describes, got another or a damaged one")
 
 
 def download(name: str, tag: str, argument: str = "source") -> nn.Module:
@@ -153,16 +169,12 @@ def _package(name: str) -> Path:
         raise ModuleNotFoundError(message, name=name) from error
 
 
-# Sources for `inherit` that need no download: the weights by their names in siclip-lite0.
+# The sources in `sources.PACKAGED`, which need no download: the weights by their names in siclip-lite0.
 _NET = "visual.trunk.patch_embed.backbone."
-PACKAGED: dict[str, Callable[[], dict[str, Tensor]]] = {
+_PACKAGED: dict[str, Callable[[], dict[str, Tensor]]] = {
     "efficientnet-lite0": lambda: {_NET + name: tensor for name, tensor in efficientnet_lite0_state().items()},
     "minilm": lambda: {"text.token_embedding.weight": minilm_state()["embeddings.word_embeddings.weight"]},
 }
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_error(error: Exception) -> str:
@@ -171,14 +183,18 @@ def load_error(error: Exception) -> str:
 
 
 def _check_archive(path: str | os.PathLike[str]) -> None:
-    """Raises InputError for a zip that is a TorchScript program or has larger contents (torch.save compresses nothing)."""
+    """Raises InputError for a zip that is a TorchScript program, has larger contents (torch.save compresses nothing),
+    or is damaged, which torch.load does not notice. Of a file without checksums (set_crc32_options) all are 0."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            has_checksums = any(member.CRC for member in archive.infolist())
             size = sum(member.file_size for member in archive.infolist())
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise InputError("it is a program of TorchScript, not a state dict")
-        if size > os.path.getsize(path):
-            raise InputError(f"its {size:,} bytes of contents do not fit in its {os.path.getsize(path):,}")
+            if size > os.path.getsize(path):
+                raise InputError(f"its {size:,} bytes of contents do not fit in its {os.path.getsize(path):,}")
+            if has_checksums and (damaged := archive.testzip()):
+                raise InputError(f"it is damaged: {damaged} has another checksum")
 
 
 def _check_contents(contents: Any) -> None:

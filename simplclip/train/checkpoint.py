@@ -5,6 +5,7 @@ A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. 
     data                        the loader's state of each rank: what its workers have read
     rng                         states of torch's generators, of the CPU and every GPU
     frozen                      names of frozen modules
+    evaluated                   the step of the last evaluation that was finished
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from typing import Any
 
 import torch
 
+from simplclip.common import ranks
 from simplclip.common.files import differences, replacing, write_atomically
 from simplclip.data.loader import STATE
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
-from simplclip.train.config import Config, ConfigError, from_dict
+from simplclip.train.config import Config, ConfigError, check_out, from_dict
 from simplclip.train.setup import State
 
 WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # files in the folder of a run
 
 # What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does not change the result.
 MAY_CHANGE = (
-    *("optim.lr", "run.steps", "run.epochs", "run.out", "run.device", "run.log_every", "run.save_every", "eval."),
+    *("optim.lr", "run.steps", "run.epochs", "run.out", "run.device", "run.log_every", "run.save_every"),
+    *("run.timeout_minutes", "eval."),
     *("data.micro_batch", "data.workers", "data.samples", "data.mean_tokens", "data.options.on_error"),
     *("model.checkpoint", "model.recompute", "inherit.source"),
 )
@@ -45,10 +48,7 @@ def former(out: Path, resume: bool) -> dict[str, Any] | None:
         if not whole:
             raise CheckpointError(f"{last}: expected the values that simplclip train writes, got others")
         return checkpoint
-    if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
-        raise ConfigError(
-            f"run.out: expected a folder without a run, got {out}; continue that run by --resume, or --set run.out=FOLDER"
-        )
+    check_out(out, resume)
     return None
 
 
@@ -90,22 +90,25 @@ class Snapshot:
     `state.updating` is set. Memory: a copy of the buffers.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, former: dict[str, Any] | None = None) -> None:
         self.state, self.out = state, Path(state.config.run.out)
         self.go_on = f"To go on: simplclip train {self.out / 'config.yaml'} --resume"
         saved, buffers = state.model.state_dict(), state.model.named_buffers(remove_duplicate=False)
         self._buffers = {name: (buffer, buffer.clone()) for name, buffer in buffers if name in saved}
         self.saved = state.step  # the step of last.pt; 0: there is none
+        self.progress: dict[str, Any] = {"evaluated": (former or {}).get("evaluated", state.step)}
         self.take()
 
     def take(self) -> None:
         """Copies the state after a whole step; to be called after each."""
         for buffer, copy in self._buffers.values():
             copy.copy_(buffer)
-        self.progress: dict[str, Any] = {"step": self.state.step, "data": self.state.data, "rng": rng_state()}
+        self.progress |= {"step": self.state.step, "data": self.state.data, "rng": rng_state()}
 
     def save(self) -> None:
-        """Writes config.yaml, whose settings may have changed on resume, and last.pt."""
+        """Writes config.yaml, whose settings may have changed on resume, and last.pt. Other ranks write nothing."""
+        if not ranks.first():
+            return
         state = self.state
         write_atomically(self.out / "config.yaml", state.config.to_yaml())
         parts = {name: part.state_dict() for name, part in state.parts().items()}

@@ -99,7 +99,7 @@ class DataConfig(Section):
         ge=2,
     )
     captions_per_image: int = setting(1, "captions drawn for each image in each step; each makes a pair", ge=1)
-    workers: int = setting(4, "loader processes; 0 reads in the training process. The order depends on it", ge=0)
+    workers: int = setting(4, "loader processes, on which the order depends; 0 reads in the training process", ge=0)
     sidecars: list[str] = setting([], "folders of `simplclip teacher` and `caption`, whose files are joined to the samples")
     augment: str | dict[str, Any] | None = setting(
         None,
@@ -209,10 +209,13 @@ class RunConfig(Section):
     epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
     seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0, lt=2**62)
     precision: Literal["fp32", "bf16", "fp16", "auto"] = setting("auto", "of autocast; auto: bf16 if in hardware")
-    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     compile: bool = setting(False, "compile the towers by torch.compile: minutes at the start, then faster steps")
     log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
     save_every: int = setting(500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1)
+    timeout_minutes: float = setting(
+        10.0, "of several ranks: the time after which one that does not answer ends all", gt=0, le=10_080
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -299,7 +302,9 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
     names = builtin()
     file = Path(source) if Path(source).is_file() else names.get(str(source))
     if file is None:
-        raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(sorted(names))}, got {source!r}")
+        near = difflib.get_close_matches(str(source), [*names, *map(str, Path(source).parent.glob("*.yaml"))], 1)
+        got = f"got {str(source)!r}" + (f"; did you mean {near[0]}?" if near else "")
+        raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(sorted(names))}, {got}")
     values = parse_yaml(file.read_bytes(), str(source)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected a mapping of sections, got {_shown(values)}")
@@ -332,6 +337,13 @@ def _override(values: dict[str, Any], item: str) -> None:
         node.pop("epochs" if parts[-1] == "steps" else "steps", None)
 
 
+def check_out(out: Path, resume: bool) -> None:
+    """Raises ConfigError for a folder with a run that is not to be continued."""
+    if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
+        advice = "continue that run by --resume, or --set run.out=FOLDER"
+        raise ConfigError(f"run.out: expected a folder without a run, got {out}; {advice}")
+
+
 def keys() -> dict[str, Any]:
     """Returns every dotted key, sections included, with its pydantic field."""
     fields: dict[str, Any] = {}
@@ -359,6 +371,10 @@ def describe() -> str:
     return "\n".join(lines).lstrip() + "\n"
 
 
+WORDS = {"Input should be ": "expected ", "String should match pattern": "expected"}  # of pydantic -> of our errors
+WORDS |= {"a valid dictionary": "a mapping, as {NAME: VALUE}", "a valid list": "a list, as [VALUE]"}
+
+
 def _line(error: Any) -> str:
     """Returns an error of pydantic as one line; for an unknown key, with the nearest key."""
     parts = [str(part) for part in error["loc"] if part not in ("plain", "section", "[key]", "str")]
@@ -371,9 +387,9 @@ def _line(error: Any) -> str:
         return f"{key}: unknown key" + (f"; did you mean {names.get(near[0], near[0])}?" if near else "")
     if error["type"] == "missing":
         return f"{key}: missing; expected {keys()[key].description}" if key in keys() else f"{key}: missing"
-    expected = error["msg"].replace("Input should be ", "expected ")
-    if error["type"] == "list_type" and isinstance(error["input"], str):
-        expected += f", written [{error['input'][:60]}]"
+    expected = error["msg"]
+    for words, replacement in WORDS.items():
+        expected = expected.replace(words, replacement)
     return f"{key}: {expected}, got {_shown(error['input'])}"
 
 

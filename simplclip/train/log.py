@@ -28,7 +28,7 @@ class Log:
     """The log of a run: a line that changes in a terminal, within `status`, else lines by time; and CSV files in its folder.
 
     Rows of a CSV file after the step at which the run continues are removed, so that an interrupted and resumed run has the
-    same rows as an uninterrupted one.
+    same rows as an uninterrupted one; so are rows of that step if its evaluation, which had failed, is made up.
     """
 
     def __init__(self, state: State, console: Console) -> None:
@@ -96,7 +96,7 @@ class Log:
             former = read_csv(path)
             if any(not row.get("step", "").isdigit() for row in former):
                 raise InputError(f"run.out: expected rows with the number of a step in {path}, got others")
-            rows = [row for row in former if int(row["step"]) <= self.start]
+            rows = [old for old in former if int(old["step"]) < min(self.start + 1, int(row["step"]))]
             self._columns[name] = list(rows[0] if rows else row)
             write_csv(path, self._columns[name], rows)
         with path.open("a", newline="", encoding="utf-8") as lines:

@@ -44,44 +44,51 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
 
     Raises:
         ConfigError: the folder already holds a run, or the checkpoint has other settings. FileExistsError: another process
-            trains in the folder. A start that fails leaves the folder unchanged.
+            trains in the folder. A start that fails leaves the folder unchanged; after packing it leaves the shards.
         TrainingError: any error once a step is done; that error is the __cause__. The last whole step is saved first; if it
             cannot be saved, the message says why, and which checkpoint is intact. Also a loss or gradient that is not finite.
         Interrupted: SIGINT, SIGTERM, SIGHUP, or a closed pipe; the running step is finished and the state saved.
+        RankError: before a step is done, another rank has ended or does not answer.
     """
     if config.data.micro_batch == "auto":
         raise ConfigError("data.micro_batch: expected a number, got auto, which `simplclip train` replaces by a number")
     out, began = Path(config.run.out), time.monotonic()
-    with ranks.joined(), ExitStack() as stack:
+    with ranks.joined(config.run.timeout_minutes), ExitStack() as stack:
         is_first = ranks.first()
         console = (console or Console()) if is_first else Console(quiet=True)
         ranks.on_first(lambda: stack.enter_context(locked(out, "run.out")))
         former = ranks.on_first(partial(checkpoint.former, out, resume))
-        config = ranks.on_first(partial(_with_data, config, former))
-        device = ranks.device(config.run.device)
+        device = ranks.agreed(lambda: ranks.device(config.run.device))
         precision, why = hardware.pick_precision(config.run.precision, device)
+        section, held_out = config.model.model_dump(), config.eval.splits if config.eval.every else {}
         torch.manual_seed(config.run.seed)
-        state = ranks.agreed(lambda: setup(config, device, precision, former))
+        # Before packing, which may take an hour; a run that continues has packed.
+        state: Any = None if former else ranks.agreed(lambda: setup(config, device, precision))
+        splits = ranks.agreed(lambda: evaluation.load_splits(held_out, tokenizer(section), image_transform(section)))
+        config = ranks.on_first(partial(_with_data, config, former))
+        ranks.agreed(lambda: data.sources_of(config.data.train, "data.train"))  # which a node may lack
+        if former:
+            state = ranks.agreed(lambda: setup(config, device, precision, former))
+        state.config, state.objective.steps = config, config.run.steps
         state.wrappers = wrap(state.model)
         if former:
             checkpoint.set_rng_state(former["rng"])
         elif resume:
             state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
-        ranks.seed_apart(config.run.seed + state.step)
         loader = ranks.agreed(lambda: make_loader(state))
-        section, held_out = config.model.model_dump(), config.eval.splits if config.eval.every else {}
-        splits = ranks.agreed(lambda: evaluation.load_splits(held_out, tokenizer(section), image_transform(section)))
-        snapshot, log = checkpoint.Snapshot(state), Log(state, console)
+        snapshot, log = checkpoint.Snapshot(state, former), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
         try:
             with log.status:
                 for line in first_lines(state, why, _samples(config)):
                     log.print(line)
+                if evaluate_if_due(state, splits, snapshot, log):  # that of the checkpoint's step had failed
+                    snapshot.save()
                 if state.step < config.run.steps:
                     _train(state, loader, splits, snapshot, stop, log)
             ranks.on_first(partial(curves, out))
         except Exception as error:
-            _end(error, snapshot)
+            _end(ranks.named(error), snapshot)
             raise
         if state.step == config.run.steps:  # inside of StopSignals, where a closed pipe raises nothing
             took = duration(time.monotonic() - began)
@@ -100,16 +107,15 @@ def _train(state: State, loader: Any, splits: dict[str, Any], snapshot: Any, sto
     log.print("data       loading the first batch")
     for batches in steps(state, loader, log):
         log.loaded()
+        ranks.seed_apart(config.run.seed + state.step)
         row = train_step(state, batches)
         snapshot.take()
         log.step(row)
         last, stopped = state.step == config.run.steps, stop.agreed()
-        if config.eval.every and (last or state.step % config.eval.every == 0):
-            evaluate(state, splits, log)
+        evaluate_if_due(state, splits, snapshot, log)
         late = time.monotonic() - saved > 60 * SAVE_MINUTES
         if last or stopped or late or state.step % config.run.save_every == 0:
-            if ranks.first():
-                snapshot.save()
+            snapshot.save()
             saved = time.monotonic()
         if last or stopped:
             if loader.skipped.counts:
@@ -177,6 +183,16 @@ def make_loader(state: State) -> data.Loader:
     return loader
 
 
+def evaluate_if_due(state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot, log: Log) -> bool:
+    """Evaluates after a step that has an evaluation, once; returns whether it did."""
+    every, step = state.config.eval.every, state.step
+    if not every or snapshot.progress["evaluated"] == step or (step % every and step < state.config.run.steps):
+        return False
+    evaluate(state, splits, log)
+    snapshot.progress["evaluated"] = step
+    return True
+
+
 def evaluate(state: State, splits: dict[str, Any], log: Log) -> None:
     """Evaluates the model, with the averages of its weights if it has some, on the splits."""
     with state.ema.in_place() if state.ema else nullcontext():
@@ -200,6 +216,11 @@ def _with_data(config: Config, former: dict[str, Any] | None) -> Config:
     Raises ConfigError if the samples are not counted, or if the config cannot continue the run of the checkpoint `former`.
     """
     out = Path(config.run.out)
+    _micro_batches(config)
+    if not former and config.inherit.source is None and (config.inherit.train or config.inherit.blocks):
+        raise ConfigError("inherit.source: expected weights, for inherit.train and inherit.blocks, got none")
+    if not former and config.eval.every and not config.eval.splits:
+        raise ConfigError(f"eval.splits: expected held-out data, for eval.every = {config.eval.every}, got none")
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
     config = config.replaced(data={"train": data.packed(config.data.train, out / "shards")})
     if config.run.epochs is not None:
@@ -209,10 +230,6 @@ def _with_data(config: Config, former: dict[str, Any] | None) -> Config:
         config = config.replaced(run={"steps": number, "epochs": None})
     if former:
         checkpoint.check_settings(former, config)
-    elif config.inherit.source is None and (config.inherit.train or config.inherit.blocks):
-        raise ConfigError("inherit.source: expected weights, for inherit.train and inherit.blocks, got none")
-    elif config.eval.every and not config.eval.splits:
-        raise ConfigError(f"eval.splits: expected held-out data, for eval.every = {config.eval.every}, got none")
     return config
 
 
@@ -220,9 +237,11 @@ def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
     """Saves the last whole step, and raises a TrainingError in place of `error`. Returns if no step has been done."""
     step = snapshot.progress["step"]
     if not ranks.first():
-        if isinstance(error, TrainingError):  # the first rank reports it
+        # The first rank reports a TrainingError; one rank of each node reports the end of another rank.
+        silent = isinstance(error, ranks.RankError) and os.environ.get("LOCAL_RANK") != "0"
+        if silent or isinstance(error, TrainingError):
             raise SystemExit(1)
-        raise TrainingError(f"step {step + 1}: rank {ranks.number()}: {error}") from error
+        raise TrainingError(f"step {step + 1}: {error}") from error
     saved = snapshot.save_after_error()
     go_on = f" {snapshot.go_on}" if snapshot.saved else ""
     if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
@@ -232,8 +251,8 @@ def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
         advice = "Try a smaller data.micro_batch, or auto; `simplclip plan` predicts what fits."
         raise TrainingError(f"step {step + 1}: out of memory. {saved or 'Nothing is saved.'} {advice}{go_on}") from error
     if saved is not None:
-        reason = str(error).strip().rstrip(".") or "no message"
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = str(error).strip().rstrip(".") or "no message"
         raise TrainingError(f"after step {step}: {kind}{reason}. {saved}{go_on}") from error
 
 
@@ -252,8 +271,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            self._former = {number: signal.signal(number, self._handle) for number in signals}
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell's background job, ignore signals
+                    self._former[number] = signal.signal(number, self._handle)
         self.console.on_broken_pipe = self._closed  # type: ignore[method-assign]
         return self
 

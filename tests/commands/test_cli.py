@@ -4,10 +4,12 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -18,10 +20,20 @@ import simplclip
 from simplclip import evaluation
 from simplclip.commands import options
 from simplclip.commands.main import app
+from simplclip.models import sources
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import config
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
+
+
+def write_pairs(folder):
+    """Writes a folder of pictures with captions."""
+    folder.mkdir()
+    for colour in tiny.COLOURS:
+        for shape in tiny.SHAPES:
+            (folder / f"{colour}-{shape}.png").write_bytes(tiny.picture(tiny.COLOURS[colour], shape))
+            (folder / f"{colour}-{shape}.txt").write_text(f"{colour} {shape}")
 
 
 def process(*words):
@@ -76,13 +88,15 @@ def test_help_config_prints_every_key():
     ("arguments", "message"),
     [
         ("train nothing.yaml", "config: expected a YAML file or one of the built-in siclip-s0, "),
+        ("train config.yml", "got 'config.yml'; did you mean config.yaml?"),
+        ("train siclip-so", "got 'siclip-so'; did you mean siclip-s0?"),
         ("train config.yaml --set optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
         ("train config.yaml --set data.train=no-*.tar", "matches none"),
         ("train config.yaml --set data.train=[]", "data.train: expected at least one path or pattern, got an empty list"),
         ("train config.yaml --set run.device=cuda:77", "device: expected"),
         ("evaluate nothing.pt --data data/train-0.tar", "source: expected a checkpoint, the folder of a run"),
-        ("evaluate nothing.pt --data x.tar", "data: expected files, got 'x.tar', which does not exist"),
-        ("evaluate nothing.pt --data a=x.tar --data a=y.tar", "--data: expected different split names (--data NAME=DATA)"),
+        ("evaluate config.yaml --data x.tar", "data: expected files, got 'x.tar', which does not exist"),
+        ("evaluate config.yaml --data a=x.tar --data a=y.tar", "--data: expected different split names (--data NAME=DATA)"),
     ],
 )
 def test_wrong_input_ends_in_one_line(tmp_path, monkeypatch, arguments, message):
@@ -122,13 +136,91 @@ def test_data_that_are_not_there_are_named_without_torch(tmp_path):
     assert done.stdout.count("gone") == 4
 
 
+WITHOUT_TORCH = """if True:
+    import json
+    import sys
+    from typer.testing import CliRunner
+    from simplclip.commands.main import app
+    for command in json.load(sys.stdin):
+        result = CliRunner().invoke(app, command.split())
+        assert result.exit_code == 2, (command, result.output)
+        print(result.stderr.strip())
+        assert "torch" not in sys.modules, command
+"""
+
+
+def test_names_are_checked_without_torch_before_anything_is_written(tmp_path):
+    tiny.write_config(tmp_path)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "metrics.csv").touch()
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "export.json").touch()
+    (tmp_path / "t.csv").touch()
+    train = "train config.yaml --set data.train=t.csv --set"
+    folder = "expected a file of weights, or the folder of a run or an export"
+    no_run = "source: expected a checkpoint, the folder of a run or an export, mobileclip-s0, "
+    lines = {
+        f"{train} model.name=ViT-B-32": f"model.name: expected one of {[*sources.NAMES]} or open_clip:NAME, "
+        "got 'ViT-B-32'; nearest: ['open_clip:ViT-B-32']",
+        f"{train} model.checkpoint=gone.pt": "model.checkpoint: expected a file of weights, got no such file: gone.pt",
+        f"{train} inherit.source=[minilm,RN51/openai]": "inherit.source: expected a file of weights, got no such file: "
+        "RN51/openai; nearest models of open_clip: ['RN50', ",
+        f"{train} run.device=cdua": "run.device: expected '^(auto|cpu|cuda(:\\d+)?)$', got 'cdua'",
+        f"{train} run.out=begun": "run.out: expected a folder without a run, got begun; ",
+        "evaluate runs/gone": no_run,
+        "evaluate begun --data data/train-0.tar": f"source: {folder}, got begun: a run that has no checkpoint yet",
+        "export runs/gone --out out": "checkpoint: expected a file of weights, got no such file: runs/gone",
+        "export begun --out out": f"checkpoint: {folder}, got begun: a run that has no checkpoint yet",
+        "export begun --out done": "out: expected a folder without an export, got done; --force replaces the export",
+        "teacher data/train-0.tar --out out --teacher runs/gone": no_run,
+        "teacher data/train-0.tar --out out --teacher open_clip:RN51": "name: expected one of [",
+        "plan siclip-s0 --card 24": "memory: expected a size such as 24GiB or one of rtx-3090, ",
+        "plan config.yaml --card 3090 --set model.name=siclip": "model.name: expected one of [",
+    }
+    program, asked = [sys.executable, "-c", WITHOUT_TORCH], json.dumps([*lines])
+    done = subprocess.run(program, input=asked, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for said, line in zip(done.stdout.splitlines(), lines.values(), strict=True):
+        assert said.startswith(f"simplclip: {line}")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "data", "begun", "done", "t.csv"}
+
+
+def test_a_run_that_was_moved_goes_on_where_it_lies(tmp_path, monkeypatch):
+    """With the shards that it packed; --set run.out= names another place."""
+
+    def run(file, *changes):
+        return call("train", file, "--resume", *(word for change in changes for word in ("--set", change)))
+
+    tiny.write_config(tmp_path)
+    write_pairs(tmp_path / "pairs")
+    monkeypatch.chdir(tmp_path)
+    assert run("config.yaml", "data.train=pairs", "run.steps=1", "run.out=runs/old").exit_code == 0
+    Path("runs/old").rename("new")
+    shutil.rmtree("pairs")
+    moved = "run        in new, where new/config.yaml lies; --set run.out=runs/old means its former place"
+    result = run("new/config.yaml", "run.steps=2")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(moved)
+    assert "continuing from step 1" in result.output
+    assert read_checkpoint("new")["step"] == 2
+    assert not Path("runs/old").exists()
+    assert config.load("new/config.yaml").run.out == "new"
+    assert moved not in run("new/config.yaml", "run.steps=2").output
+    Path("new").rename("newer")
+    result = call("train", "newer/config.yaml")
+    assert "run.out: expected a folder without a run, got newer" in result.output
+    result = run("newer/config.yaml", "data.train=data/train-0.tar", "run.out=other")
+    assert "other has no checkpoint yet: starting at step 0" in result.output
+    assert read_checkpoint("newer")["step"] == 2
+
+
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         return json.loads("{")  # a ValueError that is not a UserError
 
     monkeypatch.setattr(evaluation, "evaluate", broken)
     (tmp_path / "x.tar").touch()
-    result = call("evaluate", "x.pt", "--data", tmp_path / "x.tar")
+    result = call("evaluate", tmp_path / "x.tar", "--data", tmp_path / "x.tar")
     assert result.exit_code == 1
     assert isinstance(result.exception, json.JSONDecodeError)
 

@@ -22,7 +22,8 @@ from weights import randomise
 
 import simplclip
 from simplclip import export, models
-from simplclip.models.trained import read_checkpoint
+from simplclip.integrations.open_clip import register_models
+from simplclip.models.trained import CheckpointError, read_checkpoint
 from simplclip.train import checkpoint, config
 
 VIT, HF = "export-tiny-vit", "export-tiny-hf"
@@ -137,6 +138,26 @@ def test_command(tiny, tmp_path):
     ):
         assert message in one_line("export", path, "--out", tmp_path / "c", *options)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_flipped_bit_in_an_export_is_an_error(tiny, tmp_path):
+    """Here, as weights to start from, and in open_clip by register_models. Exports of earlier versions have no digest."""
+    out = tmp_path / "out"
+    shutil.copytree(tiny.out, out)
+    weights = bytearray((out / WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (out / WEIGHTS).write_bytes(weights)
+    register_models()
+    for load in (
+        simplclip.load,
+        lambda folder: models.create("siclip-tiny", checkpoint=folder / WEIGHTS),
+        lambda folder: open_clip.create_model(f"local-dir:{folder}"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{WEIGHTS}: expected the file that export.json describes, got another"):
+            load(out)
+    about = json.loads((out / "export.json").read_text())
+    (out / "export.json").write_text(json.dumps({key: about[key] for key in about if key != "files"}))
+    assert simplclip.load(out).step == 7
 
 
 @pytest.mark.parametrize("limit", [100, 1000])

@@ -14,8 +14,9 @@ from pairs import call
 from benchmarks import steps
 from simplclip import models
 from simplclip.memory import fake, measure, plan
+from simplclip.memory.cards import parse_memory
 from simplclip.memory.count import UncountedOp
-from simplclip.memory.plan import GIB, Budget, largest, largest_micro_batch, parse_memory
+from simplclip.memory.plan import GIB, Budget, largest, largest_micro_batch
 from simplclip.memory.step import TrainerStep, busiest_step, shapes_of
 from simplclip.train import config, setup
 from simplclip.train.config import ConfigError

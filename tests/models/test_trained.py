@@ -1,14 +1,18 @@
 """Models from the settings of a run and from its checkpoints, which are data alone."""
 
+import contextlib
 import math
+import random
+import sys
 
 import pytest
 import tiny
 import torch
 from PIL import Image
+from runs import bits
 
 from simplclip.common.errors import InputError
-from simplclip.models import trained
+from simplclip.models import registry, sources, trained, weights
 
 SECTION = {"name": "siclip-tiny", "options": tiny.MODEL, "image_size": None, "context_length": None, "recompute": False}
 
@@ -86,3 +90,56 @@ def test_files_that_are_no_checkpoint(tmp_path):
         trained.load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="checkpoint: expected a file of weights, got no such file: .*other.pt"):
         trained.load_model(tmp_path / "other.pt")
+
+
+def flipped(path, byte, bit=0):
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_an_error_that_names_the_file(tmp_path):
+    """torch.load reads most of them as other numbers."""
+    path, generator, silent = tmp_path / "w.pt", random.Random(0), 0
+    torch.save({"a": torch.randn(200), "step": 3}, path)
+    whole = weights.read_weights(path)
+    for _ in range(100):
+        byte, bit = generator.randrange(path.stat().st_size), generator.randrange(8)
+        flipped(path, byte, bit)
+        with contextlib.suppress(Exception):
+            silent += bits(torch.load(path, weights_only=True)) != bits(whole)
+        with contextlib.suppress(trained.CheckpointError):
+            assert bits(weights.read_weights(path)) == bits(whole)
+        flipped(path, byte, bit)
+    assert silent > 10
+    flipped(path, path.read_bytes().index(whole["a"].numpy().tobytes()))
+    with pytest.raises(trained.CheckpointError, match=f"got {path}: it is damaged: .* has another checksum"):
+        weights.read_weights(path)
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(3)}, tmp_path / "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(weights.read_weights(tmp_path / "w.pt")["a"], torch.ones(3))
+
+
+def test_names_of_sources_are_those_of_models_and_weights(monkeypatch):
+    assert [*sources.NAMES] == [*registry._SPECS]
+    assert {*sources.PACKAGED} == {*weights._PACKAGED}
+    names = sources.open_clip_names()
+    monkeypatch.delitem(sys.modules, "open_clip")
+    assert {*sources.open_clip_names()} <= {*names}  # of this process also those that other tests have added
+    assert len(sources.open_clip_names()) > 100
+
+
+def test_a_folder_without_weights_says_what_it_lacks(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source: expected .* got .*: a folder without last.pt or export.json"):
+        sources.check_source(tmp_path)
+    (tmp_path / "metrics.csv").touch()
+    with pytest.raises(FileNotFoundError, match="inherit.source: .*: a run that has no checkpoint yet"):
+        sources.check_weights(tmp_path, "inherit.source")
+    with pytest.raises(FileNotFoundError, match=r"x: .*no such file: ViT-B-33/a; nearest models of open_clip: \['ViT-B-32'"):
+        sources.check_weights("ViT-B-33/a", "x")

@@ -31,6 +31,7 @@ from markdown_it import MarkdownIt
 from pairs import forked
 from paths import ROOT
 from pydantic import BaseModel
+from torch.distributed.run import get_args_parser
 
 from benchmarks import tables
 from simplclip import export
@@ -152,8 +153,9 @@ def check_command(words: list[str]) -> None:
         assert variable in sources(), variable
     program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
     if program == "torchrun":
-        assert arguments[0] == "--nproc-per-node"
-        program, arguments = "python", arguments[2:]
+        parsed = get_args_parser().parse_args(arguments)
+        assert parsed.module
+        program, arguments = parsed.training_script, parsed.training_script_args
     if program == "python" and arguments[0] == "-m":
         program, arguments = arguments[1], arguments[2:]
     checks = {
@@ -316,7 +318,7 @@ def is_key(key: str) -> bool:
 def test_messages_of_troubleshooting_exist():
     """The parts of each message around its placeholders are in the sources."""
     cells = re.findall(r"^\| `([^|]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
-    assert len(cells) == 10
+    assert len(cells) == 11
     for cell in cells:
         for part in cell.split("…"):
             assert part.strip(" :';[]") in sources(), f"{cell}: {part}"

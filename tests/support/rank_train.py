@@ -57,7 +57,7 @@ Loader, curves = data.Loader, loop.curves
 
 def observed(config, broken=None, **options) -> dict:
     """Runs a config, and returns for this rank: the groups of each step's pairs, the numbers of texts in micro-batches, the
-    weights at the end, and the error."""
+    weights at the end, the seed of torch's generator, and the error."""
     rank, groups, last, original, error = int(os.environ.get("RANK", 0)), [], [], loop.train_step, None
     cut, split = [], TextCrop.split
 
@@ -86,7 +86,7 @@ def observed(config, broken=None, **options) -> dict:
     finally:
         loop.train_step, loop.curves, TextCrop.split, loop.data.Loader = original, curves, split, Loader
     weights = [p.detach().sum().item() for p in last[0].model.parameters()] if last else []
-    return {"groups": groups, "cut": cut, "weights": weights, "error": error}
+    return {"groups": groups, "cut": cut, "weights": weights, "error": error, "seed": torch.initial_seed()}
 
 
 def main(folder: Path, plan: str) -> None:

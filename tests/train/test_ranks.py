@@ -2,8 +2,12 @@
 
 import functools
 import json
+import os
+import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import rank_train
@@ -12,7 +16,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from launch import ENVIRONMENT, TORCHRUN, forked_ranks, torchrun
-from paths import ROOT
+from paths import ROOT, SUPPORT
 from torch import nn
 
 from simplclip.common import ranks
@@ -177,6 +181,113 @@ def test_the_command_trains_and_a_wrong_setting_is_one_line(folder, request, mon
         assert 'File "' not in refused.stderr.partition("torch/distributed/elastic")[0], "what follows is torchrun's own"
 
 
+DROPOUT = ["model.options.vision_cfg.patch_dropout=0.5", "run.save_every=1"]
+
+
+@pytest.mark.slow
+def test_ranks_resume_to_the_bit_with_dropout(folder):
+    """Each rank draws from a generator of its own."""
+    changes = [*data_of(folder), *DROPOUT]
+    plan = {name: entry(folder, name, changes) for name in ("undisturbed", "drawn")}
+    plan["drawn"]["fault"] = ["SIGTERM", 1, 1]
+    plan["resumed"] = entry(folder, "drawn", changes, resume=True)
+    (folder / "dropout.json").write_text(json.dumps(plan))
+    forked_ranks("rank_train.py", folder, "dropout", check=True)
+    both = [json.loads((folder / f"dropout-{rank}.json").read_text()) for rank in (0, 1)]
+    assert both[0]["undisturbed"]["seed"] != both[1]["undisturbed"]["seed"]
+    for results in both:
+        assert results["resumed"]["error"] is None
+        assert [len(results[name]["groups"]) for name in plan] == [3, 1, 2]
+        assert results["resumed"]["weights"] == results["undisturbed"]["weights"]
+    assert runs.bits(runs.state_of(folder / "drawn")) == runs.bits(runs.state_of(folder / "undisturbed"))
+
+
+def command(folder, out, *changes):
+    """Returns the words of a run of 6 steps of two ranks."""
+    sets = [f"run.out={out}", data_of(folder)[0], "run.steps=6", "data.batch_size=12", *DROPOUT, *changes]
+    return ["train", folder / "config.yaml", *(word for change in sets for word in ("--set", change)), "--resume"]
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """Returns the folder of an undisturbed run of `command`."""
+    done = forked_ranks("rank_fault.py", "[]", *command(folder, folder / "trained"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "trained"
+
+
+@pytest.mark.slow
+def test_restarted_ranks_end_as_if_none_had_died(folder, trained):
+    """By `torchrun --max-restarts`: the ranks, killed twice (-9), find each other anew, and continue."""
+    faults = [[0, 1, 3, "SIGKILL"], [1, 0, 5, "SIGKILL"]]
+    words = command(folder, folder / "killed")
+    done = torchrun("rank_fault.py", json.dumps(faults), *words, options=["--max-restarts=2"], check=True)
+    assert [line for line in done.stdout.splitlines() if "continuing from" in line] == [
+        "resume     continuing from step 2",
+        "resume     continuing from step 4",
+    ]
+    assert runs.bits(runs.state_of(folder / "killed")) == runs.bits(runs.state_of(trained))
+    assert runs.rows(folder / "killed") == runs.rows(trained)
+
+
+@pytest.mark.slow
+def test_a_rank_that_vanishes_ends_the_others_in_time(folder):
+    """It stops without a word, as by a cut cable."""
+    words = command(folder, folder / "vanished", "run.timeout_minutes=0.1")
+    began = time.monotonic()
+    done = forked_ranks("rank_fault.py", '[[0, 1, 3, "SIGSTOP"]]', *words, timeout=100)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("simplclip: ")]
+    assert "after step 2: no answer from another rank within 0.1 minutes (run.timeout_minutes); its node may be" in line
+    assert "Step 2 is saved" in line
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - began < 100
+
+
+@pytest.mark.slow
+def test_data_that_one_node_lacks_are_named_on_each_node(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    words = command(folder, folder / "lacking", "data.train=data/train-0.tar")
+    done = forked_ranks("rank_fault.py", "node", *words)
+    lines = sorted(line for line in done.stderr.splitlines() if line.startswith("simplclip: "))
+    problem = "data.train: expected files, got 'data/train-0.tar', which does not exist"
+    assert lines == [f"simplclip: of rank 1: {problem}", f"simplclip: rank 1: {problem}"]
+    assert not (folder / "lacking").exists()
+
+
+@pytest.mark.slow
+def test_two_nodes_are_two_ranks(folder, trained):
+    """Two agents of torchrun, each for a node with a rank."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{unused.getsockname()[1]}"
+    agent = [*TORCHRUN[:-1], "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    agent += ["--local-addr=127.0.0.1", str(SUPPORT / "rank_fault.py"), "[]"]
+    words = [*agent, *map(str, command(folder, folder / "nodes"))]
+    pipes = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    nodes = [subprocess.Popen(words, **pipes) for _ in range(2)]
+    texts = [node.communicate(timeout=600) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts[0][1][-3000:] + texts[1][1][-3000:]
+    assert sum("done       step 6" in out for out, _ in texts) == 1
+    assert runs.bits(runs.state_of(folder / "nodes")) == runs.bits(runs.state_of(trained))
+
+
+def waits(folder):
+    """Runs in each of two ranks: the first one works longer than another rank may be silent."""
+    began = time.monotonic()
+    with ranks.joined(0.05):
+        seconds = ranks.on_first(lambda: time.sleep(6) or time.monotonic() - began)
+        with pytest.raises((ValueError, SystemExit), match="bad|1"):
+            ranks.on_first(lambda: int("bad"))
+    (folder / f"waited-{os.environ['RANK']}").write_text(str(seconds))
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_first_one_while_it_works(tmp_path):
+    forked_ranks(__file__, tmp_path, check=True)
+    assert [float((tmp_path / f"waited-{rank}").read_text()) > 6 for rank in (0, 1)] == [True, True]
+
+
 def test_ranks_that_do_not_divide_the_batch(tmp_path, monkeypatch):
     for count, batch, micro in ((5, 12, 6), (2, 12, 4)):
         monkeypatch.setattr(ranks, "count", lambda count=count: count)
@@ -222,3 +333,8 @@ def test_the_towers_that_train_are_wrapped_apart(monkeypatch):
         assert model.logit_scale.grad is not None
     finally:
         dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ["TORCHELASTIC_RUN_ID"] = "test"
+    waits(Path(sys.argv[1]))

@@ -77,7 +77,7 @@ def test_sources_of_a_start(tmp_path, trained):
         assert bits(dict(model.state_dict())) == bits({name: wanted[name] for name in model.state_dict()})
     for source, message in (
         ("nowhere.pt", "model.checkpoint: expected a file of weights, got no such file: nowhere.pt"),
-        (tmp_path, "model.checkpoint: expected a file of weights, got no such file: .*open_clip_model.safetensors"),
+        (tmp_path, "model.checkpoint: expected .*: a folder without last.pt or open_clip_model.safetensors"),
     ):
         with pytest.raises(ConfigError, match=message):
             started(tmp_path, f"model.checkpoint={source}")

@@ -190,6 +190,12 @@ def test_epochs_and_tables(tmp_path, capsys):
         changes = [f"run.epochs={epochs}", f"data.batch_size={size}", f"data.train={out}/shards/t/*.tar"]
         changes += [f"data.samples={samples or 'null'}"]
         assert loop._with_data(tiny.settings(tmp_path, *changes), None).run.steps == expected, changes
+    torch.save({"x": torch.zeros(1)}, tmp_path / "no-clip.pt")
+    for change in ("optim.options.beta=1", f"inherit.source={tmp_path / 'no-clip.pt'}", "eval.every=2"):
+        changes = [f"data.train={tmp_path / 't.csv'}", "data.batch_size=9", change, f"run.out={tmp_path / 'wrong'}"]
+        with pytest.raises(InputError):
+            go(tiny.settings(tmp_path, *changes))
+        assert not (tmp_path / "wrong").exists(), "packed before the model was checked"
     with pytest.raises(ConfigError, match="data.samples: expected the number of samples, for run.epochs, got null"):
         go(tiny.settings(tmp_path, "run.epochs=1", f"run.out={tmp_path / 'other'}"))
     assert not (tmp_path / "other").exists()

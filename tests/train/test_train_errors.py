@@ -10,7 +10,7 @@ import tiny
 import torch
 from pairs import digests
 from rich.console import Console
-from runs import at_step, bits, check_ends_as, go, state_of
+from runs import at_step, bits, check_ends_as, go, rows, state_of
 
 from simplclip import evaluation
 from simplclip.common import files
@@ -88,6 +88,33 @@ def test_what_fails_behind_a_step_saves_that_step(tmp_path, monkeypatch, undistu
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 7])
+def test_an_evaluation_that_failed_is_made_up(tmp_path, monkeypatch, step):
+    """In the middle and at the end of a run; a row that was written before the failure is not doubled."""
+    held = tiny.write_shard(tmp_path / "data" / "held.tar")
+    splits = [f"eval.splits={{a: {held}, b: {held}}}", "eval.every=4"]
+    whole, parts = (tiny.settings(tmp_path, *splits, f"run.out={tmp_path / name}") for name in ("whole", "parts"))
+    go(whole)
+    original = Log.evaluation
+
+    def failing(log, split, direction, figures):
+        if (log.state.step, split) == (step, "b"):
+            fails()
+        original(log, split, direction, figures)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "evaluation", failing)
+        for resume in (False, True):
+            with pytest.raises(loop.TrainingError, match=f"after step {step}: OSError.* Step {step} is saved"):
+                go(parts, resume=resume)
+    text = go(parts, resume=True)
+    assert text.count("evaluation a text to image") == (2 if step == 4 else 1)
+    assert rows(tmp_path / "parts", "evaluation.csv") == rows(tmp_path / "whole", "evaluation.csv")
+    assert bits(state_of(tmp_path / "parts")) == bits(state_of(tmp_path / "whole"))
+    assert "evaluation a" not in go(parts, resume=True)
+
+
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(tmp_path, monkeypatch):
     config = tiny.settings(tmp_path, "run.save_every=2")
     original = torch.save
@@ -140,6 +167,22 @@ def test_a_second_signal_ends_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch, name):
+    """nohup ignores SIGHUP, and a shell SIGINT for a script's background job."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with loop.StopSignals(Console()) as stop:
+            os.kill(os.getpid(), number)
+            assert stop.reason is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.reason == "SIGTERM"
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def hold(out, ready, done):
