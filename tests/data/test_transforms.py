@@ -270,6 +270,9 @@ def test_an_image_one_pixel_wide_does_not_become_gigabytes():
     with pytest.raises(BrokenSample, match="image too large"):
         ImageTransform(PreprocessCfg(size=224))(file)
     assert ImageTransform(PreprocessCfg(size=224), {})(file).shape == (3, 224, 224)
+    for mode in ("L", "LA"):  # open_clip raises, as its height becomes 0
+        file = encode(Image.new(mode, (600, 1)), "PNG")
+        assert ImageTransform(PreprocessCfg(size=32, resize_mode="longest"))(file).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize(
