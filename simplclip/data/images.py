@@ -48,10 +48,7 @@ def check_pixels(height: int, width: int) -> None:
 
 
 def decode_pil(encoded: bytes | Image.Image) -> Image.Image:
-    """Decodes a file, or what `open_image` returned of it, to RGB, or to the file's own mode if that is neither RGB nor grey.
-
-    Raises BrokenSample, also "truncated image".
-    """
+    """Decodes a file, or what `open_image` returned of it; grey becomes RGB. Raises BrokenSample, also "truncated image"."""
     image = open_image(encoded) if isinstance(encoded, bytes) else encoded
     try:
         image.load()
@@ -69,14 +66,11 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def remarks_on(image: Image.Image, size: int) -> list[str]:
-    """Returns what `simplclip data pack` counts of an image that `open_image` returned of a file of `size` bytes.
-
-    Most photos are not decoded, as a picture of one colour takes less bytes; of a damaged image nothing is said.
-    """
+    """Returns what `simplclip data pack` counts of an image that `open_image` returned of a file of `size` bytes."""
+    remarks: list[str] = []
     any_alpha = image.mode in ("LA", "RGBA") or "transparency" in image.info
-    if not any_alpha and size > 4096 + image.width * image.height / 20:
-        return []
-    remarks = []
+    if not any_alpha and size > 4096 + image.width * image.height / 20:  # one colour takes fewer bytes
+        return remarks
     with contextlib.suppress(Exception):  # the type depends on the damage
         image.thumbnail((256, 256))
         if any_alpha and ImageStat.Stat(image.convert("RGBA")).extrema[3][0] < 255:

@@ -217,8 +217,7 @@ def _read(path: str, limit: int) -> bytes:
     try:
         return file_bytes(path, limit)
     except FileNotFoundError:
-        where = "--images, in a config `images`, names the folder of the images"
-        raise BrokenSample("cannot be read", f"{path!r} does not exist; {where}") from None
+        raise BrokenSample("cannot be read", f"{path!r} does not exist; try --images (in a config `images`)") from None
     except (OSError, ValueError) as error:  # ValueError: a name with NUL
         raise BrokenSample("cannot be read", error) from None
 

@@ -50,7 +50,8 @@ class TarFolder:
             former = json_of((self.out / "meta.json").read_text("utf-8"))
             self.entries = former.pop("splits")["data"]["shards"]
             self.complete = former.pop("complete", False)
-            skipped_in(self.entries.values()), skipped_in(self.entries.values(), "remarks")
+            for name in ("skipped", "remarks"):
+                skipped_in(self.entries.values(), name)
             sum(entry["samples"] + entry["bytes"] + entry.get("rows", 0) for entry in self.entries.values())
             changed = differences(former, self.about)
         except (ValueError, LookupError, TypeError, AttributeError):

@@ -129,8 +129,7 @@ class ImageTransform:
         if not isinstance(image, Image.Image):
             file = open_image(image)
             return self.apply(file, self.draw(file.height, file.width))
-        pixels = self.render(_resizable(image), self.draw(image.height, image.width))
-        return self.finish(pixels[None])[0]
+        return self.finish(self.render(_resizable(image), self.draw(image.height, image.width))[None])[0]
 
     def _resized(self, height: int, width: int) -> tuple[list[int], InterpolationMode]:
         """Returns the size to which evaluation resizes an image before it crops or pads, and the interpolation."""
@@ -160,9 +159,7 @@ def augmentation(transform: Any) -> Any:
 
 
 def decode(encoded: bytes | Image.Image, *, least: tuple[int, int] | None = None) -> Tensor | Image.Image:
-    """Decodes a file, or what `open_image` returned of it, to RGB, uint8 [3, H, W], or to a PIL image of another mode.
-
-    Raises BrokenSample as `decode_pil` does.
+    """Decodes and raises as `decode_pil` does. Returns RGB as uint8 [3, H, W], other modes as a PIL image.
 
     least: height and width that are enough. A JPEG that is 2, 4 or 8 times as large is decoded at that fraction of its sides
         (rounded up), which is faster; other formats stay as they are.

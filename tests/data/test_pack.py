@@ -254,7 +254,7 @@ def test_images_that_lie_elsewhere_are_told_how_to_name_their_folder(tmp_path):
     coco = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "one"}]}
     (tmp_path / "c.json").write_text(json.dumps(coco))
     told = one_line("data", "pack", tmp_path / "c.json", "--out", tmp_path / "none")
-    missing = f"'{tmp_path}/a.png' does not exist; --images, in a config `images`, names the folder of the images"
+    missing = f"'{tmp_path}/a.png' does not exist; try --images (in a config `images`)"
     assert missing in told
     assert packed(tmp_path / "c.json", tmp_path / "out", Options(images=str(tmp_path / "in"))) == ([("a.png", ["one"])], {})
 
