@@ -33,7 +33,7 @@ class Photos(Dataset):
     def __getitem__(self, number):
         file = self.files[number]
         with Image.open(file) as image:
-            pixels = self.transform(image.convert("RGB"))
+            pixels = self.transform(image)
         return pixels, self.tokenizer([file.with_suffix(".txt").read_text("utf-8").strip()])[0]
 
 

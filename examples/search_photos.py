@@ -23,7 +23,7 @@ HITS = 8  # of each query
 
 def opened(path: str | Path) -> Image.Image:
     with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return ImageOps.exif_transpose(image)  # in its own mode, which the model's transform expects
 
 
 class Photos(torch.utils.data.Dataset):
@@ -71,7 +71,7 @@ def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
     for (query, photos), axes in zip(hits.items(), figure.subplots(len(hits), columns, squeeze=False)):
         axes[0].set_title(query, loc="left", fontsize=9, parse_math=False)
         for axis, (score, path) in zip(axes, photos):
-            axis.imshow(ImageOps.contain(opened(path), (256, 256)))
+            axis.imshow(ImageOps.contain(opened(path).convert("RGBA"), (256, 256)))
             axis.set(xticks=[], yticks=[], xlabel=f"{score:.3f}")
     figure.savefig(picture)
 

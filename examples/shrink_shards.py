@@ -20,17 +20,18 @@ SUFFIXES = {"jpg", "jpeg", "png", "webp"}
 
 
 def smaller(encoded: bytes, short: int, quality: int) -> bytes | None:
-    """Returns a JPEG with this short side; None for an image that is small enough, or that is damaged and is copied."""
+    """Returns a JPEG with this short side; None for an image that is copied: small enough, damaged, or of 16 bits of grey."""
     try:
-        image = Image.open(io.BytesIO(encoded)).convert("RGB")
+        image = Image.open(io.BytesIO(encoded))
+        image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     scale = short / min(image.size)
-    if scale >= 1:
+    if scale >= 1 or image.mode.startswith("I"):
         return None
     jpeg = io.BytesIO()
     size = [max(1, round(side * scale)) for side in image.size]
-    image.resize(size, Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=quality)
+    image.resize(size, Image.Resampling.BICUBIC).convert("RGB").save(jpeg, "JPEG", quality=quality)  # as open_clip
     return jpeg.getvalue()
 
 

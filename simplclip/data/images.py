@@ -1,15 +1,16 @@
 """Image files (JPEG, PNG, WebP): their headers, and their pixels by Pillow. It imports no torch.
 
-Only the first frame of an animation is used, and EXIF's orientation is ignored, as in open_clip.
+Only the first frame of an animation is used, and EXIF's orientation is ignored, as in open_clip. It resizes an image in its
+own mode and then converts it to RGB; so a mode other than RGB and grey is kept until then (transforms.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable
 
-import numpy as np
-from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image, ImageStat, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from simplclip.data.errors import BrokenSample
 
@@ -24,7 +25,7 @@ _PLUGINS: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
 def open_image(encoded: bytes) -> Image.Image:
     """Reads the header of a file. Image.open would try other formats, and warn of many pixels.
 
-    Raises BrokenSample: "not an image", or "image too large" for more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    Raises BrokenSample: "not an image", "16 bits of grey", "image too large" (above `PIL.Image.MAX_IMAGE_PIXELS`).
     """
     plugin = next((plugin for magic, plugin in _PLUGINS.items() if encoded.startswith(magic)), None)
     if plugin is None:
@@ -34,6 +35,8 @@ def open_image(encoded: bytes) -> Image.Image:
     except Exception as error:  # decoders raise many types for damaged bytes
         raise BrokenSample("not an image", error) from None
     check_pixels(image.height, image.width)
+    if image.mode.startswith("I"):
+        raise BrokenSample("16 bits of grey", "which open_clip makes white almost everywhere; save the image with 8 bits")
     return image
 
 
@@ -45,18 +48,39 @@ def check_pixels(height: int, width: int) -> None:
 
 
 def decode_pil(encoded: bytes | Image.Image) -> Image.Image:
-    """Decodes a file, or what `open_image` returned of it, to RGB. Raises BrokenSample, also "truncated image"."""
+    """Decodes a file, or what `open_image` returned of it; grey becomes RGB. Raises BrokenSample, also "truncated image"."""
     image = open_image(encoded) if isinstance(encoded, bytes) else encoded
     try:
         image.load()
-        image.info.pop("transparency", None)  # of which Pillow would warn; `rgb` may be given a caller's own image
-        return rgb(image)
+        return image.convert("RGB") if image.mode == "L" else image
     except Exception as error:
         raise BrokenSample("truncated image", error) from None
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB as open_clip does, without its alpha. 16 bits are scaled to 8."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """Converts an image to RGB, without its alpha."""
+    if image.mode == "P" and "transparency" in image.info:  # of which Pillow would warn
+        image = image.copy()
+        del image.info["transparency"]
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def remarks_on(image: Image.Image, size: int) -> list[str]:
+    """Returns what `simplclip data pack` counts of an image that `open_image` returned of a file of `size` bytes."""
+    remarks: list[str] = []
+    any_alpha = image.mode in ("LA", "RGBA") or "transparency" in image.info
+    if not any_alpha and size > 4096 + image.width * image.height / 20:  # one colour takes fewer bytes
+        return remarks
+    with contextlib.suppress(Exception):  # the type depends on the damage
+        image.thumbnail((256, 256))
+        if any_alpha and ImageStat.Stat(image.convert("RGBA")).extrema[3][0] < 255:
+            remarks.append("with transparency, which the model does not see")
+        if all(high - low <= 8 for low, high in ImageStat.Stat(opaque(image)).extrema):  # lossy WebP has 4
+            remarks.append("of one colour as the model sees them")
+    return remarks
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """Converts an image to RGB. What is wholly transparent becomes black, as it does when open_clip resizes an image."""
+    premultiplied = {"LA": "La", "RGBA": "RGBa"}.get(image.mode)
+    return rgb(image.convert(premultiplied).convert(image.mode) if premultiplied else image)

@@ -21,6 +21,7 @@ from webdataset import filters
 from simplclip.common.errors import InputError, check_count
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
+from simplclip.data.images import decode_pil
 from simplclip.data.samples import MAX_BYTES, Pair, Sample, digest_of, parse, place_of, stable_hash
 from simplclip.data.sidecars import Folders, check_sidecars
 from simplclip.data.sources import Source, in_words, sources_of
@@ -296,7 +297,7 @@ def pixels_of(transform: ImageTransform | Callable, pair: Pair, view: View | Non
             f"sample {pair.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "
             f"got {transform!r}"
         )
-    image = pair.image
+    image = decode_pil(pair.encoded)
     try:
         return transform(image)
     except Exception as error:

@@ -31,7 +31,7 @@ from simplclip.common.errors import InputError, UserError, visible
 from simplclip.common.progress import Progress
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.forms import Options, Row, RowSource, is_source, open_source, split_of
-from simplclip.data.images import open_image
+from simplclip.data.images import open_image, remarks_on
 from simplclip.data.samples import MAX_BYTES, TEXT_BYTES, captions_of, file_bytes, record_of
 from simplclip.data.tar_writer import TarFolder, add, entry_of, new_tar, skipped_in
 
@@ -53,9 +53,9 @@ def pack(
     workers: int | None = None,
     progress: bool = True,
 ) -> list[str]:
-    """Makes shards of `source` in the folder `out`; returns their paths. Prints one line, unless `progress` is False.
+    """Makes shards of `source` in the folder `out`; returns their paths. Prints lines, unless `progress` is False.
 
-    Rows without a usable image and caption are left out, counted and named in meta.json; an image is opened, not decoded.
+    Rows without a usable image and caption are left out, counted and named in meta.json; most images are opened, not decoded.
     Shards that an earlier run made of the same source are kept. Whether a table or JSON file is the same is told by its size
     and time, a folder by the names and texts in it.
 
@@ -81,6 +81,9 @@ def pack(
         skipped = skipped_in(folder.entries.values())
         left_out = f"; {skipped}" if skipped.counts else ""
         print(f"kept {made}, which an earlier run packed" if again else f"packed {made}{left_out}")
+        remarks = skipped_in(folder.entries.values(), "remarks")
+        for remark, count in remarks.counts.items():
+            print(f"{count:,} {remark}, such as {remarks.examples[remark]!r}; see Pixels in docs/data.md")
     return shards
 
 
@@ -127,7 +130,7 @@ def summary(shards: list[str], examples: int = 3) -> str:
                     sides.append(min(open_image(content).size))
     captions = [caption for record in records for caption in record["captions"]]
     words, pixels = (
-        "median {}, of 19 in 20 at most {}, at most {}".format(*np.quantile(numbers, (0.5, 0.95, 1), method="higher"))
+        "median {}, 95 % up to {}, at most {}".format(*np.quantile(numbers, (0.5, 0.95, 1), method="higher"))
         for numbers in ([len(caption.split()) for caption in captions], sides)
     )
     kilobytes = sum(map(os.path.getsize, shards)) / len(records) / 1000
@@ -174,11 +177,11 @@ def _write(source: RowSource, folder: TarFolder, workers: int, progress: bool) -
 
 def _write_shard(path: Path, first: int, rows: list[Row]) -> dict[str, Any]:
     """Writes a shard, if a row is usable; returns its entry. Keys are the numbers of rows, of which `first` is the first."""
-    skipped, samples = Skipped(), 0
+    skipped, remarks, samples = Skipped(), Skipped(), 0
     with new_tar(path) as tar:
         for number, row in enumerate(rows, first):
             try:
-                files = files_of(row)
+                files = files_of(row, remarks)
             except BrokenSample as broken:
                 skipped.add(broken.args[0], row.name, broken.args[1])
                 continue
@@ -186,18 +189,22 @@ def _write_shard(path: Path, first: int, rows: list[Row]) -> dict[str, Any]:
             samples += 1
     if not samples:
         path.unlink()
-    return entry_of(path, samples, skipped)
+    return entry_of(path, samples, skipped, remarks)
 
 
-def files_of(row: Row) -> dict[str, bytes]:
-    """Returns a sample's files by suffix: the image as it is, and a json. Raises BrokenSample."""
+def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:
+    """Returns a sample's files by suffix: the image as it is, and a json. Raises BrokenSample. Adds to `remarks`."""
     if row.problem:
         raise BrokenSample(*row.problem)
     texts = {suffix: _read(path, TEXT_BYTES) for suffix, path in row.texts.items()}
     record = record_of(texts)
     captions = captions_of(texts, record if row.texts else {"captions": row.captions})
     image = _read(row.image, MAX_BYTES)
-    suffix = SUFFIX[open_image(image).format]
+    opened = open_image(image)
+    suffix = SUFFIX[opened.format]
+    if remarks is not None:
+        for remark in remarks_on(opened, len(image)):
+            remarks.add(remark, row.image)
     record |= {"captions": [" ".join(caption.split()) for caption in captions], "source": row.name}
     if row.label is not None:
         record |= {"label": row.label, "group": row.label}
@@ -209,6 +216,8 @@ def _read(path: str, limit: int) -> bytes:
         raise BrokenSample("not a local file", f"{path!r}, which is not a path; of URLs img2dataset makes shards")
     try:
         return file_bytes(path, limit)
+    except FileNotFoundError:
+        raise BrokenSample("cannot be read", f"{path!r} does not exist; try --images (in a config `images`)") from None
     except (OSError, ValueError) as error:  # ValueError: a name with NUL
         raise BrokenSample("cannot be read", error) from None
 

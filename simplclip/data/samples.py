@@ -52,8 +52,8 @@ class Pair:
 
     @property
     def image(self) -> Image.Image:
-        """The decoded image, RGB. Raises BrokenSample."""
-        return images.decode_pil(self.encoded)
+        """The decoded image, RGB, black where it is transparent. Raises BrokenSample."""
+        return images.opaque(images.decode_pil(self.encoded))
 
     @property
     def place(self) -> str:

@@ -20,7 +20,7 @@ from simplclip.data.samples import json_of
 class TarFolder:
     """A folder of tars and its meta.json: `about`, which says of what and how they are made, and an entry of each tar.
 
-    entries: file name -> {"samples", "bytes", "skipped" (reason -> [count, the first]), ...}
+    entries: file name -> {"samples", "bytes", "skipped" and "remarks" (each reason -> [count, the first]), ...}
     """
 
     def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
@@ -50,7 +50,8 @@ class TarFolder:
             former = json_of((self.out / "meta.json").read_text("utf-8"))
             self.entries = former.pop("splits")["data"]["shards"]
             self.complete = former.pop("complete", False)
-            skipped_in(self.entries.values())
+            for name in ("skipped", "remarks"):
+                skipped_in(self.entries.values(), name)
             sum(entry["samples"] + entry["bytes"] + entry.get("rows", 0) for entry in self.entries.values())
             changed = differences(former, self.about)
         except (ValueError, LookupError, TypeError, AttributeError):
@@ -75,18 +76,20 @@ class TarFolder:
         return entry is not None and entry["bytes"] == (tar.stat().st_size if tar.is_file() else 0)
 
 
-def entry_of(tar: Path, samples: int, skipped: Skipped) -> dict[str, Any]:
-    """Returns the entry of a tar; a tar that was not written has 0 bytes."""
-    reasons = {reason: [count, skipped.examples[reason]] for reason, count in sorted(skipped.counts.items())}
-    size = tar.stat().st_size if tar.is_file() else 0
-    return {"samples": samples, "bytes": size} | ({"skipped": reasons} if reasons else {})
+def entry_of(tar: Path, samples: int, skipped: Skipped, remarks: Skipped | None = None) -> dict[str, Any]:
+    """Returns the entry of a tar; a tar that was not written has 0 bytes. remarks: counts of samples that were kept."""
+    entry: dict[str, Any] = {"samples": samples, "bytes": tar.stat().st_size if tar.is_file() else 0}
+    for name, counted in (("skipped", skipped), ("remarks", remarks)):
+        if counted and counted.counts:
+            entry[name] = {reason: [n, counted.examples[reason]] for reason, n in sorted(counted.counts.items())}
+    return entry
 
 
-def skipped_in(entries: Iterable[Mapping[str, Any]]) -> Skipped:
-    """Returns what was left out of tars."""
+def skipped_in(entries: Iterable[Mapping[str, Any]], name: str = "skipped") -> Skipped:
+    """Returns what was left out of tars, or their "remarks"."""
     skipped = Skipped()
     for entry in entries:
-        for reason, (count, first) in entry.get("skipped", {}).items():
+        for reason, (count, first) in entry.get(name, {}).items():
             skipped.merge(Skipped(Counter({reason: count}), {reason: first}))
     return skipped
 

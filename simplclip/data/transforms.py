@@ -35,7 +35,8 @@ class ImageTransform:
 
     Called with a file's bytes, it draws a view (`draw`) and returns its pixels (`apply`), uint8 [3, S, S]; `finish` turns a
     batch of them into the model's input on the device, float32 [N, 3, S, S]. Called with a PIL image, it does all three steps
-    and returns what open_clip's preprocess returns, float32 [3, S, S].
+    and returns what open_clip's preprocess returns, float32 [3, S, S]. As there, an image of another mode than RGB and grey,
+    such as RGBA or P, is resized in its own mode by Pillow and then converted to RGB.
 
     Args:
         cfg: open_clip's preprocessing.
@@ -94,25 +95,26 @@ class ImageTransform:
         image = decode(encoded, least=(max(y for y, _ in sides), max(x for _, x in sides)) if sides else None)
         return [self.render(image, view) for view in views]
 
-    def render(self, image: Tensor, view: View) -> Tensor:
-        """Does what `apply` does, for a decoded image, uint8 [3, H, W], on the image's device.
+    def render(self, image: Tensor | Image.Image, view: View) -> Tensor:
+        """Does what `apply` does, for what `decode` returned: uint8 [3, H, W] on any device, or a PIL image.
 
         The image may be smaller than the one that the view was drawn for; the crop is then scaled down too.
         """
         if "crop" in view:
-            top, left, bottom, right = _box(image.shape[1:], view)
-            # Copied, since resizing contiguous rows saves more time than the copy takes.
-            crop = image[None, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
-            pixels = F.resize(crop, list(self.size), BICUBIC)[0]
+            top, left, bottom, right = _box(F.get_size(image), view)
+            crop = F.crop(image, top, left, bottom - top, right - left)
+            if isinstance(crop, Tensor):  # copied, since resizing contiguous rows saves more time than the copy takes
+                crop = crop[None].contiguous(memory_format=torch.channels_last)[0]
+            pixels = to_tensor(F.resize(crop, list(self.size), BICUBIC))
         elif "affine" in view:
             angle, x, y, zoom, *shear = view["affine"]
             shift = [x * (self.size[1] / view["size"][1]), y * (self.size[0] / view["size"][0])]
             # torchvision draws a grey line around the image unless the fill is black. The negative turns white into black.
-            negative = ~F.resize(image, list(self.size), BICUBIC)
+            negative = ~to_tensor(F.resize(image, list(self.size), BICUBIC))
             pixels = ~F.affine(negative, angle, shift, zoom, shear, interpolation=BILINEAR)
         else:
-            size, interpolation = self._resized(*image.shape[1:])
-            pixels = center_crop_or_pad(F.resize(image, size, interpolation), list(self.size), self.fill)
+            size, interpolation = self._resized(*F.get_size(image))
+            pixels = to_tensor(center_crop_or_pad(F.resize(image, size, interpolation), list(self.size), self.fill))
         return _changed_colour(pixels, view["colour"]) if "colour" in view else pixels
 
     def finish(self, images: Tensor, *, channels_last: bool = False) -> Tensor:
@@ -127,8 +129,7 @@ class ImageTransform:
         if not isinstance(image, Image.Image):
             file = open_image(image)
             return self.apply(file, self.draw(file.height, file.width))
-        pixels = to_tensor(rgb(image))
-        return self.finish(self.render(pixels, self.draw(*pixels.shape[1:]))[None])[0]
+        return self.finish(self.render(_resizable(image), self.draw(image.height, image.width))[None])[0]
 
     def _resized(self, height: int, width: int) -> tuple[list[int], InterpolationMode]:
         """Returns the size to which evaluation resizes an image before it crops or pads, and the interpolation."""
@@ -140,7 +141,7 @@ class ImageTransform:
             size = [side if length == short else int(side * length / short) for length in (height, width)]
         else:
             ratio = fit(height / self.size[0], width / self.size[1])
-            size = [round(height / ratio), round(width / ratio)]
+            size = [max(1, round(height / ratio)), max(1, round(width / ratio))]
         check_pixels(*size)  # an image one pixel wide would become gigabytes
         return size, self.interpolation if fit is max or square else BICUBIC  # open_clip passes none on for other sizes
 
@@ -157,8 +158,8 @@ def augmentation(transform: Any) -> Any:
     return json.loads(json.dumps(asdict(augment))) if isinstance(augment, AugmentationCfg) else augment or "none"
 
 
-def decode(encoded: bytes | Image.Image, *, least: tuple[int, int] | None = None) -> Tensor:
-    """Decodes a file, or what `open_image` returned of it, to RGB, uint8 [3, H, W]. Raises BrokenSample as `decode_pil` does.
+def decode(encoded: bytes | Image.Image, *, least: tuple[int, int] | None = None) -> Tensor | Image.Image:
+    """Decodes and raises as `decode_pil` does. Returns RGB as uint8 [3, H, W], other modes as a PIL image.
 
     least: height and width that are enough. A JPEG that is 2, 4 or 8 times as large is decoded at that fraction of its sides
         (rounded up), which is faster; other formats stay as they are.
@@ -170,12 +171,17 @@ def decode(encoded: bytes | Image.Image, *, least: tuple[int, int] | None = None
     if image.format == "JPEG" and image.mode == "RGB" and image.size == size:
         with contextlib.suppress(ValueError):  # damage: Pillow reads what it can, or says what is wrong
             return torch.from_numpy(simplejpeg.decode_jpeg(image.fp.getvalue())).permute(2, 0, 1)  # in half of Pillow's time
-    return to_tensor(decode_pil(image))
+    return _resizable(decode_pil(image))
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """Converts an RGB image to uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def _resizable(image: Image.Image) -> Tensor | Image.Image:
+    """Returns RGB and grey as uint8 [3, H, W], which is resized faster, and other modes as they are."""
+    return to_tensor(image) if image.mode in ("RGB", "L") else image
+
+
+def to_tensor(image: Image.Image | Tensor) -> Tensor:
+    """Converts an image to RGB, uint8 [3, H, W]; returns a tensor as it is."""
+    return image if isinstance(image, Tensor) else torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)
 
 
 def stack(images: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import to_pil_image
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data.errors import BrokenSample
-from simplclip.data.images import decode_pil, rgb
+from simplclip.data.images import decode_pil
 from simplclip.data.samples import file_bytes
 from simplclip.evaluation.split import features_of
 from simplclip.models.crop import crop_texts
@@ -33,7 +33,7 @@ class Encoder:
 
     name: str  # of the model: "siclip-tiny", "open_clip:ViT-B-32"
     model: nn.Module  # encode_image and encode_text with open_clip's signatures, and logit_scale (a logarithm)
-    preprocess: Callable[[Image.Image], Tensor]  # RGB -> float32 [3, S, S]
+    preprocess: Callable[[Image.Image], Tensor]  # -> float32 [3, S, S]
     tokenizer: Callable[[list[str]], Tensor]  # texts -> int64 [N, L]
     device: torch.device
     precision: str  # "fp32", "bf16" or "fp16"
@@ -110,12 +110,10 @@ class Encoder:
             if image.ndim != 3 or len(image) != 3:
                 raise InputError(f"images: expected tensors [3, S, S] or [N, 3, S, S], got one of {list(image.shape)}")
             return self.preprocess(to_pil_image(image)) if image.dtype == torch.uint8 else image.float()
-        if isinstance(image, Image.Image):
-            return self.preprocess(rgb(image))
-        if not isinstance(image, (str, os.PathLike)):
+        if not isinstance(image, (str, os.PathLike, Image.Image)):
             raise InputError(f"images: expected paths, PIL images or tensors, got {type(image).__name__}")
         try:
-            return self.preprocess(decode_pil(file_bytes(image)))
+            return self.preprocess(decode_pil(image if isinstance(image, Image.Image) else file_bytes(image)))
         except BrokenSample as broken:
             raise InputError(f"images: expected an image, got {image}: {broken.args[0]} ({broken.args[1]})") from None
 

@@ -113,7 +113,7 @@ def first_lines(state: State, why_precision: str, samples: int | None) -> Iterat
     k, size, steps = config.data.captions_per_image, config.data.batch_size, config.run.steps or 0
     drawn = f"{k} caption{'s' * (k > 1)} drawn of each"
     if samples is None:
-        yield f"data       {drawn} image; no meta.json or data.samples says how many images there are"
+        yield f"data       {drawn} image; their number is not known without a meta.json: --set data.samples=855 tells it"
     else:
         epochs = f"{samples / size:,.1f} steps an epoch, {steps * size / samples:,.1f} epochs"
         yield f"data       {samples:,} images, {drawn}; {epochs}"

@@ -225,7 +225,8 @@ def _with_data(config: Config, former: dict[str, Any] | None) -> Config:
     config = config.replaced(data={"train": data.packed(config.data.train, out / "shards")})
     if config.run.epochs is not None:
         if (samples := _samples(config)) is None:
-            raise ConfigError("data.samples: expected the number of samples, for run.epochs, got null and no meta.json")
+            expected = "expected the number of samples, for run.epochs, as --set data.samples=855"
+            raise ConfigError(f"data.samples: {expected}, got null and no meta.json")
         number = max(1, round(samples * config.run.epochs / config.data.batch_size))
         config = config.replaced(run={"steps": number, "epochs": None})
     if former:

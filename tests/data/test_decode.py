@@ -2,7 +2,6 @@
 
 import io
 import random
-import warnings
 
 import numpy as np
 import pytest
@@ -11,16 +10,12 @@ from photos import encode, photo, png_that_claims
 from PIL import Image
 
 from simplclip.data.errors import BrokenSample
-from simplclip.data.images import decode_pil, open_image, rgb
-from simplclip.data.transforms import decode
-
-
-def pixels(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+from simplclip.data.images import decode_pil, open_image
+from simplclip.data.transforms import decode, to_tensor
 
 
 def by_pillow(encoded):
-    return pixels(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    return to_tensor(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
 def reason(call, *arguments, **options):
@@ -47,7 +42,7 @@ PLAIN = {
     "png of two colours": encode(RGB.convert("1"), "PNG"),
     "webp": encode(RGB, "WEBP"),
     "lossless webp": encode(RGB, "WEBP", lossless=True),
-    # As open_clip reads them: without alpha, the first frame, not turned.
+    # As open_clip reads them: the first frame, not turned. A mode other than RGB and grey is kept until the image is resized.
     "png with alpha": encode(CLEAR, "PNG"),
     "grey png with alpha": encode(CLEAR.convert("LA"), "PNG"),
     "webp with alpha": encode(CLEAR, "WEBP", lossless=True, exact=True),
@@ -60,35 +55,23 @@ PLAIN = {
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_pixels_are_those_of_pillow(kind):
-    found = decode(PLAIN[kind])
+    found, file = decode(PLAIN[kind]), Image.open(io.BytesIO(PLAIN[kind]))
+    kept = isinstance(found, Image.Image)
+    assert kept == (file.mode not in ("RGB", "L"))
+    assert not kept or found.mode == file.mode
+    assert decode_pil(PLAIN[kind]).mode == (file.mode if kept else "RGB")
+    found = to_tensor(found)
     assert found.dtype == torch.uint8
     assert found.shape == (3, 240, 320)
     assert open_image(PLAIN[kind]).size == (320, 240)
     assert torch.equal(found, by_pillow(PLAIN[kind]))
-    assert torch.equal(found, pixels(decode_pil(PLAIN[kind])))
-
-
-def test_transparent_palettes_are_decoded_without_a_warning_and_images_of_a_caller_keep_theirs():
-    file = encode(RGB.quantize(16), "PNG", transparency=bytes(range(16)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        decoded = decode_pil(file)
-    image = Image.open(io.BytesIO(file))
-    with pytest.warns(UserWarning, match="Palette images with Transparency"):
-        assert torch.equal(pixels(rgb(image)), pixels(decoded))
-    assert "transparency" in image.info
-
-
-def test_sixteen_bits_are_scaled():
-    grey = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
-    found = decode(encode(Image.fromarray(grey), "PNG"))
-    assert torch.equal(found, torch.from_numpy((grey >> 8).astype(np.uint8)).expand(3, 32, 32))
+    assert torch.equal(found, to_tensor(decode_pil(PLAIN[kind])))
 
 
 def outcome(call, file):
     """Returns the pixels of a file, or the reason that it has none."""
     try:
-        return call(file).tolist()
+        return to_tensor(call(file)).tolist()
     except BrokenSample as broken:
         return broken.args[0]
 
@@ -107,7 +90,7 @@ def test_jpegs_of_every_kind_and_damage_are_what_pillow_makes_of_them(quality):
                 place = draw.randrange(2, len(file))
                 file[place : place + draw.choice((1, 1, 9))] = draw.randbytes(draw.choice((1, 1, 0)))
             del file[len(file) - draw.choice((0, 0, 0, len(file) // 3)) :]
-        outcomes = [[outcome(call, bytes(file)) for file in damaged] for call in (decode, lambda f: pixels(decode_pil(f)))]
+        outcomes = [[outcome(call, bytes(file)) for file in damaged] for call in (decode, decode_pil)]
         assert outcomes[0] == outcomes[1]
         assert outcomes[0][0] == by_pillow(whole).tolist()
 
@@ -130,7 +113,7 @@ def test_reasons():
 def test_an_image_of_too_many_pixels_is_not_decoded(kind, monkeypatch):
     file = PLAIN[kind]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 240 * 320)
-    assert decode(file).shape == (3, 240, 320)
+    assert to_tensor(decode(file)).shape == (3, 240, 320)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 240 * 320 - 1)
     monkeypatch.setattr(Image.Image, "convert", None)
     for call in (decode, decode_pil, open_image):
@@ -148,6 +131,6 @@ def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(scale):
     image = photo(1, (250, 331))
     small = decode(encode(image, quality=95), least=(250 // scale, 331 // scale))
     assert small.shape == (3, -(-250 // scale), -(-331 // scale))
-    means = torch.nn.functional.avg_pool2d(pixels(image).float(), scale, ceil_mode=True)
+    means = torch.nn.functional.avg_pool2d(to_tensor(image).float(), scale, ceil_mode=True)
     assert (small.float() - means).abs().mean() < 3
     assert decode(PLAIN["png"], least=(240 // scale, 320 // scale)).shape == (3, 240, 320)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from pairs import call, digests, killed_at_any_point, members, meta, one_line, png, table
+from photos import encode, photo
+from PIL import Image
 
 from simplclip.common.errors import InputError
 from simplclip.data import forms, pack, tar_writer
@@ -246,6 +248,42 @@ def test_entries_of_json_files_that_are_incomplete_cost_no_other(tmp_path):
         assert packed(tmp_path / f"{name}.json", tmp_path / name) == ([("a.png", ["1"])], {reason: 1})
 
 
+def test_images_that_lie_elsewhere_are_told_how_to_name_their_folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(png())
+    coco = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "one"}]}
+    (tmp_path / "c.json").write_text(json.dumps(coco))
+    told = one_line("data", "pack", tmp_path / "c.json", "--out", tmp_path / "none")
+    missing = f"'{tmp_path}/a.png' does not exist; try --images (in a config `images`)"
+    assert missing in told
+    assert packed(tmp_path / "c.json", tmp_path / "out", Options(images=str(tmp_path / "in"))) == ([("a.png", ["one"])], {})
+
+
+def test_pictures_with_transparency_and_of_one_colour_are_told(tmp_path, monkeypatch):
+    """Several shards and processes, and again when nothing is left to pack; a picture that is left out is not counted."""
+    monkeypatch.setattr(pack, "SAMPLES", 2)
+    clear = Image.frombytes("LA", (30, 30), bytes([0, 255, 255, 0]) * 450)  # black lines, and white where it is transparent
+    pictures = {"1": photo(), "2": clear, "3": clear.convert("RGBA"), "4": Image.new("RGB", (30, 30), "red"), "5": clear}
+    for name, picture in pictures.items():
+        (tmp_path / f"{name}.png").write_bytes(encode(picture, "PNG"))
+        (tmp_path / f"{name}.txt").write_text("a picture" if name != "5" else "")
+    command = ("data", "pack", tmp_path, "--out", tmp_path / "out")
+    for start in ("packed 4 samples", "kept 4 samples"):
+        output = call(*command).output
+        assert start in output
+        assert f"2 with transparency, which the model does not see, such as '{tmp_path}/2.png'; see Pixels in docs/" in output
+        assert f"3 of one colour as the model sees them, such as '{tmp_path}/2.png'; see Pixels in docs/data.md" in output
+    remarks = tar_writer.skipped_in(meta(tmp_path / "out")["splits"]["data"]["shards"].values(), "remarks")
+    assert remarks.counts == {
+        "with transparency, which the model does not see": 2,
+        "of one colour as the model sees them": 3,
+    }
+    (tmp_path / "photo").mkdir()
+    (tmp_path / "photo/1.png").write_bytes(encode(photo(), "PNG"))
+    (tmp_path / "photo/1.txt").write_text("a photo")
+    assert "docs/data.md" not in call("data", "pack", tmp_path / "photo", "--out", tmp_path / "plain").output
+
+
 @pytest.mark.slow
 def test_a_damaged_parquet_file_is_named(tmp_path):
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
@@ -317,7 +355,7 @@ def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
     assert first.exit_code == 0, first.output
     assert "packed 6 samples of t.csv in 3 shards" in first.output
     assert "4 skipped: 4 not an image (first: t.csv/000000000: 4 bytes that are not jpg, png or webp)" in first.output
-    assert "words: median 2, of 19 in 20 at most 2" in first.output
+    assert "words: median 2, 95 % up to 2, at most 2" in first.output
     assert "t.csv/000000001: number 1" in first.output
     before = digests(tmp_path / "out")
     assert "kept 6 samples of t.csv" in call(*command).output

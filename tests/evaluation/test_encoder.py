@@ -67,10 +67,14 @@ def test_images_may_be_paths_pictures_and_tensors_one_or_many(folder, encoder):
     assert encoder.encode_text("red").shape == (1, encoder.width)
 
 
-def test_transparent_pictures_are_the_same_in_a_file_and_in_memory(encoder, tmp_path):
+def test_transparent_pictures_are_the_same_in_a_file_in_memory_and_in_open_clip(encoder, tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 4), dtype=np.uint8), "RGBA")
     picture.save(tmp_path / "clear.png")
-    torch.testing.assert_close(encoder.encode_image(picture), encoder.encode_image(tmp_path / "clear.png"))
+    ours = encoder.preprocess
+    settings = {"resize_mode": ours.resize_mode, "interpolation": ours.interpolation.value}
+    pixels = open_clip.image_transform(ours.size, is_train=False, mean=ours.mean, std=ours.std, **settings)(picture)
+    for image in (picture, tmp_path / "clear.png"):
+        torch.testing.assert_close(encoder.encode_image(image), encoder.encode_image(pixels))
 
 
 def test_bad_images_are_named(encoder, tmp_path):

@@ -3,10 +3,12 @@
 import re
 
 import example
+import open_clip
 import pairs
 import pytest
 import tiny
 from paths import ROOT
+from PIL import Image
 from trainer_runs import write_models
 
 import simplclip
@@ -63,6 +65,16 @@ def test_finetune_photos(captioned, capsys):
     assert losses[-1] < 2.5  # ln 21 = 3.04
     before, after = (simplclip.load(f"open_clip:tiny/{name}") for name in ("tiny.bin", "finetuned.pt"))
     assert before.fingerprint() != after.fingerprint()
+
+
+def test_finetune_photos_reads_open_clips_pixels(tmp_path):
+    picture = Image.effect_noise((90, 60), 80).convert("RGBA")
+    picture.putalpha(Image.effect_noise((90, 60), 200))
+    picture.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("noise")
+    transform = open_clip.image_transform(32, is_train=False)
+    pixels, _ = example.load("finetune_photos").Photos([tmp_path / "a.png"], transform, lambda texts: texts)[0]
+    assert pixels.equal(transform(picture))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import io
 import json
 
 import example
+import numpy as np
 import pairs
 import tiny
 import webdataset
@@ -18,7 +19,9 @@ def samples(path):
 
 def test_images_shrink_and_all_else_stays(tmp_path, capsys):
     buffer = io.BytesIO()
-    Image.effect_noise((90, 60), 80).convert("RGBA").save(buffer, "PNG")
+    noise = Image.effect_noise((90, 60), 80).convert("RGBA")
+    noise.putalpha(Image.effect_noise((90, 60), 200))
+    noise.save(buffer, "PNG")
     record = json.dumps({"captions": ["noise"]}).encode()
     large = {"png": buffer.getvalue(), "json": record, "teacher.npy": b"\x93NUMPY"}
     small = {"png": tiny.picture(tiny.COLOURS["red"], "ring"), "txt": "крокодил".encode()}
@@ -29,7 +32,9 @@ def test_images_shrink_and_all_else_stays(tmp_path, capsys):
     shrinking.main(arguments)
     first, second, third = samples(tmp_path / "small" / "0.tar")
     assert first["__key__"] == "a.d/0"
-    assert Image.open(io.BytesIO(first["jpg"])).size == (30, 20)
+    shrunk = np.asarray(Image.open(io.BytesIO(first["jpg"]))).astype(int)
+    assert shrunk.shape == (20, 30, 3)
+    assert abs(shrunk - np.asarray(noise.resize((30, 20), Image.Resampling.BICUBIC).convert("RGB"))).mean() < 6
     assert "png" not in first
     assert (first["json"], first["teacher.npy"]) == (record, large["teacher.npy"])
     assert {name: second[name] for name in small} == small

@@ -196,9 +196,11 @@ def test_epochs_and_tables(tmp_path, capsys):
         with pytest.raises(InputError):
             go(tiny.settings(tmp_path, *changes))
         assert not (tmp_path / "wrong").exists(), "packed before the model was checked"
-    with pytest.raises(ConfigError, match="data.samples: expected the number of samples, for run.epochs, got null"):
+    with pytest.raises(ConfigError, match="number of samples, for run.epochs, as --set data.samples=855, got null"):
         go(tiny.settings(tmp_path, "run.epochs=1", f"run.out={tmp_path / 'other'}"))
     assert not (tmp_path / "other").exists()
+    text = go(tiny.settings(tmp_path, "run.steps=1", f"run.out={tmp_path / 'other'}"))
+    assert "not known without a meta.json: --set data.samples=855 tells it" in text
 
 
 def test_learning_rate(tmp_path):

@@ -1,0 +1,187 @@
+"""Images of every mode have open_clip's pixels: its own transform is called for each, in evaluation and in training."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from photos import encode, photo
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from simplclip.data.errors import BrokenSample
+from simplclip.data.images import decode_pil, opaque, open_image, remarks_on
+from simplclip.data.loader import pixels_of
+from simplclip.data.samples import Pair
+from simplclip.data.transforms import ImageTransform
+
+SIZES = {"small": (7, 9), "exact": (32, 32), "odd": (53, 37), "wide": (20, 90), "tall": (110, 33)}  # height and width
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # by 90 degrees, which open_clip ignores
+
+
+def with_alpha(image, seed=1):
+    """Returns an image whose alpha has every value, and the colours behind it."""
+    alpha = np.random.default_rng(seed).integers(-200, 456, (image.height, image.width)).clip(0, 255)
+    image = image.copy()
+    image.putalpha(Image.fromarray(alpha.astype(np.uint8)))
+    return image
+
+
+def palette(image):
+    return image.quantize(16)
+
+
+def sixteen_bits(image):
+    """Returns a PNG of grey, which Pillow opens as I;16, or as I before 11."""
+    return encode(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "PNG")
+
+
+# The bytes of a file, or a PIL image for what a program may have in memory.
+MODES = {
+    "1": lambda image: encode(image.convert("1"), "PNG"),
+    "L": lambda image: encode(image.convert("L"), "PNG"),
+    "grey jpg": lambda image: encode(image.convert("L")),
+    "LA": lambda image: encode(with_alpha(image.convert("L")), "PNG"),
+    "P": lambda image: encode(palette(image), "PNG"),
+    "P with a transparent colour": lambda image: encode(palette(image), "PNG", transparency=1),
+    "P with transparency": lambda image: encode(palette(image), "PNG", transparency=bytes(range(0, 256, 16))),
+    "RGB": lambda image: encode(image, "PNG"),
+    "jpg that viewers turn": lambda image: encode(image, exif=TURNED),
+    "RGB with a transparent colour": lambda image: encode(image, "PNG", transparency=image.getpixel((0, 0))),
+    "L with a transparent colour": lambda image: encode(
+        image.convert("L"), "PNG", transparency=image.convert("L").getpixel((0, 0))
+    ),
+    "RGBA": lambda image: encode(with_alpha(image), "PNG"),
+    "RGBA webp": lambda image: encode(with_alpha(image), "WEBP", lossless=True, exact=True),
+    "CMYK": lambda image: encode(with_alpha(image).convert("RGBA").convert("CMYK")),
+    "CMYK in memory": lambda image: Image.frombytes("CMYK", image.size, with_alpha(image).tobytes()),
+    "I;16": lambda image: Image.open(io.BytesIO(sixteen_bits(image))),
+    "I": lambda image: image.convert("L").convert("I").point(lambda value: value * 2 - 99),
+    "F": lambda image: image.convert("L").convert("F").point(lambda value: value * 1.5 - 99.3),
+    "RGBa": lambda image: with_alpha(image).convert("RGBa"),
+    "YCbCr": lambda image: image.convert("YCbCr"),
+    "gif": lambda image: Image.open(io.BytesIO(encode(image, "GIF", save_all=True, append_images=[image.rotate(180)]))),
+    "animated png": lambda image: encode(with_alpha(image), "PNG", save_all=True, append_images=[image.rotate(180)]),
+    "animated webp": lambda image: encode(with_alpha(image), "WEBP", save_all=True, append_images=[image.rotate(180)]),
+}
+CONFIGS = {
+    "shortest": PreprocessCfg(32),
+    "longest": PreprocessCfg(32, resize_mode="longest", interpolation="bilinear", fill_color=128),
+    "squash": PreprocessCfg(32, resize_mode="squash", interpolation="bilinear"),
+    "not square": PreprocessCfg((24, 40)),
+}
+
+
+def check(mode, image, cfg, train):
+    """Compares every way to the pixels of an image, a file or in memory, with open_clip's transform."""
+    theirs, ours = image_transform_v2(cfg, is_train=train), ImageTransform(cfg, {} if train else None)
+    is_file = isinstance(image, bytes)
+
+    def opened():
+        return Image.open(io.BytesIO(image)) if is_file else image
+
+    expected = theirs(opened())
+    ways = [ours(opened())]
+    if is_file:
+        view = ours.draw(opened().height, opened().width)
+        pair = Pair(image, [], {}, "key", "url", "shard")
+        ways += [ours.finish(pixels[None])[0] for pixels in (ours(image), ours.apply(image, view), pixels_of(ours, pair))]
+        ways.append(pixels_of(theirs, pair))
+    most = 2.01 if opened().mode in ("RGB", "L") else 0.01
+    for found in ways:
+        assert found.shape == expected.shape
+        assert ((found - expected).abs() * torch.tensor(cfg.std).view(3, 1, 1) * 255).max() < most
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # by open_clip
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mode", MODES)
+def test_pixels_equal_open_clips(mode, size, horizontal_first, monkeypatch):
+    image = MODES[mode](photo(3, SIZES[size]))
+    for cfg in CONFIGS.values():
+        check(mode, image, cfg, train=False)
+    height, width = SIZES[size]
+    for crop in ([0, 0, height, width], [2, 1, height - 3, width - 2], [1, 3, height // 2, width // 2]):
+        monkeypatch.setattr(RandomResizedCrop, "get_params", staticmethod(lambda *_, crop=crop: crop))
+        check(mode, image, CONFIGS["shortest"], train=True)
+
+
+def test_what_open_clip_cannot_show():
+    """It raises for La, and makes 16 bits of grey white: files of it are broken samples."""
+    premultiplied = with_alpha(photo().convert("L")).convert("La")
+    theirs, ours = image_transform_v2(CONFIGS["shortest"], is_train=False), ImageTransform(CONFIGS["shortest"])
+    for transform in (theirs, ours):
+        with pytest.raises(ValueError, match="La"):
+            transform(premultiplied)
+    grey = sixteen_bits(photo())
+    assert len(theirs(Image.open(io.BytesIO(grey))).unique()) == 3  # a number for each channel of white
+    for call in (open_image, decode_pil, ours):
+        with pytest.raises(BrokenSample) as caught:
+            call(grey)
+        assert caught.value.args[0] == "16 bits of grey"
+
+
+def test_a_transparent_palette_gives_no_warning_and_stays_as_it_is():
+    file = MODES["P with transparency"](photo(size=SIZES["exact"]))
+    image = Image.open(io.BytesIO(file))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ImageTransform(CONFIGS["shortest"])(image)
+        ImageTransform(CONFIGS["shortest"], "affine")(image)
+        assert Pair(file, [], {}, "", "", "").image.mode == "RGB"
+    assert "transparency" in image.info
+
+
+def test_opaque_pictures_are_black_where_they_are_transparent():
+    for image in (with_alpha(photo()), with_alpha(photo().convert("L"))):
+        colours, alpha = np.asarray(image.convert("RGB")).astype(int), np.asarray(image.getchannel("A"))
+        seen = np.asarray(opaque(image)).astype(int)
+        assert (seen[alpha == 0] == 0).all()
+        assert (seen[alpha == 255] == colours[alpha == 255]).all()
+        assert abs(seen - colours)[alpha > 100].max() <= 2
+        assert Pair(encode(image, "PNG"), [], {}, "", "", "").image.tobytes() == opaque(image).tobytes()
+    assert opaque(photo()).tobytes() == photo().tobytes()
+
+
+def remarks(file):
+    return [remark.split()[0] for remark in remarks_on(open_image(file), len(file))]
+
+
+@pytest.mark.parametrize("size", [(3, 5), (64, 64), (700, 900)])
+def test_pictures_of_one_colour_and_with_transparency_are_seen(size):
+    for colour in ((0, 0, 0), (200, 10, 90)):
+        plain = Image.new("RGB", size, colour)
+        files = [encode(plain, form) for form in ("JPEG", "PNG", "WEBP")]
+        files += [encode(plain, quality=98, subsampling=0), encode(plain, progressive=True), encode(plain, keep_rgb=True)]
+        files += [encode(plain.convert(mode), "PNG") for mode in ("1", "L", "P")] if sum(colour) == 0 else []
+        files += [encode(plain.convert("CMYK")), encode(plain, "WEBP", lossless=True)]
+        assert [remarks(file) for file in files] == [["of"]] * len(files)
+    # A drawing in black whose shape is in its alpha alone, on the white that is hidden behind it.
+    alpha = Image.new("L", size)
+    alpha.paste(255, (1, 1, size[0] - 1, size[1] - 1))
+    drawing = Image.composite(Image.new("L", size, 0), Image.new("L", size, 255), alpha)
+    drawing.putalpha(alpha)
+    for form in ("PNG", "WEBP"):
+        assert remarks(encode(drawing.convert("RGBA"), form)) == ["with", "of"]
+    assert remarks(encode(drawing, "PNG")) == ["with", "of"]
+
+
+def test_other_pictures_are_not_and_most_photos_are_not_decoded(monkeypatch):
+    image = photo(1, (200, 300))
+    for mode in ("1", "L", "P", "RGB"):
+        assert remarks(encode(image.convert(mode), "PNG")) == []
+    assert remarks(encode(with_alpha(image), "PNG")) == ["with"]
+    assert remarks(MODES["P with transparency"](image)) == ["with"]
+    assert remarks(MODES["RGB with a transparent colour"](image)) == ["with"]
+    assert remarks(encode(image.convert("RGBA"), "PNG")) == []  # nothing of it is transparent
+    for whole in (encode(with_alpha(image), "PNG"), encode(Image.new("RGB", (500, 500)))):
+        assert remarks(whole[: len(whole) // 2]) == []
+    decoded = []
+    monkeypatch.setattr(Image.Image, "thumbnail", lambda image, size: decoded.append(image.mode))
+    for whole in (encode(image, quality=90), encode(image, "WEBP", lossless=True), encode(image, "PNG")):
+        assert remarks(whole) == decoded == []
+    remarks(encode(with_alpha(image), "PNG"))
+    assert decoded == ["RGBA"]
