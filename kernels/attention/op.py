@@ -128,7 +128,8 @@ def _shaped_attention_gradients_kernel(
         g = _load(heads, grad, rows, columns, inside)
         value = _load(heads, v, rows, columns, inside)
         if CAUSAL:
-            shares = g * (1.0 / tl.maximum(rows + 1, 1))[:, None]
+            # A choice, not a product: with products a fused multiply-add rounds the same sum differently in two lanes.
+            shares = tl.where(inside, g * (1.0 / tl.maximum(rows + 1, 1))[:, None], 0.0)
             spread = after + tl.cumsum(shares, 0)
             after += tl.sum(shares, 0)[None, :]
         d_alpha += g * value
