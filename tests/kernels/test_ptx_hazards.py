@@ -1,4 +1,4 @@
-"""The hazards that the machine of tests/ptx must report, each in a kernel of a few lines, and none in the right form of it."""
+"""The hazards that tests/ptx must report, each in a kernel of a few lines, and none in its right form."""
 
 from __future__ import annotations
 
@@ -47,12 +47,13 @@ CASES = {
     "before a tensor": (PLACE + "st.global.b32 [%d11+-4], %r20;\n", "global address is outside of the tensors"),
     "global unaligned": (PLACE + "ld.global.b32 %r24, [%d0+2];\n", "global address is not a multiple of 4"),
     "a global race": (
-        PLACE + OTHERS + "sub.u32 %r5, %r4, %r1;\ncvt.u64.u32 %d13, %r5;\nadd.u64 %d13, %d13, %d1;\nadd.u64 %d12, %d1, %d10;\n"
-        "st.global.b32 [%d12], %r20;\nld.global.b32 %r24, [%d13];\n",
+        PLACE + OTHERS + "sub.u32 %r5, %r4, %r1;\ncvt.u64.u32 %d13, %r5;\nadd.u64 %d13, %d13, %d1;\n"
+        "add.u64 %d12, %d1, %d10;\nst.global.b32 [%d12], %r20;\nld.global.b32 %r24, [%d13];\n",
         "global memory is read while another warp or a copy writes it",
     ),
     "different values in one place": (
-        PLACE + "mov.b32 %r20, %r0;\nst.shared.b32 [%r1], %r20;\n", "lanes store different values to one place of shared memory",
+        PLACE + "mov.b32 %r20, %r0;\nst.shared.b32 [%r1], %r20;\n",
+        "lanes store different values to one place of shared memory",
     ),
     "equal values in one place": (PLACE + "st.shared.b32 [%r1], 7;\n", ""),
     "a barrier for one warp": (
@@ -63,7 +64,8 @@ CASES = {
         "the barrier is not reached by all threads",
     ),
     "half a warp": (
-        "setp.lt.u32 %p1, %r0, 16;\n@%p1 bra $L1;\nshfl.sync.bfly.b32 %r2, %r0, 1, 31, -1;\n$L1:\n", "executed by some of 32 lanes",
+        "setp.lt.u32 %p1, %r0, 16;\n@%p1 bra $L1;\nshfl.sync.bfly.b32 %r2, %r0, 1, 31, -1;\n$L1:\n",
+        "executed by some of 32 lanes",
     ),
 }  # fmt: skip
 
@@ -86,6 +88,10 @@ def test_programs_that_write_to_one_place():
     (hazard,) = machine.hazards.values()
     assert hazard.kind == "global memory is read while another warp or a copy writes it"
     assert hazard.where == "program 1, warp 0, lane 0"
+    body = "ld.global.b32 %r3, [%d0];\nbar.sync 0;\nmov.u32 %r2, %ctaid.x;\nsetp.eq.u32 %p1, %r2, 0;\n"
+    machine = execute(f"{body}@%p1 st.global.b32 [%d0], 7;\n", np.zeros(4, np.uint32), programs=2)
+    (hazard,) = machine.hazards.values()
+    assert hazard.kind == "global memory is written while another warp or a copy reads it"
 
 
 def test_gaps_between_the_elements_of_a_view():
@@ -96,14 +102,15 @@ def test_gaps_between_the_elements_of_a_view():
     assert (memory[1::2] == 0).all()
 
 
-# A [64, 64] and B [8, 64] of bfloat16 lie in shared memory as a swizzle of 128 bytes has them: chunk c of row r at c xor r % 8.
+# A [64, 64] and B [8, 64] of bfloat16 lie in shared memory with a swizzle of 128 bytes: chunk c of row r at c xor r % 8.
 WGMMA = """
 mul.wide.u32 %d10, %r0, 16;
 add.u64 %d11, %d0, %d10;
 shl.b32 %r2, %r0, 4;
 add.u32 %r3, %r1, %r2;
 """ + "".join(
-    f"ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%d11+{2048 * i}];\nst.shared.v4.b32 [%r3+{2048 * i}], {{%r20, %r21, %r22, %r23}};\n"
+    f"ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%d11+{2048 * i}];\n"
+    f"st.shared.v4.b32 [%r3+{2048 * i}], {{%r20, %r21, %r22, %r23}};\n"
     for i in range(5)
 ) + """
 fence.proxy.async.shared::cta;

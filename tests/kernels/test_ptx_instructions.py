@@ -1,4 +1,4 @@
-"""The machine of tests/ptx: its instructions against scalars and the tables of the PTX ISA, and the hazards that it must report."""
+"""The instructions of tests/ptx against scalars and the tables of the PTX ISA."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def execute(body: str, *arrays: np.ndarray, threads: int = 32, programs: int = 1
     return machine
 
 
-def elementwise(operation: str, *sources: np.ndarray, out: type = np.uint32, bits: int = 32) -> np.ndarray:
-    """Runs an instruction on each element. Its operands are %d20, %d21, ... for the result and sources of 64 bits, else %r or %h."""
+def elementwise(operation: str, *sources: np.ndarray, out: type = np.uint32) -> np.ndarray:
+    """Runs an instruction on each element: the result is %r20, the sources %r21 and so on, or %h10, %h11 with 16 bits."""
     bank = {16: "h", 32: "r", 64: "d"}
     lines, result = [], np.zeros(len(sources[0]), out)
     for place, source in enumerate([*sources, result]):

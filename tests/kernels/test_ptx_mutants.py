@@ -21,8 +21,8 @@ CALLS = {
     "fp32": (similarity_call(70, 133, 20, terms=TERMS[:1], width=80), torch.float32),
     "mlp": (mlp_call(130, 72, 200, 40), torch.bfloat16),
 }
-# A kind, and which of the instructions that it fits: the first, the last, or all together, since single waits and barriers of a
-# pipelined loop are redundant.
+# A kind, and which of the instructions that it fits: the first, the last, or all together, since single waits and barriers
+# of a pipelined loop are redundant.
 TWELVE = {
     "no barrier": slice(None),
     "a wait for one group fewer": slice(None),

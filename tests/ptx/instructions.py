@@ -1,4 +1,4 @@
-"""What each instruction does to the lanes that execute it. An opcode, modifier or number of operands that is not here is an error."""
+"""What each instruction does to the lanes that execute it. An opcode, modifier or operand that is not here is an error."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 Step = Callable[["Batch", "Lanes"], None]
 Reader = Callable[["Batch", "Lanes"], Any]
 _TABLE: list[tuple[re.Pattern, tuple[int, ...], Callable]] = []
-CONTROL = ("bra", "ret", "bar.sync")  # the machine executes these
 
 
 def instruction(pattern: str, *counts: int) -> Callable:
-    """Registers a function of an instruction, a match of its opcode and the code, which returns a step. counts: of operands."""
+    """Registers a function of an instruction, a match of its opcode and the code; it returns a step. counts: of operands."""
 
     def register(build: Callable) -> Callable:
         _TABLE.append((re.compile(pattern), counts, build))
@@ -34,8 +33,9 @@ def step_of(instruction: Instruction, code: Code) -> Step:
     expected: list[int] = []
     for pattern, counts, build in _TABLE:
         if match := pattern.fullmatch(instruction.opcode):
-            if len(instruction.operands) in counts:
-                return build(instruction, match, code)
+            fits = len(instruction.operands) in counts
+            if fits and (step := build(instruction, match, code)):
+                return step
             expected += counts
     if expected:
         raise UnknownPTXError(f"expected {expected} operands, got {len(instruction.operands)}")
@@ -43,9 +43,8 @@ def step_of(instruction: Instruction, code: Code) -> Step:
 
 
 def dtype_of(kind: str) -> np.dtype:
-    """Returns numpy's dtype of a type like b32; halves are their bits."""
-    letter, size = kind[0], int(kind[1:]) // 8
-    return np.dtype(f"{'f' if letter == 'f' and size > 2 else 'i' if letter == 's' else 'u'}{size}")
+    """Returns numpy's dtype of a type like b32."""
+    return np.dtype({"b": "u", "u": "u", "s": "i", "f": "f"}[kind[0]] + str(int(kind[1:]) // 8))
 
 
 def expect(condition: bool, what: str) -> None:
@@ -53,256 +52,188 @@ def expect(condition: bool, what: str) -> None:
         raise UnknownPTXError(f"expected {what}")
 
 
+def bank_of(kind: str) -> str:
+    """Returns the bank of registers of a type."""
+    return {"pred": "pred", "f32x2": "64"}.get(kind, kind[1:])
+
+
 def reader(operand: Operand, kind: str, code: Code) -> Reader:
-    """Returns a function that reads an operand of the lanes as a type: pred, b32, f32, ..."""
+    """Returns a function that reads an operand of lanes as a type: pred, b32, f32, f32x2, ...; halves as float32."""
+    if kind in numbers.HALVES:
+        bits_of, widen = reader(operand, "b16", code), numbers.HALVES[kind]
+        return lambda batch, lanes: widen(bits_of(batch, lanes))
     if isinstance(operand, Register):
-        index, key = operand.index, kind
-        expect(
-            operand.bank == ("64" if kind == "f32x2" else kind.lstrip("busf") or "pred") or kind == operand.bank,
-            f"a register of {kind}",
-        )
-        return lambda batch, lanes: batch.registers[key][index][lanes]
+        index = operand.index
+        expect(operand.bank == bank_of(kind), f"a register of {kind}")
+        return lambda batch, lanes: batch.registers[kind][index][lanes]
     if isinstance(operand, Special):
-        name = operand.name
-        expect(kind in ("u32", "s32", "b32"), f"an operand of {kind}")
-        return lambda batch, lanes: batch.special[name][lanes].view(dtype_of(kind))
+        name, dtype = operand.name, dtype_of(kind)
+        expect(dtype.itemsize == 4, f"an operand of {kind}")
+        return lambda batch, lanes: batch.special[name][lanes].view(dtype)
     if isinstance(operand, Symbol):
-        shared, parameters = code.kernel.shared, code.kernel.parameters
-        bits = parameters[operand.name].offset if operand.name in parameters else shared[operand.name]
+        kernel = code.kernel
+        bits = kernel.parameters[operand.name].offset if operand.name in kernel.parameters else kernel.shared[operand.name]
     else:
         expect(isinstance(operand, Immediate), f"an operand of {kind}")
         bits = operand.bits
-    if kind == "pred":
-        value = np.bool_(bits != 0)
-    elif kind == "f32x2":
+    value: Any = np.bool_(bits != 0)
+    if kind == "f32x2":
         value = np.array([bits & 0xFFFFFFFF, bits >> 32 & 0xFFFFFFFF], np.uint32).view(np.float32)
-    else:
-        width = int(kind[1:])
-        value = np.array(bits & (1 << width) - 1, f"u{width // 8}").view(dtype_of(kind))[()]
+    elif kind != "pred":
+        value = np.array(bits & (1 << int(kind[1:])) - 1, f"u{int(kind[1:]) // 8}").view(dtype_of(kind))[()]
     return lambda batch, lanes: value
+
+
+def spread(read: Reader, batch: Batch, lanes: Lanes) -> np.ndarray:
+    """Returns an operand of the lanes, each with a value of its own."""
+    return np.broadcast_to(read(batch, lanes), batch.numbers[lanes].shape)
 
 
 def indices(operand: Operand, count: int, bank: str) -> list[int]:
     """Returns the indices of the registers of a vector."""
     items = operand.items if isinstance(operand, Vector) else (operand,)
-    expect(
-        len(items) == count and all(isinstance(each, Register) and each.bank == bank for each in items), f"{count} registers"
-    )
+    fits = len(items) == count and all(isinstance(each, Register) and each.bank == bank for each in items)
+    expect(fits, f"{count} registers of {bank} bits")
     return [each.index for each in items]
 
 
 def addresses(operand: Operand, kind: str, code: Code) -> Reader:
     expect(isinstance(operand, Address), "an address")
-    base, offset = reader(operand.base, kind, code), operand.offset
-    dtype = dtype_of(kind).type
-    step = dtype(offset % (1 << 8 * dtype().itemsize))
-    if isinstance(operand.base, Register):
-        return lambda batch, lanes: base(batch, lanes) + step
-    return lambda batch, lanes: np.broadcast_to(base(batch, lanes) + step, batch.numbers[lanes].shape)
+    base, dtype = reader(operand.base, kind, code), dtype_of(kind).type
+    offset = dtype(operand.offset % (1 << 8 * dtype().itemsize))
+    return lambda batch, lanes: spread(base, batch, lanes) + offset
 
 
-def elementwise(instruction: Instruction, code: Code, result: str, kinds: list[str], function: Callable) -> Step:
-    """Returns a step that writes function(sources) to the first operand. kinds: the types of the sources."""
-    target, *operands = instruction.operands
-    expect(isinstance(target, Register), "a register")
-    reader(target, result, code)
-    index, sources = target.index, [reader(operand, kind, code) for operand, kind in zip(operands, kinds, strict=True)]
+# ---- One result of each lane's sources
+
+
+def _doubled(x: np.ndarray) -> np.ndarray:
+    return x.astype(f"{x.dtype.kind}{2 * x.itemsize}")
+
+
+def _ordered(compare: Callable) -> Callable:
+    return lambda a, b: compare(a, b) & ~np.isnan(a) & ~np.isnan(b)
+
+
+def _unordered(compare: Callable) -> Callable:
+    return lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)
+
+
+def _precisely(function: Callable) -> Callable:
+    return lambda x: function(np.asarray(x, np.float64)).astype(np.float32)
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+# Opcode, where T stands for a type of integers, L for bits or pred, A for any type, H for bf16 or f16, and ? follows what may
+# be left out; types of the result and of the sources (2T: twice as wide); the function.
+_TYPES = {"T": "[bsu](?:16|32|64)", "L": "b16|b32|b64|pred", "A": "[bsuf](?:16|32|64)|pred", "H": "bf16|f16"}
+_COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+_SUMS_AND_PRODUCTS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+_ELEMENTWISE: list[tuple[str, str, Callable]] = [
+    ("add.T", "T T T", np.add), ("sub.T", "T T T", np.subtract), ("mul.lo.T", "T T T", np.multiply),
+    ("min.T", "T T T", np.minimum), ("max.T", "T T T", np.maximum), ("div.T", "T T T", numbers.divided),
+    ("rem.T", "T T T", lambda a, b: a - numbers.divided(a, b) * b),
+    ("and.L", "L L L", np.bitwise_and), ("or.L", "L L L", np.bitwise_or), ("xor.L", "L L L", np.bitwise_xor),
+    ("not.L", "L L", np.invert), ("neg.T", "T T", np.negative), ("abs.T", "T T", np.abs),
+    ("mul.wide.T", "2T T T", lambda a, b: _doubled(a) * _doubled(b)),
+    ("mad.wide.T", "2T T T 2T", lambda a, b, c: _doubled(a) * _doubled(b) + c),
+    ("mad.lo.T", "T T T T", lambda a, b, c: a * b + c),
+    ("shl.T", "T T u32", lambda x, count: numbers.shifted(x, count, left=True)),
+    ("shr.T", "T T u32", lambda x, count: numbers.shifted(x, count, left=False)),
+    ("bfe.T", "T T u32 u32", numbers.extracted), ("bfi.b32", "b32 b32 b32 u32 u32", numbers.inserted),
+    *((f"setp.{name}.T", "pred T T", f) for name, f in _COMPARE.items()),
+    *((f"setp.{name}.ftz?.f32", "pred f32 f32", _ordered(f)) for name, f in _COMPARE.items()),
+    *((f"setp.{name}u.ftz?.f32", "pred f32 f32", _unordered(f)) for name, f in _COMPARE.items()),
+    *((f"setp.{name}.H", "pred H H", _ordered(f)) for name, f in _COMPARE.items()),
+    ("mov.A", "A A", _same), ("cvta.to.global.u64", "u64 u64", _same),
+    ("selp.A", "A A A pred", lambda a, b, p: np.where(p, a, b)),
+    *((f"{name}.rn?.ftz?.f32", "f32 f32 f32", f) for name, f in _SUMS_AND_PRODUCTS.items()),
+    *((f"{name}.f32x2", "f32x2 f32x2 f32x2", f) for name, f in _SUMS_AND_PRODUCTS.items()),
+    ("min.ftz?.f32", "f32 f32 f32", np.fmin), ("max.ftz?.f32", "f32 f32 f32", np.fmax),
+    ("min.ftz?.f32", "f32 f32 f32 f32", lambda a, b, c: np.fmin(np.fmin(a, b), c)),
+    ("max.ftz?.f32", "f32 f32 f32 f32", lambda a, b, c: np.fmax(np.fmax(a, b), c)),
+    ("fma.rn.ftz?.f32", "f32 f32 f32 f32", numbers.fma), ("fma.rn.f32x2", "f32x2 f32x2 f32x2 f32x2", numbers.fma),
+    *((f"div.{how}.ftz?.f32", "f32 f32 f32", np.divide) for how in ("full", "approx", "rn")),
+    ("neg.ftz?.f32", "f32 f32", np.negative), ("abs.ftz?.f32", "f32 f32", np.abs), ("add.rn.f32.H", "f32 H f32", np.add),
+    *((f"{name}.approx.ftz?.f32", "f32 f32", _precisely(f)) for name, f in (("ex2", np.exp2), ("lg2", np.log2))),
+    *((f"rcp.{how}.ftz?.f32", "f32 f32", _precisely(np.reciprocal)) for how in ("approx", "rn")),
+    ("cvt.rpi.ftz?.f32.f32", "f32 f32", np.ceil), ("cvt.rna.tf32.f32", "b32 f32", numbers.to_tf32),
+    ("cvt.rn.f32.T", "f32 T", _same), ("cvt.f32.H", "f32 H", _same), ("cvt.rn.H.f32", "H f32", _same),
+    *((f"cvt.{kind}.T", f"{kind} T", _same) for kind in ("u16", "s16", "u32", "s32", "u64", "s64")),
+]  # fmt: skip
+
+
+def _elementwise(instruction: Instruction, kind: str, code: Code, kinds: list[str], function: Callable) -> Step:
+    """Returns a step that writes function(sources) to the first operand. kind: what the opcode has for T, L, A or H."""
+    double = f"{kind[0]}{2 * int(kind[1:])}" if "2T" in kinds else ""
+    result, *of_sources = ({**dict.fromkeys(_TYPES, kind), "2T": double}.get(each, each) for each in kinds)
+    narrow = numbers.TO_HALF.get(result, _same)
+    result = "b16" if result in numbers.HALVES else result
+    sources = [reader(operand, each, code) for operand, each in zip(instruction.operands[1:], of_sources, strict=True)]
+    (index,) = indices(instruction.operands[0], 1, bank_of(result))
+    flushed = numbers.flushed if ".ftz" in instruction.opcode else _same
 
     def run(batch: Batch, lanes: Lanes) -> None:
-        batch.registers[result][index][lanes] = function(*[source(batch, lanes) for source in sources])
+        values = [flushed(source(batch, lanes)) for source in sources]
+        batch.registers[result][index][lanes] = narrow(flushed(function(*values)))
 
     return run
 
 
-# ---- Integers and predicates
+def _register(opcode: str, kinds: list[str], function: Callable) -> None:
+    pattern = ""
+    for part in opcode.split("."):
+        wild = f"(?P<type>{_TYPES[part]})" if part in _TYPES else part
+        pattern += rf"(\.{part[:-1]})?" if part.endswith("?") else rf"\.{wild}"
 
-_INT = r"(?P<kind>[bsu](?:16|32|64))"
-_COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
-_INTEGER = {"add": np.add, "sub": np.subtract, "mul.lo": np.multiply, "min": np.minimum, "max": np.maximum}
-_INTEGER |= {"div": numbers.divided, "rem": lambda a, b: a - numbers.divided(a, b) * b}
-_LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+    def build(i: Instruction, match: re.Match, code: Code) -> Step:
+        return _elementwise(i, match.groupdict().get("type", ""), code, kinds, function)
 
-
-@instruction(r"(add|sub|mul\.lo|min|max|div|rem)\." + _INT, 3)
-def _integer(i, match, code):
-    return elementwise(i, code, match["kind"], [match["kind"]] * 2, _INTEGER[match[1]])
+    instruction(pattern.removeprefix(r"\."), len(kinds))(build)
 
 
-@instruction(r"(and|or|xor)\.(b16|b32|b64|pred)", 3)
-def _logic(i, match, code):
-    return elementwise(i, code, match[2], [match[2]] * 2, _LOGIC[match[1]])
-
-
-@instruction(r"(not|neg|abs)\.(" + _INT + "|pred)", 2)
-def _integer_of_one(i, match, code):
-    function = {"not": np.logical_not if match[2] == "pred" else np.invert, "neg": np.negative, "abs": np.abs}[match[1]]
-    return elementwise(i, code, match[2], [match[2]], function)
-
-
-@instruction(r"(mul|mad)\.wide\.([su])(16|32)", 3, 4)
-def _wide(i, match, code):
-    narrow, wide = match[2] + match[3], match[2] + str(2 * int(match[3]))
-    product = lambda a, b, *c: sum(c, np.multiply(a, b, dtype=dtype_of(wide)))  # noqa: E731
-    return elementwise(i, code, wide, [narrow] * 2 + [wide] * (match[1] == "mad"), product)
-
-
-@instruction(r"mad\.lo\." + _INT, 4)
-def _mad(i, match, code):
-    return elementwise(i, code, match["kind"], [match["kind"]] * 3, lambda a, b, c: a * b + c)
-
-
-@instruction(r"(shl|shr)\." + _INT, 3)
-def _shift(i, match, code):
-    left = match[1] == "shl"
-    return elementwise(i, code, match["kind"], [match["kind"], "u32"], lambda x, by: numbers.shifted(x, by, left))
-
-
-@instruction(r"bfe\.([su]32)", 4)
-def _extract(i, match, code):
-    return elementwise(i, code, match[1], [match[1], "u32", "u32"], numbers.extracted)
-
-
-@instruction(r"bfi\.b32", 5)
-def _insert(i, match, code):
-    return elementwise(i, code, "b32", ["b32", "b32", "u32", "u32"], numbers.inserted)
-
-
-@instruction(r"setp\.(eq|ne|lt|le|gt|ge)(u?)\.(f32|[bsu](?:16|32|64))", 3)
-def _compare(i, match, code):
-    compare, kind = _COMPARE[match[1]], match[3]
-    if kind == "f32" and match[2] and match[1] != "ne":  # also true if one is NaN
-        function = lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)  # noqa: E731
-    elif kind == "f32" and match[1] == "ne" and not match[2]:
-        function = lambda a, b: (a != b) & ~np.isnan(a) & ~np.isnan(b)  # noqa: E731
-    else:
-        expect(kind == "f32" or not match[2], "no u")
-        function = compare
-    return elementwise(i, code, "pred", [kind] * 2, function)
-
-
-@instruction(r"selp\.([bsuf](?:16|32|64))", 4)
-def _select(i, match, code):
-    return elementwise(i, code, match[1], [match[1], match[1], "pred"], lambda a, b, p: np.where(p, a, b))
-
-
-@instruction(r"mov\.([bsuf](?:16|32|64)|pred)", 2)
-def _move(i, match, code):
-    target, source = i.operands
-    if not isinstance(target, Vector) and not isinstance(source, Vector):
-        return elementwise(i, code, match[1], [match[1]], lambda x: x)
-    parts = target.items if isinstance(target, Vector) else source.items
-    part = f"b{int(match[1][1:]) // len(parts)}"
+@instruction(r"mov\.([bsu](?:32|64))", 2)
+def _move_parts(i, match, code):
+    """Splits a register into parts, or joins parts; None if there are no parts."""
+    (target, source), kind = i.operands, match[1]
+    parts = next((each.items for each in i.operands if isinstance(each, Vector)), ())
+    part = f"b{int(kind[1:]) // max(1, len(parts))}"
     if isinstance(target, Vector):
-        whole = reader(source, match[1], code)
+        whole = reader(source, kind, code)
         targets = [(place, *indices(each, 1, part[1:])) for place, each in enumerate(parts) if each != Symbol("_")]
 
-        def unpack(batch: Batch, lanes: Lanes) -> None:
-            values = np.ascontiguousarray(whole(batch, lanes))[:, None].view(dtype_of(part))
+        def split(batch: Batch, lanes: Lanes) -> None:
+            values = np.ascontiguousarray(spread(whole, batch, lanes))[:, None].view(dtype_of(part))
             for place, index in targets:
                 batch.registers[part][index][lanes] = values[:, place]
 
-        return unpack
-    pieces = [reader(each, part, code) for each in parts]
+        return split
+    (index,), pieces = indices(target, 1, kind[1:]), [reader(each, part, code) for each in parts]
 
-    def pack(batch: Batch, lanes: Lanes) -> None:
-        values = [np.broadcast_to(piece(batch, lanes), batch.numbers[lanes].shape) for piece in pieces]
-        batch.registers[match[1]][target.index][lanes] = np.stack(values, 1).view(dtype_of(match[1]))[:, 0]
+    def join(batch: Batch, lanes: Lanes) -> None:
+        values = np.stack([spread(piece, batch, lanes) for piece in pieces], 1)
+        batch.registers[kind][index][lanes] = values.view(dtype_of(kind))[:, 0]
 
-    return pack
-
-
-@instruction(r"cvta\.to\.global\.u64", 2)
-def _to_global(i, match, code):
-    return elementwise(i, code, "u64", ["u64"], lambda x: x)
-
-
-# ---- Floating-point numbers
-
-_FLOAT = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.fmin, "max": np.fmax, "div": np.divide}
-_ONE = {"neg": np.negative, "abs": np.abs, "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt}
-
-
-def _flushing(function: Callable, ftz: bool) -> Callable:
-    if not ftz:
-        return function
-    return lambda *sources: numbers.flushed(function(*map(numbers.flushed, sources)))
-
-
-@instruction(r"(add|sub|mul|min|max)(\.rn)?(\.ftz)?\.f32", 3)
-def _float(i, match, code):
-    return elementwise(i, code, "f32", ["f32"] * 2, _flushing(_FLOAT[match[1]], match[3]))
-
-
-@instruction(r"(min|max)(\.ftz)?\.f32", 4)
-def _of_three(i, match, code):
-    function = _FLOAT[match[1]]
-    return elementwise(i, code, "f32", ["f32"] * 3, _flushing(lambda a, b, c: function(function(a, b), c), match[2]))
-
-
-@instruction(r"(add|sub|mul)\.f32x2", 3)
-def _pair(i, match, code):
-    return elementwise(i, code, "f32x2", ["f32x2"] * 2, _FLOAT[match[1]])
-
-
-@instruction(r"fma\.rn(\.ftz)?\.(f32|f32x2)", 4)
-def _fma(i, match, code):
-    return elementwise(i, code, match[2], [match[2]] * 3, _flushing(numbers.fma, match[1]))
-
-
-@instruction(r"add\.rn\.f32\.(bf16|f16)", 3)
-def _mixed(i, match, code):
-    wide = numbers.HALVES[match[1]]
-    return elementwise(i, code, "f32", ["b16", "f32"], lambda a, b: wide(a) + b)
-
-
-@instruction(r"div\.(full|approx|rn)(\.ftz)?\.f32", 3)
-def _divide(i, match, code):
-    return elementwise(i, code, "f32", ["f32"] * 2, _flushing(np.divide, match[2]))
-
-
-@instruction(r"(neg|abs)(\.ftz)?\.f32|(ex2|lg2|rcp|sqrt)\.(?:approx|rn)(\.ftz)?\.f32", 2)
-def _float_of_one(i, match, code):
-    function = _ONE[match[1] or match[3]]
-    if match[3]:  # in float64, then rounded
-        exact, function = function, lambda x: exact(np.asarray(x, np.float64)).astype(np.float32)
-    return elementwise(i, code, "f32", ["f32"], _flushing(function, match[2] or match[4]))
-
-
-@instruction(r"cvt\.([su](?:16|32|64))\.([su](?:16|32|64))", 2)
-def _convert_integer(i, match, code):
-    return elementwise(i, code, match[1], [match[2]], lambda x: x.astype(dtype_of(match[1])))
-
-
-@instruction(r"cvt\.rn\.f32\.([su]32)", 2)
-def _convert_to_float(i, match, code):
-    return elementwise(i, code, "f32", [match[1]], lambda x: x.astype(np.float32))
-
-
-@instruction(r"cvt\.f32\.(bf16|f16)", 2)
-def _widen(i, match, code):
-    return elementwise(i, code, "f32", ["b16"], numbers.HALVES[match[1]])
-
-
-@instruction(r"cvt\.rn\.(bf16|f16)\.f32", 2)
-def _narrow(i, match, code):
-    return elementwise(i, code, "b16", ["f32"], numbers.TO_HALF[match[1]])
+    return join if parts else None
 
 
 @instruction(r"cvt\.rn\.(bf16|f16)x2\.f32", 3)
 def _narrow_two(i, match, code):
-    narrow, shift = numbers.TO_HALF[match[1]], np.uint32(16)
-    joined = lambda high, low: narrow(high).astype(np.uint32) << shift | narrow(low)  # noqa: E731
-    return elementwise(i, code, "b32", ["f32"] * 2, joined)
+    narrow, (high, low) = numbers.TO_HALF[match[1]], (reader(each, "f32", code) for each in i.operands[1:])
+    (index,) = indices(i.operands[0], 1, "32")
+
+    def run(batch: Batch, lanes: Lanes) -> None:
+        upper, lower = (narrow(spread(each, batch, lanes)).astype(np.uint32) for each in (high, low))
+        batch.registers["b32"][index][lanes] = upper << np.uint32(16) | lower
+
+    return run
 
 
-@instruction(r"cvt\.rna\.tf32\.f32", 2)
-def _to_tf32(i, match, code):
-    return elementwise(i, code, "b32", ["f32"], numbers.to_tf32)
-
-
-@instruction(r"cvt\.rpi(\.ftz)\.f32\.f32", 2)
-def _ceil(i, match, code):
-    return elementwise(i, code, "f32", ["f32"], _flushing(np.ceil, True))
+for _opcode, _kinds, _function in _ELEMENTWISE:
+    _register(_opcode, _kinds.split(), _function)
 
 
 # ---- Memory
@@ -361,8 +292,7 @@ def _store(i, match, code):
 
     def run(batch: Batch, lanes: Lanes) -> None:
         memory = batch.shared if space == "shared" else batch.memory
-        shape = batch.numbers[lanes].shape
-        values = np.stack([np.broadcast_to(source(batch, lanes), shape) for source in sources], 1)
+        values = np.stack([spread(source, batch, lanes) for source in sources], 1)
         memory.store(batch.access(i, lanes), at(batch, lanes), values)
 
     return run
@@ -378,7 +308,7 @@ def _copy(i, match, code):
 
     def run(batch: Batch, lanes: Lanes) -> None:
         access, places = batch.access(i, lanes), source(batch, lanes)
-        bytes_read = np.broadcast_to(valid(batch, lanes), places.shape)
+        bytes_read = spread(valid, batch, lanes)
         access.report(f"cp.async of neither 0 nor {size} bytes", (bytes_read != 0) & (bytes_read != size))
         reads = bytes_read != 0
         values = np.zeros((len(places), size // 4), np.uint32)
@@ -419,19 +349,13 @@ def _shuffle(i, match, code):
         step = step & 31
         source = {"bfly": own ^ step, "up": own - step, "down": own + step, "idx": low | step & ~segment}[mode]
         inside = source >= high if mode == "up" else source <= high
-        rows = np.broadcast_to(value(batch, lanes), own.shape).reshape(-1, 32)
+        rows = spread(value, batch, lanes).reshape(-1, 32)
         shuffled = np.take_along_axis(rows, np.where(inside, source, own).reshape(-1, 32) & 31, 1)
         batch.registers["b32"][target_index][lanes] = shuffled.ravel()
         if valid:
             batch.registers["pred"][valid.index][lanes] = inside
 
     return run
-
-
-def _rows(batch: Batch, i: Instruction, lanes: Lanes, at: Reader, count: int) -> tuple[Any, np.ndarray]:
-    """Returns the access and the addresses of the rows of `count` matrices of 8x8: those of the first 8 count lanes."""
-    numbers_of = batch.numbers[lanes].reshape(-1, 32)[:, : 8 * count].ravel()
-    return batch.access(i, numbers_of), at(batch, numbers_of)
 
 
 @instruction(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", 2)
@@ -444,11 +368,9 @@ def _matrix(i, match, code):
 
     def run(batch: Batch, lanes: Lanes) -> None:
         lanes = batch.whole(i, lanes)
-        access, rows = _rows(batch, i, lanes, at, count)
-        halves = batch.shared.load(access, rows, 4, 4) if loads else None
-        if not loads:
-            words = np.stack([batch.registers["b32"][index][lanes].reshape(-1, 32) for index in words_of], 1)
-            halves = words.reshape(-1, 4)
+        first = batch.numbers[lanes].reshape(-1, 32)[:, : 8 * count].ravel()  # lanes that pass the rows' addresses
+        access, rows = batch.access(i, first), at(batch, first)
+        halves = batch.shared.load(access, rows, 4, 4) if loads else held(batch, lanes, words_of).swapaxes(1, 2)
         square = np.ascontiguousarray(halves).view(np.uint16).reshape(-1, count, 8, 8)
         if match[3]:
             square = square.swapaxes(2, 3)
@@ -489,22 +411,8 @@ def _mma(i, match, code):
     return run
 
 
-@instruction("bra|bra.uni", 1)
-def _branch(i, match, code):
-    expect(isinstance(i.operands[0], Symbol), "a label")
-    return _of_machine
-
-
-@instruction("ret", 0)
-def _return(i, match, code):
-    return _of_machine
-
-
-@instruction(r"bar\.sync", 1)
-def _barrier(i, match, code):
-    expect(i.operands == (Immediate(0),), "barrier 0")
-    return _of_machine
-
-
-def _of_machine(batch: Batch, lanes: Lanes) -> None:
-    raise AssertionError("the machine executes this instruction itself")
+@instruction(r"bra(?:\.uni)?|bar\.sync|ret", 0, 1)
+def _control(i, match, code):
+    """The machine executes these itself."""
+    expect(i.opcode != "bar.sync" or i.operands == (Immediate(0),), "barrier 0")
+    return lambda batch, lanes: None

@@ -1,7 +1,7 @@
-"""A machine that runs launches of kernels in PTX: every register is an array with a lane for each thread of a batch of programs.
+"""A machine that runs launches of kernels in PTX. A register is an array with a lane for each thread of a batch of programs.
 
-The lanes with the lowest program counter run first, so that lanes that took different ways meet again where their ways join.
-A barrier opens when no lane can go on. What no correct kernel does is reported as a hazard, and execution goes on.
+The lanes with the lowest program counter run first, so that lanes that took different ways meet again where these join. A
+barrier opens when no lane can go on. What no correct kernel does is reported as a hazard, and execution goes on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Global and shared memory of a launch, with shadows that tell who wrote and read each granule last, and when.
 
-A shadow word holds the program, the time (a number of the memory instruction) and the warp. Two accesses of a granule, of which
-one writes, are a race if they come from different programs, or from different warps of a program with no barrier between them.
-What a cp.async writes, or a wgmma reads, is in flight until its thread waits for it: its time lies in the future, and its warp
-is none, so that any access before is a race.
+A shadow word holds the program, the time (a number of the memory instruction) and the warp. Two accesses of a granule, of
+which one writes, are a race if they come from different programs, or from different warps of a program with no barrier
+between them. What a cp.async writes, or a wgmma reads, is in flight until its thread waits for it: its time lies in the
+future and its warp is none, so that any access before is a race.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ WARP_BITS, TIME_BITS = 6, 32
 NO_WARP = np.int64((1 << WARP_BITS) - 1)
 FUTURE = np.int64(((1 << TIME_BITS) - 1) << WARP_BITS)
 PROGRAM_SHIFT = WARP_BITS + TIME_BITS
+NO_PROGRAM = np.int64(((1 << 24) - 1) << PROGRAM_SHIFT)
 _WHO = ~FUTURE  # the bits of program and warp
 GUARD = 4096  # bytes around each tensor that may not be touched
 BASE = 1 << 32  # the first address of global memory
@@ -44,6 +45,12 @@ class Access:
 
     def of(self, chosen: np.ndarray) -> Access:
         return Access(self.batch, self.instruction, self.lanes[chosen], self.token[chosen], self.limit[chosen])
+
+
+def _several(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the shadow words of several readers with no barrier between them: of no warp, and perhaps of no program."""
+    later = np.maximum(a, b) | NO_WARP
+    return np.where((a ^ b) >> PROGRAM_SHIFT != 0, later | NO_PROGRAM, later)
 
 
 class Memory:
@@ -114,14 +121,13 @@ class Memory:
         if writers.any():
             access.report(f"{self.name} memory is read while another warp or a copy writes it", self.races(access, writers))
         self.check_written(access, writers)
-        # Of several readers since the last barrier, the shadow keeps that there are several.
         before, word = self.readers[granules], (access.token if token is None else token)[:, None]
         if before.any():
-            word = np.where(self.races(access, before), np.maximum(word, before) | NO_WARP, word)
+            word = np.where(self.races(access, before), _several(word, before), word)
         self.readers[granules] = word
-        lost = self.readers[granules] != word
-        if lost.any():
-            self.readers[granules[lost]] = (np.broadcast_to(word, granules.shape) | NO_WARP)[lost]
+        kept = self.readers[granules]
+        if (lost := kept != word).any():
+            self.readers[granules[lost]] = _several(word, kept)[lost]
 
     def check_written(self, access: Access, writers: np.ndarray) -> None:
         pass
@@ -140,7 +146,7 @@ class Memory:
 
 
 class GlobalMemory(Memory):
-    """Copies of tensors, with guards between them. Only elements of the tensors may be touched, not the gaps of their strides."""
+    """Copies of tensors, with guards between them. Only their elements may be touched, not the gaps of their strides."""
 
     name = "global"
 

@@ -1,7 +1,7 @@
 """Arithmetic as the hardware does it: rounding, conversions, and the matrices that the lanes of a warp hold together.
 
-What is not as in hardware: the approximate functions (ex2, lg2, rcp, div) are rounded correctly here, and a tensor core's sums
-are sums in float32 in any order.
+What is not as in hardware: the approximate functions (ex2, lg2, rcp, div) are rounded correctly, and the sums of a tensor
+core are sums in float32 in any order.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ B_TF32 = _order((8, 8), [(_T + 4 * h, _G) for h in range(2)])
 
 
 def matrices(registers: np.ndarray, order: np.ndarray, kind: str) -> np.ndarray:  # -> [warps, rows, columns] float32
-    """Returns the matrices that warps hold in registers [warps, 32, count] uint32, of numbers of a kind: f32, tf32, bf16, f16."""
+    """Returns the matrices of numbers of a kind (f32, tf32, bf16, f16) that warps hold in registers [warps, 32, count]."""
     if kind in HALVES:
         return HALVES[kind](np.ascontiguousarray(registers).view(np.uint16).reshape(len(registers), -1)[:, order])
     each = registers.reshape(len(registers), -1)[:, order]

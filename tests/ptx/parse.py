@@ -147,6 +147,7 @@ class _Parser:
                 head += line + " "
                 if ")" in line:
                     self.begin(head)
+                    self.statements(head.partition(")")[2].strip())
                     head = ""
                 continue
             self.statements(line)

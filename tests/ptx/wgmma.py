@@ -59,7 +59,7 @@ class Flights:
 
 
 def check_fences(kernel: Kernel) -> None:
-    """Raises an error unless a wgmma.fence stands between a wgmma and the last other instruction that writes its registers."""
+    """Raises an error unless a wgmma.fence stands between a wgmma and the last other write to its registers."""
     for place, each in enumerate(kernel.instructions):
         if not each.opcode.startswith("wgmma.mma_async"):
             continue
@@ -99,7 +99,7 @@ class Descriptor(NamedTuple):
         return cls(start, leading, stride, 256 >> mode)
 
     def chunks(self, rows: int, transposed: bool) -> np.ndarray:
-        """Returns the addresses of chunks of 16 bytes: [groups, rows, 2] along K; transposed [groups, rows / 8, 16] along the rows."""
+        """Returns addresses of chunks of 16 bytes: [groups, rows, 2] along K, or transposed [groups, rows / 8, 16]."""
         start, leading, stride = (each[:, None, None] for each in (self.start, self.leading, self.stride))
         if transposed:
             row, k = np.arange(rows // 8)[:, None], np.arange(16)

@@ -1,4 +1,4 @@
-"""What a launch of each Triton kernel must write, in float64 from the launch's own arguments: tighter than a whole call's result.
+"""What a launch of each Triton kernel must write, in float64 from its own arguments: tighter than a whole call's result.
 
 A result is a pair: what the kernel wrote, and the definition's value. Its error is relative to the largest value, or to the
 size of the terms of a sum, which may be given as a third.
@@ -53,7 +53,7 @@ def _softmax(logits: Tensor, shift: Tensor) -> Tensor:
 
 
 def _part(got: Tensor, logits: Tensor, axis: int, gap: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Returns the pair of the log-sum-exps, and that of the means if there is a gap, of slots [maximum, sum, ...] in base 2."""
+    """Returns pairs of the log-sum-exps and, if there is a gap, of the means, from slots [maximum, sum, ...] in base 2."""
     lse = (got[0].double() + got[1].double().log2()) / LOG2E
     exact = logits.logsumexp(axis)
     empty = exact == -torch.inf
