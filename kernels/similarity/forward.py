@@ -105,7 +105,7 @@ def _similarity_statistics_kernel(
         negative = is_negative(t, row, column, n, m, label_offset, ids, text_ids)
         z = tl.where(negative, similarity * z_scale, -INF)
         if plane is not None:
-            softplus, _ = softplus_and_sigmoid(similarity * tl.load(plane) + tl.load(plane + 1), TILE.INTERPRETED)
+            softplus, _ = softplus_and_sigmoid(similarity * tl.load(plane) + tl.load(plane + 1))
             unmatched += tl.sum(tl.where(negative, softplus, 0.0), 1)
         if teacher_image is not None:
             gap = entropy * t - z
