@@ -152,15 +152,14 @@ bench-gpu: install  ## selftest, timings; writes benchmarks/results
 aot: install  ## compile all GPU kernels for all architectures; fails on a spill
 	PYTHONPATH=tests $(BIN)/python -m gates $(AOT)
 
-# Runs in a copy of the tracked files, so that the extensions for two versions of torch do not mix. Triton 3.6, which torch 2.11
-# brings, interprets with numpy < 2.4 only. The trainer and its data are tested with the newest torch alone.
+# Runs in a copy of the tracked files, so that the extensions for two versions of torch do not mix. The trainer and its data are tested with the newest torch alone.
 OPS_TESTS := tests/ops tests/kernels tests/losses tests/memory/test_token_traces.py tests/package/test_build.py
 OLDEST_TORCH = $(shell sed -nE 's/^ *"torch>=([0-9.]+)".*/\1/p' pyproject.toml | sort -V | head -n 1)
 
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip setuptools ninja
-	$(OLDEST)/bin/python -m pip install --quiet 'torch==$(OLDEST_TORCH).*' torchvision 'numpy<2.4'
+	$(OLDEST)/bin/python -m pip install --quiet 'torch==$(OLDEST_TORCH).*' torchvision numpy
 	$(call ADD_NVCC,$(OLDEST)/bin)
 	touch $@
 

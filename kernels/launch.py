@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,14 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simplclip.kernels import tuning
-
 # Options of compiled kernels. Triton 3.10 changes the default.
 COMPILE = {"enable_fp_fusion": True}
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 _pretends = False
@@ -56,16 +49,13 @@ def _device(index: int) -> tuple[int, int]:
 
 
 def architecture_and_processors(tensor: Tensor) -> tuple[int, int]:
-    """Returns architecture and number of multiprocessors of the tensor's device; 4 under the interpreter, so that small calls
-    split columns."""
-    if interpreted():
-        return tuning.INTERPRETER, 4
+    """Returns architecture and number of multiprocessors of the tensor's device."""
     return ASSUMED if _pretends and not torch.cuda.is_available() else _device(tensor.device.index)
 
 
 def precision_of(dtype: torch.dtype) -> str:
     """Returns the precision of products, of tuning.PRECISIONS."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and not interpreted()
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
 
 
@@ -89,8 +79,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
     """Writes left right to out [M, N] float32, or adds it if `add`."""
-    if not out.is_cuda:  # under the interpreter
-        left, right = left.float(), right.float()
     wide = {"out_dtype": torch.float32} if left.dtype != torch.float32 else {}
     if add:
         torch.addmm(out, left, right, out=out, **wide)
@@ -99,7 +87,7 @@ def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
 
 
 def start(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> Any:
-    """Returns the compiled kernel, or None under the interpreter."""
+    """Returns the compiled kernel."""
     return kernel[(programs,)](*args, **options)
 
 

@@ -22,8 +22,6 @@ class Tile(NamedTuple):
 
 
 PRECISIONS = ("half", "tf32", "ieee")
-INTERPRETER = 0  # its "architecture"
-_INTERPRETED = Tile(32, 64, 16, 4, 2)  # small and with three different sides, so that small tests have several tiles
 # Several programs of the similarity kernels share a multiprocessor: the statistics of one run beside the products of others.
 _TILES = {
     ("similarity", "half"): Tile(64, 64, 32, 4, 4, 2, registers=248),
@@ -39,6 +37,4 @@ _TILES = {
 
 def lookup(op: str, precision: str, architecture: int) -> Tile:
     """Returns the op's tile in a precision of PRECISIONS, or the architecture's own where it has one."""
-    if architecture == INTERPRETER:
-        return _INTERPRETED
     return _TILES.get((op, precision, architecture)) or _TILES[op, precision]

@@ -8,19 +8,19 @@ from paths import ROOT
 
 # torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's graphs would be taken.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))
-# The variables that --prove sets: all cases of the emulator and of the interpreter, and how often a test disturbs processes.
+# The variables that --prove sets: all cases of other processes, and how often a test disturbs processes.
 PROOF = {
-    "SIMPLCLIP_EMULATE_ALL": "1",
+    "SIMPLCLIP_PROVE": "1",
     "SIMPLCLIP_TEST_FAULTS": "60",
     "SIMPLCLIP_TEST_STRIDE": "1",
 }
 # Fixtures that take long to make: a test that uses one is slow.
-SLOW = {"kernels", "single", "double", "documented_runs", "tiny", "vit", "trained", "of_ranks", "interpreted"}
+SLOW = {"single", "double", "documented_runs", "tiny", "vit", "trained", "of_ranks"}
 # Files that take more than 12 s of a core.
 LONG = {"test_triton", "test_plan", "test_compile", "test_readme", "test_distributed", "test_extension", "test_teaching"}
 LONG |= {"test_open_clip_train", "test_train", "test_ranks", "test_instruction_sets", "test_properties", "test_run"}
 LONG |= {"test_start", "test_cli", "test_export", "test_export_onnx", "test_scripts", "test_backends", "test_held_out"}
-LONG |= {"test_open_clip_models", "test_caption", "test_views", "test_addresses", "test_shaped_attention_cuda"}
+LONG |= {"test_open_clip_models", "test_caption", "test_views", "test_addresses", "test_shaped_attention_cuda", "test_ptx"}
 
 
 def pytest_addoption(parser):

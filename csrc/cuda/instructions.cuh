@@ -1,6 +1,5 @@
 // The instructions of all CUDA kernels here, for sm_80 and later: indices, barriers, shuffles, conversions, products of tensor
-// cores, staging. Sections are named as in the PTX ISA. tests/emulator/host/instructions.cuh has the same functions for a host
-// compiler, so that the kernels can be tested unchanged on a machine without a GPU.
+// cores, staging. Sections are named as in the PTX ISA.
 #pragma once
 
 #include <cuda_runtime.h>

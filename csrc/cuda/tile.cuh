@@ -113,12 +113,13 @@ SIMPLCLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b
 template <class T, int kTiles>
 SIMPLCLIP_DEVICE void multiply_rows(
     float (&c)[kTiles][2][4], const Tile& a, int row_tile, int chunk, const Tile& b, int tiles, int bytes) {
+  if (tiles <= 0) return;  // the rows of a are padding, which nobody has loaded
 #pragma unroll 1
   for (int step = 0; step < bytes / kChunk; step += 2) {
     uint32_t left[4], right[2][4];
     load_left<T>(left, a, row_tile, chunk + step);
     Tile below = b;
-    if (tiles > 0) load_right<T>(right[0], below, 0, step);
+    load_right<T>(right[0], below, 0, step);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       if (i < tiles) {

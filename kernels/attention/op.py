@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simplclip.kernels.arithmetic import narrowed
-from simplclip.kernels.launch import device_of, interpreted, launch
+from simplclip.kernels.launch import device_of, launch
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
 ELEMENTS = 1024  # of a block
@@ -42,9 +41,8 @@ def _load(heads, tensor, rows, columns, inside):
 
 
 @triton.jit
-def _store(heads, tensor, rows, columns, value, inside, INTERPRETED: tl.constexpr):
-    value = narrowed(value, tensor.first.dtype.element_ty, INTERPRETED)
-    tl.store(_place(heads, tensor, rows, columns), value, inside)
+def _store(heads, tensor, rows, columns, value, inside):
+    tl.store(_place(heads, tensor, rows, columns), value.to(tensor.first.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -78,7 +76,7 @@ def _shaped_attention_terms_kernel(
     gains,  # [3, H] float32
     lengths,  # [B] or None
     tokens, heads, width,
-    CAUSAL: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Writes out = alpha v + beta A v - gamma C v, and 0 at padded tokens."""
     alpha, beta, gamma = _gains(gains, heads)
@@ -97,7 +95,7 @@ def _shaped_attention_terms_kernel(
             mean = (before + tl.cumsum(value, 0)) * (1.0 / (rows + 1))[:, None]
             before += tl.sum(value, 0)[None, :]
         result = tl.where(inside, alpha * value + beta * attended - gamma * mean, 0.0)
-        _store(heads, out, rows, columns, result, (rows < tokens)[:, None] & (columns < width)[None, :], INTERPRETED)
+        _store(heads, out, rows, columns, result, (rows < tokens)[:, None] & (columns < width)[None, :])
 
 
 @triton.jit
@@ -108,7 +106,7 @@ def _shaped_attention_gradients_kernel(
     lengths,  # [B] or None
     tokens, heads, width,
     sign,  # factor of dq
-    CAUSAL: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Writes dq, dk and dv, from the last token to the first, since a token's value is in the means of all later tokens."""
     alpha, beta, gamma = _gains(gains, heads)
@@ -128,18 +126,19 @@ def _shaped_attention_gradients_kernel(
         g = _load(heads, grad, rows, columns, inside)
         value = _load(heads, v, rows, columns, inside)
         if CAUSAL:
-            shares = g * (1.0 / tl.maximum(rows + 1, 1))[:, None]
+            # A choice, not a product: with products a fused multiply-add rounds the same sum differently in two lanes.
+            shares = tl.where(inside, g * (1.0 / tl.maximum(rows + 1, 1))[:, None], 0.0)
             spread = after + tl.cumsum(shares, 0)
             after += tl.sum(shares, 0)[None, :]
         d_alpha += g * value
         d_beta += g * _load(heads, av, rows, columns, inside)
         d_gamma -= value * spread
         dv_rows = alpha * g + beta * _load(heads, v_grad, rows, columns, inside) - gamma * spread
-        _store(heads, dv, rows, columns, tl.where(inside, dv_rows, 0.0), within, INTERPRETED)
+        _store(heads, dv, rows, columns, tl.where(inside, dv_rows, 0.0), within)
         dq_rows = sign * beta * _load(heads, q_grad, rows, columns, inside)
-        _store(heads, dq, rows, columns, dq_rows, within, INTERPRETED)
+        _store(heads, dq, rows, columns, dq_rows, within)
         dk_rows = beta * _load(heads, k_grad, rows, columns, inside)
-        _store(heads, dk, rows, columns, dk_rows, within, INTERPRETED)
+        _store(heads, dk, rows, columns, dk_rows, within)
     part = parts + tl.program_id(0)
     programs = tl.num_programs(0).to(tl.int64)
     tl.store(part, tl.sum(tl.sum(d_alpha, 1), 0))
@@ -163,7 +162,7 @@ def shaped_attention_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None
         launch(
             _shaped_attention_terms_kernel, batch * heads,
             *_heads(call.v, av, out), call.gains, call.lengths, tokens, heads, width,
-            CAUSAL=call.causal, INTERPRETED=interpreted(), **tile(width),
+            CAUSAL=call.causal, **tile(width),
         )  # fmt: skip
 
 
@@ -176,6 +175,6 @@ def shaped_attention_gradients(call: AttentionInto, ordinary: tuple[Tensor, Tens
             _shaped_attention_gradients_kernel, batch * heads,
             *_heads(call.grad, call.v, call.av, *ordinary, call.dq, call.dk, call.dv), parts, call.gains, call.lengths,
             tokens, heads, width, float(sign),
-            CAUSAL=call.causal, INTERPRETED=interpreted(), **tile(width),
+            CAUSAL=call.causal, **tile(width),
         )  # fmt: skip
     return parts.sum(1)

@@ -12,12 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from simplclip.kernels import tuning
-from simplclip.kernels.arithmetic import dot, narrowed
 from simplclip.kernels.launch import (
     add_product,
     architecture_and_processors,
     device_of,
-    interpreted,
     launch,
     precision_of,
     starts,
@@ -31,12 +29,12 @@ SCRATCH_BYTES = 16 << 20  # of the rows of act(h) that exist at a time
 
 
 @triton.jit(do_not_specialize=["count"])
-def _parallel_mlp_activate_kernel(h, activated, count, ACT: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr):
+def _parallel_mlp_activate_kernel(h, activated, count, ACT: tl.constexpr, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     each = tl.arange(0, BLOCK)
     inside = each < count - first
     values = activation(tl.load(h + first + each, inside, 0.0).to(tl.float32), ACT)
-    tl.store(activated + first + each, narrowed(values, h.dtype.element_ty, INTERPRETED), inside)
+    tl.store(activated + first + each, values.to(h.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -58,7 +56,7 @@ def _parallel_mlp_hidden_kernel(
     h,  # [T, F], overwritten
     tokens, width, hidden, grad_stride, weight_stride, h_stride,
     ACT: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,  # EVEN: C is a multiple of BLOCK_K
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Overwrites h by (grad weight) ∘ act'(h); a program reads only the part of h that it overwrites."""
@@ -77,7 +75,7 @@ def _parallel_mlp_hidden_kernel(
         else:
             grad_tile = tl.load(grad_pointers, (depth < width - start)[None, :], 0.0)
             weight_tile = tl.load(weight_pointers, (depth < width - start)[:, None] & inside, 0.0)
-        tile = dot(grad_tile, weight_tile, tile, PRECISION, INTERPRETED)
+        tile = tl.dot(grad_tile, weight_tile, tile, input_precision=PRECISION)
         grad_pointers += BLOCK_K
         weight_pointers += BLOCK_K * weight_stride
 
@@ -85,7 +83,7 @@ def _parallel_mlp_hidden_kernel(
     inside = (row + rows < tokens)[:, None] & (columns < hidden)[None, :]
     h_pointers = h + row.to(tl.int64) * h_stride + rows[:, None] * h_stride + columns[None, :]
     tile *= slope(tl.load(h_pointers, inside, 0.0).to(tl.float32), ACT)
-    tl.store(h_pointers, narrowed(tile, h.dtype.element_ty, INTERPRETED), inside)
+    tl.store(h_pointers, tile.to(h.dtype.element_ty), inside)
 
 
 def _chunks(h: Tensor) -> list[slice]:
@@ -100,7 +98,7 @@ def _activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, F], co
     """Writes act(h) to the first rows of the scratch and returns these rows."""
     out = scratch[: h.shape[0]]
     programs = triton.cdiv(h.numel(), BLOCK)
-    launch(_parallel_mlp_activate_kernel, programs, h, out, h.numel(), ACT=act, INTERPRETED=interpreted(), BLOCK=BLOCK)
+    launch(_parallel_mlp_activate_kernel, programs, h, out, h.numel(), ACT=act, BLOCK=BLOCK)
     return out
 
 
@@ -143,7 +141,7 @@ def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not n
             launch(
                 _parallel_mlp_hidden_kernel, programs,
                 grad, weight, h, *grad.shape, h.shape[1], grad.stride(0), weight.stride(0), h.stride(0),
-                ACT=call.act, EVEN=grad.shape[1] % tile.block_k == 0, GROUP=GROUP, INTERPRETED=interpreted(),
+                ACT=call.act, EVEN=grad.shape[1] % tile.block_k == 0, GROUP=GROUP,
                 PRECISION="tf32" if precision == "tf32" else "ieee", **tile.options(),
             )  # fmt: skip
     return d_weight

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import INF, LOG2E, narrowed
+from simplclip.kernels.arithmetic import INF, LOG2E
 from simplclip.kernels.similarity.forward import (
     DIAGONAL_STUDENT,
     LSE_STUDENT,
@@ -43,12 +43,12 @@ def _gradient_of_logits(
 
 
 @triton.jit
-def store_gradient(out, g, factor, row, column, first_row, first_column, n, m, out_stride, INTERPRETED: tl.constexpr):
+def store_gradient(out, g, factor, row, column, first_row, first_column, n, m, out_stride):
     """Stores a tile of a block of G, multiplied by the factor if there is one."""
     if factor is not None:
         g *= tl.load(factor)
     out += (row - first_row).to(tl.int64)[:, None] * out_stride + (column - first_column)[None, :]
-    tl.store(out, narrowed(g, out.dtype.element_ty, INTERPRETED), (row < n)[:, None] & (column < m)[None, :])
+    tl.store(out, g.to(out.dtype.element_ty), (row < n)[:, None] & (column < m)[None, :])
 
 
 @triton.jit
@@ -112,14 +112,14 @@ def _similarity_gradient_kernel(
     add_to_sum(sums, g * similarity)
     g *= tl.load(scale)
     if plane is not None:
-        _, slope = softplus_and_sigmoid(similarity * tl.load(plane) + tl.load(plane + 1), TILE.INTERPRETED)
+        _, slope = softplus_and_sigmoid(similarity * tl.load(plane) + tl.load(plane + 1))
         slope = tl.where(negative, slope * clamped(grad_rows + PAIR_MATCHING * n, row, n)[:, None], 0.0)
         add_to_sum(sums + 1, slope * similarity)
         add_to_sum(sums + 2, slope)
         g += slope * tl.load(plane)
     positive = column[None, :] == row[:, None] + label_offset
     g = tl.where(positive, clamped(grad_rows + DIAGONAL_STUDENT * n, row, n)[:, None], g)
-    store_gradient(out, g, factor, row, column, first_row, first_column, n, m, out_stride, TILE.INTERPRETED)
+    store_gradient(out, g, factor, row, column, first_row, first_column, n, m, out_stride)
 
 
 @triton.jit

@@ -105,7 +105,7 @@ def _similarity_statistics_kernel(
         negative = is_negative(t, row, column, n, m, label_offset, ids, text_ids)
         z = tl.where(negative, similarity * z_scale, -INF)
         if plane is not None:
-            softplus, _ = softplus_and_sigmoid(similarity * tl.load(plane) + tl.load(plane + 1), TILE.INTERPRETED)
+            softplus, _ = softplus_and_sigmoid(similarity * tl.load(plane) + tl.load(plane + 1))
             unmatched += tl.sum(tl.where(negative, softplus, 0.0), 1)
         if teacher_image is not None:
             gap = entropy * t - z
@@ -221,11 +221,12 @@ def _similarity_diagonal_kernel(
     """Writes a matrix's similarities of the positives, in float32, O(N D). So the large products' tiles stay simple."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     safe_row = tl.minimum(row, n - 1).to(tl.int64)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    # Sums of products are added, not products: with these a fused multiply-add rounds the same sum differently in two lanes.
+    total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for k in range(0, width, BLOCK_K):
         depth = k + tl.arange(0, BLOCK_K)
         inside = (depth < width)[None, :]
         a = tl.load(image + safe_row[:, None] * width + depth[None, :], inside, 0.0).to(tl.float32)
         b = tl.load(text + (safe_row + label_offset)[:, None] * width + depth[None, :], inside, 0.0).to(tl.float32)
-        total += tl.sum(a * b, 1)
-    tl.store(rows + stat * n + row, total, row < n)
+        total += a * b
+    tl.store(rows + stat * n + row, tl.sum(total, 1), row < n)

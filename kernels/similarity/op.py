@@ -42,7 +42,7 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
         if call.has_teacher:
             _write_positives(call, RowStat.DIAGONAL_TEACHER, call.teacher_image, call.teacher_text, rows)
         _write_statistics(call, rows, columns)
-    stored = image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m)  # none, but in the interpreter
+    stored = image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m)  # none on a GPU
     return rows, columns, stored
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from simplclip.kernels import tuning
-from simplclip.kernels.launch import architecture_and_processors, interpreted, precision_of, splits, starts
+from simplclip.kernels.launch import architecture_and_processors, precision_of, splits, starts
 from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
 
 SIDE = 128  # sides of a block of G are multiples of 128, and so of a tile's sides, unless they end with the matrix
@@ -25,7 +25,6 @@ class Tiling:
     BLOCK_K: int
     EVEN: bool  # the widths are multiples of BLOCK_K
     PRECISION: str
-    INTERPRETED: bool
 
 
 def tile_of(call: SimilarityCall | SigmoidCall) -> tuning.Tile:
@@ -39,7 +38,7 @@ def arguments(call: SimilarityCall | SigmoidCall, *widths: int) -> dict[str, obj
     precision = "tf32" if precision_of(call.image.dtype) == "tf32" else "ieee"
     return {
         "image": call.image, "text": call.text, "ids": call.ids, "text_ids": call.text_ids, "n": n, "m": call.text.shape[0],
-        "width": width, "label_offset": call.label_offset, "TILE": Tiling(*tile[:3], even, precision, interpreted()),
+        "width": width, "label_offset": call.label_offset, "TILE": Tiling(*tile[:3], even, precision),
         "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
     }  # fmt: skip
 

@@ -54,7 +54,7 @@ def _similarity_sigmoid_kernel(
     for k in tl.static_range(TERMS):
         logits = similarity * tl.load(sigmoids + k) + tl.load(sigmoids + TERMS + k)
         logits = tl.where(positive, -logits, logits)
-        softplus, slope = softplus_and_sigmoid(logits, TILE.INTERPRETED)
+        softplus, slope = softplus_and_sigmoid(logits)
         softplus += tl.where(positive, 0.0 * logits, 0.0)  # NaN where a positive's logit is infinite, though it may be 0
         share = tl.where(positive, tl.load(sigmoids + 3 * TERMS + k), tl.load(sigmoids + 2 * TERMS + k))
         share = tl.where(negative | positive, share, 0.0)
@@ -65,7 +65,7 @@ def _similarity_sigmoid_kernel(
             add_to_sum(sums + 2 * TERMS + k, slope)
             g += slope * tl.load(sigmoids + k)
     if GRADIENT:
-        store_gradient(out, g, factor, row, column, first_row, first_column, n, m, out_stride, TILE.INTERPRETED)
+        store_gradient(out, g, factor, row, column, first_row, first_column, n, m, out_stride)
 
 
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:

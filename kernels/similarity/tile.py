@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import INF, LOG2E, dot, reciprocal, rounded_to_tf32
+from simplclip.kernels.arithmetic import INF, LOG2E, reciprocal, rounded_to_tf32
 
 GROUP: tl.constexpr = tl.constexpr(16)  # with tiles of 64 rows and D = 512, 1 MB of the cache
 
@@ -48,9 +48,9 @@ def product(
             inside = depth < width - k
             a = tl.load(left, inside[None, :], 0.0)
             b = tl.load(right, inside[:, None], 0.0)
-        if PRECISION == "tf32":  # never interpreted
+        if PRECISION == "tf32":
             a, b = rounded_to_tf32(a), rounded_to_tf32(b)
-        tile = dot(a, b, tile, PRECISION, TILE.INTERPRETED)
+        tile = tl.dot(a, b, tile, input_precision=PRECISION)
         left += TILE.BLOCK_K
         right += TILE.BLOCK_K
     return tile
@@ -78,7 +78,7 @@ def is_negative(masked, row, column, n, m, label_offset, ids, text_ids):  # [BLO
 
 
 @triton.jit
-def softplus_and_sigmoid(x, INTERPRETED: tl.constexpr):
+def softplus_and_sigmoid(x):
     """log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|, by a polynomial with relative error 4e-7; and 1 / (1 + e^-x)."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     p = -0.008539198897778988 * e + 0.04408959671854973
@@ -88,7 +88,7 @@ def softplus_and_sigmoid(x, INTERPRETED: tl.constexpr):
     p = p * e + 0.33275479078292847
     p = p * e - 0.4999740421772003
     p = p * e + 0.9999998211860657
-    return p * e + tl.maximum(x, 0.0), tl.where(x < 0.0, e, 1.0) * reciprocal(1.0 + e, INTERPRETED)
+    return p * e + tl.maximum(x, 0.0), tl.where(x < 0.0, e, 1.0) * reciprocal(1.0 + e)
 
 
 @triton.jit

@@ -79,13 +79,12 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def triton_on_cuda(device: torch.device, dtype: torch.dtype, **call) -> str | None:
-    """Returns why Triton cannot run a call. Triton serves CUDA tensors, or CPU tensors with TRITON_INTERPRET=1, for tests."""
+    """Returns why Triton cannot run a call."""
     if not installed("triton"):
         return "the package triton is not installed"
-    serves = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-    if reason := why_not_kernels(serves, device, dtype):
-        return f"{reason} (TRITON_INTERPRET=1)" if device.type != serves == "cpu" else reason
-    card = capability(device) if serves == "cuda" else None
+    if reason := why_not_kernels("cuda", device, dtype):
+        return reason
+    card = capability(device)
     if card is not None and (card < (8, 0) or card[0] == 10):
         return f"is compiled for compute capabilities 8.x, 9.x and 12.x; the device has {card[0]}.{card[1]}"
     return None

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from interpreter import needs_triton
+from devices import needs_triton
 
 from benchmarks.bound.__main__ import main
 from benchmarks.bound.cards import CARDS

@@ -1,5 +1,1 @@
 """Gates for the machine code of the GPU kernels, which need no GPU. `make aot` runs all of them, test_gates.py a part."""
-
-import os
-
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported, since interpreted kernels cannot be compiled

@@ -83,7 +83,7 @@ def absent(names: str, missing: bool) -> dict[str, None]:
 
 
 def tiling(tile: tuning.Tile, even: bool, precision: str) -> Tiling:
-    return Tiling(*tile[:3], even, "tf32" if precision == "tf32" else "ieee", INTERPRETED=False)
+    return Tiling(*tile[:3], even, "tf32" if precision == "tf32" else "ieee")
 
 
 def similarity(form: Form, dtype: str, architecture: int, backward: bool, tile: tuning.Tile | None = None) -> Kernel:
@@ -136,7 +136,7 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
 def products(tile: tuning.Tile, precision: str) -> dict[str, object]:
     """Returns constants of the MLP's product: its precision and its tile."""
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    return {"PRECISION": "tf32" if precision == "tf32" else "ieee", "INTERPRETED": False, **blocks}
+    return {"PRECISION": "tf32" if precision == "tf32" else "ieee", **blocks}
 
 
 def mlp_kernels(
@@ -147,7 +147,7 @@ def mlp_kernels(
     types = dict.fromkeys(("h", "activated", "weight", "grad"), "*element")
     tile = tuning.lookup("parallel_mlp", precision, architecture)
     for act in acts:
-        function, constants = mlp._parallel_mlp_activate_kernel, {"ACT": act, "INTERPRETED": False, "BLOCK": mlp.BLOCK}
+        function, constants = mlp._parallel_mlp_activate_kernel, {"ACT": act, "BLOCK": mlp.BLOCK}
         yield Kernel(function.__name__, function, constants, tuning.Tile(0, 0, 0, 4, 3), dtype, act, False, types)
         function = mlp._parallel_mlp_hidden_kernel
         for whole in even:
@@ -162,7 +162,7 @@ def attention_kernels(dtype: str) -> Iterator[Kernel]:
     types = {**dict.fromkeys(names, heads), "gains": "*fp32", "lengths": "*i32", "sign": "fp32"}
     for width, causal in itertools.product((64, 128), (False, True)):
         blocks = attention.tile(width)
-        constants = {"CAUSAL": causal, "INTERPRETED": False, "ROWS": blocks["ROWS"], "COLUMNS": blocks["COLUMNS"]}
+        constants = {"CAUSAL": causal, "ROWS": blocks["ROWS"], "COLUMNS": blocks["COLUMNS"]}
         for function in (attention._shaped_attention_terms_kernel, attention._shaped_attention_gradients_kernel):
             yield Kernel(
                 function.__name__, function, constants, tuning.Tile(0, 0, 0, attention.WARPS, 3), dtype,

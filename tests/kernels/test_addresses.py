@@ -1,49 +1,110 @@
-"""Loads and stores of Triton kernels lie within tensors, also with more than 2^31 elements (tests/support/addresses.py)."""
+"""Loads and stores of compiled Triton kernels lie within tensors, also with more than 2^31 elements.
+
+A call runs on fake CUDA tensors, which have no memory. Its launches are compiled as for a card, and run on addresses alone.
+"""
+
+from __future__ import annotations
 
 import itertools
-import re
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 
-import interpreter
+import numpy as np
 import pytest
-from interpreter import needs_interpreter
-from paths import ROOT
+import torch
 
-SUITE = ["many", "mlp", "attention"]  # cases that one process audits in the suite, in bfloat16; "mlp" with --prove alone
-OTHERS = [
-    "contrastive+pair_matching",
-    "sigmoid",
-    "all",
-    "many sigmoid",
-    "contrastive",
-    "attention causal",
-]
-# Cases of make prove, with dtypes and cards in turn.
-TURNS = ("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100")
-PROVED = [f"{name}:{dtype}:{card}" for name, (dtype, card) in zip([*OTHERS, *SUITE], itertools.cycle(TURNS))]
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+from ptx.capture import driven
+from ptx.huge import Addresses, HugeCard
+from ptx.machine import Code, Launch
+from ptx.parse import parse
+
+from benchmarks.bound import calls, trace
+from benchmarks.bound.cards import CARDS
+
+LARGE = 131_072, 1024  # N, D
+MANY = 1_000_003, 2200  # N D above 2^31, and an odd number of rows
+TOKENS = 2, 2_000_003, 16, 80  # B, L, H, K: one sequence has more than 2^31 elements
+CHUNKS = {"scratch_bytes": 6 << 30}
+CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
+    "many": partial(calls.loss, ("contrastive",), *MANY, **CHUNKS),
+    "mlp": partial(calls.mlp, (1, 1_000_003, 768, 3072)),
+    "attention": partial(calls.attention, TOKENS, False),
+    "many sigmoid": partial(calls.loss, ("sigmoid",), *MANY, **CHUNKS),
+    "attention causal": partial(calls.attention, TOKENS, True),
+    **{name: partial(calls.loss, terms, *LARGE) for name, terms in calls.LOSSES.items()},
+}
+SUITE = list(CASES)[:3]
+TURNS = itertools.cycle((("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100")))
 
 
-def audited(*cases: str) -> dict[str, str]:
-    done = interpreter.run(str(ROOT / "tests/support/addresses.py"), *cases)
-    assert done.returncode == 0, done.stderr[-8000:]
-    return dict(re.findall(r"^(\S.*): (\d+ programs, \d+ addresses(?:\n    .*)*)$", done.stdout, re.M))
+def sampled(steps: list[trace.Step]) -> list[trace.Launch]:
+    """Returns the first and the last launch of each kernel and its compiled form."""
+    launches_of = defaultdict(list)
+    for step in steps:
+        if step.kind == "triton":
+            constants = {name: value for name, value in step.launch.options.items() if name.isupper()}
+            launches_of[step.name, repr(constants)].append(step.launch)
+    return [launches[i] for launches in launches_of.values() for i in sorted({0, len(launches) - 1})]
+
+
+def check(name: str, dtype: str, card: str) -> None:
+    with trace.on_card(CARDS[card]) as traced:
+        CASES[name](getattr(torch, dtype), True)
+    machine = HugeCard(sm=CARDS[card].architecture)
+    with driven(machine):
+        for launch in sampled(traced.steps):
+            launch.kernel[launch.grid](*launch.args, **launch.options)
+    assert machine.launches >= 2
+    assert machine.addresses > 1 << 12
+    assert not machine.hazards, "\n".join(map(str, machine.hazards.values()))
 
 
 @pytest.mark.slow
-@needs_interpreter
-def test_addresses_at_large_sizes(request):
-    names = SUITE if request.config.getoption("--prove") else [name for name in SUITE if name != "mlp"]
-    cases = [f"{name}:bfloat16:rtx-3090" for name in names]
-    reports = audited(*cases)
-    assert list(reports) == cases
-    for case, text in reports.items():
-        programs, addresses = map(int, re.findall(r"\d+", text)[:2])
-        assert programs >= 4, case
-        assert addresses > 1 << 15, case
-        assert "\n" not in text, f"{case}: {text}"
+@pytest.mark.parametrize("name", SUITE)
+def test_addresses_at_large_sizes(name):
+    check(name, "bfloat16", "rtx-3090")
 
 
 @pytest.mark.prove
-@needs_interpreter
-@pytest.mark.parametrize("case", PROVED)
-def test_more_addresses(case):
-    assert "\n" not in audited(case)[case]
+@pytest.mark.parametrize(("name", "dtype", "card"), [(name, *turn) for name, turn in zip(CASES, TURNS)])
+def test_more_addresses(name, dtype, card):
+    check(name, dtype, card)
+
+
+LOOP = """
+.visible .entry test(.param .u64 p0) {{
+.reg .pred %p<2>;
+.reg .b32 %r<8>;
+.reg .b64 %d<8>;
+ld.param.u64 %d0, [p0];
+mov.u32 %r0, %ctaid.x;
+mov.b32 %r1, 0;
+{row}
+$L1:
+mul.wide.s32 %d3, %r1, 2;
+add.s64 %d4, %d2, %d3;
+ld.global.b16 %r3, [%d4];
+add.s32 %r1, %r1, 1;
+setp.lt.s32 %p1, %r1, {width};
+@%p1 bra $L1;
+ret;
+}}
+"""
+WIDE = "mul.wide.s32 %d1, %r0, 4400;\nadd.s64 %d2, %d0, %d1;"
+NARROW = "mul.lo.s32 %r2, %r0, 2200;\nmul.wide.s32 %d1, %r2, 2;\nadd.s64 %d2, %d0, %d1;"
+
+
+def test_an_index_of_32_bits_and_the_end_of_a_loop():
+    """The last row of [N, D] is read column by column: right, with the row's index in 32 bits, and one column too far."""
+    for row, width, hazards in ((WIDE, 2200, 0), (NARROW, 2200, 1), (WIDE, 2201, 1)):
+        rows = SimpleNamespace(storage=0, allocated=4400 * MANY[0], data_ptr=lambda: 0)
+        memory, machine = Addresses([rows]), HugeCard()
+        code = Code(parse(LOOP.format(row=row, width=width))["test"])
+        parameters = np.array([memory.address(rows)], np.uint64).view(np.uint8)
+        machine.execute(Launch(code, MANY[0], 32, 0, parameters, memory))
+        assert len(machine.hazards) == hazards
+        assert machine.addresses < 2000

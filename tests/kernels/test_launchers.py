@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from devices import DTYPES, cuda_peak_bytes
-from interpreter import needs_triton
+from devices import DTYPES, cuda_peak_bytes, needs_triton
 from memory_calls import attention_call, forward_and_backward, mlp_call, predicted, similarity_call
 
 from simplclip.memory.count import WORKSPACE

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from interpreter import needs_triton
+from devices import needs_triton
 from torch.utils._pytree import tree_leaves
 from traces import names, trace
 

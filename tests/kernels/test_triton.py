@@ -1,27 +1,21 @@
-"""The ops on their Triton kernels against plain torch in float64, under the interpreter and on a GPU."""
+"""The ops on their Triton kernels against plain torch in float64, executed by tests/ptx and on a GPU."""
 
 import itertools
-import os
-import sys
-import traceback
 from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
 
-import interpreter
 import pytest
 import random_calls
 import torch
 from calls import TERMS, Call, attention_call, mlp_call, of_lengths, similarity_call
 from compare import check, check_padding
-from devices import DTYPES
-from interpreter import needs_interpreter, needs_triton
+from devices import DTYPES, needs_triton
 from small_calls import check_registration
 
 from simplclip.ops.attention import with_library_attention
 from simplclip.ops.similarity.call import RowStat
 
-PROVE = os.environ.get("SIMPLCLIP_EMULATE_ALL") == "1"  # as --prove sets it
 MODES = [{"terms": TERMS[:1]}, {"terms": TERMS[:2]}, {"terms": TERMS[:2], "plane": "hadamard"}, {"terms": TERMS}]
 
 
@@ -75,15 +69,15 @@ def attention(device: str) -> None:
     """Checks the terms around torch's attention by this library's kernels alone."""
     plain = {"_write_terms": None, "_gradients_without_softmax": None}
     with mock.patch.multiple(with_library_attention, **plain):
-        for call, dtype, options in around_sdpa(full=PROVE or device == "cuda"):
+        for call, dtype, options in around_sdpa(full=device == "cuda"):
             check(call, dtype, "sdpa", device=device, **options)
         every = [*itertools.product(DTYPES, (False, True))]
-        for dtype, causal in every if PROVE or device == "cuda" else every[::3]:
+        for dtype, causal in every if device == "cuda" else every[::3]:
             check_padding(dtype, "sdpa", causal, device)
 
 
 def large(full: bool) -> Iterator[tuple[Call, torch.dtype, dict]]:
-    """Yields calls with several of a GPU's tiles in each direction, which the interpreter could not compute in time."""
+    """Yields calls with several of a GPU's tiles in each direction, which tests/ptx could not compute in time."""
     for dtype in DTYPES:
         for mode in MODES:
             yield similarity_call(700, 1111, 300, **mode, width=200, ids=True, scratch_bytes=1 << 18), dtype, {}
@@ -125,9 +119,8 @@ def float16_range(device: str) -> None:
 
 CALLS = {"similarity_loss": similarity, "blocks": blocks, "parallel_mlp": mlp, "large": large}
 OTHERS = {"attention": attention, "registration": registration, "float16_range": float16_range}
-BLOCK = 25  # random calls in one test; the suite interprets fewer
+BLOCK = 25  # random calls in one test; fewer on the CPU
 PROVED = [pytest.param(str(start), marks=[pytest.mark.prove] if start else []) for start in range(0, 500, BLOCK)]
-TOGETHER = ["0", *list(CALLS)[:-1], *OTHERS]  # cases that one process interprets in the suite
 
 
 def run(name: str, device: str) -> None:
@@ -140,34 +133,34 @@ def run(name: str, device: str) -> None:
         if name in OTHERS:
             OTHERS[name](device)
         elif name in CALLS:
-            for number, (call, dtype, options) in enumerate(CALLS[name](full=PROVE or device == "cuda")):
-                twice = device == "cuda" or number == 0  # the interpreter runs no programs at the same time
+            for number, (call, dtype, options) in enumerate(CALLS[name](full=device == "cuda")):
+                twice = device == "cuda" or number == 0
                 check(call, dtype, "triton", twice=twice, device=device, **options)
         else:
-            seeds = range(int(name), int(name) + (BLOCK if PROVE or device == "cuda" else 8))
+            seeds = range(int(name), int(name) + (BLOCK if device == "cuda" else 8))
             failed = random_calls.failures(seeds, backend="triton", device=device)
             failed += random_calls.failures(seeds[::5], random_calls.check_nonfinite, "triton", device)
             assert not failed, "\n".join(failed)
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    return interpreter.run(__file__, *TOGETHER)
+def execute(name: str) -> None:
+    import ptx
+
+    with ptx.card(86, processors=4):
+        run(name, "cpu")
 
 
 @pytest.mark.slow
-@needs_interpreter
-@pytest.mark.parametrize("name", TOGETHER)
-def test_triton_kernels_under_the_interpreter(name, interpreted):
-    assert f"{name} passed" in interpreted.stdout.splitlines(), interpreted.stderr[-8000:]
+@needs_triton
+def test_float16_range_executed():
+    execute("float16_range")
 
 
 @pytest.mark.prove
-@needs_interpreter
-@pytest.mark.parametrize("name", PROVED[1:])
-def test_more_random_calls_interpreted(name):
-    done = interpreter.run(__file__, name)
-    assert done.stdout.splitlines() == [f"{name} passed"], done.stderr[-8000:]
+@needs_triton
+@pytest.mark.parametrize("name", [*PROVED, *list(CALLS)[:-1], "attention", "registration"])
+def test_more_calls_executed(name):
+    execute(name)
 
 
 @pytest.mark.gpu
@@ -185,13 +178,3 @@ def test_every_tile_has_one_program():
         ranges, per_split = splits(row_blocks, tiles, slots)
         assert (ranges - 1) * per_split < tiles <= ranges * per_split
     assert splits(1, 256, 82)[0] > 60  # with few rows alone, most multiprocessors would have no work
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        try:
-            run(name, "cpu")
-        except Exception:
-            traceback.print_exc()
-        else:
-            print(f"{name} passed", flush=True)

@@ -5,8 +5,7 @@ import itertools
 import pytest
 import torch
 from calls import Call, block_call
-from devices import needs_cpu_kernels
-from interpreter import needs_triton
+from devices import needs_cpu_kernels, needs_triton
 from memory_calls import attention_call, forward_and_backward, mlp_call, predicted
 from traces import names, trace
 

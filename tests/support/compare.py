@@ -17,6 +17,7 @@ import layouts
 import plain
 import torch
 from calls import Call, attention_call, of_lengths
+from tf32 import ProductsInTF32
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -141,6 +142,7 @@ class Case:
     seed: int = 0
     size: float = LOSS_SCALE
     device: str = "cpu"
+    tf32: bool = False  # whether products of float32 are in TF32, so that plain torch's are too
     layouts: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(init=False)  # inputs of the op
     grads: dict[str, Tensor] = field(init=False, default_factory=dict)  # incoming gradients
@@ -189,10 +191,13 @@ class Case:
         results = self.run()
         for name, value in self.run().items() if twice else ():
             assert torch.equal(value, results[name]), f"{name}: a second run gave other values, or NaN"
-        plain_results, exact = self.by_definition(), self.by_definition(Tensor.double)
+        with ProductsInTF32() if self.tf32 else contextlib.nullcontext():
+            plain_results = self.by_definition()
+        exact = self.by_definition(Tensor.double)
         least = lambda name: _least(self.call, name.startswith("d_"))  # noqa: E731
         rounded = lambda: [self.rounded_otherwise(seed) for seed in range(4)]  # noqa: E731
-        assert_within(results, plain_results, exact, self.dtype, self.call.options, least, rounded if roundings else None)
+        kind = "tf32" if self.tf32 else self.dtype
+        assert_within(results, plain_results, exact, kind, self.call.options, least, rounded if roundings else None)
 
 
 def check(call: Call, dtype: torch.dtype, backend: str, *, roundings: bool = False, twice: bool = False, **of_case) -> None:

@@ -1,5 +1,6 @@
 """What the tests of an op share: backends and dtypes, and the peak on a GPU."""
 
+import importlib.util
 import os
 
 import pytest
@@ -33,3 +34,6 @@ def cuda_peak_bytes(run):
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")

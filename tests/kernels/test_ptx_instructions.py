@@ -1,0 +1,284 @@
+"""The instructions of tests/ptx against scalars and the tables of the PTX ISA."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from ptx.machine import Code, Launch, Machine
+from ptx.memory import GlobalMemory
+from ptx.parse import UnknownPTXError, parse
+
+LANES = np.arange(32)
+GROUP, IN_GROUP = LANES >> 2, LANES % 4  # groupID and threadID_in_group of the PTX ISA
+HEAD = """
+.version 8.8
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 smem[];
+.visible .entry test({parameters})
+{{
+.reg .pred %p<8>;
+.reg .b16 %h<16>;
+.reg .b32 %r<80>;
+.reg .b64 %d<32>;
+mov.u32 %r0, %tid.x;
+mov.b32 %r1, smem;
+"""
+
+
+def execute(body: str, *arrays: np.ndarray, threads: int = 32, programs: int = 1, shared: int = 4096) -> Machine:
+    """Runs a kernel that finds the addresses of the arrays in %d0, %d1, ..., its thread in %r0, and shared memory at %r1."""
+    names = [f"p{place}" for place in range(len(arrays))]
+    text = HEAD.format(parameters=", ".join(f".param .u64 {name}" for name in names))
+    text += "".join(f"ld.param.u64 %d{place}, [{name}];\n" for place, name in enumerate(names))
+    code = Code(parse(f"{text}{body}\nret;\n}}\n")["test"])
+    tensors = [torch.from_numpy(array) for array in arrays]
+    memory, machine = GlobalMemory(tensors, code.granules["global"]), Machine()
+    parameters = np.array([memory.address(t) for t in tensors], np.uint64).view(np.uint8)
+    machine.run(Launch(code, programs, threads, shared, parameters, memory))
+    memory.write_back()
+    return machine
+
+
+def elementwise(operation: str, *sources: np.ndarray, out: type = np.uint32) -> np.ndarray:
+    """Runs an instruction on each element: the result is %r20, the sources %r21 and so on, or %h10, %h11 with 16 bits."""
+    bank = {16: "h", 32: "r", 64: "d"}
+    lines, result = [], np.zeros(len(sources[0]), out)
+    for place, source in enumerate([*sources, result]):
+        size, target = source.itemsize, 20 + (place + 1) % (len(sources) + 1)
+        if source.itemsize == 2:
+            target -= 10
+        lines += [f"mul.wide.u32 %d10, %r0, {size};", f"add.u64 %d{11 + place}, %d{place}, %d10;"]
+        if place < len(sources):
+            lines.append(f"ld.global.b{8 * size} %{bank[8 * size]}{target}, [%d{11 + place}];")
+    size = result.itemsize
+    name = f"%{bank[8 * size]}{20 if size > 2 else 10}"
+    lines += [operation, f"st.global.b{8 * size} [%d{11 + len(sources)}], {name};"]
+    machine = execute("\n".join(lines), *sources, result, threads=len(sources[0]))
+    assert not machine.hazards
+    return result
+
+
+def test_an_unknown_instruction_names_its_line():
+    for line, message in {
+        "add.f16 %h1, %h2, %h3;": "the opcode is not known",
+        "add.s32 %r2, %r3;": "expected .* operands, got 2",
+        "add.rz.f32 %r2, %r3, %r4;": "the opcode is not known",
+        "add.s64 %r2, %r3, %r4;": "expected a register of s64",
+    }.items():
+        with pytest.raises(UnknownPTXError, match=rf"line 14 .*{message}"):
+            execute(line)
+
+
+def rounded(x: Fraction) -> float:
+    """Rounds to float32, ties to even, by exact arithmetic."""
+    if x == 0:
+        return 0.0
+    exponent = max(math.frexp(float(abs(x)))[1] - 24, -149)
+    return float(round(x / Fraction(2) ** exponent) * Fraction(2) ** exponent)
+
+
+def test_fma_rounds_once():
+    random = np.random.default_rng(0)
+    a, b, c = (np.ldexp(random.standard_normal(960), random.integers(-6, 6, 960)).astype(np.float32) for _ in range(3))
+    near = np.float32(1 + 2**-12)  # products whose sum with 2^-24 of another number lies next to a tie
+    a[:64], b[:64], c[:64] = near, near, np.ldexp(np.float32(1), -np.arange(64))
+    a[64:128], b[64:128], c[64:128] = 1 + 2**-23, 1 - 2**-24, np.ldexp(np.float32(-1), np.arange(64) - 40)
+    got = elementwise("fma.rn.f32 %r20, %r21, %r22, %r23;", a, b, c, out=np.float32)
+    expected = [rounded(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))) for x, y, z in zip(a, b, c)]
+    np.testing.assert_array_equal(got, np.array(expected, np.float32))
+
+
+def numbers() -> np.ndarray:
+    random = np.random.default_rng(4)
+    values = np.ldexp(random.standard_normal(800), random.integers(-30, 20, 800)).astype(np.float32)
+    ties = np.ldexp(1 + np.arange(1, 64, 2) / 2**11, np.arange(-16, 16)).astype(np.float32)
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 65519, 65520, 6e-8, 3e-8, 1 + 2**-8, 1 + 3 * 2**-8, 3e38, 1e-40, -1e-40]
+    return np.concatenate([values, ties, -ties, np.array(special, np.float32)])
+
+
+def test_conversions():
+    values = numbers()
+    for kind, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
+        bits = elementwise(f"cvt.rn.{kind}.f32 %h10, %r21;", values, out=np.uint16)
+        expected = torch.from_numpy(values).to(dtype)
+        np.testing.assert_array_equal(torch.from_numpy(bits.view(np.int16)).view(dtype).float(), expected.float())
+        wide = elementwise(f"cvt.f32.{kind} %r20, %h11;", bits, out=np.float32)
+        np.testing.assert_array_equal(wide, expected.float().numpy())
+        two = elementwise(f"cvt.rn.{kind}x2.f32 %r20, %r21, %r22;", values, values[::-1].copy())
+        np.testing.assert_array_equal(two & 0xFFFF, bits[::-1])
+        np.testing.assert_array_equal(two >> 16, bits)
+    finite = np.isfinite(values) & (np.abs(values) > 1e-37)
+    mantissa, exponent = np.frexp(values[finite].astype(np.float64))
+    tf32 = np.ldexp(np.trunc(np.abs(mantissa) * 2**11 + 0.5) * np.sign(mantissa), exponent - 11)
+    np.testing.assert_array_equal(
+        elementwise("cvt.rna.tf32.f32 %r20, %r21;", values, out=np.float32)[finite], tf32.astype(np.float32)
+    )
+    power = elementwise("ex2.approx.ftz.f32 %r20, %r21;", values, out=np.float32)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(power, np.exp2(values.astype(np.float64)).astype(np.float32), rtol=3e-7, atol=2.0**-126)
+
+
+def signed(x: int, bits: int = 32) -> int:
+    return x - (1 << bits) if x >> (bits - 1) else x
+
+
+def bfe(x: int, start: int, count: int, negative: bool) -> int:
+    """As in the PTX ISA, bit by bit."""
+    start, count = start & 255, count & 255
+    sign = x >> min(start + count - 1, 31) & 1 if negative and count else 0
+    bits = [x >> (start + i) & 1 if i < count and start + i < 32 else sign for i in range(32)]
+    return sum(bit << i for i, bit in enumerate(bits))
+
+
+INTEGERS = {
+    "add.s32 %r20, %r21, %r22;": lambda a, b, c: a + b,
+    "mul.lo.s32 %r20, %r21, %r22;": lambda a, b, c: a * b,
+    "mad.lo.s32 %r20, %r21, %r22, %r23;": lambda a, b, c: a * b + c,
+    "div.s32 %r20, %r21, %r22;": lambda a, b, c: int(Fraction(signed(a), signed(b))) if b else -1,
+    "rem.u32 %r20, %r21, %r22;": lambda a, b, c: a % b if b else a,
+    "rem.s32 %r20, %r21, %r22;": lambda a, b, c: signed(a) - int(Fraction(signed(a), signed(b))) * signed(b) if b else a,
+    "shl.b32 %r20, %r21, %r23;": lambda a, b, c: a << c if c < 32 else 0,
+    "shr.u32 %r20, %r21, %r23;": lambda a, b, c: a >> min(c, 32),
+    "shr.s32 %r20, %r21, %r23;": lambda a, b, c: signed(a) >> min(c, 31),
+    "bfe.u32 %r20, %r21, %r23, 7;": lambda a, b, c: bfe(a, c, 7, False),
+    "bfe.s32 %r20, %r21, 3, %r23;": lambda a, b, c: bfe(a, 3, c, True),
+    "bfi.b32 %r20, %r21, %r22, 29, 3;": lambda a, b, c: b & (1 << 29) - 1 | (a & 7) << 29,
+    "max.s32 %r20, %r21, %r22;": lambda a, b, c: max(signed(a), signed(b)),
+    "min.u32 %r20, %r21, %r22;": min,
+}
+
+
+@pytest.mark.parametrize("operation", INTEGERS)
+def test_integers(operation):
+    random, function = np.random.default_rng(5), INTEGERS[operation]
+    a, b = (
+        random.integers(0, 1 << 32, 256, dtype=np.uint32) >> random.integers(0, 31, 256).astype(np.uint32) for _ in range(2)
+    )
+    a[::7], b[::5] = -a[::7].astype(np.int32), 0
+    c = random.integers(0, 40, 256, dtype=np.uint32)
+    got = elementwise(operation, a, b, c)
+    expected = [
+        function(x, y, z) if function is not min else min(x, y) for x, y, z in zip(a.tolist(), b.tolist(), c.tolist())
+    ]
+    np.testing.assert_array_equal(got, np.array([each % (1 << 32) for each in expected], np.uint32))
+
+
+def test_comparisons_with_nan():
+    a = np.array([1, 1, 2, np.nan, np.nan], np.float32)
+    b = np.array([1, 2, 1, 1, np.nan], np.float32)
+    expected = {"eq": "10000", "ne": "01100", "lt": "01000", "ge": "10100", "neu": "01111", "equ": "10011", "ltu": "01011"}
+    for name, each in expected.items():
+        body = f"setp.{name}.f32 %p1, %r21, %r22;\nselp.b32 %r20, 1, 0, %p1;"
+        assert "".join(map(str, elementwise(body, a, b))) == each, name
+
+
+def shuffled(mode: str, lane: int, by: int, clamp: int) -> tuple[int, bool]:
+    """Source lane and predicate, as in the PTX ISA."""
+    segment, last = clamp >> 8 & 31, clamp & 31
+    low, high = lane & segment, (lane & segment) | (last & ~segment & 31)
+    source = {"up": lane - by, "down": lane + by, "bfly": lane ^ by, "idx": low | (by & ~segment & 31)}[mode]
+    inside = source >= high if mode == "up" else source <= high
+    return (source if inside else lane), inside
+
+
+@pytest.mark.parametrize("mode", ["bfly", "up", "down", "idx"])
+def test_shuffles(mode):
+    for by, clamp in itertools.product((1, 3, 16), (0 if mode == "up" else 31, 0x1800 | (0 if mode == "up" else 31))):
+        body = f"shfl.sync.{mode}.b32 %r20|%p1, %r21, {by}, {clamp}, -1;\n@%p1 add.u32 %r20, %r20, 1000;"
+        got = elementwise(body, LANES.astype(np.uint32))
+        sources = [shuffled(mode, lane, by, clamp) for lane in range(32)]
+        np.testing.assert_array_equal(got, [source + 1000 * inside for source, inside in sources])
+
+
+# Row and column of a lane's elements: [lane, element]. "Matrix Fragments for mma.m16n8k16 with floating point type".
+A16 = [(GROUP if i < 2 or 4 <= i < 6 else GROUP + 8, IN_GROUP * 2 + (i & 1) + (8 if i >= 4 else 0)) for i in range(8)]
+B16 = [(IN_GROUP * 2 + (i & 1) + (8 if i >= 2 else 0), GROUP) for i in range(4)]
+SUMS = [(GROUP if i < 2 else GROUP + 8, IN_GROUP * 2 + (i & 1)) for i in range(4)]
+# "Matrix Fragments for mma.m16n8k8", .tf32
+A8 = [(GROUP if i in (0, 2) else GROUP + 8, IN_GROUP if i in (0, 1) else IN_GROUP + 4) for i in range(4)]
+B8 = [(IN_GROUP if i == 0 else IN_GROUP + 4, GROUP) for i in range(2)]
+
+
+def fragments(matrix: np.ndarray, places: list) -> np.ndarray:  # [32, elements]
+    return np.ascontiguousarray(np.stack([matrix[row, column] for row, column in places], axis=1))
+
+
+def bits_of(matrix: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "tf32":
+        return matrix.astype(np.float32)
+    return torch.from_numpy(matrix).to(torch.bfloat16 if kind == "bf16" else torch.float16).view(torch.int16).numpy()
+
+
+def as_read(matrix: np.ndarray, kind: str) -> np.ndarray:
+    """Returns the numbers of float64 that a tensor core reads: rounded halves, or truncated TF32."""
+    if kind == "tf32":
+        return (matrix.astype(np.float32).view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64)
+    return torch.from_numpy(matrix).to(torch.bfloat16 if kind == "bf16" else torch.float16).double().numpy()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
+def test_mma(kind):
+    depth, order_a, order_b = (8, A8, B8) if kind == "tf32" else (16, A16, B16)
+    random = np.random.default_rng(1)
+    a, b, c = (random.standard_normal(shape).astype(np.float32) for shape in ((16, depth), (depth, 8), (16, 8)))
+    left, right = fragments(bits_of(a, kind), order_a), fragments(bits_of(b, kind), order_b)
+    d = fragments(c, SUMS)
+    body = f"""
+    mul.wide.u32 %d10, %r0, 16;
+    add.u64 %d11, %d0, %d10;
+    add.u64 %d12, %d2, %d10;
+    mul.wide.u32 %d10, %r0, 8;
+    add.u64 %d13, %d1, %d10;
+    ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%d11];
+    ld.global.v2.b32 {{%r24, %r25}}, [%d13];
+    ld.global.v4.f32 {{%r26, %r27, %r28, %r29}}, [%d12];
+    mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32
+        {{%r26, %r27, %r28, %r29}}, {{%r20, %r21, %r22, %r23}}, {{%r24, %r25}}, {{%r26, %r27, %r28, %r29}};
+    st.global.v4.b32 [%d12], {{%r26, %r27, %r28, %r29}};
+    """.replace("f32\n        {", "f32 {")
+    assert not execute(body, left, right, d).hazards
+    np.testing.assert_allclose(d, fragments(c + as_read(a, kind) @ as_read(b, kind), SUMS), rtol=0, atol=1e-5)
+
+
+FILL = """
+mul.wide.u32 %d10, %r0, 16;
+add.u64 %d11, %d0, %d10;
+ld.global.v4.b32 {%r20, %r21, %r22, %r23}, [%d11];
+shl.b32 %r2, %r0, 4;
+add.u32 %r3, %r1, %r2;
+st.shared.v4.b32 [%r3], {%r20, %r21, %r22, %r23};
+"""
+
+
+@pytest.mark.parametrize("trans", ["", ".trans"])
+def test_ldmatrix_and_stmatrix(trans):
+    """Lane 8 i + j passes row j of matrix i; of each matrix a lane gets row groupID, columns 2 threadID_in_group and next."""
+    memory = np.arange(256, dtype=np.uint16)
+    out, back = np.zeros((32, 4), np.uint32), np.zeros(256, np.uint16)
+    body = (
+        FILL
+        + f"""
+    bar.sync 0;
+    xor.b32 %r4, %r3, 496;
+    ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r20, %r21, %r22, %r23}}, [%r4];
+    add.u64 %d12, %d1, %d10;
+    st.global.v4.b32 [%d12], {{%r20, %r21, %r22, %r23}};
+    stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r3+512], {{%r20, %r21, %r22, %r23}};
+    ld.shared.v4.b32 {{%r24, %r25, %r26, %r27}}, [%r3+512];
+    add.u64 %d13, %d2, %d10;
+    st.global.v4.b32 [%d13], {{%r24, %r25, %r26, %r27}};
+    """
+    )
+    assert not execute(body, memory, out, back).hazards
+    matrices = memory.reshape(32, 8)[::-1].reshape(4, 8, 8)
+    np.testing.assert_array_equal(back, matrices.ravel())
+    if trans:
+        matrices = matrices.swapaxes(1, 2)
+    expected = matrices[:, GROUP, IN_GROUP * 2] | matrices[:, GROUP, IN_GROUP * 2 + 1].astype(np.uint32) << 16
+    np.testing.assert_array_equal(out, expected.T)

@@ -1,0 +1,5 @@
+"""Executes compiled GPU code, PTX, on a CPU, so that what a card would get is tested without one."""
+
+from ptx.capture import card
+
+__all__ = ["card"]

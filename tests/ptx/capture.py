@@ -1,0 +1,221 @@
+"""Launches of the library's own launchers, executed by the machine: a stand-in for Triton's driver, and no GPU.
+
+    with ptx.card(86) as machine:
+        similarity_loss(image, text, scale)  # tensors on the CPU
+
+Triton specialises and compiles for the card what the launchers give it, up to PTX. The machine runs it on copies of the
+tensors and writes back what it stored. At the end of the block a hazard raises AssertionError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+from ptx.machine import Code, Launch, Machine
+from ptx.memory import GlobalMemory
+from ptx.parse import Kernel, parse
+from simplclip.kernels import launch as launching
+from simplclip.ops import backends, registry
+from simplclip.ops.similarity import chunks
+from simplclip.ops.similarity import op as similarity_op
+
+PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes of a program at most
+CUDA = torch.device("cuda")
+
+
+@dataclass
+class Started:
+    """A launch as the library started it: the kernel, and its arguments by their names."""
+
+    name: str
+    arguments: dict[str, Any]
+    launch: Launch
+    before: dict[str, Tensor]  # copies of tensors, if `Card.compare` is set
+
+
+@dataclass
+class Card(Machine):
+    """compare(started): called after each launch, with copies of the arguments before it."""
+
+    sm: int = 86
+    compare: Callable[[Started], None] | None = None
+    launches: int = 0
+
+    def start(self, code: Code, metadata: Any, programs: int, source: Any, values: tuple) -> None:
+        arguments = dict(zip(source.fn.arg_names, values))
+        flat = list(_flat(source.signature.values(), values))
+        memory = self.memory([value for kind, value in flat if kind.startswith("*") and value is not None], code)
+        fields = [
+            _field(kind, memory.address(value) if kind.startswith("*") and value is not None else value)
+            for kind, value in flat
+        ]
+        launch = Launch(code, programs, metadata.num_warps * 32, metadata.shared, packed(code.kernel, fields), memory)
+        before = {name: t.clone() for name, t in arguments.items() if isinstance(t, Tensor)} if self.compare else {}
+        self.execute(launch)
+        self.launches += 1
+        if self.compare:
+            self.compare(Started(source.name, arguments, launch, before))
+
+    def memory(self, tensors: list[Any], code: Code) -> Any:
+        return GlobalMemory(tensors, code.granules["global"])
+
+    def execute(self, launch: Launch) -> None:
+        self.run(launch)
+        launch.memory.write_back()
+
+
+def _flat(kinds: Any, values: Any) -> Iterator[tuple[str, Any]]:
+    """Yields type and value of each argument that the kernel takes at run time."""
+    for kind, value in zip(kinds, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _flat(kind, value)
+        elif kind != "constexpr":
+            yield kind, value
+
+
+_DTYPES = {"fp32": np.float32, "i32": np.int32, "i64": np.int64, "u32": np.uint32, "u64": np.uint64, "i1": np.int8}
+
+
+def _field(kind: str, value: Any) -> bytes:
+    return np.array(value or 0, np.uint64 if kind.startswith("*") else _DTYPES[kind]).tobytes()
+
+
+def packed(kernel: Kernel, fields: list[bytes]) -> np.ndarray:
+    """Returns the bytes of the kernel's parameters. Triton's last two are scratch that these kernels do not use."""
+    out = np.zeros(kernel.parameter_bytes, np.uint8)
+    assert len(kernel.parameters) == len(fields) + 2, kernel.name
+    for (offset, size), value in zip(kernel.parameters.values(), fields):
+        out[offset : offset + size] = np.frombuffer(value, np.uint8)
+    return out
+
+
+class _Launcher:
+    """What Triton calls to start a kernel: it gives the launch to the card of the driver that is active."""
+
+    def __init__(self, source: Any, metadata: Any):
+        self.source, self.metadata = source, metadata
+
+    def __call__(self, x: int, y: int, z: int, stream: int, code: Code, *others: Any) -> None:
+        triton.runtime.driver.active.card.start(code, self.metadata, x, self.source, others[4:])
+
+
+class _Driver:
+    """Triton's driver. The card's architecture is the number of the device, so that each has compiled kernels of its own."""
+
+    def __init__(self, card: Card):
+        self.card, self.launcher_cls, self.utils = card, _Launcher, self
+
+    def get_current_device(self) -> int:
+        return self.card.sm
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.card.sm, 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED[device]}
+
+    def load_binary(self, name: str, text: bytes, shared: int, device: int) -> tuple:
+        """Returns module, function, registers, spills and the most threads."""
+        code = Code(parse(text.decode())[name])
+        every = CODES.setdefault((name, device), [])
+        every.append(code)
+        return object(), code, 0, 0, 1024
+
+    def unload_module(self, module: object) -> None:
+        pass
+
+
+CODES: dict[tuple[str, int], list[Code]] = {}  # kernel, architecture -> the code of its forms so far
+
+
+def _without_assembler(*args: Any) -> tuple[str, str] | None:
+    """Replaces the last stage of Triton's compiler: its binary is the PTX. Without arguments, returns a key of its cache."""
+    if not args:
+        return "ptx", "ptx"
+    args[1]["cubin"] = lambda text, metadata: text.encode()
+    return None
+
+
+def _widening(function: Callable) -> Callable:
+    """Returns a product of torch with out_dtype, which torch has on a GPU alone: the operands are converted first."""
+
+    def product(*args: Any, out_dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        operands = args[-2:] if out_dtype is None else [t.to(out_dtype) for t in args[-2:]]
+        return function(*args[:-2], *operands, **options)
+
+    return product
+
+
+def _as_on_cuda(function: Callable) -> Callable:
+    """Returns a function of sizes for tensors on a GPU, called with one on the CPU."""
+    return lambda image, *rest: function(SimpleNamespace(shape=image.shape, dtype=image.dtype, device=CUDA), *rest)
+
+
+@contextlib.contextmanager
+def driven(machine: Card) -> Iterator[None]:
+    """Context in which Triton compiles and starts kernels on this machine."""
+    driver = triton.runtime.driver
+    before = driver._active
+    with mock.patch.object(knobs.runtime, "add_stages_inspection_hook", _without_assembler):
+        driver.set_active(_Driver(machine))
+        try:
+            yield
+        finally:
+            driver._active = before
+
+
+@contextlib.contextmanager
+def _settings(tf32: bool) -> Iterator[None]:
+    """Context with products in TF32 or not, in which new tensors hold NaN, so that results that nobody wrote show."""
+    products = torch.backends.cuda.matmul
+    precision, products.fp32_precision = products.fp32_precision, "tf32" if tf32 else "ieee"
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        products.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def card(sm: int, *, tf32: bool = False, processors: int | None = None, **options: Any) -> Iterator[Card]:
+    """Context in which CPU tensors are served as by a card of this architecture; the machine runs the kernels.
+
+    tf32: products of float32 tensors are computed in TF32. processors: multiprocessors, by default those of a real card.
+    """
+    machine, why_not, properties = Card(sm=sm, **options), backends.why_not_kernels, (sm, processors or PROCESSORS[sm])
+    serves = lambda served, *of_call: why_not("cpu" if served == "cuda" else served, *of_call)  # noqa: E731
+    patches = (
+        mock.patch.object(backends, "why_not_kernels", serves),
+        mock.patch.object(backends, "capability", return_value=divmod(sm, 10)),
+        mock.patch.object(launching, "_device", return_value=properties),
+        mock.patch.object(similarity_op, "computes_in", side_effect=lambda dtype, device: dtype),
+        mock.patch.object(similarity_op, "sweep_rows", _as_on_cuda(chunks.sweep_rows)),
+        mock.patch.object(torch, "mm", _widening(torch.mm)),
+        mock.patch.object(torch, "addmm", _widening(torch.addmm)),
+        mock.patch.dict(registry._selected, clear=True),
+        _settings(tf32),
+        driven(machine),
+    )
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield machine
+    assert not machine.hazards, "\n".join(map(str, machine.hazards.values()))

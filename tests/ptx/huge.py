@@ -1,0 +1,110 @@
+"""Launches of sizes that no memory holds: addresses alone, and of each loop the first two and the last iterations.
+
+A launch of fake tensors is compiled as for a card and runs on memory that loads zeros and stores nothing: only where an
+access lies is checked. An index that overflows 32 bits leaves its tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ptx.capture import Card
+from ptx.instructions import dtype_of
+from ptx.machine import Batch, Code, Lanes, Launch
+from ptx.memory import Access, Memory
+
+APART = 46  # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
+
+
+LOOK = 5  # jumps back before a loop is shortened: more than a pipeline has stages, whose numbers come round again
+
+
+class Addresses(Memory):
+    """Global memory that is not there. An access may lie anywhere in a tensor's storage."""
+
+    name = "global"
+
+    def __init__(self, tensors: list[Any]):
+        super().__init__(16, 16)
+        self.sizes = np.zeros(max(each.storage for each in tensors) + 2, np.int64)
+        for each in tensors:
+            self.sizes[each.storage + 1] = each.allocated
+        self.accesses = 0
+
+    def address(self, tensor: Any) -> int:
+        return (tensor.storage + 1 << APART) + tensor.data_ptr()
+
+    def places(self, access: Access, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        at = addresses.view(np.int64)
+        number = np.clip(at >> APART, 0, len(self.sizes) - 1)
+        bad = (at < 0) | ((at & (1 << APART) - 1) + size > self.sizes[number])
+        access.report("global address is outside of the tensors", bad)
+        self.accesses += len(at)
+        return at, bad
+
+    def read(self, access: Access, at: np.ndarray, size: int, count: int) -> np.ndarray:
+        return np.zeros((len(at), count), f"u{size}")
+
+    def write(self, access: Access, at: np.ndarray, values: np.ndarray) -> None:
+        pass
+
+
+class HugeCard(Card):
+    """A card that runs the first and the last program of each launch, on addresses alone."""
+
+    addresses = 0
+
+    def memory(self, tensors: list[Any], code: Code) -> Addresses:
+        return Addresses(tensors)
+
+    def execute(self, launch: Launch) -> None:
+        self.at_jump_back = Loops()
+        self.run(launch, sorted({0, launch.programs - 1}))
+        self.addresses += launch.memory.accesses
+
+
+class Loops:
+    """Shortens loops: registers that have grown by the same step each time go on to the last iterations."""
+
+    def __init__(self):
+        self.history: dict[int, list[dict[str, np.ndarray]]] = {}  # place of a jump -> registers at the last jumps
+
+    def __call__(self, batch: Batch, place: int, lanes: Lanes) -> None:
+        for inner in range(batch.code.controls[place], place):
+            self.history.pop(inner, None)
+        history = self.history.setdefault(place, [])
+        history.append({bank: batch.registers[bank].copy() for bank in ("s32", "s64")})
+        if len(history) < LOOK:
+            return
+        every = {bank: np.diff([each[bank] for each in history], axis=0) for bank in ("s32", "s64")}
+        history.clear()
+        steps = {bank: np.where((each == each[0]).all(0), each[0], 0) for bank, each in every.items()}
+        count = np.maximum(self.iterations(batch, place, lanes, steps) - 2, 0)
+        for bank, step in steps.items():
+            batch.registers[bank][:, lanes] += (step * count.astype(step.dtype))[:, lanes]
+
+    def iterations(self, batch: Batch, place: int, lanes: Lanes, steps: dict[str, np.ndarray]) -> np.ndarray:
+        """Returns how often lanes jump back from here on, from the comparisons that the loop's exits depend on."""
+        code, count = batch.code, np.full(batch.size, np.iinfo(np.int64).max)
+        start, body = code.controls[place], code.kernel.instructions[code.controls[place] : place + 1]
+        jumps = enumerate(body, start)
+        leaves = lambda at: at == place or not start <= code.controls[at] <= place  # noqa: E731
+        predicates = {i.predicate for at, i in jumps if i.predicate and isinstance(code.controls[at], int) and leaves(at)}
+        for i in body:
+            if i.opcode.startswith("setp.") and i.operands[0] in predicates and not i.opcode.endswith("f32"):
+                kind = i.opcode.rpartition(".")[2].replace("u", "s").replace("b", "s")
+                (left, left_step), (right, right_step) = (_value(batch, each, kind, steps) for each in i.operands[1:])
+                closing = left_step - right_step
+                several = (right - left) // np.where(closing == 0, 1, closing)
+                count = np.where((closing != 0) & (several > 0), np.minimum(count, several), count)
+        return np.where(count == np.iinfo(np.int64).max, 0, count)
+
+
+def _value(batch: Batch, operand: Any, kind: str, steps: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Returns an operand's values in int64, and by how much they grow in an iteration."""
+    zero = np.zeros(batch.size, np.int64)
+    if not hasattr(operand, "bank"):
+        return zero + int(dtype_of(kind).type(operand.bits)), zero
+    return batch.registers[kind][operand.index].astype(np.int64), steps[kind][operand.index].astype(np.int64)

@@ -1,0 +1,266 @@
+"""Global and shared memory of a launch, with shadows that tell who wrote and read each granule last, and when.
+
+A shadow word holds the program, the time (a number of the memory instruction) and the warp. Two accesses of a granule, of
+which one writes, are a race if they come from different programs, or from different warps of a program with no barrier
+between them. What a cp.async writes, or a wgmma reads, is in flight until its thread waits for it: its time lies in the
+future and its warp is none, so that any access before is a race.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from ptx.machine import Batch
+    from ptx.parse import Instruction
+
+WARP_BITS, TIME_BITS = 6, 32
+NO_WARP = np.int64((1 << WARP_BITS) - 1)
+FUTURE = np.int64(((1 << TIME_BITS) - 1) << WARP_BITS)
+PROGRAM_SHIFT = WARP_BITS + TIME_BITS
+NO_PROGRAM = np.int64(((1 << 24) - 1) << PROGRAM_SHIFT)
+_WHO = ~FUTURE  # the bits of program and warp
+GUARD = 4096  # bytes around each tensor that may not be touched
+BASE = 1 << 32  # the first address of global memory
+
+
+@dataclass
+class Access:
+    """An access to memory by the lanes that execute an instruction."""
+
+    batch: Batch
+    instruction: Instruction
+    lanes: np.ndarray  # [n]
+    token: np.ndarray  # [n] the shadow word of this access
+    limit: np.ndarray  # [n] shadow words of the lane's program from the last barrier on are not less
+
+    def report(self, kind: str, bad: np.ndarray) -> None:
+        """Reports a hazard of the lanes [n] or [n, ...] for which it is true."""
+        if bad.any():
+            self.batch.report(kind, self.instruction, self.lanes[bad.reshape(len(bad), -1).any(1)])
+
+    def of(self, chosen: np.ndarray) -> Access:
+        return Access(self.batch, self.instruction, self.lanes[chosen], self.token[chosen], self.limit[chosen])
+
+
+def _several(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the shadow words of several readers with no barrier between them: of no warp, and perhaps of no program."""
+    later = np.maximum(a, b) | NO_WARP
+    return np.where((a ^ b) >> PROGRAM_SHIFT != 0, later | NO_PROGRAM, later)
+
+
+class Memory:
+    """Bytes with shadows. Positions are in bytes; an access of `count` elements of `size` bytes is aligned to all of them."""
+
+    name = ""
+
+    def __init__(self, size: int, granule: int):
+        self.data, self.granule = np.full(-(-size // 16) * 16, 0xFF, np.uint8), granule
+        self.views = {size: self.data.view(f"u{size}") for size in (1, 2, 4, 8)}
+        self.writers, self.readers = (np.zeros(len(self.data) // granule, np.int64) for _ in range(2))
+
+    def places(self, access: Access, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the positions of accesses of so many bytes, and which are bad."""
+        raise NotImplementedError
+
+    def checked(self, access: Access, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns the positions, and which lanes may access theirs; None if all may."""
+        at, bad = self.places(access, addresses, size)
+        unaligned = (at & (size - 1)) != 0
+        access.report(f"{self.name} address is not a multiple of {size}", unaligned & ~bad)
+        bad |= unaligned
+        return at, ~bad if bad.any() else None
+
+    def load(self, access: Access, addresses: np.ndarray, size: int, count: int = 1) -> np.ndarray:  # [n, count]
+        at, good = self.checked(access, addresses, size * count)
+        if good is not None:
+            out = np.full((len(at), count), -1).astype(f"u{size}")
+            out[good] = self.read(access.of(good), at[good], size, count)
+            return out
+        return self.read(access, at, size, count)
+
+    def store(self, access: Access, addresses: np.ndarray, values: np.ndarray) -> None:  # [n, count]
+        size, count = values.itemsize, values.shape[1]
+        at, good = self.checked(access, addresses, size * count)
+        if good is not None:
+            access, at, values = access.of(good), at[good], values[good]
+        self.write(access, at, values)
+
+    def read(self, access: Access, at: np.ndarray, size: int, count: int) -> np.ndarray:
+        self.track_read(access, at, size * count)
+        return self.views[size][self.elements(at, size, count)]
+
+    def write(self, access: Access, at: np.ndarray, values: np.ndarray) -> None:
+        size, count = values.itemsize, values.shape[1]
+        raced = self.track_write(access, at, size * count)
+        places = self.elements(at, size, count)
+        self.views[size][places] = values
+        lost = (self.views[size][places] != values).any(1)
+        access.report(f"lanes store different values to one place of {self.name} memory", lost & ~raced)
+
+    @staticmethod
+    def elements(at: np.ndarray, size: int, count: int) -> np.ndarray:
+        return (at // size)[:, None] + np.arange(count)
+
+    def granules(self, at: np.ndarray, size: int) -> np.ndarray:
+        return self.elements(at, self.granule, max(1, size // self.granule))
+
+    def races(self, access: Access, others: np.ndarray) -> np.ndarray:
+        """Returns where the shadow words of others [n, granules] are of accesses that race with this one."""
+        difference = others ^ access.token[:, None]
+        unordered = (others >= access.limit[:, None]) | (difference >> PROGRAM_SHIFT != 0)
+        return (others != 0) & (difference & _WHO != 0) & unordered
+
+    def track_read(self, access: Access, at: np.ndarray, size: int, token: np.ndarray | None = None) -> None:
+        granules = self.granules(at, size)
+        writers = self.writers[granules]
+        if writers.any():
+            access.report(f"{self.name} memory is read while another warp or a copy writes it", self.races(access, writers))
+        self.check_written(access, writers)
+        before, word = self.readers[granules], (access.token if token is None else token)[:, None]
+        if before.any():
+            word = np.where(self.races(access, before), _several(word, before), word)
+        self.readers[granules] = word
+        kept = self.readers[granules]
+        if (lost := kept != word).any():
+            self.readers[granules[lost]] = _several(word, kept)[lost]
+
+    def check_written(self, access: Access, writers: np.ndarray) -> None:
+        pass
+
+    def track_write(self, access: Access, at: np.ndarray, size: int, token: np.ndarray | None = None) -> np.ndarray:
+        """Returns which lanes race with others."""
+        granules = self.granules(at, size)
+        raced = np.zeros(granules.shape, bool)
+        for others, doing in ((self.writers[granules], "writes"), (self.readers[granules], "reads")):
+            if others.any():
+                races = self.races(access, others)
+                access.report(f"{self.name} memory is written while another warp or a copy {doing} it", races)
+                raced |= races
+        self.writers[granules] = (access.token if token is None else token)[:, None]
+        return raced.any(1)
+
+
+class GlobalMemory(Memory):
+    """Copies of tensors, with guards between them. Only their elements may be touched, not the gaps of their strides."""
+
+    name = "global"
+
+    def __init__(self, tensors: list[torch.Tensor], granule: int):
+        self.extents: dict[int, list[int]] = {}  # storage -> its first and last byte in use, and the position of the first
+        self.storages = {}
+        for tensor in tensors:
+            storage, (first, last) = tensor.untyped_storage(), _extent(tensor)
+            extent = self.extents.setdefault(storage.data_ptr(), [first, last, 0])
+            extent[:2] = min(extent[0], first), max(extent[1], last)
+            self.storages[storage.data_ptr()] = storage
+        end = GUARD
+        for pointer, extent in self.extents.items():
+            extent[2] = end + (pointer + extent[0] - end) % 512  # as the tensor is aligned
+            end = extent[2] + extent[1] - extent[0] + GUARD
+        super().__init__(end, granule)
+        self.allowed = {1: np.zeros(len(self.data), bool)}  # bytes of an access -> whether it may be at a multiple of them
+        for tensor in tensors:
+            shape, strides = (*tensor.shape, tensor.itemsize), (*(s * tensor.itemsize for s in tensor.stride()), 1)
+            inside = self.allowed[1][self.address(tensor) - BASE :]
+            if tensor.numel():
+                np.lib.stride_tricks.as_strided(inside, shape, strides)[...] = True
+        self.fetch()
+
+    def both(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns for each storage the bytes here and those of torch."""
+        pairs = []
+        for pointer, (first, last, at) in self.extents.items():
+            theirs = torch.empty(0, dtype=torch.uint8).set_(self.storages[pointer])[first:last].numpy()
+            pairs.append((self.data[at : at + last - first], theirs))
+        return pairs
+
+    def fetch(self) -> None:
+        """Takes the tensors' values, and forgets who read and wrote them."""
+        for mine, theirs in self.both():
+            mine[...] = theirs
+        self.writers[:], self.readers[:] = 0, 0
+
+    def write_back(self) -> None:
+        for mine, theirs in self.both():
+            theirs[...] = mine
+
+    def address(self, tensor: torch.Tensor) -> int:
+        first, _, at = self.extents[tensor.untyped_storage().data_ptr()]
+        return BASE + at + tensor.storage_offset() * tensor.itemsize - first
+
+    def places(self, access: Access, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        if size not in self.allowed:
+            self.allowed[size] = self.allowed[1].reshape(-1, size).all(1)
+        at = addresses.view(np.int64) - BASE
+        outside = (at < 0) | (at >= len(self.data))
+        bad = outside | ~self.allowed[size][np.where(outside, 0, at) // size]
+        access.report("global address is outside of the tensors", bad)
+        return at, bad
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    first = tensor.storage_offset() * tensor.itemsize
+    if not tensor.numel():
+        return first, first
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return first, first + (steps + 1) * tensor.itemsize
+
+
+class Copies(NamedTuple):
+    """cp.async copies of one instruction that are in flight."""
+
+    lanes: np.ndarray  # [n]
+    groups: np.ndarray  # [n] number of the lane's group
+    at: np.ndarray  # [n] positions
+    values: np.ndarray  # [n, words]
+
+
+class SharedMemory(Memory):
+    """The shared memory of a batch of programs, one after the other."""
+
+    name = "shared"
+
+    def __init__(self, size: int, programs: int, lanes: int, granule: int):
+        self.size = -(-size // 128) * 128
+        super().__init__(self.size * programs, granule)
+        self.groups = np.zeros(lanes, np.int64)  # of cp.async that each thread has ended
+        self.copies: list[Copies] = []
+
+    def places(self, access: Access, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        bad = addresses > self.size - size
+        access.report("shared address is outside of the program's memory", bad)
+        return access.batch.program_of[access.lanes] * self.size + np.where(bad, 0, addresses), bad
+
+    def check_written(self, access: Access, writers: np.ndarray) -> None:
+        access.report("shared memory is read that was never written", writers == 0)
+
+    def start_copy(self, access: Access, addresses: np.ndarray, values: np.ndarray) -> None:  # [n, words]
+        at, good = self.checked(access, addresses, values.shape[1] * values.itemsize)
+        if good is not None:
+            access, at, values = access.of(good), at[good], values[good]
+        self.track_write(access, at, values.shape[1] * values.itemsize, access.token | FUTURE | NO_WARP)
+        self.views[values.itemsize][self.elements(at, values.itemsize, values.shape[1])] = -1 & (1 << 8 * values.itemsize) - 1
+        self.copies.append(Copies(access.lanes, self.groups[access.lanes].copy(), at, values))
+
+    def end_group(self, lanes: np.ndarray) -> None:
+        self.groups[lanes] += 1
+
+    def wait(self, access: Access, unfinished: int) -> None:
+        """Finishes the groups of these threads, but the last `unfinished`."""
+        waits = np.zeros(len(self.groups), bool)
+        waits[access.lanes] = True
+        copies, self.copies = self.copies, []
+        for copy in copies:
+            done = waits[copy.lanes] & (copy.groups < self.groups[copy.lanes] - unfinished)
+            if done.any():
+                places = self.elements(copy.at[done], 4, copy.values.shape[1])
+                self.views[4][places] = copy.values[done]
+                granules = self.granules(copy.at[done], copy.values.shape[1] * 4)
+                self.writers[granules] = access.batch.tokens(copy.lanes[done])[:, None]
+            if not done.all():
+                self.copies.append(Copies(*(each[~done] for each in copy)))
