@@ -52,12 +52,7 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("data.options.workers=3", "data.options.workers: unknown key; did you mean data.workers?"),
         ("data.options.shuffle_buffer=0", "data.options.shuffle_buffer: expected greater than or equal to 1, got 0 (int)"),
         ("data.options.on_error=no", "data.options.on_error: expected 'skip' or 'stop', got False (bool)"),
-<<<<<<< HEAD
-        ("optim=3", "optim: expected a valid dictionary"),
-        ("data.sidecars=taught", "data.sidecars: expected a valid list, written [taught], got 'taught' (str)"),
-=======
         ("optim=3", "optim: expected a mapping, as {NAME: VALUE}"),
->>>>>>> hw-trainer
         ("data.train=5", "data.train: expected a valid string, got 5 (int)"),
         ("data.sidecars=taught", "data.sidecars: expected a list, as [VALUE], got 'taught' (str)"),
         ("eval.splits=held", "eval.splits: expected a mapping, as {NAME: VALUE}, got 'held' (str)"),
