@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 
+import simplclip
 from simplclip import losses
 from simplclip.losses import ClipPMLoss, RowwiseLoss, WIKDLoss
 from simplclip.ops import distributed
@@ -54,7 +55,6 @@ def run(loss, inputs, rows, distil, **options):
     with warnings.catch_warnings():
         if isinstance(loss, losses.base.DistributedLoss):  # open_clip 3.3 calls what torch 2.15 deprecates
             warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # log2 of 0 in the interpreter
         terms = loss(image, text, logit_scale=scale, **teacher, output_dict=True, **options)
         sum(terms.values()).backward()
     shared = {"scale": scale.grad, **{name: p.grad for name, p in loss.named_parameters()}}
@@ -230,6 +230,19 @@ def misfits(rank):
         ClipPMLoss(rank=(rank + 1) % WORLD, world_size=WORLD)(image, image, scale)
 
 
+def one_pair(rank):
+    for part in (equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process, equals_one_process):
+        part(rank, n=1)
+    ids_of_constant_features(rank, n=1)
+
+
+def one_pair_in_triton(rank):
+    import ptx
+
+    with ptx.card(86), simplclip.backend("triton"):
+        equals_open_clip(rank, n=1)
+
+
 def transformers(rank):
     import rank_transformers
 
@@ -238,12 +251,11 @@ def transformers(rank):
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
-    of_open_clip = [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process]
-    of_one_process = [equals_one_process, ids_of_constant_features]
     parts = {
-        "open_clip": of_open_clip,
-        "one process": [*of_one_process, small_divergences],
-        "one pair": [partial(part, n=1) for part in (*of_open_clip, *of_one_process)],
+        "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
+        "one process": [equals_one_process, ids_of_constant_features, small_divergences],
+        "one pair": [one_pair],
+        "one pair in Triton": [one_pair_in_triton],
         "exchanges": [collectives, unequal, misfits],
         "learned parameters": [rank_learned.main],
         "gradient caching": [rank_gradient_cache.main],
