@@ -17,6 +17,8 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's before 
 
 from simplclip.common.errors import InputError
 
+DEVICES = r"^(auto|cpu|cuda(:\d+)?)$"
+
 
 class ConfigError(InputError):
     """Error for a configuration that is not valid; the message names the key."""
@@ -209,7 +211,7 @@ class RunConfig(Section):
     epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
     seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0, lt=2**62)
     precision: Literal["fp32", "bf16", "fp16", "auto"] = setting("auto", "of autocast; auto: bf16 if in hardware")
-    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one", pattern=DEVICES)
     compile: bool = setting(False, "compile the towers by torch.compile: minutes at the start, then faster steps")
     log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
     save_every: int = setting(500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1)
@@ -371,8 +373,12 @@ def describe() -> str:
     return "\n".join(lines).lstrip() + "\n"
 
 
-WORDS = {"Input should be ": "expected ", "String should match pattern": "expected"}  # of pydantic -> of our errors
-WORDS |= {"a valid dictionary": "a mapping, as {NAME: VALUE}", "a valid list": "a list, as [VALUE]"}
+WORDS = {  # of pydantic -> of our errors
+    "Input should be ": "expected ",
+    f"String should match pattern '{DEVICES}'": "expected auto, cpu, cuda or cuda:N",
+    "a valid dictionary": "a mapping, as {NAME: VALUE}",
+    "a valid list": "a list, as [VALUE]",
+}
 
 
 def _line(error: Any) -> str:

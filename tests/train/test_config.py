@@ -56,7 +56,7 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("data.train=5", "data.train: expected a valid string, got 5 (int)"),
         ("data.sidecars=taught", "data.sidecars: expected a list, as [VALUE], got 'taught' (str)"),
         ("eval.splits=held", "eval.splits: expected a mapping, as {NAME: VALUE}, got 'held' (str)"),
-        ("run.device=gpu", "run.device: expected '^(auto|cpu|cuda(:\\d+)?)$', got 'gpu'"),
+        ("run.device=gpu", "run.device: expected auto, cpu, cuda or cuda:N, got 'gpu' (str)"),
         ("run.timeout_minutes=0", "run.timeout_minutes: expected greater than 0, got 0 (int)"),
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
         ("run={out: x, steps: 7, epochs: 2}", "run: expected one of steps and epochs, got steps = 7 and epochs = 2.0"),
