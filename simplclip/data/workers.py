@@ -107,4 +107,4 @@ def _end_with_parent() -> None:
 
 def _send_error(queue: Any, error: Exception, message: tuple[int, Any]) -> None:
     """Sends an error in place of an item that cannot be sent, for which the parent would wait without end."""
-    queue.put((message[0], WorkerError(f"data.workers: expected items that can be sent, got {error!r}")))
+    queue.put((message[0], WorkerError(f"data.workers: a loader process cannot send an item: {error!r}")))

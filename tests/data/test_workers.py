@@ -76,7 +76,7 @@ def test_an_item_that_cannot_be_sent_is_an_error(pin_memory):
 
     received = from_workers(items, 1, pin_memory)
     assert next(received) == "first"
-    with pytest.raises(data.WorkerError, match=r"data.workers: expected items that can be sent, got .*pickle"):
+    with pytest.raises(data.WorkerError, match=r"data.workers: a loader process cannot send an item: .*pickle"):
         next(received)
 
 
