@@ -15,7 +15,6 @@ import re
 import stat
 import zlib
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -200,16 +199,18 @@ def clean(text: str) -> str:
 def json_of(data: str | bytes) -> Any:
     """Parses JSON. Raises ValueError for any error in it, also for more than DEEPEST levels of lists and objects."""
     try:
-        content = json.loads(data)
+        _check_depth([content := json.loads(data)], DEEPEST)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    level, depth = [content], 0
-    while level := [part for part in level if isinstance(part, (dict, list))]:
-        depth += 1
-        if depth > DEEPEST:
-            raise ValueError("nested too deeply")
-        level = list(chain.from_iterable(part.values() if isinstance(part, dict) else part for part in level))
     return content
+
+
+def _check_depth(content: dict | list, levels: int) -> None:
+    if levels < 0:
+        raise RecursionError
+    for part in content.values() if isinstance(content, dict) else content:
+        if isinstance(part, (dict, list)):
+            _check_depth(part, levels - 1)
 
 
 def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
