@@ -135,13 +135,13 @@ def agreed(make: Callable[[], Result]) -> Result:
         result = make()
     except Exception as failure:
         error = failure
-    for rank, failure in enumerate(exchanged((str(error), node) if error else None)):
-        if failure is None:
+    for rank, failed in enumerate(exchanged((str(error), node) if error else None)):
+        if failed is None:
             continue
         if error and rank == number():
             raise error
-        if failure[1] != node and os.environ.get("LOCAL_RANK") == "0":
-            raise RankError(f"of rank {rank}: {failure[0]}")
+        if failed[1] != node and os.environ.get("LOCAL_RANK") == "0":
+            raise RankError(f"of rank {rank}: {failed[0]}")
         raise SystemExit(1)
     return result  # type: ignore[return-value]
 

@@ -127,7 +127,7 @@ def check_digest(path: str | os.PathLike) -> None:
         expected = about["files"][Path(path).name]["sha256"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return
-    if sha256(path) != expected:
+    if sha256(Path(path)) != expected:
         raise CheckpointError(f"{path}: expected the file that {EXPORT} describes, got another or a damaged one")
 
 
