@@ -3,7 +3,7 @@
 A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. The trainer adds
     loss, optimizer, scaler     state dicts
     data                        the loader's state of each rank: what its workers have read
-    rng                         states of torch's generators, of the CPU and every GPU
+    rng                         states of the first rank's generators, of the CPU and every GPU; others are seeded by step
     frozen                      names of frozen modules
     evaluated                   the step of the last evaluation that was finished
 """
