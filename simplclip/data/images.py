@@ -25,7 +25,7 @@ _PLUGINS: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
 def open_image(encoded: bytes) -> Image.Image:
     """Reads the header of a file. Image.open would try other formats, and warn of many pixels.
 
-    Raises BrokenSample: "not an image", "16 bits of grey", "image too large" (above `PIL.Image.MAX_IMAGE_PIXELS`).
+    Raises BrokenSample: "not an image", or "image too large" for more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     plugin = next((plugin for magic, plugin in _PLUGINS.items() if encoded.startswith(magic)), None)
     if plugin is None:
@@ -35,8 +35,6 @@ def open_image(encoded: bytes) -> Image.Image:
     except Exception as error:  # decoders raise many types for damaged bytes
         raise BrokenSample("not an image", error) from None
     check_pixels(image.height, image.width)
-    if image.mode.startswith("I"):
-        raise BrokenSample("16 bits of grey", "which open_clip makes white almost everywhere; save the image with 8 bits")
     return image
 
 
@@ -69,7 +67,8 @@ def remarks_on(image: Image.Image, size: int) -> list[str]:
     """Returns what `simplclip data pack` counts of an image that `open_image` returned of a file of `size` bytes."""
     remarks: list[str] = []
     any_alpha = image.mode in ("LA", "RGBA") or "transparency" in image.info
-    if not any_alpha and size > 4096 + image.width * image.height / 20:  # one colour takes fewer bytes
+    sixteen_bits = image.mode.startswith("I")  # of grey, which become white
+    if not (any_alpha or sixteen_bits) and size > 4096 + image.width * image.height / 20:  # one colour takes fewer bytes
         return remarks
     with contextlib.suppress(Exception):  # the type depends on the damage
         image.thumbnail((256, 256))
