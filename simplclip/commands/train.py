@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import traceback
@@ -95,9 +97,20 @@ def check(config: Any, resume: bool) -> None:
                 check_weights(source, key)
     check_sources(config)
     if config.run.device.startswith("cuda"):
-        from simplclip.common.hardware import pick_device
+        if not _has_driver():
+            got = f"got {config.run.device!r}; it has no driver of a GPU"
+            raise InputError(f"run.device: expected a device of this machine, {got}")
+        from simplclip.common.hardware import pick_device  # imports torch, which takes two seconds
 
         pick_device(config.run.device)
+
+
+def _has_driver() -> bool:
+    """Whether the machine has the driver of CUDA or ROCm."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        return True
+    return os.path.exists("/dev/kfd")
 
 
 def check_sources(config: Any) -> None:

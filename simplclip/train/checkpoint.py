@@ -43,6 +43,7 @@ def former(out: Path, resume: bool) -> dict[str, Any] | None:
             torch.Generator().set_state(checkpoint["rng"]["torch"])
             positions = [position.keys() >= {*STATE} for position in checkpoint["data"]]
             whole = all(positions) and checkpoint["step"] > 0 and "frozen" in checkpoint
+            whole = whole and isinstance(checkpoint.get("evaluated", 0), int)
         except (RuntimeError, LookupError, TypeError, AttributeError):
             whole = False
         if not whole:

@@ -1,5 +1,6 @@
 """The command line: help without extras, errors in one line, and a whole workflow by subprocess."""
 
+import ctypes
 import importlib
 import json
 import os
@@ -10,10 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
-from pairs import call, png
+from pairs import call, one_line, png
 from paths import ROOT
 
 import simplclip
@@ -183,6 +185,14 @@ def test_names_are_checked_without_torch_before_anything_is_written(tmp_path):
     for said, line in zip(done.stdout.splitlines(), lines.values(), strict=True):
         assert said.startswith(f"simplclip: {line}")
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "data", "begun", "done", "t.csv"}
+
+
+def test_a_machine_without_a_gpu_says_so_before_it_packs(tmp_path, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", mock.Mock(side_effect=OSError("libcuda.so.1: cannot open shared object file")))
+    words = ["train", tiny.write_config(tmp_path), "--set", "run.device=cuda:1", "--set", f"data.train={tmp_path}"]
+    message = "run.device: expected a device of this machine, got 'cuda:1'; it has no driver of a GPU"
+    assert one_line(*words) == f"simplclip: {message}"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_was_moved_goes_on_where_it_lies(tmp_path, monkeypatch):

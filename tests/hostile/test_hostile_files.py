@@ -171,6 +171,7 @@ RESUMED: dict[str, tuple[dict[str, Any], str]] = {
     "no generators": ({"rng": None}, OTHERS),
     "a generator of another size": ({"rng": {"torch": torch.zeros(3, dtype=torch.uint8)}}, OTHERS),
     "a step before the first": ({"step": -5}, OTHERS),
+    "evaluations of other steps": ({"evaluated": torch.zeros(2)}, OTHERS),
     "no optimizer": ({"optimizer": None}, "expected the state of this model's AdamW"),
     "no state of the loss": ({"loss": 5}, "expected the state of this model's ClipPMLoss"),
 }
