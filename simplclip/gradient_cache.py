@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,7 +37,7 @@ def backward(
     loss: Callable[..., Any],
     *,
     model: nn.Module | None = None,
-    scaler: torch.amp.GradScaler | None = None,
+    scaler: GradScaler | None = None,
 ) -> dict[str, Tensor]:
     """Adds to `.grad` the gradients that one backward pass of the loss over all micro-batches together would add:
 
@@ -86,7 +87,7 @@ def backward(
     Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
     """
     towers = _towers(encode, micro_batches)
-    checks.instance("scaler", scaler, torch.amp.GradScaler | None, "a torch.amp.GradScaler or None")
+    checks.instance("scaler", scaler, GradScaler | None, "a torch.amp.GradScaler or None")
     if model is not None:
         check(model)
     ranks = _Ranks(model, towers)

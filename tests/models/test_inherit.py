@@ -287,7 +287,7 @@ def bad_sources(folder):
     )
     yield CheckpointError, ["minilm"], "expected weights of this model's architecture, got minilm, of whose 1 tensors 0 fit"
     yield CheckpointError, ["ViT-B-32/laion2b"], "expected a tag of ViT-B-32, one of .*laion2b_e16.*, got 'laion2b'"
-    yield CheckpointError, ["open_clip:ViT-B-23/x"], "expected a tag of ViT-B-23, one of none, got 'x'"
+    yield FileNotFoundError, ["open_clip:ViT-B-23/x"], "got no such file: .*ViT-B-23/x; nearest models .*ViT-B-32"
     vision = {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}
     vit = open_clip.CLIP(256, vision, {"width": 256, "layers": 1, "vocab_size": 99})
     yield CheckpointError, [vit], "CLIP, of whose 3. tensors 3 fit .not: "

@@ -48,6 +48,10 @@ class Parts:
         self.loader.load_state_dict(state | {"rank": 0, "world_size": 1})
 
     @property
+    def shards_digest(self):
+        return self.loader.shards_digest
+
+    @property
     def skipped(self):
         return self.loader.skipped
 
