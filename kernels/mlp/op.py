@@ -20,7 +20,6 @@ from simplclip.kernels.launch import (
     interpreted,
     launch,
     precision_of,
-    starts,
 )
 from simplclip.kernels.mlp.activations import activation, slope
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
@@ -98,7 +97,7 @@ def _chunks(h: Tensor) -> list[slice]:
     tokens = h.shape[0]
     limit = max(64, SCRATCH_BYTES // (h.shape[1] * h.itemsize))
     step = -(-tokens // -(-tokens // limit))
-    return [slice(first, min(first + step, tokens)) for first in starts(tokens, step)]
+    return [slice(first, min(first + step, tokens)) for first in range(0, tokens, step)]
 
 
 def _activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, F], contiguous

@@ -29,6 +29,6 @@ def plan(
     from simplclip.train import config as configs
 
     values = configs.load(config, set_ or ())
-    from simplclip.memory import report
+    from simplclip.plan import report
 
     report.run(values, memory, device=device, teacher_width=teacher_width, as_json=as_json)

@@ -31,8 +31,10 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks.bound import calls, trace
-from benchmarks.bound.cards import CARDS
+from benchmarks.cards import calls
+from benchmarks.cards.bound import on_card
+from simplclip.plan.cards import CARDS
+from simplclip.plan.kernels import Kernel, Launch, Stand
 
 APART = 46  # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
 _REAL = interpreter._interpreter
@@ -41,7 +43,7 @@ _REAL = interpreter._interpreter
 class Address:
     """A stand-in for a tensor, which the interpreter accepts as one."""
 
-    def __init__(self, stand: trace.Stand):
+    def __init__(self, stand: Stand):
         self.dtype, self._address = stand.dtype, (stand.storage + 1 << APART) + stand.data_ptr()
 
     def data_ptr(self) -> int:
@@ -76,14 +78,14 @@ class Audit:
         return getattr(_REAL, name)
 
     def argument(self, value):
-        if isinstance(value, trace.Stand):
+        if isinstance(value, Stand):
             self.sizes[value.storage + 1] = value.allocated
             return Address(value)
         if dataclasses.is_dataclass(value) and hasattr(value, "INTERPRETED"):
             return dataclasses.replace(value, INTERPRETED=True)
         return type(value)(*map(self.argument, value)) if isinstance(value, tuple) else value
 
-    def run(self, launch: trace.Launch) -> None:
+    def run(self, launch: Launch) -> None:
         """Runs the first and the last program of a launch."""
         (count,), builder = launch.grid, interpreter.interpreter_builder
         args = [self.argument(value) for value in launch.args]
@@ -119,11 +121,11 @@ class Audit:
         self.check("store", addresses, mask, values.dtype.itemsize)
 
 
-def sampled(steps: list[trace.Step]) -> list[trace.Launch]:
+def sampled(steps: list[Kernel]) -> list[Launch]:
     """Returns the first and the last launch of each kernel and its compiled form."""
     launches_of = defaultdict(list)
     for step in steps:
-        if step.kind == "triton":
+        if step.by == "triton":
             constants = {name: value for name, value in step.launch.options.items() if name.isupper()}
             launches_of[step.name, repr(constants)].append(step.launch)
     return [launches[i] for launches in launches_of.values() for i in sorted({0, len(launches) - 1})]
@@ -144,11 +146,11 @@ CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
 
 
 def audit(name: str, dtype: torch.dtype, card: str) -> Audit:
-    with trace.on_card(CARDS[card]) as traced:
+    with on_card(CARDS[card]) as kernels:
         CASES[name](dtype, True)
     result = Audit()
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        for launch in sampled(traced.steps):
+        for launch in sampled(kernels):
             result.run(launch)
     return result
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,37 +13,20 @@ import torch
 from simplclip import gradient_cache
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
-from simplclip.memory.count import Usage
-from simplclip.memory.measure import predict
-from simplclip.memory.step import TrainerStep
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE, STORE_BYTES
+from simplclip.plan.cards import GIB
+from simplclip.plan.count import Usage
+from simplclip.plan.measure import predict
+from simplclip.plan.step import TrainerStep
 from simplclip.train.config import Config, ConfigError
 
-GIB = 2**30
 WITHIN = 0.05  # the largest batch is found up to this share
 SMALL_MICRO_BATCH = 256  # if none is configured; a larger micro-batch leaves less memory for the loss
 MOST_PAIRS = 1 << 16  # of a search; CLIP was trained with 32,768
-# GiB of memory of cards, from their data sheets.
-CARDS = {"rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32, "rtx-3060": 12, "a100-40": 40, "a100-80": 80, "h100": 80}
 
 
 def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
-
-
-def parse_memory(text: str) -> int:
-    """Returns the bytes of a size such as "24GiB", or of a card in `CARDS`. Raises InputError.
-
-    "24GB" means "24GiB": the memory of cards is counted in powers of two, though vendors write GB.
-    """
-    name = re.sub(r"[\s_]+", "-", text.strip().lower())
-    for card in (name, f"rtx-{name}"):
-        if card in CARDS:
-            return CARDS[card] << 30
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])I?B", text.strip().upper())
-    if not match or not float(match[1]):
-        raise InputError(f"memory: expected a size such as 24GiB or one of {', '.join(CARDS)}, got {text!r}")
-    return int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from simplclip.memory.count import WEIGHTS
-from simplclip.memory.plan import GIB, Budget, Planner, Row, gib, parse_memory
+from simplclip.plan.cards import GIB, parse_memory
+from simplclip.plan.count import WEIGHTS
+from simplclip.plan.search import Budget, Planner, Row, gib
 from simplclip.train.config import Config
 
 COLUMNS = ("peak", "weights", "activations", "loss", "other")  # in GiB
