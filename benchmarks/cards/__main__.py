@@ -82,29 +82,41 @@ def grouped(rows: Sequence[dict]) -> list[dict]:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["card"], row["mode"], row["layout"]), []).append(row)
-    return [
-        dict(zip(("card", "mode", "layout"), key))
-        | summary(*zip(*((row["ms"], row["likely_ms"], row["least_ms"]) for row in part)))
-        for key, part in sorted(groups.items())
-    ]
+    names = ("card", "mode", "layout")
+    return [dict(zip(names, key)) | summary(*columns(part)) for key, part in sorted(groups.items())]
+
+
+def columns(rows: Sequence[dict]) -> tuple[tuple[float, ...], ...]:
+    """Returns the measured, likely and least milliseconds of the rows."""
+    return tuple(zip(*((row["ms"], row["likely_ms"], row["least_ms"]) for row in rows)))
 
 
 def write_fit(steps: Sequence[Measured]) -> dict[str, float]:
     """Fits the constants, writes them as a result file and prints them; returns the summary of families held out."""
     fitted, where = fit(steps), versions()
-    constants = [("rate", fitted.rates), ("traffic", fitted.traffic), ("launch", {"ms": fitted.launches})]
-    lines = [
-        {"of": of, "kind": kind, **dict(zip(FITTED, values))} for of, kinds in constants for kind, values in kinds.items()
-    ]
+    rows = [row | {"likely_ms": ms} for row, ms in zip(compare(steps), held_out(steps))]
+    errors = held_out_errors(rows)
+    constants = {"rate": fitted.rates, "traffic": fitted.traffic, "launch": {"ms": fitted.launches}, "held out": errors}
+    lines = []
+    for of, kinds in constants.items():
+        lines += [{"of": of, "kind": kind, **dict(zip(FITTED, values))} for kind, values in kinds.items()]
     write_csv(RESULTS / f"cards-fit-{where['date']}.csv", [line | where for line in lines])
-    for title, kinds in (("RATES", fitted.rates), ("TRAFFIC", fitted.traffic)):
-        entries = "\n".join(f"    {json.dumps(kind)}: {values}," for kind, values in kinds.items())
-        print(f"{title}: dict[str, tuple[float, float, float]] = {{\n{entries}\n}}")
+    for title, kinds in (("RATES", fitted.rates), ("TRAFFIC", fitted.traffic), ("HELD_OUT", errors)):
+        print(f"{title} = {{", *(f"    {json.dumps(kind)}: {values}," for kind, values in kinds.items()), "}", sep="\n")
     print(f"LAUNCHES_MS = {fitted.launches}")
-    others = held_out(steps)
-    rows = [row | {"likely_ms": ms} for row, ms in zip(compare(steps), others)]
     print("\n".join(table(grouped(rows))))
-    return summary([step.ms for step in steps], others, [row["least_ms"] for row in rows])
+    return summary(*columns(rows))
+
+
+def held_out_errors(rows: Sequence[dict]) -> dict[str, tuple[float | None, ...]]:
+    """Returns median_error and within_35 of training and inference, for each card of FITTED; None where unmeasured."""
+    errors = {}
+    for mode in ("train", "infer"):
+        parts = [[row for row in rows if (row["card"], row["mode"]) == (card, mode)] for card in FITTED]
+        totals = [summary(*columns(part)) if part else None for part in parts]
+        for name in ("median_error", "within_35"):
+            errors[f"{mode} {name}"] = tuple(total and round(total[name], 3) for total in totals)
+    return errors
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         write_csv(path, [row | where for row in rows])
         CHART.write_text(chart.draw(rows, str(path.relative_to(ROOT))))
         print(f"wrote {path} and {CHART}")
-    print(json.dumps(summary(*zip(*((row["ms"], row["likely_ms"], row["least_ms"]) for row in rows)))))
+    print(json.dumps(summary(*columns(rows))))
     return None
 
 
