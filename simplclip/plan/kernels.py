@@ -30,7 +30,7 @@ class Stand:
 
     @classmethod
     def of(cls, tensor: Tensor, storage: int) -> Stand:
-        at, size = tensor.storage_offset() * tensor.itemsize, tensor.untyped_storage().nbytes()
+        at, size = int(tensor.storage_offset()) * tensor.itemsize, tensor.untyped_storage().nbytes()
         return cls(tensor.dtype, tensor.shape, tensor.stride(), storage, size, at)
 
     @property
