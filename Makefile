@@ -123,7 +123,7 @@ test-cpu: export SIMPLCLIP_CPU_ISA = $(CPU)
 test-cpu: install  ## ops, losses, memory as on a CPU=avx2, avx512, avx512_bf16
 	@$(if $(ONEDNN_$(CPU)),,$(error CPU: expected avx2, avx512 or avx512_bf16, got $(CPU)))
 	@if grep -qw $(CPU:avx512=avx512bw) /proc/cpuinfo; then set -x; \
-		$(PYTEST) tests/memory tests/ops/test_memory.py && $(PYTEST) -m "not slow" tests/ops tests/losses; \
+		$(PYTEST) tests/plan tests/ops/test_memory.py && $(PYTEST) -m "not slow" tests/ops tests/losses; \
 	else echo "skipped: this CPU has no $(CPU)"; fi
 
 prove: install  ## all proofs at full length, an estimated 90 minutes
@@ -153,7 +153,7 @@ aot: install  ## compile all GPU kernels for all architectures; fails on a spill
 	PYTHONPATH=tests $(BIN)/python -m gates $(AOT)
 
 # Runs in a copy of the tracked files, so that the extensions for two versions of torch do not mix. The trainer and its data are tested with the newest torch alone.
-OPS_TESTS := tests/ops tests/kernels tests/losses tests/memory/test_token_traces.py tests/package/test_build.py
+OPS_TESTS := tests/ops tests/kernels tests/losses tests/plan/test_token_traces.py tests/package/test_build.py
 OLDEST_TORCH = $(shell sed -nE 's/^ *"torch>=([0-9.]+)".*/\1/p' pyproject.toml | sort -V | head -n 1)
 
 $(OLDEST)/.installed: pyproject.toml

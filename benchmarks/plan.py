@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.results_file import RESULTS, table, versions, write_csv
 from benchmarks.steps import ORIGINALS, TEACHER_WIDTH, OpenClipStep
-from simplclip.memory.cards import parse_memory
-from simplclip.memory.measure import predict
-from simplclip.memory.plan import MOST_PAIRS, Budget, Planner, largest
+from simplclip.plan.cards import parse_memory
+from simplclip.plan.measure import predict
+from simplclip.plan.search import MOST_PAIRS, Budget, Planner, largest
 from simplclip.train import config
 
 NAME, CARD = "siclip-s0", "rtx-3090"

@@ -1,4 +1,4 @@
-"""A step of open_clip's trainer, for `simplclip.memory` to predict beside a step of ours; and both, measured."""
+"""A step of open_clip's trainer, for `simplclip.plan` to predict beside a step of ours; and both, measured."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from benchmarks.measure import compare, cpu_peak_bytes
 from benchmarks.training_forms import PRECISION
 from simplclip import models
 from simplclip.common import hardware
-from simplclip.memory.measure import predict
-from simplclip.memory.step import During, Step, TrainerStep, inputs
+from simplclip.plan.measure import predict
+from simplclip.plan.step import During, Step, TrainerStep, inputs
 from simplclip.train import config
 
 TEACHER_WIDTH = 768

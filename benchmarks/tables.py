@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import chart
-from benchmarks.bound.cards import CARDS
+from benchmarks.cards.bound import SHOWN
 from benchmarks.results_file import RESULTS, ROOT, read_csv
 
 README, BENCHMARKS, CHART = "README.md", "docs/benchmarks.md", "docs/similarity_loss.svg"
@@ -56,7 +56,7 @@ COLUMNS: dict[str, tuple[str, Callable[[str], str]]] = TEXT | {
     "mib": ("MiB", number()),
     "memory_times_ours": ("MiB, times simplclip's", str),
     "saved_bytes_per_token": ("saved bytes a token", number()),
-    **{f"{card} ms": (f"{card}, ms", lambda value: f"{float(value):.3g}") for card in CARDS},
+    **{f"{card} ms": (f"{card}, ms", lambda value: f"{float(value):.3g}") for card in SHOWN},
     "bound": ("bound by", str),
     "bytes": ("GB", lambda value: f"{float(value) / 1e9:.2f}"),
     "launches": ("kernels", str),
@@ -199,7 +199,7 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "steps": partial(op_table, "steps", CPU, dtype="bfloat16"),
         "texts": partial(op_table, "texts", CPU, form="padded|four groups", dtype="bfloat16", shape=TEXTS),
         "loader": partial(op_table, "loader", "512-pixel JPEGs to 256 pixels", "python -m benchmarks.loader"),
-        "predicted": partial(op_table, "bound-predicted", "", "python -m benchmarks.bound --write", call=PREDICTED),
+        "predicted": partial(op_table, "bound-predicted", "", "python -m benchmarks.cards --call all", call=PREDICTED),
         "ablation": ablation,
     },
 }  # fmt: skip

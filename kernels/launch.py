@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,32 +14,27 @@ from torch import Tensor
 # Options of compiled kernels. Triton 3.10 changes the default.
 COMPILE = {"enable_fp_fusion": True}
 
-
-_pretends = False
-ASSUMED = (86, 82)  # architecture and multiprocessors of an RTX 3090, assumed under `pretended` if there is no device
+repeated: Callable[[int], contextlib.AbstractContextManager] | None = None  # set by plans, see `starts`
 
 
-@contextlib.contextmanager
-def pretended() -> Iterator[None]:
-    """Context in which launchers allocate their tensors, which may be fake, but run no kernels."""
-    global _pretends
-    before, _pretends = _pretends, True
-    try:
-        yield
-    finally:
-        _pretends = before
+def starts(size: int, step: int) -> Iterator[int]:
+    """Yields the first rows of chunks of `step` rows.
+
+    In a plan only those of the first two chunks and of the last. The others would do the same as the second, which therefore
+    runs in the context `repeated(count)`.
+    """
+    rows = range(0, size, step)
+    if repeated is None or len(rows) < 4:
+        yield from rows
+        return
+    for row, count in ((rows[0], 1), (rows[1], len(rows) - 2), (rows[-1], 1)):
+        with repeated(count):
+            yield row
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Context that makes the tensor's device the current one."""
-    return contextlib.nullcontext() if _pretends else torch.cuda.device_of(tensor)
-
-
-def starts(size: int, step: int) -> Sequence[int]:
-    """Returns the first rows of chunks of `step` rows. If pretended, only of the first two chunks and the last: the others
-    would allocate the same as the second."""
-    rows = range(0, size, step)
-    return [rows[0], rows[1], rows[-1]] if _pretends and len(rows) > 3 else rows
+    return torch.cuda.device_of(tensor)
 
 
 @functools.cache
@@ -50,7 +45,7 @@ def _device(index: int) -> tuple[int, int]:
 
 def architecture_and_processors(tensor: Tensor) -> tuple[int, int]:
     """Returns architecture and number of multiprocessors of the tensor's device."""
-    return ASSUMED if _pretends and not torch.cuda.is_available() else _device(tensor.device.index)
+    return _device(tensor.device.index)
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -73,8 +68,7 @@ def _warn(name: str, spills: int, architecture: int) -> None:
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left right to total [M, N] float32 in place. A product in a half type may add parts of a long sum in that type."""
-    if not _pretends:  # fake tensors of torch 2.11 do not have this product, which allocates nothing
-        product(total, left, right, add=True)
+    product(total, left, right, add=True)
 
 
 def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
@@ -96,10 +90,9 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
 
     The gates (make aot) check that no kernel spills with the gates' versions of Triton; other versions may spill.
     """
-    if not _pretends:
-        compiled = start(kernel, programs, args, {**options, **COMPILE})
-        if getattr(compiled, "n_spills", 0):
-            _warn(compiled.name, compiled.n_spills, compiled.metadata.target.arch)
+    compiled = start(kernel, programs, args, {**options, **COMPILE})
+    if getattr(compiled, "n_spills", 0):
+        _warn(compiled.name, compiled.n_spills, compiled.metadata.target.arch)
 
 
 @functools.cache

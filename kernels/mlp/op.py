@@ -18,7 +18,6 @@ from simplclip.kernels.launch import (
     device_of,
     launch,
     precision_of,
-    starts,
 )
 from simplclip.kernels.mlp.activations import activation, slope
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
@@ -91,7 +90,7 @@ def _chunks(h: Tensor) -> list[slice]:
     tokens = h.shape[0]
     limit = max(64, SCRATCH_BYTES // (h.shape[1] * h.itemsize))
     step = -(-tokens // -(-tokens // limit))
-    return [slice(first, min(first + step, tokens)) for first in starts(tokens, step)]
+    return [slice(first, min(first + step, tokens)) for first in range(0, tokens, step)]
 
 
 def _activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, F], contiguous

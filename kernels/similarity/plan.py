@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -90,5 +89,6 @@ def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
 
 def blocks_of(n: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
     """Yields the rows and the columns of each block."""
-    for row, column in itertools.product(starts(n, rows), starts(m, columns)):
-        yield slice(row, min(n, row + rows)), slice(column, min(m, column + columns))
+    for row in starts(n, rows):
+        for column in starts(m, columns):
+            yield slice(row, min(n, row + rows)), slice(column, min(m, column + columns))

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
 from simplclip.commands.options import Overrides
 
+# Required keys, which a config or a model that is only planned may lack.
+REQUIRED = {"data": {"train": "planned/*.tar"}, "run": {"out": "runs/planned"}}
+
 
 def plan(
-    config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config, as in train.")],
+    config: Annotated[
+        str, typer.Argument(help="YAML file or name of a built-in config, as in train; or a model, open_clip:ViT-B-32.")
+    ],
     memory: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--memory", "--card", help="A card, rtx-3090 or a100-40 ..., or its memory as on the box: 12GB, which is 12GiB."
         ),
-    ],
+    ] = None,
     *,
+    cards: Annotated[Literal["all"] | None, typer.Option(help="Print one row for each card that is known.")] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(help="Pairs of an epoch, 12.4M or 500k. Default: data.samples, or what the shards' meta.json says."),
+    ] = None,
     set_: Overrides = None,
     teacher_width: Annotated[
         int | None, typer.Option(min=1, help="Width of the teacher's stored features, if the shards are not on this machine.")
@@ -25,14 +36,54 @@ def plan(
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="No GPU is needed.")] = "cuda",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Predict the peak memory of a training step without the card, and the largest batches that fit."""
-    from simplclip.memory.cards import parse_memory
+    """Predict the memory and the time of a training step without the card, and the largest batches that fit."""
+    from simplclip.common.errors import InputError
     from simplclip.models.sources import check_name
+    from simplclip.plan.cards import named, parse_memory
     from simplclip.train import config as configs
 
-    values = configs.load(config, set_ or ())
+    if (memory is None) == (cards is None):
+        raise InputError("--card: expected a card or the size of its memory, or --cards all")
+    count = parse_count(pairs)
+    values = configs.from_dict(configs.overridden(_values(config), set_ or ()))
     check_name(values.model.name, "model.name")
-    size = parse_memory(memory)
-    from simplclip.memory import report
+    size, card = (parse_memory(memory), named(memory)) if memory else (None, None)
+    from simplclip.plan import report
 
-    report.run(values, size, device=device, teacher_width=teacher_width, as_json=as_json)
+    if size is None:
+        report.run_all(values, teacher_width=teacher_width, pairs=count)
+    else:
+        report.run(values, size, card, device=device, teacher_width=teacher_width, pairs=count, as_json=as_json)
+
+
+def _values(source: str) -> dict[str, Any]:
+    """Returns the values of a config or, if `source` is a model, of its training with defaults."""
+    from simplclip.train import config as configs
+
+    if not Path(source).is_file() and source not in configs.builtin():
+        from simplclip.models.sources import NAMES, PLAIN
+
+        if source in NAMES or source.startswith(PLAIN):
+            return {"model": {"name": source}, **REQUIRED}
+    values = configs.read(source)
+    for section, required in REQUIRED.items():
+        given = values.get(section)
+        if given is None or isinstance(given, dict):
+            values[section] = required | (given or {})
+    return values
+
+
+def parse_count(text: str | None) -> int | None:
+    """Returns the number of a text such as 12.4M. Raises InputError."""
+    from simplclip.common.errors import InputError
+
+    if text is None:
+        return None
+    number, unit = (text[:-1], text[-1].lower()) if text[-1:].lower() in ("k", "m", "b") else (text, "")
+    try:
+        count = round(float(number.replace(",", "")) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[unit])
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise InputError(f"--pairs: expected a number of pairs such as 12.4M, got {text!r}")
+    return count

@@ -126,7 +126,7 @@ def check_sources(config: Any) -> None:
 def _with_micro_batch(config: Any) -> Any:
     """Returns `config` with the largest data.micro_batch that fits in place of "auto"."""
     from simplclip.common.hardware import pick_device
-    from simplclip.memory.plan import largest_micro_batch
+    from simplclip.plan.search import largest_micro_batch
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch = largest_micro_batch(config, pick_device(config.run.device), ranks)

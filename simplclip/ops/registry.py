@@ -25,10 +25,10 @@ library = torch.library.Library("simplclip", "DEF")
 
 # DISPATCH: an op's full name -> the function that runs a call, whose argument `through` may wrap the backend's function.
 # NATIVE_FAKES: an op's short name -> a function that makes the results of a backend's function for fake tensors.
-# simplclip.memory runs ops through both to measure their allocations.
+# simplclip.plan runs ops through both to measure their allocations.
 DISPATCH: dict[str, Callable] = {}
 NATIVE_FAKES: dict[str, Callable] = {}
-counted = False  # True while simplclip.memory runs ops with fake tensors, to count the memory that they take
+counted = False  # True while simplclip.plan runs ops with fake tensors, to count the memory that they take
 
 _PLAIN = (Tensor, nn.Parameter)
 _selected: dict[tuple, Callable] = {}  # the backends' functions that earlier calls selected

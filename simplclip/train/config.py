@@ -301,6 +301,11 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
     source: path of a YAML file, or the name of a built-in config.
     overrides: "key=value" with dotted keys; values are parsed as YAML. Raises ConfigError, which names the key.
     """
+    return from_dict(overridden(read(source), overrides))
+
+
+def read(source: str | Path) -> dict[str, Any]:
+    """Returns the values of a YAML file or a built-in config, unchecked."""
     names = builtin()
     file = Path(source) if Path(source).is_file() else names.get(str(source))
     if file is None:
@@ -310,9 +315,14 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Con
     values = parse_yaml(file.read_bytes(), str(source)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected a mapping of sections, got {_shown(values)}")
+    return values
+
+
+def overridden(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """Changes `values` by "key=value" items, and returns them."""
     for item in overrides:
         _override(values, item)
-    return from_dict(values)
+    return values
 
 
 def from_dict(values: dict[str, Any]) -> Config:

@@ -5,7 +5,7 @@ import torch
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 
 from benchmarks.steps import OpenClipStep, measure
-from simplclip.memory.measure import predict
+from simplclip.plan.measure import predict
 
 CPU = torch.device("cpu")
 WITHIN = {"fp32": 0.01, "bf16": 0.02}  # oneDNN's memory in bfloat16 products is not counted

@@ -22,8 +22,11 @@ from ptx.huge import Addresses, HugeCard
 from ptx.machine import Code, Launch
 from ptx.parse import parse
 
-from benchmarks.bound import calls, trace
-from benchmarks.bound.cards import CARDS
+from benchmarks.cards import calls
+from benchmarks.cards.bound import on_card
+from simplclip.plan.cards import CARDS
+from simplclip.plan.kernels import Kernel
+from simplclip.plan.kernels import Launch as Started
 
 LARGE = 131_072, 1024  # N, D
 MANY = 1_000_003, 2200  # N D above 2^31, and an odd number of rows
@@ -41,22 +44,22 @@ SUITE = list(CASES)[:3]
 TURNS = itertools.cycle((("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100")))
 
 
-def sampled(steps: list[trace.Step]) -> list[trace.Launch]:
+def sampled(kernels: list[Kernel]) -> list[Started]:
     """Returns the first and the last launch of each kernel and its compiled form."""
     launches_of = defaultdict(list)
-    for step in steps:
-        if step.kind == "triton":
-            constants = {name: value for name, value in step.launch.options.items() if name.isupper()}
-            launches_of[step.name, repr(constants)].append(step.launch)
+    for kernel in kernels:
+        if kernel.by == "triton":
+            constants = {name: value for name, value in kernel.launch.options.items() if name.isupper()}
+            launches_of[kernel.name, repr(constants)].append(kernel.launch)
     return [launches[i] for launches in launches_of.values() for i in sorted({0, len(launches) - 1})]
 
 
 def check(name: str, dtype: str, card: str) -> None:
-    with trace.on_card(CARDS[card]) as traced:
+    with on_card(CARDS[card]) as kernels:
         CASES[name](getattr(torch, dtype), True)
     machine = HugeCard(sm=CARDS[card].architecture)
     with driven(machine):
-        for launch in sampled(traced.steps):
+        for launch in sampled(kernels):
             launch.kernel[launch.grid](*launch.args, **launch.options)
     assert machine.launches >= 2
     assert machine.addresses > 1 << 12

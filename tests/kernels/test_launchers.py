@@ -5,7 +5,7 @@ import torch
 from devices import DTYPES, cuda_peak_bytes, needs_triton
 from memory_calls import attention_call, forward_and_backward, mlp_call, predicted, similarity_call
 
-from simplclip.memory.count import WORKSPACE
+from simplclip.plan.count import WORKSPACE
 
 CUDA = torch.device("cuda", 0)
 OBJECTIVES = ("contrastive", "pair matching", "hadamard", "every term")

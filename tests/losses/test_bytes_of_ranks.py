@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simplclip.losses import ClipPMLoss, SigLipLoss, WIKDLoss
-from simplclip.memory import fake
-from simplclip.memory.count import Counter
+from simplclip.plan import fake
+from simplclip.plan.count import Counter
 
 
 @contextlib.contextmanager

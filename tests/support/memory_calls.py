@@ -7,8 +7,8 @@ from compare import function_of, outputs_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from simplclip.memory import fake
-from simplclip.memory.count import Counter
+from simplclip.plan import fake
+from simplclip.plan.count import Counter
 
 SIMILARITY = {
     "contrastive": {"terms": ("contrastive",)},

@@ -1,4 +1,4 @@
-"""The kernels that a step of an op starts on a card, by benchmarks.bound's trace on fake CUDA tensors."""
+"""The kernels that a step of an op starts on a card, counted on fake CUDA tensors."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,18 +8,23 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from benchmarks.bound.cards import CARDS
-from benchmarks.bound.trace import Step, on_card
+from benchmarks.cards.bound import on_card
+from simplclip.plan.cards import CARDS
+from simplclip.plan.kernels import Kernel
 
 
-def trace(run: Callable[[dict[str, Any]], None], tensors: dict[str, Any]) -> list[Step]:
-    """Runs `run` with fake CUDA tensors like `tensors`, and returns the trace."""
-    with on_card(CARDS["rtx-3090"]) as traced:
+def trace(run: Callable[[dict[str, Any]], None], tensors: dict[str, Any]) -> list[Kernel]:
+    """Runs `run` with fake CUDA tensors like `tensors`, and returns the kernels."""
+    with on_card(CARDS["rtx-3090"]) as kernels:
         like = lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")  # noqa: E731
         run(tree_map_only(Tensor, like, tensors))
-    return traced.steps
+    return kernels
 
 
-def names(steps: list[Step], *kinds: str) -> Counter[str]:
+def names(steps: list[Kernel], *kinds: str) -> Counter[str]:
     """Counts the starts of each kernel, or the waits. kinds: "torch", "triton" or "cuda" for kernels, "host" for waits."""
-    return Counter(step.name for step in steps if step.kind in kinds)
+    counts: Counter[str] = Counter()
+    for step in steps:
+        if step.by in kinds:
+            counts[step.name] += step.times
+    return counts

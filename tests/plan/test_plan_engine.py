@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from simplclip.memory.fake import Engine
 from simplclip.ops import parallel_mlp
+from simplclip.plan.fake import Engine
 
 
 class Net(nn.Module):

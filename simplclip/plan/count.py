@@ -1,4 +1,4 @@
-"""Counts the memory that a step on fake tensors would allocate: live bytes by kind after every event, and the peak.
+"""Counts what a step on fake tensors would do on a device: the bytes that are live by kind, their peak, and its kernels.
 
 A C++ function also allocates a workspace, which fake tensors do not show; the function itself computes the size from meta
 tensors (csrc/scratch.h). Memory of the libraries that it calls is not counted, mainly oneDNN's copies of bfloat16 operands.
@@ -6,12 +6,14 @@ tensors (csrc/scratch.h). Memory of the libraries that it calls is not counted, 
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import Counter as Bag
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,12 +21,13 @@ import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor as fakes
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from simplclip.common.errors import UserError
 from simplclip.kernels import launch as launching
 from simplclip.ops import backends, registry
 from simplclip.ops.calls import flat
+from simplclip.plan.kernels import ExtensionCall, Kernel, Launch, Stand, extension_work, kernels_of, launch_work, started_by
 
 # The kinds of live bytes. `during` gives a storage its kind; `hold` may change it.
 WORKSPACE = "kernel workspaces"
@@ -40,34 +43,42 @@ class UncountedOp(UserError, RuntimeError):
 # TypeError: before torch 2.15 the fake of the memory-efficient attention's backward lacks an argument.
 _NO_FAKE = NotImplementedError, fakes.UnsupportedOperatorException, TypeError
 _EFFICIENT_BACKWARD = torch.ops.aten._efficient_attention_backward.default if torch.__version__ < "2.15" else None
+_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _VALUES = fakes.DataDependentOutputException, fakes.DynamicOutputShapeException
 
 
 @dataclass
 class Usage:
-    """Live bytes by kind over the events of a step."""
+    """Live bytes by kind over the events of a step, and its kernels in the order in which they start."""
 
     events: list[tuple[str, int]] = field(default_factory=list)  # kind, change in bytes
     peak: int = 0
     at_peak: dict[str, int] = field(default_factory=dict)
+    kernels: list[Kernel] = field(default_factory=list)
 
 
 class Counter(TorchDispatchMode):
-    """A mode that counts the storages on `device` that ops return; `usage` is the result.
+    """A mode that counts the storages on `device` that ops return, and the kernels that they start; `usage` is the result.
 
     Ops of simplclip run on fake tensors too. A C++ function is not called: its results are made as fake tensors, and the
     workspace that the function states is counted. A Triton launcher runs, but starts no kernel. Other backends are torch.
 
+    waits: whether values of tensors may be read, as 0, so that the host's waits for them are counted.
+
     Raises UncountedOp, which names the op.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, waits: bool = False) -> None:
         super().__init__()
-        self.device, self.usage = device, Usage()
+        self.device, self.waits, self.usage = device, waits, Usage()
+        self.times = 1  # how often a kernel runs that is counted now
+        self._single: dict[Any, tuple[str, bool]] = {}  # ops that are no compositions: name, and whether it starts a kernel
         self.block = 512 if device.type == "cuda" else 1  # torch's allocator rounds sizes up to multiples of this
         self.kind = "temporaries"
         self.live: Bag[str] = Bag()
         self._held: dict[int, tuple[str, int, weakref.ref]] = {}
+        self._numbers: dict[int, tuple[int, weakref.ref]] = {}
+        self._next = itertools.count()
 
     @contextmanager
     def during(self, kind: str) -> Iterator[None]:
@@ -104,20 +115,55 @@ class Counter(TorchDispatchMode):
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Context in which the ops of a step are counted."""
-        with mock.patch.object(registry, "counted", True), self:
+        patches = (
+            (registry, "counted", True),
+            (launching, "start", self._launched),
+            (launching, "repeated", self._repeated),
+            (fakes.FakeTensor, "tolist", self._tolist),
+            (torch.cuda, "synchronize", lambda *_: self.wait("synchronize")),
+        )
+        with ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(mock.patch.object(*patch))
+            stack.enter_context(self)
             yield
 
+    def repeat(self, times: int) -> None:
+        """Makes each kernel from now on count as so many."""
+        self.times = times
+
+    @contextmanager
+    def _repeated(self, count: int) -> Iterator[None]:
+        self.times *= count
+        yield
+        self.times //= count
+
+    def wait(self, name: str) -> None:
+        """Counts a wait of the host for a value."""
+        self.usage.kernels.append(Kernel("host", name, times=self.times))
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         ours = registry.DISPATCH.get(func.name())
         if ours is not None:
             with self:
                 return ours(*args, through=self._native)
+        if func not in self._single:
+            if not func.name().startswith("prim::") and not _has_kernel(func.name(), self.device.type.upper()):
+                with self:
+                    out = func.decompose(*args, **kwargs)
+                if out is not NotImplemented:
+                    return out
+            self._single[func] = started_by(func)
         try:
             if func is _EFFICIENT_BACKWARD and args[4] is None:  # no bias: the results are dq, dk, dv and an empty one
                 out = *map(torch.empty_like, args[1:4]), args[1].new_empty(0)
             else:
-                out = func(*args, **(kwargs or {}))
+                out = func(*args, **kwargs)
         except (*_NO_FAKE, *_VALUES) as error:
+            if self.waits and isinstance(error, fakes.DataDependentOutputException):
+                self.wait(func.name())
+                return 0.0
             reason = f"{type(error).__name__} {str(error).strip()}".splitlines()[0]
             raise UncountedOp(
                 f"{func.name()}: its memory cannot be predicted, since it does not run on fake tensors: {reason}"
@@ -125,7 +171,48 @@ class Counter(TorchDispatchMode):
         self.hold(out, self.kind, instead_of=())
         if func is torch.ops.aten._flash_attention_backward.default:
             self.transient(_flash_scratch(args[1], args[6]))
+        self._record(func, args, kwargs, out)
         return out
+
+    def _record(self, func: Any, args: tuple, options: dict[str, Any], out: Any) -> None:
+        name, kernel = self._single[func]
+        tensors = [t for t in tree_leaves((args, options, out)) if isinstance(t, Tensor)]
+        if "copy" in name and len({t.device.type for t in tensors}) > 1:
+            return self.wait(func.name())
+        if not kernel or not any(t.device.type == self.device.type and t.numel() for t in tensors):
+            return None
+        args, options, out = tree_map_only(Tensor, self.stand, (args, options, out))
+        results = [t for t in tree_leaves(out) if isinstance(t, Stand)]
+        if not results:  # it changes lists of tensors
+            results = [t for t in tree_leaves(args[0]) if isinstance(t, Stand)]
+        for started in kernels_of(name, args, options, results):
+            started.times *= self.times
+            self.usage.kernels.append(started)
+        return None
+
+    @property
+    def _tolist(self) -> Callable[[Tensor], list[float]]:
+        def tolist(tensor: Tensor) -> list[float]:
+            self.wait("tolist")
+            return [0.0] * tensor.numel()
+
+        return tolist
+
+    def stand(self, tensor: Tensor) -> Stand:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._numbers:
+            self._numbers[key] = next(self._next), weakref.ref(storage, lambda _: self._numbers.pop(key, None))
+        return Stand.of(tensor, self._numbers[key][0])
+
+    def _launched(self, kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> None:
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        args, options = tree_map_only(Tensor, self.stand, (args, options))
+        first = next(t for t in tree_leaves((args, options)) if isinstance(t, Stand))
+        launch = Launch(kernel, (programs,), args, options)
+        self.usage.kernels.append(
+            Kernel("triton", name, first.dtype, *launch_work(name, launch), launch=launch, times=self.times)
+        )
 
     def _native(self, op: str, backend: str, function):
         """Returns the function to call in place of a backend's `function`, see the class."""
@@ -133,11 +220,16 @@ class Counter(TorchDispatchMode):
         def fake(*args):
             out = registry.NATIVE_FAKES[op](*args)
             self.transient(workspace_bytes(op, backend, *args))
+            given, results = tree_map_only(Tensor, self.stand, (vars(args[0]).copy(), out))
+            stands = [v for v in tree_leaves((given, results)) if isinstance(v, Stand)]
+            call = ExtensionCall(op, SimpleNamespace(**given))
+            work = *extension_work(call), sum(t.bytes for t in stands)
+            self.usage.kernels.append(Kernel(backend, op, stands[0].dtype, *work, launch=call, times=self.times))
             return out
 
         def launch(*args):
             outer = self.kind
-            with self.during(WORKSPACE), launching.pretended():
+            with self.during(WORKSPACE):
                 out = function(*args)
             self.hold(out, outer, instead_of=(WORKSPACE,))
             return out

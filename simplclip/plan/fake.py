@@ -12,7 +12,8 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 
-from simplclip.ops import distributed
+from simplclip.kernels import launch as launching
+from simplclip.ops import backends, distributed, registry
+from simplclip.plan.cards import CARDS, Card
 
 aten = torch.ops.aten
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
@@ -58,9 +61,12 @@ def fake_weights(modules: Iterable[nn.Module], fake: Callable[[Tensor], Tensor])
 
 
 @contextmanager
-def fake_step(mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
-    """Context in which values are read as 0, random generators have no state, and a card seems to exist."""
-    patches = [
+def fake_step(mode: FakeTensorMode, device: torch.device, card: Card | None = None) -> Iterator[None]:
+    """Context in which values are read as 0, random generators have no state, and a card seems to exist.
+
+    card: by default the device, if it is there, else an RTX 3090.
+    """
+    patches: list[tuple[Any, str, Any]] = [
         (FakeTensor, "tolist", lambda t: [0.0] * t.numel()),
         (torch, "get_rng_state", lambda: None),
         (torch, "set_rng_state", lambda state: None),
@@ -71,14 +77,42 @@ def fake_step(mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (F, "scaled_dot_product_attention", attention_of_card(F.scaled_dot_product_attention)),
+            (torch.cuda, "device_of", lambda *_: nullcontext()),
         ]
         if OLD:
             patches.append((torch, "addmm", product_of_card(torch.addmm)))
+        if card or not torch.cuda.is_available():
+            patches += _properties(card or CARDS["rtx-3090"])
+        _forget()
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         stack.enter_context(mode)
         yield
+    _forget()
+
+
+def _properties(card: Card) -> list[tuple[Any, str, Any]]:
+    """Returns patches that give launchers and backends a card's properties."""
+    capability = divmod(card.architecture, 10)
+    properties = SimpleNamespace(
+        major=capability[0], minor=capability[1], multi_processor_count=card.multiprocessors, total_memory=card.memory << 30,
+        L2_cache_size=card.l2 << 20, name="fake",
+    )  # fmt: skip
+    return [
+        (torch.cuda, "get_device_properties", lambda *_: properties),
+        (backends, "capability", lambda device: capability),
+        (backends, "_has_binary", lambda index: card.triton),
+    ]
+
+
+def _forget() -> None:
+    """Clears the caches of launchers, backends and selected functions, which hold properties of a device."""
+    registry._selected.clear()
+    for module in (launching, backends):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 def product_of_card(plain):

@@ -13,11 +13,11 @@ from pairs import call
 
 from benchmarks import steps
 from simplclip import models
-from simplclip.memory import fake, measure, plan
-from simplclip.memory.cards import parse_memory
-from simplclip.memory.count import UncountedOp
-from simplclip.memory.plan import GIB, Budget, largest, largest_micro_batch
-from simplclip.memory.step import TrainerStep, busiest_step, shapes_of
+from simplclip.plan import fake, measure, search
+from simplclip.plan.cards import GIB, parse_memory
+from simplclip.plan.count import UncountedOp
+from simplclip.plan.search import Budget, largest, largest_micro_batch
+from simplclip.plan.step import TrainerStep, busiest_step, shapes_of
 from simplclip.train import config, setup
 from simplclip.train.config import ConfigError
 from simplclip.train.objective import Objective
@@ -133,7 +133,7 @@ def test_micro_batches_that_do_not_run_change_nothing(tiny, monkeypatch):
     peak = lambda micro: predict(tiny, SIGMOID, f"data.micro_batch={micro}").peak  # noqa: E731
     shortened = [peak(24), peak(12)]
     assert shortened[1] < shortened[0]
-    monkeypatch.setattr(measure, "first_and_last", lambda backward: backward)
+    monkeypatch.setattr(measure, "first_and_last", lambda backward, repeat: backward)
     batches = TrainerStep.batches
     monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
     assert [peak(24), peak(12)] == pytest.approx(shortened, rel=1e-3)
@@ -201,7 +201,7 @@ def test_the_largest_batch(monkeypatch, peak, limit, most, peaks):
     """Few peaks are computed. Within a share of 0 the answer is exact, else near it, and known to fit."""
     sizes = range(1, (1 << 20) + 1)
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "WITHIN", 0)
+        patch.setattr(search, "WITHIN", 0)
         assert largest(peak, limit, sizes, start=8)[0] == most
     size, seen = largest(peak, limit, sizes, start=8)
     assert most / 1.05 - 1 <= size <= most
@@ -222,7 +222,7 @@ def test_memory_of_cards():
 @pytest.mark.slow
 def test_batches_that_fit(tiny, monkeypatch):
     """Of a run of epochs, whose data is elsewhere."""
-    monkeypatch.setattr(plan, "WITHIN", 0.25)  # fewer predictions
+    monkeypatch.setattr(search, "WITHIN", 0.25)  # fewer predictions
     changes = ("--set", "data.batch_size=64", "--set", "data.micro_batch=16", "--set", "run.epochs=3")
     result = call("plan", tiny, "--memory", "1200MiB", *changes, "--device", "cpu", "--json")
     answer = json.loads(result.stdout)
@@ -232,7 +232,7 @@ def test_batches_that_fit(tiny, monkeypatch):
     assert as_is["peak"] == predict(tiny, "data.batch_size=64", "data.micro_batch=16", precision=answer["precision"]).peak
     for row in (one_graph, cached):
         assert row["peak"] <= answer["usable"]
-    larger = f"data.batch_size={int((1 + plan.WITHIN) * one_graph['batch_size']) + 1}"
+    larger = f"data.batch_size={int((1 + search.WITHIN) * one_graph['batch_size']) + 1}"
     assert predict(tiny, larger, precision=answer["precision"]).peak > answer["usable"]
     assert cached["batch_size"] > 4 * one_graph["batch_size"]
     assert len(re.findall("pairs take", result.stderr)) <= 12  # predictions
@@ -241,7 +241,7 @@ def test_batches_that_fit(tiny, monkeypatch):
 @pytest.mark.slow
 @needs_cuda_build
 def test_a_step_that_does_not_fit(tiny, monkeypatch):
-    monkeypatch.setattr(plan, "WITHIN", 0.5)  # fewer predictions
+    monkeypatch.setattr(search, "WITHIN", 0.5)  # fewer predictions
     result = call("plan", tiny, "--memory", "1GiB", "--set", "data.batch_size=512")
     assert re.search(r"as configured +512 +all +0\.\d+ .* no\n", result.stdout)
     assert re.search(r"largest by gradient caching .* yes\n", result.stdout)
@@ -259,7 +259,7 @@ def test_the_largest_micro_batch(tiny, monkeypatch):
     usages = {micro: predict(tiny, "data.batch_size=24", f"data.micro_batch={micro}", "optim.ema=0.9") for micro in (4, 6)}
     assert largest_micro_batch(auto, CPU) is None
     predicted = mock.Mock(side_effect=measure.predict)
-    monkeypatch.setattr(plan, "predict", predicted)
+    monkeypatch.setattr(search, "predict", predicted)
     machine_with(sum(usage.peak for usage in usages.values()) // 2)
     assert largest_micro_batch(auto, CPU) == 4
     assert predicted.call_count <= 6
@@ -295,7 +295,7 @@ def test_what_is_not_on_this_machine_is_assumed(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory", "rtx-3091"], "memory: expected a size such as 24GiB or one of rtx-3090"),
+        (["--memory", "rtx-3091"], "memory: expected a size such as 24GiB or one of rtx-3060"),
         (["--memory", "1GiB"], "is a build without CUDA, which plans for a card need (the card itself is not"),
     ],
 )

@@ -13,13 +13,14 @@ import torch
 from simplclip import gradient_cache
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
-from simplclip.memory.count import Usage
-from simplclip.memory.measure import predict
-from simplclip.memory.step import TrainerStep
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE, STORE_BYTES
+from simplclip.plan.cards import CARDS, GIB
+from simplclip.plan.count import Usage
+from simplclip.plan.measure import predict
+from simplclip.plan.step import TrainerStep
+from simplclip.plan.time import StepTime, step_time
 from simplclip.train.config import Config, ConfigError
 
-GIB = 2**30
 WITHIN = 0.05  # the largest batch is found up to this share
 SMALL_MICRO_BATCH = 256  # if none is configured; a larger micro-batch leaves less memory for the loss
 MOST_PAIRS = 1 << 16  # of a search; CLIP was trained with 32,768
@@ -56,6 +57,7 @@ class Row:
     """A step of a plan. Sizes are bytes of torch's allocator; the plan's assumptions cover other memory.
 
     micro_batch: None: the whole batch. components: live bytes by kind at the peak. at_least: larger ones were not tried.
+    time: None without a card.
     """
 
     what: str
@@ -65,13 +67,18 @@ class Row:
     fits: bool
     components: dict[str, int] = field(default_factory=dict)
     at_least: bool = False
+    time: StepTime | None = None
+
+    @property
+    def images_per_s(self) -> float:
+        return 1e3 * self.batch_size / self.time.ms if self.time else 0.0
 
 
 class Planner:
     """Plans the steps of a config on a device, "cuda" or "cpu", with a budget; the device need not be there.
 
     config.data.micro_batch "auto" means the result of `micro_batch`. teacher_width: D̂ of the stored features, if the shards
-    are not on this machine. tell: gets a line after each prediction of a search.
+    are not on this machine. tell: gets a line after each prediction of a search. card: of CARDS, for times.
 
     Raises: ConfigError; InputError if torch is a build without CUDA; UncountedOp if the memory of an op cannot be predicted.
     """
@@ -83,6 +90,7 @@ class Planner:
         device: str = "cuda",
         teacher_width: int | None = None,
         tell: Callable[[str], object] = lambda line: None,
+        card: str | None = None,
     ) -> None:
         if device == "cuda" and torch.version.cuda is None:
             raise InputError(
@@ -92,10 +100,13 @@ class Planner:
         if config.run.steps is None:  # memory does not depend on steps, and the data to count may be elsewhere
             config = config.replaced(run={"steps": 1 << 30, "epochs": None})
         self.config, self.budget, self.tell = config, budget, tell
+        self.card = CARDS[card] if card else None
         self._usages: dict[tuple[int, Any], Usage] = {}  # by batch_size and micro_batch
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         if device == "cuda" and config.run.precision == "auto" and not torch.cuda.is_available():
-            self.precision, why = "bf16", "auto: cards since Ampere have native bf16"
+            native = self.card is None or self.card.triton
+            self.precision = "bf16" if native else "fp16"
+            why = "auto: cards since Ampere have native bf16" + ", this one is older" * (not native)
         else:
             self.precision, why = hardware.pick_precision(config.run.precision, self.device)
         self.step = TrainerStep(config, self.precision, teacher_width)
@@ -111,14 +122,14 @@ class Planner:
         if self.config.data.micro_batch == "auto":
             self.config = self.config.replaced(data={"micro_batch": self.micro_batch()})
         data = self.config.data
-        yield self._row("as configured", data.batch_size, data.micro_batch)
-        whole = self._largest("largest in one graph", None)
+        yield self.row("as configured", data.batch_size, data.micro_batch)
+        whole = self.largest("largest in one graph", None)
         yield whole
         if self.cacheable and whole.batch_size:
             images = data.images_at_a_time if data.micro_batch else min(SMALL_MICRO_BATCH, data.batch_size)
             if images >= whole.batch_size:  # which would leave no memory for a larger batch
                 images = max(1, whole.batch_size // 2)
-            yield self._largest("largest by gradient caching", images)
+            yield self.largest("largest by gradient caching", images)
 
     def micro_batch(self) -> int | None:
         """Returns the largest micro-batch whose step fits: a divisor of the batch, or None if the whole batch fits.
@@ -151,10 +162,10 @@ class Planner:
         config = self.step.config = self.config.replaced(data=data)
         size = config.data.batch_size, config.data.micro_batch
         if size not in self._usages:
-            self._usages[size] = predict(self.step, self.device)
+            self._usages[size] = predict(self.step, self.device, self.card)
         return self._usages[size]
 
-    def _largest(self, what: str, micro_batch: int | None) -> Row:
+    def largest(self, what: str, micro_batch: int | None) -> Row:
         """The largest batch that fits, a multiple of `micro_batch`."""
 
         def peak(pairs: int) -> int:
@@ -164,14 +175,20 @@ class Planner:
 
         unit = micro_batch or 1
         sizes = range(unit, MOST_PAIRS + 1, unit)
-        size, _ = largest(peak, self.budget.usable, sizes, start=16384 if micro_batch else 64)
+        known = {}
+        for (pairs, micro), usage in self._usages.items():
+            if micro == micro_batch and pairs in sizes:
+                known[pairs] = usage.peak
+        start = MOST_PAIRS if micro_batch else SMALL_MICRO_BATCH
+        size, _ = largest(peak, self.budget.usable, sizes, start=start, known=known)
         if not size:
             return Row(what, 0, micro_batch, 0, False)
-        return self._row(what, size, micro_batch, at_least=size == sizes[-1])
+        return self.row(what, size, micro_batch, at_least=size == sizes[-1])
 
-    def _row(self, what: str, size: int, micro_batch: Any, at_least: bool = False) -> Row:
+    def row(self, what: str, size: int, micro_batch: Any, at_least: bool = False) -> Row:
         usage = self.usage(batch_size=size, micro_batch=micro_batch)
-        return Row(what, size, micro_batch, usage.peak, usage.peak <= self.budget.usable, usage.at_peak, at_least)
+        time = step_time(usage.kernels, self.card) if self.card else None
+        return Row(what, size, micro_batch, usage.peak, usage.peak <= self.budget.usable, usage.at_peak, at_least, time)
 
 
 def _assumptions(budget: Budget, device: str) -> list[str]:
@@ -199,21 +216,26 @@ def largest_micro_batch(config: Config, device: torch.device, ranks: int = 1) ->
     return Planner(share, Budget.of(device), device.type).micro_batch()
 
 
-def largest(peak: Callable[[int], int], limit: int, sizes: Sequence[int], *, start: int) -> tuple[int, dict[int, int]]:
+def largest(
+    peak: Callable[[int], int], limit: int, sizes: Sequence[int], *, start: int, known: dict[int, int] | None = None
+) -> tuple[int, dict[int, int]]:
     """Returns the largest of the sizes with peak(size) <= limit, or 0, and all computed peaks.
 
     A larger one of the sizes may fit, but none that is larger by more than the share WITHIN. Peaks are nearly affine in the
     size, so that few are computed: where the line through the two nearest ones crosses the limit, one is tried just below
     the crossing and one above it. peak should not decrease with the size.
 
-    sizes: ascending. start: about the first size that is tried.
+    sizes: ascending. start: about the first size that is tried. known: peaks of some sizes, at best of several.
     """
-    seen: dict[int, int] = {}
+    seen = dict(known or {})
     low, high = -1, len(sizes)  # places of the largest size that fits, and of the smallest that does not
-    guess = float(start)
+    for size, taken in seen.items():
+        low, high = (max(low, sizes.index(size)), high) if taken <= limit else (low, min(high, sizes.index(size)))
+    guess = (1 - WITHIN / 4) * _crossing(seen, limit) if len(seen) > 1 else float(start)
+    few = len(seen) + 8
     while high - low > 1 and not (low >= 0 and high < len(sizes) and sizes[high] <= (1 + WITHIN) * sizes[low]):
         place = min(max(bisect_right(sizes, guess) - 1, low + 1), high - 1)
-        if len(seen) > 8:  # the line is a poor guide, as where peaks hardly grow
+        if len(seen) > few:  # the line is a poor guide, as where peaks hardly grow
             place = (low + high) // 2
         size = sizes[place]
         seen[size] = peak(size)

@@ -11,8 +11,8 @@ from traces import names, trace
 
 import simplclip
 from benchmarks.measure import cpu_peak_bytes
-from simplclip.memory.count import WORKSPACE
 from simplclip.ops import backends
+from simplclip.plan.count import WORKSPACE
 
 OF_THE_TEST = 3  # kernels of the test: the sum of the results, and its gradient
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -94,7 +94,7 @@ def test_tensors_of_more_than_2_to_the_31_elements():
     shapes = {"x": (1100000, 512), "fc1_weight": (2048, 512), "fc2_weight": (512, 2048)}
     mlp = Call("parallel_mlp", {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, {})
     steps, started, _ = traced(mlp)
-    numbers = [[n for n in step.launch.args if isinstance(n, int)] for step in steps if step.kind == "triton"]
+    numbers = [[n for n in step.launch.args if isinstance(n, int)] for step in steps if step.by == "triton"]
     assert max(count for count, *others in numbers if not others) <= 8 << 20  # elements of a chunk
     assert started["parallel_mlp_hidden"] == 1
 

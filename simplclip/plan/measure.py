@@ -1,4 +1,4 @@
-"""The memory of a step, predicted on fake tensors."""
+"""One run of a step on fake tensors, which predicts its memory and counts its kernels."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from simplclip import gradient_cache
-from simplclip.memory import fake
-from simplclip.memory.count import Counter, Usage
-from simplclip.memory.step import Step, first_and_last
+from simplclip.plan import fake
+from simplclip.plan.cards import Card
+from simplclip.plan.count import Counter, Usage
+from simplclip.plan.step import Step, first_and_last
 
 
-def predict(step: Step, device: torch.device) -> Usage:
-    """Predicts the memory that `step` takes on `device`, where the optimizer's state exists already."""
+def predict(step: Step, device: torch.device, card: Card | None = None) -> Usage:
+    """Predicts what `step` takes on `device`, where the optimizer's state exists already. card: as for `fake_step`."""
     step = copy.copy(step)  # what `place` makes is of this run
     # Fallback kernels would run ops that have no fake implementation on real tensors.
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(real=False))
     engine = fake.Engine(lambda gradient: counter.hold(gradient, "gradients"))
-    shortened = mock.patch.object(gradient_cache, "backward", first_and_last(gradient_cache.backward))
+    shortened = mock.patch.object(gradient_cache, "backward", first_and_last(gradient_cache.backward, counter.repeat))
     with fake.fake_weights(step.modules, fake.faker(mode, device)):
         counter.hold(_weights(step), "parameters")
         counter.hold(batches, "batch")
-        with fake.fake_step(mode, device), engine.installed(), shortened, counter.counting():
+        with fake.fake_step(mode, device, card), engine.installed(), shortened, counter.counting():
             step.place(device, counter.during)
             counter.hold(_weights(step), "parameters")
             counter.hold(step.averages, "averages")
             _make_state(step.optimizer, counter)
+            counter.usage.kernels.clear()
             step.run(batches)
     return counter.usage
 

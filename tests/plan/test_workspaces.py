@@ -14,11 +14,11 @@ from memory_calls import SIMILARITY, attention_call, forward_and_backward, mlp_c
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import cpu_peak_bytes
-from simplclip.memory.count import UncountedOp, workspace_bytes
 from simplclip.ops import backends, registry
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.calls import flat, schema_of
 from simplclip.ops.mlp.call import HiddenGradient
+from simplclip.plan.count import UncountedOp, workspace_bytes
 
 SCALARS = 64  # bytes of results that are made after the peak
 # The copies of oneDNN in products of half types are not stated; this bounds them for one thread.

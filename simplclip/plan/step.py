@@ -165,23 +165,27 @@ def busiest_step(config: Config) -> int:
     return max((step for step in turns if step < steps), key=lambda step: sum(s.at(step, steps) > 0 for s in schedules))
 
 
-def first_and_last(backward: Callable) -> Callable:
+def first_and_last(backward: Callable, repeat: Callable[[int], None]) -> Callable:
     """Wraps `gradient_cache.backward`, with a mapping of towers, to encode the first and the last micro-batch of each alone.
 
     Those between them would take the same memory as the first one; their features are empty tensors of the right shape.
+    repeat: called before each encoding with the number of micro-batches that it stands for.
     """
 
     def run(encode: dict[str, Callable], micro_batches: dict[str, list[Batch]], loss: Callable, **options: Any) -> Any:
-        encoders = {tower: _encoder(tower, encode[tower], micro_batches[tower][1:-1]) for tower in encode}
+        encoders = {tower: _encoder(tower, encode[tower], micro_batches[tower], repeat) for tower in encode}
         return backward(encoders, micro_batches, loss, **options)
 
     return run
 
 
-def _encoder(tower: str, encode: Callable, skipped: list[Batch]) -> Callable:
+def _encoder(tower: str, encode: Callable, micro_batches: list[Batch], repeat: Callable[[int], None]) -> Callable:
     kind: list[Any] = []  # width, dtype and device of the features
+    first, *skipped = micro_batches[:-1] or micro_batches
+    times = sum(len(batch[tower]) for batch in (first, *skipped)) // len(first[tower])
 
     def run(batch: Batch) -> Tensor:
+        repeat(times if batch is first else 1)
         if any(batch is other for other in skipped):
             rows = batch[tower].shape[: 1 if tower == "image" else -1].numel()
             width, dtype, device = kind

@@ -1,0 +1,268 @@
+"""The kernels that an op of torch starts on a card, with their multiply-adds and bytes, from shapes and strides alone.
+
+The work of a kernel has two kinds, for which time.py has rates: of its multiply-adds (`rate`) and of its bytes (`traffic`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+Touched = tuple[int, int]  # the number of a storage, and its bytes that are accessed
+
+
+@dataclass
+class Stand:
+    """A stand-in for a tensor with all that Triton and the predictions read of it. It does not keep the tensor alive."""
+
+    dtype: torch.dtype
+    shape: Sequence[int]
+    strides: Sequence[int]
+    storage: int
+    allocated: int = 0  # bytes of the storage
+    at: int = 0  # bytes before the first element
+
+    @classmethod
+    def of(cls, tensor: Tensor, storage: int) -> Stand:
+        at, size = int(tensor.storage_offset()) * tensor.itemsize, tensor.untyped_storage().nbytes()
+        return cls(tensor.dtype, tensor.shape, tensor.stride(), storage, size, at)
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes that are accessed; an expanded dimension is read once."""
+        return math.prod(n for n, step in zip(self.shape, self.strides) if step or not n) * self.itemsize
+
+    @property
+    def order(self) -> list[int]:
+        """The dimensions, the one of adjacent elements first."""
+        dims = [i for i, n in enumerate(self.shape) if n > 1]
+        return sorted(dims, key=lambda i: self.strides[i])
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether an image [N, C, H, W] has its channels next to each other."""
+        return math.prod(self.shape[2:]) == 1 or self.strides[1] == 1 < self.shape[1]
+
+    def touched(self) -> Touched:
+        return self.storage, self.bytes
+
+    def stride(self) -> Sequence[int]:
+        return self.strides
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def data_ptr(self) -> int:
+        return self.at
+
+    def ptr_range(self) -> int:
+        return 0
+
+
+@dataclass
+class Kernel:
+    """One kernel, or a wait of the host for a value."""
+
+    by: str  # "torch", "triton", "cuda" or "host"
+    name: str
+    dtype: torch.dtype | None = None
+    rate: str = "product"
+    multiply_adds: int = 0
+    traffic: str = "elementwise"
+    bytes: int = 0  # what it reads, each tensor once, and what it writes
+    launch: Any = None  # Launch or ExtensionCall, for kernels of this library
+    times: int = 1
+
+
+@dataclass
+class Launch:
+    """A kernel that a launcher of Triton started, and its arguments."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ExtensionCall:
+    """A call of a function of the CUDA extension: its op, and its fields with a Stand for each tensor."""
+
+    op: str
+    call: Any
+
+
+PRODUCTS = ("linear", "mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "dot", "vdot")
+NO_KERNEL = (
+    "empty", "new_empty", "resize_", "set_", "record_stream", "_unsafe_view", "_reshape_alias", "lift_fresh", "prim",
+    "as_strided_",
+)  # fmt: skip
+COPIES = ("clone", "copy_", "_to_copy", "contiguous")
+# Ops that write some elements from others, by the beginnings of their names.
+MOVES = (
+    "cat", "stack", "roll", "constant_pad_nd", "index", "_index", "_unsafe_index", "gather", "unbind_copy", "im2col",
+    "col2im", "repeat", "flip", "slice_scatter", "select_scatter", "as_strided_scatter", "pixel_", "reflection_pad",
+    "upsample", "embedding", "split_with_sizes_copy", "scatter",
+)  # fmt: skip
+REDUCTIONS = ("sum", "mean", "var", "std", "amax", "amin", "argmax", "linalg_vector_norm", "_foreach_norm")
+NORMS = ("batch_norm", "layer_norm", "group_norm")
+
+
+def started_by(op: Any) -> tuple[str, bool]:
+    """Returns the name of an op of torch, without "aten::" and the overload, and whether it starts kernels."""
+    name = op.name().removeprefix("aten::").split(".")[0]
+    changed = [a.alias_info for a in op._schema.arguments if a.alias_info is not None]
+    view = bool(changed) and not any(a.is_write for a in changed)
+    return name, not view and not name.startswith(NO_KERNEL)
+
+
+def kernels_of(name: str, args: Sequence[Any], options: dict[str, Any], results: list[Stand]) -> list[Kernel]:
+    """Returns the kernels of torch's op `name`, without "aten::". args, options: its arguments, with Stands for tensors."""
+    if name in ("convolution", "convolution_backward"):
+        return _convolutions(name, args, results)
+    given = [t for t in tree_leaves((args, options)) if isinstance(t, Stand)]
+    if name in PRODUCTS:
+        return [_product(name, given, results[0])]
+    if name.startswith("_") and "attention" in name:
+        return [_attention(name, given, results)]
+    backward = " backward" if "backward" in name else ""
+    large = max((*given, *results), key=lambda t: t.elements)
+    read, written, times, traffic = _bytes(given), _bytes(results), 1, "elementwise"
+    if any(norm in name for norm in NORMS):
+        traffic = "norm" + backward
+        statistics = "group" in name or name.endswith("batch_norm") and args[5]  # which need a pass of their own
+        if backward or statistics:
+            read += _bytes([t for t in given if t.elements == large.elements])
+    elif "softmax" in name:
+        traffic = "norm"
+    elif "pool" in name:
+        traffic = "pool" + backward
+    elif name in ("slice_backward", "select_backward"):  # zeros and a copy
+        return [Kernel("torch", name, large.dtype, bytes=b) for b in (written, 2 * read)]
+    elif name in ("fill_", "zero_"):
+        read = 0
+    elif name in COPIES and given:
+        source, target = given[-1], results[0] if results else given[0]
+        read, traffic = source.bytes, "elementwise" if source.order[:1] == target.order[:1] else "transposed"
+    elif name.startswith(MOVES):
+        traffic, times = "moves", 2 if name == "unbind_copy" else 1
+        if not name.startswith(("cat", "stack")):
+            read = min(read, 2 * written)  # of a table only the rows that are taken
+    elif name in ("max", "min", "all", "any") or name.startswith(REDUCTIONS):
+        traffic = "reduction"
+    elif len({tuple(t.order) for t in given if t.elements == large.elements}) > 1:
+        traffic = "transposed"
+    return [Kernel("torch", name, large.dtype, traffic=traffic, bytes=read + written, times=times)]
+
+
+def _bytes(tensors: list[Stand]) -> int:
+    """The bytes of the tensors, of which those that share a storage count once."""
+    sizes: dict[int, int] = {}
+    for t in tensors:
+        sizes[t.storage] = max(sizes.get(t.storage, 0), t.bytes)
+    return sum(sizes.values())
+
+
+def _whole(n: int) -> int:
+    """n rounded up to a multiple of 8: tensor cores multiply no fewer channels."""
+    return n + -n % 8
+
+
+def _product(name: str, given: list[Stand], out: Stand) -> Kernel:
+    first = int(name.startswith(("add", "badd")))  # these ops add their first input
+    left, right = given[first : first + 2]  # mm.out has `out` last, linear its bias
+    used = _bytes([left, right, out]) + (0 if not first or given[0].elements < out.elements else given[0].bytes)
+    work = out.elements // max(1, math.prod(out.shape[-2:]))
+    for n in (*out.shape[-2:], left.shape[-1]):
+        work *= _whole(n) if left.dim() > 1 else n
+    return Kernel("torch", name, left.dtype, "product", work, "product", used)
+
+
+def _attention(name: str, given: list[Stand], results: list[Stand]) -> Kernel:
+    """Two products of [L, L, K] for each head, five backward."""
+    backward = "backward" in name
+    q, k = given[backward : backward + 2]
+    work = 0
+    if q.dim() == 4:  # packed sequences [T, H, K] have lengths in values, so that no work is counted
+        tokens = 2 if name.startswith("_scaled") else 1  # [B, H, L, K] or [B, L, H, K]
+        work = (5 if backward else 2) * q.elements * k.shape[tokens]
+    rate = "attention backward" if backward else "attention"
+    return Kernel("torch", name, q.dtype, rate, work, "product", _bytes(given) + _bytes(results))
+
+
+def _convolutions(name: str, args: Sequence[Any], results: list[Stand]) -> list[Kernel]:
+    if name == "convolution":
+        x, weight, bias, _, _, _, transposed, _, groups = args
+        return [_convolution(name, x, weight, results[0], transposed, groups, "")] + _added(bias, results[0])
+    gradient, x, weight, _, _, _, _, transposed, _, groups, wanted = args
+    kernels = [_convolution(name, x, weight, gradient, transposed, groups, " backward") for _ in range(sum(wanted[:2]))]
+    if wanted[2]:
+        kernels.append(Kernel("torch", name, gradient.dtype, traffic="reduction", bytes=gradient.bytes))
+    return kernels
+
+
+def _convolution(name: str, x: Stand, weight: Stand, y: Stand, transposed: bool, groups: int, direction: str) -> Kernel:
+    """One of a convolution's kernels, each of which touches images, weights and results, for as many multiply-adds."""
+    shape, taps = weight.shape[:2], math.prod(weight.shape[2:])
+    inputs, outputs = (shape[1], shape[0] // groups) if not transposed else (shape[0] // groups, shape[1])
+    positions = (x if transposed else y).elements // (x if transposed else y).shape[1]
+    layout = "" if x.channels_last else " nchw"
+    if groups == 1:
+        kind = "stem" if inputs <= 4 else "pointwise" if taps == 1 else "dense"
+    else:
+        kind = "depthwise" if inputs == 1 else "grouped"
+    work = positions * groups * taps * inputs * outputs
+    if kind not in ("stem", "depthwise"):
+        work = positions * groups * taps * _whole(inputs) * _whole(outputs)
+    traffic = kind if kind in ("depthwise", "grouped") else "convolution"
+    rate = kind if kind == "stem" else kind + direction + layout
+    return Kernel("torch", name, x.dtype, rate, work, traffic + direction + layout, _bytes([x, weight, y]))
+
+
+def _added(bias: Stand | None, y: Stand) -> list[Kernel]:
+    """The addition of a bias, which torch runs after a convolution of cuDNN."""
+    return [] if bias is None else [Kernel("torch", "bias", y.dtype, bytes=2 * y.bytes)]
+
+
+CUDA_PRODUCTS = {"shaped_attention_fwd": 2, "shaped_attention_bwd": 5}  # of [L, L, K] for each head
+
+
+def extension_work(started: ExtensionCall) -> tuple[str, int, str]:
+    """Returns rate, multiply-adds and traffic of a call of the library's C++ or CUDA functions."""
+    if started.op not in CUDA_PRODUCTS:
+        return "own", 0, "own"
+    batch, length, heads, width = started.call.q.shape
+    return "own", CUDA_PRODUCTS[started.op] * batch * heads * length**2 * width, "own"
+
+
+def launch_work(name: str, launch: Launch) -> tuple[str, int, str, int]:
+    """Returns rate, multiply-adds, traffic and bytes of a Triton kernel of the library."""
+    given = {**dict(zip(launch.kernel.arg_names, launch.args)), **launch.options}
+    moved = sum(t.bytes for t in tree_leaves(list(given.values())) if isinstance(t, Stand))
+    if name == "parallel_mlp_hidden":
+        return "own", given["grad"].elements * given["h"].shape[1], "own", moved
+    if "TILE" not in given:
+        return "own", 0, "own", moved
+    # A kernel of similarities: forward takes some rows of the matrix, backward a block of it, which it may write.
+    if "row_count" in given:
+        rows, columns = given["row_count"], given["m"]
+    else:
+        rows, columns = given["row_blocks"] * given["TILE"].BLOCK_M, given["column_blocks"] * given["TILE"].BLOCK_N
+    width, itemsize = given["width"] + given.get("teacher_width", 0), given["image"].itemsize
+    out = given.get("out")
+    written = itemsize * rows * columns if out is not None and out.elements else 0
+    return "own", rows * columns * width, "own", itemsize * (rows + columns) * width + written

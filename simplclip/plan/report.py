@@ -1,0 +1,210 @@
+"""The command `simplclip plan`: a plan as a table that grows row by row, what the run takes, or a row for each card."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from simplclip import data
+from simplclip.common.errors import UserError
+from simplclip.models.trained import image_transform, tokenizer
+from simplclip.plan.cards import CARDS, GIB, Card
+from simplclip.plan.count import WEIGHTS
+from simplclip.plan.search import Budget, Planner, Row, gib
+from simplclip.plan.time import FITTED, HELD_OUT, HOST_MS, StepTime, column, step_time
+from simplclip.train.config import Config
+
+COLUMNS = ("peak", "weights", "activations", "loss", "other")  # in GiB
+ASSUMED_RATE = 300  # images a second that a worker decodes, unless measured
+SECONDS = 3.0  # of that measurement
+
+
+def run(
+    config: Config,
+    memory: int,
+    card: str | None = None,
+    *,
+    device: str = "cuda",
+    teacher_width: int | None = None,
+    pairs: int | None = None,
+    as_json: bool = False,
+) -> None:
+    """Prints the plan for `memory` bytes, and its progress to stderr. In JSON sizes are in bytes. Raises as `Planner`.
+
+    card: of CARDS, for times; a CPU has none. pairs: of an epoch; None: as the config or the shards say.
+    """
+    card = card if device == "cuda" else None
+    planner = Planner(config, Budget(memory), device, teacher_width, _tell, card)
+    budget = planner.budget
+    if as_json:
+        values: dict[str, Any] = {"model": config.model.name, "precision": planner.precision, "device": device, "card": card}
+        values |= {"memory": budget.memory, "usable": budget.usable, "rows": [asdict(row) for row in planner.rows()]}
+        print(json.dumps(values | {"assumptions": planner.assumptions}, indent=2))
+        return
+    print(f"{config.model.name}, {planner.precision}, {card or device}: {gib(budget.usable)} usable of {gib(budget.memory)}; "
+          "sizes in GiB at the peak, with\nweights: parameters, their gradients, averages and optimizer state\n")  # fmt: skip
+    times = "".join(f"{name:>11}" for name in ("ms likely", "at least", "images/s")) if card else ""
+    print(f"{'step':<28}{'pairs':>8} {'at a time':>10}" + "".join(f"{name:>12}" for name in COLUMNS) + "  fits" + times)
+    rows = []
+    for row in planner.rows():
+        rows.append(row)
+        print(line(row), flush=True)
+    print()
+    if card:
+        for topic, text in answers(config, planner, rows, pairs):
+            print(f"{topic:<11}{text}")
+    measured = "nothing of this model: predicted from fake tensors" + ", no step ran on a GPU" * (device == "cuda")
+    print(f"measured   {measured}")
+    for assumption in planner.assumptions:
+        print(f"assumed    {assumption}")
+
+
+def _tell(line: str) -> None:
+    print(f"    {line}", file=sys.stderr, flush=True)
+
+
+def line(row: Row) -> str:
+    """Returns a row of the table."""
+    pairs, at_a_time = f"{row.batch_size:,}" + "+" * row.at_least, f"{row.micro_batch:,}" if row.micro_batch else "all"
+    parts = {name: row.components.get(name, 0) for name in ("activations", "loss")}
+    sizes: dict[str, int] = {"peak": row.peak, "weights": sum(row.components.get(kind, 0) for kind in WEIGHTS), **parts}
+    sizes["other"] = row.peak - sizes["weights"] - sum(parts.values())
+    cells = "".join(f"{sizes[name] / GIB:>12.2f}" for name in COLUMNS)
+    times = (
+        f"{row.time.ms:>{15 - len('yes' if row.fits else 'no')},.0f}{row.time.least:>11,.0f}{row.images_per_s:>11,.0f}"
+        if row.time
+        else ""
+    )
+    return f"{row.what:<28}{pairs:>8} {at_a_time:>10}{cells}  {'yes' if row.fits else 'no'}{times}"
+
+
+def answers(config: Config, planner: Planner, rows: list[Row], pairs: int | None) -> Iterator[tuple[str, str]]:
+    """Yields what the run takes on a card, each line with its topic."""
+    row = chosen(planner, rows)
+    if row is None:
+        yield "run", "no step fits; a smaller model, or frozen parts, may"
+        return
+    yield "run", f"of {row.batch_size:,} pairs, {row.micro_batch or 'all'} at a time: {_hours(config, row, pairs)}"
+    yield "bound by", bounds(row.time)
+    rate = loader_rate(config)
+    worker = rate or ASSUMED_RATE
+    how = f"{worker:,.0f} images/s a worker, " + (
+        "measured here on its shards" if rate else "assumed: its shards are not here"
+    )
+    yield "loader", f"{math.ceil(row.images_per_s / worker)} workers for {row.images_per_s:,.0f} images/s ({how})"
+    yield "error", errors(planner.card)
+    micro = row.micro_batch or "null"
+    yield "paste", f"--set data.batch_size={row.batch_size} --set data.micro_batch={micro}"
+
+
+def chosen(planner: Planner, rows: list[Row]) -> Row | None:
+    """Returns the fastest step of the configured batch that fits, else of the largest batch that fits; None if none does."""
+    configured, whole, *cached = rows
+    size = planner.config.data.batch_size
+    if configured.micro_batch is None or size > whole.batch_size:
+        steps = [configured, *cached, whole]
+    else:
+        steps = [planner.row("in one graph", size, None), configured]
+    if cached and cached[0].batch_size >= size and not configured.fits:
+        micro = next(n for n in range(cached[0].micro_batch, 0, -1) if size % n == 0)
+        steps = [planner.row("by gradient caching", size, micro), *steps]
+    return next((row for row in steps if row.fits and row.batch_size), None)
+
+
+def _hours(config: Config, row: Row, pairs: int | None) -> str:
+    """Returns the hours of an epoch and of the run."""
+    try:
+        pairs = pairs or config.data.samples or data.dataset_size(config.data.train)
+    except (UserError, OSError):
+        pairs = None
+    epoch = (
+        f"an epoch of {pairs:,} pairs takes {_time(pairs / row.images_per_s)}"
+        if pairs
+        else "the pairs are not here (--pairs)"
+    )
+    if config.run.epochs is None:
+        steps, why = config.run.steps, f"{config.run.steps:,} steps"
+    elif pairs:
+        steps, why = round(config.run.epochs * pairs / row.batch_size), f"{config.run.epochs:g} epochs"
+    else:
+        return epoch
+    return f"{epoch}, the run of {why} {_time(steps * row.time.ms / 1e3)}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
+
+
+def bounds(step: StepTime) -> str:
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in step.shares.items())
+    host = f"the host starts {step.launches:,} kernels in {step.host:,.0f} ms, at {1e3 * HOST_MS:.0f} µs each (assumed)"
+    slow = "; the host bounds the step" if step.host > step.likely else ""
+    return f"{shares}; of all {step.own / step.likely:.0%} in this library's kernels; {host}{slow}"
+
+
+def errors(card: Card) -> str:
+    """Returns how well other models were predicted: trained on a 3090, and in inference on a card like this one."""
+    parts = []
+    for mode, what, place in (("train", "trained", 0), ("infer", "in inference", column(card))):
+        median, within = (HELD_OUT[f"{mode} {name}"][place] for name in ("median_error", "within_35"))
+        parts.append(f"{what} on an {FITTED[place]}, half to {median:.0%}, {within:.0%} of them to 35%")
+    return f"timm's models were predicted, {'; '.join(parts)} (docs/plan.md)"
+
+
+def loader_rate(config: Config) -> float | None:
+    """Measures how many images of the run's shards this process decodes in a second; None if they are not here."""
+    c = config.data
+    try:
+        loader = data.Loader(
+            c.train,
+            tokenizer=tokenizer(config.model.model_dump()),
+            transform=image_transform(config.model.model_dump(), train=True, augment=c.augment),
+            batch_size=8,
+            captions_per_image=c.captions_per_image,
+            shuffle_buffer=8,
+        )
+        batches = iter(loader)
+        next(batches)
+        images, start = 0, time.perf_counter()
+        while time.perf_counter() - start < SECONDS:
+            images += len(next(batches)["key"])
+        return images / (time.perf_counter() - start)
+    except (UserError, OSError, ValueError):
+        return None
+
+
+def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | None = None) -> None:
+    """Prints a row for each card but those without Triton. The kernels are those that start on an RTX 3090."""
+    planner = Planner(config, Budget(CARDS["rtx-3090"].memory * GIB), "cuda", teacher_width, _tell, "rtx-3090")
+    size, micro = config.data.batch_size, config.data.micro_batch
+    if micro == "auto":
+        micro = planner.micro_batch()
+    usage = planner.usage(batch_size=size, micro_batch=micro)
+    print(f"{config.model.name}, {planner.precision}; the run: {size:,} pairs, {micro or 'all'} at a time\n")
+    heads = ("largest in one graph", "its images/s", "the run fits", "its images/s", "its hours")
+    print(f"{'card':<20}{'GiB':>4}" + "".join(f"{name:>22}" for name in heads))
+    for name, card in CARDS.items():
+        if not card.triton:
+            continue
+        planner.budget, planner.card = Budget(card.memory * GIB), card
+        whole = planner.largest("largest in one graph", None)
+        step = Row(
+            "as configured", size, micro, usage.peak, usage.peak <= planner.budget.usable, time=step_time(usage.kernels, card)
+        )
+        steps = config.run.steps or round(config.run.epochs * (pairs or config.data.samples or 0) / size)
+        hours = f"{steps * step.time.ms / 3.6e6:,.1f}" if steps else "(--pairs)"
+        cells = (
+            f"{whole.batch_size:,}",
+            f"{whole.images_per_s:,.0f}",
+            "yes" if step.fits else "no",
+            f"{step.images_per_s:,.0f}",
+            hours,
+        )
+        known = "" if name in FITTED else "  *"
+        print(f"{name:<20}{card.memory:>4}" + "".join(f"{cell:>22}" for cell in cells) + known, flush=True)
+    print("\n* at the efficiency of a card that others measured, of the nearest architecture")

@@ -1,0 +1,193 @@
+"""benchmarks.cards: kernels of known size, the fit and its constants, and the command line."""
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from devices import needs_triton
+
+from benchmarks.cards import chart
+from benchmarks.cards.__main__ import CHART, SELECTION, grouped, main
+from benchmarks.cards.bound import lower_bound
+from benchmarks.cards.fit import Measured, fit
+from benchmarks.cards.models import kernels
+from benchmarks.results_file import RESULTS, ROOT, read_csv
+from simplclip.plan import time
+from simplclip.plan.cards import CARDS, named
+from simplclip.plan.kernels import ExtensionCall, Kernel, Stand, extension_work, kernels_of
+from simplclip.plan.time import CLOCK, LAUNCH_MS, step_time
+
+CARD = CARDS["rtx-3090"]
+half = torch.float16
+
+
+def test_the_longest_of_products_bytes_and_launch_counts():
+    """Three kernels, each bound by another of the three, one of them twice, and a copy from the host."""
+    q = torch.empty(2, 77, 8, 64, device="meta")
+    attention = extension_work(ExtensionCall("shaped_attention_bwd", SimpleNamespace(q=q)))
+    started = [
+        Kernel("torch", "mm", half, "product", 10**12, "product", 3 * 10**6),
+        Kernel("torch", "add", torch.float32, bytes=2 * 10**9, times=2),
+        Kernel("cuda", "attention", half, *attention),
+        Kernel("host", "copy"),
+    ]
+    rows, total = lower_bound(started, CARD)
+    ms = [2e12 / CARD.half / 1e9 / CLOCK, 2 * (2e9 - 2 * (6 << 20)) / CARD.bandwidth / 1e6, LAUNCH_MS]
+    assert {row["kernel"]: row["ms"] for row in rows} == pytest.approx(dict(zip(("mm", "add", "attention"), ms)))
+    assert next(row["gflop"] for row in rows if row["by"] == "cuda") == pytest.approx(5 * 2e-9 * 2 * 8 * 77**2 * 64)
+    assert total["predicted_ms"] == pytest.approx(sum(ms), abs=1e-4)
+    assert (total["bound"], total["bytes"]) == ("products", 3 * 10**6 + 4 * 10**9)
+    assert (total["launches"], total["own_kernels"], total["torch_kernels"], total["host_copies"]) == (4, 1, 3, 1)
+    step = step_time(started, CARD)
+    assert step.least == pytest.approx(total["predicted_ms"], abs=1e-4)
+    assert step.likely > step.least
+    assert sum(step.shares.values()) == pytest.approx(1)
+    assert (step.launches, step.shares["convolutions"]) == (4, 0)
+    assert 0 < step.own < 0.1
+
+
+def image(*shape: int, last: bool = False, storage: int = 0) -> Stand:
+    n, c, h, w = shape
+    return Stand(half, shape, (c * h * w, 1, w * c, c) if last else (c * h * w, h * w, w, 1), storage)
+
+
+@pytest.mark.parametrize(
+    ("groups", "taps", "rate", "work"),
+    [
+        (1, 3, "dense", 2 * 64 * 9 * 16 * 32),
+        (1, 1, "pointwise", 2 * 64 * 16 * 32),
+        (2, 3, "grouped", 2 * 64 * 2 * 9 * 8 * 16),
+        (16, 3, "depthwise", 2 * 64 * 32 * 9),
+    ],
+)
+@pytest.mark.parametrize("last", [True, False])
+def test_convolutions(groups, taps, rate, work, last):
+    """Multiply-adds by groups; backward has a kernel for the images and one for the weights, each with forward's work."""
+    x, y = image(2, 16, 8, 8, last=last), image(2, 32, 8, 8, last=last, storage=1)
+    weight = Stand(half, (32, 16 // groups, taps, taps), (16 // groups * taps**2, taps**2, taps, 1), 2)
+    layout = "" if last else " nchw"
+    (kernel,) = kernels_of("convolution", (x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], groups), {}, [y])
+    assert (kernel.rate, kernel.multiply_adds) == (rate + layout, work)
+    assert kernel.bytes == x.bytes + y.bytes + weight.bytes
+    arguments = (y, x, weight, [32], [1, 1], [1, 1], [1, 1], False, [0, 0], groups, [True, True, False])
+    backward = kernels_of("convolution_backward", arguments, {}, [x, weight])
+    assert [(k.rate, k.multiply_adds) for k in backward] == [(f"{rate} backward{layout}", work)] * 2
+
+
+def test_bytes_of_ops():
+    x, y, weight = image(2, 16, 8, 8), image(2, 16, 8, 8, storage=1), Stand(torch.float32, (16,), (1,), 2)
+    of = lambda *call: [(k.traffic, k.bytes) for k in kernels_of(*call)]  # noqa: E731
+    assert of("relu_", (x,), {}, [x]) == [("elementwise", 2 * x.bytes)]
+    assert of("mul", (x, x), {}, [y]) == [("elementwise", 2 * x.bytes)]
+    assert of("copy_", (y, x), {}, [y]) == [("elementwise", 2 * x.bytes)]
+    assert of("clone", (image(2, 16, 8, 8, last=True),), {}, [y]) == [("transposed", 2 * x.bytes)]
+    statistics = lambda training: (x, weight, weight, weight, weight, training, 0.1, 1e-5)  # noqa: E731
+    assert of("cudnn_batch_norm", statistics(False), {}, [y]) == [("norm", 2 * x.bytes + 64)]
+    assert of("cudnn_batch_norm", statistics(True), {}, [y]) == [("norm", 3 * x.bytes + 64)]
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_kernels_of_a_model(layout):
+    """ResNet-18's multiply-adds are known: 1.81 billion an image forward. Backward has twice as many, but for the images."""
+    work = {}
+    for mode in ("infer", "train"):
+        counted = kernels("resnet18", 8, 224, mode, layout)
+        work[mode] = sum(k.multiply_adds * k.times for k in counted) / 8 / 1.814e9
+        convolutions = {k.rate for k in counted if "convolution" in k.name and k.multiply_adds} - {"stem"}
+        assert all(("nchw" in rate) == (layout == "nchw") for rate in convolutions)
+    assert work["infer"] == pytest.approx(1, abs=0.01)
+    assert work["train"] == pytest.approx(3 - 0.118 / 1.814, abs=0.01)
+
+
+def test_a_fit_finds_the_shares_of_made_steps():
+    """Of three kinds of kernels on two cards, from steps of which each has some of all."""
+    shares = {"rtx-3090": (0.9, 0.5, 0.8), "rtx-4090": (0.8, 0.4, 0.7)}
+    steps = []
+    for card, (dense, depthwise, bytes_) in shares.items():
+        for a in range(1, 5):
+            for b in range(1, 5):
+                made = [
+                    Kernel("torch", "convolution", half, "dense", a * 10**12, "convolution", 1),
+                    Kernel("torch", "convolution", half, "depthwise", b * 10**12, "depthwise", 1),
+                    Kernel("torch", "add", half, bytes=(5 - a) * 10**10),
+                ]
+                parts = [max(time.at_rates(k, CARDS[card])) / share for k, share in zip(made, (dense, depthwise, bytes_))]
+                steps.append(Measured(card, "train", "nhwc", "made", 1, 1, sum(parts), made))
+    fitted = fit(steps)
+    for step in steps:
+        assert fitted.ms(step) == pytest.approx(step.ms, rel=0.05)
+    assert fitted.rates["dense"][:2] == pytest.approx((0.9, 0.8), abs=0.08)
+    slower = [replace(step, ms=2 * step.ms) for step in steps]
+    assert math.isclose(fit(slower).ms(slower[0]) / fitted.ms(steps[0]), 2, rel_tol=0.1)
+
+
+def test_the_constants_are_those_of_the_result_file():
+    constants = {"rate": time.RATES, "traffic": time.TRAFFIC, "launch": {"ms": time.LAUNCHES_MS}, "held out": time.HELD_OUT}
+    rows = read_csv(max(RESULTS.glob("cards-fit-*.csv")))
+    of_file = {name: {} for name in constants}
+    for row in rows:
+        of_file[row["of"]][row["kind"]] = tuple(float(row[card]) if row[card] else None for card in time.FITTED)
+    assert of_file == constants
+
+
+def test_the_result_file_and_its_chart():
+    """Of the selection, as accurate as is aimed at on each card, by the constants that were fitted to it."""
+    path = max(RESULTS.glob("cards-2*.csv"))
+    rows = read_csv(path)
+    assert [[row[name] for name in ("model", "card", "mode", "ms")] for row in rows] == [
+        [row[name] for name in ("model", "card", "mode", "ms")] for row in read_csv(SELECTION)
+    ]
+    assert CHART.read_text() == chart.draw(rows, str(path.relative_to(ROOT)))
+    numbers = [row | {name: float(row[name]) for name in ("ms", "likely_ms", "least_ms")} for row in rows]
+    for total in grouped(numbers):
+        assert total["below_bound"] <= 0.04
+        assert total["median_error"] <= 0.12
+        assert total["within_35"] >= 0.85
+
+
+@pytest.mark.slow
+def test_steps_of_a_file(tmp_path, capsys):
+    path = tmp_path / "steps.csv"
+    path.write_text("model,batch,size,ms\nresnet18,1024,224,100\nresnet34,1024,224,0.001\nvit_tiny_patch16_224,8,224,1\n")
+    where = ["--file", str(path), "--mode", "infer", "--layout", "nhwc", "--card", "rtx-3090"]
+    main([*where, "--models", "resnet18", "resnet34"])
+    total = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (total["models"], total["below_bound"], total["within_35"]) == (2, 0.5, 0.5)
+    assert total["median_ratio"] < 1
+
+
+def test_names_of_cards():
+    names = {
+        "RTX 3090": "rtx-3090",
+        "4060 Ti 16GB": "rtx-4060-ti",
+        "3060_12gb": "rtx-3060",
+        "A6000": "rtx-a6000",
+        "h100": "h100",
+    }
+    assert {text: named(text) for text in names} == names
+    assert named("rtx-3091") is None
+    assert named("24GiB") is None
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "products"),
+    [("sigmoid", 3), ("contrastive", 4), ("mlp-siclip", 6)],  # of the MLP two forward, four backward
+)
+def test_products_and_bytes_of_calls(call, products, capsys):
+    main(["--call", call, "--n", "4096", "--card", "rtx-4090"])
+    first, *_, last = capsys.readouterr().out.strip().splitlines()
+    assert first.startswith("predicted, never measured")
+    total = json.loads(last)
+    m, n, k = (4928, 2048, 512) if call == "mlp-siclip" else (4096, 4096, 512)
+    tflop = products * 2e-12 * m * n * k
+    assert total["tflop"] == pytest.approx(tflop, abs=2e-4)
+    assert total["predicted_ms"] >= 1e3 * tflop / (CLOCK * 165.2)
+    if call != "mlp-siclip":
+        assert total["bytes"] > 2 * (n * n + 2 * 2 * n * k)  # G is written, features are read and have gradients
+    assert total["launches"] == total["own_kernels"] + total["torch_kernels"] > 3
+    assert total["host_copies"] == 0

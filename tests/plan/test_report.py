@@ -1,0 +1,103 @@
+"""simplclip plan: the time of a run on a card, what bounds it, and the line to paste."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from pairs import call
+
+from simplclip.commands.plan import parse_count
+from simplclip.common.errors import InputError
+from simplclip.plan import report, search
+from simplclip.plan.cards import CARDS, GIB
+from simplclip.plan.measure import predict
+from simplclip.plan.search import Budget, Planner
+from simplclip.plan.step import TrainerStep
+from simplclip.plan.time import step_time
+from simplclip.train import config
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
+CUDA, CARD = torch.device("cuda", 0), CARDS["rtx-3090"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The config of a siclip-tiny with one text layer; its shards are nowhere."""
+    path = tmp_path_factory.mktemp("run") / "tiny.yaml"
+    values = {"data": {"train": "nowhere/*.tar", "batch_size": 96}, "run": {"out": "runs/tiny", "steps": 50}}
+    path.write_text(yaml.safe_dump(values | {"model": {"options": {"text_cfg": {"layers": 1}}}}))
+    return str(path)
+
+
+def time_of(tiny, *changes):
+    step = TrainerStep(config.load(tiny, changes), "bf16")
+    return step_time(predict(step, CUDA).kernels, CARD)
+
+
+def test_time_grows_with_the_batch_and_with_caching(tiny):
+    """Gradient caching encodes all but the last micro-batch twice. A forward is a third of forward and backward."""
+    one, two = (time_of(tiny, f"data.batch_size={n}") for n in (2048, 4096))
+    assert one.least < one.likely
+    assert two.likely == pytest.approx(2 * one.likely, rel=0.1)
+    cached = time_of(tiny, "data.batch_size=16384", "data.micro_batch=2048")
+    assert 1.15 < cached.likely / (8 * one.likely) < 1.45
+
+
+def test_micro_batches_that_do_not_run_take_their_time(tiny, monkeypatch):
+    """Kernels of the first micro-batch count for those between it and the last one."""
+    changes = "data.batch_size=1536", "data.micro_batch=256"
+    shortened = time_of(tiny, *changes)
+    monkeypatch.setattr("simplclip.plan.measure.first_and_last", lambda backward, repeat: backward)
+    batches = TrainerStep.batches
+    monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
+    whole = time_of(tiny, *changes)
+    assert shortened.likely == pytest.approx(whole.likely, rel=0.02)
+    assert shortened.launches == pytest.approx(whole.launches, rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_model_without_a_config(monkeypatch):
+    monkeypatch.setattr(search, "WITHIN", 0.5)  # fewer predictions
+    result = call("plan", "siclip-tiny", "--card", "RTX 3060", "--pairs", "100k", "--set", "run.epochs=3")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert "rtx-3060" in lines[0]
+    _, whole, cached = (line for line in lines if " yes " in line)
+    likely, least, rate = (float(word.replace(",", "")) for word in whole.split()[-3:])
+    assert 0 < least < likely
+    assert rate == pytest.approx(1e3 * int(whole.split()[4].replace(",", "")) / likely, rel=0.02)
+    text = dict(
+        re.split(r"\s{2,}", line, maxsplit=1) for line in lines if re.match(r"(run|bound by|loader|error|paste) ", line)
+    )
+    assert "an epoch of 100,000 pairs takes" in text["run"]
+    assert "the run of 3 epochs" in text["run"]
+    assert sum(map(int, re.findall(r"(\d+)%[,;]", text["bound by"].split("of all")[0]))) == pytest.approx(100, abs=2)
+    assert "300 images/s a worker, assumed" in text["loader"]
+    assert text["paste"] == "--set data.batch_size=256 --set data.micro_batch=null"
+
+
+def test_the_step_that_is_chosen(tiny):
+    """One graph where it fits, else the largest micro-batch that fits."""
+    values = config.load(tiny, ["data.batch_size=96", "data.micro_batch=48"])
+    planner = Planner(values, Budget(CARD.memory * GIB), card="rtx-3090")
+    configured, whole = planner.row("as configured", 96, 48), planner.row("largest", 96, None)
+    assert report.chosen(planner, [configured, whole]).micro_batch is None
+    planner.budget = Budget(whole.peak - 1, context=0, libraries=0, fragmentation=0)
+    configured, none = planner.row("as configured", 96, 48), search.Row("largest", 0, None, 0, False)
+    assert report.chosen(planner, [configured, none]).micro_batch == 48
+    planner.budget = Budget(1, context=0, libraries=0, fragmentation=0)
+    assert report.chosen(planner, [planner.row("as configured", 96, 48), none]) is None
+
+
+def test_rates_of_loaders(tiny):
+    assert report.loader_rate(config.load(tiny)) is None
+
+
+def test_counts_and_wrong_usage(tiny):
+    assert [parse_count(text) for text in (None, "12.4M", "500k", "1,000")] == [None, 12_400_000, 500_000, 1000]
+    for text in ("", "many", "-5", "nan"):
+        with pytest.raises(InputError, match="--pairs: expected a number of pairs such as 12.4M"):
+            parse_count(text)
+    assert "expected a card or the size of its memory, or --cards all" in call("plan", tiny).output
+    assert "got 'siclip-s9'" in call("plan", "siclip-s9", "--card", "3090").output
