@@ -47,7 +47,8 @@ def plan(
     count = parse_count(pairs)
     values = configs.from_dict(configs.overridden(_values(config), set_ or ()))
     check_name(values.model.name, "model.name")
-    size, card = (parse_memory(memory), named(memory)) if memory else (None, None)
+    size = None if memory is None else parse_memory(memory)
+    card = None if memory is None else named(memory)
     from simplclip.plan import report
 
     if size is None:

@@ -178,6 +178,8 @@ def test_names_are_checked_without_torch_before_anything_is_written(tmp_path):
         "teacher data/train-0.tar --out out --teacher open_clip:RN51": "name: expected one of [",
         "plan siclip-s0 --card 24": "memory: expected a size such as 24GiB or one of rtx-3090, ",
         "plan config.yaml --card 3090 --set model.name=siclip": "model.name: expected one of [",
+        "plan open_clip:RN51 --card 3090": "model.name: expected one of [",
+        "plan siclip-s0 --card 3090 --pairs many": "--pairs: expected a number of pairs such as 12.4M, got 'many'",
     }
     program, asked = [sys.executable, "-c", WITHOUT_TORCH], json.dumps([*lines])
     done = subprocess.run(program, input=asked, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path)
