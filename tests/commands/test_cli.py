@@ -176,7 +176,7 @@ def test_names_are_checked_without_torch_before_anything_is_written(tmp_path):
         "export begun --out done": "out: expected a folder without an export, got done; --force replaces the export",
         "teacher data/train-0.tar --out out --teacher runs/gone": no_run,
         "teacher data/train-0.tar --out out --teacher open_clip:RN51": "name: expected one of [",
-        "plan siclip-s0 --card 24": "memory: expected a size such as 24GiB or one of rtx-3090, ",
+        "plan siclip-s0 --card 24": "memory: expected a size such as 24GiB or one of rtx-3060, ",
         "plan config.yaml --card 3090 --set model.name=siclip": "model.name: expected one of [",
         "plan open_clip:RN51 --card 3090": "model.name: expected one of [",
         "plan siclip-s0 --card 3090 --pairs many": "--pairs: expected a number of pairs such as 12.4M, got 'many'",

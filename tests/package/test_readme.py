@@ -169,15 +169,15 @@ def check_command(words: list[str]) -> None:
     }
     if program.startswith("benchmarks."):
         path = ROOT / program.replace(".", "/")
-        check_script(path / "__main__.py" if path.is_dir() else path.with_suffix(".py"), arguments)
+        check_script(path if path.is_dir() else path.with_suffix(".py"), arguments)
     elif program not in ("sudo", "git", "cd", "tar", "pre-commit"):
         assert program in checks, f"{program}: expected one of {sorted(checks)}"
         checks[program](arguments)
 
 
 def check_script(path: Path, arguments: list[str]) -> None:
-    """The script parses each option by its name."""
-    text = path.read_text()
+    """The script, or a module of the package, parses each option by its name."""
+    text = "".join(file.read_text() for file in (sorted(path.glob("*.py")) if path.is_dir() else [path]))
     for argument in arguments:
         assert not argument.startswith("-") or f'"{argument}"' in text, f"{path.name}: {argument}"
 
