@@ -44,6 +44,8 @@ def plan(
 
     if (memory is None) == (cards is None):
         raise InputError("--card: expected a card or the size of its memory, or --cards all")
+    if cards is not None and (as_json or device == "cpu"):
+        raise InputError("--cards: expected neither --json nor --device cpu, got one of them")
     count = parse_count(pairs)
     values = configs.from_dict(configs.overridden(_values(config), set_ or ()))
     check_name(values.model.name, "model.name")

@@ -125,7 +125,7 @@ def _hours(config: Config, row: Row, pairs: int | None) -> str:
     epoch = (
         f"an epoch of {pairs:,} pairs takes {_time(pairs / row.images_per_s)}"
         if pairs
-        else "the pairs are not here (--pairs)"
+        else "the number of pairs is not known (--pairs)"
     )
     if config.run.epochs is None:
         steps, why = config.run.steps, f"{config.run.steps:,} steps"

@@ -101,3 +101,5 @@ def test_counts_and_wrong_usage(tiny):
             parse_count(text)
     assert "expected a card or the size of its memory, or --cards all" in call("plan", tiny).output
     assert "got 'siclip-s9'" in call("plan", "siclip-s9", "--card", "3090").output
+    for options in (["--json"], ["--device", "cpu"]):
+        assert "expected neither --json nor --device cpu" in call("plan", tiny, "--cards", "all", *options).output
