@@ -84,7 +84,7 @@ class Loader:
     Raises: InputError if an argument is out of range or shards match no file; ShardError if a shard has no sidecar or has
     changed since its sidecar was made. While iterating: ShardError if a teacher's features are missing or belong to other
     captions, or a stream or disk fails after several tries; WorkerError if a loader process died (never while the caller uses
-    a batch); EmptyDataError if no sample is usable.
+    a batch) or cannot send one; EmptyDataError if no sample is usable, or none of a worker's in EMPTY_PASSES passes.
     """
 
     shards: Any
@@ -147,7 +147,7 @@ class Loader:
         self.turn, self.positions = state["turn"], list(zip(state["passes"], state["consumed"], strict=True))
 
     def items(self, process: int, workers: int) -> Iterator[WorkerItem]:
-        """Yields the batches of one worker without end. Raises ShardError, and EmptyDataError if no sample is usable."""
+        """Yields the batches of one worker without end. Raises ShardError, and EmptyDataError as the class."""
         worker = (process + self.turn) % workers
         first, consumed_before = self.positions[worker]
         skipped = Skipped()

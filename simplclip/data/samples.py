@@ -168,6 +168,7 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
     except Exception as error:  # the type depends on the damage
         raise BrokenSample("bad teacher features", error) from None
     if stale or len(features) != rows:
+        _ = pair.image  # raises BrokenSample: an image that broke since is no other one
         what = "another image: it has" if stale == ["image"] else "other captions: they have"
         raise ShardError(
             f"{place} has teacher features of {what} changed since; run `simplclip teacher` on these shards and "

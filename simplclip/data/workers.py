@@ -1,4 +1,4 @@
-"""Items of loader processes, and one error if a process dies."""
+"""Items of loader processes, and one error if a process dies or cannot send an item."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Items = Callable[[int, int], Iterator[Any]]  # the items of worker i of n, with 
 def from_workers(items: Items, workers: int, pin_memory: bool = False) -> Generator[Any, None, None]:
     """Yields the items of each of `workers` processes in turn; with 0 those of this process.
 
-    Raises a user's errors without the worker's traceback, and WorkerError if a process died; that is noticed within 5
-    seconds, and never while the caller uses an item.
+    Raises a user's errors without the worker's traceback, and WorkerError if a process cannot send an item or died; that is
+    noticed within 5 seconds, and never while the caller uses an item. The processes end within seconds of this one.
     """
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
     if workers:

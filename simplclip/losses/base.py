@@ -189,11 +189,13 @@ class SimilarityLoss(DistributedLoss):
 
     def _constants(self, teacher: Any, image: Tensor, text: Tensor, terms: list[str]) -> tuple[Tensor | None, ...]:
         """Returns the teacher's features and scale, checked and detached. A scale that no term needs may be None."""
-        student, why = dict(zip(STUDENT, (image, text))), f"the term {terms[0]!r} needs it"
+        why = f"the term {terms[0]!r} needs it"
         if not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
             raise ValueError(f"teacher: expected ({', '.join(TEACHER)}), since {why}, got {type(teacher).__name__}")
         unused = teacher[2] is None and "relational" not in terms
-        constants = inputs.constants_of_teacher(dict(zip(TEACHER[: 3 - unused], teacher)), student, why)
+        constants = inputs.constants_of_teacher(
+            dict(zip(TEACHER[: 3 - unused], teacher)), dict(zip(STUDENT, (image, text))), why
+        )
         return *constants, *[None] * unused
 
     def _similarity(self, image, text, logit_scale, terms, weights, logit_bias, ids, teacher) -> dict[str, Tensor]:
@@ -208,13 +210,12 @@ class SimilarityLoss(DistributedLoss):
         teacher_image, teacher_text, teacher_scale = teacher or (None, None, None)
         options: dict[str, Any] = {
             "logit_scale": logit_scale, "logit_bias": logit_bias, "terms": terms, "plane": plane,
-            "teacher_scale": teacher_scale, "divergence": self.divergence, "weights": weights, "ids": ids,
+            "teacher_image": teacher_image, "teacher_text": teacher_text, "teacher_scale": teacher_scale,
+            "divergence": self.divergence, "weights": weights, "ids": ids,
             "scratch_bytes": self.scratch_bytes, "store_bytes": self.store_bytes,
         }  # fmt: skip
         if self.world_size <= 1 or not self.local_loss or self.gather_with_grad:
-            group = None if self.world_size <= 1 else self._group()
-            options |= {"teacher_image": teacher_image, "teacher_text": teacher_text, "group": group}
-            return ops.similarity_loss(image, text, **options)
+            return ops.similarity_loss(image, text, group=self._group() if self.world_size > 1 else None, **options)
 
         # The directions are computed apart, each with this rank's rows and the columns of all ranks, which are constants.
         image, text = autocast(image, text)  # before they travel

@@ -28,7 +28,7 @@ def floating(name: str, t: Tensor, letters: str = "") -> None:
 
 def features(name: str, t: Tensor, letters: str) -> None:
     """Checks that t is a floating matrix without an empty dimension."""
-    if isinstance(t, Tensor) and t.dtype in FLOATS and t.dim() == 2 and t.shape[0] > 0 and t.shape[1] > 0:
+    if isinstance(t, Tensor) and t.dtype in FLOATS and t.dim() == 2 and t.numel():
         return
     if isinstance(t, Tensor) and t.dim() != 2:
         raise ValueError(f"{name}: expected a tensor {letters}, got shape {shape_of(t)}")
@@ -82,8 +82,10 @@ def savable(t: Tensor) -> Tensor:
 
 def constant(name: str, t: Tensor) -> Tensor:
     """Detaches t. Warns, once per name and process, if it requires a gradient."""
+    if not t.requires_grad:
+        return savable(t)
     compiling = torch.compiler.is_compiling()  # a warning would break the compiled graph
-    if t.requires_grad and torch.is_grad_enabled() and not compiling and name not in _warned:
+    if torch.is_grad_enabled() and not compiling and name not in _warned:
         _warned.add(name)
         warnings.warn(f"{name} requires a gradient, but is a constant here and gets none", stacklevel=4)
     return savable(t.detach())

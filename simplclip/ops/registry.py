@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
@@ -57,8 +57,8 @@ class Op:
         self.values = attrgetter(*call_type.__match_args__)
         self.first = call_type.__match_args__[0]  # a tensor in every call: its device and dtype are the call's
         self.tensors = len(tensors_of(call_type))
-        of_tensors = [field for field in fields(call_type) if field.name in tensors_of(call_type)]
-        self.layouts = [(field.name, str(field.type).startswith("Strided")) for field in of_tensors]
+        types = [str(field.type) for field in fields(call_type)]
+        self.layouts = [(i, t.startswith("Strided")) for i, t in enumerate(types) if t.startswith(("Tensor", "Strided"))]
         self.backward: Any = None  # set by `gradients`, before which the op has none
         self.differentiable, self.saved_results, self.saves_tensors = 1, 1, True
 
@@ -68,7 +68,7 @@ class Op:
 
     def dispatch(self, call: Any, spec: str, through: Callable | None = None) -> Any:
         """Runs a call on its backend. `through(op, backend, function)` may return another function to call."""
-        call, first = self.laid_out(call), getattr(call, self.first)
+        first = getattr(call, self.first)
         if self.composed:
             function = self.pick(first, spec, through)
         else:
@@ -78,13 +78,14 @@ class Op:
         with no_autocast(first.device):
             return self.run(function, call)
 
-    def laid_out(self, call: Any) -> Any:
-        """Returns the call with tensors in the layout that their types promise: kernels read them through pointers."""
-        for name, strided in self.layouts:
-            t = getattr(call, name)
+    def laid_out(self, values: Sequence) -> Any:
+        """Returns a call with tensors in the layout that their types promise: kernels read them through pointers."""
+        values = list(values)
+        for index, strided in self.layouts:
+            t = values[index]
             if t is not None and not (t.stride(-1) == 1 if strided else t.is_contiguous()):
-                call = replace(call, **{name: t.contiguous()})
-        return call
+                values[index] = t.contiguous()
+        return self.call_type(*values)
 
     def pick(self, first: Tensor, spec: str, through: Callable | None) -> Callable:
         """Returns `pick(op, **facts)`, which gives a composed op the function of one of its parts."""
@@ -92,7 +93,7 @@ class Op:
 
     def dispatch_through(self, *args: Any, through: Callable | None = None) -> Any:
         """Runs the dispatcher's arguments, see `dispatch`."""
-        return self.dispatch(self.call_type(*args[:-1]), args[-1], through)
+        return self.dispatch(self.laid_out(args[:-1]), args[-1], through)
 
     def save(self, ctx, tensors: Sequence[Tensor | None], options: Sequence, spec: str, results: Sequence[Tensor]) -> None:
         ctx.mark_non_differentiable(*results[self.differentiable :])
@@ -143,13 +144,17 @@ def call(op: Op, of_call: Any, spec: str | None = None) -> Any:
     if is_transformed():
         check_reverse_mode(op.name, values)
         return op.overload(*values, spec)
-    plain, requires_grad = not (torch._C._len_torch_dispatch_stack() or values[0].is_meta or torch.jit.is_tracing()), False
+    plain = not (torch._C._len_torch_dispatch_stack() or values[0].is_meta or torch.jit.is_tracing())
+    requires_grad, contiguous = False, True
     for tensor in values[: op.tensors] if op.backward else values:
         if isinstance(tensor, Tensor):
             plain = plain and type(tensor) in _PLAIN and not tensor.is_neg()
             requires_grad = requires_grad or tensor.requires_grad
+            contiguous = contiguous and tensor.is_contiguous()
     if not plain:
         return op.overload(*values, spec)
+    if not contiguous:
+        of_call = op.laid_out(values)
     if op.backward is None or not requires_grad or not torch.is_grad_enabled():
         return op.dispatch(of_call, spec)
     return _Eager.apply(op, spec, of_call, values[op.tensors :], *values[: op.tensors])

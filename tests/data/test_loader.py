@@ -386,6 +386,14 @@ def test_features_that_are_not_finite_break_their_sample(tmp_path, value):
     assert "bad teacher features (first: a.tar/k001: expected finite numbers)" in str(reader.skipped)
 
 
+def test_an_image_that_broke_after_the_teacher_ran_is_counted(tmp_path):
+    key, files = taught(1, captions=digest_of(CAPTIONS), image=crc(png(1)))
+    path = write(tmp_path / "a.tar", [taught(0), (key, files | {"png": png(1)[:200]})])
+    reader = loader(path, teacher=True, batch_size=1)
+    assert set(keys(take(reader, 3))) == {"k000"}
+    assert set(reader.skipped.counts) == {"truncated image"}
+
+
 AUGMENTED = ImageTransform(PreprocessCfg(size=8), AugmentationCfg())
 
 

@@ -39,7 +39,7 @@ def features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     checks.features("image", image, "[N, D]")
     checks.features("text", text, "[M, D]")
     image, text = autocast(image, text)
-    if text.dtype != image.dtype or text.device != image.device or text.shape[1] != image.shape[1]:
+    if text.dtype != image.dtype or text.device != image.device or text.size(1) != image.size(1):
         check_pair({"image": image, "text": text})
     return image, text
 
@@ -68,14 +68,15 @@ def constants_of_teacher(arguments: dict[str, Any], student: Mapping[str, Tensor
     for name, (student_name, features), letters in zip((image, text), student.items(), ("[N, D̂]", "[M, D̂]")):
         value = arguments[name]
         checks.features(name, value, letters)
-        if value.shape[0] != features.shape[0]:
+        if value.size(0) != features.size(0):
             raise ValueError(
                 f"{name}: expected the {features.shape[0]} rows of {student_name}, got shape {checks.shape_of(value)}"
             )
-        checks.on(name, value, student_name, features.device)
-    width = arguments[image].shape[1]
-    if arguments[text].shape[1] != width:
-        raise ValueError(f"{text}: expected the width of {image}, {width}, got {arguments[text].shape[1]}")
+        if value.device != features.device:
+            checks.on(name, value, student_name, features.device)
+    width = arguments[image].size(1)
+    if arguments[text].size(1) != width:
+        raise ValueError(f"{text}: expected the width of {image}, {width}, got {arguments[text].size(1)}")
     wide = torch.promote_types(features.dtype, torch.float32)
     numbers = {name: checks.scalar(name, arguments[name], features.device, wide) for name in scales}
     return [checks.constant(name, t) for name, t in (arguments | numbers).items()]

@@ -203,7 +203,7 @@ def similarity_loss(
     """
     inputs.check_options(terms, divergence, symmetric, scratch_bytes, store_bytes)
     image, text = inputs.features(image, text)
-    (n, _), m, device = image.shape, text.shape[0], image.device
+    n, m, device = image.size(0), text.size(0), image.device
     wide = torch.promote_types(image.dtype, torch.float32)
     scale = checks.scalar("logit_scale", logit_scale, device, wide)
     bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, wide)
