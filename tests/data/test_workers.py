@@ -45,6 +45,7 @@ def test_a_worker_that_dies_ends_the_loader_while_it_waits_and_not_before(patter
     batches = iter(reader)
     found = [next(batches)]
     (victim,) = multiprocessing.active_children()
+    time.sleep(0.5)  # until it waits: one killed within torch's Event holds its lock for ever
     os.kill(victim.pid, signal.SIGKILL)
     end = time.monotonic() + 1
     while time.monotonic() < end:  # an error would be raised here by torch's handler of SIGCHLD
