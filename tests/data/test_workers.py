@@ -1,13 +1,17 @@
 """Loader processes: signals, items that cannot be sent, and the death of a worker or of its parent."""
 
+import collections
 import itertools
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from pairs import keys, loader, png, resize, sample, write
 from runs import bits
 
@@ -45,7 +49,6 @@ def test_a_worker_that_dies_ends_the_loader_while_it_waits_and_not_before(patter
     batches = iter(reader)
     found = [next(batches)]
     (victim,) = multiprocessing.active_children()
-    time.sleep(0.5)  # until it waits: one killed within torch's Event holds its lock for ever
     os.kill(victim.pid, signal.SIGKILL)
     end = time.monotonic() + 1
     while time.monotonic() < end:  # an error would be raised here by torch's handler of SIGCHLD
@@ -69,16 +72,63 @@ def test_a_json_of_any_depth_is_read_or_counted(tmp_path, depth):
 
 
 @pytest.mark.parametrize("pin_memory", [False, True])
-def test_an_item_that_cannot_be_sent_is_an_error(pin_memory):
-    def items(worker, workers):
-        yield "first"
-        yield lambda: None
-        yield "third"
-
-    received = from_workers(items, 1, pin_memory)
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [(lambda: None, ".*pickle"), (torch.ones(1, requires_grad=True) * 2, ".*requires_grad")],
+    ids=["function", "tensor of a graph"],
+)
+def test_an_item_that_cannot_be_sent_is_an_error(pin_memory, item, message):
+    received = from_workers(lambda worker, workers: iter(["first", item, "third"]), 1, pin_memory)
     assert next(received) == "first"
-    with pytest.raises(data.WorkerError, match=r"data.workers: a loader process cannot send an item: .*pickle"):
+    with pytest.raises(data.WorkerError, match=f"data.workers: a loader process cannot send an item: {message}"):
         next(received)
+
+
+def test_items_arrive_as_they_were_sent():
+    """Also those with a tensor twice, a view, and records larger than a pipe."""
+    table = torch.arange(12.0).reshape(3, 4)
+    sent = {"view": table[:, 1], "again": [table, table], "empty": torch.empty(0), "meta": ["x" * 300_000], "count": 3}
+    received = list(from_workers(lambda worker, workers: iter([sent]), 1))
+    assert bits(received) == bits([sent])
+
+
+def killed_while_it_sends(worker, workers):
+    yield "first"
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    while True:
+        yield "x" * 1_000_000  # more than a pipe holds
+
+
+def killed_with_a_lock(worker, workers):
+    yield "first"
+    time.sleep(0.5)  # until it is sent
+    frame = sys._getframe()
+    while "done_event" not in frame.f_locals:  # torch's event, which it asks between two items
+        frame = frame.f_back
+    lock = getattr(frame.f_locals["done_event"], "_cond", None)
+    if lock is not None:
+        lock.acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield
+
+
+@pytest.mark.parametrize("items", [killed_while_it_sends, killed_with_a_lock])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_ends_the_loader_wherever_it_was(items, workers):
+    def overdue(signum, frame):
+        pytest.fail("the loader waits for a process that was killed")
+
+    former = signal.signal(signal.SIGALRM, overdue)
+    signal.setitimer(signal.ITIMER_REAL, 20, 5)  # again, since torch waits once more where it ends its processes
+    try:
+        received = from_workers(items, workers)
+        next(received)
+        time.sleep(1)
+        with pytest.raises(data.WorkerError, match="a loader process died"):
+            collections.deque(received, maxlen=0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
 
 
 def endless(worker, workers):
