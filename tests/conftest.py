@@ -1,6 +1,7 @@
 """Options of the test run."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -35,6 +36,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # A shell ignores SIGINT for a background job and what it starts; tests send it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.prove:
         for name, value in PROOF.items():
             os.environ.setdefault(name, value)
