@@ -87,12 +87,20 @@ def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def exchange(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Exchanges column statistics: [S, W N], this rank's of all columns -> [W, S, N], every rank's of this rank's columns."""
-    return _all_to_all(columns.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1), group)
+    return _Exchange.apply(columns.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1), group)
 
 
-def exchange_back(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Returns the gradient of `exchange`: [W, S, N] -> [S, W N]."""
-    return _all_to_all(parts, group).transpose(0, 1).flatten(1)
+class _Exchange(torch.autograd.Function):
+    """All-to-all, whose gradient is an all-to-all."""
+
+    @staticmethod
+    def forward(ctx, parts, group):
+        ctx.group = group
+        return _all_to_all(parts, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _all_to_all(gradient, ctx.group), None
 
 
 class SameShapes:

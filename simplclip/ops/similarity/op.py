@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks, distributed, registry
-from simplclip.ops.calls import flat
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SimilarityCall, SimilarityGradient
 from simplclip.ops.similarity.chunks import computes_in, stored_rows, sweep_rows
-from simplclip.ops.similarity.terms import Options, merge_columns, values, values_backward
+from simplclip.ops.similarity.terms import Options, merge_columns, values
 
 MATRICES = ("image", "text", "teacher_image", "teacher_text")
 
@@ -248,16 +247,15 @@ def similarity_loss(
         softmaxes += ["pair_matching"] if joined else []
         call = SimilarityCall(
             image, text, scale, teacher_image, teacher_text, teacher_scale,  # type: ignore[arg-type]
-            # The plane's gradients take another way, see _Softmaxes.
-            plane=torch.stack([joined[0].detach(), joined[1].detach()]) if joined else None, **pairs, columns=symmetric,
+            plane=None, **pairs, columns=symmetric,
             entropy=1.0 if divergence == "kl" else 0.0, chunk=sweep_rows(image, m, matrices, scratch_bytes),
             stored_rows=stored_rows(image, m, matrices, store_bytes) if wants_grad(image, text) else 0,
         )  # fmt: skip
         mix = None if weights is None else tuple([weights[term] for term in softmaxes])
         options = Options("contrastive" in terms, "relational" in terms, call.entropy, negatives, mix)
-        results = _softmax_terms(call, options, joined or (None, None), group)
+        results = _softmax_terms(call, options, joined, group)
         if weights is not None:
-            sums, results = [results[0]], results[1:]
+            sums, results = [results[0]], [term.detach() for term in results[1:]]
         out = dict(zip(softmaxes, results))
     if sigmoids:
         total, by_term = _sigmoid_terms(image, text, sigmoids, weights, pairs, sweep_rows(image, m, 1, scratch_bytes))
@@ -289,78 +287,18 @@ def _negatives(ids: Tensor, text_ids: Tensor, m: int, label_offset: int, group: 
     return (count if group is None else distributed.mean(count, group)).clamp(min=1)
 
 
-class _Softmaxes(torch.autograd.Function):
-    """The terms of a sweep: statistics, terms, and in backward the gradients of both, as one node of autograd."""
-
-    @staticmethod
-    def forward(ctx, call, options, group, image, text, scale, weight, bias):
-        ctx.spec, ctx.options, ctx.group = backends.forced(), options, group
-        rows, columns, stored = registry.call(FORWARD, call, ctx.spec)
-        merged, shares = _of_positives(call, columns, group)
-        results, for_backward = values(rows, merged, scale, call.teacher_scale, weight, bias, options)
-        fields = flat(call) if torch.compiler.is_compiling() else FORWARD.values(call)
-        ctx.fields = fields[FORWARD.tensors :]
-        ctx.save_for_backward(*fields[: FORWARD.tensors], rows, columns, stored, shares, weight, bias, *for_backward)
-        if options.weights is not None:
-            ctx.mark_non_differentiable(*results[1:])
-        return tuple(results)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return None, None, None, *_softmax_gradients(ctx, saved, grads)
-        with torch.no_grad():  # with create_graph=True
-            gradients = _softmax_gradients(ctx, saved, grads)
-        return None, None, None, *registry.first_order_only("similarity_loss", gradients, *saved, *grads)
-
-
-def _of_positives(call: SimilarityCall, columns: Tensor, group: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the statistics [3, N] of the columns of the rows' positives, and with a group the ranks' shares of them."""
-    if not call.columns:
-        return None, None
-    if group is not None:
-        return merge_columns(distributed.exchange(columns, group))
-    n, first = call.image.shape[0], call.label_offset
-    return columns if columns.shape[1] == n else columns[:, first : first + n], None
-
-
-def _softmax_gradients(ctx, saved, grads) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of image, text, scale, weight and bias."""
-    tensors, (rows, columns, stored, shares, weight, _, *intermediates) = saved[: FORWARD.tensors], saved[FORWARD.tensors :]
-    d_rows, d_merged, d_scale, d_weight, d_bias = values_backward(grads, ctx.options, tensors[2], weight, *intermediates)
-    d_columns = d_merged
-    if shares is not None:
-        d_columns = distributed.exchange_back(shares * d_merged, ctx.group)
-    elif d_merged is None or d_merged.shape != columns.shape:
-        d_columns = torch.zeros_like(columns)
-        if d_merged is not None:
-            first = ctx.fields[0]  # label_offset
-            d_columns[:, first : first + rows.shape[1]] = d_merged
-    need_image, need_text = ctx.needs_input_grad[3:5]
-    results: list[Any] = [d_rows, d_columns, rows, columns, stored, need_image, need_text]
-    gradient = SimilarityGradient(*tensors, *ctx.fields, *results)
-    d_image, d_text, d_logits, d_plane = registry.call(BACKWARD, gradient, ctx.spec)
-    if weight is not None:
-        of_weight, of_bias = d_plane.unbind()
-        d_weight, d_bias = d_weight + of_weight, d_bias + of_bias
-    return d_image if need_image else None, d_text if need_text else None, d_scale + d_logits, d_weight, d_bias
-
-
 def _softmax_terms(
-    call: SimilarityCall, options: Options, plane: tuple[Tensor | None, Tensor | None], group: Any
+    call: SimilarityCall, options: Options, plane: tuple[Tensor, Tensor] | None, group: Any
 ) -> Sequence[Tensor]:
-    """Returns contrastive, relational and pair matching terms, see `values`. plane: weight and bias, or None twice."""
-    tensors = call.image, call.text, call.scale, *plane
-    if torch.compiler.is_compiling():  # Dynamo refuses a tensor that is an input twice, as in loss(x, x, scale)
-        return _Softmaxes.apply(call, options, group, *[None if t is None else t.view_as(t) for t in tensors])
-    if not registry.is_transformed():
-        return _Softmaxes.apply(call, options, group, *tensors)
-    weight, bias = plane
-    call = replace(call, plane=None if weight is None or bias is None else torch.stack((weight, bias)))
-    rows, columns, _ = registry.call(FORWARD, call)  # torch.vmap maps the op and plain torch
-    merged, _ = _of_positives(call, columns, None)
-    return values(rows, merged, call.scale, call.teacher_scale, *plane, options)[0]
+    """Returns contrastive, relational and pair matching terms, see `values`."""
+    call = replace(call, plane=None if plane is None else torch.stack(plane))
+    rows, columns, _ = registry.call(FORWARD, call)
+    merged = None
+    if call.columns and group is not None:
+        merged = merge_columns(distributed.exchange(columns, group))
+    elif call.columns:
+        merged = columns.narrow(1, call.label_offset, call.image.shape[0])
+    return values(rows, merged, call.scale, call.teacher_scale, plane, options)
 
 
 def _sigmoid_terms(

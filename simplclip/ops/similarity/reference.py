@@ -76,7 +76,7 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
                 # Not e^(T - lse), which adds up to 1 + eps |lse|: the gaps are as large as the logits.
                 stats[stat.MEAN] = (teacher.softmax(dim) * gap).sum(dim).masked_fill(lse == -torch.inf, 0)
         if call.columns:
-            columns = merge_columns(torch.stack([columns, of_chunk]))[0]
+            columns = merge_columns(torch.stack([columns, of_chunk]))
     if not call.has_teacher:
         columns[ColumnStat.LSE_TEACHER] = 0
     return rows, columns, call.image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m)
