@@ -4,37 +4,45 @@ Importing compiles nothing and needs neither a GPU nor Triton nor the C++ extens
 plain torch. Submodules are imported on first use, so that the command line can set up threads before torch starts.
 """
 
-import importlib
+from typing import TYPE_CHECKING, Any
 
+from simplclip.common.lazy import attribute
 from simplclip.version import __version__
 
-__all__ = ["__version__", "backend", "create_model", "crop_texts", "fold", "inherit", "load", "report", "simplify"]
+if TYPE_CHECKING:
+    from simplclip import data, evaluation, export, gradient_cache, kernels, losses, models, nn, ops, plan, teacher, train
+    from simplclip.evaluation.encoder import load
+    from simplclip.models.crop import crop_texts
+    from simplclip.models.fold import fold
+    from simplclip.models.inherit import inherit
+    from simplclip.models.registry import create_model
+    from simplclip.models.simplify import simplify
+    from simplclip.ops.backends import backend
+    from simplclip.ops.report import report
 
-# name -> module and its name there
-_FUNCTIONS = {
-    "backend": ("simplclip.ops.backends", "backend"),
-    "create_model": ("simplclip.models.registry", "create"),
-    "crop_texts": ("simplclip.models.crop", "crop_texts"),
-    "fold": ("simplclip.models.fold", "fold"),
-    "inherit": ("simplclip.models.inherit", "inherit"),
-    "load": ("simplclip.evaluation.encoder", "load"),
-    "report": ("simplclip.ops.report", "report"),
-    "simplify": ("simplclip.models.simplify", "simplify"),
+_FUNCTIONS: dict[str, tuple[str, ...]] = {
+    "evaluation.encoder": ("load",),
+    "models.crop": ("crop_texts",),
+    "models.fold": ("fold",),
+    "models.inherit": ("inherit",),
+    "models.registry": ("create_model",),
+    "models.simplify": ("simplify",),
+    "ops.backends": ("backend",),
+    "ops.report": ("report",),
 }
-_MODULES = (
-    *("data", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"),
-    *("export", "memory", "teacher"),  # commands
-)
+_MODULES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("data", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"), ()),
+    **dict.fromkeys(("export", "plan", "teacher"), ()),  # commands
+}
+__all__ = ["__version__", "backend", "create_model", "crop_texts", "fold", "inherit", "load", "report", "simplify"]
+__all__ += ["data", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"]
+__all__ += ["export", "plan", "teacher"]
 
+if not TYPE_CHECKING:  # a type checker would take any name for known
 
-def __getattr__(name: str):
-    if name in _FUNCTIONS:
-        module, attribute = _FUNCTIONS[name]
-        return getattr(importlib.import_module(module), attribute)
-    if name in _MODULES:
-        return importlib.import_module(f"simplclip.{name}")
-    raise AttributeError(f"module 'simplclip' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        return attribute("simplclip", _FUNCTIONS | _MODULES, name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_FUNCTIONS, *_MODULES])
+    return sorted({*globals(), *__all__})

@@ -6,8 +6,14 @@ from typing import Any
 
 
 def attribute(package: str, modules: Mapping[str, tuple[str, ...]], name: str) -> Any:
-    """Returns a package's attribute. modules: module -> the names that it has. Raises AttributeError."""
+    """Returns a package's attribute. Raises AttributeError.
+
+    modules: module -> the names that it has, or () for the module itself. The package imports the same names under
+    TYPE_CHECKING, for type checkers and editors.
+    """
     for module, names in modules.items():
         if name in names:
             return getattr(importlib.import_module(f"{package}.{module}"), name)
+        if not names and name == module:
+            return importlib.import_module(f"{package}.{module}")
     raise AttributeError(f"module {package!r} has no attribute {name!r}")

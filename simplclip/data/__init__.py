@@ -3,7 +3,17 @@
 Both read by tars.py what sources.py finds, join sidecars.py's files, e.g. a teacher's, and parse by samples.py.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from simplclip.common.lazy import attribute
+
+if TYPE_CHECKING:
+    from simplclip.data.errors import EmptyDataError, ShardError, Skipped, WorkerError
+    from simplclip.data.held_out_data import HeldOut, held_out
+    from simplclip.data.loader import Loader
+    from simplclip.data.pack import packed
+    from simplclip.data.sidecars import dataset_size, teacher_stamp
+    from simplclip.data.sources import sources_of
 
 _MODULES = {  # imported on first use: packing needs no torch
     "errors": ("EmptyDataError", "ShardError", "Skipped", "WorkerError"),
@@ -13,8 +23,10 @@ _MODULES = {  # imported on first use: packing needs no torch
     "sidecars": ("dataset_size", "teacher_stamp"),
     "sources": ("sources_of",),
 }
-__all__ = [name for names in _MODULES.values() for name in names]  # noqa: PLE0605
+__all__ = ["EmptyDataError", "HeldOut", "Loader", "ShardError", "Skipped", "WorkerError"]
+__all__ += ["dataset_size", "held_out", "packed", "sources_of", "teacher_stamp"]
 
+if not TYPE_CHECKING:  # a type checker would take any name for known
 
-def __getattr__(name: str):
-    return attribute(__name__, _MODULES, name)
+    def __getattr__(name: str) -> Any:
+        return attribute(__name__, _MODULES, name)

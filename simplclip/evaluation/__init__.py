@@ -9,7 +9,17 @@ sheets.py           pictures of queries and their answers
 run.py              all of these for several models and splits
 """
 
+from typing import TYPE_CHECKING, Any
+
 from simplclip.common.lazy import attribute
+
+if TYPE_CHECKING:
+    from simplclip.evaluation.classification import class_names, named, phrases, zero_shot
+    from simplclip.evaluation.encoder import Encoder, load
+    from simplclip.evaluation.retrieval import KS, nearest, recall, recall_of
+    from simplclip.evaluation.run import evaluate
+    from simplclip.evaluation.sheets import contact_sheet
+    from simplclip.evaluation.split import BATCH_SIZE, Split, encode, features_of, load_splits
 
 # Imported on first use, since training needs neither pictures nor classes. No function has the name of a module.
 _MODULES = {
@@ -20,8 +30,10 @@ _MODULES = {
     "sheets": ("contact_sheet",),
     "split": ("BATCH_SIZE", "Split", "encode", "features_of", "load_splits"),
 }
-__all__ = [name for names in _MODULES.values() for name in names]  # noqa: PLE0605
+__all__ = ["BATCH_SIZE", "Encoder", "KS", "Split", "class_names", "contact_sheet", "encode", "evaluate", "features_of"]
+__all__ += ["load", "load_splits", "named", "nearest", "phrases", "recall", "recall_of", "zero_shot"]
 
+if not TYPE_CHECKING:  # a type checker would take any name for known
 
-def __getattr__(name: str):
-    return attribute(__name__, _MODULES, name)
+    def __getattr__(name: str) -> Any:
+        return attribute(__name__, _MODULES, name)

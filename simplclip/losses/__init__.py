@@ -22,6 +22,8 @@ The losses of other libraries and their equals here, which expect L2-normalised 
 Label smoothing, several positives and decoupled losses: a few lines each with RowwiseLoss, docs/recipes.md.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from simplclip.common.lazy import attribute
 from simplclip.losses.base import PLANES
 from simplclip.losses.clip import ClipPMLoss
@@ -29,12 +31,16 @@ from simplclip.losses.matryoshka import MatryoshkaLoss
 from simplclip.losses.rowwise import RowwiseLoss
 from simplclip.losses.wikd import WIKDLoss
 
+if TYPE_CHECKING:
+    from simplclip.losses.drop_in import ClipLoss, CoCaLoss, SigLipLoss
+
 __all__ = ["PLANES", "ClipLoss", "ClipPMLoss", "CoCaLoss", "MatryoshkaLoss", "RowwiseLoss", "SigLipLoss", "WIKDLoss"]
 
+if not TYPE_CHECKING:  # a type checker would take any name for known
 
-def __getattr__(name: str):
-    """Imports the losses that subclass open_clip's at their first use: importing open_clip takes seconds."""
-    return attribute(__name__, {"drop_in": ("ClipLoss", "CoCaLoss", "SigLipLoss")}, name)
+    def __getattr__(name: str) -> Any:
+        """Imports the losses that subclass open_clip's at their first use: importing open_clip takes seconds."""
+        return attribute(__name__, {"drop_in": ("ClipLoss", "CoCaLoss", "SigLipLoss")}, name)
 
 
 def __dir__() -> list[str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from inspect import Parameter, Signature, signature
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +58,8 @@ class DistributedLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
-        **unknown: Any,
-    ):
+        **unknown: Never,  # an error when it runs, and one of type checkers
+    ) -> None:
         nn.Module.__init__(self)  # not super().__init__: a subclass may also inherit from open_clip's loss
         if unknown:
             name, recipes = type(self).__name__, "docs/recipes.md has label smoothing, several positives and others"
@@ -76,20 +75,7 @@ class DistributedLoss(nn.Module):
         self._shapes = distributed.SameShapes()
         self._same_parameters = False  # whether all ranks have the first rank's parameters
 
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        """Gives a constructor that passes *modes and **options on the signature that lists these."""
-        super().__init_subclass__(**keywords)
-        init: Any = vars(cls).get("__init__")
-        if init is None or not {"modes", "options"} <= signature(init).parameters.keys():
-            return
-        of_parent = signature(super(cls, cls).__init__).parameters.values()
-        listed: dict[str, Parameter] = {}
-        for p in [*signature(init).parameters.values(), *of_parent]:
-            if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
-                listed.setdefault(p.name, p)
-        init.__signature__ = Signature(sorted(listed.values(), key=lambda p: p.kind))
-
-    def _group(self):
+    def _group(self) -> Any:
         have = torch.distributed.get_world_size() if torch.distributed.is_initialized() else "no process group"
         if have != self.world_size:
             raise RuntimeError(f"world_size: expected a process group of {self.world_size} ranks, got {have}")
@@ -135,9 +121,20 @@ class SimilarityLoss(DistributedLoss):
     prefixes = False  # True within MatryoshkaLoss: narrower features than embed_dim use the parameters' first columns
 
     def __init__(
-        self, *modes: Any, pm_weight: float = 0.0, plane: str = "scalar", embed_dim: int | None = None, **options: Any
-    ):
-        super().__init__(*modes, **options)
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        pm_weight: float = 0.0,
+        plane: str = "scalar",
+        embed_dim: int | None = None,
+        **unknown: Never,
+    ) -> None:
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown)
         self.pm_weight = weight_of("pm_weight", pm_weight)
         checks.choice("plane", plane, PLANES)
         self.plane, self.embed_dim = plane, width_of("embed_dim", embed_dim)

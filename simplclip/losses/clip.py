@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Never
 
 from torch import Tensor
 
@@ -64,5 +64,19 @@ class ClipPMLoss(PairLoss):
     Source: open_clip.loss.ClipLoss; arXiv 2411.14789 names pair matching; its form is this library's interpretation.
     """
 
-    def __init__(self, *modes: Any, pm_weight: float = 1.0, **options: Any):
-        super().__init__(*modes, pm_weight=pm_weight, **options)
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        pm_weight: float = 1.0,
+        plane: str = "scalar",
+        embed_dim: int | None = None,
+        **unknown: Never,
+    ) -> None:
+        modes = local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod
+        super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)

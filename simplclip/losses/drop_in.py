@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,22 @@ class ClipLoss(PairLoss, open_clip_loss.ClipLoss):
     Source: Radford et al. 2021 (arXiv 2103.00020); open_clip.loss.ClipLoss.
     """
 
-    def __init__(self, *modes: Any, **options: Any):
-        super().__init__(*modes, **options)
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        pm_weight: float = 0.0,
+        plane: str = "scalar",
+        embed_dim: int | None = None,
+        **unknown: Never,
+    ) -> None:
+        modes = local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod
+        super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)
         self.prev_num_logits = 0
         self.labels: dict[torch.device, Tensor] = {}  # of get_ground_truth
 
@@ -54,8 +68,20 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
     Source: Yu et al. 2022 (arXiv 2205.01917); open_clip.loss.CoCaLoss.
     """
 
-    def __init__(self, caption_loss_weight: float, clip_loss_weight: float, pad_id: int = 0, *modes: Any, **options: Any):
-        super().__init__(*modes, **options)
+    def __init__(
+        self,
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        **unknown: Never,
+    ) -> None:
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown)
         self.caption_loss_weight = checks.number("caption_loss_weight", caption_loss_weight)
         self.clip_loss_weight = checks.number("clip_loss_weight", clip_loss_weight)
         checks.instance("pad_id", pad_id, int, "an integer")
@@ -110,10 +136,10 @@ class SigLipLoss(PairLoss, open_clip_loss.SigLipLoss):
         pm_weight: float = 0.0,
         plane: str = "scalar",
         embed_dim: int | None = None,
-        **unknown: Any,
-    ):
-        of_pairs: dict[str, Any] = {"pm_weight": pm_weight, "plane": plane, "embed_dim": embed_dim}
-        super().__init__(True, True, cache_labels, rank, world_size, **of_pairs, **unknown)
+        **unknown: Never,
+    ) -> None:
+        modes = True, True, cache_labels, rank, world_size
+        super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)
         self.dist_impl = dist_impl or "bidir"
         checks.choice("dist_impl", self.dist_impl, DIST_IMPLS)
         check_count("chunk_size", chunk_size, 0)

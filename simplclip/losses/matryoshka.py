@@ -27,7 +27,7 @@ class MatryoshkaLoss(nn.Module):
     Source: Kusupati et al. 2022 (arXiv 2205.13147). memeff's MatryoshkaLoss has the same definition.
     """
 
-    def __init__(self, loss: nn.Module, widths: Sequence[int], weights: Sequence[float] | None = None):
+    def __init__(self, loss: nn.Module, widths: Sequence[int], weights: Sequence[float] | None = None) -> None:
         super().__init__()
         checks.instance("loss", loss, nn.Module, "an nn.Module")
         self.loss, self.widths = loss, tuple(widths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,20 @@ class RowwiseLoss(DistributedLoss):
 
     scratch_bytes = 16 << 20
 
-    def __init__(self, fn: Callable[..., Tensor], *modes: Any, symmetric: bool = True, **options: Any):
-        super().__init__(*modes, **options)
+    def __init__(
+        self,
+        fn: Callable[..., Tensor],
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        symmetric: bool = True,
+        **unknown: Never,
+    ) -> None:
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown)
         if not callable(fn):
             raise TypeError(f"fn: expected a function or an nn.Module, got {type(fn).__name__}")
         checks.boolean("symmetric", symmetric)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Never
 
 import torch
 import torch.nn.functional as F
@@ -51,17 +51,27 @@ class WIKDLoss(SimilarityLoss):
 
     def __init__(
         self,
-        *modes: Any,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
         contrastive_weight: float = 1.0,
         relational_weight: float = 1.0,
         interactive_weight: float = 0.0,
         interactive: str = "infonce",
         feature_weight: float = 0.0,
         divergence: str = "cross_entropy",
+        pm_weight: float = 0.0,
+        plane: str = "scalar",
+        embed_dim: int | None = None,
         teacher_dim: int | None = None,
-        **options: Any,
-    ):
-        super().__init__(*modes, **options)
+        **unknown: Never,
+    ) -> None:
+        modes = local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod
+        super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)
         self.contrastive_weight = weight_of("contrastive_weight", contrastive_weight)
         self.relational_weight = weight_of("relational_weight", relational_weight)
         self.interactive_weight = weight_of("interactive_weight", interactive_weight)

@@ -1,9 +1,15 @@
 """Models by name: registry.py builds them, simplify.py replaces blocks of open_clip models, inherit.py copies weights."""
 
+from typing import TYPE_CHECKING, Any
+
 from simplclip.common.lazy import attribute
 
-__all__ = ["PLAIN", "Spec", "create", "names", "spec_of", "tokenizer", "transforms"]  # noqa: PLE0605
+if TYPE_CHECKING:
+    from simplclip.models.registry import PLAIN, Spec, create, names, spec_of, tokenizer, transforms
 
+__all__ = ["PLAIN", "Spec", "create", "names", "spec_of", "tokenizer", "transforms"]
 
-def __getattr__(name: str):  # imported late, so that sources.py checks names before torch is imported
-    return attribute(__name__, {"registry": tuple(__all__)}, name)
+if not TYPE_CHECKING:  # a type checker would take any name for known
+
+    def __getattr__(name: str) -> Any:  # imported late, so that sources.py checks names before torch is imported
+        return attribute(__name__, {"registry": tuple(__all__)}, name)

@@ -156,6 +156,9 @@ def create(
     return model.to(device)
 
 
+create_model = create  # simplclip.create_model
+
+
 def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
     """Returns a model's tokenizer: list of strings -> token ids, int64 [B, L]. context_length: L, by default the model's."""
     spec = spec_of(name)

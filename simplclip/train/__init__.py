@@ -10,10 +10,16 @@ distributed.py  several ranks
 log.py          lines, metrics.csv, curves.png
 """
 
+from typing import TYPE_CHECKING, Any
+
 from simplclip.common.lazy import attribute
+
+if TYPE_CHECKING:
+    from simplclip.train.loop import Interrupted, TrainingError, run
 
 __all__ = ["Interrupted", "TrainingError", "run"]
 
+if not TYPE_CHECKING:  # a type checker would take any name for known
 
-def __getattr__(name: str):  # imported late, so that a config is checked before torch is imported
-    return attribute(__name__, {"loop": tuple(__all__)}, name)
+    def __getattr__(name: str) -> Any:  # imported late, so that a config is checked before torch is imported
+        return attribute(__name__, {"loop": tuple(__all__)}, name)

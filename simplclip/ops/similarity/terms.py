@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +76,7 @@ def values(
 
 
 def merge_columns(parts: Tensor) -> Tensor:  # [W, 3, N] -> [3, N]
-    """Merges statistics of the same columns, each over the rows of one rank, into the statistics over the rows of all ranks."""
+    """Merges statistics of the same columns, each over the rows of one rank, into those over the rows of all ranks."""
 
     def merged(part: Tensor) -> tuple[Tensor, Tensor]:  # [W, N] -> [N], [W, N] shares
         empty = (part == -torch.inf).all(0)
