@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Never
 
@@ -31,6 +32,27 @@ def width_of(name: str, value: int | None) -> int | None:
     if value is not None:
         check_count(name, value, 1)
     return value
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher's features of the pairs, and its scale, which only the relational term needs."""
+
+    image: Tensor  # [N, D̂]
+    text: Tensor  # [N, D̂]
+    scale: Tensor | None  # []
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A batch of pairs, as a loss gets it."""
+
+    image: Tensor  # [N, D]
+    text: Tensor  # [N, D]
+    scale: Tensor  # []
+    bias: Tensor | None = None  # []
+    ids: Tensor | None = None  # [N] int64
+    teacher: Teacher | None = None
 
 
 class DistributedLoss(nn.Module):
@@ -109,6 +131,21 @@ class DistributedLoss(nn.Module):
         return loss if self.local_loss else distributed.mean(loss, self._group())
 
 
+def _why(term: str) -> str:
+    return f"the term {term!r} needs it"
+
+
+def teacher_of(values: Any, terms: tuple[str, ...]) -> Teacher | None:
+    """Returns the teacher of an argument (image, text, scale), if a term needs it."""
+    needed = [term for term in terms if term in OF_TEACHER]
+    if not needed:
+        return None
+    if not isinstance(values, (tuple, list)) or len(values) != 3:
+        expected = f"({', '.join(TEACHER)}), since {_why(needed[0])}"
+        raise ValueError(f"teacher: expected {expected}, got {type(values).__name__}")
+    return Teacher(*values)
+
+
 class SimilarityLoss(DistributedLoss):
     """Base class of the losses by ops.similarity_loss, with the plane of pair matching."""
 
@@ -163,14 +200,15 @@ class SimilarityLoss(DistributedLoss):
         pm_weight above 0) and "relational"; of WIKDLoss "interactive" and "feature" too. The weights that the constructor got
         do not count here.
         """
-        values = self._values(image_features, text_features, logit_scale, tuple(weights), weights, logit_bias, ids, teacher)
+        record = teacher_of(teacher, tuple(weights))
+        pairs = Pairs(image_features, text_features, logit_scale, logit_bias, ids, record)
+        values = self._values(pairs, tuple(weights), weights)
         total = values.pop("loss")
         return total, {name: weights[name] * value for name, value in values.items()}
 
-    def _values(
-        self, image, text, logit_scale, terms, weights=None, logit_bias=None, ids=None, teacher=None
-    ) -> dict[str, Tensor]:
+    def _values(self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
         """Returns the terms before weighting, each with its gradient; with `weights`, without, and beside them "loss"."""
+        image, text = pairs.image, pairs.text
         checks.features("image_features", image, "[N, D]")
         checks.features("text_features", text, "[N, D]")
         if self.embed_dim is not None:
@@ -179,24 +217,25 @@ class SimilarityLoss(DistributedLoss):
             image, text = self._own_rows(image, text)
         if text.shape != image.shape or text.dtype != image.dtype or text.device != image.device:
             inputs.check_pair(dict(zip(STUDENT, autocast(image, text))), equal_rows=True)
-        if of_teacher := [term for term in terms if term in OF_TEACHER]:
-            teacher = self._constants(teacher, image, text, of_teacher)
-        values = self._similarity(image, text, logit_scale, terms, weights, logit_bias, ids, teacher)
+        teacher = self._constants(pairs.teacher, image, text, terms)
+        values = self._similarity(replace(pairs, image=image, text=text, teacher=teacher), terms, weights)
         return values if self.world_size <= 1 else {name: self._value(value) for name, value in values.items()}
 
-    def _constants(self, teacher: Any, image: Tensor, text: Tensor, terms: list[str]) -> tuple[Tensor | None, ...]:
-        """Returns the teacher's features and scale, checked and detached. A scale that no term needs may be None."""
-        why = f"the term {terms[0]!r} needs it"
-        if not isinstance(teacher, (tuple, list)) or len(teacher) != 3:
-            raise ValueError(f"teacher: expected ({', '.join(TEACHER)}), since {why}, got {type(teacher).__name__}")
-        unused = teacher[2] is None and "relational" not in terms
-        constants = inputs.constants_of_teacher(
-            dict(zip(TEACHER[: 3 - unused], teacher)), dict(zip(STUDENT, (image, text))), why
-        )
-        return *constants, *[None] * unused
+    def _constants(self, teacher: Teacher | None, image: Tensor, text: Tensor, terms: tuple[str, ...]) -> Teacher | None:
+        """Returns the teacher of the terms that need one, checked and detached."""
+        needed = [term for term in terms if term in OF_TEACHER]
+        if teacher is None or not needed:
+            return None
+        values = [teacher.image, teacher.text, teacher.scale]
+        if teacher.scale is None and "relational" not in terms:
+            values.pop()
+        student = dict(zip(STUDENT, (image, text)))
+        constants: list[Any] = [*inputs.constants_of_teacher(dict(zip(TEACHER, values)), student, _why(needed[0])), None]
+        return Teacher(constants[0], constants[1], constants[2])
 
-    def _similarity(self, image, text, logit_scale, terms, weights, logit_bias, ids, teacher) -> dict[str, Tensor]:
+    def _similarity(self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None) -> dict[str, Tensor]:
         """Returns the terms of this rank's rows, by ops.similarity_loss."""
+        image, text, ids = pairs.image, pairs.text, pairs.ids
         plane = None
         weight: Any = self.plane_weight if "pair_matching" in terms else None
         if weight is not None:
@@ -204,9 +243,10 @@ class SimilarityLoss(DistributedLoss):
             if self.world_size > 1:
                 weight, bias = self._learned(weight, bias)
             plane = weight[: text.shape[1]] if self.plane == "hadamard" else weight, bias
-        teacher_image, teacher_text, teacher_scale = teacher or (None, None, None)
+        teacher = pairs.teacher
+        teacher_image, teacher_text, teacher_scale = (teacher.image, teacher.text, teacher.scale) if teacher else (None,) * 3
         options: dict[str, Any] = {
-            "logit_scale": logit_scale, "logit_bias": logit_bias, "terms": terms, "plane": plane,
+            "logit_scale": pairs.scale, "logit_bias": pairs.bias, "terms": terms, "plane": plane,
             "teacher_image": teacher_image, "teacher_text": teacher_text, "teacher_scale": teacher_scale,
             "divergence": self.divergence, "weights": weights, "ids": ids,
             "scratch_bytes": self.scratch_bytes, "store_bytes": self.store_bytes,

@@ -6,7 +6,7 @@ from typing import Never
 
 from torch import Tensor
 
-from simplclip.losses.base import SimilarityLoss
+from simplclip.losses.base import Pairs, SimilarityLoss
 
 
 class PairLoss(SimilarityLoss):
@@ -33,14 +33,15 @@ class PairLoss(SimilarityLoss):
 
         ids: pairs with equal ids (several captions of an image, duplicates) are not each other's negatives.
         """
-        features, term, weight = (image_features, text_features, logit_scale), self.TERM, self.pm_weight
+        pairs = Pairs(image_features, text_features, logit_scale, logit_bias, ids)
+        term, weight = self.TERM, self.pm_weight
         if not weight:
-            value = self._values(*features, (term,), None, logit_bias, ids)[term]
+            value = self._values(pairs, (term,))[term]
             return {"contrastive_loss": value} if output_dict else value
         terms = (term, "pair_matching")
         if not output_dict:  # with weights, sigmoid and pair matching share a sweep
-            return self._values(*features, terms, {term: 1.0, "pair_matching": weight}, logit_bias, ids)["loss"]
-        values = self._values(*features, terms, None, logit_bias, ids)
+            return self._values(pairs, terms, {term: 1.0, "pair_matching": weight})["loss"]
+        values = self._values(pairs, terms)
         return {"contrastive_loss": values[term], "pair_matching_loss": weight * values["pair_matching"]}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Never
 
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip import ops
-from simplclip.losses.base import SimilarityLoss, weight_of, width_of
+from simplclip.losses.base import Pairs, SimilarityLoss, Teacher, weight_of, width_of
 from simplclip.ops import checks
 from simplclip.ops.registry import no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES
@@ -117,64 +119,70 @@ class WIKDLoss(SimilarityLoss):
 
         `contrastive_loss`, `distill_loss` (relational), `interactive_loss`, `feature_loss`, `pair_matching_loss`.
         """
-        teacher = dist_image_features, dist_text_features, dist_logit_scale
+        teacher = Teacher(dist_image_features, dist_text_features, dist_logit_scale)
         weights = self._weights()
-        values = self._values(image_features, text_features, logit_scale, tuple(weights), ids=ids, teacher=teacher)
+        values = self._values(Pairs(image_features, text_features, logit_scale, None, ids, teacher), tuple(weights))
         keys = {"relational": "distill_loss"}  # open_clip's name
         losses = {keys.get(name, f"{name}_loss"): weight * values[name] for name, weight in weights.items()}
         return losses if output_dict else tuple(losses.values())
 
-    def _similarity(self, image, text, logit_scale, terms, weights, logit_bias, ids, teacher) -> dict[str, Tensor]:
-        unswept = [name for name in terms if name in ("interactive", "feature")]
-        swept = tuple(name for name in terms if name not in unswept)
+    def _similarity(self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None) -> dict[str, Tensor]:
+        swept = tuple(name for name in terms if name not in ("interactive", "feature"))
         values: dict[str, Any] = {}
         if swept:
-            of_swept = None if weights is None else {name: weights[name] for name in swept}
-            of_terms = teacher if "relational" in swept else None
-            shared = (logit_scale, swept, of_swept, logit_bias, ids, of_terms)
-            values = super()._similarity(image, text, *shared)
-        if unswept:
-            pairs = self._in_teachers_width(image, text, teacher)
-        if "interactive" in unswept:
-            values["interactive"] = self._interactive(*pairs, logit_scale, teacher, ids)
-        if "feature" in unswept:
+            swept_pairs = pairs if "relational" in swept else replace(pairs, teacher=None)
+            values = super()._similarity(swept_pairs, swept, weights and {name: weights[name] for name in swept})
+        if len(swept) == len(terms):
+            return values
+        teacher: Any = pairs.teacher
+        image, text = self._in_teachers_width(pairs.image, pairs.text, teacher)
+        if "interactive" in terms:
+            values["interactive"] = self._interactive(replace(pairs, image=image, text=text), teacher)
+        if "feature" in terms:
             with no_autocast(image.device):
-                values["feature"] = 0.5 * sum(ops.feature_loss(wide(features), t) for features, t in zip(pairs, teacher))
+                of_image, of_text = (ops.feature_loss(wide(x), y) for x, y in ((image, teacher.image), (text, teacher.text)))
+            values["feature"] = 0.5 * (of_image + of_text)
         if weights is not None:
-            values["loss"] = values.get("loss", 0) + sum(weights[name] * values[name] for name in unswept)
-            values |= {name: values[name].detach() for name in unswept}
+            for name in set(terms) - set(swept):
+                values["loss"] = values.get("loss", 0) + weights[name] * values[name]
+                values[name] = values[name].detach()
         return values
 
-    def _interactive(self, image: Tensor, text: Tensor, scale: Any, teacher: tuple, ids: Tensor | None) -> Tensor:
+    def _interactive(self, pairs: Pairs, teacher: Teacher) -> Tensor:
         """Returns the interactive term of rows whose columns are the teacher's features of all ranks, constants."""
         term = "contrastive" if self.interactive == "infonce" else "relational"
-        options: dict[str, Any] = {"terms": (term,), "symmetric": False, "ids": ids, "text_ids": self._gathered(ids)}
-        options |= {"label_offset": self.rank * len(image) if self.world_size > 1 else 0, "divergence": self.divergence}
-        options |= {"scratch_bytes": self.scratch_bytes, "store_bytes": self.store_bytes}
-        teacher_image, teacher_text = (t.to(image.dtype) for t in teacher[:2])
+        offset = self.rank * len(pairs.image) if self.world_size > 1 else 0
+        options: dict[str, Any] = {
+            "terms": (term,), "symmetric": False, "divergence": self.divergence, "label_offset": offset,
+            "ids": pairs.ids, "text_ids": self._gathered(pairs.ids),
+            "scratch_bytes": self.scratch_bytes, "store_bytes": self.store_bytes,
+        }  # fmt: skip
+        teacher_image, teacher_text = teacher.image.to(pairs.image.dtype), teacher.text.to(pairs.image.dtype)
         loss: Any = 0.0
-        for rows, of_rows, columns in ((image, teacher_image, teacher_text), (text, teacher_text, teacher_image)):
+        for rows, of_rows, columns in ((pairs.image, teacher_image, teacher_text), (pairs.text, teacher_text, teacher_image)):
             columns = self._gathered(columns)
             if term == "relational":
-                options |= {"teacher_image": of_rows, "teacher_text": columns, "teacher_scale": teacher[2]}
-            rows = F.normalize(rows, dim=-1).to(image.dtype) if self.image_projection is not None else rows
-            loss = loss + 0.5 * ops.similarity_loss(rows, columns, scale, **options)[term]
+                options |= {"teacher_image": of_rows, "teacher_text": columns, "teacher_scale": teacher.scale}
+            if self.image_projection is not None:
+                rows = F.normalize(rows, dim=-1).to(pairs.image.dtype)
+            loss = loss + 0.5 * ops.similarity_loss(rows, columns, pairs.scale, **options)[term]
         return loss
 
-    def _in_teachers_width(self, image: Tensor, text: Tensor, teacher: tuple) -> tuple[Tensor, Tensor]:
+    def _in_teachers_width(self, image: Tensor, text: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor]:
         """Returns the student's features as such, or projected to the width of the teacher's, and not normalised again."""
         projects = self.image_projection is not None
         width = self.teacher_dim if projects else image.shape[1]
-        if teacher[0].shape[1] != width:
+        if teacher.image.shape[1] != width:
             features = "a prefix of image_features" if self.prefixes else "image_features"
             why = "embed_dim, another teacher_dim, and interactive_weight or feature_weight above 0 make one"
             expected = f"teacher_dim = {width}" if projects else f"{width} of {features}, without a projection ({why})"
-            raise ValueError(f"dist_image_features: expected the width {expected}, got shape {checks.shape_of(teacher[0])}")
+            raise ValueError(
+                f"dist_image_features: expected the width {expected}, got shape {checks.shape_of(teacher.image)}"
+            )
         if self.image_projection is None or self.text_projection is None:
             return image, text
-        projections = self._learned(self.image_projection, self.text_projection)
-        image, text = (_projected(features, weight) for features, weight in zip((image, text), projections))
-        return image, text
+        of_image, of_text = self._learned(self.image_projection, self.text_projection)
+        return _projected(image, of_image), _projected(text, of_text)
 
 
 class _Wide(torch.autograd.Function):
