@@ -188,7 +188,7 @@ def similarity_loss(
     softmax's sweep instead (on a GPU, only that of contrastive alone): 4 products in all.
 
     Gradients flow to image, text, the scale, the bias and the plane; features that need no gradient cost no product. Saved
-    for backward: the inputs, 6 N + 3 M statistics, some vectors [N] of the terms and at most store_bytes of similarities. Extra memory:
+    for backward: the inputs, 6 N + 3 M statistics, a few vectors [N], and at most store_bytes of similarities. Extra memory:
     O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and sums are in float32 and in a
     fixed order: on one machine, the same call has the same bits each time; on a CPU, with the same number of threads, since
     the products are BLAS's. Only first derivatives in reverse mode are supported.
