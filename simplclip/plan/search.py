@@ -14,7 +14,7 @@ from simplclip import gradient_cache
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE, STORE_BYTES
-from simplclip.plan.cards import CARDS, GIB
+from simplclip.plan.cards import CARDS, GIB, Card
 from simplclip.plan.count import Usage
 from simplclip.plan.measure import predict
 from simplclip.plan.step import TrainerStep
@@ -72,6 +72,25 @@ class Row:
     @property
     def images_per_s(self) -> float:
         return 1e3 * self.batch_size / self.time.ms if self.time else 0.0
+
+
+class Graphs:
+    """Predicted steps in one graph by their pairs; memory and time of others lie on the line through the two nearest."""
+
+    def __init__(self, usages: dict[int, Usage]) -> None:
+        self.usages = usages
+
+    def largest(self, limit: int, card: Card) -> tuple[int, float]:
+        """Returns the largest batch that takes at most `limit` bytes, but for WITHIN, and its images a second on a card."""
+        peaks = {size: usage.peak for size, usage in self.usages.items()}
+        size = min(int((1 - WITHIN / 4) * _crossing(peaks, limit)), MOST_PAIRS)
+        if size < 1:
+            return 0, 0.0
+        times = {near: step_time(usage.kernels, card).ms for near, usage in self.usages.items()}
+        a, *others = sorted(times, key=lambda near: abs(near - size))
+        b = others[0] if others else 0
+        ms = times[a] + (size - a) * (times[a] - times.get(b, 0.0)) / (a - b)
+        return size, 1e3 * size / ms
 
 
 class Planner:
@@ -184,6 +203,18 @@ class Planner:
         if not size:
             return Row(what, 0, micro_batch, 0, False)
         return self.row(what, size, micro_batch, at_least=size == sizes[-1])
+
+    def one_graphs(self, least: int, most: int) -> Graphs:
+        """Predicts a few batches in one graph: a small one, and those that about fill the least and the most memory."""
+        usages: dict[int, Usage] = {}
+        size = SMALL_MICRO_BATCH
+        for limit in (least, most, None):
+            usages[size] = self.usage(batch_size=size, micro_batch=None)
+            self.tell(f"in one graph: {size:,} pairs take {gib(usages[size].peak)}")
+            if limit is not None:
+                crossing = _crossing({size: usage.peak for size, usage in usages.items()}, limit)
+                size = min(max(1, int(crossing)), MOST_PAIRS)
+        return Graphs(usages)
 
     def row(self, what: str, size: int, micro_batch: Any, at_least: bool = False) -> Row:
         usage = self.usage(batch_size=size, micro_batch=micro_batch)
