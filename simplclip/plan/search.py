@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,10 +45,8 @@ class Budget:
     @classmethod
     def of(cls, device: torch.device) -> Budget:
         """The budget of a card of this machine, or of a process's share of the machine's memory on a CPU."""
-        if device.type == "cuda":
-            return cls(torch.cuda.mem_get_info(device)[1])
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return cls(total // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), context=1 << 30, libraries=0)
+        memory = hardware.total_memory(device)
+        return cls(memory) if device.type == "cuda" else cls(memory, context=1 << 30, libraries=0)
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ class Planner:
             why = "auto: cards since Ampere have native bf16" + ", this one is older" * (not native)
         else:
             self.precision, why = hardware.pick_precision(config.run.precision, self.device)
-        self.step = TrainerStep(config, self.precision, teacher_width)
+        self.step = TrainerStep(config, self.precision, teacher_width, budget.memory)
         self.assumptions = [*_assumptions(budget, device), f"precision {self.precision} ({why})", *self.step.assumed]
         try:
             gradient_cache.check(self.step.prepared.model.train())

@@ -27,7 +27,7 @@ from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import wrap
 from simplclip.train.log import Log, curves, first_lines
 from simplclip.train.setup import State, setup
-from simplclip.train.step import TrainingError, train_step
+from simplclip.train.step import TrainingError, keep_frozen, train_step
 
 SAVE_MINUTES = 10.0  # the longest time between two writes of last.pt
 
@@ -70,6 +70,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         if former:
             state = ranks.agreed(lambda: setup(config, device, precision, former))
         state.config, state.objective.steps = config, config.run.steps
+        keep_frozen(state)
         state.wrappers = wrap(state.model)
         if former:
             checkpoint.set_rng_state(former["rng"])

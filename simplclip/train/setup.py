@@ -25,6 +25,7 @@ from simplclip.nn import SimplifiedBlock
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import share_norms
 from simplclip.train.objective import Objective
+from simplclip.train.prefix import Prefix
 
 
 @dataclass
@@ -52,6 +53,7 @@ class State(Prepared):
     transform: Any
     channels_last: bool
     teacher: Mapping[str, Any] | None  # name, width and logit_scale of the teacher whose features the samples have
+    prefixes: dict[str, Prefix] = field(default_factory=dict)  # of the towers, whose outputs gradient caching keeps
     wrappers: dict[str, Any] = field(default_factory=dict)  # of the towers, if several ranks exchange gradients
     step: int = 0
     data: list[dict[str, Any]] | None = None  # the loaders' states of all ranks after the step's last batch

@@ -133,7 +133,7 @@ def test_micro_batches_that_do_not_run_change_nothing(tiny, monkeypatch):
     peak = lambda micro: predict(tiny, SIGMOID, f"data.micro_batch={micro}").peak  # noqa: E731
     shortened = [peak(24), peak(12)]
     assert shortened[1] < shortened[0]
-    monkeypatch.setattr(measure, "first_and_last", lambda backward, repeat: backward)
+    monkeypatch.setattr(measure, "first_and_last", lambda backward, repeat, skip: backward)
     batches = TrainerStep.batches
     monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
     assert [peak(24), peak(12)] == pytest.approx(shortened, rel=1e-3)

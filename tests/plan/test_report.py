@@ -50,7 +50,7 @@ def test_micro_batches_that_do_not_run_take_their_time(tiny, monkeypatch):
     """Kernels of the first micro-batch count for those between it and the last one."""
     changes = "data.batch_size=1536", "data.micro_batch=256"
     shortened = time_of(tiny, *changes)
-    monkeypatch.setattr("simplclip.plan.measure.first_and_last", lambda backward, repeat: backward)
+    monkeypatch.setattr("simplclip.plan.measure.first_and_last", lambda backward, repeat, skip: backward)
     batches = TrainerStep.batches
     monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
     whole = time_of(tiny, *changes)
