@@ -125,7 +125,7 @@ class Planner:
             why = "auto: cards since Ampere have native bf16" + ", this one is older" * (not native)
         else:
             self.precision, why = hardware.pick_precision(config.run.precision, self.device)
-        self.step = TrainerStep(config, self.precision, teacher_width, budget.memory)
+        self.step = TrainerStep(config, self.precision, teacher_width, budget.memory, self.device)
         self.assumptions = [*_assumptions(budget, device), f"precision {self.precision} ({why})", *self.step.assumed]
         try:
             gradient_cache.check(self.step.prepared.model.train())

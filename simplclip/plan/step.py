@@ -25,6 +25,7 @@ from simplclip.train.config import Config
 
 During = Callable[[str], AbstractContextManager]  # the context in which a step allocates memory of a kind
 Batch = dict[str, Any]
+CPU = torch.device("cpu")
 
 
 class Step(Protocol):
@@ -51,18 +52,26 @@ class TrainerStep:
     """A step of `simplclip train`: config.data.batch_size images, by gradient caching if config.data has a micro_batch.
 
     teacher_width: D̂; None: as the shards say. Only the shapes of weights and features matter: where the shards are not on
-    this machine, the student's width is assumed. `assumed` says so. memory: bytes of the device; None: as of this machine's.
+    this machine, the student's width is assumed. `assumed` says so. memory: bytes of the device; None: as of this
+    machine's. device: on which the step is placed, for the layout.
     """
 
-    def __init__(self, config: Config, precision: str, teacher_width: int | None = None, memory: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        precision: str,
+        teacher_width: int | None = None,
+        memory: int | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         self.memory = memory
         self.assumed = list[str]()
-        if config.run.compile:
+        if config.run.compile is True:
             self.assumed.append("the memory of towers that are not compiled")
-            config = config.replaced(run={"compile": False})
+        config = config.replaced(run={"compile": False})
         self.config, self.precision = config, precision
         with torch.device("meta"):  # folding frozen parts makes new modules
-            self.prepared = setup.prepare(*shapes_of(config), [], config, precision)
+            self.prepared = setup.prepare(*shapes_of(config), [], config, precision, device)
         self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.values()]
         self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
         if (mean := config.data.mean_tokens) is not None:

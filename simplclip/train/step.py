@@ -145,7 +145,7 @@ def keep_frozen(state: State, memory: int | None = None) -> None:
     }
     room = (memory or hardware.total_memory(state.device)) // KEPT_SHARE
     for tower, (encode, value, count) in towers.items():
-        found = prefixes.find(state.model, partial(encode, state), {tower: value}, bool(config.run.compile))
+        found = prefixes.find(state.model, partial(encode, state), {tower: value}, config.run.compile is not False)
         if found is None:
             continue
         prefix, size = found[0], found[1] * count
