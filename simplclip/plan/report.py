@@ -15,7 +15,7 @@ from simplclip.common.errors import UserError
 from simplclip.models.trained import image_transform, tokenizer
 from simplclip.plan.cards import CARDS, GIB, Card
 from simplclip.plan.count import WEIGHTS
-from simplclip.plan.search import Budget, Planner, Row, gib
+from simplclip.plan.search import Budget, Planner, Row, gib, one_graphs
 from simplclip.plan.time import FITTED, HELD_OUT, HOST_MS, StepTime, column, step_time
 from simplclip.train.config import Config
 
@@ -191,7 +191,7 @@ def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | No
     configured = planner.usage(batch_size=size, micro_batch=micro)
     cards = {name: card for name, card in CARDS.items() if card.triton}
     limits = {name: Budget(card.memory * GIB).usable for name, card in cards.items()}
-    graphs = planner.one_graphs(min(limits.values()), max(limits.values()))
+    graphs = one_graphs(planner.in_one_graph, min(limits.values()), max(limits.values()), _tell)
     steps = config.run.steps or round(config.run.epochs * (pairs or config.data.samples or 0) / size)
     print(f"{config.model.name}, {planner.precision}; the run: {size:,} pairs, {micro or 'all'} at a time\n")
     heads = ("largest in one graph", "its images/s", "the run fits", "its images/s", "its hours")

@@ -90,6 +90,19 @@ class Graphs:
         return size, 1e3 * size / ms
 
 
+def one_graphs(predicted: Callable[[int], Usage], least: int, most: int, tell: Callable[[str], object]) -> Graphs:
+    """Predicts a few batches in one graph: a small one, and those that about fill the least and the most memory."""
+    usages: dict[int, Usage] = {}
+    size = SMALL_MICRO_BATCH
+    for limit in (least, most, None):
+        usages[size] = predicted(size)
+        tell(f"in one graph: {size:,} pairs take {gib(usages[size].peak)}")
+        if limit is not None:
+            crossing = _crossing({size: usage.peak for size, usage in usages.items()}, limit)
+            size = min(max(1, int(crossing)), MOST_PAIRS)
+    return Graphs(usages)
+
+
 class Planner:
     """Plans the steps of a config on a device, "cuda" or "cpu", with a budget; the device need not be there.
 
@@ -173,6 +186,9 @@ class Planner:
             )
         return micro
 
+    def in_one_graph(self, pairs: int) -> Usage:
+        return self.usage(batch_size=pairs, micro_batch=None)
+
     def usage(self, **data: Any) -> Usage:
         """Predicts the step of the config with some values of its section `data` changed."""
         config = self.step.config = self.config.replaced(data=data)
@@ -200,18 +216,6 @@ class Planner:
         if not size:
             return Row(what, 0, micro_batch, 0, False)
         return self.row(what, size, micro_batch, at_least=size == sizes[-1])
-
-    def one_graphs(self, least: int, most: int) -> Graphs:
-        """Predicts a few batches in one graph: a small one, and those that about fill the least and the most memory."""
-        usages: dict[int, Usage] = {}
-        size = SMALL_MICRO_BATCH
-        for limit in (least, most, None):
-            usages[size] = self.usage(batch_size=size, micro_batch=None)
-            self.tell(f"in one graph: {size:,} pairs take {gib(usages[size].peak)}")
-            if limit is not None:
-                crossing = _crossing({size: usage.peak for size, usage in usages.items()}, limit)
-                size = min(max(1, int(crossing)), MOST_PAIRS)
-        return Graphs(usages)
 
     def row(self, what: str, size: int, micro_batch: Any, at_least: bool = False) -> Row:
         usage = self.usage(batch_size=size, micro_batch=micro_batch)

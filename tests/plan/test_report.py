@@ -97,7 +97,7 @@ def test_cards_share_their_predictions(tiny):
     """Memory and time of other batches and cards lie between three predictions, as near as a search would find them."""
     planner = Planner(config.load(tiny, []), Budget(GIB), card="rtx-3090")
     limits = [Budget(memory * GIB).usable for memory in (2, 4, 8)]
-    graphs = planner.one_graphs(limits[0], limits[2])
+    graphs = search.one_graphs(planner.in_one_graph, limits[0], limits[2], lambda line: None)
     assert len(graphs.usages) == 3
     size, rate = graphs.largest(limits[1], CARDS["rtx-4090"])
     direct = Planner(planner.config, Budget(4 * GIB), card="rtx-4090")
