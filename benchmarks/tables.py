@@ -21,7 +21,8 @@ from benchmarks.cards.bound import SHOWN
 from benchmarks.results_file import RESULTS, ROOT, read_csv
 from simplclip.plan.time import HELD_OUT
 
-README, BENCHMARKS, PLAN, CHART = "README.md", "docs/benchmarks.md", "docs/plan.md", "docs/similarity_loss.svg"
+README, BENCHMARKS, PLAN, EXAMPLES = "README.md", "docs/benchmarks.md", "docs/plan.md", "docs/examples.md"
+CHART = "docs/similarity_loss.svg"
 BOTH, NONE = "forward + backward", "–"
 # The sigmoid losses of the table: of the compiled ones, the fastest.
 CHUNKS = "open_clip's main branch, chunk_size=1024"
@@ -211,7 +212,8 @@ FIGURES: tuple[tuple[str, tuple[str, dict[str, str]], dict[str, str], dict[str, 
 )
 CPU = "On a CPU"
 TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
-    README: {"figures": figures, "demo": demo, "hours": partial(hours, README)},
+    README: {"figures": figures, "hours": partial(hours, README)},
+    EXAMPLES: {"demo": demo},
     PLAN: {"hours": partial(hours, PLAN)},
     BENCHMARKS: {
         "similarity_loss": partial(op_table, "similarity_loss", "Forward and backward, D = 512", n="8192", dtype="float32"),
