@@ -162,14 +162,17 @@ def _fold_scales(model: nn.Module) -> None:
 
     An fp32 scale would make its product, and the sum after it, fp32 tensors, which the next layer rounds again.
     """
+    block: Any
     for block in model.modules():
         if isinstance(block, fastvit.RepMixerBlock) and isinstance(block.layer_scale, fastvit.LayerScale2d):
-            scale, block.layer_scale = block.layer_scale.gamma, nn.Identity()
+            scale: Tensor = block.layer_scale.gamma
+            block.layer_scale = nn.Identity()
         elif isinstance(block, mobileclip.RepMixerBlock) and block.layer_scale is not None:
-            scale, block.layer_scale = block.layer_scale, None
+            scale = block.layer_scale
+            block.layer_scale = None
         else:
             continue
-        last: Any = block.mlp.fc2
+        last = block.mlp.fc2
         last.bias.mul_(scale.flatten())
         last.weight.mul_(scale.reshape(-1, *[1] * (last.weight.dim() - 1)))
 

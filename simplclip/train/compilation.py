@@ -53,7 +53,7 @@ class Compilation:
     def _first_compiled(self, train: Callable[[], dict[str, float]]) -> dict[str, float]:
         state, crop = self.state, self.state.crop
         random = gradient_cache.generators()
-        former = (crop.multiple, crop.groups) if crop else ()
+        sizes = (crop.multiple, crop.groups) if crop else (0, 0)
         self.log.print("compile    the towers, by torch.compile: the next steps take longer")
         compile_towers(state)
         try:
@@ -66,7 +66,7 @@ class Compilation:
         for part in compiled_parts(state):
             part._compiled_call_impl = None
         if crop:
-            crop.multiple, crop.groups = former
+            crop.multiple, crop.groups = sizes
         gradient_cache.restore(random)
         self.snapshot.restore_buffers()
         self._decide(False)

@@ -62,7 +62,8 @@ class Prefix:
 
     @contextmanager
     def _recording(self) -> Iterator[list[Tensor]]:
-        self._recorded = outputs = []
+        outputs: list[Tensor] = []
+        self._recorded = outputs
         try:
             yield outputs
         finally:
