@@ -166,7 +166,7 @@ def _fold_scales(model: nn.Module) -> None:
     for block in model.modules():
         if isinstance(block, fastvit.RepMixerBlock) and isinstance(block.layer_scale, fastvit.LayerScale2d):
             scale: Tensor = block.layer_scale.gamma
-            block.layer_scale = nn.Identity()
+            block.layer_scale = nn.Identity()  # type: ignore[assignment]
         elif isinstance(block, mobileclip.RepMixerBlock) and block.layer_scale is not None:
             scale = block.layer_scale
             block.layer_scale = None
