@@ -140,6 +140,27 @@ def test_micro_batches_that_do_not_run_change_nothing(tiny, monkeypatch):
 
 
 @pytest.mark.slow
+def test_outputs_that_gradient_caching_keeps(monkeypatch):
+    """Those of frozen layers, also of micro-batches that do not run."""
+    values = {
+        "model": {"name": "siclip-lite0"},
+        "inherit": {"source": ["efficientnet-lite0", "minilm"]},
+        "data": {"train": "nowhere/*.tar", "batch_size": 96, "micro_batch": 4},
+        "run": {"out": "runs/none", "steps": 10},
+    }
+    step = TrainerStep(config.from_dict(values), "fp32")
+    check(step, within=0.02)
+    peak = lambda: measure.predict(step, CPU).peak  # noqa: E731
+    shortened = peak()
+    monkeypatch.setattr(TrainerStep, "skip", lambda *_: None)
+    assert peak() < 0.999 * shortened
+    monkeypatch.setattr(measure, "first_and_last", lambda backward, repeat, skip: backward)
+    batches = TrainerStep.batches
+    monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
+    assert peak() == pytest.approx(shortened, rel=1e-3)
+
+
+@pytest.mark.slow
 @needs_cuda_build
 @pytest.mark.parametrize("name", ["small-resnet", *LARGER])
 def test_plain_models_on_a_card(tiny, name):
