@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from simplclip import gradient_cache, models
 from simplclip.models.crop import crop_texts
 from simplclip.models.inherit import freeze
 from simplclip.plan.step import TrainerStep
-from simplclip.train import config, prefix
+from simplclip.train import config, prefix, setup
 
 CPU = torch.device("cpu")
 FORMS = ("chain", "skip", "scaled", "pooled")
@@ -165,3 +166,30 @@ def test_where_outputs_are_kept(changes, memory, towers):
     step.place(CPU, lambda kind: nullcontext())
     assert list(step.state.prefixes) == towers
     assert sum("runs once a step" in line for line in step.state.lines) == len(towers)
+
+
+@pytest.mark.slow
+def test_compiled_towers_keep_outputs_too(monkeypatch):
+    """The folded copy and the trained layers are compiled; what is replayed is decided outside."""
+    compiler = mock.Mock(side_effect=partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", compiler)
+    weights, find = [], prefix.find
+    for compiled in (False, True):
+        step = trainer_step()
+        for module in step.modules:
+            module.to_empty(device=CPU)
+        torch.manual_seed(3)
+        for module in step.modules:
+            steps._fill(module)
+        monkeypatch.setattr(prefix, "find", lambda *args, find=find, compiled=compiled: find(*args[:3], compiled))
+        step.place(CPU, lambda kind: nullcontext())
+        if compiled:
+            setup.compile_towers(step.state)
+        (folded,) = step.prepared.folded.values()
+        calls = []
+        folded.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        step.run(step.batches(real=True))
+        assert len(calls) == 3  # of five encodings of three micro-batches
+        weights.append(torch.cat([p.detach().flatten() for p in step.prepared.model.parameters()]))
+    assert compiler.called
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
