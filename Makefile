@@ -139,7 +139,7 @@ sanitize: install  ## random calls of the CPU kernels under ASan, UBSan, TSan; C
 test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-plan: install  ## what fits a 24 GiB card, predicted; writes benchmarks/results
+plan: install  ## hours of a run on a card, predicted; writes benchmarks/results
 	$(BIN)/python -m benchmarks.plan
 
 bench: install  ## microbenchmarks on this CPU; writes benchmarks/results

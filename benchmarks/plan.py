@@ -1,42 +1,61 @@
-"""Plans siclip-s0 on a 24 GiB card beside the model that it is made from, trained whole by open_clip: no GPU is needed.
+"""Plans ten passes over 12.4 million pairs on one card, by this library and by open_clip's trainer: no GPU is needed.
 
-A row is that of `simplclip plan siclip-s0 --memory rtx-3090 --teacher-width 768` with the settings of CASES. Writes
-benchmarks/results/plan-siclip-s0-*.csv.
+The row of siclip-s0 has the figures of "largest in one graph" of `simplclip plan siclip-s0 --card 3090 --teacher-width 768`.
+Writes benchmarks/results/plan-hours-*.csv.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from benchmarks.results_file import RESULTS, table, versions, write_csv
-from benchmarks.steps import ORIGINALS, TEACHER_WIDTH, OpenClipStep
-from simplclip.plan.cards import parse_memory
+from benchmarks.steps import TEACHER_WIDTH, OpenClipStep
+from simplclip.plan.cards import CARDS, GIB
+from simplclip.plan.count import Usage
 from simplclip.plan.measure import predict
-from simplclip.plan.search import MOST_PAIRS, Budget, Planner, largest
+from simplclip.plan.search import Budget, Planner, one_graphs
 from simplclip.train import config
 
-NAME, CARD = "siclip-s0", "rtx-3090"
-# What open_clip's DistillClipLoss computes.
-LOSS = ["data.captions_per_image=1", "loss.relational_weight=1", "loss.feature_weight=0"]
-LOSS += ["loss.interactive_weight=0", "loss.pm_weight=0"]
-CASES = {"all of it trained": [*LOSS, "inherit={}", "model.freeze_norms=true"], "inherited and frozen": LOSS}
+SHOWN = ("rtx-3090", "rtx-4090", "rtx-5090")
+PAIRS, PASSES = 12_400_000, 10
+CC12M_TOKENS = 23.3  # of a caption, with start and end
+PLAIN = {"model": {"name": "open_clip:ViT-B-32"}, "data": {"train": "planned/*.tar", "mean_tokens": CC12M_TOKENS}}
+
+
+def ours(values: config.Config) -> Callable[[int], Usage]:
+    return Planner(values, Budget(24 * GIB), teacher_width=TEACHER_WIDTH, card="rtx-3090").in_one_graph
+
+
+def theirs(name: str) -> Callable[[int], Usage]:
+    """A step of open_clip's trainer with its loss, all weights trained."""
+    return lambda pairs: predict(OpenClipStep(name, pairs, "bf16"), torch.device("cuda", 0))
+
+
+FORMS: dict[str, Callable[[], Callable[[int], Usage]]] = {
+    "siclip-s0, as configured": lambda: ours(config.load("siclip-s0")),
+    "siclip2-s0, as configured": lambda: ours(config.load("siclip2-s0")),
+    "MobileCLIP-S0 whole, open_clip's trainer": lambda: theirs("mobileclip-s0"),
+    "ViT-B-32, simplclip": lambda: ours(config.from_dict(PLAIN | {"run": {"out": "runs/planned", "precision": "bf16"}})),
+    "ViT-B-32, open_clip's trainer": lambda: theirs("open_clip:ViT-B-32"),
+}
 
 
 def main() -> None:
-    budget, device = Budget(parse_memory(CARD)), torch.device("cuda", 0)
-    whole = ORIGINALS[NAME]
-    dense, _ = largest(
-        lambda pairs: predict(OpenClipStep(whole, pairs, "bf16", TEACHER_WIDTH), device).peak,
-        budget.usable, range(1, MOST_PAIRS), start=64,
-    )  # fmt: skip
-    rows = [{"form": f"open_clip: {whole}, DistillClipLoss", "pairs": dense, "times_open_clip": 1.0}]
-    for case, changes in CASES.items():
-        planner = Planner(config.load(NAME, changes), budget, teacher_width=TEACHER_WIDTH, tell=print)
-        pairs = next(row for row in planner.rows() if row.what == "largest in one graph").batch_size
-        rows.append({"form": f"{NAME}, {case}", "pairs": pairs, "times_open_clip": round(pairs / dense, 1)})
+    rows = []
+    limits = [Budget(CARDS[card].memory * GIB).usable for card in SHOWN]
+    for form, make in FORMS.items():
+        graphs = one_graphs(make(), min(limits), max(limits), print)
+        row: dict[str, object] = {"form": form}
+        for card, limit in zip(SHOWN, limits):
+            pairs, rate = graphs.largest(limit, CARDS[card])
+            row |= {f"{card} pairs": pairs, f"{card} images/s": round(rate)}
+            row |= {f"{card} hours": round(PASSES * PAIRS / rate / 3600, 1)}
+        rows.append(row)
     print("\n".join(table(rows)))
     where = versions()
-    path = RESULTS / f"plan-{NAME}-{where['date']}.csv"
+    path = RESULTS / f"plan-hours-{where['date']}.csv"
     write_csv(path, [row | where for row in rows])
     print(f"wrote {path}")
 

@@ -59,6 +59,9 @@ class OpenClipStep:
                     batch[name] = torch.ones(self.batch_size, self.teacher_width, dtype=torch.float16)
         return [batch]
 
+    def skip(self, tower: str, batch: dict[str, Tensor], first: dict[str, Tensor]) -> None:
+        """Nothing is cached."""
+
     def run(self, batches: list[dict[str, Tensor]]) -> None:
         (batch,) = batches
         self.optimizer.zero_grad()

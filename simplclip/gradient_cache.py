@@ -104,10 +104,10 @@ def backward(
     total = total if scaler is None else scaler.scale(total)
     with _autocast_off(total):
         total.backward()
-    end = _generators()
+    end = generators()
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     ranks.encode_again(gradients)
-    _restore(end)
+    restore(end)
     return {name: term.detach() for name, term in terms.items()}
 
 
@@ -148,7 +148,7 @@ class _Tower:
     def encode_once(self, ranks: _Ranks) -> None:
         first: dict[Any, list] = {}
         for index in range(self.count):
-            self.states.append(_generators())
+            self.states.append(generators())
             with torch.set_grad_enabled(index == self.recomputed), ranks.no_sync(self in ranks.recomputing):
                 outputs = self._outputs(self.micro_batches[index])
             shapes = {name: ["m", *output.shape[1:]] if output.dim() > 1 else [] for name, output in outputs.items()}
@@ -191,7 +191,7 @@ class _Tower:
         return outputs, self.gradients[-1]
 
     def _encoded_again(self, index: int) -> tuple[Named, Named]:
-        _restore(self.states[index])
+        restore(self.states[index])
         return self._outputs(self.micro_batches[index]), self.gradients[index]
 
     def _outputs(self, batch: Any) -> Named:
@@ -290,10 +290,10 @@ def _autocast_off(t: Tensor) -> torch.autocast:
     return torch.autocast(t.device.type, enabled=False)
 
 
-def _generators() -> tuple[Tensor, list[Tensor]]:
+def generators() -> tuple[Tensor, list[Tensor]]:
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
-def _restore(states: tuple[Tensor, list[Tensor]]) -> None:
+def restore(states: tuple[Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(states[0])
     torch.cuda.set_rng_state_all(states[1])

@@ -4,6 +4,7 @@
     python -m benchmarks.cards --fit        fits the constants of simplclip/plan/time.py to it, as a result file
     python -m benchmarks.cards --file steps.csv --mode train --layout nhwc --card rtx-3090 [--models resnet50 ...]
     python -m benchmarks.cards --call contrastive --n 65536 --card rtx-3090      a lower bound of a call of this library
+    python -m benchmarks.cards --cpu siclip-tiny siclip-lite0      a lower bound of a step on this CPU, and the step
     python -m benchmarks.cards --call all   of all calls on several cards, as a result file
 
 The last line is a JSON object. Of measured steps it has "models" (steps), "below_bound" (the share that was faster than the
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.cards import bound, chart
+from benchmarks.cards import bound, chart, cpu
 from benchmarks.cards.fit import Measured, fit, held_out
 from benchmarks.cards.models import kernels
 from benchmarks.results_file import RESULTS, ROOT, read_csv, table, versions, write_csv
@@ -128,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--card", choices=CARDS)
     made.add_argument("--models", nargs="+", help="of the file, by default all")
     made.add_argument("--fit", action="store_true", help="fit the constants")
+    made.add_argument("--cpu", nargs="+", metavar="MODEL", help="models whose step is measured on this CPU")
     bound.add_arguments(made)
     return made
 
@@ -136,6 +138,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     if options.call:
         return bound.run(options)
+    if options.cpu:
+        lines = cpu.run(options.cpu)
+        print("\n".join(table(lines)))
+        print(json.dumps(lines))
+        return None
     selection = options.file is None
     options.file = options.file or SELECTION
     steps = count(steps_of(options))

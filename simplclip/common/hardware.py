@@ -59,6 +59,14 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of the GPU's memory, or a rank's share of this machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MiB: of the GPU's allocator, or of the process's resident set on a CPU (0 outside Linux)."""
     if device.type == "cuda":

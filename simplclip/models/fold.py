@@ -14,14 +14,17 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.models import fastvit
 from timm.utils import reparameterize_model
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from simplclip.common.errors import InputError
-from simplclip.models.inherit import is_frozen
+from simplclip.models import mobileclip
+from simplclip.models.inherit import frozen_modules
 from simplclip.ops import checks
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -108,21 +111,18 @@ def fold_frozen(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
     """Lets the frozen modules of `model` (see `freeze`) with convolutions and without hooks run as folded copies from now
     on, in channels_last, the largest module that is frozen as one. Returns the copies by the modules' names.
 
-    dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the copies are stored in it.
-    Other tensors stay in fp32, so that values are rounded where autocast rounds. A module that runs under another autocast
-    does not use its copy.
+    dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the copies are stored in it, and
+    pointwise convolutions run as products on a GPU. Other tensors stay in fp32. In bfloat16 layer scales are multiplied into
+    the layer before them. A module that runs under another autocast does not use its copy.
 
     Gradients pass through a copy to its input if the input needs a gradient. The weights must not change afterwards. The
     copies belong to no module, so that no state dict has them, and have to be moved to a device by themselves.
     """
     copies: dict[str, nn.Module] = {}
-    largest: tuple[str, ...] = ()  # frozen modules, each as the beginning of the names inside
-    for name, module in model.named_modules():
-        if is_frozen(module) and not name.startswith(largest):
-            largest += (f"{name}." if name else "",)
-            if (folded := _copy(module, dtype)) is not None:
-                copies[name] = folded
-                module.forward = partial(_run_folded, module, folded, dtype)
+    for name, module in frozen_modules(model):
+        if (folded := _copy(module, dtype)) is not None:
+            copies[name] = folded
+            module.forward = partial(_run_folded, module, folded, dtype)  # type: ignore[method-assign]
     return copies
 
 
@@ -145,7 +145,54 @@ def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
     # A vision transformer's patches are a single convolution, with nothing to fold.
     if convolutions == 1 and [n for n, _ in folded.named_modules()] == [n for n, _ in module.named_modules()]:
         return None
-    for inner in folded.modules() if dtype else ():
+    if dtype == torch.bfloat16:  # float16 has no exponents for layer scales of 1e-5
+        _fold_scales(folded)
+    for inner in list(folded.modules()) if dtype else ():
         if isinstance(inner, (_ConvNd, nn.Linear)):
             inner.to(dtype)
+        for name, child in inner.named_children():
+            if type(child) is nn.Conv2d and _is_pointwise(child):
+                setattr(inner, name, _Pointwise(child))
     return folded.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def _fold_scales(model: nn.Module) -> None:
+    """Multiplies the layer scales of RepMixer blocks into the last layer of the MLP that they scale.
+
+    An fp32 scale would make its product, and the sum after it, fp32 tensors, which the next layer rounds again.
+    """
+    block: Any
+    for block in model.modules():
+        if isinstance(block, fastvit.RepMixerBlock) and isinstance(block.layer_scale, fastvit.LayerScale2d):
+            scale: Tensor = block.layer_scale.gamma
+            block.layer_scale = nn.Identity()  # type: ignore[assignment]
+        elif isinstance(block, mobileclip.RepMixerBlock) and block.layer_scale is not None:
+            scale = block.layer_scale
+            block.layer_scale = None
+        else:
+            continue
+        last = block.mlp.fc2
+        last.bias.mul_(scale.flatten())
+        last.weight.mul_(scale.reshape(-1, *[1] * (last.weight.dim() - 1)))
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    plain = conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    return plain and conv.kernel_size == (1, 1) and conv.bias is not None
+
+
+class _Pointwise(nn.Module):
+    """A pointwise convolution [N, C, H, W] -> [N, C', H, W]. On a GPU it runs as a product, which adds the bias as it
+    writes the result; torch adds that of a convolution in a kernel of its own."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or not x.is_contiguous(memory_format=torch.channels_last):
+            return self.conv(x)
+        pixels = x.permute(0, 2, 3, 1)
+        y = F.linear(pixels.flatten(0, 2), self.conv.weight.flatten(1), self.conv.bias)
+        return y.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)

@@ -314,6 +314,15 @@ def is_frozen(module: nn.Module) -> bool:
     return held and bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
+def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules that are frozen, the largest that are frozen as one, with their names."""
+    inside: tuple[str, ...] = ()  # beginnings of the names within those
+    for name, module in model.named_modules():
+        if not name.startswith(inside) and is_frozen(module):
+            inside += (f"{name}." if name else "",)
+            yield name, module
+
+
 def _hold_in_eval(module: nn.Module) -> None:
     # `train` is an attribute of the instance: a subclass would change type(module), and with a forward hook `training` would
     # be wrong until the module runs. The partial of a module-level function can be copied and pickled.

@@ -75,7 +75,7 @@ class RepMixerBlock(nn.Module):
         self.mixer = RepMixer(width)
         self.conv = _conv_norm(width)
         self.mlp = Mlp(width, 4 * width)
-        self.layer_scale = nn.Parameter(torch.full((width,), 1e-5))
+        self.layer_scale: Tensor | None = nn.Parameter(torch.full((width,), 1e-5))  # None: folded into the MLP
 
     def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
         """Computes all tokens; or, of each text, the token whose index `token`, int64 [B], gives."""
@@ -84,7 +84,8 @@ class RepMixerBlock(nn.Module):
         if token is not None:
             rows = torch.arange(x.shape[0], device=x.device)  # len(x) would fix the batch size in an export
             x, hidden = x[rows, token], hidden[rows, token]
-        return x + self.layer_scale * self.mlp(hidden)
+        hidden = self.mlp(hidden)
+        return x + (hidden if self.layer_scale is None else self.layer_scale * hidden)
 
 
 class TextTower(TextTransformer):

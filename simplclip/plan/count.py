@@ -134,9 +134,12 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def _repeated(self, count: int) -> Iterator[None]:
+        before = self.times
         self.times *= count
-        yield
-        self.times //= count
+        try:
+            yield
+        finally:
+            self.times = before
 
     def wait(self, name: str) -> None:
         """Counts a wait of the host for a value."""

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
+from torch.utils._pytree import tree_map_only
 
 from simplclip.kernels import launch as launching
 from simplclip.ops import backends, distributed, registry
@@ -78,6 +79,7 @@ def fake_step(mode: FakeTensorMode, device: torch.device, card: Card | None = No
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (F, "scaled_dot_product_attention", attention_of_card(F.scaled_dot_product_attention)),
             (torch.cuda, "device_of", lambda *_: nullcontext()),
+            (torch._C, "_select_conv_backend", convolution_of_card(torch._C._select_conv_backend)),
         ]
         if OLD:
             patches.append((torch, "addmm", product_of_card(torch.addmm)))
@@ -122,6 +124,22 @@ def product_of_card(plain):
         return plain(*args, out=out, **options) if out_dtype is None else out
 
     return addmm
+
+
+def convolution_of_card(plain):
+    """Wraps the choice of a convolution's library, on which its layout depends, to take cuDNN for bfloat16 too.
+
+    torch asks the device whether it may, and without a device takes a library that returns NCHW whatever the input's layout.
+    """
+
+    def in_half(tensor: Tensor) -> Tensor:
+        return tensor.to(torch.float16) if tensor.dtype == torch.bfloat16 else tensor
+
+    def select(*args: Any, **options: Any) -> Any:
+        args, options = tree_map_only(Tensor, in_half, (args, options))
+        return plain(*args, **options)
+
+    return select
 
 
 def attention_of_card(plain):

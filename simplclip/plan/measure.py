@@ -24,7 +24,9 @@ def predict(step: Step, device: torch.device, card: Card | None = None) -> Usage
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(real=False))
     engine = fake.Engine(lambda gradient: counter.hold(gradient, "gradients"))
-    shortened = mock.patch.object(gradient_cache, "backward", first_and_last(gradient_cache.backward, counter.repeat))
+    shortened = mock.patch.object(
+        gradient_cache, "backward", first_and_last(gradient_cache.backward, counter.repeat, step.skip)
+    )
     with fake.fake_weights(step.modules, fake.faker(mode, device)):
         counter.hold(_weights(step), "parameters")
         counter.hold(batches, "batch")

@@ -15,7 +15,7 @@ from simplclip.common.errors import UserError
 from simplclip.models.trained import image_transform, tokenizer
 from simplclip.plan.cards import CARDS, GIB, Card
 from simplclip.plan.count import WEIGHTS
-from simplclip.plan.search import Budget, Planner, Row, gib
+from simplclip.plan.search import Budget, Planner, Row, gib, one_graphs
 from simplclip.plan.time import FITTED, HELD_OUT, HOST_MS, StepTime, column, step_time
 from simplclip.train.config import Config
 
@@ -179,32 +179,29 @@ def loader_rate(config: Config) -> float | None:
 
 
 def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | None = None) -> None:
-    """Prints a row for each card but those without Triton. The kernels are those that start on an RTX 3090."""
+    """Prints a row for each card but those without Triton.
+
+    The cards share the fake runs, which are those of an RTX 3090: the step as configured, and a few batches in one graph,
+    between which memory and time are interpolated.
+    """
     planner = Planner(config, Budget(CARDS["rtx-3090"].memory * GIB), "cuda", teacher_width, _tell, "rtx-3090")
     size, micro = config.data.batch_size, config.data.micro_batch
     if micro == "auto":
         micro = planner.micro_batch()
-    usage = planner.usage(batch_size=size, micro_batch=micro)
+    configured = planner.usage(batch_size=size, micro_batch=micro)
+    cards = {name: card for name, card in CARDS.items() if card.triton}
+    limits = {name: Budget(card.memory * GIB).usable for name, card in cards.items()}
+    graphs = one_graphs(planner.in_one_graph, min(limits.values()), max(limits.values()), _tell)
+    steps = config.run.steps or round(config.run.epochs * (pairs or config.data.samples or 0) / size)
     print(f"{config.model.name}, {planner.precision}; the run: {size:,} pairs, {micro or 'all'} at a time\n")
     heads = ("largest in one graph", "its images/s", "the run fits", "its images/s", "its hours")
     print(f"{'card':<20}{'GiB':>4}" + "".join(f"{name:>22}" for name in heads))
-    for name, card in CARDS.items():
-        if not card.triton:
-            continue
-        planner.budget, planner.card = Budget(card.memory * GIB), card
-        whole = planner.largest("largest in one graph", None)
-        step = Row(
-            "as configured", size, micro, usage.peak, usage.peak <= planner.budget.usable, time=step_time(usage.kernels, card)
-        )
-        steps = config.run.steps or round(config.run.epochs * (pairs or config.data.samples or 0) / size)
-        hours = f"{steps * step.time.ms / 3.6e6:,.1f}" if steps else "(--pairs)"
-        cells = (
-            f"{whole.batch_size:,}",
-            f"{whole.images_per_s:,.0f}",
-            "yes" if step.fits else "no",
-            f"{step.images_per_s:,.0f}",
-            hours,
-        )
+    for name, card in cards.items():
+        largest, rate = graphs.largest(limits[name], card)
+        ms = step_time(configured.kernels, card).ms
+        fits = "yes" if configured.peak <= limits[name] else "no"
+        hours = f"{steps * ms / 3.6e6:,.1f}" if steps else "(--pairs)"
+        cells = (f"{largest:,}", f"{rate:,.0f}", fits, f"{1e3 * size / ms:,.0f}", hours)
         known = "" if name in FITTED else "  *"
         print(f"{name:<20}{card.memory:>4}" + "".join(f"{cell:>22}" for cell in cells) + known, flush=True)
     print("\n* at the efficiency of a card that others measured, of the nearest architecture")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from simplclip import gradient_cache
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE, STORE_BYTES
-from simplclip.plan.cards import CARDS, GIB
+from simplclip.plan.cards import CARDS, GIB, Card
 from simplclip.plan.count import Usage
 from simplclip.plan.measure import predict
 from simplclip.plan.step import TrainerStep
@@ -46,10 +45,8 @@ class Budget:
     @classmethod
     def of(cls, device: torch.device) -> Budget:
         """The budget of a card of this machine, or of a process's share of the machine's memory on a CPU."""
-        if device.type == "cuda":
-            return cls(torch.cuda.mem_get_info(device)[1])
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return cls(total // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), context=1 << 30, libraries=0)
+        memory = hardware.total_memory(device)
+        return cls(memory) if device.type == "cuda" else cls(memory, context=1 << 30, libraries=0)
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,38 @@ class Row:
     @property
     def images_per_s(self) -> float:
         return 1e3 * self.batch_size / self.time.ms if self.time else 0.0
+
+
+class Graphs:
+    """Predicted steps in one graph by their pairs; memory and time of others lie on the line through the two nearest."""
+
+    def __init__(self, usages: dict[int, Usage]) -> None:
+        self.usages = usages
+
+    def largest(self, limit: int, card: Card) -> tuple[int, float]:
+        """Returns the largest batch that takes at most `limit` bytes, but for WITHIN, and its images a second on a card."""
+        peaks = {size: usage.peak for size, usage in self.usages.items()}
+        size = min(int((1 - WITHIN / 4) * _crossing(peaks, limit)), MOST_PAIRS)
+        if size < 1:
+            return 0, 0.0
+        times = {near: step_time(usage.kernels, card).ms for near, usage in self.usages.items()}
+        a, *others = sorted(times, key=lambda near: abs(near - size))
+        b = others[0] if others else 0
+        ms = times[a] + (size - a) * (times[a] - times.get(b, 0.0)) / (a - b)
+        return size, 1e3 * size / ms
+
+
+def one_graphs(predicted: Callable[[int], Usage], least: int, most: int, tell: Callable[[str], object]) -> Graphs:
+    """Predicts a few batches in one graph: a small one, and those that about fill the least and the most memory."""
+    usages: dict[int, Usage] = {}
+    size = SMALL_MICRO_BATCH
+    for limit in (least, most, None):
+        usages[size] = predicted(size)
+        tell(f"in one graph: {size:,} pairs take {gib(usages[size].peak)}")
+        if limit is not None:
+            crossing = _crossing({size: usage.peak for size, usage in usages.items()}, limit)
+            size = min(max(1, int(crossing)), MOST_PAIRS)
+    return Graphs(usages)
 
 
 class Planner:
@@ -109,7 +138,7 @@ class Planner:
             why = "auto: cards since Ampere have native bf16" + ", this one is older" * (not native)
         else:
             self.precision, why = hardware.pick_precision(config.run.precision, self.device)
-        self.step = TrainerStep(config, self.precision, teacher_width)
+        self.step = TrainerStep(config, self.precision, teacher_width, budget.memory, self.device)
         self.assumptions = [*_assumptions(budget, device), f"precision {self.precision} ({why})", *self.step.assumed]
         try:
             gradient_cache.check(self.step.prepared.model.train())
@@ -156,6 +185,9 @@ class Planner:
                 f"{gib(min([peak, *peaks.values()]))} even with {min(peaks, default=size)} at a time"
             )
         return micro
+
+    def in_one_graph(self, pairs: int) -> Usage:
+        return self.usage(batch_size=pairs, micro_batch=None)
 
     def usage(self, **data: Any) -> Usage:
         """Predicts the step of the config with some values of its section `data` changed."""

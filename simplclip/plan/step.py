@@ -25,6 +25,7 @@ from simplclip.train.config import Config
 
 During = Callable[[str], AbstractContextManager]  # the context in which a step allocates memory of a kind
 Batch = dict[str, Any]
+CPU = torch.device("cpu")
 
 
 class Step(Protocol):
@@ -40,6 +41,9 @@ class Step(Protocol):
     def batches(self, real: bool) -> list[Batch]:
         """Returns the micro-batches, in the host's memory. real: whether they have values, to run the step on a device."""
 
+    def skip(self, tower: str, batch: Batch, first: Batch) -> None:
+        """Keeps or drops what gradient caching would keep of a micro-batch that does not run."""
+
     def run(self, batches: list[Batch]) -> object:
         """Runs one training step."""
 
@@ -48,17 +52,26 @@ class TrainerStep:
     """A step of `simplclip train`: config.data.batch_size images, by gradient caching if config.data has a micro_batch.
 
     teacher_width: D̂; None: as the shards say. Only the shapes of weights and features matter: where the shards are not on
-    this machine, the student's width is assumed. `assumed` says so.
+    this machine, the student's width is assumed. `assumed` says so. memory: bytes of the device; None: as of this
+    machine's. device: on which the step is placed, for the layout.
     """
 
-    def __init__(self, config: Config, precision: str, teacher_width: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        precision: str,
+        teacher_width: int | None = None,
+        memory: int | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        self.memory = memory
         self.assumed = list[str]()
-        if config.run.compile:
+        if config.run.compile is True:
             self.assumed.append("the memory of towers that are not compiled")
-            config = config.replaced(run={"compile": False})
+        config = config.replaced(run={"compile": False})
         self.config, self.precision = config, precision
         with torch.device("meta"):  # folding frozen parts makes new modules
-            self.prepared = setup.prepare(*shapes_of(config), [], config, precision)
+            self.prepared = setup.prepare(*shapes_of(config), [], config, precision, device)
         self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.values()]
         self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
         if (mean := config.data.mean_tokens) is not None:
@@ -87,6 +100,18 @@ class TrainerStep:
         self.optimizer = self.state.optimizer
         self.modules = [prepared.model, *prepared.folded.values(), self.state.objective.loss]
         self.averages = list(self.state.ema.averages.values()) if self.state.ema else []
+        steps.keep_frozen(self.state, self.memory)
+
+    def skip(self, tower: str, batch: Batch, first: Batch) -> None:
+        """Keeps as much of the frozen beginning's output for a pair as `first` does; drops it in the pass with autograd."""
+        if (prefix := self.state.prefixes.get(tower)) is None:
+            return
+        if torch.is_grad_enabled():
+            del prefix.kept[id(batch)]
+            return
+        times = batch[tower].shape[0] // first[tower].shape[0]
+        with self.during("activations"):
+            prefix.kept[id(batch)] = [torch.cat([kept] * times) for kept in prefix.kept[id(first)]]
 
     def run(self, batches: list[Batch]) -> None:
         with _kinds(self.during):
@@ -165,21 +190,22 @@ def busiest_step(config: Config) -> int:
     return max((step for step in turns if step < steps), key=lambda step: sum(s.at(step, steps) > 0 for s in schedules))
 
 
-def first_and_last(backward: Callable, repeat: Callable[[int], None]) -> Callable:
+def first_and_last(backward: Callable, repeat: Callable[[int], None], skip: Callable[[str, Batch, Batch], None]) -> Callable:
     """Wraps `gradient_cache.backward`, with a mapping of towers, to encode the first and the last micro-batch of each alone.
 
     Those between them would take the same memory as the first one; their features are empty tensors of the right shape.
-    repeat: called before each encoding with the number of micro-batches that it stands for.
+    repeat: called before each encoding with the number of micro-batches that it stands for. skip: called for each that is not
+        encoded, with its tower and the first one.
     """
 
     def run(encode: dict[str, Callable], micro_batches: dict[str, list[Batch]], loss: Callable, **options: Any) -> Any:
-        encoders = {tower: _encoder(tower, encode[tower], micro_batches[tower], repeat) for tower in encode}
+        encoders = {tower: _encoder(tower, encode[tower], micro_batches[tower], repeat, skip) for tower in encode}
         return backward(encoders, micro_batches, loss, **options)
 
     return run
 
 
-def _encoder(tower: str, encode: Callable, micro_batches: list[Batch], repeat: Callable[[int], None]) -> Callable:
+def _encoder(tower: str, encode: Callable, micro_batches: list[Batch], repeat: Callable, skip: Callable) -> Callable:
     kind: list[Any] = []  # width, dtype and device of the features
     first, *skipped = micro_batches[:-1] or micro_batches
     times = sum(len(batch[tower]) for batch in (first, *skipped)) // len(first[tower])
@@ -189,6 +215,7 @@ def _encoder(tower: str, encode: Callable, micro_batches: list[Batch], repeat: C
         if any(batch is other for other in skipped):
             rows = batch[tower].shape[: 1 if tower == "image" else -1].numel()
             width, dtype, device = kind
+            skip(tower, batch, first)
             return torch.empty(rows, width, dtype=dtype, device=device)
         features = encode(batch)
         kind[:] = features.shape[1], features.dtype, features.device

@@ -28,7 +28,7 @@ WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves
 # What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does not change the result.
 MAY_CHANGE = (
     *("optim.lr", "run.steps", "run.epochs", "run.out", "run.device", "run.log_every", "run.save_every"),
-    *("run.timeout_minutes", "eval."),
+    *("run.timeout_minutes", "run.keep_frozen", "run.channels_last", "run.cudnn_benchmark", "eval."),
     *("data.micro_batch", "data.workers", "data.samples", "data.mean_tokens", "data.options.on_error"),
     *("model.checkpoint", "model.recompute", "inherit.source"),
 )
@@ -105,6 +105,11 @@ class Snapshot:
         for buffer, copy in self._buffers.values():
             copy.copy_(buffer)
         self.progress |= {"step": self.state.step, "data": self.state.data, "rng": rng_state()}
+
+    def restore_buffers(self) -> None:
+        """Gives the model's buffers the values after the last whole step."""
+        for buffer, copy in self._buffers.values():
+            buffer.copy_(copy)
 
     def save(self) -> None:
         """Writes config.yaml, whose settings may have changed on resume, and last.pt. Other ranks write nothing."""

@@ -212,7 +212,20 @@ class RunConfig(Section):
     seed: int = setting(0, "seed of weights, data order, drawn captions and augmentation", ge=0, lt=2**62)
     precision: Literal["fp32", "bf16", "fp16", "auto"] = setting("auto", "of autocast; auto: bf16 if in hardware")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one", pattern=DEVICES)
-    compile: bool = setting(False, "compile the towers by torch.compile: minutes at the start, then faster steps")
+    compile: bool | Literal["auto"] = setting(
+        "auto",
+        "compile the towers by torch.compile: minutes at the start, then faster steps; auto: on a GPU, after ten steps, if "
+        "more than ten minutes are left",
+    )
+    channels_last: bool | Literal["auto"] = setting(
+        "auto", "layout of the image tower; auto: on a GPU, for convolutions that have no groups or are depthwise"
+    )
+    cudnn_benchmark: bool = setting(True, "let cuDNN time its algorithms on a GPU, since sizes are fixed")
+    keep_frozen: bool = setting(
+        True,
+        "gradient caching computes the frozen beginning of a tower once in a step and keeps its output, if all outputs take "
+        "at most a tenth of the memory",
+    )
     log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
     save_every: int = setting(500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1)
     timeout_minutes: float = setting(

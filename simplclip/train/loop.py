@@ -23,11 +23,12 @@ from simplclip.common.files import locked, remove_leftovers
 from simplclip.common.progress import duration
 from simplclip.models.trained import image_transform, tokenizer
 from simplclip.train import checkpoint
+from simplclip.train.compilation import Compilation
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import wrap
 from simplclip.train.log import Log, curves, first_lines
 from simplclip.train.setup import State, setup
-from simplclip.train.step import TrainingError, train_step
+from simplclip.train.step import TrainingError, keep_frozen, train_step
 
 SAVE_MINUTES = 10.0  # the longest time between two writes of last.pt
 
@@ -61,6 +62,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         device = ranks.agreed(lambda: ranks.device(config.run.device))
         precision, why = hardware.pick_precision(config.run.precision, device)
         section, held_out = config.model.model_dump(), config.eval.splits if config.eval.every else {}
+        stack.enter_context(timed_algorithms(config.run.cudnn_benchmark and device.type == "cuda"))
         torch.manual_seed(config.run.seed)
         # Before packing, which may take an hour; a run that continues has packed.
         state: Any = None if former else ranks.agreed(lambda: setup(config, device, precision))
@@ -70,6 +72,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         if former:
             state = ranks.agreed(lambda: setup(config, device, precision, former))
         state.config, state.objective.steps = config, config.run.steps
+        keep_frozen(state)
         state.wrappers = wrap(state.model)
         if former:
             checkpoint.set_rng_state(former["rng"])
@@ -101,14 +104,26 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     return out / "last.pt"
 
 
+@contextlib.contextmanager
+def timed_algorithms(enabled: bool) -> Iterator[None]:
+    """Context in which cuDNN times the algorithms of each convolution once and takes the fastest, if `enabled`."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def _train(state: State, loader: Any, splits: dict[str, Any], snapshot: Any, stop: StopSignals, log: Log) -> None:
     """Runs the steps until the last one or a stop, and saves the state."""
     config, saved = state.config, time.monotonic()
+    compilation = Compilation(state, snapshot, log)
     log.print("data       loading the first batch")
     for batches in steps(state, loader, log):
         log.loaded()
         ranks.seed_apart(config.run.seed + state.step)
-        row = train_step(state, batches)
+        row = compilation.step(partial(train_step, state, batches))
         snapshot.take()
         log.step(row)
         last, stopped = state.step == config.run.steps, stop.agreed()
@@ -223,6 +238,8 @@ def _with_data(config: Config, former: dict[str, Any] | None) -> Config:
         raise ConfigError(f"eval.splits: expected held-out data, for eval.every = {config.eval.every}, got none")
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
     config = config.replaced(data={"train": data.packed(config.data.train, out / "shards")})
+    if former and config.run.compile == "auto":  # what the run had
+        config = config.replaced(run={"compile": former["config"]["run"]["compile"]})
     if config.run.epochs is not None:
         if (samples := _samples(config)) is None:
             expected = "expected the number of samples, for run.epochs, as --set data.samples=855"

@@ -13,9 +13,11 @@ from simplclip import gradient_cache
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.transforms import finished
+from simplclip.train import prefix as prefixes
 from simplclip.train.distributed import averaged
 from simplclip.train.setup import State, learning_rate
 
+KEPT_SHARE = 10  # of the memory, one part may hold outputs that are kept
 MAX_LOGIT_SCALE = math.log(100)  # as in open_clip
 
 Batch = dict[str, Any]
@@ -61,6 +63,9 @@ def gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
         state.scaler.scale(loss).backward()
         return {"loss": loss.detach(), **terms}
     texts, rows = text_batches(state, batches)
+    for tower, prefix in state.prefixes.items():
+        prefix.kept.clear()  # of a step that failed
+        encode[tower] = partial(prefix.encode, encode[tower])
 
     def in_order(text: Tensor, image: Tensor) -> Any:
         """Computes the loss of texts that were sorted by length in the order of their images."""
@@ -115,6 +120,43 @@ def encode_text(state: State, batch: Batch) -> Tensor:
         text = text.to(state.device, non_blocking=True)
     with hardware.autocast(state.precision, state.device):
         return state.model.encode_text(text, normalize=True)
+
+
+def keep_frozen(state: State, memory: int | None = None) -> None:
+    """Finds the frozen beginnings of the towers for gradient caching, and keeps their outputs where there is room.
+
+    memory: bytes of the device, by default of this machine's.
+    """
+    config = state.config
+    if config.data.micro_batch is None or not config.run.keep_frozen:
+        return
+    try:
+        gradient_cache.check(state.model)
+    except InputError:  # which the first step raises
+        return
+    images = config.data.batch_size // ranks.count()
+    side = state.model.visual.image_size
+    length = getattr(state.model, "context_length", None) or state.model.text.context_length
+    tokens = torch.arange(length) % 2  # no run of equal tokens at the end, so that nothing is cropped
+    size = (side, side) if isinstance(side, int) else side
+    towers = {
+        "image": (encode_image, torch.zeros(1, 3, *size, dtype=torch.uint8), images),
+        "text": (encode_text, tokens.unsqueeze(0), images * config.data.captions_per_image),
+    }
+    room = (memory or hardware.total_memory(state.device)) // KEPT_SHARE
+    for tower, (encode, value, count) in towers.items():
+        found = prefixes.find(state.model, partial(encode, state), {tower: value}, config.run.compile is not False)
+        if found is None:
+            continue
+        prefix, size = found[0], found[1] * count
+        if size > room:
+            prefix.remove()
+            continue
+        room -= size
+        state.prefixes[tower] = prefix
+        state.lines.append(
+            f"frozen     the {tower} tower's beginning runs once a step; its output takes {-(-size >> 20)} MiB"
+        )
 
 
 def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tensor | None]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from devices import needs_triton
 
-from benchmarks.cards import chart
+from benchmarks.cards import chart, cpu
 from benchmarks.cards.__main__ import CHART, SELECTION, grouped, main
 from benchmarks.cards.bound import lower_bound
 from benchmarks.cards.fit import Measured, fit
@@ -17,6 +17,7 @@ from benchmarks.cards.models import kernels
 from benchmarks.results_file import RESULTS, ROOT, read_csv
 from simplclip.plan import time
 from simplclip.plan.cards import CARDS, named
+from simplclip.plan.count import Usage
 from simplclip.plan.kernels import ExtensionCall, Kernel, Stand, extension_work, kernels_of
 from simplclip.plan.time import CLOCK, LAUNCH_MS, step_time
 
@@ -191,3 +192,20 @@ def test_products_and_bytes_of_calls(call, products, capsys):
         assert total["bytes"] > 2 * (n * n + 2 * 2 * n * k)  # G is written, features are read and have gradients
     assert total["launches"] == total["own_kernels"] + total["torch_kernels"] > 3
     assert total["host_copies"] == 0
+
+
+def test_a_bound_on_a_cpu():
+    """Each kernel takes the longer of its multiply-adds and its bytes."""
+    rates = cpu.Rates(multiply_adds=100.0, bandwidth=10.0)
+    kernels = [Kernel("torch", "mm", multiply_adds=300, bytes=10, times=2), Kernel("torch", "add", bytes=50)]
+    assert rates.least(Usage(kernels=kernels)) == pytest.approx(2 * 3 + 5)
+
+
+@pytest.mark.slow
+def test_a_step_on_this_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "PAIRS", 4)
+    monkeypatch.setattr(cpu, "REPEATS", 1)
+    main(["--cpu", "siclip-tiny"])
+    (line,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (line["model"], line["pairs"]) == ("siclip-tiny", 4)
+    assert 0 < line["least_ms"] < line["ms"]

@@ -7,12 +7,15 @@ import pickle
 import pytest
 import torch
 from nets import with_statistics
+from timm.models import fastvit
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import simplclip
 from simplclip import models
 from simplclip.losses import ClipPMLoss
+from simplclip.models import mobileclip
 from simplclip.models.fold import fold_frozen
 from simplclip.models.inherit import freeze, inherit
 
@@ -97,6 +100,53 @@ def test_the_copies_belong_to_no_model():
             assert torch.equal(each.encode_image(image), folded)
             assert each.get_submodule(LITE0).forward.args[1] is not copies[LITE0]
         assert torch.allclose(simplclip.fold(model.eval()).encode_image(image), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: fastvit.RepMixerBlock(16), lambda: mobileclip.RepMixerBlock(16)])
+def test_layer_scales_are_folded_in_bfloat16(make):
+    """The copy computes no fp32 tensors, and differs by bfloat16's rounding."""
+    torch.manual_seed(0)
+    model = with_statistics(nn.Sequential(make()))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layer_scale" in name:
+                weight.uniform_(0.1, 0.5)
+    freeze(model, ["0"])
+    x = torch.randn(2, 16, 8, 8) if isinstance(model[0], fastvit.RepMixerBlock) else torch.randn(2, 8, 16)
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        copies = fold_frozen(model, torch.bfloat16)
+        dtypes = []
+        for inner in copies["0"].modules():
+            inner.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+        folded = model(x)
+    assert set(dtypes) == {torch.bfloat16}
+    assert error(folded.float(), exact) <= torch.finfo(torch.bfloat16).eps / 2
+    remove(model, copies)
+    single = fold_frozen(model)["0"]
+    assert getattr(single, "layer_scale", None) is not None  # in fp32 nothing is rounded otherwise
+
+
+def test_pointwise_convolutions_are_products_on_a_gpu(monkeypatch):
+    """A CPU that is taken for a GPU: equal but for rounding, in the layout of the input; others stay convolutions."""
+    model = with_statistics(nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 24, 1, stride=2)))
+    freeze(model, [""])
+    copies = fold_frozen(model, torch.bfloat16)
+    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+    products = []
+    linear = nn.functional.linear
+    monkeypatch.setattr("simplclip.models.fold.F.linear", lambda *args: products.append(1) or linear(*args))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        assert not products
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        result = model(x)
+        assert products == [1]
+        model(x.contiguous())  # its convolution keeps channels_last, as its weights have it
+    monkeypatch.undo()
+    assert error(result.float(), expected.float()) < 0.01
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert list(copies) == [""]
 
 
 def test_what_has_no_copy():

@@ -133,10 +133,31 @@ def test_micro_batches_that_do_not_run_change_nothing(tiny, monkeypatch):
     peak = lambda micro: predict(tiny, SIGMOID, f"data.micro_batch={micro}").peak  # noqa: E731
     shortened = [peak(24), peak(12)]
     assert shortened[1] < shortened[0]
-    monkeypatch.setattr(measure, "first_and_last", lambda backward, repeat: backward)
+    monkeypatch.setattr(measure, "first_and_last", lambda backward, repeat, skip: backward)
     batches = TrainerStep.batches
     monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
     assert [peak(24), peak(12)] == pytest.approx(shortened, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_outputs_that_gradient_caching_keeps(monkeypatch):
+    """Those of frozen layers, also of micro-batches that do not run."""
+    values = {
+        "model": {"name": "siclip-lite0"},
+        "inherit": {"source": ["efficientnet-lite0", "minilm"]},
+        "data": {"train": "nowhere/*.tar", "batch_size": 96, "micro_batch": 4},
+        "run": {"out": "runs/none", "steps": 10},
+    }
+    step = TrainerStep(config.from_dict(values), "fp32")
+    check(step, within=0.02)
+    peak = lambda: measure.predict(step, CPU).peak  # noqa: E731
+    shortened = peak()
+    monkeypatch.setattr(TrainerStep, "skip", lambda *_: None)
+    assert peak() < 0.999 * shortened
+    monkeypatch.setattr(measure, "first_and_last", lambda backward, repeat, skip: backward)
+    batches = TrainerStep.batches
+    monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
+    assert peak() == pytest.approx(shortened, rel=1e-3)
 
 
 @pytest.mark.slow

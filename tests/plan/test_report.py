@@ -6,11 +6,13 @@ import pytest
 import torch
 import yaml
 from pairs import call
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simplclip.commands.plan import parse_count
 from simplclip.common.errors import InputError
-from simplclip.plan import report, search
+from simplclip.plan import count, fake, report, search
 from simplclip.plan.cards import CARDS, GIB
+from simplclip.plan.kernels import Kernel
 from simplclip.plan.measure import predict
 from simplclip.plan.search import Budget, Planner
 from simplclip.plan.step import TrainerStep
@@ -48,7 +50,7 @@ def test_micro_batches_that_do_not_run_take_their_time(tiny, monkeypatch):
     """Kernels of the first micro-batch count for those between it and the last one."""
     changes = "data.batch_size=1536", "data.micro_batch=256"
     shortened = time_of(tiny, *changes)
-    monkeypatch.setattr("simplclip.plan.measure.first_and_last", lambda backward, repeat: backward)
+    monkeypatch.setattr("simplclip.plan.measure.first_and_last", lambda backward, repeat, skip: backward)
     batches = TrainerStep.batches
     monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
     whole = time_of(tiny, *changes)
@@ -88,6 +90,43 @@ def test_the_step_that_is_chosen(tiny):
     assert report.chosen(planner, [configured, none]).micro_batch == 48
     planner.budget = Budget(1, context=0, libraries=0, fragmentation=0)
     assert report.chosen(planner, [planner.row("as configured", 96, 48), none]) is None
+
+
+@pytest.mark.slow
+def test_cards_share_their_predictions(tiny):
+    """Memory and time of other batches and cards lie between three predictions, as near as a search would find them."""
+    planner = Planner(config.load(tiny, []), Budget(GIB), card="rtx-3090")
+    limits = [Budget(memory * GIB).usable for memory in (2, 4, 8)]
+    graphs = search.one_graphs(planner.in_one_graph, limits[0], limits[2], lambda line: None)
+    assert len(graphs.usages) == 3
+    size, rate = graphs.largest(limits[1], CARDS["rtx-4090"])
+    direct = Planner(planner.config, Budget(4 * GIB), card="rtx-4090")
+    row = direct.row("in one graph", size, None)
+    assert row.peak <= limits[1] < 1.03 * row.peak
+    assert rate == pytest.approx(row.images_per_s, rel=0.02)
+
+
+def test_one_prediction_is_enough_for_cards():
+    usage = count.Usage(peak=100, kernels=[Kernel("torch", "mm", torch.float16, bytes=10**9)])
+    size, rate = search.Graphs({10: usage}).largest(1000, CARD)
+    assert (size, search.Graphs({10: usage}).largest(5, CARD)) == (98, (0, 0.0))
+    assert rate == pytest.approx(1e3 * 10 / step_time(usage.kernels, CARD).ms)
+
+
+def test_repetitions_end_with_an_error():
+    counter = count.Counter(CUDA)
+    with pytest.raises(RuntimeError), counter._repeated(7):
+        raise RuntimeError
+    assert counter.times == 1
+
+
+def test_layouts_of_convolutions_in_bfloat16(tiny):
+    """cuDNN keeps channels_last. Without a device torch would take another library for bfloat16, which does not."""
+    x, weight = (torch.empty(2, 16, n, n, device="meta").contiguous(memory_format=torch.channels_last) for n in (8, 3))
+    mode = FakeTensorMode(allow_fallback_kernels=False)
+    images, weights = (fake.faker(mode, CUDA)(t.to(torch.bfloat16)) for t in (x, weight))
+    with fake.fake_step(mode, CUDA):
+        assert torch.conv2d(images, weights).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_rates_of_loaders(tiny):

@@ -1,0 +1,73 @@
+"""Compilation of a run's towers after its first steps, if config.run.compile is "auto"."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from simplclip import gradient_cache
+from simplclip.common import ranks
+from simplclip.train.checkpoint import Snapshot
+from simplclip.train.log import Log
+from simplclip.train.setup import State, compile_towers, compiled_parts
+from simplclip.train.step import TrainingError
+
+EAGER_STEPS = 10  # before the decision
+WORTH_SECONDS = 600.0  # of the run, for which compilation of minutes pays
+
+
+def may_compile(state: State) -> bool:
+    """Several ranks would have to agree; on a CPU compilation changes results, and gains little."""
+    return state.device.type == "cuda" and ranks.count() == 1
+
+
+class Compilation:
+    """Runs a run's steps; on a GPU, in one rank, decides after EAGER_STEPS whether the others run compiled.
+
+    They do if what is left of the run takes longer than WORTH_SECONDS. If compilation fails they run as before. The decision
+    replaces "auto" in the state's config, so that a resumed run keeps it.
+    """
+
+    def __init__(self, state: State, snapshot: Snapshot, log: Log) -> None:
+        self.state, self.snapshot, self.log = state, snapshot, log
+        self.undecided = state.config.run.compile == "auto" and may_compile(state)
+        self.steps, self.began = 0, 0.0
+
+    def step(self, train: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Runs a step by `train`, which may be called a second time if compilation fails."""
+        if self.undecided and self.steps == 1:  # the first step chose and compiled kernels
+            self.began = time.monotonic()
+        if self.undecided and self.steps == EAGER_STEPS:
+            self.undecided = False
+            left = self.state.config.run.steps - self.state.step
+            seconds = left * (time.monotonic() - self.began) / (EAGER_STEPS - 1)
+            self._decide(seconds > WORTH_SECONDS)
+            if seconds > WORTH_SECONDS:
+                return self._first_compiled(train)
+        self.steps += 1
+        return train()
+
+    def _decide(self, compiled: bool) -> None:
+        self.state.config = self.state.config.replaced(run={"compile": compiled})
+
+    def _first_compiled(self, train: Callable[[], dict[str, float]]) -> dict[str, float]:
+        state, crop = self.state, self.state.crop
+        random = gradient_cache.generators()
+        sizes = (crop.multiple, crop.groups) if crop else (0, 0)
+        self.log.print("compile    the towers, by torch.compile: the next steps take longer")
+        compile_towers(state)
+        try:
+            return train()
+        except Exception as error:  # of any type, from compilers
+            if isinstance(error, TrainingError) or state.updating:
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        self.log.print(f"compile    failed, the towers run as before: {reason}")
+        for part in compiled_parts(state):
+            part._compiled_call_impl = None
+        if crop:
+            crop.multiple, crop.groups = sizes
+        gradient_cache.restore(random)
+        self.snapshot.restore_buffers()
+        self._decide(False)
+        return train()

@@ -1,0 +1,134 @@
+"""The frozen beginning of a tower, whose output gradient caching keeps between its two passes over a micro-batch.
+
+The beginning is found by a trial: frozen modules whose output needs no gradient, each of which gets the output of the one
+before. When a micro-batch is encoded again, the last of them returns what it returned the first time, and those before it
+nothing: a tensor without elements on the meta device, by which any other use of their outputs is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simplclip import gradient_cache
+from simplclip.models.inherit import frozen_modules
+
+Batch = dict[str, Any]
+Encode = Callable[[Batch], Tensor]
+
+
+class Prefix:
+    """Frozen modules that run one after the other. The outputs of the last one are kept by micro-batch.
+
+    A micro-batch whose texts are cropped to several lengths runs the modules several times.
+    """
+
+    def __init__(self, modules: list[nn.Module], compiled: bool = False) -> None:
+        function = torch.compiler.disable(_forward, recursive=False) if compiled else _forward
+        self.modules = modules
+        self._former = [vars(module).get("forward") for module in modules]
+        self.kept: dict[int, list[Tensor]] = {}  # by the id of the micro-batch
+        self._recorded: list[Tensor] | None = None
+        self._replayed: list[Tensor] | None = None
+        for module in modules:
+            last = module is modules[-1]
+            module.forward = partial(function, self, last, module.forward)  # type: ignore[method-assign]
+
+    def encode(self, function: Encode, batch: Batch) -> Tensor:
+        """Encodes a micro-batch: the first time, without autograd, its outputs are kept, the second time they are used."""
+        if not torch.is_grad_enabled():
+            with self._recording() as outputs:
+                features = function(batch)
+            self.kept[id(batch)] = outputs
+            return features
+        outputs = self.kept.pop(id(batch), None)
+        if outputs is None:  # the last micro-batch is encoded once
+            return function(batch)
+        with self._replaying(outputs):
+            return function(batch)
+
+    def remove(self) -> None:
+        """Lets the modules run as before."""
+        for module, forward in zip(self.modules, self._former):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+    @contextmanager
+    def _recording(self) -> Iterator[list[Tensor]]:
+        outputs: list[Tensor] = []
+        self._recorded = outputs
+        try:
+            yield outputs
+        finally:
+            self._recorded = None
+
+    @contextmanager
+    def _replaying(self, outputs: list[Tensor]) -> Iterator[None]:
+        self._replayed = outputs
+        try:
+            yield
+        finally:
+            self._replayed = None
+
+
+def _forward(prefix: Prefix, last: bool, forward: Callable, *args: Any, **options: Any) -> Any:
+    if prefix._replayed is not None:
+        return prefix._replayed.pop(0) if last else torch.empty(0, device="meta")
+    output = forward(*args, **options)
+    if last and prefix._recorded is not None:
+        prefix._recorded.append(output)
+    return output
+
+
+def find(model: nn.Module, encode: Encode, batch: Batch, compiled: bool = False) -> tuple[Prefix, int] | None:
+    """Finds the frozen beginning of a tower by encoding `batch`, of one text or image, and the bytes of its output.
+
+    compiled: whether torch.compile compiles the tower, which leaves out what depends on the pass.
+
+    Returns None if there is none with weights that multiply, or if the tower cannot run from its output.
+    """
+    calls: list[tuple[nn.Module, Any, Any]] = []  # each with its first input and its output
+
+    def called(module: nn.Module, args: tuple, output: Any) -> None:
+        calls.append((module, args[0] if args else None, output))
+
+    modules = [module for _, module in frozen_modules(model) if not isinstance(module, nn.Embedding)]
+    hooks = [module.register_forward_hook(called) for module in modules]
+    states = gradient_cache.generators()
+    try:
+        with torch.enable_grad():
+            features = encode(batch)
+    finally:
+        gradient_cache.restore(states)
+        for hook in hooks:
+            hook.remove()
+    calls = [call for call in calls if isinstance(call[2], Tensor) and not call[2].requires_grad]
+    chain = calls[-1:]
+    for call in reversed(calls[:-1]):
+        if call[2] is not chain[0][1]:
+            break
+        chain.insert(0, call)
+    matrices = any(weight.dim() > 1 for module, *_ in chain for weight in module.parameters())
+    if not matrices or len({module for module, *_ in calls}) < len(calls):
+        return None
+    prefix = Prefix([module for module, *_ in chain], compiled)
+    try:
+        with torch.no_grad():
+            prefix.encode(encode, batch)
+        with torch.enable_grad():
+            again = prefix.encode(encode, batch)
+        works = again.device == features.device and again.shape == features.shape
+    except (RuntimeError, TypeError, ValueError):
+        works = False
+    gradient_cache.restore(states)
+    if not works:
+        prefix.remove()
+        return None
+    return prefix, chain[-1][2].nbytes

@@ -1,0 +1,195 @@
+"""Frozen beginnings of towers: found, computed once in a step of gradient caching, and equal in every bit."""
+
+from contextlib import nullcontext
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import steps
+from simplclip import gradient_cache, models
+from simplclip.models.crop import crop_texts
+from simplclip.models.inherit import freeze
+from simplclip.plan.step import TrainerStep
+from simplclip.train import config, prefix, setup
+
+CPU = torch.device("cpu")
+FORMS = ("chain", "skip", "scaled", "pooled")
+
+
+class Counted(nn.Conv2d):
+    """A convolution that counts its calls."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Tower(nn.Module):
+    """Two frozen layers and a trained one; in other forms their outputs are used elsewhere too."""
+
+    def __init__(self, form="chain"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.form = form
+        self.first, self.second, self.last = (Counted(3, 3, 3, padding=1) for _ in range(3))
+        freeze(self, ["first", "second"])
+
+    def forward(self, batch):
+        kept = x = self.first(batch["image"])
+        x = nn.functional.dropout(self.second(2 * x if self.form == "scaled" else x))
+        x = self.last(x + kept if self.form == "skip" else x)
+        return x.mean((2, 3)) + (kept.mean() if self.form == "pooled" else 0)
+
+
+def example():
+    return {"image": torch.rand(1, 3, 8, 8)}
+
+
+def gradients(tower, encode):
+    tower.zero_grad()
+    tower.first.calls = 0
+    torch.manual_seed(1)
+    batches = [{"image": torch.rand(2, 3, 8, 8)} for _ in range(4)]
+    gradient_cache.backward({"image": encode}, {"image": batches}, lambda image: (image @ image.T).square().mean())
+    return torch.cat([p.grad.flatten() for p in tower.last.parameters()])
+
+
+def test_frozen_layers_run_once():
+    """Of four micro-batches the last is encoded once. Dropout draws the same numbers in both passes."""
+    tower, images = Tower(), example()
+    plain = gradients(tower, tower)
+    assert tower.first.calls == 7
+    state = torch.get_rng_state()
+    beginning, size = prefix.find(tower, tower, images)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (beginning.modules, size) == ([tower.first, tower.second], 4 * 3 * 64)
+    assert torch.equal(gradients(tower, partial(beginning.encode, tower)), plain)
+    assert tower.first.calls == 4
+    assert not beginning.kept
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_outputs_that_are_used_elsewhere(form):
+    """Only the modules from which a tower can go on are a beginning."""
+    tower = Tower(form)
+    plain = gradients(tower, tower)
+    result = prefix.find(tower, tower, example())
+    if form == "scaled":  # the first layer's output is not the second's input
+        beginning, _ = result
+        assert beginning.modules == [tower.second]
+        assert torch.equal(gradients(tower, partial(beginning.encode, tower)), plain)
+    else:
+        assert result is None
+        assert not any("forward" in vars(module) for module in tower.modules())
+
+
+def test_a_tower_without_frozen_layers():
+    tower = Tower()
+    tower.first.requires_grad_(True)
+    assert prefix.find(tower, tower, example()) is None  # the second layer's output needs a gradient
+
+
+@pytest.mark.slow
+def test_texts_of_several_lengths():
+    """Texts that are cropped run the tower once for each length."""
+    model = models.create("siclip-tiny", text_cfg={"layers": 2, "width": 64, "heads": 2})
+    freeze(model, ["text.token_embedding", "text.positional_embedding", "text.transformer.resblocks.0"])
+    model.train()
+    crop_texts(model, multiple=1)
+    words = 64 * ["a", "two dogs", "a red cat on a mat with a hat", "the sea and the sky over the town"]
+    texts = models.tokenizer("siclip-tiny")(words)
+    encode = lambda batch: model.encode_text(batch["text"], normalize=True)  # noqa: E731
+    batches = [{"text": texts}, {"text": texts.flip(0)}, {"text": texts}]
+
+    def step(function):
+        model.zero_grad()
+        gradient_cache.backward({"text": function}, {"text": batches}, lambda text: (text @ text.T).square().mean())
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    plain = step(encode)
+    beginning, _ = prefix.find(model, encode, {"text": (torch.arange(texts.shape[1]) % 2)[None]})
+    outputs = []
+    with torch.no_grad():
+        beginning.encode(encode, batches[0])
+        outputs = beginning.kept.pop(id(batches[0]))
+    assert len(outputs) > 1
+    assert torch.equal(step(partial(beginning.encode, encode)), plain)
+
+
+def trainer_step(*changes):
+    """A step of siclip-lite0, whose images go through the first layers of an ImageNet network."""
+    values = {
+        "model": {"name": "siclip-lite0"},
+        "inherit": {"source": ["efficientnet-lite0", "minilm"]},
+        "data": {"train": "nowhere/*.tar", "batch_size": 6, "micro_batch": 2},
+        "run": {"out": "runs/none", "steps": 10},
+    }
+    return TrainerStep(config.from_dict(config.overridden(values, changes)), "fp32")
+
+
+@pytest.mark.slow
+def test_a_step_of_the_trainer_is_equal_in_every_bit():
+    weights = []
+    for changes in ([], ["run.keep_frozen=false"]):
+        step = trainer_step(*changes)
+        batches = step.batches(real=True)
+        draw = torch.Generator().manual_seed(2)
+        for batch in batches:
+            batch["image"] = torch.randint(0, 256, batch["image"].shape, dtype=torch.uint8, generator=draw)
+        step.batches = lambda real, batches=batches: batches
+        torch.manual_seed(3)
+        steps.runner(step, CPU)()
+        weights.append(torch.cat([p.detach().flatten() for p in step.prepared.model.parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "memory", "towers"),
+    [
+        ([], None, ["image"]),
+        (["run.keep_frozen=false"], None, []),
+        (["data.micro_batch=null"], None, []),
+        ([], 1 << 17, []),  # no room
+    ],
+)
+def test_where_outputs_are_kept(changes, memory, towers):
+    step = trainer_step(*changes)
+    step.memory = memory
+    for module in step.modules:
+        steps._fill(module.to_empty(device=CPU))
+    step.place(CPU, lambda kind: nullcontext())
+    assert list(step.state.prefixes) == towers
+    assert sum("runs once a step" in line for line in step.state.lines) == len(towers)
+
+
+@pytest.mark.slow
+def test_compiled_towers_keep_outputs_too(monkeypatch):
+    """The folded copy and the trained layers are compiled; what is replayed is decided outside."""
+    compiler = mock.Mock(side_effect=partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", compiler)
+    weights, find = [], prefix.find
+    for compiled in (False, True):
+        step = trainer_step()
+        for module in step.modules:
+            module.to_empty(device=CPU)
+        torch.manual_seed(3)
+        for module in step.modules:
+            steps._fill(module)
+        monkeypatch.setattr(prefix, "find", lambda *args, find=find, compiled=compiled: find(*args[:3], compiled))
+        step.place(CPU, lambda kind: nullcontext())
+        if compiled:
+            setup.compile_towers(step.state)
+        (folded,) = step.prepared.folded.values()
+        calls = []
+        folded.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        step.run(step.batches(real=True))
+        assert len(calls) == 3  # of five encodings of three micro-batches
+        weights.append(torch.cat([p.detach().flatten() for p in step.prepared.model.parameters()]))
+    assert compiler.called
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
