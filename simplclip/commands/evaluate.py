@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +71,8 @@ def evaluate(
 
 
 def splits_of(model: str) -> dict[str, Any]:
-    """Returns eval.splits of the config.yaml in a run's folder, or beside a checkpoint; {} if there is none.
+    """Returns eval.splits, and the share of eval.hold_out, of the config.yaml in a run's folder, or beside a checkpoint; {}
+    if there is none.
 
     The folder may come from elsewhere, so its splits may be local files alone. Raises InputError for commands and URLs.
     """
@@ -80,12 +83,12 @@ def splits_of(model: str) -> dict[str, Any]:
     from simplclip.train import config
 
     try:
-        splits = config.load(file).eval.splits
+        settings = config.load(file)
     except config.ConfigError as error:
         raise InputError(f"data: expected a config of this version in {file}, got {error}; name the data by --data") from None
+    splits = settings.eval.splits | settings.held_out
     for name, what in splits.items():
-        for place in [what] if isinstance(what, str) else what:
-            if place.startswith("pipe:") or "://" in place:
-                hint = f"name the data by --data {name}=DATA"
-                raise InputError(f"data: expected local files in the eval.splits of {file}, got {place!r}; {hint}")
+        if remote := re.search(r'"(pipe:.*?|[^"]*://.*?)"', json.dumps(what)):
+            hint = f"name the data by --data {name}=DATA"
+            raise InputError(f"data: expected local files in the eval.splits of {file}, got {remote[1]!r}; {hint}")
     return splits

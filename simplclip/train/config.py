@@ -199,8 +199,21 @@ class OptimConfig(Section):
 
 class EvalConfig(Section):
     splits: dict[str, str | list[str]] = setting({}, "held-out data by name: as in data.train, or as evaluate takes them")
+    hold_out: float = setting(
+        0.0,
+        "share of data.train, e.g. 0.1, that training skips and that is evaluated as the split held_out; samples of a group "
+        "stay together",
+        ge=0,
+        lt=1,
+    )
     every: int = setting(0, "steps between evaluations of the splits during training; 0: never", ge=0)
     templates: list[str] = setting(["a photo of {}"], "phrases around a label in zero-shot classification", min_length=1)
+
+    @model_validator(mode="after")
+    def _one_name(self) -> EvalConfig:
+        if self.hold_out and "held_out" in self.splits:
+            raise ValueError("splits: expected another name than held_out, which is that of eval.hold_out")
+        return self
 
 
 class RunConfig(Section):
@@ -255,6 +268,12 @@ class Config(Section):
             if not any(schedule.at(step, self.run.steps) for schedule in schedules):
                 raise ValueError(f"loss: expected at least one weight above 0 at every step, got none at step {step}")
         return self
+
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """The split of eval.hold_out by its name, as `data.held_out` takes it; none if nothing is held out."""
+        share, sidecars = self.eval.hold_out, self.data.sidecars
+        return {"held_out": {"shards": self.data.train, "hold_out": share, "sidecars": sidecars}} if share else {}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a plain dict with all defaults."""

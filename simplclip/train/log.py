@@ -19,6 +19,7 @@ from simplclip.common.errors import InputError, visible
 from simplclip.common.files import read_csv, write_csv
 from simplclip.common.plotting import COLOURS, new_figure, style, write
 from simplclip.common.progress import Pace, duration
+from simplclip.data import Division
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends
 from simplclip.train.setup import State
@@ -103,8 +104,9 @@ class Log:
             csv.DictWriter(lines, self._columns[name], "", "ignore", lineterminator="\n").writerow(row)
 
 
-def first_lines(state: State, why_precision: str, samples: int | None) -> Iterator[str]:
-    """Yields a run's lines before its first step, each with its topic. samples: of an epoch, None if they are not counted."""
+def first_lines(state: State, why_precision: str, samples: int | None, division: Division | None = None) -> Iterator[str]:
+    """Yields a run's lines before its first step, each with its topic. samples: of an epoch, None if they are not counted.
+    division: what eval.hold_out makes of the data."""
     config = state.config
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in state.model.parameters())
@@ -119,6 +121,9 @@ def first_lines(state: State, why_precision: str, samples: int | None) -> Iterat
         yield f"data       {samples:,} images, {drawn}; {epochs}"
         if size > samples:
             yield f"warning    of {samples:,} images, each comes {size / samples:,.4g} times in a batch of {size:,}"
+    if division:
+        repeated = f"{division.repeated:,} of their {division.captions:,} captions stand verbatim in training"
+        yield f"held out   {division.held_out:,} images, eval.hold_out={config.eval.hold_out:g} of all; {repeated}"
     terms = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in config.loss.weights)
     of_teacher = f", to stored features of {state.teacher['name']}" if state.teacher else ""
     bias = "" if state.logit_bias is None else f", bias {state.logit_bias.item():.4g}"

@@ -60,13 +60,15 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         former = ranks.on_first(partial(checkpoint.former, out, resume))
         device = ranks.agreed(lambda: ranks.device(config.run.device))
         precision, why = hardware.pick_precision(config.run.precision, device)
-        section, held_out = config.model.model_dump(), config.eval.splits if config.eval.every else {}
+        section = config.model.model_dump()
+        pictures = partial(evaluation.load_splits, tokenizer=tokenizer(section), transform=image_transform(section))
         torch.manual_seed(config.run.seed)
         # Before packing, which may take an hour; a run that continues has packed.
         state: Any = None if former else ranks.agreed(lambda: setup(config, device, precision))
-        splits = ranks.agreed(lambda: evaluation.load_splits(held_out, tokenizer(section), image_transform(section)))
-        config = ranks.on_first(partial(_with_data, config, former))
+        splits = ranks.agreed(lambda: pictures(config.eval.splits)) if config.eval.every else {}
+        config, samples, division = ranks.on_first(partial(_with_data, config, former))
         ranks.agreed(lambda: data.sources_of(config.data.train, "data.train"))  # which a node may lack
+        splits |= ranks.agreed(lambda: pictures(config.held_out)) if config.eval.every else {}
         if former:
             state = ranks.agreed(lambda: setup(config, device, precision, former))
         state.config, state.objective.steps = config, config.run.steps
@@ -80,7 +82,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         stop = stack.enter_context(StopSignals(console))
         try:
             with log.status:
-                for line in first_lines(state, why, _samples(config)):
+                for line in first_lines(state, why, samples, division):
                     log.print(line)
                 if evaluate_if_due(state, splits, snapshot, log):  # that of the checkpoint's step had failed
                     snapshot.save()
@@ -166,6 +168,7 @@ def make_loader(state: State) -> data.Loader:
         captions_per_image=c.captions_per_image,
         teacher=config.loss.needs_teacher,
         sidecars=c.sidecars,
+        hold_out=config.eval.hold_out,
         pin_memory=state.device.type == "cuda",
         seed=config.run.seed,
         **place,
@@ -206,12 +209,9 @@ def evaluate(state: State, splits: dict[str, Any], log: Log) -> None:
         state.model.train()
 
 
-def _samples(config: Config) -> int | None:
-    return config.data.samples or data.dataset_size(config.data.train)
-
-
-def _with_data(config: Config, former: dict[str, Any] | None) -> Config:
-    """Returns `config` with shards in place of tables and folders, which are packed first, and with steps for epochs.
+def _with_data(config: Config, former: dict[str, Any] | None) -> tuple[Config, int | None, data.Division | None]:
+    """Returns `config` with shards in place of tables and folders, which are packed first, and with steps for epochs; the
+    samples of an epoch, None if they are not counted; and the counts of what eval.hold_out divides.
 
     Raises ConfigError if the samples are not counted, or if the config cannot continue the run of the checkpoint `former`.
     """
@@ -219,19 +219,27 @@ def _with_data(config: Config, former: dict[str, Any] | None) -> Config:
     _micro_batches(config)
     if not former and config.inherit.source is None and (config.inherit.train or config.inherit.blocks):
         raise ConfigError("inherit.source: expected weights, for inherit.train and inherit.blocks, got none")
-    if not former and config.eval.every and not config.eval.splits:
-        raise ConfigError(f"eval.splits: expected held-out data, for eval.every = {config.eval.every}, got none")
+    if not former and config.eval.every and not (config.eval.splits or config.eval.hold_out):
+        got = f"for eval.every = {config.eval.every}, got none; eval.hold_out=0.1 holds out a tenth of data.train"
+        raise ConfigError(f"eval.splits: expected held-out data, {got}")
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
     config = config.replaced(data={"train": data.packed(config.data.train, out / "shards")})
+    division = None
+    if share := config.eval.hold_out:
+        division = data.divided(config.data.train, share, config.data.sidecars)
+        if not division.train or not division.held_out:
+            got = f"{division.train} that train and {division.held_out} that are held out"
+            raise ConfigError(f"eval.hold_out: expected a share that leaves samples on both sides, got {share:g}: {got}")
+    samples = config.data.samples or (division.train if division else data.dataset_size(config.data.train))
     if config.run.epochs is not None:
-        if (samples := _samples(config)) is None:
+        if samples is None:
             expected = "expected the number of samples, for run.epochs, as --set data.samples=855"
             raise ConfigError(f"data.samples: {expected}, got null and no meta.json")
         number = max(1, round(samples * config.run.epochs / config.data.batch_size))
         config = config.replaced(run={"steps": number, "epochs": None})
     if former:
         checkpoint.check_settings(former, config)
-    return config
+    return config, samples, division
 
 
 def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
