@@ -20,12 +20,13 @@ import simplclip
 from simplclip import models
 from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
 from simplclip.models.registry import configuration
-from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, check_export
+from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, check_export, in_run
 from simplclip.models.trained import load_model, model_options
 
 
 def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
-    """Exports `checkpoint`, a file or the folder of a run, to the folder `out`; returns the content of export.json.
+    """Exports `checkpoint`, a file or the folder of a run (its best.pt, else last.pt), to the folder `out`; returns the content
+    of export.json.
 
     `out` does not change before all files are written. With `force` they replace an earlier export.
     Prints the lines that load the export.
@@ -35,7 +36,9 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     """
     out = Path(out)
     check_export(out, force)
-    model, state = load_model(checkpoint)
+    model, state = load_model(file := in_run(checkpoint))
+    if file != checkpoint:
+        print(f"weights: {file}, of the best evaluation, step {state['step']}; --last takes last.pt")
     config = state["config"]
     name, options = config["model"]["name"], model_options(config["model"], config["loss"]["base"])
     about = open_clip_config(model, name, options)
@@ -43,7 +46,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         "model": name,
         "options": options,
         "step": state["step"],
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(file),
         "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
     }
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simplclip.commands.options import Device, Precision, Workers, check_data, named_splits
+from simplclip.commands.options import Device, Last, Precision, Workers, check_data, named_splits
 from simplclip.common.errors import InputError
 
 
@@ -48,14 +48,16 @@ def evaluate(
         int | None,
         typer.Option(min=0, help="First captions of an image that count; 0: all. Default: all, but one of a json in shards."),
     ] = None,
+    last: Last = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images or captions encoded at a time.")] = 64,
     workers: Workers = None,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
-    from simplclip.models.sources import check_source
+    from simplclip.models.sources import check_source, in_run
 
+    models = [str(in_run(model, last)) for model in models] if last else models
     for model in models:
         check_source(model)
     splits = named_splits(data or []) or splits_of(models[0])

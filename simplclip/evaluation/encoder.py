@@ -22,6 +22,7 @@ from simplclip.data.images import decode_pil
 from simplclip.data.samples import file_bytes
 from simplclip.evaluation.split import features_of
 from simplclip.models.crop import crop_texts
+from simplclip.models.sources import in_run
 from simplclip.models.trained import load_source
 
 Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or float [3, S, S], uint8 [3, H, W]
@@ -48,7 +49,8 @@ class Encoder:
         self.width = self.encode_text(["a"]).shape[1]
 
     def __repr__(self) -> str:
-        return f"{self.name} from {self.source}: features of {self.width} numbers, in {self.precision} on {self.device}"
+        step = "" if self.step is None else f", step {self.step}"
+        return f"{self.name} from {self.source}{step}: features of {self.width} numbers, in {self.precision} on {self.device}"
 
     @property
     def logit_scale(self) -> float:
@@ -134,6 +136,6 @@ def load(
     Raises: InputError if the source is unknown, FileNotFoundError, CheckpointError if a file is not a
     checkpoint of that model.
     """
-    place = hardware.pick_device(str(device))
+    source, place = in_run(source), hardware.pick_device(str(device))
     precision, _ = hardware.pick_precision(precision, place)
     return Encoder(**load_source(source, checkpoint), device=place, precision=precision, source=os.fspath(source))

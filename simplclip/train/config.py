@@ -218,7 +218,7 @@ class EvalConfig(Section):
 
 class RunConfig(Section):
     out: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
-        ..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt"
+        ..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt, best.pt"
     )
     steps: int | None = setting(1000, "number of optimizer steps", ge=1)
     epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
@@ -370,7 +370,7 @@ def _override(values: dict[str, Any], item: str) -> None:
 
 def check_out(out: Path, resume: bool) -> None:
     """Raises ConfigError for a folder with a run that is not to be continued."""
-    if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
+    if not resume and any((out / name).exists() for name in ("last.pt", "best.pt", "config.yaml", "metrics.csv")):
         advice = "continue that run by --resume, or --set run.out=FOLDER"
         raise ConfigError(f"run.out: expected a folder without a run, got {out}; {advice}")
 

@@ -82,9 +82,11 @@ class Log:
         ]
         return "  ".join(parts)
 
-    def evaluation(self, split: str, direction: str, figures: Mapping[str, Mapping[str, float]]) -> None:
-        values = {k: figure["value"] for k, figure in figures.items()}
-        self.write("evaluation", {"step": self.state.step, "split": split, "direction": direction, **values})
+    def evaluation(self, split: str, direction: str, figures: Mapping[str, Mapping[str, float]], loss: float) -> None:
+        """Writes R@k with its chance, and the loss of the split, which is that of both directions."""
+        row = {"step": self.state.step, "split": split, "direction": direction}
+        row |= {k: figure["value"] for k, figure in figures.items()} | {"loss": loss}
+        self.write("evaluation", row | {f"chance {k}": figure["chance"] for k, figure in figures.items()})
         shown = "  ".join(f"{k} {figure['value']:.1%} (chance {figure['chance']:.1%})" for k, figure in figures.items())
         self.print(f"evaluation {split} {direction.replace('_', ' ')}: {shown}")
 

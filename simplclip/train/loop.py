@@ -95,6 +95,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         if state.step == config.run.steps:  # inside of StopSignals, where a closed pipe raises nothing
             took = duration(time.monotonic() - began)
             log.print(f"done       step {state.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
+            if snapshot.best:
+                log.print("best       mean R@1 {:.1%}, of step {}: {}".format(*snapshot.best, out / "best.pt"))
     if state.step < config.run.steps:
         if not is_first:
             raise SystemExit(130)
@@ -191,22 +193,38 @@ def evaluate_if_due(state: State, splits: dict[str, Any], snapshot: checkpoint.S
     every, step = state.config.eval.every, state.step
     if not every or snapshot.progress["evaluated"] == step or (step % every and step < state.config.run.steps):
         return False
-    evaluate(state, splits, log)
+    evaluate(state, splits, snapshot, log)
     snapshot.progress["evaluated"] = step
     return True
 
 
-def evaluate(state: State, splits: dict[str, Any], log: Log) -> None:
-    """Evaluates the model, with the averages of its weights if it has some, on the splits."""
+def evaluate(state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot, log: Log) -> None:
+    """Evaluates the model, with the averages of its weights if it has some, on the splits; keeps the best one."""
+    recalls = []
     with state.ema.in_place() if state.ema else nullcontext():
         state.model.eval()
         for name, split in splits.items():
             where = (state.device, state.precision)
             evaluation.encode(state.model, split, evaluation.BATCH_SIZE, *where, workers=state.config.data.workers)
-            recall = ranks.on_first(partial(evaluation.recall_of, split, state.device))
+            recall, loss = ranks.on_first(partial(_figures, state, split))
             for direction, figures in (recall or {}).items():
-                log.evaluation(name, direction, figures)
+                log.evaluation(name, direction, figures, loss)
+                recalls.append(figures["R@1"]["value"])
+            if recall:
+                log.print(
+                    f"evaluation {name} loss: {loss:.3f}, of batches of {min(len(split), state.config.data.batch_size)}"
+                )
+        if recalls and snapshot.keep_best(mean := sum(recalls) / len(recalls)):
+            log.print(f"best       step {state.step}: mean R@1 {mean:.1%}, in {snapshot.out / 'best.pt'}")
         state.model.train()
+
+
+def _figures(state: State, split: evaluation.Split) -> tuple[Any, float | None]:
+    """Returns R@k and the loss of an encoded split; nothing for one without captions."""
+    scale, bias = state.model.logit_scale.detach().exp().cpu(), state.logit_bias
+    bias = None if bias is None else bias.detach().cpu()
+    loss = evaluation.loss_of(split, state.config.data.batch_size, scale, bias)
+    return evaluation.recall_of(split, state.device), loss
 
 
 def _with_data(config: Config, former: dict[str, Any] | None) -> tuple[Config, int | None, data.Division | None]:

@@ -66,6 +66,31 @@ def test_chance_counts_all_right_answers():
         assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["chance"] == pytest.approx(expected)
 
 
+def test_the_loss_is_that_of_batches_in_a_fixed_order():
+    x, y, _, _ = features(10, 10, 10)
+    split = evaluation.Split(None, None, None)
+    split.image_features, split.text_features = x, y
+    split.groups = split.caption_groups = torch.arange(10)
+    scale = torch.tensor(7.0)
+
+    def plain(rows, bias=None):
+        logits = scale * x[rows] @ y[rows].T
+        signs = 2 * torch.eye(len(rows)) - 1
+        both = (F.cross_entropy(part, torch.arange(len(rows))) for part in (logits, logits.T))
+        return sum(both) / 2 if bias is None else -F.logsigmoid(signs * (logits + bias)).sum() / len(rows)
+
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    for size, parts in ((10, [order]), (4, [order[:4], order[4:8]]), (64, [order])):
+        expected = sum(plain(part).item() for part in parts) / len(parts)
+        assert evaluation.loss_of(split, size, scale) == pytest.approx(expected, rel=1e-5)
+    bias = torch.tensor(-2.0)
+    assert evaluation.loss_of(split, 64, scale, bias) == pytest.approx(plain(order, bias).item(), rel=1e-5)
+    split.groups = split.caption_groups = torch.zeros(10, dtype=torch.int64)  # no pair has a negative
+    assert evaluation.loss_of(split, 64, scale) == pytest.approx(0, abs=1e-6)
+    split.text_features = None
+    assert evaluation.loss_of(split, 64, scale) is None
+
+
 def test_identical_captions_of_a_group_are_one_and_those_of_an_image_are_not(tmp_path):
     def record(group, *texts):
         return json.dumps({"captions": texts, **({"group": group} if group else {})}).encode()

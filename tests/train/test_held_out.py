@@ -1,13 +1,21 @@
 """A run that holds out a share of its data: what trains, what is evaluated, resuming, the best weights."""
 
+import io
+import json
 import re
 
+import open_clip
 import pytest
 import tiny
-from pairs import call, one_line
+import torch
+from pairs import call, digests, members, one_line
+from PIL import Image
 from runs import bits, check_resumed, go, rows, state_of
 
+import simplclip
 from simplclip import data
+from simplclip.models.trained import CheckpointError
+from simplclip.train import checkpoint
 from simplclip.train.config import ConfigError
 
 HELD = ("eval.hold_out=0.4", "eval.every=3")
@@ -31,6 +39,7 @@ def test_resuming_with_held_out_samples_is_bit_for_bit(tmp_path, monkeypatch, st
     assert line in text
     assert rows(tmp_path / "whole", "evaluation.csv") == rows(tmp_path / "parts", "evaluation.csv")
     assert {row["split"] for row in rows(tmp_path / "whole", "evaluation.csv")} == {"held_out"}
+    assert bits(state_of(tmp_path / "whole", "best.pt")) == bits(state_of(tmp_path / "parts", "best.pt"))
 
 
 @pytest.mark.slow
@@ -47,6 +56,114 @@ def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path):
     text = (tmp_path / "run/config.yaml").read_text()
     (tmp_path / "run/config.yaml").write_text(text.replace(str(tmp_path / "data/train-0.tar"), f"pipe:cat {other}"))
     assert "expected local files in the eval.splits of " in one_line("evaluate", tmp_path / "run")
+
+
+def means(run):
+    """Returns the mean R@1 of each evaluation by its step."""
+    values = {}
+    for row in rows(run, "evaluation.csv"):
+        values.setdefault(int(row["step"]), []).append(float(row["R@1"]))
+    return {step: sum(several) / len(several) for step, several in values.items()}
+
+
+SMALL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "patch_size": 4, "head_width": 16},
+    "text_cfg": {"context_length": 8, "layers": 1, "width": 32, "heads": 2},
+}
+
+
+@pytest.mark.slow
+def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path):
+    """Averaged weights of an open_clip model, which need no simplclip to load; the learning rate makes it worse at the end."""
+    run, splits = tmp_path / "run", {"seen": tiny.write_shard(tmp_path / "seen.tar")}
+    changes = [f"model={json.dumps({'name': 'open_clip:ViT-B-32', 'options': SMALL})}", "optim.ema=0.5", "optim.lr=0.03"]
+    changes += [f"eval.splits={json.dumps(splits)}", "eval.hold_out=0.4", "eval.every=2", "run.steps=14", "loss.pm_weight=0"]
+    text = go(tiny.settings(tmp_path, *changes))
+    by_step = means(run)
+    best = max(by_step, key=lambda step: (by_step[step], -step))
+    assert best < 14, "the test needs a run that gets worse"
+    assert f"best       mean R@1 {by_step[best]:.1%}, of step {best}: {run / 'best.pt'}" in text
+    assert f"best       step {best}: mean R@1 {by_step[best]:.1%}, in {run / 'best.pt'}" in text
+    assert state_of(run, "best.pt")["recall"] == by_step[best]
+    assert not {"optimizer", "ema"} & state_of(run, "best.pt").keys()
+
+    assert f"weights: {run}/best.pt, of the best evaluation, step {best}; --last takes last.pt" in output(
+        "export", run, "--out", tmp_path / "export"
+    )
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'export'}")
+    words = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'export'}")
+    logged = {(row["split"], row["direction"]): row for row in rows(run, "evaluation.csv") if int(row["step"]) == best}
+    held = held_keys(run)
+    for split in ("seen", "held_out"):
+        pictures = {key: files for key, files in files_of(splits["seen"]).items() if split == "seen" or key in held}
+        with torch.no_grad():
+            model.eval()
+            images = torch.stack([preprocess(Image.open(io.BytesIO(files["png"]))) for files in pictures.values()])
+            captions = [json.loads(files["json"])["captions"][0] for files in pictures.values()]
+            x, y = model.encode_image(images, normalize=True), model.encode_text(words(captions), normalize=True)
+        for direction, scores in (("image_to_text", x @ y.T), ("text_to_image", y @ x.T)):
+            recall = (scores.argmax(1) == torch.arange(len(scores))).float().sum().item() / len(scores)
+            assert float(logged[split, direction]["R@1"]) == recall
+
+    printed = output("evaluate", run, "--device", "cpu", "--workers", 0)
+    assert f"weights: {run}/best.pt, of the best evaluation, step {best}; --last takes last.pt" in printed
+    figures = json.loads((run / "evaluation.json").read_text())
+    assert (figures["step"], figures["checkpoint"]) == (best, f"{run}/best.pt")
+    assert {(split, way): values[way]["R@1"]["value"] for split, values in figures["splits"].items() for way in (*WAYS,)} == {
+        place: float(row["R@1"]) for place, row in logged.items()
+    }
+    assert f"from {run}/best.pt, step {best}: features" in repr(simplclip.load(run, device="cpu"))
+    assert "weights:" not in output("evaluate", run, "--last", "--device", "cpu", "--workers", 0)
+    assert json.loads((run / "evaluation.json").read_text())["step"] == 14
+    output("export", run, "--last", "--out", tmp_path / "export", "--force")
+    assert simplclip.load(tmp_path / "export").step == 14
+    report = simplclip.inherit(simplclip.create_model("open_clip:ViT-B-32", **SMALL), run)
+    assert report.sources == [f"{run}/best.pt"]
+
+
+WAYS = ("image_to_text", "text_to_image")
+
+
+def output(*arguments):
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def files_of(shard):
+    files = {}
+    for name, content in members(shard).items():
+        key, _, suffix = name.partition(".")
+        files.setdefault(key, {})[suffix] = content
+    return files
+
+
+@pytest.mark.slow
+def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatch):
+    recalls = {2: 0.25, 4: 0.5, 6: 0.5, 7: 0.125, 8: 0.75}
+    kept = []
+    original = checkpoint.Snapshot.keep_best
+    monkeypatch.setattr(
+        checkpoint.Snapshot,
+        "keep_best",
+        lambda self, _: original(self, recalls[self.state.step]) and kept.append(self.state.step),
+    )
+    changes = ["eval.hold_out=0.4", "eval.every=2"]
+    go(tiny.settings(tmp_path, *changes))
+    before = digests(tmp_path / "run")["best.pt"]
+    assert kept == [2, 4]
+    go(tiny.settings(tmp_path, *changes, "run.steps=7", "optim.lr=0.1"), resume=True)
+    assert digests(tmp_path / "run")["best.pt"] == before
+    other = tiny.write_shard(tmp_path / "other.tar")
+    go(tiny.settings(tmp_path, *changes, "run.steps=8"), resume=True)
+    assert kept == [2, 4, 8]
+    recalls[10] = 0.125
+    go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=10"), resume=True)
+    assert kept == [2, 4, 8, 10], "figures of other splits cannot be compared"
+    (tmp_path / "run/best.pt").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"best.pt"):
+        go(tiny.settings(tmp_path, *changes, "run.steps=12"), resume=True)
 
 
 def test_shares_and_names_that_are_refused(tmp_path):
