@@ -25,8 +25,8 @@ from simplclip.models.trained import load_model, model_options
 
 
 def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
-    """Exports `checkpoint`, a file or the folder of a run (its best.pt, else last.pt), to the folder `out`; returns the content
-    of export.json.
+    """Exports `checkpoint`, a file or the folder of a run (its best.pt, else last.pt), to the folder `out`; returns the
+    content of export.json.
 
     `out` does not change before all files are written. With `force` they replace an earlier export.
     Prints the lines that load the export.

@@ -17,11 +17,11 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:
     """Write a checkpoint as a folder with safetensors that open_clip loads, and print the lines that load it."""
-    from simplclip.models.sources import BEST, LAST, check_export, check_weights, in_run
+    from simplclip.models.sources import LAST, check_export, check_weights, in_run
 
     check_export(out, force)
     checkpoint = Path(in_run(checkpoint, last)) if last else checkpoint
-    check_weights(checkpoint, "checkpoint", (BEST, LAST))
+    check_weights(checkpoint, "checkpoint", (LAST,))
     from simplclip import export as exporter
 
     exporter.run(checkpoint, out, force=force)

@@ -49,8 +49,7 @@ class Encoder:
         self.width = self.encode_text(["a"]).shape[1]
 
     def __repr__(self) -> str:
-        step = "" if self.step is None else f", step {self.step}"
-        return f"{self.name} from {self.source}{step}: features of {self.width} numbers, in {self.precision} on {self.device}"
+        return f"{self.name} from {self.source}: features of {self.width} numbers, in {self.precision} on {self.device}"
 
     @property
     def logit_scale(self) -> float:

@@ -133,7 +133,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises FileNotFoundError; CheckpointError for a file that is damaged, no checkpoint, or of a newer version.
     """
-    check_weights(path, "checkpoint", (BEST, LAST))
+    check_weights(path, "checkpoint", (LAST,))
     path = Path(in_run(path))
     path = path / LAST if path.is_dir() else path
     state = read_weights(path)

@@ -211,9 +211,8 @@ def evaluate(state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot
                 log.evaluation(name, direction, figures, loss)
                 recalls.append(figures["R@1"]["value"])
             if recall:
-                log.print(
-                    f"evaluation {name} loss: {loss:.3f}, of batches of {min(len(split), state.config.data.batch_size)}"
-                )
+                size = min(len(split), state.config.data.batch_size)
+                log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")
         if recalls and snapshot.keep_best(mean := sum(recalls) / len(recalls)):
             log.print(f"best       step {state.step}: mean R@1 {mean:.1%}, in {snapshot.out / 'best.pt'}")
         state.model.train()

@@ -75,7 +75,7 @@ SMALL = {
 
 @pytest.mark.slow
 def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path):
-    """Averaged weights of an open_clip model, which need no simplclip to load; the learning rate makes it worse at the end."""
+    """Averaged weights of an open_clip model, which need no simplclip to load; the high rate makes it worse at the end."""
     run, splits = tmp_path / "run", {"seen": tiny.write_shard(tmp_path / "seen.tar")}
     changes = [f"model={json.dumps({'name': 'open_clip:ViT-B-32', 'options': SMALL})}", "optim.ema=0.5", "optim.lr=0.03"]
     changes += [f"eval.splits={json.dumps(splits)}", "eval.hold_out=0.4", "eval.every=2", "run.steps=14", "loss.pm_weight=0"]
@@ -113,7 +113,7 @@ def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path):
     assert {(split, way): values[way]["R@1"]["value"] for split, values in figures["splits"].items() for way in (*WAYS,)} == {
         place: float(row["R@1"]) for place, row in logged.items()
     }
-    assert f"from {run}/best.pt, step {best}: features" in repr(simplclip.load(run, device="cpu"))
+    assert f"from {run}/best.pt: features" in repr(simplclip.load(run, device="cpu"))
     assert "weights:" not in output("evaluate", run, "--last", "--device", "cpu", "--workers", 0)
     assert json.loads((run / "evaluation.json").read_text())["step"] == 14
     output("export", run, "--last", "--out", tmp_path / "export", "--force")
