@@ -125,12 +125,14 @@ class Snapshot:
         self.saved = self.progress["step"]
 
     def keep_best(self, recall: float) -> bool:
-        """Writes best.pt, with the model's present weights, if it has none of at least this R@1 on the same eval.splits."""
+        """Writes best.pt, with the model's present weights, if it has none of at least this R@1 on the same eval.splits; and
+        config.yaml, by which `simplclip evaluate` finds the splits."""
         state = self.state
         if self.best and recall <= self.best[0]:
             return False
         if ranks.first():
             config = state.config.to_dict()
+            write_atomically(self.out / "config.yaml", state.config.to_yaml())
             save(self.out, {"model": state.model.state_dict(), "step": state.step, "config": config, "recall": recall}, BEST)
         self.best = recall, state.step
         return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import itertools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,8 @@ from rich.console import Console
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, visible
 from simplclip.common.files import read_csv, write_csv
-from simplclip.common.plotting import COLOURS, new_figure, style, write
+from simplclip.common.plotting import Panel
+from simplclip.common.plotting import curves as draw_curves
 from simplclip.common.progress import Pace, duration
 from simplclip.data import Division
 from simplclip.nn import SimplifiedBlock
@@ -157,27 +157,38 @@ def curves(run: Path) -> None:
     terms = [name for name in rows[0] if name.endswith("_loss")]
     columns = {"Loss": ["loss", *(terms if len(terms) > 1 else [])], "Learning rate": ["lr"], "Logit scale": ["logit_scale"]}
     columns |= {"Gradient norm before clipping": ["grad_norm"], "Logit bias": ["logit_bias"]}
-    panels = {title: _lines(rows, names) for title, names in columns.items() if names[0] in rows[0]}
-    for direction, split in dict.fromkeys((row["direction"], row["split"]) for row in evaluated):
-        part = [row for row in evaluated if (row["direction"], row["split"]) == (direction, split)]
-        panel = panels.setdefault(f"{direction.replace('_', ' ').capitalize()}, R@k", {})
-        panel |= {f"{split} {k}": line for k, line in _lines(part, [k for k in part[0] if k.startswith("R@")]).items()}
-    height = -(-len(panels) // 2)
-    figure = new_figure(11, 3 * height)
-    for place, (title, lines) in enumerate(panels.items(), 1):
-        axis = figure.add_subplot(height, 2, place)
-        for (label, (steps, values)), colour in zip(lines.items(), itertools.cycle(COLOURS)):
-            label = f"{label.removesuffix('_loss').replace('_', ' ')}: {values[-1]:.3g}"
-            axis.plot(steps, values, color=colour, marker="." if len(values) < 20 else "", label=label)
-        style(axis, title)
-        if min(np.nanmin(values) for _, values in lines.values()) >= 0:
-            axis.set_ylim(bottom=0)
-        if len(lines) > 1:
-            axis.legend(frameon=False, fontsize=9)
-    figure.tight_layout()
-    write(figure, run / "curves.png")
+    scales = ("Logit scale", "Gradient norm before clipping", "Logit bias")
+    panels = [
+        Panel(title, _lines(rows, names), from_zero=title not in scales)
+        for title, names in columns.items()
+        if names[0] in rows[0]
+    ]
+    splits = dict.fromkeys(row["split"] for row in evaluated)
+    for place, split in enumerate(splits, 1):
+        of_split = [row for row in evaluated if row["split"] == split]
+        panel = Panel(f"{split}: right one among the first k; dotted: chance", {}, {}, percent=True, solid=3)
+        for direction, words in (("image_to_text", "to text"), ("text_to_image", "to image")):
+            part = [row for row in of_split if row["direction"] == direction]
+            for k in [name for name in part[0] if name.startswith("R@")]:
+                (line,) = _lines(part, [k]).values()
+                panel.lines[f"{words} {k}"] = line
+                if f"chance {k}" in part[0]:
+                    panel.chance[f"{words} {k}"] = float(part[-1][f"chance {k}"])
+        panels.insert(place, panel)
+        if "loss" in of_split[0]:
+            panels[0].lines[split] = _lines(of_split[::2], ["loss"])["loss"]
+    draw_curves(run / "curves.png", panels, _best_step(evaluated))
+
+
+def _best_step(evaluated: list[dict[str, str]]) -> int | None:
+    """Returns the first step of the highest mean R@1."""
+    recalls: dict[int, list[float]] = {}
+    for row in evaluated:
+        recalls.setdefault(int(row["step"]), []).append(float(row["R@1"]))
+    return max(recalls, key=lambda step: (sum(recalls[step]) / len(recalls[step]), -step), default=None)
 
 
 def _lines(rows: list[dict[str, str]], names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     steps = np.array([int(row["step"]) for row in rows])
-    return {name: (steps, np.array([float(row[name] or "nan") for row in rows])) for name in names}
+    labels = (name.removesuffix("_loss").replace("_", " ") for name in names)
+    return {label: (steps, np.array([float(row[name] or "nan") for row in rows])) for label, name in zip(labels, names)}
