@@ -6,6 +6,7 @@ A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. 
     rng                         states of the first rank's generators, of the CPU and every GPU; others are seeded by step
     frozen                      names of frozen modules
     evaluated                   the step of the last evaluation that was finished
+    images                      the number of images of an epoch, None if they are not counted
 
 best.pt has the weights of the evaluation with the highest mean R@1, "recall", averaged if the run has averages.
 """
@@ -95,13 +96,14 @@ class Snapshot:
     `state.updating` is set. Memory: a copy of the buffers.
     """
 
-    def __init__(self, state: State, former: dict[str, Any] | None = None) -> None:
+    def __init__(self, state: State, former: dict[str, Any] | None = None, images: int | None = None) -> None:
         self.state, self.out = state, Path(state.config.run.out)
         self.go_on = f"To go on: simplclip train {self.out / 'config.yaml'} --resume"
         saved, buffers = state.model.state_dict(), state.model.named_buffers(remove_duplicate=False)
         self._buffers = {name: (buffer, buffer.clone()) for name, buffer in buffers if name in saved}
         self.saved = state.step  # the step of last.pt; 0: there is none
         self.progress: dict[str, Any] = {"evaluated": (former or {}).get("evaluated", state.step)}
+        self.progress["images"] = images
         best = (former or {}).get("best", {})
         same = best.get("config") and best["config"]["eval"]["splits"] == state.config.eval.splits
         self.best: tuple[float, int] | None = (best["recall"], best["step"]) if same else None  # of best.pt: R@1, the step
@@ -133,7 +135,8 @@ class Snapshot:
         if ranks.first():
             config = state.config.to_dict()
             write_atomically(self.out / "config.yaml", state.config.to_yaml())
-            save(self.out, {"model": state.model.state_dict(), "step": state.step, "config": config, "recall": recall}, BEST)
+            contents = {"model": state.model.state_dict(), "step": state.step, "config": config, "recall": recall}
+            save(self.out, contents | {"images": self.progress["images"]}, BEST)
         self.best = recall, state.step
         return True
 

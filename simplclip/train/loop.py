@@ -78,7 +78,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         elif resume:
             state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
         loader = ranks.agreed(lambda: make_loader(state))
-        snapshot, log = checkpoint.Snapshot(state, former), Log(state, console)
+        snapshot, log = checkpoint.Snapshot(state, former, samples), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
         try:
             with log.status:
