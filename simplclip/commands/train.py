@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,6 +97,8 @@ def check(config: Any, resume: bool) -> None:
             if not has_weights:
                 check_weights(source, key)
     check_sources(config)
+    if config.run.tensorboard and find_spec("tensorboard") is None:
+        raise ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard")
     if config.run.device.startswith("cuda"):
         if not _has_driver():
             got = f"got {config.run.device!r}; it has no driver of a GPU"

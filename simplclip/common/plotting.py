@@ -66,9 +66,13 @@ class Sheet:
     def box(self, x: float, y: float, width: float, height: float, colour: str = RIGHT, line: float = 1.5) -> None:
         self.axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line))
 
-    def write(self, path: str | Path) -> Path:
+    def fit(self) -> None:
+        """Makes the picture as high as what is drawn."""
         self.figure.set_size_inches(WIDTH, self.y + MARGIN)
         self.axis.set_ylim(self.y + MARGIN, 0)
+
+    def write(self, path: str | Path) -> Path:
+        self.fit()
         return write(self.figure, Path(path))
 
 

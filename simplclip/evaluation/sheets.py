@@ -35,7 +35,12 @@ class Answers(NamedTuple):
 
 
 def contact_sheet(path: str | Path, split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> Path:
-    """Writes a picture of captions with their TOP nearest images, and of images with their nearest captions.
+    """Writes a picture of captions with their TOP nearest images, and of images with their nearest captions."""
+    return sheet_of(split, title, subtitles).write(path)
+
+
+def sheet_of(split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> Sheet:
+    """Draws what `contact_sheet` writes.
 
     split: an encoded split. Of all queries it shows some of the best, of the middle and of the worst, by the rank of the
     right answer (same group), which is framed green and, where it is not among the nearest, comes last with its rank.
@@ -63,7 +68,8 @@ def contact_sheet(path: str | Path, split: Split, title: str, subtitles: Sequenc
                 _draw_images(sheet, split, pictures, answers)
             else:
                 _draw_captions(sheet, split, pictures, answers)
-    return sheet.write(path)
+    sheet.fit()
+    return sheet
 
 
 def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -> None:

@@ -32,7 +32,7 @@ WRITTEN = re.compile(r"(last|best)\.pt|config\.yaml|metrics\.csv|evaluation\.csv
 # What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does not change the result.
 MAY_CHANGE = (
     *("optim.lr", "run.steps", "run.epochs", "run.out", "run.device", "run.log_every", "run.save_every"),
-    *("run.timeout_minutes", "eval.splits", "eval.every", "eval.templates"),
+    *("run.timeout_minutes", "run.tensorboard", "eval.splits", "eval.every", "eval.templates"),
     *("data.micro_batch", "data.workers", "data.samples", "data.mean_tokens", "data.options.on_error"),
     *("model.checkpoint", "model.recompute", "inherit.source"),
 )

@@ -226,6 +226,7 @@ class RunConfig(Section):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = setting("auto", "of autocast; auto: bf16 if in hardware")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one", pattern=DEVICES)
     compile: bool = setting(False, "compile the towers by torch.compile: minutes at the start, then faster steps")
+    tensorboard: bool = setting(False, "also write scalars and pictures of evaluations for TensorBoard, in run.out")
     log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
     save_every: int = setting(500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1)
     timeout_minutes: float = setting(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, visible
 from simplclip.common.files import read_csv, write_csv
-from simplclip.common.plotting import Panel
+from simplclip.common.plotting import Panel, png
 from simplclip.common.plotting import curves as draw_curves
 from simplclip.common.progress import Pace, duration
 from simplclip.data import Division
+from simplclip.evaluation.sheets import sheet_of
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends
 from simplclip.train.setup import State
@@ -39,6 +42,12 @@ class Log:
         self.status: Any = console.status("first step") if self.live else contextlib.nullcontext()
         self.seconds = self.waiting = 0.0  # of a step, smoothed over about the last 20
         self._columns: dict[str, list[str]] = {}
+        self.board: Any = None
+        if state.config.run.tensorboard and ranks.first():
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What an earlier start wrote of later steps is left out by TensorBoard. metrics.csv is the record.
+            self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start + 1)
         self.restart_clock()
 
     def print(self, message: str) -> None:
@@ -104,6 +113,19 @@ class Log:
             write_csv(path, self._columns[name], rows)
         with path.open("a", newline="", encoding="utf-8") as lines:
             csv.DictWriter(lines, self._columns[name], "", "ignore", lineterminator="\n").writerow(row)
+        if self.board:
+            place = [name, *(str(row[part]) for part in ("split", "direction") if part in row)]
+            for key in row.keys() - {"step", "split", "direction"}:
+                self.board.add_scalar("/".join([*place, key]), row[key], int(row["step"]))
+            self.board.flush()  # before a checkpoint of this step is written
+
+    def sheet(self, name: str, split: Any) -> None:
+        """Shows the evaluation sheet of an encoded split in TensorBoard."""
+        if self.board and split.image_features is not None and split.text_features is not None:
+            figure = sheet_of(split, f"step {self.state.step}: {name}").figure
+            pixels = np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB"))
+            self.board.add_image(f"evaluation/{name}", pixels, self.state.step, dataformats="HWC")
+            self.board.flush()
 
 
 def first_lines(state: State, why_precision: str, samples: int | None, division: Division | None = None) -> Iterator[str]:

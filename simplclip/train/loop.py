@@ -210,6 +210,7 @@ def evaluate(state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot
             for direction, figures in (recall or {}).items():
                 log.evaluation(name, direction, figures, loss)
                 recalls.append(figures["R@1"]["value"])
+            ranks.on_first(partial(log.sheet, name, split))
             if recall:
                 size = min(len(split), state.config.data.batch_size)
                 log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")

@@ -2,15 +2,17 @@
 
 import io
 import json
+import os
 import re
+import signal
 
 import open_clip
 import pytest
 import tiny
 import torch
-from pairs import call, digests, members, one_line
+from pairs import call, digests, forked, members, one_line
 from PIL import Image
-from runs import bits, check_resumed, go, rows, state_of
+from runs import at_step, bits, check_resumed, go, rows, state_of
 
 import simplclip
 from simplclip import data
@@ -164,6 +166,38 @@ def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatc
     (tmp_path / "run/best.pt").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"best.pt"):
         go(tiny.settings(tmp_path, *changes, "run.steps=12"), resume=True)
+
+
+@pytest.mark.slow
+def test_tensorboard_has_each_step_once_and_changes_nothing(tmp_path, monkeypatch):
+    """Killed after a checkpoint and an evaluation that came later; resuming is bit for bit, also of a run without."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    changes = [*HELD, "run.save_every=2"]
+    plain = tiny.settings(tmp_path, *changes, f"run.out={tmp_path / 'plain'}")
+    assert forked(lambda: go(plain)) == 0  # in forks, which have one thread
+    parts = tiny.settings(tmp_path, *changes, "run.tensorboard=true", f"run.out={tmp_path / 'parts'}")
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        assert forked(lambda: go(parts)) == -signal.SIGKILL
+    assert forked(lambda: go(parts, resume=True)) == 0
+    assert bits(state_of(tmp_path / "plain")["model"]) == bits(state_of(tmp_path / "parts")["model"])
+    assert bits(state_of(tmp_path / "plain")["optimizer"]) == bits(state_of(tmp_path / "parts")["optimizer"])
+    assert rows(tmp_path / "plain") == rows(tmp_path / "parts")
+    board = accumulator.EventAccumulator(str(tmp_path / "parts/tensorboard"))
+    board.Reload()
+    logged = rows(tmp_path / "parts")
+    losses = board.Scalars("metrics/loss")
+    assert [event.step for event in losses] == [int(row["step"]) for row in logged]
+    assert [event.value for event in losses] == pytest.approx([float(row["loss"]) for row in logged], rel=1e-6)
+    tag = "evaluation/held_out/image_to_text/R@1"
+    assert [event.step for event in board.Scalars(tag)] == [3, 6, 7]
+    images = board.Images("evaluation/held_out")
+    assert [image.step for image in images] == [3, 6, 7]
+    assert Image.open(io.BytesIO(images[0].encoded_image_string)).width == 744
+    assert not (tmp_path / "plain/tensorboard").exists()
+    monkeypatch.setattr("simplclip.commands.train.find_spec", lambda name: None)
+    line = one_line("train", tmp_path / "config.yaml", "--set", "run.tensorboard=true")
+    assert line.endswith("this command needs the package tensorboard: pip install 'simplclip[tensorboard]'")
 
 
 def test_shares_and_names_that_are_refused(tmp_path):
