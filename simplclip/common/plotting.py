@@ -8,7 +8,7 @@ import io
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,8 @@ class Panel:
     """Lines over the steps of a run: label -> steps and values. chance: a dotted line of the colour of each label."""
 
     title: str
-    lines: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    chance: Mapping[str, float] = field(default_factory=dict)
+    lines: dict[str, tuple[np.ndarray, np.ndarray]]
+    chance: dict[str, float] = field(default_factory=dict)
     percent: bool = False
     from_zero: bool = True  # else the axis is logarithmic, if the values differ much
     solid: int = len(COLOURS)  # lines until the colours come again, for dashed ones

@@ -85,7 +85,8 @@ def cropped(transform: Any, image: Image.Image) -> Image.Image:
     """Returns the part of an image that a model sees, at a multiple of the model's size that has at least 160 pixels."""
     if isinstance(transform, ImageTransform):
         larger = copy.copy(transform)
-        larger.size = tuple(side * max(1, -(-160 // side)) for side in transform.size)
+        factor = max(1, -(-160 // min(transform.size)))
+        larger.size = (factor * transform.size[0], factor * transform.size[1])
         return to_pil_image(larger.render(to_tensor(image), {}))
     for step in getattr(transform, "transforms", ()):  # of open_clip's, up to the conversion to a tensor
         changed = step(image)

@@ -93,7 +93,7 @@ class Log:
 
     def evaluation(self, split: str, direction: str, figures: Mapping[str, Mapping[str, float]], loss: float) -> None:
         """Writes R@k with its chance, and the loss of the split, which is that of both directions."""
-        row = {"step": self.state.step, "split": split, "direction": direction}
+        row: dict[str, float | str] = {"step": self.state.step, "split": split, "direction": direction}
         row |= {k: figure["value"] for k, figure in figures.items()} | {"loss": loss}
         self.write("evaluation", row | {f"chance {k}": figure["chance"] for k, figure in figures.items()})
         shown = "  ".join(f"{k} {figure['value']:.1%} (chance {figure['chance']:.1%})" for k, figure in figures.items())

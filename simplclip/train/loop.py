@@ -96,7 +96,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             took = duration(time.monotonic() - began)
             log.print(f"done       step {state.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
             if snapshot.best:
-                log.print("best       mean R@1 {:.1%}, of step {}: {}".format(*snapshot.best, out / "best.pt"))
+                recall, step = snapshot.best
+                log.print(f"best       mean R@1 {recall:.1%}, of step {step}: {out / 'best.pt'}")
     if state.step < config.run.steps:
         if not is_first:
             raise SystemExit(130)
