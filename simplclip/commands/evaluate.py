@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from simplclip.commands.options import Device, Last, Precision, Workers, check_data, named_splits
+from simplclip.commands.train import relocated
 from simplclip.common.errors import InputError
 
 
@@ -85,7 +86,7 @@ def splits_of(model: str) -> dict[str, Any]:
     from simplclip.train import config
 
     try:
-        settings = config.load(file)
+        settings = relocated(config.load(file), file)
     except config.ConfigError as error:
         raise InputError(f"data: expected a config of this version in {file}, got {error}; name the data by --data") from None
     splits = settings.eval.splits | settings.held_out

@@ -53,6 +53,8 @@ def former(out: Path, resume: bool) -> dict[str, Any] | None:
         if not whole:
             raise CheckpointError(f"{last}: expected the values that simplclip train writes, got others")
         best = read_checkpoint(out / BEST) if (out / BEST).exists() else {}
+        if best and not isinstance(best.get("recall"), float):  # a copy that the user made, which must not be replaced
+            raise CheckpointError(f"{out / BEST}: expected the best weights as simplclip train writes them, got another file")
         return checkpoint | {"best": {key: best.get(key) for key in ("recall", "step", "config")}}
     check_out(out, resume)
     return None

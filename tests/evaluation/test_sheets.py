@@ -238,4 +238,5 @@ def test_tiny_pictures_of_a_run(tmp_path):
     figure = sheet_of(encoded, tmp_path / "s.png")
     drawn.check_layout(figure)
     assert len(figure.axes[0].images) == 12 * 5 + 12
+    assert {image.get_array().shape[:2] for image in figure.axes[0].images} == {(160, 160)}, "not 16 x 16 as stored"
     assert Image.open(tmp_path / "s.png").width == round(plotting.WIDTH * plotting.DPI)

@@ -4,13 +4,14 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 
 import open_clip
 import pytest
 import tiny
 import torch
-from pairs import call, digests, forked, members, one_line
+from pairs import call, digests, forked, members, one_line, table
 from PIL import Image
 from runs import at_step, bits, check_resumed, go, rows, state_of
 
@@ -54,6 +55,12 @@ def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path):
     assert result.exit_code == 0, result.output
     assert f"held_out: {len(held_keys(tmp_path / 'run'))} samples read, 0 skipped" in result.output
     assert (tmp_path / "run/evaluation-held_out.png").exists()
+    table(tmp_path / "t.csv", [(tmp_path / f"{i}.png", f"a {i}") for i in range(20)])
+    for i in range(20):
+        (tmp_path / f"{i}.png").write_bytes(tiny.picture((i, 9 * i, 99), "ring"))
+    go(tiny.settings(tmp_path, *HELD, f"data.train={tmp_path / 't.csv'}", f"run.out={tmp_path / 'packed'}", "run.steps=1"))
+    (tmp_path / "packed").rename(tmp_path / "moved")
+    assert "wrote" in output("evaluate", tmp_path / "moved", "--device", "cpu", "--workers", 0), "its shards lie in it"
     other = tiny.write_shard(tmp_path / "other.tar")
     text = (tmp_path / "run/config.yaml").read_text()
     (tmp_path / "run/config.yaml").write_text(text.replace(str(tmp_path / "data/train-0.tar"), f"pipe:cat {other}"))
@@ -163,9 +170,12 @@ def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatc
     recalls[10] = 0.125
     go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=10"), resume=True)
     assert kept == [2, 4, 8, 10], "figures of other splits cannot be compared"
+    shutil.copy(tmp_path / "run/last.pt", tmp_path / "run/best.pt")  # by the user, whose file is not replaced
+    with pytest.raises(CheckpointError, match="best.pt: expected the best weights as simplclip train writes them"):
+        go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=12"), resume=True)
     (tmp_path / "run/best.pt").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"best.pt"):
-        go(tiny.settings(tmp_path, *changes, "run.steps=12"), resume=True)
+        go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=12"), resume=True)
 
 
 @pytest.mark.slow
