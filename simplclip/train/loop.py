@@ -205,7 +205,7 @@ def evaluate(state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot
     with state.ema.in_place() if state.ema else nullcontext():
         state.model.eval()
         for name, split in splits.items():
-            where = (state.device, state.precision)
+            where = (state.device, "fp32")  # as `simplclip evaluate` and the export compute, so that the figures are equal
             evaluation.encode(state.model, split, evaluation.BATCH_SIZE, *where, workers=state.config.data.workers)
             recall, loss = ranks.on_first(partial(_figures, state, split))
             for direction, figures in (recall or {}).items():

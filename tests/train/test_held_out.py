@@ -30,7 +30,7 @@ def held_keys(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stop", "changes"), [(4, []), (3, ["data.workers=2", "optim.ema=0.8"])])
+@pytest.mark.parametrize(("stop", "changes"), [(4, []), (3, ["data.workers=2", "optim.ema=0.8", "run.precision=bf16"])])
 def test_resuming_with_held_out_samples_is_bit_for_bit(tmp_path, monkeypatch, stop, changes):
     text = check_resumed(tmp_path, monkeypatch, stop, [*HELD, *changes])
     held = held_keys(tmp_path / "parts")
@@ -88,6 +88,7 @@ def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path):
     run, splits = tmp_path / "run", {"seen": tiny.write_shard(tmp_path / "seen.tar")}
     changes = [f"model={json.dumps({'name': 'open_clip:ViT-B-32', 'options': SMALL})}", "optim.ema=0.5", "optim.lr=0.03"]
     changes += [f"eval.splits={json.dumps(splits)}", "eval.hold_out=0.4", "eval.every=2", "run.steps=14", "loss.pm_weight=0"]
+    changes += ["run.precision=bf16"]
     text = go(tiny.settings(tmp_path, *changes))
     by_step = means(run)
     best = max(by_step, key=lambda step: (by_step[step], -step))
