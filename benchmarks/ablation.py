@@ -97,13 +97,14 @@ def train(run: Run, source: str, threads: int) -> str | None:
     log, program = run.folder / "log.txt", [sys.executable, "-m", "simplclip"]
     training = [*program, "train", source, "--resume", *(word for item in run.settings for word in ("--set", item))]
     with open(log, "a") as file:
-        for command in (training, [*program, "evaluate", str(run.folder)]):
+        for command in (training, [*program, "evaluate", str(run.folder), "--last"]):
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
             code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
             if code:
                 return f"{run.folder} ended with {code}: see {log}"
     write_atomically(run.folder / RESULT, (run.folder / "evaluation.json").read_text())
-    (run.folder / "last.pt").unlink()
+    for file in run.folder.glob("*.pt"):
+        file.unlink()
     return None
 
 

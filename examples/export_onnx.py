@@ -4,6 +4,7 @@ python examples/export_onnx.py runs/my --out onnx
 
 image.onnx maps image, float32 [B, 3, S, S], to image_features, float32 [B, D]; text.onnx maps text, token ids int64 [B, L],
 to text_features. Features are normalised, B is dynamic, and batch norms are folded into the layers before them.
+preprocessing.json beside them has the size, mean and std of images, and the tokenizer and its length.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import simplclip
+from simplclip.export import write_preprocessing
 from simplclip.ops.attention.call import AttentionCall
 from simplclip.ops.attention.reference import shaped_attention_fwd
 from simplclip.ops.block.call import BlockCall
@@ -93,6 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
         error = export(encoder.model, name, inputs, file := options.out / f"{name}.onnx")
         print(f"wrote {file}: {file.stat().st_size:,} bytes, largest error {error:.1e}")
         assert error <= 1e-4, "expected torch's features, vectors of length 1"  # NaN fails too
+    write_preprocessing(options.out, encoder.model, encoder.tokenizer)
+    print(f"wrote {options.out / 'preprocessing.json'}: how to make the inputs")
 
 
 if __name__ == "__main__":

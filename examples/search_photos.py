@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 import simplclip
+from simplclip.common.plotting import MARGIN, MUTED, WIDTH, Sheet
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 WORKERS = min(4, os.cpu_count() or 1)  # processes that decode photos
@@ -66,14 +66,30 @@ def features_of(folder: Path, encoder) -> tuple[list[str], torch.Tensor]:
 
 
 def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
-    columns = max(map(len, hits.values()))
-    figure = Figure(figsize=(1.7 * columns, 2.1 * len(hits)), dpi=120)
-    for (query, photos), axes in zip(hits.items(), figure.subplots(len(hits), columns, squeeze=False)):
-        axes[0].set_title(query, loc="left", fontsize=9, parse_math=False)
-        for axis, (score, path) in zip(axes, photos):
-            axis.imshow(ImageOps.contain(opened(path).convert("RGBA"), (256, 256)))
-            axis.set(xticks=[], yticks=[], xlabel=f"{score:.3f}")
-    figure.savefig(picture)
+    """Draws the hits of each query, four beside each other, with their scores, folders and names."""
+    sheet, columns, gap = Sheet(), 4, 0.12
+    side = (WIDTH - 2 * MARGIN - (columns - 1) * gap) / columns
+    for query, photos in hits.items():
+        sheet.line(query, 12, 2, weight="bold")
+        if Path(query).is_file():
+            sheet.tile(shown(query), MARGIN, sheet.y + 0.05, side)
+            sheet.y += side + 0.15
+        sheet.y += 0.06
+        for row in range(0, len(photos), columns):
+            heights = [0.0]
+            for column, (score, path) in enumerate(photos[row : row + columns]):
+                x, y = MARGIN + column * (side + gap), sheet.y + side + 0.03
+                sheet.tile(shown(path), x, sheet.y, side)
+                under = sheet.text(x, y, f"{score:.2f}", side, 9.5, weight="bold")
+                under += sheet.text(x, y + under, "/".join(Path(path).parts[-2:]), side, 9, 2, color=MUTED)
+                heights.append(under)
+            sheet.y += side + 0.12 + max(heights)
+        sheet.y += 0.12
+    sheet.write(picture)
+
+
+def shown(path: str) -> Image.Image:
+    return ImageOps.contain(opened(path).convert("RGBA"), (256, 256))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,8 @@
 """Exports a checkpoint of the trainer as a folder that open_clip and `simplclip.load` read:
 
     open_clip_config.json, open_clip_model.safetensors, and the files of a tokenizer of Hugging Face
+    README.md       a model card; an existing one is kept, since its licence is the user's to write
+    preprocessing.json    what other programs need to make the model's inputs
     export.json     the model, its options, and the digest of the weights; written last: an export with it is whole
 
 A matrix that blocks share is stored under each of its names, so that every reader can load the weights strictly.
@@ -20,12 +22,13 @@ import simplclip
 from simplclip import models
 from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
 from simplclip.models.registry import configuration
-from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, check_export
+from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, check_export, in_run
 from simplclip.models.trained import load_model, model_options
 
 
 def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
-    """Exports `checkpoint`, a file or the folder of a run, to the folder `out`; returns the content of export.json.
+    """Exports `checkpoint`, a file or the folder of a run (its best.pt, else last.pt), to the folder `out`; returns the
+    content of export.json.
 
     `out` does not change before all files are written. With `force` they replace an earlier export.
     Prints the lines that load the export.
@@ -35,7 +38,9 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     """
     out = Path(out)
     check_export(out, force)
-    model, state = load_model(checkpoint)
+    model, state = load_model(file := in_run(checkpoint))
+    if file != checkpoint:
+        print(f"weights: {file}, of the best evaluation, step {state['step']}; --last takes last.pt")
     config = state["config"]
     name, options = config["model"]["name"], model_options(config["model"], config["loss"]["base"])
     about = open_clip_config(model, name, options)
@@ -43,7 +48,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         "model": name,
         "options": options,
         "step": state["step"],
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(file),
         "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
     }
 
@@ -54,9 +59,12 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
         metadata = {"format": "pt", "model": name, "step": str(state["step"])}
         (work / EXPORTED_WEIGHTS).write_bytes(save(tensors, metadata))
-        tokenizer = models.tokenizer(name, about["model_cfg"]["text_cfg"]["context_length"])
-        if hasattr(tokenizer, "save_pretrained"):  # of Hugging Face; open_clip reads it from the folder
-            tokenizer.save_pretrained(work)
+        write_preprocessing(work, model, models.tokenizer(name, about["model_cfg"]["text_cfg"]["context_length"]))
+        if (out / "README.md").exists():
+            print(f"kept {out / 'README.md'}, a model card of before")
+        else:
+            lines = loading(out, needs_simplclip="simplclip" in about["model_cfg"])
+            (work / "README.md").write_text(card(model, state, Path(file), lines), "utf-8")
         summary["files"] = {EXPORTED_WEIGHTS: identity(work / EXPORTED_WEIGHTS)}
         (work / EXPORT).write_text(json.dumps(summary, indent=2) + "\n")
         for path in work.iterdir():
@@ -70,6 +78,54 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
 
     print(loading(out, needs_simplclip="simplclip" in about["model_cfg"]))
     return summary
+
+
+def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Writes preprocessing.json, and the files of a tokenizer of Hugging Face, which open_clip reads from the folder too."""
+    text = {"context_length": get_model_tokenize_cfg(model)["context_length"], "tokenizer": type(tokenizer).__name__}
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+        text["tokenizer"] = "tokenizer.json"
+    about = {"image": get_model_preprocess_cfg(model), "text": text}
+    (folder / "preprocessing.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def card(model: Any, state: dict[str, Any], file: Path, lines: str) -> str:
+    """Returns a model card in Markdown. file: the checkpoint, whose evaluation.json, if it is of this step, has the figures.
+    lines: that load the export."""
+    config, folder = state["config"], file if file.is_dir() else file.parent
+    parameters, size = sum(p.numel() for p in model.parameters()), config["data"]["batch_size"]
+    images = f"{state['images']:,} images, " if state.get("images") else ""
+    text = CARD.format(name=config["model"]["name"], parameters=parameters, images=images, step=state["step"], size=size)
+    try:
+        results = json.loads((folder / "evaluation.json").read_text("utf-8"))
+        of_step = results["step"] == state["step"] and results["checkpoint"].endswith((file.name, folder.name))
+        rows = [
+            f"| {split} | {way.replace('_', ' ')} | "
+            + " | ".join(f"{figure['value']:.1%} ({figure['chance']:.1%})" for figure in figures[way].values())
+            for split, figures in results["splits"].items()
+            for way in ("image_to_text", "text_to_image")
+            if of_step and way in figures
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        rows = []
+    head = ["| data | direction | R@1 (chance) | R@5 (chance) | R@10 (chance) |", "|---|---|--:|--:|--:|"]
+    figures = [*head, *(f"{row} |" for row in rows)] if rows else ["`simplclip evaluate` had not been run before the export."]
+    return "\n".join([text, *figures, "", "## Use", "", *(f"    {line.strip()}" for line in lines.splitlines()), ""])
+
+
+CARD = """---
+library_name: open_clip
+pipeline_tag: zero-shot-image-classification
+# license: to be chosen by you, who know the licences of the pictures and of the weights that the model started from
+---
+# {name}
+
+A CLIP model of {parameters:,} parameters, trained by simplclip: {images}{step:,} steps of {size:,} images with captions.
+It knows what its captions say, and may repeat what prejudice they hold.
+
+## Figures
+"""
 
 
 def loading(out: Path, needs_simplclip: bool) -> str:

@@ -30,6 +30,9 @@ def pack(
     ] = None,
     caption_key: Annotated[str | None, typer.Option(help="Column of the captions. Default: caption, title, text ...")] = None,
     images: Annotated[str | None, typer.Option(help="Folder of the images. Default: that of the table.")] = None,
+    hold_out: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Share of the samples that gets shards held-*.tar beside train-*.tar.")
+    ] = 0.0,
     workers: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one for each core.")] = None,
 ) -> None:
     """Make shards of a table, a JSON file or a folder; the images stay as they are. Repeat it to continue after a stop."""
@@ -37,4 +40,4 @@ def pack(
     from simplclip.data.forms import Options
 
     options = Options(image_key=image_key, caption_key=caption_key, images=images)
-    typer.echo(packing.summary(packing.pack(source, out, options, workers=workers)))
+    typer.echo(packing.summary(packing.pack(source, out, options, hold_out=hold_out, workers=workers)))

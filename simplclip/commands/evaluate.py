@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from simplclip.commands.options import Device, Precision, Workers, check_data, named_splits
+from simplclip.commands.options import Device, Last, Precision, Workers, check_data, named_splits
+from simplclip.commands.train import relocated
 from simplclip.common.errors import InputError
 
 
@@ -46,14 +49,16 @@ def evaluate(
         int | None,
         typer.Option(min=0, help="First captions of an image that count; 0: all. Default: all, but one of a json in shards."),
     ] = None,
+    last: Last = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images or captions encoded at a time.")] = 64,
     workers: Workers = None,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
-    from simplclip.models.sources import check_source
+    from simplclip.models.sources import check_source, in_run
 
+    models = [str(in_run(model, last)) for model in models] if last else models
     for model in models:
         check_source(model)
     splits = named_splits(data or []) or splits_of(models[0])
@@ -69,7 +74,8 @@ def evaluate(
 
 
 def splits_of(model: str) -> dict[str, Any]:
-    """Returns eval.splits of the config.yaml in a run's folder, or beside a checkpoint; {} if there is none.
+    """Returns eval.splits, and the share of eval.hold_out, of the config.yaml in a run's folder, or beside a checkpoint; {}
+    if there is none.
 
     The folder may come from elsewhere, so its splits may be local files alone. Raises InputError for commands and URLs.
     """
@@ -80,12 +86,12 @@ def splits_of(model: str) -> dict[str, Any]:
     from simplclip.train import config
 
     try:
-        splits = config.load(file).eval.splits
+        settings = relocated(config.load(file), file)
     except config.ConfigError as error:
         raise InputError(f"data: expected a config of this version in {file}, got {error}; name the data by --data") from None
+    splits = settings.eval.splits | settings.held_out
     for name, what in splits.items():
-        for place in [what] if isinstance(what, str) else what:
-            if place.startswith("pipe:") or "://" in place:
-                hint = f"name the data by --data {name}=DATA"
-                raise InputError(f"data: expected local files in the eval.splits of {file}, got {place!r}; {hint}")
+        if remote := re.search(r'"(pipe:.*?|[^"]*://.*?)"', json.dumps(what)):
+            hint = f"name the data by --data {name}=DATA"
+            raise InputError(f"data: expected local files in the eval.splits of {file}, got {remote[1]!r}; {hint}")
     return splits

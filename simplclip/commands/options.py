@@ -23,6 +23,9 @@ Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode images. Default: one for each core, at most 8.")
 ]
+Last = Annotated[
+    bool, typer.Option("--last", help="Of a run's folder last.pt, the last step's weights, where it has a best.pt.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the config, e.g. optim.lr=1e-3. May be repeated."),

@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +49,10 @@ def train(
     try:
         values = configs.load(config, set_ or ())
         if not any(item.partition("=")[0].strip() in ("run", "run.out") for item in set_ or ()):
-            values = _relocated(values, Path(config))
+            old, values = values.run.out, relocated(values, Path(config))
+            if values.run.out != old and os.environ.get("RANK", "0") == "0":
+                where = f"{values.run.out}, where {config} lies"
+                typer.echo(f"run        in {where}; --set run.out={old} means its former place")
         # With several nodes the ranks agree later, since one node alone may lack files.
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
             check(values, resume)
@@ -71,13 +75,11 @@ def train(
         fail(str(error), 1)
 
 
-def _relocated(config: Any, file: Path) -> Any:
+def relocated(config: Any, file: Path) -> Any:
     """Returns `config` with the folder of its file as run.out, if the file is the config.yaml of a run that was moved."""
     old, new = Path(config.run.out), file.parent
     if file.name != "config.yaml" or not (new / "last.pt").exists() or old.resolve() == new.resolve():
         return config
-    if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"run        in {new}, where {file} lies; --set run.out={old} means its former place")
     was, now = (json.dumps(f"{folder}/shards/")[:-1] for folder in (old, new))  # beginnings of shards that it packed
     train = json.loads(json.dumps(config.to_dict()["data"]["train"]).replace(was, now))
     return config.replaced(data={"train": train}, run={"out": str(new)})
@@ -96,6 +98,8 @@ def check(config: Any, resume: bool) -> None:
             if not has_weights:
                 check_weights(source, key)
     check_sources(config)
+    if config.run.tensorboard and find_spec("tensorboard") is None:
+        raise ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard")
     if config.run.device.startswith("cuda"):
         if not _has_driver():
             got = f"got {config.run.device!r}; it has no driver of a GPU"

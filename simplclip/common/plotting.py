@@ -1,63 +1,161 @@
-"""Colours, axes and file output of this library's pictures."""
+"""This library's pictures: sheets of tiles and texts, and curves; narrow, so that they can be read on a phone too."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
-import textwrap
+import itertools
+import re
 import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from simplclip.common.files import write_atomically
 
-INK, MUTED, GRID, FRAME = "#1b1f24", "#6e7781", "#e6e8eb", "#d0d7de"
+INK, MUTED, GRID, FRAME, RIGHT = "#1b1f24", "#57606a", "#e6e8eb", "#d0d7de", "#1a9850"
 SCRIPTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Arial Unicode MS", "Microsoft YaHei")
 COLOURS = ("#0b6bcb", "#d9480f", "#7048e8", "#2b8a3e", "#c2255c")
+WIDTH, MARGIN, DPI = 6.2, 0.15, 120  # inches; 400 pixels of a phone have 65 an inch, where text of 10 points is 9 high
+LINE = 1.35 / 72  # inches of a line of text for each point of its size
 
 
-def new_figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=120, facecolor="white")
+class Sheet:
+    """A picture WIDTH inches wide, drawn from above. Lengths are in inches, y from the top; `y` is where the drawing ends."""
+
+    def __init__(self) -> None:
+        self.figure = Figure(figsize=(WIDTH, 1), dpi=DPI, facecolor="white")
+        self.axis = self.figure.add_axes((0, 0, 1, 1), autoscale_on=False, xlim=(0, WIDTH))
+        self.axis.axis("off")
+        self.y = MARGIN
+        self._renderer: Any = FigureCanvasAgg(self.figure).get_renderer()
+
+    def text(self, x: float, y: float, text: str, width: float, size: float = 10, lines: int = 1, **style: Any) -> float:
+        """Draws text in at most `lines` lines of `width` inches; returns its height. x: left, or as the style's `ha` says."""
+        font = FontProperties(family=_fonts(), size=size, weight=style.get("weight"))
+        length = functools.partial(self._renderer.get_text_width_height_descent, prop=font, ismath=False)
+        with _any_letters():
+            rows = wrapped(text, lambda part: length(part)[0] <= width * DPI, lines)
+        for row in rows:
+            y += LINE * size
+            options = {"color": INK, "parse_math": False, **style}  # two $ are no formula
+            self.axis.text(x, y - 0.25 * LINE * size, row, fontsize=size, family=_fonts(), **options)
+        return LINE * size * len(rows)
+
+    def line(self, text: str, size: float = 10, lines: int = 1, **style: Any) -> None:
+        """Draws text below everything else, as wide as the sheet."""
+        self.y += self.text(MARGIN, self.y, text, WIDTH - 2 * MARGIN, size, lines, **style)
+
+    def tile(self, image: Any, x: float, y: float, side: float, right: bool = False) -> None:
+        """Draws an image, whole and centred, in a square; framed in green if it is the right answer."""
+        width, height = (side * length / max(image.size) for length in image.size)
+        left, top = x + (side - width) / 2, y + (side - height) / 2
+        self.axis.imshow(image, extent=(left, left + width, top + height, top), interpolation="bilinear", aspect="auto")
+        self.box(x, y, side, side, RIGHT if right else FRAME, 3 if right else 0.8)
+
+    def box(self, x: float, y: float, width: float, height: float, colour: str = RIGHT, line: float = 1.5) -> None:
+        self.axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line))
+
+    def fit(self) -> None:
+        """Makes the picture as high as what is drawn."""
+        self.figure.set_size_inches(WIDTH, self.y + MARGIN)
+        self.axis.set_ylim(self.y + MARGIN, 0)
+
+    def write(self, path: str | Path) -> Path:
+        self.fit()
+        return write(self.figure, Path(path))
 
 
-def style(axis, title: str) -> None:
-    axis.set_title(title, loc="left", color=INK, fontsize=11)
+def wrapped(text: str, fits: Any, lines: int) -> list[str]:
+    """Wraps text into at most `lines` lines for which `fits` is true; of more, "…" is the end. Long words are divided."""
+    words = re.findall(r"[^\s/]+[\s/]*|[\s/]+", " ".join(text.split()))
+    rows = [""]
+    for part in itertools.chain.from_iterable([word] if fits(word.rstrip()) else word for word in words):
+        if rows[-1] and not fits((rows[-1] + part).rstrip()):
+            rows.append("")
+            if len(rows) > lines:
+                break
+        rows[-1] += part
+    if len(rows) > lines:
+        last = rows[lines - 1].rstrip()
+        while last and not fits(last + " …"):
+            last = last[:-1]
+        rows = [*rows[: lines - 1], last.rstrip() + " …"]
+    return [row.rstrip() for row in rows]
+
+
+@dataclass
+class Panel:
+    """Lines over the steps of a run: label -> steps and values. chance: a dotted line of the colour of each label."""
+
+    title: str
+    lines: dict[str, tuple[np.ndarray, np.ndarray]]
+    chance: dict[str, float] = field(default_factory=dict)
+    percent: bool = False
+    from_zero: bool = True  # else the axis is logarithmic, if the values differ much
+    solid: int = len(COLOURS)  # lines until the colours come again, for dashed ones
+
+
+def curves(path: Path, panels: Sequence[Panel], best: int | None = None) -> Path:
+    """Draws panels below each other, with one axis of steps. best: a step that is marked."""
+    left, right, plot, gap, columns = 0.62, 0.3, 1.45, 0.22, 3  # inches, and columns of labels
+    last = max(steps[-1] for panel in panels for steps, _ in panel.lines.values())
+    heads = [0.28 + (LINE * 10 * -(-len(panel.lines) // columns) if len(panel.lines) > 1 else 0) for panel in panels]
+    y = height = sum(heads) + len(panels) * (plot + gap) + 0.38
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
+    for panel, head in zip(panels, heads):
+        y -= head + plot
+        axis = figure.add_axes((left / WIDTH, y / height, 1 - (left + right) / WIDTH, plot / height), xlim=(0, last))
+        handles = _draw_panel(axis, panel, best)
+        end = "" if handles[1:] else handles[0].get_label().rpartition(":")[2]
+        title = f"{panel.title}:{end}" if end else panel.title
+        figure.text(MARGIN / WIDTH, (y + plot + head - 0.06) / height, title, fontsize=11, color=INK, va="top")
+        if handles[1:]:
+            by_rows = [handle for column in range(columns) for handle in handles[column::columns]]
+            place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.98), "ncols": columns, "frameon": False}
+            axis.legend(handles=by_rows, fontsize=9.5, handlelength=1.2, columnspacing=1, **place)
+        axis.tick_params(labelbottom=panel is panels[-1])
+        y -= gap
+    marked = "" if best is None else f"; dashed: {best}, the best evaluation"
+    axis.set_xlabel(f"step{marked}", color=MUTED, fontsize=10)
+    return write(figure, path)
+
+
+def _draw_panel(axis: Any, panel: Panel, best: int | None) -> list[Any]:
+    """Draws the lines of a panel, and returns them."""
+    handles = []
+    for place, (label, (steps, values)) in enumerate(panel.lines.items()):
+        colour, dashes = COLOURS[place % panel.solid], "-" if place < panel.solid else "--"
+        label_end = f"{label}: {values[-1]:.1%}" if panel.percent else f"{label}: {values[-1]:.3g}"
+        handles += axis.plot(steps, values, dashes, color=colour, marker="." if len(values) < 20 else "", label=label_end)
+        if label in panel.chance:
+            axis.axhline(panel.chance[label], color=colour, linestyle=":", linewidth=1.2)
+    if best is not None:
+        axis.axvline(best, color=MUTED, linestyle="--", linewidth=1)
+    finite = np.concatenate([values[np.isfinite(values)] for _, values in panel.lines.values()])
+    if panel.from_zero:
+        axis.set_ylim(bottom=min(0, *finite))
+    elif len(finite) and finite.max() > 3 * finite.min() > 0:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if finite.max() < 100 * finite.min() else (1,)))
+        axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0) if panel.percent else "{x:g}")
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.grid(color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
-    axis.tick_params(colors=MUTED, length=0, labelsize=9)
-    for side in axis.spines.values():
-        side.set_visible(False)
-
-
-def sheet(width: float, height: float, head: float) -> tuple[Figure, Any]:
-    """A figure with an axis in inches for tiles and text, from y = -head, above the tiles, down to y = height."""
-    figure = new_figure(width, height + head + 0.05)
-    axis = figure.add_axes((0.02, 0.02, 0.96, 0.96))
-    axis.set_xlim(0, width)
-    axis.set_ylim(height, -head)
-    axis.set_aspect("equal", adjustable="box")
-    axis.axis("off")
-    return figure, axis
-
-
-def draw_image(axis: Any, image: Any, x: float, y: float) -> None:
-    """Draws an image into a tile of an inch."""
-    axis.imshow(image, extent=(x, x + 1, y + 1, y), interpolation="bilinear", zorder=1)
-
-
-def frame(
-    axis: Any, x: float, y: float, width: float = 1.0, height: float = 1.0, colour: str = FRAME, line: float = 0.8
-) -> None:
-    axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line, zorder=2))
-
-
-def draw_text(axis: Any, x: float, y: float, text: str, size: float, colour: str = INK, **style: Any) -> None:
-    options = {"va": "center", "parse_math": False, **style}  # a caption with two $ is no formula
-    axis.text(x, y, text, fontsize=size, color=colour, family=_fonts(), **options)
+    axis.tick_params(colors=MUTED, length=0, labelsize=9.5)
+    axis.spines[:].set_visible(False)
+    return handles
 
 
 @functools.cache
@@ -66,15 +164,21 @@ def _fonts() -> list[str]:
     return ["DejaVu Sans", *(name for name in SCRIPTS if name in font_manager.get_font_names())]
 
 
-def wrapped(text: str, width: int, lines: int) -> str:
-    """Wraps text into at most `lines` lines of `width` characters."""
-    return textwrap.fill(text, width, max_lines=lines, placeholder=" …")
+@contextlib.contextmanager
+def _any_letters() -> Iterator[None]:
+    """Context without warnings of letters that no font here has, which become boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
+
+
+def png(figure: Figure) -> bytes:
+    image = io.BytesIO()
+    with _any_letters():
+        figure.savefig(image, format="png")
+    return image.getvalue()
 
 
 def write(figure: Figure, path: Path) -> Path:
-    image = io.BytesIO()
-    with warnings.catch_warnings():  # letters that no font here has become boxes
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure.savefig(image, format="png")
-    write_atomically(path, image.getvalue())
+    write_atomically(path, png(figure))
     return path

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _MODULES = {  # imported on first use: packing needs no torch
     "errors": ("EmptyDataError", "ShardError", "Skipped", "WorkerError"),
-    "held_out_data": ("HeldOut", "held_out"),
+    "held_out_data": ("Division", "HeldOut", "divided", "held_out"),
     "loader": ("Loader",),
     "pack": ("packed",),  # simplclip.data.pack is the module
     "sidecars": ("dataset_size", "teacher_stamp"),

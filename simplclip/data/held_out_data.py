@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -20,7 +22,18 @@ from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
 from simplclip.data.forms import Options, Row, is_source, label_of_folder, open_source
 from simplclip.data.loader import pixels_of, seeded
 from simplclip.data.pack import files_of
-from simplclip.data.samples import Pair, Sample, captions_of, check_files, clean, image_of, label_of, record_of
+from simplclip.data.samples import (
+    Pair,
+    Sample,
+    captions_of,
+    check_files,
+    clean,
+    image_of,
+    is_held_out,
+    label_of,
+    record_of,
+)
+from simplclip.data.sidecars import Folders
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.stored_order import StoredOrder
 
@@ -42,6 +55,8 @@ class HeldOut:
     classes: Classes
     captions: int | None = None
     txt_lines: bool = False
+    share: float = 0.0  # of the samples of training data, see `samples.is_held_out`; 0: all of them are held out
+    sidecars: Folders = ()  # which training joins, since their json may have other groups
 
     def __str__(self) -> str:
         return in_words(self.sources)
@@ -85,7 +100,9 @@ class HeldOut:
         process died.
         """
         share: dict[str, Any] = {"rank": ranks.number(), "world_size": ranks.count()} if use else {}
-        order = StoredOrder(self.sources, _read, partial(self._prepare, transform=transform), batch_size, _collate, **share)
+        order = StoredOrder(
+            self.sources, self._read, partial(self._prepare, transform=transform), batch_size, _collate, **share
+        )
         read: Any = ((item.batch and (*item.batch, item.positions), item.skipped) for item in order.portions(workers))
         if use:
             read = ranks.gathered((batch and (use(batch[0]), *batch[1:]), new) for batch, new in read)
@@ -101,9 +118,19 @@ class HeldOut:
 
     def pictures(self, positions: Iterable[int]) -> dict[int, Image.Image]:
         """Returns the RGB images at these positions. The data before the last one are read again."""
-        chosen, samples = set(positions), chain.from_iterable(_read(source, Skipped()) for source in self.sources)
+        chosen = set(positions)
+        samples = chain.from_iterable(self._read(source, Skipped()) for source in self.sources)
         last = max(chosen, default=-1)
         return {n: self.open(sample).image for n, sample in enumerate(islice(samples, last + 1)) if n in chosen}
+
+    def _read(self, source: Source, skipped: Skipped) -> Iterator[Sample]:
+        if self.share or not is_source(source.url):
+            samples = tars.read(source, skipped, sidecars=self.sidecars or None)
+            yield from (sample for sample in samples if not self.share or is_held_out(sample, self.share))
+            return
+        for row in open_source(source.url, Options()).rows():
+            key = row.name.partition("/")[2]
+            yield {"__key__": key, "__url__": source.url, "__shard__": source.name, "__row__": row}
 
     def _prepare(self, sample: Sample, transform: Callable) -> tuple[torch.Tensor, Pair]:
         pair = self.open(sample)
@@ -115,6 +142,7 @@ class HeldOut:
 def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:
     """Returns held-out data: tars as `sources_of` takes them, what `pack` takes, or clip-benchmark's layout.
 
+    Of training data that a run divides, {"shards": ..., "hold_out": SHARE, "sidecars": [...]}, it returns the held-out share.
     Of clip-benchmark's layout it takes the split `test`; name the folder of another one itself. A sample without caption and
     label is broken.
 
@@ -122,6 +150,9 @@ def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> H
     captions only the first counts, since the others may be rephrasings for training, or synthetic.
     Raises InputError if no data are found, or if a folder has another layout.
     """
+    if isinstance(what, Mapping) and "hold_out" in what:
+        sources = {source.url: source for source in sources_of(what["shards"], name)}  # some may come twice in training
+        return HeldOut([*sources.values()], Classes(), captions, share=what["hold_out"], sidecars=what.get("sidecars", ()))
     if not (isinstance(what, (str, os.PathLike)) and is_source(what)):
         return HeldOut(sources_of(what, name), Classes(), captions)
     path = os.path.expanduser(os.fspath(what))
@@ -135,13 +166,34 @@ def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> H
     return HeldOut([Source(path, name=rows.name)], Classes(names, rows.classes), captions)
 
 
-def _read(source: Source, skipped: Skipped) -> Iterator[Sample]:
-    if not is_source(source.url):
-        yield from tars.read(source, skipped)
-        return
-    for row in open_source(source.url, Options()).rows():
-        key = row.name.partition("/")[2]
-        yield {"__key__": key, "__url__": source.url, "__shard__": source.name, "__row__": row}
+class Division(NamedTuple):
+    """Counts of training data of which a share is held out."""
+
+    train: int  # samples of a pass, each as often as its weight says
+    held_out: int
+    captions: int  # that are held out
+    repeated: int  # of these, how many stand verbatim in training
+
+
+def divided(shards: Any, share: float, sidecars: Folders = ()) -> Division:
+    """Reads training data, of which `share` is held out, and counts. Memory: 8 bytes for each caption."""
+    train, held_out, captions, trained = 0.0, 0, list[int](), array("q")
+    for source in sources_of(shards):
+        for sample in tars.read(source, Skipped(), sidecars=sidecars or None):
+            try:
+                check_files(sample)
+                texts = [hash(text) for text in captions_of(sample, record_of(sample))]
+                image_of(sample)
+            except BrokenSample:
+                continue
+            if is_held_out(sample, share):
+                held_out += 1
+                captions.append(texts[0])
+            else:
+                train += source.weight
+                trained.extend(texts)
+    repeated = np.isin(np.array(captions, np.int64), np.frombuffer(trained, np.int64)).sum()
+    return Division(round(train), held_out, len(captions), int(repeated))
 
 
 def _collate(prepared: list[tuple[torch.Tensor, Pair]]) -> tuple[torch.Tensor, list[Pair]]:

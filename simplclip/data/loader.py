@@ -22,7 +22,7 @@ from simplclip.common.errors import InputError, check_count
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
 from simplclip.data.images import decode_pil
-from simplclip.data.samples import MAX_BYTES, Pair, Sample, digest_of, parse, place_of, stable_hash
+from simplclip.data.samples import MAX_BYTES, Pair, Sample, digest_of, is_held_out, parse, place_of, stable_hash
 from simplclip.data.sidecars import Folders, check_sidecars
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.transforms import ImageTransform, View, stack
@@ -78,6 +78,7 @@ class Loader:
         pin_memory: copy batches to page-locked memory, for a GPU.
         on_error: "skip" counts damaged tars, "stop" raises ShardError. Broken samples are counted in both cases.
         max_bytes: a sample with a file of more bytes is skipped without being read.
+        hold_out: share of the samples that is left out, see `samples.is_held_out`; `held_out` reads it.
         rank, world_size: this process and their number.
         skipped: counts of what was damaged in the batches so far, by reason, with the first of each.
 
@@ -102,6 +103,7 @@ class Loader:
     pin_memory: bool = False
     on_error: str = "skip"
     max_bytes: int = MAX_BYTES
+    hold_out: float = 0.0
     rank: int = 0
     world_size: int = 1
     skipped: Skipped = field(default_factory=Skipped, init=False)
@@ -187,6 +189,8 @@ class Loader:
     def _rows(self, samples: Iterator[tuple[int, Sample]], number: int, skipped: Skipped) -> Iterator[tuple[int, tuple]]:
         """Yields the rows of the usable samples in a pass, with their numbers; counts the broken ones."""
         for consumed, sample in samples:
+            if is_held_out(sample, self.hold_out):
+                continue
             try:
                 yield consumed, self._prepare(sample, number)
             except BrokenSample as broken:

@@ -1,6 +1,7 @@
 """`simplclip data pack`: makes shards of a table, a JSON file or a folder, which training then reads.
 
-    OUT/NAME-000000.tar ...   each sample's image as it is, and a json with its captions, label, group and "source"
+    OUT/NAME-000000.tar ...   each sample's image as it is, and a json with its captions, label, group and "source"; with a
+                              share that is held out in OUT/train-000000.tar ... and OUT/held-000000.tar ...
     OUT/meta.json             the source, and the samples and bytes of each shard and what was left out of it
 
 A shard has the samples of SAMPLES rows of the source. It gets its name when it is complete, so the same command continues
@@ -32,7 +33,7 @@ from simplclip.common.progress import Progress
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.forms import Options, Row, RowSource, is_source, open_source, split_of
 from simplclip.data.images import open_image, remarks_on
-from simplclip.data.samples import MAX_BYTES, TEXT_BYTES, captions_of, file_bytes, record_of
+from simplclip.data.samples import MAX_BYTES, TEXT_BYTES, captions_of, file_bytes, is_held_out, record_of
 from simplclip.data.tar_writer import TarFolder, add, entry_of, new_tar, skipped_in
 
 FORMAT = "simplclip-shards-2"
@@ -50,6 +51,7 @@ def pack(
     out: str | os.PathLike,
     options: Options = Options(),  # noqa: B008 (it is frozen)
     *,
+    hold_out: float = 0.0,
     workers: int | None = None,
     progress: bool = True,
 ) -> list[str]:
@@ -63,21 +65,27 @@ def pack(
         source: a table (.csv, .tsv, .parquet), a JSON file, FILE.json#SPLIT, a folder of images with captions beside them, or
             one with a folder for each class.
         options: of tables and JSON files.
+        hold_out: share of the samples that gets shards held-*.tar, beside train-*.tar; by the hash of the json's group, else
+            of the image's place in the source, so that more images change no sample's side.
         workers: processes, by default one for each core.
 
     Raises: InputError (the source is none of these, no row is usable, `out` has other shards or files, the disk is full);
     FileExistsError (another process writes to `out`); PackError (a process died).
     """
     opened, out = open_source(source, options), Path(out).expanduser()
-    folder = TarFolder(out, {"format": FORMAT, "source": {"name": opened.name, **opened.state()}})
+    about = {"name": opened.name, **opened.state()} | ({"hold_out": hold_out} if hold_out else {})
+    folder = TarFolder(out, {"format": FORMAT, "source": about})
     with folder.claimed():
         again = folder.complete and all(map(folder.is_whole, folder.entries))
         if not again:
-            _write(opened, folder, workers or _cores(), progress)
+            _write(opened, folder, hold_out, workers or _cores(), progress)
         shards = [str(out / shard) for shard, entry in sorted(folder.entries.items()) if entry["samples"]]
     if progress:
         samples = sum(entry["samples"] for entry in folder.entries.values())
         made = f"{samples:,} samples of {opened.name} in {len(shards)} shard{'s' * (len(shards) > 1)}, {out / '*.tar'}"
+        if hold_out:
+            held = sum(entry["samples"] for name, entry in folder.entries.items() if name.startswith("held-"))
+            made += f", of which {held:,} are held out in {out / 'held-*.tar'}"
         skipped = skipped_in(folder.entries.values())
         left_out = f"; {skipped}" if skipped.counts else ""
         print(f"kept {made}, which an earlier run packed" if again else f"packed {made}{left_out}")
@@ -144,25 +152,26 @@ def summary(shards: list[str], examples: int = 3) -> str:
     return "\n".join(lines)
 
 
-def _write(source: RowSource, folder: TarFolder, workers: int, progress: bool) -> None:
+def _write(source: RowSource, folder: TarFolder, hold_out: float, workers: int, progress: bool) -> None:
     """Writes the shards that the folder does not have, and adds their entries one after another."""
     folder.complete = False
     folder.entries = {name: entry for name, entry in folder.entries.items() if folder.is_whole(name)}
-    done, stem = sum(entry.get("rows", 0) for entry in folder.entries.values()), _stem(source.path)
+    done = sum(entry.get("rows", 0) for entry in folder.entries.values())
+    stems = ("train", "held") if hold_out else (_stem(source.path),)
 
-    def tasks() -> Iterator[tuple[Path, int, list[Row]]]:
+    def tasks() -> Iterator[tuple[list[Path], int, list[Row], float]]:
         rows = source.rows()
         for first in itertools.count(step=SAMPLES):
             of_shard = list(itertools.islice(rows, SAMPLES))
             if not of_shard:
                 return
-            name = f"{stem}-{first // SAMPLES:06d}.tar"
-            if name not in folder.entries:
-                yield folder.out / name, first, of_shard
+            names = [f"{stem}-{first // SAMPLES:06d}.tar" for stem in stems]
+            if not folder.entries.keys() >= {*names}:
+                yield [folder.out / name for name in names], first, of_shard, hold_out
 
     with Progress("pack", source.total, done, unit="rows", shown=progress) as bar:
-        for (path, _, rows), entry in _mapped(_write_shard, tasks(), workers):
-            folder.entries[path.name] = entry | {"rows": len(rows)}
+        for (_, _, rows, _), entries in _mapped(_write_shard, tasks(), workers):
+            folder.entries |= entries
             folder.save()
             bar.update(len(rows))
         if not any(entry["samples"] for entry in folder.entries.values()):
@@ -175,21 +184,31 @@ def _write(source: RowSource, folder: TarFolder, workers: int, progress: bool) -
     folder.save()
 
 
-def _write_shard(path: Path, first: int, rows: list[Row]) -> dict[str, Any]:
-    """Writes a shard, if a row is usable; returns its entry. Keys are the numbers of rows, of which `first` is the first."""
-    skipped, remarks, samples = Skipped(), Skipped(), 0
-    with new_tar(path) as tar:
+def _write_shard(paths: list[Path], first: int, rows: list[Row], hold_out: float) -> dict[str, dict[str, Any]]:
+    """Writes the shard of some rows, or two of which the second has what is held out; returns their entries by name.
+
+    A shard without samples is not written. Keys are the numbers of rows, of which `first` is the first.
+    """
+    skipped, remarks, samples = Skipped(), Skipped(), [0 for _ in paths]
+    with contextlib.ExitStack() as stack:
+        shards = [stack.enter_context(new_tar(path)) for path in paths]
         for number, row in enumerate(rows, first):
             try:
                 files = files_of(row, remarks)
             except BrokenSample as broken:
                 skipped.add(broken.args[0], row.name, broken.args[1])
                 continue
-            add(tar, f"{number:09d}", files)
-            samples += 1
-    if not samples:
-        path.unlink()
-    return entry_of(path, samples, skipped, remarks)
+            side = is_held_out(files | {"__shard__": "", "__key__": row.name}, hold_out)
+            add(shards[side], f"{number:09d}", files)
+            samples[side] += 1
+    counted = {"rows": len(rows)}
+    entries = {}
+    for path, count in zip(paths, samples):
+        if not count:
+            path.unlink()
+        entries[path.name] = entry_of(path, count, skipped, remarks) | counted
+        skipped, remarks, counted = Skipped(), Skipped(), {}  # once, with the first of the two
+    return entries
 
 
 def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:

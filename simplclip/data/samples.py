@@ -68,7 +68,25 @@ class Pair:
     @property
     def group_id(self) -> int:
         """Hash of the group, else of the shard's name and key (keys often repeat in every shard), as int64."""
-        return stable_hash(f"key/{self.place}" if self.group is None else f"group/{self.group}") >> 1
+        return _group_id(self.group, self.place)
+
+
+def _group_id(group: object, place: str) -> int:
+    return stable_hash(f"key/{place}" if group is None else f"group/{group}") >> 1
+
+
+def is_held_out(sample: Sample, share: float) -> bool:
+    """Whether a sample is of the share that evaluation has and training skips, by its group, else its shard's name and key.
+
+    A sample whose json is broken is none of these; its reader counts it.
+    """
+    if not share or isinstance(sample.get("json"), BrokenSample):
+        return False
+    try:
+        group = record_of(sample).get("group")
+    except BrokenSample:
+        return False
+    return _group_id(group, place_of(sample)) < share * 2**63
 
 
 def place_of(sample: Sample) -> str:

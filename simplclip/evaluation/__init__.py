@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "classification": ("class_names", "named", "phrases", "zero_shot"),
     "encoder": ("Encoder", "load"),
-    "retrieval": ("KS", "nearest", "recall", "recall_of"),
+    "retrieval": ("KS", "nearest", "loss_of", "recall", "recall_of"),
     "run": ("evaluate",),
     "sheets": ("contact_sheet",),
     "split": ("BATCH_SIZE", "Split", "encode", "features_of", "load_splits"),

@@ -22,6 +22,7 @@ from simplclip.data.images import decode_pil
 from simplclip.data.samples import file_bytes
 from simplclip.evaluation.split import features_of
 from simplclip.models.crop import crop_texts
+from simplclip.models.sources import in_run
 from simplclip.models.trained import load_source
 
 Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or float [3, S, S], uint8 [3, H, W]
@@ -134,6 +135,6 @@ def load(
     Raises: InputError if the source is unknown, FileNotFoundError, CheckpointError if a file is not a
     checkpoint of that model.
     """
-    place = hardware.pick_device(str(device))
+    source, place = in_run(source), hardware.pick_device(str(device))
     precision, _ = hardware.pick_precision(precision, place)
     return Encoder(**load_source(source, checkpoint), device=place, precision=precision, source=os.fspath(source))

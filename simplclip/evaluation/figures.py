@@ -61,6 +61,6 @@ def percent(share: float) -> str:
 
 def in_words(figures: Mapping[str, Figure], among: int) -> str:
     """Returns the figures and their chance as one line of text for a picture."""
-    values = "   ".join(f"{name} {percent(figure['value'])}" for name, figure in figures.items())
+    values = ", ".join(f"{name} {percent(figure['value'])}" for name, figure in figures.items())
     chance = ", ".join(percent(figure["chance"]).rstrip("%") for figure in figures.values())
-    return f"{values}   of {among} (chance {chance}%)"
+    return f"{values} of {among} (chance {chance}%)"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from simplclip import losses
 from simplclip.evaluation.split import Split
 
 KS = (1, 5, 10)
@@ -27,6 +29,30 @@ def recall_of(split: Split, device: torch.device | str = "cpu") -> dict[str, dic
         "image_to_text": recall(x, y, split.groups, split.caption_groups, device),
         "text_to_image": recall(y, x, split.caption_groups, split.groups, device),
     }
+
+
+def loss_of(split: Split, batch_size: int, logit_scale: Tensor, logit_bias: Tensor | None = None) -> float | None:
+    """Returns the contrastive loss of an encoded split, with `logit_bias` [] the sigmoid loss; None without captions.
+
+    It is the mean over batches of `batch_size` pairs, an image and its first caption, in a fixed random order. The pairs that
+    fill no batch are left out, if there is one; fewer pairs have a lower loss. Pairs of a group are no negatives.
+    """
+    if split.image_features is None or split.text_features is None:
+        return None
+    captions: dict[int, int] = {}  # of each group, the first
+    for row, group in enumerate(split.caption_groups.tolist()):
+        captions.setdefault(group, row)
+    pairs = [(row, captions[group]) for row, group in enumerate(split.groups.tolist()) if group in captions]
+    size = min(batch_size, len(pairs))
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
+    loss: Any = losses.ClipLoss() if logit_bias is None else losses.SigLipLoss()
+    more = {} if logit_bias is None else {"logit_bias": logit_bias}
+    values = []
+    for batch in order[: len(pairs) // size * size].split(size):
+        images, texts = torch.tensor(pairs)[batch].unbind(1)
+        features = split.image_features[images], split.text_features[texts]
+        values.append(loss(*features, logit_scale, ids=split.groups[images], **more))
+    return torch.stack(values).mean().item()
 
 
 def nearest(

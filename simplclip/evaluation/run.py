@@ -77,7 +77,9 @@ def evaluate(
 
     for number, source in enumerate(sources):
         encoder = load(source, device=ranks.device(device), precision=precision)
-        about: dict[str, Any] = {"checkpoint": source, "model": encoder.name, "step": encoder.step}
+        if encoder.source != source:
+            say(f"weights: {encoder.source}, of the best evaluation, step {encoder.step}; --last takes last.pt")
+        about: dict[str, Any] = {"checkpoint": encoder.source, "model": encoder.name, "step": encoder.step}
         about["precision"] = encoder.precision
         if number == 0:
             folder = _folder(out, source)

@@ -1,69 +1,136 @@
-"""Contact sheets: pictures of queries and their nearest candidates."""
+"""Evaluation sheets: pictures of queries, best, middle and worst, with their nearest candidates and the right answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
+import torch
 from torch import Tensor
 
-from simplclip.common.plotting import FRAME, INK, MUTED, draw_image, draw_text, frame, sheet, wrapped, write
+from simplclip.common.plotting import LINE, MARGIN, MUTED, WIDTH, Sheet
 from simplclip.evaluation.retrieval import nearest
 from simplclip.evaluation.split import Split
 
-RIGHT = "#1a9850"
-ROWS, TOP = 8, 5  # queries of each kind, and answers
+TOP = 5  # answers of a query
+PARTS = {"Best": 3, "Middle": 6, "Worst": 3}  # queries of each kind
+LEGEND = (
+    "Green: the right answer. Where it is not among the nearest five it comes last, with its rank: #23 is the 23rd. The "
+    "numbers are similarities. Pictures are cropped as the model sees them."
+)
+GAP, SIDE = 0.1, 0.87  # inches between tiles, and of a tile; six of them are as wide as a sheet
+
+
+class Answers(NamedTuple):
+    """A query's nearest candidates, the nearest of its right ones, and the rank of that one."""
+
+    query: int
+    rows: list[int]
+    scores: list[float]
+    right: int
+    right_score: float
+    rank: int
+    missed: bool  # whether none of the nearest is right
 
 
 def contact_sheet(path: str | Path, split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> Path:
-    """Writes a picture of ROWS captions with their TOP nearest images, and ROWS images with their nearest captions.
+    """Writes a picture of captions with their TOP nearest images, and of images with their nearest captions."""
+    return sheet_of(split, title, subtitles).write(path)
 
-    split: an encoded split. The queries are drawn at random with a fixed seed. Right answers (same group) are framed green.
+
+def sheet_of(split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> Sheet:
+    """Draws what `contact_sheet` writes.
+
+    split: an encoded split. Of all queries it shows some of the best, of the middle and of the worst, by the rank of the
+    right answer (same group), which is framed green and, where it is not among the nearest, comes last with its rank.
     subtitles: a line for each half, e.g. its metrics.
     """
-    pick = np.random.default_rng(0)
-    texts = sorted(pick.permutation(len(split.captions))[:ROWS].tolist())
-    images = sorted(pick.permutation(len(split))[:ROWS].tolist())
-    near_images, _ = _nearest(split.text_features[texts], split.image_features, TOP)
-    near_texts, similarities = _nearest(split.image_features[images], split.text_features, TOP)
-    shown = split.pictures([*{*images, *(image for near in near_images for image in near)}])
-    groups, caption_groups = split.groups, split.caption_groups
-    gap, tile, label, caption = 0.14, 1.0, 2.3, 3.9
-    row_height, line_height = tile + gap, tile / TOP
-    right = label + TOP * row_height + 0.6
-    width, height = right + tile + gap + caption + 0.1, max(len(texts), len(images)) * row_height
-    figure, axis = sheet(width, height, 1.25)
-
-    def picture(image: int, x: float, y: float, hit: bool = False) -> None:
-        draw_image(axis, shown[image], x, y)
-        frame(axis, x, y, colour=RIGHT if hit else FRAME, line=3.5 if hit else 0.8)
-
-    draw_text(axis, 0, -1.1, title, 15, fontweight="bold")
-    frame(axis, width - 1.55, -1.19, 0.18, 0.18, RIGHT, 2.5)
-    draw_text(axis, width - 1.25, -1.1, "right answer", 10, MUTED)
-    for x, head, line in zip((0, right), ("Caption → nearest images", "Image → nearest captions"), subtitles):
-        draw_text(axis, x, -0.62, head, 12)
-        draw_text(axis, x, -0.3, line, 10, MUTED)
-    for row, query in enumerate(texts):
-        y = row * row_height
-        draw_text(axis, label - 0.2, y + tile / 2, wrapped(split.captions[query], 22, 4), 10.5, ha="right")
-        for column, image in enumerate(near_images[row]):
-            picture(image, label + column * row_height, y, bool(groups[image] == caption_groups[query]))
-    for row, query in enumerate(images):
-        y, x = row * row_height, right + tile + gap
-        picture(query, right, y)
-        for place, (text, similarity) in enumerate(zip(near_texts[row], similarities[row])):
-            middle = y + (place + 0.5) * line_height
-            hit = bool(caption_groups[text] == groups[query])
-            if hit:
-                frame(axis, x, middle - 0.43 * line_height, caption, 0.86 * line_height, RIGHT, 2)
-            words = wrapped(split.captions[text], 46, 1)
-            draw_text(axis, x + 0.1, middle, words, 9, INK if hit else MUTED, fontweight="bold" if hit else "normal")
-            draw_text(axis, x + caption - 0.1, middle, f"{similarity:.2f}", 8, MUTED, ha="right")
-    return write(figure, Path(path))
+    sides = (split.text_features, split.caption_groups), (split.image_features, split.groups)
+    by_text, by_image = (_chosen(*queries, *answers) for queries, answers in (sides, sides[::-1]))
+    shown = [image for _, query in by_text for image in (*query.rows, query.right)] + [query.query for _, query in by_image]
+    pictures = split.pictures(list(dict.fromkeys(shown)))
+    sheet = Sheet()
+    sheet.line(title, 13, 2, weight="bold")
+    sheet.line(LEGEND, 10, 4, color=MUTED)
+    headings = "Caption → nearest pictures", "Picture → nearest captions"
+    for heading, queries, subtitle in zip(headings, (by_text, by_image), subtitles):
+        sheet.y += 0.2
+        sheet.line(heading, 12, weight="bold")
+        sheet.line(subtitle, 10, 2, color=MUTED)
+        for part, answers in queries:
+            sheet.y += 0.14
+            if part:
+                sheet.y += 0.08
+                sheet.line(part, 10.5, weight="bold", color=MUTED)
+                sheet.y += 0.04
+            if queries is by_text:
+                _draw_images(sheet, split, pictures, answers)
+            else:
+                _draw_captions(sheet, split, pictures, answers)
+    sheet.fit()
+    return sheet
 
 
-def _nearest(queries: Tensor, candidates: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
-    parts = list(nearest(queries, candidates, k))
-    return [row for _, _, part in parts for row in part.tolist()], [row for _, part, _ in parts for row in part.tolist()]
+def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -> None:
+    sheet.line(split.captions[answers.query], 10.5, 2)
+    sheet.y += 0.05
+    tiles = [(image, f"{score:.2f}") for image, score in zip(answers.rows, answers.scores)]
+    if answers.missed:
+        tiles.append((answers.right, f"#{answers.rank:,}: {answers.right_score:.2f}"))
+    group = split.caption_groups[answers.query]
+    for column, (image, label) in enumerate(tiles):
+        x = MARGIN + column * (SIDE + GAP) + (GAP if column == TOP else 0)
+        right = bool(split.groups[image] == group)
+        sheet.tile(pictures[image], x, sheet.y, SIDE, right)
+        sheet.text(x + SIDE / 2, sheet.y + SIDE + 0.04, label, SIDE, 9.5, ha="center", color=MUTED)
+    sheet.y += SIDE + 0.04 + LINE * 9.5
+
+
+def _draw_captions(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -> None:
+    side, x = 1.1, MARGIN + 1.1 + GAP
+    sheet.tile(pictures[answers.query], MARGIN, sheet.y, side)
+    rows = [(caption, f"{score:.2f}") for caption, score in zip(answers.rows, answers.scores)]
+    if answers.missed:
+        rows.append((answers.right, f"#{answers.rank:,}: {answers.right_score:.2f}"))
+    step = side / (TOP + 1)
+    for place, (caption, label) in enumerate(rows):
+        y, right = sheet.y + place * step, bool(split.caption_groups[caption] == split.groups[answers.query])
+        if right:
+            sheet.box(x, y, WIDTH - MARGIN - x, step - 0.01)
+        weight = "bold" if right else "normal"
+        sheet.text(x + 0.06, y + 0.015, split.captions[caption], WIDTH - MARGIN - x - 1.05, 9.5, weight=weight)
+        sheet.text(WIDTH - MARGIN - 0.06, y + 0.015, label, 0.9, 9.5, ha="right", color=MUTED)
+    sheet.y += side
+
+
+def _chosen(queries: Tensor, groups: Tensor, candidates: Tensor, candidate_groups: Tensor) -> list[tuple[str, Answers]]:
+    """Returns the queries to show, in the order of the rank of the right answer, then of its similarity; each first one of a
+    kind with the kind's heading."""
+    answers = list(_answers(queries, groups, candidates, candidate_groups))
+    order = sorted(answers, key=lambda query: (query.rank, -query.right_score))
+    counts = PARTS if len(order) >= sum(PARTS.values()) else {"": len(order)}
+    middle = (len(order) - counts.get("Middle", 0)) // 2
+    starts = {"": 0, "Best": 0, "Middle": middle, "Worst": len(order) - counts.get("Worst", 0)}
+    return [
+        ("" if number else part, query)
+        for part, count in counts.items()
+        for number, query in enumerate(order[starts[part] : starts[part] + count])
+    ]
+
+
+def _answers(queries: Tensor, groups: Tensor, candidates: Tensor, candidate_groups: Tensor) -> Iterator[Answers]:
+    """Yields the answers of each query that has a right one. A wrong one of the same similarity ranks before it."""
+    rows, size = iter(range(len(queries))), max(1, 2**24 // len(candidates))
+    top = nearest(queries, candidates, TOP)
+    near = [(scores, places) for _, several, found in top for scores, places in zip(several.tolist(), found.tolist())]
+    for part, part_groups in zip(queries.split(size), groups.split(size)):
+        scores = part @ candidates.T
+        right = candidate_groups == part_groups[:, None]
+        best, where = scores.masked_fill(~right, -torch.inf).max(1)
+        ranks = 1 + (~right & (scores >= best[:, None])).sum(1)
+        for row, (place, score, rank) in enumerate(zip(where.tolist(), best.tolist(), ranks.tolist())):
+            query = next(rows)
+            if score > -torch.inf:
+                missed = not right[row, near[query][1]].any()
+                yield Answers(query, near[query][1], near[query][0], place, score, rank, missed)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.progress import Progress
 from simplclip.data import HeldOut, held_out
 from simplclip.data.errors import Skipped
-from simplclip.data.transforms import finished
+from simplclip.data.transforms import ImageTransform, finished, to_tensor
 
 BATCH_SIZE = 64  # images or captions that are encoded at a time
 
@@ -70,13 +72,28 @@ class Split:
         return len(self.keys)
 
     def pictures(self, rows: list[int]) -> dict[int, Image.Image]:
-        """Reads the images of these rows again, as they are stored, RGB; no other image is read."""
+        """Reads the images of these rows again, and crops them as the model sees them."""
         images = self.data.pictures([self._positions[row] for row in rows])
-        return {row: images[self._positions[row]] for row in rows}
+        return {row: cropped(self.transform, images[self._positions[row]]) for row in rows}
 
     def report(self) -> str:
         """Returns one line: the number of samples read, and the number skipped by reason."""
         return f"{len(self)} samples read, {self.skipped}"
+
+
+def cropped(transform: Any, image: Image.Image) -> Image.Image:
+    """Returns the part of an image that a model sees, at a multiple of the model's size that has at least 160 pixels."""
+    if isinstance(transform, ImageTransform):
+        larger = copy.copy(transform)
+        factor = max(1, -(-160 // min(transform.size)))
+        larger.size = (factor * transform.size[0], factor * transform.size[1])
+        return to_pil_image(larger.render(to_tensor(image), {}))
+    for step in getattr(transform, "transforms", ()):  # of open_clip's, up to the conversion to a tensor
+        changed = step(image)
+        if not isinstance(changed, Image.Image):
+            break
+        image = changed
+    return image
 
 
 def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> dict[str, Split]:

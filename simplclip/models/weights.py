@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from simplclip.common.errors import InputError, first_line
 from simplclip.common.files import sha256
 from simplclip.models.mobileclip import from_published
-from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, PLAIN, check_weights
+from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, LAST, PLAIN, check_weights, in_run
 
 _MOST_VALUES = 50_000_000  # in a file of weights
 _SMALL = 1 << 24  # bytes up to which a tensor may be larger than its storage, as one made by `expand` is
@@ -42,7 +42,7 @@ def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
         return type(source).__name__, _renamed(source.state_dict(), model)
     if isinstance(source, Mapping):
         return "the state dict", _renamed(source, model)
-    return str(source), _renamed(read(source), model)
+    return str(in_run(source)), _renamed(read(source), model)
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None:
@@ -80,14 +80,14 @@ def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[st
     """Reads a file, the file in the folder of a run or an export, a name in `sources.PACKAGED`, or weights that
     open_clip downloads (NAME/TAG). argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError."""
     check_weights(source, argument)
-    path = Path(source)
+    path = Path(in_run(source))
     if not path.exists():
         if source in _PACKAGED:
             return _PACKAGED[str(source)]()
         name, _, tag = str(source).removeprefix(PLAIN).partition("/")
         return download(name, tag, argument).state_dict()
     if path.is_dir():  # of a run or of an export
-        path = path / ("last.pt" if (path / "last.pt").exists() else EXPORTED_WEIGHTS)
+        path = path / (LAST if (path / LAST).exists() else EXPORTED_WEIGHTS)
     state = read_weights(path, argument)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{argument}: expected a state dict in {path}, got {type(state).__name__}")

@@ -6,12 +6,14 @@ KEY.teacher.json   {"captions", "image": digests of these captions and of the im
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,13 +24,17 @@ from torch import Tensor
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, check_count
+from simplclip.data import tars
+from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.images import open_image
 from simplclip.data.loader import seeded
 from simplclip.data.pack import packed
-from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, digests_of
+from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, digests_of, parse
+from simplclip.data.sidecars import Folders
+from simplclip.data.sources import sources_of
 from simplclip.data.transforms import ImageTransform, View, augmentation, finished, stack
 from simplclip.data.writer import write_sidecars
-from simplclip.evaluation import Encoder, load
+from simplclip.evaluation import Encoder, load, recall
 from simplclip.models.trained import image_transform
 from simplclip.train import config as configs
 
@@ -180,7 +186,30 @@ def run(
         what = "" if seen is None else f" of {seen.number} views of each image"
         features = f"features of {teacher.name}{what}, width {teacher.width}"
         print(f"wrote {summary['path']}: {summary['samples']:,} samples with {features}")
+        print(own_recall(shards, [*options.get("sidecars", ()), out]))
     return summary
+
+
+def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
+    """Says how well a teacher finds the pairs of the first samples by its stored features: whether it is of any use."""
+    raw = chain.from_iterable(tars.read(source, Skipped(), sidecars=sidecars) for source in sources_of(shards))
+    pairs: list[Pair] = []
+    for sample in (sample for sample in raw if TEACHER in sample):
+        with contextlib.suppress(BrokenSample):
+            pairs.append(parse(sample, teacher=True))
+        if len(pairs) == most:
+            break
+    if not pairs:
+        return "the teacher's own R@1: no sample has features"
+    x = torch.stack([torch.from_numpy(pair.features[0]) for pair in pairs]).float()
+    y = torch.stack([torch.from_numpy(pair.features[-len(pair.captions)]) for pair in pairs]).float()
+    names: dict[int, int] = {}
+    groups = torch.tensor([names.setdefault(pair.group_id, len(names)) for pair in pairs])
+    ways = {"image to text": recall(x, y, groups, groups)["R@1"], "text to image": recall(y, x, groups, groups)["R@1"]}
+    figures = ", ".join(f"{way} {figure['value']:.1%} (chance {figure['chance']:.1%})" for way, figure in ways.items())
+    useless = all(figure["value"] < min(0.5, 3 * figure["chance"]) for figure in ways.values())
+    warning = "\nwarning: it hardly knows these pairs; a student would learn little from it" if useless else ""
+    return f"the teacher's own R@1 on the first {len(pairs):,} samples: {figures}{warning}"
 
 
 def _npy(rows: Tensor) -> bytes:

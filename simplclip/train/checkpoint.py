@@ -1,4 +1,4 @@
-"""The files of a run: last.pt, written completely or not at all; what --resume accepts.
+"""The files of a run: last.pt and best.pt, written completely or not at all; what --resume accepts.
 
 A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. The trainer adds
     loss, optimizer, scaler     state dicts
@@ -6,6 +6,9 @@ A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. 
     rng                         states of the first rank's generators, of the CPU and every GPU; others are seeded by step
     frozen                      names of frozen modules
     evaluated                   the step of the last evaluation that was finished
+    images                      the number of images of an epoch, None if they are not counted
+
+best.pt has the weights of the evaluation with the highest mean R@1, "recall", averaged if the run has averages.
 """
 
 from __future__ import annotations
@@ -19,16 +22,18 @@ import torch
 from simplclip.common import ranks
 from simplclip.common.files import differences, replacing, write_atomically
 from simplclip.data.loader import STATE
+from simplclip.models.sources import BEST, LAST
 from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_checkpoint
 from simplclip.train.config import Config, ConfigError, check_out, from_dict
 from simplclip.train.setup import State
 
-WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # files in the folder of a run
+WRITTEN = re.compile(r"(last|best)\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # files in the folder of a run
 
 # What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does not change the result.
 MAY_CHANGE = (
     *("optim.lr", "run.steps", "run.epochs", "run.out", "run.device", "run.log_every", "run.save_every"),
-    *("run.timeout_minutes", "run.keep_frozen", "run.channels_last", "run.cudnn_benchmark", "eval."),
+    *("run.timeout_minutes", "run.keep_frozen", "run.channels_last", "run.cudnn_benchmark", "run.tensorboard"),
+    *("eval.splits", "eval.every", "eval.templates"),
     *("data.micro_batch", "data.workers", "data.samples", "data.mean_tokens", "data.options.on_error"),
     *("model.checkpoint", "model.recompute", "inherit.source"),
 )
@@ -48,7 +53,10 @@ def former(out: Path, resume: bool) -> dict[str, Any] | None:
             whole = False
         if not whole:
             raise CheckpointError(f"{last}: expected the values that simplclip train writes, got others")
-        return checkpoint
+        best = read_checkpoint(out / BEST) if (out / BEST).exists() else {}
+        if best and not isinstance(best.get("recall"), float):  # a copy that the user made, which must not be replaced
+            raise CheckpointError(f"{out / BEST}: expected the best weights as simplclip train writes them, got another file")
+        return checkpoint | {"best": {key: best.get(key) for key in ("recall", "step", "config")}}
     check_out(out, resume)
     return None
 
@@ -91,13 +99,17 @@ class Snapshot:
     `state.updating` is set. Memory: a copy of the buffers.
     """
 
-    def __init__(self, state: State, former: dict[str, Any] | None = None) -> None:
+    def __init__(self, state: State, former: dict[str, Any] | None = None, images: int | None = None) -> None:
         self.state, self.out = state, Path(state.config.run.out)
         self.go_on = f"To go on: simplclip train {self.out / 'config.yaml'} --resume"
         saved, buffers = state.model.state_dict(), state.model.named_buffers(remove_duplicate=False)
         self._buffers = {name: (buffer, buffer.clone()) for name, buffer in buffers if name in saved}
         self.saved = state.step  # the step of last.pt; 0: there is none
         self.progress: dict[str, Any] = {"evaluated": (former or {}).get("evaluated", state.step)}
+        self.progress["images"] = images
+        best = (former or {}).get("best", {})
+        same = best.get("config") and best["config"]["eval"]["splits"] == state.config.eval.splits
+        self.best: tuple[float, int] | None = (best["recall"], best["step"]) if same else None  # of best.pt: R@1, the step
         self.take()
 
     def take(self) -> None:
@@ -122,6 +134,20 @@ class Snapshot:
         save(self.out, parts | self.progress | {"frozen": state.frozen, "config": state.config.to_dict()})
         self.saved = self.progress["step"]
 
+    def keep_best(self, recall: float) -> bool:
+        """Writes best.pt, with the model's present weights, if it has none of at least this R@1 on the same eval.splits; and
+        config.yaml, by which `simplclip evaluate` finds the splits."""
+        state = self.state
+        if self.best and recall <= self.best[0]:
+            return False
+        if ranks.first():
+            config = state.config.to_dict()
+            write_atomically(self.out / "config.yaml", state.config.to_yaml())
+            contents = {"model": state.model.state_dict(), "step": state.step, "config": config, "recall": recall}
+            save(self.out, contents | {"images": self.progress["images"]}, BEST)
+        self.best = recall, state.step
+        return True
+
     def save_after_error(self) -> str | None:
         """Saves the last whole step after an error. Returns a sentence: what is saved, or why not and what is intact.
 
@@ -141,16 +167,16 @@ class Snapshot:
         return f"Step {step} is not saved: {reason}. {intact}."
 
 
-def save(folder: Path, contents: dict[str, Any]) -> None:
+def save(folder: Path, contents: dict[str, Any], name: str = LAST) -> None:
     """Writes FOLDER/last.pt. A crash, a full disk or a signal at any moment leaves the old one or the new one, complete."""
-    last = folder / "last.pt"
-    with replacing(last) as file:
+    path = folder / name
+    with replacing(path) as file:
         try:
             torch.save({"format": FORMAT, "version": VERSION, **contents}, file)
         except RuntimeError as error:
             # After a failed write torch closes its archive, and the error of closing hides the system's error.
             if isinstance(first := error.__context__, OSError):
-                raise OSError(first.errno, first.strerror, str(last)) from first
+                raise OSError(first.errno, first.strerror, str(path)) from first
             raise
 
 

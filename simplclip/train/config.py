@@ -199,13 +199,26 @@ class OptimConfig(Section):
 
 class EvalConfig(Section):
     splits: dict[str, str | list[str]] = setting({}, "held-out data by name: as in data.train, or as evaluate takes them")
+    hold_out: float = setting(
+        0.0,
+        "share of data.train, e.g. 0.1, that training skips and that is evaluated as the split held_out; samples of a group "
+        "stay together",
+        ge=0,
+        lt=1,
+    )
     every: int = setting(0, "steps between evaluations of the splits during training; 0: never", ge=0)
     templates: list[str] = setting(["a photo of {}"], "phrases around a label in zero-shot classification", min_length=1)
+
+    @model_validator(mode="after")
+    def _one_name(self) -> EvalConfig:
+        if self.hold_out and "held_out" in self.splits:
+            raise ValueError("splits: expected another name than held_out, which is that of eval.hold_out")
+        return self
 
 
 class RunConfig(Section):
     out: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
-        ..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt"
+        ..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt, best.pt"
     )
     steps: int | None = setting(1000, "number of optimizer steps", ge=1)
     epochs: float | None = setting(None, "passes over data.train in place of steps, see data.samples", gt=0)
@@ -226,6 +239,7 @@ class RunConfig(Section):
         "gradient caching computes the frozen beginning of a tower once in a step and keeps its output, if all outputs take "
         "at most a tenth of the memory",
     )
+    tensorboard: bool = setting(False, "also write scalars and pictures of evaluations for TensorBoard, in run.out")
     log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
     save_every: int = setting(500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1)
     timeout_minutes: float = setting(
@@ -268,6 +282,12 @@ class Config(Section):
             if not any(schedule.at(step, self.run.steps) for schedule in schedules):
                 raise ValueError(f"loss: expected at least one weight above 0 at every step, got none at step {step}")
         return self
+
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """The split of eval.hold_out by its name, as `data.held_out` takes it; none if nothing is held out."""
+        share, sidecars = self.eval.hold_out, self.data.sidecars
+        return {"held_out": {"shards": self.data.train, "hold_out": share, "sidecars": sidecars}} if share else {}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a plain dict with all defaults."""
@@ -364,7 +384,7 @@ def _override(values: dict[str, Any], item: str) -> None:
 
 def check_out(out: Path, resume: bool) -> None:
     """Raises ConfigError for a folder with a run that is not to be continued."""
-    if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
+    if not resume and any((out / name).exists() for name in ("last.pt", "best.pt", "config.yaml", "metrics.csv")):
         advice = "continue that run by --resume, or --set run.out=FOLDER"
         raise ConfigError(f"run.out: expected a folder without a run, got {out}; {advice}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import itertools
+import io
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, visible
 from simplclip.common.files import read_csv, write_csv
-from simplclip.common.plotting import COLOURS, new_figure, style, write
+from simplclip.common.plotting import Panel, png
+from simplclip.common.plotting import curves as draw_curves
 from simplclip.common.progress import Pace, duration
+from simplclip.data import Division
+from simplclip.evaluation.sheets import sheet_of
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends
 from simplclip.train.setup import State
@@ -38,6 +42,12 @@ class Log:
         self.status: Any = console.status("first step") if self.live else contextlib.nullcontext()
         self.seconds = self.waiting = 0.0  # of a step, smoothed over about the last 20
         self._columns: dict[str, list[str]] = {}
+        self.board: Any = None
+        if state.config.run.tensorboard and ranks.first():
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What an earlier start wrote of later steps is left out by TensorBoard. metrics.csv is the record.
+            self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start + 1)
         self.restart_clock()
 
     def print(self, message: str) -> None:
@@ -81,9 +91,11 @@ class Log:
         ]
         return "  ".join(parts)
 
-    def evaluation(self, split: str, direction: str, figures: Mapping[str, Mapping[str, float]]) -> None:
-        values = {k: figure["value"] for k, figure in figures.items()}
-        self.write("evaluation", {"step": self.state.step, "split": split, "direction": direction, **values})
+    def evaluation(self, split: str, direction: str, figures: Mapping[str, Mapping[str, float]], loss: float) -> None:
+        """Writes R@k with its chance, and the loss of the split, which is that of both directions."""
+        row: dict[str, float | str] = {"step": self.state.step, "split": split, "direction": direction}
+        row |= {k: figure["value"] for k, figure in figures.items()} | {"loss": loss}
+        self.write("evaluation", row | {f"chance {k}": figure["chance"] for k, figure in figures.items()})
         shown = "  ".join(f"{k} {figure['value']:.1%} (chance {figure['chance']:.1%})" for k, figure in figures.items())
         self.print(f"evaluation {split} {direction.replace('_', ' ')}: {shown}")
 
@@ -101,10 +113,24 @@ class Log:
             write_csv(path, self._columns[name], rows)
         with path.open("a", newline="", encoding="utf-8") as lines:
             csv.DictWriter(lines, self._columns[name], "", "ignore", lineterminator="\n").writerow(row)
+        if self.board:
+            place = [name, *(str(row[part]) for part in ("split", "direction") if part in row)]
+            for key in row.keys() - {"step", "split", "direction"}:
+                self.board.add_scalar("/".join([*place, key]), row[key], int(row["step"]))
+            self.board.flush()  # before a checkpoint of this step is written
+
+    def sheet(self, name: str, split: Any) -> None:
+        """Shows the evaluation sheet of an encoded split in TensorBoard."""
+        if self.board and split.image_features is not None and split.text_features is not None:
+            figure = sheet_of(split, f"step {self.state.step}: {name}").figure
+            pixels = np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB"))
+            self.board.add_image(f"evaluation/{name}", pixels, self.state.step, dataformats="HWC")
+            self.board.flush()
 
 
-def first_lines(state: State, why_precision: str, samples: int | None) -> Iterator[str]:
-    """Yields a run's lines before its first step, each with its topic. samples: of an epoch, None if they are not counted."""
+def first_lines(state: State, why_precision: str, samples: int | None, division: Division | None = None) -> Iterator[str]:
+    """Yields a run's lines before its first step, each with its topic. samples: of an epoch, None if they are not counted.
+    division: what eval.hold_out makes of the data."""
     config = state.config
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in state.model.parameters())
@@ -119,6 +145,9 @@ def first_lines(state: State, why_precision: str, samples: int | None) -> Iterat
         yield f"data       {samples:,} images, {drawn}; {epochs}"
         if size > samples:
             yield f"warning    of {samples:,} images, each comes {size / samples:,.4g} times in a batch of {size:,}"
+    if division:
+        repeated = f"{division.repeated:,} of their {division.captions:,} captions stand verbatim in training"
+        yield f"held out   {division.held_out:,} images, eval.hold_out={config.eval.hold_out:g} of all; {repeated}"
     terms = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in config.loss.weights)
     of_teacher = f", to stored features of {state.teacher['name']}" if state.teacher else ""
     bias = "" if state.logit_bias is None else f", bias {state.logit_bias.item():.4g}"
@@ -150,27 +179,38 @@ def curves(run: Path) -> None:
     terms = [name for name in rows[0] if name.endswith("_loss")]
     columns = {"Loss": ["loss", *(terms if len(terms) > 1 else [])], "Learning rate": ["lr"], "Logit scale": ["logit_scale"]}
     columns |= {"Gradient norm before clipping": ["grad_norm"], "Logit bias": ["logit_bias"]}
-    panels = {title: _lines(rows, names) for title, names in columns.items() if names[0] in rows[0]}
-    for direction, split in dict.fromkeys((row["direction"], row["split"]) for row in evaluated):
-        part = [row for row in evaluated if (row["direction"], row["split"]) == (direction, split)]
-        panel = panels.setdefault(f"{direction.replace('_', ' ').capitalize()}, R@k", {})
-        panel |= {f"{split} {k}": line for k, line in _lines(part, [k for k in part[0] if k.startswith("R@")]).items()}
-    height = -(-len(panels) // 2)
-    figure = new_figure(11, 3 * height)
-    for place, (title, lines) in enumerate(panels.items(), 1):
-        axis = figure.add_subplot(height, 2, place)
-        for (label, (steps, values)), colour in zip(lines.items(), itertools.cycle(COLOURS)):
-            label = f"{label.removesuffix('_loss').replace('_', ' ')}: {values[-1]:.3g}"
-            axis.plot(steps, values, color=colour, marker="." if len(values) < 20 else "", label=label)
-        style(axis, title)
-        if min(np.nanmin(values) for _, values in lines.values()) >= 0:
-            axis.set_ylim(bottom=0)
-        if len(lines) > 1:
-            axis.legend(frameon=False, fontsize=9)
-    figure.tight_layout()
-    write(figure, run / "curves.png")
+    scales = ("Logit scale", "Gradient norm before clipping", "Logit bias")
+    panels = [
+        Panel(title, _lines(rows, names), from_zero=title not in scales)
+        for title, names in columns.items()
+        if names[0] in rows[0]
+    ]
+    splits = dict.fromkeys(row["split"] for row in evaluated)
+    for place, split in enumerate(splits, 1):
+        of_split = [row for row in evaluated if row["split"] == split]
+        panel = Panel(f"{split}: right one among the first k; dotted: chance", {}, {}, percent=True, solid=3)
+        for direction, words in (("image_to_text", "to text"), ("text_to_image", "to image")):
+            part = [row for row in of_split if row["direction"] == direction]
+            for k in [name for name in part[0] if name.startswith("R@")]:
+                (line,) = _lines(part, [k]).values()
+                panel.lines[f"{words} {k}"] = line
+                if f"chance {k}" in part[0]:
+                    panel.chance[f"{words} {k}"] = float(part[-1][f"chance {k}"])
+        panels.insert(place, panel)
+        if "loss" in of_split[0]:
+            panels[0].lines[split] = _lines(of_split[::2], ["loss"])["loss"]
+    draw_curves(run / "curves.png", panels, _best_step(evaluated))
+
+
+def _best_step(evaluated: list[dict[str, str]]) -> int | None:
+    """Returns the first step of the highest mean R@1."""
+    recalls: dict[int, list[float]] = {}
+    for row in evaluated:
+        recalls.setdefault(int(row["step"]), []).append(float(row["R@1"]))
+    return max(recalls, key=lambda step: (sum(recalls[step]) / len(recalls[step]), -step), default=None)
 
 
 def _lines(rows: list[dict[str, str]], names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     steps = np.array([int(row["step"]) for row in rows])
-    return {name: (steps, np.array([float(row[name] or "nan") for row in rows])) for name in names}
+    labels = (name.removesuffix("_loss").replace("_", " ") for name in names)
+    return {label: (steps, np.array([float(row[name] or "nan") for row in rows])) for label, name in zip(labels, names)}

@@ -61,14 +61,16 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         former = ranks.on_first(partial(checkpoint.former, out, resume))
         device = ranks.agreed(lambda: ranks.device(config.run.device))
         precision, why = hardware.pick_precision(config.run.precision, device)
-        section, held_out = config.model.model_dump(), config.eval.splits if config.eval.every else {}
+        section = config.model.model_dump()
+        pictures = partial(evaluation.load_splits, tokenizer=tokenizer(section), transform=image_transform(section))
         stack.enter_context(timed_algorithms(config.run.cudnn_benchmark and device.type == "cuda"))
         torch.manual_seed(config.run.seed)
         # Before packing, which may take an hour; a run that continues has packed.
         state: Any = None if former else ranks.agreed(lambda: setup(config, device, precision))
-        splits = ranks.agreed(lambda: evaluation.load_splits(held_out, tokenizer(section), image_transform(section)))
-        config = ranks.on_first(partial(_with_data, config, former))
+        splits = ranks.agreed(lambda: pictures(config.eval.splits)) if config.eval.every else {}
+        config, samples, division = ranks.on_first(partial(_with_data, config, former))
         ranks.agreed(lambda: data.sources_of(config.data.train, "data.train"))  # which a node may lack
+        splits |= ranks.agreed(lambda: pictures(config.held_out)) if config.eval.every else {}
         if former:
             state = ranks.agreed(lambda: setup(config, device, precision, former))
         state.config, state.objective.steps = config, config.run.steps
@@ -79,11 +81,11 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         elif resume:
             state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
         loader = ranks.agreed(lambda: make_loader(state))
-        snapshot, log = checkpoint.Snapshot(state, former), Log(state, console)
+        snapshot, log = checkpoint.Snapshot(state, former, samples), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
         try:
             with log.status:
-                for line in first_lines(state, why, _samples(config)):
+                for line in first_lines(state, why, samples, division):
                     log.print(line)
                 if evaluate_if_due(state, splits, snapshot, log):  # that of the checkpoint's step had failed
                     snapshot.save()
@@ -96,6 +98,9 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         if state.step == config.run.steps:  # inside of StopSignals, where a closed pipe raises nothing
             took = duration(time.monotonic() - began)
             log.print(f"done       step {state.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
+            if snapshot.best:
+                recall, step = snapshot.best
+                log.print(f"best       mean R@1 {recall:.1%}, of step {step}: {out / 'best.pt'}")
     if state.step < config.run.steps:
         if not is_first:
             raise SystemExit(130)
@@ -181,6 +186,7 @@ def make_loader(state: State) -> data.Loader:
         captions_per_image=c.captions_per_image,
         teacher=config.loss.needs_teacher,
         sidecars=c.sidecars,
+        hold_out=config.eval.hold_out,
         pin_memory=state.device.type == "cuda",
         seed=config.run.seed,
         **place,
@@ -203,30 +209,43 @@ def evaluate_if_due(state: State, splits: dict[str, Any], snapshot: checkpoint.S
     every, step = state.config.eval.every, state.step
     if not every or snapshot.progress["evaluated"] == step or (step % every and step < state.config.run.steps):
         return False
-    evaluate(state, splits, log)
+    evaluate(state, splits, snapshot, log)
     snapshot.progress["evaluated"] = step
     return True
 
 
-def evaluate(state: State, splits: dict[str, Any], log: Log) -> None:
-    """Evaluates the model, with the averages of its weights if it has some, on the splits."""
+def evaluate(state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot, log: Log) -> None:
+    """Evaluates the model, with the averages of its weights if it has some, on the splits; keeps the best one."""
+    recalls = []
     with state.ema.in_place() if state.ema else nullcontext():
         state.model.eval()
         for name, split in splits.items():
-            where = (state.device, state.precision)
+            where = (state.device, "fp32")  # as `simplclip evaluate` and the export compute, so that the figures are equal
             evaluation.encode(state.model, split, evaluation.BATCH_SIZE, *where, workers=state.config.data.workers)
-            recall = ranks.on_first(partial(evaluation.recall_of, split, state.device))
+            recall, loss = ranks.on_first(partial(_figures, state, split))
             for direction, figures in (recall or {}).items():
-                log.evaluation(name, direction, figures)
+                log.evaluation(name, direction, figures, loss)
+                recalls.append(figures["R@1"]["value"])
+            ranks.on_first(partial(log.sheet, name, split))
+            if recall:
+                size = min(len(split), state.config.data.batch_size)
+                log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")
+        if recalls and snapshot.keep_best(mean := sum(recalls) / len(recalls)):
+            log.print(f"best       step {state.step}: mean R@1 {mean:.1%}, in {snapshot.out / 'best.pt'}")
         state.model.train()
 
 
-def _samples(config: Config) -> int | None:
-    return config.data.samples or data.dataset_size(config.data.train)
+def _figures(state: State, split: evaluation.Split) -> tuple[Any, float | None]:
+    """Returns R@k and the loss of an encoded split; nothing for one without captions."""
+    scale, bias = state.model.logit_scale.detach().exp().cpu(), state.logit_bias
+    bias = None if bias is None else bias.detach().cpu()
+    loss = evaluation.loss_of(split, state.config.data.batch_size, scale, bias)
+    return evaluation.recall_of(split, state.device), loss
 
 
-def _with_data(config: Config, former: dict[str, Any] | None) -> Config:
-    """Returns `config` with shards in place of tables and folders, which are packed first, and with steps for epochs.
+def _with_data(config: Config, former: dict[str, Any] | None) -> tuple[Config, int | None, data.Division | None]:
+    """Returns `config` with shards in place of tables and folders, which are packed first, and with steps for epochs; the
+    samples of an epoch, None if they are not counted; and the counts of what eval.hold_out divides.
 
     Raises ConfigError if the samples are not counted, or if the config cannot continue the run of the checkpoint `former`.
     """
@@ -234,21 +253,29 @@ def _with_data(config: Config, former: dict[str, Any] | None) -> Config:
     _micro_batches(config)
     if not former and config.inherit.source is None and (config.inherit.train or config.inherit.blocks):
         raise ConfigError("inherit.source: expected weights, for inherit.train and inherit.blocks, got none")
-    if not former and config.eval.every and not config.eval.splits:
-        raise ConfigError(f"eval.splits: expected held-out data, for eval.every = {config.eval.every}, got none")
+    if not former and config.eval.every and not (config.eval.splits or config.eval.hold_out):
+        got = f"for eval.every = {config.eval.every}, got none; eval.hold_out=0.1 holds out a tenth of data.train"
+        raise ConfigError(f"eval.splits: expected held-out data, {got}")
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
     config = config.replaced(data={"train": data.packed(config.data.train, out / "shards")})
     if former and config.run.compile == "auto":  # what the run had
         config = config.replaced(run={"compile": former["config"]["run"]["compile"]})
+    division = None
+    if share := config.eval.hold_out:
+        division = data.divided(config.data.train, share, config.data.sidecars)
+        if not division.train or not division.held_out:
+            got = f"{division.train} that train and {division.held_out} that are held out"
+            raise ConfigError(f"eval.hold_out: expected a share that leaves samples on both sides, got {share:g}: {got}")
+    samples = config.data.samples or (division.train if division else data.dataset_size(config.data.train))
     if config.run.epochs is not None:
-        if (samples := _samples(config)) is None:
+        if samples is None:
             expected = "expected the number of samples, for run.epochs, as --set data.samples=855"
             raise ConfigError(f"data.samples: {expected}, got null and no meta.json")
         number = max(1, round(samples * config.run.epochs / config.data.batch_size))
         config = config.replaced(run={"steps": number, "epochs": None})
     if former:
         checkpoint.check_settings(former, config)
-    return config
+    return config, samples, division
 
 
 def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:

@@ -11,7 +11,6 @@ import tiny
 import torch
 import torch.nn.functional as F
 from pairs import png, write
-from PIL import Image
 from rich.console import Console
 
 from simplclip import data, evaluation
@@ -64,6 +63,31 @@ def test_chance_counts_all_right_answers():
     for k in (1, 5, 10):
         expected = np.mean([1 - math.comb(60 - int((gy == g).sum()), k) / math.comb(60, k) for g in gx])
         assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["chance"] == pytest.approx(expected)
+
+
+def test_the_loss_is_that_of_batches_in_a_fixed_order():
+    x, y, _, _ = features(10, 10, 10)
+    split = evaluation.Split(None, None, None)
+    split.image_features, split.text_features = x, y
+    split.groups = split.caption_groups = torch.arange(10)
+    scale = torch.tensor(7.0)
+
+    def plain(rows, bias=None):
+        logits = scale * x[rows] @ y[rows].T
+        signs = 2 * torch.eye(len(rows)) - 1
+        both = (F.cross_entropy(part, torch.arange(len(rows))) for part in (logits, logits.T))
+        return sum(both) / 2 if bias is None else -F.logsigmoid(signs * (logits + bias)).sum() / len(rows)
+
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    for size, parts in ((10, [order]), (4, [order[:4], order[4:8]]), (64, [order])):
+        expected = sum(plain(part).item() for part in parts) / len(parts)
+        assert evaluation.loss_of(split, size, scale) == pytest.approx(expected, rel=1e-5)
+    bias = torch.tensor(-2.0)
+    assert evaluation.loss_of(split, 64, scale, bias) == pytest.approx(plain(order, bias).item(), rel=1e-5)
+    split.groups = split.caption_groups = torch.zeros(10, dtype=torch.int64)  # no pair has a negative
+    assert evaluation.loss_of(split, 64, scale) == pytest.approx(0, abs=1e-6)
+    split.text_features = None
+    assert evaluation.loss_of(split, 64, scale) is None
 
 
 def test_identical_captions_of_a_group_are_one_and_those_of_an_image_are_not(tmp_path):
@@ -180,19 +204,6 @@ def test_phrases_around_names(tmp_path):
             evaluation.phrases([bad])
     with pytest.raises(FileNotFoundError, match="gone.txt"):
         evaluation.phrases(["gone.txt"])
-
-
-@pytest.mark.slow
-def test_the_contact_sheet_frames_what_is_right(tmp_path):
-    split = split_of(data.held_out(tiny.write_shard(tmp_path / "s.tar")))
-
-    def green_of(text_features):
-        split.image_features, split.text_features = torch.eye(24), text_features
-        pixels = np.asarray(Image.open(evaluation.contact_sheet(tmp_path / "s.png", split, "t")).convert("RGB"))
-        return (pixels == (0x1A, 0x98, 0x50)).all(-1).sum()
-
-    right, wrong = green_of(torch.eye(24)), green_of(-torch.eye(24))
-    assert right > 10 * wrong > 0  # the legend has a green frame even if all answers are wrong
 
 
 def test_a_terminal_of_80_columns_is_enough():

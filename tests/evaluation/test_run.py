@@ -54,7 +54,7 @@ def test_one_model(trained, evaluate, tmp_path):
     assert (answer["splits"]["two"]["images"], answer["splits"]["two"]["texts"]) == (48, 24)
     assert answer["splits"]["two"]["zero_shot"]["templates"] == ["a {} shape"]
     for name in ("one", "two"):
-        assert min(Image.open(answer["splits"][name]["contact_sheet"]).size) > 800
+        assert min(Image.open(answer["splits"][name]["contact_sheet"]).size) > 700
     for words in ("one: 24 samples read, 0 skipped", "24 texts", " 4.2%", "siclip-tiny, step 30", "mean per class"):
         assert words in text
 

@@ -1,5 +1,7 @@
 """examples/export_onnx.py: onnxruntime computes torch's features, of every form of a simplified block."""
 
+import json
+
 import example
 import numpy as np
 import onnx
@@ -27,6 +29,8 @@ def test_a_checkpoint_is_exported_for_any_number_of_inputs_and_padding_is_masked
     checkpoint.save(tmp_path, {"model": state, "step": 1, "config": config.from_dict(values).model_dump()})
     exporting.main([str(tmp_path), "--out", str(tmp_path / "onnx")])
     assert "largest error" in capsys.readouterr().out
+    about = json.loads((tmp_path / "onnx/preprocessing.json").read_text())
+    assert (about["image"]["size"], about["text"]["context_length"]) == ([224, 224], 77)
     encoder = simplclip.load(tmp_path, device="cpu")
     words = ["a", "two dogs on a beach", "", "red " * 90, "café", "x y z", "!"]
     inputs = {"image": torch.rand(7, 3, 224, 224), "text": encoder.tokenizer(words)}

@@ -1,13 +1,18 @@
-"""docs/your-photos.md: its blocks run in order on generated pictures, with fewer steps of smaller batches."""
+"""docs/your-photos.md as a notebook: its cells run in order on generated pictures, with fewer steps of smaller batches."""
 
 import contextlib
 import functools
+import io
+import itertools
 import json
 import os
-import re
+import runpy
 import shlex
+import sys
 import traceback
+import types
 from pathlib import Path
+from unittest import mock
 
 import example
 import numpy as np
@@ -15,17 +20,26 @@ import pytest
 import tiny
 from pairs import forked
 from paths import ROOT
+from PIL import Image
 
 from simplclip.commands.main import main
 
-PAGE = ROOT / "docs" / "your-photos.md"
-SMALLER = {"steps: 200": "steps: 2", "every: 50": "every: 2", "batch_size: 128": "batch_size: 8, workers: 0"}
+NOTEBOOK = ROOT / "examples" / "first_day.ipynb"
+SMALLER = {"steps: 200": "steps: 2", "every: 25": "every: 2", "batch_size: 128": "batch_size: 8, workers: 0"}
 
 
-def blocks() -> list[tuple[str, str]]:
-    """Returns the language and text of each block; the last section is for a GPU and downloads weights."""
-    text = PAGE.read_text().split("\n## With a GPU")[0]
-    return re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
+def test_the_notebook_is_that_of_the_page():
+    made = runpy.run_path(str(ROOT / "docs" / "make_notebook.py"))
+    assert made["notebook"]((ROOT / "docs" / "your-photos.md").read_text("utf-8")) == NOTEBOOK.read_text("utf-8"), (
+        "python docs/make_notebook.py makes it anew"
+    )
+
+
+def cells() -> list[str]:
+    """Returns the code of the notebook, without the cells that install or fetch something."""
+    made = [cell for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert len([cell for cell in made if "setup" in cell["metadata"].get("tags", ())]) == 2
+    return ["".join(cell["source"]) for cell in made if "setup" not in cell["metadata"].get("tags", ())]
 
 
 def command(line: str) -> None:
@@ -48,30 +62,55 @@ def command(line: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_block_runs(tmp_path, monkeypatch, request):
-    """The export for ONNX, which takes longest, runs with --prove; another one: test_export_onnx.py."""
+def test_every_cell_runs(tmp_path, monkeypatch, request):
+    """On a folder with subfolders, names that repeat, transparency, and a picture that cannot be read; nothing of it changes.
+
+    The export for ONNX, which takes longest, runs with --prove; another one: test_export_onnx.py.
+    """
     monkeypatch.chdir(tmp_path)
-    onnx = ["onnx/image.onnx"] if request.config.getoption("--prove") else []
-    (tmp_path / "photos" / "trip").mkdir(parents=True)
-    for name, colour in tiny.COLOURS.items():
-        for shape in tiny.SHAPES:
-            place = tmp_path / "photos" / ("trip" if shape == "ring" else "") / f"{name}-{shape}"
-            place.with_suffix(".png").write_bytes(tiny.picture(colour, shape, size=64))
-            place.with_suffix(".txt").write_text(f"a {name} {shape}\n")
-    for language, text in blocks():
-        if language == "yaml":
+    shown = []
+    screen = types.SimpleNamespace(Image=lambda path: Path(path).read_bytes()[:4], display=shown.append)
+    onnx = ["onnx/image.onnx", "onnx/preprocessing.json"] if request.config.getoption("--prove") else []
+    for year, (name, colour), (number, shape) in itertools.product(
+        ("2019", "2020"), tiny.COLOURS.items(), enumerate(tiny.SHAPES)
+    ):
+        place = tmp_path / "photos" / year / name / f"IMG_{number:04}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.open(io.BytesIO(tiny.picture(colour, shape, size=64)))
+        if shape == "ring":
+            image.putalpha(image.convert("L").point(lambda value: 255 * (value < 250)))
+        image.save(place.with_suffix(".png"))
+        place.with_suffix(".txt").write_text(f"a {name} {shape} of {year}\n")
+    (tmp_path / "photos/2019/broken.png").write_bytes((tmp_path / "photos/2019/red/IMG_0000.png").read_bytes()[:40])
+    (tmp_path / "photos/2019/broken.txt").write_text("a broken picture\n")
+    before = contents(tmp_path / "photos")
+    for text in cells():
+        if text.startswith("%%writefile "):
             text = functools.reduce(lambda text, change: text.replace(*change), SMALLER.items(), text)
             assert "steps: 2}" in text
-            (tmp_path / text.partition("\n")[0].removeprefix("# ")).write_text(text)
-        elif language == "python":
-            exec(compile(text, str(PAGE), "exec"), {})
-        else:
-            for line in text.replace("\\\n", " ").splitlines():
+            first, _, rest = text.partition("\n")
+            (tmp_path / first.removeprefix("%%writefile ")).write_text(rest)
+        elif text.startswith("!"):
+            for line in text.splitlines():
                 if onnx or "export_onnx.py" not in line:
-                    command(line)
-    assert len(list((tmp_path / "held").iterdir())) == 6
+                    command(line.removeprefix("!"))
+                if line.startswith("!simplclip train"):
+                    assert "1 skipped: 1 not an image (first: photos/2019/broken" in Path("printed").read_text()
+                    assert "8 with transparency, which the model does not see" in Path("printed").read_text()
+        else:
+            with mock.patch.dict(sys.modules, {"IPython": types.SimpleNamespace(), "IPython.display": screen}):
+                exec(compile(text, "cell", "exec"), {})
+    assert contents(tmp_path / "photos") == before
+    assert shown == [b"\x89PNG"] * 3
+    white = Image.open(tmp_path / "on_white/2019/red/IMG_0004.png")
+    assert (white.mode, white.getextrema()[1]) == ("RGB", (30, 255))
     figures = json.loads((tmp_path / "runs" / "photos" / "evaluation.json").read_text())
-    assert figures["splits"]["held"]["images"] == 3
-    assert len(np.load(tmp_path / "photos.npz")["features"]) == 21
-    for made in ("hits.png", "export/open_clip_model.safetensors", "runs/photos/evaluation-held.png", *onnx):
+    assert figures["checkpoint"] == "runs/photos/best.pt"
+    assert 1 <= figures["splits"]["held_out"]["images"] <= 12
+    assert len(np.load(tmp_path / "photos.npz")["features"]) == 48
+    for made in ("hits.png", "export/open_clip_model.safetensors", "export/README.md", *onnx):
         assert os.path.getsize(made), made
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -28,6 +29,7 @@ from simplclip.train import checkpoint, config
 
 VIT, HF = "export-tiny-vit", "export-tiny-hf"
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+ABOUT = ("README.md", "preprocessing.json")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +86,7 @@ def test_the_summary_says_what_was_exported(tiny):
     _, run, out, summary = tiny
     assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(summary))
     assert (summary["model"], summary["step"], summary["checkpoint"]) == ("siclip-tiny", 7, str(run))
-    assert {p.name for p in out.iterdir()} == {CONFIG, WEIGHTS, "export.json"}
+    assert {p.name for p in out.iterdir()} == {CONFIG, WEIGHTS, "export.json", *ABOUT}
     with safe_open(out / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt", "model": "siclip-tiny", "step": "7"}
 
@@ -105,6 +107,87 @@ def test_the_printed_lines_load_the_export(which, request, tmp_path, capsys):
     assert names["tokenizer"](["a"]).shape == names["encoder"].tokenizer(["a"]).shape
 
 
+def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_path):
+    state = read_checkpoint(tiny.run) | {"images": 841}
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(state, run / "best.pt")
+    shares = {f"R@{k}": {"value": k / 16, "chance": k / 1000} for k in (1, 5, 10)}
+    splits = {"held": {"images": 9, "image_to_text": shares, "text_to_image": shares}, "classes": {"images": 3}}
+    (run / "evaluation.json").write_text(json.dumps({"checkpoint": str(run / "best.pt"), "step": 7, "splits": splits}))
+    out = tmp_path / "out"
+    export.run(run, out)
+    text = (out / "README.md").read_text("utf-8")
+    size = f"{sum(p.numel() for p in tiny.model.parameters()):,} parameters"
+    for words in (
+        *(
+            "# siclip-tiny\n",
+            size,
+            "841 images, 7 steps of 256 images with captions",
+            "# license: to be chosen by you",
+            "library_name: open_clip",
+        ),
+        *("| held | image to text | 6.2% (0.1%) | 31.2% (0.5%) | 62.5% (1.0%) |", "| held | text to image | 6.2% (0.1%) |"),
+        *(
+            "    register_models()\n",
+            f'    encoder = simplclip.load("{out}")',
+            "To load it in open_clip, with simplclip installed:",
+        ),
+    ):
+        assert words in text, words
+    assert text.startswith("---\n")
+    assert "classes |" not in text
+    (out / "README.md").write_text("my card")  # e.g. with a licence
+    export.run(run, out, force=True)
+    assert (out / "README.md").read_text() == "my card"
+    (run / "evaluation.json").write_text(json.dumps({"checkpoint": str(run / "last.pt"), "step": 6, "splits": splits}))
+    for wrong in (None, "[1]", "{"):  # figures of another step are not this model's
+        if wrong:
+            (run / "evaluation.json").write_text(wrong)
+        (out / "README.md").unlink()
+        export.run(run, out, force=True)
+        assert "`simplclip evaluate` had not been run before the export." in (out / "README.md").read_text()
+
+
+def test_preprocessing_says_how_to_make_the_inputs(tiny, tmp_path):
+    about = json.loads((tiny.out / "preprocessing.json").read_text())
+    encoder = simplclip.load(tiny.out, device="cpu")
+    assert (*about["image"]["size"],) == encoder.preprocess.size
+    assert (*about["image"]["mean"],) == encoder.preprocess.mean
+    assert (*about["image"]["std"],) == encoder.preprocess.std
+    assert about["text"] == {
+        "context_length": encoder.tokenizer(["a"]).shape[1],
+        "tokenizer": type(encoder.tokenizer).__name__,
+    }
+    save(tmp_path / "hf", f"open_clip:{HF}")
+    export.run(tmp_path / "hf", tmp_path / "out")
+    assert json.loads((tmp_path / "out/preprocessing.json").read_text())["text"]["tokenizer"] == "tokenizer.json"
+    assert (tmp_path / "out/tokenizer.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["tiny", "vit"])
+def test_an_export_on_a_hub_loads_by_its_name(which, request, tmp_path):
+    """The hub's cache holds the export, as a download leaves it; a process without network loads it."""
+    exported = request.getfixturevalue(which)
+    cache = tmp_path / "hub/models--owner--name"
+    shutil.copytree(exported.out, cache / "snapshots/abc")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("abc")
+    lines = ["import open_clip, torch"]
+    if which == "tiny":
+        lines += ["from simplclip.integrations.open_clip import register_models", "register_models()"]
+    lines += [
+        "model, _, preprocess = open_clip.create_model_and_transforms('hf-hub:owner/name')",
+        "assert open_clip.get_tokenizer('hf-hub:owner/name')(['a']).ndim == 2",
+        f"torch.save(model.state_dict(), {str(tmp_path / 'loaded.pt')!r})",
+    ]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, env=environment)
+    loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
+    assert all(torch.equal(loaded[name], value) for name, value in exported.model.state_dict().items())
+
+
 def test_an_export_is_kept_unless_forced(tiny, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -114,7 +197,7 @@ def test_an_export_is_kept_unless_forced(tiny, tmp_path):
         export.run(tiny.run, out)
     (out / WEIGHTS).write_text("damaged")
     export.run(tiny.run, out, force=True)
-    assert {p.name for p in out.iterdir()} == {"notes.txt", "export.json", CONFIG, WEIGHTS}
+    assert {p.name for p in out.iterdir()} == {"notes.txt", "export.json", CONFIG, WEIGHTS, *ABOUT}
     assert_same(tiny.model, simplclip.load(out, device="cpu").model)
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="expected a folder"):
@@ -125,7 +208,7 @@ def test_command(tiny, tmp_path):
     result = call("export", tiny.run / "last.pt", "--out", tmp_path / "a/b")
     assert result.exit_code == 0, result.output
     assert "open_clip_model.safetensors" in result.output
-    assert {p.name for p in (tmp_path / "a/b").iterdir()} == {"export.json", CONFIG, WEIGHTS}
+    assert {p.name for p in (tmp_path / "a/b").iterdir()} == {"export.json", CONFIG, WEIGHTS, *ABOUT}
     (tmp_path / "text.pt").write_text("not weights")
     state = read_checkpoint(tiny.run)
     state["config"]["model"]["options"] = {"embed_dim": 64}

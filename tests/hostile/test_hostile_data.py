@@ -149,9 +149,9 @@ def test_captions_are_used_or_counted(content, expected):
     assert len(str(skipped)) < 1000
     for caption in captions:
         json.dumps(caption, ensure_ascii=False).encode()
-        figure, axis = plotting.sheet(4, 2, 1)
-        plotting.draw_text(axis, 0, 0, plotting.wrapped(caption, 20, 2), 9)
-        plotting.write(figure, Path("x.png"))
+        sheet = plotting.Sheet()
+        sheet.line(caption, lines=2)
+        sheet.write("x.png")
 
 
 CLASSES = {

@@ -50,7 +50,7 @@ def check_resumed(folder, monkeypatch, stop, changes, teacher=0) -> str:
         at_step(patch, stop, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(loop.Interrupted, match=f"SIGINT: saved step {stop} of 7 .* --resume"):
             go(parts)
-    assert read_checkpoint(folder / "parts")["step"] == stop
+    assert read_checkpoint(folder / "parts" / "last.pt")["step"] == stop
     check_ends_as(folder / "whole", parts)
     return text
 
@@ -70,8 +70,8 @@ def rows(folder, file="metrics.csv"):
         return [{k: v for k, v in row.items() if k not in TIMED} for row in csv.DictReader(lines)]
 
 
-def state_of(folder):
-    state = read_checkpoint(folder)
+def state_of(folder, file="last.pt"):
+    state = read_checkpoint(folder / file)
     state["config"]["run"].pop("out")
     return state
 

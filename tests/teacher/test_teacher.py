@@ -1,6 +1,7 @@
 """`simplclip teacher`: features of images and captions in sidecars, which fit their captions and shards alone."""
 
 import json
+import re
 
 import numpy as np
 import open_clip
@@ -37,7 +38,15 @@ def test_features_are_those_of_the_model(folder, tmp_path):
     options = ("--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt", "--batch-size", 5, "--precision", "fp32")
     result = call("teacher", source, "--out", tmp_path / "two", *options, "--workers", 2)
     assert result.exit_code == 0, result.output
-    assert "48 samples with features of open_clip:tiny, width 16" in result.output.replace("\n", " ")
+    printed = " ".join(result.output.split())
+    assert "48 samples with features of open_clip:tiny, width 16" in printed
+    pairs = list(joined(source, tmp_path / "two", teacher=True).values()) * 2  # both shards have the same keys
+    x, y = (np.stack([pair.features[row] for pair in pairs]).astype(np.float32) for row in (0, 1))
+    groups = np.array([pair.group for pair in pairs])
+    recall = [(groups[scores.argmax(1)] == groups).mean() for scores in (x @ y.T, y @ x.T)]
+    ways = f"image to text {recall[0]:.1%} (chance 4.2%), text to image {recall[1]:.1%} (chance 4.2%)"
+    assert f"the teacher's own R@1 on the first 48 samples: {ways}" in printed
+    assert ("warning: it hardly knows these pairs" in printed) == (max(recall) < 3 / 24)
     teacher.write(source, tmp_path / "none", load(folder), batch_size=5, progress=False)
     assert digests(tmp_path / "two") == digests(tmp_path / "none")  # the same with and without workers
     model = open_clip.create_model("tiny", pretrained=str(folder / "tiny.pt")).eval()
@@ -56,6 +65,16 @@ def test_features_are_those_of_the_model(folder, tmp_path):
     stamp = data.teacher_stamp([tmp_path / "two"])
     assert (stamp["name"], stamp["width"]) == ("open_clip:tiny", 16)
     assert stamp["logit_scale"] == pytest.approx(1 / 0.07)
+
+
+def test_a_good_teacher_gets_no_warning_and_only_the_first_samples_count(tmp_path):
+    shard = tiny.write_shard(tmp_path / "train-0.tar", copies=2, teacher=16)
+    sidecars = [str(tmp_path / "teacher")]
+    line = teacher.features.own_recall(shard, sidecars, most=30)
+    assert re.fullmatch(
+        r"the teacher's own R@1 on the first 30 samples: image to text (\d+\.\d)% \(chance \d\.\d%\), text to image .*", line
+    )
+    assert float(line.split("image to text ")[1].partition("%")[0]) > 60
 
 
 def test_captions_are_encoded_once_long_ones_together(folder):

@@ -88,12 +88,16 @@ def results(folder):
 
 def same(run, whole, near):
     """Checks that losses and weights are those of another run, up to rounding."""
-    state, expected = read_checkpoint(run), read_checkpoint(whole)
+    state, expected = read_checkpoint(run / "last.pt"), read_checkpoint(whole / "last.pt")
     for part in ("model", "loss", *(["ema"] if "ema" in expected else [])):
         weights = [torch.cat([torch.zeros(1), *(t.flatten() for t in saved[part].values())]) for saved in (state, expected)]
         assert (weights[0] - weights[1]).norm() <= near * weights[1].norm(), part
     if (whole / "evaluation.csv").exists():
-        assert runs.rows(run, "evaluation.csv") == runs.rows(whole, "evaluation.csv")
+        evaluations = [runs.rows(place, "evaluation.csv") for place in (run, whole)]
+        losses = [[float(row.pop("loss")) for row in of_run] for of_run in evaluations]
+        assert evaluations[0] == evaluations[1]
+        assert losses[0] == pytest.approx(losses[1], rel=5 * near)
+        assert (run / "best.pt").exists()
     assert len(runs.rows(run)) == len(runs.rows(whole)) == expected["step"]
     for row, expected_row in zip(runs.rows(run), runs.rows(whole)):
         for key in expected_row:

@@ -189,7 +189,7 @@ def test_epochs_and_tables(tmp_path, capsys):
     for epochs, size, samples, expected in ((0.5, 7, None, 2), (0.01, 8, None, 1), (2, 8, 80, 20)):
         changes = [f"run.epochs={epochs}", f"data.batch_size={size}", f"data.train={out}/shards/t/*.tar"]
         changes += [f"data.samples={samples or 'null'}"]
-        assert loop._with_data(tiny.settings(tmp_path, *changes), None).run.steps == expected, changes
+        assert loop._with_data(tiny.settings(tmp_path, *changes), None)[0].run.steps == expected, changes
     torch.save({"x": torch.zeros(1)}, tmp_path / "no-clip.pt")
     for change in ("optim.options.beta=1", f"inherit.source={tmp_path / 'no-clip.pt'}", "eval.every=2"):
         changes = [f"data.train={tmp_path / 't.csv'}", "data.batch_size=9", change, f"run.out={tmp_path / 'wrong'}"]

@@ -1,0 +1,83 @@
+"""Writes examples/first_day.ipynb: docs/your-photos.md as a notebook, for Colab or Jupyter.
+
+python docs/make_notebook.py
+
+A shell block becomes lines with "!", a YAML block a file that is written, a Python block a cell. Cells that install or fetch
+something have the tag "setup", and stand before the page's.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE, NOTEBOOK = ROOT / "docs" / "your-photos.md", ROOT / "examples" / "first_day.ipynb"
+
+SETUP = """\
+URL = "URL"  # the address of the repository
+!git clone $URL simplclip
+%cd simplclip
+!pip install -q 'setuptools>=77' ninja
+!SIMPLCLIP_CUDA=0 pip install -q --no-build-isolation -e '.[demo,export]'"""
+
+STAMPS = """\
+# Upload your own pictures to simplclip/photos instead, if you have some. These are 951 of Debian's package, with captions.
+!apt-get -qq install tuxpaint-stamps-default
+import shutil
+from pathlib import Path
+
+stamps = Path("/usr/share/tuxpaint/stamps")
+for text in stamps.rglob("*.txt"):
+    caption = text.read_text("utf-8", "replace").partition("\\n")[0].strip()
+    image = text.with_suffix(".png")
+    if caption and image.exists():
+        copy = Path("photos", image.relative_to(stamps))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, copy)
+        copy.with_suffix(".txt").write_text(caption)"""
+
+SHOW = """\
+from IPython.display import Image, display
+
+for path in ("runs/photos/curves.png", "runs/photos/evaluation-held_out.png", "hits.png"):
+    display(Image(path))"""
+
+
+def cell(kind: str, text: str, number: int, tags: tuple[str, ...] = ()) -> dict:
+    made = {"cell_type": kind, "id": f"cell-{number:02}", "metadata": {"tags": [*tags]} if tags else {}}
+    made["source"] = text.splitlines(keepends=True)
+    return made | ({"execution_count": None, "outputs": []} if kind == "code" else {})
+
+
+def code_of(language: str, text: str) -> str:
+    if language == "yaml":
+        name, _, rest = text.partition("\n")
+        return f"%%writefile {name.removeprefix('# ')}\n{rest}"
+    if language == "sh":
+        return "".join(f"!{line}\n" for line in text.replace("\\\n", " ").splitlines())
+    return text
+
+
+def cells(page: str) -> list[dict]:
+    """Returns the cells of the page up to its last section, which needs a GPU, with links from examples/."""
+    text = re.sub(r"\]\((?!https?:|#)([\w./-]+)", lambda link: f"](../docs/{link[1]}", page.split("\n## With a GPU")[0])
+    parts = re.split(r"```(\w+)\n(.*?)```\n", text, flags=re.DOTALL)  # words, language, block, words, ...
+    made = [("markdown", parts[0].partition("\n## 1.")[0], ()), ("code", SETUP, ("setup",)), ("code", STAMPS, ("setup",))]
+    parts[0] = "## 1." + parts[0].partition("\n## 1.")[2]
+    for words, language, block in zip(parts[::3], [*parts[1::3], ""], [*parts[2::3], ""]):
+        made.append(("markdown", words, ()))
+        if block:
+            made.append(("code", code_of(language, block), ()))
+        if "simplclip evaluate" in block:
+            made.append(("code", SHOW, ()))
+    return [cell(kind, text.strip(), number, tags) for number, (kind, text, tags) in enumerate(made)]
+
+
+def notebook(page: str) -> str:
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    about = {"cells": cells(page), "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    NOTEBOOK.write_text(notebook(PAGE.read_text("utf-8")), "utf-8")

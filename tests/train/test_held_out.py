@@ -1,0 +1,229 @@
+"""A run that holds out a share of its data: what trains, what is evaluated, resuming, the best weights."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+
+import open_clip
+import pytest
+import tiny
+import torch
+from pairs import call, digests, forked, members, one_line, table
+from PIL import Image
+from runs import at_step, bits, check_resumed, go, rows, state_of
+
+import simplclip
+from simplclip import data
+from simplclip.models.trained import CheckpointError
+from simplclip.train import checkpoint
+from simplclip.train.config import ConfigError
+
+HELD = ("eval.hold_out=0.4", "eval.every=3")
+
+
+def held_keys(run):
+    split = data.held_out(tiny.config.load(run / "config.yaml").held_out["held_out"])
+    return [sample["__key__"] for source in split.sources for sample in split._read(source, data.Skipped())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stop", "changes"), [(4, []), (3, ["data.workers=2", "optim.ema=0.8", "run.precision=bf16"])])
+def test_resuming_with_held_out_samples_is_bit_for_bit(tmp_path, monkeypatch, stop, changes):
+    text = check_resumed(tmp_path, monkeypatch, stop, [*HELD, *changes])
+    held = held_keys(tmp_path / "parts")
+    assert 4 <= len(held) <= 16
+    assert re.search(rf"^data       {24 - len(held)} images, 1 caption drawn of each; ", text, re.M)
+    line = (
+        f"held out   {len(held)} images, eval.hold_out=0.4 of all; 0 of their {len(held)} captions stand verbatim in training"
+    )
+    assert line in text
+    assert rows(tmp_path / "whole", "evaluation.csv") == rows(tmp_path / "parts", "evaluation.csv")
+    assert {row["split"] for row in rows(tmp_path / "whole", "evaluation.csv")} == {"held_out"}
+    assert bits(state_of(tmp_path / "whole", "best.pt")) == bits(state_of(tmp_path / "parts", "best.pt"))
+
+
+@pytest.mark.slow
+def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path):
+    go(tiny.settings(tmp_path, "eval.hold_out=0.4", "run.steps=2"))  # eval.every=0: for `evaluate` alone
+    with pytest.raises(ConfigError, match="other settings: eval.hold_out was 0.4, now 0.2"):
+        go(tiny.settings(tmp_path, "eval.hold_out=0.2", "run.steps=3"), resume=True)
+    go(tiny.settings(tmp_path, "eval.hold_out=0.4", "eval.every=3", "run.steps=3"), resume=True)
+    result = call("evaluate", tmp_path / "run", "--device", "cpu", "--workers", 0)
+    assert result.exit_code == 0, result.output
+    assert f"held_out: {len(held_keys(tmp_path / 'run'))} samples read, 0 skipped" in result.output
+    assert (tmp_path / "run/evaluation-held_out.png").exists()
+    table(tmp_path / "t.csv", [(tmp_path / f"{i}.png", f"a {i}") for i in range(20)])
+    for i in range(20):
+        (tmp_path / f"{i}.png").write_bytes(tiny.picture((i, 9 * i, 99), "ring"))
+    go(tiny.settings(tmp_path, *HELD, f"data.train={tmp_path / 't.csv'}", f"run.out={tmp_path / 'packed'}", "run.steps=1"))
+    (tmp_path / "packed").rename(tmp_path / "moved")
+    assert "wrote" in output("evaluate", tmp_path / "moved", "--device", "cpu", "--workers", 0), "its shards lie in it"
+    other = tiny.write_shard(tmp_path / "other.tar")
+    text = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/config.yaml").write_text(text.replace(str(tmp_path / "data/train-0.tar"), f"pipe:cat {other}"))
+    assert "expected local files in the eval.splits of " in one_line("evaluate", tmp_path / "run")
+
+
+def means(run):
+    """Returns the mean R@1 of each evaluation by its step."""
+    values = {}
+    for row in rows(run, "evaluation.csv"):
+        values.setdefault(int(row["step"]), []).append(float(row["R@1"]))
+    return {step: sum(several) / len(several) for step, several in values.items()}
+
+
+SMALL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "patch_size": 4, "head_width": 16},
+    "text_cfg": {"context_length": 8, "layers": 1, "width": 32, "heads": 2},
+}
+
+
+@pytest.mark.slow
+def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path):
+    """Averaged weights of an open_clip model, which need no simplclip to load; the high rate makes it worse at the end."""
+    run, splits = tmp_path / "run", {"seen": tiny.write_shard(tmp_path / "seen.tar")}
+    changes = [f"model={json.dumps({'name': 'open_clip:ViT-B-32', 'options': SMALL})}", "optim.ema=0.5", "optim.lr=0.03"]
+    changes += [f"eval.splits={json.dumps(splits)}", "eval.hold_out=0.4", "eval.every=2", "run.steps=14", "loss.pm_weight=0"]
+    changes += ["run.precision=bf16"]
+    text = go(tiny.settings(tmp_path, *changes))
+    by_step = means(run)
+    best = max(by_step, key=lambda step: (by_step[step], -step))
+    assert best < 14, "the test needs a run that gets worse"
+    assert f"best       mean R@1 {by_step[best]:.1%}, of step {best}: {run / 'best.pt'}" in text
+    assert f"best       step {best}: mean R@1 {by_step[best]:.1%}, in {run / 'best.pt'}" in text
+    assert state_of(run, "best.pt")["recall"] == by_step[best]
+    assert not {"optimizer", "ema"} & state_of(run, "best.pt").keys()
+
+    assert f"weights: {run}/best.pt, of the best evaluation, step {best}; --last takes last.pt" in output(
+        "export", run, "--out", tmp_path / "export"
+    )
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'export'}")
+    words = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'export'}")
+    logged = {(row["split"], row["direction"]): row for row in rows(run, "evaluation.csv") if int(row["step"]) == best}
+    held = held_keys(run)
+    for split in ("seen", "held_out"):
+        pictures = {key: files for key, files in files_of(splits["seen"]).items() if split == "seen" or key in held}
+        with torch.no_grad():
+            model.eval()
+            images = torch.stack([preprocess(Image.open(io.BytesIO(files["png"]))) for files in pictures.values()])
+            captions = [json.loads(files["json"])["captions"][0] for files in pictures.values()]
+            x, y = model.encode_image(images, normalize=True), model.encode_text(words(captions), normalize=True)
+        for direction, scores in (("image_to_text", x @ y.T), ("text_to_image", y @ x.T)):
+            recall = (scores.argmax(1) == torch.arange(len(scores))).float().sum().item() / len(scores)
+            assert float(logged[split, direction]["R@1"]) == recall
+
+    printed = output("evaluate", run, "--device", "cpu", "--workers", 0)
+    assert f"weights: {run}/best.pt, of the best evaluation, step {best}; --last takes last.pt" in printed
+    figures = json.loads((run / "evaluation.json").read_text())
+    assert (figures["step"], figures["checkpoint"]) == (best, f"{run}/best.pt")
+    assert {(split, way): values[way]["R@1"]["value"] for split, values in figures["splits"].items() for way in (*WAYS,)} == {
+        place: float(row["R@1"]) for place, row in logged.items()
+    }
+    assert f"from {run}/best.pt: features" in repr(simplclip.load(run, device="cpu"))
+    assert "weights:" not in output("evaluate", run, "--last", "--device", "cpu", "--workers", 0)
+    assert json.loads((run / "evaluation.json").read_text())["step"] == 14
+    output("export", run, "--last", "--out", tmp_path / "export", "--force")
+    assert simplclip.load(tmp_path / "export").step == 14
+    report = simplclip.inherit(simplclip.create_model("open_clip:ViT-B-32", **SMALL), run)
+    assert report.sources == [f"{run}/best.pt"]
+
+
+WAYS = ("image_to_text", "text_to_image")
+
+
+def output(*arguments):
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def files_of(shard):
+    files = {}
+    for name, content in members(shard).items():
+        key, _, suffix = name.partition(".")
+        files.setdefault(key, {})[suffix] = content
+    return files
+
+
+@pytest.mark.slow
+def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatch):
+    recalls = {2: 0.25, 4: 0.5, 6: 0.5, 7: 0.125, 8: 0.75}
+    kept = []
+    original = checkpoint.Snapshot.keep_best
+    monkeypatch.setattr(
+        checkpoint.Snapshot,
+        "keep_best",
+        lambda self, _: original(self, recalls[self.state.step]) and kept.append(self.state.step),
+    )
+    changes = ["eval.hold_out=0.4", "eval.every=2"]
+    go(tiny.settings(tmp_path, *changes))
+    before = digests(tmp_path / "run")["best.pt"]
+    assert kept == [2, 4]
+    go(tiny.settings(tmp_path, *changes, "run.steps=7", "optim.lr=0.1"), resume=True)
+    assert digests(tmp_path / "run")["best.pt"] == before
+    other = tiny.write_shard(tmp_path / "other.tar")
+    go(tiny.settings(tmp_path, *changes, "run.steps=8"), resume=True)
+    assert kept == [2, 4, 8]
+    recalls[10] = 0.125
+    go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=10"), resume=True)
+    assert kept == [2, 4, 8, 10], "figures of other splits cannot be compared"
+    shutil.copy(tmp_path / "run/last.pt", tmp_path / "run/best.pt")  # by the user, whose file is not replaced
+    with pytest.raises(CheckpointError, match="best.pt: expected the best weights as simplclip train writes them"):
+        go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=12"), resume=True)
+    (tmp_path / "run/best.pt").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"best.pt"):
+        go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=12"), resume=True)
+
+
+@pytest.mark.slow
+def test_tensorboard_has_each_step_once_and_changes_nothing(tmp_path, monkeypatch):
+    """Killed after a checkpoint and an evaluation that came later; resuming is bit for bit, also of a run without."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    changes = [*HELD, "run.save_every=2"]
+    plain = tiny.settings(tmp_path, *changes, f"run.out={tmp_path / 'plain'}")
+    assert forked(lambda: go(plain)) == 0  # in forks, which have one thread
+    parts = tiny.settings(tmp_path, *changes, "run.tensorboard=true", f"run.out={tmp_path / 'parts'}")
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        assert forked(lambda: go(parts)) == -signal.SIGKILL
+    assert forked(lambda: go(parts, resume=True)) == 0
+    assert bits(state_of(tmp_path / "plain")["model"]) == bits(state_of(tmp_path / "parts")["model"])
+    assert bits(state_of(tmp_path / "plain")["optimizer"]) == bits(state_of(tmp_path / "parts")["optimizer"])
+    assert rows(tmp_path / "plain") == rows(tmp_path / "parts")
+    board = accumulator.EventAccumulator(str(tmp_path / "parts/tensorboard"))
+    board.Reload()
+    logged = rows(tmp_path / "parts")
+    losses = board.Scalars("metrics/loss")
+    assert [event.step for event in losses] == [int(row["step"]) for row in logged]
+    assert [event.value for event in losses] == pytest.approx([float(row["loss"]) for row in logged], rel=1e-6)
+    tag = "evaluation/held_out/image_to_text/R@1"
+    assert [event.step for event in board.Scalars(tag)] == [3, 6, 7]
+    images = board.Images("evaluation/held_out")
+    assert [image.step for image in images] == [3, 6, 7]
+    assert Image.open(io.BytesIO(images[0].encoded_image_string)).width == 744
+    assert not (tmp_path / "plain/tensorboard").exists()
+    monkeypatch.setattr("simplclip.commands.train.find_spec", lambda name: None)
+    line = one_line("train", tmp_path / "config.yaml", "--set", "run.tensorboard=true")
+    assert line.endswith("this command needs the package tensorboard: pip install 'simplclip[tensorboard]'")
+
+
+def test_shares_and_names_that_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="eval.hold_out: expected less than 1, got 1"):
+        tiny.settings(tmp_path, "eval.hold_out=1")
+    with pytest.raises(ConfigError, match="eval: splits: expected another name than held_out"):
+        tiny.settings(tmp_path, "eval.hold_out=0.1", "eval.splits.held_out=x.tar")
+    with pytest.raises(ConfigError, match="leaves samples on both sides, got 0.001: 24 that train and 0 that are held out"):
+        go(tiny.settings(tmp_path, "eval.hold_out=0.001"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_epochs_count_what_trains(tmp_path):
+    division = data.divided(str(tiny.write_shard(tmp_path / "data/train-0.tar", copies=4)), 0.4)
+    go(tiny.settings(tmp_path, "eval.hold_out=0.4", "run.epochs=1"))
+    assert state_of(tmp_path / "run")["step"] == round(division.train / 8)
+    assert bits(state_of(tmp_path / "run")["config"])["run"]["steps"] == round(division.train / 8)
