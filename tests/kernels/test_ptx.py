@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
@@ -21,7 +23,7 @@ import launches
 import ptx
 import triton
 from packaging.version import Version
-from ptx.capture import CODES
+from ptx.capture import CODES, Started
 
 KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 ARCHITECTURES = (80, 86, 89, 90, 120)
@@ -75,15 +77,36 @@ CALLS: dict[str, Callable[[], Call]] = {
 }
 
 
+@dataclass
+class Row:
+    """What the calls of an op in a dtype on an architecture showed; errors are in parts of what is allowed."""
+
+    calls: int = 0
+    launches: int = 0
+    seconds: float = 0.0  # of a processor, of the launches' execution
+    error: tuple[float, str] = 0.0, ""
+    launch_error: tuple[float, str] = 0.0, ""
+
+
+TABLE: dict[tuple[int, str, str], Row] = defaultdict(Row)
+
+
 def run(name: str, kind: str, sm: int, *, need: list[str] | None = None) -> None:
     call = CALLS[name]()
+    row = TABLE[sm, name.partition(",")[0], kind]
+
+    def compare(started: Started) -> None:
+        row.launch_error = max(row.launch_error, (launches.check(started), started.name))
+
     backend = "sdpa" if call.op == "shaped_attention" else "triton"
     options = {"processors": FEW} if "blocks" in name or "every" in name else {}
     few_rows = mock.patch("simplclip.kernels.mlp.op.SCRATCH_BYTES", 0) if "chunks" in name else contextlib.nullcontext()
     case = Case(call, KINDS[kind], backend, call.needed() if need is None else need, tf32=kind == "tf32")
-    with few_rows, ptx.card(sm, tf32=kind == "tf32", compare=launches.check, **options) as machine:
-        case.check(roundings=True)
+    with few_rows, ptx.card(sm, tf32=kind == "tf32", compare=compare, **options) as machine:
+        errors = case.check(roundings=True)
     assert machine.launches
+    row.calls, row.launches, row.seconds = row.calls + 1, row.launches + machine.launches, row.seconds + machine.seconds
+    row.error = max(row.error, *((error, f"{result} of {name}") for result, error in errors.items()))
 
 
 @pytest.mark.slow
@@ -124,10 +147,16 @@ def coverage(sm: int) -> dict[str, tuple[int, int, set[str]]]:
 
 
 @pytest.mark.prove
-def test_coverage(request):
-    """The calls above execute what is compiled for sm_86; what they leave is printed."""
+def test_coverage():
+    """The calls above execute what is compiled for sm_86. Prints what they showed, and what of each kernel they leave."""
     if not CODES:
         pytest.skip("no call has run in this process")
+    print(f"Triton {triton.__version__}: calls, launches, seconds; worst error of a result, of a launch")
+    for (sm, op, kind), row in sorted(TABLE.items()):
+        worst = "".join(f"  {error:.3f} {name:60}" for error, name in (row.error, row.launch_error))
+        print(f"sm_{sm:<4}{op:24}{kind:5}{row.calls:5}{row.launches:6}{row.seconds:7.1f}{worst}")
+    opcodes = {each.opcode for codes in CODES.values() for code in codes for each in code.kernel.instructions}
+    print(len(opcodes), "opcodes:", *sorted(opcodes))
     table = coverage(86)
     for kernel, (count, executed, missing) in table.items():
         print(f"{kernel:40} {count:7} {executed / count:7.1%}  {', '.join(sorted(missing))}")

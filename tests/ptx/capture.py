@@ -10,6 +10,7 @@ tensors and writes back what it stored. At the end of the block a hazard raises 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -53,6 +54,7 @@ class Card(Machine):
     sm: int = 86
     compare: Callable[[Started], None] | None = None
     launches: int = 0
+    seconds: float = 0.0  # of a processor, for their execution
 
     def start(self, code: Code, metadata: Any, programs: int, source: Any, values: tuple) -> None:
         arguments = dict(zip(source.fn.arg_names, values))
@@ -64,8 +66,9 @@ class Card(Machine):
         ]
         launch = Launch(code, programs, metadata.num_warps * 32, metadata.shared, packed(code.kernel, fields), memory)
         before = {name: t.clone() for name, t in arguments.items() if isinstance(t, Tensor)} if self.compare else {}
+        began = time.process_time()
         self.execute(launch)
-        self.launches += 1
+        self.launches, self.seconds = self.launches + 1, self.seconds + time.process_time() - began
         if self.compare:
             self.compare(Started(source.name, arguments, launch, before))
 
