@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,8 +19,8 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 import triton
 from packaging.version import Version
 from ptx.capture import driven
-from ptx.huge import Addresses, HugeCard
-from ptx.machine import Code, Launch
+from ptx.huge import HugeCard
+from ptx.machine import Code
 from ptx.parse import parse
 
 from benchmarks.cards import calls
@@ -112,9 +111,7 @@ def test_an_index_of_32_bits_and_the_end_of_a_loop():
     """The last row of [N, D] is read column by column: right, with the row's index in 32 bits, and one column too far."""
     for row, width, hazards in ((WIDE, 2200, 0), (NARROW, 2200, 1), (WIDE, 2201, 1)):
         rows = SimpleNamespace(storage=0, allocated=4400 * MANY[0], data_ptr=lambda: 0)
-        memory, machine = Addresses([rows]), HugeCard()
-        code = Code(parse(LOOP.format(row=row, width=width))["test"])
-        parameters = np.array([memory.address(rows)], np.uint64).view(np.uint8)
-        machine.execute(Launch(code, MANY[0], 32, 0, parameters, memory))
+        machine, code = HugeCard(), Code(parse(LOOP.format(row=row, width=width))["test"])
+        machine.launch(code, MANY[0], 32, 0, [rows])
         assert len(machine.hazards) == hazards
         assert machine.addresses < 2000

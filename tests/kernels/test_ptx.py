@@ -140,7 +140,7 @@ def coverage(sm: int) -> dict[str, tuple[int, int, set[str]]]:
     table = {}
     for (kernel, architecture), codes in CODES.items():
         if architecture == sm:
-            done = [(each, executed) for code in codes for each, executed in zip(code.kernel.instructions, code.executed())]
+            done = [(each, executed) for code in codes for each, executed in zip(code.kernel.instructions, code.executed)]
             missing = {each.source for each, executed in done if not executed}
             table[kernel] = len(done), sum(executed for _, executed in done), missing
     return table

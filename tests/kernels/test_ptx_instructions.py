@@ -9,8 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from ptx.machine import Code, Launch, Machine
-from ptx.memory import GlobalMemory
+from ptx.machine import Code, Machine
 from ptx.parse import UnknownPTXError, parse
 
 LANES = np.arange(32)
@@ -36,12 +35,8 @@ def execute(body: str, *arrays: np.ndarray, threads: int = 32, programs: int = 1
     names = [f"p{place}" for place in range(len(arrays))]
     text = HEAD.format(parameters=", ".join(f".param .u64 {name}" for name in names))
     text += "".join(f"ld.param.u64 %d{place}, [{name}];\n" for place, name in enumerate(names))
-    code = Code(parse(f"{text}{body}\nret;\n}}\n")["test"])
-    tensors = [torch.from_numpy(array) for array in arrays]
-    memory, machine = GlobalMemory(tensors, code.granules["global"]), Machine()
-    parameters = np.array([memory.address(t) for t in tensors], np.uint64).view(np.uint8)
-    machine.run(Launch(code, programs, threads, shared, parameters, memory))
-    memory.write_back()
+    code, machine = Code(parse(f"{text}{body}\nret;\n}}\n")["test"]), Machine()
+    machine.launch(code, programs, threads, shared, [torch.from_numpy(array) for array in arrays])
     return machine
 
 

@@ -185,7 +185,8 @@ class Case:
 
     def rounded_otherwise(self, seed: int) -> dict[str, Tensor]:
         """Returns float64's results after a rounding error of the dtype in every number of inputs and gradients."""
-        g, rounding = torch.Generator().manual_seed(seed), torch.finfo(self.dtype).eps / 2
+        g = torch.Generator().manual_seed(seed)
+        rounding = 2.0**-11 if self.tf32 else torch.finfo(self.dtype).eps / 2
         return self.by_definition(lambda t: t.double() * (1 + rounding * (2 * torch.randint(0, 2, t.shape, generator=g) - 1)))
 
     def check(self, *, roundings: bool = False, twice: bool = False) -> dict[str, float]:
@@ -208,9 +209,9 @@ def check(call: Call, dtype: torch.dtype, backend: str, *, roundings: bool = Fal
     Case(call, dtype, backend, call.needed(), **of_case).check(roundings=roundings, twice=twice)
 
 
-def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu") -> None:
+def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu", *, width: int = 4) -> None:
     """Checks that padded tokens of shaped_attention are not read, and that their results and gradients are 0."""
-    call = of_lengths(attention_call(3, causal=causal), [3, 0, 5])
+    call = of_lengths(attention_call(3, k=width, causal=causal), [3, 0, 5])
 
     def padded_with(value: float) -> dict[str, Tensor]:
         def filled(t: Tensor) -> Tensor:

@@ -199,8 +199,8 @@ def range_of_float16(started: Started) -> Results:
         bound = max(bound, largest(a["grad_rows"], RowStat.DIAGONAL_STUDENT))
     for weight, _, negative, positive, mix in [] if a["sigmoids"] is None else a["sigmoids"].double().T:
         bound += (weight * mix).abs() * max(negative.abs(), positive.abs())
-    exact = 2.0 ** min(max(10 - math.ceil(math.log2(bound) - 1e-6), -100), 100)
-    return {"factor": (a["out"], torch.tensor([exact, 1 / exact], dtype=torch.float64))}
+    power = (10 - (torch.as_tensor(bound).log2() - 1e-6).ceil()).clamp(-100, 100)
+    return {"factor": (a["out"], torch.stack([power, -power]).double().exp2())}
 
 
 def activate(started: Started) -> Results:

@@ -88,7 +88,7 @@ KINDS = {
 
 def places(kind: Kind, code: Code) -> list[int]:
     """Returns the executed instructions that a kind can change."""
-    instructions = enumerate(zip(code.kernel.instructions, code.executed()))
+    instructions = enumerate(zip(code.kernel.instructions, code.executed))
     fits = lambda i: i.opcode.startswith(kind.opcode) and (i.predicate is not None or not kind.guarded)  # noqa: E731
     return [place for place, (each, executed) in instructions if executed and fits(each)]
 
@@ -108,10 +108,9 @@ def found_by(started: Started, kernel: Kernel) -> str:
         started.arguments[name].detach().copy_(before)
     launch.memory.fetch()
     try:
-        machine.run(replace(launch, code=Code(kernel)))
+        machine.execute(replace(launch, code=Code(kernel)))
     except EndlessLoopError:
         return "an endless loop"
-    launch.memory.write_back()
     if machine.hazards:
         return next(iter(machine.hazards.values())).kind
     error = max(launches.compare(started).values())
