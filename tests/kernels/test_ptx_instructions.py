@@ -171,6 +171,9 @@ def test_comparisons_with_nan():
     for name, each in expected.items():
         body = f"setp.{name}.f32 %p1, %r21, %r22;\nselp.b32 %r20, 1, 0, %p1;"
         assert "".join(map(str, elementwise(body, a, b))) == each, name
+    low_and_high = [np.stack([each, each[::-1]], 1).astype(np.float16).view(np.uint32)[:, 0] for each in (a, b)]
+    body = "setp.le.f16x2 %p1|%p2, %r21, %r22;\nselp.b32 %r20, 1, 0, %p1;\n@%p2 add.u32 %r20, %r20, 10;"
+    np.testing.assert_array_equal(elementwise(body, *low_and_high), [1, 1, 0, 10, 10])
 
 
 def shuffled(mode: str, lane: int, by: int, clamp: int) -> tuple[int, bool]:

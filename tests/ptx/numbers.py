@@ -87,6 +87,11 @@ def _plain(letter: str, bits: int) -> Type:
     return Type(str(bits), lambda x: x.view(number), lambda x: x.astype(number, copy=False).view(word))
 
 
+def _two(decode: Callable, encode: Callable) -> Type:
+    """Returns the type of two halves in a register, the low one first: [lanes, 2]."""
+    return Type("32", lambda x: decode(x.view(np.uint16)).reshape(-1, 2), lambda x: encode(x).view(np.uint32)[:, 0])
+
+
 BANKS = {"pred": np.dtype(bool), **{str(bits): np.dtype(f"u{bits // 8}") for bits in (16, 32, 64)}}
 TYPES = {f"{kind}{bits}": _plain(letter, bits) for kind, letter in zip("busf", "uuif") for bits in (16, 32, 64)}
 TYPES |= {
@@ -95,6 +100,8 @@ TYPES |= {
     "f16": Type("16", from_f16, to_f16),
     "tf32": Type("32", truncated_tf32, to_tf32),
     "f32x2": Type("64", lambda x: x.view(np.float32).reshape(-1, 2), lambda x: x.view(np.uint64)[:, 0]),
+    "bf16x2": _two(from_bf16, to_bf16),
+    "f16x2": _two(from_f16, to_f16),
 }
 
 
