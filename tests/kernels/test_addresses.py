@@ -16,8 +16,6 @@ import torch
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-import triton
-from packaging.version import Version
 from ptx.capture import driven
 from ptx.huge import HugeCard
 from ptx.machine import Code
@@ -42,9 +40,6 @@ CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
     **{name: partial(calls.loss, terms, *LARGE) for name, terms in calls.LOSSES.items()},
 }
 SUITE = list(CASES)[:3]
-needs_short_loops = pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.9"), reason="loops as an older Triton compiles them are not shortened"
-)
 TURNS = itertools.cycle((("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100")))
 
 
@@ -71,14 +66,12 @@ def check(name: str, dtype: str, card: str) -> None:
 
 
 @pytest.mark.slow
-@needs_short_loops
 @pytest.mark.parametrize("name", SUITE)
 def test_addresses_at_large_sizes(name):
     check(name, "bfloat16", "rtx-3090")
 
 
 @pytest.mark.prove
-@needs_short_loops
 @pytest.mark.parametrize(("name", "dtype", "card"), [(name, *turn) for name, turn in zip(CASES, TURNS)])
 def test_more_addresses(name, dtype, card):
     check(name, dtype, card)

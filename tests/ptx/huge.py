@@ -19,6 +19,7 @@ from ptx.parse import Register
 APART = 46  # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
 
 
+FOREVER = np.iinfo(np.int64).max
 LOOK = 5  # jumps back before a loop is shortened: more than a pipeline has stages, whose numbers come round again
 
 
@@ -82,17 +83,15 @@ class Loops:
         every = {bank: np.diff([each[bank] for each in history], axis=0) for bank in ("32", "64")}
         history.clear()
         steps = {bank: np.where((each == each[0]).all(0), each[0], 0) for bank, each in every.items()}
-        count = np.maximum(self.iterations(batch, place, lanes, steps) - 2, 0)
+        count = np.maximum(self.iterations(batch, place, steps) - 2, 0)
         for bank, step in steps.items():
             _signed(batch, bank)[:, lanes] += (step * count.astype(step.dtype))[:, lanes]
 
-    def iterations(self, batch: Batch, place: int, lanes: Lanes, steps: dict[str, np.ndarray]) -> np.ndarray:
-        """Returns how often lanes jump back from here on, from the comparisons that the loop's exits depend on."""
-        code, count = batch.code, np.full(batch.size, np.iinfo(np.int64).max)
-        start, body = code.targets[place], code.kernel.instructions[code.targets[place] : place + 1]
-        jumps = enumerate(body, start)
-        leaves = lambda at: at == place or not start <= code.targets[at] <= place  # noqa: E731
-        predicates = {i.predicate for at, i in jumps if i.predicate and isinstance(code.targets[at], int) and leaves(at)}
+    def iterations(self, batch: Batch, place: int, steps: dict[str, np.ndarray]) -> np.ndarray:
+        """Returns how often lanes jump back from here on, from the comparisons that the loop's branches depend on."""
+        start, count = batch.code.targets[place], np.full(batch.size, FOREVER)
+        body = batch.code.kernel.instructions[start : place + 1]
+        predicates = {i.predicate for i in body if i.opcode.startswith("bra")}
         for i in body:
             if i.opcode.startswith("setp.") and i.operands[0] in predicates and not i.opcode.endswith("f32"):
                 kind = i.opcode.rpartition(".")[2].replace("u", "s").replace("b", "s")
@@ -100,7 +99,7 @@ class Loops:
                 closing = left_step - right_step
                 several = (right - left) // np.where(closing == 0, 1, closing)
                 count = np.where((closing != 0) & (several > 0), np.minimum(count, several), count)
-        return np.where(count == np.iinfo(np.int64).max, 0, count)
+        return np.where(count == FOREVER, 0, count)
 
 
 def _signed(batch: Batch, bank: str) -> np.ndarray:
