@@ -42,7 +42,7 @@ def lengths(values: list[int] | None, *shape: int, **options) -> Callable[[], Ca
 
 BLOCKS = {"scratch_bytes": 0}  # of 128 x 128, the least
 QUICK: dict[str, Callable[[], Call]] = {
-    "similarity_loss": pairs(70, 133, width=80, teacher_width=48, ids=True),
+    "similarity_loss": pairs(70, 133, width=72, teacher_width=48, ids=True),
     "parallel_mlp": functools.partial(mlp_call, 130, 72, 200, 40),
     "shaped_attention": lengths([40, 0, 81], 3, 81, 2, 64, causal=True),
 }
