@@ -80,37 +80,28 @@ def _registers(product: Instruction) -> frozenset[Register]:
     return frozenset(registers(tuple(each for each in product.operands[:2] if isinstance(each, Vector))))
 
 
-class Descriptor(NamedTuple):
-    """A matrix in shared memory: addresses and distances in bytes, [groups]."""
+def _chunks(batch: Batch, i: Instruction, lanes: Lanes, words: np.ndarray, rows: int, transposed: bool) -> np.ndarray:
+    """Returns the addresses of a matrix's chunks of 16 bytes, from the descriptors of lanes.
 
-    start: np.ndarray
-    leading: np.ndarray
-    stride: np.ndarray
-    swizzle: int  # bytes of a row whose chunks are exchanged
-
-    @classmethod
-    def of(cls, batch: Batch, i: Instruction, lanes: Lanes, words: np.ndarray) -> Descriptor:
-        words = words.reshape(-1, GROUP)
-        if (words != words[:, :1]).any():
-            batch.report("the descriptors of a warpgroup differ", i, batch.numbers[lanes])
-        first = words[:, 0].astype(np.uint64)
-        start, leading, stride = ((first >> np.uint64(s) & np.uint64(0x3FFF)).astype(np.int64) * 16 for s in (0, 16, 32))
-        mode, others = int(first[0] >> np.uint64(62)), int(first[0]) & ~((0x3FFF << 32 | 0x3FFFFFFF) | 3 << 62)
-        if mode == 0 or others or ((first >> np.uint64(62)) != mode).any():
-            raise UnknownPTXError(f"{i}: expected a descriptor with one swizzle and no other bits, got {int(first[0]):#x}")
-        return cls(start, leading, stride, 256 >> mode)
-
-    def chunks(self, rows: int, transposed: bool) -> np.ndarray:
-        """Returns addresses of chunks of 16 bytes: [groups, rows, 2] along K, or transposed [groups, rows / 8, 16]."""
-        start, leading, stride = (each[:, None, None] for each in (self.start, self.leading, self.stride))
-        if transposed:
-            row, k = np.arange(rows // 8)[:, None], np.arange(16)
-            per = self.swizzle // 16
-            at = start + row // per * leading + row % per * 16 + k // 8 * stride + k % 8 * self.swizzle
-        else:
-            row, chunk = np.arange(rows)[:, None], np.arange(2)
-            at = start + row // 8 * stride + row % 8 * self.swizzle + chunk * 16
-        return at ^ ((at >> 7 & self.swizzle // 16 - 1) << 4)
+    [groups, rows, 2] along K, or transposed [groups, rows / 8, 16]. A swizzle exchanges the chunks of a row of 32, 64 or 128
+    bytes.
+    """
+    words = words.reshape(-1, GROUP)
+    if (words != words[:, :1]).any():
+        batch.report("the descriptors of a warpgroup differ", i, batch.numbers[lanes])
+    first = words[:, :1, None]
+    start, leading, stride = ((first >> np.uint64(s) & np.uint64(0x3FFF)).astype(np.int64) * 16 for s in (0, 16, 32))
+    mode, others = int(words[0, 0]) >> 62, int(words[0, 0]) & ~((0x3FFF << 32 | 0x3FFFFFFF) | 3 << 62)
+    if mode == 0 or others or (words >> np.uint64(62) != mode).any():
+        raise UnknownPTXError(f"{i}: expected a descriptor with one swizzle and no other bits, got {int(words[0, 0]):#x}")
+    swizzle = 256 >> mode
+    if transposed:
+        row, k, per = np.arange(rows // 8)[:, None], np.arange(16), swizzle // 16
+        at = start + row // per * leading + row % per * 16 + k // 8 * stride + k % 8 * swizzle
+    else:
+        row, chunk = np.arange(rows)[:, None], np.arange(2)
+        at = start + row // 8 * stride + row % 8 * swizzle + chunk * 16
+    return at ^ ((at >> 7 & swizzle // 16 - 1) << 4)
 
 
 def _matrix(batch: Batch, access: Access, at: np.ndarray, kind: str, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +155,7 @@ def _product(i, match, code):
         access, granules = batch.access(i, lanes), []
 
         def loaded(words: np.ndarray, rows: int, transposed: bool) -> np.ndarray:
-            at = Descriptor.of(batch, i, lanes, words).chunks(rows, transposed)
+            at = _chunks(batch, i, lanes, words, rows, transposed)
             matrix, read = _matrix(batch, access, at, kind, transposed)
             granules.append(read.ravel())
             return matrix
