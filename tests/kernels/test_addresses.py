@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_calls import skip_without_fence
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -54,6 +55,7 @@ def sampled(kernels: list[Kernel]) -> list[Started]:
 
 
 def check(name: str, dtype: str, card: str) -> None:
+    skip_without_fence(name, dtype, CARDS[card].architecture)
     with on_card(CARDS[card]) as kernels:
         CASES[name](getattr(torch, dtype), True)
     machine = HugeCard(sm=CARDS[card].architecture)

@@ -9,14 +9,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import pytest
-from kernel_calls import CALLS, KINDS, QUICK, case_of, kernels_alone
+from kernel_calls import CALLS, KINDS, QUICK, case_of, kernels_alone, skip_without_fence
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 import launches
 import ptx
 import triton
-from packaging.version import Version
 from ptx.capture import CODES, Started
 
 FEW = 4  # multiprocessors, so that a program has several tiles of columns
@@ -72,8 +71,7 @@ def test_all_calls(name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CALLS)
 def test_other_architectures(name, kind, sm):
-    if sm == 90 and Version(triton.__version__) < Version("3.9"):
-        pytest.skip("Triton 3.6 has no fence.proxy.async between cp.async and wgmma, which tests/ptx reports")
+    skip_without_fence(name, kind, sm)
     run(name, kind, sm)
 
 
