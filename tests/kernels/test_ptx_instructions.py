@@ -15,6 +15,7 @@ from ptx.parse import UnknownPTXError, parse
 
 LANES = np.arange(32)
 GROUP, IN_GROUP = LANES >> 2, LANES % 4  # groupID and threadID_in_group of the PTX ISA
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 TEXT = """
 .extern .shared .align 16 .b8 smem[];
 .visible .entry test()
@@ -180,9 +181,11 @@ def test_comparisons_with_nan():
     for name, each in expected.items():
         body = f"setp.{name}.f32 %p1, %r21, %r22;\nselp.b32 %r20, 1, 0, %p1;"
         assert "".join(map(str, elementwise(body, a, b))) == each, name
-    low_and_high = [np.stack([each, each[::-1]], 1).astype(np.float16).view(np.uint32)[:, 0] for each in (a, b)]
-    body = "setp.le.f16x2 %p1|%p2, %r21, %r22;\nselp.b32 %r20, 1, 0, %p1;\n@%p2 add.u32 %r20, %r20, 10;"
-    np.testing.assert_array_equal(elementwise(body, *low_and_high), [1, 1, 0, 10, 10])
+    for kind, dtype in DTYPES.items():
+        halves = [torch.from_numpy(np.stack([each, each[::-1]], 1)).to(dtype) for each in (a, b)]
+        words = [each.view(torch.int32).numpy()[:, 0] for each in halves]
+        body = f"setp.le.{kind}x2 %p1|%p2, %r21, %r22;\nselp.b32 %r20, 1, 0, %p1;\n@%p2 add.u32 %r20, %r20, 10;"
+        np.testing.assert_array_equal(elementwise(body, *words), [1, 1, 0, 10, 10])
 
 
 def shuffled(mode: str, lane: int, by: int, clamp: int) -> tuple[int, bool]:
@@ -214,9 +217,6 @@ B8 = [(IN_GROUP if i == 0 else IN_GROUP + 4, GROUP) for i in range(2)]
 
 def fragments(matrix: np.ndarray, places: list) -> np.ndarray:  # [32, elements]
     return np.ascontiguousarray(np.stack([matrix[row, column] for row, column in places], axis=1))
-
-
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def stored(matrix: np.ndarray, kind: str) -> np.ndarray:

@@ -126,6 +126,7 @@ def _same(x: np.ndarray) -> np.ndarray:
 # be left out; types of the result and of the sources (2T: twice as wide); the function.
 _WILD = {"T": "[bsu](?:16|32|64)", "L": "b16|b32|b64|pred", "A": "[bsuf](?:16|32|64)|pred", "H": "bf16|f16"}
 _COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+_HALVES = "bf16x2", "f16x2"
 _SUMS_AND_PRODUCTS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 _ELEMENTWISE: list[tuple[str, str, Callable]] = [
     ("add.T", "T T T", np.add), ("sub.T", "T T T", np.subtract), ("mul.lo.T", "T T T", np.multiply),
@@ -143,7 +144,7 @@ _ELEMENTWISE: list[tuple[str, str, Callable]] = [
     *((f"setp.{name}.ftz?.f32", "pred f32 f32", _ordered(f)) for name, f in _COMPARE.items()),
     *((f"setp.{name}u.ftz?.f32", "pred f32 f32", _unordered(f)) for name, f in _COMPARE.items()),
     *((f"setp.{name}.H", "pred H H", _ordered(f)) for name, f in _COMPARE.items()),
-    *((f"setp.{name}.f16x2", "pred f16x2 f16x2", _ordered(f)) for name, f in _COMPARE.items()),
+    *((f"setp.{name}.{two}", f"pred {two} {two}", _ordered(f)) for name, f in _COMPARE.items() for two in _HALVES),
     ("mov.A", "A A", _same), ("cvta.to.global.u64", "u64 u64", _same),
     ("selp.A", "A A A pred", lambda a, b, p: np.where(p, a, b)),
     *((f"{name}.rn?.ftz?.f32", "f32 f32 f32", f) for name, f in _SUMS_AND_PRODUCTS.items()),
@@ -158,7 +159,7 @@ _ELEMENTWISE: list[tuple[str, str, Callable]] = [
     *((f"rcp.{how}.ftz?.f32", "f32 f32", _precisely(np.reciprocal)) for how in ("approx", "rn")),
     ("cvt.rpi.ftz?.f32.f32", "f32 f32", np.ceil), ("cvt.rna.tf32.f32", "tf32 f32", _same),
     ("cvt.rn.f32.T", "f32 T", _same), ("cvt.f32.H", "f32 H", _same), ("cvt.rn.H.f32", "H f32", _same),
-    *((f"cvt.rn.{two}.f32", f"{two} f32 f32", lambda high, low: np.stack([low, high], 1)) for two in ("bf16x2", "f16x2")),
+    *((f"cvt.rn.{two}.f32", f"{two} f32 f32", lambda high, low: np.stack([low, high], 1)) for two in _HALVES),
     *((f"cvt.{kind}.T", f"{kind} T", _same) for kind in ("u16", "s16", "u32", "s32", "u64", "s64")),
 ]  # fmt: skip
 
