@@ -1,5 +1,5 @@
 // Workspace: the memory that an op's function allocates besides its results. The function takes all of it from a Scratch at its
-// start, so that the same code on meta tensors computes the size of the workspace for simplclip/memory/count.py.
+// start, so that the same code on meta tensors computes the size of the workspace for simplclip/plan/count.py.
 #pragma once
 
 #include "layout.h"

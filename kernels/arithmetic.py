@@ -1,4 +1,4 @@
-"""Arithmetic for the kernels of several ops.
+"""Arithmetic for the kernels of several ops, and the order of their programs.
 
 Logarithms and exponentials have base 2, as in hardware: the scale of a logit is multiplied by log2(e) once.
 """
@@ -26,3 +26,16 @@ def sigmoid(x):
 def reciprocal(x):
     """Returns 1 / x with an error of 2^-23, for x that is not denormal."""
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def block_of_program(row_blocks, column_blocks, GROUP: tl.constexpr):
+    """Returns the row and the column, in blocks, of a program's block of a matrix.
+
+    Programs go through GROUP blocks of rows in turn, so that those that run together read the same rows and columns.
+    """
+    program = tl.program_id(0)
+    first = program // (GROUP * column_blocks) * GROUP
+    group = tl.minimum(row_blocks - first, GROUP)
+    within = program % (GROUP * column_blocks)
+    return first + within % group, within // group

@@ -66,13 +66,8 @@ def _warn(name: str, spills: int, architecture: int) -> None:
     )
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left right to total [M, N] float32 in place. A product in a half type may add parts of a long sum in that type."""
-    product(total, left, right, add=True)
-
-
 def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-    """Writes left right to out [M, N] float32, or adds it if `add`."""
+    """Writes left right to out [M, N] float32, or adds it if `add`: cuBLAS may add parts of a long sum in the type of out."""
     wide = {"out_dtype": torch.float32} if left.dtype != torch.float32 else {}
     if add:
         torch.addmm(out, left, right, out=out, **wide)

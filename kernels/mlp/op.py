@@ -12,13 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from simplclip.kernels import tuning
-from simplclip.kernels.launch import (
-    add_product,
-    architecture_and_processors,
-    device_of,
-    launch,
-    precision_of,
-)
+from simplclip.kernels.arithmetic import block_of_program
+from simplclip.kernels.launch import architecture_and_processors, device_of, launch, precision_of, product
 from simplclip.kernels.mlp.activations import activation, slope
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 
@@ -36,18 +31,6 @@ def _parallel_mlp_activate_kernel(h, activated, count, ACT: tl.constexpr, BLOCK:
     tl.store(activated + first + each, values.to(h.dtype.element_ty), inside)
 
 
-@triton.jit
-def _block(rows, columns, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Returns the first row and column of a program's block; programs go through GROUP blocks of rows in turn."""
-    row_blocks = (rows + BLOCK_M - 1) // BLOCK_M
-    column_blocks = (columns + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    first = program // (GROUP * column_blocks) * GROUP
-    group = tl.minimum(row_blocks - first, GROUP)
-    within = program % (GROUP * column_blocks)
-    return (first + within % group) * BLOCK_M, within // group * BLOCK_N
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def _parallel_mlp_hidden_kernel(
     grad,  # [T, C]
@@ -59,9 +42,10 @@ def _parallel_mlp_hidden_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Overwrites h by (grad weight) ∘ act'(h); a program reads only the part of h that it overwrites."""
-    row, column = _block(tokens, hidden, GROUP, BLOCK_M, BLOCK_N)
+    row_block, column_block = block_of_program(tl.cdiv(tokens, BLOCK_M), tl.cdiv(hidden, BLOCK_N), GROUP)
+    row = row_block * BLOCK_M
     rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row)
-    columns = column + tl.arange(0, BLOCK_N)
+    columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     grad_pointers = grad + row.to(tl.int64) * grad_stride + rows[:, None] * grad_stride + depth[None, :]
     weight_pointers = weight + depth[:, None] * weight_stride + columns[None, :]
@@ -155,5 +139,5 @@ def _weight_gradient(grad: Tensor, h: Tensor, act: str) -> Tensor:  # [C, F]
         return grad.T @ _activated(h, act, scratch)
     total = h.new_zeros(grad.shape[1], h.shape[1], dtype=torch.float32)
     for rows in chunks:
-        add_product(total, grad[rows].T, _activated(h[rows], act, scratch))
+        product(total, grad[rows].T, _activated(h[rows], act, scratch), add=True)
     return total.to(h.dtype)

@@ -3,23 +3,9 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import INF, LOG2E
-from simplclip.kernels.similarity.forward import (
-    DIAGONAL_STUDENT,
-    LSE_STUDENT,
-    LSE_TEACHER,
-    MEAN,
-    PAIR_MATCHING,
-)
-from simplclip.kernels.similarity.tile import (
-    block_of_program,
-    clamped,
-    exp_shifted,
-    finite,
-    is_negative,
-    product,
-    softplus_and_sigmoid,
-)
+from simplclip.kernels.arithmetic import INF, LOG2E, block_of_program
+from simplclip.kernels.similarity.forward import DIAGONAL_STUDENT, LSE_STUDENT, LSE_TEACHER, MEAN, PAIR_MATCHING
+from simplclip.kernels.similarity.tile import GROUP, clamped, finite, is_negative, product, softplus_and_sigmoid
 
 SUMS = 3  # d_scale, d_plane
 PEAK: tl.constexpr = tl.constexpr(10.0)  # log2 of the largest scaled entry: far from overflow, 2^24 times the least normal
@@ -39,7 +25,7 @@ def _gradient_of_logits(
     """Returns the softmax along an axis, from its log-sum-exps, times the gradients of a statistic."""
     shift = finite(clamped(stats + LSE * size, index, size) * LOG2E)
     grad = clamped(grads + GRAD * size, index, size)
-    return tl.expand_dims(grad, AXIS) * exp_shifted(logits, tl.expand_dims(shift, AXIS))
+    return tl.expand_dims(grad, AXIS) * tl.exp2(logits - tl.expand_dims(shift, AXIS))
 
 
 @triton.jit
@@ -90,7 +76,7 @@ def _similarity_gradient_kernel(
     TILE: tl.constexpr,  # plan.Tiling
 ):
     """Writes a tile of G, and adds to this program's sums of the scalars' gradients."""
-    row_block, column_block = block_of_program(row_blocks, column_blocks)
+    row_block, column_block = block_of_program(row_blocks, column_blocks, GROUP)
     row = first_row + row_block * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
     column = first_column + column_block * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
     sums += tl.program_id(0) * 3

@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import INF, LN2, LOG2E
+from simplclip.kernels.arithmetic import INF, LN2, LOG2E, block_of_program
 from simplclip.kernels.similarity.tile import (
-    block_of_program,
-    exp_shifted,
+    GROUP,
     finite,
     is_negative,
     online_max,
@@ -34,7 +33,7 @@ UNMATCHED: tl.constexpr = tl.constexpr(5)
 def _store_column_softmax(logits, part, m, inside):  # logits [BLOCK_M, BLOCK_N]
     """Stores the maxima and the sums of the columns; returns the exponentials."""
     maximum = tl.max(logits, 0)
-    weight = exp_shifted(logits, finite(maximum)[None, :])
+    weight = tl.exp2(logits - finite(maximum)[None, :])
     tl.store(part, maximum, inside)
     tl.store(part + m, tl.sum(weight, 0), inside)
     return weight
@@ -76,7 +75,7 @@ def _similarity_statistics_kernel(
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    row_block, split = block_of_program(row_blocks, splits)
+    row_block, split = block_of_program(row_blocks, splits, GROUP)
     row_of_part = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     row = first_row + row_of_part
 
@@ -110,14 +109,14 @@ def _similarity_statistics_kernel(
         if teacher_image is not None:
             gap = entropy * t - z
             max_t, shift, shrink = online_max(max_t, t, 1)
-            weight = exp_shifted(t, shift[:, None])
+            weight = tl.exp2(t - shift[:, None])
             sum_t = sum_t * shrink + tl.sum(weight, 1)
             mean = mean * shrink + tl.sum(times_nonzero(weight, gap), 1)
             if column_parts is not None:
                 weight = _store_column_softmax(t, part + TEACHER * m, m, inside)
                 tl.store(part + (TEACHER + 2) * m, tl.sum(times_nonzero(weight, gap), 0), inside)
         max_z, shift, shrink = online_max(max_z, z, 1)
-        sum_z = sum_z * shrink + tl.sum(exp_shifted(z, shift[:, None]), 1)
+        sum_z = sum_z * shrink + tl.sum(tl.exp2(z - shift[:, None]), 1)
         if column_parts is not None:
             _store_column_softmax(z, part + STUDENT * m, m, inside)
 
@@ -161,7 +160,7 @@ def _merge_softmax(
         block = parts[None, :] + part.to(tl.int64)[:, None] * part_stride
         part_maximum = tl.load(block, exists, -INF)
         maximum, shift, shrink = online_max(maximum, part_maximum, 0)
-        weight = exp_shifted(part_maximum, shift[None, :])
+        weight = tl.exp2(part_maximum - shift[None, :])
         total = total * shrink + tl.sum(weight * tl.load(block + size, exists, 0.0), 0)
         if MEAN is not None:
             mean = mean * shrink + tl.sum(weight * tl.load(block + 2 * size, exists, 0.0), 0)

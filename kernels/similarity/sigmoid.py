@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from simplclip.kernels.arithmetic import block_of_program
 from simplclip.kernels.launch import device_of
 from simplclip.kernels.similarity.backward import add_to_sum, store_gradient
 from simplclip.kernels.similarity.op import gradients_in_blocks, range_factor
-from simplclip.kernels.similarity.tile import block_of_program, is_negative, product, softplus_and_sigmoid, times_nonzero
+from simplclip.kernels.similarity.tile import GROUP, is_negative, product, softplus_and_sigmoid, times_nonzero
 from simplclip.ops.similarity.call import SigmoidCall
 
 
@@ -42,7 +43,7 @@ def _similarity_sigmoid_kernel(
     """Adds a tile's part of the terms and of the gradients of their numbers to this program's sums; writes a tile of G."""
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    row_block, column_block = block_of_program(row_blocks, column_blocks)
+    row_block, column_block = block_of_program(row_blocks, column_blocks, GROUP)
     row = first_row + row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     column = first_column + column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     sums += tl.program_id(0) * 3 * TERMS

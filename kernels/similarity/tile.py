@@ -1,24 +1,11 @@
-"""Helpers of the similarity kernels: the order of programs, a tile of a product, its negatives, stable functions."""
+"""Helpers of the similarity kernels: a tile of a product, its negatives, stable functions."""
 
 import triton
 import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LOG2E, reciprocal, rounded_to_tf32
 
-GROUP: tl.constexpr = tl.constexpr(16)  # with tiles of 64 rows and D = 512, 1 MB of the cache
-
-
-@triton.jit
-def block_of_program(row_blocks, column_blocks):
-    """Returns the row and the column, in blocks, of a program's block of a matrix.
-
-    Programs go through GROUP blocks of rows in turn, so that those that run together read the same rows and columns.
-    """
-    program = tl.program_id(0)
-    first = program // (GROUP * column_blocks) * GROUP
-    group = tl.minimum(row_blocks - first, GROUP)
-    within = program % (GROUP * column_blocks)
-    return first + within % group, within // group
+GROUP: tl.constexpr = tl.constexpr(16)  # of block_of_program: with tiles of 64 rows and D = 512, 1 MB of the cache
 
 
 @triton.jit
@@ -89,12 +76,6 @@ def softplus_and_sigmoid(x):
     p = p * e - 0.4999740421772003
     p = p * e + 0.9999998211860657
     return p * e + tl.maximum(x, 0.0), tl.where(x < 0.0, e, 1.0) * reciprocal(1.0 + e)
-
-
-@triton.jit
-def exp_shifted(logits, shift):
-    """Returns 2^(logits - shift), 0 where the logit is -inf; shift is finite."""
-    return tl.exp2(logits - shift)
 
 
 @triton.jit

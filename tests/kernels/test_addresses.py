@@ -11,17 +11,15 @@ from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from kernel_calls import skip_without_fence
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-import triton
-from packaging.version import Version
 from ptx.capture import driven
-from ptx.huge import Addresses, HugeCard
-from ptx.machine import Code, Launch
+from ptx.huge import HugeCard
+from ptx.machine import Code
 from ptx.parse import parse
 
 from benchmarks.cards import calls
@@ -43,9 +41,6 @@ CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
     **{name: partial(calls.loss, terms, *LARGE) for name, terms in calls.LOSSES.items()},
 }
 SUITE = list(CASES)[:3]
-needs_short_loops = pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.9"), reason="loops as an older Triton compiles them are not shortened"
-)
 TURNS = itertools.cycle((("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100")))
 
 
@@ -60,6 +55,7 @@ def sampled(kernels: list[Kernel]) -> list[Started]:
 
 
 def check(name: str, dtype: str, card: str) -> None:
+    skip_without_fence(name, dtype, CARDS[card].architecture)
     with on_card(CARDS[card]) as kernels:
         CASES[name](getattr(torch, dtype), True)
     machine = HugeCard(sm=CARDS[card].architecture)
@@ -72,14 +68,12 @@ def check(name: str, dtype: str, card: str) -> None:
 
 
 @pytest.mark.slow
-@needs_short_loops
 @pytest.mark.parametrize("name", SUITE)
 def test_addresses_at_large_sizes(name):
     check(name, "bfloat16", "rtx-3090")
 
 
 @pytest.mark.prove
-@needs_short_loops
 @pytest.mark.parametrize(("name", "dtype", "card"), [(name, *turn) for name, turn in zip(CASES, TURNS)])
 def test_more_addresses(name, dtype, card):
     check(name, dtype, card)
@@ -112,9 +106,7 @@ def test_an_index_of_32_bits_and_the_end_of_a_loop():
     """The last row of [N, D] is read column by column: right, with the row's index in 32 bits, and one column too far."""
     for row, width, hazards in ((WIDE, 2200, 0), (NARROW, 2200, 1), (WIDE, 2201, 1)):
         rows = SimpleNamespace(storage=0, allocated=4400 * MANY[0], data_ptr=lambda: 0)
-        memory, machine = Addresses([rows]), HugeCard()
-        code = Code(parse(LOOP.format(row=row, width=width))["test"])
-        parameters = np.array([memory.address(rows)], np.uint64).view(np.uint8)
-        machine.execute(Launch(code, MANY[0], 32, 0, parameters, memory))
+        machine, code = HugeCard(), Code(parse(LOOP.format(row=row, width=width))["test"])
+        machine.launch(code, MANY[0], 32, 0, [rows])
         assert len(machine.hazards) == hazards
         assert machine.addresses < 2000

@@ -9,59 +9,64 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from ptx.machine import Code, Launch, Machine
+from ptx.machine import Batch, Code, Launch, Machine
 from ptx.memory import GlobalMemory
 from ptx.parse import UnknownPTXError, parse
 
 LANES = np.arange(32)
 GROUP, IN_GROUP = LANES >> 2, LANES % 4  # groupID and threadID_in_group of the PTX ISA
-HEAD = """
-.version 8.8
-.target sm_90a
-.address_size 64
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+TEXT = """
 .extern .shared .align 16 .b8 smem[];
-.visible .entry test({parameters})
+.visible .entry test()
 {{
 .reg .pred %p<8>;
-.reg .b16 %h<16>;
+.reg .b16 %h<32>;
 .reg .b32 %r<80>;
 .reg .b64 %d<32>;
 mov.u32 %r0, %tid.x;
 mov.b32 %r1, smem;
+{body}
+ret;
+}}
 """
 
 
-def execute(body: str, *arrays: np.ndarray, threads: int = 32, programs: int = 1, shared: int = 4096) -> Machine:
-    """Runs a kernel that finds the addresses of the arrays in %d0, %d1, ..., its thread in %r0, and shared memory at %r1."""
-    names = [f"p{place}" for place in range(len(arrays))]
-    text = HEAD.format(parameters=", ".join(f".param .u64 {name}" for name in names))
-    text += "".join(f"ld.param.u64 %d{place}, [{name}];\n" for place, name in enumerate(names))
-    code = Code(parse(f"{text}{body}\nret;\n}}\n")["test"])
-    tensors = [torch.from_numpy(array) for array in arrays]
-    memory, machine = GlobalMemory(tensors, code.granules["global"]), Machine()
-    parameters = np.array([memory.address(t) for t in tensors], np.uint64).view(np.uint8)
-    machine.run(Launch(code, programs, threads, shared, parameters, memory))
+def bits_of(values: np.ndarray) -> np.ndarray:
+    return values.view(f"u{values.itemsize}")
+
+
+def execute(
+    body: str, *arrays: np.ndarray, threads: int = 32, programs: int = 1, shared: int = 4096, **registers: np.ndarray
+) -> Batch:
+    """Runs instructions with these values in registers, the addresses of the arrays in %d0, %d1, ..., the thread in %r0, and
+    the address of shared memory in %r1."""
+    code, tensors = Code(parse(TEXT.format(body=body))["test"]), [torch.from_numpy(array) for array in arrays]
+    memory = GlobalMemory(tensors, code.granules["global"])
+    launch = Launch(code, programs, threads, shared, np.zeros(0, np.uint8), memory)
+    batch = Batch(Machine(), launch, np.arange(programs))
+    for place, tensor in enumerate(tensors):
+        batch.registers["64"][place] = memory.address(tensor)
+    for name, values in registers.items():
+        bank = {"h": "16", "r": "32", "d": "64"}[name[0]]
+        batch.registers[bank][int(name[1:])] = bits_of(values)
+    with np.errstate(all="ignore"):
+        batch.run()
     memory.write_back()
-    return machine
+    return batch
+
+
+def vectors(first: int, words: np.ndarray) -> dict[str, np.ndarray]:  # [lanes, count]
+    return {f"r{first + place}": column for place, column in enumerate(words.T)}
 
 
 def elementwise(operation: str, *sources: np.ndarray, out: type = np.uint32) -> np.ndarray:
-    """Runs an instruction on each element: the result is %r20, the sources %r21 and so on, or %h10, %h11 with 16 bits."""
-    bank = {16: "h", 32: "r", 64: "d"}
-    lines, result = [], np.zeros(len(sources[0]), out)
-    for place, source in enumerate([*sources, result]):
-        size, target = source.itemsize, 20 + (place + 1) % (len(sources) + 1)
-        if source.itemsize == 2:
-            target -= 10
-        lines += [f"mul.wide.u32 %d10, %r0, {size};", f"add.u64 %d{11 + place}, %d{place}, %d10;"]
-        if place < len(sources):
-            lines.append(f"ld.global.b{8 * size} %{bank[8 * size]}{target}, [%d{11 + place}];")
-    size = result.itemsize
-    name = f"%{bank[8 * size]}{20 if size > 2 else 10}"
-    lines += [operation, f"st.global.b{8 * size} [%d{11 + len(sources)}], {name};"]
-    machine = execute("\n".join(lines), *sources, result, threads=len(sources[0]))
-    assert not machine.hazards
-    return result
+    """Runs an instruction on each element: the result is %r20, or %h20, the sources are %r21 or %h21 and so on."""
+    letter = {2: "h", 4: "r", 8: "d"}
+    given = {f"{letter[source.itemsize]}{21 + place}": source for place, source in enumerate(sources)}
+    batch = execute(operation, threads=len(sources[0]), **given)
+    assert not batch.machine.hazards
+    return batch.registers[str(8 * np.dtype(out).itemsize)][20].view(out)
 
 
 def test_an_unknown_instruction_names_its_line():
@@ -71,7 +76,7 @@ def test_an_unknown_instruction_names_its_line():
         "add.rz.f32 %r2, %r3, %r4;": "the opcode is not known",
         "add.s64 %r2, %r3, %r4;": "expected a register of s64",
     }.items():
-        with pytest.raises(UnknownPTXError, match=rf"line 14 .*{message}"):
+        with pytest.raises(UnknownPTXError, match=rf"line 11 .*{message}"):
             execute(line)
 
 
@@ -105,10 +110,10 @@ def numbers() -> np.ndarray:
 def test_conversions():
     values = numbers()
     for kind, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
-        bits = elementwise(f"cvt.rn.{kind}.f32 %h10, %r21;", values, out=np.uint16)
+        bits = elementwise(f"cvt.rn.{kind}.f32 %h20, %r21;", values, out=np.uint16)
         expected = torch.from_numpy(values).to(dtype)
         np.testing.assert_array_equal(torch.from_numpy(bits.view(np.int16)).view(dtype).float(), expected.float())
-        wide = elementwise(f"cvt.f32.{kind} %r20, %h11;", bits, out=np.float32)
+        wide = elementwise(f"cvt.f32.{kind} %r20, %h21;", bits, out=np.float32)
         np.testing.assert_array_equal(wide, expected.float().numpy())
         two = elementwise(f"cvt.rn.{kind}x2.f32 %r20, %r21, %r22;", values, values[::-1].copy())
         np.testing.assert_array_equal(two & 0xFFFF, bits[::-1])
@@ -176,6 +181,11 @@ def test_comparisons_with_nan():
     for name, each in expected.items():
         body = f"setp.{name}.f32 %p1, %r21, %r22;\nselp.b32 %r20, 1, 0, %p1;"
         assert "".join(map(str, elementwise(body, a, b))) == each, name
+    for kind, dtype in DTYPES.items():
+        halves = [torch.from_numpy(np.stack([each, each[::-1]], 1)).to(dtype) for each in (a, b)]
+        words = [each.view(torch.int32).numpy()[:, 0] for each in halves]
+        body = f"setp.le.{kind}x2 %p1|%p2, %r21, %r22;\nselp.b32 %r20, 1, 0, %p1;\n@%p2 add.u32 %r20, %r20, 10;"
+        np.testing.assert_array_equal(elementwise(body, *words), [1, 1, 0, 10, 10])
 
 
 def shuffled(mode: str, lane: int, by: int, clamp: int) -> tuple[int, bool]:
@@ -209,17 +219,17 @@ def fragments(matrix: np.ndarray, places: list) -> np.ndarray:  # [32, elements]
     return np.ascontiguousarray(np.stack([matrix[row, column] for row, column in places], axis=1))
 
 
-def bits_of(matrix: np.ndarray, kind: str) -> np.ndarray:
+def stored(matrix: np.ndarray, kind: str) -> np.ndarray:
     if kind == "tf32":
-        return matrix.astype(np.float32)
-    return torch.from_numpy(matrix).to(torch.bfloat16 if kind == "bf16" else torch.float16).view(torch.int16).numpy()
+        return matrix
+    return torch.from_numpy(matrix).to(DTYPES[kind]).view(torch.int16).numpy()
 
 
 def as_read(matrix: np.ndarray, kind: str) -> np.ndarray:
     """Returns the numbers of float64 that a tensor core reads: rounded halves, or truncated TF32."""
     if kind == "tf32":
-        return (matrix.astype(np.float32).view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64)
-    return torch.from_numpy(matrix).to(torch.bfloat16 if kind == "bf16" else torch.float16).double().numpy()
+        return (matrix.view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64)
+    return torch.from_numpy(matrix).to(DTYPES[kind]).double().numpy()
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
@@ -227,58 +237,36 @@ def test_mma(kind):
     depth, order_a, order_b = (8, A8, B8) if kind == "tf32" else (16, A16, B16)
     random = np.random.default_rng(1)
     a, b, c = (random.standard_normal(shape).astype(np.float32) for shape in ((16, depth), (depth, 8), (16, 8)))
-    left, right = fragments(bits_of(a, kind), order_a), fragments(bits_of(b, kind), order_b)
-    d = fragments(c, SUMS)
-    body = f"""
-    mul.wide.u32 %d10, %r0, 16;
-    add.u64 %d11, %d0, %d10;
-    add.u64 %d12, %d2, %d10;
-    mul.wide.u32 %d10, %r0, 8;
-    add.u64 %d13, %d1, %d10;
-    ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%d11];
-    ld.global.v2.b32 {{%r24, %r25}}, [%d13];
-    ld.global.v4.f32 {{%r26, %r27, %r28, %r29}}, [%d12];
-    mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32
-        {{%r26, %r27, %r28, %r29}}, {{%r20, %r21, %r22, %r23}}, {{%r24, %r25}}, {{%r26, %r27, %r28, %r29}};
-    st.global.v4.b32 [%d12], {{%r26, %r27, %r28, %r29}};
-    """.replace("f32\n        {", "f32 {")
-    assert not execute(body, left, right, d).hazards
-    np.testing.assert_allclose(d, fragments(c + as_read(a, kind) @ as_read(b, kind), SUMS), rtol=0, atol=1e-5)
-
-
-FILL = """
-mul.wide.u32 %d10, %r0, 16;
-add.u64 %d11, %d0, %d10;
-ld.global.v4.b32 {%r20, %r21, %r22, %r23}, [%d11];
-shl.b32 %r2, %r0, 4;
-add.u32 %r3, %r1, %r2;
-st.shared.v4.b32 [%r3], {%r20, %r21, %r22, %r23};
-"""
+    operands = (20, stored(a, kind), order_a), (24, stored(b, kind), order_b), (26, c, SUMS)
+    given = {}
+    for first, matrix, order in operands:
+        given |= vectors(first, fragments(matrix, order).view(np.uint32))
+    opcode = f"mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32"
+    sums = "{%r26, %r27, %r28, %r29}"
+    batch = execute(f"{opcode} {sums}, {{%r20, %r21, %r22, %r23}}, {{%r24, %r25}}, {sums};", **given)
+    expected = fragments(c + as_read(a, kind) @ as_read(b, kind), SUMS)
+    np.testing.assert_allclose(batch.registers["32"][26:30].view(np.float32).T, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("trans", ["", ".trans"])
 def test_ldmatrix_and_stmatrix(trans):
     """Lane 8 i + j passes row j of matrix i; of each matrix a lane gets row groupID, columns 2 threadID_in_group and next."""
     memory = np.arange(256, dtype=np.uint16)
-    out, back = np.zeros((32, 4), np.uint32), np.zeros(256, np.uint16)
-    body = (
-        FILL
-        + f"""
+    body = f"""
+    shl.b32 %r3, %r0, 4;
+    st.shared.v4.b32 [%r3], {{%r20, %r21, %r22, %r23}};
     bar.sync 0;
     xor.b32 %r4, %r3, 496;
-    ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r20, %r21, %r22, %r23}}, [%r4];
-    add.u64 %d12, %d1, %d10;
-    st.global.v4.b32 [%d12], {{%r20, %r21, %r22, %r23}};
-    stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r3+512], {{%r20, %r21, %r22, %r23}};
-    ld.shared.v4.b32 {{%r24, %r25, %r26, %r27}}, [%r3+512];
-    add.u64 %d13, %d2, %d10;
-    st.global.v4.b32 [%d13], {{%r24, %r25, %r26, %r27}};
+    ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r24, %r25, %r26, %r27}}, [%r4];
+    stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r3+512], {{%r24, %r25, %r26, %r27}};
+    ld.shared.v4.b32 {{%r28, %r29, %r30, %r31}}, [%r3+512];
     """
-    )
-    assert not execute(body, memory, out, back).hazards
+    batch = execute(body, **vectors(20, memory.view(np.uint32).reshape(32, 4)))
+    assert not batch.machine.hazards
+    words = batch.registers["32"]
     matrices = memory.reshape(32, 8)[::-1].reshape(4, 8, 8)
-    np.testing.assert_array_equal(back, matrices.ravel())
+    np.testing.assert_array_equal(np.ascontiguousarray(words[28:32].T).view(np.uint16).ravel(), matrices.ravel())
     if trans:
         matrices = matrices.swapaxes(1, 2)
     expected = matrices[:, GROUP, IN_GROUP * 2] | matrices[:, GROUP, IN_GROUP * 2 + 1].astype(np.uint32) << 16
-    np.testing.assert_array_equal(out, expected.T)
+    np.testing.assert_array_equal(words[24:28], expected)

@@ -1,4 +1,4 @@
-"""shaped_attention's CUDA C++ kernels as nvcc compiles them, executed by tests/ptx: values, gradients, log-sum-exps, hazards.
+"""shaped_attention's CUDA C++ kernels as nvcc compiles them, executed by tests/ptx: values, gradients, hazards.
 
 With --prove: every width with every number of tokens, five architectures, and all faults.
 """
@@ -9,33 +9,50 @@ import re
 from unittest import mock
 
 import pytest
-import shaped_attention_ptx as attention
 import torch
+from calls import Call, attention_call, of_lengths
+from compare import Case, check_padding
 from paths import ROOT
-from shaped_attention_ptx import TYPES, Case, by_reference, check, execute, inputs
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+import shaped_attention_ptx as attention
+from shaped_attention_ptx import TYPES
+
+from simplclip.ops import backends, checks
 
 if attention.why_not():
     pytest.skip(f"kernels cannot be compiled here: {attention.why_not()}", allow_module_level=True)
 
 TOKENS = (1, 2, 15, 16, 17, 50, 64, 77, 80)
 WIDTHS = (32, 64, 80, 96, 128)
+APART = dict.fromkeys(("q", "k", "v", "grad out"), "rows_apart")
 
 
-def cases(tokens, width, kind):
-    """Yields all tokens, and sequences of several lengths in a batch with two heads; nothing if tokens do not fit."""
-    if kind == "tf32" and tokens > 64 and width > 64:
+def case_of(call: Call, kind: str) -> Case:
+    return Case(call, TYPES[kind], "cuda", call.needed(), tf32=kind == "tf32", layouts=APART)
+
+
+def check(call: Call, kind: str, sm: int = 86) -> None:
+    with attention.card(sm, tf32=kind == "tf32"):
+        case_of(call, kind).check(roundings=True)
+
+
+def check_lengths(tokens: int, width: int, kind: str, sm: int = 86) -> None:
+    """Checks all tokens, and sequences of several lengths in a batch with two heads; nothing if they are not served."""
+    if backends.cuda_extension.shaped_attention_why_not(tokens, width, kind == "tf32"):
         return
     for causal in (False, True):
-        yield Case(kind, tokens, width, causal)
-        yield Case(kind, tokens, width, causal, lengths=(tokens // 2, 0, tokens), batch=3, heads=2)
+        check(attention_call(1, tokens, 1, width, causal=causal), kind, sm)
+        several = attention_call(3, tokens, 2, width, causal=causal)
+        check(of_lengths(several, [tokens // 2, 0, tokens]), kind, sm)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(77, 64), (33, 80), (1, 128), (50, 32)])
 def test_values_and_gradients(tokens, width, kind):
-    for case in cases(tokens, width, kind):
-        check(case)
+    check_lengths(tokens, width, kind)
 
 
 @pytest.mark.prove
@@ -44,62 +61,75 @@ def test_values_and_gradients(tokens, width, kind):
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_more_values_and_gradients(tokens, kind, sm):
     for width in WIDTHS if sm == 86 else (WIDTHS[TOKENS.index(tokens) % 5],):
-        for case in cases(tokens, width, kind):
-            check(case, sm)
+        check_lengths(tokens, width, kind, sm)
 
 
 @pytest.mark.slow
-def test_every_width():
-    for kind in TYPES:
-        for width in range(16, 129, 16):
-            check(Case(kind, 33, width, causal=True))
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_width(kind):
+    for width in range(16, 129, 16):
+        check(attention_call(1, 33, 1, width, causal=True), kind)
 
 
 def test_a_scale_of_other_size_and_sign():
     for scale in (-0.5, 0.0, 4.0):
-        check(Case("f16", 77, 32, scale=scale))
+        check(attention_call(1, 77, 1, 32, scale=scale), "f16")
+
+
+def test_padded_tokens_are_not_read():
+    with attention.card(86, tf32=False):
+        for causal in (False, True):
+            check_padding(torch.bfloat16, "cuda", causal, width=32)
 
 
 def test_lengths_out_of_range_count_as_none_and_all():
-    inside, outside = Case("bf16", 33, 32, lengths=(0, 33), batch=2), Case("bf16", 33, 32, lengths=(-5, 70), batch=2)
-    given = inputs(inside)
-    expected = execute(inside, given)
-    results = execute(outside, given | {"lengths": torch.tensor(outside.lengths, dtype=torch.int32)})
-    for name, value in expected.items():
-        assert torch.equal(results[name], value), name
+    given = mock.patch.object(checks, "lengths_of_batch", lambda lengths, *others: lengths.int())
+    with given, attention.card(86, tf32=False):
+        inside, outside = (
+            case_of(of_lengths(attention_call(2, 33, 1, 32), lengths), "bf16").run() for lengths in ([0, 33], [-5, 70])
+        )
+    for name, value in inside.items():
+        assert torch.equal(outside[name], value), name
 
 
 def test_softmax_minus_mean_is_rounded_after_the_subtraction():
     """At initialisation q is zero: softmax equals the mean, and with equal gains their difference is zero."""
-    case = Case("bf16", 77, 64)
-    given = inputs(case)
-    given["q"].mul_(1e-3)
-    given["gains"].copy_(torch.tensor([[0.0], [1.0], [1.0]]))
-    truth, results = by_reference(case, given, torch.float64), execute(case, given)
-    for name in ("out", "dv"):
+    call = attention_call(1, 77, 1, 64, scale=0.3)
+    call.tensors["q"] *= 1e-3
+    call.tensors |= {name: torch.tensor([gain]).double() for name, gain in (("alpha", 0), ("beta", 1), ("gamma", 1))}
+    case = case_of(call, "bf16")
+    with attention.card(86, tf32=False):
+        results = case.run()
+    truth = case.by_definition(torch.Tensor.double)
+    for name in ("out", "d_v"):
         largest = truth[name].abs().max()
         assert largest < 0.01
         assert (results[name] - truth[name]).abs().max() < 0.01 * largest, name
 
 
-# Text that is removed or replaced in the kernels, a case that must detect the change, and by what.
+LENGTHS = of_lengths(attention_call(2, 50, 1, 64), [50, 17])
+# Text that is removed or replaced in the kernels, a call that must detect the change, and by what.
 FAULTS = {
     "no barrier before keys and values are written over": (
-        "  sync_block();  // keys and values are not read any more", "", Case("bf16", 77, 64), "while another warp",
+        "  sync_block();  // keys and values are not read any more", "", attention_call(1, 77, 1, 64), "bf16",
+        "while another warp",
     ),
     "no barrier before a slot is filled again": (
-        "if (s + 2 < 2 * slices) sync_block();", "", Case("tf32", 77, 64), "while another warp",
+        "if (s + 2 < 2 * slices) sync_block();", "", attention_call(1, 77, 1, 64), "tf32", "while another warp",
     ),
-    "a wait for one group fewer": ("cp_async_wait<1>();", "cp_async_wait<2>();", Case("f16", 77, 64), "or a copy writes it"),
+    "a wait for one group fewer": (
+        "cp_async_wait<1>();", "cp_async_wait<2>();", attention_call(1, 77, 1, 64), "f16", "or a copy writes it",
+    ),
     "a fragment's halves exchanged": (
         "(lane() & 7) + (lane() >> 4) * 8, chunk + (lane() >> 3 & 1)", "(lane() & 15), chunk + (lane() >> 4)",
-        Case("f16", 16, 32), "error",
+        attention_call(1, 16, 1, 32), "f16", "error",
     ),
     "a transposed fragment's halves exchanged": (
-        "column_tile * 2 + (lane() >> 3 & 1)", "column_tile * 2 + (lane() >> 3 & 1 ^ 1)", Case("f16", 16, 32), "error",
+        "column_tile * 2 + (lane() >> 3 & 1)", "column_tile * 2 + (lane() >> 3 & 1 ^ 1)", attention_call(1, 16, 1, 32),
+        "f16", "error",
     ),
     "rows of padding are multiplied": (
-        "  if (tiles <= 0) return;", "", Case("bf16", 50, 64, lengths=(50, 17), batch=2), "read that was never written",
+        "  if (tiles <= 0) return;", "", LENGTHS, "bf16", "read that was never written",
     ),
 }  # fmt: skip
 
@@ -107,7 +137,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_detected(fault, tmp_path):
-    old, new, case, message = FAULTS[fault]
+    old, new, call, kind, message = FAULTS[fault]
     replaced = 0
     for path in (ROOT / "csrc").rglob("*.*"):
         text = path.read_text()
@@ -118,4 +148,4 @@ def test_faults_are_detected(fault, tmp_path):
     (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
     there = mock.patch.multiple(attention, ROOT=tmp_path, compiled=attention.compiled.__wrapped__)  # with no cache
     with there, pytest.raises(AssertionError, match=re.escape(message)):
-        check(case)
+        check(call, kind)

@@ -1,90 +1,27 @@
-"""The ops on their Triton kernels against plain torch in float64, executed by tests/ptx and on a GPU."""
+"""The Triton kernels: on a GPU every call against plain torch in float64; there and executed by tests/ptx, random calls,
+padding, registration, and the range of G in float16."""
 
 import itertools
-from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import random_calls
 import torch
-from calls import TERMS, Call, attention_call, mlp_call, of_lengths, similarity_call
+from calls import TERMS, mlp_call, similarity_call
 from compare import check, check_padding
 from devices import DTYPES, needs_triton
+from kernel_calls import ACTIVATIONS, CALLS, KINDS, case_of, kernels_alone
 from small_calls import check_registration
 
-from simplclip.ops.attention import with_library_attention
 from simplclip.ops.similarity.call import RowStat
 
-MODES = [{"terms": TERMS[:1]}, {"terms": TERMS[:2]}, {"terms": TERMS[:2], "plane": "hadamard"}, {"terms": TERMS}]
 
-
-def similarity(full: bool) -> Iterator[tuple[Call, torch.dtype, dict]]:
-    n = 130 if full else 97
-    for mode in MODES if full else MODES[2:]:
-        yield similarity_call(n, n + 1, 1, **mode, scratch_bytes=0), torch.float32, {}  # three chunks, or two
-        yield similarity_call(65, 65, **mode, ids=True, divergence="cross_entropy"), torch.bfloat16, {}
-    for scale in (1000.0, -50.0):
-        yield similarity_call(*((65, 65) if full else (33, 33)), **MODES[-1], scale=scale), torch.float32, {}
-    yield similarity_call(65, 65, **MODES[-1]), torch.float16, {"size": 1e-3}
-
-
-def blocks(full: bool) -> Iterator[tuple[Call, torch.dtype, dict]]:
-    """Yields sides around a block's, 128 here."""
-    for n, m in ((1, 1), (127, 128), (129, 129), *([(257, 258)] if full else []), (128, 129)):
-        for dtype, symmetric in ((torch.float32, True), (torch.bfloat16, False))[: 2 - m % 2]:
-            options = {"scale": 20.0, "symmetric": symmetric, "scratch_bytes": 0}
-            yield similarity_call(n, m, (m - n) // 2, terms=TERMS[:1], **options), dtype, {}
-    call = similarity_call(200, 200, terms=TERMS[:1], scratch_bytes=0)  # rows and columns with very different statistics
-    call.tensors["image"][::3] *= 30
-    call.tensors["text"][::5] *= 1e-3
-    call.tensors["text"][5::7] *= 10
-    yield call, torch.float32, {}
-
-
-def mlp(full: bool) -> Iterator[tuple[Call, torch.dtype, dict]]:
-    for dtype in DTYPES:  # several chunks of rows, the last one partial
-        yield mlp_call(300 if full else 150, 20, 70, 20, act="gelu_tanh"), dtype, {}
-    for act in ("gelu", "gelu_tanh", "quickgelu", "silu"):
-        call = mlp_call(70, 20, 65, 40, act=act)
-        call.tensors["x"] *= 15  # puts the hidden layer between -100 and 100
-        yield call, torch.float32, {}
-
-
-def around_sdpa(full: bool) -> Iterator[tuple[Call, torch.dtype, dict]]:
-    """Yields several blocks of tokens, the last one partial; q, k and v contiguous, and with gaps between rows."""
-    apart = {"layouts": dict.fromkeys(("q", "k", "v", "grad out"), "rows_apart")}
-    shapes = (
-        itertools.product(((81, 64), (197, 48), (257, 64)), (False, True)) if full else [((81, 64), False), ((145, 48), True)]
-    )
-    for (tokens, width), causal in shapes:
-        call = of_lengths(attention_call(3, tokens, 2, width, causal=causal), [tokens // 2, 0, tokens])
-        yield call, torch.float32, {**apart, "twice": full and tokens == 81}
-        yield attention_call(1, tokens, 2, width, causal=causal), torch.bfloat16, {"roundings": True}
-    for dtype, scale in ((torch.float16, 1.0), (torch.float32, -2.0), (torch.float32, 0.0)):
-        yield attention_call(2, 130, 1, 20, causal=scale < 0, scale=scale), dtype, {"roundings": True}
-
-
-def attention(device: str) -> None:
-    """Checks the terms around torch's attention by this library's kernels alone."""
-    plain = {"_write_terms": None, "_gradients_without_softmax": None}
-    with mock.patch.multiple(with_library_attention, **plain):
-        for call, dtype, options in around_sdpa(full=device == "cuda"):
-            check(call, dtype, "sdpa", device=device, **options)
-        every = [*itertools.product(DTYPES, (False, True))]
+def padding(device: str) -> None:
+    every = [*itertools.product(DTYPES, (False, True))]
+    with kernels_alone("padding"):
         for dtype, causal in every if device == "cuda" else every[::3]:
             check_padding(dtype, "sdpa", causal, device)
-
-
-def large(full: bool) -> Iterator[tuple[Call, torch.dtype, dict]]:
-    """Yields calls with several of a GPU's tiles in each direction, which tests/ptx could not compute in time."""
-    for dtype in DTYPES:
-        for mode in MODES:
-            yield similarity_call(700, 1111, 300, **mode, width=200, ids=True, scratch_bytes=1 << 18), dtype, {}
-            yield similarity_call(2048, 2048, **mode, width=256), dtype, {}
-        for act in ("gelu", "gelu_tanh", "quickgelu", "relu", "silu"):
-            yield mlp_call(5000, 512, 2048, 512, act=act), dtype, {}
-            yield mlp_call(1001, 200, 777, 200, act=act), dtype, {}
 
 
 def registration(device: str) -> None:
@@ -117,30 +54,24 @@ def float16_range(device: str) -> None:
     check_range(3 * 40 + 7 * 5.5, "sigmoids", sigmoids=sigmoids, TERMS=2)
 
 
-CALLS = {"similarity_loss": similarity, "blocks": blocks, "parallel_mlp": mlp, "large": large}
-OTHERS = {"attention": attention, "registration": registration, "float16_range": float16_range}
+OTHERS = {"padding": padding, "registration": registration, "float16_range": float16_range}
 BLOCK = 25  # random calls in one test; fewer on the CPU
 PROVED = [pytest.param(str(start), marks=[pytest.mark.prove] if start else []) for start in range(0, 500, BLOCK)]
 
 
 def run(name: str, device: str) -> None:
-    """Runs cases with few parts and sums at a time, so that a few blocks take several rounds."""
-    from simplclip.kernels.mlp import op as mlp_op
+    """Runs one of OTHERS, or random calls from a number on, with few parts at a time, so that merges take several rounds."""
     from simplclip.kernels.similarity import op as similarity_op
 
-    less = mock.patch.object(mlp_op, "SCRATCH_BYTES", 0 if device == "cpu" else mlp_op.SCRATCH_BYTES)  # 64 rows at a time
-    with less, mock.patch.dict(similarity_op.MERGE, BLOCK_PARTS=2):
+    few_rows = kernels_alone("chunks" if device == "cpu" else "")
+    with few_rows, mock.patch.dict(similarity_op.MERGE, BLOCK_PARTS=2):
         if name in OTHERS:
             OTHERS[name](device)
-        elif name in CALLS:
-            for number, (call, dtype, options) in enumerate(CALLS[name](full=device == "cuda")):
-                twice = device == "cuda" or number == 0
-                check(call, dtype, "triton", twice=twice, device=device, **options)
-        else:
-            seeds = range(int(name), int(name) + (BLOCK if device == "cuda" else 8))
-            failed = random_calls.failures(seeds, backend="triton", device=device)
-            failed += random_calls.failures(seeds[::5], random_calls.check_nonfinite, "triton", device)
-            assert not failed, "\n".join(failed)
+            return
+        seeds = range(int(name), int(name) + (BLOCK if device == "cuda" else 8))
+        failed = random_calls.failures(seeds, backend="triton", device=device)
+        failed += random_calls.failures(seeds[::5], random_calls.check_nonfinite, "triton", device)
+        assert not failed, "\n".join(failed)
 
 
 def execute(name: str) -> None:
@@ -158,16 +89,43 @@ def test_float16_range_executed():
 
 @pytest.mark.prove
 @needs_triton
-@pytest.mark.parametrize("name", [*PROVED, *list(CALLS)[:-1], "attention", "registration"])
+@pytest.mark.parametrize("name", [*PROVED, "padding", "registration"])
 def test_more_calls_executed(name):
     execute(name)
 
 
 @pytest.mark.gpu
 @needs_triton
-@pytest.mark.parametrize("name", [*PROVED, *CALLS, *OTHERS])
-def test_triton_kernels_on_a_gpu(name):
+@pytest.mark.parametrize("name", [*PROVED, *OTHERS])
+def test_more_calls_on_a_gpu(name):
     run(name, "cuda")
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_on_a_gpu(name, kind, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if kind == "tf32" else "ieee")
+    with kernels_alone(name):
+        case_of(name, kind, "cuda").check(roundings=True, twice=True)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_calls_on_a_gpu(dtype):
+    """Several of a GPU's tiles in each direction, which tests/ptx could not compute in time."""
+    for terms, plane in ((1, "scalar"), (2, "scalar"), (2, "hadamard"), (4, "scalar")):
+        mode = {"terms": TERMS[:terms], "plane": plane}
+        for call in (
+            similarity_call(700, 1111, 300, **mode, width=200, ids=True, scratch_bytes=1 << 18),
+            similarity_call(2048, 2048, **mode, width=256),
+        ):
+            check(call, dtype, "triton", twice=True, device="cuda")
+    for act in ACTIVATIONS:
+        for shape in ((5000, 512, 2048, 512), (1001, 200, 777, 200)):
+            check(mlp_call(*shape, act=act), dtype, "triton", twice=True, device="cuda")
 
 
 @needs_triton

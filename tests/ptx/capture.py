@@ -4,12 +4,13 @@
         similarity_loss(image, text, scale)  # tensors on the CPU
 
 Triton specialises and compiles for the card what the launchers give it, up to PTX. The machine runs it on copies of the
-tensors and writes back what it stored. At the end of the block a hazard raises AssertionError.
+tensors and writes back what it stored. A hazard raises AssertionError.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,8 +25,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from ptx.machine import Code, Launch, Machine
-from ptx.memory import GlobalMemory
-from ptx.parse import Kernel, parse
+from ptx.parse import parse
 from simplclip.kernels import launch as launching
 from simplclip.ops import backends, registry
 from simplclip.ops.similarity import chunks
@@ -53,53 +53,35 @@ class Card(Machine):
     sm: int = 86
     compare: Callable[[Started], None] | None = None
     launches: int = 0
+    seconds: float = 0.0  # of a processor, for their execution
 
     def start(self, code: Code, metadata: Any, programs: int, source: Any, values: tuple) -> None:
         arguments = dict(zip(source.fn.arg_names, values))
         flat = list(_flat(source.signature.values(), values))
-        memory = self.memory([value for kind, value in flat if kind.startswith("*") and value is not None], code)
-        fields = [
-            _field(kind, memory.address(value) if kind.startswith("*") and value is not None else value)
-            for kind, value in flat
-        ]
-        launch = Launch(code, programs, metadata.num_warps * 32, metadata.shared, packed(code.kernel, fields), memory)
         before = {name: t.clone() for name, t in arguments.items() if isinstance(t, Tensor)} if self.compare else {}
-        self.execute(launch)
-        self.launches += 1
+        began = time.process_time()
+        launch = self.launch(code, programs, metadata.num_warps * 32, metadata.shared, flat)
+        self.launches, self.seconds = self.launches + 1, self.seconds + time.process_time() - began
         if self.compare:
             self.compare(Started(source.name, arguments, launch, before))
 
-    def memory(self, tensors: list[Any], code: Code) -> Any:
-        return GlobalMemory(tensors, code.granules["global"])
-
     def execute(self, launch: Launch) -> None:
-        self.run(launch)
-        launch.memory.write_back()
+        super().execute(launch)
+        assert not self.hazards, "\n".join(map(str, self.hazards.values()))
 
 
-def _flat(kinds: Any, values: Any) -> Iterator[tuple[str, Any]]:
-    """Yields type and value of each argument that the kernel takes at run time."""
+_NUMBERS = {"fp32": np.float32, "i32": np.int32, "i64": np.int64, "u32": np.uint32, "u64": np.uint64, "i1": np.int8}
+
+
+def _flat(kinds: Any, values: Any) -> Iterator[Any]:
+    """Yields the arguments that the kernel takes at run time: tensors, None and numpy's numbers."""
     for kind, value in zip(kinds, values, strict=True):
         if isinstance(kind, tuple):
             yield from _flat(kind, value)
+        elif kind.startswith("*"):
+            yield value
         elif kind != "constexpr":
-            yield kind, value
-
-
-_DTYPES = {"fp32": np.float32, "i32": np.int32, "i64": np.int64, "u32": np.uint32, "u64": np.uint64, "i1": np.int8}
-
-
-def _field(kind: str, value: Any) -> bytes:
-    return np.array(value or 0, np.uint64 if kind.startswith("*") else _DTYPES[kind]).tobytes()
-
-
-def packed(kernel: Kernel, fields: list[bytes]) -> np.ndarray:
-    """Returns the bytes of the kernel's parameters. Triton's last two are scratch that these kernels do not use."""
-    out = np.zeros(kernel.parameter_bytes, np.uint8)
-    assert len(kernel.parameters) == len(fields) + 2, kernel.name
-    for (offset, size), value in zip(kernel.parameters.values(), fields):
-        out[offset : offset + size] = np.frombuffer(value, np.uint8)
-    return out
+            yield _NUMBERS[kind](value)
 
 
 class _Launcher:
@@ -218,4 +200,3 @@ def card(sm: int, *, tf32: bool = False, processors: int | None = None, **option
         for patch in patches:
             stack.enter_context(patch)
         yield machine
-    assert not machine.hazards, "\n".join(map(str, machine.hazards.values()))

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from ptx.capture import Card
-from ptx.instructions import dtype_of
+from ptx.instructions import reader
 from ptx.machine import Batch, Code, Lanes, Launch
 from ptx.memory import Access, Memory
+from ptx.parse import Register
 
 APART = 46  # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
 
 
+FOREVER = np.iinfo(np.int64).max
 LOOK = 5  # jumps back before a loop is shortened: more than a pipeline has stages, whose numbers come round again
 
 
@@ -72,26 +74,24 @@ class Loops:
         self.history: dict[int, list[dict[str, np.ndarray]]] = {}  # place of a jump -> registers at the last jumps
 
     def __call__(self, batch: Batch, place: int, lanes: Lanes) -> None:
-        for inner in range(batch.code.controls[place], place):
+        for inner in range(batch.code.targets[place], place):
             self.history.pop(inner, None)
         history = self.history.setdefault(place, [])
-        history.append({bank: batch.registers[bank].copy() for bank in ("s32", "s64")})
+        history.append({bank: _signed(batch, bank).copy() for bank in ("32", "64")})
         if len(history) < LOOK:
             return
-        every = {bank: np.diff([each[bank] for each in history], axis=0) for bank in ("s32", "s64")}
+        every = {bank: np.diff([each[bank] for each in history], axis=0) for bank in ("32", "64")}
         history.clear()
         steps = {bank: np.where((each == each[0]).all(0), each[0], 0) for bank, each in every.items()}
-        count = np.maximum(self.iterations(batch, place, lanes, steps) - 2, 0)
+        count = np.maximum(self.iterations(batch, place, steps) - 2, 0)
         for bank, step in steps.items():
-            batch.registers[bank][:, lanes] += (step * count.astype(step.dtype))[:, lanes]
+            _signed(batch, bank)[:, lanes] += (step * count.astype(step.dtype))[:, lanes]
 
-    def iterations(self, batch: Batch, place: int, lanes: Lanes, steps: dict[str, np.ndarray]) -> np.ndarray:
-        """Returns how often lanes jump back from here on, from the comparisons that the loop's exits depend on."""
-        code, count = batch.code, np.full(batch.size, np.iinfo(np.int64).max)
-        start, body = code.controls[place], code.kernel.instructions[code.controls[place] : place + 1]
-        jumps = enumerate(body, start)
-        leaves = lambda at: at == place or not start <= code.controls[at] <= place  # noqa: E731
-        predicates = {i.predicate for at, i in jumps if i.predicate and isinstance(code.controls[at], int) and leaves(at)}
+    def iterations(self, batch: Batch, place: int, steps: dict[str, np.ndarray]) -> np.ndarray:
+        """Returns how often lanes jump back from here on, from the comparisons that the loop's branches depend on."""
+        start, count = batch.code.targets[place], np.full(batch.size, FOREVER)
+        body = batch.code.kernel.instructions[start : place + 1]
+        predicates = {i.predicate for i in body if i.opcode.startswith("bra")}
         for i in body:
             if i.opcode.startswith("setp.") and i.operands[0] in predicates and not i.opcode.endswith("f32"):
                 kind = i.opcode.rpartition(".")[2].replace("u", "s").replace("b", "s")
@@ -99,12 +99,15 @@ class Loops:
                 closing = left_step - right_step
                 several = (right - left) // np.where(closing == 0, 1, closing)
                 count = np.where((closing != 0) & (several > 0), np.minimum(count, several), count)
-        return np.where(count == np.iinfo(np.int64).max, 0, count)
+        return np.where(count == FOREVER, 0, count)
+
+
+def _signed(batch: Batch, bank: str) -> np.ndarray:
+    return batch.registers[bank].view(f"i{int(bank) // 8}")
 
 
 def _value(batch: Batch, operand: Any, kind: str, steps: dict) -> tuple[np.ndarray, np.ndarray]:
     """Returns an operand's values in int64, and by how much they grow in an iteration."""
-    zero = np.zeros(batch.size, np.int64)
-    if not hasattr(operand, "bank"):
-        return zero + int(dtype_of(kind).type(operand.bits)), zero
-    return batch.registers[kind][operand.index].astype(np.int64), steps[kind][operand.index].astype(np.int64)
+    values = reader(operand, kind, batch.code)(batch, slice(None)).astype(np.int64)
+    steady = isinstance(operand, Register)
+    return values, steps[operand.bank][operand.index].astype(np.int64) if steady else np.zeros_like(values)

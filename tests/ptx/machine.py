@@ -6,14 +6,16 @@ barrier opens when no lane can go on. What no correct kernel does is reported as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from ptx import wgmma  # noqa: F401  (registers its instructions)
-from ptx.instructions import Reader, Step, step_of
-from ptx.memory import PROGRAM_SHIFT, WARP_BITS, Access, GlobalMemory, SharedMemory
+from ptx import wgmma
+from ptx.instructions import step_of
+from ptx.memory import PROGRAM_SHIFT, WARP_BITS, Access, GlobalMemory, Memory, SharedMemory
+from ptx.numbers import BANKS
 from ptx.parse import Instruction, Kernel, UnknownPTXError
 
 WARP = 32
@@ -21,8 +23,6 @@ BATCH = 8192  # lanes that run together, at least one program
 JUMPS_BACK = 1 << 17  # at most, of a batch
 Lanes = slice | np.ndarray
 ALL = slice(None)
-_DTYPES = {"pred": bool, "16": np.uint16, "32": np.uint32, "64": np.uint64}
-_KINDS = ("b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64")
 
 
 class EndlessLoopError(Exception):
@@ -34,43 +34,22 @@ class Code:
 
     def __init__(self, kernel: Kernel):
         self.kernel, self.steps = kernel, []
-        self.controls = [_control(instruction, kernel) for instruction in kernel.instructions]
-        self.reached, self.taken = (bytearray(len(kernel.instructions)) for _ in range(2))  # taken: the predicate held
-        self.granules = {"global": 16, "shared": 16}  # the bytes of the smallest accesses
+        self.targets = [_target(instruction, kernel) for instruction in kernel.instructions]
+        self.executed = [False] * len(kernel.instructions)
+        self.granules = {"global": 16, "shared": 16, "param": 16}  # the bytes of the smallest accesses
         wgmma.check_fences(kernel)
-        for place, instruction in enumerate(kernel.instructions):
+        for instruction in kernel.instructions:
             try:
-                step = step_of(instruction, self)
+                self.steps.append(step_of(instruction, self))
             except (UnknownPTXError, KeyError, AttributeError, ValueError) as error:
                 raise UnknownPTXError(f"{kernel.name}, {instruction}: {error}") from error
-            self.steps.append(self.guarded(instruction, place, step))
 
-    def guarded(self, instruction: Instruction, place: int, step: Step) -> Step:
-        """Returns a step for those lanes whose predicate holds, which notes that the instruction was executed."""
-        if instruction.predicate is None or self.controls[place] is not None:
-            return step
-        index, negated, taken = instruction.predicate.index, instruction.negated, self.taken
-
-        def run(batch: Batch, lanes: Lanes) -> None:
-            holds = batch.registers["pred"][index][lanes] != negated
-            if holds.all():
-                taken[place] = 1
-                step(batch, lanes)
-            elif holds.any():
-                taken[place] = 1
-                step(batch, batch.numbers[lanes][holds])
-
-        return run
-
-    def executed(self) -> list[bool]:
-        """Returns which instructions a lane has executed; branches count when they are reached."""
-        plain = [
-            each.predicate is None or self.controls[place] is not None for place, each in enumerate(self.kernel.instructions)
-        ]
-        return [bool(reached and (free or taken)) for reached, taken, free in zip(self.reached, self.taken, plain)]
+    def accesses(self, space: str, size: int) -> None:
+        """Notes that an instruction accesses so many bytes."""
+        self.granules[space] = min(self.granules[space], size)
 
 
-def _control(instruction: Instruction, kernel: Kernel) -> int | str | None:
+def _target(instruction: Instruction, kernel: Kernel) -> int | str | None:
     """Returns where a branch goes, "ret", "bar", or None for an instruction that is no control flow."""
     if instruction.opcode in ("bra", "bra.uni"):
         return kernel.labels[instruction.operands[0].name]
@@ -84,7 +63,7 @@ class Launch:
     threads: int  # of a program
     shared_bytes: int
     parameters: np.ndarray  # bytes
-    memory: GlobalMemory
+    memory: Any  # GlobalMemory
 
 
 @dataclass
@@ -104,13 +83,42 @@ class Machine:
     hazards: dict[tuple, Hazard] = field(default_factory=dict)
     at_jump_back: Callable | None = None  # called with the batch, the branch's place and the lanes that jump back
 
-    def run(self, launch: Launch, programs: list[int] | None = None) -> None:
-        """Runs these programs of a launch, by default all."""
-        every = np.arange(launch.programs) if programs is None else np.array(programs)
+    def memory(self, tensors: list[Any], code: Code) -> Any:
+        return GlobalMemory(tensors, code.granules["global"])
+
+    def launch(self, code: Code, programs: int, threads: int, shared_bytes: int, values: Sequence) -> Launch:
+        """Runs a kernel. values: numpy's numbers, tensors or None for null, each aligned to its size in the parameters."""
+        tensors = [value for value in values if not isinstance(value, np.generic | None)]
+        memory, parameters = self.memory(tensors, code), b""
+        for value in values:
+            word = np.uint64(0) if value is None else value
+            word = word if isinstance(word, np.generic) else np.uint64(memory.address(word))
+            parameters += bytes(-len(parameters) % word.itemsize) + word.tobytes()
+        assert len(parameters) <= code.kernel.parameter_bytes, code.kernel.name
+        parameters = parameters.ljust(code.kernel.parameter_bytes, b"\0")
+        launch = Launch(code, programs, threads, shared_bytes, np.frombuffer(parameters, np.uint8), memory)
+        self.execute(launch)
+        return launch
+
+    def execute(self, launch: Launch) -> None:
+        self.run(launch, range(launch.programs))
+        launch.memory.write_back()
+
+    def run(self, launch: Launch, programs: Sequence[int]) -> None:
         size = max(1, BATCH // launch.threads)
         with np.errstate(all="ignore"):
-            for first in range(0, len(every), size):
-                Batch(self, launch, every[first : first + size]).run()
+            for first in range(0, len(programs), size):
+                Batch(self, launch, np.array(programs[first : first + size])).run()
+
+
+class Parameters(Memory):
+    """The parameters of a kernel, which all lanes read."""
+
+    def __init__(self, data: np.ndarray):
+        self.data = data
+
+    def load(self, access: Access, addresses: np.ndarray, size: int, count: int = 1) -> np.ndarray:
+        return self.data[self.elements(addresses.astype(np.int64), 1, size * count)].view(f"u{size}")
 
 
 class Batch:
@@ -118,34 +126,30 @@ class Batch:
 
     def __init__(self, machine: Machine, launch: Launch, programs: np.ndarray):
         self.machine, self.launch, self.code, self.programs = machine, launch, launch.code, programs
-        self.memory, self.parameters, threads = launch.memory, launch.parameters, launch.threads
+        threads = launch.threads
         self.size = len(programs) * threads
         self.numbers = np.arange(self.size)  # of lanes
         self.program_of = self.numbers // threads  # among these
-        counts = self.code.kernel.registers
-        banks = {bank: np.zeros((counts[bank], self.size), dtype) for bank, dtype in _DTYPES.items()}
-        self.registers = {kind: banks[kind[1:]].view(_dtype(kind)) for kind in _KINDS} | {"pred": banks["pred"]}
-        self.registers["f32x2"] = banks["64"].view(np.float32).reshape(-1, self.size, 2)
         self.thread, program = self.numbers % threads, programs[self.program_of]
-        same = {"ntid.x": threads, "nctaid.x": launch.programs}
-        self.special = {name: np.full(self.size, value, np.uint32) for name, value in same.items()}
-        self.special |= {"tid.x": self.thread.astype(np.uint32), "ctaid.x": program.astype(np.uint32)}
-        self.shared = SharedMemory(launch.shared_bytes, len(programs), self.size, self.code.granules["shared"])
+        counts = self.code.kernel.registers
+        self.registers = {bank: np.zeros((counts[bank], self.size), word) for bank, word in BANKS.items()}
+        special = {"tid.x": self.thread, "ctaid.x": program, "ntid.x": threads, "nctaid.x": launch.programs}
+        self.special = {name: np.full(self.size, values, np.uint32) for name, values in special.items()}
+        shared = SharedMemory(launch.shared_bytes, len(programs), self.size, self.code.granules["shared"])
+        self.memory = {"global": launch.memory, "shared": shared, "param": Parameters(launch.parameters)}
         self.owner = program << PROGRAM_SHIFT | self.thread // WARP  # of a shadow word
-        self.time, self.limit = 0, np.zeros(self.size, np.int64)
+        self.time, self.jumps_back = 0, 0
+        self.limit = np.zeros(self.size, np.int64)  # shadow words of the lane's program from the last barrier on are not less
         self.open_barrier(ALL)
-        self.flights, self.jumps_back = wgmma.Flights(self), 0
+        self.flights = wgmma.Flights(self)
 
     def open_barrier(self, lanes: Lanes) -> None:
         self.time += 1
         self.limit[lanes] = self.owner[lanes] >> PROGRAM_SHIFT << PROGRAM_SHIFT | self.time << WARP_BITS
 
-    def tokens(self, lanes: Lanes) -> np.ndarray:
-        return self.owner[lanes] | self.time << WARP_BITS
-
     def access(self, instruction: Instruction, lanes: Lanes) -> Access:
         self.time += 1
-        return Access(self, instruction, self.numbers[lanes], self.tokens(lanes), self.limit[lanes])
+        return Access(self, instruction, self.numbers[lanes])
 
     def report(self, kind: str, instruction: Instruction, lanes: np.ndarray) -> None:
         name, thread = self.code.kernel.name, self.thread[lanes[0]]
@@ -161,14 +165,12 @@ class Batch:
         some = (counts % size != 0)[lanes // size]
         if some.any():
             self.report(f"executed by some of {size} lanes", instruction, lanes[some])
-            return lanes[~some]
-        return lanes
+        return lanes[~some]
 
-    def expect_all(self, instruction: Instruction, lanes: Lanes, members: Reader) -> None:
+    def expect_all_members(self, instruction: Instruction, lanes: Lanes, masks: np.ndarray) -> None:
         """Reports lanes whose mask of members is not all of a warp."""
-        some = np.broadcast_to(members(self, lanes), self.numbers[lanes].shape) != 0xFFFFFFFF
-        if some.any():
-            self.report("expected all lanes as members", instruction, self.numbers[lanes][some])
+        if (masks != 0xFFFFFFFF).any():
+            self.report("expected all lanes as members", instruction, self.numbers[lanes][masks != 0xFFFFFFFF])
 
     def run(self) -> None:
         ready: dict[int, Lanes] = {0: ALL}  # place in the code -> the lanes that go on there
@@ -180,45 +182,50 @@ class Batch:
             self.go(place, ready.pop(place), ready, waiting)
 
     def go(self, place: int, lanes: Lanes, ready: dict[int, Lanes], waiting: dict[int, Lanes]) -> None:
-        """Runs lanes until they part, wait, return, or come to where other lanes are."""
-        stop, code = min(ready, default=len(self.code.steps)), self.code
-        while place < stop:
-            code.reached[place] = 1
-            control = code.controls[place]
-            if self.flights.products:
-                self.flights.check_registers(self, code.kernel.instructions[place], lanes)
-            if control is None:
-                code.steps[place](self, lanes)
-                place += 1
-                continue
-            holds = self.holding(place, lanes)
-            if not holds.all():
-                self.add(ready, place + 1, self.numbers[lanes][~holds])
-                lanes, stop = self.numbers[lanes][holds], place + 1
-            if not len(holds) or not holds.any() or control == "ret":
-                return
-            if control == "bar":
-                self.add(waiting, place, lanes)
-                return
-            if control <= place:
-                self.jumps_back += 1
-                if self.jumps_back > JUMPS_BACK:
-                    raise EndlessLoopError(f"{code.kernel.instructions[place]}")
-                if self.machine.at_jump_back:
-                    self.machine.at_jump_back(self, place, lanes)
-            place = control
-        if place < len(code.steps):
-            self.add(ready, place, lanes)
+        """Runs an instruction, and adds its lanes to those that are ready or waiting."""
+        target, instruction = self.code.targets[place], self.code.kernel.instructions[place]
+        if self.flights.products:
+            self.flights.check_registers(self, instruction, lanes)
+        taken, others = self.parted(instruction, lanes)
+        if target is not None or taken is not None:
+            self.code.executed[place] = True  # a branch also where no lane takes it
+        if target is None:
+            if taken is not None:
+                self.code.steps[place](self, taken)
+            self.add(ready, place + 1, lanes)
+            return
+        self.add(ready, place + 1, others)
+        if taken is None or target == "ret":
+            return
+        if target == "bar":
+            self.add(waiting, place, taken)
+            return
+        if target <= place:
+            self.jump_back(place, taken)
+        self.add(ready, target, taken)
 
-    def holding(self, place: int, lanes: Lanes) -> np.ndarray:
-        """Returns for which lanes an instruction's predicate holds."""
-        instruction = self.code.kernel.instructions[place]
+    def parted(self, instruction: Instruction, lanes: Lanes) -> tuple[Lanes | None, Lanes | None]:
+        """Returns the lanes for which an instruction's predicate holds, and the others; None for no lanes."""
         if instruction.predicate is None:
-            return np.ones(1, bool)
-        return self.registers["pred"][instruction.predicate.index][lanes] != instruction.negated
+            return lanes, None
+        holds = self.registers["pred"][instruction.predicate.index][lanes] != instruction.negated
+        if holds.all():
+            return lanes, None
+        if not holds.any():
+            return None, lanes
+        return self.numbers[lanes][holds], self.numbers[lanes][~holds]
 
-    def add(self, groups: dict[int, Lanes], place: int, lanes: Lanes) -> None:
+    def jump_back(self, place: int, lanes: Lanes) -> None:
+        self.jumps_back += 1
+        if self.jumps_back > JUMPS_BACK:
+            raise EndlessLoopError(f"{self.code.kernel.instructions[place]}")
+        if self.machine.at_jump_back:
+            self.machine.at_jump_back(self, place, lanes)
+
+    def add(self, groups: dict[int, Lanes], place: int, lanes: Lanes | None) -> None:
         """Adds lanes to those at a place."""
+        if lanes is None:
+            return
         if place in groups:
             lanes = np.sort(np.concatenate([groups[place], lanes]))
         groups[place] = ALL if not isinstance(lanes, slice) and len(lanes) == self.size else lanes
@@ -233,7 +240,3 @@ class Batch:
                 self.report(kind, self.code.kernel.instructions[place], self.numbers[lanes][some])
             self.open_barrier(lanes)
         return {place + 1: lanes for place, lanes in waiting.items()}
-
-
-def _dtype(kind: str) -> str:
-    return {"b": "u", "u": "u", "s": "i", "f": "f"}[kind[0]] + str(int(kind[1:]) // 8)

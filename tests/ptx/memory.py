@@ -8,6 +8,7 @@ future and its warp is none, so that any access before is a race.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,22 +36,34 @@ class Access:
     batch: Batch
     instruction: Instruction
     lanes: np.ndarray  # [n]
-    token: np.ndarray  # [n] the shadow word of this access
-    limit: np.ndarray  # [n] shadow words of the lane's program from the last barrier on are not less
+
+    @property
+    def token(self) -> np.ndarray:  # [n]
+        """The shadow words of this access."""
+        return self.batch.owner[self.lanes] | self.batch.time << WARP_BITS
+
+    @property
+    def in_flight(self) -> np.ndarray:  # [n]
+        return self.token | FUTURE | NO_WARP
 
     def report(self, kind: str, bad: np.ndarray) -> None:
         """Reports a hazard of the lanes [n] or [n, ...] for which it is true."""
         if bad.any():
             self.batch.report(kind, self.instruction, self.lanes[bad.reshape(len(bad), -1).any(1)])
 
-    def of(self, chosen: np.ndarray) -> Access:
-        return Access(self.batch, self.instruction, self.lanes[chosen], self.token[chosen], self.limit[chosen])
+    def of(self, chosen: np.ndarray | slice) -> Access:
+        return Access(self.batch, self.instruction, self.lanes[chosen])
 
 
 def _several(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns the shadow words of several readers with no barrier between them: of no warp, and perhaps of no program."""
     later = np.maximum(a, b) | NO_WARP
     return np.where((a ^ b) >> PROGRAM_SHIFT != 0, later | NO_PROGRAM, later)
+
+
+def _width(values: np.ndarray) -> int:
+    """Returns the bytes of a lane's values [n, count]."""
+    return values.itemsize * values.shape[1]
 
 
 class Memory:
@@ -67,39 +80,34 @@ class Memory:
         """Returns the positions of accesses of so many bytes, and which are bad."""
         raise NotImplementedError
 
-    def checked(self, access: Access, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns the positions, and which lanes may access theirs; None if all may."""
+    def checked(self, access: Access, addresses: np.ndarray, size: int) -> tuple[Access, np.ndarray, np.ndarray | slice]:
+        """Returns the access of the lanes that may access their addresses, their positions, and which lanes these are."""
         at, bad = self.places(access, addresses, size)
         unaligned = (at & (size - 1)) != 0
         access.report(f"{self.name} address is not a multiple of {size}", unaligned & ~bad)
         bad |= unaligned
-        return at, ~bad if bad.any() else None
+        good = ~bad if bad.any() else slice(None)
+        return access.of(good), at[good], good
 
     def load(self, access: Access, addresses: np.ndarray, size: int, count: int = 1) -> np.ndarray:  # [n, count]
-        at, good = self.checked(access, addresses, size * count)
-        if good is not None:
-            out = np.full((len(at), count), -1).astype(f"u{size}")
-            out[good] = self.read(access.of(good), at[good], size, count)
-            return out
-        return self.read(access, at, size, count)
+        access, at, good = self.checked(access, addresses, size * count)
+        out = np.full((len(addresses), count), -1).astype(f"u{size}")
+        out[good] = self.read(access, at, size, count)
+        return out
 
     def store(self, access: Access, addresses: np.ndarray, values: np.ndarray) -> None:  # [n, count]
-        size, count = values.itemsize, values.shape[1]
-        at, good = self.checked(access, addresses, size * count)
-        if good is not None:
-            access, at, values = access.of(good), at[good], values[good]
-        self.write(access, at, values)
+        access, at, good = self.checked(access, addresses, _width(values))
+        self.write(access, at, values[good])
 
     def read(self, access: Access, at: np.ndarray, size: int, count: int) -> np.ndarray:
-        self.track_read(access, at, size * count)
+        self.track_read(access, self.granules(at, size * count), access.token)
         return self.views[size][self.elements(at, size, count)]
 
     def write(self, access: Access, at: np.ndarray, values: np.ndarray) -> None:
-        size, count = values.itemsize, values.shape[1]
-        raced = self.track_write(access, at, size * count)
-        places = self.elements(at, size, count)
-        self.views[size][places] = values
-        lost = (self.views[size][places] != values).any(1)
+        raced = self.track_write(access, self.granules(at, _width(values)), access.token)
+        view, places = self.views[values.itemsize], self.elements(at, values.itemsize, values.shape[1])
+        view[places] = values
+        lost = (view[places] != values).any(1)
         access.report(f"lanes store different values to one place of {self.name} memory", lost & ~raced)
 
     @staticmethod
@@ -112,16 +120,20 @@ class Memory:
     def races(self, access: Access, others: np.ndarray) -> np.ndarray:
         """Returns where the shadow words of others [n, granules] are of accesses that race with this one."""
         difference = others ^ access.token[:, None]
-        unordered = (others >= access.limit[:, None]) | (difference >> PROGRAM_SHIFT != 0)
+        unordered = (others >= access.batch.limit[access.lanes, None]) | (difference >> PROGRAM_SHIFT != 0)
         return (others != 0) & (difference & _WHO != 0) & unordered
 
-    def track_read(self, access: Access, at: np.ndarray, size: int, token: np.ndarray | None = None) -> None:
-        granules = self.granules(at, size)
-        writers = self.writers[granules]
-        if writers.any():
-            access.report(f"{self.name} memory is read while another warp or a copy writes it", self.races(access, writers))
+    def report_races(self, access: Access, others: np.ndarray, does: str, doing: str) -> np.ndarray:
+        if not others.any():
+            return np.zeros(others.shape, bool)
+        races = self.races(access, others)
+        access.report(f"{self.name} memory is {does} while another warp or a copy {doing} it", races)
+        return races
+
+    def track_read(self, access: Access, granules: np.ndarray, token: np.ndarray) -> None:
+        writers, before, word = self.writers[granules], self.readers[granules], token[:, None]
+        self.report_races(access, writers, "read", "writes")
         self.check_written(access, writers)
-        before, word = self.readers[granules], (access.token if token is None else token)[:, None]
         if before.any():
             word = np.where(self.races(access, before), _several(word, before), word)
         self.readers[granules] = word
@@ -132,17 +144,12 @@ class Memory:
     def check_written(self, access: Access, writers: np.ndarray) -> None:
         pass
 
-    def track_write(self, access: Access, at: np.ndarray, size: int, token: np.ndarray | None = None) -> np.ndarray:
+    def track_write(self, access: Access, granules: np.ndarray, token: np.ndarray) -> np.ndarray:
         """Returns which lanes race with others."""
-        granules = self.granules(at, size)
-        raced = np.zeros(granules.shape, bool)
-        for others, doing in ((self.writers[granules], "writes"), (self.readers[granules], "reads")):
-            if others.any():
-                races = self.races(access, others)
-                access.report(f"{self.name} memory is written while another warp or a copy {doing} it", races)
-                raced |= races
-        self.writers[granules] = (access.token if token is None else token)[:, None]
-        return raced.any(1)
+        races = self.report_races(access, self.writers[granules], "written", "writes")
+        races |= self.report_races(access, self.readers[granules], "written", "reads")
+        self.writers[granules] = token[:, None]
+        return races.any(1)
 
 
 class GlobalMemory(Memory):
@@ -151,33 +158,26 @@ class GlobalMemory(Memory):
     name = "global"
 
     def __init__(self, tensors: list[torch.Tensor], granule: int):
-        self.extents: dict[int, list[int]] = {}  # storage -> its first and last byte in use, and the position of the first
-        self.storages = {}
-        for tensor in tensors:
-            storage, (first, last) = tensor.untyped_storage(), _extent(tensor)
-            extent = self.extents.setdefault(storage.data_ptr(), [first, last, 0])
-            extent[:2] = min(extent[0], first), max(extent[1], last)
-            self.storages[storage.data_ptr()] = storage
-        end = GUARD
-        for pointer, extent in self.extents.items():
-            extent[2] = end + (pointer + extent[0] - end) % 512  # as the tensor is aligned
-            end = extent[2] + extent[1] - extent[0] + GUARD
+        self.storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        self.begin, end = {}, GUARD
+        for pointer, storage in self.storages.items():
+            self.begin[pointer] = end + (pointer - end) % 512  # as aligned as the tensor
+            end = self.begin[pointer] + len(storage) + GUARD
         super().__init__(end, granule)
         self.allowed = {1: np.zeros(len(self.data), bool)}  # bytes of an access -> whether it may be at a multiple of them
-        for tensor in tensors:
-            shape, strides = (*tensor.shape, tensor.itemsize), (*(s * tensor.itemsize for s in tensor.stride()), 1)
-            inside = self.allowed[1][self.address(tensor) - BASE :]
-            if tensor.numel():
-                np.lib.stride_tricks.as_strided(inside, shape, strides)[...] = True
+        for t in tensors:
+            inside = self.allowed[1][self.address(t) - BASE :]
+            if t.numel():
+                strides = (*(step * t.itemsize for step in t.stride()), 1)
+                np.lib.stride_tricks.as_strided(inside, (*t.shape, t.itemsize), strides)[...] = True
         self.fetch()
 
-    def both(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns for each storage the bytes here and those of torch."""
-        pairs = []
-        for pointer, (first, last, at) in self.extents.items():
-            theirs = torch.empty(0, dtype=torch.uint8).set_(self.storages[pointer])[first:last].numpy()
-            pairs.append((self.data[at : at + last - first], theirs))
-        return pairs
+    def both(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields for each storage the bytes here and those of torch."""
+        for pointer, storage in self.storages.items():
+            begin = self.begin[pointer]
+            theirs = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            yield self.data[begin : begin + len(storage)], theirs
 
     def fetch(self) -> None:
         """Takes the tensors' values, and forgets who read and wrote them."""
@@ -190,8 +190,8 @@ class GlobalMemory(Memory):
             theirs[...] = mine
 
     def address(self, tensor: torch.Tensor) -> int:
-        first, _, at = self.extents[tensor.untyped_storage().data_ptr()]
-        return BASE + at + tensor.storage_offset() * tensor.itemsize - first
+        begin = self.begin[tensor.untyped_storage().data_ptr()]
+        return BASE + begin + tensor.storage_offset() * tensor.itemsize
 
     def places(self, access: Access, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         if size not in self.allowed:
@@ -201,14 +201,6 @@ class GlobalMemory(Memory):
         bad = outside | ~self.allowed[size][np.where(outside, 0, at) // size]
         access.report("global address is outside of the tensors", bad)
         return at, bad
-
-
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    first = tensor.storage_offset() * tensor.itemsize
-    if not tensor.numel():
-        return first, first
-    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return first, first + (steps + 1) * tensor.itemsize
 
 
 class Copies(NamedTuple):
@@ -240,27 +232,24 @@ class SharedMemory(Memory):
         access.report("shared memory is read that was never written", writers == 0)
 
     def start_copy(self, access: Access, addresses: np.ndarray, values: np.ndarray) -> None:  # [n, words]
-        at, good = self.checked(access, addresses, values.shape[1] * values.itemsize)
-        if good is not None:
-            access, at, values = access.of(good), at[good], values[good]
-        self.track_write(access, at, values.shape[1] * values.itemsize, access.token | FUTURE | NO_WARP)
-        self.views[values.itemsize][self.elements(at, values.itemsize, values.shape[1])] = -1 & (1 << 8 * values.itemsize) - 1
-        self.copies.append(Copies(access.lanes, self.groups[access.lanes].copy(), at, values))
+        access, at, good = self.checked(access, addresses, _width(values))
+        self.track_write(access, self.granules(at, _width(values)), access.in_flight)
+        self.views[4][self.elements(at, 4, values.shape[1])] = 0xFFFFFFFF
+        self.copies.append(Copies(access.lanes, self.groups[access.lanes].copy(), at, values[good]))
 
     def end_group(self, lanes: np.ndarray) -> None:
         self.groups[lanes] += 1
 
     def wait(self, access: Access, unfinished: int) -> None:
-        """Finishes the groups of these threads, but the last `unfinished`."""
+        """Finishes the groups of these threads, but the last `unfinished`. What they copied is written now."""
         waits = np.zeros(len(self.groups), bool)
         waits[access.lanes] = True
         copies, self.copies = self.copies, []
         for copy in copies:
             done = waits[copy.lanes] & (copy.groups < self.groups[copy.lanes] - unfinished)
-            if done.any():
-                places = self.elements(copy.at[done], 4, copy.values.shape[1])
-                self.views[4][places] = copy.values[done]
-                granules = self.granules(copy.at[done], copy.values.shape[1] * 4)
-                self.writers[granules] = access.batch.tokens(copy.lanes[done])[:, None]
+            lanes, _, at, values = (each[done] for each in copy)
+            self.views[4][self.elements(at, 4, values.shape[1])] = values
+            written = Access(access.batch, access.instruction, lanes)
+            self.writers[self.granules(at, 4 * values.shape[1])] = written.token[:, None]
             if not done.all():
                 self.copies.append(Copies(*(each[~done] for each in copy)))

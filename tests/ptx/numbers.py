@@ -1,4 +1,4 @@
-"""Arithmetic as the hardware does it: rounding, conversions, and the matrices that the lanes of a warp hold together.
+"""Arithmetic as the hardware does it: types, rounding, integers, and the matrices that the lanes of a warp hold together.
 
 What is not as in hardware: the approximate functions (ex2, lg2, rcp, div) are rounded correctly, and the sums of a tensor
 core are sums in float32 in any order.
@@ -7,17 +7,18 @@ core are sums in float32 in any order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-BF16, TF32_MASK = np.uint32(0xFFFF0000), np.uint32(0xFFFFE000)
+TF32_MASK = np.uint32(0xFFFFE000)
 _HALFWAY, _BELOW_FLOAT32 = np.int64(1 << 28), np.int64((1 << 29) - 1)  # bits of a float64's mantissa that float32 lacks
 
 
 def flushed(x: np.ndarray) -> np.ndarray:
     """Returns float32 numbers with 0 of the same sign for denormal ones (.ftz)."""
     small = np.abs(x) < np.float32(2.0**-126)
-    return np.where(small, np.copysign(np.float32(0), x), x) if np.any(small) else x
+    return np.where(small, np.copysign(np.float32(0), x), x) if small.any() else x
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -26,11 +27,11 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     In float64 the product is exact, and the sum is rounded to 53 bits, then to 24. This differs from one rounding only where
     the first one makes a tie: there the sum moves by its own error. (Denormal results may be rounded twice.)
     """
-    product, wide = np.multiply(a, b, dtype=np.float64), np.asarray(c, np.float64)
-    total = np.asarray(product + wide)
+    product, wide = np.multiply(a, b, dtype=np.float64), c.astype(np.float64)
+    total = product + wide
     bits = total.view(np.int64)
     tie = (bits & _BELOW_FLOAT32) == _HALFWAY
-    if np.any(tie):
+    if tie.any():
         back = total - product
         error = (product - (total - back)) + (wide - back)  # of the sum, exactly
         away = np.where((error > 0) == (total > 0), 1, -1)
@@ -41,7 +42,8 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 def to_bf16(x: np.ndarray) -> np.ndarray:
     """Returns the bits of float32 numbers rounded to the nearest bfloat16, ties to even."""
     bits = x.view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
 
 
@@ -68,18 +70,47 @@ def truncated_tf32(bits: np.ndarray) -> np.ndarray:
     return (bits & TF32_MASK).view(np.float32)
 
 
-HALVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"bf16": from_bf16, "f16": from_f16}
-TO_HALF: dict[str, Callable[[np.ndarray], np.ndarray]] = {"bf16": to_bf16, "f16": to_f16}
+def _same(x: Any) -> Any:
+    return x
+
+
+class Type(NamedTuple):
+    """How registers hold the numbers of a type."""
+
+    bank: str  # of registers: "pred", "16", "32" or "64"
+    decode: Callable[[np.ndarray], np.ndarray]  # bits -> numbers; halves as float32
+    encode: Callable[[np.ndarray], np.ndarray]  # numbers -> bits
+
+
+def _plain(letter: str, bits: int) -> Type:
+    word, number = np.dtype(f"u{bits // 8}"), np.dtype(f"{letter}{bits // 8}")
+    return Type(str(bits), lambda x: x.view(number), lambda x: x.astype(number, copy=False).view(word))
+
+
+def _two(decode: Callable, encode: Callable) -> Type:
+    """Returns the type of two halves in a register, the low one first: [lanes, 2]."""
+    return Type("32", lambda x: decode(x.view(np.uint16)).reshape(-1, 2), lambda x: encode(x).view(np.uint32)[:, 0])
+
+
+BANKS = {"pred": np.dtype(bool), **{str(bits): np.dtype(f"u{bits // 8}") for bits in (16, 32, 64)}}
+TYPES = {f"{kind}{bits}": _plain(letter, bits) for kind, letter in zip("busf", "uuif") for bits in (16, 32, 64)}
+TYPES |= {
+    "pred": Type("pred", _same, lambda x: x.astype(bool, copy=False)),
+    "bf16": Type("16", from_bf16, to_bf16),
+    "f16": Type("16", from_f16, to_f16),
+    "tf32": Type("32", truncated_tf32, to_tf32),
+    "f32x2": Type("64", lambda x: x.view(np.float32).reshape(-1, 2), lambda x: x.view(np.uint64)[:, 0]),
+    "bf16x2": _two(from_bf16, to_bf16),
+    "f16x2": _two(from_f16, to_f16),
+}
 
 
 def divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns a / b of integers, rounded to zero; all bits set where b is 0."""
-    zero = b == 0
-    safe = np.where(zero, b.dtype.type(1), b)
-    quotient = np.asarray(a // safe)
-    if np.issubdtype(quotient.dtype, np.signedinteger):
-        quotient += ((quotient * safe != a) & ((a < 0) != (safe < 0))).astype(quotient.dtype)
-    return np.where(zero, ~quotient.dtype.type(0), quotient)
+    safe = np.where(b == 0, b.dtype.type(1), b)
+    quotient = a // safe
+    quotient += ((quotient * safe != a) & ((a < 0) != (safe < 0))).astype(quotient.dtype)
+    return np.where(b == 0, ~quotient.dtype.type(0), quotient)
 
 
 def shifted(x: np.ndarray, count: np.ndarray, left: bool) -> np.ndarray:
@@ -87,30 +118,26 @@ def shifted(x: np.ndarray, count: np.ndarray, left: bool) -> np.ndarray:
     bits = x.dtype.itemsize * 8
     kept = np.minimum(count, bits - 1).astype(x.dtype)
     moved = x << kept if left else x >> kept
-    if not left and np.issubdtype(x.dtype, np.signedinteger):
-        return moved
-    return np.where(count >= bits, x.dtype.type(0), moved)
+    filled = x.dtype.kind == "i" and not left  # with the sign
+    return moved if filled else np.where(count >= bits, x.dtype.type(0), moved)
 
 
 def extracted(x: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Returns bfe of 32 bits: `length` bits from bit `start` on, extended by the sign if x is signed."""
-    start, length = start & 255, length & 255
+    start, length = (np.minimum(each & 255, 32).astype(np.int64) for each in (start, length))
     wide = x.astype(np.int64)
-    moved = wide >> np.minimum(start, 32)
-    field = moved & ((np.int64(1) << np.minimum(length, 32).astype(np.int64)) - 1)
-    if x.dtype == np.int32:
-        last = np.minimum(start.astype(np.int64) + length - 1, 31)
-        negative = (length > 0) & ((wide >> np.maximum(last, 0)) & 1 == 1)
-        field = np.where(negative, field | (np.int64(-1) << np.minimum(length, 32).astype(np.int64)), field)
-    return (field & 0xFFFFFFFF).astype(np.uint32).view(x.dtype)
+    mask = (np.int64(1) << length) - 1
+    last = np.clip(start + length - 1, 0, 31)
+    field = wide >> start & mask
+    negative = (x.dtype.kind == "i") & (length > 0) & (wide >> last & 1 == 1)
+    return np.where(negative, field | ~mask, field).astype(x.dtype)
 
 
 def inserted(a: np.ndarray, b: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Returns bfi of 32 bits: the low `length` bits of a at bit `start` of b."""
-    start, length = np.minimum(start & 255, 32).astype(np.uint64), np.minimum(length & 255, 32).astype(np.uint64)
+    start, length = (np.minimum(each & 255, 32).astype(np.uint64) for each in (start, length))
     mask = ((np.uint64(1) << length) - np.uint64(1)) << start
-    joined = (a.astype(np.uint64) << start) & mask | b.astype(np.uint64) & ~mask
-    return (joined & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    return (a.astype(np.uint64) << start & mask | b & ~mask).astype(np.uint32)
 
 
 # The lanes of a warp hold a matrix together: lane 4 g + t has rows g, g + 8 and columns around t. An order says where each
@@ -133,22 +160,21 @@ def accumulators(width: int) -> np.ndarray:
     return _order((16, width), [(_G + 8 * i, 8 * b + 2 * _T + c) for b, i, c in blocks])
 
 
-A_HALF = _order((16, 16), [(_G + 8 * i, 8 * h + 2 * _T + c) for h in range(2) for i in range(2) for c in range(2)])
-B_HALF = _order((16, 8), [(8 * h + 2 * _T + c, _G) for h in range(2) for c in range(2)])
-A_TF32 = _order((16, 8), [(_G + 8 * i, _T + 4 * h) for h in range(2) for i in range(2)])
-B_TF32 = _order((8, 8), [(_T + 4 * h, _G) for h in range(2)])
+# Left and right operands of a product of 16 rows and 8 columns.
+LEFT_HALF = accumulators(16)
+RIGHT_HALF = _order((16, 8), [(8 * h + 2 * _T + c, _G) for h in range(2) for c in range(2)])
+LEFT_TF32 = _order((16, 8), [(_G + 8 * i, _T + 4 * h) for h in range(2) for i in range(2)])
+RIGHT_TF32 = _order((8, 8), [(_T + 4 * h, _G) for h in range(2)])
 
 
-def matrices(registers: np.ndarray, order: np.ndarray, kind: str) -> np.ndarray:  # -> [warps, rows, columns] float32
-    """Returns the matrices of numbers of a kind (f32, tf32, bf16, f16) that warps hold in registers [warps, 32, count]."""
-    if kind in HALVES:
-        return HALVES[kind](np.ascontiguousarray(registers).view(np.uint16).reshape(len(registers), -1)[:, order])
-    each = registers.reshape(len(registers), -1)[:, order]
-    return truncated_tf32(each) if kind == "tf32" else each.view(np.float32)
+def matrices(words: np.ndarray, order: np.ndarray, kind: str) -> np.ndarray:  # [lanes, n] -> [warps, rows, columns]
+    """Returns the numbers of a type in an order that whole warps hold in words of 32 bits."""
+    bits = words.view(np.uint16) if TYPES[kind].bank == "16" else words
+    return TYPES[kind].decode(bits.reshape(-1, order.size)[:, order])
 
 
-def fragments(values: np.ndarray, order: np.ndarray) -> np.ndarray:  # [warps, rows, columns] -> [warps, 32, elements]
+def fragments(values: np.ndarray, order: np.ndarray) -> np.ndarray:  # [warps, rows, columns] -> [lanes, elements]
     """Returns the elements of each lane."""
     out = np.empty((len(values), order.size), values.dtype)
     out[:, order.ravel()] = values.reshape(len(values), -1)
-    return out.reshape(len(values), 32, -1)
+    return out.reshape(-1, order.size // 32)

@@ -55,156 +55,107 @@ class Instruction:
     def __str__(self) -> str:
         return f"line {self.line} ({self.source}): {self.text}"
 
-    def registers(self, operands: tuple[Operand, ...] | None = None) -> Iterator[Register]:
-        """Yields the registers in operands, by default in all."""
-        for operand in self.operands if operands is None else operands:
-            if isinstance(operand, Register):
-                yield operand
-            elif isinstance(operand, Vector):
-                yield from self.registers(operand.items)
-            elif isinstance(operand, Address) and isinstance(operand.base, Register):
-                yield operand.base
 
-
-class Parameter(NamedTuple):
-    offset: int
-    size: int
+def registers(operands: tuple[Operand, ...]) -> Iterator[Register]:
+    """Yields the registers in operands."""
+    for operand in operands:
+        if isinstance(operand, Register):
+            yield operand
+        elif isinstance(operand, Vector):
+            yield from registers(operand.items)
+        elif isinstance(operand, Address):
+            yield from registers((operand.base,))
 
 
 @dataclass
 class Kernel:
     name: str
-    parameters: dict[str, Parameter] = field(default_factory=dict)
+    parameter_bytes: int = 0
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # -> index of an instruction
+    addresses: dict[str, int] = field(default_factory=dict)  # of parameters, and of shared variables
     registers: dict[str, int] = field(default_factory=lambda: {"pred": 0, "16": 0, "32": 0, "64": 0})  # in each bank
-    shared: dict[str, int] = field(default_factory=dict)  # variable -> address
-
-    @property
-    def parameter_bytes(self) -> int:
-        return max((offset + size for offset, size in self.parameters.values()), default=0)
 
 
-_BANKS = {"pred": "pred", **{f"{kind}{bits}": str(bits) for kind in "busf" for bits in (16, 32, 64)}}
+_TOKEN = re.compile(
+    r"""\s*(?:
+    (?P<entry>\.visible\s+\.entry\s+(?P<name>\w+)\s*\((?P<parameters>[^)]*)\))
+    | (?P<open>\{) | (?P<close>\}) | (?P<label>[$\w]+):
+    | \.loc\s+(?P<file>\d+)\s+(?P<at>\d+)[^\n]*
+    | \.reg\s+\.(?P<kind>\w+)\s+(?P<names>[^;]+);
+    | \.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(?P<shared>\w+)\[\];
+    | \.(?:pragma|file|version|target|address_size|global|reqntid|maxnreg|maxntid|minnctapersm)\b[^\n]*
+    | (?P<end>\.section|$)
+    | (?:@(?P<negated>!?)(?P<predicate>[%$\w]+)\s+)?(?P<opcode>[a-z][\w.:]*)(?P<operands>[^;]*);
+    )""",
+    re.VERBOSE,
+)
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
-_LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.\w(\d+)\s+(?:\.ptr\S*\s+(?:\.global\s+)?(?:\.align\s+\d+\s+)?)?(\w+)(?:\[(\d+)\])?"
 )
-_DECLARED = re.compile(r"\.reg\s+\.(\w+)\s+([^;]+)")
-_SHARED = re.compile(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\]")
-_STATEMENT = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
-_NUMBER = re.compile(r"-?(?:0[fF][0-9A-Fa-f]{8}|0[dD][0-9A-Fa-f]{16}|0[xX][0-9A-Fa-f]+|\d+)U?")
-_SPECIAL = {"%tid.x", "%ctaid.x", "%ntid.x", "%nctaid.x"}
-_IGNORED = (
-    ".loc",
-    ".pragma",
-    ".file",
-    ".version",
-    ".target",
-    ".address_size",
-    ".global",
-    ".reqntid",
-    ".maxnreg",
-    ".maxntid",
-    ".minnctapersm",
-)
-
-
-def _number(text: str) -> int:
-    text = text.removesuffix("U")
-    sign = -1 if text.startswith("-") else 1
-    digits = text.lstrip("-")
-    return sign * int(digits[2:], 16) if digits[1:2] in tuple("fFdDxX") else sign * int(digits)
-
-
-def _split(text: str) -> Iterator[str]:
-    """Yields the parts between commas that are outside of brackets."""
-    depth, start = 0, 0
-    for place, letter in enumerate(text):
-        depth += (letter in "{[") - (letter in "}]")
-        if letter == "," and depth == 0:
-            yield text[start:place].strip()
-            start = place + 1
-    if last := text[start:].strip():
-        yield last
+_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
+_NUMBER = re.compile(r"(-?)(?:0[fFdDxX]([0-9A-Fa-f]+)|(\d+))U?")
 
 
 class _Parser:
     def __init__(self, text: str):
         self.kernels: dict[str, Kernel] = {}
-        self.files = {number: Path(path).name for number, path in _FILE.findall(text)}
         self.shared: dict[str, int] = {}
-        self.kernel: Kernel | None = None
-        self.scopes: list[dict[str, Register]] = []
-        self.source, self.line = "?", 0
-        head = ""  # of a kernel, up to the end of its parameters
-        for self.line, raw in enumerate(text.split("\n"), 1):
-            line = raw.partition("//")[0].strip()
-            if line.startswith(".section"):
-                break
-            if head or ".entry" in line:
-                head += line + " "
-                if ")" in line:
-                    self.begin(head)
-                    self.statements(head.partition(")")[2].strip())
-                    head = ""
-                continue
-            self.statements(line)
+        self.scopes: list[dict[str, Register]] = []  # of registers' names
+        self.files = {number: Path(name).name for number, name in _FILE.findall(text)}
+        self.source, self.line, place = "?", 1, 0
+        text = re.sub(r"//[^\n]*", "", text)
+        while match := _TOKEN.match(text, place):
+            begin = match.end() - len(match[0].lstrip())
+            self.line += text.count("\n", place, begin)
+            self.take(match)
+            self.line += text.count("\n", begin, match.end())
+            place = match.end()
+            if match["end"] is not None:
+                return
+        raise self.fail(text[place:].strip().partition("\n")[0])
 
     def fail(self, text: str) -> UnknownPTXError:
         return UnknownPTXError(f"line {self.line} ({self.source}): expected PTX that tests/ptx knows, got {text!r}")
 
-    def begin(self, head: str) -> None:
-        name, _, parameters = head.partition(".entry")[2].partition("(")
-        self.kernel = Kernel(name.strip(), shared=self.shared)
-        at = 0
-        for text in filter(None, (part.strip() for part in parameters.partition(")")[0].split(","))):
-            match = _PARAMETER.fullmatch(text)
+    def take(self, token: re.Match) -> None:
+        if token["entry"]:
+            self.kernel = self.kernels[token["name"]] = Kernel(token["name"], addresses=dict(self.shared))
+            self.parameters(token["parameters"])
+        elif token["open"]:
+            self.scopes.append({})
+        elif token["close"]:
+            self.scopes.pop()
+        elif token["label"]:
+            self.kernel.labels[token["label"]] = len(self.kernel.instructions)
+        elif token["file"]:
+            self.source = f"{self.files.get(token['file'], '?')}:{token['at']}"
+        elif token["kind"]:
+            self.declare(token["kind"], token["names"])
+        elif token["shared"]:
+            self.shared[token["shared"]] = 0  # all dynamic shared memory begins at 0
+        elif token["opcode"]:
+            self.kernel.instructions.append(self.instruction(token))
+
+    def parameters(self, text: str) -> None:
+        end = 0
+        for parameter in filter(None, map(str.strip, text.split(","))):
+            match = _PARAMETER.fullmatch(parameter)
             if not match:
-                raise self.fail(text)
-            align, bits, parameter, count = match.groups()
+                raise self.fail(parameter)
+            align, bits, name, count = match.groups()
             size = int(bits) // 8
-            at += -at % int(align or size)
-            self.kernel.parameters[parameter] = Parameter(at, size * int(count or 1))
-            at += size * int(count or 1)
-        self.kernels[self.kernel.name] = self.kernel
-
-    def statements(self, line: str) -> None:
-        while line:
-            if line[0] == "{":
-                self.scopes.append({})
-                line = line[1:].lstrip()
-            elif line[0] == "}":
-                self.scopes.pop()
-                line = line[1:].lstrip()
-            elif line.endswith(":"):
-                self.kernel.labels[line[:-1]] = len(self.kernel.instructions)
-                return
-            elif line[0] == ".":
-                self.directive(line)
-                return
-            else:
-                statement, end, line = line.partition(";")
-                if not end:
-                    raise self.fail(statement)
-                self.kernel.instructions.append(self.instruction(statement.strip()))
-                line = line.lstrip()
-
-    def directive(self, line: str) -> None:
-        if match := _LOC.match(line):
-            self.source = f"{self.files.get(match[1], '?')}:{match[2]}"
-        elif match := _SHARED.match(line):
-            self.shared[match[1]] = 0  # all dynamic shared memory begins at 0
-        elif match := _DECLARED.match(line):
-            self.declare(*match.groups())
-        elif not line.startswith(_IGNORED):
-            raise self.fail(line)
+            end += -end % int(align or size)
+            self.kernel.addresses[name] = end
+            end += size * int(count or 1)
+        self.kernel.parameter_bytes = end
 
     def declare(self, kind: str, names: str) -> None:
-        if kind not in _BANKS:
+        """Declares registers: %r<3> stands for %r0, %r1 and %r2."""
+        bank, counts = kind if kind == "pred" else kind[1:], self.kernel.registers
+        if bank not in counts:
             raise self.fail(f".reg .{kind}")
-        bank, counts = _BANKS[kind], self.kernel.registers
         for name in map(str.strip, names.split(",")):
             stem, _, count = name.partition("<")
             every = [f"{stem}{i}" for i in range(int(count.rstrip(">")))] if count else [name]
@@ -212,31 +163,31 @@ class _Parser:
                 self.scopes[-1][each] = Register(bank, counts[bank])
                 counts[bank] += 1
 
-    def instruction(self, text: str) -> Instruction:
-        match = _STATEMENT.fullmatch(text)
-        if not match:
-            raise self.fail(text)
-        negated, predicate, opcode, operands = match.groups()
+    def instruction(self, token: re.Match) -> Instruction:
+        predicate = self.operand(token["predicate"]) if token["predicate"] else None
+        operands = tuple(map(self.operand, _OPERAND.findall(token["operands"])))
+        text = " ".join(token[0].split())
         return Instruction(
-            opcode, tuple(self.operand(part) for part in _split(operands)), self.operand(predicate) if predicate else None,
-            negated == "!", self.line, text, self.source,
+            token["opcode"], operands, predicate, token["negated"] == "!", self.line, text, self.source
         )  # fmt: skip
 
     def operand(self, text: str) -> Operand:
+        text = text.strip()
         if text[0] == "{":
-            return Vector(tuple(self.operand(part) for part in _split(text[1:-1])))
+            return Vector(tuple(map(self.operand, text[1:-1].split(","))))
         if text[0] == "[":
-            base, plus, offset = text[1:-1].partition("+")
-            return Address(self.operand(base.strip()), _number(offset.strip()) if plus else 0)
+            base, _, offset = text[1:-1].partition("+")
+            return Address(self.operand(base), int(offset or 0))
+        if "|" in text:  # a result and a predicate
+            return Vector(tuple(map(self.operand, text.split("|"))))
         for scope in reversed(self.scopes):
             if text in scope:
                 return scope[text]
-        if text in _SPECIAL:
+        if text in ("%tid.x", "%ctaid.x", "%ntid.x", "%nctaid.x"):
             return Special(text[1:])
-        if _NUMBER.fullmatch(text):
-            return Immediate(_number(text))
-        if "|" in text:  # a result and a predicate
-            return Vector(tuple(self.operand(part.strip()) for part in text.split("|")))
+        if match := _NUMBER.fullmatch(text):
+            sign, digits, decimal = match.groups()
+            return Immediate(int(f"{sign}{digits}", 16) if digits else int(f"{sign}{decimal}"))
         if re.fullmatch(r"[$\w]+", text):
             return Symbol(text)
         raise self.fail(text)

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ptx import numbers
-from ptx.instructions import expect, held, indices, instruction, reader, smallest
+from ptx.instructions import expect, instruction, reader, vector, writer
 from ptx.memory import FUTURE, NO_WARP, WARP_BITS, Access
-from ptx.parse import Immediate, Instruction, Kernel, Register, UnknownPTXError, Vector
+from ptx.parse import Immediate, Instruction, Kernel, Register, UnknownPTXError, Vector, registers
 
 if TYPE_CHECKING:
     from ptx.machine import Batch, Lanes
 
 GROUP = 128  # threads
-_WIDTH = {"bf16": 16, "f16": 16, "tf32": 8}  # K of a product, 32 bytes
+# K of a product, 32 bytes, and the order of a left matrix in registers.
+_FORMS = {"bf16": (16, numbers.LEFT_HALF), "f16": (16, numbers.LEFT_HALF), "tf32": (8, numbers.LEFT_TF32)}
 
 
 class Product(NamedTuple):
@@ -38,7 +39,7 @@ class Flights:
     def check_registers(self, batch: Batch, i: Instruction, lanes: Lanes) -> None:
         """Reports an instruction that uses registers of a product in flight."""
         for product in self.products if not i.opcode.startswith("wgmma") else ():
-            if not product.registers.isdisjoint(i.registers()):
+            if not product.registers.isdisjoint(registers(i.operands)):
                 used = np.intersect1d(product.lanes, batch.numbers[lanes])
                 if used.size:
                     batch.report("a register of a wgmma in flight is used", i, used)
@@ -51,11 +52,12 @@ class Flights:
             if not done.all():
                 self.products.append(product)
                 continue
-            readers = batch.shared.readers[product.granules]
-            now = readers & ~FUTURE | batch.time << WARP_BITS
-            batch.shared.readers[product.granules] = np.where(readers & FUTURE == FUTURE, now, readers)
+            readers = batch.memory["shared"].readers
+            now = readers[product.granules] & ~FUTURE | batch.time << WARP_BITS
+            in_flight = readers[product.granules] & FUTURE == FUTURE
+            readers[product.granules] = np.where(in_flight, now, readers[product.granules])
         for product in self.products:
-            batch.shared.readers[product.granules] |= FUTURE
+            batch.memory["shared"].readers[product.granules] |= FUTURE
 
 
 def check_fences(kernel: Kernel) -> None:
@@ -63,11 +65,11 @@ def check_fences(kernel: Kernel) -> None:
     for place, each in enumerate(kernel.instructions):
         if not each.opcode.startswith("wgmma.mma_async"):
             continue
-        registers = _registers(each)
+        used = _registers(each)
         for before in reversed(kernel.instructions[:place]):
             if before.opcode == "wgmma.fence.sync.aligned":
                 break
-            if not before.opcode.startswith("wgmma") and registers.intersection(before.registers(before.operands[:1])):
+            if not before.opcode.startswith("wgmma") and used.intersection(registers(before.operands[:1])):
                 raise UnknownPTXError(f"{kernel.name}: no wgmma.fence between {before} and {each}")
         else:
             raise UnknownPTXError(f"{kernel.name}: no wgmma.fence before {each}")
@@ -75,58 +77,49 @@ def check_fences(kernel: Kernel) -> None:
 
 def _registers(product: Instruction) -> frozenset[Register]:
     """Returns the registers that a product uses while it is in flight: its sums, and a left matrix in registers."""
-    return frozenset(product.registers(tuple(each for each in product.operands[:2] if isinstance(each, Vector))))
+    return frozenset(registers(tuple(each for each in product.operands[:2] if isinstance(each, Vector))))
 
 
-class Descriptor(NamedTuple):
-    """A matrix in shared memory: addresses and distances in bytes, [groups]."""
+def _chunks(batch: Batch, i: Instruction, lanes: Lanes, words: np.ndarray, rows: int, transposed: bool) -> np.ndarray:
+    """Returns the addresses of a matrix's chunks of 16 bytes, from the descriptors of lanes.
 
-    start: np.ndarray
-    leading: np.ndarray
-    stride: np.ndarray
-    swizzle: int  # bytes of a row whose chunks are exchanged
-
-    @classmethod
-    def of(cls, batch: Batch, i: Instruction, lanes: Lanes, words: np.ndarray) -> Descriptor:
-        words = words.reshape(-1, GROUP)
-        if (words != words[:, :1]).any():
-            batch.report("the descriptors of a warpgroup differ", i, batch.numbers[lanes])
-        first = words[:, 0].astype(np.uint64)
-        start, leading, stride = ((first >> np.uint64(s) & np.uint64(0x3FFF)).astype(np.int64) * 16 for s in (0, 16, 32))
-        mode, others = int(first[0] >> np.uint64(62)), int(first[0]) & ~((0x3FFF << 32 | 0x3FFFFFFF) | 3 << 62)
-        if mode == 0 or others or ((first >> np.uint64(62)) != mode).any():
-            raise UnknownPTXError(f"{i}: expected a descriptor with one swizzle and no other bits, got {int(first[0]):#x}")
-        return cls(start, leading, stride, 256 >> mode)
-
-    def chunks(self, rows: int, transposed: bool) -> np.ndarray:
-        """Returns addresses of chunks of 16 bytes: [groups, rows, 2] along K, or transposed [groups, rows / 8, 16]."""
-        start, leading, stride = (each[:, None, None] for each in (self.start, self.leading, self.stride))
-        if transposed:
-            row, k = np.arange(rows // 8)[:, None], np.arange(16)
-            per = self.swizzle // 16
-            at = start + row // per * leading + row % per * 16 + k // 8 * stride + k % 8 * self.swizzle
-        else:
-            row, chunk = np.arange(rows)[:, None], np.arange(2)
-            at = start + row // 8 * stride + row % 8 * self.swizzle + chunk * 16
-        return at ^ ((at >> 7 & self.swizzle // 16 - 1) << 4)
+    [groups, rows, 2] along K, or transposed [groups, rows / 8, 16]. A swizzle exchanges the chunks of a row of 32, 64 or 128
+    bytes.
+    """
+    words = words.reshape(-1, GROUP)
+    if (words != words[:, :1]).any():
+        batch.report("the descriptors of a warpgroup differ", i, batch.numbers[lanes])
+    first = words[:, :1, None]
+    start, leading, stride = ((first >> np.uint64(s) & np.uint64(0x3FFF)).astype(np.int64) * 16 for s in (0, 16, 32))
+    mode, others = int(words[0, 0]) >> 62, int(words[0, 0]) & ~((0x3FFF << 32 | 0x3FFFFFFF) | 3 << 62)
+    if mode == 0 or others or (words >> np.uint64(62) != mode).any():
+        raise UnknownPTXError(f"{i}: expected a descriptor with one swizzle and no other bits, got {int(words[0, 0]):#x}")
+    swizzle = 256 >> mode
+    if transposed:
+        row, k, per = np.arange(rows // 8)[:, None], np.arange(16), swizzle // 16
+        at = start + row // per * leading + row % per * 16 + k // 8 * stride + k % 8 * swizzle
+    else:
+        row, chunk = np.arange(rows)[:, None], np.arange(2)
+        at = start + row // 8 * stride + row % 8 * swizzle + chunk * 16
+    return at ^ ((at >> 7 & swizzle // 16 - 1) << 4)
 
 
 def _matrix(batch: Batch, access: Access, at: np.ndarray, kind: str, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Loads a matrix [groups, rows, K] at chunks [groups, ...]; also returns the granules that were read."""
-    shared, groups = batch.shared, len(at)
-    per_chunk = access.of(np.repeat(np.arange(groups) * GROUP, at[0].size))
-    places, good = shared.checked(per_chunk, at.ravel(), 16)
-    if good is not None:
-        places = np.where(good, places, 0)
-    shared.track_read(per_chunk, places, 16, per_chunk.token | FUTURE | NO_WARP)
+    shared, groups = batch.memory["shared"], len(at)
+    lane_of_chunk = np.repeat(np.arange(groups) * GROUP, at[0].size)  # the first lane of its group
+    per_chunk, places, good = shared.checked(access.of(lane_of_chunk), at.ravel(), 16)
     granules = shared.granules(places, 16)
+    shared.track_read(per_chunk, granules, per_chunk.in_flight)
     _check_proxy(batch, per_chunk, shared.writers[granules])
-    words = shared.views[4][shared.elements(places, 4, 4)].reshape(*at.shape, 4)
+    words = np.zeros((at.size, 4), np.uint32)
+    words[good] = shared.views[4][shared.elements(places, 4, 4)]
+    decode = numbers.TYPES[kind].decode
     if kind == "tf32":
-        return numbers.truncated_tf32(words.reshape(groups, -1, 8)), granules
-    halves = numbers.HALVES[kind](words.view(np.uint16))  # [groups, ..., 8]
+        return decode(words).reshape(groups, -1, 8), granules
+    halves = decode(words.view(np.uint16)).reshape(*at.shape, 8)
     if transposed:  # [groups, rows / 8, K, 8]
-        return halves.swapaxes(2, 3).reshape(groups, -1, 16), granules
+        halves = halves.swapaxes(2, 3)
     return halves.reshape(groups, -1, 16), granules
 
 
@@ -137,51 +130,47 @@ def _check_proxy(batch: Batch, access: Access, writers: np.ndarray) -> None:
     program = batch.program_of[access.lanes][:, None]
     of_writer = batch.flights.fenced[program * warps + np.minimum(writers & NO_WARP, warps - 1)]
     of_reader = batch.flights.fenced[access.lanes // 32][:, None]
-    access.report(
-        "wgmma reads shared memory with no fence.proxy.async after it was written", np.maximum(of_writer, of_reader) <= time
-    )
+    unfenced = np.maximum(of_writer, of_reader) <= time
+    access.report("wgmma reads shared memory with no fence.proxy.async after it was written", unfenced)
 
 
 @instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(bf16|f16|tf32)\.\3", 6, 8)
 def _product(i, match, code):
-    width, depth, kind = int(match[1]), int(match[2]), match[3]
-    halves = kind != "tf32"
-    expect(
-        depth == _WIDTH[kind] and len(i.operands) == (6 if not halves or isinstance(i.operands[1], Vector) else 8),
-        "another form",
-    )
+    width, kind = int(match[1]), match[3]
     sums, left, right, adds, *signs = i.operands
-    transposed = len(i.operands) == 8 and signs[3] == Immediate(1)
-    expect(all(each == Immediate(1) for each in signs[:2]), "factors 1")
-    expect(len(signs) == 2 or signs[2] == Immediate(0), "a left matrix that is not transposed")
-    targets, in_registers = indices(sums, width // 2, "32"), isinstance(left, Vector)
-    order_a, order = (numbers.A_HALF if halves else numbers.A_TF32), numbers.accumulators(width)
-    of_left = indices(left, 4, "32") if in_registers else reader(left, "b64", code)
-    of_right, of_adds = reader(right, "b64", code), reader(adds, "pred", code)
-    registers = _registers(i)
-    smallest(code, "shared", 16)
+    in_registers, (depth, order_left) = isinstance(left, Vector), _FORMS[kind]
+    of_halves = kind != "tf32" and not in_registers  # have signs that transpose a matrix in shared memory
+    expect(int(match[2]) == depth, f"k{depth}")
+    expect(len(signs) == (4 if of_halves else 2), "signs of both factors, and of halves in shared memory their order")
+    expect(signs[:3] == [Immediate(1), Immediate(1), Immediate(0)][: len(signs)], "factors 1, a left matrix as it is")
+    transposed, used = signs[3:] == [Immediate(1)], _registers(i)
+    order, sums = numbers.accumulators(width), vector(sums, width // 2)
+    read_sums, write = reader(sums, "b32", code), writer(sums, "f32")
+    read_left = reader(vector(left, 4) if in_registers else left, "b32" if in_registers else "b64", code)
+    read_right, read_adds = reader(right, "b64", code), reader(adds, "pred", code)
+    code.accesses("shared", 16)
 
     def run(batch: Batch, lanes: Lanes) -> None:
         lanes = batch.whole(i, lanes, GROUP)
         access, granules = batch.access(i, lanes), []
+
+        def loaded(words: np.ndarray, rows: int, transposed: bool) -> np.ndarray:
+            at = _chunks(batch, i, lanes, words, rows, transposed)
+            matrix, read = _matrix(batch, access, at, kind, transposed)
+            granules.append(read.ravel())
+            return matrix
+
         if in_registers:
-            a = numbers.matrices(held(batch, lanes, of_left), order_a, kind).reshape(-1, 64, depth)
+            a = numbers.matrices(read_left(batch, lanes), order_left, kind).reshape(-1, 64, depth)
         else:
-            at = Descriptor.of(batch, i, lanes, of_left(batch, lanes)).chunks(64, False)
-            a, read = _matrix(batch, access, at, kind, False)
-            granules.append(read)
-        at = Descriptor.of(batch, i, lanes, of_right(batch, lanes)).chunks(width, transposed)
-        b, read = _matrix(batch, access, at, kind, transposed)
-        granules.append(read)
-        before = numbers.matrices(held(batch, lanes, targets), order, "f32")
-        added = np.broadcast_to(of_adds(batch, lanes), access.lanes.shape).reshape(-1, 32)[:, 0]
+            a = loaded(read_left(batch, lanes), 64, False)
+        b = loaded(read_right(batch, lanes), width, transposed)
         product = (a @ b.swapaxes(1, 2)).reshape(-1, 16, width)
-        total = np.where(added[:, None, None], before + product, product)
-        for index, values in zip(targets, numbers.fragments(total, order).reshape(-1, width // 2).T):
-            batch.registers["f32"][index][lanes] = values
-        flights = batch.flights
-        read = np.concatenate([each.ravel() for each in granules])
-        flights.products.append(Product(access.lanes, flights.groups[access.lanes].copy(), registers, read))
+        before = numbers.matrices(read_sums(batch, lanes), order, "f32")
+        added = read_adds(batch, lanes).reshape(-1, 32)[:, :1, None]
+        write(batch, lanes, numbers.fragments(np.where(added, before + product, product), order))
+        group = batch.flights.groups[access.lanes]
+        batch.flights.products.append(Product(access.lanes, group, used, np.concatenate(granules)))
 
     return run
 

@@ -109,14 +109,15 @@ def assert_within(
     what: object = "",
     least: float | Callable[[str], float] = 0.0,
     rounded: Callable[[], list[dict[str, Tensor]]] | None = None,
-) -> None:
+) -> dict[str, float]:
     """Checks results by the rule above: plain_results are plain torch's in `dtype`, a key of EPS, and `exact` float64's.
+    Returns each result's error, in parts of what is allowed.
 
     least: the least size that a result is assumed to have, also as a function of its name, for results that are 0 by
     cancellation. rounded: returns results for rounded inputs, whose errors are allowed too.
     """
     assert results.keys() == plain_results.keys() == exact.keys()
-    others = None
+    others, shares = None, {}
     for name, value in exact.items():
         size = max(value.abs().max().item(), least(name) if callable(least) else least)
         error, of_plain = error_of(results[name], value), error_of(plain_results[name], value)
@@ -125,6 +126,8 @@ def assert_within(
             others = rounded() if others is None else others
             allowed = max(allowed, ROUNDINGS * max(error_of(other[name], value) for other in others))
         assert error <= allowed, f"{what} {name}: error {error:.3e}, allowed {allowed:.3e} (plain torch {of_plain:.3e})"
+        shares[name] = error / allowed
+    return shares
 
 
 @dataclass
@@ -182,12 +185,13 @@ class Case:
 
     def rounded_otherwise(self, seed: int) -> dict[str, Tensor]:
         """Returns float64's results after a rounding error of the dtype in every number of inputs and gradients."""
-        g, rounding = torch.Generator().manual_seed(seed), torch.finfo(self.dtype).eps / 2
+        g = torch.Generator().manual_seed(seed)
+        rounding = 2.0**-11 if self.tf32 else torch.finfo(self.dtype).eps / 2
         return self.by_definition(lambda t: t.double() * (1 + rounding * (2 * torch.randint(0, 2, t.shape, generator=g) - 1)))
 
-    def check(self, *, roundings: bool = False, twice: bool = False) -> None:
+    def check(self, *, roundings: bool = False, twice: bool = False) -> dict[str, float]:
         """Checks that results and gradients are within the tolerance or, with `roundings`, within the effect of rounding the
-        inputs. With `twice`, a second run must give the same bits."""
+        inputs. With `twice`, a second run must give the same bits. Returns the errors, in parts of what is allowed."""
         results = self.run()
         for name, value in self.run().items() if twice else ():
             assert torch.equal(value, results[name]), f"{name}: a second run gave other values, or NaN"
@@ -197,7 +201,7 @@ class Case:
         least = lambda name: _least(self.call, name.startswith("d_"))  # noqa: E731
         rounded = lambda: [self.rounded_otherwise(seed) for seed in range(4)]  # noqa: E731
         kind = "tf32" if self.tf32 else self.dtype
-        assert_within(results, plain_results, exact, kind, self.call.options, least, rounded if roundings else None)
+        return assert_within(results, plain_results, exact, kind, self.call.options, least, rounded if roundings else None)
 
 
 def check(call: Call, dtype: torch.dtype, backend: str, *, roundings: bool = False, twice: bool = False, **of_case) -> None:
@@ -205,9 +209,9 @@ def check(call: Call, dtype: torch.dtype, backend: str, *, roundings: bool = Fal
     Case(call, dtype, backend, call.needed(), **of_case).check(roundings=roundings, twice=twice)
 
 
-def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu") -> None:
+def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu", *, width: int = 4) -> None:
     """Checks that padded tokens of shaped_attention are not read, and that their results and gradients are 0."""
-    call = of_lengths(attention_call(3, causal=causal), [3, 0, 5])
+    call = of_lengths(attention_call(3, k=width, causal=causal), [3, 0, 5])
 
     def padded_with(value: float) -> dict[str, Tensor]:
         def filled(t: Tensor) -> Tensor:

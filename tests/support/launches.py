@@ -1,7 +1,7 @@
 """What a launch of each Triton kernel must write, in float64 from its own arguments: tighter than a whole call's result.
 
-A result is a pair: what the kernel wrote, and the definition's value. Its error is relative to the largest value, or to the
-size of the terms of a sum, which may be given as a third.
+A result is what the kernel wrote, the definition's value, and the size that the error is relative to: by default the largest
+value.
 """
 
 from __future__ import annotations
@@ -10,111 +10,102 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import plain
 import torch
 from ptx.capture import Started
+from tf32 import rounded
 from torch import Tensor
 
-from simplclip.kernels.similarity.forward import LSE_STUDENT, LSE_TEACHER, MEAN, PAIR_MATCHING
-from simplclip.ops.similarity.call import ColumnStat, RowStat
+from simplclip.kernels.similarity import forward
+from simplclip.ops.similarity.call import RowStat  # ColumnStat's numbers are those of the first
 
 LOG2E = math.log2(math.e)
 ERROR = 1e-5  # of float32 sums
-HALF_ULP = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of what is stored
+STUDENT, TEACHER, UNMATCHED = (slot.value for slot in (forward.STUDENT, forward.TEACHER, forward.UNMATCHED))
 Results = dict[str, tuple]
-
-
-def _features(t: Tensor, precision: str) -> Tensor:
-    """Returns the numbers that are multiplied, in float64: TF32 numbers rounded to nearest, ties away from zero."""
-    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double() if precision == "tf32" else t.double()
 
 
 class Matrix:
     """The similarities of a launch, and which entries are negatives and positives."""
 
     def __init__(self, a: dict[str, Any], rows: slice, columns: slice):
-        precision = a["TILE"].PRECISION
+        def product(image: Tensor, text: Tensor) -> Tensor:
+            read = rounded if a["TILE"].PRECISION == "tf32" else torch.Tensor.detach
+            return read(image[rows]).double() @ read(text[columns]).double().T
+
         self.rows, self.columns = torch.arange(a["n"])[rows], torch.arange(a["m"])[columns]
-        self.similarity = _features(a["image"][rows], precision) @ _features(a["text"][columns], precision).T
+        self.similarity = product(a["image"], a["text"])
         self.positive = self.columns == self.rows[:, None] + a["label_offset"]
         self.negative = ~self.positive
         if a["ids"] is not None:
             self.negative &= a["ids"][rows, None] != a["text_ids"][columns]
-        self.teacher = None
+        self.largest, self.teacher = 0.0, None  # largest: logit so far
         if a.get("teacher_image") is not None:
-            teacher = _features(a["teacher_image"][rows], precision) @ _features(a["teacher_text"][columns], precision).T
-            self.teacher = (teacher * a["teacher_scale"].double()).masked_fill(~self.negative, -torch.inf)
+            self.teacher = self.logits(product(a["teacher_image"], a["teacher_text"]), a["teacher_scale"])
 
-    def logits(self, scale: Tensor) -> Tensor:
-        return (self.similarity * scale.double()).masked_fill(~self.negative, -torch.inf)
-
-
-def _softmax(logits: Tensor, shift: Tensor) -> Tensor:
-    return (logits - shift.masked_fill(shift == -torch.inf, 0)).exp()
+    def logits(self, similarity: Tensor, scale: Tensor) -> Tensor:
+        logits = similarity * scale.double()
+        self.largest = max(self.largest, logits.abs().max().item())
+        return logits.masked_fill(~self.negative, -torch.inf)
 
 
-def _part(got: Tensor, logits: Tensor, axis: int, gap: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Returns pairs of the log-sum-exps and, if there is a gap, of the means, from slots [maximum, sum, ...] in base 2."""
-    lse = (got[0].double() + got[1].double().log2()) / LOG2E
-    exact = logits.logsumexp(axis)
-    empty = exact == -torch.inf
-    pair = lse.masked_fill(empty, 0), exact.masked_fill(empty, 0)
-    if gap is None:
-        return (pair,)
-    weights = _softmax(logits, exact.unsqueeze(axis))
-    mean = (weights * gap.masked_fill(weights == 0, 0)).sum(axis)
-    return pair, ((got[2].double() / got[1] / LOG2E).masked_fill(empty, 0), mean)
+def _softmax(logits: Tensor, log_sums: Tensor) -> Tensor:
+    return (logits - log_sums.masked_fill(log_sums == -torch.inf, 0)).exp()
+
+
+def _unmatched(m: Matrix, plane: Tensor) -> Tensor:
+    weight, bias = plane.double()
+    return torch.where(m.negative, plain.softplus(m.similarity * weight + bias), 0).sum(1)
+
+
+def _mean(lse: Tensor, total: Tensor, values: Tensor, axis: int) -> Tensor:
+    """Returns the mean of values with the softmax's weights, and 0 where these are none."""
+    weights = _softmax(lse, total.unsqueeze(axis))
+    return (weights * values.masked_fill(weights == 0, 0)).sum(axis)
+
+
+def _merged(parts: Tensor, has_teacher: bool, before: Tensor | None = None) -> dict[int, Tensor]:
+    """Returns the statistics of parts [parts, slots, size], and of those before, by their numbers."""
+    parts, merged = parts.double(), {}
+    for slot, stat in ((STUDENT, RowStat.LSE_STUDENT), (TEACHER, RowStat.LSE_TEACHER))[: 1 + has_teacher]:
+        lse = (parts[:, slot] + parts[:, slot + 1].log2()) / LOG2E
+        if before is not None:
+            lse = torch.cat([before[stat, None], lse])
+        merged[stat] = lse.logsumexp(0)
+        if slot == TEACHER:
+            means = parts[:, slot + 2] / parts[:, slot + 1] / LOG2E
+            if before is not None:
+                means = torch.cat([before[RowStat.MEAN, None], means])
+            merged[RowStat.MEAN] = _mean(lse, merged[stat], means, 0)
+    return merged
 
 
 def statistics(started: Started) -> Results:
     a, results = started.arguments, {}
-    rows = slice(a["first_row"], a["first_row"] + a["row_count"])
-    m = Matrix(a, rows, slice(None))
-    logits, gap = m.logits(a["scale"]), None
-    if m.teacher is not None:
-        gap = a["entropy"] * m.teacher - logits
-    width = a["tiles_per_split"] * a["TILE"].BLOCK_N
-    for split in range(a["splits"]):
-        part, here = a["row_parts"][split], slice(split * width, (split + 1) * width)
-        (results[f"row lse {split}"],) = _part(part, logits[:, here], 1)
-        if gap is not None:
-            teacher = _part(part[2:], m.teacher[:, here], 1, gap[:, here])
-            results[f"row teacher {split}"], results[f"row mean {split}"] = teacher
-        if a["plane"] is not None:
-            plane = m.similarity[:, here] * a["plane"][0].double() + a["plane"][1].double()
-            unmatched = torch.where(m.negative[:, here], torch.nn.functional.softplus(plane, threshold=80), 0).sum(1)
-            results[f"unmatched {split}"] = part[5], unmatched
-    for block in range(a["row_blocks"] if a["column_parts"] is not None else 0):
-        part, here = a["column_parts"][block], slice(block * a["TILE"].BLOCK_M, (block + 1) * a["TILE"].BLOCK_M)
-        (results[f"column lse {block}"],) = _part(part, logits[here], 0)
-        if gap is not None:
-            teacher = _part(part[2:], m.teacher[here], 0, gap[here])
-            results[f"column teacher {block}"], results[f"column mean {block}"] = teacher
+    m = Matrix(a, slice(a["first_row"], a["first_row"] + a["row_count"]), slice(None))
+    logits = m.logits(m.similarity, a["scale"])
+    for name, axis in (("row_parts", 1), ("column_parts", 0)):
+        if a[name] is None:
+            continue
+        exact = {RowStat.LSE_STUDENT: logits.logsumexp(axis)}
+        if m.teacher is not None:
+            lse = exact[RowStat.LSE_TEACHER] = m.teacher.logsumexp(axis)
+            exact[RowStat.MEAN] = _mean(m.teacher, lse, a["entropy"] * m.teacher - logits, axis)
+        merged = _merged(a[name], m.teacher is not None)
+        results |= {f"{name} {stat}": (merged[stat], exact[stat]) for stat in exact}
+    if a["plane"] is not None:
+        results["unmatched"] = a["row_parts"][:, UNMATCHED].sum(0), _unmatched(m, a["plane"])
     return results
 
 
 def merge(started: Started) -> Results:
-    a, results = started.arguments, {}
-    parts, here = a["parts"].double(), slice(a["out_first"], a["out_first"] + a["size"])
-    out, before = a["out"][:, here], started.before["out"].double()[:, here]
-
-    def softmax(slot: int, stat: int, mean: bool) -> None:
-        lse = (parts[:, slot] + parts[:, slot + 1].log2()) / LOG2E
-        if a["PREVIOUS"]:
-            lse = torch.cat([before[stat][None], lse])
-        total = lse.logsumexp(0)
-        results[f"lse {stat}"] = out[stat].nan_to_num(neginf=0), total.nan_to_num(neginf=0)
-        if mean:
-            means, shares = parts[:, slot + 2] / parts[:, slot + 1] / LOG2E, _softmax(lse, total)
-            if a["PREVIOUS"]:
-                means = torch.cat([before[MEAN.value][None], means])
-            results["mean"] = out[MEAN.value], (shares * means.masked_fill(shares == 0, 0)).sum(0)
-
-    softmax(0, LSE_STUDENT.value, False)
-    if a["HAS_TEACHER"]:
-        softmax(2, LSE_TEACHER.value, True)
+    a = started.arguments
+    here = slice(a["out_first"], a["out_first"] + a["size"])
+    before = started.before["out"].double()[:, here] if a["PREVIOUS"] else None
+    merged = _merged(a["parts"], a["HAS_TEACHER"], before)
     if a["HAS_PLANE"]:
-        results["unmatched"] = out[PAIR_MATCHING.value], parts[:, 5].sum(0)
-    return results
+        merged[RowStat.PAIR_MATCHING] = a["parts"][:, UNMATCHED].double().sum(0)
+    return {f"statistic {stat}": (a["out"][stat, here], exact) for stat, exact in merged.items()}
 
 
 def diagonal(started: Started) -> Results:
@@ -142,31 +133,30 @@ def _sums(started: Started, *terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradient(started: Started) -> Results:
+    """A logit's rounding error, some 2^-24 of the largest logit, is a relative error of its exponential. So an entry of G is
+    as uncertain as the exponentials that it is the sum of, and not more where the scale is large."""
     a = started.arguments
     rows, columns = _block(a)
-    m, of_rows, grads = Matrix(a, rows, columns), a["rows"].double()[:, rows, None], a["grad_rows"].double()[:, rows, None]
-    logits = m.logits(a["scale"])
-    g = _softmax(logits, of_rows[RowStat.LSE_STUDENT]) * grads[RowStat.LSE_STUDENT]
-    if m.teacher is not None:
-        g -= _softmax(m.teacher, of_rows[RowStat.LSE_TEACHER]) * grads[RowStat.MEAN]
+    m, grads = Matrix(a, rows, columns), a["grad_rows"].double()[:, rows, None]
+    logits, sides = m.logits(m.similarity, a["scale"]), [(a["rows"].double()[:, rows, None], grads)]
     if a["columns"] is not None:
-        of_columns, of_grads = a["columns"].double()[:, columns], a["grad_columns"].double()[:, columns]
-        g += _softmax(logits, of_columns[ColumnStat.LSE_STUDENT]) * of_grads[ColumnStat.LSE_STUDENT]
-        if m.teacher is not None:
-            g -= _softmax(m.teacher, of_columns[ColumnStat.LSE_TEACHER]) * of_grads[ColumnStat.MEAN]
-    terms = [g * m.similarity]
-    g = g * a["scale"].double()
+        sides.append((a["columns"].double()[:, None, columns], a["grad_columns"].double()[:, None, columns]))
+    softmaxes = [_softmax(logits, stats[RowStat.LSE_STUDENT]) * of[RowStat.LSE_STUDENT] for stats, of in sides]
+    if m.teacher is not None:
+        softmaxes += [-_softmax(m.teacher, stats[RowStat.LSE_TEACHER]) * of[RowStat.MEAN] for stats, of in sides]
+    g, size = sum(softmaxes), sum(each.abs() for each in softmaxes)
+    terms, scale = [g * m.similarity], a["scale"].double()
+    g, size = g * scale, size * scale.abs()
     if a["plane"] is not None:
         weight, bias = a["plane"].double()
         slope = torch.where(m.negative, (m.similarity * weight + bias).sigmoid() * grads[RowStat.PAIR_MATCHING], 0)
         terms += [slope * m.similarity, slope]
-        g += slope * weight
+        g, size = g + slope * weight, size + (slope * weight).abs()
     g = torch.where(m.positive, grads[RowStat.DIAGONAL_STUDENT], g)
-    # A logit has an error of 2^-24 of the largest, so that its exponential is that much less certain.
-    matrices = [logits] if m.teacher is None else [logits, m.teacher]
-    largest = max(1.0, *(each.masked_fill(~m.negative, 0).abs().max().item() / 100 for each in matrices))
-    (stored, exact), (added, total, size) = _stored(a, g), _sums(started, *terms)
-    return {"G": (stored, exact, exact.abs().max() * largest), "sums": (added, total, size * largest)}
+    size = torch.where(m.positive, g.abs(), size)
+    uncertain = 1 + m.largest * 2.0**-22 / ERROR
+    (stored, exact), (added, total, of_sums) = _stored(a, g), _sums(started, *terms)
+    return {"G": (stored, exact, _stored(a, size)[1] * uncertain), "sums": (added, total, of_sums * uncertain)}
 
 
 def sigmoid(started: Started) -> Results:
@@ -177,7 +167,7 @@ def sigmoid(started: Started) -> Results:
         sign = torch.where(m.positive, -1.0, 1.0)
         logits = sign * (m.similarity * weight + bias)
         share = torch.where(m.positive, positive, torch.where(m.negative, negative, 0))
-        values.append(share * torch.nn.functional.softplus(logits, threshold=80))
+        values.append(share * plain.softplus(logits))
         slope = sign * share * mix * logits.sigmoid()
         of_weight.append(slope * m.similarity)
         of_bias.append(slope)
@@ -199,31 +189,22 @@ def range_of_float16(started: Started) -> Results:
         bound = max(bound, largest(a["grad_rows"], RowStat.DIAGONAL_STUDENT))
     for weight, _, negative, positive, mix in [] if a["sigmoids"] is None else a["sigmoids"].double().T:
         bound += (weight * mix).abs() * max(negative.abs(), positive.abs())
-    exact = 2.0 ** min(max(10 - math.ceil(math.log2(bound) - 1e-6), -100), 100)
-    return {"factor": (a["out"], torch.tensor([exact, 1 / exact], dtype=torch.float64))}
+    power = (10 - (torch.as_tensor(bound).log2() - 1e-6).ceil()).clamp(-100, 100)
+    return {"factor": (a["out"], torch.stack([power, -power]).double().exp2())}
 
 
 def activate(started: Started) -> Results:
     a = started.arguments
-    return {"activated": (a["activated"], ACTIVATIONS[a["ACT"]](a["h"].double()))}
+    return {"activated": (a["activated"], plain.ACTIVATIONS[a["ACT"]](a["h"].double()))}
 
 
 def hidden(started: Started) -> Results:
     a = started.arguments
     h = started.before["h"].double().requires_grad_()
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(ACTIVATIONS[a["ACT"]](h).sum(), h)
+        (slope,) = torch.autograd.grad(plain.ACTIVATIONS[a["ACT"]](h).sum(), h)
     read = (lambda t: (t.view(torch.int32) & ~0x1FFF).view(torch.float32)) if a["PRECISION"] == "tf32" else (lambda t: t)
     return {"dh": (a["h"], (read(a["grad"]).double() @ read(a["weight"]).double()) * slope)}
-
-
-ACTIVATIONS: dict[str, Callable] = {
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda h: torch.nn.functional.gelu(h, approximate="tanh"),
-    "quickgelu": lambda h: h * torch.sigmoid(1.702 * h),
-    "relu": torch.relu,
-    "silu": torch.nn.functional.silu,
-}
 
 
 class Attention:
@@ -284,18 +265,21 @@ DEFINITIONS: dict[str, Callable[[Started], Results]] = {
 
 
 def compare(started: Started) -> dict[str, float]:
-    """Returns the largest error of each result, in parts of what is allowed."""
+    """Returns the largest error of each result, in parts of what is allowed: half a unit in the last place as well."""
     errors = {}
     for name, (got, exact, *size) in DEFINITIONS[started.name](started).items():
-        scale = size[0] if size else exact.abs().max()
-        allowed = (
-            ERROR * scale + HALF_ULP[got.dtype] * exact.abs() + 1e-30 if got.dtype in HALF_ULP else ERROR * scale + 1e-30
-        )
-        error = ((got.double() - exact).abs() / allowed).max().item()
+        type, empty = torch.finfo(got.dtype), exact == -torch.inf
+        got, exact = (torch.where(empty & (t == -torch.inf), 0, t.double()) for t in (got, exact))
+        rounding = type.eps / 2 * exact.abs().clamp(min=type.smallest_normal)
+        allowed = ERROR * (size[0] if size else exact.abs().max()) + rounding + 1e-30
+        error = ((got - exact).abs() / allowed).max().item()
         errors[name] = math.inf if math.isnan(error) else error
     return errors
 
 
-def check(started: Started) -> None:
-    for name, error in compare(started).items():
-        assert error <= 1, f"{started.name}: {name}: the error is {error:.3g} times what is allowed"
+def check(started: Started) -> float:
+    """Returns the largest error, in parts of what is allowed."""
+    errors = compare(started)
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= 1, f"{started.name}: {worst}: the error is {errors[worst]:.3g} times what is allowed"
+    return errors[worst]
