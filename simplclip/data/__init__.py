@@ -9,7 +9,7 @@ from simplclip.common.lazy import attribute
 
 if TYPE_CHECKING:
     from simplclip.data.errors import EmptyDataError, ShardError, Skipped, WorkerError
-    from simplclip.data.held_out_data import HeldOut, held_out
+    from simplclip.data.held_out_data import Division, HeldOut, divided, held_out
     from simplclip.data.loader import Loader
     from simplclip.data.pack import packed
     from simplclip.data.sidecars import dataset_size, teacher_stamp
@@ -23,8 +23,8 @@ _MODULES = {  # imported on first use: packing needs no torch
     "sidecars": ("dataset_size", "teacher_stamp"),
     "sources": ("sources_of",),
 }
-__all__ = ["EmptyDataError", "HeldOut", "Loader", "ShardError", "Skipped", "WorkerError"]
-__all__ += ["dataset_size", "held_out", "packed", "sources_of", "teacher_stamp"]
+__all__ = ["Division", "EmptyDataError", "HeldOut", "Loader", "ShardError", "Skipped", "WorkerError"]
+__all__ += ["dataset_size", "divided", "held_out", "packed", "sources_of", "teacher_stamp"]
 
 if not TYPE_CHECKING:  # a type checker would take any name for known
 

@@ -16,7 +16,7 @@ from simplclip.common.lazy import attribute
 if TYPE_CHECKING:
     from simplclip.evaluation.classification import class_names, named, phrases, zero_shot
     from simplclip.evaluation.encoder import Encoder, load
-    from simplclip.evaluation.retrieval import KS, nearest, recall, recall_of
+    from simplclip.evaluation.retrieval import KS, loss_of, nearest, recall, recall_of
     from simplclip.evaluation.run import evaluate
     from simplclip.evaluation.sheets import contact_sheet
     from simplclip.evaluation.split import BATCH_SIZE, Split, encode, features_of, load_splits
@@ -31,7 +31,7 @@ _MODULES = {
     "split": ("BATCH_SIZE", "Split", "encode", "features_of", "load_splits"),
 }
 __all__ = ["BATCH_SIZE", "Encoder", "KS", "Split", "class_names", "contact_sheet", "encode", "evaluate", "features_of"]
-__all__ += ["load", "load_splits", "named", "nearest", "phrases", "recall", "recall_of", "zero_shot"]
+__all__ += ["load", "load_splits", "loss_of", "named", "nearest", "phrases", "recall", "recall_of", "zero_shot"]
 
 if not TYPE_CHECKING:  # a type checker would take any name for known
 
