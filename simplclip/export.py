@@ -72,10 +72,12 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
                 os.fsync(file.fileno())
         out.mkdir(parents=True, exist_ok=True)
         (out / EXPORT).unlink(missing_ok=True)
-        for path in sorted(work.iterdir(), key=lambda path: path.name == EXPORT):
-            os.replace(path, out / path.name)
-            print(f"wrote {out / path.name}: {(out / path.name).stat().st_size:,} bytes")
+        written = sorted((path.name for path in work.iterdir()), key=EXPORT.__eq__)
+        for name in written:  # nothing is printed between, since a closed pipe would end it
+            os.replace(work / name, out / name)
 
+    for name in written:
+        print(f"wrote {out / name}: {(out / name).stat().st_size:,} bytes")
     print(loading(out, needs_simplclip="simplclip" in about["model_cfg"]))
     return summary
 

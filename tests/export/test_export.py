@@ -223,6 +223,18 @@ def test_command(tiny, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_closed_pipe_leaves_a_whole_export(tiny, tmp_path, monkeypatch):
+    """As `simplclip export ... | head -1`."""
+
+    def closed(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        export.run(tiny.run / "last.pt", tmp_path / "out")
+    assert (tmp_path / "out" / "export.json").exists()
+
+
 def test_a_flipped_bit_in_an_export_is_an_error(tiny, tmp_path):
     """Here, as weights to start from, and in open_clip by register_models. Exports of earlier versions have no digest."""
     out = tmp_path / "out"
