@@ -119,7 +119,7 @@ def chosen(planner: Planner, rows: list[Row]) -> Row | None:
 def _hours(config: Config, row: Row, pairs: int | None) -> str:
     """Returns the hours of an epoch and of the run."""
     try:
-        pairs = pairs or config.data.samples or data.dataset_size(config.data.train)
+        pairs = pairs or config.data.samples or _trained(config)
     except (UserError, OSError):
         pairs = None
     epoch = (
@@ -134,6 +134,12 @@ def _hours(config: Config, row: Row, pairs: int | None) -> str:
     else:
         return epoch
     return f"{epoch}, the run of {why} {_time(steps * row.time.ms / 1e3)}"
+
+
+def _trained(config: Config) -> int | None:
+    """Returns the number of pairs in the shards that are not held out, if the shards say how many they have."""
+    pairs = data.dataset_size(config.data.train)
+    return pairs and round(pairs * (1 - config.eval.hold_out))
 
 
 def _time(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """simplclip plan: the time of a run on a card, what bounds it, and the line to paste."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +132,14 @@ def test_layouts_of_convolutions_in_bfloat16(tiny):
 
 def test_rates_of_loaders(tiny):
     assert report.loader_rate(config.load(tiny)) is None
+
+
+def test_pairs_that_are_held_out_take_no_time(tiny, monkeypatch):
+    monkeypatch.setattr(report.data, "dataset_size", lambda shards: 3000)
+    row = SimpleNamespace(batch_size=96, images_per_s=5.0, time=SimpleNamespace(ms=96.0))
+    for share, pairs in ((0, "3,000 pairs takes 10.0"), (0.1, "2,700 pairs takes 9.0")):
+        settings = config.load(tiny, [f"eval.hold_out={share}"])
+        assert f"an epoch of {pairs} minutes" in report._hours(settings, row, None)
 
 
 def test_counts_and_wrong_usage(tiny):
