@@ -57,9 +57,10 @@ class Op:
         self.values = attrgetter(*call_type.__match_args__)
         self.first = call_type.__match_args__[0]  # a tensor in every call: its device and dtype are the call's
         self.tensors = len(tensors_of(call_type))
+        self.names = call_type.__match_args__[: self.tensors]
         types = [str(field.type) for field in fields(call_type)]
         self.layouts = [(i, t.startswith("Strided")) for i, t in enumerate(types) if t.startswith(("Tensor", "Strided"))]
-        self.backward: Any = None  # set by `gradients`, before which the op has none
+        self.backward: Any = None  # set by `register_gradient`, before which the op has none
         self.differentiable, self.saved_results, self.saves_tensors = 1, 1, True
 
     @property
@@ -113,11 +114,12 @@ class Op:
         saved = ctx.saved_tensors  # read only once: under torch.utils.checkpoint, every access runs the forward again
         inputs = self.tensors if self.saves_tensors else 0
         call = self.call_type(*(saved[:inputs] or (None,) * self.tensors), *ctx.options)
+        with torch.no_grad():
+            by_name = self.backward(call, saved[inputs:], grads, needed, ctx.spec)
+        gradients = tuple([by_name.get(name) if need else None for name, need in zip(self.names, needed)])
         if not torch.is_grad_enabled():
-            return self.backward(call, saved[inputs:], grads, needed, ctx.spec)
-        with torch.no_grad():  # with create_graph=True
-            gradients = self.backward(call, saved[inputs:], grads, needed, ctx.spec)
-        return first_order_only(self.name, gradients, *saved, *grads)
+            return gradients
+        return first_order_only(self.name, gradients, *saved, *grads)  # with create_graph=True
 
 
 class _Eager(torch.autograd.Function):
@@ -205,9 +207,10 @@ def register_gradient(
 ) -> None:
     """Registers the gradients of the first `differentiable` results. The other results are for backward: no gradients.
 
-    backward(call, results, grads, needed, spec) returns the gradients of the call's tensors, in the order of its fields.
-    `results`: those from `saved_results` on. `needed`: for each tensor whether its gradient is needed. The call has its
-    tensors unless `saves_tensors` is False; then the differentiable results must be saved instead (see Op.gradients).
+    backward(call, results, grads, needed, spec) returns gradients of the call's tensors by the names of its fields.
+    `results`: those from `saved_results` on. `needed`: for each tensor whether its gradient is needed; others may be returned
+    too. The call has its tensors unless `saves_tensors` is False; then the differentiable results must be saved instead (see
+    Op.gradients).
     """
     op.backward, op.differentiable = backward, differentiable
     op.saved_results, op.saves_tensors = saved_results, saves_tensors

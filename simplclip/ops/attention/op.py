@@ -111,7 +111,8 @@ BACKWARD = define(
 
 
 def _gradient(call, results, grads, needed, spec):
-    return *registry.call(BACKWARD, AttentionGradient(*flat(call), *grads, *results), spec), None
+    gradients = registry.call(BACKWARD, AttentionGradient(*flat(call), *grads, *results), spec)
+    return dict(zip(("q", "k", "v", "gains"), gradients))
 
 
 register_gradient(FORWARD, _gradient)

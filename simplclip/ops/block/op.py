@@ -155,8 +155,7 @@ BACKWARD = define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_
 def _gradient(call, results, grads, needed, spec):
     (qk, h, lse, av), (grad,) = results, grads
     gradient = BlockGradient(*flat(call), grad, qk, to_overwrite(h), lse, av, list(needed[:-1]))
-    gradients = registry.call(BACKWARD, gradient, spec)
-    return *[gradient if need else None for gradient, need in zip(gradients, needed)], None
+    return dict(zip(Needed._fields, registry.call(BACKWARD, gradient, spec)))
 
 
 register_gradient(FORWARD, _gradient)

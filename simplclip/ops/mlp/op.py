@@ -97,8 +97,7 @@ BACKWARD = define(
 def _gradient(call, results, grads, needed, spec):
     (h,), (grad,) = results, grads
     of_call = MlpGradient(grad, to_overwrite(h), call.x, call.fc1_weight, call.fc2_weight, call.act, list(needed))
-    gradients = registry.call(BACKWARD, of_call, spec)
-    return tuple(gradient if need else None for gradient, need in zip(gradients, needed))
+    return dict(zip(FORWARD.names, registry.call(BACKWARD, of_call, spec)))
 
 
 register_gradient(FORWARD, _gradient)

@@ -95,18 +95,17 @@ SIGMOID = define(
 
 
 def _gradient(call, results, grads, needed, spec):
-    rows, columns, stored = results
+    rows, columns, _ = results
     grad_rows = torch.zeros_like(rows) if grads[0] is None else grads[0]
     grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1]
-    of_grads = grad_rows, grad_columns, rows, columns, stored, needed[0], needed[1]
-    d_image, d_text, d_scale, d_plane = registry.call(BACKWARD, SimilarityGradient(*FORWARD.values(call), *of_grads), spec)
-    gradients = d_image, d_text, d_scale, None, None, None, d_plane, None, None
-    return tuple([gradient if need else None for gradient, need in zip(gradients, needed)])
+    gradient = SimilarityGradient(*FORWARD.values(call), grad_rows, grad_columns, *results, needed[0], needed[1])
+    d_image, d_text, d_scale, d_plane = registry.call(BACKWARD, gradient, spec)
+    return {"image": d_image, "text": d_text, "scale": d_scale, "plane": d_plane}
 
 
 def _sigmoid_gradient(call, results, grads, needed, spec):
     d_image, d_text, d_sigmoids = (result * grads[0] for result in results[2:])
-    return d_image if needed[0] else None, d_text if needed[1] else None, F.pad(d_sigmoids, (0, 0, 0, 3)), None, None
+    return {"image": d_image, "text": d_text, "sigmoids": F.pad(d_sigmoids, (0, 0, 0, 3))}
 
 
 register_gradient(FORWARD, _gradient, differentiable=2, saved_results=0)
