@@ -208,23 +208,25 @@ class SimilarityLoss(DistributedLoss):
 
     def _values(self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
         """Returns the terms before weighting, each with its gradient; with `weights`, without, and beside them "loss"."""
-        image, text = pairs.image, pairs.text
-        checks.features("image_features", image, "[N, D]")
-        checks.features("text_features", text, "[N, D]")
+        checks.features("image_features", pairs.image, "[N, D]")
+        checks.features("text_features", pairs.text, "[N, D]")
         if self.embed_dim is not None:
-            self._check_width(self.embed_dim, image, text)
+            self._check_width(self.embed_dim, pairs.image, pairs.text)
         if self.world_size > 1:
-            image, text = self._own_rows(image, text)
+            image, text = self._own_rows(pairs.image, pairs.text)
+            pairs = replace(pairs, image=image, text=text)
+        image, text = pairs.image, pairs.text
         if text.shape != image.shape or text.dtype != image.dtype or text.device != image.device:
             inputs.check_pair(dict(zip(STUDENT, autocast(image, text))), equal_rows=True)
-        teacher = self._constants(pairs.teacher, image, text, terms)
-        values = self._similarity(replace(pairs, image=image, text=text, teacher=teacher), terms, weights)
+        if pairs.teacher is not None:
+            pairs = replace(pairs, teacher=self._constants(pairs.teacher, image, text, terms))
+        values = self._similarity(pairs, terms, weights)
         return values if self.world_size <= 1 else {name: self._value(value) for name, value in values.items()}
 
-    def _constants(self, teacher: Teacher | None, image: Tensor, text: Tensor, terms: tuple[str, ...]) -> Teacher | None:
+    def _constants(self, teacher: Teacher, image: Tensor, text: Tensor, terms: tuple[str, ...]) -> Teacher | None:
         """Returns the teacher of the terms that need one, checked and detached."""
         needed = [term for term in terms if term in OF_TEACHER]
-        if teacher is None or not needed:
+        if not needed:
             return None
         values = [teacher.image, teacher.text, teacher.scale]
         if teacher.scale is None and "relational" not in terms:

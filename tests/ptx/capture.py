@@ -186,6 +186,7 @@ def card(sm: int, *, tf32: bool = False, processors: int | None = None, **option
     serves = lambda served, *of_call: why_not("cpu" if served == "cuda" else served, *of_call)  # noqa: E731
     patches = (
         mock.patch.object(backends, "why_not_kernels", serves),
+        mock.patch.object(backends, "extension_on_cuda", return_value="the card executes PTX alone"),
         mock.patch.object(backends, "capability", return_value=divmod(sm, 10)),
         mock.patch.object(launching, "_device", return_value=properties),
         mock.patch.object(similarity_op, "computes_in", side_effect=lambda dtype, device: dtype),

@@ -246,7 +246,7 @@ def similarity_loss(
         softmaxes += ["pair_matching"] if joined else []
         call = SimilarityCall(
             image, text, scale, teacher_image, teacher_text, teacher_scale,  # type: ignore[arg-type]
-            plane=None, **pairs, columns=symmetric,
+            plane=torch.stack(joined) if joined else None, **pairs, columns=symmetric,
             entropy=1.0 if divergence == "kl" else 0.0, chunk=sweep_rows(image, m, matrices, scratch_bytes),
             stored_rows=stored_rows(image, m, matrices, store_bytes) if wants_grad(image, text) else 0,
         )  # fmt: skip
@@ -290,13 +290,13 @@ def _softmax_terms(
     call: SimilarityCall, options: Options, plane: tuple[Tensor, Tensor] | None, group: Any
 ) -> Sequence[Tensor]:
     """Returns contrastive, relational and pair matching terms, see `values`."""
-    call = replace(call, plane=None if plane is None else torch.stack(plane))
     rows, columns, _ = registry.call(FORWARD, call)
     merged = None
     if call.columns and group is not None:
         merged = merge_columns(distributed.exchange(columns, group))
     elif call.columns:
-        merged = columns.narrow(1, call.label_offset, call.image.shape[0])
+        n, first = call.image.shape[0], call.label_offset
+        merged = columns if columns.shape[1] == n else columns[:, first : first + n]
     return values(rows, merged, call.scale, call.teacher_scale, plane, options)
 
 
