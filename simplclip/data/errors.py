@@ -21,7 +21,11 @@ class EmptyDataError(UserError, RuntimeError):
 
 
 class BrokenSample(Exception):
-    """A sample is broken: `args` are the reason under which it is counted, and a detail."""
+    """A sample is broken: the reason under which it is counted, and a detail."""
+
+    def __init__(self, reason: str, detail: object = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
 @dataclass

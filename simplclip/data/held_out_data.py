@@ -72,7 +72,7 @@ class HeldOut:
         try:
             captions = captions_of(sample, record, txt_lines=self.txt_lines)[: self.captions or None]
         except BrokenSample as broken:
-            if label is None or broken.args[0] not in ("missing caption", "empty caption"):
+            if label is None or broken.reason not in ("missing caption", "empty caption"):
                 raise
             captions = []
         if self.classes.folders:  # the caption of an image is only the name of its class

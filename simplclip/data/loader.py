@@ -194,7 +194,7 @@ class Loader:
             try:
                 yield consumed, self._prepare(sample, number)
             except BrokenSample as broken:
-                skipped.add(broken.args[0], place_of(sample), broken.args[1])
+                skipped.add(broken.reason, place_of(sample), broken.detail)
 
     def _order(self, number: int) -> list[tuple[Source, int]]:
         """Returns the tars of a pass in order, each with the number of its copy."""

@@ -196,7 +196,7 @@ def _write_shard(paths: list[Path], first: int, rows: list[Row], hold_out: float
             try:
                 files = files_of(row, remarks)
             except BrokenSample as broken:
-                skipped.add(broken.args[0], row.name, broken.args[1])
+                skipped.add(broken.reason, row.name, broken.detail)
                 continue
             side = is_held_out(files | {"__shard__": "", "__key__": row.name}, hold_out)
             add(shards[side], f"{number:09d}", files)

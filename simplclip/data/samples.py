@@ -120,7 +120,7 @@ def image_of(sample: Sample) -> bytes:
     for suffix in images.SUFFIXES:
         if suffix in sample:
             return sample[suffix]
-    raise BrokenSample("missing image", "")
+    raise BrokenSample("missing image")
 
 
 def record_of(sample: Sample) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = Fal
         lines = text.splitlines() if txt_lines else [" ".join(text.split())]
         if captions := [cleaned for line in lines if (cleaned := clean(line))]:
             return captions
-    raise BrokenSample("empty caption" if any(isinstance(text, str) for text in texts) else "missing caption", "")
+    raise BrokenSample("empty caption" if any(isinstance(text, str) for text in texts) else "missing caption")
 
 
 def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:

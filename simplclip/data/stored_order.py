@@ -78,5 +78,5 @@ class StoredOrder:
                 positions.append(position)
                 keys.append(sample["__key__"])
             except BrokenSample as broken:
-                skipped.add(broken.args[0], place_of(sample), broken.args[1])
+                skipped.add(broken.reason, place_of(sample), broken.detail)
         return Portion(source, positions, keys, self.collate(prepared) if prepared else None, skipped)

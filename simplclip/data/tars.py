@@ -115,7 +115,7 @@ def _joined(samples: Iterator[Sample], shard: str, folders: Folders) -> Iterator
     for sample in samples:
         key = sample["__key__"]
         if key in seen:  # the sidecars' files belong to the earlier sample
-            sample["__double__"] = BrokenSample("duplicate key in tar", "")
+            sample["__double__"] = BrokenSample("duplicate key in tar")
         for place, other in enumerate(following):
             if other is None or other["__key__"] != key or key in seen:
                 continue

@@ -116,7 +116,7 @@ class Encoder:
         try:
             return self.preprocess(decode_pil(image if isinstance(image, Image.Image) else file_bytes(image)))
         except BrokenSample as broken:
-            raise InputError(f"images: expected an image, got {image}: {broken.args[0]} ({broken.args[1]})") from None
+            raise InputError(f"images: expected an image, got {image}: {broken.reason} ({broken.detail})") from None
 
 
 def load(

@@ -21,7 +21,7 @@ def by_pillow(encoded):
 def reason(call, *arguments, **options):
     with pytest.raises(BrokenSample) as caught:
         call(*arguments, **options)
-    return caught.value.args[0]
+    return caught.value.reason
 
 
 RGB = photo()
@@ -73,7 +73,7 @@ def outcome(call, file):
     try:
         return to_tensor(call(file)).tolist()
     except BrokenSample as broken:
-        return broken.args[0]
+        return broken.reason
 
 
 @pytest.mark.parametrize("quality", [20, pytest.param(90, marks=pytest.mark.slow)])

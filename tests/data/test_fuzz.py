@@ -31,7 +31,7 @@ def read(url):
     for sample in tars.read(Source(url, name="a"), skipped):
         for suffix, value in sample.items():
             if not suffix.startswith("__"):
-                value = value.args[0] if isinstance(value, BrokenSample) else value
+                value = value.reason if isinstance(value, BrokenSample) else value
                 files.append((f"{sample['__key__']}.{suffix}", value))
     return files, dict(skipped.counts)
 

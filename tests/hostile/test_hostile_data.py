@@ -137,7 +137,7 @@ def test_captions_are_used_or_counted(content, expected):
         try:
             captions += samples.parse(sample).captions
         except BrokenSample as broken:
-            skipped.add(broken.args[0], "a.tar/k", broken.args[1])
+            skipped.add(broken.reason, "a.tar/k", broken.args[1])
     assert (captions, dict(skipped.counts)) == expected
     split = evaluation.Split(data.held_out("a.tar"), tokenizer, lambda image: torch.zeros(3, 2, 2))
     try:
