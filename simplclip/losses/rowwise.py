@@ -132,12 +132,15 @@ class RowwiseLoss(DistributedLoss):
         module: Any = self.fn
         return lambda *args: torch.func.functional_call(module, learned, args) if learned else module(*args)
 
-    def _mean(self, fn, x, y, x_teacher, y_teacher, scale, bias, teacher_scale, offset) -> Any:
+    def _mean(
+        self, fn: Callable[..., Tensor], x: Tensor, y: Tensor, x_teacher: Any, y_teacher: Any,
+        scale: Tensor, bias: Tensor | None, teacher_scale: Any, offset: int,
+    ) -> Any:  # fmt: skip
         """Returns the mean of fn over the rows of x against the columns y."""
         dtype, n = accumulate_dtype(x.dtype), len(x)
         multiplied = x.dtype if x.dtype == torch.bfloat16 else dtype  # float16 would lose small gradients
 
-        def of_chunk(rows, columns, of_rows, index):
+        def of_chunk(rows: Tensor, columns: Tensor, of_rows: Tensor | None, index: Tensor) -> Tensor:
             logits = scale * torch.mm(rows.to(multiplied), columns.to(multiplied).T).to(dtype)
             logits = logits if bias is None else logits + bias
             teachers = () if of_rows is None else (teacher_scale * torch.mm(of_rows, y_teacher.T).to(dtype),)

@@ -190,12 +190,12 @@ class _Wide(torch.autograd.Function):
     range; the gradients of other rows may overflow, as GradScaler expects."""
 
     @staticmethod
-    def forward(ctx, value):
+    def forward(ctx: Any, value: Tensor) -> Tensor:
         ctx.save_for_backward(value.any(-1, keepdim=True))
         return value.float()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (nonzero,) = ctx.saved_tensors
         most = torch.finfo(torch.float16).max
         return torch.where(nonzero, gradient, gradient.clamp(-most, most)).half()

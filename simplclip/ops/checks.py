@@ -14,11 +14,11 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def shape_of(t: Tensor) -> str:
+def shape_of(t: Any) -> str:
     return f"[{', '.join(map(str, t.shape))}]"
 
 
-def floating(name: str, t: Tensor, letters: str = "") -> None:
+def floating(name: str, t: Any, letters: str = "") -> None:
     """Checks that t is a tensor of one of FLOATS. letters: its shape for the message, e.g. "[N, D]"."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a tensor{letters and ' ' + letters}, got {type(t).__name__}")
@@ -36,7 +36,7 @@ def features(name: str, t: Tensor, letters: str) -> None:
     raise ValueError(f"{name}: expected at least one row and one column, got shape {shape_of(t)}")
 
 
-def on(name: str, t: Tensor, other_name: str, device: torch.device) -> None:
+def on(name: str, t: Any, other_name: str, device: torch.device) -> None:
     """Checks that t is on the device of another tensor."""
     if t.device != device:
         raise ValueError(f"{name}: expected the device of {other_name}, {device}, got {t.device}")
@@ -91,7 +91,7 @@ def constant(name: str, t: Tensor) -> Tensor:
     return savable(t.detach())
 
 
-def choice(name: str, value, options: tuple[str, ...]) -> None:
+def choice(name: str, value: Any, options: tuple[str, ...]) -> None:
     if value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
@@ -105,7 +105,7 @@ def boolean(name: str, value: Any) -> None:
     instance(name, value, bool, "a bool")
 
 
-def _real(name: str, value, expected: str) -> float:
+def _real(name: str, value: Any, expected: str) -> float:
     """Returns a number of Python, or float() of another number, e.g. numpy's. Raises TypeError for bool, text and tensor."""
     if type(value) in (int, float):
         return value
@@ -115,7 +115,7 @@ def _real(name: str, value, expected: str) -> float:
     raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
-def number(name: str, value, *, positive: bool = False) -> float:
+def number(name: str, value: Any, *, positive: bool = False) -> float:
     value = _real(name, value, "a number")
     if not abs(value) < math.inf:  # torch.compile cannot trace isfinite of a symbolic float
         raise ValueError(f"{name}: expected a finite number, got {value}")
@@ -161,7 +161,7 @@ def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.dev
     return lengths.clamp(0, length).to(torch.int32)
 
 
-def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
+def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None) -> None:
     """Checks types and shapes of parallel_mlp's tensors."""
     weights = ("fc1_weight", fc1_weight, "[F, C]"), ("fc2_weight", fc2_weight, "[C_out, F]")
     for name, t, _ in (("x", x, ""), *weights, ("fc1_bias", fc1_bias, ""), ("fc2_bias", fc2_bias, "")):
@@ -183,8 +183,9 @@ def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
 
 
 def block(
-    x, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight,
-    norm, norm_weight, norm_bias, alpha, beta, gamma,
+    x: Tensor, qk_weight: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
+    value_weight: Tensor | None, output_weight: Tensor | None, norm: str, norm_weight: Tensor, norm_bias: Tensor | None,
+    alpha: Tensor, beta: Tensor, gamma: Tensor,
 ) -> None:  # fmt: skip
     """Checks types and shapes of simplified_block's tensors."""
     of_mlp = fc1_weight, fc1_bias, fc2_weight, fc2_bias

@@ -6,6 +6,7 @@ torch.distributed.nn.functional has such collectives with gradients, but it is d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,23 +42,23 @@ class _Gather(torch.autograd.Function):
     """All-gather. Its gradient is _Sum, whose gradient is _Gather, so that backward can be differentiated again."""
 
     @staticmethod
-    def forward(ctx, rows, group):
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _all_gather(rows, group)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _differentiable(_Sum, _sum)(gradient, ctx.group), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gathered, group):
+    def forward(ctx: Any, gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _sum(gathered, group)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _differentiable(_Gather, _all_gather)(gradient, ctx.group), None
 
 
@@ -94,12 +95,12 @@ class _Exchange(torch.autograd.Function):
     """All-to-all, whose gradient is an all-to-all."""
 
     @staticmethod
-    def forward(ctx, parts, group):
+    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _all_to_all(parts, group)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _all_to_all(gradient, ctx.group), None
 
 
@@ -142,11 +143,11 @@ def _average(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _Mean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value, group):
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
         return _average(value, group)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -157,23 +158,23 @@ def mean(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _Average(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value, group):
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _average(value, group)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _differentiable(_Average, _average)(gradient, ctx.group), None
 
 
 class _Learned(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, group, *parameters):
+    def forward(ctx: Any, group: dist.ProcessGroup, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         return tuple(p.view_as(p) for p in parameters)
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         flat = torch.cat([g.flatten().to(accumulate_dtype(g.dtype)) for g in gradients])
         flat = _differentiable(_Average, _average)(flat, ctx.group)
         parts = flat.split([g.numel() for g in gradients])
@@ -196,12 +197,12 @@ def from_first_rank(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value, factor):
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.factor * gradient, None
 
 

@@ -96,13 +96,15 @@ class Op:
         """Runs the dispatcher's arguments, see `dispatch`."""
         return self.dispatch(self.laid_out(args[:-1]), args[-1], through)
 
-    def save(self, ctx, tensors: Sequence[Tensor | None], options: Sequence, spec: str, results: Sequence[Tensor]) -> None:
+    def save(
+        self, ctx: Any, tensors: Sequence[Tensor | None], options: Sequence, spec: str, results: Sequence[Tensor]
+    ) -> None:
         ctx.mark_non_differentiable(*results[self.differentiable :])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(tensors if self.saves_tensors else ()), *results[self.saved_results :])
         ctx.options, ctx.spec = options, spec
 
-    def gradients(self, ctx, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    def gradients(self, ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """Returns the gradients of the call's tensors.
 
         Differentiating them again raises an error instead of giving zero. For this the differentiable inputs, or a
@@ -126,14 +128,14 @@ class _Eager(torch.autograd.Function):
     """A call of an op on plain tensors."""
 
     @staticmethod
-    def forward(ctx, op, spec, call, options, *tensors):
+    def forward(ctx: Any, op: Op, spec: str, call: Any, options: Sequence, *tensors: Tensor | None) -> Any:
         results = op.dispatch(call, spec)
         ctx.op = op
         op.save(ctx, tensors, options, spec, results)
         return results
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         return None, None, None, None, *ctx.op.gradients(ctx, grads, ctx.needs_input_grad[4:])
 
 
@@ -215,10 +217,10 @@ def register_gradient(
     op.backward, op.differentiable = backward, differentiable
     op.saved_results, op.saves_tensors = saved_results, saves_tensors
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         op.save(ctx, inputs[: op.tensors], inputs[op.tensors : -1], inputs[-1], output)
 
-    def of_all(ctx, *grads):
+    def of_all(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         gradients = op.gradients(ctx, grads, ctx.needs_input_grad[: op.tensors])
         return *gradients, *[None] * (len(fields(op.call_type)) + 1 - op.tensors)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from simplclip.ops import backends, checks, registry
 from simplclip.ops.attention import reference, sdpa, with_library_attention, xformers
 from simplclip.ops.attention.call import AttentionCall, AttentionGradient, AttentionInto
 from simplclip.ops.attention.with_library_attention import Backward, Forward
-from simplclip.ops.calls import accumulate_dtype, flat
+from simplclip.ops.calls import accumulate_dtype, by_name
 from simplclip.ops.registry import autocast, define, register_gradient
 
 
@@ -34,30 +35,30 @@ def av_shape(shape: Sequence[int], q: Tensor, spec: str, lengths: Tensor | None)
     return shape if backend in LIBRARIES else (0,)
 
 
-def _facts(call):
+def _facts(call: AttentionCall) -> dict[str, Any]:
     return facts_of(call.q.shape, call.lengths)
 
 
-def _fwd(function, call):
+def _fwd(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     return attend(function, call)
 
 
-def _native_fake(call):
+def _native_fake(call: AttentionCall) -> tuple[Tensor, Tensor]:
     b, length, h, _ = call.q.shape
     return call.q.new_empty(call.q.shape), call.q.new_empty(b, h, length, dtype=call.gains.dtype)
 
 
-def _fwd_fake(call, spec):
+def _fwd_fake(call: AttentionCall, spec: str) -> tuple[Tensor, Tensor, Tensor]:
     av = av_shape(call.q.shape, call.q, spec, call.lengths)
     return *_native_fake(call), call.q.new_empty(av)
 
 
-def _bwd(function, call):
+def _bwd(function: Callable, call: AttentionGradient) -> tuple[Tensor, ...]:
     dq, dk, dv = _empty_gradients(call)
-    return dq, dk, dv, function(AttentionInto(*flat(call), dq, dk, dv))
+    return dq, dk, dv, function(AttentionInto(**by_name(call), dq=dq, dk=dk, dv=dv))
 
 
-def _bwd_fake(call, spec):
+def _bwd_fake(call: AttentionGradient, spec: str) -> tuple[Tensor, ...]:
     return *_empty_gradients(call), torch.empty_like(call.gains)
 
 
@@ -110,8 +111,11 @@ BACKWARD = define(
 )  # fmt: skip
 
 
-def _gradient(call, results, grads, needed, spec):
-    gradients = registry.call(BACKWARD, AttentionGradient(*flat(call), *grads, *results), spec)
+def _gradient(
+    call: AttentionCall, results: Sequence[Tensor], grads: Sequence[Any], needed: Sequence[bool], spec: str
+) -> dict[str, Tensor]:
+    (grad,), (lse, av) = grads, results
+    gradients = registry.call(BACKWARD, AttentionGradient(**by_name(call), grad=grad, lse=lse, av=av), spec)
     return dict(zip(("q", "k", "v", "gains"), gradients))
 
 

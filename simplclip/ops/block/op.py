@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +14,7 @@ from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.attention.op import attend, av_shape, facts_of
 from simplclip.ops.block.call import BlockCall, BlockGradient, Needed
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
-from simplclip.ops.calls import accumulate_dtype, flat
+from simplclip.ops.calls import accumulate_dtype, by_name
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, to_overwrite
 from simplclip.ops.mlp.reference import ACTIVATIONS
@@ -45,7 +48,7 @@ def _attention_call(call: BlockCall, shape: tuple[int, int, int, int], n: Tensor
     return AttentionCall(q, k, v.view(shape), gains * call.attention_gain, call.lengths, call.scale, call.causal)
 
 
-def _fwd(pick, call):
+def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
     x, shape = call.x.view(-1, call.x.shape[2]), heads_of(call)
     n, _ = norm_fwd(x, call)
     qk = F.linear(n, call.qk_weight)
@@ -65,7 +68,7 @@ def _fwd(pick, call):
     return out, qk, h, lse, av
 
 
-def _fwd_fake(call, spec):
+def _fwd_fake(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
     x, shape = call.x, heads_of(call)
     batch, length, heads, _ = shape
     widths = (2 * x.shape[2], call.fc1_weight.shape[0])
@@ -100,7 +103,7 @@ def _mlp_bwd(pick, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, n
     return h, gradients
 
 
-def _bwd(pick, call):
+def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
     x, shape, need = call.x.view(-1, call.x.shape[2]), heads_of(call), Needed(*call.need)
     n, stats = norm_fwd(x, call)
     grad, qk, facts = call.grad.view(x.shape), call.qk, facts_of(shape, call.lengths)
@@ -118,8 +121,9 @@ def _bwd(pick, call):
     if need_attention:
         d_attention = grad if call.output_weight is None else torch.mm(grad, call.output_weight)
         dqk, dv = torch.empty_like(qk), torch.empty_like(n)
+        dq, dk = _split(dqk, shape)
         gradient = AttentionInto(
-            *flat(attention), d_attention.view(shape), call.lse, call.av, *_split(dqk, shape), dv.view(shape)
+            **by_name(attention), grad=d_attention.view(shape), lse=call.lse, av=call.av, dq=dq, dk=dk, dv=dv.view(shape)
         )
         d_gains = pick("shaped_attention_bwd", **facts)(gradient)
         if need.attention_gain:
@@ -136,11 +140,11 @@ def _bwd(pick, call):
             dn = dv if call.value_weight is None else torch.mm(dv, call.value_weight)
             dn.addmm_(dqk, call.qk_weight).addmm_(d_h, call.fc1_weight)
             dx, gradients["norm_weight"], gradients["norm_bias"] = norm_bwd(dn, x, call, stats, need)
-            gradients["x"] = dx.view(call.x.shape) if need.x else None
+            gradients["x"] = None if dx is None else dx.view(call.x.shape)
     return tuple([gradients[name] if needed else x.new_empty(0) for name, needed in zip(Needed._fields, need)])
 
 
-def _bwd_fake(call, spec):
+def _bwd_fake(call: BlockGradient, spec: str) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format) if needed else call.grad.new_empty(0)
         for name, needed in zip(Needed._fields, call.need)
@@ -152,9 +156,11 @@ FORWARD = define("simplified_block_fwd", BlockCall, "(Tensor, Tensor, Tensor, Te
 BACKWARD = define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_fake)
 
 
-def _gradient(call, results, grads, needed, spec):
+def _gradient(
+    call: BlockCall, results: Sequence[Tensor], grads: Sequence[Any], needed: Sequence[bool], spec: str
+) -> dict[str, Tensor]:
     (qk, h, lse, av), (grad,) = results, grads
-    gradient = BlockGradient(*flat(call), grad, qk, to_overwrite(h), lse, av, list(needed[:-1]))
+    gradient = BlockGradient(**by_name(call), grad=grad, qk=qk, h=to_overwrite(h), lse=lse, av=av, need=list(needed[:-1]))
     return dict(zip(Needed._fields, registry.call(BACKWARD, gradient, spec)))
 
 

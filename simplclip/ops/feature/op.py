@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class _FeatureLoss(torch.autograd.Function):
     """Keeps the inputs and the inverse norms [N, 2], or [N, 0] if not `normalize`; backward computes the rest again."""
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, beta: float | None, normalize: bool) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, beta: float | None, normalize: bool) -> Tensor:
         dtype, sums = accumulate_dtype(student.dtype), []
         inverse = student.new_empty(student.shape[0], 2 * normalize, dtype=dtype)
         for x, y, inv in _chunks(student, teacher, inverse):
@@ -51,7 +52,7 @@ class _FeatureLoss(torch.autograd.Function):
         return torch.stack(sums).sum() / student.shape[0]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         student, teacher, inverse = ctx.saved_tensors
         d_student = torch.empty_like(student, memory_format=torch.contiguous_format)
         with torch.no_grad():

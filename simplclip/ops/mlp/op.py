@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ def hidden_rows(
         yield h_chunk, out[first : first + rows]
 
 
-def _fwd(function, call):
+def _fwd(function: Callable, call: MlpCall) -> tuple[Tensor, Tensor]:
     out = call.x.new_empty(call.x.shape[0], call.fc2_weight.shape[0])
     first = call.x, call.fc1_weight, call.fc1_bias
     h = F.linear(*first) if call.keep else call.x.new_empty(0, call.fc1_weight.shape[0])
@@ -56,12 +57,12 @@ def _fwd(function, call):
     return out, h
 
 
-def _fwd_fake(call, spec):
+def _fwd_fake(call: MlpCall, spec: str) -> tuple[Tensor, Tensor]:
     rows, new = call.x.shape[0], call.x.new_empty
     return new(rows, call.fc2_weight.shape[0]), new(rows if call.keep else 0, call.fc1_weight.shape[0])
 
 
-def _bwd(function, call):
+def _bwd(function: Callable, call: MlpGradient) -> tuple[Tensor, ...]:
     grad, h, need = call.grad, call.h, call.need
     none = h.new_empty(0)
     d_fc2_bias = grad.sum(0) if need[4] else none
@@ -72,13 +73,13 @@ def _bwd(function, call):
     return d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight if need[3] else none, d_fc2_bias
 
 
-def _bwd_fake(call, spec):
+def _bwd_fake(call: MlpGradient, spec: str) -> tuple[Tensor, ...]:
     c, f = call.fc2_weight.shape
     shapes = (call.x.shape, call.fc1_weight.shape, (f,), (c, f), (c,))
     return tuple(call.x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, call.need))
 
 
-def _hidden_bwd_fake(call):
+def _hidden_bwd_fake(call: HiddenGradient) -> Tensor:
     return call.weight.new_empty(call.weight.shape if call.need_weight else (0, call.weight.shape[1]))
 
 
@@ -94,7 +95,9 @@ BACKWARD = define(
 )  # fmt: skip
 
 
-def _gradient(call, results, grads, needed, spec):
+def _gradient(
+    call: MlpCall, results: Sequence[Tensor], grads: Sequence[Any], needed: Sequence[bool], spec: str
+) -> dict[str, Tensor]:
     (h,), (grad,) = results, grads
     of_call = MlpGradient(grad, to_overwrite(h), call.x, call.fc1_weight, call.fc2_weight, call.act, list(needed))
     return dict(zip(FORWARD.names, registry.call(BACKWARD, of_call, spec)))

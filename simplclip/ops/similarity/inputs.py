@@ -14,7 +14,7 @@ from simplclip.ops.registry import autocast
 from simplclip.ops.similarity.call import DIVERGENCES, TERMS
 
 
-def check_options(terms, divergence, symmetric, scratch_bytes, store_bytes) -> None:
+def check_options(terms: Any, divergence: Any, symmetric: Any, scratch_bytes: Any, store_bytes: Any) -> None:
     if not isinstance(terms, (tuple, list, set)) or not terms or not set(TERMS).issuperset(terms):
         raise ValueError(f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}")
     checks.choice("divergence", divergence, DIVERGENCES)
@@ -24,7 +24,7 @@ def check_options(terms, divergence, symmetric, scratch_bytes, store_bytes) -> N
             raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
 
 
-def check_weights(weights, terms: Collection[str]) -> dict[str, float]:
+def check_weights(weights: Any, terms: Collection[str]) -> dict[str, float]:
     if not isinstance(weights, Mapping) or weights.keys() != set(terms):
         raise ValueError(f"weights: expected a number for each of the terms {', '.join(terms)}, got {weights!r}")
     numbers = dict(weights)
@@ -82,7 +82,7 @@ def constants_of_teacher(arguments: dict[str, Any], student: Mapping[str, Tensor
     return [checks.constant(name, t) for name, t in (arguments | numbers).items()]
 
 
-def hyperplane(plane, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
+def hyperplane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
     width, device, wide = image.shape[1], image.device, torch.promote_types(image.dtype, torch.float32)
     if not isinstance(plane, (tuple, list)) or len(plane) != 2:
         raise ValueError(f"plane: expected (p [] or w [D], q []) for pair matching, got {type(plane).__name__}")

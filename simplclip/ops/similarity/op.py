@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks, distributed, registry
+from simplclip.ops.calls import by_name
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SimilarityCall, SimilarityGradient
@@ -29,11 +30,11 @@ def _prepared(call: Any) -> Any:
     return replace(call, **{name: t.to(dtype) for name, t in features.items() if t is not None})
 
 
-def _fwd(function, call):
+def _fwd(function: Callable, call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     return function(_prepared(call))
 
 
-def _fwd_fake(call, spec):
+def _fwd_fake(call: SimilarityCall, spec: str) -> tuple[Tensor, Tensor, Tensor]:
     image, m = call.image, call.text.shape[0]
     compute = computes_in(image.dtype, image.device.type)
     return (
@@ -43,28 +44,28 @@ def _fwd_fake(call, spec):
     )
 
 
-def _bwd(function, call):
+def _bwd(function: Callable, call: SimilarityGradient) -> tuple[Tensor, ...]:
     d_image, d_text, *others = function(_prepared(call))
     return d_image.to(call.image.dtype), d_text.to(call.text.dtype), *others
 
 
-def _empty_gradients(call, dtype):
+def _empty_gradients(call: SimilarityGradient | SigmoidCall, dtype: torch.dtype) -> Iterator[Tensor]:
     return (
         t.new_empty(t.shape if needed else (0, t.shape[1]), dtype=dtype)
         for t, needed in ((call.image, call.need_image), (call.text, call.need_text))
     )
 
 
-def _bwd_fake(call, spec):
+def _bwd_fake(call: SimilarityGradient, spec: str) -> tuple[Tensor, ...]:
     return *_empty_gradients(call, call.image.dtype), call.scale.new_empty(()), call.scale.new_empty(2)
 
 
-def _sigmoid(function, call):
+def _sigmoid(function: Callable, call: SigmoidCall) -> tuple[Tensor, ...]:
     values, *gradients = function(_prepared(call))
     return (values * call.sigmoids[4]).sum(), values, *gradients
 
 
-def _sigmoid_results(call):
+def _sigmoid_results(call: SigmoidCall) -> tuple[Tensor, ...]:
     """Returns a backend's fake results. For float16, gradients are stored in float32, which does not lose entries of 1/N²."""
     compute = computes_in(call.image.dtype, call.image.device.type)
     stored = torch.float32 if compute == torch.float16 else compute
@@ -75,7 +76,7 @@ def _sigmoid_results(call):
     )
 
 
-def _sigmoid_fake(call, spec):
+def _sigmoid_fake(call: SigmoidCall, spec: str) -> tuple[Tensor, ...]:
     return call.sigmoids.new_empty(()), *_sigmoid_results(call)
 
 
@@ -94,16 +95,23 @@ SIGMOID = define(
 )  # fmt: skip
 
 
-def _gradient(call, results, grads, needed, spec):
-    rows, columns, _ = results
+def _gradient(
+    call: SimilarityCall, results: Sequence[Tensor], grads: Sequence[Any], needed: Sequence[bool], spec: str
+) -> dict[str, Tensor]:
+    rows, columns, stored = results
     grad_rows = torch.zeros_like(rows) if grads[0] is None else grads[0]
     grad_columns = torch.zeros_like(columns) if grads[1] is None else grads[1]
-    gradient = SimilarityGradient(*FORWARD.values(call), grad_rows, grad_columns, *results, needed[0], needed[1])
+    gradient = SimilarityGradient(
+        **by_name(call), grad_rows=grad_rows, grad_columns=grad_columns, row_stats=rows, column_stats=columns,
+        stored=stored, need_image=needed[0], need_text=needed[1],
+    )  # fmt: skip
     d_image, d_text, d_scale, d_plane = registry.call(BACKWARD, gradient, spec)
     return {"image": d_image, "text": d_text, "scale": d_scale, "plane": d_plane}
 
 
-def _sigmoid_gradient(call, results, grads, needed, spec):
+def _sigmoid_gradient(
+    call: SigmoidCall, results: Sequence[Tensor], grads: Sequence[Any], needed: Sequence[bool], spec: str
+) -> dict[str, Tensor]:
     d_image, d_text, d_sigmoids = (result * grads[0] for result in results[2:])
     return {"image": d_image, "text": d_text, "sigmoids": F.pad(d_sigmoids, (0, 0, 0, 3))}
 
