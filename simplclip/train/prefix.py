@@ -100,6 +100,8 @@ def find(model: nn.Module, encode: Encode, batch: Batch, compiled: bool = False)
         calls.append((module, args[0] if args else None, output))
 
     modules = [module for _, module in frozen_modules(model) if not isinstance(module, nn.Embedding)]
+    if not modules:
+        return None
     hooks = [module.register_forward_hook(called) for module in modules]
     states = gradient_cache.generators()
     try:

@@ -30,6 +30,7 @@ import tiny
 from markdown_it import MarkdownIt
 from pairs import forked
 from paths import ROOT
+from PIL import Image
 from pydantic import BaseModel
 from torch.distributed.run import get_args_parser
 
@@ -103,6 +104,9 @@ PROGRAMS += [(name, "-") for name in FILES if blocks(name, "diff")]
 def test_python_blocks_run(name, side, tmp_path):
     if name in ("docs/evaluation.md", "docs/training.md"):
         write_run(tmp_path)
+    if name == "docs/your-photos.md":
+        (tmp_path / "photos").mkdir()
+        Image.new("RGBA", (8, 8)).save(tmp_path / "photos/key.png")
     file = tmp_path / Path(name).with_suffix(".py").name
     file.write_text(program(name, side))
 
