@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from simplclip import gradient_cache
 from simplclip.models.inherit import frozen_modules
@@ -87,6 +88,11 @@ def _forward(prefix: Prefix, last: bool, forward: Callable, *args: Any, **option
     return output
 
 
+def _saved_for_nothing() -> saved_tensors_hooks:
+    """Context in which graphs keep no tensors. A plan's graphs would keep those of a graph without a backward pass."""
+    return saved_tensors_hooks(lambda tensor: None, lambda nothing: None)
+
+
 def find(model: nn.Module, encode: Encode, batch: Batch, compiled: bool = False) -> tuple[Prefix, int] | None:
     """Finds the frozen beginning of a tower by encoding `batch`, of one text or image, and the bytes of its output.
 
@@ -105,7 +111,7 @@ def find(model: nn.Module, encode: Encode, batch: Batch, compiled: bool = False)
     hooks = [module.register_forward_hook(called) for module in modules]
     states = gradient_cache.generators()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _saved_for_nothing():
             features = encode(batch)
     finally:
         gradient_cache.restore(states)
@@ -124,7 +130,7 @@ def find(model: nn.Module, encode: Encode, batch: Batch, compiled: bool = False)
     try:
         with torch.no_grad():
             prefix.encode(encode, batch)
-        with torch.enable_grad():
+        with torch.enable_grad(), _saved_for_nothing():
             again = prefix.encode(encode, batch)
         works = again.device == features.device and again.shape == features.shape
     except (RuntimeError, TypeError, ValueError):

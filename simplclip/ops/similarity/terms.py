@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip.ops.similarity.call import ColumnStat, RowStat
+from simplclip.ops.similarity.call import ColumnStat
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -46,27 +46,27 @@ def values(
     positive, r and r̂ the log-sum-exps over the whole row, a row's divergence is
     r - E_T[Z] + entropy (E_T[T] - r̂) = (r - z) - entropy (r̂ - t) + m (mean + z - entropy t).
     """
-    lse, diagonal = rows[RowStat.LSE_STUDENT], rows[RowStat.DIAGONAL_STUDENT]
+    lse, teacher_lse, mean, diagonal, teacher_diagonal, unmatched = rows.unbind()
     if columns is not None:  # both directions, [2, N]
-        lse = torch.stack([lse, columns[ColumnStat.LSE_STUDENT]])
+        column_lse, column_teacher_lse, column_mean = columns.unbind()
+        lse = torch.stack([lse, column_lse])
     positive, terms = scale * diagonal, []
     excess = lse - positive
     cross_entropy = torch.add(softplus(excess), positive, alpha=0)
     if options.contrastive:
         terms.append(cross_entropy.mean())
     if options.relational:
-        teacher_lse, mean = rows[RowStat.LSE_TEACHER], rows[RowStat.MEAN]
         if columns is not None:
-            teacher_lse = torch.stack([teacher_lse, columns[ColumnStat.LSE_TEACHER]])
-            mean = torch.stack([mean, columns[ColumnStat.MEAN]])
-        teacher = teacher_scale * rows[RowStat.DIAGONAL_TEACHER]
+            teacher_lse = torch.stack([teacher_lse, column_teacher_lse])
+            mean = torch.stack([mean, column_mean])
+        teacher = teacher_scale * teacher_diagonal
         teacher_excess = teacher_lse - teacher
         loss = cross_entropy + torch.sigmoid(teacher_excess) * (mean + positive - options.entropy * teacher)
         terms.append((loss - options.entropy * softplus(teacher_excess) + 0 * teacher).mean())
     if plane is not None:
         weight, bias = plane
         negated = -torch.addcmul(bias, weight, diagonal)  # the logits of the positives
-        of_negatives = rows[RowStat.PAIR_MATCHING].sum() * (0.5 / options.negatives)
+        of_negatives = unmatched.sum() * (0.5 / options.negatives)
         terms.append(torch.add(of_negatives, mismatch(negated).sum(), alpha=0.5 / diagonal.shape[0]))
     if options.weights is not None:
         first, *factors = options.weights
