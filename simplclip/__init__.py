@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from simplclip.ops.backends import backend
     from simplclip.ops.report import report
 
-_FUNCTIONS: dict[str, tuple[str, ...]] = {
+_MODULES: dict[str, tuple[str, ...]] = {
     "evaluation.encoder": ("load",),
     "models.crop": ("crop_texts",),
     "models.fold": ("fold",),
@@ -29,8 +29,6 @@ _FUNCTIONS: dict[str, tuple[str, ...]] = {
     "models.simplify": ("simplify",),
     "ops.backends": ("backend",),
     "ops.report": ("report",),
-}
-_MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("data", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"), ()),
     **dict.fromkeys(("export", "plan", "teacher"), ()),  # commands
 }
@@ -41,7 +39,7 @@ __all__ += ["export", "plan", "teacher"]
 if not TYPE_CHECKING:  # a type checker would take any name for known
 
     def __getattr__(name: str) -> Any:
-        return attribute("simplclip", _FUNCTIONS | _MODULES, name)
+        return attribute(__name__, _MODULES, name)
 
 
 def __dir__() -> list[str]:

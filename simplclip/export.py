@@ -22,7 +22,7 @@ import simplclip
 from simplclip import models
 from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
 from simplclip.models.registry import configuration
-from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, check_export, in_run
+from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, about_best, check_export, in_run
 from simplclip.models.trained import load_model, model_options
 
 
@@ -40,7 +40,7 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     check_export(out, force)
     model, state = load_model(file := in_run(checkpoint))
     if file != checkpoint:
-        print(f"weights: {file}, of the best evaluation, step {state['step']}; --last takes last.pt")
+        print(about_best(file, state["step"]))
     config = state["config"]
     name, options = config["model"]["name"], model_options(config["model"], config["loss"]["base"])
     about = open_clip_config(model, name, options)

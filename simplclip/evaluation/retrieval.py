@@ -42,14 +42,15 @@ def loss_of(split: Split, batch_size: int, logit_scale: Tensor, logit_bias: Tens
     captions: dict[int, int] = {}  # of each group, the first
     for row, group in enumerate(split.caption_groups.tolist()):
         captions.setdefault(group, row)
-    pairs = [(row, captions[group]) for row, group in enumerate(split.groups.tolist()) if group in captions]
+    rows = [(row, captions[group]) for row, group in enumerate(split.groups.tolist()) if group in captions]
+    pairs = torch.tensor(rows)
     size = min(batch_size, len(pairs))
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
     loss: Any = losses.ClipLoss() if logit_bias is None else losses.SigLipLoss()
     more = {} if logit_bias is None else {"logit_bias": logit_bias}
     values = []
     for batch in order[: len(pairs) // size * size].split(size):
-        images, texts = torch.tensor(pairs)[batch].unbind(1)
+        images, texts = pairs[batch].unbind(1)
         features = split.image_features[images], split.text_features[texts]
         values.append(loss(*features, logit_scale, ids=split.groups[images], **more))
     return torch.stack(values).mean().item()

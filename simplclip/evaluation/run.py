@@ -23,6 +23,7 @@ from simplclip.evaluation.figures import in_words, table
 from simplclip.evaluation.retrieval import recall_of
 from simplclip.evaluation.sheets import contact_sheet
 from simplclip.evaluation.split import BATCH_SIZE, Split, encode
+from simplclip.models.sources import about_best
 from simplclip.version import __version__
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]
@@ -78,7 +79,7 @@ def evaluate(
     for number, source in enumerate(sources):
         encoder = load(source, device=ranks.device(device), precision=precision)
         if encoder.source != source:
-            say(f"weights: {encoder.source}, of the best evaluation, step {encoder.step}; --last takes last.pt")
+            say(about_best(encoder.source, encoder.step))
         about: dict[str, Any] = {"checkpoint": encoder.source, "model": encoder.name, "step": encoder.step}
         about["precision"] = encoder.precision
         if number == 0:

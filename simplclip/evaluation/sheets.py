@@ -33,6 +33,11 @@ class Answers(NamedTuple):
     rank: int
     missed: bool  # whether none of the nearest is right
 
+    def shown(self) -> list[tuple[int, str]]:
+        """Returns the candidates to draw with their labels: the nearest, and the right one, if it is missed."""
+        shown = [(row, f"{score:.2f}") for row, score in zip(self.rows, self.scores)]
+        return [*shown, (self.right, f"#{self.rank:,}: {self.right_score:.2f}")] if self.missed else shown
+
 
 def contact_sheet(path: str | Path, split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> Path:
     """Writes a picture of captions with their TOP nearest images, and of images with their nearest captions."""
@@ -75,11 +80,8 @@ def sheet_of(split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> S
 def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -> None:
     sheet.line(split.captions[answers.query], 10.5, 2)
     sheet.y += 0.05
-    tiles = [(image, f"{score:.2f}") for image, score in zip(answers.rows, answers.scores)]
-    if answers.missed:
-        tiles.append((answers.right, f"#{answers.rank:,}: {answers.right_score:.2f}"))
     group = split.caption_groups[answers.query]
-    for column, (image, label) in enumerate(tiles):
+    for column, (image, label) in enumerate(answers.shown()):
         x = MARGIN + column * (SIDE + GAP) + (GAP if column == TOP else 0)
         right = bool(split.groups[image] == group)
         sheet.tile(pictures[image], x, sheet.y, SIDE, right)
@@ -90,11 +92,8 @@ def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -
 def _draw_captions(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -> None:
     side, x = 1.1, MARGIN + 1.1 + GAP
     sheet.tile(pictures[answers.query], MARGIN, sheet.y, side)
-    rows = [(caption, f"{score:.2f}") for caption, score in zip(answers.rows, answers.scores)]
-    if answers.missed:
-        rows.append((answers.right, f"#{answers.rank:,}: {answers.right_score:.2f}"))
     step = side / (TOP + 1)
-    for place, (caption, label) in enumerate(rows):
+    for place, (caption, label) in enumerate(answers.shown()):
         y, right = sheet.y + place * step, bool(split.caption_groups[caption] == split.groups[answers.query])
         if right:
             sheet.box(x, y, WIDTH - MARGIN - x, step - 0.01)

@@ -40,7 +40,7 @@ class Teacher:
 
     image: Tensor  # [N, D̂]
     text: Tensor  # [N, D̂]
-    scale: Tensor | None  # []
+    scale: Tensor | None = None  # []
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class DistributedLoss(nn.Module):
             raise ValueError("use_horovod: expected False, since the ranks communicate through torch.distributed, got True")
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
         self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
+        self.labels: dict[torch.device, Tensor] = {}  # of get_ground_truth, which subclasses of open_clip's loss have
         self._shapes = distributed.SameShapes()
         self._same_parameters = False  # whether all ranks have the first rank's parameters
 
@@ -131,18 +132,18 @@ class DistributedLoss(nn.Module):
         return loss if self.local_loss else distributed.mean(loss, self._group())
 
 
-def _why(term: str) -> str:
-    return f"the term {term!r} needs it"
+def why_teacher(terms: tuple[str, ...]) -> str | None:
+    """Returns why a teacher is needed, None if no term needs one."""
+    return next((f"the term {term!r} needs it" for term in terms if term in OF_TEACHER), None)
 
 
 def teacher_of(values: Any, terms: tuple[str, ...]) -> Teacher | None:
     """Returns the teacher of an argument (image, text, scale), if a term needs it."""
-    needed = [term for term in terms if term in OF_TEACHER]
-    if not needed:
+    why = why_teacher(terms)
+    if why is None:
         return None
     if not isinstance(values, (tuple, list)) or len(values) != 3:
-        expected = f"({', '.join(TEACHER)}), since {_why(needed[0])}"
-        raise ValueError(f"teacher: expected {expected}, got {type(values).__name__}")
+        raise ValueError(f"teacher: expected ({', '.join(TEACHER)}), since {why}, got {type(values).__name__}")
     return Teacher(*values)
 
 
@@ -225,15 +226,12 @@ class SimilarityLoss(DistributedLoss):
 
     def _constants(self, teacher: Teacher, image: Tensor, text: Tensor, terms: tuple[str, ...]) -> Teacher | None:
         """Returns the teacher of the terms that need one, checked and detached."""
-        needed = [term for term in terms if term in OF_TEACHER]
-        if not needed:
+        why = why_teacher(terms)
+        if why is None:
             return None
-        values = [teacher.image, teacher.text, teacher.scale]
-        if teacher.scale is None and "relational" not in terms:
-            values.pop()
-        student = dict(zip(STUDENT, (image, text)))
-        constants: list[Any] = [*inputs.constants_of_teacher(dict(zip(TEACHER, values)), student, _why(needed[0])), None]
-        return Teacher(constants[0], constants[1], constants[2])
+        unused = teacher.scale is None and "relational" not in terms
+        arguments = dict(zip(TEACHER[: 3 - unused], (teacher.image, teacher.text, teacher.scale)))
+        return Teacher(*inputs.constants_of_teacher(arguments, dict(zip(STUDENT, (image, text))), why))
 
     def _similarity(self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None) -> dict[str, Tensor]:
         """Returns the terms of this rank's rows, by ops.similarity_loss."""

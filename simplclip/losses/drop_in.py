@@ -37,24 +37,7 @@ class ClipLoss(PairLoss, open_clip_loss.ClipLoss):
     Source: Radford et al. 2021 (arXiv 2103.00020); open_clip.loss.ClipLoss.
     """
 
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-        *,
-        pm_weight: float = 0.0,
-        plane: str = "scalar",
-        embed_dim: int | None = None,
-        **unknown: Never,
-    ) -> None:
-        modes = local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod
-        super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)
-        self.prev_num_logits = 0
-        self.labels: dict[torch.device, Tensor] = {}  # of get_ground_truth
+    prev_num_logits = 0  # of open_clip's get_ground_truth
 
 
 class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):

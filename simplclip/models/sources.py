@@ -41,6 +41,11 @@ def in_run(source: str | os.PathLike, last: bool = False) -> str | os.PathLike:
     return os.fspath(Path(source, LAST if last else BEST)) if Path(source, BEST).is_file() else source
 
 
+def about_best(file: str | os.PathLike, step: int) -> str:
+    """Says that `in_run` chose the best weights of a run's folder."""
+    return f"weights: {os.fspath(file)}, of the best evaluation, step {step}; --last takes last.pt"
+
+
 def check_weights(source: str | os.PathLike, argument: str, files: tuple[str, ...] = (LAST, EXPORTED_WEIGHTS)) -> None:
     """Raises FileNotFoundError, which names `argument`, for weights, as `weights.read` takes them, that are not there.
     files: one of them, or a best.pt, is in a folder."""

@@ -203,8 +203,7 @@ def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
         return "the teacher's own R@1: no sample has features"
     x = torch.stack([torch.from_numpy(pair.features[0]) for pair in pairs]).float()
     y = torch.stack([torch.from_numpy(pair.features[-len(pair.captions)]) for pair in pairs]).float()
-    names: dict[int, int] = {}
-    groups = torch.tensor([names.setdefault(pair.group_id, len(names)) for pair in pairs])
+    groups = torch.tensor([pair.group_id for pair in pairs])
     ways = {"image to text": recall(x, y, groups, groups)["R@1"], "text to image": recall(y, x, groups, groups)["R@1"]}
     figures = ", ".join(f"{way} {figure['value']:.1%} (chance {figure['chance']:.1%})" for way, figure in ways.items())
     useless = all(figure["value"] < min(0.5, 3 * figure["chance"]) for figure in ways.values())

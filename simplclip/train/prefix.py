@@ -7,8 +7,7 @@ nothing: a tensor without elements on the meta device, by which any other use of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -42,16 +41,17 @@ class Prefix:
 
     def encode(self, function: Encode, batch: Batch) -> Tensor:
         """Encodes a micro-batch: the first time, without autograd, its outputs are kept, the second time they are used."""
-        if not torch.is_grad_enabled():
-            with self._recording() as outputs:
-                features = function(batch)
-            self.kept[id(batch)] = outputs
+        if torch.is_grad_enabled():
+            self._replayed = self.kept.pop(id(batch), None)  # None of the last micro-batch, which is encoded once
+        else:
+            self._recorded = []
+        try:
+            features = function(batch)
+            if self._recorded is not None:
+                self.kept[id(batch)] = self._recorded
             return features
-        outputs = self.kept.pop(id(batch), None)
-        if outputs is None:  # the last micro-batch is encoded once
-            return function(batch)
-        with self._replaying(outputs):
-            return function(batch)
+        finally:
+            self._recorded = self._replayed = None
 
     def remove(self) -> None:
         """Lets the modules run as before."""
@@ -60,23 +60,6 @@ class Prefix:
                 del module.forward
             else:
                 module.forward = forward
-
-    @contextmanager
-    def _recording(self) -> Iterator[list[Tensor]]:
-        outputs: list[Tensor] = []
-        self._recorded = outputs
-        try:
-            yield outputs
-        finally:
-            self._recorded = None
-
-    @contextmanager
-    def _replaying(self, outputs: list[Tensor]) -> Iterator[None]:
-        self._replayed = outputs
-        try:
-            yield
-        finally:
-            self._replayed = None
 
 
 def _forward(prefix: Prefix, last: bool, forward: Callable, *args: Any, **options: Any) -> Any:
