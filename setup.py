@@ -3,12 +3,14 @@
     simplclip._C       CPU kernels, always
     simplclip._C_cuda  CUDA objects, where nvcc is found and torch was built with CUDA
 
-SIMPLCLIP_CUDA=auto (default) builds CUDA where it can and prints why where it cannot; 0 never does; 1 fails with the reason.
-SIMPLCLIP_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST chooses the architectures, e.g. "8.6;9.0"; "all" stands for ARCHITECTURES, as a
-wheel needs them. Without either, the build is for this machine's GPUs, or for an RTX 3090 where there is no GPU. MAX_JOBS
-caps the compilers that run at once.
+SIMPLCLIP_CUDA=auto (default) builds CUDA where it can and prints why where it cannot; 0 never does;
+1 fails with the reason. SIMPLCLIP_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST chooses the architectures,
+e.g. "8.6;9.0"; "all" stands for ARCHITECTURES, as a wheel needs them. Without either, the build is
+for this machine's GPUs, or for an RTX 3090 where there is no GPU. MAX_JOBS caps the compilers that
+run at once.
 
-Each extension contains a digest of its sources, by which simplclip/ops/extension.py refuses one that is out of date.
+Each extension contains a digest of its sources, by which simplclip/ops/extension.py refuses one
+that is out of date.
 """
 
 import json
@@ -25,7 +27,8 @@ from setuptools import find_packages, setup
 
 
 def find_toolkit() -> None:
-    """Sets CUDA_HOME to the folder that nvcc reports as TOP, since the folder of a wrapper or a link has no libraries.
+    """Sets CUDA_HOME to the folder that nvcc reports as TOP, since the folder of a wrapper or a
+    link has no libraries.
 
     Without an nvcc on the path, to that of PyPI's nvidia-cuda-nvcc, which lies beside torch.
     """
@@ -34,7 +37,9 @@ def find_toolkit() -> None:
     if os.environ.get("CUDA_HOME"):
         return
     if nvcc:
-        text = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        text = subprocess.run(
+            [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True
+        ).stderr
         top = re.search(r"^#\$ TOP=(.+)$", text, re.MULTILINE)
         if top:
             os.environ["CUDA_HOME"] = os.path.realpath(top[1].strip())
@@ -50,17 +55,38 @@ TORCH_TARGET = "0x020a000000000000"  # LibTorch 2.10: the oldest stable ABI that
 ARCHITECTURES = "8.0;8.6;8.9;9.0;12.0+PTX"
 DEFAULT_ARCHITECTURE = "8.6+PTX"
 
-# SIMPLCLIP_SANITIZE=address builds the CPU kernels with AddressSanitizer and UBSan, =thread with ThreadSanitizer, which needs
-# real threads; tests/support/sanitized.py does, and runs them.
+# SIMPLCLIP_SANITIZE=address builds the CPU kernels with AddressSanitizer and UBSan, =thread with
+# ThreadSanitizer, which needs real threads; tests/support/sanitized.py does, and runs them.
 SANITIZERS = {
     "": [],
-    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-g1", "-fsanitize=thread", "-include", os.path.abspath("tests/support/real_threads.h")],
+    "address": [
+        "-O1",
+        "-g1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=vptr",
+        "-fno-sanitize-recover=all",
+    ],
+    "thread": [
+        "-O1",
+        "-g1",
+        "-fsanitize=thread",
+        "-include",
+        os.path.abspath("tests/support/real_threads.h"),
+    ],
 }
 SANITIZE = SANITIZERS[os.environ.get("SIMPLCLIP_SANITIZE", "")]
 
 MACROS = [("TORCH_TARGET_VERSION", TORCH_TARGET)]
-FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+]
 
 
 def why_no_cuda() -> str | None:
@@ -69,15 +95,23 @@ def why_no_cuda() -> str | None:
         return f"torch {torch.__version__} is a build without CUDA"
     if cpp_extension.CUDA_HOME is None:
         packages = f"PyPI's nvidia-cuda-nvcc=={torch.version.cuda}.*"
-        return f"nvcc was not found: install {packages} or the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME to it"
+        return (
+            f"nvcc was not found: install {packages} or the CUDA toolkit {torch.version.cuda}, or "
+            "set CUDA_HOME to it"
+        )
     nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
     try:
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [nvcc, "--version"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         return f"{nvcc} does not run: {error}"
     release = text.split("release ")[1].split(",")[0]
     if release.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"nvcc is {release}, torch was built with CUDA {torch.version.cuda}: install a toolkit of that major version"
+        return (
+            f"nvcc is {release}, torch was built with CUDA {torch.version.cuda}: install a toolkit "
+            "of that major version"
+        )
     return None
 
 
@@ -86,13 +120,18 @@ def architectures() -> tuple[str, str]:
     for name in ("SIMPLCLIP_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         if wanted := os.environ.get(name):
             chosen = ARCHITECTURES if wanted == "all" else ";".join(re.split(r"[;,\s]+", wanted))
-            # Numbers alone, since the kernels' architectures are compared with the device at run time.
+            # Numbers alone, since the kernels' architectures are compared with the device at run
+            # time.
             if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?;?)+", chosen):
-                raise SystemExit(f"{name}: expected numbers, as in {ARCHITECTURES}, or all, got {wanted!r}")
+                raise SystemExit(
+                    f"{name}: expected numbers, as in {ARCHITECTURES}, or all, got {wanted!r}"
+                )
             return chosen, f"by {name}"
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        return ";".join(f"{major}.{minor}" for major, minor in sorted(found)), "the GPUs of this machine"
+        return ";".join(
+            f"{major}.{minor}" for major, minor in sorted(found)
+        ), "the GPUs of this machine"
     return DEFAULT_ARCHITECTURE, "an RTX 3090, since this machine has no GPU"
 
 
@@ -103,15 +142,22 @@ class Build(cpp_extension.BuildExtension):
         start = time.monotonic()
         write_header()
         super().run()
-        print(f"simplclip: built {' and '.join(e.name for e in self.extensions)} in {time.monotonic() - start:.0f} s")
+        print(
+            f"simplclip: built {' and '.join(e.name for e in self.extensions)} in "
+            f"{time.monotonic() - start:.0f} s"
+        )
         if NO_CUDA:
             print(f"simplclip: WITHOUT the CUDA kernels: {NO_CUDA}")
 
 
 def write_header() -> None:
-    """Writes build/sources.h, which the extensions' modules include: what they were built from, and why there is no CUDA."""
+    """Writes build/sources.h, which the extensions' modules include: what they were built from, and
+    why there is no CUDA.
+    """
     macros = {"SOURCES": DIGEST("_C"), "SOURCES_CUDA": DIGEST("_C_cuda"), "NO_CUDA": NO_CUDA or ""}
-    text = "".join(f"#define SIMPLCLIP_{name} {json.dumps(value)}\n" for name, value in macros.items())
+    text = "".join(
+        f"#define SIMPLCLIP_{name} {json.dumps(value)}\n" for name, value in macros.items()
+    )
     BUILD.mkdir(exist_ok=True)
     header = BUILD / "sources.h"
     if not header.exists() or header.read_text() != text:
@@ -119,7 +165,10 @@ def write_header() -> None:
 
 
 def runtime_folders() -> list[str]:
-    """Returns where the linker finds CUDA's runtime. PyPI's has libcudart.so.13 alone, to which a link is made."""
+    """Returns where the linker finds CUDA's runtime.
+
+    PyPI's has libcudart.so.13 alone, to which a link is made.
+    """
     folder = Path(cpp_extension.CUDA_HOME) / "lib"
     runtimes = sorted(folder.glob("libcudart.so.[0-9]*"))
     if not runtimes or (folder / "libcudart.so").exists():
@@ -132,7 +181,9 @@ def runtime_folders() -> list[str]:
 
 
 def extensions() -> tuple[list, str | None]:
-    """Returns the extensions to build, and the reason why the CUDA objects are not among them; None if they are."""
+    """Returns the extensions to build, and the reason why the CUDA objects are not among them; None
+    if they are.
+    """
     cpu = cpp_extension.CppExtension(
         "simplclip._C",
         ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").rglob("*.cpp")))],
@@ -153,7 +204,10 @@ def extensions() -> tuple[list, str | None]:
             raise SystemExit(f"SIMPLCLIP_CUDA=1, but the CUDA objects cannot be built: {reason}")
         return [cpu], reason
     chosen, why = architectures()
-    print(f"simplclip: building the CUDA kernels for {chosen} ({why}); SIMPLCLIP_CUDA_ARCHS=all builds for {ARCHITECTURES}")
+    print(
+        f"simplclip: building the CUDA kernels for {chosen} ({why}); SIMPLCLIP_CUDA_ARCHS=all "
+        f"builds for {ARCHITECTURES}"
+    )
     os.environ["TORCH_CUDA_ARCH_LIST"] = chosen
     cuda = cpp_extension.CUDAExtension(
         "simplclip._C_cuda",
@@ -172,10 +226,12 @@ DIGEST = runpy.run_path("simplclip/ops/extension.py")["digest"]
 EXTENSIONS, NO_CUDA = extensions()
 
 setup(
-    # kernels/ lies at the top level beside csrc/, and simplclip/kernels is a link to it: PyPI has another package kernels.
+    # kernels/ lies at the top level beside csrc/, and simplclip/kernels is a link to it: PyPI has
+    # another package kernels.
     packages=find_packages(include=["simplclip", "simplclip.*"]),
-    # With this, an editable installation is an entry of sys.path. By default it is a finder, which Python asks only after it
-    # has taken a folder without __init__.py for the package: a checkout in a folder named simplclip, beside a script.
+    # With this, an editable installation is an entry of sys.path. By default it is a finder, which
+    # Python asks only after it has taken a folder without __init__.py for the package: a checkout
+    # in a folder named simplclip, beside a script.
     package_dir={"": "."},
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": Build},

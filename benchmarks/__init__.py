@@ -1,1 +1,4 @@
-"""Microbenchmarks: `make bench`. Result files, with the hardware and the commit, lie in benchmarks/results."""
+"""Microbenchmarks: `make bench`.
+
+Result files, with the hardware and the commit, lie in benchmarks/results.
+"""

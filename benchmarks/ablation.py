@@ -1,8 +1,11 @@
-"""Measures what each part of a recipe adds: trains a model without and with each change of settings, for several seeds.
+"""Measures what each part of a recipe adds: trains a model without and with each change of
+settings, for several seeds.
 
-    python -m benchmarks.ablation examples/emoji/siclip-lite0.yaml --out runs/ablation --seeds 3 --jobs 2
+    python -m benchmarks.ablation examples/emoji/siclip-lite0.yaml --out runs/ablation --seeds 3
+    --jobs 2
 
-The effects are those of a YAML file, by default benchmarks/ablation.yaml. Settings are those of `--set`; lists may be nested:
+The effects are those of a YAML file, by default benchmarks/ablation.yaml. Settings are those of
+`--set`; lists may be nested:
 
     steps: 150                                # run.steps of every run
     set: [data.batch_size=128]                # settings of every run
@@ -12,10 +15,11 @@ The effects are those of a YAML file, by default benchmarks/ablation.yaml. Setti
         variant: [loss.pm_weight=1]
         set: [data.batch_size=64]             # of both; optional, as `steps` and `seeds`
 
-Each run is `simplclip train` and `simplclip evaluate` in a folder that is named by a digest of its settings. So runs of equal
-settings are done once, the file may change, and the same command continues after a stop. OUT/effects.csv has R@1 of base and
-variant for each split and the mean over all, and their difference, paired by seed, with its 95 % interval and the p of the
-paired t-test. Of 20 changes without any effect, one has p < 0.05.
+Each run is `simplclip train` and `simplclip evaluate` in a folder that is named by a digest of its
+settings. So runs of equal settings are done once, the file may change, and the same command
+continues after a stop. OUT/effects.csv has R@1 of base and variant for each split and the mean over
+all, and their difference, paired by seed, with its 95 % interval and the p of the paired t-test. Of
+20 changes without any effect, one has p < 0.05.
 """
 
 from __future__ import annotations
@@ -73,17 +77,23 @@ class Run(NamedTuple):
     settings: tuple[str, ...]
 
 
-Plan = list[tuple[Effect, list[tuple[Run, Run]]]]  # effects, each with its runs of base and variant by seed
+# effects, each with its runs of base and variant by seed
+Plan = list[tuple[Effect, list[tuple[Run, Run]]]]
 
 
 def load(path: Path) -> Effects:
     """Reads an effects file. Keys that begin with a dot are only places for anchors."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return Effects.model_validate({key: value for key, value in values.items() if not key.startswith(".")})
+    return Effects.model_validate(
+        {key: value for key, value in values.items() if not key.startswith(".")}
+    )
 
 
 def run_of(o: argparse.Namespace, settings: list[str], seed: int) -> Run:
-    """Returns the run of these settings. Raises ConfigError for a setting that the config does not have."""
+    """Returns the run of these settings.
+
+    Raises ConfigError for a setting that the config does not have.
+    """
     settings = [f"run.seed={seed}", *settings, *o.set]
     values = config.load(o.config, [*settings, "run.out=."]).model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
@@ -95,11 +105,19 @@ def train(run: Run, source: str, threads: int) -> str | None:
     """Trains and evaluates a run, and removes its checkpoint. Returns a line if it fails."""
     run.folder.mkdir(parents=True, exist_ok=True)
     log, program = run.folder / "log.txt", [sys.executable, "-m", "simplclip"]
-    training = [*program, "train", source, "--resume", *(word for item in run.settings for word in ("--set", item))]
+    training = [
+        *program,
+        "train",
+        source,
+        "--resume",
+        *(word for item in run.settings for word in ("--set", item)),
+    ]
     with open(log, "a") as file:
         for command in (training, [*program, "evaluate", str(run.folder), "--last"]):
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT
+            ).returncode
             if code:
                 return f"{run.folder} ended with {code}: see {log}"
     write_atomically(run.folder / RESULT, (run.folder / "evaluation.json").read_text())
@@ -111,11 +129,15 @@ def train(run: Run, source: str, threads: int) -> str | None:
 def recall(result: dict[str, Any], split: str) -> float:
     """Returns R@1 in per cent, the mean of both directions, of a split or the mean over all."""
     splits = result["splits"].values() if split == ALL else [result["splits"][split]]
-    return 100 * statistics.fmean(entry[direction]["R@1"]["value"] for entry in splits for direction in DIRECTIONS)
+    return 100 * statistics.fmean(
+        entry[direction]["R@1"]["value"] for entry in splits for direction in DIRECTIONS
+    )
 
 
 def rows_of(effect: Effect, pairs: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Yields a row for all splits and for each. pairs: results of base and variant by seed, at least two."""
+    """Yields a row for all splits and for each. pairs: results of base and variant by seed, at
+    least two.
+    """
     from scipy import stats  # here, since it takes a second to import
 
     for split in (ALL, *pairs[0][0]["splits"]):
@@ -125,17 +147,29 @@ def rows_of(effect: Effect, pairs: list[list[dict[str, Any]]]) -> Iterator[dict[
         row = {"effect": effect.name, "measure": "R@1", "split": split, "seeds": len(pairs)}
         figures = {"base": statistics.fmean(base), "base std": statistics.stdev(base)}
         figures |= {"variant": statistics.fmean(variant), "variant std": statistics.stdev(variant)}
-        figures |= {"difference": figures["variant"] - figures["base"], "p": test.pvalue, "low": low, "high": high}
+        figures |= {
+            "difference": figures["variant"] - figures["base"],
+            "p": test.pvalue,
+            "low": low,
+            "high": high,
+        }
         row |= {name: round(float(value), 4) for name, value in figures.items()}
         yield row | {"base steps": pairs[0][0]["step"], "variant steps": pairs[0][1]["step"]}
 
 
 def report(plan: Plan, out: Path) -> list[dict[str, Any]]:
-    """Writes OUT/effects.csv, with the effects that have at least two finished seeds. Returns its rows."""
+    """Writes OUT/effects.csv, with the effects that have at least two finished seeds.
+
+    Returns its rows.
+    """
     rows: list[dict[str, Any]] = []
     for effect, pairs in plan:
         files = [[run.folder / RESULT for run in pair] for pair in pairs]
-        finished = [[json.loads(file.read_text()) for file in pair] for pair in files if all(map(Path.exists, pair))]
+        finished = [
+            [json.loads(file.read_text()) for file in pair]
+            for pair in files
+            if all(map(Path.exists, pair))
+        ]
         rows += rows_of(effect, finished) if len(finished) > 1 else ()
     if rows:
         write_csv(out / "effects.csv", rows)
@@ -144,15 +178,36 @@ def report(plan: Plan, out: Path) -> list[dict[str, Any]]:
 
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    made = argparse.ArgumentParser("python -m benchmarks.ablation", description=__doc__, formatter_class=raw)
+    made = argparse.ArgumentParser(
+        "python -m benchmarks.ablation", description=__doc__, formatter_class=raw
+    )
     made.add_argument("config", help="YAML file or name of a built-in config")
-    made.add_argument("--effects", type=Path, default=Path(__file__).with_suffix(".yaml"), help="YAML file of effects")
+    made.add_argument(
+        "--effects",
+        type=Path,
+        default=Path(__file__).with_suffix(".yaml"),
+        help="YAML file of effects",
+    )
     made.add_argument("--out", type=Path, required=True, help="folder for the runs and effects.csv")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs")
-    made.add_argument("--seeds", type=int, default=3, help="of each effect that names no number, at least 2 (default: 3)")
-    made.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the CPU's threads (default: 1)")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs"
+    )
+    made.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        help="of each effect that names no number, at least 2 (default: 3)",
+    )
+    made.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at a time, which share the CPU's threads (default: 1)",
+    )
     made.add_argument("--only", default="*", metavar="GLOB", help="only effects of this name")
-    made.add_argument("--write", action="store_true", help="write benchmarks/results/ablation-*.csv too")
+    made.add_argument(
+        "--write", action="store_true", help="write benchmarks/results/ablation-*.csv too"
+    )
     return made
 
 
@@ -163,7 +218,9 @@ def planned(o: argparse.Namespace) -> Plan:
             continue
         shared, pairs = [*file.set, f"run.steps={effect.steps or file.steps}", *effect.set], []
         for seed in range(effect.seeds or o.seeds):
-            base, variant = (run_of(o, [*shared, *changes], seed) for changes in (effect.base, effect.variant))
+            base, variant = (
+                run_of(o, [*shared, *changes], seed) for changes in (effect.base, effect.variant)
+            )
             pairs.append((base, variant))
         plan.append((effect, pairs))
     return plan or sys.exit(f"--only: expected a name of {o.effects}, got {o.only}")
@@ -174,7 +231,9 @@ def main(arguments: list[str] | None = None) -> None:
     plan = planned(options)
     runs = {run.folder: run for _, pairs in plan for pair in pairs for run in pair}
     todo = [run for run in runs.values() if not (run.folder / RESULT).exists()]
-    print(f"{len(plan)} effects, {len(runs)} runs, {len(runs) - len(todo)} of them done", flush=True)
+    print(
+        f"{len(plan)} effects, {len(runs)} runs, {len(runs) - len(todo)} of them done", flush=True
+    )
     threads, failed = max(1, (os.cpu_count() or 1) // options.jobs), list[str]()
 
     def one(run: Run) -> None:
@@ -190,7 +249,9 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit("ablation: interrupted; the same command goes on")
     rows, where = report(plan, options.out), describe()
     if options.write:
-        write_csv(result_path("ablation", where), [row | where for row in rows if row["seeds"] >= 3])
+        write_csv(
+            result_path("ablation", where), [row | where for row in rows if row["seeds"] >= 3]
+        )
     if failed:
         sys.exit("\n".join(["the same command tries these again:", *failed]))
 

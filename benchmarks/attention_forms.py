@@ -14,7 +14,9 @@ from simplclip.ops import shaped_attention
 
 
 def plain(q, k, v, alpha, beta, gamma, causal=False):
-    """Computes the formula: products in the inputs' dtype, softmax and mixing weights in float32, one product with v."""
+    """Computes the formula: products in the inputs' dtype, softmax and mixing weights in float32,
+    one product with v.
+    """
     length = q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -26,13 +28,18 @@ def plain(q, k, v, alpha, beta, gamma, causal=False):
     uniform = visible.to(wide) / visible.sum(-1, keepdim=True)
     identity = torch.eye(length, dtype=wide, device=q.device)
     alpha, beta, gamma = (t.to(wide)[:, None, None] for t in (alpha, beta, gamma))
-    return ((alpha * identity + beta * logits.softmax(-1) - gamma * uniform).to(v.dtype) @ v).transpose(1, 2)
+    return (
+        (alpha * identity + beta * logits.softmax(-1) - gamma * uniform).to(v.dtype) @ v
+    ).transpose(1, 2)
 
 
 def _linear_terms(v, alpha, gamma, causal):
     """Returns alpha v − gamma C v."""
     if causal:
-        mean = v.cumsum(1) / torch.arange(1, v.shape[1] + 1, dtype=v.dtype, device=v.device)[:, None, None]
+        mean = (
+            v.cumsum(1)
+            / torch.arange(1, v.shape[1] + 1, dtype=v.dtype, device=v.device)[:, None, None]
+        )
     else:
         mean = v.mean(1, keepdim=True)
     return alpha.to(v.dtype)[:, None] * v - gamma.to(v.dtype)[:, None] * mean
@@ -44,7 +51,9 @@ def _sdpa(q, k, v, alpha, beta, gamma, causal):
 
 
 def _sdpa_and_terms(q, k, v, alpha, beta, gamma, causal):
-    return beta.to(v.dtype)[:, None] * _sdpa(q, k, v, alpha, beta, gamma, causal) + _linear_terms(v, alpha, gamma, causal)
+    return beta.to(v.dtype)[:, None] * _sdpa(q, k, v, alpha, beta, gamma, causal) + _linear_terms(
+        v, alpha, gamma, causal
+    )
 
 
 @dataclass(frozen=True)
@@ -62,14 +71,21 @@ class Shape:
 
 
 # CLIP text towers (77 tokens), MobileCLIP's last image stage (64), ViT-B/16 (197).
-SHAPES = (Shape(256, 77, 8, 64, True), Shape(64, 77, 8, 64), Shape(64, 64, 16, 32), Shape(32, 197, 12, 64))
+SHAPES = (
+    Shape(256, 77, 8, 64, True),
+    Shape(64, 77, 8, 64),
+    Shape(64, 64, 16, 32),
+    Shape(32, 197, 12, 64),
+)
 # All other forms compute shaped attention; SDPA alone leaves out two of its three terms.
 ALONE = "SDPA alone"
 
 
 def forms() -> dict[str, Callable]:
     return {
-        BASE: lambda q, k, v, alpha, beta, gamma, causal: shaped_attention(q, k, v, alpha, beta, gamma, causal=causal),
+        BASE: lambda q, k, v, alpha, beta, gamma, causal: shaped_attention(
+            q, k, v, alpha, beta, gamma, causal=causal
+        ),
         "formula": plain,
         "torch.compile of it": torch.compile(plain, dynamic=False),
         "SDPA and linear terms": _sdpa_and_terms,
@@ -81,7 +97,10 @@ def forms() -> dict[str, Callable]:
 def inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     """Returns q, k (views of one product), v and the gains; and a gradient of the result."""
     g = torch.Generator().manual_seed(0)
-    b, length, h, k = shape.b, shape.length, shape.heads, shape.k
+    b = shape.b
+    length = shape.length
+    h = shape.heads
+    k = shape.k
     qk = torch.randn(b, length, 2, h, k, generator=g).to(device, dtype)
     v, grad = (torch.randn(b, length, h, k, generator=g).to(device, dtype) for _ in range(2))
     gains = [torch.rand(h, generator=g).to(device) + 0.5 for _ in range(3)]
@@ -98,18 +117,32 @@ def _step(form, tensors, grad, shape, backward):
     return out.detach()
 
 
-def measure(shape: Shape, dtype: str, backward: bool, device: str, repeats: int, strict: bool = True) -> list[dict]:
-    """Returns a row for each form. Compares results with the formula's in float64 first. strict: as for `compare`."""
+def measure(
+    shape: Shape, dtype: str, backward: bool, device: str, repeats: int, strict: bool = True
+) -> list[dict]:
+    """Returns a row for each form.
+
+    Compares results with the formula's in float64 first. strict: as for `compare`.
+    """
     torch.compiler.reset()
     tensors, grad = inputs(shape, getattr(torch, dtype), device)
-    truth = plain(*(t[:2].double() if t.dim() == 4 else t.double() for t in tensors), causal=shape.causal)
-    cases = {name: lambda form=form: _step(form, tensors, grad, shape, backward) for name, form in forms().items()}
+    truth = plain(
+        *(t[:2].double() if t.dim() == 4 else t.double() for t in tensors), causal=shape.causal
+    )
+    cases = {
+        name: lambda form=form: _step(form, tensors, grad, shape, backward)
+        for name, form in forms().items()
+    }
 
     def error(run) -> float:
         return ((run()[:2].double() - truth).abs().max() / truth.abs().max()).item()
 
     def wrong(name: str, error: float, ours: float) -> str:
-        return "" if name == ALONE or error <= (5e-4 if dtype == "float32" else 3e-2) else f"{name}: error {error:.1e}"
+        return (
+            ""
+            if name == ALONE or error <= (5e-4 if dtype == "float32" else 3e-2)
+            else f"{name}: error {error:.1e}"
+        )
 
     first = {name: lambda run=run: error(run) for name, run in cases.items()}
     what = {"op": "shaped_attention", "shape": str(shape), "dtype": dtype, "pass": PASSES[backward]}

@@ -1,4 +1,6 @@
-"""A simplified block against open_clip's residual block of the same width: time, and bytes saved for backward."""
+"""A simplified block against open_clip's residual block of the same width: time, and bytes saved
+for backward.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from benchmarks.measure import BASE, PASSES, compare
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops.mlp.reference import ACTIVATIONS
 
-WIDTH, HEADS, LENGTH, BATCH = 512, 8, 77, 64
+WIDTH = 512
+HEADS = 8
+LENGTH = 77
+BATCH = 64
 STANDARD = "open_clip's block"
 
 
@@ -28,8 +33,13 @@ class PlainBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         block = self.block
         n = block.norm(x)
-        heads = [t.reshape(*x.shape[:2], block.heads, -1) for t in (*F.linear(n, block.qk.weight).chunk(2, -1), n)]
-        attention = plain(*heads, block.alpha, block.beta, block.gamma, causal=block.causal).reshape(x.shape)
+        heads = [
+            t.reshape(*x.shape[:2], block.heads, -1)
+            for t in (*F.linear(n, block.qk.weight).chunk(2, -1), n)
+        ]
+        attention = plain(
+            *heads, block.alpha, block.beta, block.gamma, causal=block.causal
+        ).reshape(x.shape)
         mlp = block.fc2(ACTIVATIONS[block.act](block.fc1(n)))
         return block.attention_gain * attention + block.mlp_gain * mlp
 
@@ -57,7 +67,9 @@ def forms(dtype: torch.dtype, device: str) -> dict[str, Callable[[Tensor], Tenso
 
 
 def saved_bytes(form: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Bytes of the distinct storages that autograd keeps for backward, without those of parameters."""
+    """Bytes of the distinct storages that autograd keeps for backward, without those of
+    parameters.
+    """
     held: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -89,13 +101,20 @@ def _step(form, x, grad, backward):
     return leaf.grad
 
 
-def measure(dtype: str, backward: bool, batch: int, device: str, repeats: int, strict: bool = True) -> list[dict]:
-    """Returns a row for each form. Compares the simplified blocks' results first. strict: as for `compare`."""
+def measure(
+    dtype: str, backward: bool, batch: int, device: str, repeats: int, strict: bool = True
+) -> list[dict]:
+    """Returns a row for each form.
+
+    Compares the simplified blocks' results first. strict: as for `compare`.
+    """
     torch.compiler.reset()
     kind = getattr(torch, dtype)
     of_name = forms(kind, device)
     x, grad = (torch.randn(batch, LENGTH, WIDTH).to(device, kind) for _ in range(2))
-    cases = {name: lambda form=form: _step(form, x, grad, backward) for name, form in of_name.items()}
+    cases = {
+        name: lambda form=form: _step(form, x, grad, backward) for name, form in of_name.items()
+    }
     simplified, limit = list(of_name)[:4], 1e-4 if dtype == "float32" else 5e-2
 
     def wrong(name: str, result: Tensor, ours: Tensor) -> str:

@@ -1,7 +1,8 @@
-"""The README's chart: time and memory of the contrastive loss against the number of pairs, as an SVG.
+"""The README's chart: time and memory of the contrastive loss against the number of pairs, as an
+SVG.
 
-The SVG is written as text, without a plotting library: the same result file gives the same bytes on every machine, so that a
-test can compare them.
+The SVG is written as text, without a plotting library: the same result file gives the same bytes on
+every machine, so that a test can compare them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import math
 from html import escape
 
 WIDTH, HEIGHT = 880, 372
-LEFT, TOP, PANEL_WIDTH, PANEL_HEIGHT = 62, 72, 268, 206
+LEFT = 62
+TOP = 72
+PANEL_WIDTH = 268
+PANEL_HEIGHT = 206
 PANEL_STEP = 450  # from the left edge of one panel to that of the next
 STYLE = """
 text { font: 12px system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f2328 }
@@ -30,14 +34,24 @@ SERIES = {
     "torch.compile, one product": ("compiled", "the N×N loss in plain torch, torch.compile"),
 }
 # Title, column of the result file, what to divide it by, and unit.
-PANELS = (("Forward and backward", "p50_ms", 1000, "s"), ("Memory beside the features", "extra_mib", 1, "MiB"))
+PANELS = (
+    ("Forward and backward", "p50_ms", 1000, "s"),
+    ("Memory beside the features", "extra_mib", 1, "MiB"),
+)
 
 
 def draw(rows: list[dict[str, str]], source: str) -> str:
-    """Returns the SVG of the contrastive loss in float32. rows: those of the result file `source`."""
-    rows = [row for row in rows if (row["objective"], row["dtype"]) == ("contrastive", "float32") and row["p50_ms"]]
+    """Returns the SVG of the contrastive loss in float32. rows: those of the result file
+    `source`.
+    """
+    rows = [
+        row
+        for row in rows
+        if (row["objective"], row["dtype"]) == ("contrastive", "float32") and row["p50_ms"]
+    ]
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 '
+        f'{WIDTH} {HEIGHT}">',
         "<title>Time and memory of the contrastive loss against the number of pairs</title>",
         f"<style>{STYLE}</style>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#ffffff"/>',
@@ -48,7 +62,14 @@ def draw(rows: list[dict[str, str]], source: str) -> str:
     for index, panel in enumerate(PANELS):
         lines += _panel(*panel, LEFT + PANEL_STEP * index, rows)
     first = rows[0]
-    lines.append(_text(24, HEIGHT - 30, f"float32, D = {first['d']}; {first['hardware']}; {first['date']}", style="small"))
+    lines.append(
+        _text(
+            24,
+            HEIGHT - 30,
+            f"float32, D = {first['d']}; {first['hardware']}; {first['date']}",
+            style="small",
+        )
+    )
     lines.append(_text(24, HEIGHT - 13, f"drawn by make tables from {source}", style="small"))
     return "\n".join([*lines, "</svg>", ""])
 
@@ -61,14 +82,22 @@ def _ticks(values: list[float]) -> list[float]:
     return [n for n in numbers if first <= n <= last]
 
 
-def _panel(title: str, column: str, divisor: float, unit: str, left: float, rows: list[dict[str, str]]) -> list[str]:
+def _panel(
+    title: str, column: str, divisor: float, unit: str, left: float, rows: list[dict[str, str]]
+) -> list[str]:
     """Returns the lines of a panel, whose axes are both logarithmic."""
     sizes = sorted({int(row["n"]) for row in rows})
-    values = {(row["form"], int(row["n"])): float(row[column]) / divisor for row in rows if row["form"] in SERIES}
+    values = {
+        (row["form"], int(row["n"])): float(row[column]) / divisor
+        for row in rows
+        if row["form"] in SERIES
+    }
     ticks = _ticks(list(values.values()))
 
     def across(n: int) -> float:
-        return left + 12 + (PANEL_WIDTH - 24) * math.log(n / sizes[0]) / math.log(sizes[-1] / sizes[0])
+        return (
+            left + 12 + (PANEL_WIDTH - 24) * math.log(n / sizes[0]) / math.log(sizes[-1] / sizes[0])
+        )
 
     def down(value: float) -> float:
         return TOP + PANEL_HEIGHT * math.log(ticks[-1] / value) / math.log(ticks[-1] / ticks[0])
@@ -76,21 +105,36 @@ def _panel(title: str, column: str, divisor: float, unit: str, left: float, rows
     lines = [_text(left, TOP - 14, f"{title}, {unit}", style="title")]
     for tick in ticks:
         y = down(tick)
-        lines.append(f'<line class="grid" x1="{left}" x2="{left + PANEL_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        lines.append(
+            f'<line class="grid" x1="{left}" x2="{left + PANEL_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         lines.append(_text(left - 8, y + 4, f"{tick:,g}", style="small", anchor="end"))
     for n in sizes:
-        lines.append(_text(across(n), TOP + PANEL_HEIGHT + 18, f"{n:,}", style="small", anchor="middle"))
+        lines.append(
+            _text(across(n), TOP + PANEL_HEIGHT + 18, f"{n:,}", style="small", anchor="middle")
+        )
     middle, below = left + PANEL_WIDTH / 2, TOP + PANEL_HEIGHT + 36
     lines.append(_text(middle, below, "pairs in the batch, N", style="small", anchor="middle"))
     ends = []
     for form, (style, _) in SERIES.items():
         points = [(across(n), down(values[form, n])) for n in sizes if (form, n) in values]
-        lines.append(f'<polyline class="{style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
+        lines.append(
+            f'<polyline class="{style}" '
+            f'points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
+        )
         lines += [f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
         last = values[form, max(n for name, n in values if name == form)]
-        ends.append((points[-1][1] + 4, points[-1][0] + 8, style, f"{last:,.{1 if last < 10 else 0}f} {unit}"))
+        ends.append(
+            (
+                points[-1][1] + 4,
+                points[-1][0] + 8,
+                style,
+                f"{last:,.{1 if last < 10 else 0}f} {unit}",
+            )
+        )
     above = math.inf
-    for y, x, style, text in sorted(ends, reverse=True):  # from the lowest up; a label that would cover another moves up
+    # from the lowest up; a label that would cover another moves up
+    for y, x, style, text in sorted(ends, reverse=True):
         above = min(y, above - 13)
         lines.append(_text(x, above, text, style=style))
     return lines

@@ -1,4 +1,6 @@
-"""Collects the rows of all benchmarks of a session, prints them as one table and writes one CSV file per op."""
+"""Collects the rows of all benchmarks of a session, prints them as one table and writes one CSV
+file per op.
+"""
 
 import pytest
 
@@ -9,9 +11,15 @@ KEY = ("op", "objective", "n", "d", "shape", "dtype", "pass", "form")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--sizes", default="4096,8192,16384", help="batch sizes N of the losses' benchmarks, comma-separated")
+    parser.addoption(
+        "--sizes",
+        default="4096,8192,16384",
+        help="batch sizes N of the losses' benchmarks, comma-separated",
+    )
     parser.addoption("--repeats", type=int, default=5, help="interleaved repeats of each form")
-    parser.addoption("--write", action="store_true", help="write benchmarks/results/<op>-<hardware>-<date>.csv")
+    parser.addoption(
+        "--write", action="store_true", help="write benchmarks/results/<op>-<hardware>-<date>.csv"
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -21,7 +29,9 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def measured(benchmark, request):
-    """Runs a function once, with `repeats` as its last argument, and keeps the rows that it returns."""
+    """Runs a function once, with `repeats` as its last argument, and keeps the rows that it
+    returns.
+    """
     rows = request.config.stash.setdefault(ROWS, [])
 
     def run(function, *arguments):
@@ -36,7 +46,9 @@ def pytest_terminal_summary(terminalreporter, config):
     if not collected:
         return
     where = describe()
-    terminalreporter.section(f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}")
+    terminalreporter.section(
+        f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}"
+    )
     for line in table(collected):
         terminalreporter.write_line(line)
     if config.getoption("--write"):

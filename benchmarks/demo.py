@@ -1,4 +1,6 @@
-"""Keeps the figures of a finished demo as a result file: python -m benchmarks.demo runs/siclip-lite0-emoji"""
+"""Keeps the figures of a finished demo as a result file: python -m benchmarks.demo
+runs/siclip-lite0-emoji
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from simplclip.common.files import write_atomically
 def main() -> None:
     run, where = Path(sys.argv[1]), describe()
     result = json.loads((run / "evaluation.json").read_text()) | where
-    result["samples_per_second"] = statistics.median(float(row["samples_per_s"]) for row in read_csv(run / "metrics.csv"))
+    result["samples_per_second"] = statistics.median(
+        float(row["samples_per_s"]) for row in read_csv(run / "metrics.csv")
+    )
     path = result_path("demo", where, ".json")
     write_atomically(path, json.dumps(result, indent=2) + "\n")
     print(f"wrote {path}")

@@ -1,12 +1,13 @@
 """Checks and measures this library on a GPU in one go: `python -m benchmarks.gpu`.
 
-Runs `simplclip selftest` and shows what fails. Then measures case by case, the most useful first: steps of the SiCLIPs beside
-the models that they were made from; the losses with their peers (open_clip, torch.compile; memeff and siglip-kernel
-where they are installed); attention; blocks; a step of a small model; the host's time of small calls. Measures all cases in
-one dtype, then in the next. A form that fails, does not fit in memory or has a wrong value becomes a row with its reason.
+Runs `simplclip selftest` and shows what fails. Then measures case by case, the most useful first:
+steps of the SiCLIPs beside the models that they were made from; the losses with their peers
+(open_clip, torch.compile; memeff and siglip-kernel where they are installed); attention; blocks; a
+step of a small model; the host's time of small calls. Measures all cases in one dtype, then in the
+next. A form that fails, does not fit in memory or has a wrong value becomes a row with its reason.
 
-Writes one folder and a zip of it: rows.csv after every case, the output of selftest, a summary, the environment. A case that
-the folder already has at this commit is not measured again.
+Writes one folder and a zip of it: rows.csv after every case, the output of selftest, a summary, the
+environment. A case that the folder already has at this commit is not measured again.
 """
 
 from __future__ import annotations
@@ -50,9 +51,15 @@ class Case:
 
 
 def losses(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
-    for n, objective in itertools.product(map(int, o.sizes.split(",")), similarity_forms.OBJECTIVES):
+    for n, objective in itertools.product(
+        map(int, o.sizes.split(",")), similarity_forms.OBJECTIVES
+    ):
         arguments = ("similarity_loss", objective, n, o.width, dtype, 1 << 62, o.device, o.repeats)
-        yield Case("losses", f"{objective}, N={n} D={o.width} {dtype}", partial(similarity_forms.measure, *arguments, False))
+        yield Case(
+            "losses",
+            f"{objective}, N={n} D={o.width} {dtype}",
+            partial(similarity_forms.measure, *arguments, False),
+        )
 
 
 def attention(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
@@ -81,7 +88,9 @@ def small_calls(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
 
 
 def of_small_calls(o: argparse.Namespace) -> list[dict]:
-    return [{"op": "host", "form": row["call"], **row} for row in host.measure(20 * o.repeats, o.device)]
+    return [
+        {"op": "host", "form": row["call"], **row} for row in host.measure(20 * o.repeats, o.device)
+    ]
 
 
 def steps(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
@@ -102,34 +111,69 @@ OPS = {
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this program without a GPU")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: to try this program without a GPU",
+    )
     parser.add_argument("--at-once", action="store_true", help="measure without selftest")
     parser.add_argument("--ops", default=",".join(OPS), help="in this order")
     parser.add_argument("--minutes", type=float, default=40, help="start no case after so many")
-    parser.add_argument("--sizes", default="32768,4096,65536,16384,1024", help="batch sizes N of the losses, in this order")
+    parser.add_argument(
+        "--sizes",
+        default="32768,4096,65536,16384,1024",
+        help="batch sizes N of the losses, in this order",
+    )
     parser.add_argument("--width", type=int, default=512, help="embedding width D")
     parser.add_argument("--dtypes", default="bfloat16,float16,float32")
     parser.add_argument("--models", default="siclip-s0,siclip2-s0", help="configs")
-    parser.add_argument("--sequences", type=float, default=1.0, help="share of the batches of models: 0.1 for a trial")
+    parser.add_argument(
+        "--sequences",
+        type=float,
+        default=1.0,
+        help="share of the batches of models: 0.1 for a trial",
+    )
     parser.add_argument("--repeats", type=int, default=10, help="interleaved repeats of each form")
-    parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/<gpu>-<date>)")
+    parser.add_argument(
+        "--out", type=Path, help="folder (default: benchmarks/results/<gpu>-<date>)"
+    )
     return parser.parse_args(argv)
 
 
 def check_first(device: str, folder: Path) -> None:
-    """Runs selftest and keeps its output. Ends the program unless it ends with 0, or with 1: something is wrong."""
-    command = [sys.executable, "-m", "simplclip", "selftest", "--device", device, "--json", str(folder / "selftest.json")]
+    """Runs selftest and keeps its output.
+
+    Ends the program unless it ends with 0, or with 1: something is wrong.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "simplclip",
+        "selftest",
+        "--device",
+        device,
+        "--json",
+        str(folder / "selftest.json"),
+    ]
     print(" ".join(command[2:]), flush=True)
     with (
         open(folder / "selftest.txt", "w") as file,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as run,
     ):
         for line in run.stdout:
             print(line, end="", flush=True)
             file.write(line)
     if run.returncode not in (0, 1):
-        sys.exit(f"selftest ended with {run.returncode}, so nothing is measured (--at-once measures all the same)")
+        sys.exit(
+            f"selftest ended with {run.returncode}, so nothing is measured (--at-once measures all "
+            "the same)"
+        )
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -145,14 +189,30 @@ def earlier(file: Path, commit: str) -> list[dict]:
 
 
 def write_bundle(folder: Path, rows: list[dict], left: int, where: dict[str, str]) -> list[str]:
-    """Writes all files but rows.csv, and the zip beside the folder. Returns the lines of the summary."""
-    lines = [f"{where['hardware']}, torch {where['torch']}, simplclip {where['simplclip']}, commit {where['commit']}", ""]
+    """Writes all files but rows.csv, and the zip beside the folder.
+
+    Returns the lines of the summary.
+    """
+    lines = [
+        f"{where['hardware']}, torch {where['torch']}, simplclip {where['simplclip']}, commit "
+        f"{where['commit']}",
+        "",
+    ]
     lines.append(f"{len(rows)} rows; {left} cases were left for the next call.")
-    failed = [{name: row[name] for name in ("case", "form", "note")} for row in rows if row.get("note")]
+    failed = [
+        {name: row[name] for name in ("case", "form", "note")} for row in rows if row.get("note")
+    ]
     if failed:
         lines += ["", f"{len(failed)} forms have no figure:", *table(failed)]
-    packages = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
-    environment = {"command": sys.argv, "where": where, "gpu": gpu_state(), "doctor": simplclip.report()}
+    packages = {
+        package.metadata["Name"]: package.version for package in importlib.metadata.distributions()
+    }
+    environment = {
+        "command": sys.argv,
+        "where": where,
+        "gpu": gpu_state(),
+        "doctor": simplclip.report(),
+    }
     environment["packages"] = dict(sorted(packages.items()))
     write_atomically(folder / "summary.txt", "\n".join(lines) + "\n")
     write_atomically(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
@@ -163,7 +223,10 @@ def write_bundle(folder: Path, rows: list[dict], left: int, where: dict[str, str
 def main(argv: list[str] | None = None) -> None:
     started, options = time.monotonic(), arguments(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit(f"--device cuda: torch {torch.__version__} sees no CUDA device; --device cpu --sizes 256 tries the program")
+        sys.exit(
+            f"--device cuda: torch {torch.__version__} sees no CUDA device; --device cpu --sizes "
+            "256 tries the program"
+        )
     if unknown := set(options.ops.split(",")) - set(OPS):
         sys.exit(f"--ops: expected some of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
     where = describe(options.device)
@@ -188,7 +251,9 @@ def main(argv: list[str] | None = None) -> None:
         state = gpu_state()
         rows += [{"case": str(case), "form": "", **row, **state, **where} for row in measured]
         write_csv(folder / "rows.csv", rows)
-    print("\n", *write_bundle(folder, rows, left, where), f"wrote {folder} and {folder}.zip", sep="\n")
+    print(
+        "\n", *write_bundle(folder, rows, left, where), f"wrote {folder} and {folder}.zip", sep="\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Host time of one small call, forward and backward, beside a baseline's.
 
-Sizes are so small that what is timed is not the arithmetic: one thread, float32. On a CPU processor time, on a GPU the time
-until the last kernel is started. Writes benchmarks/results/host-*.csv.
+Sizes are so small that what is timed is not the arithmetic: one thread, float32. On a CPU processor
+time, on a GPU the time until the last kernel is started. Writes benchmarks/results/host-*.csv.
 
     python -m benchmarks.host
 """
@@ -24,15 +24,20 @@ from simplclip.ops import shaped_attention
 
 
 def cases(device: str) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Returns pairs of functions that compute a number: ours, and the baseline in plain torch or open_clip."""
+    """Returns pairs of functions that compute a number: ours, and the baseline in plain torch or
+    open_clip.
+    """
     with torch.device(device):
         image, text = (torch.randn(16, 32).requires_grad_() for _ in range(2))
         scale = torch.tensor(10.0, requires_grad=True)
-        contrastive, with_plane, plain_loss = ClipPMLoss(pm_weight=0), ClipPMLoss(), open_clip.ClipLoss()
+        contrastive = ClipPMLoss(pm_weight=0)
+        with_plane = ClipPMLoss()
+        plain_loss = open_clip.ClipLoss()
 
         x = torch.randn(1, 4, 64).requires_grad_()
         mask = torch.full((4, 4), -torch.inf).triu(1)
-        block, plain_block = SimplifiedBlock(64, 1, causal=True), open_clip.transformer.ResidualAttentionBlock(64, 1)
+        block = SimplifiedBlock(64, 1, causal=True)
+        plain_block = open_clip.transformer.ResidualAttentionBlock(64, 1)
 
         q, k, v = (torch.randn(1, 4, 1, 64).requires_grad_() for _ in range(3))
         gains = [torch.ones(1, requires_grad=True) for _ in range(3)]
@@ -40,14 +45,25 @@ def cases(device: str) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Ten
 
     def plain_attention() -> Tensor:
         alpha, beta, gamma = (gain[:, None] for gain in gains)
-        attended = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True
+        ).transpose(1, 2)
         return (alpha * v + beta * attended - gamma * (v.cumsum(1) / counts)).sum()
 
     return {
-        "contrastive": (lambda: contrastive(image, text, scale), lambda: plain_loss(image, text, scale)),
-        "with pair matching": (lambda: with_plane(image, text, scale), lambda: plain_loss(image, text, scale)),
+        "contrastive": (
+            lambda: contrastive(image, text, scale),
+            lambda: plain_loss(image, text, scale),
+        ),
+        "with pair matching": (
+            lambda: with_plane(image, text, scale),
+            lambda: plain_loss(image, text, scale),
+        ),
         "block": (lambda: block(x).sum(), lambda: plain_block(x, attn_mask=mask).sum()),
-        "attention": (lambda: shaped_attention(q, k, v, *gains, causal=True).sum(), plain_attention),
+        "attention": (
+            lambda: shaped_attention(q, k, v, *gains, causal=True).sum(),
+            plain_attention,
+        ),
     }
 
 
@@ -55,10 +71,18 @@ def measure(calls: int, device: str) -> list[dict]:
     """Returns a row for each case, from so many interleaved calls of ours and of the baseline."""
     rows = []
     for name, pair in cases(device).items():
-        steps = {side: lambda run=run: run().backward() for side, run in zip(("ours", "baseline"), pair)}
+        steps = {
+            side: lambda run=run: run().backward() for side, run in zip(("ours", "baseline"), pair)
+        }
         times, _ = interleaved_times(steps, calls, warmup=calls // 10 + 1)
-        ours, baseline = (statistics.median(times[side].host or times[side].whole) for side in steps)
-        row = {"call": name, "ours_ms": round(1e3 * ours, 3), "baseline_ms": round(1e3 * baseline, 3)}
+        ours, baseline = (
+            statistics.median(times[side].host or times[side].whole) for side in steps
+        )
+        row = {
+            "call": name,
+            "ours_ms": round(1e3 * ours, 3),
+            "baseline_ms": round(1e3 * baseline, 3),
+        }
         rows.append(row | {"ratio": round(ours / baseline, 2)})
     return rows
 

@@ -1,12 +1,13 @@
 """Images a second of this library's loader beside open_clip's, on any shards.
 
-python -m benchmarks.loader --make FOLDER                       # test shards: 512-pixel JPEGs of about 37 KiB
+python -m benchmarks.loader --make FOLDER          # test shards: 512-pixel JPEGs of 37 KiB
 python -m benchmarks.loader --shards 'FOLDER/*.tar' --workers 1,2
 
-The loaders take turns. Both read, decode, augment (a random crop of 0.9 to 1 of the image's area, open_clip's default) and
-tokenize in loader processes, from which the main process takes batches. The figure of a repeat is that of its last
-`--seconds`. open_clip's batches are normalised float32; ours are uint8, which the device normalises. The last line is one
-JSON object: images a second with one worker.
+The loaders take turns. Both read, decode, augment (a random crop of 0.9 to 1 of the image's area,
+open_clip's default) and tokenize in loader processes, from which the main process takes batches.
+The figure of a repeat is that of its last `--seconds`. open_clip's batches are normalised float32;
+ours are uint8, which the device normalises. The last line is one JSON object: images a second with
+one worker.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ TOKENIZER = "ViT-B-32"
 
 
 def simplclip_batches(shards: str, size: int, workers: int, batch: int) -> Iterator[int]:
-    """Returns the sizes of the batches of this library's loader, which like open_clip's has no end."""
+    """Returns the sizes of the batches of this library's loader, which like open_clip's has no
+    end.
+    """
     loader = data.Loader(
         shards,
         tokenizer=open_clip.get_tokenizer(TOKENIZER),
@@ -70,21 +73,29 @@ def open_clip_batches(shards: str, size: int, workers: int, batch: int) -> Itera
     )
     transform = image_transform_v2(PreprocessCfg(size), is_train=True)
     tokenizer = open_clip.get_tokenizer(TOKENIZER)
-    for images, _ in trainer.get_wds_dataset(arguments, transform, is_train=True, tokenizer=tokenizer).dataloader:
+    for images, _ in trainer.get_wds_dataset(
+        arguments, transform, is_train=True, tokenizer=tokenizer
+    ).dataloader:
         yield len(images)
 
 
-LOADERS: dict[str, Callable[..., Iterator[int]]] = {"simplclip": simplclip_batches, "open_clip": open_clip_batches}
+LOADERS: dict[str, Callable[..., Iterator[int]]] = {
+    "simplclip": simplclip_batches,
+    "open_clip": open_clip_batches,
+}
 
 
 def rate(batches: Iterator[int], workers: int, seconds: float) -> tuple[float, float]:
-    """Returns images a second, and images a second of the workers' processor time, which a busy machine changes less.
+    """Returns images a second, and images a second of the workers' processor time, which a busy
+    machine changes less.
 
     Measures after the batches that the workers prepare ahead.
     """
     for _ in range(3 * workers + 1):
         next(batches)
-    start, busy, count = time.perf_counter(), processor_seconds(), 0
+    start = time.perf_counter()
+    busy = processor_seconds()
+    count = 0
     while (passed := time.perf_counter() - start) < seconds:
         count += next(batches)
     busy = processor_seconds() - busy
@@ -101,18 +112,34 @@ def processor_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(shards: str, size: int, workers: list[int], batch: int, seconds: float, repeats: int) -> dict[str, float]:
-    """Prints a table and writes it to benchmarks/results. Returns images a second with one worker, by loader."""
-    rates: dict[tuple[int, str], list[tuple[float, float]]] = {(count, name): [] for count in workers for name in LOADERS}
+def measure(
+    shards: str, size: int, workers: list[int], batch: int, seconds: float, repeats: int
+) -> dict[str, float]:
+    """Prints a table and writes it to benchmarks/results.
+
+    Returns images a second with one worker, by loader.
+    """
+    rates: dict[tuple[int, str], list[tuple[float, float]]] = {
+        (count, name): [] for count in workers for name in LOADERS
+    }
     for _ in range(repeats):
         for count, name in rates:
-            rates[count, name].append(rate(LOADERS[name](shards, size, count, batch), count, seconds))
-    medians = {key: [statistics.median(column) for column in zip(*values)] for key, values in rates.items()}
+            rates[count, name].append(
+                rate(LOADERS[name](shards, size, count, batch), count, seconds)
+            )
+    medians = {
+        key: [statistics.median(column) for column in zip(*values)] for key, values in rates.items()
+    }
     rows = []
     for (count, name), values in rates.items():
         (whole, busy), base = medians[count, name], medians[count, "open_clip"]
         seen = [value for value, _ in values]
-        row = {"form": name, "workers": count, "images_per_s": round(whole), "least": round(min(seen))}
+        row = {
+            "form": name,
+            "workers": count,
+            "images_per_s": round(whole),
+            "least": round(min(seen)),
+        }
         row |= {"most": round(max(seen)), "times": round(whole / base[0], 2), "repeats": repeats}
         rows.append(row | {"per_processor_s": round(busy), "times_of_it": round(busy / base[1], 2)})
     where = describe()
@@ -140,22 +167,38 @@ def make(folder: Path, count: int, shards: int = 4) -> None:
 def _picture(rng: np.random.Generator) -> Image.Image:
     total = np.zeros((SIDE, SIDE, 3), np.float32)
     for cells in (2, 4, 8, 16, 32, 64, 128, 256):
-        noise = rng.random((cells, cells, 3), np.float32) * 0.4 + rng.random((cells, cells, 1), np.float32) * 0.6
-        channels = [Image.fromarray(noise[..., i]).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for i in range(3)]
+        noise = (
+            rng.random((cells, cells, 3), np.float32) * 0.4
+            + rng.random((cells, cells, 1), np.float32) * 0.6
+        )
+        channels = [
+            Image.fromarray(noise[..., i]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            for i in range(3)
+        ]
         total += np.stack(channels, -1) * cells**-0.62
     return Image.fromarray((255 * (total - total.min()) / np.ptp(total)).astype(np.uint8))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", help="path, glob or brace pattern of tars with jpg, png or webp, and txt")
-    parser.add_argument("--make", type=Path, metavar="FOLDER", help="write test shards and, without --shards, end")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shards", help="path, glob or brace pattern of tars with jpg, png or webp, and txt"
+    )
+    parser.add_argument(
+        "--make", type=Path, metavar="FOLDER", help="write test shards and, without --shards, end"
+    )
     parser.add_argument("--count", type=int, default=2000, help="images of --make")
-    parser.add_argument("--workers", default="1,2", help="numbers of loader processes, comma-separated, beside one")
+    parser.add_argument(
+        "--workers", default="1,2", help="numbers of loader processes, comma-separated, beside one"
+    )
     parser.add_argument("--size", type=int, default=256, help="side of the training images")
     parser.add_argument("--batch", type=int, default=64, help="images of a batch")
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved measurements of each loader")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="interleaved measurements of each loader"
+    )
     options = parser.parse_args()
     if options.make:
         make(options.make, options.count)
@@ -163,7 +206,18 @@ def main() -> None:
         torch.set_num_threads(1)
         logging.disable(logging.WARNING)
         workers = sorted({1, *map(int, options.workers.split(","))})
-        print(json.dumps(measure(options.shards, options.size, workers, options.batch, options.seconds, options.repeats)))
+        print(
+            json.dumps(
+                measure(
+                    options.shards,
+                    options.size,
+                    workers,
+                    options.batch,
+                    options.seconds,
+                    options.repeats,
+                )
+            )
+        )
     elif not options.make:
         parser.error("expected --shards PATTERN or --make FOLDER")
 

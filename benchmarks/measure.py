@@ -18,7 +18,9 @@ PASSES = {False: "forward", True: "forward + backward"}
 
 @dataclass
 class Times:
-    """Seconds of each run of a form; on a GPU also until its last kernel starts (`host`), and of its kernels (`device`)."""
+    """Seconds of each run of a form; on a GPU also until its last kernel starts (`host`), and of
+    its kernels (`device`).
+    """
 
     whole: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
@@ -26,7 +28,9 @@ class Times:
 
 
 def choose_clock() -> tuple[str, Callable[[], float]]:
-    """Returns name and clock: with one thread processor time, which other processes change little; else wall time."""
+    """Returns name and clock: with one thread processor time, which other processes change little;
+    else wall time.
+    """
     if torch.get_num_threads() == 1 and not torch.cuda.is_available():
         return "processor", time.process_time
     return "wall", time.perf_counter
@@ -35,9 +39,11 @@ def choose_clock() -> tuple[str, Callable[[], float]]:
 def interleaved_times(
     cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, strict: bool = True
 ) -> tuple[dict[str, Times], dict[str, str]]:
-    """Times `repeats` runs of each case, taken in turn (A B C A B C ...) so that drift of the machine hits all cases alike.
+    """Times `repeats` runs of each case, taken in turn (A B C A B C ...) so that drift of the
+    machine hits all cases alike.
 
-    Returns the times, and the reasons of cases that failed and are left out. strict: an error of a case is raised.
+    Returns the times, and the reasons of cases that failed and are left out. strict: an error of a
+    case is raised.
     """
     _, clock = choose_clock()
     times, reasons = {name: Times() for name in cases}, dict[str, str]()
@@ -85,9 +91,15 @@ def reason(error: Exception) -> str:
 
 
 def _first_runs(
-    cases: Mapping[str, Callable[[], Any]], wrong: Callable[[str, Any, Any], str] | None, base: str, strict: bool
+    cases: Mapping[str, Callable[[], Any]],
+    wrong: Callable[[str, Any, Any], str] | None,
+    base: str,
+    strict: bool,
 ) -> dict[str, str]:
-    """Runs each case once. Returns the reasons of those that are left out: out of memory, and if not strict any error."""
+    """Runs each case once.
+
+    Returns the reasons of those that are left out: out of memory, and if not strict any error.
+    """
     values, reasons = dict[str, Any](), dict[str, str]()
     for name, run in cases.items():
         try:
@@ -96,7 +108,8 @@ def _first_runs(
             if strict and not isinstance(error, torch.OutOfMemoryError):
                 raise
             reasons[name] = reason(error)
-        if name in reasons and torch.cuda.is_available():  # outside the handler, which holds the failed form's tensors
+        # outside the handler, which holds the failed form's tensors
+        if name in reasons and torch.cuda.is_available():
             torch.cuda.empty_cache()
     for name, value in values.items():
         text = wrong(name, value, values[base]) if wrong and base in values else ""
@@ -118,11 +131,13 @@ def compare(
     warmup: int = 1,
     strict: bool = True,
 ) -> list[dict[str, Any]]:
-    """Measures cases that take turns. Returns a row of a result file for each: `what`, its form, and its quantiles.
+    """Measures cases that take turns.
 
-    first: what to run of each case before, in place of the case itself. wrong(form, value, value of `base`) says what is
-    wrong with the value that this returns, "" if nothing is. strict: errors but those of memory, and wrong values, are
-    raised; else the row says why it has no figures.
+    Returns a row of a result file for each: `what`, its form, and its quantiles.
+
+    first: what to run of each case before, in place of the case itself. wrong(form, value, value of
+    `base`) says what is wrong with the value that this returns, "" if nothing is. strict: errors
+    but those of memory, and wrong values, are raised; else the row says why it has no figures.
     """
     reasons = _first_runs(first or cases, wrong, base, strict)
     usable = {name: run for name, run in cases.items() if name not in reasons}
@@ -160,15 +175,21 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def cpu_peak_bytes(run: Callable[[], object]) -> int:
-    """Peak bytes that torch's CPU allocator allocated during `run`, without those that were live before."""
+    """Peak bytes that torch's CPU allocator allocated during `run`, without those that were live
+    before.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
+    return max(
+        accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0)
+    )
 
 
 def peak_mib(run: Callable[[], object], device: str = "cpu") -> float:
-    """Returns the highest sum of live MiB of torch's allocator on the device during `run`, above those before it."""
+    """Returns the highest sum of live MiB of torch's allocator on the device during `run`, above
+    those before it.
+    """
     if device == "cpu":
         return cpu_peak_bytes(run) / 2**20
     torch.cuda.synchronize()

@@ -1,7 +1,8 @@
-"""Plans ten passes over 12.4 million pairs on one card, by this library and by open_clip's trainer: no GPU is needed.
+"""Plans ten passes over 12.4 million pairs on one card, by this library and by open_clip's trainer:
+no GPU is needed.
 
-The row of siclip-s0 has the figures of "largest in one graph" of `simplclip plan siclip-s0 --card 3090 --teacher-width 768`.
-Writes benchmarks/results/plan-hours-*.csv.
+The row of siclip-s0 has the figures of "largest in one graph" of `simplclip plan siclip-s0 --card
+3090 --teacher-width 768`. Writes benchmarks/results/plan-hours-*.csv.
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ from simplclip.train import config
 SHOWN = ("rtx-3090", "rtx-4090", "rtx-5090")
 PAIRS, PASSES = 12_400_000, 10
 CC12M_TOKENS = 23.3  # of a caption, with start and end
-PLAIN = {"model": {"name": "open_clip:ViT-B-32"}, "data": {"train": "planned/*.tar", "mean_tokens": CC12M_TOKENS}}
+PLAIN = {
+    "model": {"name": "open_clip:ViT-B-32"},
+    "data": {"train": "planned/*.tar", "mean_tokens": CC12M_TOKENS},
+}
 
 
 def ours(values: config.Config) -> Callable[[int], Usage]:
-    return Planner(values, Budget(24 * GIB), teacher_width=TEACHER_WIDTH, card="rtx-3090").in_one_graph
+    return Planner(
+        values, Budget(24 * GIB), teacher_width=TEACHER_WIDTH, card="rtx-3090"
+    ).in_one_graph
 
 
 def theirs(name: str) -> Callable[[int], Usage]:
@@ -37,7 +43,9 @@ FORMS: dict[str, Callable[[], Callable[[int], Usage]]] = {
     "siclip-s0, as configured": lambda: ours(config.load("siclip-s0")),
     "siclip2-s0, as configured": lambda: ours(config.load("siclip2-s0")),
     "MobileCLIP-S0 whole, open_clip's trainer": lambda: theirs("mobileclip-s0"),
-    "ViT-B-32, simplclip": lambda: ours(config.from_dict(PLAIN | {"run": {"out": "runs/planned", "precision": "bf16"}})),
+    "ViT-B-32, simplclip": lambda: ours(
+        config.from_dict(PLAIN | {"run": {"out": "runs/planned", "precision": "bf16"}})
+    ),
     "ViT-B-32, open_clip's trainer": lambda: theirs("open_clip:ViT-B-32"),
 }
 

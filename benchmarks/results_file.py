@@ -1,4 +1,6 @@
-"""Result files: tables of measurements, and the hardware, versions, commit and date that they are of."""
+"""Result files: tables of measurements, and the hardware, versions, commit and date that they are
+of.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,15 @@ from simplclip.common.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-STATE = ("driver_version", "power.limit", "power.draw", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu")
+STATE = (
+    "driver_version",
+    "power.limit",
+    "power.draw",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "temperature.gpu",
+)
 
 
 def result_path(op: str, where: dict[str, str], suffix: str = ".csv") -> Path:
@@ -36,7 +46,9 @@ def table(rows: list[dict]) -> list[str]:
     columns = [column for column in columns if any(row.get(column, "") != "" for row in rows)]
     widths = [max(len(c), *(len(str(row.get(c, ""))) for row in rows)) for c in columns]
     lines = [dict(zip(columns, columns)), *rows]
-    return ["  ".join(str(line.get(c, "")).rjust(w) for c, w in zip(columns, widths)) for line in lines]
+    return [
+        "  ".join(str(line.get(c, "")).rjust(w) for c, w in zip(columns, widths)) for line in lines
+    ]
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -45,7 +57,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def write_csv(path: Path, rows: list[dict], key: tuple[str, ...] = ()) -> None:
-    """Writes the rows atomically. With `key`, rows of an earlier file stay, unless they were measured anew.
+    """Writes the rows atomically.
+
+    With `key`, rows of an earlier file stay, unless they were measured anew.
 
     Such a file has rows of several commits; every row names its own.
     """
@@ -63,30 +77,46 @@ def write_csv(path: Path, rows: list[dict], key: tuple[str, ...] = ()) -> None:
 
 
 def commit() -> str:
-    """Returns the commit of this checkout, with "+" where the tree differs from it; "unknown" without git."""
+    """Returns the commit of this checkout, with "+" where the tree differs from it; "unknown"
+    without git.
+    """
     git = ["git", "-C", str(ROOT)]
     try:
-        name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        name = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def cpu_name() -> str:
-    """Returns the processor's name from /proc/cpuinfo with its family and model, since the name alone may say little."""
+    """Returns the processor's name from /proc/cpuinfo with its family and model, since the name
+    alone may say little.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return f"{info.get('model name', platform.machine())} (family {info.get('cpu family')}, model {info.get('model')})"
+    return (
+        f"{info.get('model name', platform.machine())} (family {info.get('cpu family')}, model "
+        f"{info.get('model')})"
+    )
 
 
 def versions() -> dict[str, str]:
     """Returns the columns of a result that does not depend on this machine."""
     today = datetime.date.today().isoformat()
-    return {"torch": torch.__version__, "simplclip": simplclip.__version__, "commit": commit(), "date": today}
+    return {
+        "torch": torch.__version__,
+        "simplclip": simplclip.__version__,
+        "commit": commit(),
+        "date": today,
+    }
 
 
 def describe(device: str = "cpu") -> dict[str, str]:
@@ -95,15 +125,21 @@ def describe(device: str = "cpu") -> dict[str, str]:
         return {"hardware": torch.cuda.get_device_name()} | versions()
     isa = simplclip.report()["extension"]["cpu"].get("instruction_set", "no extension")
     threads = torch.get_num_threads()
-    hardware = f"{cpu_name()}, {threads} thread{'s' * (threads > 1)} of {os.cpu_count()} cores, {isa}"
+    hardware = (
+        f"{cpu_name()}, {threads} thread{'s' * (threads > 1)} of {os.cpu_count()} cores, {isa}"
+    )
     return {"hardware": hardware} | versions()
 
 
 def gpu_state() -> dict[str, str]:
-    """Returns driver, power, clocks and temperature as nvidia-smi reports them; nothing where nvidia-smi does not run."""
+    """Returns driver, power, clocks and temperature as nvidia-smi reports them; nothing where
+    nvidia-smi does not run.
+    """
     command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+        lines = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(STATE, (value.strip() for value in lines[0].split(","))))

@@ -1,10 +1,13 @@
-"""Finds blocks of a pretrained tower whose attention maps are alike, so that they may share weights.
+"""Finds blocks of a pretrained tower whose attention maps are alike, so that they may share
+weights.
 
-python -m benchmarks.share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' --budget 60%
-python -m benchmarks.share mobileclip-s0 --checkpoint mobileclip_s0.pt --data 'shards/val-*.tar' --tower image --out share-s0
+python -m benchmarks.share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' --budget 60% python
+-m benchmarks.share mobileclip-s0 --checkpoint mobileclip_s0.pt --data 'shards/val-*.tar' --tower
+image --out share-s0
 
-Prints the Jensen-Shannon divergence of the attention maps of neighbouring blocks, from 0 for equal maps to ln 2 = 0.69 nats,
-and the value of `share` with which the tower keeps within the budget. share.json has all pairs of blocks.
+Prints the Jensen-Shannon divergence of the attention maps of neighbouring blocks, from 0 for equal
+maps to ln 2 = 0.69 nats, and the value of `share` with which the tower keeps within the budget.
+share.json has all pairs of blocks.
 """
 
 from __future__ import annotations
@@ -36,8 +39,12 @@ from simplclip.nn import SimplifiedBlock
 BATCH = 8
 
 
-def inputs_of(encoder: Any, tower: str, split: HeldOut, samples: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yields inputs of a tower for the first samples and captions, and how many first tokens count in each (None: all)."""
+def inputs_of(
+    encoder: Any, tower: str, split: HeldOut, samples: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yields inputs of a tower for the first samples and captions, and how many first tokens count
+    in each (None: all).
+    """
     text_tower = vars(getattr(encoder.model, "text", None) or encoder.model)
     argmax = text_tower.get("pool_type", text_tower.get("text_pool_type", "argmax")) == "argmax"
     for images, _, rows in split.batches(encoder.preprocess, BATCH, Skipped()):
@@ -48,7 +55,8 @@ def inputs_of(encoder: Any, tower: str, split: HeldOut, samples: int) -> Iterato
             if not captions:
                 continue
             inputs = encoder.tokenizer(captions)
-            # Where a tower pools by argmax, the end of a text has the highest id, and the tokens behind it are padding.
+            # Where a tower pools by argmax, the end of a text has the highest id, and the tokens
+            # behind it are padding.
             lengths = inputs.argmax(1) + 1 if argmax else None
         yield inputs, lengths
         samples -= len(inputs)
@@ -58,23 +66,29 @@ def inputs_of(encoder: Any, tower: str, split: HeldOut, samples: int) -> Iterato
 
 @torch.no_grad()
 def divergences(
-    model: nn.Module, tower: str, batches: Iterable[tuple[Tensor, Tensor | None]], encode: Callable[[Tensor], Any]
+    model: nn.Module,
+    tower: str,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    encode: Callable[[Tensor], Any],
 ) -> Tensor:
-    """Computes the Jensen-Shannon divergence of the attention maps of all pairs of n blocks of a tower, float64 [n, n].
+    """Computes the Jensen-Shannon divergence of the attention maps of all pairs of n blocks of a
+    tower, float64 [n, n].
 
-    It is H((p + q) / 2) - (H(p) + H(q)) / 2 in nats, where p and q are the attention of two blocks for one query and H is the
-    entropy. The result is the mean over queries, heads (compared by their index) and samples; NaN for two blocks with
-    different numbers of heads or tokens.
+    It is H((p + q) / 2) - (H(p) + H(q)) / 2 in nats, where p and q are the attention of two blocks
+    for one query and H is the entropy. The result is the mean over queries, heads (compared by
+    their index) and samples; NaN for two blocks with different numbers of heads or tokens.
 
-    model: in eval mode. batches: inputs of the tower, "text" or "image", and for each the number of first tokens that are
-    queries (None: all). encode: runs the tower on inputs. Raises InputError if the tower has fewer than two blocks, or
-    attention of an unknown kind, or if there is no sample.
+    model: in eval mode. batches: inputs of the tower, "text" or "image", and for each the number of
+    first tokens that are queries (None: all). encode: runs the tower on inputs. Raises InputError
+    if the tower has fewer than two blocks, or attention of an unknown kind, or if there is no
+    sample.
     """
     sites = block_sites(model, tower)
     if len(sites) < 2:
         raise InputError(f"{tower}: expected at least two blocks to compare, got {len(sites)}")
     causal = [getattr(site.block, "causal", site.options.get("causal", False)) for site in sites]
-    seen: dict[int, tuple[Tensor, Tensor]] = {}  # number of a block -> its q and k in the current batch, [B, H, L, K]
+    # number of a block -> its q and k in the current batch, [B, H, L, K]
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
     total, samples = torch.zeros(len(sites), len(sites), dtype=torch.float64), 0
 
     def note(i: int, module: Any, args: tuple) -> None:
@@ -83,13 +97,18 @@ def divergences(
 
     with ExitStack() as stack:
         for i, site in enumerate(sites):
-            module = site.block if isinstance(site.block, SimplifiedBlock) else attention_of(site.block)
+            module = (
+                site.block if isinstance(site.block, SimplifiedBlock) else attention_of(site.block)
+            )
             stack.callback(module.register_forward_pre_hook(partial(note, i)).remove)
         for inputs, lengths in batches:
             encode(inputs)
             for row in range(len(inputs)):
                 length = None if lengths is None else int(lengths[row])
-                maps = [_map(seen[i][0][row], seen[i][1][row], causal[i])[:, :length] for i in range(len(sites))]
+                maps = [
+                    _map(seen[i][0][row], seen[i][1][row], causal[i])[:, :length]
+                    for i in range(len(sites))
+                ]
                 total += _of_one_sample(maps).cpu()
             samples += len(inputs)
     if not samples:
@@ -98,13 +117,17 @@ def divergences(
 
 
 def _of_one_sample(maps: list[Tensor]) -> Tensor:
-    """Computes the divergences above the diagonal of [n, n]. maps: [heads, queries, keys] of each block."""
+    """Computes the divergences above the diagonal of [n, n]. maps: [heads, queries, keys] of each
+    block.
+    """
     divergence = torch.zeros(len(maps), len(maps), dtype=torch.float64, device=maps[0].device)
     entropies = [torch.special.entr(p).sum(-1) for p in maps]
     for i, j in combinations(range(len(maps)), 2):
         if maps[i].shape == maps[j].shape:
             mixed = torch.special.entr((maps[i] + maps[j]) / 2).sum(-1)
-            divergence[i, j] = (mixed - (entropies[i] + entropies[j]) / 2).clamp_min(0).double().mean()
+            divergence[i, j] = (
+                (mixed - (entropies[i] + entropies[j]) / 2).clamp_min(0).double().mean()
+            )
         else:
             divergence[i, j] = torch.nan
     return divergence
@@ -113,19 +136,26 @@ def _of_one_sample(maps: list[Tensor]) -> Tensor:
 def _map(q: Tensor, k: Tensor, causal: bool) -> Tensor:  # [H, L, K] -> [H, L, L]
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf"))
+        logits = logits.masked_fill(
+            torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf")
+        )
     return logits.softmax(-1)
 
 
 def _queries_keys(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes q and k [B, H, L, K] of a simplified block, or of another block's attention, for its input x [B, L, C]."""
+    """Computes q and k [B, H, L, K] of a simplified block, or of another block's attention, for its
+    input x [B, L, C].
+    """
     if getattr(module, "logit_scale", None) is not None:
         raise InputError("attention: expected products of q and k, got scaled cosine attention")
     if isinstance(module, SimplifiedBlock):
         heads, parts = module.heads, F.linear(module.norm(x), module.qk.weight).chunk(2, -1)
     else:
-        layer = getattr(module, "qkv", None) or getattr(module, "qkv_proj", None)  # of timm, of MobileCLIP; else torch's
-        weight, bias = (layer.weight, layer.bias) if layer else (module.in_proj_weight, module.in_proj_bias)
+        # of timm, of MobileCLIP; else torch's
+        layer = getattr(module, "qkv", None) or getattr(module, "qkv_proj", None)
+        weight, bias = (
+            (layer.weight, layer.bias) if layer else (module.in_proj_weight, module.in_proj_bias)
+        )
         heads, parts = module.num_heads, F.linear(x, weight, bias).chunk(3, -1)[:2]
     q, k = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
     for norms in (("q_norm", "k_norm"), ("ln_q", "ln_k")):  # the names in timm and in open_clip
@@ -135,33 +165,53 @@ def _queries_keys(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def parse_budget(text: str, whole: int) -> int:
-    """Parses a number of parameters, such as 9780000 or 9.78M, or a percentage of `whole`. Raises InputError."""
+    """Parses a number of parameters, such as 9780000 or 9.78M, or a percentage of `whole`.
+
+    Raises InputError.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM%]?)", text)
     if not match or not float(match[1]):
-        raise InputError(f"budget: expected a number of parameters such as 9.78M, or a percentage such as 80%, got {text!r}")
+        raise InputError(
+            "budget: expected a number of parameters such as 9.78M, or a percentage such as 80%, "
+            f"got {text!r}"
+        )
     return int(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "%": whole / 100}[match[2]])
 
 
 def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> list[dict[str, Any]]:
-    """Proposes which weights the simplified blocks of a tower share, so that the tower is within the budget.
+    """Proposes which weights the simplified blocks of a tower share, so that the tower is within
+    the budget.
 
-    The two neighbouring groups of lowest mean divergence, over all pairs of a block of one and a block of the other, are
-    merged until the tower is within the budget. Blocks of different shapes or numbers of tokens never share.
+    The two neighbouring groups of lowest mean divergence, over all pairs of a block of one and a
+    block of the other, are merged until the tower is within the budget. Blocks of different shapes
+    or numbers of tokens never share.
 
-    Returns for each of "attention", "mlp" and "all" that reaches the budget: "what", the argument "share" of `simplify`, and
-    the "parameters" of the tower. Raises InputError if none of the three reaches the budget.
+    Returns for each of "attention", "mlp" and "all" that reaches the budget: "what", the argument
+    "share" of `simplify`, and the "parameters" of the tower. Raises InputError if none of the three
+    reaches the budget.
     """
     sites = block_sites(model, tower)
     blocks = [build_block(site) for site in sites]
     shapes = [(block.width, block.heads, block.hidden, block.act, block.causal) for block in blocks]
     replaced = {p for site in sites for p in site.block.parameters()}
-    unshared = count_parameters(model)[tower] - _size(*replaced) + _size(*(p for block in blocks for p in block.parameters()))
+    unshared = (
+        count_parameters(model)[tower]
+        - _size(*replaced)
+        + _size(*(p for block in blocks for p in block.parameters()))
+    )
 
     groups = [[i] for i in range(len(blocks))]
     merges = [groups]  # the groups before the first merge and after each
     while True:
-        means = {at: divergence[groups[at]][:, groups[at + 1]].mean().item() for at in range(len(groups) - 1)}
-        pairs = [at for at in means if shapes[groups[at][0]] == shapes[groups[at + 1][0]] and not math.isnan(means[at])]
+        means = {
+            at: divergence[groups[at]][:, groups[at + 1]].mean().item()
+            for at in range(len(groups) - 1)
+        }
+        pairs = [
+            at
+            for at in means
+            if shapes[groups[at][0]] == shapes[groups[at + 1][0]] and not math.isnan(means[at])
+        ]
         if not pairs:
             break
         at = min(pairs, key=means.__getitem__)
@@ -169,8 +219,15 @@ def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> li
         merges.append(groups)
 
     proposals, least = [], unshared
-    for what, names in ("attention", ("qk",)), ("mlp", ("fc1", "fc2")), ("all", ("qk", "fc1", "fc2")):
-        sizes = [_size(*(p for name in names for p in getattr(block, name).parameters())) for block in blocks]
+    for what, names in (
+        ("attention", ("qk",)),
+        ("mlp", ("fc1", "fc2")),
+        ("all", ("qk", "fc1", "fc2")),
+    ):
+        sizes = [
+            _size(*(p for name in names for p in getattr(block, name).parameters()))
+            for block in blocks
+        ]
         for groups in merges:
             parameters = unshared - sum(sizes[i] for group in groups for i in group[1:])
             least = min(least, parameters)
@@ -180,7 +237,10 @@ def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> li
                 proposals.append({"what": what, "share": share, "parameters": parameters})
                 break
     if not proposals:
-        raise InputError(f"budget: expected at least {least:,} parameters, the least that sharing reaches, got {budget:,}")
+        raise InputError(
+            f"budget: expected at least {least:,} parameters, the least that sharing reaches, got "
+            f"{budget:,}"
+        )
     return proposals
 
 
@@ -189,13 +249,21 @@ def _size(*parameters: nn.Parameter) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.share", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.share", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("model", help="what simplclip.load takes; its blocks may be simplified")
     parser.add_argument("--checkpoint", help="file with the weights of the model")
-    parser.add_argument("--data", required=True, help="pairs, as in evaluate; the first samples are used")
+    parser.add_argument(
+        "--data", required=True, help="pairs, as in evaluate; the first samples are used"
+    )
     parser.add_argument("--tower", choices=("text", "image"), default="text")
-    parser.add_argument("--samples", type=int, default=256, help="images or captions to measure (default: 256)")
-    parser.add_argument("--budget", help="parameters to keep within, as a number or as 80%% of the tower")
+    parser.add_argument(
+        "--samples", type=int, default=256, help="images or captions to measure (default: 256)"
+    )
+    parser.add_argument(
+        "--budget", help="parameters to keep within, as a number or as 80%% of the tower"
+    )
     parser.add_argument("--out", type=Path, default=Path("share"), help="folder for share.json")
     options = parser.parse_args(arguments)
     tower, split = options.tower, held_out(options.data, captions=1)
@@ -204,7 +272,9 @@ def main(arguments: list[str] | None = None) -> None:
     budget = parse_budget(options.budget, size) if options.budget else None
 
     batches = list(inputs_of(encoder, tower, split, options.samples))
-    divergence = divergences(encoder.model, tower, batches, lambda inputs: encoder.features(tower, inputs))
+    divergence = divergences(
+        encoder.model, tower, batches, lambda inputs: encoder.features(tower, inputs)
+    )
     samples = sum(len(inputs) for inputs, _ in batches)
     proposals = propose(encoder.model, tower, divergence, budget) if budget is not None else []
 
@@ -216,10 +286,20 @@ def main(arguments: list[str] | None = None) -> None:
         share = yaml.safe_dump(proposal["share"], default_flow_style=True, width=10**6).strip()
         print(f"{proposal['what']}: {proposal['parameters']:,} parameters")
         print(f"  model.options.simplify_options.share={share}")
-    report = {"model": options.model, "data": options.data, "samples": samples, "tower": tower, "parameters": size}
-    report["attention_divergence"] = [[None if math.isnan(x) else x for x in row] for row in divergence.tolist()]
+    report = {
+        "model": options.model,
+        "data": options.data,
+        "samples": samples,
+        "tower": tower,
+        "parameters": size,
+    }
+    report["attention_divergence"] = [
+        [None if math.isnan(x) else x for x in row] for row in divergence.tolist()
+    ]
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "share.json").write_text(json.dumps(report | {"proposals": proposals}, indent=2) + "\n")
+    (options.out / "share.json").write_text(
+        json.dumps(report | {"proposals": proposals}, indent=2) + "\n"
+    )
     print(f"wrote {options.out / 'share.json'}")
 
 

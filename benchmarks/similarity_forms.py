@@ -1,4 +1,6 @@
-"""Similarity objectives as simplclip, open_clip, torch.compile and others compute them, measured in turn."""
+"""Similarity objectives as simplclip, open_clip, torch.compile and others compute them, measured in
+turn.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def batch(n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> Batch:
     text = F.normalize(image + 4 * unit(), dim=1)
     teacher_image, teacher_text = (F.normalize(t + unit(), dim=1) for t in (image, text))
     student = [t.to(device, dtype).requires_grad_() for t in (image, text)]
-    scale, bias = (torch.tensor(value, device=device, requires_grad=True) for value in (SCALE, -10.0))
+    scale, bias = (
+        torch.tensor(value, device=device, requires_grad=True) for value in (SCALE, -10.0)
+    )
     teacher = [t.to(device, dtype) for t in (teacher_image, teacher_text)]
     return Batch(*student, scale, bias, *teacher, torch.tensor(60.0, device=device))
 
@@ -64,13 +68,16 @@ def _ours(terms: tuple[str, ...]) -> Callable[[Batch], Tensor]:
         if "sigmoid" in terms:
             options["logit_bias"] = b.bias
         weights = dict.fromkeys(terms, 1.0)  # with weights, a sum of sigmoid terms takes one sweep
-        return similarity_loss(b.image, b.text, b.scale, terms=terms, weights=weights, **options)["loss"]
+        return similarity_loss(b.image, b.text, b.scale, terms=terms, weights=weights, **options)[
+            "loss"
+        ]
 
     return run
 
 
 def _wikd_loss(b: Batch) -> Tensor:
-    loss = WIKDLoss(interactive_weight=1.0, pm_weight=1.0).to(b.image.device)  # its plane begins as PLANE
+    # its plane begins as PLANE
+    loss = WIKDLoss(interactive_weight=1.0, pm_weight=1.0).to(b.image.device)
     return sum(loss(b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale))
 
 
@@ -87,7 +94,9 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def _siglip_loss_in_chunks(b: Batch) -> Tensor:
-    """SigLipLoss(chunk_size=CHUNK) of open_clip's main branch (4.2.0.dev0), which open_clip 3.3 does not have."""
+    """SigLipLoss(chunk_size=CHUNK) of open_clip's main branch (4.2.0.dev0), which open_clip 3.3
+    does not have.
+    """
     total = torch.zeros((), device=b.image.device)
     for first in range(0, b.image.shape[0], CHUNK):
         logits = b.scale * b.image[first : first + CHUNK] @ b.text.T
@@ -138,8 +147,12 @@ def _interactive(b: Batch) -> Tensor:
 
 
 def _open_clip_all(b: Batch) -> Tensor:
-    """Adds open_clip.DistillClipLoss, pair matching over one more product, and cross-entropies across modalities."""
-    distilled = DistillClipLoss()(b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale)
+    """Adds open_clip.DistillClipLoss, pair matching over one more product, and cross-entropies
+    across modalities.
+    """
+    distilled = DistillClipLoss()(
+        b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale
+    )
     return sum(distilled) + pair_matching(b.image @ b.text.T, *PLANE) + _interactive(b)
 
 
@@ -151,21 +164,28 @@ def _fewest_products_all(b: Batch) -> Tensor:
     loss = pair_matching(similarity, *PLANE) + _interactive(b)
     for dim in (0, 1):
         loss = loss + 0.5 * (logits.logsumexp(dim) - diagonal).mean()
-        loss = loss - 0.5 * (teacher.softmax(dim) * logits.log_softmax(dim)).sum(dim).mean(dtype=torch.float32)
+        loss = loss - 0.5 * (teacher.softmax(dim) * logits.log_softmax(dim)).sum(dim).mean(
+            dtype=torch.float32
+        )
     return loss
 
 
 def _products(features: Tensor, terms: tuple[str, ...]) -> float:
-    """Returns the matrix products of N·N·D of the terms, forward and backward, with a scalar plane and "infonce".
+    """Returns the matrix products of N·N·D of the terms, forward and backward, with a scalar plane
+    and "infonce".
 
-    Forward and backward of a softmax compute each similarity matrix, but for the rows that a CPU keeps; the gradients of
-    image and text need two products more. Each direction of interactive is such a call with one constant side. Sigmoid terms
-    that do not join a softmax share three products.
+    Forward and backward of a softmax compute each similarity matrix, but for the rows that a CPU
+    keeps; the gradients of image and text need two products more. Each direction of interactive is
+    such a call with one constant side. Sigmoid terms that do not join a softmax share three
+    products.
     """
     n, relational = len(features), "relational" in terms
     kept, kept_of_two = (stored_rows(features, n, matrices, None) / n for matrices in (1, 2))
-    products = 2 * (2 - kept_of_two) + 2 if relational else 4 - kept if "contrastive" in terms else 0
-    alone = relational and features.device.type != "cpu"  # pair matching; on a GPU it joins no sweep with a teacher
+    products = (
+        2 * (2 - kept_of_two) + 2 if relational else 4 - kept if "contrastive" in terms else 0
+    )
+    # pair matching; on a GPU it joins no sweep with a teacher
+    alone = relational and features.device.type != "cpu"
     sigmoids = "sigmoid" in terms or "pair_matching" in terms and (alone or not products)
     return products + 3 * sigmoids + 2 * (3 - kept) * ("interactive" in terms)
 
@@ -174,7 +194,8 @@ def _products(features: Tensor, terms: tuple[str, ...]) -> float:
 class Form:
     name: str
     run: Callable[[Batch], Tensor]
-    products: float | None = None  # matrix products of N·N·D, forward and backward; None: as `_products` says of the terms
+    # matrix products of N·N·D, forward and backward; None: as `_products` says of the terms
+    products: float | None = None
     terms: tuple[str, ...] = ()
     dense: bool = False  # holds N×N matrices
     tf32: bool = False  # multiplies float32 as TF32
@@ -192,7 +213,9 @@ def forms(objective: str, dtype: str) -> list[Form]:
     def compiled(name: str, run: Callable[[Batch], Tensor], products: int) -> Form:
         return dense(f"torch.compile{name}", torch.compile(run, dynamic=False), products)
 
-    def on_gpu(package: str, name: str, run: Callable[[Batch], Tensor], products: int, tf32: bool) -> list[Form]:
+    def on_gpu(
+        package: str, name: str, run: Callable[[Batch], Tensor], products: int, tf32: bool
+    ) -> list[Form]:
         usable = torch.cuda.is_available() and importlib.util.find_spec(package)
         return [Form(name, run, products, tf32=tf32)] if usable else []
 
@@ -215,7 +238,13 @@ def forms(objective: str, dtype: str) -> list[Form]:
             dense(chunks, _siglip_loss_in_chunks, 3),
             compiled(f" of {chunks}", _siglip_loss_in_chunks, 3),
             compiled(", three products", _one_product_sigmoid, 3),
-            *on_gpu("siglip_kernel", "siglip-kernel", _siglip_kernel, 4 if dtype == "float32" else 3, tf32=True),
+            *on_gpu(
+                "siglip_kernel",
+                "siglip-kernel",
+                _siglip_kernel,
+                4 if dtype == "float32" else 3,
+                tf32=True,
+            ),
         ]
     return [
         Form(BASE, _wikd_loss, terms=("contrastive", "pair_matching", "relational", "interactive")),
@@ -225,9 +254,18 @@ def forms(objective: str, dtype: str) -> list[Form]:
 
 
 def measure(
-    op: str, objective: str, n: int, d: int, dtype: str, dense_up_to: int, device: str, repeats: int, strict: bool = True
+    op: str,
+    objective: str,
+    n: int,
+    d: int,
+    dtype: str,
+    dense_up_to: int,
+    device: str,
+    repeats: int,
+    strict: bool = True,
 ) -> list[dict]:
-    """Returns a row of a result file for each form, also for a form that is left out or does not fit. Compares values first.
+    """Returns a row of a result file for each form, also for a form that is left out or does not
+    fit. Compares values first.
 
     Dense forms are measured up to N = dense_up_to. strict: as for `compare`.
     """
@@ -251,18 +289,28 @@ def measure(
         tolerance = 1e-4 if dtype == "float32" and not used[name].tf32 else 2e-2
         if abs(value - ours) <= tolerance * max(abs(ours), 1):
             return ""
-        return f"{name}: expected the value of {BASE}, {ours}, got {value} ({objective}, {n}, {dtype})"
+        return (
+            f"{name}: expected the value of {BASE}, {ours}, got {value} ({objective}, {n}, {dtype})"
+        )
 
     products = three_products(features)
     what = {"op": op, "objective": objective, "n": n, "d": d, "dtype": dtype}
-    cases = {PRODUCTS: products} | {name: lambda form=form: features.step(form.run) for name, form in used.items()}
-    first = {PRODUCTS: products} | {name: lambda form=form: first_step(form) for name, form in used.items()}
-    of_products, *rows = compare(what, cases, repeats, first=first, wrong=wrong, warmup=0, strict=strict)
+    cases = {PRODUCTS: products} | {
+        name: lambda form=form: features.step(form.run) for name, form in used.items()
+    }
+    first = {PRODUCTS: products} | {
+        name: lambda form=form: first_step(form) for name, form in used.items()
+    }
+    of_products, *rows = compare(
+        what, cases, repeats, first=first, wrong=wrong, warmup=0, strict=strict
+    )
     for row in rows:
         name = row["form"]
         if "p50_ms" in row:
             form = used[name]
-            gemms = _products(features.image, form.terms) if form.products is None else form.products
+            gemms = (
+                _products(features.image, form.terms) if form.products is None else form.products
+            )
             row["gemms"] = round(gemms, 2)
             row["gemm_share"] = round(gemms * of_products["p50_ms"] / 3 / row["p50_ms"], 2)
             row["extra_mib"] = round(peaks[name], 1)
@@ -273,10 +321,14 @@ def measure(
 
 
 def three_products(b: Batch) -> Callable[[], None]:
-    """Returns a function that computes S = X Yᵀ, G Y and Gᵀ X in chunks of 1024 rows and allocates nothing."""
+    """Returns a function that computes S = X Yᵀ, G Y and Gᵀ X in chunks of 1024 rows and allocates
+    nothing.
+    """
     x, y = b.image.detach(), b.text.detach()
     rows = min(1024, x.shape[0])
-    s, dx, dy = x.new_empty(rows, y.shape[0]), torch.empty_like(x), torch.empty_like(y)
+    s = x.new_empty(rows, y.shape[0])
+    dx = torch.empty_like(x)
+    dy = torch.empty_like(y)
 
     def run() -> None:
         for first in range(0, x.shape[0] - rows + 1, rows):

@@ -1,4 +1,6 @@
-"""A step of open_clip's trainer, for `simplclip.plan` to predict beside a step of ours; and both, measured."""
+"""A step of open_clip's trainer, for `simplclip.plan` to predict beside a step of ours; and both,
+measured.
+"""
 
 from __future__ import annotations
 
@@ -24,31 +26,47 @@ from simplclip.plan.step import During, Step, TrainerStep, inputs
 from simplclip.train import config
 
 TEACHER_WIDTH = 768
-ORIGINALS = {"siclip-s0": "mobileclip-s0", "siclip2-s0": "open_clip:MobileCLIP2-S0"}  # the models that they are made from
+# the models that they are made from
+ORIGINALS = {"siclip-s0": "mobileclip-s0", "siclip2-s0": "open_clip:MobileCLIP2-S0"}
 
 
 class OpenClipStep:
-    """A step of open_clip's trainer on a model, with its loss for that model or with stored teacher features.
+    """A step of open_clip's trainer on a model, with its loss for that model or with stored teacher
+    features.
 
-    name, options: as for `models.create`. teacher_width: the width of a teacher's features for DistillClipLoss; None:
-    SigLipLoss for a model with a logit bias, else ClipLoss. No teacher is in memory, unlike in open_clip's own trainer.
+    name, options: as for `models.create`. teacher_width: the width of a teacher's features for
+    DistillClipLoss; None: SigLipLoss for a model with a logit bias, else ClipLoss. No teacher is in
+    memory, unlike in open_clip's own trainer.
     """
 
-    def __init__(self, name: str, batch_size: int, precision: str, teacher_width: int | None = None, **options: Any) -> None:
-        self.name, self.batch_size, self.precision, self.teacher_width = name, batch_size, precision, teacher_width
+    def __init__(
+        self,
+        name: str,
+        batch_size: int,
+        precision: str,
+        teacher_width: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.name = name
+        self.batch_size = batch_size
+        self.precision = precision
+        self.teacher_width = teacher_width
         self.options = options | {"output_dict": True}
         with torch.device("meta"):
             self.model: Any = models.create(name, device="meta", **self.options).train()
         if teacher_width is not None:
             self.loss: Any = DistillClipLoss()
         else:
-            self.loss = ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
+            self.loss = (
+                ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
+            )
         self.modules, self.averages = [self.model, self.loss], list[Tensor]()
 
     def place(self, device: torch.device, during: During) -> None:
         self.device, self.during = device, during
         card = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, foreach=card)  # torch's default on both devices
+        # torch's default on both devices
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, foreach=card)
 
     def batches(self, real: bool) -> list[dict[str, Tensor]]:
         with torch.device("cpu" if real else "meta"):
@@ -56,7 +74,9 @@ class OpenClipStep:
             batch = {"image": image.float(), "text": text}
             if self.teacher_width is not None:
                 for name in ("dist_image_features", "dist_text_features"):
-                    batch[name] = torch.ones(self.batch_size, self.teacher_width, dtype=torch.float16)
+                    batch[name] = torch.ones(
+                        self.batch_size, self.teacher_width, dtype=torch.float16
+                    )
         return [batch]
 
     def skip(self, tower: str, batch: dict[str, Tensor], first: dict[str, Tensor]) -> None:
@@ -71,8 +91,12 @@ class OpenClipStep:
                 outputs = self.model(batch.pop("image"), batch.pop("text"))
             with self.during("loss"):
                 if batch:
-                    batch = {name: t.to(outputs["image_features"].dtype) for name, t in batch.items()}
-                    outputs |= batch | {"dist_logit_scale": torch.full((), 100.0, device=self.device)}
+                    batch = {
+                        name: t.to(outputs["image_features"].dtype) for name, t in batch.items()
+                    }
+                    outputs |= batch | {
+                        "dist_logit_scale": torch.full((), 100.0, device=self.device)
+                    }
                 loss = sum(self.loss(**outputs, output_dict=True).values())
         del outputs, batch
         loss.backward()
@@ -91,7 +115,9 @@ def runner(step: Step, device: torch.device) -> Callable[[], object]:
 
 
 def measure(step: Step, device: torch.device) -> int:
-    """Runs the step; returns the peak bytes of torch's allocator on `device`, with parameters, on a CPU also the batch."""
+    """Runs the step; returns the peak bytes of torch's allocator on `device`, with parameters, on a
+    CPU also the batch.
+    """
     before, once = _placed(step, device)
 
     def run() -> None:
@@ -103,18 +129,24 @@ def measure(step: Step, device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in before}
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in before
+    }
     return sum(storages.values()) + cpu_peak_bytes(run)
 
 
 def _placed(step: Step, device: torch.device) -> tuple[list[Tensor], Callable[[], object]]:
-    """Returns the tensors that are in memory before a step on `device`, and a function that runs it."""
+    """Returns the tensors that are in memory before a step on `device`, and a function that runs
+    it.
+    """
     step = copy.copy(step)  # what `place` makes is of this run
     for module in step.modules:
         _fill(module.to_empty(device=device))
     step.place(device, lambda kind: nullcontext())
     batches = step.batches(real=True)
-    weights = [tensor for module in step.modules for tensor in (*module.parameters(), *module.buffers())]
+    weights = [
+        tensor for module in step.modules for tensor in (*module.parameters(), *module.buffers())
+    ]
     return tree_leaves([weights, step.averages, batches]), partial(step.run, batches)
 
 
@@ -122,7 +154,8 @@ def _placed(step: Step, device: torch.device) -> tuple[list[Tensor], Callable[[]
 def _fill(module: nn.Module) -> None:
     """Gives a module values with which a step runs."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name.endswith("running_var") or (name.endswith("weight") and tensor.dim() == 1):  # of a norm
+        # of a norm
+        if name.endswith("running_var") or (name.endswith("weight") and tensor.dim() == 1):
             tensor.fill_(1)
         elif name.endswith("attn_mask"):  # of a causal tower, which checks it
             tensor.fill_(-torch.inf).triu_(1)
@@ -132,31 +165,54 @@ def _fill(module: nn.Module) -> None:
             tensor.zero_()
 
 
-def beside_original(name: str, pairs: int, dtype: str, device: torch.device, repeats: int, strict: bool = True) -> list[dict]:
-    """Returns a row for a step of a config's model and one for the model that it was made from: time, and peak memory beside
-    its prediction. strict: as for `measure.compare`.
+def beside_original(
+    name: str, pairs: int, dtype: str, device: torch.device, repeats: int, strict: bool = True
+) -> list[dict]:
+    """Returns a row for a step of a config's model and one for the model that it was made from:
+    time, and peak memory beside its prediction. strict: as for `measure.compare`.
 
-    Weights are random. A step of a SiCLIP is a step of `simplclip train`, with unchanged parts inherited and frozen, pair
-    matching and distillation from stored features; a step of the other model is open_clip's, with all weights trained.
+    Weights are random. A step of a SiCLIP is a step of `simplclip train`, with unchanged parts
+    inherited and frozen, pair matching and distillation from stored features; a step of the other
+    model is open_clip's, with all weights trained.
     """
-    changes = ["data.micro_batch=null", "data.captions_per_image=1", f"data.batch_size={pairs}", "loss.pm_weight=1"]
+    changes = [
+        "data.micro_batch=null",
+        "data.captions_per_image=1",
+        f"data.batch_size={pairs}",
+        "loss.pm_weight=1",
+    ]
     values = config.load(name, changes)
     model, original = values.model.name, ORIGINALS.get(values.model.name)
-    made: dict[str, Callable[[], Step]] = {model: lambda: TrainerStep(values, PRECISION[dtype], TEACHER_WIDTH)}
+    made: dict[str, Callable[[], Step]] = {
+        model: lambda: TrainerStep(values, PRECISION[dtype], TEACHER_WIDTH)
+    }
     if original:
         made[f"{original}, whole"] = lambda: OpenClipStep(original, pairs, PRECISION[dtype])
     peaks: dict[str, int] = {}
-    placed = functools.cache(lambda form: runner(made[form](), device))  # after the peaks were measured
+    # after the peaks were measured
+    placed = functools.cache(lambda form: runner(made[form](), device))
 
     def first(form: str) -> None:
         peaks[form] = measure(made[form](), device)
 
     what = {"op": "steps", "shape": f"{pairs} pairs", "n": pairs, "dtype": dtype, "pass": "step"}
     cases = {form: lambda form=form: placed(form)() for form in made}
-    rows = compare(what, cases, repeats, first={form: partial(first, form) for form in made}, base=model, strict=strict)
+    rows = compare(
+        what,
+        cases,
+        repeats,
+        first={form: partial(first, form) for form in made},
+        base=model,
+        strict=strict,
+    )
     for row in rows:
         if "p50_ms" in row:
-            planned = predict(made[row["form"]](), torch.device("cuda", 0) if device.type == "cuda" else device).peak
+            planned = predict(
+                made[row["form"]](), torch.device("cuda", 0) if device.type == "cuda" else device
+            ).peak
             row["samples_per_s"] = round(1e3 * pairs / row["p50_ms"], 1)
-            row |= {"mib": round(peaks[row["form"]] / 2**20, 1), "planned_mib": round(planned / 2**20, 1)}
+            row |= {
+                "mib": round(peaks[row["form"]] / 2**20, 1),
+                "planned_mib": round(planned / 2**20, 1),
+            }
     return rows

@@ -1,9 +1,11 @@
-"""Writes the tables of README.md and docs/, and the README's chart, from the committed result files.
+"""Writes the tables of README.md and docs/, and the README's chart, from the committed result
+files.
 
     python -m benchmarks.tables            write them
-    python -m benchmarks.tables --check    write nothing; fail if a file is not what the result files say
+    python -m benchmarks.tables --check    fail if a file is not what the result files say
 
-A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->` of the file that `TABLES` names.
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->` of the file that `TABLES`
+names.
 """
 
 from __future__ import annotations
@@ -21,19 +23,25 @@ from benchmarks.cards.bound import SHOWN
 from benchmarks.results_file import RESULTS, ROOT, read_csv
 from simplclip.plan.time import HELD_OUT
 
-README, BENCHMARKS, PLAN, EXAMPLES = "README.md", "docs/benchmarks.md", "docs/plan.md", "docs/examples.md"
+README = "README.md"
+BENCHMARKS = "docs/benchmarks.md"
+PLAN = "docs/plan.md"
+EXAMPLES = "docs/examples.md"
 CHART = "docs/similarity_loss.svg"
 BOTH, NONE = "forward + backward", "–"
 # The sigmoid losses of the table: of the compiled ones, the fastest.
 CHUNKS = "open_clip's main branch, chunk_size=1024"
-SIGMOID = f"simplclip|simplclip, pair matching too|open_clip.SigLipLoss|{CHUNKS}|torch.compile of {CHUNKS}"
+SIGMOID = (
+    f"simplclip|simplclip, pair matching too|open_clip.SigLipLoss|{CHUNKS}|torch.compile of "
+    f"{CHUNKS}"
+)
 TEXTS = "COCO: 64 captions of 13.2 tokens|CC12M: 64 captions of 23.3 tokens"
 PREDICTED = "contrastive|all|attention-77|block-vit-b"
 EFFECTS = (
-    "pair matching 1 beside contrastive|all three beside contrastive|"
-    "30 % swapped, all three beside contrastive|inherited and frozen|inherited, tokens tuned|"
-    "simplified blocks start from own ones|2 captions instead of 1|SAS-P instead of pre-LN blocks, equal parameters|"
-    "text blocks shared"
+    "pair matching 1 beside contrastive|all three beside contrastive|30 % swapped, all three "
+    "beside contrastive|inherited and frozen|inherited, tokens tuned|simplified blocks start from "
+    "own ones|2 captions instead of 1|SAS-P instead of pre-LN blocks, equal parameters|text blocks "
+    "shared"
 )
 Row = dict[str, str]
 
@@ -42,7 +50,8 @@ def number(digits: int = 0) -> Callable[[str], str]:
     return lambda value: f"{float(value):,.{digits}f}"
 
 
-# Columns of result files: title in a table, and how a cell is shown. Those without values in a table's rows are left out.
+# Columns of result files: title in a table, and how a cell is shown. Those without values in a
+# table's rows are left out.
 TEXT = {name: (name, str) for name in ("objective", "shape", "dtype", "pass", "form", "call")}
 COLUMNS: dict[str, tuple[str, Callable[[str], str]]] = TEXT | {
     "n": ("N", number()),
@@ -71,59 +80,122 @@ def newest(pattern: str) -> Path:
 
 
 def read(op: str, **where: str) -> tuple[Path, list[Row]]:
-    """Returns the newest result file and its rows with these values, "A|B" for either; `passes` stands for column "pass"."""
+    """Returns the newest result file and its rows with these values, "A|B" for either; `passes`
+    stands for column "pass".
+    """
     path = newest(f"{op}-*.csv")
     if "passes" in where:
         where["pass"] = where.pop("passes")
-    rows = [row for row in read_csv(path) if all(row[name] in values.split("|") for name, values in where.items())]
-    return path, [row | {"hardware": re.sub(r"\b1 threads", "1 thread", row.get("hardware", ""))} for row in rows]
+    rows = [
+        row
+        for row in read_csv(path)
+        if all(row[name] in values.split("|") for name, values in where.items())
+    ]
+    return path, [
+        row | {"hardware": re.sub(r"\b1 threads", "1 thread", row.get("hardware", ""))}
+        for row in rows
+    ]
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[str]) -> list[str]:
-    """Returns the lines of a table. The columns named in `text` are text, the others are figures."""
+    """Returns the lines of a table.
+
+    The columns named in `text` are text, the others are figures.
+    """
     marks = ["---" if title in text else "--:" for title in head]
-    return [f"| {' | '.join(head)} |", f"|{'|'.join(marks)}|", *(f"| {' | '.join(cells)} |" for cells in rows)]
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{'|'.join(marks)}|",
+        *(f"| {' | '.join(cells)} |" for cells in rows),
+    ]
 
 
 def origin(path: Path, rows: list[Row], command: str = "make bench") -> str:
     """Returns how the rows were measured, with a link from a page in docs/."""
-    values = {name: ", ".join(dict.fromkeys(row[name] for row in rows if row.get(name))) for name in rows[0]}
-    parts = [values["hardware"], f"torch {values['torch']}", f"commit {values['commit']}", values["date"]]
-    return f"{', '.join(filter(None, parts))} ([{path.name}](../benchmarks/results/{path.name}); `{command}`)."
+    values = {
+        name: ", ".join(dict.fromkeys(row[name] for row in rows if row.get(name)))
+        for name in rows[0]
+    }
+    parts = [
+        values["hardware"],
+        f"torch {values['torch']}",
+        f"commit {values['commit']}",
+        values["date"],
+    ]
+    return (
+        f"{', '.join(filter(None, parts))} ([{path.name}](../benchmarks/results/{path.name}); "
+        f"`{command}`)."
+    )
 
 
 def op_table(op: str, what: str = "", command: str = "make bench", **where: str) -> list[str]:
-    """Returns a table with a row for each row of the result file that has these values. What all rows share is below it."""
+    """Returns a table with a row for each row of the result file that has these values.
+
+    What all rows share is below it.
+    """
     path, rows = read(op, **where)
-    rows = [row for row in rows if any(row.get(name) for name in COLUMNS if name not in (*TEXT, "n"))]
-    columns = {name: column for name, column in COLUMNS.items() if any(row.get(name) for row in rows)}
+    rows = [
+        row for row in rows if any(row.get(name) for name in COLUMNS if name not in (*TEXT, "n"))
+    ]
+    columns = {
+        name: column for name, column in COLUMNS.items() if any(row.get(name) for row in rows)
+    }
     shared = [name for name in columns if name in TEXT and len({row[name] for row in rows}) == 1]
     repeats = sorted({row["repeats"] for row in rows if row.get("repeats")}, key=int)
     medians = [f"medians of {' to '.join(repeats)} interleaved runs"] if repeats else []
     note = ", ".join([*filter(None, [what]), *(rows[0][name] for name in shared), *medians])
     shown = [column for name, column in columns.items() if name not in shared]
     cells = [
-        [show(row[name]) if row[name] else "" for name, (_, show) in columns.items() if name not in shared] for row in rows
+        [
+            show(row[name]) if row[name] else ""
+            for name, (_, show) in columns.items()
+            if name not in shared
+        ]
+        for row in rows
     ]
-    return [*markdown([title for title, _ in shown], cells, list(TEXT)), "", f"{note}; {origin(path, rows, command)}"]
+    return [
+        *markdown([title for title, _ in shown], cells, list(TEXT)),
+        "",
+        f"{note}; {origin(path, rows, command)}",
+    ]
 
 
 def ablation() -> list[str]:
-    """Returns a table with a row for each of EFFECTS: R@1 of base and variant, and the paired difference."""
+    """Returns a table with a row for each of EFFECTS: R@1 of base and variant, and the paired
+    difference.
+    """
     path, rows = read("ablation", measure="R@1", split="all", effect=EFFECTS)
     lines = []
     for row in sorted(rows, key=lambda row: EFFECTS.split("|").index(row["effect"])):
-        figure: dict[str, float] = {name: float(value) for name, value in row.items() if re.fullmatch(r"-?\d+\.?\d*", value)}
-        base, variant = (f"{figure[side]:.1f} ± {figure[f'{side} std']:.1f}" for side in ("base", "variant"))
+        figure: dict[str, float] = {
+            name: float(value) for name, value in row.items() if re.fullmatch(r"-?\d+\.?\d*", value)
+        }
+        base, variant = (
+            f"{figure[side]:.1f} ± {figure[f'{side} std']:.1f}" for side in ("base", "variant")
+        )
         interval = f"{figure['difference']:+.2f} ({figure['low']:+.2f} to {figure['high']:+.2f})"
-        lines.append((row["effect"], row["variant steps"], row["seeds"], base, variant, interval, f"{figure['p']:.3f}"))
+        lines.append(
+            (
+                row["effect"],
+                row["variant steps"],
+                row["seeds"],
+                base,
+                variant,
+                interval,
+                f"{figure['p']:.3f}",
+            )
+        )
     head = ("effect", "steps", "seeds", "base", "variant", "difference, 95 % interval", "p")
     note = (
-        "R@1 in per cent, the mean over `concepts` and `vendor` and both directions: mean ± standard deviation of the seeds, "
-        "the paired difference, and p of the paired t-test, not corrected for the number of effects. siclip-lite0 on the "
-        "built-in data"
+        "R@1 in per cent, the mean over `concepts` and `vendor` and both directions: mean ± "
+        "standard deviation of the seeds, the paired difference, and p of the paired t-test, not "
+        "corrected for the number of effects. siclip-lite0 on the built-in data"
     )
-    return [*markdown(head, lines, ("effect",)), "", f"{note}; {origin(path, rows, 'make ablation')}"]
+    return [
+        *markdown(head, lines, ("effect",)),
+        "",
+        f"{note}; {origin(path, rows, 'make ablation')}",
+    ]
 
 
 def demo() -> list[str]:
@@ -142,26 +214,41 @@ def demo() -> list[str]:
     return [
         *markdown(head, lines, ("held out", "find")),
         "",
-        f"{result['model']}, {result['step']} steps, one seed, {result['samples_per_second']:.0f} samples/s; "
-        f"{result['hardware']}, torch {result['torch']}, commit {result['commit']}, {result['date']} "
-        f"(`{path.relative_to(ROOT)}`). "
-        "`concepts` are drawings of things that training never saw, `vendor` a third vendor's drawings of things it did.",
+        f"{result['model']}, {result['step']} steps, one seed, {result['samples_per_second']:.0f} "
+        f"samples/s; {result['hardware']}, torch {result['torch']}, commit {result['commit']}, "
+        f"{result['date']} (`{path.relative_to(ROOT)}`). `concepts` are drawings of things that "
+        "training never saw, `vendor` a third vendor's drawings of things it did.",
     ]
 
 
 def figures() -> list[str]:
-    """Returns the README's table: a loss, a block and a training step, beside an eager and a compiled baseline."""
+    """Returns the README's table: a loss, a block and a training step, beside an eager and a
+    compiled baseline.
+    """
     lines = []
     for what, (op, where), baselines, shown in FIGURES:
         rows = {row["form"]: row for row in read(op, **where)[1]}
         ours, cells = rows["simplclip"], []
         for form, label in {"simplclip": "", **baselines}.items():
-            values = [show.format(float(rows[form][column])) for column, show in shown.items() if rows[form][column]]
+            values = [
+                show.format(float(rows[form][column]))
+                for column, show in shown.items()
+                if rows[form][column]
+            ]
             cells.append(label + ", ".join(values))
         cells += [NONE] * (3 - len(cells))
         lines.append((what, *cells, f"{ours['hardware']}; {ours['date']}, {ours['commit']}"))
-    head = ("measured", "simplclip", "eager baseline", "compiled baseline", "hardware; date, commit")
-    note = "Forward and backward on a CPU, medians of interleaved runs; with one thread, processor time."
+    head = (
+        "measured",
+        "simplclip",
+        "eager baseline",
+        "compiled baseline",
+        "hardware; date, commit",
+    )
+    note = (
+        "Forward and backward on a CPU, medians of interleaved runs; with one thread, processor "
+        "time."
+    )
     return [*markdown(head, lines, head), "", f"{note} [More figures](docs/benchmarks.md)."]
 
 
@@ -170,41 +257,60 @@ def hours(page: str) -> list[str]:
     path, rows = read("plan-hours")
     cards = [column.removesuffix(" hours") for column in rows[0] if column.endswith(" hours")]
     head = ["ten passes over 12.4 million pairs"]
-    head += [f"{card.removeprefix('rtx-')}: {what}" for card in cards for what in ("pairs", "images/s", "hours")]
+    head += [
+        f"{card.removeprefix('rtx-')}: {what}"
+        for card in cards
+        for what in ("pairs", "images/s", "hours")
+    ]
     lines = []
     for row in rows:
-        figures = [f"{float(row[f'{card} {what}']):,.0f}" for card in cards for what in ("pairs", "images/s", "hours")]
+        figures = [
+            f"{float(row[f'{card} {what}']):,.0f}"
+            for card in cards
+            for what in ("pairs", "images/s", "hours")
+        ]
         lines.append((row["form"], *figures))
     steps = sum(row["mode"] == "train" for row in read_csv(RESULTS / "cards-measured.csv"))
     within, median = HELD_OUT["train within_35"][0], HELD_OUT["train median_error"][0]
-    error = f"{within:.0%} of {steps} training steps that timm's authors measured on an RTX 3090 were predicted to 35 %"
+    error = (
+        f"{within:.0%} of {steps} training steps that timm's authors measured on an RTX 3090 were "
+        "predicted to 35 %"
+    )
     link = f"{'' if page == README else '../'}benchmarks/results/{path.name}"
     note = (
-        f"Predicted, no step of these ran on a card; {error}, half to {median:.0%}. pairs: the largest batch in one graph, "
-        "bf16; siclip models with two captions an image and a teacher's stored features, all others with one caption; "
-        "open_clip's trainer trains all weights of the whole model"
+        f"Predicted, no step of these ran on a card; {error}, half to {median:.0%}. pairs: the "
+        "largest batch in one graph, bf16; siclip models with two captions an image and a "
+        "teacher's stored features, all others with one caption; open_clip's trainer trains all "
+        "weights of the whole model"
     )
     return [*markdown(head, lines, head[:1]), "", f"{note} ([{path.name}]({link}); `make plan`)."]
 
 
-# Rows of the README's table: title; op and rows of its result file; an eager and a compiled baseline, with how the table
-# calls them; columns and units.
+# Rows of the README's table: title; op and rows of its result file; an eager and a compiled
+# baseline, with how the table calls them; columns and units.
 FIGURES: tuple[tuple[str, tuple[str, dict[str, str]], dict[str, str], dict[str, str]], ...] = (
     (
         "Contrastive loss of 16,384 pairs, D = 512, float32: time, memory beside the features",
         ("similarity_loss", {"objective": "contrastive", "n": "16384", "dtype": "float32"}),
-        {"open_clip.ClipLoss": "open_clip.ClipLoss: ", "torch.compile, one product": "the N×N loss in plain torch: "},
+        {
+            "open_clip.ClipLoss": "open_clip.ClipLoss: ",
+            "torch.compile, one product": "the N×N loss in plain torch: ",
+        },
         {"p50_ms": "{:,.0f} ms", "extra_mib": "{:,.0f} MiB"},
     ),
     (
-        "A block of CLIP's text tower, B=64 L=77 C=512 causal, bfloat16: time, bytes kept for backward per token",
+        "A block of CLIP's text tower, B=64 L=77 C=512 causal, bfloat16: time, bytes kept for "
+        "backward per token",
         ("simplified_block", {"passes": BOTH, "dtype": "bfloat16"}),
-        {"open_clip's block": "open_clip's block: ", "torch.compile of that": "open_clip's block: "},
+        {
+            "open_clip's block": "open_clip's block: ",
+            "torch.compile of that": "open_clip's block: ",
+        },
         {"p50_ms": "{:,.0f} ms", "saved_bytes_per_token": "{:,.0f} bytes"},
     ),
     (
-        "Training step of siclip-tiny, a small model: 1,024 pairs, contrastive and the paper's pair matching loss, bfloat16: "
-        "rate, memory beside the weights",
+        "Training step of siclip-tiny, a small model: 1,024 pairs, contrastive and the paper's "
+        "pair matching loss, bfloat16: rate, memory beside the weights",
         ("training", {"objective": "contrastive, pair matching", "n": "1024", "dtype": "bfloat16"}),
         {"plain torch blocks, dense losses": "plain torch blocks, N×N losses: "},
         {"samples_per_s": "{:,.0f} samples/s", "extra_mib": "{:,.0f} MiB"},
@@ -216,19 +322,34 @@ TABLES: dict[str, dict[str, Callable[[], list[str]]]] = {
     EXAMPLES: {"demo": demo},
     PLAN: {"hours": partial(hours, PLAN)},
     BENCHMARKS: {
-        "similarity_loss": partial(op_table, "similarity_loss", "Forward and backward, D = 512", n="8192", dtype="float32"),
-        "sigmoid_loss": partial(
-            op_table, "sigmoid_loss", "Forward and backward, D = 512",
-            n="16384", objective="sigmoid", dtype="bfloat16", form=SIGMOID,
+        "similarity_loss": partial(
+            op_table, "similarity_loss", "Forward and backward, D = 512", n="8192", dtype="float32"
         ),
-        "simplified_block": partial(op_table, "simplified_block", CPU, passes=BOTH, dtype="bfloat16"),
+        "sigmoid_loss": partial(
+            op_table,
+            "sigmoid_loss",
+            "Forward and backward, D = 512",
+            n="16384",
+            objective="sigmoid",
+            dtype="bfloat16",
+            form=SIGMOID,
+        ),
+        "simplified_block": partial(
+            op_table, "simplified_block", CPU, passes=BOTH, dtype="bfloat16"
+        ),
         "steps": partial(op_table, "steps", CPU, dtype="bfloat16"),
-        "texts": partial(op_table, "texts", CPU, form="padded|four groups", dtype="bfloat16", shape=TEXTS),
-        "loader": partial(op_table, "loader", "512-pixel JPEGs to 256 pixels", "python -m benchmarks.loader"),
-        "predicted": partial(op_table, "bound-predicted", "", "python -m benchmarks.cards --call all", call=PREDICTED),
+        "texts": partial(
+            op_table, "texts", CPU, form="padded|four groups", dtype="bfloat16", shape=TEXTS
+        ),
+        "loader": partial(
+            op_table, "loader", "512-pixel JPEGs to 256 pixels", "python -m benchmarks.loader"
+        ),
+        "predicted": partial(
+            op_table, "bound-predicted", "", "python -m benchmarks.cards --call all", call=PREDICTED
+        ),
         "ablation": ablation,
     },
-}  # fmt: skip
+}
 
 
 def written(name: str) -> str:
@@ -248,8 +369,14 @@ def main() -> None:
     path, rows = read("similarity_loss")
     files[CHART] = chart.draw(rows, str(path.relative_to(ROOT)))
     if "--check" in sys.argv[1:]:
-        stale = [name for name, text in files.items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
-        sys.exit(f"{', '.join(stale)}: not what the result files say; run make tables" if stale else 0)
+        stale = [
+            name
+            for name, text in files.items()
+            if not (ROOT / name).exists() or (ROOT / name).read_text() != text
+        ]
+        sys.exit(
+            f"{', '.join(stale)}: not what the result files say; run make tables" if stale else 0
+        )
     for name, text in files.items():
         (ROOT / name).write_text(text)
 

@@ -1,9 +1,11 @@
-"""Shaped attention and the simplified block against their formulas, SDPA and open_clip's block, plain and compiled.
+"""Shaped attention and the simplified block against their formulas, SDPA and open_clip's block,
+plain and compiled.
 
     pytest benchmarks/test_blocks.py --repeats 9 --write
 
-Time, and for the block the memory that it keeps for backward. The block is one of CLIP's text tower: C = 512, 8 heads, 77
-tokens, causal, 64 sequences. "SDPA alone" computes one of shaped attention's three terms.
+Time, and for the block the memory that it keeps for backward. The block is one of CLIP's text
+tower: C = 512, 8 heads, 77 tokens, causal, 64 sequences. "SDPA alone" computes one of shaped
+attention's three terms.
 """
 
 import pytest

@@ -3,9 +3,10 @@
     pytest benchmarks/test_losses.py -k similarity --repeats 3 --write
     OMP_NUM_THREADS=1 pytest benchmarks/test_losses.py -k sigmoid --sizes 1024,4096,16384 --write
 
-Every form gets gradients to both features, the scale and the bias. Extra memory is the allocator's peak above what was live
-before, gradients included. `gemms` counts matrix products of N·N·D; `gemm_share` is their time at the rate of three plain
-products, measured in the same rounds, over the form's time.
+Every form gets gradients to both features, the scale and the bias. Extra memory is the allocator's
+peak above what was live before, gradients included. `gemms` counts matrix products of N·N·D;
+`gemm_share` is their time at the rate of three plain products, measured in the same rounds, over
+the form's time.
 """
 
 import pytest
@@ -13,7 +14,9 @@ import pytest
 from benchmarks.similarity_forms import measure
 
 WIDTH = 512
-CASES = {  # op of the result file, objective: largest N of the dense forms, where one of their matrices takes about 1 GiB
+# op of the result file, objective: largest N of the dense forms, where one of their matrices takes
+# about 1 GiB
+CASES = {
     ("similarity_loss", "contrastive"): 16384,
     ("similarity_loss", "all four"): 8192,
     ("sigmoid_loss", "sigmoid"): 16384,

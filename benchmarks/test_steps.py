@@ -1,8 +1,10 @@
-"""Training steps: siclip-tiny beside plain torch, siclip-s0 beside MobileCLIP-S0; and inference of the SiCLIPs' towers.
+"""Training steps: siclip-tiny beside plain torch, siclip-s0 beside MobileCLIP-S0; and inference of
+the SiCLIPs' towers.
 
     OMP_NUM_THREADS=1 pytest benchmarks/test_steps.py --repeats 5 --write
 
-Random weights, random pairs in memory, no loader. For inference all models are folded, their image towers in channels_last.
+Random weights, random pairs in memory, no loader. For inference all models are folded, their image
+towers in channels_last.
 """
 
 import pytest
@@ -37,7 +39,8 @@ def test_inference(measured, dtype, student):
 
 def inference(dtype, student, repeats):
     torch.manual_seed(0)
-    text, image = torch.randint(1, 49000, (TEXTS, 77)), torch.rand(IMAGES, 3, 256, 256, dtype=getattr(torch, dtype))
+    text = torch.randint(1, 49000, (TEXTS, 77))
+    image = torch.rand(IMAGES, 3, 256, 256, dtype=getattr(torch, dtype))
 
     def run(model):
         with torch.no_grad():
@@ -50,4 +53,9 @@ def inference(dtype, student, repeats):
         model.visual.to(memory_format=torch.channels_last)
         cases[name] = lambda model=model: run(model)
     shape = f"both: {TEXTS} texts, {IMAGES} images"
-    return compare({"op": "towers", "shape": shape, "dtype": dtype, "pass": "inference"}, cases, repeats, base=student)
+    return compare(
+        {"op": "towers", "shape": shape, "dtype": dtype, "pass": "inference"},
+        cases,
+        repeats,
+        base=student,
+    )

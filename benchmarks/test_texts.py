@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 pytest benchmarks/test_texts.py --repeats 9 --write
 
-Forward and backward of 12 layers of width 512 on 64 captions of at most 77 tokens. The lengths follow two histograms: one
-like COCO's captions (mean 13), one like CC12M's alt texts (mean 23, a tail to 77).
+Forward and backward of 12 layers of width 512 on 64 captions of at most 77 tokens. The lengths
+follow two histograms: one like COCO's captions (mean 13), one like CC12M's alt texts (mean 23, a
+tail to 77).
 """
 
 import open_clip
@@ -13,20 +14,56 @@ import torch
 from benchmarks.measure import PASSES, compare, peak_mib
 from simplclip.models.crop import TextCrop
 
-TEXTS, CONTEXT, END = 64, 77, 49407
+TEXTS = 64
+CONTEXT = 77
+END = 49407
 # How many of 1,000 captions have so many tokens, start and end included.
 HISTOGRAMS = {
-    "COCO": {9: 20, 10: 90, 11: 180, 12: 200, 13: 175, 14: 120, 15: 80, 16: 50, 17: 30, 18: 20, 20: 15, 22: 10, 26: 6, 32: 4},
-    "CC12M": {
-        6: 10, 8: 40, 10: 85, 12: 110, 14: 110, 16: 100, 18: 85, 20: 70, 23: 75, 26: 60, 30: 55, 35: 60, 41: 50, 48: 35,
-        56: 15, 64: 10, 70: 5, 77: 25,
+    "COCO": {
+        9: 20,
+        10: 90,
+        11: 180,
+        12: 200,
+        13: 175,
+        14: 120,
+        15: 80,
+        16: 50,
+        17: 30,
+        18: 20,
+        20: 15,
+        22: 10,
+        26: 6,
+        32: 4,
     },
-}  # fmt: skip
+    "CC12M": {
+        6: 10,
+        8: 40,
+        10: 85,
+        12: 110,
+        14: 110,
+        16: 100,
+        18: 85,
+        20: 70,
+        23: 75,
+        26: 60,
+        30: 55,
+        35: 60,
+        41: 50,
+        48: 35,
+        56: 15,
+        64: 10,
+        70: 5,
+        77: 25,
+    },
+}
 CROPS = {"padded": None, "four groups": 4}
 
 
 def captions(kind):
-    """Returns token ids [TEXTS, CONTEXT]. Their lengths are the quantiles of a histogram, in random order."""
+    """Returns token ids [TEXTS, CONTEXT].
+
+    Their lengths are the quantiles of a histogram, in random order.
+    """
     lengths = [length for length, count in HISTOGRAMS[kind].items() for _ in range(count)]
     chosen = torch.tensor(lengths)[torch.linspace(0, len(lengths) - 1, TEXTS).round().long()]
     text = torch.zeros(TEXTS, CONTEXT, dtype=torch.long)

@@ -1,8 +1,9 @@
-"""Training siclip-tiny: our blocks and losses against the same weights in plain torch blocks with dense losses.
+"""Training siclip-tiny: our blocks and losses against the same weights in plain torch blocks with
+dense losses.
 
-A step is forward, contrastive and pair matching loss, backward, clipping and AdamW on random pairs held in memory; no loader.
-The forms start from the same weights and take turns; their losses are compared first. The convolutions of the image trunk are
-the same in all.
+A step is forward, contrastive and pair matching loss, backward, clipping and AdamW on random pairs
+held in memory; no loader. The forms start from the same weights and take turns; their losses are
+compared first. The convolutions of the image trunk are the same in all.
 """
 
 import copy
@@ -34,7 +35,10 @@ class PlainTowerBlock(PlainBlock):
 
 
 def in_plain_torch(model: nn.Module) -> nn.Module:
-    """Replaces the model's simplified blocks by plain torch ops that compute the same. Returns the model itself."""
+    """Replaces the model's simplified blocks by plain torch ops that compute the same.
+
+    Returns the model itself.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, SimplifiedBlock):
@@ -54,13 +58,16 @@ class Run:
     """One form with its own optimizer."""
 
     def __init__(self, model: nn.Module, loss: nn.Module, precision: str):
-        self.model, self.loss, self.precision = model, loss, precision
+        self.model = model
+        self.loss = loss
+        self.precision = precision
         self.parameters = [*model.parameters(), *loss.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=True)
 
     def step(self, image: Tensor, text: Tensor) -> Tensor:
         with hardware.autocast(self.precision, image.device):
-            x, y = self.model.encode_image(image, normalize=True), self.model.encode_text(text, normalize=True)
+            x = self.model.encode_image(image, normalize=True)
+            y = self.model.encode_text(text, normalize=True)
             loss = self.loss(x, y, self.model.logit_scale.exp())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -73,7 +80,8 @@ def measure(batch: int, dtype: str, device: str, repeats: int, strict: bool = Tr
     """Returns a row for each form. Compares their losses first. strict: as for `compare`."""
     torch.manual_seed(0)
     model, cases = models.create("siclip-tiny").train().to(device), {}
-    image, text = torch.rand(batch, 3, 48, 48).to(device), torch.randint(1, 8000, (batch, 16)).to(device)
+    image = torch.rand(batch, 3, 48, 48).to(device)
+    text = torch.randint(1, 8000, (batch, 16)).to(device)
     for form in (BASE, PLAIN):
         copied = copy.deepcopy(model)
         loss = (DenseLoss if form == PLAIN else ClipPMLoss)().to(device)
@@ -85,8 +93,15 @@ def measure(batch: int, dtype: str, device: str, repeats: int, strict: bool = Tr
             return ""
         return f"{name}: expected the loss of {BASE}, {ours}, got {loss}"
 
-    what = {"op": "training", "objective": "contrastive, pair matching", "n": batch, "shape": "siclip-tiny"}
-    rows = compare(what | {"dtype": dtype, "pass": "step"}, cases, repeats, wrong=wrong, strict=strict)
+    what = {
+        "op": "training",
+        "objective": "contrastive, pair matching",
+        "n": batch,
+        "shape": "siclip-tiny",
+    }
+    rows = compare(
+        what | {"dtype": dtype, "pass": "step"}, cases, repeats, wrong=wrong, strict=strict
+    )
     for row in rows:
         if "p50_ms" in row:
             row["samples_per_s"] = round(1e3 * batch / row["p50_ms"])

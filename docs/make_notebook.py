@@ -2,8 +2,8 @@
 
 python docs/make_notebook.py
 
-A shell block becomes lines with "!", a YAML block a file that is written, a Python block a cell. Cells that install or fetch
-something have the tag "setup", and stand before the page's.
+A shell block becomes lines with "!", a YAML block a file that is written, a Python block a cell.
+Cells that install or fetch something have the tag "setup", and stand before the page's.
 """
 
 import json
@@ -21,7 +21,8 @@ URL = "URL"  # the address of the repository
 !SIMPLCLIP_CUDA=0 pip install -q --no-build-isolation -e '.[demo,export]'"""
 
 STAMPS = """\
-# Upload your own pictures to simplclip/photos instead, if you have some. These are 951 of Debian's package, with captions.
+# These are 951 captioned pictures of a Debian package. Upload your own to simplclip/photos instead,
+# if you have some.
 !apt-get -qq install tuxpaint-stamps-default
 import shutil
 from pathlib import Path
@@ -44,7 +45,11 @@ for path in ("runs/photos/curves.png", "runs/photos/evaluation-held_out.png", "h
 
 
 def cell(kind: str, text: str, number: int, tags: tuple[str, ...] = ()) -> dict:
-    made = {"cell_type": kind, "id": f"cell-{number:02}", "metadata": {"tags": [*tags]} if tags else {}}
+    made = {
+        "cell_type": kind,
+        "id": f"cell-{number:02}",
+        "metadata": {"tags": [*tags]} if tags else {},
+    }
     made["source"] = text.splitlines(keepends=True)
     return made | ({"execution_count": None, "outputs": []} if kind == "code" else {})
 
@@ -59,10 +64,21 @@ def code_of(language: str, text: str) -> str:
 
 
 def cells(page: str) -> list[dict]:
-    """Returns the cells of the page up to its last section, which needs a GPU, with links from examples/."""
-    text = re.sub(r"\]\((?!https?:|#)([\w./-]+)", lambda link: f"](../docs/{link[1]}", page.split("\n## With a GPU")[0])
-    parts = re.split(r"```(\w+)\n(.*?)```\n", text, flags=re.DOTALL)  # words, language, block, words, ...
-    made = [("markdown", parts[0].partition("\n## 1.")[0], ()), ("code", SETUP, ("setup",)), ("code", STAMPS, ("setup",))]
+    """Returns the cells of the page up to its last section, which needs a GPU, with links from
+    examples/.
+    """
+    text = re.sub(
+        r"\]\((?!https?:|#)([\w./-]+)",
+        lambda link: f"](../docs/{link[1]}",
+        page.split("\n## With a GPU")[0],
+    )
+    # words, language, block, words, ...
+    parts = re.split(r"```(\w+)\n(.*?)```\n", text, flags=re.DOTALL)
+    made = [
+        ("markdown", parts[0].partition("\n## 1.")[0], ()),
+        ("code", SETUP, ("setup",)),
+        ("code", STAMPS, ("setup",)),
+    ]
     parts[0] = "## 1." + parts[0].partition("\n## 1.")[2]
     for words, language, block in zip(parts[::3], [*parts[1::3], ""], [*parts[2::3], ""]):
         made.append(("markdown", words, ()))
@@ -70,7 +86,9 @@ def cells(page: str) -> list[dict]:
             made.append(("code", code_of(language, block), ()))
         if "simplclip evaluate" in block:
             made.append(("code", SHOW, ()))
-    return [cell(kind, text.strip(), number, tags) for number, (kind, text, tags) in enumerate(made)]
+    return [
+        cell(kind, text.strip(), number, tags) for number, (kind, text, tags) in enumerate(made)
+    ]
 
 
 def notebook(page: str) -> str:

@@ -1,10 +1,12 @@
 """A contrastive batch of thousands of pairs in the memory of a small one, by gradient caching.
 
-python examples/big_batch.py 'shards/*.tar' --model ViT-B-32 --batch-size 8192 --micro-batch 128 --steps 500 --out big.pt
+python examples/big_batch.py 'shards/*.tar' --model ViT-B-32 --batch-size 8192 --micro-batch 128
+--steps 500 --out big.pt
 
-A batch is encoded micro-batch by micro-batch, without activations; one loss compares all its pairs; then each micro-batch is
-encoded again for its part of the gradient. The gradient is that of the whole batch, for one more forward pass. Gradient
-accumulation would compare the pairs of each micro-batch only.
+A batch is encoded micro-batch by micro-batch, without activations; one loss compares all its pairs;
+then each micro-batch is encoded again for its part of the gradient. The gradient is that of the
+whole batch, for one more forward pass. Gradient accumulation would compare the pairs of each
+micro-batch only.
 """
 
 import argparse
@@ -20,7 +22,11 @@ from simplclip.losses import ClipLoss
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("shards", help="a pattern of tars; `simplclip data pack` makes them")
-    parser.add_argument("--model", default="ViT-B-32", help="without batch norms, whose statistics would be of micro-batches")
+    parser.add_argument(
+        "--model",
+        default="ViT-B-32",
+        help="without batch norms, whose statistics would be of micro-batches",
+    )
     parser.add_argument("--batch-size", type=int, default=8192)
     parser.add_argument("--micro-batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=500)
@@ -38,7 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
         batch_size=options.micro_batch,
         workers=options.workers,
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2
+    )
     loss = ClipLoss()
 
     def encode(batch):
@@ -52,7 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer.zero_grad()
         terms = gradient_cache.backward(encode, batch, loss, model=model)
         optimizer.step()
-        print(f"step {step}: loss {terms['loss'].item():.4f} of {options.batch_size} pairs", flush=True)
+        print(
+            f"step {step}: loss {terms['loss'].item():.4f} of {options.batch_size} pairs",
+            flush=True,
+        )
     torch.save(model.state_dict(), options.out)
 
 

@@ -1,11 +1,14 @@
-"""Distils a large CLIP model into a small one: the teacher's features once, then a student that learns from them.
+"""Distils a large CLIP model into a small one: the teacher's features once, then a student that
+learns from them.
 
-python examples/distil.py 'shards/*.tar' --teacher open_clip:ViT-B-16/laion2b_s34b_b88k --out distilled
+python examples/distil.py 'shards/*.tar' --teacher open_clip:ViT-B-16/laion2b_s34b_b88k --out
+distilled
 
-The teacher's features of all images and captions are written into OUT/teacher, one tar beside each shard, and a later call
-goes on from them; the teacher itself is not in memory while the student trains. WIKDLoss has the student match the pairs as
-CLIP does, and also the teacher's features (feature), its similarities (relational) and both across images and texts
-(interactive). `simplclip train` does the same with checkpoints, evaluation and schedules of the weights.
+The teacher's features of all images and captions are written into OUT/teacher, one tar beside each
+shard, and a later call goes on from them; the teacher itself is not in memory while the student
+trains. WIKDLoss has the student match the pairs as CLIP does, and also the teacher's features
+(feature), its similarities (relational) and both across images and texts (interactive). `simplclip
+train` does the same with checkpoints, evaluation and schedules of the weights.
 """
 
 import argparse
@@ -21,12 +24,18 @@ from simplclip.losses import WIKDLoss
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("shards", help="a pattern of tars; `simplclip data pack` makes them")
-    parser.add_argument("--teacher", required=True, help="what simplclip.load takes: open_clip:NAME/TAG, a run, an export")
+    parser.add_argument(
+        "--teacher",
+        required=True,
+        help="what simplclip.load takes: open_clip:NAME/TAG, a run, an export",
+    )
     parser.add_argument("--student", default="siclip2-s0", help="what simplclip.create_model takes")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the teacher's features and of student.pt")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the teacher's features and of student.pt"
+    )
     options = parser.parse_args(arguments)
 
     sidecars = [options.out / "teacher"]
@@ -34,7 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     stamp = data.teacher_stamp(sidecars)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student, transform = create_model(options.student, device=device), models.transforms(options.student, train=True)
+    student = create_model(options.student, device=device)
+    transform = models.transforms(options.student, train=True)
     loader = data.Loader(
         options.shards,
         sidecars=sidecars,
@@ -46,23 +56,38 @@ def main(arguments: list[str] | None = None) -> None:
     )
     width = student.text_projection.shape[1]
     weights = {"relational_weight": 1.0, "interactive_weight": 1.0, "feature_weight": 0.8}
-    loss_of = WIKDLoss(embed_dim=width, teacher_dim=stamp["width"], **weights).to(device)  # projects to the teacher's width
+    # projects to the teacher's width
+    loss_of = WIKDLoss(embed_dim=width, teacher_dim=stamp["width"], **weights).to(device)
     parameters = [*student.parameters(), *loss_of.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1
+    )
 
     student.train()
     for step, batch in enumerate(islice(loader, options.steps)):
-        batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        batch = {
+            name: value.to(device)
+            for name, value in batch.items()
+            if isinstance(value, torch.Tensor)
+        }
         images = transform.finish(batch["image"])
         with torch.autocast(device, torch.bfloat16):
             features = student(images, batch["text"])[:3]
-            taught = batch["teacher_image"], batch["teacher_text"], torch.tensor(stamp["logit_scale"], device=device)
+            taught = (
+                batch["teacher_image"],
+                batch["teacher_text"],
+                torch.tensor(stamp["logit_scale"], device=device),
+            )
             terms = loss_of(*features, *taught, ids=batch["group"], output_dict=True)
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
         if step % 10 == 0:
-            print(f"step {step}: " + ", ".join(f"{name} {value.item():.3f}" for name, value in terms.items()), flush=True)
+            print(
+                f"step {step}: "
+                + ", ".join(f"{name} {value.item():.3f}" for name, value in terms.items()),
+                flush=True,
+            )
     torch.save(student.state_dict(), options.out / "student.pt")
 
 

@@ -1,10 +1,12 @@
-"""Writes the two towers of a model as ONNX with standard operators, and compares onnxruntime's features with torch's.
+"""Writes the two towers of a model as ONNX with standard operators, and compares onnxruntime's
+features with torch's.
 
 python examples/export_onnx.py runs/my --out onnx
 
-image.onnx maps image, float32 [B, 3, S, S], to image_features, float32 [B, D]; text.onnx maps text, token ids int64 [B, L],
-to text_features. Features are normalised, B is dynamic, and batch norms are folded into the layers before them.
-preprocessing.json beside them has the size, mean and std of images, and the tokenizer and its length.
+image.onnx maps image, float32 [B, 3, S, S], to image_features, float32 [B, D]; text.onnx maps text,
+token ids int64 [B, L], to text_features. Features are normalised, B is dynamic, and batch norms are
+folded into the layers before them. preprocessing.json beside them has the size, mean and std of
+images, and the tokenizer and its length.
 """
 
 import argparse
@@ -27,7 +29,8 @@ from simplclip.ops.mlp.call import MlpCall
 from simplclip.ops.mlp.reference import ACTIVATIONS
 
 
-# simplclip's operators, which ONNX does not have, in plain torch; what backward would need are empty tensors
+# simplclip's operators, which ONNX does not have, in plain torch; what backward would need are
+# empty tensors
 def attention(q, *args):
     return *shaped_attention_fwd(AttentionCall(q, *args[:-1])), q.new_empty(0)
 
@@ -39,22 +42,35 @@ def mlp(x, call):
 
 def simplified_block(*args):
     call = BlockCall(*args[:-1])
-    x, heads, empty = call.x, heads_of(call), call.x.new_empty(0)
+    x = call.x
+    heads = heads_of(call)
+    empty = call.x.new_empty(0)
     n, _ = norm_fwd(x.reshape(-1, x.shape[2]), call)
     q, k = F.linear(n, call.qk_weight).reshape(*heads[:2], 2, *heads[2:]).unbind(2)
     v = n if call.value_weight is None else F.linear(n, call.value_weight)
     gains = gains_of(call) * call.attention_gain
-    out, lse = shaped_attention_fwd(AttentionCall(q, k, v.reshape(heads), gains, call.lengths, call.scale, call.causal))
+    out, lse = shaped_attention_fwd(
+        AttentionCall(q, k, v.reshape(heads), gains, call.lengths, call.scale, call.causal)
+    )
     out = out.reshape(n.shape)
     if call.output_weight is not None:
         out = F.linear(out, call.output_weight)
-    return (out + call.mlp_gain.to(x.dtype) * mlp(n, call)).reshape(x.shape), empty, empty, lse, empty
+    return (
+        (out + call.mlp_gain.to(x.dtype) * mlp(n, call)).reshape(x.shape),
+        empty,
+        empty,
+        lse,
+        empty,
+    )
 
 
 DECOMPOSITIONS = {
     torch.ops.simplclip.simplified_block_fwd.default: simplified_block,
     torch.ops.simplclip.shaped_attention_fwd.default: attention,
-    torch.ops.simplclip.parallel_mlp_fwd.default: lambda x, *args: (mlp(x, MlpCall(x, *args[:-1])), x.new_empty(0)),
+    torch.ops.simplclip.parallel_mlp_fwd.default: lambda x, *args: (
+        mlp(x, MlpCall(x, *args[:-1])),
+        x.new_empty(0),
+    ),
 }
 
 
@@ -69,29 +85,43 @@ class Tower(nn.Module):
 
 @torch.no_grad()
 def export(model: nn.Module, name: str, inputs: torch.Tensor, file: Path) -> float:
-    """Writes the tower "image" or "text", and returns the largest error of its features. inputs: [B, ...], B > 1."""
+    """Writes the tower "image" or "text", and returns the largest error of its features. inputs:
+    [B, ...], B > 1.
+    """
     tower = Tower(model, name).eval()
     warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
-    program = torch.export.export(simplclip.fold(tower), (inputs,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    program = torch.export.export(
+        simplclip.fold(tower), (inputs,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+    )
     program = program.run_decompositions(DECOMPOSITIONS)
     names = {"input_names": [name], "output_names": [f"{name}_features"]}
     torch.onnx.export(program, dynamo=True, verbose=False, **names).save(str(file))
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    errors = [session.run(None, {name: x.numpy()})[0] - tower(x).numpy() for x in (inputs, inputs[-1:])]
+    errors = [
+        session.run(None, {name: x.numpy()})[0] - tower(x).numpy() for x in (inputs, inputs[-1:])
+    ]
     return max(abs(error).max().item() for error in errors)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="what simplclip.load takes: a run, an export, open_clip:NAME/TAG")
-    parser.add_argument("--out", type=Path, required=True, help="folder for image.onnx and text.onnx")
+    parser.add_argument(
+        "model", help="what simplclip.load takes: a run, an export, open_clip:NAME/TAG"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for image.onnx and text.onnx"
+    )
     options = parser.parse_args(arguments)
     encoder = simplclip.load(options.model, device="cpu")
     for method in ("encode_text", "_encode_text"):
-        vars(encoder.model).pop(method, None)  # the encoder crops texts by it, which depends on the texts: not in a graph
+        # the encoder crops texts by it, which depends on the texts: not in a graph
+        vars(encoder.model).pop(method, None)
     options.out.mkdir(parents=True, exist_ok=True)
     pixels = torch.randn(2, 3, *encoder.model.visual.image_size)
-    for name, inputs in {"image": pixels, "text": encoder.tokenizer(["a cat", "two dogs on a beach"])}.items():
+    for name, inputs in {
+        "image": pixels,
+        "text": encoder.tokenizer(["a cat", "two dogs on a beach"]),
+    }.items():
         error = export(encoder.model, name, inputs, file := options.out / f"{name}.onnx")
         print(f"wrote {file}: {file.stat().st_size:,} bytes, largest error {error:.1e}")
         assert error <= 1e-4, "expected torch's features, vectors of length 1"  # NaN fails too

@@ -1,10 +1,13 @@
-"""Fine-tunes a pretrained open_clip model on a folder of pictures with captions, without forgetting what it knew.
+"""Fine-tunes a pretrained open_clip model on a folder of pictures with captions, without forgetting
+what it knew.
 
-python examples/finetune_photos.py photos --model ViT-B-32 --pretrained laion2b_s34b_b79k --out finetuned.pt
+python examples/finetune_photos.py photos --model ViT-B-32 --pretrained laion2b_s34b_b79k --out
+finetuned.pt
 
-photos/ has KEY.jpg, .png or .webp and the caption in KEY.txt. Every tenth picture is held out: R@1 among them is printed
-before, after each epoch, and for the saved weights, the mean of before and after, which keep more of the model's general
-knowledge (WiSE-FT, arXiv 2109.01903). Search with the result:
+photos/ has KEY.jpg, .png or .webp and the caption in KEY.txt. Every tenth picture is held out: R@1
+among them is printed before, after each epoch, and for the saved weights, the mean of before and
+after, which keep more of the model's general knowledge (WiSE-FT, arXiv 2109.01903). Search with the
+result:
 
 python examples/search_photos.py photos --model open_clip:ViT-B-32/finetuned.pt --find "a red car"
 """
@@ -25,7 +28,9 @@ class Photos(Dataset):
     """Pairs of pixels float32 [3, S, S] and tokens int64 [L]."""
 
     def __init__(self, files, transform, tokenizer):
-        self.files, self.transform, self.tokenizer = files, transform, tokenizer
+        self.files = files
+        self.transform = transform
+        self.tokenizer = tokenizer
 
     def __len__(self):
         return len(self.files)
@@ -41,7 +46,9 @@ class Photos(Dataset):
 def recall(model, batches, device) -> float:
     """Returns R@1 of the right caption of each picture; equal captions are all right."""
     model.eval()
-    images, texts, tokens = [], [], []
+    images = []
+    texts = []
+    tokens = []
     for pixels, captions in batches:
         images.append(model.encode_image(pixels.to(device), normalize=True))
         texts.append(model.encode_text(captions.to(device), normalize=True))
@@ -63,36 +70,58 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = open_clip.create_model_and_transforms(options.model, pretrained=options.pretrained, device=device)
+    made = open_clip.create_model_and_transforms(
+        options.model, pretrained=options.pretrained, device=device
+    )
     (model, augmented, plain), tokenizer = made, open_clip.get_tokenizer(options.model)
     crop_texts(model)  # captions cost their length
-    files = sorted(file for file in options.folder.rglob("*") if file.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"})
+    files = sorted(
+        file
+        for file in options.folder.rglob("*")
+        if file.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"}
+    )
     train = Photos([file for number, file in enumerate(files) if number % 10], augmented, tokenizer)
     shared = {"batch_size": min(options.batch_size, len(train)), "num_workers": options.workers}
     batches = DataLoader(train, shuffle=True, drop_last=True, **shared)
     held_out = DataLoader(Photos(files[::10], plain, tokenizer), **shared)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    print(f"{len(train)} pictures, {len(files[::10])} held out, R@1 before: {recall(model, held_out, device):.1%}")
+    print(
+        f"{len(train)} pictures, {len(files[::10])} held out, R@1 before: "
+        f"{recall(model, held_out, device):.1%}"
+    )
 
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas=(0.9, 0.98), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), options.lr, betas=(0.9, 0.98), weight_decay=0.1
+    )
     steps = options.epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, steps, pct_start=0.1, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.lr, steps, pct_start=0.1, cycle_momentum=False
+    )
     loss_of = ClipLoss()
     for epoch in range(options.epochs):
         model.train()
         for pixels, tokens in batches:
-            ids = tokens.unique(dim=0, return_inverse=True)[1]  # pictures with one caption are not each other's negatives
+            # pictures with one caption are not each other's negatives
+            ids = tokens.unique(dim=0, return_inverse=True)[1]
             with torch.autocast(device, torch.bfloat16):
                 loss = loss_of(*model(pixels.to(device), tokens.to(device)), ids=ids.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, R@1 {recall(model, held_out, device):.1%}", flush=True)
+        print(
+            f"epoch {epoch + 1}: loss {loss.item():.3f}, R@1 {recall(model, held_out, device):.1%}",
+            flush=True,
+        )
 
-    model.load_state_dict({name: (before[name] + value) / 2 for name, value in model.state_dict().items()})
+    model.load_state_dict(
+        {name: (before[name] + value) / 2 for name, value in model.state_dict().items()}
+    )
     torch.save(model.state_dict(), options.out)
-    print(f"wrote {options.out}, the mean of before and after: R@1 {recall(model, held_out, device):.1%}")
+    print(
+        f"wrote {options.out}, the mean of before and after: R@1 "
+        f"{recall(model, held_out, device):.1%}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Searches a folder of photos by text or by another photo, and draws what it finds.
 
-python examples/search_photos.py photos --model open_clip:ViT-B-32/openai --find "a red car" beach.jpg --picture hits.png
+python examples/search_photos.py photos --model open_clip:ViT-B-32/openai --find "a red car"
+beach.jpg --picture hits.png
 
-Features are kept in photos.npz beside the folder, float16 [N, D] with N paths: another search encodes new photos only.
+Features are kept in photos.npz beside the folder, float16 [N, D] with N paths: another search
+encodes new photos only.
 """
 
 import argparse
@@ -23,7 +25,8 @@ HITS = 8  # of each query
 
 def opened(path: str | Path) -> Image.Image:
     with Image.open(path) as image:
-        return ImageOps.exif_transpose(image)  # in its own mode, which the model's transform expects
+        # in its own mode, which the model's transform expects
+        return ImageOps.exif_transpose(image)
 
 
 class Photos(torch.utils.data.Dataset):
@@ -42,8 +45,12 @@ class Photos(torch.utils.data.Dataset):
 
 
 def features_of(folder: Path, encoder) -> tuple[list[str], torch.Tensor]:
-    """Returns the paths of N photos and their features float32 [N, D]; encodes those that are not stored yet."""
-    file, model, features = folder.parent / f"{folder.name}.npz", encoder.fingerprint(), {}
+    """Returns the paths of N photos and their features float32 [N, D]; encodes those that are not
+    stored yet.
+    """
+    file = folder.parent / f"{folder.name}.npz"
+    model = encoder.fingerprint()
+    features = {}
     if file.exists():
         with np.load(file) as stored:
             if stored["model"] == model:
@@ -60,14 +67,23 @@ def features_of(folder: Path, encoder) -> tuple[list[str], torch.Tensor]:
     if not paths:
         raise SystemExit(f"{folder}: expected photos, got none that can be read")
     rows = np.stack([features[path] for path in paths])
-    np.savez(unfinished := file.with_suffix(".unfinished.npz"), features=rows, paths=np.array(paths), model=model)
+    np.savez(
+        unfinished := file.with_suffix(".unfinished.npz"),
+        features=rows,
+        paths=np.array(paths),
+        model=model,
+    )
     os.replace(unfinished, file)
     return paths, torch.from_numpy(rows).float()
 
 
 def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
-    """Draws the hits of each query, four beside each other, with their scores, folders and names."""
-    sheet, columns, gap = Sheet(), 4, 0.12
+    """Draws the hits of each query, four beside each other, with their scores, folders and
+    names.
+    """
+    sheet = Sheet()
+    columns = 4
+    gap = 0.12
     side = (WIDTH - 2 * MARGIN - (columns - 1) * gap) / columns
     for query, photos in hits.items():
         sheet.line(query, 12, 2, weight="bold")
@@ -81,7 +97,9 @@ def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
                 x, y = MARGIN + column * (side + gap), sheet.y + side + 0.03
                 sheet.tile(shown(path), x, sheet.y, side)
                 under = sheet.text(x, y, f"{score:.2f}", side, 9.5, weight="bold")
-                under += sheet.text(x, y + under, "/".join(Path(path).parts[-2:]), side, 9, 2, color=MUTED)
+                under += sheet.text(
+                    x, y + under, "/".join(Path(path).parts[-2:]), side, 9, 2, color=MUTED
+                )
                 heights.append(under)
             sheet.y += side + 0.12 + max(heights)
         sheet.y += 0.12
@@ -95,8 +113,14 @@ def shown(path: str) -> Image.Image:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", required=True, help="what simplclip.load takes: a run, an export, open_clip:NAME/TAG")
-    parser.add_argument("--find", nargs="+", required=True, metavar="QUERY", help="texts, or paths of photos")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="what simplclip.load takes: a run, an export, open_clip:NAME/TAG",
+    )
+    parser.add_argument(
+        "--find", nargs="+", required=True, metavar="QUERY", help="texts, or paths of photos"
+    )
     parser.add_argument("--picture", help="PNG with the hits")
     options = parser.parse_args(arguments)
 
@@ -104,9 +128,15 @@ def main(arguments: list[str] | None = None) -> None:
     paths, features = features_of(options.folder, encoder)
     hits = {}
     for query in options.find:
-        row = encoder.encode_image(opened(query)) if Path(query).is_file() else encoder.encode_text(query)
+        row = (
+            encoder.encode_image(opened(query))
+            if Path(query).is_file()
+            else encoder.encode_text(query)
+        )
         scores, places = (row.cpu() @ features.T)[0].topk(min(HITS, len(paths)))
-        hits[query] = [(score, paths[place]) for score, place in zip(scores.tolist(), places.tolist())]
+        hits[query] = [
+            (score, paths[place]) for score, place in zip(scores.tolist(), places.tolist())
+        ]
         print(query, *(f"  {score:.3f}  {path}" for score, path in hits[query]), sep="\n")
     if options.picture:
         draw(options.picture, hits)

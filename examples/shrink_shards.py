@@ -1,9 +1,11 @@
-"""Copies WebDataset shards with smaller images, as JPEG; all else stays. A repeated call goes on after the last whole shard.
+"""Copies WebDataset shards with smaller images, as JPEG; all else stays.
+
+A repeated call goes on after the last whole shard.
 
 python examples/shrink_shards.py 'shards/*.tar' --out small --short 288
 
-Decoding costs by the pixel, and a crop of 256 pixels needs no more than 288. While downloading, img2dataset's --image_size
-does the same.
+Decoding costs by the pixel, and a crop of 256 pixels needs no more than 288. While downloading,
+img2dataset's --image_size does the same.
 """
 
 import argparse
@@ -20,7 +22,9 @@ SUFFIXES = {"jpg", "jpeg", "png", "webp"}
 
 
 def smaller(encoded: bytes, short: int, quality: int) -> bytes | None:
-    """Returns a JPEG with this short side; None for an image that is copied: small enough, damaged, or of 16 bits of grey."""
+    """Returns a JPEG with this short side; None for an image that is copied: small enough, damaged,
+    or of 16 bits of grey.
+    """
     try:
         image = Image.open(io.BytesIO(encoded))
         image.load()
@@ -31,7 +35,8 @@ def smaller(encoded: bytes, short: int, quality: int) -> bytes | None:
         return None
     jpeg = io.BytesIO()
     size = [max(1, round(side * scale)) for side in image.size]
-    image.resize(size, Image.Resampling.BICUBIC).convert("RGB").save(jpeg, "JPEG", quality=quality)  # as open_clip
+    # as open_clip
+    image.resize(size, Image.Resampling.BICUBIC).convert("RGB").save(jpeg, "JPEG", quality=quality)
     return jpeg.getvalue()
 
 
@@ -41,28 +46,43 @@ def shrink(shard: str, out: Path, short: int, quality: int) -> None:
         return
     unfinished = target.with_suffix(".unfinished")
     with webdataset.TarWriter(str(unfinished), mtime=0) as writer:
-        for sample in webdataset.WebDataset(os.path.abspath(shard), shardshuffle=False, empty_check=False):
+        for sample in webdataset.WebDataset(
+            os.path.abspath(shard), shardshuffle=False, empty_check=False
+        ):
             for suffix in SUFFIXES & sample.keys():
                 jpeg = smaller(sample[suffix], short, quality)
                 if jpeg is not None:
                     del sample[suffix]
                     sample["jpg"] = jpeg
-            writer.write({name: value for name, value in sample.items() if name == "__key__" or name[0] != "_"})
+            writer.write(
+                {
+                    name: value
+                    for name, value in sample.items()
+                    if name == "__key__" or name[0] != "_"
+                }
+            )
     os.replace(unfinished, target)
-    print(f"{target}: {os.path.getsize(shard):,} bytes before, {os.path.getsize(target):,} after", flush=True)
+    print(
+        f"{target}: {os.path.getsize(shard):,} bytes before, {os.path.getsize(target):,} after",
+        flush=True,
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("shards", nargs="+", help="paths or patterns")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new shards")
-    parser.add_argument("--short", type=int, default=288, help="most pixels of the short side (default: 288)")
+    parser.add_argument(
+        "--short", type=int, default=288, help="most pixels of the short side (default: 288)"
+    )
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs (default: 90)")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     shards = sorted({path for pattern in options.shards for path in glob.glob(pattern)})
     with Pool() as pool:
-        pool.starmap(shrink, [(shard, options.out, options.short, options.quality) for shard in shards], 1)
+        pool.starmap(
+            shrink, [(shard, options.out, options.short, options.quality) for shard in shards], 1
+        )
 
 
 if __name__ == "__main__":

@@ -1,1 +1,4 @@
-"""Triton kernels and their launchers, one folder per op, without autograd. Installed as simplclip.kernels."""
+"""Triton kernels and their launchers, one folder per op, without autograd.
+
+Installed as simplclip.kernels.
+"""

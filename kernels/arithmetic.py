@@ -1,6 +1,7 @@
 """Arithmetic for the kernels of several ops, and the order of their programs.
 
-Logarithms and exponentials have base 2, as in hardware: the scale of a logit is multiplied by log2(e) once.
+Logarithms and exponentials have base 2, as in hardware: the scale of a logit is multiplied by
+log2(e) once.
 """
 
 import triton
@@ -14,7 +15,9 @@ INF: tl.constexpr = tl.constexpr(float("inf"))
 @triton.jit
 def rounded_to_tf32(x):
     """Rounds x to the nearest TF32 number; the tensor cores would cut the last bits off."""
-    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -25,14 +28,17 @@ def sigmoid(x):
 @triton.jit
 def reciprocal(x):
     """Returns 1 / x with an error of 2^-23, for x that is not denormal."""
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
 def block_of_program(row_blocks, column_blocks, GROUP: tl.constexpr):
     """Returns the row and the column, in blocks, of a program's block of a matrix.
 
-    Programs go through GROUP blocks of rows in turn, so that those that run together read the same rows and columns.
+    Programs go through GROUP blocks of rows in turn, so that those that run together read the same
+    rows and columns.
     """
     program = tl.program_id(0)
     first = program // (GROUP * column_blocks) * GROUP

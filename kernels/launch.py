@@ -14,14 +14,15 @@ from torch import Tensor
 # Options of compiled kernels. Triton 3.10 changes the default.
 COMPILE = {"enable_fp_fusion": True}
 
-repeated: Callable[[int], contextlib.AbstractContextManager] | None = None  # set by plans, see `starts`
+# set by plans, see `starts`
+repeated: Callable[[int], contextlib.AbstractContextManager] | None = None
 
 
 def starts(size: int, step: int) -> Iterator[int]:
     """Yields the first rows of chunks of `step` rows.
 
-    In a plan only those of the first two chunks and of the last. The others would do the same as the second, which therefore
-    runs in the context `repeated(count)`.
+    In a plan only those of the first two chunks and of the last. The others would do the same as
+    the second, which therefore runs in the context `repeated(count)`.
     """
     rows = range(0, size, step)
     if repeated is None or len(rows) < 4:
@@ -59,15 +60,17 @@ def _warn(name: str, spills: int, architecture: int) -> None:
     from triton import __version__ as version
 
     warnings.warn(
-        f"{name}: expected no spilled registers on sm_{architecture}, got {spills} from Triton {version}; it runs "
-        "slower than without spills",
+        f"{name}: expected no spilled registers on sm_{architecture}, got {spills} from Triton "
+        f"{version}; it runs slower than without spills",
         RuntimeWarning,
         stacklevel=3,
     )
 
 
 def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-    """Writes left right to out [M, N] float32, or adds it if `add`: cuBLAS may add parts of a long sum in the type of out."""
+    """Writes left right to out [M, N] float32, or adds it if `add`: cuBLAS may add parts of a long
+    sum in the type of out.
+    """
     wide = {"out_dtype": torch.float32} if left.dtype != torch.float32 else {}
     if add:
         torch.addmm(out, left, right, out=out, **wide)
@@ -81,9 +84,12 @@ def start(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> A
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Starts so many programs of a kernel. Warns, once per kernel, if the compiler spilled registers.
+    """Starts so many programs of a kernel.
 
-    The gates (make aot) check that no kernel spills with the gates' versions of Triton; other versions may spill.
+    Warns, once per kernel, if the compiler spilled registers.
+
+    The gates (make aot) check that no kernel spills with the gates' versions of Triton; other
+    versions may spill.
     """
     compiled = start(kernel, programs, args, {**options, **COMPILE})
     if getattr(compiled, "n_spills", 0):
@@ -92,10 +98,12 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
 
 @functools.cache
 def splits(blocks: int, tiles: int, slots: int) -> tuple[int, int]:
-    """Returns into how many ranges each block's tiles are split, and the tiles per range, if `slots` programs run at a time.
+    """Returns into how many ranges each block's tiles are split, and the tiles per range, if
+    `slots` programs run at a time.
 
-    The cost is the number of rounds of programs times tiles per range; half a tile is added for the other work of a program,
-    so that few large ranges are preferred if they fill the device equally well.
+    The cost is the number of rounds of programs times tiles per range; half a tile is added for the
+    other work of a program, so that few large ranges are preferred if they fill the device equally
+    well.
     """
     limit = min(tiles, max(8, -(-2 * slots // blocks)))
 

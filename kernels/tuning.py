@@ -1,6 +1,7 @@
 """Tiles of the kernels that multiply matrices, by op and precision, without autotuning.
 
-`make aot` compiles every kernel with its tile and prints registers, shared memory and occupancy; none may spill.
+`make aot` compiles every kernel with its tile and prints registers, shared memory and occupancy;
+none may spill.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ class Tile(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    blocks: int = 1  # at least so many programs share a multiprocessor; forward divides the columns accordingly
-    registers: int | None = None  # of a thread at most; without a limit ptxas spills a few where more programs fit then
+    # at least so many programs share a multiprocessor; forward divides the columns accordingly
+    blocks: int = 1
+    # of a thread at most; without a limit ptxas spills a few where more programs fit then
+    registers: int | None = None
 
     def options(self) -> dict[str, int]:
         return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), self))
 
 
 PRECISIONS = ("half", "tf32", "ieee")
-# Several programs of the similarity kernels share a multiprocessor: the statistics of one run beside the products of others.
+# Several programs of the similarity kernels share a multiprocessor: the statistics of one run
+# beside the products of others.
 _TILES = {
     ("similarity", "half"): Tile(64, 64, 32, 4, 4, 2, registers=248),
-    ("similarity", "half", 90): Tile(128, 64, 64, 8, 2),  # its L2 cache is slow beside its tensor cores; three stages spill
+    # its L2 cache is slow beside its tensor cores; three stages spill
+    ("similarity", "half", 90): Tile(128, 64, 64, 8, 2),
     ("similarity", "tf32"): Tile(64, 64, 16, 4, 4, 2, registers=248),
     ("similarity", "tf32", 90): Tile(64, 64, 16, 8, 3),  # four warps spill
     ("similarity", "ieee"): Tile(64, 64, 16, 8, 3, registers=248),
@@ -36,5 +41,7 @@ _TILES = {
 
 
 def lookup(op: str, precision: str, architecture: int) -> Tile:
-    """Returns the op's tile in a precision of PRECISIONS, or the architecture's own where it has one."""
+    """Returns the op's tile in a precision of PRECISIONS, or the architecture's own where it has
+    one.
+    """
     return _TILES.get((op, precision, architecture)) or _TILES[op, precision]

@@ -1,7 +1,9 @@
-"""simplclip: fused ops and a minimal trainer for CLIP on one consumer GPU (SiCLIP, arXiv 2411.14789).
+"""simplclip: fused ops and a minimal trainer for CLIP on one consumer GPU (SiCLIP, arXiv
+2411.14789).
 
-Importing compiles nothing and needs neither a GPU nor Triton nor the C++ extension; without the extension the ops run in
-plain torch. Submodules are imported on first use, so that the command line can set up threads before torch starts.
+Importing compiles nothing and needs neither a GPU nor Triton nor the C++ extension; without the
+extension the ops run in plain torch. Submodules are imported on first use, so that the command line
+can set up threads before torch starts.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,20 @@ from simplclip.common.lazy import attribute
 from simplclip.version import __version__
 
 if TYPE_CHECKING:
-    from simplclip import data, evaluation, export, gradient_cache, kernels, losses, models, nn, ops, plan, teacher, train
+    from simplclip import (
+        data,
+        evaluation,
+        export,
+        gradient_cache,
+        kernels,
+        losses,
+        models,
+        nn,
+        ops,
+        plan,
+        teacher,
+        train,
+    )
     from simplclip.evaluation.encoder import load
     from simplclip.models.crop import crop_texts
     from simplclip.models.fold import fold
@@ -29,11 +44,44 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "models.simplify": ("simplify",),
     "ops.backends": ("backend",),
     "ops.report": ("report",),
-    **dict.fromkeys(("data", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"), ()),
+    **dict.fromkeys(
+        (
+            "data",
+            "evaluation",
+            "gradient_cache",
+            "kernels",
+            "losses",
+            "models",
+            "nn",
+            "ops",
+            "train",
+        ),
+        (),
+    ),
     **dict.fromkeys(("export", "plan", "teacher"), ()),  # commands
 }
-__all__ = ["__version__", "backend", "create_model", "crop_texts", "fold", "inherit", "load", "report", "simplify"]
-__all__ += ["data", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"]
+__all__ = [
+    "__version__",
+    "backend",
+    "create_model",
+    "crop_texts",
+    "fold",
+    "inherit",
+    "load",
+    "report",
+    "simplify",
+]
+__all__ += [
+    "data",
+    "evaluation",
+    "gradient_cache",
+    "kernels",
+    "losses",
+    "models",
+    "nn",
+    "ops",
+    "train",
+]
 __all__ += ["export", "plan", "teacher"]
 
 if not TYPE_CHECKING:  # a type checker would take any name for known

@@ -1,11 +1,14 @@
 """Exports a checkpoint of the trainer as a folder that open_clip and `simplclip.load` read:
 
     open_clip_config.json, open_clip_model.safetensors, and the files of a tokenizer of Hugging Face
-    README.md       a model card; an existing one is kept, since its licence is the user's to write
+    README.md             a model card; an existing one is kept, since its licence is the user's to
+                          write
     preprocessing.json    what other programs need to make the model's inputs
-    export.json     the model, its options, and the digest of the weights; written last: an export with it is whole
+    export.json           the model, its options, and the digest of the weights; written last: an
+                          export with it is whole
 
-A matrix that blocks share is stored under each of its names, so that every reader can load the weights strictly.
+A matrix that blocks share is stored under each of its names, so that every reader can load the
+weights strictly.
 """
 
 import json
@@ -27,14 +30,14 @@ from simplclip.models.trained import load_model, model_options
 
 
 def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
-    """Exports `checkpoint`, a file or the folder of a run (its best.pt, else last.pt), to the folder `out`; returns the
-    content of export.json.
+    """Exports `checkpoint`, a file or the folder of a run (its best.pt, else last.pt), to the
+    folder `out`; returns the content of export.json.
 
     `out` does not change before all files are written. With `force` they replace an earlier export.
     Prints the lines that load the export.
 
-    Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture), FileExistsError (`out` has an
-    export), OSError (the disk is full).
+    Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture),
+    FileExistsError (`out` has an export), OSError (the disk is full).
     """
     out = Path(out)
     check_export(out, force)
@@ -56,10 +59,15 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
     with temporary_folder(out) as work:
         (work / "open_clip_config.json").write_text(json.dumps(about, indent=2) + "\n")
         # The format has neither shared memory nor strides.
-        tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
+        tensors = {
+            name: t.clone(memory_format=torch.contiguous_format)
+            for name, t in model.state_dict().items()
+        }
         metadata = {"format": "pt", "model": name, "step": str(state["step"])}
         (work / EXPORTED_WEIGHTS).write_bytes(save(tensors, metadata))
-        write_preprocessing(work, model, models.tokenizer(name, about["model_cfg"]["text_cfg"]["context_length"]))
+        write_preprocessing(
+            work, model, models.tokenizer(name, about["model_cfg"]["text_cfg"]["context_length"])
+        )
         if (out / "README.md").exists():
             print(f"kept {out / 'README.md'}, a model card of before")
         else:
@@ -83,8 +91,13 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
 
 
 def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Writes preprocessing.json, and the files of a tokenizer of Hugging Face, which open_clip reads from the folder too."""
-    text = {"context_length": get_model_tokenize_cfg(model)["context_length"], "tokenizer": type(tokenizer).__name__}
+    """Writes preprocessing.json, and the files of a tokenizer of Hugging Face, which open_clip
+    reads from the folder too.
+    """
+    text = {
+        "context_length": get_model_tokenize_cfg(model)["context_length"],
+        "tokenizer": type(tokenizer).__name__,
+    }
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
         text["tokenizer"] = "tokenizer.json"
@@ -93,38 +106,68 @@ def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def card(model: Any, state: dict[str, Any], file: Path, lines: str) -> str:
-    """Returns a model card in Markdown. file: the checkpoint, whose evaluation.json, if it is of this step, has the figures.
-    lines: that load the export."""
+    """Returns a model card in Markdown. file: the checkpoint, whose evaluation.json, if it is of
+    this step, has the figures. lines: that load the export.
+    """
     config, folder = state["config"], file if file.is_dir() else file.parent
     parameters, size = sum(p.numel() for p in model.parameters()), config["data"]["batch_size"]
     images = f"{state['images']:,} images, " if state.get("images") else ""
-    text = CARD.format(name=config["model"]["name"], parameters=parameters, images=images, step=state["step"], size=size)
+    text = CARD.format(
+        name=config["model"]["name"],
+        parameters=parameters,
+        images=images,
+        step=state["step"],
+        size=size,
+    )
     try:
         results = json.loads((folder / "evaluation.json").read_text("utf-8"))
-        of_step = results["step"] == state["step"] and results["checkpoint"].endswith((file.name, folder.name))
+        of_step = results["step"] == state["step"] and results["checkpoint"].endswith(
+            (file.name, folder.name)
+        )
         rows = [
             f"| {split} | {way.replace('_', ' ')} | "
-            + " | ".join(f"{figure['value']:.1%} ({figure['chance']:.1%})" for figure in figures[way].values())
+            + " | ".join(
+                f"{figure['value']:.1%} ({figure['chance']:.1%})"
+                for figure in figures[way].values()
+            )
             for split, figures in results["splits"].items()
             for way in ("image_to_text", "text_to_image")
             if of_step and way in figures
         ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         rows = []
-    head = ["| data | direction | R@1 (chance) | R@5 (chance) | R@10 (chance) |", "|---|---|--:|--:|--:|"]
-    figures = [*head, *(f"{row} |" for row in rows)] if rows else ["`simplclip evaluate` had not been run before the export."]
-    return "\n".join([text, *figures, "", "## Use", "", *(f"    {line.strip()}" for line in lines.splitlines()), ""])
+    head = [
+        "| data | direction | R@1 (chance) | R@5 (chance) | R@10 (chance) |",
+        "|---|---|--:|--:|--:|",
+    ]
+    figures = (
+        [*head, *(f"{row} |" for row in rows)]
+        if rows
+        else ["`simplclip evaluate` had not been run before the export."]
+    )
+    return "\n".join(
+        [
+            text,
+            *figures,
+            "",
+            "## Use",
+            "",
+            *(f"    {line.strip()}" for line in lines.splitlines()),
+            "",
+        ]
+    )
 
 
 CARD = """---
 library_name: open_clip
 pipeline_tag: zero-shot-image-classification
-# license: to be chosen by you, who know the licences of the pictures and of the weights that the model started from
+# license: to be chosen by you, who know the licences of the pictures and of the weights that the
+# model started from
 ---
 # {name}
 
-A CLIP model of {parameters:,} parameters, trained by simplclip: {images}{step:,} steps of {size:,} images with captions.
-It knows what its captions say, and may repeat what prejudice they hold.
+A CLIP model of {parameters:,} parameters, trained by simplclip: {images}{step:,} steps of {size:,}
+images with captions. It knows what its captions say, and may repeat what prejudice they hold.
 
 ## Figures
 """
@@ -134,18 +177,27 @@ def loading(out: Path, needs_simplclip: bool) -> str:
     """Returns the lines that load an export."""
     lines = ["import open_clip"]
     if needs_simplclip:
-        lines += ["from simplclip.integrations.open_clip import register_models", "register_models()"]
+        lines += [
+            "from simplclip.integrations.open_clip import register_models",
+            "register_models()",
+        ]
     lines.append(f'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{out}")')
     lines.append(f'tokenizer = open_clip.get_tokenizer("local-dir:{out}")')
     head = "To load it in open_clip" + (", with simplclip installed:" if needs_simplclip else ":")
-    return "\n    ".join([head, *lines]) + f'\nTo load it here:\n    encoder = simplclip.load("{out}")'
+    return (
+        "\n    ".join([head, *lines]) + f'\nTo load it here:\n    encoder = simplclip.load("{out}")'
+    )
 
 
 def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Returns open_clip's configuration of the model before it was simplified, with a part "simplclip" from which
-    `register_models` makes the model. An unchanged model of open_clip needs no such part and has none."""
+    """Returns open_clip's configuration of the model before it was simplified, with a part
+    "simplclip" from which `register_models` makes the model. An unchanged model of open_clip needs
+    no such part and has none.
+    """
     ours = {key: options[key] for key in ("simplified", "simplify_options") if key in options}
-    config = configuration(models.spec_of(name), {key: value for key, value in options.items() if key not in ours})
+    config = configuration(
+        models.spec_of(name), {key: value for key, value in options.items() if key not in ours}
+    )
     height, width = to_2tuple(model.visual.image_size)
     config["vision_cfg"]["image_size"] = height if height == width else [height, width]
     config["text_cfg"] |= get_model_tokenize_cfg(model)

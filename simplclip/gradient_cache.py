@@ -1,9 +1,10 @@
-"""Gradient caching: the gradient of a loss over E pairs, with the activations of one micro-batch in memory.
+"""Gradient caching: the gradient of a loss over E pairs, with the activations of one micro-batch in
+memory.
 
     from simplclip import gradient_cache
 
-    terms = gradient_cache.backward(lambda b: model(b["image"], b["text"]), micro_batches, loss, model=model)
-    optimizer.step()
+    terms = gradient_cache.backward(lambda b: model(b["image"], b["text"]), micro_batches, loss,
+    model=model) optimizer.step()
 
 It works with any model and any loss over features, and needs no other part of this library.
 """
@@ -39,52 +40,62 @@ def backward(
     model: nn.Module | None = None,
     scaler: GradScaler | None = None,
 ) -> dict[str, Tensor]:
-    """Adds to `.grad` the gradients that one backward pass of the loss over all micro-batches together would add:
+    """Adds to `.grad` the gradients that one backward pass of the loss over all micro-batches
+    together would add:
 
-        1. features of every micro-batch, without autograd            x_b = encode(b)
-        2. one loss over all of them, and its gradients               L = loss(cat x_b),  g = dL/dx
-        3. every micro-batch again, with autograd                     encode(b) backpropagated from its rows of g
+        1. features of every micro-batch, without autograd    x_b = encode(b)
+        2. one loss over all of them, and its gradients       L = loss(cat x_b),  g = dL/dx
+        3. every micro-batch again, with autograd             encode(b).backward(its rows of g)
 
-    The result is exact up to rounding. It costs one more forward pass, step 1, but for the last micro-batch (of each tower),
-    whose graph is kept from step 1 to step 3.
+    The result is exact up to rounding. It costs one more forward pass, step 1, but for the last
+    micro-batch (of each tower), whose graph is kept from step 1 to step 3.
 
     Args:
-        encode: maps a micro-batch to its outputs: a tensor, a sequence of tensors (passed to `loss` by position) or a mapping
-            (passed by name, so that open_clip's model and loss fit each other). Outputs with two or more dimensions are
-            features [m, ...]. They are concatenated along the first dimension, whose size may differ between micro-batches
-            and between outputs, e.g. image [m, D] and text [m k, D] with several captions. Outputs with one element (logit
-            scale and bias) must be the same for every micro-batch: `loss` gets one of them, and its gradient is propagated
-            once. encode is called twice for a micro-batch and must compute the same both times; it may move the
-            micro-batch to the device.
-            If the towers have micro-batches of their own: a mapping of such functions. A function returns one tensor, which
-            is named by the function's key, or a mapping of outputs.
-        micro_batches: a sequence of micro-batches of any type, which is read twice; for several towers, a mapping of such
-            sequences, like `encode`. Their lengths may differ. images.split(64) makes such a sequence of a tensor.
-        loss: maps the outputs of all E pairs to the loss, to a mapping of terms whose sum is the loss, or to (loss, terms)
-            like the method `terms` of simplclip.losses. Parameters of its own get their gradients in step 2.
-        model: the module that `check` checks. If it contains DistributedDataParallel, the ranks exchange gradients only in
-            the last backward pass of each tower. Towers that share a wrapper have one last backward pass, of the last
-            micro-batches of all towers; such a wrapper must not have find_unused_parameters=True. encode must call the
-            wrapper, and the towers use all its parameters: a logit scale must be an output of encode (as in open_clip's
-            forward(image, text)), not a variable that `loss` captures. static_graph=True is not supported, since torch then
-            exchanges in the first backward pass.
+        encode: maps a micro-batch to its outputs: a tensor, a sequence of tensors (passed to `loss`
+            by position) or a mapping (passed by name, so that open_clip's model and loss fit each
+            other). Outputs with two or more dimensions are features [m, ...]. They are concatenated
+            along the first dimension, whose size may differ between micro-batches and between
+            outputs, e.g. image [m, D] and text [m k, D] with several captions. Outputs with one
+            element (logit scale and bias) must be the same for every micro-batch: `loss` gets one
+            of them, and its gradient is propagated once. encode is called twice for a micro-batch
+            and must compute the same both times; it may move the micro-batch to the device. If the
+            towers have micro-batches of their own: a mapping of such functions. A function returns
+            one tensor, which is named by the function's key, or a mapping of outputs.
+        micro_batches: a sequence of micro-batches of any type, which is read twice; for several
+            towers, a mapping of such sequences, like `encode`. Their lengths may differ.
+            images.split(64) makes such a sequence of a tensor.
+        loss: maps the outputs of all E pairs to the loss, to a mapping of terms whose sum is the
+            loss, or to (loss, terms) like the method `terms` of simplclip.losses. Parameters of its
+            own get their gradients in step 2.
+        model: the module that `check` checks. If it contains DistributedDataParallel, the ranks
+            exchange gradients only in the last backward pass of each tower. Towers that share a
+            wrapper have one last backward pass, of the last micro-batches of all towers; such a
+            wrapper must not have find_unused_parameters=True. encode must call the wrapper, and the
+            towers use all its parameters: a logit scale must be an output of encode (as in
+            open_clip's forward(image, text)), not a variable that `loss` captures.
+            static_graph=True is not supported, since torch then exchanges in the first backward
+            pass.
         scaler: scales the loss; the caller calls its step and update.
 
     Returns the detached terms; {"loss": ...} if `loss` returns one tensor.
 
-    Random numbers: a micro-batch draws the same numbers in both passes from the generators of the CPU and of CUDA devices,
-    one tower after the other. Afterwards these are in the state that steps 1 and 2 alone would leave. The generators of
-    Python and numpy are not restored. Other state that a forward pass changes is changed twice.
+    Random numbers: a micro-batch draws the same numbers in both passes from the generators of the
+    CPU and of CUDA devices, one tower after the other. Afterwards these are in the state that steps
+    1 and 2 alone would leave. The generators of Python and numpy are not restored. Other state that
+    a forward pass changes is changed twice.
 
-    Autocast: the forward passes run under the caller's. Memory: activations of one micro-batch (of each tower),
-    the outputs and their gradients, and what `loss` needs. Where `loss` has only sigmoid terms of simplclip, step 2 is one
-    sweep that computes the value and the gradients. Double backward is not supported.
+    Autocast: the forward passes run under the caller's. Memory: activations of one micro-batch (of
+    each tower), the outputs and their gradients, and what `loss` needs. Where `loss` has only
+    sigmoid terms of simplclip, step 2 is one sweep that computes the value and the gradients.
+    Double backward is not supported.
 
     Raises:
-        ValueError, TypeError: there is no micro-batch, the arguments of the towers do not fit each other, the outputs or
-            what `loss` returns have another type or shape, or `check` rejects the model. No gradient has changed then.
+        ValueError, TypeError: there is no micro-batch, the arguments of the towers do not fit each
+            other, the outputs or what `loss` returns have another type or shape, or `check` rejects
+            the model. No gradient has changed then.
 
-    Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
+    Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+    Setup", arXiv 2101.06983.
     """
     towers = _towers(encode, micro_batches)
     checks.instance("scaler", scaler, GradScaler | None, "a torch.amp.GradScaler or None")
@@ -96,7 +107,9 @@ def backward(
         tower.encode_once(ranks)
         for name, leaf in tower.leaves().items():
             if name in leaves:
-                raise ValueError(f"{tower.label}: expected outputs that no other tower has, got {name!r}")
+                raise ValueError(
+                    f"{tower.label}: expected outputs that no other tower has, got {name!r}"
+                )
             leaves[name] = leaf.requires_grad_()
 
     result = loss(*leaves.values()) if 0 in leaves else loss(**leaves)
@@ -112,7 +125,9 @@ def backward(
 
 
 def _loss_and_terms(result: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Returns the loss and its terms from what `loss` returned, checked before a backward pass changes any gradient."""
+    """Returns the loss and its terms from what `loss` returned, checked before a backward pass
+    changes any gradient.
+    """
     match result:
         case (total, Mapping() as terms):
             summands = [total]
@@ -123,24 +138,34 @@ def _loss_and_terms(result: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
     sizes = {t.numel() if isinstance(t, Tensor) else 0 for t in summands}
     if sizes != {1} or not all(isinstance(term, Tensor) for term in terms.values()):
         got = checks.shape_of(result) if isinstance(result, Tensor) else type(result).__name__
-        expected = "a tensor [], a mapping of them (as losses return with output_dict=True) or (loss, mapping)"
+        expected = (
+            "a tensor [], a mapping of them (as losses return with output_dict=True) or (loss, "
+            "mapping)"
+        )
         raise TypeError(f"loss: expected {expected}, got {got}")
     return sum(summands), terms
 
 
 class _Tower:
-    """An encoder, its micro-batches, and the state that step 1 keeps for step 3. key: None if there is only one tower."""
+    """An encoder, its micro-batches, and the state that step 1 keeps for step 3. key: None if there
+    is only one tower.
+    """
 
     def __init__(self, key: str | None, encode: Encode, micro_batches: Any) -> None:
-        self.key, self.encode, suffix = key, encode, "" if key is None else f"[{key!r}]"
+        self.key = key
+        self.encode = encode
+        suffix = "" if key is None else f"[{key!r}]"
         self.label = f"encode{suffix}"
         if not hasattr(micro_batches, "__getitem__"):
             got = type(micro_batches).__name__
-            raise TypeError(f"micro_batches{suffix}: expected a sequence, since it is read twice, got {got}")
+            raise TypeError(
+                f"micro_batches{suffix}: expected a sequence, since it is read twice, got {got}"
+            )
         self.micro_batches, self.count = micro_batches, len(micro_batches)
         if not self.count:
             raise ValueError(f"micro_batches{suffix}: expected at least one, got none")
-        self.recomputed = self.count - 1  # micro-batches that are encoded again in step 3, all but the last
+        # micro-batches that are encoded again in step 3, all but the last
+        self.recomputed = self.count - 1
         self.states: list[tuple[Tensor, list[Tensor]]] = []
         self.parts: list[Named] = []
         self.kept: Named = {}
@@ -149,21 +174,38 @@ class _Tower:
         first: dict[Any, list] = {}
         for index in range(self.count):
             self.states.append(generators())
-            with torch.set_grad_enabled(index == self.recomputed), ranks.no_sync(self in ranks.recomputing):
+            with (
+                torch.set_grad_enabled(index == self.recomputed),
+                ranks.no_sync(self in ranks.recomputing),
+            ):
                 outputs = self._outputs(self.micro_batches[index])
-            shapes = {name: ["m", *output.shape[1:]] if output.dim() > 1 else [] for name, output in outputs.items()}
+            shapes = {
+                name: ["m", *output.shape[1:]] if output.dim() > 1 else []
+                for name, output in outputs.items()
+            }
             first = first or shapes
             if shapes != first:
-                raise ValueError(f"{self.label}: expected the outputs of the first micro-batch, {first}, got {shapes}")
+                raise ValueError(
+                    f"{self.label}: expected the outputs of the first micro-batch, {first}, got "
+                    f"{shapes}"
+                )
             if index == self.recomputed:
                 self.kept = outputs
             self.parts.append({name: output.detach() for name, output in outputs.items()})
-        self.rows = [{name: len(part) for name, part in parts.items() if part.dim() > 1} for parts in self.parts]
+        self.rows = [
+            {name: len(part) for name, part in parts.items() if part.dim() > 1}
+            for parts in self.parts
+        ]
 
     def leaves(self) -> Named:
         """Returns the outputs of all micro-batches as new tensors and forgets them."""
-        parts, self.parts, features = self.parts, [], self.rows[0]
-        return {n: torch.cat([part[n] for part in parts]) if n in features else t for n, t in parts[-1].items()}
+        parts = self.parts
+        self.parts = []
+        features = self.rows[0]
+        return {
+            n: torch.cat([part[n] for part in parts]) if n in features else t
+            for n, t in parts[-1].items()
+        }
 
     def encode_again(self, ranks: _Ranks, gradients: Named) -> None:
         """Backpropagates all micro-batches but the one that `last` returns."""
@@ -183,7 +225,9 @@ class _Tower:
                 _backpropagate([self._encoded_again(index)])
 
     def last(self) -> tuple[Named, Named]:
-        """Returns outputs and gradients of the last micro-batch that is encoded again, or else of the only micro-batch."""
+        """Returns outputs and gradients of the last micro-batch that is encoded again, or else of
+        the only micro-batch.
+        """
         return self._encoded_again(self.recomputed - 1) if self.recomputed else self._kept()
 
     def _kept(self) -> tuple[Named, Named]:
@@ -202,14 +246,20 @@ class _Tower:
             outputs = {0 if single else self.key: outputs}
         if not isinstance(outputs, (Mapping, Sequence) if single else Mapping) or not outputs:
             several = "a sequence or mapping" if single else "a mapping"
-            raise TypeError(f"{self.label}: expected a tensor, or {several} of them, got {type(outputs).__name__}")
+            raise TypeError(
+                f"{self.label}: expected a tensor, or {several} of them, got "
+                f"{type(outputs).__name__}"
+            )
         if not isinstance(outputs, Mapping):
             outputs = dict(enumerate(outputs))
         for name, output in outputs.items():
             what = f"output {name!r} of {self.label}"
             checks.floating(what, output)
             if output.dim() < 2 and output.numel() != 1:
-                raise ValueError(f"{what}: expected features [m, ...] or one element, got shape {checks.shape_of(output)}")
+                raise ValueError(
+                    f"{what}: expected features [m, ...] or one element, got shape "
+                    f"{checks.shape_of(output)}"
+                )
         self.names = list(outputs)
         return dict(outputs)
 
@@ -219,47 +269,68 @@ def _towers(encode: Any, micro_batches: Any) -> list[_Tower]:
     if callable(encode):
         return [_Tower(None, encode, micro_batches)]
     if not isinstance(encode, Mapping) or not encode:
-        raise TypeError(f"encode: expected a function, or a mapping of them, got {type(encode).__name__}")
+        raise TypeError(
+            f"encode: expected a function, or a mapping of them, got {type(encode).__name__}"
+        )
     if not isinstance(micro_batches, Mapping) or set(micro_batches) != set(encode):
         got = type(micro_batches).__name__
         got += f" {list(micro_batches)}" if isinstance(micro_batches, Mapping) else ""
-        raise ValueError(f"micro_batches: expected one for each tower in a mapping, {list(encode)}, got {got}")
+        raise ValueError(
+            f"micro_batches: expected one for each tower in a mapping, {list(encode)}, got {got}"
+        )
     return [_Tower(key, function, micro_batches[key]) for key, function in encode.items()]
 
 
 def check(model: nn.Module) -> None:
-    """Rejects modules that use statistics of their batch or update running ones, since micro-batches change both.
+    """Rejects modules that use statistics of their batch or update running ones, since
+    micro-batches change both.
 
     Raises: ValueError that names the first such module, e.g. a batch norm in training mode.
     """
     checks.instance("model", model, nn.Module, "an nn.Module")
     for name, module in model.named_modules():
-        running = any(getattr(module, key, None) is not None for key in ("running_mean", "running_var"))
-        if module.training and running or isinstance(module, _BatchNorm) and (module.training or not running):
+        running = any(
+            getattr(module, key, None) is not None for key in ("running_mean", "running_var")
+        )
+        if (
+            module.training
+            and running
+            or isinstance(module, _BatchNorm)
+            and (module.training or not running)
+        ):
             raise InputError(
-                f"model: expected no batch statistics, got {type(module).__name__} {name!r} in training mode: statistics "
-                "of a micro-batch are not those of the whole batch, and running statistics would count every sample twice. "
-                "Put such norms into eval mode (model.freeze_norms=true in a config), or use others, e.g. "
-                "LayerNorm or GroupNorm"
+                f"model: expected no batch statistics, got {type(module).__name__} {name!r} in "
+                "training mode: statistics of a micro-batch are not those of the whole batch, and "
+                "running statistics would count every sample twice. Put such norms into eval mode "
+                "(model.freeze_norms=true in a config), or use others, e.g. LayerNorm or GroupNorm"
             )
 
 
 class _Ranks:
-    """The choice of backward passes in which ranks exchange gradients. DistributedDataParallel makes it in forward passes.
+    """The choice of backward passes in which ranks exchange gradients.
 
-    recomputing: the towers that exchange for a micro-batch of step 3, not for the one whose graph step 1 keeps.
+    DistributedDataParallel makes it in forward passes.
+
+    recomputing: the towers that exchange for a micro-batch of step 3, not for the one whose graph
+    step 1 keeps.
     """
 
     def __init__(self, model: nn.Module | None, towers: list[_Tower]) -> None:
         modules = [] if model is None else model.modules()
-        self.wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
+        self.wrappers = [
+            module for module in modules if isinstance(module, DistributedDataParallel)
+        ]
         self.towers, self.recomputing = towers, [tower for tower in towers if tower.recomputed]
         self.together = len(self.wrappers) == 1 and len(towers) > 1  # towers that share a wrapper
         if self.together and self.recomputing:
             self.recomputing = towers
         if self.together and self.wrappers[0].find_unused_parameters:
-            # DDP would count the parameters of one tower as finished in the forward pass of the other.
-            raise InputError("model: expected find_unused_parameters=False of a wrapper that both towers share, got True")
+            # DDP would count the parameters of one tower as finished in the forward pass of the
+            # other.
+            raise InputError(
+                "model: expected find_unused_parameters=False of a wrapper that both towers share, "
+                "got True"
+            )
 
     def no_sync(self, enabled: bool) -> ExitStack:
         """Returns a context without the exchange of gradients, if `enabled`."""
@@ -279,19 +350,31 @@ class _Ranks:
 
 def _backpropagate(parts: list[tuple[Named, Named]]) -> None:
     """Backpropagates outputs from their gradients, in one pass."""
-    pairs = [(outputs[n], g) for outputs, named in parts for n, g in named.items() if outputs[n].requires_grad]
+    pairs = [
+        (outputs[n], g)
+        for outputs, named in parts
+        for n, g in named.items()
+        if outputs[n].requires_grad
+    ]
     if pairs:
         with _autocast_off(pairs[0][0]):
-            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+            torch.autograd.backward(
+                [output for output, _ in pairs], [gradient for _, gradient in pairs]
+            )
 
 
 def _autocast_off(t: Tensor) -> torch.autocast:
-    """Returns a context without autocast: backward runs in forward's dtypes, and autocast would cast float32 products."""
+    """Returns a context without autocast: backward runs in forward's dtypes, and autocast would
+    cast float32 products.
+    """
     return torch.autocast(t.device.type, enabled=False)
 
 
 def generators() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return (
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    )
 
 
 def restore(states: tuple[Tensor, list[Tensor]]) -> None:

@@ -1,4 +1,6 @@
-"""Modules of a SiCLIP: shaped attention, the simplified parallel block (SAS-P) and weight sharing between blocks."""
+"""Modules of a SiCLIP: shaped attention, the simplified parallel block (SAS-P) and weight sharing
+between blocks.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,8 +13,14 @@ from simplclip.ops import checks, parallel_mlp, shaped_attention, simplified_blo
 from simplclip.ops.mlp.reference import ACTIVATIONS
 
 __all__ = [
-    "ACTIVATIONS", "NORMS", "SHARED_PARTS", "ShapedAttention", "SimplifiedBlock", "neighbour_groups", "share_weights",
-]  # fmt: skip
+    "ACTIVATIONS",
+    "NORMS",
+    "SHARED_PARTS",
+    "ShapedAttention",
+    "SimplifiedBlock",
+    "neighbour_groups",
+    "share_weights",
+]
 
 NORMS: dict[str, Callable[..., Any]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 _FORWARDS = (nn.Linear.forward, nn.LayerNorm.forward, nn.RMSNorm.forward)
@@ -21,23 +29,32 @@ _FORWARDS = (nn.Linear.forward, nn.LayerNorm.forward, nn.RMSNorm.forward)
 class ShapedAttention(nn.Module):
     """Multi-head shaped attention without value and output projections.
 
-    ``[q|k] = x W_qk``, v = x split into heads, ``out = alpha v + beta softmax(q k^T / sqrt(K)) v - gamma C v`` with C
-    uniform over the visible keys. W_q starts at zero and alpha = beta = gamma at one, so that a new module returns its
-    input (with ``value`` or ``output``: an orthogonal map of it).
+    ``[q|k] = x W_qk``, v = x split into heads, ``out = alpha v + beta softmax(q k^T / sqrt(K)) v -
+    gamma C v`` with C uniform over the visible keys. W_q starts at zero and alpha = beta = gamma at
+    one, so that a new module returns its input (with ``value`` or ``output``: an orthogonal map of
+    it).
 
     Args:
         width: C, a multiple of ``heads``.
         heads: H.
         causal: token i attends to the tokens 0..i only.
         value, output: add a projection [C, C] before (value) or after (output) the attention.
-        gamma: initial value of gamma. Below one, a new module adds ``(1 - gamma) C v``, a part of the mean of the tokens.
+        gamma: initial value of gamma. Below one, a new module adds ``(1 - gamma) C v``, a part of
+            the mean of the tokens.
 
-    forward(x [B, L, C], lengths [B] or None) -> [B, L, C]; see `ops.shaped_attention` for ``lengths``.
-    Source: He & Hofmann 2023, arXiv 2311.01906; SiCLIP, arXiv 2411.14789.
+    forward(x [B, L, C], lengths [B] or None) -> [B, L, C]; see `ops.shaped_attention` for
+    ``lengths``. Source: He & Hofmann 2023, arXiv 2311.01906; SiCLIP, arXiv 2411.14789.
     """
 
     def __init__(
-        self, width: int, heads: int, *, causal: bool = False, value: bool = False, output: bool = False, gamma: float = 1.0
+        self,
+        width: int,
+        heads: int,
+        *,
+        causal: bool = False,
+        value: bool = False,
+        output: bool = False,
+        gamma: float = 1.0,
     ) -> None:
         super().__init__()
         check_count("width", width, 1)
@@ -46,7 +63,9 @@ class ShapedAttention(nn.Module):
             checks.boolean(name, flag)
         if width % heads:
             raise ValueError(f"heads: expected a divisor of the width {width}, got {heads}")
-        self.width, self.heads, self.causal = width, heads, causal
+        self.width = width
+        self.heads = heads
+        self.causal = causal
         self.qk = nn.Linear(width, 2 * width, bias=False)
         self.value = nn.Linear(width, width, bias=False) if value else None
         self.output = nn.Linear(width, width, bias=False) if output else None
@@ -67,7 +86,9 @@ class ShapedAttention(nn.Module):
         # Under autocast q and k have its dtype, but x may have another.
         v = x.to(q.dtype) if self.value is None else self.value(x)
         q, k, v = (t.reshape(shape) for t in (q, k, v))
-        out = shaped_attention(q, k, v, self.alpha, self.beta, self.gamma, causal=self.causal, lengths=lengths)
+        out = shaped_attention(
+            q, k, v, self.alpha, self.beta, self.gamma, causal=self.causal, lengths=lengths
+        )
         return out.reshape(x.shape) if self.output is None else self.output(out.reshape(x.shape))
 
     def _check(self, x: Tensor) -> None:
@@ -83,21 +104,25 @@ class ShapedAttention(nn.Module):
 class SimplifiedBlock(ShapedAttention):
     """Simplified parallel transformer block (SAS-P) without skip connections.
 
-    ``n = norm(x); out = attention_gain SA(n) + mlp_gain MLP(n)``, ``MLP(n) = W2 act(W1 n + b1) + b2``. The signal
-    passes through the attention's alpha; therefore the MLP starts with a small gain.
+    ``n = norm(x); out = attention_gain SA(n) + mlp_gain MLP(n)``, ``MLP(n) = W2 act(W1 n + b1) +
+    b2``. The signal passes through the attention's alpha; therefore the MLP starts with a small
+    gain.
 
     Args:
         width, heads, causal, gamma: as in `ShapedAttention`.
         mlp_ratio: F / C.
-        norm: "layernorm" or "rmsnorm", which is x / sqrt(mean x² + eps) with eps = 1e-5. He & Hofmann's code computes
-            x / (rms + eps). With their weights both agree where rms is about 1; where rms is 0.026 (a first layer), the
-            result here is 0.7 % smaller.
+        norm: "layernorm" or "rmsnorm", which is x / sqrt(mean x² + eps) with eps = 1e-5. He &
+            Hofmann's code computes x / (rms + eps). With their weights both agree where rms is
+            about 1; where rms is 0.026 (a first layer), the result here is 0.7 % smaller.
         act: a key of `ACTIVATIONS`.
-        value, output: projections of the attention; the authors keep them in the first and in the last block.
+        value, output: projections of the attention; the authors keep them in the first and in the
+            last block.
         attention_gain, mlp_gain: initial values of the two trainable gains.
-        drop_path: probability that a sample skips the MLP in training. The attention is never dropped, since
-            without a skip connection nothing would be left. In training, norm, attention and MLP then run as separate ops.
-        recompute: keep only the input for backward (a seventh of the memory), which then computes the block again.
+        drop_path: probability that a sample skips the MLP in training. The attention is never
+            dropped, since without a skip connection nothing would be left. In training, norm,
+            attention and MLP then run as separate ops.
+        recompute: keep only the input for backward (a seventh of the memory), which then computes
+            the block again.
 
     forward(x [B, L, C], lengths [B] or None) -> [B, L, C]. With ``lengths``, padded tokens do not
     influence valid ones; the output at padded tokens is that of the MLP and has no meaning.
@@ -129,12 +154,19 @@ class SimplifiedBlock(ShapedAttention):
             raise ValueError(f"drop_path: expected a probability in [0, 1), got {drop_path}")
         self.hidden = round(width * checks.number("mlp_ratio", mlp_ratio))
         if self.hidden < 1:
-            raise ValueError(f"mlp_ratio: expected at least one hidden unit, got {mlp_ratio} of width {width}")
-        self.act, self.norm_name, self.drop_path, self.recompute = act, norm, drop_path, recompute
+            raise ValueError(
+                f"mlp_ratio: expected at least one hidden unit, got {mlp_ratio} of width {width}"
+            )
+        self.act = act
+        self.norm_name = norm
+        self.drop_path = drop_path
+        self.recompute = recompute
         self.norm = NORMS[norm](width, eps=1e-5)
         self.fc1 = nn.Linear(width, self.hidden)
         self.fc2 = nn.Linear(self.hidden, width)
-        self.attention_gain = nn.Parameter(torch.tensor(checks.number("attention_gain", attention_gain)))
+        self.attention_gain = nn.Parameter(
+            torch.tensor(checks.number("attention_gain", attention_gain))
+        )
         self.mlp_gain = nn.Parameter(torch.tensor(checks.number("mlp_gain", mlp_gain)))
         for linear in (self.fc1, self.fc2):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
@@ -145,22 +177,47 @@ class SimplifiedBlock(ShapedAttention):
         for name, part in self._modules.items():
             if part is None:
                 continue
-            hooked = "weight_orig" in part._parameters or "weight_g" in part._parameters  # by torch.nn.utils
+            # by torch.nn.utils
+            hooked = "weight_orig" in part._parameters or "weight_g" in part._parameters
             if hooked or type(part).forward not in _FORWARDS:
-                expected = "a Linear or norm as it was made, since the op reads its weight and does not call it"
-                raise TypeError(f"{name}: expected {expected} (LoRA, pruning and old weight_norm change calls), got {part}")
+                expected = (
+                    "a Linear or norm as it was made, since the op reads its weight and does not "
+                    "call it"
+                )
+                raise TypeError(
+                    f"{name}: expected {expected} (LoRA, pruning and old weight_norm change "
+                    f"calls), got {part}"
+                )
         if self.training and self.drop_path > 0:
             n, keep = self.norm(x), 1 - self.drop_path
-            mlp = parallel_mlp(n, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act=self.act)
+            mlp = parallel_mlp(
+                n, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act=self.act
+            )
             mlp = mlp * (torch.rand(x.shape[0], 1, 1, device=x.device) < keep).to(mlp.dtype) / keep
             return self.attention_gain * super().forward(n, lengths) + self.mlp_gain * mlp
         return simplified_block(
-            x, self.qk.weight, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias,
-            alpha=self.alpha, beta=self.beta, gamma=self.gamma, attention_gain=self.attention_gain, mlp_gain=self.mlp_gain,
-            norm_weight=self.norm.weight, norm_bias=getattr(self.norm, "bias", None), norm=self.norm_name, eps=self.norm.eps,
-            value_weight=getattr(self.value, "weight", None), output_weight=getattr(self.output, "weight", None),
-            act=self.act, causal=self.causal, lengths=lengths, recompute=self.recompute,
-        )  # fmt: skip
+            x,
+            self.qk.weight,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            alpha=self.alpha,
+            beta=self.beta,
+            gamma=self.gamma,
+            attention_gain=self.attention_gain,
+            mlp_gain=self.mlp_gain,
+            norm_weight=self.norm.weight,
+            norm_bias=getattr(self.norm, "bias", None),
+            norm=self.norm_name,
+            eps=self.norm.eps,
+            value_weight=getattr(self.value, "weight", None),
+            output_weight=getattr(self.output, "weight", None),
+            act=self.act,
+            causal=self.causal,
+            lengths=lengths,
+            recompute=self.recompute,
+        )
 
     def extra_repr(self) -> str:
         drop = f", drop_path={self.drop_path}" if self.drop_path else ""
@@ -168,13 +225,20 @@ class SimplifiedBlock(ShapedAttention):
 
 
 def neighbour_groups(count: int, size: int = 2) -> list[list[int]]:
-    """Returns groups of ``size`` neighbouring indices, ``neighbour_groups(5) == [[0, 1], [2, 3], [4]]``."""
+    """Returns groups of ``size`` neighbouring indices, ``neighbour_groups(5) == [[0, 1], [2, 3],
+    [4]]``.
+    """
     check_count("size", size, 1)
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
-# For each part of a block: the matrices that a group shares, their gains, and the attributes that must be equal in a group.
-_ATTENTION = (("qk", "value", "output"), ("alpha", "beta", "gamma", "attention_gain"), ("width", "heads", "causal"))
+# For each part of a block: the matrices that a group shares, their gains, and the attributes that
+# must be equal in a group.
+_ATTENTION = (
+    ("qk", "value", "output"),
+    ("alpha", "beta", "gamma", "attention_gain"),
+    ("width", "heads", "causal"),
+)
 _MLP = (("fc1", "fc2"), ("mlp_gain",), ("width", "hidden", "act"))
 _PARTS = {"attention": (_ATTENTION,), "mlp": (_MLP,), "all": (_ATTENTION, _MLP)}
 SHARED_PARTS = tuple(_PARTS)
@@ -189,22 +253,23 @@ def share_weights(
 ) -> None:
     """Lets the blocks of every group use the weights of the group's first block, in place.
 
-    Norms and gains, a few vectors per block, are shared only with ``norms_and_gains``: without it every block keeps its own
-    balance between identity, attention and MLP. ``parameters()`` counts a shared matrix once; ``state_dict()`` lists it under
-    each of its names, so that a strict round trip works.
+    Norms and gains, a few vectors per block, are shared only with ``norms_and_gains``: without it
+    every block keeps its own balance between identity, attention and MLP. ``parameters()`` counts a
+    shared matrix once; ``state_dict()`` lists it under each of its names, so that a strict round
+    trip works.
 
     Args:
         blocks: the blocks of a tower.
-        groups: disjoint groups of indices of blocks. A second call may share another part among other groups, e.g. the
-            attention of all blocks and the MLPs of pairs.
-        what: "attention" for qk and, where blocks have them, value and output; "mlp" for fc1 and fc2 with their biases;
-            "all" for both.
-        norms_and_gains: share the gains of that part as well (attention: alpha, beta, gamma, attention_gain; MLP: mlp_gain),
-            and with "all" the norm.
+        groups: disjoint groups of indices of blocks. A second call may share another part among
+            other groups, e.g. the attention of all blocks and the MLPs of pairs.
+        what: "attention" for qk and, where blocks have them, value and output; "mlp" for fc1 and
+            fc2 with their biases; "all" for both.
+        norms_and_gains: share the gains of that part as well (attention: alpha, beta, gamma,
+            attention_gain; MLP: mlp_gain), and with "all" the norm.
 
     Raises:
-        ValueError: a group is empty, an index is out of range or in two groups, or the blocks of one group differ in
-            width or in heads (attention), hidden units or activation (MLP).
+        ValueError: a group is empty, an index is out of range or in two groups, or the blocks of
+            one group differ in width or in heads (attention), hidden units or activation (MLP).
     """
     checks.choice("what", what, SHARED_PARTS)
     groups = [list(group) for group in groups]
@@ -220,13 +285,20 @@ def share_weights(
         for name in dict.fromkeys(name for *_, equal in _PARTS[what] for name in equal):
             values = [getattr(blocks[index], name) for index in group]
             if len(set(values)) > 1:
-                raise ValueError(f"groups: expected equal {name} within group {group}, got {values}")
+                raise ValueError(
+                    f"groups: expected equal {name} within group {group}, got {values}"
+                )
 
     names = [name for matrices, *_ in _PARTS[what] for name in matrices]
     if norms_and_gains:
-        names += [name for _, gains, _ in _PARTS[what] for name in gains] + ["norm"] * (what == "all")
+        names += [name for _, gains, _ in _PARTS[what] for name in gains] + ["norm"] * (
+            what == "all"
+        )
     for first, *others in groups:
         for other in others:
             for name in names:
-                if getattr(blocks[first], name) is not None and getattr(blocks[other], name) is not None:
+                if (
+                    getattr(blocks[first], name) is not None
+                    and getattr(blocks[other], name) is not None
+                ):
                     setattr(blocks[other], name, getattr(blocks[first], name))

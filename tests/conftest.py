@@ -7,9 +7,11 @@ import pytest
 import torch
 from paths import ROOT
 
-# torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's graphs would be taken.
+# torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's
+# graphs would be taken.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))
-# The variables that --prove sets: all cases of other processes, and how often a test disturbs processes.
+# The variables that --prove sets: all cases of other processes, and how often a test disturbs
+# processes.
 PROOF = {
     "SIMPLCLIP_PROVE": "1",
     "SIMPLCLIP_TEST_FAULTS": "60",
@@ -18,21 +20,60 @@ PROOF = {
 # Fixtures that take long to make: a test that uses one is slow.
 SLOW = {"single", "double", "documented_runs", "tiny", "vit", "trained", "of_ranks"}
 # Files that take more than 12 s of a core.
-LONG = {"test_triton", "test_plan", "test_compile", "test_readme", "test_distributed", "test_extension", "test_teaching"}
-LONG |= {"test_open_clip_train", "test_train", "test_ranks", "test_instruction_sets", "test_properties", "test_run"}
-LONG |= {"test_start", "test_cli", "test_export", "test_export_onnx", "test_scripts", "test_backends", "test_held_out"}
-LONG |= {"test_open_clip_models", "test_caption", "test_views", "test_addresses", "test_shaped_attention_cuda", "test_ptx"}
+LONG = {
+    "test_triton",
+    "test_plan",
+    "test_compile",
+    "test_readme",
+    "test_distributed",
+    "test_extension",
+    "test_teaching",
+}
+LONG |= {
+    "test_open_clip_train",
+    "test_train",
+    "test_ranks",
+    "test_instruction_sets",
+    "test_properties",
+    "test_run",
+}
+LONG |= {
+    "test_start",
+    "test_cli",
+    "test_export",
+    "test_export_onnx",
+    "test_scripts",
+    "test_backends",
+    "test_held_out",
+}
+LONG |= {
+    "test_open_clip_models",
+    "test_caption",
+    "test_views",
+    "test_addresses",
+    "test_shaped_attention_cuda",
+    "test_ptx",
+}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--prove", action="store_true", help="proofs at full length, an estimated 100 minutes (make prove)")
+    parser.addoption(
+        "--prove",
+        action="store_true",
+        help="proofs at full length, an estimated 100 minutes (make prove)",
+    )
     parser.addoption(
         "--cases",
         type=int,
         help="random calls of test_properties.py (default: 1000; with --prove 20000), or "
         "archives of test_fuzz.py (500; with --prove 10000)",
     )
-    parser.addoption("--first-case", type=int, default=0, help="the number of the first; with --cases 1 the one that failed")
+    parser.addoption(
+        "--first-case",
+        type=int,
+        default=0,
+        help="the number of the first; with --cases 1 the one that failed",
+    )
 
 
 def pytest_configure(config):
@@ -46,18 +87,30 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     """Splits the random calls and archives into blocks, so that a run shows its progress."""
-    for fixture, few, all_of_them, size in (("block", 1000, 20000, 500), ("archives", 500, 10000, 100)):
+    for fixture, few, all_of_them, size in (
+        ("block", 1000, 20000, 500),
+        ("archives", 500, 10000, 100),
+    ):
         if fixture in metafunc.fixturenames:
             option = metafunc.config.option
             first, count = option.first_case, option.cases or (all_of_them if option.prove else few)
-            blocks = [range(at, min(at + size, first + count)) for at in range(first, first + count, size)]
-            slow = [[], *[[pytest.mark.slow]] * len(blocks)]  # make test-quick runs only the first block
+            blocks = [
+                range(at, min(at + size, first + count)) for at in range(first, first + count, size)
+            ]
+            # make test-quick runs only the first block
+            slow = [[], *[[pytest.mark.slow]] * len(blocks)]
             ids = [f"{block.start}-{block.stop - 1}" for block in blocks]
-            metafunc.parametrize(fixture, [pytest.param(b, id=name, marks=m) for b, name, m in zip(blocks, ids, slow)])
+            metafunc.parametrize(
+                fixture,
+                [pytest.param(b, id=name, marks=m) for b, name, m in zip(blocks, ids, slow)],
+            )
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skips tests that cannot run here. Files that take long come first, so that small files fill the end of a run."""
+    """Skips tests that cannot run here.
+
+    Files that take long come first, so that small files fill the end of a run.
+    """
     for item in items:
         if SLOW.intersection(item.fixturenames):
             item.add_marker(pytest.mark.slow)
@@ -65,5 +118,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if item.get_closest_marker("prove") and not config.option.prove:
             item.add_marker(pytest.mark.skip(reason="a proof: make prove"))
-    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("prove")}
+    slow = {
+        item.path
+        for item in items
+        if item.get_closest_marker("slow") or item.get_closest_marker("prove")
+    }
     items.sort(key=lambda item: (item.path.stem not in LONG, item.path not in slow))

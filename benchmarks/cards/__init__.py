@@ -1,1 +1,4 @@
-"""Predicted times on cards: beside step times that others measured, and of this library's calls. No GPU is needed."""
+"""Predicted times on cards: beside step times that others measured, and of this library's calls.
+
+No GPU is needed.
+"""

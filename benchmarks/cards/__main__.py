@@ -1,14 +1,23 @@
-"""Predicts step times on cards, without one, and compares them with those that timm's authors measured.
+"""Predicts step times on cards, without one, and compares them with those that timm's authors
+measured.
 
-    python -m benchmarks.cards              the committed selection; writes a result file and docs/plan_cards.svg
-    python -m benchmarks.cards --fit        fits the constants of simplclip/plan/time.py to it, as a result file
-    python -m benchmarks.cards --file steps.csv --mode train --layout nhwc --card rtx-3090 [--models resnet50 ...]
-    python -m benchmarks.cards --call contrastive --n 65536 --card rtx-3090      a lower bound of a call of this library
-    python -m benchmarks.cards --cpu siclip-tiny siclip-lite0      a lower bound of a step on this CPU, and the step
-    python -m benchmarks.cards --call all   of all calls on several cards, as a result file
+    python -m benchmarks.cards
+        the committed selection; writes a result file and docs/plan_cards.svg
+    python -m benchmarks.cards --fit
+        fits the constants of simplclip/plan/time.py to it, as a result file
+    python -m benchmarks.cards --file steps.csv --mode train --layout nhwc --card rtx-3090
+            [--models resnet50 ...]
+        a file of measured steps
+    python -m benchmarks.cards --cpu siclip-tiny siclip-lite0
+        a lower bound of a step on this CPU, and the step
+    python -m benchmarks.cards --call contrastive --n 65536 --card rtx-3090
+        a lower bound of a call of this library
+    python -m benchmarks.cards --call all
+        of all calls on several cards, as a result file
 
-The last line is a JSON object. Of measured steps it has "models" (steps), "below_bound" (the share that was faster than the
-predicted least), "median_ratio" (measured by likely), "median_error" and "within_35" (the share predicted to 35 %).
+The last line is a JSON object. Of measured steps it has "models" (steps), "below_bound" (the share
+that was faster than the predicted least), "median_ratio" (measured by likely), "median_error" and
+"within_35" (the share predicted to 35 %).
 """
 
 from __future__ import annotations
@@ -38,12 +47,16 @@ def steps_of(options: argparse.Namespace) -> list[Measured]:
         if options.models and row["model"] not in options.models:
             continue
         where = (row.get(name) or getattr(options, name) for name in ("card", "mode", "layout"))
-        steps.append(Measured(*where, row["model"], int(row["batch"]), int(row["size"]), float(row["ms"])))
+        steps.append(
+            Measured(*where, row["model"], int(row["batch"]), int(row["size"]), float(row["ms"]))
+        )
     return steps
 
 
 def count(steps: Sequence[Measured]) -> list[Measured]:
-    """Counts the kernels of the steps; returns those whose model runs on fake tensors, and prints a line for each other."""
+    """Counts the kernels of the steps; returns those whose model runs on fake tensors, and prints a
+    line for each other.
+    """
     counted = dict[tuple, list]()
     for number, step in enumerate(steps):
         key = step.model, step.batch, step.size, step.mode, step.layout
@@ -57,23 +70,34 @@ def count(steps: Sequence[Measured]) -> list[Measured]:
     return [step for step in steps if step.kernels]
 
 
-def summary(measured: Sequence[float], likely: Sequence[float], least: Sequence[float]) -> dict[str, float]:
+def summary(
+    measured: Sequence[float], likely: Sequence[float], least: Sequence[float]
+) -> dict[str, float]:
     errors = [abs(guess / ms - 1) for ms, guess in zip(measured, likely)]
     return {
         "models": len(errors),
-        "below_bound": round(sum(ms < bound for ms, bound in zip(measured, least)) / len(errors), 4),
-        "median_ratio": round(statistics.median(ms / guess for ms, guess in zip(measured, likely)), 4),
+        "below_bound": round(
+            sum(ms < bound for ms, bound in zip(measured, least)) / len(errors), 4
+        ),
+        "median_ratio": round(
+            statistics.median(ms / guess for ms, guess in zip(measured, likely)), 4
+        ),
         "median_error": round(statistics.median(errors), 4),
         "within_35": round(sum(error <= 0.35 for error in errors) / len(errors), 4),
     }
 
 
 def compare(steps: Sequence[Measured]) -> list[dict]:
-    """Returns a row for each step, with the likely and the least milliseconds that are predicted."""
+    """Returns a row for each step, with the likely and the least milliseconds that are
+    predicted.
+    """
     rows = []
     for step in steps:
         time = step_time(step.kernels, CARDS[step.card])
-        row = {name: getattr(step, name) for name in ("card", "mode", "layout", "model", "batch", "size", "ms")}
+        row = {
+            name: getattr(step, name)
+            for name in ("card", "mode", "layout", "model", "batch", "size", "ms")
+        }
         rows.append(row | {"likely_ms": round(time.likely, 2), "least_ms": round(time.least, 2)})
     return rows
 
@@ -93,27 +117,49 @@ def columns(rows: Sequence[dict]) -> tuple[tuple[float, ...], ...]:
 
 
 def write_fit(steps: Sequence[Measured]) -> dict[str, float]:
-    """Fits the constants, writes them as a result file and prints them; returns the summary of families held out."""
+    """Fits the constants, writes them as a result file and prints them; returns the summary of
+    families held out.
+    """
     fitted, where = fit(steps), versions()
     rows = [row | {"likely_ms": ms} for row, ms in zip(compare(steps), held_out(steps))]
     errors = held_out_errors(rows)
-    constants = {"rate": fitted.rates, "traffic": fitted.traffic, "launch": {"ms": fitted.launches}, "held out": errors}
+    constants = {
+        "rate": fitted.rates,
+        "traffic": fitted.traffic,
+        "launch": {"ms": fitted.launches},
+        "held out": errors,
+    }
     lines = []
     for of, kinds in constants.items():
-        lines += [{"of": of, "kind": kind, **dict(zip(FITTED, values))} for kind, values in kinds.items()]
+        lines += [
+            {"of": of, "kind": kind, **dict(zip(FITTED, values))} for kind, values in kinds.items()
+        ]
     write_csv(RESULTS / f"cards-fit-{where['date']}.csv", [line | where for line in lines])
-    for title, kinds in (("RATES", fitted.rates), ("TRAFFIC", fitted.traffic), ("HELD_OUT", errors)):
-        print(f"{title} = {{", *(f"    {json.dumps(kind)}: {values}," for kind, values in kinds.items()), "}", sep="\n")
+    for title, kinds in (
+        ("RATES", fitted.rates),
+        ("TRAFFIC", fitted.traffic),
+        ("HELD_OUT", errors),
+    ):
+        print(
+            f"{title} = {{",
+            *(f"    {json.dumps(kind)}: {values}," for kind, values in kinds.items()),
+            "}",
+            sep="\n",
+        )
     print(f"LAUNCHES_MS = {fitted.launches}")
     print("\n".join(table(grouped(rows))))
     return summary(*columns(rows))
 
 
 def held_out_errors(rows: Sequence[dict]) -> dict[str, tuple[float | None, ...]]:
-    """Returns median_error and within_35 of training and inference, for each card of FITTED; None where unmeasured."""
+    """Returns median_error and within_35 of training and inference, for each card of FITTED; None
+    where unmeasured.
+    """
     errors = {}
     for mode in ("train", "infer"):
-        parts = [[row for row in rows if (row["card"], row["mode"]) == (card, mode)] for card in FITTED]
+        parts = [
+            [row for row in rows if (row["card"], row["mode"]) == (card, mode)] for card in FITTED
+        ]
         totals = [summary(*columns(part)) if part else None for part in parts]
         for name in ("median_error", "within_35"):
             errors[f"{mode} {name}"] = tuple(total and round(total[name], 3) for total in totals)
@@ -122,14 +168,22 @@ def held_out_errors(rows: Sequence[dict]) -> dict[str, tuple[float | None, ...]]
 
 def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    made = argparse.ArgumentParser("python -m benchmarks.cards", description=__doc__, formatter_class=raw)
-    made.add_argument("--file", type=Path, help="CSV of model,batch,size,ms, and card, mode, layout unless options name them")
+    made = argparse.ArgumentParser(
+        "python -m benchmarks.cards", description=__doc__, formatter_class=raw
+    )
+    made.add_argument(
+        "--file",
+        type=Path,
+        help="CSV of model,batch,size,ms, and card, mode, layout unless options name them",
+    )
     made.add_argument("--mode", choices=("train", "infer"))
     made.add_argument("--layout", choices=("nchw", "nhwc"), help="nhwc: channels_last")
     made.add_argument("--card", choices=CARDS)
     made.add_argument("--models", nargs="+", help="of the file, by default all")
     made.add_argument("--fit", action="store_true", help="fit the constants")
-    made.add_argument("--cpu", nargs="+", metavar="MODEL", help="models whose step is measured on this CPU")
+    made.add_argument(
+        "--cpu", nargs="+", metavar="MODEL", help="models whose step is measured on this CPU"
+    )
     bound.add_arguments(made)
     return made
 

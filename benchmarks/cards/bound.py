@@ -19,13 +19,20 @@ from simplclip.plan.count import Counter
 from simplclip.plan.kernels import Kernel
 from simplclip.plan.time import least_ms
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "tf32": torch.float32,
+    "float32": torch.float32,
+}
 SHOWN = ("rtx-3090", "rtx-4090", "rtx-5090", "a100-80", "h100")
 
 
 @contextlib.contextmanager
 def on_card(card: Card) -> Iterator[list[Kernel]]:
-    """Context in which ops of fake CUDA tensors run as on this card; yields the list to which their kernels are added."""
+    """Context in which ops of fake CUDA tensors run as on this card; yields the list to which their
+    kernels are added.
+    """
     device = torch.device("cuda", 0)
     mode, counter = FakeTensorMode(allow_fallback_kernels=False), Counter(device, waits=True)
     engine = fake.Engine(lambda gradient: None)
@@ -34,14 +41,23 @@ def on_card(card: Card) -> Iterator[list[Kernel]]:
 
 
 def lower_bound(kernels: Sequence[Kernel], card: Card) -> tuple[list[dict], dict]:
-    """Returns a row for each name of a kernel, the slowest first; and the columns of the whole call."""
+    """Returns a row for each name of a kernel, the slowest first; and the columns of the whole
+    call.
+    """
     rows: dict[tuple[str, str], dict] = {}
     bounds = dict.fromkeys(("products", "bytes", "launches"), 0.0)
     for kernel in (kernel for kernel in kernels if kernel.by != "host"):
         times = least_ms(kernel, card)
         ms = kernel.times * max(times.values())
         bounds[max(times, key=lambda name: times[name])] += ms
-        zero = {"kernel": kernel.name, "by": kernel.by, "launches": 0, "ms": 0.0, "gflop": 0.0, "mb": 0.0}
+        zero = {
+            "kernel": kernel.name,
+            "by": kernel.by,
+            "launches": 0,
+            "ms": 0.0,
+            "gflop": 0.0,
+            "mb": 0.0,
+        }
         row = rows.setdefault((kernel.by, kernel.name), zero)
         row["launches"] += kernel.times
         row["ms"] += ms
@@ -68,16 +84,31 @@ def predicted(case: calls.Case, dtype: str, backward: bool, card: str) -> tuple[
     with on_card(CARDS[card]) as kernels:
         case.run(DTYPES[dtype], backward)
     rows, total = lower_bound(kernels, CARDS[card])
-    what = {"call": case.name, "shape": case.shape, "dtype": dtype, "pass": PASSES[backward], "card": card}
+    what = {
+        "call": case.name,
+        "shape": case.shape,
+        "dtype": dtype,
+        "pass": PASSES[backward],
+        "card": card,
+    }
     return rows, what | total
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [*calls.LOSSES, *(case.name for case in calls.others())]
-    parser.add_argument("--call", choices=["all", *names], help="a call of this library, for a lower bound")
+    parser.add_argument(
+        "--call", choices=["all", *names], help="a call of this library, for a lower bound"
+    )
     parser.add_argument("--n", type=int, default=65536, help="pairs of a loss")
-    parser.add_argument("--width", type=int, default=calls.WIDTH, help="width of the features of a loss")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="tf32: float32 whose products torch may round")
+    parser.add_argument(
+        "--width", type=int, default=calls.WIDTH, help="width of the features of a loss"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="tf32: float32 whose products torch may round",
+    )
     parser.add_argument("--forward", action="store_true", help="of a call without the backward")
 
 
@@ -87,10 +118,14 @@ def run(options: argparse.Namespace) -> None:
     cases = calls.losses((options.n,), options.width) + calls.others()
     lines = []
     for case in [case for case in cases if every or case.name == options.call]:
-        of_cards = {card: predicted(case, options.dtype, not options.forward, card) for card in cards}
+        of_cards = {
+            card: predicted(case, options.dtype, not options.forward, card) for card in cards
+        }
         rows, total = of_cards[cards[0]]
         times = {f"{card} ms": of_card["predicted_ms"] for card, (_, of_card) in of_cards.items()}
-        lines.append({name: total[name] for name in ("call", "shape", "dtype", "pass")} | times | total)
+        lines.append(
+            {name: total[name] for name in ("call", "shape", "dtype", "pass")} | times | total
+        )
     print(f"predicted, never measured; all but the times is of {cards[0]}")
     print("\n".join(table(lines)))
     if every:
@@ -99,5 +134,14 @@ def run(options: argparse.Namespace) -> None:
         write_csv(path, [line | where for line in lines])
         print(f"wrote {path}")
         return
-    print("\n".join(table([row | {name: round(row[name], 3) for name in ("ms", "gflop", "mb")} for row in rows])))
+    print(
+        "\n".join(
+            table(
+                [
+                    row | {name: round(row[name], 3) for name in ("ms", "gflop", "mb")}
+                    for row in rows
+                ]
+            )
+        )
+    )
     print(json.dumps(total))

@@ -1,4 +1,6 @@
-"""The calls whose cost is predicted: losses, attention, MLP and block at the sizes of CLIP's models, on fake tensors."""
+"""The calls whose cost is predicted: losses, attention, MLP and block at the sizes of CLIP's
+models, on fake tensors.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ LOSSES = {
 }
 WIDTH = 512
 LENGTHS = (50, 77, 197)
-BATCH, HEADS, HEAD = 64, 12, 64  # of attention
-# Sequences, tokens, C, F and heads: the text tower of siclip-s0 (causal), SigLIP's So400m at 224 pixels, ViT-B/16.
+# of attention
+BATCH = 64
+HEADS = 12
+HEAD = 64
+# Sequences, tokens, C, F and heads: the text tower of siclip-s0 (causal), SigLIP's So400m at 224
+# pixels, ViT-B/16.
 TOWERS = {
     "siclip": (64, 77, 512, 2048, 8, True),
     "siglip": (16, 256, 1152, 4304, 16, False),
@@ -50,18 +56,30 @@ def _step(call: Callable[[], Tensor], backward: bool) -> None:
     out.backward(torch.empty_like(out) if out.dim() else None)
 
 
-def loss(terms: tuple[str, ...], n: int, width: int, dtype: torch.dtype, backward: bool, **options) -> None:
-    tensors = {"image": _leaf(n, width, dtype=dtype), "text": _leaf(n, width, dtype=dtype), "logit_scale": _leaf()}
+def loss(
+    terms: tuple[str, ...], n: int, width: int, dtype: torch.dtype, backward: bool, **options
+) -> None:
+    tensors = {
+        "image": _leaf(n, width, dtype=dtype),
+        "text": _leaf(n, width, dtype=dtype),
+        "logit_scale": _leaf(),
+    }
     if "pair_matching" in terms:
         tensors["plane"] = (_leaf(), _leaf())
     if "sigmoid" in terms:
         tensors["logit_bias"] = _leaf()
     if "relational" in terms:
-        tensors |= {f"teacher_{name}": _leaf(n, width, dtype=dtype, grad=False) for name in ("image", "text")}
+        tensors |= {
+            f"teacher_{name}": _leaf(n, width, dtype=dtype, grad=False)
+            for name in ("image", "text")
+        }
         tensors["teacher_scale"] = _leaf(grad=False)
     weights = dict.fromkeys(terms, 1.0) if len(terms) > 1 else None
     total = "loss" if weights else terms[0]
-    _step(lambda: ops.similarity_loss(**tensors, terms=terms, weights=weights, **options)[total], backward)
+    _step(
+        lambda: ops.similarity_loss(**tensors, terms=terms, weights=weights, **options)[total],
+        backward,
+    )
 
 
 def attention(shape: tuple[int, ...], causal: bool, dtype: torch.dtype, backward: bool) -> None:
@@ -72,15 +90,25 @@ def attention(shape: tuple[int, ...], causal: bool, dtype: torch.dtype, backward
 
 def mlp(tower: tuple, dtype: torch.dtype, backward: bool) -> None:
     b, length, c, f, *_ = tower
-    tensors = [_leaf(*shape, dtype=dtype) for shape in ((b * length, c), (f, c), (f,), (c, f), (c,))]
+    tensors = [
+        _leaf(*shape, dtype=dtype) for shape in ((b * length, c), (f, c), (f,), (c, f), (c,))
+    ]
     _step(lambda: ops.parallel_mlp(*tensors), backward)
 
 
 def block(tower: tuple, dtype: torch.dtype, backward: bool) -> None:
     b, length, c, f, heads, causal = tower
-    matrices = [_leaf(*shape, dtype=dtype) for shape in ((b, length, c), (2 * c, c), (f, c), (f,), (c, f), (c,))]
+    matrices = [
+        _leaf(*shape, dtype=dtype)
+        for shape in ((b, length, c), (2 * c, c), (f, c), (f,), (c, f), (c,))
+    ]
     gains = {name: _leaf(heads) for name in ("alpha", "beta", "gamma")}
-    rest = {"norm_weight": _leaf(c), "norm_bias": _leaf(c), "attention_gain": _leaf(), "mlp_gain": _leaf()}
+    rest = {
+        "norm_weight": _leaf(c),
+        "norm_bias": _leaf(c),
+        "attention_gain": _leaf(),
+        "mlp_gain": _leaf(),
+    }
     _step(lambda: ops.simplified_block(*matrices, **gains, **rest, causal=causal), backward)
 
 
@@ -102,7 +130,9 @@ def others() -> list[Case]:
         made.append(Case(f"attention-{length}", text, run))
     for name, tower in TOWERS.items():
         b, length, c, f, heads, causal = tower
-        made.append(Case(f"mlp-{name}", f"T={b * length} C={c} F={f}", functools.partial(mlp, tower)))
+        made.append(
+            Case(f"mlp-{name}", f"T={b * length} C={c} F={f}", functools.partial(mlp, tower))
+        )
         text = f"B={b} L={length} C={c} F={f} H={heads}" + " causal" * causal
         made.append(Case(f"block-{name}", text, functools.partial(block, tower)))
     return made

@@ -1,11 +1,15 @@
-"""The chart of docs/plan.md: predicted against measured step times, a point a step, as an SVG that is written as text."""
+"""The chart of docs/plan.md: predicted against measured step times, a point a step, as an SVG that
+is written as text.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-SIDE, LEFT, TOP = 420, 64, 40
+SIDE = 420
+LEFT = 64
+TOP = 40
 COLORS = {"rtx-3090": "#0969da", "rtx-4090": "#bc4c00", "rtx-5090": "#1a7f37"}
 STYLE = """
 text { font: 12px system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f2328 }
@@ -26,11 +30,14 @@ def draw(rows: Sequence[dict], source: str) -> str:
 
     def line(style: str, x1: float, y1: float, x2: float, y2: float) -> str:
         ends = (LEFT + x1, TOP + SIDE - y1, LEFT + x2, TOP + SIDE - y2)
-        return '<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>'.format(style, *ends)
+        return '<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>'.format(
+            style, *ends
+        )
 
     width, height = LEFT + SIDE + 180, TOP + SIDE + 70
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 '
+        f'{width} {height}">',
         "<title>Predicted against measured milliseconds of a step</title>",
         f"<style>{STYLE}</style>",
         f'<rect width="{width}" height="{height}" rx="6" fill="#ffffff"/>',
@@ -38,10 +45,20 @@ def draw(rows: Sequence[dict], source: str) -> str:
     for power in range(low, high + 1):
         place, label = at(10**power), f"{10**power:,g}"
         lines += [line("grid", place, 0, place, SIDE), line("grid", 0, place, SIDE, place)]
-        lines.append(f'<text x="{LEFT + place:.1f}" y="{TOP + SIDE + 18}" text-anchor="middle">{label}</text>')
-        lines.append(f'<text x="{LEFT - 8}" y="{TOP + SIDE - place + 4:.1f}" text-anchor="end">{label}</text>')
+        lines.append(
+            f'<text x="{LEFT + place:.1f}" y="{TOP + SIDE + 18}" '
+            f'text-anchor="middle">{label}</text>'
+        )
+        lines.append(
+            f'<text x="{LEFT - 8}" y="{TOP + SIDE - place + 4:.1f}" '
+            f'text-anchor="end">{label}</text>'
+        )
     off = at(1.35 * 10**low)
-    lines += [line("equal", 0, 0, SIDE, SIDE), line("off", 0, off, SIDE - off, SIDE), line("off", off, 0, SIDE, SIDE - off)]
+    lines += [
+        line("equal", 0, 0, SIDE, SIDE),
+        line("off", 0, off, SIDE - off, SIDE),
+        line("off", off, 0, SIDE, SIDE - off),
+    ]
     for number, (card, color) in enumerate(COLORS.items()):
         points = [row for row in rows if row["card"] == card]
         for row in points:
@@ -50,10 +67,16 @@ def draw(rows: Sequence[dict], source: str) -> str:
         y = TOP + 12 + 22 * number
         lines.append(f'<circle cx="{LEFT + SIDE + 24}" cy="{y - 4}" r="4" fill="{color}"/>')
         lines.append(f'<text x="{LEFT + SIDE + 36}" y="{y}">{card}: {len(points)} steps</text>')
-    lines.append(f'<text x="{LEFT + SIDE + 16}" y="{TOP + 86}" class="small">dashed: 35 % apart</text>')
+    lines.append(
+        f'<text x="{LEFT + SIDE + 16}" y="{TOP + 86}" class="small">dashed: 35 % apart</text>'
+    )
     lines.append(f'<text x="{LEFT}" y="{TOP - 14}">predicted, ms a step</text>')
     lines.append(
-        f'<text x="{LEFT + SIDE}" y="{TOP + SIDE + 38}" text-anchor="end">measured by timm\'s authors, ms a step</text>'
+        f'<text x="{LEFT + SIDE}" y="{TOP + SIDE + 38}" text-anchor="end">measured by timm\'s '
+        "authors, ms a step</text>"
     )
-    lines.append(f'<text x="{LEFT}" y="{height - 10}" class="small">drawn by python -m benchmarks.cards from {source}</text>')
+    lines.append(
+        f'<text x="{LEFT}" y="{height - 10}" class="small">drawn by python -m benchmarks.cards '
+        f"from {source}</text>"
+    )
     return "\n".join([*lines, "</svg>", ""])

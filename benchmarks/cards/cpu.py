@@ -1,4 +1,6 @@
-"""A lower bound of a training step on this CPU, from its measured rate of products and its bandwidth, beside the step."""
+"""A lower bound of a training step on this CPU, from its measured rate of products and its
+bandwidth, beside the step.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,13 @@ class Rates:
         return cls(PRODUCT**3 / product, 2 * COPY / copy)
 
     def least(self, usage: Usage) -> float:
-        """Returns the seconds of the kernels, each the longer of its multiply-adds and its bytes."""
-        times = ((k.times, k.multiply_adds / self.multiply_adds, k.bytes / self.bandwidth) for k in usage.kernels)
+        """Returns the seconds of the kernels, each the longer of its multiply-adds and its
+        bytes.
+        """
+        times = (
+            (k.times, k.multiply_adds / self.multiply_adds, k.bytes / self.bandwidth)
+            for k in usage.kernels
+        )
         return sum(count * max(products, moved) for count, products, moved in times)
 
 
@@ -49,18 +56,30 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def compare(name: str, rates: Rates) -> dict[str, object]:
     """Returns the bound of a step of a model, and its processor time on one thread in float32."""
-    values = {"model": {"name": name}, "data": {"train": "none/*.tar", "batch_size": PAIRS}, "run": {"out": "runs/none"}}
+    values = {
+        "model": {"name": name},
+        "data": {"train": "none/*.tar", "batch_size": PAIRS},
+        "run": {"out": "runs/none"},
+    }
     step = TrainerStep(config.from_dict(values), "fp32")
     least = rates.least(predict(step, CPU))
     run = steps.runner(step, CPU)
     run()
     measured = statistics.median(_seconds(run) for _ in range(REPEATS))
-    figures = {"model": name, "pairs": PAIRS, "least_ms": round(1e3 * least), "ms": round(1e3 * measured)}
+    figures = {
+        "model": name,
+        "pairs": PAIRS,
+        "least_ms": round(1e3 * least),
+        "ms": round(1e3 * measured),
+    }
     return figures | {"share": round(least / measured, 3)}
 
 
 def run(names: list[str]) -> list[dict[str, object]]:
     torch.set_num_threads(1)
     rates = Rates.measured()
-    print(f"one thread: {2e-9 * rates.multiply_adds:,.0f} GFLOP/s of products, {1e-9 * rates.bandwidth:.1f} GB/s of copies")
+    print(
+        f"one thread: {2e-9 * rates.multiply_adds:,.0f} GFLOP/s of products, "
+        f"{1e-9 * rates.bandwidth:.1f} GB/s of copies"
+    )
     return [compare(name, rates) for name in names]

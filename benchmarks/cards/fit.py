@@ -14,7 +14,8 @@ from simplclip.plan.cards import CARDS
 from simplclip.plan.kernels import Kernel
 from simplclip.plan.time import FITTED, at_rates
 
-# Before any measurement a kind reaches 0.7 of its rate; the products of depthwise and grouped convolutions less.
+# Before any measurement a kind reaches 0.7 of its rate; the products of depthwise and grouped
+# convolutions less.
 EXPECTED, EXPECTED_OF = 0.7, {"depthwise": 0.12, "grouped": 0.2}
 EXPECTED_LAUNCH_MS = 4e-3
 STEPS = 500
@@ -22,7 +23,9 @@ STEPS = 500
 
 @dataclass
 class Measured:
-    """A step that others measured on a card, and its kernels. likely, least, held_out: predicted milliseconds."""
+    """A step that others measured on a card, and its kernels. likely, least, held_out: predicted
+    milliseconds.
+    """
 
     card: str
     mode: str
@@ -42,7 +45,9 @@ class Measured:
 
 @dataclass
 class Fit:
-    """Shares of rates by kind, of RATES and of TRAFFIC, and milliseconds of a launch: a number for each card of FITTED."""
+    """Shares of rates by kind, of RATES and of TRAFFIC, and milliseconds of a launch: a number for
+    each card of FITTED.
+    """
 
     rates: dict[str, tuple[float, ...]]
     traffic: dict[str, tuple[float, ...]]
@@ -50,7 +55,9 @@ class Fit:
 
     def ms(self, step: Measured) -> float:
         """Predicts a step; a kind that no fitted step had reaches EXPECTED."""
-        at, card, unknown = FITTED.index(step.card), CARDS[step.card], (EXPECTED,) * len(FITTED)
+        at = FITTED.index(step.card)
+        card = CARDS[step.card]
+        unknown = (EXPECTED,) * len(FITTED)
         total = 0.0
         for kernel in step.kernels:
             products, moved = at_rates(kernel, card)
@@ -61,26 +68,35 @@ class Fit:
 
 
 def fit(steps: Sequence[Measured]) -> Fit:
-    """Returns the shares with the smallest errors |log(predicted / measured)|, large ones counted less than squared.
+    """Returns the shares with the smallest errors |log(predicted / measured)|, large ones counted
+    less than squared.
 
-    Shares stay near what is expected, and those of a kind on different cards near each other, unless steps say otherwise.
+    Shares stay near what is expected, and those of a kind on different cards near each other,
+    unless steps say otherwise.
     """
     kinds: dict[tuple[str, str], int] = {}
-    columns: list[list[float]] = []  # step, place of rate and traffic, ms of products and bytes, times
+    # step, place of rate and traffic, ms of products and bytes, times
+    columns: list[list[float]] = []
     for number, step in enumerate(steps):
         for kernel in step.kernels:
             rate = kinds.setdefault(("rate", kernel.rate), len(kinds))
             traffic = kinds.setdefault(("traffic", kernel.traffic), len(kinds))
-            columns.append([number, rate, traffic, *at_rates(kernel, CARDS[step.card]), kernel.times])
+            columns.append(
+                [number, rate, traffic, *at_rates(kernel, CARDS[step.card]), kernel.times]
+            )
     table = torch.tensor(columns, dtype=torch.float64)
     row, rate, traffic = table[:, :3].long().unbind(1)
     products, moved, times = table[:, 3:].unbind(1)
     measured = torch.tensor([step.ms for step in steps], dtype=torch.float64)
     card = torch.tensor([FITTED.index(step.card) for step in steps])[row]
-    expected = torch.tensor([_expected(what, kind) for what, kind in kinds], dtype=torch.float64).logit()
+    expected = torch.tensor(
+        [_expected(what, kind) for what, kind in kinds], dtype=torch.float64
+    ).logit()
     shared = expected.clone().requires_grad_()
     apart = torch.zeros(len(kinds), len(FITTED), dtype=torch.float64, requires_grad=True)
-    launch = torch.full((len(FITTED),), math.log(EXPECTED_LAUNCH_MS), dtype=torch.float64, requires_grad=True)
+    launch = torch.full(
+        (len(FITTED),), math.log(EXPECTED_LAUNCH_MS), dtype=torch.float64, requires_grad=True
+    )
 
     def error() -> Tensor:
         share = (shared[:, None] + apart).sigmoid()

@@ -1,4 +1,6 @@
-"""The kernels of a step of one of timm's models, as timm's benchmark.py runs it with AMP in float16: on fake tensors."""
+"""The kernels of a step of one of timm's models, as timm's benchmark.py runs it with AMP in
+float16: on fake tensors.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def created(name: str, size: int) -> nn.Module:
 
 
 def kernels(name: str, batch: int, size: int, mode: str, layout: str) -> list[Kernel]:
-    """Returns the kernels of a step, equal ones as one. mode: "train" or "infer". layout: "nchw" or "nhwc".
+    """Returns the kernels of a step, equal ones as one. mode: "train" or "infer". layout: "nchw" or
+    "nhwc".
 
     Training has attention of plain products, as torch 1.12 had; and SGD with momentum.
     """

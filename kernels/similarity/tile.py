@@ -5,7 +5,8 @@ import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LOG2E, reciprocal, rounded_to_tf32
 
-GROUP: tl.constexpr = tl.constexpr(16)  # of block_of_program: with tiles of 64 rows and D = 512, 1 MB of the cache
+# of block_of_program: with tiles of 64 rows and D = 512, 1 MB of the cache
+GROUP: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
@@ -20,7 +21,8 @@ def product(
     TILE: tl.constexpr,  # plan.Tiling
 ):  # [BLOCK_M, BLOCK_N] float32
     """Returns the tile of left rightᵀ at these rows and columns."""
-    PRECISION: tl.constexpr = TILE.PRECISION  # Triton 3.6 takes no string, and no number in a tuple, that is not a constexpr
+    # Triton 3.6 takes no string, and no number in a tuple, that is not a constexpr
+    PRECISION: tl.constexpr = TILE.PRECISION
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     depth = tl.arange(0, TILE.BLOCK_K)
@@ -51,22 +53,32 @@ def clamped(values, index, size):
 
 @triton.jit
 def is_negative(masked, row, column, n, m, label_offset, ids, text_ids):  # [BLOCK_M, BLOCK_N]
-    """Whether an entry is inside the matrix, is not the row's positive, and has no id equal to the row's.
+    """Whether an entry is inside the matrix, is not the row's positive, and has no id equal to the
+    row's.
 
-    masked: a tile in registers that is -inf at all other entries, or None. A mask of its own would need registers too.
+    masked: a tile in registers that is -inf at all other entries, or None. A mask of its own would
+    need registers too.
     """
     if masked is not None:
         return masked != -INF
     else:
-        negative = (row < n)[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
+        negative = (
+            (row < n)[:, None]
+            & (column < m)[None, :]
+            & (column[None, :] != row[:, None] + label_offset)
+        )
         if ids is not None:
-            negative = negative & (clamped(ids, row, n)[:, None] != clamped(text_ids, column, m)[None, :])
+            negative = negative & (
+                clamped(ids, row, n)[:, None] != clamped(text_ids, column, m)[None, :]
+            )
         return negative
 
 
 @triton.jit
 def softplus_and_sigmoid(x):
-    """log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|, by a polynomial with relative error 4e-7; and 1 / (1 + e^-x)."""
+    """log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|, by a polynomial with relative error
+    4e-7; and 1 / (1 + e^-x).
+    """
     e = tl.exp2(-tl.abs(x) * LOG2E)
     p = -0.008539198897778988 * e + 0.04408959671854973
     p = p * e - 0.10768166184425354
@@ -80,7 +92,9 @@ def softplus_and_sigmoid(x):
 
 @triton.jit
 def finite(maximum):
-    """Returns a finite shift for exponentials: the maximum, or 0 where it is -inf, as without negatives."""
+    """Returns a finite shift for exponentials: the maximum, or 0 where it is -inf, as without
+    negatives.
+    """
     return tl.where(maximum == -INF, 0.0, maximum)
 
 
@@ -92,7 +106,9 @@ def times_nonzero(weight, value):
 
 @triton.jit
 def online_max(maximum, logits, AXIS: tl.constexpr):
-    """Returns the running maximum with a tile's logits, a finite shift for exponentials, and the factor of earlier sums."""
+    """Returns the running maximum with a tile's logits, a finite shift for exponentials, and the
+    factor of earlier sums.
+    """
     new = tl.maximum(maximum, tl.max(logits, AXIS))
     shift = finite(new)
     return new, shift, tl.exp2(maximum - shift)

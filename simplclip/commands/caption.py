@@ -12,15 +12,29 @@ from simplclip.commands.options import Device, Pairs, Precision, Sidecars, check
 
 def caption(
     source: Pairs,
-    out: Annotated[Path, typer.Option(help="Folder for the sidecars; pairs other than tars become shards in OUT/shards.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the sidecars; pairs other than tars become shards in OUT/shards."
+        ),
+    ],
     *,
     model: Annotated[str, typer.Option(help="An open_clip CoCa model.")] = "coca_ViT-B-32",
     checkpoint: Annotated[Path | None, typer.Option(help="File with its weights.")] = None,
-    pretrained: Annotated[str | None, typer.Option(help="Tag of open_clip's weights to download instead.")] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="Tag of open_clip's weights to download instead.")
+    ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Captions drawn for each image.")] = 3,
-    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens with this share of the probability.")] = 0.9,
-    temperature: Annotated[float, typer.Option(help="Below 1: more likely captions; above 1: more varied ones.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of a caption, including start and end.")] = 30,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Draw from the most likely tokens with this share of the probability."),
+    ] = 0.9,
+    temperature: Annotated[
+        float, typer.Option(help="Below 1: more likely captions; above 1: more varied ones.")
+    ] = 1.0,
+    max_tokens: Annotated[
+        int, typer.Option(help="Most tokens of a caption, including start and end.")
+    ] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images captioned at a time.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,
@@ -28,18 +42,45 @@ def caption(
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:
-    """Write synthetic captions by a CoCa model into sidecars of the shards. Repeat the command to continue after a stop."""
+    """Write synthetic captions by a CoCa model into sidecars of the shards.
+
+    Repeat the command to continue after a stop.
+    """
     check_data(source, "source")
     from simplclip.common import ranks
     from simplclip.teacher import caption as captioning
 
-    hardware = {"batch_size": batch_size, "workers": workers, "device": device, "precision": precision}
-    draws = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    hardware = {
+        "batch_size": batch_size,
+        "workers": workers,
+        "device": device,
+        "precision": precision,
+    }
+    draws = {
+        "n": n,
+        "top_p": top_p,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
     with ranks.joined():
         summary = captioning.run(
-            source, out, model, checkpoint=checkpoint, pretrained=pretrained, sidecars=sidecars or (), **draws, **hardware
+            source,
+            out,
+            model,
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            sidecars=sidecars or (),
+            **draws,
+            **hardware,
         )
         if not ranks.first():
             return
-    typer.echo(f"wrote {summary['written']} of {summary['shards']} sidecars to {summary['path']}: {summary['samples']} pairs")
-    typer.echo("  {captions} new captions; dropped {duplicate} duplicates and {empty} empty ones".format_map(summary))
+    typer.echo(
+        f"wrote {summary['written']} of {summary['shards']} sidecars to {summary['path']}: "
+        f"{summary['samples']} pairs"
+    )
+    typer.echo(
+        "  {captions} new captions; dropped {duplicate} duplicates and {empty} empty "
+        "ones".format_map(summary)
+    )

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, short_help="Make shards of pairs.", help="Make shards of pairs.")
+app = typer.Typer(
+    no_args_is_help=True, short_help="Make shards of pairs.", help="Make shards of pairs."
+)
 
 
 @app.callback()
@@ -20,24 +22,42 @@ def pack(
     source: Annotated[
         str,
         typer.Argument(
-            help="A table (.csv, .tsv, .parquet) of image paths and captions; a JSON file of Karpathy's or COCO's kind, "
-            "FILE.json#SPLIT; or a folder of images, with KEY.txt or KEY.json beside KEY.jpg, or a folder for each class."
+            help="A table (.csv, .tsv, .parquet) of image paths and captions; a JSON file of "
+            "Karpathy's or COCO's kind, FILE.json#SPLIT; or a folder of images, with KEY.txt "
+            "or KEY.json beside KEY.jpg, or a folder for each class."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     image_key: Annotated[
-        str | None, typer.Option(help="Column of the image paths. Default: filepath, path, image ...")
+        str | None,
+        typer.Option(help="Column of the image paths. Default: filepath, path, image ..."),
     ] = None,
-    caption_key: Annotated[str | None, typer.Option(help="Column of the captions. Default: caption, title, text ...")] = None,
-    images: Annotated[str | None, typer.Option(help="Folder of the images. Default: that of the table.")] = None,
+    caption_key: Annotated[
+        str | None, typer.Option(help="Column of the captions. Default: caption, title, text ...")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Folder of the images. Default: that of the table.")
+    ] = None,
     hold_out: Annotated[
-        float, typer.Option(min=0, max=0.99, help="Share of the samples that gets shards held-*.tar beside train-*.tar.")
+        float,
+        typer.Option(
+            min=0,
+            max=0.99,
+            help="Share of the samples that gets shards held-*.tar beside train-*.tar.",
+        ),
     ] = 0.0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one for each core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes. Default: one for each core.")
+    ] = None,
 ) -> None:
-    """Make shards of a table, a JSON file or a folder; the images stay as they are. Repeat it to continue after a stop."""
+    """Make shards of a table, a JSON file or a folder; the images stay as they are.
+
+    Repeat it to continue after a stop.
+    """
     from simplclip.data import pack as packing
     from simplclip.data.forms import Options
 
     options = Options(image_key=image_key, caption_key=caption_key, images=images)
-    typer.echo(packing.summary(packing.pack(source, out, options, hold_out=hold_out, workers=workers)))
+    typer.echo(
+        packing.summary(packing.pack(source, out, options, hold_out=hold_out, workers=workers))
+    )

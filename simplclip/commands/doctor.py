@@ -15,7 +15,9 @@ FIRST_HOUR = (  # docs/first-hour.md
 
 
 def doctor(
-    why: Annotated[bool, typer.Option("--why", help="List the backend of each op, and why no other runs it.")] = False,
+    why: Annotated[
+        bool, typer.Option("--why", help="List the backend of each op, and why no other runs it.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Print versions, CPU, GPU, and which backends run the ops on this machine."""
@@ -26,28 +28,55 @@ def doctor(
 
 
 def render(machine: dict[str, Any], why: bool = False) -> str:
-    """Returns the report as text for a terminal. why: list each op with the reasons why the other backends do not run it."""
-    cpu, gpu, extension, ops = machine["cpu"], machine["gpu"], machine["extension"], machine["ops"]
+    """Returns the report as text for a terminal. why: list each op with the reasons why the other
+    backends do not run it.
+    """
+    cpu = machine["cpu"]
+    gpu = machine["gpu"]
+    extension = machine["extension"]
+    ops = machine["ops"]
     kernels = extension["cpu"]
     built = kernels.get("reason")
     if kernels["loaded"]:
-        bf16 = "bfloat16 products in hardware" if kernels["native_bfloat16"] else "bfloat16 computed in float32"
+        bf16 = (
+            "bfloat16 products in hardware"
+            if kernels["native_bfloat16"]
+            else "bfloat16 computed in float32"
+        )
         built = f"{kernels['instruction_set']}, {bf16}; built by {kernels['compiler']}"
     card = gpu.get("reason")
     if gpu["available"]:
-        card = f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB, compute capability {gpu['capability']}"
+        card = (
+            f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB, compute capability "
+            f"{gpu['capability']}"
+        )
     rows = [
         ("simplclip", f"{machine['simplclip']}, Python {machine['python']}, {machine['platform']}"),
-        ("packages", ", ".join(f"{name} {version or '(not installed)'}" for name, version in machine["packages"].items())),
-        ("CPU", f"{cpu['threads']} threads on {cpu['cores']} cores, torch uses {cpu['torch_instruction_set']}"),
+        (
+            "packages",
+            ", ".join(
+                f"{name} {version or '(not installed)'}"
+                for name, version in machine["packages"].items()
+            ),
+        ),
+        (
+            "CPU",
+            f"{cpu['threads']} threads on {cpu['cores']} cores, torch uses "
+            f"{cpu['torch_instruction_set']}",
+        ),
         ("CPU kernels", built),
-        ("CUDA kernels", extension["cuda"].get("reason") or f"for {extension['cuda']['architectures']}"),
+        (
+            "CUDA kernels",
+            extension["cuda"].get("reason") or f"for {extension['cuda']['architectures']}",
+        ),
         ("GPU", card),
     ]
     if gpu["available"] and "reason" in gpu:
         rows.append(("", gpu["reason"]))
     if machine["forced_backend"]:
-        rows.append(("forced", f"{machine['forced_backend']}, by SIMPLCLIP_BACKEND or simplclip.backend"))
+        rows.append(
+            ("forced", f"{machine['forced_backend']}, by SIMPLCLIP_BACKEND or simplclip.backend")
+        )
     rows += [(f"{device.upper()} tensors", _served(ops, device)) for device in ("cpu", "cuda")]
     lines = [f"{name:<14}{text}" for name, text in rows] + [""]
     for op, devices in ops.items() if why else ():
@@ -58,6 +87,8 @@ def render(machine: dict[str, Any], why: bool = False) -> str:
 
 
 def _served(ops: dict[str, Any], device: str) -> str:
-    """Returns one line: the backends that run the ops for tensors of a device, each with the number of its ops."""
+    """Returns one line: the backends that run the ops for tensors of a device, each with the number
+    of its ops.
+    """
     names = [devices[device]["backend"] or "none" for devices in ops.values()]
     return ", ".join(f"{names.count(name)} ops by {name}" for name in dict.fromkeys(names))

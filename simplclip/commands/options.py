@@ -15,24 +15,39 @@ Pairs = Annotated[
     list[str],
     typer.Argument(
         metavar="PAIRS",
-        help="Tars, by path, glob, brace pattern or URL; or a table, JSON or folder, which becomes shards first.",
+        help="Tars, by path, glob, brace pattern or URL; or a table, JSON or folder, which becomes "
+        "shards first.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if the device has it.")]
+Precision = Annotated[
+    str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if the device has it.")
+]
 Workers = Annotated[
-    int | None, typer.Option(min=0, help="Processes that decode images. Default: one for each core, at most 8.")
+    int | None,
+    typer.Option(
+        min=0, help="Processes that decode images. Default: one for each core, at most 8."
+    ),
 ]
 Last = Annotated[
-    bool, typer.Option("--last", help="Of a run's folder last.pt, the last step's weights, where it has a best.pt.")
+    bool,
+    typer.Option(
+        "--last", help="Of a run's folder last.pt, the last step's weights, where it has a best.pt."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the config, e.g. optim.lr=1e-3. May be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace a value of the config, e.g. optim.lr=1e-3. May be repeated.",
+    ),
 ]
 Sidecars = Annotated[
     list[str] | None,
-    typer.Option(help="Folder of sidecars to join to the shards first, e.g. with captions. May be repeated."),
+    typer.Option(
+        help="Folder of sidecars to join to the shards first, e.g. with captions. May be repeated."
+    ),
 ]
 
 
@@ -44,7 +59,10 @@ def fail(message: str, code: int) -> None:
 
 
 def check_data(source: Any, name: str) -> None:
-    """Raises InputError, which names the argument, for data that are not there. Nothing here needs seconds of imports."""
+    """Raises InputError, which names the argument, for data that are not there.
+
+    Nothing here needs seconds of imports.
+    """
     from simplclip.data.forms import is_source, split_of
     from simplclip.data.sources import sources_of
 
@@ -60,7 +78,8 @@ def check_data(source: Any, name: str) -> None:
 
 
 def named_splits(items: list[str]) -> dict[str, Any]:
-    """Parses NAME=DATA, or DATA alone, which is named after its file or folder up to the first number or wildcard.
+    """Parses NAME=DATA, or DATA alone, which is named after its file or folder up to the first
+    number or wildcard.
 
     A name is anything without the characters of paths and patterns: / \\ * ? [ ] { } # and =.
     """
@@ -72,9 +91,15 @@ def named_splits(items: list[str]) -> dict[str, Any]:
         if not match:
             raise InputError(f"--data: expected NAME=DATA or DATA, got {item!r}")
         file, split = split_of(match[2])
-        name = match[1] or re.split(r"[-_.]?[*?\[{\d]|\.(?:tar|json|csv|tsv|parquet|txt)", Path(file).name)[0] or "data"
+        name = (
+            match[1]
+            or re.split(r"[-_.]?[*?\[{\d]|\.(?:tar|json|csv|tsv|parquet|txt)", Path(file).name)[0]
+            or "data"
+        )
         name += f"-{split}" if split and not match[1] else ""
         if name in splits:
-            raise InputError(f"--data: expected different split names (--data NAME=DATA), got {name!r} twice")
+            raise InputError(
+                f"--data: expected different split names (--data NAME=DATA), got {name!r} twice"
+            )
         splits[name] = match[2]
     return splits

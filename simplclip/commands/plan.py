@@ -15,28 +15,46 @@ REQUIRED = {"data": {"train": "planned/*.tar"}, "run": {"out": "runs/planned"}}
 
 def plan(
     config: Annotated[
-        str, typer.Argument(help="YAML file or name of a built-in config, as in train; or a model, open_clip:ViT-B-32.")
+        str,
+        typer.Argument(
+            help="YAML file or name of a built-in config, as in train; or a model, "
+            "open_clip:ViT-B-32."
+        ),
     ],
     memory: Annotated[
         str | None,
         typer.Option(
-            "--memory", "--card", help="A card, rtx-3090 or a100-40 ..., or its memory as on the box: 12GB, which is 12GiB."
+            "--memory",
+            "--card",
+            help="A card, rtx-3090 or a100-40 ..., or its memory as on the box: 12GB, which is "
+            "12GiB.",
         ),
     ] = None,
     *,
-    cards: Annotated[Literal["all"] | None, typer.Option(help="Print one row for each card that is known.")] = None,
+    cards: Annotated[
+        Literal["all"] | None, typer.Option(help="Print one row for each card that is known.")
+    ] = None,
     pairs: Annotated[
         str | None,
-        typer.Option(help="Pairs of an epoch, 12.4M or 500k. Default: data.samples, or what the shards' meta.json says."),
+        typer.Option(
+            help="Pairs of an epoch, 12.4M or 500k. Default: data.samples, or what the shards' "
+            "meta.json says."
+        ),
     ] = None,
     set_: Overrides = None,
     teacher_width: Annotated[
-        int | None, typer.Option(min=1, help="Width of the teacher's stored features, if the shards are not on this machine.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Width of the teacher's stored features, if the shards are not on this machine.",
+        ),
     ] = None,
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="No GPU is needed.")] = "cuda",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Predict the memory and the time of a training step without the card, and the largest batches that fit."""
+    """Predict the memory and the time of a training step without the card, and the largest batches
+    that fit.
+    """
     from simplclip.common.errors import InputError
     from simplclip.models.sources import check_name
     from simplclip.plan.cards import named, parse_memory
@@ -56,7 +74,15 @@ def plan(
     if size is None:
         report.run_all(values, teacher_width=teacher_width, pairs=count)
     else:
-        report.run(values, size, card, device=device, teacher_width=teacher_width, pairs=count, as_json=as_json)
+        report.run(
+            values,
+            size,
+            card,
+            device=device,
+            teacher_width=teacher_width,
+            pairs=count,
+            as_json=as_json,
+        )
 
 
 def _values(source: str) -> dict[str, Any]:
@@ -82,7 +108,9 @@ def parse_count(text: str | None) -> int | None:
 
     if text is None:
         return None
-    number, unit = (text[:-1], text[-1].lower()) if text[-1:].lower() in ("k", "m", "b") else (text, "")
+    number, unit = (
+        (text[:-1], text[-1].lower()) if text[-1:].lower() in ("k", "m", "b") else (text, "")
+    )
     try:
         count = round(float(number.replace(",", "")) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[unit])
     except (ValueError, OverflowError):

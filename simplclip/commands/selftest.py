@@ -15,14 +15,24 @@ from simplclip.common.files import write_atomically
 
 
 def selftest(
-    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="auto: a GPU if there is one.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cuda", "cpu"], typer.Option(help="auto: a GPU if there is one.")
+    ] = "auto",
     as_json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the results and this machine's report, for an issue.")
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the results and this machine's report, for an issue.",
+        ),
     ] = None,
 ) -> None:
-    """Compare each op on each backend of this machine with float64. Exits with 1 if something is wrong.
+    """Compare each op on each backend of this machine with float64.
 
-    An error is in units of the tolerance: at most 1 is right. What is wrong is named with the variable that avoids it.
+    Exits with 1 if something is wrong.
+
+    An error is in units of the tolerance: at most 1 is right. What is wrong is named with the
+    variable that avoids it.
     """
     from simplclip import selftest
     from simplclip.common.hardware import pick_device
@@ -44,7 +54,10 @@ def selftest(
             typer.echo(f"    SIMPLCLIP_BACKEND={avoided} avoids it")
     if as_json is not None:
         written = [{**asdict(row), "dtype": _name(row.dtype)} for row in rows]
-        write_atomically(as_json, json.dumps({"passed": not failed, "rows": written, "environment": report()}, indent=2))
+        write_atomically(
+            as_json,
+            json.dumps({"passed": not failed, "rows": written, "environment": report()}, indent=2),
+        )
     calls, seconds = sum(row.calls for row in rows), time.monotonic() - began
     typer.echo(f"\n{calls} calls in {seconds:.0f} s: {'FAILED' if failed else 'all are right'}")
     if failed:

@@ -12,17 +12,34 @@ from simplclip.commands.options import Device, Pairs, Precision, Sidecars, check
 
 def teacher(
     source: Pairs,
-    out: Annotated[Path, typer.Option(help="Folder for the sidecars; pairs other than tars become shards in OUT/shards.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the sidecars; pairs other than tars become shards in OUT/shards."
+        ),
+    ],
     teacher: Annotated[
         str,
-        typer.Option(help="open_clip:NAME, open_clip:NAME/TAG (open_clip downloads it), or a model or run of this library."),
+        typer.Option(
+            help="open_clip:NAME, open_clip:NAME/TAG (open_clip downloads it), or a model or run "
+            "of this library."
+        ),
     ],
     *,
-    checkpoint: Annotated[Path | None, typer.Option(help="File with the teacher's weights.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File with the teacher's weights.")
+    ] = None,
     views: Annotated[
-        int, typer.Option(min=0, help="Augmented views of each image, which training replays. 0: the image, not augmented.")
+        int,
+        typer.Option(
+            min=0,
+            help="Augmented views of each image, which training replays. 0: the image, not "
+            "augmented.",
+        ),
     ] = 0,
-    config: Annotated[str | None, typer.Option(help="Config of the student, whose augmentation the views have.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Config of the student, whose augmentation the views have.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples encoded at a time.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none.")] = 4,
     sidecars: Sidecars = None,
@@ -30,7 +47,9 @@ def teacher(
     precision: Precision = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the views.")] = 0,
 ) -> None:
-    """Write a teacher's features of images and captions into sidecars of the shards, which training reads (data.sidecars)."""
+    """Write a teacher's features of images and captions into sidecars of the shards, which training
+    reads (data.sidecars).
+    """
     from simplclip.models.sources import check_source
 
     check_data(source, "source")
@@ -41,4 +60,13 @@ def teacher(
     seen = {"views": views, "config": config, "seed": seed}
     options = {"batch_size": batch_size, "workers": workers, "sidecars": sidecars or ()}
     with ranks.joined():
-        teachers.run(source, out, teacher, checkpoint=checkpoint, device=device, precision=precision, **seen, **options)
+        teachers.run(
+            source,
+            out,
+            teacher,
+            checkpoint=checkpoint,
+            device=device,
+            precision=precision,
+            **seen,
+            **options,
+        )

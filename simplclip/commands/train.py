@@ -26,10 +26,15 @@ def _config_help(wanted: bool) -> None:
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-s0.")],
+    config: Annotated[
+        str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-s0.")
+    ],
     set_: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from run.out/last.pt; start at step 0 if there is none.")
+        bool,
+        typer.Option(
+            "--resume", help="Continue from run.out/last.pt; start at step 0 if there is none."
+        ),
     ] = False,
     help_config: Annotated[
         bool,
@@ -41,10 +46,14 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Train a model. Ctrl-C finishes the running step, saves a checkpoint and exits; --resume continues from it."""
+    """Train a model.
+
+    Ctrl-C finishes the running step, saves a checkpoint and exits; --resume continues from it.
+    """
     from simplclip.train import config as configs
 
-    if "RANK" in os.environ:  # torch reads it when it is imported: else each rank warns of a search for unused parameters
+    # torch reads it when it is imported: else each rank warns of a search for unused parameters
+    if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         values = configs.load(config, set_ or ())
@@ -76,24 +85,37 @@ def train(
 
 
 def relocated(config: Any, file: Path) -> Any:
-    """Returns `config` with the folder of its file as run.out, if the file is the config.yaml of a run that was moved."""
+    """Returns `config` with the folder of its file as run.out, if the file is the config.yaml of a
+    run that was moved.
+    """
     old, new = Path(config.run.out), file.parent
-    if file.name != "config.yaml" or not (new / "last.pt").exists() or old.resolve() == new.resolve():
+    if (
+        file.name != "config.yaml"
+        or not (new / "last.pt").exists()
+        or old.resolve() == new.resolve()
+    ):
         return config
-    was, now = (json.dumps(f"{folder}/shards/")[:-1] for folder in (old, new))  # beginnings of shards that it packed
+    # beginnings of shards that it packed
+    was, now = (json.dumps(f"{folder}/shards/")[:-1] for folder in (old, new))
     train = json.loads(json.dumps(config.to_dict()["data"]["train"]).replace(was, now))
     return config.replaced(data={"train": train}, run={"out": str(new)})
 
 
 def check(config: Any, resume: bool) -> None:
-    """Raises InputError or OSError for a wrong name, folder or file. Nothing here needs seconds of imports."""
+    """Raises InputError or OSError for a wrong name, folder or file.
+
+    Nothing here needs seconds of imports.
+    """
     from simplclip.models.sources import check_name, check_weights
     from simplclip.train.config import check_out
 
     check_name(config.model.name, "model.name")
     check_out(Path(config.run.out), resume)
     has_weights = resume and Path(config.run.out, "last.pt").exists()
-    for key, sources in (("model.checkpoint", config.model.checkpoint), ("inherit.source", config.inherit.source)):
+    for key, sources in (
+        ("model.checkpoint", config.model.checkpoint),
+        ("inherit.source", config.inherit.source),
+    ):
         for source in [sources] if isinstance(sources, str) else sources or ():
             if not has_weights:
                 check_weights(source, key)
@@ -124,7 +146,9 @@ def check_sources(config: Any) -> None:
         check_data(split, f"eval.splits.{name}")
     for folder in config.data.sidecars:
         if not Path(folder).expanduser().is_dir():
-            raise InputError(f"data.sidecars: expected a folder, got {folder!r}, which does not exist")
+            raise InputError(
+                f"data.sidecars: expected a folder, got {folder!r}, which does not exist"
+            )
 
 
 def _with_micro_batch(config: Any) -> Any:

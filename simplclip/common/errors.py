@@ -1,10 +1,15 @@
-"""Errors that a user can fix. The command line prints only their message; all other errors keep their traceback."""
+"""Errors that a user can fix.
+
+The command line prints only their message; all other errors keep their traceback.
+"""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Base class of errors that a user can fix; the message says what was expected and what it got."""
+    """Base class of errors that a user can fix; the message says what was expected and what it
+    got.
+    """
 
 
 class InputError(UserError, ValueError):
@@ -17,11 +22,16 @@ def check_count(name: str, value: int, least: int) -> None:
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Returns `text` for a terminal: `repr`'s escapes replace unprintable characters, such as escape sequences.
+    """Returns `text` for a terminal: `repr`'s escapes replace unprintable characters, such as
+    escape sequences.
 
     keep: characters that stay as they are, e.g. line ends.
     """
-    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+    )
 
 
 def first_line(error: Exception) -> str:

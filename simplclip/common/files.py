@@ -25,7 +25,9 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Replaces the contents of `path` by `data`; readers see the old file or the new file, never a part of a file."""
+    """Replaces the contents of `path` by `data`; readers see the old file or the new file, never a
+    part of a file.
+    """
     data = data.encode() if isinstance(data, str) else data
     with replacing(path) as file:
         file.write(data)
@@ -41,7 +43,9 @@ def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]])
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Reads the rows of a CSV file, none if there is no file; without a last line that a crash cut short."""
+    """Reads the rows of a CSV file, none if there is no file; without a last line that a crash cut
+    short.
+    """
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -51,7 +55,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Context that opens a temporary file beside `path` and renames it to `path` if the block ends without an error.
+    """Context that opens a temporary file beside `path` and renames it to `path` if the block ends
+    without an error.
 
     `remove_leftovers` removes the temporary file of a process that was killed.
     """
@@ -64,7 +69,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         file.close()
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # some systems cannot open a folder to make the rename durable
+        # some systems cannot open a folder to make the rename durable
+        with contextlib.suppress(OSError):
             descriptor = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -75,14 +81,17 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             error.filename = str(path)
         raise
     finally:
-        with contextlib.suppress(OSError):  # after an error: closing flushes the buffer, which fails again on a full disk
+        # after an error: closing flushes the buffer, which fails again on a full disk
+        with contextlib.suppress(OSError):
             file.close()
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def temporary_folder(path: str | Path) -> Iterator[Path]:
-    """Context with a new folder beside `path`, which is removed at the end unless it has been renamed."""
+    """Context with a new folder beside `path`, which is removed at the end unless it has been
+    renamed.
+    """
     folder = _temporary(Path(path))
     folder.mkdir(parents=True)
     try:
@@ -92,16 +101,20 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """Returns a random name beside `path`, since other users of a shared folder could put a link under a name they guess."""
+    """Returns a random name beside `path`, since other users of a shared folder could put a link
+    under a name they guess.
+    """
     path = path.absolute()  # "." has no name
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def remove_leftovers(folder: str | Path, removable: Callable[[str], Any], seconds: float = 0.0) -> None:
+def remove_leftovers(
+    folder: str | Path, removable: Callable[[str], Any], seconds: float = 0.0
+) -> None:
     """Removes temporary files and folders that killed processes left in `folder`.
 
-    removable: a predicate of the final name of a file or folder that may be removed.
-    seconds: files that were written to within this time stay, since another process may still be writing.
+    removable: a predicate of the final name of a file or folder that may be removed. seconds: files
+    that were written to within this time stay, since another process may still be writing.
     """
     for path in Path(folder).glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
@@ -130,10 +143,12 @@ os.register_at_fork(after_in_child=_close_inherited_locks)
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
-    """Context that makes `folder`, which one process at a time can enter; folders that are empty at the end are removed.
+    """Context that makes `folder`, which one process at a time can enter; folders that are empty at
+    the end are removed.
 
-    The system releases the lock when the process ends, however it ends. A file system may have no locks.
-    name: the argument, in errors. Raises FileExistsError while another process is inside, InputError for a file.
+    The system releases the lock when the process ends, however it ends. A file system may have no
+    locks. name: the argument, in errors. Raises FileExistsError while another process is inside,
+    InputError for a file.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{name}: expected a folder, got the file {folder}")
@@ -145,7 +160,9 @@ def locked(folder: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FileExistsError(f"{name}: expected a folder that no other process writes to, got {folder}") from None
+            raise FileExistsError(
+                f"{name}: expected a folder that no other process writes to, got {folder}"
+            ) from None
         except OSError:  # the file system has no locks
             pass
         yield
@@ -165,11 +182,15 @@ def sha256(path: str | Path) -> str:
 
 
 def identity(path: str | Path) -> dict[str, Any]:
-    """The size and SHA-256 of a file, as the meta.json of shards and the export.json of exports hold them."""
+    """The size and SHA-256 of a file, as the meta.json of shards and the export.json of exports
+    hold them.
+    """
     return {"bytes": os.path.getsize(path), "sha256": sha256(path)}
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ: key -> (old, new)."""
     changed: dict[str, tuple[Any, Any]] = {}
     for name in dict.fromkeys([*old, *new]):

@@ -12,18 +12,32 @@ import torch
 from simplclip.common.errors import InputError
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Values of ONEDNN_MAX_CPU_ISA by which oneDNN, which computes torch's products, copies bf16 operands to fp32.
-ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+# Values of ONEDNN_MAX_CPU_ISA by which oneDNN, which computes torch's products, copies bf16
+# operands to fp32.
+ISAS_WITHOUT_BF16 = (
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX2_VNNI_2",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+)
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device `name`; "auto" is a GPU if there is one. Raises InputError for a device that does not exist."""
+    """The device `name`; "auto" is a GPU if there is one.
+
+    Raises InputError for a device that does not exist.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"device: expected cpu, cuda or cuda:N, got {name!r} ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"device: expected cpu, cuda or cuda:N, got {name!r} ({str(error).splitlines()[0]})"
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device: expected a device of this machine, got {name!r}; it has "
@@ -33,10 +47,15 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the hardware has bf16 products, and on a CPU torch may use them; emulated bf16 is slower than fp32."""
+    """Whether the hardware has bf16 products, and on a CPU torch may use them; emulated bf16 is
+    slower than fp32.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISAS_WITHOUT_BF16:
+    if (
+        device.type != "cpu"
+        or os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISAS_WITHOUT_BF16
+    ):
         return False
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -68,7 +87,9 @@ def total_memory(device: torch.device) -> int:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: of the GPU's allocator, or of the process's resident set on a CPU (0 outside Linux)."""
+    """Peak memory in MiB: of the GPU's allocator, or of the process's resident set on a CPU (0
+    outside Linux).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
@@ -77,7 +98,9 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def describe_gpu(device: torch.device) -> str:
-    """Describes the GPU memory that all processes use and, with nvidia-ml-py, the GPU's utilization; "" for a CPU."""
+    """Describes the GPU memory that all processes use and, with nvidia-ml-py, the GPU's
+    utilization; "" for a CPU.
+    """
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)

@@ -1,4 +1,6 @@
-"""Attributes of a package that are imported on first use, so that a command imports only what it needs."""
+"""Attributes of a package that are imported on first use, so that a command imports only what it
+needs.
+"""
 
 import importlib
 from collections.abc import Mapping
@@ -6,10 +8,12 @@ from typing import Any
 
 
 def attribute(package: str, modules: Mapping[str, tuple[str, ...]], name: str) -> Any:
-    """Returns a package's attribute. Raises AttributeError.
+    """Returns a package's attribute.
 
-    modules: module -> the names that it has, or () for the module itself. The package imports the same names under
-    TYPE_CHECKING, for type checkers and editors.
+    Raises AttributeError.
+
+    modules: module -> the names that it has, or () for the module itself. The package imports the
+    same names under TYPE_CHECKING, for type checkers and editors.
     """
     for module, names in modules.items():
         if name in names:

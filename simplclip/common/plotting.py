@@ -1,4 +1,6 @@
-"""This library's pictures: sheets of tiles and texts, and curves; narrow, so that they can be read on a phone too."""
+"""This library's pictures: sheets of tiles and texts, and curves; narrow, so that they can be read
+on a phone too.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,27 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 from simplclip.common.files import write_atomically
 
 INK, MUTED, GRID, FRAME, RIGHT = "#1b1f24", "#57606a", "#e6e8eb", "#d0d7de", "#1a9850"
-SCRIPTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Arial Unicode MS", "Microsoft YaHei")
+SCRIPTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "PingFang SC",
+    "Arial Unicode MS",
+    "Microsoft YaHei",
+)
 COLOURS = ("#0b6bcb", "#d9480f", "#7048e8", "#2b8a3e", "#c2255c")
-WIDTH, MARGIN, DPI = 6.2, 0.15, 120  # inches; 400 pixels of a phone have 65 an inch, where text of 10 points is 9 high
+# inches; 400 pixels of a phone have 65 an inch, where text of 10 points is 9 high
+WIDTH = 6.2
+MARGIN = 0.15
+DPI = 120
 LINE = 1.35 / 72  # inches of a line of text for each point of its size
 
 
 class Sheet:
-    """A picture WIDTH inches wide, drawn from above. Lengths are in inches, y from the top; `y` is where the drawing ends."""
+    """A picture WIDTH inches wide, drawn from above.
+
+    Lengths are in inches, y from the top; `y` is where the drawing ends.
+    """
 
     def __init__(self) -> None:
         self.figure = Figure(figsize=(WIDTH, 1), dpi=DPI, facecolor="white")
@@ -40,16 +55,31 @@ class Sheet:
         self.y = MARGIN
         self._renderer: Any = FigureCanvasAgg(self.figure).get_renderer()
 
-    def text(self, x: float, y: float, text: str, width: float, size: float = 10, lines: int = 1, **style: Any) -> float:
-        """Draws text in at most `lines` lines of `width` inches; returns its height. x: left, or as the style's `ha` says."""
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        width: float,
+        size: float = 10,
+        lines: int = 1,
+        **style: Any,
+    ) -> float:
+        """Draws text in at most `lines` lines of `width` inches; returns its height. x: left, or as
+        the style's `ha` says.
+        """
         font = FontProperties(family=_fonts(), size=size, weight=style.get("weight"))
-        length = functools.partial(self._renderer.get_text_width_height_descent, prop=font, ismath=False)
+        length = functools.partial(
+            self._renderer.get_text_width_height_descent, prop=font, ismath=False
+        )
         with _any_letters():
             rows = wrapped(text, lambda part: length(part)[0] <= width * DPI, lines)
         for row in rows:
             y += LINE * size
             options = {"color": INK, "parse_math": False, **style}  # two $ are no formula
-            self.axis.text(x, y - 0.25 * LINE * size, row, fontsize=size, family=_fonts(), **options)
+            self.axis.text(
+                x, y - 0.25 * LINE * size, row, fontsize=size, family=_fonts(), **options
+            )
         return LINE * size * len(rows)
 
     def line(self, text: str, size: float = 10, lines: int = 1, **style: Any) -> None:
@@ -57,14 +87,31 @@ class Sheet:
         self.y += self.text(MARGIN, self.y, text, WIDTH - 2 * MARGIN, size, lines, **style)
 
     def tile(self, image: Any, x: float, y: float, side: float, right: bool = False) -> None:
-        """Draws an image, whole and centred, in a square; framed in green if it is the right answer."""
+        """Draws an image, whole and centred, in a square; framed in green if it is the right
+        answer.
+        """
         width, height = (side * length / max(image.size) for length in image.size)
         left, top = x + (side - width) / 2, y + (side - height) / 2
-        self.axis.imshow(image, extent=(left, left + width, top + height, top), interpolation="bilinear", aspect="auto")
+        self.axis.imshow(
+            image,
+            extent=(left, left + width, top + height, top),
+            interpolation="bilinear",
+            aspect="auto",
+        )
         self.box(x, y, side, side, RIGHT if right else FRAME, 3 if right else 0.8)
 
-    def box(self, x: float, y: float, width: float, height: float, colour: str = RIGHT, line: float = 1.5) -> None:
-        self.axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line))
+    def box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        colour: str = RIGHT,
+        line: float = 1.5,
+    ) -> None:
+        self.axis.add_patch(
+            Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line)
+        )
 
     def fit(self) -> None:
         """Makes the picture as high as what is drawn."""
@@ -77,10 +124,15 @@ class Sheet:
 
 
 def wrapped(text: str, fits: Any, lines: int) -> list[str]:
-    """Wraps text into at most `lines` lines for which `fits` is true; of more, "…" is the end. Long words are divided."""
+    """Wraps text into at most `lines` lines for which `fits` is true; of more, "…" is the end.
+
+    Long words are divided.
+    """
     words = re.findall(r"[^\s/]+[\s/]*|[\s/]+", " ".join(text.split()))
     rows = [""]
-    for part in itertools.chain.from_iterable([word] if fits(word.rstrip()) else word for word in words):
+    for part in itertools.chain.from_iterable(
+        [word] if fits(word.rstrip()) else word for word in words
+    ):
         if rows[-1] and not fits((rows[-1] + part).rstrip()):
             rows.append("")
             if len(rows) > lines:
@@ -96,7 +148,9 @@ def wrapped(text: str, fits: Any, lines: int) -> list[str]:
 
 @dataclass
 class Panel:
-    """Lines over the steps of a run: label -> steps and values. chance: a dotted line of the colour of each label."""
+    """Lines over the steps of a run: label -> steps and values. chance: a dotted line of the colour
+    of each label.
+    """
 
     title: str
     lines: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -108,21 +162,43 @@ class Panel:
 
 def curves(path: Path, panels: Sequence[Panel], best: int | None = None) -> Path:
     """Draws panels below each other, with one axis of steps. best: a step that is marked."""
-    left, right, plot, gap, columns = 0.62, 0.3, 1.45, 0.22, 3  # inches, and columns of labels
+    # inches, and columns of labels
+    left = 0.62
+    right = 0.3
+    plot = 1.45
+    gap = 0.22
+    columns = 3
     last = max(steps[-1] for panel in panels for steps, _ in panel.lines.values())
-    heads = [0.28 + (LINE * 10 * -(-len(panel.lines) // columns) if len(panel.lines) > 1 else 0) for panel in panels]
+    heads = [
+        0.28 + (LINE * 10 * -(-len(panel.lines) // columns) if len(panel.lines) > 1 else 0)
+        for panel in panels
+    ]
     y = height = sum(heads) + len(panels) * (plot + gap) + 0.38
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
     for panel, head in zip(panels, heads):
         y -= head + plot
-        axis = figure.add_axes((left / WIDTH, y / height, 1 - (left + right) / WIDTH, plot / height), xlim=(0, last))
+        axis = figure.add_axes(
+            (left / WIDTH, y / height, 1 - (left + right) / WIDTH, plot / height), xlim=(0, last)
+        )
         handles = _draw_panel(axis, panel, best)
         end = "" if handles[1:] else handles[0].get_label().rpartition(":")[2]
         title = f"{panel.title}:{end}" if end else panel.title
-        figure.text(MARGIN / WIDTH, (y + plot + head - 0.06) / height, title, fontsize=11, color=INK, va="top")
+        figure.text(
+            MARGIN / WIDTH,
+            (y + plot + head - 0.06) / height,
+            title,
+            fontsize=11,
+            color=INK,
+            va="top",
+        )
         if handles[1:]:
             by_rows = [handle for column in range(columns) for handle in handles[column::columns]]
-            place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.98), "ncols": columns, "frameon": False}
+            place: dict[str, Any] = {
+                "loc": "lower left",
+                "bbox_to_anchor": (-0.02, 0.98),
+                "ncols": columns,
+                "frameon": False,
+            }
             axis.legend(handles=by_rows, fontsize=9.5, handlelength=1.2, columnspacing=1, **place)
         axis.tick_params(labelbottom=panel is panels[-1])
         y -= gap
@@ -137,7 +213,14 @@ def _draw_panel(axis: Any, panel: Panel, best: int | None) -> list[Any]:
     for place, (label, (steps, values)) in enumerate(panel.lines.items()):
         colour, dashes = COLOURS[place % panel.solid], "-" if place < panel.solid else "--"
         label_end = f"{label}: {values[-1]:.1%}" if panel.percent else f"{label}: {values[-1]:.3g}"
-        handles += axis.plot(steps, values, dashes, color=colour, marker="." if len(values) < 20 else "", label=label_end)
+        handles += axis.plot(
+            steps,
+            values,
+            dashes,
+            color=colour,
+            marker="." if len(values) < 20 else "",
+            label=label_end,
+        )
         if label in panel.chance:
             axis.axhline(panel.chance[label], color=colour, linestyle=":", linewidth=1.2)
     if best is not None:
@@ -147,7 +230,9 @@ def _draw_panel(axis: Any, panel: Panel, best: int | None) -> list[Any]:
         axis.set_ylim(bottom=min(0, *finite))
     elif len(finite) and finite.max() > 3 * finite.min() > 0:
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if finite.max() < 100 * finite.min() else (1,)))
+        axis.yaxis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if finite.max() < 100 * finite.min() else (1,))
+        )
         axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0) if panel.percent else "{x:g}")
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -160,7 +245,9 @@ def _draw_panel(axis: Any, panel: Panel, best: int | None) -> list[Any]:
 
 @functools.cache
 def _fonts() -> list[str]:
-    """Returns the names of matplotlib's own font and of those fonts in SCRIPTS that this machine has."""
+    """Returns the names of matplotlib's own font and of those fonts in SCRIPTS that this machine
+    has.
+    """
     return ["DejaVu Sans", *(name for name in SCRIPTS if name in font_manager.get_font_names())]
 
 

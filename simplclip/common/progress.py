@@ -1,4 +1,6 @@
-"""Progress of long commands: a bar on a terminal, elsewhere a line from time to time and at the end, as logs need it."""
+"""Progress of long commands: a bar on a terminal, elsewhere a line from time to time and at the
+end, as logs need it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def duration(seconds: float) -> str:
 
 
 def _has_terminal() -> bool:
-    """Whether stderr is a terminal with columns; containers have terminals without columns, which would show no bar."""
+    """Whether stderr is a terminal with columns; containers have terminals without columns, which
+    would show no bar.
+    """
     if not sys.stderr.isatty():
         return False
     try:
@@ -27,13 +31,17 @@ def _has_terminal() -> bool:
 
 
 def _first_rank() -> bool:
-    """Whether this process is the first rank. Only commands that load `common.ranks`, and torch by it, have several."""
+    """Whether this process is the first rank.
+
+    Only commands that load `common.ranks`, and torch by it, have several.
+    """
     ranks = sys.modules.get("simplclip.common.ranks")
     return ranks is None or ranks.first()
 
 
 class Pace:
-    """Times at which a log gets a line: 10 seconds after the start, later less often, but at least once a minute.
+    """Times at which a log gets a line: 10 seconds after the start, later less often, but at least
+    once a minute.
 
     at_most: largest number of seconds between two lines.
     """
@@ -67,14 +75,30 @@ class Progress:
     """
 
     def __init__(
-        self, title: str, total: int | None = None, done: int = 0, *, unit: str = "samples", shown: bool = True
+        self,
+        title: str,
+        total: int | None = None,
+        done: int = 0,
+        *,
+        unit: str = "samples",
+        shown: bool = True,
     ) -> None:
-        self.title, self.total, self.done, self.unit = title, total, done, unit
+        self.title = title
+        self.total = total
+        self.done = done
+        self.unit = unit
         terminal, shown = _has_terminal(), shown and _first_rank()
         self._lines, self._earlier = shown and not terminal, done
         self._pace = Pace()
         hidden = not (shown and terminal)
-        self._bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", disable=hidden, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=title,
+            unit=f" {unit}",
+            disable=hidden,
+            dynamic_ncols=True,
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -82,7 +106,11 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._bar.close()
         if self._lines and kind is None and self._pace.seconds >= 1:
-            print(f"{self.title}: {self.done:,} {self.unit} in {duration(self._pace.seconds)}", file=sys.stderr, flush=True)
+            print(
+                f"{self.title}: {self.done:,} {self.unit} in {duration(self._pace.seconds)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def update(self, count: int) -> None:
         self.done += count
@@ -97,4 +125,7 @@ class Progress:
             return f"{self.title}: {self.done:,} {self.unit}, {shown}"
         share = self.done / self.total if self.total else 1.0
         left = tqdm.format_interval(max(0, self.total - self.done) / rate) if rate else "?"
-        return f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({share:.0%}), {shown}, {left} left"
+        return (
+            f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({share:.0%}), {shown}, "
+            f"{left} left"
+        )

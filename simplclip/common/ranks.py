@@ -1,4 +1,5 @@
-"""The ranks of a command that torchrun started: the rank of this process, exchange between ranks, work of the first rank.
+"""The ranks of a command that torchrun started: the rank of this process, exchange between ranks,
+work of the first rank.
 
 Without torchrun, and outside of `joined`, there is one rank, and the functions here have no effect.
 """
@@ -49,10 +50,12 @@ def first() -> bool:
 
 @contextmanager
 def joined(minutes: float | None = None) -> Iterator[None]:
-    """Context in which the processes that torchrun started work together: by NCCL on cards, by gloo on CPUs.
+    """Context in which the processes that torchrun started work together: by NCCL on cards, by gloo
+    on CPUs.
 
     If there is a process group already, its ranks are used.
-    minutes: the time that a rank waits for another one, except for the first one in `on_first`; None: a week.
+    minutes: the time that a rank waits for another one, except for the first one in `on_first`;
+    None: a week.
 
     Raises RankError if a rank waits longer, or if another one has ended.
     """
@@ -63,7 +66,9 @@ def joined(minutes: float | None = None) -> Iterator[None]:
     try:
         if started:
             store, rank, size = next(dist.rendezvous("env://", timeout=_limit))
-            dist.init_process_group(store=_met(store, rank, size), rank=rank, world_size=size, timeout=_limit)
+            dist.init_process_group(
+                store=_met(store, rank, size), rank=rank, world_size=size, timeout=_limit
+            )
         if started or exists:
             _objects = dist.new_group(backend="gloo", timeout=_limit)
         yield
@@ -71,15 +76,17 @@ def joined(minutes: float | None = None) -> Iterator[None]:
         raise named(error) from error.__cause__
     finally:
         _objects, _limit = before
-    if started:  # after an error the other ranks may be in a collective, and would wait for this one
+    # after an error the other ranks may be in a collective, and would wait for this one
+    if started:
         dist.destroy_process_group()
 
 
 def _met(store: dist.Store, rank: int, size: int) -> dist.Store:
     """Returns the part of torchrun's store for these processes alone.
 
-    The store outlives a restart of the ranks, and keeps addresses of the dead. TORCHELASTIC_RESTART_COUNT does not
-    tell attempts apart, since nodes count differently. So each rank asks by a random word, which the first one answers.
+    The store outlives a restart of the ranks, and keeps addresses of the dead.
+    TORCHELASTIC_RESTART_COUNT does not tell attempts apart, since nodes count differently. So each
+    rank asks by a random word, which the first one answers.
     """
     word, until = secrets.token_hex(8), time.monotonic() + _limit.total_seconds()
     if rank:
@@ -90,27 +97,37 @@ def _met(store: dist.Store, rank: int, size: int) -> dist.Store:
     missing = list(range(1, size))
     while missing := [other for other in missing if not store.check([f"{word}/{other}"])]:
         for other in missing:
-            if store.check([f"word of {other}"]):  # perhaps of a dead one, whose successor will replace it
+            # perhaps of a dead one, whose successor will replace it
+            if store.check([f"word of {other}"]):
                 store.set(f"answer to {store.get(f'word of {other}').decode()}", word)
         if time.monotonic() > until:
-            raise dist.DistStoreError(f"timeout: of {size} ranks these have not started: {', '.join(map(str, missing))}")
+            raise dist.DistStoreError(
+                f"timeout: of {size} ranks these have not started: {', '.join(map(str, missing))}"
+            )
         time.sleep(0.02)
     return dist.PrefixStore(word, store)
 
 
 def named(error: Exception) -> Exception:
-    """Returns a RankError in place of an error of torch.distributed or gloo; other errors as they are."""
-    if isinstance(error, UserError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    """Returns a RankError in place of an error of torch.distributed or gloo; other errors as they
+    are.
+    """
+    if isinstance(error, UserError) or not (
+        isinstance(error, dist.DistError) or "gloo" in str(error)
+    ):
         return error
     late = "imed out" in str(error) or "timeout" in str(error)
     minutes = f"{_limit.total_seconds() / 60:g} minutes (run.timeout_minutes)"
     silence = f"no answer from another rank within {minutes}; its node may be gone"
-    reason = re.sub(r"^\[.*?\] ", "", first_line(error)).partition(". ")[0]  # without gloo's line of code and advice
+    # without gloo's line of code and advice
+    reason = re.sub(r"^\[.*?\] ", "", first_line(error)).partition(". ")[0]
     return RankError(f"{silence if late else 'another rank has ended'} ({reason})")
 
 
 def device(name: str) -> torch.device:
-    """Returns the device `name`; if there are several ranks and `name` is a GPU, the GPU of this rank."""
+    """Returns the device `name`; if there are several ranks and `name` is a GPU, the GPU of this
+    rank.
+    """
     picked = hardware.pick_device(name)
     if count() > 1 and picked.type == "cuda":
         picked = hardware.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -128,9 +145,14 @@ def exchanged(value: Item) -> list[Item]:
 
 
 def agreed(make: Callable[[], Result]) -> Result:
-    """Calls `make` on all ranks. If it fails on one, the first such rank raises the error. The others end in silence,
-    but for the first rank of each other node, which repeats the error."""
-    result, error, node = None, None, os.environ.get("GROUP_RANK")
+    """Calls `make` on all ranks.
+
+    If it fails on one, the first such rank raises the error. The others end in silence, but for the
+    first rank of each other node, which repeats the error.
+    """
+    result = None
+    error = None
+    node = os.environ.get("GROUP_RANK")
     try:
         result = make()
     except Exception as failure:
@@ -148,7 +170,10 @@ def agreed(make: Callable[[], Result]) -> Result:
 
 
 def on_first(make: Callable[[], Result]) -> Result:
-    """Calls `make` on the first rank; returns its result on all ranks, which wait while it works. A failure ends all."""
+    """Calls `make` on the first rank; returns its result on all ranks, which wait while it works.
+
+    A failure ends all.
+    """
     if count() == 1:
         return make()
 
@@ -157,7 +182,11 @@ def on_first(make: Callable[[], Result]) -> Result:
         if not first():
             while _of_first(None):
                 if os.environ.get("LOCAL_RANK") == "0":  # a line in the log of each node
-                    print(f"rank {number()}: the first rank works alone, e.g. packs", file=sys.stderr, flush=True)
+                    print(
+                        f"rank {number()}: the first rank works alone, e.g. packs",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             return None
         done = threading.Event()
         teller = threading.Thread(target=_tell_until, args=[done], daemon=True)
@@ -174,7 +203,9 @@ def on_first(make: Callable[[], Result]) -> Result:
 
 
 def _tell_until(done: threading.Event) -> None:
-    """Tells the other ranks from time to time that the first one, whose thread this is, works, and then that it is done."""
+    """Tells the other ranks from time to time that the first one, whose thread this is, works, and
+    then that it is done.
+    """
     with suppress(RuntimeError):  # of a rank that has ended, which the next exchange notices
         while _of_first(not done.wait(min(60.0, _limit.total_seconds() / 4))):
             pass
@@ -187,7 +218,8 @@ def _of_first(value: Any) -> Any:
 
 
 def gathered(items: Iterable[Item]) -> Iterator[Item]:
-    """Yields the items of all ranks on the first rank, one of each rank in turn, and nothing on other ranks.
+    """Yields the items of all ranks on the first rank, one of each rank in turn, and nothing on
+    other ranks.
 
     All ranks have to iterate over the result. An error of one rank ends all.
     """
@@ -200,12 +232,16 @@ def gathered(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def mapped(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yields `function` of each item, in order, on the first rank. Ranks divide the items; all iterate over the result."""
+    """Yields `function` of each item, in order, on the first rank.
+
+    Ranks divide the items; all iterate over the result.
+    """
     return gathered(function(item) for item in islice(items, number(), None, count()))
 
 
 def seed_apart(seed: int) -> None:
-    """Seeds each rank after the first differently, e.g. for dropout; at each step, so that a checkpoint needs no state
-    of theirs. The weights, equal on all ranks, are drawn before."""
+    """Seeds each rank after the first differently, e.g. for dropout; at each step, so that a
+    checkpoint needs no state of theirs. The weights, equal on all ranks, are drawn before.
+    """
     if not first():
         torch.manual_seed(seed + 1_000_003 * number())

@@ -1,6 +1,8 @@
-"""Image-text pairs in tars. loader.py makes training batches, held_out_data.py decodes held-out data in stored order.
+"""Image-text pairs in tars. loader.py makes training batches, held_out_data.py decodes held-out
+data in stored order.
 
-Both read by tars.py what sources.py finds, join sidecars.py's files, e.g. a teacher's, and parse by samples.py.
+Both read by tars.py what sources.py finds, join sidecars.py's files, e.g. a teacher's, and parse by
+samples.py.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,15 @@ _MODULES = {  # imported on first use: packing needs no torch
     "sidecars": ("dataset_size", "teacher_stamp"),
     "sources": ("sources_of",),
 }
-__all__ = ["Division", "EmptyDataError", "HeldOut", "Loader", "ShardError", "Skipped", "WorkerError"]
+__all__ = [
+    "Division",
+    "EmptyDataError",
+    "HeldOut",
+    "Loader",
+    "ShardError",
+    "Skipped",
+    "WorkerError",
+]
 __all__ += ["dataset_size", "divided", "held_out", "packed", "sources_of", "teacher_stamp"]
 
 if not TYPE_CHECKING:  # a type checker would take any name for known

@@ -38,7 +38,9 @@ class Skipped:
     def add(self, reason: str, place: str, detail: object = "") -> None:
         self.counts[reason] += 1
         if reason not in self.examples:  # one line of the detail, which may quote a file
-            self.examples[reason] = visible(f"{place}: {str(detail)[:500]}" if str(detail) else place)
+            self.examples[reason] = visible(
+                f"{place}: {str(detail)[:500]}" if str(detail) else place
+            )
 
     def merge(self, other: Skipped) -> None:
         self.counts += other.counts
@@ -51,5 +53,8 @@ class Skipped:
         return taken
 
     def __str__(self) -> str:
-        reasons = [f"{n} {reason} (first: {self.examples[reason]})" for reason, n in self.counts.most_common()]
+        reasons = [
+            f"{n} {reason} (first: {self.examples[reason]})"
+            for reason, n in self.counts.most_common()
+        ]
         return f"{self.counts.total()} skipped" + (": " + ", ".join(reasons) if reasons else "")

@@ -1,4 +1,6 @@
-"""Held-out data: the images in stored order, decoded by several processes, with their captions, labels and places."""
+"""Held-out data: the images in stored order, decoded by several processes, with their captions,
+labels and places.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ from simplclip.data.stored_order import StoredOrder
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of labelled data, by number: their names, those of their folders if each has one, and prompt templates."""
+    """The classes of labelled data, by number: their names, those of their folders if each has one,
+    and prompt templates.
+    """
 
     names: list[str] | None = None
     folders: tuple[str, ...] = ()
@@ -49,13 +53,17 @@ class Classes:
 
 @dataclass
 class HeldOut:
-    """Held-out data, made by `held_out`. It is copied to the workers, each of which goes over all samples."""
+    """Held-out data, made by `held_out`.
+
+    It is copied to the workers, each of which goes over all samples.
+    """
 
     sources: Sequence[Source]
     classes: Classes
     captions: int | None = None
     txt_lines: bool = False
-    share: float = 0.0  # of the samples of training data, see `samples.is_held_out`; 0: all of them are held out
+    # of the samples of training data, see `samples.is_held_out`; 0: all of them are held out
+    share: float = 0.0
     sidecars: Folders = ()  # which training joins, since their json may have other groups
 
     def __str__(self) -> str:
@@ -70,14 +78,20 @@ class HeldOut:
         record = record_of(sample)
         label = label_of(sample, record)
         try:
-            captions = captions_of(sample, record, txt_lines=self.txt_lines)[: self.captions or None]
+            captions = captions_of(sample, record, txt_lines=self.txt_lines)[
+                : self.captions or None
+            ]
         except BrokenSample as broken:
             if label is None or broken.reason not in ("missing caption", "empty caption"):
                 raise
             captions = []
         if self.classes.folders:  # the caption of an image is only the name of its class
             captions, label = [], self.classes.folders.index(sample["__key__"].split(os.sep)[0])
-        elif self.captions is None and isinstance(record.get("captions"), list) and not (row and row.captions):
+        elif (
+            self.captions is None
+            and isinstance(record.get("captions"), list)
+            and not (row and row.captions)
+        ):
             captions = captions[:1]
         place = sample["__key__"], sample["__url__"], sample["__shard__"]
         return Pair(image_of(sample), captions, record, *place, label=label)
@@ -90,22 +104,34 @@ class HeldOut:
         workers: int = 0,
         use: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> Iterator[tuple[torch.Tensor, list[int], list[Pair]]]:
-        """Yields images [n, 3, S, S], n <= batch_size, uint8 or float32, their positions in the data, and their samples.
+        """Yields images [n, 3, S, S], n <= batch_size, uint8 or float32, their positions in the
+        data, and their samples.
 
-        The samples no longer have their images. Broken samples are left out and counted in `skipped`.
-        transform: an ImageTransform, whose uint8 images still need its `finish`; or a function RGB -> float32 [3, S, S].
-        use: function of the images whose result is yielded in their place, e.g. features. Ranks then divide the batches, and
+        The samples no longer have their images. Broken samples are left out and counted in
+        `skipped`. transform: an ImageTransform, whose uint8 images still need its `finish`; or a
+        function RGB -> float32 [3, S, S]. use: function of the images whose result is yielded in
+        their place, e.g. features. Ranks then divide the batches, and
             the first rank yields the results of all ranks.
-        Raises ShardError for a shard that cannot be read, EmptyDataError if no sample is usable, WorkerError if a loader
-        process died.
+        Raises ShardError for a shard that cannot be read, EmptyDataError if no sample is usable,
+        WorkerError if a loader process died.
         """
         share: dict[str, Any] = {"rank": ranks.number(), "world_size": ranks.count()} if use else {}
         order = StoredOrder(
-            self.sources, self._read, partial(self._prepare, transform=transform), batch_size, _collate, **share
+            self.sources,
+            self._read,
+            partial(self._prepare, transform=transform),
+            batch_size,
+            _collate,
+            **share,
         )
-        read: Any = ((item.batch and (*item.batch, item.positions), item.skipped) for item in order.portions(workers))
+        read: Any = (
+            (item.batch and (*item.batch, item.positions), item.skipped)
+            for item in order.portions(workers)
+        )
         if use:
-            read = ranks.gathered((batch and (use(batch[0]), *batch[1:]), new) for batch, new in read)
+            read = ranks.gathered(
+                (batch and (use(batch[0]), *batch[1:]), new) for batch, new in read
+            )
         any_usable = bool(use) and not ranks.first()
         for batch, new in read:
             skipped.merge(new)
@@ -117,16 +143,25 @@ class HeldOut:
             raise EmptyDataError(f"data: expected usable samples, got none in {self}; {skipped}")
 
     def pictures(self, positions: Iterable[int]) -> dict[int, Image.Image]:
-        """Returns the RGB images at these positions. The data before the last one are read again."""
+        """Returns the RGB images at these positions.
+
+        The data before the last one are read again.
+        """
         chosen = set(positions)
         samples = chain.from_iterable(self._read(source, Skipped()) for source in self.sources)
         last = max(chosen, default=-1)
-        return {n: self.open(sample).image for n, sample in enumerate(islice(samples, last + 1)) if n in chosen}
+        return {
+            n: self.open(sample).image
+            for n, sample in enumerate(islice(samples, last + 1))
+            if n in chosen
+        }
 
     def _read(self, source: Source, skipped: Skipped) -> Iterator[Sample]:
         if self.share or not is_source(source.url):
             samples = tars.read(source, skipped, sidecars=self.sidecars or None)
-            yield from (sample for sample in samples if not self.share or is_held_out(sample, self.share))
+            yield from (
+                sample for sample in samples if not self.share or is_held_out(sample, self.share)
+            )
             return
         for row in open_source(source.url, Options()).rows():
             key = row.name.partition("/")[2]
@@ -136,23 +171,34 @@ class HeldOut:
         pair = self.open(sample)
         with seeded("eval", pair.place):
             image = pixels_of(transform, pair)
-        return image, replace(pair, encoded=b"", record={} if pair.group is None else {"group": pair.group})
+        return image, replace(
+            pair, encoded=b"", record={} if pair.group is None else {"group": pair.group}
+        )
 
 
 def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:
-    """Returns held-out data: tars as `sources_of` takes them, what `pack` takes, or clip-benchmark's layout.
+    """Returns held-out data: tars as `sources_of` takes them, what `pack` takes, or
+    clip-benchmark's layout.
 
-    Of training data that a run divides, {"shards": ..., "hold_out": SHARE, "sidecars": [...]}, it returns the held-out share.
-    Of clip-benchmark's layout it takes the split `test`; name the folder of another one itself. A sample without caption and
-    label is broken.
+    Of training data that a run divides, {"shards": ..., "hold_out": SHARE, "sidecars": [...]}, it
+    returns the held-out share. Of clip-benchmark's layout it takes the split `test`; name the
+    folder of another one itself. A sample without caption and label is broken.
 
-    captions: number of captions to use of each sample, from the first on; 0 for all. None for all, except that of a json's
-    captions only the first counts, since the others may be rephrasings for training, or synthetic.
-    Raises InputError if no data are found, or if a folder has another layout.
+    captions: number of captions to use of each sample, from the first on; 0 for all. None for all,
+    except that of a json's captions only the first counts, since the others may be rephrasings for
+    training, or synthetic. Raises InputError if no data are found, or if a folder has another
+    layout.
     """
     if isinstance(what, Mapping) and "hold_out" in what:
-        sources = {source.url: source for source in sources_of(what["shards"], name)}  # some may come twice in training
-        return HeldOut([*sources.values()], Classes(), captions, share=what["hold_out"], sidecars=what.get("sidecars", ()))
+        # some may come twice in training
+        sources = {source.url: source for source in sources_of(what["shards"], name)}
+        return HeldOut(
+            [*sources.values()],
+            Classes(),
+            captions,
+            share=what["hold_out"],
+            sidecars=what.get("sidecars", ()),
+        )
     if not (isinstance(what, (str, os.PathLike)) and is_source(what)):
         return HeldOut(sources_of(what, name), Classes(), captions)
     path = os.path.expanduser(os.fspath(what))
@@ -176,8 +222,14 @@ class Division(NamedTuple):
 
 
 def divided(shards: Any, share: float, sidecars: Folders = ()) -> Division:
-    """Reads training data, of which `share` is held out, and counts. Memory: 8 bytes for each caption."""
-    train, held_out, captions, trained = 0.0, 0, list[int](), array("q")
+    """Reads training data, of which `share` is held out, and counts.
+
+    Memory: 8 bytes for each caption.
+    """
+    train = 0.0
+    held_out = 0
+    captions = list[int]()
+    trained = array("q")
     for source in sources_of(shards):
         for sample in tars.read(source, Skipped(), sidecars=sidecars or None):
             try:
@@ -202,15 +254,23 @@ def _collate(prepared: list[tuple[torch.Tensor, Pair]]) -> tuple[torch.Tensor, l
 
 
 def _clip_benchmark(folder: Path, captions: int | None, name: str) -> HeldOut | None:
-    """Returns the data of a folder in clip-benchmark's layout, or of one of its splits; None for another layout."""
-    root, place = (folder.parent, folder) if (folder / "nshards.txt").is_file() else (folder, folder / "test")
+    """Returns the data of a folder in clip-benchmark's layout, or of one of its splits; None for
+    another layout.
+    """
+    root, place = (
+        (folder.parent, folder) if (folder / "nshards.txt").is_file() else (folder, folder / "test")
+    )
     if not (place / "nshards.txt").is_file():
         return None
     number = (place / "nshards.txt").read_text(errors="replace").strip()
     if not number.isdecimal() or len(number) > 9 or not int(number):
-        raise InputError(f"{place / 'nshards.txt'}: expected the number of shards, got {number[:40]!r}")
+        raise InputError(
+            f"{place / 'nshards.txt'}: expected the number of shards, got {number[:40]!r}"
+        )
     sources = sources_of((place / f"{shard}.tar" for shard in range(int(number))), name)
-    names, templates = (_lines(root / file) for file in ("classnames.txt", "zeroshot_classification_templates.txt"))
+    names, templates = (
+        _lines(root / file) for file in ("classnames.txt", "zeroshot_classification_templates.txt")
+    )
     return HeldOut(sources, Classes(names, templates=templates), captions, txt_lines=True)
 
 

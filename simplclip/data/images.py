@@ -1,7 +1,10 @@
-"""Image files (JPEG, PNG, WebP): their headers, and their pixels by Pillow. It imports no torch.
+"""Image files (JPEG, PNG, WebP): their headers, and their pixels by Pillow.
 
-Only the first frame of an animation is used, and EXIF's orientation is ignored, as in open_clip. It resizes an image in its
-own mode and then converts it to RGB; so a mode other than RGB and grey is kept until then (transforms.py).
+It imports no torch.
+
+Only the first frame of an animation is used, and EXIF's orientation is ignored, as in open_clip. It
+resizes an image in its own mode and then converts it to RGB; so a mode other than RGB and grey is
+kept until then (transforms.py).
 """
 
 from __future__ import annotations
@@ -23,9 +26,12 @@ _PLUGINS: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """Reads the header of a file. Image.open would try other formats, and warn of many pixels.
+    """Reads the header of a file.
 
-    Raises BrokenSample: "not an image", or "image too large" for more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    Image.open would try other formats, and warn of many pixels.
+
+    Raises BrokenSample: "not an image", or "image too large" for more pixels than
+    `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     plugin = next((plugin for magic, plugin in _PLUGINS.items() if encoded.startswith(magic)), None)
     if plugin is None:
@@ -42,11 +48,17 @@ def check_pixels(height: int, width: int) -> None:
     """Raises BrokenSample("image too large") for more pixels than Pillow's limit."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and height * width > limit:
-        raise BrokenSample("image too large", f"{width} x {height} pixels, more than {limit} (PIL.Image.MAX_IMAGE_PIXELS)")
+        raise BrokenSample(
+            "image too large",
+            f"{width} x {height} pixels, more than {limit} (PIL.Image.MAX_IMAGE_PIXELS)",
+        )
 
 
 def decode_pil(encoded: bytes | Image.Image) -> Image.Image:
-    """Decodes a file, or what `open_image` returned of it; grey becomes RGB. Raises BrokenSample, also "truncated image"."""
+    """Decodes a file, or what `open_image` returned of it; grey becomes RGB.
+
+    Raises BrokenSample, also "truncated image".
+    """
     image = open_image(encoded) if isinstance(encoded, bytes) else encoded
     try:
         image.load()
@@ -64,22 +76,29 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def remarks_on(image: Image.Image, size: int) -> list[str]:
-    """Returns what `simplclip data pack` counts of an image that `open_image` returned of a file of `size` bytes."""
+    """Returns what `simplclip data pack` counts of an image that `open_image` returned of a file of
+    `size` bytes.
+    """
     remarks: list[str] = []
     any_alpha = image.mode in ("LA", "RGBA") or "transparency" in image.info
     sixteen_bits = image.mode.startswith("I")  # of grey, which become white
-    if not (any_alpha or sixteen_bits) and size > 4096 + image.width * image.height / 20:  # one colour takes fewer bytes
+    # one colour takes fewer bytes
+    if not (any_alpha or sixteen_bits) and size > 4096 + image.width * image.height / 20:
         return remarks
     with contextlib.suppress(Exception):  # the type depends on the damage
         image.thumbnail((256, 256))
         if any_alpha and ImageStat.Stat(image.convert("RGBA")).extrema[3][0] < 255:
             remarks.append("with transparency, which the model does not see")
-        if all(high - low <= 8 for low, high in ImageStat.Stat(opaque(image)).extrema):  # lossy WebP has 4
+        # lossy WebP has 4
+        if all(high - low <= 8 for low, high in ImageStat.Stat(opaque(image)).extrema):
             remarks.append("of one colour as the model sees them")
     return remarks
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB. What is wholly transparent becomes black, as it does when open_clip resizes an image."""
+    """Converts an image to RGB.
+
+    What is wholly transparent becomes black, as it does when open_clip resizes an image.
+    """
     premultiplied = {"LA": "La", "RGBA": "RGBa"}.get(image.mode)
     return rgb(image.convert(premultiplied).convert(image.mode) if premultiplied else image)

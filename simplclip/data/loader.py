@@ -1,8 +1,9 @@
 """Image-text pairs from tars, for training: `Loader`. held_out_data.py reads held-out data.
 
-A worker's stream has no end: in each pass it shuffles the tars by (seed, pass), takes its part of them, shuffles samples in a
-buffer, and only then draws captions, decodes, augments and tokenises. So a position is two numbers for each worker, the
-pass and the samples consumed in it, and another process can go on from there without decoding what came before.
+A worker's stream has no end: in each pass it shuffles the tars by (seed, pass), takes its part of
+them, shuffles samples in a buffer, and only then draws captions, decodes, augments and tokenises.
+So a position is two numbers for each worker, the pass and the samples consumed in it, and another
+process can go on from there without decoding what came before.
 """
 
 from __future__ import annotations
@@ -22,15 +23,26 @@ from simplclip.common.errors import InputError, check_count
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
 from simplclip.data.images import decode_pil
-from simplclip.data.samples import MAX_BYTES, Pair, Sample, digest_of, is_held_out, parse, place_of, stable_hash
+from simplclip.data.samples import (
+    MAX_BYTES,
+    Pair,
+    Sample,
+    digest_of,
+    is_held_out,
+    parse,
+    place_of,
+    stable_hash,
+)
 from simplclip.data.sidecars import Folders, check_sidecars
 from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.transforms import ImageTransform, View, stack
 from simplclip.data.workers import from_workers
 
 PLACE = ("rank", "world_size", "workers", "seed", "shards_digest")  # what a position belongs to
-STATE = (*PLACE[:-1], "turn", "passes", "consumed")  # the keys of a state_dict, which in version 0.1.0 had no digest
-EMPTY_PASSES = 100  # in a row, after which a worker without a usable sample gives up although the data have some
+# the keys of a state_dict, which in version 0.1.0 had no digest
+STATE = (*PLACE[:-1], "turn", "passes", "consumed")
+# in a row, after which a worker without a usable sample gives up although the data have some
+EMPTY_PASSES = 100
 
 Batch = dict[str, Any]
 _NUMPY: Any = np.random  # Any, since numpy's types leave out the global bit generator
@@ -51,41 +63,52 @@ class WorkerItem(NamedTuple):
 class Loader:
     """Training batches without end: each worker goes over its part of the data again.
 
-    Batches are dicts: "image" uint8 [N, 3, S, S] (`transform.finish` normalises it on the device; the images of a caller's
-    own transform are float32 and finished), "text" int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard
-    and key), "key" list[str], "meta" list[dict] (the json). With captions_per_image k > 1 "text" is [N, k, L].
+    Batches are dicts: "image" uint8 [N, 3, S, S] (`transform.finish` normalises it on the device;
+    the images of a caller's own transform are float32 and finished), "text" int64 [N, L], "group"
+    int64 [N] (hash of the json's "group", else of shard and key), "key" list[str], "meta"
+    list[dict] (the json). With captions_per_image k > 1 "text" is [N, k, L].
 
-    With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D], float16: a teacher's features
-    of the images and of the drawn captions. If the teacher saw views of an image, one of them is drawn in place of the
-    transform's own augmentation; otherwise the features are those of the image without augmentation.
+    With `teacher` there are also "teacher_image" [N, D] and "teacher_text" [N, D] or [N, k, D],
+    float16: a teacher's features of the images and of the drawn captions. If the teacher saw views
+    of an image, one of them is drawn in place of the transform's own augmentation; otherwise the
+    features are those of the image without augmentation.
 
-    Order: with fewer shards than workers of all ranks, each worker reads all shards and takes its share of the samples. In
-    each pass of all workers every sample comes once, or as often as its weight says. The order depends on (seed, workers,
-    world_size) only; the drawn caption and the augmentation of a sample depend on (seed, pass, shard's name, key): the
-    transform may draw from the global generators of torch (CPU), random and numpy, which are seeded for it and restored.
+    Order: with fewer shards than workers of all ranks, each worker reads all shards and takes its
+    share of the samples. In each pass of all workers every sample comes once, or as often as its
+    weight says. The order depends on (seed, workers, world_size) only; the drawn caption and the
+    augmentation of a sample depend on (seed, pass, shard's name, key): the transform may draw from
+    the global generators of torch (CPU), random and numpy, which are seeded for it and restored.
 
     Args:
-        shards: tars by path, brace expression, glob, URL or pipe:COMMAND; a mapping {"shards": one of these or a
-            list, "weight": W}; or a list of these. See `sources.sources_of`.
+        shards: tars by path, brace expression, glob, URL or pipe:COMMAND; a mapping {"shards": one
+            of these or a list, "weight": W}; or a list of these. See `sources.sources_of`.
         tokenizer: list of captions -> int64 [N, L].
-        transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such as open_clip's.
+        transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such
+            as open_clip's.
         batch_size: samples of each of this rank's batches, N.
         workers: number of loader processes; 0 reads in the calling process.
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
         teacher: read the features that `simplclip teacher` wrote.
-        sidecars: folders with further files of the samples, in the order in which they are joined; see sidecars.py.
-        shuffle_buffer: number of samples, whose files are held in memory; one that holds all of a worker shuffles fully.
+        sidecars: folders with further files of the samples, in the order in which they are joined;
+            see sidecars.py.
+        shuffle_buffer: number of samples, whose files are held in memory; one that holds all of a
+            worker shuffles fully.
         pin_memory: copy batches to page-locked memory, for a GPU.
-        on_error: "skip" counts damaged tars, "stop" raises ShardError. Broken samples are counted in both cases.
+        on_error: "skip" counts damaged tars, "stop" raises ShardError. Broken samples are counted
+            in both cases.
         max_bytes: a sample with a file of more bytes is skipped without being read.
-        hold_out: share of the samples that is left out, see `samples.is_held_out`; `held_out` reads it.
+        hold_out: share of the samples that is left out, see `samples.is_held_out`; `held_out` reads
+            it.
         rank, world_size: this process and their number.
-        skipped: counts of what was damaged in the batches so far, by reason, with the first of each.
+        skipped: counts of what was damaged in the batches so far, by reason, with the first of
+            each.
 
-    Raises: InputError if an argument is out of range or shards match no file; ShardError if a shard has no sidecar or has
-    changed since its sidecar was made. While iterating: ShardError if a teacher's features are missing or belong to other
-    captions, or a stream or disk fails after several tries; WorkerError if a loader process died (never while the caller uses
-    a batch) or cannot send one; EmptyDataError if no sample is usable, or none of a worker's in EMPTY_PASSES passes.
+    Raises: InputError if an argument is out of range or shards match no file; ShardError if a shard
+    has no sidecar or has changed since its sidecar was made. While iterating: ShardError if a
+    teacher's features are missing or belong to other captions, or a stream or disk fails after
+    several tries; WorkerError if a loader process died (never while the caller uses a batch) or
+    cannot send one; EmptyDataError if no sample is usable, or none of a worker's in EMPTY_PASSES
+    passes.
     """
 
     shards: Any
@@ -109,7 +132,13 @@ class Loader:
     skipped: Skipped = field(default_factory=Skipped, init=False)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "captions_per_image", "shuffle_buffer", "max_bytes", "world_size"):
+        for name in (
+            "batch_size",
+            "captions_per_image",
+            "shuffle_buffer",
+            "max_bytes",
+            "world_size",
+        ):
             check_count(name, getattr(self, name), 1)
         check_count("workers", self.workers, 0)
         if not 0 <= self.rank < self.world_size:
@@ -120,10 +149,14 @@ class Loader:
         check_sidecars(self.sources, self.sidecars)
         self.shards_digest = digest_of([(source.name, source.weight) for source in self.sources])
         self.turn = 0  # the worker that yields the next batch
-        self.positions = [(0, 0)] * max(1, self.workers)  # of each: the pass, and the samples consumed in it
+        # of each: the pass, and the samples consumed in it
+        self.positions = [(0, 0)] * max(1, self.workers)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches after the last one that was yielded. Raises ShardError, EmptyDataError, WorkerError."""
+        """Yields the batches after the last one that was yielded.
+
+        Raises ShardError, EmptyDataError, WorkerError.
+        """
         item: WorkerItem
         for item in from_workers(self.items, self.workers, self.pin_memory):
             self.positions[item.worker] = item.number, item.consumed
@@ -132,24 +165,37 @@ class Loader:
             yield item.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position of this rank after the last batch: ints, a text, and lists of an int for each worker."""
+        """Returns the position of this rank after the last batch: ints, a text, and lists of an int
+        for each worker.
+        """
         passes, consumed = map(list, zip(*self.positions))
-        return {name: getattr(self, name) for name in PLACE} | {"turn": self.turn, "passes": passes, "consumed": consumed}
+        return {name: getattr(self, name) for name in PLACE} | {
+            "turn": self.turn,
+            "passes": passes,
+            "consumed": consumed,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where the loader that returned `state` was: the batches are exactly those that would have followed.
+        """Goes on where the loader that returned `state` was: the batches are exactly those that
+        would have followed.
 
-        The samples before are read, but not decoded. Raises InputError for the state of another rank, seed, or number of
-        ranks or workers, or of other names or weights of shards.
+        The samples before are read, but not decoded. Raises InputError for the state of another
+        rank, seed, or number of ranks or workers, or of other names or weights of shards.
         """
         state = {"shards_digest": self.shards_digest, **state}
         for name in PLACE:
             if state.get(name) != getattr(self, name):
-                raise InputError(f"state: expected one of {name} {getattr(self, name)}, got {state.get(name)}")
-        self.turn, self.positions = state["turn"], list(zip(state["passes"], state["consumed"], strict=True))
+                raise InputError(
+                    f"state: expected one of {name} {getattr(self, name)}, got {state.get(name)}"
+                )
+        self.turn = state["turn"]
+        self.positions = list(zip(state["passes"], state["consumed"], strict=True))
 
     def items(self, process: int, workers: int) -> Iterator[WorkerItem]:
-        """Yields the batches of one worker without end. Raises ShardError, and EmptyDataError as the class."""
+        """Yields the batches of one worker without end.
+
+        Raises ShardError, and EmptyDataError as the class.
+        """
         worker = (process + self.turn) % workers
         first, consumed_before = self.positions[worker]
         skipped = Skipped()
@@ -160,7 +206,8 @@ class Loader:
             samples = enumerate(self._part(order, number, worker, workers, skipped), 1)
             if consumed_before:
                 next(itertools.islice(samples, consumed_before - 1, None), None)
-                skipped.take()  # counted before the resume, but for the damage within the shuffle buffer
+                # counted before the resume, but for the damage within the shuffle buffer
+                skipped.take()
             else:
                 empty += 1
             consumed_before = 0
@@ -175,19 +222,29 @@ class Loader:
             if empty == EMPTY_PASSES:
                 whose = f"worker {self.rank * workers + worker + 1} of {self.world_size * workers}"
                 raise EmptyDataError(
-                    f"data: expected usable samples for every loader process, got none in {in_words(self.sources)} "
-                    f"for {whose} in {empty} passes; fewer data.workers or larger weights may help; {skipped}"
+                    "data: expected usable samples for every loader process, got none in "
+                    f"{in_words(self.sources)} for {whose} in {empty} passes; fewer data.workers "
+                    f"or larger weights may help; {skipped}"
                 )
 
     def _check_usable(self, number: int) -> None:
-        """Reads all sources up to the first usable sample. Raises EmptyDataError if there is none."""
+        """Reads all sources up to the first usable sample.
+
+        Raises EmptyDataError if there is none.
+        """
         skipped = Skipped()
         samples = self._read([(source, 0) for source in self.sources], skipped)
         if next(self._rows(enumerate(samples), number, skipped), None) is None:
-            raise EmptyDataError(f"data: expected usable samples, got none in {in_words(self.sources)}; {skipped}")
+            raise EmptyDataError(
+                f"data: expected usable samples, got none in {in_words(self.sources)}; {skipped}"
+            )
 
-    def _rows(self, samples: Iterator[tuple[int, Sample]], number: int, skipped: Skipped) -> Iterator[tuple[int, tuple]]:
-        """Yields the rows of the usable samples in a pass, with their numbers; counts the broken ones."""
+    def _rows(
+        self, samples: Iterator[tuple[int, Sample]], number: int, skipped: Skipped
+    ) -> Iterator[tuple[int, tuple]]:
+        """Yields the rows of the usable samples in a pass, with their numbers; counts the broken
+        ones.
+        """
         for consumed, sample in samples:
             if is_held_out(sample, self.hold_out):
                 continue
@@ -201,18 +258,27 @@ class Loader:
         draw = random.Random(f"{self.seed}/{number}")
         order: list[tuple[Source, int]] = []
         for source in self.sources:
-            copies = int(source.weight) + (source.weight % 1 > 0 and draw.random() < source.weight % 1)
+            copies = int(source.weight) + (
+                source.weight % 1 > 0 and draw.random() < source.weight % 1
+            )
             order += [(source, copy_number) for copy_number in range(copies)]
         if self.shuffle:
             draw.shuffle(order)
         return order
 
     def _part(
-        self, order: list[tuple[Source, int]], number: int, worker: int, workers: int, skipped: Skipped
+        self,
+        order: list[tuple[Source, int]],
+        number: int,
+        worker: int,
+        workers: int,
+        skipped: Skipped,
     ) -> Iterator[Sample]:
-        """Yields the samples of one worker in a pass: webdataset's split_by_node, then split_by_worker, of the tars.
+        """Yields the samples of one worker in a pass: webdataset's split_by_node, then
+        split_by_worker, of the tars.
 
-        With fewer tars than workers of all ranks, each worker reads all tars and takes its share of the samples.
+        With fewer tars than workers of all ranks, each worker reads all tars and takes its share of
+        the samples.
         """
         part, parts = self.rank * workers + worker, self.world_size * workers
         if len(order) >= parts:
@@ -222,11 +288,17 @@ class Loader:
             samples = itertools.islice(self._read(order, damage), part, None, parts)
         if self.shuffle:
             draw = random.Random(f"{self.seed}/{number}/{part}/{parts}")
-            samples = filters.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=draw)(samples)
+            samples = filters.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=draw)(
+                samples
+            )
         return samples
 
     def _read(self, order: list[tuple[Source, int]], skipped: Skipped) -> Iterator[Sample]:
-        options: dict[str, Any] = {"sidecars": self.sidecars or None, "max_bytes": self.max_bytes, "on_error": self.on_error}
+        options: dict[str, Any] = {
+            "sidecars": self.sidecars or None,
+            "max_bytes": self.max_bytes,
+            "on_error": self.on_error,
+        }
         for source, copy_number in order:
             for sample in tars.read(source, skipped, **options):
                 yield sample | {"__copy__": copy_number} if copy_number else sample
@@ -240,12 +312,24 @@ class Loader:
                 left = self.captions_per_image - len(drawn)
                 drawn += random.sample(range(len(pair.captions)), min(len(pair.captions), left))
             view_number = random.randrange(len(pair.views)) if pair.views else 0
-            pixels = pixels_of(self.transform, pair, pair.views[view_number] if pair.views else None)
+            pixels = pixels_of(
+                self.transform, pair, pair.views[view_number] if pair.views else None
+            )
         features = None
         if pair.features is not None:
-            captions = len(pair.features) - len(pair.captions)  # the row where the captions' features begin
-            features = torch.from_numpy(pair.features[[view_number, *(captions + i for i in drawn)]])
-        return pixels, [pair.captions[i] for i in drawn], pair.group_id, pair.key, pair.record, features
+            # the row where the captions' features begin
+            captions = len(pair.features) - len(pair.captions)
+            features = torch.from_numpy(
+                pair.features[[view_number, *(captions + i for i in drawn)]]
+            )
+        return (
+            pixels,
+            [pair.captions[i] for i in drawn],
+            pair.group_id,
+            pair.key,
+            pair.record,
+            features,
+        )
 
     def _collate(self, rows: list[tuple]) -> Batch:
         images, texts, groups, keys, records, features = zip(*rows)
@@ -260,7 +344,10 @@ class Loader:
         }
         if self.teacher:
             stacked = torch.stack(features)
-            batch |= {"teacher_image": stacked[:, 0], "teacher_text": stacked[:, 1] if one else stacked[:, 1:]}
+            batch |= {
+                "teacher_image": stacked[:, 0],
+                "teacher_text": stacked[:, 1] if one else stacked[:, 1:],
+            }
         return batch
 
 
@@ -272,7 +359,8 @@ def seeded(*parts: object) -> Iterator[None]:
     # torch.manual_seed would also seed the GPU's generators.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    _NUMPY.set_bit_generator(_NUMPY_GENERATOR)  # 30 times cheaper than saving and restoring the state
+    # 30 times cheaper than saving and restoring the state
+    _NUMPY.set_bit_generator(_NUMPY_GENERATOR)
     np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
     try:
         yield
@@ -282,10 +370,13 @@ def seeded(*parts: object) -> Iterator[None]:
         _NUMPY.set_bit_generator(states[2])
 
 
-def pixels_of(transform: ImageTransform | Callable, pair: Pair, view: View | None = None) -> torch.Tensor:
+def pixels_of(
+    transform: ImageTransform | Callable, pair: Pair, view: View | None = None
+) -> torch.Tensor:
     """Returns the transformed image of a sample. view: the view to replay instead of drawing one.
 
-    Raises BrokenSample. A caller's transform raises its own errors, which then name the sample, and ShardError for a view.
+    Raises BrokenSample. A caller's transform raises its own errors, which then name the sample, and
+    ShardError for a view.
     """
     if isinstance(transform, ImageTransform) and view is None:
         return transform(pair.encoded)
@@ -294,12 +385,15 @@ def pixels_of(transform: ImageTransform | Callable, pair: Pair, view: View | Non
             return transform.apply(pair.encoded, view)
         except BrokenSample:
             raise
-        except Exception as error:  # the type depends on what a damaged sidecar has in place of the view
-            raise BrokenSample("bad teacher features", f"view {str(view)[:100]}: {error!r}") from None
+        # the type depends on what a damaged sidecar has in place of the view
+        except Exception as error:
+            raise BrokenSample(
+                "bad teacher features", f"view {str(view)[:100]}: {error!r}"
+            ) from None
     if view is not None:
         raise ShardError(
-            f"sample {pair.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "
-            f"got {transform!r}"
+            f"sample {pair.place!r} has the views that a teacher saw, which only simplclip's "
+            f"ImageTransform replays, got {transform!r}"
         )
     image = decode_pil(pair.encoded)
     try:

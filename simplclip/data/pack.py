@@ -1,11 +1,15 @@
-"""`simplclip data pack`: makes shards of a table, a JSON file or a folder, which training then reads.
+"""`simplclip data pack`: makes shards of a table, a JSON file or a folder, which training then
+reads.
 
-    OUT/NAME-000000.tar ...   each sample's image as it is, and a json with its captions, label, group and "source"; with a
-                              share that is held out in OUT/train-000000.tar ... and OUT/held-000000.tar ...
-    OUT/meta.json             the source, and the samples and bytes of each shard and what was left out of it
+    OUT/NAME-000000.tar ...   each sample's image as it is, and a json with its captions, label,
+                              group and "source"; with a share that is held out in
+                              OUT/train-000000.tar ... and OUT/held-000000.tar ...
+    OUT/meta.json             the source, and the samples and bytes of each shard and what was left
+                              out of it
 
-A shard has the samples of SAMPLES rows of the source. It gets its name when it is complete, so the same command continues
-after a stop. The rows are read as a stream, and processes on every core read the images and write the shards.
+A shard has the samples of SAMPLES rows of the source. It gets its name when it is complete, so the
+same command continues after a stop. The rows are read as a stream, and processes on every core read
+the images and write the shards.
 """
 
 from __future__ import annotations
@@ -33,7 +37,14 @@ from simplclip.common.progress import Progress
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.forms import Options, Row, RowSource, is_source, open_source, split_of
 from simplclip.data.images import open_image, remarks_on
-from simplclip.data.samples import MAX_BYTES, TEXT_BYTES, captions_of, file_bytes, is_held_out, record_of
+from simplclip.data.samples import (
+    MAX_BYTES,
+    TEXT_BYTES,
+    captions_of,
+    file_bytes,
+    is_held_out,
+    record_of,
+)
 from simplclip.data.tar_writer import TarFolder, add, entry_of, new_tar, skipped_in
 
 FORMAT = "simplclip-shards-2"
@@ -55,22 +66,27 @@ def pack(
     workers: int | None = None,
     progress: bool = True,
 ) -> list[str]:
-    """Makes shards of `source` in the folder `out`; returns their paths. Prints lines, unless `progress` is False.
+    """Makes shards of `source` in the folder `out`; returns their paths.
 
-    Rows without a usable image and caption are left out, counted and named in meta.json; most images are opened, not decoded.
-    Shards that an earlier run made of the same source are kept. Whether a table or JSON file is the same is told by its size
-    and time, a folder by the names and texts in it.
+    Prints lines, unless `progress` is False.
+
+    Rows without a usable image and caption are left out, counted and named in meta.json; most
+    images are opened, not decoded. Shards that an earlier run made of the same source are kept.
+    Whether a table or JSON file is the same is told by its size and time, a folder by the names and
+    texts in it.
 
     Args:
-        source: a table (.csv, .tsv, .parquet), a JSON file, FILE.json#SPLIT, a folder of images with captions beside them, or
-            one with a folder for each class.
+        source: a table (.csv, .tsv, .parquet), a JSON file, FILE.json#SPLIT, a folder of images
+            with captions beside them, or one with a folder for each class.
         options: of tables and JSON files.
-        hold_out: share of the samples that gets shards held-*.tar, beside train-*.tar; by the hash of the json's group, else
-            of the image's place in the source, so that more images change no sample's side.
+        hold_out: share of the samples that gets shards held-*.tar, beside train-*.tar; by the hash
+            of the json's group, else of the image's place in the source, so that more images change
+            no sample's side.
         workers: processes, by default one for each core.
 
-    Raises: InputError (the source is none of these, no row is usable, `out` has other shards or files, the disk is full);
-    FileExistsError (another process writes to `out`); PackError (a process died).
+    Raises: InputError (the source is none of these, no row is usable, `out` has other shards or
+    files, the disk is full); FileExistsError (another process writes to `out`); PackError (a
+    process died).
     """
     opened, out = open_source(source, options), Path(out).expanduser()
     about = {"name": opened.name, **opened.state()} | ({"hold_out": hold_out} if hold_out else {})
@@ -79,26 +95,40 @@ def pack(
         again = folder.complete and all(map(folder.is_whole, folder.entries))
         if not again:
             _write(opened, folder, hold_out, workers or _cores(), progress)
-        shards = [str(out / shard) for shard, entry in sorted(folder.entries.items()) if entry["samples"]]
+        shards = [
+            str(out / shard) for shard, entry in sorted(folder.entries.items()) if entry["samples"]
+        ]
     if progress:
         samples = sum(entry["samples"] for entry in folder.entries.values())
-        made = f"{samples:,} samples of {opened.name} in {len(shards)} shard{'s' * (len(shards) > 1)}, {out / '*.tar'}"
+        made = (
+            f"{samples:,} samples of {opened.name} in {len(shards)} "
+            f"shard{'s' * (len(shards) > 1)}, {out / '*.tar'}"
+        )
         if hold_out:
-            held = sum(entry["samples"] for name, entry in folder.entries.items() if name.startswith("held-"))
+            held = sum(
+                entry["samples"]
+                for name, entry in folder.entries.items()
+                if name.startswith("held-")
+            )
             made += f", of which {held:,} are held out in {out / 'held-*.tar'}"
         skipped = skipped_in(folder.entries.values())
         left_out = f"; {skipped}" if skipped.counts else ""
         print(f"kept {made}, which an earlier run packed" if again else f"packed {made}{left_out}")
         remarks = skipped_in(folder.entries.values(), "remarks")
         for remark, count in remarks.counts.items():
-            print(f"{count:,} {remark}, such as {remarks.examples[remark]!r}; see Pixels in docs/data.md")
+            print(
+                f"{count:,} {remark}, such as {remarks.examples[remark]!r}; see Pixels in "
+                "docs/data.md"
+            )
     return shards
 
 
 def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
-    """Returns `data` with shards in place of tables, JSON files and folders; `pack` makes these shards in OUT/NAME first.
+    """Returns `data` with shards in place of tables, JSON files and folders; `pack` makes these
+    shards in OUT/NAME first.
 
-    data: a path or address, a mapping with "shards", or a list of these, as `Loader` takes them. A mapping may also have
+    data: a path or address, a mapping with "shards", or a list of these, as `Loader` takes them. A
+    mapping may also have
         the fields of `Options`.
     """
     folders: set[str] = set()
@@ -113,7 +143,8 @@ def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
         if not (isinstance(part, (str, os.PathLike)) and is_source(part)):
             return part
         name = _stem(os.fspath(part))
-        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))  # of files with one name
+        # of files with one name
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         folder = next(candidate for candidate in names if candidate not in folders)
         folders.add(folder)
         return pack(part, Path(out) / folder, options, progress=progress)
@@ -122,7 +153,8 @@ def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
 
 
 def summary(shards: list[str], examples: int = 3) -> str:
-    """Describes shards that `pack` made, in lines: lengths of captions, sizes of images, and some samples.
+    """Describes shards that `pack` made, in lines: lengths of captions, sizes of images, and some
+    samples.
 
     The lengths and sizes are those of the first, the middle and the last shard.
     """
@@ -138,7 +170,9 @@ def summary(shards: list[str], examples: int = 3) -> str:
                     sides.append(min(open_image(content).size))
     captions = [caption for record in records for caption in record["captions"]]
     words, pixels = (
-        "median {}, 95 % up to {}, at most {}".format(*np.quantile(numbers, (0.5, 0.95, 1), method="higher"))
+        "median {}, 95 % up to {}, at most {}".format(
+            *np.quantile(numbers, (0.5, 0.95, 1), method="higher")
+        )
         for numbers in ([len(caption.split()) for caption in captions], sides)
     )
     kilobytes = sum(map(os.path.getsize, shards)) / len(records) / 1000
@@ -152,10 +186,14 @@ def summary(shards: list[str], examples: int = 3) -> str:
     return "\n".join(lines)
 
 
-def _write(source: RowSource, folder: TarFolder, hold_out: float, workers: int, progress: bool) -> None:
+def _write(
+    source: RowSource, folder: TarFolder, hold_out: float, workers: int, progress: bool
+) -> None:
     """Writes the shards that the folder does not have, and adds their entries one after another."""
     folder.complete = False
-    folder.entries = {name: entry for name, entry in folder.entries.items() if folder.is_whole(name)}
+    folder.entries = {
+        name: entry for name, entry in folder.entries.items() if folder.is_whole(name)
+    }
     done = sum(entry.get("rows", 0) for entry in folder.entries.values())
     stems = ("train", "held") if hold_out else (_stem(source.path),)
 
@@ -179,17 +217,26 @@ def _write(source: RowSource, folder: TarFolder, hold_out: float, workers: int, 
             with contextlib.suppress(OSError):  # it holds something else, such as .gitkeep
                 folder.out.rmdir()
             left_out = skipped_in(folder.entries.values())
-            raise InputError(f"source: expected images with captions, got none that is usable in {source.path!r}; {left_out}")
+            raise InputError(
+                "source: expected images with captions, got none that is usable in "
+                f"{source.path!r}; {left_out}"
+            )
     folder.complete = True
     folder.save()
 
 
-def _write_shard(paths: list[Path], first: int, rows: list[Row], hold_out: float) -> dict[str, dict[str, Any]]:
-    """Writes the shard of some rows, or two of which the second has what is held out; returns their entries by name.
+def _write_shard(
+    paths: list[Path], first: int, rows: list[Row], hold_out: float
+) -> dict[str, dict[str, Any]]:
+    """Writes the shard of some rows, or two of which the second has what is held out; returns their
+    entries by name.
 
-    A shard without samples is not written. Keys are the numbers of rows, of which `first` is the first.
+    A shard without samples is not written. Keys are the numbers of rows, of which `first` is the
+    first.
     """
-    skipped, remarks, samples = Skipped(), Skipped(), [0 for _ in paths]
+    skipped = Skipped()
+    remarks = Skipped()
+    samples = [0 for _ in paths]
     with contextlib.ExitStack() as stack:
         shards = [stack.enter_context(new_tar(path)) for path in paths]
         for number, row in enumerate(rows, first):
@@ -207,12 +254,18 @@ def _write_shard(paths: list[Path], first: int, rows: list[Row], hold_out: float
         if not count:
             path.unlink()
         entries[path.name] = entry_of(path, count, skipped, remarks) | counted
-        skipped, remarks, counted = Skipped(), Skipped(), {}  # once, with the first of the two
+        # once, with the first of the two
+        skipped = Skipped()
+        remarks = Skipped()
+        counted = {}
     return entries
 
 
 def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:
-    """Returns a sample's files by suffix: the image as it is, and a json. Raises BrokenSample. Adds to `remarks`."""
+    """Returns a sample's files by suffix: the image as it is, and a json.
+
+    Raises BrokenSample. Adds to `remarks`.
+    """
     if row.problem:
         raise BrokenSample(*row.problem)
     texts = {suffix: _read(path, TEXT_BYTES) for suffix, path in row.texts.items()}
@@ -232,11 +285,15 @@ def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:
 
 def _read(path: str, limit: int) -> bytes:
     if not os.path.exists(path) and (path.startswith("pipe:") or "://" in path):
-        raise BrokenSample("not a local file", f"{path!r}, which is not a path; of URLs img2dataset makes shards")
+        raise BrokenSample(
+            "not a local file", f"{path!r}, which is not a path; of URLs img2dataset makes shards"
+        )
     try:
         return file_bytes(path, limit)
     except FileNotFoundError:
-        raise BrokenSample("cannot be read", f"{path!r} does not exist; try --images (in a config `images`)") from None
+        raise BrokenSample(
+            "cannot be read", f"{path!r} does not exist; try --images (in a config `images`)"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a name with NUL
         raise BrokenSample("cannot be read", error) from None
 
@@ -253,15 +310,17 @@ def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[t
                 yield from zip(started, pool.map(write, *zip(*started)))
     except BrokenProcessPool:
         raise PackError(
-            "workers: a process died before its work was done (out of memory, the system kills processes); "
-            "the same command goes on where it was"
+            "workers: a process died before its work was done (out of memory, the system kills "
+            "processes); the same command goes on where it was"
         ) from None
 
 
 def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the pool ends when the parent has ended it
+    # Ctrl-C reaches the whole group; the pool ends when the parent has ended it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent, even if that is killed
+        # PR_SET_PDEATHSIG: it ends with its parent, even if that is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _cores() -> int:

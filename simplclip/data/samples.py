@@ -1,8 +1,11 @@
-"""The files of a sample: its image, its captions, and what a teacher wrote for it. No content of them ends the program.
+"""The files of a sample: its image, its captions, and what a teacher wrote for it.
 
-The captions are a json's list "captions" or text "caption", else the txt, which is one caption. Two more fields of the json
-are used: "group" (samples of one group show the same thing and are not each other's negatives) and "label" (the class, for
-zero-shot classification). Nothing here imports torch.
+No content of them ends the program.
+
+The captions are a json's list "captions" or text "caption", else the txt, which is one caption. Two
+more fields of the json are used: "group" (samples of one group show the same thing and are not each
+other's negatives) and "label" (the class, for zero-shot classification). Nothing here imports
+torch.
 """
 
 from __future__ import annotations
@@ -23,12 +26,18 @@ from PIL import Image
 from simplclip.data import images
 from simplclip.data.errors import BrokenSample, ShardError
 
-TEACHER = "teacher.npy"  # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
-TEACHER_JSON = "teacher.json"  # what the features belong to: "captions", a digest of them, and "views" if it saw views
+# a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
+TEACHER = "teacher.npy"
+# what the features belong to: "captions", a digest of them, and "views" if it saw views
+TEACHER_JSON = "teacher.json"
 MAX_BYTES = 256 << 20  # most bytes of an image, if no other limit is given
-TEXT_BYTES = 16 << 20  # most bytes of a text file of a sample; parsed JSON takes up to 30 times as many
-LONGEST = 8192  # characters of a caption that are used: more than any tokenizer takes, and tokenizers may be quadratic
-DEEPEST = 100  # lists and objects within each other in a json; at about 500 Python can read but not pickle it
+# most bytes of a text file of a sample; parsed JSON takes up to 30 times as many
+TEXT_BYTES = 16 << 20
+# characters of a caption that are used: more than any tokenizer takes, and tokenizers may be
+# quadratic
+LONGEST = 8192
+# lists and objects within each other in a json; at about 500 Python can read but not pickle it
+DEEPEST = 100
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
 
 # "__key__", "__url__", "__shard__" (the source's name), and bytes or a BrokenSample by suffix
@@ -46,7 +55,8 @@ class Pair:
     url: str  # the tar or folder
     shard: str  # its name in messages and seeds
     features: np.ndarray | None = None  # a teacher's, float16 [V + C, D]
-    views: list[dict[str, Any]] | None = None  # that the teacher saw, see `transforms.View`; None: the plain image
+    # that the teacher saw, see `transforms.View`; None: the plain image
+    views: list[dict[str, Any]] | None = None
     label: str | int | None = None  # held-out data only: name or number of the class
 
     @property
@@ -61,13 +71,18 @@ class Pair:
 
     @property
     def group(self) -> str | None:
-        """The name of the thing that the image shows. Samples of one group match each other, so they are no negatives."""
+        """The name of the thing that the image shows.
+
+        Samples of one group match each other, so they are no negatives.
+        """
         name = self.record.get("group")
         return None if name is None else str(name)
 
     @property
     def group_id(self) -> int:
-        """Hash of the group, else of the shard's name and key (keys often repeat in every shard), as int64."""
+        """Hash of the group, else of the shard's name and key (keys often repeat in every shard),
+        as int64.
+        """
         return _group_id(self.group, self.place)
 
 
@@ -76,7 +91,8 @@ def _group_id(group: object, place: str) -> int:
 
 
 def is_held_out(sample: Sample, share: float) -> bool:
-    """Whether a sample is of the share that evaluation has and training skips, by its group, else its shard's name and key.
+    """Whether a sample is of the share that evaluation has and training skips, by its group, else
+    its shard's name and key.
 
     A sample whose json is broken is none of these; its reader counts it.
     """
@@ -97,12 +113,20 @@ def place_of(sample: Sample) -> str:
 def parse(sample: Sample, teacher: bool = False) -> Pair:
     """Parses the files of a sample. teacher: also a teacher's features.
 
-    Raises BrokenSample, and ShardError if the features are missing or belong to another image or other captions.
+    Raises BrokenSample, and ShardError if the features are missing or belong to another image or
+    other captions.
     """
     check_files(sample)
     record = record_of(sample)
     captions = captions_of(sample, record)
-    pair = Pair(image_of(sample), captions, record, sample["__key__"], sample["__url__"], sample["__shard__"])
+    pair = Pair(
+        image_of(sample),
+        captions,
+        record,
+        sample["__key__"],
+        sample["__url__"],
+        sample["__shard__"],
+    )
     if teacher:
         pair.features, pair.views = _features(sample, pair)
     return pair
@@ -135,15 +159,20 @@ def record_of(sample: Sample) -> dict[str, Any]:
 
 
 def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = False) -> list[str]:
-    """Returns the captions of a sample, at least one. Raises BrokenSample.
+    """Returns the captions of a sample, at least one.
 
-    txt_lines: each line of the txt is a caption, as in clip-benchmark's layout; else the txt is one, its white space joined.
+    Raises BrokenSample.
+
+    txt_lines: each line of the txt is a caption, as in clip-benchmark's layout; else the txt is
+    one, its white space joined.
     """
     texts: list[Any] = []
     several = record.get("captions")
     for form in (several if isinstance(several, list) else [], [record.get("caption")]):
         texts += form
-        if captions := [cleaned for text in form if isinstance(text, str) and (cleaned := clean(text))]:
+        if captions := [
+            cleaned for text in form if isinstance(text, str) and (cleaned := clean(text))
+        ]:
             return captions
     if "txt" in sample:
         try:
@@ -154,7 +183,9 @@ def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = Fal
         lines = text.splitlines() if txt_lines else [" ".join(text.split())]
         if captions := [cleaned for line in lines if (cleaned := clean(line))]:
             return captions
-    raise BrokenSample("empty caption" if any(isinstance(text, str) for text in texts) else "missing caption")
+    raise BrokenSample(
+        "empty caption" if any(isinstance(text, str) for text in texts) else "missing caption"
+    )
 
 
 def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
@@ -163,7 +194,9 @@ def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
         try:
             return int(sample["cls"])
         except ValueError:
-            raise BrokenSample("bad cls", f"expected the number of a class, got {sample['cls'][:40]!r}") from None
+            raise BrokenSample(
+                "bad cls", f"expected the number of a class, got {sample['cls'][:40]!r}"
+            ) from None
     return None if record.get("label") is None else clean(str(record["label"]))
 
 
@@ -172,7 +205,9 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
     place = f"sample {pair.key!r} of shard {pair.url!r}"
     if TEACHER not in sample:
         _ = pair.image  # raises BrokenSample: a broken image has no features
-        raise ShardError(f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`")
+        raise ShardError(
+            f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`"
+        )
     try:
         features = np.lib.format.read_array(io.BytesIO(sample[TEACHER]), allow_pickle=False)
         about = json_of(sample.get(TEACHER_JSON, b"{}"))
@@ -180,7 +215,9 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
         rows, digests = len(views or [None]) + len(pair.captions), digests_of(pair)
         stale = [name for name, digest in digests.items() if about.get(name, digest) != digest]
         if features.dtype != np.float16 or features.ndim != 2:
-            raise ValueError(f"expected float16 [V + C, D], got {features.dtype} {list(features.shape)}")
+            raise ValueError(
+                f"expected float16 [V + C, D], got {features.dtype} {list(features.shape)}"
+            )
         if not np.isfinite(features).all():
             raise ValueError("expected finite numbers")
     except Exception as error:  # the type depends on the damage
@@ -189,14 +226,16 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
         _ = pair.image  # raises BrokenSample: an image that broke since is no other one
         what = "another image: it has" if stale == ["image"] else "other captions: they have"
         raise ShardError(
-            f"{place} has teacher features of {what} changed since; run `simplclip teacher` on these shards and "
-            "captions again"
+            f"{place} has teacher features of {what} changed since; run `simplclip teacher` on "
+            "these shards and captions again"
         )
     return features, views
 
 
 def digests_of(pair: Pair) -> dict[str, str]:
-    """Returns what a sidecar records with features: digests of the captions and of the image's file."""
+    """Returns what a sidecar records with features: digests of the captions and of the image's
+    file.
+    """
     return {"captions": digest_of(pair.captions), "image": f"{zlib.crc32(pair.encoded):08x}"}
 
 
@@ -207,16 +246,24 @@ def digest_of(values: list[Any]) -> str:
 
 def stable_hash(text: str) -> int:
     """Returns a hash of 64 bits, the same in every process and version."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
+    )
 
 
 def clean(text: str) -> str:
-    """Strips a caption or name and cuts it to LONGEST characters. Lone surrogates and NUL become U+FFFD."""
+    """Strips a caption or name and cuts it to LONGEST characters.
+
+    Lone surrogates and NUL become U+FFFD.
+    """
     return _NO_CHARACTER.sub("\ufffd", text.removeprefix("\ufeff").strip()[:LONGEST].rstrip())
 
 
 def json_of(data: str | bytes) -> Any:
-    """Parses JSON. Raises ValueError for any error in it, also for more than DEEPEST levels of lists and objects."""
+    """Parses JSON.
+
+    Raises ValueError for any error in it, also for more than DEEPEST levels of lists and objects.
+    """
     try:
         _check_depth([content := json.loads(data)], DEEPEST)
     except RecursionError:
@@ -233,12 +280,18 @@ def _check_depth(content: dict | list, levels: int) -> None:
 
 
 def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
-    """Reads a file. Raises OSError, also for what is no regular file, and BrokenSample if it is too large."""
+    """Reads a file.
+
+    Raises OSError, also for what is no regular file, and BrokenSample if it is too large.
+    """
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):  # reading a named pipe or a device may take for ever
         raise OSError(f"expected a file, got {os.fspath(path)!r}")
     if about.st_size > limit:
-        raise BrokenSample("file too large", f"{os.fspath(path)!r} of {about.st_size:,} bytes, expected at most {limit:,}")
+        raise BrokenSample(
+            "file too large",
+            f"{os.fspath(path)!r} of {about.st_size:,} bytes, expected at most {limit:,}",
+        )
     with open(path, "rb") as file:
         return file.read(limit)
 

@@ -23,7 +23,8 @@ _PAIR = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})(?:\.\.(\d{1,18}))?|([^{}]*,[^
 
 
 class Address(str):
-    """An http(s) URL, which is fetched, or pipe:COMMAND, which is run; the path of a file stays a plain str.
+    """An http(s) URL, which is fetched, or pipe:COMMAND, which is run; the path of a file stays a
+    plain str.
 
     Only `sources_of` makes addresses, from what a user typed.
     """
@@ -31,7 +32,9 @@ class Address(str):
 
 @dataclass(frozen=True)
 class Source:
-    """A tar. weight: how often it comes in a pass over the data. name: in messages and seeds; it stays if the data move."""
+    """A tar. weight: how often it comes in a pass over the data. name: in messages and seeds; it
+    stays if the data move.
+    """
 
     url: str
     weight: float = 1.0
@@ -44,7 +47,10 @@ def name_of(url: str) -> str:
 
 
 def _path_of(url: str) -> str:
-    """Returns the path whose end names a tar. The query of a URL, which may be a signature that changes, is left out."""
+    """Returns the path whose end names a tar.
+
+    The query of a URL, which may be a signature that changes, is left out.
+    """
     if not isinstance(url, Address):
         return url
     if url.startswith("http"):
@@ -53,7 +59,9 @@ def _path_of(url: str) -> str:
 
 
 def _ends(urls: Iterable[str]) -> dict[str, str]:
-    """Returns the names of tars: the shortest ends of their paths that differ, which stay if the data move."""
+    """Returns the names of tars: the shortest ends of their paths that differ, which stay if the
+    data move.
+    """
     names = {url: name_of(url) for url in urls}
     same_name: dict[str, list[str]] = defaultdict(list)
     for url, name in names.items():
@@ -61,7 +69,10 @@ def _ends(urls: Iterable[str]) -> dict[str, str]:
     for urls in filter(lambda urls: len(urls) > 1, same_name.values()):
         whole = [url if isinstance(url, Address) else os.path.abspath(url) for url in urls]
         paths = [_path_of(url).split("/") for url in whole]
-        ends = (["/".join(path[-length:]) for path in paths] for length in range(2, max(map(len, paths)) + 1))
+        ends = (
+            ["/".join(path[-length:]) for path in paths]
+            for length in range(2, max(map(len, paths)) + 1)
+        )
         names |= zip(urls, next((end for end in ends if len({*end}) == len({*whole})), whole))
     return names
 
@@ -70,25 +81,30 @@ def sources_of(what: Any, name: str = "shards") -> list[Source]:
     """Returns the tars of `what`, which a user names:
 
     - a tar by path, brace pattern (train-{000000..000003}.tar) or glob;
-    - the URL of tars, http:// or https://, with brace patterns, or pipe:COMMAND, whose output is a tar;
-    - a mapping of "shards" (one of these or a list) and "weight" (how often its shards come in a pass over the data; of a
-      fraction a random share, drawn in each pass);
+    - the URL of tars, http:// or https://, with brace patterns, or pipe:COMMAND, whose output is a
+      tar;
+    - a mapping of "shards" (one of these or a list) and "weight" (how often its shards come in a
+      pass over the data; of a fraction a random share, drawn in each pass);
     - a list of these.
 
-    A text that names an existing file is that file, whatever it begins with. A pathlib.Path is never a URL or command.
-    name: name of the argument in errors. Raises InputError if `what` does not exist or is none of these.
+    A text that names an existing file is that file, whatever it begins with. A pathlib.Path is
+    never a URL or command. name: name of the argument in errors. Raises InputError if `what` does
+    not exist or is none of these.
     """
     sources = list(_sources(what, name))
     if not sources:
         raise InputError(f"{name}: expected at least one path or pattern, got an empty list")
-    names = _ends(source.url for source in sources)  # samples of a/000.tar and b/000.tar may have the same keys
+    # samples of a/000.tar and b/000.tar may have the same keys
+    names = _ends(source.url for source in sources)
     return [replace(source, name=names[source.url]) for source in sources]
 
 
 def in_words(sources: Iterable[Any]) -> str:
     """Names sources in messages: "'a.tar' (and 3 more files)"."""
     first, *more = dict.fromkeys(source.url for source in sources)
-    return repr(str(first)) + (f" (and {len(more)} more file{'s' * (len(more) > 1)})" if more else "")
+    return repr(str(first)) + (
+        f" (and {len(more)} more file{'s' * (len(more) > 1)})" if more else ""
+    )
 
 
 def _sources(what: Any, name: str) -> Iterator[Source]:
@@ -96,9 +112,15 @@ def _sources(what: Any, name: str) -> Iterator[Source]:
         yield from map(Source, _urls(what, name))
     elif isinstance(what, Mapping):
         if "shards" not in what or not what.keys() <= {"shards", "weight"}:
-            raise InputError(f"{name}: expected a mapping with shards and, if need be, weight, got {dict(what)}")
+            raise InputError(
+                f"{name}: expected a mapping with shards and, if need be, weight, got {dict(what)}"
+            )
         weight = what.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, (int, float))
+            or not 0 < weight < math.inf
+        ):
             raise InputError(f"{name}: expected a weight above 0, got {weight!r}")
         for source in _sources(what["shards"], name):
             yield replace(source, weight=source.weight * weight)
@@ -129,21 +151,29 @@ def _urls(text: str | os.PathLike, name: str) -> Iterator[str]:
             raise InputError(f"{name}: expected files, got {pattern[:200]!r}, {reason}")
         for tar in paths:
             if os.path.isdir(tar) or tar.lower().endswith(_NO_TAR):
-                hint = "`simplclip data pack` makes them of a table, a JSON file or a folder of images"
+                hint = (
+                    "`simplclip data pack` makes them of a table, a JSON file or a folder of images"
+                )
                 raise InputError(f"{name}: expected tars, not compressed, got {tar!r}; {hint}")
             yield tar
 
 
 def _expanded(pattern: str, name: str) -> list[str]:
-    """Expands braces; others, such as awk's, stay. braceexpand, which webdataset uses, would hang at very many names."""
+    """Expands braces; others, such as awk's, stay. braceexpand, which webdataset uses, would hang
+    at very many names.
+    """
     names = list(islice(_names(pattern), _MOST + 1)) if pattern.count("{") <= _BRACES else []
     if not 0 < len(names) <= _MOST:
-        raise InputError(f"{name}: expected a brace pattern of at most {_MOST:,} names, got {pattern[:200]!r}")
+        raise InputError(
+            f"{name}: expected a brace pattern of at most {_MOST:,} names, got {pattern[:200]!r}"
+        )
     return list(dict.fromkeys(names))
 
 
 def _names(pattern: str) -> Iterator[str]:
-    """Yields the names of a pattern; of braces in braces it expands the inner ones first, which may yield a name twice."""
+    """Yields the names of a pattern; of braces in braces it expands the inner ones first, which may
+    yield a name twice.
+    """
     braces = _PAIR.search(pattern)
     if not braces:
         yield pattern
@@ -155,7 +185,10 @@ def _names(pattern: str) -> Iterator[str]:
         width = max(len(first), len(last)) if padded else 0
         start, end = int(first), int(last)
         sign = 1 if start <= end else -1
-        parts = (f"{number:0{width}}" for number in range(start, end + sign, sign * max(1, int(step or 1))))
+        parts = (
+            f"{number:0{width}}"
+            for number in range(start, end + sign, sign * max(1, int(step or 1)))
+        )
     else:
         parts = listed.split(",")
     for part in parts:

@@ -1,8 +1,10 @@
-"""The samples of tars in stored order, prepared by several processes: for evaluation, and for the writers of sidecars.
+"""The samples of tars in stored order, prepared by several processes: for evaluation, and for the
+writers of sidecars.
 
-Every worker goes over all samples, and prepares the batches b with b % workers equal to its number. So the order does not
-depend on the number of workers, and no process waits for the one that has the next tar. Writers, to which the order of tars
-does not matter, let each worker read tars of its own, if there are enough.
+Every worker goes over all samples, and prepares the batches b with b % workers equal to its number.
+So the order does not depend on the number of workers, and no process waits for the one that has the
+next tar. Writers, to which the order of tars does not matter, let each worker read tars of its own,
+if there are enough.
 """
 
 from __future__ import annotations
@@ -22,20 +24,24 @@ class Portion(NamedTuple):
     """A batch of one source, or the end of a source."""
 
     source: int  # its index
-    positions: list[int]  # of the batch's usable samples among all samples of all sources that the worker reads
+    # of the batch's usable samples among all samples of all sources that the worker reads
+    positions: list[int]
     keys: list[str]  # of the same samples
-    batch: Any  # what `collate` returned; None at the end of a source, and if no sample of the batch is usable
+    # what `collate` returned; None at the end of a source, and if no sample of the batch is usable
+    batch: Any
     skipped: Skipped  # damage in the batch; at the end of a source that of the tar itself
     end: bool = False  # whether the source ends here
 
 
 @dataclass
 class StoredOrder:
-    """Samples in stored order. Batches do not go over the end of a source.
+    """Samples in stored order.
 
-    read: yields the samples of a source and counts damage. prepare: function of a sample, in a worker; it may raise
-    BrokenSample. collate: function of a list of what `prepare` returned, in a worker. rank, world_size: this rank makes every
-    `world_size`-th portion.
+    Batches do not go over the end of a source.
+
+    read: yields the samples of a source and counts damage. prepare: function of a sample, in a
+    worker; it may raise BrokenSample. collate: function of a list of what `prepare` returned, in a
+    worker. rank, world_size: this rank makes every `world_size`-th portion.
     """
 
     sources: Sequence[Source]
@@ -45,10 +51,14 @@ class StoredOrder:
     collate: Callable[[list[Any]], Any] = list
     rank: int = 0
     world_size: int = 1
-    divide_sources: bool = False  # among the workers, if there are enough: batches of a source are in order, sources are not
+    # among the workers, if there are enough: batches of a source are in order, sources are not
+    divide_sources: bool = False
 
     def portions(self, workers: int = 0) -> Generator[Portion, None, None]:
-        """Yields the portions, from `workers` processes. Raises ShardError, and WorkerError if a process died."""
+        """Yields the portions, from `workers` processes.
+
+        Raises ShardError, and WorkerError if a process died.
+        """
         if any(isinstance(source.url, Address) for source in self.sources):
             workers = min(workers, 1)  # each worker would fetch a stream whole
         return from_workers(self._portions, workers)
@@ -57,7 +67,9 @@ class StoredOrder:
         turn, turns = worker * self.world_size + self.rank, workers * self.world_size
         sources = [*enumerate(self.sources)]
         if self.divide_sources and len(sources) >= workers:
-            turn, turns, sources = 0, 1, sources[worker::workers]
+            turn = 0
+            turns = 1
+            sources = sources[worker::workers]
         number = start = 0  # of the next portion, and of its first sample
         for index, source in sources:
             damage = Skipped()
@@ -71,7 +83,10 @@ class StoredOrder:
             number += 1
 
     def _portion(self, source: int, start: int, rows: list[Sample]) -> Portion:
-        prepared, positions, keys, skipped = [], [], [], Skipped()
+        prepared = []
+        positions = []
+        keys = []
+        skipped = Skipped()
         for position, sample in enumerate(rows, start):
             try:
                 prepared.append(self.prepare(sample))
@@ -79,4 +94,6 @@ class StoredOrder:
                 keys.append(sample["__key__"])
             except BrokenSample as broken:
                 skipped.add(broken.reason, place_of(sample), broken.detail)
-        return Portion(source, positions, keys, self.collate(prepared) if prepared else None, skipped)
+        return Portion(
+            source, positions, keys, self.collate(prepared) if prepared else None, skipped
+        )

@@ -1,4 +1,6 @@
-"""Folders of tars that a command makes one after another, each complete or absent, with a meta.json to go on from."""
+"""Folders of tars that a command makes one after another, each complete or absent, with a meta.json
+to go on from.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import FULL_DISK, differences, locked, remove_leftovers, replacing, write_atomically
+from simplclip.common.files import (
+    FULL_DISK,
+    differences,
+    locked,
+    remove_leftovers,
+    replacing,
+    write_atomically,
+)
 from simplclip.data.errors import Skipped
 from simplclip.data.samples import json_of
 
 
 class TarFolder:
-    """A folder of tars and its meta.json: `about`, which says of what and how they are made, and an entry of each tar.
+    """A folder of tars and its meta.json: `about`, which says of what and how they are made, and an
+    entry of each tar.
 
-    entries: file name -> {"samples", "bytes", "skipped" and "remarks" (each reason -> [count, the first]), ...}
+    entries: file name -> {"samples", "bytes", "skipped" and "remarks" (each reason -> [count, the
+    first]), ...}
     """
 
     def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
@@ -30,16 +41,23 @@ class TarFolder:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Context that makes the folder, or takes over that of an earlier run, and locks it for this process.
+        """Context that makes the folder, or takes over that of an earlier run, and locks it for
+        this process.
 
         Raises InputError if the folder holds other files, or tars of something else.
         """
         with locked(self.out, "out"):
-            names = sorted(path.name for path in self.out.iterdir() if not path.name.startswith("."))
+            names = sorted(
+                path.name for path in self.out.iterdir() if not path.name.startswith(".")
+            )
             if "meta.json" in names:
                 self._read()
-            elif others := [name for name in names if name != "shards"]:  # which `packed` made for this command
-                raise InputError(f"out: expected a new folder, got {self.out}, which holds other files ({others[0]})")
+            # which `packed` made for this command
+            elif others := [name for name in names if name != "shards"]:
+                raise InputError(
+                    f"out: expected a new folder, got {self.out}, which holds other files "
+                    f"({others[0]})"
+                )
             else:
                 self.save()
             remove_leftovers(self.out, lambda name: True)
@@ -52,16 +70,23 @@ class TarFolder:
             self.complete = former.pop("complete", False)
             for name in ("skipped", "remarks"):
                 skipped_in(self.entries.values(), name)
-            sum(entry["samples"] + entry["bytes"] + entry.get("rows", 0) for entry in self.entries.values())
+            sum(
+                entry["samples"] + entry["bytes"] + entry.get("rows", 0)
+                for entry in self.entries.values()
+            )
             changed = differences(former, self.about)
         except (ValueError, LookupError, TypeError, AttributeError):
             expected = "a new folder or that of an earlier run"
-            raise InputError(f"out: expected {expected}, got {self.out} with another meta.json") from None
-        if changed:
-            changes = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
             raise InputError(
-                f"out: expected {self.out} to hold what an earlier run made of the same with the same settings, got others: "
-                f"{changes}; remove it or choose another folder"
+                f"out: expected {expected}, got {self.out} with another meta.json"
+            ) from None
+        if changed:
+            changes = "; ".join(
+                f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items()
+            )
+            raise InputError(
+                f"out: expected {self.out} to hold what an earlier run made of the same with the "
+                f"same settings, got others: {changes}; remove it or choose another folder"
             )
 
     def save(self) -> None:
@@ -76,12 +101,22 @@ class TarFolder:
         return entry is not None and entry["bytes"] == (tar.stat().st_size if tar.is_file() else 0)
 
 
-def entry_of(tar: Path, samples: int, skipped: Skipped, remarks: Skipped | None = None) -> dict[str, Any]:
-    """Returns the entry of a tar; a tar that was not written has 0 bytes. remarks: counts of samples that were kept."""
-    entry: dict[str, Any] = {"samples": samples, "bytes": tar.stat().st_size if tar.is_file() else 0}
+def entry_of(
+    tar: Path, samples: int, skipped: Skipped, remarks: Skipped | None = None
+) -> dict[str, Any]:
+    """Returns the entry of a tar; a tar that was not written has 0 bytes. remarks: counts of
+    samples that were kept.
+    """
+    entry: dict[str, Any] = {
+        "samples": samples,
+        "bytes": tar.stat().st_size if tar.is_file() else 0,
+    }
     for name, counted in (("skipped", skipped), ("remarks", remarks)):
         if counted and counted.counts:
-            entry[name] = {reason: [n, counted.examples[reason]] for reason, n in sorted(counted.counts.items())}
+            entry[name] = {
+                reason: [n, counted.examples[reason]]
+                for reason, n in sorted(counted.counts.items())
+            }
     return entry
 
 
@@ -96,15 +131,22 @@ def skipped_in(entries: Iterable[Mapping[str, Any]], name: str = "skipped") -> S
 
 @contextlib.contextmanager
 def new_tar(path: str | Path) -> Iterator[tarfile.TarFile]:
-    """Context with a tar that gets its name when the block ends without an error. Raises InputError if the disk is full."""
+    """Context with a tar that gets its name when the block ends without an error.
+
+    Raises InputError if the disk is full.
+    """
     try:
-        with replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        with (
+            replacing(path) as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        ):
             yield tar
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
         raise InputError(
-            f"out: {path} could not be written: {error.strerror}; the same command goes on when there is more room"
+            f"out: {path} could not be written: {error.strerror}; the same command goes on when "
+            "there is more room"
         ) from None
 
 
@@ -112,6 +154,8 @@ def add(tar: tarfile.TarFile, key: str, files: Mapping[str, bytes]) -> None:
     """Adds the files of a sample, by suffix. The bytes depend on nothing else."""
     for suffix, content in files.items():
         member = tarfile.TarInfo(f"{key}.{suffix}")
-        member.size, member.mtime, member.mode = len(content), 0, 0o444
+        member.size = len(content)
+        member.mtime = 0
+        member.mode = 0o444
         member.uname = member.gname = "simplclip"
         tar.addfile(member, io.BytesIO(content))

@@ -1,7 +1,9 @@
-"""The samples of tars, in stored order. webdataset opens streams and groups files, tarfile reads the members.
+"""The samples of tars, in stored order. webdataset opens streams and groups files, tarfile reads
+the members.
 
-A tar may come from anywhere: what is no regular file or has a name above 4,096 bytes is passed over, what is too large is
-not read and breaks its sample, and a damaged part ends the tar. None of this ends the run unless on_error is "stop".
+A tar may come from anywhere: what is no regular file or has a name above 4,096 bytes is passed
+over, what is too large is not read and breaks its sample, and a damaged part ends the tar. None of
+this ends the run unless on_error is "stop".
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ TEXTS = ("txt", "json", "cls", TEACHER_JSON)
 SUFFIXES = (*images.SUFFIXES, *TEXTS, TEACHER)  # files that are read
 
 _LONGEST = 4096  # most bytes of a name; systems allow no longer path
-_LARGEST = 1 << 34  # most bytes of a member: passing over more of a stream that has ended would take long
-_EXTENDED = 16 << 10  # most bytes of a member's extended headers; tarfile may take quadratic time (CVE-2024-6232)
+# most bytes of a member: passing over more of a stream that has ended would take long
+_LARGEST = 1 << 34
+# most bytes of a member's extended headers; tarfile may take quadratic time (CVE-2024-6232)
+_EXTENDED = 16 << 10
 _EXTENDED_TYPES = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -41,7 +45,9 @@ _gopen = import_module("webdataset.gopen")  # the package has a function of this
 
 
 class Member(tarfile.TarInfo):
-    """A header that is damaged ends the tar by ReadError; tarfile would take most of them for the end of the archive."""
+    """A header that is damaged ends the tar by ReadError; tarfile would take most of them for the
+    end of the archive.
+    """
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Any:
@@ -53,7 +59,8 @@ class Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"bad header at byte {archive.offset}: {error}") from None
 
     def _block(self, count: int) -> int:
-        if not 0 <= count <= _LARGEST:  # tarfile before Python 3.11.14 goes back by a negative size, for ever (CVE-2025-8194)
+        # tarfile before Python 3.11.14 goes back by a negative size, for ever (CVE-2025-8194)
+        if not 0 <= count <= _LARGEST:
             raise tarfile.ReadError(f"a size of {count}")
         return super()._block(count)  # type: ignore[misc]
 
@@ -78,23 +85,29 @@ def read(
     max_bytes: int = MAX_BYTES,
     on_error: str = "skip",
 ) -> Iterator[Sample]:
-    """Yields the samples of a tar with their files of SUFFIXES, which are in lower case, and the files of its sidecars.
+    """Yields the samples of a tar with their files of SUFFIXES, which are in lower case, and the
+    files of its sidecars.
 
-    Damage is counted in `skipped`. A file that was not read, since it is too large or sparse, is a BrokenSample in the
-    sample. A stream or disk that fails is tried again, from the sample where it failed.
+    Damage is counted in `skipped`. A file that was not read, since it is too large or sparse, is a
+    BrokenSample in the sample. A stream or disk that fails is tried again, from the sample where it
+    failed.
 
-    sidecars: their folders, if not None; then a key that comes again is a broken sample. max_bytes: most bytes of a file.
-    Raises ShardError if it fails after several tries, if on_error is "stop" and the tar is damaged, and for a sidecar that is
-    missing or damaged, or has other samples than the shard.
+    sidecars: their folders, if not None; then a key that comes again is a broken sample. max_bytes:
+    most bytes of a file. Raises ShardError if it fails after several tries, if on_error is "stop"
+    and the tar is damaged, and for a sidecar that is missing or damaged, or has other samples than
+    the shard.
     """
     given = 0
     for wait in (*RETRIES, None):
         counted = Skipped()
         samples = _samples(source, counted, max_bytes, on_error)
         try:
-            for number, sample in enumerate(samples if sidecars is None else _joined(samples, source.url, sidecars)):
+            for number, sample in enumerate(
+                samples if sidecars is None else _joined(samples, source.url, sidecars)
+            ):
                 new = counted.take()
-                if number == given:  # an earlier try yielded the samples before, and counted the damage there
+                # an earlier try yielded the samples before, and counted the damage there
+                if number == given:
                     given += 1
                     skipped.merge(new)
                     yield sample
@@ -110,7 +123,8 @@ def read(
 def _joined(samples: Iterator[Sample], shard: str, folders: Folders) -> Iterator[Sample]:
     paths = beside(shard, folders)
     sidecars = [_of_sidecar(path) for path in paths]
-    following = [next(sidecar, None) for sidecar in sidecars]  # of each sidecar the first sample that is not joined yet
+    # of each sidecar the first sample that is not joined yet
+    following = [next(sidecar, None) for sidecar in sidecars]
     seen: set[str] = set()
     for sample in samples:
         key = sample["__key__"]
@@ -119,17 +133,20 @@ def _joined(samples: Iterator[Sample], shard: str, folders: Folders) -> Iterator
         for place, other in enumerate(following):
             if other is None or other["__key__"] != key or key in seen:
                 continue
-            if TEACHER in other:  # a former teacher's files are replaced, also if this one writes no digest
+            # a former teacher's files are replaced, also if this one writes no digest
+            if TEACHER in other:
                 sample.pop(TEACHER_JSON, None)
-            sample |= {suffix: value for suffix, value in other.items() if not suffix.startswith("__")}
+            sample |= {
+                suffix: value for suffix, value in other.items() if not suffix.startswith("__")
+            }
             following[place] = next(sidecars[place], None)
         seen.add(key)
         yield sample
     for path, other in zip(paths, following):
         if other is not None:
             raise ShardError(
-                f"sidecar {path!r} has the sample {other['__key__']!r}, which its shard does not have in that place; make it "
-                "again by the command that wrote it"
+                f"sidecar {path!r} has the sample {other['__key__']!r}, which its shard does not "
+                "have in that place; make it again by the command that wrote it"
             )
 
 
@@ -137,7 +154,9 @@ def _of_sidecar(path: str) -> Iterator[Sample]:
     try:
         yield from read(Source(path, name=path), Skipped(), on_error="stop")
     except ShardError as error:
-        raise ShardError(f"sidecar of {error}; make it again by the command that wrote it") from error.__cause__
+        raise ShardError(
+            f"sidecar of {error}; make it again by the command that wrote it"
+        ) from error.__cause__
 
 
 def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) -> Iterator[Sample]:
@@ -158,8 +177,13 @@ def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) ->
         skipped.add("damaged tar", source.name, damage[0])
 
 
-def _files(source: Source, skipped: Skipped, max_bytes: int, damage: list[str]) -> Iterator[dict[str, Any]]:
-    """Yields the files of a tar that belong to samples. It ends at a damaged part, and notes the reason in `damage`."""
+def _files(
+    source: Source, skipped: Skipped, max_bytes: int, damage: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Yields the files of a tar that belong to samples.
+
+    It ends at a damaged part, and notes the reason in `damage`.
+    """
     try:
         with (
             _opened(source.url) as (stream, mode),
@@ -174,7 +198,11 @@ def _files(source: Source, skipped: Skipped, max_bytes: int, damage: list[str]) 
                     skipped.add("name too long", source.name, member.name[:100])
                     continue
                 limit = min(TEXT_BYTES, max_bytes) if suffix.lower() in TEXTS else max_bytes
-                yield {"fname": member.name, "data": _contents(archive, member, limit), "__url__": source.url}
+                yield {
+                    "fname": member.name,
+                    "data": _contents(archive, member, limit),
+                    "__url__": source.url,
+                }
     except (OSError, ShardError):
         raise
     except Exception as error:  # the type depends on the damage
@@ -185,9 +213,12 @@ def _contents(archive: Any, member: tarfile.TarInfo, limit: int) -> bytes | Brok
     if member.issparse():
         return BrokenSample("sparse file", member.name)
     if member.size < 0 or member.offset_data + member.size > archive.offset:
-        raise tarfile.ReadError(f"{member.name} has a wrong size, {member.size}")  # by a global pax header
+        # by a global pax header
+        raise tarfile.ReadError(f"{member.name} has a wrong size, {member.size}")
     if member.size > limit:
-        return BrokenSample("file too large", f"{member.name} of {member.size:,} bytes, expected at most {limit:,}")
+        return BrokenSample(
+            "file too large", f"{member.name} of {member.size:,} bytes, expected at most {limit:,}"
+        )
     archive.fileobj.seek(member.offset_data)  # extractfile would take three times as long
     data = archive.fileobj.read(member.size)
     if len(data) < member.size:
@@ -197,9 +228,13 @@ def _contents(archive: Any, member: tarfile.TarInfo, limit: int) -> bytes | Brok
 
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[tuple[Any, Any]]:
-    """Context with the bytes of a tar, and tarfile's mode for them. Raises OSError if a stream ends by an error."""
+    """Context with the bytes of a tar, and tarfile's mode for them.
+
+    Raises OSError if a stream ends by an error.
+    """
     if not isinstance(url, Address):
-        if not stat.S_ISREG(os.stat(url).st_mode):  # reading a named pipe or a device may take for ever
+        # reading a named pipe or a device may take for ever
+        if not stat.S_ISREG(os.stat(url).st_mode):
             raise ShardError(f"shard {url!r}: expected a regular file")
         with open(url, "rb") as file:
             yield file, "r:"
@@ -210,11 +245,18 @@ def _opened(url: str) -> Iterator[tuple[Any, Any]]:
     except Exception as error:
         broke = isinstance(error, OSError) or not stream.stream.read(1)  # the stream, not the tar
         if broke and stream.proc.wait(60):
-            message = stream.proc.stderr.read().decode(errors="replace").strip() if stream.proc.stderr else ""
-            raise OSError(message or f"the command ended with exit code {stream.proc.returncode}") from None
+            message = (
+                stream.proc.stderr.read().decode(errors="replace").strip()
+                if stream.proc.stderr
+                else ""
+            )
+            raise OSError(
+                message or f"the command ended with exit code {stream.proc.returncode}"
+            ) from None
         raise
     finally:
-        stream.ignore_errors = True  # it may write on, or wait for something, after the end of the tar
+        # it may write on, or wait for something, after the end of the tar
+        stream.ignore_errors = True
         stream.proc.kill()
         stream.close()
         if stream.proc.stderr:
@@ -222,7 +264,8 @@ def _opened(url: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _curl(url: str) -> Any:
-    """Opens a URL as webdataset's gopen_curl does, but gives up on a server that sends nothing for STALL seconds.
+    """Opens a URL as webdataset's gopen_curl does, but gives up on a server that sends nothing for
+    STALL seconds.
 
     curl's own retries would start the output again, in the middle of the tar.
     """

@@ -1,6 +1,7 @@
 """Items of loader processes, and one error if a process dies or cannot send an item.
 
-A process may be killed at any moment: the caller waits for no lock that it may hold and for no half of a message.
+A process may be killed at any moment: the caller waits for no lock that it may hold and for no half
+of a message.
 """
 
 from __future__ import annotations
@@ -25,30 +26,48 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from simplclip.common.errors import UserError
 from simplclip.data.errors import WorkerError
 
-Items = Callable[[int, int], Iterator[Any]]  # the items of worker i of n, with 0 of 1 for this process
+# the items of worker i of n, with 0 of 1 for this process
+Items = Callable[[int, int], Iterator[Any]]
 
 
-def from_workers(items: Items, workers: int, pin_memory: bool = False) -> Generator[Any, None, None]:
+def from_workers(
+    items: Items, workers: int, pin_memory: bool = False
+) -> Generator[Any, None, None]:
     """Yields the items of each of `workers` processes in turn; with 0 those of this process.
 
-    Raises a user's errors without the worker's traceback, and WorkerError if a process cannot send an item or died; that is
-    noticed within 5 seconds, and never while the caller uses an item. The processes end within seconds of this one.
+    Raises a user's errors without the worker's traceback, and WorkerError if a process cannot send
+    an item or died; that is noticed within 5 seconds, and never while the caller uses an item. The
+    processes end within seconds of this one.
     """
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
     if workers:
-        context: Any = copy.copy(multiprocessing.get_context("fork" if sys.platform == "linux" else None))
+        context: Any = copy.copy(
+            multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        )
         context.Event = _Event
-        options |= {"prefetch_factor": 2, "worker_init_fn": _start, "multiprocessing_context": context}
+        options |= {
+            "prefetch_factor": 2,
+            "worker_init_fn": _start,
+            "multiprocessing_context": context,
+        }
     former = None
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         former = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # that there are fewer cores than processes
+        # that there are fewer cores than processes
+        warnings.filterwarnings("ignore", "This DataLoader will create")
         # Without its own generator the DataLoader would draw from the caller's global generator.
-        loader = DataLoader(_Items(items), batch_size=None, collate_fn=_unchanged, generator=torch.Generator(), **options)
+        loader = DataLoader(
+            _Items(items),
+            batch_size=None,
+            collate_fn=_unchanged,
+            generator=torch.Generator(),
+            **options,
+        )
         iterator: Any = iter(loader)
-    # torch's handler would raise wherever the main thread is when a process dies, e.g. in the middle of an optimizer's update
-    # or of writing a checkpoint. torch also looks for dead processes whenever it waits for an item.
+    # torch's handler would raise wherever the main thread is when a process dies, e.g. in the
+    # middle of an optimizer's update or of writing a checkpoint. torch also looks for dead
+    # processes whenever it waits for an item.
     if former is not None:
         signal.signal(signal.SIGCHLD, former)
     try:
@@ -61,14 +80,18 @@ def from_workers(items: Items, workers: int, pin_memory: bool = False) -> Genera
         if isinstance(error, UserError) or not workers or not _died(error):
             raise
         raise WorkerError(
-            f"data.workers: a loader process died: {str(error) or repr(error)}. A system that runs out of memory kills "
-            "processes; fewer data.workers or a smaller batch need less"
+            f"data.workers: a loader process died: {str(error) or repr(error)}. A system that runs "
+            "out of memory kills processes; fewer data.workers or a smaller batch need less"
         ) from error
     finally:
         if workers:  # torch has no public method for this
-            ended = any(queue._close and not queue._close.still_active() for queue in iterator._index_queues)
-            if ended and not pin_memory and not sys.is_finalizing():  # torch's thread for pinning needs whole messages
-                # The garbage collector has ended the queues, so that no process would be told to end, and each waited for.
+            ended = any(
+                queue._close and not queue._close.still_active() for queue in iterator._index_queues
+            )
+            # torch's thread for pinning needs whole messages
+            if ended and not pin_memory and not sys.is_finalizing():
+                # The garbage collector has ended the queues, so that no process would be told to
+                # end, and each waited for.
                 for process in iterator._workers:
                     process.kill()
             iterator._shutdown_workers()
@@ -94,10 +117,12 @@ Message = tuple[list[torch.Tensor], torch.Tensor]
 
 
 def _pack(item: Any) -> Message:
-    """Returns the tensors of an item, and a tensor with its pickle. Raises WorkerError for an item that cannot be pickled.
+    """Returns the tensors of an item, and a tensor with its pickle.
 
-    Tensors go through shared memory. The pipe has some 200 bytes for each: a message of up to 4,096 bytes is written whole or
-    not at all.
+    Raises WorkerError for an item that cannot be pickled.
+
+    Tensors go through shared memory. The pipe has some 200 bytes for each: a message of up to 4,096
+    bytes is written whole or not at all.
     """
     stream = io.BytesIO()
     pickler = _Pickler(stream, pickle.HIGHEST_PROTOCOL)
@@ -146,12 +171,15 @@ def _unchanged(item: Any) -> Any:
 
 def _died(error: Exception) -> bool:
     """Whether an error says that a loader process died, perhaps while it sent a batch."""
-    cut_off = isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) and "in DataLoader worker" not in str(error)
+    cut_off = isinstance(
+        error, (EOFError, ConnectionError, FileNotFoundError)
+    ) and "in DataLoader worker" not in str(error)
     return cut_off or str(error).startswith("DataLoader worker")
 
 
 def _start(worker: int) -> None:
-    # Ctrl-C, and SIGTERM at the end of a job, reach all processes; the trainer needs a batch to finish its step.
+    # Ctrl-C, and SIGTERM at the end of a job, reach all processes; the trainer needs a batch to
+    # finish its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -159,7 +187,10 @@ def _start(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when its parent sends SIGTERM or has ended. DataLoader looks only between two items."""
+    """Ends this process when its parent sends SIGTERM or has ended.
+
+    DataLoader looks only between two items.
+    """
     parent: Any = multiprocessing.parent_process()
     while os.getppid() == parent.pid:
         received = signal.sigtimedwait([signal.SIGTERM], 1.0)
@@ -169,7 +200,9 @@ def _end_with_parent() -> None:
 
 
 def _send_error(queue: Any, error: Exception, message: tuple[int, Any]) -> None:
-    """Sends an error in place of tensors that cannot be sent, for which the parent would wait without end."""
+    """Sends an error in place of tensors that cannot be sent, for which the parent would wait
+    without end.
+    """
     queue.put((message[0], _pack(_not_sent(error))))
 
 

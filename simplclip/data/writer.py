@@ -1,11 +1,14 @@
-"""Writes sidecars: `simplclip teacher` and `simplclip caption` make new files for the samples of shards, e.g. features.
+"""Writes sidecars: `simplclip teacher` and `simplclip caption` make new files for the samples of
+shards, e.g. features.
 
     OUT/NAME.tar      the new files of the samples of the shard NAME.tar, in its order
-    OUT/meta.json     how they were made, and the samples and bytes of each finished sidecar and of its shard
+    OUT/meta.json     how they were made, and the samples and bytes of each finished sidecar and of
+                      its shard
 
-Worker processes read, decode and prepare the samples, each of shards of its own; this process computes on whole batches and
-writes. A sidecar gets its name after all of it is on disk. After a stop the same command goes on with the unfinished ones.
-Ranks divide the shards, and the first one writes meta.json.
+Worker processes read, decode and prepare the samples, each of shards of its own; this process
+computes on whole batches and writes. A sidecar gets its name after all of it is on disk. After a
+stop the same command goes on with the unfinished ones. Ranks divide the shards, and the first one
+writes meta.json.
 """
 
 from __future__ import annotations
@@ -50,28 +53,35 @@ def write_sidecars(
     title: str = "samples",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes a sidecar of each of `shards` to the folder `out`, with the files that are made for its samples.
+    """Writes a sidecar of each of `shards` to the folder `out`, with the files that are made for
+    its samples.
 
-    Broken samples are left out and counted by reason. The bytes of a sidecar depend only on its shard, the functions and
-    `batch_size`, not on the number of workers or ranks. Finished sidecars of an earlier run are kept, unless the size or time
-    of their shard, or of a joined sidecar, is another one. A second command may add other shards.
+    Broken samples are left out and counted by reason. The bytes of a sidecar depend only on its
+    shard, the functions and `batch_size`, not on the number of workers or ranks. Finished sidecars
+    of an earlier run are kept, unless the size or time of their shard, or of a joined sidecar, is
+    another one. A second command may add other shards.
 
     Args:
         shards: tars, as `sources_of` takes them, of different file names.
         out: a new folder, or that of an earlier run with the same `stamp`.
-        prepare: function of a sample, in a worker. It may raise BrokenSample. collate: function of the list of what it
-            returned for at most `batch_size` samples of one shard, in the worker too.
-        process: function of what `collate` returned, in this process; returns {suffix: bytes} for each of the samples.
-        stamp: keys of meta.json that describe how the files were made, e.g. {"teacher": {"name": ...}}; JSON types only.
+        prepare: function of a sample, in a worker. It may raise BrokenSample. collate: function of
+            the list of what it returned for at most `batch_size` samples of one shard, in the
+            worker too.
+        process: function of what `collate` returned, in this process; returns {suffix: bytes} for
+            each of the samples.
+        stamp: keys of meta.json that describe how the files were made, e.g. {"teacher": {"name":
+            ...}}; JSON types only.
         workers: processes; 0 prepares in this process.
-        sidecars: folders of sidecars that are joined to the samples first, e.g. with other captions.
+        sidecars: folders of sidecars that are joined to the samples first, e.g. with other
+            captions.
         max_bytes: a sample with a file of more bytes is left out and counted.
 
-    Returns: {"path", "shards" (their number), "written" (by this run), "samples", "skipped" (a Skipped)}.
+    Returns: {"path", "shards" (their number), "written" (by this run), "samples", "skipped" (a
+    Skipped)}.
 
-    Raises: InputError (two shards have one file name, `out` is the folder of a shard or holds other files, an earlier run had
-    another stamp, the disk is full), FileExistsError (another process writes to `out`), ShardError (a shard or sidecar cannot
-    be read), WorkerError (a process died).
+    Raises: InputError (two shards have one file name, `out` is the folder of a shard or holds other
+    files, an earlier run had another stamp, the disk is full), FileExistsError (another process
+    writes to `out`), ShardError (a shard or sidecar cannot be read), WorkerError (a process died).
     """
     check_count("batch_size", batch_size, 1)
     check_count("workers", workers, 0)
@@ -81,64 +91,102 @@ def write_sidecars(
     check_sidecars(sources.values(), sidecars)
     for url in urls:
         if not isinstance(url, Address) and out.resolve() == Path(url).resolve().parent:
-            raise InputError(f"out: expected another folder than that of the shard {url!r}, got {str(out)!r}")
+            raise InputError(
+                f"out: expected another folder than that of the shard {url!r}, got {str(out)!r}"
+            )
     folder = TarFolder(out, {"format": FORMAT, **stamp})
     rank, count = ranks.number(), ranks.count()
 
     with contextlib.ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(folder.claimed()))
-        todo, folder.entries = ranks.on_first(lambda: (_unfinished(sources, folder, sidecars), folder.entries))
+        todo, folder.entries = ranks.on_first(
+            lambda: (_unfinished(sources, folder, sidecars), folder.entries)
+        )
         of_rank = list(islice(todo, rank, None, count))
         read = partial(tars.read, sidecars=sidecars, max_bytes=max_bytes)
         prepared = partial(_prepared, prepare=prepare)
-        order = StoredOrder([todo[name] for name in of_rank], read, prepared, batch_size, collate, divide_sources=True)
+        order = StoredOrder(
+            [todo[name] for name in of_rank],
+            read,
+            prepared,
+            batch_size,
+            collate,
+            divide_sources=True,
+        )
         portions = stack.enter_context(contextlib.closing(order.portions(workers)))
         kept = sum(folder.entries[name]["samples"] for name in sources if name not in todo)
         with Progress(title, dataset_size(urls), kept, shown=progress) as bar:
             written = _write(portions, [out / name for name in of_rank], process, bar.update)
-            for name, writer, entry in ranks.gathered((path.name, rank, entry) for path, entry in written):
+            for name, writer, entry in ranks.gathered(
+                (path.name, rank, entry) for path, entry in written
+            ):
                 folder.entries[name] = entry | _origin(todo[name], sidecars)
                 folder.save()
                 bar.update(entry["samples"] if writer else 0)
         entries = ranks.on_first(lambda: [folder.entries[name] for name in sources])
     skipped = skipped_in(entries)
     if progress and ranks.first() and len(todo) < len(sources):
-        print(f"{len(sources) - len(todo)} of {len(sources)} sidecars in {out} were finished earlier and are kept.")
+        print(
+            f"{len(sources) - len(todo)} of {len(sources)} sidecars in {out} were finished earlier "
+            "and are kept."
+        )
     if progress and ranks.first() and skipped.counts:
         print(f"Left out, or lost by damage: {skipped}")
     samples = sum(entry["samples"] for entry in entries)
-    return {"path": str(out), "shards": len(sources), "written": len(todo), "samples": samples, "skipped": skipped}
+    return {
+        "path": str(out),
+        "shards": len(sources),
+        "written": len(todo),
+        "samples": samples,
+        "skipped": skipped,
+    }
 
 
 def _prepared(sample: Sample, prepare: Callable[[Pair], Any]) -> Any:
     return prepare(parse(sample))
 
 
-def _unfinished(sources: Mapping[str, Source], folder: TarFolder, sidecars: Folders) -> dict[str, Source]:
+def _unfinished(
+    sources: Mapping[str, Source], folder: TarFolder, sidecars: Folders
+) -> dict[str, Source]:
     return {
         name: source
         for name, source in sources.items()
-        if not folder.is_whole(name) or not _origin(source, sidecars).items() <= folder.entries[name].items()
+        if not folder.is_whole(name)
+        or not _origin(source, sidecars).items() <= folder.entries[name].items()
     }
 
 
 def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
     """Returns the part of a sidecar's entry in meta.json that says from which files it was made."""
     source_state = {} if isinstance(source.url, Address) else state_of(source.url)
-    return {"source": source_state, "sidecars": [state_of(path) for path in beside(source.url, sidecars)]}
+    return {
+        "source": source_state,
+        "sidecars": [state_of(path) for path in beside(source.url, sidecars)],
+    }
 
 
 def _write(
-    portions: Iterator[Portion], targets: Sequence[Path], process: Callable[[Any], Files], advance: Callable[[int], None]
+    portions: Iterator[Portion],
+    targets: Sequence[Path],
+    process: Callable[[Any], Files],
+    advance: Callable[[int], None],
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Writes the sidecars of the sources of `portions`; yields the path and the entry of each when it is complete."""
+    """Writes the sidecars of the sources of `portions`; yields the path and the entry of each when
+    it is complete.
+    """
     unfinished: dict[int, tuple[contextlib.ExitStack, tarfile.TarFile, Skipped, list[str]]] = {}
     with contextlib.ExitStack() as all_tars:
         for portion in portions:
             target = targets[portion.source]
             if portion.source not in unfinished:
                 of_tar = all_tars.enter_context(contextlib.ExitStack())
-                unfinished[portion.source] = of_tar, of_tar.enter_context(new_tar(target)), Skipped(), []
+                unfinished[portion.source] = (
+                    of_tar,
+                    of_tar.enter_context(new_tar(target)),
+                    Skipped(),
+                    [],
+                )
             of_tar, tar, skipped, keys = unfinished[portion.source]
             skipped.merge(portion.skipped)
             if portion.end:

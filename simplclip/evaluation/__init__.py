@@ -1,4 +1,5 @@
-"""Evaluation of models on held-out data, each figure with its chance; `simplclip evaluate`, and while a run trains.
+"""Evaluation of models on held-out data, each figure with its chance; `simplclip evaluate`, and
+while a run trains.
 
 encoder.py          a trained model that encodes images and texts
 split.py            held-out data and its features
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from simplclip.evaluation.sheets import contact_sheet
     from simplclip.evaluation.split import BATCH_SIZE, Split, encode, features_of, load_splits
 
-# Imported on first use, since training needs neither pictures nor classes. No function has the name of a module.
+# Imported on first use, since training needs neither pictures nor classes. No function has the name
+# of a module.
 _MODULES = {
     "classification": ("class_names", "named", "phrases", "zero_shot"),
     "encoder": ("Encoder", "load"),
@@ -30,8 +32,28 @@ _MODULES = {
     "sheets": ("contact_sheet",),
     "split": ("BATCH_SIZE", "Split", "encode", "features_of", "load_splits"),
 }
-__all__ = ["BATCH_SIZE", "Encoder", "KS", "Split", "class_names", "contact_sheet", "encode", "evaluate", "features_of"]
-__all__ += ["load", "load_splits", "loss_of", "named", "nearest", "phrases", "recall", "recall_of", "zero_shot"]
+__all__ = [
+    "BATCH_SIZE",
+    "Encoder",
+    "KS",
+    "Split",
+    "class_names",
+    "contact_sheet",
+    "encode",
+    "evaluate",
+    "features_of",
+]
+__all__ += [
+    "load",
+    "load_splits",
+    "loss_of",
+    "named",
+    "nearest",
+    "phrases",
+    "recall",
+    "recall_of",
+    "zero_shot",
+]
 
 if not TYPE_CHECKING:  # a type checker would take any name for known
 

@@ -32,9 +32,11 @@ class NamelessError(InputError):
 
 
 def class_names(classnames: str | os.PathLike | None) -> tuple[list[str] | None, list[str] | None]:
-    """Returns names of classes and, for ImageNet's classes, their synsets (n01440764, ...) in the same order.
+    """Returns names of classes and, for ImageNet's classes, their synsets (n01440764, ...) in the
+    same order.
 
-    classnames: "imagenet" for open_clip's list, or a file with a name a line. Raises InputError, FileNotFoundError.
+    classnames: "imagenet" for open_clip's list, or a file with a name a line. Raises InputError,
+    FileNotFoundError.
     """
     if classnames is None:
         return None, None
@@ -42,14 +44,18 @@ def class_names(classnames: str | os.PathLike | None) -> tuple[list[str] | None,
         return list(open_clip.IMAGENET_CLASSNAMES), ImageNetInfo("imagenet1k").label_names()
     names = _lines(classnames, "classnames: expected imagenet or a file of names")
     if len(names) < 2:
-        raise InputError(f"classnames: expected at least two names, got {len(names)} in {classnames}")
+        raise InputError(
+            f"classnames: expected at least two names, got {len(names)} in {classnames}"
+        )
     return names, None
 
 
 def named(data: HeldOut, names: list[str] | None, synsets: list[str] | None) -> HeldOut:
-    """Returns the data with `names` in place of its class names, in the order of the classes' numbers.
+    """Returns the data with `names` in place of its class names, in the order of the classes'
+    numbers.
 
-    synsets: the synsets of ImageNet's `names`, in order. Folders that are named by them, all or some, are matched by synset.
+    synsets: the synsets of ImageNet's `names`, in order. Folders that are named by them, all or
+    some, are matched by synset.
     """
     if names is None:
         return data
@@ -58,15 +64,18 @@ def named(data: HeldOut, names: list[str] | None, synsets: list[str] | None) -> 
         by_synset = dict(zip(synsets, names))
         names = [by_synset[folder] for folder in folders]
     if folders and len(names) != len(folders):
-        raise InputError(f"classnames: expected a name for each of the {len(folders)} folders of {data}, got {len(names)}")
+        raise InputError(
+            f"classnames: expected a name for each of the {len(folders)} folders of {data}, got "
+            f"{len(names)}"
+        )
     return replace(data, classes=replace(data.classes, names=names))
 
 
 def phrases(templates: str | Sequence[str]) -> list[str]:
     """Returns phrases, each with one {} for the name of a class.
 
-    templates: phrases with {} or {c}, names of open_clip's lists ("openai", "simple"), or .txt files with a phrase a line.
-    Raises InputError, FileNotFoundError.
+    templates: phrases with {} or {c}, names of open_clip's lists ("openai", "simple"), or .txt
+    files with a phrase a line. Raises InputError, FileNotFoundError.
     """
     texts: list[str] = []
     for template in [templates] if isinstance(templates, str) else templates:
@@ -79,7 +88,10 @@ def phrases(templates: str | Sequence[str]) -> list[str]:
         rest = text.replace("{}", "", 1)
         if rest == text or set("{}") & set(rest):
             lists = ", ".join(TEMPLATES)
-            raise InputError(f"template: expected a phrase with one {{}} for the label, {lists}, or a file, got {text!r}")
+            raise InputError(
+                f"template: expected a phrase with one {{}} for the label, {lists}, or a file, got "
+                f"{text!r}"
+            )
     return texts
 
 
@@ -98,13 +110,16 @@ def _lines(path: str | os.PathLike, expected: str) -> list[str]:
 def zero_shot(
     model: nn.Module, split: Split, templates: Sequence[str], device: torch.device, precision: str
 ) -> dict[str, Any] | None:
-    """Returns accuracies over the labels of an encoded split, or None if it has fewer than two classes or no label.
+    """Returns accuracies over the labels of an encoded split, or None if it has fewer than two
+    classes or no label.
 
-    Each class's weight is the mean of its features over `templates`, see `phrases` (open_clip's build_zero_shot_classifier).
-    Images without a label are skipped; "images" is the number of images with a label. top1, top5, and mean_per_class (the
-    mean over the classes of the share of their images that are right) are {"value", "chance"}.
+    Each class's weight is the mean of its features over `templates`, see `phrases` (open_clip's
+    build_zero_shot_classifier). Images without a label are skipped; "images" is the number of
+    images with a label. top1, top5, and mean_per_class (the mean over the classes of the share of
+    their images that are right) are {"value", "chance"}.
 
-    Raises: NamelessError for labels that are numbers if there are no names; InputError for a label that is not a known class.
+    Raises: NamelessError for labels that are numbers if there are no names; InputError for a label
+    that is not a known class.
     """
     templates = phrases(templates)
     classes, numbers = _classes(split)
@@ -114,7 +129,12 @@ def zero_shot(
         return None
     with hardware.autocast(precision, device):
         parts = [classes[start : start + AT_ONCE] for start in range(0, len(classes), AT_ONCE)]
-        weights = [open_clip.build_zero_shot_classifier(model, split.tokenizer, p, templates, AT_ONCE, device) for p in parts]
+        weights = [
+            open_clip.build_zero_shot_classifier(
+                model, split.tokenizer, p, templates, AT_ONCE, device
+            )
+            for p in parts
+        ]
     columns = torch.cat(weights, 1).float()  # [D, classes]
     features, labels = split.image_features[labelled], labels[labelled]
     ranked = torch.cat([places.cpu() for _, _, places in nearest(features, columns.T, 5, device)])
@@ -124,14 +144,19 @@ def zero_shot(
     for k in (1, 5):
         right = int(hits[:, :k].any(1).sum())
         figures[f"top{k}"] = {"value": right / len(labels), "chance": min(1.0, k / len(classes))}
-    counts, right_counts = (part.bincount(minlength=len(classes)) for part in (labels, labels[hits[:, 0]]))
+    counts, right_counts = (
+        part.bincount(minlength=len(classes)) for part in (labels, labels[hits[:, 0]])
+    )
     per_class = (right_counts / counts)[counts > 0].double().mean().item()
     figures["mean_per_class"] = {"value": per_class, "chance": 1 / len(classes)}
     return {"classes": classes, "images": len(labels), "templates": templates, **figures}
 
 
 def _classes(split: Split) -> tuple[list[str], list[int]]:
-    """Returns the class names, and each sample's class number (-1: no label). Raises InputError for an unknown label."""
+    """Returns the class names, and each sample's class number (-1: no label).
+
+    Raises InputError for an unknown label.
+    """
     names = split.data.classes.names
     if names is None:
         names = sorted({label for label in split.labels if isinstance(label, str)})
@@ -143,7 +168,9 @@ def _classes(split: Split) -> tuple[list[str], list[int]]:
         else:
             number = -1 if label is None else label
         if label is not None and not 0 <= number < len(names):
-            got = f"{label} of {len(names)} classes" if names else f"the number {label}, and no names"
+            got = (
+                f"{label} of {len(names)} classes" if names else f"the number {label}, and no names"
+            )
             error = InputError if names else NamelessError
             raise error(f"classnames: expected a name for each label of {split.data}, got {got}")
         numbers.append(number)

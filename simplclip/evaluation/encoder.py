@@ -25,15 +25,20 @@ from simplclip.models.crop import crop_texts
 from simplclip.models.sources import in_run
 from simplclip.models.trained import load_source
 
-Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or float [3, S, S], uint8 [3, H, W]
+# a path, a PIL image, or float [3, S, S], uint8 [3, H, W]
+Picture = str | os.PathLike | Image.Image | Tensor
 
 
 @dataclass
 class Encoder:
-    """A frozen model with its image transform and tokenizer. Features are float32 [N, width], L2-normalised, on `device`."""
+    """A frozen model with its image transform and tokenizer.
+
+    Features are float32 [N, width], L2-normalised, on `device`.
+    """
 
     name: str  # of the model: "siclip-tiny", "open_clip:ViT-B-32"
-    model: nn.Module  # encode_image and encode_text with open_clip's signatures, and logit_scale (a logarithm)
+    # encode_image and encode_text with open_clip's signatures, and logit_scale (a logarithm)
+    model: nn.Module
     preprocess: Callable[[Image.Image], Tensor]  # -> float32 [3, S, S]
     tokenizer: Callable[[list[str]], Tensor]  # texts -> int64 [N, L]
     device: torch.device
@@ -44,12 +49,16 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval().requires_grad_(False)
-        with contextlib.suppress(InputError):  # of a tower whose texts cannot be cropped, padding is computed too
+        # of a tower whose texts cannot be cropped, padding is computed too
+        with contextlib.suppress(InputError):
             crop_texts(self.model)
         self.width = self.encode_text(["a"]).shape[1]
 
     def __repr__(self) -> str:
-        return f"{self.name} from {self.source}: features of {self.width} numbers, in {self.precision} on {self.device}"
+        return (
+            f"{self.name} from {self.source}: features of {self.width} numbers, in "
+            f"{self.precision} on {self.device}"
+        )
 
     @property
     def logit_scale(self) -> float:
@@ -59,7 +68,8 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """A hash of the weights and the image transform, equal for equal encoders."""
-        transform = re.sub(r" at 0x\w+", "", repr(self.preprocess))  # without the addresses of functions
+        # without the addresses of functions
+        transform = re.sub(r" at 0x\w+", "", repr(self.preprocess))
         digest = hashlib.sha256(transform.encode())
         for key, value in self.model.state_dict().items():
             digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
@@ -74,34 +84,46 @@ class Encoder:
     def encode_image(self, images: Picture | Sequence[Picture], batch_size: int = 64) -> Tensor:
         """Returns features float32 [N, width] of N images.
 
-        images: paths, PIL images, or tensors: preprocessed float [3, S, S], or uint8 [3, H, W]; a single image (N = 1), a
+        images: paths, PIL images, or tensors: preprocessed float [3, S, S], or uint8 [3, H, W]; a
+        single image (N = 1), a
             list of images, or a tensor [N, 3, ...].
         batch_size: images that are decoded and encoded at a time.
 
-        Raises: FileNotFoundError; InputError for a file that is not an image, a tensor of another shape, or features that are
-        not finite.
+        Raises: FileNotFoundError; InputError for a file that is not an image, a tensor of another
+        shape, or features that are not finite.
         """
-        if isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, Tensor) and images.ndim == 3):
+        if isinstance(images, (str, os.PathLike, Image.Image)) or (
+            isinstance(images, Tensor) and images.ndim == 3
+        ):
             images = [images]
         parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
         batches = (torch.stack([self._pixels(image) for image in part]) for part in parts)
         return self._joined([self.features("image", batch) for batch in batches])
 
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 256) -> Tensor:
-        """Returns features float32 [N, width] of a text (N = 1) or of N texts. Raises InputError if a feature is not finite.
+        """Returns features float32 [N, width] of a text (N = 1) or of N texts.
 
-        Each different text is encoded once, together with texts of similar length. batch_size: texts at a time.
+        Raises InputError if a feature is not finite.
+
+        Each different text is encoded once, together with texts of similar length. batch_size:
+        texts at a time.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         different = sorted(set(texts), key=lambda text: (len(text), text))
-        parts = [different[start : start + batch_size] for start in range(0, len(different), batch_size)]
+        parts = [
+            different[start : start + batch_size] for start in range(0, len(different), batch_size)
+        ]
         features = self._joined([self.features("text", self.tokenizer(part)) for part in parts])
         rows = {text: row for row, text in enumerate(different)}
         return features[[rows[text] for text in texts]]
 
     def features(self, tower: str, inputs: Tensor) -> Tensor:
-        """Features float32 [N, width] of preprocessed images [N, 3, S, S] (tower "image") or token ids [N, L] ("text")."""
-        return features_of(self.model, tower, inputs, self.device, self.precision, self.source or self.name)
+        """Features float32 [N, width] of preprocessed images [N, 3, S, S] (tower "image") or token
+        ids [N, L] ("text").
+        """
+        return features_of(
+            self.model, tower, inputs, self.device, self.precision, self.source or self.name
+        )
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         return torch.cat(parts) if parts else torch.empty(0, self.width, device=self.device)
@@ -109,14 +131,27 @@ class Encoder:
     def _pixels(self, image: Picture) -> Tensor:
         if isinstance(image, Tensor):
             if image.ndim != 3 or len(image) != 3:
-                raise InputError(f"images: expected tensors [3, S, S] or [N, 3, S, S], got one of {list(image.shape)}")
-            return self.preprocess(to_pil_image(image)) if image.dtype == torch.uint8 else image.float()
+                raise InputError(
+                    "images: expected tensors [3, S, S] or [N, 3, S, S], got one of "
+                    f"{list(image.shape)}"
+                )
+            return (
+                self.preprocess(to_pil_image(image))
+                if image.dtype == torch.uint8
+                else image.float()
+            )
         if not isinstance(image, (str, os.PathLike, Image.Image)):
-            raise InputError(f"images: expected paths, PIL images or tensors, got {type(image).__name__}")
+            raise InputError(
+                f"images: expected paths, PIL images or tensors, got {type(image).__name__}"
+            )
         try:
-            return self.preprocess(decode_pil(image if isinstance(image, Image.Image) else file_bytes(image)))
+            return self.preprocess(
+                decode_pil(image if isinstance(image, Image.Image) else file_bytes(image))
+            )
         except BrokenSample as broken:
-            raise InputError(f"images: expected an image, got {image}: {broken.reason} ({broken.detail})") from None
+            raise InputError(
+                f"images: expected an image, got {image}: {broken.reason} ({broken.detail})"
+            ) from None
 
 
 def load(
@@ -126,15 +161,22 @@ def load(
     device: str | torch.device = "auto",
     precision: str = "fp32",
 ) -> Encoder:
-    """Loads the encoder that `source` names: a run, a checkpoint, an export, or a model's name with weights.
+    """Loads the encoder that `source` names: a run, a checkpoint, an export, or a model's name with
+    weights.
 
     source, checkpoint: see `models.trained.load_source`.
     device: cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.
-    precision: fp32, bf16, fp16, or auto: bf16 if the device has it. Features are float32 in each of them.
+    precision: fp32, bf16, fp16, or auto: bf16 if the device has it. Features are float32 in each of
+    them.
 
-    Raises: InputError if the source is unknown, FileNotFoundError, CheckpointError if a file is not a
-    checkpoint of that model.
+    Raises: InputError if the source is unknown, FileNotFoundError, CheckpointError if a file is not
+    a checkpoint of that model.
     """
     source, place = in_run(source), hardware.pick_device(str(device))
     precision, _ = hardware.pick_precision(precision, place)
-    return Encoder(**load_source(source, checkpoint), device=place, precision=precision, source=os.fspath(source))
+    return Encoder(
+        **load_source(source, checkpoint),
+        device=place,
+        precision=precision,
+        source=os.fspath(source),
+    )

@@ -15,9 +15,14 @@ Figure = Mapping[str, float]
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """Returns `evaluate`'s figures in per cent, for 80 columns. Figures of several models stand above their common chance."""
+    """Returns `evaluate`'s figures in per cent, for 80 columns.
+
+    Figures of several models stand above their common chance.
+    """
     models = [results, *results.get("baselines", {}).values()]
-    title = f"{results['model']}{'' if results['step'] is None else ', step ' + str(results['step'])}"
+    title = (
+        f"{results['model']}{'' if results['step'] is None else ', step ' + str(results['step'])}"
+    )
     shown = Table(
         title=f"{len(models)} models" if models[1:] else title,
         caption="share found among the first k",
@@ -36,9 +41,13 @@ def table(results: Mapping[str, Any]) -> Table:
             first, second = heading, among
             for model, row in zip(models, rows):
                 name = escape(str(model["checkpoint"])) if models[1:] else ""
-                shown.add_row(first, second, name, *(percent(figure["value"]) for figure in row[among]))
+                shown.add_row(
+                    first, second, name, *(percent(figure["value"]) for figure in row[among])
+                )
                 first = second = heading = ""
-            shown.add_row("", "  chance", "", *(percent(figure["chance"]) for figure in figures), style="dim")
+            shown.add_row(
+                "", "  chance", "", *(percent(figure["chance"]) for figure in figures), style="dim"
+            )
         shown.add_section()
     return shown
 
@@ -55,8 +64,14 @@ def _rows(result: Mapping[str, Any]) -> dict[str, list[Figure]]:
 
 
 def percent(share: float) -> str:
-    """Writes a share in per cent, as "12.3%"; a small share with one significant digit, as "0.002%"."""
-    return f"{share:.1%}" if share >= 5e-4 or not share else f"{float(f'{100 * share:.1g}'):.7f}".rstrip("0") + "%"
+    """Writes a share in per cent, as "12.3%"; a small share with one significant digit, as
+    "0.002%".
+    """
+    return (
+        f"{share:.1%}"
+        if share >= 5e-4 or not share
+        else f"{float(f'{100 * share:.1g}'):.7f}".rstrip("0") + "%"
+    )
 
 
 def in_words(figures: Mapping[str, Figure], among: int) -> str:

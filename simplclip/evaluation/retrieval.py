@@ -16,11 +16,14 @@ _TILE_BYTES = 64 * 2**20  # of a tile of similarities
 _TILE_COLUMNS = 16384
 
 
-def recall_of(split: Split, device: torch.device | str = "cpu") -> dict[str, dict[str, dict[str, float]]] | None:
-    """Returns R@k of an encoded split in both directions: direction -> "R@k" -> {"value", "chance"}, as fractions.
+def recall_of(
+    split: Split, device: torch.device | str = "cpu"
+) -> dict[str, dict[str, dict[str, float]]] | None:
+    """Returns R@k of an encoded split in both directions: direction -> "R@k" -> {"value",
+    "chance"}, as fractions.
 
-    R@k is defined as for COCO and Flickr30k: an image is right if any of its captions is among the first k; each caption is a
-    query. Returns None for a split without captions.
+    R@k is defined as for COCO and Flickr30k: an image is right if any of its captions is among the
+    first k; each caption is a query. Returns None for a split without captions.
     """
     x, y = split.image_features, split.text_features
     if x is None or y is None:
@@ -31,18 +34,26 @@ def recall_of(split: Split, device: torch.device | str = "cpu") -> dict[str, dic
     }
 
 
-def loss_of(split: Split, batch_size: int, logit_scale: Tensor, logit_bias: Tensor | None = None) -> float | None:
-    """Returns the contrastive loss of an encoded split, with `logit_bias` [] the sigmoid loss; None without captions.
+def loss_of(
+    split: Split, batch_size: int, logit_scale: Tensor, logit_bias: Tensor | None = None
+) -> float | None:
+    """Returns the contrastive loss of an encoded split, with `logit_bias` [] the sigmoid loss; None
+    without captions.
 
-    It is the mean over batches of `batch_size` pairs, an image and its first caption, in a fixed random order. The pairs that
-    fill no batch are left out, if there is one; fewer pairs have a lower loss. Pairs of a group are no negatives.
+    It is the mean over batches of `batch_size` pairs, an image and its first caption, in a fixed
+    random order. The pairs that fill no batch are left out, if there is one; fewer pairs have a
+    lower loss. Pairs of a group are no negatives.
     """
     if split.image_features is None or split.text_features is None:
         return None
     captions: dict[int, int] = {}  # of each group, the first
     for row, group in enumerate(split.caption_groups.tolist()):
         captions.setdefault(group, row)
-    rows = [(row, captions[group]) for row, group in enumerate(split.groups.tolist()) if group in captions]
+    rows = [
+        (row, captions[group])
+        for row, group in enumerate(split.groups.tolist())
+        if group in captions
+    ]
     pairs = torch.tensor(rows)
     size = min(batch_size, len(pairs))
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
@@ -59,8 +70,9 @@ def loss_of(split: Split, batch_size: int, logit_scale: Tensor, logit_bias: Tens
 def nearest(
     queries: Tensor, candidates: Tensor, k: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yields for each part of `queries` [n, D] the number of its first row, and the similarities [q, k] and rows [q, k] of
-    the k most similar `candidates` [m, D], the most similar first (min(k, m) candidates).
+    """Yields for each part of `queries` [n, D] the number of its first row, and the similarities
+    [q, k] and rows [q, k] of the k most similar `candidates` [m, D], the most similar first (min(k,
+    m) candidates).
 
     The similarities are computed in tiles of at most 64 MiB, on `device`.
     """
@@ -87,11 +99,13 @@ def recall(
     candidate_groups: Tensor,
     device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, float]]:
-    """Returns the fraction of queries that have a candidate of their own group among the k nearest, for each k of KS.
+    """Returns the fraction of queries that have a candidate of their own group among the k nearest,
+    for each k of KS.
 
-    queries: [n, D], candidates: [m, D], groups: int64 [n] and [m]. With as many groups as pairs this is the usual R@k.
-    "chance" is the fraction if candidates are ranked at random: 1 - C(m-r, k)/C(m, k) for r right candidates of m, averaged
-    over the queries. Extra memory: a tile of similarities, 64 MiB; never [n, m].
+    queries: [n, D], candidates: [m, D], groups: int64 [n] and [m]. With as many groups as pairs
+    this is the usual R@k. "chance" is the fraction if candidates are ranked at random: 1 - C(m-r,
+    k)/C(m, k) for r right candidates of m, averaged over the queries. Extra memory: a tile of
+    similarities, 64 MiB; never [n, m].
     """
     m = len(candidates)
     hits = torch.zeros(len(KS), dtype=torch.int64)

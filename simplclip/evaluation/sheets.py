@@ -1,4 +1,6 @@
-"""Evaluation sheets: pictures of queries, best, middle and worst, with their nearest candidates and the right answer."""
+"""Evaluation sheets: pictures of queries, best, middle and worst, with their nearest candidates and
+the right answer.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from simplclip.evaluation.split import Split
 TOP = 5  # answers of a query
 PARTS = {"Best": 3, "Middle": 6, "Worst": 3}  # queries of each kind
 LEGEND = (
-    "Green: the right answer. Where it is not among the nearest five it comes last, with its rank: #23 is the 23rd. The "
-    "numbers are similarities. Pictures are cropped as the model sees them."
+    "Green: the right answer. Where it is not among the nearest five it comes last, with its rank: "
+    "#23 is the 23rd. The numbers are similarities. Pictures are cropped as the model sees them."
 )
 GAP, SIDE = 0.1, 0.87  # inches between tiles, and of a tile; six of them are as wide as a sheet
 
@@ -34,26 +36,38 @@ class Answers(NamedTuple):
     missed: bool  # whether none of the nearest is right
 
     def shown(self) -> list[tuple[int, str]]:
-        """Returns the candidates to draw with their labels: the nearest, and the right one, if it is missed."""
+        """Returns the candidates to draw with their labels: the nearest, and the right one, if it
+        is missed.
+        """
         shown = [(row, f"{score:.2f}") for row, score in zip(self.rows, self.scores)]
-        return [*shown, (self.right, f"#{self.rank:,}: {self.right_score:.2f}")] if self.missed else shown
+        return (
+            [*shown, (self.right, f"#{self.rank:,}: {self.right_score:.2f}")]
+            if self.missed
+            else shown
+        )
 
 
-def contact_sheet(path: str | Path, split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> Path:
-    """Writes a picture of captions with their TOP nearest images, and of images with their nearest captions."""
+def contact_sheet(
+    path: str | Path, split: Split, title: str, subtitles: Sequence[str] = ("", "")
+) -> Path:
+    """Writes a picture of captions with their TOP nearest images, and of images with their nearest
+    captions.
+    """
     return sheet_of(split, title, subtitles).write(path)
 
 
 def sheet_of(split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> Sheet:
     """Draws what `contact_sheet` writes.
 
-    split: an encoded split. Of all queries it shows some of the best, of the middle and of the worst, by the rank of the
-    right answer (same group), which is framed green and, where it is not among the nearest, comes last with its rank.
-    subtitles: a line for each half, e.g. its metrics.
+    split: an encoded split. Of all queries it shows some of the best, of the middle and of the
+    worst, by the rank of the right answer (same group), which is framed green and, where it is not
+    among the nearest, comes last with its rank. subtitles: a line for each half, e.g. its metrics.
     """
     sides = (split.text_features, split.caption_groups), (split.image_features, split.groups)
     by_text, by_image = (_chosen(*queries, *answers) for queries, answers in (sides, sides[::-1]))
-    shown = [image for _, query in by_text for image in (*query.rows, query.right)] + [query.query for _, query in by_image]
+    shown = [image for _, query in by_text for image in (*query.rows, query.right)] + [
+        query.query for _, query in by_image
+    ]
     pictures = split.pictures(list(dict.fromkeys(shown)))
     sheet = Sheet()
     sheet.line(title, 13, 2, weight="bold")
@@ -94,18 +108,29 @@ def _draw_captions(sheet: Sheet, split: Split, pictures: dict, answers: Answers)
     sheet.tile(pictures[answers.query], MARGIN, sheet.y, side)
     step = side / (TOP + 1)
     for place, (caption, label) in enumerate(answers.shown()):
-        y, right = sheet.y + place * step, bool(split.caption_groups[caption] == split.groups[answers.query])
+        y = sheet.y + place * step
+        right = bool(split.caption_groups[caption] == split.groups[answers.query])
         if right:
             sheet.box(x, y, WIDTH - MARGIN - x, step - 0.01)
         weight = "bold" if right else "normal"
-        sheet.text(x + 0.06, y + 0.015, split.captions[caption], WIDTH - MARGIN - x - 1.05, 9.5, weight=weight)
+        sheet.text(
+            x + 0.06,
+            y + 0.015,
+            split.captions[caption],
+            WIDTH - MARGIN - x - 1.05,
+            9.5,
+            weight=weight,
+        )
         sheet.text(WIDTH - MARGIN - 0.06, y + 0.015, label, 0.9, 9.5, ha="right", color=MUTED)
     sheet.y += side
 
 
-def _chosen(queries: Tensor, groups: Tensor, candidates: Tensor, candidate_groups: Tensor) -> list[tuple[str, Answers]]:
-    """Returns the queries to show, in the order of the rank of the right answer, then of its similarity; each first one of a
-    kind with the kind's heading."""
+def _chosen(
+    queries: Tensor, groups: Tensor, candidates: Tensor, candidate_groups: Tensor
+) -> list[tuple[str, Answers]]:
+    """Returns the queries to show, in the order of the rank of the right answer, then of its
+    similarity; each first one of a kind with the kind's heading.
+    """
     answers = list(_answers(queries, groups, candidates, candidate_groups))
     order = sorted(answers, key=lambda query: (query.rank, -query.right_score))
     counts = PARTS if len(order) >= sum(PARTS.values()) else {"": len(order)}
@@ -118,17 +143,28 @@ def _chosen(queries: Tensor, groups: Tensor, candidates: Tensor, candidate_group
     ]
 
 
-def _answers(queries: Tensor, groups: Tensor, candidates: Tensor, candidate_groups: Tensor) -> Iterator[Answers]:
-    """Yields the answers of each query that has a right one. A wrong one of the same similarity ranks before it."""
+def _answers(
+    queries: Tensor, groups: Tensor, candidates: Tensor, candidate_groups: Tensor
+) -> Iterator[Answers]:
+    """Yields the answers of each query that has a right one.
+
+    A wrong one of the same similarity ranks before it.
+    """
     rows, size = iter(range(len(queries))), max(1, 2**24 // len(candidates))
     top = nearest(queries, candidates, TOP)
-    near = [(scores, places) for _, several, found in top for scores, places in zip(several.tolist(), found.tolist())]
+    near = [
+        (scores, places)
+        for _, several, found in top
+        for scores, places in zip(several.tolist(), found.tolist())
+    ]
     for part, part_groups in zip(queries.split(size), groups.split(size)):
         scores = part @ candidates.T
         right = candidate_groups == part_groups[:, None]
         best, where = scores.masked_fill(~right, -torch.inf).max(1)
         ranks = 1 + (~right & (scores >= best[:, None])).sum(1)
-        for row, (place, score, rank) in enumerate(zip(where.tolist(), best.tolist(), ranks.tolist())):
+        for row, (place, score, rank) in enumerate(
+            zip(where.tolist(), best.tolist(), ranks.tolist())
+        ):
             query = next(rows)
             if score > -torch.inf:
                 missed = not right[row, near[query][1]].any()

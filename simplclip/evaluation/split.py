@@ -1,4 +1,7 @@
-"""Held-out splits. `encode` fills a split with features, captions, groups and labels; images are not kept."""
+"""Held-out splits.
+
+`encode` fills a split with features, captions, groups and labels; images are not kept.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,17 @@ BATCH_SIZE = 64  # images or captions that are encoded at a time
 class Split:
     """A held-out split, read by `encode`.
 
-    It has n images and m captions. An image has any number of captions. All images of a group (a concept drawn by several
-    vendors) are right answers for all captions of the group, and identical captions of a group are one candidate.
+    It has n images and m captions. An image has any number of captions. All images of a group (a
+    concept drawn by several vendors) are right answers for all captions of the group, and identical
+    captions of a group are one candidate.
     """
 
-    def __init__(self, data: HeldOut, tokenizer: Callable[[list[str]], Tensor], transform: Any) -> None:
-        self.data, self.tokenizer, self.transform = data, tokenizer, transform
+    def __init__(
+        self, data: HeldOut, tokenizer: Callable[[list[str]], Tensor], transform: Any
+    ) -> None:
+        self.data = data
+        self.tokenizer = tokenizer
+        self.transform = transform
         self.clear()
 
     def clear(self) -> None:
@@ -43,16 +51,23 @@ class Split:
         self.skipped = Skipped()
         self._positions: list[int] = []  # n, places in the data
 
-    def read(self, batch_size: int, workers: int = 0, use: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
-        """Yields the images in batches, uint8 or float32 [N, 3, S, S], and collects their keys, captions, labels and groups.
+    def read(
+        self, batch_size: int, workers: int = 0, use: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[Tensor]:
+        """Yields the images in batches, uint8 or float32 [N, 3, S, S], and collects their keys,
+        captions, labels and groups.
 
-        use: as in `data.HeldOut.batches`; its results, e.g. features, are then yielded in place of the images.
+        use: as in `data.HeldOut.batches`; its results, e.g. features, are then yielded in place of
+        the images.
         """
         self.clear()
-        numbers: dict[str | int, int] = {}  # name of a group, or row of an image without one -> number of the group
+        # name of a group, or row of an image without one -> number of the group
+        numbers: dict[str | int, int] = {}
         seen: set[tuple[int, str]] = set()  # number of a group, and one of its captions
         groups, caption_groups = [], []
-        for images, positions, samples in self.data.batches(self.transform, batch_size, self.skipped, workers, use):
+        for images, positions, samples in self.data.batches(
+            self.transform, batch_size, self.skipped, workers, use
+        ):
             for sample in samples:
                 alone = sample.group is None
                 number = numbers.setdefault(len(self.keys) if alone else sample.group, len(numbers))
@@ -66,7 +81,9 @@ class Split:
                 self.labels.append(sample.label)
             self._positions += positions
             yield images
-        self.groups, self.caption_groups = (torch.tensor(part, dtype=torch.int64) for part in (groups, caption_groups))
+        self.groups, self.caption_groups = (
+            torch.tensor(part, dtype=torch.int64) for part in (groups, caption_groups)
+        )
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -82,13 +99,16 @@ class Split:
 
 
 def cropped(transform: Any, image: Image.Image) -> Image.Image:
-    """Returns the part of an image that a model sees, at a multiple of the model's size that has at least 160 pixels."""
+    """Returns the part of an image that a model sees, at a multiple of the model's size that has at
+    least 160 pixels.
+    """
     if isinstance(transform, ImageTransform):
         larger = copy.copy(transform)
         factor = max(1, -(-160 // min(transform.size)))
         larger.size = (factor * transform.size[0], factor * transform.size[1])
         return to_pil_image(larger.render(to_tensor(image), {}))
-    for step in getattr(transform, "transforms", ()):  # of open_clip's, up to the conversion to a tensor
+    # of open_clip's, up to the conversion to a tensor
+    for step in getattr(transform, "transforms", ()):
         changed = step(image)
         if not isinstance(changed, Image.Image):
             break
@@ -99,9 +119,13 @@ def cropped(transform: Any, image: Image.Image) -> Image.Image:
 def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> dict[str, Split]:
     """Returns the eval.splits of a run whose model has this tokenizer and image transform.
 
-    Raises InputError, which names the split's key, for data that `data.held_out` rejects or that have no usable sample.
+    Raises InputError, which names the split's key, for data that `data.held_out` rejects or that
+    have no usable sample.
     """
-    loaded = {name: Split(held_out(what, name=f"eval.splits.{name}"), tokenizer, transform) for name, what in splits.items()}
+    loaded = {
+        name: Split(held_out(what, name=f"eval.splits.{name}"), tokenizer, transform)
+        for name, what in splits.items()
+    }
     for name, split in loaded.items():
         try:
             next(split.data.batches(transform, 1, Skipped()))
@@ -111,8 +135,11 @@ def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> di
 
 
 @torch.no_grad()
-def features_of(model: nn.Module, tower: str, inputs: Tensor, device: torch.device, precision: str, source: str) -> Tensor:
-    """Returns features float32 [N, D], L2-normalised, of images [N, 3, S, S] (tower "image") or token ids [N, L] ("text").
+def features_of(
+    model: nn.Module, tower: str, inputs: Tensor, device: torch.device, precision: str, source: str
+) -> Tensor:
+    """Returns features float32 [N, D], L2-normalised, of images [N, 3, S, S] (tower "image") or
+    token ids [N, L] ("text").
 
     Raises InputError, which names `source`, if a feature is not finite.
     """
@@ -120,7 +147,10 @@ def features_of(model: nn.Module, tower: str, inputs: Tensor, device: torch.devi
     with hardware.autocast(precision, device):
         features = encode(inputs.to(device, non_blocking=True), normalize=True).float()
     if not features.isfinite().all():
-        raise InputError(f"{source}: expected finite features, got {tower} features that are not finite in {precision}")
+        raise InputError(
+            f"{source}: expected finite features, got {tower} features that are not finite in "
+            f"{precision}"
+        )
     return nn.functional.normalize(features, dim=-1)
 
 
@@ -135,16 +165,21 @@ def encode(
     progress: str | None = None,
     source: str = "checkpoint",
 ) -> None:
-    """Reads a split and computes its features, which stay on the CPU: 4 D bytes for each image and caption.
+    """Reads a split and computes its features, which stay on the CPU: 4 D bytes for each image and
+    caption.
 
-    Ranks divide the images and captions. The first rank gets all of them; on other ranks `split` stays empty.
+    Ranks divide the images and captions. The first rank gets all of them; on other ranks `split`
+    stays empty.
 
-    workers: processes that decode images. progress: title of the progress that is shown. source: name of the model in errors.
-    Raises: InputError if features are not finite; the errors of `data.HeldOut.batches`.
+    workers: processes that decode images. progress: title of the progress that is shown. source:
+    name of the model in errors. Raises: InputError if features are not finite; the errors of
+    `data.HeldOut.batches`.
     """
 
     def of_images(batch: Tensor) -> Tensor:
-        return features_of(model, "image", finished(split.transform, batch, device), device, precision, source).cpu()
+        return features_of(
+            model, "image", finished(split.transform, batch, device), device, precision, source
+        ).cpu()
 
     def of_texts(start: int) -> Tensor:
         tokens = split.tokenizer(captions[start : start + batch_size])
@@ -157,4 +192,6 @@ def encode(
             bar.update(len(features))
     captions = ranks.on_first(lambda: split.captions)
     texts = list(ranks.mapped(of_texts, range(0, len(captions), batch_size)))
-    split.image_features, split.text_features = (torch.cat(parts) if parts else None for parts in (images, texts))
+    split.image_features, split.text_features = (
+        torch.cat(parts) if parts else None for parts in (images, texts)
+    )

@@ -1,4 +1,6 @@
-"""Puts this library's losses in the place of open_clip's, and its models and exports beside open_clip's, for this process."""
+"""Puts this library's losses in the place of open_clip's, and its models and exports beside
+open_clip's, for this process.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,16 @@ LOSSES = {
     "CoCaLoss": losses.CoCaLoss,
     "DistillClipLoss": losses.WIKDLoss,
 }
-FOLDER, HUB = "local-dir:", "hf-hub:"  # open_clip's prefixes of the names of a folder, and of one on Hugging Face's hub
+# open_clip's prefixes of the names of a folder, and of one on Hugging Face's hub
+FOLDER, HUB = "local-dir:", "hf-hub:"
 OURS = "simplclip"  # the key of this library's part of a configuration
 _PAIRS = [(getattr(open_clip.loss, name), replacement) for name, replacement in LOSSES.items()]
 _registered: dict[str, Spec] = {}
 
 
 class use_losses(contextlib.AbstractContextManager):
-    """Replaces ClipLoss, SigLipLoss, CoCaLoss and DistillClipLoss of open_clip in all loaded modules.
+    """Replaces ClipLoss, SigLipLoss, CoCaLoss and DistillClipLoss of open_clip in all loaded
+    modules.
 
         use_losses()                        # from here on, in this process
         loss = open_clip.create_loss(args)  # makes ours
@@ -45,21 +49,26 @@ class use_losses(contextlib.AbstractContextManager):
         with use_losses():                  # or within a block
             ...
 
-    Each global name of a module that stands for one of the classes is replaced, and modules that are imported later take this
-    library's classes from open_clip.loss. So `from open_clip import ClipLoss` gives this library's class, before or after the
-    use and under any name. Not replaced are classes that are held otherwise (a local variable, a default value, an item of a
-    container, an attribute of a class), existing losses and subclasses, and other processes. An existing subclass must call
-    `super().__init__()`; while the losses are replaced, its `ClipLoss.__init__(self)` fails.
+    Each global name of a module that stands for one of the classes is replaced, and modules that
+    are imported later take this library's classes from open_clip.loss. So `from open_clip import
+    ClipLoss` gives this library's class, before or after the use and under any name. Not replaced
+    are classes that are held otherwise (a local variable, a default value, an item of a container,
+    an attribute of a class), existing losses and subclasses, and other processes. An existing
+    subclass must call `super().__init__()`; while the losses are replaced, its
+    `ClipLoss.__init__(self)` fails.
 
-    `undo()` gives open_clip's classes back to each replaced name that has not changed since; a nested use changes nothing.
-    A module outside of open_clip that was first imported during the use keeps this library's classes.
+    `undo()` gives open_clip's classes back to each replaced name that has not changed since; a
+    nested use changes nothing. A module outside of open_clip that was first imported during the use
+    keeps this library's classes.
 
-    Signatures, values, gradients and distributed modes are open_clip's; see `simplclip.losses`. DistillClipLoss becomes
-    WIKDLoss, which lacks the `dist_loss` and `get_logits` that a subclass might call.
+    Signatures, values, gradients and distributed modes are open_clip's; see `simplclip.losses`.
+    DistillClipLoss becomes WIKDLoss, which lacks the `dist_loss` and `get_logits` that a subclass
+    might call.
     """
 
     def __init__(self) -> None:
-        self._replaced: list[tuple[ModuleType, str]] = []  # names that stood for open_clip's classes
+        # names that stood for open_clip's classes
+        self._replaced: list[tuple[ModuleType, str]] = []
         for original, replacement in _PAIRS:
             for module, name in list(_names_of(original)):
                 self._replaced.append((module, name))
@@ -70,30 +79,44 @@ class use_losses(contextlib.AbstractContextManager):
         replaced, self._replaced = self._replaced, []
         for original, replacement in _PAIRS if replaced else ():
             for module, name in list(_names_of(replacement)):
-                if (module, name) in replaced or module.__name__.partition(".")[0] in ("open_clip", "open_clip_train"):
+                if (module, name) in replaced or module.__name__.partition(".")[0] in (
+                    "open_clip",
+                    "open_clip_train",
+                ):
                     setattr(module, name, original)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.undo()
 
 
 def register_models() -> list[str]:
-    """Makes open_clip know this library's models and the folders of `simplclip export`, here or on a hub; returns the names.
+    """Makes open_clip know this library's models and the folders of `simplclip export`, here or on
+    a hub; returns the names.
 
         register_models()  # from here on, in this process
         model, _, preprocess = open_clip.create_model_and_transforms("local-dir:export")
         tokenizer = open_clip.get_tokenizer("local-dir:export")
 
-    In place of a folder, a model's name with pretrained=FILE works, too. FILE has the layout of this library or of open_clip,
-    or, for mobileclip-s0 and SiCLIPs made from it, the published one (see `simplclip.models.mobileclip`). All arguments of
-    open_clip's functions work. Each global name that stands for open_clip's create_model or get_tokenizer is replaced, as by
-    `use_losses`; calls with other names reach open_clip's own. Nothing else of open_clip changes. A second call does nothing.
+    In place of a folder, a model's name with pretrained=FILE works, too. FILE has the layout of
+    this library or of open_clip, or, for mobileclip-s0 and SiCLIPs made from it, the published one
+    (see `simplclip.models.mobileclip`). All arguments of open_clip's functions work. Each global
+    name that stands for open_clip's create_model or get_tokenizer is replaced, as by `use_losses`;
+    calls with other names reach open_clip's own. Nothing else of open_clip changes. A second call
+    does nothing.
 
-    Raises InputError if options in a folder, which may come from elsewhere, may fetch or unpickle files.
+    Raises InputError if options in a folder, which may come from elsewhere, may fetch or unpickle
+    files.
     """
     factory, first = open_clip.factory, not _registered
     _registered.update({name: models.spec_of(name) for name in models.names()})
-    factory._MODEL_CONFIGS.update({name: {**spec.config, OURS: {"model": name}} for name, spec in _registered.items()})
+    factory._MODEL_CONFIGS.update(
+        {name: {**spec.config, OURS: {"model": name}} for name, spec in _registered.items()}
+    )
     for function in (_create_model, _get_tokenizer) if first else ():
         original = getattr(factory, function.__name__.removeprefix("_"))
         replacement = functools.wraps(original)(functools.partial(function, original))
@@ -103,7 +126,9 @@ def register_models() -> list[str]:
 
 
 def _part_of(name: str) -> dict[str, Any] | None:
-    """Returns this library's part of the configuration of a registered model or of a folder; None if there is no part."""
+    """Returns this library's part of the configuration of a registered model or of a folder; None
+    if there is no part.
+    """
     if name not in _registered and not name.startswith((FOLDER, HUB)):
         return None
     config = open_clip.get_model_config(name)
@@ -112,14 +137,22 @@ def _part_of(name: str) -> dict[str, Any] | None:
         return part
     where = f"{name.removeprefix(FOLDER)}/open_clip_config.json"
     if not isinstance(part, dict) or not isinstance(part.get("model", ""), str):
-        raise InputError(f"{where}: expected a part {OURS!r} as `simplclip export` writes it, got {str(part)[:100]}")
-    config["text_cfg"].pop("hf_tokenizer_name", None)  # open_clip reads the tokenizer from the folder, whatever its name
+        raise InputError(
+            f"{where}: expected a part {OURS!r} as `simplclip export` writes it, got "
+            f"{str(part)[:100]}"
+        )
+    # open_clip reads the tokenizer from the folder, whatever its name
+    config["text_cfg"].pop("hf_tokenizer_name", None)
     check_options(config | {key: value for key, value in part.items() if key != "model"}, where)
     return part
 
 
-def _create_model(original: Callable[..., nn.Module], model_name: str, *args: Any, **options: Any) -> nn.Module:
-    """Calls open_clip's create_model, with this library's model in it; open_clip sets precision, loads weights and so on."""
+def _create_model(
+    original: Callable[..., nn.Module], model_name: str, *args: Any, **options: Any
+) -> nn.Module:
+    """Calls open_clip's create_model, with this library's model in it; open_clip sets precision,
+    loads weights and so on.
+    """
     if model_name.startswith(FOLDER):
         check_digest(Path(model_name.removeprefix(FOLDER), EXPORTED_WEIGHTS))
     if _part_of(model_name) is None:
@@ -129,9 +162,15 @@ def _create_model(original: Callable[..., nn.Module], model_name: str, *args: An
     call = inspect.signature(original).bind(model_name, *args, **options)
     if model_name in _registered:  # a folder has its own preprocessing
         forced = call.arguments.get("force_preprocess_cfg")
-        call.arguments["force_preprocess_cfg"] = merge_preprocess_dict(dict(_registered[model_name].preprocess), forced)
-    replaced = {kind: _builder(getattr(factory, kind)) for kind in ("CLIP", "CustomTextCLIP", "CoCa")}
-    replaced["convert_state_dict"] = lambda model, state: convert(model, from_published(model, state))
+        call.arguments["force_preprocess_cfg"] = merge_preprocess_dict(
+            dict(_registered[model_name].preprocess), forced
+        )
+    replaced = {
+        kind: _builder(getattr(factory, kind)) for kind in ("CLIP", "CustomTextCLIP", "CoCa")
+    }
+    replaced["convert_state_dict"] = lambda model, state: convert(
+        model, from_published(model, state)
+    )
     with mock.patch.multiple(factory, **replaced):
         return original(*call.args, **call.kwargs)
 
@@ -149,17 +188,25 @@ def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def _get_tokenizer(
-    original: Callable[..., Any], model_name: str = "", context_length: int | None = None, *args: Any, **options: Any
+    original: Callable[..., Any],
+    model_name: str = "",
+    context_length: int | None = None,
+    *args: Any,
+    **options: Any,
 ) -> Any:
     """Returns open_clip's tokenizer, or the one of a model of this library."""
     name = (_part_of(model_name) or {}).get("model")
     if name is None:
         return original(model_name, context_length, *args, **options)
-    return models.tokenizer(name, context_length or open_clip.get_model_config(model_name)["text_cfg"]["context_length"])
+    return models.tokenizer(
+        name, context_length or open_clip.get_model_config(model_name)["text_cfg"]["context_length"]
+    )
 
 
 def _names_of(item: Any) -> Iterator[tuple[ModuleType, str]]:
     """Yields the global names of loaded modules that stand for this class or function."""
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType):
-            yield from ((module, name) for name, value in list(vars(module).items()) if value is item)
+            yield from (
+                (module, name) for name, value in list(vars(module).items()) if value is item
+            )

@@ -1,13 +1,15 @@
 """open_clip's own trainer with this library's losses: `simplclip-open-clip ARGS`, or, for torchrun,
 `python -m simplclip.integrations.open_clip_train ARGS`.
 
-ARGS are all arguments of `python -m open_clip_train.main`, and those of `parser()` below, whose defaults give the values of
-open_clip's losses. ClipPMLoss replaces ClipLoss, WIKDLoss DistillClipLoss, and SigLipLoss and CoCaLoss their namesakes.
-While `main` runs, a few names in the module open_clip_train.main are replaced; no file is changed. --model takes the models
-of `register_models`, too.
+ARGS are all arguments of `python -m open_clip_train.main`, and those of `parser()` below, whose
+defaults give the values of open_clip's losses. ClipPMLoss replaces ClipLoss, WIKDLoss
+DistillClipLoss, and SigLipLoss and CoCaLoss their namesakes. While `main` runs, a few names in the
+module open_clip_train.main are replaced; no file is changed. --model takes the models of
+`register_models`, too.
 
-A loss that learns (the plane of pair matching, projections to a teacher's width) is the submodule `simplclip_loss` of the
-model: open_clip's optimizer trains it, DistributedDataParallel keeps it equal on all ranks, and checkpoints have it.
+A loss that learns (the plane of pair matching, projections to a teacher's width) is the submodule
+`simplclip_loss` of the model: open_clip's optimizer trains it, DistributedDataParallel keeps it
+equal on all ranks, and checkpoints have it.
 """
 
 import argparse
@@ -33,20 +35,36 @@ DISTILLATION = ("relational_weight", "interactive_weight", "interactive", "featu
 def parser() -> argparse.ArgumentParser:
     """The parser of the options that are added to open_clip's."""
     ours = argparse.ArgumentParser(
-        prog="simplclip-open-clip", add_help=False, allow_abbrev=False, usage="%(prog)s [options]",
-        description="open_clip's trainer with simplclip's losses. Options beside open_clip's own, which follow:",
-    )  # fmt: skip
+        prog="simplclip-open-clip",
+        add_help=False,
+        allow_abbrev=False,
+        usage="%(prog)s [options]",
+        description="open_clip's trainer with simplclip's losses. Options beside open_clip's own, "
+        "which follow:",
+    )
     matching = ours.add_argument_group("pair matching, beside any loss but that of CoCa models")
-    matching.add_argument("--pm-weight", type=_weight, default=0.0, help="weight of pair matching (default: 0, none)")
-    matching.add_argument("--pm-plane", choices=losses.PLANES, default="scalar", help="its hyperplane (default: scalar)")
+    matching.add_argument(
+        "--pm-weight", type=_weight, default=0.0, help="weight of pair matching (default: 0, none)"
+    )
+    matching.add_argument(
+        "--pm-plane",
+        choices=losses.PLANES,
+        default="scalar",
+        help="its hyperplane (default: scalar)",
+    )
     ours.add_argument(
         "--crop-texts", action="store_true",
         help="compute no tokens behind the end of the texts (models whose text tower is causal)",
     )  # fmt: skip
-    distillation = ours.add_argument_group("distillation, beside --distill-model and --distill-pretrained")
+    distillation = ours.add_argument_group(
+        "distillation, beside --distill-model and --distill-pretrained"
+    )
     for name, default in (("relational", 1.0), ("interactive", 0.0), ("feature", 0.0)):
         distillation.add_argument(
-            f"--{name}-weight", type=_weight, default=default, help=f"weight of the {name} term (default: {default:g})"
+            f"--{name}-weight",
+            type=_weight,
+            default=default,
+            help=f"weight of the {name} term (default: {default:g})",
         )
     what = "form of the interactive term (default: infonce)"
     distillation.add_argument("--interactive", choices=INTERACTIVE, default="infonce", help=what)
@@ -71,7 +89,10 @@ def command():
 
 
 def main(argv: list[str] | None = None):
-    """Runs open_clip_train.main.main with our losses and returns its result. Wrong arguments exit as in argparse."""
+    """Runs open_clip_train.main.main with our losses and returns its result.
+
+    Wrong arguments exit as in argparse.
+    """
     ours = parser()
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -79,7 +100,10 @@ def main(argv: list[str] | None = None):
     except ModuleNotFoundError as error:
         ours.error(f"open_clip's trainer does not load: {error}; pip install 'simplclip[openclip]'")
     if not hasattr(trainer, "create_loss"):
-        ours.error("open_clip_train.main: expected that of open_clip 3.3, got another: pip install 'open_clip_torch==3.3.*'")
+        ours.error(
+            "open_clip_train.main: expected that of open_clip 3.3, got another: pip install "
+            "'open_clip_torch==3.3.*'"
+        )
     if {"-h", "--help"} & set(argv):
         ours.print_help()
         print(flush=True)
@@ -109,14 +133,22 @@ def _replacements(options: argparse.Namespace, args: argparse.Namespace, trainer
             made.append(_attached(model, replacement(options, args, create_loss(args)), args))
         return model, *transforms
 
-    return {"create_model_and_transforms": create_model_and_transforms, "create_loss": lambda args: made[0]}
+    return {
+        "create_model_and_transforms": create_model_and_transforms,
+        "create_loss": lambda args: made[0],
+    }
 
 
 def _attached(model: nn.Module, loss: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """Makes a loss that learns a part of the model, which is not wrapped yet and has no optimizer; returns the loss."""
+    """Makes a loss that learns a part of the model, which is not wrapped yet and has no optimizer;
+    returns the loss.
+    """
     learned = list(loss.parameters())
     if learned and getattr(args, "fsdp", False):
-        raise InputError("--fsdp: expected a loss without learned parameters, which are not sharded with the model's")
+        raise InputError(
+            "--fsdp: expected a loss without learned parameters, which are not sharded with the "
+            "model's"
+        )
     for parameter in learned:
         # Each of the K backward passes of --accum-freq K is that of the whole loss.
         parameter.register_hook(lambda gradient: gradient / args.accum_freq)
@@ -126,8 +158,9 @@ def _attached(model: nn.Module, loss: nn.Module, args: argparse.Namespace) -> nn
 
 
 def _shards_of_webdataset_1():
-    """Lets open_clip, made for webdataset 0.2.86, read shards by webdataset 1.0, which ends each shard with an empty sample;
-    open_clip would raise KeyError: 'fname' on it."""
+    """Lets open_clip, made for webdataset 0.2.86, read shards by webdataset 1.0, which ends each
+    shard with an empty sample; open_clip would raise KeyError: 'fname' on it.
+    """
     data = importlib.import_module("open_clip_train.data")
     expander = getattr(data, "tar_file_expander", None)
     if expander is None or "eof_value" not in inspect.signature(expander).parameters:
@@ -135,32 +168,50 @@ def _shards_of_webdataset_1():
     return mock.patch.multiple(data, tar_file_expander=functools.partial(expander, eof_value=None))
 
 
-def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: argparse.Namespace) -> None:
+def _check(
+    ours: argparse.ArgumentParser, options: argparse.Namespace, args: argparse.Namespace
+) -> None:
     """Raises errors for options that do not go together, or would be ignored silently."""
-    distilled = args.distill_model is not None and args.distill_pretrained is not None  # the same test as in open_clip
-    refused = {name: "expected a teacher (--distill-model and --distill-pretrained), got none" for name in DISTILLATION}
+    # the same test as in open_clip
+    distilled = args.distill_model is not None and args.distill_pretrained is not None
+    refused = {
+        name: "expected a teacher (--distill-model and --distill-pretrained), got none"
+        for name in DISTILLATION
+    }
     if distilled:
         refused = {}
         if args.siglip:
-            ours.error("--siglip: expected no --distill-model, since open_clip's distillation takes no logit bias, got both")
+            ours.error(
+                "--siglip: expected no --distill-model, since open_clip's distillation takes no "
+                "logit bias, got both"
+            )
     elif "coca" in args.model.lower():
-        refused["pm_weight"] = f"expected 0, since CoCa's loss has no pair matching, got --model {args.model}"
+        refused["pm_weight"] = (
+            f"expected 0, since CoCa's loss has no pair matching, got --model {args.model}"
+        )
     elif args.siglip:
         what = "since --siglip computes pair matching with it in one sweep"
         refused |= {"pm_plane": f"expected scalar, {what}"}
     if options.crop_texts and (args.trace or args.torchscript):
-        ours.error("--crop-texts: expected no --trace and no --torchscript, which fix the length of texts")
+        ours.error(
+            "--crop-texts: expected no --trace and no --torchscript, which fix the length of texts"
+        )
     for name, why in refused.items():
         if getattr(options, name) != ours.get_default(name):
             ours.error(f"--{name.replace('_', '-')}: {why}")
 
 
-def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.Module | None) -> nn.Module:
+def replacement(
+    options: argparse.Namespace, args: argparse.Namespace, loss: nn.Module | None
+) -> nn.Module:
     """Returns this library's loss with the settings of `loss`, open_clip's, on args.device."""
     from open_clip import loss as originals
 
     shared = {name: getattr(loss, name, None) for name in ("cache_labels", "rank", "world_size")}
-    gather = {name: getattr(loss, name, False) for name in ("local_loss", "gather_with_grad", "use_horovod")}
+    gather = {
+        name: getattr(loss, name, False)
+        for name in ("local_loss", "gather_with_grad", "use_horovod")
+    }
     matching = {"pm_weight": options.pm_weight}
     plane = {"plane": options.pm_plane, "embed_dim": _width(args.model)}
     if type(loss) is originals.SigLipLoss:
@@ -168,17 +219,26 @@ def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.
         ours = kind(**shared, **matching, dist_impl=loss.dist_impl)
     elif type(loss) is originals.CoCaLoss:
         ours = losses.CoCaLoss(
-            loss.caption_loss_weight, loss.clip_loss_weight, loss.caption_loss.ignore_index, **shared, **gather
+            loss.caption_loss_weight,
+            loss.clip_loss_weight,
+            loss.caption_loss.ignore_index,
+            **shared,
+            **gather,
         )
     elif type(loss) is originals.ClipLoss:
         ours = losses.ClipPMLoss(**shared, **gather, **matching, **plane)
     elif type(loss) is originals.DistillClipLoss:
         distillation = {name: getattr(options, name) for name in DISTILLATION}
         width = _width(args.distill_model)
-        ours = losses.WIKDLoss(**shared, **gather, **matching, **plane, **distillation, teacher_dim=width)
+        ours = losses.WIKDLoss(
+            **shared, **gather, **matching, **plane, **distillation, teacher_dim=width
+        )
     else:
         expected = "open_clip's ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss"
-        raise InputError(f"--model {args.model}: expected {expected}, got {type(loss).__name__}, which has no replacement")
+        raise InputError(
+            f"--model {args.model}: expected {expected}, got {type(loss).__name__}, which has no "
+            "replacement"
+        )
     return ours.to(args.device)
 
 
@@ -188,16 +248,25 @@ class OneSweepSigLipLoss(losses.SigLipLoss):
     Both terms share a sweep, and the first one carries the gradient of the sum.
     """
 
-    def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
+    def forward(
+        self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False
+    ):
         weights = {"sigmoid": 1.0, "pair_matching": self.pm_weight}
-        total, terms = self.terms(image_features, text_features, logit_scale, weights=weights, logit_bias=logit_bias)
+        total, terms = self.terms(
+            image_features, text_features, logit_scale, weights=weights, logit_bias=logit_bias
+        )
         if not output_dict:
             return total
-        return {"contrastive_loss": terms["sigmoid"] + total - total.detach(), "pair_matching_loss": terms["pair_matching"]}
+        return {
+            "contrastive_loss": terms["sigmoid"] + total - total.detach(),
+            "pair_matching_loss": terms["pair_matching"],
+        }
 
 
 def _width(model: str) -> int | None:
-    """Returns the embedding width in open_clip's configs; None for a model without a config (hf-hub:, local-dir:)."""
+    """Returns the embedding width in open_clip's configs; None for a model without a config
+    (hf-hub:, local-dir:).
+    """
     import open_clip
 
     return (open_clip.get_model_config(model) or {}).get("embed_dim")

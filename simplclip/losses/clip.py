@@ -1,4 +1,6 @@
-"""ClipPMLoss and its base PairLoss, which is also the base of ClipLoss and SigLipLoss in drop_in.py."""
+"""ClipPMLoss and its base PairLoss, which is also the base of ClipLoss and SigLipLoss in
+drop_in.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from simplclip.losses.base import Pairs, SimilarityLoss
 
 
 class PairLoss(SimilarityLoss):
-    """Base class with the forward of a loss of one term, to which pair matching is added if pm_weight is not 0."""
+    """Base class with the forward of a loss of one term, to which pair matching is added if
+    pm_weight is not 0.
+    """
 
     TERM = "contrastive"
 
@@ -27,11 +31,14 @@ class PairLoss(SimilarityLoss):
         *,
         ids: Tensor | None = None,  # [N] int64
     ) -> Tensor | dict[str, Tensor]:
-        """Returns the loss; with output_dict, a dict of its weighted terms, each with its own gradient.
+        """Returns the loss; with output_dict, a dict of its weighted terms, each with its own
+        gradient.
 
-        These are `contrastive_loss`, open_clip's name for the sigmoid term too, and, with pm_weight, `pair_matching_loss`.
+        These are `contrastive_loss`, open_clip's name for the sigmoid term too, and, with
+        pm_weight, `pair_matching_loss`.
 
-        ids: pairs with equal ids (several captions of an image, duplicates) are not each other's negatives.
+        ids: pairs with equal ids (several captions of an image, duplicates) are not each other's
+        negatives.
         """
         pairs = Pairs(image_features, text_features, logit_scale, logit_bias, ids)
         term, weight = self.TERM, self.pm_weight
@@ -42,27 +49,34 @@ class PairLoss(SimilarityLoss):
         if not output_dict:  # with weights, sigmoid and pair matching share a sweep
             return self._values(pairs, terms, {term: 1.0, "pair_matching": weight})["loss"]
         values = self._values(pairs, terms)
-        return {"contrastive_loss": values[term], "pair_matching_loss": weight * values["pair_matching"]}
+        return {
+            "contrastive_loss": values[term],
+            "pair_matching_loss": weight * values["pair_matching"],
+        }
 
 
 class ClipPMLoss(PairLoss):
     r"""Contrastive loss plus pair matching, a drop-in replacement of `open_clip.ClipLoss`.
 
-        loss = ClipLoss(image, text) + pm_weight · ½ [mean_i softplus(−l_ii) + mean over negatives softplus(l_ij)]
+        loss = ClipLoss(image, text) + pm_weight · ½ [mean_i softplus(−l_ii) + mean over negatives
+        softplus(l_ij)]
 
-    with the learned hyperplane l = p S + q (plane="scalar") or l_ij = w·(x_i ⊙ y_j) + q (plane="hadamard") over the
-    similarity S of L2-normalised features; see `simplclip.ops.similarity_loss`, which never stores the N×N matrix. The
-    hyperplane's parameters are `plane_weight` (p [], or w [D]) and `plane_bias` (q []); pass them to the optimizer. With
+    with the learned hyperplane l = p S + q (plane="scalar") or l_ij = w·(x_i ⊙ y_j) + q
+    (plane="hadamard") over the similarity S of L2-normalised features; see
+    `simplclip.ops.similarity_loss`, which never stores the N×N matrix. The hyperplane's parameters
+    are `plane_weight` (p [], or w [D]) and `plane_bias` (q []); pass them to the optimizer. With
     pm_weight=0 the module has no parameters and equals ClipLoss.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss. cache_labels has no effect,
-            since labels are an offset here. use_horovod is not supported with several ranks.
+        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss.
+            cache_labels has no effect, since labels are an offset here. use_horovod is not
+            supported with several ranks.
         pm_weight: weight of pair matching, 0 or more.
         plane: "scalar" or "hadamard"; hadamard needs embed_dim.
         embed_dim: D, for plane="hadamard".
 
-    Source: open_clip.loss.ClipLoss; arXiv 2411.14789 names pair matching; its form is this library's interpretation.
+    Source: open_clip.loss.ClipLoss; arXiv 2411.14789 names pair matching; its form is this
+    library's interpretation.
     """
 
     def __init__(

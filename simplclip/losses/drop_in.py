@@ -1,4 +1,6 @@
-"""Losses that are subclasses of open_clip's where it is installed, so that they pass its isinstance checks."""
+"""Losses that are subclasses of open_clip's where it is installed, so that they pass its isinstance
+checks.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,29 @@ open_clip_loss: Any
 try:
     open_clip_loss = importlib.import_module("open_clip.loss")
 except ImportError:
-    open_clip_loss = type("NoOpenClip", (), dict.fromkeys(("ClipLoss", "CoCaLoss", "SigLipLoss"), object))
+    open_clip_loss = type(
+        "NoOpenClip", (), dict.fromkeys(("ClipLoss", "CoCaLoss", "SigLipLoss"), object)
+    )
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
 class ClipLoss(PairLoss, open_clip_loss.ClipLoss):
-    r"""`open_clip.ClipLoss` without its N×N matrices: the same constructor, forward, values and gradients.
+    r"""`open_clip.ClipLoss` without its N×N matrices: the same constructor, forward, values and
+    gradients.
 
-        loss = ½ [cross-entropy of the rows of Z to the diagonal + that of the columns],   Z = logit_scale · x yᵀ + logit_bias
+        Z = logit_scale · x yᵀ + logit_bias
+        loss = ½ [cross-entropy of the rows of Z to the diagonal + that of the columns]
 
-    Subclasses may use `get_logits` and `get_ground_truth`, which are open_clip's and make the matrices. See
-    `simplclip.ops.similarity_loss` for shapes, dtypes and memory.
+    Subclasses may use `get_logits` and `get_ground_truth`, which are open_clip's and make the
+    matrices. See `simplclip.ops.similarity_loss` for shapes, dtypes and memory.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss; see DistributedLoss for the
-            values and gradients of each mode. use_horovod is not supported with several ranks.
-        pm_weight, plane, embed_dim: as in ClipPMLoss, whose pair matching has weight 1 by default and here 0.
+        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss; see
+            DistributedLoss for the values and gradients of each mode. use_horovod is not supported
+            with several ranks.
+        pm_weight, plane, embed_dim: as in ClipPMLoss, whose pair matching has weight 1 by default
+            and here 0.
 
     Source: Radford et al. 2021 (arXiv 2103.00020); open_clip.loss.ClipLoss.
     """
@@ -41,10 +49,12 @@ class ClipLoss(PairLoss, open_clip_loss.ClipLoss):
 
 
 class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
-    r"""`open_clip.CoCaLoss`: the contrastive loss and the cross-entropy of a caption's tokens, each with its weight.
+    r"""`open_clip.CoCaLoss`: the contrastive loss and the cross-entropy of a caption's tokens, each
+    with its weight.
 
     Args:
-        caption_loss_weight, clip_loss_weight: weights; with clip_loss_weight=0 the contrastive loss is not computed.
+        caption_loss_weight, clip_loss_weight: weights; with clip_loss_weight=0 the contrastive loss
+            is not computed.
         pad_id: the token that the caption's loss leaves out.
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in ClipLoss.
 
@@ -64,7 +74,9 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
         use_horovod: bool = False,
         **unknown: Never,
     ) -> None:
-        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown)
+        super().__init__(
+            local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown
+        )
         self.caption_loss_weight = checks.number("caption_loss_weight", caption_loss_weight)
         self.clip_loss_weight = checks.number("clip_loss_weight", clip_loss_weight)
         checks.instance("pad_id", pad_id, int, "an integer")
@@ -79,28 +91,37 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
         logit_scale: Tensor,  # []
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """Returns the weighted contrastive and caption losses; with output_dict, as `contrastive_loss`, `caption_loss`."""
+        """Returns the weighted contrastive and caption losses; with output_dict, as
+        `contrastive_loss`, `caption_loss`.
+        """
         contrastive: Any = torch.tensor(0, device=logits.device)
         if self.clip_loss_weight:
             value: Any = super().forward(image_features, text_features, logit_scale)
             contrastive = self.clip_loss_weight * value
         caption = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
-        return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
+        return (
+            {"contrastive_loss": contrastive, "caption_loss": caption}
+            if output_dict
+            else (contrastive, caption)
+        )
 
 
 class SigLipLoss(PairLoss, open_clip_loss.SigLipLoss):
     r"""`open_clip.SigLipLoss` without N×N matrices, and with pair matching beside it.
 
-        loss = (1/N) Σ_ij softplus(−y_ij Z_ij) + pm_weight · pair matching,   Z = logit_scale · x yᵀ + logit_bias
+        Z = logit_scale · x yᵀ + logit_bias
+        loss = (1/N) Σ_ij softplus(−y_ij Z_ij) + pm_weight · pair matching
 
-    with y_ij = 1 for a pair and −1 else. Three matrix products of N·M·D in all, pair matching included; with output_dict pair
-    matching has three of its own, since each term has its own gradient.
+    with y_ij = 1 for a pair and −1 else. Three matrix products of N·M·D in all, pair matching
+    included; with output_dict pair matching has three of its own, since each term has its own
+    gradient.
 
     Args:
-        rank, world_size: with world_size > 1 each rank computes its own rows against the texts of all ranks. Value and
-            gradients are open_clip's.
-        cache_labels, dist_impl, chunk_size: as in open_clip, without effect. The ranks gather features, never logits, and
-            `scratch_bytes` sets the rows of a chunk. Only open_clip's `_loss`, which a subclass may call, reads chunk_size.
+        rank, world_size: with world_size > 1 each rank computes its own rows against the texts of
+            all ranks. Value and gradients are open_clip's.
+        cache_labels, dist_impl, chunk_size: as in open_clip, without effect. The ranks gather
+            features, never logits, and `scratch_bytes` sets the rows of a chunk. Only open_clip's
+            `_loss`, which a subclass may call, reads chunk_size.
         pm_weight, plane, embed_dim: pair matching over all negatives, as in ClipPMLoss.
 
     Source: Zhai et al. 2023 (arXiv 2303.15343); open_clip.loss.SigLipLoss.

@@ -1,4 +1,6 @@
-"""Models by name: registry.py builds them, simplify.py replaces blocks of open_clip models, inherit.py copies weights."""
+"""Models by name: registry.py builds them, simplify.py replaces blocks of open_clip models,
+inherit.py copies weights.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,6 @@ if TYPE_CHECKING:
 __all__ = ["PLAIN", "Spec", "create", "names", "spec_of", "tokenizer", "transforms"]
 
 if not TYPE_CHECKING:  # a type checker would take any name for known
-
-    def __getattr__(name: str) -> Any:  # imported late, so that sources.py checks names before torch is imported
+    # imported late, so that sources.py checks names before torch is imported
+    def __getattr__(name: str) -> Any:
         return attribute(__name__, {"registry": tuple(__all__)}, name)

@@ -1,4 +1,6 @@
-"""Cropping of texts: `crop_texts` lets an open_clip model compute no tokens behind the end of its texts."""
+"""Cropping of texts: `crop_texts` lets an open_clip model compute no tokens behind the end of its
+texts.
+"""
 
 from __future__ import annotations
 
@@ -20,36 +22,46 @@ _LOCK = threading.RLock()  # a tower has the positions and the mask of one lengt
 def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextCrop:
     """Lets an open_clip model encode texts without the tokens behind their ends, in place.
 
-    Tokenizers pad every text to the context length, 77 tokens. In causal towers, or where padding is masked, padding changes
-    no feature. `encode_text`, and with it `forward`, then sorts a batch by length, cuts the batch into groups and computes
-    each group at the length of its longest text. Features and gradients are those of the padded batch up to rounding, in the
-    same order.
+    Tokenizers pad every text to the context length, 77 tokens. In causal towers, or where padding
+    is masked, padding changes no feature. `encode_text`, and with it `forward`, then sorts a batch
+    by length, cuts the batch into groups and computes each group at the length of its longest text.
+    Features and gradients are those of the padded batch up to rounding, in the same order.
 
     Args:
-        model: an open_clip model whose text tower is causal, or masks padding (Hugging Face's towers do).
-        multiple: lengths are rounded up to a multiple of it, for kernels, and for torch.compile, which compiles each length.
-        groups: the most groups of a batch; fewer are made if more would not be faster. 1 keeps the batch in one piece: use 1
-            with torch.compile, which would compile every size of a group.
+        model: an open_clip model whose text tower is causal, or masks padding (Hugging Face's
+            towers do).
+        multiple: lengths are rounded up to a multiple of it, for kernels, and for torch.compile,
+            which compiles each length.
+        groups: the most groups of a batch; fewer are made if more would not be faster. 1 keeps the
+            batch in one piece: use 1 with torch.compile, which would compile every size of a group.
 
-    The host reads the texts: it waits for texts on a GPU, while texts on the CPU are cropped there, then moved.
-    While torch exports a model or runs it on fake tensors, texts stay as they are.
+    The host reads the texts: it waits for texts on a GPU, while texts on the CPU are cropped there,
+    then moved. While torch exports a model or runs it on fake tensors, texts stay as they are.
 
-    Returns a `TextCrop`, whose `undo()` restores the model. Raises InputError, with the reason, if texts cannot be cropped.
+    Returns a `TextCrop`, whose `undo()` restores the model. Raises InputError, with the reason, if
+    texts cannot be cropped.
     """
     check_count("multiple", multiple, 1)
     check_count("groups", groups, 1)
     if reason := _why_not(model):
-        raise InputError(f"model: expected an open_clip model whose texts can be cropped, got {reason}")
+        raise InputError(
+            f"model: expected an open_clip model whose texts can be cropped, got {reason}"
+        )
     return TextCrop(model, multiple, groups)
 
 
 class TextCrop:
-    """A replacement of a model's `encode_text` that crops texts. A copy of the model has a TextCrop of its own."""
+    """A replacement of a model's `encode_text` that crops texts.
+
+    A copy of the model has a TextCrop of its own.
+    """
 
     def __init__(self, model: nn.Module, multiple: int = 8, groups: int = 4) -> None:
         # Since open_clip 4 forward() and encode_text() call _encode_text().
         self.name = "_encode_text" if hasattr(type(model), "_encode_text") else "encode_text"
-        self.model, self.multiple, self.groups = model, multiple, groups
+        self.model = model
+        self.multiple = multiple
+        self.groups = groups
         vars(model)[self.name] = self
 
     def undo(self) -> None:
@@ -57,28 +69,42 @@ class TextCrop:
         vars(self.model).pop(self.name, None)
 
     def __call__(self, text: Tensor, *args: Any, **options: Any) -> Any:
-        return (self._encode if torch.compiler.is_exporting() else self._cropped)(text, *args, **options)
+        return (self._encode if torch.compiler.is_exporting() else self._cropped)(
+            text, *args, **options
+        )
 
     @torch.compiler.disable(recursive=False)
     def _cropped(self, text: Tensor, *args: Any, **options: Any) -> Any:
         device = next(_tower(self.model).parameters()).device
         with _LOCK:
-            if type(text) is not Tensor or text.ndim != 2 or not len(text) or text.is_meta or torch.jit.is_tracing():
+            if (
+                type(text) is not Tensor
+                or text.ndim != 2
+                or not len(text)
+                or text.is_meta
+                or torch.jit.is_tracing()
+            ):
                 return self._encode(text.to(device), *args, **options)
             lengths = self.rounded(text)
             cuts = _cuts(lengths, self.groups)
             if len(cuts) == 1:
-                return self._encode(text[:, : int(lengths.max())].to(device, non_blocking=True), *args, **options)
+                return self._encode(
+                    text[:, : int(lengths.max())].to(device, non_blocking=True), *args, **options
+                )
             order = lengths.argsort(stable=True)
             parts = []
             for start, stop in itertools.pairwise((0, *cuts)):
                 rows = order[start:stop]
-                part = text[rows.to(text.device), : int(lengths[rows[-1]])].to(device, non_blocking=True)
+                part = text[rows.to(text.device), : int(lengths[rows[-1]])].to(
+                    device, non_blocking=True
+                )
                 parts.append(self._encode(part, *args, **options))
             return torch.cat(parts).index_select(0, order.argsort().to(device, non_blocking=True))
 
     def split(self, text: Tensor, tokens: int) -> list[Tensor]:
-        """Returns the rows of texts [N, L] in each micro-batch: at most `tokens` tokens with padding. Longest texts first."""
+        """Returns the rows of texts [N, L] in each micro-batch: at most `tokens` tokens with
+        padding. Longest texts first.
+        """
         lengths = self.rounded(text)
         order = lengths.argsort(descending=True, stable=True)
         rows, start = [], 0
@@ -89,9 +115,11 @@ class TextCrop:
         return rows
 
     def rounded(self, text: Tensor) -> Tensor:
-        """Returns the lengths at which texts [N, L] are computed, int64 [N] on the CPU, with the first padding token of each.
+        """Returns the lengths at which texts [N, L] are computed, int64 [N] on the CPU, with the
+        first padding token of each.
 
-        Padding is the run at the end of the token that the tower masks; in causal towers, of any equal tokens.
+        Padding is the run at the end of the token that the tower masks; in causal towers, of any
+        equal tokens.
         """
         tower = _tower(self.model)
         if isinstance(tower, HFTextEncoder):
@@ -100,14 +128,20 @@ class TextCrop:
             pad = tower.pad_id if getattr(tower, "use_pad_mask", False) else text[:, -1:]
         padding = (text == pad).flip(1).cumprod(1).sum(1).cpu()
         lengths = text.shape[1] + 1 - padding
-        return ((lengths + self.multiple - 1) // self.multiple * self.multiple).clamp(max=text.shape[1])
+        return ((lengths + self.multiple - 1) // self.multiple * self.multiple).clamp(
+            max=text.shape[1]
+        )
 
     def _encode(self, text: Tensor, *args: Any, **options: Any) -> Any:
-        """Encodes texts [N, L] of any L: the tower is given the first L positions, and the mask of L tokens."""
+        """Encodes texts [N, L] of any L: the tower is given the first L positions, and the mask of
+        L tokens.
+        """
         encode, tower = getattr(type(self.model), self.name), _tower(self.model)
-        position, mask = tower._parameters.get("positional_embedding"), tower._buffers.get("attn_mask")
+        position = tower._parameters.get("positional_embedding")
+        mask = tower._buffers.get("attn_mask")
         length = text.shape[1]
-        if position is None or len(position) == length:  # Hugging Face's towers choose positions themselves
+        # Hugging Face's towers choose positions themselves
+        if position is None or len(position) == length:
             return encode(self.model, text, *args, **options)
         cropped = {"positional_embedding": position[:length]}
         if mask is not None:
@@ -133,13 +167,19 @@ def _why_not(model: Any) -> str:
         return ""
     if getattr(tower, "cls_emb", None) is not None:
         return "a text tower with a class token, whose position depends on the length"
-    if getattr(tower, "pool_type", getattr(tower, "text_pool_type", "argmax")) not in ("argmax", "eos", "first"):
+    if getattr(tower, "pool_type", getattr(tower, "text_pool_type", "argmax")) not in (
+        "argmax",
+        "eos",
+        "first",
+    ):
         return "a text tower that pools other tokens than the end of a text"
     mask: Any = getattr(tower, "attn_mask", None)
     causal = mask is not None and (type(mask) is not Tensor or mask.is_meta or is_causal_mask(mask))
     if causal or getattr(tower, "masks_padding", False) or getattr(tower, "use_pad_mask", False):
         return ""
-    return "a text tower in which every token sees every token (simplify's mask_padding masks padding)"
+    return (
+        "a text tower in which every token sees every token (simplify's mask_padding masks padding)"
+    )
 
 
 def _tower(model: Any) -> Any:
@@ -152,10 +192,14 @@ def _cuts(lengths: Tensor, groups: int) -> list[int]:
     Each cut is where it saves most; no cut is made that saves less than a call of the tower costs.
     """
     values, counts = (t.tolist() for t in lengths.unique(return_counts=True))
-    length_at = dict(zip(itertools.accumulate(counts), values))  # the ends of the texts of one length
+    # the ends of the texts of one length
+    length_at = dict(zip(itertools.accumulate(counts), values))
 
     def cost(cuts: list[int]) -> int:  # in tokens
-        return sum((stop - start) * length_at[stop] + GROUP_TOKENS for start, stop in itertools.pairwise((0, *cuts)))
+        return sum(
+            (stop - start) * length_at[stop] + GROUP_TOKENS
+            for start, stop in itertools.pairwise((0, *cuts))
+        )
 
     cuts = [len(lengths)]
     while len(cuts) < groups:

@@ -1,10 +1,12 @@
-"""Folding for inference: branches and batch norms become part of the convolution that they belong to.
+"""Folding for inference: branches and batch norms become part of the convolution that they belong
+to.
 
     model = simplclip.fold(model.eval())
 
-timm's `reparameterize_model` merges the branches of FastViT, MobileOne, RepVGG and the like, and of every module with one of
-its methods (`fuse`, `reparameterize`, `switch_to_deploy`). Then each batch norm that follows a convolution is merged into it.
-In training, `fold_frozen` lets the frozen parts of a model run as folded copies.
+timm's `reparameterize_model` merges the branches of FastViT, MobileOne, RepVGG and the like, and of
+every module with one of its methods (`fuse`, `reparameterize`, `switch_to_deploy`). Then each batch
+norm that follows a convolution is merged into it. In training, `fold_frozen` lets the frozen parts
+of a model run as folded copies.
 """
 
 import copy
@@ -35,27 +37,36 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 
 
 def fold(model: Model) -> Model:
-    """Returns a copy of a model in eval mode that computes the same with fewer layers: without branches and batch norms.
+    """Returns a copy of a model in eval mode that computes the same with fewer layers: without
+    branches and batch norms.
 
-    A batch norm is merged where a symbolic trace (torch.fx) of a module's `forward` shows that a 2-d convolution passes its
-    output to this norm alone. The activation in timm's `BatchNormAct2d` stays. A layer with hooks, a parametrization, or
-    several owners or calls is left as it is, and so is a module that cannot be traced.
+    A batch norm is merged where a symbolic trace (torch.fx) of a module's `forward` shows that a
+    2-d convolution passes its output to this norm alone. The activation in timm's `BatchNormAct2d`
+    stays. A layer with hooks, a parametrization, or several owners or calls is left as it is, and
+    so is a module that cannot be traced.
 
-    Tied weights keep their values elsewhere. The result is for inference: its weights get no gradient, and its state dict has
-    other names. Raises InputError if a module is in training mode, where a batch norm uses its batch's statistics.
+    Tied weights keep their values elsewhere. The result is for inference: its weights get no
+    gradient, and its state dict has other names. Raises InputError if a module is in training mode,
+    where a batch norm uses its batch's statistics.
     """
     checks.instance("model", model, nn.Module, "an nn.Module")
     for name, module in model.named_modules():
         if module.training:
             kind = type(module).__name__
-            raise InputError(f"model: expected eval mode (call model.eval() first), got {kind} {name!r} in training mode")
+            raise InputError(
+                f"model: expected eval mode (call model.eval() first), got {kind} {name!r} in "
+                "training mode"
+            )
     holder = nn.Module()  # timm merges only the children of its argument
     holder.model = copy.deepcopy(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    # timm's new layers draw initial weights, which must not change the random numbers of a resumed run.
+    # timm's new layers draw initial weights, which must not change the random numbers of a resumed
+    # run.
     with torch.no_grad(), device, torch.random.fork_rng(devices=[]):
         reparameterize_model(holder, inplace=True)
-        owners = Counter(id(child) for module in holder.modules() for child in module._modules.values())
+        owners = Counter(
+            id(child) for module in holder.modules() for child in module._modules.values()
+        )
         for module in list(holder.model.modules()):
             for conv, norm in _pairs(module, owners):
                 _merge(module, conv, norm)
@@ -69,32 +80,56 @@ class _Tracer(fx.Tracer):
 
 
 def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
-    """Returns names of children that can be merged: a convolution, and the batch norm that alone gets its output."""
-    children: dict[str, Any] = {n: m for n, m in module.named_children() if owners[id(m)] == 1 and not has_hooks(m)}
+    """Returns names of children that can be merged: a convolution, and the batch norm that alone
+    gets its output.
+    """
+    children: dict[str, Any] = {
+        n: m for n, m in module.named_children() if owners[id(m)] == 1 and not has_hooks(m)
+    }
     convs = {n for n, m in children.items() if type(m) in _CONVS}
     norms = {n for n, m in children.items() if type(m) in _NORMS and m.running_mean is not None}
     if not convs or not norms:
         return []
-    # Optional arguments get their defaults: without them a trace could follow the branch of another call.
+    # Optional arguments get their defaults: without them a trace could follow the branch of another
+    # call.
     arguments = inspect.signature(module.forward).parameters.values()
     try:
-        nodes = _Tracer().trace(module, {a.name: a.default for a in arguments if a.default is not a.empty}).nodes
-    except Exception:  # of any type: data decides what the module computes, or its code cannot be traced
+        nodes = (
+            _Tracer()
+            .trace(module, {a.name: a.default for a in arguments if a.default is not a.empty})
+            .nodes
+        )
+    # of any type: data decides what the module computes, or its code cannot be traced
+    except Exception:
         return []
     # How often each child is called, or one of its tensors is read.
-    uses = Counter(str(node.target).split(".")[0] for node in nodes if node.op in ("call_module", "get_attr"))
-    pairs = [(node.args[0], node) for node in nodes if node.op == "call_module" and node.target in norms and node.args]
+    uses = Counter(
+        str(node.target).split(".")[0] for node in nodes if node.op in ("call_module", "get_attr")
+    )
+    pairs = [
+        (node.args[0], node)
+        for node in nodes
+        if node.op == "call_module" and node.target in norms and node.args
+    ]
     return [
         (conv.target, norm.target)
         for conv, norm in pairs
-        if isinstance(conv, fx.Node) and conv.op == "call_module" and conv.target in convs and len(conv.users) == 1
+        if isinstance(conv, fx.Node)
+        and conv.op == "call_module"
+        and conv.target in convs
+        and len(conv.users) == 1
         if uses[conv.target] == uses[norm.target] == 1
     ]
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks or a forward of its own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
     return any(hooks) or "forward" in vars(module)
 
 
@@ -102,21 +137,30 @@ def _merge(module: nn.Module, conv_name: str, norm_name: str) -> None:
     conv: Any = module._modules[conv_name]
     norm: Any = module._modules[norm_name]
     statistics = norm.running_mean, norm.running_var, norm.eps
-    conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
-    rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, *statistics, norm.weight, norm.bias
+    )
+    rest = [
+        part
+        for part in (getattr(norm, "drop", None), getattr(norm, "act", None))
+        if part is not None
+    ]
     setattr(module, norm_name, nn.Sequential(*rest) if rest else nn.Identity())
 
 
 def fold_frozen(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
-    """Lets the frozen modules of `model` (see `freeze`) with convolutions and without hooks run as folded copies from now
-    on, in channels_last, the largest module that is frozen as one. Returns the copies by the modules' names.
+    """Lets the frozen modules of `model` (see `freeze`) with convolutions and without hooks run as
+    folded copies from now on, in channels_last, the largest module that is frozen as one. Returns
+    the copies by the modules' names.
 
-    dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the copies are stored in it, and
-    pointwise convolutions run as products on a GPU. Other tensors stay in fp32. In bfloat16 layer scales are multiplied into
-    the layer before them. A module that runs under another autocast does not use its copy.
+    dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the
+    copies are stored in it, and pointwise convolutions run as products on a GPU. Other tensors stay
+    in fp32. In bfloat16 layer scales are multiplied into the layer before them. A module that runs
+    under another autocast does not use its copy.
 
-    Gradients pass through a copy to its input if the input needs a gradient. The weights must not change afterwards. The
-    copies belong to no module, so that no state dict has them, and have to be moved to a device by themselves.
+    Gradients pass through a copy to its input if the input needs a gradient. The weights must not
+    change afterwards. The copies belong to no module, so that no state dict has them, and have to
+    be moved to a device by themselves.
     """
     copies: dict[str, nn.Module] = {}
     for name, module in frozen_modules(model):
@@ -127,7 +171,12 @@ def fold_frozen(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
 
 
 def _run_folded(
-    module: nn.Module, folded: nn.Module, dtype: torch.dtype | None, x: Tensor, *args: Any, **options: Any
+    module: nn.Module,
+    folded: nn.Module,
+    dtype: torch.dtype | None,
+    x: Tensor,
+    *args: Any,
+    **options: Any,
 ) -> Any:
     device = x.device.type
     if dtype != (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None):
@@ -136,14 +185,18 @@ def _run_folded(
 
 
 def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
-    """Returns a folded copy of a module, or None if it would save next to nothing or compute something else."""
+    """Returns a folded copy of a module, or None if it would save next to nothing or compute
+    something else.
+    """
     inside = list(module.modules())
     convolutions = sum(isinstance(inner, _ConvNd) for inner in inside)
     if not convolutions or any(has_hooks(inner) for inner in inside[1:]):
         return None
     folded = fold(module)
     # A vision transformer's patches are a single convolution, with nothing to fold.
-    if convolutions == 1 and [n for n, _ in folded.named_modules()] == [n for n, _ in module.named_modules()]:
+    if convolutions == 1 and [n for n, _ in folded.named_modules()] == [
+        n for n, _ in module.named_modules()
+    ]:
         return None
     if dtype == torch.bfloat16:  # float16 has no exponents for layer scales of 1e-5
         _fold_scales(folded)
@@ -158,13 +211,17 @@ def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
 
 @torch.no_grad()
 def _fold_scales(model: nn.Module) -> None:
-    """Multiplies the layer scales of RepMixer blocks into the last layer of the MLP that they scale.
+    """Multiplies the layer scales of RepMixer blocks into the last layer of the MLP that they
+    scale.
 
-    An fp32 scale would make its product, and the sum after it, fp32 tensors, which the next layer rounds again.
+    An fp32 scale would make its product, and the sum after it, fp32 tensors, which the next layer
+    rounds again.
     """
     block: Any
     for block in model.modules():
-        if isinstance(block, fastvit.RepMixerBlock) and isinstance(block.layer_scale, fastvit.LayerScale2d):
+        if isinstance(block, fastvit.RepMixerBlock) and isinstance(
+            block.layer_scale, fastvit.LayerScale2d
+        ):
             scale: Tensor = block.layer_scale.gamma
             block.layer_scale = nn.Identity()  # type: ignore[assignment]
         elif isinstance(block, mobileclip.RepMixerBlock) and block.layer_scale is not None:
@@ -183,8 +240,11 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 
 
 class _Pointwise(nn.Module):
-    """A pointwise convolution [N, C, H, W] -> [N, C', H, W]. On a GPU it runs as a product, which adds the bias as it
-    writes the result; torch adds that of a convolution in a kernel of its own."""
+    """A pointwise convolution [N, C, H, W] -> [N, C', H, W].
+
+    On a GPU it runs as a product, which adds the bias as it writes the result; torch adds that of a
+    convolution in a kernel of its own.
+    """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()

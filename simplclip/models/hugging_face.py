@@ -1,4 +1,7 @@
-"""Simplified blocks in transformers' CLIP, SigLIP and SigLIP 2 models. `simplify` imports this for such models only."""
+"""Simplified blocks in transformers' CLIP, SigLIP and SigLIP 2 models.
+
+`simplify` imports this for such models only.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,49 +21,79 @@ TOWERS = {"text": "text_model", "image": "vision_model"}
 
 
 class _WithoutLayer(nn.Module):
-    """A base class to name before transformers' layer, so that the layer does not make its own modules."""
+    """A base class to name before transformers' layer, so that the layer does not make its own
+    modules.
+    """
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
 
 class EncoderBlock(SimplifiedBlock, _WithoutLayer):
-    """A block of a transformers encoder: [B, L, C]. From the encoder's mask it takes the number of valid tokens.
+    """A block of a transformers encoder: [B, L, C].
 
-    Each subclass also derives from the layer that it replaces: transformers finds by class the layers to checkpoint, and the
-    layers whose hidden states it returns. mask: the name of the tower's argument from which a mask comes, for errors.
-    pools_last: whether the tower pools the last token, which then has to be valid. checkpointing: transformers' function for
-    gradient checkpointing, if it is enabled.
+    From the encoder's mask it takes the number of valid tokens.
+
+    Each subclass also derives from the layer that it replaces: transformers finds by class the
+    layers to checkpoint, and the layers whose hidden states it returns. mask: the name of the
+    tower's argument from which a mask comes, for errors. pools_last: whether the tower pools the
+    last token, which then has to be valid. checkpointing: transformers' function for gradient
+    checkpointing, if it is enabled.
     """
 
-    checks_mask = False  # whether to check the mask's values: only in a tower's first block, since a check makes a GPU wait
+    # whether to check the mask's values: only in a tower's first block, since a check makes a GPU
+    # wait
+    checks_mask = False
 
     def __init__(
-        self, width: int, heads: int, mlp_ratio: float = 4.0, *, config: PreTrainedConfig, mask: str = "attention_mask",
-        pools_last: bool = False, checkpointing: Callable | None = None, **options,
-    ) -> None:  # fmt: skip
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        config: PreTrainedConfig,
+        mask: str = "attention_mask",
+        pools_last: bool = False,
+        checkpointing: Callable | None = None,
+        **options,
+    ) -> None:
         super().__init__(width, heads, mlp_ratio, **options)
-        self.fresh = partial(SimplifiedBlock, width, heads, mlp_ratio, **options)  # makes a block that has just begun
-        self.config, self.mask, self.pools_last = config, mask, pools_last
+        # makes a block that has just begun
+        self.fresh = partial(SimplifiedBlock, width, heads, mlp_ratio, **options)
+        self.config = config
+        self.mask = mask
+        self.pools_last = pools_last
         if checkpointing is not None:
             self.gradient_checkpointing, self._gradient_checkpointing_func = True, checkpointing
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> Tensor:
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise InputError(
-                "output_attentions: expected False, since simplified blocks store no attention weights, got True"
+                "output_attentions: expected False, since simplified blocks store no attention "
+                "weights, got True"
             )
         lengths = None if attention_mask is None else self._lengths(attention_mask)
         return super().forward(hidden_states, lengths)
 
-    def _lengths(self, mask: Tensor) -> Tensor:  # [B, L] with 0 for hidden, or [B, 1, L, L] boolean or additive -> [B]
+    # [B, L] with 0 for hidden, or [B, 1, L, L] boolean or additive -> [B]
+    def _lengths(self, mask: Tensor) -> Tensor:
         if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):  # flex attention has no tensor
-            raise InputError(f"{self.mask}: expected a mask [B, L] or [B, 1, L, L], got {type(mask).__name__}")
+            raise InputError(
+                f"{self.mask}: expected a mask [B, L] or [B, 1, L, L], got {type(mask).__name__}"
+            )
         visible = mask if mask.dtype == torch.bool else mask != 0 if mask.dim() == 2 else mask == 0
-        rows = visible if mask.dim() == 2 else visible[:, 0, -1]  # the last token sees every valid token
+        # the last token sees every valid token
+        rows = visible if mask.dim() == 2 else visible[:, 0, -1]
         lengths = rows.sum(-1)
         # While tracing there are no values to check.
-        if self.checks_mask and not torch.compiler.is_compiling() and type(mask) is Tensor and not mask.is_meta:
+        if (
+            self.checks_mask
+            and not torch.compiler.is_compiling()
+            and type(mask) is Tensor
+            and not mask.is_meta
+        ):
             self._check_mask(visible, lengths)
         return lengths
 
@@ -71,9 +104,15 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
             expected = expected[:, None, None]
             expected = expected & (tokens <= tokens[:, None]) if self.causal else expected
         if not (visible == expected).all():
-            raise InputError(f"{self.mask}: expected rows of ones followed by zeros (padding on the right), got another mask")
+            raise InputError(
+                f"{self.mask}: expected rows of ones followed by zeros (padding on the right), got "
+                "another mask"
+            )
         if self.pools_last and (lengths < len(tokens)).any():
-            raise InputError(f"{self.mask}: expected None or ones, since the model pools the last token, got padding")
+            raise InputError(
+                f"{self.mask}: expected None or ones, since the model pools the last token, got "
+                "padding"
+            )
 
 
 class CLIPBlock(EncoderBlock, CLIPEncoderLayer):
@@ -97,21 +136,36 @@ _BLOCKS: dict[type, tuple[type[EncoderBlock], dict[str, Any], dict[str, Any]]] =
 _BLOCKS |= {entry[0]: entry for entry in _BLOCKS.values()}  # a block can be replaced again
 
 
-def encoder_layers(model: nn.Module, tower: str) -> Iterator[tuple[str, nn.Module, type[EncoderBlock], dict[str, Any]]]:
-    """Yields the layers of a tower: path, layer, and the class of the block that replaces it, with the block's options."""
+def encoder_layers(
+    model: nn.Module, tower: str
+) -> Iterator[tuple[str, nn.Module, type[EncoderBlock], dict[str, Any]]]:
+    """Yields the layers of a tower: path, layer, and the class of the block that replaces it, with
+    the block's options.
+    """
     part: Any = getattr(model, TOWERS[tower], None)
-    for index, layer in enumerate(getattr(getattr(part, "encoder", None), "layers", None) or [part]):
+    for index, layer in enumerate(
+        getattr(getattr(part, "encoder", None), "layers", None) or [part]
+    ):
         if type(layer) not in _BLOCKS:
-            kinds = ", ".join(kind.__name__ for kind in _BLOCKS if not issubclass(kind, EncoderBlock))
-            raise InputError(f"{tower}: expected a transformers encoder with {kinds}, got {type(layer).__name__}")
+            kinds = ", ".join(
+                kind.__name__ for kind in _BLOCKS if not issubclass(kind, EncoderBlock)
+            )
+            raise InputError(
+                f"{tower}: expected a transformers encoder with {kinds}, got {type(layer).__name__}"
+            )
         block, *of_towers = _BLOCKS[type(layer)]
         checkpointing = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
-        options = {"config": part.config, "checkpointing": checkpointing, **of_towers[tower == "image"]}
+        options = {
+            "config": part.config,
+            "checkpointing": checkpointing,
+            **of_towers[tower == "image"],
+        }
         yield f"{TOWERS[tower]}.encoder.layers.{index}", layer, block, options
 
 
 class InitWeights:
-    """A model's `_init_weights`, which from_pretrained calls for modules of which a checkpoint lacks parameters.
+    """A model's `_init_weights`, which from_pretrained calls for modules of which a checkpoint
+    lacks parameters.
 
     transformers knows its own modules; without this a block's gains would be uninitialised memory.
     """
@@ -125,17 +179,23 @@ class InitWeights:
             return
         fresh = module.fresh().state_dict()
         for name, parameter in module.named_parameters():
-            if not getattr(parameter, "_is_hf_initialized", False):  # transformers' mark of what was loaded
+            # transformers' mark of what was loaded
+            if not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(fresh[name])
 
 
 def prepare_loading(model: Any) -> None:
-    """Tells transformers which parameters are shared, so that save_pretrained writes one of them and from_pretrained sets the
-    others, and how blocks begin. transformers 5.0 needs the second attribute for shared ones; 5.24 does not."""
+    """Tells transformers which parameters are shared, so that save_pretrained writes one of them
+    and from_pretrained sets the others, and how blocks begin. transformers 5.0 needs the second
+    attribute for shared ones; 5.24 does not.
+    """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part._init_weights = InitWeights(part)  # type: ignore[method-assign]
     first: dict[Tensor, str] = {}
-    names = [(name, first.setdefault(p, name)) for name, p in model.named_parameters(remove_duplicate=False)]
+    names = [
+        (name, first.setdefault(p, name))
+        for name, p in model.named_parameters(remove_duplicate=False)
+    ]
     shared = {name: source for name, source in names if name != source}
     model._tied_weights_keys, model.all_tied_weights_keys = shared, dict(shared)

@@ -1,32 +1,39 @@
-"""Simplified blocks that start from pretrained ones: `simplify(init="first" or "average")` and `inherit(blocks=...)`.
+"""Simplified blocks that start from pretrained ones: `simplify(init="first" or "average")` and
+`inherit(blocks=...)`.
 
-A pretrained block computes ``x + W_o softmax(q k^T / sqrt(K)) W_v n1`` with [q|k] = W_qk n1, and adds its MLP of n2. A
-`SimplifiedBlock` has one norm, n = norm(x), whose weight starts at 1 and bias at 0, and no W_v and W_o. So `convert` finds
+A pretrained block computes ``x + W_o softmax(q k^T / sqrt(K)) W_v n1`` with [q|k] = W_qk n1, and
+adds its MLP of n2. A `SimplifiedBlock` has one norm, n = norm(x), whose weight starts at 1 and bias
+at 0, and no W_v and W_o. So `convert` finds
 
     [q|k]:  W_qk diag(d1)                    n1 = d1 n + e1
     MLP:    W_1 diag(d2), b_1 + W_1 e2       n2 = d2 n + e2
             s W_2, s b_2                     s: the layer scale
 
-The new block has no place for W_v, W_o and their biases, nor for the biases of q and k, to which W_qk e1 belongs. The bias of
-k adds the same to all logits of a query, so that the softmax does not change; the bias of q changes the attention, unless it
-is zero. The new block's MLP reads the block's input, as attention does, not the sum after attention.
+The new block has no place for W_v, W_o and their biases, nor for the biases of q and k, to which
+W_qk e1 belongs. The bias of k adds the same to all logits of a query, so that the softmax does not
+change; the bias of q changes the attention, unless it is zero. The new block's MLP reads the
+block's input, as attention does, not the sum after attention.
 
 For a layer norm, d and e are its weight and bias.
 
-FastViT's block has a batch norm in the place of the first norm, and a depthwise convolution with a batch norm before the
-MLP. Over the training data, channel c of x has the running mean m_c and variance v_c. With M the mean of m and S² that of
-v + (m - M)² over the channels, x is about S n + M, which makes each batch norm an affine function of n. Of the convolution,
-the tap at the token itself stays. The other taps see the token's neighbours; their sum is replaced by its mean, which the
-batch norm's running mean includes. This is best in the least squares sense if neighbouring tokens deviate independently.
+FastViT's block has a batch norm in the place of the first norm, and a depthwise convolution with a
+batch norm before the MLP. Over the training data, channel c of x has the running mean m_c and
+variance v_c. With M the mean of m and S² that of v + (m - M)² over the channels, x is about S n +
+M, which makes each batch norm an affine function of n. Of the convolution, the tap at the token
+itself stays. The other taps see the token's neighbours; their sum is replaced by its mean, which
+the batch norm's running mean includes. This is best in the least squares sense if neighbouring
+tokens deviate independently.
 
-The gains: alpha, beta and gamma stay as they are, by default at 1. With A the inherited attention and C the uniform one, a
-head then starts as (1 + A - C) n. The rows of A and of C sum to one, so the part that all tokens have in common passes
-unchanged; without -C it would double in every block. The other eigenvalues are 1 + l for each other eigenvalue l of A,
-|l| < 1 (in causal attention 1 + A_ii - 1 / (i + 1) > 0), so the part that distinguishes tokens is never lost.
+The gains: alpha, beta and gamma stay as they are, by default at 1. With A the inherited attention
+and C the uniform one, a head then starts as (1 + A - C) n. The rows of A and of C sum to one, so
+the part that all tokens have in common passes unchanged; without -C it would double in every block.
+The other eigenvalues are 1 + l for each other eigenvalue l of A, |l| < 1 (in causal attention
+1 + A_ii - 1 / (i + 1) > 0), so the part that distinguishes tokens is never lost.
 
-mlp_gain starts at 1, since a pretrained block adds its MLP to the skip connection. attention_gain replaces the scale of the
-skip connection: S for FastViT, so that later, inherited layers get values in their range (M goes into the bias b_2); else 1,
-since the weights of a layer norm do not tell the scale.
+mlp_gain starts at 1, since a pretrained block adds its MLP to the skip connection. attention_gain
+replaces the scale of the skip connection: S for FastViT, so that later, inherited layers get values
+in their range (M goes into the bias b_2); else 1, since the weights of a layer norm do not tell the
+scale.
 """
 
 from collections.abc import Collection, Mapping
@@ -58,37 +65,76 @@ class _Kind:
 
 _KINDS = (
     _Kind(
-        "open_clip's residual attention block", "ln_1", ("attn.in_proj_weight",), "ln_2", ("mlp.c_fc", "mlp.c_proj"),
-        ("attn.in_proj_bias", "attn.out_proj.", "attn.head_scale", "attn.ln_inner.", "ln_attn.", "ls_1."), "ls_2.gamma",
+        "open_clip's residual attention block",
+        "ln_1",
+        ("attn.in_proj_weight",),
+        "ln_2",
+        ("mlp.c_fc", "mlp.c_proj"),
+        (
+            "attn.in_proj_bias",
+            "attn.out_proj.",
+            "attn.head_scale",
+            "attn.ln_inner.",
+            "ln_attn.",
+            "ls_1.",
+        ),
+        "ls_2.gamma",
     ),
     _Kind(
-        "timm's Block", "norm1", ("attn.qkv.weight",), "norm2", ("mlp.fc1", "mlp.fc2"),
-        ("attn.qkv.bias", "attn.proj.", "attn.norm.", "attn.gate.", "ls1."), "ls2.gamma",
-    ),
-    _Kind(
-        "FastViT's AttentionBlock", "norm", ("token_mixer.qkv.weight",), "mlp.conv.bn", ("mlp.fc1", "mlp.fc2"),
-        ("token_mixer.qkv.bias", "token_mixer.proj.", "layer_scale_1."), "layer_scale_2.gamma", "mlp.conv.conv.weight",
-    ),
-    _Kind(
-        "transformers' encoder layer", "layer_norm1", ("self_attn.q_proj.weight", "self_attn.k_proj.weight"), "layer_norm2",
+        "timm's Block",
+        "norm1",
+        ("attn.qkv.weight",),
+        "norm2",
         ("mlp.fc1", "mlp.fc2"),
-        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.", "self_attn.out_proj."),
+        ("attn.qkv.bias", "attn.proj.", "attn.norm.", "attn.gate.", "ls1."),
+        "ls2.gamma",
     ),
-)  # fmt: skip
+    _Kind(
+        "FastViT's AttentionBlock",
+        "norm",
+        ("token_mixer.qkv.weight",),
+        "mlp.conv.bn",
+        ("mlp.fc1", "mlp.fc2"),
+        ("token_mixer.qkv.bias", "token_mixer.proj.", "layer_scale_1."),
+        "layer_scale_2.gamma",
+        "mlp.conv.conv.weight",
+    ),
+    _Kind(
+        "transformers' encoder layer",
+        "layer_norm1",
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
+        "layer_norm2",
+        ("mlp.fc1", "mlp.fc2"),
+        (
+            "self_attn.q_proj.bias",
+            "self_attn.k_proj.bias",
+            "self_attn.v_proj.",
+            "self_attn.out_proj.",
+        ),
+    ),
+)
 
 
 def is_block(tensors: Collection[str]) -> bool:
-    """Whether `tensors`, names relative to a block, belong to a kind of block that `convert` knows."""
+    """Whether `tensors`, names relative to a block, belong to a kind of block that `convert`
+    knows.
+    """
     return "qk.weight" in tensors or any(set(kind.qk) <= set(tensors) for kind in _KINDS)
 
 
-def start(blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], merge: str = "first") -> None:
-    """Starts simplified blocks from pretrained blocks, in place. blocks: path -> block, and the argument for `convert`.
+def start(
+    blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], merge: str = "first"
+) -> None:
+    """Starts simplified blocks from pretrained blocks, in place. blocks: path -> block, and the
+    argument for `convert`.
 
-    merge: the value of a tensor that blocks share: the "average" of their folded tensors, or the tensor of the "first" block.
-        The two differ in meaning: units of two blocks' attention or MLP need not correspond to each other.
+    merge: the value of a tensor that blocks share: the "average" of their folded tensors, or the
+    tensor of the "first" block.
+        The two differ in meaning: units of two blocks' attention or MLP need not correspond to each
+            other.
 
-    Raises InputError, before anything is changed, if a block is of no known kind or has other shapes.
+    Raises InputError, before anything is changed, if a block is of no known kind or has other
+    shapes.
     """
     values: dict[nn.Parameter, list[Tensor]] = {}
     for path, (block, tensors) in blocks.items():
@@ -104,25 +150,31 @@ def start(blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], me
         for name, value in converted.items():
             if name not in parameters or parameters[name].shape != value.shape:
                 kind = f"width {block.width}, {block.hidden} hidden units"
-                raise InputError(f"{path}: expected a block of {kind}, got {name} {list(value.shape)}")
+                raise InputError(
+                    f"{path}: expected a block of {kind}, got {name} {list(value.shape)}"
+                )
             values.setdefault(parameters[name], []).append(value)
     with torch.no_grad():
         for parameter, candidates in values.items():
-            average = torch.stack([value.to(parameter.device, torch.float32) for value in candidates]).mean(0)
+            average = torch.stack(
+                [value.to(parameter.device, torch.float32) for value in candidates]
+            ).mean(0)
             parameter.copy_(average if merge == "average" else candidates[0])
 
 
 @torch.no_grad()
 def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors for a `SimplifiedBlock` to start as a pretrained block: qk, fc1, fc2 and the outer gains, in float32.
+    """Returns tensors for a `SimplifiedBlock` to start as a pretrained block: qk, fc1, fc2 and the
+    outer gains, in float32.
 
-    tensors: those of a block of _KINDS by names relative to the block; of a simplified block they are returned as they are.
-    Raises InputError for another block, or one whose q, k or MLP have more parts (qk norms, gated MLPs); KeyError for a part
-    that is missing.
+    tensors: those of a block of _KINDS by names relative to the block; of a simplified block they
+    are returned as they are. Raises InputError for another block, or one whose q, k or MLP have
+    more parts (qk norms, gated MLPs); KeyError for a part that is missing.
     """
     if "qk.weight" in tensors:
         return dict(tensors)
-    kind, t = _kind_of(tensors), {name: value.float() for name, value in tensors.items() if value.is_floating_point()}
+    kind = _kind_of(tensors)
+    t = {name: value.float() for name, value in tensors.items() if value.is_floating_point()}
     q, k = [t[name] for name in kind.qk] if len(kind.qk) == 2 else t[kind.qk[0]].chunk(3)[:2]
     width = q.shape[1]
     (factor1, _), (factor2, shift2) = _affine(t, kind.norm, width), _affine(t, kind.mlp_norm, width)
@@ -133,10 +185,14 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         spread = (variance + (mean - level).square()).mean().sqrt()
         tap = t[kind.conv].flatten(1)
         tap = tap[:, tap.shape[1] // 2]
-        shift2 = shift2 + factor2 * t[f"{kind.mlp_norm}.running_mean"] + factor2 * tap * (level - mean)
+        shift2 = (
+            shift2 + factor2 * t[f"{kind.mlp_norm}.running_mean"] + factor2 * tap * (level - mean)
+        )
         factor1, factor2 = factor1 * spread, factor2 * tap * spread
     fc1, fc2 = (t[f"{part}.weight"].flatten(1) for part in kind.fc)
-    bias1, bias2 = (t.get(f"{part}.bias", fc.new_zeros(len(fc))) for part, fc in zip(kind.fc, (fc1, fc2)))
+    bias1, bias2 = (
+        t.get(f"{part}.bias", fc.new_zeros(len(fc))) for part, fc in zip(kind.fc, (fc1, fc2))
+    )
     scale = t[kind.scale].flatten() if kind.scale in t else fc2.new_ones(len(fc2))
     return {
         "qk.weight": torch.cat([q, k]) * factor1,
@@ -154,8 +210,16 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
     kind = next((kind for kind in _KINDS if set(kind.qk) <= set(tensors)), None)
     if kind is None:
         kinds = ", ".join(kind.name for kind in _KINDS)
-        raise InputError(f"expected a block of a known kind ({kinds}), got one of {', '.join(sorted(tensors)[:4])}...")
-    named = {kind.scale, kind.conv, *kind.qk, *(f"{part}.{end}" for part in kind.fc for end in ("weight", "bias"))}
+        raise InputError(
+            f"expected a block of a known kind ({kinds}), got one of "
+            f"{', '.join(sorted(tensors)[:4])}..."
+        )
+    named = {
+        kind.scale,
+        kind.conv,
+        *kind.qk,
+        *(f"{part}.{end}" for part in kind.fc for end in ("weight", "bias")),
+    }
     begins = tuple(f"{part}." for part in (kind.norm, kind.mlp_norm)) + kind.unused
     numbers = sorted(name for name, value in tensors.items() if value.is_floating_point())
     if odd := [name for name in numbers if name not in named and not name.startswith(begins)]:
@@ -164,9 +228,12 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
 
 
 def _affine(t: Mapping[str, Tensor], norm: str, width: int) -> tuple[Tensor, Tensor]:
-    """Returns factor and shift [C] of a norm: for a batch norm they apply to its input, else to the normalised input."""
+    """Returns factor and shift [C] of a norm: for a batch norm they apply to its input, else to the
+    normalised input.
+    """
     like = next(iter(t.values()))
-    factor, shift = t.get(f"{norm}.weight", like.new_ones(width)), t.get(f"{norm}.bias", like.new_zeros(width))
+    factor = t.get(f"{norm}.weight", like.new_ones(width))
+    shift = t.get(f"{norm}.bias", like.new_zeros(width))
     if f"{norm}.running_var" in t:
         factor = factor / (t[f"{norm}.running_var"] + _EPS).sqrt()
         shift = shift - factor * t[f"{norm}.running_mean"]

@@ -2,9 +2,10 @@
 
     model = simplclip.models.create("mobileclip-s0", checkpoint="mobileclip_s0.pt")
 
-`from_published` renames the tensors of the published checkpoint (arXiv 2311.17049) to the names here: the image tower's by
-timm's checkpoint_filter_fn, the text tower's by `_RENAMED`. Each of the checkpoint's 893 tensors becomes one of the 893 here.
-timm's image projection would have a bias; the published image projection has none.
+`from_published` renames the tensors of the published checkpoint (arXiv 2311.17049) to the names
+here: the image tower's by timm's checkpoint_filter_fn, the text tower's by `_RENAMED`. Each of the
+checkpoint's 893 tensors becomes one of the 893 here. timm's image projection would have a bias; the
+published image projection has none.
 """
 
 import re
@@ -21,13 +22,24 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 IMAGE, TEXT = "image_encoder.model.", "text_encoder."
 _RENAMED = {
-    TEXT: "text.", "embedding_layer": "token_embedding", "positional_embedding.pos_embed.pos_embed": "positional_embedding",
-    "final_layer_norm": "ln_final", "projection_layer": "text_projection",
-    "token_mixer.layer_scale": "mixer.layer_scale", "token_mixer.norm.rbr_skip": "mixer.norm",
-    "token_mixer.mixer.rbr_skip": "mixer.skip", "token_mixer.mixer.rbr_conv.0": "mixer.conv", "convffn.conv": "conv",
-    "convffn.fc": "mlp.fc", "pre_norm_mha.0": "ln_1", "pre_norm_mha.1.qkv_proj.": "attn.in_proj_",
-    "pre_norm_mha.1": "attn", "pre_norm_ffn.0": "ln_2", "pre_norm_ffn.1": "mlp.c_fc", "pre_norm_ffn.4": "mlp.c_proj",
-}  # fmt: skip
+    TEXT: "text.",
+    "embedding_layer": "token_embedding",
+    "positional_embedding.pos_embed.pos_embed": "positional_embedding",
+    "final_layer_norm": "ln_final",
+    "projection_layer": "text_projection",
+    "token_mixer.layer_scale": "mixer.layer_scale",
+    "token_mixer.norm.rbr_skip": "mixer.norm",
+    "token_mixer.mixer.rbr_skip": "mixer.skip",
+    "token_mixer.mixer.rbr_conv.0": "mixer.conv",
+    "convffn.conv": "conv",
+    "convffn.fc": "mlp.fc",
+    "pre_norm_mha.0": "ln_1",
+    "pre_norm_mha.1.qkv_proj.": "attn.in_proj_",
+    "pre_norm_mha.1": "attn",
+    "pre_norm_ffn.0": "ln_2",
+    "pre_norm_ffn.1": "mlp.c_fc",
+    "pre_norm_ffn.4": "mlp.c_proj",
+}
 _SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", "layer_scale")
 
 
@@ -38,7 +50,9 @@ def _conv_norm(width: int) -> ConvNormAct:
 
 
 class RepMixer(nn.Module):
-    """Mixes tokens: ``x + layer_scale (skip(x) + conv(x) - norm(x))``, x [B, C, 1, L]; skip and norm are batch norms."""
+    """Mixes tokens: ``x + layer_scale (skip(x) + conv(x) - norm(x))``, x [B, C, 1, L]; skip and
+    norm are batch norms.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -51,7 +65,9 @@ class RepMixer(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
-        """Returns a depthwise convolution that computes the same in eval mode; timm puts it in the place of this module."""
+        """Returns a depthwise convolution that computes the same in eval mode; timm puts it in the
+        place of this module.
+        """
         dtype = self.layer_scale.dtype
         self.double()  # differences of the responses would lose digits
         conv = fuse_conv_bn_eval(self.conv.conv, self.conv.bn)
@@ -65,9 +81,11 @@ class RepMixer(nn.Module):
 
 
 class RepMixerBlock(nn.Module):
-    """A RepMixer and a convolutional MLP: [B, L, C] -> [B, L, C], or [B, C] of one token of each text.
+    """A RepMixer and a convolutional MLP: [B, L, C] -> [B, L, C], or [B, C] of one token of each
+    text.
 
-    Convolutions see the tokens as [B, C, 1, L] in channels_last, which for a contiguous [B, L, C] is only a view.
+    Convolutions see the tokens as [B, C, 1, L] in channels_last, which for a contiguous [B, L, C]
+    is only a view.
     """
 
     def __init__(self, width: int) -> None:
@@ -75,30 +93,53 @@ class RepMixerBlock(nn.Module):
         self.mixer = RepMixer(width)
         self.conv = _conv_norm(width)
         self.mlp = Mlp(width, 4 * width)
-        self.layer_scale: Tensor | None = nn.Parameter(torch.full((width,), 1e-5))  # None: folded into the MLP
+        # None: folded into the MLP
+        self.layer_scale: Tensor | None = nn.Parameter(torch.full((width,), 1e-5))
 
     def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
-        """Computes all tokens; or, of each text, the token whose index `token`, int64 [B], gives."""
+        """Computes all tokens; or, of each text, the token whose index `token`, int64 [B],
+        gives.
+        """
         mixed = self.mixer(x.transpose(1, 2).unsqueeze(2))  # [B, C, 1, L]
         x, hidden = (t.squeeze(2).transpose(1, 2) for t in (mixed, self.conv(mixed)))
         if token is not None:
-            rows = torch.arange(x.shape[0], device=x.device)  # len(x) would fix the batch size in an export
+            # len(x) would fix the batch size in an export
+            rows = torch.arange(x.shape[0], device=x.device)
             x, hidden = x[rows, token], hidden[rows, token]
         hidden = self.mlp(hidden)
         return x + (hidden if self.layer_scale is None else self.layer_scale * hidden)
 
 
 class TextTower(TextTransformer):
-    """The text tower of MobileCLIP-S0: a RepMixer block, open_clip's transformer layers without a mask, a RepMixer block.
+    """The text tower of MobileCLIP-S0: a RepMixer block, open_clip's transformer layers without a
+    mask, a RepMixer block.
 
-    Each RepMixer block sees its neighbours, also those in the padding. Gradient checkpointing leaves these two blocks out:
-    computed twice, a batch would count twice in the statistics of their norms.
+    Each RepMixer block sees its neighbours, also those in the padding. Gradient checkpointing
+    leaves these two blocks out: computed twice, a batch would count twice in the statistics of
+    their norms.
 
     forward(text int64 [B, L]) -> [B, output_dim]; L is at most ``context_length``.
     """
 
-    def __init__(self, context_length: int, vocab_size: int, width: int, heads: int, layers: int, *, output_dim: int) -> None:
-        super().__init__(context_length, vocab_size, width, heads, layers, output_dim=output_dim, no_causal_mask=True)
+    def __init__(
+        self,
+        context_length: int,
+        vocab_size: int,
+        width: int,
+        heads: int,
+        layers: int,
+        *,
+        output_dim: int,
+    ) -> None:
+        super().__init__(
+            context_length,
+            vocab_size,
+            width,
+            heads,
+            layers,
+            output_dim=output_dim,
+            no_causal_mask=True,
+        )
         self.first, self.last = RepMixerBlock(width), RepMixerBlock(width)
 
     def forward(self, text: Tensor) -> Tensor:
@@ -109,15 +150,22 @@ class TextTower(TextTransformer):
         return ends @ self.text_projection.to(ends.dtype)
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freezes all but the last groups of parameters, as open_clip does: embeddings, layers, projection."""
+        """Freezes all but the last groups of parameters, as open_clip does: embeddings, layers,
+        projection.
+        """
         super().lock(unlocked_layers, freeze_layer_norm)
         self.first.requires_grad_(unlocked_layers > len(self.transformer.resblocks) + 1)
         self.last.requires_grad_(unlocked_layers > 1)
 
 
-def create(embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], **options: Any) -> CustomTextCLIP:
-    """Makes an open_clip model with a `TextTower`. text_cfg: arguments of `TextTower`; all others: of CustomTextCLIP."""
-    placeholder = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}  # open_clip's tower, which ours replaces
+def create(
+    embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], **options: Any
+) -> CustomTextCLIP:
+    """Makes an open_clip model with a `TextTower`. text_cfg: arguments of `TextTower`; all others:
+    of CustomTextCLIP.
+    """
+    # open_clip's tower, which ours replaces
+    placeholder = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}
     model = CustomTextCLIP(embed_dim, dict(vision_cfg), placeholder, **options)
     model.visual.trunk.head.fc.register_parameter("bias", None)
     model.text = TextTower(output_dim=embed_dim, **text_cfg)
@@ -126,15 +174,27 @@ def create(embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str,
 
 
 def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Renames a state dict of the published layout to the names of `model`. A state dict of another layout stays as it is,
-    and so does any state dict if the model has no `TextTower`."""
-    if not isinstance(getattr(model, "text", None), TextTower) or not any(name.startswith((IMAGE, TEXT)) for name in state):
+    """Renames a state dict of the published layout to the names of `model`.
+
+    A state dict of another layout stays as it is, and so does any state dict if the model has no
+    `TextTower`.
+    """
+    if not isinstance(getattr(model, "text", None), TextTower) or not any(
+        name.startswith((IMAGE, TEXT)) for name in state
+    ):
         return dict(state)
-    image = {name.removeprefix(IMAGE): value for name, value in state.items() if name.startswith(IMAGE)}
-    renamed = {f"visual.trunk.{k}": v for k, v in checkpoint_filter_fn(image, model.get_submodule("visual.trunk")).items()}
+    image = {
+        name.removeprefix(IMAGE): value for name, value in state.items() if name.startswith(IMAGE)
+    }
+    renamed = {
+        f"visual.trunk.{k}": v
+        for k, v in checkpoint_filter_fn(image, model.get_submodule("visual.trunk")).items()
+    }
     renamed.pop("visual.trunk.head.fc.bias", None)  # zeros, which checkpoint_filter_fn adds
     count = len(model.get_submodule("text.transformer.resblocks"))  # type: ignore[arg-type]
-    layers = {0: "first", count + 1: "last"} | {i + 1: f"transformer.resblocks.{i}" for i in range(count)}
+    layers = {0: "first", count + 1: "last"} | {
+        i + 1: f"transformer.resblocks.{i}" for i in range(count)
+    }
     for name, value in state.items():
         if name.startswith(IMAGE):
             continue
@@ -143,6 +203,10 @@ def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
                 value = value.squeeze()
             for old, new in _RENAMED.items():
                 name = name.replace(old, new)
-            name = re.sub(r"(?<=text\.)transformer\.(\d+)", lambda match: layers.get(int(match[1]), match[0]), name)
+            name = re.sub(
+                r"(?<=text\.)transformer\.(\d+)",
+                lambda match: layers.get(int(match[1]), match[0]),
+                name,
+            )
         renamed[name] = value
     return renamed

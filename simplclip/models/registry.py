@@ -1,4 +1,6 @@
-"""Models by name: SiCLIPs, MobileCLIP-S0, open_clip's models; with their tokenizers and image transforms."""
+"""Models by name: SiCLIPs, MobileCLIP-S0, open_clip's models; with their tokenizers and image
+transforms.
+"""
 
 import copy
 import os
@@ -49,7 +51,13 @@ _MOBILECLIP_S0: dict[str, Any] = {
     "config": {
         "embed_dim": 512,
         "vision_cfg": open_clip.get_model_config("MobileCLIP2-S0")["vision_cfg"],
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 4},
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 512,
+            "heads": 8,
+            "layers": 4,
+        },
     },
     "preprocess": {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear"},
     "build": mobileclip.create,
@@ -63,17 +71,21 @@ def _small(trunk: str, text: dict[str, Any], **others: Any) -> Spec:
         "text_cfg": {"context_length": 16, "layers": 2, **text},
         "custom_text": True,
     }
-    return Spec(config, simplify={"gamma": {"text": 0.3}}, augment="affine", channels_last=True, **others)
+    return Spec(
+        config, simplify={"gamma": {"text": 0.3}}, augment="affine", channels_last=True, **others
+    )
 
 
 _SPECS = {
     "mobileclip-s0": Spec(**_MOBILECLIP_S0),
-    # The two blocks of the last image stage share [q|k] and have their own MLPs, which takes 14.3 % of the image encoder's
-    # parameters away, as in the paper. The text blocks share nothing: each way of sharing cost recall in the demo's student.
+    # The two blocks of the last image stage share [q|k] and have their own MLPs, which takes 14.3 %
+    # of the image encoder's parameters away, as in the paper. The text blocks share nothing: each
+    # way of sharing cost recall in the demo's student.
     "siclip-s0": Spec(simplify={"share": {"image": {"attention": [[0, 1]]}}}, **_MOBILECLIP_S0),
-    # The text tower carries most of MobileCLIP2-S0's parameters, and neighbouring layers of a trained CLIP text tower
-    # do nearly the same; so its 12 blocks share weights in pairs. The two blocks of the last image stage do not share.
-    # Masking padding lost no recall in a tower of this shape. siclip-s0 masks none: its inherited convolutions read it.
+    # The text tower carries most of MobileCLIP2-S0's parameters, and neighbouring layers of a
+    # trained CLIP text tower do nearly the same; so its 12 blocks share weights in pairs. The two
+    # blocks of the last image stage do not share. Masking padding lost no recall in a tower of this
+    # shape. siclip-s0 masks none: its inherited convolutions read it.
     "siclip2-s0": Spec(
         open_clip.get_model_config("MobileCLIP2-S0"),
         partial(open_clip.get_tokenizer, "MobileCLIP2-S0"),
@@ -85,12 +97,20 @@ _SPECS = {
         {"vocab_size": 8192, "width": 256, "heads": 8},
         tokenizer=partial(ShortVocabTokenizer, 8192),
     ),
-    # The net and the token embeddings, which can be inherited, define both widths. A step at 48 px takes about 0.7 of the
-    # time of a step at 64 px, and retrieval on the emoji loses 1 to 3 points.
+    # The net and the token embeddings, which can be inherited, define both widths. A step at 48 px
+    # takes about 0.7 of the time of a step at 64 px, and retrieval on the emoji loses 1 to 3
+    # points.
     "siclip-lite0": _small(
         "siclip_lite0_trunk",
         # eos_id: [SEP]
-        {"vocab_size": 30522, "width": 384, "heads": 12, "mlp_ratio": 2.0, "pool_type": "eos", "eos_id": 102},
+        {
+            "vocab_size": 30522,
+            "width": 384,
+            "heads": 12,
+            "mlp_ratio": 2.0,
+            "pool_type": "eos",
+            "eos_id": 102,
+        },
         preprocess={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
         tokenizer=minilm_tokenizer,
     ),
@@ -98,15 +118,21 @@ _SPECS = {
 
 
 def names() -> list[str]:
-    """Returns the names of MobileCLIP-S0 and this library's SiCLIPs; ``open_clip:NAME`` is a name, too."""
+    """Returns the names of MobileCLIP-S0 and this library's SiCLIPs; ``open_clip:NAME`` is a name,
+    too.
+    """
     return list(NAMES)
 
 
 def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns open_clip's configuration of a model, before it is simplified. overrides: as for `create`."""
+    """Returns open_clip's configuration of a model, before it is simplified. overrides: as for
+    `create`.
+    """
     config = copy.deepcopy(dict(spec.config))
     for key, value in overrides.items():
-        config[key] = {**config.get(key, {}), **value} if key in ("vision_cfg", "text_cfg") else value
+        config[key] = (
+            {**config.get(key, {}), **value} if key in ("vision_cfg", "text_cfg") else value
+        )
     config["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
@@ -122,33 +148,46 @@ def create(
     simplify_options: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> nn.Module:
-    """Builds a model with random weights, or with the weights of a local checkpoint. Nothing is downloaded.
+    """Builds a model with random weights, or with the weights of a local checkpoint.
+
+    Nothing is downloaded.
 
     Args:
         name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model; or a `Spec`.
         checkpoint: a file of weights as for `inherit`, which must fit exactly.
         simplified: False for the model that a SiCLIP is made from, with its own blocks.
-        simplify_options: arguments of `simplify` that replace those of the name. If they are given, even as {}, a model that
-            is no SiCLIP is simplified too.
-        overrides: open_clip's model arguments. ``vision_cfg`` and ``text_cfg`` are merged into those of the name,
-            others (``embed_dim``, ``init_logit_scale``, ``output_dict``...) replace them.
+        simplify_options: arguments of `simplify` that replace those of the name. If they are given,
+            even as {}, a model that is no SiCLIP is simplified too.
+        overrides: open_clip's model arguments. ``vision_cfg`` and ``text_cfg`` are merged into
+            those of the name, others (``embed_dim``, ``init_logit_scale``, ``output_dict``...)
+            replace them.
 
-    Returns an open_clip model. If it was simplified, its attribute ``simplify_report`` lists the replaced blocks. Raises
-    InputError for an unknown name, with the nearest names; CheckpointError for a checkpoint without weights, or with others.
+    Returns an open_clip model. If it was simplified, its attribute ``simplify_report`` lists the
+    replaced blocks. Raises InputError for an unknown name, with the nearest names; CheckpointError
+    for a checkpoint without weights, or with others.
     """
-    state = None if checkpoint is None else read(checkpoint, "checkpoint")  # before the model, which may take long
+    # before the model, which may take long
+    state = None if checkpoint is None else read(checkpoint, "checkpoint")
     spec = spec_of(name) if isinstance(name, str) else name
     if simplify_options and not simplified:
-        raise InputError(f"simplify_options: expected none for a model with its own blocks, got {dict(simplify_options)}")
+        raise InputError(
+            "simplify_options: expected none for a model with its own blocks, got "
+            f"{dict(simplify_options)}"
+        )
     config = configuration(spec, overrides)
     custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
     kind = CoCa if "multimodal_cfg" in config else CustomTextCLIP if custom_text else CLIP
     model: Any = (spec.build or kind)(**config)
     if hasattr(model.visual, "set_input_size") and "image_size" in overrides.get("vision_cfg", {}):
-        model.visual.set_input_size(config["vision_cfg"]["image_size"])  # open_clip does not pass the size to timm's trunk
-    set_model_preprocess_cfg(model, asdict(PreprocessCfg(size=model.visual.image_size, **spec.preprocess)))
+        # open_clip does not pass the size to timm's trunk
+        model.visual.set_input_size(config["vision_cfg"]["image_size"])
+    set_model_preprocess_cfg(
+        model, asdict(PreprocessCfg(size=model.visual.image_size, **spec.preprocess))
+    )
     if simplified and (spec.simplify is not None or simplify_options is not None):
-        model, model.simplify_report = simplify(model, **{**(spec.simplify or {}), **(simplify_options or {})})
+        model, model.simplify_report = simplify(
+            model, **{**(spec.simplify or {}), **(simplify_options or {})}
+        )
     if spec.channels_last:
         model.visual.to(memory_format=torch.channels_last)
     if state is not None:
@@ -160,9 +199,13 @@ create_model = create  # simplclip.create_model
 
 
 def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
-    """Returns a model's tokenizer: list of strings -> token ids, int64 [B, L]. context_length: L, by default the model's."""
+    """Returns a model's tokenizer: list of strings -> token ids, int64 [B, L]. context_length: L,
+    by default the model's.
+    """
     spec = spec_of(name)
-    return spec.tokenizer(context_length=context_length or spec.config["text_cfg"].get("context_length", 77))
+    return spec.tokenizer(
+        context_length=context_length or spec.config["text_cfg"].get("context_length", 77)
+    )
 
 
 def transforms(
@@ -172,14 +215,16 @@ def transforms(
     augment: str | Mapping[str, Any] | AugmentationCfg | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> ImageTransform:
-    """The image transform of a model. Called with a PIL image, it returns float32 [3, S, S], as open_clip's preprocess does.
+    """The image transform of a model.
+
+    Called with a PIL image, it returns float32 [3, S, S], as open_clip's preprocess does.
 
     Args:
         name: as for `create`.
         train: whether to augment.
-        augment: the augmentation for training: open_clip's AugmentationCfg or its fields (random resized crop and more);
-            "affine" (small rotations, shifts, zooms and changes of colour without mirroring, for drawings on white);
-            "none"; or None for the model's default.
+        augment: the augmentation for training: open_clip's AugmentationCfg or its fields (random
+            resized crop and more); "affine" (small rotations, shifts, zooms and changes of colour
+            without mirroring, for drawings on white); "none"; or None for the model's default.
         image_size: S, if the model was created with another size than its default.
     """
     spec = spec_of(name)

@@ -1,7 +1,8 @@
 """Image trunks and tokenizers of siclip-tiny and siclip-lite0.
 
-Each trunk is a convolutional net under a timm VisionTransformer, whose blocks `simplify` replaces. The trunks are registered
-with timm, so that open_clip's TimmModel can build them. siclip_lite0_trunk can `inherit` its net.
+Each trunk is a convolutional net under a timm VisionTransformer, whose blocks `simplify` replaces.
+The trunks are registered with timm, so that open_clip's TimmModel can build them.
+siclip_lite0_trunk can `inherit` its net.
 """
 
 import os
@@ -22,31 +23,42 @@ from torch import Tensor, nn
 from simplclip.models.weights import minilm_folder
 
 _CFG = {"num_classes": 0, "input_size": (3, 48, 48)}
-default_cfgs = generate_default_cfgs({"siclip_tiny_trunk.untrained": _CFG, "siclip_lite0_trunk.untrained": _CFG})
+default_cfgs = generate_default_cfgs(
+    {"siclip_tiny_trunk.untrained": _CFG, "siclip_lite0_trunk.untrained": _CFG}
+)
 
 
 @register_model
 def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Image trunk of siclip-tiny before it is simplified: a residual conv net of stride 8 under a one-block ViT.
+    """Image trunk of siclip-tiny before it is simplified: a residual conv net of stride 8 under a
+    one-block ViT.
 
-    Its norms are group norms of one group, which know nothing of other images: a batch may be computed in parts.
+    Its norms are group norms of one group, which know nothing of other images: a batch may be
+    computed in parts.
     """
     # The first stages take most of the time, so they have one residual block each and few channels.
-    stages = tuple(ByoBlockCfg(type="basic", d=1, c=c, s=s, br=1.0) for c, s in ((32, 1), (64, 2), (128, 2)))
-    config = ByoModelCfg(blocks=stages, stem_chs=32, stem_type="3x3", stem_pool="", norm_layer="groupnorm1")
+    stages = tuple(
+        ByoBlockCfg(type="basic", d=1, c=c, s=s, br=1.0) for c, s in ((32, 1), (64, 2), (128, 2))
+    )
+    config = ByoModelCfg(
+        blocks=stages, stem_chs=32, stem_type="3x3", stem_pool="", norm_layer="groupnorm1"
+    )
     net = ByobNet(config, num_classes=0, global_pool="")
     return _vit("siclip_tiny_trunk", pretrained, net, {"depth": 1} | kwargs)
 
 
 @register_model
 def siclip_lite0_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Image trunk of siclip-lite0 before it is simplified: the first five of EfficientNet-Lite0's seven stages under a ViT.
+    """Image trunk of siclip-lite0 before it is simplified: the first five of EfficientNet-Lite0's
+    seven stages under a ViT.
 
-    The stages have stride 16 and 112 channels. The net is ``patch_embed.backbone``, with the names of timm's
-    tf_efficientnet_lite0: conv_stem, bn1, blocks.0 ...
+    The stages have stride 16 and 112 channels. The net is ``patch_embed.backbone``, with the names
+    of timm's tf_efficientnet_lite0: conv_stem, bn1, blocks.0 ...
     """
     whole: Any = timm.create_model("tf_efficientnet_lite0")
-    net = nn.Sequential(OrderedDict(conv_stem=whole.conv_stem, bn1=whole.bn1, blocks=whole.blocks[:5]))
+    net = nn.Sequential(
+        OrderedDict(conv_stem=whole.conv_stem, bn1=whole.bn1, blocks=whole.blocks[:5])
+    )
     return _vit("siclip_lite0_trunk", pretrained, net, {"depth": 2} | kwargs)
 
 
@@ -54,15 +66,19 @@ def _vit(name: str, pretrained: bool, net: nn.Module, options: dict[str, Any]) -
     size: dict[str, Any] = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "num_heads": 8}
     options = size | {"class_token": False, "global_pool": "avg"} | options
     return build_model_with_cfg(
-        VisionTransformer, name, pretrained, embed_layer=partial(HybridEmbed, backbone=net), **options
+        VisionTransformer,
+        name,
+        pretrained,
+        embed_layer=partial(HybridEmbed, backbone=net),
+        **options,
     )
 
 
 class ShortVocabTokenizer(SimpleTokenizer):
     """open_clip's tokenizer with only the first (most frequent) merges of its vocabulary.
 
-    Rare words are split into more pieces, and a small model needs no embedding of 49,408 tokens. Start and end of text
-    remain the two highest ids, as CLIP's pooling needs.
+    Rare words are split into more pieces, and a small model needs no embedding of 49,408 tokens.
+    Start and end of text remain the two highest ids, as CLIP's pooling needs.
     """
 
     bpe_ranks: dict[tuple[str, str], int]
@@ -70,8 +86,11 @@ class ShortVocabTokenizer(SimpleTokenizer):
 
     def __init__(self, vocab_size: int, **options: Any) -> None:
         super().__init__(**options)
-        self.bpe_ranks = dict(list(self.bpe_ranks.items())[: vocab_size - 2 * len(self.byte_encoder) - 2])
-        pieces = [*list(self.encoder)[: vocab_size - 2], *self.cache]  # the cache begins with start and end of text
+        self.bpe_ranks = dict(
+            list(self.bpe_ranks.items())[: vocab_size - 2 * len(self.byte_encoder) - 2]
+        )
+        # the cache begins with start and end of text
+        pieces = [*list(self.encoder)[: vocab_size - 2], *self.cache]
         self.encoder = {piece: i for i, piece in enumerate(pieces)}
         self.decoder = dict(enumerate(pieces))
         self.vocab_size = vocab_size
@@ -81,7 +100,8 @@ class ShortVocabTokenizer(SimpleTokenizer):
 
 @cache
 def minilm_tokenizer(context_length: int) -> Callable[..., Tensor]:
-    """Returns MiniLM's WordPiece tokenizer: texts -> int64 [B, context_length], [CLS] ... [SEP], padded by 0.
+    """Returns MiniLM's WordPiece tokenizer: texts -> int64 [B, context_length], [CLS] ... [SEP],
+    padded by 0.
 
     Longer texts are truncated and still end in [SEP].
     """
@@ -95,6 +115,8 @@ def minilm_tokenizer(context_length: int) -> Callable[..., Tensor]:
 
     def tokenize(texts: str | list[str], context_length: int | None = None) -> Tensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
-        return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)], dtype=torch.int64)
+        return torch.tensor(
+            [encoding.ids for encoding in tokenizer.encode_batch(texts)], dtype=torch.int64
+        )
 
     return tokenize

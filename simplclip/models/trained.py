@@ -1,8 +1,9 @@
-"""Trained models: from the settings of a run, from checkpoints and exports, and from any source that `simplclip.load` takes.
+"""Trained models: from the settings of a run, from checkpoints and exports, and from any source
+that `simplclip.load` takes.
 
-A checkpoint or export may come from elsewhere, so it is data alone. It is read with weights_only, and of its config only the
-part "model" and `loss.base` count. The model's options may describe an architecture; an option that could fetch, unpickle or
-run files is refused.
+A checkpoint or export may come from elsewhere, so it is data alone. It is read with weights_only,
+and of its config only the part "model" and `loss.base` count. The model's options may describe an
+architecture; an option that could fetch, unpickle or run files is refused.
 
 A checkpoint is one dict that torch.save wrote:
     format, version     "simplclip", 1
@@ -23,7 +24,11 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import get_model_preprocess_cfg, get_model_tokenize_cfg, set_model_preprocess_cfg
+from open_clip.model import (
+    get_model_preprocess_cfg,
+    get_model_tokenize_cfg,
+    set_model_preprocess_cfg,
+)
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from timm.layers.helpers import to_2tuple
 from torch import nn
@@ -36,20 +41,35 @@ from simplclip.models.sources import BEST, EXPORT, LAST, PLAIN, check_source, ch
 from simplclip.models.weights import CheckpointError, download, load_error, read_weights
 
 FORMAT, VERSION = "simplclip", 1
-SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # initial values of SigLIP, arXiv 2303.15343
+# initial values of SigLIP, arXiv 2303.15343
+SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 
-_SHAPE = {"image_size": "vision_cfg", "context_length": "text_cfg"}  # setting -> the part of the options that may have it too
-# Options that describe a model's architecture. Other options of open_clip, such as pretrained and weights_only, load files.
+# setting -> the part of the options that may have it too
+_SHAPE = {"image_size": "vision_cfg", "context_length": "text_cfg"}
+# Options that describe a model's architecture. Other options of open_clip, such as pretrained and
+# weights_only, load files.
 _ARCHITECTURE = {
-    "vision_cfg", "text_cfg", "multimodal_cfg", "embed_dim", "custom_text", "quick_gelu", "output_dict", "init_logit_scale",
-    "init_logit_bias", "nonscalar_logit_scale", "simplified", "simplify_options",
-}  # fmt: skip
+    "vision_cfg",
+    "text_cfg",
+    "multimodal_cfg",
+    "embed_dim",
+    "custom_text",
+    "quick_gelu",
+    "output_dict",
+    "init_logit_scale",
+    "init_logit_bias",
+    "nonscalar_logit_scale",
+    "simplified",
+    "simplify_options",
+}
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
 _WIDEST, _DEEPEST = 1_000_000, 1000  # the largest width and number of layers that are accepted
 
 
 def shape_of(section: Mapping[str, Any], name: str) -> Any:
-    """Returns the image_size or context_length of a config's part "model", or of its options; None for the model's own."""
+    """Returns the image_size or context_length of a config's part "model", or of its options; None
+    for the model's own.
+    """
     options = section.get("options") or {}
     return section.get(name) or (options.get(_SHAPE[name]) or {}).get(name)
 
@@ -57,9 +77,13 @@ def shape_of(section: Mapping[str, Any], name: str) -> Any:
 def model_options(section: Mapping[str, Any], base: str = "contrastive") -> dict[str, Any]:
     """Returns arguments of `models.create` for a config's part "model".
 
-    base: loss.base of the config. With "sigmoid" the scale and the bias start as SigLIP's, unless the options have them.
+    base: loss.base of the config. With "sigmoid" the scale and the bias start as SigLIP's, unless
+    the options have them.
     """
-    options: dict[str, Any] = {**(SIGLIP if base == "sigmoid" else {}), **(section.get("options") or {})}
+    options: dict[str, Any] = {
+        **(SIGLIP if base == "sigmoid" else {}),
+        **(section.get("options") or {}),
+    }
     for name, part in _SHAPE.items():
         if value := shape_of(section, name):
             options[part] = {**(options.get(part) or {}), name: value}
@@ -67,17 +91,23 @@ def model_options(section: Mapping[str, Any], base: str = "contrastive") -> dict
 
 
 def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Module:
-    """Makes the model of a config's part "model", with random weights. Nothing is fetched, and no file is read.
+    """Makes the model of a config's part "model", with random weights.
 
-    section: name, options, image_size and context_length, see `simplclip train --help-config`. base: loss.base of the config.
-    Raises InputError for an unknown name, for options or sizes that the model does not take, and as `check_options` does.
+    Nothing is fetched, and no file is read.
+
+    section: name, options, image_size and context_length, see `simplclip train --help-config`.
+    base: loss.base of the config. Raises InputError for an unknown name, for options or sizes that
+    the model does not take, and as `check_options` does.
     """
     name, options = section["name"], model_options(section, base)
     check_options(options, "config")
     try:
         model: Any = create(name, **options)
-    except (TypeError, RuntimeError, ArithmeticError, AssertionError) as error:  # the type depends on the option
-        raise InputError(f"model.options: expected options of {name}, got {section.get('options')}: {error}") from error
+    # the type depends on the option
+    except (TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
+        raise InputError(
+            f"model.options: expected options of {name}, got {section.get('options')}: {error}"
+        ) from error
     if shape_of(section, "image_size") or shape_of(section, "context_length"):
         size, tokens = to_2tuple(model.visual.image_size), tokenizer(section)(["a photo"])
         try:
@@ -85,7 +115,9 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
                 model.eval()(torch.zeros(1, 3, *size), tokens)
         except Exception as error:  # its type depends on the tower
             sizes = f"{size[0]} and {tokens.shape[1]}: {first_line(error)}"
-            raise InputError(f"image_size, context_length: expected sizes that the model takes, got {sizes}") from None
+            raise InputError(
+                f"image_size, context_length: expected sizes that the model takes, got {sizes}"
+            ) from None
         model.train()
     return model
 
@@ -95,28 +127,44 @@ def tokenizer(section: Mapping[str, Any]) -> Tokenizer:
     return registry.tokenizer(section["name"], shape_of(section, "context_length"))
 
 
-def image_transform(section: Mapping[str, Any], train: bool = False, augment: Any = None) -> ImageTransform:
-    """Returns the image transform of a config's part "model", see `models.transforms`. augment: used if `train`."""
-    return registry.transforms(section["name"], train=train, augment=augment, image_size=shape_of(section, "image_size"))
+def image_transform(
+    section: Mapping[str, Any], train: bool = False, augment: Any = None
+) -> ImageTransform:
+    """Returns the image transform of a config's part "model", see `models.transforms`. augment:
+    used if `train`.
+    """
+    return registry.transforms(
+        section["name"], train=train, augment=augment, image_size=shape_of(section, "image_size")
+    )
 
 
 def check_options(options: Mapping[str, Any], where: str) -> None:
-    """Checks that model.options describe an architecture. where: the file that has them, for the message.
+    """Checks that model.options describe an architecture. where: the file that has them, for the
+    message.
 
-    Raises InputError for an option that could fetch, unpickle or run files (pretrained, weights_only, hf_model_name, a path
-    or a URL in place of a model's name), and for a model of absurd size.
+    Raises InputError for an option that could fetch, unpickle or run files (pretrained,
+    weights_only, hf_model_name, a path or a URL in place of a model's name), and for a model of
+    absurd size.
     """
     values = {key: (key, value) for key, value in options.items()}
     for key, part in options.items():
-        values |= {f"{key}.{name}": (name, value) for name, value in part.items()} if isinstance(part, Mapping) else {}
+        values |= (
+            {f"{key}.{name}": (name, value) for name, value in part.items()}
+            if isinstance(part, Mapping)
+            else {}
+        )
     for path, (name, value) in values.items():
         got = f"model.options.{path} = {str(value)[:100]!r}"
         if path.partition(".")[0] not in _ARCHITECTURE or (value and _fetches(str(name), value)):
             raise InputError(
-                f"{where}: expected options of the model's architecture, got {got}, which may fetch or run files"
+                f"{where}: expected options of the model's architecture, got {got}, which may "
+                "fetch or run files"
             )
         if isinstance(value, (int, float)) and value > (_DEEPEST if name == "layers" else _WIDEST):
-            raise InputError(f"{where}: expected a model that can be built, got model.options.{path} = {value:.3g}")
+            raise InputError(
+                f"{where}: expected a model that can be built, got model.options.{path} = "
+                f"{value:.3g}"
+            )
 
 
 def _fetches(name: str, value: Any) -> bool:
@@ -128,35 +176,45 @@ def _fetches(name: str, value: Any) -> bool:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint, or the best.pt or else last.pt of a run's folder, to the CPU, as a dict with at least "model",
-    "config" and "step".
+    """Reads a checkpoint, or the best.pt or else last.pt of a run's folder, to the CPU, as a dict
+    with at least "model", "config" and "step".
 
-    Raises FileNotFoundError; CheckpointError for a file that is damaged, no checkpoint, or of a newer version.
+    Raises FileNotFoundError; CheckpointError for a file that is damaged, no checkpoint, or of a
+    newer version.
     """
     check_weights(path, "checkpoint", (LAST,))
     path = Path(in_run(path))
     path = path / LAST if path.is_dir() else path
     state = read_weights(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected a simplclip checkpoint, got a file without format={FORMAT!r}")
+        raise CheckpointError(
+            f"{path}: expected a simplclip checkpoint, got a file without format={FORMAT!r}"
+        )
     version = state.get("version")
     if not isinstance(version, int) or version > VERSION:
         got = f"{str(version)[:100]!r}, maybe of a newer simplclip"
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {got}")
     try:
-        complete = "model" in state and isinstance(state["config"]["model"]["name"], str) and isinstance(state["step"], int)
+        complete = (
+            "model" in state
+            and isinstance(state["config"]["model"]["name"], str)
+            and isinstance(state["step"], int)
+        )
     except (LookupError, TypeError):
         complete = False
     if not complete:
-        raise CheckpointError(f"{path}: expected a checkpoint with a config and weights, got another one")
+        raise CheckpointError(
+            f"{path}: expected a checkpoint with a config and weights, got another one"
+        )
     return state
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Loads the model of a checkpoint, or of a run's folder; with the averages of its weights if the run has averages.
+    """Loads the model of a checkpoint, or of a run's folder; with the averages of its weights if
+    the run has averages.
 
-    Returns the model in eval mode on the CPU, and what `read_checkpoint` returns. Raises as `read_checkpoint`, also for
-    options that are refused and for weights that do not fit.
+    Returns the model in eval mode on the CPU, and what `read_checkpoint` returns. Raises as
+    `read_checkpoint`, also for options that are refused and for weights that do not fit.
     """
     state = read_checkpoint(path)
     section = state["config"]["model"]
@@ -164,24 +222,35 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         model = build_model(section, state["config"]["loss"]["base"])
         model.load_state_dict(state["model"] | state.get("ema", {}), strict=True)
     except Exception as error:  # the type depends on the options, and on the damage
-        others = f"expected weights of {section['name']!r}, the model of its config, got others: {load_error(error)}"
-        raise CheckpointError(f"{path}: {error if isinstance(error, InputError) else others}") from None
+        others = (
+            f"expected weights of {section['name']!r}, the model of its config, got others: "
+            f"{load_error(error)}"
+        )
+        raise CheckpointError(
+            f"{path}: {error if isinstance(error, InputError) else others}"
+        ) from None
     return model.eval(), state
 
 
-def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> dict[str, Any]:
+def load_source(
+    source: str | os.PathLike, checkpoint: str | os.PathLike | None = None
+) -> dict[str, Any]:
     """Loads the model that `source` names:
 
-    PATH                    a checkpoint of `simplclip train`, the folder of a run (its best.pt, else last.pt) or an export
+    PATH                    a checkpoint of `simplclip train`, the folder of a run (its best.pt,
+                            else last.pt) or an export
     open_clip:NAME/TAG      open_clip's pretrained weights, which it downloads if necessary
-    open_clip:NAME/FILE     weights of that model, .pt or .safetensors. A model with a single known tag gets its preprocessing
+    open_clip:NAME/FILE     weights of that model, .pt or .safetensors. A model with a single known
+                            tag gets its preprocessing
     siclip-tiny/FILE, ...   weights of that model, for mobileclip-s0 also the published file
 
-    checkpoint: FILE, if `source` does not have it. Beside a TAG, which then says the preprocessing alone.
+    checkpoint: FILE, if `source` does not have it. Beside a TAG, which then says the preprocessing
+    alone.
 
-    Returns: "name", "model", "preprocess" (RGB image -> float32 [3, S, S]), "tokenizer" (texts -> int64 [N, L]); also "step"
-    of a checkpoint or export, and "config" of a checkpoint.
-    Raises: InputError for an unknown model, FileNotFoundError, CheckpointError for a file that is no checkpoint of the model.
+    Returns: "name", "model", "preprocess" (RGB image -> float32 [3, S, S]), "tokenizer" (texts ->
+    int64 [N, L]); also "step" of a checkpoint or export, and "config" of a checkpoint.
+    Raises: InputError for an unknown model, FileNotFoundError, CheckpointError for a file that is
+    no checkpoint of the model.
     """
     check_source(source, checkpoint)
     source = os.fspath(source)
@@ -193,7 +262,10 @@ def load_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None 
         if (path / EXPORT).is_file() and not any((path / file).exists() for file in (BEST, LAST)):
             return _export(path)
         model, state = load_model(path)
-        return _parts(state["config"]["model"]["name"], model) | {"config": state["config"], "step": state["step"]}
+        return _parts(state["config"]["model"]["name"], model) | {
+            "config": state["config"],
+            "step": state["step"],
+        }
     return _parts(name, create(name, checkpoint=checkpoint or rest))
 
 
@@ -201,23 +273,36 @@ def _export(folder: Path) -> dict[str, Any]:
     file = folder / EXPORT
     try:
         about = json.loads(file.read_text("utf-8"))
-        name, options, step = str(about["model"]), dict(about["options"]), int(about["step"])
+        name = str(about["model"])
+        options = dict(about["options"])
+        step = int(about["step"])
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-        raise CheckpointError(f"{file}: expected a file of simplclip export, got another one") from None
+        raise CheckpointError(
+            f"{file}: expected a file of simplclip export, got another one"
+        ) from None
     check_options(options, str(file))
     try:
         return _parts(name, create(name, checkpoint=folder, **options)) | {"step": step}
     except (InputError, OSError):
         raise
     except Exception as error:  # the type depends on the options
-        raise CheckpointError(f"{file}: expected options of {name}, got {options}: {first_line(error)}") from None
+        raise CheckpointError(
+            f"{file}: expected options of {name}, got {options}: {first_line(error)}"
+        ) from None
 
 
 def _parts(name: str, model: Any) -> dict[str, Any]:
-    """For a model of this library, whose image size and context length may differ from its default."""
+    """For a model of this library, whose image size and context length may differ from its
+    default.
+    """
     transform = registry.transforms(name, train=False, image_size=model.visual.image_size)
     length = get_model_tokenize_cfg(model).get("context_length")
-    return {"name": name, "model": model, "preprocess": transform, "tokenizer": registry.tokenizer(name, length)}
+    return {
+        "name": name,
+        "model": model,
+        "preprocess": transform,
+        "tokenizer": registry.tokenizer(name, length),
+    }
 
 
 def _open_clip(plain: str, rest: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
@@ -230,13 +315,24 @@ def _open_clip(plain: str, rest: str, checkpoint: str | os.PathLike | None) -> d
     if tag and not files:
         model: Any = download(plain, tag)
     elif len(files) != 1 or not Path(files[0]).exists():
-        expected = f"a file of weights for {name}, or a tag that open_clip downloads ({', '.join(tags) or 'it has none'})"
+        expected = (
+            f"a file of weights for {name}, or a tag that open_clip downloads "
+            f"({', '.join(tags) or 'it has none'})"
+        )
         given = " and ".join(map(str, files)) or "none"
         raise FileNotFoundError(f"source: expected {expected}, got {given}")
     else:
         model = create(name, checkpoint=files[0])
         if tag or len(tags) == 1:
-            tagged = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}  # None keeps the model's size
-            set_model_preprocess_cfg(model, merge_preprocess_dict(get_model_preprocess_cfg(model), tagged))
+            # None keeps the model's size
+            tagged = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}
+            set_model_preprocess_cfg(
+                model, merge_preprocess_dict(get_model_preprocess_cfg(model), tagged)
+            )
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
-    return {"name": f"{name}/{tag}" if tag else name, "model": model, "preprocess": transform, "tokenizer": tokenizer}
+    return {
+        "name": f"{name}/{tag}" if tag else name,
+        "model": model,
+        "preprocess": transform,
+        "tokenizer": tokenizer,
+    }

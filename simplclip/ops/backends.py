@@ -1,4 +1,6 @@
-"""The table op -> backend -> function. Each function has a predicate, which returns why the function cannot run a call.
+"""The table op -> backend -> function.
+
+Each function has a predicate, which returns why the function cannot run a call.
 
 A backend is one of
 
@@ -9,10 +11,11 @@ A backend is one of
     xformers   shaped attention around memory_efficient_attention of the package xformers
     reference  plain torch for any device and dtype
 
-The first backend in this order that supports a call runs the call. `with simplclip.backend("cpu"):` and the environment
-variable SIMPLCLIP_BACKEND=cpu force a backend for all ops; `simplclip.backend(shaped_attention="sdpa")` and
-SIMPLCLIP_BACKEND=shaped_attention=sdpa,parallel_mlp=reference force backends of single ops. A forced backend that does not
-support a call raises an error.
+The first backend in this order that supports a call runs the call. `with simplclip.backend("cpu"):`
+and the environment variable SIMPLCLIP_BACKEND=cpu force a backend for all ops;
+`simplclip.backend(shaped_attention="sdpa")` and
+SIMPLCLIP_BACKEND=shaped_attention=sdpa,parallel_mlp=reference force backends of single ops. A
+forced backend that does not support a call raises an error.
 """
 
 from __future__ import annotations
@@ -39,19 +42,24 @@ native_bf16: bool = extension is not None and extension.has_native_bf16()
 if torch.version.cuda is not None:
     cuda_extension, cuda_extension_error = load("_C_cuda")
 else:
-    cuda_extension, cuda_extension_error = None, f"torch {torch.__version__} is a build without CUDA"
+    cuda_extension = None
+    cuda_extension_error = f"torch {torch.__version__} is a build without CUDA"
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A backend's function for an op; `why_not(device, dtype, **facts of the call)` is None if the function can run."""
+    """A backend's function for an op; `why_not(device, dtype, **facts of the call)` is None if the
+    function can run.
+    """
 
     function: Callable
     why_not: Callable[..., str | None]
 
 
 def why_not_kernels(serves: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns why kernels for tensors of the device type `serves` cannot run a call, or None if they can."""
+    """Returns why kernels for tensors of the device type `serves` cannot run a call, or None if
+    they can.
+    """
     if device.type != serves:
         return f"serves {serves} tensors, not {device.type}"
     return "computes in float32; float64 is for the reference" if dtype == torch.float64 else None
@@ -74,7 +82,9 @@ def installed(package: str) -> bool:
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """Returns the compute capability of a GPU; None if there is none, as in a plan for a card that is not here."""
+    """Returns the compute capability of a GPU; None if there is none, as in a plan for a card that
+    is not here.
+    """
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
@@ -86,7 +96,10 @@ def triton_on_cuda(device: torch.device, dtype: torch.dtype, **call) -> str | No
         return reason
     card = capability(device)
     if card is not None and (card < (8, 0) or card[0] == 10):
-        return f"is compiled for compute capabilities 8.x, 9.x and 12.x; the device has {card[0]}.{card[1]}"
+        return (
+            "is compiled for compute capabilities 8.x, 9.x and 12.x; the device has "
+            f"{card[0]}.{card[1]}"
+        )
     return None
 
 
@@ -96,7 +109,9 @@ def _has_binary(index: int) -> bool:
 
 
 def extension_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns why the CUDA extension cannot run a call, for reasons that hold for every op; None if there are none."""
+    """Returns why the CUDA extension cannot run a call, for reasons that hold for every op; None if
+    there are none.
+    """
     if cuda_extension is None:
         return cuda_extension_error
     reason = why_not_kernels("cuda", device, dtype)
@@ -105,14 +120,17 @@ def extension_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
         if not _has_binary(index):
             number = ".".join(map(str, card))
             return (
-                f"was built for {cuda_extension.architectures()}, the device has compute capability {number}: rebuild with "
-                f"TORCH_CUDA_ARCH_LIST={number}"
+                f"was built for {cuda_extension.architectures()}, the device has compute "
+                f"capability {number}: rebuild with TORCH_CUDA_ARCH_LIST={number}"
             )
     return reason
 
 
 def _native(name: str, fields: tuple[str, ...]) -> Callable:
-    """Returns a function that runs the op of C++. The op is looked up at the first call: the extension may be missing."""
+    """Returns a function that runs the op of C++.
+
+    The op is looked up at the first call: the extension may be missing.
+    """
     values = attrgetter(*fields)
     overloads: list[Callable] = []
 
@@ -125,8 +143,12 @@ def _native(name: str, fields: tuple[str, ...]) -> Callable:
 
 
 def kernel(module: str, name: str) -> Callable:
-    """Returns a launcher of kernels/, imported at its first call: importing Triton takes time, and some platforms lack it."""
-    return lambda *call: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(*call)
+    """Returns a launcher of kernels/, imported at its first call: importing Triton takes time, and
+    some platforms lack it.
+    """
+    return lambda *call: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(
+        *call
+    )
 
 
 def row(
@@ -137,12 +159,17 @@ def row(
     cuda: Callable | None = None,
     cpu: bool = True,
 ) -> dict[str, Implementation]:
-    """Returns the backends of an op with their predicates. Their functions are named after `reference`.
+    """Returns the backends of an op with their predicates.
 
-    call: the dataclass of the functions' argument. module: the module of simplclip.kernels with the op's launcher, if Triton
-    has the op. cuda: the predicate of CUDA C++, if CUDA C++ has the op. cpu: whether C++ for the CPU has the op.
+    Their functions are named after `reference`.
+
+    call: the dataclass of the functions' argument. module: the module of simplclip.kernels with the
+    op's launcher, if Triton has the op. cuda: the predicate of CUDA C++, if CUDA C++ has the op.
+    cpu: whether C++ for the CPU has the op.
     """
-    name, fields, backends = reference.__name__, call.__match_args__, {}
+    name = reference.__name__
+    fields = call.__match_args__
+    backends = {}
     if cuda is not None:
         backends["cuda"] = Implementation(_native(f"{name}_cuda", fields), cuda)
     if module:
@@ -158,12 +185,18 @@ TABLE: dict[str, dict[str, Implementation]] = {}
 
 def public_name(op: str) -> str:
     """Returns the name of the public op that an op of the table belongs to."""
-    return "similarity_loss" if op.startswith("similarity") else op.removesuffix("_fwd").removesuffix("_bwd")
+    return (
+        "similarity_loss"
+        if op.startswith("similarity")
+        else op.removesuffix("_fwd").removesuffix("_bwd")
+    )
 
 
 @functools.cache
 def _parse(spec: str) -> dict[str, str]:
-    """Returns public op -> forced backend, with "" for all ops, of a text as in SIMPLCLIP_BACKEND."""
+    """Returns public op -> forced backend, with "" for all ops, of a text as in
+    SIMPLCLIP_BACKEND.
+    """
     by_op = {}
     for part in filter(None, spec.split(",")):
         op, _, name = part.rpartition("=")
@@ -180,12 +213,16 @@ _forced: str = os.environ.get("SIMPLCLIP_BACKEND", "").replace(" ", "")
 
 
 def forced() -> str:
-    """Returns which backends are forced, in the form of SIMPLCLIP_BACKEND; an empty string if none is."""
+    """Returns which backends are forced, in the form of SIMPLCLIP_BACKEND; an empty string if none
+    is.
+    """
     return _forced
 
 
 def forced_for(op: str, spec: str) -> str:
-    """Returns the backend that a spec (see `forced`) forces for an op; an empty string if it forces none."""
+    """Returns the backend that a spec (see `forced`) forces for an op; an empty string if it forces
+    none.
+    """
     if not spec:
         return ""
     by_op = _parse(spec)
@@ -194,12 +231,14 @@ def forced_for(op: str, spec: str) -> str:
 
 @contextlib.contextmanager
 def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
-    """Forces backends within the block, for the whole process: `name` for all ops, or one for each op that is named.
+    """Forces backends within the block, for the whole process: `name` for all ops, or one for each
+    op that is named.
 
         with simplclip.backend("reference"): ...
         with simplclip.backend(shaped_attention="sdpa", parallel_mlp="reference"): ...
 
-    Ops that the block does not name keep the backend that was forced outside. A backward uses the backend of its forward.
+    Ops that the block does not name keep the backend that was forced outside. A backward uses the
+    backend of its forward.
     """
     global _forced
     merged = {**({} if name else _parse(_forced)), **({"": name} if name else {}), **by_op}
@@ -213,7 +252,9 @@ def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
 
 
 def why_not(op: str, name: str, device: torch.device, dtype: torch.dtype, **call) -> str | None:
-    """Returns why backend `name` cannot run `op` on this device and dtype with these facts of a call; None if it can."""
+    """Returns why backend `name` cannot run `op` on this device and dtype with these facts of a
+    call; None if it can.
+    """
     if name not in TABLE[op]:
         return f"{op} has no {name} implementation"
     return TABLE[op][name].why_not(device, dtype, **call)
@@ -222,10 +263,12 @@ def why_not(op: str, name: str, device: torch.device, dtype: torch.dtype, **call
 def select(
     op: str, device: torch.device, dtype: torch.dtype, spec: str = "", *, part: bool = False, **call
 ) -> tuple[str, Callable]:
-    """Returns a backend for `op` and its function: the one that `spec` forces (see `forced`), else the first that can run.
+    """Returns a backend for `op` and its function: the one that `spec` forces (see `forced`), else
+    the first that can run.
 
-    part: whether `op` is a part of another op: a backend that is forced for all ops is ignored if the part does not have it.
-    Raises RuntimeError if the forced backend, or without one every backend, cannot run.
+    part: whether `op` is a part of another op: a backend that is forced for all ops is ignored if
+    the part does not have it. Raises RuntimeError if the forced backend, or without one every
+    backend, cannot run.
     """
     name = forced_for(op, spec)
     if name and part and name not in TABLE[op] and public_name(op) not in _parse(spec):

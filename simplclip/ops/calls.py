@@ -1,6 +1,9 @@
-"""Helpers for the calls of all ops. A call is a frozen dataclass whose fields are the op's arguments in the schema's order.
+"""Helpers for the calls of all ops.
 
-In a call that autograd differentiates, the fields that are tensors come first. This module imports torch alone.
+A call is a frozen dataclass whose fields are the op's arguments in the schema's order.
+
+In a call that autograd differentiates, the fields that are tensors come first. This module imports
+torch alone.
 """
 
 from __future__ import annotations
@@ -12,26 +15,42 @@ import torch
 from torch import Tensor
 
 Mutated = Tensor  # the type of a field that the op overwrites
-Strided = Tensor  # the type of a field of which only the last dimension is contiguous; those of type Tensor are contiguous
+# the type of a field of which only the last dimension is contiguous; those of type Tensor are
+# contiguous
+Strided = Tensor
 
-_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "SymInt", "bool": "bool", "float": "float", "str": "str"}
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "int": "SymInt",
+    "bool": "bool",
+    "float": "float",
+    "str": "str",
+}
 _TYPES |= {"Strided": "Tensor", "Strided | None": "Tensor?", "list[bool]": "bool[]"}
 
 
 def schema_of(call: type) -> str:
     """Returns the dispatcher's schema of a call's dataclass: its fields in their order."""
     aliases = iter("abc")
-    kinds = [f"Tensor({next(aliases)}!)" if field.type == "Mutated" else _TYPES[str(field.type)] for field in fields(call)]
+    kinds = [
+        f"Tensor({next(aliases)}!)" if field.type == "Mutated" else _TYPES[str(field.type)]
+        for field in fields(call)
+    ]
     return ", ".join(f"{kind} {field.name}" for kind, field in zip(kinds, fields(call)))
 
 
 def tensors_of(call: type) -> list[str]:
     """Returns the names of the fields of type Tensor or Strided, also where they may be None."""
-    return [field.name for field in fields(call) if str(field.type).startswith(("Tensor", "Strided"))]
+    return [
+        field.name for field in fields(call) if str(field.type).startswith(("Tensor", "Strided"))
+    ]
 
 
 def flat(call: Any) -> tuple:
-    """Returns the values of a call's fields: the dispatcher's arguments. torch 2.11 cannot trace vars() of a dataclass."""
+    """Returns the values of a call's fields: the dispatcher's arguments. torch 2.11 cannot trace
+    vars() of a dataclass.
+    """
     return tuple([getattr(call, name) for name in call.__match_args__])
 
 

@@ -19,9 +19,13 @@ def shape_of(t: Any) -> str:
 
 
 def floating(name: str, t: Any, letters: str = "") -> None:
-    """Checks that t is a tensor of one of FLOATS. letters: its shape for the message, e.g. "[N, D]"."""
+    """Checks that t is a tensor of one of FLOATS. letters: its shape for the message, e.g. "[N,
+    D]".
+    """
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a tensor{letters and ' ' + letters}, got {type(t).__name__}")
+        raise TypeError(
+            f"{name}: expected a tensor{letters and ' ' + letters}, got {type(t).__name__}"
+        )
     if t.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
 
@@ -56,8 +60,17 @@ def all_like_x(x: Tensor, names: Sequence[str], tensors: Sequence[Tensor | None]
             like(name, t, "x", x)
 
 
-def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype, of: str = "the features") -> Tensor:
-    """Returns a number as a tensor [] of this dtype. A tensor must be floating, have one element and be on the device."""
+def scalar(
+    name: str,
+    value: Tensor | float,
+    device: torch.device,
+    dtype: torch.dtype,
+    of: str = "the features",
+) -> Tensor:
+    """Returns a number as a tensor [] of this dtype.
+
+    A tensor must be floating, have one element and be on the device.
+    """
     if isinstance(value, Tensor):
         if value.dtype == dtype and value.device == device and value.dim() == 0:
             return value
@@ -87,7 +100,9 @@ def constant(name: str, t: Tensor) -> Tensor:
     compiling = torch.compiler.is_compiling()  # a warning would break the compiled graph
     if torch.is_grad_enabled() and not compiling and name not in _warned:
         _warned.add(name)
-        warnings.warn(f"{name} requires a gradient, but is a constant here and gets none", stacklevel=4)
+        warnings.warn(
+            f"{name} requires a gradient, but is a constant here and gets none", stacklevel=4
+        )
     return savable(t.detach())
 
 
@@ -106,7 +121,10 @@ def boolean(name: str, value: Any) -> None:
 
 
 def _real(name: str, value: Any, expected: str) -> float:
-    """Returns a number of Python, or float() of another number, e.g. numpy's. Raises TypeError for bool, text and tensor."""
+    """Returns a number of Python, or float() of another number, e.g. numpy's.
+
+    Raises TypeError for bool, text and tensor.
+    """
     if type(value) in (int, float):
         return value
     if hasattr(type(value), "__float__") and not isinstance(value, (bool, Tensor)):
@@ -134,7 +152,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamm
     if q.dim() != 4:
         raise ValueError(f"q: expected a tensor [B, L, H, K], got shape {shape_of(q)}")
     if 0 in q.shape:
-        raise ValueError(f"q: expected [B, L, H, K] without an empty dimension, got shape {shape_of(q)}")
+        raise ValueError(
+            f"q: expected [B, L, H, K] without an empty dimension, got shape {shape_of(q)}"
+        )
     for name, t in (("k", k), ("v", v)):
         if t.shape != q.shape:
             raise ValueError(f"{name}: expected the shape of q, {shape_of(q)}, got {shape_of(t)}")
@@ -142,13 +162,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamm
             like(name, t, "q", q)
     for name, t in gains:
         if t.shape != q.shape[2:3]:
-            raise ValueError(f"{name}: expected one value per head, [{q.shape[2]}], got {shape_of(t)}")
+            raise ValueError(
+                f"{name}: expected one value per head, [{q.shape[2]}], got {shape_of(t)}"
+            )
 
 
 def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
-    """Checks the lengths; returns them as int32 in 0..length. Values outside are an error on a CPU, and clamped elsewhere."""
+    """Checks the lengths; returns them as int32 in 0..length.
+
+    Values outside are an error on a CPU, and clamped elsewhere.
+    """
     if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths: expected an integer tensor [{batch}], got {type(lengths).__name__}")
+        raise TypeError(
+            f"lengths: expected an integer tensor [{batch}], got {type(lengths).__name__}"
+        )
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
     if lengths.shape != (batch,):
@@ -157,47 +184,95 @@ def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.dev
     if device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
         least, most = map(int, lengths.aminmax())
         if least < 0 or most > length:
-            raise ValueError(f"lengths: expected 0 to {length} valid tokens, got {least if least < 0 else most}")
+            raise ValueError(
+                f"lengths: expected 0 to {length} valid tokens, got {least if least < 0 else most}"
+            )
     return lengths.clamp(0, length).to(torch.int32)
 
 
-def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None) -> None:
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+) -> None:
     """Checks types and shapes of parallel_mlp's tensors."""
     weights = ("fc1_weight", fc1_weight, "[F, C]"), ("fc2_weight", fc2_weight, "[C_out, F]")
-    for name, t, _ in (("x", x, ""), *weights, ("fc1_bias", fc1_bias, ""), ("fc2_bias", fc2_bias, "")):
-        if (not isinstance(t, Tensor) or t.dtype not in FLOATS) and not (t is None and name.endswith("bias")):
+    for name, t, _ in (
+        ("x", x, ""),
+        *weights,
+        ("fc1_bias", fc1_bias, ""),
+        ("fc2_bias", fc2_bias, ""),
+    ):
+        if (not isinstance(t, Tensor) or t.dtype not in FLOATS) and not (
+            t is None and name.endswith("bias")
+        ):
             floating(name, t)
     if x.dim() < 1 or 0 in x.shape:
-        raise ValueError(f"x: expected [..., C] without an empty dimension, got shape {shape_of(x)}")
+        raise ValueError(
+            f"x: expected [..., C] without an empty dimension, got shape {shape_of(x)}"
+        )
     for name, t, letters in weights:
         if t.dim() != 2 or 0 in t.shape:
-            raise ValueError(f"{name}: expected {letters} without an empty dimension, got shape {shape_of(t)}")
+            raise ValueError(
+                f"{name}: expected {letters} without an empty dimension, got shape {shape_of(t)}"
+            )
     f, c = fc1_weight.shape
     if x.shape[-1] != c:
-        raise ValueError(f"x: expected the width of fc1_weight, {c}, in the last dimension, got shape {shape_of(x)}")
+        raise ValueError(
+            f"x: expected the width of fc1_weight, {c}, in the last dimension, got shape "
+            f"{shape_of(x)}"
+        )
     if fc2_weight.shape[1] != f:
-        raise ValueError(f"fc2_weight: expected [C_out, F] with F = {f} of fc1_weight, got shape {shape_of(fc2_weight)}")
+        raise ValueError(
+            f"fc2_weight: expected [C_out, F] with F = {f} of fc1_weight, got shape "
+            f"{shape_of(fc2_weight)}"
+        )
     for name, t, size in (("fc1_bias", fc1_bias, f), ("fc2_bias", fc2_bias, fc2_weight.shape[0])):
         if t is not None and t.shape != (size,):
             raise ValueError(f"{name}: expected [{size}], got shape {shape_of(t)}")
 
 
 def block(
-    x: Tensor, qk_weight: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
-    value_weight: Tensor | None, output_weight: Tensor | None, norm: str, norm_weight: Tensor, norm_bias: Tensor | None,
-    alpha: Tensor, beta: Tensor, gamma: Tensor,
-) -> None:  # fmt: skip
+    x: Tensor,
+    qk_weight: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    value_weight: Tensor | None,
+    output_weight: Tensor | None,
+    norm: str,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+) -> None:
     """Checks types and shapes of simplified_block's tensors."""
     of_mlp = fc1_weight, fc1_bias, fc2_weight, fc2_bias
-    if not isinstance(x, Tensor) or not isinstance(fc1_weight, Tensor) or x.dim() != 3 or fc1_weight.dim() != 2:
+    if (
+        not isinstance(x, Tensor)
+        or not isinstance(fc1_weight, Tensor)
+        or x.dim() != 3
+        or fc1_weight.dim() != 2
+    ):
         mlp(x, *of_mlp)
         raise ValueError(f"x: expected a tensor [B, L, C], got shape {shape_of(x)}")
     c, f = x.shape[2], fc1_weight.shape[0]
     if not x.numel() or not f:
         mlp(x, *of_mlp)
-    if not isinstance(alpha, Tensor) or alpha.dim() != 1 or alpha.shape[0] < 1 or c % alpha.shape[0]:
+    if (
+        not isinstance(alpha, Tensor)
+        or alpha.dim() != 1
+        or alpha.shape[0] < 1
+        or c % alpha.shape[0]
+    ):
         got = shape_of(alpha) if isinstance(alpha, Tensor) else type(alpha).__name__
-        raise ValueError(f"alpha: expected one value per head, [H] with H a divisor of C = {c}, got {got}")
+        raise ValueError(
+            f"alpha: expected one value per head, [H] with H a divisor of C = {c}, got {got}"
+        )
     if norm == "rmsnorm" and norm_bias is not None:
         raise ValueError("norm_bias: expected None, since RMSNorm has no bias, got a tensor")
     device, heads = x.device, alpha.shape
@@ -218,7 +293,12 @@ def block(
     ):
         if t is None and name in ("value_weight", "output_weight", "norm_bias"):
             continue
-        if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.device != device or t.shape != shape:
+        if (
+            not isinstance(t, Tensor)
+            or t.dtype not in FLOATS
+            or t.device != device
+            or t.shape != shape
+        ):
             mlp(x, *of_mlp)
             floating(name, t)
             on(name, t, "x", device)

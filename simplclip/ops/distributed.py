@@ -1,6 +1,8 @@
-"""Collectives of the losses, which exchange features and column statistics between ranks, never logits.
+"""Collectives of the losses, which exchange features and column statistics between ranks, never
+logits.
 
-torch.distributed.nn.functional has such collectives with gradients, but it is deprecated in torch 2.15 and cannot be traced.
+torch.distributed.nn.functional has such collectives with gradients, but it is deprecated in torch
+2.15 and cannot be traced.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from torch.distributed import _functional_collectives as functional
 
 from simplclip.ops.calls import accumulate_dtype
 
-# While torch 2.11 traces an autograd.Function, it treats tensors that are written in place as constants. So traced code uses
-# the collectives that return a tensor. torch 2.15 has renamed one of these collectives.
+# While torch 2.11 traces an autograd.Function, it treats tensors that are written in place as
+# constants. So traced code uses the collectives that return a tensor. torch 2.15 has renamed one of
+# these collectives.
 _all_gather_traced = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 
 
@@ -29,7 +32,9 @@ def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sends part r of `parts` [W, ...] to rank r; returns the parts [W, ...] that the ranks sent to this rank."""
+    """Sends part r of `parts` [W, ...] to rank r; returns the parts [W, ...] that the ranks sent to
+    this rank.
+    """
     parts = parts.contiguous()
     if torch.compiler.is_compiling():
         return functional.all_to_all_single(parts, None, None, group)
@@ -39,7 +44,10 @@ def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather. Its gradient is _Sum, whose gradient is _Gather, so that backward can be differentiated again."""
+    """All-gather.
+
+    Its gradient is _Sum, whose gradient is _Gather, so that backward can be differentiated again.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -74,7 +82,8 @@ def _sum(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _differentiable(function: type[torch.autograd.Function], plain: Callable) -> Callable:
-    """Returns `function.apply` for a backward that is differentiated itself (create_graph=True), else `plain`.
+    """Returns `function.apply` for a backward that is differentiated itself (create_graph=True),
+    else `plain`.
 
     Compiled code is never differentiated twice.
     """
@@ -82,13 +91,20 @@ def _differentiable(function: type[torch.autograd.Function], plain: Callable) ->
 
 
 def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Gathers rows in the order of ranks: [N, ...] of each rank -> [W N, ...]. The gradient is summed over the ranks."""
+    """Gathers rows in the order of ranks: [N, ...] of each rank -> [W N, ...].
+
+    The gradient is summed over the ranks.
+    """
     return _Gather.apply(rows, group)
 
 
 def exchange(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Exchanges column statistics: [S, W N], this rank's of all columns -> [W, S, N], every rank's of this rank's columns."""
-    return _Exchange.apply(columns.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1), group)
+    """Exchanges column statistics: [S, W N], this rank's of all columns -> [W, S, N], every rank's
+    of this rank's columns.
+    """
+    return _Exchange.apply(
+        columns.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1), group
+    )
 
 
 class _Exchange(torch.autograd.Function):
@@ -105,11 +121,12 @@ class _Exchange(torch.autograd.Function):
 
 
 class SameShapes:
-    """A check that features have equal shapes on all ranks; with unequal shapes NCCL hangs or reads out of bounds.
+    """A check that features have equal shapes on all ranks; with unequal shapes NCCL hangs or reads
+    out of bounds.
 
-    Every call gathers four integers. Reading them makes the CPU wait for a GPU. So on a GPU a rank reads them only at the
-    first call and after its own shape has changed: if equal shapes become unequal, the shape of at least one rank changes.
-    Under torch.compile nothing is checked.
+    Every call gathers four integers. Reading them makes the CPU wait for a GPU. So on a GPU a rank
+    reads them only at the first call and after its own shape has changed: if equal shapes become
+    unequal, the shape of at least one rank changes. Under torch.compile nothing is checked.
     """
 
     def __init__(self) -> None:
@@ -130,7 +147,10 @@ class SameShapes:
             if any(other != shape for other in shapes):
                 self.shape = None  # so that the next call reads the shapes again
                 got = "; ".join(f"rank {rank}: {s[:2]}, {s[2:]}" for rank, s in enumerate(shapes))
-                raise ValueError(f"image_features, text_features: expected the same shapes on all ranks, got {got}")
+                raise ValueError(
+                    "image_features, text_features: expected the same shapes on all ranks, got "
+                    f"{got}"
+                )
 
 
 def _average(value: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -152,7 +172,10 @@ class _Mean(torch.autograd.Function):
 
 
 def mean(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Returns the mean over the ranks. Backward passes the mean's gradient to this rank's value unchanged."""
+    """Returns the mean over the ranks.
+
+    Backward passes the mean's gradient to this rank's value unchanged.
+    """
     return _Mean.apply(value, group)
 
 
@@ -182,9 +205,11 @@ class _Learned(torch.autograd.Function):
 
 
 def learned(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Returns the parameters; backward averages their gradients over the ranks, all of them by one all-reduce.
+    """Returns the parameters; backward averages their gradients over the ranks, all of them by one
+    all-reduce.
 
-    DistributedDataParallel may average these gradients again: the average of equal gradients is the same gradient.
+    DistributedDataParallel may average these gradients again: the average of equal gradients is the
+    same gradient.
     """
     return _Learned.apply(group, *parameters) if len(parameters) else ()
 

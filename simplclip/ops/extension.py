@@ -1,9 +1,13 @@
-"""The compiled extensions. One that was built from other sources than these is refused, with a line that says what to run.
+"""The compiled extensions.
 
-Each extension contains a digest of its sources, see `digest`. It is read from the file, without loading the module: loading
-registers kernels, which would misread the arguments of ops whose schemas have changed since.
+One that was built from other sources than these is refused, with a line that says what to run.
 
-setup.py runs this file by its path before anything is installed, so that it imports the standard library alone.
+Each extension contains a digest of its sources, see `digest`. It is read from the file, without
+loading the module: loading registers kernels, which would misread the arguments of ops whose
+schemas have changed since.
+
+setup.py runs this file by its path before anything is installed, so that it imports the standard
+library alone.
 """
 
 from __future__ import annotations
@@ -30,12 +34,18 @@ def schemas() -> list[Path]:
 
 
 def cpp_sources(name: str) -> list[Path]:
-    """Returns the files of csrc/ that simplclip.<name> is built from; none in an installed wheel, which has no csrc/."""
+    """Returns the files of csrc/ that simplclip.<name> is built from; none in an installed wheel,
+    which has no csrc/.
+    """
     csrc = PACKAGE.parent / "csrc"
     folder = csrc / ("cuda" if name == "_C_cuda" else "cpu")
     files = [*csrc.glob("*.*"), *folder.rglob("*.*")]
     # Editors leave hidden files beside those that they edit.
-    return sorted(file for file in files if file.suffix in (".h", ".cuh", ".cpp", ".cu") and not file.name.startswith("."))
+    return sorted(
+        file
+        for file in files
+        if file.suffix in (".h", ".cuh", ".cpp", ".cu") and not file.name.startswith(".")
+    )
 
 
 def _digest_of(files: Iterable[Path]) -> str:
@@ -45,12 +55,16 @@ def _digest_of(files: Iterable[Path]) -> str:
 
 
 def digest(name: str) -> str:
-    """Returns the text in an extension that was built from the present sources: digests of the schemas and of csrc/."""
+    """Returns the text in an extension that was built from the present sources: digests of the
+    schemas and of csrc/.
+    """
     return f"simplclip sources {_digest_of(schemas())} {_digest_of(cpp_sources(name))}"
 
 
 def is_current(name: str, file: Path) -> bool:
-    """Whether the extension was built from the present schemas and, in a checkout, from the present csrc/."""
+    """Whether the extension was built from the present schemas and, in a checkout, from the present
+    csrc/.
+    """
     built = _DIGEST.search(file.read_bytes())
     if built is None:
         return False
@@ -59,17 +73,21 @@ def is_current(name: str, file: Path) -> bool:
 
 
 def _not_built(name: str) -> str:
-    """Returns that simplclip.<name> was not built. Why there are no CUDA objects is known to the CPU's, built beside them."""
+    """Returns that simplclip.<name> was not built.
+
+    Why there are no CUDA objects is known to the CPU's, built beside them.
+    """
     cpu = sys.modules.get("simplclip._C")
     why = cpu.why_no_cuda() if cpu and name == "_C_cuda" else ""
     return f"simplclip.{name} was not built" + (f": {why}; then {INSTALL}" if why else "")
 
 
 def load(name: str) -> tuple[Any, str | None]:
-    """Returns the extension module simplclip.<name> and None, or None and the reason why the module is missing.
+    """Returns the extension module simplclip.<name> and None, or None and the reason why the module
+    is missing.
 
-    Warns of an extension that was built from other sources. Takes a file of this package's folder alone: the finder of an
-    editable installation may know that of another checkout.
+    Warns of an extension that was built from other sources. Takes a file of this package's folder
+    alone: the finder of an editable installation may know that of another checkout.
     """
     try:
         spec = importlib.util.find_spec(f"simplclip.{name}")
@@ -88,8 +106,12 @@ def load(name: str) -> tuple[Any, str | None]:
 
 @functools.cache
 def warn_without_cuda(reason: str) -> None:
-    """Warns once in a process that shaped attention runs on a GPU without its CUDA kernels, and why.
+    """Warns once in a process that shaped attention runs on a GPU without its CUDA kernels, and
+    why.
 
-    For the first call with a CUDA tensor, if torch was built with CUDA and `load("_C_cuda")` gave this reason.
+    For the first call with a CUDA tensor, if torch was built with CUDA and `load("_C_cuda")` gave
+    this reason.
     """
-    warnings.warn(f"shaped_attention runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"shaped_attention runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2
+    )

@@ -17,12 +17,14 @@ PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "webdataset", "numpy")
 
 
 def report() -> dict[str, Any]:
-    """Returns versions, CPU, GPU, extensions, the backend of each op for float32 CPU and CUDA tensors, and why no other runs.
+    """Returns versions, CPU, GPU, extensions, the backend of each op for float32 CPU and CUDA
+    tensors, and why no other runs.
 
-    Attention has a second entry, "long", with 197 tokens, since the backend depends on the number of tokens.
-    The report contains only plain types, so that it can be written as JSON.
+    Attention has a second entry, "long", with 197 tokens, since the backend depends on the number
+    of tokens. The report contains only plain types, so that it can be written as JSON.
     """
-    calls: dict[str, tuple[str, dict[str, Any]]] = {}  # entry -> op, and the facts that the choice of its backend depends on
+    # entry -> op, and the facts that the choice of its backend depends on
+    calls: dict[str, tuple[str, dict[str, Any]]] = {}
     for op in backends.TABLE:
         calls[op] = op, {}
         if op.startswith("shaped_attention"):
@@ -59,12 +61,18 @@ def _gpu() -> dict[str, Any]:
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         return {"available": False, "reason": f"torch {torch.__version__} ({built}) sees no device"}
     properties = torch.cuda.get_device_properties(0)
-    gpu: dict[str, Any] = {"available": True, "name": properties.name, "memory_bytes": properties.total_memory}
+    gpu: dict[str, Any] = {
+        "available": True,
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+    }
     gpu["capability"] = f"{properties.major}.{properties.minor}"
     extension = backends.cuda_extension
     if extension is not None and not extension.binary_version(0):
         built = extension.architectures()
-        gpu["reason"] = f"this build's kernels ({built}) do not run on it: rebuild with TORCH_CUDA_ARCH_LIST"
+        gpu["reason"] = (
+            f"this build's kernels ({built}) do not run on it: rebuild with TORCH_CUDA_ARCH_LIST"
+        )
     return gpu
 
 
@@ -72,7 +80,11 @@ def _cpu_extension() -> dict[str, Any]:
     extension = backends.extension
     if extension is None:
         return {"loaded": False, "reason": backends.extension_error}
-    facts = {"loaded": True, "compiler": extension.compiler(), "instruction_set": extension.cpu_isa()}
+    facts = {
+        "loaded": True,
+        "compiler": extension.compiler(),
+        "instruction_set": extension.cpu_isa(),
+    }
     return facts | {"native_bfloat16": backends.native_bf16}
 
 

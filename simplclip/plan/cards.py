@@ -12,7 +12,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """A data sheet. Rates are peaks: dense, without sparsity, products of half types summed in float32."""
+    """A data sheet.
+
+    Rates are peaks: dense, without sparsity, products of half types summed in float32.
+    """
 
     memory: int  # GiB
     architecture: int  # compute capability, 86 for 8.6
@@ -29,8 +32,9 @@ class Card:
         return self.architecture >= 80
 
 
-# GeForce cards multiply half types at half the rate if they sum in float32, which torch does; the others do not. A100, H100
-# and H200 are SXM modules, V100 is SXM2. The RTX 3080 is that of 10 GB. T4 and V100 have neither bfloat16 nor TF32.
+# GeForce cards multiply half types at half the rate if they sum in float32, which torch does; the
+# others do not. A100, H100 and H200 are SXM modules, V100 is SXM2. The RTX 3080 is that of 10 GB.
+# T4 and V100 have neither bfloat16 nor TF32.
 CARDS = {
     "rtx-3060": Card(12, 86, 28, 360, 3, 25.5, 12.7, 12.7),
     "rtx-3080": Card(10, 86, 68, 760, 5, 59.5, 29.8, 29.8),
@@ -56,7 +60,9 @@ CARDS = {
 
 
 def named(text: str) -> str | None:
-    """Returns the card of CARDS that `text` names, as "RTX 3090", "3090" or "4060 Ti 16GB"; None if there is none."""
+    """Returns the card of CARDS that `text` names, as "RTX 3090", "3090" or "4060 Ti 16GB"; None if
+    there is none.
+    """
     name = re.sub(r"[\s_]+", "-", text.strip().lower())
     for card in (name, f"rtx-{name}"):
         if card in CARDS:
@@ -76,5 +82,7 @@ def parse_memory(text: str) -> int:
         return CARDS[card].memory * GIB
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])I?B", text.strip().upper())
     if not match or not float(match[1]):
-        raise InputError(f"memory: expected a size such as 24GiB or one of {', '.join(CARDS)}, got {text!r}")
+        raise InputError(
+            f"memory: expected a size such as 24GiB or one of {', '.join(CARDS)}, got {text!r}"
+        )
     return int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])

@@ -1,7 +1,9 @@
-"""Counts what a step on fake tensors would do on a device: the bytes that are live by kind, their peak, and its kernels.
+"""Counts what a step on fake tensors would do on a device: the bytes that are live by kind, their
+peak, and its kernels.
 
-A C++ function also allocates a workspace, which fake tensors do not show; the function itself computes the size from meta
-tensors (csrc/scratch.h). Memory of the libraries that it calls is not counted, mainly oneDNN's copies of bfloat16 operands.
+A C++ function also allocates a workspace, which fake tensors do not show; the function itself
+computes the size from meta tensors (csrc/scratch.h). Memory of the libraries that it calls is not
+counted, mainly oneDNN's copies of bfloat16 operands.
 """
 
 from __future__ import annotations
@@ -27,7 +29,16 @@ from simplclip.common.errors import UserError
 from simplclip.kernels import launch as launching
 from simplclip.ops import backends, registry
 from simplclip.ops.calls import flat
-from simplclip.plan.kernels import ExtensionCall, Kernel, Launch, Stand, extension_work, kernels_of, launch_work, started_by
+from simplclip.plan.kernels import (
+    ExtensionCall,
+    Kernel,
+    Launch,
+    Stand,
+    extension_work,
+    kernels_of,
+    launch_work,
+    started_by,
+)
 
 # The kinds of live bytes. `during` gives a storage its kind; `hold` may change it.
 WORKSPACE = "kernel workspaces"
@@ -36,20 +47,26 @@ KINDS = (*WEIGHTS, "batch", "activations", "loss", "temporaries", WORKSPACE)
 
 
 class UncountedOp(UserError, RuntimeError):
-    """Error for an op whose memory cannot be predicted: the op has no fake implementation, its results depend on values, or
-    its C++ function states no workspace."""
+    """Error for an op whose memory cannot be predicted: the op has no fake implementation, its
+    results depend on values, or its C++ function states no workspace.
+    """
 
 
-# TypeError: before torch 2.15 the fake of the memory-efficient attention's backward lacks an argument.
+# TypeError: before torch 2.15 the fake of the memory-efficient attention's backward lacks an
+# argument.
 _NO_FAKE = NotImplementedError, fakes.UnsupportedOperatorException, TypeError
-_EFFICIENT_BACKWARD = torch.ops.aten._efficient_attention_backward.default if torch.__version__ < "2.15" else None
+_EFFICIENT_BACKWARD = (
+    torch.ops.aten._efficient_attention_backward.default if torch.__version__ < "2.15" else None
+)
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _VALUES = fakes.DataDependentOutputException, fakes.DynamicOutputShapeException
 
 
 @dataclass
 class Usage:
-    """Live bytes by kind over the events of a step, and its kernels in the order in which they start."""
+    """Live bytes by kind over the events of a step, and its kernels in the order in which they
+    start.
+    """
 
     events: list[tuple[str, int]] = field(default_factory=list)  # kind, change in bytes
     peak: int = 0
@@ -58,22 +75,29 @@ class Usage:
 
 
 class Counter(TorchDispatchMode):
-    """A mode that counts the storages on `device` that ops return, and the kernels that they start; `usage` is the result.
+    """A mode that counts the storages on `device` that ops return, and the kernels that they start;
+    `usage` is the result.
 
-    Ops of simplclip run on fake tensors too. A C++ function is not called: its results are made as fake tensors, and the
-    workspace that the function states is counted. A Triton launcher runs, but starts no kernel. Other backends are torch.
+    Ops of simplclip run on fake tensors too. A C++ function is not called: its results are made as
+    fake tensors, and the workspace that the function states is counted. A Triton launcher runs, but
+    starts no kernel. Other backends are torch.
 
-    waits: whether values of tensors may be read, as 0, so that the host's waits for them are counted.
+    waits: whether values of tensors may be read, as 0, so that the host's waits for them are
+    counted.
 
     Raises UncountedOp, which names the op.
     """
 
     def __init__(self, device: torch.device, waits: bool = False) -> None:
         super().__init__()
-        self.device, self.waits, self.usage = device, waits, Usage()
+        self.device = device
+        self.waits = waits
+        self.usage = Usage()
         self.times = 1  # how often a kernel runs that is counted now
-        self._single: dict[Any, tuple[str, bool]] = {}  # ops that are no compositions: name, and whether it starts a kernel
-        self.block = 512 if device.type == "cuda" else 1  # torch's allocator rounds sizes up to multiples of this
+        # ops that are no compositions: name, and whether it starts a kernel
+        self._single: dict[Any, tuple[str, bool]] = {}
+        # torch's allocator rounds sizes up to multiples of this
+        self.block = 512 if device.type == "cuda" else 1
         self.kind = "temporaries"
         self.live: Bag[str] = Bag()
         self._held: dict[int, tuple[str, int, weakref.ref]] = {}
@@ -90,8 +114,9 @@ class Counter(TorchDispatchMode):
             self.kind = before
 
     def hold(self, tensors: object, kind: str, instead_of: Container[str] = KINDS) -> None:
-        """Counts the storages of `tensors` as `kind` from now on, including those that were counted as one of `instead_of`
-        before. A storage that was counted as another kind keeps that kind."""
+        """Counts the storages of `tensors` as `kind` from now on, including those that were counted
+        as one of `instead_of` before. A storage that was counted as another kind keeps that kind.
+        """
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, Tensor) or tensor.device.type != self.device.type:
                 continue
@@ -152,14 +177,17 @@ class Counter(TorchDispatchMode):
             with self:
                 return ours(*args, through=self._native)
         if func not in self._single:
-            if not func.name().startswith("prim::") and not _has_kernel(func.name(), self.device.type.upper()):
+            if not func.name().startswith("prim::") and not _has_kernel(
+                func.name(), self.device.type.upper()
+            ):
                 with self:
                     out = func.decompose(*args, **kwargs)
                 if out is not NotImplemented:
                     return out
             self._single[func] = started_by(func)
         try:
-            if func is _EFFICIENT_BACKWARD and args[4] is None:  # no bias: the results are dq, dk, dv and an empty one
+            # no bias: the results are dq, dk, dv and an empty one
+            if func is _EFFICIENT_BACKWARD and args[4] is None:
                 out = *map(torch.empty_like, args[1:4]), args[1].new_empty(0)
             else:
                 out = func(*args, **kwargs)
@@ -169,7 +197,8 @@ class Counter(TorchDispatchMode):
                 return 0.0
             reason = f"{type(error).__name__} {str(error).strip()}".splitlines()[0]
             raise UncountedOp(
-                f"{func.name()}: its memory cannot be predicted, since it does not run on fake tensors: {reason}"
+                f"{func.name()}: its memory cannot be predicted, since it does not run on fake "
+                f"tensors: {reason}"
             ) from error
         self.hold(out, self.kind, instead_of=())
         if func is torch.ops.aten._flash_attention_backward.default:
@@ -205,7 +234,10 @@ class Counter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._numbers:
-            self._numbers[key] = next(self._next), weakref.ref(storage, lambda _: self._numbers.pop(key, None))
+            self._numbers[key] = (
+                next(self._next),
+                weakref.ref(storage, lambda _: self._numbers.pop(key, None)),
+            )
         return Stand.of(tensor, self._numbers[key][0])
 
     def _launched(self, kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> None:
@@ -214,7 +246,14 @@ class Counter(TorchDispatchMode):
         first = next(t for t in tree_leaves((args, options)) if isinstance(t, Stand))
         launch = Launch(kernel, (programs,), args, options)
         self.usage.kernels.append(
-            Kernel("triton", name, first.dtype, *launch_work(name, launch), launch=launch, times=self.times)
+            Kernel(
+                "triton",
+                name,
+                first.dtype,
+                *launch_work(name, launch),
+                launch=launch,
+                times=self.times,
+            )
         )
 
     def _native(self, op: str, backend: str, function):
@@ -227,7 +266,9 @@ class Counter(TorchDispatchMode):
             stands = [v for v in tree_leaves((given, results)) if isinstance(v, Stand)]
             call = ExtensionCall(op, SimpleNamespace(**given))
             work = *extension_work(call), sum(t.bytes for t in stands)
-            self.usage.kernels.append(Kernel(backend, op, stands[0].dtype, *work, launch=call, times=self.times))
+            self.usage.kernels.append(
+                Kernel(backend, op, stands[0].dtype, *work, launch=call, times=self.times)
+            )
             return out
 
         def launch(*args):
@@ -258,35 +299,52 @@ class Counter(TorchDispatchMode):
 
 
 def workspace_bytes(name: str, backend: str, call: Any) -> int:
-    """Returns the bytes that the function `name` of `backend`, "cpu" or "cuda", allocates besides its results to run `call`.
+    """Returns the bytes that the function `name` of `backend`, "cpu" or "cuda", allocates besides
+    its results to run `call`.
 
-    This is the peak of live bytes without the tensors that the function returns. Only shapes, strides and dtypes of tensors
-    are read. On a GPU each allocation is rounded up to 512 bytes, as in torch's allocator. The memory of cuBLAS is not
-    included, and neither is the memory of oneDNN in bfloat16 products.
+    This is the peak of live bytes without the tensors that the function returns. Only shapes,
+    strides and dtypes of tensors are read. On a GPU each allocation is rounded up to 512 bytes, as
+    in torch's allocator. The memory of cuBLAS is not included, and neither is the memory of oneDNN
+    in bfloat16 products.
 
-    Raises UncountedOp if the extension of the function does not load, or the function states nothing.
+    Raises UncountedOp if the extension of the function does not load, or the function states
+    nothing.
     """
     extension = backends.extension if backend == "cpu" else backends.cuda_extension
     if extension is None:
         error = backends.extension_error if backend == "cpu" else backends.cuda_extension_error
-        raise UncountedOp(f"the workspace of {name} on backend {backend} cannot be predicted: {error}")
+        raise UncountedOp(
+            f"the workspace of {name} on backend {backend} cannot be predicted: {error}"
+        )
     function = getattr(torch.ops.simplclip, f"{name}_{backend}_workspace")
     try:
         with _disable_current_modes():
-            return function(*(_on_meta(value) if isinstance(value, Tensor) else value for value in flat(call)))
+            return function(
+                *(_on_meta(value) if isinstance(value, Tensor) else value for value in flat(call))
+            )
     except NotImplementedError:
         raise UncountedOp(f"no workspace is stated for {name} on backend {backend}") from None
 
 
 def _flash_scratch(q: Tensor, bounds: Tensor | None) -> int:
-    """Returns the bytes of FlashAttention's backward workspace: for padded rows, float32 sums of dq and one number each."""
+    """Returns the bytes of FlashAttention's backward workspace: for padded rows, float32 sums of dq
+    and one number each.
+    """
     heads, width = q.shape[-2:]
     width += -width % (32 if width <= 128 else 64)
-    rows = q.shape[0] + 128 * (len(bounds) - 1) if bounds is not None else q.shape[0] * (q.shape[1] + -q.shape[1] % 128)
+    rows = (
+        q.shape[0] + 128 * (len(bounds) - 1)
+        if bounds is not None
+        else q.shape[0] * (q.shape[1] + -q.shape[1] % 128)
+    )
     return 4 * rows * heads * (width + 1)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
-    size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+    size = (
+        1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+        if tensor.numel()
+        else 0
+    )
     memory = torch.empty(tensor.storage_offset() + size, dtype=tensor.dtype, device="meta")
     return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -1,8 +1,9 @@
-"""Runs a step on fake tensors, which have shapes and no values, without the card: patches, and a backward pass in Python.
+"""Runs a step on fake tensors, which have shapes and no values, without the card: patches, and a
+backward pass in Python.
 
-Autograd's own engine asks a tensor's device for its streams, but there may be no device. `Engine` replaces it: it runs the
-nodes in autograd's order, frees a node's saved tensors after the node has run, and adds gradients in place where autograd
-does. So the same tensors are live at any time.
+Autograd's own engine asks a tensor's device for its streams, but there may be no device. `Engine`
+replaces it: it runs the nodes in autograd's order, frees a node's saved tensors after the node has
+run, and adds gradients in place where autograd does. So the same tensors are live at any time.
 """
 
 from __future__ import annotations
@@ -30,17 +31,22 @@ from simplclip.plan.cards import CARDS, Card
 
 aten = torch.ops.aten
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
-Buffers = dict[Node, dict[int, Tensor]]  # by node and output: the sum of the gradients that have arrived so far
+# by node and output: the sum of the gradients that have arrived so far
+Buffers = dict[Node, dict[int, Tensor]]
 
 
 def faker(mode: FakeTensorMode, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Returns a function that makes a fake tensor on `device` of a tensor's shape, strides and dtype, once a tensor."""
+    """Returns a function that makes a fake tensor on `device` of a tensor's shape, strides and
+    dtype, once a tensor.
+    """
 
     @functools.cache
     def fake(tensor: Tensor) -> Tensor:
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         like = FakeTensor(mode, meta, device)
-        return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
+        return (
+            nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
+        )
 
     return fake
 
@@ -49,12 +55,17 @@ def faker(mode: FakeTensorMode, device: torch.device) -> Callable[[Tensor], Tens
 def fake_weights(modules: Iterable[nn.Module], fake: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Context in which the modules have fake tensors in place of their parameters and buffers."""
     places: list[dict[str, Any]] = [
-        tensors for outer in modules for inner in outer.modules() for tensors in (inner._parameters, inner._buffers)
+        tensors
+        for outer in modules
+        for inner in outer.modules()
+        for tensors in (inner._parameters, inner._buffers)
     ]
     former = [dict(tensors) for tensors in places]
     try:
         for tensors in places:
-            tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
+            tensors.update(
+                {name: fake(tensor) for name, tensor in tensors.items() if tensor is not None}
+            )
         yield
     finally:
         for tensors, before in zip(places, former):
@@ -62,8 +73,11 @@ def fake_weights(modules: Iterable[nn.Module], fake: Callable[[Tensor], Tensor])
 
 
 @contextmanager
-def fake_step(mode: FakeTensorMode, device: torch.device, card: Card | None = None) -> Iterator[None]:
-    """Context in which values are read as 0, random generators have no state, and a card seems to exist.
+def fake_step(
+    mode: FakeTensorMode, device: torch.device, card: Card | None = None
+) -> Iterator[None]:
+    """Context in which values are read as 0, random generators have no state, and a card seems to
+    exist.
 
     card: by default the device, if it is there, else an RTX 3090.
     """
@@ -98,9 +112,13 @@ def _properties(card: Card) -> list[tuple[Any, str, Any]]:
     """Returns patches that give launchers and backends a card's properties."""
     capability = divmod(card.architecture, 10)
     properties = SimpleNamespace(
-        major=capability[0], minor=capability[1], multi_processor_count=card.multiprocessors, total_memory=card.memory << 30,
-        L2_cache_size=card.l2 << 20, name="fake",
-    )  # fmt: skip
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=card.multiprocessors,
+        total_memory=card.memory << 30,
+        L2_cache_size=card.l2 << 20,
+        name="fake",
+    )
     return [
         (torch.cuda, "get_device_properties", lambda *_: properties),
         (backends, "capability", lambda device: capability),
@@ -109,7 +127,9 @@ def _properties(card: Card) -> list[tuple[Any, str, Any]]:
 
 
 def _forget() -> None:
-    """Clears the caches of launchers, backends and selected functions, which hold properties of a device."""
+    """Clears the caches of launchers, backends and selected functions, which hold properties of a
+    device.
+    """
     registry._selected.clear()
     for module in (launching, backends):
         for value in vars(module).values():
@@ -118,7 +138,9 @@ def _forget() -> None:
 
 
 def product_of_card(plain):
-    """Wraps torch.addmm, whose fake fails in torch 2.11 if the product has another dtype than the operands."""
+    """Wraps torch.addmm, whose fake fails in torch 2.11 if the product has another dtype than the
+    operands.
+    """
 
     def addmm(*args, out=None, out_dtype=None, **options):
         return plain(*args, out=out, **options) if out_dtype is None else out
@@ -127,9 +149,11 @@ def product_of_card(plain):
 
 
 def convolution_of_card(plain):
-    """Wraps the choice of a convolution's library, on which its layout depends, to take cuDNN for bfloat16 too.
+    """Wraps the choice of a convolution's library, on which its layout depends, to take cuDNN for
+    bfloat16 too.
 
-    torch asks the device whether it may, and without a device takes a library that returns NCHW whatever the input's layout.
+    torch asks the device whether it may, and without a device takes a library that returns NCHW
+    whatever the input's layout.
     """
 
     def in_half(tensor: Tensor) -> Tensor:
@@ -143,16 +167,43 @@ def convolution_of_card(plain):
 
 
 def attention_of_card(plain):
-    """Wraps SDPA to choose kernels as on a card: FlashAttention for half types without a mask, else the memory-efficient one.
+    """Wraps SDPA to choose kernels as on a card: FlashAttention for half types without a mask, else
+    the memory-efficient one.
 
-    Without a device torch would compute plain products, which keep the attention weights [B, H, L, L].
+    Without a device torch would compute plain products, which keep the attention weights [B, H, L,
+    L].
     """
 
-    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def attention(
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+    ):
         if enable_gqa or query.dim() != 4:
-            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        if query.itemsize == 2 and attn_mask is None and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
-            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+            return plain(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+        if (
+            query.itemsize == 2
+            and attn_mask is None
+            and query.shape[-1] % 8 == 0
+            and query.shape[-1] <= 256
+        ):
+            return aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )[0]
         if attn_mask is not None:  # as an additive mask, in rows padded to multiples of 16 numbers
             length = attn_mask.shape[-1]
             padded = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
@@ -165,7 +216,8 @@ def attention_of_card(plain):
 
 
 class Engine:
-    """An autograd engine in Python: within the context `installed()` it runs all backward passes, of graphs made there.
+    """An autograd engine in Python: within the context `installed()` it runs all backward passes,
+    of graphs made there.
 
     on_gradient: called with a parameter's gradient whenever it has been accumulated.
     """
@@ -181,34 +233,58 @@ class Engine:
             # A saved tensor is packed into a list, which is cleared after its node has run.
             saved_tensors_hooks(lambda tensor: [tensor], self._unpack),
             mock.patch.object(torch.autograd, "backward", self.backward),
-            # Checkpointing and our ops ask for the id of the graph task, newer versions also if the task keeps its graph.
+            # Checkpointing and our ops ask for the id of the graph task, newer versions also if the
+            # task keeps its graph.
             mock.patch.object(torch._C, "_current_graph_task_id", side_effect=lambda: self._task),
-            mock.patch.object(torch._C._autograd, "_get_current_graph_task_keep_graph", return_value=False, create=True),
+            mock.patch.object(
+                torch._C._autograd,
+                "_get_current_graph_task_keep_graph",
+                return_value=False,
+                create=True,
+            ),
         ):
             yield
 
     def _unpack(self, saved: list[Tensor]) -> Tensor:
         if not saved:
-            raise RuntimeError("backward: expected a graph that has not run yet, got one whose saved tensors are freed")
+            raise RuntimeError(
+                "backward: expected a graph that has not run yet, got one whose saved tensors are "
+                "freed"
+            )
         self._unpacked.append(saved)
         return saved[0]
 
     @torch.no_grad()
-    def backward(self, tensors, grad_tensors=None, retain_graph=None, create_graph=False, grad_variables=None, inputs=None):
+    def backward(
+        self,
+        tensors,
+        grad_tensors=None,
+        retain_graph=None,
+        create_graph=False,
+        grad_variables=None,
+        inputs=None,
+    ):
         """Replaces `torch.autograd.backward`, which `Tensor.backward` calls too."""
         if retain_graph or create_graph or inputs is not None:
-            raise NotImplementedError("backward: expected no retain_graph, create_graph or inputs in a plan, got some")
+            raise NotImplementedError(
+                "backward: expected no retain_graph, create_graph or inputs in a plan, got some"
+            )
         self._task += 1
         buffers: Buffers = {}
         roots, gradients = ([x] if isinstance(x, Tensor) else x for x in (tensors, grad_tensors))
         for root, gradient in zip(roots, gradients or [None] * len(roots)):
             node, place = get_gradient_edge(root)[:2]
-            _add(buffers.setdefault(node, {}), place, torch.ones_like(root) if gradient is None else gradient)
+            _add(
+                buffers.setdefault(node, {}),
+                place,
+                torch.ones_like(root) if gradient is None else gradient,
+            )
         del tensors, grad_tensors, roots, root, gradients, gradient
         waiting = _uses(list(buffers))
         ready = [node for node in buffers if node not in waiting]
         while ready:
-            node = max(ready, key=lambda node: node._sequence_nr())  # AccumulateGrad first, then the node made last
+            # AccumulateGrad first, then the node made last
+            node = max(ready, key=lambda node: node._sequence_nr())
             ready.remove(node)
             for following in self._visit(node, buffers.pop(node, {}), buffers):
                 waiting[following] -= 1
@@ -228,12 +304,15 @@ class Engine:
             if gradient is not None:
                 meta = following._input_metadata[place]
                 if list(gradient.shape) != list(meta.shape):  # meta.shape is a list
-                    gradient = gradient.sum_to_size(meta.shape)  # over the dimensions that were broadcast
+                    # over the dimensions that were broadcast
+                    gradient = gradient.sum_to_size(meta.shape)
                 _add(buffers.setdefault(following, {}), place, gradient.to(meta.dtype))
         return [following for following, _ in edges]
 
     def _call(self, node: Any, buffer: dict[int, Tensor]) -> list[Tensor | None]:
-        """Runs a node; returns the gradients for its edges, and frees the tensors that it had saved."""
+        """Runs a node; returns the gradients for its edges, and frees the tensors that it had
+        saved.
+        """
         if not buffer:
             return []
         inputs = [buffer.pop(place, None) for place in range(len(node._input_metadata))]
@@ -243,8 +322,13 @@ class Engine:
             saved.clear()
         self._unpacked = []
         outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-        # A C++ node has an edge for each output; a Python node has none for inputs that are not tensors.
-        wanted = node.needs_input_grad if python else [edge[0] is not None for edge in node.next_functions]
+        # A C++ node has an edge for each output; a Python node has none for inputs that are not
+        # tensors.
+        wanted = (
+            node.needs_input_grad
+            if python
+            else [edge[0] is not None for edge in node.next_functions]
+        )
         return list(itertools.compress(outputs, wanted))
 
 
@@ -261,7 +345,9 @@ def _uses(roots: list[Node]) -> Counter[Node]:
 
 
 def _add(buffer: dict[int, Tensor], place: int, gradient: Tensor) -> None:
-    """Adds a gradient to the buffer's sum: in place if only the buffer refers to that sum, as in autograd's input buffers."""
+    """Adds a gradient to the buffer's sum: in place if only the buffer refers to that sum, as in
+    autograd's input buffers.
+    """
     have = buffer.get(place)
     if have is None:
         buffer[place] = gradient
@@ -272,15 +358,20 @@ def _add(buffer: dict[int, Tensor], place: int, gradient: Tensor) -> None:
 
 
 def _alone(tensor: Tensor) -> bool:
-    """Whether a buffer has the only reference to this tensor (besides two callers) and its storage, which it fills."""
+    """Whether a buffer has the only reference to this tensor (besides two callers) and its storage,
+    which it fills.
+    """
     storage = tensor.untyped_storage()
     referred = sys.getrefcount(tensor) > 4 or torch._C._storage_Use_Count(storage._cdata) > 2
     return not referred and tensor.nbytes == storage.nbytes()
 
 
 def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
-    """Adds `gradient` to leaf.grad. A first gradient becomes leaf.grad itself if nothing else refers to it and it has the
-    leaf's strides; otherwise a copy of it becomes leaf.grad."""
+    """Adds `gradient` to leaf.grad.
+
+    A first gradient becomes leaf.grad itself if nothing else refers to it and it has the leaf's
+    strides; otherwise a copy of it becomes leaf.grad.
+    """
     if leaf.grad is not None:
         leaf.grad.add_(gradient)
     elif _alone(gradient) and gradient.stride() == leaf.stride():

@@ -1,6 +1,8 @@
-"""The kernels that an op of torch starts on a card, with their multiply-adds and bytes, from shapes and strides alone.
+"""The kernels that an op of torch starts on a card, with their multiply-adds and bytes, from shapes
+and strides alone.
 
-The work of a kernel has two kinds, for which time.py has rates: of its multiply-adds (`rate`) and of its bytes (`traffic`).
+The work of a kernel has two kinds, for which time.py has rates: of its multiply-adds (`rate`) and
+of its bytes (`traffic`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ Touched = tuple[int, int]  # the number of a storage, and its bytes that are acc
 
 @dataclass
 class Stand:
-    """A stand-in for a tensor with all that Triton and the predictions read of it. It does not keep the tensor alive."""
+    """A stand-in for a tensor with all that Triton and the predictions read of it.
+
+    It does not keep the tensor alive.
+    """
 
     dtype: torch.dtype
     shape: Sequence[int]
@@ -44,7 +49,10 @@ class Stand:
     @property
     def bytes(self) -> int:
         """The bytes that are accessed; an expanded dimension is read once."""
-        return math.prod(n for n, step in zip(self.shape, self.strides) if step or not n) * self.itemsize
+        return (
+            math.prod(n for n, step in zip(self.shape, self.strides) if step or not n)
+            * self.itemsize
+        )
 
     @property
     def order(self) -> list[int]:
@@ -100,38 +108,95 @@ class Launch:
 
 @dataclass
 class ExtensionCall:
-    """A call of a function of the CUDA extension: its op, and its fields with a Stand for each tensor."""
+    """A call of a function of the CUDA extension: its op, and its fields with a Stand for each
+    tensor.
+    """
 
     op: str
     call: Any
 
 
-PRODUCTS = ("linear", "mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "dot", "vdot")
+PRODUCTS = (
+    "linear",
+    "mm",
+    "addmm",
+    "addmm_",
+    "bmm",
+    "baddbmm",
+    "baddbmm_",
+    "mv",
+    "addmv",
+    "dot",
+    "vdot",
+)
 NO_KERNEL = (
-    "empty", "new_empty", "resize_", "set_", "record_stream", "_unsafe_view", "_reshape_alias", "lift_fresh", "prim",
+    "empty",
+    "new_empty",
+    "resize_",
+    "set_",
+    "record_stream",
+    "_unsafe_view",
+    "_reshape_alias",
+    "lift_fresh",
+    "prim",
     "as_strided_",
-)  # fmt: skip
+)
 COPIES = ("clone", "copy_", "_to_copy", "contiguous")
 # Ops that write some elements from others, by the beginnings of their names.
 MOVES = (
-    "cat", "stack", "roll", "constant_pad_nd", "index", "_index", "_unsafe_index", "gather", "unbind_copy", "im2col",
-    "col2im", "repeat", "flip", "slice_scatter", "select_scatter", "as_strided_scatter", "pixel_", "reflection_pad",
-    "upsample", "embedding", "split_with_sizes_copy", "scatter",
-)  # fmt: skip
-REDUCTIONS = ("sum", "mean", "var", "std", "amax", "amin", "argmax", "linalg_vector_norm", "_foreach_norm")
+    "cat",
+    "stack",
+    "roll",
+    "constant_pad_nd",
+    "index",
+    "_index",
+    "_unsafe_index",
+    "gather",
+    "unbind_copy",
+    "im2col",
+    "col2im",
+    "repeat",
+    "flip",
+    "slice_scatter",
+    "select_scatter",
+    "as_strided_scatter",
+    "pixel_",
+    "reflection_pad",
+    "upsample",
+    "embedding",
+    "split_with_sizes_copy",
+    "scatter",
+)
+REDUCTIONS = (
+    "sum",
+    "mean",
+    "var",
+    "std",
+    "amax",
+    "amin",
+    "argmax",
+    "linalg_vector_norm",
+    "_foreach_norm",
+)
 NORMS = ("batch_norm", "layer_norm", "group_norm")
 
 
 def started_by(op: Any) -> tuple[str, bool]:
-    """Returns the name of an op of torch, without "aten::" and the overload, and whether it starts kernels."""
+    """Returns the name of an op of torch, without "aten::" and the overload, and whether it starts
+    kernels.
+    """
     name = op.name().removeprefix("aten::").split(".")[0]
     changed = [a.alias_info for a in op._schema.arguments if a.alias_info is not None]
     view = bool(changed) and not any(a.is_write for a in changed)
     return name, not view and not name.startswith(NO_KERNEL)
 
 
-def kernels_of(name: str, args: Sequence[Any], options: dict[str, Any], results: list[Stand]) -> list[Kernel]:
-    """Returns the kernels of torch's op `name`, without "aten::". args, options: its arguments, with Stands for tensors."""
+def kernels_of(
+    name: str, args: Sequence[Any], options: dict[str, Any], results: list[Stand]
+) -> list[Kernel]:
+    """Returns the kernels of torch's op `name`, without "aten::". args, options: its arguments,
+    with Stands for tensors.
+    """
     if name in ("convolution", "convolution_backward"):
         return _convolutions(name, args, results)
     given = [t for t in tree_leaves((args, options)) if isinstance(t, Stand)]
@@ -141,10 +206,14 @@ def kernels_of(name: str, args: Sequence[Any], options: dict[str, Any], results:
         return [_attention(name, given, results)]
     backward = " backward" if "backward" in name else ""
     large = max((*given, *results), key=lambda t: t.elements)
-    read, written, times, traffic = _bytes(given), _bytes(results), 1, "elementwise"
+    read = _bytes(given)
+    written = _bytes(results)
+    times = 1
+    traffic = "elementwise"
     if any(norm in name for norm in NORMS):
         traffic = "norm" + backward
-        statistics = "group" in name or name.endswith("batch_norm") and args[5]  # which need a pass of their own
+        # which need a pass of their own
+        statistics = "group" in name or name.endswith("batch_norm") and args[5]
         if backward or statistics:
             read += _bytes([t for t in given if t.elements == large.elements])
     elif "softmax" in name:
@@ -157,7 +226,8 @@ def kernels_of(name: str, args: Sequence[Any], options: dict[str, Any], results:
         read = 0
     elif name in COPIES and given:
         source, target = given[-1], results[0] if results else given[0]
-        read, traffic = source.bytes, "elementwise" if source.order[:1] == target.order[:1] else "transposed"
+        read = source.bytes
+        traffic = "elementwise" if source.order[:1] == target.order[:1] else "transposed"
     elif name.startswith(MOVES):
         traffic, times = "moves", 2 if name == "unbind_copy" else 1
         if not name.startswith(("cat", "stack")):
@@ -185,7 +255,9 @@ def _whole(n: int) -> int:
 def _product(name: str, given: list[Stand], out: Stand) -> Kernel:
     first = int(name.startswith(("add", "badd")))  # these ops add their first input
     left, right = given[first : first + 2]  # mm.out has `out` last, linear its bias
-    used = _bytes([left, right, out]) + (0 if not first or given[0].elements < out.elements else given[0].bytes)
+    used = _bytes([left, right, out]) + (
+        0 if not first or given[0].elements < out.elements else given[0].bytes
+    )
     work = out.elements // max(1, math.prod(out.shape[-2:]))
     for n in (*out.shape[-2:], left.shape[-1]):
         work *= _whole(n) if left.dim() > 1 else n
@@ -197,7 +269,8 @@ def _attention(name: str, given: list[Stand], results: list[Stand]) -> Kernel:
     backward = "backward" in name
     q, k = given[backward : backward + 2]
     work = 0
-    if q.dim() == 4:  # packed sequences [T, H, K] have lengths in values, so that no work is counted
+    # packed sequences [T, H, K] have lengths in values, so that no work is counted
+    if q.dim() == 4:
         tokens = 2 if name.startswith("_scaled") else 1  # [B, H, L, K] or [B, L, H, K]
         work = (5 if backward else 2) * q.elements * k.shape[tokens]
     rate = "attention backward" if backward else "attention"
@@ -207,18 +280,31 @@ def _attention(name: str, given: list[Stand], results: list[Stand]) -> Kernel:
 def _convolutions(name: str, args: Sequence[Any], results: list[Stand]) -> list[Kernel]:
     if name == "convolution":
         x, weight, bias, _, _, _, transposed, _, groups = args
-        return [_convolution(name, x, weight, results[0], transposed, groups, "")] + _added(bias, results[0])
+        return [_convolution(name, x, weight, results[0], transposed, groups, "")] + _added(
+            bias, results[0]
+        )
     gradient, x, weight, _, _, _, _, transposed, _, groups, wanted = args
-    kernels = [_convolution(name, x, weight, gradient, transposed, groups, " backward") for _ in range(sum(wanted[:2]))]
+    kernels = [
+        _convolution(name, x, weight, gradient, transposed, groups, " backward")
+        for _ in range(sum(wanted[:2]))
+    ]
     if wanted[2]:
-        kernels.append(Kernel("torch", name, gradient.dtype, traffic="reduction", bytes=gradient.bytes))
+        kernels.append(
+            Kernel("torch", name, gradient.dtype, traffic="reduction", bytes=gradient.bytes)
+        )
     return kernels
 
 
-def _convolution(name: str, x: Stand, weight: Stand, y: Stand, transposed: bool, groups: int, direction: str) -> Kernel:
-    """One of a convolution's kernels, each of which touches images, weights and results, for as many multiply-adds."""
+def _convolution(
+    name: str, x: Stand, weight: Stand, y: Stand, transposed: bool, groups: int, direction: str
+) -> Kernel:
+    """One of a convolution's kernels, each of which touches images, weights and results, for as
+    many multiply-adds.
+    """
     shape, taps = weight.shape[:2], math.prod(weight.shape[2:])
-    inputs, outputs = (shape[1], shape[0] // groups) if not transposed else (shape[0] // groups, shape[1])
+    inputs, outputs = (
+        (shape[1], shape[0] // groups) if not transposed else (shape[0] // groups, shape[1])
+    )
     positions = (x if transposed else y).elements // (x if transposed else y).shape[1]
     layout = "" if x.channels_last else " nchw"
     if groups == 1:
@@ -230,7 +316,9 @@ def _convolution(name: str, x: Stand, weight: Stand, y: Stand, transposed: bool,
         work = positions * groups * taps * _whole(inputs) * _whole(outputs)
     traffic = kind if kind in ("depthwise", "grouped") else "convolution"
     rate = kind if kind == "stem" else kind + direction + layout
-    return Kernel("torch", name, x.dtype, rate, work, traffic + direction + layout, _bytes([x, weight, y]))
+    return Kernel(
+        "torch", name, x.dtype, rate, work, traffic + direction + layout, _bytes([x, weight, y])
+    )
 
 
 def _added(bias: Stand | None, y: Stand) -> list[Kernel]:
@@ -257,11 +345,13 @@ def launch_work(name: str, launch: Launch) -> tuple[str, int, str, int]:
         return "own", given["grad"].elements * given["h"].shape[1], "own", moved
     if "TILE" not in given:
         return "own", 0, "own", moved
-    # A kernel of similarities: forward takes some rows of the matrix, backward a block of it, which it may write.
+    # A kernel of similarities: forward takes some rows of the matrix, backward a block of it, which
+    # it may write.
     if "row_count" in given:
         rows, columns = given["row_count"], given["m"]
     else:
-        rows, columns = given["row_blocks"] * given["TILE"].BLOCK_M, given["column_blocks"] * given["TILE"].BLOCK_N
+        rows = given["row_blocks"] * given["TILE"].BLOCK_M
+        columns = given["column_blocks"] * given["TILE"].BLOCK_N
     width, itemsize = given["width"] + given.get("teacher_width", 0), given["image"].itemsize
     out = given.get("out")
     written = itemsize * rows * columns if out is not None and out.elements else 0

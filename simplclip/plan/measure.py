@@ -18,14 +18,18 @@ from simplclip.plan.step import Step, first_and_last
 
 
 def predict(step: Step, device: torch.device, card: Card | None = None) -> Usage:
-    """Predicts what `step` takes on `device`, where the optimizer's state exists already. card: as for `fake_step`."""
+    """Predicts what `step` takes on `device`, where the optimizer's state exists already. card: as
+    for `fake_step`.
+    """
     step = copy.copy(step)  # what `place` makes is of this run
     # Fallback kernels would run ops that have no fake implementation on real tensors.
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(real=False))
     engine = fake.Engine(lambda gradient: counter.hold(gradient, "gradients"))
     shortened = mock.patch.object(
-        gradient_cache, "backward", first_and_last(gradient_cache.backward, counter.repeat, step.skip)
+        gradient_cache,
+        "backward",
+        first_and_last(gradient_cache.backward, counter.repeat, step.skip),
     )
     with fake.fake_weights(step.modules, fake.faker(mode, device)):
         counter.hold(_weights(step), "parameters")
@@ -42,7 +46,9 @@ def predict(step: Step, device: torch.device, card: Card | None = None) -> Usage
 
 def _make_state(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
     """Makes the optimizer's state by an update, and counts it now and in later updates."""
-    optimizer.register_step_post_hook(lambda *_: counter.hold(list(optimizer.state.values()), "optimizer state"))
+    optimizer.register_step_post_hook(
+        lambda *_: counter.hold(list(optimizer.state.values()), "optimizer state")
+    )
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.empty_like(parameter)
@@ -52,4 +58,6 @@ def _make_state(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
 
 
 def _weights(step: Step) -> list[Tensor]:
-    return [tensor for module in step.modules for tensor in (*module.parameters(), *module.buffers())]
+    return [
+        tensor for module in step.modules for tensor in (*module.parameters(), *module.buffers())
+    ]

@@ -1,4 +1,6 @@
-"""The command `simplclip plan`: a plan as a table that grows row by row, what the run takes, or a row for each card."""
+"""The command `simplclip plan`: a plan as a table that grows row by row, what the run takes, or a
+row for each card.
+"""
 
 from __future__ import annotations
 
@@ -34,22 +36,42 @@ def run(
     pairs: int | None = None,
     as_json: bool = False,
 ) -> None:
-    """Prints the plan for `memory` bytes, and its progress to stderr. In JSON sizes are in bytes. Raises as `Planner`.
+    """Prints the plan for `memory` bytes, and its progress to stderr.
 
-    card: of CARDS, for times; a CPU has none. pairs: of an epoch; None: as the config or the shards say.
+    In JSON sizes are in bytes. Raises as `Planner`.
+
+    card: of CARDS, for times; a CPU has none. pairs: of an epoch; None: as the config or the shards
+    say.
     """
     card = card if device == "cuda" else None
     planner = Planner(config, Budget(memory), device, teacher_width, _tell, card)
     budget = planner.budget
     if as_json:
-        values: dict[str, Any] = {"model": config.model.name, "precision": planner.precision, "device": device, "card": card}
-        values |= {"memory": budget.memory, "usable": budget.usable, "rows": [asdict(row) for row in planner.rows()]}
+        values: dict[str, Any] = {
+            "model": config.model.name,
+            "precision": planner.precision,
+            "device": device,
+            "card": card,
+        }
+        values |= {
+            "memory": budget.memory,
+            "usable": budget.usable,
+            "rows": [asdict(row) for row in planner.rows()],
+        }
         print(json.dumps(values | {"assumptions": planner.assumptions}, indent=2))
         return
-    print(f"{config.model.name}, {planner.precision}, {card or device}: {gib(budget.usable)} usable of {gib(budget.memory)}; "
-          "sizes in GiB at the peak, with\nweights: parameters, their gradients, averages and optimizer state\n")  # fmt: skip
+    print(
+        f"{config.model.name}, {planner.precision}, {card or device}: {gib(budget.usable)} usable "
+        f"of {gib(budget.memory)}; sizes in GiB at the peak, with\nweights: parameters, their "
+        "gradients, averages and optimizer state\n"
+    )
     times = "".join(f"{name:>11}" for name in ("ms likely", "at least", "images/s")) if card else ""
-    print(f"{'step':<28}{'pairs':>8} {'at a time':>10}" + "".join(f"{name:>12}" for name in COLUMNS) + "  fits" + times)
+    print(
+        f"{'step':<28}{'pairs':>8} {'at a time':>10}"
+        + "".join(f"{name:>12}" for name in COLUMNS)
+        + "  fits"
+        + times
+    )
     rows = []
     for row in planner.rows():
         rows.append(row)
@@ -58,7 +80,9 @@ def run(
     if card:
         for topic, text in answers(config, planner, rows, pairs):
             print(f"{topic:<11}{text}")
-    measured = "nothing of this model: predicted from fake tensors" + ", no step ran on a GPU" * (device == "cuda")
+    measured = "nothing of this model: predicted from fake tensors" + ", no step ran on a GPU" * (
+        device == "cuda"
+    )
     print(f"measured   {measured}")
     for assumption in planner.assumptions:
         print(f"assumed    {assumption}")
@@ -70,40 +94,57 @@ def _tell(line: str) -> None:
 
 def line(row: Row) -> str:
     """Returns a row of the table."""
-    pairs, at_a_time = f"{row.batch_size:,}" + "+" * row.at_least, f"{row.micro_batch:,}" if row.micro_batch else "all"
+    pairs = f"{row.batch_size:,}" + "+" * row.at_least
+    at_a_time = f"{row.micro_batch:,}" if row.micro_batch else "all"
     parts = {name: row.components.get(name, 0) for name in ("activations", "loss")}
-    sizes: dict[str, int] = {"peak": row.peak, "weights": sum(row.components.get(kind, 0) for kind in WEIGHTS), **parts}
+    sizes: dict[str, int] = {
+        "peak": row.peak,
+        "weights": sum(row.components.get(kind, 0) for kind in WEIGHTS),
+        **parts,
+    }
     sizes["other"] = row.peak - sizes["weights"] - sum(parts.values())
     cells = "".join(f"{sizes[name] / GIB:>12.2f}" for name in COLUMNS)
-    times = (
-        f"{row.time.ms:>{15 - len('yes' if row.fits else 'no')},.0f}{row.time.least:>11,.0f}{row.images_per_s:>11,.0f}"
-        if row.time
-        else ""
-    )
-    return f"{row.what:<28}{pairs:>8} {at_a_time:>10}{cells}  {'yes' if row.fits else 'no'}{times}"
+    fits = "yes" if row.fits else "no"
+    line = f"{row.what:<28}{pairs:>8} {at_a_time:>10}{cells}  {fits}"
+    if row.time is None:
+        return line
+    width = 15 - len(fits)
+    return line + f"{row.time.ms:>{width},.0f}{row.time.least:>11,.0f}{row.images_per_s:>11,.0f}"
 
 
-def answers(config: Config, planner: Planner, rows: list[Row], pairs: int | None) -> Iterator[tuple[str, str]]:
+def answers(
+    config: Config, planner: Planner, rows: list[Row], pairs: int | None
+) -> Iterator[tuple[str, str]]:
     """Yields what the run takes on a card, each line with its topic."""
     row = chosen(planner, rows)
     if row is None:
         yield "run", "no step fits; a smaller model, or frozen parts, may"
         return
-    yield "run", f"of {row.batch_size:,} pairs, {row.micro_batch or 'all'} at a time: {_hours(config, row, pairs)}"
+    yield (
+        "run",
+        f"of {row.batch_size:,} pairs, {row.micro_batch or 'all'} at a time: "
+        f"{_hours(config, row, pairs)}",
+    )
     yield "bound by", bounds(row.time)
     rate = loader_rate(config)
     worker = rate or ASSUMED_RATE
     how = f"{worker:,.0f} images/s a worker, " + (
         "measured here on its shards" if rate else "assumed: its shards are not here"
     )
-    yield "loader", f"{math.ceil(row.images_per_s / worker)} workers for {row.images_per_s:,.0f} images/s ({how})"
+    yield (
+        "loader",
+        f"{math.ceil(row.images_per_s / worker)} workers for {row.images_per_s:,.0f} images/s "
+        f"({how})",
+    )
     yield "error", errors(planner.card)
     micro = row.micro_batch or "null"
     yield "paste", f"--set data.batch_size={row.batch_size} --set data.micro_batch={micro}"
 
 
 def chosen(planner: Planner, rows: list[Row]) -> Row | None:
-    """Returns the fastest step of the configured batch that fits, else of the largest batch that fits; None if none does."""
+    """Returns the fastest step of the configured batch that fits, else of the largest batch that
+    fits; None if none does.
+    """
     configured, whole, *cached = rows
     size = planner.config.data.batch_size
     if configured.micro_batch is None or size > whole.batch_size:
@@ -130,14 +171,17 @@ def _hours(config: Config, row: Row, pairs: int | None) -> str:
     if config.run.epochs is None:
         steps, why = config.run.steps, f"{config.run.steps:,} steps"
     elif pairs:
-        steps, why = round(config.run.epochs * pairs / row.batch_size), f"{config.run.epochs:g} epochs"
+        steps = round(config.run.epochs * pairs / row.batch_size)
+        why = f"{config.run.epochs:g} epochs"
     else:
         return epoch
     return f"{epoch}, the run of {why} {_time(steps * row.time.ms / 1e3)}"
 
 
 def _trained(config: Config) -> int | None:
-    """Returns the number of pairs in the shards that are not held out, if the shards say how many they have."""
+    """Returns the number of pairs in the shards that are not held out, if the shards say how many
+    they have.
+    """
     pairs = data.dataset_size(config.data.train)
     return pairs and round(pairs * (1 - config.eval.hold_out))
 
@@ -148,22 +192,33 @@ def _time(seconds: float) -> str:
 
 def bounds(step: StepTime) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in step.shares.items())
-    host = f"the host starts {step.launches:,} kernels in {step.host:,.0f} ms, at {1e3 * HOST_MS:.0f} µs each (assumed)"
+    host = (
+        f"the host starts {step.launches:,} kernels in {step.host:,.0f} ms, at {1e3 * HOST_MS:.0f} "
+        "µs each (assumed)"
+    )
     slow = "; the host bounds the step" if step.host > step.likely else ""
     return f"{shares}; of all {step.own / step.likely:.0%} in this library's kernels; {host}{slow}"
 
 
 def errors(card: Card) -> str:
-    """Returns how well other models were predicted: trained on a 3090, and in inference on a card like this one."""
+    """Returns how well other models were predicted: trained on a 3090, and in inference on a card
+    like this one.
+    """
     parts = []
     for mode, what, place in (("train", "trained", 0), ("infer", "in inference", column(card))):
-        median, within = (HELD_OUT[f"{mode} {name}"][place] for name in ("median_error", "within_35"))
-        parts.append(f"{what} on an {FITTED[place]}, half to {median:.0%}, {within:.0%} of them to 35%")
+        median, within = (
+            HELD_OUT[f"{mode} {name}"][place] for name in ("median_error", "within_35")
+        )
+        parts.append(
+            f"{what} on an {FITTED[place]}, half to {median:.0%}, {within:.0%} of them to 35%"
+        )
     return f"timm's models were predicted, {'; '.join(parts)} (docs/plan.md)"
 
 
 def loader_rate(config: Config) -> float | None:
-    """Measures how many images of the run's shards this process decodes in a second; None if they are not here."""
+    """Measures how many images of the run's shards this process decodes in a second; None if they
+    are not here.
+    """
     c = config.data
     try:
         loader = data.Loader(
@@ -187,10 +242,12 @@ def loader_rate(config: Config) -> float | None:
 def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | None = None) -> None:
     """Prints a row for each card but those without Triton.
 
-    The cards share the fake runs, which are those of an RTX 3090: the step as configured, and a few batches in one graph,
-    between which memory and time are interpolated.
+    The cards share the fake runs, which are those of an RTX 3090: the step as configured, and a few
+    batches in one graph, between which memory and time are interpolated.
     """
-    planner = Planner(config, Budget(CARDS["rtx-3090"].memory * GIB), "cuda", teacher_width, _tell, "rtx-3090")
+    planner = Planner(
+        config, Budget(CARDS["rtx-3090"].memory * GIB), "cuda", teacher_width, _tell, "rtx-3090"
+    )
     size, micro = config.data.batch_size, config.data.micro_batch
     if micro == "auto":
         micro = planner.micro_batch()
@@ -198,8 +255,13 @@ def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | No
     cards = {name: card for name, card in CARDS.items() if card.triton}
     limits = {name: Budget(card.memory * GIB).usable for name, card in cards.items()}
     graphs = one_graphs(planner.in_one_graph, min(limits.values()), max(limits.values()), _tell)
-    steps = config.run.steps or round(config.run.epochs * (pairs or config.data.samples or 0) / size)
-    print(f"{config.model.name}, {planner.precision}; the run: {size:,} pairs, {micro or 'all'} at a time\n")
+    steps = config.run.steps or round(
+        config.run.epochs * (pairs or config.data.samples or 0) / size
+    )
+    print(
+        f"{config.model.name}, {planner.precision}; the run: {size:,} pairs, {micro or 'all'} at a "
+        "time\n"
+    )
     heads = ("largest in one graph", "its images/s", "the run fits", "its images/s", "its hours")
     print(f"{'card':<20}{'GiB':>4}" + "".join(f"{name:>22}" for name in heads))
     for name, card in cards.items():
@@ -209,5 +271,8 @@ def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | No
         hours = f"{steps * ms / 3.6e6:,.1f}" if steps else "(--pairs)"
         cells = (f"{largest:,}", f"{rate:,.0f}", fits, f"{1e3 * size / ms:,.0f}", hours)
         known = "" if name in FITTED else "  *"
-        print(f"{name:<20}{card.memory:>4}" + "".join(f"{cell:>22}" for cell in cells) + known, flush=True)
+        print(
+            f"{name:<20}{card.memory:>4}" + "".join(f"{cell:>22}" for cell in cells) + known,
+            flush=True,
+        )
     print("\n* at the efficiency of a card that others measured, of the nearest architecture")

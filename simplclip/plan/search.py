@@ -1,4 +1,6 @@
-"""Makes a plan: the step as configured, and the largest batches in one graph and by gradient caching."""
+"""Makes a plan: the step as configured, and the largest batches in one graph and by gradient
+caching.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from simplclip.plan.time import StepTime, step_time
 from simplclip.train.config import Config, ConfigError
 
 WITHIN = 0.05  # the largest batch is found up to this share
-SMALL_MICRO_BATCH = 256  # if none is configured; a larger micro-batch leaves less memory for the loss
+# if none is configured; a larger micro-batch leaves less memory for the loss
+SMALL_MICRO_BATCH = 256
 MOST_PAIRS = 1 << 16  # of a search; CLIP was trained with 32,768
 
 
@@ -31,10 +34,14 @@ def gib(size: float) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """The bytes of a card or a machine, and how many a step may use. The defaults are assumptions, not measured."""
+    """The bytes of a card or a machine, and how many a step may use.
+
+    The defaults are assumptions, not measured.
+    """
 
     memory: int
-    context: int = 640 << 20  # of the driver, with the modules of torch and cuBLAS; on a CPU, of the process
+    # of the driver, with the modules of torch and cuBLAS; on a CPU, of the process
+    context: int = 640 << 20
     libraries: int = 160 << 20  # workspaces of cuBLAS and cuDNN
     fragmentation: float = 0.04  # the share of the rest that the allocator loses
 
@@ -44,17 +51,21 @@ class Budget:
 
     @classmethod
     def of(cls, device: torch.device) -> Budget:
-        """The budget of a card of this machine, or of a process's share of the machine's memory on a CPU."""
+        """The budget of a card of this machine, or of a process's share of the machine's memory on
+        a CPU.
+        """
         memory = hardware.total_memory(device)
         return cls(memory) if device.type == "cuda" else cls(memory, context=1 << 30, libraries=0)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A step of a plan. Sizes are bytes of torch's allocator; the plan's assumptions cover other memory.
+    """A step of a plan.
 
-    micro_batch: None: the whole batch. components: live bytes by kind at the peak. at_least: larger ones were not tried.
-    time: None without a card.
+    Sizes are bytes of torch's allocator; the plan's assumptions cover other memory.
+
+    micro_batch: None: the whole batch. components: live bytes by kind at the peak. at_least: larger
+    ones were not tried. time: None without a card.
     """
 
     what: str
@@ -72,13 +83,17 @@ class Row:
 
 
 class Graphs:
-    """Predicted steps in one graph by their pairs; memory and time of others lie on the line through the two nearest."""
+    """Predicted steps in one graph by their pairs; memory and time of others lie on the line
+    through the two nearest.
+    """
 
     def __init__(self, usages: dict[int, Usage]) -> None:
         self.usages = usages
 
     def largest(self, limit: int, card: Card) -> tuple[int, float]:
-        """Returns the largest batch that takes at most `limit` bytes, but for WITHIN, and its images a second on a card."""
+        """Returns the largest batch that takes at most `limit` bytes, but for WITHIN, and its
+        images a second on a card.
+        """
         peaks = {size: usage.peak for size, usage in self.usages.items()}
         size = min(int((1 - WITHIN / 4) * _crossing(peaks, limit)), MOST_PAIRS)
         if size < 1:
@@ -90,8 +105,12 @@ class Graphs:
         return size, 1e3 * size / ms
 
 
-def one_graphs(predicted: Callable[[int], Usage], least: int, most: int, tell: Callable[[str], object]) -> Graphs:
-    """Predicts a few batches in one graph: a small one, and those that about fill the least and the most memory."""
+def one_graphs(
+    predicted: Callable[[int], Usage], least: int, most: int, tell: Callable[[str], object]
+) -> Graphs:
+    """Predicts a few batches in one graph: a small one, and those that about fill the least and the
+    most memory.
+    """
     usages: dict[int, Usage] = {}
     size = SMALL_MICRO_BATCH
     for limit in (least, most, None):
@@ -104,12 +123,15 @@ def one_graphs(predicted: Callable[[int], Usage], least: int, most: int, tell: C
 
 
 class Planner:
-    """Plans the steps of a config on a device, "cuda" or "cpu", with a budget; the device need not be there.
+    """Plans the steps of a config on a device, "cuda" or "cpu", with a budget; the device need not
+    be there.
 
-    config.data.micro_batch "auto" means the result of `micro_batch`. teacher_width: D̂ of the stored features, if the shards
-    are not on this machine. tell: gets a line after each prediction of a search. card: of CARDS, for times.
+    config.data.micro_batch "auto" means the result of `micro_batch`. teacher_width: D̂ of the
+    stored features, if the shards are not on this machine. tell: gets a line after each prediction
+    of a search. card: of CARDS, for times.
 
-    Raises: ConfigError; InputError if torch is a build without CUDA; UncountedOp if the memory of an op cannot be predicted.
+    Raises: ConfigError; InputError if torch is a build without CUDA; UncountedOp if the memory of
+    an op cannot be predicted.
     """
 
     def __init__(
@@ -123,12 +145,15 @@ class Planner:
     ) -> None:
         if device == "cuda" and torch.version.cuda is None:
             raise InputError(
-                f"device: expected cpu, got cuda: torch {torch.__version__} is a build without CUDA, which plans for a card "
-                "need (the card itself is not needed)"
+                f"device: expected cpu, got cuda: torch {torch.__version__} is a build without "
+                "CUDA, which plans for a card need (the card itself is not needed)"
             )
-        if config.run.steps is None:  # memory does not depend on steps, and the data to count may be elsewhere
+        # memory does not depend on steps, and the data to count may be elsewhere
+        if config.run.steps is None:
             config = config.replaced(run={"steps": 1 << 30, "epochs": None})
-        self.config, self.budget, self.tell = config, budget, tell
+        self.config = config
+        self.budget = budget
+        self.tell = tell
         self.card = CARDS[card] if card else None
         self._usages: dict[tuple[int, Any], Usage] = {}  # by batch_size and micro_batch
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
@@ -139,7 +164,11 @@ class Planner:
         else:
             self.precision, why = hardware.pick_precision(config.run.precision, self.device)
         self.step = TrainerStep(config, self.precision, teacher_width, budget.memory, self.device)
-        self.assumptions = [*_assumptions(budget, device), f"precision {self.precision} ({why})", *self.step.assumed]
+        self.assumptions = [
+            *_assumptions(budget, device),
+            f"precision {self.precision} ({why})",
+            *self.step.assumed,
+        ]
         try:
             gradient_cache.check(self.step.prepared.model.train())
             self.cacheable = True
@@ -147,7 +176,9 @@ class Planner:
             self.cacheable = False
 
     def rows(self) -> Iterator[Row]:
-        """Yields the step as configured, then the largest batch in one graph and, if the model allows it, with caching."""
+        """Yields the step as configured, then the largest batch in one graph and, if the model
+        allows it, with caching.
+        """
         if self.config.data.micro_batch == "auto":
             self.config = self.config.replaced(data={"micro_batch": self.micro_batch()})
         data = self.config.data
@@ -155,13 +186,18 @@ class Planner:
         whole = self.largest("largest in one graph", None)
         yield whole
         if self.cacheable and whole.batch_size:
-            images = data.images_at_a_time if data.micro_batch else min(SMALL_MICRO_BATCH, data.batch_size)
+            images = (
+                data.images_at_a_time
+                if data.micro_batch
+                else min(SMALL_MICRO_BATCH, data.batch_size)
+            )
             if images >= whole.batch_size:  # which would leave no memory for a larger batch
                 images = max(1, whole.batch_size // 2)
             yield self.largest("largest by gradient caching", images)
 
     def micro_batch(self) -> int | None:
-        """Returns the largest micro-batch whose step fits: a divisor of the batch, or None if the whole batch fits.
+        """Returns the largest micro-batch whose step fits: a divisor of the batch, or None if the
+        whole batch fits.
 
         Raises ConfigError if not even the smallest micro-batch fits.
         """
@@ -181,8 +217,9 @@ class Planner:
         if not micro:
             usable, memory = gib(self.budget.usable), gib(self.budget.memory)
             raise ConfigError(
-                f"data.micro_batch: expected one that fits {usable} of {memory}, got auto; a batch of {size:,} takes "
-                f"{gib(min([peak, *peaks.values()]))} even with {min(peaks, default=size)} at a time"
+                f"data.micro_batch: expected one that fits {usable} of {memory}, got auto; a batch "
+                f"of {size:,} takes {gib(min([peak, *peaks.values()]))} even with "
+                f"{min(peaks, default=size)} at a time"
             )
         return micro
 
@@ -220,52 +257,89 @@ class Planner:
     def row(self, what: str, size: int, micro_batch: Any, at_least: bool = False) -> Row:
         usage = self.usage(batch_size=size, micro_batch=micro_batch)
         time = step_time(usage.kernels, self.card) if self.card else None
-        return Row(what, size, micro_batch, usage.peak, usage.peak <= self.budget.usable, usage.at_peak, at_least, time)
+        return Row(
+            what,
+            size,
+            micro_batch,
+            usage.peak,
+            usage.peak <= self.budget.usable,
+            usage.at_peak,
+            at_least,
+            time,
+        )
 
 
 def _assumptions(budget: Budget, device: str) -> list[str]:
     card = device == "cuda"
-    kept = "" if card else f", and {STORE_BYTES >> 20} MiB of their rows kept for backward where that saves a product"
+    kept = (
+        ""
+        if card
+        else f", and {STORE_BYTES >> 20} MiB of their rows kept for backward where that saves a "
+        "product"
+    )
     return [
         f"{budget.context >> 20} MiB for the context of the driver and of torch's libraries",
         f"{budget.libraries >> 20} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
         f"{budget.fragmentation:.0%} of the rest lost to the allocator's fragmentation",
-        f"in the loss, chunks of {(SCRATCH_BYTES_ELSEWHERE if card else SCRATCH_BYTES) >> 20} MiB{kept}",
+        f"in the loss, chunks of {(SCRATCH_BYTES_ELSEWHERE if card else SCRATCH_BYTES) >> 20} "
+        f"MiB{kept}",
         "a step after the first one: the optimizer's state exists",
-        *([] if card else ["nothing for what oneDNN takes inside convolutions and products of bfloat16"]),
+        *(
+            []
+            if card
+            else ["nothing for what oneDNN takes inside convolutions and products of bfloat16"]
+        ),
     ]
 
 
 def largest_micro_batch(config: Config, device: torch.device, ranks: int = 1) -> int | None:
-    """Returns data.micro_batch for a config that says "auto": the largest that fits on `device`, None for the whole batch.
+    """Returns data.micro_batch for a config that says "auto": the largest that fits on `device`,
+    None for the whole batch.
 
-    ranks: the number of ranks, which share data.batch_size. Each of them gets the same answer on equal machines; the texts
+    ranks: the number of ranks, which share data.batch_size. Each of them gets the same answer on
+    equal machines; the texts
         that a rank gets from the others are not counted.
 
     Raises ConfigError if not even one pair at a time fits; UncountedOp.
     """
-    share = config.replaced(data={"batch_size": config.data.batch_size // ranks, "micro_batch": None})
+    share = config.replaced(
+        data={"batch_size": config.data.batch_size // ranks, "micro_batch": None}
+    )
     return Planner(share, Budget.of(device), device.type).micro_batch()
 
 
 def largest(
-    peak: Callable[[int], int], limit: int, sizes: Sequence[int], *, start: int, known: dict[int, int] | None = None
+    peak: Callable[[int], int],
+    limit: int,
+    sizes: Sequence[int],
+    *,
+    start: int,
+    known: dict[int, int] | None = None,
 ) -> tuple[int, dict[int, int]]:
     """Returns the largest of the sizes with peak(size) <= limit, or 0, and all computed peaks.
 
-    A larger one of the sizes may fit, but none that is larger by more than the share WITHIN. Peaks are nearly affine in the
-    size, so that few are computed: where the line through the two nearest ones crosses the limit, one is tried just below
-    the crossing and one above it. peak should not decrease with the size.
+    A larger one of the sizes may fit, but none that is larger by more than the share WITHIN. Peaks
+    are nearly affine in the size, so that few are computed: where the line through the two nearest
+    ones crosses the limit, one is tried just below the crossing and one above it. peak should not
+    decrease with the size.
 
-    sizes: ascending. start: about the first size that is tried. known: peaks of some sizes, at best of several.
+    sizes: ascending. start: about the first size that is tried. known: peaks of some sizes, at best
+    of several.
     """
     seen = dict(known or {})
-    low, high = -1, len(sizes)  # places of the largest size that fits, and of the smallest that does not
+    # places of the largest size that fits, and of the smallest that does not
+    low, high = -1, len(sizes)
     for size, taken in seen.items():
-        low, high = (max(low, sizes.index(size)), high) if taken <= limit else (low, min(high, sizes.index(size)))
+        low, high = (
+            (max(low, sizes.index(size)), high)
+            if taken <= limit
+            else (low, min(high, sizes.index(size)))
+        )
     guess = (1 - WITHIN / 4) * _crossing(seen, limit) if len(seen) > 1 else float(start)
     few = len(seen) + 8
-    while high - low > 1 and not (low >= 0 and high < len(sizes) and sizes[high] <= (1 + WITHIN) * sizes[low]):
+    while high - low > 1 and not (
+        low >= 0 and high < len(sizes) and sizes[high] <= (1 + WITHIN) * sizes[low]
+    ):
         place = min(max(bisect_right(sizes, guess) - 1, low + 1), high - 1)
         if len(seen) > few:  # the line is a poor guide, as where peaks hardly grow
             place = (low + high) // 2
@@ -274,12 +348,18 @@ def largest(
         low, high = (place, high) if seen[size] <= limit else (low, place)
         crossing = _crossing(seen, limit)
         below = (1 - WITHIN / 4) * crossing
-        guess = below if low < 0 or sizes[low] < (1 - WITHIN / 2) * crossing else (1 + WITHIN) * sizes[low]
+        guess = (
+            below
+            if low < 0 or sizes[low] < (1 - WITHIN / 2) * crossing
+            else (1 + WITHIN) * sizes[low]
+        )
     return (sizes[low] if low >= 0 else 0), seen
 
 
 def _crossing(seen: dict[int, int], limit: int) -> float:
-    """Returns the size at which the line through the two peaks nearest to the limit crosses it, at first one through 0."""
+    """Returns the size at which the line through the two peaks nearest to the limit crosses it, at
+    first one through 0.
+    """
     a, *others = sorted(seen, key=lambda size: abs(seen[size] - limit))
     if not others:
         return a * limit / seen[a]

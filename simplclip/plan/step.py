@@ -1,4 +1,6 @@
-"""The step that a plan runs, on fake or real tensors: a step of our trainer, by the functions of simplclip.train."""
+"""The step that a plan runs, on fake or real tensors: a step of our trainer, by the functions of
+simplclip.train.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +25,32 @@ from simplclip.train import setup
 from simplclip.train import step as steps
 from simplclip.train.config import Config
 
-During = Callable[[str], AbstractContextManager]  # the context in which a step allocates memory of a kind
+# the context in which a step allocates memory of a kind
+During = Callable[[str], AbstractContextManager]
 Batch = dict[str, Any]
 CPU = torch.device("cpu")
 
 
 class Step(Protocol):
-    """What `predict` runs. The modules get tensors on a device, then `place` makes all else there, then `run` runs."""
+    """What `predict` runs.
+
+    The modules get tensors on a device, then `place` makes all else there, then `run` runs.
+    """
 
     modules: list[nn.Module]  # all that have weights; `place` may add some
     averages: list[Tensor]  # copies of weights, made by `place`
     optimizer: torch.optim.Optimizer  # made by `place`
 
     def place(self, device: torch.device, during: During) -> None:
-        """Makes all else on `device`, where the modules' tensors are. The step enters `during` for activations and loss."""
+        """Makes all else on `device`, where the modules' tensors are.
+
+        The step enters `during` for activations and loss.
+        """
 
     def batches(self, real: bool) -> list[Batch]:
-        """Returns the micro-batches, in the host's memory. real: whether they have values, to run the step on a device."""
+        """Returns the micro-batches, in the host's memory. real: whether they have values, to run
+        the step on a device.
+        """
 
     def skip(self, tower: str, batch: Batch, first: Batch) -> None:
         """Keeps or drops what gradient caching would keep of a micro-batch that does not run."""
@@ -49,11 +60,13 @@ class Step(Protocol):
 
 
 class TrainerStep:
-    """A step of `simplclip train`: config.data.batch_size images, by gradient caching if config.data has a micro_batch.
+    """A step of `simplclip train`: config.data.batch_size images, by gradient caching if
+    config.data has a micro_batch.
 
-    teacher_width: D̂; None: as the shards say. Only the shapes of weights and features matter: where the shards are not on
-    this machine, the student's width is assumed. `assumed` says so. memory: bytes of the device; None: as of this
-    machine's. device: on which the step is placed, for the layout.
+    teacher_width: D̂; None: as the shards say. Only the shapes of weights and features matter:
+    where the shards are not on this machine, the student's width is assumed. `assumed` says so.
+    memory: bytes of the device; None: as of this machine's. device: on which the step is placed,
+    for the layout.
     """
 
     def __init__(
@@ -75,8 +88,14 @@ class TrainerStep:
         self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.values()]
         self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
         if (mean := config.data.mean_tokens) is not None:
-            full = "texts of full length, whatever data.mean_tokens, since this model's texts cannot be cropped"
-            mixed = f"in one graph, texts of {mean:g} tokens, and an eighth and 8 more, which groups of lengths add"
+            full = (
+                "texts of full length, whatever data.mean_tokens, since this model's texts cannot "
+                "be cropped"
+            )
+            mixed = (
+                f"in one graph, texts of {mean:g} tokens, and an eighth and 8 more, which groups "
+                "of lengths add"
+            )
             self.assumed.append(mixed if self.prepared.crop else full)
 
     def _teacher(self, width: int | None) -> dict[str, Any]:
@@ -85,17 +104,24 @@ class TrainerStep:
                 return data.teacher_stamp(self.config.data.sidecars)
             except (UserError, OSError) as error:
                 width = setup.width_of(self.config)
-                self.assumed.append(f"a teacher of the student's width, {width} (--teacher-width): {error}")
+                self.assumed.append(
+                    f"a teacher of the student's width, {width} (--teacher-width): {error}"
+                )
         return {"name": "a teacher", "width": width, "logit_scale": 100.0}
 
     def place(self, device: torch.device, during: During) -> None:
-        prepared, crop, self.during = self.prepared, self.prepared.crop, during
+        prepared = self.prepared
+        crop = self.prepared.crop
+        self.during = during
         if crop is not None:  # all texts have one length
             crop.undo()
             crop = TextCrop(prepared.model, 1, 1) if self.tokens else None
         prepared = replace(prepared, crop=crop)
-        self.state = setup.setup(self.config, device, self.precision, prepared=prepared, teacher=self.teacher)
-        self.state.scaler = torch.amp.GradScaler(device.type, enabled=False)  # an enabled one reads values of tensors
+        self.state = setup.setup(
+            self.config, device, self.precision, prepared=prepared, teacher=self.teacher
+        )
+        # an enabled one reads values of tensors
+        self.state.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.state.step = busiest_step(self.config)
         self.optimizer = self.state.optimizer
         self.modules = [prepared.model, *prepared.folded.values(), self.state.objective.loss]
@@ -103,7 +129,9 @@ class TrainerStep:
         steps.keep_frozen(self.state, self.memory)
 
     def skip(self, tower: str, batch: Batch, first: Batch) -> None:
-        """Keeps as much of the frozen beginning's output for a pair as `first` does; drops it in the pass with autograd."""
+        """Keeps as much of the frozen beginning's output for a pair as `first` does; drops it in
+        the pass with autograd.
+        """
         if (prefix := self.state.prefixes.get(tower)) is None:
             return
         if torch.is_grad_enabled():
@@ -121,27 +149,43 @@ class TrainerStep:
     def tokens(self) -> int | None:
         """The length of a text; None: the model's context length.
 
-        One graph keeps all texts, so that their mean length counts. Rounding and groups of lengths add less than an eighth
-        and 8 tokens for captions like COCO's and CC12M's. A micro-batch is filled up to as many tokens as padded texts have.
+        One graph keeps all texts, so that their mean length counts. Rounding and groups of lengths
+        add less than an eighth and 8 tokens for captions like COCO's and CC12M's. A micro-batch is
+        filled up to as many tokens as padded texts have.
         """
         config = self.config.data
-        if self.prepared.crop is None or config.mean_tokens is None or config.micro_batch is not None:
+        if (
+            self.prepared.crop is None
+            or config.mean_tokens is None
+            or config.micro_batch is not None
+        ):
             return None
         return math.ceil(config.mean_tokens * 9 / 8 + 8)
 
     def batches(self, real: bool) -> list[Batch]:
-        """The micro-batches between the first and the last one are one of their size, if it need not run."""
-        size, count = self.config.data.images_at_a_time, self.config.data.batch_size // self.config.data.images_at_a_time
+        """The micro-batches between the first and the last one are one of their size, if it need
+        not run.
+        """
+        size = self.config.data.images_at_a_time
+        count = self.config.data.batch_size // self.config.data.images_at_a_time
         if real or count < 4:
             return [self._batch(size, real) for _ in range(count)]
-        return [self._batch(size, real), self._batch((count - 2) * size, real), self._batch(size, real)]
+        return [
+            self._batch(size, real),
+            self._batch((count - 2) * size, real),
+            self._batch(size, real),
+        ]
 
     def _batch(self, size: int, real: bool) -> Batch:
         k, model = self.config.data.captions_per_image, self.prepared.model
         captions = (k,) if k > 1 else ()
         with torch.device("cpu" if real else "meta"):
             image, text = inputs(self.config.model.name, model, size, k, real, self.tokens)
-            batch = {"image": image, "text": text.unflatten(0, (size, *captions)), "group": torch.arange(size)}
+            batch = {
+                "image": image,
+                "text": text.unflatten(0, (size, *captions)),
+                "group": torch.arange(size),
+            }
             if self.teacher:
                 width = self.teacher["width"]
                 batch["teacher_image"] = torch.ones(size, width, dtype=torch.float16)
@@ -152,17 +196,22 @@ class TrainerStep:
 def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
     """Returns a run's model on the meta device, and the names of its frozen modules and parameters.
 
-    Nothing is downloaded: where a file of inherit.source is missing, the tensors of the original model stand for it.
+    Nothing is downloaded: where a file of inherit.source is missing, the tensors of the original
+    model stand for it.
     """
     name, source = config.model.name, config.inherit.source
-    model = models.create(name, device="meta", **model_options(config.model.model_dump(), config.loss.base))
+    model = models.create(
+        name, device="meta", **model_options(config.model.model_dump(), config.loss.base)
+    )
     if source is None:
         return model, []
     sources: list[Any] = [source] if isinstance(source, str) else list(source)
     for place, file in enumerate(sources):
         if file not in PACKAGED and not Path(file).exists():
             sources[place] = models.create(name, device="meta", simplified=False)
-    return model, inherit(model, sources, train=config.inherit.train, blocks=config.inherit.blocks).names
+    return model, inherit(
+        model, sources, train=config.inherit.train, blocks=config.inherit.blocks
+    ).names
 
 
 def _kinds(during: During) -> AbstractContextManager:
@@ -176,36 +225,56 @@ def _kinds(during: During) -> AbstractContextManager:
         return run
 
     kinds = {"losses": "loss", "encode_image": "activations", "encode_text": "activations"}
-    patches: dict[str, Any] = {name: of_kind(kind, getattr(steps, name)) for name, kind in kinds.items()}
+    patches: dict[str, Any] = {
+        name: of_kind(kind, getattr(steps, name)) for name, kind in kinds.items()
+    }
     return mock.patch.multiple(steps, **patches)
 
 
 def busiest_step(config: Config) -> int:
     """The first step of a run with the largest number of active loss terms.
 
-    On a CPU, a step of a large batch without the teacher's terms may keep rows, at most STORE_BYTES, that this step does not.
+    On a CPU, a step of a large batch without the teacher's terms may keep rows, at most
+    STORE_BYTES, that this step does not.
     """
     schedules, steps = config.loss.weights.values(), config.run.steps
     turns = sorted({0, steps - 1, *(s.start for s in schedules), *(s.start + 1 for s in schedules)})
-    return max((step for step in turns if step < steps), key=lambda step: sum(s.at(step, steps) > 0 for s in schedules))
+    return max(
+        (step for step in turns if step < steps),
+        key=lambda step: sum(s.at(step, steps) > 0 for s in schedules),
+    )
 
 
-def first_and_last(backward: Callable, repeat: Callable[[int], None], skip: Callable[[str, Batch, Batch], None]) -> Callable:
-    """Wraps `gradient_cache.backward`, with a mapping of towers, to encode the first and the last micro-batch of each alone.
+def first_and_last(
+    backward: Callable, repeat: Callable[[int], None], skip: Callable[[str, Batch, Batch], None]
+) -> Callable:
+    """Wraps `gradient_cache.backward`, with a mapping of towers, to encode the first and the last
+    micro-batch of each alone.
 
-    Those between them would take the same memory as the first one; their features are empty tensors of the right shape.
-    repeat: called before each encoding with the number of micro-batches that it stands for. skip: called for each that is not
+    Those between them would take the same memory as the first one; their features are empty tensors
+    of the right shape. repeat: called before each encoding with the number of micro-batches that it
+    stands for. skip: called for each that is not
         encoded, with its tower and the first one.
     """
 
-    def run(encode: dict[str, Callable], micro_batches: dict[str, list[Batch]], loss: Callable, **options: Any) -> Any:
-        encoders = {tower: _encoder(tower, encode[tower], micro_batches[tower], repeat, skip) for tower in encode}
+    def run(
+        encode: dict[str, Callable],
+        micro_batches: dict[str, list[Batch]],
+        loss: Callable,
+        **options: Any,
+    ) -> Any:
+        encoders = {
+            tower: _encoder(tower, encode[tower], micro_batches[tower], repeat, skip)
+            for tower in encode
+        }
         return backward(encoders, micro_batches, loss, **options)
 
     return run
 
 
-def _encoder(tower: str, encode: Callable, micro_batches: list[Batch], repeat: Callable, skip: Callable) -> Callable:
+def _encoder(
+    tower: str, encode: Callable, micro_batches: list[Batch], repeat: Callable, skip: Callable
+) -> Callable:
     kind: list[Any] = []  # width, dtype and device of the features
     first, *skipped = micro_batches[:-1] or micro_batches
     times = sum(len(batch[tower]) for batch in (first, *skipped)) // len(first[tower])
@@ -224,18 +293,25 @@ def _encoder(tower: str, encode: Callable, micro_batches: list[Batch], repeat: C
     return run
 
 
-def inputs(name: str, model: Any, size: int, captions: int, real: bool, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+def inputs(
+    name: str, model: Any, size: int, captions: int, real: bool, tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns images, uint8 [size, 3, H, W], and token ids, int64 [size * captions, L].
 
-    real: whether the tokens are a caption, at whose end some models pool. Otherwise the tokens are zeros.
-    tokens: L, if it is less than the model's context length.
+    real: whether the tokens are a caption, at whose end some models pool. Otherwise the tokens are
+    zeros. tokens: L, if it is less than the model's context length.
     """
     side = model.visual.image_size
-    image = torch.zeros(size, 3, *((side, side) if isinstance(side, int) else side), dtype=torch.uint8)
+    image = torch.zeros(
+        size, 3, *((side, side) if isinstance(side, int) else side), dtype=torch.uint8
+    )
     length = model.context_length if hasattr(model, "context_length") else model.text.context_length
     words = "a photo of a small thing"
     if tokens is not None and tokens < length:
-        words, length = " ".join(["a"] * tokens), tokens  # the tokenizer puts the end in the last place
+        # the tokenizer puts the end in the last place
+        words, length = " ".join(["a"] * tokens), tokens
     if real:
-        return image, models.tokenizer(name, length)([words]).expand(size * captions, -1).contiguous()
+        return image, models.tokenizer(name, length)([words]).expand(
+            size * captions, -1
+        ).contiguous()
     return image, torch.zeros(size * captions, length, dtype=torch.int64)

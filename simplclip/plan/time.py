@@ -1,7 +1,8 @@
-"""The time of kernels on a card: each takes the longest of its multiply-adds, its bytes and a launch; a step takes the sum.
+"""The time of kernels on a card: each takes the longest of its multiply-adds, its bytes and a
+launch; a step takes the sum.
 
-At the rates of the card's data sheet that is a bound. At the shares of these rates that kernels of a kind reach, it is what
-a step likely takes.
+At the rates of the card's data sheet that is a bound. At the shares of these rates that kernels of
+a kind reach, it is what a step likely takes.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import torch
 from simplclip.plan.cards import Card
 from simplclip.plan.kernels import Kernel
 
-# The data sheet gives the clock that a card reaches on average. Under load cards run up to about a tenth above it.
+# The data sheet gives the clock that a card reaches on average. Under load cards run up to about a
+# tenth above it.
 CLOCK = 1.1
 LAUNCH_MS = 2e-3  # the least that a kernel takes on the device; assumed
 HOST_MS = 8e-3  # what the host takes to start a kernel of torch; assumed
 
-# Shares of the data sheet's rates on an RTX 3090, 4090 and 5090, fitted by `python -m benchmarks.cards --fit` to step times
-# that timm's authors published: of models of images in float16, trained on a 3090 with torch 1.12, in inference with torch
-# 2.4 (3090 and 4090) and 2.9 (5090). docs/plan.md has the error. Cards of other architectures take the nearest one's.
+# Shares of the data sheet's rates on an RTX 3090, 4090 and 5090, fitted by `python -m
+# benchmarks.cards --fit` to step times that timm's authors published: of models of images in
+# float16, trained on a 3090 with torch 1.12, in inference with torch
+# 2.4 (3090 and 4090) and 2.9 (5090). docs/plan.md has the error. Cards of other architectures take
+#   the nearest one's.
 FITTED = ("rtx-3090", "rtx-4090", "rtx-5090")
 RATES: dict[str, tuple[float, float, float]] = {
     "attention": (0.817, 0.65, 0.565),
@@ -67,7 +71,8 @@ TRAFFIC: dict[str, tuple[float, float, float]] = {
     "reduction": (0.526, 0.691, 0.514),
     "transposed": (0.649, 0.522, 0.4),
 }
-# Of models of families that the fit had not seen: the median error, and the share that was predicted to 35 %.
+# Of models of families that the fit had not seen: the median error, and the share that was
+# predicted to 35 %.
 HELD_OUT: dict[str, tuple[float | None, float | None, float | None]] = {
     "train median_error": (0.06, None, None),
     "train within_35": (0.955, None, None),
@@ -75,7 +80,8 @@ HELD_OUT: dict[str, tuple[float | None, float | None, float | None]] = {
     "infer within_35": (0.975, 0.976, 0.989),
 }
 LAUNCHES_MS = (0.0045, 0.0042, 0.0039)
-# Assumed: FlashAttention's backward, which no fitted model has, and this library's kernels, which nobody has measured.
+# Assumed: FlashAttention's backward, which no fitted model has, and this library's kernels, which
+# nobody has measured.
 ASSUMED_RATES = {"attention backward": 0.4, "own": 0.5}
 ASSUMED_TRAFFIC = {"own": 0.7}
 
@@ -93,16 +99,24 @@ def peak(card: Card, dtype: torch.dtype | None) -> float:
 
 
 def at_rates(kernel: Kernel, card: Card) -> tuple[float, float]:
-    """Returns the milliseconds of a kernel's multiply-adds, and of its bytes, at the data sheet's rates."""
-    return 2 * kernel.multiply_adds / peak(card, kernel.dtype) / 1e9, kernel.bytes / card.bandwidth / 1e6
+    """Returns the milliseconds of a kernel's multiply-adds, and of its bytes, at the data sheet's
+    rates.
+    """
+    return 2 * kernel.multiply_adds / peak(
+        card, kernel.dtype
+    ) / 1e9, kernel.bytes / card.bandwidth / 1e6
 
 
-def efficiency(kind: str, fitted: dict[str, tuple[float, float, float]], assumed: dict[str, float], card: Card) -> float:
+def efficiency(
+    kind: str, fitted: dict[str, tuple[float, float, float]], assumed: dict[str, float], card: Card
+) -> float:
     return assumed[kind] if kind in assumed else fitted[kind][column(card)]
 
 
 def likely_ms(kernel: Kernel, card: Card) -> dict[str, float]:
-    """Returns what a kernel likely takes for its multiply-adds, bytes and launch, of which the longest counts."""
+    """Returns what a kernel likely takes for its multiply-adds, bytes and launch, of which the
+    longest counts.
+    """
     products, moved = at_rates(kernel, card)
     products /= efficiency(kernel.rate, RATES, ASSUMED_RATES, card)
     moved /= efficiency(kernel.traffic, TRAFFIC, ASSUMED_TRAFFIC, card)
@@ -110,7 +124,8 @@ def likely_ms(kernel: Kernel, card: Card) -> dict[str, float]:
 
 
 def least_ms(kernel: Kernel, card: Card) -> dict[str, float]:
-    """Returns what a kernel takes at least for its multiply-adds, bytes and launch, of which the longest counts.
+    """Returns what a kernel takes at least for its multiply-adds, bytes and launch, of which the
+    longest counts.
 
     The L2 cache may hold as much as fits of what a kernel reads, and of what it writes.
     """
@@ -125,11 +140,14 @@ class StepTime:
 
     likely: float = 0.0  # of the card's kernels
     least: float = 0.0
-    host: float = 0.0  # what the host takes to start the kernels, which it does while the card computes
+    # what the host takes to start the kernels, which it does while the card computes
+    host: float = 0.0
     launches: int = 0
     own: float = 0.0  # of this library's kernels, within `likely`
     shares: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("products", "convolutions", "memory", "launches"), 0.0)
+        default_factory=lambda: dict.fromkeys(
+            ("products", "convolutions", "memory", "launches"), 0.0
+        )
     )
 
     @property

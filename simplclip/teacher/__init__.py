@@ -1,6 +1,7 @@
 """Writers of sidecars, which training joins to the samples of shards.
 
-features.py   `simplclip teacher`: a teacher's features of images, or of augmented views of them, and of captions
+features.py   `simplclip teacher`: a teacher's features of captions and of images, or of augmented
+              views of images
 caption.py    `simplclip caption`: captions drawn by a CoCa model
 """
 

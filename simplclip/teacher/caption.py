@@ -1,4 +1,6 @@
-"""Synthetic captions: an open_clip CoCa model captions the images of shards; the captions are written into sidecars."""
+"""Synthetic captions: an open_clip CoCa model captions the images of shards; the captions are
+written into sidecars.
+"""
 
 from __future__ import annotations
 
@@ -63,23 +65,29 @@ def run(
     precision: str = "fp32",
     **options: Any,
 ) -> dict[str, Any]:
-    """Writes a sidecar of each shard to the folder `out`, with up to `n` additional captions of each image.
+    """Writes a sidecar of each shard to the folder `out`, with up to `n` additional captions of
+    each image.
 
-    A sidecar holds the json of each sample with "captions", first the sample's own, and "synthetic", the number of captions
-    by a model at the end. Empty captions, and captions that differ from an earlier one only in case and spaces, are dropped.
-    The captions of a sample depend only on the seed, its shard and its key, not on the batch.
+    A sidecar holds the json of each sample with "captions", first the sample's own, and
+    "synthetic", the number of captions by a model at the end. Empty captions, and captions that
+    differ from an earlier one only in case and spaces, are dropped. The captions of a sample depend
+    only on the seed, its shard and its key, not on the batch.
 
     Args:
-        data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in OUT/shards.
+        data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in
+            OUT/shards.
         model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
         checkpoint: file of its weights, see `models.create`; or
         pretrained: a tag of weights that open_clip downloads.
         batch_size: images at a time; n captions of each are drawn together.
-        max_tokens: most tokens of a caption, including start and end of text; at most the model's context.
-        options: workers, sidecars, progress of `data.writer.write_sidecars`, which also documents errors and continuation.
+        max_tokens: most tokens of a caption, including start and end of text; at most the model's
+            context.
+        options: workers, sidecars, progress of `data.writer.write_sidecars`, which also documents
+            errors and continuation.
 
-    Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run. Raises InputError for an
-    argument out of range, a model that is no CoCa, and weights that do not fit; FileNotFoundError.
+    Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run.
+    Raises InputError for an argument out of range, a model that is no CoCa, and weights that do not
+    fit; FileNotFoundError.
     """
     check_count("n", n, 1)
     if not 0 < top_p <= 1:
@@ -90,9 +98,14 @@ def run(
     precision, _ = hardware.pick_precision(precision, place)
     coca = load_model(model, checkpoint=checkpoint, pretrained=pretrained).to(place)
     if not 3 <= max_tokens <= coca.context_length:
-        raise InputError(f"max_tokens: expected 3 to {coca.context_length}, the context of {model}, got {max_tokens}")
+        raise InputError(
+            f"max_tokens: expected 3 to {coca.context_length}, the context of {model}, got "
+            f"{max_tokens}"
+        )
     tokenizer = tokenizer_of(model)
-    prepare = Prepare(ImageTransform(PreprocessCfg(**get_model_preprocess_cfg(coca))), (n, max_tokens), seed)
+    prepare = Prepare(
+        ImageTransform(PreprocessCfg(**get_model_preprocess_cfg(coca))), (n, max_tokens), seed
+    )
     counts: Counter[str] = Counter()
 
     def process(batch: tuple[Tensor, Tensor, tuple, tuple]) -> list[dict[str, bytes]]:
@@ -101,27 +114,57 @@ def run(
         with hardware.autocast(precision, place):
             tokens = generate(coca, images, draws, tokenizer, top_p=top_p, temperature=temperature)
         texts = [decode(rows, tokenizer) for rows in tokens.tolist()]
-        return [{"json": joined_record(*sample, counts)} for sample in zip(records, captions, texts)]
+        return [
+            {"json": joined_record(*sample, counts)} for sample in zip(records, captions, texts)
+        ]
 
     weights = {"pretrained": pretrained} if checkpoint is None else {"sha256": sha256(checkpoint)}
-    drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    about = {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}
+    drawing = {
+        "n": n,
+        "top_p": top_p,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
+    about = {
+        "model": model.removeprefix(models.PLAIN),
+        **weights,
+        **drawing,
+        "precision": precision,
+    }
     shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards")))
-    made: dict[str, Any] = {"collate": prepare.collate, "stamp": {"caption": about}, "batch_size": batch_size}
+    made: dict[str, Any] = {
+        "collate": prepare.collate,
+        "stamp": {"caption": about},
+        "batch_size": batch_size,
+    }
     summary = write_sidecars(shards, out, prepare, process, title="captions", **made, **options)
     everywhere = ranks.exchanged(counts)
-    return summary | {name: sum(of_rank[name] for of_rank in everywhere) for name in ("captions", "duplicate", "empty")}
+    return summary | {
+        name: sum(of_rank[name] for of_rank in everywhere)
+        for name in ("captions", "duplicate", "empty")
+    }
 
 
-def load_model(name: str, *, checkpoint: str | os.PathLike | None = None, pretrained: str | None = None) -> CoCa:
-    """Loads a CoCa of open_clip in eval mode with the weights of a local file or of a tag. Raises the errors of `run`."""
+def load_model(
+    name: str, *, checkpoint: str | os.PathLike | None = None, pretrained: str | None = None
+) -> CoCa:
+    """Loads a CoCa of open_clip in eval mode with the weights of a local file or of a tag.
+
+    Raises the errors of `run`.
+    """
     plain = name.removeprefix(models.PLAIN)
     if "multimodal_cfg" not in (open_clip.get_model_config(plain) or {}):
         names = ", ".join(model for model in open_clip.list_models() if model.startswith("coca"))
-        raise InputError(f"model: expected a CoCa model of open_clip, such as {names}, got {name!r}")
+        raise InputError(
+            f"model: expected a CoCa model of open_clip, such as {names}, got {name!r}"
+        )
     if (checkpoint is None) == (pretrained is None):
         got = "neither" if checkpoint is None else "both"
-        raise InputError(f"checkpoint, pretrained: expected a file or a tag with the weights of {plain}, got {got}")
+        raise InputError(
+            f"checkpoint, pretrained: expected a file or a tag with the weights of {plain}, got "
+            f"{got}"
+        )
     if pretrained is not None:
         return download(plain, pretrained, "pretrained").eval()
     return models.create(models.PLAIN + plain, checkpoint=checkpoint).eval()
@@ -131,13 +174,15 @@ def tokenizer_of(name: str) -> SimpleTokenizer:
     tokenizer = models.tokenizer(models.PLAIN + name.removeprefix(models.PLAIN))
     if not isinstance(tokenizer, SimpleTokenizer):
         raise InputError(
-            f"model: expected a CoCa with open_clip's vocabulary, got {name}, which has {type(tokenizer).__name__}"
+            f"model: expected a CoCa with open_clip's vocabulary, got {name}, which has "
+            f"{type(tokenizer).__name__}"
         )
     return tokenizer
 
 
-# open_clip's CoCa.generate needs a part of transformers that version 5 has removed, encodes an image again for each of its
-# captions, and draws from the global generator, so that a caption would depend on its batch.
+# open_clip's CoCa.generate needs a part of transformers that version 5 has removed, encodes an
+# image again for each of its captions, and draws from the global generator, so that a caption would
+# depend on its batch.
 @torch.no_grad()
 def generate(
     coca: CoCa,
@@ -148,11 +193,12 @@ def generate(
     top_p: float,
     temperature: float,
 ) -> Tensor:  # int64 [B, n, T]
-    """Generates captions of T tokens: start of text, tokens drawn one after another, end of text (repeated).
+    """Generates captions of T tokens: start of text, tokens drawn one after another, end of text
+    (repeated).
 
-    Token t of a caption is drawn from softmax(logits / temperature), restricted to the most likely tokens that together have
-    at least the probability `top_p`, by the uniform number draws[..., t] in [0, 1). Each step processes the whole text so
-    far: nothing is cached between steps.
+    Token t of a caption is drawn from softmax(logits / temperature), restricted to the most likely
+    tokens that together have at least the probability `top_p`, by the uniform number draws[..., t]
+    in [0, 1). Each step processes the whole text so far: nothing is cached between steps.
     """
     count, several, length = draws.shape
     start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
@@ -162,24 +208,32 @@ def generate(
     latent, embedded = (t.repeat_interleave(several, 0) for t in coca._encode_image(images))
     alive = torch.arange(len(tokens), device=images.device)  # captions without an end
     for t in range(1, length - 1):
-        out = coca(None, tokens[alive, :t], image_latent=latent, image_embs=embedded, output_labels=False)
+        out = coca(
+            None, tokens[alive, :t], image_latent=latent, image_embs=embedded, output_labels=False
+        )
         logits = out["logits"][:, -1].float()
         if not logits.isfinite().all():
-            raise InputError("checkpoint: expected a model with finite logits, got logits that are not finite")
+            raise InputError(
+                "checkpoint: expected a model with finite logits, got logits that are not finite"
+            )
         logits[:, start] = -torch.inf
         tokens[alive, t] = _draw(logits / temperature, draws[alive, t], top_p)
         going = tokens[alive, t] != end
         if not going.all():
-            alive, latent, embedded = alive[going], latent[going], embedded[going]
+            alive = alive[going]
+            latent = latent[going]
+            embedded = embedded[going]
         if not len(alive):
             break
     return tokens.unflatten(0, (count, several))
 
 
-def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:  # float32 [R, V], float64 [R] -> int64 [R]
+# float32 [R, V], float64 [R] -> int64 [R]
+def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:
     probabilities, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
     total = probabilities.cumsum(-1)
-    kept = (total - probabilities < top_p).sum(-1, keepdim=True)  # up to the token that reaches `top_p`
+    # up to the token that reaches `top_p`
+    kept = (total - probabilities < top_p).sum(-1, keepdim=True)
     chosen = torch.searchsorted(total, uniform[:, None] * total.gather(-1, kept - 1), right=True)
     return order.gather(-1, chosen.minimum(kept - 1))[:, 0]
 
@@ -190,8 +244,12 @@ def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
     return [" ".join(tokenizer.decode(row[1 : row.index(end)]).split()) for row in rows]
 
 
-def joined_record(record: dict[str, Any], captions: list[str], drawn: list[str], counts: Counter[str]) -> bytes:
-    """Returns the json of a sample with its own captions and those that were drawn and are new; counts them."""
+def joined_record(
+    record: dict[str, Any], captions: list[str], drawn: list[str], counts: Counter[str]
+) -> bytes:
+    """Returns the json of a sample with its own captions and those that were drawn and are new;
+    counts them.
+    """
     seen = {_normal(caption) for caption in captions}
     new = []
     for caption in drawn:

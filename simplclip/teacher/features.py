@@ -1,7 +1,10 @@
-"""`simplclip teacher`: writes a teacher's features of shards into sidecars, so that training never loads a teacher.
+"""`simplclip teacher`: writes a teacher's features of shards into sidecars, so that training never
+loads a teacher.
 
-KEY.teacher.npy    float16 [V + C, D] with rows of norm 1: the features of the image or of its V views, then of its C captions
-KEY.teacher.json   {"captions", "image": digests of these captions and of the image, "views": what was drawn for each view}
+KEY.teacher.npy    float16 [V + C, D] with rows of norm 1: the features of the image or of its V
+                   views, then of its C captions
+KEY.teacher.json   {"captions", "image": digests of these captions and of the image, "views": what
+                   was drawn for each view}
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ from simplclip.train import config as configs
 
 @dataclass
 class Views:
-    """The views of each image that a teacher sees: `number` views, drawn from the augmentation of a student's transform."""
+    """The views of each image that a teacher sees: `number` views, drawn from the augmentation of a
+    student's transform.
+    """
 
     transform: ImageTransform
     number: int
@@ -50,10 +55,16 @@ class Views:
     def __post_init__(self) -> None:
         check_count("views", self.number, 1)
         if augmentation(self.transform) == "none":
-            raise InputError("views: expected a transform that augments, got one without, whose views are all equal")
+            raise InputError(
+                "views: expected a transform that augments, got one without, whose views are all "
+                "equal"
+            )
 
     def draw(self, sample: Pair) -> list[View]:
-        """Draws the views of a sample's image. A view depends on the seed, the shard's name, the key and its number only."""
+        """Draws the views of a sample's image.
+
+        A view depends on the seed, the shard's name, the key and its number only.
+        """
         image = open_image(sample.encoded)
         views = []
         for view in range(self.number):
@@ -84,14 +95,20 @@ class Prepare:
 
     def __call__(self, sample: Pair) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
         drawn = self.views.draw(sample) if self.views else []
-        images = self.transform.apply_all(sample.encoded, drawn) if drawn else [self.transform(sample.encoded)]
+        images = (
+            self.transform.apply_all(sample.encoded, drawn)
+            if drawn
+            else [self.transform(sample.encoded)]
+        )
         about = digests_of(sample) | ({"views": drawn} if drawn else {})
         return images, self.tokenizer(sample.captions), about
 
     def collate(self, prepared: list[tuple]) -> Batch:
         images, tokens, about = zip(*prepared)
         pixels = [image for several in images for image in several]
-        return Batch(stack(pixels), torch.cat(tokens), [len(several) for several in tokens], list(about))
+        return Batch(
+            stack(pixels), torch.cat(tokens), [len(several) for several in tokens], list(about)
+        )
 
 
 def write(
@@ -103,11 +120,14 @@ def write(
     batch_size: int = 64,
     **options: Any,
 ) -> dict[str, Any]:
-    """Writes a sidecar of each shard to the folder `out`, see the top of this file; meta.json has the teacher.
+    """Writes a sidecar of each shard to the folder `out`, see the top of this file; meta.json has
+    the teacher.
 
     Args:
-        shards: tars, see `data.writer.write_sidecars`, which also documents errors, continuation and the returned dict.
-        views: views of the images in place of the images, not augmented. Training replays one of them in each epoch.
+        shards: tars, see `data.writer.write_sidecars`, which also documents errors, continuation
+            and the returned dict.
+        views: views of the images in place of the images, not augmented. Training replays one of
+            them in each epoch.
         batch_size: samples, views or captions that are encoded at a time.
         options: workers, sidecars, progress of `data.writer.write_sidecars`.
     """
@@ -118,28 +138,47 @@ def write(
         x = torch.cat([teacher.features("image", part) for part in images.split(batch_size)]).cpu()
         y = encode_tokens(teacher, batch.tokens, batch_size).cpu()
         rows = zip(x.unflatten(0, (len(batch.about), -1)), y.split(batch.captions), batch.about)
-        return [{TEACHER: _npy(torch.cat([i, t])), TEACHER_JSON: json.dumps(about).encode()} for i, t, about in rows]
+        return [
+            {TEACHER: _npy(torch.cat([i, t])), TEACHER_JSON: json.dumps(about).encode()}
+            for i, t, about in rows
+        ]
 
-    stamp = teacher.stamp() | {"dtype": "fp16"} | ({} if views is None else {"views": views.stamp()})
-    made: dict[str, Any] = {"collate": prepare.collate, "stamp": {"teacher": stamp}, "batch_size": batch_size}
+    stamp = (
+        teacher.stamp() | {"dtype": "fp16"} | ({} if views is None else {"views": views.stamp()})
+    )
+    made: dict[str, Any] = {
+        "collate": prepare.collate,
+        "stamp": {"teacher": stamp},
+        "batch_size": batch_size,
+    }
     return write_sidecars(shards, out, prepare, process, title="teacher", **made, **options)
 
 
 def encode_tokens(teacher: Encoder, tokens: Tensor, batch_size: int) -> Tensor:
-    """Returns features float32 [N, width] of captions as int64 [N, L]; equal ones are encoded once, long ones together."""
+    """Returns features float32 [N, width] of captions as int64 [N, L]; equal ones are encoded once,
+    long ones together.
+    """
     different, rows = tokens.unique(dim=0, return_inverse=True)
     order = (different != 0).sum(1).argsort(stable=True)
-    features = torch.cat([teacher.features("text", part) for part in different[order].split(batch_size)])
+    features = torch.cat(
+        [teacher.features("text", part) for part in different[order].split(batch_size)]
+    )
     return features[order.argsort()[rows]]
 
 
 def transform_of(teacher: Encoder) -> ImageTransform:
-    """Returns the ImageTransform that makes the pixels of a teacher's preprocessing. Raises InputError for another one."""
+    """Returns the ImageTransform that makes the pixels of a teacher's preprocessing.
+
+    Raises InputError for another one.
+    """
     if isinstance(teacher.preprocess, ImageTransform):
         return teacher.preprocess
     cfg = PreprocessCfg(**get_model_preprocess_cfg(teacher.model))
     if repr(image_transform_v2(cfg, is_train=False)) != repr(teacher.preprocess):
-        raise InputError(f"teacher: expected open_clip's preprocessing or an ImageTransform, got {teacher.preprocess!r}")
+        raise InputError(
+            "teacher: expected open_clip's preprocessing or an ImageTransform, got "
+            f"{teacher.preprocess!r}"
+        )
     return ImageTransform(cfg)
 
 
@@ -149,9 +188,14 @@ def student_transform(config: str | os.PathLike) -> ImageTransform:
     Raises InputError for an augmentation whose draws cannot be stored, such as timm's.
     """
     student = configs.load(config, ())
-    transform = image_transform(student.model.model_dump(), train=True, augment=student.data.augment)
+    transform = image_transform(
+        student.model.model_dump(), train=True, augment=student.data.augment
+    )
     if not isinstance(transform, ImageTransform):
-        raise InputError(f"data.augment: expected one whose draws can be stored (without use_timm), got {transform!r}")
+        raise InputError(
+            "data.augment: expected one whose draws can be stored (without use_timm), got "
+            f"{transform!r}"
+        )
     return transform
 
 
@@ -168,14 +212,17 @@ def run(
     precision: str = "auto",
     **options: Any,
 ) -> dict[str, Any]:
-    """Writes the features of a teacher, see `simplclip.load`, to the folder `out`; returns the summary of `write`.
+    """Writes the features of a teacher, see `simplclip.load`, to the folder `out`; returns the
+    summary of `write`.
 
-    data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in OUT/shards.
-    views, config, seed: number of views, the student whose augmentation they have, and the seed of their draws.
-    options: batch_size, sidecars, workers of `write`.
+    data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in
+    OUT/shards. views, config, seed: number of views, the student whose augmentation they have, and
+    the seed of their draws. options: batch_size, sidecars, workers of `write`.
     """
     if bool(views) != (config is not None):
-        raise InputError(f"views, config: expected both or none, got {views} views and the config {config!r}")
+        raise InputError(
+            f"views, config: expected both or none, got {views} views and the config {config!r}"
+        )
     seen = Views(student_transform(config), views, seed) if config is not None else None
     place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
@@ -191,8 +238,12 @@ def run(
 
 
 def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
-    """Says how well a teacher finds the pairs of the first samples by its stored features: whether it is of any use."""
-    raw = chain.from_iterable(tars.read(source, Skipped(), sidecars=sidecars) for source in sources_of(shards))
+    """Says how well a teacher finds the pairs of the first samples by its stored features: whether
+    it is of any use.
+    """
+    raw = chain.from_iterable(
+        tars.read(source, Skipped(), sidecars=sidecars) for source in sources_of(shards)
+    )
     pairs: list[Pair] = []
     for sample in (sample for sample in raw if TEACHER in sample):
         with contextlib.suppress(BrokenSample):
@@ -202,12 +253,24 @@ def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
     if not pairs:
         return "the teacher's own R@1: no sample has features"
     x = torch.stack([torch.from_numpy(pair.features[0]) for pair in pairs]).float()
-    y = torch.stack([torch.from_numpy(pair.features[-len(pair.captions)]) for pair in pairs]).float()
+    y = torch.stack(
+        [torch.from_numpy(pair.features[-len(pair.captions)]) for pair in pairs]
+    ).float()
     groups = torch.tensor([pair.group_id for pair in pairs])
-    ways = {"image to text": recall(x, y, groups, groups)["R@1"], "text to image": recall(y, x, groups, groups)["R@1"]}
-    figures = ", ".join(f"{way} {figure['value']:.1%} (chance {figure['chance']:.1%})" for way, figure in ways.items())
+    ways = {
+        "image to text": recall(x, y, groups, groups)["R@1"],
+        "text to image": recall(y, x, groups, groups)["R@1"],
+    }
+    figures = ", ".join(
+        f"{way} {figure['value']:.1%} (chance {figure['chance']:.1%})"
+        for way, figure in ways.items()
+    )
     useless = all(figure["value"] < min(0.5, 3 * figure["chance"]) for figure in ways.values())
-    warning = "\nwarning: it hardly knows these pairs; a student would learn little from it" if useless else ""
+    warning = (
+        "\nwarning: it hardly knows these pairs; a student would learn little from it"
+        if useless
+        else ""
+    )
     return f"the teacher's own R@1 on the first {len(pairs):,} samples: {figures}{warning}"
 
 

@@ -20,6 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["Interrupted", "TrainingError", "run"]
 
 if not TYPE_CHECKING:  # a type checker would take any name for known
-
-    def __getattr__(name: str) -> Any:  # imported late, so that a config is checked before torch is imported
+    # imported late, so that a config is checked before torch is imported
+    def __getattr__(name: str) -> Any:
         return attribute(__name__, {"loop": tuple(__all__)}, name)

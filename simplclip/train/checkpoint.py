@@ -3,12 +3,14 @@
 A checkpoint is one dict that torch.save wrote, see `simplclip.models.trained`. The trainer adds
     loss, optimizer, scaler     state dicts
     data                        the loader's state of each rank: what its workers have read
-    rng                         states of the first rank's generators, of the CPU and every GPU; others are seeded by step
+    rng                         states of the first rank's generators, of the CPU and every GPU;
+                                others are seeded by step
     frozen                      names of frozen modules
     evaluated                   the step of the last evaluation that was finished
     images                      the number of images of an epoch, None if they are not counted
 
-best.pt has the weights of the evaluation with the highest mean R@1, "recall", averaged if the run has averages.
+best.pt has the weights of the evaluation with the highest mean R@1, "recall", averaged if the run
+has averages.
 """
 
 from __future__ import annotations
@@ -27,20 +29,44 @@ from simplclip.models.trained import FORMAT, VERSION, CheckpointError, read_chec
 from simplclip.train.config import Config, ConfigError, check_out, from_dict
 from simplclip.train.setup import State
 
-WRITTEN = re.compile(r"(last|best)\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # files in the folder of a run
+# files in the folder of a run
+WRITTEN = re.compile(r"(last|best)\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")
 
-# What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does not change the result.
+# What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does
+# not change the result.
 MAY_CHANGE = (
-    *("optim.lr", "run.steps", "run.epochs", "run.out", "run.device", "run.log_every", "run.save_every"),
-    *("run.timeout_minutes", "run.keep_frozen", "run.channels_last", "run.cudnn_benchmark", "run.tensorboard"),
+    *(
+        "optim.lr",
+        "run.steps",
+        "run.epochs",
+        "run.out",
+        "run.device",
+        "run.log_every",
+        "run.save_every",
+    ),
+    *(
+        "run.timeout_minutes",
+        "run.keep_frozen",
+        "run.channels_last",
+        "run.cudnn_benchmark",
+        "run.tensorboard",
+    ),
     *("eval.splits", "eval.every", "eval.templates"),
-    *("data.micro_batch", "data.workers", "data.samples", "data.mean_tokens", "data.options.on_error"),
+    *(
+        "data.micro_batch",
+        "data.workers",
+        "data.samples",
+        "data.mean_tokens",
+        "data.options.on_error",
+    ),
     *("model.checkpoint", "model.recompute", "inherit.source"),
 )
 
 
 def former(out: Path, resume: bool) -> dict[str, Any] | None:
-    """Reads the checkpoint to continue from; None for a run that begins, in a folder that must not hold a run."""
+    """Reads the checkpoint to continue from; None for a run that begins, in a folder that must not
+    hold a run.
+    """
     last = out / "last.pt"
     if resume and last.exists():
         checkpoint = read_checkpoint(last)
@@ -52,22 +78,32 @@ def former(out: Path, resume: bool) -> dict[str, Any] | None:
         except (RuntimeError, LookupError, TypeError, AttributeError):
             whole = False
         if not whole:
-            raise CheckpointError(f"{last}: expected the values that simplclip train writes, got others")
+            raise CheckpointError(
+                f"{last}: expected the values that simplclip train writes, got others"
+            )
         best = read_checkpoint(out / BEST) if (out / BEST).exists() else {}
-        if best and not isinstance(best.get("recall"), float):  # a copy that the user made, which must not be replaced
-            raise CheckpointError(f"{out / BEST}: expected the best weights as simplclip train writes them, got another file")
+        # a copy that the user made, which must not be replaced
+        if best and not isinstance(best.get("recall"), float):
+            raise CheckpointError(
+                f"{out / BEST}: expected the best weights as simplclip train writes them, got "
+                "another file"
+            )
         return checkpoint | {"best": {key: best.get(key) for key in ("recall", "step", "config")}}
     check_out(out, resume)
     return None
 
 
 def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
-    """Raises ConfigError if `config` cannot continue a run that has this checkpoint; MAY_CHANGE says what may differ."""
+    """Raises ConfigError if `config` cannot continue a run that has this checkpoint; MAY_CHANGE
+    says what may differ.
+    """
     last = Path(config.run.out) / "last.pt"
     try:
         old, new = from_dict(checkpoint["config"]).to_dict(), config.to_dict()
     except ConfigError as error:
-        raise CheckpointError(f"{last}: expected settings that this version of simplclip has, got others: {error}") from None
+        raise CheckpointError(
+            f"{last}: expected settings that this version of simplclip has, got others: {error}"
+        ) from None
     for key in ("train", "sidecars"):  # folders may have moved
         if _names(old["data"][key]) == _names(new["data"][key]):
             old["data"][key] = new["data"][key]
@@ -75,11 +111,14 @@ def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
     if changed:
         changes = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
         raise ConfigError(
-            f"resume: expected the settings of {last}, got other settings: {changes}. A new run takes its weights: "
-            f"--set model.checkpoint={last} --set run.out=FOLDER"
+            f"resume: expected the settings of {last}, got other settings: {changes}. A new run "
+            f"takes its weights: --set model.checkpoint={last} --set run.out=FOLDER"
         )
     if checkpoint["step"] > config.run.steps:
-        raise ConfigError(f"run.steps: expected at least {checkpoint['step']}, the step of {last}, got {config.run.steps}")
+        raise ConfigError(
+            f"run.steps: expected at least {checkpoint['step']}, the step of {last}, got "
+            f"{config.run.steps}"
+        )
 
 
 def _names(train: Any) -> Any:
@@ -94,22 +133,28 @@ def _names(train: Any) -> Any:
 class Snapshot:
     """The state of a run after its last whole step, for a checkpoint at any time.
 
-    It keeps copies of all that a failing step may have changed: the states of random generators and buffers (a forward pass
-    changes a batch norm's statistics). Parameters and the states of optimizer and scaler change only in the update, while
-    `state.updating` is set. Memory: a copy of the buffers.
+    It keeps copies of all that a failing step may have changed: the states of random generators and
+    buffers (a forward pass changes a batch norm's statistics). Parameters and the states of
+    optimizer and scaler change only in the update, while `state.updating` is set. Memory: a copy of
+    the buffers.
     """
 
-    def __init__(self, state: State, former: dict[str, Any] | None = None, images: int | None = None) -> None:
+    def __init__(
+        self, state: State, former: dict[str, Any] | None = None, images: int | None = None
+    ) -> None:
         self.state, self.out = state, Path(state.config.run.out)
         self.go_on = f"To go on: simplclip train {self.out / 'config.yaml'} --resume"
         saved, buffers = state.model.state_dict(), state.model.named_buffers(remove_duplicate=False)
-        self._buffers = {name: (buffer, buffer.clone()) for name, buffer in buffers if name in saved}
+        self._buffers = {
+            name: (buffer, buffer.clone()) for name, buffer in buffers if name in saved
+        }
         self.saved = state.step  # the step of last.pt; 0: there is none
         self.progress: dict[str, Any] = {"evaluated": (former or {}).get("evaluated", state.step)}
         self.progress["images"] = images
         best = (former or {}).get("best", {})
         same = best.get("config") and best["config"]["eval"]["splits"] == state.config.eval.splits
-        self.best: tuple[float, int] | None = (best["recall"], best["step"]) if same else None  # of best.pt: R@1, the step
+        # of best.pt: R@1, the step
+        self.best: tuple[float, int] | None = (best["recall"], best["step"]) if same else None
         self.take()
 
     def take(self) -> None:
@@ -124,32 +169,46 @@ class Snapshot:
             buffer.copy_(copy)
 
     def save(self) -> None:
-        """Writes config.yaml, whose settings may have changed on resume, and last.pt. Other ranks write nothing."""
+        """Writes config.yaml, whose settings may have changed on resume, and last.pt.
+
+        Other ranks write nothing.
+        """
         if not ranks.first():
             return
         state = self.state
         write_atomically(self.out / "config.yaml", state.config.to_yaml())
         parts = {name: part.state_dict() for name, part in state.parts().items()}
         parts["model"].update({name: copy for name, (_, copy) in self._buffers.items()})
-        save(self.out, parts | self.progress | {"frozen": state.frozen, "config": state.config.to_dict()})
+        save(
+            self.out,
+            parts | self.progress | {"frozen": state.frozen, "config": state.config.to_dict()},
+        )
         self.saved = self.progress["step"]
 
     def keep_best(self, recall: float) -> bool:
-        """Writes best.pt, with the model's present weights, if it has none of at least this R@1 on the same eval.splits; and
-        config.yaml, by which `simplclip evaluate` finds the splits."""
+        """Writes best.pt, with the model's present weights, if it has none of at least this R@1 on
+        the same eval.splits; and config.yaml, by which `simplclip evaluate` finds the splits.
+        """
         state = self.state
         if self.best and recall <= self.best[0]:
             return False
         if ranks.first():
             config = state.config.to_dict()
             write_atomically(self.out / "config.yaml", state.config.to_yaml())
-            contents = {"model": state.model.state_dict(), "step": state.step, "config": config, "recall": recall}
+            contents = {
+                "model": state.model.state_dict(),
+                "step": state.step,
+                "config": config,
+                "recall": recall,
+            }
             save(self.out, contents | {"images": self.progress["images"]}, BEST)
         self.best = recall, state.step
         return True
 
     def save_after_error(self) -> str | None:
-        """Saves the last whole step after an error. Returns a sentence: what is saved, or why not and what is intact.
+        """Saves the last whole step after an error.
+
+        Returns a sentence: what is saved, or why not and what is intact.
 
         Returns None if there was no whole step, in this run or in one that it continues.
         """
@@ -163,18 +222,24 @@ class Snapshot:
             reason = f"{type(error).__name__}: {error}"
         if self.saved == step:
             return f"Step {step} is saved in {last}." if step else None
-        intact = f"{last} of step {self.saved} is intact" if self.saved else "There is no checkpoint"
+        intact = (
+            f"{last} of step {self.saved} is intact" if self.saved else "There is no checkpoint"
+        )
         return f"Step {step} is not saved: {reason}. {intact}."
 
 
 def save(folder: Path, contents: dict[str, Any], name: str = LAST) -> None:
-    """Writes FOLDER/last.pt. A crash, a full disk or a signal at any moment leaves the old one or the new one, complete."""
+    """Writes FOLDER/last.pt.
+
+    A crash, a full disk or a signal at any moment leaves the old one or the new one, complete.
+    """
     path = folder / name
     with replacing(path) as file:
         try:
             torch.save({"format": FORMAT, "version": VERSION, **contents}, file)
         except RuntimeError as error:
-            # After a failed write torch closes its archive, and the error of closing hides the system's error.
+            # After a failed write torch closes its archive, and the error of closing hides the
+            # system's error.
             if isinstance(first := error.__context__, OSError):
                 raise OSError(first.errno, first.strerror, str(path)) from first
             raise
@@ -187,7 +252,14 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(states: dict[str, Any]) -> None:
-    """Restores the states that `rng_state` returned. Those of GPUs are skipped if the number of GPUs differs."""
+    """Restores the states that `rng_state` returned.
+
+    Those of GPUs are skipped if the number of GPUs differs.
+    """
     torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available() and torch.cuda.device_count() == len(states["cuda"]):
+    if (
+        "cuda" in states
+        and torch.cuda.is_available()
+        and torch.cuda.device_count() == len(states["cuda"])
+    ):
         torch.cuda.set_rng_state_all(states["cuda"])

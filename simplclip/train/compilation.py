@@ -22,14 +22,18 @@ def may_compile(state: State) -> bool:
 
 
 class Compilation:
-    """Runs a run's steps; on a GPU, in one rank, decides after EAGER_STEPS whether the others run compiled.
+    """Runs a run's steps; on a GPU, in one rank, decides after EAGER_STEPS whether the others run
+    compiled.
 
-    They do if what is left of the run takes longer than WORTH_SECONDS. If compilation fails they run as before. The decision
-    replaces "auto" in the state's config, so that a resumed run keeps it.
+    They do if what is left of the run takes longer than WORTH_SECONDS. If compilation fails they
+    run as before. The decision replaces "auto" in the state's config, so that a resumed run keeps
+    it.
     """
 
     def __init__(self, state: State, snapshot: Snapshot, log: Log) -> None:
-        self.state, self.snapshot, self.log = state, snapshot, log
+        self.state = state
+        self.snapshot = snapshot
+        self.log = log
         self.undecided = state.config.run.compile == "auto" and may_compile(state)
         self.steps, self.began = 0, 0.0
 

@@ -1,7 +1,9 @@
-"""Training of one model by several ranks: DistributedDataParallel averages gradients, and batch norms share their statistics.
+"""Training of one model by several ranks: DistributedDataParallel averages gradients, and batch
+norms share their statistics.
 
-Each tower has a wrapper of its own, since `gradient_cache.backward` exchanges a tower's gradients in its last backward pass.
-Losses average the gradients of their own parameters, and `averaged` those of logit scale and bias, which a step may not use.
+Each tower has a wrapper of its own, since `gradient_cache.backward` exchanges a tower's gradients
+in its last backward pass. Losses average the gradients of their own parameters, and `averaged`
+those of logit scale and bias, which a step may not use.
 """
 
 from __future__ import annotations
@@ -21,23 +23,34 @@ from simplclip.train.config import ConfigError
 
 
 def share_norms(model: nn.Module, device: torch.device) -> None:
-    """Makes training batch norms use the statistics of all ranks. Raises ConfigError on a CPU, where torch cannot do that."""
+    """Makes training batch norms use the statistics of all ranks.
+
+    Raises ConfigError on a CPU, where torch cannot do that.
+    """
     if ranks.count() == 1:
         return
-    from timm.layers import convert_sync_batchnorm  # unlike torch's own, it keeps timm's activations
+    # unlike torch's own, it keeps timm's activations
+    from timm.layers import convert_sync_batchnorm
 
     modules = model.named_modules(remove_duplicate=False)
-    for name, norm in [(name, module) for name, module in modules if isinstance(module, _BatchNorm) and module.training]:
+    for name, norm in [
+        (name, module)
+        for name, module in modules
+        if isinstance(module, _BatchNorm) and module.training
+    ]:
         if device.type != "cuda":
             raise ConfigError(
-                f"model.freeze_norms: expected true for several ranks on a {device.type}, where their batch norms would "
-                f"drift; got false and {type(norm).__name__} '{name}' in training mode"
+                f"model.freeze_norms: expected true for several ranks on a {device.type}, where "
+                f"their batch norms would drift; got false and {type(norm).__name__} '{name}' in "
+                "training mode"
             )
         model.set_submodule(name, convert_sync_batchnorm(norm))
 
 
 class _Tower(nn.Module):
-    """A tower's parameters as one module for DistributedDataParallel; its forward calls the function that it is given."""
+    """A tower's parameters as one module for DistributedDataParallel; its forward calls the
+    function that it is given.
+    """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
@@ -48,7 +61,8 @@ class _Tower(nn.Module):
 
 
 def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
-    """Returns a wrapper for each tower that trains, called as wrapper(encode, batch); none for one rank.
+    """Returns a wrapper for each tower that trains, called as wrapper(encode, batch); none for one
+    rank.
 
     All ranks have to call it: it gives the model the first rank's values.
     """
@@ -62,13 +76,19 @@ def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
             towers["image" if name.startswith("visual.") else "text"].append(parameter)
     trained = {name: _Tower(parameters) for name, parameters in towers.items() if parameters}
     # A tower may have parameters that no feature depends on, for which torch searches.
-    # `gradient_cache` takes a single wrapper for one of both towers, in which it allows no such parameters.
+    # `gradient_cache` takes a single wrapper for one of both towers, in which it allows no such
+    # parameters.
     search = len(trained) > 1
-    return {name: DistributedDataParallel(tower, find_unused_parameters=search) for name, tower in trained.items()}
+    return {
+        name: DistributedDataParallel(tower, find_unused_parameters=search)
+        for name, tower in trained.items()
+    }
 
 
 def averaged(scale: Tensor | None) -> Tensor | None:
-    """Returns logit scale or bias such that its gradient is averaged over the ranks; None for None."""
+    """Returns logit scale or bias such that its gradient is averaged over the ranks; None for
+    None.
+    """
     if ranks.count() == 1 or scale is None or not scale.requires_grad:
         return scale
     return distributed.learned([scale], dist.group.WORLD)[0]

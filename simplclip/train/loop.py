@@ -38,21 +38,30 @@ class Interrupted(UserError):
 
 
 def run(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
-    """Trains as `config` says, and returns the path of the last checkpoint. data.micro_batch must be a number.
+    """Trains as `config` says, and returns the path of the last checkpoint. data.micro_batch must
+    be a number.
 
-    resume: continue from last.pt in the folder, on the CPU bit for bit as if there had been no stop. Without a last.pt the
-        run prints a note and starts at step 0 (as open_clip's `--resume latest`), so that one command starts and resumes.
+    resume: continue from last.pt in the folder, on the CPU bit for bit as if there had been no
+    stop. Without a last.pt the
+        run prints a note and starts at step 0 (as open_clip's `--resume latest`), so that one
+        command starts and resumes.
 
     Raises:
-        ConfigError: the folder already holds a run, or the checkpoint has other settings. FileExistsError: another process
-            trains in the folder. A start that fails leaves the folder unchanged; after packing it leaves the shards.
-        TrainingError: any error once a step is done; that error is the __cause__. The last whole step is saved first; if it
-            cannot be saved, the message says why, and which checkpoint is intact. Also a loss or gradient that is not finite.
-        Interrupted: SIGINT, SIGTERM, SIGHUP, or a closed pipe; the running step is finished and the state saved.
+        ConfigError: the folder already holds a run, or the checkpoint has other settings.
+            FileExistsError: another process trains in the folder. A start that fails leaves the
+            folder unchanged; after packing it leaves the shards.
+        TrainingError: any error once a step is done; that error is the __cause__. The last whole
+            step is saved first; if it cannot be saved, the message says why, and which checkpoint
+            is intact. Also a loss or gradient that is not finite.
+        Interrupted: SIGINT, SIGTERM, SIGHUP, or a closed pipe; the running step is finished and the
+            state saved.
         RankError: before a step is done, another rank has ended or does not answer.
     """
     if config.data.micro_batch == "auto":
-        raise ConfigError("data.micro_batch: expected a number, got auto, which `simplclip train` replaces by a number")
+        raise ConfigError(
+            "data.micro_batch: expected a number, got auto, which `simplclip train` replaces by a "
+            "number"
+        )
     out, began = Path(config.run.out), time.monotonic()
     with ranks.joined(config.run.timeout_minutes), ExitStack() as stack:
         is_first = ranks.first()
@@ -62,14 +71,17 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         device = ranks.agreed(lambda: ranks.device(config.run.device))
         precision, why = hardware.pick_precision(config.run.precision, device)
         section = config.model.model_dump()
-        pictures = partial(evaluation.load_splits, tokenizer=tokenizer(section), transform=image_transform(section))
+        pictures = partial(
+            evaluation.load_splits, tokenizer=tokenizer(section), transform=image_transform(section)
+        )
         stack.enter_context(timed_algorithms(config.run.cudnn_benchmark and device.type == "cuda"))
         torch.manual_seed(config.run.seed)
         # Before packing, which may take an hour; a run that continues has packed.
         state: Any = None if former else ranks.agreed(lambda: setup(config, device, precision))
         splits = ranks.agreed(lambda: pictures(config.eval.splits)) if config.eval.every else {}
         config, samples, division = ranks.on_first(partial(_with_data, config, former))
-        ranks.agreed(lambda: data.sources_of(config.data.train, "data.train"))  # which a node may lack
+        # which a node may lack
+        ranks.agreed(lambda: data.sources_of(config.data.train, "data.train"))
         splits |= ranks.agreed(lambda: pictures(config.held_out)) if config.eval.every else {}
         if former:
             state = ranks.agreed(lambda: setup(config, device, precision, former))
@@ -87,7 +99,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             with log.status:
                 for line in first_lines(state, why, samples, division):
                     log.print(line)
-                if evaluate_if_due(state, splits, snapshot, log):  # that of the checkpoint's step had failed
+                # that of the checkpoint's step had failed
+                if evaluate_if_due(state, splits, snapshot, log):
                     snapshot.save()
                 if state.step < config.run.steps:
                     _train(state, loader, splits, snapshot, stop, log)
@@ -95,9 +108,12 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         except Exception as error:
             _end(ranks.named(error), snapshot)
             raise
-        if state.step == config.run.steps:  # inside of StopSignals, where a closed pipe raises nothing
+        # inside of StopSignals, where a closed pipe raises nothing
+        if state.step == config.run.steps:
             took = duration(time.monotonic() - began)
-            log.print(f"done       step {state.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
+            log.print(
+                f"done       step {state.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}"
+            )
             if snapshot.best:
                 recall, step = snapshot.best
                 log.print(f"best       mean R@1 {recall:.1%}, of step {step}: {out / 'best.pt'}")
@@ -111,7 +127,9 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
 
 @contextlib.contextmanager
 def timed_algorithms(enabled: bool) -> Iterator[None]:
-    """Context in which cuDNN times the algorithms of each convolution once and takes the fastest, if `enabled`."""
+    """Context in which cuDNN times the algorithms of each convolution once and takes the fastest,
+    if `enabled`.
+    """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or enabled
     try:
@@ -120,7 +138,9 @@ def timed_algorithms(enabled: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _train(state: State, loader: Any, splits: dict[str, Any], snapshot: Any, stop: StopSignals, log: Log) -> None:
+def _train(
+    state: State, loader: Any, splits: dict[str, Any], snapshot: Any, stop: StopSignals, log: Log
+) -> None:
     """Runs the steps until the last one or a stop, and saves the state."""
     config, saved = state.config, time.monotonic()
     compilation = Compilation(state, snapshot, log)
@@ -150,8 +170,14 @@ def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[dict[str
     batches: list[dict[str, Any]] = []
     reasons = 0
     for batch in loader:
-        if count > 1:  # copies: a tensor from a loader process holds a file descriptor, and a step may have thousands
-            batch = {k: v if v.is_pinned() else v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        # copies: a tensor from a loader process holds a file descriptor, and a step may have
+        # thousands
+        if count > 1:
+            batch = {
+                k: v if v.is_pinned() else v.clone()
+                for k, v in batch.items()
+                if isinstance(v, torch.Tensor)
+            }
         batches.append(batch)
         if len(batches) < count:
             continue
@@ -168,16 +194,23 @@ def _micro_batches(config: Config) -> tuple[int, int]:
     size = min(config.data.images_at_a_time, max(1, rows))
     if rest or rows % size:
         raise ConfigError(
-            f"data.batch_size: expected a multiple of {ranks.count()} ranks and of their micro-batches of {size}, "
-            f"got {config.data.batch_size}"
+            f"data.batch_size: expected a multiple of {ranks.count()} ranks and of their "
+            f"micro-batches of {size}, got {config.data.batch_size}"
         )
     return size, rows // size
 
 
 def make_loader(state: State) -> data.Loader:
-    """Makes this rank's loader, whose batches are micro-batches of a step. It continues as `state.data` says, if it can."""
+    """Makes this rank's loader, whose batches are micro-batches of a step.
+
+    It continues as `state.data` says, if it can.
+    """
     config, c = state.config, state.config.data
-    place: dict[str, Any] = {"rank": ranks.number(), "world_size": ranks.count(), "workers": c.workers}
+    place: dict[str, Any] = {
+        "rank": ranks.number(),
+        "world_size": ranks.count(),
+        "workers": c.workers,
+    }
     loader = data.Loader(
         c.train,
         tokenizer=tokenizer(config.model.model_dump()),
@@ -194,20 +227,30 @@ def make_loader(state: State) -> data.Loader:
     )
     shards = {"shards_digest": loader.shards_digest}  # which positions of version 0.1.0 lack
     positions = (shards | position for position in state.data or ())
-    former = next((position for position in positions if position.items() >= (place | shards).items()), None)
+    former = next(
+        (position for position in positions if position.items() >= (place | shards).items()), None
+    )
     if former:
         loader.seed = former["seed"]
         loader.load_state_dict(former)
     elif state.step:
         loader.seed += state.step
-        state.lines.append("resume     ranks, workers or shards were others: the pass over the data starts again")
+        state.lines.append(
+            "resume     ranks, workers or shards were others: the pass over the data starts again"
+        )
     return loader
 
 
-def evaluate_if_due(state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot, log: Log) -> bool:
+def evaluate_if_due(
+    state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot, log: Log
+) -> bool:
     """Evaluates after a step that has an evaluation, once; returns whether it did."""
     every, step = state.config.eval.every, state.step
-    if not every or snapshot.progress["evaluated"] == step or (step % every and step < state.config.run.steps):
+    if (
+        not every
+        or snapshot.progress["evaluated"] == step
+        or (step % every and step < state.config.run.steps)
+    ):
         return False
     evaluate(state, splits, snapshot, log)
     snapshot.progress["evaluated"] = step
@@ -215,13 +258,18 @@ def evaluate_if_due(state: State, splits: dict[str, Any], snapshot: checkpoint.S
 
 
 def evaluate(state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot, log: Log) -> None:
-    """Evaluates the model, with the averages of its weights if it has some, on the splits; keeps the best one."""
+    """Evaluates the model, with the averages of its weights if it has some, on the splits; keeps
+    the best one.
+    """
     recalls = []
     with state.ema.in_place() if state.ema else nullcontext():
         state.model.eval()
         for name, split in splits.items():
-            where = (state.device, "fp32")  # as `simplclip evaluate` and the export compute, so that the figures are equal
-            evaluation.encode(state.model, split, evaluation.BATCH_SIZE, *where, workers=state.config.data.workers)
+            # as `simplclip evaluate` and the export compute, so that the figures are equal
+            where = (state.device, "fp32")
+            evaluation.encode(
+                state.model, split, evaluation.BATCH_SIZE, *where, workers=state.config.data.workers
+            )
             recall, loss = ranks.on_first(partial(_figures, state, split))
             for direction, figures in (recall or {}).items():
                 log.evaluation(name, direction, figures, loss)
@@ -231,7 +279,9 @@ def evaluate(state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot
                 size = min(len(split), state.config.data.batch_size)
                 log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")
         if recalls and snapshot.keep_best(mean := sum(recalls) / len(recalls)):
-            log.print(f"best       step {state.step}: mean R@1 {mean:.1%}, in {snapshot.out / 'best.pt'}")
+            log.print(
+                f"best       step {state.step}: mean R@1 {mean:.1%}, in {snapshot.out / 'best.pt'}"
+            )
         state.model.train()
 
 
@@ -243,18 +293,31 @@ def _figures(state: State, split: evaluation.Split) -> tuple[Any, float | None]:
     return evaluation.recall_of(split, state.device), loss
 
 
-def _with_data(config: Config, former: dict[str, Any] | None) -> tuple[Config, int | None, data.Division | None]:
-    """Returns `config` with shards in place of tables and folders, which are packed first, and with steps for epochs; the
-    samples of an epoch, None if they are not counted; and the counts of what eval.hold_out divides.
+def _with_data(
+    config: Config, former: dict[str, Any] | None
+) -> tuple[Config, int | None, data.Division | None]:
+    """Returns `config` with shards in place of tables and folders, which are packed first, and with
+    steps for epochs; the samples of an epoch, None if they are not counted; and the counts of what
+    eval.hold_out divides.
 
-    Raises ConfigError if the samples are not counted, or if the config cannot continue the run of the checkpoint `former`.
+    Raises ConfigError if the samples are not counted, or if the config cannot continue the run of
+    the checkpoint `former`.
     """
     out = Path(config.run.out)
     _micro_batches(config)
-    if not former and config.inherit.source is None and (config.inherit.train or config.inherit.blocks):
-        raise ConfigError("inherit.source: expected weights, for inherit.train and inherit.blocks, got none")
+    if (
+        not former
+        and config.inherit.source is None
+        and (config.inherit.train or config.inherit.blocks)
+    ):
+        raise ConfigError(
+            "inherit.source: expected weights, for inherit.train and inherit.blocks, got none"
+        )
     if not former and config.eval.every and not (config.eval.splits or config.eval.hold_out):
-        got = f"for eval.every = {config.eval.every}, got none; eval.hold_out=0.1 holds out a tenth of data.train"
+        got = (
+            f"for eval.every = {config.eval.every}, got none; eval.hold_out=0.1 holds out a tenth "
+            "of data.train"
+        )
         raise ConfigError(f"eval.splits: expected held-out data, {got}")
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
     config = config.replaced(data={"train": data.packed(config.data.train, out / "shards")})
@@ -265,8 +328,13 @@ def _with_data(config: Config, former: dict[str, Any] | None) -> tuple[Config, i
         division = data.divided(config.data.train, share, config.data.sidecars)
         if not division.train or not division.held_out:
             got = f"{division.train} that train and {division.held_out} that are held out"
-            raise ConfigError(f"eval.hold_out: expected a share that leaves samples on both sides, got {share:g}: {got}")
-    samples = config.data.samples or (division.train if division else data.dataset_size(config.data.train))
+            raise ConfigError(
+                "eval.hold_out: expected a share that leaves samples on both sides, got "
+                f"{share:g}: {got}"
+            )
+    samples = config.data.samples or (
+        division.train if division else data.dataset_size(config.data.train)
+    )
     if config.run.epochs is not None:
         if samples is None:
             expected = "expected the number of samples, for run.epochs, as --set data.samples=855"
@@ -279,22 +347,31 @@ def _with_data(config: Config, former: dict[str, Any] | None) -> tuple[Config, i
 
 
 def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
-    """Saves the last whole step, and raises a TrainingError in place of `error`. Returns if no step has been done."""
+    """Saves the last whole step, and raises a TrainingError in place of `error`.
+
+    Returns if no step has been done.
+    """
     step = snapshot.progress["step"]
     if not ranks.first():
-        # The first rank reports a TrainingError; one rank of each node reports the end of another rank.
+        # The first rank reports a TrainingError; one rank of each node reports the end of another
+        # rank.
         silent = isinstance(error, ranks.RankError) and os.environ.get("LOCAL_RANK") != "0"
         if silent or isinstance(error, TrainingError):
             raise SystemExit(1)
         raise TrainingError(f"step {step + 1}: {error}") from error
     saved = snapshot.save_after_error()
     go_on = f" {snapshot.go_on}" if snapshot.saved else ""
-    if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
+    # not finite: continuing from there would give the same error
+    if isinstance(error, TrainingError):
         raise TrainingError(f"{error}. {saved}" if saved else str(error)) from error
     # For CPU tensors torch has no class of this error.
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+    if isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    ) or "DefaultCPUAllocator: can't allocate memory" in str(error):
         advice = "Try a smaller data.micro_batch, or auto; `simplclip plan` predicts what fits."
-        raise TrainingError(f"step {step + 1}: out of memory. {saved or 'Nothing is saved.'} {advice}{go_on}") from error
+        raise TrainingError(
+            f"step {step + 1}: out of memory. {saved or 'Nothing is saved.'} {advice}{go_on}"
+        ) from error
     if saved is not None:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = str(error).strip().rstrip(".") or "no message"
@@ -302,10 +379,12 @@ def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
 
 
 class StopSignals:
-    """Context in which SIGINT, SIGTERM, SIGHUP or a closed pipe only sets `reason`; a second signal ends the process.
+    """Context in which SIGINT, SIGTERM, SIGHUP or a closed pipe only sets `reason`; a second signal
+    ends the process.
 
-    console: the console of the run. If the reader of its output is gone (`| head`), all further output is dropped.
-    Outside the main thread Python allows no handlers, so that signals are not handled.
+    console: the console of the run. If the reader of its output is gone (`| head`), all further
+    output is dropped. Outside the main thread Python allows no handlers, so that signals are not
+    handled.
     """
 
     def __init__(self, console: Console) -> None:
@@ -317,7 +396,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell's background job, ignore signals
+                # nohup, and a shell's background job, ignore signals
+                if signal.getsignal(number) != signal.SIG_IGN:
                     self._former[number] = signal.signal(number, self._handle)
         self.console.on_broken_pipe = self._closed  # type: ignore[method-assign]
         return self
@@ -340,10 +420,15 @@ class StopSignals:
         if self.reason and ranks.count() == 1:  # torchrun repeats the signals that it gets
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
-        # Not print(): a handler may interrupt a print, and Python's buffered files are not reentrant.
+        # Not print(): a handler may interrupt a print, and Python's buffered files are not
+        # reentrant.
         at_once = "; a second signal stops at once" if ranks.count() == 1 else ""
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, f"\n{self.reason}: finishing this step, then saving{at_once}\n".encode() * ranks.first())
+            os.write(
+                2,
+                f"\n{self.reason}: finishing this step, then saving{at_once}\n".encode()
+                * ranks.first(),
+            )
 
     def _closed(self) -> None:
         """Drops all further output. rich calls this instead of raising BrokenPipeError."""

@@ -1,8 +1,10 @@
-"""The frozen beginning of a tower, whose output gradient caching keeps between its two passes over a micro-batch.
+"""The frozen beginning of a tower, whose output gradient caching keeps between its two passes over
+a micro-batch.
 
-The beginning is found by a trial: frozen modules whose output needs no gradient, each of which gets the output of the one
-before. When a micro-batch is encoded again, the last of them returns what it returned the first time, and those before it
-nothing: a tensor without elements on the meta device, by which any other use of their outputs is an error.
+The beginning is found by a trial: frozen modules whose output needs no gradient, each of which gets
+the output of the one before. When a micro-batch is encoded again, the last of them returns what it
+returned the first time, and those before it nothing: a tensor without elements on the meta device,
+by which any other use of their outputs is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ Encode = Callable[[Batch], Tensor]
 
 
 class Prefix:
-    """Frozen modules that run one after the other. The outputs of the last one are kept by micro-batch.
+    """Frozen modules that run one after the other.
+
+    The outputs of the last one are kept by micro-batch.
 
     A micro-batch whose texts are cropped to several lengths runs the modules several times.
     """
@@ -40,9 +44,12 @@ class Prefix:
             module.forward = partial(function, self, last, module.forward)  # type: ignore[method-assign]
 
     def encode(self, function: Encode, batch: Batch) -> Tensor:
-        """Encodes a micro-batch: the first time, without autograd, its outputs are kept, the second time they are used."""
+        """Encodes a micro-batch: the first time, without autograd, its outputs are kept, the second
+        time they are used.
+        """
         if torch.is_grad_enabled():
-            self._replayed = self.kept.pop(id(batch), None)  # None of the last micro-batch, which is encoded once
+            # None of the last micro-batch, which is encoded once
+            self._replayed = self.kept.pop(id(batch), None)
         else:
             self._recorded = []
         try:
@@ -72,23 +79,32 @@ def _forward(prefix: Prefix, last: bool, forward: Callable, *args: Any, **option
 
 
 def _saved_for_nothing() -> saved_tensors_hooks:
-    """Context in which graphs keep no tensors. A plan's graphs would keep those of a graph without a backward pass."""
+    """Context in which graphs keep no tensors.
+
+    A plan's graphs would keep those of a graph without a backward pass.
+    """
     return saved_tensors_hooks(lambda tensor: None, lambda nothing: None)
 
 
-def find(model: nn.Module, encode: Encode, batch: Batch, compiled: bool = False) -> tuple[Prefix, int] | None:
-    """Finds the frozen beginning of a tower by encoding `batch`, of one text or image, and the bytes of its output.
+def find(
+    model: nn.Module, encode: Encode, batch: Batch, compiled: bool = False
+) -> tuple[Prefix, int] | None:
+    """Finds the frozen beginning of a tower by encoding `batch`, of one text or image, and the
+    bytes of its output.
 
     compiled: whether torch.compile compiles the tower, which leaves out what depends on the pass.
 
-    Returns None if there is none with weights that multiply, or if the tower cannot run from its output.
+    Returns None if there is none with weights that multiply, or if the tower cannot run from its
+    output.
     """
     calls: list[tuple[nn.Module, Any, Any]] = []  # each with its first input and its output
 
     def called(module: nn.Module, args: tuple, output: Any) -> None:
         calls.append((module, args[0] if args else None, output))
 
-    modules = [module for _, module in frozen_modules(model) if not isinstance(module, nn.Embedding)]
+    modules = [
+        module for _, module in frozen_modules(model) if not isinstance(module, nn.Embedding)
+    ]
     if not modules:
         return None
     hooks = [module.register_forward_hook(called) for module in modules]

@@ -1,4 +1,6 @@
-"""The state of a run: model, inherited weights, objective, optimizer and averages, made from a config or a checkpoint."""
+"""The state of a run: model, inherited weights, objective, optimizer and averages, made from a
+config or a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,18 @@ class Prepared:
 
     model: Any
     frozen: list[str]  # names of frozen modules and parameters
-    folded: dict[str, nn.Module]  # names of frozen modules -> the folded copies that run in their places
+    # names of frozen modules -> the folded copies that run in their places
+    folded: dict[str, nn.Module]
     crop: TextCrop | None  # None: texts are computed at full length
     lines: list[str]  # for the log: where the weights come from, what is cropped and folded
 
 
 @dataclass
 class State(Prepared):
-    """All that a step of training reads and changes. Between two steps it is that of a whole step."""
+    """All that a step of training reads and changes.
+
+    Between two steps it is that of a whole step.
+    """
 
     config: Config
     device: torch.device
@@ -52,28 +58,43 @@ class State(Prepared):
     ema: Average | None
     transform: Any
     channels_last: bool
-    teacher: Mapping[str, Any] | None  # name, width and logit_scale of the teacher whose features the samples have
-    prefixes: dict[str, Prefix] = field(default_factory=dict)  # of the towers, whose outputs gradient caching keeps
-    wrappers: dict[str, Any] = field(default_factory=dict)  # of the towers, if several ranks exchange gradients
+    # name, width and logit_scale of the teacher whose features the samples have
+    teacher: Mapping[str, Any] | None
+    # of the towers, whose outputs gradient caching keeps
+    prefixes: dict[str, Prefix] = field(default_factory=dict)
+    # of the towers, if several ranks exchange gradients
+    wrappers: dict[str, Any] = field(default_factory=dict)
     step: int = 0
-    data: list[dict[str, Any]] | None = None  # the loaders' states of all ranks after the step's last batch
+    # the loaders' states of all ranks after the step's last batch
+    data: list[dict[str, Any]] | None = None
     updating: bool = False  # while a step changes the weights, which cannot be undone
 
     @property
     def logit_bias(self) -> Tensor | None:
         """The bias that the loss uses."""
-        return getattr(self.model, "logit_bias", None) if self.config.loss.base == "sigmoid" else None
+        return (
+            getattr(self.model, "logit_bias", None) if self.config.loss.base == "sigmoid" else None
+        )
 
     def parts(self) -> dict[str, Any]:
         """Returns the parts that a checkpoint holds by their state_dict."""
-        parts = {"model": self.model, "loss": self.objective.loss, "optimizer": self.optimizer, "scaler": self.scaler}
+        parts = {
+            "model": self.model,
+            "loss": self.objective.loss,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+        }
         return parts | ({"ema": self.ema} if self.ema else {})
 
 
-def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> tuple[Any, list[str], list[str]]:
-    """Makes a run's model on the CPU, with the weights of `checkpoint`, inherited ones, or those that it starts from.
+def make_model(
+    config: Config, checkpoint: Mapping[str, Any] | None = None
+) -> tuple[Any, list[str], list[str]]:
+    """Makes a run's model on the CPU, with the weights of `checkpoint`, inherited ones, or those
+    that it starts from.
 
-    Returns the model, the names of its frozen modules and parameters, and lines for the log. Raises as `setup`.
+    Returns the model, the names of its frozen modules and parameters, and lines for the log. Raises
+    as `setup`.
     """
     model: Any = build_model(config.model.model_dump(), config.loss.base)
     if checkpoint:
@@ -87,7 +108,9 @@ def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> t
         except (CheckpointError, FileNotFoundError) as error:
             raise ConfigError(f"model.checkpoint: {str(error).removeprefix('source: ')}") from None
     if config.inherit.source is not None:
-        table = inherit(model, config.inherit.source, train=config.inherit.train, blocks=config.inherit.blocks)
+        table = inherit(
+            model, config.inherit.source, train=config.inherit.train, blocks=config.inherit.blocks
+        )
         frozen, lines = table.names, lines + str(table).splitlines()
     for name in ("logit_scale", "logit_bias"):  # a value of the config replaces that of the weights
         if (value := config.model.options.get(f"init_{name}")) is not None:
@@ -96,10 +119,16 @@ def make_model(config: Config, checkpoint: Mapping[str, Any] | None = None) -> t
 
 
 def prepare(
-    model: Any, frozen: list[str], lines: list[str], config: Config, precision: str, device: torch.device
+    model: Any,
+    frozen: list[str],
+    lines: list[str],
+    config: Config,
+    precision: str,
+    device: torch.device,
 ) -> Prepared:
-    """Prepares what `make_model` returned for training on a device, where the model need not be yet: norms, recomputation,
-    cropped texts, layout, folded copies, compilation."""
+    """Prepares what `make_model` returned for training on a device, where the model need not be
+    yet: norms, recomputation, cropped texts, layout, folded copies, compilation.
+    """
     if config.model.freeze_norms:
         freeze_norms(model)
     if config.model.recompute:
@@ -125,11 +154,13 @@ def prepare(
 
 
 def runs_channels_last(model: Any, config: Config, device: torch.device) -> bool:
-    """Whether the image tower runs in channels_last on a device. "auto": on a GPU, if it has several convolutions and none of
-    more than one group but depthwise ones.
+    """Whether the image tower runs in channels_last on a device.
 
-    timm's authors measured training on an RTX 3090: ResNet-50 826 images/s, 1,218 in channels_last; MobileNetV3 2,167 and
-    2,732; but RegNetY, whose convolutions have groups, 697 and 497.
+    "auto": on a GPU, if it has several convolutions and none of more than one group but depthwise
+    ones.
+
+    timm's authors measured training on an RTX 3090: ResNet-50 826 images/s, 1,218 in channels_last;
+    MobileNetV3 2,167 and 2,732; but RegNetY, whose convolutions have groups, 697 and 497.
     """
     if config.run.channels_last != "auto":
         return config.run.channels_last
@@ -139,8 +170,10 @@ def runs_channels_last(model: Any, config: Config, device: torch.device) -> bool
 
 
 def compiled_parts(prepared: Prepared) -> list[Any]:
-    """Returns what `compile_towers` compiles. The token embedding is not, since its compiled gradient adds in an order that
-    changes."""
+    """Returns what `compile_towers` compiles.
+
+    The token embedding is not, since its compiled gradient adds in an order that changes.
+    """
     text = getattr(prepared.model, "text", prepared.model)
     return [prepared.model.visual, text.transformer, *prepared.folded.values()]
 
@@ -148,8 +181,8 @@ def compiled_parts(prepared: Prepared) -> list[Any]:
 def compile_towers(prepared: Prepared) -> None:
     """Lets the towers run by torch.compile from now on.
 
-    Sizes are fixed, since the choice of sizes that dynamo makes dynamic depends on earlier compilations. A tower is compiled
-    anew for each size, so it gets few.
+    Sizes are fixed, since the choice of sizes that dynamo makes dynamic depends on earlier
+    compilations. A tower is compiled anew for each size, so it gets few.
     """
     if prepared.crop is not None:
         prepared.crop.multiple, prepared.crop.groups = 16, 1
@@ -168,8 +201,9 @@ def setup(
 ) -> State:
     """Makes the state of a run that begins, or that continues from `checkpoint`.
 
-    prepared: what `prepare` returned, with all tensors on `device`; made here if None.
-    teacher: name, width and logit_scale of the teacher, by default read from the data if a term needs a teacher.
+    prepared: what `prepare` returned, with all tensors on `device`; made here if None. teacher:
+    name, width and logit_scale of the teacher, by default read from the data if a term needs a
+    teacher.
 
     Raises InputError, FileNotFoundError; CheckpointError if the checkpoint does not fit the model.
     """
@@ -215,41 +249,53 @@ def setup(
 def _load(part: Any, saved: Any) -> None:
     try:
         part.load_state_dict(saved)
-        if isinstance(part, torch.optim.Optimizer):  # it checks no shapes, and fused updates would read beyond the ends
+        # it checks no shapes, and fused updates would read beyond the ends
+        if isinstance(part, torch.optim.Optimizer):
             for weight, moments in part.state.items():
                 for name in ("exp_avg", "exp_avg_sq", *(moments.keys() & {"max_exp_avg_sq"})):
                     if moments[name].shape != weight.shape:
-                        raise ValueError(f"{name} of shape {list(moments[name].shape)} for {list(weight.shape)}")
+                        raise ValueError(
+                            f"{name} of shape {list(moments[name].shape)} for {list(weight.shape)}"
+                        )
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         expected = f"the state of this model's {type(part).__name__}"
         raise CheckpointError(f"checkpoint: expected {expected}, got {load_error(error)}") from None
 
 
 def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | None) -> None:
-    """Raises ConfigError if data.augment differs from the augmentation of the views that the teacher saw."""
+    """Raises ConfigError if data.augment differs from the augmentation of the views that the
+    teacher saw.
+    """
     views = teacher.get("views") if teacher else None
     if views and config.data.augment is not None and augmentation(transform) != views["augment"]:
         raise ConfigError(
-            f"data.augment: expected null, or {views['augment']!r} as in the views that the teacher {teacher['name']} saw "
-            f"and training replays, got {augmentation(transform)!r}"
+            f"data.augment: expected null, or {views['augment']!r} as in the views that the "
+            f"teacher {teacher['name']} saw and training replays, got {augmentation(transform)!r}"
         )
 
 
 def width_of(config: Config) -> int:
     """Returns D, the width of the model's features."""
-    return config.model.options.get("embed_dim") or models.spec_of(config.model.name).config["embed_dim"]
+    return (
+        config.model.options.get("embed_dim")
+        or models.spec_of(config.model.name).config["embed_dim"]
+    )
 
 
 class Average:
     """The exponential moving average of a run's weights, for evaluation and export.
 
-    v = decay v + (1 - decay) w after each step, for every parameter w that trains. Memory: one copy of these parameters.
-    Buffers are not averaged: a model with the averages has the buffers of the last step.
+    v = decay v + (1 - decay) w after each step, for every parameter w that trains. Memory: one copy
+    of these parameters. Buffers are not averaged: a model with the averages has the buffers of the
+    last step.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.averages = {weight: weight.detach().clone() for weight in model.parameters() if weight.requires_grad}
-        names = model.named_parameters(remove_duplicate=False)  # a weight that blocks share has several
+        self.averages = {
+            weight: weight.detach().clone() for weight in model.parameters() if weight.requires_grad
+        }
+        # a weight that blocks share has several
+        names = model.named_parameters(remove_duplicate=False)
         self.names = {name: weight for name, weight in names if weight.requires_grad}
         self._average = get_ema_multi_avg_fn(decay)
 
@@ -280,19 +326,27 @@ class Average:
 
 
 def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Returns an AdamW that decays matrices only: no norms, biases, gains, scales, class tokens or parameters of the loss."""
+    """Returns an AdamW that decays matrices only: no norms, biases, gains, scales, class tokens or
+    parameters of the loss.
+    """
     o = config.optim
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for p in model.parameters():
-        if p.requires_grad:  # A matrix has two dimensions above 1; a layer scale [C, 1, 1] is a gain.
+        # A matrix has two dimensions above 1; a layer scale [C, 1, 1] is a gain.
+        if p.requires_grad:
             (decayed if sum(n > 1 for n in p.shape) >= 2 else rest).append(p)
     rest += [p for p in loss.parameters() if p.requires_grad]
-    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": o.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     try:
         return torch.optim.AdamW(groups, lr=o.lr, weight_decay=0.0, fused=True, **o.options)
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise ConfigError(f"optim.options: expected arguments of torch.optim.AdamW, got {o.options}: {error}") from None
+        raise ConfigError(
+            f"optim.options: expected arguments of torch.optim.AdamW, got {o.options}: {error}"
+        ) from None
 
 
 def learning_rate(config: Config, step: int) -> float:

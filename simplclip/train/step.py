@@ -1,4 +1,7 @@
-"""One step of training: forward, loss, backward, a check, update. Plain functions of the `State` that setup.py makes."""
+"""One step of training: forward, loss, backward, a check, update.
+
+Plain functions of the `State` that setup.py makes.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,17 @@ Batch = dict[str, Any]
 
 
 class TrainingError(UserError, RuntimeError):
-    """Error that ends training. The message says what is saved; the __cause__, if any, is the error behind it."""
+    """Error that ends training.
+
+    The message says what is saved; the __cause__, if any, is the error behind it.
+    """
 
 
 def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
-    """Runs one step on its micro-batches and returns its figures. The state counts the step when it is whole."""
+    """Runs one step on its micro-batches and returns its figures.
+
+    The state counts the step when it is whole.
+    """
     optimizer, scaler = state.optimizer, state.scaler
     optimizer.zero_grad(set_to_none=True)
     terms = gradients(state, batches)
@@ -36,16 +45,27 @@ def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, state.config.optim.grad_clip or math.inf)
 
-    # The step synchronises once, before the update, so that a bad step does not change the parameters.
+    # The step synchronises once, before the update, so that a bad step does not change the
+    # parameters.
     figures = {**terms, "logit_scale": state.model.logit_scale.exp()}
-    figures |= {"grad_norm": norm} if state.logit_bias is None else {"logit_bias": state.logit_bias, "grad_norm": norm}
-    values = dict(zip(figures, torch.stack([v.detach().float().reshape(()) for v in figures.values()]).tolist()))
+    figures |= (
+        {"grad_norm": norm}
+        if state.logit_bias is None
+        else {"logit_bias": state.logit_bias, "grad_norm": norm}
+    )
+    values = dict(
+        zip(
+            figures,
+            torch.stack([v.detach().float().reshape(()) for v in figures.values()]).tolist(),
+        )
+    )
     # The scaler handles an infinite gradient: it skips the step and lowers its scale.
     watched = [k for k in values if k != "grad_norm" or not scaler.is_enabled()]
     if not all(math.isfinite(values[k]) for k in watched):
         raise TrainingError(
-            f"step {state.step + 1}: not finite: {', '.join(f'{k}={values[k]:g}' for k in watched)}; stopped "
-            f"before the update. Try a new run with a lower optim.lr, a longer optim.warmup or run.precision=fp32"
+            f"step {state.step + 1}: not finite: "
+            f"{', '.join(f'{k}={values[k]:g}' for k in watched)}; stopped before the update. Try a "
+            "new run with a lower optim.lr, a longer optim.warmup or run.precision=fp32"
         )
     lr = learning_rate(state.config, state.step)
     update(state, lr)
@@ -53,8 +73,11 @@ def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
 
 
 def gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
-    """Adds the gradients of a step to `.grad`; returns "loss", then its weighted terms by name, without gradients."""
-    encode = {"text": partial(encode_text, state), "image": partial(encode_image, state)}  # in this order the towers run
+    """Adds the gradients of a step to `.grad`; returns "loss", then its weighted terms by name,
+    without gradients.
+    """
+    # in this order the towers run
+    encode = {"text": partial(encode_text, state), "image": partial(encode_image, state)}
     encode |= {tower: partial(wrapper, encode[tower]) for tower, wrapper in state.wrappers.items()}
     if state.config.data.micro_batch is None:
         (batch,) = batches
@@ -92,8 +115,12 @@ def update(state: State, lr: float) -> None:
     state.updating = False
 
 
-def losses(state: State, batches: list[Batch], image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the loss over all `batches` from their features, and its weighted terms without gradients."""
+def losses(
+    state: State, batches: list[Batch], image: Tensor, text: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the loss over all `batches` from their features, and its weighted terms without
+    gradients.
+    """
     names = ("teacher_image", "teacher_text") if state.teacher else ()
     features = [torch.cat([batch[name] for batch in batches]).flatten(0, -2) for name in names]
     teacher = [part.to(state.device, non_blocking=True) for part in features]
@@ -108,13 +135,17 @@ def losses(state: State, batches: list[Batch], image: Tensor, text: Tensor) -> t
 
 def encode_image(state: State, batch: Batch) -> Tensor:
     """Returns normalised features [N, D] of a batch's images, which are completed on the device."""
-    images = finished(state.transform, batch["image"], state.device, channels_last=state.channels_last)
+    images = finished(
+        state.transform, batch["image"], state.device, channels_last=state.channels_last
+    )
     with hardware.autocast(state.precision, state.device):
         return state.model.encode_image(images, normalize=True)
 
 
 def encode_text(state: State, batch: Batch) -> Tensor:
-    """Returns normalised features [N k, D] of the k captions of each image, or [M, D] of M captions."""
+    """Returns normalised features [N k, D] of the k captions of each image, or [M, D] of M
+    captions.
+    """
     text = batch["text"].flatten(0, -2)
     if state.crop is None:  # otherwise TextCrop needs the text on the CPU, and moves it
         text = text.to(state.device, non_blocking=True)
@@ -123,7 +154,8 @@ def encode_text(state: State, batch: Batch) -> Tensor:
 
 
 def keep_frozen(state: State, memory: int | None = None) -> None:
-    """Finds the frozen beginnings of the towers for gradient caching, and keeps their outputs where there is room.
+    """Finds the frozen beginnings of the towers for gradient caching, and keeps their outputs where
+    there is room.
 
     memory: bytes of the device, by default of this machine's.
     """
@@ -137,7 +169,8 @@ def keep_frozen(state: State, memory: int | None = None) -> None:
     images = config.data.batch_size // ranks.count()
     side = state.model.visual.image_size
     length = getattr(state.model, "context_length", None) or state.model.text.context_length
-    tokens = torch.arange(length) % 2  # no run of equal tokens at the end, so that nothing is cropped
+    # no run of equal tokens at the end, so that nothing is cropped
+    tokens = torch.arange(length) % 2
     size = (side, side) if isinstance(side, int) else side
     towers = {
         "image": (encode_image, torch.zeros(1, 3, *size, dtype=torch.uint8), images),
@@ -145,7 +178,9 @@ def keep_frozen(state: State, memory: int | None = None) -> None:
     }
     room = (memory or hardware.total_memory(state.device)) // KEPT_SHARE
     for tower, (encode, value, count) in towers.items():
-        found = prefixes.find(state.model, partial(encode, state), {tower: value}, config.run.compile is not False)
+        found = prefixes.find(
+            state.model, partial(encode, state), {tower: value}, config.run.compile is not False
+        )
         if found is None:
             continue
         prefix, size = found[0], found[1] * count
@@ -155,15 +190,18 @@ def keep_frozen(state: State, memory: int | None = None) -> None:
         room -= size
         state.prefixes[tower] = prefix
         state.lines.append(
-            f"frozen     the {tower} tower's beginning runs once a step; its output takes {-(-size >> 20)} MiB"
+            f"frozen     the {tower} tower's beginning runs once a step; its output takes "
+            f"{-(-size >> 20)} MiB"
         )
 
 
 def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tensor | None]:
-    """Splits the captions of a step for the text tower; also returns the row of each one's features, None if in order.
+    """Splits the captions of a step for the text tower; also returns the row of each one's
+    features, None if in order.
 
-    If texts are cropped, a micro-batch has at most as many tokens as the configured number of texts of full length. Ranks may
-    have different numbers of micro-batches, since they exchange nothing between two of them.
+    If texts are cropped, a micro-batch has at most as many tokens as the configured number of texts
+    of full length. Ranks may have different numbers of micro-batches, since they exchange nothing
+    between two of them.
     """
     if state.crop is None or len(batches) == 1:
         return batches, None
@@ -173,8 +211,11 @@ def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tenso
 
 
 def _groups(state: State, batches: list[Batch]) -> Tensor | None:
-    """Returns the groups [N] of a step; None if all pairs of all ranks are known to be of different ones."""
-    groups = torch.cat([batch["group"] for batch in batches])  # on the CPU, where reading them waits for nothing
+    """Returns the groups [N] of a step; None if all pairs of all ranks are known to be of different
+    ones.
+    """
+    # on the CPU, where reading them waits for nothing
+    groups = torch.cat([batch["group"] for batch in batches])
     if ranks.count() == 1 and len(set(groups.tolist())) == len(groups):
         return None
     return groups.to(state.device, non_blocking=True)

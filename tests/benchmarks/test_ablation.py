@@ -31,14 +31,24 @@ def command(tmp_path):
 
 
 def evaluated(recall):
-    """Returns an evaluation: image to text has `recall` in split a and half of it in b; text to image has 0.2 more."""
-    both = lambda r: {"image_to_text": {"R@1": {"value": r}}, "text_to_image": {"R@1": {"value": r + 0.2}}}  # noqa: E731
+    """Returns an evaluation: image to text has `recall` in split a and half of it in b; text to
+    image has 0.2 more.
+    """
+
+    def both(r):
+        return {
+            "image_to_text": {"R@1": {"value": r}},
+            "text_to_image": {"R@1": {"value": r + 0.2}},
+        }
+
     return {"step": 1, "splits": {"a": both(recall), "b": both(recall / 2)}}
 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Replaces training by made-up results; yields the seeds and the last settings of the runs in order."""
+    """Replaces training by made-up results; yields the seeds and the last settings of the runs in
+    order.
+    """
     names = []
 
     def train(run, source, threads):
@@ -52,13 +62,18 @@ def trained(monkeypatch):
 
 def test_each_run_is_done_once_and_the_same_command_goes_on(command, trained, tmp_path):
     ablation.main(command)
-    base, matching, rate = "run.steps=1", "loss.pm_weight=1", "optim.lr=1e-4"
+    base = "run.steps=1"
+    matching = "loss.pm_weight=1"
+    rate = "optim.lr=1e-4"
     runs = [(0, base), (0, matching), (1, base), (1, matching)]
-    runs += [(0, rate), (1, rate), (2, base), (2, rate)]  # the bases of seeds 0 and 1 are those of the first effect
+    # the bases of seeds 0 and 1 are those of the first effect
+    runs += [(0, rate), (1, rate), (2, base), (2, rate)]
     assert trained == [(f"run.seed={seed}", setting) for seed, setting in runs]
     rows = read_csv(tmp_path / "out" / "effects.csv")
     assert [(row["effect"], row["split"], row["seeds"]) for row in rows] == [
-        (effect, split, seeds) for effect, seeds in (("matching", "2"), ("rate", "3")) for split in ("all", "a", "b")
+        (effect, split, seeds)
+        for effect, seeds in (("matching", "2"), ("rate", "3"))
+        for split in ("all", "a", "b")
     ]
     ablation.main(command)
     assert len(trained) == 8
@@ -79,10 +94,19 @@ def test_wrong_settings_and_names_end_it_before_a_run(command, trained, tmp_path
 
 
 def test_figures_of_an_effect():
-    pairs = [[evaluated(base), evaluated(variant)] for base, variant in ((0.10, 0.14), (0.12, 0.20), (0.14, 0.14))]
+    pairs = [
+        [evaluated(base), evaluated(variant)]
+        for base, variant in ((0.10, 0.14), (0.12, 0.20), (0.14, 0.14))
+    ]
     every, a, _ = ablation.rows_of(ablation.Effect(name="e", base=[], variant=[]), pairs)
     # Means over both directions are recall + 0.1 in split a, and recall / 2 + 0.1 in split b.
-    assert (a["split"], a["base"], a["variant"], a["base std"], a["variant std"]) == ("a", 22.0, 26.0, 2.0, 3.4641)
+    assert (a["split"], a["base"], a["variant"], a["base std"], a["variant std"]) == (
+        "a",
+        22.0,
+        26.0,
+        2.0,
+        3.4641,
+    )
     assert (a["difference"], a["p"], a["low"], a["high"]) == (4.0, 0.2254, -5.9366, 13.9366)
     assert (every["split"], every["base"], every["difference"]) == ("all", 19.0, 3.0)
 
@@ -96,7 +120,8 @@ def test_a_run_is_trained_and_evaluated_and_a_failure_names_its_log(command):
     assert not (run.folder / "last.pt").exists()
     failing = ablation.run_of(options, ["data.train=nowhere-*.tar"], 0)
     assert re.fullmatch(
-        rf"{failing.folder} ended with \d+: see {failing.folder}/log.txt", ablation.train(failing, options.config, 1)
+        rf"{failing.folder} ended with \d+: see {failing.folder}/log.txt",
+        ablation.train(failing, options.config, 1),
     )
 
 

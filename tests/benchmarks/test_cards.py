@@ -26,7 +26,9 @@ half = torch.float16
 
 
 def test_the_longest_of_products_bytes_and_launch_counts():
-    """Three kernels, each bound by another of the three, one of them twice, and a copy from the host."""
+    """Three kernels, each bound by another of the three, one of them twice, and a copy from the
+    host.
+    """
     q = torch.empty(2, 77, 8, 64, device="meta")
     attention = extension_work(ExtensionCall("shaped_attention_bwd", SimpleNamespace(q=q)))
     started = [
@@ -36,12 +38,25 @@ def test_the_longest_of_products_bytes_and_launch_counts():
         Kernel("host", "copy"),
     ]
     rows, total = lower_bound(started, CARD)
-    ms = [2e12 / CARD.half / 1e9 / CLOCK, 2 * (2e9 - 2 * (6 << 20)) / CARD.bandwidth / 1e6, LAUNCH_MS]
-    assert {row["kernel"]: row["ms"] for row in rows} == pytest.approx(dict(zip(("mm", "add", "attention"), ms)))
-    assert next(row["gflop"] for row in rows if row["by"] == "cuda") == pytest.approx(5 * 2e-9 * 2 * 8 * 77**2 * 64)
+    ms = [
+        2e12 / CARD.half / 1e9 / CLOCK,
+        2 * (2e9 - 2 * (6 << 20)) / CARD.bandwidth / 1e6,
+        LAUNCH_MS,
+    ]
+    assert {row["kernel"]: row["ms"] for row in rows} == pytest.approx(
+        dict(zip(("mm", "add", "attention"), ms))
+    )
+    assert next(row["gflop"] for row in rows if row["by"] == "cuda") == pytest.approx(
+        5 * 2e-9 * 2 * 8 * 77**2 * 64
+    )
     assert total["predicted_ms"] == pytest.approx(sum(ms), abs=1e-4)
     assert (total["bound"], total["bytes"]) == ("products", 3 * 10**6 + 4 * 10**9)
-    assert (total["launches"], total["own_kernels"], total["torch_kernels"], total["host_copies"]) == (4, 1, 3, 1)
+    assert (
+        total["launches"],
+        total["own_kernels"],
+        total["torch_kernels"],
+        total["host_copies"],
+    ) == (4, 1, 3, 1)
     step = step_time(started, CARD)
     assert step.least == pytest.approx(total["predicted_ms"], abs=1e-4)
     assert step.likely > step.least
@@ -52,7 +67,9 @@ def test_the_longest_of_products_bytes_and_launch_counts():
 
 def image(*shape: int, last: bool = False, storage: int = 0) -> Stand:
     n, c, h, w = shape
-    return Stand(half, shape, (c * h * w, 1, w * c, c) if last else (c * h * w, h * w, w, 1), storage)
+    return Stand(
+        half, shape, (c * h * w, 1, w * c, c) if last else (c * h * w, h * w, w, 1), storage
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,20 +83,40 @@ def image(*shape: int, last: bool = False, storage: int = 0) -> Stand:
 )
 @pytest.mark.parametrize("last", [True, False])
 def test_convolutions(groups, taps, rate, work, last):
-    """Multiply-adds by groups; backward has a kernel for the images and one for the weights, each with forward's work."""
+    """Multiply-adds by groups; backward has a kernel for the images and one for the weights, each
+    with forward's work.
+    """
     x, y = image(2, 16, 8, 8, last=last), image(2, 32, 8, 8, last=last, storage=1)
-    weight = Stand(half, (32, 16 // groups, taps, taps), (16 // groups * taps**2, taps**2, taps, 1), 2)
+    weight = Stand(
+        half, (32, 16 // groups, taps, taps), (16 // groups * taps**2, taps**2, taps, 1), 2
+    )
     layout = "" if last else " nchw"
-    (kernel,) = kernels_of("convolution", (x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], groups), {}, [y])
+    (kernel,) = kernels_of(
+        "convolution", (x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], groups), {}, [y]
+    )
     assert (kernel.rate, kernel.multiply_adds) == (rate + layout, work)
     assert kernel.bytes == x.bytes + y.bytes + weight.bytes
-    arguments = (y, x, weight, [32], [1, 1], [1, 1], [1, 1], False, [0, 0], groups, [True, True, False])
+    arguments = (
+        y,
+        x,
+        weight,
+        [32],
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        False,
+        [0, 0],
+        groups,
+        [True, True, False],
+    )
     backward = kernels_of("convolution_backward", arguments, {}, [x, weight])
     assert [(k.rate, k.multiply_adds) for k in backward] == [(f"{rate} backward{layout}", work)] * 2
 
 
 def test_bytes_of_ops():
-    x, y, weight = image(2, 16, 8, 8), image(2, 16, 8, 8, storage=1), Stand(torch.float32, (16,), (1,), 2)
+    x = image(2, 16, 8, 8)
+    y = image(2, 16, 8, 8, storage=1)
+    weight = Stand(torch.float32, (16,), (1,), 2)
     of = lambda *call: [(k.traffic, k.bytes) for k in kernels_of(*call)]  # noqa: E731
     assert of("relu_", (x,), {}, [x]) == [("elementwise", 2 * x.bytes)]
     assert of("mul", (x, x), {}, [y]) == [("elementwise", 2 * x.bytes)]
@@ -92,12 +129,17 @@ def test_bytes_of_ops():
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_kernels_of_a_model(layout):
-    """ResNet-18's multiply-adds are known: 1.81 billion an image forward. Backward has twice as many, but for the images."""
+    """ResNet-18's multiply-adds are known: 1.81 billion an image forward.
+
+    Backward has twice as many, but for the images.
+    """
     work = {}
     for mode in ("infer", "train"):
         counted = kernels("resnet18", 8, 224, mode, layout)
         work[mode] = sum(k.multiply_adds * k.times for k in counted) / 8 / 1.814e9
-        convolutions = {k.rate for k in counted if "convolution" in k.name and k.multiply_adds} - {"stem"}
+        convolutions = {k.rate for k in counted if "convolution" in k.name and k.multiply_adds} - {
+            "stem"
+        }
         assert all(("nchw" in rate) == (layout == "nchw") for rate in convolutions)
     assert work["infer"] == pytest.approx(1, abs=0.01)
     assert work["train"] == pytest.approx(3 - 0.118 / 1.814, abs=0.01)
@@ -115,7 +157,10 @@ def test_a_fit_finds_the_shares_of_made_steps():
                     Kernel("torch", "convolution", half, "depthwise", b * 10**12, "depthwise", 1),
                     Kernel("torch", "add", half, bytes=(5 - a) * 10**10),
                 ]
-                parts = [max(time.at_rates(k, CARDS[card])) / share for k, share in zip(made, (dense, depthwise, bytes_))]
+                parts = [
+                    max(time.at_rates(k, CARDS[card])) / share
+                    for k, share in zip(made, (dense, depthwise, bytes_))
+                ]
                 steps.append(Measured(card, "train", "nhwc", "made", 1, 1, sum(parts), made))
     fitted = fit(steps)
     for step in steps:
@@ -126,23 +171,34 @@ def test_a_fit_finds_the_shares_of_made_steps():
 
 
 def test_the_constants_are_those_of_the_result_file():
-    constants = {"rate": time.RATES, "traffic": time.TRAFFIC, "launch": {"ms": time.LAUNCHES_MS}, "held out": time.HELD_OUT}
+    constants = {
+        "rate": time.RATES,
+        "traffic": time.TRAFFIC,
+        "launch": {"ms": time.LAUNCHES_MS},
+        "held out": time.HELD_OUT,
+    }
     rows = read_csv(max(RESULTS.glob("cards-fit-*.csv")))
     of_file = {name: {} for name in constants}
     for row in rows:
-        of_file[row["of"]][row["kind"]] = tuple(float(row[card]) if row[card] else None for card in time.FITTED)
+        of_file[row["of"]][row["kind"]] = tuple(
+            float(row[card]) if row[card] else None for card in time.FITTED
+        )
     assert of_file == constants
 
 
 def test_the_result_file_and_its_chart():
-    """Of the selection, as accurate as is aimed at on each card, by the constants that were fitted to it."""
+    """Of the selection, as accurate as is aimed at on each card, by the constants that were fitted
+    to it.
+    """
     path = max(RESULTS.glob("cards-2*.csv"))
     rows = read_csv(path)
     assert [[row[name] for name in ("model", "card", "mode", "ms")] for row in rows] == [
         [row[name] for name in ("model", "card", "mode", "ms")] for row in read_csv(SELECTION)
     ]
     assert CHART.read_text() == chart.draw(rows, str(path.relative_to(ROOT)))
-    numbers = [row | {name: float(row[name]) for name in ("ms", "likely_ms", "least_ms")} for row in rows]
+    numbers = [
+        row | {name: float(row[name]) for name in ("ms", "likely_ms", "least_ms")} for row in rows
+    ]
     for total in grouped(numbers):
         assert total["below_bound"] <= 0.04
         assert total["median_error"] <= 0.12
@@ -152,7 +208,10 @@ def test_the_result_file_and_its_chart():
 @pytest.mark.slow
 def test_steps_of_a_file(tmp_path, capsys):
     path = tmp_path / "steps.csv"
-    path.write_text("model,batch,size,ms\nresnet18,1024,224,100\nresnet34,1024,224,0.001\nvit_tiny_patch16_224,8,224,1\n")
+    path.write_text(
+        "model,batch,size,ms\nresnet18,1024,224,100\nresnet34,1024,224,0.001\n"
+        "vit_tiny_patch16_224,8,224,1\n"
+    )
     where = ["--file", str(path), "--mode", "infer", "--layout", "nhwc", "--card", "rtx-3090"]
     main([*where, "--models", "resnet18", "resnet34"])
     total = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
@@ -177,7 +236,8 @@ def test_names_of_cards():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "products"),
-    [("sigmoid", 3), ("contrastive", 4), ("mlp-siclip", 6)],  # of the MLP two forward, four backward
+    # of the MLP two forward, four backward
+    [("sigmoid", 3), ("contrastive", 4), ("mlp-siclip", 6)],
 )
 def test_products_and_bytes_of_calls(call, products, capsys):
     main(["--call", call, "--n", "4096", "--card", "rtx-4090"])
@@ -189,7 +249,8 @@ def test_products_and_bytes_of_calls(call, products, capsys):
     assert total["tflop"] == pytest.approx(tflop, abs=2e-4)
     assert total["predicted_ms"] >= 1e3 * tflop / (CLOCK * 165.2)
     if call != "mlp-siclip":
-        assert total["bytes"] > 2 * (n * n + 2 * 2 * n * k)  # G is written, features are read and have gradients
+        # G is written, features are read and have gradients
+        assert total["bytes"] > 2 * (n * n + 2 * 2 * n * k)
     assert total["launches"] == total["own_kernels"] + total["torch_kernels"] > 3
     assert total["host_copies"] == 0
 
@@ -197,7 +258,10 @@ def test_products_and_bytes_of_calls(call, products, capsys):
 def test_a_bound_on_a_cpu():
     """Each kernel takes the longer of its multiply-adds and its bytes."""
     rates = cpu.Rates(multiply_adds=100.0, bandwidth=10.0)
-    kernels = [Kernel("torch", "mm", multiply_adds=300, bytes=10, times=2), Kernel("torch", "add", bytes=50)]
+    kernels = [
+        Kernel("torch", "mm", multiply_adds=300, bytes=10, times=2),
+        Kernel("torch", "add", bytes=50),
+    ]
     assert rates.least(Usage(kernels=kernels)) == pytest.approx(2 * 3 + 5)
 
 

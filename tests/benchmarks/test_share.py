@@ -1,4 +1,6 @@
-"""benchmarks.share: divergences against their definition, groups for a budget, and the program on shards."""
+"""benchmarks.share: divergences against their definition, groups for a budget, and the program on
+shards.
+"""
 
 import itertools
 import json
@@ -40,7 +42,9 @@ def lively(model):
 
 
 def vision(**options):
-    return clip({"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16, **options})
+    return clip(
+        {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16, **options}
+    )
 
 
 def mobileclip():
@@ -53,27 +57,57 @@ def mobileclip():
 
 
 def of_open_clip(block, x):
-    q, k, _ = nn.functional.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, -1)
+    q, k, _ = nn.functional.linear(
+        block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias
+    ).chunk(3, -1)
     norms = getattr(block.attn, "ln_q", nn.Identity()), getattr(block.attn, "ln_k", nn.Identity())
     return [norm(t.unflatten(-1, (2, -1))).flatten(2) for norm, t in zip(norms, (q, k))]
 
 
-# name -> the model; its tower; the tower's inputs and blocks; q and k [B, L, C] of a block from its input; the mask
+# name -> the model; its tower; the tower's inputs and blocks; q and k [B, L, C] of a block from its
+# input; the mask
 TOWERS = {
-    "open_clip, causal": (clip, "text", TEXT, lambda m: m.transformer.resblocks, of_open_clip, CAUSAL),
+    "open_clip, causal": (
+        clip,
+        "text",
+        TEXT,
+        lambda m: m.transformer.resblocks,
+        of_open_clip,
+        CAUSAL,
+    ),
     "open_clip, norms of q and k": (
-        lambda: vision(qk_norm=True), "image", IMAGE, lambda m: m.visual.transformer.resblocks, of_open_clip, 0,
+        lambda: vision(qk_norm=True),
+        "image",
+        IMAGE,
+        lambda m: m.visual.transformer.resblocks,
+        of_open_clip,
+        0,
     ),
     "FastViT": (
-        mobileclip, "image", 100 * batch(96)[0], lambda m: m.visual.trunk.stages[3].blocks,
-        lambda b, x: b.token_mixer.qkv(b.norm(x).flatten(2).mT).chunk(3, -1)[:2], 0,
+        mobileclip,
+        "image",
+        100 * batch(96)[0],
+        lambda m: m.visual.trunk.stages[3].blocks,
+        lambda b, x: b.token_mixer.qkv(b.norm(x).flatten(2).mT).chunk(3, -1)[:2],
+        0,
     ),
-    "MobileCLIP": (mobileclip, "text", TEXT, lambda m: m.text.transformer.resblocks, of_open_clip, 0),
+    "MobileCLIP": (
+        mobileclip,
+        "text",
+        TEXT,
+        lambda m: m.text.transformer.resblocks,
+        of_open_clip,
+        0,
+    ),
     "simplified": (
-        lambda: simplify(clip())[0], "text", TEXT, lambda m: m.transformer.resblocks,
-        lambda b, x: b.qk(b.norm(x)).chunk(2, -1), CAUSAL,
+        lambda: simplify(clip())[0],
+        "text",
+        TEXT,
+        lambda m: m.transformer.resblocks,
+        lambda b, x: b.qk(b.norm(x)).chunk(2, -1),
+        CAUSAL,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -87,15 +121,20 @@ def test_divergences_are_those_of_the_definition(name):
         maps.append((q @ k.mT / q.shape[-1] ** 0.5 + mask).softmax(-1).double())
 
     handles = [block.register_forward_hook(record) for block in blocks_of(model)]
-    encode, lengths = (model.encode_text, LENGTHS) if tower == "text" else (model.encode_image, [None] * 3)
+    encode, lengths = (
+        (model.encode_text, LENGTHS) if tower == "text" else (model.encode_image, [None] * 3)
+    )
     encode(inputs)
     for handle in handles:
         handle.remove()
-    batches = [(inputs[a:b], lengths[a:b] if tower == "text" else None) for a, b in ((0, 2), (2, 3))]
+    batches = [
+        (inputs[a:b], lengths[a:b] if tower == "text" else None) for a, b in ((0, 2), (2, 3))
+    ]
     divergence = divergences(model, tower, batches, encode)
     assert 0.01 < divergence[0, 1] < math.log(2)
     for (i, p), (j, q) in itertools.product(enumerate(maps), repeat=2):
-        kl = [torch.where(a > 0, a * (2 * a / (p + q)).log(), 0).sum(-1) for a in (p, q)]  # [B, H, L]
+        # [B, H, L]
+        kl = [torch.where(a > 0, a * (2 * a / (p + q)).log(), 0).sum(-1) for a in (p, q)]
         rows = [row[:, :length].mean() for row, length in zip((kl[0] + kl[1]) / 2, lengths)]
         torch.testing.assert_close(divergence[i, j], torch.stack(rows).mean(), rtol=1e-3, atol=1e-6)
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -110,22 +149,34 @@ def test_blocks_that_differ_in_heads_are_not_compared_or_merged():
     with pytest.raises(InputError, match="budget: expected at least"):
         propose(model, "text", divergence, 1)
     enough = count_parameters(simplify(clip())[0])["text"] - 1
-    assert propose(model, "text", divergence, enough)[0]["share"] == {"text": {"attention": [[2, 3]]}}
+    assert propose(model, "text", divergence, enough)[0]["share"] == {
+        "text": {"attention": [[2, 3]]}
+    }
     odd = vision(scaled_cosine_attn=True).eval()
-    with pytest.raises(InputError, match="attention: expected products of q and k, got scaled cosine attention"):
+    with pytest.raises(
+        InputError, match="attention: expected products of q and k, got scaled cosine attention"
+    ):
         divergences(odd, "image", [(IMAGE, None)], odd.encode_image)
 
 
 def test_groups_for_a_budget():
-    divergence = torch.tensor([[0.0, 0.3, 0.2, 0.2], [0.3, 0.0, 0.1, 0.4], [0.2, 0.1, 0.0, 0.26], [0.2, 0.4, 0.26, 0.0]])
-    qk, mlp, whole = 2 * 24 * 24, 2 * 24 * 96 + 96 + 24, count_parameters(simplify(clip())[0])["text"]
-    # 1 and 2 join first. Then 0 joins them at the mean of 0.3 and 0.2; 3 would join at the mean of 0.4 and 0.26, later.
-    one, two, all_four = [[1, 2]], [[0, 1, 2]], [[0, 1, 2, 3]]
+    divergence = torch.tensor(
+        [[0.0, 0.3, 0.2, 0.2], [0.3, 0.0, 0.1, 0.4], [0.2, 0.1, 0.0, 0.26], [0.2, 0.4, 0.26, 0.0]]
+    )
+    qk = 2 * 24 * 24
+    mlp = 2 * 24 * 96 + 96 + 24
+    whole = count_parameters(simplify(clip())[0])["text"]
+    # 1 and 2 join first. Then 0 joins them at the mean of 0.3 and 0.2; 3 would join at the mean of
+    # 0.4 and 0.26, later.
+    one = [[1, 2]]
+    two = [[0, 1, 2]]
+    all_four = [[0, 1, 2, 3]]
     for budget, expected in (
         (whole, {"attention": None, "mlp": None, "all": None}),
         (whole - 1, {"attention": one, "mlp": one, "all": one}),
         (whole - qk - 1, {"attention": two, "mlp": one, "all": one}),
-        (whole - 2 * mlp - 1, {"mlp": all_four, "all": two}),  # attention alone cannot save this many parameters
+        # attention alone cannot save this many parameters
+        (whole - 2 * mlp - 1, {"mlp": all_four, "all": two}),
     ):
         proposals = propose(clip(), "text", divergence, budget)
         assert {p["what"]: p["share"].get("text", {}).get(p["what"]) for p in proposals} == expected
@@ -133,12 +184,22 @@ def test_groups_for_a_budget():
             _, made = simplify(clip(), share=proposal["share"])
             assert made.after["text"] == proposal["parameters"] <= budget
     divergence[0, 1] = torch.nan  # these blocks saw other numbers of tokens
-    assert propose(clip(), "text", divergence, whole - qk - 1)[0]["share"] == {"text": {"attention": [[1, 2, 3]]}}
+    assert propose(clip(), "text", divergence, whole - qk - 1)[0]["share"] == {
+        "text": {"attention": [[1, 2, 3]]}
+    }
     divergence[0, 1] = 0.3
     least = whole - 3 * qk - 3 * mlp
-    with pytest.raises(InputError, match=f"budget: expected at least {least:,} parameters, .* got {least - 1:,}"):
+    with pytest.raises(
+        InputError, match=f"budget: expected at least {least:,} parameters, .* got {least - 1:,}"
+    ):
         propose(clip(), "text", divergence, least - 1)
-    for text, number in ("80%", 8000), ("12.5%", 1250), ("9780", 9780), ("9.78k", 9780), ("2M", 2_000_000):
+    for text, number in (
+        ("80%", 8000),
+        ("12.5%", 1250),
+        ("9780", 9780),
+        ("9.78k", 9780),
+        ("2M", 2_000_000),
+    ):
         assert parse_budget(text, 10_000) == number
 
 
@@ -147,7 +208,8 @@ def share(tmp_path, monkeypatch):
     """Runs the program on shards and a model whose text blocks 1 and 2 are alike."""
     shard, model = tiny.write_shard(tmp_path / "val-0.tar"), lively(clip())
     blocks = model.transformer.resblocks
-    # These blocks add the same to each channel, which a layer norm removes: the next block sees the same input.
+    # These blocks add the same to each channel, which a layer norm removes: the next block sees the
+    # same input.
     for layer in (blocks[1].attn.out_proj, blocks[1].mlp.c_proj):
         nn.init.zeros_(layer.weight)
         nn.init.ones_(layer.bias)
@@ -167,7 +229,9 @@ def test_the_program_proposes_identical_blocks_first(share, tmp_path, capsys):
     printed = capsys.readouterr().out
     about = json.loads((tmp_path / "out" / "share.json").read_text())
     assert about["samples"] == 10
-    up_to_end = divergences(encoder.model, "text", [(TEXT[:1], LENGTHS[:1])], encoder.model.encode_text)
+    up_to_end = divergences(
+        encoder.model, "text", [(TEXT[:1], LENGTHS[:1])], encoder.model.encode_text
+    )
     torch.testing.assert_close(about["attention_divergence"], up_to_end.tolist(), rtol=0, atol=1e-5)
     assert ["1,", "2", "0.0000"] in [line.split() for line in printed.splitlines()]
     assert [p["share"]["text"][p["what"]] for p in about["proposals"]] == [[[1, 2]]] * 3
@@ -183,7 +247,10 @@ def test_an_image_tower_on_all_samples_without_a_budget(share, tmp_path, capsys)
 
 
 def test_a_budget_of_nothing_is_refused(share, tmp_path):
-    message = "budget: expected a number of parameters such as 9.78M, or a percentage such as 80%, got '0%'"
+    message = (
+        "budget: expected a number of parameters such as 9.78M, or a percentage such as 80%, got "
+        "'0%'"
+    )
     with pytest.raises(InputError, match=message):
         share[1]("--budget", "0%")
     assert not (tmp_path / "out").exists()

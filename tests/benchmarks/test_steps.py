@@ -1,4 +1,8 @@
-"""Steps of open_clip's trainer: its loss is that of the model, and its peak is predicted as ours is."""
+"""Steps of open_clip's trainer: its loss is that of the model, and its peak is predicted as ours
+is.
+"""
+
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +16,9 @@ WITHIN = {"fp32": 0.01, "bf16": 0.02}  # oneDNN's memory in bfloat16 products is
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize(("precision", "teacher_width"), [("fp32", None), ("bf16", None), ("bf16", 512)])
+@pytest.mark.parametrize(
+    ("precision", "teacher_width"), [("fp32", None), ("bf16", None), ("bf16", 512)]
+)
 def test_predicted_peak_of_vit_b_32(precision, teacher_width):
     step = OpenClipStep("open_clip:ViT-B-32", 24, precision, teacher_width)
     predicted = predict(step, CPU).peak
@@ -21,6 +27,6 @@ def test_predicted_peak_of_vit_b_32(precision, teacher_width):
 
 def test_the_loss_is_that_of_the_model():
     """SigLipLoss has no form with a teacher, and needs a bias, which the model lacks by default."""
-    step = lambda *teacher, **options: OpenClipStep("open_clip:RN50", 4, "fp32", *teacher, **options)  # noqa: E731
+    step = partial(OpenClipStep, "open_clip:RN50", 4, "fp32")
     losses = [type(made.loss) for made in (step(), step(256), step(init_logit_bias=-10.0))]
     assert losses == [ClipLoss, DistillClipLoss, SigLipLoss]

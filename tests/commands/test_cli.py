@@ -26,7 +26,13 @@ from simplclip.models import sources
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import config
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "120",
+    "NO_COLOR": "1",
+    "PYTHONPATH": str(ROOT),
+}
 
 
 def write_pairs(folder):
@@ -34,13 +40,17 @@ def write_pairs(folder):
     folder.mkdir()
     for colour in tiny.COLOURS:
         for shape in tiny.SHAPES:
-            (folder / f"{colour}-{shape}.png").write_bytes(tiny.picture(tiny.COLOURS[colour], shape))
+            (folder / f"{colour}-{shape}.png").write_bytes(
+                tiny.picture(tiny.COLOURS[colour], shape)
+            )
             (folder / f"{colour}-{shape}.txt").write_text(f"{colour} {shape}")
 
 
 def process(*words):
     """Runs Python in a process of its own. words: the arguments behind "python"."""
-    return subprocess.run([sys.executable, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True
+    )
 
 
 WITHOUT_EXTRAS = """
@@ -48,24 +58,38 @@ import json
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("open_clip", "timm", "torchvision", "webdataset", "yaml", "matplotlib",
-                                      "emoji", "resvg_py", "fontTools", "PIL", "simplejpeg"):
+        if name.partition(".")[0] in ("open_clip", "timm", "torchvision", "webdataset", "yaml",
+                                      "matplotlib", "emoji", "resvg_py", "fontTools", "PIL",
+                                      "simplejpeg"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
 from typer.testing import CliRunner
 from simplclip.commands.main import app
-results = [CliRunner().invoke(app, words) for words in (["--help"], ["train", "x.yaml"], ["train", "--help-config"])]
+calls = (["--help"], ["train", "x.yaml"], ["train", "--help-config"])
+results = [CliRunner().invoke(app, words) for words in calls]
 print(json.dumps([[result.exit_code, result.stdout, result.stderr] for result in results]))
 """
 
 
 def test_help_needs_the_core_only():
-    """Help works while no package of the extras can be imported, and other commands name the extra that they need."""
+    """Help works while no package of the extras can be imported, and other commands name the extra
+    that they need.
+    """
     done = process("-c", WITHOUT_EXTRAS)
     assert done.returncode == 0, done.stderr
     (code, text, _), *others = json.loads(done.stdout)
     assert code == 0
-    for word in ("doctor", "data", "train", "evaluate", "teacher", "caption", "plan", "export", "--version"):
+    for word in (
+        "doctor",
+        "data",
+        "train",
+        "evaluate",
+        "teacher",
+        "caption",
+        "plan",
+        "export",
+        "--version",
+    ):
         assert word in text
     for code, text, error in others:
         assert (code, text, error.count("\n")) == (2, "", 1)
@@ -73,7 +97,9 @@ def test_help_needs_the_core_only():
 
 
 def test_the_module_and_the_script_are_the_command():
-    module, function = re.search(r'^simplclip = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).groups()
+    module, function = re.search(
+        r'^simplclip = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    ).groups()
     assert getattr(importlib.import_module(module), function) is app
     run, result = process("-m", "simplclip", "train", "missing.yaml"), call("train", "missing.yaml")
     assert (run.returncode, run.stdout, run.stderr) == (2, result.stdout, result.stderr)
@@ -94,11 +120,23 @@ def test_help_config_prints_every_key():
         ("train siclip-so", "got 'siclip-so'; did you mean siclip-s0?"),
         ("train config.yaml --set optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
         ("train config.yaml --set data.train=no-*.tar", "matches none"),
-        ("train config.yaml --set data.train=[]", "data.train: expected at least one path or pattern, got an empty list"),
+        (
+            "train config.yaml --set data.train=[]",
+            "data.train: expected at least one path or pattern, got an empty list",
+        ),
         ("train config.yaml --set run.device=cuda:77", "device: expected"),
-        ("evaluate nothing.pt --data data/train-0.tar", "source: expected a checkpoint, the folder of a run"),
-        ("evaluate config.yaml --data x.tar", "data: expected files, got 'x.tar', which does not exist"),
-        ("evaluate config.yaml --data a=x.tar --data a=y.tar", "--data: expected different split names (--data NAME=DATA)"),
+        (
+            "evaluate nothing.pt --data data/train-0.tar",
+            "source: expected a checkpoint, the folder of a run",
+        ),
+        (
+            "evaluate config.yaml --data x.tar",
+            "data: expected files, got 'x.tar', which does not exist",
+        ),
+        (
+            "evaluate config.yaml --data a=x.tar --data a=y.tar",
+            "--data: expected different split names (--data NAME=DATA)",
+        ),
     ],
 )
 def test_wrong_input_ends_in_one_line(tmp_path, monkeypatch, arguments, message):
@@ -122,16 +160,24 @@ def test_data_that_are_not_there_are_named_without_torch(tmp_path):
         from simplclip.train import config
         there = ["a.tar", {"shards": "t.csv", "weight": 2}, "pipe:cat x", "."]
         check_sources(config.from_dict({"data": {"train": there}, "run": {"out": "run"}}))
-        for changes in ({"data": {"train": "gone/*.tar"}}, {"data": {"train": ["a.tar", "gone.csv"]}},
+        gone = {"every": 1, "splits": {"held": "gone.tar"}}
+        for changes in ({"data": {"train": "gone/*.tar"}},
+                        {"data": {"train": ["a.tar", "gone.csv"]}},
                         {"data": {"train": "a.tar", "sidecars": ["gone"]}},
-                        {"data": {"train": "a.tar"}, "eval": {"every": 1, "splits": {"held": "gone.tar"}}}):
+                        {"data": {"train": "a.tar"}, "eval": gone}):
             try:
                 check_sources(config.from_dict(changes | {"run": {"out": "run"}}))
             except ValueError as error:
                 print(error)
         assert "torch" not in sys.modules
     """
-    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     names = [line.partition(":")[0] for line in done.stdout.splitlines()]
     assert names == ["data.train", "data.train", "data.sidecars", "eval.splits.held"]
@@ -161,38 +207,64 @@ def test_names_are_checked_without_torch_before_anything_is_written(tmp_path):
     train = "train config.yaml --set data.train=t.csv --set"
     folder = "expected a file of weights, or the folder of a run or an export"
     no_run = "source: expected a checkpoint, the folder of a run or an export, mobileclip-s0, "
+    no_file = "expected a file of weights, got no such file"
+    no_checkpoint = f"{folder}, got begun: a run that has no checkpoint yet"
     lines = {
-        f"{train} model.name=ViT-B-32": f"model.name: expected one of {[*sources.NAMES]} or open_clip:NAME, "
-        "got 'ViT-B-32'; nearest: ['open_clip:ViT-B-32']",
-        f"{train} model.checkpoint=gone.pt": "model.checkpoint: expected a file of weights, got no such file: gone.pt",
-        f"{train} inherit.source=[minilm,RN51/openai]": "inherit.source: expected a file of weights, got no such file: "
-        "RN51/openai; nearest models of open_clip: ['RN50', ",
-        f"{train} run.device=cdua": "run.device: expected auto, cpu, cuda or cuda:N, got 'cdua' (str)",
+        f"{train} model.name=ViT-B-32": f"model.name: expected one of {[*sources.NAMES]} or "
+        "open_clip:NAME, got 'ViT-B-32'; nearest: ['open_clip:ViT-B-32']",
+        f"{train} model.checkpoint=gone.pt": f"model.checkpoint: {no_file}: gone.pt",
+        f"{train} inherit.source=[minilm,RN51/openai]": f"inherit.source: {no_file}: RN51/openai; "
+        "nearest models of open_clip: ['RN50', ",
+        f"{train} run.device=cdua": "run.device: expected auto, cpu, cuda or "
+        "cuda:N, got 'cdua' (str)",
         f"{train} run.out=begun": "run.out: expected a folder without a run, got begun; ",
         "evaluate runs/gone": no_run,
-        "evaluate begun --data data/train-0.tar": f"source: {folder}, got begun: a run that has no checkpoint yet",
-        "export runs/gone --out out": "checkpoint: expected a file of weights, got no such file: runs/gone",
-        "export begun --out out": f"checkpoint: {folder}, got begun: a run that has no checkpoint yet",
-        "export begun --out done": "out: expected a folder without an export, got done; --force replaces the export",
+        "evaluate begun --data data/train-0.tar": f"source: {no_checkpoint}",
+        "export runs/gone --out out": f"checkpoint: {no_file}: runs/gone",
+        "export begun --out out": f"checkpoint: {no_checkpoint}",
+        "export begun --out done": "out: expected a folder without an export, got done; "
+        "--force replaces the export",
         "teacher data/train-0.tar --out out --teacher runs/gone": no_run,
         "teacher data/train-0.tar --out out --teacher open_clip:RN51": "name: expected one of [",
         "plan siclip-s0 --card 24": "memory: expected a size such as 24GiB or one of rtx-3060, ",
         "plan config.yaml --card 3090 --set model.name=siclip": "model.name: expected one of [",
         "plan open_clip:RN51 --card 3090": "model.name: expected one of [",
-        "plan siclip-s0 --card 3090 --pairs many": "--pairs: expected a number of pairs such as 12.4M, got 'many'",
+        "plan siclip-s0 --card 3090 --pairs many": "--pairs: expected a number of pairs such as "
+        "12.4M, got 'many'",
     }
     program, asked = [sys.executable, "-c", WITHOUT_TORCH], json.dumps([*lines])
-    done = subprocess.run(program, input=asked, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        program, input=asked, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     for said, line in zip(done.stdout.splitlines(), lines.values(), strict=True):
         assert said.startswith(f"simplclip: {line}")
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "data", "begun", "done", "t.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.yaml",
+        "data",
+        "begun",
+        "done",
+        "t.csv",
+    }
 
 
 def test_a_machine_without_a_gpu_says_so_before_it_packs(tmp_path, monkeypatch):
-    monkeypatch.setattr(ctypes, "CDLL", mock.Mock(side_effect=OSError("libcuda.so.1: cannot open shared object file")))
-    words = ["train", tiny.write_config(tmp_path), "--set", "run.device=cuda:1", "--set", f"data.train={tmp_path}"]
-    message = "run.device: expected a device of this machine, got 'cuda:1'; it has no driver of a GPU"
+    monkeypatch.setattr(
+        ctypes,
+        "CDLL",
+        mock.Mock(side_effect=OSError("libcuda.so.1: cannot open shared object file")),
+    )
+    words = [
+        "train",
+        tiny.write_config(tmp_path),
+        "--set",
+        "run.device=cuda:1",
+        "--set",
+        f"data.train={tmp_path}",
+    ]
+    message = (
+        "run.device: expected a device of this machine, got 'cuda:1'; it has no driver of a GPU"
+    )
     assert one_line(*words) == f"simplclip: {message}"
     assert not (tmp_path / "run").exists()
 
@@ -201,7 +273,9 @@ def test_a_run_that_was_moved_goes_on_where_it_lies(tmp_path, monkeypatch):
     """With the shards that it packed; --set run.out= names another place."""
 
     def run(file, *changes):
-        return call("train", file, "--resume", *(word for change in changes for word in ("--set", change)))
+        return call(
+            "train", file, "--resume", *(word for change in changes for word in ("--set", change))
+        )
 
     tiny.write_config(tmp_path)
     write_pairs(tmp_path / "pairs")
@@ -209,7 +283,10 @@ def test_a_run_that_was_moved_goes_on_where_it_lies(tmp_path, monkeypatch):
     assert run("config.yaml", "data.train=pairs", "run.steps=1", "run.out=runs/old").exit_code == 0
     Path("runs/old").rename("new")
     shutil.rmtree("pairs")
-    moved = "run        in new, where new/config.yaml lies; --set run.out=runs/old means its former place"
+    moved = (
+        "run        in new, where new/config.yaml lies; --set run.out=runs/old means its former "
+        "place"
+    )
     result = run("new/config.yaml", "run.steps=2")
     assert result.exit_code == 0, result.output
     assert result.output.startswith(moved)
@@ -238,10 +315,24 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 def test_names_of_splits():
-    named = {"concepts": "a/b-*.tar", "z": "/p/q=1/r.tar", "Prüfung, 第 2 部 🙂": "x=1.tar", "COCO (5k)": "coco.json#test"}
-    derived = {"vendor": "emoji/vendor-*.tar", "val": "val-{000..003}.tar", "held": "/q=1/held-000.tar", "one": "one.tar.gz"}
+    named = {
+        "concepts": "a/b-*.tar",
+        "z": "/p/q=1/r.tar",
+        "Prüfung, 第 2 部 🙂": "x=1.tar",
+        "COCO (5k)": "coco.json#test",
+    }
+    derived = {
+        "vendor": "emoji/vendor-*.tar",
+        "val": "val-{000..003}.tar",
+        "held": "/q=1/held-000.tar",
+        "one": "one.tar.gz",
+    }
     derived |= {"photos": "set #1 [x]/photos"}
-    derived |= {"データ": "データ-1.tar", "dataset_coco": "x/dataset_coco.json", "flickr-val": "flickr.json#val"}
+    derived |= {
+        "データ": "データ-1.tar",
+        "dataset_coco": "x/dataset_coco.json",
+        "flickr-val": "flickr.json#val",
+    }
     words = [*(f"{name}={shards}" for name, shards in named.items()), *derived.values()]
     assert options.named_splits(words) == named | derived
 
@@ -252,8 +343,13 @@ def test_outputs_that_end_early_or_lack_characters(tmp_path):
     (tmp_path / "in/1.txt").write_text("🙂")
     (tmp_path / "in/1.png").write_bytes(png())
     words = f"{sys.executable} -m simplclip data pack in --out"
-    for command, expected in ((f"{words} a | true", ""), (f"PYTHONIOENCODING=latin-1 {words} b", r"in/1: \U0001f642")):
-        done = subprocess.run(command, shell=True, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path)
+    for command, expected in (
+        (f"{words} a | true", ""),
+        (f"PYTHONIOENCODING=latin-1 {words} b", r"in/1: \U0001f642"),
+    ):
+        done = subprocess.run(
+            command, shell=True, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path
+        )
         assert expected in done.stdout
         assert not done.stderr
     assert [*tmp_path.glob("?/in-000000.tar")]
@@ -269,14 +365,29 @@ def test_doctor():
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["SIGINT", pytest.param("closed pipe", marks=pytest.mark.prove)])
 def test_a_run_that_is_ended_saves_its_state_and_goes_on(tmp_path, end):
-    """In a real process, with a loader process that gets the signal as well; other ends: tests/train/test_train_faults.py."""
+    """In a real process, with a loader process that gets the signal as well; other ends:
+    tests/train/test_train_faults.py.
+    """
     source, out = tiny.write_config(tmp_path), tmp_path / "run"
-    command = [sys.executable, "-m", "simplclip", "train", source, "--set", "run.steps=4000", "--set", "data.workers=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "simplclip",
+        "train",
+        source,
+        "--set",
+        "run.steps=4000",
+        "--set",
+        "data.workers=1",
+    ]
     pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     run = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
     deadline = time.monotonic() + 300
     try:
-        while not (out / "metrics.csv").exists() or len((out / "metrics.csv").read_text().splitlines()) < 4:
+        while (
+            not (out / "metrics.csv").exists()
+            or len((out / "metrics.csv").read_text().splitlines()) < 4
+        ):
             assert run.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)

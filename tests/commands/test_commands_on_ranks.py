@@ -1,7 +1,8 @@
 """Commands on ranks: the results of two ranks are those of one process, byte for byte.
 
-Each rank runs this file as well: test_commands_on_ranks.py FOLDER runs COMMANDS in FOLDER, and writes there
-results-RANK.json, by name each command's exit code and its output, or the error that ended it.
+Each rank runs this file as well: test_commands_on_ranks.py FOLDER runs COMMANDS in FOLDER, and
+writes there results-RANK.json, by name each command's exit code and its output, or the error that
+ended it.
 """
 
 import json
@@ -27,17 +28,55 @@ OF_FILE = f"{MODEL}/../coca.pt"
 TEACHER = ["--teacher", MODEL, "--checkpoint", "../coca.pt"]
 COMMANDS = {
     "evaluate": [
-        *["evaluate", OF_FILE, "--data", "held=../data/train-*.tar", "--data", "captions=../data/train-1.tar"],
+        *[
+            "evaluate",
+            OF_FILE,
+            "--data",
+            "held=../data/train-*.tar",
+            "--data",
+            "captions=../data/train-1.tar",
+        ],
         *["--classnames", "../names.txt", "--out", "evaluated"],
         *["--batch-size", "10", "--workers", "0"],
     ],
-    "teacher": ["teacher", "../data/train-{0..2}.tar", "--out", "taught", *TEACHER, "--precision", "fp32", "--workers", "1"],
+    "teacher": [
+        "teacher",
+        "../data/train-{0..2}.tar",
+        "--out",
+        "taught",
+        *TEACHER,
+        "--precision",
+        "fp32",
+        "--workers",
+        "1",
+    ],
     "caption": [
         *["caption", "../data/train-{2..3}.tar", "--out", "captioned", "--model", captioners.NAME],
-        *["--checkpoint", "../coca.pt", "--max-tokens", "5", "--n", "1", "--temperature", "0.5", "--workers", "0"],
+        *[
+            "--checkpoint",
+            "../coca.pt",
+            "--max-tokens",
+            "5",
+            "--n",
+            "1",
+            "--temperature",
+            "0.5",
+            "--workers",
+            "0",
+        ],
     ],
     # The sidecar of the second shard, the first of the second rank, is not a tar.
-    "error": ["teacher", "../data/train-{3..5}.tar", "--out", "bad", *TEACHER, "--sidecars", "../joined", "--workers", "0"],
+    "error": [
+        "teacher",
+        "../data/train-{3..5}.tar",
+        "--out",
+        "bad",
+        *TEACHER,
+        "--sidecars",
+        "../joined",
+        "--workers",
+        "0",
+    ],
 }
 
 
@@ -50,7 +89,10 @@ def run(folder: Path) -> dict[str, list]:
     finally:
         os.chdir(before)
     return {
-        name: [result.exit_code, (result.stderr.splitlines() or [""])[-1] if result.exit_code else result.stdout]
+        name: [
+            result.exit_code,
+            (result.stderr.splitlines() or [""])[-1] if result.exit_code else result.stdout,
+        ]
         for name, result in results.items()
     }
 
@@ -63,13 +105,21 @@ def results(tmp_path_factory):
     torch.save(captioners.build().state_dict(), folder / "coca.pt")
     for number in range(3):
         tiny.write_shard(folder / "data" / f"train-{number}.tar")
-        samples = [("broken", {"png": b"no", "txt": b"x"}), ("good", {"png": png(number), "txt": b"a good one"})]
+        samples = [
+            ("broken", {"png": b"no", "txt": b"x"}),
+            ("good", {"png": png(number), "txt": b"a good one"}),
+        ]
         write(folder / "data" / f"train-{3 + number}.tar", samples)
         (folder / "joined").mkdir(exist_ok=True)
-        write(folder / "joined" / f"train-{3 + number}.tar", [("good", {"json": b'{"caption": "another"}'})])
+        write(
+            folder / "joined" / f"train-{3 + number}.tar",
+            [("good", {"json": b'{"caption": "another"}'})],
+        )
     (folder / "joined" / "train-4.tar").write_bytes(b"no tar" * 200)
     # More classes than the ten whose texts are encoded together.
-    (folder / "names.txt").write_text("\n".join([*tiny.COLOURS, *(f"colour {number}" for number in range(9))]))
+    (folder / "names.txt").write_text(
+        "\n".join([*tiny.COLOURS, *(f"colour {number}" for number in range(9))])
+    )
     for name in ("one", "two"):
         (folder / name).mkdir()
     one = run(folder / "one")
@@ -88,10 +138,18 @@ def test_ranks_do_what_one_process_does(results, command):
 
 def test_files_are_the_same(results):
     one, two = (
-        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        {
+            path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
         for folder in (results[2] / "one", results[2] / "two")
     )
-    compared = [path for path in one.keys() | two.keys() if not path.parts[0].startswith(("bad", "results-"))]
+    compared = [
+        path
+        for path in one.keys() | two.keys()
+        if not path.parts[0].startswith(("bad", "results-"))
+    ]
     assert len(compared) > 8
     assert [path for path in compared if one.get(path) != two.get(path)] == []
 
@@ -101,11 +159,14 @@ def test_an_error_of_one_rank_ends_all(results):
     assert one["error"][0] == 2
     assert "train-4.tar" in one["error"][1]
     code, line = one["error"]
-    assert second["error"] == [code, line.replace("simplclip: ", "simplclip: rank 1: ")]  # the rank that fails tells it
+    # the rank that fails tells it
+    assert second["error"] == [code, line.replace("simplclip: ", "simplclip: rank 1: ")]
     assert first["error"] == [1, ""]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group()
-    (Path(sys.argv[1]) / f"results-{os.environ['RANK']}.json").write_text(json.dumps(run(Path(sys.argv[1]))))
+    (Path(sys.argv[1]) / f"results-{os.environ['RANK']}.json").write_text(
+        json.dumps(run(Path(sys.argv[1])))
+    )

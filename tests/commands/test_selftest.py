@@ -1,4 +1,6 @@
-"""simplclip selftest: every op is checked; wrong kernels are found and named with the variable that avoids them."""
+"""simplclip selftest: every op is checked; wrong kernels are found and named with the variable that
+avoids them.
+"""
 
 import json
 import re
@@ -25,9 +27,15 @@ def test_every_op_is_checked():
 @pytest.mark.parametrize("op", selftest.CALLS)
 def test_each_backend_that_serves_is_checked(op):
     served = {(row.backend, row.dtype) for row in selftest.rows(CPU, [op])}
-    expected = {("reference", dtype) for dtype in selftest.EPS} | {(selftest.COMPILED, torch.float32)}
+    expected = {("reference", dtype) for dtype in selftest.EPS} | {
+        (selftest.COMPILED, torch.float32)
+    }
     rows = [selftest.Row(op, name, torch.float32) for name in backends.NAMES]
-    for name in (row.backend for row in rows if row.parts and any(row.serves(call, CPU) for call, _ in selftest.CALLS[op])):
+    for name in (
+        row.backend
+        for row in rows
+        if row.parts and any(row.serves(call, CPU) for call, _ in selftest.CALLS[op])
+    ):
         expected |= {(name, dtype) for dtype in selftest.EPS}
     assert served == expected
 
@@ -35,7 +43,9 @@ def test_each_backend_that_serves_is_checked(op):
 @pytest.fixture
 def spoil(monkeypatch):
     """Returns a function that replaces a backend's function of an op by wrong(function, call)."""
-    monkeypatch.setattr(selftest, "CALLS", {"shaped_attention": selftest.CALLS["shaped_attention"][:2]})
+    monkeypatch.setattr(
+        selftest, "CALLS", {"shaped_attention": selftest.CALLS["shaped_attention"][:2]}
+    )
     monkeypatch.setattr(registry, "_selected", {})
 
     def replace(op, backend, wrong):
@@ -63,11 +73,14 @@ def test_a_flipped_sign_is_found_and_named(spoil, tmp_path):
     assert re.search(r"\nshaped_attention, cpu, float16:\n    d_\w+: error", done.output)
     assert "\n    SIMPLCLIP_BACKEND=shaped_attention=reference avoids it\n" in done.output
     result = json.loads((tmp_path / "result.json").read_text())
-    failed = {(row["op"], row["backend"], row["dtype"]) for row in result["rows"] if row["failures"]}
+    failed = {
+        (row["op"], row["backend"], row["dtype"]) for row in result["rows"] if row["failures"]
+    }
     assert (result["passed"], failed) == (False, {("shaped_attention", "cpu", "float16")})
     assert result["environment"]["simplclip"] == simplclip.__version__
     for forced, right in ({}, False), ({"shaped_attention": "reference"}, True):
-        row = selftest.Row("shaped_attention", "", torch.float16)  # on the backend that comes first, or is forced
+        # on the backend that comes first, or is forced
+        row = selftest.Row("shaped_attention", "", torch.float16)
         with simplclip.backend(**forced):
             selftest.check(row, *selftest.CALLS["shaped_attention"][0], CPU)
         assert (not row.failures) == right
@@ -77,7 +90,8 @@ def test_a_flipped_sign_is_found_and_named(spoil, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda function, call: tree_map(torch.empty_like, function(call)), "out: error nan"),  # results are not written
+        # results are not written
+        (lambda function, call: tree_map(torch.empty_like, function(call)), "out: error nan"),
         (lambda function, call: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )

@@ -22,7 +22,10 @@ def in_wall_time():
 
 @pytest.fixture
 def horizontal_first(monkeypatch):
-    """Resizes RGB and grey horizontally first. Pillow 13 does not always: a fifth of open_clip's pixels change by a level."""
+    """Resizes RGB and grey horizontally first.
+
+    Pillow 13 does not always: a fifth of open_clip's pixels change by a level.
+    """
     both = Image.Image.resize
 
     def resize(image, size, resample, *options):

@@ -42,7 +42,8 @@ PLAIN = {
     "png of two colours": encode(RGB.convert("1"), "PNG"),
     "webp": encode(RGB, "WEBP"),
     "lossless webp": encode(RGB, "WEBP", lossless=True),
-    # As open_clip reads them: the first frame, not turned. A mode other than RGB and grey is kept until the image is resized.
+    # As open_clip reads them: the first frame, not turned. A mode other than RGB and grey is kept
+    # until the image is resized.
     "png with alpha": encode(CLEAR, "PNG"),
     "grey png with alpha": encode(CLEAR.convert("LA"), "PNG"),
     "webp with alpha": encode(CLEAR, "WEBP", lossless=True, exact=True),
@@ -82,22 +83,32 @@ def test_jpegs_of_every_kind_and_damage_are_what_pillow_makes_of_them(quality):
     draw = random.Random(quality)
     for number in range(60):
         image = photo(number % 3, (draw.randrange(1, 70), draw.randrange(1, 70)))
-        kind = {"progressive": number % 2 == 0, "subsampling": number % 3, "restart_marker_blocks": number % 5}
+        kind = {
+            "progressive": number % 2 == 0,
+            "subsampling": number % 3,
+            "restart_marker_blocks": number % 5,
+        }
         whole = encode(image, quality=quality, **kind)
         damaged = [bytearray(whole) for _ in range(8)]
         for file in damaged[1:]:
             for _ in range(draw.randrange(1, 5)):
                 place = draw.randrange(2, len(file))
-                file[place : place + draw.choice((1, 1, 9))] = draw.randbytes(draw.choice((1, 1, 0)))
+                file[place : place + draw.choice((1, 1, 9))] = draw.randbytes(
+                    draw.choice((1, 1, 0))
+                )
             del file[len(file) - draw.choice((0, 0, 0, len(file) // 3)) :]
-        outcomes = [[outcome(call, bytes(file)) for file in damaged] for call in (decode, decode_pil)]
+        outcomes = [
+            [outcome(call, bytes(file)) for file in damaged] for call in (decode, decode_pil)
+        ]
         assert outcomes[0] == outcomes[1]
         assert outcomes[0][0] == by_pillow(whole).tolist()
 
 
 @pytest.mark.slow
 def test_reasons():
-    jpg, png, webp = PLAIN["jpg"], PLAIN["png"], PLAIN["webp"]
+    jpg = PLAIN["jpg"]
+    png = PLAIN["png"]
+    webp = PLAIN["webp"]
     for call in (decode, decode_pil):
         for whole in (jpg, png, webp):
             assert reason(call, whole[: len(whole) // 2]) in ("truncated image", "not an image")
@@ -105,7 +116,15 @@ def test_reasons():
         assert reason(call, jpg[:-2]) == "truncated image"
         assert reason(call, png[: len(png) // 2]) == "truncated image"
     for call in (decode, decode_pil, open_image):
-        for file in (b"", b"hello", jpg[:40], png[:20], webp[:16], encode(RGB, "BMP"), encode(RGB, "GIF")):
+        for file in (
+            b"",
+            b"hello",
+            jpg[:40],
+            png[:20],
+            webp[:16],
+            encode(RGB, "BMP"),
+            encode(RGB, "GIF"),
+        ):
             assert reason(call, file) == "not an image"
 
 

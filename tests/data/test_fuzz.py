@@ -1,4 +1,5 @@
-"""Mutated tars: read in time, with no error but that of damage, and equally from a file and a stream.
+"""Mutated tars: read in time, with no error but that of damage, and equally from a file and a
+stream.
 
 To repeat a case: pytest tests/data/test_fuzz.py --cases 1 --first-case NUMBER
 """
@@ -57,7 +58,9 @@ def test_mutated_archives(tmp_path, monkeypatch, archives):
             local, streamed = read(str(path)), read(Address("http://host/a.tar"))
             assert local == streamed
             if files is not None:
-                expected = [(name, value) for name, value in files.items() if not name.endswith(".bin")]
+                expected = [
+                    (name, value) for name, value in files.items() if not name.endswith(".bin")
+                ]
                 assert local == (expected, {})
                 seen["whole"] += 1
         seen["damaged" if local[1].get("damaged tar") else "accepted"] += 1

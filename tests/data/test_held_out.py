@@ -1,4 +1,6 @@
-"""Held-out data: the same images in the same order, whatever the workers; layouts; damage; pictures."""
+"""Held-out data: the same images in the same order, whatever the workers; layouts; damage;
+pictures.
+"""
 
 import gc
 import multiprocessing
@@ -40,10 +42,12 @@ def pairs(batches):
 def test_the_whole_split_in_order_whatever_the_workers(pattern, workers):
     batches, skipped = read(pattern, workers)
     assert not skipped.counts
-    assert [len(images) for images, _, _ in batches] == [4, 1, 4, 4, 4, 2, 4]  # no batch goes over the end of a tar
+    # no batch goes over the end of a tar
+    assert [len(images) for images, _, _ in batches] == [4, 1, 4, 4, 4, 2, 4]
     assert [position for _, positions, _ in batches for position in positions] == [*range(COUNT)]
     assert [pair.key for pair in pairs(batches)] == [f"k{i:03d}" for i in range(COUNT)]
-    assert all(pair.captions == [f"{pair.key[1:].lstrip('0') or 0} a"] for pair in pairs(batches))  # of a json's the first
+    # of a json's the first
+    assert all(pair.captions == [f"{pair.key[1:].lstrip('0') or 0} a"] for pair in pairs(batches))
     assert all(pair.encoded == b"" for pair in pairs(batches))
     images = torch.cat([images for images, _, _ in batches])
     assert images.shape == (COUNT, 3, SIZE, SIZE)
@@ -53,16 +57,25 @@ def test_the_whole_split_in_order_whatever_the_workers(pattern, workers):
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_broken_samples_are_counted_once_and_leave_the_order(tmp_path, workers):
-    broken = {3: {"png": b"not an image", "txt": b"x"}, 4: {"txt": b"x"}, 7: {"png": png(7), "cls": b"many"}}
+    broken = {
+        3: {"png": b"not an image", "txt": b"x"},
+        4: {"txt": b"x"},
+        7: {"png": png(7), "cls": b"many"},
+    }
     samples = [(f"k{i:03d}", broken.get(i, {"png": png(i), "txt": b"fine"})) for i in range(9)]
     write(tmp_path / "a.tar", samples)
     torn = tmp_path / "b.tar"
     write(torn, [(f"t{i}", {"png": png(i), "txt": b"fine"}) for i in range(5)])
     torn.write_bytes(torn.read_bytes()[:5200])
     batches, skipped = read(str(tmp_path / "*.tar"), workers, batch_size=2)
-    assert skipped.counts == dict.fromkeys(("not an image", "missing image", "bad cls", "damaged tar"), 1)
+    assert skipped.counts == dict.fromkeys(
+        ("not an image", "missing image", "bad cls", "damaged tar"), 1
+    )
     assert "a.tar/k003" in skipped.examples["not an image"]
-    assert [pair.key for pair in pairs(batches)] == [f"k{i:03d}" for i in (0, 1, 2, 5, 6, 8)] + ["t0", "t1"]
+    assert [pair.key for pair in pairs(batches)] == [f"k{i:03d}" for i in (0, 1, 2, 5, 6, 8)] + [
+        "t0",
+        "t1",
+    ]
 
 
 def test_classes_of_folders(tmp_path):
@@ -83,12 +96,17 @@ def test_classes_of_folders(tmp_path):
         assert not any(pair.captions for pair in pairs(batches))
         assert skipped.counts == {"not an image": 1, "cannot be read": 2}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="data: expected a folder of images with captions, got .* which has no image"):
+    with pytest.raises(
+        InputError,
+        match="data: expected a folder of images with captions, got .* which has no image",
+    ):
         data.held_out(tmp_path / "empty")
 
 
 def test_classes_have_the_order_of_their_folders(tmp_path):
-    """As in torchvision's ImageFolder, whose numbers lists of names follow: "_" is behind "T", a space before it."""
+    """As in torchvision's ImageFolder, whose numbers lists of names follow: "_" is behind "T", a
+    space before it.
+    """
     for name in ("a_early", "aTarget", "b c", "b_c"):
         (tmp_path / "set#1" / name).mkdir(parents=True)
         (tmp_path / "set#1" / name / "0.png").write_bytes(png())
@@ -104,20 +122,29 @@ def test_classes_have_the_order_of_their_folders(tmp_path):
 def test_what_pack_takes_is_read_as_it_is(tmp_path, workers):
     """All captions of a row count; of a json beside an image the first one, as in shards."""
     (tmp_path / "texts").mkdir()
-    for name, texts in (("a.txt", "one\n two"), ("b.json", '{"captions": ["first", "second"], "label": "cat"}')):
+    for name, texts in (
+        ("a.txt", "one\n two"),
+        ("b.json", '{"captions": ["first", "second"], "label": "cat"}'),
+    ):
         (tmp_path / "texts" / name).write_text(texts)
         (tmp_path / "texts" / name).with_suffix(".png").write_bytes(png())
     rows = [(f"texts/{name}.png", f"{name} {which}") for name in "ab" for which in (1, 2)]
     table(tmp_path / "rows.csv", [*rows, ("texts/none.png", "x")])
     batches, skipped = read(tmp_path / "texts", workers)
-    assert [(pair.captions, pair.label) for pair in pairs(batches)] == [(["one two"], None), (["first"], "cat")]
+    assert [(pair.captions, pair.label) for pair in pairs(batches)] == [
+        (["one two"], None),
+        (["first"], "cat"),
+    ]
     batches, skipped = read(tmp_path / "rows.csv", workers, batch_size=2)
     assert [(pair.key, pair.captions) for pair in pairs(batches)] == [
         ("000000000", ["a 1", "a 2"]),
         ("000000002", ["b 1", "b 2"]),
     ]
     assert skipped.examples["cannot be read"].startswith("rows.csv/000000004")
-    assert [len(pair.captions) for pair in pairs(read(tmp_path / "rows.csv", captions=1)[0])] == [1, 1]
+    assert [len(pair.captions) for pair in pairs(read(tmp_path / "rows.csv", captions=1)[0])] == [
+        1,
+        1,
+    ]
     assert [*data.held_out(tmp_path / "rows.csv").pictures([1])] == [1]
     with pytest.raises(InputError, match="held: expected a table with a column"):
         data.held_out(table(tmp_path / "other.csv", rows, ("x", "y")), name="held")
@@ -133,7 +160,9 @@ def clip_benchmark(folder, **files):
 
 def test_clip_benchmarks_layout(tmp_path, monkeypatch):
     """Only there each line of a txt is a caption."""
-    clip_benchmark(tmp_path / "set" / "test", classnames="a\n b\n", zeroshot_classification_templates="a {c}")
+    clip_benchmark(
+        tmp_path / "set" / "test", classnames="a\n b\n", zeroshot_classification_templates="a {c}"
+    )
     clip_benchmark(tmp_path / "set" / "val", dataset_type="retrieval")
     for what in (tmp_path / "set", tmp_path / "set" / "test"):
         found = data.held_out(what)
@@ -152,14 +181,18 @@ def test_clip_benchmarks_layout(tmp_path, monkeypatch):
 
 
 def test_data_without_a_usable_sample(tmp_path):
-    with pytest.raises(data.EmptyDataError, match=r"data: expected usable samples, got none.*1 missing image"):
+    with pytest.raises(
+        data.EmptyDataError, match=r"data: expected usable samples, got none.*1 missing image"
+    ):
         read(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", ["the reader", "its caller"])
 def test_the_garbage_collector_does_not_wait_for_processes(pattern, fails):
-    """An error and the frames in its traceback are a cycle. torch would wait 5 s for each process of an iterator in it."""
+    """An error and the frames in its traceback are a cycle. torch would wait 5 s for each process
+    of an iterator in it.
+    """
 
     def transform(image):
         if fails == "the reader":

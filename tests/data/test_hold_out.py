@@ -1,4 +1,6 @@
-"""A share of the data is held out: the same samples for every reader, groups together, in training and in packing."""
+"""A share of the data is held out: the same samples for every reader, groups together, in training
+and in packing.
+"""
 
 import itertools
 import json
@@ -19,27 +21,40 @@ SHARE = 0.3
 
 @pytest.fixture(scope="module")
 def pattern(tmp_path_factory):
-    """Writes three shards with groups of two neighbours, one of which lies in two shards, and with a broken json."""
+    """Writes three shards with groups of two neighbours, one of which lies in two shards, and with
+    a broken json.
+    """
     folder = tmp_path_factory.mktemp("shards")
     for shard, (start, stop) in enumerate(((0, 5), (5, 19), (19, COUNT))):
         write(folder / f"train-{shard}.tar", [sample(i) for i in range(start, stop)])
-    write(folder / "train-3.tar", [("a", {"png": png(), "json": b"{"}), ("b", {"png": png(), "txt": b"alone"})])
+    write(
+        folder / "train-3.tar",
+        [("a", {"png": png(), "json": b"{"}), ("b", {"png": png(), "txt": b"alone"})],
+    )
     return str(folder / "train-*.tar")
 
 
 def held_of(shards, share=SHARE, workers=0, **more):
     skipped = Skipped()
     split = data.held_out({"shards": shards, "hold_out": share, **more})
-    return [pair.key for _, _, pairs in split.batches(resize, 4, skipped, workers) for pair in pairs], skipped, split
+    return (
+        [pair.key for _, _, pairs in split.batches(resize, 4, skipped, workers) for pair in pairs],
+        skipped,
+        split,
+    )
 
 
 def one_pass(shards, share, workers=1, ranks=1):
     """Returns the keys of the first pass of each worker and rank."""
     found = []
     for rank in range(ranks):
-        reader = loader(shards, workers=workers, rank=rank, world_size=ranks, batch_size=1, hold_out=share)
+        reader = loader(
+            shards, workers=workers, rank=rank, world_size=ranks, batch_size=1, hold_out=share
+        )
         for worker in range(workers):
-            items = itertools.takewhile(lambda item: item.number == 0, reader.items(worker, workers))
+            items = itertools.takewhile(
+                lambda item: item.number == 0, reader.items(worker, workers)
+            )
             found += [key for item in items for key in item.batch["key"]]
     return found
 
@@ -51,7 +66,9 @@ def test_training_and_evaluation_divide_the_samples(pattern, workers, ranks):
     everything = [f"k{i:03d}" for i in range(COUNT)] + ["b"]
     assert sorted(held + trained) == sorted(everything)
     assert 3 <= len(held) <= 12
-    assert not {key[1:] and int(key[1:]) // 2 for key in held if key != "b"} & {int(k[1:]) // 2 for k in trained if k != "b"}
+    assert not {key[1:] and int(key[1:]) // 2 for key in held if key != "b"} & {
+        int(k[1:]) // 2 for k in trained if k != "b"
+    }
     assert held_of(pattern, workers=2)[0] == held
     assert not skipped.counts, "the broken sample is training's, which counts it"
     assert {*held} < {*held_of(pattern, 0.6)[0]}, "a larger share has the samples of a smaller one"
@@ -82,29 +99,44 @@ def test_resuming_is_exact_with_a_share_held_out(pattern, workers):
 
 def test_counts_and_captions_that_stand_in_training(tmp_path):
     texts = ["a cat", "a dog", "a cat", "a bus"] * 10
-    shard = write(tmp_path / "a.tar", [(f"{i:02}", {"png": png(), "txt": text.encode()}) for i, text in enumerate(texts)])
+    shard = write(
+        tmp_path / "a.tar",
+        [(f"{i:02}", {"png": png(), "txt": text.encode()}) for i, text in enumerate(texts)],
+    )
     held = {int(key) for key in held_of(shard)[0]}
     train = Counter(text for i, text in enumerate(texts) if i not in held)
     twice = [shard, {"shards": shard, "weight": 1.5}]
     division = data.divided(twice, SHARE)
     assert division.train == round(2.5 * (40 - len(held)))
     once = data.divided(shard, SHARE)
-    assert once == (40 - len(held), len(held), len(held), sum(text in train for text in (texts[i] for i in held)))
+    assert once == (
+        40 - len(held),
+        len(held),
+        len(held),
+        sum(text in train for text in (texts[i] for i in held)),
+    )
     assert len(held_of(twice)[0]) == len(held), "held-out samples come once"
 
 
 def test_groups_of_a_sidecar_count(tmp_path):
-    """A sidecar's json replaces that of the shard, with other groups: training and evaluation divide by them."""
+    """A sidecar's json replaces that of the shard, with other groups: training and evaluation
+    divide by them.
+    """
     shard = write(tmp_path / "a.tar", [(f"{i:02}", {"png": png(), "txt": b"x"}) for i in range(40)])
     (tmp_path / "side").mkdir()
-    records = [(f"{i:02}", {"json": json.dumps({"caption": "y", "group": i // 10}).encode()}) for i in range(40)]
+    records = [
+        (f"{i:02}", {"json": json.dumps({"caption": "y", "group": i // 10}).encode()})
+        for i in range(40)
+    ]
     write(tmp_path / "side/a.tar", records)
     folders = [str(tmp_path / "side")]
     held = held_of(shard, 0.5, sidecars=folders)[0]
     assert {Counter(int(key) // 10 for key in held)[group] for group in range(4)} <= {0, 10}
     reader = loader(shard, workers=1, batch_size=1, hold_out=0.5, sidecars=folders)
     trained = itertools.takewhile(lambda item: item.number == 0, reader.items(0, 1))
-    assert sorted(held + [key for item in trained for key in item.batch["key"]]) == [f"{i:02}" for i in range(40)]
+    assert sorted(held + [key for item in trained for key in item.batch["key"]]) == [
+        f"{i:02}" for i in range(40)
+    ]
 
 
 def folder_of(path, names):
@@ -130,14 +162,19 @@ def test_packing_divides_into_two_kinds_of_shards(tmp_path, monkeypatch, capsys)
     (tmp_path / "photos/2019/broken.jpg").write_bytes(b"x")
     (tmp_path / "photos/2019/broken.txt").write_text("x")
     out = tmp_path / "out"
-    result = call("data", "pack", tmp_path / "photos", "--out", out, "--hold-out", SHARE, "--workers", 1)
+    result = call(
+        "data", "pack", tmp_path / "photos", "--out", out, "--hold-out", SHARE, "--workers", 1
+    )
     assert result.exit_code == 0, result.output
     train, held = sources(out, "train"), sources(out, "held")
     assert train | held == {f"photos/{name}" for name in names}
     assert not train & held
     assert 4 <= len(held) <= 20
     assert f"packed 40 samples of photos in {len([*out.glob('*.tar')])} shards" in result.output
-    assert f", of which {len(held)} are held out in {out}/held-*.tar; 1 skipped: 1 not an image" in result.output
+    assert (
+        f", of which {len(held)} are held out in {out}/held-*.tar; 1 skipped: 1 not an image"
+        in result.output
+    )
     entries = meta(out)["splits"]["data"]["shards"]
     assert sum(entry.get("rows", 0) for entry in entries.values()) == 41
     assert data.dataset_size(str(out / "train-*.tar")) == len(train)
@@ -145,13 +182,25 @@ def test_packing_divides_into_two_kinds_of_shards(tmp_path, monkeypatch, capsys)
     (out / sorted(path.name for path in out.glob("held-*"))[0]).unlink()
     assert (
         "packed 40 samples"
-        in call("data", "pack", tmp_path / "photos", "--out", out, "--hold-out", SHARE, "--workers", 1).output
+        in call(
+            "data", "pack", tmp_path / "photos", "--out", out, "--hold-out", SHARE, "--workers", 1
+        ).output
     )
     assert digests(out) == before
     other = call("data", "pack", tmp_path / "photos", "--out", out, "--hold-out", 0.2)
     assert "source.hold_out was 0.3, now 0.2" in other.output
 
     folder_of(tmp_path / "photos", ["2018/new", "2021/new"])  # no picture changes its side
-    call("data", "pack", tmp_path / "photos", "--out", tmp_path / "more", "--hold-out", SHARE, "--workers", 1)
+    call(
+        "data",
+        "pack",
+        tmp_path / "photos",
+        "--out",
+        tmp_path / "more",
+        "--hold-out",
+        SHARE,
+        "--workers",
+        1,
+    )
     assert held <= sources(tmp_path / "more", "held")
     assert train <= sources(tmp_path / "more", "train")

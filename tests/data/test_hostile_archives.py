@@ -1,6 +1,7 @@
 """Malicious archives and files of features, and the expected result for each.
 
-They are read as files and as streams. None of them hangs, writes outside its folder or takes much memory.
+They are read as files and as streams. None of them hangs, writes outside its folder or takes much
+memory.
 """
 
 import contextlib
@@ -19,7 +20,10 @@ from simplclip import data
 from simplclip.data import tars
 from simplclip.data.errors import Skipped
 
-DAMAGED, LARGE, SPARSE, TWICE = "damaged tar", "file too large", "sparse file", "duplicate file in tar"
+DAMAGED = "damaged tar"
+LARGE = "file too large"
+SPARSE = "sparse file"
+TWICE = "duplicate file in tar"
 GIB = 1 << 30
 
 
@@ -29,7 +33,9 @@ def after(*parts, then=True):
 
 
 def old_sparse(more):
-    """Returns a file of the older form whose map has `more` further blocks; each but the last is marked as continued."""
+    """Returns a file of the older form whose map has `more` further blocks; each but the last is
+    marked as continued.
+    """
     block = bytearray(header("k3.png", 512, b"S"))
     block[386:410] = block[483:495] + block[483:495]
     block[482], block[483:495] = more > 0, b"77777777777\0"
@@ -47,49 +53,112 @@ def new_sparse(*records):
 # name -> (a tar, the keys of the samples that are used, the counts of damage)
 ARCHIVES = {
     "a size below zero": (lambda: after(header("k3.png", b"-0000001000\0")), [1], {DAMAGED: 1}),
-    "a binary size below zero": (lambda: after(header("k3.png", b"\xff" * 11 + b"\0")), [1], {DAMAGED: 1}),
-    "a size above 2**63": (lambda: after(header("k3.png", b"\x80\0\0\0\x7f" + b"\xff" * 7)), [1], {DAMAGED: 1}),
+    "a binary size below zero": (
+        lambda: after(header("k3.png", b"\xff" * 11 + b"\0")),
+        [1],
+        {DAMAGED: 1},
+    ),
+    "a size above 2**63": (
+        lambda: after(header("k3.png", b"\x80\0\0\0\x7f" + b"\xff" * 7)),
+        [1],
+        {DAMAGED: 1},
+    ),
     "a size beyond the end": (lambda: after(header("k3.png", 1 << 20)), [1], {DAMAGED: 1}),
-    "a checksum below zero": (lambda: after(header("k3.png", checksum=b"-17777\0")), [1], {DAMAGED: 1}),
+    "a checksum below zero": (
+        lambda: after(header("k3.png", checksum=b"-17777\0")),
+        [1],
+        {DAMAGED: 1},
+    ),
     "a pax record of length 0": (lambda: after(pax(b"0 path=k3.png\n")), [1], {DAMAGED: 1}),
-    "a pax record of 5,000 digits": (lambda: after(pax(b"1" * 5000 + b" path=a\n")), [1], {DAMAGED: 1}),
+    "a pax record of 5,000 digits": (
+        lambda: after(pax(b"1" * 5000 + b" path=a\n")),
+        [1],
+        {DAMAGED: 1},
+    ),
     "a pax size below zero": (lambda: after(pax(record(b"size", b"-512"))), [1], {DAMAGED: 1}),
     "a pax header of 4 GiB": (lambda: after(header("pax", 4 * GIB, b"x")), [1], {DAMAGED: 1}),
-    "a long name of folders": (lambda: after(member("l", b"a/" * 400000 + b"b.c/.png", b"L")), [1], {DAMAGED: 1}),
-    "a name of 5,000 bytes": (
-        lambda: after(pax(record(b"path", b"a/" * 2500 + b"k.png")), member("a", PNG)), [1, 2], {"name too long": 1}
+    "a long name of folders": (
+        lambda: after(member("l", b"a/" * 400000 + b"b.c/.png", b"L")),
+        [1],
+        {DAMAGED: 1},
     ),
-    "pax headers without end": (lambda: after(pax(record(b"path", b"k3.png")) * 9999), [1], {DAMAGED: 1}),
+    "a name of 5,000 bytes": (
+        lambda: after(pax(record(b"path", b"a/" * 2500 + b"k.png")), member("a", PNG)),
+        [1, 2],
+        {"name too long": 1},
+    ),
+    "pax headers without end": (
+        lambda: after(pax(record(b"path", b"k3.png")) * 9999),
+        [1],
+        {DAMAGED: 1},
+    ),
     "pax headers for all": (
         lambda: after(pax(record(b"size", b"7"), record(b"path", b"k3.png"), kind=b"g")),
-        [1], {TWICE: 1, "missing caption": 1},
+        [1],
+        {TWICE: 1, "missing caption": 1},
     ),
     "a sparse file": (lambda: after(old_sparse(0), member("k3.txt", b"x")), [1, 2], {SPARSE: 1}),
-    "a sparse file with a long map": (lambda: after(old_sparse(9000), member("k3.txt", b"x")), [1, 2], {SPARSE: 1}),
+    "a sparse file with a long map": (
+        lambda: after(old_sparse(9000), member("k3.txt", b"x")),
+        [1, 2],
+        {SPARSE: 1},
+    ),
     "a sparse file, its map cut": (lambda: pair(1) + old_sparse(9)[:3000], [1], {DAMAGED: 1}),
     "a sparse file of pax 1.0": (
-        lambda: after(new_sparse((b"major", b"1"), (b"minor", b"0"), (b"realsize", b"%d" % 2**40))), [1, 2], {SPARSE: 1}
+        lambda: after(new_sparse((b"major", b"1"), (b"minor", b"0"), (b"realsize", b"%d" % 2**40))),
+        [1, 2],
+        {SPARSE: 1},
     ),
     "names that lead out": (
-        lambda: after(*(member(f"{way}{s}", PNG) for way in ("/tmp/out", "../../out") for s in (".png", ".json"))),
-        [1, 2], {"bad json": 2},
+        lambda: after(
+            *(
+                member(f"{way}{s}", PNG)
+                for way in ("/tmp/out", "../../out")
+                for s in (".png", ".json")
+            )
+        ),
+        [1, 2],
+        {"bad json": 2},
     ),
     "a name with a zero": (
-        lambda: after(pax(record(b"path", b"k3.png\0/x")), member("a", PNG)), [1, 2], {}
+        lambda: after(pax(record(b"path", b"k3.png\0/x")), member("a", PNG)),
+        [1, 2],
+        {},
     ),
     "names that are not UTF-8": (
-        lambda: after(member("\udcff\udcfe.png", PNG), member("\udcff\udcfe.txt", b"x")), [1, "\udcff\udcfe", 2], {}
+        lambda: after(member("\udcff\udcfe.png", PNG), member("\udcff\udcfe.txt", b"x")),
+        [1, "\udcff\udcfe", 2],
+        {},
     ),
     "names of a sample's own fields": (
-        lambda: after(*(member(f"k3.{name}", b"x") for name in ("__url__", "__shard__", "__key__", "__copy__"))), [1, 2], {}
+        lambda: after(
+            *(
+                member(f"k3.{name}", b"x")
+                for name in ("__url__", "__shard__", "__key__", "__copy__")
+            )
+        ),
+        [1, 2],
+        {},
     ),
     "a file twice": (lambda: after(member("k2.png", PNG)), [1, 2], {TWICE: 1}),
-    "many empty files": (lambda: after(*(header(f"{i:05d}.jpg") for i in range(4000))), [1, 2], {"missing caption": 4000}),
-    "a caption of 17 MiB": (lambda: after(member("k3.txt", bytes(17 << 20)), member("k3.png", PNG)), [1, 2], {LARGE: 1}),
-    "json of brackets": (lambda: after(member("k3.json", b"[" * 10**6), member("k3.png", PNG)), [1, 2], {"bad json": 1}),
+    "many empty files": (
+        lambda: after(*(header(f"{i:05d}.jpg") for i in range(4000))),
+        [1, 2],
+        {"missing caption": 4000},
+    ),
+    "a caption of 17 MiB": (
+        lambda: after(member("k3.txt", bytes(17 << 20)), member("k3.png", PNG)),
+        [1, 2],
+        {LARGE: 1},
+    ),
+    "json of brackets": (
+        lambda: after(member("k3.json", b"[" * 10**6), member("k3.png", PNG)),
+        [1, 2],
+        {"bad json": 1},
+    ),
     "an empty file": (lambda: b"", [], {DAMAGED: 1}),
     "a page": (lambda: b"<html>" * 999, [], {DAMAGED: 1}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +180,8 @@ def in_memory(room=600 << 20):
     former = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now + room, former[1]))
     try:
-        with pytest.raises(OSError, match="memory"):  # of the system: malloc may have free memory of an earlier test
+        # of the system: malloc may have free memory of an earlier test
+        with pytest.raises(OSError, match="memory"):
             mmap.mmap(-1, room + (64 << 20))
         yield
     finally:
@@ -155,7 +225,10 @@ def test_pax_headers_that_some_versions_of_python_take_for_damage(tmp_path, text
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["file", "stream"])
 def test_a_gibibyte_is_not_read_into_memory(tmp_path, form):
-    """Nothing of a file that is too large is held, and later files are read. A stream may also promise what never comes."""
+    """Nothing of a file that is too large is held, and later files are read.
+
+    A stream may also promise what never comes.
+    """
     path = tmp_path / "bomb.tar"
     with open(path, "wb") as file:
         file.write(pair(1) + header("k3.png", GIB))
@@ -174,7 +247,14 @@ def test_a_gibibyte_is_not_read_into_memory(tmp_path, form):
 def test_the_limit_of_a_file_can_be_set(tmp_path):
     """As file and stream; one file is exactly as large as the limit."""
     path, big = tmp_path / "a.tar", PNG + bytes(3000 - len(PNG))
-    write(path, [("a", {"png": big, "txt": b"x"}), ("b", {"png": PNG, "txt": b"x" * 3001}), ("c", {"png": big + b"x"})])
+    write(
+        path,
+        [
+            ("a", {"png": big, "txt": b"x"}),
+            ("b", {"png": PNG, "txt": b"x" * 3001}),
+            ("c", {"png": big + b"x"}),
+        ],
+    )
     for shard in (str(path), f"pipe:cat {path}"):
         found, skipped = one_pass(shard, max_bytes=3000)
         assert (found, skipped.counts) == (["a"], {LARGE: 2})

@@ -1,4 +1,6 @@
-"""Batches of training, with and without a teacher's features: parts of workers and ranks, resuming, broken data."""
+"""Batches of training, with and without a teacher's features: parts of workers and ranks, resuming,
+broken data.
+"""
 
 import itertools
 import json
@@ -46,7 +48,10 @@ def take(batches, count):
 
 
 def passes(shards, count, *, workers=1, ranks=1, **options):
-    """Returns the keys of the first passes of each worker of each rank: keys[pass][worker]. No process starts."""
+    """Returns the keys of the first passes of each worker of each rank: keys[pass][worker].
+
+    No process starts.
+    """
     keys = [[] for _ in range(count)]
     options = {"batch_size": 1, "shuffle_buffer": 4, "transform": resize} | options
     for rank in range(ranks):
@@ -66,7 +71,9 @@ def test_batches_hold_what_the_shards_hold(pattern, workers):
     batches = take(loader(pattern, workers=workers), 8)
     assert {len(b["key"]) for b in batches} == {4}
     shapes = {
-        name: (tuple(value.shape), value.dtype) for name, value in batches[0].items() if isinstance(value, torch.Tensor)
+        name: (tuple(value.shape), value.dtype)
+        for name, value in batches[0].items()
+        if isinstance(value, torch.Tensor)
     }
     assert shapes == {
         "image": ((4, 3, SIZE, SIZE), torch.float32),
@@ -88,7 +95,10 @@ def test_in_a_pass_no_sample_is_lost_doubled_or_shared(pattern, one, shards, wor
         assert sorted(key for of_worker in of_pass for key in of_worker) == ALL
         assert all(of_pass)
         if shards == "one":  # samples are dealt out
-            assert {len({int(key[1:]) % (workers * ranks) for key in of_worker}) for of_worker in of_pass} == {1}
+            assert {
+                len({int(key[1:]) % (workers * ranks) for key in of_worker})
+                for of_worker in of_pass
+            } == {1}
     assert found[0] != found[1]
 
 
@@ -100,7 +110,11 @@ def test_tiny_shards_are_dealt_out_over_all_of_them(tmp_path):
 
 
 def test_shuffle_mixes_shards_and_differs_by_pass_and_seed(pattern):
-    orders = [passes(pattern, 2, seed=seed, shuffle_buffer=COUNT)[number][0] for seed in (0, 1) for number in (0, 1)]
+    orders = [
+        passes(pattern, 2, seed=seed, shuffle_buffer=COUNT)[number][0]
+        for seed in (0, 1)
+        for number in (0, 1)
+    ]
     assert len({tuple(order) for order in orders}) == 4
     assert all(order != sorted(order) for order in orders)
     assert passes(pattern, 2, shuffle=False) == [[ALL], [ALL]]
@@ -110,24 +124,41 @@ def test_shuffle_mixes_shards_and_differs_by_pass_and_seed(pattern):
 def test_weights_say_how_often_shards_come(pattern, one):
     mixed = [{"shards": one, "weight": 2.25}, {"shards": pattern, "weight": 0.5}]
     counts = Counter(key for of_pass in passes(mixed, 40) for key in of_pass[0])
-    assert all(40 * 2.25 + 40 * 0.5 - 40 < count < 40 * 2.25 + 40 * 0.5 + 40 for count in counts.values())
-    twice = take(loader({"shards": one, "weight": 2}, shuffle_buffer=2 * COUNT, batch_size=2 * COUNT), 1)[0]
+    assert all(
+        40 * 2.25 + 40 * 0.5 - 40 < count < 40 * 2.25 + 40 * 0.5 + 40 for count in counts.values()
+    )
+    twice = take(
+        loader({"shards": one, "weight": 2}, shuffle_buffer=2 * COUNT, batch_size=2 * COUNT), 1
+    )[0]
     assert Counter(twice["key"]) == Counter(ALL * 2)
     first = {key: twice["key"].index(key) for key in ALL}
     again = {key: i for i, key in enumerate(twice["key"])}
-    assert any(not torch.equal(twice["image"][first[key]], twice["image"][again[key]]) for key in ALL)
+    assert any(
+        not torch.equal(twice["image"][first[key]], twice["image"][again[key]]) for key in ALL
+    )
 
 
-CASES = [(0, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (2, 2), (3, 1), (1, 2)))]
+CASES = [
+    (0, 1),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (2, 2), (3, 1), (1, 2))),
+]
 
 
 @pytest.mark.parametrize(("workers", "ranks"), CASES)
 @pytest.mark.parametrize("shards", ["many", "one"])
 def test_a_resumed_loader_goes_on_exactly(pattern, one, shards, workers, ranks):
     """The cuts are in the first pass, at its end, and in later ones; a state is plain ints."""
-    options = {"workers": workers, "world_size": ranks, "rank": ranks - 1, "shuffle_buffer": 5, "batch_size": 3}
+    options = {
+        "workers": workers,
+        "world_size": ranks,
+        "rank": ranks - 1,
+        "shuffle_buffer": 5,
+        "batch_size": 3,
+    }
     make = lambda state=None: loader(pattern if shards == "many" else one, state, **options)  # noqa: E731
-    reader, states, whole = make(), [], []
+    reader = make()
+    states = []
+    whole = []
     for batch in itertools.islice(reader, 24):
         whole.append(batch)
         states.append(json.loads(json.dumps(reader.state_dict())))
@@ -150,7 +181,9 @@ def test_what_was_consumed_is_not_decoded_again(pattern):
     assert calls["decoded"] == 3
 
 
-@pytest.mark.parametrize("other", [{"workers": 2}, {"world_size": 2}, {"rank": 1, "world_size": 2}, {"seed": 5}])
+@pytest.mark.parametrize(
+    "other", [{"workers": 2}, {"world_size": 2}, {"rank": 1, "world_size": 2}, {"seed": 5}]
+)
 def test_a_state_of_another_loader_is_refused(pattern, other):
     with pytest.raises(ValueError, match="state: expected one of (workers|world_size|rank|seed)"):
         loader(pattern, loader(pattern).state_dict(), **other)
@@ -165,7 +198,12 @@ def test_a_state_belongs_to_the_names_and_weights_of_its_shards(tmp_path):
     reader = loader(shards("old/a", "old/b"))
     take(reader, 5)
     state = json.loads(json.dumps(reader.state_dict()))
-    others = [shards("old/a"), shards("old/a", "old/c"), shards("old/b", "old/a"), shards("old/a", "old/b", "old/c")]
+    others = [
+        shards("old/a"),
+        shards("old/a", "old/c"),
+        shards("old/b", "old/a"),
+        shards("old/a", "old/b", "old/c"),
+    ]
     for other in (*others, [shards("old/a"), {"shards": shards("old/b"), "weight": 2}]):
         with pytest.raises(ValueError, match="state: expected one of shards_digest "):
             loader(other, state)
@@ -182,7 +220,8 @@ def test_caption_and_augmentation_do_not_depend_on_workers(pattern):
             key: (text_of(item.batch["text"][0]), item.batch["image"][0].tolist())
             for worker in range(workers)
             for item in itertools.takewhile(
-                lambda item: item.number < 1, loader(pattern, workers=workers, batch_size=1).items(worker, workers)
+                lambda item: item.number < 1,
+                loader(pattern, workers=workers, batch_size=1).items(worker, workers),
             )
             for key in item.batch["key"]
         }
@@ -227,13 +266,19 @@ def test_a_failing_transform_names_the_sample(pattern):
 
     with pytest.raises(TypeError, match="no such image") as caught:
         take(loader(pattern, transform=fail, shuffle=False), 1)
-    assert re.match(r"The transform failed on sample 'k000' of shard '.*train-000000\.tar'", caught.value.__notes__[0])
+    assert re.match(
+        r"The transform failed on sample 'k000' of shard '.*train-000000\.tar'",
+        caught.value.__notes__[0],
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_without_a_usable_sample_say_why(tmp_path, workers):
     path = write(tmp_path / "a.tar", [("broken", {"png": b"", "txt": b"x"})])
-    with pytest.raises(data.EmptyDataError, match=r"got none in '.*a\.tar'; 1 skipped: 1 not an image \(first: a.tar/broken"):
+    with pytest.raises(
+        data.EmptyDataError,
+        match=r"got none in '.*a\.tar'; 1 skipped: 1 not an image \(first: a.tar/broken",
+    ):
         take(loader(path, workers=workers), 1)
     with pytest.raises(data.EmptyDataError, match=r"got none in '.*b\.tar'; 0 skipped"):
         take(loader(write(tmp_path / "b.tar", []), workers=workers), 1)
@@ -244,13 +289,21 @@ def broken(number):
 
 
 def test_a_broken_shard_does_not_end_the_data(tmp_path):
-    """One of as many shards as workers: in some passes in a row a worker has nothing but the broken one."""
+    """One of as many shards as workers: in some passes in a row a worker has nothing but the broken
+    one.
+    """
     write(tmp_path / "bad.tar", [broken(i) for i in range(9)])
     good = write(tmp_path / "good.tar", [sample(i) for i in range(9)])
-    mixed, options, longest = str(tmp_path / "*.tar"), {"workers": 2, "batch_size": 4, "transform": resize}, Counter()
+    mixed = str(tmp_path / "*.tar")
+    options = {"workers": 2, "batch_size": 4, "transform": resize}
+    longest = Counter()
     for seed, worker in itertools.product(range(4), (0, 1)):
-        numbers = [item.number for item in take(loader(mixed, seed=seed, **options).items(worker, 2), 40)]
-        longest[seed] = max(longest[seed], *(after - before for before, after in itertools.pairwise(numbers)))
+        numbers = [
+            item.number for item in take(loader(mixed, seed=seed, **options).items(worker, 2), 40)
+        ]
+        longest[seed] = max(
+            longest[seed], *(after - before for before, after in itertools.pairwise(numbers))
+        )
     ((seed, passes_in_a_row),) = longest.most_common(1)
     assert passes_in_a_row > 3
     reader = loader(mixed, seed=seed, **options)
@@ -261,19 +314,28 @@ def test_a_broken_shard_does_not_end_the_data(tmp_path):
     # What comes in few passes only is waited for, too.
     assert take(loader([{"shards": good, "weight": 0.2}, str(tmp_path / "bad.tar")]), 9)
     assert take(loader({"shards": good, "weight": 0.2}), 9)
-    for seldom in ([{"shards": good, "weight": 1e-7}], [{"shards": good, "weight": 1e-7}, str(tmp_path / "bad.tar")]):
-        with pytest.raises(data.EmptyDataError, match="for worker 1 of 1 in 100 passes; .* larger weights may help"):
+    for seldom in (
+        [{"shards": good, "weight": 1e-7}],
+        [{"shards": good, "weight": 1e-7}, str(tmp_path / "bad.tar")],
+    ):
+        with pytest.raises(
+            data.EmptyDataError, match="for worker 1 of 1 in 100 passes; .* larger weights may help"
+        ):
             take(loader(seldom), 1)
 
 
 def test_a_worker_whose_share_is_always_broken_says_so(tmp_path):
     few = write(tmp_path / "few.tar", [sample(0)])
-    with pytest.raises(data.EmptyDataError, match=r"worker 2 of 2 in 100 passes; fewer data.workers"):
+    with pytest.raises(
+        data.EmptyDataError, match=r"worker 2 of 2 in 100 passes; fewer data.workers"
+    ):
         list(loader(few, workers=2, batch_size=1))
     path = write(tmp_path / "a.tar", [broken(i) if i == 7 else sample(i) for i in range(9)])
     options = {"world_size": 3, "workers": 3, "batch_size": 1}
     assert take(loader(path, rank=1, **options), 9)
-    with pytest.raises(data.EmptyDataError, match=r"worker 8 of 9 in 100 passes; .*: 100 missing caption"):
+    with pytest.raises(
+        data.EmptyDataError, match=r"worker 8 of 9 in 100 passes; .*: 100 missing caption"
+    ):
         take(loader(path, rank=2, **options), 9)
 
 
@@ -286,14 +348,18 @@ def test_a_worker_whose_share_is_always_broken_says_so(tmp_path):
     ],
 )
 def test_bad_counts(pattern, name, least, got):
-    with pytest.raises(ValueError, match=f"{name}: expected an integer of at least {least}, got {got}"):
+    with pytest.raises(
+        ValueError, match=f"{name}: expected an integer of at least {least}, got {got}"
+    ):
         loader(pattern, **{name: got})
     with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
         loader(pattern, rank=2, world_size=2)
 
 
 def features_of(number: int, captions: int) -> np.ndarray:
-    """Returns features whose row r of sample n is n + r / 8 everywhere, so that a row identifies its sample."""
+    """Returns features whose row r of sample n is n + r / 8 everywhere, so that a row identifies
+    its sample.
+    """
     return (number + np.arange(1 + captions)[:, None] / 8 + np.zeros(WIDTH)).astype(np.float16)
 
 
@@ -327,7 +393,9 @@ def test_rows_are_those_of_the_image_and_of_the_captions_drawn(shard, captions):
 
 def test_one_caption_is_drawn_as_without_a_teacher(shard):
     plain, taught = (take(loader(shard, teacher=teacher), 5) for teacher in (False, True))
-    assert bits(plain) == bits([{k: v for k, v in batch.items() if not k.startswith("teacher")} for batch in taught])
+    assert bits(plain) == bits(
+        [{k: v for k, v in batch.items() if not k.startswith("teacher")} for batch in taught]
+    )
 
 
 CAPTIONS = ["1 a", "1 b", "1 c"]
@@ -340,9 +408,18 @@ def crc(image):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        (sample(1), r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher"),
-        (taught(1, npy(features_of(1, 2))), r"features of other captions: they have changed since; run `simplclip teacher`"),
-        (taught(1, captions=digest_of(["1 a", "1 b", "2 c"])), r"sample 'k001' of shard '.*a.tar' has .* of other captions"),
+        (
+            sample(1),
+            r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher",
+        ),
+        (
+            taught(1, npy(features_of(1, 2))),
+            r"features of other captions: they have changed since; run `simplclip teacher`",
+        ),
+        (
+            taught(1, captions=digest_of(["1 a", "1 b", "2 c"])),
+            r"sample 'k001' of shard '.*a.tar' has .* of other captions",
+        ),
         (taught(1, captions=digest_of(CAPTIONS)), None),
         (taught(1, captions=digest_of(CAPTIONS), image=crc(png(1))), None),
         (
@@ -356,7 +433,15 @@ def test_features_that_are_not_the_samples(tmp_path, second, message):
     path = write(tmp_path / "a.tar", [taught(0), second])
     if message is None:
         assert len(
-            take(loader(path, teacher=True, batch_size=1, transform=AUGMENTED if "views" in str(second) else resize), 2)
+            take(
+                loader(
+                    path,
+                    teacher=True,
+                    batch_size=1,
+                    transform=AUGMENTED if "views" in str(second) else resize,
+                ),
+                2,
+            )
         )
     else:
         with pytest.raises(data.ShardError, match=message):
@@ -365,15 +450,26 @@ def test_features_that_are_not_the_samples(tmp_path, second, message):
 
 
 def test_the_stamp_of_a_folder(tmp_path):
-    wrong = ({}, {"logit_scale": math.nan}, {"logit_scale": 1, "width": 0}, {"logit_scale": 1, "views": {"number": 1}})
-    stamps = {"a": {"logit_scale": 10}, "b": {"logit_scale": 11}} | {f"c{n}": stamp for n, stamp in enumerate(wrong)}
+    wrong = (
+        {},
+        {"logit_scale": math.nan},
+        {"logit_scale": 1, "width": 0},
+        {"logit_scale": 1, "views": {"number": 1}},
+    )
+    stamps = {"a": {"logit_scale": 10}, "b": {"logit_scale": 11}} | {
+        f"c{n}": stamp for n, stamp in enumerate(wrong)
+    }
     for name, stamp in stamps.items():
         write((folder := tmp_path / name).mkdir() or folder / "x.tar", [])
-        (folder / "meta.json").write_text(json.dumps({"teacher": {"name": "t", "width": 6} | stamp}))
+        (folder / "meta.json").write_text(
+            json.dumps({"teacher": {"name": "t", "width": 6} | stamp})
+        )
     assert data.teacher_stamp([tmp_path / "a"]) == {"name": "t", "width": 6, "logit_scale": 10.0}
     assert data.teacher_stamp([tmp_path / name for name in stamps])["logit_scale"] == 11.0
     for folders in ([tmp_path / "c0"], []):
-        with pytest.raises(data.ShardError, match=r"data.sidecars: expected a teacher's features, .*got \["):
+        with pytest.raises(
+            data.ShardError, match=r"data.sidecars: expected a teacher's features, .*got \["
+        ):
             data.teacher_stamp(folders)
 
 
@@ -381,9 +477,13 @@ def test_the_stamp_of_a_folder(tmp_path):
 def test_features_that_are_not_finite_break_their_sample(tmp_path, value):
     features = features_of(1, 3)
     features[2, 3] = value
-    reader = loader(write(tmp_path / "a.tar", [taught(0), taught(1, npy(features))]), teacher=True, batch_size=1)
+    reader = loader(
+        write(tmp_path / "a.tar", [taught(0), taught(1, npy(features))]), teacher=True, batch_size=1
+    )
     assert set(keys(take(reader, 4))) == {"k000"}
-    assert "bad teacher features (first: a.tar/k001: expected finite numbers)" in str(reader.skipped)
+    assert "bad teacher features (first: a.tar/k001: expected finite numbers)" in str(
+        reader.skipped
+    )
 
 
 def test_an_image_that_broke_after_the_teacher_ran_is_counted(tmp_path):
@@ -397,18 +497,24 @@ def test_an_image_that_broke_after_the_teacher_ran_is_counted(tmp_path):
 AUGMENTED = ImageTransform(PreprocessCfg(size=8), AugmentationCfg())
 
 
-@pytest.mark.parametrize("view", [5, {"crop": "x"}, {"image": [1, 2], "crop": [5]}, {"affine": []}, {"colour": [9] * 9}])
+@pytest.mark.parametrize(
+    "view", [5, {"crop": "x"}, {"image": [1, 2], "crop": [5]}, {"affine": []}, {"colour": [9] * 9}]
+)
 def test_a_view_that_cannot_be_replayed_breaks_its_sample(tmp_path, view):
     features = npy(features_of(1, 3))
     samples = [taught(0), taught(1, features, captions=digest_of(CAPTIONS), views=[view])]
-    reader = loader(write(tmp_path / "a.tar", samples), teacher=True, batch_size=1, transform=AUGMENTED)
+    reader = loader(
+        write(tmp_path / "a.tar", samples), teacher=True, batch_size=1, transform=AUGMENTED
+    )
     assert {key for batch in take(reader, 3) for key in batch["key"]} == {"k000"}
     assert reader.skipped.counts["bad teacher features"] >= 2
 
 
 def test_the_files_that_an_image_passes(one):
     """From tar to batch: at most eight files of this library."""
-    augmented = ImageTransform(PreprocessCfg(size=8), {"color_jitter": (0.1,) * 4, "color_jitter_prob": 1.0})
+    augmented = ImageTransform(
+        PreprocessCfg(size=8), {"color_jitter": (0.1,) * 4, "color_jitter_prob": 1.0}
+    )
     batches, files = iter(loader(one, transform=augmented)), set()
     sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))
     try:

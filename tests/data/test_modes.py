@@ -1,4 +1,6 @@
-"""Images of every mode have open_clip's pixels: its own transform is called for each, in evaluation and in training."""
+"""Images of every mode have open_clip's pixels: its own transform is called for each, in evaluation
+and in training.
+"""
 
 import io
 import warnings
@@ -16,14 +18,17 @@ from simplclip.data.loader import pixels_of
 from simplclip.data.samples import Pair
 from simplclip.data.transforms import ImageTransform
 
-SIZES = {"small": (7, 9), "exact": (32, 32), "odd": (53, 37), "wide": (20, 90), "tall": (110, 33)}  # height and width
+# height and width
+SIZES = {"small": (7, 9), "exact": (32, 32), "odd": (53, 37), "wide": (20, 90), "tall": (110, 33)}
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # by 90 degrees, which open_clip ignores
 
 
 def with_alpha(image, seed=1):
     """Returns an image whose alpha has every value, and the colours behind it."""
-    alpha = np.random.default_rng(seed).integers(-200, 456, (image.height, image.width)).clip(0, 255)
+    alpha = (
+        np.random.default_rng(seed).integers(-200, 456, (image.height, image.width)).clip(0, 255)
+    )
     image = image.copy()
     image.putalpha(Image.fromarray(alpha.astype(np.uint8)))
     return image
@@ -46,25 +51,37 @@ MODES = {
     "LA": lambda image: encode(with_alpha(image.convert("L")), "PNG"),
     "P": lambda image: encode(palette(image), "PNG"),
     "P with a transparent colour": lambda image: encode(palette(image), "PNG", transparency=1),
-    "P with transparency": lambda image: encode(palette(image), "PNG", transparency=bytes(range(0, 256, 16))),
+    "P with transparency": lambda image: encode(
+        palette(image), "PNG", transparency=bytes(range(0, 256, 16))
+    ),
     "RGB": lambda image: encode(image, "PNG"),
     "jpg that viewers turn": lambda image: encode(image, exif=TURNED),
-    "RGB with a transparent colour": lambda image: encode(image, "PNG", transparency=image.getpixel((0, 0))),
+    "RGB with a transparent colour": lambda image: encode(
+        image, "PNG", transparency=image.getpixel((0, 0))
+    ),
     "L with a transparent colour": lambda image: encode(
         image.convert("L"), "PNG", transparency=image.convert("L").getpixel((0, 0))
     ),
     "RGBA": lambda image: encode(with_alpha(image), "PNG"),
     "RGBA webp": lambda image: encode(with_alpha(image), "WEBP", lossless=True, exact=True),
     "CMYK": lambda image: encode(with_alpha(image).convert("RGBA").convert("CMYK")),
-    "CMYK in memory": lambda image: Image.frombytes("CMYK", image.size, with_alpha(image).tobytes()),
+    "CMYK in memory": lambda image: Image.frombytes(
+        "CMYK", image.size, with_alpha(image).tobytes()
+    ),
     "I;16": sixteen_bits,
     "I": lambda image: image.convert("L").convert("I").point(lambda value: value * 2 - 99),
     "F": lambda image: image.convert("L").convert("F").point(lambda value: value * 1.5 - 99.3),
     "RGBa": lambda image: with_alpha(image).convert("RGBa"),
     "YCbCr": lambda image: image.convert("YCbCr"),
-    "gif": lambda image: Image.open(io.BytesIO(encode(image, "GIF", save_all=True, append_images=[image.rotate(180)]))),
-    "animated png": lambda image: encode(with_alpha(image), "PNG", save_all=True, append_images=[image.rotate(180)]),
-    "animated webp": lambda image: encode(with_alpha(image), "WEBP", save_all=True, append_images=[image.rotate(180)]),
+    "gif": lambda image: Image.open(
+        io.BytesIO(encode(image, "GIF", save_all=True, append_images=[image.rotate(180)]))
+    ),
+    "animated png": lambda image: encode(
+        with_alpha(image), "PNG", save_all=True, append_images=[image.rotate(180)]
+    ),
+    "animated webp": lambda image: encode(
+        with_alpha(image), "WEBP", save_all=True, append_images=[image.rotate(180)]
+    ),
 }
 CONFIGS = {
     "shortest": PreprocessCfg(32),
@@ -75,8 +92,11 @@ CONFIGS = {
 
 
 def check(mode, image, cfg, train):
-    """Compares every way to the pixels of an image, a file or in memory, with open_clip's transform."""
-    theirs, ours = image_transform_v2(cfg, is_train=train), ImageTransform(cfg, {} if train else None)
+    """Compares every way to the pixels of an image, a file or in memory, with open_clip's
+    transform.
+    """
+    theirs = image_transform_v2(cfg, is_train=train)
+    ours = ImageTransform(cfg, {} if train else None)
     is_file = isinstance(image, bytes)
 
     def opened():
@@ -87,7 +107,10 @@ def check(mode, image, cfg, train):
     if is_file:
         view = ours.draw(opened().height, opened().width)
         pair = Pair(image, [], {}, "key", "url", "shard")
-        ways += [ours.finish(pixels[None])[0] for pixels in (ours(image), ours.apply(image, view), pixels_of(ours, pair))]
+        ways += [
+            ours.finish(pixels[None])[0]
+            for pixels in (ours(image), ours.apply(image, view), pixels_of(ours, pair))
+        ]
         ways.append(pixels_of(theirs, pair))
     most = 2.01 if opened().mode in ("RGB", "L") else 0.01
     for found in ways:
@@ -103,14 +126,21 @@ def test_pixels_equal_open_clips(mode, size, horizontal_first, monkeypatch):
     for cfg in CONFIGS.values():
         check(mode, image, cfg, train=False)
     height, width = SIZES[size]
-    for crop in ([0, 0, height, width], [2, 1, height - 3, width - 2], [1, 3, height // 2, width // 2]):
-        monkeypatch.setattr(RandomResizedCrop, "get_params", staticmethod(lambda *_, crop=crop: crop))
+    for crop in (
+        [0, 0, height, width],
+        [2, 1, height - 3, width - 2],
+        [1, 3, height // 2, width // 2],
+    ):
+        monkeypatch.setattr(
+            RandomResizedCrop, "get_params", staticmethod(lambda *_, crop=crop: crop)
+        )
         check(mode, image, CONFIGS["shortest"], train=True)
 
 
 def test_open_clip_raises_for_premultiplied_alpha():
     premultiplied = with_alpha(photo().convert("L")).convert("La")
-    theirs, ours = image_transform_v2(CONFIGS["shortest"], is_train=False), ImageTransform(CONFIGS["shortest"])
+    theirs = image_transform_v2(CONFIGS["shortest"], is_train=False)
+    ours = ImageTransform(CONFIGS["shortest"])
     for transform in (theirs, ours):
         with pytest.raises(ValueError, match="La"):
             transform(premultiplied)
@@ -129,12 +159,16 @@ def test_a_transparent_palette_gives_no_warning_and_stays_as_it_is():
 
 def test_opaque_pictures_are_black_where_they_are_transparent():
     for image in (with_alpha(photo()), with_alpha(photo().convert("L"))):
-        colours, alpha = np.asarray(image.convert("RGB")).astype(int), np.asarray(image.getchannel("A"))
+        colours = np.asarray(image.convert("RGB")).astype(int)
+        alpha = np.asarray(image.getchannel("A"))
         seen = np.asarray(opaque(image)).astype(int)
         assert (seen[alpha == 0] == 0).all()
         assert (seen[alpha == 255] == colours[alpha == 255]).all()
         assert abs(seen - colours)[alpha > 100].max() <= 2
-        assert Pair(encode(image, "PNG"), [], {}, "", "", "").image.tobytes() == opaque(image).tobytes()
+        assert (
+            Pair(encode(image, "PNG"), [], {}, "", "", "").image.tobytes()
+            == opaque(image).tobytes()
+        )
     assert opaque(photo()).tobytes() == photo().tobytes()
 
 
@@ -147,8 +181,16 @@ def test_pictures_of_one_colour_and_with_transparency_are_seen(size):
     for colour in ((0, 0, 0), (200, 10, 90)):
         plain = Image.new("RGB", size, colour)
         files = [encode(plain, form) for form in ("JPEG", "PNG", "WEBP")]
-        files += [encode(plain, quality=98, subsampling=0), encode(plain, progressive=True), encode(plain, keep_rgb=True)]
-        files += [encode(plain.convert(mode), "PNG") for mode in ("1", "L", "P")] if sum(colour) == 0 else []
+        files += [
+            encode(plain, quality=98, subsampling=0),
+            encode(plain, progressive=True),
+            encode(plain, keep_rgb=True),
+        ]
+        files += (
+            [encode(plain.convert(mode), "PNG") for mode in ("1", "L", "P")]
+            if sum(colour) == 0
+            else []
+        )
         files += [encode(plain.convert("CMYK")), encode(plain, "WEBP", lossless=True)]
         assert [remarks(file) for file in files] == [["of"]] * len(files)
     # A drawing in black whose shape is in its alpha alone, on the white that is hidden behind it.
@@ -174,7 +216,11 @@ def test_other_pictures_are_not_and_most_photos_are_not_decoded(monkeypatch):
         assert remarks(whole[: len(whole) // 2]) == []
     decoded = []
     monkeypatch.setattr(Image.Image, "thumbnail", lambda image, size: decoded.append(image.mode))
-    for whole in (encode(image, quality=90), encode(image, "WEBP", lossless=True), encode(image, "PNG")):
+    for whole in (
+        encode(image, quality=90),
+        encode(image, "WEBP", lossless=True),
+        encode(image, "PNG"),
+    ):
         assert remarks(whole) == decoded == []
     remarks(encode(with_alpha(image), "PNG"))
     assert decoded == ["RGBA"]

@@ -1,4 +1,6 @@
-"""Packing: every form of pairs as shards, rows that are bad, hostile files, and stops at any moment."""
+"""Packing: every form of pairs as shards, rows that are bad, hostile files, and stops at any
+moment.
+"""
 
 import json
 import os
@@ -41,17 +43,37 @@ def folder(tmp_path_factory):
     """Writes the same images and captions in every form."""
     here = tmp_path_factory.mktemp("forms")
     for number, name in enumerate(
-        ("img/a", "img/sub/b", "texts/a", "texts/b", "classes/cat_x/1", "classes/cat_x/2", "classes/dog/1")
+        (
+            "img/a",
+            "img/sub/b",
+            "texts/a",
+            "texts/b",
+            "classes/cat_x/1",
+            "classes/cat_x/2",
+            "classes/dog/1",
+        )
     ):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / f"{name}.png").write_bytes(png(number))
     table(here / "rows.csv", ROWS)
     table(here / "rows.tsv", ROWS, separator="\t")
-    table(here / "other.csv", [(text, path.removeprefix("img/")) for path, text in ROWS], ("what", "where"), ";")
+    table(
+        here / "other.csv",
+        [(text, path.removeprefix("img/")) for path, text in ROWS],
+        ("what", "where"),
+        ";",
+    )
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     paths, texts = map(list, zip(*ROWS))
-    parquet.write_table(pyarrow.table({"caption": texts, "image_path": paths}), here / "rows.parquet", row_group_size=2)
-    split = [{"filepath": os.path.dirname(path), "filename": os.path.basename(path), "split": "val"} for path, _ in IMAGES]
+    parquet.write_table(
+        pyarrow.table({"caption": texts, "image_path": paths}),
+        here / "rows.parquet",
+        row_group_size=2,
+    )
+    split = [
+        {"filepath": os.path.dirname(path), "filename": os.path.basename(path), "split": "val"}
+        for path, _ in IMAGES
+    ]
     for entry, (_, captions) in zip(split, IMAGES):
         entry["sentences"] = [{"raw": f" {text} "} for text in captions]
     gone = {"filename": "gone.png", "split": "train", "sentences": [{"raw": "not of this split"}]}
@@ -61,8 +83,12 @@ def folder(tmp_path_factory):
         ("karpathy", {"images": [gone, *split]}),
         ("coco", {"images": images, "annotations": annotations}),
     ):
-        (here / f"{name}.json").write_text("\ufeff" * (name == "coco") + json.dumps(content), "utf-8")
-    (here / "texts/a.json").write_text(json.dumps({"captions": ["one", "two"], "group": "g", "label": "x"}))
+        (here / f"{name}.json").write_text(
+            "\ufeff" * (name == "coco") + json.dumps(content), "utf-8"
+        )
+    (here / "texts/a.json").write_text(
+        json.dumps({"captions": ["one", "two"], "group": "g", "label": "x"})
+    )
     (here / "texts/b.txt").write_text("\ufefftwo\n lines\n", "utf-8")
     return here
 
@@ -98,9 +124,10 @@ def test_every_form(folder, tmp_path, monkeypatch, kind):
     first, *_ = samples(shards).values()
     assert first["png"] == png({"texts": 2, "classes": 4}.get(kind, 0))  # the file's own bytes
     record = json.loads(first["json"])
-    assert (record.get("group"), record.get("label")) == {"texts": ("g", "x"), "classes": ("cat x",) * 2}.get(
-        kind, (None,) * 2
-    )
+    assert (record.get("group"), record.get("label")) == {
+        "texts": ("g", "x"),
+        "classes": ("cat x",) * 2,
+    }.get(kind, (None,) * 2)
     assert meta(tmp_path / "out")["splits"]["data"]["samples"] == len(wanted)
     assert {*folder.rglob("*")} == before
 
@@ -131,15 +158,45 @@ def test_separators_and_wrong_tables(tmp_path):
         path = table(tmp_path / "t.csv", [["a.png", "one"]], separator=separator)
         assert packed(path, tmp_path / f"out{ord(separator)}")[0] == [("000000000", ["one"])]
     for name, content, options, message in (
-        ("t.csv", None, Options(image_key="x"), r"a column x \(image_key\), got '.*t.csv' with the columns 'filepath'"),
-        ("u.csv", "path,title\n".encode("utf-16"), Options(), "in UTF-16: iconv -f UTF-16 -t UTF-8"),
+        (
+            "t.csv",
+            None,
+            Options(image_key="x"),
+            r"a column x \(image_key\), got '.*t.csv' with the columns 'filepath'",
+        ),
+        (
+            "u.csv",
+            "path,title\n".encode("utf-16"),
+            Options(),
+            "in UTF-16: iconv -f UTF-16 -t UTF-8",
+        ),
         ("p.parquet", b"PAR1", Options(), "expected a parquet file, got"),
-        ("j.json", b'{"a": 1}', Options(), "as in Karpathy's or COCO's JSON, got .*KeyError: 'images'"),
+        (
+            "j.json",
+            b'{"a": 1}',
+            Options(),
+            "as in Karpathy's or COCO's JSON, got .*KeyError: 'images'",
+        ),
         ("d.json", b"[" * 100_000, Options(), "nested too deeply"),
-        ("s.json", b'{"images": [{"split": "a"}, {"split": "b"}]}', Options(), "splits a, b, as .*s.json#a, got none"),
-        ("x.tar", b"", Options(), "that ends in .csv, .tsv, .parquet or .json, got .*; training reads tars as they are"),
+        (
+            "s.json",
+            b'{"images": [{"split": "a"}, {"split": "b"}]}',
+            Options(),
+            "splits a, b, as .*s.json#a, got none",
+        ),
+        (
+            "x.tar",
+            b"",
+            Options(),
+            "that ends in .csv, .tsv, .parquet or .json, got .*; training reads tars as they are",
+        ),
         ("none.csv", None, Options(), "got '.*none.csv', which does not exist"),
-        ("", None, Options(image_key="x"), "image_key: expected none, as '.*' has no such part, got 'x'"),
+        (
+            "",
+            None,
+            Options(image_key="x"),
+            "image_key: expected none, as '.*' has no such part, got 'x'",
+        ),
         ("t.csv", None, Options(split="x"), "split: expected none"),
         ("", None, Options(), "got none that is usable in .*; 1 skipped: 1 missing caption"),
     ):
@@ -150,13 +207,18 @@ def test_separators_and_wrong_tables(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("rows", [9, 1500])  # a field of fewer and of more characters than csv's limit
+# a field of fewer and of more characters than csv's limit
+@pytest.mark.parametrize("rows", [9, 1500])
 def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
-    path = table(tmp_path / "t.csv", [[f"{number}.png", f"{number} {'x' * 100}"] for number in range(rows)])
+    path = table(
+        tmp_path / "t.csv", [[f"{number}.png", f"{number} {'x' * 100}"] for number in range(rows)]
+    )
     Path(path).write_text(Path(path).read_text().replace("7.png,7 x", '7.png,"7 x', 1))
     found = list(forms.open_source(path, Options()).rows())
     assert [row.name for row in found if row.problem] == ["t.csv/000000007"]
-    assert [row.captions[0].split()[0] for row in found if not row.problem] == [str(n) for n in range(rows) if n != 7]
+    assert [row.captions[0].split()[0] for row in found if not row.problem] == [
+        str(n) for n in range(rows) if n != 7
+    ]
 
 
 @pytest.mark.slow
@@ -164,11 +226,16 @@ def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
 def test_no_large_table_is_held(tmp_path, kind):
     """Rows are a stream: reading 20,000 of them holds those of one piece."""
     path, count = str(tmp_path / f"t.{kind}"), 20_000
-    columns = {"filepath": [f"images/{n:09d}.jpg" for n in range(count)], "title": [f"a photo of {n}" for n in range(count)]}
+    columns = {
+        "filepath": [f"images/{n:09d}.jpg" for n in range(count)],
+        "title": [f"a photo of {n}" for n in range(count)],
+    }
     if kind == "csv":
         table(path, zip(*columns.values()))
     else:
-        pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").table(columns), path)
+        pytest.importorskip("pyarrow.parquet").write_table(
+            pytest.importorskip("pyarrow").table(columns), path
+        )
     del columns
     tracemalloc.start()
     source = forms.open_source(path, Options())
@@ -188,20 +255,42 @@ def test_hostile_rows_are_counted(tmp_path, monkeypatch):
     (tmp_path / "torn.png").write_bytes(png()[:12])
     with open(tmp_path / "huge.jpg", "wb") as file:
         file.truncate(1 << 40)
-    images = ["good.png", "pipe.png", "/dev/zero", "/dev/stdin", "../../../../../../etc/passwd", "text.png", "torn.png",
-              "huge.jpg", "a\0b.png", ".", "", "http://x/y.jpg", "pipe:true", "x" * 5000]  # fmt: skip
+    images = [
+        "good.png",
+        "pipe.png",
+        "/dev/zero",
+        "/dev/stdin",
+        "../../../../../../etc/passwd",
+        "text.png",
+        "torn.png",
+        "huge.jpg",
+        "a\0b.png",
+        ".",
+        "",
+        "http://x/y.jpg",
+        "pipe:true",
+        "x" * 5000,
+    ]
     entries = [{"filename": image, "sentences": [{"raw": image or "none"}]} for image in images]
     (tmp_path / "rows.json").write_text(json.dumps({"images": entries}))
     found, skipped = packed(tmp_path / "rows.json", tmp_path / "out")
     assert found == [("good.png", ["good.png"])]
-    unreadable = {"cannot be read": 7, "file too large": 1, "not a local file": 2, "not an image": 3}
+    unreadable = {
+        "cannot be read": 7,
+        "file too large": 1,
+        "not a local file": 2,
+        "not an image": 3,
+    }
     assert skipped == unreadable
-    assert list(members(tmp_path / "out" / "rows-000000.tar")) == ["000000000.png", "000000000.json"]
+    assert list(members(tmp_path / "out" / "rows-000000.tar")) == [
+        "000000000.png",
+        "000000000.json",
+    ]
     table(tmp_path / "urls.csv", [(f"https://x/{number}.jpg", "x") for number in range(3000)])
     told = one_line("data", "pack", tmp_path / "urls.csv", "--out", tmp_path / "none")
     assert (
-        "3000 not a local file (first: urls.csv/000000000: 'https://x/0.jpg', which is not a path; of URLs img2dataset"
-        in told
+        "3000 not a local file (first: urls.csv/000000000: 'https://x/0.jpg', which is not a path; "
+        "of URLs img2dataset" in told
     )
 
 
@@ -224,8 +313,13 @@ def test_a_folder_whose_captions_change_is_another_source(tmp_path):
 def test_another_meta_json_is_refused(tmp_path, rows, entries):
     packed(rows, tmp_path / "out")
     path = tmp_path / "out/meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"splits": {"data": {"shards": entries}}}))
-    with pytest.raises(InputError, match="expected a new folder or that of an earlier run, got .* with another meta.json"):
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"splits": {"data": {"shards": entries}}})
+    )
+    with pytest.raises(
+        InputError,
+        match="expected a new folder or that of an earlier run, got .* with another meta.json",
+    ):
         packed(rows, tmp_path / "out")
 
 
@@ -241,29 +335,55 @@ def test_a_run_in_the_folder_of_its_data_does_not_change_them(tmp_path):
 def test_entries_of_json_files_that_are_incomplete_cost_no_other(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "b.png").write_bytes(png())
-    coco = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": n, "caption": f"{n}"} for n in (1, 2)]}
-    karpathy = {"images": [{"filename": "b.png"}, {"filename": "a.png", "sentences": [{"raw": "1"}]}]}
-    for name, content, reason in (("c", coco, "cannot be read"), ("k", karpathy, "missing caption")):
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"image_id": n, "caption": f"{n}"} for n in (1, 2)],
+    }
+    karpathy = {
+        "images": [{"filename": "b.png"}, {"filename": "a.png", "sentences": [{"raw": "1"}]}]
+    }
+    for name, content, reason in (
+        ("c", coco, "cannot be read"),
+        ("k", karpathy, "missing caption"),
+    ):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-        assert packed(tmp_path / f"{name}.json", tmp_path / name) == ([("a.png", ["1"])], {reason: 1})
+        assert packed(tmp_path / f"{name}.json", tmp_path / name) == (
+            [("a.png", ["1"])],
+            {reason: 1},
+        )
 
 
 def test_images_that_lie_elsewhere_are_told_how_to_name_their_folder(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(png())
-    coco = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "one"}]}
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"image_id": 1, "caption": "one"}],
+    }
     (tmp_path / "c.json").write_text(json.dumps(coco))
     told = one_line("data", "pack", tmp_path / "c.json", "--out", tmp_path / "none")
     missing = f"'{tmp_path}/a.png' does not exist; try --images (in a config `images`)"
     assert missing in told
-    assert packed(tmp_path / "c.json", tmp_path / "out", Options(images=str(tmp_path / "in"))) == ([("a.png", ["one"])], {})
+    assert packed(tmp_path / "c.json", tmp_path / "out", Options(images=str(tmp_path / "in"))) == (
+        [("a.png", ["one"])],
+        {},
+    )
 
 
 def test_pictures_with_transparency_and_of_one_colour_are_told(tmp_path, monkeypatch):
-    """Several shards and processes, and again when nothing is left to pack; a picture that is left out is not counted."""
+    """Several shards and processes, and again when nothing is left to pack; a picture that is left
+    out is not counted.
+    """
     monkeypatch.setattr(pack, "SAMPLES", 2)
-    clear = Image.frombytes("LA", (30, 30), bytes([0, 255, 255, 0]) * 450)  # black lines, and white where it is transparent
-    pictures = {"1": photo(), "2": clear, "3": clear.convert("RGBA"), "4": Image.new("RGB", (30, 30), "red"), "5": clear}
+    # black lines, and white where it is transparent
+    clear = Image.frombytes("LA", (30, 30), bytes([0, 255, 255, 0]) * 450)
+    pictures = {
+        "1": photo(),
+        "2": clear,
+        "3": clear.convert("RGBA"),
+        "4": Image.new("RGB", (30, 30), "red"),
+        "5": clear,
+    }
     for name, picture in pictures.items():
         (tmp_path / f"{name}.png").write_bytes(encode(picture, "PNG"))
         (tmp_path / f"{name}.txt").write_text("a picture" if name != "5" else "")
@@ -271,9 +391,17 @@ def test_pictures_with_transparency_and_of_one_colour_are_told(tmp_path, monkeyp
     for start in ("packed 4 samples", "kept 4 samples"):
         output = call(*command).output
         assert start in output
-        assert f"2 with transparency, which the model does not see, such as '{tmp_path}/2.png'; see Pixels in docs/" in output
-        assert f"3 of one colour as the model sees them, such as '{tmp_path}/2.png'; see Pixels in docs/data.md" in output
-    remarks = tar_writer.skipped_in(meta(tmp_path / "out")["splits"]["data"]["shards"].values(), "remarks")
+        assert (
+            f"2 with transparency, which the model does not see, such as '{tmp_path}/2.png'; see "
+            "Pixels in docs/" in output
+        )
+        assert (
+            f"3 of one colour as the model sees them, such as '{tmp_path}/2.png'; see Pixels in "
+            "docs/data.md" in output
+        )
+    remarks = tar_writer.skipped_in(
+        meta(tmp_path / "out")["splits"]["data"]["shards"].values(), "remarks"
+    )
     assert remarks.counts == {
         "with transparency, which the model does not see": 2,
         "of one colour as the model sees them": 3,
@@ -281,7 +409,10 @@ def test_pictures_with_transparency_and_of_one_colour_are_told(tmp_path, monkeyp
     (tmp_path / "photo").mkdir()
     (tmp_path / "photo/1.png").write_bytes(encode(photo(), "PNG"))
     (tmp_path / "photo/1.txt").write_text("a photo")
-    assert "docs/data.md" not in call("data", "pack", tmp_path / "photo", "--out", tmp_path / "plain").output
+    assert (
+        "docs/data.md"
+        not in call("data", "pack", tmp_path / "photo", "--out", tmp_path / "plain").output
+    )
 
 
 @pytest.mark.slow
@@ -289,7 +420,9 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     texts = [f"a photo of {number % 7}" for number in range(300)]
     parquet.write_table(pyarrow.table({"filepath": texts, "title": texts}), tmp_path / "t.parquet")
-    whole, draw, damaged = (tmp_path / "t.parquet").read_bytes(), random.Random(0), []
+    whole = (tmp_path / "t.parquet").read_bytes()
+    draw = random.Random(0)
+    damaged = []
     for _ in range(150):
         file = bytearray(whole)
         file[draw.randrange(len(file))] = draw.randrange(256)
@@ -306,11 +439,17 @@ def test_images_of_one_name_are_different_samples(tmp_path):
     (tmp_path / "in/dog").mkdir(parents=True)
     for name in ("1.png", "1.JPG", "2.png"):
         (tmp_path / "in/dog" / name).write_bytes(png())
-    assert packed(tmp_path / "in", tmp_path / "out")[0] == [("dog/1", ["dog"]), ("dog/1", ["dog"]), ("dog/2", ["dog"])]
+    assert packed(tmp_path / "in", tmp_path / "out")[0] == [
+        ("dog/1", ["dog"]),
+        ("dog/1", ["dog"]),
+        ("dog/2", ["dog"]),
+    ]
 
 
 def test_links_to_folders(tmp_path):
-    """A class may be a link to a folder; a link to its own parent or to the disk's root costs nothing."""
+    """A class may be a link to a folder; a link to its own parent or to the disk's root costs
+    nothing.
+    """
     (tmp_path / "all/dog/deep").mkdir(parents=True)
     for name in ("all/dog/1.png", "all/dog/deep/2.png"):
         (tmp_path / name).write_bytes(png())
@@ -334,7 +473,9 @@ def rows(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for number in range(10):
         (tmp_path / f"in/{number}.png").write_bytes(png(number) if number % 3 else b"none")
-    return table(tmp_path / "in/t.csv", [(f"{number}.png", f"number {number}") for number in range(10)])
+    return table(
+        tmp_path / "in/t.csv", [(f"{number}.png", f"number {number}") for number in range(10)]
+    )
 
 
 @pytest.mark.slow
@@ -354,7 +495,10 @@ def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
     first = call(*command)
     assert first.exit_code == 0, first.output
     assert "packed 6 samples of t.csv in 3 shards" in first.output
-    assert "4 skipped: 4 not an image (first: t.csv/000000000: 4 bytes that are not jpg, png or webp)" in first.output
+    assert (
+        "4 skipped: 4 not an image (first: t.csv/000000000: 4 bytes that are not jpg, png or webp)"
+        in first.output
+    )
     assert "words: median 2, 95 % up to 2, at most 2" in first.output
     assert "t.csv/000000001: number 1" in first.output
     before = digests(tmp_path / "out")
@@ -363,7 +507,10 @@ def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
     (tmp_path / "out/t-000001.tar").unlink()
     assert "packed 6 samples" in call(*command).output
     assert digests(tmp_path / "out") == before
-    for change in (lambda: call(*command, "--caption-key", "title"), lambda: os.utime(rows, (0, 0)) or call(*command)):
+    for change in (
+        lambda: call(*command, "--caption-key", "title"),
+        lambda: os.utime(rows, (0, 0)) or call(*command),
+    ):
         output = change().output
         assert "to hold what an earlier run made of the same" in output
         assert "remove it or choose another folder" in output
@@ -410,7 +557,9 @@ def test_a_process_that_is_killed(tmp_path, rows, monkeypatch, victim):
     (tmp_path / "out").mkdir()
     child = os.fork()
     if not child:
-        with pytest.raises(pack.PackError, match=r"a process died before .* the same command goes on where it was"):
+        with pytest.raises(
+            pack.PackError, match=r"a process died before .* the same command goes on where it was"
+        ):
             pack.pack(rows, tmp_path / "out", workers=2, progress=False)
         os._exit(7)
     deadline = time.monotonic() + 30
@@ -429,10 +578,23 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
     monkeypatch.chdir(folder)
     tars = ["a.tar", Path("b.tar"), "http://host/rows.csv", "pipe:cat rows.csv"]
     columns = {"image_key": "where", "caption_key": "what", "images": "img"}
-    source = [*tars, "rows.csv", {"shards": ["other.csv", "c.tar"], "weight": 2, **columns}, "rows.tsv"]
+    source = [
+        *tars,
+        "rows.csv",
+        {"shards": ["other.csv", "c.tar"], "weight": 2, **columns},
+        "rows.tsv",
+    ]
     found = pack.packed(source, tmp_path / "out")
-    shard = {name: [str(tmp_path / f"out/{name}/{name.split('-')[0]}-000000.tar")] for name in ("other", "rows", "rows-2")}
-    assert found == [*tars, shard["rows"], {"shards": [shard["other"], "c.tar"], "weight": 2}, shard["rows-2"]]
+    shard = {
+        name: [str(tmp_path / f"out/{name}/{name.split('-')[0]}-000000.tar")]
+        for name in ("other", "rows", "rows-2")
+    }
+    assert found == [
+        *tars,
+        shard["rows"],
+        {"shards": [shard["other"], "c.tar"], "weight": 2},
+        shard["rows-2"],
+    ]
     assert capsys.readouterr().out.count("packed ") == 3
     before = digests(tmp_path / "out", "*/*.tar")
     assert pack.packed(source, tmp_path / "out") == found

@@ -30,7 +30,10 @@ def test_lines_without_a_terminal(clock, capsys):
         assert capsys.readouterr().err == ""  # work of a few seconds prints nothing
         clock.now += 10
         bar.update(490)
-        assert capsys.readouterr().err == "pack: 1,500 of 10,000 samples (15%), 50 samples/s, 02:50 left\n"
+        assert (
+            capsys.readouterr().err
+            == "pack: 1,500 of 10,000 samples (15%), 50 samples/s, 02:50 left\n"
+        )
         clock.now += 5
         bar.update(1)
         assert capsys.readouterr().err == ""

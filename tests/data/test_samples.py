@@ -50,7 +50,10 @@ def test_image_kinds(tmp_path, suffix, form):
     ],
 )
 def test_where_captions_come_from(tmp_path, files, caption):
-    assert text_of(one(tmp_path, {"png": png()} | files)["text"][0]) == caption.encode()[:12].decode().strip()
+    assert (
+        text_of(one(tmp_path, {"png": png()} | files)["text"][0])
+        == caption.encode()[:12].decode().strip()
+    )
 
 
 def test_groups(tmp_path):
@@ -63,7 +66,8 @@ def test_groups(tmp_path):
     shards = [str(tmp_path / "*.tar"), str(tmp_path / "other" / "*.tar")]
     groups = next(iter(loader(shards, batch_size=6, shuffle=False)))["group"].tolist()
     assert groups[0] == groups[2]  # both name the group "cat"
-    assert len(set(groups)) == 5  # equal keys in two shards are two samples, and a key is not a group's name
+    # equal keys in two shards are two samples, and a key is not a group's name
+    assert len(set(groups)) == 5
     assert all(0 <= group < 2**63 for group in groups)
     # The hash is pinned, since it must be the same in every process and version.
     assert groups[0] == samples.stable_hash("group/cat") >> 1 == 5663915147306578298
@@ -97,11 +101,18 @@ def test_broken_samples_are_skipped_and_counted(tmp_path):
     assert skipped.counts == expected
     line = str(skipped)
     assert line.startswith(f"{len(broken)} skipped: ")
-    assert all(f"{count} {reason} (first: a.tar/broken" in line for reason, count in expected.items())
+    assert all(
+        f"{count} {reason} (first: a.tar/broken" in line for reason, count in expected.items()
+    )
 
 
 def test_a_double_file_is_counted_and_the_first_one_used(tmp_path):
-    files = [sample(0), ("a", {"png": png(), "txt": b"first"}), ("a", {"txt": b"second"}), sample(1)]
+    files = [
+        sample(0),
+        ("a", {"png": png(), "txt": b"first"}),
+        ("a", {"txt": b"second"}),
+        sample(1),
+    ]
     path = write(tmp_path / "a.tar", files)
     found, skipped = one_pass(path)
     assert (found, skipped.counts) == (["k000", "a", "k001"], {"duplicate file in tar": 1})
@@ -115,12 +126,17 @@ def member(path, name):
 
 
 @pytest.mark.parametrize("form", ["file", "stream"])
-@pytest.mark.parametrize("where", ["inside a file", "inside a header", "between files", "garbage header"])
+@pytest.mark.parametrize(
+    "where", ["inside a file", "inside a header", "between files", "garbage header"]
+)
 def test_samples_before_the_damage_are_used(tmp_path, where, form):
     path = write(tmp_path / "torn.tar", [sample(i) for i in range(6)])
     other = write(tmp_path / "whole.tar", [sample(i) for i in range(6, 9)])
     start = member(path, "k004.png").offset
-    os.truncate(path, start + {"inside a file": tarfile.BLOCKSIZE + 10, "inside a header": 100}.get(where, 0))
+    os.truncate(
+        path,
+        start + {"inside a file": tarfile.BLOCKSIZE + 10, "inside a header": 100}.get(where, 0),
+    )
     if where == "garbage header":
         with open(path, "ab") as file:
             file.write(b"\x17" * 4096)
@@ -145,8 +161,12 @@ def test_damage_costs_no_usable_sample(tmp_path, torn, usable):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("why", ["missing", "no permission"])
-def test_a_shard_that_cannot_be_read_ends_the_loader_and_names_itself(tmp_path, workers, why, monkeypatch):
-    """It may be a disk or network that fails for a while: nothing is left out in silence, and a resumed run goes on."""
+def test_a_shard_that_cannot_be_read_ends_the_loader_and_names_itself(
+    tmp_path, workers, why, monkeypatch
+):
+    """It may be a disk or network that fails for a while: nothing is left out in silence, and a
+    resumed run goes on.
+    """
     path = write(tmp_path / "odd.tar", [sample(0)])
     whole = write(tmp_path / "whole.tar", [sample(i) for i in range(9)])
     monkeypatch.setattr(tars, "RETRIES", (0.01,))
@@ -155,14 +175,20 @@ def test_a_shard_that_cannot_be_read_ends_the_loader_and_names_itself(tmp_path, 
     os.unlink(path) if why == "missing" else os.chmod(path, 0)
     os.seteuid(user or 65534) if why == "no permission" else None  # root can read every file
     try:
-        with pytest.raises(data.ShardError, match=r"shard '.*odd\.tar' cannot be read: (No such file|Permission denied)"):
+        with pytest.raises(
+            data.ShardError,
+            match=r"shard '.*odd\.tar' cannot be read: (No such file|Permission denied)",
+        ):
             list(reader)
     finally:
         os.seteuid(user)
 
 
 def test_a_disk_that_recovers_costs_and_doubles_nothing(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.tar", [sample(0), ("broken", {"png": b"", "txt": b"x"}), *(sample(i) for i in range(1, 6))])
+    path = write(
+        tmp_path / "a.tar",
+        [sample(0), ("broken", {"png": b"", "txt": b"x"}), *(sample(i) for i in range(1, 6))],
+    )
     monkeypatch.setattr(tars, "RETRIES", (0.0, 0.0))
     real, reads = tars._contents, []
 
@@ -183,7 +209,9 @@ def test_dataset_size_is_that_of_a_meta_json_that_fits(tmp_path):
     path = write(tmp_path / "a.tar", [sample(i) for i in range(6)])
     assert data.dataset_size(path) is None
     entry = {"samples": 8, "bytes": os.path.getsize(path)}
-    (tmp_path / "meta.json").write_text(json.dumps({"splits": {"train": {"shards": {"a.tar": entry}}}}))
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"splits": {"train": {"shards": {"a.tar": entry}}}})
+    )
     assert data.dataset_size(path) == 8
     assert data.dataset_size([path, {"shards": path, "weight": 2.5}]) == 28
     assert data.dataset_size([path, f"pipe:cat {path}"]) is None
@@ -192,8 +220,11 @@ def test_dataset_size_is_that_of_a_meta_json_that_fits(tmp_path):
         text = json.dumps({"splits": {"train": {"shards": {"a.tar": entry | {"samples": number}}}}})
         (tmp_path / "meta.json").write_text(text)
         assert data.dataset_size(path) is None
-    (tmp_path / "meta.json").write_text(json.dumps({"splits": {"train": {"shards": {"a.tar": entry}}}}))
-    os.truncate(path, os.path.getsize(path) - 512)  # the shard is no longer the file that was listed
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"splits": {"train": {"shards": {"a.tar": entry}}}})
+    )
+    # the shard is no longer the file that was listed
+    os.truncate(path, os.path.getsize(path) - 512)
     assert data.dataset_size(path) is None
 
 

@@ -1,4 +1,6 @@
-"""Pixels equal open_clip's, draws have its distribution, views replay bit for bit, colours change as in torchvision."""
+"""Pixels equal open_clip's, draws have its distribution, views replay bit for bit, colours change
+as in torchvision.
+"""
 
 import functools
 import json
@@ -9,7 +11,12 @@ import numpy as np
 import pytest
 import torch
 from open_clip import get_model_config, get_pretrained_cfg
-from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from open_clip.transform import (
+    AugmentationCfg,
+    PreprocessCfg,
+    image_transform_v2,
+    merge_preprocess_dict,
+)
 from photos import encode, photo
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
@@ -32,7 +39,11 @@ def drawings(count=6):
     """Returns emoji, as in the built-in data."""
     sources = example.load("emoji/sources")
     few = sources.concepts()[:: 1800 // count][:count]
-    return [sources.square(vendor.draw(concept)) for vendor in sources.vendors().values() for concept in few]
+    return [
+        sources.square(vendor.draw(concept))
+        for vendor in sources.vendors().values()
+        for concept in few
+    ]
 
 
 SIZES = ((512, 512), (240, 320), (333, 500), (640, 427), (100, 91), (224, 224), (30, 700))
@@ -50,10 +61,14 @@ EVALUATION = {
     "ViT-B-16-SigLIP": real("ViT-B-16-SigLIP", "webli"),
     "MobileCLIP2-S0": real("MobileCLIP2-S0", "dfndr2b"),
     "ViT-B-16-SigLIP2-512": real("ViT-B-16-SigLIP2-512", "webli"),
-    "longest": PreprocessCfg(size=96, resize_mode="longest", interpolation="bilinear", fill_color=128),
+    "longest": PreprocessCfg(
+        size=96, resize_mode="longest", interpolation="bilinear", fill_color=128
+    ),
     "longest, not square": PreprocessCfg(size=(96, 64), resize_mode="longest"),
     "shortest, not square": PreprocessCfg(size=(64, 96), interpolation="bilinear"),
-    "squash, not square": PreprocessCfg(size=(64, 96), resize_mode="squash", interpolation="bilinear"),
+    "squash, not square": PreprocessCfg(
+        size=(64, 96), resize_mode="squash", interpolation="bilinear"
+    ),
 }
 
 
@@ -73,7 +88,8 @@ def test_evaluation_equals_open_clip(name, order, request):
         assert found.shape == expected.shape
         levels = (found - expected).abs() * std * 255
         same_order = order == "horizontal_first"
-        assert levels.max() < (2.01 if same_order else 32)  # overshoots at edges are clipped in another order
+        # overshoots at edges are clipped in another order
+        assert levels.max() < (2.01 if same_order else 32)
         assert levels.mean() < (0.05 if same_order else 0.25)
         assert torch.equal(ours(decode_pil(file)), found)
         assert torch.equal(ours(file), ours.apply(file, {}))
@@ -86,11 +102,14 @@ def test_what_the_registry_gives_equals_open_clip():
         assert ours.size == EVALUATION[cfg].input_size[1:]
         assert ours.mean == tuple(EVALUATION[cfg].mean)
         assert (
-            ours(decode_pil(PHOTOS[0])) - image_transform_v2(EVALUATION[cfg], False)(decode_pil(PHOTOS[0]))
+            ours(decode_pil(PHOTOS[0]))
+            - image_transform_v2(EVALUATION[cfg], False)(decode_pil(PHOTOS[0]))
         ).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("augment", [{}, {"scale": (0.08, 1.0)}, {"scale": (0.3, 0.5), "ratio": (0.9, 2.0)}])
+@pytest.mark.parametrize(
+    "augment", [{}, {"scale": (0.08, 1.0)}, {"scale": (0.3, 0.5), "ratio": (0.9, 2.0)}]
+)
 def test_crops_are_torchvisions(augment):
     ours = ImageTransform(PreprocessCfg(), augment)
     scale, ratio = augment.get("scale", (0.9, 1.0)), augment.get("ratio", (3 / 4, 4 / 3))
@@ -108,7 +127,9 @@ def test_pixels_of_a_crop_equal_pils(file, horizontal_first):
     for _ in range(20):
         view = ours.draw(*size_of(file))
         top, left, height, width = view["crop"]
-        expected = TF.resized_crop(image, top, left, height, width, [64, 64], TF.InterpolationMode.BICUBIC)
+        expected = TF.resized_crop(
+            image, top, left, height, width, [64, 64], TF.InterpolationMode.BICUBIC
+        )
         levels = (ours.render(decode(file), view).int() - TF.pil_to_tensor(expected).int()).abs()
         assert levels.max() <= 2
         assert levels.float().mean() < 0.05
@@ -118,10 +139,18 @@ def test_pixels_of_a_crop_equal_pils(file, horizontal_first):
 def test_a_jpeg_is_decoded_smaller_where_the_crop_allows(size, monkeypatch):
     decoded = []
     monkeypatch.setattr(
-        transforms, "decode", lambda *args, **options: decoded.append(decode(*args, **options)) or decoded[-1]
+        transforms,
+        "decode",
+        lambda *args, **options: decoded.append(decode(*args, **options)) or decoded[-1],
     )
     ours, file = ImageTransform(PreprocessCfg(size=size), {"scale": (0.5, 1.0)}), PHOTOS[0]
-    for crop in ([0, 0, 512, 512], [9, 3, 497, 507], [100, 50, 400, 300], [10, 20, 257, 300], [10, 20, 255, 300]):
+    for crop in (
+        [0, 0, 512, 512],
+        [9, 3, 497, 507],
+        [100, 50, 400, 300],
+        [10, 20, 257, 300],
+        [10, 20, 255, 300],
+    ):
         view = {"image": [512, 512], "crop": crop}
         found = ours.apply(file, view).float()
         assert found.shape == (3, size, size)
@@ -133,7 +162,12 @@ def test_a_jpeg_is_decoded_smaller_where_the_crop_allows(size, monkeypatch):
     assert decoded[0].shape == (3, 512, 512)  # evaluation uses open_clip's transform
 
 
-AUGMENT = {"scale": (0.3, 1.0), "color_jitter": (0.4, 0.4, 0.4, 0.1), "color_jitter_prob": 0.8, "gray_scale_prob": 0.2}
+AUGMENT = {
+    "scale": (0.3, 1.0),
+    "color_jitter": (0.4, 0.4, 0.4, 0.1),
+    "color_jitter_prob": 0.8,
+    "gray_scale_prob": 0.2,
+}
 
 
 @pytest.mark.parametrize("augment", ["affine", AUGMENT, {}, None])
@@ -186,7 +220,15 @@ def test_affine_is_what_it_was():
         assert -5 <= shear[0] <= 5
         assert shear[1] == 0
         small = image.resize((48, 48), Image.Resampling.BICUBIC)
-        moved = TF.affine(small, angle, [x, y], zoom, shear, interpolation=TF.InterpolationMode.BILINEAR, fill=[255] * 3)
+        moved = TF.affine(
+            small,
+            angle,
+            [x, y],
+            zoom,
+            shear,
+            interpolation=TF.InterpolationMode.BILINEAR,
+            fill=[255] * 3,
+        )
         del view["colour"]
         found = ours.render(decode(encode(image, "PNG")), view).float()
         levels = (found - TF.pil_to_tensor(moved).float()).abs()
@@ -198,9 +240,16 @@ def test_affine_is_what_it_was():
 
 @pytest.mark.parametrize("grey", [0.0, 1.0])
 def test_colours_change_as_torchvisions(grey):
-    """To the bit as ColorJitter and RandomGrayscale change uint8, and up to rounding as they change PIL images."""
+    """To the bit as ColorJitter and RandomGrayscale change uint8, and up to rounding as they change
+    PIL images.
+    """
     settings, image = (0.9, 0.9, 0.9, 0.5), photo(3, (48, 48))
-    augment = {"scale": (1.0, 1.0), "color_jitter": settings, "color_jitter_prob": 1.0, "gray_scale_prob": grey}
+    augment = {
+        "scale": (1.0, 1.0),
+        "color_jitter": settings,
+        "color_jitter_prob": 1.0,
+        "gray_scale_prob": grey,
+    }
     ours, pixels = ImageTransform(PreprocessCfg(size=48), augment), TF.pil_to_tensor(image)
     theirs = v2.Compose([v2.ColorJitter(*settings), v2.RandomGrayscale(grey)])
 
@@ -233,7 +282,10 @@ def test_draws_of_colour():
     orders, counts = rows[~kept, 4:8].unique(dim=0, return_counts=True)
     assert len(orders) == 24
     assert counts.max() < 1.5 * counts.min()
-    only = [ImageTransform(PreprocessCfg(), {"gray_scale_prob": 0.5}).draw(9, 9)["colour"] for _ in range(200)]
+    only = [
+        ImageTransform(PreprocessCfg(), {"gray_scale_prob": 0.5}).draw(9, 9)["colour"]
+        for _ in range(200)
+    ]
     assert {tuple(row[:8]) for row in only} == {(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0)}
     assert 60 < sum(row[8] for row in only) < 140
 
@@ -247,7 +299,9 @@ def test_finish(channels_last):
     for batch in (images, images.contiguous(memory_format=torch.channels_last)):
         found = ours.finish(batch, channels_last=channels_last)
         expected = TF.normalize(batch / 255, cfg.mean, cfg.std)
-        assert found.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        assert found.is_contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
         assert torch.equal(batch, before)
 
@@ -272,22 +326,50 @@ def test_an_image_one_pixel_wide_does_not_become_gigabytes():
     assert ImageTransform(PreprocessCfg(size=224), {})(file).shape == (3, 224, 224)
     for mode in ("L", "LA"):  # open_clip raises, as its height becomes 0
         file = encode(Image.new(mode, (600, 1)), "PNG")
-        assert ImageTransform(PreprocessCfg(size=32, resize_mode="longest"))(file).shape == (3, 32, 32)
+        assert ImageTransform(PreprocessCfg(size=32, resize_mode="longest"))(file).shape == (
+            3,
+            32,
+            32,
+        )
 
 
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
-        ("flip", r"augment: expected 'affine', 'none' or fields of AugmentationCfg \(scale, .*\), got 'flip'"),
-        ({"scal": (0.1, 1)}, r"augment: expected .* fields of AugmentationCfg \(scale, .*\), got \{'scal'"),
-        ({"use_timm": True}, "augment.use_timm: expected none, as timm's transforms take PIL images, got True"),
-        ({"re_prob": 0.25}, "augment.re_prob: expected none, as timm's transforms take PIL images, got 0.25"),
-        ({"color_jitter": 0.4}, "augment.color_jitter: expected brightness, contrast, saturation and hue, and"),
+        (
+            "flip",
+            r"augment: expected 'affine', 'none' or fields of AugmentationCfg \(scale, .*\), "
+            r"got 'flip'",
+        ),
+        (
+            {"scal": (0.1, 1)},
+            r"augment: expected .* fields of AugmentationCfg \(scale, .*\), got \{'scal'",
+        ),
+        (
+            {"use_timm": True},
+            "augment.use_timm: expected none, as timm's transforms take PIL images, got True",
+        ),
+        (
+            {"re_prob": 0.25},
+            "augment.re_prob: expected none, as timm's transforms take PIL images, got 0.25",
+        ),
+        (
+            {"color_jitter": 0.4},
+            "augment.color_jitter: expected brightness, contrast, saturation and hue, and",
+        ),
         ({"color_jitter_prob": 0.4}, "augment.color_jitter: .* got None"),
-        ({"color_jitter": (0.1, 0.1, 0.1), "color_jitter_prob": 0.4}, "augment.color_jitter: expected"),
+        (
+            {"color_jitter": (0.1, 0.1, 0.1), "color_jitter_prob": 0.4},
+            "augment.color_jitter: expected",
+        ),
         *(
             ({name: value}, f"augment.{name}: expected two numbers above 0 in order, got ")
-            for name, value in (("scale", "x"), ("scale", (0.9, 0.1)), ("scale", (-3, -1)), ("ratio", 5))
+            for name, value in (
+                ("scale", "x"),
+                ("scale", (0.9, 0.1)),
+                ("scale", (-3, -1)),
+                ("ratio", 5),
+            )
         ),
         (AugmentationCfg(re_count=2), "augment.re_count: expected none, .* got 2"),
     ],

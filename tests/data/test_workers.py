@@ -1,4 +1,6 @@
-"""Loader processes: signals, items that cannot be sent, and the death of a worker or of its parent."""
+"""Loader processes: signals, items that cannot be sent, and the death of a worker or of its
+parent.
+"""
 
 import collections
 import itertools
@@ -18,7 +20,9 @@ from runs import bits
 from simplclip import data
 from simplclip.data.workers import from_workers
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning", "ignore:'pin_memory' argument")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create:UserWarning", "ignore:'pin_memory' argument"
+)
 
 
 @pytest.fixture
@@ -68,7 +72,9 @@ def test_a_json_of_any_depth_is_read_or_counted(tmp_path, depth):
     path = write(tmp_path / "a.tar", [("deep", {"png": png(), "json": deep}), sample(1)])
     reader = loader(path, workers=1, batch_size=1)
     assert set(keys(taken(reader, 6))) == ({"deep", "k001"} if depth < 100 else {"k001"})
-    assert reader.skipped.counts == ({} if depth < 100 else {"bad json": reader.skipped.counts.total()})
+    assert reader.skipped.counts == (
+        {} if depth < 100 else {"bad json": reader.skipped.counts.total()}
+    )
 
 
 @pytest.mark.parametrize("pin_memory", [False, True])
@@ -80,14 +86,22 @@ def test_a_json_of_any_depth_is_read_or_counted(tmp_path, depth):
 def test_an_item_that_cannot_be_sent_is_an_error(pin_memory, item, message):
     received = from_workers(lambda worker, workers: iter(["first", item, "third"]), 1, pin_memory)
     assert next(received) == "first"
-    with pytest.raises(data.WorkerError, match=f"data.workers: a loader process cannot send an item: {message}"):
+    with pytest.raises(
+        data.WorkerError, match=f"data.workers: a loader process cannot send an item: {message}"
+    ):
         next(received)
 
 
 def test_items_arrive_as_they_were_sent():
     """Also those with a tensor twice, a view, and records larger than a pipe."""
     table = torch.arange(12.0).reshape(3, 4)
-    sent = {"view": table[:, 1], "again": [table, table], "empty": torch.empty(0), "meta": ["x" * 300_000], "count": 3}
+    sent = {
+        "view": table[:, 1],
+        "again": [table, table],
+        "empty": torch.empty(0),
+        "meta": ["x" * 300_000],
+        "count": 3,
+    }
     received = list(from_workers(lambda worker, workers: iter([sent]), 1))
     assert bits(received) == bits([sent])
 
@@ -119,7 +133,8 @@ def test_a_killed_worker_ends_the_loader_wherever_it_was(items, workers):
         pytest.fail("the loader waits for a process that was killed")
 
     former = signal.signal(signal.SIGALRM, overdue)
-    signal.setitimer(signal.ITIMER_REAL, 20, 5)  # again, since torch waits once more where it ends its processes
+    # again, since torch waits once more where it ends its processes
+    signal.setitimer(signal.ITIMER_REAL, 20, 5)
     try:
         received = from_workers(items, workers)
         next(received)

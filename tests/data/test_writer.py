@@ -1,4 +1,6 @@
-"""Sidecars are written by worker processes, shard by shard: nothing is lost by a stop, wrong folders are refused."""
+"""Sidecars are written by worker processes, shard by shard: nothing is lost by a stop, wrong
+folders are refused.
+"""
 
 import errno
 import json
@@ -21,11 +23,23 @@ def prepare(pair: Pair):
 
 
 def mark(batch):
-    return [{"json": json.dumps({"captions": captions, "seen": [place, size]}).encode()} for place, captions, size in batch]
+    return [
+        {"json": json.dumps({"captions": captions, "seen": [place, size]}).encode()}
+        for place, captions, size in batch
+    ]
 
 
 def run(shards, out, process=mark, *, stamp=STAMP, batch_size=4, **options):
-    return write_sidecars(str(shards), out, prepare, process, stamp=stamp, batch_size=batch_size, progress=False, **options)
+    return write_sidecars(
+        str(shards),
+        out,
+        prepare,
+        process,
+        stamp=stamp,
+        batch_size=batch_size,
+        progress=False,
+        **options,
+    )
 
 
 @pytest.fixture
@@ -46,7 +60,11 @@ def out(tmp_path):
 def test_a_sidecar_has_what_is_new_in_the_order_of_its_shard(folder, out, tmp_path):
     sizes = []
     summary = run(folder / "*.tar", out, lambda batch: sizes.append(len(batch)) or mark(batch))
-    assert {name: summary[name] for name in ("shards", "written", "samples")} == {"shards": 3, "written": 3, "samples": 15}
+    assert {name: summary[name] for name in ("shards", "written", "samples")} == {
+        "shards": 3,
+        "written": 3,
+        "samples": 15,
+    }
     assert sizes == [3, 4, 3, 4, 1]  # batches do not cross shards
     assert list(members(out / "train-0.tar")) == [f"k{i:03d}.json" for i in range(7)]
     record = json.loads(members(out / "train-1.tar")["k008.json"])
@@ -75,7 +93,9 @@ def test_a_second_command_adds_shards_and_keeps_what_is_whole(folder, out, capsy
 
 
 def test_what_is_stale_is_made_again(folder, out, tmp_path):
-    """The size and time of a shard, and of the sidecars that are joined to it, are those of the files that were read."""
+    """The size and time of a shard, and of the sidecars that are joined to it, are those of the
+    files that were read.
+    """
     captions = tmp_path / "captions"
     assert run(folder / "train-*.tar", captions)["written"] == 2
     run(folder / "train-*.tar", out, sidecars=[captions])
@@ -88,28 +108,51 @@ def test_what_is_stale_is_made_again(folder, out, tmp_path):
         assert run(folder / "train-*.tar", out, sidecars=[captions])["written"] == written
     assert run(folder / "train-*.tar", out)["written"] == 2  # made of other captions
     write(folder / "train-0.tar", [sample(i) for i in range(40)])
-    with pytest.raises(data.ShardError, match=r"'.*train-0.tar' has changed since its sidecar '.*captions/train-0.tar'"):
+    with pytest.raises(
+        data.ShardError,
+        match=r"'.*train-0.tar' has changed since its sidecar '.*captions/train-0.tar'",
+    ):
         run(folder / "train-*.tar", out, sidecars=[captions])
 
 
 def test_what_is_joined_is_seen(folder, out, tmp_path):
     def recaption(batch):
-        return [{"json": json.dumps({"captions": [f"new {place}"]}).encode()} for place, *_ in batch]
+        return [
+            {"json": json.dumps({"captions": [f"new {place}"]}).encode()} for place, *_ in batch
+        ]
 
     run(folder / "train-0.tar", tmp_path / "captions", recaption)
     run(folder / "train-0.tar", out, sidecars=[tmp_path / "captions"])
-    assert json.loads(members(out / "train-0.tar")["k003.json"])["captions"] == ["new train-0.tar/k003"]
+    assert json.loads(members(out / "train-0.tar")["k003.json"])["captions"] == [
+        "new train-0.tar/k003"
+    ]
 
 
 def test_broken_samples_and_damage_are_counted(tmp_path, capsys):
-    damaged = [sample(0), ("broken", {"png": b"no image", "txt": b"one"}), ("none", {"cls": b"1"}), sample(1), sample(0)]
-    path = write(tmp_path / "a-0.tar", [*damaged, ("torn", {"png": png(1)[:200], "txt": b"one"}), sample(5)])
+    damaged = [
+        sample(0),
+        ("broken", {"png": b"no image", "txt": b"one"}),
+        ("none", {"cls": b"1"}),
+        sample(1),
+        sample(0),
+    ]
+    path = write(
+        tmp_path / "a-0.tar", [*damaged, ("torn", {"png": png(1)[:200], "txt": b"one"}), sample(5)]
+    )
     with tarfile.open(path) as tar:
         os.truncate(path, tar.getmembers()[-2].offset_data + 100)  # within the last sample's image
-    reasons = {"not an image": 1, "missing caption": 1, "duplicate key in tar": 1, "truncated image": 1, "damaged tar": 1}
+    reasons = {
+        "not an image": 1,
+        "missing caption": 1,
+        "duplicate key in tar": 1,
+        "truncated image": 1,
+        "damaged tar": 1,
+    }
     for workers in (0, 2):
         out = tmp_path / f"out{workers}"
-        summary = write_sidecars(path, out, prepare, mark, stamp=STAMP, batch_size=2, workers=workers)
+        summary = write_sidecars(
+            path, out, prepare, mark, stamp=STAMP, batch_size=2, workers=workers
+        )
         assert dict(summary["skipped"].counts) == reasons
         assert "a-0.tar/broken" in capsys.readouterr().out
         assert list(members(out / "a-0.tar")) == ["k000.json", "k001.json"]
@@ -127,7 +170,11 @@ def test_broken_samples_and_damage_are_counted(tmp_path, capsys):
         ({"out": "in-too"}, ValueError, "with another meta.json"),
         ({"out": "file"}, ValueError, "expected a folder, got the file"),
         ({"workers": -1}, ValueError, "workers: expected an integer of at least 0, got -1"),
-        ({"sidecars": ["none"]}, ValueError, "sidecars: expected folders, got 'none', which is none"),
+        (
+            {"sidecars": ["none"]},
+            ValueError,
+            "sidecars: expected folders, got 'none', which is none",
+        ),
         ({"process": lambda batch: [], "out": "new"}, ValueError, "shorter than"),
     ],
 )
@@ -169,19 +216,28 @@ class Dies:
 def test_a_fault_leaves_whole_sidecars_and_the_command_goes_on(folder, tmp_path, out, fault):
     def process(batch):
         if batch[0][0] == "train-1.tar/k011" and fault != "worker":
-            raise RuntimeError("stop") if fault == "error" else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise (
+                RuntimeError("stop")
+                if fault == "error"
+                else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            )
         return mark(batch)
 
     error, message = {
         "error": (RuntimeError, "stop"),
-        "disk": (ValueError, "train-1.tar could not be written: No space left on device; the same command goes on when"),
+        "disk": (
+            ValueError,
+            "train-1.tar could not be written: No space left on device; the same command goes on "
+            "when",
+        ),
         "worker": (data.WorkerError, "a loader process died: DataLoader worker"),
     }[fault]
     made, workers = (Dies(), 1) if fault == "worker" else (prepare, 0)
     options = {"stamp": STAMP, "batch_size": 4, "progress": False}
     with pytest.raises(error, match=message):
         write_sidecars(folder / "train-*.tar", out, made, process, workers=workers, **options)
-    assert set(digests(out)) - {"train-0.tar"} == {"meta.json"}  # a dead worker may lose batches that it had made before
+    # a dead worker may lose batches that it had made before
+    assert set(digests(out)) - {"train-0.tar"} == {"meta.json"}
     run(folder / "train-*.tar", out)
     run(folder / "train-*.tar", tmp_path / "undisturbed")
     assert digests(out) == digests(tmp_path / "undisturbed")
@@ -195,8 +251,9 @@ def test_streams_have_sidecars_by_their_file_names(folder, out):
 
 @pytest.mark.slow
 def test_killed_at_any_point(folder, tmp_path):
-    """kill -9 at each batch and each line that writes a file, then the same command: no sidecar is torn, and the command's
-    result is that of an undisturbed one."""
+    """kill -9 at each batch and each line that writes a file, then the same command: no sidecar is
+    torn, and the command's result is that of an undisturbed one.
+    """
 
     def work(out, step):
         made = lambda batch: step() or [{"json": f"{place}".encode() * 2000} for place, *_ in batch]  # noqa: E731

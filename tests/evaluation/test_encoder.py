@@ -31,10 +31,13 @@ def encoder(trained):
 
 def test_features_are_those_of_the_model(trained, folder, encoder):
     model, state = load_model(trained)
-    transform, tokenizer = models.transforms("siclip-tiny", train=False), models.tokenizer("siclip-tiny")
+    transform = models.transforms("siclip-tiny", train=False)
+    tokenizer = models.tokenizer("siclip-tiny")
     pictures = [Image.open(folder / f"{i}.png").convert("RGB") for i in range(3)]
     with torch.no_grad():
-        x = model.encode_image(torch.stack([transform(picture) for picture in pictures]), normalize=True)
+        x = model.encode_image(
+            torch.stack([transform(picture) for picture in pictures]), normalize=True
+        )
         y = model.encode_text(tokenizer(["red", "a blue ring"]), normalize=True)
     torch.testing.assert_close(encoder.encode_image(pictures), x)
     torch.testing.assert_close(encoder.encode_text(["red", "a blue ring"]), y)
@@ -55,9 +58,18 @@ def test_images_may_be_paths_pictures_and_tensors_one_or_many(folder, encoder):
     assert expected.shape == (3, encoder.width)
     assert expected.dtype == torch.float32
     pictures = [Image.open(path) for path in paths]
-    raw = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+    raw = torch.stack(
+        [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
+    )
     ready = torch.stack([encoder.preprocess(picture.convert("RGB")) for picture in pictures])
-    for images in (tuple(map(str, paths)), pictures, raw, ready, ready.double(), [paths[0], pictures[1], ready[2]]):
+    for images in (
+        tuple(map(str, paths)),
+        pictures,
+        raw,
+        ready,
+        ready.double(),
+        [paths[0], pictures[1], ready[2]],
+    ):
         torch.testing.assert_close(encoder.encode_image(images), expected)
         torch.testing.assert_close(encoder.encode_image(images, batch_size=2), expected)
     for image in (paths[1], str(paths[1]), pictures[1], raw[1], ready[1]):
@@ -68,11 +80,15 @@ def test_images_may_be_paths_pictures_and_tensors_one_or_many(folder, encoder):
 
 
 def test_transparent_pictures_are_the_same_in_a_file_in_memory_and_in_open_clip(encoder, tmp_path):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 4), dtype=np.uint8), "RGBA")
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (20, 20, 4), dtype=np.uint8), "RGBA"
+    )
     picture.save(tmp_path / "clear.png")
     ours = encoder.preprocess
     settings = {"resize_mode": ours.resize_mode, "interpolation": ours.interpolation.value}
-    pixels = open_clip.image_transform(ours.size, is_train=False, mean=ours.mean, std=ours.std, **settings)(picture)
+    pixels = open_clip.image_transform(
+        ours.size, is_train=False, mean=ours.mean, std=ours.std, **settings
+    )(picture)
     for image in (picture, tmp_path / "clear.png"):
         torch.testing.assert_close(encoder.encode_image(image), encoder.encode_image(pixels))
 
@@ -89,7 +105,9 @@ def test_bad_images_are_named(encoder, tmp_path):
         encoder.encode_image([3])
 
 
-def test_a_run_its_checkpoint_and_its_export_are_the_same_encoder(trained, folder, encoder, tmp_path):
+def test_a_run_its_checkpoint_and_its_export_are_the_same_encoder(
+    trained, folder, encoder, tmp_path
+):
     sources = [
         (trained / "last.pt",),
         (str(folder / "export"),),
@@ -98,11 +116,18 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_encoder(trained, folde
         other = simplclip.load(*source)
         assert other.fingerprint() == encoder.fingerprint()
         assert (other.name, other.step) == (encoder.name, encoder.step)
-        torch.testing.assert_close(other.encode_image(folder / "0.png"), encoder.encode_image(folder / "0.png"))
-    with pytest.raises(CheckpointError, match="checkpoint: expected weights that fit the model, got .*: Missing key"):
+        torch.testing.assert_close(
+            other.encode_image(folder / "0.png"), encoder.encode_image(folder / "0.png")
+        )
+    with pytest.raises(
+        CheckpointError,
+        match="checkpoint: expected weights that fit the model, got .*: Missing key",
+    ):
         simplclip.load("siclip2-s0", trained)
     (tmp_path / "export.json").write_text((folder / "export" / "export.json").read_text())
-    with pytest.raises(FileNotFoundError, match="a folder without last.pt or open_clip_model.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match="a folder without last.pt or open_clip_model.safetensors"
+    ):
         simplclip.load(tmp_path)
     (tmp_path / "export.json").write_text("{}")
     with pytest.raises(CheckpointError, match="expected a file of simplclip export"):
@@ -116,7 +141,11 @@ def test_a_file_of_an_open_clip_model(folder, monkeypatch):
         y = model.encode_text(open_clip.get_tokenizer("tiny")(["a cat"]), normalize=True)
     torch.testing.assert_close(expected.encode_text("a cat"), y)
     monkeypatch.chdir(folder)
-    for source in (f"open_clip:tiny/{folder / 'tiny.bin'}", "open_clip:tiny/tiny.bin", "open_clip:tiny/./tiny.bin"):
+    for source in (
+        f"open_clip:tiny/{folder / 'tiny.bin'}",
+        "open_clip:tiny/tiny.bin",
+        "open_clip:tiny/./tiny.bin",
+    ):
         encoder = simplclip.load(source)
         assert encoder.fingerprint() == expected.fingerprint()
         assert (encoder.name, encoder.source) == ("open_clip:tiny", source)
@@ -125,26 +154,48 @@ def test_a_file_of_an_open_clip_model(folder, monkeypatch):
         (("open_clip:tiny",), "none"),
         (("open_clip:tiny/tiny.bin", "tiny.bin"), "tiny.bin and tiny.bin"),
     ):
-        expected = f"source: expected a file of weights for open_clip:tiny, or a tag .*it has none.*, got {given}$"
+        expected = (
+            "source: expected a file of weights for open_clip:tiny, or a tag .*it has none.*, got "
+            f"{given}$"
+        )
         with pytest.raises(FileNotFoundError, match=expected):
             simplclip.load(*source)
-    with pytest.raises(CheckpointError, match="checkpoint: expected weights that fit the model, got .*tiny.bin"):
+    with pytest.raises(
+        CheckpointError, match="checkpoint: expected weights that fit the model, got .*tiny.bin"
+    ):
         simplclip.load("open_clip:tiny-wide/tiny.bin")
 
 
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("siclip-tiny", FileNotFoundError, "source: expected .* siclip-tiny.* each with /FILE, got 'siclip-tiny'$"),
-        ("open_clip:ViT-B-32", FileNotFoundError, "expected a file of weights for open_clip:ViT-B-32, or a tag .*openai"),
+        (
+            "siclip-tiny",
+            FileNotFoundError,
+            "source: expected .* siclip-tiny.* each with /FILE, got 'siclip-tiny'$",
+        ),
+        (
+            "open_clip:ViT-B-32",
+            FileNotFoundError,
+            "expected a file of weights for open_clip:ViT-B-32, or a tag .*openai",
+        ),
         ("open_clip:ViT-B-33", ValueError, "nearest"),
         (
             "mobileclip-s0",
             FileNotFoundError,
-            "got 'mobileclip-s0'; Apple publishes mobileclip_s0.pt at https://docs-assets.developer.apple.com/",
+            "got 'mobileclip-s0'; Apple publishes mobileclip_s0.pt at "
+            "https://docs-assets.developer.apple.com/",
         ),
-        ("mobileclip-s0/mobileclip_s0.pt", FileNotFoundError, "no such file: mobileclip_s0.pt; Apple publishes .* at https:"),
-        ("nobody", FileNotFoundError, "source: expected a checkpoint, the folder of a run .* got 'nobody'"),
+        (
+            "mobileclip-s0/mobileclip_s0.pt",
+            FileNotFoundError,
+            "no such file: mobileclip_s0.pt; Apple publishes .* at https:",
+        ),
+        (
+            "nobody",
+            FileNotFoundError,
+            "source: expected a checkpoint, the folder of a run .* got 'nobody'",
+        ),
         ("runs/gone", FileNotFoundError, "source: expected a checkpoint, .* got 'runs/gone'"),
         ("empty", FileNotFoundError, "got empty: a folder without last.pt or export.json"),
     ],

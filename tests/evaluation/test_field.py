@@ -18,15 +18,22 @@ CONCEPTS = [(colour, shape) for colour in tiny.COLOURS for shape in tiny.SHAPES]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Writes pictures with captions and with classes in clip-benchmark's layouts, two shards of each."""
+    """Writes pictures with captions and with classes in clip-benchmark's layouts, two shards of
+    each.
+    """
     folder = tmp_path_factory.mktemp("field")
     retrieval, classes = [], []
     for number, (colour, shape) in enumerate(CONCEPTS):
         image, key = tiny.picture(tiny.COLOURS[colour], shape), f"s{number:07d}"
-        captions = [f"{colour} {shape}", f"a {colour} {shape}", f"{shape} in {colour}"][: 1 + number % 3]
+        captions = [f"{colour} {shape}", f"a {colour} {shape}", f"{shape} in {colour}"][
+            : 1 + number % 3
+        ]
         retrieval.append((key, {"png": image, "txt": "\n".join(captions).encode()}))
         classes.append((key, {"png": image, "cls": str(number).encode()}))
-    for name, kind, rows in (("retrieval", "retrieval", retrieval), ("classes", "classification", classes)):
+    for name, kind, rows in (
+        ("retrieval", "retrieval", retrieval),
+        ("classes", "classification", classes),
+    ):
         (folder / name / "test").mkdir(parents=True)
         (folder / name / "dataset_type.txt").write_text(f"{kind}\n")
         (folder / name / "test" / "nshards.txt").write_text("2\n")
@@ -40,18 +47,23 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def float_of_one_element(monkeypatch):
     """Makes float() take arrays [1], as both packages need and numpy 2.4 refuses."""
-    import open_clip_train.zero_shot  # these packages are imported here, since they take two seconds
+    # these packages are imported here, since they take two seconds
+    import open_clip_train.zero_shot
     from clip_benchmark.metrics import zeroshot_classification
 
     for module in (zeroshot_classification, open_clip_train.zero_shot):
-        monkeypatch.setattr(module, "float", lambda x: x.item() if hasattr(x, "item") else float(x), raising=False)
+        monkeypatch.setattr(
+            module, "float", lambda x: x.item() if hasattr(x, "item") else float(x), raising=False
+        )
 
 
 @pytest.fixture(scope="module")
 def ours(trained, folder):
     """Returns the figures of evaluate."""
     splits = {name: str(folder / name) for name in ("retrieval", "classes")}
-    return evaluation.evaluate(trained, splits, out=folder / "out", device="cpu", batch_size=16)["splits"]
+    return evaluation.evaluate(trained, splits, out=folder / "out", device="cpu", batch_size=16)[
+        "splits"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +85,13 @@ def test_retrieval_with_several_captions_is_that_of_clip_benchmark(folder, encod
     from clip_benchmark.metrics import zeroshot_retrieval
 
     loader, _ = of_clip_benchmark(folder / "retrieval", encoder, image_captions_collate_fn)
-    expected = zeroshot_retrieval.evaluate(encoder.model, loader, encoder.tokenizer, "cpu", amp=False, recall_k_list=KS)
+    expected = zeroshot_retrieval.evaluate(
+        encoder.model, loader, encoder.tokenizer, "cpu", amp=False, recall_k_list=KS
+    )
     for k in KS:
-        to_text, to_image = (ours["retrieval"][way][f"R@{k}"] for way in ("image_to_text", "text_to_image"))
+        to_text, to_image = (
+            ours["retrieval"][way][f"R@{k}"] for way in ("image_to_text", "text_to_image")
+        )
         assert to_text["value"] == pytest.approx(expected[f"text_retrieval_recall@{k}"], abs=1e-6)
         assert to_image["value"] == pytest.approx(expected[f"image_retrieval_recall@{k}"], abs=1e-6)
         assert all(figure["value"] > 1.5 * figure["chance"] for figure in (to_text, to_image))
@@ -95,7 +111,9 @@ def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, encod
     assert figures["templates"] == [template.replace("{c}", "{}") for template in TEMPLATES]
     assert figures["top1"]["value"] == pytest.approx(expected["acc1"], abs=1e-6)
     assert figures["top5"]["value"] == pytest.approx(expected["acc5"], abs=1e-6)
-    assert figures["mean_per_class"]["value"] == pytest.approx(expected["mean_per_class_recall"], abs=1e-6)
+    assert figures["mean_per_class"]["value"] == pytest.approx(
+        expected["mean_per_class_recall"], abs=1e-6
+    )
     assert figures["top1"]["chance"] < figures["top1"]["value"] < 1
     phrases = [functools.partial(template.replace("{c}", "{}").format) for template in TEMPLATES]
     weights = open_clip.build_zero_shot_classifier(encoder.model, tokenizer, data.classes, phrases)
@@ -106,5 +124,7 @@ def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, encod
             hits += torch.tensor(accuracy(logits, target, topk=(1, 5)))
             count += len(target)
     assert count == figures["images"]
-    assert [figures["top1"]["value"], figures["top5"]["value"]] == pytest.approx((hits / count).tolist(), abs=1e-6)
+    assert [figures["top1"]["value"], figures["top5"]["value"]] == pytest.approx(
+        (hits / count).tolist(), abs=1e-6
+    )
     assert ours["classes"]["contact_sheet"] is None

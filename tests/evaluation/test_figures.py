@@ -1,4 +1,6 @@
-"""Recall and accuracies against slow, plain counterparts; groups, names of classes, phrases; the table and the picture."""
+"""Recall and accuracies against slow, plain counterparts; groups, names of classes, phrases; the
+table and the picture.
+"""
 
 import io
 import json
@@ -47,13 +49,17 @@ def plain_recall(x, y, gx, gy, k):
 
 
 @pytest.mark.parametrize(("n", "m", "groups"), [(40, 40, 7), (13, 29, 5), (1, 3, 2), (31, 4, 30)])
-@pytest.mark.parametrize(("tile_bytes", "columns"), [(1, 1), (500, 3), (500, 16), (2**20, 11), (2**20, 100)])
+@pytest.mark.parametrize(
+    ("tile_bytes", "columns"), [(1, 1), (500, 3), (500, 16), (2**20, 11), (2**20, 100)]
+)
 def test_recall_is_the_plain_one_whatever_the_tiles(monkeypatch, n, m, groups, tile_bytes, columns):
     monkeypatch.setattr(retrieval, "_TILE_BYTES", tile_bytes)
     monkeypatch.setattr(retrieval, "_TILE_COLUMNS", columns)
     x, y, gx, gy = features(n, m, groups)
     for k in (1, 5, 10):
-        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["value"] == pytest.approx(plain_recall(x, y, gx, gy, k))
+        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["value"] == pytest.approx(
+            plain_recall(x, y, gx, gy, k)
+        )
 
 
 def test_chance_counts_all_right_answers():
@@ -61,7 +67,9 @@ def test_chance_counts_all_right_answers():
     gx = torch.cat([gx, torch.tensor([99])])  # a query without a right candidate
     x, y = torch.randn(51, 3), torch.randn(60, 3)
     for k in (1, 5, 10):
-        expected = np.mean([1 - math.comb(60 - int((gy == g).sum()), k) / math.comb(60, k) for g in gx])
+        expected = np.mean(
+            [1 - math.comb(60 - int((gy == g).sum()), k) / math.comb(60, k) for g in gx]
+        )
         assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["chance"] == pytest.approx(expected)
 
 
@@ -76,15 +84,22 @@ def test_the_loss_is_that_of_batches_in_a_fixed_order():
         logits = scale * x[rows] @ y[rows].T
         signs = 2 * torch.eye(len(rows)) - 1
         both = (F.cross_entropy(part, torch.arange(len(rows))) for part in (logits, logits.T))
-        return sum(both) / 2 if bias is None else -F.logsigmoid(signs * (logits + bias)).sum() / len(rows)
+        return (
+            sum(both) / 2
+            if bias is None
+            else -F.logsigmoid(signs * (logits + bias)).sum() / len(rows)
+        )
 
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
     for size, parts in ((10, [order]), (4, [order[:4], order[4:8]]), (64, [order])):
         expected = sum(plain(part).item() for part in parts) / len(parts)
         assert evaluation.loss_of(split, size, scale) == pytest.approx(expected, rel=1e-5)
     bias = torch.tensor(-2.0)
-    assert evaluation.loss_of(split, 64, scale, bias) == pytest.approx(plain(order, bias).item(), rel=1e-5)
-    split.groups = split.caption_groups = torch.zeros(10, dtype=torch.int64)  # no pair has a negative
+    assert evaluation.loss_of(split, 64, scale, bias) == pytest.approx(
+        plain(order, bias).item(), rel=1e-5
+    )
+    # no pair has a negative
+    split.groups = split.caption_groups = torch.zeros(10, dtype=torch.int64)
     assert evaluation.loss_of(split, 64, scale) == pytest.approx(0, abs=1e-6)
     split.text_features = None
     assert evaluation.loss_of(split, 64, scale) is None
@@ -94,8 +109,17 @@ def test_identical_captions_of_a_group_are_one_and_those_of_an_image_are_not(tmp
     def record(group, *texts):
         return json.dumps({"captions": texts, **({"group": group} if group else {})}).encode()
 
-    rows = [("a", "g", ("x", "x", "y")), ("b", "g", ("x",)), ("c", "h", ("x",)), ("d", None, ("x", "x")), ("e", None, ("x",))]
-    shard = write(tmp_path / "s.tar", [(key, {"png": png(), "json": record(group, *texts)}) for key, group, texts in rows])
+    rows = [
+        ("a", "g", ("x", "x", "y")),
+        ("b", "g", ("x",)),
+        ("c", "h", ("x",)),
+        ("d", None, ("x", "x")),
+        ("e", None, ("x",)),
+    ]
+    shard = write(
+        tmp_path / "s.tar",
+        [(key, {"png": png(), "json": record(group, *texts)}) for key, group, texts in rows],
+    )
     split = evaluation.Split(data.held_out(shard, captions=0), None, blank)
     for _ in range(2):  # a second reading changes nothing
         assert sum(map(len, split.read(2))) == 5
@@ -108,7 +132,9 @@ def test_identical_captions_of_a_group_are_one_and_those_of_an_image_are_not(tmp
 def test_features_do_not_depend_on_batches_and_workers(trained, tmp_path):
     model, state = load_model(trained)
     words, pixels = tokenizer(state["config"]["model"]), image_transform(state["config"]["model"])
-    (split,) = evaluation.load_splits({"s": tiny.write_shard(tmp_path / "s.tar")}, words, pixels).values()
+    (split,) = evaluation.load_splits(
+        {"s": tiny.write_shard(tmp_path / "s.tar")}, words, pixels
+    ).values()
     results = []
     for size, workers in ((5, 0), (24, 0), (5, 2)):
         evaluation.encode(model, split, size, CPU, "fp32", workers=workers)
@@ -128,16 +154,23 @@ class OneHot(torch.nn.Module):
 @pytest.mark.parametrize("seed", range(3))
 def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path, seed):
     names = sorted(tiny.SHAPES)
-    rows = [(f"k{i:02}", {"png": png(), "json": json.dumps({"label": names[i % 5]}).encode()}) for i in range(22)]
+    rows = [
+        (f"k{i:02}", {"png": png(), "json": json.dumps({"label": names[i % 5]}).encode()})
+        for i in range(22)
+    ]
     split = split_of(data.held_out(write(tmp_path / "s.tar", rows)))
     split.data = evaluation.named(split.data, names, None)  # of the sixth there is no image
     split.labels[0] = None
-    split.tokenizer = lambda texts: torch.tensor([names.index(text.removeprefix("a ")) for text in texts])
+    split.tokenizer = lambda texts: torch.tensor(
+        [names.index(text.removeprefix("a ")) for text in texts]
+    )
     split.image_features = torch.randn(22, 6, generator=torch.Generator().manual_seed(seed))
     truth = [i % 5 for i in range(22)]
     order = split.image_features.argsort(1, descending=True).tolist()
     right = {k: [truth[i] in order[i][:k] for i in range(1, 22)] for k in (1, 5)}
-    per_class = [np.mean([hit for hit, number in zip(right[1], truth[1:]) if number == c]) for c in range(5)]
+    per_class = [
+        np.mean([hit for hit, number in zip(right[1], truth[1:]) if number == c]) for c in range(5)
+    ]
 
     def zero_shot(templates):
         return evaluation.zero_shot(OneHot(), split, templates, CPU, "fp32")
@@ -147,7 +180,9 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path, seed):
     assert got["top1"] == {"value": pytest.approx(np.mean(right[1])), "chance": 1 / 6}
     assert got["top5"] == {"value": pytest.approx(np.mean(right[5])), "chance": 5 / 6}
     assert got["mean_per_class"] == {"value": pytest.approx(np.mean(per_class)), "chance": 1 / 6}
-    with pytest.raises(ValueError, match="template: expected a phrase with one {} for the label, .* got 'an emoji'"):
+    with pytest.raises(
+        ValueError, match="template: expected a phrase with one {} for the label, .* got 'an emoji'"
+    ):
         zero_shot(["{}", "an emoji"])
     split.labels = [None] * 22
     assert zero_shot(["{}"]) is None
@@ -159,7 +194,9 @@ def test_labels_need_names(tmp_path):
     split.image_features = torch.eye(3)
     for names, message in ((None, "the number 0, and no names"), (["a", "b"], "2 of 2 classes")):
         split.data = evaluation.named(split.data, names, None)
-        with pytest.raises(ValueError, match=f"classnames: expected a name for each label of .*{message}"):
+        with pytest.raises(
+            ValueError, match=f"classnames: expected a name for each label of .*{message}"
+        ):
             evaluation.zero_shot(None, split, ["{}"], CPU, "fp32")
 
 
@@ -181,11 +218,16 @@ def test_names_of_classes(tmp_path, monkeypatch):
     assert evaluation.class_names("imagenet")[0] == list(open_clip.IMAGENET_CLASSNAMES)
     (tmp_path / "three.txt").write_text("\ufeffSchleie\n\nRetriever \nKatze\n")
     assert names("three.txt") == ["Schleie", "Retriever", "Katze"]
-    for text, message in (("a\nb", "for each of the 3 folders of .*, got 2"), ("a", "at least two names, got 1 in n.txt")):
+    for text, message in (
+        ("a\nb", "for each of the 3 folders of .*, got 2"),
+        ("a", "at least two names, got 1 in n.txt"),
+    ):
         (tmp_path / "n.txt").write_text(text)
         with pytest.raises(ValueError, match=f"classnames: expected .*{message}"):
             names("n.txt")
-    with pytest.raises(FileNotFoundError, match="classnames: expected imagenet or a file of names, got 'gone.txt'"):
+    with pytest.raises(
+        FileNotFoundError, match="classnames: expected imagenet or a file of names, got 'gone.txt'"
+    ):
         names("gone.txt")
     (tmp_path / "val" / "n99999999_x").mkdir()
     (tmp_path / "val" / "n99999999_x" / "0.JPEG").write_bytes(png(form="JPEG"))
@@ -195,12 +237,19 @@ def test_names_of_classes(tmp_path, monkeypatch):
 
 
 def test_phrases_around_names(tmp_path):
-    assert evaluation.phrases(["openai"]) == [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    assert evaluation.phrases("simple") == [template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES]
+    assert evaluation.phrases(["openai"]) == [
+        template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES
+    ]
+    assert evaluation.phrases("simple") == [
+        template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES
+    ]
     (tmp_path / "t.txt").write_text("a {c}\nthe {} here\n")
     assert evaluation.phrases(["{}", str(tmp_path / "t.txt")]) == ["{}", "a {}", "the {} here"]
     for bad in ("openia", "{} {}", "{x}", "{} }"):
-        with pytest.raises(ValueError, match="template: expected a phrase with one {} for the label, openai, simple, or"):
+        with pytest.raises(
+            ValueError,
+            match="template: expected a phrase with one {} for the label, openai, simple, or",
+        ):
             evaluation.phrases([bad])
     with pytest.raises(FileNotFoundError, match="gone.txt"):
         evaluation.phrases(["gone.txt"])
@@ -208,20 +257,54 @@ def test_phrases_around_names(tmp_path):
 
 def test_a_terminal_of_80_columns_is_enough():
     shares = {f"R@{k}": {"value": k / 10, "chance": k / 25010} for k in (1, 5, 10)}
-    zero_shot = {"classes": range(1000), "top1": shares["R@10"], "top5": shares["R@5"], "mean_per_class": shares["R@1"]}
-    result = {"images": 5000, "texts": 25010, "image_to_text": shares, "text_to_image": shares, "zero_shot": zero_shot}
-    names = ["runs/a-run-with-a-long-name/last.pt", "open_clip:ViT-B-32/laion2b_s34b_b79k", "runs/b"]
-    models = [{"checkpoint": name, "model": "m", "step": 3, "splits": {"a name of three words": result}} for name in names]
+    zero_shot = {
+        "classes": range(1000),
+        "top1": shares["R@10"],
+        "top5": shares["R@5"],
+        "mean_per_class": shares["R@1"],
+    }
+    result = {
+        "images": 5000,
+        "texts": 25010,
+        "image_to_text": shares,
+        "text_to_image": shares,
+        "zero_shot": zero_shot,
+    }
+    names = [
+        "runs/a-run-with-a-long-name/last.pt",
+        "open_clip:ViT-B-32/laion2b_s34b_b79k",
+        "runs/b",
+    ]
+    models = [
+        {"checkpoint": name, "model": "m", "step": 3, "splits": {"a name of three words": result}}
+        for name in names
+    ]
     for several in (models[:1], models):
         text = io.StringIO()
-        Console(file=text, width=80).print(figures.table(several[0] | {"baselines": dict(enumerate(several[1:]))}))
+        Console(file=text, width=80).print(
+            figures.table(several[0] | {"baselines": dict(enumerate(several[1:]))})
+        )
         lines = text.getvalue().splitlines()
         assert max(map(len, lines)) <= 80
         assert len(lines) < 20 * len(several)
-        for words in ("25010 texts", "5000 images", "1000 classes", "mean per class", "0.004%", "100.0%"):
+        for words in (
+            "25010 texts",
+            "5000 images",
+            "1000 classes",
+            "mean per class",
+            "0.004%",
+            "100.0%",
+        ):
             assert words in text.getvalue()
 
 
 def test_small_shares_keep_a_digit():
-    shown = {1.0: "100.0%", 0.1234: "12.3%", 0.001: "0.1%", 0.0004: "0.04%", 1 / 50000: "0.002%", 0.0: "0.0%"}
+    shown = {
+        1.0: "100.0%",
+        0.1234: "12.3%",
+        0.001: "0.1%",
+        0.0004: "0.04%",
+        1 / 50000: "0.002%",
+        0.0: "0.0%",
+    }
     assert {share: figures.percent(share) for share in shown} == shown

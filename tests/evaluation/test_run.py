@@ -19,12 +19,17 @@ from simplclip.models.trained import read_checkpoint
 
 @pytest.fixture(scope="module")
 def folder(trained, tmp_path_factory):
-    """Makes a run with other weights, weights of an open_clip model, and two splits: each concept once, and twice."""
+    """Makes a run with other weights, weights of an open_clip model, and two splits: each concept
+    once, and twice.
+    """
     folder = tmp_path_factory.mktemp("models")
     write_models(folder)
     state = read_checkpoint(trained)
     generator = torch.Generator().manual_seed(0)
-    state["model"] = {k: v + 0.1 * torch.randn(v.shape, generator=generator).to(v.dtype) for k, v in state["model"].items()}
+    state["model"] = {
+        k: v + 0.1 * torch.randn(v.shape, generator=generator).to(v.dtype)
+        for k, v in state["model"].items()
+    }
     torch.save(state, folder / "other.pt")
     tiny.write_shard(folder / "one.tar")
     tiny.write_shard(folder / "two.tar", copies=2)
@@ -33,12 +38,23 @@ def folder(trained, tmp_path_factory):
 
 @pytest.fixture
 def evaluate(folder, tmp_path):
-    """Returns a function that evaluates models on the splits of these files, and returns the answer and the printed text."""
+    """Returns a function that evaluates models on the splits of these files, and returns the answer
+    and the printed text.
+    """
 
     def evaluate(*models, splits=("one",), **options):
         text = io.StringIO()
-        data = splits if isinstance(splits, dict) else {name: str(folder / f"{name}.tar") for name in splits}
-        options = {"out": tmp_path, "device": "cpu", "workers": 0, "console": Console(file=text, width=160)} | options
+        data = (
+            splits
+            if isinstance(splits, dict)
+            else {name: str(folder / f"{name}.tar") for name in splits}
+        )
+        options = {
+            "out": tmp_path,
+            "device": "cpu",
+            "workers": 0,
+            "console": Console(file=text, width=160),
+        } | options
         return evaluation.evaluate(models, data, **options), text.getvalue()
 
     return evaluate
@@ -55,7 +71,13 @@ def test_one_model(trained, evaluate, tmp_path):
     assert answer["splits"]["two"]["zero_shot"]["templates"] == ["a {} shape"]
     for name in ("one", "two"):
         assert min(Image.open(answer["splits"][name]["contact_sheet"]).size) > 700
-    for words in ("one: 24 samples read, 0 skipped", "24 texts", " 4.2%", "siclip-tiny, step 30", "mean per class"):
+    for words in (
+        "one: 24 samples read, 0 skipped",
+        "24 texts",
+        " 4.2%",
+        "siclip-tiny, step 30",
+        "mean per class",
+    ):
         assert words in text
 
 
@@ -83,7 +105,11 @@ def test_what_gives_no_figures_is_said(trained, evaluate, tmp_path):
     labelled = [(f"k{i}", {"png": image, "cls": b"%d" % (i % 3)}) for i in range(4)]
     captioned = [(key, files | {"txt": b"red"}) for key, files in labelled]
     classes = {"b": write(tmp_path / "classes.tar", labelled)}
-    numbered = {"a": write(tmp_path / "numbered.tar", [*captioned, ("last", {"png": image, "txt": b"blue"})])}
+    numbered = {
+        "a": write(
+            tmp_path / "numbered.tar", [*captioned, ("last", {"png": image, "txt": b"blue"})]
+        )
+    }
     answer, text = evaluate(trained, splits=numbered)
     assert answer["splits"]["a"]["image_to_text"]["R@5"]["value"] > 0
     assert answer["splits"]["a"]["zero_shot"] is None
@@ -97,7 +123,10 @@ def test_what_gives_no_figures_is_said(trained, evaluate, tmp_path):
     assert "b: no retrieval: no image has a caption" in text
     assert answer["splits"]["b"]["contact_sheet"] is None
     one = {"c": write(tmp_path / "one.tar", [("k", {"png": image, "json": b'{"label": "x"}'})])}
-    with pytest.raises(ValueError, match="data: expected captions or labels of at least two classes in c, got neither"):
+    with pytest.raises(
+        ValueError,
+        match="data: expected captions or labels of at least two classes in c, got neither",
+    ):
         evaluate(trained, splits=one)
 
 
@@ -105,15 +134,29 @@ def test_templates_are_those_of_the_checkpoint_if_they_are_phrases(trained, fold
     state = read_checkpoint(trained)
     state["config"]["eval"]["templates"] = ["one {}", "{}"]
     torch.save(state, folder / "phrases.pt")
-    assert evaluate(folder / "phrases.pt")[0]["splits"]["one"]["zero_shot"]["templates"] == ["one {}", "{}"]
-    for odd in ({"templates": [3]}, {"templates": []}, {"templates": ["/etc/passwd.txt"]}, {"templates": "{}"}, [1], None):
+    assert evaluate(folder / "phrases.pt")[0]["splits"]["one"]["zero_shot"]["templates"] == [
+        "one {}",
+        "{}",
+    ]
+    for odd in (
+        {"templates": [3]},
+        {"templates": []},
+        {"templates": ["/etc/passwd.txt"]},
+        {"templates": "{}"},
+        [1],
+        None,
+    ):
         assert running._templates_of({"eval": odd}) == running.TEMPLATES
     assert running._templates_of(None) == running.TEMPLATES
 
 
 def test_a_failure_half_way_keeps_the_splits_that_are_done(trained, folder, evaluate, tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"no shard" * 1000)
-    splits = {"one": str(folder / "one.tar"), "bad": str(tmp_path / "bad.tar"), "never": str(folder / "one.tar")}
+    splits = {
+        "one": str(folder / "one.tar"),
+        "bad": str(tmp_path / "bad.tar"),
+        "never": str(folder / "one.tar"),
+    }
     with pytest.raises(RuntimeError, match="bad.tar"):
         evaluate(trained, splits=splits)
     before = (tmp_path / "evaluation.json").read_bytes()
@@ -122,8 +165,13 @@ def test_a_failure_half_way_keeps_the_splits_that_are_done(trained, folder, eval
         ((), {}, "model: expected one or several different models, got none"),
         ((trained, trained), {}, "model: expected one or several different models"),
         ((trained,), {"splits": {}}, "data: expected at least one split"),
-        (("gone.pt",), {"splits": {"gone": str(tmp_path / "no-*.tar")}}, "matches none"),  # before a model is loaded
-        ((f"open_clip:tiny/{folder / 'tiny.bin'}",), {"out": None}, "out: expected a folder for the results"),
+        # before a model is loaded
+        (("gone.pt",), {"splits": {"gone": str(tmp_path / "no-*.tar")}}, "matches none"),
+        (
+            (f"open_clip:tiny/{folder / 'tiny.bin'}",),
+            {"out": None},
+            "out: expected a folder for the results",
+        ),
         (("gone.pt",), {}, "source: expected a checkpoint, .* got 'gone.pt'"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -153,9 +201,20 @@ def test_a_folder_of_classes_by_the_command(trained, tmp_path):
     for number, name in enumerate(tiny.COLOURS):
         (tmp_path / "classes" / f"c{number}").mkdir(parents=True)
         for shape in tiny.SHAPES:
-            (tmp_path / "classes" / f"c{number}" / f"{shape}.png").write_bytes(tiny.picture(tiny.COLOURS[name], shape))
+            (tmp_path / "classes" / f"c{number}" / f"{shape}.png").write_bytes(
+                tiny.picture(tiny.COLOURS[name], shape)
+            )
     (tmp_path / "names.txt").write_text("\n".join(tiny.COLOURS))
-    options = ("--classnames", tmp_path / "names.txt", "--templates", "simple", "--out", tmp_path / "out", "--device", "cpu")
+    options = (
+        "--classnames",
+        tmp_path / "names.txt",
+        "--templates",
+        "simple",
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    )
     result = call("evaluate", trained, "--data", tmp_path / "classes", *options)
     assert result.exit_code == 0, result.output
     figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())["splits"]["classes"]
@@ -167,21 +226,37 @@ def test_a_folder_of_classes_by_the_command(trained, tmp_path):
 
 
 def test_splits_of_a_run_are_local_files(trained, folder, tmp_path):
-    """They come from the config.yaml in the folder, never from the checkpoint; commands and URLs in them are refused."""
+    """They come from the config.yaml in the folder, never from the checkpoint; commands and URLs in
+    them are refused.
+    """
     run = tmp_path / "run"
     run.mkdir()
     state = read_checkpoint(trained)
-    state["config"]["eval"]["splits"] = {"val": f"pipe:touch {tmp_path / 'canary'}; cat {folder / 'one.tar'}"}
+    state["config"]["eval"]["splits"] = {
+        "val": f"pipe:touch {tmp_path / 'canary'}; cat {folder / 'one.tar'}"
+    }
     torch.save(state, run / "last.pt")
-    assert "data: expected at least one split (--data NAME=DATA), got none" in one_line("evaluate", run / "last.pt")
+    assert "data: expected at least one split (--data NAME=DATA), got none" in one_line(
+        "evaluate", run / "last.pt"
+    )
     text = (trained / "config.yaml").read_text()
     assert "splits: {}" in text
-    for where in ("pipe:touch canary", "http://127.0.0.1:9/x.tar", [str(folder / "one.tar"), "pipe:touch canary"]):
-        (run / "config.yaml").write_text(text.replace("splits: {}", f"splits: {{val: {json.dumps(where)}}}"))
+    for where in (
+        "pipe:touch canary",
+        "http://127.0.0.1:9/x.tar",
+        [str(folder / "one.tar"), "pipe:touch canary"],
+    ):
+        (run / "config.yaml").write_text(
+            text.replace("splits: {}", f"splits: {{val: {json.dumps(where)}}}")
+        )
         line = one_line("evaluate", run)
-        assert f"data: expected local files in the eval.splits of {run / 'config.yaml'}, got '" in line
+        assert (
+            f"data: expected local files in the eval.splits of {run / 'config.yaml'}, got '" in line
+        )
         assert line.endswith("; name the data by --data val=DATA")
-    (run / "config.yaml").write_text(text.replace("splits: {}", f"splits: {{val: {folder / 'one.tar'}}}"))
+    (run / "config.yaml").write_text(
+        text.replace("splits: {}", f"splits: {{val: {folder / 'one.tar'}}}")
+    )
     for model in (run, run / "last.pt"):
         result = call("evaluate", model, "--workers", 0, "--device", "cpu")
         assert result.exit_code == 0, result.output

@@ -1,4 +1,6 @@
-"""The pictures of an evaluation, of a run and of a search: what they draw, and where; not their pixels."""
+"""The pictures of an evaluation, of a run and of a search: what they draw, and where; not their
+pixels.
+"""
 
 import csv
 import json
@@ -23,7 +25,10 @@ from simplclip.train import log
 
 pytestmark = pytest.mark.filterwarnings("ignore:Glyph .* missing:UserWarning")
 
-LONG = "a very long caption that has more words than a line of the sheet can hold, and then some more of them, on and on"
+LONG = (
+    "a very long caption that has more words than a line of the sheet can hold, and then some more "
+    "of them, on and on"
+)
 HARD = ("漢字だけの長い説明文" * 6, "x" * 300, "$a$ and $b$", "العربية", "🙂 smile", " ", LONG)
 
 
@@ -32,10 +37,14 @@ def blank(image):
 
 
 def split_of(path, captions, groups=None):
-    records = [{"captions": [text], **({"group": groups[i]} if groups else {})} for i, text in enumerate(captions)]
+    records = [
+        {"captions": [text], **({"group": groups[i]} if groups else {})}
+        for i, text in enumerate(captions)
+    ]
     shapes = [(12, 12), (8, 30), (30, 8)]
     rows = [
-        (f"k{i:03}", {"png": png(i, shapes[i % 3]), "json": json.dumps(record).encode()}) for i, record in enumerate(records)
+        (f"k{i:03}", {"png": png(i, shapes[i % 3]), "json": json.dumps(record).encode()})
+        for i, record in enumerate(records)
     ]
     encoded = evaluation.Split(data.held_out(write(path, rows)), None, blank)
     for _ in encoded.read(10):
@@ -44,7 +53,9 @@ def split_of(path, captions, groups=None):
 
 
 def features(ranks, seed=0):
-    """Returns image and text features [n, n] such that the caption `i` finds its image at rank ranks[i]."""
+    """Returns image and text features [n, n] such that the caption `i` finds its image at rank
+    ranks[i].
+    """
     n = len(ranks)
     scores = torch.rand(n, n, generator=torch.Generator().manual_seed(seed)) * 0.5 - 0.6
     for i, rank in enumerate(ranks):
@@ -67,7 +78,8 @@ def test_best_middle_and_worst_queries_with_the_rank_of_the_right_answer(tmp_pat
     encoded.image_features, encoded.text_features = features(ranks)
     figure = sheet_of(encoded, tmp_path / "s.png", subtitles=("R@1 of captions", "R@1 of pictures"))
     texts = drawn.check_layout(figure)
-    start, end = texts.index("Caption → nearest pictures"), texts.index("Picture → nearest captions")
+    start = texts.index("Caption → nearest pictures")
+    end = texts.index("Picture → nearest captions")
     first = texts[start:end]
     headings = [text for text in first if text in sheets.PARTS]
     assert headings == ["Best", "Middle", "Worst"]
@@ -80,7 +92,12 @@ def test_best_middle_and_worst_queries_with_the_rank_of_the_right_answer(tmp_pat
     scores = [text for text in first if re.fullmatch(r"-?[01]\.\d\d", text)]
     assert len(scores) == 12 * 5, "of each query five answers have a score"
     words = " ".join(texts)
-    for part in ("model, step 7: held", "R@1 of captions", "R@1 of pictures", "Pictures are cropped as the model sees them"):
+    for part in (
+        "model, step 7: held",
+        "R@1 of captions",
+        "R@1 of pictures",
+        "Pictures are cropped as the model sees them",
+    ):
         assert part in words
     second = texts[end:]
     assert len([text for text in second if re.fullmatch(r"(#\d+: )?-?[01]\.\d\d", text)]) >= 60
@@ -88,7 +105,8 @@ def test_best_middle_and_worst_queries_with_the_rank_of_the_right_answer(tmp_pat
 
 def green(figure):
     return sum(
-        patch.get_edgecolor()[:3] == pytest.approx((0x1A / 255, 0x98 / 255, 0x50 / 255)) for patch in figure.axes[0].patches
+        patch.get_edgecolor()[:3] == pytest.approx((0x1A / 255, 0x98 / 255, 0x50 / 255))
+        for patch in figure.axes[0].patches
     )
 
 
@@ -109,9 +127,13 @@ def test_right_answers_are_framed_also_those_of_a_group(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 3, 11, 14])
 def test_any_captions_and_numbers_of_pictures_fit(tmp_path, count):
-    captions = [HARD[i % len(HARD)] if HARD[i % len(HARD)].strip() else f"{LONG} {i}" for i in range(count)]
+    captions = [
+        HARD[i % len(HARD)] if HARD[i % len(HARD)].strip() else f"{LONG} {i}" for i in range(count)
+    ]
     encoded = split_of(tmp_path / "a.tar", captions)
-    encoded.image_features = F.normalize(torch.randn(count, 4, generator=torch.Generator().manual_seed(1)), dim=1)
+    encoded.image_features = F.normalize(
+        torch.randn(count, 4, generator=torch.Generator().manual_seed(1)), dim=1
+    )
     encoded.text_features = encoded.image_features.flip(0)
     figure = sheet_of(encoded, tmp_path / "s.png", title=LONG, subtitles=(LONG, LONG))
     drawn.check_layout(figure)
@@ -121,22 +143,31 @@ def test_any_captions_and_numbers_of_pictures_fit(tmp_path, count):
 def test_ranks_are_the_plain_ones_and_ties_rank_behind(monkeypatch):
     generator = torch.Generator().manual_seed(2)
     x, y = (F.normalize(torch.randn(n, 6, generator=generator), dim=1) for n in (40, 50))
-    gx, gy = torch.randint(0, 12, (40,), generator=generator), torch.randint(0, 9, (50,), generator=generator)
+    gx = torch.randint(0, 12, (40,), generator=generator)
+    gy = torch.randint(0, 9, (50,), generator=generator)
     answers = list(sheets._answers(x, gx, y, gy))
     assert [answer.query for answer in answers] == [i for i in range(40) if (gy == gx[i]).any()]
     for answer in answers:
         order = (x[answer.query] @ y.T).argsort(descending=True).tolist()
         right = [place for place, row in enumerate(order) if gy[row] == gx[answer.query]]
-        assert (answer.rank, answer.right, answer.rows) == (right[0] + 1, order[right[0]], order[:5])
+        assert (answer.rank, answer.right, answer.rows) == (
+            right[0] + 1,
+            order[right[0]],
+            order[:5],
+        )
         assert answer.missed == (right[0] >= 5)
-    (tied,) = sheets._answers(torch.ones(1, 1), torch.tensor([3]), torch.ones(7, 1), torch.arange(7))
+    (tied,) = sheets._answers(
+        torch.ones(1, 1), torch.tensor([3]), torch.ones(7, 1), torch.arange(7)
+    )
     assert tied.rank == 7
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 def test_pictures_are_the_crop_of_the_model(mode):
     """Ours at a multiple of the model's size; open_clip's as its transform crops."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)).resize((500, 300))
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)
+    ).resize((500, 300))
     cfg = PreprocessCfg(size=(48, 48), resize_mode=mode, fill_color=255)
     ours = split.cropped(ImageTransform(cfg), image)
     assert ours.size == (192, 192)
@@ -157,15 +188,29 @@ def rows_of(path, rows):
 def curves_of(run, splits=("held_out",), steps=60, chance=True, terms=()):
     rng = np.random.default_rng(0)
     metrics = [
-        {"step": s, "loss": 5 / s, **{f"{t}_loss": 1 / s for t in terms}, "logit_scale": 14 + s, "logit_bias": -10.0,
-         "grad_norm": 100 / s, "lr": 1e-3 / s}
+        {
+            "step": s,
+            "loss": 5 / s,
+            **{f"{t}_loss": 1 / s for t in terms},
+            "logit_scale": 14 + s,
+            "logit_bias": -10.0,
+            "grad_norm": 100 / s,
+            "lr": 1e-3 / s,
+        }
         for s in range(1, steps + 1)
-    ]  # fmt: skip
+    ]
     evaluated = [
-        {"step": s, "split": name, "direction": way, **{f"R@{k}": rng.random() if s != 40 else 1.0 for k in (1, 5, 10)},
-         **({"loss": 3.0, **{f"chance R@{k}": k / 100 for k in (1, 5, 10)}} if chance else {})}
-        for s in range(20, steps + 1, 20) for name in splits for way in ("image_to_text", "text_to_image")
-    ]  # fmt: skip
+        {
+            "step": s,
+            "split": name,
+            "direction": way,
+            **{f"R@{k}": rng.random() if s != 40 else 1.0 for k in (1, 5, 10)},
+            **({"loss": 3.0, **{f"chance R@{k}": k / 100 for k in (1, 5, 10)}} if chance else {}),
+        }
+        for s in range(20, steps + 1, 20)
+        for name in splits
+        for way in ("image_to_text", "text_to_image")
+    ]
     rows_of(run / "metrics.csv", metrics)
     if evaluated:
         rows_of(run / "evaluation.csv", evaluated)
@@ -181,16 +226,25 @@ def test_curves_have_one_axis_of_steps_chance_and_the_best_step(tmp_path):
     assert texts.count("0") <= 3, "the steps have labels at the last axis alone"
     assert "step; dashed: 40, the best evaluation" in texts
     loss, recall, _, scale, norm, bias = figure.axes
-    assert any(text.startswith("held_out: 3") for text in texts), "the held-out loss stands beside that of training"
+    assert any(text.startswith("held_out: 3") for text in texts), (
+        "the held-out loss stands beside that of training"
+    )
     assert len(loss.lines) == 3
     assert {"0%", "100%"} <= {text for text in texts if text.endswith("%")}
     dotted = [line.get_ydata()[0] for line in recall.lines if line.get_linestyle() == ":"]
     assert sorted(set(dotted)) == [0.01, 0.05, 0.1]
     for axis in figure.axes:
         assert [
-            line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == "--" and len(set(line.get_xdata())) == 1
+            line.get_xdata()[0]
+            for line in axis.lines
+            if line.get_linestyle() == "--" and len(set(line.get_xdata())) == 1
         ] == [40]
-    assert (scale.get_yscale(), norm.get_yscale(), loss.get_yscale(), bias.get_yscale()) == ("log", "log", "linear", "linear")
+    assert (scale.get_yscale(), norm.get_yscale(), loss.get_yscale(), bias.get_yscale()) == (
+        "log",
+        "log",
+        "linear",
+        "linear",
+    )
 
 
 @pytest.mark.parametrize("options", [
@@ -207,7 +261,9 @@ def test_curves_of_any_run_fit(tmp_path, options):
 
 def test_hits_have_scores_and_names_and_fit(tmp_path, monkeypatch):
     search = example.load("search_photos")
-    for i, name in enumerate(("a/cat.png", "b/cat.png", "b/a-very-long-name-of-a-picture-" + "x" * 90 + ".png")):
+    for i, name in enumerate(
+        ("a/cat.png", "b/cat.png", "b/a-very-long-name-of-a-picture-" + "x" * 90 + ".png")
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(png(i, [(8, 30), (30, 8), (12, 12)][i]))
     paths = [str(path) for path in sorted(tmp_path.rglob("*.png"))]
@@ -228,9 +284,13 @@ def test_hits_have_scores_and_names_and_fit(tmp_path, monkeypatch):
 
 
 def test_tiny_pictures_of_a_run(tmp_path):
-    """Of the whole: an encoded split of a real shard, whose pictures are cropped by the model's transform."""
+    """Of the whole: an encoded split of a real shard, whose pictures are cropped by the model's
+    transform.
+    """
     encoded = evaluation.Split(
-        data.held_out(tiny.write_shard(tmp_path / "s.tar")), None, ImageTransform(PreprocessCfg(size=(16, 16)))
+        data.held_out(tiny.write_shard(tmp_path / "s.tar")),
+        None,
+        ImageTransform(PreprocessCfg(size=(16, 16))),
     )
     for _ in encoded.read(10):
         pass
@@ -238,5 +298,7 @@ def test_tiny_pictures_of_a_run(tmp_path):
     figure = sheet_of(encoded, tmp_path / "s.png")
     drawn.check_layout(figure)
     assert len(figure.axes[0].images) == 12 * 5 + 12
-    assert {image.get_array().shape[:2] for image in figure.axes[0].images} == {(160, 160)}, "not 16 x 16 as stored"
+    assert {image.get_array().shape[:2] for image in figure.axes[0].images} == {(160, 160)}, (
+        "not 16 x 16 as stored"
+    )
     assert Image.open(tmp_path / "s.png").width == round(plotting.WIDTH * plotting.DPI)

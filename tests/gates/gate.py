@@ -1,5 +1,6 @@
-"""The gates that a kernel's machine code must pass on each architecture, the table of all kernels, and the measurement of
-a kernel that is compiled."""
+"""The gates that a kernel's machine code must pass on each architecture, the table of all kernels,
+and the measurement of a kernel that is compiled.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from gates.kernels import Kernel, compile_kernel, kernels
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
 REGISTERS = 65536  # registers of a multiprocessor, the same on every architecture here
-# Limits: shared memory of a block and of a multiprocessor (a block takes 1 KiB more), warps and blocks of a multiprocessor.
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+# Limits: shared memory of a block and of a multiprocessor (a block takes 1 KiB more), warps and
+# blocks of a multiprocessor. CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability".
 LIMITS = {
     80: (163 * KIB, 164 * KIB, 64, 32),
     86: (99 * KIB, 100 * KIB, 48, 16),
@@ -78,7 +80,9 @@ def gated(row: Row) -> Row:
 def disassemble(path: Path) -> tuple[str, str]:
     """Returns resource usage and machine code of a cubin or an extension."""
     return tuple(
-        subprocess.run([BIN / "cuobjdump", option, path], capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [BIN / "cuobjdump", option, path], capture_output=True, text=True, check=True
+        ).stdout
         for option in ("-res-usage", "-sass")
     )
 
@@ -93,13 +97,27 @@ def measure(kernel: Kernel, architecture: int) -> Row:
     codes = OPCODE.findall(sass)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     shared, warps = compiled.metadata.shared, kernel.tile.warps
-    tile = f"{kernel.tile.block_m}x{kernel.tile.block_n}x{kernel.tile.block_k}/{kernel.tile.stages}" if kernel.tile[0] else ""
+    tile = (
+        f"{kernel.tile.block_m}x{kernel.tile.block_n}x{kernel.tile.block_k}/{kernel.tile.stages}"
+        if kernel.tile[0]
+        else ""
+    )
     spills, tensor_core = spills_and_tensor_cores(codes)
     row = Row(
-        re.sub(r"^_(similarity_)?|_kernel$", "", kernel.name), kernel.matrices, kernel.dtype, architecture, tile,
-        registers, shared, stack, spills, warps,
-        blocks_per_multiprocessor(architecture, registers, shared, warps), len(codes), tensor_core,
-    )  # fmt: skip
+        re.sub(r"^_(similarity_)?|_kernel$", "", kernel.name),
+        kernel.matrices,
+        kernel.dtype,
+        architecture,
+        tile,
+        registers,
+        shared,
+        stack,
+        spills,
+        warps,
+        blocks_per_multiprocessor(architecture, registers, shared, warps),
+        len(codes),
+        tensor_core,
+    )
     if row.blocks < kernel.tile.blocks:
         row.failures.append(f"{row.blocks} blocks per multiprocessor, planned {kernel.tile.blocks}")
     if kernel.tensor_cores and kernel.dtype != "float32" and not row.tensor_core:
@@ -112,16 +130,44 @@ def measure_all(architecture: int, dtype: str, everything: bool) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    head = ("kernel", "matrices", "dtype", "sm", "tile", "regs", "shared", "stack", "spills", "warps")
+    head = (
+        "kernel",
+        "matrices",
+        "dtype",
+        "sm",
+        "tile",
+        "regs",
+        "shared",
+        "stack",
+        "spills",
+        "warps",
+    )
     head += ("blocks/SM", "SASS", "MMA", "")
     lines = [head] + [
-        (r.kernel, r.matrices, r.dtype, r.architecture, r.tile, r.registers, r.shared, r.stack, r.spills, r.warps or "",
-         r.blocks or "", r.instructions or "", r.tensor_core, "; ".join(r.failures))
+        (
+            r.kernel,
+            r.matrices,
+            r.dtype,
+            r.architecture,
+            r.tile,
+            r.registers,
+            r.shared,
+            r.stack,
+            r.spills,
+            r.warps or "",
+            r.blocks or "",
+            r.instructions or "",
+            r.tensor_core,
+            "; ".join(r.failures),
+        )
         for r in rows
-    ]  # fmt: skip
+    ]
     widths = [max(len(str(line[i])) for line in lines) for i in range(len(head) - 1)] + [0]
     left = (0, 1, 2, 4, 13)
     return "\n".join(
-        "  ".join(str(v).ljust(w) if i in left else str(v).rjust(w) for i, (v, w) in enumerate(zip(line, widths))).rstrip()
+        "  ".join(
+            str(v).ljust(w) if i in left else str(v).rjust(w)
+            for i, (v, w) in enumerate(zip(line, widths))
+        ).rstrip()
         for line in lines
     )

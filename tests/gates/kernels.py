@@ -16,7 +16,10 @@ from simplclip.kernels.attention import op as attention
 from simplclip.kernels.launch import COMPILE
 from simplclip.kernels.mlp import op as mlp
 from simplclip.kernels.mlp.activations import ACTIVATIONS
-from simplclip.kernels.similarity.backward import _similarity_gradient_kernel, _similarity_range_kernel
+from simplclip.kernels.similarity.backward import (
+    _similarity_gradient_kernel,
+    _similarity_range_kernel,
+)
 from simplclip.kernels.similarity.forward import (
     _similarity_diagonal_kernel,
     _similarity_merge_kernel,
@@ -26,22 +29,50 @@ from simplclip.kernels.similarity.op import DIAGONAL, MERGE, MERGE_WARPS, RANGE
 from simplclip.kernels.similarity.plan import ROW_SLOTS, Tiling
 from simplclip.kernels.similarity.sigmoid import _similarity_sigmoid_kernel
 
-DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "ieee")}
-# Types of arguments by name, where "element" is the kernel's dtype; a name that is not listed is an integer.
+DTYPES = {
+    "bfloat16": ("bf16", "half"),
+    "float16": ("fp16", "half"),
+    "tf32": ("fp32", "tf32"),
+    "float32": ("fp32", "ieee"),
+}
+# Types of arguments by name, where "element" is the kernel's dtype; a name that is not listed is an
+# integer.
 _TYPES = {
     **dict.fromkeys(("image", "text", "teacher_image", "teacher_text", "out"), "*element"),
     **dict.fromkeys(("scale", "teacher_scale", "plane", "sigmoids", "factor"), "*fp32"),
-    **dict.fromkeys(("rows", "columns", "grad_rows", "grad_columns", "row_parts", "column_parts", "parts", "sums"), "*fp32"),
+    **dict.fromkeys(
+        (
+            "rows",
+            "columns",
+            "grad_rows",
+            "grad_columns",
+            "row_parts",
+            "column_parts",
+            "parts",
+            "sums",
+        ),
+        "*fp32",
+    ),
     **dict.fromkeys(("ids", "text_ids"), "*i64"),
     "entropy": "fp32",
 }
 # Arguments that are multiples of 16 in any call that tables are made for, like the strides.
-_ALIGNED = ("width", "teacher_width", "hidden", "out_stride", "h_stride", "weight_stride", "grad_stride")
+_ALIGNED = (
+    "width",
+    "teacher_width",
+    "hidden",
+    "out_stride",
+    "h_stride",
+    "weight_stride",
+    "grad_stride",
+)
 
 
 @dataclass
 class Kernel:
-    """A specialisation to compile. constants: by argument name; None stands for a tensor that is not given."""
+    """A specialisation to compile. constants: by argument name; None stands for a tensor that is
+    not given.
+    """
 
     name: str
     function: object
@@ -63,7 +94,12 @@ class Form(NamedTuple):
     even: bool  # whether D and D̂ are multiples of the tile
 
     def __str__(self) -> str:
-        parts = "+teacher" * self.teacher, "+plane" * self.plane, "+ids" * self.ids, " rows" * (not self.columns)
+        parts = (
+            "+teacher" * self.teacher,
+            "+plane" * self.plane,
+            "+ids" * self.ids,
+            " rows" * (not self.columns),
+        )
         return "".join(("Z", *parts, " odd D" * (not self.even)))
 
 
@@ -73,8 +109,11 @@ SIMPLEST = Form(teacher=False, plane=False, columns=True, ids=False, even=True)
 def forms(everything: bool) -> list[Form]:
     """Returns all forms, or only those that fill the registers most and the simplest."""
     every = [Form(*flags) for flags in itertools.product((True, False), repeat=5)]
-    every = [form for form in every if not (form.teacher and form.plane)]  # the op has a sweep of its own for the plane then
-    return every if everything else [form for form in every if form.ids and not form.even] + [SIMPLEST]
+    # the op has a sweep of its own for the plane then
+    every = [form for form in every if not (form.teacher and form.plane)]
+    return (
+        every if everything else [form for form in every if form.ids and not form.even] + [SIMPLEST]
+    )
 
 
 def absent(names: str, missing: bool) -> dict[str, None]:
@@ -86,15 +125,21 @@ def tiling(tile: tuning.Tile, even: bool, precision: str) -> Tiling:
     return Tiling(*tile[:3], even, "tf32" if precision == "tf32" else "ieee")
 
 
-def similarity(form: Form, dtype: str, architecture: int, backward: bool, tile: tuning.Tile | None = None) -> Kernel:
+def similarity(
+    form: Form, dtype: str, architecture: int, backward: bool, tile: tuning.Tile | None = None
+) -> Kernel:
     """Returns the large kernel of a form. tile: replaces the tile of the table."""
     precision = DTYPES[dtype][1]
     tile = tile or tuning.lookup("similarity", precision, architecture)
     constants = {"TILE": tiling(tile, form.even, precision), **absent("ids text_ids", not form.ids)}
-    constants |= absent("teacher_image teacher_text teacher_scale", not form.teacher) | absent("plane", not form.plane)
+    constants |= absent("teacher_image teacher_text teacher_scale", not form.teacher) | absent(
+        "plane", not form.plane
+    )
     if backward:
         function = _similarity_gradient_kernel
-        constants |= absent("columns grad_columns", not form.columns) | absent("factor", dtype != "float16")
+        constants |= absent("columns grad_columns", not form.columns) | absent(
+            "factor", dtype != "float16"
+        )
     else:
         function = _similarity_statistics_kernel
         constants |= {"ROW_SLOTS": ROW_SLOTS, "COLUMN_SLOTS": 5 if form.teacher else 2}
@@ -106,10 +151,18 @@ def sigmoid_kernels(dtype: str, architecture: int, everything: bool) -> Iterator
     """Yields kernels of one and two terms, with gradients or not."""
     precision = DTYPES[dtype][1]
     tile = tuning.lookup("similarity", precision, architecture)
-    for terms, gradient, ids, even in itertools.product((1, 2), (True, False), (True, False), (True, False)):
+    for terms, gradient, ids, even in itertools.product(
+        (1, 2), (True, False), (True, False), (True, False)
+    ):
         if everything or (ids and not even):
-            constants = {"TERMS": terms, "GRADIENT": gradient, "TILE": tiling(tile, even, precision)}
-            constants |= absent("ids text_ids", not ids) | absent("factor", not gradient or dtype != "float16")
+            constants = {
+                "TERMS": terms,
+                "GRADIENT": gradient,
+                "TILE": tiling(tile, even, precision),
+            }
+            constants |= absent("ids text_ids", not ids) | absent(
+                "factor", not gradient or dtype != "float16"
+            )
             what = f"{terms} terms" + "+ids" * ids + " gradient" * gradient + " odd D" * (not even)
             function = _similarity_sigmoid_kernel
             yield Kernel(function.__name__, function, constants, tile, dtype, what)
@@ -120,15 +173,31 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
     eight = tile._replace(warps=8)
     for of_rows in (True, False):
         function = _similarity_merge_kernel
-        constants = {"SLOTS": ROW_SLOTS if of_rows else 5, "HAS_TEACHER": True, "HAS_PLANE": of_rows, "PREVIOUS": not of_rows}
+        constants = {
+            "SLOTS": ROW_SLOTS if of_rows else 5,
+            "HAS_TEACHER": True,
+            "HAS_PLANE": of_rows,
+            "PREVIOUS": not of_rows,
+        }
         what = "rows" if of_rows else "columns"
         merge = tile._replace(warps=MERGE_WARPS)
-        yield Kernel(function.__name__, function, {**constants, **MERGE}, merge, "float32", what, False, types)
+        yield Kernel(
+            function.__name__,
+            function,
+            {**constants, **MERGE},
+            merge,
+            "float32",
+            what,
+            False,
+            types,
+        )
     for terms in (0, 2):
         function = _similarity_range_kernel
         constants = {"HAS_TEACHER": True, "TERMS": terms, **RANGE, **absent("sigmoids", not terms)}
         constants |= absent("scale plane grad_rows grad_columns", terms > 0)
-        yield Kernel(function.__name__, function, constants, eight, "float32", f"{terms} terms", False, types)
+        yield Kernel(
+            function.__name__, function, constants, eight, "float32", f"{terms} terms", False, types
+        )
     function = _similarity_diagonal_kernel
     yield Kernel(function.__name__, function, dict(DIAGONAL), tile, dtype, "", False)
 
@@ -140,7 +209,10 @@ def products(tile: tuning.Tile, precision: str) -> dict[str, object]:
 
 
 def mlp_kernels(
-    dtype: str, architecture: int, acts: tuple[str, ...] = ("gelu",), even: tuple[bool, ...] = (True, False)
+    dtype: str,
+    architecture: int,
+    acts: tuple[str, ...] = ("gelu",),
+    even: tuple[bool, ...] = (True, False),
 ) -> Iterator[Kernel]:
     """Yields kernels for a C that is a multiple of a block, and for other C."""
     precision = DTYPES[dtype][1]
@@ -148,11 +220,28 @@ def mlp_kernels(
     tile = tuning.lookup("parallel_mlp", precision, architecture)
     for act in acts:
         function, constants = mlp._parallel_mlp_activate_kernel, {"ACT": act, "BLOCK": mlp.BLOCK}
-        yield Kernel(function.__name__, function, constants, tuning.Tile(0, 0, 0, 4, 3), dtype, act, False, types)
+        yield Kernel(
+            function.__name__,
+            function,
+            constants,
+            tuning.Tile(0, 0, 0, 4, 3),
+            dtype,
+            act,
+            False,
+            types,
+        )
         function = mlp._parallel_mlp_hidden_kernel
         for whole in even:
             constants = {"ACT": act, "EVEN": whole, "GROUP": mlp.GROUP, **products(tile, precision)}
-            yield Kernel(function.__name__, function, constants, tile, dtype, act + " odd C" * (not whole), types=types)
+            yield Kernel(
+                function.__name__,
+                function,
+                constants,
+                tile,
+                dtype,
+                act + " odd C" * (not whole),
+                types=types,
+            )
 
 
 def attention_kernels(dtype: str) -> Iterator[Kernel]:
@@ -163,25 +252,40 @@ def attention_kernels(dtype: str) -> Iterator[Kernel]:
     for width, causal in itertools.product((64, 128), (False, True)):
         blocks = attention.tile(width)
         constants = {"CAUSAL": causal, "ROWS": blocks["ROWS"], "COLUMNS": blocks["COLUMNS"]}
-        for function in (attention._shaped_attention_terms_kernel, attention._shaped_attention_gradients_kernel):
+        for function in (
+            attention._shaped_attention_terms_kernel,
+            attention._shaped_attention_gradients_kernel,
+        ):
             yield Kernel(
-                function.__name__, function, constants, tuning.Tile(0, 0, 0, attention.WARPS, 3), dtype,
-                f"K={width}" + " causal" * causal, False, types,
-            )  # fmt: skip
+                function.__name__,
+                function,
+                constants,
+                tuning.Tile(0, 0, 0, attention.WARPS, 3),
+                dtype,
+                f"K={width}" + " causal" * causal,
+                False,
+                types,
+            )
 
 
 def compile_kernel(kernel: Kernel, architecture: int):
     element = DTYPES.get(kernel.dtype, ("fp32",))[0]
-    signature, constants, attributes = {}, {}, {}
+    signature = {}
+    constants = {}
+    attributes = {}
     for place, name in enumerate(kernel.function.arg_names):
         if name in kernel.constants:
             signature[name], constants[name] = "constexpr", kernel.constants[name]
             continue
         kind = {**_TYPES, **kernel.types}.get(name, "i32")
         if isinstance(kind, tuple):  # a tuple of pointers
-            signature[name] = type(kind)(*(each.replace("element", element) if each else "constexpr" for each in kind))
+            signature[name] = type(kind)(
+                *(each.replace("element", element) if each else "constexpr" for each in kind)
+            )
             constants |= {(place, at): None for at, each in enumerate(kind) if each is None}
-            attributes |= {(place, at): [["tt.divisibility", 16]] for at, each in enumerate(kind) if each}
+            attributes |= {
+                (place, at): [["tt.divisibility", 16]] for at, each in enumerate(kind) if each
+            }
             continue
         signature[name] = kind.replace("element", element)
         if signature[name].startswith("*") or name in _ALIGNED:

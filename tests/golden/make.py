@@ -1,10 +1,12 @@
-"""Makes the golden files of a version: what it wrote, and what it read from that, for test_golden_files.py.
+"""Makes the golden files of a version: what it wrote, and what it read from that, for
+test_golden_files.py.
 
 python tests/golden/make.py tests/golden/0.1.0
 
     shards/     6 pairs with several captions and groups, packed from a folder
     taught/     sidecars of a teacher with two views of each image
-    run/        last.pt after 3 of 5 steps of a distillation with pair matching and EMA; compressed, since most of it is zeros
+    run/        last.pt after 3 of 5 steps of a distillation with pair matching and EMA; compressed,
+                since most of it is zeros
     expected.npz    what `read` and the run's resuming gave
 """
 
@@ -44,7 +46,9 @@ def make(folder: Path) -> None:
     rng = np.random.default_rng(0)
     Path("pairs").mkdir()
     for number, words in enumerate(WORDS):
-        pixels = np.kron(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), np.ones((4, 4, 1), np.uint8))
+        pixels = np.kron(
+            rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), np.ones((4, 4, 1), np.uint8)
+        )
         Image.fromarray(pixels).save(f"pairs/{number}.png")
         about = {"captions": [words, f"a picture of a {words}"], "group": words.split()[1]}
         Path(f"pairs/{number}.json").write_text(json.dumps(about))
@@ -53,17 +57,24 @@ def make(folder: Path) -> None:
     # Embeddings of tokens that no caption has are zeros, which compress to nothing.
     torch.manual_seed(0)
     model = simplclip.create_model(MODEL["name"], **MODEL["options"])
-    used = models.tokenizer(MODEL["name"], 8)([f"a picture of a {words}" for words in WORDS]).unique()
+    used = models.tokenizer(MODEL["name"], 8)(
+        [f"a picture of a {words}" for words in WORDS]
+    ).unique()
     weight = model.token_embedding.weight.data
     weight.copy_(torch.zeros_like(weight).index_copy(0, used, weight[used]))
     torch.save(model.state_dict(), "start.pt")
 
     shared = {"model": MODEL | {"checkpoint": "start.pt"}}
     pairs = {"train": "shards/*.tar", "batch_size": 4, "workers": 0, "augment": "affine"}
-    train.run(config.from_dict(shared | {"data": pairs, "run": RUN | {"out": "teacher", "steps": 1}}))
+    train.run(
+        config.from_dict(shared | {"data": pairs, "run": RUN | {"out": "teacher", "steps": 1}})
+    )
     teacher.run("shards/*.tar", "taught", "teacher", views=VIEWS, config="teacher/config.yaml")
     distil = {"feature_weight": 1.0, "relational_weight": 1.0, "pm_weight": 0.3}
-    learn = shared | {"data": pairs | {"sidecars": ["taught"], "captions_per_image": 2}, "loss": distil}
+    learn = shared | {
+        "data": pairs | {"sidecars": ["taught"], "captions_per_image": 2},
+        "loss": distil,
+    }
     learn |= {"optim": {"ema": 0.9, "warmup": 2}, "run": RUN | {"out": "run", "steps": 3}}
     train.run(config.from_dict(learn))
     last = lzma.compress(Path("run/last.pt").read_bytes())
@@ -77,7 +88,9 @@ def make(folder: Path) -> None:
 
 
 def read() -> dict[str, np.ndarray]:
-    """Returns a batch of all pairs of the shard, with the teacher's features and one of the views that it saw."""
+    """Returns a batch of all pairs of the shard, with the teacher's features and one of the views
+    that it saw.
+    """
     loader = data.Loader(
         "shards/*.tar",
         tokenizer=models.tokenizer(MODEL["name"], 8),
@@ -96,7 +109,10 @@ def features() -> dict[str, np.ndarray]:
     """Returns what the run's averaged model makes of the pictures in the shard and of WORDS."""
     encoder = simplclip.load("run", device="cpu")
     images = list(data.held_out("shards/*.tar").pictures(range(len(WORDS))).values())
-    return {"image_features": encoder.encode_image(images).numpy(), "text_features": encoder.encode_text(WORDS).numpy()}
+    return {
+        "image_features": encoder.encode_image(images).numpy(),
+        "text_features": encoder.encode_text(WORDS).numpy(),
+    }
 
 
 def resumed() -> np.ndarray:

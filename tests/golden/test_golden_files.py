@@ -1,4 +1,6 @@
-"""A shard, a sidecar and a checkpoint that version 0.1.0 wrote are read as they were then; make.py has made them."""
+"""A shard, a sidecar and a checkpoint that version 0.1.0 wrote are read as they were then; make.py
+has made them.
+"""
 
 import lzma
 import os
@@ -9,17 +11,24 @@ import pytest
 from golden import make
 from paths import ROOT
 
-VERSIONS = sorted(path.name for path in (ROOT / "tests" / "golden").iterdir() if path.name[0].isdigit())
+VERSIONS = sorted(
+    path.name for path in (ROOT / "tests" / "golden").iterdir() if path.name[0].isdigit()
+)
 
 
 @pytest.fixture(params=VERSIONS)
 def expected(request, tmp_path, monkeypatch):
-    """What the files of a version gave when they were made; a copy of them is in the current folder."""
+    """What the files of a version gave when they were made; a copy of them is in the current
+    folder.
+    """
     shutil.copytree(ROOT / "tests" / "golden" / request.param, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     for name in os.listdir("run"):
         if name.endswith(".xz"):
-            with lzma.open(f"run/{name}") as file, open(f"run/{name.removesuffix('.xz')}", "wb") as out:
+            with (
+                lzma.open(f"run/{name}") as file,
+                open(f"run/{name.removesuffix('.xz')}", "wb") as out,
+            ):
                 shutil.copyfileobj(file, out)
     with np.load("expected.npz") as stored:
         return dict(stored)
@@ -29,7 +38,8 @@ def test_a_shard_and_its_sidecar_give_the_same_batch(expected):
     batch = make.read()
     for name in ("key", "text", "group", "teacher_image", "teacher_text"):
         np.testing.assert_array_equal(batch[name], expected[name], err_msg=name)
-    assert abs(batch["image"].astype(int) - expected["image"]).max() <= 6  # of 255: views are resampled, then change colour
+    # of 255: views are resampled, then change colour
+    assert abs(batch["image"].astype(int) - expected["image"]).max() <= 6
 
 
 def test_a_checkpoint_encodes_the_same_features(expected):

@@ -1,4 +1,6 @@
-"""Names, patterns, captions from elsewhere: each is read, counted or refused in one line; none runs."""
+"""Names, patterns, captions from elsewhere: each is read, counted or refused in one line; none
+runs.
+"""
 
 import json
 from pathlib import Path
@@ -17,7 +19,9 @@ from simplclip.data.sources import Address
 
 
 def read(source) -> list[str]:
-    return [sample["__key__"] for tar in data.sources_of(source) for sample in tars.read(tar, Skipped())]
+    return [
+        sample["__key__"] for tar in data.sources_of(source) for sample in tars.read(tar, Skipped())
+    ]
 
 
 NAMES = {
@@ -38,11 +42,16 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_a_file_is_a_file_whatever_it_is_called(tmp_path, name):
-    samples = [("k", {"png": png(), "txt": b"x"}), (key := "[/red] \x1b[31m", {"png": b"", "txt": b"x"})]
+    samples = [
+        ("k", {"png": png(), "txt": b"x"}),
+        (key := "[/red] \x1b[31m", {"png": b"", "txt": b"x"}),
+    ]
     write(tmp_path / "here" / name, samples)
     assert read("*.tar") == read(name) == read(Path(name)) == read([name]) == ["k", key]
     skipped = Skipped()
-    ((_, positions, pairs),) = data.held_out("*.tar").batches(lambda image: torch.zeros(1), 4, skipped)
+    ((_, positions, pairs),) = data.held_out("*.tar").batches(
+        lambda image: torch.zeros(1), 4, skipped
+    )
     assert ([pair.captions for pair in pairs], positions) == ([["x"]], [0])
     assert not {"\x1b", "\x07"} & {*str(skipped)}
 
@@ -72,7 +81,9 @@ def test_names_in_a_meta_json_are_not_run(tmp_path):
     write(tmp_path / "here" / "a.tar", [("k", {"png": png(), "txt": b"x"})])
     name = "pipe:touch canary"
     entry = {"samples": 1, "bytes": 1, "source": {"bytes": 1}}
-    Path("meta.json").write_text(json.dumps({"splits": {"x": {"shards": {name: entry}}}, "packed": name, "source": name}))
+    Path("meta.json").write_text(
+        json.dumps({"splits": {"x": {"shards": {name: entry}}}, "packed": name, "source": name})
+    )
     assert data.dataset_size("a.tar") is None
     assert read("*.tar") == ["k"]
 
@@ -100,7 +111,13 @@ def test_a_pattern_of_many_names_is_not():
 
 
 def files(**content):
-    return {"png": png(), **{name: value if isinstance(value, bytes) else value.encode() for name, value in content.items()}}
+    return {
+        "png": png(),
+        **{
+            name: value if isinstance(value, bytes) else value.encode()
+            for name, value in content.items()
+        },
+    }
 
 
 WORDS = "0123456789abcdefghij" * 500_000
@@ -116,11 +133,17 @@ SAMPLES = {
     "10 MB of spaces": (files(txt=" " * 10_000_000), "empty caption"),
     "20 MB of a word": (files(txt=2 * WORDS), "file too large"),
     "20 MB of json": (files(json=json.dumps({"caption": 2 * WORDS})), "file too large"),
-    "NaN and a key twice": (files(json='{"label": NaN, "caption": "x", "caption": "y", "group": Infinity}'), ["y"]),
+    "NaN and a key twice": (
+        files(json='{"label": NaN, "caption": "x", "caption": "y", "group": Infinity}'),
+        ["y"],
+    ),
     "lists in lists": (files(json='{"caption": ' + "[" * 100_000), "bad json"),
     "a number of 5,000 digits": (files(json='{"captions": 1' + "0" * 5000 + "}"), "bad json"),
     "a number for a caption": (files(json='{"caption": 5, "captions": [null, {}, "x"]}'), ["x"]),
-    "a label of 5,000 digits": (files(json='{"caption": "x", "label": "1' + "0" * 5000 + '"}'), ["x"]),
+    "a label of 5,000 digits": (
+        files(json='{"caption": "x", "label": "1' + "0" * 5000 + '"}'),
+        ["x"],
+    ),
     "no object": (files(json='["x"]'), "bad json"),
     "a formula": (files(txt=r"\$\frac{$ $_$ $"), [r"\$\frac{$ $_$ $"]),
     "markup and escapes": (files(txt="[/red] \x1b[31m"), ["[/red] \x1b[31m"]),
@@ -155,7 +178,11 @@ def test_captions_are_used_or_counted(content, expected):
 
 
 CLASSES = {
-    "latin-1": ("c.txt", b"caf\xe9\nx\n", "expected imagenet or a file of names, got c.txt: .*utf-8"),
+    "latin-1": (
+        "c.txt",
+        b"caf\xe9\nx\n",
+        "expected imagenet or a file of names, got c.txt: .*utf-8",
+    ),
     "NUL": ("c.txt", b"a\nb\0\n", ["a", "b\ufffd"]),
     "marks and spaces": ("c.txt", b"\xef\xbb\xbfone\n\n two\n", ["one", "two"]),
     "20 MB of a name": ("c.txt", b"a\n" + b"b" * 20_000_000, ["a", "b" * samples.LONGEST]),

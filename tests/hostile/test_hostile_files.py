@@ -1,4 +1,6 @@
-"""Checkpoints, runs, exports, features and configs from elsewhere: refused in one line, or read; none runs code."""
+"""Checkpoints, runs, exports, features and configs from elsewhere: refused in one line, or read;
+none runs code.
+"""
 
 import json
 import os
@@ -40,7 +42,9 @@ class Shaped:
 
     def __reduce__(self):
         storage = torch.zeros(4).untyped_storage()
-        typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+        typed = torch.storage.TypedStorage(
+            wrap_storage=storage, dtype=torch.float32, _internal=True
+        )
         return _rebuild_tensor_v2, (typed, 0, self.size, self.stride, False, {})
 
 
@@ -88,7 +92,10 @@ def in_each_other(levels):
 
 def compressed(state):
     torch.save(state | {"zeros": torch.zeros(1 << 20)}, "plain.pt")
-    with zipfile.ZipFile("plain.pt") as old, zipfile.ZipFile("zip.pt", "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile("plain.pt") as old,
+        zipfile.ZipFile("zip.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for member in old.infolist():
             new.writestr(member.filename, old.read(member.filename))
     os.makedirs("run")
@@ -124,29 +131,56 @@ def beside(state):
 
 CHECKPOINTS = {
     "code in a pickle": (pickled, "its pickle does more than store tensors"),
-    "code beside tensors": (lambda s: saved(s | {"x": Payload()}), r"does more than store tensors \(GLOBAL posix.system\)"),
+    "code beside tensors": (
+        lambda s: saved(s | {"x": Payload()}),
+        r"does more than store tensors \(GLOBAL posix.system\)",
+    ),
     "cut short": (cut, "expected a file of weights, got run/last.pt: "),
-    "no checkpoint": (lambda s: Path(saved(s)).write_bytes(b"\0" * 1000), "expected a file of weights, got run"),
+    "no checkpoint": (
+        lambda s: Path(saved(s)).write_bytes(b"\0" * 1000),
+        "expected a file of weights, got run",
+    ),
     "a zip bomb": (compressed, r"bytes of contents do not fit in its"),
-    "a tensor of 10^10 numbers": (lambda s: saved(s | {"x": Shaped((10**10,), (1,))}), "expected a file of weights"),
+    "a tensor of 10^10 numbers": (
+        lambda s: saved(s | {"x": Shaped((10**10,), (1,))}),
+        "expected a file of weights",
+    ),
     "a tensor of 10^12 times a number": (
         lambda s: saved(s | {"x": Shaped((10**6, 10**6), (0, 0))}),
         "is stored with fewer numbers",
     ),
-    "values in each other": (lambda s: saved(s | {"x": in_each_other(30)}), "values, some in each other"),
+    "values in each other": (
+        lambda s: saved(s | {"x": in_each_other(30)}),
+        "values, some in each other",
+    ),
     "no weights": (lambda s: saved({**s, "model": None}), "expected weights of 'siclip-tiny'"),
-    "other weights": (lambda s: saved({**s, "model": {"x": torch.zeros(1)}}), "expected weights of 'siclip-tiny'"),
+    "other weights": (
+        lambda s: saved({**s, "model": {"x": torch.zeros(1)}}),
+        "expected weights of 'siclip-tiny'",
+    ),
     "no config": (lambda s: saved({**s, "config": None}), "with a config and weights"),
     "a newer version": (lambda s: saved({**s, "version": 99}), "newer simplclip"),
-    "an unknown model": (lambda s: saved(changed(s, "model.name", "hf-hub:x/y")), "name: expected one of"),
-    "options that unpickle a file": (beside, "options of the model's architecture, got model.options.pretrained"),
+    "an unknown model": (
+        lambda s: saved(changed(s, "model.name", "hf-hub:x/y")),
+        "name: expected one of",
+    ),
+    "options that unpickle a file": (
+        beside,
+        "options of the model's architecture, got model.options.pretrained",
+    ),
     "options that download": (option(pretrained_image=True), "got model.options.pretrained_image"),
     "an option that names a repository": (
         option(vision_cfg={"timm_model_name": "hf-hub:x/y"}),
         "got model.options.vision_cfg.timm_model_name = 'hf-hub:x/y'",
     ),
-    "an option of transformers": (option(text_cfg={"hf_model_name": "x/y"}), "got model.options.text_cfg.hf_model_name"),
-    "a billion layers": (option(text_cfg={"layers": 10**9}), r"model.options.text_cfg.layers = 1e\+09"),
+    "an option of transformers": (
+        option(text_cfg={"hf_model_name": "x/y"}),
+        "got model.options.text_cfg.hf_model_name",
+    ),
+    "a billion layers": (
+        option(text_cfg={"layers": 10**9}),
+        r"model.options.text_cfg.layers = 1e\+09",
+    ),
 }
 
 
@@ -181,7 +215,9 @@ RESUMED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("keys", "message"), RESUMED.values(), ids=RESUMED)
 def test_a_run_is_not_continued_from_other_values(whole, keys, message):
     saved(torch.load(whole / "run/last.pt", weights_only=True) | keys)
-    line = one_line("train", whole / "config.yaml", "--resume", "--set", "run.out=run", "--set", "run.steps=9")
+    line = one_line(
+        "train", whole / "config.yaml", "--resume", "--set", "run.out=run", "--set", "run.steps=9"
+    )
     assert message in line
 
 
@@ -191,8 +227,13 @@ def test_no_moments_of_another_shape_are_read_beyond_their_end(whole, shape):
     state = torch.load(whole / "run/last.pt", weights_only=True)
     state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(shape)
     saved(state)
-    line = one_line("train", whole / "config.yaml", "--resume", "--set", "run.out=run", "--set", "run.steps=9")
-    assert f"expected the state of this model's AdamW, got exp_avg of shape {list(shape)} for [" in line
+    line = one_line(
+        "train", whole / "config.yaml", "--resume", "--set", "run.out=run", "--set", "run.steps=9"
+    )
+    assert (
+        f"expected the state of this model's AdamW, got exp_avg of shape {list(shape)} for ["
+        in line
+    )
 
 
 @pytest.mark.slow
@@ -200,28 +241,55 @@ def test_rows_that_no_run_wrote_are_not_replaced(whole):
     shutil.copytree(whole / "run", "run")
     for text in ("foo,bar\n1,2\n", "step,loss\nx,1\n"):
         Path("run/metrics.csv").write_text(text)
-        result = call("train", whole / "config.yaml", "--resume", "--set", "run.out=run", "--set", "run.steps=9")
+        result = call(
+            "train",
+            whole / "config.yaml",
+            "--resume",
+            "--set",
+            "run.out=run",
+            "--set",
+            "run.steps=9",
+        )
         assert result.exit_code == 1
-        assert "run.out: expected rows with the number of a step in run/metrics.csv, got others" in result.output
+        assert (
+            "run.out: expected rows with the number of a step in run/metrics.csv, got others"
+            in result.output
+        )
         assert "Traceback" not in result.output
         assert Path("run/metrics.csv").read_text() == text
 
 
-LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30))])
-MERGES = "\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 30))])
+LAUGHS = "\n".join(
+    ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30))]
+)
+MERGES = "\n".join(
+    [
+        "a0: &a0 {x: 1}",
+        *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 30)),
+    ]
+)
 CONFIGS = {
-    "an object of Python": (b"run: !!python/object/apply:os.system ['touch canary']", "not valid YAML: could not determine"),
+    "an object of Python": (
+        b"run: !!python/object/apply:os.system ['touch canary']",
+        "not valid YAML: could not determine",
+    ),
     "a module of Python": (b"!!python/module:antigravity", "not valid YAML"),
     "a billion laughs": (LAUGHS.encode(), "not valid YAML: expected no aliases"),
     "a billion merges": (MERGES.encode(), "not valid YAML: expected no aliases"),
     "a list in itself": (b"run: &a [*a]", "not valid YAML: expected no aliases"),
     "lists in lists": (b"run: " + b"[" * 600, "not valid YAML"),
-    "a number of 5,000 digits": (b"run: {seed: 1" + b"0" * 5000 + b"}", "not valid YAML: Exceeds the limit"),
+    "a number of 5,000 digits": (
+        b"run: {seed: 1" + b"0" * 5000 + b"}",
+        "not valid YAML: Exceeds the limit",
+    ),
     "NUL": (b"run: \0", "not valid YAML"),
     "no bool": (b"run: !!bool foo", "not valid YAML"),
     "no time": (b"run: !!timestamp foo", "not valid YAML"),
     "no integer": (b"run: !!int ''", "not valid YAML"),
-    "a tower of 5": (b"model: {options: {text_cfg: 5}}", "model: options.text_cfg: expected a mapping, got 5"),
+    "a tower of 5": (
+        b"model: {options: {text_cfg: 5}}",
+        "model: options.text_cfg: expected a mapping, got 5",
+    ),
     "a number for a key": (b"1: 2", "1: Keys should be strings"),
     "escape sequences": (b'"\\e[31m": 1', "unknown key"),
 }
@@ -245,13 +313,21 @@ def exported(**changes):
 
 
 @pytest.mark.parametrize(
-    "options", [{"vision_cfg": 5}, {"embed_dim": "x"}, {"vision_cfg": {"foo": 1}}, {"simplify_options": {"share": 5}}]
+    "options",
+    [
+        {"vision_cfg": 5},
+        {"embed_dim": "x"},
+        {"vision_cfg": {"foo": 1}},
+        {"simplify_options": {"share": 5}},
+    ],
 )
 def test_an_export_of_other_options_is_refused_in_a_line(options):
     exported(options=options)
     save_file({"x": torch.zeros(1)}, "export/open_clip_model.safetensors")
     Path("x.tar").touch()
-    assert "export/export.json: expected options of siclip-tiny, got {" in one_line("evaluate", "export", "--data", "x.tar")
+    assert "export/export.json: expected options of siclip-tiny, got {" in one_line(
+        "evaluate", "export", "--data", "x.tar"
+    )
 
 
 def test_an_export_unpickles_nothing():
@@ -259,7 +335,9 @@ def test_an_export_unpickles_nothing():
     Path("export/w.pt").write_bytes(pickle.dumps({"state_dict": Payload()}, 2))
     os.link("export/w.pt", "export/open_clip_model.safetensors")
     Path("x.tar").touch()
-    assert "expected a file of weights, got export/open_clip_model." in one_line("evaluate", "export", "--data", "x.tar")
+    assert "expected a file of weights, got export/open_clip_model." in one_line(
+        "evaluate", "export", "--data", "x.tar"
+    )
 
 
 def torchscript():
@@ -283,13 +361,25 @@ def test_weights_that_run_code_are_refused_without_torchs_advice_to_run_it(make,
     for arguments in (
         ("evaluate", "w.pt", "--data", made["shard"]),
         ("evaluate", "siclip-tiny/w.pt", "--data", made["shard"]),
-        ("teacher", made["shard"], "--out", "t", "--teacher", "open_clip:ViT-S-32", "--checkpoint", "w.pt"),
+        (
+            "teacher",
+            made["shard"],
+            "--out",
+            "t",
+            "--teacher",
+            "open_clip:ViT-S-32",
+            "--checkpoint",
+            "w.pt",
+        ),
         ("caption", made["shard"], "--out", "c", "--checkpoint", "w.pt"),
         ("train", settings, "--set", "inherit.source=w.pt"),
     ):
         line = one_line(*arguments)
         assert line.endswith(
-            ("does more than store tensors (GLOBAL posix.system)", "it is a program of TorchScript, not a state dict")
+            (
+                "does more than store tensors (GLOBAL posix.system)",
+                "it is a program of TorchScript, not a state dict",
+            )
         )
 
 
@@ -300,9 +390,12 @@ def test_an_export_reads_its_own_weights_alone():
 
 
 @pytest.mark.parametrize(
-    "header", [b"\xff" * 8, (10**9).to_bytes(8, "little") + b"{", (8).to_bytes(8, "little") + b"[[[[[[[["]
+    "header",
+    [b"\xff" * 8, (10**9).to_bytes(8, "little") + b"{", (8).to_bytes(8, "little") + b"[[[[[[[["],
 )
 def test_safetensors_with_an_absurd_header(header):
     Path("w.safetensors").write_bytes(header)
-    with pytest.raises(InputError, match="checkpoint: expected a file of weights, got w.safetensors: Error while"):
+    with pytest.raises(
+        InputError, match="checkpoint: expected a file of weights, got w.safetensors: Error while"
+    ):
         create("siclip-tiny", checkpoint="w.safetensors")

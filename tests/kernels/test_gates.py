@@ -1,4 +1,7 @@
-"""The gates detect what they are for, and the tables of tiles are complete. `make aot` runs the gates themselves."""
+"""The gates detect what they are for, and the tables of tiles are complete.
+
+`make aot` runs the gates themselves.
+"""
 
 import importlib.util
 import itertools
@@ -48,7 +51,9 @@ def test_too_much_shared_memory_fails_the_gate():
 
 
 def test_every_precision_has_tiles():
-    """A tile has products of at least 16, the smallest of all versions of Triton, and divides the sides of blocks."""
+    """A tile has products of at least 16, the smallest of all versions of Triton, and divides the
+    sides of blocks.
+    """
     for op, precision in itertools.product(("similarity", "parallel_mlp"), tuning.PRECISIONS):
         for architecture in gate.LIMITS:
             tile = tuning.lookup(op, precision, architecture)
@@ -59,14 +64,26 @@ def test_every_precision_has_tiles():
 def test_the_gates_compile_every_kernel():
     """A Triton function is a kernel if its name says so; others are parts of kernels."""
     modules = pkgutil.walk_packages(triton_code.__path__, "simplclip.kernels.")
-    names = {name: value for _, module, _ in modules for name, value in vars(importlib.import_module(module)).items()}
-    written = {name for name, value in names.items() if isinstance(value, triton.JITFunction) and name.endswith("_kernel")}
+    names = {
+        name: value
+        for _, module, _ in modules
+        for name, value in vars(importlib.import_module(module)).items()
+    }
+    written = {
+        name
+        for name, value in names.items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+    }
     assert written == {kernel.name for kernel in kernels("bfloat16", 86, False)}
 
 
 def test_a_spill_warns_once_when_a_kernel_starts():
     spilled, clean = (
-        SimpleNamespace(name=f"_kernel_{spills}", n_spills=spills, metadata=SimpleNamespace(target=SimpleNamespace(arch=86)))
+        SimpleNamespace(
+            name=f"_kernel_{spills}",
+            n_spills=spills,
+            metadata=SimpleNamespace(target=SimpleNamespace(arch=86)),
+        )
         for spills in (7, 0)
     )
     message = r"_kernel_7: expected no spilled registers on sm_86, got 7 from Triton 3\."
@@ -75,14 +92,18 @@ def test_a_spill_warns_once_when_a_kernel_starts():
             warnings.simplefilter("always")
             launching.launch({(3,): lambda *args, result=result, **options: result}, 3, 1, BLOCK=2)
         assert len(caught) == len(expected)
-        assert all(re.match(pattern, str(warning.message)) for pattern, warning in zip(expected, caught))
+        assert all(
+            re.match(pattern, str(warning.message)) for pattern, warning in zip(expected, caught)
+        )
 
 
 @pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 def test_every_launch_of_shaped_attention_fits_every_architecture():
     plan = backends.cuda_extension.shaped_attention_plan
     least = min(shared for shared, *_ in gate.LIMITS.values())
-    for tokens, width, wide, backward in itertools.product(range(1, 81), range(16, 129, 16), (0, 1), (0, 1)):
+    for tokens, width, wide, backward in itertools.product(
+        range(1, 81), range(16, 129, 16), (0, 1), (0, 1)
+    ):
         if backends.cuda_extension.shaped_attention_why_not(tokens, width, wide):
             assert wide
             assert width > 64

@@ -1,4 +1,7 @@
-"""The ops as users call them, on a CUDA device, each on the first backend that serves it there. Values: test_triton.py."""
+"""The ops as users call them, on a CUDA device, each on the first backend that serves it there.
+
+Values: test_triton.py.
+"""
 
 import itertools
 import os
@@ -19,7 +22,12 @@ from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends
 
 pytestmark = pytest.mark.gpu
-WHOLE = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
+WHOLE = {
+    "relational_weight": 0.8,
+    "interactive_weight": 0.6,
+    "pm_weight": 0.5,
+    "feature_weight": 0.4,
+}
 
 
 def cases():
@@ -28,7 +36,9 @@ def cases():
         calls = [call for call in (make() for make in LARGE.values()) if call.op == op][:2]
         shapes = [{name: tuple(t.shape) for name, t in call.tensors.items()} for call in calls]
         row = selftest.Row(op, backend, dtype)
-        if backend != "reference" and all(row.serves(inputs, torch.device("cuda")) for inputs in shapes):
+        if backend != "reference" and all(
+            row.serves(inputs, torch.device("cuda")) for inputs in shapes
+        ):
             made = [Case(call, dtype, backend, call.needed(), device="cuda") for call in calls]
             yield pytest.param(made, id=f"{op}, {backend}, {dtype}")
 
@@ -37,7 +47,9 @@ CASES = list(cases()) if torch.cuda.is_available() else []
 
 
 def check_same(case, results, expected):
-    """Compares bits, except where atomics add in any order: in sdpa, xformers and in what blocks make of them."""
+    """Compares bits, except where atomics add in any order: in sdpa, xformers and in what blocks
+    make of them.
+    """
     inexact = case.backend in ("sdpa", "xformers") or case.call.op == "simplified_block"
     torch.testing.assert_close(results, expected, **({} if inexact else {"rtol": 0, "atol": 0}))
 
@@ -45,7 +57,9 @@ def check_same(case, results, expected):
 @pytest.mark.parametrize("both", CASES)
 def test_two_streams_at_once(both):
     """Two calls that the device may run at the same time do not share scratch."""
-    expected, streams, results = [case.run() for case in both], [torch.cuda.Stream() for _ in both], [[] for _ in both]
+    expected = [case.run() for case in both]
+    streams = [torch.cuda.Stream() for _ in both]
+    results = [[] for _ in both]
     torch.cuda.synchronize()
     for _ in range(20):
         for case, stream, of_case in zip(both, streams, results):
@@ -84,7 +98,9 @@ def test_a_thousand_calls_keep_no_memory(both):
 
 
 @pytest.mark.prove
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.skipif(
+    shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed"
+)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool):
     watch = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9"]
@@ -127,5 +143,9 @@ def test_nothing_waits_for_the_device_and_the_full_graph_compiles(make):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if isinstance(module, WIKDLoss) else {"rtol": 2e-2, "atol": 2e-2}
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-5}
+        if isinstance(module, WIKDLoss)
+        else {"rtol": 2e-2, "atol": 2e-2}
+    )
     torch.testing.assert_close(torch.compile(module, fullgraph=True)(*args), expected, **tolerance)

@@ -1,4 +1,6 @@
-"""shaped_attention as users call it, on a CUDA device: the CUDA C++ kernels and the kernels around SDPA against float64."""
+"""shaped_attention as users call it, on a CUDA device: the CUDA C++ kernels and the kernels around
+SDPA against float64.
+"""
 
 import itertools
 
@@ -30,21 +32,34 @@ def products_in_tf32():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_values_and_gradients(tokens, dtype):
-    """q, k and v have rows with gaps, as the views in a block, or begin at odd addresses. Plain torch runs on the device."""
+    """q, k and v have rows with gaps, as the views in a block, or begin at odd addresses.
+
+    Plain torch runs on the device.
+    """
     precision = "tf32" if dtype == torch.float32 else dtype
     every_length = (None, [0, tokens, 1, tokens // 2, tokens - 1])
     for width, causal, lengths in itertools.product(WIDTHS, (False, True), every_length):
         call = of_lengths(attention_call(5, tokens, 3, width, causal=causal), lengths)
-        served = not backends.cuda_extension.shaped_attention_why_not(tokens, width, precision == "tf32")
-        apart = dict.fromkeys(("q", "k", "v", "grad out"), "odd_rows" if width == 32 else "rows_apart")
-        case = Case(call, dtype, "cuda" if served else "sdpa", call.needed(), device="cuda", layouts=apart)
+        served = not backends.cuda_extension.shaped_attention_why_not(
+            tokens, width, precision == "tf32"
+        )
+        apart = dict.fromkeys(
+            ("q", "k", "v", "grad out"), "odd_rows" if width == 32 else "rows_apart"
+        )
+        case = Case(
+            call, dtype, "cuda" if served else "sdpa", call.needed(), device="cuda", layouts=apart
+        )
         results = case.run()
         for name, value in case.run().items() if served else ():
             assert torch.equal(value, results[name]), f"{name}: a second run gave other values"
         with simplclip.backend("reference"):
             plain = run(shaped_attention, call, case.tensors, case.need, case.incoming)
-        # Sums over all tokens may nearly cancel: their error is relative to a sum of terms with random signs.
+        # Sums over all tokens may nearly cancel: their error is relative to a sum of terms with
+        # random signs.
         of_gains = (tokens * width) ** 0.5
-        least = lambda name, most=of_gains: most if name in ("d_alpha", "d_beta", "d_gamma") else 0.01  # noqa: E731
+        gains = dict.fromkeys(("d_alpha", "d_beta", "d_gamma"), of_gains)
+        least = lambda name, gains=gains: gains.get(name, 0.01)  # noqa: E731
         what = f"{tokens} tokens, width {width}, {call.options}, lengths {lengths}"
-        assert_within(results, plain, case.by_definition(torch.Tensor.double), precision, what, least)
+        assert_within(
+            results, plain, case.by_definition(torch.Tensor.double), precision, what, least
+        )

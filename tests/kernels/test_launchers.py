@@ -1,4 +1,6 @@
-"""Memory of Triton's launchers on fake tensors, which run without kernels; on a GPU also against measured memory."""
+"""Memory of Triton's launchers on fake tensors, which run without kernels; on a GPU also against
+measured memory.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ OBJECTIVES = ("contrastive", "pair matching", "hadamard", "every term")
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(OBJECTIVES[-1], torch.float32), *((name, torch.float16) for name in OBJECTIVES)]
+    ("name", "dtype"),
+    [(OBJECTIVES[-1], torch.float32), *((name, torch.float16) for name in OBJECTIVES)],
 )
 def test_chunks_between_the_second_and_the_last_change_no_peak(name, dtype, monkeypatch):
     """Predictions can therefore leave these chunks out."""
@@ -34,7 +37,11 @@ def test_chunks_between_the_second_and_the_last_change_no_peak(name, dtype, monk
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prediction_on_a_gpu(dtype):
-    calls = [similarity_call(name, scratch_bytes=size) for name in OBJECTIVES for size in (1 << 17, 1 << 22)]
+    calls = [
+        similarity_call(name, scratch_bytes=size)
+        for name in OBJECTIVES
+        for size in (1 << 17, 1 << 22)
+    ]
     for call in [*calls, attention_call(8, 257, 2, 32), mlp_call(3000, 64, 256)]:
         expected = predicted(call, dtype, CUDA).usage.peak
         args = {name: t.to(CUDA) for name, t in call.typed(dtype).items()}
@@ -42,5 +49,8 @@ def test_prediction_on_a_gpu(dtype):
         for value in args.values():
             value.grad = None
         held = sum(-(-v.nbytes // 512) * 512 for v in args.values())
-        measured = held + cuda_peak_bytes(lambda call=call, args=args: forward_and_backward(call, args))
-        assert abs(measured - expected) <= max(1 << 18, measured // 100)  # reductions use some scratch of their own
+        measured = held + cuda_peak_bytes(
+            lambda call=call, args=args: forward_and_backward(call, args)
+        )
+        # reductions use some scratch of their own
+        assert abs(measured - expected) <= max(1 << 18, measured // 100)

@@ -1,6 +1,7 @@
 """The Triton kernels as compiled for a card, executed by tests/ptx, against plain torch in float64.
 
-Each launch is also compared by itself with its definition (tests/support/launches.py), and every hazard is an error.
+Each launch is also compared by itself with its definition (tests/support/launches.py), and every
+hazard is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ ARCHITECTURES = (80, 86, 89, 90, 120)
 
 @dataclass
 class Row:
-    """What the calls of an op in a dtype on an architecture showed; errors are in parts of what is allowed."""
+    """What the calls of an op in a dtype on an architecture showed; errors are in parts of what is
+    allowed.
+    """
 
     calls: int = 0
     launches: int = 0
@@ -43,11 +46,18 @@ def run(name: str, kind: str, sm: int, *, need: list[str] | None = None) -> None
         row.launch_error = max(row.launch_error, (launches.check(started), started.name))
 
     processors = FEW if "blocks" in name or "every" in name else None
-    with kernels_alone(name), ptx.card(sm, tf32=case.tf32, compare=compare, processors=processors) as machine:
+    with (
+        kernels_alone(name),
+        ptx.card(sm, tf32=case.tf32, compare=compare, processors=processors) as machine,
+    ):
         errors = case.check(roundings=True)
     assert machine.launches
-    row.calls, row.launches, row.seconds = row.calls + 1, row.launches + machine.launches, row.seconds + machine.seconds
-    row.error = max(row.error, *((error, f"{result} of {name}") for result, error in errors.items()))
+    row.calls = row.calls + 1
+    row.launches = row.launches + machine.launches
+    row.seconds = row.seconds + machine.seconds
+    row.error = max(
+        row.error, *((error, f"{result} of {name}") for result, error in errors.items())
+    )
 
 
 @pytest.mark.slow
@@ -76,11 +86,17 @@ def test_other_architectures(name, kind, sm):
 
 
 def coverage(sm: int) -> dict[str, tuple[int, int, set[str]]]:
-    """Returns for each kernel the number of instructions in all its forms, of those executed, and where others are."""
+    """Returns for each kernel the number of instructions in all its forms, of those executed, and
+    where others are.
+    """
     table = {}
     for (kernel, architecture), codes in CODES.items():
         if architecture == sm:
-            done = [(each, executed) for code in codes for each, executed in zip(code.kernel.instructions, code.executed)]
+            done = [
+                (each, executed)
+                for code in codes
+                for each, executed in zip(code.kernel.instructions, code.executed)
+            ]
             missing = {each.source for each, executed in done if not executed}
             table[kernel] = len(done), sum(executed for _, executed in done), missing
     return table
@@ -88,16 +104,29 @@ def coverage(sm: int) -> dict[str, tuple[int, int, set[str]]]:
 
 @pytest.mark.prove
 def test_coverage():
-    """The calls above execute what is compiled for sm_86. Prints what they showed, and what of each kernel they leave."""
+    """The calls above execute what is compiled for sm_86.
+
+    Prints what they showed, and what of each kernel they leave.
+    """
     if not CODES:
         pytest.skip("no call has run in this process")
-    print(f"Triton {triton.__version__}: calls, launches, seconds; worst error of a result, of a launch")
+    print(
+        f"Triton {triton.__version__}: calls, launches, seconds; worst error of a result, of a "
+        "launch"
+    )
     for (sm, op, kind), row in sorted(TABLE.items()):
         worst = "".join(f"  {error:.3f} {name:60}" for error, name in (row.error, row.launch_error))
         print(f"sm_{sm:<4}{op:24}{kind:5}{row.calls:5}{row.launches:6}{row.seconds:7.1f}{worst}")
-    opcodes = {each.opcode for codes in CODES.values() for code in codes for each in code.kernel.instructions}
+    opcodes = {
+        each.opcode
+        for codes in CODES.values()
+        for code in codes
+        for each in code.kernel.instructions
+    }
     print(len(opcodes), "opcodes:", *sorted(opcodes))
     table = coverage(86)
     for kernel, (count, executed, missing) in table.items():
         print(f"{kernel:40} {count:7} {executed / count:7.1%}  {', '.join(sorted(missing))}")
-    assert sum(executed for _, executed, _ in table.values()) >= 0.97 * sum(count for count, *_ in table.values())
+    assert sum(executed for _, executed, _ in table.values()) >= 0.97 * sum(
+        count for count, *_ in table.values()
+    )

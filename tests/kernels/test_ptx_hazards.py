@@ -1,4 +1,6 @@
-"""The hazards that tests/ptx must report, each in a kernel of a few lines, and none in its right form."""
+"""The hazards that tests/ptx must report, each in a kernel of a few lines, and none in its right
+form.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +27,41 @@ OWN = "mov.b32 %r4, %r3;\n"
 # name -> body for two warps, and a part of the hazard, "" for none
 CASES = {
     "a barrier between warps": (FILL + OTHERS + "bar.sync 0;\n" + LOAD, ""),
-    "no barrier": (FILL + OTHERS + LOAD, "shared memory is read while another warp or a copy writes it"),
+    "no barrier": (
+        FILL + OTHERS + LOAD,
+        "shared memory is read while another warp or a copy writes it",
+    ),
     "own data need no barrier": (FILL + OWN + LOAD, ""),
     "written again with no barrier": (
         FILL + OTHERS + "bar.sync 0;\n" + LOAD + STORE,
         "shared memory is written while another warp or a copy reads it",
     ),
     "never written": (PLACE + OWN + LOAD, "shared memory is read that was never written"),
-    "beyond the end": (FILL + "ld.shared.b32 %r24, [%r3+4000];\n", "shared address is outside of the program's memory"),
-    "unaligned": (FILL + "ld.shared.v2.b32 {%r24, %r25}, [%r3+4];\n", "shared address is not a multiple of 8"),
+    "beyond the end": (
+        FILL + "ld.shared.b32 %r24, [%r3+4000];\n",
+        "shared address is outside of the program's memory",
+    ),
+    "unaligned": (
+        FILL + "ld.shared.v2.b32 {%r24, %r25}, [%r3+4];\n",
+        "shared address is not a multiple of 8",
+    ),
     "a copy": (PLACE + COPY + "cp.async.wait_group 0;\n" + OWN + LOAD, ""),
-    "a copy not waited for": (PLACE + COPY + "cp.async.wait_group 1;\n" + OWN + LOAD, "shared memory is read while"),
+    "a copy not waited for": (
+        PLACE + COPY + "cp.async.wait_group 1;\n" + OWN + LOAD,
+        "shared memory is read while",
+    ),
     "a copy not ended": (
-        PLACE + COPY.replace("cp.async.commit_group;\n", "") + "cp.async.wait_group 0;\n" + OWN + LOAD,
+        PLACE
+        + COPY.replace("cp.async.commit_group;\n", "")
+        + "cp.async.wait_group 0;\n"
+        + OWN
+        + LOAD,
         "shared memory is read while another warp or a copy writes it",
     ),
-    "another warp's copy": (PLACE + COPY + OTHERS + "cp.async.wait_group 0;\nbar.sync 0;\n" + LOAD, ""),
+    "another warp's copy": (
+        PLACE + COPY + OTHERS + "cp.async.wait_group 0;\nbar.sync 0;\n" + LOAD,
+        "",
+    ),
     "another warp's copy, the barrier before the wait": (
         PLACE + COPY + OTHERS + "bar.sync 0;\ncp.async.wait_group 0;\n" + LOAD,
         "shared memory is read while another warp or a copy writes it",
@@ -49,11 +70,22 @@ CASES = {
         FILL + OTHERS + "bar.sync 0;\n" + LOAD + COPY,
         "shared memory is written while another warp or a copy reads it",
     ),
-    "outside of a tensor": (PLACE + "ld.global.b32 %r24, [%d11+16];\n", "global address is outside of the tensors"),
-    "before a tensor": (PLACE + "st.global.b32 [%d11+-4], %r20;\n", "global address is outside of the tensors"),
-    "global unaligned": (PLACE + "ld.global.b32 %r24, [%d0+2];\n", "global address is not a multiple of 4"),
+    "outside of a tensor": (
+        PLACE + "ld.global.b32 %r24, [%d11+16];\n",
+        "global address is outside of the tensors",
+    ),
+    "before a tensor": (
+        PLACE + "st.global.b32 [%d11+-4], %r20;\n",
+        "global address is outside of the tensors",
+    ),
+    "global unaligned": (
+        PLACE + "ld.global.b32 %r24, [%d0+2];\n",
+        "global address is not a multiple of 4",
+    ),
     "a global race": (
-        PLACE + OTHERS + "sub.u32 %r5, %r4, %r1;\ncvt.u64.u32 %d13, %r5;\nadd.u64 %d13, %d13, %d1;\n"
+        PLACE
+        + OTHERS
+        + "sub.u32 %r5, %r4, %r1;\ncvt.u64.u32 %d13, %r5;\nadd.u64 %d13, %d13, %d1;\n"
         "add.u64 %d12, %d1, %d10;\nst.global.b32 [%d12], %r20;\nld.global.b32 %r24, [%d13];\n",
         "global memory is read while another warp or a copy writes it",
     ),
@@ -63,17 +95,19 @@ CASES = {
     ),
     "equal values in one place": (PLACE + "st.shared.b32 [%r1], 7;\n", ""),
     "a barrier for one warp": (
-        "setp.lt.u32 %p1, %r0, 32;\n@%p1 bra $L1;\nbar.sync 0;\n$L1:\n", "the barrier is not reached by all threads",
+        "setp.lt.u32 %p1, %r0, 32;\n@%p1 bra $L1;\nbar.sync 0;\n$L1:\n",
+        "the barrier is not reached by all threads",
     ),
     "two barriers": (
-        "setp.lt.u32 %p1, %r0, 32;\n@%p1 bra $L1;\nbar.sync 0;\nbra $L2;\n$L1:\nbar.sync 0;\n$L2:\n",
+        "setp.lt.u32 %p1, %r0, 32;\n@%p1 bra $L1;\nbar.sync 0;\nbra $L2;\n$L1:\nbar.sync 0;\n"
+        "$L2:\n",
         "the barrier is not reached by all threads",
     ),
     "half a warp": (
         "setp.lt.u32 %p1, %r0, 16;\n@%p1 bra $L1;\nshfl.sync.bfly.b32 %r2, %r0, 1, 31, -1;\n$L1:\n",
         "executed by some of 32 lanes",
     ),
-}  # fmt: skip
+}
 
 
 def kinds_of(batch: Batch) -> list[str]:
@@ -83,7 +117,9 @@ def kinds_of(batch: Batch) -> list[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_hazards(name):
     body, expected = CASES[name]
-    kinds = kinds_of(execute(body, np.zeros(64 * 4, np.uint32), np.zeros(64 * 4, np.uint32), threads=64))
+    kinds = kinds_of(
+        execute(body, np.zeros(64 * 4, np.uint32), np.zeros(64 * 4, np.uint32), threads=64)
+    )
     assert any(kind.startswith(expected) for kind in kinds) if expected else not kinds, kinds
 
 
@@ -92,7 +128,8 @@ IS_SECOND = "mov.u32 %r2, %ctaid.x;\nsetp.eq.u32 %p1, %r2, 1;\n"
 SHARED_WORD = {
     "lanes store different values to one place of global memory": "st.global.b32 [%d0], %r0;\n",
     "global memory is read while another warp or a copy writes it": (
-        IS_SECOND + "@%p1 bra $L1;\nst.global.b32 [%d0], 7;\nret;\n$L1:\nld.global.b32 %r2, [%d0];\n"
+        IS_SECOND
+        + "@%p1 bra $L1;\nst.global.b32 [%d0], 7;\nret;\n$L1:\nld.global.b32 %r2, [%d0];\n"
     ),
     "global memory is written while another warp or a copy reads it": (
         "ld.global.b32 %r3, [%d0];\nbar.sync 0;\n" + IS_SECOND + "@!%p1 st.global.b32 [%d0], 7;\n"
@@ -117,8 +154,11 @@ def test_gaps_between_the_elements_of_a_view():
     assert (memory[1::2] == 0).all()
 
 
-# A [64, 64] and B [8, 64] of bfloat16 lie in shared memory with a swizzle of 128 bytes: chunk c of row r at c xor r % 8.
-WGMMA = "".join(f"st.shared.v4.b32 [%r3+{2048 * i}], {{%r{i}0, %r{i}1, %r{i}2, %r{i}3}};\n" for i in range(1, 6))
+# A [64, 64] and B [8, 64] of bfloat16 lie in shared memory with a swizzle of 128 bytes: chunk c of
+# row r at c xor r % 8.
+WGMMA = "".join(
+    f"st.shared.v4.b32 [%r3+{2048 * i}], {{%r{i}0, %r{i}1, %r{i}2, %r{i}3}};\n" for i in range(1, 6)
+)
 WGMMA += """
 fence.proxy.async.shared::cta;
 bar.sync 0;
@@ -128,7 +168,10 @@ wgmma.fence.sync.aligned;
 for i in range(4):
     descriptors = [1 << 62 | 64 << 32 | 1 << 16 | 128 + first + 2 * i for first in (0, 512)]
     WGMMA += "mov.b64 %d14, {};\nmov.b64 %d15, {};\n".format(*descriptors)
-    WGMMA += "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r60, %r61, %r62, %r63}, %d14, %d15, %p2, 1, 1, 0, 0;\n"
+    WGMMA += (
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r60, %r61, %r62, %r63}, %d14, %d15, "
+        "%p2, 1, 1, 0, 0;\n"
+    )
 WGMMA += """
 wgmma.commit_group.sync.aligned;
 wgmma.wait_group.sync.aligned 0;
@@ -140,13 +183,18 @@ def multiply(body: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Returns hazards, A Bᵀ as the kernel computed it, and in float64."""
     rows = torch.from_numpy(np.random.default_rng(6).standard_normal((80, 64))).bfloat16()
     chunks = rows.view(torch.int16).numpy().reshape(80, 8, 8)
-    memory = np.stack([chunks[r, np.arange(8) ^ r % 8] for r in range(80)]).view(np.uint32).reshape(5, 128, 4)
+    memory = (
+        np.stack([chunks[r, np.arange(8) ^ r % 8] for r in range(80)])
+        .view(np.uint32)
+        .reshape(5, 128, 4)
+    )
     given = {"r3": 16 * np.arange(128, dtype=np.uint32)}
     for i, words in enumerate(memory, 1):
         given |= vectors(10 * i, words)
     batch = execute(body, threads=128, shared=12288, **given)
     sums = batch.registers["32"][60:64].view(np.float32).T.reshape(4, 8, 4, 2, 2)
-    out = sums.transpose(0, 3, 1, 2, 4).reshape(64, 8)  # from warp, groupID, threadID_in_group, row + 8, column
+    # from warp, groupID, threadID_in_group, row + 8, column
+    out = sums.transpose(0, 3, 1, 2, 4).reshape(64, 8)
     values = rows.double().numpy()
     return kinds_of(batch), out, values[:64] @ values[64:72].T
 
@@ -156,10 +204,18 @@ def test_wgmma():
     assert not kinds
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
     for old, new, kind in (
-        ("fence.proxy.async.shared::cta;", "", "wgmma reads shared memory with no fence.proxy.async after it was written"),
+        (
+            "fence.proxy.async.shared::cta;",
+            "",
+            "wgmma reads shared memory with no fence.proxy.async after it was written",
+        ),
         ("bar.sync 0;", "", "shared memory is read while another warp or a copy writes it"),
         ("wgmma.wait_group.sync.aligned 0;", "", "a register of a wgmma in flight is used"),
-        ("wgmma.wait_group.sync.aligned 0;", "st.shared.b32 [%r3+2048], 0;", "shared memory is written while"),
+        (
+            "wgmma.wait_group.sync.aligned 0;",
+            "st.shared.b32 [%r3+2048], 0;",
+            "shared memory is written while",
+        ),
     ):
         assert any(each.startswith(kind) for each in multiply(WGMMA.replace(old, new))[0]), kind
     with pytest.raises(UnknownPTXError, match="no wgmma.fence"):

@@ -37,11 +37,18 @@ def bits_of(values: np.ndarray) -> np.ndarray:
 
 
 def execute(
-    body: str, *arrays: np.ndarray, threads: int = 32, programs: int = 1, shared: int = 4096, **registers: np.ndarray
+    body: str,
+    *arrays: np.ndarray,
+    threads: int = 32,
+    programs: int = 1,
+    shared: int = 4096,
+    **registers: np.ndarray,
 ) -> Batch:
-    """Runs instructions with these values in registers, the addresses of the arrays in %d0, %d1, ..., the thread in %r0, and
-    the address of shared memory in %r1."""
-    code, tensors = Code(parse(TEXT.format(body=body))["test"]), [torch.from_numpy(array) for array in arrays]
+    """Runs instructions with these values in registers, the addresses of the arrays in %d0, %d1,
+    ..., the thread in %r0, and the address of shared memory in %r1.
+    """
+    code = Code(parse(TEXT.format(body=body))["test"])
+    tensors = [torch.from_numpy(array) for array in arrays]
     memory = GlobalMemory(tensors, code.granules["global"])
     launch = Launch(code, programs, threads, shared, np.zeros(0, np.uint8), memory)
     batch = Batch(Machine(), launch, np.arange(programs))
@@ -61,9 +68,13 @@ def vectors(first: int, words: np.ndarray) -> dict[str, np.ndarray]:  # [lanes, 
 
 
 def elementwise(operation: str, *sources: np.ndarray, out: type = np.uint32) -> np.ndarray:
-    """Runs an instruction on each element: the result is %r20, or %h20, the sources are %r21 or %h21 and so on."""
+    """Runs an instruction on each element: the result is %r20, or %h20, the sources are %r21 or
+    %h21 and so on.
+    """
     letter = {2: "h", 4: "r", 8: "d"}
-    given = {f"{letter[source.itemsize]}{21 + place}": source for place, source in enumerate(sources)}
+    given = {
+        f"{letter[source.itemsize]}{21 + place}": source for place, source in enumerate(sources)
+    }
     batch = execute(operation, threads=len(sources[0]), **given)
     assert not batch.machine.hazards
     return batch.registers[str(8 * np.dtype(out).itemsize)][20].view(out)
@@ -90,12 +101,23 @@ def rounded(x: Fraction) -> float:
 
 def test_fma_rounds_once():
     random = np.random.default_rng(0)
-    a, b, c = (np.ldexp(random.standard_normal(960), random.integers(-6, 6, 960)).astype(np.float32) for _ in range(3))
-    near = np.float32(1 + 2**-12)  # products whose sum with 2^-24 of another number lies next to a tie
+    a, b, c = (
+        np.ldexp(random.standard_normal(960), random.integers(-6, 6, 960)).astype(np.float32)
+        for _ in range(3)
+    )
+    # products whose sum with 2^-24 of another number lies next to a tie
+    near = np.float32(1 + 2**-12)
     a[:64], b[:64], c[:64] = near, near, np.ldexp(np.float32(1), -np.arange(64))
-    a[64:128], b[64:128], c[64:128] = 1 + 2**-23, 1 - 2**-24, np.ldexp(np.float32(-1), np.arange(64) - 40)
+    a[64:128], b[64:128], c[64:128] = (
+        1 + 2**-23,
+        1 - 2**-24,
+        np.ldexp(np.float32(-1), np.arange(64) - 40),
+    )
     got = elementwise("fma.rn.f32 %r20, %r21, %r22, %r23;", a, b, c, out=np.float32)
-    expected = [rounded(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))) for x, y, z in zip(a, b, c)]
+    expected = [
+        rounded(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)))
+        for x, y, z in zip(a, b, c)
+    ]
     np.testing.assert_array_equal(got, np.array(expected, np.float32))
 
 
@@ -103,7 +125,22 @@ def numbers() -> np.ndarray:
     random = np.random.default_rng(4)
     values = np.ldexp(random.standard_normal(800), random.integers(-30, 20, 800)).astype(np.float32)
     ties = np.ldexp(1 + np.arange(1, 64, 2) / 2**11, np.arange(-16, 16)).astype(np.float32)
-    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 65519, 65520, 6e-8, 3e-8, 1 + 2**-8, 1 + 3 * 2**-8, 3e38, 1e-40, -1e-40]
+    special = [
+        0.0,
+        -0.0,
+        np.inf,
+        -np.inf,
+        np.nan,
+        65519,
+        65520,
+        6e-8,
+        3e-8,
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+        3e38,
+        1e-40,
+        -1e-40,
+    ]
     return np.concatenate([values, ties, -ties, np.array(special, np.float32)])
 
 
@@ -112,7 +149,9 @@ def test_conversions():
     for kind, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
         bits = elementwise(f"cvt.rn.{kind}.f32 %h20, %r21;", values, out=np.uint16)
         expected = torch.from_numpy(values).to(dtype)
-        np.testing.assert_array_equal(torch.from_numpy(bits.view(np.int16)).view(dtype).float(), expected.float())
+        np.testing.assert_array_equal(
+            torch.from_numpy(bits.view(np.int16)).view(dtype).float(), expected.float()
+        )
         wide = elementwise(f"cvt.f32.{kind} %r20, %h21;", bits, out=np.float32)
         np.testing.assert_array_equal(wide, expected.float().numpy())
         two = elementwise(f"cvt.rn.{kind}x2.f32 %r20, %r21, %r22;", values, values[::-1].copy())
@@ -122,11 +161,14 @@ def test_conversions():
     mantissa, exponent = np.frexp(values[finite].astype(np.float64))
     tf32 = np.ldexp(np.trunc(np.abs(mantissa) * 2**11 + 0.5) * np.sign(mantissa), exponent - 11)
     np.testing.assert_array_equal(
-        elementwise("cvt.rna.tf32.f32 %r20, %r21;", values, out=np.float32)[finite], tf32.astype(np.float32)
+        elementwise("cvt.rna.tf32.f32 %r20, %r21;", values, out=np.float32)[finite],
+        tf32.astype(np.float32),
     )
     power = elementwise("ex2.approx.ftz.f32 %r20, %r21;", values, out=np.float32)
     with np.errstate(over="ignore"):
-        np.testing.assert_allclose(power, np.exp2(values.astype(np.float64)).astype(np.float32), rtol=3e-7, atol=2.0**-126)
+        np.testing.assert_allclose(
+            power, np.exp2(values.astype(np.float64)).astype(np.float32), rtol=3e-7, atol=2.0**-126
+        )
 
 
 def signed(x: int, bits: int = 32) -> int:
@@ -147,7 +189,9 @@ INTEGERS = {
     "mad.lo.s32 %r20, %r21, %r22, %r23;": lambda a, b, c: a * b + c,
     "div.s32 %r20, %r21, %r22;": lambda a, b, c: int(Fraction(signed(a), signed(b))) if b else -1,
     "rem.u32 %r20, %r21, %r22;": lambda a, b, c: a % b if b else a,
-    "rem.s32 %r20, %r21, %r22;": lambda a, b, c: signed(a) - int(Fraction(signed(a), signed(b))) * signed(b) if b else a,
+    "rem.s32 %r20, %r21, %r22;": lambda a, b, c: (
+        signed(a) - int(Fraction(signed(a), signed(b))) * signed(b) if b else a
+    ),
     "shl.b32 %r20, %r21, %r23;": lambda a, b, c: a << c if c < 32 else 0,
     "shr.u32 %r20, %r21, %r23;": lambda a, b, c: a >> min(c, 32),
     "shr.s32 %r20, %r21, %r23;": lambda a, b, c: signed(a) >> min(c, 31),
@@ -163,13 +207,16 @@ INTEGERS = {
 def test_integers(operation):
     random, function = np.random.default_rng(5), INTEGERS[operation]
     a, b = (
-        random.integers(0, 1 << 32, 256, dtype=np.uint32) >> random.integers(0, 31, 256).astype(np.uint32) for _ in range(2)
+        random.integers(0, 1 << 32, 256, dtype=np.uint32)
+        >> random.integers(0, 31, 256).astype(np.uint32)
+        for _ in range(2)
     )
     a[::7], b[::5] = -a[::7].astype(np.int32), 0
     c = random.integers(0, 40, 256, dtype=np.uint32)
     got = elementwise(operation, a, b, c)
     expected = [
-        function(x, y, z) if function is not min else min(x, y) for x, y, z in zip(a.tolist(), b.tolist(), c.tolist())
+        function(x, y, z) if function is not min else min(x, y)
+        for x, y, z in zip(a.tolist(), b.tolist(), c.tolist())
     ]
     np.testing.assert_array_equal(got, np.array([each % (1 << 32) for each in expected], np.uint32))
 
@@ -177,14 +224,25 @@ def test_integers(operation):
 def test_comparisons_with_nan():
     a = np.array([1, 1, 2, np.nan, np.nan], np.float32)
     b = np.array([1, 2, 1, 1, np.nan], np.float32)
-    expected = {"eq": "10000", "ne": "01100", "lt": "01000", "ge": "10100", "neu": "01111", "equ": "10011", "ltu": "01011"}
+    expected = {
+        "eq": "10000",
+        "ne": "01100",
+        "lt": "01000",
+        "ge": "10100",
+        "neu": "01111",
+        "equ": "10011",
+        "ltu": "01011",
+    }
     for name, each in expected.items():
         body = f"setp.{name}.f32 %p1, %r21, %r22;\nselp.b32 %r20, 1, 0, %p1;"
         assert "".join(map(str, elementwise(body, a, b))) == each, name
     for kind, dtype in DTYPES.items():
         halves = [torch.from_numpy(np.stack([each, each[::-1]], 1)).to(dtype) for each in (a, b)]
         words = [each.view(torch.int32).numpy()[:, 0] for each in halves]
-        body = f"setp.le.{kind}x2 %p1|%p2, %r21, %r22;\nselp.b32 %r20, 1, 0, %p1;\n@%p2 add.u32 %r20, %r20, 10;"
+        body = (
+            f"setp.le.{kind}x2 %p1|%p2, %r21, %r22;\nselp.b32 %r20, 1, 0, %p1;\n@%p2 add.u32 %r20, "
+            "%r20, 10;"
+        )
         np.testing.assert_array_equal(elementwise(body, *words), [1, 1, 0, 10, 10])
 
 
@@ -192,26 +250,43 @@ def shuffled(mode: str, lane: int, by: int, clamp: int) -> tuple[int, bool]:
     """Source lane and predicate, as in the PTX ISA."""
     segment, last = clamp >> 8 & 31, clamp & 31
     low, high = lane & segment, (lane & segment) | (last & ~segment & 31)
-    source = {"up": lane - by, "down": lane + by, "bfly": lane ^ by, "idx": low | (by & ~segment & 31)}[mode]
+    source = {
+        "up": lane - by,
+        "down": lane + by,
+        "bfly": lane ^ by,
+        "idx": low | (by & ~segment & 31),
+    }[mode]
     inside = source >= high if mode == "up" else source <= high
     return (source if inside else lane), inside
 
 
 @pytest.mark.parametrize("mode", ["bfly", "up", "down", "idx"])
 def test_shuffles(mode):
-    for by, clamp in itertools.product((1, 3, 16), (0 if mode == "up" else 31, 0x1800 | (0 if mode == "up" else 31))):
-        body = f"shfl.sync.{mode}.b32 %r20|%p1, %r21, {by}, {clamp}, -1;\n@%p1 add.u32 %r20, %r20, 1000;"
+    for by, clamp in itertools.product(
+        (1, 3, 16), (0 if mode == "up" else 31, 0x1800 | (0 if mode == "up" else 31))
+    ):
+        body = (
+            f"shfl.sync.{mode}.b32 %r20|%p1, %r21, {by}, {clamp}, -1;\n@%p1 add.u32 %r20, %r20, "
+            "1000;"
+        )
         got = elementwise(body, LANES.astype(np.uint32))
         sources = [shuffled(mode, lane, by, clamp) for lane in range(32)]
         np.testing.assert_array_equal(got, [source + 1000 * inside for source, inside in sources])
 
 
-# Row and column of a lane's elements: [lane, element]. "Matrix Fragments for mma.m16n8k16 with floating point type".
-A16 = [(GROUP if i < 2 or 4 <= i < 6 else GROUP + 8, IN_GROUP * 2 + (i & 1) + (8 if i >= 4 else 0)) for i in range(8)]
+# Row and column of a lane's elements: [lane, element]. "Matrix Fragments for mma.m16n8k16 with
+# floating point type".
+A16 = [
+    (GROUP if i < 2 or 4 <= i < 6 else GROUP + 8, IN_GROUP * 2 + (i & 1) + (8 if i >= 4 else 0))
+    for i in range(8)
+]
 B16 = [(IN_GROUP * 2 + (i & 1) + (8 if i >= 2 else 0), GROUP) for i in range(4)]
 SUMS = [(GROUP if i < 2 else GROUP + 8, IN_GROUP * 2 + (i & 1)) for i in range(4)]
 # "Matrix Fragments for mma.m16n8k8", .tf32
-A8 = [(GROUP if i in (0, 2) else GROUP + 8, IN_GROUP if i in (0, 1) else IN_GROUP + 4) for i in range(4)]
+A8 = [
+    (GROUP if i in (0, 2) else GROUP + 8, IN_GROUP if i in (0, 1) else IN_GROUP + 4)
+    for i in range(4)
+]
 B8 = [(IN_GROUP if i == 0 else IN_GROUP + 4, GROUP) for i in range(2)]
 
 
@@ -226,7 +301,9 @@ def stored(matrix: np.ndarray, kind: str) -> np.ndarray:
 
 
 def as_read(matrix: np.ndarray, kind: str) -> np.ndarray:
-    """Returns the numbers of float64 that a tensor core reads: rounded halves, or truncated TF32."""
+    """Returns the numbers of float64 that a tensor core reads: rounded halves, or truncated
+    TF32.
+    """
     if kind == "tf32":
         return (matrix.view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64)
     return torch.from_numpy(matrix).to(DTYPES[kind]).double().numpy()
@@ -236,21 +313,30 @@ def as_read(matrix: np.ndarray, kind: str) -> np.ndarray:
 def test_mma(kind):
     depth, order_a, order_b = (8, A8, B8) if kind == "tf32" else (16, A16, B16)
     random = np.random.default_rng(1)
-    a, b, c = (random.standard_normal(shape).astype(np.float32) for shape in ((16, depth), (depth, 8), (16, 8)))
+    a, b, c = (
+        random.standard_normal(shape).astype(np.float32)
+        for shape in ((16, depth), (depth, 8), (16, 8))
+    )
     operands = (20, stored(a, kind), order_a), (24, stored(b, kind), order_b), (26, c, SUMS)
     given = {}
     for first, matrix, order in operands:
         given |= vectors(first, fragments(matrix, order).view(np.uint32))
     opcode = f"mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32"
     sums = "{%r26, %r27, %r28, %r29}"
-    batch = execute(f"{opcode} {sums}, {{%r20, %r21, %r22, %r23}}, {{%r24, %r25}}, {sums};", **given)
+    batch = execute(
+        f"{opcode} {sums}, {{%r20, %r21, %r22, %r23}}, {{%r24, %r25}}, {sums};", **given
+    )
     expected = fragments(c + as_read(a, kind) @ as_read(b, kind), SUMS)
-    np.testing.assert_allclose(batch.registers["32"][26:30].view(np.float32).T, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        batch.registers["32"][26:30].view(np.float32).T, expected, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("trans", ["", ".trans"])
 def test_ldmatrix_and_stmatrix(trans):
-    """Lane 8 i + j passes row j of matrix i; of each matrix a lane gets row groupID, columns 2 threadID_in_group and next."""
+    """Lane 8 i + j passes row j of matrix i; of each matrix a lane gets row groupID, columns 2
+    threadID_in_group and next.
+    """
     memory = np.arange(256, dtype=np.uint16)
     body = f"""
     shl.b32 %r3, %r0, 4;
@@ -265,8 +351,13 @@ def test_ldmatrix_and_stmatrix(trans):
     assert not batch.machine.hazards
     words = batch.registers["32"]
     matrices = memory.reshape(32, 8)[::-1].reshape(4, 8, 8)
-    np.testing.assert_array_equal(np.ascontiguousarray(words[28:32].T).view(np.uint16).ravel(), matrices.ravel())
+    np.testing.assert_array_equal(
+        np.ascontiguousarray(words[28:32].T).view(np.uint16).ravel(), matrices.ravel()
+    )
     if trans:
         matrices = matrices.swapaxes(1, 2)
-    expected = matrices[:, GROUP, IN_GROUP * 2] | matrices[:, GROUP, IN_GROUP * 2 + 1].astype(np.uint32) << 16
+    expected = (
+        matrices[:, GROUP, IN_GROUP * 2]
+        | matrices[:, GROUP, IN_GROUP * 2 + 1].astype(np.uint32) << 16
+    )
     np.testing.assert_array_equal(words[24:28], expected)

@@ -15,14 +15,18 @@ import mutants
 import ptx
 from ptx.capture import Started
 
-# Launches of calls with tiles at the edge of the matrix, and where kernels copy, multiply and reduce.
+# Launches of calls with tiles at the edge of the matrix, and where kernels copy, multiply and
+# reduce.
 CALLS = {
-    "bf16": (similarity_call(70, 133, 20, terms=TERMS, width=80, teacher_width=48, ids=True), torch.bfloat16),
+    "bf16": (
+        similarity_call(70, 133, 20, terms=TERMS, width=80, teacher_width=48, ids=True),
+        torch.bfloat16,
+    ),
     "fp32": (similarity_call(70, 133, 20, terms=TERMS[:1], width=80), torch.float32),
     "mlp": (mlp_call(130, 72, 200, 40), torch.bfloat16),
 }
-# A kind, and which of the instructions that it fits: the first, the last, or all together, since single waits and barriers
-# of a pipelined loop are redundant.
+# A kind, and which of the instructions that it fits: the first, the last, or all together, since
+# single waits and barriers of a pipelined loop are redundant.
 TWELVE = {
     "no barrier": slice(None),
     "a wait for one group fewer": slice(None),
@@ -72,8 +76,12 @@ def test_twelve_kinds(gradient, name):
 
 @pytest.mark.prove
 def test_many():
-    """Most of the rest are equal programs: a second wait, a bound that the data do not reach, a sum of equal lanes."""
-    count, found, missed = Counter(), Counter(), []
+    """Most of the rest are equal programs: a second wait, a bound that the data do not reach, a sum
+    of equal lanes.
+    """
+    count = Counter()
+    found = Counter()
+    missed = []
     for launch, name, place in mutants.sample(started(*CALLS), 300):
         kernel = launch.launch.code.kernel
         how = mutants.found_by(launch, mutants.mutant(kernel, mutants.KINDS[name], {place}))
@@ -81,5 +89,7 @@ def test_many():
         found[name] += bool(how)
         if not how:
             missed.append(f"{kernel.name}: {name}: {kernel.instructions[place]}")
-    print(*(f"{name:42} {count[name]:4} {found[name]:4}" for name in mutants.KINDS), *missed, sep="\n")
+    print(
+        *(f"{name:42} {count[name]:4} {found[name]:4}" for name in mutants.KINDS), *missed, sep="\n"
+    )
     assert found.total() >= 0.8 * count.total()

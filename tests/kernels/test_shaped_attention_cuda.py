@@ -1,4 +1,5 @@
-"""shaped_attention's CUDA C++ kernels as nvcc compiles them, executed by tests/ptx: values, gradients, hazards.
+"""shaped_attention's CUDA C++ kernels as nvcc compiles them, executed by tests/ptx: values,
+gradients, hazards.
 
 With --prove: every width with every number of tokens, five architectures, and all faults.
 """
@@ -39,7 +40,9 @@ def check(call: Call, kind: str, sm: int = 86) -> None:
 
 
 def check_lengths(tokens: int, width: int, kind: str, sm: int = 86) -> None:
-    """Checks all tokens, and sequences of several lengths in a batch with two heads; nothing if they are not served."""
+    """Checks all tokens, and sequences of several lengths in a batch with two heads; nothing if
+    they are not served.
+    """
     if backends.cuda_extension.shaped_attention_why_not(tokens, width, kind == "tf32"):
         return
     for causal in (False, True):
@@ -86,17 +89,23 @@ def test_lengths_out_of_range_count_as_none_and_all():
     given = mock.patch.object(checks, "lengths_of_batch", lambda lengths, *others: lengths.int())
     with given, attention.card(86, tf32=False):
         inside, outside = (
-            case_of(of_lengths(attention_call(2, 33, 1, 32), lengths), "bf16").run() for lengths in ([0, 33], [-5, 70])
+            case_of(of_lengths(attention_call(2, 33, 1, 32), lengths), "bf16").run()
+            for lengths in ([0, 33], [-5, 70])
         )
     for name, value in inside.items():
         assert torch.equal(outside[name], value), name
 
 
 def test_softmax_minus_mean_is_rounded_after_the_subtraction():
-    """At initialisation q is zero: softmax equals the mean, and with equal gains their difference is zero."""
+    """At initialisation q is zero: softmax equals the mean, and with equal gains their difference
+    is zero.
+    """
     call = attention_call(1, 77, 1, 64, scale=0.3)
     call.tensors["q"] *= 1e-3
-    call.tensors |= {name: torch.tensor([gain]).double() for name, gain in (("alpha", 0), ("beta", 1), ("gamma", 1))}
+    call.tensors |= {
+        name: torch.tensor([gain]).double()
+        for name, gain in (("alpha", 0), ("beta", 1), ("gamma", 1))
+    }
     case = case_of(call, "bf16")
     with attention.card(86, tf32=False):
         results = case.run()
@@ -111,27 +120,48 @@ LENGTHS = of_lengths(attention_call(2, 50, 1, 64), [50, 17])
 # Text that is removed or replaced in the kernels, a call that must detect the change, and by what.
 FAULTS = {
     "no barrier before keys and values are written over": (
-        "  sync_block();  // keys and values are not read any more", "", attention_call(1, 77, 1, 64), "bf16",
+        "  sync_block();  // keys and values are not read any more",
+        "",
+        attention_call(1, 77, 1, 64),
+        "bf16",
         "while another warp",
     ),
     "no barrier before a slot is filled again": (
-        "if (s + 2 < 2 * slices) sync_block();", "", attention_call(1, 77, 1, 64), "tf32", "while another warp",
+        "if (s + 2 < 2 * slices) sync_block();",
+        "",
+        attention_call(1, 77, 1, 64),
+        "tf32",
+        "while another warp",
     ),
     "a wait for one group fewer": (
-        "cp_async_wait<1>();", "cp_async_wait<2>();", attention_call(1, 77, 1, 64), "f16", "or a copy writes it",
+        "cp_async_wait<1>();",
+        "cp_async_wait<2>();",
+        attention_call(1, 77, 1, 64),
+        "f16",
+        "or a copy writes it",
     ),
     "a fragment's halves exchanged": (
-        "(lane() & 7) + (lane() >> 4) * 8, chunk + (lane() >> 3 & 1)", "(lane() & 15), chunk + (lane() >> 4)",
-        attention_call(1, 16, 1, 32), "f16", "error",
+        "(lane() & 7) + (lane() >> 4) * 8, chunk + (lane() >> 3 & 1)",
+        "(lane() & 15), chunk + (lane() >> 4)",
+        attention_call(1, 16, 1, 32),
+        "f16",
+        "error",
     ),
     "a transposed fragment's halves exchanged": (
-        "column_tile * 2 + (lane() >> 3 & 1)", "column_tile * 2 + (lane() >> 3 & 1 ^ 1)", attention_call(1, 16, 1, 32),
-        "f16", "error",
+        "column_tile * 2 + (lane() >> 3 & 1)",
+        "column_tile * 2 + (lane() >> 3 & 1 ^ 1)",
+        attention_call(1, 16, 1, 32),
+        "f16",
+        "error",
     ),
     "rows of padding are multiplied": (
-        "  if (tiles <= 0) return;", "", LENGTHS, "bf16", "read that was never written",
+        "  if (tiles <= 0) return;",
+        "",
+        LENGTHS,
+        "bf16",
+        "read that was never written",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -146,6 +176,7 @@ def test_faults_are_detected(fault, tmp_path):
         (tmp_path / path.relative_to(ROOT)).write_text(text.replace(old, new))
     assert replaced
     (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
-    there = mock.patch.multiple(attention, ROOT=tmp_path, compiled=attention.compiled.__wrapped__)  # with no cache
+    # with no cache
+    there = mock.patch.multiple(attention, ROOT=tmp_path, compiled=attention.compiled.__wrapped__)
     with there, pytest.raises(AssertionError, match=re.escape(message)):
         check(call, kind)

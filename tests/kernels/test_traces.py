@@ -1,4 +1,6 @@
-"""Launches, torch's kernels, and copies from the host in similarity_loss on a GPU, on fake tensors."""
+"""Launches, torch's kernels, and copies from the host in similarity_loss on a GPU, on fake
+tensors.
+"""
 
 import functools
 import operator
@@ -16,13 +18,19 @@ from simplclip.ops.similarity.call import TERMS
 pytestmark = needs_triton
 
 
-def shapes(n: int, width: int = 512, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    features = {name: torch.empty(n, width, dtype=dtype, device="meta") for name in ("image", "text")}
+def shapes(
+    n: int, width: int = 512, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
+    features = {
+        name: torch.empty(n, width, dtype=dtype, device="meta") for name in ("image", "text")
+    }
     return features | {"logit_scale": torch.empty((), device="meta")}
 
 
 def traced(tensors: dict, **options) -> list:
-    """Traces a step of similarity_loss, forward and backward. tensors: shapes alone, on the device "meta"."""
+    """Traces a step of similarity_loss, forward and backward. tensors: shapes alone, on the device
+    "meta".
+    """
 
     def step(given):
         for name, value in given.items():
@@ -30,12 +38,17 @@ def traced(tensors: dict, **options) -> list:
                 if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
                     leaf.requires_grad_(not name.startswith("teacher"))
         out = similarity_loss(**given)
-        (out["loss"] if "weights" in given else functools.reduce(operator.add, out.values())).backward()
+        (
+            out["loss"] if "weights" in given else functools.reduce(operator.add, out.values())
+        ).backward()
 
     return trace(step, tensors | options)
 
 
-@pytest.mark.parametrize(("n", "m", "elements"), [(1, 1, 1), (300, 7, 0), (65536, 65536, 1 << 25), (5000, 131072, 1 << 26)])
+@pytest.mark.parametrize(
+    ("n", "m", "elements"),
+    [(1, 1, 1), (300, 7, 0), (65536, 65536, 1 << 25), (5000, 131072, 1 << 26)],
+)
 def test_sides_of_blocks(n, m, elements):
     from simplclip.kernels.similarity.plan import SIDE, block_sides
 
@@ -55,7 +68,13 @@ def number() -> torch.Tensor:
 
 def every_term(n: int) -> dict[str, object]:
     teacher = {f"teacher_{name}": t for name, t in shapes(n).items() if name != "logit_scale"}
-    return {"terms": TERMS, "plane": (number(), number()), "teacher_scale": number(), "logit_bias": number(), **teacher}
+    return {
+        "terms": TERMS,
+        "plane": (number(), number()),
+        "teacher_scale": number(),
+        "logit_bias": number(),
+        **teacher,
+    }
 
 
 SIGMOIDS = {"terms": ("sigmoid", "pair_matching"), "plane": (number(), number())}
@@ -64,7 +83,15 @@ CALLS = {  # options of similarity_loss, and the most launches and kernels of to
     "pair matching": ({"terms": TERMS[:2], "plane": (number(), number())}, 5, 60),
     "sigmoid": ({"terms": ("sigmoid",), "logit_bias": number()}, 1, 25),
     "sigmoids": (SIGMOIDS | {"weights": dict.fromkeys(SIGMOIDS["terms"], 0.5)}, 1, 40),
-    "ids": ({"ids": torch.empty(1024, dtype=torch.int64, device="meta"), "terms": TERMS[:2], "plane": (0.5, -1.0)}, 5, 75),
+    "ids": (
+        {
+            "ids": torch.empty(1024, dtype=torch.int64, device="meta"),
+            "terms": TERMS[:2],
+            "plane": (0.5, -1.0),
+        },
+        5,
+        75,
+    ),
     "every term": (every_term(1024), 8, 115),
 }
 
@@ -72,7 +99,10 @@ CALLS = {  # options of similarity_loss, and the most launches and kernels of to
 @pytest.mark.parametrize("name", ["contrastive", "pair matching", "sigmoid"])
 def test_the_range_of_float16_costs_one_launch(name):
     """Torch's kernels also undo the factor in both gradients."""
-    half, brain = (traced(shapes(1024, dtype=dtype), **CALLS[name][0]) for dtype in (torch.float16, torch.bfloat16))
+    half, brain = (
+        traced(shapes(1024, dtype=dtype), **CALLS[name][0])
+        for dtype in (torch.float16, torch.bfloat16)
+    )
     assert names(half, "triton") - names(brain, "triton") == Counter(similarity_range=1)
     assert names(half, "torch").total() <= names(brain, "torch").total() + 2
 

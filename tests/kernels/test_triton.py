@@ -1,5 +1,6 @@
-"""The Triton kernels: on a GPU every call against plain torch in float64; there and executed by tests/ptx, random calls,
-padding, registration, and the range of G in float16."""
+"""The Triton kernels: on a GPU every call against plain torch in float64; there and executed by
+tests/ptx, random calls, padding, registration, and the range of G in float16.
+"""
 
 import itertools
 from types import SimpleNamespace
@@ -30,7 +31,9 @@ def registration(device: str) -> None:
 
 
 def float16_range(device: str) -> None:
-    """Checks the factor where a single statistic has a gradient, -3 in its last row or column; and for sigmoid terms."""
+    """Checks the factor where a single statistic has a gradient, -3 in its last row or column; and
+    for sigmoid terms.
+    """
     from simplclip.kernels.similarity.backward import PEAK
     from simplclip.kernels.similarity.op import range_factor
 
@@ -39,15 +42,28 @@ def float16_range(device: str) -> None:
 
     def check_range(bound: float, what: object, **arguments) -> None:
         half = number(0.0).half()
-        factor, unscale = range_factor(SimpleNamespace(image=half.expand(2), text=half), **arguments)
+        factor, unscale = range_factor(
+            SimpleNamespace(image=half.expand(2), text=half), **arguments
+        )
         assert 2 ** (PEAK.value - 1) < factor * bound <= 2**PEAK.value, what
         assert factor * unscale == 1
 
-    bounds = {RowStat.LSE_STUDENT: 6, RowStat.MEAN: 6, RowStat.DIAGONAL_STUDENT: 3, RowStat.PAIR_MATCHING: 21}, {0: 6, 2: 6}
+    bounds = (
+        {
+            RowStat.LSE_STUDENT: 6,
+            RowStat.MEAN: 6,
+            RowStat.DIAGONAL_STUDENT: 3,
+            RowStat.PAIR_MATCHING: 21,
+        },
+        {0: 6, 2: 6},
+    )
     scalars = {"scale": number(-2.0), "plane": number(-7.0, 1.0), "HAS_TEACHER": True}
     for side, of_stats in enumerate(bounds):
         for stat, bound in of_stats.items():
-            rows, columns = gradients = torch.zeros(len(RowStat), 2, device=device), torch.zeros(3, 1, device=device)
+            rows, columns = gradients = (
+                torch.zeros(len(RowStat), 2, device=device),
+                torch.zeros(3, 1, device=device),
+            )
             gradients[side][stat, -1] = -3.0
             check_range(bound, (side, stat), grad_rows=rows, grad_columns=columns, **scalars)
     sigmoids = number([4.0, -7.0], [0.0, 0.0], [-10.0, 1.0], [2.0, 5.5], [-3.0, 1.0])
@@ -56,11 +72,16 @@ def float16_range(device: str) -> None:
 
 OTHERS = {"padding": padding, "registration": registration, "float16_range": float16_range}
 BLOCK = 25  # random calls in one test; fewer on the CPU
-PROVED = [pytest.param(str(start), marks=[pytest.mark.prove] if start else []) for start in range(0, 500, BLOCK)]
+PROVED = [
+    pytest.param(str(start), marks=[pytest.mark.prove] if start else [])
+    for start in range(0, 500, BLOCK)
+]
 
 
 def run(name: str, device: str) -> None:
-    """Runs one of OTHERS, or random calls from a number on, with few parts at a time, so that merges take several rounds."""
+    """Runs one of OTHERS, or random calls from a number on, with few parts at a time, so that
+    merges take several rounds.
+    """
     from simplclip.kernels.similarity import op as similarity_op
 
     few_rows = kernels_alone("chunks" if device == "cpu" else "")
@@ -106,7 +127,9 @@ def test_more_calls_on_a_gpu(name):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_on_a_gpu(name, kind, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if kind == "tf32" else "ieee")
+    monkeypatch.setattr(
+        torch.backends.cuda.matmul, "fp32_precision", "tf32" if kind == "tf32" else "ieee"
+    )
     with kernels_alone(name):
         case_of(name, kind, "cuda").check(roundings=True, twice=True)
 
@@ -132,7 +155,10 @@ def test_large_calls_on_a_gpu(dtype):
 def test_every_tile_has_one_program():
     from simplclip.kernels.launch import splits
 
-    for row_blocks, tiles, slots in itertools.product((1, 2, 7, 64, 257), (1, 2, 3, 41, 256), (1, 82, 264)):
+    for row_blocks, tiles, slots in itertools.product(
+        (1, 2, 7, 64, 257), (1, 2, 3, 41, 256), (1, 82, 264)
+    ):
         ranges, per_split = splits(row_blocks, tiles, slots)
         assert (ranges - 1) * per_split < tiles <= ranges * per_split
-    assert splits(1, 256, 82)[0] > 60  # with few rows alone, most multiprocessors would have no work
+    # with few rows alone, most multiprocessors would have no work
+    assert splits(1, 256, 82)[0] > 60

@@ -1,4 +1,6 @@
-"""The bytes that ranks send and allocate in a loss, counted on fake tensors and a fake process group: docs/scaling.md."""
+"""The bytes that ranks send and allocate in a loss, counted on fake tensors and a fake process
+group: docs/scaling.md.
+"""
 
 import contextlib
 import warnings
@@ -33,7 +35,8 @@ def sent(ranks, n, width, itemsize, terms, teacher_width=0, ids=False, parameter
     there_and_back = 2 * width if terms - {"interactive", "feature"} else 0
     teacher = ("relational" in terms) + 2 * ("interactive" in terms)  # texts, and texts and images
     features = n * itemsize * (there_and_back + teacher * teacher_width)
-    statistics = 2 * 3 * n * 4 if terms & {"contrastive", "relational"} else 0  # sigmoid terms need none
+    # sigmoid terms need none
+    statistics = 2 * 3 * n * 4 if terms & {"contrastive", "relational"} else 0
     numbers = 8 * n * ids * ((there_and_back > 0) + ("interactive" in terms))
     return others * (features + statistics + numbers) + 2 * 4 * parameters * others // ranks
 
@@ -43,7 +46,9 @@ class Wire(TorchDispatchMode):
 
     def __init__(self, ranks):
         super().__init__()
-        self.ranks, self.sent, self.largest = ranks, 0, 0
+        self.ranks = ranks
+        self.sent = 0
+        self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
@@ -58,14 +63,18 @@ class Wire(TorchDispatchMode):
 
 
 def step(loss_of, ranks, n, width, dtype, teacher_width=0, ids=False):
-    """Returns the mode that counted the bytes sent by the first of several ranks in a loss's forward and backward."""
+    """Returns the mode that counted the bytes sent by the first of several ranks in a loss's
+    forward and backward.
+    """
     with pretended(ranks), FakeTensorMode(allow_fallback_kernels=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # open_clip 3.3 calls what torch 2.15 deprecates
         loss = loss_of({"gather_with_grad": True, "rank": 0, "world_size": ranks})
         if hasattr(loss, "_shapes"):
             loss._shapes.check = lambda *_: None  # the check reads values
         features = [torch.empty(n, width, dtype=dtype, requires_grad=True) for _ in range(2)]
-        teacher = [torch.empty(n, teacher_width, dtype=dtype) for _ in range(2)] if teacher_width else []
+        teacher = (
+            [torch.empty(n, teacher_width, dtype=dtype) for _ in range(2)] if teacher_width else []
+        )
         scale = torch.empty((), requires_grad=True)
         args = (*features, scale, *teacher, *([scale.detach()] if teacher else []))
         options = {"ids": torch.empty(n, dtype=torch.int64)} if ids else {}
@@ -78,16 +87,27 @@ def step(loss_of, ranks, n, width, dtype, teacher_width=0, ids=False):
 
 KINDS = {
     "contrastive": (lambda mode: ClipPMLoss(pm_weight=0, **mode), {"terms": ("contrastive",)}),
-    "with ids": (lambda mode: ClipPMLoss(pm_weight=0, **mode), {"terms": ("contrastive",), "ids": True}),
+    "with ids": (
+        lambda mode: ClipPMLoss(pm_weight=0, **mode),
+        {"terms": ("contrastive",), "ids": True},
+    ),
     "hadamard": (
         lambda mode: ClipPMLoss(plane="hadamard", embed_dim=512, **mode),
         {"terms": ("contrastive", "pair_matching"), "parameters": 513},
     ),
-    "sigmoid": (lambda mode: SigLipLoss(rank=0, world_size=mode["world_size"]), {"terms": ("sigmoid",)}),
+    "sigmoid": (
+        lambda mode: SigLipLoss(rank=0, world_size=mode["world_size"]),
+        {"terms": ("sigmoid",)},
+    ),
     **{
         interactive: (
             lambda mode, interactive=interactive: WIKDLoss(
-                interactive_weight=1, interactive=interactive, feature_weight=1, embed_dim=512, teacher_dim=768, **mode
+                interactive_weight=1,
+                interactive=interactive,
+                feature_weight=1,
+                embed_dim=512,
+                teacher_dim=768,
+                **mode,
             ),
             {
                 **{"terms": ("contrastive", "relational", "interactive", "feature"), "ids": True},
@@ -106,7 +126,8 @@ def test_bytes_of_a_step_equal_the_formula(kind, ranks, n):
     dtype = torch.float32
     wire = step(loss_of, ranks, n, 512, dtype, what.get("teacher_width", 0), what.get("ids", False))
     assert wire.sent == sent(ranks, n, 512, dtype.itemsize, **what)
-    assert wire.largest <= ranks * n * 768 * 4  # features of the whole batch, but no matrix of its pairs
+    # features of the whole batch, but no matrix of its pairs
+    assert wire.largest <= ranks * n * 768 * 4
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
@@ -117,7 +138,13 @@ def test_memory_of_a_rank_is_a_twentieth_of_open_clip_s_local_loss(half):
     for loss_of in (ClipLoss, lambda **mode: ClipPMLoss(pm_weight=0, **mode)):
         mode, counter = FakeTensorMode(allow_fallback_kernels=False), Counter(card)
         of, engine = fake.faker(mode, card), fake.Engine(lambda _: None)
-        with warnings.catch_warnings(), fake.fake_step(mode, card), engine.installed(), pretended(4), counter.counting():
+        with (
+            warnings.catch_warnings(),
+            fake.fake_step(mode, card),
+            engine.installed(),
+            pretended(4),
+            counter.counting(),
+        ):
             warnings.simplefilter("ignore")
             loss = loss_of(local_loss=True, gather_with_grad=True, rank=0, world_size=4)
             loss.scratch_bytes, loss.store_bytes = 16 << 20, 0

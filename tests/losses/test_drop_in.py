@@ -21,7 +21,9 @@ def features():
 
 def tokens():
     g = torch.Generator().manual_seed(1)
-    return torch.randn(N, 5, VOCABULARY, generator=g), torch.randint(0, VOCABULARY, (N, 5), generator=g)
+    return torch.randn(N, 5, VOCABULARY, generator=g), torch.randint(
+        0, VOCABULARY, (N, 5), generator=g
+    )
 
 
 def of_images(loss, image, text, scale, bias, **options):
@@ -41,7 +43,9 @@ def of_captions(loss, image, text, scale, bias, **options):
 
 
 def with_teacher(loss, image, text, scale, bias, **options):
-    return loss(image, text, scale, text.detach(), image.detach().roll(1, 0), torch.tensor(20.0), **options)
+    return loss(
+        image, text, scale, text.detach(), image.detach().roll(1, 0), torch.tensor(20.0), **options
+    )
 
 
 COCA = {"caption_loss_weight": 2.0, "clip_loss_weight": 0.7}
@@ -61,14 +65,20 @@ CASES = [
 
 @pytest.mark.parametrize(("original", "replacement", "options", "more", "call"), CASES)
 def test_signature_values_and_gradients_are_open_clips(original, replacement, options, more, call):
-    """Signature, values in both forms and gradients are open_clip's; a loss of the same name is an instance of its class."""
+    """Signature, values in both forms and gradients are open_clip's; a loss of the same name is an
+    instance of its class.
+    """
     classes = getattr(open_clip.loss, original), getattr(losses, replacement)
     assert issubclass(classes[1], classes[0]) == (replacement == original)
     for method in ("__init__", "forward"):
-        expected, parameters = (inspect.signature(getattr(cls, method)).parameters for cls in classes)
+        expected, parameters = (
+            inspect.signature(getattr(cls, method)).parameters for cls in classes
+        )
         assert list(parameters)[: len(expected)] == list(expected)
         if method == "__init__":
-            assert [p.default for p in parameters.values()][: len(expected)] == [p.default for p in expected.values()]
+            assert [p.default for p in parameters.values()][: len(expected)] == [
+                p.default for p in expected.values()
+            ]
     results, names = [], []
     for cls, given in zip(classes, (options, options | more)):
         leaves, loss = features(), cls(**given)
@@ -83,13 +93,16 @@ def test_signature_values_and_gradients_are_open_clips(original, replacement, op
     assert names[0] == names[1]
     for expected, result in zip(*results, strict=True):
         if expected is None:
-            assert result is None or not result.any()  # a bias gets a gradient of 0, as DistributedDataParallel needs
+            # a bias gets a gradient of 0, as DistributedDataParallel needs
+            assert result is None or not result.any()
         else:
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
 class DRClipLoss(losses.ClipLoss):
-    """A loss of the form of MobileCLIP's: it uses logits of student and teacher, and the base class's ground truth."""
+    """A loss of the form of MobileCLIP's: it uses logits of student and teacher, and the base
+    class's ground truth.
+    """
 
     def forward(self, image, text, scale, teacher_image, teacher_text, teacher_scale):
         student = self.get_logits(image, text, scale)
@@ -97,7 +110,10 @@ class DRClipLoss(losses.ClipLoss):
         labels = self.get_ground_truth(image.device, student[0].shape[0])
         contrastive = sum(F.cross_entropy(logits, labels) for logits in student) / 2
         pairs = zip(student, teacher)
-        distance = sum(F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean") for s, t in pairs) / 2
+        distance = (
+            sum(F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean") for s, t in pairs)
+            / 2
+        )
         return contrastive, distance
 
 
@@ -105,24 +121,34 @@ def test_a_loss_that_needs_the_logits():
     image, text, scale, _ = features()
     result = DRClipLoss()(image, text, scale, text.detach(), image.detach(), torch.tensor(20.0))
     expected = plain.similarity_loss(
-        image, text, scale, terms=("contrastive", "relational"), teacher_image=text.detach(), teacher_text=image.detach(),
+        image,
+        text,
+        scale,
+        terms=("contrastive", "relational"),
+        teacher_image=text.detach(),
+        teacher_text=image.detach(),
         teacher_scale=torch.tensor(20.0),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(result, tuple(expected.values()))
 
 
 def test_arguments_of_open_clip_4_are_taken():
-    """chunk_size, a way of open_clip to save memory, changes nothing here, and world_size=0 means one process."""
+    """chunk_size, a way of open_clip to save memory, changes nothing here, and world_size=0 means
+    one process.
+    """
     leaves = features()
     loss = losses.SigLipLoss(False, 0, 1, None, 32)
     assert loss.chunk_size == 32
     torch.testing.assert_close(loss(*leaves), losses.SigLipLoss()(*leaves), rtol=0, atol=0)
-    torch.testing.assert_close(loss._loss(*leaves), losses.SigLipLoss()(*leaves))  # the method that open_clip's tests call
+    # the method that open_clip's tests call
+    torch.testing.assert_close(loss._loss(*leaves), losses.SigLipLoss()(*leaves))
     for make in (losses.ClipLoss, losses.ClipPMLoss, losses.SigLipLoss):
         torch.testing.assert_close(make(world_size=0)(*leaves), make()(*leaves), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("frozen", [(), ("image",), ("text",), ("image", "text"), ("image", "text", "scale", "bias")])
+@pytest.mark.parametrize(
+    "frozen", [(), ("image",), ("text",), ("image", "text"), ("image", "text", "scale", "bias")]
+)
 def test_frozen_features_cost_no_product(frozen, monkeypatch):
     leaves, swept = features(), recorded.calls(monkeypatch)
     for name, t in zip(("image", "text", "scale", "bias"), leaves):

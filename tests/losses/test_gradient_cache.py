@@ -1,4 +1,6 @@
-"""Gradient caching against one graph over the whole batch: the same micro-batches concatenated, one loss, one backward."""
+"""Gradient caching against one graph over the whole batch: the same micro-batches concatenated, one
+loss, one backward.
+"""
 
 import contextlib
 import gc
@@ -35,21 +37,30 @@ def pairs(sizes=SIZES, captions=1, dtype=torch.float64, length=16):
 def one_graph(encode, micro_batches, loss, scaler=None, **_):
     outputs = {}
     for tower, function in encode.items() if isinstance(encode, dict) else [(None, encode)]:
-        parts = [function(batch) for batch in (micro_batches if tower is None else micro_batches[tower])]
+        parts = [
+            function(batch) for batch in (micro_batches if tower is None else micro_batches[tower])
+        ]
         named = isinstance(parts[0], dict)
-        parts = parts if named else [{tower: p} if isinstance(p, torch.Tensor) else dict(enumerate(p)) for p in parts]
+        parts = (
+            parts
+            if named
+            else [{tower: p} if isinstance(p, torch.Tensor) else dict(enumerate(p)) for p in parts]
+        )
         join = lambda of_one: torch.cat(of_one) if of_one[0].dim() else of_one[0]  # noqa: E731
         outputs |= {name: join([part[name] for part in parts]) for name in parts[0]}
     terms = loss(*outputs.values()) if 0 in outputs else loss(**outputs)
     terms = terms if isinstance(terms, dict) else {"loss": terms}
     total = sum(terms.values())
-    with torch.autocast("cpu", enabled=False):  # as torch recommends for backward, since it would cast float32 products
+    # as torch recommends for backward, since it would cast float32 products
+    with torch.autocast("cpu", enabled=False):
         (total if scaler is None else scaler.scale(total)).backward()
     return terms
 
 
 def step(run, encode, micro_batches, loss, parts, context=contextlib.nullcontext, **options):
-    """Runs a step; returns terms and gradients of all parameters, and the generator's next number."""
+    """Runs a step; returns terms and gradients of all parameters, and the generator's next
+    number.
+    """
     for part in parts:
         part.zero_grad()
     torch.manual_seed(3)
@@ -57,19 +68,31 @@ def step(run, encode, micro_batches, loss, parts, context=contextlib.nullcontext
         terms = run(encode, micro_batches, loss, **options)
     assert not any(t.requires_grad for t in terms.values()) or run is one_graph
     drawn = torch.rand(()).item()
-    gradients = {f"{i}.{n}": p.grad for i, part in enumerate(parts) for n, p in part.named_parameters() if p.requires_grad}
+    gradients = {
+        f"{i}.{n}": p.grad
+        for i, part in enumerate(parts)
+        for n, p in part.named_parameters()
+        if p.requires_grad
+    }
     named = {name for name, gradient in gradients.items() if gradient is not None}
-    return {k: v.detach() for k, v in terms.items()} | {k: gradients[k].clone() for k in named}, named, drawn
+    return (
+        {k: v.detach() for k, v in terms.items()} | {k: gradients[k].clone() for k in named},
+        named,
+        drawn,
+    )
 
 
 def assert_same(encode, micro_batches, loss, parts, dtype=torch.float64, **options):
-    """Compares values and gradients by the rule of tests/support/compare.py; its plain torch is one graph in this dtype.
+    """Compares values and gradients by the rule of tests/support/compare.py; its plain torch is one
+    graph in this dtype.
 
     Returns the names of the parameters that have a gradient.
     """
     expected, named, drawn = step(one_graph, encode, micro_batches, loss, parts, **options)
     truth = {name: value.double() for name, value in expected.items()}
-    got, of_cached, then = step(gradient_cache.backward, encode, micro_batches, loss, parts, **options)
+    got, of_cached, then = step(
+        gradient_cache.backward, encode, micro_batches, loss, parts, **options
+    )
     assert of_cached == named
     assert then == drawn, "the generator ends elsewhere"
     assert_within(got, expected, truth, dtype)
@@ -81,17 +104,26 @@ def names_of(*parts):
 
 
 def wikd(dtype, captions=1):
-    """Returns WIKDLoss with every term over all captions of the images: (loss module, function of the features)."""
+    """Returns WIKDLoss with every term over all captions of the images: (loss module, function of
+    the features).
+    """
     torch.manual_seed(4)
     n = sum(SIZES) * captions
     teacher = [F.normalize(torch.randn(n, 24, dtype=dtype), dim=1) for _ in range(2)]
-    weights = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
+    weights = {
+        "relational_weight": 0.8,
+        "interactive_weight": 0.6,
+        "pm_weight": 0.5,
+        "feature_weight": 0.4,
+    }
     module = WIKDLoss(**weights, embed_dim=32, teacher_dim=24).to(dtype)
     ids = torch.arange(n) // captions
 
     def loss(image, text, scale):
         image = image.repeat_interleave(captions, 0)
-        return module(image, text, scale, *teacher, torch.tensor(50.0, dtype=dtype), output_dict=True, ids=ids)
+        return module(
+            image, text, scale, *teacher, torch.tensor(50.0, dtype=dtype), output_dict=True, ids=ids
+        )
 
     return module, loss
 
@@ -100,11 +132,15 @@ def wikd(dtype, captions=1):
 def test_wikd_loss_with_gradient_caching(dtype, captions):
     model, (module, loss) = Dropping().to(dtype), wikd(dtype, captions)
     batches = pairs(captions=captions, dtype=dtype)
-    assert assert_same(lambda b: model(*b), batches, loss, (model, module), dtype, model=model) == names_of(model, module)
+    assert assert_same(
+        lambda b: model(*b), batches, loss, (model, module), dtype, model=model
+    ) == names_of(model, module)
 
 
 def test_autocast_in_the_callers_context():
-    """The caller has also run the model without autograd in the same context, which caches casts of weights."""
+    """The caller has also run the model without autograd in the same context, which caches casts of
+    weights.
+    """
     model, (module, loss) = Dropping(), wikd(torch.float32)
     batches = pairs(dtype=torch.float32)
 
@@ -117,11 +153,16 @@ def test_autocast_in_the_callers_context():
             yield
 
     parts, dtype = (model, module), torch.bfloat16
-    assert assert_same(lambda b: model(*b), batches, loss, parts, dtype, context=context) == names_of(*parts)
+    assert assert_same(
+        lambda b: model(*b), batches, loss, parts, dtype, context=context
+    ) == names_of(*parts)
 
 
 def test_backward_runs_without_autocast():
-    """Autocast would cast a float32 product of a backward pass. Watches both passes: of the loss, and of the encoder."""
+    """Autocast would cast a float32 product of a backward pass.
+
+    Watches both passes: of the loss, and of the encoder.
+    """
     model, states = Dropping(), []
 
     def watched(*outputs):
@@ -131,14 +172,18 @@ def test_backward_runs_without_autocast():
 
     with bf16():
         gradient_cache.backward(
-            lambda b: watched(*model(*b)), pairs(dtype=torch.float32), lambda *o: ClipPMLoss(pm_weight=0)(*watched(*o))
+            lambda b: watched(*model(*b)),
+            pairs(dtype=torch.float32),
+            lambda *o: ClipPMLoss(pm_weight=0)(*watched(*o)),
         )
     assert len(states) == 3 + 2 * len(SIZES) + 1  # the scale's gradient is propagated once
     assert not any(states)
 
 
 class Dropping(nn.Module):
-    """Two towers of simplified blocks with dropout, stochastic depth, shared weights and recomputed blocks."""
+    """Two towers of simplified blocks with dropout, stochastic depth, shared weights and recomputed
+    blocks.
+    """
 
     def __init__(self):
         super().__init__()
@@ -146,7 +191,9 @@ class Dropping(nn.Module):
         self.patch = nn.Conv2d(3, 32, 8, 8)
         self.token = nn.Embedding(64, 32)
         self.image = nn.ModuleList(SimplifiedBlock(32, 4, drop_path=0.5) for _ in range(2))
-        self.text = nn.ModuleList(SimplifiedBlock(32, 4, causal=True, recompute=True) for _ in range(3))
+        self.text = nn.ModuleList(
+            SimplifiedBlock(32, 4, causal=True, recompute=True) for _ in range(3)
+        )
         share_weights(self.image, [[0, 1]])
         share_weights(self.text, [[0, 2]])
         self.dropout = nn.Dropout(0.3)
@@ -168,26 +215,43 @@ class Dropping(nn.Module):
 
 
 def towers(model, *sizes):
-    """Returns the towers, the second of which has two outputs, and the whole batch in micro-batches of these sizes."""
+    """Returns the towers, the second of which has two outputs, and the whole batch in micro-batches
+    of these sizes.
+    """
     encode = {"image": model.encode_image}
-    encode["text"] = lambda text: {"text": model.encode_text(text), "scale": model.logit_scale.exp()}
-    return encode, {name: torch.cat(t).split(size) for name, t, size in zip(encode, zip(*pairs()), sizes)}
+    encode["text"] = lambda text: {
+        "text": model.encode_text(text),
+        "scale": model.logit_scale.exp(),
+    }
+    return encode, {
+        name: torch.cat(t).split(size) for name, t, size in zip(encode, zip(*pairs()), sizes)
+    }
 
 
-@pytest.mark.parametrize("sizes", [((5, 5, 5, 2), (9, 8)), ((17,), (3, 3, 3, 3, 3, 2)), ((4, 13), (17,))])
+@pytest.mark.parametrize(
+    "sizes", [((5, 5, 5, 2), (9, 8)), ((17,), (3, 3, 3, 3, 3, 2)), ((4, 13), (17,))]
+)
 def test_micro_batches_of_each_tower(sizes):
-    """Gradients equal those of one graph whose dropout draws the same numbers; the last micro-batch has another size."""
+    """Gradients equal those of one graph whose dropout draws the same numbers; the last micro-batch
+    has another size.
+    """
     model, module = Dropping().double(), ClipPMLoss().double()
     loss = lambda image, text, scale: module(image, text, scale, output_dict=True)  # noqa: E731
-    assert assert_same(*towers(model, *map(list, sizes)), loss, (model, module), model=model) == names_of(model, module)
+    assert assert_same(
+        *towers(model, *map(list, sizes)), loss, (model, module), model=model
+    ) == names_of(model, module)
 
 
 @pytest.mark.parametrize("sizes", [(5, 5), (1, 20)])
 def test_each_micro_batch_but_the_last_is_encoded_twice_for_one_loss(sizes, monkeypatch):
-    model, seen, values = Dropping().double(), [], []
+    model = Dropping().double()
+    seen = []
+    values = []
     encode, batches = towers(model, *sizes)
     original = model.encode
-    monkeypatch.setattr(model, "encode", lambda blocks, x: seen.append((blocks, len(x))) or original(blocks, x))
+    monkeypatch.setattr(
+        model, "encode", lambda blocks, x: seen.append((blocks, len(x))) or original(blocks, x)
+    )
 
     def loss(image, text, scale):
         values.append(ClipLoss()(image, text, scale))
@@ -197,21 +261,27 @@ def test_each_micro_batch_but_the_last_is_encoded_twice_for_one_loss(sizes, monk
     assert len(values) == 1
     for blocks, micro_batches in ((model.image, batches["image"]), (model.text, batches["text"])):
         rows = [len(t) for t in micro_batches]
-        assert sorted(n for tower, n in seen if tower is blocks) == sorted(rows + rows[:-1])  # the last one keeps its graph
+        # the last one keeps its graph
+        assert sorted(n for tower, n in seen if tower is blocks) == sorted(rows + rows[:-1])
 
 
 def test_a_loss_that_returns_its_sum_and_its_terms():
-    model, loss, weights = Dropping().double(), ClipPMLoss(pm_weight=0.5).double(), {"contrastive": 1.0, "pair_matching": 0.5}
+    model = Dropping().double()
+    loss = ClipPMLoss(pm_weight=0.5).double()
+    weights = {"contrastive": 1.0, "pair_matching": 0.5}
     forms = (lambda *o: loss.terms(*o, weights=weights)), (lambda *o: loss(*o, output_dict=True))
     results, expected = (
-        step(gradient_cache.backward, lambda b: model(*b), pairs(), of_outputs, (model, loss))[0] for of_outputs in forms
+        step(gradient_cache.backward, lambda b: model(*b), pairs(), of_outputs, (model, loss))[0]
+        for of_outputs in forms
     )
     for name in weights:
         torch.testing.assert_close(results.pop(name), expected.pop(f"{name}_loss"))
     torch.testing.assert_close(results, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss", [ClipLoss(), SigLipLoss(pm_weight=0.5)], ids=["ClipLoss", "SigLipLoss"])
+@pytest.mark.parametrize(
+    "loss", [ClipLoss(), SigLipLoss(pm_weight=0.5)], ids=["ClipLoss", "SigLipLoss"]
+)
 def test_open_clips_model_and_losses_by_name(loss):
     torch.manual_seed(0)
     tower = {"layers": 1, "width": 16}
@@ -221,7 +291,9 @@ def test_open_clips_model_and_losses_by_name(loss):
         init_logit_bias=-1.0 if isinstance(loss, SigLipLoss) else None,
     ).double()  # fmt: skip
     parts = model, loss.double()
-    assert assert_same(lambda b: model(*b), pairs(length=8), loss, parts, model=model) == names_of(*parts)
+    assert assert_same(lambda b: model(*b), pairs(length=8), loss, parts, model=model) == names_of(
+        *parts
+    )
 
 
 def test_frozen_and_unused_parameters_get_nothing():
@@ -237,8 +309,14 @@ def test_frozen_and_unused_parameters_get_nothing():
 
 
 def test_gradients_are_added_and_scaled():
-    model, batches, loss = Dropping().double(), pairs(), ClipLoss()
-    run = lambda **options: step(gradient_cache.backward, lambda b: model(*b), batches, loss, (model,), **options)[0]  # noqa: E731
+    model = Dropping().double()
+    batches = pairs()
+    loss = ClipLoss()
+
+    def run(**options):
+        backward, encode = gradient_cache.backward, lambda b: model(*b)
+        return step(backward, encode, batches, loss, (model,), **options)[0]
+
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     plain, scaled = run(), run(scaler=scaler)
     torch.manual_seed(3)
@@ -268,19 +346,32 @@ def test_memory_is_that_of_one_micro_batch():
 
 @pytest.mark.parametrize(
     "norm",
-    [nn.BatchNorm2d(4), nn.BatchNorm1d(4, track_running_stats=False).eval(), nn.SyncBatchNorm(4), EvoNorm2dB0(4),
-     nn.InstanceNorm2d(4, track_running_stats=True)],
+    [
+        nn.BatchNorm2d(4),
+        nn.BatchNorm1d(4, track_running_stats=False).eval(),
+        nn.SyncBatchNorm(4),
+        EvoNorm2dB0(4),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+    ],
     ids=lambda norm: type(norm).__name__,
-)  # fmt: skip
+)
 def test_statistics_of_batches_are_refused(norm):
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(norm))
-    message = f"model: expected no batch statistics, got {type(norm).__name__} '1.0' in training mode"
+    message = (
+        f"model: expected no batch statistics, got {type(norm).__name__} '1.0' in training mode"
+    )
     with pytest.raises(ValueError, match=message):
         gradient_cache.backward(model, [torch.ones(2, 2)], torch.sum, model=model)
 
 
 def test_frozen_norms_and_those_without_statistics_pass():
-    norms = [nn.BatchNorm2d(4).eval(), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), EvoNorm2dB0(4).eval()]
+    norms = [
+        nn.BatchNorm2d(4).eval(),
+        nn.LayerNorm(4),
+        nn.GroupNorm(2, 4),
+        nn.InstanceNorm2d(4),
+        EvoNorm2dB0(4).eval(),
+    ]
     gradient_cache.check(nn.Sequential(*norms))
     with pytest.raises(ValueError, match="BatchNormAct2d"):
         gradient_cache.check(BatchNormAct2d(4))
@@ -293,18 +384,68 @@ TWO, NAMED = dict.fromkeys("ab", nn.Identity()), dict.fromkeys("ab", lambda b: {
     ("encode", "batches", "error", "message"),
     [
         (nn.Identity(), [], ValueError, "micro_batches: expected at least one, got none"),
-        (nn.Identity(), iter([1]), TypeError, "micro_batches: expected a sequence, since .*got list_iterator"),
-        (lambda b: None, [1], TypeError, "encode: expected a tensor, or a sequence or mapping of them, got NoneType"),
-        (lambda b: {"ids": torch.ones(2, 2).long()}, [1], TypeError, "output 'ids' of encode: expected float32"),
-        (lambda b: (torch.ones(3, 1),) * b, [2, 1], ValueError, r"first micro-batch, {0: \['m', 1\], 1: \['m', 1\]}, got"),
-        (lambda b: b, [torch.ones(2, 3), torch.ones(2, 4)], ValueError, r"first .*, {0: \['m', 3\]}, got {0: \['m', 4\]}"),
-        (lambda b: b, [torch.ones(2, 3), torch.ones(1)], ValueError, r"first micro-batch, {0: \['m', 3\]}, got {0: \[\]}"),
-        (TWO, [[1]], ValueError, r"micro_batches: expected one for each tower in a mapping, \['a', 'b'\], got list"),
-        ({"a": lambda b: [b]}, {"a": [1]}, TypeError, r"encode\['a'\]: expected a tensor, or a mapping of them"),
-        (NAMED, dict.fromkeys("ab", [torch.ones(2, 2)]), ValueError, "encode.'b'.: expected outputs that no other tower"),
-        ([nn.Identity()], [1], TypeError, "encode: expected a function, or a mapping of them, got list"),
+        (
+            nn.Identity(),
+            iter([1]),
+            TypeError,
+            "micro_batches: expected a sequence, since .*got list_iterator",
+        ),
+        (
+            lambda b: None,
+            [1],
+            TypeError,
+            "encode: expected a tensor, or a sequence or mapping of them, got NoneType",
+        ),
+        (
+            lambda b: {"ids": torch.ones(2, 2).long()},
+            [1],
+            TypeError,
+            "output 'ids' of encode: expected float32",
+        ),
+        (
+            lambda b: (torch.ones(3, 1),) * b,
+            [2, 1],
+            ValueError,
+            r"first micro-batch, {0: \['m', 1\], 1: \['m', 1\]}, got",
+        ),
+        (
+            lambda b: b,
+            [torch.ones(2, 3), torch.ones(2, 4)],
+            ValueError,
+            r"first .*, {0: \['m', 3\]}, got {0: \['m', 4\]}",
+        ),
+        (
+            lambda b: b,
+            [torch.ones(2, 3), torch.ones(1)],
+            ValueError,
+            r"first micro-batch, {0: \['m', 3\]}, got {0: \[\]}",
+        ),
+        (
+            TWO,
+            [[1]],
+            ValueError,
+            r"micro_batches: expected one for each tower in a mapping, \['a', 'b'\], got list",
+        ),
+        (
+            {"a": lambda b: [b]},
+            {"a": [1]},
+            TypeError,
+            r"encode\['a'\]: expected a tensor, or a mapping of them",
+        ),
+        (
+            NAMED,
+            dict.fromkeys("ab", [torch.ones(2, 2)]),
+            ValueError,
+            "encode.'b'.: expected outputs that no other tower",
+        ),
+        (
+            [nn.Identity()],
+            [1],
+            TypeError,
+            "encode: expected a function, or a mapping of them, got list",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(encode, batches, error, message):
     with pytest.raises(error, match=message):
         gradient_cache.backward(encode, batches, torch.sum)
@@ -313,7 +454,8 @@ def test_bad_arguments(encode, batches, error, message):
 @pytest.mark.parametrize(
     ("loss", "got"),
     [
-        (lambda x: (x.sum(), x.mean()), "tuple"),  # as WIKDLoss and CoCaLoss return without output_dict
+        # as WIKDLoss and CoCaLoss return without output_dict
+        (lambda x: (x.sum(), x.mean()), "tuple"),
         (lambda x: (x.sum(),), "tuple"),
         (lambda x: (x.sum(), None), "tuple"),
         (lambda x: 1.0, "float"),
@@ -326,13 +468,18 @@ def test_bad_arguments(encode, batches, error, message):
 )
 def test_what_loss_returns_is_checked_before_a_gradient_changes(loss, got):
     linear = nn.Linear(3, 3)
-    expected = r"a tensor \[\], a mapping of them \(as losses return with output_dict=True\) or \(loss, mapping\)"
+    expected = (
+        r"a tensor \[\], a mapping of them \(as losses return with output_dict=True\) "
+        r"or \(loss, mapping\)"
+    )
     with pytest.raises(TypeError, match=f"loss: expected {expected}, got {got}$"):
         gradient_cache.backward(linear, torch.ones(4, 3).split(2), loss)
     assert linear.weight.grad is None
 
 
-@pytest.mark.parametrize(("name", "kind"), [("model", "nn.Module"), ("scaler", "torch.amp.GradScaler or None")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("model", "nn.Module"), ("scaler", "torch.amp.GradScaler or None")]
+)
 def test_models_and_scalers_of_another_type(name, kind):
     with pytest.raises(TypeError, match=f"{name}: expected an? {kind}, got float"):
         gradient_cache.backward(nn.Identity(), [torch.ones(2, 2)], torch.sum, **{name: 2.0})

@@ -1,4 +1,6 @@
-"""The losses of pairs and of distillation against their definitions in float64, and the errors of all losses."""
+"""The losses of pairs and of distillation against their definitions in float64, and the errors of
+all losses.
+"""
 
 import itertools
 import math
@@ -9,7 +11,15 @@ import torch
 from calls import loss_inputs
 
 from simplclip import losses
-from simplclip.losses import ClipLoss, ClipPMLoss, CoCaLoss, MatryoshkaLoss, RowwiseLoss, SigLipLoss, WIKDLoss
+from simplclip.losses import (
+    ClipLoss,
+    ClipPMLoss,
+    CoCaLoss,
+    MatryoshkaLoss,
+    RowwiseLoss,
+    SigLipLoss,
+    WIKDLoss,
+)
 
 TERMS = {
     ClipPMLoss: ("contrastive", "pair_matching"),
@@ -18,19 +28,34 @@ TERMS = {
 }
 KEYS = {"sigmoid": "contrastive_loss", "relational": "distill_loss"}
 WEIGHTS = {"relational": 0.8, "interactive": 0.6, "feature": 0.4, "pair_matching": 0.5}
-EVERY_TERM = {"relational_weight": 0.8, "interactive_weight": 0.6, "feature_weight": 0.4, "pm_weight": 0.5, "embed_dim": 16}
+EVERY_TERM = {
+    "relational_weight": 0.8,
+    "interactive_weight": 0.6,
+    "feature_weight": 0.4,
+    "pm_weight": 0.5,
+    "embed_dim": 16,
+}
 CASES = [
     (ClipPMLoss, {"pm_weight": 0.5}),
     (ClipPMLoss, {"pm_weight": 0.5, "plane": "hadamard", "embed_dim": 16}),
     (SigLipLoss, {"pm_weight": 0.5}),
 ]
-for form, divergence, width in itertools.product(("infonce", "kl"), ("kl", "cross_entropy"), (16, 20)):
-    CASES.append((WIKDLoss, EVERY_TERM | {"interactive": form, "divergence": divergence, "teacher_dim": width}))
+for form, divergence, width in itertools.product(
+    ("infonce", "kl"), ("kl", "cross_entropy"), (16, 20)
+):
+    CASES.append(
+        (
+            WIKDLoss,
+            EVERY_TERM | {"interactive": form, "divergence": divergence, "teacher_dim": width},
+        )
+    )
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_terms_equal_the_definition(kind, options):
-    """Values and gradients of each term and of sums, with ids: of the dict, of the tuple or sum, and of `terms`."""
+    """Values and gradients of each term and of sums, with ids: of the dict, of the tuple or sum,
+    and of `terms`.
+    """
     loss, ids = kind(**options).double(), torch.arange(24) // 2
     (image, text, scale, bias), teacher = loss_inputs(teacher_width=options.get("teacher_dim"))
     distils = kind is WIKDLoss
@@ -41,16 +66,25 @@ def test_terms_equal_the_definition(kind, options):
 
     def same(value, expected):
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
-        pair = (torch.autograd.grad(v, leaves, retain_graph=True, materialize_grads=True) for v in (value, expected))
+        pair = (
+            torch.autograd.grad(v, leaves, retain_graph=True, materialize_grads=True)
+            for v in (value, expected)
+        )
         torch.testing.assert_close(*pair, rtol=1e-7, atol=1e-10)
 
-    weighted = {KEYS.get(term, f"{term}_loss"): WEIGHTS.get(term, 1) * exact[term] for term in TERMS[kind]}
+    weighted = {
+        KEYS.get(term, f"{term}_loss"): WEIGHTS.get(term, 1) * exact[term] for term in TERMS[kind]
+    }
     named = loss(*arguments, output_dict=True, ids=ids)
     assert list(named) == list(weighted)
     for key, expected in weighted.items():
         same(named[key], expected)
     values = loss(*arguments, ids=ids)
-    for value, expected in zip(values, weighted.values(), strict=True) if distils else [(values, sum(weighted.values()))]:
+    for value, expected in (
+        zip(values, weighted.values(), strict=True)
+        if distils
+        else [(values, sum(weighted.values()))]
+    ):
         same(value, expected)
 
     weights = {term: 0.3 * place for place, term in enumerate(TERMS[kind])}
@@ -58,7 +92,9 @@ def test_terms_equal_the_definition(kind, options):
     total, terms = loss.terms(image, text, scale, weights=weights, ids=ids, **extra)
     same(total, sum(weight * exact[term] for term, weight in weights.items()))
     assert not any(value.requires_grad for value in terms.values())
-    torch.testing.assert_close(terms, {term: (weight * exact[term]).detach() for term, weight in weights.items()})
+    torch.testing.assert_close(
+        terms, {term: (weight * exact[term]).detach() for term, weight in weights.items()}
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,15 +104,39 @@ def test_terms_equal_the_definition(kind, options):
         (ClipPMLoss, {"pm_weight": math.inf}, "pm_weight: expected a finite number, got inf"),
         (ClipPMLoss, {"embed_dim": -2}, "embed_dim: expected an integer of at least 1, got -2"),
         (ClipPMLoss, {"embed_dim": 16.0}, "embed_dim: expected an integer of at least 1, got 16.0"),
-        (ClipPMLoss, {"plane": "affine"}, "plane: expected one of 'scalar', 'hadamard', got 'affine'"),
+        (
+            ClipPMLoss,
+            {"plane": "affine"},
+            "plane: expected one of 'scalar', 'hadamard', got 'affine'",
+        ),
         (ClipPMLoss, {"plane": "hadamard"}, "embed_dim: expected the width D"),
         (ClipPMLoss, {"world_size": 2, "use_horovod": True}, "use_horovod: expected False"),
-        (SigLipLoss, {"dist_impl": "ring"}, "dist_impl: expected one of 'bidir', 'shift', 'reduce', 'gather', got 'ring'"),
+        (
+            SigLipLoss,
+            {"dist_impl": "ring"},
+            "dist_impl: expected one of 'bidir', 'shift', 'reduce', 'gather', got 'ring'",
+        ),
         (SigLipLoss, {"chunk_size": -1}, "chunk_size: expected an integer of at least 0, got -1"),
-        (CoCaLoss, {"caption_loss_weight": "2", "clip_loss_weight": 1.0}, "caption_loss_weight: expected a number, got str"),
-        (ClipLoss, {"label_smoothing": 0.1}, "ClipLoss: expected arguments .*, got label_smoothing; docs/recipes.md"),
-        (SigLipLoss, {"positives": 2, "margin": 1}, "SigLipLoss: expected arguments .*, got positives, margin; "),
-        (RowwiseLoss, {"fn": math.exp, "pm_weight": 1.0}, "RowwiseLoss: expected arguments .*, got pm_weight; "),
+        (
+            CoCaLoss,
+            {"caption_loss_weight": "2", "clip_loss_weight": 1.0},
+            "caption_loss_weight: expected a number, got str",
+        ),
+        (
+            ClipLoss,
+            {"label_smoothing": 0.1},
+            "ClipLoss: expected arguments .*, got label_smoothing; docs/recipes.md",
+        ),
+        (
+            SigLipLoss,
+            {"positives": 2, "margin": 1},
+            "SigLipLoss: expected arguments .*, got positives, margin; ",
+        ),
+        (
+            RowwiseLoss,
+            {"fn": math.exp, "pm_weight": 1.0},
+            "RowwiseLoss: expected arguments .*, got pm_weight; ",
+        ),
         (ClipLoss, {"rank": 3, "world_size": 2}, "rank: expected less than world_size = 2, got 3"),
         (ClipLoss, {"rank": 1}, "rank: expected less than world_size = 1, got 1"),
         (SigLipLoss, {"rank": -1}, "rank: expected an integer of at least 0, got -1"),
@@ -86,14 +146,41 @@ def test_terms_equal_the_definition(kind, options):
             {"caption_loss_weight": 2.0, "clip_loss_weight": 1.0, "pad_id": "a"},
             "pad_id: expected an integer, got str",
         ),
-        (MatryoshkaLoss, {"loss": math.exp, "widths": (4,)}, "loss: expected an nn.Module, got builtin_function_or_method"),
-        (WIKDLoss, {"contrastive_weight": math.nan}, "contrastive_weight: expected a finite number, got nan"),
-        (WIKDLoss, {"contrastive_weight": 0, "relational_weight": 0}, "contrastive_weight and the other weights: expected"),
-        (WIKDLoss, {"embed_dim": 16, "teacher_dim": -1}, "teacher_dim: expected an integer of at least 1, got -1"),
-        (WIKDLoss, {"interactive": "mse"}, "interactive: expected one of 'infonce', 'kl', got 'mse'"),
-        (WIKDLoss, {"divergence": "js"}, "divergence: expected one of 'kl', 'cross_entropy', got 'js'"),
+        (
+            MatryoshkaLoss,
+            {"loss": math.exp, "widths": (4,)},
+            "loss: expected an nn.Module, got builtin_function_or_method",
+        ),
+        (
+            WIKDLoss,
+            {"contrastive_weight": math.nan},
+            "contrastive_weight: expected a finite number, got nan",
+        ),
+        (
+            WIKDLoss,
+            {"contrastive_weight": 0, "relational_weight": 0},
+            "contrastive_weight and the other weights: expected",
+        ),
+        (
+            WIKDLoss,
+            {"embed_dim": 16, "teacher_dim": -1},
+            "teacher_dim: expected an integer of at least 1, got -1",
+        ),
+        (
+            WIKDLoss,
+            {"interactive": "mse"},
+            "interactive: expected one of 'infonce', 'kl', got 'mse'",
+        ),
+        (
+            WIKDLoss,
+            {"divergence": "js"},
+            "divergence: expected one of 'kl', 'cross_entropy', got 'js'",
+        ),
         (WIKDLoss, {"teacher_dim": 20, "feature_weight": 1}, "embed_dim: expected the width D"),
-        *((WIKDLoss, {"pm_weight": v}, f"pm_weight: expected a number, got {type(v).__name__}") for v in (None, "1", True)),
+        *(
+            (WIKDLoss, {"pm_weight": v}, f"pm_weight: expected a number, got {type(v).__name__}")
+            for v in (None, "1", True)
+        ),
         (WIKDLoss, {"pm_weight": torch.tensor(1.0)}, "pm_weight: expected a number, got Tensor"),
     ],
 )
@@ -118,13 +205,24 @@ TOKENS = torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.int64)
     ids=("ClipLoss", "SigLipLoss", "ClipPMLoss", "CoCaLoss", "WIKDLoss", "terms"),
 )
 def test_features_that_do_not_fit_each_other(call):
-    """open_clip's losses raise an error for several texts an image; with rows in order, image 1 would get image 0's text."""
+    """open_clip's losses raise an error for several texts an image; with rows in order, image 1
+    would get image 0's text.
+    """
     image, text = torch.randn(4, 8), torch.randn(8, 8)
-    several = r"got shape \[8, 8\]; with k captions an image, pass image_features.repeat_interleave\(k, 0\), and ids equal"
+    several = (
+        r"got shape \[8, 8\]; with k captions an image, "
+        r"pass image_features.repeat_interleave\(k, 0\), and ids equal"
+    )
     for features, message in (
         ((image, text), f"text_features: expected the 4 rows of image_features, {several}"),
-        ((text, image), r"text_features: expected the 8 rows of image_features, got shape \[4, 8\]$"),
-        ((image, image.double()), "text_features: expected the dtype of image_features, torch.float32, got torch.float64"),
+        (
+            (text, image),
+            r"text_features: expected the 8 rows of image_features, got shape \[4, 8\]$",
+        ),
+        (
+            (image, image.double()),
+            "text_features: expected the dtype of image_features, torch.float32, got torch.float64",
+        ),
         ((image, image[:, :7]), "text_features: expected the width of image_features, 8, got 7"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
@@ -135,7 +233,9 @@ def test_a_loss_without_a_plane_or_a_process_group():
     (image, text, scale, _), _ = loss_inputs(4)
     with pytest.raises(ValueError, match="plane: expected "):
         ClipLoss().terms(image, text, scale, weights={"pair_matching": 1.0})
-    with pytest.raises(RuntimeError, match="world_size: expected a process group of 2 ranks, got no process group"):
+    with pytest.raises(
+        RuntimeError, match="world_size: expected a process group of 2 ranks, got no process group"
+    ):
         ClipPMLoss(world_size=2)(image, text, scale)
 
 

@@ -1,4 +1,6 @@
-"""MatryoshkaLoss against the definition: the sum of the wrapped loss's own definition over prefixes, in plain torch."""
+"""MatryoshkaLoss against the definition: the sum of the wrapped loss's own definition over
+prefixes, in plain torch.
+"""
 
 import open_clip
 import plain
@@ -8,9 +10,20 @@ import torch.nn.functional as F
 from calls import loss_inputs
 from rowwise_calls import focal
 
-from simplclip.losses import ClipLoss, ClipPMLoss, CoCaLoss, MatryoshkaLoss, RowwiseLoss, SigLipLoss, WIKDLoss
+from simplclip.losses import (
+    ClipLoss,
+    ClipPMLoss,
+    CoCaLoss,
+    MatryoshkaLoss,
+    RowwiseLoss,
+    SigLipLoss,
+    WIKDLoss,
+)
 
-N, D, WIDTHS, WEIGHTS = 24, 16, (3, 8, 16), (0.5, 1.0, 2.0)
+N = 24
+D = 16
+WIDTHS = (3, 8, 16)
+WEIGHTS = (0.5, 1.0, 2.0)
 
 
 def batch(dtype=torch.float64):
@@ -27,7 +40,9 @@ def same(value, expected, leaves, rtol=1e-9):
 
 
 def over_prefixes(loss, image, text, *args):
-    units = [[F.normalize(features[:, :width], dim=1) for features in (image, text)] for width in WIDTHS]
+    units = [
+        [F.normalize(features[:, :width], dim=1) for features in (image, text)] for width in WIDTHS
+    ]
     return sum(weight * loss(*unit, *args) for unit, weight in zip(units, WEIGHTS))
 
 
@@ -72,12 +87,20 @@ def test_losses_without_parameters(loss, definition, rest):
 @pytest.mark.parametrize("kind", [ClipPMLoss, WIKDLoss])
 def test_planes_and_projections_have_the_whole_width_and_a_prefix_their_first_columns(kind, plane):
     distils, leaves = kind is WIKDLoss, batch()
-    options = {"interactive_weight": 0.6, "feature_weight": 0.4, "teacher_dim": 20} if distils else {}
+    options = (
+        {"interactive_weight": 0.6, "feature_weight": 0.4, "teacher_dim": 20} if distils else {}
+    )
     loss = kind(pm_weight=0.5, plane=plane, embed_dim=D, **options).double()
     if plane == "hadamard":
         loss.plane_weight.data = torch.linspace(3, 9, D, dtype=torch.float64)
     teacher = loss_inputs(N, D, teacher_width=20)[1] if distils else []
-    weights = {"contrastive": 1, "relational": 1, "interactive": 0.6, "feature": 0.4, "pair_matching": 0.5}
+    weights = {
+        "contrastive": 1,
+        "relational": 1,
+        "interactive": 0.6,
+        "feature": 0.4,
+        "pair_matching": 0.5,
+    }
     terms = [term for term in weights if distils or term in ("contrastive", "pair_matching")]
 
     def definition(image, text, scale):
@@ -85,7 +108,9 @@ def test_planes_and_projections_have_the_whole_width_and_a_prefix_their_first_co
         return sum(weights[term] * exact[term] for term in terms)
 
     matryoshka = MatryoshkaLoss(loss, WIDTHS, WEIGHTS)
-    assert [name for name, _ in matryoshka.named_parameters()] == [f"loss.{name}" for name, _ in loss.named_parameters()]
+    assert [name for name, _ in matryoshka.named_parameters()] == [
+        f"loss.{name}" for name, _ in loss.named_parameters()
+    ]
     named, values = (matryoshka(*leaves, *teacher, output_dict=flag) for flag in (True, False))
     assert list(named) == list(loss(*(t.detach() for t in leaves), *teacher, output_dict=True))
     same(sum(named.values()), over_prefixes(definition, *leaves), leaves + list(loss.parameters()))
@@ -94,9 +119,12 @@ def test_planes_and_projections_have_the_whole_width_and_a_prefix_their_first_co
 
 def test_the_terms_of_coca_are_all_summed():
     g = torch.Generator().manual_seed(2)
-    logits, labels = torch.randn(N, 6, 11, generator=g, dtype=torch.float64), torch.randint(0, 11, (N, 6), generator=g)
+    logits = torch.randn(N, 6, 11, generator=g, dtype=torch.float64)
+    labels = torch.randint(0, 11, (N, 6), generator=g)
     leaves = batch()
-    value, caption = MatryoshkaLoss(CoCaLoss(2.0, 0.7), WIDTHS, WEIGHTS)(*leaves[:2], logits, labels, leaves[2])
+    value, caption = MatryoshkaLoss(CoCaLoss(2.0, 0.7), WIDTHS, WEIGHTS)(
+        *leaves[:2], logits, labels, leaves[2]
+    )
     same(value, over_prefixes(lambda *args: 0.7 * contrastive(*args), *leaves), leaves)
     expected = 2 * F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=0)
     torch.testing.assert_close(caption, sum(WEIGHTS) * expected)
@@ -112,7 +140,9 @@ def test_half_types_and_autocast(dtype):
     torch.testing.assert_close(value.double(), expected, rtol=2e-2, atol=0)
     for got, exact in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, wide)):
         assert got.dtype == dtype
-        torch.testing.assert_close(got.double(), exact, rtol=0, atol=3e-2 * exact.abs().max().item())
+        torch.testing.assert_close(
+            got.double(), exact, rtol=0, atol=3e-2 * exact.abs().max().item()
+        )
     with torch.autocast("cpu", dtype=dtype):
         torch.testing.assert_close(loss(*(t.detach().float() for t in leaves), scale), value)
 

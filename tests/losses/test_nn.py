@@ -37,12 +37,26 @@ def test_a_block_is_the_definition_of_its_parameters(options, drop_path):
     for parameter in block.parameters():
         nn.init.normal_(parameter)
     x, lengths = torch.randn(2, 6, 12, dtype=torch.float64), torch.tensor([4, 6])
-    weights = {f"{name}_weight": getattr(block, name).weight for name in ("qk", "fc1", "fc2", "norm")}
-    weights |= {f"{name}_bias": getattr(getattr(block, name), "bias", None) for name in ("fc1", "fc2", "norm")}
-    weights |= {f"{name}_weight": getattr(block, name).weight for name in ("value", "output") if options.get(name)}
-    weights |= {name: getattr(block, name) for name in ("alpha", "beta", "gamma", "attention_gain", "mlp_gain")}
+    weights = {
+        f"{name}_weight": getattr(block, name).weight for name in ("qk", "fc1", "fc2", "norm")
+    }
+    weights |= {
+        f"{name}_bias": getattr(getattr(block, name), "bias", None)
+        for name in ("fc1", "fc2", "norm")
+    }
+    weights |= {
+        f"{name}_weight": getattr(block, name).weight
+        for name in ("value", "output")
+        if options.get(name)
+    }
+    weights |= {
+        name: getattr(block, name)
+        for name in ("alpha", "beta", "gamma", "attention_gain", "mlp_gain")
+    }
     modes = {name: value for name, value in options.items() if name in ("causal", "norm", "act")}
-    torch.testing.assert_close(block(x, lengths), plain.simplified_block(x, **weights, **modes, lengths=lengths))
+    torch.testing.assert_close(
+        block(x, lengths), plain.simplified_block(x, **weights, **modes, lengths=lengths)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -93,15 +107,30 @@ def test_signal_and_gradient_keep_their_size_through_a_deep_skipless_stack():
         (lambda: SimplifiedBlock(12, 3, mlp_ratio="4"), "mlp_ratio: expected a number, got str"),
         (lambda: SimplifiedBlock(12, 3)(None), r"x: expected \[B, L, 12\], got NoneType"),
         *(
-            (lambda name=name: SimplifiedBlock(12, 3, **{name: "no"}), f"{name}: expected a bool, got str")
+            (
+                lambda name=name: SimplifiedBlock(12, 3, **{name: "no"}),
+                f"{name}: expected a bool, got str",
+            )
             for name in ("causal", "value", "output", "recompute")
         ),
-        (lambda: SimplifiedBlock(12, 3, norm="batchnorm"), "norm: expected one of .*'layernorm'.*got 'batchnorm'"),
+        (
+            lambda: SimplifiedBlock(12, 3, norm="batchnorm"),
+            "norm: expected one of .*'layernorm'.*got 'batchnorm'",
+        ),
         (lambda: SimplifiedBlock(12, 3, act="tanh"), "act: expected one of .*'gelu'.*got 'tanh'"),
         (lambda: SimplifiedBlock(12, 3, drop_path=1.0), "drop_path: expected a probability"),
-        (lambda: SimplifiedBlock(12, 3, mlp_ratio=0.0), "mlp_ratio: expected at least one hidden unit"),
-        (lambda: SimplifiedBlock(12, 3)(torch.zeros(2, 5, 8)), r"x: expected \[B, L, 12\], got \[2, 5, 8\]"),
-        (lambda: SimplifiedBlock(12, 3)(torch.zeros(2, 5, 12), torch.ones(1).long()), r"lengths: expected one per .*, \[2\]"),
+        (
+            lambda: SimplifiedBlock(12, 3, mlp_ratio=0.0),
+            "mlp_ratio: expected at least one hidden unit",
+        ),
+        (
+            lambda: SimplifiedBlock(12, 3)(torch.zeros(2, 5, 8)),
+            r"x: expected \[B, L, 12\], got \[2, 5, 8\]",
+        ),
+        (
+            lambda: SimplifiedBlock(12, 3)(torch.zeros(2, 5, 12), torch.ones(1).long()),
+            r"lengths: expected one per .*, \[2\]",
+        ),
         (lambda: neighbour_groups(4, 0), "size: expected an integer of at least 1, got 0"),
     ],
 )
@@ -137,11 +166,23 @@ def test_attention_and_mlp_may_be_shared_among_different_groups(norms_and_gains)
         for name in ("qk", "value", "output"):
             assert len({id(getattr(block, name)) for block in blocks}) == 1
         for name in ("fc1", "fc2"):
-            assert [getattr(b, name) is getattr(blocks[0], name) for b in blocks] == [True, True, False, False]
+            assert [getattr(b, name) is getattr(blocks[0], name) for b in blocks] == [
+                True,
+                True,
+                False,
+                False,
+            ]
             assert getattr(blocks[2], name) is getattr(blocks[3], name)
         for name in ("alpha", "beta", "gamma", "attention_gain"):
-            assert [getattr(b, name) is getattr(blocks[0], name) for b in blocks] == [True] + [norms_and_gains] * 3
-        assert [b.mlp_gain is blocks[0].mlp_gain for b in blocks] == [True, norms_and_gains, False, False]
+            assert [getattr(b, name) is getattr(blocks[0], name) for b in blocks] == [True] + [
+                norms_and_gains
+            ] * 3
+        assert [b.mlp_gain is blocks[0].mlp_gain for b in blocks] == [
+            True,
+            norms_and_gains,
+            False,
+            False,
+        ]
         assert len({id(block.norm) for block in blocks}) == 4  # attention and MLP share the norm
     torch.testing.assert_close(torch.compile(stack, fullgraph=True, backend="eager")(x), stack(x))
     stack(x).sum().backward()
@@ -185,7 +226,9 @@ class Adapted(nn.Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("change", [nn.utils.weight_norm, nn.utils.spectral_norm, lambda linear: Adapted(8, 32), None])
+@pytest.mark.parametrize(
+    "change", [nn.utils.weight_norm, nn.utils.spectral_norm, lambda linear: Adapted(8, 32), None]
+)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_layers_whose_call_the_op_would_leave_out_are_refused(change):
     """Parametrizations, whose weight the op reads as it is, work."""
@@ -196,5 +239,7 @@ def test_layers_whose_call_the_op_would_leave_out_are_refused(change):
         assert block.fc1.parametrizations.weight.original.grad.any()
         return
     block.fc1 = change(block.fc1)
-    with pytest.raises(TypeError, match="fc1: expected a Linear or norm as it was made, .* got (Linear|Adapted)"):
+    with pytest.raises(
+        TypeError, match="fc1: expected a Linear or norm as it was made, .* got (Linear|Adapted)"
+    ):
         block(x)

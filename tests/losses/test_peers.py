@@ -1,4 +1,5 @@
-"""The table of other libraries in simplclip.losses: this library's losses against the formulas of CLIP-KD, in float64.
+"""The table of other libraries in simplclip.losses: this library's losses against the formulas of
+CLIP-KD, in float64.
 
 Its src/open_clip/loss.py is written in plain torch. For open_clip's losses see test_drop_in.py.
 """
@@ -28,7 +29,9 @@ def clip_kd(image, text, scale, projections, teacher_image, teacher_text, teache
     """Returns CLIP-KD's losses by their names there, before weighting by the alphas."""
     kl = lambda s, t: F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")  # noqa: E731
     logits, of_teacher = scale * image @ text.T, teacher_scale * teacher_image @ teacher_text.T
-    image, text = (F.normalize(F.linear(t, weight), dim=1) for t, weight in zip((image, text), projections))
+    image, text = (
+        F.normalize(F.linear(t, weight), dim=1) for t, weight in zip((image, text), projections)
+    )
     across = scale * image @ teacher_text.T, scale * text @ teacher_image.T
     return {
         "task_loss": both_ways(logits),
@@ -39,13 +42,20 @@ def clip_kd(image, text, scale, projections, teacher_image, teacher_text, teache
     }
 
 
-@pytest.mark.parametrize(("interactive", "name"), [("infonce", "icl_loss"), ("kl", "cross_kd_loss")])
+@pytest.mark.parametrize(
+    ("interactive", "name"), [("infonce", "icl_loss"), ("kl", "cross_kd_loss")]
+)
 def test_wikd_loss_equals_clip_kd(interactive, name):
     alpha, width = 0.7, 20
     loss = WIKDLoss(
-        relational_weight=alpha, interactive_weight=alpha, interactive=interactive, feature_weight=2 * alpha / width,
-        divergence="kl", embed_dim=16, teacher_dim=width,
-    ).double()  # fmt: skip
+        relational_weight=alpha,
+        interactive_weight=alpha,
+        interactive=interactive,
+        feature_weight=2 * alpha / width,
+        divergence="kl",
+        embed_dim=16,
+        teacher_dim=width,
+    ).double()
     (*student, _), teacher = loss_inputs(teacher_width=width)
     projections = loss.image_projection, loss.text_projection
     peer = clip_kd(*student, projections, *teacher)
@@ -56,5 +66,8 @@ def test_wikd_loss_equals_clip_kd(interactive, name):
         sum(fused.values()),
         leaves,
     )
-    for key, value in {"contrastive_loss": peer["task_loss"], "feature_loss": alpha * peer["fd_loss"]}.items():
+    for key, value in {
+        "contrastive_loss": peer["task_loss"],
+        "feature_loss": alpha * peer["fd_loss"],
+    }.items():
         torch.testing.assert_close(fused[key], value)

@@ -1,4 +1,6 @@
-"""The recipes with RowwiseLoss in docs/recipes.md against the definitions of the losses, over the whole matrix in float64."""
+"""The recipes with RowwiseLoss in docs/recipes.md against the definitions of the losses, over the
+whole matrix in float64.
+"""
 
 import doc_blocks
 import pytest
@@ -18,7 +20,9 @@ def page():
 
 
 def several_positives(logits):
-    """Khosla et al. 2020, L_out: the mean over the positives of the negative logarithms of their softmax."""
+    """Khosla et al. 2020, L_out: the mean over the positives of the negative logarithms of their
+    softmax.
+    """
     return torch.stack([-row.log_softmax(0)[same].mean() for row, same in zip(logits, SAME)])
 
 
@@ -45,18 +49,24 @@ def test_a_recipe_equals_the_definition(definition, page, monkeypatch):
     g = torch.Generator().manual_seed(0)
     image, text = (torch.randn(N, 16, generator=g, dtype=torch.float64) for _ in range(2))
     leaves = [F.normalize(t, dim=1).requires_grad_() for t in (image, image + text)]
-    leaves += [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (9.0, -4.0)]
+    leaves += [
+        torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (9.0, -4.0)
+    ]
     one_sided = definition is several_positives_sigmoid
     loss = RowwiseLoss(page[definition.__name__], symmetric=not one_sided)
     loss.scratch_bytes = 1
     monkeypatch.setattr(rowwise, "_LEAST_ROWS", 24)  # three chunks
     if one_sided:
-        value, expected = loss(*leaves), definition(leaves[2] * leaves[0] @ leaves[1].T + leaves[3]).mean()
+        value = loss(*leaves)
+        expected = definition(leaves[2] * leaves[0] @ leaves[1].T + leaves[3]).mean()
     else:
         leaves = leaves[:3]
         logits = leaves[2] * leaves[0] @ leaves[1].T
-        value, expected = loss(*leaves), (definition(logits).mean() + definition(logits.T).mean()) / 2
+        value = loss(*leaves)
+        expected = (definition(logits).mean() + definition(logits.T).mean()) / 2
     torch.testing.assert_close(value, expected)
-    for gradient, exact in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves)):
+    for gradient, exact in zip(
+        torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves)
+    ):
         torch.testing.assert_close(gradient, exact, rtol=1e-6, atol=1e-10)
     assert torch.equal(page["ids"], PAIRS)

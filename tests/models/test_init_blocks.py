@@ -1,4 +1,6 @@
-"""Simplified blocks that start from pretrained blocks: what they compute alike, what is dropped, and what is refused."""
+"""Simplified blocks that start from pretrained blocks: what they compute alike, what is dropped,
+and what is refused.
+"""
 
 import copy
 
@@ -21,11 +23,20 @@ from simplclip.models.init_blocks import convert, is_block, start
 from simplclip.models.simplify import MapBlock, attention_of, simplify
 from simplclip.nn import SimplifiedBlock, share_weights
 
-C, H, F = 24, 2, 48
-_HF = {"hidden_size": C, "intermediate_size": F, "num_attention_heads": H, "attn_implementation": "eager"}
+C = 24
+H = 2
+F = 48
+_HF = {
+    "hidden_size": C,
+    "intermediate_size": F,
+    "num_attention_heads": H,
+    "attn_implementation": "eager",
+}
 TOKENS = {
     "open_clip": lambda: ResidualAttentionBlock(C, H, 2.0, ls_init_value=0.1),
-    "custom": lambda: CustomResidualAttentionBlock(C, H, 2.0, scale_heads=True, scale_attn_inner=True, scale_attn=True),
+    "custom": lambda: CustomResidualAttentionBlock(
+        C, H, 2.0, scale_heads=True, scale_attn_inner=True, scale_attn=True
+    ),
     "timm": lambda: Block(C, H, 2.0, qkv_bias=True, init_values=0.1),
     "timm_rms": lambda: Block(C, H, 2.0, norm_layer=RmsNorm),
     "clip": lambda: CLIPEncoderLayer(CLIPTextConfig(**_HF)),
@@ -42,7 +53,9 @@ def trained(make, seed=0):
     for name, tensor in block.state_dict().items():
         if tensor.is_floating_point():
             noise = torch.randn_like(tensor)
-            tensor.copy_(noise.abs() + 0.5 if name.endswith("running_var") or "norm" in name else noise * 0.3)
+            tensor.copy_(
+                noise.abs() + 0.5 if name.endswith("running_var") or "norm" in name else noise * 0.3
+            )
     return block
 
 
@@ -69,7 +82,9 @@ def attention_maps(qk):  # [B, L, 2C] -> [B, H, L, L]
 
 @pytest.mark.parametrize("kind", TOKENS)
 def test_the_mlp_path_is_that_of_the_old_block(kind):
-    """With zero values and outputs, a block adds its MLP of the normalised input, as the new block does."""
+    """With zero values and outputs, a block adds its MLP of the normalised input, as the new block
+    does.
+    """
     old = trained(TOKENS[kind])
     for name, tensor in old.state_dict().items():
         if any(part in name for part in ("out_proj", "attn.proj", "ln_attn")):
@@ -88,7 +103,9 @@ def test_the_mlp_path_is_that_of_the_old_block(kind):
 @pytest.mark.parametrize("biased", [False, True])
 def test_attention_maps_are_those_of_the_old_block_but_for_the_bias_of_q(kind, biased):
     old = trained(TOKENS[kind])
-    norm, attention, state = norm_of(old), attention_of(old), old.state_dict()
+    norm = norm_of(old)
+    attention = attention_of(old)
+    state = old.state_dict()
     if getattr(norm, "bias", None) is not None and not biased:
         nn.init.zeros_(norm.bias)
     for name, bias in state.items():  # the bias of k has no effect on the maps
@@ -111,14 +128,19 @@ def test_attention_maps_are_those_of_the_old_block_but_for_the_bias_of_q(kind, b
 
 @torch.no_grad()
 def test_fastvit_from_its_running_statistics():
-    """The old norm is per channel, the new one per token: blocks agree exactly where tokens have the usual mean and scale."""
-    maps = torch.randn(64, 64, 4, 4) * (torch.rand(64, 1, 1) + 0.5) * 3 + torch.randn(64, 1, 1) + 3.0
+    """The old norm is per channel, the new one per token: blocks agree exactly where tokens have
+    the usual mean and scale.
+    """
+    maps = (
+        torch.randn(64, 64, 4, 4) * (torch.rand(64, 1, 1) + 0.5) * 3 + torch.randn(64, 1, 1) + 3.0
+    )
     maps = 3 + 2 * (maps - maps.mean(1, keepdim=True)) / maps.std(1, keepdim=True, unbiased=False)
     old = trained(lambda: fastvit.AttentionBlock(64, mlp_ratio=2.0, layer_scale_init_value=0.1))
     nn.init.zeros_(old.token_mixer.proj.weight)  # attention adds nothing
     nn.init.zeros_(old.token_mixer.proj.bias)
     tap = old.mlp.conv.conv.weight
-    tap.data *= torch.zeros(7, 7).index_put((torch.tensor(3), torch.tensor(3)), torch.tensor(1.0))  # the token alone
+    # the token alone
+    tap.data *= torch.zeros(7, 7).index_put((torch.tensor(3), torch.tensor(3)), torch.tensor(1.0))
     for norm, x in ((old.norm, maps), (old.mlp.conv.bn, old.mlp.conv.conv(maps))):
         norm.running_mean.copy_(x.mean((0, 2, 3)))
         norm.running_var.copy_(x.var((0, 2, 3), unbiased=False))
@@ -133,17 +155,35 @@ def test_fastvit_from_its_running_statistics():
 def test_blocks_that_are_refused():
     folded = {k: v for k, v in fastvit.AttentionBlock(64).state_dict().items() if ".bn." not in k}
     for tensors, message in (
-        (Block(C, H, qk_norm=True).state_dict(), "expected timm's Block without further parts, got attn.k_norm.bias"),
-        (CustomResidualAttentionBlock(C, H, scale_fc=True).state_dict(), "without further parts, got mlp.ln.bias"),
-        (ResidualAttentionBlock(C, H, is_cross_attention=True).state_dict(), "without further parts, got ln_1_kv.bias"),
-        (nn.Linear(3, 3).state_dict(), "a known kind .open_clip's residual attention block, .*, got one of bias, weight"),
+        (
+            Block(C, H, qk_norm=True).state_dict(),
+            "expected timm's Block without further parts, got attn.k_norm.bias",
+        ),
+        (
+            CustomResidualAttentionBlock(C, H, scale_fc=True).state_dict(),
+            "without further parts, got mlp.ln.bias",
+        ),
+        (
+            ResidualAttentionBlock(C, H, is_cross_attention=True).state_dict(),
+            "without further parts, got ln_1_kv.bias",
+        ),
+        (
+            nn.Linear(3, 3).state_dict(),
+            "a known kind .open_clip's residual attention block, .*, got one of bias, weight",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             convert(tensors)
     for make, message in (
-        (lambda: Block(C, H, 3.0), r"b: expected .* width 24, 48 hidden units, got fc1.weight \[72, 24\]"),
+        (
+            lambda: Block(C, H, 3.0),
+            r"b: expected .* width 24, 48 hidden units, got fc1.weight \[72, 24\]",
+        ),
         (lambda: Block(C, H, 2.0, mlp_layer=GluMlp), r"48 hidden units, got fc2.weight \[24, 24\]"),
-        (lambda: SimplifiedBlock(C, H, 2.0, value=True), r"48 hidden units, got value.weight \[24, 24\]"),
+        (
+            lambda: SimplifiedBlock(C, H, 2.0, value=True),
+            r"48 hidden units, got value.weight \[24, 24\]",
+        ),
     ):
         new = SimplifiedBlock(C, H, 2.0)
         old = copy.deepcopy(new.state_dict())
@@ -152,7 +192,9 @@ def test_blocks_that_are_refused():
         torch.testing.assert_close(new.state_dict(), old, rtol=0, atol=0)
     with pytest.raises(ValueError, match="b: expected a block with a layer norm, got rmsnorm"):
         start({"b": (SimplifiedBlock(C, H, 2.0, norm="rmsnorm"), Block(C, H, 2.0).state_dict())})
-    with pytest.raises(ValueError, match="b: expected a whole block, got one without 'mlp.conv.bn.running_mean'"):
+    with pytest.raises(
+        ValueError, match="b: expected a whole block, got one without 'mlp.conv.bn.running_mean'"
+    ):
         start({"b": (MapBlock(64, 2, 4.0), folded)})
     assert not is_block({"bias", "weight"})
     assert is_block(SimplifiedBlock(C, H).state_dict())
@@ -165,7 +207,10 @@ def test_merges_of_what_is_shared_only():
         blocks = [SimplifiedBlock(C, H, 2.0) for _ in olds]
         share_weights(blocks, [[0, 2]], "attention")
         share_weights(blocks, [[2, 1]], "mlp")
-        start({str(i): (block, old.state_dict()) for i, (block, old) in enumerate(zip(blocks, olds))}, merge)
+        start(
+            {str(i): (block, old.state_dict()) for i, (block, old) in enumerate(zip(blocks, olds))},
+            merge,
+        )
 
         def merged(name, *members, merge=merge):
             values = [alone[i][name] for i in members]
@@ -183,9 +228,13 @@ def test_simplified_blocks_start_from_each_other():
     again = simplify(copy.deepcopy(model), share={"image": {"all": [[1, 2]]}}, init="first")[0]
     one, two = again.visual.transformer.resblocks[1:]
     assert one.fc1 is two.fc1
-    torch.testing.assert_close(two.fc1.weight, model.visual.transformer.resblocks[1].fc1.weight, rtol=0, atol=0)
+    torch.testing.assert_close(
+        two.fc1.weight, model.visual.transformer.resblocks[1].fc1.weight, rtol=0, atol=0
+    )
     torch.testing.assert_close(again.encode_text(batch()[1]), model.encode_text(batch()[1]))
-    with pytest.raises(ValueError, match="init: expected one of .'random', 'average', 'first'., got 'mean'"):
+    with pytest.raises(
+        ValueError, match="init: expected one of .'random', 'average', 'first'., got 'mean'"
+    ):
         simplify(clip(), init="mean")
 
 
@@ -200,25 +249,37 @@ def tiny(seed=0, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("merge", ["average", "first"])
 def test_inherit_starts_blocks_which_train_on(merge):
-    source, model, expected = tiny(1, simplified=False), tiny(), tiny(1, simplified=False)
+    source = tiny(1, simplified=False)
+    model = tiny()
+    expected = tiny(1, simplified=False)
     simplify(expected, share=SHARE, init=merge, gamma={"text": 0.3})
     report = inherit(model, source, blocks=merge)
-    started = {name for name, module in model.named_modules() if isinstance(module, SimplifiedBlock)}
+    started = {
+        name for name, module in model.named_modules() if isinstance(module, SimplifiedBlock)
+    }
     assert report.rows["text.transformer"][0] == "initialised"
     size = sum(count for status, count in report.rows.values() if status == "initialised")
-    assert size == sum(p.numel() for n in started for p in {*model.get_submodule(n).parameters()}) - (
-        model.text.transformer.resblocks[0].qk.weight.numel()
-    )
+    assert size == sum(
+        p.numel() for n in started for p in {*model.get_submodule(n).parameters()}
+    ) - (model.text.transformer.resblocks[0].qk.weight.numel())
     assert "initialised" in str(report)
     for name in started:
         block = model.get_submodule(name)
         assert block.train().training
         assert all(p.requires_grad for p in block.parameters())
-        torch.testing.assert_close(block.state_dict(), expected.get_submodule(name).state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(
+            block.state_dict(), expected.get_submodule(name).state_dict(), rtol=0, atol=0
+        )
     one, two = tiny(), tiny()
     inherit(one, source)
-    assert not torch.equal(one.text.transformer.resblocks[0].qk.weight, model.text.transformer.resblocks[0].qk.weight)
-    inherit(two, [{k: v for k, v in source.state_dict().items() if "resblocks" not in k}, source], blocks=merge)
+    assert not torch.equal(
+        one.text.transformer.resblocks[0].qk.weight, model.text.transformer.resblocks[0].qk.weight
+    )
+    inherit(
+        two,
+        [{k: v for k, v in source.state_dict().items() if "resblocks" not in k}, source],
+        blocks=merge,
+    )
     torch.testing.assert_close(two.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
@@ -228,15 +289,28 @@ def test_sources_without_fitting_blocks_leave_the_model_as_it_was():
     bare = {name: tensor for name, tensor in source.state_dict().items() if "resblocks" not in name}
     wide = tiny(1, simplified=False, text_cfg={"mlp_ratio": 2.0})
     for states, merge, message in (
-        (bare, "first", "blocks: expected a source with a block text.transformer.resblocks.0, got the state dict without"),
-        (wide, "first", r"text.transformer.resblocks.0: expected a block .* 1024 hidden units, got fc1.weight \[512"),
+        (
+            bare,
+            "first",
+            "blocks: expected a source with a block text.transformer.resblocks.0, got the state "
+            "dict without",
+        ),
+        (
+            wide,
+            "first",
+            r"text.transformer.resblocks.0: expected a block .* 1024 hidden units, "
+            r"got fc1.weight \[512",
+        ),
         (source, "mean", "blocks: expected one of .'average', 'first'., .* got 'mean'"),
     ):
         with pytest.raises(ValueError, match=message):
             inherit(model, states, blocks=merge)
         torch.testing.assert_close(model.state_dict(), old, rtol=0, atol=0)
         assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="blocks: expected .* for a model with simplified blocks, got 'first' for 0 blocks"):
+    with pytest.raises(
+        ValueError,
+        match="blocks: expected .* for a model with simplified blocks, got 'first' for 0 blocks",
+    ):
         inherit(tiny(simplified=False), source, blocks="first")
 
 

@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from mobileclip_s0 import SMALL, SMALL_FEATURES, all_tokens, error, expected, inputs, small_case, small_state, weights
+from mobileclip_s0 import (
+    SMALL,
+    SMALL_FEATURES,
+    all_tokens,
+    error,
+    expected,
+    inputs,
+    small_case,
+    small_state,
+    weights,
+)
 from PIL import Image
 from torch import nn
 
@@ -72,7 +82,8 @@ def test_a_published_checkpoint_that_does_not_fit(tmp_path):
     state = small_state()
     del state["text_encoder.transformer.0.token_mixer.norm.rbr_skip.bias"]
     torch.save(state, tmp_path / "bad.pt")
-    message = r'checkpoint: expected weights that fit .* got .*bad.pt: .*Missing key.*"text.first.mixer.norm.bias"'
+    missing = '.*Missing key.*"text.first.mixer.norm.bias"'
+    message = f"checkpoint: expected weights that fit .* got .*bad.pt: {missing}"
     with pytest.raises(CheckpointError, match=message):
         small(checkpoint=tmp_path / "bad.pt")
     with pytest.raises(CheckpointError, match="expected weights of this model's architecture"):
@@ -85,11 +96,17 @@ def test_lock_leaves_the_last_groups():
     for unlocked, last in ((0, ()), (2, ends), (4, ("",))):
         model.requires_grad_(True)
         model.lock_text_tower(unlocked_layers=unlocked)
-        assert all(p.requires_grad == name.startswith(last) for name, p in model.text.named_parameters())
+        assert all(
+            p.requires_grad == name.startswith(last) for name, p in model.text.named_parameters()
+        )
 
 
 def batch_norms(module):
-    return [name for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    return [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm)
+    ]
 
 
 @pytest.mark.slow
@@ -101,7 +118,10 @@ def test_folded_it_computes_the_same(model):
         assert 0 < error(folded.encode_text(text), model.encode_text(text)) < FOLDED
     assert not batch_norms(folded.text)
     # Attention blocks have their norm before the first layer, which stays.
-    assert batch_norms(folded.visual) == ["trunk.stages.3.blocks.0.norm", "trunk.stages.3.blocks.1.norm"]
+    assert batch_norms(folded.visual) == [
+        "trunk.stages.3.blocks.0.norm",
+        "trunk.stages.3.blocks.1.norm",
+    ]
 
 
 def gradients(tower, tokens):
@@ -114,15 +134,22 @@ def test_gradient_checkpointing_changes_nothing():
     tower, case = small_tower()
     again = copy.deepcopy(tower).train()
     again.set_grad_checkpointing()
-    torch.testing.assert_close(gradients(again, case["tokens"]), gradients(tower.train(), case["tokens"]))
+    torch.testing.assert_close(
+        gradients(again, case["tokens"]), gradients(tower.train(), case["tokens"])
+    )
     assert all(g.abs().sum() > 0 for g in gradients(again, case["tokens"])[0].values())
 
 
 def test_by_name():
     image = models.transforms(NAME, train=False)(Image.new("RGB", (300, 280), "red"))
     assert image.shape == (3, 256, 256)
-    assert (image.amin((1, 2)).tolist(), image.amax((1, 2)).tolist()) == ([1, 0, 0], [1, 0, 0])  # mean 0, std 1
+    # mean 0, std 1
+    assert (image.amin((1, 2)).tolist(), image.amax((1, 2)).tolist()) == ([1, 0, 0], [1, 0, 0])
     tokens = models.tokenizer(NAME)(["a cat"])
     assert (tokens.shape, tokens.max()) == ((1, 77), 49407)
     meta = models.create(NAME, device="meta")
-    assert (meta.context_length, meta.vocab_size, meta.visual.preprocess_cfg["interpolation"]) == (77, 49408, "bilinear")
+    assert (meta.context_length, meta.vocab_size, meta.visual.preprocess_cfg["interpolation"]) == (
+        77,
+        49408,
+        "bilinear",
+    )

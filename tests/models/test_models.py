@@ -29,55 +29,86 @@ def test_s0_is_mobileclip2_s0_with_simplified_blocks():
     s0 = models.create("siclip2-s0", device="meta")
     assert type(s0) is CustomTextCLIP
     assert sum(isinstance(m, MapBlock) for m in s0.modules()) == 2
-    assert all(isinstance(b, TransformerBlock) and not b.causal for b in s0.text.transformer.resblocks)
+    assert all(
+        isinstance(b, TransformerBlock) and not b.causal for b in s0.text.transformer.resblocks
+    )
     original = open_clip.create_model("MobileCLIP2-S0", device="meta")
     assert s0.simplify_report.before["total"] == count(original)
     blocks = s0.text.transformer.resblocks
     for part in ("qk", "fc1"):
-        assert [getattr(a, part) is getattr(b, part) for a, b in pairwise(blocks)] == [True, False] * 5 + [True]
+        assert [getattr(a, part) is getattr(b, part) for a, b in pairwise(blocks)] == [
+            True,
+            False,
+        ] * 5 + [True]
     assert count(s0) < 0.7 * count(original)
 
 
 def test_create_repeats_from_the_seed_and_loads_its_own_checkpoint(tmp_path, tiny):
-    torch.save({"state_dict": {f"module.{k}": v for k, v in tiny.state_dict().items()}}, tmp_path / "a.pt")
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in tiny.state_dict().items()}}, tmp_path / "a.pt"
+    )
     torch.manual_seed(0)
     for options in ({}, {"checkpoint": tmp_path / "a.pt"}):
-        torch.testing.assert_close(models.create("siclip-tiny", **options).state_dict(), tiny.state_dict(), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="checkpoint: expected weights that fit the model, got .*size mismatch"):
+        torch.testing.assert_close(
+            models.create("siclip-tiny", **options).state_dict(), tiny.state_dict(), rtol=0, atol=0
+        )
+    with pytest.raises(
+        ValueError, match="checkpoint: expected weights that fit the model, got .*size mismatch"
+    ):
         models.create("siclip-tiny", checkpoint=tmp_path / "a.pt", embed_dim=64)
 
 
 def test_overrides():
     model = models.create(
-        "siclip-tiny", simplify_options={"towers": ["text"], "mlp_ratio": 2.0}, embed_dim=32, output_dict=True,
-        text_cfg={"layers": 1}, vision_cfg={"image_size": 48},
-    )  # fmt: skip
+        "siclip-tiny",
+        simplify_options={"towers": ["text"], "mlp_ratio": 2.0},
+        embed_dim=32,
+        output_dict=True,
+        text_cfg={"layers": 1},
+        vision_cfg={"image_size": 48},
+    )
     assert list(model.simplify_report.replaced) == ["text.transformer.resblocks.0"]
     block = model.text.transformer.resblocks[0]
-    assert (block.width, block.hidden) == (256, 512)  # options are merged into the configuration and do not replace it
+    # options are merged into the configuration and do not replace it
+    assert (block.width, block.hidden) == (256, 512)
     out = model(torch.randn(2, 3, 48, 48), torch.randint(0, 99, (2, 16)))
     assert out["image_features"].shape == (2, 32)
     assert len(models.create("siclip-tiny").text.transformer.resblocks) == 2
 
 
 def test_plain_open_clip_models(tiny):
-    model = models.create("open_clip:ViT-B-32", device="meta", vision_cfg={"layers": 1}, text_cfg={"layers": 1})
+    model = models.create(
+        "open_clip:ViT-B-32", device="meta", vision_cfg={"layers": 1}, text_cfg={"layers": 1}
+    )
     assert len(model.visual.transformer.resblocks) == len(model.transformer.resblocks) == 1
     assert not any(isinstance(m, SimplifiedBlock) for m in model.modules())
     assert models.tokenizer("open_clip:ViT-B-32")(["x"]).shape == (1, 77)
-    assert models.transforms("open_clip:ViT-B-32", train=False)(Image.new("L", (9, 9))).shape == (3, 224, 224)
+    assert models.transforms("open_clip:ViT-B-32", train=False)(Image.new("L", (9, 9))).shape == (
+        3,
+        224,
+        224,
+    )
     one = {"device": "meta", "vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1}}
     simple = models.create("open_clip:ViT-B-32", simplify_options={"towers": ["text"]}, **one)
     assert list(simple.simplify_report.replaced) == ["transformer.resblocks.0"]
     with pytest.raises(ValueError, match="simplify_options: expected none"):
         models.create("open_clip:ViT-B-32", simplified=False, simplify_options={"towers": ["text"]})
-    assert count_parameters(models.create("siclip-tiny", simplified=False)) == tiny.simplify_report.before
+    assert (
+        count_parameters(models.create("siclip-tiny", simplified=False))
+        == tiny.simplify_report.before
+    )
 
 
-@pytest.mark.parametrize("function", [models.create, models.tokenizer, lambda n: models.transforms(n, train=False)])
-@pytest.mark.parametrize(("name", "near"), [("siclip2-s1", "siclip2-s0"), ("open_clip:ViT-B-23", "open_clip:ViT-B-32")])
+@pytest.mark.parametrize(
+    "function", [models.create, models.tokenizer, lambda n: models.transforms(n, train=False)]
+)
+@pytest.mark.parametrize(
+    ("name", "near"), [("siclip2-s1", "siclip2-s0"), ("open_clip:ViT-B-23", "open_clip:ViT-B-32")]
+)
 def test_unknown_names_list_the_nearest(function, name, near):
-    with pytest.raises(ValueError, match=rf"name: expected one of .*got '{name}'; nearest: .*'{near}'"):
+    with pytest.raises(
+        ValueError, match=rf"name: expected one of .*got '{name}'; nearest: .*'{near}'"
+    ):
         function(name)
 
 

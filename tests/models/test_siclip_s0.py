@@ -33,8 +33,14 @@ def test_the_image_encoder_has_a_seventh_less_parameters(student):
 
 
 def test_a_missing_file_is_named_with_where_it_is_to_be_had(student, tmp_path):
-    place = "Apple publishes mobileclip_s0.pt at https://docs-assets.developer.apple.com/.*/mobileclip_s0.pt"
-    for read in (lambda path: inherit(student, path), lambda path: models.create("siclip-tiny", checkpoint=path)):
+    place = (
+        "Apple publishes mobileclip_s0.pt at "
+        "https://docs-assets.developer.apple.com/.*/mobileclip_s0.pt"
+    )
+    for read in (
+        lambda path: inherit(student, path),
+        lambda path: models.create("siclip-tiny", checkpoint=path),
+    ):
         with pytest.raises(FileNotFoundError, match=place):
             read(tmp_path / "mobileclip_s0.pt")
         with pytest.raises(FileNotFoundError, match=r"other[.]pt$"):
@@ -44,13 +50,19 @@ def test_a_missing_file_is_named_with_where_it_is_to_be_had(student, tmp_path):
 def stand_in(name):
     """Returns weights made from a seed in the layout of the config's inherit.source."""
     torch.manual_seed(1)
-    return weights(1) if name == "siclip-s0" else with_statistics(models.create(name, simplified=False)).state_dict()
+    return (
+        weights(1)
+        if name == "siclip-s0"
+        else with_statistics(models.create(name, simplified=False)).state_dict()
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["siclip-s0", "siclip2-s0"])
 def test_a_training_step_of_the_config(name, tmp_path):
-    """With all terms of the last stage, by cached gradients: what trains moves, and what is frozen stays."""
+    """With all terms of the last stage, by cached gradients: what trains moves, and what is frozen
+    stays.
+    """
     torch.save(stand_in(name), tmp_path / "source.pt")
     shard = tiny.write_shard(tmp_path / "train-0.tar", teacher=64)
     data = [f"data.train={shard}", f"data.sidecars=[{tmp_path / 'teacher'}]", "data.workers=0"]
@@ -64,13 +76,21 @@ def test_a_training_step_of_the_config(name, tmp_path):
     row = train_step(state, [next(loader) for _ in range(2)])
     terms = ("contrastive", "pair_matching", "feature", "relational", "interactive")
     assert all(0 < float(row[f"{term}_loss"]) < 1e3 for term in terms), row
-    moved = {name for name, tensor in state.model.state_dict().items() if not torch.equal(tensor, before[name])}
-    trains = {name for name, p in state.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    moved = {
+        name
+        for name, tensor in state.model.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
+    trains = {
+        name for name, p in state.model.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
     assert moved == trains
 
 
 @pytest.mark.prove
-@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA, for the plan of a card")
+@pytest.mark.skipif(
+    torch.version.cuda is None, reason="needs a torch with CUDA, for the plan of a card"
+)
 @pytest.mark.parametrize("name", ["siclip-s0", "siclip2-s0"])
 def test_the_configs_fit_a_24_gib_card(name):
     shown = CliRunner().invoke(app, ["plan", name, "--card", "3090", "--teacher-width", "768"])
@@ -82,7 +102,9 @@ def test_the_last_blocks_mlp_computes_one_token_of_each_text(student):
     torch.manual_seed(0)
     torch.nn.init.uniform_(student.text.last.layer_scale)
     text, seen = torch.randint(1, 49000, (3, 77)), []
-    hook = student.text.last.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    hook = student.text.last.mlp.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape)
+    )
     with torch.no_grad():
         features, tokens = student.text(text), all_tokens(student.text, text)
     hook.remove()

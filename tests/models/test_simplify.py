@@ -1,4 +1,6 @@
-"""`simplify` on small open_clip models: replaced parts, calls of the blocks, and parts that stay untouched."""
+"""`simplify` on small open_clip models: replaced parts, calls of the blocks, and parts that stay
+untouched.
+"""
 
 import copy
 from collections import OrderedDict
@@ -19,12 +21,18 @@ from simplclip.nn import SimplifiedBlock
 
 
 def fastvit_clip():
-    """Returns a CLIP over a tiny FastViT whose last stage has attention blocks on [B, C, H, W], as in MobileCLIP."""
+    """Returns a CLIP over a tiny FastViT whose last stage has attention blocks on [B, C, H, W], as
+    in MobileCLIP.
+    """
     model = clip(cls=CustomTextCLIP)
     trunk = fastvit.FastVit(
-        layers=(1, 1, 1, 2), embed_dims=(8, 16, 32, 64), mlp_ratios=(2, 2, 2, 3), drop_path_rate=0.3,
-        token_mixers=("repmixer", "repmixer", "repmixer", "attention"), num_classes=16,
-    )  # fmt: skip
+        layers=(1, 1, 1, 2),
+        embed_dims=(8, 16, 32, 64),
+        mlp_ratios=(2, 2, 2, 3),
+        drop_path_rate=0.3,
+        token_mixers=("repmixer", "repmixer", "repmixer", "attention"),
+        num_classes=16,
+    )
     model.visual = nn.Sequential(OrderedDict(trunk=trunk))
     return model
 
@@ -67,7 +75,10 @@ def test_clip_and_custom_text_clip(cls, prefix, causal):
     assert report.replaced == dict.fromkeys(paths, "ResidualAttentionBlock")
     blocks = [model.get_submodule(path) for path in paths]
     assert [block.causal for block in blocks] == [causal] * 4 + [False] * 3
-    assert [(block.width, block.heads, block.hidden) for block in blocks[3:5]] == [(24, 2, 96), (32, 2, 128)]
+    assert [(block.width, block.heads, block.hidden) for block in blocks[3:5]] == [
+        (24, 2, 96),
+        (32, 2, 128),
+    ]
     assert report.before == before
     assert report.after == count_parameters(model)
     assert report.after["total"] == sum(p.numel() for p in model.parameters()) < before["total"]
@@ -83,7 +94,9 @@ def test_clip_and_custom_text_clip(cls, prefix, causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_causal_mask_is_kept(causal):
-    """Tokens behind a text's end do not change the features of a causal tower, but those of a full tower."""
+    """Tokens behind a text's end do not change the features of a causal tower, but those of a full
+    tower.
+    """
     _, text = batch()
     changed = text.clone()
     changed[:, 9:] = 7
@@ -96,7 +109,11 @@ def test_the_causal_mask_is_kept(causal):
 def test_blocks_by_their_indices():
     model = clip()
     _, report = simplify(model, towers=("image",), blocks={"image": [2, 0]})
-    assert kinds(model) == list(report.replaced) == ["visual.transformer.resblocks.0", "visual.transformer.resblocks.2"]
+    assert (
+        kinds(model)
+        == list(report.replaced)
+        == ["visual.transformer.resblocks.0", "visual.transformer.resblocks.2"]
+    )
     assert str(report).startswith(
         "2 blocks replaced: visual.transformer.resblocks.0, visual.transformer.resblocks.2\nimage: "
     )
@@ -108,15 +125,27 @@ def test_blocks_by_their_indices():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"blocks": {"image": [7]}}, "blocks: expected indices of the 3 blocks of the image tower, got .7."),
+        (
+            {"blocks": {"image": [7]}},
+            "blocks: expected indices of the 3 blocks of the image tower, got .7.",
+        ),
         (
             {"blocks": {"image": [0]}, "share": {"image": [[0, 1]]}},
             r"share: expected disjoint groups .*, \[0\], got .*\[0, 1\]",
         ),
         ({"towers": ("text", "audio")}, "towers: expected names .*audio"),
-        ({"towers": ["text"], "share": {"image": [[0, 1]]}}, r"share: expected names out of \['text'\], got \['image'\]"),
-        ({"share": {"text": {"qk": [[0, 1]]}}}, "share: expected parts out of .'attention', 'mlp', 'all'., got .'qk'"),
-        ({"share": {"text": {"all": [[0, 1]], "mlp": [[1, 2]]}}}, "share: expected disjoint groups of the replaced blocks"),
+        (
+            {"towers": ["text"], "share": {"image": [[0, 1]]}},
+            r"share: expected names out of \['text'\], got \['image'\]",
+        ),
+        (
+            {"share": {"text": {"qk": [[0, 1]]}}},
+            "share: expected parts out of .'attention', 'mlp', 'all'., got .'qk'",
+        ),
+        (
+            {"share": {"text": {"all": [[0, 1]], "mlp": [[1, 2]]}}},
+            "share: expected disjoint groups of the replaced blocks",
+        ),
         ({"blocks": [0]}, "blocks: expected a mapping of towers to indices, got list"),
         ({"share": [[0, 1]]}, "share: expected a mapping of towers to groups of indices, got list"),
     ],
@@ -132,8 +161,14 @@ def test_an_error_leaves_the_model_as_it_was(options, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: masking(no_causal_mask=True, use_pad_mask=True), "text: .*class token or padding masks"),
-        (lambda: clip({"layers": (1,) * 4, "width": 8, "head_width": 8, "image_size": 32}), "ModifiedResNet without any"),
+        (
+            lambda: masking(no_causal_mask=True, use_pad_mask=True),
+            "text: .*class token or padding masks",
+        ),
+        (
+            lambda: clip({"layers": (1,) * 4, "width": 8, "head_width": 8, "image_size": 32}),
+            "ModifiedResNet without any",
+        ),
         (lambda: with_text(nn.Module()), "text: expected open_clip's text transformer, got Module"),
         (lambda: without("transformer"), "text: expected open_clip's text transformer, got CLIP"),
         (lambda: without("visual"), "image: expected blocks of .*, got NoneType without any"),
@@ -145,7 +180,11 @@ def test_models_that_are_refused(make, message):
 
 
 def test_one_tower_is_replaced_whatever_the_other_is():
-    for model in (without("transformer"), masking(embed_cls=True), masking(no_causal_mask=True, use_pad_mask=True)):
+    for model in (
+        without("transformer"),
+        masking(embed_cls=True),
+        masking(no_causal_mask=True, use_pad_mask=True),
+    ):
         assert len(simplify(model, towers=("image",))[1].replaced) == 3
     _, report = simplify(without("visual"), towers=("text",))
     assert len(report.replaced) == 4
@@ -161,11 +200,24 @@ def test_parts_are_shared_by_groups_and_the_whole_by_others():
     two.load_state_dict(one.state_dict(), strict=True)
     for other in (two, copy.deepcopy(one)):
         assert_same(one(*batch()), other(*batch()))
-        assert sum(p.numel() for p in other.parameters()) == sum(p.numel() for p in one.parameters())
-    other, _ = simplify(clip(), share={"text": {"attention": [[0, 3]], "mlp": [[0, 1]]}, "image": {"mlp": []}})
+        assert sum(p.numel() for p in other.parameters()) == sum(
+            p.numel() for p in one.parameters()
+        )
+    other, _ = simplify(
+        clip(), share={"text": {"attention": [[0, 3]], "mlp": [[0, 1]]}, "image": {"mlp": []}}
+    )
     first, second, _, last = other.transformer.resblocks
     assert (first.qk is last.qk, first.fc1 is second.fc1) == (True, True)
-    assert len({id(module) for block in other.visual.transformer.resblocks for module in (block.qk, block.fc1)}) == 6
+    assert (
+        len(
+            {
+                id(module)
+                for block in other.visual.transformer.resblocks
+                for module in (block.qk, block.fc1)
+            }
+        )
+        == 6
+    )
 
 
 def test_activation_dtype_and_mode_follow_the_old_block():
@@ -176,7 +228,8 @@ def test_activation_dtype_and_mode_follow_the_old_block():
     assert not block.training
     assert {p.dtype for p in block.parameters()} == {block.get_weight_dtype()} == {torch.bfloat16}
     simplify(model, towers=("text",))
-    assert model.transformer.resblocks[1].act == "quickgelu"  # of the simplified block that it replaces
+    # of the simplified block that it replaces
+    assert model.transformer.resblocks[1].act == "quickgelu"
     assert model.encode_text(batch()[1]).dtype == torch.bfloat16
 
 
@@ -186,7 +239,8 @@ def test_gamma_and_mlp_ratio_by_tower(gamma, same):
     text[:, 8:] = text[:1, 8:]
     model, _ = simplify(clip(), gamma=gamma, mlp_ratio={"text": 1.5})
     features = model.encode_text(text)
-    assert torch.allclose(features[0], features[1], atol=1e-5) == same  # below 1, new text features depend on the words
+    # below 1, new text features depend on the words
+    assert torch.allclose(features[0], features[1], atol=1e-5) == same
     assert torch.equal(model.visual.transformer.resblocks[0].gamma.data, torch.ones(2))
     for tower, ratio in ((model, 1.5), (model.visual, 4)):
         assert {block.hidden / block.width for block in tower.transformer.resblocks} == {ratio}
@@ -195,7 +249,9 @@ def test_gamma_and_mlp_ratio_by_tower(gamma, same):
 @pytest.mark.parametrize("pool", [{}, {"pool_type": "eos", "eos_id": 99}])
 def test_masked_padding_is_as_if_it_were_not_there(pool):
     options = {"cls": CustomTextCLIP, "text": {"no_causal_mask": True, **pool}}
-    masked, other = (restless(simplify(clip(**options), mask_padding=mask)[0]) for mask in (True, False))
+    masked, other = (
+        restless(simplify(clip(**options), mask_padding=mask)[0]) for mask in (True, False)
+    )
     other.load_state_dict(masked.state_dict())
     text = torch.randint(1, 98, (3, 12))
     for row, length in zip(text, (4, 12, 7)):
@@ -208,7 +264,9 @@ def test_masked_padding_is_as_if_it_were_not_there(pool):
     assert (other.encode_text(text) - found)[0].abs().max() > 0.01
     again = restless(simplify(copy.deepcopy(masked), mlp_ratio=2.0)[0])  # its blocks stay masked
     assert torch.equal(again.encode_text(text), again.encode_text(torch.where(text == 0, 50, text)))
-    with pytest.raises(InputError, match=r"attn_mask: expected lengths of texts, \(2,\), got \(5, 5\)"):
+    with pytest.raises(
+        InputError, match=r"attn_mask: expected lengths of texts, \(2,\), got \(5, 5\)"
+    ):
         masked.text.transformer(torch.randn(2, 5, 24), attn_mask=torch.zeros(5, 5))
 
 
@@ -225,13 +283,21 @@ def test_masked_padding_is_as_if_it_were_not_there(pool):
             {"blocks": {"text": [0, 1]}},
             "and all its blocks replaced, got .* and 2 blocks",
         ),
-        (lambda: clip(text={"no_causal_mask": True}), {}, r"open_clip's own text tower \(custom_text=True\) .* got CLIP"),
+        (
+            lambda: clip(text={"no_causal_mask": True}),
+            {},
+            r"open_clip's own text tower \(custom_text=True\) .* got CLIP",
+        ),
         (
             lambda: masking(no_causal_mask=True, pool_type="last"),
             {},
             "got TextTransformer that pools by last",
         ),
-        (lambda: with_text(TextTower(12, 100, 24, 2, 2, output_dim=16)), {}, "open_clip's own text tower .*, got TextTower"),
+        (
+            lambda: with_text(TextTower(12, 100, 24, 2, 2, output_dim=16)),
+            {},
+            "open_clip's own text tower .*, got TextTower",
+        ),
     ],
 )
 def test_padding_that_cannot_be_masked(model, options, message):
@@ -245,7 +311,9 @@ def test_padding_that_cannot_be_masked(model, options, message):
 
 def test_masks_that_cannot_be_honoured():
     model, _ = simplify(clip())
-    block, full, x = model.transformer.resblocks[0], model.visual.transformer.resblocks[0], torch.randn(2, 12, 24)
+    block = model.transformer.resblocks[0]
+    full = model.visual.transformer.resblocks[0]
+    x = torch.randn(2, 12, 24)
     mask = model.attn_mask
     assert block(x, attn_mask=mask).shape == x.shape
     changed = mask.clone()
@@ -253,24 +321,43 @@ def test_masks_that_cannot_be_honoured():
     changed[0, 1] = 0  # changed after the block has accepted it
     for call, message in (
         (lambda: block(x), r"attn_mask: expected the causal mask, \(12, 12\), got None"),
-        (lambda: block(x, attn_mask=mask.expand(4, 12, 12)), r"attn_mask: .* \(12, 12\), got \(4, 12, 12\)"),
+        (
+            lambda: block(x, attn_mask=mask.expand(4, 12, 12)),
+            r"attn_mask: .* \(12, 12\), got \(4, 12, 12\)",
+        ),
         (lambda: block(x, attn_mask=changed), "got another mask of this shape"),
         (lambda: block(x, attn_mask=torch.zeros(12, 12)), "got another mask of this shape"),
-        (lambda: full(torch.randn(2, 5, 32), attn_mask=torch.zeros(5, 5)), "attn_mask: expected no mask, None, got"),
+        (
+            lambda: full(torch.randn(2, 5, 32), attn_mask=torch.zeros(5, 5)),
+            "attn_mask: expected no mask, None, got",
+        ),
         (lambda: block(x, x, x, mask), "k_x, v_x: expected None"),
-        (lambda: TimmBlock(8, 2)(torch.randn(1, 3, 8), is_causal=True), "attn_mask, is_causal: expected None and False"),
+        (
+            lambda: TimmBlock(8, 2)(torch.randn(1, 3, 8), is_causal=True),
+            "attn_mask, is_causal: expected None and False",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
     boolean = torch.ones(7, 7, dtype=torch.bool).triu(1)
-    torch.testing.assert_close(block(x[:, :7], attn_mask=mask[:7, :7]), block(x[:, :7], attn_mask=boolean))
+    torch.testing.assert_close(
+        block(x[:, :7], attn_mask=mask[:7, :7]), block(x[:, :7], attn_mask=boolean)
+    )
     model.attn_mask[0, 1] = 0
-    with pytest.raises(ValueError, match="text: expected no mask or a causal one, got a tower with another attn_mask"):
+    with pytest.raises(
+        ValueError,
+        match="text: expected no mask or a causal one, got a tower with another attn_mask",
+    ):
         simplify(model)
 
 
 def test_timm_vit():
-    vision = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224, "timm_pool": "", "timm_proj": "linear"}
+    vision = {
+        "timm_model_name": "vit_tiny_patch16_224",
+        "image_size": 224,
+        "timm_pool": "",
+        "timm_proj": "linear",
+    }
     model = clip(vision, cls=CustomTextCLIP)
     _, report = simplify(model, towers=("image",))
     assert kinds(model, TimmBlock) == [f"visual.trunk.blocks.{index}" for index in range(12)]
@@ -286,11 +373,15 @@ def test_timm_vit():
 def test_fastvit_blocks_work_on_maps():
     model = fastvit_clip()
     _, report = simplify(model, towers=("image",))
-    assert kinds(model, MapBlock) == ["visual.trunk.stages.3.blocks.0", "visual.trunk.stages.3.blocks.1"]
+    assert kinds(model, MapBlock) == [
+        "visual.trunk.stages.3.blocks.0",
+        "visual.trunk.stages.3.blocks.1",
+    ]
     assert set(report.replaced.values()) == {"AttentionBlock"}
     block = model.visual.trunk.stages[3].blocks[1]
     assert (block.width, block.heads, block.hidden) == (64, 2, 192)
-    assert block.drop_path == pytest.approx(0.3)  # the rate of the replaced block, at the end of the trunk
+    # the rate of the replaced block, at the end of the trunk
+    assert block.drop_path == pytest.approx(0.3)
 
     maps = torch.randn(2, 64, 3, 4)
     block.eval()
@@ -313,5 +404,7 @@ def test_grad_checkpointing_gives_the_same_gradients():
         model.set_grad_checkpointing(enable)
         image, text, _ = model(*batch())
         (image * text).sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
     torch.testing.assert_close(*gradients)

@@ -14,15 +14,35 @@ from runs import bits
 from simplclip.common.errors import InputError
 from simplclip.models import registry, sources, trained, weights
 
-SECTION = {"name": "siclip-tiny", "options": tiny.MODEL, "image_size": None, "context_length": None, "recompute": False}
+SECTION = {
+    "name": "siclip-tiny",
+    "options": tiny.MODEL,
+    "image_size": None,
+    "context_length": None,
+    "recompute": False,
+}
 
 
 def state_of(section=SECTION, base="contrastive", **more):
-    """Returns a checkpoint with random weights. Its config also has settings that concern no model."""
+    """Returns a checkpoint with random weights.
+
+    Its config also has settings that concern no model.
+    """
     torch.manual_seed(1)
-    config = {"model": dict(section), "loss": {"base": base}, "run": {"unknown": 1}, "eval": {"splits": {"a": "pipe:x"}}}
+    config = {
+        "model": dict(section),
+        "loss": {"base": base},
+        "run": {"unknown": 1},
+        "eval": {"splits": {"a": "pipe:x"}},
+    }
     weights = trained.build_model(section, base).state_dict()
-    return {"format": trained.FORMAT, "version": trained.VERSION, "step": 3, "config": config, "model": weights} | more
+    return {
+        "format": trained.FORMAT,
+        "version": trained.VERSION,
+        "step": 3,
+        "config": config,
+        "model": weights,
+    } | more
 
 
 @pytest.mark.slow
@@ -43,7 +63,9 @@ def test_the_sigmoid_base_gives_a_bias(tmp_path):
     model = trained.load_model(tmp_path)[0]
     assert model.logit_bias.item() == -10
     assert model.logit_scale.item() == pytest.approx(math.log(10))
-    given = trained.build_model(SECTION | {"options": tiny.MODEL | {"init_logit_bias": -3.0}}, "sigmoid")
+    given = trained.build_model(
+        SECTION | {"options": tiny.MODEL | {"init_logit_bias": -3.0}}, "sigmoid"
+    )
     assert given.logit_bias.item() == -3
 
 
@@ -51,36 +73,57 @@ SIZES = {"text_cfg": {"layers": 1, "context_length": 20}, "vision_cfg": {"image_
 
 
 @pytest.mark.parametrize(
-    "more", [{"options": tiny.MODEL, "image_size": 32, "context_length": 20}, {"options": SIZES}], ids=["settings", "options"]
+    "more",
+    [{"options": tiny.MODEL, "image_size": 32, "context_length": 20}, {"options": SIZES}],
+    ids=["settings", "options"],
 )
 def test_sizes_of_images_and_texts(more):
     section = {"name": "siclip-tiny", **more}
-    assert [trained.shape_of(section, name) for name in ("image_size", "context_length")] == [32, 20]
+    assert [trained.shape_of(section, name) for name in ("image_size", "context_length")] == [
+        32,
+        20,
+    ]
     model = trained.build_model(section)
     assert model.visual.image_size in (32, (32, 32))
     assert trained.tokenizer(section)(["a red ring"]).shape == (1, 20)
     for train in (False, True):
-        assert trained.image_transform(section, train)(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+        assert trained.image_transform(section, train)(Image.new("RGB", (50, 40))).shape == (
+            3,
+            32,
+            32,
+        )
 
 
 @pytest.mark.slow
 def test_options_of_another_model():
-    with pytest.raises(InputError, match=r"model.options: expected options of siclip-tiny, got .*unexpected keyword"):
+    with pytest.raises(
+        InputError,
+        match=r"model.options: expected options of siclip-tiny, got .*unexpected keyword",
+    ):
         trained.build_model({"name": "siclip-tiny", "options": {"text_cfg": {"depth": 1}}})
-    with pytest.raises(InputError, match=r"image_size, context_length: expected sizes that the model takes, got 30 and 77"):
+    with pytest.raises(
+        InputError,
+        match=r"image_size, context_length: expected sizes that the model takes, got 30 and 77",
+    ):
         trained.build_model({"name": "open_clip:RN50", "options": {}, "image_size": 30})
 
 
 def test_options_that_fetch_or_run_files_are_refused_when_a_run_begins():
-    """So that no run ends with a checkpoint that cannot be read. In checkpoints: tests/hostile/test_hostile_files.py."""
+    """So that no run ends with a checkpoint that cannot be read.
+
+    In checkpoints: tests/hostile/test_hostile_files.py.
+    """
     options = {"text_cfg": {"tokenizer_kwargs": {"trust_remote_code": True}}}
-    message = r"config: expected options of the model's .* got model.options.text_cfg.tokenizer_kwargs = .*may fetch or run"
+    got = "got model.options.text_cfg.tokenizer_kwargs = .*may fetch or run"
+    message = f"config: expected options of the model's .* {got}"
     with pytest.raises(InputError, match=message):
         trained.build_model(SECTION | {"options": options})
 
 
 def test_harmless_options_of_tokenizers_and_timm():
-    trained.check_options({"text_cfg": {"tokenizer_kwargs": {"clean": "canonicalize"}, "hf_model_name": ""}}, "x")
+    trained.check_options(
+        {"text_cfg": {"tokenizer_kwargs": {"clean": "canonicalize"}, "hf_model_name": ""}}, "x"
+    )
     trained.check_options({"vision_cfg": {"timm_model_name": "vit_tiny_patch16_224"}}, "x")
 
 
@@ -88,7 +131,10 @@ def test_files_that_are_no_checkpoint(tmp_path):
     torch.save(state_of() | {"format": "x"}, tmp_path / "last.pt")
     with pytest.raises(trained.CheckpointError, match="got a file without format='simplclip'"):
         trained.load_model(tmp_path)
-    with pytest.raises(FileNotFoundError, match="checkpoint: expected a file of weights, got no such file: .*other.pt"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="checkpoint: expected a file of weights, got no such file: .*other.pt",
+    ):
         trained.load_model(tmp_path / "other.pt")
 
 
@@ -100,7 +146,9 @@ def flipped(path, byte, bit=0):
 
 def test_a_flipped_bit_in_a_checkpoint_is_an_error_that_names_the_file(tmp_path):
     """torch.load reads most of them as other numbers."""
-    path, generator, silent = tmp_path / "w.pt", random.Random(0), 0
+    path = tmp_path / "w.pt"
+    generator = random.Random(0)
+    silent = 0
     torch.save({"a": torch.randn(200), "step": 3}, path)
     whole = weights.read_weights(path)
     for _ in range(100):
@@ -113,7 +161,9 @@ def test_a_flipped_bit_in_a_checkpoint_is_an_error_that_names_the_file(tmp_path)
         flipped(path, byte, bit)
     assert silent > 10
     flipped(path, path.read_bytes().index(whole["a"].numpy().tobytes()))
-    with pytest.raises(trained.CheckpointError, match=f"got {path}: it is damaged: .* has another checksum"):
+    with pytest.raises(
+        trained.CheckpointError, match=f"got {path}: it is damaged: .* has another checksum"
+    ):
         weights.read_weights(path)
 
 
@@ -131,15 +181,24 @@ def test_names_of_sources_are_those_of_models_and_weights(monkeypatch):
     assert {*sources.PACKAGED} == {*weights._PACKAGED}
     names = sources.open_clip_names()
     monkeypatch.delitem(sys.modules, "open_clip")
-    assert {*sources.open_clip_names()} <= {*names}  # of this process also those that other tests have added
+    # of this process also those that other tests have added
+    assert {*sources.open_clip_names()} <= {*names}
     assert len(sources.open_clip_names()) > 100
 
 
 def test_a_folder_without_weights_says_what_it_lacks(tmp_path):
-    with pytest.raises(FileNotFoundError, match="source: expected .* got .*: a folder without last.pt or export.json"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="source: expected .* got .*: a folder without last.pt or export.json",
+    ):
         sources.check_source(tmp_path)
     (tmp_path / "metrics.csv").touch()
-    with pytest.raises(FileNotFoundError, match="inherit.source: .*: a run that has no checkpoint yet"):
+    with pytest.raises(
+        FileNotFoundError, match="inherit.source: .*: a run that has no checkpoint yet"
+    ):
         sources.check_weights(tmp_path, "inherit.source")
-    with pytest.raises(FileNotFoundError, match=r"x: .*no such file: ViT-B-33/a; nearest models of open_clip: \['ViT-B-32'"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"x: .*no such file: ViT-B-33/a; nearest models of open_clip: \['ViT-B-32'",
+    ):
         sources.check_weights("ViT-B-33/a", "x")

@@ -24,30 +24,48 @@ def loss(x=FEATURES):
 
 def test_forcing_is_scoped_and_named():
     with simplclip.backend("reference"):
-        assert backends.select("similarity_loss_fwd", CPU, torch.float32, backends.forced())[0] == "reference"
+        assert (
+            backends.select("similarity_loss_fwd", CPU, torch.float32, backends.forced())[0]
+            == "reference"
+        )
         loss()
         with simplclip.backend(similarity_loss="cpu"):
             assert backends.forced() == "reference,similarity_loss=cpu"
-            assert backends.select("parallel_mlp_fwd", CPU, torch.float32, backends.forced())[0] == "reference"
-            assert backends.select("similarity_sigmoid", CPU, torch.float32, backends.forced())[0] == "cpu"
+            assert (
+                backends.select("parallel_mlp_fwd", CPU, torch.float32, backends.forced())[0]
+                == "reference"
+            )
+            assert (
+                backends.select("similarity_sigmoid", CPU, torch.float32, backends.forced())[0]
+                == "cpu"
+            )
     assert backends.forced() == ""
-    with pytest.raises(ValueError, match="backend: expected one of cuda, triton, cpu, sdpa, xformers, reference, got 'gpu'"):  # noqa: SIM117
-        with simplclip.backend("gpu"):
-            pass
-    with pytest.raises(ValueError, match="backend: expected an op among .*parallel_mlp.*, got 'mlp'"):  # noqa: SIM117
-        with simplclip.backend(mlp="reference"):
-            pass
+    got_gpu = "backend: expected one of cuda, triton, cpu, sdpa, xformers, reference, got 'gpu'"
+    with pytest.raises(ValueError, match=got_gpu), simplclip.backend("gpu"):
+        pass
+    got_mlp = "backend: expected an op among .*parallel_mlp.*, got 'mlp'"
+    with pytest.raises(ValueError, match=got_mlp), simplclip.backend(mlp="reference"):
+        pass
 
 
 def test_a_backend_forced_for_all_ops_spares_parts_that_lack_it():
     facts = {"width": 64, "length": 4, "lengths": False}
     for spec, part, expected in (("triton", True, "cpu"), ("reference", True, "reference")):
-        assert backends.select("shaped_attention_fwd", CPU, torch.float32, spec, part=part, **facts)[0] == expected
-    with pytest.raises(RuntimeError, match="backend 'cuda' was forced but cannot serve shaped_attention_fwd"):
-        backends.select("shaped_attention_fwd", CPU, torch.float32, "shaped_attention=cuda", part=True, **facts)
+        assert (
+            backends.select("shaped_attention_fwd", CPU, torch.float32, spec, part=part, **facts)[0]
+            == expected
+        )
+    with pytest.raises(
+        RuntimeError, match="backend 'cuda' was forced but cannot serve shaped_attention_fwd"
+    ):
+        backends.select(
+            "shaped_attention_fwd", CPU, torch.float32, "shaped_attention=cuda", part=True, **facts
+        )
 
 
-@pytest.mark.parametrize(("name", "features"), [("cuda", FEATURES), ("triton", FEATURES), ("cpu", FEATURES.double())])
+@pytest.mark.parametrize(
+    ("name", "features"), [("cuda", FEATURES), ("triton", FEATURES), ("cpu", FEATURES.double())]
+)
 def test_a_forced_backend_never_falls_back(name, features):
     message = f"backend '{name}' was forced but cannot serve similarity_loss_fwd"
     with simplclip.backend(name), pytest.raises(RuntimeError, match=message):
@@ -92,11 +110,18 @@ for call in calls + ([backends.extension.cpu_isa] if backends.extension else [])
 
 @pytest.mark.slow
 def test_forcing_by_the_environment_names_what_cannot_serve(monkeypatch):
-    errors = run_python(OF_THE_ENVIRONMENT, SIMPLCLIP_BACKEND="triton", SIMPLCLIP_CPU_ISA="mmx").stdout
+    errors = run_python(
+        OF_THE_ENVIRONMENT, SIMPLCLIP_BACKEND="triton", SIMPLCLIP_CPU_ISA="mmx"
+    ).stdout
     assert "backend 'triton' was forced but cannot serve similarity_loss_fwd" in errors
-    assert backends.extension is None or re.search("SIMPLCLIP_CPU_ISA: expected one of .* got 'mmx'", errors)
-    monkeypatch.setattr(backends, "_forced", "fastest")  # the value of SIMPLCLIP_BACKEND is read once
-    with pytest.raises(ValueError, match="backend: expected one of cuda, .*, reference, got 'fastest'"):
+    assert backends.extension is None or re.search(
+        "SIMPLCLIP_CPU_ISA: expected one of .* got 'mmx'", errors
+    )
+    # the value of SIMPLCLIP_BACKEND is read once
+    monkeypatch.setattr(backends, "_forced", "fastest")
+    with pytest.raises(
+        ValueError, match="backend: expected one of cuda, .*, reference, got 'fastest'"
+    ):
         loss()
 
 
@@ -130,7 +155,8 @@ def test_import_loads_no_torch_before_a_submodule_is_named():
     """No compiler, no GPU context, no open_clip, and not even torch before a submodule is named."""
     code = """
 import sys, simplclip
-print("load" in dir(simplclip), [m for m in ("torch", "triton", "open_clip", "timm") if m in sys.modules])
+heavy = ("torch", "triton", "open_clip", "timm")
+print("load" in dir(simplclip), [m for m in heavy if m in sys.modules])
 import importlib.util, simplclip.ops, torch
 if importlib.util.find_spec("triton"):
     import simplclip.kernels.similarity.op
@@ -165,7 +191,10 @@ def test_the_cuda_kernels_of_attention_name_what_they_do_not_serve(monkeypatch):
     monkeypatch.setattr(backends, "_has_binary", lambda index: True)
     assert why_not(length=80, width=128) is None
     assert why_not(length=81, width=64) == "serves 1 to 80 tokens; got 81 tokens, width 64"
-    assert why_not(length=77, width=40) == "serves heads of width 16, 32, ... or 128; got 77 tokens, width 40"
+    assert (
+        why_not(length=77, width=40)
+        == "serves heads of width 16, 32, ... or 128; got 77 tokens, width 40"
+    )
     assert why_not(device=CPU) == "serves cuda tensors, not cpu"
     assert "float64 is for the reference" in why_not(torch.float64)
     before = torch.backends.cuda.matmul.fp32_precision
@@ -174,28 +203,42 @@ def test_the_cuda_kernels_of_attention_name_what_they_do_not_serve(monkeypatch):
         assert "only through TF32" in why_not(torch.float32)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         assert why_not(torch.float32, length=80, width=64) is None
-        assert "that fit in shared memory; got 80 tokens, width 128" in why_not(torch.float32, length=80, width=128)
+        assert "that fit in shared memory; got 80 tokens, width 128" in why_not(
+            torch.float32, length=80, width=128
+        )
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_a_device_without_a_binary_gets_the_next_backend(monkeypatch):
     """The CUDA runtime says whether the build has code for the device."""
-    extension = SimpleNamespace(architectures=lambda: "8.6", shaped_attention_why_not=lambda *_: None)
+    extension = SimpleNamespace(
+        architectures=lambda: "8.6", shaped_attention_why_not=lambda *_: None
+    )
     monkeypatch.setattr(backends, "cuda_extension", extension)
     monkeypatch.setattr(backends, "capability", lambda device: (9, 0))
     for has_binary in (True, False):
-        monkeypatch.setattr(backends, "_has_binary", lambda index, has_binary=has_binary: has_binary)
-        chosen, _ = backends.select("shaped_attention_fwd", CUDA, torch.bfloat16, length=77, width=64)
+        monkeypatch.setattr(
+            backends, "_has_binary", lambda index, has_binary=has_binary: has_binary
+        )
+        chosen, _ = backends.select(
+            "shaped_attention_fwd", CUDA, torch.bfloat16, length=77, width=64
+        )
         assert (chosen == "cuda") == has_binary
     reason = backends.why_not("shaped_attention_bwd", "cuda", CUDA, torch.bfloat16)
-    assert reason == "was built for 8.6, the device has compute capability 9.0: rebuild with TORCH_CUDA_ARCH_LIST=9.0"
+    assert (
+        reason == "was built for 8.6, the device has compute capability 9.0: rebuild with "
+        "TORCH_CUDA_ARCH_LIST=9.0"
+    )
 
 
 @pytest.mark.parametrize(
-    ("capability", "serves"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((10, 0), False), ((12, 0), True)]
+    ("capability", "serves"),
+    [((7, 5), False), ((8, 0), True), ((9, 0), True), ((10, 0), False), ((12, 0), True)],
 )
-def test_triton_asks_for_a_capability_that_the_kernels_were_compiled_for(capability, serves, monkeypatch):
+def test_triton_asks_for_a_capability_that_the_kernels_were_compiled_for(
+    capability, serves, monkeypatch
+):
     monkeypatch.setattr(backends, "capability", lambda device: capability)
     monkeypatch.setattr(backends, "installed", lambda package: True)
     chosen, _ = backends.select("similarity_loss_fwd", CUDA, torch.bfloat16)

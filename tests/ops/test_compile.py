@@ -1,4 +1,6 @@
-"""Every op and loss traces as one graph under torch.compile: dtypes and autocast, static and dynamic shapes."""
+"""Every op and loss traces as one graph under torch.compile: dtypes and autocast, static and
+dynamic shapes.
+"""
 
 import contextlib
 import itertools
@@ -23,13 +25,22 @@ def value_and_grads(function, tensors, autocast):
     context = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
     with context:
         value = function(*tensors)
-    return [value.detach(), *torch.autograd.grad(value, [t for t in tensors if t.requires_grad], allow_unused=True)]
+    return [
+        value.detach(),
+        *torch.autograd.grad(value, [t for t in tensors if t.requires_grad], allow_unused=True),
+    ]
 
 
 # The form, the calls, and the call for torch's own compiler in the suite; `make prove` takes all.
 SUITE = "float32", True
-CALLS = {"similarity_loss sigmoid", "similarity_loss hadamard", "shaped_attention lengths", "parallel_mlp"}
-CALLS |= {"simplified_block recompute", "SimplifiedBlock", "WIKDLoss"}  # which contain the other ops
+CALLS = {
+    "similarity_loss sigmoid",
+    "similarity_loss hadamard",
+    "shaped_attention lengths",
+    "parallel_mlp",
+}
+# which contain the other ops
+CALLS |= {"simplified_block recompute", "SimplifiedBlock", "WIKDLoss"}
 OF_INDUCTOR = "parallel_mlp"  # compiles the least C++
 AROUND_SDPA = {("autocast bfloat16", "simplified_block"), ("float32", "shaped_attention lengths")}
 
@@ -39,7 +50,9 @@ def mark(quick):
 
 
 def check(name, form, sizes, **options):
-    """Checks that a second size of a dynamic call, and a second call of a static one, reuse the first one's graph."""
+    """Checks that a second size of a dynamic call, and a second call of a static one, reuse the
+    first one's graph.
+    """
     dtype, autocast = FORMS[form]
     torch.manual_seed(0)
     tensors, function = SMALL[name] if name in SMALL else module_call(name, dtype)
@@ -79,7 +92,9 @@ def test_blocks_around_sdpa_trace_without_graph_breaks(form, name):
         check(name, form, (6, 11), dynamic=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=mark(name == OF_INDUCTOR)) for name in (*SMALL, *MODULES)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=mark(name == OF_INDUCTOR)) for name in (*SMALL, *MODULES)]
+)
 def test_compiles(name):
     """torch's own compiler compiles each op and loss; ops on tokens under autocast."""
     of_tokens = name.startswith(("shaped_attention", "parallel_mlp", "simplified_block"))
@@ -88,7 +103,9 @@ def test_compiles(name):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_block_traced_by_torch_jit_computes_batches_of_other_sizes(trained):
-    """A frozen block computes its MLP in chunks, whose number must not become that of the example."""
+    """A frozen block computes its MLP in chunks, whose number must not become that of the
+    example.
+    """
     block = simplclip.nn.SimplifiedBlock(64, 2).requires_grad_(trained)
     torch.nn.init.ones_(block.mlp_gain)
     traced = torch.jit.trace(block, (torch.randn(300, 77, 64),), check_trace=not trained)

@@ -1,4 +1,6 @@
-"""Derivatives: those beyond a backward are refused by name; gradients under vmap, and of meta tensors."""
+"""Derivatives: those beyond a backward are refused by name; gradients under vmap, and of meta
+tensors.
+"""
 
 import itertools
 
@@ -36,7 +38,9 @@ def test_a_second_derivative_is_refused_whatever_asks_for_it(name):
     twice = f"{NAMED[name]}: {REFUSED.format('a double backward')}"
 
     def gradients(create_graph):
-        results = torch.autograd.grad(function(*leaves), leaves, create_graph=create_graph, allow_unused=True)
+        results = torch.autograd.grad(
+            function(*leaves), leaves, create_graph=create_graph, allow_unused=True
+        )
         return {i: g for i, g in enumerate(results) if g is not None}
 
     first, plain = gradients(True), gradients(False)
@@ -46,7 +50,9 @@ def test_a_second_derivative_is_refused_whatever_asks_for_it(name):
         with pytest.raises(RuntimeError, match=twice):
             torch.autograd.grad(first[i].square().sum(), leaves[j], retain_graph=True)
     used, values = [leaves[i] for i in first], tuple(leaves[i].detach() for i in first)
-    of_used, _ = of_leaves([t.detach().requires_grad_(any(t is u for u in used)) for t in leaves], function)
+    of_used, _ = of_leaves(
+        [t.detach().requires_grad_(any(t is u for u in used)) for t in leaves], function
+    )
     with pytest.raises(RuntimeError, match=twice):
         torch.autograd.functional.hvp(of_used, values, values)
 
@@ -56,7 +62,9 @@ def test_a_second_derivative_of_the_planes_bias_is_refused(terms):
     """A backward pass to the bias alone takes no other way through the op."""
     image, text = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
     bias = torch.tensor(-1.0, requires_grad=True)
-    value = sum(simplclip.ops.similarity_loss(image, text, 10.0, terms=terms, plane=(3.0, bias)).values())
+    value = sum(
+        simplclip.ops.similarity_loss(image, text, 10.0, terms=terms, plane=(3.0, bias)).values()
+    )
     (gradient,) = torch.autograd.grad(value, image, create_graph=True)
     with pytest.raises(RuntimeError, match=REFUSED.format("a double backward")):
         torch.autograd.backward(gradient.square().sum(), inputs=[bias])
@@ -72,9 +80,13 @@ def test_forward_mode_is_refused(name):
     with forward_ad.dual_level():
         function(*tensors)  # without a tangent, the kernel runs
         duals = [forward_ad.make_dual(t, torch.ones_like(t)) for t in tensors]
-        with pytest.raises(NotImplementedError, match=f"{NAMED[name]}: {REFUSED.format('a forward-mode tangent')}"):
+        with pytest.raises(
+            NotImplementedError, match=f"{NAMED[name]}: {REFUSED.format('a forward-mode tangent')}"
+        ):
             function(*duals)
-    with pytest.raises(NotImplementedError, match=f"{NAMED[name]}: {REFUSED.format('torch.func.grad')}"):
+    with pytest.raises(
+        NotImplementedError, match=f"{NAMED[name]}: {REFUSED.format('torch.func.grad')}"
+    ):
         torch.func.grad(function)(*tensors)
 
 
@@ -85,7 +97,9 @@ def test_vmap_over_leaves_has_the_gradients_of_a_loop(name, backend):
     torch.manual_seed(0)
     make, function = SMALL[name]
     both = [make(4, torch.float32) for _ in range(2)]
-    stacked = [torch.stack([a.detach(), b.detach()]).requires_grad_(a.requires_grad) for a, b in zip(*both)]
+    stacked = [
+        torch.stack([a.detach(), b.detach()]).requires_grad_(a.requires_grad) for a, b in zip(*both)
+    ]
     with simplclip.backend(backend):
         values = torch.vmap(function)(*stacked)
         values.sum().backward()
@@ -99,12 +113,17 @@ def test_vmap_over_leaves_has_the_gradients_of_a_loop(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["", "reference"])
-@pytest.mark.parametrize("name", [name for name in SMALL if not name.endswith(("_loss", "projection"))] + ["feature_loss"])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in SMALL if not name.endswith(("_loss", "projection"))] + ["feature_loss"],
+)
 def test_meta_tensors_give_meta_results_and_gradients(name, backend, monkeypatch):
     monkeypatch.setattr(simplclip.ops.backends, "_forced", backend)
     make, function = SMALL[name]
     with torch.device("meta"):
-        tensors = [t.detach().to("meta").requires_grad_(t.requires_grad) for t in make(4, torch.float32)]
+        tensors = [
+            t.detach().to("meta").requires_grad_(t.requires_grad) for t in make(4, torch.float32)
+        ]
         out = function(*tensors)
         assert out.device.type == "meta"
         out.backward()

@@ -7,8 +7,12 @@ from launch import forked_ranks, torchrun
 
 from simplclip.ops import distributed
 
-OF_THREE = ("open_clip", "one process", "learned parameters")  # parts for three ranks, in make prove
-PARTS = {2: (*OF_THREE, "exchanges", "gradient caching", "transformers", "fully_shard"), 3: OF_THREE}
+# parts for three ranks, in make prove
+OF_THREE = ("open_clip", "one process", "learned parameters")
+PARTS = {
+    2: (*OF_THREE, "exchanges", "gradient caching", "transformers", "fully_shard"),
+    3: OF_THREE,
+}
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +23,18 @@ def of_ranks():
 
 @pytest.mark.parametrize(
     ("ranks", "part"),
-    [*((2, part) for part in PARTS[2]), *(pytest.param(3, part, marks=pytest.mark.prove) for part in OF_THREE)],
+    [
+        *((2, part) for part in PARTS[2]),
+        *(pytest.param(3, part, marks=pytest.mark.prove) for part in OF_THREE),
+    ],
 )
 def test_losses_on_ranks_equal_open_clip_or_one_process(ranks, part, of_ranks):
     """Values and gradients on ranks equal those of open_clip's losses, or of one process."""
     if part == "transformers":
-        pytest.importorskip("transformers", reason="transformers is not installed: pip install 'simplclip[transformers]'")
+        pytest.importorskip(
+            "transformers",
+            reason="transformers is not installed: pip install 'simplclip[transformers]'",
+        )
     assert of_ranks(ranks).stdout.count(f"{part} passed") == ranks, of_ranks(ranks).stderr[-5000:]
 
 
@@ -50,7 +60,9 @@ def test_fully_shard_with_towers_that_inductor_compiles():
 def test_shapes_are_read_at_the_first_call_and_when_they_change(monkeypatch):
     """On a GPU, reading shapes waits for the device; a meta tensor cannot be read at all."""
     gathered = []
-    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", lambda *a, **k: gathered.append(a))
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_into_tensor", lambda *a, **k: gathered.append(a)
+    )
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
     shapes, features = distributed.SameShapes(), torch.empty(4, 8, device="meta")
     for rows, read in ((4, True), (4, False), (4, False), (3, True), (3, False), (4, True)):

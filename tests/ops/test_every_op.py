@@ -1,4 +1,6 @@
-"""Properties of every op: its definition at sizes beyond those of random calls, equal bits, torch's rules of registration."""
+"""Properties of every op: its definition at sizes beyond those of random calls, equal bits, torch's
+rules of registration.
+"""
 
 import itertools
 
@@ -13,9 +15,14 @@ import simplclip
 
 
 def kernels_and_reference():
-    """Yields each large call on the kernels in each dtype, and on the reference, which has no blocks, in float32."""
+    """Yields each large call on the kernels in each dtype, and on the reference, which has no
+    blocks, in float32.
+    """
     for name in LARGE:
-        marks = [needs_cpu_kernels, *([pytest.mark.instruction_set] if name.startswith("attention") else [])]
+        marks = [
+            needs_cpu_kernels,
+            *([pytest.mark.instruction_set] if name.startswith("attention") else []),
+        ]
         yield from (pytest.param(name, dtype, "cpu", marks=marks) for dtype in DTYPES)
         yield name, torch.float32, "reference"
 
@@ -28,18 +35,30 @@ def test_values_and_gradients(name, dtype, backend):
 @needs_cpu_kernels
 @pytest.mark.parametrize("name", LARGE)
 def test_the_same_bits_each_time(name):
-    """Bits are equal for one number of threads, and without BLAS, whose bits depend on it on some CPUs, for any number."""
+    """Bits are equal for one number of threads, and without BLAS, whose bits depend on it on some
+    CPUs, for any number.
+    """
     threads, call = torch.get_num_threads(), LARGE[name]()
     tensors = call.typed(torch.float32)
     results = []
     try:
         for count in (1, 1, 3, 3):
             torch.set_num_threads(count)
-            results.append(run(function_of(call), call, tensors, call.needed(), lambda name, t: torch.ones_like(t)))
+            results.append(
+                run(
+                    function_of(call),
+                    call,
+                    tensors,
+                    call.needed(),
+                    lambda name, t: torch.ones_like(t),
+                )
+            )
     finally:
         torch.set_num_threads(threads)
     for first, *others in zip(*(result.values() for result in results)):
-        assert all(torch.equal(value, again) for value, again in zip((first, *others[1::2]), others[::2]))
+        assert all(
+            torch.equal(value, again) for value, again in zip((first, *others[1::2]), others[::2])
+        )
         if name.startswith(("attention", "feature")):
             assert all(torch.equal(first, other) for other in others)
 
@@ -58,12 +77,17 @@ def test_registration_and_a_second_backward(name, backend):
     leaves = [t for t in tensors if t.requires_grad]
     with simplclip.backend(backend):
         out = function(*tensors)
-    first, second = (torch.autograd.grad(out, leaves, retain_graph=again, allow_unused=True) for again in (True, False))
+    first, second = (
+        torch.autograd.grad(out, leaves, retain_graph=again, allow_unused=True)
+        for again in (True, False)
+    )
     for a, b in zip(first, second):
         assert a is b is None or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if "loss" in name and "projection" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in SMALL if "loss" in name and "projection" not in name]
+)
 def test_autocast_casts_the_features_and_returns_float32(name):
     make, function = SMALL[name]
     tensors = make(40, torch.bfloat16)
@@ -82,27 +106,43 @@ def test_autocast_casts_the_features_and_returns_float32(name):
             torch.testing.assert_close(cast.grad, narrow.grad.float(), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_cpu_kernels), "reference", "sdpa"])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("cpu", marks=needs_cpu_kernels), "reference", "sdpa"]
+)
 @pytest.mark.parametrize("shape", [(2, 5, 3), (2, 5, 1), (2, 1, 3)])
 def test_results_may_be_changed_in_place(backend, shape):
     """Also those of one head or one token, whose transposed form is the same memory."""
     x, gains = torch.randn(*shape, 4, requires_grad=True), torch.ones(shape[2])
     block = simplclip.nn.SimplifiedBlock(4 * shape[2], shape[2])
     with simplclip.backend(backend):
-        for out in (simplclip.ops.shaped_attention(x, x, x, gains, gains, gains), block(x.flatten(2))):
+        for out in (
+            simplclip.ops.shaped_attention(x, x, x, gains, gains, gains),
+            block(x.flatten(2)),
+        ):
             out.relu_().sum().backward()
 
 
 def test_constants_may_come_from_inference_mode():
     """As a teacher's features usually do; autograd cannot save such tensors."""
-    x, y, scale = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8), torch.tensor(2.0)
+    x = torch.randn(6, 8, requires_grad=True)
+    y = torch.randn(6, 8)
+    scale = torch.tensor(2.0)
     with torch.inference_mode():
         teacher, ids = (torch.randn(6, 4), torch.randn(6, 4), torch.tensor(3.0)), torch.arange(6)
-    rowwise = simplclip.losses.RowwiseLoss(lambda logits, index, of_teacher: (logits * of_teacher).sum(1))
+    rowwise = simplclip.losses.RowwiseLoss(
+        lambda logits, index, of_teacher: (logits * of_teacher).sum(1)
+    )
     for loss in (
         sum(simplclip.losses.WIKDLoss()(x, y, scale, *teacher)),
         simplclip.losses.ClipLoss()(x, y, scale, ids=ids),
-        rowwise(x, y, scale, dist_image_features=teacher[0], dist_text_features=teacher[1], dist_logit_scale=teacher[2]),
+        rowwise(
+            x,
+            y,
+            scale,
+            dist_image_features=teacher[0],
+            dist_text_features=teacher[1],
+            dist_logit_scale=teacher[2],
+        ),
         simplclip.ops.feature_loss(x[:, :4], teacher[0]),
     ):
         (gradient,) = torch.autograd.grad(loss, x)

@@ -1,4 +1,6 @@
-"""Cases beyond random calls of feature_loss: rows without a direction, and every number of a half dtype."""
+"""Cases beyond random calls of feature_loss: rows without a direction, and every number of a half
+dtype.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from compare import check, function_of, run
 import simplclip
 from simplclip.ops import feature_loss
 
-CASES = ["cpu", "reference"]  # any backend but the reference means the op, in chunks; the reference is its definition
+# any backend but the reference means the op, in chunks; the reference is its definition
+CASES = ["cpu", "reference"]
 
 
 @pytest.mark.parametrize("backend", CASES)
@@ -30,15 +33,25 @@ def test_nan_reaches_the_gradient_of_its_row_alone(mode, which, backend):
     call = feature_call(18, 37, **mode)
     call.tensors[which][9, 36] = torch.nan
     with simplclip.backend(backend):
-        out = run(function_of(call), call, call.typed(torch.float32), ["student"], lambda name, t: torch.ones_like(t))
+        out = run(
+            function_of(call),
+            call,
+            call.typed(torch.float32),
+            ["student"],
+            lambda name, t: torch.ones_like(t),
+        )
     assert out["out"].isnan()
     assert out["d_student"][9, 36].isnan()
     assert out["d_student"][torch.arange(18) != 9].isfinite().all()
 
 
 def test_half_precision_is_read_and_rounded_exactly():
-    """Every float16 number is read exactly, and gradients round as in torch: d = (x − 0) · 2 / N · grad."""
-    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    """Every float16 number is read exactly, and gradients round as in torch: d = (x − 0) · 2 / N ·
+    grad.
+    """
+    numbers = (
+        torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    )
     for scale in (1.0, 0.37, 3.1e-4, 7e-8, 1.9):
         student = numbers.clone().reshape(-1, 64).requires_grad_()
         loss = feature_loss(student, torch.zeros_like(student), normalize=False)

@@ -1,4 +1,7 @@
-"""The CPU kernels of every instruction set. A process chooses its set once, so that each set has a test run of its own."""
+"""The CPU kernels of every instruction set.
+
+A process chooses its set once, so that each set has a test run of its own.
+"""
 
 import os
 import subprocess
@@ -14,14 +17,34 @@ from simplclip.ops import backends
 # Flags of /proc/cpuinfo that a set needs, as in csrc/cpu/dispatch.cpp; the best set comes first.
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 CPU = set(Path("/proc/cpuinfo").read_text().split())
-FLAGS = {"avx512_bf16": AVX512 | {"avx512_bf16"}, "avx512": AVX512, "avx2": {"avx2", "fma"}, "baseline": set()}
-PROVED, QUICK = ("avx512_bf16", "avx512"), ("avx2", "baseline")  # the suite itself takes the best set
+FLAGS = {
+    "avx512_bf16": AVX512 | {"avx512_bf16"},
+    "avx512": AVX512,
+    "avx2": {"avx2", "fma"},
+    "baseline": set(),
+}
+# the suite itself takes the best set
+PROVED, QUICK = ("avx512_bf16", "avx512"), ("avx2", "baseline")
 
 
 def run(isa, cases):
     """Runs the tests that are marked instruction_set again, with this number of random calls."""
-    options = ["-q", "-m", "instruction_set", "-k", "not reference", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    marked = [str(path) for path in Path(__file__).parent.glob("test_*.py") if "instruction_set" in path.read_text()]
+    options = [
+        "-q",
+        "-m",
+        "instruction_set",
+        "-k",
+        "not reference",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    marked = [
+        str(path)
+        for path in Path(__file__).parent.glob("test_*.py")
+        if "instruction_set" in path.read_text()
+    ]
     command = [sys.executable, "-m", "pytest", *options, "--cases", str(cases), *marked]
     environment = os.environ | {"SIMPLCLIP_CPU_ISA": isa}
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
@@ -29,7 +52,9 @@ def run(isa, cases):
 
 @pytest.mark.slow
 @needs_cpu_kernels
-@pytest.mark.parametrize("isa", [*(pytest.param(isa, marks=pytest.mark.prove) for isa in PROVED), *QUICK])
+@pytest.mark.parametrize(
+    "isa", [*(pytest.param(isa, marks=pytest.mark.prove) for isa in PROVED), *QUICK]
+)
 def test_ops_on_every_instruction_set(isa, request):
     if isa == backends.extension.cpu_isa():
         pytest.skip("this run takes it already")

@@ -1,4 +1,6 @@
-"""Memory of a step of the ops on a CPU beside their inputs, and what backward of simplified_block keeps and computes."""
+"""Memory of a step of the ops on a CPU beside their inputs, and what backward of simplified_block
+keeps and computes.
+"""
 
 from collections.abc import Callable
 
@@ -20,12 +22,21 @@ def of_feature_loss() -> Call:
     return call
 
 
-# Calls, and the most bytes that a step adds: results, gradients, what is kept for backward, and some scratch.
+# Calls, and the most bytes that a step adds: results, gradients, what is kept for backward, and
+# some scratch.
 STEPS: dict[str, tuple[Callable[[], Call], int]] = {
-    "attention, 77 tokens": (lambda: attention_call(4, 77, 2, 64), 4 * 4 * 77 * 2 * (4 * 64 + 1) + 4096),  # log-sum-exps
-    "attention, 300 tokens": (lambda: attention_call(4, 300, 2, 20), 4 * 4 * 300 * 2 * (4 * 20 + 1) + 4096),
+    # log-sum-exps
+    "attention, 77 tokens": (
+        lambda: attention_call(4, 77, 2, 64),
+        4 * 4 * 77 * 2 * (4 * 64 + 1) + 4096,
+    ),
+    "attention, 300 tokens": (
+        lambda: attention_call(4, 300, 2, 20),
+        4 * 4 * 300 * 2 * (4 * 20 + 1) + 4096,
+    ),
     "mlp": (
-        lambda: mlp_call(6000, 64, 2048, 64),  # one hidden layer is kept, and written over in backward
+        # one hidden layer is kept, and written over in backward
+        lambda: mlp_call(6000, 64, 2048, 64),
         4 * (6000 * 2048 + 2 * 6000 * 64 + 2 * 64 * 2048 + 2048 + 64) + 8 * MIB + 4096,
     ),
     "feature": (of_feature_loss, 40_000 * (2 * 256 + 8) + 8 * MIB),  # two norms a row are kept
@@ -56,7 +67,9 @@ def test_peak_of_a_step(name):
 @needs_cpu_kernels
 @pytest.mark.parametrize("op", ["parallel_mlp", "simplified_block"])
 def test_without_gradients_only_some_rows_of_the_hidden_layer_are_kept(op):
-    tokens, width, hidden = 7700, 128, 2048
+    tokens = 7700
+    width = 128
+    hidden = 2048
     call = mlp_call(tokens, width, hidden, width)
     if op == "simplified_block":
         call = block_call(100, 77, width, 2, hidden, projections=False)
@@ -67,7 +80,10 @@ def test_without_gradients_only_some_rows_of_the_hidden_layer_are_kept(op):
 
 @needs_cpu_kernels
 def test_a_block_keeps_its_input_queries_keys_and_hidden_layer_or_its_input_alone():
-    b, length, c, f = 8, 77, 128, 512
+    b = 8
+    length = 77
+    c = 128
+    f = 512
     call = block_call(b, length, c, 2, f, projections=False)
     tensors = {name: t.requires_grad_() for name, t in call.typed(torch.float32).items()}
     parameters = {t.untyped_storage().data_ptr() for t in tensors.values() if t.dim() < 3}
@@ -81,16 +97,23 @@ def test_a_block_keeps_its_input_queries_keys_and_hidden_layer_or_its_input_alon
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             simplified_block(**tensors, recompute=recompute)
-        assert sum(size for at, size in kept.items() if at not in parameters and size > 4 * 3 * 2) == expected
+        assert (
+            sum(size for at, size in kept.items() if at not in parameters and size > 4 * 3 * 2)
+            == expected
+        )
 
 
 def test_frozen_tensors_of_a_block_cost_no_products(monkeypatch):
-    """If x needs no gradient, none of the three products for it is computed; nor is the product of a frozen weight."""
+    """If x needs no gradient, none of the three products for it is computed; nor is the product of
+    a frozen weight.
+    """
     calls = []
     for name in ("mm", "addmm", "addmm_"):
         owner = torch.Tensor if name == "addmm_" else torch
         original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, original=original, **k: calls.append(1) or original(*a, **k))
+        monkeypatch.setattr(
+            owner, name, lambda *a, original=original, **k: calls.append(1) or original(*a, **k)
+        )
     counts = {}
     for trained in ("x", "qk_weight", "fc1_weight", "fc2_bias", "all"):
         tensors = block_call(projections=False).tensors
@@ -99,5 +122,6 @@ def test_frozen_tensors_of_a_block_cost_no_products(monkeypatch):
         calls.clear()
         out.sum().backward()
         counts[trained] = len(calls)
-    # x: two products into the gradient of n; each weight: one product; parallel_mlp_bwd's products are the backend's.
+    # x: two products into the gradient of n; each weight: one product; parallel_mlp_bwd's products
+    # are the backend's.
     assert counts == {"x": 2, "qk_weight": 1, "fc1_weight": 1, "fc2_bias": 0, "all": 4}

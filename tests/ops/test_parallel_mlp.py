@@ -13,10 +13,16 @@ from simplclip.ops import parallel_mlp
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("act", plain.ACTIVATIONS)
 def test_nan_in_the_hidden_layer_reaches_what_it_reaches_in_torch(act, backend):
-    h, one, grad = torch.tensor([torch.nan, 1.0, -1.0])[:, None], torch.ones(1, 1), torch.ones(3, 1)
+    h = torch.tensor([torch.nan, 1.0, -1.0])[:, None]
+    one = torch.ones(1, 1)
+    grad = torch.ones(3, 1)
     with simplclip.backend(backend):
-        got = torch.autograd.functional.vjp(lambda x, w: parallel_mlp(x, one, None, w, None, act=act), (h, one), grad)
-    expected = torch.autograd.functional.vjp(lambda x, w: plain.ACTIVATIONS[act](x) @ w, (h, one), grad)
+        got = torch.autograd.functional.vjp(
+            lambda x, w: parallel_mlp(x, one, None, w, None, act=act), (h, one), grad
+        )
+    expected = torch.autograd.functional.vjp(
+        lambda x, w: plain.ACTIVATIONS[act](x) @ w, (h, one), grad
+    )
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
@@ -24,7 +30,9 @@ def test_nan_in_the_hidden_layer_reaches_what_it_reaches_in_torch(act, backend):
 @pytest.mark.parametrize("act", plain.ACTIVATIONS)
 def test_activations_far_from_zero(act):
     """Nothing overflows, and a tail of the normal distribution is small and free of noise."""
-    h = torch.tensor([-1e4, -90.0, -20.0, -6.0, -3.0, -1e-30, 0.0, 1e-30, 3.0, 6.0, 20.0, 90.0, 1e4])[:, None]
+    h = torch.tensor(
+        [-1e4, -90.0, -20.0, -6.0, -3.0, -1e-30, 0.0, 1e-30, 3.0, 6.0, 20.0, 90.0, 1e4]
+    )[:, None]
     one = torch.ones(1, 1)
     got, expected = (
         torch.autograd.functional.vjp(f, h, one.expand_as(h))

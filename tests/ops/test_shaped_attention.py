@@ -1,4 +1,7 @@
-"""shaped_attention against its definition, on every backend that runs here. Kernels for GPUs have tests of their own."""
+"""shaped_attention against its definition, on every backend that runs here.
+
+Kernels for GPUs have tests of their own.
+"""
 
 import itertools
 import sys
@@ -33,8 +36,11 @@ def test_zero_queries_and_equal_gains_give_the_identity():
     q, k, v, *_ = attention_call().tensors.values()
     for dtype, causal in itertools.product((torch.float64, *DTYPES), (False, True)):
         one = torch.ones(3)
-        out = shaped_attention(torch.zeros_like(q, dtype=dtype), k.to(dtype), v.to(dtype), one, one, one, causal=causal)
-        # The weights beta A − gamma C cancel before they are rounded, so that v itself remains, in half dtypes too.
+        out = shaped_attention(
+            torch.zeros_like(q, dtype=dtype), k.to(dtype), v.to(dtype), one, one, one, causal=causal
+        )
+        # The weights beta A − gamma C cancel before they are rounded, so that v itself remains, in
+        # half dtypes too.
         torch.testing.assert_close(out, v.to(dtype), rtol=1e-6, atol=1e-6)
 
 
@@ -47,7 +53,9 @@ def test_padded_tokens_are_neither_read_nor_written(backend, dtype, causal):
 
 @pytest.fixture(params=["cpu", "flash", "efficient", "xformers"])
 def around(request, monkeypatch):
-    """Names a backend around another attention; a GPU's attentions are stand-ins in plain torch that check arguments."""
+    """Names a backend around another attention; a GPU's attentions are stand-ins in plain torch
+    that check arguments.
+    """
     if request.param == "cpu":
         return "sdpa"
     monkeypatch.setattr(sdpa, "aten", torch_attention.aten)
@@ -63,7 +71,11 @@ def around(request, monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops", package)
     for name in ("shaped_attention_fwd", "shaped_attention_bwd"):
         function = backends.TABLE[name]["xformers"].function
-        monkeypatch.setitem(backends.TABLE[name], "xformers", backends.Implementation(function, lambda *_, **__: None))
+        monkeypatch.setitem(
+            backends.TABLE[name],
+            "xformers",
+            backends.Implementation(function, lambda *_, **__: None),
+        )
     return "xformers"
 
 
@@ -82,9 +94,17 @@ def test_shaped_attention_around_attention_of_torch_and_xformers(around, dtype, 
         halves = dtype != torch.float32  # beta's gradient comes from rounded A v, and may cancel
         check(call, dtype, around, roundings=halves)
         for layout in ("odd_rows", "heads_first") if shape[1] > 80 else ():
-            check(call, dtype, around, layouts=dict.fromkeys(("q", "k", "v", "grad out"), layout), roundings=halves)
+            check(
+                call,
+                dtype,
+                around,
+                layouts=dict.fromkeys(("q", "k", "v", "grad out"), layout),
+                roundings=halves,
+            )
     for scale in (-2.0, 0.0, 30.0):
-        check(attention_call(1, 70, 2, 16, causal=causal, scale=scale), dtype, around, roundings=True)
+        check(
+            attention_call(1, 70, 2, 16, causal=causal, scale=scale), dtype, around, roundings=True
+        )
     if around != "xformers":
         check_padding(dtype, around, causal)
 

@@ -1,4 +1,6 @@
-"""Cases beyond random calls of similarity_loss: several chunks, logits that lie far apart, pairs without negatives."""
+"""Cases beyond random calls of similarity_loss: several chunks, logits that lie far apart, pairs
+without negatives.
+"""
 
 import math
 from fractions import Fraction
@@ -20,7 +22,13 @@ from simplclip.ops import similarity_loss
 def of_ones(call, backend):
     """Returns results in float32 and the gradients of their sum."""
     with simplclip.backend(backend):
-        return run(function_of(call), call, call.typed(torch.float32), call.needed(), lambda name, t: torch.ones_like(t))
+        return run(
+            function_of(call),
+            call,
+            call.typed(torch.float32),
+            call.needed(),
+            lambda name, t: torch.ones_like(t),
+        )
 
 
 @pytest.mark.slow
@@ -34,7 +42,15 @@ def test_chunks_and_stored_rows_change_nothing(plane, dtype):
     budgets = [(scratch * row, store * row) for scratch, store in rows] + [(1 << 20, 1 << 20)]
     for scratch, store in budgets if dtype == torch.float32 else budgets[1::2]:
         call = similarity_call(
-            300, 310, 7, terms=TERMS, plane=plane, ids=True, teacher_width=20, scratch_bytes=scratch, store_bytes=store
+            300,
+            310,
+            7,
+            terms=TERMS,
+            plane=plane,
+            ids=True,
+            teacher_width=20,
+            scratch_bytes=scratch,
+            store_bytes=store,
         )
         check(call, dtype, "cpu")
 
@@ -43,9 +59,12 @@ def test_chunks_and_stored_rows_change_nothing(plane, dtype):
 @pytest.mark.parametrize("n", [4, 40, 100])
 @pytest.mark.parametrize("which", ["", "teacher_"])
 def test_columns_far_below_their_strip_are_summed_afresh(which, n):
-    """One logit of 300, of the student or the teacher, lets every exponential of the other columns underflow."""
+    """One logit of 300, of the student or the teacher, lets every exponential of the other columns
+    underflow.
+    """
     call = similarity_call(n, n, terms=TERMS, width=n, scale=1.0)
-    call.tensors[f"{which}text"] = torch.eye(n, dtype=torch.float64)  # makes the matrix equal to image
+    # makes the matrix equal to image
+    call.tensors[f"{which}text"] = torch.eye(n, dtype=torch.float64)
     image = torch.rand(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     image[0, 1] = 300
     call.tensors[f"{which}image"] = image
@@ -55,8 +74,11 @@ def test_columns_far_below_their_strip_are_summed_afresh(which, n):
 @needs_cpu_kernels
 @pytest.mark.parametrize("scale", [0.01, 100.0, 700.0, -50.0])
 def test_wide_logits(scale):
-    """Statistics lie too far apart for one exponential to serve rows and columns, and columns underflow."""
-    divergence = "kl" if scale > 1 else "cross_entropy"  # a small KL is a difference of two large numbers
+    """Statistics lie too far apart for one exponential to serve rows and columns, and columns
+    underflow.
+    """
+    # a small KL is a difference of two large numbers
+    divergence = "kl" if scale > 1 else "cross_entropy"
     call = similarity_call(150, 150, terms=TERMS, scale=scale, divergence=divergence)
     call.tensors["image"][::3] *= 3  # unnormalised features are allowed
     call.tensors["teacher_image"][::4] *= 3
@@ -77,7 +99,14 @@ def test_numbers_of_numpy_and_fractions_are_scales():
     image, text = torch.randn(4, 8), torch.randn(4, 8)
     terms = {"terms": ("sigmoid",), "logit_bias": np.float32(-2.0)}
     expected = similarity_loss(image, text, 10.0, terms=("sigmoid",), logit_bias=-2.0)
-    for scale in (np.float32(10), np.float64(10), np.float16(10), np.int64(10), np.array(10.0), Fraction(10)):
+    for scale in (
+        np.float32(10),
+        np.float64(10),
+        np.float16(10),
+        np.int64(10),
+        np.array(10.0),
+        Fraction(10),
+    ):
         assert similarity_loss(image, text, scale, **terms) == expected
 
 
@@ -98,12 +127,20 @@ def test_a_small_kl_has_the_documented_error(scale, n, scratch, backend):
     """Its summands are as large as the teacher's logits, whose cosines are about 0.5."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
-        tensors = [F.normalize(torch.randn(n, 16, generator=generator) + 1, dim=1) for _ in range(4)]
+        tensors = [
+            F.normalize(torch.randn(n, 16, generator=generator) + 1, dim=1) for _ in range(4)
+        ]
         teacher = dict(zip(("teacher_image", "teacher_text"), tensors[2:]), teacher_scale=scale)
         with simplclip.backend(backend):
-            kl = similarity_loss(*tensors[:2], 1.0, terms=("relational",), **teacher, scratch_bytes=scratch)
-        wide = {name: t.double() for name, t in zip(teacher, tensors[2:])} | {"teacher_scale": scale}
-        exact = plain.similarity_loss(*(t.double() for t in tensors[:2]), 1.0, terms=("relational",), **wide)
+            kl = similarity_loss(
+                *tensors[:2], 1.0, terms=("relational",), **teacher, scratch_bytes=scratch
+            )
+        wide = {name: t.double() for name, t in zip(teacher, tensors[2:])} | {
+            "teacher_scale": scale
+        }
+        exact = plain.similarity_loss(
+            *(t.double() for t in tensors[:2]), 1.0, terms=("relational",), **wide
+        )
         largest = scale * (tensors[2] @ tensors[3].T).abs().max()
         assert abs(kl["relational"] - exact["relational"]) < 2**-23 * largest
 
@@ -117,7 +154,13 @@ def test_gradients_of_scale_and_plane_have_the_digits_of_float32(terms, backend)
     wide = call.typed(torch.float64)
     need = ["logit_scale", "plane_weight", "plane_bias"]
     with simplclip.backend(backend):
-        got = run(function_of(call), call, call.typed(torch.float32), need, lambda name, t: torch.ones_like(t))
+        got = run(
+            function_of(call),
+            call,
+            call.typed(torch.float32),
+            need,
+            lambda name, t: torch.ones_like(t),
+        )
     exact = run(PLAIN[call.op], call, wide, need, lambda name, t: torch.ones_like(t))
     for name in need:
         torch.testing.assert_close(got[f"d_{name}"].double(), exact[f"d_{name}"], rtol=2e-6, atol=0)
@@ -151,9 +194,21 @@ def test_int32_ids_equal_int64_ids(backend):
     [
         ({"terms": ("contrastive", "pair_matching")}, ["similarity_loss_fwd"]),
         ({"terms": ("relational", "pair_matching")}, ["similarity_loss_fwd"]),
-        ({"terms": ("contrastive", "sigmoid", "pair_matching")}, ["similarity_loss_fwd", "similarity_sigmoid"]),
-        ({"terms": ("contrastive", "pair_matching"), "plane": "hadamard"}, ["similarity_loss_fwd", "similarity_sigmoid"]),
-        ({"terms": ("pair_matching", "sigmoid"), "weights": {"pair_matching": 1.0, "sigmoid": 2.0}}, ["similarity_sigmoid"]),
+        (
+            {"terms": ("contrastive", "sigmoid", "pair_matching")},
+            ["similarity_loss_fwd", "similarity_sigmoid"],
+        ),
+        (
+            {"terms": ("contrastive", "pair_matching"), "plane": "hadamard"},
+            ["similarity_loss_fwd", "similarity_sigmoid"],
+        ),
+        (
+            {
+                "terms": ("pair_matching", "sigmoid"),
+                "weights": {"pair_matching": 1.0, "sigmoid": 2.0},
+            },
+            ["similarity_sigmoid"],
+        ),
         ({"terms": ("pair_matching", "sigmoid")}, ["similarity_sigmoid", "similarity_sigmoid"]),
     ],
 )
@@ -166,7 +221,9 @@ def test_pair_matching_joins_the_sweep_of_a_softmax(asked, sweeps, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sigmoid_of_negatives_far_below_zero(backend, dtype):
-    """e^-l overflows; the sigmoid's value and gradient are the same with and without a softmax term beside it."""
+    """e^-l overflows; the sigmoid's value and gradient are the same with and without a softmax term
+    beside it.
+    """
     image = torch.eye(20, 32).to(dtype).requires_grad_()
     text = -torch.eye(20, 32).roll(1, 0).to(dtype)
     results = {}
@@ -180,11 +237,14 @@ def test_sigmoid_of_negatives_far_below_zero(backend, dtype):
 
 def test_pair_matching_in_float64_is_exact_above_the_threshold_of_softplus():
     """All similarities are equal, and all logits are 21, where F.softplus returns 21 itself."""
-    image, text = torch.ones(2, 1, dtype=torch.float64), torch.full((2, 1), 0.5, dtype=torch.float64)
+    image = torch.ones(2, 1, dtype=torch.float64)
+    text = torch.full((2, 1), 0.5, dtype=torch.float64)
     q = torch.tensor(20.5, dtype=torch.float64, requires_grad=True)
     out = similarity_loss(image, text, 1.0, terms=("pair_matching",), plane=(1.0, q))
     (slope,) = torch.autograd.grad(out["pair_matching"], q)
-    assert out["pair_matching"].item() == pytest.approx(10.5 + math.log1p(math.exp(-21)), rel=1e-15, abs=0)
+    assert out["pair_matching"].item() == pytest.approx(
+        10.5 + math.log1p(math.exp(-21)), rel=1e-15, abs=0
+    )
     assert slope.item() == pytest.approx(math.tanh(21 / 2) / 2, rel=1e-15, abs=0)
 
 

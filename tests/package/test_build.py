@@ -19,7 +19,10 @@ from simplclip.ops import backends
 
 @pytest.fixture
 def setup(monkeypatch):
-    """Runs setup.py, which chooses extensions and builds nothing here. Returns its output and its names."""
+    """Runs setup.py, which chooses extensions and builds nothing here.
+
+    Returns its output and its names.
+    """
     monkeypatch.chdir(ROOT)
 
     def run(**environment):
@@ -44,7 +47,9 @@ def without_nvcc(tmp_path):
 
 def test_a_build_without_a_toolkit_names_the_reason(setup, without_nvcc):
     reason = "is a build without CUDA" if torch.version.cuda is None else "does not run"
-    with pytest.raises(SystemExit, match=f"SIMPLCLIP_CUDA=1, but the CUDA objects cannot be built: .* {reason}"):
+    with pytest.raises(
+        SystemExit, match=f"SIMPLCLIP_CUDA=1, but the CUDA objects cannot be built: .* {reason}"
+    ):
         setup(**without_nvcc, SIMPLCLIP_CUDA="1")
     assert re.search(reason, setup(**without_nvcc, SIMPLCLIP_CUDA="auto")[1]["NO_CUDA"])
     assert setup(SIMPLCLIP_CUDA="0")[1]["NO_CUDA"] == "SIMPLCLIP_CUDA=0 left them out: unset it"
@@ -53,7 +58,8 @@ def test_a_build_without_a_toolkit_names_the_reason(setup, without_nvcc):
 
 
 @pytest.mark.skipif(
-    torch.version.cuda is None or shutil.which("nvcc") is None, reason="no CUDA toolkit, or torch without CUDA"
+    torch.version.cuda is None or shutil.which("nvcc") is None,
+    reason="no CUDA toolkit, or torch without CUDA",
 )
 def test_a_build_names_its_architectures(setup, monkeypatch):
     for environment, chosen in (
@@ -61,10 +67,15 @@ def test_a_build_names_its_architectures(setup, monkeypatch):
         ({"TORCH_CUDA_ARCH_LIST": "8.9 9.0"}, "for 8.9;9.0 (by TORCH_CUDA_ARCH_LIST)"),
     ):
         assert f"simplclip: building the CUDA kernels {chosen}" in setup(**environment)[0]
-    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected numbers, .* or all, got 'Ampere'"):
+    with pytest.raises(
+        SystemExit, match="TORCH_CUDA_ARCH_LIST: expected numbers, .* or all, got 'Ampere'"
+    ):
         setup(TORCH_CUDA_ARCH_LIST="Ampere")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = "simplclip: building the CUDA kernels for 8.6+PTX (an RTX 3090, since this machine has no GPU)"
+    message = (
+        "simplclip: building the CUDA kernels for 8.6+PTX (an RTX 3090, since this machine has no "
+        "GPU)"
+    )
     assert message in setup()[0]
 
 
@@ -79,7 +90,10 @@ def test_a_build_takes_the_architectures_of_this_machines_gpus(setup, monkeypatc
 
 
 def test_a_build_takes_nvcc_of_pypi_where_the_path_has_none(setup, monkeypatch, tmp_path):
-    """nvidia-cuda-nvcc lies beside torch. It has no libcudart.so, which the linker asks for, but libcudart.so.13."""
+    """nvidia-cuda-nvcc lies beside torch.
+
+    It has no libcudart.so, which the linker asks for, but libcudart.so.13.
+    """
     toolkit = tmp_path / "nvidia" / "cu13"
     for file in ("bin/nvcc", "lib/libcudart.so.13"):
         (toolkit / file).parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +108,9 @@ def test_a_build_takes_nvcc_of_pypi_where_the_path_has_none(setup, monkeypatch, 
         assert os.environ["CUDA_HOME"] == str(toolkit)
     for _ in range(2):
         (folder,) = names["runtime_folders"]()
-        assert os.path.realpath(f"{folder}/libcudart.so") == str(toolkit / "lib" / "libcudart.so.13")
+        assert os.path.realpath(f"{folder}/libcudart.so") == str(
+            toolkit / "lib" / "libcudart.so.13"
+        )
     (toolkit / "lib" / "libcudart.so").write_text("a toolkit of the system")
     assert names["runtime_folders"]() == []
 

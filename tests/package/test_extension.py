@@ -1,4 +1,6 @@
-"""Extensions that do not belong to the sources are refused; an editable installation is found from every folder."""
+"""Extensions that do not belong to the sources are refused; an editable installation is found from
+every folder.
+"""
 
 import re
 import shutil
@@ -15,7 +17,10 @@ from paths import ROOT
 
 from simplclip.ops import backends, extension
 
-OTHER_SOURCES = "simplclip._C was built from other sources: run `pip install --no-build-isolation -e .` (or make install)"
+OTHER_SOURCES = (
+    "simplclip._C was built from other sources: run `pip install --no-build-isolation -e .` (or "
+    "make install)"
+)
 
 # Prints which kernels run and why, and whether the extension's were registered.
 REPORT = """
@@ -25,7 +30,8 @@ import simplclip
 x = torch.eye(4)
 simplclip.ops.similarity_loss(x, x, 5.0)["contrastive"]
 from simplclip.ops import backends
-print(simplclip.report()["ops"]["similarity_loss_fwd"]["cpu"]["backend"], "simplclip._C" in sys.modules, sep="\\n")
+print(simplclip.report()["ops"]["similarity_loss_fwd"]["cpu"]["backend"])
+print("simplclip._C" in sys.modules)
 print(backends.extension_error)
 """
 
@@ -36,7 +42,8 @@ MODULE = """
 static PyObject* yes(PyObject*, PyObject*) { return PyBool_FromLong(1); }
 static PyObject* reason(PyObject*, PyObject*) { return PyUnicode_FromString(SIMPLCLIP_NO_CUDA); }
 static PyMethodDef methods[] = {
-    {"has_native_bf16", yes, METH_NOARGS, ""}, {"why_no_cuda", reason, METH_NOARGS, ""}, {nullptr, nullptr, 0, nullptr}};
+    {"has_native_bf16", yes, METH_NOARGS, ""}, {"why_no_cuda", reason, METH_NOARGS, ""},
+    {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", SIMPLCLIP_SOURCES, -1, methods};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
 """
@@ -54,13 +61,16 @@ def copy_of_tree(folder: Path, *, built: bool) -> Path:
 
 
 def run(*command, cwd: Path) -> subprocess.CompletedProcess:
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=environment()
+    )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
 
 def environment() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"  # of ninja and the compiler
+    # of ninja and the compiler
+    path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
     return {"PATH": path, "SIMPLCLIP_CUDA": "0", "OMP_NUM_THREADS": "1"}
 
 
@@ -84,7 +94,9 @@ def test_a_digest_is_of_schemas_and_of_csrc(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @needs_cpu_kernels
-@pytest.mark.parametrize("changed", [pytest.param("simplclip/ops/mlp/call.py", marks=pytest.mark.prove), "csrc/layout.h"])
+@pytest.mark.parametrize(
+    "changed", [pytest.param("simplclip/ops/mlp/call.py", marks=pytest.mark.prove), "csrc/layout.h"]
+)
 def test_an_extension_of_other_sources_is_not_loaded(changed, tmp_path):
     """A line says what to run, and the reference computes."""
     tree = copy_of_tree(tmp_path / "tree", built=True)
@@ -99,10 +111,14 @@ def test_an_extension_of_other_sources_is_not_loaded(changed, tmp_path):
 
 @pytest.fixture
 def python(tmp_path):
-    """Returns the Python of a new environment that has the packages of this one, but not simplclip."""
+    """Returns the Python of a new environment that has the packages of this one, but not
+    simplclip.
+    """
     venv.create(tmp_path / "venv", with_pip=False)
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    (site / "packages.pth").write_text("\n".join(p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")))
+    (site / "packages.pth").write_text(
+        "\n".join(p for p in sys.path if Path(p).name in ("site-packages", "dist-packages"))
+    )
     return tmp_path / "venv" / "bin" / "python"
 
 
@@ -118,12 +134,24 @@ print(simplclip.__file__, *kernels.__path__, binary, backends.extension_error, s
 
 @pytest.mark.slow
 def test_an_editable_installation(python, tmp_path):
-    """A checkout in a folder named simplclip, installed by the command of docs/install.md; a script lies beside it."""
+    """A checkout in a folder named simplclip, installed by the command of docs/install.md; a script
+    lies beside it.
+    """
     checkout = copy_of_tree(tmp_path / "simplclip", built=False)
     shutil.rmtree(checkout / "csrc" / "cpu")
     (checkout / "csrc" / "module.cpp").write_text(MODULE)
     other = shutil.copytree(checkout, tmp_path / "other", symlinks=True)
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
     run(*install, "-e", ".", cwd=checkout)
     script = tmp_path / "script.py"
     script.write_text(PLACES)
@@ -132,7 +160,12 @@ def test_an_editable_installation(python, tmp_path):
         return run(python, *command, cwd=cwd).stdout.splitlines()
 
     def of(tree: Path, binary: Path | None, error: str) -> list[str]:
-        return [str(tree / "simplclip" / "__init__.py"), str(tree / "simplclip" / "kernels"), str(binary), error]
+        return [
+            str(tree / "simplclip" / "__init__.py"),
+            str(tree / "simplclip" / "kernels"),
+            str(binary),
+            error,
+        ]
 
     binary = checkout / "simplclip" / "_C.abi3.so"
     assert places([script], tmp_path) == of(checkout, binary, "None")
@@ -146,7 +179,9 @@ def test_the_reason_for_missing_cuda_kernels_is_that_of_the_build(monkeypatch):
     monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: None)
     missing, reason = extension.load("_C_cuda")
     assert missing is None
-    assert reason == f"simplclip._C_cuda was not built: nvcc was not found; then {extension.INSTALL}"
+    assert (
+        reason == f"simplclip._C_cuda was not built: nvcc was not found; then {extension.INSTALL}"
+    )
 
 
 def test_missing_cuda_kernels_warn_once():

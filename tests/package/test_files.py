@@ -26,7 +26,11 @@ def test_a_link_under_a_temporary_name_is_not_followed(tmp_path, monkeypatch):
         write_atomically(target, "new")
     with pytest.raises(FileExistsError), temporary_folder(tmp_path / "folder"):
         pass
-    assert (target.read_text(), linked.read_text(), target.is_symlink()) == ("written", "kept", False)
+    assert (target.read_text(), linked.read_text(), target.is_symlink()) == (
+        "written",
+        "kept",
+        False,
+    )
 
 
 def test_names_cannot_be_guessed_and_nothing_is_left(tmp_path):
@@ -35,7 +39,11 @@ def test_names_cannot_be_guessed_and_nothing_is_left(tmp_path):
         with replacing(tmp_path / "a.bin") as file, temporary_folder(tmp_path / "b") as folder:
             seen |= {os.path.basename(file.name), folder.name}
     assert len(seen) == 40
-    with pytest.raises(KeyError), replacing(tmp_path / "a.bin") as file, temporary_folder(tmp_path / "b"):
+    with (
+        pytest.raises(KeyError),
+        replacing(tmp_path / "a.bin") as file,
+        temporary_folder(tmp_path / "b"),
+    ):
         raise KeyError
     assert os.listdir(tmp_path) == ["a.bin"]
 
@@ -75,7 +83,10 @@ def test_a_folder_beside_the_present_one(tmp_path, monkeypatch):
 
 
 def test_only_a_full_disk_gets_the_name_of_the_file(tmp_path):
-    for error, message in ((OSError("why"), "why"), (OSError(errno.ENOSPC, "full"), f"[Errno 28] full: '{tmp_path / 'a'}'")):
+    for error, message in (
+        (OSError("why"), "why"),
+        (OSError(errno.ENOSPC, "full"), f"[Errno 28] full: '{tmp_path / 'a'}'"),
+    ):
         with pytest.raises(OSError) as caught, replacing(tmp_path / "a"):  # noqa: PT011 (the message is compared below)
             raise error
         assert str(caught.value) == message
@@ -85,7 +96,14 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     """A link is removed, but not its target."""
     number = "0123456789abcdef"
     ours = [f".a.tar.{number}.tmp", f".c.tar.{number}.tmp", f".b.tar.{number}.tmp"]
-    others = ["a.tar", f".c.txt.{number}.tmp", ".a.tar.tmp", ".a.tar.0123.tmp.bak", f"a.tar.{number}.tmp", "kept"]
+    others = [
+        "a.tar",
+        f".c.txt.{number}.tmp",
+        ".a.tar.tmp",
+        ".a.tar.0123.tmp.bak",
+        f"a.tar.{number}.tmp",
+        "kept",
+    ]
     for name in (*ours[:2], *others[:-1]):
         (tmp_path / name).write_text("x")
     (tmp_path / "kept").mkdir()
@@ -94,7 +112,8 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     folder = tmp_path / f".d.tar.{number}.tmp"
     (folder / "inside").mkdir(parents=True)
     remove_leftovers(tmp_path, lambda name: name.endswith(".tar"), seconds=60)
-    assert {*os.listdir(tmp_path)} == {*ours, *others, folder.name}  # their processes may still be writing
+    # their processes may still be writing
+    assert {*os.listdir(tmp_path)} == {*ours, *others, folder.name}
     remove_leftovers(tmp_path, lambda name: name.endswith(".tar"))
     assert {*os.listdir(tmp_path)} == {*others}
     assert (tmp_path / "kept" / "file").exists()

@@ -1,4 +1,6 @@
-"""The Makefile: its list of targets fits a screen, and an installation says what the machine lacks before it starts."""
+"""The Makefile: its list of targets fits a screen, and an installation says what the machine lacks
+before it starts.
+"""
 
 import os
 import re
@@ -22,7 +24,9 @@ def make(*arguments, **environment):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Makes a PATH with a shell, a compiler and this Python; a test removes what has to be missing."""
+    """Makes a PATH with a shell, a compiler and this Python; a test removes what has to be
+    missing.
+    """
     path = tmp_path / "bin"
     path.mkdir()
     for name in ("sh", "grep", "sed", "expand", "nproc", "cat", "cksum"):
@@ -49,14 +53,26 @@ def test_check_tools_prints_nothing_if_nothing_is_missing(folder):
 
 
 def test_an_installation_names_missing_tools_before_it_starts(folder, tmp_path):
-    """Without a compiler, and with a Python that has neither headers nor, as Debian's, ensurepip."""
+    """Without a compiler, and with a Python that has neither headers nor, as Debian's,
+    ensurepip.
+    """
     (folder / "g++").unlink()
     (tmp_path / "ensurepip.py").write_text("raise ModuleNotFoundError('ensurepip')\n")
-    elsewhere = "import sys, sysconfig; sysconfig.get_path = lambda name: '/nowhere'; exec(sys.argv[1])"
+    elsewhere = (
+        "import sys, sysconfig; sysconfig.get_path = lambda name: '/nowhere'; exec(sys.argv[1])"
+    )
     (folder / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{elsewhere}" "$2"\n')
     run = make("install", f"VENV={tmp_path}/venv", PATH=str(folder), PYTHONPATH=str(tmp_path))
     assert run.returncode == 2
     lines = [line for line in run.stderr.splitlines() if line.startswith("missing: ")]
-    assert [re.search("apt install (\\S+) ", line)[1] for line in lines] == ["python3-venv", "python3-dev", "g++"]
-    assert lines[2] == "missing: a C++ compiler, called g++; apt install g++ (Debian, Ubuntu) or dnf install gcc-c++ (Fedora)"
+    assert [re.search("apt install (\\S+) ", line)[1] for line in lines] == [
+        "python3-venv",
+        "python3-dev",
+        "g++",
+    ]
+    assert (
+        lines[2]
+        == "missing: a C++ compiler, called g++; apt install g++ (Debian, Ubuntu) or dnf install "
+        "gcc-c++ (Fedora)"
+    )
     assert not (tmp_path / "venv").exists()

@@ -1,7 +1,9 @@
-"""The packages of `make dist` and `make wheel`: complete, and one wheel for all supported versions of torch and Python.
+"""The packages of `make dist` and `make wheel`: complete, and one wheel for all supported versions
+of torch and Python.
 
-They are built once, without CUDA, by the users' command. The wheel is built from the source distribution, so that a missing
-file fails here. SIMPLCLIP_OTHER_PYTHON=path[:path] names Pythons with another torch to try the wheel in.
+They are built once, without CUDA, by the users' command. The wheel is built from the source
+distribution, so that a missing file fails here. SIMPLCLIP_OTHER_PYTHON=path[:path] names Pythons
+with another torch to try the wheel in.
 """
 
 import importlib.metadata
@@ -21,8 +23,14 @@ import yaml
 from paths import ROOT, SUPPORT
 
 BIN = Path(sys.executable).parent
-OTHERS = [os.path.abspath(p) for p in os.environ.get("SIMPLCLIP_OTHER_PYTHON", "").split(os.pathsep) if p]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "SIMPLCLIP_BACKEND")}
+OTHERS = [
+    os.path.abspath(p) for p in os.environ.get("SIMPLCLIP_OTHER_PYTHON", "").split(os.pathsep) if p
+]
+ENVIRONMENT = {
+    k: v
+    for k, v in os.environ.items()
+    if k not in ("PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "SIMPLCLIP_BACKEND")
+}
 
 
 def require(*distributions: str) -> None:
@@ -35,8 +43,12 @@ def require(*distributions: str) -> None:
 
 def run(*command, **environment) -> str:
     command = [str(word) for word in command]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command[:6])}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(command[:6])}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    )
     return done.stdout
 
 
@@ -58,9 +70,13 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_pins_of_ruff_agree():
     """The version that formats at a commit is the one that `make lint` checks with."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    (revision,) = [entry["rev"] for entry in repositories if entry["repo"].endswith("ruff-pre-commit")]
+    (revision,) = [
+        entry["rev"] for entry in repositories if entry["repo"].endswith("ruff-pre-commit")
+    ]
     assert f"ruff=={revision.removeprefix('v')}" in extras["lint"]
 
 
@@ -70,7 +86,11 @@ def test_source_distribution_has_all_that_is_built_and_no_tests(tmp_path):
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path)
     with tarfile.open(the_file(tmp_path, "*.tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    kinds = {"csrc": ("h", "cuh", "cpp", "cu"), "simplclip/kernels": ("py",), "simplclip": ("py", "yaml", "typed")}
+    kinds = {
+        "csrc": ("h", "cuh", "cpp", "cu"),
+        "simplclip/kernels": ("py",),
+        "simplclip": ("py", "yaml", "typed"),
+    }
     wanted = {
         str(path.relative_to(ROOT))
         for folder, suffixes in kinds.items()
@@ -99,16 +119,24 @@ def test_wheel_is_typed_and_needs_the_limited_api_and_the_stable_abi_alone(wheel
 
 @pytest.mark.prove
 def test_wheel_works_in_an_empty_environment(wheel):
-    """`simplclip doctor`, `selftest` and a training step, with the packages of this Python but without the checkout."""
+    """`simplclip doctor`, `selftest` and a training step, with the packages of this Python but
+    without the checkout.
+    """
     run(sys.executable, SUPPORT / "wheel.py", wheel, "--train", "--packages-of", sys.executable)
 
 
 @pytest.mark.prove
 @pytest.mark.skipif(
-    not OTHERS, reason="SIMPLCLIP_OTHER_PYTHON names no Python that has another version or torch (make oldest does)"
+    not OTHERS,
+    reason="SIMPLCLIP_OTHER_PYTHON names no Python that has another version or torch (make oldest "
+    "does)",
 )
 @pytest.mark.parametrize("python", OTHERS)
 def test_wheel_works_under_other_versions(wheel, python):
     versions = "import sys, torch; print(torch.__version__, sys.version_info[:2])"
     assert run(python, "-c", versions) != run(sys.executable, "-c", versions)
-    print(run(sys.executable, SUPPORT / "wheel.py", wheel, "--python", python, "--packages-of", python))
+    print(
+        run(
+            sys.executable, SUPPORT / "wheel.py", wheel, "--python", python, "--packages-of", python
+        )
+    )

@@ -2,8 +2,8 @@
 
     python   the blocks of one file run in order, as one program, and use no deprecated name
     diff     its new side is a part of that program, and its old side runs too
-    sh       a line is a command of a kind below; its targets, options, settings, extras and files exist. Commands that take
-             only seconds are run as well
+    sh       a line is a command of a kind below; its targets, options, settings, extras and files
+             exist. Commands that take only seconds are run as well
     yaml     a file for the shell lines, named in its first line: `# NAME.yaml`
     mermaid  a picture; the files that it names exist
     text     a formula
@@ -39,7 +39,11 @@ from simplclip import export
 from simplclip import train as trainer
 from simplclip.train import config
 
-FILES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+FILES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 PHOTOS = "docs/your-photos.md"  # has a config that README.md trains
 MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -52,8 +56,14 @@ def tokens(name: str):
 
 
 def blocks(name: str, *languages: str) -> list[tuple[int, str, str]]:
-    """Returns the file's blocks in these languages, each as its first line number, its language and its text."""
-    return [(t.map[0] + 2, t.info, t.content) for t in tokens(name) if t.type == "fence" and t.info in languages]
+    """Returns the file's blocks in these languages, each as its first line number, its language and
+    its text.
+    """
+    return [
+        (t.map[0] + 2, t.info, t.content)
+        for t in tokens(name)
+        if t.type == "fence" and t.info in languages
+    ]
 
 
 def commands() -> list:
@@ -64,7 +74,9 @@ def commands() -> list:
             joined = re.sub(r"\\\n\s*", lambda match: " " * len(match[0]), text)
             for line in joined.splitlines():
                 if words := shlex.split(line, comments=True):
-                    params.append(pytest.param(name, words, id=f"{name}:{first} {' '.join(words)[:60]}"))
+                    params.append(
+                        pytest.param(name, words, id=f"{name}:{first} {' '.join(words)[:60]}")
+                    )
     return params
 
 
@@ -81,11 +93,15 @@ def test_readme_is_short():
 @pytest.mark.parametrize("name", FILES)
 def test_every_block_is_of_a_kind_that_is_tested(name):
     kinds = {(t.type, t.info) for t in tokens(name) if t.type in ("fence", "code_block")}
-    assert kinds <= {("fence", language) for language in ("python", "diff", "sh", "yaml", "mermaid", "text")}
+    assert kinds <= {
+        ("fence", language) for language in ("python", "diff", "sh", "yaml", "mermaid", "text")
+    }
 
 
 def program(name: str, side: str = "+") -> str:
-    """Returns the python blocks as one program whose lines keep their numbers; of a diff the new (+) or the old (-) side."""
+    """Returns the python blocks as one program whose lines keep their numbers; of a diff the new
+    (+) or the old (-) side.
+    """
     lines: list[str] = []
     for first, language, text in blocks(name, "python", "diff"):
         code = text.splitlines()
@@ -125,10 +141,16 @@ def test_python_blocks_run(name, side, tmp_path):
 
 
 def narrow(create_model):
-    """Returns open_clip's create_model with narrow towers for ViT-B-32, of equal depth, which are made in no time."""
+    """Returns open_clip's create_model with narrow towers for ViT-B-32, of equal depth, which are
+    made in no time.
+    """
 
     def create(name, *args, **options):
-        towers = {"embed_dim": 64, "vision_cfg": {"width": 64}, "text_cfg": {"width": 64, "heads": 2}}
+        towers = {
+            "embed_dim": 64,
+            "vision_cfg": {"width": 64},
+            "text_cfg": {"width": 64, "heads": 2},
+        }
         return create_model(name, *args, **(towers if name == "ViT-B-32" else {}), **options)
 
     return create
@@ -181,15 +203,23 @@ def check_command(words: list[str]) -> None:
 
 def check_script(path: Path, arguments: list[str]) -> None:
     """The script, or a module of the package, parses each option by its name."""
-    text = "".join(file.read_text() for file in (sorted(path.glob("*.py")) if path.is_dir() else [path]))
+    text = "".join(
+        file.read_text() for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])
+    )
     for argument in arguments:
         assert not argument.startswith("-") or f'"{argument}"' in text, f"{path.name}: {argument}"
 
 
 @functools.cache
 def sources() -> str:
-    """Returns the text of all files that may read an environment variable, with strings that span lines joined."""
-    files = [ROOT / "setup.py", *(ROOT / "simplclip").rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]*")]
+    """Returns the text of all files that may read an environment variable, with strings that span
+    lines joined.
+    """
+    files = [
+        ROOT / "setup.py",
+        *(ROOT / "simplclip").rglob("*.py"),
+        *(ROOT / "csrc").rglob("*.[ch]*"),
+    ]
     return MAKEFILE + re.sub(r'"\n\s*f?"', "", "".join(path.read_text() for path in files))
 
 
@@ -197,13 +227,17 @@ def check_make(arguments: list[str]) -> None:
     for argument in arguments:
         variable, assigned, _ = argument.partition("=")
         if assigned:
-            assert re.search(rf"\$\((or \$\()?{variable}\)|^{variable} ", MAKEFILE, re.MULTILINE), argument
+            assert re.search(rf"\$\((or \$\()?{variable}\)|^{variable} ", MAKEFILE, re.MULTILINE), (
+                argument
+            )
         else:
             assert re.search(rf"^{argument}:", MAKEFILE, re.MULTILINE), argument
 
 
 def check_simplclip(arguments: list[str]) -> None:
-    """Parses a command by the command line's parser without running it, and reads the config's settings."""
+    """Parses a command by the command line's parser without running it, and reads the config's
+    settings.
+    """
     from typer.main import get_command
 
     from simplclip.commands.main import app
@@ -221,7 +255,9 @@ def check_simplclip(arguments: list[str]) -> None:
     parser.main(arguments, standalone_mode=False)
     source = parsed.get("config")
     if source is not None:
-        config.load(ROOT / source if source.startswith("examples/") else source, parsed.get("set_") or ())
+        config.load(
+            ROOT / source if source.startswith("examples/") else source, parsed.get("set_") or ()
+        )
 
 
 def check_open_clip_train(arguments: list[str]) -> None:
@@ -242,7 +278,9 @@ def check_pip(arguments: list[str]) -> None:
             for extra in extras[1].split(",") if extras[1] else ():
                 assert re.search(rf"^{extra} = \[", PYPROJECT, re.MULTILINE), extra
         else:
-            assert argument in ("-e", "--no-build-isolation") or f'"{argument}"' in PYPROJECT, argument
+            assert argument in ("-e", "--no-build-isolation") or f'"{argument}"' in PYPROJECT, (
+                argument
+            )
 
 
 @pytest.mark.slow
@@ -263,7 +301,9 @@ def test_tables_and_chart_are_those_of_the_result_files(monkeypatch):
 
 @pytest.mark.parametrize("name", FILES)
 def test_paths_exist(name):
-    """Paths in backticks exist from the top, except those with the placeholder NAME; in pictures from the package, too."""
+    """Paths in backticks exist from the top, except those with the placeholder NAME; in pictures
+    from the package, too.
+    """
     top = "simplclip|kernels|csrc|benchmarks|examples|tests|docs|\\.github"
     for word in words_of(name):
         if re.fullmatch(rf"({top})/[\w./*-]*", word) and "NAME" not in word:
@@ -272,12 +312,16 @@ def test_paths_exist(name):
         paths = re.findall(r"\b\w+(?:/\w+)*(?:/|\.py)(?!\w)", text)
         assert len(paths) > 5
         for path in paths:
-            assert (ROOT / path).exists() or (ROOT / "simplclip" / path).exists(), f"{name}:{first}: {path}"
+            assert (ROOT / path).exists() or (ROOT / "simplclip" / path).exists(), (
+                f"{name}:{first}: {path}"
+            )
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_names_exist(name):
-    """`simplclip.a.b` is a module or a name in one, `SIMPLCLIP_A` a variable that is read, `data.a` a key of a config."""
+    """`simplclip.a.b` is a module or a name in one, `SIMPLCLIP_A` a variable that is read, `data.a`
+    a key of a config.
+    """
     sections = "|".join(config.Config.model_fields)
     for word in words_of(name):
         if word.startswith("from simplclip"):
@@ -321,7 +365,9 @@ def is_key(key: str) -> bool:
 
 def test_messages_of_troubleshooting_exist():
     """The parts of each message around its placeholders are in the sources."""
-    cells = re.findall(r"^\| `([^|]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    cells = re.findall(
+        r"^\| `([^|]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE
+    )
     assert len(cells) == 13
     for cell in cells:
         for part in cell.split("…"):
@@ -337,7 +383,11 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", FILES)
 def test_links_lead_somewhere(name):
     inline = [child for t in tokens(name) if t.type == "inline" for child in t.children]
-    targets = [child.attrs.get("href", child.attrs.get("src")) for child in inline if child.type in ("link_open", "image")]
+    targets = [
+        child.attrs.get("href", child.attrs.get("src"))
+        for child in inline
+        if child.type in ("link_open", "image")
+    ]
     for target in targets:
         if not re.match(r"https?://", target):
             path, _, anchor = target.partition("#")

@@ -1,4 +1,6 @@
-"""What an editor and a type checker know of the public names: jedi and mypy read the sources, nothing is imported."""
+"""What an editor and a type checker know of the public names: jedi and mypy read the sources,
+nothing is imported.
+"""
 
 import importlib
 import subprocess
@@ -10,7 +12,10 @@ from paths import ROOT
 jedi = pytest.importorskip("jedi")
 pytest.importorskip("mypy")
 
-PACKAGES = ["simplclip", *(f"simplclip.{name}" for name in ("data", "evaluation", "losses", "models", "ops", "train"))]
+PACKAGES = [
+    "simplclip",
+    *(f"simplclip.{name}" for name in ("data", "evaluation", "losses", "models", "ops", "train")),
+]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -22,12 +27,19 @@ def test_an_editor_shows_signature_and_docstring_of_each_public_name(package):
     for name in module.__all__:
         if not callable(getattr(module, name)):  # a module, a number
             continue
-        found = jedi.Script(f"import {package}\n{package}.{name}").infer(2, len(f"{package}.{name}"))
+        found = jedi.Script(f"import {package}\n{package}.{name}").infer(
+            2, len(f"{package}.{name}")
+        )
         signatures = found[0].get_signatures() if found else []
         if not signatures or not found[0].docstring(raw=True):
             unknown.append(name)
-        hidden = {parameter.name for signature in signatures for parameter in signature.params} & {"args", "modes", "options"}
-        if package == "simplclip.losses" and name != "MatryoshkaLoss":  # that one passes on what another loss takes
+        hidden = {parameter.name for signature in signatures for parameter in signature.params} & {
+            "args",
+            "modes",
+            "options",
+        }
+        # that one passes on what another loss takes
+        if package == "simplclip.losses" and name != "MatryoshkaLoss":
             assert not hidden, name
     assert not unknown
 
@@ -45,11 +57,14 @@ with simplclip.backend("reference"):
     loss(torch.ones(2, 8), torch.ones(2, 8), torch.tensor(1.0))
 """
 WRONG = {
-    'ClipPMLoss(pm_weight="x")': 'Argument "pm_weight" to "ClipPMLoss" has incompatible type "str"; expected "float"',
-    "ClipLoss(typo=1)": 'Argument "typo" to "ClipLoss" has incompatible type "int"; expected "Never"',
+    'ClipPMLoss(pm_weight="x")': 'Argument "pm_weight" to "ClipPMLoss" has incompatible '
+    'type "str"; expected "float"',
+    "ClipLoss(typo=1)": 'Argument "typo" to "ClipLoss" has incompatible type "int"; '
+    'expected "Never"',
     "simplclip.crop_text(model)": 'Module has no attribute "crop_text"',
     "CoCaLoss(1.0)": 'Missing positional argument "clip_loss_weight" in call to "CoCaLoss"',
-    "WIKDLoss(teacher_dim=True, divergence=1)": 'Argument "divergence" to "WIKDLoss" has incompatible type "int"',
+    "WIKDLoss(teacher_dim=True, divergence=1)": 'Argument "divergence" to "WIKDLoss" has '
+    'incompatible type "int"',
 }
 
 
@@ -58,7 +73,15 @@ def test_a_type_checker_finds_wrong_arguments_and_no_others(tmp_path):
     """Strict mypy on a user's file, whose cache lies in build/, so that torch is read once."""
     file = tmp_path / "user.py"
     file.write_text(RIGHT + "\n".join(WRONG) + "\n")
-    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", ROOT / "build" / "mypy", file]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--cache-dir",
+        ROOT / "build" / "mypy",
+        file,
+    ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     first = RIGHT.count("\n") + 1
     found = [line for line in run.stdout.splitlines() if ": error: " in line]

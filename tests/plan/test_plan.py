@@ -1,4 +1,6 @@
-"""simplclip plan: predicted peaks against measured ones, the batches that it finds, and cases that it refuses."""
+"""simplclip plan: predicted peaks against measured ones, the batches that it finds, and cases that
+it refuses.
+"""
 
 import json
 import re
@@ -28,21 +30,36 @@ WIKD = ["loss.feature_weight=1", "loss.relational_weight=1", "loss.interactive_w
 LAYERS = "model.options.text_cfg.layers="
 SMALL = {"width": 64, "heads": 2, "layers": 2}
 PLAIN = {  # models of each kind in open_clip
-    "small-vit": {"vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}},
+    "small-vit": {
+        "vision_cfg": {
+            "image_size": 64,
+            "layers": 2,
+            "width": 64,
+            "head_width": 32,
+            "patch_size": 8,
+        }
+    },
     "small-resnet": {
         "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
         "text_cfg": SMALL | {"vocab_size": 1000},
     },
 }
-LARGER = [pytest.param(n, marks=pytest.mark.prove) for n in ("RN50", "MobileCLIP2-S0", "ViT-B-16-SigLIP", "convnext_base")]
-needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
+LARGER = [
+    pytest.param(n, marks=pytest.mark.prove)
+    for n in ("RN50", "MobileCLIP2-S0", "ViT-B-16-SigLIP", "convnext_base")
+]
+needs_cuda_build = pytest.mark.skipif(
+    torch.version.cuda is None, reason="torch is a build without CUDA"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def plain_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
     for name, values in PLAIN.items():
-        (folder / f"{name}.json").write_text(json.dumps({"embed_dim": 32, "text_cfg": SMALL, **values}))
+        (folder / f"{name}.json").write_text(
+            json.dumps({"embed_dim": 32, "text_cfg": SMALL, **values})
+        )
     add_model_config(folder)
 
 
@@ -50,7 +67,10 @@ def plain_models(tmp_path_factory):
 def tiny(tmp_path_factory):
     """The config of a siclip-tiny with one text layer; its shards are nowhere."""
     path = tmp_path_factory.mktemp("run") / "tiny.yaml"
-    values = {"data": {"train": "nowhere/*.tar", "batch_size": 96}, "run": {"out": "runs/tiny", "steps": 50}}
+    values = {
+        "data": {"train": "nowhere/*.tar", "batch_size": 96},
+        "run": {"out": "runs/tiny", "steps": 50},
+    }
     path.write_text(yaml.safe_dump(values | {"model": {"options": {"text_cfg": {"layers": 1}}}}))
     return str(path)
 
@@ -81,9 +101,27 @@ CASES = {
     "one graph": [],
     "short texts": ["data.mean_tokens=3"],
     "averages": ["optim.ema=0.99", "data.batch_size=24"],
-    "cached WIKD": ["data.micro_batch=16", *WIKD, MATCHING, "loss.plane=hadamard", "data.captions_per_image=2"],
-    "WIKD, recomputed": [*WIKD, "data.batch_size=64", "loss.interactive=kl", "model.recompute=true", f"{LAYERS}3"],
-    "sigmoid, cached": [SIGMOID, MATCHING, *WIKD, "data.micro_batch=32", "data.captions_per_image=2"],
+    "cached WIKD": [
+        "data.micro_batch=16",
+        *WIKD,
+        MATCHING,
+        "loss.plane=hadamard",
+        "data.captions_per_image=2",
+    ],
+    "WIKD, recomputed": [
+        *WIKD,
+        "data.batch_size=64",
+        "loss.interactive=kl",
+        "model.recompute=true",
+        f"{LAYERS}3",
+    ],
+    "sigmoid, cached": [
+        SIGMOID,
+        MATCHING,
+        *WIKD,
+        "data.micro_batch=32",
+        "data.captions_per_image=2",
+    ],
 }
 IN_BF16 = ("one graph",)  # in the suite; make prove takes all
 S0 = {
@@ -97,7 +135,10 @@ S0 = {
     ("case", "precision"),
     [
         *((case, "fp32") for case in CASES),
-        *(pytest.param(case, "bf16", marks=[] if case in IN_BF16 else pytest.mark.prove) for case in CASES),
+        *(
+            pytest.param(case, "bf16", marks=[] if case in IN_BF16 else pytest.mark.prove)
+            for case in CASES
+        ),
     ],
 )
 def test_siclip_tiny(tiny, case, precision):
@@ -114,15 +155,20 @@ def test_siclip_s0(precision, case):
 @pytest.mark.prove
 def test_checkpointed_open_clip_model(tiny):
     changes = ["model={name: 'open_clip:ViT-B-32', recompute: true}", "data.batch_size=12"]
-    # At the peak, the gradient of the first convolution runs, for which oneDNN takes 37 MiB that are stated nowhere.
+    # At the peak, the gradient of the first convolution runs, for which oneDNN takes 37 MiB that
+    # are stated nowhere.
     check(trainer(tiny, "fp32", *changes), within=0.02)
 
 
 @pytest.mark.slow
 def test_terms_that_come_later_count(tiny):
-    later = ["loss.relational_weight={value: 0, to: 1, start: 10}", "loss.pm_weight={value: 1, until: 30}"]
+    later = [
+        "loss.relational_weight={value: 0, to: 1, start: 10}",
+        "loss.pm_weight={value: 1, until: 30}",
+    ]
     assert busiest_step(config.load(tiny, later)) == 11
-    shared = ["data.batch_size=4096", "data.micro_batch=8"]  # the loss takes most; forward keeps all rows
+    # the loss takes most; forward keeps all rows
+    shared = ["data.batch_size=4096", "data.micro_batch=8"]
     peak = lambda *changes: predict(tiny, *shared, *changes).peak  # noqa: E731
     assert peak(*later) == peak("loss.relational_weight=1", MATCHING) > peak(MATCHING)
 
@@ -166,25 +212,38 @@ def test_outputs_that_gradient_caching_keeps(monkeypatch):
 def test_plain_models_on_a_card(tiny, name):
     """For each kind of tower, twice the pairs take about twice the activations."""
     model = f"model={{name: 'open_clip:{name}'}}"
-    one, two = (predict(tiny, model, f"data.batch_size={n}", device=CUDA, precision="bf16") for n in (32, 64))
-    assert one.at_peak["activations"] < two.at_peak["activations"] < 2.1 * one.at_peak["activations"]
+    one, two = (
+        predict(tiny, model, f"data.batch_size={n}", device=CUDA, precision="bf16")
+        for n in (32, 64)
+    )
+    assert (
+        one.at_peak["activations"] < two.at_peak["activations"] < 2.1 * one.at_peak["activations"]
+    )
     assert all(change % 512 == 0 for _, change in one.events)
 
 
 @pytest.mark.slow
 @needs_cuda_build
-@pytest.mark.parametrize(("precision", "size"), [pytest.param("fp32", 4, marks=pytest.mark.prove), ("bf16", 2)])
+@pytest.mark.parametrize(
+    ("precision", "size"), [pytest.param("fp32", 4, marks=pytest.mark.prove), ("bf16", 2)]
+)
 def test_attention_on_a_card_keeps_no_matrix(tiny, monkeypatch, precision, size):
     """Plain products would keep [B, H, L, L] in both blocks of each tower."""
     changes = "model={name: 'open_clip:small-vit'}", "data.batch_size=32"
-    activations = lambda: predict(tiny, *changes, device=CUDA, precision=precision).at_peak["activations"]  # noqa: E731
+
+    def activations():
+        step = predict(tiny, *changes, device=CUDA, precision=precision)
+        return step.at_peak["activations"]
+
     fused = activations()
     monkeypatch.setattr(fake, "attention_of_card", lambda plain: plain)
     assert activations() - fused > 0.9 * 2 * 32 * 2 * (65**2 + 77**2) * size
 
 
 def opaque(x):
-    """Runs an op without a fake function, in a namespace whose kernels torch would run on made-up values."""
+    """Runs an op without a fake function, in a namespace whose kernels torch would run on made-up
+    values.
+    """
     lib = torch.library.Library("vision", "FRAGMENT")
     lib.define("opaque(Tensor x) -> Tensor")
     lib.impl("opaque", lambda x: x.clone(), "CPU")
@@ -219,7 +278,10 @@ def test_an_op_that_does_not_run_on_fake_tensors_is_an_error(tiny, monkeypatch, 
     ],
 )
 def test_the_largest_batch(monkeypatch, peak, limit, most, peaks):
-    """Few peaks are computed. Within a share of 0 the answer is exact, else near it, and known to fit."""
+    """Few peaks are computed.
+
+    Within a share of 0 the answer is exact, else near it, and known to fit.
+    """
     sizes = range(1, (1 << 20) + 1)
     with monkeypatch.context() as patch:
         patch.setattr(search, "WITHIN", 0)
@@ -229,13 +291,19 @@ def test_the_largest_batch(monkeypatch, peak, limit, most, peaks):
     assert not size or seen[size] <= limit
     assert len(seen) <= peaks
     divisors = [1, 2, 3, 100, 5000]
-    assert largest(peak, limit, divisors, start=50)[0] == max((n for n in divisors if n <= most), default=0)
+    assert largest(peak, limit, divisors, start=50)[0] == max(
+        (n for n in divisors if n <= most), default=0
+    )
     assert largest(peak, limit, [], start=8) == (0, {})
 
 
 def test_memory_of_cards():
     assert {parse_memory(name) for name in ("24GiB", "RTX 3090", "rtx-4090", "3090")} == {24 * GIB}
-    assert (parse_memory("12GB"), parse_memory("12000 mb"), parse_memory("1.5 gib")) == (12 * GIB, 12000 << 20, 3 * GIB // 2)
+    assert (parse_memory("12GB"), parse_memory("12000 mb"), parse_memory("1.5 gib")) == (
+        12 * GIB,
+        12000 << 20,
+        3 * GIB // 2,
+    )
     assert 0.8 * 24 * GIB < Budget(24 * GIB).usable < 24 * GIB - Budget(24 * GIB).context
     assert 0 < Budget.of(CPU).usable < Budget.of(CPU).memory
 
@@ -244,13 +312,25 @@ def test_memory_of_cards():
 def test_batches_that_fit(tiny, monkeypatch):
     """Of a run of epochs, whose data is elsewhere."""
     monkeypatch.setattr(search, "WITHIN", 0.25)  # fewer predictions
-    changes = ("--set", "data.batch_size=64", "--set", "data.micro_batch=16", "--set", "run.epochs=3")
+    changes = (
+        "--set",
+        "data.batch_size=64",
+        "--set",
+        "data.micro_batch=16",
+        "--set",
+        "run.epochs=3",
+    )
     result = call("plan", tiny, "--memory", "1200MiB", *changes, "--device", "cpu", "--json")
     answer = json.loads(result.stdout)
     as_is, one_graph, cached = answer["rows"]
     assert (as_is["batch_size"], as_is["micro_batch"], as_is["fits"]) == (64, 16, True)
     assert sum(as_is["components"].values()) == as_is["peak"]
-    assert as_is["peak"] == predict(tiny, "data.batch_size=64", "data.micro_batch=16", precision=answer["precision"]).peak
+    assert (
+        as_is["peak"]
+        == predict(
+            tiny, "data.batch_size=64", "data.micro_batch=16", precision=answer["precision"]
+        ).peak
+    )
     for row in (one_graph, cached):
         assert row["peak"] <= answer["usable"]
     larger = f"data.batch_size={int((1 + search.WITHIN) * one_graph['batch_size']) + 1}"
@@ -266,7 +346,12 @@ def test_a_step_that_does_not_fit(tiny, monkeypatch):
     result = call("plan", tiny, "--memory", "1GiB", "--set", "data.batch_size=512")
     assert re.search(r"as configured +512 +all +0\.\d+ .* no\n", result.stdout)
     assert re.search(r"largest by gradient caching .* yes\n", result.stdout)
-    for words in ("activations", "measured   nothing", "assumed    640 MiB", "in the loss, chunks of 128 MiB"):
+    for words in (
+        "activations",
+        "measured   nothing",
+        "assumed    640 MiB",
+        "in the loss, chunks of 128 MiB",
+    ):
         assert words in result.stdout
 
 
@@ -276,8 +361,13 @@ def test_the_largest_micro_batch(tiny, monkeypatch):
         budget = Budget(size, context=0, libraries=0, fragmentation=0)
         monkeypatch.setattr(Budget, "of", lambda device: budget)
 
-    auto = config.load(tiny, ["data.batch_size=24", "data.micro_batch=auto", "run.precision=fp32", "optim.ema=0.9"])
-    usages = {micro: predict(tiny, "data.batch_size=24", f"data.micro_batch={micro}", "optim.ema=0.9") for micro in (4, 6)}
+    auto = config.load(
+        tiny, ["data.batch_size=24", "data.micro_batch=auto", "run.precision=fp32", "optim.ema=0.9"]
+    )
+    usages = {
+        micro: predict(tiny, "data.batch_size=24", f"data.micro_batch={micro}", "optim.ema=0.9")
+        for micro in (4, 6)
+    }
     assert largest_micro_batch(auto, CPU) is None
     predicted = mock.Mock(side_effect=measure.predict)
     monkeypatch.setattr(search, "predict", predicted)
@@ -286,13 +376,18 @@ def test_the_largest_micro_batch(tiny, monkeypatch):
     assert predicted.call_count <= 6
     assert largest_micro_batch(auto, CPU, ranks=6) is None
     machine_with(1 << 20)
-    with pytest.raises(ConfigError, match="data.micro_batch: expected one that fits .* even with 1 at a time"):
+    with pytest.raises(
+        ConfigError, match="data.micro_batch: expected one that fits .* even with 1 at a time"
+    ):
         largest_micro_batch(auto, CPU)
 
 
 def test_shapes_are_those_of_the_run(tiny, tmp_path):
     """No tensor has values, and the same modules are frozen as in a run, which inherits them."""
-    torch.save(models.create("siclip-tiny", text_cfg={"layers": 1}, simplified=False).state_dict(), tmp_path / "a.pt")
+    torch.save(
+        models.create("siclip-tiny", text_cfg={"layers": 1}, simplified=False).state_dict(),
+        tmp_path / "a.pt",
+    )
     values = config.load(tiny, [f"inherit.source={tmp_path / 'a.pt'}", "inherit.blocks=first"])
     with torch.device("meta"):
         model, frozen = shapes_of(values)
@@ -303,10 +398,17 @@ def test_shapes_are_those_of_the_run(tiny, tmp_path):
 @pytest.mark.slow
 def test_what_is_not_on_this_machine_is_assumed(tmp_path):
     """The shards and the file of weights are missing; only the shapes of their tensors matter."""
-    changes = f"data.train={tmp_path}/*.tar", f"inherit.source={tmp_path}/s0.pt", "data.batch_size=256"
+    changes = (
+        f"data.train={tmp_path}/*.tar",
+        f"inherit.source={tmp_path}/s0.pt",
+        "data.batch_size=256",
+    )
     step = TrainerStep(config.load("siclip-s0", changes), "fp32")
     assert step.teacher["width"] == 512
-    assert any(line.startswith("a teacher of the student's width, 512 (--teacher-width): ") for line in step.assumed)
+    assert any(
+        line.startswith("a teacher of the student's width, 512 (--teacher-width): ")
+        for line in step.assumed
+    )
     assert "visual.trunk.stages.0" in step.prepared.frozen
     assert len(step.prepared.folded) >= 8
     compiled = TrainerStep(config.load("siclip-s0", [*changes, "run.compile=true"]), "fp32")
@@ -317,7 +419,10 @@ def test_what_is_not_on_this_machine_is_assumed(tmp_path):
     ("arguments", "message"),
     [
         (["--memory", "rtx-3091"], "memory: expected a size such as 24GiB or one of rtx-3060"),
-        (["--memory", "1GiB"], "is a build without CUDA, which plans for a card need (the card itself is not"),
+        (
+            ["--memory", "1GiB"],
+            "is a build without CUDA, which plans for a card need (the card itself is not",
+        ),
     ],
 )
 def test_bad_input_of_a_torch_without_cuda(tiny, monkeypatch, arguments, message):
@@ -329,7 +434,9 @@ def test_bad_input_of_a_torch_without_cuda(tiny, monkeypatch, arguments, message
 
 @pytest.mark.gpu
 def test_predicted_and_measured_on_a_gpu(tiny):
-    """The prediction lies within a tenth of the measurement, since cuDNN's workspaces are not stated."""
+    """The prediction lies within a tenth of the measurement, since cuDNN's workspaces are not
+    stated.
+    """
     step = trainer(tiny, "bf16", "data.batch_size=512")
     predicted = measure.predict(step, CUDA).peak
     torch.cuda.empty_cache()

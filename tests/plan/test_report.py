@@ -28,7 +28,10 @@ CUDA, CARD = torch.device("cuda", 0), CARDS["rtx-3090"]
 def tiny(tmp_path_factory):
     """The config of a siclip-tiny with one text layer; its shards are nowhere."""
     path = tmp_path_factory.mktemp("run") / "tiny.yaml"
-    values = {"data": {"train": "nowhere/*.tar", "batch_size": 96}, "run": {"out": "runs/tiny", "steps": 50}}
+    values = {
+        "data": {"train": "nowhere/*.tar", "batch_size": 96},
+        "run": {"out": "runs/tiny", "steps": 50},
+    }
     path.write_text(yaml.safe_dump(values | {"model": {"options": {"text_cfg": {"layers": 1}}}}))
     return str(path)
 
@@ -39,7 +42,10 @@ def time_of(tiny, *changes):
 
 
 def test_time_grows_with_the_batch_and_with_caching(tiny):
-    """Gradient caching encodes all but the last micro-batch twice. A forward is a third of forward and backward."""
+    """Gradient caching encodes all but the last micro-batch twice.
+
+    A forward is a third of forward and backward.
+    """
     one, two = (time_of(tiny, f"data.batch_size={n}") for n in (2048, 4096))
     assert one.least < one.likely
     assert two.likely == pytest.approx(2 * one.likely, rel=0.1)
@@ -51,7 +57,9 @@ def test_micro_batches_that_do_not_run_take_their_time(tiny, monkeypatch):
     """Kernels of the first micro-batch count for those between it and the last one."""
     changes = "data.batch_size=1536", "data.micro_batch=256"
     shortened = time_of(tiny, *changes)
-    monkeypatch.setattr("simplclip.plan.measure.first_and_last", lambda backward, repeat, skip: backward)
+    monkeypatch.setattr(
+        "simplclip.plan.measure.first_and_last", lambda backward, repeat, skip: backward
+    )
     batches = TrainerStep.batches
     monkeypatch.setattr(TrainerStep, "batches", lambda step, real: batches(step, real=True))
     whole = time_of(tiny, *changes)
@@ -62,7 +70,9 @@ def test_micro_batches_that_do_not_run_take_their_time(tiny, monkeypatch):
 @pytest.mark.slow
 def test_a_model_without_a_config(monkeypatch):
     monkeypatch.setattr(search, "WITHIN", 0.5)  # fewer predictions
-    result = call("plan", "siclip-tiny", "--card", "RTX 3060", "--pairs", "100k", "--set", "run.epochs=3")
+    result = call(
+        "plan", "siclip-tiny", "--card", "RTX 3060", "--pairs", "100k", "--set", "run.epochs=3"
+    )
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert "rtx-3060" in lines[0]
@@ -71,11 +81,15 @@ def test_a_model_without_a_config(monkeypatch):
     assert 0 < least < likely
     assert rate == pytest.approx(1e3 * int(whole.split()[4].replace(",", "")) / likely, rel=0.02)
     text = dict(
-        re.split(r"\s{2,}", line, maxsplit=1) for line in lines if re.match(r"(run|bound by|loader|error|paste) ", line)
+        re.split(r"\s{2,}", line, maxsplit=1)
+        for line in lines
+        if re.match(r"(run|bound by|loader|error|paste) ", line)
     )
     assert "an epoch of 100,000 pairs takes" in text["run"]
     assert "the run of 3 epochs" in text["run"]
-    assert sum(map(int, re.findall(r"(\d+)%[,;]", text["bound by"].split("of all")[0]))) == pytest.approx(100, abs=2)
+    assert sum(
+        map(int, re.findall(r"(\d+)%[,;]", text["bound by"].split("of all")[0]))
+    ) == pytest.approx(100, abs=2)
     assert "300 images/s a worker, assumed" in text["loader"]
     assert text["paste"] == "--set data.batch_size=256 --set data.micro_batch=null"
 
@@ -87,7 +101,8 @@ def test_the_step_that_is_chosen(tiny):
     configured, whole = planner.row("as configured", 96, 48), planner.row("largest", 96, None)
     assert report.chosen(planner, [configured, whole]).micro_batch is None
     planner.budget = Budget(whole.peak - 1, context=0, libraries=0, fragmentation=0)
-    configured, none = planner.row("as configured", 96, 48), search.Row("largest", 0, None, 0, False)
+    configured = planner.row("as configured", 96, 48)
+    none = search.Row("largest", 0, None, 0, False)
     assert report.chosen(planner, [configured, none]).micro_batch == 48
     planner.budget = Budget(1, context=0, libraries=0, fragmentation=0)
     assert report.chosen(planner, [planner.row("as configured", 96, 48), none]) is None
@@ -95,7 +110,9 @@ def test_the_step_that_is_chosen(tiny):
 
 @pytest.mark.slow
 def test_cards_share_their_predictions(tiny):
-    """Memory and time of other batches and cards lie between three predictions, as near as a search would find them."""
+    """Memory and time of other batches and cards lie between three predictions, as near as a search
+    would find them.
+    """
     planner = Planner(config.load(tiny, []), Budget(GIB), card="rtx-3090")
     limits = [Budget(memory * GIB).usable for memory in (2, 4, 8)]
     graphs = search.one_graphs(planner.in_one_graph, limits[0], limits[2], lambda line: None)
@@ -122,8 +139,14 @@ def test_repetitions_end_with_an_error():
 
 
 def test_layouts_of_convolutions_in_bfloat16(tiny):
-    """cuDNN keeps channels_last. Without a device torch would take another library for bfloat16, which does not."""
-    x, weight = (torch.empty(2, 16, n, n, device="meta").contiguous(memory_format=torch.channels_last) for n in (8, 3))
+    """cuDNN keeps channels_last.
+
+    Without a device torch would take another library for bfloat16, which does not.
+    """
+    x, weight = (
+        torch.empty(2, 16, n, n, device="meta").contiguous(memory_format=torch.channels_last)
+        for n in (8, 3)
+    )
     mode = FakeTensorMode(allow_fallback_kernels=False)
     images, weights = (fake.faker(mode, CUDA)(t.to(torch.bfloat16)) for t in (x, weight))
     with fake.fake_step(mode, CUDA):
@@ -143,11 +166,19 @@ def test_pairs_that_are_held_out_take_no_time(tiny, monkeypatch):
 
 
 def test_counts_and_wrong_usage(tiny):
-    assert [parse_count(text) for text in (None, "12.4M", "500k", "1,000")] == [None, 12_400_000, 500_000, 1000]
+    assert [parse_count(text) for text in (None, "12.4M", "500k", "1,000")] == [
+        None,
+        12_400_000,
+        500_000,
+        1000,
+    ]
     for text in ("", "many", "-5", "nan"):
         with pytest.raises(InputError, match="--pairs: expected a number of pairs such as 12.4M"):
             parse_count(text)
     assert "expected a card or the size of its memory, or --cards all" in call("plan", tiny).output
     assert "got 'siclip-s9'" in call("plan", "siclip-s9", "--card", "3090").output
     for options in (["--json"], ["--device", "cpu"]):
-        assert "expected neither --json nor --device cpu" in call("plan", tiny, "--cards", "all", *options).output
+        assert (
+            "expected neither --json nor --device cpu"
+            in call("plan", tiny, "--cards", "all", *options).output
+        )

@@ -1,4 +1,6 @@
-"""Attention, MLP and block on fake CUDA tensors: kernels that they start, no wait for the host, and their memory."""
+"""Attention, MLP and block on fake CUDA tensors: kernels that they start, no wait for the host, and
+their memory.
+"""
 
 import itertools
 
@@ -30,13 +32,29 @@ def block(length, **options):
 
 # name -> the call, the most kernels that forward and backward start, and some of these kernels.
 CALLS = {
-    "attention": (attention(4, 197, 3, 64), 7, {"_flash_attention_forward": 1, "_flash_attention_backward": 1}),
-    "attention, causal": (attention(4, 197, 3, 64, causal=True), 7, {"shaped_attention_gradients": 1}),
-    "attention, lengths": (attention(4, 197, 3, 64, lengths=(5, 0, 197, 3)), 22, {"_flash_attention_backward": 1}),
+    "attention": (
+        attention(4, 197, 3, 64),
+        7,
+        {"_flash_attention_forward": 1, "_flash_attention_backward": 1},
+    ),
+    "attention, causal": (
+        attention(4, 197, 3, 64, causal=True),
+        7,
+        {"shaped_attention_gradients": 1},
+    ),
+    "attention, lengths": (
+        attention(4, 197, 3, 64, lengths=(5, 0, 197, 3)),
+        22,
+        {"_flash_attention_backward": 1},
+    ),
     "attention, float32": (attention(4, 197, 3, 64), 9, {"_efficient_attention_backward": 1}),
     "mlp": (mlp_call(3000, 64, 256), 11, {"parallel_mlp_activate": 2, "parallel_mlp_hidden": 1}),
     "block": (block(197), 49, {"_flash_attention_forward": 1, "parallel_mlp_hidden": 1}),
-    "block, recompute": (block(197, recompute=True), 52, {"_flash_attention_forward": 2, "_flash_attention_backward": 1}),
+    "block, recompute": (
+        block(197, recompute=True),
+        52,
+        {"_flash_attention_forward": 2, "_flash_attention_backward": 1},
+    ),
 }
 SHORT = {"attention": (attention(4, 77, 3, 64), 6), "block": (block(77), 46)}
 
@@ -45,7 +63,8 @@ def traced(call, dtype=torch.bfloat16):
     steps = trace(lambda tensors: forward_and_backward(call, tensors), call.typed(dtype))
     assert not names(steps, "host")
     started = names(steps, "torch", "triton", "cuda")
-    return steps, started, started.total() - started["copy_"] - OF_THE_TEST  # the test copies gradients to leaves
+    # the test copies gradients to leaves
+    return steps, started, started.total() - started["copy_"] - OF_THE_TEST
 
 
 @needs_triton
@@ -53,7 +72,10 @@ def traced(call, dtype=torch.bfloat16):
 def test_what_a_step_starts(name):
     call, most, some = CALLS[name]
     if "float32" in name and torch.__version__ < "2.15":
-        pytest.skip("before torch 2.15 the fake of the memory-efficient attention's backward lacks an argument")
+        pytest.skip(
+            "before torch 2.15 the fake of the memory-efficient attention's backward lacks an "
+            "argument"
+        )
     _, started, count = traced(call, torch.float32 if "float32" in name else torch.bfloat16)
     assert count <= most
     assert some.items() <= started.items()
@@ -61,7 +83,9 @@ def test_what_a_step_starts(name):
 
 @needs_triton
 def test_what_a_step_takes_inside():
-    """FlashAttention's padded sums of dq; in the MLP at most 16 MiB of act(h), and the sum of its gradients."""
+    """FlashAttention's padded sums of dq; in the MLP at most 16 MiB of act(h), and the sum of its
+    gradients.
+    """
     usage = predicted(CALLS["attention"][0], torch.bfloat16, CUDA).usage
     assert (WORKSPACE, 4 * 4 * 256 * 3 * 65) in usage.events
     usage = predicted(CALLS["attention, float32"][0], torch.float32, CUDA).usage
@@ -92,9 +116,15 @@ def test_tensors_of_more_than_2_to_the_31_elements():
     _, started, _ = traced(Call("shaped_attention", tensors, {}))
     assert "_flash_attention_backward" in started
     shapes = {"x": (1100000, 512), "fc1_weight": (2048, 512), "fc2_weight": (512, 2048)}
-    mlp = Call("parallel_mlp", {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, {})
+    mlp = Call(
+        "parallel_mlp",
+        {name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
+        {},
+    )
     steps, started, _ = traced(mlp)
-    numbers = [[n for n in step.launch.args if isinstance(n, int)] for step in steps if step.by == "triton"]
+    numbers = [
+        [n for n in step.launch.args if isinstance(n, int)] for step in steps if step.by == "triton"
+    ]
     assert max(count for count, *others in numbers if not others) <= 8 << 20  # elements of a chunk
     assert started["parallel_mlp_hidden"] == 1
 
@@ -111,11 +141,14 @@ def test_the_peak_around_sdpa_is_predicted(name):
         real = cpu_peak_bytes(lambda: forward_and_backward(call, given))
         peak = predicted(call, torch.float32, CPU).usage.peak
     before = sum(value.nbytes for value in given.values())
-    assert peak - before == pytest.approx(real, rel=0.01, abs=1 << 17)  # torch uses some scratch for each thread
+    # torch uses some scratch for each thread
+    assert peak - before == pytest.approx(real, rel=0.01, abs=1 << 17)
 
 
 def test_what_sdpa_keeps():
-    """It keeps A v, C more elements a token than the kernels of shorter sequences; with `recompute` it does not."""
+    """It keeps A v, C more elements a token than the kernels of shorter sequences; with `recompute`
+    it does not.
+    """
     kept = {}
     for length, name in ((80, "cpu"), (81, "cpu"), (81, "sdpa")):
         for recompute in (False, True):
@@ -123,13 +156,16 @@ def test_what_sdpa_keeps():
             tensors = call.typed(torch.float32)
             saved = {}
             hooks = torch.autograd.graph.saved_tensors_hooks(
-                lambda t, saved=saved: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+                lambda t, saved=saved: saved.setdefault(t.untyped_storage().data_ptr(), t),
+                lambda t: t,
             )
             with simplclip.backend(name), hooks:
                 forward = {k: t.requires_grad_(t.is_floating_point()) for k, t in tensors.items()}
                 simplclip.ops.simplified_block(**forward, recompute=recompute)
             own = {t.untyped_storage().data_ptr() for t in tensors.values()}
-            kept[length, name, recompute] = sum(t.nbytes for at, t in saved.items() if at not in own)
+            kept[length, name, recompute] = sum(
+                t.nbytes for at, t in saved.items() if at not in own
+            )
     c = 8 * 81 * 128 * 4
     assert kept[81, "sdpa", False] - kept[81, "cpu", False] == c
     assert kept[81, "sdpa", True] == kept[81, "cpu", True] < c

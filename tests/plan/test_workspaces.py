@@ -1,4 +1,6 @@
-"""Stated workspaces against the allocator's measurements in every call that the ops make on a CPU."""
+"""Stated workspaces against the allocator's measurements in every call that the ops make on a
+CPU.
+"""
 
 import contextlib
 import itertools
@@ -33,25 +35,35 @@ def storage_bytes(tree) -> int:
 
 @contextlib.contextmanager
 def compared(dtype):
-    """Compares each call of the cpu backend's functions with the stated workspace; yields a list of the functions' names."""
+    """Compares each call of the cpu backend's functions with the stated workspace; yields a list of
+    the functions' names.
+    """
     called = []
 
     def compare(name, function, call):
         kept = []
         stated = workspace_bytes(name, "cpu", call)
-        on_meta = type(call)(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in flat(call)))
+        on_meta = type(call)(
+            *(t.to("meta") if isinstance(t, torch.Tensor) else t for t in flat(call))
+        )
         assert workspace_bytes(name, "cpu", on_meta) == stated
         peak = cpu_peak_bytes(lambda: kept.append(function(call)))
         measured = max(0, peak - storage_bytes(kept))
-        assert -SCALARS <= measured - stated <= SCALARS + COPIED * NATIVE.get(dtype, False), (name, call)
+        assert -SCALARS <= measured - stated <= SCALARS + COPIED * NATIVE.get(dtype, False), (
+            name,
+            call,
+        )
         called.append(name)
         return kept[0]
 
     with backends.backend("cpu"), contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(registry._selected, clear=True))  # functions that earlier calls selected
+        # functions that earlier calls selected
+        stack.enter_context(mock.patch.dict(registry._selected, clear=True))
         for name, row in backends.TABLE.items():
             if "cpu" in row:
-                patched = backends.Implementation(partial(compare, name, row["cpu"].function), row["cpu"].why_not)
+                patched = backends.Implementation(
+                    partial(compare, name, row["cpu"].function), row["cpu"].why_not
+                )
                 stack.enter_context(mock.patch.dict(row, cpu=patched))
         yield called
 
@@ -97,7 +109,8 @@ def test_other_ops_on_cpu(dtype):
             forward_and_backward(call, call.typed(dtype), frozen)
         nothing = [torch.empty(shape, dtype=dtype) for shape in ((0, 24), (0, 256), (24, 256))]
         backends.TABLE["parallel_mlp_bwd"]["cpu"].function(HiddenGradient(*nothing, "gelu", True))
-    # A block runs the functions of shaped_attention and, adding to the result, those of parallel_mlp.
+    # A block runs the functions of shaped_attention and, adding to the result, those of
+    # parallel_mlp.
     count = Bag(called)
     assert count.pop("parallel_mlp_fwd") >= 10  # without a backward, the op takes its rows in parts
     assert count == {"shaped_attention_fwd": 2, "shaped_attention_bwd": 2, "parallel_mlp_bwd": 8}
@@ -112,18 +125,39 @@ def test_what_has_no_workspace_is_an_error(monkeypatch):
         workspace_bytes("silent", "cpu", call)
     monkeypatch.setattr(backends, "extension", None)
     monkeypatch.setattr(backends, "extension_error", "it was not built")
-    with pytest.raises(UncountedOp, match="parallel_mlp_fwd on backend cpu cannot be predicted: it was not built"):
+    with pytest.raises(
+        UncountedOp, match="parallel_mlp_fwd on backend cpu cannot be predicted: it was not built"
+    ):
         workspace_bytes("parallel_mlp_fwd", "cpu", call)
 
 
-@pytest.mark.skipif(backends.cuda_extension is None, reason=f"no CUDA kernels: {backends.cuda_extension_error}")
+@pytest.mark.skipif(
+    backends.cuda_extension is None, reason=f"no CUDA kernels: {backends.cuda_extension_error}"
+)
 def test_cuda_attention_copies_what_is_not_aligned():
-    """Rows at multiples of 16 bytes are read and written in place; allocations count in units of 512 bytes."""
+    """Rows at multiples of 16 bytes are read and written in place; allocations count in units of
+    512 bytes.
+    """
     joined = torch.empty(4, 50, 3 * 64 + 8, dtype=torch.bfloat16, device="meta")
     inside, shifted = (joined[:, :, i : i + 192].unflatten(2, (3, 64)) for i in (8, 4))
-    single = torch.empty_strided((1, 50, 3, 64), (3, 192, 64, 1), dtype=torch.bfloat16, device="meta")
-    gains, lse, copy = torch.empty(3, 3, device="meta"), torch.empty(4, 3, 50, device="meta"), 4 * 50 * 3 * 64 * 2
-    for q, k, v, stated in (inside, inside, inside, 0), (inside, shifted, shifted, 2 * copy), (single, single, single, 0):
-        assert workspace_bytes("shaped_attention_fwd", "cuda", AttentionCall(q, k, v, gains, None, 1.0, False)) == stated
-    backward = AttentionInto(inside, inside, inside, gains, None, 1.0, False, shifted, lse, lse, inside, shifted, inside)
+    single = torch.empty_strided(
+        (1, 50, 3, 64), (3, 192, 64, 1), dtype=torch.bfloat16, device="meta"
+    )
+    gains = torch.empty(3, 3, device="meta")
+    lse = torch.empty(4, 3, 50, device="meta")
+    copy = 4 * 50 * 3 * 64 * 2
+    for q, k, v, stated in (
+        (inside, inside, inside, 0),
+        (inside, shifted, shifted, 2 * copy),
+        (single, single, single, 0),
+    ):
+        assert (
+            workspace_bytes(
+                "shaped_attention_fwd", "cuda", AttentionCall(q, k, v, gains, None, 1.0, False)
+            )
+            == stated
+        )
+    backward = AttentionInto(
+        inside, inside, inside, gains, None, 1.0, False, shifted, lse, lse, inside, shifted, inside
+    )
     assert workspace_bytes("shaped_attention_bwd", "cuda", backward) == 2 * copy + 512

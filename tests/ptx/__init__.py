@@ -1,4 +1,6 @@
-"""Executes compiled GPU code, PTX, on a CPU, so that what a card would get is tested without one."""
+"""Executes compiled GPU code, PTX, on a CPU, so that what a card would get is tested without
+one.
+"""
 
 from ptx.capture import card
 

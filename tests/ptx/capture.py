@@ -1,10 +1,11 @@
-"""Launches of the library's own launchers, executed by the machine: a stand-in for Triton's driver, and no GPU.
+"""Launches of the library's own launchers, executed by the machine: a stand-in for Triton's driver,
+and no GPU.
 
     with ptx.card(86) as machine:
         similarity_loss(image, text, scale)  # tensors on the CPU
 
-Triton specialises and compiles for the card what the launchers give it, up to PTX. The machine runs it on copies of the
-tensors and writes back what it stored. A hazard raises AssertionError.
+Triton specialises and compiles for the card what the launchers give it, up to PTX. The machine runs
+it on copies of the tensors and writes back what it stored. A hazard raises AssertionError.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from simplclip.ops.similarity import chunks
 from simplclip.ops.similarity import op as similarity_op
 
 PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
-SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes of a program at most
+# bytes of a program at most
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 CUDA = torch.device("cuda")
 
 
@@ -59,7 +61,11 @@ class Card(Machine):
     def start(self, code: Code, metadata: Any, programs: int, source: Any, values: tuple) -> None:
         arguments = dict(zip(source.fn.arg_names, values))
         flat = list(_flat(source.signature.values(), values))
-        before = {name: t.clone() for name, t in arguments.items() if isinstance(t, Tensor)} if self.compare else {}
+        before = (
+            {name: t.clone() for name, t in arguments.items() if isinstance(t, Tensor)}
+            if self.compare
+            else {}
+        )
         began = time.process_time()
         launch = self.launch(code, programs, metadata.num_warps * 32, metadata.shared, flat)
         self.launches, self.seconds = self.launches + 1, self.seconds + time.process_time() - began
@@ -71,7 +77,14 @@ class Card(Machine):
         assert not self.hazards, "\n".join(map(str, self.hazards.values()))
 
 
-_NUMBERS = {"fp32": np.float32, "i32": np.int32, "i64": np.int64, "u32": np.uint32, "u64": np.uint64, "i1": np.int8}
+_NUMBERS = {
+    "fp32": np.float32,
+    "i32": np.int32,
+    "i64": np.int64,
+    "u32": np.uint32,
+    "u64": np.uint64,
+    "i1": np.int8,
+}
 
 
 def _flat(kinds: Any, values: Any) -> Iterator[Any]:
@@ -86,7 +99,9 @@ def _flat(kinds: Any, values: Any) -> Iterator[Any]:
 
 
 class _Launcher:
-    """What Triton calls to start a kernel: it gives the launch to the card of the driver that is active."""
+    """What Triton calls to start a kernel: it gives the launch to the card of the driver that is
+    active.
+    """
 
     def __init__(self, source: Any, metadata: Any):
         self.source, self.metadata = source, metadata
@@ -96,10 +111,16 @@ class _Launcher:
 
 
 class _Driver:
-    """Triton's driver. The card's architecture is the number of the device, so that each has compiled kernels of its own."""
+    """Triton's driver.
+
+    The card's architecture is the number of the device, so that each has compiled kernels of its
+    own.
+    """
 
     def __init__(self, card: Card):
-        self.card, self.launcher_cls, self.utils = card, _Launcher, self
+        self.card = card
+        self.launcher_cls = _Launcher
+        self.utils = self
 
     def get_current_device(self) -> int:
         return self.card.sm
@@ -124,11 +145,15 @@ class _Driver:
         pass
 
 
-CODES: dict[tuple[str, int], list[Code]] = {}  # kernel, architecture -> the code of its forms so far
+# kernel, architecture -> the code of its forms so far
+CODES: dict[tuple[str, int], list[Code]] = {}
 
 
 def _without_assembler(*args: Any) -> tuple[str, str] | None:
-    """Replaces the last stage of Triton's compiler: its binary is the PTX. Without arguments, returns a key of its cache."""
+    """Replaces the last stage of Triton's compiler: its binary is the PTX.
+
+    Without arguments, returns a key of its cache.
+    """
     if not args:
         return "ptx", "ptx"
     args[1]["cubin"] = lambda text, metadata: text.encode()
@@ -136,7 +161,9 @@ def _without_assembler(*args: Any) -> tuple[str, str] | None:
 
 
 def _widening(function: Callable) -> Callable:
-    """Returns a product of torch with out_dtype, which torch has on a GPU alone: the operands are converted first."""
+    """Returns a product of torch with out_dtype, which torch has on a GPU alone: the operands are
+    converted first.
+    """
 
     def product(*args: Any, out_dtype: torch.dtype | None = None, **options: Any) -> Tensor:
         operands = args[-2:] if out_dtype is None else [t.to(out_dtype) for t in args[-2:]]
@@ -147,7 +174,9 @@ def _widening(function: Callable) -> Callable:
 
 def _as_on_cuda(function: Callable) -> Callable:
     """Returns a function of sizes for tensors on a GPU, called with one on the CPU."""
-    return lambda image, *rest: function(SimpleNamespace(shape=image.shape, dtype=image.dtype, device=CUDA), *rest)
+    return lambda image, *rest: function(
+        SimpleNamespace(shape=image.shape, dtype=image.dtype, device=CUDA), *rest
+    )
 
 
 @contextlib.contextmanager
@@ -167,10 +196,15 @@ def driven(machine: Card) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _settings(tf32: bool) -> Iterator[None]:
-    """Context with products in TF32 or not, in which new tensors hold NaN, so that results that nobody wrote show."""
+    """Context with products in TF32 or not, in which new tensors hold NaN, so that results that
+    nobody wrote show.
+    """
     products = torch.backends.cuda.matmul
     precision, products.fp32_precision = products.fp32_precision, "tf32" if tf32 else "ieee"
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -180,16 +214,24 @@ def _settings(tf32: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def card(sm: int, *, tf32: bool = False, processors: int | None = None, **options: Any) -> Iterator[Card]:
-    """Context in which CPU tensors are served as by a card of this architecture; the machine runs the kernels.
+def card(
+    sm: int, *, tf32: bool = False, processors: int | None = None, **options: Any
+) -> Iterator[Card]:
+    """Context in which CPU tensors are served as by a card of this architecture; the machine runs
+    the kernels.
 
-    tf32: products of float32 tensors are computed in TF32. processors: multiprocessors, by default those of a real card.
+    tf32: products of float32 tensors are computed in TF32. processors: multiprocessors, by default
+    those of a real card.
     """
-    machine, why_not, properties = Card(sm=sm, **options), backends.why_not_kernels, (sm, processors or PROCESSORS[sm])
+    machine = Card(sm=sm, **options)
+    why_not = backends.why_not_kernels
+    properties = (sm, processors or PROCESSORS[sm])
     serves = lambda served, *of_call: why_not("cpu" if served == "cuda" else served, *of_call)  # noqa: E731
     patches = (
         mock.patch.object(backends, "why_not_kernels", serves),
-        mock.patch.object(backends, "extension_on_cuda", return_value="the card executes PTX alone"),
+        mock.patch.object(
+            backends, "extension_on_cuda", return_value="the card executes PTX alone"
+        ),
         mock.patch.object(backends, "capability", return_value=divmod(sm, 10)),
         mock.patch.object(launching, "_device", return_value=properties),
         mock.patch.object(similarity_op, "computes_in", side_effect=lambda dtype, device: dtype),

@@ -1,7 +1,8 @@
-"""Launches of sizes that no memory holds: addresses alone, and of each loop the first two and the last iterations.
+"""Launches of sizes that no memory holds: addresses alone, and of each loop the first two and the
+last iterations.
 
-A launch of fake tensors is compiled as for a card and runs on memory that loads zeros and stores nothing: only where an
-access lies is checked. An index that overflows 32 bits leaves its tensor.
+A launch of fake tensors is compiled as for a card and runs on memory that loads zeros and stores
+nothing: only where an access lies is checked. An index that overflows 32 bits leaves its tensor.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from ptx.machine import Batch, Code, Lanes, Launch
 from ptx.memory import Access, Memory
 from ptx.parse import Register
 
-APART = 46  # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
+# log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
+APART = 46
 
 
 FOREVER = np.iinfo(np.int64).max
-LOOK = 5  # jumps back before a loop is shortened: more than a pipeline has stages, whose numbers come round again
+# jumps back before a loop is shortened: more than a pipeline has stages, whose numbers come round
+# again
+LOOK = 5
 
 
 class Addresses(Memory):
@@ -38,7 +42,9 @@ class Addresses(Memory):
     def address(self, tensor: Any) -> int:
         return (tensor.storage + 1 << APART) + tensor.data_ptr()
 
-    def places(self, access: Access, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def places(
+        self, access: Access, addresses: np.ndarray, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         at = addresses.view(np.int64)
         number = np.clip(at >> APART, 0, len(self.sizes) - 1)
         bad = (at < 0) | ((at & (1 << APART) - 1) + size > self.sizes[number])
@@ -68,10 +74,13 @@ class HugeCard(Card):
 
 
 class Loops:
-    """Shortens loops: registers that have grown by the same step each time go on to the last iterations."""
+    """Shortens loops: registers that have grown by the same step each time go on to the last
+    iterations.
+    """
 
     def __init__(self):
-        self.history: dict[int, list[dict[str, np.ndarray]]] = {}  # place of a jump -> registers at the last jumps
+        # place of a jump -> registers at the last jumps
+        self.history: dict[int, list[dict[str, np.ndarray]]] = {}
 
     def __call__(self, batch: Batch, place: int, lanes: Lanes) -> None:
         for inner in range(batch.code.targets[place], place):
@@ -82,20 +91,30 @@ class Loops:
             return
         every = {bank: np.diff([each[bank] for each in history], axis=0) for bank in ("32", "64")}
         history.clear()
-        steps = {bank: np.where((each == each[0]).all(0), each[0], 0) for bank, each in every.items()}
+        steps = {
+            bank: np.where((each == each[0]).all(0), each[0], 0) for bank, each in every.items()
+        }
         count = np.maximum(self.iterations(batch, place, steps) - 2, 0)
         for bank, step in steps.items():
             _signed(batch, bank)[:, lanes] += (step * count.astype(step.dtype))[:, lanes]
 
     def iterations(self, batch: Batch, place: int, steps: dict[str, np.ndarray]) -> np.ndarray:
-        """Returns how often lanes jump back from here on, from the comparisons that the loop's branches depend on."""
+        """Returns how often lanes jump back from here on, from the comparisons that the loop's
+        branches depend on.
+        """
         start, count = batch.code.targets[place], np.full(batch.size, FOREVER)
         body = batch.code.kernel.instructions[start : place + 1]
         predicates = {i.predicate for i in body if i.opcode.startswith("bra")}
         for i in body:
-            if i.opcode.startswith("setp.") and i.operands[0] in predicates and not i.opcode.endswith("f32"):
+            if (
+                i.opcode.startswith("setp.")
+                and i.operands[0] in predicates
+                and not i.opcode.endswith("f32")
+            ):
                 kind = i.opcode.rpartition(".")[2].replace("u", "s").replace("b", "s")
-                (left, left_step), (right, right_step) = (_value(batch, each, kind, steps) for each in i.operands[1:])
+                (left, left_step), (right, right_step) = (
+                    _value(batch, each, kind, steps) for each in i.operands[1:]
+                )
                 closing = left_step - right_step
                 several = (right - left) // np.where(closing == 0, 1, closing)
                 count = np.where((closing != 0) & (several > 0), np.minimum(count, several), count)
@@ -110,4 +129,6 @@ def _value(batch: Batch, operand: Any, kind: str, steps: dict) -> tuple[np.ndarr
     """Returns an operand's values in int64, and by how much they grow in an iteration."""
     values = reader(operand, kind, batch.code)(batch, slice(None)).astype(np.int64)
     steady = isinstance(operand, Register)
-    return values, steps[operand.bank][operand.index].astype(np.int64) if steady else np.zeros_like(values)
+    return values, steps[operand.bank][operand.index].astype(np.int64) if steady else np.zeros_like(
+        values
+    )

@@ -1,4 +1,7 @@
-"""What each instruction does to the lanes that execute it. An opcode, modifier or operand that is not here is an error."""
+"""What each instruction does to the lanes that execute it.
+
+An opcode, modifier or operand that is not here is an error.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,17 @@ import numpy as np
 
 from ptx import numbers
 from ptx.numbers import BANKS, TYPES
-from ptx.parse import Address, Immediate, Instruction, Operand, Register, Special, Symbol, UnknownPTXError, Vector
+from ptx.parse import (
+    Address,
+    Immediate,
+    Instruction,
+    Operand,
+    Register,
+    Special,
+    Symbol,
+    UnknownPTXError,
+    Vector,
+)
 
 if TYPE_CHECKING:
     from ptx.machine import Batch, Code, Lanes
@@ -22,7 +35,9 @@ _TABLE: list[tuple[re.Pattern, tuple[int, ...], Callable]] = []
 
 
 def instruction(pattern: str, *counts: int) -> Callable:
-    """Registers a function of an instruction, a match of its opcode and the code; it returns a step. counts: of operands."""
+    """Registers a function of an instruction, a match of its opcode and the code; it returns a
+    step. counts: of operands.
+    """
 
     def register(build: Callable) -> Callable:
         _TABLE.append((re.compile(pattern), counts, build))
@@ -50,13 +65,16 @@ def expect(condition: bool, what: str) -> None:
 
 
 def reader(operand: Operand, kind: str, code: Code) -> Reader:
-    """Returns a function that reads numbers of a type of numbers.TYPES: [lanes], and a vector's [lanes, items]."""
+    """Returns a function that reads numbers of a type of numbers.TYPES: [lanes], and a vector's
+    [lanes, items].
+    """
     if isinstance(operand, Vector):
         readers = [reader(item, kind, code) for item in operand.items]
         return lambda batch, lanes: np.stack([read(batch, lanes) for read in readers], 1)
     bank, decode, _ = TYPES[kind]
     if isinstance(operand, Address):
-        base, offset = reader(operand.base, kind, code), np.int64(operand.offset).astype(BANKS[bank])
+        base = reader(operand.base, kind, code)
+        offset = np.int64(operand.offset).astype(BANKS[bank])
         return lambda batch, lanes: base(batch, lanes) + offset
     if isinstance(operand, Register):
         index = operand.index
@@ -71,7 +89,9 @@ def reader(operand: Operand, kind: str, code: Code) -> Reader:
 
 
 def writer(operand: Operand, kind: str) -> Writer:
-    """Returns a function that writes numbers of a type: [lanes], and to a vector [lanes, items]. _ takes any."""
+    """Returns a function that writes numbers of a type: [lanes], and to a vector [lanes, items]. _
+    takes any.
+    """
     if isinstance(operand, Vector):
         writers = [writer(item, kind) for item in operand.items]
 
@@ -122,46 +142,86 @@ def _same(x: np.ndarray) -> np.ndarray:
     return x
 
 
-# Opcode, where T stands for a type of integers, L for bits or pred, A for any type, H for bf16 or f16, and ? follows what may
-# be left out; types of the result and of the sources (2T: twice as wide); the function.
-_WILD = {"T": "[bsu](?:16|32|64)", "L": "b16|b32|b64|pred", "A": "[bsuf](?:16|32|64)|pred", "H": "bf16|f16"}
-_COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+# Opcode, where T stands for a type of integers, L for bits or pred, A for any type, H for bf16 or
+# f16, and ? follows what may be left out; types of the result and of the sources (2T: twice as
+# wide); the function.
+_WILD = {
+    "T": "[bsu](?:16|32|64)",
+    "L": "b16|b32|b64|pred",
+    "A": "[bsuf](?:16|32|64)|pred",
+    "H": "bf16|f16",
+}
+_COMPARE = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 _HALVES = "bf16x2", "f16x2"
 _SUMS_AND_PRODUCTS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 _ELEMENTWISE: list[tuple[str, str, Callable]] = [
-    ("add.T", "T T T", np.add), ("sub.T", "T T T", np.subtract), ("mul.lo.T", "T T T", np.multiply),
-    ("min.T", "T T T", np.minimum), ("max.T", "T T T", np.maximum), ("div.T", "T T T", numbers.divided),
+    ("add.T", "T T T", np.add),
+    ("sub.T", "T T T", np.subtract),
+    ("mul.lo.T", "T T T", np.multiply),
+    ("min.T", "T T T", np.minimum),
+    ("max.T", "T T T", np.maximum),
+    ("div.T", "T T T", numbers.divided),
     ("rem.T", "T T T", lambda a, b: a - numbers.divided(a, b) * b),
-    ("and.L", "L L L", np.bitwise_and), ("or.L", "L L L", np.bitwise_or), ("xor.L", "L L L", np.bitwise_xor),
-    ("not.L", "L L", np.invert), ("neg.T", "T T", np.negative), ("abs.T", "T T", np.abs),
+    ("and.L", "L L L", np.bitwise_and),
+    ("or.L", "L L L", np.bitwise_or),
+    ("xor.L", "L L L", np.bitwise_xor),
+    ("not.L", "L L", np.invert),
+    ("neg.T", "T T", np.negative),
+    ("abs.T", "T T", np.abs),
     ("mul.wide.T", "2T T T", lambda a, b: _doubled(a) * _doubled(b)),
     ("mad.wide.T", "2T T T 2T", lambda a, b, c: _doubled(a) * _doubled(b) + c),
     ("mad.lo.T", "T T T T", lambda a, b, c: a * b + c),
     ("shl.T", "T T u32", lambda x, count: numbers.shifted(x, count, left=True)),
     ("shr.T", "T T u32", lambda x, count: numbers.shifted(x, count, left=False)),
-    ("bfe.T", "T T u32 u32", numbers.extracted), ("bfi.b32", "b32 b32 b32 u32 u32", numbers.inserted),
+    ("bfe.T", "T T u32 u32", numbers.extracted),
+    ("bfi.b32", "b32 b32 b32 u32 u32", numbers.inserted),
     *((f"setp.{name}.T", "pred T T", f) for name, f in _COMPARE.items()),
     *((f"setp.{name}.ftz?.f32", "pred f32 f32", _ordered(f)) for name, f in _COMPARE.items()),
     *((f"setp.{name}u.ftz?.f32", "pred f32 f32", _unordered(f)) for name, f in _COMPARE.items()),
     *((f"setp.{name}.H", "pred H H", _ordered(f)) for name, f in _COMPARE.items()),
-    *((f"setp.{name}.{two}", f"pred {two} {two}", _ordered(f)) for name, f in _COMPARE.items() for two in _HALVES),
-    ("mov.A", "A A", _same), ("cvta.to.global.u64", "u64 u64", _same),
+    *(
+        (f"setp.{name}.{two}", f"pred {two} {two}", _ordered(f))
+        for name, f in _COMPARE.items()
+        for two in _HALVES
+    ),
+    ("mov.A", "A A", _same),
+    ("cvta.to.global.u64", "u64 u64", _same),
     ("selp.A", "A A A pred", lambda a, b, p: np.where(p, a, b)),
     *((f"{name}.rn?.ftz?.f32", "f32 f32 f32", f) for name, f in _SUMS_AND_PRODUCTS.items()),
     *((f"{name}.f32x2", "f32x2 f32x2 f32x2", f) for name, f in _SUMS_AND_PRODUCTS.items()),
-    ("min.ftz?.f32", "f32 f32 f32", np.fmin), ("max.ftz?.f32", "f32 f32 f32", np.fmax),
+    ("min.ftz?.f32", "f32 f32 f32", np.fmin),
+    ("max.ftz?.f32", "f32 f32 f32", np.fmax),
     ("min.ftz?.f32", "f32 f32 f32 f32", lambda a, b, c: np.fmin(np.fmin(a, b), c)),
     ("max.ftz?.f32", "f32 f32 f32 f32", lambda a, b, c: np.fmax(np.fmax(a, b), c)),
-    ("fma.rn.ftz?.f32", "f32 f32 f32 f32", numbers.fma), ("fma.rn.f32x2", "f32x2 f32x2 f32x2 f32x2", numbers.fma),
+    ("fma.rn.ftz?.f32", "f32 f32 f32 f32", numbers.fma),
+    ("fma.rn.f32x2", "f32x2 f32x2 f32x2 f32x2", numbers.fma),
     *((f"div.{how}.ftz?.f32", "f32 f32 f32", np.divide) for how in ("full", "approx", "rn")),
-    ("neg.ftz?.f32", "f32 f32", np.negative), ("abs.ftz?.f32", "f32 f32", np.abs), ("add.rn.f32.H", "f32 H f32", np.add),
-    *((f"{name}.approx.ftz?.f32", "f32 f32", _precisely(f)) for name, f in (("ex2", np.exp2), ("lg2", np.log2))),
+    ("neg.ftz?.f32", "f32 f32", np.negative),
+    ("abs.ftz?.f32", "f32 f32", np.abs),
+    ("add.rn.f32.H", "f32 H f32", np.add),
+    *(
+        (f"{name}.approx.ftz?.f32", "f32 f32", _precisely(f))
+        for name, f in (("ex2", np.exp2), ("lg2", np.log2))
+    ),
     *((f"rcp.{how}.ftz?.f32", "f32 f32", _precisely(np.reciprocal)) for how in ("approx", "rn")),
-    ("cvt.rpi.ftz?.f32.f32", "f32 f32", np.ceil), ("cvt.rna.tf32.f32", "tf32 f32", _same),
-    ("cvt.rn.f32.T", "f32 T", _same), ("cvt.f32.H", "f32 H", _same), ("cvt.rn.H.f32", "H f32", _same),
-    *((f"cvt.rn.{two}.f32", f"{two} f32 f32", lambda high, low: np.stack([low, high], 1)) for two in _HALVES),
+    ("cvt.rpi.ftz?.f32.f32", "f32 f32", np.ceil),
+    ("cvt.rna.tf32.f32", "tf32 f32", _same),
+    ("cvt.rn.f32.T", "f32 T", _same),
+    ("cvt.f32.H", "f32 H", _same),
+    ("cvt.rn.H.f32", "H f32", _same),
+    *(
+        (f"cvt.rn.{two}.f32", f"{two} f32 f32", lambda high, low: np.stack([low, high], 1))
+        for two in _HALVES
+    ),
     *((f"cvt.{kind}.T", f"{kind} T", _same) for kind in ("u16", "s16", "u32", "s32", "u64", "s64")),
-]  # fmt: skip
+]
 
 
 def _elementwise(i: Instruction, kinds: list[str], function: Callable, code: Code) -> Step:
@@ -218,11 +278,14 @@ _ADDRESS = {"global": "u64", "shared": "u32", "param": "u64"}
 @instruction(r"ld\.(?P<space>global|shared|param)" + _ELEMENTS, 2)
 def _load(i, match, code):
     """A register may be wider than what is loaded: it gets the sign of a signed number."""
-    space, size, count = match["space"], int(match["bits"]) // 8, int(match["count"] or 1)
+    space = match["space"]
+    size = int(match["bits"]) // 8
+    count = int(match["count"] or 1)
     targets, letter = vector(i.operands[0], count), "s" if match["letter"] == "s" else "u"
     expect(int(targets.items[0].bank) >= 8 * size, "registers as wide as the elements")
     write = writer(targets, letter + targets.items[0].bank)
-    places, number = reader(i.operands[1], _ADDRESS[space], code), f"{'i' if letter == 's' else 'u'}{size}"
+    places = reader(i.operands[1], _ADDRESS[space], code)
+    number = f"{'i' if letter == 's' else 'u'}{size}"
     code.accesses(space, size * count)
 
     def run(batch: Batch, lanes: Lanes) -> None:
@@ -255,7 +318,9 @@ def _copy(i, match, code):
     code.accesses("shared", size), code.accesses("global", size)
 
     def run(batch: Batch, lanes: Lanes) -> None:
-        access, places, count = batch.access(i, lanes), source(batch, lanes), valid(batch, lanes)
+        access = batch.access(i, lanes)
+        places = source(batch, lanes)
+        count = valid(batch, lanes)
         access.report(f"cp.async of neither 0 nor {size} bytes", (count != 0) & (count != size))
         reads = count != 0
         values = np.zeros((len(places), size // 4), np.uint32)
@@ -272,7 +337,9 @@ def _commit(i, match, code):
 
 @instruction(r"cp\.async\.wait_group", 1)
 def _wait(i, match, code):
-    return lambda batch, lanes: batch.memory["shared"].wait(batch.access(i, lanes), i.operands[0].bits)
+    return lambda batch, lanes: batch.memory["shared"].wait(
+        batch.access(i, lanes), i.operands[0].bits
+    )
 
 
 # ---- Warps
@@ -290,11 +357,19 @@ def _shuffle(i, match, code):
         lanes = batch.whole(i, lanes)
         own = batch.numbers[lanes] % 32
         step, control = (read(batch, lanes).astype(np.int64) & 0x1FFF for read in (by, clamp))
-        step, segment, last = step & 31, control >> 8, control & 31
+        step = step & 31
+        segment = control >> 8
+        last = control & 31
         low, high = own & segment, own & segment | last & ~segment
-        source = {"bfly": own ^ step, "up": own - step, "down": own + step, "idx": low | step & ~segment}[mode]
+        source = {
+            "bfly": own ^ step,
+            "up": own - step,
+            "down": own + step,
+            "idx": low | step & ~segment,
+        }[mode]
         inside = source >= high if mode == "up" else source <= high
-        rows, chosen = value(batch, lanes).reshape(-1, 32), np.where(inside, source, own).reshape(-1, 32)
+        rows = value(batch, lanes).reshape(-1, 32)
+        chosen = np.where(inside, source, own).reshape(-1, 32)
         write(batch, lanes, np.take_along_axis(rows, chosen & 31, 1).ravel())
         write_valid(batch, lanes, inside)
 
@@ -303,7 +378,9 @@ def _shuffle(i, match, code):
 
 @instruction(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", 2)
 def _matrix(i, match, code):
-    """A lane holds a word of each matrix; the first 8 lanes pass the addresses of the rows of the first one, and so on."""
+    """A lane holds a word of each matrix; the first 8 lanes pass the addresses of the rows of the
+    first one, and so on.
+    """
     count, loads = int(match[2]), match[1] == "ld"
     registers, address = i.operands if loads else i.operands[::-1]
     registers, places = vector(registers, count), reader(address, "u32", code)
@@ -318,7 +395,9 @@ def _matrix(i, match, code):
     def run(batch: Batch, lanes: Lanes) -> None:
         lanes = batch.whole(i, lanes)
         first = batch.numbers[lanes].reshape(-1, 32)[:, : 8 * count].ravel()
-        access, rows, shared = batch.access(i, first), places(batch, first), batch.memory["shared"]
+        access = batch.access(i, first)
+        rows = places(batch, first)
+        shared = batch.memory["shared"]
         if loads:
             words = turned(shared.load(access, rows, 4, 4))
             write(batch, lanes, words.swapaxes(1, 2).reshape(-1, count))
@@ -347,7 +426,9 @@ def _mma(i, match, code):
 
     def run(batch: Batch, lanes: Lanes) -> None:
         lanes = batch.whole(i, lanes)
-        a, b, c = (numbers.matrices(read(batch, lanes), order, kind) for read, order, kind in sources)
+        a, b, c = (
+            numbers.matrices(read(batch, lanes), order, kind) for read, order, kind in sources
+        )
         write(batch, lanes, numbers.fragments(c + a @ b, _SUMS))
 
     return run

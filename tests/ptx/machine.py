@@ -1,7 +1,10 @@
-"""A machine that runs launches of kernels in PTX. A register is an array with a lane for each thread of a batch of programs.
+"""A machine that runs launches of kernels in PTX.
 
-The lanes with the lowest program counter run first, so that lanes that took different ways meet again where these join. A
-barrier opens when no lane can go on. What no correct kernel does is reported as a hazard, and execution goes on.
+A register is an array with a lane for each thread of a batch of programs.
+
+The lanes with the lowest program counter run first, so that lanes that took different ways meet
+again where these join. A barrier opens when no lane can go on. What no correct kernel does is
+reported as a hazard, and execution goes on.
 """
 
 from __future__ import annotations
@@ -30,13 +33,16 @@ class EndlessLoopError(Exception):
 
 
 class Code:
-    """A kernel made executable: a step for each instruction, and which instructions lanes have executed so far."""
+    """A kernel made executable: a step for each instruction, and which instructions lanes have
+    executed so far.
+    """
 
     def __init__(self, kernel: Kernel):
         self.kernel, self.steps = kernel, []
         self.targets = [_target(instruction, kernel) for instruction in kernel.instructions]
         self.executed = [False] * len(kernel.instructions)
-        self.granules = {"global": 16, "shared": 16, "param": 16}  # the bytes of the smallest accesses
+        # the bytes of the smallest accesses
+        self.granules = {"global": 16, "shared": 16, "param": 16}
         wgmma.check_fences(kernel)
         for instruction in kernel.instructions:
             try:
@@ -50,7 +56,9 @@ class Code:
 
 
 def _target(instruction: Instruction, kernel: Kernel) -> int | str | None:
-    """Returns where a branch goes, "ret", "bar", or None for an instruction that is no control flow."""
+    """Returns where a branch goes, "ret", "bar", or None for an instruction that is no control
+    flow.
+    """
     if instruction.opcode in ("bra", "bra.uni"):
         return kernel.labels[instruction.operands[0].name]
     return {"ret": "ret", "bar.sync": "bar"}.get(instruction.opcode)
@@ -75,19 +83,26 @@ class Hazard:
     count: int = 0  # of lanes
 
     def __str__(self) -> str:
-        return f"{self.kernel}: {self.kind}: {self.instruction} in {self.where} ({self.count} lanes)"
+        return (
+            f"{self.kernel}: {self.kind}: {self.instruction} in {self.where} ({self.count} lanes)"
+        )
 
 
 @dataclass
 class Machine:
     hazards: dict[tuple, Hazard] = field(default_factory=dict)
-    at_jump_back: Callable | None = None  # called with the batch, the branch's place and the lanes that jump back
+    # called with the batch, the branch's place and the lanes that jump back
+    at_jump_back: Callable | None = None
 
     def memory(self, tensors: list[Any], code: Code) -> Any:
         return GlobalMemory(tensors, code.granules["global"])
 
-    def launch(self, code: Code, programs: int, threads: int, shared_bytes: int, values: Sequence) -> Launch:
-        """Runs a kernel. values: numpy's numbers, tensors or None for null, each aligned to its size in the parameters."""
+    def launch(
+        self, code: Code, programs: int, threads: int, shared_bytes: int, values: Sequence
+    ) -> Launch:
+        """Runs a kernel. values: numpy's numbers, tensors or None for null, each aligned to its
+        size in the parameters.
+        """
         tensors = [value for value in values if not isinstance(value, np.generic | None)]
         memory, parameters = self.memory(tensors, code), b""
         for value in values:
@@ -96,7 +111,9 @@ class Machine:
             parameters += bytes(-len(parameters) % word.itemsize) + word.tobytes()
         assert len(parameters) <= code.kernel.parameter_bytes, code.kernel.name
         parameters = parameters.ljust(code.kernel.parameter_bytes, b"\0")
-        launch = Launch(code, programs, threads, shared_bytes, np.frombuffer(parameters, np.uint8), memory)
+        launch = Launch(
+            code, programs, threads, shared_bytes, np.frombuffer(parameters, np.uint8), memory
+        )
         self.execute(launch)
         return launch
 
@@ -118,34 +135,57 @@ class Parameters(Memory):
         self.data = data
 
     def load(self, access: Access, addresses: np.ndarray, size: int, count: int = 1) -> np.ndarray:
-        return self.data[self.elements(addresses.astype(np.int64), 1, size * count)].view(f"u{size}")
+        return self.data[self.elements(addresses.astype(np.int64), 1, size * count)].view(
+            f"u{size}"
+        )
 
 
 class Batch:
     """Programs of a launch that run together."""
 
     def __init__(self, machine: Machine, launch: Launch, programs: np.ndarray):
-        self.machine, self.launch, self.code, self.programs = machine, launch, launch.code, programs
+        self.machine = machine
+        self.launch = launch
+        self.code = launch.code
+        self.programs = programs
         threads = launch.threads
         self.size = len(programs) * threads
         self.numbers = np.arange(self.size)  # of lanes
         self.program_of = self.numbers // threads  # among these
         self.thread, program = self.numbers % threads, programs[self.program_of]
         counts = self.code.kernel.registers
-        self.registers = {bank: np.zeros((counts[bank], self.size), word) for bank, word in BANKS.items()}
-        special = {"tid.x": self.thread, "ctaid.x": program, "ntid.x": threads, "nctaid.x": launch.programs}
-        self.special = {name: np.full(self.size, values, np.uint32) for name, values in special.items()}
-        shared = SharedMemory(launch.shared_bytes, len(programs), self.size, self.code.granules["shared"])
-        self.memory = {"global": launch.memory, "shared": shared, "param": Parameters(launch.parameters)}
+        self.registers = {
+            bank: np.zeros((counts[bank], self.size), word) for bank, word in BANKS.items()
+        }
+        special = {
+            "tid.x": self.thread,
+            "ctaid.x": program,
+            "ntid.x": threads,
+            "nctaid.x": launch.programs,
+        }
+        self.special = {
+            name: np.full(self.size, values, np.uint32) for name, values in special.items()
+        }
+        shared = SharedMemory(
+            launch.shared_bytes, len(programs), self.size, self.code.granules["shared"]
+        )
+        self.memory = {
+            "global": launch.memory,
+            "shared": shared,
+            "param": Parameters(launch.parameters),
+        }
         self.owner = program << PROGRAM_SHIFT | self.thread // WARP  # of a shadow word
         self.time, self.jumps_back = 0, 0
-        self.limit = np.zeros(self.size, np.int64)  # shadow words of the lane's program from the last barrier on are not less
+        # shadow words of the lane's program from the last barrier on are not less
+        self.limit = np.zeros(self.size, np.int64)
         self.open_barrier(ALL)
         self.flights = wgmma.Flights(self)
 
     def open_barrier(self, lanes: Lanes) -> None:
         self.time += 1
-        self.limit[lanes] = self.owner[lanes] >> PROGRAM_SHIFT << PROGRAM_SHIFT | self.time << WARP_BITS
+        self.limit[lanes] = (
+            self.owner[lanes] >> PROGRAM_SHIFT << PROGRAM_SHIFT | self.time << WARP_BITS
+        )
 
     def access(self, instruction: Instruction, lanes: Lanes) -> Access:
         self.time += 1
@@ -153,8 +193,13 @@ class Batch:
 
     def report(self, kind: str, instruction: Instruction, lanes: np.ndarray) -> None:
         name, thread = self.code.kernel.name, self.thread[lanes[0]]
-        where = f"program {self.programs[self.program_of[lanes[0]]]}, warp {thread // WARP}, lane {thread % WARP}"
-        hazard = self.machine.hazards.setdefault((name, kind, instruction.line), Hazard(name, kind, instruction, where))
+        where = (
+            f"program {self.programs[self.program_of[lanes[0]]]}, warp {thread // WARP}, lane "
+            f"{thread % WARP}"
+        )
+        hazard = self.machine.hazards.setdefault(
+            (name, kind, instruction.line), Hazard(name, kind, instruction, where)
+        )
         hazard.count += len(lanes)
 
     def whole(self, instruction: Instruction, lanes: Lanes, size: int = WARP) -> Lanes:
@@ -170,7 +215,11 @@ class Batch:
     def expect_all_members(self, instruction: Instruction, lanes: Lanes, masks: np.ndarray) -> None:
         """Reports lanes whose mask of members is not all of a warp."""
         if (masks != 0xFFFFFFFF).any():
-            self.report("expected all lanes as members", instruction, self.numbers[lanes][masks != 0xFFFFFFFF])
+            self.report(
+                "expected all lanes as members",
+                instruction,
+                self.numbers[lanes][masks != 0xFFFFFFFF],
+            )
 
     def run(self) -> None:
         ready: dict[int, Lanes] = {0: ALL}  # place in the code -> the lanes that go on there
@@ -181,7 +230,9 @@ class Batch:
             place = min(ready)
             self.go(place, ready.pop(place), ready, waiting)
 
-    def go(self, place: int, lanes: Lanes, ready: dict[int, Lanes], waiting: dict[int, Lanes]) -> None:
+    def go(
+        self, place: int, lanes: Lanes, ready: dict[int, Lanes], waiting: dict[int, Lanes]
+    ) -> None:
         """Runs an instruction, and adds its lanes to those that are ready or waiting."""
         target, instruction = self.code.targets[place], self.code.kernel.instructions[place]
         if self.flights.products:
@@ -205,7 +256,9 @@ class Batch:
         self.add(ready, target, taken)
 
     def parted(self, instruction: Instruction, lanes: Lanes) -> tuple[Lanes | None, Lanes | None]:
-        """Returns the lanes for which an instruction's predicate holds, and the others; None for no lanes."""
+        """Returns the lanes for which an instruction's predicate holds, and the others; None for no
+        lanes.
+        """
         if instruction.predicate is None:
             return lanes, None
         holds = self.registers["pred"][instruction.predicate.index][lanes] != instruction.negated

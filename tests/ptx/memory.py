@@ -1,9 +1,11 @@
-"""Global and shared memory of a launch, with shadows that tell who wrote and read each granule last, and when.
+"""Global and shared memory of a launch, with shadows that tell who wrote and read each granule
+last, and when.
 
-A shadow word holds the program, the time (a number of the memory instruction) and the warp. Two accesses of a granule, of
-which one writes, are a race if they come from different programs, or from different warps of a program with no barrier
-between them. What a cp.async writes, or a wgmma reads, is in flight until its thread waits for it: its time lies in the
-future and its warp is none, so that any access before is a race.
+A shadow word holds the program, the time (a number of the memory instruction) and the warp. Two
+accesses of a granule, of which one writes, are a race if they come from different programs, or from
+different warps of a program with no barrier between them. What a cp.async writes, or a wgmma reads,
+is in flight until its thread waits for it: its time lies in the future and its warp is none, so
+that any access before is a race.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class Access:
 
 
 def _several(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the shadow words of several readers with no barrier between them: of no warp, and perhaps of no program."""
+    """Returns the shadow words of several readers with no barrier between them: of no warp, and
+    perhaps of no program.
+    """
     later = np.maximum(a, b) | NO_WARP
     return np.where((a ^ b) >> PROGRAM_SHIFT != 0, later | NO_PROGRAM, later)
 
@@ -67,21 +71,32 @@ def _width(values: np.ndarray) -> int:
 
 
 class Memory:
-    """Bytes with shadows. Positions are in bytes; an access of `count` elements of `size` bytes is aligned to all of them."""
+    """Bytes with shadows.
+
+    Positions are in bytes; an access of `count` elements of `size` bytes is aligned to all of them.
+    """
 
     name = ""
 
     def __init__(self, size: int, granule: int):
         self.data, self.granule = np.full(-(-size // 16) * 16, 0xFF, np.uint8), granule
         self.views = {size: self.data.view(f"u{size}") for size in (1, 2, 4, 8)}
-        self.writers, self.readers = (np.zeros(len(self.data) // granule, np.int64) for _ in range(2))
+        self.writers, self.readers = (
+            np.zeros(len(self.data) // granule, np.int64) for _ in range(2)
+        )
 
-    def places(self, access: Access, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def places(
+        self, access: Access, addresses: np.ndarray, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the positions of accesses of so many bytes, and which are bad."""
         raise NotImplementedError
 
-    def checked(self, access: Access, addresses: np.ndarray, size: int) -> tuple[Access, np.ndarray, np.ndarray | slice]:
-        """Returns the access of the lanes that may access their addresses, their positions, and which lanes these are."""
+    def checked(
+        self, access: Access, addresses: np.ndarray, size: int
+    ) -> tuple[Access, np.ndarray, np.ndarray | slice]:
+        """Returns the access of the lanes that may access their addresses, their positions, and
+        which lanes these are.
+        """
         at, bad = self.places(access, addresses, size)
         unaligned = (at & (size - 1)) != 0
         access.report(f"{self.name} address is not a multiple of {size}", unaligned & ~bad)
@@ -89,13 +104,15 @@ class Memory:
         good = ~bad if bad.any() else slice(None)
         return access.of(good), at[good], good
 
-    def load(self, access: Access, addresses: np.ndarray, size: int, count: int = 1) -> np.ndarray:  # [n, count]
+    # [n, count]
+    def load(self, access: Access, addresses: np.ndarray, size: int, count: int = 1) -> np.ndarray:
         access, at, good = self.checked(access, addresses, size * count)
         out = np.full((len(addresses), count), -1).astype(f"u{size}")
         out[good] = self.read(access, at, size, count)
         return out
 
-    def store(self, access: Access, addresses: np.ndarray, values: np.ndarray) -> None:  # [n, count]
+    # [n, count]
+    def store(self, access: Access, addresses: np.ndarray, values: np.ndarray) -> None:
         access, at, good = self.checked(access, addresses, _width(values))
         self.write(access, at, values[good])
 
@@ -105,10 +122,13 @@ class Memory:
 
     def write(self, access: Access, at: np.ndarray, values: np.ndarray) -> None:
         raced = self.track_write(access, self.granules(at, _width(values)), access.token)
-        view, places = self.views[values.itemsize], self.elements(at, values.itemsize, values.shape[1])
+        view = self.views[values.itemsize]
+        places = self.elements(at, values.itemsize, values.shape[1])
         view[places] = values
         lost = (view[places] != values).any(1)
-        access.report(f"lanes store different values to one place of {self.name} memory", lost & ~raced)
+        access.report(
+            f"lanes store different values to one place of {self.name} memory", lost & ~raced
+        )
 
     @staticmethod
     def elements(at: np.ndarray, size: int, count: int) -> np.ndarray:
@@ -118,20 +138,28 @@ class Memory:
         return self.elements(at, self.granule, max(1, size // self.granule))
 
     def races(self, access: Access, others: np.ndarray) -> np.ndarray:
-        """Returns where the shadow words of others [n, granules] are of accesses that race with this one."""
+        """Returns where the shadow words of others [n, granules] are of accesses that race with
+        this one.
+        """
         difference = others ^ access.token[:, None]
-        unordered = (others >= access.batch.limit[access.lanes, None]) | (difference >> PROGRAM_SHIFT != 0)
+        unordered = (others >= access.batch.limit[access.lanes, None]) | (
+            difference >> PROGRAM_SHIFT != 0
+        )
         return (others != 0) & (difference & _WHO != 0) & unordered
 
     def report_races(self, access: Access, others: np.ndarray, does: str, doing: str) -> np.ndarray:
         if not others.any():
             return np.zeros(others.shape, bool)
         races = self.races(access, others)
-        access.report(f"{self.name} memory is {does} while another warp or a copy {doing} it", races)
+        access.report(
+            f"{self.name} memory is {does} while another warp or a copy {doing} it", races
+        )
         return races
 
     def track_read(self, access: Access, granules: np.ndarray, token: np.ndarray) -> None:
-        writers, before, word = self.writers[granules], self.readers[granules], token[:, None]
+        writers = self.writers[granules]
+        before = self.readers[granules]
+        word = token[:, None]
         self.report_races(access, writers, "read", "writes")
         self.check_written(access, writers)
         if before.any():
@@ -153,7 +181,10 @@ class Memory:
 
 
 class GlobalMemory(Memory):
-    """Copies of tensors, with guards between them. Only their elements may be touched, not the gaps of their strides."""
+    """Copies of tensors, with guards between them.
+
+    Only their elements may be touched, not the gaps of their strides.
+    """
 
     name = "global"
 
@@ -164,7 +195,8 @@ class GlobalMemory(Memory):
             self.begin[pointer] = end + (pointer - end) % 512  # as aligned as the tensor
             end = self.begin[pointer] + len(storage) + GUARD
         super().__init__(end, granule)
-        self.allowed = {1: np.zeros(len(self.data), bool)}  # bytes of an access -> whether it may be at a multiple of them
+        # bytes of an access -> whether it may be at a multiple of them
+        self.allowed = {1: np.zeros(len(self.data), bool)}
         for t in tensors:
             inside = self.allowed[1][self.address(t) - BASE :]
             if t.numel():
@@ -193,7 +225,9 @@ class GlobalMemory(Memory):
         begin = self.begin[tensor.untyped_storage().data_ptr()]
         return BASE + begin + tensor.storage_offset() * tensor.itemsize
 
-    def places(self, access: Access, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def places(
+        self, access: Access, addresses: np.ndarray, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         if size not in self.allowed:
             self.allowed[size] = self.allowed[1].reshape(-1, size).all(1)
         at = addresses.view(np.int64) - BASE
@@ -223,7 +257,9 @@ class SharedMemory(Memory):
         self.groups = np.zeros(lanes, np.int64)  # of cp.async that each thread has ended
         self.copies: list[Copies] = []
 
-    def places(self, access: Access, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def places(
+        self, access: Access, addresses: np.ndarray, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         bad = addresses > self.size - size
         access.report("shared address is outside of the program's memory", bad)
         return access.batch.program_of[access.lanes] * self.size + np.where(bad, 0, addresses), bad
@@ -231,7 +267,8 @@ class SharedMemory(Memory):
     def check_written(self, access: Access, writers: np.ndarray) -> None:
         access.report("shared memory is read that was never written", writers == 0)
 
-    def start_copy(self, access: Access, addresses: np.ndarray, values: np.ndarray) -> None:  # [n, words]
+    # [n, words]
+    def start_copy(self, access: Access, addresses: np.ndarray, values: np.ndarray) -> None:
         access, at, good = self.checked(access, addresses, _width(values))
         self.track_write(access, self.granules(at, _width(values)), access.in_flight)
         self.views[4][self.elements(at, 4, values.shape[1])] = 0xFFFFFFFF
@@ -241,7 +278,10 @@ class SharedMemory(Memory):
         self.groups[lanes] += 1
 
     def wait(self, access: Access, unfinished: int) -> None:
-        """Finishes the groups of these threads, but the last `unfinished`. What they copied is written now."""
+        """Finishes the groups of these threads, but the last `unfinished`.
+
+        What they copied is written now.
+        """
         waits = np.zeros(len(self.groups), bool)
         waits[access.lanes] = True
         copies, self.copies = self.copies, []

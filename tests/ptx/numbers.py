@@ -1,7 +1,8 @@
-"""Arithmetic as the hardware does it: types, rounding, integers, and the matrices that the lanes of a warp hold together.
+"""Arithmetic as the hardware does it: types, rounding, integers, and the matrices that the lanes of
+a warp hold together.
 
-What is not as in hardware: the approximate functions (ex2, lg2, rcp, div) are rounded correctly, and the sums of a tensor
-core are sums in float32 in any order.
+What is not as in hardware: the approximate functions (ex2, lg2, rcp, div) are rounded correctly,
+and the sums of a tensor core are sums in float32 in any order.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 TF32_MASK = np.uint32(0xFFFFE000)
-_HALFWAY, _BELOW_FLOAT32 = np.int64(1 << 28), np.int64((1 << 29) - 1)  # bits of a float64's mantissa that float32 lacks
+# bits of a float64's mantissa that float32 lacks
+_HALFWAY, _BELOW_FLOAT32 = np.int64(1 << 28), np.int64((1 << 29) - 1)
 
 
 def flushed(x: np.ndarray) -> np.ndarray:
@@ -24,8 +26,9 @@ def flushed(x: np.ndarray) -> np.ndarray:
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """Returns a b + c of float32, rounded once.
 
-    In float64 the product is exact, and the sum is rounded to 53 bits, then to 24. This differs from one rounding only where
-    the first one makes a tie: there the sum moves by its own error. (Denormal results may be rounded twice.)
+    In float64 the product is exact, and the sum is rounded to 53 bits, then to 24. This differs
+    from one rounding only where the first one makes a tie: there the sum moves by its own error.
+    (Denormal results may be rounded twice.)
     """
     product, wide = np.multiply(a, b, dtype=np.float64), c.astype(np.float64)
     total = product + wide
@@ -60,7 +63,9 @@ def from_f16(bits: np.ndarray) -> np.ndarray:
 
 
 def to_tf32(x: np.ndarray) -> np.ndarray:
-    """Returns the bits of float32 numbers rounded to the nearest TF32 number, ties away from zero (cvt.rna)."""
+    """Returns the bits of float32 numbers rounded to the nearest TF32 number, ties away from zero
+    (cvt.rna).
+    """
     rounded = (x.view(np.uint32) + np.uint32(0x1000)) & TF32_MASK
     return np.where(np.isnan(x), np.uint32(0x7FFFFFFF), rounded)
 
@@ -84,22 +89,34 @@ class Type(NamedTuple):
 
 def _plain(letter: str, bits: int) -> Type:
     word, number = np.dtype(f"u{bits // 8}"), np.dtype(f"{letter}{bits // 8}")
-    return Type(str(bits), lambda x: x.view(number), lambda x: x.astype(number, copy=False).view(word))
+    return Type(
+        str(bits), lambda x: x.view(number), lambda x: x.astype(number, copy=False).view(word)
+    )
 
 
 def _two(decode: Callable, encode: Callable) -> Type:
     """Returns the type of two halves in a register, the low one first: [lanes, 2]."""
-    return Type("32", lambda x: decode(x.view(np.uint16)).reshape(-1, 2), lambda x: encode(x).view(np.uint32)[:, 0])
+    return Type(
+        "32",
+        lambda x: decode(x.view(np.uint16)).reshape(-1, 2),
+        lambda x: encode(x).view(np.uint32)[:, 0],
+    )
 
 
 BANKS = {"pred": np.dtype(bool), **{str(bits): np.dtype(f"u{bits // 8}") for bits in (16, 32, 64)}}
-TYPES = {f"{kind}{bits}": _plain(letter, bits) for kind, letter in zip("busf", "uuif") for bits in (16, 32, 64)}
+TYPES = {
+    f"{kind}{bits}": _plain(letter, bits)
+    for kind, letter in zip("busf", "uuif")
+    for bits in (16, 32, 64)
+}
 TYPES |= {
     "pred": Type("pred", _same, lambda x: x.astype(bool, copy=False)),
     "bf16": Type("16", from_bf16, to_bf16),
     "f16": Type("16", from_f16, to_f16),
     "tf32": Type("32", truncated_tf32, to_tf32),
-    "f32x2": Type("64", lambda x: x.view(np.float32).reshape(-1, 2), lambda x: x.view(np.uint64)[:, 0]),
+    "f32x2": Type(
+        "64", lambda x: x.view(np.float32).reshape(-1, 2), lambda x: x.view(np.uint64)[:, 0]
+    ),
     "bf16x2": _two(from_bf16, to_bf16),
     "f16x2": _two(from_f16, to_f16),
 }
@@ -123,7 +140,9 @@ def shifted(x: np.ndarray, count: np.ndarray, left: bool) -> np.ndarray:
 
 
 def extracted(x: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Returns bfe of 32 bits: `length` bits from bit `start` on, extended by the sign if x is signed."""
+    """Returns bfe of 32 bits: `length` bits from bit `start` on, extended by the sign if x is
+    signed.
+    """
     start, length = (np.minimum(each & 255, 32).astype(np.int64) for each in (start, length))
     wide = x.astype(np.int64)
     mask = (np.int64(1) << length) - 1
@@ -140,8 +159,9 @@ def inserted(a: np.ndarray, b: np.ndarray, start: np.ndarray, length: np.ndarray
     return (a.astype(np.uint64) << start & mask | b & ~mask).astype(np.uint32)
 
 
-# The lanes of a warp hold a matrix together: lane 4 g + t has rows g, g + 8 and columns around t. An order says where each
-# element of a matrix lies in [lanes, elements of a lane]. ("Matrix Fragments for mma" in the PTX ISA.)
+# The lanes of a warp hold a matrix together: lane 4 g + t has rows g, g + 8 and columns around t.
+# An order says where each element of a matrix lies in [lanes, elements of a lane]. ("Matrix
+# Fragments for mma" in the PTX ISA.)
 _LANE = np.arange(32)
 _G, _T = _LANE // 4, _LANE % 4
 
@@ -155,7 +175,9 @@ def _order(shape: tuple[int, int], elements: list[tuple[np.ndarray, np.ndarray]]
 
 
 def accumulators(width: int) -> np.ndarray:
-    """Returns the order of 16 rows of sums: each lane has two columns of eight, in rows g and g + 8."""
+    """Returns the order of 16 rows of sums: each lane has two columns of eight, in rows g and g +
+    8.
+    """
     blocks = [(b, i, c) for b in range(width // 8) for i in range(2) for c in range(2)]
     return _order((16, width), [(_G + 8 * i, 8 * b + 2 * _T + c) for b, i, c in blocks])
 
@@ -167,13 +189,15 @@ LEFT_TF32 = _order((16, 8), [(_G + 8 * i, _T + 4 * h) for h in range(2) for i in
 RIGHT_TF32 = _order((8, 8), [(_T + 4 * h, _G) for h in range(2)])
 
 
-def matrices(words: np.ndarray, order: np.ndarray, kind: str) -> np.ndarray:  # [lanes, n] -> [warps, rows, columns]
+# [lanes, n] -> [warps, rows, columns]
+def matrices(words: np.ndarray, order: np.ndarray, kind: str) -> np.ndarray:
     """Returns the numbers of a type in an order that whole warps hold in words of 32 bits."""
     bits = words.view(np.uint16) if TYPES[kind].bank == "16" else words
     return TYPES[kind].decode(bits.reshape(-1, order.size)[:, order])
 
 
-def fragments(values: np.ndarray, order: np.ndarray) -> np.ndarray:  # [warps, rows, columns] -> [lanes, elements]
+# [warps, rows, columns] -> [lanes, elements]
+def fragments(values: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Returns the elements of each lane."""
     out = np.empty((len(values), order.size), values.dtype)
     out[:, order.ravel()] = values.reshape(len(values), -1)

@@ -1,4 +1,6 @@
-"""The text of PTX -> kernels: parameters, registers and instructions, each with its line in the PTX and in the source."""
+"""The text of PTX -> kernels: parameters, registers and instructions, each with its line in the PTX
+and in the source.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +75,12 @@ class Kernel:
     parameter_bytes: int = 0
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # -> index of an instruction
-    addresses: dict[str, int] = field(default_factory=dict)  # of parameters, and of shared variables
-    registers: dict[str, int] = field(default_factory=lambda: {"pred": 0, "16": 0, "32": 0, "64": 0})  # in each bank
+    # of parameters, and of shared variables
+    addresses: dict[str, int] = field(default_factory=dict)
+    # in each bank
+    registers: dict[str, int] = field(
+        default_factory=lambda: {"pred": 0, "16": 0, "32": 0, "64": 0}
+    )
 
 
 _TOKEN = re.compile(
@@ -84,7 +90,8 @@ _TOKEN = re.compile(
     | \.loc\s+(?P<file>\d+)\s+(?P<at>\d+)[^\n]*
     | \.reg\s+\.(?P<kind>\w+)\s+(?P<names>[^;]+);
     | \.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+(?P<shared>\w+)\[\];
-    | \.(?:pragma|file|version|target|address_size|global|reqntid|maxnreg|maxntid|minnctapersm)\b[^\n]*
+    | \.(?:pragma|file|version|target|address_size|global)\b[^\n]*
+    | \.(?:reqntid|maxnreg|maxntid|minnctapersm)\b[^\n]*
     | (?P<end>\.section|$)
     | (?:@(?P<negated>!?)(?P<predicate>[%$\w]+)\s+)?(?P<opcode>[a-z][\w.:]*)(?P<operands>[^;]*);
     )""",
@@ -104,7 +111,9 @@ class _Parser:
         self.shared: dict[str, int] = {}
         self.scopes: list[dict[str, Register]] = []  # of registers' names
         self.files = {number: Path(name).name for number, name in _FILE.findall(text)}
-        self.source, self.line, place = "?", 1, 0
+        self.source = "?"
+        self.line = 1
+        place = 0
         text = re.sub(r"//[^\n]*", "", text)
         while match := _TOKEN.match(text, place):
             begin = match.end() - len(match[0].lstrip())
@@ -117,11 +126,15 @@ class _Parser:
         raise self.fail(text[place:].strip().partition("\n")[0])
 
     def fail(self, text: str) -> UnknownPTXError:
-        return UnknownPTXError(f"line {self.line} ({self.source}): expected PTX that tests/ptx knows, got {text!r}")
+        return UnknownPTXError(
+            f"line {self.line} ({self.source}): expected PTX that tests/ptx knows, got {text!r}"
+        )
 
     def take(self, token: re.Match) -> None:
         if token["entry"]:
-            self.kernel = self.kernels[token["name"]] = Kernel(token["name"], addresses=dict(self.shared))
+            self.kernel = self.kernels[token["name"]] = Kernel(
+                token["name"], addresses=dict(self.shared)
+            )
             self.parameters(token["parameters"])
         elif token["open"]:
             self.scopes.append({})
@@ -168,8 +181,14 @@ class _Parser:
         operands = tuple(map(self.operand, _OPERAND.findall(token["operands"])))
         text = " ".join(token[0].split())
         return Instruction(
-            token["opcode"], operands, predicate, token["negated"] == "!", self.line, text, self.source
-        )  # fmt: skip
+            token["opcode"],
+            operands,
+            predicate,
+            token["negated"] == "!",
+            self.line,
+            text,
+            self.source,
+        )
 
     def operand(self, text: str) -> Operand:
         text = text.strip()

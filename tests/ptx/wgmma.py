@@ -1,4 +1,6 @@
-"""wgmma of sm_90: four warps multiply matrices in shared memory, or one in registers, while their threads go on."""
+"""wgmma of sm_90: four warps multiply matrices in shared memory, or one in registers, while their
+threads go on.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ if TYPE_CHECKING:
 
 GROUP = 128  # threads
 # K of a product, 32 bytes, and the order of a left matrix in registers.
-_FORMS = {"bf16": (16, numbers.LEFT_HALF), "f16": (16, numbers.LEFT_HALF), "tf32": (8, numbers.LEFT_TF32)}
+_FORMS = {
+    "bf16": (16, numbers.LEFT_HALF),
+    "f16": (16, numbers.LEFT_HALF),
+    "tf32": (8, numbers.LEFT_TF32),
+}
 
 
 class Product(NamedTuple):
@@ -33,7 +39,8 @@ class Flights:
 
     def __init__(self, batch: Batch):
         self.groups = np.zeros(batch.size, np.int64)  # that each thread has ended
-        self.fenced = np.zeros(batch.size // 32 + 1, np.int64)  # time of each warp's last fence.proxy.async
+        # time of each warp's last fence.proxy.async
+        self.fenced = np.zeros(batch.size // 32 + 1, np.int64)
         self.products: list[Product] = []
 
     def check_registers(self, batch: Batch, i: Instruction, lanes: Lanes) -> None:
@@ -45,7 +52,9 @@ class Flights:
                     batch.report("a register of a wgmma in flight is used", i, used)
 
     def wait(self, batch: Batch, lanes: Lanes, unfinished: int) -> None:
-        waits, products, self.products = np.zeros(batch.size, bool), self.products, []
+        waits = np.zeros(batch.size, bool)
+        products = self.products
+        self.products = []
         waits[lanes] = True
         for product in products:
             done = waits[product.lanes] & (product.number < self.groups[product.lanes] - unfinished)
@@ -61,7 +70,9 @@ class Flights:
 
 
 def check_fences(kernel: Kernel) -> None:
-    """Raises an error unless a wgmma.fence stands between a wgmma and the last other write to its registers."""
+    """Raises an error unless a wgmma.fence stands between a wgmma and the last other write to its
+    registers.
+    """
     for place, each in enumerate(kernel.instructions):
         if not each.opcode.startswith("wgmma.mma_async"):
             continue
@@ -69,34 +80,50 @@ def check_fences(kernel: Kernel) -> None:
         for before in reversed(kernel.instructions[:place]):
             if before.opcode == "wgmma.fence.sync.aligned":
                 break
-            if not before.opcode.startswith("wgmma") and used.intersection(registers(before.operands[:1])):
+            if not before.opcode.startswith("wgmma") and used.intersection(
+                registers(before.operands[:1])
+            ):
                 raise UnknownPTXError(f"{kernel.name}: no wgmma.fence between {before} and {each}")
         else:
             raise UnknownPTXError(f"{kernel.name}: no wgmma.fence before {each}")
 
 
 def _registers(product: Instruction) -> frozenset[Register]:
-    """Returns the registers that a product uses while it is in flight: its sums, and a left matrix in registers."""
-    return frozenset(registers(tuple(each for each in product.operands[:2] if isinstance(each, Vector))))
+    """Returns the registers that a product uses while it is in flight: its sums, and a left matrix
+    in registers.
+    """
+    return frozenset(
+        registers(tuple(each for each in product.operands[:2] if isinstance(each, Vector)))
+    )
 
 
-def _chunks(batch: Batch, i: Instruction, lanes: Lanes, words: np.ndarray, rows: int, transposed: bool) -> np.ndarray:
+def _chunks(
+    batch: Batch, i: Instruction, lanes: Lanes, words: np.ndarray, rows: int, transposed: bool
+) -> np.ndarray:
     """Returns the addresses of a matrix's chunks of 16 bytes, from the descriptors of lanes.
 
-    [groups, rows, 2] along K, or transposed [groups, rows / 8, 16]. A swizzle exchanges the chunks of a row of 32, 64 or 128
-    bytes.
+    [groups, rows, 2] along K, or transposed [groups, rows / 8, 16]. A swizzle exchanges the chunks
+    of a row of 32, 64 or 128 bytes.
     """
     words = words.reshape(-1, GROUP)
     if (words != words[:, :1]).any():
         batch.report("the descriptors of a warpgroup differ", i, batch.numbers[lanes])
     first = words[:, :1, None]
-    start, leading, stride = ((first >> np.uint64(s) & np.uint64(0x3FFF)).astype(np.int64) * 16 for s in (0, 16, 32))
-    mode, others = int(words[0, 0]) >> 62, int(words[0, 0]) & ~((0x3FFF << 32 | 0x3FFFFFFF) | 3 << 62)
+    start, leading, stride = (
+        (first >> np.uint64(s) & np.uint64(0x3FFF)).astype(np.int64) * 16 for s in (0, 16, 32)
+    )
+    mode = int(words[0, 0]) >> 62
+    others = int(words[0, 0]) & ~((0x3FFF << 32 | 0x3FFFFFFF) | 3 << 62)
     if mode == 0 or others or (words >> np.uint64(62) != mode).any():
-        raise UnknownPTXError(f"{i}: expected a descriptor with one swizzle and no other bits, got {int(words[0, 0]):#x}")
+        raise UnknownPTXError(
+            f"{i}: expected a descriptor with one swizzle and no other bits, got "
+            f"{int(words[0, 0]):#x}"
+        )
     swizzle = 256 >> mode
     if transposed:
-        row, k, per = np.arange(rows // 8)[:, None], np.arange(16), swizzle // 16
+        row = np.arange(rows // 8)[:, None]
+        k = np.arange(16)
+        per = swizzle // 16
         at = start + row // per * leading + row % per * 16 + k // 8 * stride + k % 8 * swizzle
     else:
         row, chunk = np.arange(rows)[:, None], np.arange(2)
@@ -104,8 +131,12 @@ def _chunks(batch: Batch, i: Instruction, lanes: Lanes, words: np.ndarray, rows:
     return at ^ ((at >> 7 & swizzle // 16 - 1) << 4)
 
 
-def _matrix(batch: Batch, access: Access, at: np.ndarray, kind: str, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Loads a matrix [groups, rows, K] at chunks [groups, ...]; also returns the granules that were read."""
+def _matrix(
+    batch: Batch, access: Access, at: np.ndarray, kind: str, transposed: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loads a matrix [groups, rows, K] at chunks [groups, ...]; also returns the granules that were
+    read.
+    """
     shared, groups = batch.memory["shared"], len(at)
     lane_of_chunk = np.repeat(np.arange(groups) * GROUP, at[0].size)  # the first lane of its group
     per_chunk, places, good = shared.checked(access.of(lane_of_chunk), at.ravel(), 16)
@@ -124,14 +155,18 @@ def _matrix(batch: Batch, access: Access, at: np.ndarray, kind: str, transposed:
 
 
 def _check_proxy(batch: Batch, access: Access, writers: np.ndarray) -> None:
-    """Reports what was written before a barrier, but with no fence.proxy.async of the writer or the reader after it."""
+    """Reports what was written before a barrier, but with no fence.proxy.async of the writer or the
+    reader after it.
+    """
     time = (writers & FUTURE) >> WARP_BITS
     warps = batch.launch.threads // 32
     program = batch.program_of[access.lanes][:, None]
     of_writer = batch.flights.fenced[program * warps + np.minimum(writers & NO_WARP, warps - 1)]
     of_reader = batch.flights.fenced[access.lanes // 32][:, None]
     unfenced = np.maximum(of_writer, of_reader) <= time
-    access.report("wgmma reads shared memory with no fence.proxy.async after it was written", unfenced)
+    access.report(
+        "wgmma reads shared memory with no fence.proxy.async after it was written", unfenced
+    )
 
 
 @instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(bf16|f16|tf32)\.\3", 6, 8)
@@ -139,14 +174,23 @@ def _product(i, match, code):
     width, kind = int(match[1]), match[3]
     sums, left, right, adds, *signs = i.operands
     in_registers, (depth, order_left) = isinstance(left, Vector), _FORMS[kind]
-    of_halves = kind != "tf32" and not in_registers  # have signs that transpose a matrix in shared memory
+    # have signs that transpose a matrix in shared memory
+    of_halves = kind != "tf32" and not in_registers
     expect(int(match[2]) == depth, f"k{depth}")
-    expect(len(signs) == (4 if of_halves else 2), "signs of both factors, and of halves in shared memory their order")
-    expect(signs[:3] == [Immediate(1), Immediate(1), Immediate(0)][: len(signs)], "factors 1, a left matrix as it is")
+    expect(
+        len(signs) == (4 if of_halves else 2),
+        "signs of both factors, and of halves in shared memory their order",
+    )
+    expect(
+        signs[:3] == [Immediate(1), Immediate(1), Immediate(0)][: len(signs)],
+        "factors 1, a left matrix as it is",
+    )
     transposed, used = signs[3:] == [Immediate(1)], _registers(i)
     order, sums = numbers.accumulators(width), vector(sums, width // 2)
     read_sums, write = reader(sums, "b32", code), writer(sums, "f32")
-    read_left = reader(vector(left, 4) if in_registers else left, "b32" if in_registers else "b64", code)
+    read_left = reader(
+        vector(left, 4) if in_registers else left, "b32" if in_registers else "b64", code
+    )
     read_right, read_adds = reader(right, "b64", code), reader(adds, "pred", code)
     code.accesses("shared", 16)
 

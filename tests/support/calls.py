@@ -16,7 +16,16 @@ TEACHER = ("teacher_image", "teacher_text", "teacher_scale")
 ATTENTION = ("q", "k", "v", "alpha", "beta", "gamma")
 MLP = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 # Scalars, and tensors that act on statistics: float32 beside half features.
-WIDE = {"logit_scale", "logit_bias", "teacher_scale", "plane_weight", "plane_bias", "alpha", "beta", "gamma"}
+WIDE = {
+    "logit_scale",
+    "logit_bias",
+    "teacher_scale",
+    "plane_weight",
+    "plane_bias",
+    "alpha",
+    "beta",
+    "gamma",
+}
 WIDE |= {"norm_weight", "norm_bias", "attention_gain", "mlp_gain"}
 
 
@@ -25,7 +34,8 @@ class Call:
     op: str
     tensors: dict[str, Tensor]  # float64, and int64 ids, lengths
     options: dict[str, Any] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of tensors whose dtype is not the call's
+    # of tensors whose dtype is not the call's
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in self.tensors.items())
@@ -33,12 +43,19 @@ class Call:
 
     def needed(self) -> list[str]:
         """Returns the names of tensors that have a gradient."""
-        return [name for name, t in self.tensors.items() if t.is_floating_point() and not name.startswith("teacher")]
+        return [
+            name
+            for name, t in self.tensors.items()
+            if t.is_floating_point() and not name.startswith("teacher")
+        ]
 
     def typed(self, dtype: torch.dtype) -> dict[str, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
         dtypes = {name: wide if name in WIDE else dtype for name in self.tensors} | self.dtypes
-        return {name: t.to(dtypes[name]) if t.is_floating_point() else t for name, t in self.tensors.items()}
+        return {
+            name: t.to(dtypes[name]) if t.is_floating_point() else t
+            for name, t in self.tensors.items()
+        }
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Returns the op's arguments, with these tensors."""
@@ -55,8 +72,19 @@ def drawing(seed: int) -> Callable[..., Tensor]:
 
 
 def similarity_call(
-    n, m, offset=0, *, terms=TERMS[:2], plane="scalar", teacher_width=None, ids=False, scale=20.0, width=48, seed=0, **options
-) -> Call:  # fmt: skip
+    n,
+    m,
+    offset=0,
+    *,
+    terms=TERMS[:2],
+    plane="scalar",
+    teacher_width=None,
+    ids=False,
+    scale=20.0,
+    width=48,
+    seed=0,
+    **options,
+) -> Call:
     """Returns a call with unit features, partly matched. options: arguments of similarity_loss."""
     draw = drawing(seed)
 
@@ -77,14 +105,23 @@ def similarity_call(
         teacher = features(teacher_width or width, None if teacher_width else (image, text))
         tensors |= dict(zip(TEACHER, (*teacher, number(1.4 * scale))))
     if ids:
-        columns = torch.randint(0, max(m // 2, 1), (m,), generator=torch.Generator().manual_seed(seed)) * 10**12
+        columns = (
+            torch.randint(0, max(m // 2, 1), (m,), generator=torch.Generator().manual_seed(seed))
+            * 10**12
+        )
         tensors |= {"ids": columns[offset : offset + n].clone(), "text_ids": columns}
-    return Call("similarity_loss", tensors, {"terms": tuple(terms), "label_offset": offset} | options)
+    return Call(
+        "similarity_loss", tensors, {"terms": tuple(terms), "label_offset": offset} | options
+    )
 
 
 def loss_inputs(n=24, width=16, teacher_width=None, dtype=torch.float64):
-    """Returns the student's features, scale and bias as leaves, and the teacher's features and scale, for a loss module."""
-    tensors = similarity_call(n, n, terms=("relational",), teacher_width=teacher_width, scale=14.0, width=width).typed(dtype)
+    """Returns the student's features, scale and bias as leaves, and the teacher's features and
+    scale, for a loss module.
+    """
+    tensors = similarity_call(
+        n, n, terms=("relational",), teacher_width=teacher_width, scale=14.0, width=width
+    ).typed(dtype)
     teacher = [tensors.pop(name) for name in TEACHER]
     student = [*tensors.values(), torch.tensor(-3.0, dtype=tensors["logit_scale"].dtype)]
     return [t.requires_grad_() for t in student], teacher
@@ -98,16 +135,30 @@ def attention_call(b=2, length=5, h=3, k=4, seed=0, **options) -> Call:
 
 def mlp_call(t=7, c=6, f=10, out=5, seed=0, **options) -> Call:
     draw = drawing(seed)
-    tensors = draw(t, c), draw(f, c, size=2 * c**-0.5), draw(f), draw(out, f, size=f**-0.5), draw(out)
+    tensors = (
+        draw(t, c),
+        draw(f, c, size=2 * c**-0.5),
+        draw(f),
+        draw(out, f, size=f**-0.5),
+        draw(out),
+    )
     return Call("parallel_mlp", dict(zip(MLP, tensors)), options)
 
 
 def block_call(b=2, length=5, c=12, heads=3, f=20, projections=True, seed=0, **options) -> Call:
     draw = drawing(seed)
-    tensors = {"x": draw(b, length, c), "qk_weight": draw(2 * c, c, size=c**-0.5), "fc1_weight": draw(f, c, size=c**-0.5)}
+    tensors = {
+        "x": draw(b, length, c),
+        "qk_weight": draw(2 * c, c, size=c**-0.5),
+        "fc1_weight": draw(f, c, size=c**-0.5),
+    }
     tensors |= {"fc1_bias": draw(f), "fc2_weight": draw(c, f, size=f**-0.5), "fc2_bias": draw(c)}
     tensors |= {name: draw(heads) for name in ("alpha", "beta", "gamma")}
-    tensors |= {"norm_weight": 1 + draw(c, size=0.1), "attention_gain": draw(1)[0], "mlp_gain": draw(1)[0]}
+    tensors |= {
+        "norm_weight": 1 + draw(c, size=0.1),
+        "attention_gain": draw(1)[0],
+        "mlp_gain": draw(1)[0],
+    }
     if options.get("norm") != "rmsnorm":
         tensors["norm_bias"] = draw(c)
     if projections:
@@ -127,11 +178,16 @@ def of_lengths(call: Call, lengths: list[int] | None) -> Call:
     return call
 
 
-# Calls of several tiles, strips and chunks, of which the last is partial. The first calls of an op have the most options.
+# Calls of several tiles, strips and chunks, of which the last is partial. The first calls of an op
+# have the most options.
 LARGE: dict[str, Callable[[], Call]] = {
     "similarity, all": lambda: similarity_call(257, 257, terms=TERMS, ids=True),
-    "similarity, 100 x 333": lambda: similarity_call(100, 333, 57, terms=TERMS, teacher_width=31, symmetric=False),
-    "similarity, hadamard": lambda: similarity_call(257, 257, terms=TERMS, plane="hadamard", ids=True),
+    "similarity, 100 x 333": lambda: similarity_call(
+        100, 333, 57, terms=TERMS, teacher_width=31, symmetric=False
+    ),
+    "similarity, hadamard": lambda: similarity_call(
+        257, 257, terms=TERMS, plane="hadamard", ids=True
+    ),
     "similarity, 1000": lambda: similarity_call(1000, 1000, terms=TERMS[:2]),
     "attention, 77": lambda: attention_call(2, 77, 2, 64),
     "attention, 288": lambda: of_lengths(attention_call(2, 288, 1, 80, causal=True), [288, 285]),
@@ -142,5 +198,7 @@ LARGE: dict[str, Callable[[], Call]] = {
     "block": lambda: of_lengths(block_call(3, 77, 64, 2, 300, causal=True), [77, 0, 30]),
     "block, recompute": lambda: block_call(2, 130, 48, 3, 100, recompute=True),
     "feature": lambda: feature_call(3001, 65),
-    "feature, smooth": lambda: feature_call(31, 1000, distance="smooth_l1", beta=0.05, normalize=False),
+    "feature, smooth": lambda: feature_call(
+        31, 1000, distance="smooth_l1", beta=0.05, normalize=False
+    ),
 }

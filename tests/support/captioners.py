@@ -10,10 +10,18 @@ from simplclip import models
 NAME = "caption-tiny-coca"
 CONTEXT = 12
 _TEXT = {"context_length": CONTEXT, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-_VISION = {"image_size": 32, "layers": 1, "width": 16, "patch_size": 16, "head_width": 8, "output_tokens": True}
+_VISION = {
+    "image_size": 32,
+    "layers": 1,
+    "width": 16,
+    "patch_size": 16,
+    "head_width": 8,
+    "output_tokens": True,
+}
 _CONFIG = {
     "embed_dim": 16,
-    "vision_cfg": _VISION | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 8},
+    "vision_cfg": _VISION
+    | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 8},
     "text_cfg": {**_TEXT, "embed_cls": True, "output_tokens": True},
     "multimodal_cfg": {**_TEXT, "attn_pooler_heads": 2},
     "custom_text": True,
@@ -21,7 +29,10 @@ _CONFIG = {
 
 
 def register(folder):
-    """Registers the models NAME and NAME-wide in open_clip. The weights of NAME-wide fit no other model."""
+    """Registers the models NAME and NAME-wide in open_clip.
+
+    The weights of NAME-wide fit no other model.
+    """
     for name, changes in ((NAME, {}), (f"{NAME}-wide", {"embed_dim": 24})):
         path = folder / f"{name}.json"
         path.write_text(json.dumps(_CONFIG | changes))
@@ -29,7 +40,9 @@ def register(folder):
 
 
 def build(spread=0.3):
-    """Returns the model with random weights, since open_clip leaves some weights of the decoder uninitialised."""
+    """Returns the model with random weights, since open_clip leaves some weights of the decoder
+    uninitialised.
+    """
     torch.manual_seed(0)
     model = models.create(f"open_clip:{NAME}")
     with torch.no_grad():

@@ -13,7 +13,10 @@ def clip(vision=VIT, text=None, cls=CLIP, seed=0, **options):
 
 
 def restless(model):
-    """Randomises simplified blocks, which mix no tokens at the start. Returns the model in eval mode."""
+    """Randomises simplified blocks, which mix no tokens at the start.
+
+    Returns the model in eval mode.
+    """
     torch.manual_seed(5)
     for name, p in model.named_parameters():
         if name.endswith(("qk.weight", "beta")):

@@ -1,8 +1,9 @@
 """Comparison of a call's results and gradients with its definition in float64, plain.py's.
 
-The rule: |kernel - float64| <= |plain torch in the same dtype - float64| + eps, with eps relative to the largest value of the
-float64 result. The first term lets a kernel round as plain torch rounds; the second is what reordering a sum may cost in that
-dtype. (The rule of ml-cross-entropy's tests.)
+The rule: |kernel - float64| <= |plain torch in the same dtype - float64| + eps, with eps relative
+to the largest value of the float64 result. The first term lets a kernel round as plain torch
+rounds; the second is what reordering a sum may cost in that dtype. (The rule of ml-cross-entropy's
+tests.)
 """
 
 from __future__ import annotations
@@ -24,10 +25,19 @@ from torch.utils._pytree import tree_map_only
 import simplclip
 from simplclip import ops
 
-EPS: dict[Any, float] = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float64: 1e-10}
+EPS: dict[Any, float] = {
+    torch.float32: 5e-4,
+    torch.float16: 1e-3,
+    torch.bfloat16: 1e-2,
+    torch.float64: 1e-10,
+}
 EPS["tf32"] = 2e-3
-LOSS_SCALE = 64.0  # of a loss's incoming gradients, like a GradScaler's, so that half types can hold outgoing gradients
-ROUNDINGS = 8  # times the effect of rounding the inputs: an error that is allowed too, for results that nearly cancel
+# of a loss's incoming gradients, like a GradScaler's, so that half types can hold outgoing
+# gradients
+LOSS_SCALE = 64.0
+# times the effect of rounding the inputs: an error that is allowed too, for results that nearly
+# cancel
+ROUNDINGS = 8
 
 
 def _plain_similarity(image, text, logit_scale, **named):
@@ -36,7 +46,9 @@ def _plain_similarity(image, text, logit_scale, **named):
     if named.get("ids") is not None and named.get("text_ids") is None:
         named["text_ids"] = named["ids"]
     as_image = lambda t: t.to(image.dtype) if t.is_floating_point() else t  # noqa: E731
-    return plain.similarity_loss(image, text, **tree_map_only(Tensor, as_image, {"logit_scale": logit_scale, **named}))
+    return plain.similarity_loss(
+        image, text, **tree_map_only(Tensor, as_image, {"logit_scale": logit_scale, **named})
+    )
 
 
 PLAIN: dict[str, Callable] = {
@@ -49,7 +61,9 @@ PLAIN: dict[str, Callable] = {
 
 
 def forced(backend: str) -> contextlib.AbstractContextManager:
-    """Context that forces a backend; "" forces none, so that the first backend that can run a call runs it."""
+    """Context that forces a backend; "" forces none, so that the first backend that can run a call
+    runs it.
+    """
     return simplclip.backend(backend) if backend else contextlib.nullcontext()
 
 
@@ -69,7 +83,9 @@ def run(
     need: Iterable[str],
     incoming: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Returns results, and gradients of `need` as d_NAME. incoming(name, result): the gradient that enters a result."""
+    """Returns results, and gradients of `need` as d_NAME. incoming(name, result): the gradient that
+    enters a result.
+    """
     need = list(need)
     leaves = {name: t.detach().requires_grad_(name in need) for name, t in tensors.items()}
     outputs = outputs_of(function, call, leaves)
@@ -77,27 +93,42 @@ def run(
     entering = {name: incoming(name, t) for name, t in outputs.items() if t.requires_grad}
     if entering:
         sources, inputs = [outputs[name] for name in entering], [leaves[name] for name in need]
-        of_need = torch.autograd.grad(sources, inputs, list(entering.values()), allow_unused=True, materialize_grads=True)
+        of_need = torch.autograd.grad(
+            sources, inputs, list(entering.values()), allow_unused=True, materialize_grads=True
+        )
         gradients = dict(zip(need, of_need))
-    return {name: t.detach() for name, t in outputs.items()} | {f"d_{name}": gradients[name] for name in need}
+    return {name: t.detach() for name, t in outputs.items()} | {
+        f"d_{name}": gradients[name] for name in need
+    }
 
 
 def _least(call: Call, gradient: bool) -> float:
-    """Returns the least size that a result is assumed to have, since a smaller result is a cancellation of larger terms.
+    """Returns the least size that a result is assumed to have, since a smaller result is a
+    cancellation of larger terms.
 
     This size is a few hundredths of the terms: logits, or scale / N for gradients.
     """
     if call.op == "feature_loss":
         return min(1e-2, LOSS_SCALE / call.tensors["teacher"].numel() if gradient else 1.0)
     if call.op != "similarity_loss":
-        return 0.3 if call.op == "simplified_block" else 0.1  # a block's are sums over tokens and widths
-    scales = [abs(float((call.tensors | call.options).get(name, 1))) for name in ("logit_scale", "teacher_scale")]
-    return max(*scales, 1) * (0.05 * LOSS_SCALE / call.tensors["image"].shape[0] if gradient else 0.01)
+        # a block's are sums over tokens and widths
+        return 0.3 if call.op == "simplified_block" else 0.1
+    scales = [
+        abs(float((call.tensors | call.options).get(name, 1)))
+        for name in ("logit_scale", "teacher_scale")
+    ]
+    return max(*scales, 1) * (
+        0.05 * LOSS_SCALE / call.tensors["image"].shape[0] if gradient else 0.01
+    )
 
 
 def error_of(result: Tensor, exact: Tensor) -> float:
     """Returns the largest error; infinity for a NaN or another shape."""
-    error = (result.cpu().double() - exact).abs().max().item() if result.shape == exact.shape else math.inf
+    error = (
+        (result.cpu().double() - exact).abs().max().item()
+        if result.shape == exact.shape
+        else math.inf
+    )
     return math.inf if math.isnan(error) else error
 
 
@@ -110,22 +141,28 @@ def assert_within(
     least: float | Callable[[str], float] = 0.0,
     rounded: Callable[[], list[dict[str, Tensor]]] | None = None,
 ) -> dict[str, float]:
-    """Checks results by the rule above: plain_results are plain torch's in `dtype`, a key of EPS, and `exact` float64's.
-    Returns each result's error, in parts of what is allowed.
+    """Checks results by the rule above: plain_results are plain torch's in `dtype`, a key of EPS,
+    and `exact` float64's. Returns each result's error, in parts of what is allowed.
 
-    least: the least size that a result is assumed to have, also as a function of its name, for results that are 0 by
-    cancellation. rounded: returns results for rounded inputs, whose errors are allowed too.
+    least: the least size that a result is assumed to have, also as a function of its name, for
+    results that are 0 by cancellation. rounded: returns results for rounded inputs, whose errors
+    are allowed too.
     """
     assert results.keys() == plain_results.keys() == exact.keys()
     others, shares = None, {}
     for name, value in exact.items():
         size = max(value.abs().max().item(), least(name) if callable(least) else least)
         error, of_plain = error_of(results[name], value), error_of(plain_results[name], value)
-        allowed = (of_plain if of_plain < math.inf else 0) + EPS[dtype] * size + 1e-30  # plain sums overflow in float16
+        # plain sums overflow in float16
+        allowed = (of_plain if of_plain < math.inf else 0) + EPS[dtype] * size + 1e-30
         if rounded is not None and error > allowed:
             others = rounded() if others is None else others
-            allowed = max(allowed, ROUNDINGS * max(error_of(other[name], value) for other in others))
-        assert error <= allowed, f"{what} {name}: error {error:.3e}, allowed {allowed:.3e} (plain torch {of_plain:.3e})"
+            allowed = max(
+                allowed, ROUNDINGS * max(error_of(other[name], value) for other in others)
+            )
+        assert error <= allowed, (
+            f"{what} {name}: error {error:.3e}, allowed {allowed:.3e} (plain torch {of_plain:.3e})"
+        )
         shares[name] = error / allowed
     return shares
 
@@ -134,8 +171,8 @@ def assert_within(
 class Case:
     """A call in a dtype on a backend.
 
-    size: scale of the incoming gradients of losses. layouts: memory layouts of tensors, and of incoming gradients as
-    "grad NAME", by their names in layouts.py.
+    size: scale of the incoming gradients of losses. layouts: memory layouts of tensors, and of
+    incoming gradients as "grad NAME", by their names in layouts.py.
     """
 
     call: Call
@@ -151,11 +188,17 @@ class Case:
     grads: dict[str, Tensor] = field(init=False, default_factory=dict)  # incoming gradients
 
     def __post_init__(self) -> None:
-        self.tensors = {name: self.lay_out(name, t.to(self.device)) for name, t in self.call.typed(self.dtype).items()}
+        self.tensors = {
+            name: self.lay_out(name, t.to(self.device))
+            for name, t in self.call.typed(self.dtype).items()
+        }
 
     def __str__(self) -> str:
         backend = self.backend or "the first backend"
-        return f"{self.dtype} on {backend}, {self.call}; layouts {self.layouts}; gradients of {self.need}"
+        return (
+            f"{self.dtype} on {backend}, {self.call}; layouts {self.layouts}; gradients of "
+            f"{self.need}"
+        )
 
     def lay_out(self, name: str, t: Tensor) -> Tensor:
         view = layouts.ALL[self.layouts[name]](t) if name in self.layouts else None
@@ -184,33 +227,63 @@ class Case:
         return run(PLAIN[self.call.op], self.call, tensors, self.need, incoming)
 
     def rounded_otherwise(self, seed: int) -> dict[str, Tensor]:
-        """Returns float64's results after a rounding error of the dtype in every number of inputs and gradients."""
+        """Returns float64's results after a rounding error of the dtype in every number of inputs
+        and gradients.
+        """
         g = torch.Generator().manual_seed(seed)
         rounding = 2.0**-11 if self.tf32 else torch.finfo(self.dtype).eps / 2
-        return self.by_definition(lambda t: t.double() * (1 + rounding * (2 * torch.randint(0, 2, t.shape, generator=g) - 1)))
+        return self.by_definition(
+            lambda t: (
+                t.double() * (1 + rounding * (2 * torch.randint(0, 2, t.shape, generator=g) - 1))
+            )
+        )
 
     def check(self, *, roundings: bool = False, twice: bool = False) -> dict[str, float]:
-        """Checks that results and gradients are within the tolerance or, with `roundings`, within the effect of rounding the
-        inputs. With `twice`, a second run must give the same bits. Returns the errors, in parts of what is allowed."""
+        """Checks that results and gradients are within the tolerance or, with `roundings`, within
+        the effect of rounding the inputs. With `twice`, a second run must give the same bits.
+        Returns the errors, in parts of what is allowed.
+        """
         results = self.run()
         for name, value in self.run().items() if twice else ():
-            assert torch.equal(value, results[name]), f"{name}: a second run gave other values, or NaN"
+            assert torch.equal(value, results[name]), (
+                f"{name}: a second run gave other values, or NaN"
+            )
         with ProductsInTF32() if self.tf32 else contextlib.nullcontext():
             plain_results = self.by_definition()
         exact = self.by_definition(Tensor.double)
         least = lambda name: _least(self.call, name.startswith("d_"))  # noqa: E731
         rounded = lambda: [self.rounded_otherwise(seed) for seed in range(4)]  # noqa: E731
         kind = "tf32" if self.tf32 else self.dtype
-        return assert_within(results, plain_results, exact, kind, self.call.options, least, rounded if roundings else None)
+        return assert_within(
+            results,
+            plain_results,
+            exact,
+            kind,
+            self.call.options,
+            least,
+            rounded if roundings else None,
+        )
 
 
-def check(call: Call, dtype: torch.dtype, backend: str, *, roundings: bool = False, twice: bool = False, **of_case) -> None:
+def check(
+    call: Call,
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    roundings: bool = False,
+    twice: bool = False,
+    **of_case,
+) -> None:
     """Checks results of a call and gradients of all its inputs."""
     Case(call, dtype, backend, call.needed(), **of_case).check(roundings=roundings, twice=twice)
 
 
-def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu", *, width: int = 4) -> None:
-    """Checks that padded tokens of shaped_attention are not read, and that their results and gradients are 0."""
+def check_padding(
+    dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu", *, width: int = 4
+) -> None:
+    """Checks that padded tokens of shaped_attention are not read, and that their results and
+    gradients are 0.
+    """
     call = of_lengths(attention_call(3, k=width, causal=causal), [3, 0, 5])
 
     def padded_with(value: float) -> dict[str, Tensor]:
@@ -221,7 +294,13 @@ def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = 
 
         tensors = {name: t.to(device) for name, t in call.typed(dtype).items()}
         tensors |= {name: filled(tensors[name]) for name in "qkv"}
-        return run(function_of(call), call, tensors, call.needed(), lambda name, t: filled(torch.ones_like(t)))
+        return run(
+            function_of(call),
+            call,
+            tensors,
+            call.needed(),
+            lambda name, t: filled(torch.ones_like(t)),
+        )
 
     with simplclip.backend(backend):
         expected, results = padded_with(1.0), padded_with(torch.nan)

@@ -9,15 +9,21 @@ import torch
 from simplclip.common import hardware
 from simplclip.ops import backends
 
-needs_cpu_kernels = pytest.mark.skipif(backends.extension is None, reason=f"no CPU kernels: {backends.extension_error}")
+needs_cpu_kernels = pytest.mark.skipif(
+    backends.extension is None, reason=f"no CPU kernels: {backends.extension_error}"
+)
 BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Without bfloat16 instructions, and as a lesser CPU than it runs on, oneDNN copies operands of half types to float32.
+# Without bfloat16 instructions, and as a lesser CPU than it runs on, oneDNN copies operands of half
+# types to float32.
 NATIVE_BF16 = hardware.native_bf16(torch.device("cpu"))
 NATIVE_FP16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
-needs_native_bf16 = pytest.mark.skipif(not NATIVE_BF16, reason="oneDNN copies bfloat16 to float32 on this CPU")
+needs_native_bf16 = pytest.mark.skipif(
+    not NATIVE_BF16, reason="oneDNN copies bfloat16 to float32 on this CPU"
+)
 needs_uncopied_fp16 = pytest.mark.skipif(
-    NATIVE_FP16 and "ONEDNN_MAX_CPU_ISA" in os.environ, reason="oneDNN may copy float16 to float32 by ONEDNN_MAX_CPU_ISA"
+    NATIVE_FP16 and "ONEDNN_MAX_CPU_ISA" in os.environ,
+    reason="oneDNN may copy float16 to float32 by ONEDNN_MAX_CPU_ISA",
 )
 UNCOPIED_DTYPES = [
     torch.float32,
@@ -27,7 +33,9 @@ UNCOPIED_DTYPES = [
 
 
 def cuda_peak_bytes(run):
-    """Returns the highest sum of live bytes of torch's allocator on the GPU during `run`, above what was live before."""
+    """Returns the highest sum of live bytes of torch's allocator on the GPU during `run`, above
+    what was live before.
+    """
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -36,4 +44,6 @@ def cuda_peak_bytes(run):
     return torch.cuda.max_memory_allocated() - before
 
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)

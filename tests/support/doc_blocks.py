@@ -9,5 +9,12 @@ def run(page: str, heading: str) -> dict:
     """Runs the blocks as one program, and returns the names that it defines."""
     section = (ROOT / "docs" / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     names: dict = {"__name__": heading}
-    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)), f"{page}: {heading}", "exec"), names)
+    exec(
+        compile(
+            "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)),
+            f"{page}: {heading}",
+            "exec",
+        ),
+        names,
+    )
     return names

@@ -1,4 +1,6 @@
-"""What a picture draws: its texts, and whether they and its boxes lie within the picture and beside each other."""
+"""What a picture draws: its texts, and whether they and its boxes lie within the picture and beside
+each other.
+"""
 
 import contextlib
 import itertools
@@ -27,8 +29,12 @@ def figures():
 
 
 def drawn(figure):
-    """Returns the texts that a figure draws with their boxes, the boxes of its images, and those of its frames, in pixels."""
-    renderer, texts, original = FigureCanvasAgg(figure).get_renderer(), [], Text.draw
+    """Returns the texts that a figure draws with their boxes, the boxes of its images, and those of
+    its frames, in pixels.
+    """
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts = []
+    original = Text.draw
 
     def recorded(self, *arguments, **options):
         if self.get_visible() and self.get_text().strip():
@@ -38,7 +44,12 @@ def drawn(figure):
     with mock.patch.object(Text, "draw", recorded):
         figure.draw(renderer)
     images = [image.get_window_extent(renderer) for axis in figure.axes for image in axis.images]
-    frames = [p.get_window_extent(renderer) for axis in figure.axes for p in axis.patches if type(p) is Rectangle]
+    frames = [
+        p.get_window_extent(renderer)
+        for axis in figure.axes
+        for p in axis.patches
+        if type(p) is Rectangle
+    ]
     return texts, images, frames
 
 
@@ -47,15 +58,29 @@ def overlap(a, b):
 
 
 def inside(a, b):
-    return a.x0 >= b.x0 - PIXEL and a.y0 >= b.y0 - PIXEL and a.x1 <= b.x1 + PIXEL and a.y1 <= b.y1 + PIXEL
+    return (
+        a.x0 >= b.x0 - PIXEL
+        and a.y0 >= b.y0 - PIXEL
+        and a.x1 <= b.x1 + PIXEL
+        and a.y1 <= b.y1 + PIXEL
+    )
 
 
 def check_layout(figure):
-    """Checks that nothing overlaps or lies outside; returns the texts. A frame holds all of a text or nothing of it."""
+    """Checks that nothing overlaps or lies outside; returns the texts.
+
+    A frame holds all of a text or nothing of it.
+    """
     texts, images, frames = drawn(figure)
-    for name, box in [*texts, *(("image", box) for box in images), *(("frame", box) for box in frames)]:
+    for name, box in [
+        *texts,
+        *(("image", box) for box in images),
+        *(("frame", box) for box in frames),
+    ]:
         assert inside(box, figure.bbox), f"outside of the picture: {name!r}"
-    for (first, a), (second, b) in itertools.combinations([*texts, *(("image", box) for box in images)], 2):
+    for (first, a), (second, b) in itertools.combinations(
+        [*texts, *(("image", box) for box in images)], 2
+    ):
         assert not overlap(a, b), f"{first!r} overlaps {second!r}"
     for name, box in texts:
         for frame in frames:

@@ -9,7 +9,9 @@ FOLDER = ROOT / "examples"
 
 
 def load(name):
-    """Returns the module of examples/NAME.py, e.g. emoji/build; a second call returns the same module."""
+    """Returns the module of examples/NAME.py, e.g. emoji/build; a second call returns the same
+    module.
+    """
     path = FOLDER / f"{name}.py"
     if path.parent != FOLDER and str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # where it finds the files beside it, as a script does

@@ -3,13 +3,44 @@
 import torch
 import transformers
 
-TEXT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 100}
-TEXT |= {"max_position_embeddings": 12, "projection_dim": 16, "bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 0}
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "projection_dim": 16}
+TEXT = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "vocab_size": 100,
+}
+TEXT |= {
+    "max_position_embeddings": 12,
+    "projection_dim": 16,
+    "bos_token_id": 98,
+    "eos_token_id": 99,
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "projection_dim": 16,
+}
 IMAGE = {"image_size": 16, "patch_size": 8}
-BERT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 100}
+BERT = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 100,
+}
 BERT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-NAMES = ("CLIPModel", "SiglipModel", "Siglip2Model", "MetaClip2Model", "ChineseCLIPModel", "AltCLIPModel")
+NAMES = (
+    "CLIPModel",
+    "SiglipModel",
+    "Siglip2Model",
+    "MetaClip2Model",
+    "ChineseCLIPModel",
+    "AltCLIPModel",
+)
 NAMES += ("VisionTextDualEncoderModel",)
 OF_BERT = ("ChineseCLIPModel", "AltCLIPModel", "VisionTextDualEncoderModel")
 
@@ -18,7 +49,9 @@ def config(name="CLIPModel"):
     cls = getattr(transformers, name.replace("Model", "Config"))
     if name == "VisionTextDualEncoderModel":
         vision = transformers.CLIPVisionConfig(**VISION, **IMAGE)
-        return cls.from_vision_text_configs(vision, transformers.BertConfig(**BERT), projection_dim=16)
+        return cls.from_vision_text_configs(
+            vision, transformers.BertConfig(**BERT), projection_dim=16
+        )
     text = dict(TEXT)
     if name in OF_BERT:
         text = BERT | {"project_dim": 24, "projection_dim": 16, "max_position_embeddings": 40}
@@ -36,7 +69,9 @@ def model(name="CLIPModel", seed=0, cls=None, **options):
 
 
 def batch(name="CLIPModel", n=6):
-    """Returns texts of 9 to 12 tokens, padded on the right if the model allows it; for SigLIP 2, images of 2 to 4 patches."""
+    """Returns texts of 9 to 12 tokens, padded on the right if the model allows it; for SigLIP 2,
+    images of 2 to 4 patches.
+    """
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 98, (n, 12), generator=g)
     lengths = torch.arange(n) % 4 + 9
@@ -48,7 +83,10 @@ def batch(name="CLIPModel", n=6):
     if name == "Siglip2Model":
         shapes = torch.tensor([[1, 2], [1, 3], [2, 2]])[torch.arange(n) % 3]
         inputs["pixel_values"] = torch.randn(n, 4, 3 * 8 * 8, generator=g)
-        inputs |= {"spatial_shapes": shapes, "pixel_attention_mask": (torch.arange(4) < shapes.prod(1)[:, None]).long()}
+        inputs |= {
+            "spatial_shapes": shapes,
+            "pixel_attention_mask": (torch.arange(4) < shapes.prod(1)[:, None]).long(),
+        }
     return inputs
 
 

@@ -4,7 +4,9 @@ import multiprocessing
 
 
 def start(preload, target, *args):
-    """Runs `target(*args, ready)` in a process of its own, which has `preload` imported; returns when `ready` is set."""
+    """Runs `target(*args, ready)` in a process of its own, which has `preload` imported; returns
+    when `ready` is set.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
     ready = context.Event()

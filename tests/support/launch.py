@@ -13,26 +13,40 @@ import traceback
 import torch
 from paths import PYTHONPATH, SUPPORT
 
-# The first backward pass starts a thread for each device, and a fork of a process with such threads has no autograd. Fake
-# tensors pretend that there is a GPU, so the first pass must not be theirs.
+# The first backward pass starts a thread for each device, and a fork of a process with such threads
+# has no autograd. Fake tensors pretend that there is a GPU, so the first pass must not be theirs.
 torch.ones((), requires_grad=True).backward()
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
-def torchrun(script, *arguments, ranks=2, options=(), check=False, timeout=600) -> subprocess.CompletedProcess:
-    """Runs a script by torchrun. check: fail the test with the end of the output if a rank failed."""
-    command = [*TORCHRUN, f"--nproc-per-node={ranks}", *options, str(SUPPORT / script), *map(str, arguments)]
+def torchrun(
+    script, *arguments, ranks=2, options=(), check=False, timeout=600
+) -> subprocess.CompletedProcess:
+    """Runs a script by torchrun. check: fail the test with the end of the output if a rank
+    failed.
+    """
+    command = [
+        *TORCHRUN,
+        f"--nproc-per-node={ranks}",
+        *options,
+        str(SUPPORT / script),
+        *map(str, arguments),
+    ]
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
     assert not (check and run.returncode), run.stderr[-5000:]
     return run
 
 
-def forked_ranks(script, *arguments, ranks=2, check=False, timeout=600) -> subprocess.CompletedProcess:
-    """Runs a script as `torchrun` does, but each rank is a fork of this process, so that it need not import torch again.
+def forked_ranks(
+    script, *arguments, ranks=2, check=False, timeout=600
+) -> subprocess.CompletedProcess:
+    """Runs a script as `torchrun` does, but each rank is a fork of this process, so that it need
+    not import torch again.
 
-    A fork has none of the threads that autograd starts for a GPU: with one, torchrun starts the ranks.
+    A fork has none of the threads that autograd starts for a GPU: with one, torchrun starts the
+    ranks.
     """
     if torch.cuda.is_available():
         return torchrun(script, *arguments, ranks=ranks, check=check, timeout=timeout)
@@ -45,7 +59,12 @@ def forked_ranks(script, *arguments, ranks=2, check=False, timeout=600) -> subpr
         children = []
         for rank in range(ranks):
             if not (child := os.fork()):
-                _run(command, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, out.fileno(), err.fileno())
+                _run(
+                    command,
+                    environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    out.fileno(),
+                    err.fileno(),
+                )
             children.append(child)
         code = _wait(children, timeout)
         out.seek(0), err.seek(0)
@@ -59,7 +78,8 @@ def _run(command, environment, out, err):
     code = 1
     try:
         os.dup2(out, 1), os.dup2(err, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         os.environ.update(environment)
         sys.argv = command
         torch.set_num_threads(1)
@@ -75,7 +95,10 @@ def _run(command, environment, out, err):
 
 
 def _wait(children, timeout):
-    """Waits for processes, and returns 0 if all end well. An error of one, or the end of the time, ends the others."""
+    """Waits for processes, and returns 0 if all end well.
+
+    An error of one, or the end of the time, ends the others.
+    """
     codes, deadline = {}, time.monotonic() + timeout
     while len(codes) < len(children):
         left = [child for child in children if child not in codes]

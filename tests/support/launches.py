@@ -1,7 +1,8 @@
-"""What a launch of each Triton kernel must write, in float64 from its own arguments: tighter than a whole call's result.
+"""What a launch of each Triton kernel must write, in float64 from its own arguments: tighter than a
+whole call's result.
 
-A result is what the kernel wrote, the definition's value, and the size that the error is relative to: by default the largest
-value.
+A result is what the kernel wrote, the definition's value, and the size that the error is relative
+to: by default the largest value.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from simplclip.ops.similarity.call import RowStat  # ColumnStat's numbers are th
 
 LOG2E = math.log2(math.e)
 ERROR = 1e-5  # of float32 sums
-STUDENT, TEACHER, UNMATCHED = (slot.value for slot in (forward.STUDENT, forward.TEACHER, forward.UNMATCHED))
+STUDENT, TEACHER, UNMATCHED = (
+    slot.value for slot in (forward.STUDENT, forward.TEACHER, forward.UNMATCHED)
+)
 Results = dict[str, tuple]
 
 
@@ -41,7 +44,9 @@ class Matrix:
             self.negative &= a["ids"][rows, None] != a["text_ids"][columns]
         self.largest, self.teacher = 0.0, None  # largest: logit so far
         if a.get("teacher_image") is not None:
-            self.teacher = self.logits(product(a["teacher_image"], a["teacher_text"]), a["teacher_scale"])
+            self.teacher = self.logits(
+                product(a["teacher_image"], a["teacher_text"]), a["teacher_scale"]
+            )
 
     def logits(self, similarity: Tensor, scale: Tensor) -> Tensor:
         logits = similarity * scale.double()
@@ -65,9 +70,13 @@ def _mean(lse: Tensor, total: Tensor, values: Tensor, axis: int) -> Tensor:
 
 
 def _merged(parts: Tensor, has_teacher: bool, before: Tensor | None = None) -> dict[int, Tensor]:
-    """Returns the statistics of parts [parts, slots, size], and of those before, by their numbers."""
+    """Returns the statistics of parts [parts, slots, size], and of those before, by their
+    numbers.
+    """
     parts, merged = parts.double(), {}
-    for slot, stat in ((STUDENT, RowStat.LSE_STUDENT), (TEACHER, RowStat.LSE_TEACHER))[: 1 + has_teacher]:
+    for slot, stat in ((STUDENT, RowStat.LSE_STUDENT), (TEACHER, RowStat.LSE_TEACHER))[
+        : 1 + has_teacher
+    ]:
         lse = (parts[:, slot] + parts[:, slot + 1].log2()) / LOG2E
         if before is not None:
             lse = torch.cat([before[stat, None], lse])
@@ -111,7 +120,12 @@ def merge(started: Started) -> Results:
 def diagonal(started: Started) -> Results:
     a = started.arguments
     columns = slice(a["label_offset"], a["label_offset"] + a["n"])
-    return {"positives": (a["rows"][a["stat"]], (a["image"].double() * a["text"][columns].double()).sum(1))}
+    return {
+        "positives": (
+            a["rows"][a["stat"]],
+            (a["image"].double() * a["text"][columns].double()).sum(1),
+        )
+    }
 
 
 def _block(a: dict[str, Any]) -> tuple[slice, slice]:
@@ -127,42 +141,65 @@ def _stored(a: dict[str, Any], g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sums(started: Started, *terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what the programs added to their sums, and the sums of terms. The size is that of the terms."""
-    added = (started.arguments["sums"].double() - started.before["sums"].double()).sum(0)[: len(terms)]
+    """Returns what the programs added to their sums, and the sums of terms.
+
+    The size is that of the terms.
+    """
+    added = (started.arguments["sums"].double() - started.before["sums"].double()).sum(0)[
+        : len(terms)
+    ]
     return added, torch.stack([t.sum() for t in terms]), torch.stack([t.abs().sum() for t in terms])
 
 
 def gradient(started: Started) -> Results:
-    """A logit's rounding error, some 2^-24 of the largest logit, is a relative error of its exponential. So an entry of G is
-    as uncertain as the exponentials that it is the sum of, and not more where the scale is large."""
+    """A logit's rounding error, some 2^-24 of the largest logit, is a relative error of its
+    exponential. So an entry of G is as uncertain as the exponentials that it is the sum of, and not
+    more where the scale is large.
+    """
     a = started.arguments
     rows, columns = _block(a)
     m, grads = Matrix(a, rows, columns), a["grad_rows"].double()[:, rows, None]
     logits, sides = m.logits(m.similarity, a["scale"]), [(a["rows"].double()[:, rows, None], grads)]
     if a["columns"] is not None:
-        sides.append((a["columns"].double()[:, None, columns], a["grad_columns"].double()[:, None, columns]))
-    softmaxes = [_softmax(logits, stats[RowStat.LSE_STUDENT]) * of[RowStat.LSE_STUDENT] for stats, of in sides]
+        sides.append(
+            (a["columns"].double()[:, None, columns], a["grad_columns"].double()[:, None, columns])
+        )
+    softmaxes = [
+        _softmax(logits, stats[RowStat.LSE_STUDENT]) * of[RowStat.LSE_STUDENT]
+        for stats, of in sides
+    ]
     if m.teacher is not None:
-        softmaxes += [-_softmax(m.teacher, stats[RowStat.LSE_TEACHER]) * of[RowStat.MEAN] for stats, of in sides]
+        softmaxes += [
+            -_softmax(m.teacher, stats[RowStat.LSE_TEACHER]) * of[RowStat.MEAN]
+            for stats, of in sides
+        ]
     g, size = sum(softmaxes), sum(each.abs() for each in softmaxes)
     terms, scale = [g * m.similarity], a["scale"].double()
     g, size = g * scale, size * scale.abs()
     if a["plane"] is not None:
         weight, bias = a["plane"].double()
-        slope = torch.where(m.negative, (m.similarity * weight + bias).sigmoid() * grads[RowStat.PAIR_MATCHING], 0)
+        slope = torch.where(
+            m.negative, (m.similarity * weight + bias).sigmoid() * grads[RowStat.PAIR_MATCHING], 0
+        )
         terms += [slope * m.similarity, slope]
         g, size = g + slope * weight, size + (slope * weight).abs()
     g = torch.where(m.positive, grads[RowStat.DIAGONAL_STUDENT], g)
     size = torch.where(m.positive, g.abs(), size)
     uncertain = 1 + m.largest * 2.0**-22 / ERROR
     (stored, exact), (added, total, of_sums) = _stored(a, g), _sums(started, *terms)
-    return {"G": (stored, exact, _stored(a, size)[1] * uncertain), "sums": (added, total, of_sums * uncertain)}
+    return {
+        "G": (stored, exact, _stored(a, size)[1] * uncertain),
+        "sums": (added, total, of_sums * uncertain),
+    }
 
 
 def sigmoid(started: Started) -> Results:
     a = started.arguments
     m = Matrix(a, *_block(a))
-    values, of_weight, of_bias, g = [], [], [], torch.zeros_like(m.similarity)
+    values = []
+    of_weight = []
+    of_bias = []
+    g = torch.zeros_like(m.similarity)
     for weight, bias, negative, positive, mix in a["sigmoids"].double().T:
         sign = torch.where(m.positive, -1.0, 1.0)
         logits = sign * (m.similarity * weight + bias)
@@ -181,13 +218,20 @@ def range_of_float16(started: Started) -> Results:
     a, bound = started.arguments, 0.0
     if a["grad_rows"] is not None:
         largest = lambda t, stat: t[stat].abs().max().double()  # noqa: E731
-        sides = [a["grad_rows"]] if a["grad_columns"] is None else [a["grad_rows"], a["grad_columns"]]
-        softmaxes = sum(largest(t, RowStat.LSE_STUDENT) + a["HAS_TEACHER"] * largest(t, RowStat.MEAN) for t in sides)
+        sides = (
+            [a["grad_rows"]] if a["grad_columns"] is None else [a["grad_rows"], a["grad_columns"]]
+        )
+        softmaxes = sum(
+            largest(t, RowStat.LSE_STUDENT) + a["HAS_TEACHER"] * largest(t, RowStat.MEAN)
+            for t in sides
+        )
         bound = softmaxes * a["scale"].abs()
         if a["plane"] is not None:
             bound += a["plane"][0].abs() * largest(a["grad_rows"], RowStat.PAIR_MATCHING)
         bound = max(bound, largest(a["grad_rows"], RowStat.DIAGONAL_STUDENT))
-    for weight, _, negative, positive, mix in [] if a["sigmoids"] is None else a["sigmoids"].double().T:
+    for weight, _, negative, positive, mix in (
+        [] if a["sigmoids"] is None else a["sigmoids"].double().T
+    ):
         bound += (weight * mix).abs() * max(negative.abs(), positive.abs())
     power = (10 - (torch.as_tensor(bound).log2() - 1e-6).ceil()).clamp(-100, 100)
     return {"factor": (a["out"], torch.stack([power, -power]).double().exp2())}
@@ -203,7 +247,11 @@ def hidden(started: Started) -> Results:
     h = started.before["h"].double().requires_grad_()
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(plain.ACTIVATIONS[a["ACT"]](h).sum(), h)
-    read = (lambda t: (t.view(torch.int32) & ~0x1FFF).view(torch.float32)) if a["PRECISION"] == "tf32" else (lambda t: t)
+    read = (
+        (lambda t: (t.view(torch.int32) & ~0x1FFF).view(torch.float32))
+        if a["PRECISION"] == "tf32"
+        else (lambda t: t)
+    )
     return {"dh": (a["h"], (read(a["grad"]).double() @ read(a["weight"]).double()) * slope)}
 
 
@@ -245,8 +293,15 @@ def attention_gradients(started: Started) -> Results:
     spread = x.mean(grad, transposed=True)
     dv = x.alpha * grad + x.beta * x.of("v_grad") - x.gamma * spread
     terms = grad * v, grad * x.of("av"), -v * spread
-    parts = a["parts"], torch.stack([t.sum((1, 3)) for t in terms]), torch.stack([t.abs().sum((1, 3)) for t in terms])
-    results = {"dv": (a["dv"].first, dv), "dq": (a["dq"].first, a["sign"] * x.beta * x.of("q_grad"))}
+    parts = (
+        a["parts"],
+        torch.stack([t.sum((1, 3)) for t in terms]),
+        torch.stack([t.abs().sum((1, 3)) for t in terms]),
+    )
+    results = {
+        "dv": (a["dv"].first, dv),
+        "dq": (a["dq"].first, a["sign"] * x.beta * x.of("q_grad")),
+    }
     return results | {"dk": (a["dk"].first, x.beta * x.of("k_grad")), "parts": parts}
 
 
@@ -265,7 +320,9 @@ DEFINITIONS: dict[str, Callable[[Started], Results]] = {
 
 
 def compare(started: Started) -> dict[str, float]:
-    """Returns the largest error of each result, in parts of what is allowed: half a unit in the last place as well."""
+    """Returns the largest error of each result, in parts of what is allowed: half a unit in the
+    last place as well.
+    """
     errors = {}
     for name, (got, exact, *size) in DEFINITIONS[started.name](started).items():
         type, empty = torch.finfo(got.dtype), exact == -torch.inf
@@ -281,5 +338,7 @@ def check(started: Started) -> float:
     """Returns the largest error, in parts of what is allowed."""
     errors = compare(started)
     worst = max(errors, key=errors.get)
-    assert errors[worst] <= 1, f"{started.name}: {worst}: the error is {errors[worst]:.3g} times what is allowed"
+    assert errors[worst] <= 1, (
+        f"{started.name}: {worst}: the error is {errors[worst]:.3g} times what is allowed"
+    )
     return errors[worst]

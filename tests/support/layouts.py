@@ -1,4 +1,6 @@
-"""Views in other memory layouts, or None where a tensor has no such view: SAME equal `t`, OTHER repeat a part of `t`."""
+"""Views in other memory layouts, or None where a tensor has no such view: SAME equal `t`, OTHER
+repeat a part of `t`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,10 @@ from torch import Tensor
 
 
 def _around(t: Tensor, *shape: int) -> Tensor:
-    """Returns memory around a view. It holds what a kernel must not read: NaN, or for integers a number that no call uses."""
+    """Returns memory around a view.
+
+    It holds what a kernel must not read: NaN, or for integers a number that no call uses.
+    """
     return t.new_full(shape, torch.nan if t.is_floating_point() else 987_654_321)
 
 
@@ -34,7 +39,9 @@ def transposed(t: Tensor) -> Tensor | None:
 
 
 def offset(t: Tensor) -> Tensor:
-    """Returns a contiguous view that begins inside its memory, aligned to its element size alone."""
+    """Returns a contiguous view that begins inside its memory, aligned to its element size
+    alone.
+    """
     return _around(t, t.numel() + 4)[3:-1].view(t.shape).copy_(t)
 
 
@@ -44,7 +51,9 @@ def negated(t: Tensor) -> Tensor:
 
 
 def imaginary(t: Tensor) -> Tensor | None:
-    """Returns the imaginary part of a conjugated complex tensor: every second element, with the negative bit."""
+    """Returns the imaginary part of a conjugated complex tensor: every second element, with the
+    negative bit.
+    """
     if t.dtype not in (torch.float32, torch.float64):
         return None
     return torch.complex(torch.full_like(t, torch.nan), -t).conj().imag

@@ -22,8 +22,12 @@ SIMILARITY = {
 }
 
 
-def similarity_call(name: str, n: int = 3000, m: int = 3100, width: int = 64, *, ids: bool = True, **options) -> Call:
-    return calls.similarity_call(n, m, (m - n) // 2, ids=ids, width=width, **SIMILARITY[name], **options)
+def similarity_call(
+    name: str, n: int = 3000, m: int = 3100, width: int = 64, *, ids: bool = True, **options
+) -> Call:
+    return calls.similarity_call(
+        n, m, (m - n) // 2, ids=ids, width=width, **SIMILARITY[name], **options
+    )
 
 
 def attention_call(*shape: int, lengths: tuple[int, ...] | None = None) -> Call:
@@ -32,11 +36,15 @@ def attention_call(*shape: int, lengths: tuple[int, ...] | None = None) -> Call:
 
 def mlp_call(t: int, c: int, f: int, *, bias: bool = True, **options) -> Call:
     call = calls.mlp_call(t, c, f, c, **options)
-    call.tensors = {name: tensor for name, tensor in call.tensors.items() if bias or not name.endswith("bias")}
+    call.tensors = {
+        name: tensor for name, tensor in call.tensors.items() if bias or not name.endswith("bias")
+    }
     return call
 
 
-def forward_and_backward(call: Call, tensors: dict[str, torch.Tensor], frozen: tuple[str, ...] = ()) -> None:
+def forward_and_backward(
+    call: Call, tensors: dict[str, torch.Tensor], frozen: tuple[str, ...] = ()
+) -> None:
     for name in call.needed():
         tensors[name].requires_grad_(name not in frozen)
     total = sum(t.sum() for t in outputs_of(function_of(call), call, tensors).values())
@@ -49,6 +57,10 @@ def predicted(call: Call, dtype: torch.dtype, device: torch.device) -> Counter:
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     fakes = tree_map_only(torch.Tensor, fake.faker(mode, device), call.typed(dtype))
     counter.hold(fakes, "batch")
-    with fake.fake_step(mode, device), fake.Engine(lambda gradient: None).installed(), counter.counting():
+    with (
+        fake.fake_step(mode, device),
+        fake.Engine(lambda gradient: None).installed(),
+        counter.counting(),
+    ):
         forward_and_backward(call, fakes)
     return counter

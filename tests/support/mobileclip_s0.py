@@ -1,10 +1,14 @@
-"""Weights and inputs in the published layout of MobileCLIP-S0, made from a seed; the published code has run with them.
+"""Weights and inputs in the published layout of MobileCLIP-S0, made from a seed; the published code
+has run with them.
 
 tests/models/mobileclip_s0/ has
     keys.txt                        name, shape and dtype of each tensor of the published checkpoint
-    expected-seed1.safetensors      image and text [2, 512]: features of `inputs()` by `weights(1)`, in eval mode, float32
-    text_case.safetensors           a small text tower (width 48, 4 heads, 2 layers, vocabulary 120, 32 features): tokens, its
-                                    weights under "weight.", features, and all_tokens after the last norm
+    expected-seed1.safetensors      image and text [2, 512]: features of `inputs()` by `weights(1)`,
+                                    in eval mode, float32
+    text_case.safetensors           a small text tower (width 48, 4 heads, 2 layers, vocabulary 120,
+                                    32 features): tokens, its weights under "weight.", features, and
+                                    all_tokens after the last
+                                    norm
 """
 
 import math
@@ -63,7 +67,11 @@ def expected() -> dict[str, torch.Tensor]:
 def small_case() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Returns the small text tower's published weights, and tokens, features and all_tokens."""
     case = load_file(FOLDER / "text_case.safetensors")
-    published = {name.replace("weight.", "text_encoder.", 1): t for name, t in case.items() if name.startswith("weight.")}
+    published = {
+        name.replace("weight.", "text_encoder.", 1): t
+        for name, t in case.items()
+        if name.startswith("weight.")
+    }
     return published, case
 
 

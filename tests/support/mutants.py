@@ -1,4 +1,6 @@
-"""Kernels with one instruction changed, to see that tests/ptx finds the change: by a hazard, or by a launch's definition."""
+"""Kernels with one instruction changed, to see that tests/ptx finds the change: by a hazard, or by
+a launch's definition.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class Kind:
 KINDS = {
     "no barrier": Kind("bar.sync", _dropped),
     "no wait": Kind("cp.async.wait_group", _dropped),
-    "a wait for one group fewer": Kind("cp.async.wait_group", _operand(0, lambda n: Immediate(n.bits + 1))),
+    "a wait for one group fewer": Kind(
+        "cp.async.wait_group", _operand(0, lambda n: Immediate(n.bits + 1))
+    ),
     "no end of a group": Kind("cp.async.commit_group", _dropped),
     "copied elsewhere": Kind("cp.async.cg", _operand(0, _further)),
     "copied from elsewhere": Kind("cp.async.cg", _operand(1, _further)),
@@ -85,7 +89,11 @@ KINDS = {
 def places(kind: Kind, code: Code) -> list[int]:
     """Returns the executed instructions that a kind can change."""
     instructions = enumerate(zip(code.kernel.instructions, code.executed))
-    fits = lambda i: i.opcode.startswith(kind.opcode) and (i.predicate is not None or not kind.guarded)  # noqa: E731
+
+    def fits(i):
+        guarded = i.predicate is not None or not kind.guarded
+        return i.opcode.startswith(kind.opcode) and guarded
+
     return [place for place, (each, executed) in instructions if executed and fits(each)]
 
 
@@ -94,11 +102,16 @@ def mutant(kernel: Kernel, kind: Kind, chosen: set[int]) -> Kernel:
     changed = {place: kind.mutate(kernel.instructions[place]) for place in chosen}
     kept = [place for place in range(len(kernel.instructions)) if changed.get(place, 0) is not None]
     labels = {name: sum(place < target for place in kept) for name, target in kernel.labels.items()}
-    return replace(kernel, instructions=[changed.get(p, kernel.instructions[p]) for p in kept], labels=labels)
+    return replace(
+        kernel, instructions=[changed.get(p, kernel.instructions[p]) for p in kept], labels=labels
+    )
 
 
 def found_by(started: Started, kernel: Kernel) -> str:
-    """Runs a launch again with another kernel. Returns how it is found to be wrong, "" if it is not."""
+    """Runs a launch again with another kernel.
+
+    Returns how it is found to be wrong, "" if it is not.
+    """
     launch, machine = started.launch, Machine()
     for name, before in started.before.items():
         started.arguments[name].detach().copy_(before)

@@ -15,6 +15,8 @@ def with_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.3)
         for name in ("gamma", "layer_scale"):
-            if isinstance(getattr(module, name, None), nn.Parameter) and not hasattr(module, "alpha"):
+            if isinstance(getattr(module, name, None), nn.Parameter) and not hasattr(
+                module, "alpha"
+            ):
                 nn.init.uniform_(getattr(module, name), 0.1, 0.5)
     return model.eval()

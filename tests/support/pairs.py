@@ -1,4 +1,6 @@
-"""Small shards of image-text pairs, whose batches can be read back; commands, and processes that are killed."""
+"""Small shards of image-text pairs, whose batches can be read back; commands, and processes that
+are killed.
+"""
 
 import contextlib
 import csv
@@ -30,7 +32,9 @@ COUNT = 23
 
 def png(seed=0, size=(12, 12), form="PNG"):
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(out, form)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+        out, form
+    )
     return out.getvalue()
 
 
@@ -46,7 +50,9 @@ def members(path):
 
 
 def digests(folder, pattern="*"):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob(pattern)}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob(pattern)
+    }
 
 
 def meta(folder):
@@ -65,7 +71,9 @@ def write(path, samples):
 
 
 def joined(shards, *folders, teacher=False):
-    """Returns the samples of shards by key, as training reads them with the sidecars in `folders`."""
+    """Returns the samples of shards by key, as training reads them with the sidecars in
+    `folders`.
+    """
     found = {}
     for source in data.sources_of(str(shards)):
         for raw in tars.read(source, Skipped(), sidecars=folders):
@@ -81,7 +89,11 @@ def table(path, rows, header=("filepath", "title"), separator=","):
 
 def sample(number):
     record = {"captions": [f"{number} {letter}" for letter in "abc"], "group": number // 2}
-    return f"k{number:03d}", {"json": json.dumps(record).encode(), "png": png(number), "txt": f"{number} a".encode()}
+    return f"k{number:03d}", {
+        "json": json.dumps(record).encode(),
+        "png": png(number),
+        "txt": f"{number} a".encode(),
+    }
 
 
 def tokenizer(texts):
@@ -103,7 +115,9 @@ def augment(image):
 
 
 def loader(paths, state=None, **options):
-    reader = data.Loader(paths, **{"batch_size": 4, "transform": augment, "tokenizer": tokenizer} | options)
+    reader = data.Loader(
+        paths, **{"batch_size": 4, "transform": augment, "tokenizer": tokenizer} | options
+    )
     if state is not None:
         reader.load_state_dict(state)
     return reader
@@ -138,10 +152,12 @@ def forked(action):
 
 
 def killed_at_any_point(folder, work, least, check=lambda out: None):
-    """Kills `work(out, step)` (-9) at every 16th point, with --prove at each, and repeats the work. A point is a call of
-    `step` or a line that writes a file.
+    """Kills `work(out, step)` (-9) at every 16th point, with --prove at each, and repeats the work.
 
-    After a kill no shard is torn and `check(out)` holds; the repeated work ends as undisturbed work. least: number of points.
+    A point is a call of `step` or a line that writes a file.
+
+    After a kill no shard is torn and `check(out)` holds; the repeated work ends as undisturbed
+    work. least: number of points.
     """
     writing = [f.__code__ for f in (files.write_atomically, files.replacing.__wrapped__)]
 

@@ -1,4 +1,6 @@
-"""Images that compress like photographs: noise of several frequencies and gradients, and drawings on it."""
+"""Images that compress like photographs: noise of several frequencies and gradients, and drawings
+on it.
+"""
 
 import io
 import zlib
@@ -14,8 +16,13 @@ def photo(seed=0, size=(240, 320)):
         :, None, None
     ] * rng.random(3)
     for cells in (3, 6, 12, 24, 48, 96, 192):
-        noise = rng.random((cells, cells, 3)).astype(np.float32) * 0.4 + rng.random((cells, cells, 1)).astype(np.float32)
-        channels = [Image.fromarray(noise[..., i]).resize(size[::-1], Image.Resampling.BICUBIC) for i in range(3)]
+        noise = rng.random((cells, cells, 3)).astype(np.float32) * 0.4 + rng.random(
+            (cells, cells, 1)
+        ).astype(np.float32)
+        channels = [
+            Image.fromarray(noise[..., i]).resize(size[::-1], Image.Resampling.BICUBIC)
+            for i in range(3)
+        ]
         total = total + np.stack(channels, -1) * 3 / cells**0.7
     total = (total - total.min()) / np.ptp(total)
     return Image.fromarray((total * 255).round().astype(np.uint8))

@@ -1,4 +1,6 @@
-"""The ops as anyone would write them in plain torch, by autograd: independent of simplclip's own formulas."""
+"""The ops as anyone would write them in plain torch, by autograd: independent of simplclip's own
+formulas.
+"""
 
 import functools
 
@@ -42,7 +44,9 @@ def similarity_loss(
     logits = logit_scale * similarity
 
     def of_sides(distance, *matrices):
-        """Returns a function of the rows of some matrices, averaged over rows and columns if symmetric."""
+        """Returns a function of the rows of some matrices, averaged over rows and columns if
+        symmetric.
+        """
         matrices = [matrix.masked_fill(~(positive | negative), -torch.inf) for matrix in matrices]
         loss = distance(positive, *matrices)
         if not symmetric:
@@ -63,7 +67,9 @@ def similarity_loss(
         out["pair_matching"] = (softplus(-decision)[positive].mean() + of_negatives) / 2
     if "relational" in terms:
         teacher = teacher_scale * (teacher_image @ teacher_text.T)
-        out["relational"] = of_sides(functools.partial(distance_to_teacher, divergence), teacher, logits)
+        out["relational"] = of_sides(
+            functools.partial(distance_to_teacher, divergence), teacher, logits
+        )
     out = {term: out[term] for term in terms}
     if weights is not None:
         loss = sum(weights[term] * value for term, value in out.items())
@@ -72,7 +78,9 @@ def similarity_loss(
 
 
 def pairs(n, m, ids=None, text_ids=None, label_offset=0):
-    """Returns the positives and the negatives, [N, M] bool; pairs with equal ids that are not the positive are neither."""
+    """Returns the positives and the negatives, [N, M] bool; pairs with equal ids that are not the
+    positive are neither.
+    """
     positive = F.one_hot(torch.arange(n) + label_offset, m).bool()
     negative = ~positive
     return positive, negative if ids is None else negative & (ids[:, None] != text_ids[None, :])
@@ -90,38 +98,69 @@ def distance_to_teacher(divergence, positive, teacher, student):
 
 
 def interactive(
-    image, text, logit_scale, teacher_image, teacher_text, teacher_scale=None, *, form="infonce", divergence="kl", ids=None
+    image,
+    text,
+    logit_scale,
+    teacher_image,
+    teacher_text,
+    teacher_scale=None,
+    *,
+    form="infonce",
+    divergence="kl",
+    ids=None,
 ):
-    """The interactive term of WIKDLoss: image and text are the student's features, or their projections, [N, D̂]."""
+    """The interactive term of WIKDLoss: image and text are the student's features, or their
+    projections, [N, D̂].
+    """
     positive, negative = pairs(len(image), len(text), ids, ids)
     across = logit_scale * image @ teacher_text.T, logit_scale * text @ teacher_image.T
     teacher = None if form == "infonce" else teacher_scale * teacher_image @ teacher_text.T
     loss = 0.0
     for student, of_teacher in zip(across, (teacher, teacher if teacher is None else teacher.T)):
         student, *rest = (
-            matrix.masked_fill(~(positive | negative), -torch.inf) for matrix in (student, of_teacher) if matrix is not None
+            matrix.masked_fill(~(positive | negative), -torch.inf)
+            for matrix in (student, of_teacher)
+            if matrix is not None
         )
-        of_side = distance_to_teacher(divergence, positive, *rest, student) if rest else cross_entropy(positive, student)
+        of_side = (
+            distance_to_teacher(divergence, positive, *rest, student)
+            if rest
+            else cross_entropy(positive, student)
+        )
         loss = loss + of_side / 2
     return loss
 
 
-def loss_terms(loss, terms, image, text, logit_scale, *, bias=None, teacher=(None, None, None), ids=None):
-    """Returns terms of a loss module before weighting; narrower features use the first columns of its parameters."""
+def loss_terms(
+    loss, terms, image, text, logit_scale, *, bias=None, teacher=(None, None, None), ids=None
+):
+    """Returns terms of a loss module before weighting; narrower features use the first columns of
+    its parameters.
+    """
     width, plane = image.shape[1], None
     if "pair_matching" in terms:
         weight = loss.plane_weight[:width] if loss.plane == "hadamard" else loss.plane_weight
         plane = weight, loss.plane_bias
     out = similarity_loss(
-        image, text, logit_scale, logit_bias=0.0 if bias is None else bias, plane=plane, ids=ids, text_ids=ids,
+        image,
+        text,
+        logit_scale,
+        logit_bias=0.0 if bias is None else bias,
+        plane=plane,
+        ids=ids,
+        text_ids=ids,
         terms=[term for term in terms if term not in ("interactive", "feature")],
-        **dict(zip(("teacher_image", "teacher_text", "teacher_scale"), teacher)), divergence=loss.divergence,
-    )  # fmt: skip
+        **dict(zip(("teacher_image", "teacher_text", "teacher_scale"), teacher)),
+        divergence=loss.divergence,
+    )
     if "interactive" not in terms:
         return out
     if loss.image_projection is not None:
         projections = zip((image, text), (loss.image_projection, loss.text_projection))
-        image, text = (F.normalize(F.linear(features, weight[:, :width]), dim=1) for features, weight in projections)
+        image, text = (
+            F.normalize(F.linear(features, weight[:, :width]), dim=1)
+            for features, weight in projections
+        )
     form = {"form": loss.interactive, "divergence": loss.divergence, "ids": ids}
     out["interactive"] = interactive(image, text, logit_scale, *teacher, **form)
     out["feature"] = (feature_loss(image, teacher[0]) + feature_loss(text, teacher[1])) / 2
@@ -129,7 +168,9 @@ def loss_terms(loss, terms, image, text, logit_scale, *, bias=None, teacher=(Non
 
 
 def shaped_attention(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
-    """Computes the formula: products in the dtype of q, softmax and mixing weights in float32, one product with v."""
+    """Computes the formula: products in the dtype of q, softmax and mixing weights in float32, one
+    product with v.
+    """
     length = q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -153,7 +194,10 @@ def shaped_attention(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, l
 
 
 def attention_by_loops(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
-    """Computes the definition token by token. It reads only visible tokens, where the form above multiplies others by 0."""
+    """Computes the definition token by token.
+
+    It reads only visible tokens, where the form above multiplies others by 0.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = torch.zeros_like(v)
     for b in range(q.shape[0]):
@@ -163,7 +207,9 @@ def attention_by_loops(q, k, v, alpha, beta, gamma, *, scale=None, causal=False,
                 keys = i + 1 if causal else n
                 a = (k[b, :keys, h] @ q[b, i, h] * scale).softmax(0)
                 seen = v[b, :keys, h]
-                out[b, i, h] = alpha[h] * v[b, i, h] + beta[h] * (a @ seen) - gamma[h] * seen.mean(0)
+                out[b, i, h] = (
+                    alpha[h] * v[b, i, h] + beta[h] * (a @ seen) - gamma[h] * seen.mean(0)
+                )
     return out
 
 
@@ -172,14 +218,35 @@ def parallel_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, act="gelu"):
 
 
 def simplified_block(
-    x, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, beta, gamma, *, norm_weight, norm_bias=None,
-    norm="layernorm", eps=1e-5, act="gelu", attention_gain=1.0, mlp_gain=1.0, value_weight=None, output_weight=None,
-    causal=False, lengths=None, attention=shaped_attention,
-):  # fmt: skip
+    x,
+    qk_weight,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    alpha,
+    beta,
+    gamma,
+    *,
+    norm_weight,
+    norm_bias=None,
+    norm="layernorm",
+    eps=1e-5,
+    act="gelu",
+    attention_gain=1.0,
+    mlp_gain=1.0,
+    value_weight=None,
+    output_weight=None,
+    causal=False,
+    lengths=None,
+    attention=shaped_attention,
+):
     width = x.shape[-1]
     weight = norm_weight.to(x.dtype)
     if norm == "layernorm":
-        n = F.layer_norm(x, (width,), weight, None if norm_bias is None else norm_bias.to(x.dtype), eps)
+        n = F.layer_norm(
+            x, (width,), weight, None if norm_bias is None else norm_bias.to(x.dtype), eps
+        )
     else:
         n = F.rms_norm(x, (width,), weight, eps)
     q, k = (n @ qk_weight.T).chunk(2, dim=-1)

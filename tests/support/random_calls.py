@@ -1,4 +1,7 @@
-"""Random calls of every op: shapes, dtypes, memory layouts, options, gradients. A call can be made again from its number."""
+"""Random calls of every op: shapes, dtypes, memory layouts, options, gradients.
+
+A call can be made again from its number.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,29 @@ from simplclip.ops.feature.op import DISTANCES
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.similarity.call import TERMS
 
-SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 23, 31, 33, 47, 64, 65)  # primes, and on and off the tiles
+# primes, and on and off the tiles
+SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 23, 31, 33, 47, 64, 65)
 WIDTHS = (1, 2, 3, 5, 8, 15, 16, 17, 32, 33, 48, 65)
 
 
 def _similarity(r: random.Random, dtype: torch.dtype) -> Call:
     n = r.choice(SIZES)
-    m, terms = (n if r.random() < 0.6 else n + r.randrange(40)), tuple(r.sample(TERMS, r.choice((1, 1, 2, 3, 4))))
+    m = n if r.random() < 0.6 else n + r.randrange(40)
+    terms = tuple(r.sample(TERMS, r.choice((1, 1, 2, 3, 4))))
     teacher_width = r.choice(WIDTHS) if r.random() < 0.4 else None
     half = dtype in (torch.bfloat16, torch.float16)
     call = similarity_call(
-        n, m, r.randrange(m - n + 1), terms=terms, plane=r.choice(("scalar", "hadamard")), teacher_width=teacher_width,
-        ids=r.random() < 0.4, scale=r.uniform(0.5, 20 if half else 100), width=r.choice(WIDTHS), seed=r.randrange(10**6),
-    )  # fmt: skip
+        n,
+        m,
+        r.randrange(m - n + 1),
+        terms=terms,
+        plane=r.choice(("scalar", "hadamard")),
+        teacher_width=teacher_width,
+        ids=r.random() < 0.4,
+        scale=r.uniform(0.5, 20 if half else 100),
+        width=r.choice(WIDTHS),
+        seed=r.randrange(10**6),
+    )
     tensors, options = call.tensors, call.options
     if "text_ids" in tensors and n == m and r.random() < 0.5:
         tensors["ids"] = tensors.pop("text_ids")
@@ -44,7 +57,10 @@ def _similarity(r: random.Random, dtype: torch.dtype) -> Call:
     if r.random() < 0.3:
         options["weights"] = {term: r.choice((0.0, 0.5, 1.0, 2.0)) for term in terms}
     if r.random() < 0.4:
-        options |= {"scratch_bytes": r.choice((0, 1 << 12, 1 << 16)), "store_bytes": r.choice((0, 1 << 10, 1 << 14))}
+        options |= {
+            "scratch_bytes": r.choice((0, 1 << 12, 1 << 16)),
+            "store_bytes": r.choice((0, 1 << 10, 1 << 14)),
+        }
     return call
 
 
@@ -63,7 +79,10 @@ def _attention(r: random.Random, dtype: torch.dtype) -> Call:
 
 
 def _mlp(r: random.Random, dtype: torch.dtype) -> Call:
-    t, c, f, out = r.choice((*SIZES, 130)), r.choice(WIDTHS), r.choice((*WIDTHS, 200)), r.choice(WIDTHS)
+    t = r.choice((*SIZES, 130))
+    c = r.choice(WIDTHS)
+    f = r.choice((*WIDTHS, 200))
+    out = r.choice(WIDTHS)
     call = mlp_call(t, c, f, out, seed=r.randrange(10**6))
     for name in ("fc1_bias", "fc2_bias"):
         if r.random() < 0.25:
@@ -75,9 +94,14 @@ def _mlp(r: random.Random, dtype: torch.dtype) -> Call:
 
 
 def _block(r: random.Random, dtype: torch.dtype) -> Call:
-    b, length, heads, norm = r.choice((1, 2, 3)), r.choice(SIZES), r.choice((1, 2, 3)), r.choice(("layernorm", "rmsnorm"))
+    b = r.choice((1, 2, 3))
+    length = r.choice(SIZES)
+    heads = r.choice((1, 2, 3))
+    norm = r.choice(("layernorm", "rmsnorm"))
     width = heads * r.choice((2, 3, 8, 16, 20))
-    call = block_call(b, length, width, heads, r.choice((1, 7, 32, 65)), seed=r.randrange(10**6), norm=norm)
+    call = block_call(
+        b, length, width, heads, r.choice((1, 7, 32, 65)), seed=r.randrange(10**6), norm=norm
+    )
     for name in ("norm_bias", "value_weight", "output_weight", "attention_gain", "mlp_gain"):
         if name in call.tensors and r.random() < 0.4:
             del call.tensors[name]
@@ -87,7 +111,9 @@ def _block(r: random.Random, dtype: torch.dtype) -> Call:
 
 
 def _feature(r: random.Random, dtype: torch.dtype) -> Call:
-    n, d, draw = r.choice((*SIZES, 130)), r.choice((*WIDTHS, 513)), drawing(r.randrange(10**6))
+    n = r.choice((*SIZES, 130))
+    d = r.choice((*WIDTHS, 513))
+    draw = drawing(r.randrange(10**6))
     teacher = draw(n, d, size=r.choice((0.1, 1, 3)))
     if r.random() < 0.3:
         width = r.choice(WIDTHS)
@@ -95,9 +121,12 @@ def _feature(r: random.Random, dtype: torch.dtype) -> Call:
     else:
         tensors = {"student": teacher + draw(n, d, size=r.choice((0.1, 1)))}
     options = {"distance": r.choice(DISTANCES), "beta": r.choice((0.05, 0.7))}
-    wide = min(d, tensors["student"].shape[1]) > 1  # a unit vector of width 1 has no gradient but rounding errors
+    # a unit vector of width 1 has no gradient but rounding errors
+    wide = min(d, tensors["student"].shape[1]) > 1
     options["normalize"] = wide and r.random() < 0.7
-    return Call("feature_loss", tensors | {"teacher": teacher}, options, {"teacher": r.choice(FLOATS)})
+    return Call(
+        "feature_loss", tensors | {"teacher": teacher}, options, {"teacher": r.choice(FLOATS)}
+    )
 
 
 # A random call of each op.
@@ -110,7 +139,13 @@ DRAW: dict[str, Callable[[random.Random, torch.dtype], Call]] = {
 }
 
 
-OFTEN = {"similarity_loss": 10, "shaped_attention": 4, "parallel_mlp": 3, "simplified_block": 4, "feature_loss": 3}
+OFTEN = {
+    "similarity_loss": 10,
+    "shaped_attention": 4,
+    "parallel_mlp": 3,
+    "simplified_block": 4,
+    "feature_loss": 3,
+}
 WITHOUT = {
     "triton": ("shaped_attention", "feature_loss"),
     "sdpa": ("similarity_loss", "parallel_mlp", "feature_loss"),
@@ -129,30 +164,41 @@ def make(seed: int, backend: str = "", device: str = "cpu") -> Case:
     chosen = {}
     for name in (*call.tensors, *(f"grad {name}" for name in ("out", *TERMS))):
         if r.random() < 0.4:
-            chosen[name] = r.choice(list(layouts.SAME)) if r.random() < 0.85 else r.choice(list(layouts.OTHER))
+            chosen[name] = (
+                r.choice(list(layouts.SAME)) if r.random() < 0.85 else r.choice(list(layouts.OTHER))
+            )
     needed = call.needed()
     need = needed if r.random() < 0.5 else r.sample(needed, r.randint(0, len(needed)))
     return Case(call, dtype, backend or drawn, need, seed, device=device, layouts=chosen)
 
 
-NONFINITE_FORMS = PLAIN | {  # plain torch's attention multiplies what a query does not see by 0, so that NaN spreads
+# plain torch's attention multiplies what a query does not see by 0, so that NaN spreads
+NONFINITE_FORMS = PLAIN | {
     "shaped_attention": plain.attention_by_loops,
     "simplified_block": partial(PLAIN["simplified_block"], attention=plain.attention_by_loops),
 }
 
 
 def check_nonfinite(case: Case) -> None:
-    """Checks that a NaN or infinity in a small tensor makes results non-finite where plain torch's are."""
+    """Checks that a NaN or infinity in a small tensor makes results non-finite where plain torch's
+    are.
+    """
     call, r = case.call, random.Random(case.seed)
     tensors = call.typed(case.dtype)
     ignored = {"attention_gain"} if "lengths" in tensors else set()  # padded tokens have no gain
-    for name in (k for k, t in tensors.items() if t.is_floating_point() and k not in ignored and t.numel() <= 500):
+    for name in (
+        k
+        for k, t in tensors.items()
+        if t.is_floating_point() and k not in ignored and t.numel() <= 500
+    ):
         at, value = r.randrange(tensors[name].numel()), r.choice((math.inf, -math.inf, math.nan))
         spoiled = tensors | {name: tensors[name].clone()}
         spoiled[name].view(-1)[at] = value
         wide = {k: t.double() if t.is_floating_point() else t for k, t in spoiled.items()}
         with forced(case.backend), torch.no_grad():
-            results = outputs_of(function_of(call), call, {k: t.to(case.device) for k, t in spoiled.items()})
+            results = outputs_of(
+                function_of(call), call, {k: t.to(case.device) for k, t in spoiled.items()}
+            )
         for term, expected in outputs_of(NONFINITE_FORMS[call.op], call, wide).items():
             lost = results[term].cpu().isfinite() & ~expected.isfinite()
             assert not lost.any(), f"{term} is finite: {name}[{at}] = {value}"
@@ -162,7 +208,9 @@ def check(case: Case) -> None:
     case.check(roundings=True)
 
 
-def failures(seeds: range, check: Callable[[Case], None] = check, backend: str = "", device: str = "cpu") -> list[str]:
+def failures(
+    seeds: range, check: Callable[[Case], None] = check, backend: str = "", device: str = "cpu"
+) -> list[str]:
     """Returns an error for each of the calls with these numbers that fails."""
     errors = []
     torch.use_deterministic_algorithms(True, warn_only=True)  # makes unwritten memory NaN

@@ -1,7 +1,8 @@
 """Runs the command line on a rank that may meet a fault, or that stands for a node of its own.
 
-rank_fault.py FAULTS WORDS...       FAULTS: JSON, list of [attempt of torchrun, rank, step, signal]
-rank_fault.py node WORDS...         each rank is alone on its node; those after the first start in an empty folder
+rank_fault.py FAULTS WORDS...    FAULTS: JSON, list of [attempt of torchrun, rank, step, signal]
+rank_fault.py node WORDS...      each rank is alone on its node; those after the first start in an
+                                 empty folder
 """
 
 import json
@@ -29,7 +30,8 @@ def stepping(state, batches):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    os.environ["TORCHELASTIC_RUN_ID"] = "test"  # by which torch knows torchrun's processes, also those of forked_ranks
+    # by which torch knows torchrun's processes, also those of forked_ranks
+    os.environ["TORCHELASTIC_RUN_ID"] = "test"
     if sys.argv[1] == "node":
         os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
         if rank:

@@ -1,6 +1,8 @@
-"""What each rank of tests/ops/test_distributed.py runs: a small CLIP under fully_shard as in docs/scaling.md.
+"""What each rank of tests/ops/test_distributed.py runs: a small CLIP under fully_shard as in
+docs/scaling.md.
 
-Its blocks, loss and gradient caching, with mixed precision, activation checkpointing and torch.compile.
+Its blocks, loss and gradient caching, with mixed precision, activation checkpointing and
+torch.compile.
 """
 
 import itertools
@@ -17,7 +19,9 @@ from simplclip import gradient_cache
 from simplclip.losses import ClipPMLoss
 from simplclip.nn import SimplifiedBlock
 
-N, C, STEPS = 8, 32, 5
+N = 8
+C = 32
+STEPS = 5
 
 
 class Tower(nn.Module):
@@ -46,7 +50,9 @@ class Clip(nn.Module):
 
 def batch(step, world):
     g = torch.Generator().manual_seed(step)
-    return torch.randn(world * N, 6, 12, generator=g), torch.randint(20, (world * N, 7), generator=g)
+    return torch.randn(world * N, 6, 12, generator=g), torch.randint(
+        20, (world * N, 7), generator=g
+    )
 
 
 def train(model, loss, cached, rows, world):
@@ -73,10 +79,18 @@ def main(backend):
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
     shard = run("scaling.md", "FSDP2")["shard"]
-    start = torch.cat([p.detach().flatten() for p in [*Clip().parameters(), *ClipPMLoss().parameters()]])
-    every = itertools.product((False, True), (False, True)) if backend == "inductor" else ((False, True), (True, False))
+    start = torch.cat(
+        [p.detach().flatten() for p in [*Clip().parameters(), *ClipPMLoss().parameters()]]
+    )
+    every = (
+        itertools.product((False, True), (False, True))
+        if backend == "inductor"
+        else ((False, True), (True, False))
+    )
     for half, cached in every:
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else torch.float32, reduce_dtype=torch.float32)
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else torch.float32, reduce_dtype=torch.float32
+        )
         torch.compiler.reset()
         model = shard(Clip(), mesh, precision, backend)
         assert isinstance(model, FSDPModule)
@@ -85,6 +99,8 @@ def main(backend):
         dist.all_reduce(values)
         expected_values, expected = train(Clip(), ClipPMLoss(), cached, slice(None), world)
         what, within = f"bfloat16: {half}, gradient caching: {cached}", (3e-2 if half else 1e-5)
-        torch.testing.assert_close(values / world, expected_values, rtol=within, atol=0, msg=lambda m, w=what: f"{w}: {m}")
+        torch.testing.assert_close(
+            values / world, expected_values, rtol=within, atol=0, msg=lambda m, w=what: f"{w}: {m}"
+        )
         away = (weights - expected).norm() / (expected - start).norm()
         assert away < (0.1 if half else 1e-4), f"{what}: {away} of the way"

@@ -1,9 +1,13 @@
-"""Trains the runs of a plan under torchrun, several runs in one start, and writes down what each rank did.
+"""Trains the runs of a plan under torchrun, several runs in one start, and writes down what each
+rank did.
 
-    rank_train.py FOLDER PLAN        PLAN: {name: {"changes": [...], "resume": false, "fault": [what, rank, step]}}
+    rank_train.py FOLDER PLAN
 
-Each rank takes its part of the batches of one loader, so that a step of all ranks has the pairs of a step of one process.
-The fault happens to this rank in this step. Each rank writes the results of `observed` by name to FOLDER/PLAN-RANK.json.
+PLAN: {name: {"changes": [...], "resume": false, "fault": [what, rank, step]}}
+
+Each rank takes its part of the batches of one loader, so that a step of all ranks has the pairs of
+a step of one process. The fault happens to this rank in this step. Each rank writes the results of
+`observed` by name to FOLDER/PLAN-RANK.json.
 """
 
 import json
@@ -42,7 +46,10 @@ class Parts:
             yield {name: value[rows] for name, value in batch.items()}
 
     def state_dict(self):
-        return self.loader.state_dict() | {"rank": self.rank, "world_size": int(os.environ.get("WORLD_SIZE", 1))}
+        return self.loader.state_dict() | {
+            "rank": self.rank,
+            "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        }
 
     def load_state_dict(self, state):
         self.loader.load_state_dict(state | {"rank": 0, "world_size": 1})
@@ -60,9 +67,14 @@ Loader, curves = data.Loader, loop.curves
 
 
 def observed(config, broken=None, **options) -> dict:
-    """Runs a config, and returns for this rank: the groups of each step's pairs, the numbers of texts in micro-batches, the
-    weights at the end, the seed of torch's generator, and the error."""
-    rank, groups, last, original, error = int(os.environ.get("RANK", 0)), [], [], loop.train_step, None
+    """Runs a config, and returns for this rank: the groups of each step's pairs, the numbers of
+    texts in micro-batches, the weights at the end, the seed of torch's generator, and the error.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    groups = []
+    last = []
+    original = loop.train_step
+    error = None
     cut, split = [], TextCrop.split
 
     def splitting(crop, text, tokens):
@@ -81,16 +93,28 @@ def observed(config, broken=None, **options) -> dict:
     def parts(shards, *, rank, world_size, **options):
         return Parts(rank, world_size, shards=shards, **options)
 
-    loop.train_step, loop.curves, TextCrop.split, loop.data.Loader = stepping, lambda out: None, splitting, parts
+    loop.train_step = stepping
+    loop.curves = lambda out: None
+    TextCrop.split = splitting
+    loop.data.Loader = parts
     try:
         with open(f"{config.run.out}-{rank}.txt", "w") as text:
             loop.run(config, console=Console(file=text, width=200), **options)
     except (Exception, SystemExit) as failed:
         error = f"{type(failed).__name__}: {failed}"
     finally:
-        loop.train_step, loop.curves, TextCrop.split, loop.data.Loader = original, curves, split, Loader
+        loop.train_step = original
+        loop.curves = curves
+        TextCrop.split = split
+        loop.data.Loader = Loader
     weights = [p.detach().sum().item() for p in last[0].model.parameters()] if last else []
-    return {"groups": groups, "cut": cut, "weights": weights, "error": error, "seed": torch.initial_seed()}
+    return {
+        "groups": groups,
+        "cut": cut,
+        "weights": weights,
+        "error": error,
+        "seed": torch.initial_seed(),
+    }
 
 
 def main(folder: Path, plan: str) -> None:

@@ -1,5 +1,6 @@
-"""What each rank of tests/ops/test_distributed.py runs: the recipe of docs/recipes.md for transformers' Trainer, in
-DistributedDataParallel."""
+"""What each rank of tests/ops/test_distributed.py runs: the recipe of docs/recipes.md for
+transformers' Trainer, in DistributedDataParallel.
+"""
 
 from types import SimpleNamespace
 
@@ -15,7 +16,9 @@ N = 5
 
 
 def check(trainer, name: str, loss, whole: bool, rank: int) -> None:
-    """Compares the recipe's loss with the model's own of the whole batch, or of each rank's batch."""
+    """Compares the recipe's loss with the model's own of the whole batch, or of each rank's
+    batch.
+    """
     inputs = batch(name, N * dist.get_world_size())
     local = {key: value[N * rank : N * rank + N] for key, value in inputs.items()}
     out, expected = step(model(name), inputs if whole else local)

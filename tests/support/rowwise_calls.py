@@ -31,11 +31,16 @@ class Tempered(nn.Module):
 
 
 def batch(n=N, m=N, dtype=torch.float64, width=D, seed=0):
-    """Returns image, text, logit_scale, logit_bias as leaves; then a teacher's features and scale."""
+    """Returns image, text, logit_scale, logit_bias as leaves; then a teacher's features and
+    scale.
+    """
     g = torch.Generator().manual_seed(seed)
     image, text = (torch.randn(rows, width, generator=g, dtype=torch.float64) for rows in (n, m))
     text[:n] += image
-    teacher = [F.normalize(t + 0.5 * torch.randn(t.shape, generator=g), dim=1).to(dtype) for t in (image, text)]
+    teacher = [
+        F.normalize(t + 0.5 * torch.randn(t.shape, generator=g), dim=1).to(dtype)
+        for t in (image, text)
+    ]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     scale, bias, teacher_scale = (torch.tensor(value, dtype=wide) for value in (12.0, -0.5, 9.0))
     leaves = [F.normalize(image, dim=1).to(dtype), F.normalize(text, dim=1).to(dtype), scale, bias]
@@ -51,7 +56,9 @@ def dense(fn, leaves, teacher=(), symmetric=True):
     value = fn(matrices[0], positives, *matrices[1:]).mean()
     if not symmetric:
         return value
-    return 0.5 * (value + fn(matrices[0][:, :n].T, positives, *(t[:, :n].T for t in matrices[1:])).mean())
+    return 0.5 * (
+        value + fn(matrices[0][:, :n].T, positives, *(t[:, :n].T for t in matrices[1:])).mean()
+    )
 
 
 def call(loss, leaves, teacher=()):

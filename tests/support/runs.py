@@ -20,7 +20,9 @@ TIMED = ("samples_per_s", "data_share", "peak_mb")
 
 
 def go(config, curves=False, **options) -> str:
-    """Runs a config and returns the printed text. curves: draw them at the end, which takes longer than 7 steps."""
+    """Runs a config and returns the printed text. curves: draw them at the end, which takes longer
+    than 7 steps.
+    """
     text = io.StringIO()
     with contextlib.nullcontext() if curves else mock.patch.object(loop, "curves"):
         loop.run(config, console=Console(file=text, width=200), **options)
@@ -40,7 +42,8 @@ def at_step(monkeypatch, step, action):
 
 
 def check_resumed(folder, monkeypatch, stop, changes, teacher=0) -> str:
-    """Checks that a run that a signal stops after step `stop` and that is resumed equals an undisturbed run to the bit.
+    """Checks that a run that a signal stops after step `stop` and that is resumed equals an
+    undisturbed run to the bit.
 
     Returns what the undisturbed run printed.
     """
@@ -77,9 +80,15 @@ def state_of(folder, file="last.pt"):
 
 
 def bits(value):
-    """Replaces each tensor of a state by its dtype and bytes, so that == compares states to the bit."""
+    """Replaces each tensor of a state by its dtype and bytes, so that == compares states to the
+    bit.
+    """
     if isinstance(value, dict):
         return {key: bits(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [bits(part) for part in value]
-    return (value.dtype, value.contiguous().view(-1).numpy().tobytes()) if isinstance(value, torch.Tensor) else value
+    return (
+        (value.dtype, value.contiguous().view(-1).numpy().tobytes())
+        if isinstance(value, torch.Tensor)
+        else value
+    )

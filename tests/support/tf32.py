@@ -1,4 +1,6 @@
-"""Products in TF32 on a CPU, as plain torch has them on a GPU with torch.backends.cuda.matmul.fp32_precision = "tf32"."""
+"""Products in TF32 on a CPU, as plain torch has them on a GPU with
+torch.backends.cuda.matmul.fp32_precision = "tf32".
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PRODUCTS = {getattr(torch.ops.aten, name).default: first for name, first in (("mm", 0), ("bmm", 0), ("addmm", 1))}
+PRODUCTS = {
+    getattr(torch.ops.aten, name).default: first
+    for name, first in (("mm", 0), ("bmm", 0), ("addmm", 1))
+}
 
 
 def rounded(t: Tensor) -> Tensor:
@@ -19,7 +24,9 @@ def rounded(t: Tensor) -> Tensor:
 class ProductsInTF32(TorchDispatchMode):
     """A mode that rounds the operands of products of float32 matrices, in backward too."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         first = PRODUCTS.get(function)
         if first is not None and args[first].dtype == torch.float32:
             args = (*args[:first], *map(rounded, args[first : first + 2]), *args[first + 2 :])

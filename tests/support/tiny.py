@@ -1,4 +1,6 @@
-"""A tiny model, tiny shards and a config for the tests of training, evaluation and the command line."""
+"""A tiny model, tiny shards and a config for the tests of training, evaluation and the command
+line.
+"""
 
 import io
 import itertools
@@ -17,7 +19,9 @@ MODEL = {"text_cfg": {"layers": 1}}
 
 
 def picture(colour, shape, size=16) -> bytes:
-    """Returns a PNG with a random pattern in a colour on white; the pattern depends on the shape's name."""
+    """Returns a PNG with a random pattern in a colour on white; the pattern depends on the shape's
+    name.
+    """
     inside = np.random.default_rng(list(shape.encode())).random((size // 4, size // 4)) < 0.5
     inside = inside.repeat(4, axis=0).repeat(4, axis=1)
     data = io.BytesIO()
@@ -26,7 +30,9 @@ def picture(colour, shape, size=16) -> bytes:
 
 
 def teacher_features(captions: list[str], width: int) -> np.ndarray:
-    """Returns features of a teacher that knows the concept: one for the image and each caption, float16 [1 + C, D̂]."""
+    """Returns features of a teacher that knows the concept: one for the image and each caption,
+    float16 [1 + C, D̂].
+    """
     clean = np.random.default_rng(list(captions[0].encode())).standard_normal(width)
     noise = np.random.default_rng(1).standard_normal((1 + len(captions), width))
     features = clean + 0.3 * noise
@@ -34,7 +40,9 @@ def teacher_features(captions: list[str], width: int) -> np.ndarray:
 
 
 def write_shard(path: Path, copies: int = 1, teacher: int = 0) -> str:
-    """Writes 24 concepts (colour and shape), each `copies` times. teacher: width of a teacher's features in a sidecar."""
+    """Writes 24 concepts (colour and shape), each `copies` times. teacher: width of a teacher's
+    features in a sidecar.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     samples, taught = [], []
     for copy, name, shape in itertools.product(range(copies), COLOURS, SHAPES):
@@ -44,9 +52,16 @@ def write_shard(path: Path, copies: int = 1, teacher: int = 0) -> str:
         key = f"{copy}-{name}-{shape}"
         samples.append((key, files))
         if teacher:
-            taught.append((key, {"teacher.npy": pairs.npy(teacher_features(record["captions"], teacher))}))
+            taught.append(
+                (key, {"teacher.npy": pairs.npy(teacher_features(record["captions"], teacher))})
+            )
     if teacher:
-        write_teacher(path.parent / "teacher", path.name, taught, {"name": "made up", "width": teacher, "logit_scale": 10.0})
+        write_teacher(
+            path.parent / "teacher",
+            path.name,
+            taught,
+            {"name": "made up", "width": teacher, "logit_scale": 10.0},
+        )
     return pairs.write(path, samples)
 
 
@@ -66,7 +81,13 @@ def write_config(folder: Path, teacher: int = 0) -> str:
     shard = folder / "data" / "train-0.tar"
     if not shard.exists():
         write_shard(shard, teacher=teacher)
-    run = {"out": str(folder / "run"), "steps": 7, "precision": "fp32", "device": "cpu", "log_every": 1}
+    run = {
+        "out": str(folder / "run"),
+        "steps": 7,
+        "precision": "fp32",
+        "device": "cpu",
+        "log_every": 1,
+    }
     sidecars = [str(shard.parent / "teacher")] if teacher else []
     values = config.from_dict(
         {

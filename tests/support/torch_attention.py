@@ -1,7 +1,9 @@
-"""Stand-ins for the functions under torch's scaled_dot_product_attention on a GPU, in plain torch: what they take and return.
+"""Stand-ins for the functions under torch's scaled_dot_product_attention on a GPU, in plain torch:
+what they take and return.
 
-They are as in attention.cu, attention_backward.cu and flash_api.cpp of torch: tensors [B, L, H, K], or one sequence of all
-tokens with the bounds of its segments, each of which attends to itself; heads begin at multiples of 16 bytes.
+They are as in attention.cu, attention_backward.cu and flash_api.cpp of torch: tensors [B, L, H, K],
+or one sequence of all tokens with the bounds of its segments, each of which attends to itself;
+heads begin at multiples of 16 bytes.
 """
 
 from types import SimpleNamespace
@@ -12,7 +14,9 @@ from torch import Tensor
 
 
 def _segments(q: Tensor, bounds: Tensor | None, most: int | None) -> list[tuple[int, slice]]:
-    """Returns the index of the sequence, and the range of its tokens, for each segment of q [B, L, H, K]."""
+    """Returns the index of the sequence, and the range of its tokens, for each segment of q [B, L,
+    H, K].
+    """
     for t in () if bounds is None else (bounds,):
         assert (t.dtype, t.dim(), q.shape[0], t[0], t[-1]) == (torch.int32, 1, 1, 0, q.shape[1])
         assert 0 <= t.diff().min() <= t.diff().max() <= most
@@ -25,15 +29,22 @@ def _check(*tensors: Tensor) -> None:
         row = 16 // t.itemsize
         assert t.stride(-1) == 1, "rows that are not dense"
         assert t.data_ptr() % 16 == 0, "a head between multiples of 16 bytes"
-        assert not any(step % row for step in t.stride()[:-1]), "heads between multiples of 16 bytes"
+        assert not any(step % row for step in t.stride()[:-1]), (
+            "heads between multiples of 16 bytes"
+        )
         assert not t.shape[-1] % row, "a width between multiples of 16 bytes"
         assert t.dtype == tensors[0].dtype
 
 
-def _logits(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:  # [L, H, K] twice -> [H, L, L]
+# [L, H, K] twice -> [H, L, L]
+def _logits(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     assert scale > 0, "a scale by which a mask of -inf would not be multiplied"
     logits = scale * torch.einsum("ihk,jhk->hij", q.float(), k.float())
-    return logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -torch.inf) if causal else logits
+    return (
+        logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -torch.inf)
+        if causal
+        else logits
+    )
 
 
 def _forward(q, k, v, segments, causal, scale):
@@ -41,7 +52,9 @@ def _forward(q, k, v, segments, causal, scale):
     for b, rows in segments:
         logits = _logits(q[b, rows], k[b, rows], causal, scale)
         lse.append(logits.logsumexp(-1))
-        out[b, rows] = torch.einsum("hij,jhk->ihk", logits.softmax(-1).to(v.dtype).float(), v[b, rows].float()).to(v.dtype)
+        out[b, rows] = torch.einsum(
+            "hij,jhk->ihk", logits.softmax(-1).to(v.dtype).float(), v[b, rows].float()
+        ).to(v.dtype)
     return out, lse
 
 
@@ -49,7 +62,12 @@ def _backward(grad, q, k, v, out, lse, segments, causal, scale):
     gradients = [torch.full_like(t, torch.nan) for t in (q, k, v)]
     for (b, rows), of_segment in zip(segments, lse):
         g, o, values = (t[b, rows].float() for t in (grad, out, v))
-        weights = (_logits(q[b, rows], k[b, rows], causal, scale) - of_segment[..., None]).exp().to(v.dtype).float()
+        weights = (
+            (_logits(q[b, rows], k[b, rows], causal, scale) - of_segment[..., None])
+            .exp()
+            .to(v.dtype)
+            .float()
+        )
         d = torch.einsum("ihk,jhk->hij", g, values) - (g * o).sum(-1).T[..., None]
         d = (scale * weights * d).to(v.dtype).float()
         gradients[0][b, rows] = torch.einsum("hij,jhk->ihk", d, k[b, rows].float()).to(q.dtype)
@@ -58,14 +76,22 @@ def _backward(grad, q, k, v, out, lse, segments, causal, scale):
     return gradients
 
 
-def _flash_attention_forward(q, k, v, bounds, keys, most, most_keys, dropout, causal, debug, *, scale):
+def _flash_attention_forward(
+    q, k, v, bounds, keys, most, most_keys, dropout, causal, debug, *, scale
+):
     assert (keys is bounds, most_keys, dropout, debug) == (True, most, 0, False)
     assert q.itemsize == 2
     assert q.shape[-1] <= 256
     _check(q, k, v)
     whole = [t[None] if bounds is not None else t for t in (q, k, v)]
     out, lse = _forward(*whole, _segments(whole[0], bounds, most), causal, scale)
-    return out.view(q.shape), torch.stack(lse) if bounds is None else torch.cat(lse, 1), None, None, None
+    return (
+        out.view(q.shape),
+        torch.stack(lse) if bounds is None else torch.cat(lse, 1),
+        None,
+        None,
+        None,
+    )
 
 
 def _flash_attention_backward(
@@ -79,7 +105,9 @@ def _flash_attention_backward(
     return tuple(t.view(q.shape) for t in _backward(*whole, parts, segments, causal, scale))
 
 
-def _efficient_attention_forward(q, k, v, bias, bounds, keys, most, most_keys, dropout, mask, statistics, *, scale):
+def _efficient_attention_forward(
+    q, k, v, bias, bounds, keys, most, most_keys, dropout, mask, statistics, *, scale
+):
     assert (keys is bounds, most_keys, bias, dropout, statistics) == (True, most, None, 0, True)
     _check(q, k, v)
     out, parts = _forward(q, k, v, _segments(q, bounds, most), mask == 1, scale)
@@ -91,8 +119,25 @@ def _efficient_attention_forward(q, k, v, bias, bounds, keys, most, most_keys, d
 
 
 def _efficient_attention_backward(
-    grad, q, k, v, bias, out, bounds, keys, most, most_keys, lse, dropout, seed, offset, mask, bias_gradient, *, scale
-):  # fmt: skip
+    grad,
+    q,
+    k,
+    v,
+    bias,
+    out,
+    bounds,
+    keys,
+    most,
+    most_keys,
+    lse,
+    dropout,
+    seed,
+    offset,
+    mask,
+    bias_gradient,
+    *,
+    scale,
+):
     assert (keys is bounds, most_keys, bias, dropout, bias_gradient) == (True, most, None, 0, False)
     _check(grad, q, k, v, out)
     segments = _segments(q, bounds, most)
@@ -100,7 +145,9 @@ def _efficient_attention_backward(
     parts = []
     for number, (_, rows) in enumerate(segments):
         count = rows.stop - rows.start
-        assert lse[number, :, count:].isinf().all() or (bounds is not None and number % 2), "rows beyond a sequence count"
+        assert lse[number, :, count:].isinf().all() or (bounds is not None and number % 2), (
+            "rows beyond a sequence count"
+        )
         parts.append(lse[number, :, :count])
     return *_backward(grad, q, k, v, out, parts, segments, mask == 1, scale), None
 
@@ -111,16 +158,37 @@ class LowerTriangularMask:
 
 def xformers_forward(q, k, v, *, attn_bias, scale):
     mask = int(isinstance(attn_bias, LowerTriangularMask))
-    return _efficient_attention_forward(q, k, v, None, None, None, None, None, 0, mask, True, scale=scale)[:2]
+    return _efficient_attention_forward(
+        q, k, v, None, None, None, None, None, 0, mask, True, scale=scale
+    )[:2]
 
 
 def xformers_backward(grad, out, lse, q, k, v, *, attn_bias, scale):
     """Takes log-sum-exps without padding and pads them itself."""
-    mask, lse = int(isinstance(attn_bias, LowerTriangularMask)), F.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
+    mask = int(isinstance(attn_bias, LowerTriangularMask))
+    lse = F.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
     most = q.shape[1]
     return _efficient_attention_backward(
-        grad, q, k, v, None, out, None, None, most, most, lse, 0, None, None, mask, False, scale=scale
-    )[:3]  # fmt: skip
+        grad,
+        q,
+        k,
+        v,
+        None,
+        out,
+        None,
+        None,
+        most,
+        most,
+        lse,
+        0,
+        None,
+        None,
+        mask,
+        False,
+        scale=scale,
+    )[:3]
 
 
-aten = SimpleNamespace(**{name: f for name, f in list(globals().items()) if name.endswith(("_forward", "_backward"))})
+aten = SimpleNamespace(
+    **{name: f for name, f in list(globals().items()) if name.endswith(("_forward", "_backward"))}
+)

@@ -22,7 +22,9 @@ def trace(run: Callable[[dict[str, Any]], None], tensors: dict[str, Any]) -> lis
 
 
 def names(steps: list[Kernel], *kinds: str) -> Counter[str]:
-    """Counts the starts of each kernel, or the waits. kinds: "torch", "triton" or "cuda" for kernels, "host" for waits."""
+    """Counts the starts of each kernel, or the waits. kinds: "torch", "triton" or "cuda" for
+    kernels, "host" for waits.
+    """
     counts: Counter[str] = Counter()
     for step in steps:
         if step.by in kinds:

@@ -1,4 +1,6 @@
-"""A plan of runs of open_clip's trainer, in one process or in two (trainer_runs.py), and the results of the runs."""
+"""A plan of runs of open_clip's trainer, in one process or in two (trainer_runs.py), and the
+results of the runs.
+"""
 
 import importlib.util
 import json
@@ -9,34 +11,80 @@ import tiny
 import torch
 from launch import forked_ranks
 
-MISSING = [name for name in ("pandas", "fsspec", "open_clip_train") if importlib.util.find_spec(name) is None]
-needs_trainer = pytest.mark.skipif(bool(MISSING), reason=f"open_clip's trainer needs {', '.join(MISSING)}")
+MISSING = [
+    name
+    for name in ("pandas", "fsspec", "open_clip_train")
+    if importlib.util.find_spec(name) is None
+]
+needs_trainer = pytest.mark.skipif(
+    bool(MISSING), reason=f"open_clip's trainer needs {', '.join(MISSING)}"
+)
 BATCH, STEPS = 8, 10
 
 
 def write_shard(path, number):
-    names = [(colour, shape) for colour in tiny.COLOURS for shape in tiny.SHAPES][BATCH * number : BATCH * (number + 1)]
+    names = [(colour, shape) for colour in tiny.COLOURS for shape in tiny.SHAPES][
+        BATCH * number : BATCH * (number + 1)
+    ]
     picture = lambda colour, shape: tiny.picture(tiny.COLOURS[colour], shape)  # noqa: E731
-    pairs.write(path, [(f"{c}-{s}", {"png": picture(c, s), "txt": f"a {c} {s}".encode()}) for c, s in names])
+    pairs.write(
+        path, [(f"{c}-{s}", {"png": picture(c, s), "txt": f"a {c} {s}".encode()}) for c, s in names]
+    )
 
 
 class Plan:
     """Runs by name. Each has a folder of logs of its own, unless `name` names a run to continue."""
 
     def __init__(self, folder, ranks=1):
-        self.folder, self.ranks, self.entries, self.results = folder, ranks, {}, []
+        self.folder = folder
+        self.ranks = ranks
+        self.entries = {}
+        self.results = []
 
-    def add(self, key, who, *argv, name=None, data="one", epochs=1, steps=STEPS, lr="1e-3", command=()):
-        # A batch holds all samples as whole pictures, so that open_clip's unseeded shuffling changes no loss.
-        shards, samples = {"one": ("train-0.tar", BATCH), "two": ("train-{0..1}.tar", 2 * BATCH)}[data]
+    def add(
+        self, key, who, *argv, name=None, data="one", epochs=1, steps=STEPS, lr="1e-3", command=()
+    ):
+        # A batch holds all samples as whole pictures, so that open_clip's unseeded shuffling
+        # changes no loss.
+        shards, samples = {"one": ("train-0.tar", BATCH), "two": ("train-{0..1}.tar", 2 * BATCH)}[
+            data
+        ]
         argv = [
             *command,
-            "--model", "tiny", "--precision", "fp32", "--device", "cpu", "--workers", "0", "--batch-size", str(BATCH),
-            "--dataset-type", "webdataset", "--train-data", str(self.folder / shards),
-            "--train-num-samples", str(steps * samples), "--aug-cfg", "scale=(1.0,1.0)",
-            "--epochs", str(epochs), "--lr", lr, "--warmup", "0", "--lr-scheduler", "const",
-            "--log-every-n-steps", "1", "--logs", str(self.folder / "logs"), "--name", name or key, *map(str, argv),
-        ]  # fmt: skip
+            "--model",
+            "tiny",
+            "--precision",
+            "fp32",
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+            "--batch-size",
+            str(BATCH),
+            "--dataset-type",
+            "webdataset",
+            "--train-data",
+            str(self.folder / shards),
+            "--train-num-samples",
+            str(steps * samples),
+            "--aug-cfg",
+            "scale=(1.0,1.0)",
+            "--epochs",
+            str(epochs),
+            "--lr",
+            lr,
+            "--warmup",
+            "0",
+            "--lr-scheduler",
+            "const",
+            "--log-every-n-steps",
+            "1",
+            "--logs",
+            str(self.folder / "logs"),
+            "--name",
+            name or key,
+            *map(str, argv),
+        ]
         self.entries[key] = {"who": who, "argv": argv}
 
     def both(self, key, *argv, **options):
@@ -45,7 +93,9 @@ class Plan:
 
     def more(self, key, *argv, epochs=2, **options):
         """Adds a run of this library that continues the run `key`."""
-        self.add(f"{key}-more", "ours", *argv, "--resume", "latest", name=key, epochs=epochs, **options)
+        self.add(
+            f"{key}-more", "ours", *argv, "--resume", "latest", name=key, epochs=epochs, **options
+        )
 
     def run(self, plan):
         (self.folder / f"{plan}.json").write_text(json.dumps(self.entries))

@@ -1,13 +1,17 @@
-"""Runs open_clip's trainer several times in one process, with its own losses and with ours, and writes down what they did.
+"""Runs open_clip's trainer several times in one process, with its own losses and with ours, and
+writes down what they did.
 
     python trainer_runs.py FOLDER PLAN        PLAN: {name: {"who": WHO, "argv": [...]}}
 
-WHO is "theirs" for open_clip's trainer, "ours" for simplclip-open-clip, and "used" for open_clip's trainer under use_losses.
+WHO is "theirs" for open_clip's trainer, "ours" for simplclip-open-clip, and "used" for open_clip's
+trainer under use_losses.
 
-open_clip's trainer lacks two things here. It gives DistributedDataParallel device_ids, which torch refuses for modules on a
-CPU; this file mends that for all. It reads shards by webdataset 0.2.86 only, which "ours" mends itself.
+open_clip's trainer lacks two things here. It gives DistributedDataParallel device_ids, which torch
+refuses for modules on a CPU; this file mends that for all. It reads shards by webdataset 0.2.86
+only, which "ours" mends itself.
 
-Each rank writes FOLDER/PLAN-RANK.json: by run the losses of each step, and the loss's parameters at the end, or the error.
+Each rank writes FOLDER/PLAN-RANK.json: by run the losses of each step, and the loss's parameters at
+the end, or the error.
 """
 
 import contextlib
@@ -35,11 +39,21 @@ def write_models(folder: Path) -> None:
     for name, width in MODELS.items():
         config = {
             "embed_dim": width,
-            "vision_cfg": {"image_size": IMAGE, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8},
+            "vision_cfg": {
+                "image_size": IMAGE,
+                "layers": 1,
+                "width": 16,
+                "patch_size": 8,
+                "head_width": 8,
+            },
             "text_cfg": dict(TEXT),
         }
         if "coca" in name:
-            config["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+            config["vision_cfg"] |= {
+                "attentional_pool": True,
+                "attn_pooler_heads": 2,
+                "output_tokens": True,
+            }
             config["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
             config |= {"multimodal_cfg": {**TEXT, "attn_pooler_heads": 2}, "custom_text": True}
         (folder / f"{name}.json").write_text(json.dumps(config))
@@ -69,31 +83,50 @@ class Recorder:
 
 def names() -> tuple:
     trainer, data = open_clip_train.main, open_clip_train.data
-    maker = getattr(trainer, "create_task", None) or trainer.create_loss  # the names in open_clip 4 and in 3.3
+    # the names in open_clip 4 and in 3.3
+    maker = getattr(trainer, "create_task", None) or trainer.create_loss
     return maker, trainer.create_model_and_transforms, trainer.parse_args, data.tar_file_expander
 
 
 def run(entry: dict, meeting: Path) -> dict:
     recorder, argv = Recorder(), entry["argv"]
-    if "RANK" in os.environ:  # torchrun's store serves one process group of a process, a file serves each of them
-        argv = [*argv, "--dist-url", f"file://{meeting}?rank={os.environ['RANK']}&world_size={os.environ['WORLD_SIZE']}"]
+    # torchrun's store serves one process group of a process, a file serves each of them
+    if "RANK" in os.environ:
+        argv = [
+            *argv,
+            "--dist-url",
+            f"file://{meeting}?rank={os.environ['RANK']}&world_size={os.environ['WORLD_SIZE']}",
+        ]
     handle = torch.nn.modules.module.register_module_forward_hook(recorder)
     wrap = torch.nn.parallel.DistributedDataParallel
-    torch.nn.parallel.DistributedDataParallel = lambda module, device_ids=None, **options: wrap(module, **options)
+    torch.nn.parallel.DistributedDataParallel = lambda module, device_ids=None, **options: wrap(
+        module, **options
+    )
     try:
         before = names()
         with contextlib.ExitStack() as stack:
             if entry["who"] != "ours":
-                stack.enter_context(simplclip.integrations.open_clip_train._shards_of_webdataset_1())
+                stack.enter_context(
+                    simplclip.integrations.open_clip_train._shards_of_webdataset_1()
+                )
             if entry["who"] == "used":
                 stack.enter_context(use_losses())
-            main = (simplclip.integrations.open_clip_train if entry["who"] == "ours" else open_clip_train.main).main
+            main = (
+                simplclip.integrations.open_clip_train
+                if entry["who"] == "ours"
+                else open_clip_train.main
+            ).main
             returned = main(argv)
         assert names() == before, "main left its replacements behind"
         parameters = {name: p.tolist() for name, p in recorder.loss.named_parameters()}
         kind = type(recorder.loss)
         loss = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
-        return {"steps": recorder.steps, "parameters": parameters, "returned": returned, "loss": loss}
+        return {
+            "steps": recorder.steps,
+            "parameters": parameters,
+            "returned": returned,
+            "loss": loss,
+        }
     except (Exception, SystemExit) as error:  # the error or exit is the result of a run
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
@@ -109,7 +142,9 @@ def main(folder: Path, plan: str) -> None:
     torch.set_num_threads(1)
     register_models(folder)
     entries = json.loads((folder / f"{plan}.json").read_text())
-    results = {name: run(entry, folder / f"{plan}-{name}.meeting") for name, entry in entries.items()}
+    results = {
+        name: run(entry, folder / f"{plan}-{name}.meeting") for name, entry in entries.items()
+    }
     rank = os.environ.get("RANK", "0")
     (folder / f"{plan}-{rank}.json").write_text(json.dumps(results))
 

@@ -5,7 +5,9 @@ import torch
 
 @torch.no_grad()
 def randomise(model):
-    """Randomises weights, since mistakes hide at the start: attention is the identity, biases are 0, norms do nothing."""
+    """Randomises weights, since mistakes hide at the start: attention is the identity, biases are
+    0, norms do nothing.
+    """
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim():

@@ -1,4 +1,6 @@
-"""Synthetic captions: the json of a sample, the drawing of tokens, crashes, and one error for bad input."""
+"""Synthetic captions: the json of a sample, the drawing of tokens, crashes, and one error for bad
+input.
+"""
 
 import hashlib
 import json
@@ -32,7 +34,9 @@ def weights(tmp_path_factory, coca):
 
 
 def generate(model, images, draws, top_p=1.0, temperature=1.0):
-    return caption.generate(model, images, draws, caption.tokenizer_of(NAME), top_p=top_p, temperature=temperature)
+    return caption.generate(
+        model, images, draws, caption.tokenizer_of(NAME), top_p=top_p, temperature=temperature
+    )
 
 
 def uniform(*shape):
@@ -44,7 +48,10 @@ def source(tmp_path_factory):
     """Writes two shards; the second has captions in txt only."""
     folder = tmp_path_factory.mktemp("in")
     write(folder / "train-0.tar", [sample(i) for i in range(5)])
-    write(folder / "train-1.tar", [(f"t{i}", {"png": png(i), "txt": f" it is {i}\n".encode()}) for i in range(3)])
+    write(
+        folder / "train-1.tar",
+        [(f"t{i}", {"png": png(i), "txt": f" it is {i}\n".encode()}) for i in range(3)],
+    )
     return folder
 
 
@@ -61,7 +68,9 @@ def run(source, out, weights, **options):
 
 
 def records(folder):
-    written = {name: content for path in folder.glob("*.tar") for name, content in members(path).items()}
+    written = {
+        name: content for path in folder.glob("*.tar") for name, content in members(path).items()
+    }
     assert all(name.endswith(".json") for name in written)
     return {name.removesuffix(".json"): json.loads(content) for name, content in written.items()}
 
@@ -71,12 +80,15 @@ def test_captions_come_after_the_samples_own(source, captioned, weights):
     out, summary = captioned
     written, before = records(out), joined(source / "*.tar")
     assert written.keys() == before.keys()
-    assert (summary["samples"], summary["captions"]) == (8, 16)  # with 49,408 tokens, no two captions are equal
+    # with 49,408 tokens, no two captions are equal
+    assert (summary["samples"], summary["captions"]) == (8, 16)
     for key, record in written.items():
         own = before[key].captions
         assert record["captions"][: len(own)] == own
         assert record["synthetic"] == len(record["captions"]) - len(own) == 2
-        assert all(text == " ".join(text.split()) and "_of_text" not in text for text in record["captions"])
+        assert all(
+            text == " ".join(text.split()) and "_of_text" not in text for text in record["captions"]
+        )
         assert len(set(record["captions"])) == len(record["captions"])
         assert record.get("group") == (int(key[1:]) // 2 if key[0] == "k" else None)
     for key, pair in joined(source / "*.tar", out).items():
@@ -91,8 +103,14 @@ def test_captions_come_after_the_samples_own(source, captioned, weights):
 def test_duplicates_and_empty_captions_are_dropped():
     counts = Counter()
     own, drawn = ["A red  Cat", "ß"], ["a red cat", "", "a dog", "A DOG", "SS", "ein Hund"]
-    record = json.loads(caption.joined_record({"label": "x", "captions": [*own, 3]}, own, drawn, counts))
-    assert record == {"label": "x", "captions": ["A red  Cat", "ß", "a dog", "ein Hund"], "synthetic": 2}
+    record = json.loads(
+        caption.joined_record({"label": "x", "captions": [*own, 3]}, own, drawn, counts)
+    )
+    assert record == {
+        "label": "x",
+        "captions": ["A red  Cat", "ß", "a dog", "ein Hund"],
+        "synthetic": 2,
+    }
     assert counts == {"captions": 2, "duplicate": 3, "empty": 1}
 
 
@@ -102,7 +120,9 @@ def test_a_caption_depends_on_seed_and_sample_alone(source, captioned, weights, 
     torch.manual_seed(9)
     run(source / "train-0.tar", tmp_path / "a", weights, batch_size=1, workers=2)
     run(source / "train-0.tar", tmp_path / "b", weights, seed=1)
-    first, second, other = records(captioned[0]), records(tmp_path / "a"), records(tmp_path / "b")
+    first = records(captioned[0])
+    second = records(tmp_path / "a")
+    other = records(tmp_path / "b")
     assert all(first[key] == second[key] != other[key] for key in second)
     write(tmp_path / "twins.tar", [(key, {"png": png(), "txt": b"x"}) for key in ("k1", "k2")])
     run(tmp_path / "twins.tar", tmp_path / "c", weights)
@@ -112,7 +132,9 @@ def test_a_caption_depends_on_seed_and_sample_alone(source, captioned, weights, 
 
 @pytest.mark.slow
 def test_the_likeliest_tokens(coca):
-    """With a tiny top_p each token is the likeliest one after the tokens before it, by the whole model."""
+    """With a tiny top_p each token is the likeliest one after the tokens before it, by the whole
+    model.
+    """
     images = torch.randn(3, 3, 32, 32)
     tokenizer = caption.tokenizer_of(NAME)
     tokens = generate(coca, images, torch.rand(3, 2, CONTEXT).double(), top_p=1e-9, temperature=0.7)
@@ -139,18 +161,24 @@ def test_draws_follow_the_restricted_softmax():
         p[order[:kept]] = logits.exp()[order[:kept]]
         assert (share - p / p.sum()).abs().max() < 2e-4
     for u in (0.0, 1 - 2**-53):
-        assert caption._draw(logits[None], torch.tensor([u]).double(), 1.0).item() == order[0 if u == 0 else -1]
+        assert (
+            caption._draw(logits[None], torch.tensor([u]).double(), 1.0).item()
+            == order[0 if u == 0 else -1]
+        )
 
 
 @pytest.mark.slow
 def test_captions_end_where_the_model_ends_them():
     model = build()
     end, start = 49407, 49406
-    with torch.no_grad():  # equal probabilities at every place: a quarter for the end, much for the start
+    # equal probabilities at every place: a quarter for the end, much for the start
+    with torch.no_grad():
         model.text_decoder.ln_final.weight.zero_()
         model.text_decoder.ln_final.bias.fill_(1)
         model.text_decoder.text_projection.fill_(-100)
-        model.text_decoder.text_projection[0, [end, 5, 6, 7, start]] = torch.tensor([1500.0, 1500, 1500, 1500, 1600])
+        model.text_decoder.text_projection[0, [end, 5, 6, 7, start]] = torch.tensor(
+            [1500.0, 1500, 1500, 1500, 1600]
+        )
     images, draws = torch.randn(4, 3, 32, 32), uniform(4, 12)
     tokens = generate(model, images, draws)
     body = tokens[..., 1:].flatten(0, 1)
@@ -169,14 +197,17 @@ def test_captions_end_where_the_model_ends_them():
 @pytest.mark.slow
 def test_captions_that_go_on_are_not_disturbed_by_those_that_ended():
     model = build()
-    with torch.no_grad():  # about a quarter for the end at every place; other tokens depend on the image
+    # about a quarter for the end at every place; other tokens depend on the image
+    with torch.no_grad():
         model.text_decoder.ln_final.bias.fill_(1)
         model.text_decoder.text_projection[:, 49407] = 11 / 16
     images, draws = torch.randn(4, 3, 32, 32), uniform(4, 6)
     tokens = generate(model, images, draws)
     assert (tokens == 49407).sum(-1).unique().numel() > 4
     for i in range(4):
-        assert torch.equal(generate(model, images[i : i + 1], draws[i : i + 1, 3:5])[0], tokens[i, 3:5])
+        assert torch.equal(
+            generate(model, images[i : i + 1], draws[i : i + 1, 3:5])[0], tokens[i, 3:5]
+        )
     assert not torch.equal(generate(model, images.flip(0), draws), tokens)
 
 
@@ -185,8 +216,18 @@ def test_a_hub_that_cannot_be_reached_is_one_line(source, tmp_path, monkeypatch)
         raise RuntimeError("Failed to download\nthe weights")
 
     monkeypatch.setattr(open_clip, "create_model", offline)
-    line = one_line("caption", source / "train-0.tar", "--out", tmp_path / "out", "--pretrained", "laion2b_s13b_b90k")
-    assert "pretrained: open_clip could not get coca_ViT-B-32/laion2b_s13b_b90k: Failed to download; or name its file" in line
+    line = one_line(
+        "caption",
+        source / "train-0.tar",
+        "--out",
+        tmp_path / "out",
+        "--pretrained",
+        "laion2b_s13b_b90k",
+    )
+    assert (
+        "pretrained: open_clip could not get coca_ViT-B-32/laion2b_s13b_b90k: Failed to download; "
+        "or name its file" in line
+    )
 
 
 @pytest.mark.slow
@@ -201,14 +242,28 @@ def test_command(source, weights, tmp_path):
     assert "wrote 0 of 1 sidecars" in call(*command, tmp_path / "out", *options, "--n", 1).output
 
     (tmp_path / "text.pt").write_text("no weights")
-    torch.save({"state_dict": models.create(f"open_clip:{NAME}-wide").state_dict()}, tmp_path / "wide.pt")
+    torch.save(
+        {"state_dict": models.create(f"open_clip:{NAME}-wide").state_dict()}, tmp_path / "wide.pt"
+    )
     state = torch.load(weights, weights_only=True)["state_dict"]
-    torch.save({name: torch.full_like(t, torch.nan) for name, t in state.items()}, tmp_path / "nan.pt")
+    torch.save(
+        {name: torch.full_like(t, torch.nan) for name, t in state.items()}, tmp_path / "nan.pt"
+    )
     cases = {
-        "model: expected a CoCa model of open_clip, such as coca_": (out, "--model", "ViT-B-32", "--checkpoint", weights),
+        "model: expected a CoCa model of open_clip, such as coca_": (
+            out,
+            "--model",
+            "ViT-B-32",
+            "--checkpoint",
+            weights,
+        ),
         "expected a file or a tag with the weights of coca_ViT-B-32, got neither": (out,),
         "got both": (out, *options, "--pretrained", "x"),
-        "pretrained: expected a tag of coca_ViT-B-32, one of laion2b_s13b_b90k, ": (out, "--pretrained", "x"),
+        "pretrained: expected a tag of coca_ViT-B-32, one of laion2b_s13b_b90k, ": (
+            out,
+            "--pretrained",
+            "x",
+        ),
         "checkpoint: expected a file of weights": (out, *tiny(tmp_path / "text.pt")),
         "wide.pt: Missing key(s)": (out, *tiny(tmp_path / "wide.pt")),
         "max_tokens: expected 3 to 12, the context of": (out, *options, "--max-tokens", 13),
@@ -219,5 +274,7 @@ def test_command(source, weights, tmp_path):
     for message, arguments in cases.items():
         assert message in one_line(*command, *arguments)
         assert not out.exists()
-    assert "checkpoint: expected a model with finite logits, got" in one_line(*command, out, *tiny(tmp_path / "nan.pt"))
+    assert "checkpoint: expected a model with finite logits, got" in one_line(
+        *command, out, *tiny(tmp_path / "nan.pt")
+    )
     assert not list(out.glob("*.tar"))

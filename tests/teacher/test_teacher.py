@@ -1,4 +1,6 @@
-"""`simplclip teacher`: features of images and captions in sidecars, which fit their captions and shards alone."""
+"""`simplclip teacher`: features of images and captions in sidecars, which fit their captions and
+shards alone.
+"""
 
 import json
 import re
@@ -35,20 +37,33 @@ def load(folder, **options):
 @pytest.mark.slow
 def test_features_are_those_of_the_model(folder, tmp_path):
     source = str(folder / "in" / "*.tar")
-    options = ("--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt", "--batch-size", 5, "--precision", "fp32")
+    options = (
+        "--teacher",
+        "open_clip:tiny",
+        "--checkpoint",
+        folder / "tiny.pt",
+        "--batch-size",
+        5,
+        "--precision",
+        "fp32",
+    )
     result = call("teacher", source, "--out", tmp_path / "two", *options, "--workers", 2)
     assert result.exit_code == 0, result.output
     printed = " ".join(result.output.split())
     assert "48 samples with features of open_clip:tiny, width 16" in printed
-    pairs = list(joined(source, tmp_path / "two", teacher=True).values()) * 2  # both shards have the same keys
+    # both shards have the same keys
+    pairs = list(joined(source, tmp_path / "two", teacher=True).values()) * 2
     x, y = (np.stack([pair.features[row] for pair in pairs]).astype(np.float32) for row in (0, 1))
     groups = np.array([pair.group for pair in pairs])
     recall = [(groups[scores.argmax(1)] == groups).mean() for scores in (x @ y.T, y @ x.T)]
-    ways = f"image to text {recall[0]:.1%} (chance 4.2%), text to image {recall[1]:.1%} (chance 4.2%)"
+    ways = (
+        f"image to text {recall[0]:.1%} (chance 4.2%), text to image {recall[1]:.1%} (chance 4.2%)"
+    )
     assert f"the teacher's own R@1 on the first 48 samples: {ways}" in printed
     assert ("warning: it hardly knows these pairs" in printed) == (max(recall) < 3 / 24)
     teacher.write(source, tmp_path / "none", load(folder), batch_size=5, progress=False)
-    assert digests(tmp_path / "two") == digests(tmp_path / "none")  # the same with and without workers
+    # the same with and without workers
+    assert digests(tmp_path / "two") == digests(tmp_path / "none")
     model = open_clip.create_model("tiny", pretrained=str(folder / "tiny.pt")).eval()
     transform = open_clip.image_transform(16, is_train=False)
     tokenizer = open_clip.get_tokenizer("tiny")
@@ -59,7 +74,9 @@ def test_features_are_those_of_the_model(folder, tmp_path):
             x = model.encode_image(transform(pair.image)[None], normalize=True)
             y = model.encode_text(tokenizer(pair.captions), normalize=True)
         assert pair.features.dtype == np.float16
-        torch.testing.assert_close(torch.from_numpy(pair.features).float(), torch.cat([x, y]), atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            torch.from_numpy(pair.features).float(), torch.cat([x, y]), atol=1e-3, rtol=0
+        )
     about = json.loads(members(tmp_path / "two" / "train-1.tar")[f"{pair.key}.teacher.json"])
     assert about == samples.digests_of(pair)  # so that training refuses other captions and images
     stamp = data.teacher_stamp([tmp_path / "two"])
@@ -72,7 +89,9 @@ def test_a_good_teacher_gets_no_warning_and_only_the_first_samples_count(tmp_pat
     sidecars = [str(tmp_path / "teacher")]
     line = teacher.features.own_recall(shard, sidecars, most=30)
     assert re.fullmatch(
-        r"the teacher's own R@1 on the first 30 samples: image to text (\d+\.\d)% \(chance \d\.\d%\), text to image .*", line
+        r"the teacher's own R@1 on the first 30 samples: image to text (\d+\.\d)% "
+        r"\(chance \d\.\d%\), text to image .*",
+        line,
     )
     assert float(line.split("image to text ")[1].partition("%")[0]) > 60
 
@@ -84,23 +103,39 @@ def test_captions_are_encoded_once_long_ones_together(folder):
     texts = ["a long red bar", "red", "blue ring", "red", "a long red bar", "red bar"]
     features_of_texts = teacher.features.encode_tokens(encoder, encoder.tokenizer(texts), 3)
     wanted = [["red", "blue ring", "red bar"], ["a long red bar"]]
-    assert [sorted(part.tolist()) for part in parts] == [sorted(encoder.tokenizer(part).tolist()) for part in wanted]
-    torch.testing.assert_close(features_of_texts, torch.cat([encoder.encode_text(text) for text in texts]))
+    assert [sorted(part.tolist()) for part in parts] == [
+        sorted(encoder.tokenizer(part).tolist()) for part in wanted
+    ]
+    torch.testing.assert_close(
+        features_of_texts, torch.cat([encoder.encode_text(text) for text in texts])
+    )
 
 
 def test_a_table_becomes_shards_beside_the_sidecars(folder, tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(png(number))
     path = table(tmp_path / "t.csv", [(f"{number}.png", f"number {number}") for number in range(3)])
-    options = ("--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt", "--device", "cpu", "--workers", 0)
-    for words in (("packed 3 samples of t.csv", "3 samples with features"), ("kept 3 samples of t.csv", "1 of 1 sidecars")):
+    options = (
+        "--teacher",
+        "open_clip:tiny",
+        "--checkpoint",
+        folder / "tiny.pt",
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+    )
+    for words in (
+        ("packed 3 samples of t.csv", "3 samples with features"),
+        ("kept 3 samples of t.csv", "1 of 1 sidecars"),
+    ):
         result = call("teacher", path, "--out", tmp_path / "out", *options)
         assert result.exit_code == 0, result.output
         assert all(word in result.output for word in words)
     shards = str(tmp_path / "out/shards/t/*.tar")
-    assert sorted(keys([next(iter(loader(shards, sidecars=[tmp_path / "out"], teacher=True, batch_size=3)))])) == [
-        "000000000", "000000001", "000000002"
-    ]  # fmt: skip
+    assert sorted(
+        keys([next(iter(loader(shards, sidecars=[tmp_path / "out"], teacher=True, batch_size=3)))])
+    ) == ["000000000", "000000001", "000000002"]
 
 
 def test_equal_teachers_have_equal_fingerprints(folder, tmp_path):
@@ -114,7 +149,10 @@ def test_equal_teachers_have_equal_fingerprints(folder, tmp_path):
     state = torch.load(folder / "tiny.pt", weights_only=True)
     state["logit_scale"] += 1e-3
     torch.save(state, tmp_path / "changed.pt")
-    assert simplclip.load("open_clip:tiny", tmp_path / "changed.pt").fingerprint() != first.fingerprint()
+    assert (
+        simplclip.load("open_clip:tiny", tmp_path / "changed.pt").fingerprint()
+        != first.fingerprint()
+    )
     first.preprocess, again.preprocess = Named(), Named()
     assert repr(first.preprocess) != repr(again.preprocess)
     assert first.fingerprint() == again.fingerprint()
@@ -125,7 +163,11 @@ def test_a_tag_beside_a_checkpoint_gives_its_preprocessing(folder, monkeypatch):
         return repr(simplclip.load(name, folder / "tiny.pt").preprocess)
 
     plain = transform("open_clip:tiny")
-    known = {"tiny": {"ours": {"url": "https://nowhere", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}}}
+    known = {
+        "tiny": {
+            "ours": {"url": "https://nowhere", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        }
+    }
     monkeypatch.setattr(open_clip.pretrained, "_PRETRAINED", known)
     assert "mean=(0.0, 0.0, 0.0)" in transform("open_clip:tiny/ours") != plain
     assert transform("open_clip:tiny") == transform("open_clip:tiny/ours")  # it has only this tag
@@ -136,16 +178,35 @@ def test_a_tag_beside_a_checkpoint_gives_its_preprocessing(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("siclip-tiny --checkpoint tiny.pt", "checkpoint: expected weights that fit the model, got tiny.pt"),
-        ("open_clip:tiny --checkpoint nan.pt", "open_clip:tiny: expected finite features, got text features"),
-        ("open_clip:tiny --checkpoint tiny.pt --precision int8", "precision: expected fp32, bf16, fp16 or auto, got 'int8'"),
-        ("open_clip:tiny --checkpoint tiny.pt --views 2", "views, config: expected both or none, got 2 views"),
-        ("open_clip:tiny --checkpoint tiny.pt --config siclip-tiny", "views, config: expected both or none, got 0 views"),
+        (
+            "siclip-tiny --checkpoint tiny.pt",
+            "checkpoint: expected weights that fit the model, got tiny.pt",
+        ),
+        (
+            "open_clip:tiny --checkpoint nan.pt",
+            "open_clip:tiny: expected finite features, got text features",
+        ),
+        (
+            "open_clip:tiny --checkpoint tiny.pt --precision int8",
+            "precision: expected fp32, bf16, fp16 or auto, got 'int8'",
+        ),
+        (
+            "open_clip:tiny --checkpoint tiny.pt --views 2",
+            "views, config: expected both or none, got 2 views",
+        ),
+        (
+            "open_clip:tiny --checkpoint tiny.pt --config siclip-tiny",
+            "views, config: expected both or none, got 0 views",
+        ),
     ],
 )
 def test_wrong_arguments_end_in_one_line(folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
     state = torch.load("tiny.pt", weights_only=True)
-    torch.save(state | {"text_projection": torch.full_like(state["text_projection"], torch.nan)}, "nan.pt")
-    assert message in one_line("teacher", "in/train-0.tar", "--out", tmp_path / "out", "--teacher", *arguments.split())
+    torch.save(
+        state | {"text_projection": torch.full_like(state["text_projection"], torch.nan)}, "nan.pt"
+    )
+    assert message in one_line(
+        "teacher", "in/train-0.tar", "--out", tmp_path / "out", "--teacher", *arguments.split()
+    )
     assert not (tmp_path / "out").exists()

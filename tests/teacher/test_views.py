@@ -22,13 +22,20 @@ from simplclip.teacher import caption
 from simplclip.train import config as configs
 from simplclip.train.config import ConfigError
 
-AUGMENT = {"scale": [0.3, 1.0], "color_jitter": [0.4, 0.4, 0.4, 0.1], "color_jitter_prob": 0.8, "gray_scale_prob": 0.2}
+AUGMENT = {
+    "scale": [0.3, 1.0],
+    "color_jitter": [0.4, 0.4, 0.4, 0.1],
+    "color_jitter_prob": 0.8,
+    "gray_scale_prob": 0.2,
+}
 COUNT, VIEWS = 6, 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Writes photographs of several sizes with up to three captions in two shards, and a teacher's weights."""
+    """Writes photographs of several sizes with up to three captions in two shards, and a teacher's
+    weights.
+    """
     folder = tmp_path_factory.mktemp("views")
     write_models(folder)
     (folder / "in").mkdir()
@@ -56,7 +63,9 @@ def transform(size, augment=AUGMENT, **options):
 
 def teach(folder, out, augment=AUGMENT, number=VIEWS, **options):
     views = teacher.Views(transform(32, augment), number, seed=5)
-    return teacher.write(folder / "in" / "*.tar", out, load(folder), views=views, progress=False, **options)
+    return teacher.write(
+        folder / "in" / "*.tar", out, load(folder), views=views, progress=False, **options
+    )
 
 
 def batches(folder, out, student, passes=1, **options):
@@ -86,7 +95,9 @@ def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
         assert again == sample.views
         assert teacher.Views(transform(32, augment), VIEWS, 6).draw(sample) != again
         assert teacher.Views(transform(32, augment), 2, 5).draw(sample) == again[:2]
-        file = members(tmp_path / "a" / f"train-{int(int(key[1:]) >= COUNT // 2)}.tar")[f"{key}.teacher.json"]
+        file = members(tmp_path / "a" / f"train-{int(int(key[1:]) >= COUNT // 2)}.tar")[
+            f"{key}.teacher.json"
+        ]
         assert json.loads(file) == samples.digests_of(sample) | {"views": again}
     assert len(seen) == VIEWS * COUNT
     teach(folder, tmp_path / "b", augment, batch_size=5, workers=2)
@@ -97,12 +108,20 @@ def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
 
 def test_an_image_is_decoded_once_for_all_its_views(folder, tmp_path, monkeypatch):
     decoded, original = [], transforms.decode
-    monkeypatch.setattr(transforms, "decode", lambda file, **options: decoded.append(file) or original(file, **options))
+    monkeypatch.setattr(
+        transforms,
+        "decode",
+        lambda file, **options: decoded.append(file) or original(file, **options),
+    )
     teach(folder, tmp_path / "out")
     assert len(decoded) == len(set(decoded)) == COUNT
-    # At the largest scale that a view needs, so that each has at least the pixels that it has alone.
+    # At the largest scale that a view needs, so that each has at least the pixels that it has
+    # alone.
     image, small = encode(photo(3, (300, 400)), quality=90), transform(32)
-    views = [{"image": [300, 400], "crop": crop} for crop in ([0, 0, 300, 400], [10, 20, 40, 50], [0, 0, 140, 150])]
+    views = [
+        {"image": [300, 400], "crop": crop}
+        for crop in ([0, 0, 300, 400], [10, 20, 40, 50], [0, 0, 140, 150])
+    ]
     several = small.apply_all(image, views)
     assert torch.equal(several[1], small.apply(image, views[1]))
     for pixels, view in zip(several, views):
@@ -113,20 +132,30 @@ def test_an_image_is_decoded_once_for_all_its_views(folder, tmp_path, monkeypatc
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("captions", [1, 2])
 def test_the_student_sees_what_the_teacher_saw(folder, tmp_path, captions, workers):
-    """Views are equal to the bit, at the student's own size; features are those of the view and of the drawn captions."""
+    """Views are equal to the bit, at the student's own size; features are those of the view and of
+    the drawn captions.
+    """
     teach(folder, tmp_path / "out")
     pairs, student = stored(folder, tmp_path / "out"), transform(24, None, mean=(0.1, 0.2, 0.3))
     used = {key: set() for key in pairs}
-    for batch in batches(folder, tmp_path / "out", student, 6, captions_per_image=captions, workers=workers):
+    for batch in batches(
+        folder, tmp_path / "out", student, 6, captions_per_image=captions, workers=workers
+    ):
         (key,), sample = batch["key"], pairs[batch["key"][0]]
         shown = [
-            n for n, view in enumerate(sample.views) if torch.equal(student.apply(sample.encoded, view), batch["image"][0])
+            n
+            for n, view in enumerate(sample.views)
+            if torch.equal(student.apply(sample.encoded, view), batch["image"][0])
         ]
         (number,) = shown
         assert batch["teacher_image"][0].equal(torch.from_numpy(sample.features[number]))
-        for text, row in zip(batch["text"].reshape(captions, -1), batch["teacher_text"].reshape(captions, -1)):
+        for text, row in zip(
+            batch["text"].reshape(captions, -1), batch["teacher_text"].reshape(captions, -1)
+        ):
             caption = [t for t in sample.captions if tokenizer([t])[0].equal(text)]
-            assert row.equal(torch.from_numpy(sample.features[VIEWS + sample.captions.index(*caption)]))
+            assert row.equal(
+                torch.from_numpy(sample.features[VIEWS + sample.captions.index(*caption)])
+            )
         used[key].add(number)
     assert all(len(numbers) > 1 for numbers in used.values())
     assert set().union(*used.values()) == set(range(VIEWS))
@@ -134,7 +163,9 @@ def test_the_student_sees_what_the_teacher_saw(folder, tmp_path, captions, worke
 
 @pytest.mark.parametrize("augment", [AUGMENT, "affine"])
 def test_the_teacher_on_the_students_batch_gives_what_is_stored(folder, tmp_path, augment):
-    """The student has the teacher's own transform; features agree in every pass, up to decoding at another scale."""
+    """The student has the teacher's own transform; features agree in every pass, up to decoding at
+    another scale.
+    """
     teach(folder, tmp_path / "out", augment)
     encoder = load(folder)
     student = teacher.features.transform_of(encoder)
@@ -142,7 +173,9 @@ def test_the_teacher_on_the_students_batch_gives_what_is_stored(folder, tmp_path
     for batch in batches(folder, tmp_path / "out", student, 3):
         features = encoder.features("image", student.finish(batch["image"]))
         exact.append((features.half() - batch["teacher_image"]).abs().max().item() <= 2**-11)
-        torch.testing.assert_close(features, batch["teacher_image"].float(), atol=1e-3 if exact[-1] else 0.05, rtol=0)
+        torch.testing.assert_close(
+            features, batch["teacher_image"].float(), atol=1e-3 if exact[-1] else 0.05, rtol=0
+        )
     assert sum(exact) >= len(exact) // 2
     other = encoder.features("image", student.finish(batch["image"].flip(2)))
     assert (other - batch["teacher_image"].float()).abs().max() > 0.01
@@ -167,12 +200,20 @@ def test_a_view_is_the_same_part_of_an_image_at_another_size(augment):
 def test_only_a_transform_that_replays_takes_views(folder, tmp_path):
     other = load(folder)
     other.preprocess = models.transforms  # a caller's own
-    with pytest.raises(ValueError, match="teacher: expected open_clip's preprocessing or an ImageTransform, got"):
-        teacher.write(folder / "in" / "*.tar", tmp_path / "none", other, views=teacher.Views(transform(32), 2))
+    with pytest.raises(
+        ValueError, match="teacher: expected open_clip's preprocessing or an ImageTransform, got"
+    ):
+        teacher.write(
+            folder / "in" / "*.tar", tmp_path / "none", other, views=teacher.Views(transform(32), 2)
+        )
     teach(folder, tmp_path / "out")
-    with pytest.raises(data.ShardError, match="has the views that a teacher saw, which only simplclip's ImageTransform"):
+    with pytest.raises(
+        data.ShardError,
+        match="has the views that a teacher saw, which only simplclip's ImageTransform",
+    ):
         batches(folder, tmp_path / "out", models.transforms)
-    plain = batches(folder, tmp_path / "out", transform(16), teacher=False)  # draws the student's own augmentation
+    # draws the student's own augmentation
+    plain = batches(folder, tmp_path / "out", transform(16), teacher=False)
     assert "teacher_image" not in plain[0]
 
 
@@ -182,23 +223,48 @@ def test_sidecars_with_views_of_earlier_versions_are_refused(folder, tmp_path):
     (tmp_path / "old").mkdir()
     for path in (tmp_path / "new").glob("*.tar"):
         files = members(path)
-        views = {name: json.loads(content)["views"] for name, content in files.items() if name.endswith("teacher.json")}
+        views = {
+            name: json.loads(content)["views"]
+            for name, content in files.items()
+            if name.endswith("teacher.json")
+        }
         old = [
-            (name[:4], {"teacher.npy": files[f"{name[:4]}.teacher.npy"], "views.json": json.dumps(drawn).encode()})
+            (
+                name[:4],
+                {
+                    "teacher.npy": files[f"{name[:4]}.teacher.npy"],
+                    "views.json": json.dumps(drawn).encode(),
+                },
+            )
             for name, drawn in views.items()
         ]
         write(tmp_path / "old" / path.name, old)
-    with pytest.raises(data.ShardError, match="has teacher features of other captions: .*run `simplclip teacher` .* again"):
+    with pytest.raises(
+        data.ShardError,
+        match="has teacher features of other captions: .*run `simplclip teacher` .* again",
+    ):
         batches(folder, tmp_path / "old", transform(16))
 
 
 @pytest.mark.slow
 def test_the_command_and_its_stamp(folder, tmp_path):
-    given = ("--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt", "--config", "siclip-s0", "--workers", 2)
+    given = (
+        "--teacher",
+        "open_clip:tiny",
+        "--checkpoint",
+        folder / "tiny.pt",
+        "--config",
+        "siclip-s0",
+        "--workers",
+        2,
+    )
     command = ("teacher", folder / "in" / "*.tar", "--out", tmp_path / "out", *given)
     result = call(*command, "--views", 3)
     assert result.exit_code == 0, result.output
-    assert "6 samples with features of open_clip:tiny of 3 views of each image, width 16" in result.output.replace("\n", " ")
+    assert (
+        "6 samples with features of open_clip:tiny of 3 views of each image, width 16"
+        in result.output.replace("\n", " ")
+    )
     stamp = data.teacher_stamp([tmp_path / "out"])
     assert (stamp["name"], stamp["width"], stamp["dtype"]) == ("open_clip:tiny", 16, "fp16")
     student = teacher.student_transform("siclip-s0")
@@ -209,15 +275,24 @@ def test_the_command_and_its_stamp(folder, tmp_path):
 def test_where_the_augmentation_is_from(tmp_path):
     path = tiny.write_config(tmp_path)
     of = transforms.augmentation
-    for augment, wanted in (({"scale": [0.7, 1.0]}, transform(8, {"scale": (0.7, 1.0)})), ("affine", transform(8, "affine"))):
+    for augment, wanted in (
+        ({"scale": [0.7, 1.0]}, transform(8, {"scale": (0.7, 1.0)})),
+        ("affine", transform(8, "affine")),
+    ):
         settings = configs.load(path, [f"data.augment={json.dumps(augment)}"])
         (tmp_path / "student.yaml").write_text(settings.to_yaml())
         assert of(teacher.student_transform(str(tmp_path / "student.yaml"))) == of(wanted)
     for augment, message in (
         ("none", "views: expected a transform that augments, got one without"),
-        ({"use_timm": True}, "augment.use_timm: expected none, as timm|data.augment: expected one whose draws can be stored"),
+        (
+            {"use_timm": True},
+            "augment.use_timm: expected none, as timm|data.augment: expected one whose draws can "
+            "be stored",
+        ),
     ):
-        (tmp_path / "student.yaml").write_text(configs.load(path, [f"data.augment={json.dumps(augment)}"]).to_yaml())
+        (tmp_path / "student.yaml").write_text(
+            configs.load(path, [f"data.augment={json.dumps(augment)}"]).to_yaml()
+        )
         with pytest.raises(ValueError, match=message):
             teacher.Views(teacher.student_transform(str(tmp_path / "student.yaml")), 2)
 
@@ -227,11 +302,15 @@ WIKD = ["loss.feature_weight=1.0", "loss.relational_weight=1.0", "loss.interacti
 
 @pytest.fixture(scope="module")
 def taught(folder, tmp_path_factory):
-    """Writes sidecars of tiny.write_shard's data, in a folder beside a config that `tiny.settings` writes."""
+    """Writes sidecars of tiny.write_shard's data, in a folder beside a config that `tiny.settings`
+    writes.
+    """
     out = tmp_path_factory.mktemp("taught")
     tiny.write_shard(out / "data" / "train-0.tar")
     views = teacher.Views(models.transforms("siclip-tiny", train=True), 2)
-    teacher.write(out / "data" / "*.tar", out / "sidecars", load(folder), views=views, progress=False)
+    teacher.write(
+        out / "data" / "*.tar", out / "sidecars", load(folder), views=views, progress=False
+    )
     return out
 
 
@@ -250,10 +329,18 @@ def test_training_checks_the_augmentation(taught, tmp_path):
     default = transforms.augmentation(models.transforms("siclip-tiny", train=True))
     other = "none" if default == "affine" else "affine"
     with pytest.raises(
-        ConfigError, match="data.augment: expected null, or .* as in the views that the teacher open_clip:tiny"
+        ConfigError,
+        match="data.augment: expected null, or .* as in the views that the teacher open_clip:tiny",
     ):
         go(tiny.settings(tmp_path, *changes, f"data.augment={other}"))
-    go(tiny.settings(tmp_path, *changes, f"data.augment={json.dumps(default)}", f"run.out={tmp_path / 'same'}"))
+    go(
+        tiny.settings(
+            tmp_path,
+            *changes,
+            f"data.augment={json.dumps(default)}",
+            f"run.out={tmp_path / 'same'}",
+        )
+    )
     go(tiny.settings(tmp_path, *changes))
     assert bits(state_of(tmp_path / "run")["model"]) == bits(state_of(tmp_path / "same")["model"])
 

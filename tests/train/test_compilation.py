@@ -1,4 +1,6 @@
-"""What a run does on a GPU by default: compiled towers, channels_last, timed algorithms; on a CPU nothing of it."""
+"""What a run does on a GPU by default: compiled towers, channels_last, timed algorithms; on a CPU
+nothing of it.
+"""
 
 import functools
 import math
@@ -19,7 +21,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Lets runs on the CPU decide as on a GPU, after two steps, that compilation pays; yields torch.compile."""
+    """Lets runs on the CPU decide as on a GPU, after two steps, that compilation pays; yields
+    torch.compile.
+    """
     monkeypatch.setattr(compilation, "may_compile", lambda state: True)
     monkeypatch.setattr(compilation, "EAGER_STEPS", 2)
     monkeypatch.setattr(compilation, "WORTH_SECONDS", 0)
@@ -36,7 +40,8 @@ def decision(folder):
 def test_a_resumed_run_stays_compiled(tmp_path, monkeypatch, on_gpu):
     text = check_resumed(tmp_path, monkeypatch, 4, ["data.micro_batch=4"])
     assert "compile    the towers" in text
-    assert on_gpu.call_count == 3 * 2  # of the whole run and of both parts, the resumed one from its start
+    # of the whole run and of both parts, the resumed one from its start
+    assert on_gpu.call_count == 3 * 2
     assert decision(tmp_path / "parts") is True
 
 
@@ -82,7 +87,8 @@ DEPTHWISE = SimpleNamespace(visual=nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8
 
 
 @pytest.mark.parametrize(
-    ("model", "expected"), [("open_clip:RN50", True), ("open_clip:ViT-B-32", False), (GROUPED, False), (DEPTHWISE, True)]
+    ("model", "expected"),
+    [("open_clip:RN50", True), ("open_clip:ViT-B-32", False), (GROUPED, False), (DEPTHWISE, True)],
 )
 def test_layouts(model, expected):
     """Of the image tower on a GPU: channels_last if it gains by it."""
@@ -91,7 +97,10 @@ def test_layouts(model, expected):
     assert setup.runs_channels_last(model, settings(), CUDA) == expected
     assert not setup.runs_channels_last(model, settings(), CPU)
     for given in (True, False):
-        assert setup.runs_channels_last(model, settings(f"run.channels_last={given}".lower()), CPU) == given
+        assert (
+            setup.runs_channels_last(model, settings(f"run.channels_last={given}".lower()), CPU)
+            == given
+        )
 
 
 @pytest.mark.parametrize(("device", "last"), [(CUDA, True), (CPU, False)])

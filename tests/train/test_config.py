@@ -33,11 +33,29 @@ def test_defaults_and_round_trip(tmp_path):
 
 def test_set_parses_values_as_yaml(tmp_path):
     free = ["data.train=[a.tar, b.tar]", "model.options.width=64", "eval.splits.held=h-*.tar"]
-    plain = ["optim.lr=2e-3", "optim.weight_decay=1E-8", "optim.grad_clip=null", "run.compile=true", "run.steps=7"]
+    plain = [
+        "optim.lr=2e-3",
+        "optim.weight_decay=1E-8",
+        "optim.grad_clip=null",
+        "run.compile=true",
+        "run.steps=7",
+    ]
     c = config.load(write(tmp_path, MINIMAL), free + plain)
-    assert config.load(write(tmp_path, MINIMAL), ["run.out=~/runs"]).run.out == os.path.expanduser("~/runs")
-    assert (c.data.train, c.model.options, c.eval.splits) == (["a.tar", "b.tar"], {"width": 64}, {"held": "h-*.tar"})
-    assert (c.optim.lr, c.optim.weight_decay, c.optim.grad_clip, c.run.compile, c.run.steps) == (2e-3, 1e-8, None, True, 7)
+    assert config.load(write(tmp_path, MINIMAL), ["run.out=~/runs"]).run.out == os.path.expanduser(
+        "~/runs"
+    )
+    assert (c.data.train, c.model.options, c.eval.splits) == (
+        ["a.tar", "b.tar"],
+        {"width": 64},
+        {"held": "h-*.tar"},
+    )
+    assert (c.optim.lr, c.optim.weight_decay, c.optim.grad_clip, c.run.compile, c.run.steps) == (
+        2e-3,
+        1e-8,
+        None,
+        True,
+        7,
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,10 +66,19 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("run.batch_size=8", "run.batch_size: unknown key; did you mean data.batch_size?"),
         ("optimm.lr=8", "optimm: unknown key; did you mean optim?"),
         ("optim.lr=fast", "optim.lr: expected a valid number, got 'fast' (str)"),
-        ("run.precision=fp8", "run.precision: expected 'fp32', 'bf16', 'fp16' or 'auto', got 'fp8' (str)"),
+        (
+            "run.precision=fp8",
+            "run.precision: expected 'fp32', 'bf16', 'fp16' or 'auto', got 'fp8' (str)",
+        ),
         ("data.options.workers=3", "data.options.workers: unknown key; did you mean data.workers?"),
-        ("data.options.shuffle_buffer=0", "data.options.shuffle_buffer: expected greater than or equal to 1, got 0 (int)"),
-        ("data.options.on_error=no", "data.options.on_error: expected 'skip' or 'stop', got False (bool)"),
+        (
+            "data.options.shuffle_buffer=0",
+            "data.options.shuffle_buffer: expected greater than or equal to 1, got 0 (int)",
+        ),
+        (
+            "data.options.on_error=no",
+            "data.options.on_error: expected 'skip' or 'stop', got False (bool)",
+        ),
         ("optim=3", "optim: expected a mapping, as {NAME: VALUE}"),
         ("data.train=5", "data.train: expected a valid string, got 5 (int)"),
         ("data.sidecars=taught", "data.sidecars: expected a list, as [VALUE], got 'taught' (str)"),
@@ -59,9 +86,18 @@ def test_set_parses_values_as_yaml(tmp_path):
         ("run.device=gpu", "run.device: expected auto, cpu, cuda or cuda:N, got 'gpu' (str)"),
         ("run.timeout_minutes=0", "run.timeout_minutes: expected greater than 0, got 0 (int)"),
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
-        ("run={out: x, steps: 7, epochs: 2}", "run: expected one of steps and epochs, got steps = 7 and epochs = 2.0"),
-        ("run={out: x, steps: null}", "run: expected one of steps and epochs, got steps = None and epochs = None"),
-        ("run.seed=99999999999999999999", "run.seed: expected less than 4611686018427387904, got 99999999999999999999"),
+        (
+            "run={out: x, steps: 7, epochs: 2}",
+            "run: expected one of steps and epochs, got steps = 7 and epochs = 2.0",
+        ),
+        (
+            "run={out: x, steps: null}",
+            "run: expected one of steps and epochs, got steps = None and epochs = None",
+        ),
+        (
+            "run.seed=99999999999999999999",
+            "run.seed: expected less than 4611686018427387904, got 99999999999999999999",
+        ),
         ("optim.lr=-1", "optim.lr: expected greater than 0, got -1 (int)"),
         ("run.out.x=3", "--set run.out.x: expected a section out, got 'runs/x' (str)"),
         (
@@ -69,13 +105,26 @@ def test_set_parses_values_as_yaml(tmp_path):
             "model: image_size: expected one value, got 64",
         ),
         ("run.steps", "--set: expected key=value (e.g. optim.lr=1e-3), got 'run.steps'"),
-        ("data.micro_batch=7", "data.micro_batch: expected a divisor of data.batch_size = 256, got 7"),
-        ("loss.pm_weight={value: 1, start: 9, until: 4}", "loss.pm_weight: expected until after start = 9, got 4"),
-        ("loss.pm_weight={value: 1, end: 4}", "loss.pm_weight: expected `to`, the weight reached at `end`, got none"),
-        ("run.out=[*a]", "--set run.out: not valid YAML: expected no aliases (*name)"),
-        ("loss={contrastive_weight: {value: 1, until: 7}, pm_weight: 0}", "loss: expected at least one weight above 0 at"),
         (
-            "loss={contrastive_weight: {value: 1, to: 0, until: 5}, pm_weight: {value: 1, start: 5}}",
+            "data.micro_batch=7",
+            "data.micro_batch: expected a divisor of data.batch_size = 256, got 7",
+        ),
+        (
+            "loss.pm_weight={value: 1, start: 9, until: 4}",
+            "loss.pm_weight: expected until after start = 9, got 4",
+        ),
+        (
+            "loss.pm_weight={value: 1, end: 4}",
+            "loss.pm_weight: expected `to`, the weight reached at `end`, got none",
+        ),
+        ("run.out=[*a]", "--set run.out: not valid YAML: expected no aliases (*name)"),
+        (
+            "loss={contrastive_weight: {value: 1, until: 7}, pm_weight: 0}",
+            "loss: expected at least one weight above 0 at",
+        ),
+        (
+            "loss={contrastive_weight: {value: 1, to: 0, until: 5}, pm_weight: {value: 1, start: "
+            "5}}",
             "loss: expected at least one weight above 0 at every step, got none at step 4",
         ),
     ],
@@ -92,7 +141,9 @@ def test_missing_and_several_errors_at_once(tmp_path):
 
 
 def test_the_length_that_is_typed_replaces_that_of_the_file(tmp_path):
-    file = write(tmp_path, MINIMAL | {"run": {"out": "runs/x", "steps": 50}, "optim": {"warmup": 9}})
+    file = write(
+        tmp_path, MINIMAL | {"run": {"out": "runs/x", "steps": 50}, "optim": {"warmup": 9}}
+    )
     for overrides, steps, epochs in (
         (["run.epochs=3"], None, 3.0),
         (["run.epochs=3", "run.steps=7"], 7, None),
@@ -108,7 +159,9 @@ def test_the_length_that_is_typed_replaces_that_of_the_file(tmp_path):
 def test_files_that_are_no_config(tmp_path):
     assert "expected a mapping of sections" in error_of(tmp_path, "- a\n- b\n")
     assert "not valid YAML" in error_of(tmp_path, "a: [\n")
-    with pytest.raises(config.ConfigError, match="one of the built-in siclip-s0, siclip2-s0, got 'siclip2-s1'"):
+    with pytest.raises(
+        config.ConfigError, match="one of the built-in siclip-s0, siclip2-s0, got 'siclip2-s1'"
+    ):
         config.load("siclip2-s1")
 
 
@@ -127,4 +180,6 @@ def test_describe_is_a_config_with_every_key():
         for part in key.split("."):
             node = node[part]
     values["data"]["train"], values["run"]["out"] = "x", "y"
-    assert config.from_dict(values) == config.from_dict({"data": {"train": "x"}, "run": {"out": "y"}})
+    assert config.from_dict(values) == config.from_dict(
+        {"data": {"train": "x"}, "run": {"out": "y"}}
+    )

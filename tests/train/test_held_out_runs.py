@@ -1,4 +1,6 @@
-"""A run that holds out a share of its data: what trains, what is evaluated, resuming, the best weights."""
+"""A run that holds out a share of its data: what trains, what is evaluated, resuming, the best
+weights.
+"""
 
 import io
 import json
@@ -26,28 +28,38 @@ HELD = ("eval.hold_out=0.4", "eval.every=3")
 
 def held_keys(run):
     split = data.held_out(tiny.config.load(run / "config.yaml").held_out["held_out"])
-    return [sample["__key__"] for source in split.sources for sample in split._read(source, data.Skipped())]
+    return [
+        sample["__key__"]
+        for source in split.sources
+        for sample in split._read(source, data.Skipped())
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stop", "changes"), [(4, []), (3, ["data.workers=2", "optim.ema=0.8", "run.precision=bf16"])])
+@pytest.mark.parametrize(
+    ("stop", "changes"), [(4, []), (3, ["data.workers=2", "optim.ema=0.8", "run.precision=bf16"])]
+)
 def test_resuming_with_held_out_samples_is_bit_for_bit(tmp_path, monkeypatch, stop, changes):
     text = check_resumed(tmp_path, monkeypatch, stop, [*HELD, *changes])
     held = held_keys(tmp_path / "parts")
     assert 4 <= len(held) <= 16
     assert re.search(rf"^data       {24 - len(held)} images, 1 caption drawn of each; ", text, re.M)
     line = (
-        f"held out   {len(held)} images, eval.hold_out=0.4 of all; 0 of their {len(held)} captions stand verbatim in training"
+        f"held out   {len(held)} images, eval.hold_out=0.4 of all; 0 of their {len(held)} captions "
+        "stand verbatim in training"
     )
     assert line in text
     assert rows(tmp_path / "whole", "evaluation.csv") == rows(tmp_path / "parts", "evaluation.csv")
     assert {row["split"] for row in rows(tmp_path / "whole", "evaluation.csv")} == {"held_out"}
-    assert bits(state_of(tmp_path / "whole", "best.pt")) == bits(state_of(tmp_path / "parts", "best.pt"))
+    assert bits(state_of(tmp_path / "whole", "best.pt")) == bits(
+        state_of(tmp_path / "parts", "best.pt")
+    )
 
 
 @pytest.mark.slow
 def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path):
-    go(tiny.settings(tmp_path, "eval.hold_out=0.4", "run.steps=2"))  # eval.every=0: for `evaluate` alone
+    # eval.every=0: for `evaluate` alone
+    go(tiny.settings(tmp_path, "eval.hold_out=0.4", "run.steps=2"))
     with pytest.raises(ConfigError, match="other settings: eval.hold_out was 0.4, now 0.2"):
         go(tiny.settings(tmp_path, "eval.hold_out=0.2", "run.steps=3"), resume=True)
     go(tiny.settings(tmp_path, "eval.hold_out=0.4", "eval.every=3", "run.steps=3"), resume=True)
@@ -58,12 +70,24 @@ def test_what_is_held_out_stays_so_and_is_evaluated(tmp_path):
     table(tmp_path / "t.csv", [(tmp_path / f"{i}.png", f"a {i}") for i in range(20)])
     for i in range(20):
         (tmp_path / f"{i}.png").write_bytes(tiny.picture((i, 9 * i, 99), "ring"))
-    go(tiny.settings(tmp_path, *HELD, f"data.train={tmp_path / 't.csv'}", f"run.out={tmp_path / 'packed'}", "run.steps=1"))
+    go(
+        tiny.settings(
+            tmp_path,
+            *HELD,
+            f"data.train={tmp_path / 't.csv'}",
+            f"run.out={tmp_path / 'packed'}",
+            "run.steps=1",
+        )
+    )
     (tmp_path / "packed").rename(tmp_path / "moved")
-    assert "wrote" in output("evaluate", tmp_path / "moved", "--device", "cpu", "--workers", 0), "its shards lie in it"
+    assert "wrote" in output("evaluate", tmp_path / "moved", "--device", "cpu", "--workers", 0), (
+        "its shards lie in it"
+    )
     other = tiny.write_shard(tmp_path / "other.tar")
     text = (tmp_path / "run/config.yaml").read_text()
-    (tmp_path / "run/config.yaml").write_text(text.replace(str(tmp_path / "data/train-0.tar"), f"pipe:cat {other}"))
+    (tmp_path / "run/config.yaml").write_text(
+        text.replace(str(tmp_path / "data/train-0.tar"), f"pipe:cat {other}")
+    )
     assert "expected local files in the eval.splits of " in one_line("evaluate", tmp_path / "run")
 
 
@@ -84,10 +108,22 @@ SMALL = {
 
 @pytest.mark.slow
 def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path):
-    """Averaged weights of an open_clip model, which need no simplclip to load; the high rate makes it worse at the end."""
+    """Averaged weights of an open_clip model, which need no simplclip to load; the high rate makes
+    it worse at the end.
+    """
     run, splits = tmp_path / "run", {"seen": tiny.write_shard(tmp_path / "seen.tar")}
-    changes = [f"model={json.dumps({'name': 'open_clip:ViT-B-32', 'options': SMALL})}", "optim.ema=0.5", "optim.lr=0.03"]
-    changes += [f"eval.splits={json.dumps(splits)}", "eval.hold_out=0.4", "eval.every=2", "run.steps=14", "loss.pm_weight=0"]
+    changes = [
+        f"model={json.dumps({'name': 'open_clip:ViT-B-32', 'options': SMALL})}",
+        "optim.ema=0.5",
+        "optim.lr=0.03",
+    ]
+    changes += [
+        f"eval.splits={json.dumps(splits)}",
+        "eval.hold_out=0.4",
+        "eval.every=2",
+        "run.steps=14",
+        "loss.pm_weight=0",
+    ]
     changes += ["run.precision=bf16"]
     text = go(tiny.settings(tmp_path, *changes))
     by_step = means(run)
@@ -98,31 +134,50 @@ def test_best_weights_in_plain_open_clip_have_the_figures_of_the_log(tmp_path):
     assert state_of(run, "best.pt")["recall"] == by_step[best]
     assert not {"optimizer", "ema"} & state_of(run, "best.pt").keys()
 
-    assert f"weights: {run}/best.pt, of the best evaluation, step {best}; --last takes last.pt" in output(
-        "export", run, "--out", tmp_path / "export"
+    assert (
+        f"weights: {run}/best.pt, of the best evaluation, step {best}; --last takes last.pt"
+        in output("export", run, "--out", tmp_path / "export")
     )
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'export'}")
     words = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'export'}")
-    logged = {(row["split"], row["direction"]): row for row in rows(run, "evaluation.csv") if int(row["step"]) == best}
+    logged = {
+        (row["split"], row["direction"]): row
+        for row in rows(run, "evaluation.csv")
+        if int(row["step"]) == best
+    }
     held = held_keys(run)
     for split in ("seen", "held_out"):
-        pictures = {key: files for key, files in files_of(splits["seen"]).items() if split == "seen" or key in held}
+        pictures = {
+            key: files
+            for key, files in files_of(splits["seen"]).items()
+            if split == "seen" or key in held
+        }
         with torch.no_grad():
             model.eval()
-            images = torch.stack([preprocess(Image.open(io.BytesIO(files["png"]))) for files in pictures.values()])
+            images = torch.stack(
+                [preprocess(Image.open(io.BytesIO(files["png"]))) for files in pictures.values()]
+            )
             captions = [json.loads(files["json"])["captions"][0] for files in pictures.values()]
-            x, y = model.encode_image(images, normalize=True), model.encode_text(words(captions), normalize=True)
+            x = model.encode_image(images, normalize=True)
+            y = model.encode_text(words(captions), normalize=True)
         for direction, scores in (("image_to_text", x @ y.T), ("text_to_image", y @ x.T)):
-            recall = (scores.argmax(1) == torch.arange(len(scores))).float().sum().item() / len(scores)
+            recall = (scores.argmax(1) == torch.arange(len(scores))).float().sum().item() / len(
+                scores
+            )
             assert float(logged[split, direction]["R@1"]) == recall
 
     printed = output("evaluate", run, "--device", "cpu", "--workers", 0)
-    assert f"weights: {run}/best.pt, of the best evaluation, step {best}; --last takes last.pt" in printed
+    assert (
+        f"weights: {run}/best.pt, of the best evaluation, step {best}; --last takes last.pt"
+        in printed
+    )
     figures = json.loads((run / "evaluation.json").read_text())
     assert (figures["step"], figures["checkpoint"]) == (best, f"{run}/best.pt")
-    assert {(split, way): values[way]["R@1"]["value"] for split, values in figures["splits"].items() for way in (*WAYS,)} == {
-        place: float(row["R@1"]) for place, row in logged.items()
-    }
+    assert {
+        (split, way): values[way]["R@1"]["value"]
+        for split, values in figures["splits"].items()
+        for way in (*WAYS,)
+    } == {place: float(row["R@1"]) for place, row in logged.items()}
     assert f"from {run}/best.pt: features" in repr(simplclip.load(run, device="cpu"))
     assert "weights:" not in output("evaluate", run, "--last", "--device", "cpu", "--workers", 0)
     assert json.loads((run / "evaluation.json").read_text())["step"] == 14
@@ -171,35 +226,54 @@ def test_best_weights_stay_unless_a_better_evaluation_comes(tmp_path, monkeypatc
     recalls[10] = 0.125
     go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=10"), resume=True)
     assert kept == [2, 4, 8, 10], "figures of other splits cannot be compared"
-    shutil.copy(tmp_path / "run/last.pt", tmp_path / "run/best.pt")  # by the user, whose file is not replaced
-    with pytest.raises(CheckpointError, match="best.pt: expected the best weights as simplclip train writes them"):
-        go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=12"), resume=True)
+    # by the user, whose file is not replaced
+    shutil.copy(tmp_path / "run/last.pt", tmp_path / "run/best.pt")
+    with pytest.raises(
+        CheckpointError, match="best.pt: expected the best weights as simplclip train writes them"
+    ):
+        go(
+            tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=12"),
+            resume=True,
+        )
     (tmp_path / "run/best.pt").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"best.pt"):
-        go(tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=12"), resume=True)
+        go(
+            tiny.settings(tmp_path, *changes, f"eval.splits.other={other}", "run.steps=12"),
+            resume=True,
+        )
 
 
 @pytest.mark.slow
 def test_tensorboard_has_each_step_once_and_changes_nothing(tmp_path, monkeypatch):
-    """Killed after a checkpoint and an evaluation that came later; resuming is bit for bit, also of a run without."""
+    """Killed after a checkpoint and an evaluation that came later; resuming is bit for bit, also of
+    a run without.
+    """
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     changes = [*HELD, "run.save_every=2"]
     plain = tiny.settings(tmp_path, *changes, f"run.out={tmp_path / 'plain'}")
     assert forked(lambda: go(plain)) == 0  # in forks, which have one thread
-    parts = tiny.settings(tmp_path, *changes, "run.tensorboard=true", f"run.out={tmp_path / 'parts'}")
+    parts = tiny.settings(
+        tmp_path, *changes, "run.tensorboard=true", f"run.out={tmp_path / 'parts'}"
+    )
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
         assert forked(lambda: go(parts)) == -signal.SIGKILL
     assert forked(lambda: go(parts, resume=True)) == 0
-    assert bits(state_of(tmp_path / "plain")["model"]) == bits(state_of(tmp_path / "parts")["model"])
-    assert bits(state_of(tmp_path / "plain")["optimizer"]) == bits(state_of(tmp_path / "parts")["optimizer"])
+    assert bits(state_of(tmp_path / "plain")["model"]) == bits(
+        state_of(tmp_path / "parts")["model"]
+    )
+    assert bits(state_of(tmp_path / "plain")["optimizer"]) == bits(
+        state_of(tmp_path / "parts")["optimizer"]
+    )
     assert rows(tmp_path / "plain") == rows(tmp_path / "parts")
     board = accumulator.EventAccumulator(str(tmp_path / "parts/tensorboard"))
     board.Reload()
     logged = rows(tmp_path / "parts")
     losses = board.Scalars("metrics/loss")
     assert [event.step for event in losses] == [int(row["step"]) for row in logged]
-    assert [event.value for event in losses] == pytest.approx([float(row["loss"]) for row in logged], rel=1e-6)
+    assert [event.value for event in losses] == pytest.approx(
+        [float(row["loss"]) for row in logged], rel=1e-6
+    )
     tag = "evaluation/held_out/image_to_text/R@1"
     assert [event.step for event in board.Scalars(tag)] == [3, 6, 7]
     images = board.Images("evaluation/held_out")
@@ -208,7 +282,9 @@ def test_tensorboard_has_each_step_once_and_changes_nothing(tmp_path, monkeypatc
     assert not (tmp_path / "plain/tensorboard").exists()
     monkeypatch.setattr("simplclip.commands.train.find_spec", lambda name: None)
     line = one_line("train", tmp_path / "config.yaml", "--set", "run.tensorboard=true")
-    assert line.endswith("this command needs the package tensorboard: pip install 'simplclip[tensorboard]'")
+    assert line.endswith(
+        "this command needs the package tensorboard: pip install 'simplclip[tensorboard]'"
+    )
 
 
 def test_shares_and_names_that_are_refused(tmp_path):
@@ -216,7 +292,10 @@ def test_shares_and_names_that_are_refused(tmp_path):
         tiny.settings(tmp_path, "eval.hold_out=1")
     with pytest.raises(ConfigError, match="eval: splits: expected another name than held_out"):
         tiny.settings(tmp_path, "eval.hold_out=0.1", "eval.splits.held_out=x.tar")
-    with pytest.raises(ConfigError, match="leaves samples on both sides, got 0.001: 24 that train and 0 that are held out"):
+    with pytest.raises(
+        ConfigError,
+        match="leaves samples on both sides, got 0.001: 24 that train and 0 that are held out",
+    ):
         go(tiny.settings(tmp_path, "eval.hold_out=0.001"))
     assert not (tmp_path / "run").exists()
 

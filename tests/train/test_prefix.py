@@ -1,4 +1,6 @@
-"""Frozen beginnings of towers: found, computed once in a step of gradient caching, and equal in every bit."""
+"""Frozen beginnings of towers: found, computed once in a step of gradient caching, and equal in
+every bit.
+"""
 
 from contextlib import nullcontext
 from functools import partial
@@ -55,12 +57,17 @@ def gradients(tower, encode):
     tower.first.calls = 0
     torch.manual_seed(1)
     batches = [{"image": torch.rand(2, 3, 8, 8)} for _ in range(4)]
-    gradient_cache.backward({"image": encode}, {"image": batches}, lambda image: (image @ image.T).square().mean())
+    gradient_cache.backward(
+        {"image": encode}, {"image": batches}, lambda image: (image @ image.T).square().mean()
+    )
     return torch.cat([p.grad.flatten() for p in tower.last.parameters()])
 
 
 def test_frozen_layers_run_once():
-    """Of four micro-batches the last is encoded once. Dropout draws the same numbers in both passes."""
+    """Of four micro-batches the last is encoded once.
+
+    Dropout draws the same numbers in both passes.
+    """
     tower, images = Tower(), example()
     plain = gradients(tower, tower)
     assert tower.first.calls == 7
@@ -91,24 +98,34 @@ def test_outputs_that_are_used_elsewhere(form):
 def test_a_tower_without_frozen_layers():
     tower = Tower()
     tower.first.requires_grad_(True)
-    assert prefix.find(tower, tower, example()) is None  # the second layer's output needs a gradient
+    # the second layer's output needs a gradient
+    assert prefix.find(tower, tower, example()) is None
 
 
 @pytest.mark.slow
 def test_texts_of_several_lengths():
     """Texts that are cropped run the tower once for each length."""
     model = models.create("siclip-tiny", text_cfg={"layers": 2, "width": 64, "heads": 2})
-    freeze(model, ["text.token_embedding", "text.positional_embedding", "text.transformer.resblocks.0"])
+    freeze(
+        model, ["text.token_embedding", "text.positional_embedding", "text.transformer.resblocks.0"]
+    )
     model.train()
     crop_texts(model, multiple=1)
-    words = 64 * ["a", "two dogs", "a red cat on a mat with a hat", "the sea and the sky over the town"]
+    words = 64 * [
+        "a",
+        "two dogs",
+        "a red cat on a mat with a hat",
+        "the sea and the sky over the town",
+    ]
     texts = models.tokenizer("siclip-tiny")(words)
     encode = lambda batch: model.encode_text(batch["text"], normalize=True)  # noqa: E731
     batches = [{"text": texts}, {"text": texts.flip(0)}, {"text": texts}]
 
     def step(function):
         model.zero_grad()
-        gradient_cache.backward({"text": function}, {"text": batches}, lambda text: (text @ text.T).square().mean())
+        gradient_cache.backward(
+            {"text": function}, {"text": batches}, lambda text: (text @ text.T).square().mean()
+        )
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     plain = step(encode)
@@ -140,7 +157,9 @@ def test_a_step_of_the_trainer_is_equal_in_every_bit():
         batches = step.batches(real=True)
         draw = torch.Generator().manual_seed(2)
         for batch in batches:
-            batch["image"] = torch.randint(0, 256, batch["image"].shape, dtype=torch.uint8, generator=draw)
+            batch["image"] = torch.randint(
+                0, 256, batch["image"].shape, dtype=torch.uint8, generator=draw
+            )
         step.batches = lambda real, batches=batches: batches
         torch.manual_seed(3)
         steps.runner(step, CPU)()
@@ -181,7 +200,9 @@ def test_compiled_towers_keep_outputs_too(monkeypatch):
         torch.manual_seed(3)
         for module in step.modules:
             steps._fill(module)
-        monkeypatch.setattr(prefix, "find", lambda *args, find=find, compiled=compiled: find(*args[:3], compiled))
+        monkeypatch.setattr(
+            prefix, "find", lambda *args, find=find, compiled=compiled: find(*args[:3], compiled)
+        )
         step.place(CPU, lambda kind: nullcontext())
         if compiled:
             setup.compile_towers(step.state)

@@ -28,13 +28,23 @@ DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.fe
 CACHED = ["data.batch_size=60", "data.micro_batch=6"]
 CASES = {
     # Some steps do not use the plane and the projections.
-    "distilled": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", "loss.feature_weight={value: 10, until: 2}"],
-    "captions": ["data.captions_per_image=2", "optim.ema=0.5", "eval.every=2", "eval.splits={held: DATA}"],
+    "distilled": [
+        *DISTILLED,
+        "loss.pm_weight={value: 1, start: 1}",
+        "loss.feature_weight={value: 10, until: 2}",
+    ],
+    "captions": [
+        "data.captions_per_image=2",
+        "optim.ema=0.5",
+        "eval.every=2",
+        "eval.splits={held: DATA}",
+    ],
     "captions cached": ["data.captions_per_image=2", *CACHED, "data.micro_batch=3"],
 }
 PROOFS = {
     "sigmoid cached": ["loss.base=sigmoid", *DISTILLED, *CACHED],
-    # An even number of micro-batches, so that the workers give as much to a step of two ranks as to one of one.
+    # An even number of micro-batches, so that the workers give as much to a step of two ranks as to
+    # one of one.
     "workers": ["data.workers=2", *CACHED, "data.micro_batch=3"],
     "distilled cached": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", *CACHED],
     "bf16 cached": [*DISTILLED, "run.precision=bf16", *CACHED],
@@ -43,7 +53,12 @@ FAULTS = {"stopped": ["SIGTERM", 1, 2], "not finite": ["not finite", 1, 2]}
 
 
 def entry(folder, name, changes, **options):
-    always = [f"run.out={folder / name.replace(' ', '-')}", "run.steps=3", "data.batch_size=12", "optim.lr=1e-4"]
+    always = [
+        f"run.out={folder / name.replace(' ', '-')}",
+        "run.steps=3",
+        "data.batch_size=12",
+        "optim.lr=1e-4",
+    ]
     return {"changes": [*always, *changes], **options}
 
 
@@ -58,7 +73,10 @@ def folder(tmp_path_factory):
 
 def data_of(folder, changes=()):
     held_out = str(folder / "data" / "train-0.tar")
-    return [f"data.train={folder / 'data' / 'train-{0..3}.tar'}", *(change.replace("DATA", held_out) for change in changes)]
+    return [
+        f"data.train={folder / 'data' / 'train-{0..3}.tar'}",
+        *(change.replace("DATA", held_out) for change in changes),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +86,32 @@ def results(folder):
 
     def of(cases):
         if (key := tuple(cases)) not in started:
-            plan = {name: entry(folder / "two", name, data_of(folder, changes)) for name, changes in cases.items()}
+            plan = {
+                name: entry(folder / "two", name, data_of(folder, changes))
+                for name, changes in cases.items()
+            }
             if cases is CASES:
-                plan |= {name: entry(folder / "two", name, data_of(folder), fault=fault) for name, fault in FAULTS.items()}
+                plan |= {
+                    name: entry(folder / "two", name, data_of(folder), fault=fault)
+                    for name, fault in FAULTS.items()
+                }
             for place in ("one", "two"):
                 (folder / place).mkdir(exist_ok=True)
             (folder / "plan.json").write_text(json.dumps(plan))
             forked_ranks("rank_train.py", folder, "plan", check=True, timeout=3600)
             two = [json.loads((folder / f"plan-{rank}.json").read_text()) for rank in (0, 1)]
             settings = {
-                name: tiny.settings(folder, *entry(folder / "one", name, data_of(folder, changes))["changes"], teacher=16)
+                name: tiny.settings(
+                    folder,
+                    *entry(folder / "one", name, data_of(folder, changes))["changes"],
+                    teacher=16,
+                )
                 for name, changes in cases.items()
             }
-            started[key] = {name: rank_train.observed(config) for name, config in settings.items()}, two
+            started[key] = (
+                {name: rank_train.observed(config) for name, config in settings.items()},
+                two,
+            )
         return started[key]
 
     return of
@@ -90,7 +121,10 @@ def same(run, whole, near):
     """Checks that losses and weights are those of another run, up to rounding."""
     state, expected = read_checkpoint(run / "last.pt"), read_checkpoint(whole / "last.pt")
     for part in ("model", "loss", *(["ema"] if "ema" in expected else [])):
-        weights = [torch.cat([torch.zeros(1), *(t.flatten() for t in saved[part].values())]) for saved in (state, expected)]
+        weights = [
+            torch.cat([torch.zeros(1), *(t.flatten() for t in saved[part].values())])
+            for saved in (state, expected)
+        ]
         assert (weights[0] - weights[1]).norm() <= near * weights[1].norm(), part
     if (whole / "evaluation.csv").exists():
         evaluations = [runs.rows(place, "evaluation.csv") for place in (run, whole)]
@@ -106,12 +140,16 @@ def same(run, whole, near):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.prove) for name in PROOFS)])
+@pytest.mark.parametrize(
+    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.prove) for name in PROOFS)]
+)
 def test_ranks_train_as_one_process(folder, results, name):
     one, two = results(CASES if name in CASES else PROOFS)
     assert [rank[name]["error"] for rank in (one, *two)] == [None] * 3
     for step in range(3):
-        assert sorted(group for rank in two for group in rank[name]["groups"][step]) == sorted(one[name]["groups"][step])
+        assert sorted(group for rank in two for group in rank[name]["groups"][step]) == sorted(
+            one[name]["groups"][step]
+        )
     assert two[0][name]["weights"] == two[1][name]["weights"]
     place = name.replace(" ", "-")
     same(folder / "two" / place, folder / "one" / place, 5e-3 if "bf16" in name else 1e-6)
@@ -131,14 +169,21 @@ def test_each_rank_cuts_its_texts_by_tokens(results):
 @pytest.mark.slow
 def test_a_signal_to_any_rank_saves_once_and_one_process_goes_on(folder, results):
     first, second = results(CASES)[1]
-    assert first["stopped"]["error"].startswith("Interrupted: signal to another rank: saved step 2 of 3")
+    assert first["stopped"]["error"].startswith(
+        "Interrupted: signal to another rank: saved step 2 of 3"
+    )
     assert second["stopped"]["error"] == "SystemExit: 130"
     state = read_checkpoint(folder / "two" / "stopped")
     assert state["step"] == 2
     assert [data["rank"] for data in state["data"]] == [0, 1]
-    config = tiny.settings(folder, *entry(folder / "two", "stopped", data_of(folder))["changes"], teacher=16)
+    config = tiny.settings(
+        folder, *entry(folder / "two", "stopped", data_of(folder))["changes"], teacher=16
+    )
     text = runs.go(config, resume=True)
-    assert "resume     ranks, workers or shards were others: the pass over the data starts again" in text
+    assert (
+        "resume     ranks, workers or shards were others: the pass over the data starts again"
+        in text
+    )
     assert read_checkpoint(folder / "two" / "stopped")["step"] == 3
 
 
@@ -153,7 +198,9 @@ def test_a_step_that_is_not_finite_on_one_rank_stops_all(results):
 @pytest.mark.prove
 def test_a_rank_that_dies_ends_the_others(folder):
     """The other ranks end in the time that torchrun gives, and the last whole step is saved."""
-    plan = {"died": entry(folder, "died", ["run.steps=1000", *data_of(folder)], fault=["SIGKILL", 1, 3])}
+    plan = {
+        "died": entry(folder, "died", ["run.steps=1000", *data_of(folder)], fault=["SIGKILL", 1, 3])
+    }
     (folder / "dies.json").write_text(json.dumps(plan))
     began = time.monotonic()
     run = torchrun("rank_train.py", folder, "dies")
@@ -165,16 +212,30 @@ def test_a_rank_that_dies_ends_the_others(folder):
 
 @pytest.mark.slow
 def test_the_command_trains_and_a_wrong_setting_is_one_line(folder, request, monkeypatch):
-    """Two ranks, whose own data each reads: a run, and with --prove by torchrun, and one that the first rank refuses."""
+    """Two ranks, whose own data each reads: a run, and with --prove by torchrun, and one that the
+    first rank refuses.
+    """
     path = tiny.write_config(folder, teacher=16)
     out = folder / "command"
-    words = ["train", path, "--set", f"run.out={out}", "--set", data_of(folder)[0], "--set", "run.steps=2"]
+    words = [
+        "train",
+        path,
+        "--set",
+        f"run.out={out}",
+        "--set",
+        data_of(folder)[0],
+        "--set",
+        "run.steps=2",
+    ]
     if request.config.getoption("--prove"):
         command = [*TORCHRUN, "--nproc-per-node=2", "-m", "simplclip", *words]
-        call = functools.partial(subprocess.run, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+        call = functools.partial(
+            subprocess.run, env=ENVIRONMENT, capture_output=True, text=True, timeout=900
+        )
         trained = call(command)
     else:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "forked")  # by which torch knows torchrun's processes
+        # by which torch knows torchrun's processes
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "forked")
         trained = forked_ranks(ROOT / "simplclip" / "__main__.py", *words)
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert trained.stdout.count("done       step 2 in") == 1
@@ -182,7 +243,9 @@ def test_the_command_trains_and_a_wrong_setting_is_one_line(folder, request, mon
     if request.config.getoption("--prove"):
         refused = call([*command, "--set", "data.batch_size=7", "--resume"])
         assert refused.stderr.count("simplclip: resume: expected the settings of") == 1
-        assert 'File "' not in refused.stderr.partition("torch/distributed/elastic")[0], "what follows is torchrun's own"
+        assert 'File "' not in refused.stderr.partition("torch/distributed/elastic")[0], (
+            "what follows is torchrun's own"
+        )
 
 
 DROPOUT = ["model.options.vision_cfg.patch_dropout=0.5", "run.save_every=1"]
@@ -203,13 +266,27 @@ def test_ranks_resume_to_the_bit_with_dropout(folder):
         assert results["resumed"]["error"] is None
         assert [len(results[name]["groups"]) for name in plan] == [3, 1, 2]
         assert results["resumed"]["weights"] == results["undisturbed"]["weights"]
-    assert runs.bits(runs.state_of(folder / "drawn")) == runs.bits(runs.state_of(folder / "undisturbed"))
+    assert runs.bits(runs.state_of(folder / "drawn")) == runs.bits(
+        runs.state_of(folder / "undisturbed")
+    )
 
 
 def command(folder, out, *changes):
     """Returns the words of a run of 6 steps of two ranks."""
-    sets = [f"run.out={out}", data_of(folder)[0], "run.steps=6", "data.batch_size=12", *DROPOUT, *changes]
-    return ["train", folder / "config.yaml", *(word for change in sets for word in ("--set", change)), "--resume"]
+    sets = [
+        f"run.out={out}",
+        data_of(folder)[0],
+        "run.steps=6",
+        "data.batch_size=12",
+        *DROPOUT,
+        *changes,
+    ]
+    return [
+        "train",
+        folder / "config.yaml",
+        *(word for change in sets for word in ("--set", change)),
+        "--resume",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -222,10 +299,14 @@ def trained(folder):
 
 @pytest.mark.slow
 def test_restarted_ranks_end_as_if_none_had_died(folder, trained):
-    """By `torchrun --max-restarts`: the ranks, killed twice (-9), find each other anew, and continue."""
+    """By `torchrun --max-restarts`: the ranks, killed twice (-9), find each other anew, and
+    continue.
+    """
     faults = [[0, 1, 3, "SIGKILL"], [1, 0, 5, "SIGKILL"]]
     words = command(folder, folder / "killed")
-    done = torchrun("rank_fault.py", json.dumps(faults), *words, options=["--max-restarts=2"], check=True)
+    done = torchrun(
+        "rank_fault.py", json.dumps(faults), *words, options=["--max-restarts=2"], check=True
+    )
     assert [line for line in done.stdout.splitlines() if "continuing from" in line] == [
         "resume     continuing from step 2",
         "resume     continuing from step 4",
@@ -242,7 +323,10 @@ def test_a_rank_that_vanishes_ends_the_others_in_time(folder):
     done = forked_ranks("rank_fault.py", '[[0, 1, 3, "SIGSTOP"]]', *words, timeout=100)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("simplclip: ")]
-    assert "after step 2: no answer from another rank within 0.1 minutes (run.timeout_minutes); its node may be" in line
+    assert (
+        "after step 2: no answer from another rank within 0.1 minutes (run.timeout_minutes); its "
+        "node may be" in line
+    )
     assert "Step 2 is saved" in line
     assert "Traceback" not in done.stderr
     assert time.monotonic() - began < 100
@@ -265,7 +349,13 @@ def test_two_nodes_are_two_ranks(folder, trained):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{unused.getsockname()[1]}"
-    agent = [*TORCHRUN[:-1], "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    agent = [
+        *TORCHRUN[:-1],
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={endpoint}",
+    ]
     agent += ["--local-addr=127.0.0.1", str(SUPPORT / "rank_fault.py"), "[]"]
     words = [*agent, *map(str, command(folder, folder / "nodes"))]
     pipes = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -295,15 +385,26 @@ def test_ranks_wait_for_the_first_one_while_it_works(tmp_path):
 def test_ranks_that_do_not_divide_the_batch(tmp_path, monkeypatch):
     for count, batch, micro in ((5, 12, 6), (2, 12, 4)):
         monkeypatch.setattr(ranks, "count", lambda count=count: count)
-        with pytest.raises(ConfigError, match=f"data.batch_size: expected a multiple of {count} ranks and of"):
-            loop._micro_batches(tiny.settings(tmp_path, f"data.batch_size={batch}", f"data.micro_batch={micro}"))
-    assert loop._micro_batches(tiny.settings(tmp_path, "data.batch_size=12", "data.micro_batch=6")) == (6, 1)
-    assert loop._micro_batches(tiny.settings(tmp_path, "data.batch_size=12", "data.micro_batch=12")) == (6, 1)
+        with pytest.raises(
+            ConfigError, match=f"data.batch_size: expected a multiple of {count} ranks and of"
+        ):
+            loop._micro_batches(
+                tiny.settings(tmp_path, f"data.batch_size={batch}", f"data.micro_batch={micro}")
+            )
+    assert loop._micro_batches(
+        tiny.settings(tmp_path, "data.batch_size=12", "data.micro_batch=6")
+    ) == (6, 1)
+    assert loop._micro_batches(
+        tiny.settings(tmp_path, "data.batch_size=12", "data.micro_batch=12")
+    ) == (6, 1)
 
 
 def test_batch_norms_share_their_statistics_or_would_drift(monkeypatch):
     monkeypatch.setattr(ranks, "count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"model.freeze_norms: expected true for several ranks on a cpu.*BatchNorm1d '0'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model.freeze_norms: expected true for several ranks on a cpu.*BatchNorm1d '0'",
+    ):
         distributed.share_norms(nn.Sequential(nn.BatchNorm1d(2)), torch.device("cpu"))
     model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval())
     weight = model[0].weight
@@ -313,11 +414,15 @@ def test_batch_norms_share_their_statistics_or_would_drift(monkeypatch):
 
 
 def test_the_towers_that_train_are_wrapped_apart(monkeypatch):
-    """Frozen parts do not travel; temperature and losses are averaged apart; a tower may have unused parameters."""
+    """Frozen parts do not travel; temperature and losses are averaged apart; a tower may have
+    unused parameters.
+    """
     monkeypatch.setattr(ranks, "count", lambda: 2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("visual", "text", "never", "frozen")})
+        model = nn.ModuleDict(
+            {name: nn.Linear(2, 2) for name in ("visual", "text", "never", "frozen")}
+        )
         model["frozen"].requires_grad_(False)
         model.logit_scale = nn.Parameter(torch.tensor(3.0))
         wrappers = distributed.wrap(model)
@@ -330,7 +435,9 @@ def test_the_towers_that_train_are_wrapped_apart(monkeypatch):
         for _ in range(3):  # a second step would fail if every parameter had to be used
             model.zero_grad()
             scale = distributed.averaged(model.logit_scale)
-            (scale * (encode["image"](torch.ones(4, 2)) * encode["text"](torch.ones(4, 2))).sum()).backward()
+            (
+                scale * (encode["image"](torch.ones(4, 2)) * encode["text"](torch.ones(4, 2))).sum()
+            ).backward()
             assert model["never"].weight.grad is None
             assert model["visual"].weight.grad is not None
         assert distributed.averaged(None) is None

@@ -40,7 +40,9 @@ def weights_of(run):
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_once(tmp_path, trained, monkeypatch):
+def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_once(
+    tmp_path, trained, monkeypatch
+):
     source = tmp_path / "source"
     shutil.copytree(trained, source)
     monkeypatch.chdir(tmp_path)
@@ -57,14 +59,18 @@ def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_o
     assert all(p.requires_grad for p in state.model.parameters())
     assert state.lines[0] == "weights from source"
     for name in resized:
-        assert [line.split()[1] for line in state.lines if line.startswith(f"{name} ")] == ["resized"]
+        assert [line.split()[1] for line in state.lines if line.startswith(f"{name} ")] == [
+            "resized"
+        ]
 
     text = go(tiny.settings(tmp_path, *other, "run.steps=3"))
     assert "weights from source" in text
     shutil.rmtree(source)
     os.mkdir("elsewhere")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert "weights from" not in go(load(tmp_path / "run" / "config.yaml", ["run.steps=4"]), resume=True)
+    assert "weights from" not in go(
+        load(tmp_path / "run" / "config.yaml", ["run.steps=4"]), resume=True
+    )
     encoder = simplclip.load(tmp_path / "run")
     assert encoder.tokenizer(["a"]).shape == (1, 20)
     assert encoder.preprocess.size == (64, 64)
@@ -74,15 +80,25 @@ def test_sources_of_a_start(tmp_path, trained):
     wanted = weights_of(trained)
     for source in (trained, trained / "last.pt"):
         model = started(tmp_path, f"model.checkpoint={source}").model
-        assert bits(dict(model.state_dict())) == bits({name: wanted[name] for name in model.state_dict()})
+        assert bits(dict(model.state_dict())) == bits(
+            {name: wanted[name] for name in model.state_dict()}
+        )
     for source, message in (
-        ("nowhere.pt", "model.checkpoint: expected a file of weights, got no such file: nowhere.pt"),
-        (tmp_path, "model.checkpoint: expected .*: a folder without last.pt or open_clip_model.safetensors"),
+        (
+            "nowhere.pt",
+            "model.checkpoint: expected a file of weights, got no such file: nowhere.pt",
+        ),
+        (
+            tmp_path,
+            "model.checkpoint: expected .*: a folder without last.pt or "
+            "open_clip_model.safetensors",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             started(tmp_path, f"model.checkpoint={source}")
     with pytest.raises(
-        InputError, match="expected options of the model's architecture, got model.options.checkpoint = 'a.pt'"
+        InputError,
+        match="expected options of the model's architecture, got model.options.checkpoint = 'a.pt'",
     ):
         started(tmp_path, "model.options.checkpoint=a.pt")
 
@@ -90,7 +106,9 @@ def test_sources_of_a_start(tmp_path, trained):
 def test_inherit_takes_a_run_and_its_trained_blocks(tmp_path, trained):
     state = started(tmp_path, f"inherit.source={trained}")
     wanted = weights_of(trained)
-    assert bits(dict(state.model.state_dict())) == bits({name: wanted[name] for name in state.model.state_dict()})
+    assert bits(dict(state.model.state_dict())) == bits(
+        {name: wanted[name] for name in state.model.state_dict()}
+    )
     blocks = [module for module in state.model.modules() if isinstance(module, SimplifiedBlock)]
     inside = {p for block in blocks for p in block.parameters()}
     assert inside
@@ -114,7 +132,8 @@ def test_averaged_weights_are_those_of_the_steps_and_loaded(tmp_path, monkeypatc
     monkeypatch.setattr(step, "update", update)
     go(tiny.settings(tmp_path, "optim.ema=0.8"))
     state = state_of(tmp_path / "run")
-    assert bits(state["model"]) == bits(state_of(tmp_path / "plain")["model"])  # the average does not affect training
+    # the average does not affect training
+    assert bits(state["model"]) == bits(state_of(tmp_path / "plain")["model"])
     for name, value in expected.items():
         torch.testing.assert_close(state["ema"][name], value, rtol=1e-5, atol=1e-6, msg=name)
     loaded = simplclip.load(tmp_path / "run").model.state_dict()

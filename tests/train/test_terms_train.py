@@ -1,4 +1,6 @@
-"""Training by the sigmoid base and by a teacher: scale and bias, stages, captions, caching, the gradient of each term."""
+"""Training by the sigmoid base and by a teacher: scale and bias, stages, captions, caching, the
+gradient of each term.
+"""
 
 import json
 import math
@@ -34,16 +36,22 @@ CACHED = ["data.micro_batch=4"]
 
 @pytest.mark.slow
 def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
-    """The config's values come first, then the source's, then SigLIP's; the contrastive base has the model's own."""
+    """The config's values come first, then the source's, then SigLIP's; the contrastive base has
+    the model's own.
+    """
     sources = {
         "siglip": {"init_logit_scale": math.log(50), "init_logit_bias": -12.0},
         "clip": {"init_logit_scale": math.log(80)},
     }
     for name, options in sources.items():
-        torch.save(models.create("siclip-tiny", **tiny.MODEL, **options).state_dict(), tmp_path / f"{name}.pt")
+        torch.save(
+            models.create("siclip-tiny", **tiny.MODEL, **options).state_dict(),
+            tmp_path / f"{name}.pt",
+        )
     siglip, clip = (f"inherit.source={tmp_path / name}.pt" for name in sources)
     started = f"model.checkpoint={tmp_path / 'clip'}.pt"
-    set_scale, set_bias = f"model.options.init_logit_scale={math.log(30)}", "model.options.init_logit_bias=-4.0"
+    set_scale = f"model.options.init_logit_scale={math.log(30)}"
+    set_bias = "model.options.init_logit_bias=-4.0"
     for changes, scale, bias in (
         ([], 1 / 0.07, None),
         ([SIGMOID], 10, -10),
@@ -63,13 +71,17 @@ def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
         if SIGMOID in changes and (scale, bias) in ((10, -10), (10, None)):
             out = tmp_path / "-".join(map(str, (len(changes), scale, bias)))
             line = f"scale {scale}" + ("" if bias is None else f", bias {bias}")
-            assert f"{line}\n" in go(tiny.settings(tmp_path, "run.steps=1", f"run.out={out}", *changes))
+            assert f"{line}\n" in go(
+                tiny.settings(tmp_path, "run.steps=1", f"run.out={out}", *changes)
+            )
             assert ("logit_bias" in rows(out)[0]) == (bias is not None)
 
 
 @pytest.mark.slow
 def test_fp16(tmp_path, monkeypatch):
-    """The first scale is too large: GradScaler skips the step, and the curves leave out its norm."""
+    """The first scale is too large: GradScaler skips the step, and the curves leave out its
+    norm.
+    """
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**16))
     # A CPU is slow at convolutions in float16.
     small = ["model.image_size=16", "data.batch_size=4", "data.micro_batch=2"]
@@ -86,16 +98,23 @@ def test_fp16(tmp_path, monkeypatch):
 def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch):
     text = check_resumed(tmp_path, monkeypatch, 3, [*STAGES, *CACHED], teacher=256)
     assert "similarity_sigmoid by cpu\n" in text
-    assert "WIKDLoss: sigmoid, relational, interactive, feature, pair matching, to stored features of made up; " in text
+    assert (
+        "WIKDLoss: sigmoid, relational, interactive, feature, pair matching, to stored features of "
+        "made up; " in text
+    )
     logged = rows(tmp_path / "whole")
     on = {
         "feature_loss": [True] * 2 + [False] * 5,
         "relational_loss": [False] * 2 + [True] * 2 + [False] * 3,
-        **dict.fromkeys(("sigmoid_loss", "interactive_loss", "pair_matching_loss"), [False] * 4 + [True] * 3),
+        **dict.fromkeys(
+            ("sigmoid_loss", "interactive_loss", "pair_matching_loss"), [False] * 4 + [True] * 3
+        ),
     }
     for term, active in on.items():
         assert [float(row[term]) > 0 for row in logged] == active, term
-    assert len({row["logit_bias"] for row in logged[:5]}) == 1, "the bias has no gradient before its term"
+    assert len({row["logit_bias"] for row in logged[:5]}) == 1, (
+        "the bias has no gradient before its term"
+    )
     assert len({row["logit_bias"] for row in logged[4:]}) == 3
 
 
@@ -103,7 +122,11 @@ def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch):
 def test_a_teacher_of_another_width_is_projected_and_its_source_may_have_a_weight(tmp_path):
     changes = ["loss.feature_weight=1", "loss.interactive_weight=1", "run.steps=1"]
     shard = tiny.settings(tmp_path, teacher=16).data.train
-    go(tiny.settings(tmp_path, *changes, f"data.train=[{{shards: {shard}, weight: 2}}]", teacher=16))
+    go(
+        tiny.settings(
+            tmp_path, *changes, f"data.train=[{{shards: {shard}, weight: 2}}]", teacher=16
+        )
+    )
     assert read_checkpoint(tmp_path / "run")["loss"]["image_projection"].shape == (16, 256)
 
 
@@ -111,7 +134,10 @@ def test_features_of_another_width_than_their_folder_says(tmp_path):
     settings = tiny.settings(tmp_path, "loss.feature_weight=1", teacher=16)
     stamp = json.dumps({"teacher": {"name": "made up", "width": 8, "logit_scale": 10.0}})
     (tmp_path / "data" / "teacher" / "meta.json").write_text(stamp)
-    with pytest.raises(InputError, match="data.sidecars: expected features of width 8, as their meta.json says, got .* 16"):
+    with pytest.raises(
+        InputError,
+        match="data.sidecars: expected features of width 8, as their meta.json says, got .* 16",
+    ):
         go(settings)
 
 
@@ -129,17 +155,26 @@ def test_many_micro_batches_do_not_use_up_file_descriptors(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [2, 4, 8])
 def test_micro_batches_give_the_whole_batches_gradient(tmp_path, monkeypatch, micro_batch):
-    """A batch has 16 captions of 8 images, with every term. Captions have 8 tokens, half of what a micro-batch counts."""
+    """A batch has 16 captions of 8 images, with every term.
+
+    Captions have 8 tokens, half of what a micro-batch counts.
+    """
     results = []
     for changes in ([], [f"data.micro_batch={micro_batch}"]):
         torch.manual_seed(0)
-        weights = [f"loss.{name}_weight=0.7" for name in ("feature", "relational", "interactive", "pm")]
+        weights = [
+            f"loss.{name}_weight=0.7" for name in ("feature", "relational", "interactive", "pm")
+        ]
         settings = [SIGMOID, *weights, "data.captions_per_image=2", *changes]
         state = setup(tiny.settings(tmp_path, *settings, teacher=256), CPU, "fp32")
         torch.nn.init.normal_(state.model.text.transformer.resblocks[0].qk.weight, std=0.05)
         seen = []
         original = state.model.encode_text
-        monkeypatch.setattr(state.model, "encode_text", lambda t, f=original, s=seen, **k: s.append(len(t)) or f(t, **k))
+        monkeypatch.setattr(
+            state.model,
+            "encode_text",
+            lambda t, f=original, s=seen, **k: s.append(len(t)) or f(t, **k),
+        )
         size, count = loop._micro_batches(state.config)
         loader = iter(loop.make_loader(state))
         monkeypatch.setattr(state.optimizer, "step", lambda: None)

@@ -1,4 +1,6 @@
-"""Training: that it learns, resuming bit for bit, other lengths, evaluation on the way, the log, and refusals."""
+"""Training: that it learns, resuming bit for bit, other lengths, evaluation on the way, the log,
+and refusals.
+"""
 
 import re
 
@@ -24,19 +26,30 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.slow
-# Dropout draws from the global generator in every step. Each micro-batch is one of the loader's batches.
+# Dropout draws from the global generator in every step. Each micro-batch is one of the loader's
+# batches.
 @pytest.mark.parametrize(
     ("stop", "changes"),
-    [(5, ["data.workers=0"]), (3, ["data.workers=2", "run.precision=bf16", "data.micro_batch=4", "optim.ema=0.8"])],
+    [
+        (5, ["data.workers=0"]),
+        (3, ["data.workers=2", "run.precision=bf16", "data.micro_batch=4", "optim.ema=0.8"]),
+    ],
 )
-def test_interrupted_and_resumed_is_bit_for_bit_the_undisturbed_run(tmp_path, monkeypatch, stop, changes):
+def test_interrupted_and_resumed_is_bit_for_bit_the_undisturbed_run(
+    tmp_path, monkeypatch, stop, changes
+):
     check_resumed(tmp_path, monkeypatch, stop, [*changes, "model.options.vision_cfg.timm_drop=0.2"])
 
 
 @pytest.mark.slow
 def test_it_learns_and_leaves_everything_behind(tmp_path):
     config = tiny.settings(
-        tmp_path, "run.steps=40", "run.log_every=4", "optim.lr=2e-3", "data.augment=none", "data.samples=24"
+        tmp_path,
+        "run.steps=40",
+        "run.log_every=4",
+        "optim.lr=2e-3",
+        "data.augment=none",
+        "data.samples=24",
     )
     out = tmp_path / "run"
     text = go(config, curves=True)
@@ -46,20 +59,35 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
     assert first > 1.5
     assert last < 0.6 * first
     for row in logged:
-        assert float(row["loss"]) == pytest.approx(float(row["contrastive_loss"]) + float(row["pair_matching_loss"]), 1e-5)
+        assert float(row["loss"]) == pytest.approx(
+            float(row["contrastive_loss"]) + float(row["pair_matching_loss"]), 1e-5
+        )
     assert Image.open(out / "curves.png").size[0] > 600
     assert tiny.config.load(out / "config.yaml") == config
-    assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "curves.png", "last.pt", "metrics.csv"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.yaml",
+        "curves.png",
+        "last.pt",
+        "metrics.csv",
+    ]
     assert text.startswith("model      siclip-tiny: ")
     for words in (
-        *("shaped_attention_fwd by cpu, similarity_loss_fwd by cpu", "precision fp32 (as configured)"),
-        *("24 images, 1 caption drawn of each; 3.0 steps an epoch, 13.3 epochs", f"CPU threads: {torch.get_num_threads()}"),
+        *(
+            "shaped_attention_fwd by cpu, similarity_loss_fwd by cpu",
+            "precision fp32 (as configured)",
+        ),
+        *(
+            "24 images, 1 caption drawn of each; 3.0 steps an epoch, 13.3 epochs",
+            f"CPU threads: {torch.get_num_threads()}",
+        ),
         *("step 40/40", " gone, ", "samples/s", "MiB"),
     ):
         assert words in text
     state = torch.load(out / "last.pt", weights_only=True)
     fresh = losses.ClipPMLoss()
-    assert any(not torch.equal(state["loss"][k], v) for k, v in fresh.state_dict().items()), "the plane did not train"
+    assert any(not torch.equal(state["loss"][k], v) for k, v in fresh.state_dict().items()), (
+        "the plane did not train"
+    )
 
 
 @pytest.mark.slow
@@ -67,7 +95,10 @@ def test_evaluating_on_the_way_does_not_change_the_run(tmp_path):
     held = tiny.write_shard(tmp_path / "data" / "held.tar")
     go(tiny.settings(tmp_path, f"run.out={tmp_path / 'plain'}"), curves=True)
     text = go(
-        tiny.settings(tmp_path, f"run.out={tmp_path / 'seen'}", "eval.every=3", f"eval.splits.held={held}"), curves=True
+        tiny.settings(
+            tmp_path, f"run.out={tmp_path / 'seen'}", "eval.every=3", f"eval.splits.held={held}"
+        ),
+        curves=True,
     )
     assert bits(state_of(tmp_path / "plain")["model"]) == bits(state_of(tmp_path / "seen")["model"])
     seen = rows(tmp_path / "seen", "evaluation.csv")
@@ -84,7 +115,10 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     config = tiny.settings(tmp_path, "run.steps=2")
     assert "has no checkpoint yet: starting at step 0" in go(config, resume=True)
     before = digests(tmp_path / "run")
-    with pytest.raises(ConfigError, match="run.out: expected a folder without a run, got .*; continue that run by --resume"):
+    with pytest.raises(
+        ConfigError,
+        match="run.out: expected a folder without a run, got .*; continue that run by --resume",
+    ):
         go(config)
     assert digests(tmp_path / "run") == before
     assert "done       step 2" in go(config, resume=True)  # all steps are done
@@ -102,10 +136,13 @@ def test_what_may_change_on_resume(tmp_path):
     for changes, message in (
         (
             ["optim.weight_decay=0.5", "data.batch_size=4"],
-            "other settings: data.batch_size was 8, now 4; optim.weight_decay was 0.1, now 0.5. A new run takes its weights: "
-            "--set model.checkpoint=.*last.pt",
+            "other settings: data.batch_size was 8, now 4; optim.weight_decay was 0.1, now 0.5. A "
+            "new run takes its weights: --set model.checkpoint=.*last.pt",
         ),
-        (["run.seed=1", "run.precision=bf16"], "other settings: run.seed was 0, now 1; run.precision was 'fp32', now 'bf16'"),
+        (
+            ["run.seed=1", "run.precision=bf16"],
+            "other settings: run.seed was 0, now 1; run.precision was 'fp32', now 'bf16'",
+        ),
         (["run.steps=1"], "run.steps: expected at least 2, the step of .*, got 1"),
         ([f"data.train={tiny.write_shard(tmp_path / 'other-0.tar')}"], "data.train was"),
         (["data.train=pipe:cat train-0.tar"], "data.train was .*, now 'pipe:cat "),
@@ -124,8 +161,12 @@ def test_what_may_change_on_resume(tmp_path):
     text = go(config, resume=True)
     assert "continuing from step 2; the learning rate now ends at 4, not 2" in text
     assert "ranks, workers or shards were others: the pass over the data starts again" in text
-    assert [float(row["lr"]) for row in rows(tmp_path / "run")[2:]] == [learning_rate(config, step) for step in (2, 3)]
-    assert tiny.config.load(tmp_path / "run" / "config.yaml") == config, "the command to go on takes its settings from there"
+    assert [float(row["lr"]) for row in rows(tmp_path / "run")[2:]] == [
+        learning_rate(config, step) for step in (2, 3)
+    ]
+    assert tiny.config.load(tmp_path / "run" / "config.yaml") == config, (
+        "the command to go on takes its settings from there"
+    )
     again = config.replaced(run={"steps": 5})  # a pass that started again goes on in its own order
     assert "starts again" not in go(again, resume=True)
 
@@ -139,7 +180,9 @@ def test_shards_that_were_added_start_the_pass_again(tmp_path):
     config = tiny.settings(tmp_path, pattern, "run.steps=3")
     assert "starts again" not in go(config, resume=True)
     tiny.write_shard(tmp_path / "data" / "train-1.tar")
-    assert "shards were others: the pass over the data starts again" in go(config.replaced(run={"steps": 4}), resume=True)
+    assert "shards were others: the pass over the data starts again" in go(
+        config.replaced(run={"steps": 4}), resume=True
+    )
     assert "starts again" not in go(config.replaced(run={"steps": 5}), resume=True)
 
 
@@ -154,23 +197,33 @@ def test_a_checkpoint_that_this_version_cannot_take_says_why(tmp_path):
     state["config"]["data"]["cache_prefix"] = "folder"
     torch.save(state, path)
     with pytest.raises(
-        CheckpointError, match="last.pt: expected settings that this version .* data.cache_prefix: unknown key"
+        CheckpointError,
+        match="last.pt: expected settings that this version .* data.cache_prefix: unknown key",
     ):
         go(longer, resume=True)
     state["config"]["data"].pop("cache_prefix")
     name = next(iter(state["model"]))
     state["model"]["other"] = state["model"].pop(name)
     torch.save(state, path)
-    with pytest.raises(CheckpointError, match=rf"checkpoint: expected the state of this model's .*{re.escape(name)}"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"checkpoint: expected the state of this model's .*{re.escape(name)}",
+    ):
         go(longer, resume=True)
 
 
 @pytest.mark.slow
 def test_epochs_and_tables(tmp_path, capsys):
-    """A table is packed into the run's folder, whose meta.json counts it, and read from there again."""
+    """A table is packed into the run's folder, whose meta.json counts it, and read from there
+    again.
+    """
     images = tmp_path / "images"
     images.mkdir()
-    pairs = [(f"{colour}-{shape}.png", f"{colour} {shape}") for colour in tiny.COLOURS for shape in tiny.SHAPES]
+    pairs = [
+        (f"{colour}-{shape}.png", f"{colour} {shape}")
+        for colour in tiny.COLOURS
+        for shape in tiny.SHAPES
+    ]
     for name, _ in pairs:
         colour, shape = name.removesuffix(".png").split("-")
         (images / name).write_bytes(tiny.picture(tiny.COLOURS[colour], shape))
@@ -178,25 +231,48 @@ def test_epochs_and_tables(tmp_path, capsys):
     changes = [f"data.train={tmp_path / 't.csv'}"]
     out = tmp_path / "run"
     text = go(tiny.settings(tmp_path, *changes, "run.epochs=1", "run.save_every=1"))
-    assert f"packed 24 samples of t.csv in 1 shard, {out / 'shards' / 't' / '*.tar'}" in capsys.readouterr().out
+    assert (
+        f"packed 24 samples of t.csv in 1 shard, {out / 'shards' / 't' / '*.tar'}"
+        in capsys.readouterr().out
+    )
     assert "24 images, 1 caption drawn of each; 3.0 steps an epoch, 1.0 epochs" in text
     stored = tiny.config.load(out / "config.yaml")
     assert (stored.run.steps, stored.run.epochs) == (3, None)
-    for config, steps in ((tiny.settings(tmp_path, *changes, "run.epochs=2"), 6), (stored.replaced(run={"steps": 7}), 7)):
+    for config, steps in (
+        (tiny.settings(tmp_path, *changes, "run.epochs=2"), 6),
+        (stored.replaced(run={"steps": 7}), 7),
+    ):
         go(config, resume=True)
         assert read_checkpoint(out)["step"] == steps
 
     for epochs, size, samples, expected in ((0.5, 7, None, 2), (0.01, 8, None, 1), (2, 8, 80, 20)):
-        changes = [f"run.epochs={epochs}", f"data.batch_size={size}", f"data.train={out}/shards/t/*.tar"]
+        changes = [
+            f"run.epochs={epochs}",
+            f"data.batch_size={size}",
+            f"data.train={out}/shards/t/*.tar",
+        ]
         changes += [f"data.samples={samples or 'null'}"]
-        assert loop._with_data(tiny.settings(tmp_path, *changes), None)[0].run.steps == expected, changes
+        assert loop._with_data(tiny.settings(tmp_path, *changes), None)[0].run.steps == expected, (
+            changes
+        )
     torch.save({"x": torch.zeros(1)}, tmp_path / "no-clip.pt")
-    for change in ("optim.options.beta=1", f"inherit.source={tmp_path / 'no-clip.pt'}", "eval.every=2"):
-        changes = [f"data.train={tmp_path / 't.csv'}", "data.batch_size=9", change, f"run.out={tmp_path / 'wrong'}"]
+    for change in (
+        "optim.options.beta=1",
+        f"inherit.source={tmp_path / 'no-clip.pt'}",
+        "eval.every=2",
+    ):
+        changes = [
+            f"data.train={tmp_path / 't.csv'}",
+            "data.batch_size=9",
+            change,
+            f"run.out={tmp_path / 'wrong'}",
+        ]
         with pytest.raises(InputError):
             go(tiny.settings(tmp_path, *changes))
         assert not (tmp_path / "wrong").exists(), "packed before the model was checked"
-    with pytest.raises(ConfigError, match="number of samples, for run.epochs, as --set data.samples=855, got null"):
+    with pytest.raises(
+        ConfigError, match="number of samples, for run.epochs, as --set data.samples=855, got null"
+    ):
         go(tiny.settings(tmp_path, "run.epochs=1", f"run.out={tmp_path / 'other'}"))
     assert not (tmp_path / "other").exists()
     text = go(tiny.settings(tmp_path, "run.steps=1", f"run.out={tmp_path / 'other'}"))
@@ -231,18 +307,29 @@ def test_only_matrices_decay_and_the_scale_is_held_below_100(tmp_path):
 
 
 def test_a_model_of_which_only_the_scale_trains(tmp_path):
-    changes = ["model.options.simplified=false", f"inherit.source={tmp_path / 'a.pt'}", "loss.pm_weight=0"]
-    torch.save(setup(tiny.settings(tmp_path, changes[0]), CPU, "fp32").model.state_dict(), tmp_path / "a.pt")
+    changes = [
+        "model.options.simplified=false",
+        f"inherit.source={tmp_path / 'a.pt'}",
+        "loss.pm_weight=0",
+    ]
+    torch.save(
+        setup(tiny.settings(tmp_path, changes[0]), CPU, "fp32").model.state_dict(),
+        tmp_path / "a.pt",
+    )
     state = setup(tiny.settings(tmp_path, *changes), CPU, "fp32")
     assert [len(group["params"]) for group in state.optimizer.param_groups] == [0, 1]
 
 
 @pytest.mark.slow
 def test_lines_by_time_and_a_checkpoint_after_some_minutes(tmp_path, monkeypatch):
-    """A step takes 20 seconds of this clock, so that the checkpoint of minute 1 is that of step 4."""
+    """A step takes 20 seconds of this clock, so that the checkpoint of minute 1 is that of step
+    4.
+    """
     saved = []
     original = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda out, state: saved.append(state["step"]) or original(out, state))
+    monkeypatch.setattr(
+        checkpoint, "save", lambda out, state: saved.append(state["step"]) or original(out, state)
+    )
 
     class Clock:
         now = 0.0
@@ -279,7 +366,9 @@ def test_damaged_data_is_reported_once(tmp_path):
         file.seek(512)
         file.write(bytes(40))
     text = go(tiny.settings(tmp_path))
-    (skipped,) = {line for line in re.findall("^data .* skipped: .*$", text, re.M) if " 1 skipped: " in line}
+    (skipped,) = {
+        line for line in re.findall("^data .* skipped: .*$", text, re.M) if " 1 skipped: " in line
+    }
     assert "black-bar" not in skipped
     assert "train-0.tar/0-red-circle" in skipped
 
@@ -287,13 +376,31 @@ def test_damaged_data_is_reported_once(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("optim.options.betas=[0.9]", "optim.options: expected arguments of torch.optim.AdamW, got {.*'betas': .0.9"),
-        ("optim.options.weight_decay=1", "optim.options: expected arguments of torch.optim.AdamW, got {.*'weight_decay': 1"),
-        ("optim.options.beta=1", "optim.options: expected arguments of torch.optim.AdamW, got {.*'beta': 1}"),
+        (
+            "optim.options.betas=[0.9]",
+            "optim.options: expected arguments of torch.optim.AdamW, got {.*'betas': .0.9",
+        ),
+        (
+            "optim.options.weight_decay=1",
+            "optim.options: expected arguments of torch.optim.AdamW, got {.*'weight_decay': 1",
+        ),
+        (
+            "optim.options.beta=1",
+            "optim.options: expected arguments of torch.optim.AdamW, got {.*'beta': 1}",
+        ),
         ("model.options.depth=3", "model.options"),
-        ("model.options.text_cfg.layers=0", "model.options: expected options of siclip-tiny, got .*'layers': 0"),
-        ("model.options.text_cfg.width=7", "model.options: expected options of siclip-tiny, got .*'width': 7"),
-        ("inherit.train=['*']", "inherit.source: expected weights, for inherit.train and inherit.blocks, got none"),
+        (
+            "model.options.text_cfg.layers=0",
+            "model.options: expected options of siclip-tiny, got .*'layers': 0",
+        ),
+        (
+            "model.options.text_cfg.width=7",
+            "model.options: expected options of siclip-tiny, got .*'width': 7",
+        ),
+        (
+            "inherit.train=['*']",
+            "inherit.source: expected weights, for inherit.train and inherit.blocks, got none",
+        ),
         ("eval.every=2", "eval.splits: expected held-out data, for eval.every = 2, got none"),
         ("data.micro_batch=auto", "data.micro_batch: expected a number, got auto"),
     ],

@@ -1,9 +1,11 @@
-"""Faults at random moments of real training runs, and the state after each: 60 faults. Faults at chosen moments, which take
-less time: test_train_errors.py.
+"""Faults at random moments of real training runs, and the state after each: 60 faults.
 
-A process trains. Meanwhile a fault occurs: the process or its loader process is killed (-9), its terminal or the reader of
-its output is closed, or its disk becomes full. Then the last whole step is in the checkpoint, or the process says why not and
-which checkpoint is good. Without the fault, the run resumes and ends as an undisturbed run, to the bit.
+Faults at chosen moments, which take less time: test_train_errors.py.
+
+A process trains. Meanwhile a fault occurs: the process or its loader process is killed (-9), its
+terminal or the reader of its output is closed, or its disk becomes full. Then the last whole step
+is in the checkpoint, or the process says why not and which checkpoint is good. Without the fault,
+the run resumes and ends as an undisturbed run, to the bit.
 
 A limit on the size of the process's files stands for a full disk.
 """
@@ -39,7 +41,12 @@ FAULTS = int(os.environ.get("SIMPLCLIP_TEST_FAULTS", len(KINDS)))
 STEPS = 24
 LARGEST = 1 << 12  # largest file on a full disk, in bytes
 MISSED = "ended before it was met"
-CHANGES = ["data.workers=1", f"run.steps={STEPS}", "run.save_every=7", "model.options.vision_cfg.timm_drop=0.2"]
+CHANGES = [
+    "data.workers=1",
+    f"run.steps={STEPS}",
+    "run.save_every=7",
+    "model.options.vision_cfg.timm_drop=0.2",
+]
 
 
 class Copied(io.StringIO):
@@ -58,14 +65,20 @@ class Copied(io.StringIO):
 
 
 def work(config, out, printed, pipe, ready):
-    """Trains, and writes the printed text, and an error that ended the run, to the file `printed`."""
+    """Trains, and writes the printed text, and an error that ended the run, to the file
+    `printed`.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     progress.Pace.due = lambda self: True  # prints a line after each step
     ready.set()
     text = Copied(pipe)
     try:
-        train.run(tiny.config.load(config, [*CHANGES, f"run.out={out}"]), resume=True, console=Console(file=text, width=500))
+        train.run(
+            tiny.config.load(config, [*CHANGES, f"run.out={out}"]),
+            resume=True,
+            console=Console(file=text, width=500),
+        )
     except Exception as error:
         text = f"{text.getvalue()}\n{type(error).__name__}: {error}"
         printed.write_bytes(text.encode()[-LARGEST:])
@@ -77,7 +90,9 @@ class Faults:
     """One shard and an undisturbed run. `meet` causes a fault."""
 
     def __init__(self, folder):
-        self.folder, self.random, self.took = folder, random.Random(0), None
+        self.folder = folder
+        self.random = random.Random(0)
+        self.took = None
         self.config = tiny.write_config(folder)
         assert self.train(folder / "whole")[0] == 0
         self.whole = bits(state_of(folder / "whole"))
@@ -122,7 +137,9 @@ class Faults:
         if code == 0:
             assert good == STEPS
             return MISSED
-        if kind in ("hangup", "pipe") and (saved := re.search(r"(SIGHUP|pipe).*: saved step (\d+) of", text)):
+        if kind in ("hangup", "pipe") and (
+            saved := re.search(r"(SIGHUP|pipe).*: saved step (\d+) of", text)
+        ):
             assert good == int(saved[2]), text
             return "saved the step"
         whole = [int(step) for step in re.findall(r"^step (\d+)/", text, re.MULTILINE)]
@@ -134,7 +151,11 @@ class Faults:
             assert not (out / "config.yaml").exists(), text
             return "before a first step"
         assert re.search(r"Step \d+ is not saved: (\w+: .+|the update of)", text), text
-        assert f"last.pt of step {good} is intact" in text if good else "There is no checkpoint" in text, text
+        assert (
+            f"last.pt of step {good} is intact" in text
+            if good
+            else "There is no checkpoint" in text
+        ), text
         return "gave the reason, and what is good"
 
     def kill(self, process):
@@ -159,11 +180,16 @@ class Faults:
 
 
 @pytest.mark.prove
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="loader processes are found in /proc")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="loader processes are found in /proc"
+)
 def test_the_last_whole_step_is_there_or_the_reason(tmp_path):
-    faults, counts, missed = Faults(tmp_path), Counter(), 0
+    faults = Faults(tmp_path)
+    counts = Counter()
+    missed = 0
     for kind in itertools.islice(itertools.cycle(KINDS), FAULTS):
-        while (outcome := faults.meet(kind)) == MISSED:  # the run had all that it needs before the fault
+        # the run had all that it needs before the fault
+        while (outcome := faults.meet(kind)) == MISSED:
             missed += 1
             assert missed <= 3 * FAULTS, "faults come too late"
         counts[f"{kind}: {outcome}"] += 1

@@ -11,7 +11,9 @@ from simplclip.ops.calls import Mutated, Strided
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Arguments of forward, whose results are out [B, L, H, K], the log-sum-exps lse, and av: see AttentionGradient."""
+    """Arguments of forward, whose results are out [B, L, H, K], the log-sum-exps lse, and av: see
+    AttentionGradient.
+    """
 
     q: Strided  # [B, L, H, K]
     k: Strided  # [B, L, H, K]
@@ -33,7 +35,9 @@ class AttentionGradient(AttentionCall):
 
 @dataclass(frozen=True)
 class AttentionInto(AttentionGradient):
-    """Arguments of the backends' functions for backward, which write dq, dk and dv and return the gains' gradients [3, H]."""
+    """Arguments of the backends' functions for backward, which write dq, dk and dv and return the
+    gains' gradients [3, H].
+    """
 
     dq: Mutated  # [B, L, H, K]
     dk: Mutated  # [B, L, H, K]

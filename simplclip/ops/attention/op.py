@@ -23,7 +23,9 @@ def facts_of(shape: Sequence[int], lengths: Tensor | None) -> dict:
 
 
 def attend(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a backend's function for forward; returns its three results, the last, A v, empty unless backward needs A v."""
+    """Runs a backend's function for forward; returns its three results, the last, A v, empty unless
+    backward needs A v.
+    """
     results = function(call)
     return results if len(results) == 3 else (*results, results[0].new_empty(0))
 
@@ -31,7 +33,9 @@ def attend(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Ten
 def av_shape(shape: Sequence[int], q: Tensor, spec: str, lengths: Tensor | None) -> Sequence[int]:
     """Returns the shape of the last result, A v, for a q of this shape, device and dtype."""
     facts = facts_of(shape, lengths)
-    backend, _ = backends.select("shaped_attention_fwd", q.device, q.dtype, spec, part=True, **facts)
+    backend, _ = backends.select(
+        "shaped_attention_fwd", q.device, q.dtype, spec, part=True, **facts
+    )
     return shape if backend in LIBRARIES else (0,)
 
 
@@ -66,11 +70,16 @@ def _empty_gradients(call: AttentionCall) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in (call.q, call.k, call.v)]
 
 
-def _why_not_cuda(device: torch.device, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call) -> str | None:
+def _why_not_cuda(
+    device: torch.device, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call
+) -> str | None:
     if reason := backends.extension_on_cuda(device, dtype):
         return reason
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
-        return "serves float32 only through TF32, which torch does not allow (torch.backends.cuda.matmul.allow_tf32)"
+        return (
+            "serves float32 only through TF32, which torch does not allow "
+            "(torch.backends.cuda.matmul.allow_tf32)"
+        )
     reason = backends.cuda_extension.shaped_attention_why_not(length, width, dtype == torch.float32)
     return reason and f"{reason}; got {length} tokens, width {width}"
 
@@ -81,7 +90,9 @@ def _why_not_sdpa(device: torch.device, dtype: torch.dtype, **call) -> str | Non
     return backends.why_not_kernels(device.type, device, dtype)
 
 
-def _why_not_xformers(device: torch.device, dtype: torch.dtype, *, lengths: bool = False, **call) -> str | None:
+def _why_not_xformers(
+    device: torch.device, dtype: torch.dtype, *, lengths: bool = False, **call
+) -> str | None:
     if not backends.installed("xformers"):
         return "the package xformers is not installed"
     if lengths:
@@ -97,25 +108,47 @@ LIBRARIES: dict[str, tuple[Forward, Backward, Callable]] = {
 _FWD = backends.row(reference.shaped_attention_fwd, AttentionCall, cuda=_why_not_cuda)
 _BWD = backends.row(reference.shaped_attention_bwd, AttentionInto, cuda=_why_not_cuda)
 for _name, (_attend, _attend_backward, _why_not) in LIBRARIES.items():
-    _FWD[_name] = backends.Implementation(partial(with_library_attention.shaped_attention_fwd, _attend), _why_not)
+    _FWD[_name] = backends.Implementation(
+        partial(with_library_attention.shaped_attention_fwd, _attend), _why_not
+    )
     _BWD[_name] = backends.Implementation(
         partial(with_library_attention.shaped_attention_bwd, _attend, _attend_backward), _why_not
     )
 FORWARD = define(
-    "shaped_attention_fwd", AttentionCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD, facts=_facts,
-    native=(AttentionCall, "(Tensor, Tensor)"), native_fake=_native_fake,
-)  # fmt: skip
+    "shaped_attention_fwd",
+    AttentionCall,
+    "(Tensor, Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+    row=_FWD,
+    facts=_facts,
+    native=(AttentionCall, "(Tensor, Tensor)"),
+    native_fake=_native_fake,
+)
 BACKWARD = define(
-    "shaped_attention_bwd", AttentionGradient, "(Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake, row=_BWD, facts=_facts,
-    native=(AttentionInto, "Tensor"), native_fake=lambda call: torch.empty_like(call.gains),
-)  # fmt: skip
+    "shaped_attention_bwd",
+    AttentionGradient,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+    row=_BWD,
+    facts=_facts,
+    native=(AttentionInto, "Tensor"),
+    native_fake=lambda call: torch.empty_like(call.gains),
+)
 
 
 def _gradient(
-    call: AttentionCall, results: Sequence[Tensor], grads: Sequence[Any], needed: Sequence[bool], spec: str
+    call: AttentionCall,
+    results: Sequence[Tensor],
+    grads: Sequence[Any],
+    needed: Sequence[bool],
+    spec: str,
 ) -> dict[str, Tensor]:
     (grad,), (lse, av) = grads, results
-    gradients = registry.call(BACKWARD, AttentionGradient(**by_name(call), grad=grad, lse=lse, av=av), spec)
+    gradients = registry.call(
+        BACKWARD, AttentionGradient(**by_name(call), grad=grad, lse=lse, av=av), spec
+    )
     return dict(zip(("q", "k", "v", "gains"), gradients))
 
 
@@ -136,36 +169,41 @@ def shaped_attention(
 ) -> Tensor:  # [B, L, H, K]
     """Shaped attention, per head: `out = alpha v + beta softmax(q k^T scale) v - gamma C v`.
 
-    C is uniform over the keys that a query sees: the mean over the valid keys, or the running mean when `causal`.
-    With q = 0 and alpha = beta = gamma the softmax equals C and the result is `alpha v`: the identity, from which a
-    block without skip connections starts.
+    C is uniform over the keys that a query sees: the mean over the valid keys, or the running mean
+    when `causal`. With q = 0 and alpha = beta = gamma the softmax equals C and the result is `alpha
+    v`: the identity, from which a block without skip connections starts.
 
     Args:
-        q, k, v: [B, L, H, K], float32, bfloat16, float16 or float64. Tensors with any strides are read without a copy (e.g.
-            views of one product [q|k]) if their last dimension is contiguous. Under autocast they are cast to its dtype.
+        q, k, v: [B, L, H, K], float32, bfloat16, float16 or float64. Tensors with any strides are
+            read without a copy (e.g. views of one product [q|k]) if their last dimension is
+            contiguous. Under autocast they are cast to its dtype.
         alpha, beta, gamma: [H], any floating dtype.
         scale: factor of the logits, `K ** -0.5` when None.
         causal: query i attends to the keys 0..i only.
-        lengths: [B] integers, the number of valid leading tokens of each sequence; 0 is allowed. Padded
-            tokens are not read (they may contain anything, even NaN); their output and their gradients are zero. On a CPU
-            a value below 0 or above L is an error; on other devices, where a check would synchronise, it is clamped.
+        lengths: [B] integers, the number of valid leading tokens of each sequence; 0 is allowed.
+            Padded tokens are not read (they may contain anything, even NaN); their output and their
+            gradients are zero. On a CPU a value below 0 or above L is an error; on other devices,
+            where a check would synchronise, it is clamped.
 
     Returns:
         [B, L, H, K], contiguous, in the dtype of `q`.
 
     Raises:
-        TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
+        TypeError, ValueError: an argument is not valid; the message names it, what was expected and
+            what it got.
         RuntimeError: a forced backend does not support the call.
 
-    Softmax, gains and sums are computed in float32 (float64 for float64), products with operands in the tensors' dtype.
-    Saved for backward: q, k, v and the log-sum-exps [B, H, L] float32; backends "sdpa" and "xformers" also save
-    softmax(q k^T scale) v. No [L, L] matrix is stored. On one machine, the same call has the same bits each time, on the CPU
-    kernels with any number of threads; with "sdpa" and "xformers" on a GPU only under
-    torch.use_deterministic_algorithms(True). Under it torch 2.11 refuses causal attention where Triton is missing, since its
-    cumsum is not deterministic. Only first derivatives in reverse mode are supported.
+    Softmax, gains and sums are computed in float32 (float64 for float64), products with operands in
+    the tensors' dtype. Saved for backward: q, k, v and the log-sum-exps [B, H, L] float32; backends
+    "sdpa" and "xformers" also save softmax(q k^T scale) v. No [L, L] matrix is stored. On one
+    machine, the same call has the same bits each time, on the CPU kernels with any number of
+    threads; with "sdpa" and "xformers" on a GPU only under
+    torch.use_deterministic_algorithms(True). Under it torch 2.11 refuses causal attention where
+    Triton is missing, since its cumsum is not deterministic. Only first derivatives in reverse mode
+    are supported.
 
-    Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and `lengths` are additions of
-    this library.
+    Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and
+    `lengths` are additions of this library.
     """
     checks.attention(q, k, v, alpha, beta, gamma)
     checks.boolean("causal", causal)

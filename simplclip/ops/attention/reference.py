@@ -10,7 +10,9 @@ from simplclip.ops.calls import accumulate_dtype
 
 
 def _visible(call: AttentionCall) -> Tensor:
-    """Returns which keys a query attends to, [B or 1, 1, L, L]; a padded query attends to no key."""
+    """Returns which keys a query attends to, [B or 1, 1, L, L]; a padded query attends to no
+    key.
+    """
     length, device = call.q.shape[1], call.q.device
     visible = torch.ones(length, length, dtype=torch.bool, device=device)
     visible = (visible.tril() if call.causal else visible)[None]
@@ -21,14 +23,18 @@ def _visible(call: AttentionCall) -> Tensor:
 
 
 def _heads(visible: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Returns [B, H, L, K] in the accumulation dtype, with 0 at padded tokens (a weight of 0 would keep their NaN)."""
+    """Returns [B, H, L, K] in the accumulation dtype, with 0 at padded tokens (a weight of 0 would
+    keep their NaN).
+    """
     seen = visible.any(-1)[..., None]  # [B or 1, 1, L, 1]
     dtype = accumulate_dtype(tensors[0].dtype)
     return [t.transpose(1, 2).to(dtype).masked_fill(~seen, 0) for t in tensors]
 
 
 def shaped_attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns alpha v + beta A v − gamma C v [B, L, H, K], and the log-sum-exp of visible logits [B, H, L] (padded: 0)."""
+    """Returns alpha v + beta A v − gamma C v [B, L, H, K], and the log-sum-exp of visible logits
+    [B, H, L] (padded: 0).
+    """
     visible = _visible(call)
     q, k, v = _heads(visible, call.q, call.k, call.v)
     logits = (call.scale * q @ k.mT).masked_fill(~visible, -torch.inf)
@@ -46,8 +52,10 @@ def _uniform(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def shaped_attention_bwd(call: AttentionInto) -> Tensor:  # [3, H]
-    """Writes dq, dk, dv; returns gain gradients: dP = do vᵀ, δ = rowsum(A ∘ dP), dS = beta A ∘ (dP − δ), dq = scale dS k,
-    dk = scale dSᵀ q, dv = alpha do + (beta A − gamma C)ᵀ do; dalpha = tr dP, dbeta = Σ δ, dgamma = −Σ C ∘ dP."""
+    """Writes dq, dk, dv; returns gain gradients: dP = do vᵀ, δ = rowsum(A ∘ dP), dS = beta A ∘ (dP
+    − δ), dq = scale dS k, dk = scale dSᵀ q, dv = alpha do + (beta A − gamma C)ᵀ do; dalpha = tr dP,
+    dbeta = Σ δ, dgamma = −Σ C ∘ dP.
+    """
     visible = _visible(call)
     grad, q, k, v = _heads(visible, call.grad, call.q, call.k, call.v)
     a = (call.scale * q @ k.mT - call.lse[..., None]).masked_fill(~visible, -torch.inf).exp()

@@ -1,8 +1,10 @@
-"""Forward and backward of torch's scaled_dot_product_attention, as an attention for with_library_attention.py.
+"""Forward and backward of torch's scaled_dot_product_attention, as an attention for
+with_library_attention.py.
 
-On a GPU the kernels behind it are called: FlashAttention for half types, else the memory-efficient kernel. Both get sequences
-of several lengths as segments of one sequence: the valid tokens of each, and its padding, which attends to itself. So no mask
-[L, L] is made, no length is read back to the host, and padding does not reach valid tokens.
+On a GPU the kernels behind it are called: FlashAttention for half types, else the memory-efficient
+kernel. Both get sequences of several lengths as segments of one sequence: the valid tokens of each,
+and its padding, which attends to itself. So no mask [L, L] is made, no length is read back to the
+host, and padding does not reach valid tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
 aten = torch.ops.aten
 ROW_BYTES = 16  # heads begin at multiples of 16 bytes, and their width is a multiple of 16 bytes
-LSE_ROWS = 32  # the memory-efficient kernel rounds the number of rows of its log-sum-exps up to a multiple of 32
+# the memory-efficient kernel rounds the number of rows of its log-sum-exps up to a multiple of 32
+LSE_ROWS = 32
 
 
 def kernel(q: Tensor) -> str:
@@ -39,20 +42,26 @@ def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def aligned(*tensors: Tensor) -> list[Tensor]:
-    """Returns the tensors with heads that begin at multiples of ROW_BYTES, padded by zeros in width; copies where needed."""
+    """Returns the tensors with heads that begin at multiples of ROW_BYTES, padded by zeros in
+    width; copies where needed.
+    """
     results = []
     for t in tensors:
         row_elements = ROW_BYTES // t.itemsize
         if t.shape[3] % row_elements:
             t = F.pad(t, (0, -t.shape[3] % row_elements))
-        elif t.storage_offset() % row_elements or any(step % row_elements for step in t.stride()[:3]):
+        elif t.storage_offset() % row_elements or any(
+            step % row_elements for step in t.stride()[:3]
+        ):
             t = t.clone(memory_format=torch.contiguous_format)
         results.append(t)
     return results
 
 
 def _segments(call: AttentionCall) -> Tensor:  # [2 B + 1] int32
-    """Returns where the valid tokens and the padding of each sequence begin, and where the last sequence ends."""
+    """Returns where the valid tokens and the padding of each sequence begin, and where the last
+    sequence ends.
+    """
     batch, length = call.q.shape[:2]
     first = torch.arange(0, batch * length, length, device=call.q.device, dtype=torch.int32)
     bounds = torch.stack([first, first + call.lengths], 1).flatten()
@@ -75,28 +84,56 @@ def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     length, width = call.q.shape[1], call.q.shape[3]
     tensors = aligned(call.grad, call.q, call.k, call.v, call.av)
-    bounds, shape, lse = None, tensors[0].shape, call.lse
+    bounds = None
+    shape = tensors[0].shape
+    lse = call.lse
     if call.lengths is not None:
-        bounds, tensors, lse = (
-            _segments(call),
-            [t.flatten(0, 1) for t in tensors],
-            lse.transpose(0, 1).flatten(1).contiguous(),
-        )
-    state = lse.new_empty((), dtype=torch.int64)  # the state of random numbers, unused without dropout
+        bounds = _segments(call)
+        tensors = [t.flatten(0, 1) for t in tensors]
+        lse = lse.transpose(0, 1).flatten(1).contiguous()
+    # the state of random numbers, unused without dropout
+    state = lse.new_empty((), dtype=torch.int64)
     gradients = aten._flash_attention_backward(
-        *tensors, lse, bounds, bounds, length, length, 0.0, call.causal, state, state, scale=call.scale
-    )  # fmt: skip
+        *tensors,
+        lse,
+        bounds,
+        bounds,
+        length,
+        length,
+        0.0,
+        call.causal,
+        state,
+        state,
+        scale=call.scale,
+    )
     return tuple(t.view(shape)[..., :width] for t in gradients)
 
 
 def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
     (_, length, _, width), (q, k, v) = call.q.shape, aligned(call.q, call.k, call.v)
-    bounds, longest, shape = None, None, q.shape
+    bounds = None
+    longest = None
+    shape = q.shape
     if call.lengths is not None:
-        bounds, longest, q, k, v = _segments(call), length, *(t.flatten(0, 1)[None] for t in (q, k, v))
+        bounds, longest, q, k, v = (
+            _segments(call),
+            length,
+            *(t.flatten(0, 1)[None] for t in (q, k, v)),
+        )
     av, lse, *_ = aten._efficient_attention_forward(
-        q, k, v, None, bounds, bounds, longest, longest, 0.0, int(call.causal), True, scale=call.scale
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        None,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        0.0,
+        int(call.causal),
+        True,
+        scale=call.scale,
+    )
     lse = lse if bounds is None else lse[::2]  # drops the log-sum-exps of padding
     return av.view(shape)[..., :width], lse[:, :, :length].contiguous()
 
@@ -104,17 +141,41 @@ def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     length, width = call.q.shape[1], call.q.shape[3]
     grad, q, k, v, av = aligned(call.grad, call.q, call.k, call.v, call.av)
-    bounds, shape, lse = None, q.shape, call.lse
+    bounds = None
+    shape = q.shape
+    lse = call.lse
     if call.lengths is not None:
-        bounds, grad, q, k, v, av = _segments(call), *(t.flatten(0, 1)[None] for t in (grad, q, k, v, av))
-        lse = lse.masked_fill((torch.arange(length, device=q.device) >= call.lengths[:, None])[:, None], torch.inf)
-        lse = lse.repeat_interleave(2, 0)  # padding gets the values of valid rows: its gradients are not used
+        bounds, grad, q, k, v, av = (
+            _segments(call),
+            *(t.flatten(0, 1)[None] for t in (grad, q, k, v, av)),
+        )
+        lse = lse.masked_fill(
+            (torch.arange(length, device=q.device) >= call.lengths[:, None])[:, None], torch.inf
+        )
+        # padding gets the values of valid rows: its gradients are not used
+        lse = lse.repeat_interleave(2, 0)
     lse = F.pad(lse, (0, -length % LSE_ROWS), value=torch.inf)
-    state = lse.new_empty((), dtype=torch.int64)  # the state of random numbers, unused without dropout
+    # the state of random numbers, unused without dropout
+    state = lse.new_empty((), dtype=torch.int64)
     gradients = aten._efficient_attention_backward(
-        grad, q, k, v, None, av, bounds, bounds, length, length, lse, 0.0, state, state, int(call.causal), False,
+        grad,
+        q,
+        k,
+        v,
+        None,
+        av,
+        bounds,
+        bounds,
+        length,
+        length,
+        lse,
+        0.0,
+        state,
+        state,
+        int(call.causal),
+        False,
         scale=call.scale,
-    )[:3]  # fmt: skip
+    )[:3]
     return tuple(t.view(shape)[..., :width] for t in gradients)
 
 
@@ -135,16 +196,20 @@ def _on_cpu_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _heads_and_mask(call: AttentionCall, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
-    """Returns the tensors as [B, H, L, K] with 0 in padding, and a mask [B, 1, 1, L] to add to the logits, or None.
+    """Returns the tensors as [B, H, L, K] with 0 in padding, and a mask [B, 1, 1, L] to add to the
+    logits, or None.
 
-    A valid query of causal attention sees no padding, since padding comes last, so that no mask is needed.
+    A valid query of causal attention sees no padding, since padding comes last, so that no mask is
+    needed.
     """
     heads = [t.transpose(1, 2) for t in tensors]
     if call.lengths is None:
         return heads, None
     padded = torch.arange(call.q.shape[1]) >= call.lengths[:, None]  # [B, L]
     heads = [t.masked_fill(padded[:, None, :, None], 0) for t in heads]
-    return heads, None if call.causal else call.q.new_zeros(padded.shape).masked_fill(padded, -torch.inf)[:, None, None]
+    return heads, None if call.causal else call.q.new_zeros(padded.shape).masked_fill(
+        padded, -torch.inf
+    )[:, None, None]
 
 
 _FORWARD = {"cpu": _on_cpu, "flash": _flash, "efficient": _efficient}

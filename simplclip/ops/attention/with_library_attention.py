@@ -1,9 +1,11 @@
-"""shaped_attention with the softmax attention of another library, whose result A v is kept for backward.
+"""shaped_attention with the softmax attention of another library, whose result A v is kept for
+backward.
 
-An attention is two functions. Forward maps a call to A v [B, L, H, K] and the log-sum-exps [B, H, L]. Backward maps a call
-with A v and the incoming gradient dO to the gradients of ordinary attention: dq, dk and Aᵀ dO. All three are linear in dO, so
-that each is multiplied by the head's beta afterwards. The other terms are computed in the dtype of sums, by Triton kernels
-where these run, elsewhere by plain torch.
+An attention is two functions. Forward maps a call to A v [B, L, H, K] and the log-sum-exps [B, H,
+L]. Backward maps a call with A v and the incoming gradient dO to the gradients of ordinary
+attention: dq, dk and Aᵀ dO. All three are linear in dO, so that each is multiplied by the head's
+beta afterwards. The other terms are computed in the dtype of sums, by Triton kernels where these
+run, elsewhere by plain torch.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ Backward = Callable[[AttentionInto], tuple[Tensor, Tensor, Tensor]]
 
 
 def _on_triton(call: AttentionCall) -> bool:
-    """Whether the Triton kernels of kernels/attention compute the terms besides the softmax attention."""
+    """Whether the Triton kernels of kernels/attention compute the terms besides the softmax
+    attention.
+    """
     return backends.triton_on_cuda(call.q.device, call.q.dtype) is None
 
 
@@ -32,24 +36,32 @@ def _padding_mask(call: AttentionCall) -> Tensor | None:  # [B, L, 1, 1]
     """Returns which tokens are padding; None without lengths."""
     if call.lengths is None:
         return None
-    return (torch.arange(call.q.shape[1], device=call.q.device) >= call.lengths[:, None])[:, :, None, None]
+    return (torch.arange(call.q.shape[1], device=call.q.device) >= call.lengths[:, None])[
+        :, :, None, None
+    ]
 
 
 def _visible_keys(call: AttentionCall) -> Tensor | int:  # [L, 1, 1], [B, 1, 1, 1] or a number
     """Returns how many keys a query sees, at least 1."""
     if call.causal:
-        return torch.arange(1, call.q.shape[1] + 1, device=call.q.device, dtype=call.gains.dtype)[:, None, None]
-    return call.q.shape[1] if call.lengths is None else call.lengths.clamp(min=1)[:, None, None, None]
+        return torch.arange(1, call.q.shape[1] + 1, device=call.q.device, dtype=call.gains.dtype)[
+            :, None, None
+        ]
+    return (
+        call.q.shape[1] if call.lengths is None else call.lengths.clamp(min=1)[:, None, None, None]
+    )
 
 
-def _uniform_attention(v: Tensor, call: AttentionCall) -> Tensor:  # [B, 1, H, K], if causal [B, L, H, K]
+# [B, 1, H, K], if causal [B, L, H, K]
+def _uniform_attention(v: Tensor, call: AttentionCall) -> Tensor:
     """Returns C v."""
     dtype = call.gains.dtype
     sums = v.cumsum(1, dtype=dtype) if call.causal else v.sum(1, keepdim=True, dtype=dtype)
     return sums.div_(_visible_keys(call))
 
 
-def _uniform_attention_transposed(grad: Tensor, call: AttentionCall) -> Tensor:  # [B, 1, H, K], if causal [B, L, H, K]
+# [B, 1, H, K], if causal [B, L, H, K]
+def _uniform_attention_transposed(grad: Tensor, call: AttentionCall) -> Tensor:
     """Returns Cᵀ grad."""
     if not call.causal:
         return grad.sum(1, keepdim=True, dtype=call.gains.dtype).div_(_visible_keys(call))
@@ -57,13 +69,16 @@ def _uniform_attention_transposed(grad: Tensor, call: AttentionCall) -> Tensor: 
     return (shares.sum(1, keepdim=True) - shares.cumsum(1)).add_(shares)
 
 
-def _product_per_head(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:  # [B, L, H, K] twice -> [H]
+# [B, L, H, K] twice -> [H]
+def _product_per_head(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     a = a.to(dtype) if a.dtype == torch.float16 else a  # products overflow in float16
     return (a * b).sum((0, 1, 3), dtype=dtype)
 
 
 def _with_positive_scale(call: Call) -> tuple[Call, int]:
-    """Returns a call with scale > 0 and equal logits, and dq's factor: other libraries mask by −inf before they scale."""
+    """Returns a call with scale > 0 and equal logits, and dq's factor: other libraries mask by −inf
+    before they scale.
+    """
     if call.scale > 0:
         return call, 1
     q, sign = (-call.q, -1) if call.scale < 0 else (torch.zeros_like(call.q), 0)
@@ -71,7 +86,10 @@ def _with_positive_scale(call: Call) -> tuple[Call, int]:
 
 
 def _write_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None:
-    """Writes alpha v + beta A v − gamma C v to `out`. The caller handles padding, which the Triton kernels do themselves."""
+    """Writes alpha v + beta A v − gamma C v to `out`.
+
+    The caller handles padding, which the Triton kernels do themselves.
+    """
     alpha, beta, gamma = call.gains[:, :, None]
     torch.addcmul(-gamma * _uniform_attention(call.v, call), call.v, alpha, out=out)
     out.addcmul_(av, beta)
@@ -81,17 +99,26 @@ def _gradients_without_softmax(call: AttentionInto) -> Tensor:  # [3, H]
     """Writes to dv the terms without A; returns the gains' gradients."""
     alpha, _, gamma = call.gains[:, :, None]
     dtype, d_uniform = call.gains.dtype, _uniform_attention_transposed(call.grad, call)
-    d_gamma = (d_uniform * (call.v if call.causal else call.v.sum(1, keepdim=True, dtype=dtype))).sum((0, 1, 3))
+    d_gamma = (
+        d_uniform * (call.v if call.causal else call.v.sum(1, keepdim=True, dtype=dtype))
+    ).sum((0, 1, 3))
     d_alpha, d_beta = (_product_per_head(call.grad, t, dtype) for t in (call.v, call.av))
     torch.addcmul(d_uniform.mul_(-gamma), call.grad, alpha, out=call.dv)
     return torch.stack([d_alpha, d_beta, -d_gamma])
 
 
 def shaped_attention_fwd(attend: Forward, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the result, the log-sum-exps and A v. Scratch of plain torch: C v in the dtype of sums, if causal as large."""
+    """Returns the result, the log-sum-exps and A v.
+
+    Scratch of plain torch: C v in the dtype of sums, if causal as large.
+    """
     out, padding = call.q.new_empty(call.q.shape), _padding_mask(call)
     if not call.q.numel():
-        return out, call.gains.new_empty(*call.q.shape[:3]).transpose(1, 2).contiguous(), torch.empty_like(out)
+        return (
+            out,
+            call.gains.new_empty(*call.q.shape[:3]).transpose(1, 2).contiguous(),
+            torch.empty_like(out),
+        )
     av, lse = attend(_with_positive_scale(call)[0])
     if padding is not None:
         lse = lse.masked_fill(padding[:, None, :, 0, 0], 0)
@@ -106,24 +133,29 @@ def shaped_attention_fwd(attend: Forward, call: AttentionCall) -> tuple[Tensor, 
     return out, lse.contiguous(), av.contiguous()
 
 
-def shaped_attention_bwd(attend: Forward, attend_backward: Backward, call: AttentionInto) -> Tensor:  # [3, H]
+# [3, H]
+def shaped_attention_bwd(attend: Forward, attend_backward: Backward, call: AttentionInto) -> Tensor:
     """Writes dq, dk and dv; returns the gains' gradients.
 
-    dv = alpha dO + beta Aᵀ dO − gamma Cᵀ dO; dalpha = Σ dO v, dbeta = Σ dO A v, dgamma = −Σ v Cᵀ dO. Scratch: the three
-    results of the attention.
+    dv = alpha dO + beta Aᵀ dO − gamma Cᵀ dO; dalpha = Σ dO v, dbeta = Σ dO A v, dgamma = −Σ v Cᵀ
+    dO. Scratch: the three results of the attention.
     """
     if not call.q.numel():
         return torch.zeros_like(call.gains)
     on_triton = _on_triton(call)
     padding = None if on_triton else _padding_mask(call)
     if padding is not None:
-        call = replace(call, v=call.v.masked_fill(padding, 0), grad=call.grad.masked_fill(padding, 0))
+        call = replace(
+            call, v=call.v.masked_fill(padding, 0), grad=call.grad.masked_fill(padding, 0)
+        )
     call, sign = _with_positive_scale(call)
     if not call.av.numel():  # forward did not keep A v
         av, lse = attend(call)
         call = replace(call, av=av if padding is None else av.masked_fill(padding, 0), lse=lse)
     if on_triton:
-        return backends.kernel("attention.op", "shaped_attention_gradients")(call, attend_backward(call), sign)
+        return backends.kernel("attention.op", "shaped_attention_gradients")(
+            call, attend_backward(call), sign
+        )
     d_gains = _gradients_without_softmax(call)
     dq, dk, dv = attend_backward(call)
     beta = call.gains[1, :, None]

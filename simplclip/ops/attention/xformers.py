@@ -30,5 +30,7 @@ def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     from xformers.ops import fmha
 
     grad, av, *inputs = aligned(call.grad, call.av, call.q, call.k, call.v)
-    gradients = fmha.memory_efficient_attention_backward(grad, av, call.lse, *inputs, **_options(call))
+    gradients = fmha.memory_efficient_attention_backward(
+        grad, av, call.lse, *inputs, **_options(call)
+    )
     return tuple(t[..., : call.q.shape[3]] for t in gradients)

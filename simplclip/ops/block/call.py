@@ -12,7 +12,9 @@ from simplclip.ops.calls import Mutated, Strided
 
 @dataclass(frozen=True)
 class BlockCall:
-    """Arguments of forward, whose results are out [B, L, C], and for backward [q|k], h, lse and av: see BlockGradient."""
+    """Arguments of forward, whose results are out [B, L, C], and for backward [q|k], h, lse and av:
+    see BlockGradient.
+    """
 
     x: Tensor  # [B, L, C]
     norm_weight: Tensor  # [C]

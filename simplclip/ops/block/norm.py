@@ -1,4 +1,6 @@
-"""Forward and backward of LayerNorm and RMSNorm over the last dimension, for simplified_block, which runs forward twice."""
+"""Forward and backward of LayerNorm and RMSNorm over the last dimension, for simplified_block,
+which runs forward twice.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Casts weight and bias to a dtype that layer norm accepts: on a CPU float32 may go with a half x, on a GPU not."""
+    """Casts weight and bias to a dtype that layer norm accepts: on a CPU float32 may go with a half
+    x, on a GPU not.
+    """
     if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
         return weight, bias
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
@@ -21,7 +25,9 @@ def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def norm_fwd(x: Tensor, call: BlockCall) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Returns the normalised x [T, C] in the dtype of x, and the statistics that `norm_bwd` needs."""
+    """Returns the normalised x [T, C] in the dtype of x, and the statistics that `norm_bwd`
+    needs.
+    """
     weight, bias = call.norm_weight, call.norm_bias
     if call.norm == "layernorm":
         n, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], *_cast(x, weight, bias), call.eps)
@@ -42,11 +48,21 @@ def norm_bwd(
     weight, bias = call.norm_weight, call.norm_bias
     if call.norm == "layernorm":
         mask = [need.x, need.norm_weight, need.norm_bias and bias is not None]
-        dx, dw, db = layer_norm_backward(grad, x, [x.shape[1]], *stats, *_cast(x, weight, bias), mask)
+        dx, dw, db = layer_norm_backward(
+            grad, x, [x.shape[1]], *stats, *_cast(x, weight, bias), mask
+        )
     else:
         (rstd,) = stats
         normed, wide = x.to(rstd.dtype) * rstd, grad.to(rstd.dtype)
         dw, db = (wide * normed).sum(0) if need.norm_weight else None, None
         wide = wide * weight.to(rstd.dtype)
-        dx = (rstd * (wide - normed * (wide * normed).mean(1, keepdim=True))).to(x.dtype) if need.x else None
-    return dx, None if dw is None else dw.to(weight.dtype), None if db is None or bias is None else db.to(bias.dtype)
+        dx = (
+            (rstd * (wide - normed * (wide * normed).mean(1, keepdim=True))).to(x.dtype)
+            if need.x
+            else None
+        )
+    return (
+        dx,
+        None if dw is None else dw.to(weight.dtype),
+        None if db is None or bias is None else db.to(bias.dtype),
+    )

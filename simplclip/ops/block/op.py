@@ -1,4 +1,6 @@
-"""simplified_block: the whole SAS-P block as one op, which saves 7C elements per token (a standard block: 16C)."""
+"""simplified_block: the whole SAS-P block as one op, which saves 7C elements per token (a standard
+block: 16C).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, to_overwrite
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.registry import autocast, define, register_gradient
 
-MATRICES = ("qk_weight", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "value_weight", "output_weight")
+MATRICES = (
+    "qk_weight",
+    "fc1_weight",
+    "fc1_bias",
+    "fc2_weight",
+    "fc2_bias",
+    "value_weight",
+    "output_weight",
+)
 
 
 def heads_of(call: BlockCall) -> tuple[int, int, int, int]:
@@ -42,10 +52,14 @@ def _split(qk: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor
     return q, k
 
 
-def _attention_call(call: BlockCall, shape: tuple[int, int, int, int], n: Tensor, qk: Tensor, gains: Tensor) -> AttentionCall:
+def _attention_call(
+    call: BlockCall, shape: tuple[int, int, int, int], n: Tensor, qk: Tensor, gains: Tensor
+) -> AttentionCall:
     v = n if call.value_weight is None else F.linear(n, call.value_weight)
     q, k = _split(qk, shape)
-    return AttentionCall(q, k, v.view(shape), gains * call.attention_gain, call.lengths, call.scale, call.causal)
+    return AttentionCall(
+        q, k, v.view(shape), gains * call.attention_gain, call.lengths, call.scale, call.causal
+    )
 
 
 def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
@@ -64,7 +78,8 @@ def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
     qk = qk if call.keep else x.new_empty(0)
     for h_chunk, out_chunk in [(h, out)] if call.keep else hidden_rows(*first, out):
         project(HiddenCall(h_chunk, weight, bias, call.act, out_chunk, accumulate=True))
-    out = torch.ops.aten._unsafe_view(out, call.x.shape)  # autograd lets no view that an op returns be changed in place
+    # autograd lets no view that an op returns be changed in place
+    out = torch.ops.aten._unsafe_view(out, call.x.shape)
     return out, qk, h, lse, av
 
 
@@ -78,18 +93,27 @@ def _fwd_fake(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), qk, h, lse, av
 
 
-def _mlp_bwd(pick, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, need_n: bool) -> tuple[Tensor, dict]:
+def _mlp_bwd(
+    pick, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, need_n: bool
+) -> tuple[Tensor, dict]:
     """Returns the gradient of h, which overwrites h, and the gradients of the MLP's tensors.
 
-    With w = mlp_gain fc2_weight: d mlp_gain = <dw, fc2_weight>, d fc2_weight = mlp_gain dw, likewise the bias.
+    With w = mlp_gain fc2_weight: d mlp_gain = <dw, fc2_weight>, d fc2_weight = mlp_gain dw,
+    likewise the bias.
     """
-    gradients, h, gain = {}, call.h, call.mlp_gain
+    gradients = {}
+    h = call.h
+    gain = call.mlp_gain
     need_w = need.fc2_weight or need.mlp_gain
     if need_n or need_w or need.fc1_weight or need.fc1_bias:
         h = h if h.numel() else F.linear(n, call.fc1_weight, call.fc1_bias)
-        dw = pick("parallel_mlp_bwd")(HiddenGradient(grad, h, call.fc2_weight * gain, call.act, need_w))
+        dw = pick("parallel_mlp_bwd")(
+            HiddenGradient(grad, h, call.fc2_weight * gain, call.act, need_w)
+        )
         if need.mlp_gain:
-            gradients["mlp_gain"] = torch.dot(dw.flatten().to(gain.dtype), call.fc2_weight.flatten().to(gain.dtype))
+            gradients["mlp_gain"] = torch.dot(
+                dw.flatten().to(gain.dtype), call.fc2_weight.flatten().to(gain.dtype)
+            )
         gradients["fc2_weight"] = dw.mul_(gain)
     if need.fc2_bias or need.mlp_gain:
         db = grad.sum(0)
@@ -104,9 +128,13 @@ def _mlp_bwd(pick, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, n
 
 
 def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
-    x, shape, need = call.x.view(-1, call.x.shape[2]), heads_of(call), Needed(*call.need)
+    x = call.x.view(-1, call.x.shape[2])
+    shape = heads_of(call)
+    need = Needed(*call.need)
     n, stats = norm_fwd(x, call)
-    grad, qk, facts = call.grad.view(x.shape), call.qk, facts_of(shape, call.lengths)
+    grad = call.grad.view(x.shape)
+    qk = call.qk
+    facts = facts_of(shape, call.lengths)
     need_n = need.x or need.norm_weight or need.norm_bias
     d_h, gradients = _mlp_bwd(pick, call, n, grad, need, need_n)
 
@@ -123,12 +151,19 @@ def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
         dqk, dv = torch.empty_like(qk), torch.empty_like(n)
         dq, dk = _split(dqk, shape)
         gradient = AttentionInto(
-            **by_name(attention), grad=d_attention.view(shape), lse=call.lse, av=call.av, dq=dq, dk=dk, dv=dv.view(shape)
+            **by_name(attention),
+            grad=d_attention.view(shape),
+            lse=call.lse,
+            av=call.av,
+            dq=dq,
+            dk=dk,
+            dv=dv.view(shape),
         )
         d_gains = pick("shaped_attention_bwd", **facts)(gradient)
         if need.attention_gain:
             gradients["attention_gain"] = torch.dot(d_gains.flatten(), gains.flatten())
-        d_alpha, d_beta, d_gamma = torch._foreach_mul(d_gains.unbind(), call.attention_gain)  # one kernel on a GPU
+        # one kernel on a GPU
+        d_alpha, d_beta, d_gamma = torch._foreach_mul(d_gains.unbind(), call.attention_gain)
         gradients["alpha"] = d_alpha.to(call.alpha.dtype)
         gradients["beta"] = d_beta.to(call.beta.dtype)
         gradients["gamma"] = d_gamma.to(call.gamma.dtype)
@@ -139,28 +174,45 @@ def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
         if need_n:
             dn = dv if call.value_weight is None else torch.mm(dv, call.value_weight)
             dn.addmm_(dqk, call.qk_weight).addmm_(d_h, call.fc1_weight)
-            dx, gradients["norm_weight"], gradients["norm_bias"] = norm_bwd(dn, x, call, stats, need)
+            dx, gradients["norm_weight"], gradients["norm_bias"] = norm_bwd(
+                dn, x, call, stats, need
+            )
             gradients["x"] = None if dx is None else dx.view(call.x.shape)
-    return tuple([gradients[name] if needed else x.new_empty(0) for name, needed in zip(Needed._fields, need)])
+    return tuple(
+        [
+            gradients[name] if needed else x.new_empty(0)
+            for name, needed in zip(Needed._fields, need)
+        ]
+    )
 
 
 def _bwd_fake(call: BlockGradient, spec: str) -> tuple[Tensor, ...]:
     return tuple(
-        torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format) if needed else call.grad.new_empty(0)
+        torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format)
+        if needed
+        else call.grad.new_empty(0)
         for name, needed in zip(Needed._fields, call.need)
     )
 
 
 _GRADIENTS = f"({', '.join(['Tensor'] * len(Needed._fields))})"
-FORWARD = define("simplified_block_fwd", BlockCall, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
+FORWARD = define(
+    "simplified_block_fwd", BlockCall, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake
+)
 BACKWARD = define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_fake)
 
 
 def _gradient(
-    call: BlockCall, results: Sequence[Tensor], grads: Sequence[Any], needed: Sequence[bool], spec: str
+    call: BlockCall,
+    results: Sequence[Tensor],
+    grads: Sequence[Any],
+    needed: Sequence[bool],
+    spec: str,
 ) -> dict[str, Tensor]:
     (qk, h, lse, av), (grad,) = results, grads
-    gradient = BlockGradient(**by_name(call), grad=grad, qk=qk, h=to_overwrite(h), lse=lse, av=av, need=list(needed[:-1]))
+    gradient = BlockGradient(
+        **by_name(call), grad=grad, qk=qk, h=to_overwrite(h), lse=lse, av=av, need=list(needed[:-1])
+    )
     return dict(zip(Needed._fields, registry.call(BACKWARD, gradient, spec)))
 
 
@@ -192,7 +244,8 @@ def simplified_block(
     lengths: Tensor | None = None,  # [B]
     recompute: bool = False,
 ) -> Tensor:  # [B, L, C]
-    """The simplified parallel block (SAS-P), which has no skip connections and no value and output projections:
+    """The simplified parallel block (SAS-P), which has no skip connections and no value and output
+    projections:
 
         n = norm(x);  [q|k] = n qk_weightᵀ;  v = n, split into heads
         out = attention_gain (alpha v + beta softmax(q kᵀ scale) v − gamma C v) + mlp_gain MLP(n)
@@ -200,27 +253,31 @@ def simplified_block(
     with the attention of `shaped_attention` and the MLP of `parallel_mlp`.
 
     Args:
-        x: [B, L, C] float32, bfloat16, float16 or float64. The matrices and the MLP's biases have its dtype; under
-            autocast all of them are cast to autocast's dtype.
-        norm_weight, norm_bias, alpha, beta, gamma, attention_gain, mlp_gain: any floating dtype. H, the number of heads, is
-            the length of alpha, a divisor of C.
+        x: [B, L, C] float32, bfloat16, float16 or float64. The matrices and the MLP's biases have
+            its dtype; under autocast all of them are cast to autocast's dtype.
+        norm_weight, norm_bias, alpha, beta, gamma, attention_gain, mlp_gain: any floating dtype. H,
+            the number of heads, is the length of alpha, a divisor of C.
         norm: "layernorm", or "rmsnorm" (without norm_bias).
-        eps: is added to the variance, or to the mean square (He & Hofmann's code adds it to the root: see
-            nn.SimplifiedBlock).
+        eps: is added to the variance, or to the mean square (He & Hofmann's code adds it to the
+            root: see nn.SimplifiedBlock).
         act: as in `parallel_mlp`.
-        value_weight: v = n value_weightᵀ; output_weight: applied to the attention's result. The authors keep them in the
-            first and in the last block.
+        value_weight: v = n value_weightᵀ; output_weight: applied to the attention's result. The
+            authors keep them in the first and in the last block.
         scale, causal, lengths: as in `shaped_attention`.
-        recompute: keep only x and the log-sum-exps for backward, which then computes the block again.
+        recompute: keep only x and the log-sum-exps for backward, which then computes the block
+            again.
 
-    Saved for backward: x, [q|k] [T, 2C], h [T, F] and the log-sum-exps [B, H, L]: 7C elements per token with F = 4C (C with
-    `recompute`), where a standard block keeps 16C; C more if backend "sdpa" or "xformers" computes the attention. Norm and
-    activation are computed again. Backward overwrites h with its gradient (with retain_graph=True a copy of h). Gradients of
-    frozen tensors are not computed. On one machine, the same call has the same bits each time (see `shaped_attention`); on
-    a CPU, with the same number of threads. Only first derivatives in reverse mode are supported.
+    Saved for backward: x, [q|k] [T, 2C], h [T, F] and the log-sum-exps [B, H, L]: 7C elements per
+    token with F = 4C (C with `recompute`), where a standard block keeps 16C; C more if backend
+    "sdpa" or "xformers" computes the attention. Norm and activation are computed again. Backward
+    overwrites h with its gradient (with retain_graph=True a copy of h). Gradients of frozen tensors
+    are not computed. On one machine, the same call has the same bits each time (see
+    `shaped_attention`); on a CPU, with the same number of threads. Only first derivatives in
+    reverse mode are supported.
 
     Raises:
-        TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
+        TypeError, ValueError: an argument is not valid; the message names it, what was expected and
+            what it got.
         RuntimeError: a forced backend does not support the call.
 
     Source: He & Hofmann 2023, arXiv 2311.01906; SiCLIP, arXiv 2411.14789.
@@ -240,7 +297,9 @@ def simplified_block(
     attention_gain = checks.scalar("attention_gain", attention_gain, x.device, wide, of="x")
     mlp_gain = checks.scalar("mlp_gain", mlp_gain, x.device, wide, of="x")
     eps = checks.number("eps", eps, positive=True)
-    scale = (x.shape[2] // alpha.shape[0]) ** -0.5 if scale is None else checks.number("scale", scale)
+    scale = (
+        (x.shape[2] // alpha.shape[0]) ** -0.5 if scale is None else checks.number("scale", scale)
+    )
     gains = alpha, beta, gamma, attention_gain, mlp_gain
     keep = keeps_hidden(x, *cast, norm_weight, norm_bias, *gains, recompute=recompute)
     of_call = BlockCall(

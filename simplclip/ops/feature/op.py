@@ -11,7 +11,13 @@ from torch import Tensor
 
 from simplclip.ops import checks
 from simplclip.ops.calls import accumulate_dtype
-from simplclip.ops.registry import autocast, autocasts, check_reverse_mode, first_order_only, transforms
+from simplclip.ops.registry import (
+    autocast,
+    autocasts,
+    check_reverse_mode,
+    first_order_only,
+    transforms,
+)
 
 DISTANCES = ("mse", "smooth_l1")
 NORM_EPS = 1e-12  # eps of F.normalize
@@ -21,24 +27,34 @@ def _inverse_norm(rows: Tensor) -> Tensor:  # [N, D] -> [N, 1]
     return rows.norm(dim=1, keepdim=True).clamp_min(NORM_EPS).reciprocal()
 
 
-def _distances(difference: Tensor, beta: float | None) -> Tensor:  # [N, D] -> [N]; beta is None for squares
+# [N, D] -> [N]; beta is None for squares
+def _distances(difference: Tensor, beta: float | None) -> Tensor:
     size = difference.abs()
     square = size * size
-    return (square if beta is None else torch.where(size < beta, 0.5 * square / beta, size - 0.5 * beta)).sum(1)
+    return (
+        square if beta is None else torch.where(size < beta, 0.5 * square / beta, size - 0.5 * beta)
+    ).sum(1)
 
 
 def _chunks(*tensors: Tensor) -> zip:
-    """Yields the same rows of each tensor. A sum of so few numbers has the same bits with any number of threads."""
+    """Yields the same rows of each tensor.
+
+    A sum of so few numbers has the same bits with any number of threads.
+    """
     most = (1 if tensors[0].device.type == "cpu" else 16) << 20  # bytes; on a CPU, of its cache
     rows = min(4096, max(1, most // (tensors[0].shape[1] * 8)))
     return zip(*(t.split(rows) for t in tensors))
 
 
 class _FeatureLoss(torch.autograd.Function):
-    """Keeps the inputs and the inverse norms [N, 2], or [N, 0] if not `normalize`; backward computes the rest again."""
+    """Keeps the inputs and the inverse norms [N, 2], or [N, 0] if not `normalize`; backward
+    computes the rest again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, beta: float | None, normalize: bool) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, beta: float | None, normalize: bool
+    ) -> Tensor:
         dtype, sums = accumulate_dtype(student.dtype), []
         inverse = student.new_empty(student.shape[0], 2 * normalize, dtype=dtype)
         for x, y, inv in _chunks(student, teacher, inverse):
@@ -61,9 +77,12 @@ class _FeatureLoss(torch.autograd.Function):
                 u, t = x.to(inv.dtype), y.to(inv.dtype)
                 if inv.shape[1]:
                     u, t = u * inv[:, :1], t * inv[:, 1:]
-                g = factor * (2 * (u - t) if ctx.beta is None else ((u - t) / ctx.beta).clamp(-1, 1))
+                g = factor * (
+                    2 * (u - t) if ctx.beta is None else ((u - t) / ctx.beta).clamp(-1, 1)
+                )
                 if inv.shape[1]:
-                    clamped = inv[:, :1] >= inv.new_tensor(NORM_EPS).reciprocal()  # such a row was divided by a constant
+                    # such a row was divided by a constant
+                    clamped = inv[:, :1] >= inv.new_tensor(NORM_EPS).reciprocal()
                     g = (g - u * (u * g).sum(1, keepdim=True).masked_fill(clamped, 0)) * inv[:, :1]
                 out.copy_(g)
         if torch.is_grad_enabled():  # with create_graph=True
@@ -87,42 +106,53 @@ def feature_loss(
     normalize: bool = True,
     projection: Tensor | None = None,  # [D, D_student]
 ) -> Tensor:  # []
-    r"""Distance of a student's features to the features of a teacher, which are constants: unimodal distillation.
+    r"""Distance of a student's features to the features of a teacher, which are constants: unimodal
+    distillation.
 
-    With u = student / max(‖student‖, eps) and t = teacher / max(‖teacher‖, eps) by rows, eps = 1e-12 (or the features
-    themselves if not `normalize`), the mean over the N rows of the sum over the D columns of
+    With u = student / max(‖student‖, eps) and t = teacher / max(‖teacher‖, eps) by rows, eps =
+    1e-12 (or the features themselves if not `normalize`), the mean over the N rows of the sum over
+    the D columns of
 
         "mse"        (u − t)²: the squared distance, for unit vectors 2 − 2 cos(u, t)
-        "smooth_l1"  (u − t)² / (2 beta) where |u − t| < beta, else |u − t| − beta / 2      F.smooth_l1_loss
+        "smooth_l1"  (u − t)² / (2 beta) where |u − t| < beta, else |u − t| − beta / 2, as in
+                     F.smooth_l1_loss
 
     Args:
-        student: [N, D] float32, bfloat16, float16 or float64; under autocast it is cast to autocast's dtype. Any strides.
-        teacher: [N, D] on the same device, in any of these dtypes (e.g. stored float16 features), read without a cast. It
-            gets no gradient; if it requires one, a warning is given once per process (not under torch.compile).
+        student: [N, D] float32, bfloat16, float16 or float64; under autocast it is cast to
+            autocast's dtype. Any strides.
+        teacher: [N, D] on the same device, in any of these dtypes (e.g. stored float16 features),
+            read without a cast. It gets no gradient; if it requires one, a warning is given once
+            per process (not under torch.compile).
         distance: "mse" or "smooth_l1".
         beta: above 0; for "smooth_l1".
-        projection: [D, D_student] in the student's dtype. `F.linear(student, projection)` is then compared to the teacher,
-            so that the student's width may differ from the teacher's.
+        projection: [D, D_student] in the student's dtype. `F.linear(student, projection)` is then
+            compared to the teacher, so that the student's width may differ from the teacher's.
 
     Returns:
         The loss, 0-dimensional, float32 (float64 for a float64 student).
 
-    Gradients flow to student and projection: with g = dloss/du, (g − u (u·g)) / ‖student‖; for a row shorter than eps,
-    which is divided by a constant, g / eps. Saved for backward: the inputs and two inverse norms per row. Extra memory:
-    O(N) and a few MiB (on a GPU tens of them), and O(N D) with a projection. It computes in float32 (float64 for float64).
-    The same call has the same bits each time, on a CPU with any number of threads if there is no projection. Only first
+    Gradients flow to student and projection: with g = dloss/du, (g − u (u·g)) / ‖student‖; for a
+    row shorter than eps, which is divided by a constant, g / eps. Saved for backward: the inputs
+    and two inverse norms per row. Extra memory: O(N) and a few MiB (on a GPU tens of them), and O(N
+    D) with a projection. It computes in float32 (float64 for float64). The same call has the same
+    bits each time, on a CPU with any number of threads if there is no projection. Only first
     derivatives in reverse mode are supported. Compiled, it is the formula in plain torch.
 
     Raises:
-        TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
+        TypeError, ValueError: an argument is not valid; the message names it, what was expected and
+            what it got.
 
-    Source: feature distillation in CLIP-KD (Yang et al. 2023, arXiv 2307.12732); unimodal stage of WIKD (arXiv 2411.14789).
+    Source: feature distillation in CLIP-KD (Yang et al. 2023, arXiv 2307.12732); unimodal stage of
+    WIKD (arXiv 2411.14789).
     """
     checks.features("student", student, "[N, D]")
     checks.features("teacher", teacher, "[N, D]")
     checks.on("teacher", teacher, "student", student.device)
     if teacher.shape[0] != student.shape[0]:
-        raise ValueError(f"teacher: expected one row for each of student's {student.shape[0]}, got {teacher.shape[0]}")
+        raise ValueError(
+            f"teacher: expected one row for each of student's {student.shape[0]}, got "
+            f"{teacher.shape[0]}"
+        )
     checks.choice("distance", distance, DISTANCES)
     checks.boolean("normalize", normalize)
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
@@ -137,22 +167,36 @@ def feature_loss(
             f"[{teacher.shape[1]}, {student.shape[1]}], got width {student.shape[1]}"
         )
     (student,) = autocast(student)
-    arguments = student, checks.constant("teacher", teacher), None if distance == "mse" else float(beta), normalize
+    arguments = (
+        student,
+        checks.constant("teacher", teacher),
+        None if distance == "mse" else float(beta),
+        normalize,
+    )
     if torch.compiler.is_compiling():
         return _definition(*arguments)
     check_reverse_mode("feature_loss", arguments)
-    return _definition(*arguments) if transforms() else _FeatureLoss.apply(*arguments)  # torch.vmap maps plain torch
+    # torch.vmap maps plain torch
+    return _definition(*arguments) if transforms() else _FeatureLoss.apply(*arguments)
 
 
 def _project(student, projection, width):
     shape = [width, student.shape[1]]
     if not isinstance(projection, Tensor):
-        raise TypeError(f"projection: expected a tensor [D, D_student] = {shape}, got {type(projection).__name__}")
+        raise TypeError(
+            f"projection: expected a tensor [D, D_student] = {shape}, got "
+            f"{type(projection).__name__}"
+        )
     if list(projection.shape) != shape:
-        raise ValueError(f"projection: expected shape [D, D_student] = {shape}, got {checks.shape_of(projection)}")
+        raise ValueError(
+            f"projection: expected shape [D, D_student] = {shape}, got "
+            f"{checks.shape_of(projection)}"
+        )
     checks.on("projection", projection, "student", student.device)
     # Autocast casts both, unless one is float64.
     cast = autocasts(student.device) and torch.float64 not in (student.dtype, projection.dtype)
     if projection.dtype != student.dtype and not (cast and projection.is_floating_point()):
-        raise TypeError(f"projection: expected the dtype of student, {student.dtype}, got {projection.dtype}")
+        raise TypeError(
+            f"projection: expected the dtype of student, {student.dtype}, got {projection.dtype}"
+        )
     return F.linear(student, projection)

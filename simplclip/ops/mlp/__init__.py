@@ -1,1 +1,3 @@
-"""parallel_mlp: op.py is the public function and its registration, reference.py its definition in plain torch."""
+"""parallel_mlp: op.py is the public function and its registration, reference.py its definition in
+plain torch.
+"""

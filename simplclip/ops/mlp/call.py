@@ -1,4 +1,7 @@
-"""The tensors and options of a call of parallel_mlp, and of its second half. Imports torch alone."""
+"""The tensors and options of a call of parallel_mlp, and of its second half.
+
+Imports torch alone.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from simplclip.ops.calls import Mutated, Strided
 
 @dataclass(frozen=True)
 class MlpCall:
-    """Arguments of forward, whose results are out [T, C_out] and the hidden layer before its activation [T, F] or [0, F]."""
+    """Arguments of forward, whose results are out [T, C_out] and the hidden layer before its
+    activation [T, F] or [0, F].
+    """
 
     x: Strided  # [T, C]
     fc1_weight: Strided  # [F, C]
@@ -32,12 +37,15 @@ class MlpGradient:
     fc1_weight: Strided  # [F, C]
     fc2_weight: Strided  # [C_out, F]
     act: str
-    need: list[bool]  # which gradients, of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; the others are empty
+    # which gradients, of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; the others are empty
+    need: list[bool]
 
 
 @dataclass(frozen=True)
 class HiddenCall:
-    """Arguments of the backends' functions for forward, from the hidden layer before its activation to the output."""
+    """Arguments of the backends' functions for forward, from the hidden layer before its activation
+    to the output.
+    """
 
     h: Tensor  # [T, F]
     weight: Tensor  # [C, F]
@@ -49,7 +57,9 @@ class HiddenCall:
 
 @dataclass(frozen=True)
 class HiddenGradient:
-    """Arguments of the backends' functions for backward, which return the gradient of the weight [C, F] or [0, F]."""
+    """Arguments of the backends' functions for backward, which return the gradient of the weight
+    [C, F] or [0, F].
+    """
 
     grad: Tensor  # [T, C]
     h: Mutated  # [T, F], replaced by its gradient

@@ -20,12 +20,17 @@ HIDDEN_BYTES = 16 << 20  # of a chunk of the hidden layer, if forward does not k
 
 
 def to_overwrite(saved: Tensor) -> Tensor:
-    """Returns a tensor with the values of `saved` that backward may overwrite: `saved` itself, or a copy.
+    """Returns a tensor with the values of `saved` that backward may overwrite: `saved` itself, or a
+    copy.
 
     A copy is needed under tracing, and with retain_graph, since backward may run again.
     """
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    return saved if (type(saved) is Tensor or registry.counted) and not keeps_graph() else saved.clone()
+    return (
+        saved
+        if (type(saved) is Tensor or registry.counted) and not keeps_graph()
+        else saved.clone()
+    )
 
 
 def keeps_hidden(*tensors: Tensor | None, recompute: bool = False) -> bool:
@@ -39,7 +44,9 @@ def hidden_rows(
     bias: Tensor | None,  # [F]
     out: Tensor,  # [T, *]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Computes the hidden layer before its activation in chunks of rows; yields each chunk and the same rows of `out`."""
+    """Computes the hidden layer before its activation in chunks of rows; yields each chunk and the
+    same rows of `out`.
+    """
     rows = min(max(64, HIDDEN_BYTES // (weight.shape[0] * x.itemsize)), x.shape[0])
     h = x.new_empty(rows, weight.shape[0])
     for first in range(0, x.shape[0], rows):
@@ -53,20 +60,29 @@ def _fwd(function: Callable, call: MlpCall) -> tuple[Tensor, Tensor]:
     first = call.x, call.fc1_weight, call.fc1_bias
     h = F.linear(*first) if call.keep else call.x.new_empty(0, call.fc1_weight.shape[0])
     for h_chunk, out_chunk in [(h, out)] if call.keep else hidden_rows(*first, out):
-        function(HiddenCall(h_chunk, call.fc2_weight, call.fc2_bias, call.act, out_chunk, accumulate=False))
+        function(
+            HiddenCall(
+                h_chunk, call.fc2_weight, call.fc2_bias, call.act, out_chunk, accumulate=False
+            )
+        )
     return out, h
 
 
 def _fwd_fake(call: MlpCall, spec: str) -> tuple[Tensor, Tensor]:
     rows, new = call.x.shape[0], call.x.new_empty
-    return new(rows, call.fc2_weight.shape[0]), new(rows if call.keep else 0, call.fc1_weight.shape[0])
+    return new(rows, call.fc2_weight.shape[0]), new(
+        rows if call.keep else 0, call.fc1_weight.shape[0]
+    )
 
 
 def _bwd(function: Callable, call: MlpGradient) -> tuple[Tensor, ...]:
-    grad, h, need = call.grad, call.h, call.need
+    grad = call.grad
+    h = call.h
+    need = call.need
     none = h.new_empty(0)
     d_fc2_bias = grad.sum(0) if need[4] else none
-    d_fc2_weight = function(HiddenGradient(grad, h, call.fc2_weight, call.act, need[3]))  # overwrites h by its gradient
+    # overwrites h by its gradient
+    d_fc2_weight = function(HiddenGradient(grad, h, call.fc2_weight, call.act, need[3]))
     d_fc1_bias = h.sum(0) if need[2] else none
     d_x = torch.mm(h, call.fc1_weight) if need[0] else none
     d_fc1_weight = torch.mm(h.T, call.x) if need[1] else none
@@ -76,11 +92,15 @@ def _bwd(function: Callable, call: MlpGradient) -> tuple[Tensor, ...]:
 def _bwd_fake(call: MlpGradient, spec: str) -> tuple[Tensor, ...]:
     c, f = call.fc2_weight.shape
     shapes = (call.x.shape, call.fc1_weight.shape, (f,), (c, f), (c,))
-    return tuple(call.x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, call.need))
+    return tuple(
+        call.x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, call.need)
+    )
 
 
 def _hidden_bwd_fake(call: HiddenGradient) -> Tensor:
-    return call.weight.new_empty(call.weight.shape if call.need_weight else (0, call.weight.shape[1]))
+    return call.weight.new_empty(
+        call.weight.shape if call.need_weight else (0, call.weight.shape[1])
+    )
 
 
 FORWARD = define(
@@ -96,10 +116,16 @@ BACKWARD = define(
 
 
 def _gradient(
-    call: MlpCall, results: Sequence[Tensor], grads: Sequence[Any], needed: Sequence[bool], spec: str
+    call: MlpCall,
+    results: Sequence[Tensor],
+    grads: Sequence[Any],
+    needed: Sequence[bool],
+    spec: str,
 ) -> dict[str, Tensor]:
     (h,), (grad,) = results, grads
-    of_call = MlpGradient(grad, to_overwrite(h), call.x, call.fc1_weight, call.fc2_weight, call.act, list(needed))
+    of_call = MlpGradient(
+        grad, to_overwrite(h), call.x, call.fc1_weight, call.fc2_weight, call.act, list(needed)
+    )
     return dict(zip(FORWARD.names, registry.call(BACKWARD, of_call, spec)))
 
 
@@ -115,21 +141,24 @@ def parallel_mlp(
     *,
     act: str = "gelu",
 ) -> Tensor:  # [..., C_out]
-    """`act(x fc1_weightᵀ + fc1_bias) fc2_weightᵀ + fc2_bias`: two linear layers with an activation between them.
+    """`act(x fc1_weightᵀ + fc1_bias) fc2_weightᵀ + fc2_bias`: two linear layers with an activation
+    between them.
 
     Args:
-        x: [..., C] float32, bfloat16, float16 or float64; weights and biases have its dtype. Under autocast all are cast
-            to its dtype.
+        x: [..., C] float32, bfloat16, float16 or float64; weights and biases have its dtype. Under
+            autocast all are cast to its dtype.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: parameters of two nn.Linear; a bias may be None.
         act: "gelu" (erf), "gelu_tanh", "quickgelu" (x sigmoid(1.702 x)), "relu" or "silu".
 
-    Saved for backward: x, the weights, and h = x fc1_weightᵀ + fc1_bias. The activation of h exists for some rows at a
-    time, in 8 or 16 MiB: [T, F] elements are kept instead of twice that. Backward overwrites h with its
-    gradient (with retain_graph=True a copy of h). Sums are computed in float32. On one machine, the same call has the
-    same bits each time; on a CPU, with the same number of threads. Only first derivatives in reverse mode are supported.
+    Saved for backward: x, the weights, and h = x fc1_weightᵀ + fc1_bias. The activation of h exists
+    for some rows at a time, in 8 or 16 MiB: [T, F] elements are kept instead of twice that.
+    Backward overwrites h with its gradient (with retain_graph=True a copy of h). Sums are computed
+    in float32. On one machine, the same call has the same bits each time; on a CPU, with the same
+    number of threads. Only first derivatives in reverse mode are supported.
 
     Raises:
-        TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
+        TypeError, ValueError: an argument is not valid; the message names it, what was expected and
+            what it got.
         RuntimeError: a forced backend does not support the call.
     """
     checks.choice("act", act, tuple(ACTIVATIONS))
@@ -138,5 +167,7 @@ def parallel_mlp(
     checks.all_like_x(x, WEIGHTS, weights)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     rows, keep = x.reshape(-1, x.shape[-1]), keeps_hidden(x, *weights)
-    out, _ = registry.call(FORWARD, MlpCall(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep))
+    out, _ = registry.call(
+        FORWARD, MlpCall(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep)
+    )
     return out.reshape(*x.shape[:-1], out.shape[1])

@@ -1,4 +1,6 @@
-"""The second half of parallel_mlp in plain torch, from the hidden layer before its activation to the output."""
+"""The second half of parallel_mlp in plain torch, from the hidden layer before its activation to
+the output.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,13 @@ def parallel_mlp_fwd(call: HiddenCall) -> None:
 
 def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
     """Overwrites h by dh = (grad weight) ∘ act'(h); returns dweight = gradᵀ act(h)."""
-    grad, h, weight = call.grad, call.h, call.weight
-    d_weight = grad.T @ ACTIVATIONS[call.act](h) if call.need_weight else weight.new_empty(0, weight.shape[1])
+    grad = call.grad
+    h = call.h
+    weight = call.weight
+    d_weight = (
+        grad.T @ ACTIVATIONS[call.act](h)
+        if call.need_weight
+        else weight.new_empty(0, weight.shape[1])
+    )
     h.copy_(_BACKWARD[call.act](grad @ weight, h))
     return d_weight

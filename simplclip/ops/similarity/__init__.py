@@ -1,1 +1,3 @@
-"""similarity_loss: op.py is the public function and its registration, reference.py its definition in plain torch."""
+"""similarity_loss: op.py is the public function and its registration, reference.py its definition
+in plain torch.
+"""

@@ -1,7 +1,9 @@
-"""The tensors and options of a call of similarity_loss, and the slots of its statistics. Imports torch alone.
+"""The tensors and options of a call of similarity_loss, and the slots of its statistics.
 
-The matrices of a call are the student's logits Z = s x yᵀ and the teacher's logits T = ŝ x̂ ŷᵀ. The plane of pair matching is
-a function of the student's similarities S = x yᵀ: l = p S + q.
+Imports torch alone.
+
+The matrices of a call are the student's logits Z = s x yᵀ and the teacher's logits T = ŝ x̂ ŷᵀ. The
+plane of pair matching is a function of the student's similarities S = x yᵀ: l = p S + q.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ DIVERGENCES = ("kl", "cross_entropy")
 
 
 class RowStat(IntEnum):
-    """Rows of the first result of similarity_loss_fwd: statistics of each row of the matrices over its negatives.
+    """Rows of the first result of similarity_loss_fwd: statistics of each row of the matrices over
+    its negatives.
 
-    Statistics that a call does not need are 0. LSE: log-sum-exp, -inf without negatives; MEAN: 0 without negatives.
+    Statistics that a call does not need are 0. LSE: log-sum-exp, -inf without negatives; MEAN: 0
+    without negatives.
     """
 
     LSE_STUDENT = 0
@@ -39,24 +43,31 @@ class ColumnStat(IntEnum):
 
 @dataclass(frozen=True)
 class SimilarityCall:
-    """Arguments of forward. The dispatcher's schema and C++'s SimilarityCall have these fields in this order."""
+    """Arguments of forward.
+
+    The dispatcher's schema and C++'s SimilarityCall have these fields in this order.
+    """
 
     image: Tensor  # [N, D]
     text: Tensor  # [M, D]
     scale: Tensor  # []
-    teacher_image: Tensor | None  # [N, D̂]; with a teacher, the statistics of T and the mean are computed
+    # [N, D̂]; with a teacher, the statistics of T and the mean are computed
+    teacher_image: Tensor | None
     teacher_text: Tensor | None  # [M, D̂]
     teacher_scale: Tensor | None  # []
     plane: Tensor | None  # [2]: p and q of pair matching, if it joins this sweep
     ids: (
         Tensor | None
-    )  # [N] int64: pairs (i, j) with ids[i] = text_ids[j] that are not the positive drop out of the negatives
+        # [N] int64: pairs (i, j) with ids[i] = text_ids[j] that are not the positive drop out of
+        # the negatives
+    )
     text_ids: Tensor | None  # [M] int64
     label_offset: int  # column of row 0's positive
     columns: bool  # whether statistics of columns are needed
     entropy: float  # 1: the means include the teacher's entropy; 0: they do not
     chunk: int  # rows of a matrix in scratch at a time, on a GPU blocks of as many elements
-    stored_rows: int  # the first rows of the matrices, whose products x yᵀ forward keeps for backward; 0 on a GPU
+    # the first rows of the matrices, whose products x yᵀ forward keeps for backward; 0 on a GPU
+    stored_rows: int
 
     @property
     def has_teacher(self) -> bool:
@@ -83,15 +94,19 @@ class SimilarityGradient(SimilarityCall):
 
 @dataclass(frozen=True)
 class SigmoidCall:
-    """Arguments of similarity_sigmoid: K sigmoid terms of l = weight x yᵀ + bias, which share one sweep.
+    """Arguments of similarity_sigmoid: K sigmoid terms of l = weight x yᵀ + bias, which share one
+    sweep.
 
-    Term k is negative[k] times the sum of softplus(l) over the negatives, plus positive[k] times the sum of softplus(-l) over
-    the positives. Pairs with equal ids that are not the positive are neither.
+    Term k is negative[k] times the sum of softplus(l) over the negatives, plus positive[k] times
+    the sum of softplus(-l) over the positives. Pairs with equal ids that are not the positive are
+    neither.
     """
 
     image: Tensor  # [N, D]
     text: Tensor  # [M, D]
-    sigmoids: Tensor  # [5, K]: weight, bias, negative, positive, and mix: the terms' weights in the sum that has the gradient
+    # [5, K]: weight, bias, negative, positive, and mix: the terms' weights in the sum that has the
+    # gradient
+    sigmoids: Tensor
     ids: Tensor | None  # [N] int64
     text_ids: Tensor | None  # [M] int64
     label_offset: int  # column of row 0's positive

@@ -14,19 +14,27 @@ from simplclip.ops.registry import autocast
 from simplclip.ops.similarity.call import DIVERGENCES, TERMS
 
 
-def check_options(terms: Any, divergence: Any, symmetric: Any, scratch_bytes: Any, store_bytes: Any) -> None:
+def check_options(
+    terms: Any, divergence: Any, symmetric: Any, scratch_bytes: Any, store_bytes: Any
+) -> None:
     if not isinstance(terms, (tuple, list, set)) or not terms or not set(TERMS).issuperset(terms):
-        raise ValueError(f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}")
+        raise ValueError(
+            f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}"
+        )
     checks.choice("divergence", divergence, DIVERGENCES)
     checks.boolean("symmetric", symmetric)
     for name, value in (("scratch_bytes", scratch_bytes), ("store_bytes", store_bytes)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 0
+        ):
             raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
 
 
 def check_weights(weights: Any, terms: Collection[str]) -> dict[str, float]:
     if not isinstance(weights, Mapping) or weights.keys() != set(terms):
-        raise ValueError(f"weights: expected a number for each of the terms {', '.join(terms)}, got {weights!r}")
+        raise ValueError(
+            f"weights: expected a number for each of the terms {', '.join(terms)}, got {weights!r}"
+        )
     numbers = dict(weights)
     for term, weight in weights.items():
         if type(weight) is not float or not abs(weight) < math.inf:
@@ -45,57 +53,89 @@ def features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_pair(student: Mapping[str, Tensor], equal_rows: bool = False) -> None:
-    """Checks that a student's image and text features fit each other. student: argument name -> features, images first."""
+    """Checks that a student's image and text features fit each other. student: argument name ->
+    features, images first.
+    """
     (image_name, image), (text_name, text) = student.items()
     if equal_rows and len(text) != len(image):
-        several = f"; with k captions an image, pass {image_name}.repeat_interleave(k, 0), and ids equal for an image"
+        several = (
+            f"; with k captions an image, pass {image_name}.repeat_interleave(k, 0), and ids equal "
+            "for an image"
+        )
         got = checks.shape_of(text) + (several if len(text) > len(image) else "")
-        raise ValueError(f"{text_name}: expected the {len(image)} rows of {image_name}, got shape {got}")
+        raise ValueError(
+            f"{text_name}: expected the {len(image)} rows of {image_name}, got shape {got}"
+        )
     checks.like(text_name, text, image_name, image)
     if text.shape[1] != image.shape[1]:
-        raise ValueError(f"{text_name}: expected the width of {image_name}, {image.shape[1]}, got {text.shape[1]}")
+        raise ValueError(
+            f"{text_name}: expected the width of {image_name}, {image.shape[1]}, got "
+            f"{text.shape[1]}"
+        )
 
 
-def constants_of_teacher(arguments: dict[str, Any], student: Mapping[str, Tensor], why: str) -> list[Tensor]:
-    """Returns a teacher's image and text features and, if it is among the arguments, the scale: checked and detached.
+def constants_of_teacher(
+    arguments: dict[str, Any], student: Mapping[str, Tensor], why: str
+) -> list[Tensor]:
+    """Returns a teacher's image and text features and, if it is among the arguments, the scale:
+    checked and detached.
 
-    arguments, student: the arguments of each by name. why: the reason in the error for a missing argument of the teacher.
+    arguments, student: the arguments of each by name. why: the reason in the error for a missing
+    argument of the teacher.
     """
     for name, value in arguments.items():
         if value is None:
             raise ValueError(f"{name}: expected a value, since {why}, got None")
     image, text, *scales = arguments
-    for name, (student_name, features), letters in zip((image, text), student.items(), ("[N, D̂]", "[M, D̂]")):
+    for name, (student_name, features), letters in zip(
+        (image, text), student.items(), ("[N, D̂]", "[M, D̂]")
+    ):
         value = arguments[name]
         checks.features(name, value, letters)
         if value.size(0) != features.size(0):
             raise ValueError(
-                f"{name}: expected the {features.shape[0]} rows of {student_name}, got shape {checks.shape_of(value)}"
+                f"{name}: expected the {features.shape[0]} rows of {student_name}, got shape "
+                f"{checks.shape_of(value)}"
             )
         if value.device != features.device:
             checks.on(name, value, student_name, features.device)
     width = arguments[image].size(1)
     if arguments[text].size(1) != width:
-        raise ValueError(f"{text}: expected the width of {image}, {width}, got {arguments[text].size(1)}")
+        raise ValueError(
+            f"{text}: expected the width of {image}, {width}, got {arguments[text].size(1)}"
+        )
     wide = torch.promote_types(features.dtype, torch.float32)
     numbers = {name: checks.scalar(name, arguments[name], features.device, wide) for name in scales}
     return [checks.constant(name, t) for name, t in (arguments | numbers).items()]
 
 
 def hyperplane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
-    width, device, wide = image.shape[1], image.device, torch.promote_types(image.dtype, torch.float32)
+    width = image.shape[1]
+    device = image.device
+    wide = torch.promote_types(image.dtype, torch.float32)
     if not isinstance(plane, (tuple, list)) or len(plane) != 2:
-        raise ValueError(f"plane: expected (p [] or w [D], q []) for pair matching, got {type(plane).__name__}")
+        raise ValueError(
+            f"plane: expected (p [] or w [D], q []) for pair matching, got {type(plane).__name__}"
+        )
     weight, bias = plane
-    scalars = isinstance(weight, Tensor) and isinstance(bias, Tensor) and not weight.dim() and not bias.dim()
+    scalars = (
+        isinstance(weight, Tensor)
+        and isinstance(bias, Tensor)
+        and not weight.dim()
+        and not bias.dim()
+    )
     if scalars and weight.dtype == bias.dtype == wide and weight.device == bias.device == device:
         return weight, bias
     if isinstance(weight, Tensor) and weight.dim() == 1 and weight.numel() > 1:
         if weight.shape[0] != width:
-            raise ValueError(f"plane: expected w [D] = [{width}], got shape {checks.shape_of(weight)}")
+            raise ValueError(
+                f"plane: expected w [D] = [{width}], got shape {checks.shape_of(weight)}"
+            )
         checks.floating("plane's w", weight)
         if weight.device != device:
-            raise ValueError(f"plane: expected w on the device of the features, {device}, got {weight.device}")
+            raise ValueError(
+                f"plane: expected w on the device of the features, {device}, got {weight.device}"
+            )
         weight = weight.to(wide)
     else:
         weight = checks.scalar("plane's p", weight, device, wide)
@@ -108,7 +148,9 @@ def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.dev
         got = getattr(ids, "dtype", type(ids).__name__)
         raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {got}")
     if ids.dim() != 1 or ids.shape[0] != count:
-        raise ValueError(f"{name}: expected shape [{letter}] = [{count}], got {checks.shape_of(ids)}")
+        raise ValueError(
+            f"{name}: expected shape [{letter}] = [{count}], got {checks.shape_of(ids)}"
+        )
     checks.on(name, ids, "the features", device)
     return checks.savable(ids.long().contiguous())
 
@@ -116,7 +158,9 @@ def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.dev
 def pair_ids(
     ids: Tensor | None, text_ids: Tensor | None, n: int, m: int, device: torch.device, group: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the ids of rows and columns, checked; with a process group the columns are the texts of all ranks."""
+    """Returns the ids of rows and columns, checked; with a process group the columns are the texts
+    of all ranks.
+    """
     if ids is None:
         if text_ids is not None:
             raise ValueError("ids: expected ids for the rows beside text_ids, got None")
@@ -124,10 +168,14 @@ def pair_ids(
     ids = check_ids("ids", ids, n, "N", device)
     if text_ids is None:
         if n != m:
-            raise ValueError(f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None")
+            raise ValueError(
+                f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None"
+            )
         return ids, ids if group is None else distributed.gather(ids, group)
     if group is not None:
-        raise ValueError("text_ids: expected None with group, where the ids of the texts are those of the images")
+        raise ValueError(
+            "text_ids: expected None with group, where the ids of the texts are those of the images"
+        )
     return ids, check_ids("text_ids", text_ids, m, "M", device)
 
 
@@ -138,13 +186,17 @@ def check_offset(label_offset: int, n: int, m: int, group: Any) -> None:
     if group is not None:
         checks.instance("group", group, torch.distributed.ProcessGroup, "a process group")
         if m != n:
-            raise ValueError(f"text: expected this rank's {n} rows with group (they are gathered), got {m}")
+            raise ValueError(
+                f"text: expected this rank's {n} rows with group (they are gathered), got {m}"
+            )
         if label_offset != 0:
-            raise ValueError(f"label_offset: expected 0 with group, which sets it by rank, got {label_offset}")
+            raise ValueError(
+                f"label_offset: expected 0 with group, which sets it by rank, got {label_offset}"
+            )
     if m < n:
         raise ValueError(f"text: expected at least as many rows as image, {n}, got {m}")
     if not 0 <= label_offset <= m - n:
         raise ValueError(
-            f"label_offset: expected 0 <= label_offset <= M - N = {m - n} so that each of {n} rows has its column among "
-            f"{m}, got {label_offset}"
+            f"label_offset: expected 0 <= label_offset <= M - N = {m - n} so that each of {n} rows "
+            f"has its column among {m}, got {label_offset}"
         )

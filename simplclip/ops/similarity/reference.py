@@ -1,4 +1,6 @@
-"""similarity_loss in plain torch, for every device and dtype, in chunks of rows: O(chunk · M) memory beside the results."""
+"""similarity_loss in plain torch, for every device and dtype, in chunks of rows: O(chunk · M)
+memory beside the results.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops.calls import accumulate_dtype
-from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SimilarityCall, SimilarityGradient
+from simplclip.ops.similarity.call import (
+    ColumnStat,
+    RowStat,
+    SigmoidCall,
+    SimilarityCall,
+    SimilarityGradient,
+)
 from simplclip.ops.similarity.terms import merge_columns
 
 
@@ -49,10 +57,13 @@ def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns rows [6, N] (RowStat), columns [3, M] (ColumnStat; 0 unless `columns`); stored products are not computed."""
+    """Returns rows [6, N] (RowStat), columns [3, M] (ColumnStat; 0 unless `columns`); stored
+    products are not computed.
+    """
     dtype, (n, _), m = accumulate_dtype(call.image.dtype), call.image.shape, call.text.shape[0]
     text = call.text.to(dtype)
-    rows, columns = call.image.new_zeros(len(RowStat), n, dtype=dtype), call.image.new_zeros(len(ColumnStat), m, dtype=dtype)
+    rows = call.image.new_zeros(len(RowStat), n, dtype=dtype)
+    columns = call.image.new_zeros(len(ColumnStat), m, dtype=dtype)
     if call.columns:
         columns[ColumnStat.LSE_STUDENT] = columns[ColumnStat.LSE_TEACHER] = -torch.inf
     for chunk in _chunks(call):
@@ -67,23 +78,34 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
             teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype))
             part[RowStat.DIAGONAL_TEACHER] = chunk.positive(teacher)
             teacher = chunk.fill(teacher.mul_(call.teacher_scale), -torch.inf)
-            gap = chunk.fill(call.entropy * teacher.masked_fill(teacher == -torch.inf, 0) - student, 0)
+            gap = chunk.fill(
+                call.entropy * teacher.masked_fill(teacher == -torch.inf, 0) - student, 0
+            )
         of_chunk = torch.zeros_like(columns)
         for stats, stat, dim in ((part, RowStat, 1), (of_chunk, ColumnStat, 0))[: 1 + call.columns]:
             stats[stat.LSE_STUDENT] = student.logsumexp(dim)
             if call.has_teacher:
                 lse = stats[stat.LSE_TEACHER] = teacher.logsumexp(dim)
-                # Not e^(T - lse), which adds up to 1 + eps |lse|: the gaps are as large as the logits.
-                stats[stat.MEAN] = (teacher.softmax(dim) * gap).sum(dim).masked_fill(lse == -torch.inf, 0)
+                # Not e^(T - lse), which adds up to 1 + eps |lse|: the gaps are as large as the
+                # logits.
+                stats[stat.MEAN] = (
+                    (teacher.softmax(dim) * gap).sum(dim).masked_fill(lse == -torch.inf, 0)
+                )
         if call.columns:
             columns = merge_columns(torch.stack([columns, of_chunk]))
     if not call.has_teacher:
         columns[ColumnStat.LSE_TEACHER] = 0
-    return rows, columns, call.image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m)
+    return (
+        rows,
+        columns,
+        call.image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m),
+    )
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns d_image, d_text (empty where not needed), d_scale [] and d_plane [2]; the teacher is a constant."""
+    """Returns d_image, d_text (empty where not needed), d_scale [] and d_plane [2]; the teacher is
+    a constant.
+    """
     dtype = accumulate_dtype(call.image.dtype)
     image, text = call.image.to(dtype), call.text.to(dtype)
     d_image = image.new_empty(image.shape if call.need_image else (0, image.shape[1]))
@@ -95,19 +117,26 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
         student = chunk.fill(call.scale * similarity, -torch.inf)
         g = _softmax(student, stats[RowStat.LSE_STUDENT]).mul_(grads[RowStat.LSE_STUDENT])
         if call.columns:
-            lse, grad = call.column_stats[ColumnStat.LSE_STUDENT], call.grad_columns[ColumnStat.LSE_STUDENT]
+            lse = call.column_stats[ColumnStat.LSE_STUDENT]
+            grad = call.grad_columns[ColumnStat.LSE_STUDENT]
             g.addcmul_(_softmax(student, lse), grad)
         if call.has_teacher:
-            teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype)).mul_(call.teacher_scale)
+            teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype)).mul_(
+                call.teacher_scale
+            )
             teacher = chunk.fill(teacher, -torch.inf)
             g.addcmul_(_softmax(teacher, stats[RowStat.LSE_TEACHER]), grads[RowStat.MEAN], value=-1)
             if call.columns:
-                lse, grad = call.column_stats[ColumnStat.LSE_TEACHER], call.grad_columns[ColumnStat.MEAN]
+                lse = call.column_stats[ColumnStat.LSE_TEACHER]
+                grad = call.grad_columns[ColumnStat.MEAN]
                 g.addcmul_(_softmax(teacher, lse), grad, value=-1)
-        d_scale += torch.linalg.vecdot(g, similarity).sum()  # by rows first, which rounds less than one long sum
+        # by rows first, which rounds less than one long sum
+        d_scale += torch.linalg.vecdot(g, similarity).sum()
         g.mul_(call.scale)
         if call.plane is not None:
-            slope = chunk.fill(torch.addcmul(call.plane[1], similarity, call.plane[0]).sigmoid_(), 0)
+            slope = chunk.fill(
+                torch.addcmul(call.plane[1], similarity, call.plane[0]).sigmoid_(), 0
+            )
             slope.mul_(grads[RowStat.PAIR_MATCHING])
             d_plane += torch.stack([torch.linalg.vecdot(slope, similarity).sum(), slope.sum()])
             g.add_(slope.mul_(call.plane[0]))
@@ -120,8 +149,9 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
 
 
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the terms [K], and the gradients of their sum weighted by `mix`: d_image, d_text (empty unless needed), and
-    d_sigmoids [2, K], those of weight and bias."""
+    """Returns the terms [K], and the gradients of their sum weighted by `mix`: d_image, d_text
+    (empty unless needed), and d_sigmoids [2, K], those of weight and bias.
+    """
     dtype = accumulate_dtype(call.image.dtype)
     image, text = call.image.to(dtype), call.text.to(dtype)
     d_image = image.new_empty(image.shape if call.need_image else (0, image.shape[1]))
@@ -134,7 +164,8 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
             logits = torch.addcmul(bias, similarity, weight)
             matched = chunk.positive(logits)
             terms[k] -= (
-                negative * chunk.fill(F.logsigmoid(-logits), 0).sum() + positive * (F.logsigmoid(matched) - 0 * matched).sum()
+                negative * chunk.fill(F.logsigmoid(-logits), 0).sum()
+                + positive * (F.logsigmoid(matched) - 0 * matched).sum()
             )
             if g is not None:
                 slope = chunk.fill(logits.sigmoid_(), 0).mul_(negative * mix)

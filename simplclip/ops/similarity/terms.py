@@ -1,4 +1,6 @@
-"""Terms of similarity_loss from the statistics of the similarity matrices, and their gradients, in plain torch."""
+"""Terms of similarity_loss from the statistics of the similarity matrices, and their gradients, in
+plain torch.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def mismatch(negated: Tensor) -> Tensor:
-    """Returns softplus(-l) from the negated logits -l of positives. NaN where l is infinite, even if softplus would be 0."""
+    """Returns softplus(-l) from the negated logits -l of positives.
+
+    NaN where l is infinite, even if softplus would be 0.
+    """
     return torch.add(softplus(negated), negated, alpha=0)
 
 
@@ -26,9 +31,12 @@ class Options(NamedTuple):
 
     contrastive: bool
     relational: bool
-    entropy: float  # 1: the relational term is a KL divergence; 0: a cross-entropy, i.e. the KL plus the teacher's entropy
+    # 1: the relational term is a KL divergence; 0: a cross-entropy, i.e. the KL plus the teacher's
+    # entropy
+    entropy: float
     negatives: Tensor | int  # the number of all negatives of pair matching, at least 1
-    weights: tuple[float, ...] | None  # of contrastive, relational and pair matching, those that there are
+    # of contrastive, relational and pair matching, those that there are
+    weights: tuple[float, ...] | None
 
 
 def values(
@@ -41,9 +49,10 @@ def values(
 ) -> list[Tensor]:
     """Returns contrastive, relational and pair matching terms [], in this order, those there are.
 
-    With weights, the weighted sum comes first. Cross-entropies are softplus(lse - z) with lse over the negatives: exact for
-    well matched pairs too, and NaN where the positive z is infinite, as in F.cross_entropy. With m = 1 - softmax(T) of the
-    positive, r and r̂ the log-sum-exps over the whole row, a row's divergence is
+    With weights, the weighted sum comes first. Cross-entropies are softplus(lse - z) with lse over
+    the negatives: exact for well matched pairs too, and NaN where the positive z is infinite, as in
+    F.cross_entropy. With m = 1 - softmax(T) of the positive, r and r̂ the log-sum-exps over the
+    whole row, a row's divergence is
     r - E_T[Z] + entropy (E_T[T] - r̂) = (r - z) - entropy (r̂ - t) + m (mean + z - entropy t).
     """
     lse, teacher_lse, mean, diagonal, teacher_diagonal, unmatched = rows.unbind()
@@ -61,13 +70,17 @@ def values(
             mean = torch.stack([mean, column_mean])
         teacher = teacher_scale * teacher_diagonal
         teacher_excess = teacher_lse - teacher
-        loss = cross_entropy + torch.sigmoid(teacher_excess) * (mean + positive - options.entropy * teacher)
+        loss = cross_entropy + torch.sigmoid(teacher_excess) * (
+            mean + positive - options.entropy * teacher
+        )
         terms.append((loss - options.entropy * softplus(teacher_excess) + 0 * teacher).mean())
     if plane is not None:
         weight, bias = plane
         negated = -torch.addcmul(bias, weight, diagonal)  # the logits of the positives
         of_negatives = unmatched.sum() * (0.5 / options.negatives)
-        terms.append(torch.add(of_negatives, mismatch(negated).sum(), alpha=0.5 / diagonal.shape[0]))
+        terms.append(
+            torch.add(of_negatives, mismatch(negated).sum(), alpha=0.5 / diagonal.shape[0])
+        )
     if options.weights is not None:
         first, *factors = options.weights
         total = terms[0] if first == 1 and factors else terms[0] * first
@@ -78,13 +91,18 @@ def values(
 
 
 def merge_columns(parts: Tensor) -> Tensor:  # [W, 3, N] -> [3, N]
-    """Merges statistics of the same columns, each over the rows of one rank, into those over the rows of all ranks."""
+    """Merges statistics of the same columns, each over the rows of one rank, into those over the
+    rows of all ranks.
+    """
 
     def merged(part: Tensor) -> tuple[Tensor, Tensor]:  # [W, N] -> [N], [W, N] shares
         empty = (part == -torch.inf).all(0)
         part = part.masked_fill(empty, 0)
-        # softmax, since exp(part - logsumexp) would not add up to 1: means as large as the logits would lose digits.
-        return part.logsumexp(0).masked_fill(empty, -torch.inf), part.softmax(0).masked_fill(empty, 0)
+        # softmax, since exp(part - logsumexp) would not add up to 1: means as large as the logits
+        # would lose digits.
+        return part.logsumexp(0).masked_fill(empty, -torch.inf), part.softmax(0).masked_fill(
+            empty, 0
+        )
 
     student, _ = merged(parts[:, ColumnStat.LSE_STUDENT])
     teacher, shares = merged(parts[:, ColumnStat.LSE_TEACHER].detach())
