@@ -133,8 +133,8 @@ prove: install  ## all proofs at full length, an estimated 90 minutes
 	$(MAKE) aot AOT="--all --arch 86"
 
 sanitize: install  ## random calls of the CPU kernels under ASan, UBSan, TSan; CASES=2000
-	$(BIN)/python tests/support/sanitized.py --cases $(or $(CASES),2000)
-	$(BIN)/python tests/support/sanitized.py --threads --cases $(or $(CASES),2000)
+	$(BIN)/python tests/support/package/sanitized.py --cases $(or $(CASES),2000)
+	$(BIN)/python tests/support/package/sanitized.py --threads --cases $(or $(CASES),2000)
 
 test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
@@ -184,7 +184,7 @@ wheel: dist  ## the same with a manylinux wheel, which PyPI takes
 	rm $(DIST)/*-linux_*.whl
 
 wheel-test: wheel  ## try that wheel in an empty venv: doctor, selftest, a training step
-	$(BIN)/python tests/support/wheel.py $(DIST)/*.whl --train --packages-of $(BIN)/python
+	$(BIN)/python tests/support/package/wheel.py $(DIST)/*.whl --train --packages-of $(BIN)/python
 
 tables: install  ## tables and charts of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables

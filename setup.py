@@ -56,7 +56,7 @@ ARCHITECTURES = "8.0;8.6;8.9;9.0;12.0+PTX"
 DEFAULT_ARCHITECTURE = "8.6+PTX"
 
 # SIMPLCLIP_SANITIZE=address builds the CPU kernels with AddressSanitizer and UBSan, =thread with
-# ThreadSanitizer, which needs real threads; tests/support/sanitized.py does, and runs them.
+# ThreadSanitizer, which needs real threads; tests/support/package/sanitized.py does, and runs them.
 SANITIZERS = {
     "": [],
     "address": [
@@ -71,7 +71,7 @@ SANITIZERS = {
         "-g1",
         "-fsanitize=thread",
         "-include",
-        os.path.abspath("tests/support/real_threads.h"),
+        os.path.abspath("tests/support/package/real_threads.h"),
     ],
 }
 SANITIZE = SANITIZERS[os.environ.get("SIMPLCLIP_SANITIZE", "")]

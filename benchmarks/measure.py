@@ -6,11 +6,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+from simplclip.plan.actual import cpu_peak_bytes
 
 BASE = "simplclip"  # the form by whose time the others' times are divided
 PASSES = {False: "forward", True: "forward + backward"}
@@ -172,18 +172,6 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
         return (values[0],) * 3
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return fifths[0], statistics.median(values), fifths[3]
-
-
-def cpu_peak_bytes(run: Callable[[], object]) -> int:
-    """Peak bytes that torch's CPU allocator allocated during `run`, without those that were live
-    before.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(
-        accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0)
-    )
 
 
 def peak_mib(run: Callable[[], object], device: str = "cpu") -> float:

@@ -4,23 +4,21 @@ measured.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import compare, cpu_peak_bytes
+from benchmarks.measure import compare
 from benchmarks.training_forms import PRECISION
 from simplclip import models
 from simplclip.common import hardware
+from simplclip.plan import actual
 from simplclip.plan.measure import predict
 from simplclip.plan.step import During, Step, TrainerStep, inputs
 from simplclip.train import config
@@ -106,65 +104,6 @@ class OpenClipStep:
             self.model.logit_scale.clamp_(0, math.log(100))
 
 
-STEPS = 2  # measured ones; in the second one the optimizer's state exists from the beginning
-
-
-def runner(step: Step, device: torch.device) -> Callable[[], object]:
-    """Returns a function that runs the step on real tensors on `device`, with random weights."""
-    return _placed(step, device)[1]
-
-
-def measure(step: Step, device: torch.device) -> int:
-    """Runs the step; returns the peak bytes of torch's allocator on `device`, with parameters, on a
-    CPU also the batch.
-    """
-    before, once = _placed(step, device)
-
-    def run() -> None:
-        for _ in range(STEPS):
-            once()
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    storages = {
-        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in before
-    }
-    return sum(storages.values()) + cpu_peak_bytes(run)
-
-
-def _placed(step: Step, device: torch.device) -> tuple[list[Tensor], Callable[[], object]]:
-    """Returns the tensors that are in memory before a step on `device`, and a function that runs
-    it.
-    """
-    step = copy.copy(step)  # what `place` makes is of this run
-    for module in step.modules:
-        _fill(module.to_empty(device=device))
-    step.place(device, lambda kind: nullcontext())
-    batches = step.batches(real=True)
-    weights = [
-        tensor for module in step.modules for tensor in (*module.parameters(), *module.buffers())
-    ]
-    return tree_leaves([weights, step.averages, batches]), partial(step.run, batches)
-
-
-@torch.no_grad()
-def _fill(module: nn.Module) -> None:
-    """Gives a module values with which a step runs."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        # of a norm
-        if name.endswith("running_var") or (name.endswith("weight") and tensor.dim() == 1):
-            tensor.fill_(1)
-        elif name.endswith("attn_mask"):  # of a causal tower, which checks it
-            tensor.fill_(-torch.inf).triu_(1)
-        elif isinstance(tensor, nn.Parameter):
-            tensor.normal_(0, 0.02)
-        else:
-            tensor.zero_()
-
-
 def beside_original(
     name: str, pairs: int, dtype: str, device: torch.device, repeats: int, strict: bool = True
 ) -> list[dict]:
@@ -190,10 +129,10 @@ def beside_original(
         made[f"{original}, whole"] = lambda: OpenClipStep(original, pairs, PRECISION[dtype])
     peaks: dict[str, int] = {}
     # after the peaks were measured
-    placed = functools.cache(lambda form: runner(made[form](), device))
+    placed = functools.cache(lambda form: actual.runner(made[form](), device))
 
     def first(form: str) -> None:
-        peaks[form] = measure(made[form](), device)
+        peaks[form] = actual.peak_bytes(made[form](), device)
 
     what = {"op": "steps", "shape": f"{pairs} pairs", "n": pairs, "dtype": dtype, "pass": "step"}
     cases = {form: lambda form=form: placed(form)() for form in made}

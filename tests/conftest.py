@@ -5,7 +5,8 @@ import signal
 
 import pytest
 import torch
-from paths import ROOT
+
+from support.paths import ROOT
 
 # torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's
 # graphs would be taken.

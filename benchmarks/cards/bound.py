@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.cards import calls
 from benchmarks.measure import PASSES
 from benchmarks.results_file import RESULTS, table, versions, write_csv
-from simplclip.plan import fake
 from simplclip.plan.cards import CARDS, Card
-from simplclip.plan.count import Counter
 from simplclip.plan.kernels import Kernel
+from simplclip.plan.measure import on_card
 from simplclip.plan.time import least_ms
 
 DTYPES = {
@@ -26,18 +23,6 @@ DTYPES = {
     "float32": torch.float32,
 }
 SHOWN = ("rtx-3090", "rtx-4090", "rtx-5090", "a100-80", "h100")
-
-
-@contextlib.contextmanager
-def on_card(card: Card) -> Iterator[list[Kernel]]:
-    """Context in which ops of fake CUDA tensors run as on this card; yields the list to which their
-    kernels are added.
-    """
-    device = torch.device("cuda", 0)
-    mode, counter = FakeTensorMode(allow_fallback_kernels=False), Counter(device, waits=True)
-    engine = fake.Engine(lambda gradient: None)
-    with fake.fake_step(mode, device, card), engine.installed(), counter.counting():
-        yield counter.usage.kernels
 
 
 def lower_bound(kernels: Sequence[Kernel], card: Card) -> tuple[list[dict], dict]:

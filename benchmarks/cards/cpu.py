@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import steps
+from simplclip.plan import actual
 from simplclip.plan.count import Usage
 from simplclip.plan.measure import predict
 from simplclip.plan.step import TrainerStep
@@ -63,7 +63,7 @@ def compare(name: str, rates: Rates) -> dict[str, object]:
     }
     step = TrainerStep(config.from_dict(values), "fp32")
     least = rates.least(predict(step, CPU))
-    run = steps.runner(step, CPU)
+    run = actual.runner(step, CPU)
     run()
     measured = statistics.median(_seconds(run) for _ in range(REPEATS))
     figures = {

@@ -1,8 +1,10 @@
-"""One run of a step on fake tensors, which predicts its memory and counts its kernels."""
+"""One run of a step, or of ops, on fake tensors, which predicts memory and counts kernels."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from unittest import mock
 
 import torch
@@ -14,6 +16,7 @@ from simplclip import gradient_cache
 from simplclip.plan import fake
 from simplclip.plan.cards import Card
 from simplclip.plan.count import Counter, Usage
+from simplclip.plan.kernels import Kernel
 from simplclip.plan.step import Step, first_and_last
 
 
@@ -42,6 +45,18 @@ def predict(step: Step, device: torch.device, card: Card | None = None) -> Usage
             counter.usage.kernels.clear()
             step.run(batches)
     return counter.usage
+
+
+@contextlib.contextmanager
+def on_card(card: Card) -> Iterator[list[Kernel]]:
+    """Context in which ops of fake CUDA tensors run as on this card; yields the list to which their
+    kernels are added.
+    """
+    device = torch.device("cuda", 0)
+    mode, counter = FakeTensorMode(allow_fallback_kernels=False), Counter(device, waits=True)
+    engine = fake.Engine(lambda gradient: None)
+    with fake.fake_step(mode, device, card), engine.installed(), counter.counting():
+        yield counter.usage.kernels
 
 
 def _make_state(optimizer: torch.optim.Optimizer, counter: Counter) -> None:

@@ -4,11 +4,11 @@ import json
 import re
 
 import pytest
-import tiny
 
 from benchmarks import ablation
 from benchmarks.results_file import read_csv
 from simplclip.train.config import ConfigError
+from support.train import tiny
 
 TEXT = """
 steps: 1

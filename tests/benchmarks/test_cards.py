@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from devices import needs_triton
 
 from benchmarks.cards import chart, cpu
 from benchmarks.cards.__main__ import CHART, SELECTION, grouped, main
@@ -20,6 +19,7 @@ from simplclip.plan.cards import CARDS, named
 from simplclip.plan.count import Usage
 from simplclip.plan.kernels import ExtensionCall, Kernel, Stand, extension_work, kernels_of
 from simplclip.plan.time import CLOCK, LAUNCH_MS, step_time
+from support.devices import needs_triton
 
 CARD = CARDS["rtx-3090"]
 half = torch.float16

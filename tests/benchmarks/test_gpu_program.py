@@ -7,10 +7,10 @@ import zipfile
 
 import pytest
 import torch
-from paths import ROOT
 
 from benchmarks import attention_forms, gpu, similarity_forms
 from benchmarks.results_file import read_csv
+from support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 SMI = "#!/bin/sh\necho '580.65, 350.00 W, 120.00 W, 1695 MHz, 9501 MHz, 2100 MHz, 61'\n"

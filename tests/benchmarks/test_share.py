@@ -9,10 +9,8 @@ import re
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import yaml
-from clips import batch, clip
 from open_clip.model import CustomTextCLIP
 from timm.models import fastvit
 from torch import nn
@@ -24,6 +22,8 @@ from simplclip.common.errors import InputError
 from simplclip.evaluation.encoder import Encoder
 from simplclip.models.mobileclip import TextTower
 from simplclip.models.simplify import count_parameters, simplify
+from support.models.open_clip_models import batch, clip
+from support.train import tiny
 
 IMAGE, TEXT = batch()
 LENGTHS = TEXT.argmax(1) + 1

@@ -14,9 +14,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import tiny
-from pairs import call, one_line, png
-from paths import ROOT
 
 import simplclip
 from simplclip import evaluation
@@ -25,6 +22,10 @@ from simplclip.commands.main import app
 from simplclip.models import sources
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import config
+from support.data.pairs import png
+from support.paths import ROOT
+from support.programs import call, one_line
+from support.train import tiny
 
 ENVIRONMENT = {
     **os.environ,

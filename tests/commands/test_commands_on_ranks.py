@@ -10,17 +10,17 @@ import os
 import sys
 from pathlib import Path
 
-import captioners
 import open_clip
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
-from launch import forked_ranks
-from pairs import png, write
 from typer.testing import CliRunner
 
 from simplclip.commands.main import app
+from support.data.pairs import png, write
+from support.models import captioners
+from support.ranks.launch import forked_ranks
+from support.train import tiny
 
 pytestmark = pytest.mark.slow
 MODEL = f"open_clip:{captioners.NAME}"

@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from devices import needs_cpu_kernels
 from torch.utils._pytree import tree_map
 from typer.testing import CliRunner
 
@@ -15,6 +14,7 @@ import simplclip
 from simplclip import ops, selftest
 from simplclip.commands.main import app
 from simplclip.ops import backends, registry
+from support.devices import needs_cpu_kernels
 
 CPU = torch.device("cpu")
 

@@ -6,12 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from photos import encode, photo, png_that_claims
 from PIL import Image
 
 from simplclip.data.errors import BrokenSample
 from simplclip.data.images import decode_pil, open_image
 from simplclip.data.transforms import decode, to_tensor
+from support.data.photos import encode, photo, png_that_claims
 
 
 def by_pillow(encoded):

@@ -7,11 +7,10 @@ To repeat a case: pytest tests/data/test_fuzz.py --cases 1 --first-case NUMBER
 import contextlib
 import io
 
-import archives as make
-
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.sources import Address, Source
+from support.data import archives as make
 
 SECONDS = 1.0  # CPU time
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairs import COUNT, SIZE, augment, png, resize, sample, table, write
 
 from simplclip import data
 from simplclip.commands import options
 from simplclip.common.errors import InputError
 from simplclip.data.errors import Skipped
+from support.data.pairs import COUNT, SIZE, augment, png, resize, sample, table, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

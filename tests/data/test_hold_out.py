@@ -8,11 +8,23 @@ import shutil
 from collections import Counter
 
 import pytest
-from pairs import COUNT, call, digests, keys, loader, members, meta, png, resize, sample, write
 
 from simplclip import data
 from simplclip.data import pack
 from simplclip.data.errors import Skipped
+from support.data.pairs import (
+    COUNT,
+    digests,
+    keys,
+    loader,
+    members,
+    meta,
+    png,
+    resize,
+    sample,
+    write,
+)
+from support.programs import call
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

@@ -9,16 +9,16 @@ import mmap
 import os
 import resource
 
-import archives as make
 import numpy as np
 import pytest
-from archives import END, PNG, header, member, npy_that_claims, pair, pax, record
-from pairs import npy, resize, write
 from test_samples import one_pass
 
 from simplclip import data
 from simplclip.data import tars
 from simplclip.data.errors import Skipped
+from support.data import archives as make
+from support.data.archives import END, PNG, header, member, npy_that_claims, pair, pax, record
+from support.data.pairs import npy, resize, write
 
 DAMAGED = "damaged tar"
 LARGE = "file too large"

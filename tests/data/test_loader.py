@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg
-from pairs import COUNT, SIZE, keys, loader, npy, png, resize, sample, text_of, write
-from runs import bits
 
 from simplclip import data
 from simplclip.data.samples import digest_of
 from simplclip.data.transforms import ImageTransform
+from support.data.pairs import COUNT, SIZE, keys, loader, npy, png, resize, sample, text_of, write
+from support.train.runs import bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from photos import encode, photo
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
@@ -17,6 +16,7 @@ from simplclip.data.images import opaque, open_image, remarks_on
 from simplclip.data.loader import pixels_of
 from simplclip.data.samples import Pair
 from simplclip.data.transforms import ImageTransform
+from support.data.photos import encode, photo
 
 # height and width
 SIZES = {"small": (7, 9), "exact": (32, 32), "odd": (53, 37), "wide": (20, 90), "tall": (110, 33)}

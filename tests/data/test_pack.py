@@ -14,13 +14,14 @@ from collections import deque
 from pathlib import Path
 
 import pytest
-from pairs import call, digests, killed_at_any_point, members, meta, one_line, png, table
-from photos import encode, photo
 from PIL import Image
 
 from simplclip.common.errors import InputError
 from simplclip.data import forms, pack, tar_writer
 from simplclip.data.forms import Options
+from support.data.pairs import digests, members, meta, png, table
+from support.data.photos import encode, photo
+from support.programs import call, killed_at_any_point, one_line
 
 ROWS = [("img/a.png", "one"), ("img/a.png", "two"), ("img/sub/b.png", "three")]
 TWO = [("000000000", ["one", "two"]), ("000000002", ["three"])]

@@ -7,12 +7,12 @@ import tracemalloc
 from collections import Counter
 
 import pytest
-from pairs import loader, png, resize, sample, text_of, write
-from photos import png_that_claims
 
 from simplclip import data
 from simplclip.data import samples, tars
 from simplclip.data.errors import Skipped
+from support.data.pairs import loader, png, resize, sample, text_of, write
+from support.data.photos import png_that_claims
 
 
 def one(tmp_path, files, **options):

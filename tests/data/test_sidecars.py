@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pairs import keys, loader, npy, png, resize, sample, write
 from test_samples import one_pass
 
 from simplclip import data
 from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.samples import digest_of, parse
+from support.data.pairs import keys, loader, npy, png, resize, sample, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

@@ -6,7 +6,6 @@ import functools
 import json
 import random
 
-import example
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,6 @@ from open_clip.transform import (
     image_transform_v2,
     merge_preprocess_dict,
 )
-from photos import encode, photo
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms import functional as TF
@@ -27,6 +25,8 @@ from simplclip.data import transforms
 from simplclip.data.errors import BrokenSample
 from simplclip.data.images import decode_pil, open_image
 from simplclip.data.transforms import ImageTransform, decode
+from support.data.photos import encode, photo
+from support.programs import load_example
 
 
 def size_of(file):
@@ -37,7 +37,7 @@ def size_of(file):
 @functools.cache
 def drawings(count=6):
     """Returns emoji, as in the built-in data."""
-    sources = example.load("emoji/sources")
+    sources = load_example("emoji/sources")
     few = sources.concepts()[:: 1800 // count][:count]
     return [
         sources.square(vendor.draw(concept))

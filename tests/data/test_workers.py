@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairs import keys, loader, png, resize, sample, write
-from runs import bits
 
 from simplclip import data
 from simplclip.data.workers import from_workers
+from support.data.pairs import keys, loader, png, resize, sample, write
+from support.train.runs import bits
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create:UserWarning", "ignore:'pin_memory' argument"

@@ -9,11 +9,12 @@ import signal
 import tarfile
 
 import pytest
-from pairs import digests, killed_at_any_point, members, meta, png, sample, write
 
 from simplclip import data
 from simplclip.data.samples import Pair
 from simplclip.data.writer import write_sidecars
+from support.data.pairs import digests, members, meta, png, sample, write
+from support.programs import killed_at_any_point
 
 STAMP = {"mark": {"name": "test", "width": 2}}
 

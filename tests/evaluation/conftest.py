@@ -1,9 +1,9 @@
 """A run that all tests of evaluation read."""
 
 import pytest
-import tiny
 
 from simplclip import train
+from support.train import tiny
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,14 @@
 import numpy as np
 import open_clip
 import pytest
-import tiny
 import torch
 from PIL import Image
-from trainer_runs import write_models
 
 import simplclip
 from simplclip import export, models
 from simplclip.models.trained import CheckpointError, load_model
+from support.models.open_clip_models import write_models
+from support.train import tiny
 
 
 @pytest.fixture(scope="module")

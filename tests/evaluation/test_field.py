@@ -4,12 +4,12 @@ import functools
 
 import open_clip
 import pytest
-import tiny
 import torch
-from pairs import write
 
 import simplclip
 from simplclip import evaluation
+from support.data.pairs import write
+from support.train import tiny
 
 KS = (1, 5, 10)
 TEMPLATES = ["a {c}", "{c}"]

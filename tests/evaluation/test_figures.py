@@ -9,15 +9,15 @@ import math
 import numpy as np
 import open_clip
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
-from pairs import png, write
 from rich.console import Console
 
 from simplclip import data, evaluation
 from simplclip.evaluation import figures, retrieval
 from simplclip.models.trained import image_transform, load_model, tokenizer
+from support.data.pairs import png, write
+from support.train import tiny
 
 CPU = torch.device("cpu")
 

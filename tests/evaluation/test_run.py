@@ -5,16 +5,17 @@ import json
 import unicodedata
 
 import pytest
-import tiny
 import torch
-from pairs import call, one_line, write
 from PIL import Image
 from rich.console import Console
-from trainer_runs import write_models
 
 from simplclip import evaluation
 from simplclip.evaluation import run as running
 from simplclip.models.trained import read_checkpoint
+from support.data.pairs import write
+from support.models.open_clip_models import write_models
+from support.programs import call, one_line
+from support.train import tiny
 
 
 @pytest.fixture(scope="module")

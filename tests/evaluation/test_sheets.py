@@ -6,15 +6,11 @@ import csv
 import json
 import re
 
-import drawn
-import example
 import numpy as np
 import open_clip
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
-from pairs import png, write
 from PIL import Image
 
 from simplclip import data, evaluation
@@ -22,6 +18,10 @@ from simplclip.common import plotting
 from simplclip.data.transforms import ImageTransform, PreprocessCfg
 from simplclip.evaluation import sheets, split
 from simplclip.train import log
+from support import drawings
+from support.data.pairs import png, write
+from support.programs import load_example
+from support.train import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:Glyph .* missing:UserWarning")
 
@@ -66,7 +66,7 @@ def features(ranks, seed=0):
 
 
 def sheet_of(encoded, path, **titles):
-    with drawn.figures() as figures:
+    with drawings.figures() as figures:
         evaluation.contact_sheet(path, encoded, **{"title": "model, step 7: held"} | titles)
     return figures[0]
 
@@ -77,7 +77,7 @@ def test_best_middle_and_worst_queries_with_the_rank_of_the_right_answer(tmp_pat
     ranks = [*range(1, 31)]
     encoded.image_features, encoded.text_features = features(ranks)
     figure = sheet_of(encoded, tmp_path / "s.png", subtitles=("R@1 of captions", "R@1 of pictures"))
-    texts = drawn.check_layout(figure)
+    texts = drawings.check_layout(figure)
     start = texts.index("Caption → nearest pictures")
     end = texts.index("Picture → nearest captions")
     first = texts[start:end]
@@ -117,12 +117,12 @@ def test_right_answers_are_framed_also_those_of_a_group(tmp_path):
     encoded.text_features = -torch.eye(8)  # all other answers are nearer
     figure = sheet_of(encoded, tmp_path / "s.png")
     assert green(figure) == 16
-    assert sum(text.startswith("#8: -1.00") for text in drawn.check_layout(figure)) == 16
+    assert sum(text.startswith("#8: -1.00") for text in drawings.check_layout(figure)) == 16
     several = split_of(tmp_path / "b.tar", [f"c {i}" for i in range(8)], ["g"] * 8)
     several.image_features = several.text_features = torch.eye(8)
     figure = sheet_of(several, tmp_path / "s.png")
     assert green(figure) == 16 * 5, "all of a group are right"
-    assert not any(text.startswith("#") for text in drawn.check_layout(figure))
+    assert not any(text.startswith("#") for text in drawings.check_layout(figure))
 
 
 @pytest.mark.parametrize("count", [1, 3, 11, 14])
@@ -136,7 +136,7 @@ def test_any_captions_and_numbers_of_pictures_fit(tmp_path, count):
     )
     encoded.text_features = encoded.image_features.flip(0)
     figure = sheet_of(encoded, tmp_path / "s.png", title=LONG, subtitles=(LONG, LONG))
-    drawn.check_layout(figure)
+    drawings.check_layout(figure)
     assert figure.get_size_inches()[0] == plotting.WIDTH
 
 
@@ -214,14 +214,14 @@ def curves_of(run, splits=("held_out",), steps=60, chance=True, terms=()):
     rows_of(run / "metrics.csv", metrics)
     if evaluated:
         rows_of(run / "evaluation.csv", evaluated)
-    with drawn.figures() as figures:
+    with drawings.figures() as figures:
         log.curves(run)
     return figures[0]
 
 
 def test_curves_have_one_axis_of_steps_chance_and_the_best_step(tmp_path):
     figure = curves_of(tmp_path)
-    texts = drawn.check_layout(figure)
+    texts = drawings.check_layout(figure)
     assert {axis.get_xlim() for axis in figure.axes} == {(0, 60)}
     assert texts.count("0") <= 3, "the steps have labels at the last axis alone"
     assert "step; dashed: 40, the best evaluation" in texts
@@ -256,11 +256,11 @@ def test_curves_have_one_axis_of_steps_chance_and_the_best_step(tmp_path):
     {"steps": 200_000, "splits": ()},
 ])  # fmt: skip
 def test_curves_of_any_run_fit(tmp_path, options):
-    drawn.check_layout(curves_of(tmp_path, **options))
+    drawings.check_layout(curves_of(tmp_path, **options))
 
 
 def test_hits_have_scores_and_names_and_fit(tmp_path, monkeypatch):
-    search = example.load("search_photos")
+    search = load_example("search_photos")
     for i, name in enumerate(
         ("a/cat.png", "b/cat.png", "b/a-very-long-name-of-a-picture-" + "x" * 90 + ".png")
     ):
@@ -272,14 +272,14 @@ def test_hits_have_scores_and_names_and_fit(tmp_path, monkeypatch):
         paths[0]: [(1.0, paths[0])],
         "$x$ 漢字": [(0.1, paths[1])] * 5,
     }
-    with drawn.figures() as figures:
+    with drawings.figures() as figures:
         search.draw(str(tmp_path / "hits.png"), hits)
-    texts = drawn.check_layout(figures[0])
+    texts = drawings.check_layout(figures[0])
     assert texts.count("0.50") == 1
     assert "a/cat.png" in texts
     assert "b/cat.png" in texts
     assert len(figures[0].axes[0].images) == 8 + 1 + 1 + 5
-    boxes = drawn.drawn(figures[0])[1]
+    boxes = drawings.drawn(figures[0])[1]
     assert max(box.x1 for box in boxes) > figures[0].bbox.x1 - 30, "no empty margin"
 
 
@@ -296,7 +296,7 @@ def test_tiny_pictures_of_a_run(tmp_path):
         pass
     encoded.image_features = encoded.text_features = torch.eye(24)
     figure = sheet_of(encoded, tmp_path / "s.png")
-    drawn.check_layout(figure)
+    drawings.check_layout(figure)
     assert len(figure.axes[0].images) == 12 * 5 + 12
     assert {image.get_array().shape[:2] for image in figure.axes[0].images} == {(160, 160)}, (
         "not 16 x 16 as stored"

@@ -7,17 +7,18 @@ import io
 import json
 import random
 
-import example
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import webdataset as wds
-from pairs import call, digests, meta
 from PIL import Image
 
-build = example.load("emoji/build")
-sources = example.load("emoji/sources")
+from support.data.pairs import digests, meta
+from support.programs import EXAMPLES, call, load_example
+
+build = load_example("emoji/build")
+sources = load_example("emoji/sources")
 
 KEPT = 60  # concepts in the small builds
 HELD_OUT = 10
@@ -32,7 +33,7 @@ def few():
 
 @pytest.fixture(scope="module")
 def teach():
-    return example.load("emoji/teach")  # imports transformers
+    return load_example("emoji/teach")  # imports transformers
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def separable(teach, number=64):
     """Returns features that tell which pairs belong together; two captions each, two pairs of each
     group.
     """
-    networks, generator = example.load("emoji/teacher"), torch.Generator().manual_seed(0)
+    networks, generator = load_example("emoji/teacher"), torch.Generator().manual_seed(0)
     groups = torch.arange(number) // 2
     codes = torch.randn(number // 2, 24, generator=generator)
     images = codes[groups] @ torch.randn(24, networks.IMAGE_FEATURES, generator=generator)
@@ -299,7 +300,7 @@ def test_the_demo_finds_concepts_that_it_never_saw(teach, tmp_path):
     run = tmp_path / "run"
     build.build(data)
     teach.main([str(data / "train-*.tar"), "--out", str(taught)])
-    config = example.FOLDER / "emoji" / "siclip-lite0.yaml"
+    config = EXAMPLES / "emoji" / "siclip-lite0.yaml"
     held_out = f"eval.splits={{concepts: {data}/concepts-*.tar}}"
     changes = (
         f"data.train={data}/train-*.tar",

@@ -4,21 +4,21 @@ block.
 
 import json
 
-import example
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 from torch import nn
-from weights import randomise
 
 import simplclip
 from simplclip import models
 from simplclip.models.simplify import MapBlock
 from simplclip.train import checkpoint, config
+from support.models.weights import randomise
+from support.programs import load_example
 
-exporting = example.load("export_onnx")
+exporting = load_example("export_onnx")
 
 
 @pytest.mark.slow

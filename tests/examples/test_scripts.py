@@ -5,16 +5,16 @@ All are short.
 
 import re
 
-import example
 import open_clip
-import pairs
 import pytest
-import tiny
-from paths import ROOT
 from PIL import Image
-from trainer_runs import write_models
 
 import simplclip
+from support.data import pairs
+from support.models.open_clip_models import write_models
+from support.paths import ROOT
+from support.programs import load_example
+from support.train import tiny
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def run(script: str, capsys, *arguments: str) -> list[float]:
     """Runs a script without loader processes; returns the figures after the word loss or
     contrastive_loss.
     """
-    example.load(script).main([*arguments, "--workers", "0"])
+    load_example(script).main([*arguments, "--workers", "0"])
     return [float(value) for value in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
 
 
@@ -94,7 +94,7 @@ def test_finetune_photos_reads_open_clips_pixels(tmp_path):
     picture.save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("noise")
     transform = open_clip.image_transform(32, is_train=False)
-    pixels, _ = example.load("finetune_photos").Photos(
+    pixels, _ = load_example("finetune_photos").Photos(
         [tmp_path / "a.png"], transform, lambda texts: texts
     )[0]
     assert pixels.equal(transform(picture))

@@ -4,17 +4,17 @@ are encoded.
 
 import io
 
-import example
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
-from trainer_runs import write_models
 
 import simplclip
+from support.models.open_clip_models import write_models
+from support.programs import load_example
+from support.train import tiny
 
-search = example.load("search_photos")
+search = load_example("search_photos")
 
 
 @pytest.fixture

@@ -5,14 +5,15 @@ kept.
 import io
 import json
 
-import example
 import numpy as np
-import pairs
-import tiny
 import webdataset
 from PIL import Image
 
-shrinking = example.load("shrink_shards")
+from support.data import pairs
+from support.programs import load_example
+from support.train import tiny
+
+shrinking = load_example("shrink_shards")
 
 
 def samples(path):

@@ -16,15 +16,14 @@ import types
 from pathlib import Path
 from unittest import mock
 
-import example
 import numpy as np
 import pytest
-import tiny
-from pairs import forked
-from paths import ROOT
 from PIL import Image
 
 from simplclip.commands.main import main
+from support.paths import ROOT
+from support.programs import forked, load_example
+from support.train import tiny
 
 NOTEBOOK = ROOT / "examples" / "first_day.ipynb"
 SMALLER = {
@@ -67,7 +66,7 @@ def command(line: str) -> None:
         ):
             try:
                 if program == "python":
-                    example.load(words[0].removeprefix("examples/").removesuffix(".py")).main(
+                    load_example(words[0].removeprefix("examples/").removesuffix(".py")).main(
                         words[1:]
                     )
                 else:

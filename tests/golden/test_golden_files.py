@@ -9,7 +9,8 @@ import shutil
 import numpy as np
 import pytest
 from golden import make
-from paths import ROOT
+
+from support.paths import ROOT
 
 VERSIONS = sorted(
     path.name for path in (ROOT / "tests" / "golden").iterdir() if path.name[0].isdigit()

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
-from pairs import png, write
 
 from simplclip import data, evaluation
 from simplclip.common import plotting
@@ -16,6 +15,7 @@ from simplclip.common.errors import InputError
 from simplclip.data import samples, tars
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.sources import Address
+from support.data.pairs import png, write
 
 
 def read(source) -> list[str]:

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from pairs import call, one_line
-from runs import go
 from safetensors.torch import save_file
 from torch._utils import _rebuild_tensor_v2
 
@@ -23,6 +20,9 @@ from simplclip.common.errors import InputError
 from simplclip.models import create
 from simplclip.models.trained import CheckpointError, build_model
 from simplclip.train import config
+from support.programs import call, one_line
+from support.train import tiny
+from support.train.runs import go
 
 CANARY = Path("canary").absolute()
 

@@ -8,11 +8,11 @@ import types
 import open_clip
 import pytest
 import torch
-from paths import ROOT
 
 from simplclip import losses
 from simplclip.integrations.open_clip import LOSSES, use_losses
 from simplclip.ops.similarity.chunks import STORE_BYTES
+from support.paths import ROOT
 
 ARGS = {
     "distill": False,

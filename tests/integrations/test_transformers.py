@@ -2,13 +2,13 @@
 and a loss that learns.
 """
 
-import doc_blocks
 import pytest
 import torch
 import transformers
-from hugging_face import batch, model
 
 from simplclip.losses import ClipLoss, ClipPMLoss, SigLipLoss
+from support.models.hugging_face import batch, model
+from support.programs import run_doc_blocks
 
 pytest.importorskip(
     "accelerate",
@@ -18,7 +18,7 @@ pytest.importorskip(
 
 @pytest.fixture(scope="module")
 def recipe():
-    return doc_blocks.run("recipes.md", "In transformers' Trainer")
+    return run_doc_blocks("recipes.md", "In transformers' Trainer")
 
 
 def train(kind, clip, folder, name="CLIPModel", **options):

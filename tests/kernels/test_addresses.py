@@ -15,7 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_calls import skip_without_fence
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from support.kernels.calls import skip_without_fence
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -23,24 +25,38 @@ from ptx.capture import driven
 from ptx.huge import HugeCard
 from ptx.machine import Code
 from ptx.parse import parse
-
-from benchmarks.cards import calls
-from benchmarks.cards.bound import on_card
 from simplclip.plan.cards import CARDS
 from simplclip.plan.kernels import Kernel
 from simplclip.plan.kernels import Launch as Started
+from support.ops.calls import Call, attention_call, mlp_call, similarity_call
+from support.ops.predicted_calls import forward_and_backward, trace
 
 LARGE = 131_072, 1024  # N, D
 MANY = 1_000_003, 2200  # N D above 2^31, and an odd number of rows
 TOKENS = 2, 2_000_003, 16, 80  # B, L, H, K: one sequence has more than 2^31 elements
 CHUNKS = {"scratch_bytes": 6 << 30}
-CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
-    "many": partial(calls.loss, ("contrastive",), *MANY, **CHUNKS),
-    "mlp": partial(calls.mlp, (1, 1_000_003, 768, 3072)),
-    "attention": partial(calls.attention, TOKENS, False),
-    "many sigmoid": partial(calls.loss, ("sigmoid",), *MANY, **CHUNKS),
-    "attention causal": partial(calls.attention, TOKENS, True),
-    **{name: partial(calls.loss, terms, *LARGE) for name, terms in calls.LOSSES.items()},
+
+
+def loss_call(size: tuple[int, int], *terms: str, **options) -> Call:
+    if len(terms) > 1:
+        options["weights"] = dict.fromkeys(terms, 1.0)
+    n, width = size
+    call = similarity_call(n, n, terms=terms, width=width, **options)
+    if "sigmoid" in terms:
+        call.tensors["logit_bias"] = torch.tensor(-3.0, dtype=torch.float64)
+    return call
+
+
+CASES: dict[str, Callable[[], Call]] = {
+    "many": partial(loss_call, MANY, "contrastive", **CHUNKS),
+    "mlp": partial(mlp_call, 1_000_003, 768, 3072, 768),
+    "attention": partial(attention_call, *TOKENS),
+    "many sigmoid": partial(loss_call, MANY, "sigmoid", **CHUNKS),
+    "attention causal": partial(attention_call, *TOKENS, causal=True),
+    "contrastive": partial(loss_call, LARGE, "contrastive"),
+    "contrastive+pair_matching": partial(loss_call, LARGE, "contrastive", "pair_matching"),
+    "sigmoid": partial(loss_call, LARGE, "sigmoid"),
+    "all": partial(loss_call, LARGE, "contrastive", "pair_matching", "relational"),
 }
 SUITE = list(CASES)[:3]
 TURNS = itertools.cycle((("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100")))
@@ -62,8 +78,10 @@ def sampled(kernels: list[Kernel]) -> list[Started]:
 
 def check(name: str, dtype: str, card: str) -> None:
     skip_without_fence(name, dtype, CARDS[card].architecture)
-    with on_card(CARDS[card]) as kernels:
-        CASES[name](getattr(torch, dtype), True)
+    with FakeTensorMode():
+        call = CASES[name]()
+        tensors = call.typed(getattr(torch, dtype))
+    kernels = trace(partial(forward_and_backward, call), tensors, card)
     machine = HugeCard(sm=CARDS[card].architecture)
     with driven(machine):
         for launch in sampled(kernels):

@@ -16,9 +16,9 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
 import triton
+
 from gates import extension, gate
 from gates.kernels import SIMPLEST, compile_kernel, kernels, similarity
-
 from simplclip import kernels as triton_code
 from simplclip.kernels import launch as launching
 from simplclip.kernels import tuning

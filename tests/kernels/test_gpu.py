@@ -11,15 +11,16 @@ import sys
 
 import pytest
 import torch
-from calls import LARGE, loss_inputs
-from compare import Case
-from devices import DTYPES
-from paths import PYTHONPATH
 
 from simplclip import selftest
 from simplclip.losses import WIKDLoss
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends
+from support.devices import DTYPES
+from support.losses import loss_inputs
+from support.ops.calls import LARGE
+from support.ops.compare import Case
+from support.paths import PYTHONPATH
 
 pytestmark = pytest.mark.gpu
 WHOLE = {

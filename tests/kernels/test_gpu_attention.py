@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-from calls import attention_call, of_lengths
-from compare import Case, assert_within, run
-from devices import DTYPES
 
 import simplclip
 from simplclip.ops import backends, shaped_attention
+from support.devices import DTYPES
+from support.ops.calls import attention_call, of_lengths
+from support.ops.compare import Case, assert_within, run
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,10 +4,16 @@ measured memory.
 
 import pytest
 import torch
-from devices import DTYPES, cuda_peak_bytes, needs_triton
-from memory_calls import attention_call, forward_and_backward, mlp_call, predicted, similarity_call
 
 from simplclip.plan.count import WORKSPACE
+from support.devices import DTYPES, cuda_peak_bytes, needs_triton
+from support.ops.predicted_calls import (
+    attention_call,
+    forward_and_backward,
+    mlp_call,
+    predicted,
+    similarity_call,
+)
 
 CUDA = torch.device("cuda", 0)
 OBJECTIVES = ("contrastive", "pair matching", "hadamard", "every term")

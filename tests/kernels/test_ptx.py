@@ -1,7 +1,7 @@
 """The Triton kernels as compiled for a card, executed by tests/ptx, against plain torch in float64.
 
-Each launch is also compared by itself with its definition (tests/support/launches.py), and every
-hazard is an error.
+Each launch is also compared by itself with its definition
+(tests/support/kernels/launches.py), and every hazard is an error.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import pytest
-from kernel_calls import CALLS, KINDS, QUICK, case_of, kernels_alone, skip_without_fence
+
+from support.kernels.calls import CALLS, KINDS, QUICK, case_of, kernels_alone, skip_without_fence
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-import launches
-import ptx
 import triton
+
+import ptx
 from ptx.capture import CODES, Started
+from support.kernels import launches
 
 FEW = 4  # multiprocessors, so that a program has several tiles of columns
 ARCHITECTURES = (80, 86, 89, 90, 120)

@@ -7,9 +7,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from test_ptx_instructions import execute, vectors
+
 from ptx.machine import Batch
 from ptx.parse import UnknownPTXError
-from test_ptx_instructions import execute, vectors
 
 STORE = "st.shared.v4.b32 [%r3], {%r20, %r21, %r22, %r23};"
 PLACE = """

@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+
 from ptx.machine import Batch, Code, Launch, Machine
 from ptx.memory import GlobalMemory
 from ptx.parse import UnknownPTXError, parse

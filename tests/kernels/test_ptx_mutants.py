@@ -6,14 +6,15 @@ from collections import Counter
 
 import pytest
 import torch
-from calls import TERMS, mlp_call, similarity_call
-from compare import Case
+
+from support.ops.calls import TERMS, mlp_call, similarity_call
+from support.ops.compare import Case
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-import mutants
 import ptx
 from ptx.capture import Started
+from support.kernels import mutants
 
 # Launches of calls with tiles at the edge of the matrix, and where kernels copy, multiply and
 # reduce.

@@ -11,16 +11,16 @@ from unittest import mock
 
 import pytest
 import torch
-from calls import Call, attention_call, of_lengths
-from compare import Case, check_padding
-from paths import ROOT
+
+from support.ops.calls import Call, attention_call, of_lengths
+from support.ops.compare import Case, check_padding
+from support.paths import ROOT
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-import shaped_attention_ptx as attention
-from shaped_attention_ptx import TYPES
-
 from simplclip.ops import backends, checks
+from support.kernels import cuda_attention as attention
+from support.kernels.cuda_attention import TYPES
 
 if attention.why_not():
     pytest.skip(f"kernels cannot be compiled here: {attention.why_not()}", allow_module_level=True)

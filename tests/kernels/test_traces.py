@@ -8,12 +8,12 @@ from collections import Counter
 
 import pytest
 import torch
-from devices import needs_triton
 from torch.utils._pytree import tree_leaves
-from traces import names, trace
 
 from simplclip.ops import similarity_loss
 from simplclip.ops.similarity.call import TERMS
+from support.devices import needs_triton
+from support.ops.predicted_calls import names, trace
 
 pytestmark = needs_triton
 

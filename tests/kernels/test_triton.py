@@ -7,15 +7,15 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import random_calls
 import torch
-from calls import TERMS, mlp_call, similarity_call
-from compare import check, check_padding
-from devices import DTYPES, needs_triton
-from kernel_calls import ACTIVATIONS, CALLS, KINDS, case_of, kernels_alone
-from small_calls import check_registration
 
 from simplclip.ops.similarity.call import RowStat
+from support.devices import DTYPES, needs_triton
+from support.kernels.calls import ACTIVATIONS, CALLS, KINDS, case_of, kernels_alone
+from support.ops import random_calls
+from support.ops.calls import TERMS, mlp_call, similarity_call
+from support.ops.compare import check, check_padding
+from support.ops.small_calls import check_registration
 
 
 def padding(device: str) -> None:

@@ -3,14 +3,14 @@
 import inspect
 
 import open_clip.loss
-import plain
 import pytest
-import recorded
 import torch
 import torch.nn.functional as F
-from calls import loss_inputs
 
 from simplclip import losses
+from support.losses import loss_inputs
+from support.ops import plain
+from support.ops.calls import recorded_calls
 
 N, VOCABULARY = 12, 9
 
@@ -150,7 +150,7 @@ def test_arguments_of_open_clip_4_are_taken():
     "frozen", [(), ("image",), ("text",), ("image", "text"), ("image", "text", "scale", "bias")]
 )
 def test_frozen_features_cost_no_product(frozen, monkeypatch):
-    leaves, swept = features(), recorded.calls(monkeypatch)
+    leaves, swept = features(), recorded_calls(monkeypatch)
     for name, t in zip(("image", "text", "scale", "bias"), leaves):
         t.requires_grad_(name not in frozen)
     loss = losses.SigLipLoss()(*leaves)

@@ -9,16 +9,16 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_within
 from open_clip.loss import ClipLoss
 from timm.layers import BatchNormAct2d
 from timm.layers.evo_norm import EvoNorm2dB0
 from torch import nn
 
-from benchmarks.measure import cpu_peak_bytes
 from simplclip import gradient_cache
 from simplclip.losses import ClipPMLoss, SigLipLoss, WIKDLoss
 from simplclip.nn import SimplifiedBlock, share_weights
+from simplclip.plan.actual import cpu_peak_bytes
+from support.ops.compare import assert_within
 
 SIZES = (5, 5, 5, 2)
 
@@ -83,8 +83,8 @@ def step(run, encode, micro_batches, loss, parts, context=contextlib.nullcontext
 
 
 def assert_same(encode, micro_batches, loss, parts, dtype=torch.float64, **options):
-    """Compares values and gradients by the rule of tests/support/compare.py; its plain torch is one
-    graph in this dtype.
+    """Compares values and gradients by the rule of tests/support/ops/compare.py; its plain torch
+    is one graph in this dtype.
 
     Returns the names of the parameters that have a gradient.
     """

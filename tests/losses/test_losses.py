@@ -5,10 +5,8 @@ all losses.
 import itertools
 import math
 
-import plain
 import pytest
 import torch
-from calls import loss_inputs
 
 from simplclip import losses
 from simplclip.losses import (
@@ -20,6 +18,8 @@ from simplclip.losses import (
     SigLipLoss,
     WIKDLoss,
 )
+from support.losses import loss_inputs
+from support.ops import plain
 
 TERMS = {
     ClipPMLoss: ("contrastive", "pair_matching"),

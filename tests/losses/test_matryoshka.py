@@ -3,12 +3,9 @@ prefixes, in plain torch.
 """
 
 import open_clip
-import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import loss_inputs
-from rowwise_calls import focal
 
 from simplclip.losses import (
     ClipLoss,
@@ -19,6 +16,8 @@ from simplclip.losses import (
     SigLipLoss,
     WIKDLoss,
 )
+from support.losses import focal, loss_inputs
+from support.ops import plain
 
 N = 24
 D = 16

@@ -2,12 +2,12 @@
 
 import copy
 
-import plain
 import pytest
 import torch
 from torch import nn
 
 from simplclip.nn import ShapedAttention, SimplifiedBlock, neighbour_groups, share_weights
+from support.ops import plain
 
 
 def test_attention_module_starts_as_the_identity():

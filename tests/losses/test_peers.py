@@ -7,9 +7,9 @@ Its src/open_clip/loss.py is written in plain torch. For open_clip's losses see 
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import loss_inputs
 
 from simplclip.losses import WIKDLoss
+from support.losses import loss_inputs
 
 N = 24
 LABELS = torch.arange(N)

@@ -2,12 +2,12 @@
 whole matrix in float64.
 """
 
-import doc_blocks
 import pytest
 import torch
 import torch.nn.functional as F
 
 from simplclip.losses import RowwiseLoss, rowwise
+from support.programs import run_doc_blocks
 
 N = 64  # as in the page
 PAIRS = torch.arange(N) // 2
@@ -16,7 +16,7 @@ SAME, POSITIVE = PAIRS[:, None] == PAIRS, torch.eye(N, dtype=torch.bool)
 
 @pytest.fixture(scope="module")
 def page():
-    return doc_blocks.run("recipes.md", "Recipes")
+    return run_doc_blocks("recipes.md", "Recipes")
 
 
 def several_positives(logits):

@@ -7,14 +7,14 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_within
-from rowwise_calls import D, N, Tempered, batch, call, chunked, dense, distilled, focal
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import cpu_peak_bytes
 from simplclip.losses import RowwiseLoss
 from simplclip.ops import checks
+from simplclip.plan.actual import cpu_peak_bytes
+from support.losses import D, N, Tempered, batch, call, chunked, dense, distilled, focal
+from support.ops.compare import assert_within
 
 LEAST = 0.05  # about the largest gradient; the bias's gradient is 0 by cancellation
 

@@ -5,9 +5,9 @@ Values: test_losses.py and test_drop_in.py.
 
 import pytest
 import torch
-from calls import loss_inputs
 
 from simplclip.losses import MatryoshkaLoss, WIKDLoss
+from support.losses import loss_inputs
 
 EVERYTHING = {
     "relational_weight": 0.8,

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import open_clip
 import pytest
 import torch
-from clips import clip, restless
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer
@@ -20,6 +19,7 @@ from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.models import crop
 from simplclip.models.mobileclip import TextTower
+from support.models.open_clip_models import clip, restless
 
 LENGTHS = (3, 40, 4, 9, 17, 5, 8, 3, 33, 16, 6, 11)  # of 40 tokens
 KINDS = {

@@ -9,13 +9,13 @@ import pickle
 import pytest
 import timm
 import torch
-from nets import with_statistics
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import simplclip
 from simplclip import models
 from simplclip.nn import SimplifiedBlock
+from support.models.weights import with_statistics
 
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 

@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from nets import with_statistics
 from timm.models import fastvit
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +17,7 @@ from simplclip.losses import ClipPMLoss
 from simplclip.models import mobileclip
 from simplclip.models.fold import fold_frozen
 from simplclip.models.inherit import freeze, inherit
+from support.models.weights import with_statistics
 
 LITE0 = "visual.trunk.patch_embed.backbone"
 STEM = ("stem", "stages.0", "stages.1", "stages.2", "stages.3.downsample", "stages.3.pos_emb")

@@ -6,13 +6,13 @@ import pickle
 import pytest
 import torch
 import transformers
-from hugging_face import batch, model, step
 from torch import nn
 
 import simplclip
 from simplclip.models.hugging_face import CLIPBlock, EncoderBlock, Siglip2Block, SiglipBlock
 from simplclip.models.simplify import count_parameters
 from simplclip.nn import neighbour_groups
+from support.models.hugging_face import batch, model, step
 
 BLOCKS = {"CLIPModel": CLIPBlock, "SiglipModel": SiglipBlock, "Siglip2Model": Siglip2Block}
 

@@ -9,7 +9,6 @@ import open_clip
 import pytest
 import timm
 import torch
-from nets import with_statistics
 from safetensors.torch import save_file
 from timm.layers import BatchNormAct2d, resample_abs_pos_embed
 from torch import nn
@@ -23,6 +22,7 @@ from simplclip.models.inherit import freeze, inherit
 from simplclip.models.simplify import count_parameters
 from simplclip.models.weights import CheckpointError
 from simplclip.nn import SimplifiedBlock
+from support.models.weights import with_statistics
 
 BACKBONE = "visual.trunk.patch_embed.backbone"
 S0_INHERITED = [

@@ -4,10 +4,8 @@ and what is refused.
 
 import copy
 
-import hugging_face
 import pytest
 import torch
-from clips import batch, clip
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 from timm.layers import GluMlp, RmsNorm
 from timm.models import fastvit
@@ -22,6 +20,8 @@ from simplclip.models.inherit import inherit
 from simplclip.models.init_blocks import convert, is_block, start
 from simplclip.models.simplify import MapBlock, attention_of, simplify
 from simplclip.nn import SimplifiedBlock, share_weights
+from support.models import hugging_face
+from support.models.open_clip_models import batch, clip
 
 C = 24
 H = 2

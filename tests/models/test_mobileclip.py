@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from mobileclip_s0 import (
+from PIL import Image
+from torch import nn
+
+import simplclip
+from simplclip import models
+from simplclip.models import mobileclip
+from simplclip.models.weights import CheckpointError
+from support.models.mobileclip_s0 import (
     SMALL,
     SMALL_FEATURES,
     all_tokens,
@@ -15,13 +22,6 @@ from mobileclip_s0 import (
     small_state,
     weights,
 )
-from PIL import Image
-from torch import nn
-
-import simplclip
-from simplclip import models
-from simplclip.models import mobileclip
-from simplclip.models.weights import CheckpointError
 
 NAME = "mobileclip-s0"
 EXACT, FOLDED = 2e-5, 1e-4

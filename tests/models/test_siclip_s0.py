@@ -3,10 +3,7 @@
 import re
 
 import pytest
-import tiny
 import torch
-from mobileclip_s0 import all_tokens, weights
-from nets import with_statistics
 from typer.testing import CliRunner
 
 from simplclip import models
@@ -15,6 +12,9 @@ from simplclip.models.inherit import inherit
 from simplclip.train import config, loop
 from simplclip.train.setup import setup
 from simplclip.train.step import train_step
+from support.models.mobileclip_s0 import all_tokens, weights
+from support.models.weights import with_statistics
+from support.train import tiny
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from clips import TEXT, batch, clip, restless
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from timm.models import fastvit
@@ -18,6 +17,7 @@ from simplclip.common.errors import InputError
 from simplclip.models.mobileclip import TextTower
 from simplclip.models.simplify import MapBlock, TimmBlock, count_parameters, simplify
 from simplclip.nn import SimplifiedBlock
+from support.models.open_clip_models import TEXT, batch, clip, restless
 
 
 def fastvit_clip():

@@ -6,13 +6,13 @@ import random
 import sys
 
 import pytest
-import tiny
 import torch
 from PIL import Image
-from runs import bits
 
 from simplclip.common.errors import InputError
 from simplclip.models import registry, sources, trained, weights
+from support.train import tiny
+from support.train.runs import bits
 
 SECTION = {
     "name": "siclip-tiny",

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from devices import needs_cpu_kernels
-from paths import ROOT
 
 import simplclip
 from simplclip.commands.doctor import render
 from simplclip.ops import backends, registry, similarity_loss
+from support.devices import needs_cpu_kernels
+from support.paths import ROOT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FEATURES = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)

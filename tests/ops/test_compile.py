@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 import torch
-from small_calls import MODULES, SMALL, module_call
 
 import simplclip
+from support.ops.small_calls import MODULES, SMALL, module_call
 
 FORMS = {
     "float32": (torch.float32, None),

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from devices import BACKENDS
-from small_calls import SMALL
 from torch.autograd import forward_ad
 
 import simplclip
+from support.devices import BACKENDS
+from support.ops.small_calls import SMALL
 
 NAMED = {name: name.split()[0] for name in SMALL}
 REFUSED = "expected a first derivative in reverse mode, got {}; the ops have no other derivatives"

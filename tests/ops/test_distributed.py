@@ -3,9 +3,9 @@ import functools
 
 import pytest
 import torch
-from launch import forked_ranks, torchrun
 
 from simplclip.ops import distributed
+from support.ranks.launch import forked_ranks, torchrun
 
 # parts for three ranks, in make prove
 OF_THREE = ("open_clip", "one process", "learned parameters")
@@ -18,7 +18,7 @@ PARTS = {
 @pytest.fixture(scope="module")
 def of_ranks():
     """Runs the parts for a number of ranks in one start, and returns the output."""
-    return functools.cache(lambda ranks: forked_ranks("rank_losses.py", *PARTS[ranks], ranks=ranks))
+    return functools.cache(lambda ranks: forked_ranks("losses.py", *PARTS[ranks], ranks=ranks))
 
 
 @pytest.mark.parametrize(
@@ -41,19 +41,19 @@ def test_losses_on_ranks_equal_open_clip_or_one_process(ranks, part, of_ranks):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_one_pair_a_rank(ranks):
     """Statistics of one column a rank have strides by which a kernel must not read them."""
-    forked_ranks("rank_losses.py", "one pair", ranks=ranks, check=True)
+    forked_ranks("losses.py", "one pair", ranks=ranks, check=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.prove)])
 def test_one_pair_a_rank_in_triton(ranks):
     pytest.importorskip("triton", reason="the package triton is not installed")
-    forked_ranks("rank_losses.py", "one pair in Triton", ranks=ranks, check=True)
+    forked_ranks("losses.py", "one pair in Triton", ranks=ranks, check=True)
 
 
 @pytest.mark.prove
 def test_fully_shard_with_towers_that_inductor_compiles():
-    run = torchrun("rank_losses.py", "fully_shard by inductor")
+    run = torchrun("losses.py", "fully_shard by inductor")
     assert run.stdout.count("passed") == 2, run.stderr[-5000:]
 
 

@@ -4,15 +4,15 @@ causes a warning.
 
 import functools
 
-import layouts
 import numpy as np
 import pytest
 import torch
-from calls import attention_call, block_call, mlp_call
-from devices import needs_cpu_kernels
 
 from simplclip import ops
 from simplclip.ops import checks
+from support.devices import needs_cpu_kernels
+from support.ops import layouts
+from support.ops.calls import attention_call, block_call, mlp_call
 
 GOOD = torch.randn(4, 8)
 zeros = torch.zeros

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-from calls import LARGE
-from compare import check, function_of, run
-from devices import DTYPES, needs_cpu_kernels
-from small_calls import SMALL, check_registration
 
 import simplclip
+from support.devices import DTYPES, needs_cpu_kernels
+from support.ops.calls import LARGE
+from support.ops.compare import check, function_of, run
+from support.ops.small_calls import SMALL, check_registration
 
 
 def kernels_and_reference():

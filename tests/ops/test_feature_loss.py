@@ -4,11 +4,11 @@ dtype.
 
 import pytest
 import torch
-from calls import feature_call
-from compare import check, function_of, run
 
 import simplclip
 from simplclip.ops import feature_loss
+from support.ops.calls import feature_call
+from support.ops.compare import check, function_of, run
 
 # any backend but the reference means the op, in chunks; the reference is its definition
 CASES = ["cpu", "reference"]

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from devices import needs_cpu_kernels
-from paths import ROOT
 
 from simplclip.ops import backends
+from support.devices import needs_cpu_kernels
+from support.paths import ROOT
 
 # Flags of /proc/cpuinfo that a set needs, as in csrc/cpu/dispatch.cpp; the best set comes first.
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}

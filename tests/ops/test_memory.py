@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from calls import Call, attention_call, block_call, feature_call, mlp_call
-from compare import function_of, outputs_of
-from devices import needs_cpu_kernels
 
-from benchmarks.measure import cpu_peak_bytes
 from simplclip.ops import simplified_block
+from simplclip.plan.actual import cpu_peak_bytes
+from support.devices import needs_cpu_kernels
+from support.ops.calls import Call, attention_call, block_call, feature_call, mlp_call
+from support.ops.compare import function_of, outputs_of
 
 MIB = 1 << 20
 

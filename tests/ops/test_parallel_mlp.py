@@ -1,12 +1,12 @@
 """parallel_mlp's activations at NaN and far from zero."""
 
-import plain
 import pytest
 import torch
-from devices import BACKENDS, needs_cpu_kernels
 
 import simplclip
 from simplclip.ops import parallel_mlp
+from support.devices import BACKENDS, needs_cpu_kernels
+from support.ops import plain
 
 
 @pytest.mark.instruction_set

@@ -7,12 +7,10 @@ pytest tests/ops/test_properties.py --first-case 1234 --cases 1       repeats th
 import collections
 import itertools
 
-import compare
-import layouts
 import pytest
-import random_calls
 
 from simplclip.ops import backends
+from support.ops import compare, layouts, random_calls
 
 
 def expect_none(failed, block):

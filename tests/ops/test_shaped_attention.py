@@ -7,16 +7,15 @@ import itertools
 import sys
 from types import ModuleType, SimpleNamespace
 
-import plain
 import pytest
 import torch
-import torch_attention
-from calls import attention_call, block_call, of_lengths
-from compare import check, check_padding
-from devices import BACKENDS, DTYPES
 
 from simplclip.ops import backends, shaped_attention
 from simplclip.ops.attention import sdpa
+from support.devices import BACKENDS, DTYPES
+from support.ops import plain, torch_attention
+from support.ops.calls import attention_call, block_call, of_lengths
+from support.ops.compare import check, check_padding
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -6,17 +6,16 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import plain
 import pytest
-import recorded
 import torch
 import torch.nn.functional as F
-from calls import TERMS, similarity_call
-from compare import PLAIN, check, function_of, outputs_of, run
-from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 import simplclip
 from simplclip.ops import similarity_loss
+from support.devices import BACKENDS, DTYPES, needs_cpu_kernels
+from support.ops import plain
+from support.ops.calls import TERMS, recorded_calls, similarity_call
+from support.ops.compare import PLAIN, check, function_of, outputs_of, run
 
 
 def of_ones(call, backend):
@@ -213,7 +212,7 @@ def test_int32_ids_equal_int64_ids(backend):
     ],
 )
 def test_pair_matching_joins_the_sweep_of_a_softmax(asked, sweeps, monkeypatch):
-    called, call = recorded.calls(monkeypatch), similarity_call(30, 30, ids=True, **asked)
+    called, call = recorded_calls(monkeypatch), similarity_call(30, 30, ids=True, **asked)
     outputs_of(function_of(call), call, call.typed(torch.float32))
     assert [name for name, _ in called] == sweeps
 

@@ -8,13 +8,13 @@ import runpy
 import shutil
 from unittest import mock
 
-import extension_symbols
 import pytest
 import torch
-from paths import ROOT
 from torch.utils import cpp_extension
 
 from simplclip.ops import backends
+from support.package import extension_symbols
+from support.paths import ROOT
 
 
 @pytest.fixture

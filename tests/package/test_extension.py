@@ -12,10 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from devices import needs_cpu_kernels
-from paths import ROOT
 
 from simplclip.ops import backends, extension
+from support.devices import needs_cpu_kernels
+from support.paths import ROOT
 
 OTHER_SOURCES = (
     "simplclip._C was built from other sources: run `pip install --no-build-isolation -e .` (or "

@@ -7,10 +7,10 @@ import signal
 import stat
 
 import pytest
-from pairs import forked
 
 from simplclip.common import files
 from simplclip.common.files import remove_leftovers, replacing, temporary_folder, write_atomically
+from support.programs import forked
 
 
 def test_a_link_under_a_temporary_name_is_not_followed(tmp_path, monkeypatch):

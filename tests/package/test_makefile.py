@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from paths import ROOT
+
+from support.paths import ROOT
 
 MAKE = shutil.which("make")
 

@@ -17,10 +17,11 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import extension_symbols
 import pytest
 import yaml
-from paths import ROOT, SUPPORT
+
+from support.package import extension_symbols
+from support.paths import ROOT, SUPPORT
 
 BIN = Path(sys.executable).parent
 OTHERS = [
@@ -122,7 +123,14 @@ def test_wheel_works_in_an_empty_environment(wheel):
     """`simplclip doctor`, `selftest` and a training step, with the packages of this Python but
     without the checkout.
     """
-    run(sys.executable, SUPPORT / "wheel.py", wheel, "--train", "--packages-of", sys.executable)
+    run(
+        sys.executable,
+        SUPPORT / "package" / "wheel.py",
+        wheel,
+        "--train",
+        "--packages-of",
+        sys.executable,
+    )
 
 
 @pytest.mark.prove
@@ -137,6 +145,12 @@ def test_wheel_works_under_other_versions(wheel, python):
     assert run(python, "-c", versions) != run(sys.executable, "-c", versions)
     print(
         run(
-            sys.executable, SUPPORT / "wheel.py", wheel, "--python", python, "--packages-of", python
+            sys.executable,
+            SUPPORT / "package" / "wheel.py",
+            wheel,
+            "--python",
+            python,
+            "--packages-of",
+            python,
         )
     )

@@ -26,18 +26,17 @@ from pathlib import Path
 
 import open_clip
 import pytest
-import tiny
 from markdown_it import MarkdownIt
-from pairs import forked
-from paths import ROOT
 from PIL import Image
 from pydantic import BaseModel
 from torch.distributed.run import get_args_parser
 
-from benchmarks import tables
 from simplclip import export
 from simplclip import train as trainer
 from simplclip.train import config
+from support.paths import ROOT
+from support.programs import forked
+from support.train import tiny
 
 FILES = [
     "README.md",
@@ -290,13 +289,6 @@ def test_quick_commands_run(line):
     command = [sys.executable, "-m", *shlex.split(line)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-
-
-def test_tables_and_chart_are_those_of_the_result_files(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tables", "--check"])
-    with pytest.raises(SystemExit) as ended:
-        tables.main()
-    assert not ended.value.code, ended.value.code
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from paths import ROOT
+
+from support.paths import ROOT
 
 jedi = pytest.importorskip("jedi")
 pytest.importorskip("mypy")

@@ -9,13 +9,10 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from devices import NATIVE_BF16
 from open_clip import add_model_config
-from pairs import call
 
-from benchmarks import steps
 from simplclip import models
-from simplclip.plan import fake, measure, search
+from simplclip.plan import actual, fake, measure, search
 from simplclip.plan.cards import GIB, parse_memory
 from simplclip.plan.count import UncountedOp
 from simplclip.plan.search import Budget, largest, largest_micro_batch
@@ -23,6 +20,8 @@ from simplclip.plan.step import TrainerStep, busiest_step, shapes_of
 from simplclip.train import config, setup
 from simplclip.train.config import ConfigError
 from simplclip.train.objective import Objective
+from support.devices import NATIVE_BF16
+from support.programs import call
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SIGMOID, MATCHING = "loss.base=sigmoid", "loss.pm_weight=1"
@@ -93,7 +92,7 @@ def check(step, within):
         pytest.skip("oneDNN copies bfloat16 to float32 on this CPU")
     torch.manual_seed(0)
     predicted = measure.predict(step, CPU)
-    assert predicted.peak == pytest.approx(steps.measure(step, CPU), rel=within)
+    assert predicted.peak == pytest.approx(actual.peak_bytes(step, CPU), rel=within)
     assert sum(predicted.at_peak.values()) == predicted.peak
 
 
@@ -440,4 +439,4 @@ def test_predicted_and_measured_on_a_gpu(tiny):
     step = trainer(tiny, "bf16", "data.batch_size=512")
     predicted = measure.predict(step, CUDA).peak
     torch.cuda.empty_cache()
-    assert predicted == pytest.approx(steps.measure(step, CUDA), rel=0.1)
+    assert predicted == pytest.approx(actual.peak_bytes(step, CUDA), rel=0.1)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from pairs import call
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simplclip.commands.plan import parse_count
@@ -19,6 +18,7 @@ from simplclip.plan.search import Budget, Planner
 from simplclip.plan.step import TrainerStep
 from simplclip.plan.time import step_time
 from simplclip.train import config
+from support.programs import call
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
 CUDA, CARD = torch.device("cuda", 0), CARDS["rtx-3090"]

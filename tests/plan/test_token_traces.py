@@ -6,15 +6,21 @@ import itertools
 
 import pytest
 import torch
-from calls import Call, block_call
-from devices import needs_cpu_kernels, needs_triton
-from memory_calls import attention_call, forward_and_backward, mlp_call, predicted
-from traces import names, trace
 
 import simplclip
-from benchmarks.measure import cpu_peak_bytes
 from simplclip.ops import backends
+from simplclip.plan.actual import cpu_peak_bytes
 from simplclip.plan.count import WORKSPACE
+from support.devices import needs_cpu_kernels, needs_triton
+from support.ops.calls import Call, block_call
+from support.ops.predicted_calls import (
+    attention_call,
+    forward_and_backward,
+    mlp_call,
+    names,
+    predicted,
+    trace,
+)
 
 OF_THE_TEST = 3  # kernels of the test: the sum of the results, and its gradient
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

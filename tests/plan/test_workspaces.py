@@ -10,17 +10,23 @@ from unittest import mock
 
 import pytest
 import torch
-from calls import MLP, block_call
-from devices import DTYPES, NATIVE_BF16, NATIVE_FP16, UNCOPIED_DTYPES, needs_cpu_kernels
-from memory_calls import SIMILARITY, attention_call, forward_and_backward, mlp_call, similarity_call
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import cpu_peak_bytes
 from simplclip.ops import backends, registry
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.calls import flat, schema_of
 from simplclip.ops.mlp.call import HiddenGradient
+from simplclip.plan.actual import cpu_peak_bytes
 from simplclip.plan.count import UncountedOp, workspace_bytes
+from support.devices import DTYPES, NATIVE_BF16, NATIVE_FP16, UNCOPIED_DTYPES, needs_cpu_kernels
+from support.ops.calls import MLP, block_call
+from support.ops.predicted_calls import (
+    SIMILARITY,
+    attention_call,
+    forward_and_backward,
+    mlp_call,
+    similarity_call,
+)
 
 SCALARS = 64  # bytes of results that are made after the peak
 # The copies of oneDNN in products of half types are not stated; this bounds them for one thread.

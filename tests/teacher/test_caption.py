@@ -9,11 +9,12 @@ from collections import Counter
 import open_clip
 import pytest
 import torch
-from captioners import CONTEXT, NAME, build, register
-from pairs import call, joined, members, meta, one_line, png, sample, write
 
 from simplclip import data, models
 from simplclip.teacher import caption
+from support.data.pairs import joined, members, meta, png, sample, write
+from support.models.captioners import CONTEXT, NAME, build, register
+from support.programs import call, one_line
 
 
 @pytest.fixture(scope="module", autouse=True)

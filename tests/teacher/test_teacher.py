@@ -8,14 +8,15 @@ import re
 import numpy as np
 import open_clip
 import pytest
-import tiny
 import torch
-from pairs import call, digests, joined, keys, loader, members, one_line, png, table
-from trainer_runs import write_models
 
 import simplclip
 from simplclip import data, models, teacher
 from simplclip.data import samples
+from support.data.pairs import digests, joined, keys, loader, members, png, table
+from support.models.open_clip_models import write_models
+from support.programs import call, one_line
+from support.train import tiny
 
 
 @pytest.fixture(scope="module")

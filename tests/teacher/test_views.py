@@ -5,14 +5,9 @@ import json
 import numpy as np
 import open_clip
 import pytest
-import tiny
 import torch
 from open_clip.transform import PreprocessCfg
-from pairs import call, joined, loader, members, one_line, tokenizer, write
-from photos import encode, photo
-from runs import bits, check_resumed, go, state_of
 from torch.nn.functional import interpolate
-from trainer_runs import write_models
 
 import simplclip
 from simplclip import data, models, teacher
@@ -21,6 +16,12 @@ from simplclip.data.transforms import ImageTransform
 from simplclip.teacher import caption
 from simplclip.train import config as configs
 from simplclip.train.config import ConfigError
+from support.data.pairs import joined, loader, members, tokenizer, write
+from support.data.photos import encode, photo
+from support.models.open_clip_models import write_models
+from support.programs import call, one_line
+from support.train import tiny
+from support.train.runs import bits, check_resumed, go, state_of
 
 AUGMENT = {
     "scale": [0.3, 1.0],

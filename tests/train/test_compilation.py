@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import tiny
 import torch
-from runs import bits, check_resumed, go, state_of
 from torch import nn
 
 from simplclip import models
 from simplclip.train import compilation, config, loop, setup
+from support.train import tiny
+from support.train.runs import bits, check_resumed, go, state_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

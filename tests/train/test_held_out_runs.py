@@ -11,17 +11,18 @@ import signal
 
 import open_clip
 import pytest
-import tiny
 import torch
-from pairs import call, digests, forked, members, one_line, table
 from PIL import Image
-from runs import at_step, bits, check_resumed, go, rows, state_of
 
 import simplclip
 from simplclip import data
 from simplclip.models.trained import CheckpointError
 from simplclip.train import checkpoint
 from simplclip.train.config import ConfigError
+from support.data.pairs import digests, members, table
+from support.programs import call, forked, one_line
+from support.train import tiny
+from support.train.runs import at_step, bits, check_resumed, go, rows, state_of
 
 HELD = ("eval.hold_out=0.4", "eval.every=3")
 

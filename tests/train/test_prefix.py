@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import steps
 from simplclip import gradient_cache, models
 from simplclip.models.crop import crop_texts
 from simplclip.models.inherit import freeze
+from simplclip.plan import actual
 from simplclip.plan.step import TrainerStep
 from simplclip.train import config, prefix, setup
 
@@ -162,7 +162,7 @@ def test_a_step_of_the_trainer_is_equal_in_every_bit():
             )
         step.batches = lambda real, batches=batches: batches
         torch.manual_seed(3)
-        steps.runner(step, CPU)()
+        actual.runner(step, CPU)()
         weights.append(torch.cat([p.detach().flatten() for p in step.prepared.model.parameters()]))
     assert torch.equal(*weights)
 
@@ -181,7 +181,7 @@ def test_where_outputs_are_kept(changes, memory, towers):
     step = trainer_step(*changes)
     step.memory = memory
     for module in step.modules:
-        steps._fill(module.to_empty(device=CPU))
+        actual.fill(module.to_empty(device=CPU))
     step.place(CPU, lambda kind: nullcontext())
     assert list(step.state.prefixes) == towers
     assert sum("runs once a step" in line for line in step.state.lines) == len(towers)
@@ -199,7 +199,7 @@ def test_compiled_towers_keep_outputs_too(monkeypatch):
             module.to_empty(device=CPU)
         torch.manual_seed(3)
         for module in step.modules:
-            steps._fill(module)
+            actual.fill(module)
         monkeypatch.setattr(
             prefix, "find", lambda *args, find=find, compiled=compiled: find(*args[:3], compiled)
         )

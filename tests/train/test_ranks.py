@@ -10,19 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-import rank_train
-import runs
-import tiny
 import torch
 import torch.distributed as dist
-from launch import ENVIRONMENT, TORCHRUN, forked_ranks, torchrun
-from paths import ROOT, SUPPORT
 from torch import nn
 
 from simplclip.common import ranks
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import distributed, loop
 from simplclip.train.config import ConfigError
+from support.paths import ROOT, SUPPORT
+from support.ranks import training
+from support.ranks.launch import ENVIRONMENT, TORCHRUN, forked_ranks, torchrun
+from support.train import runs, tiny
 
 DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.feature_weight=10"]
 CACHED = ["data.batch_size=60", "data.micro_batch=6"]
@@ -98,7 +97,7 @@ def results(folder):
             for place in ("one", "two"):
                 (folder / place).mkdir(exist_ok=True)
             (folder / "plan.json").write_text(json.dumps(plan))
-            forked_ranks("rank_train.py", folder, "plan", check=True, timeout=3600)
+            forked_ranks("training.py", folder, "plan", check=True, timeout=3600)
             two = [json.loads((folder / f"plan-{rank}.json").read_text()) for rank in (0, 1)]
             settings = {
                 name: tiny.settings(
@@ -109,7 +108,7 @@ def results(folder):
                 for name, changes in cases.items()
             }
             started[key] = (
-                {name: rank_train.observed(config) for name, config in settings.items()},
+                {name: training.observed(config) for name, config in settings.items()},
                 two,
             )
         return started[key]
@@ -203,7 +202,7 @@ def test_a_rank_that_dies_ends_the_others(folder):
     }
     (folder / "dies.json").write_text(json.dumps(plan))
     began = time.monotonic()
-    run = torchrun("rank_train.py", folder, "dies")
+    run = torchrun("training.py", folder, "dies")
     assert run.returncode
     assert "Signal 9 (SIGKILL)" in run.stderr[run.stderr.index("Root Cause") :]
     assert read_checkpoint(folder / "died")["step"] == 2
@@ -259,7 +258,7 @@ def test_ranks_resume_to_the_bit_with_dropout(folder):
     plan["drawn"]["fault"] = ["SIGTERM", 1, 1]
     plan["resumed"] = entry(folder, "drawn", changes, resume=True)
     (folder / "dropout.json").write_text(json.dumps(plan))
-    forked_ranks("rank_train.py", folder, "dropout", check=True)
+    forked_ranks("training.py", folder, "dropout", check=True)
     both = [json.loads((folder / f"dropout-{rank}.json").read_text()) for rank in (0, 1)]
     assert both[0]["undisturbed"]["seed"] != both[1]["undisturbed"]["seed"]
     for results in both:
@@ -292,7 +291,7 @@ def command(folder, out, *changes):
 @pytest.fixture(scope="module")
 def trained(folder):
     """Returns the folder of an undisturbed run of `command`."""
-    done = forked_ranks("rank_fault.py", "[]", *command(folder, folder / "trained"))
+    done = forked_ranks("faults.py", "[]", *command(folder, folder / "trained"))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "trained"
 
@@ -305,7 +304,7 @@ def test_restarted_ranks_end_as_if_none_had_died(folder, trained):
     faults = [[0, 1, 3, "SIGKILL"], [1, 0, 5, "SIGKILL"]]
     words = command(folder, folder / "killed")
     done = torchrun(
-        "rank_fault.py", json.dumps(faults), *words, options=["--max-restarts=2"], check=True
+        "faults.py", json.dumps(faults), *words, options=["--max-restarts=2"], check=True
     )
     assert [line for line in done.stdout.splitlines() if "continuing from" in line] == [
         "resume     continuing from step 2",
@@ -320,7 +319,7 @@ def test_a_rank_that_vanishes_ends_the_others_in_time(folder):
     """It stops without a word, as by a cut cable."""
     words = command(folder, folder / "vanished", "run.timeout_minutes=0.1")
     began = time.monotonic()
-    done = forked_ranks("rank_fault.py", '[[0, 1, 3, "SIGSTOP"]]', *words, timeout=100)
+    done = forked_ranks("faults.py", '[[0, 1, 3, "SIGSTOP"]]', *words, timeout=100)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("simplclip: ")]
     assert (
@@ -336,7 +335,7 @@ def test_a_rank_that_vanishes_ends_the_others_in_time(folder):
 def test_data_that_one_node_lacks_are_named_on_each_node(folder, monkeypatch):
     monkeypatch.chdir(folder)
     words = command(folder, folder / "lacking", "data.train=data/train-0.tar")
-    done = forked_ranks("rank_fault.py", "node", *words)
+    done = forked_ranks("faults.py", "node", *words)
     lines = sorted(line for line in done.stderr.splitlines() if line.startswith("simplclip: "))
     problem = "data.train: expected files, got 'data/train-0.tar', which does not exist"
     assert lines == [f"simplclip: of rank 1: {problem}", f"simplclip: rank 1: {problem}"]
@@ -356,7 +355,7 @@ def test_two_nodes_are_two_ranks(folder, trained):
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={endpoint}",
     ]
-    agent += ["--local-addr=127.0.0.1", str(SUPPORT / "rank_fault.py"), "[]"]
+    agent += ["--local-addr=127.0.0.1", str(SUPPORT / "ranks" / "faults.py"), "[]"]
     words = [*agent, *map(str, command(folder, folder / "nodes"))]
     pipes = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     nodes = [subprocess.Popen(words, **pipes) for _ in range(2)]

@@ -6,9 +6,7 @@ import shutil
 from unittest import mock
 
 import pytest
-import tiny
 import torch
-from runs import bits, check_resumed, go, state_of
 from timm.layers import resample_abs_pos_embed
 
 import simplclip
@@ -17,6 +15,8 @@ from simplclip.nn import SimplifiedBlock
 from simplclip.train import step
 from simplclip.train.config import ConfigError, load
 from simplclip.train.setup import setup
+from support.train import tiny
+from support.train.runs import bits, check_resumed, go, state_of
 
 CPU = torch.device("cpu")
 

@@ -12,17 +12,16 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-import pairs
-import photos
 import pytest
-import tiny
 import torch
 from PIL import Image
-from runs import go
 
 import simplclip
 from simplclip import evaluation
 from simplclip.train import config
+from support.data import pairs, photos
+from support.train import tiny
+from support.train.runs import go
 
 COLOURS = {
     "red": (220, 30, 30),

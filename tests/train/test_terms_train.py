@@ -9,9 +9,7 @@ import resource
 from functools import partial
 
 import pytest
-import tiny
 import torch
-from runs import check_resumed, go, rows
 
 from simplclip import models
 from simplclip.common.errors import InputError
@@ -19,6 +17,8 @@ from simplclip.models.trained import read_checkpoint
 from simplclip.train import loop
 from simplclip.train.setup import setup
 from simplclip.train.step import train_step
+from support.train import tiny
+from support.train.runs import check_resumed, go, rows
 
 SIGMOID = "loss.base=sigmoid"
 CPU = torch.device("cpu")

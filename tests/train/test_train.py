@@ -5,12 +5,9 @@ and refusals.
 import re
 
 import pytest
-import tiny
 import torch
-from pairs import digests, table
 from PIL import Image
 from rich.console import Console
-from runs import at_step, bits, check_resumed, go, rows, state_of
 
 from simplclip import losses
 from simplclip.common import progress
@@ -21,6 +18,9 @@ from simplclip.train.config import ConfigError
 from simplclip.train.log import Log
 from simplclip.train.setup import learning_rate, setup
 from simplclip.train.step import train_step
+from support.data.pairs import digests, table
+from support.train import tiny
+from support.train.runs import at_step, bits, check_resumed, go, rows, state_of
 
 CPU = torch.device("cpu")
 

@@ -8,11 +8,8 @@ import signal
 from unittest import mock
 
 import pytest
-import tiny
 import torch
-from pairs import digests
 from rich.console import Console
-from runs import at_step, bits, check_ends_as, go, rows, state_of
 
 from simplclip import evaluation
 from simplclip.common import files
@@ -20,6 +17,9 @@ from simplclip.data import ShardError
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import loop, step
 from simplclip.train.log import Log
+from support.data.pairs import digests
+from support.train import tiny
+from support.train.runs import at_step, bits, check_ends_as, go, rows, state_of
 
 DROPOUT = "model.options.vision_cfg.timm_drop=0.2"  # draws from the global generator
 

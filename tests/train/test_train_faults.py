@@ -25,16 +25,16 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import kills
 import pytest
-import tiny
 import torch
 from rich.console import Console
-from runs import bits, rows, state_of
 
 from simplclip import train
 from simplclip.common import progress
 from simplclip.models.trained import read_checkpoint
+from support.programs import start_process
+from support.train import tiny
+from support.train.runs import bits, rows, state_of
 
 KINDS = ["kill", "worker", "full", "hangup", "pipe"]
 FAULTS = int(os.environ.get("SIMPLCLIP_TEST_FAULTS", len(KINDS)))
@@ -103,7 +103,7 @@ class Faults:
         printed.unlink(missing_ok=True)
         self.reader, writer = multiprocessing.Pipe(duplex=False)
         imported = ["simplclip.train.loop", "open_clip", "test_train_faults"]
-        process = kills.start(imported, work, self.config, out, printed, writer)
+        process = start_process(imported, work, self.config, out, printed, writer)
         writer.close()
         began = time.monotonic()
         if fault:

@@ -1,0 +1,29 @@
+"""What tests share, by subject. tests/ is on the path: `from support.train import tiny`.
+
+paths                where the repository is, and what other processes need on their path
+devices              backends, dtypes, marks for what a machine lacks
+programs             runs commands, scripts of examples/ and blocks of docs/; kills processes
+losses               inputs of loss modules, losses of rows
+drawings             checks what a picture draws: texts and boxes that do not overlap
+ops/calls            a call of an op as data, with inputs in float64; calls of several tiles
+ops/small_calls      a small call of each op and loss module
+ops/random_calls     calls of random shapes, dtypes, layouts and options, each made from its number
+ops/predicted_calls  calls whose memory and kernels are predicted on fake tensors
+ops/plain            the definition of each op in plain torch
+ops/compare          runs a call, and compares results and gradients with the definition
+ops/layouts          views in other memory layouts
+ops/torch_attention  stand-ins for torch's attention functions on a GPU
+kernels/calls        calls that the Triton kernels serve
+kernels/launches     what each launch of a Triton kernel must write
+kernels/mutants      kernels with one wrong instruction
+kernels/cuda_attention  the CUDA C++ kernels as a backend on a CPU
+data/pairs           shards of small pictures and captions, and loaders of them
+data/photos          pictures that compress like photographs
+data/archives        damaged and hostile tars, each made from its number
+train/tiny           a tiny training: shards, teacher's features, config
+train/runs           runs a training, and compares what runs leave
+train/open_clip_plan runs of open_clip's trainer, with its losses and with ours
+models/              tiny models of open_clip and transformers, published layouts, random weights
+ranks/launch         runs a script on several ranks; the other files are such scripts
+package/             programs of the Makefile: the sanitized kernels, a wheel in a new environment
+"""

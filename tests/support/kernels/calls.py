@@ -1,0 +1,136 @@
+"""Calls that the Triton kernels serve, in the dtypes that they compute in: executed by tests/ptx,
+and on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import pytest
+import torch
+from packaging.version import Version
+
+from simplclip.ops.attention import with_library_attention
+from support.ops.calls import TERMS, Call, attention_call, mlp_call, of_lengths, similarity_call
+from support.ops.compare import Case
+
+KINDS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+}
+ACTIVATIONS = ("gelu", "gelu_tanh", "quickgelu", "relu", "silu")
+
+
+def pairs(n: int, m: int, *terms: str, **options) -> Callable[[], Call]:
+    return functools.partial(similarity_call, n, m, (m - n) // 2, terms=terms or TERMS, **options)
+
+
+def uneven(call: Call) -> Call:
+    """Gives rows and columns very different statistics."""
+    call.tensors["image"][::3] *= 30
+    call.tensors["text"][::5] *= 1e-3
+    call.tensors["text"][5::7] *= 10
+    return call
+
+
+def wide_mlp(act: str) -> Call:
+    """Returns a call whose hidden layer is between -100 and 100."""
+    call = mlp_call(150, 64, 150, 40, act=act)
+    call.tensors["x"] *= 15
+    return call
+
+
+def lengths(values: list[int] | None, *shape: int, **options) -> Callable[[], Call]:
+    return lambda: of_lengths(attention_call(*shape, **options), values)
+
+
+BLOCKS = {"scratch_bytes": 0}  # of 128 x 128, the least
+QUICK: dict[str, Callable[[], Call]] = {
+    "similarity_loss": pairs(70, 133, width=72, teacher_width=48, ids=True),
+    "parallel_mlp": functools.partial(mlp_call, 130, 72, 200, 40),
+    "shaped_attention": lengths([40, 0, 81], 3, 81, 2, 64, causal=True),
+}
+CALLS: dict[str, Callable[[], Call]] = {
+    **QUICK,
+    "contrastive": pairs(256, 384, "contrastive", width=512),
+    "contrastive, one pair": pairs(1, 1, "contrastive", width=64),
+    "contrastive, one side": pairs(70, 133, "contrastive", width=72, ids=True, symmetric=False),
+    "contrastive, odd width": pairs(65, 129, "contrastive", width=100),
+    "contrastive, blocks": lambda: uneven(
+        similarity_call(300, 400, 50, terms=TERMS[:1], width=40, ids=True, **BLOCKS)
+    ),
+    "contrastive, many parts": pairs(1030, 1111, "contrastive", width=16),
+    "pair matching": pairs(70, 133, *TERMS[:2], width=64),
+    "pair matching, one side, ids": pairs(70, 133, *TERMS[:2], width=72, ids=True, symmetric=False),
+    "pair matching, blocks": pairs(200, 300, *TERMS[:2], width=72, ids=True, **BLOCKS),
+    "pair matching, hadamard": pairs(70, 133, *TERMS[:2], width=64, plane="hadamard"),
+    "relational": pairs(129, 129, "relational", width=64),
+    "relational, one side": pairs(70, 133, "relational", width=64, symmetric=False),
+    "every term": pairs(129, 129, width=64),
+    "every term, blocks": pairs(300, 257 + 43, width=64, teacher_width=112, ids=True, **BLOCKS),
+    "every term, cross-entropy": pairs(
+        70, 133, width=80, teacher_width=31, divergence="cross_entropy"
+    ),
+    "every term, one side, ids": pairs(
+        70, 133, width=64, ids=True, symmetric=False, teacher_width=96
+    ),
+    "scale 1000": pairs(70, 70, width=64, scale=1000.0),
+    "scale -50": pairs(70, 70, width=64, scale=-50.0),
+    "sigmoid": pairs(70, 133, "sigmoid", width=64),
+    "sigmoid, ids, blocks": pairs(200, 300, "sigmoid", width=80, ids=True, **BLOCKS),
+    "two sigmoids": pairs(
+        70,
+        133,
+        "sigmoid",
+        "pair_matching",
+        width=72,
+        weights={"sigmoid": 1.0, "pair_matching": 0.5},
+    ),
+    **{f"parallel_mlp, {act}": functools.partial(wide_mlp, act) for act in ACTIVATIONS},
+    "parallel_mlp, chunks": functools.partial(mlp_call, 200, 40, 70, 20),
+    "attention": lengths(None, 2, 145, 2, 64),
+    "attention, causal": lengths(None, 2, 81, 1, 48, causal=True),
+    "attention, wide": lengths([33, 0], 2, 40, 1, 128),
+    "attention, narrow, scale -2": lengths(None, 2, 130, 1, 20, scale=-2.0),
+}
+
+
+def case_of(name: str, kind: str, device: str = "cpu", need: list[str] | None = None) -> Case:
+    """Returns a call as a case; rows of attention have gaps between them."""
+    call = CALLS[name]()
+    apart = dict.fromkeys(("q", "k", "v", "grad out"), "rows_apart")
+    backend, layouts = ("sdpa", apart) if call.op == "shaped_attention" else ("triton", {})
+    need = call.needed() if need is None else need
+    return Case(
+        call, KINDS[kind], backend, need, tf32=kind == "tf32", device=device, layouts=layouts
+    )
+
+
+@contextlib.contextmanager
+def kernels_alone(name: str) -> Iterator[None]:
+    """Context in which a call runs on this library's kernels alone, and parallel_mlp in chunks if
+    the name says so.
+    """
+    plain = {"_write_terms": None, "_gradients_without_softmax": None}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(with_library_attention, **plain))
+        if "chunks" in name:
+            # 64 rows at a time
+            stack.enter_context(mock.patch("simplclip.kernels.mlp.op.SCRATCH_BYTES", 0))
+        yield
+
+
+def skip_without_fence(name: str, kind: str, sm: int) -> None:
+    """Skips what tests/ptx rightly reports: with wgmma, Triton 3.6 has no fence.proxy.async after
+    cp.async.
+    """
+    import triton
+
+    uses_wgmma = sm == 90 and kind not in ("fp32", "float32") and "attention" not in name
+    if uses_wgmma and Version(triton.__version__) < Version("3.9"):
+        pytest.skip("Triton 3.6 has no fence.proxy.async between cp.async and wgmma")

@@ -1,0 +1,146 @@
+"""shaped_attention's CUDA C++ kernels as nvcc compiles them, executed by tests/ptx as the backend
+"cuda" on a CPU.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ptx
+from ptx.capture import Card
+from ptx.machine import Code
+from ptx.parse import parse
+from simplclip.ops import backends
+from simplclip.ops.attention.call import AttentionCall, AttentionInto
+from support.ops import layouts
+from support.paths import ROOT
+
+TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
+
+
+def nvcc() -> str | None:
+    """Returns the compiler on the path, or PyPI's beside torch."""
+    packaged = sorted(Path(torch.__file__).parents[1].glob("nvidia/cu*/bin/nvcc"))
+    return shutil.which("nvcc") or (str(packaged[-1]) if packaged else None)
+
+
+def why_not() -> str | None:
+    if nvcc() is None:
+        return "nvcc was not found"
+    return backends.cuda_extension_error  # the extension plans the launches
+
+
+@functools.cache
+def compiled(source: str, sm: int) -> dict[str, Code]:
+    """Returns the kernels of a file of csrc/cuda/attention, compiled with the extension's flags."""
+    (flags,) = re.findall(r'"nvcc": (\[.*?\])', (ROOT / "setup.py").read_text())
+    target = f"-gencode=arch=compute_{sm},code=sm_{sm}"
+    command = [
+        nvcc(),
+        "-ptx",
+        "-lineinfo",
+        *ast.literal_eval(flags),
+        target,
+        f"csrc/cuda/attention/{source}.cu",
+    ]
+    text = subprocess.run(
+        [*command, "-o", "-"], check=True, cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    return {name: Code(kernel) for name, kernel in parse(text).items()}
+
+
+def _start(
+    card: Card, source: str, name: str, programs: int, threads: int, shared: int, *values: object
+) -> None:
+    """Runs the kernel whose name contains `name`. values: its parameters in the layout of
+    attention.h, HeadsView a tensor.
+    """
+    (code,) = (code for kernel, code in compiled(source, card.sm).items() if name in kernel)
+    fields = []
+    for value in values:
+        is_view = isinstance(value, Tensor) and value.dim() == 4
+        strides = (
+            [np.int64(step * value.itemsize) for step in value.stride()[:3]] if is_view else []
+        )
+        fields += [value, *strides]
+    card.launch(code, programs, threads, shared, fields)
+
+
+def _start_shaped(
+    card: Card, backward: bool, call: AttentionCall, lse: Tensor, *written: Tensor | np.int32
+) -> None:
+    batch, tokens, heads, width = call.q.shape
+    (source,) = (name for name, dtype in TYPES.items() if dtype == call.q.dtype)
+    plan = backends.cuda_extension.shaped_attention_plan(tokens, width, source == "tf32", backward)
+    sizes = map(np.int32, call.q.shape)
+    fields = (
+        call.q,
+        call.k,
+        call.v,
+        call.gains,
+        call.lengths,
+        lse,
+        *sizes,
+        np.float32(call.scale),
+        np.bool_(call.causal),
+    )
+    last = () if backward else (np.int32(plan["slice"]),)
+    name = "backward" if backward else "forward"
+    _start(
+        card, source, name, batch * heads, plan["threads"], plan["shared"], *fields, *written, *last
+    )
+
+
+def _forward(card: Card, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = call.q.shape
+    out, lse = layouts.rows_apart(call.q), call.gains.new_empty(batch, heads, tokens)
+    _start_shaped(card, False, call, lse, out.fill_(torch.nan))
+    return out, lse
+
+
+def _backward(card: Card, call: AttentionInto) -> Tensor:
+    batch, _, heads, _ = call.q.shape
+    apart = [layouts.rows_apart(t) for t in (call.dq, call.dk, call.dv)]
+    parts, d_gains = call.gains.new_empty(batch, 3, heads), torch.empty_like(call.gains)
+    _start_shaped(card, True, call, call.lse, call.grad, *apart, parts)
+    _start(
+        card,
+        "gains",
+        "gains",
+        3 * heads,
+        32,
+        0,
+        parts,
+        d_gains,
+        np.int32(batch),
+        np.int32(3 * heads),
+    )
+    for written, of_kernel in zip((call.dq, call.dk, call.dv), apart):
+        written.copy_(of_kernel)
+    return d_gains
+
+
+@contextlib.contextmanager
+def card(sm: int, *, tf32: bool) -> Iterator[Card]:
+    """Context in which the backend "cuda" runs on a machine; see ptx.card."""
+    anywhere = lambda *call, **facts: None  # noqa: E731
+    with ptx.card(sm, tf32=tf32) as machine, contextlib.ExitStack() as stack:
+        for op, function in (
+            ("shaped_attention_fwd", _forward),
+            ("shaped_attention_bwd", _backward),
+        ):
+            served = backends.Implementation(functools.partial(function, machine), anywhere)
+            stack.enter_context(mock.patch.dict(backends.TABLE[op], cuda=served))
+        yield machine

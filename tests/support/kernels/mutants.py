@@ -1,0 +1,136 @@
+"""Kernels with one instruction changed, to see that tests/ptx finds the change: by a hazard, or by
+a launch's definition.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ptx.capture import Started
+from ptx.machine import Code, EndlessLoopError, Machine
+from ptx.parse import Address, Immediate, Instruction, Kernel, Vector
+from support.kernels import launches
+
+Mutation = Callable[[Instruction], Instruction | None]  # None: the instruction is dropped
+
+
+def _operand(place: int, change: Callable[[Any], Any]) -> Mutation:
+    """Returns a mutation that changes an operand."""
+
+    def mutate(i: Instruction) -> Instruction:
+        operands = list(i.operands)
+        operands[place] = change(operands[place])
+        return replace(i, operands=tuple(operands))
+
+    return mutate
+
+
+def _renamed(old: str, new: str) -> Mutation:
+    return lambda i: replace(i, opcode=i.opcode.replace(old, new))
+
+
+def _further(address: Address) -> Address:
+    return address._replace(offset=address.offset + 16)
+
+
+def _turned(vector: Vector) -> Vector:
+    return Vector(vector.items[1:] + vector.items[:1])
+
+
+def _unguarded(i: Instruction) -> Instruction:
+    return replace(i, predicate=None)
+
+
+def _dropped(i: Instruction) -> None:
+    return None
+
+
+def _other_choice(i: Instruction) -> Instruction:
+    return replace(i, operands=(i.operands[0], i.operands[2], i.operands[1], i.operands[3]))
+
+
+@dataclass(frozen=True)
+class Kind:
+    opcode: str  # how it begins
+    mutate: Mutation
+    guarded: bool = False  # only of instructions with a predicate
+
+
+KINDS = {
+    "no barrier": Kind("bar.sync", _dropped),
+    "no wait": Kind("cp.async.wait_group", _dropped),
+    "a wait for one group fewer": Kind(
+        "cp.async.wait_group", _operand(0, lambda n: Immediate(n.bits + 1))
+    ),
+    "no end of a group": Kind("cp.async.commit_group", _dropped),
+    "copied elsewhere": Kind("cp.async.cg", _operand(0, _further)),
+    "copied from elsewhere": Kind("cp.async.cg", _operand(1, _further)),
+    "copied with no mask": Kind("cp.async.cg", _operand(3, lambda _: Immediate(16))),
+    "ldmatrix: registers exchanged": Kind("ldmatrix", _operand(0, _turned)),
+    "ldmatrix: other rows": Kind("ldmatrix", _operand(1, _further)),
+    "mma: left registers exchanged": Kind("mma.sync", _operand(1, _turned)),
+    "mma: right registers exchanged": Kind("mma.sync", _operand(2, _turned)),
+    "loaded with no mask": Kind("ld.global", _unguarded, guarded=True),
+    "stored with no mask": Kind("st.global", _unguarded, guarded=True),
+    "loaded from elsewhere": Kind("ld.global", _operand(1, _further)),
+    "stored elsewhere": Kind("st.global", _operand(0, _further)),
+    "loaded from elsewhere in shared memory": Kind("ld.shared", _operand(1, _further)),
+    "stored elsewhere in shared memory": Kind("st.shared", _operand(0, _further)),
+    "less or equal": Kind("setp.lt", _renamed(".lt", ".le")),
+    "maximum": Kind("min.", _renamed("min", "max")),
+    "another lane": Kind("shfl.sync.bfly", _operand(2, lambda n: Immediate(0))),
+    "a choice exchanged": Kind("selp", _other_choice),
+}
+
+
+def places(kind: Kind, code: Code) -> list[int]:
+    """Returns the executed instructions that a kind can change."""
+    instructions = enumerate(zip(code.kernel.instructions, code.executed))
+
+    def fits(i):
+        guarded = i.predicate is not None or not kind.guarded
+        return i.opcode.startswith(kind.opcode) and guarded
+
+    return [place for place, (each, executed) in instructions if executed and fits(each)]
+
+
+def mutant(kernel: Kernel, kind: Kind, chosen: set[int]) -> Kernel:
+    """Returns the kernel with these instructions changed."""
+    changed = {place: kind.mutate(kernel.instructions[place]) for place in chosen}
+    kept = [place for place in range(len(kernel.instructions)) if changed.get(place, 0) is not None]
+    labels = {name: sum(place < target for place in kept) for name, target in kernel.labels.items()}
+    return replace(
+        kernel, instructions=[changed.get(p, kernel.instructions[p]) for p in kept], labels=labels
+    )
+
+
+def found_by(started: Started, kernel: Kernel) -> str:
+    """Runs a launch again with another kernel.
+
+    Returns how it is found to be wrong, "" if it is not.
+    """
+    launch, machine = started.launch, Machine()
+    for name, before in started.before.items():
+        started.arguments[name].detach().copy_(before)
+    launch.memory.fetch()
+    try:
+        machine.execute(replace(launch, code=Code(kernel)))
+    except EndlessLoopError:
+        return "an endless loop"
+    if machine.hazards:
+        return next(iter(machine.hazards.values())).kind
+    error = max(launches.compare(started).values())
+    return f"an error of {error:.3g} times what is allowed" if error > 1 else ""
+
+
+def sample(started: list[Started], count: int, seed: int = 0) -> list[tuple[Started, str, int]]:
+    """Draws launches, kinds and places: at most six places of a kind in a launch."""
+    draw, every = random.Random(seed), []
+    for each in started:
+        for name, kind in KINDS.items():
+            fitting = places(kind, each.launch.code)
+            every += [(each, name, place) for place in draw.sample(fitting, min(len(fitting), 6))]
+    return draw.sample(every, min(count, len(every)))

@@ -1,0 +1,161 @@
+"""Installs a wheel of simplclip into an empty environment and tries it there, as a user would.
+
+    python tests/support/package/wheel.py dist/simplclip-0.1.0-*.whl [--train] [--cuda] [--python
+    python3.12] [--packages-of PYTHON]
+
+With the required packages alone it runs `simplclip doctor` and `simplclip selftest`; --train adds
+the extra `train` and one training step on eight pictures. Commands run in a temporary folder, so
+that nothing of the checkout is on their path.
+--packages-of: a path file names that Python's packages instead of a download of gigabytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# Writes eight pictures with captions, and the config of one training step on them.
+PICTURES = """
+from pathlib import Path
+from PIL import Image
+colours = ("red", "green", "blue", "black", "white", "yellow", "purple", "orange")
+Path("pictures").mkdir()
+for colour in colours:
+    Image.new("RGB", (64, 64), colour).save(f"pictures/{colour}.png")
+    Path(f"pictures/{colour}.txt").write_text(f"a {colour} square")
+Path("one.yaml").write_text(
+    "model: {name: siclip-tiny}\\n"
+    "data: {train: pictures, batch_size: 8, workers: 0}\\n"
+    "run: {out: run, steps: 1, device: cpu}\\n"
+)
+"""
+PLACES = (
+    "import sys, simplclip, torch; print(simplclip.__file__); print(torch.__version__, "
+    "sys.version.split()[0])"
+)
+
+
+class Environment:
+    """A new virtual environment in `folder`, where its programs run."""
+
+    def __init__(self, folder: Path, python: str) -> None:
+        self.folder = folder
+        subprocess.run([python, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+        self.bin = folder / "venv" / "bin"
+        (self.site,) = (folder / "venv").glob("lib/python*/site-packages")
+
+    def run(self, program: str, *arguments: str) -> str:
+        """Runs a program of the environment and returns its output.
+
+        Ends this process if it fails.
+        """
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("PYTHON", "SIMPLCLIP_", "VIRTUAL_ENV"))
+        }
+        started = time.monotonic()
+        done = subprocess.run(
+            [self.bin / program, *arguments],
+            cwd=self.folder,
+            env=kept,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise SystemExit(
+                f"{program} {' '.join(arguments)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}\n"
+                "failed"
+            )
+        if program != "python":
+            print(
+                f"{program} {' '.join(arguments)}: {time.monotonic() - started:.0f} s", flush=True
+            )
+        return done.stdout
+
+    def install(self, *arguments: str) -> None:
+        """Installs by this Python's pip as the environment's own would: its tags decide whether a
+        wheel is accepted.
+        """
+        pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet"]
+        started = time.monotonic()
+        subprocess.run([*pip, *arguments], check=True, cwd=self.folder)
+        print(f"pip install {' '.join(arguments)}: {time.monotonic() - started:.0f} s", flush=True)
+
+    def take_packages(self, python: str) -> None:
+        """Adds the packages of another Python, but not its editable installations, whose path files
+        are not read.
+        """
+        folders = (
+            "import sys; print(*(path for path in sys.path if path.endswith('-packages')), "
+            "sep='\\n')"
+        )
+        packages = subprocess.run(
+            [python, "-c", folders], capture_output=True, text=True, check=True
+        ).stdout
+        (self.site / "packages.pth").write_text(packages)
+
+
+def size_of(folder: Path) -> float:
+    """Returns the size of a folder's files in MB."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument(
+        "--train", action="store_true", help="add the extra train and one training step"
+    )
+    parser.add_argument("--cuda", action="store_true", help="fail if the wheel has no CUDA kernels")
+    parser.add_argument(
+        "--python", default=sys.executable, help="the Python of the environment; default: this one"
+    )
+    parser.add_argument(
+        "--packages-of",
+        metavar="PYTHON",
+        help="take the packages of this Python; installs the wheel alone",
+    )
+    options = parser.parse_args()
+    wheel = options.wheel.resolve(strict=True)
+    with tempfile.TemporaryDirectory() as name:
+        environment = Environment(Path(name).resolve(), options.python)
+        if options.packages_of:
+            environment.take_packages(options.packages_of)
+            environment.install("--no-deps", "--no-index", str(wheel))
+        else:
+            environment.install(str(wheel))
+        place, versions = environment.run("python", "-c", PLACES).splitlines()
+        package = environment.site / "simplclip"
+        if Path(place).parent != package:
+            raise SystemExit(f"expected the package of the wheel, got {place}")
+        print(
+            f"torch, Python: {versions}; wheel {wheel.stat().st_size / 1e6:.1f} MB, installed "
+            f"{size_of(package):.1f} MB"
+        )
+        built = json.loads(environment.run("simplclip", "doctor", "--json"))["extension"]
+        for kind, needed in (("cpu", True), ("cuda", options.cuda)):
+            if needed and not built[kind]["loaded"]:
+                raise SystemExit(
+                    f"expected the {kind} kernels of the wheel, got: {built[kind].get('reason')}"
+                )
+        print(environment.run("simplclip", "doctor"))
+        print(environment.run("simplclip", "selftest"))
+        if options.train:
+            if not options.packages_of:
+                environment.install(f"{wheel}[train]")
+            environment.run("python", "-c", PICTURES)
+            print(environment.run("simplclip", "train", "one.yaml"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Runs a script of this folder, or another one, on several ranks."""
+
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from support.paths import PYTHONPATH
+
+# The first backward pass starts a thread for each device, and a fork of a process with such threads
+# has no autograd. Fake tensors pretend that there is a GPU, so the first pass must not be theirs.
+torch.ones((), requires_grad=True).backward()
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+RANKS = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def torchrun(
+    script, *arguments, ranks=2, options=(), check=False, timeout=600
+) -> subprocess.CompletedProcess:
+    """Runs a script by torchrun. check: fail the test with the end of the output if a rank
+    failed.
+    """
+    command = [
+        *TORCHRUN,
+        f"--nproc-per-node={ranks}",
+        *options,
+        str(RANKS / script),
+        *map(str, arguments),
+    ]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    assert not (check and run.returncode), run.stderr[-5000:]
+    return run
+
+
+def forked_ranks(
+    script, *arguments, ranks=2, check=False, timeout=600
+) -> subprocess.CompletedProcess:
+    """Runs a script as `torchrun` does, but each rank is a fork of this process, so that it need
+    not import torch again.
+
+    A fork has none of the threads that autograd starts for a GPU: with one, torchrun starts the
+    ranks.
+    """
+    if torch.cuda.is_available():
+        return torchrun(script, *arguments, ranks=ranks, check=check, timeout=timeout)
+    command = [str(RANKS / script), *map(str, arguments)]
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        children = []
+        for rank in range(ranks):
+            if not (child := os.fork()):
+                _run(
+                    command,
+                    environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    out.fileno(),
+                    err.fileno(),
+                )
+            children.append(child)
+        code = _wait(children, timeout)
+        out.seek(0), err.seek(0)
+        run = subprocess.CompletedProcess(command, code, out.read(), err.read())
+    assert not (check and run.returncode), run.stderr[-5000:]
+    return run
+
+
+def _run(command, environment, out, err):
+    """Runs a script in a fork, which ends here."""
+    code = 1
+    try:
+        os.dup2(out, 1), os.dup2(err, 2)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        os.environ.update(environment)
+        sys.argv = command
+        torch.set_num_threads(1)
+        runpy.run_path(command[0], run_name="__main__")
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(children, timeout):
+    """Waits for processes, and returns 0 if all end well.
+
+    An error of one, or the end of the time, ends the others.
+    """
+    codes, deadline = {}, time.monotonic() + timeout
+    while len(codes) < len(children):
+        left = [child for child in children if child not in codes]
+        if any(codes.values()) or time.monotonic() > deadline:
+            for child in left:
+                os.kill(child, signal.SIGKILL)
+        for child in left:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    return next(filter(None, codes.values()), 0)
