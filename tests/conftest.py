@@ -18,43 +18,6 @@ PROOF = {
     "SIMPLCLIP_TEST_FAULTS": "60",
     "SIMPLCLIP_TEST_STRIDE": "1",
 }
-# Fixtures that take long to make: a test that uses one is slow.
-SLOW = {"single", "double", "documented_runs", "tiny", "vit", "trained", "of_ranks"}
-# Files that take more than 12 s of a core.
-LONG = {
-    "test_triton",
-    "test_plan",
-    "test_compile",
-    "test_readme",
-    "test_distributed",
-    "test_extension",
-    "test_teaching",
-}
-LONG |= {
-    "test_open_clip_train",
-    "test_train",
-    "test_ranks",
-    "test_instruction_sets",
-    "test_properties",
-    "test_run",
-}
-LONG |= {
-    "test_start",
-    "test_cli",
-    "test_export",
-    "test_export_onnx",
-    "test_scripts",
-    "test_backends",
-    "test_held_out",
-}
-LONG |= {
-    "test_open_clip_models",
-    "test_caption",
-    "test_views",
-    "test_addresses",
-    "test_shaped_attention_cuda",
-    "test_ptx",
-}
 
 
 def pytest_addoption(parser):
@@ -113,15 +76,14 @@ def pytest_collection_modifyitems(config, items):
     Files that take long come first, so that small files fill the end of a run.
     """
     for item in items:
-        if SLOW.intersection(item.fixturenames):
-            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if item.get_closest_marker("prove") and not config.option.prove:
             item.add_marker(pytest.mark.skip(reason="a proof: make prove"))
+    long = {item.path for item in items if item.get_closest_marker("long")}
     slow = {
         item.path
         for item in items
         if item.get_closest_marker("slow") or item.get_closest_marker("prove")
     }
-    items.sort(key=lambda item: (item.path.stem not in LONG, item.path not in slow))
+    items.sort(key=lambda item: (item.path not in long, item.path not in slow))

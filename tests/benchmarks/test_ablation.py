@@ -60,6 +60,7 @@ def trained(monkeypatch):
     return names
 
 
+@pytest.mark.slow
 def test_each_run_is_done_once_and_the_same_command_goes_on(command, trained, tmp_path):
     ablation.main(command)
     base = "run.steps=1"
@@ -81,6 +82,7 @@ def test_each_run_is_done_once_and_the_same_command_goes_on(command, trained, tm
     assert [setting for _, setting in trained[8:]] == ["optim.lr=0.5"] * 4
 
 
+@pytest.mark.slow
 def test_wrong_settings_and_names_end_it_before_a_run(command, trained, tmp_path):
     with pytest.raises(SystemExit, match="--only: expected a name of .*effects.yaml, got x"):
         ablation.main([*command, "--only", "x"])

@@ -27,6 +27,9 @@ from support.paths import ROOT
 from support.programs import call, one_line
 from support.train import tiny
 
+pytestmark = pytest.mark.long
+
+
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",

@@ -17,7 +17,10 @@ from simplclip.common.errors import InputError
 from simplclip.data.errors import Skipped
 from support.data.pairs import COUNT, SIZE, augment, png, resize, sample, table, write
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")

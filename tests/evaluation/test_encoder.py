@@ -29,6 +29,7 @@ def encoder(trained):
     return simplclip.load(trained, device="cpu")
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_model(trained, folder, encoder):
     model, state = load_model(trained)
     transform = models.transforms("siclip-tiny", train=False)
@@ -52,6 +53,7 @@ def test_features_are_those_of_the_model(trained, folder, encoder):
     assert repr(encoder) == f"siclip-tiny from {trained}: features of 256 numbers, in fp32 on cpu"
 
 
+@pytest.mark.slow
 def test_images_may_be_paths_pictures_and_tensors_one_or_many(folder, encoder):
     paths = [folder / f"{i}.png" for i in range(3)]
     expected = encoder.encode_image(paths)
@@ -79,6 +81,7 @@ def test_images_may_be_paths_pictures_and_tensors_one_or_many(folder, encoder):
     assert encoder.encode_text("red").shape == (1, encoder.width)
 
 
+@pytest.mark.slow
 def test_transparent_pictures_are_the_same_in_a_file_in_memory_and_in_open_clip(encoder, tmp_path):
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (20, 20, 4), dtype=np.uint8), "RGBA"
@@ -93,6 +96,7 @@ def test_transparent_pictures_are_the_same_in_a_file_in_memory_and_in_open_clip(
         torch.testing.assert_close(encoder.encode_image(image), encoder.encode_image(pixels))
 
 
+@pytest.mark.slow
 def test_bad_images_are_named(encoder, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"images: expected an image, got .*bad.jpg: not an image"):
@@ -105,6 +109,7 @@ def test_bad_images_are_named(encoder, tmp_path):
         encoder.encode_image([3])
 
 
+@pytest.mark.slow
 def test_a_run_its_checkpoint_and_its_export_are_the_same_encoder(
     trained, folder, encoder, tmp_path
 ):
@@ -134,6 +139,7 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_encoder(
         simplclip.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_file_of_an_open_clip_model(folder, monkeypatch):
     expected = simplclip.load("open_clip:tiny", folder / "tiny.bin")
     model = open_clip.create_model("tiny", pretrained=str(folder / "tiny.bin")).eval()

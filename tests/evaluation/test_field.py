@@ -11,6 +11,9 @@ from simplclip import evaluation
 from support.data.pairs import write
 from support.train import tiny
 
+pytestmark = pytest.mark.slow
+
+
 KS = (1, 5, 10)
 TEMPLATES = ["a {c}", "{c}"]
 CONCEPTS = [(colour, shape) for colour in tiny.COLOURS for shape in tiny.SHAPES]

@@ -129,6 +129,7 @@ def test_identical_captions_of_a_group_are_one_and_those_of_an_image_are_not(tmp
         ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_batches_and_workers(trained, tmp_path):
     model, state = load_model(trained)
     words, pixels = tokenizer(state["config"]["model"]), image_transform(state["config"]["model"])

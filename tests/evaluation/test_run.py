@@ -17,6 +17,8 @@ from support.models.open_clip_models import write_models
 from support.programs import call, one_line
 from support.train import tiny
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def folder(trained, tmp_path_factory):
@@ -61,6 +63,7 @@ def evaluate(folder, tmp_path):
     return evaluate
 
 
+@pytest.mark.slow
 def test_one_model(trained, evaluate, tmp_path):
     answer, text = evaluate(trained, splits=("one", "two"), templates=["a {} shape"], batch_size=16)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == answer
@@ -82,6 +85,7 @@ def test_one_model(trained, evaluate, tmp_path):
         assert words in text
 
 
+@pytest.mark.slow
 def test_several_models_side_by_side(trained, folder, evaluate, tmp_path):
     models = [str(trained), str(folder / "other.pt"), f"open_clip:tiny/{folder / 'tiny.bin'}"]
     answer, text = evaluate(*models)
@@ -101,6 +105,7 @@ def test_several_models_side_by_side(trained, folder, evaluate, tmp_path):
     assert len([*tmp_path.glob("evaluation-one*.png")]) == 3
 
 
+@pytest.mark.slow
 def test_what_gives_no_figures_is_said(trained, evaluate, tmp_path):
     image = tiny.picture((200, 30, 40), "ring")
     labelled = [(f"k{i}", {"png": image, "cls": b"%d" % (i % 3)}) for i in range(4)]
@@ -131,6 +136,7 @@ def test_what_gives_no_figures_is_said(trained, evaluate, tmp_path):
         evaluate(trained, splits=one)
 
 
+@pytest.mark.slow
 def test_templates_are_those_of_the_checkpoint_if_they_are_phrases(trained, folder, evaluate):
     state = read_checkpoint(trained)
     state["config"]["eval"]["templates"] = ["one {}", "{}"]
@@ -151,6 +157,7 @@ def test_templates_are_those_of_the_checkpoint_if_they_are_phrases(trained, fold
     assert running._templates_of(None) == running.TEMPLATES
 
 
+@pytest.mark.slow
 def test_a_failure_half_way_keeps_the_splits_that_are_done(trained, folder, evaluate, tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"no shard" * 1000)
     splits = {
@@ -186,6 +193,7 @@ def test_names_of_files():
     assert running.file_name("..") == "_"
 
 
+@pytest.mark.slow
 def test_names_of_splits_are_any_words(trained, folder, tmp_path):
     names = ["部 2 (新) 🙂", unicodedata.normalize("NFD", "é")]
     data = [word for name in names for word in ("--data", f"{name}={folder / 'one.tar'}")]
@@ -198,6 +206,7 @@ def test_names_of_splits_are_any_words(trained, folder, tmp_path):
         assert splits[name]["contact_sheet"] == str(tmp_path / f"evaluation-{name}.png")
 
 
+@pytest.mark.slow
 def test_a_folder_of_classes_by_the_command(trained, tmp_path):
     for number, name in enumerate(tiny.COLOURS):
         (tmp_path / "classes" / f"c{number}").mkdir(parents=True)
@@ -226,6 +235,7 @@ def test_a_folder_of_classes_by_the_command(trained, tmp_path):
     assert "image_to_text" not in figures
 
 
+@pytest.mark.slow
 def test_splits_of_a_run_are_local_files(trained, folder, tmp_path):
     """They come from the config.yaml in the folder, never from the checkpoint; commands and URLs in
     them are refused.

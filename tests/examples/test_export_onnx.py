@@ -18,6 +18,9 @@ from simplclip.train import checkpoint, config
 from support.models.weights import randomise
 from support.programs import load_example
 
+pytestmark = pytest.mark.long
+
+
 exporting = load_example("export_onnx")
 
 

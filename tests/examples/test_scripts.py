@@ -16,6 +16,8 @@ from support.paths import ROOT
 from support.programs import load_example
 from support.train import tiny
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def captioned(tmp_path, monkeypatch):

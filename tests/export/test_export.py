@@ -28,6 +28,9 @@ from support.data.pairs import digests
 from support.models.weights import randomise
 from support.programs import call, forked, one_line
 
+pytestmark = pytest.mark.long
+
+
 VIT, HF = "export-tiny-vit", "export-tiny-hf"
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 ABOUT = ("README.md", "preprocessing.json")
@@ -112,6 +115,7 @@ def assert_same(model, other):
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_summary_says_what_was_exported(tiny):
     _, run, out, summary = tiny
     assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(summary))
@@ -143,6 +147,7 @@ def test_the_printed_lines_load_the_export(which, request, tmp_path, capsys):
     assert names["tokenizer"](["a"]).shape == names["encoder"].tokenizer(["a"]).shape
 
 
+@pytest.mark.slow
 def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_path):
     state = read_checkpoint(tiny.run) | {"images": 841}
     run = tmp_path / "run"
@@ -198,6 +203,7 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
         )
 
 
+@pytest.mark.slow
 def test_preprocessing_says_how_to_make_the_inputs(tiny, tmp_path):
     about = json.loads((tiny.out / "preprocessing.json").read_text())
     encoder = simplclip.load(tiny.out, device="cpu")
@@ -251,6 +257,7 @@ def test_an_export_on_a_hub_loads_by_its_name(which, request, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_export_is_kept_unless_forced(tiny, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -269,6 +276,7 @@ def test_an_export_is_kept_unless_forced(tiny, tmp_path):
         export.run(tiny.run, tmp_path / "file", force=True)
 
 
+@pytest.mark.slow
 def test_command(tiny, tmp_path):
     result = call("export", tiny.run / "last.pt", "--out", tmp_path / "a/b")
     assert result.exit_code == 0, result.output
@@ -293,6 +301,7 @@ def test_command(tiny, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_leaves_a_whole_export(tiny, tmp_path, monkeypatch):
     """As `simplclip export ... | head -1`."""
 
@@ -305,6 +314,7 @@ def test_a_closed_pipe_leaves_a_whole_export(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "export.json").exists()
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_an_export_is_an_error(tiny, tmp_path):
     """Here, as weights to start from, and in open_clip by register_models.
 
@@ -333,6 +343,7 @@ def test_a_flipped_bit_in_an_export_is_an_error(tiny, tmp_path):
     assert simplclip.load(out).step == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 1000])
 def test_a_full_disk_leaves_the_former_export(tiny, tmp_path, limit):
     export.run(tiny.run, tmp_path / "out")

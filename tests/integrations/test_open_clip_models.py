@@ -17,6 +17,9 @@ from simplclip.models.mobileclip import TextTower
 from simplclip.models.simplify import TransformerBlock
 from support.models.mobileclip_s0 import SMALL, SMALL_FEATURES, small_state
 
+pytestmark = pytest.mark.long
+
+
 TINY = {"width": 16, "heads": 2, "layers": 1}
 
 

@@ -21,6 +21,9 @@ from support.ops.calls import recorded_calls
 from support.paths import ROOT
 from support.train.open_clip_plan import STEPS, Plan, coca, needs_trainer, prepare, teacher
 
+pytestmark = pytest.mark.long
+
+
 DOCUMENTED = 10  # steps of a documented command
 # Options that a command of docs/losses.md adds to the first; open_clip's loss and this library's;
 # the names of the losses.
@@ -153,6 +156,7 @@ def test_losses_and_weights_are_open_clips(plan, key, request):
     assert plan[f"{key}-ours"]["parameters"] == {}
 
 
+@pytest.mark.slow
 @needs_trainer
 def test_mixed_precision(single):
     theirs, ours = (single[f"scaled-{who}"]["steps"] for who in ("theirs", "ours"))
@@ -165,6 +169,7 @@ def test_mixed_precision(single):
     assert plane != losses.ClipPMLoss.INITIAL_WEIGHT
 
 
+@pytest.mark.slow
 @needs_trainer
 def test_learned_parameters_are_trained_and_resumed(single, request):
     start = {
@@ -191,6 +196,7 @@ def test_learned_parameters_are_trained_and_resumed(single, request):
         assert len(single["pm-clip"]["parameters"]["plane_weight"]) == 16
 
 
+@pytest.mark.slow
 @needs_trainer
 def test_open_clips_trainer_resumes_a_run_without_learned_parameters(single):
     ours, theirs = single.checkpoint("plain-ours"), single.checkpoint("plain-theirs")
@@ -201,6 +207,7 @@ def test_open_clips_trainer_resumes_a_run_without_learned_parameters(single):
     assert steps[0]["contrastive_loss"] < single["plain-theirs"]["steps"][0]["contrastive_loss"]
 
 
+@pytest.mark.slow
 @needs_trainer
 def test_projections_to_a_wider_teacher_are_learned_and_resumed(single):
     steps = single["wide"]["steps"] + single["wide-more"]["steps"]
@@ -229,6 +236,7 @@ def assert_same_steps(theirs, ours, passes=DOCUMENTED):
     )
 
 
+@pytest.mark.slow
 @needs_trainer
 @pytest.mark.parametrize("key", [*QUICK, pytest.param("clip-accumulated", marks=pytest.mark.prove)])
 def test_each_step_of_a_command_is_open_clips(single, key):
@@ -239,17 +247,20 @@ def test_each_step_of_a_command_is_open_clips(single, key):
     assert_same_steps(theirs, ours, passes=DOCUMENTED * (2 if key.endswith("accumulated") else 1))
 
 
+@pytest.mark.slow
 @needs_trainer
 def test_cropped_texts_give_the_same_steps(single):
     assert_same_steps(single["clip-theirs"], single["cropped"])
 
 
+@pytest.mark.slow
 @needs_trainer
 def test_use_losses_serves_open_clips_trainer(single):
     assert single["siglip-used"]["loss"] == "simplclip.SigLipLoss"
     assert_same_steps(single["siglip-theirs"], single["siglip-used"])
 
 
+@pytest.mark.slow
 @needs_trainer
 def test_pair_matching_is_learned_beside_siglip(single):
     run, plain = single["matching"], single["siglip-ours"]
@@ -263,6 +274,7 @@ def test_pair_matching_is_learned_beside_siglip(single):
     assert run["parameters"].keys() == {"plane_weight", "plane_bias"}
 
 
+@pytest.mark.slow
 @needs_trainer
 def test_two_ranks_learn_one_plane_and_start_from_one_draw_of_the_projections(double):
     for key in ("two-pm", "two-pm-more", "two-wide"):

@@ -31,6 +31,9 @@ from simplclip.plan.kernels import Launch as Started
 from support.ops.calls import Call, attention_call, mlp_call, similarity_call
 from support.ops.predicted_calls import forward_and_backward, trace
 
+pytestmark = pytest.mark.long
+
+
 LARGE = 131_072, 1024  # N, D
 MANY = 1_000_003, 2200  # N D above 2^31, and an odd number of rows
 TOKENS = 2, 2_000_003, 16, 80  # B, L, H, K: one sequence has more than 2^31 elements

@@ -21,6 +21,9 @@ import ptx
 from ptx.capture import CODES, Started
 from support.kernels import launches
 
+pytestmark = pytest.mark.long
+
+
 FEW = 4  # multiprocessors, so that a program has several tiles of columns
 ARCHITECTURES = (80, 86, 89, 90, 120)
 

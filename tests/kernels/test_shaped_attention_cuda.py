@@ -22,6 +22,9 @@ from simplclip.ops import backends, checks
 from support.kernels import cuda_attention as attention
 from support.kernels.cuda_attention import TYPES
 
+pytestmark = pytest.mark.long
+
+
 if attention.why_not():
     pytest.skip(f"kernels cannot be compiled here: {attention.why_not()}", allow_module_level=True)
 

@@ -17,6 +17,8 @@ from support.ops.calls import TERMS, mlp_call, similarity_call
 from support.ops.compare import check, check_padding
 from support.ops.small_calls import check_registration
 
+pytestmark = pytest.mark.long
+
 
 def padding(device: str) -> None:
     every = [*itertools.product(DTYPES, (False, True))]

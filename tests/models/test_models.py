@@ -43,6 +43,7 @@ def test_s0_is_mobileclip2_s0_with_simplified_blocks():
     assert count(s0) < 0.7 * count(original)
 
 
+@pytest.mark.slow
 def test_create_repeats_from_the_seed_and_loads_its_own_checkpoint(tmp_path, tiny):
     torch.save(
         {"state_dict": {f"module.{k}": v for k, v in tiny.state_dict().items()}}, tmp_path / "a.pt"
@@ -76,6 +77,7 @@ def test_overrides():
     assert len(models.create("siclip-tiny").text.transformer.resblocks) == 2
 
 
+@pytest.mark.slow
 def test_plain_open_clip_models(tiny):
     model = models.create(
         "open_clip:ViT-B-32", device="meta", vision_cfg={"layers": 1}, text_cfg={"layers": 1}

@@ -14,6 +14,9 @@ from simplclip.ops import backends, registry, similarity_loss
 from support.devices import needs_cpu_kernels
 from support.paths import ROOT
 
+pytestmark = pytest.mark.long
+
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FEATURES = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
 

@@ -11,6 +11,9 @@ import torch
 import simplclip
 from support.ops.small_calls import MODULES, SMALL, module_call
 
+pytestmark = pytest.mark.long
+
+
 FORMS = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
@@ -101,6 +104,7 @@ def test_compiles(name):
     check(name, "autocast bfloat16" if of_tokens else "float32", (6, 6), dynamic=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_block_traced_by_torch_jit_computes_batches_of_other_sizes(trained):
     """A frozen block computes its MLP in chunks, whose number must not become that of the

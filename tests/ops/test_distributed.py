@@ -7,6 +7,9 @@ import torch
 from simplclip.ops import distributed
 from support.ranks.launch import forked_ranks, torchrun
 
+pytestmark = pytest.mark.long
+
+
 # parts for three ranks, in make prove
 OF_THREE = ("open_clip", "one process", "learned parameters")
 PARTS = {
@@ -21,6 +24,7 @@ def of_ranks():
     return functools.cache(lambda ranks: forked_ranks("losses.py", *PARTS[ranks], ranks=ranks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "part"),
     [

@@ -14,6 +14,9 @@ from simplclip.ops import backends
 from support.devices import needs_cpu_kernels
 from support.paths import ROOT
 
+pytestmark = pytest.mark.long
+
+
 # Flags of /proc/cpuinfo that a set needs, as in csrc/cpu/dispatch.cpp; the best set comes first.
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 CPU = set(Path("/proc/cpuinfo").read_text().split())

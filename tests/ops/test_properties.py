@@ -12,6 +12,8 @@ import pytest
 from simplclip.ops import backends
 from support.ops import compare, layouts, random_calls
 
+pytestmark = pytest.mark.long
+
 
 def expect_none(failed, block):
     again = "again: pytest tests/ops/test_properties.py --cases 1 --first-case NUMBER"

@@ -17,6 +17,9 @@ from simplclip.ops import backends, extension
 from support.devices import needs_cpu_kernels
 from support.paths import ROOT
 
+pytestmark = pytest.mark.long
+
+
 OTHER_SOURCES = (
     "simplclip._C was built from other sources: run `pip install --no-build-isolation -e .` (or "
     "make install)"

@@ -38,6 +38,9 @@ from support.paths import ROOT
 from support.programs import forked
 from support.train import tiny
 
+pytestmark = pytest.mark.long
+
+
 FILES = [
     "README.md",
     "CONTRIBUTING.md",

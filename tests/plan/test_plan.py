@@ -23,6 +23,9 @@ from simplclip.train.objective import Objective
 from support.devices import NATIVE_BF16
 from support.programs import call
 
+pytestmark = pytest.mark.long
+
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SIGMOID, MATCHING = "loss.base=sigmoid", "loss.pm_weight=1"
 WIKD = ["loss.feature_weight=1", "loss.relational_weight=1", "loss.interactive_weight=1"]
@@ -151,6 +154,7 @@ def test_siclip_s0(precision, case):
     check(trainer("siclip2-s0", precision, *S0[case]), WITHIN[precision])
 
 
+@pytest.mark.slow
 @pytest.mark.prove
 def test_checkpointed_open_clip_model(tiny):
     changes = ["model={name: 'open_clip:ViT-B-32', recompute: true}", "data.batch_size=12"]
@@ -249,6 +253,7 @@ def opaque(x):
     return torch.ops.vision.opaque(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "message"),
     [
@@ -381,6 +386,7 @@ def test_the_largest_micro_batch(tiny, monkeypatch):
         largest_micro_batch(auto, CPU)
 
 
+@pytest.mark.slow
 def test_shapes_are_those_of_the_run(tiny, tmp_path):
     """No tensor has values, and the same modules are frozen as in a run, which inherits them."""
     torch.save(
@@ -414,6 +420,7 @@ def test_what_is_not_on_this_machine_is_assumed(tmp_path):
     assert "the memory of towers that are not compiled" in compiled.assumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -431,6 +438,7 @@ def test_bad_input_of_a_torch_without_cuda(tiny, monkeypatch, arguments, message
     assert message in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_predicted_and_measured_on_a_gpu(tiny):
     """The prediction lies within a tenth of the measurement, since cuDNN's workspaces are not

@@ -41,6 +41,7 @@ def time_of(tiny, *changes):
     return step_time(predict(step, CUDA).kernels, CARD)
 
 
+@pytest.mark.slow
 def test_time_grows_with_the_batch_and_with_caching(tiny):
     """Gradient caching encodes all but the last micro-batch twice.
 
@@ -53,6 +54,7 @@ def test_time_grows_with_the_batch_and_with_caching(tiny):
     assert 1.15 < cached.likely / (8 * one.likely) < 1.45
 
 
+@pytest.mark.slow
 def test_micro_batches_that_do_not_run_take_their_time(tiny, monkeypatch):
     """Kernels of the first micro-batch count for those between it and the last one."""
     changes = "data.batch_size=1536", "data.micro_batch=256"
@@ -94,6 +96,7 @@ def test_a_model_without_a_config(monkeypatch):
     assert text["paste"] == "--set data.batch_size=256 --set data.micro_batch=null"
 
 
+@pytest.mark.slow
 def test_the_step_that_is_chosen(tiny):
     """One graph where it fits, else the largest micro-batch that fits."""
     values = config.load(tiny, ["data.batch_size=96", "data.micro_batch=48"])
@@ -138,6 +141,7 @@ def test_repetitions_end_with_an_error():
     assert counter.times == 1
 
 
+@pytest.mark.slow
 def test_layouts_of_convolutions_in_bfloat16(tiny):
     """cuDNN keeps channels_last.
 
@@ -153,10 +157,12 @@ def test_layouts_of_convolutions_in_bfloat16(tiny):
         assert torch.conv2d(images, weights).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 def test_rates_of_loaders(tiny):
     assert report.loader_rate(config.load(tiny)) is None
 
 
+@pytest.mark.slow
 def test_pairs_that_are_held_out_take_no_time(tiny, monkeypatch):
     monkeypatch.setattr(report.data, "dataset_size", lambda shards: 3000)
     row = SimpleNamespace(batch_size=96, images_per_s=5.0, time=SimpleNamespace(ms=96.0))
@@ -165,6 +171,7 @@ def test_pairs_that_are_held_out_take_no_time(tiny, monkeypatch):
         assert f"an epoch of {pairs} minutes" in report._hours(settings, row, None)
 
 
+@pytest.mark.slow
 def test_counts_and_wrong_usage(tiny):
     assert [parse_count(text) for text in (None, "12.4M", "500k", "1,000")] == [
         None,

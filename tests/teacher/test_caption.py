@@ -16,6 +16,8 @@ from support.data.pairs import joined, members, meta, png, sample, write
 from support.models.captioners import CONTEXT, NAME, build, register
 from support.programs import call, one_line
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module", autouse=True)
 def registered(tmp_path_factory):

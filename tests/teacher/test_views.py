@@ -23,6 +23,9 @@ from support.programs import call, one_line
 from support.train import tiny
 from support.train.runs import bits, check_resumed, go, state_of
 
+pytestmark = pytest.mark.long
+
+
 AUGMENT = {
     "scale": [0.3, 1.0],
     "color_jitter": [0.4, 0.4, 0.4, 0.1],

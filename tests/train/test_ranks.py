@@ -23,6 +23,9 @@ from support.ranks import training
 from support.ranks.launch import ENVIRONMENT, TORCHRUN, forked_ranks, torchrun
 from support.train import runs, tiny
 
+pytestmark = pytest.mark.long
+
+
 DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.feature_weight=10"]
 CACHED = ["data.batch_size=60", "data.micro_batch=6"]
 CASES = {

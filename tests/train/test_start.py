@@ -18,6 +18,9 @@ from simplclip.train.setup import setup
 from support.train import tiny
 from support.train.runs import bits, check_resumed, go, state_of
 
+pytestmark = pytest.mark.long
+
+
 CPU = torch.device("cpu")
 
 
@@ -76,6 +79,7 @@ def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_o
     assert encoder.preprocess.size == (64, 64)
 
 
+@pytest.mark.slow
 def test_sources_of_a_start(tmp_path, trained):
     wanted = weights_of(trained)
     for source in (trained, trained / "last.pt"):
@@ -103,6 +107,7 @@ def test_sources_of_a_start(tmp_path, trained):
         started(tmp_path, "model.options.checkpoint=a.pt")
 
 
+@pytest.mark.slow
 def test_inherit_takes_a_run_and_its_trained_blocks(tmp_path, trained):
     state = started(tmp_path, f"inherit.source={trained}")
     wanted = weights_of(trained)

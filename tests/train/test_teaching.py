@@ -23,6 +23,9 @@ from support.data import pairs, photos
 from support.train import tiny
 from support.train.runs import go
 
+pytestmark = pytest.mark.long
+
+
 COLOURS = {
     "red": (220, 30, 30),
     "green": (30, 180, 60),

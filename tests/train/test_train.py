@@ -22,6 +22,9 @@ from support.data.pairs import digests, table
 from support.train import tiny
 from support.train.runs import at_step, bits, check_resumed, go, rows, state_of
 
+pytestmark = pytest.mark.long
+
+
 CPU = torch.device("cpu")
 
 
