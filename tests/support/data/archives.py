@@ -1,6 +1,4 @@
-"""Tars that nobody would write: headers by hand, and mutations, each made from the number of its
-case.
-"""
+"""Tars that nobody would write: headers by hand, and mutations made from the number of a case."""
 
 import contextlib
 import gzip
@@ -9,12 +7,23 @@ import random
 import signal
 import tarfile
 import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
 
 from support.data.pairs import png
 
 BLOCK = tarfile.BLOCKSIZE
 PNG = png()
-# Fields of a header: place and length.
+# The files of a sample; None: random bytes.
+SAMPLE = {
+    "png": PNG,
+    "txt": b"a caption",
+    "json": b'{"group": 1}',
+    "cls": b"3",
+    "bin": None,
+}
+# Fields of a header: offset and length.
 FIELDS = {
     "name": (0, 100),
     "size": (124, 12),
@@ -85,217 +94,230 @@ RECORDS = (
 
 
 class Endless(BaseException):
-    """The error for reading that takes too long.
-
-    It is no Exception, which a reader might take for damage.
-    """
+    """Reading takes too long. It is no Exception, which a reader might take for damage."""
 
 
 @contextlib.contextmanager
-def in_time(seconds, what=""):
-    """Context that raises Endless after so many seconds of CPU time."""
+def in_time(seconds: float, subject: str = "") -> Iterator[None]:
+    """Context that raises Endless(subject) after so many seconds of CPU time."""
 
-    def interrupt(number, frame):
-        raise Endless(what)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Endless(subject)
 
-    former, began = signal.signal(signal.SIGPROF, interrupt), time.process_time()
+    previous_handler = signal.signal(signal.SIGPROF, interrupt)
+    start = time.process_time()
     # what ends by itself before is judged below
     signal.setitimer(signal.ITIMER_PROF, 2 * seconds, 1)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, former)
-    if time.process_time() - began > seconds:
-        raise Endless(what)
+        signal.signal(signal.SIGPROF, previous_handler)
+    if time.process_time() - start > seconds:
+        raise Endless(subject)
 
 
-def header(name="a.png", size=0, kind=b"0", **fields):
+def header(
+    name: str = "a.png", size: int | bytes = 0, kind: bytes = b"0", **fields: bytes
+) -> bytes:
     """Returns a header with these bytes in its fields, and with a fitting checksum unless one is
     given.
     """
     block = bytearray(tarfile.TarInfo("a").tobuf(tarfile.USTAR_FORMAT))
     fields = {"name": name.encode("utf-8", "surrogateescape"), "type": kind} | fields
     if isinstance(size, int):
-        size = b"%011o\0" % size if size < 8**11 else b"\x80" + size.to_bytes(11, "big")
+        octal = size < 8**11
+        size = b"%011o\0" % size if octal else b"\x80" + size.to_bytes(11, "big")
     fields["size"] = size
     for field, value in fields.items():
-        place, length = FIELDS[field]
-        block[place : place + length] = value[:length].ljust(length, b"\0")
+        write_field(block, field, value)
     return bytes(block) if "checksum" in fields else summed(block)
 
 
-def summed(block):
+def write_field(block: bytearray, field: str, value: bytes) -> None:
+    offset, length = FIELDS[field]
+    block[offset : offset + length] = value[:length].ljust(length, b"\0")
+
+
+def summed(block: bytes) -> bytes:
+    """Returns a header with its checksum."""
     block = bytearray(block)
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
 
 
-def padded(data):
+def padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % BLOCK)
 
 
-def member(name, data, kind=b"0", **fields):
+def member(name: str, data: bytes, kind: bytes = b"0", **fields: Any) -> bytes:
+    """Returns a header and its data. fields: as for `header`, also the size that it claims."""
     return header(name, kind=kind, **{"size": len(data)} | fields) + padded(data)
 
 
-def pax(*records, kind=b"x"):
+def pax(*records: bytes, kind: bytes = b"x") -> bytes:
     return member("pax", b"".join(records), kind)
 
 
-def record(key, value):
-    """Returns a whole record of a pax header."""
+def record(key: bytes, value: bytes) -> bytes:
+    """Returns a whole record of a pax header, which begins with its own length."""
     rest = b" " + key + b"=" + value + b"\n"
-    length = len(rest) + next(n for n in range(1, 9) if len(str(len(rest) + n)) == n)
-    return str(length).encode() + rest
+    digits = next(n for n in range(1, 9) if len(str(len(rest) + n)) == n)
+    return str(len(rest) + digits).encode() + rest
 
 
-def pair(number, image=PNG, text=b"a caption"):
+def pair(number: int, image: bytes = PNG, text: bytes = b"a caption") -> bytes:
     return member(f"k{number}.png", image) + member(f"k{number}.txt", text)
 
 
 END = bytes(2 * BLOCK)
 
 
-def whole(draw):
+def intact_tar(rng: random.Random) -> tuple[bytes, dict[str, bytes]]:
     """Returns a tar as programs write it, and its files: name -> content."""
-    files, out = {}, io.BytesIO()
-    kind = draw.choice((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))
-    with tarfile.open(fileobj=out, mode="w", format=kind) as tar:
-        for number in range(draw.randrange(1, 6)):
-            key = draw.choice(
-                (f"k{number}", f"d/k{number}", f"{'x' * draw.randrange(20, 90)}/k{number}")
-            )
-            if kind != tarfile.USTAR_FORMAT:
-                key = draw.choice(
-                    (key, f"ключ{number}", f"{'y' * draw.randrange(95, 300)}{number}")
-                )
-            for suffix, data in {
-                "png": PNG,
-                "txt": b"a caption",
-                "json": b'{"group": 1}',
-                "cls": b"3",
-                "bin": None,
-            }.items():
-                if draw.random() < 0.7:
+    files: dict[str, bytes] = {}
+    out = io.BytesIO()
+    form = rng.choice((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))
+    with tarfile.open(fileobj=out, mode="w", format=form) as tar:
+        for number in range(rng.randrange(1, 6)):
+            key = drawn_key(rng, number, form)
+            for suffix, data in SAMPLE.items():
+                if rng.random() < 0.7:
                     info = tarfile.TarInfo(f"{key}.{suffix}")
-                    data = draw.randbytes(draw.randrange(0, 3000)) if data is None else data
-                    info.size, info.mtime = len(data), draw.choice((0, 1.5))
+                    if data is None:
+                        data = rng.randbytes(rng.randrange(0, 3000))
+                    info.size = len(data)
+                    info.mtime = rng.choice((0, 1.5))
                     files[info.name] = data
                     tar.addfile(info, io.BytesIO(data))
-            if draw.random() < 0.2:
+            if rng.random() < 0.2:
                 info = tarfile.TarInfo(f"other{number}")
-                info.type = draw.choice((tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE))
+                info.type = rng.choice((tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE))
                 info.linkname = "k0.png"
                 tar.addfile(info)
     return out.getvalue(), files
 
 
-def headers(data):
-    """Returns the offsets of a tar's headers."""
-    return [
-        place for place in range(0, len(data), BLOCK) if data[place + 257 : place + 262] == b"ustar"
-    ]
+def drawn_key(rng: random.Random, number: int, form: int) -> str:
+    """Returns the key of a sample: short, in a folder, or too long for the oldest form of a tar."""
+    long_folder = "x" * rng.randrange(20, 90)
+    key = rng.choice((f"k{number}", f"d/k{number}", f"{long_folder}/k{number}"))
+    if form == tarfile.USTAR_FORMAT:
+        return key
+    long_name = "y" * rng.randrange(95, 300)
+    return rng.choice((key, f"ключ{number}", f"{long_name}{number}"))
 
 
-def mutated(data, draw):
-    """Mutates a tar. Returns the kind of mutation, and the result."""
-    places = headers(data) or [0]
-    place = draw.choice(places)
-    kind = draw.choice(
-        (
-            "bits",
-            "field",
-            "type",
-            "pax",
-            "long",
-            "sparse",
-            "cut",
-            "blocks",
-            "chain",
-            "number",
-            "bytes",
-        )
-    )
-    if kind == "bits":
-        data = bytearray(data)
-        for _ in range(draw.randrange(1, 9)):
-            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    elif kind == "cut":
-        data = data[: draw.randrange(len(data))]
-    elif kind == "blocks":
-        at, length = (BLOCK * draw.randrange(len(data) // BLOCK) for _ in range(2))
-        new = draw.choice(
-            (b"", data[at : at + 2 * BLOCK], draw.randbytes(BLOCK), bytes(BLOCK), b"\xff" * BLOCK)
-        )
-        data = data[:length] + new + data[length + draw.choice((0, BLOCK)) :]
-    elif kind == "bytes":
-        at = draw.randrange(len(data))
-        data = data[:at] + draw.randbytes(draw.randrange(1, 40)) + data[at:]
-    elif kind in ("field", "type", "number"):
-        block = bytearray(data[place : place + BLOCK])
-        if kind == "type":
-            block[156] = draw.choice((*b"0123456789xXgLKSVMNDA\0", draw.randrange(256)))
-        else:
-            at, length = FIELDS["size" if kind == "number" else draw.choice([*FIELDS])]
-            block[at : at + length] = draw.choice((*NUMBERS, draw.randbytes(length)))[
-                :length
-            ].ljust(length, b"\0")
-        data = (
-            data[:place]
-            + (summed(block) if draw.random() < 0.9 else bytes(block))
-            + data[place + BLOCK :]
-        )
+def header_offsets(data: bytes) -> list[int]:
+    return [n for n in range(0, len(data), BLOCK) if data[n + 257 : n + 262] == b"ustar"]
+
+
+def flip_bits(data: bytes, rng: random.Random) -> bytes:
+    flipped = bytearray(data)
+    for _ in range(rng.randrange(1, 9)):
+        flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+    return bytes(flipped)
+
+
+def cut(data: bytes, rng: random.Random) -> bytes:
+    return data[: rng.randrange(len(data))]
+
+
+def replace_blocks(data: bytes, rng: random.Random) -> bytes:
+    """Replaces a block or inserts before it: copies of others, noise, zeros or ones."""
+    source = BLOCK * rng.randrange(len(data) // BLOCK)
+    target = BLOCK * rng.randrange(len(data) // BLOCK)
+    copied = data[source : source + 2 * BLOCK]
+    noise = rng.randbytes(BLOCK)
+    new = rng.choice((b"", copied, noise, bytes(BLOCK), b"\xff" * BLOCK))
+    return data[:target] + new + data[target + rng.choice((0, BLOCK)) :]
+
+
+def insert_bytes(data: bytes, rng: random.Random) -> bytes:
+    offset = rng.randrange(len(data))
+    return data[:offset] + rng.randbytes(rng.randrange(1, 40)) + data[offset:]
+
+
+def change_header(data: bytes, offset: int, kind: str, rng: random.Random) -> bytes:
+    """Changes the type, the size ("number") or any field of the header at an offset."""
+    block = bytearray(data[offset : offset + BLOCK])
+    if kind == "type":
+        block[156] = rng.choice((*b"0123456789xXgLKSVMNDA\0", rng.randrange(256)))
     else:
-        records = [
-            draw.choice(
-                (*RECORDS, record(b"path", b"b.txt"), record(b"size", b"%d" % draw.randrange(4000)))
-            )
-        ]
-        records += draw.choices(RECORDS, k=draw.randrange(3)) if draw.random() < 0.3 else []
-        new = {
-            "pax": lambda: pax(*records, kind=draw.choice((b"x", b"X", b"g"))),
-            "long": lambda: member(
-                "././@LongLink", draw.randbytes(draw.randrange(6000)), draw.choice((b"L", b"K"))
-            ),
-            "sparse": lambda: sparse(draw),
-            "chain": lambda: pax(*records) * draw.randrange(2, 300),
-        }[kind]()
-        new = new if draw.random() < 0.8 else new[: draw.randrange(len(new))]
-        data = data[:place] + new + data[place:]
-    return kind, bytes(data)
+        field = "size" if kind == "number" else rng.choice([*FIELDS])
+        noise = rng.randbytes(FIELDS[field][1])
+        write_field(block, field, rng.choice((*NUMBERS, noise)))
+    changed = summed(block) if rng.random() < 0.9 else bytes(block)
+    return data[:offset] + changed + data[offset + BLOCK :]
 
 
-def sparse(draw):
+def drawn_members(kind: str, rng: random.Random) -> bytes:
+    """Returns headers that describe the next member, whole or cut."""
+    size = record(b"size", b"%d" % rng.randrange(4000))
+    records = [rng.choice((*RECORDS, record(b"path", b"b.txt"), size))]
+    if rng.random() < 0.3:
+        count = rng.randrange(3)
+        records += rng.choices(RECORDS, k=count)
+    if kind == "pax":
+        new = pax(*records, kind=rng.choice((b"x", b"X", b"g")))
+    elif kind == "long":
+        name = rng.randbytes(rng.randrange(6000))
+        new = member("././@LongLink", name, rng.choice((b"L", b"K")))
+    elif kind == "sparse":
+        new = sparse(rng)
+    else:
+        new = pax(*records) * rng.randrange(2, 300)
+    return new if rng.random() < 0.8 else cut(new, rng)
+
+
+def sparse(rng: random.Random) -> bytes:
     """Returns a sparse member in GNU's older form, with further header blocks that may not end."""
-    block = bytearray(header("s.png", draw.randrange(2000), b"S"))
-    block[386:482] = b"".join(draw.choice(NUMBERS)[:12].ljust(12, b"\0") for _ in range(8))
-    block[482], block[483:495] = draw.randrange(2), draw.choice(NUMBERS).ljust(12, b"\0")
-    more = [
-        draw.randbytes(504) + bytes([draw.randrange(2)]) + bytes(7)
-        for _ in range(draw.randrange(4))
-    ]
-    return summed(block) + b"".join(more) + draw.randbytes(draw.randrange(4) * BLOCK)
+    block = bytearray(header("s.png", rng.randrange(2000), b"S"))
+    block[386:482] = b"".join(rng.choice(NUMBERS)[:12].ljust(12, b"\0") for _ in range(8))
+    block[482] = rng.randrange(2)
+    block[483:495] = rng.choice(NUMBERS).ljust(12, b"\0")
+    count = rng.randrange(4)
+    more = [rng.randbytes(504) + bytes([rng.randrange(2)]) + bytes(7) for _ in range(count)]
+    return summed(block) + b"".join(more) + rng.randbytes(rng.randrange(4) * BLOCK)
 
 
-def case(number):
+ANYWHERE = {"bits": flip_bits, "cut": cut, "blocks": replace_blocks, "bytes": insert_bytes}
+HEADERS = ("field", "type", "number")
+MEMBERS = ("pax", "long", "sparse", "chain")
+# in an order of their own, so that a case stays the same
+MUTATIONS = ("bits", "field", "type", "pax", "long", "sparse", "cut", "blocks", "chain", "number")
+MUTATIONS += ("bytes",)
+
+
+def mutated(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """Mutates a tar. Returns the kind of mutation, and the result."""
+    offset = rng.choice(header_offsets(data) or [0])
+    kind = rng.choice(MUTATIONS)
+    if kind in ANYWHERE:
+        return kind, ANYWHERE[kind](data, rng)
+    if kind in HEADERS:
+        return kind, change_header(data, offset, kind, rng)
+    return kind, data[:offset] + drawn_members(kind, rng) + data[offset:]
+
+
+def case(number: int) -> tuple[str, bytes, dict[str, bytes] | None]:
     """Returns case `number`: (description, bytes of a tar, its files if the tar is intact)."""
-    draw = random.Random(f"archive/{number}")
-    data, files = whole(draw)
-    done = []
-    while draw.random() < (0.85 if not done else 0.3):
-        kind, data = mutated(data, draw)
-        done, files = [*done, kind], None
+    rng = random.Random(f"archive/{number}")
+    data, files = intact_tar(rng)
+    kinds: list[str] = []
+    while rng.random() < (0.3 if kinds else 0.85):
+        kind, data = mutated(data, rng)
+        kinds.append(kind)
         if len(data) < BLOCK:
             break
-    if draw.random() < 0.1:
+    if rng.random() < 0.1:
         data = gzip.compress(data, 1, mtime=0)
-        done, files = [*done, "compressed"], None
-    return f"case {number}: {'+'.join(done) or 'whole'}", data, files
+        kinds.append("compressed")
+    return f"case {number}: {'+'.join(kinds) or 'whole'}", data, None if kinds else files
 
 
-def npy_that_claims(shape, data=b""):
+def npy_that_claims(shape: tuple[int, ...], data: bytes = b"") -> bytes:
     """Returns an .npy file whose header names a shape that its data need not have."""
     text = f"{{'descr': '<f2', 'fortran_order': False, 'shape': {shape}, }}".encode()
     text += b" " * (-len(text) - 11 % 64 - 1) + b"\n"

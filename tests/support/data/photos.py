@@ -1,40 +1,41 @@
-"""Images that compress like photographs: noise of several frequencies and gradients, and drawings
-on it.
-"""
+"""Images that compress like photographs: gradients, and noise of several frequencies."""
 
 import io
 import zlib
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 
-def photo(seed=0, size=(240, 320)):
+def photo(seed: int = 0, size: tuple[int, int] = (240, 320)) -> Image.Image:
     """Returns an image, uint8 RGB. size: height and width."""
     rng = np.random.default_rng(seed)
-    total = np.linspace(0, 1, size[1])[None, :, None] * rng.random(3) + np.linspace(0, 1, size[0])[
-        :, None, None
-    ] * rng.random(3)
+    height, width = size
+    across = np.linspace(0, 1, width)[None, :, None] * rng.random(3)
+    down = np.linspace(0, 1, height)[:, None, None] * rng.random(3)
+    pixels = across + down
     for cells in (3, 6, 12, 24, 48, 96, 192):
-        noise = rng.random((cells, cells, 3)).astype(np.float32) * 0.4 + rng.random(
-            (cells, cells, 1)
-        ).astype(np.float32)
+        coloured = rng.random((cells, cells, 3)).astype(np.float32)
+        grey = rng.random((cells, cells, 1)).astype(np.float32)
+        noise = coloured * 0.4 + grey
         channels = [
-            Image.fromarray(noise[..., i]).resize(size[::-1], Image.Resampling.BICUBIC)
+            Image.fromarray(noise[..., i]).resize((width, height), Image.Resampling.BICUBIC)
             for i in range(3)
         ]
-        total = total + np.stack(channels, -1) * 3 / cells**0.7
-    total = (total - total.min()) / np.ptp(total)
-    return Image.fromarray((total * 255).round().astype(np.uint8))
+        pixels = pixels + np.stack(channels, -1) * 3 / cells**0.7
+    pixels = (pixels - pixels.min()) / np.ptp(pixels)
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
-def encode(image, form="JPEG", **options):
+def encode(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
+    """Returns the bytes of an image file. options: of PIL's `save`."""
     file = io.BytesIO()
     image.save(file, form, **options)
     return file.getvalue()
 
 
-def png_that_claims(side):
+def png_that_claims(side: int) -> bytes:
     """Returns a small PNG whose header claims side x side pixels."""
     small = bytearray(encode(Image.new("RGB", (4, 4)), "PNG"))
     small[16:24] = side.to_bytes(4, "big") * 2

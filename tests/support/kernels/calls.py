@@ -103,12 +103,14 @@ CALLS: dict[str, Callable[[], Call]] = {
 def case_of(name: str, kind: str, device: str = "cpu", need: list[str] | None = None) -> Case:
     """Returns a call as a case; rows of attention have gaps between them."""
     call = CALLS[name]()
-    apart = dict.fromkeys(("q", "k", "v", "grad out"), "rows_apart")
-    backend, layouts = ("sdpa", apart) if call.op == "shaped_attention" else ("triton", {})
-    need = call.needed() if need is None else need
-    return Case(
-        call, KINDS[kind], backend, need, tf32=kind == "tf32", device=device, layouts=layouts
-    )
+    backend, layouts = "triton", {}
+    if call.op == "shaped_attention":
+        backend = "sdpa"
+        layouts = dict.fromkeys(("q", "k", "v", "grad out"), "rows_apart")
+    if need is None:
+        need = call.needed()
+    tf32 = kind == "tf32"
+    return Case(call, KINDS[kind], backend, need, tf32=tf32, device=device, layouts=layouts)
 
 
 @contextlib.contextmanager

@@ -47,18 +47,10 @@ def compiled(source: str, sm: int) -> dict[str, Code]:
     """Returns the kernels of a file of csrc/cuda/attention, compiled with the extension's flags."""
     (flags,) = re.findall(r'"nvcc": (\[.*?\])', (ROOT / "setup.py").read_text())
     target = f"-gencode=arch=compute_{sm},code=sm_{sm}"
-    command = [
-        nvcc(),
-        "-ptx",
-        "-lineinfo",
-        *ast.literal_eval(flags),
-        target,
-        f"csrc/cuda/attention/{source}.cu",
-    ]
-    text = subprocess.run(
-        [*command, "-o", "-"], check=True, cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    return {name: Code(kernel) for name, kernel in parse(text).items()}
+    file = f"csrc/cuda/attention/{source}.cu"
+    command = [nvcc(), "-ptx", "-lineinfo", *ast.literal_eval(flags), target, file, "-o", "-"]
+    run = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+    return {name: Code(kernel) for name, kernel in parse(run.stdout).items()}
 
 
 def _start(
@@ -70,11 +62,9 @@ def _start(
     (code,) = (code for kernel, code in compiled(source, card.sm).items() if name in kernel)
     fields = []
     for value in values:
-        is_view = isinstance(value, Tensor) and value.dim() == 4
-        strides = (
-            [np.int64(step * value.itemsize) for step in value.stride()[:3]] if is_view else []
-        )
-        fields += [value, *strides]
+        fields.append(value)
+        if isinstance(value, Tensor) and value.dim() == 4:  # a HeadsView
+            fields += [np.int64(step * value.itemsize) for step in value.stride()[:3]]
     card.launch(code, programs, threads, shared, fields)
 
 
@@ -96,11 +86,11 @@ def _start_shaped(
         np.float32(call.scale),
         np.bool_(call.causal),
     )
-    last = () if backward else (np.int32(plan["slice"]),)
+    values = [*fields, *written]
+    if not backward:
+        values.append(np.int32(plan["slice"]))
     name = "backward" if backward else "forward"
-    _start(
-        card, source, name, batch * heads, plan["threads"], plan["shared"], *fields, *written, *last
-    )
+    _start(card, source, name, batch * heads, plan["threads"], plan["shared"], *values)
 
 
 def _forward(card: Card, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -115,20 +105,10 @@ def _backward(card: Card, call: AttentionInto) -> Tensor:
     apart = [layouts.rows_apart(t) for t in (call.dq, call.dk, call.dv)]
     parts, d_gains = call.gains.new_empty(batch, 3, heads), torch.empty_like(call.gains)
     _start_shaped(card, True, call, call.lse, call.grad, *apart, parts)
-    _start(
-        card,
-        "gains",
-        "gains",
-        3 * heads,
-        32,
-        0,
-        parts,
-        d_gains,
-        np.int32(batch),
-        np.int32(3 * heads),
-    )
-    for written, of_kernel in zip((call.dq, call.dk, call.dv), apart):
-        written.copy_(of_kernel)
+    count = 3 * heads
+    _start(card, "gains", "gains", count, 32, 0, parts, d_gains, np.int32(batch), np.int32(count))
+    for out, written in zip((call.dq, call.dk, call.dv), apart):
+        out.copy_(written)
     return d_gains
 
 

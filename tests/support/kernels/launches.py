@@ -18,13 +18,13 @@ from ptx.capture import Started
 from simplclip.kernels.similarity import forward
 from simplclip.ops.similarity.call import RowStat  # ColumnStat's numbers are those of the first
 from support.ops import plain
-from support.ops.plain import rounded_to_tf32 as rounded
+from support.ops.plain import rounded_to_tf32
 
 LOG2E = math.log2(math.e)
 ERROR = 1e-5  # of float32 sums
-STUDENT, TEACHER, UNMATCHED = (
-    slot.value for slot in (forward.STUDENT, forward.TEACHER, forward.UNMATCHED)
-)
+STUDENT = forward.STUDENT.value
+TEACHER = forward.TEACHER.value
+UNMATCHED = forward.UNMATCHED.value
 Results = dict[str, tuple]
 
 
@@ -33,7 +33,8 @@ class Matrix:
 
     def __init__(self, a: dict[str, Any], rows: slice, columns: slice):
         def product(image: Tensor, text: Tensor) -> Tensor:
-            read = rounded if a["TILE"].PRECISION == "tf32" else torch.Tensor.detach
+            in_tf32 = a["TILE"].PRECISION == "tf32"
+            read = rounded_to_tf32 if in_tf32 else Tensor.detach
             return read(image[rows]).double() @ read(text[columns]).double().T
 
         self.rows, self.columns = torch.arange(a["n"])[rows], torch.arange(a["m"])[columns]
@@ -42,15 +43,15 @@ class Matrix:
         self.negative = ~self.positive
         if a["ids"] is not None:
             self.negative &= a["ids"][rows, None] != a["text_ids"][columns]
-        self.largest, self.teacher = 0.0, None  # largest: logit so far
+        self.largest_logit = 0.0  # of those computed so far
+        self.teacher = None
         if a.get("teacher_image") is not None:
-            self.teacher = self.logits(
-                product(a["teacher_image"], a["teacher_text"]), a["teacher_scale"]
-            )
+            similarity = product(a["teacher_image"], a["teacher_text"])
+            self.teacher = self.logits(similarity, a["teacher_scale"])
 
     def logits(self, similarity: Tensor, scale: Tensor) -> Tensor:
         logits = similarity * scale.double()
-        self.largest = max(self.largest, logits.abs().max().item())
+        self.largest_logit = max(self.largest_logit, logits.abs().max().item())
         return logits.masked_fill(~self.negative, -torch.inf)
 
 
@@ -74,9 +75,10 @@ def _merged(parts: Tensor, has_teacher: bool, before: Tensor | None = None) -> d
     numbers.
     """
     parts, merged = parts.double(), {}
-    for slot, stat in ((STUDENT, RowStat.LSE_STUDENT), (TEACHER, RowStat.LSE_TEACHER))[
-        : 1 + has_teacher
-    ]:
+    slots = {STUDENT: RowStat.LSE_STUDENT}
+    if has_teacher:
+        slots[TEACHER] = RowStat.LSE_TEACHER
+    for slot, stat in slots.items():
         lse = (parts[:, slot] + parts[:, slot + 1].log2()) / LOG2E
         if before is not None:
             lse = torch.cat([before[stat, None], lse])
@@ -91,7 +93,8 @@ def _merged(parts: Tensor, has_teacher: bool, before: Tensor | None = None) -> d
 
 def statistics(started: Started) -> Results:
     a, results = started.arguments, {}
-    m = Matrix(a, slice(a["first_row"], a["first_row"] + a["row_count"]), slice(None))
+    rows = slice(a["first_row"], a["first_row"] + a["row_count"])
+    m = Matrix(a, rows, slice(None))
     logits = m.logits(m.similarity, a["scale"])
     for name, axis in (("row_parts", 1), ("column_parts", 0)):
         if a[name] is None:
@@ -109,23 +112,21 @@ def statistics(started: Started) -> Results:
 
 def merge(started: Started) -> Results:
     a = started.arguments
-    here = slice(a["out_first"], a["out_first"] + a["size"])
-    before = started.before["out"].double()[:, here] if a["PREVIOUS"] else None
+    written = slice(a["out_first"], a["out_first"] + a["size"])
+    before = None
+    if a["PREVIOUS"]:
+        before = started.before["out"].double()[:, written]
     merged = _merged(a["parts"], a["HAS_TEACHER"], before)
     if a["HAS_PLANE"]:
         merged[RowStat.PAIR_MATCHING] = a["parts"][:, UNMATCHED].double().sum(0)
-    return {f"statistic {stat}": (a["out"][stat, here], exact) for stat, exact in merged.items()}
+    return {f"statistic {stat}": (a["out"][stat, written], exact) for stat, exact in merged.items()}
 
 
 def diagonal(started: Started) -> Results:
     a = started.arguments
     columns = slice(a["label_offset"], a["label_offset"] + a["n"])
-    return {
-        "positives": (
-            a["rows"][a["stat"]],
-            (a["image"].double() * a["text"][columns].double()).sum(1),
-        )
-    }
+    exact = (a["image"].double() * a["text"][columns].double()).sum(1)
+    return {"positives": (a["rows"][a["stat"]], exact)}
 
 
 def _block(a: dict[str, Any]) -> tuple[slice, slice]:
@@ -145,47 +146,48 @@ def _sums(started: Started, *terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The size is that of the terms.
     """
-    added = (started.arguments["sums"].double() - started.before["sums"].double()).sum(0)[
-        : len(terms)
-    ]
+    differences = started.arguments["sums"].double() - started.before["sums"].double()
+    added = differences.sum(0)[: len(terms)]
     return added, torch.stack([t.sum() for t in terms]), torch.stack([t.abs().sum() for t in terms])
 
 
 def gradient(started: Started) -> Results:
-    """A logit's rounding error, some 2^-24 of the largest logit, is a relative error of its
-    exponential. So an entry of G is as uncertain as the exponentials that it is the sum of, and not
-    more where the scale is large.
+    """Returns G and the sums.
+
+    A logit's rounding error, some 2^-24 of the largest logit, is a relative error of its
+    exponential. So an entry of G is as uncertain as the exponentials that it is the sum of.
     """
     a = started.arguments
     rows, columns = _block(a)
-    m, grads = Matrix(a, rows, columns), a["grad_rows"].double()[:, rows, None]
-    logits, sides = m.logits(m.similarity, a["scale"]), [(a["rows"].double()[:, rows, None], grads)]
+    m = Matrix(a, rows, columns)
+    row_grads = a["grad_rows"].double()[:, rows, None]
+    logits = m.logits(m.similarity, a["scale"])
+    sides = [(a["rows"].double()[:, rows, None], row_grads)]
     if a["columns"] is not None:
-        sides.append(
-            (a["columns"].double()[:, None, columns], a["grad_columns"].double()[:, None, columns])
-        )
+        column_statistics = a["columns"].double()[:, None, columns]
+        sides.append((column_statistics, a["grad_columns"].double()[:, None, columns]))
     softmaxes = [
-        _softmax(logits, stats[RowStat.LSE_STUDENT]) * of[RowStat.LSE_STUDENT]
-        for stats, of in sides
+        _softmax(logits, stats[RowStat.LSE_STUDENT]) * grads[RowStat.LSE_STUDENT]
+        for stats, grads in sides
     ]
     if m.teacher is not None:
         softmaxes += [
-            -_softmax(m.teacher, stats[RowStat.LSE_TEACHER]) * of[RowStat.MEAN]
-            for stats, of in sides
+            -_softmax(m.teacher, stats[RowStat.LSE_TEACHER]) * grads[RowStat.MEAN]
+            for stats, grads in sides
         ]
     g, size = sum(softmaxes), sum(each.abs() for each in softmaxes)
     terms, scale = [g * m.similarity], a["scale"].double()
     g, size = g * scale, size * scale.abs()
     if a["plane"] is not None:
         weight, bias = a["plane"].double()
-        slope = torch.where(
-            m.negative, (m.similarity * weight + bias).sigmoid() * grads[RowStat.PAIR_MATCHING], 0
-        )
+        decision = m.similarity * weight + bias
+        slope = decision.sigmoid() * row_grads[RowStat.PAIR_MATCHING]
+        slope = torch.where(m.negative, slope, 0)
         terms += [slope * m.similarity, slope]
         g, size = g + slope * weight, size + (slope * weight).abs()
-    g = torch.where(m.positive, grads[RowStat.DIAGONAL_STUDENT], g)
+    g = torch.where(m.positive, row_grads[RowStat.DIAGONAL_STUDENT], g)
     size = torch.where(m.positive, g.abs(), size)
-    uncertain = 1 + m.largest * 2.0**-22 / ERROR
+    uncertain = 1 + m.largest_logit * 2.0**-22 / ERROR
     (stored, exact), (added, total, of_sums) = _stored(a, g), _sums(started, *terms)
     return {
         "G": (stored, exact, _stored(a, size)[1] * uncertain),
@@ -197,8 +199,8 @@ def sigmoid(started: Started) -> Results:
     a = started.arguments
     m = Matrix(a, *_block(a))
     values = []
-    of_weight = []
-    of_bias = []
+    weight_slopes = []
+    bias_slopes = []
     g = torch.zeros_like(m.similarity)
     for weight, bias, negative, positive, mix in a["sigmoids"].double().T:
         sign = torch.where(m.positive, -1.0, 1.0)
@@ -206,32 +208,31 @@ def sigmoid(started: Started) -> Results:
         share = torch.where(m.positive, positive, torch.where(m.negative, negative, 0))
         values.append(share * plain.softplus(logits))
         slope = sign * share * mix * logits.sigmoid()
-        of_weight.append(slope * m.similarity)
-        of_bias.append(slope)
+        weight_slopes.append(slope * m.similarity)
+        bias_slopes.append(slope)
         g += slope * weight
     if not a["GRADIENT"]:
         return {"values": _sums(started, *values)}
-    return {"G": _stored(a, g), "sums": _sums(started, *values, *of_weight, *of_bias)}
+    return {"G": _stored(a, g), "sums": _sums(started, *values, *weight_slopes, *bias_slopes)}
 
 
 def range_of_float16(started: Started) -> Results:
     a, bound = started.arguments, 0.0
+
+    def largest(grads: Tensor, stat: RowStat) -> Tensor:
+        return grads[stat].abs().max().double()
+
     if a["grad_rows"] is not None:
-        largest = lambda t, stat: t[stat].abs().max().double()  # noqa: E731
-        sides = (
-            [a["grad_rows"]] if a["grad_columns"] is None else [a["grad_rows"], a["grad_columns"]]
-        )
-        softmaxes = sum(
-            largest(t, RowStat.LSE_STUDENT) + a["HAS_TEACHER"] * largest(t, RowStat.MEAN)
-            for t in sides
-        )
+        sides = [grads for grads in (a["grad_rows"], a["grad_columns"]) if grads is not None]
+        softmaxes = sum(largest(grads, RowStat.LSE_STUDENT) for grads in sides)
+        if a["HAS_TEACHER"]:
+            softmaxes = softmaxes + sum(largest(grads, RowStat.MEAN) for grads in sides)
         bound = softmaxes * a["scale"].abs()
         if a["plane"] is not None:
             bound += a["plane"][0].abs() * largest(a["grad_rows"], RowStat.PAIR_MATCHING)
         bound = max(bound, largest(a["grad_rows"], RowStat.DIAGONAL_STUDENT))
-    for weight, _, negative, positive, mix in (
-        [] if a["sigmoids"] is None else a["sigmoids"].double().T
-    ):
+    sigmoids = () if a["sigmoids"] is None else a["sigmoids"].double().T
+    for weight, _, negative, positive, mix in sigmoids:
         bound += (weight * mix).abs() * max(negative.abs(), positive.abs())
     power = (10 - (torch.as_tensor(bound).log2() - 1e-6).ceil()).clamp(-100, 100)
     return {"factor": (a["out"], torch.stack([power, -power]).double().exp2())}
@@ -247,12 +248,14 @@ def hidden(started: Started) -> Results:
     h = started.before["h"].double().requires_grad_()
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(plain.ACTIVATIONS[a["ACT"]](h).sum(), h)
-    read = (
-        (lambda t: (t.view(torch.int32) & ~0x1FFF).view(torch.float32))
-        if a["PRECISION"] == "tf32"
-        else (lambda t: t)
-    )
-    return {"dh": (a["h"], (read(a["grad"]).double() @ read(a["weight"]).double()) * slope)}
+    grad, weight = a["grad"], a["weight"]
+    if a["PRECISION"] == "tf32":
+        grad, weight = _truncated_to_tf32(grad), _truncated_to_tf32(weight)
+    return {"dh": (a["h"], (grad.double() @ weight.double()) * slope)}
+
+
+def _truncated_to_tf32(t: Tensor) -> Tensor:
+    return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 class Attention:
@@ -265,34 +268,42 @@ class Attention:
         if a["lengths"] is not None:
             self.valid = torch.arange(a["tokens"]) < a["lengths"][:, None]
         self.alpha, self.beta, self.gamma = a["gains"].double()[:, :, None]
-        counts = (
-            torch.arange(1, a["tokens"] + 1).double()[:, None]
-            if a["CAUSAL"]
-            else self.valid.sum(1).clamp(min=1)[:, None, None]
-        )
-        uniform = torch.ones(a["tokens"], a["tokens"], dtype=torch.float64)
-        self.uniform = (uniform.tril() if a["CAUSAL"] else uniform) / counts  # [L, L] or [B, L, L]
+        visible = torch.ones(a["tokens"], a["tokens"], dtype=torch.float64)
+        if a["CAUSAL"]:
+            visible = visible.tril()
+            counts = torch.arange(1, a["tokens"] + 1).double()[:, None]
+        else:
+            counts = self.valid.sum(1).clamp(min=1)[:, None, None]
+        self.uniform = visible / counts  # [L, L] or [B, L, L]
 
-    def of(self, name: str) -> Tensor:
-        return self.arguments[name].first.double().masked_fill(~self.valid[:, :, None, None], 0)
+    def tensor(self, name: str) -> Tensor:
+        return self.without_padding(self.arguments[name].first.double())
 
-    def mean(self, t: Tensor, transposed: bool = False) -> Tensor:
-        uniform = self.uniform.transpose(-2, -1) if transposed else self.uniform
-        return (uniform @ t.flatten(2)).view(t.shape).masked_fill(~self.valid[:, :, None, None], 0)
+    def without_padding(self, t: Tensor) -> Tensor:
+        return t.masked_fill(~self.valid[:, :, None, None], 0)
+
+    def mean(self, t: Tensor) -> Tensor:
+        """Returns the mean of each token's visible tokens."""
+        return self.without_padding((self.uniform @ t.flatten(2)).view(t.shape))
+
+    def spread(self, t: Tensor) -> Tensor:
+        """Returns the gradient of `mean`'s argument."""
+        uniform = self.uniform.transpose(-2, -1)
+        return self.without_padding((uniform @ t.flatten(2)).view(t.shape))
 
 
 def attention_terms(started: Started) -> Results:
     x, out = Attention(started), started.arguments["out"].first
-    v = x.of("v")
-    return {"out": (out, x.alpha * v + x.beta * x.of("av") - x.gamma * x.mean(v))}
+    v = x.tensor("v")
+    return {"out": (out, x.alpha * v + x.beta * x.tensor("av") - x.gamma * x.mean(v))}
 
 
 def attention_gradients(started: Started) -> Results:
     x, a = Attention(started), started.arguments
-    grad, v = x.of("grad"), x.of("v")
-    spread = x.mean(grad, transposed=True)
-    dv = x.alpha * grad + x.beta * x.of("v_grad") - x.gamma * spread
-    terms = grad * v, grad * x.of("av"), -v * spread
+    grad, v = x.tensor("grad"), x.tensor("v")
+    spread = x.spread(grad)
+    dv = x.alpha * grad + x.beta * x.tensor("v_grad") - x.gamma * spread
+    terms = grad * v, grad * x.tensor("av"), -v * spread
     parts = (
         a["parts"],
         torch.stack([t.sum((1, 3)) for t in terms]),
@@ -300,9 +311,9 @@ def attention_gradients(started: Started) -> Results:
     )
     results = {
         "dv": (a["dv"].first, dv),
-        "dq": (a["dq"].first, a["sign"] * x.beta * x.of("q_grad")),
+        "dq": (a["dq"].first, a["sign"] * x.beta * x.tensor("q_grad")),
     }
-    return results | {"dk": (a["dk"].first, x.beta * x.of("k_grad")), "parts": parts}
+    return results | {"dk": (a["dk"].first, x.beta * x.tensor("k_grad")), "parts": parts}
 
 
 DEFINITIONS: dict[str, Callable[[Started], Results]] = {
@@ -324,12 +335,15 @@ def compare(started: Started) -> dict[str, float]:
     last place as well.
     """
     errors = {}
-    for name, (got, exact, *size) in DEFINITIONS[started.name](started).items():
-        type, empty = torch.finfo(got.dtype), exact == -torch.inf
-        got, exact = (torch.where(empty & (t == -torch.inf), 0, t.double()) for t in (got, exact))
-        rounding = type.eps / 2 * exact.abs().clamp(min=type.smallest_normal)
-        allowed = ERROR * (size[0] if size else exact.abs().max()) + rounding + 1e-30
-        error = ((got - exact).abs() / allowed).max().item()
+    for name, (written, exact, *size) in DEFINITIONS[started.name](started).items():
+        limits, empty = torch.finfo(written.dtype), exact == -torch.inf
+        written, exact = (
+            torch.where(empty & (t == -torch.inf), 0, t.double()) for t in (written, exact)
+        )
+        rounding = limits.eps / 2 * exact.abs().clamp(min=limits.smallest_normal)
+        relative_to = size[0] if size else exact.abs().max()
+        allowed = ERROR * relative_to + rounding + 1e-30
+        error = ((written - exact).abs() / allowed).max().item()
         errors[name] = math.inf if math.isnan(error) else error
     return errors
 

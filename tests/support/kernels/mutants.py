@@ -17,12 +17,12 @@ from support.kernels import launches
 Mutation = Callable[[Instruction], Instruction | None]  # None: the instruction is dropped
 
 
-def _operand(place: int, change: Callable[[Any], Any]) -> Mutation:
+def _operand(index: int, change: Callable[[Any], Any]) -> Mutation:
     """Returns a mutation that changes an operand."""
 
     def mutate(i: Instruction) -> Instruction:
         operands = list(i.operands)
-        operands[place] = change(operands[place])
+        operands[index] = change(operands[index])
         return replace(i, operands=tuple(operands))
 
     return mutate
@@ -87,31 +87,33 @@ KINDS = {
 
 
 def places(kind: Kind, code: Code) -> list[int]:
-    """Returns the executed instructions that a kind can change."""
-    instructions = enumerate(zip(code.kernel.instructions, code.executed))
+    """Returns the indices of executed instructions that a kind can change."""
 
-    def fits(i):
+    def fits(i: Instruction) -> bool:
         guarded = i.predicate is not None or not kind.guarded
         return i.opcode.startswith(kind.opcode) and guarded
 
-    return [place for place, (each, executed) in instructions if executed and fits(each)]
+    instructions = enumerate(zip(code.kernel.instructions, code.executed))
+    return [index for index, (i, executed) in instructions if executed and fits(i)]
 
 
 def mutant(kernel: Kernel, kind: Kind, chosen: set[int]) -> Kernel:
     """Returns the kernel with these instructions changed."""
-    changed = {place: kind.mutate(kernel.instructions[place]) for place in chosen}
-    kept = [place for place in range(len(kernel.instructions)) if changed.get(place, 0) is not None]
-    labels = {name: sum(place < target for place in kept) for name, target in kernel.labels.items()}
-    return replace(
-        kernel, instructions=[changed.get(p, kernel.instructions[p]) for p in kept], labels=labels
-    )
+    instructions: list[Instruction] = []
+    new_index = []  # of each instruction, and of the end
+    for index, instruction in enumerate(kernel.instructions):
+        new_index.append(len(instructions))
+        if index in chosen:
+            instruction = kind.mutate(instruction)
+        if instruction is not None:
+            instructions.append(instruction)
+    new_index.append(len(instructions))
+    labels = {name: new_index[target] for name, target in kernel.labels.items()}
+    return replace(kernel, instructions=instructions, labels=labels)
 
 
 def found_by(started: Started, kernel: Kernel) -> str:
-    """Runs a launch again with another kernel.
-
-    Returns how it is found to be wrong, "" if it is not.
-    """
+    """Runs a launch again with another kernel. Returns what shows that it is wrong, or ""."""
     launch, machine = started.launch, Machine()
     for name, before in started.before.items():
         started.arguments[name].detach().copy_(before)
@@ -128,9 +130,10 @@ def found_by(started: Started, kernel: Kernel) -> str:
 
 def sample(started: list[Started], count: int, seed: int = 0) -> list[tuple[Started, str, int]]:
     """Draws launches, kinds and places: at most six places of a kind in a launch."""
-    draw, every = random.Random(seed), []
-    for each in started:
+    rng, mutations = random.Random(seed), []
+    for launch in started:
         for name, kind in KINDS.items():
-            fitting = places(kind, each.launch.code)
-            every += [(each, name, place) for place in draw.sample(fitting, min(len(fitting), 6))]
-    return draw.sample(every, min(count, len(every)))
+            indices = places(kind, launch.launch.code)
+            drawn = rng.sample(indices, min(len(indices), 6))
+            mutations += [(launch, name, index) for index in drawn]
+    return rng.sample(mutations, min(count, len(mutations)))
