@@ -1,4 +1,4 @@
-"""Image-text pairs from tars, for training: `Loader`. held_out_data.py reads held-out data.
+"""Image-text pairs from tars, for training: `Loader`. held_out_loader.py reads held-out data.
 
 A worker's stream has no end: in each pass it shuffles the tars by (seed, pass), takes its part of
 them, shuffles samples in a buffer, and only then draws captions, decodes, augments and tokenises.
@@ -20,9 +20,11 @@ import torch
 from webdataset import filters
 
 from simplclip.common.errors import InputError, check_count
-from simplclip.data import tars
+from simplclip.data.decode_images import decode_pil
 from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
-from simplclip.data.images import decode_pil
+from simplclip.data.find_sidecars import Folders, check_sidecars
+from simplclip.data.find_sources import Source, in_words, sources_of
+from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import (
     MAX_BYTES,
     Pair,
@@ -33,8 +35,6 @@ from simplclip.data.samples import (
     place_of,
     stable_hash,
 )
-from simplclip.data.sidecars import Folders, check_sidecars
-from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.transforms import ImageTransform, View, stack
 from simplclip.data.workers import from_workers
 
@@ -90,7 +90,7 @@ class Loader:
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
         teacher: read the features that `simplclip teacher` wrote.
         sidecars: folders with further files of the samples, in the order in which they are joined;
-            see sidecars.py.
+            see find_sidecars.py.
         shuffle_buffer: number of samples, whose files are held in memory; one that holds all of a
             worker shuffles fully.
         pin_memory: copy batches to page-locked memory, for a GPU.
@@ -300,7 +300,7 @@ class Loader:
             "on_error": self.on_error,
         }
         for source, copy_number in order:
-            for sample in tars.read(source, skipped, **options):
+            for sample in read_tar(source, skipped, **options):
                 yield sample | {"__copy__": copy_number} if copy_number else sample
 
     def _prepare(self, sample: Sample, number: int) -> tuple:

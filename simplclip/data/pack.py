@@ -34,9 +34,9 @@ import numpy as np
 
 from simplclip.common.errors import InputError, UserError, visible
 from simplclip.common.progress import Progress
+from simplclip.data.decode_images import open_image, remarks_on
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.forms import Options, Row, RowSource, is_source, open_source, split_of
-from simplclip.data.images import open_image, remarks_on
+from simplclip.data.read_tables import Options, Row, RowSource, is_source, open_source, split_of
 from simplclip.data.samples import (
     MAX_BYTES,
     TEXT_BYTES,
@@ -45,7 +45,7 @@ from simplclip.data.samples import (
     is_held_out,
     record_of,
 )
-from simplclip.data.tar_writer import TarFolder, add, entry_of, new_tar, skipped_in
+from simplclip.data.write_tars import TarFolder, add, entry_of, new_tar, skipped_in
 
 FORMAT = "simplclip-shards-2"
 SAMPLES = 1024  # rows of a shard

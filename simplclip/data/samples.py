@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from simplclip.data import images
+from simplclip.data import decode_images
 from simplclip.data.errors import BrokenSample, ShardError
 
 # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
@@ -62,7 +62,7 @@ class Pair:
     @property
     def image(self) -> Image.Image:
         """The decoded image, RGB, black where it is transparent. Raises BrokenSample."""
-        return images.opaque(images.decode_pil(self.encoded))
+        return decode_images.opaque(decode_images.decode_pil(self.encoded))
 
     @property
     def place(self) -> str:
@@ -141,7 +141,7 @@ def check_files(sample: Sample) -> None:
 
 def image_of(sample: Sample) -> bytes:
     """Returns the encoded image of a sample. Raises BrokenSample if it has none."""
-    for suffix in images.SUFFIXES:
+    for suffix in decode_images.IMAGE_SUFFIXES:
         if suffix in sample:
             return sample[suffix]
     raise BrokenSample("missing image")

@@ -15,8 +15,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from simplclip.data.errors import BrokenSample, Skipped
+from simplclip.data.find_sources import Address, Source
 from simplclip.data.samples import Sample, place_of
-from simplclip.data.sources import Address, Source
 from simplclip.data.workers import from_workers
 
 

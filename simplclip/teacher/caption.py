@@ -26,7 +26,7 @@ from simplclip.common.files import sha256
 from simplclip.data.pack import packed
 from simplclip.data.samples import Pair, stable_hash
 from simplclip.data.transforms import ImageTransform, finished, stack
-from simplclip.data.writer import write_sidecars
+from simplclip.data.write_sidecars import write_sidecars
 from simplclip.models.weights import download
 
 
@@ -82,8 +82,8 @@ def run(
         batch_size: images at a time; n captions of each are drawn together.
         max_tokens: most tokens of a caption, including start and end of text; at most the model's
             context.
-        options: workers, sidecars, progress of `data.writer.write_sidecars`, which also documents
-            errors and continuation.
+        options: workers, sidecars, progress of `data.write_sidecars.write_sidecars`, which also
+            documents errors and continuation.
 
     Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run.
     Raises InputError for an argument out of range, a model that is no CoCa, and weights that do not

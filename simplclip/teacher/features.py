@@ -27,16 +27,16 @@ from torch import Tensor
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, check_count
-from simplclip.data import tars
+from simplclip.data.decode_images import open_image
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.images import open_image
+from simplclip.data.find_sidecars import Folders
+from simplclip.data.find_sources import sources_of
 from simplclip.data.loader import seeded
 from simplclip.data.pack import packed
+from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, digests_of, parse
-from simplclip.data.sidecars import Folders
-from simplclip.data.sources import sources_of
 from simplclip.data.transforms import ImageTransform, View, augmentation, finished, stack
-from simplclip.data.writer import write_sidecars
+from simplclip.data.write_sidecars import write_sidecars
 from simplclip.evaluation import Encoder, load, recall
 from simplclip.models.trained import image_transform
 from simplclip.train import config as configs
@@ -124,12 +124,12 @@ def write(
     the teacher.
 
     Args:
-        shards: tars, see `data.writer.write_sidecars`, which also documents errors, continuation
-            and the returned dict.
+        shards: tars, see `data.write_sidecars.write_sidecars`, which also documents errors,
+            continuation and the returned dict.
         views: views of the images in place of the images, not augmented. Training replays one of
             them in each epoch.
         batch_size: samples, views or captions that are encoded at a time.
-        options: workers, sidecars, progress of `data.writer.write_sidecars`.
+        options: workers, sidecars, progress of `data.write_sidecars.write_sidecars`.
     """
     prepare = Prepare(transform_of(teacher), teacher.tokenizer, views)
 
@@ -242,7 +242,7 @@ def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
     it is of any use.
     """
     raw = chain.from_iterable(
-        tars.read(source, Skipped(), sidecars=sidecars) for source in sources_of(shards)
+        read_tar(source, Skipped(), sidecars=sidecars) for source in sources_of(shards)
     )
     pairs: list[Pair] = []
     for sample in (sample for sample in raw if TEACHER in sample):

@@ -17,7 +17,7 @@ from pairs import npy, resize, write
 from test_samples import one_pass
 
 from simplclip import data
-from simplclip.data import tars
+from simplclip.data import read_tars
 from simplclip.data.errors import Skipped
 
 DAMAGED = "damaged tar"
@@ -163,7 +163,7 @@ ARCHIVES = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(tars, "RETRIES", ())
+    monkeypatch.setattr(read_tars, "RETRIES", ())
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from photos import encode, photo
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from simplclip.data.images import opaque, open_image, remarks_on
+from simplclip.data.decode_images import opaque, open_image, remarks_on
 from simplclip.data.loader import pixels_of
 from simplclip.data.samples import Pair
 from simplclip.data.transforms import ImageTransform

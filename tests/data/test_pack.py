@@ -19,8 +19,8 @@ from photos import encode, photo
 from PIL import Image
 
 from simplclip.common.errors import InputError
-from simplclip.data import forms, pack, tar_writer
-from simplclip.data.forms import Options
+from simplclip.data import pack, read_tables, write_tars
+from simplclip.data.read_tables import Options
 
 ROWS = [("img/a.png", "one"), ("img/a.png", "two"), ("img/sub/b.png", "three")]
 TWO = [("000000000", ["one", "two"]), ("000000002", ["three"])]
@@ -103,7 +103,7 @@ def samples(shards):
 
 
 def skipped_of(out):
-    return tar_writer.skipped_in(meta(out)["splits"]["data"]["shards"].values())
+    return write_tars.skipped_in(meta(out)["splits"]["data"]["shards"].values())
 
 
 def packed(source, out, options=Options(), **more):  # noqa: B008
@@ -154,7 +154,7 @@ def test_rows_of_every_kind(tmp_path):
 
 def test_separators_and_wrong_tables(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
-    for separator in forms.SEPARATORS:
+    for separator in read_tables.SEPARATORS:
         path = table(tmp_path / "t.csv", [["a.png", "one"]], separator=separator)
         assert packed(path, tmp_path / f"out{ord(separator)}")[0] == [("000000000", ["one"])]
     for name, content, options, message in (
@@ -214,7 +214,7 @@ def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
         tmp_path / "t.csv", [[f"{number}.png", f"{number} {'x' * 100}"] for number in range(rows)]
     )
     Path(path).write_text(Path(path).read_text().replace("7.png,7 x", '7.png,"7 x', 1))
-    found = list(forms.open_source(path, Options()).rows())
+    found = list(read_tables.open_source(path, Options()).rows())
     assert [row.name for row in found if row.problem] == ["t.csv/000000007"]
     assert [row.captions[0].split()[0] for row in found if not row.problem] == [
         str(n) for n in range(rows) if n != 7
@@ -238,7 +238,7 @@ def test_no_large_table_is_held(tmp_path, kind):
         )
     del columns
     tracemalloc.start()
-    source = forms.open_source(path, Options())
+    source = read_tables.open_source(path, Options())
     assert source.total == count
     (last,) = deque(source.rows(), maxlen=1)
     _, peak = tracemalloc.get_traced_memory()
@@ -399,7 +399,7 @@ def test_pictures_with_transparency_and_of_one_colour_are_told(tmp_path, monkeyp
             f"3 of one colour as the model sees them, such as '{tmp_path}/2.png'; see Pixels in "
             "docs/data.md" in output
         )
-    remarks = tar_writer.skipped_in(
+    remarks = write_tars.skipped_in(
         meta(tmp_path / "out")["splits"]["data"]["shards"].values(), "remarks"
     )
     assert remarks.counts == {
@@ -428,7 +428,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         file[draw.randrange(len(file))] = draw.randrange(256)
         (tmp_path / "t.parquet").write_bytes(file)
         try:
-            deque(forms.open_source(tmp_path / "t.parquet", Options()).rows())
+            deque(read_tables.open_source(tmp_path / "t.parquet", Options()).rows())
         except InputError as error:
             damaged.append(str(error))
     assert damaged

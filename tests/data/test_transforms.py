@@ -24,8 +24,8 @@ from torchvision.transforms import functional as TF
 
 from simplclip import models
 from simplclip.data import transforms
+from simplclip.data.decode_images import decode_pil, open_image
 from simplclip.data.errors import BrokenSample
-from simplclip.data.images import decode_pil, open_image
 from simplclip.data.transforms import ImageTransform, decode
 
 

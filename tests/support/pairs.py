@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 from simplclip import data
 from simplclip.commands.main import app
 from simplclip.common import files
-from simplclip.data import samples, tars
+from simplclip.data import samples
 from simplclip.data.errors import Skipped
+from simplclip.data.read_tars import read_tar
 
 SIZE = 8
 COUNT = 23
@@ -76,7 +77,7 @@ def joined(shards, *folders, teacher=False):
     """
     found = {}
     for source in data.sources_of(str(shards)):
-        for raw in tars.read(source, Skipped(), sidecars=folders):
+        for raw in read_tar(source, Skipped(), sidecars=folders):
             found[raw["__key__"]] = samples.parse(raw, teacher=teacher)
     return found
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageStat, JpegImagePlugin, PngImagePlugin, WebPImagePlug
 
 from simplclip.data.errors import BrokenSample
 
-SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _PLUGINS: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
     b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,

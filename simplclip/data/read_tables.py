@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from simplclip.common.errors import InputError
+from simplclip.data.decode_images import IMAGE_SUFFIXES
 from simplclip.data.errors import BrokenSample
-from simplclip.data.images import SUFFIXES
 from simplclip.data.samples import TEXT_BYTES, clean, file_bytes, json_of, state_of
 
 TABLES = (".csv", ".tsv", ".parquet")
@@ -395,4 +395,6 @@ def _images(path: str) -> Iterator[tuple[str, dict[str, str]]]:
             samples[key][os.path.join(inside, file)] = suffix[1:].lower()
         for _, sample in sorted(samples.items()):
             texts = {suffix: file for file, suffix in sample.items() if suffix in ("txt", "json")}
-            yield from ((file, texts) for file, suffix in sample.items() if suffix in SUFFIXES)
+            yield from (
+                (file, texts) for file, suffix in sample.items() if suffix in IMAGE_SUFFIXES
+            )

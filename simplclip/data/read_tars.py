@@ -20,16 +20,16 @@ from typing import Any
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from simplclip.data import images
+from simplclip.data.decode_images import IMAGE_SUFFIXES
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
+from simplclip.data.find_sidecars import Folders, beside
+from simplclip.data.find_sources import Address, Source
 from simplclip.data.samples import MAX_BYTES, TEACHER, TEACHER_JSON, TEXT_BYTES, Sample
-from simplclip.data.sidecars import Folders, beside
-from simplclip.data.sources import Address, Source
 
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
 STALL = 60  # seconds without a byte after which a server counts as gone
 TEXTS = ("txt", "json", "cls", TEACHER_JSON)
-SUFFIXES = (*images.SUFFIXES, *TEXTS, TEACHER)  # files that are read
+SUFFIXES = (*IMAGE_SUFFIXES, *TEXTS, TEACHER)  # files that are read
 
 _LONGEST = 4096  # most bytes of a name; systems allow no longer path
 # most bytes of a member: passing over more of a stream that has ended would take long
@@ -77,7 +77,7 @@ class Member(tarfile.TarInfo):
         member.sparse = []  # a list of holes may be as long as the file; sparse files are not read
 
 
-def read(
+def read_tar(
     source: Source,
     skipped: Skipped,
     *,
@@ -152,7 +152,7 @@ def _joined(samples: Iterator[Sample], shard: str, folders: Folders) -> Iterator
 
 def _of_sidecar(path: str) -> Iterator[Sample]:
     try:
-        yield from read(Source(path, name=path), Skipped(), on_error="stop")
+        yield from read_tar(Source(path, name=path), Skipped(), on_error="stop")
     except ShardError as error:
         raise ShardError(
             f"sidecar of {error}; make it again by the command that wrote it"
@@ -168,7 +168,9 @@ def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) ->
 
     for sample in group_by_keys(_files(source, skipped, max_bytes, damage), handler=count_double):
         # If the sample before the damage is incomplete, only the damage is counted.
-        if damage and ({"txt", "json"}.isdisjoint(sample) or {*images.SUFFIXES}.isdisjoint(sample)):
+        any_caption = not {"txt", "json"}.isdisjoint(sample)
+        any_image = not {*IMAGE_SUFFIXES}.isdisjoint(sample)
+        if damage and not (any_caption and any_image):
             break
         yield sample | {"__shard__": source.name}
     if damage and on_error == "stop":

@@ -9,8 +9,8 @@ import torch
 from photos import encode, photo, png_that_claims
 from PIL import Image
 
+from simplclip.data.decode_images import decode_pil, open_image
 from simplclip.data.errors import BrokenSample
-from simplclip.data.images import decode_pil, open_image
 from simplclip.data.transforms import decode, to_tensor
 
 

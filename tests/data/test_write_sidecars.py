@@ -13,7 +13,7 @@ from pairs import digests, killed_at_any_point, members, meta, png, sample, writ
 
 from simplclip import data
 from simplclip.data.samples import Pair
-from simplclip.data.writer import write_sidecars
+from simplclip.data.write_sidecars import write_sidecars
 
 STAMP = {"mark": {"name": "test", "width": 2}}
 

@@ -6,7 +6,7 @@ samples by key.
 
 A sidecar's file replaces the sample's file of the same suffix. A sidecar has its samples in the
 order of the shard, and may lack some. `simplclip teacher` and `simplclip caption` write sidecars
-(writer.py), tars.py reads them.
+(write_sidecars.py), read_tars.py reads them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 from simplclip.common.errors import InputError
 from simplclip.data.errors import ShardError
+from simplclip.data.find_sources import Address, Source, name_of, sources_of
 from simplclip.data.samples import json_of
-from simplclip.data.sources import Address, Source, name_of, sources_of
 
 Folders = Sequence[str | os.PathLike]
 _LEAST = 1024  # bytes of a sample in a tar

@@ -25,13 +25,13 @@ from typing import Any
 from simplclip.common import ranks
 from simplclip.common.errors import InputError, check_count
 from simplclip.common.progress import Progress
-from simplclip.data import tars
 from simplclip.data.errors import Skipped
+from simplclip.data.find_sidecars import Folders, beside, by_name, check_sidecars, dataset_size
+from simplclip.data.find_sources import Address, Source, sources_of
+from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import MAX_BYTES, Pair, Sample, parse, state_of
-from simplclip.data.sidecars import Folders, beside, by_name, check_sidecars, dataset_size
-from simplclip.data.sources import Address, Source, sources_of
 from simplclip.data.stored_order import Portion, StoredOrder
-from simplclip.data.tar_writer import TarFolder, add, entry_of, new_tar, skipped_in
+from simplclip.data.write_tars import TarFolder, add, entry_of, new_tar, skipped_in
 
 FORMAT = "simplclip-sidecars-1"
 
@@ -103,7 +103,7 @@ def write_sidecars(
             lambda: (_unfinished(sources, folder, sidecars), folder.entries)
         )
         of_rank = list(islice(todo, rank, None, count))
-        read = partial(tars.read, sidecars=sidecars, max_bytes=max_bytes)
+        read = partial(read_tar, sidecars=sidecars, max_bytes=max_bytes)
         prepared = partial(_prepared, prepare=prepare)
         order = StoredOrder(
             [todo[name] for name in of_rank],

@@ -19,11 +19,13 @@ from PIL import Image
 
 from simplclip.common import ranks
 from simplclip.common.errors import InputError
-from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
-from simplclip.data.forms import Options, Row, is_source, label_of_folder, open_source
+from simplclip.data.find_sidecars import Folders
+from simplclip.data.find_sources import Source, in_words, sources_of
 from simplclip.data.loader import pixels_of, seeded
 from simplclip.data.pack import files_of
+from simplclip.data.read_tables import Options, Row, is_source, label_of_folder, open_source
+from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import (
     Pair,
     Sample,
@@ -35,8 +37,6 @@ from simplclip.data.samples import (
     label_of,
     record_of,
 )
-from simplclip.data.sidecars import Folders
-from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.stored_order import StoredOrder
 
 
@@ -158,7 +158,7 @@ class HeldOut:
 
     def _read(self, source: Source, skipped: Skipped) -> Iterator[Sample]:
         if self.share or not is_source(source.url):
-            samples = tars.read(source, skipped, sidecars=self.sidecars or None)
+            samples = read_tar(source, skipped, sidecars=self.sidecars or None)
             yield from (
                 sample for sample in samples if not self.share or is_held_out(sample, self.share)
             )
@@ -231,7 +231,7 @@ def divided(shards: Any, share: float, sidecars: Folders = ()) -> Division:
     captions = list[int]()
     trained = array("q")
     for source in sources_of(shards):
-        for sample in tars.read(source, Skipped(), sidecars=sidecars or None):
+        for sample in read_tar(source, Skipped(), sidecars=sidecars or None):
             try:
                 check_files(sample)
                 texts = [hash(text) for text in captions_of(sample, record_of(sample))]
