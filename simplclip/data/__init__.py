@@ -1,10 +1,11 @@
 """Image-text pairs, from the tars that a user names to batches.
 
 find       find_sources.py: the tars; find_sidecars.py: further files of their samples
-read       read_tars.py: samples of tars; read_tables.py: rows of tables, JSON and folders
+read       read_tars.py: samples of tars; read_tables.py: rows of tables, JSON and folders;
+           read_meta.py: meta.json beside tars
 parse      samples.py: the image, captions, json and a teacher's features of a sample
 decode     decode_images.py: image files, by Pillow
-transform  transforms.py: the pixels that a model takes
+transform  transforms.py: the pixels that a model takes; views.py: those of one sample
 batch      loader.py: for training; held_out_loader.py: for evaluation, by stored_order.py;
            both in the processes of workers.py
 write      pack.py: tars of other forms; write_sidecars.py; both by write_tars.py
@@ -16,18 +17,18 @@ from simplclip.common.lazy import attribute
 
 if TYPE_CHECKING:
     from simplclip.data.errors import EmptyDataError, ShardError, Skipped, WorkerError
-    from simplclip.data.find_sidecars import dataset_size, teacher_stamp
     from simplclip.data.find_sources import sources_of
     from simplclip.data.held_out_loader import Division, HeldOut, divided, held_out
     from simplclip.data.loader import Loader
     from simplclip.data.pack import packed
+    from simplclip.data.read_meta import dataset_size, teacher_stamp
 
 _MODULES = {  # imported on first use: packing needs no torch
     "errors": ("EmptyDataError", "ShardError", "Skipped", "WorkerError"),
     "held_out_loader": ("Division", "HeldOut", "divided", "held_out"),
     "loader": ("Loader",),
     "pack": ("packed",),  # simplclip.data.pack is the module
-    "find_sidecars": ("dataset_size", "teacher_stamp"),
+    "read_meta": ("dataset_size", "teacher_stamp"),
     "find_sources": ("sources_of",),
 }
 __all__ = [

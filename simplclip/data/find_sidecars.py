@@ -6,38 +6,34 @@ samples by key.
 
 A sidecar's file replaces the sample's file of the same suffix. A sidecar has its samples in the
 order of the shard, and may lack some. `simplclip teacher` and `simplclip caption` write sidecars
-(write_sidecars.py), read_tars.py reads them.
+(write_sidecars.py), and read_tars.py joins them.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from simplclip.common.errors import InputError
 from simplclip.data.errors import ShardError
-from simplclip.data.find_sources import Address, Source, name_of, sources_of
-from simplclip.data.samples import json_of
+from simplclip.data.find_sources import Source, name_of
+from simplclip.data.read_meta import tar_entries
 
 Folders = Sequence[str | os.PathLike]
-_LEAST = 1024  # bytes of a sample in a tar
-_WIDEST = 1 << 20  # numbers of a feature
 
 
-def plain_name(shard: str) -> str:
+def sidecar_name(shard: str) -> str:
     """Returns the file name of a shard's sidecar: the shard's own, without the .gz of a file that a
     command unpacks.
     """
     return re.sub(r"\.(gz|xz|bz2|zst)$", "", name_of(shard))
 
 
-def beside(shard: str, folders: Folders) -> list[str]:
+def sidecars_of(shard: str, folders: Folders) -> list[str]:
     """Returns the paths of a shard's sidecars in `folders`. Raises ShardError if one is missing."""
-    paths = [os.path.join(os.path.expanduser(folder), plain_name(shard)) for folder in folders]
+    paths = [os.path.join(os.path.expanduser(folder), sidecar_name(shard)) for folder in folders]
     for path in paths:
         if not os.path.isfile(path):
             raise ShardError(
@@ -47,11 +43,11 @@ def beside(shard: str, folders: Folders) -> list[str]:
     return paths
 
 
-def by_name(sources: Iterable[Source]) -> dict[str, Source]:
+def by_sidecar_name(sources: Iterable[Source]) -> dict[str, Source]:
     """Returns sources by the names of their sidecars. Raises InputError for two of one name."""
     named: dict[str, Source] = {}
     for source in sources:
-        first = named.setdefault(plain_name(source.url), source)
+        first = named.setdefault(sidecar_name(source.url), source)
         if first.url != source.url:
             got = f"{str(first.url)!r} and {str(source.url)!r}"
             raise InputError(
@@ -69,87 +65,26 @@ def check_sidecars(sources: Iterable[Source], folders: Folders) -> None:
     """
     if isinstance(folders, (str, os.PathLike)):
         raise InputError(f"sidecars: expected a list of folders, got {folders!r}")
-    shards = [source.url for source in by_name(sources).values()] if folders else []
+    if not folders:
+        return
+    shards = [source.url for source in by_sidecar_name(sources).values()]
     for folder in map(os.path.expanduser, folders):
         if not os.path.isdir(folder):
             raise InputError(f"sidecars: expected folders, got {str(folder)!r}, which is none")
-        listed = entries(folder)
+        entries = tar_entries(folder)
         for shard in shards:
-            (path,) = beside(shard, [folder])
-            source = listed.get(os.path.basename(path), {}).get("source")
-            size = source.get("bytes") if isinstance(source, dict) else None
-            if size is not None and os.path.exists(shard) and os.path.getsize(shard) != size:
-                raise ShardError(
-                    f"shard {shard!r} has changed since its sidecar {path!r} was made: expected "
-                    f"{size} bytes, got {os.path.getsize(shard)}; run the command that wrote the "
-                    "sidecar again"
-                )
+            (sidecar,) = sidecars_of(shard, [folder])
+            entry = entries.get(os.path.basename(sidecar), {})
+            _check_size(shard, sidecar, entry.get("source"))
 
 
-def entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """Reads the entries of a folder's meta.json, by the file name of the shard or sidecar; {}
-    without a valid meta.json.
-    """
-    try:
-        splits = json_of(Path(folder, "meta.json").read_text("utf-8"))["splits"].values()
-        named = [item for split in splits for item in split["shards"].items()]
-        return {name: entry for name, entry in named if isinstance(entry, dict)}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
-
-
-def teacher_stamp(folders: Folders) -> dict[str, Any]:
-    """Returns the teacher of the features in sidecars: "name", "width" D, "logit_scale", and
-    "views" if it saw views.
-
-    The last of the folders whose meta.json names a teacher counts. Raises ShardError if there is
-    none.
-    """
-    for folder in reversed(folders):
-        try:
-            stamp = json_of(Path(os.path.expanduser(folder), "meta.json").read_text("utf-8"))[
-                "teacher"
-            ]
-            stamp |= {
-                "name": str(stamp["name"]),
-                "width": int(stamp["width"]),
-                "logit_scale": float(stamp["logit_scale"]),
-            }
-            stamp.get("views", {"augment": None})["augment"]
-        except (OSError, ValueError, LookupError, TypeError, OverflowError):
-            continue
-        if 1 <= stamp["width"] <= _WIDEST and 0 < stamp["logit_scale"] < math.inf:
-            return stamp
-    given = list(map(str, folders))
-    raise ShardError(
-        "data.sidecars: expected a teacher's features, which `simplclip teacher` writes, got "
-        f"{given}"
-    )
-
-
-def dataset_size(shards: Any) -> int | None:
-    """Returns the samples of a pass over shards, with their weights, as the meta.json beside them
-    counts them.
-
-    None if a shard is a stream, or is not listed with its present size, and if there is less than
-    one sample.
-    """
-    sources = sources_of(shards)
-    listed = {
-        folder: entries(folder) for folder in {os.path.dirname(source.url) for source in sources}
-    }
-    total = 0.0
-    for source in sources:
-        entry = listed[os.path.dirname(source.url)].get(os.path.basename(source.url), {})
-        try:
-            samples, size = int(entry["samples"]), int(entry["bytes"])
-            if (
-                isinstance(source.url, Address)
-                or size != os.path.getsize(source.url)
-                or not 0 <= samples <= size / _LEAST
-            ):
-                return None
-            total += samples * source.weight
-        except (OSError, ValueError, LookupError, TypeError, OverflowError):
-            return None
-    return round(total) or None
+def _check_size(shard: str, sidecar: str, source: Any) -> None:
+    """Raises ShardError if a shard has another size than its sidecar's entry says by "source"."""
+    if not isinstance(source, dict) or source.get("bytes") is None or not os.path.exists(shard):
+        return
+    expected, size = source["bytes"], os.path.getsize(shard)
+    if size != expected:
+        raise ShardError(
+            f"shard {shard!r} has changed since its sidecar {sidecar!r} was made: expected "
+            f"{expected} bytes, got {size}; run the command that wrote the sidecar again"
+        )

@@ -22,7 +22,6 @@ from simplclip.common.errors import InputError
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
 from simplclip.data.find_sidecars import Folders
 from simplclip.data.find_sources import Source, in_words, sources_of
-from simplclip.data.loader import pixels_of, seeded
 from simplclip.data.pack import files_of
 from simplclip.data.read_tables import Options, Row, is_source, label_of_folder, open_source
 from simplclip.data.read_tars import read_tar
@@ -38,6 +37,7 @@ from simplclip.data.samples import (
     record_of,
 )
 from simplclip.data.stored_order import StoredOrder
+from simplclip.data.views import pixels_of, seeded
 
 
 @dataclass(frozen=True)

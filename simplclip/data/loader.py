@@ -8,34 +8,30 @@ process can go on from there without decoding what came before.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from webdataset import filters
 
 from simplclip.common.errors import InputError, check_count
-from simplclip.data.decode_images import decode_pil
-from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
+from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
 from simplclip.data.find_sidecars import Folders, check_sidecars
 from simplclip.data.find_sources import Source, in_words, sources_of
 from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import (
     MAX_BYTES,
-    Pair,
     Sample,
     digest_of,
     is_held_out,
     parse,
     place_of,
-    stable_hash,
 )
-from simplclip.data.transforms import ImageTransform, View, stack
+from simplclip.data.transforms import ImageTransform, stack
+from simplclip.data.views import pixels_of, seeded
 from simplclip.data.workers import from_workers
 
 PLACE = ("rank", "world_size", "workers", "seed", "shards_digest")  # what a position belongs to
@@ -45,8 +41,6 @@ STATE = (*PLACE[:-1], "turn", "passes", "consumed")
 EMPTY_PASSES = 100
 
 Batch = dict[str, Any]
-_NUMPY: Any = np.random  # Any, since numpy's types leave out the global bit generator
-_NUMPY_GENERATOR = np.random.MT19937(0)
 
 
 class WorkerItem(NamedTuple):
@@ -349,55 +343,3 @@ class Loader:
                 "teacher_text": stacked[:, 1] if one else stacked[:, 1:],
             }
         return batch
-
-
-@contextlib.contextmanager
-def seeded(*parts: object) -> Iterator[None]:
-    """Seeds the global generators that transforms use by `parts`, and restores them afterwards."""
-    seed = stable_hash("/".join(map(str, parts)))
-    states = torch.get_rng_state(), random.getstate(), _NUMPY.get_bit_generator()
-    # torch.manual_seed would also seed the GPU's generators.
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    # 30 times cheaper than saving and restoring the state
-    _NUMPY.set_bit_generator(_NUMPY_GENERATOR)
-    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        _NUMPY.set_bit_generator(states[2])
-
-
-def pixels_of(
-    transform: ImageTransform | Callable, pair: Pair, view: View | None = None
-) -> torch.Tensor:
-    """Returns the transformed image of a sample. view: the view to replay instead of drawing one.
-
-    Raises BrokenSample. A caller's transform raises its own errors, which then name the sample, and
-    ShardError for a view.
-    """
-    if isinstance(transform, ImageTransform) and view is None:
-        return transform(pair.encoded)
-    if isinstance(transform, ImageTransform):
-        try:
-            return transform.apply(pair.encoded, view)
-        except BrokenSample:
-            raise
-        # the type depends on what a damaged sidecar has in place of the view
-        except Exception as error:
-            raise BrokenSample(
-                "bad teacher features", f"view {str(view)[:100]}: {error!r}"
-            ) from None
-    if view is not None:
-        raise ShardError(
-            f"sample {pair.place!r} has the views that a teacher saw, which only simplclip's "
-            f"ImageTransform replays, got {transform!r}"
-        )
-    image = decode_pil(pair.encoded)
-    try:
-        return transform(image)
-    except Exception as error:
-        error.add_note(f"The transform failed on sample {pair.key!r} of shard {pair.url!r}.")
-        raise

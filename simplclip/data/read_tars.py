@@ -22,7 +22,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from simplclip.data.decode_images import IMAGE_SUFFIXES
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
-from simplclip.data.find_sidecars import Folders, beside
+from simplclip.data.find_sidecars import Folders, sidecars_of
 from simplclip.data.find_sources import Address, Source
 from simplclip.data.samples import MAX_BYTES, TEACHER, TEACHER_JSON, TEXT_BYTES, Sample
 
@@ -121,7 +121,7 @@ def read_tar(
 
 
 def _joined(samples: Iterator[Sample], shard: str, folders: Folders) -> Iterator[Sample]:
-    paths = beside(shard, folders)
+    paths = sidecars_of(shard, folders)
     sidecars = [_of_sidecar(path) for path in paths]
     # of each sidecar the first sample that is not joined yet
     following = [next(sidecar, None) for sidecar in sidecars]

@@ -26,8 +26,9 @@ from simplclip.common import ranks
 from simplclip.common.errors import InputError, check_count
 from simplclip.common.progress import Progress
 from simplclip.data.errors import Skipped
-from simplclip.data.find_sidecars import Folders, beside, by_name, check_sidecars, dataset_size
+from simplclip.data.find_sidecars import Folders, by_sidecar_name, check_sidecars, sidecars_of
 from simplclip.data.find_sources import Address, Source, sources_of
+from simplclip.data.read_meta import dataset_size
 from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import MAX_BYTES, Pair, Sample, parse, state_of
 from simplclip.data.stored_order import Portion, StoredOrder
@@ -86,7 +87,7 @@ def write_sidecars(
     check_count("batch_size", batch_size, 1)
     check_count("workers", workers, 0)
     out = Path(out).expanduser()
-    sources = by_name(sources_of(shards))
+    sources = by_sidecar_name(sources_of(shards))
     urls = [source.url for source in sources.values()]
     check_sidecars(sources.values(), sidecars)
     for url in urls:
@@ -162,7 +163,7 @@ def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
     source_state = {} if isinstance(source.url, Address) else state_of(source.url)
     return {
         "source": source_state,
-        "sidecars": [state_of(path) for path in beside(source.url, sidecars)],
+        "sidecars": [state_of(path) for path in sidecars_of(source.url, sidecars)],
     }
 
 

@@ -31,11 +31,11 @@ from simplclip.data.decode_images import open_image
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.find_sidecars import Folders
 from simplclip.data.find_sources import sources_of
-from simplclip.data.loader import seeded
 from simplclip.data.pack import packed
 from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, digests_of, parse
 from simplclip.data.transforms import ImageTransform, View, augmentation, finished, stack
+from simplclip.data.views import seeded
 from simplclip.data.write_sidecars import write_sidecars
 from simplclip.evaluation import Encoder, load, recall
 from simplclip.models.trained import image_transform

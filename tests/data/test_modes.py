@@ -14,9 +14,9 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from simplclip.data.decode_images import opaque, open_image, remarks_on
-from simplclip.data.loader import pixels_of
 from simplclip.data.samples import Pair
 from simplclip.data.transforms import ImageTransform
+from simplclip.data.views import pixels_of
 
 # height and width
 SIZES = {"small": (7, 9), "exact": (32, 32), "odd": (53, 37), "wide": (20, 90), "tall": (110, 33)}
