@@ -169,7 +169,7 @@ class HeldOut:
 
     def _prepare(self, sample: Sample, transform: Callable) -> tuple[torch.Tensor, Pair]:
         pair = self.open(sample)
-        with seeded("eval", pair.place):
+        with seeded("eval", pair.name):
             image = pixels_of(transform, pair)
         return image, replace(
             pair, encoded=b"", record={} if pair.group is None else {"group": pair.group}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from simplclip.data.errors import BrokenSample, Skipped
 from simplclip.data.find_sources import Address, Source
-from simplclip.data.samples import Sample, place_of
+from simplclip.data.samples import Sample, sample_name
 from simplclip.data.workers import from_workers
 
 
@@ -93,7 +93,7 @@ class StoredOrder:
                 positions.append(position)
                 keys.append(sample["__key__"])
             except BrokenSample as broken:
-                skipped.add(broken.reason, place_of(sample), broken.detail)
+                skipped.add(broken.reason, sample_name(sample), broken.detail)
         return Portion(
             source, positions, keys, self.collate(prepared) if prepared else None, skipped
         )

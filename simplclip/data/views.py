@@ -67,7 +67,7 @@ def pixels_of(
 def _pixels_of_other(transform: Callable, pair: Pair, view: View | None) -> torch.Tensor:
     if view is not None:
         raise ShardError(
-            f"sample {pair.place!r} has the views that a teacher saw, which only simplclip's "
+            f"sample {pair.name!r} has the views that a teacher saw, which only simplclip's "
             f"ImageTransform replays, got {transform!r}"
         )
     image = decode_pil(pair.encoded)

@@ -25,7 +25,7 @@ from simplclip.common.errors import InputError, check_count
 from simplclip.common.files import sha256
 from simplclip.data.pack import packed
 from simplclip.data.samples import Pair, stable_hash
-from simplclip.data.transforms import ImageTransform, finished, stack
+from simplclip.data.transforms import ImageTransform, finish_on_device, stack_pixels
 from simplclip.data.write_sidecars import write_sidecars
 from simplclip.models.weights import download
 
@@ -39,13 +39,13 @@ class Prepare:
     seed: int
 
     def __call__(self, sample: Pair) -> tuple[Tensor, Tensor, list[str], dict[str, Any]]:
-        generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/{sample.place}") >> 1)
+        generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/{sample.name}") >> 1)
         draws = torch.rand(self.draws, generator=generator, dtype=torch.float64)
         return self.transform(sample.encoded), draws, sample.captions, sample.record
 
     def collate(self, prepared: list[tuple]) -> tuple[Tensor, Tensor, tuple, tuple]:
         images, draws, captions, records = zip(*prepared)
-        return stack(images), torch.stack(draws), captions, records
+        return stack_pixels(images), torch.stack(draws), captions, records
 
 
 def run(
@@ -110,7 +110,7 @@ def run(
 
     def process(batch: tuple[Tensor, Tensor, tuple, tuple]) -> list[dict[str, bytes]]:
         images, draws, captions, records = batch
-        images = finished(prepare.transform, images, place)
+        images = finish_on_device(prepare.transform, images, place)
         with hardware.autocast(precision, place):
             tokens = generate(coca, images, draws, tokenizer, top_p=top_p, temperature=temperature)
         texts = [decode(rows, tokenizer) for rows in tokens.tolist()]

@@ -60,9 +60,9 @@ def passes(shards, count, *, workers=1, ranks=1, **options):
             for of_pass in keys:
                 of_pass.append([])
             for item in pairs.items(worker, workers):
-                if item.number >= count:
+                if item.pass_number >= count:
                     break
-                keys[item.number][-1] += item.batch["key"]
+                keys[item.pass_number][-1] += item.batch["key"]
     return keys
 
 
@@ -220,7 +220,7 @@ def test_caption_and_augmentation_do_not_depend_on_workers(pattern):
             key: (text_of(item.batch["text"][0]), item.batch["image"][0].tolist())
             for worker in range(workers)
             for item in itertools.takewhile(
-                lambda item: item.number < 1,
+                lambda item: item.pass_number < 1,
                 loader(pattern, workers=workers, batch_size=1).items(worker, workers),
             )
             for key in item.batch["key"]
@@ -299,7 +299,8 @@ def test_a_broken_shard_does_not_end_the_data(tmp_path):
     longest = Counter()
     for seed, worker in itertools.product(range(4), (0, 1)):
         numbers = [
-            item.number for item in take(loader(mixed, seed=seed, **options).items(worker, 2), 40)
+            item.pass_number
+            for item in take(loader(mixed, seed=seed, **options).items(worker, 2), 40)
         ]
         longest[seed] = max(
             longest[seed], *(after - before for before, after in itertools.pairwise(numbers))

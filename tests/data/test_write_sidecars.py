@@ -19,7 +19,7 @@ STAMP = {"mark": {"name": "test", "width": 2}}
 
 
 def prepare(pair: Pair):
-    return pair.place, pair.captions, pair.image.size  # decodes the image
+    return pair.name, pair.captions, pair.image.size  # decodes the image
 
 
 def mark(batch):
