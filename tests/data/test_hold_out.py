@@ -11,7 +11,7 @@ import pytest
 from pairs import COUNT, call, digests, keys, loader, members, meta, png, resize, sample, write
 
 from simplclip import data
-from simplclip.data import pack
+from simplclip.data import pack, samples
 from simplclip.data.errors import Skipped
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -137,6 +137,26 @@ def test_groups_of_a_sidecar_count(tmp_path):
     assert sorted(held + [key for item in trained for key in item.batch["key"]]) == [
         f"{i:02}" for i in range(40)
     ]
+
+
+def test_the_json_of_a_sample_is_parsed_once(tmp_path, monkeypatch):
+    shard = write(tmp_path / "a.tar", [sample(i) for i in range(COUNT)])
+    contents, parse_json = [], samples.json_of
+
+    def counted(content):
+        contents.append(content)
+        return parse_json(content)
+
+    monkeypatch.setattr(samples, "json_of", counted)
+    trained = one_pass(shard, SHARE)
+    assert 0 < len(trained) < COUNT
+    files = [sample(i)[1]["json"] for i in range(COUNT)]
+    # the first sample of the second pass ends the first
+    assert Counter(contents[:COUNT]) == Counter(files)
+    contents.clear()
+    held = held_of(shard)[0]
+    assert sorted(held + trained) == [f"k{i:03d}" for i in range(COUNT)]
+    assert Counter(contents) == Counter(files)
 
 
 def folder_of(path, names):
