@@ -25,7 +25,7 @@ from simplclip.data.samples import json_of, state_of
 TABLES = (".csv", ".tsv", ".parquet")
 JSON = ".json"
 # Columns of tables, in order of preference: the first of these names that a table has.
-IMAGE_NAMES = (
+IMAGE_NAMES: tuple[str, ...] = (
     "filepath",
     "image_path",
     "path",
@@ -35,7 +35,7 @@ IMAGE_NAMES = (
     "file",
     "image_name",
 )
-CAPTION_NAMES = ("captions", "caption", "title", "text", "comment")
+CAPTION_NAMES: tuple[str, ...] = ("captions", "caption", "title", "text", "comment")
 SEPARATORS = "\t,|;"
 LINE_BYTES = 1 << 24  # most bytes of a line
 
@@ -256,7 +256,8 @@ def _joined(rows: Iterator[Row]) -> Iterator[Row]:
 def _columns(titles: list[str], path: str, options: Options) -> list[str]:
     """Returns the columns of images and captions."""
     columns = []
-    for option, names in (("image_key", IMAGE_NAMES), ("caption_key", CAPTION_NAMES)):
+    usual_names = {"image_key": IMAGE_NAMES, "caption_key": CAPTION_NAMES}
+    for option, names in usual_names.items():
         key = getattr(options, option)
         if key:
             names = (key,)

@@ -124,6 +124,10 @@ def loader(paths, state=None, **options):
     return reader
 
 
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
 def keys(batches):
     return [key for batch in batches for key in batch["key"]]
 
