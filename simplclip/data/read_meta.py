@@ -1,4 +1,4 @@
-"""meta.json of a folder of tars: what the command that made the tars says of them."""
+"""Reads the meta.json of a folder of tars, which write_tars.py writes."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Portion(NamedTuple):
     # positions of the batch's usable samples among all samples that the worker reads
     positions: list[int]
     keys: list[str]  # of the same samples
-    # what `collate` returned; None at the end of a source, and if no sample of the batch is usable
+    # from `collate`; None at the end of a source, and if no sample of the batch is usable
     batch: Any
     skipped: Skipped  # damage in the batch; at the end of a source that of the tar itself
     end: bool = False  # whether the source ends here
@@ -35,13 +35,11 @@ class Portion(NamedTuple):
 
 @dataclass
 class StoredOrder:
-    """Samples in stored order.
-
-    Batches do not go over the end of a source.
+    """Samples in stored order. Batches do not go over the end of a source.
 
     read: yields the samples of a source and counts damage. prepare: function of a sample, in a
-    worker; it may raise BrokenSample. collate: function of a list of what `prepare` returned, in a
-    worker. rank, world_size: this rank makes every `world_size`-th portion.
+    worker; it may raise BrokenSample. collate: function of a list of prepared samples, in a worker.
+    rank, world_size: this rank makes every `world_size`-th portion.
     """
 
     sources: Sequence[Source]

@@ -74,12 +74,12 @@ def write_sidecars(
         shards: tars, as `sources_of` takes them, of different file names.
         out: a new folder, or that of an earlier run with the same `stamp`.
         prepare: function of a sample, in a worker. It may raise BrokenSample.
-        process: function of what `collate` returned, in this process; returns {suffix: bytes} for
-            each of the samples.
+        process: function of a collated batch, in this process; returns {suffix: bytes} for each of
+            its samples.
         stamp: keys of meta.json that describe how the files were made, e.g. {"teacher": {"name":
             ...}}; JSON types only.
         batch_size: most samples of a batch; they are of one shard.
-        collate: function of the list of what `prepare` returned for a batch, in the worker too.
+        collate: function of a list of prepared samples, in the worker too.
         workers: processes; 0 prepares in this process.
         sidecars: folders of sidecars that are joined to the samples first, e.g. with other
             captions.
@@ -122,8 +122,8 @@ def write_sidecars(
             divide_sources=True,
         )
         portions = stack.enter_context(contextlib.closing(order.portions(workers)))
-        kept = sum(folder.entries[name]["samples"] for name in sources if name not in unfinished)
-        with Progress(title, dataset_size(urls), kept, shown=progress) as bar:
+        done = sum(folder.entries[name]["samples"] for name in sources if name not in unfinished)
+        with Progress(title, dataset_size(urls), done, shown=progress) as bar:
             paths = [out / name for name in rank_names]
             written = _write(portions, paths, process, bar.update)
             rank_entries = ((path.name, rank, entry) for path, entry in written)

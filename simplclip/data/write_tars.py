@@ -78,9 +78,9 @@ class TarFolder:
         if changed:
             changes = [f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items()]
             raise InputError(
-                f"out: expected {self.out} to hold what an earlier run made of the same with the "
-                f"same settings, got others: {'; '.join(changes)}; remove it or choose another "
-                "folder"
+                f"out: expected {self.out} to hold what an earlier run made of the same data with "
+                f"the same settings, got other ones: {'; '.join(changes)}; remove it or choose "
+                "another folder"
             )
 
     def save(self) -> None:

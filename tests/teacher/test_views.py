@@ -107,10 +107,10 @@ def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
 
 
 def test_an_image_is_decoded_once_for_all_its_views(folder, tmp_path, monkeypatch):
-    decoded, original = [], transforms.decode
+    decoded, original = [], transforms.decode_image
     monkeypatch.setattr(
         transforms,
-        "decode",
+        "decode_image",
         lambda file, **options: decoded.append(file) or original(file, **options),
     )
     teach(folder, tmp_path / "out")
