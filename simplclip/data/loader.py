@@ -218,10 +218,10 @@ class Loader:
             for consumed, row in self._rows(samples, pass_number, skipped):
                 empty = 0
                 rows.append(row)
-                if len(rows) == self.batch_size:
-                    batch = self._collate(rows)
-                    yield WorkerItem(batch, worker, pass_number, consumed, skipped.take())
-                    rows = []
+                if len(rows) < self.batch_size:
+                    continue
+                yield WorkerItem(self._collate(rows), worker, pass_number, consumed, skipped.take())
+                rows = []
             if empty:
                 self._check_usable(pass_number)
             if empty == EMPTY_PASSES:
