@@ -32,7 +32,7 @@ import simplclip
 from simplclip.common.errors import InputError
 from simplclip.data import HeldOut, held_out
 from simplclip.data.errors import Skipped
-from simplclip.data.transforms import finished
+from simplclip.data.transforms import finish_on_device
 from simplclip.models.simplify import attention_of, block_sites, build_block, count_parameters
 from simplclip.nn import SimplifiedBlock
 
@@ -49,7 +49,8 @@ def inputs_of(
     argmax = text_tower.get("pool_type", text_tower.get("text_pool_type", "argmax")) == "argmax"
     for images, _, rows in split.batches(encoder.preprocess, BATCH, Skipped()):
         if tower == "image":
-            inputs, lengths = finished(encoder.preprocess, images[:samples], encoder.device), None
+            inputs = finish_on_device(encoder.preprocess, images[:samples], encoder.device)
+            lengths = None
         else:
             captions = [row.captions[0] for row in rows if row.captions][:samples]
             if not captions:

@@ -55,7 +55,7 @@ def pack(
     Repeat it to continue after a stop.
     """
     from simplclip.data import pack as packing
-    from simplclip.data.forms import Options
+    from simplclip.data.read_tables import Options
 
     options = Options(image_key=image_key, caption_key=caption_key, images=images)
     typer.echo(

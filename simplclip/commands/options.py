@@ -63,8 +63,8 @@ def check_data(source: Any, name: str) -> None:
 
     Nothing here needs seconds of imports.
     """
-    from simplclip.data.forms import is_source, split_of
-    from simplclip.data.sources import sources_of
+    from simplclip.data.find_sources import sources_of
+    from simplclip.data.read_tables import is_source, split_of
 
     if isinstance(source, list) and source:
         for part in source:
@@ -83,7 +83,7 @@ def named_splits(items: list[str]) -> dict[str, Any]:
 
     A name is anything without the characters of paths and patterns: / \\ * ? [ ] { } # and =.
     """
-    from simplclip.data.forms import split_of
+    from simplclip.data.read_tables import split_of
 
     splits: dict[str, Any] = {}
     for item in items:

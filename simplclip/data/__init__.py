@@ -1,8 +1,14 @@
-"""Image-text pairs in tars. loader.py makes training batches, held_out_data.py decodes held-out
-data in stored order.
+"""Image-text pairs, from the tars that a user names to batches.
 
-Both read by tars.py what sources.py finds, join sidecars.py's files, e.g. a teacher's, and parse by
-samples.py.
+find       find_sources.py: the tars; find_sidecars.py: further files of their samples
+read       read_tars.py: samples of tars; read_tables.py, read_folders.py: rows of other forms;
+           read_meta.py: meta.json beside tars
+parse      samples.py: the image, captions, json and a teacher's features of a sample
+decode     decode_images.py: image files, by Pillow
+transform  transforms.py: the pixels that a model takes; views.py: those of one sample
+batch      loader.py: for training; held_out_loader.py: for evaluation, by stored_order.py;
+           both in the processes of workers.py
+write      pack.py: tars of other forms; write_sidecars.py; both by write_tars.py
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,19 +17,19 @@ from simplclip.common.lazy import attribute
 
 if TYPE_CHECKING:
     from simplclip.data.errors import EmptyDataError, ShardError, Skipped, WorkerError
-    from simplclip.data.held_out_data import Division, HeldOut, divided, held_out
+    from simplclip.data.find_sources import sources_of
+    from simplclip.data.held_out_loader import Division, HeldOut, divided, held_out
     from simplclip.data.loader import Loader
     from simplclip.data.pack import packed
-    from simplclip.data.sidecars import dataset_size, teacher_stamp
-    from simplclip.data.sources import sources_of
+    from simplclip.data.read_meta import dataset_size, teacher_stamp
 
 _MODULES = {  # imported on first use: packing needs no torch
     "errors": ("EmptyDataError", "ShardError", "Skipped", "WorkerError"),
-    "held_out_data": ("Division", "HeldOut", "divided", "held_out"),
+    "held_out_loader": ("Division", "HeldOut", "divided", "held_out"),
     "loader": ("Loader",),
     "pack": ("packed",),  # simplclip.data.pack is the module
-    "sidecars": ("dataset_size", "teacher_stamp"),
-    "sources": ("sources_of",),
+    "read_meta": ("dataset_size", "teacher_stamp"),
+    "find_sources": ("sources_of",),
 }
 __all__ = [
     "Division",

@@ -35,12 +35,13 @@ class Skipped:
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
-    def add(self, reason: str, place: str, detail: object = "") -> None:
+    def add(self, reason: str, name: str, detail: object = "") -> None:
+        """Counts a reason. name: of the sample or tar."""
         self.counts[reason] += 1
-        if reason not in self.examples:  # one line of the detail, which may quote a file
-            self.examples[reason] = visible(
-                f"{place}: {str(detail)[:500]}" if str(detail) else place
-            )
+        if reason in self.examples:
+            return
+        text = f"{name}: {str(detail)[:500]}" if str(detail) else name
+        self.examples[reason] = visible(text)  # one line, since the detail may quote a file
 
     def merge(self, other: Skipped) -> None:
         self.counts += other.counts
@@ -57,4 +58,5 @@ class Skipped:
             f"{n} {reason} (first: {self.examples[reason]})"
             for reason, n in self.counts.most_common()
         ]
-        return f"{self.counts.total()} skipped" + (": " + ", ".join(reasons) if reasons else "")
+        total = f"{self.counts.total()} skipped"
+        return f"{total}: {', '.join(reasons)}" if reasons else total

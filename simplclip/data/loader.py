@@ -1,52 +1,47 @@
-"""Image-text pairs from tars, for training: `Loader`. held_out_data.py reads held-out data.
+"""Training batches: `Loader`. held_out_loader.py makes those of evaluation.
 
-A worker's stream has no end: in each pass it shuffles the tars by (seed, pass), takes its part of
+A worker's stream has no end. In each pass it shuffles the tars by (seed, pass), takes its part of
 them, shuffles samples in a buffer, and only then draws captions, decodes, augments and tokenises.
-So a position is two numbers for each worker, the pass and the samples consumed in it, and another
+So a position is two numbers for each worker, the pass and the samples consumed in it. Another
 process can go on from there without decoding what came before.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from webdataset import filters
 
 from simplclip.common.errors import InputError, check_count
-from simplclip.data import tars
-from simplclip.data.errors import BrokenSample, EmptyDataError, ShardError, Skipped
-from simplclip.data.images import decode_pil
+from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
+from simplclip.data.find_sidecars import Folders, check_sidecars
+from simplclip.data.find_sources import Source, in_words, sources_of
+from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import (
     MAX_BYTES,
-    Pair,
     Sample,
     digest_of,
     is_held_out,
     parse,
-    place_of,
-    stable_hash,
+    sample_name,
 )
-from simplclip.data.sidecars import Folders, check_sidecars
-from simplclip.data.sources import Source, in_words, sources_of
-from simplclip.data.transforms import ImageTransform, View, stack
+from simplclip.data.transforms import ImageTransform, stack_pixels
+from simplclip.data.views import pixels_of, seeded
 from simplclip.data.workers import from_workers
 
-PLACE = ("rank", "world_size", "workers", "seed", "shards_digest")  # what a position belongs to
-# the keys of a state_dict, which in version 0.1.0 had no digest
-STATE = (*PLACE[:-1], "turn", "passes", "consumed")
-# in a row, after which a worker without a usable sample gives up although the data have some
-EMPTY_PASSES = 100
+# attributes of the loader that a state_dict belongs to
+STATE_OWNER = ("rank", "world_size", "workers", "seed")
+# keys of a state_dict, which in version 0.1.0 had no digest
+STATE = (*STATE_OWNER, "turn", "passes", "consumed")
+EMPTY_PASSES = 100  # in a row, after which a worker without a usable sample gives up
 
 Batch = dict[str, Any]
-_NUMPY: Any = np.random  # Any, since numpy's types leave out the global bit generator
-_NUMPY_GENERATOR = np.random.MT19937(0)
 
 
 class WorkerItem(NamedTuple):
@@ -54,9 +49,20 @@ class WorkerItem(NamedTuple):
 
     batch: Batch
     worker: int
-    number: int  # of the pass
+    pass_number: int
     consumed: int  # samples of the worker's part of this pass, broken ones included
     skipped: Skipped  # since the worker's last item
+
+
+class Prepared(NamedTuple):
+    """A sample as it enters a batch."""
+
+    pixels: torch.Tensor
+    captions: list[str]  # that were drawn
+    group_id: int
+    key: str
+    record: dict[str, Any]
+    features: torch.Tensor | None  # a teacher's, of the image and of the captions
 
 
 @dataclass
@@ -75,7 +81,7 @@ class Loader:
 
     Order: with fewer shards than workers of all ranks, each worker reads all shards and takes its
     share of the samples. In each pass of all workers every sample comes once, or as often as its
-    weight says. The order depends on (seed, workers, world_size) only; the drawn caption and the
+    weight says. The order depends on (seed, workers, world_size) only. The drawn caption and the
     augmentation of a sample depend on (seed, pass, shard's name, key): the transform may draw from
     the global generators of torch (CPU), random and numpy, which are seeded for it and restored.
 
@@ -90,7 +96,7 @@ class Loader:
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
         teacher: read the features that `simplclip teacher` wrote.
         sidecars: folders with further files of the samples, in the order in which they are joined;
-            see sidecars.py.
+            see find_sidecars.py.
         shuffle_buffer: number of samples, whose files are held in memory; one that holds all of a
             worker shuffles fully.
         pin_memory: copy batches to page-locked memory, for a GPU.
@@ -132,13 +138,8 @@ class Loader:
     skipped: Skipped = field(default_factory=Skipped, init=False)
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "captions_per_image",
-            "shuffle_buffer",
-            "max_bytes",
-            "world_size",
-        ):
+        counts = ("batch_size", "captions_per_image", "shuffle_buffer", "max_bytes", "world_size")
+        for name in counts:
             check_count(name, getattr(self, name), 1)
         check_count("workers", self.workers, 0)
         if not 0 <= self.rank < self.world_size:
@@ -159,7 +160,7 @@ class Loader:
         """
         item: WorkerItem
         for item in from_workers(self.items, self.workers, self.pin_memory):
-            self.positions[item.worker] = item.number, item.consumed
+            self.positions[item.worker] = item.pass_number, item.consumed
             self.turn = (item.worker + 1) % len(self.positions)
             self.skipped.merge(item.skipped)
             yield item.batch
@@ -169,11 +170,16 @@ class Loader:
         for each worker.
         """
         passes, consumed = map(list, zip(*self.positions))
-        return {name: getattr(self, name) for name in PLACE} | {
+        return {
+            **self._state_owner(),
             "turn": self.turn,
             "passes": passes,
             "consumed": consumed,
         }
+
+    def _state_owner(self) -> dict[str, Any]:
+        names = (*STATE_OWNER, "shards_digest")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the loader that returned `state` was: the batches are exactly those that
@@ -183,11 +189,9 @@ class Loader:
         rank, seed, or number of ranks or workers, or of other names or weights of shards.
         """
         state = {"shards_digest": self.shards_digest, **state}
-        for name in PLACE:
-            if state.get(name) != getattr(self, name):
-                raise InputError(
-                    f"state: expected one of {name} {getattr(self, name)}, got {state.get(name)}"
-                )
+        for name, value in self._state_owner().items():
+            if state.get(name) != value:
+                raise InputError(f"state: expected one of {name} {value}, got {state.get(name)}")
         self.turn = state["turn"]
         self.positions = list(zip(state["passes"], state["consumed"], strict=True))
 
@@ -197,79 +201,78 @@ class Loader:
         Raises ShardError, and EmptyDataError as the class.
         """
         worker = (process + self.turn) % workers
-        first, consumed_before = self.positions[worker]
+        first_pass, consumed_before = self.positions[worker]
         skipped = Skipped()
-        rows: list[tuple] = []  # of the next batch
+        rows: list[Prepared] = []  # of the next batch
         empty = 0  # passes in a row without a usable sample
-        for number in itertools.count(first):
-            order = self._order(number)
-            samples = enumerate(self._part(order, number, worker, workers, skipped), 1)
+        for pass_number in itertools.count(first_pass):
+            order = self._order(pass_number)
+            samples = enumerate(self._part(order, pass_number, worker, workers, skipped), 1)
             if consumed_before:
-                next(itertools.islice(samples, consumed_before - 1, None), None)
+                deque(itertools.islice(samples, consumed_before), maxlen=0)
                 # counted before the resume, but for the damage within the shuffle buffer
                 skipped.take()
             else:
                 empty += 1
             consumed_before = 0
-            for consumed, row in self._rows(samples, number, skipped):
+            for consumed, row in self._rows(samples, pass_number, skipped):
                 empty = 0
                 rows.append(row)
-                if len(rows) == self.batch_size:
-                    yield WorkerItem(self._collate(rows), worker, number, consumed, skipped.take())
-                    rows = []
+                if len(rows) < self.batch_size:
+                    continue
+                yield WorkerItem(self._collate(rows), worker, pass_number, consumed, skipped.take())
+                rows = []
             if empty:
-                self._check_usable(number)
+                self._check_usable(pass_number)
             if empty == EMPTY_PASSES:
-                whose = f"worker {self.rank * workers + worker + 1} of {self.world_size * workers}"
+                name = f"worker {self.rank * workers + worker + 1} of {self.world_size * workers}"
                 raise EmptyDataError(
                     "data: expected usable samples for every loader process, got none in "
-                    f"{in_words(self.sources)} for {whose} in {empty} passes; fewer data.workers "
+                    f"{in_words(self.sources)} for {name} in {empty} passes; fewer data.workers "
                     f"or larger weights may help; {skipped}"
                 )
 
-    def _check_usable(self, number: int) -> None:
+    def _check_usable(self, pass_number: int) -> None:
         """Reads all sources up to the first usable sample.
 
         Raises EmptyDataError if there is none.
         """
         skipped = Skipped()
         samples = self._read([(source, 0) for source in self.sources], skipped)
-        if next(self._rows(enumerate(samples), number, skipped), None) is None:
+        if next(self._rows(enumerate(samples), pass_number, skipped), None) is None:
             raise EmptyDataError(
                 f"data: expected usable samples, got none in {in_words(self.sources)}; {skipped}"
             )
 
     def _rows(
-        self, samples: Iterator[tuple[int, Sample]], number: int, skipped: Skipped
-    ) -> Iterator[tuple[int, tuple]]:
-        """Yields the rows of the usable samples in a pass, with their numbers; counts the broken
-        ones.
-        """
+        self, samples: Iterator[tuple[int, Sample]], pass_number: int, skipped: Skipped
+    ) -> Iterator[tuple[int, Prepared]]:
+        """Prepares the usable samples of a pass, with their numbers; counts the broken ones."""
         for consumed, sample in samples:
             if is_held_out(sample, self.hold_out):
                 continue
             try:
-                yield consumed, self._prepare(sample, number)
+                yield consumed, self._prepare(sample, pass_number)
             except BrokenSample as broken:
-                skipped.add(broken.reason, place_of(sample), broken.detail)
+                skipped.add(broken.reason, sample_name(sample), broken.detail)
 
-    def _order(self, number: int) -> list[tuple[Source, int]]:
+    def _order(self, pass_number: int) -> list[tuple[Source, int]]:
         """Returns the tars of a pass in order, each with the number of its copy."""
-        draw = random.Random(f"{self.seed}/{number}")
+        generator = random.Random(f"{self.seed}/{pass_number}")
         order: list[tuple[Source, int]] = []
         for source in self.sources:
-            copies = int(source.weight) + (
-                source.weight % 1 > 0 and draw.random() < source.weight % 1
-            )
+            copies, fraction = int(source.weight), source.weight % 1
+            if fraction > 0 and generator.random() < fraction:
+                copies += 1
             order += [(source, copy_number) for copy_number in range(copies)]
         if self.shuffle:
-            draw.shuffle(order)
+            generator.shuffle(order)
         return order
 
     def _part(
         self,
         order: list[tuple[Source, int]],
-        number: int,
+        pass_number: int,
         worker: int,
         workers: int,
         skipped: Skipped,
@@ -286,118 +289,71 @@ class Loader:
         else:
             damage = skipped if part == 0 else Skipped()  # every worker meets it
             samples = itertools.islice(self._read(order, damage), part, None, parts)
-        if self.shuffle:
-            draw = random.Random(f"{self.seed}/{number}/{part}/{parts}")
-            samples = filters.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=draw)(
-                samples
-            )
-        return samples
+        if not self.shuffle:
+            return samples
+        generator = random.Random(f"{self.seed}/{pass_number}/{part}/{parts}")
+        size = self.shuffle_buffer
+        return filters.shuffle(size, initial=size, rng=generator)(samples)
 
     def _read(self, order: list[tuple[Source, int]], skipped: Skipped) -> Iterator[Sample]:
-        options: dict[str, Any] = {
-            "sidecars": self.sidecars or None,
-            "max_bytes": self.max_bytes,
-            "on_error": self.on_error,
-        }
         for source, copy_number in order:
-            for sample in tars.read(source, skipped, **options):
-                yield sample | {"__copy__": copy_number} if copy_number else sample
-
-    def _prepare(self, sample: Sample, number: int) -> tuple:
-        """Returns the row of a sample. Raises BrokenSample."""
-        pair = parse(sample, self.teacher)
-        with seeded(self.seed, number, pair.place, *filter(None, (sample.get("__copy__"),))):
-            drawn: list[int] = []
-            while len(drawn) < self.captions_per_image:  # different ones if there are enough
-                left = self.captions_per_image - len(drawn)
-                drawn += random.sample(range(len(pair.captions)), min(len(pair.captions), left))
-            view_number = random.randrange(len(pair.views)) if pair.views else 0
-            pixels = pixels_of(
-                self.transform, pair, pair.views[view_number] if pair.views else None
+            samples = read_tar(
+                source,
+                skipped,
+                sidecars=self.sidecars or None,
+                max_bytes=self.max_bytes,
+                on_error=self.on_error,
             )
+            for sample in samples:
+                if copy_number:
+                    sample["__copy__"] = copy_number
+                yield sample
+
+    def _prepare(self, sample: Sample, pass_number: int) -> Prepared:
+        """Draws captions and pixels of a sample. Raises BrokenSample."""
+        pair = parse(sample, self.teacher)
+        seeds = [self.seed, pass_number, pair.name]
+        if "__copy__" in sample:
+            seeds.append(sample["__copy__"])
+        view_number, view = 0, None
+        with seeded(*seeds):
+            caption_numbers = self._draw_captions(len(pair.captions))
+            if pair.views:
+                view_number = random.randrange(len(pair.views))
+                view = pair.views[view_number]
+            pixels = pixels_of(self.transform, pair, view)
         features = None
         if pair.features is not None:
-            # the row where the captions' features begin
-            captions = len(pair.features) - len(pair.captions)
-            features = torch.from_numpy(
-                pair.features[[view_number, *(captions + i for i in drawn)]]
-            )
-        return (
-            pixels,
-            [pair.captions[i] for i in drawn],
-            pair.group_id,
-            pair.key,
-            pair.record,
-            features,
-        )
+            images = len(pair.features) - len(pair.captions)  # rows before those of the captions
+            rows = [view_number, *(images + number for number in caption_numbers)]
+            features = torch.from_numpy(pair.features[rows])
+        captions = [pair.captions[number] for number in caption_numbers]
+        return Prepared(pixels, captions, pair.group_id, pair.key, pair.record, features)
 
-    def _collate(self, rows: list[tuple]) -> Batch:
-        images, texts, groups, keys, records, features = zip(*rows)
-        one = self.captions_per_image == 1
-        tokens = self.tokenizer([text for several in texts for text in several])
+    def _draw_captions(self, count: int) -> list[int]:
+        """Draws numbers of a sample's `count` captions, different ones if there are enough."""
+        numbers: list[int] = []
+        while len(numbers) < self.captions_per_image:
+            missing = self.captions_per_image - len(numbers)
+            numbers += random.sample(range(count), min(count, missing))
+        return numbers
+
+    def _collate(self, rows: list[Prepared]) -> Batch:
+        images, captions, groups, keys, records, features = zip(*rows)
+        stacked = stack_pixels if images[0].dtype == torch.uint8 else torch.stack
+        tokens = self.tokenizer(list(itertools.chain.from_iterable(captions)))
+        several = self.captions_per_image > 1
+        if several:
+            tokens = tokens.unflatten(0, (-1, self.captions_per_image))
         batch: Batch = {
-            "image": stack(images) if images[0].dtype == torch.uint8 else torch.stack(images),
-            "text": tokens if one else tokens.unflatten(0, (-1, self.captions_per_image)),
+            "image": stacked(images),
+            "text": tokens,
             "group": torch.tensor(groups, dtype=torch.int64),
             "key": list(keys),
             "meta": list(records),
         }
         if self.teacher:
-            stacked = torch.stack(features)
-            batch |= {
-                "teacher_image": stacked[:, 0],
-                "teacher_text": stacked[:, 1] if one else stacked[:, 1:],
-            }
+            teacher_rows = torch.stack(features)
+            batch["teacher_image"] = teacher_rows[:, 0]
+            batch["teacher_text"] = teacher_rows[:, 1:] if several else teacher_rows[:, 1]
         return batch
-
-
-@contextlib.contextmanager
-def seeded(*parts: object) -> Iterator[None]:
-    """Seeds the global generators that transforms use by `parts`, and restores them afterwards."""
-    seed = stable_hash("/".join(map(str, parts)))
-    states = torch.get_rng_state(), random.getstate(), _NUMPY.get_bit_generator()
-    # torch.manual_seed would also seed the GPU's generators.
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    # 30 times cheaper than saving and restoring the state
-    _NUMPY.set_bit_generator(_NUMPY_GENERATOR)
-    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        _NUMPY.set_bit_generator(states[2])
-
-
-def pixels_of(
-    transform: ImageTransform | Callable, pair: Pair, view: View | None = None
-) -> torch.Tensor:
-    """Returns the transformed image of a sample. view: the view to replay instead of drawing one.
-
-    Raises BrokenSample. A caller's transform raises its own errors, which then name the sample, and
-    ShardError for a view.
-    """
-    if isinstance(transform, ImageTransform) and view is None:
-        return transform(pair.encoded)
-    if isinstance(transform, ImageTransform):
-        try:
-            return transform.apply(pair.encoded, view)
-        except BrokenSample:
-            raise
-        # the type depends on what a damaged sidecar has in place of the view
-        except Exception as error:
-            raise BrokenSample(
-                "bad teacher features", f"view {str(view)[:100]}: {error!r}"
-            ) from None
-    if view is not None:
-        raise ShardError(
-            f"sample {pair.place!r} has the views that a teacher saw, which only simplclip's "
-            f"ImageTransform replays, got {transform!r}"
-        )
-    image = decode_pil(pair.encoded)
-    try:
-        return transform(image)
-    except Exception as error:
-        error.add_note(f"The transform failed on sample {pair.key!r} of shard {pair.url!r}.")
-        raise

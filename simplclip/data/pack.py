@@ -1,11 +1,11 @@
-"""`simplclip data pack`: makes shards of a table, a JSON file or a folder, which training then
-reads.
+"""`simplclip data pack`: makes the shards that training reads of a table, a JSON file or a folder.
 
     OUT/NAME-000000.tar ...   each sample's image as it is, and a json with its captions, label,
-                              group and "source"; with a share that is held out in
-                              OUT/train-000000.tar ... and OUT/held-000000.tar ...
+                              group and "source"
     OUT/meta.json             the source, and the samples and bytes of each shard and what was left
                               out of it
+
+If a share is held out, the shards are OUT/train-000000.tar ... and OUT/held-000000.tar ...
 
 A shard has the samples of SAMPLES rows of the source. It gets its name when it is complete, so the
 same command continues after a stop. The rows are read as a stream, and processes on every core read
@@ -34,9 +34,10 @@ import numpy as np
 
 from simplclip.common.errors import InputError, UserError, visible
 from simplclip.common.progress import Progress
+from simplclip.data.decode_images import open_image, remarks_on
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.forms import Options, Row, RowSource, is_source, open_source, split_of
-from simplclip.data.images import open_image, remarks_on
+from simplclip.data.read_tables import Options, is_address, is_source, open_source, split_of
+from simplclip.data.rows import Row, RowSource
 from simplclip.data.samples import (
     MAX_BYTES,
     TEXT_BYTES,
@@ -45,12 +46,12 @@ from simplclip.data.samples import (
     is_held_out,
     record_of,
 )
-from simplclip.data.tar_writer import TarFolder, add, entry_of, new_tar, skipped_in
+from simplclip.data.write_tars import TarFolder, add, entry_of, new_tar, skipped_in
 
 FORMAT = "simplclip-shards-2"
 SAMPLES = 1024  # rows of a shard
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # of Pillow's formats
-_OPTIONS = tuple(Options.__dataclass_fields__)
+OPTION_NAMES = tuple(Options.__dataclass_fields__)
 
 
 class PackError(UserError, RuntimeError):
@@ -68,8 +69,6 @@ def pack(
 ) -> list[str]:
     """Makes shards of `source` in the folder `out`; returns their paths.
 
-    Prints lines, unless `progress` is False.
-
     Rows without a usable image and caption are left out, counted and named in meta.json; most
     images are opened, not decoded. Shards that an earlier run made of the same source are kept.
     Whether a table or JSON file is the same is told by its size and time, a folder by the names and
@@ -80,47 +79,59 @@ def pack(
             with captions beside them, or one with a folder for each class.
         options: of tables and JSON files.
         hold_out: share of the samples that gets shards held-*.tar, beside train-*.tar; by the hash
-            of the json's group, else of the image's place in the source, so that more images change
+            of the json's group, else of the image's name in the source, so that more images change
             no sample's side.
         workers: processes, by default one for each core.
+        progress: print lines.
 
     Raises: InputError (the source is none of these, no row is usable, `out` has other shards or
     files, the disk is full); FileExistsError (another process writes to `out`); PackError (a
     process died).
     """
-    opened, out = open_source(source, options), Path(out).expanduser()
-    about = {"name": opened.name, **opened.state()} | ({"hold_out": hold_out} if hold_out else {})
-    folder = TarFolder(out, {"format": FORMAT, "source": about})
+    rows = open_source(source, options)
+    about = {"name": rows.name, **rows.state()}
+    if hold_out:
+        about["hold_out"] = hold_out
+    folder = TarFolder(Path(out).expanduser(), {"format": FORMAT, "source": about})
     with folder.claimed():
-        again = folder.complete and all(map(folder.is_whole, folder.entries))
-        if not again:
-            _write(opened, folder, hold_out, workers or _cores(), progress)
-        shards = [
-            str(out / shard) for shard, entry in sorted(folder.entries.items()) if entry["samples"]
-        ]
+        earlier = folder.complete and all(map(folder.is_whole, folder.entries))
+        if not earlier:
+            _write(rows, folder, hold_out, workers or _cores(), progress)
+        shards = _shards_in(folder)
     if progress:
-        samples = sum(entry["samples"] for entry in folder.entries.values())
-        made = (
-            f"{samples:,} samples of {opened.name} in {len(shards)} "
-            f"shard{'s' * (len(shards) > 1)}, {out / '*.tar'}"
-        )
-        if hold_out:
-            held = sum(
-                entry["samples"]
-                for name, entry in folder.entries.items()
-                if name.startswith("held-")
-            )
-            made += f", of which {held:,} are held out in {out / 'held-*.tar'}"
-        skipped = skipped_in(folder.entries.values())
-        left_out = f"; {skipped}" if skipped.counts else ""
-        print(f"kept {made}, which an earlier run packed" if again else f"packed {made}{left_out}")
-        remarks = skipped_in(folder.entries.values(), "remarks")
-        for remark, count in remarks.counts.items():
-            print(
-                f"{count:,} {remark}, such as {remarks.examples[remark]!r}; see Pixels in "
-                "docs/data.md"
-            )
+        _print_result(folder, rows.name, earlier, hold_out)
     return shards
+
+
+def _shards_in(folder: TarFolder) -> list[str]:
+    """Returns the paths of the shards that have samples."""
+    names = [name for name, entry in sorted(folder.entries.items()) if entry["samples"]]
+    return [str(folder.out / name) for name in names]
+
+
+def _print_result(folder: TarFolder, source: str, earlier: bool, hold_out: float) -> None:
+    """Prints what the folder holds. earlier: whether an earlier run has packed it."""
+    samples = {name: entry["samples"] for name, entry in folder.entries.items()}
+    shards = _shards_in(folder)
+    shard_word = "shard" if len(shards) == 1 else "shards"
+    result = (
+        f"{sum(samples.values()):,} samples of {source} in {len(shards)} {shard_word}, "
+        f"{folder.out / '*.tar'}"
+    )
+    if hold_out:
+        held = sum(count for name, count in samples.items() if name.startswith("held-"))
+        result += f", of which {held:,} are held out in {folder.out / 'held-*.tar'}"
+    skipped = skipped_in(folder.entries.values())
+    if earlier:
+        print(f"kept {result}, which an earlier run packed")
+    elif skipped.counts:
+        print(f"packed {result}; {skipped}")
+    else:
+        print(f"packed {result}")
+    remarks = skipped_in(folder.entries.values(), "remarks")
+    for remark, count in remarks.counts.items():
+        example = remarks.examples[remark]
+        print(f"{count:,} {remark}, such as {example!r}; see Pixels in docs/data.md")
 
 
 def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
@@ -128,26 +139,30 @@ def packed(data: Any, out: str | os.PathLike, *, progress: bool = True) -> Any:
     shards in OUT/NAME first.
 
     data: a path or address, a mapping with "shards", or a list of these, as `Loader` takes them. A
-    mapping may also have
-        the fields of `Options`.
+    mapping may also have the fields of `Options`.
     """
     folders: set[str] = set()
 
-    def replaced(part: Any, options: Options = Options()) -> Any:  # noqa: B008
-        if isinstance(part, Mapping):
-            given = {key: part[key] for key in _OPTIONS if part.get(key) is not None}
-            rest = {key: value for key, value in part.items() if key not in _OPTIONS}
-            return rest | {"shards": replaced(part.get("shards"), Options(**given))}
-        if isinstance(part, (list, tuple)):
-            return [replaced(one, options) for one in part]
-        if not (isinstance(part, (str, os.PathLike)) and is_source(part)):
-            return part
-        name = _stem(os.fspath(part))
-        # of files with one name
-        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        folder = next(candidate for candidate in names if candidate not in folders)
-        folders.add(folder)
-        return pack(part, Path(out) / folder, options, progress=progress)
+    def new_folder(source: str | os.PathLike) -> Path:
+        stem = _stem(os.fspath(source))
+        name = stem
+        for number in itertools.count(2):
+            if name not in folders:
+                break
+            name = f"{stem}-{number}"  # of another source with this name
+        folders.add(name)
+        return Path(out) / name
+
+    def replaced(value: Any, options: Options = Options()) -> Any:  # noqa: B008
+        if isinstance(value, Mapping):
+            fields = {key: value[key] for key in OPTION_NAMES if value.get(key) is not None}
+            rest = {key: value[key] for key in value if key not in OPTION_NAMES}
+            return rest | {"shards": replaced(value.get("shards"), Options(**fields))}
+        if isinstance(value, (list, tuple)):
+            return [replaced(entry, options) for entry in value]
+        if isinstance(value, (str, os.PathLike)) and is_source(value):
+            return pack(value, new_folder(value), options, progress=progress)
+        return value
 
     return replaced(data)
 
@@ -159,7 +174,8 @@ def summary(shards: list[str], examples: int = 3) -> str:
     The lengths and sizes are those of the first, the middle and the last shard.
     """
     shards = list(dict.fromkeys((shards[0], shards[len(shards) // 2], shards[-1])))
-    records, sides = [], []
+    records: list[dict[str, Any]] = []
+    sides: list[int] = []
     for shard in shards:
         with tarfile.open(shard) as tar:
             for member in tar:
@@ -169,21 +185,23 @@ def summary(shards: list[str], examples: int = 3) -> str:
                 else:
                     sides.append(min(open_image(content).size))
     captions = [caption for record in records for caption in record["captions"]]
-    words, pixels = (
-        "median {}, 95 % up to {}, at most {}".format(
-            *np.quantile(numbers, (0.5, 0.95, 1), method="higher")
-        )
-        for numbers in ([len(caption.split()) for caption in captions], sides)
-    )
+    words = [len(caption.split()) for caption in captions]
     kilobytes = sum(map(os.path.getsize, shards)) / len(records) / 1000
     lines = [
-        f"captions  {len(captions) / len(records):.1f} an image; words: {words}",
-        f"images    pixels of the short side: {pixels}; {kilobytes:,.1f} kB a sample",
+        f"captions  {len(captions) / len(records):.1f} an image; words: {_spread(words)}",
+        f"images    pixels of the short side: {_spread(sides)}; {kilobytes:,.1f} kB a sample",
     ]
     for record in records[:examples]:
         text = " | ".join(record["captions"])
-        lines.append(visible(f"  {record['source']}: {text[:90]}{'...' * (len(text) > 90)}"))
+        if len(text) > 90:
+            text = f"{text[:90]}..."
+        lines.append(visible(f"  {record['source']}: {text}"))
     return "\n".join(lines)
+
+
+def _spread(numbers: list[int]) -> str:
+    median, most, largest = np.quantile(numbers, (0.5, 0.95, 1), method="higher")
+    return f"median {median}, 95 % up to {most}, at most {largest}"
 
 
 def _write(
@@ -200,12 +218,12 @@ def _write(
     def tasks() -> Iterator[tuple[list[Path], int, list[Row], float]]:
         rows = source.rows()
         for first in itertools.count(step=SAMPLES):
-            of_shard = list(itertools.islice(rows, SAMPLES))
-            if not of_shard:
+            shard_rows = list(itertools.islice(rows, SAMPLES))
+            if not shard_rows:
                 return
             names = [f"{stem}-{first // SAMPLES:06d}.tar" for stem in stems]
             if not folder.entries.keys() >= {*names}:
-                yield [folder.out / name for name in names], first, of_shard, hold_out
+                yield [folder.out / name for name in names], first, shard_rows, hold_out
 
     with Progress("pack", source.total, done, unit="rows", shown=progress) as bar:
         for (_, _, rows, _), entries in _mapped(_write_shard, tasks(), workers):
@@ -228,15 +246,14 @@ def _write(
 def _write_shard(
     paths: list[Path], first: int, rows: list[Row], hold_out: float
 ) -> dict[str, dict[str, Any]]:
-    """Writes the shard of some rows, or two of which the second has what is held out; returns their
-    entries by name.
+    """Writes the shard of some rows; returns its entry by name.
 
-    A shard without samples is not written. Keys are the numbers of rows, of which `first` is the
-    first.
+    Of two paths the second shard has what is held out. A shard without samples is not written. Keys
+    are the numbers of rows, of which `first` is the first.
     """
     skipped = Skipped()
     remarks = Skipped()
-    samples = [0 for _ in paths]
+    samples = [0] * len(paths)
     with contextlib.ExitStack() as stack:
         shards = [stack.enter_context(new_tar(path)) for path in paths]
         for number, row in enumerate(rows, first):
@@ -248,16 +265,14 @@ def _write_shard(
             side = is_held_out(files | {"__shard__": "", "__key__": row.name}, hold_out)
             add(shards[side], f"{number:09d}", files)
             samples[side] += 1
-    counted = {"rows": len(rows)}
-    entries = {}
     for path, count in zip(paths, samples):
         if not count:
             path.unlink()
-        entries[path.name] = entry_of(path, count, skipped, remarks) | counted
-        # once, with the first of the two
-        skipped = Skipped()
-        remarks = Skipped()
-        counted = {}
+    # the first of two shards counts the rows of both
+    entries = {paths[0].name: entry_of(paths[0], samples[0], skipped, remarks)}
+    entries[paths[0].name]["rows"] = len(rows)
+    for path, count in zip(paths[1:], samples[1:]):
+        entries[path.name] = entry_of(path, count, Skipped())
     return entries
 
 
@@ -284,16 +299,14 @@ def files_of(row: Row, remarks: Skipped | None = None) -> dict[str, bytes]:
 
 
 def _read(path: str, limit: int) -> bytes:
-    if not os.path.exists(path) and (path.startswith("pipe:") or "://" in path):
-        raise BrokenSample(
-            "not a local file", f"{path!r}, which is not a path; of URLs img2dataset makes shards"
-        )
+    if not os.path.exists(path) and is_address(path):
+        detail = f"{path!r}, which is not a path; of URLs img2dataset makes shards"
+        raise BrokenSample("not a local file", detail)
     try:
         return file_bytes(path, limit)
     except FileNotFoundError:
-        raise BrokenSample(
-            "cannot be read", f"{path!r} does not exist; try --images (in a config `images`)"
-        ) from None
+        detail = f"{path!r} does not exist; try --images (in a config `images`)"
+        raise BrokenSample("cannot be read", detail) from None
     except (OSError, ValueError) as error:  # ValueError: a name with NUL
         raise BrokenSample("cannot be read", error) from None
 
@@ -301,7 +314,8 @@ def _read(path: str, limit: int) -> bytes:
 def _mapped(write: Callable, tasks: Iterator[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:
     """Yields each task with write(*task), in order, done by `workers` processes."""
     if workers == 1:
-        yield from ((task, write(*task)) for task in tasks)
+        for task in tasks:
+            yield task, write(*task)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
@@ -324,7 +338,9 @@ def _start() -> None:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _stem(path: str) -> str:

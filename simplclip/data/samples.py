@@ -1,11 +1,10 @@
 """The files of a sample: its image, its captions, and what a teacher wrote for it.
 
-No content of them ends the program.
-
 The captions are a json's list "captions" or text "caption", else the txt, which is one caption. Two
 more fields of the json are used: "group" (samples of one group show the same thing and are not each
-other's negatives) and "label" (the class, for zero-shot classification). Nothing here imports
-torch.
+other's negatives) and "label" (the class, for zero-shot classification).
+
+No content of a file ends the program. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from simplclip.data import images
+from simplclip.data.decode_images import IMAGE_SUFFIXES, decode_pil, opaque
 from simplclip.data.errors import BrokenSample, ShardError
 
 # a teacher's features [V + C, D]: of the image or its V views, then of its C captions in order
@@ -40,7 +39,8 @@ LONGEST = 8192
 DEEPEST = 100
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
 
-# "__key__", "__url__", "__shard__" (the source's name), and bytes or a BrokenSample by suffix
+# "__key__", "__url__", "__shard__" (the source's name), and bytes or a BrokenSample by suffix;
+# "__record__" is the parsed json, once `record_of` has parsed it
 Sample = dict[str, Any]
 
 
@@ -55,17 +55,21 @@ class Pair:
     url: str  # the tar or folder
     shard: str  # its name in messages and seeds
     features: np.ndarray | None = None  # a teacher's, float16 [V + C, D]
-    # that the teacher saw, see `transforms.View`; None: the plain image
+    # the views that the teacher saw, see `transforms.View`; None: the plain image
     views: list[dict[str, Any]] | None = None
     label: str | int | None = None  # held-out data only: name or number of the class
 
     @property
     def image(self) -> Image.Image:
         """The decoded image, RGB, black where it is transparent. Raises BrokenSample."""
-        return images.opaque(images.decode_pil(self.encoded))
+        return opaque(decode_pil(self.encoded))
+
+    def check_image(self) -> None:
+        """Raises BrokenSample if the image cannot be decoded."""
+        _ = self.image
 
     @property
-    def place(self) -> str:
+    def name(self) -> str:
         """The name of the sample in messages and seeds."""
         return f"{self.shard}/{self.key}"
 
@@ -75,26 +79,26 @@ class Pair:
 
         Samples of one group match each other, so they are no negatives.
         """
-        name = self.record.get("group")
-        return None if name is None else str(name)
+        group = self.record.get("group")
+        return None if group is None else str(group)
 
     @property
     def group_id(self) -> int:
-        """Hash of the group, else of the shard's name and key (keys often repeat in every shard),
-        as int64.
-        """
-        return _group_id(self.group, self.place)
+        """Hash of the group, else of the sample's name, as int64."""
+        return _group_id(self.group, self.name)
 
 
-def _group_id(group: object, place: str) -> int:
-    return stable_hash(f"key/{place}" if group is None else f"group/{group}") >> 1
+def _group_id(group: object, name: str) -> int:
+    # by the shard's name too, since keys often repeat in every shard
+    text = f"key/{name}" if group is None else f"group/{group}"
+    return stable_hash(text) >> 1
 
 
 def is_held_out(sample: Sample, share: float) -> bool:
     """Whether a sample is of the share that evaluation has and training skips, by its group, else
     its shard's name and key.
 
-    A sample whose json is broken is none of these; its reader counts it.
+    A sample whose json is broken is not held out; its reader counts it.
     """
     if not share or isinstance(sample.get("json"), BrokenSample):
         return False
@@ -102,10 +106,10 @@ def is_held_out(sample: Sample, share: float) -> bool:
         group = record_of(sample).get("group")
     except BrokenSample:
         return False
-    return _group_id(group, place_of(sample)) < share * 2**63
+    return _group_id(group, sample_name(sample)) < share * 2**63
 
 
-def place_of(sample: Sample) -> str:
+def sample_name(sample: Sample) -> str:
     """Returns the name of a sample in messages and seeds: the name of its shard, and its key."""
     return f"{sample['__shard__']}/{sample['__key__']}"
 
@@ -141,14 +145,20 @@ def check_files(sample: Sample) -> None:
 
 def image_of(sample: Sample) -> bytes:
     """Returns the encoded image of a sample. Raises BrokenSample if it has none."""
-    for suffix in images.SUFFIXES:
+    for suffix in IMAGE_SUFFIXES:
         if suffix in sample:
             return sample[suffix]
     raise BrokenSample("missing image")
 
 
 def record_of(sample: Sample) -> dict[str, Any]:
-    """Parses the json of a sample; {} without one. Raises BrokenSample."""
+    """Returns the json of a sample, {} without one; it is parsed once. Raises BrokenSample."""
+    if "__record__" not in sample:
+        sample["__record__"] = _parsed_record(sample)
+    return sample["__record__"]
+
+
+def _parsed_record(sample: Sample) -> dict[str, Any]:
     try:
         record = json_of(sample.get("json", b"{}"))
     except ValueError as error:
@@ -161,59 +171,71 @@ def record_of(sample: Sample) -> dict[str, Any]:
 def captions_of(sample: Sample, record: dict[str, Any], *, txt_lines: bool = False) -> list[str]:
     """Returns the captions of a sample, at least one.
 
-    Raises BrokenSample.
-
     txt_lines: each line of the txt is a caption, as in clip-benchmark's layout; else the txt is
-    one, its white space joined.
+    one, its white space joined. Raises BrokenSample.
     """
-    texts: list[Any] = []
     several = record.get("captions")
-    for form in (several if isinstance(several, list) else [], [record.get("caption")]):
-        texts += form
-        if captions := [
-            cleaned for text in form if isinstance(text, str) and (cleaned := clean(text))
-        ]:
+    json_texts = [
+        _texts_in(several if isinstance(several, list) else []),
+        _texts_in([record.get("caption")]),
+    ]
+    for texts in json_texts:
+        captions = _cleaned(texts)
+        if captions:
             return captions
     if "txt" in sample:
-        try:
-            text = sample["txt"].decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BrokenSample("caption not UTF-8", error) from None
-        texts.append(text)
-        lines = text.splitlines() if txt_lines else [" ".join(text.split())]
-        if captions := [cleaned for line in lines if (cleaned := clean(line))]:
+        captions = _cleaned(_txt_texts(sample["txt"], txt_lines))
+        if captions:
             return captions
-    raise BrokenSample(
-        "empty caption" if any(isinstance(text, str) for text in texts) else "missing caption"
-    )
+    any_text = "txt" in sample or any(json_texts)
+    raise BrokenSample("empty caption" if any_text else "missing caption")
+
+
+def _texts_in(values: list[Any]) -> list[str]:
+    return [value for value in values if isinstance(value, str)]
+
+
+def _txt_texts(content: bytes, txt_lines: bool) -> list[str]:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BrokenSample("caption not UTF-8", error) from None
+    return text.splitlines() if txt_lines else [" ".join(text.split())]
+
+
+def _cleaned(texts: list[str]) -> list[str]:
+    """Returns the texts that are not empty, as `clean` returns them."""
+    return [text for text in map(clean, texts) if text]
 
 
 def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
     """Returns the name or number of a sample's class, None if it has none. Raises BrokenSample."""
     if "cls" in sample:
+        content = sample["cls"]
         try:
-            return int(sample["cls"])
+            return int(content)
         except ValueError:
-            raise BrokenSample(
-                "bad cls", f"expected the number of a class, got {sample['cls'][:40]!r}"
-            ) from None
-    return None if record.get("label") is None else clean(str(record["label"]))
+            detail = f"expected the number of a class, got {content[:40]!r}"
+            raise BrokenSample("bad cls", detail) from None
+    label = record.get("label")
+    return None if label is None else clean(str(label))
 
 
 def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
     """Returns a teacher's features of a sample, float16 [V + C, D], and the views that it saw."""
-    place = f"sample {pair.key!r} of shard {pair.url!r}"
+    sample_words = f"sample {pair.key!r} of shard {pair.url!r}"
     if TEACHER not in sample:
-        _ = pair.image  # raises BrokenSample: a broken image has no features
+        pair.check_image()  # a broken image has no features
         raise ShardError(
-            f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`"
+            f"{sample_words} has no teacher features ({TEACHER}); make them by `simplclip teacher`"
         )
     try:
         features = np.lib.format.read_array(io.BytesIO(sample[TEACHER]), allow_pickle=False)
         about = json_of(sample.get(TEACHER_JSON, b"{}"))
         views = about.get("views") or None
-        rows, digests = len(views or [None]) + len(pair.captions), digests_of(pair)
-        stale = [name for name, digest in digests.items() if about.get(name, digest) != digest]
+        images = 1 if views is None else len(views)
+        digests = digests_of(pair)
+        stale = [name for name in digests if about.get(name, digests[name]) != digests[name]]
         if features.dtype != np.float16 or features.ndim != 2:
             raise ValueError(
                 f"expected float16 [V + C, D], got {features.dtype} {list(features.shape)}"
@@ -222,12 +244,12 @@ def _features(sample: Sample, pair: Pair) -> tuple[np.ndarray, list[dict[str, An
             raise ValueError("expected finite numbers")
     except Exception as error:  # the type depends on the damage
         raise BrokenSample("bad teacher features", error) from None
-    if stale or len(features) != rows:
-        _ = pair.image  # raises BrokenSample: an image that broke since is no other one
-        what = "another image: it has" if stale == ["image"] else "other captions: they have"
+    if stale or len(features) != images + len(pair.captions):
+        pair.check_image()  # an image that broke since is no other one
+        changed = "another image: it has" if stale == ["image"] else "other captions: they have"
         raise ShardError(
-            f"{place} has teacher features of {what} changed since; run `simplclip teacher` on "
-            "these shards and captions again"
+            f"{sample_words} has teacher features of {changed} changed since; run `simplclip "
+            "teacher` on these shards and captions again"
         )
     return features, views
 
@@ -246,9 +268,8 @@ def digest_of(values: list[Any]) -> str:
 
 def stable_hash(text: str) -> int:
     """Returns a hash of 64 bits, the same in every process and version."""
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
-    )
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def clean(text: str) -> str:
@@ -265,7 +286,8 @@ def json_of(data: str | bytes) -> Any:
     Raises ValueError for any error in it, also for more than DEEPEST levels of lists and objects.
     """
     try:
-        _check_depth([content := json.loads(data)], DEEPEST)
+        content = json.loads(data)
+        _check_depth([content], DEEPEST)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return content
@@ -274,9 +296,10 @@ def json_of(data: str | bytes) -> Any:
 def _check_depth(content: dict | list, levels: int) -> None:
     if levels < 0:
         raise RecursionError
-    for part in content.values() if isinstance(content, dict) else content:
-        if isinstance(part, (dict, list)):
-            _check_depth(part, levels - 1)
+    values = content.values() if isinstance(content, dict) else content
+    for value in values:
+        if isinstance(value, (dict, list)):
+            _check_depth(value, levels - 1)
 
 
 def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
@@ -288,15 +311,13 @@ def file_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
     if not stat.S_ISREG(about.st_mode):  # reading a named pipe or a device may take for ever
         raise OSError(f"expected a file, got {os.fspath(path)!r}")
     if about.st_size > limit:
-        raise BrokenSample(
-            "file too large",
-            f"{os.fspath(path)!r} of {about.st_size:,} bytes, expected at most {limit:,}",
-        )
+        detail = f"{os.fspath(path)!r} of {about.st_size:,} bytes, expected at most {limit:,}"
+        raise BrokenSample("file too large", detail)
     with open(path, "rb") as file:
         return file.read(limit)
 
 
 def state_of(path: str | os.PathLike) -> dict[str, int]:
-    """Returns what tells in a meta.json whether a file has changed."""
+    """Returns size and time of a file, which tell in a meta.json whether it has changed."""
     about = os.stat(path)
     return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}

@@ -3,8 +3,8 @@ writers of sidecars.
 
 Every worker goes over all samples, and prepares the batches b with b % workers equal to its number.
 So the order does not depend on the number of workers, and no process waits for the one that has the
-next tar. Writers, to which the order of tars does not matter, let each worker read tars of its own,
-if there are enough.
+next tar. To writers the order of tars does not matter: each worker reads tars of its own, if there
+are enough.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.samples import Sample, place_of
-from simplclip.data.sources import Address, Source
+from simplclip.data.find_sources import Address, Source
+from simplclip.data.samples import Sample, sample_name
 from simplclip.data.workers import from_workers
 
 
@@ -24,10 +24,10 @@ class Portion(NamedTuple):
     """A batch of one source, or the end of a source."""
 
     source: int  # its index
-    # of the batch's usable samples among all samples of all sources that the worker reads
+    # positions of the batch's usable samples among all samples that the worker reads
     positions: list[int]
     keys: list[str]  # of the same samples
-    # what `collate` returned; None at the end of a source, and if no sample of the batch is usable
+    # from `collate`; None at the end of a source, and if no sample of the batch is usable
     batch: Any
     skipped: Skipped  # damage in the batch; at the end of a source that of the tar itself
     end: bool = False  # whether the source ends here
@@ -35,13 +35,11 @@ class Portion(NamedTuple):
 
 @dataclass
 class StoredOrder:
-    """Samples in stored order.
-
-    Batches do not go over the end of a source.
+    """Samples in stored order. Batches do not go over the end of a source.
 
     read: yields the samples of a source and counts damage. prepare: function of a sample, in a
-    worker; it may raise BrokenSample. collate: function of a list of what `prepare` returned, in a
-    worker. rank, world_size: this rank makes every `world_size`-th portion.
+    worker; it may raise BrokenSample. collate: function of a list of prepared samples, in a worker.
+    rank, world_size: this rank makes every `world_size`-th portion.
     """
 
     sources: Sequence[Source]
@@ -51,7 +49,8 @@ class StoredOrder:
     collate: Callable[[list[Any]], Any] = list
     rank: int = 0
     world_size: int = 1
-    # among the workers, if there are enough: batches of a source are in order, sources are not
+    # whether workers divide the sources, if there are enough; only the batches of each source are
+    # then in order
     divide_sources: bool = False
 
     def portions(self, workers: int = 0) -> Generator[Portion, None, None]:
@@ -65,19 +64,20 @@ class StoredOrder:
 
     def _portions(self, worker: int, workers: int) -> Iterator[Portion]:
         turn, turns = worker * self.world_size + self.rank, workers * self.world_size
-        sources = [*enumerate(self.sources)]
+        sources = list(enumerate(self.sources))
         if self.divide_sources and len(sources) >= workers:
-            turn = 0
-            turns = 1
+            turn, turns = 0, 1
             sources = sources[worker::workers]
-        number = start = 0  # of the next portion, and of its first sample
+        number = 0  # of the next portion
+        start = 0  # position of its first sample
         for index, source in sources:
             damage = Skipped()
             samples = self.read(source, damage)
             while rows := list(islice(samples, self.batch_size)):
                 if number % turns == turn:
                     yield self._portion(index, start, rows)
-                number, start = number + 1, start + len(rows)
+                number += 1
+                start += len(rows)
             if number % turns == turn:
                 yield Portion(index, [], [], None, damage, end=True)
             number += 1
@@ -93,7 +93,6 @@ class StoredOrder:
                 positions.append(position)
                 keys.append(sample["__key__"])
             except BrokenSample as broken:
-                skipped.add(broken.reason, place_of(sample), broken.detail)
-        return Portion(
-            source, positions, keys, self.collate(prepared) if prepared else None, skipped
-        )
+                skipped.add(broken.reason, sample_name(sample), broken.detail)
+        batch = self.collate(prepared) if prepared else None
+        return Portion(source, positions, keys, batch, skipped)

@@ -1,6 +1,6 @@
 """open_clip's image transforms on uint8 tensors.
 
-A view is what was drawn for one image; it can be stored and replayed.
+A view is what was drawn for one image: a crop, changes of colour. It can be stored and replayed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torchvision.transforms import ColorJitter, InterpolationMode, RandomAffine,
 from torchvision.transforms.v2 import functional as F
 
 from simplclip.common.errors import InputError
-from simplclip.data.images import check_pixels, decode_pil, open_image, rgb
+from simplclip.data.decode_images import check_pixels, decode_pil, open_image, to_rgb
 
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 RATIO = (3 / 4, 4 / 3)  # RandomResizedCrop's default aspect ratios
@@ -36,11 +36,11 @@ View = dict[str, Any]  # JSON values: what was drawn for an image
 class ImageTransform:
     """A transform of image files into the pixels that a model takes.
 
-    Called with a file's bytes, it draws a view (`draw`) and returns its pixels (`apply`), uint8 [3,
-    S, S]; `finish` turns a batch of them into the model's input on the device, float32 [N, 3, S,
-    S]. Called with a PIL image, it does all three steps and returns what open_clip's preprocess
-    returns, float32 [3, S, S]. As there, an image of another mode than RGB and grey, such as RGBA
-    or P, is resized in its own mode by Pillow and then converted to RGB.
+    It has three steps: `draw` draws a view, `apply` returns its pixels, uint8 [3, S, S], and
+    `finish` normalises a batch of them on the device, float32 [N, 3, S, S]. Called with a file's
+    bytes, it does the first two. Called with a PIL image, it does all three and returns what
+    open_clip's preprocess returns, float32 [3, S, S]. As there, an image of another mode than RGB
+    and grey, such as RGBA or P, is resized in its own mode by Pillow and then converted to RGB.
 
     Args:
         cfg: open_clip's preprocessing.
@@ -78,9 +78,9 @@ class ImageTransform:
         """
         view: View = {}
         if self.augment == "affine":
-            a = self._affine
-            angle, shift, zoom, shear = a.get_params(
-                a.degrees, a.translate, a.scale, a.shear, list(self.size[::-1])
+            affine = self._affine
+            angle, shift, zoom, shear = affine.get_params(
+                affine.degrees, affine.translate, affine.scale, affine.shear, list(self.size[::-1])
             )
             view |= {"size": list(self.size), "affine": [angle, *shift, zoom, *shear]}
         elif self.augment is not None:
@@ -99,54 +99,39 @@ class ImageTransform:
         Raises BrokenSample. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop is that
         many times as large as S.
         """
-        return self.apply_all(encoded, [view])[0]
+        return self.apply_views(encoded, [view])[0]
 
-    def apply_all(self, encoded: bytes | Image.Image, views: Sequence[View]) -> list[Tensor]:
+    def apply_views(self, encoded: bytes | Image.Image, views: Sequence[View]) -> list[Tensor]:
         """Returns the pixels of a file in several views, as `apply` does.
 
         It is decoded once, as large as they need it.
         """
-        # The sides of a whole image whose crop is as large as S.
-        sides = [
-            [
-                math.ceil(whole * side / max(1, part))
-                for whole, side, part in zip(view["image"], self.size, view["crop"][2:])
-            ]
-            for view in views
-            if "crop" in view
-        ]
-        image = decode(
-            encoded, least=(max(y for y, _ in sides), max(x for _, x in sides)) if sides else None
-        )
-        return [self.render(image, view) for view in views]
+        sizes = [self._size_for_crop(view) for view in views if "crop" in view]
+        least = None
+        if sizes:
+            heights, widths = zip(*sizes)
+            least = max(heights), max(widths)
+        image = decode_image(encoded, least=least)
+        return [self.apply_decoded(image, view) for view in views]
 
-    def render(self, image: Tensor | Image.Image, view: View) -> Tensor:
-        """Does what `apply` does, for what `decode` returned: uint8 [3, H, W] on any device, or a
-        PIL image.
+    def apply_decoded(self, image: Tensor | Image.Image, view: View) -> Tensor:
+        """Returns the pixels, as `apply` does, of what `decode_image` returned: uint8 [3, H, W] on
+        any device, or a PIL image.
 
         The image may be smaller than the one that the view was drawn for; the crop is then scaled
         down too.
         """
         if "crop" in view:
-            top, left, bottom, right = _box(F.get_size(image), view)
-            crop = F.crop(image, top, left, bottom - top, right - left)
-            # copied, since resizing contiguous rows saves more time than the copy takes
-            if isinstance(crop, Tensor):
-                crop = crop[None].contiguous(memory_format=torch.channels_last)[0]
-            pixels = to_tensor(F.resize(crop, list(self.size), BICUBIC))
+            pixels = self._crop_and_resize(image, view)
         elif "affine" in view:
-            angle, x, y, zoom, *shear = view["affine"]
-            shift = [x * (self.size[1] / view["size"][1]), y * (self.size[0] / view["size"][0])]
-            # torchvision draws a grey line around the image unless the fill is black. The negative
-            # turns white into black.
-            negative = ~to_tensor(F.resize(image, list(self.size), BICUBIC))
-            pixels = ~F.affine(negative, angle, shift, zoom, shear, interpolation=BILINEAR)
+            pixels = self._warp(image, view)
         else:
-            size, interpolation = self._resized(*F.get_size(image))
-            pixels = to_tensor(
-                center_crop_or_pad(F.resize(image, size, interpolation), list(self.size), self.fill)
-            )
-        return _changed_colour(pixels, view["colour"]) if "colour" in view else pixels
+            size, interpolation = self._evaluation_size(*F.get_size(image))
+            resized = F.resize(image, size, interpolation)
+            pixels = to_tensor(center_crop_or_pad(resized, list(self.size), self.fill))
+        if "colour" in view:
+            pixels = _change_colour(pixels, view["colour"])
+        return pixels
 
     def finish(self, images: Tensor, *, channels_last: bool = False) -> Tensor:
         """Normalises images, uint8 [N, 3, S, S], on their device: the model's input, float32 [N, 3,
@@ -163,67 +148,89 @@ class ImageTransform:
         if not isinstance(image, Image.Image):
             file = open_image(image)
             return self.apply(file, self.draw(file.height, file.width))
-        return self.finish(
-            self.render(_resizable(image), self.draw(image.height, image.width))[None]
-        )[0]
+        view = self.draw(image.height, image.width)
+        pixels = self.apply_decoded(_resizable(image), view)
+        return self.finish(pixels[None])[0]
 
-    def _resized(self, height: int, width: int) -> tuple[list[int], InterpolationMode]:
+    def _size_for_crop(self, view: View) -> list[int]:
+        """Returns height and width of a whole image whose crop is as large as the model's input."""
+        return [
+            math.ceil(whole * side / max(1, part))
+            for whole, side, part in zip(view["image"], self.size, view["crop"][2:])
+        ]
+
+    def _crop_and_resize(self, image: Tensor | Image.Image, view: View) -> Tensor:
+        top, left, bottom, right = _crop_of(view, F.get_size(image))
+        crop = F.crop(image, top, left, bottom - top, right - left)
+        # copied, since resizing contiguous rows saves more time than the copy takes
+        if isinstance(crop, Tensor):
+            crop = crop[None].contiguous(memory_format=torch.channels_last)[0]
+        return to_tensor(F.resize(crop, list(self.size), BICUBIC))
+
+    def _warp(self, image: Tensor | Image.Image, view: View) -> Tensor:
+        angle, x, y, zoom, *shear = view["affine"]
+        height, width = view["size"]
+        shift = [x * (self.size[1] / width), y * (self.size[0] / height)]
+        # torchvision draws a grey line around the image unless the fill is black. The negative
+        # turns white into black.
+        negative = ~to_tensor(F.resize(image, list(self.size), BICUBIC))
+        return ~F.affine(negative, angle, shift, zoom, shear, interpolation=BILINEAR)
+
+    def _evaluation_size(self, height: int, width: int) -> tuple[list[int], InterpolationMode]:
         """Returns the size to which evaluation resizes an image before it crops or pads, and the
         interpolation.
         """
         if self.resize_mode == "squash":
             return list(self.size), self.interpolation
-        fit, square = max if self.resize_mode == "longest" else min, self.size[0] == self.size[1]
-        if fit is min and square:  # open_clip calls torchvision, which rounds in another way
+        longest = self.resize_mode == "longest"
+        square = self.size[0] == self.size[1]
+        if square and not longest:  # open_clip calls torchvision, which rounds in another way
             side, short = self.size[0], min(height, width)
-            size = [
-                side if length == short else int(side * length / short)
-                for length in (height, width)
-            ]
+            size = [side, side]
+            if height > short:
+                size[0] = int(side * height / short)
+            if width > short:
+                size[1] = int(side * width / short)
         else:
-            ratio = fit(height / self.size[0], width / self.size[1])
+            ratios = height / self.size[0], width / self.size[1]
+            ratio = max(ratios) if longest else min(ratios)
             size = [max(1, round(height / ratio)), max(1, round(width / ratio))]
         check_pixels(*size)  # an image one pixel wide would become gigabytes
-        # open_clip passes none on for other sizes
-        return size, self.interpolation if fit is max or square else BICUBIC
+        if longest or square:
+            return size, self.interpolation
+        return size, BICUBIC  # to which open_clip passes no interpolation on
 
 
-def finished(
+def finish_on_device(
     transform: Any, images: Tensor, device: torch.device, *, channels_last: bool = False
 ) -> Tensor:
     """Moves a loader's images to the device, and completes uint8 ones by `transform.finish` there;
     others are complete.
     """
     images = images.to(device, non_blocking=True)
-    return (
-        transform.finish(images, channels_last=channels_last)
-        if images.dtype == torch.uint8
-        else images
-    )
+    if images.dtype != torch.uint8:
+        return images
+    return transform.finish(images, channels_last=channels_last)
 
 
 def augmentation(transform: Any) -> Any:
-    """The augmentation that a transform draws, as a JSON value to compare: "none", "affine" or
-    open_clip's fields.
+    """Returns the augmentation that a transform draws, as a JSON value to compare: "none", "affine"
+    or open_clip's fields.
     """
     augment = getattr(transform, "augment", repr(transform))
-    return (
-        json.loads(json.dumps(asdict(augment)))
-        if isinstance(augment, AugmentationCfg)
-        else augment or "none"
-    )
+    if isinstance(augment, AugmentationCfg):
+        return json.loads(json.dumps(asdict(augment)))
+    return augment or "none"
 
 
-def decode(
+def decode_image(
     encoded: bytes | Image.Image, *, least: tuple[int, int] | None = None
 ) -> Tensor | Image.Image:
-    """Decodes and raises as `decode_pil` does.
-
-    Returns RGB as uint8 [3, H, W], other modes as a PIL image.
+    """Decodes a file, as `decode_pil` does: RGB to uint8 [3, H, W], other modes to a PIL image.
 
     least: height and width that are enough. A JPEG that is 2, 4 or 8 times as large is decoded at
-    that fraction of its sides
-        (rounded up), which is faster; other formats stay as they are.
+    that fraction of its sides (rounded up), which is faster; other formats stay as they are.
+    Raises BrokenSample.
     """
     image: Any = open_image(encoded) if isinstance(encoded, bytes) else encoded
     size = image.size
@@ -246,14 +253,12 @@ def _resizable(image: Image.Image) -> Tensor | Image.Image:
 
 def to_tensor(image: Image.Image | Tensor) -> Tensor:
     """Converts an image to RGB, uint8 [3, H, W]; returns a tensor as it is."""
-    return (
-        image
-        if isinstance(image, Tensor)
-        else torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)
-    )
+    if isinstance(image, Tensor):
+        return image
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
-def stack(images: Sequence[Tensor]) -> Tensor:
+def stack_pixels(images: Sequence[Tensor]) -> Tensor:
     """Stacks pixels [3, S, S] to a batch [N, 3, S, S], channels last as the pixels are; torch.stack
     would transpose each.
 
@@ -262,54 +267,52 @@ def stack(images: Sequence[Tensor]) -> Tensor:
     return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
-def _box(size: Sequence[int], view: View) -> tuple[int, int, int, int]:
-    """Returns top, left, bottom and right of a view's crop, scaled to the view's image in another
-    `size`.
-    """
-    (top, left, height, width), (y, x) = (
-        view["crop"],
-        (now / then for now, then in zip(size, view["image"])),
-    )
-    first = (int(top * y + 0.5), int(left * x + 0.5))
-    last = (int((top + height) * y + 0.5), int((left + width) * x + 0.5))
-    return *first, max(last[0], first[0] + 1), max(last[1], first[1] + 1)
+def _crop_of(view: View, size: Sequence[int]) -> tuple[int, int, int, int]:
+    """Returns top, left, bottom and right of a view's crop in its image, which now has `size`."""
+    top, left, height, width = view["crop"]
+    y, x = size[0] / view["image"][0], size[1] / view["image"][1]
+    first_row, first_column = int(top * y + 0.5), int(left * x + 0.5)
+    end_row, end_column = int((top + height) * y + 0.5), int((left + width) * x + 0.5)
+    return first_row, first_column, max(end_row, first_row + 1), max(end_column, first_column + 1)
 
 
 def _checked(augment: Any) -> Any:
     if augment is None or augment == "affine":
         return augment
-    try:
-        augment = augment if isinstance(augment, AugmentationCfg) else AugmentationCfg(**augment)
-    except TypeError:
-        fields = f"fields of AugmentationCfg ({', '.join(asdict(AugmentationCfg()))})"
-        raise InputError(
-            f"augment: expected 'affine', 'none' or {fields}, got {augment!r}"
-        ) from None
-    jitter, timm = augment.color_jitter, ("use_timm", "re_prob", "re_count")
-    four = isinstance(jitter, (list, tuple)) and len(jitter) == 4
-    rules = [
-        (name, not getattr(augment, name), "none, as timm's transforms take PIL images")
-        for name in timm
-    ]
-    rules += [("scale", _is_range(augment.scale), "two numbers above 0 in order")]
-    rules += [
-        ("ratio", augment.ratio is None or _is_range(augment.ratio), "two numbers above 0 in order")
-    ]
-    expected = "brightness, contrast, saturation and hue, and their color_jitter_prob"
-    rules += [("color_jitter", four if augment.color_jitter_prob else jitter is None, expected)]
-    for name, valid, expected in rules:
+    if not isinstance(augment, AugmentationCfg):
+        try:
+            augment = AugmentationCfg(**augment)
+        except TypeError:
+            fields = f"fields of AugmentationCfg ({', '.join(asdict(AugmentationCfg()))})"
+            raise InputError(
+                f"augment: expected 'affine', 'none' or {fields}, got {augment!r}"
+            ) from None
+
+    def check(name: str, valid: bool, expected: str) -> None:
         if not valid:
             raise InputError(f"augment.{name}: expected {expected}, got {getattr(augment, name)!r}")
+
+    for name in ("use_timm", "re_prob", "re_count"):
+        check(name, not getattr(augment, name), "none, as timm's transforms take PIL images")
+    check("scale", _is_range(augment.scale), "two numbers above 0 in order")
+    if augment.ratio is not None:
+        check("ratio", _is_range(augment.ratio), "two numbers above 0 in order")
+    jitter = augment.color_jitter
+    valid = jitter is None
+    if augment.color_jitter_prob:
+        valid = isinstance(jitter, (list, tuple)) and len(jitter) == 4
+    expected = "brightness, contrast, saturation and hue, and their color_jitter_prob"
+    check("color_jitter", valid, expected)
     return augment
 
 
 def _is_range(ends: Any) -> bool:
-    numbers = (
-        isinstance(ends, (list, tuple))
-        and len(ends) == 2
-        and all(isinstance(end, (int, float)) for end in ends)
-    )
-    return numbers and 0 < ends[0] <= ends[1]
+    if not isinstance(ends, (list, tuple)) or len(ends) != 2:
+        return False
+    first, last = ends
+    if not isinstance(first, (int, float)) or not isinstance(last, (int, float)):
+        return False
+    return 0 < first <= last
 
 
 def _draw_colour(jitter: ColorJitter | None, jitter_prob: float, grey_prob: float) -> list[float]:
@@ -319,19 +322,23 @@ def _draw_colour(jitter: ColorJitter | None, jitter_prob: float, grey_prob: floa
     becomes grey (1 or 0).
     """
     change, grey = torch.rand(2).tolist()
-    factors, order = list(UNCHANGED), [0, 1, 2, 3]
+    factors = list(UNCHANGED)
+    order = [0, 1, 2, 3]
     if jitter is not None and change < jitter_prob:
-        drawn, *values = jitter.get_params(
+        drawn_order, *drawn_factors = jitter.get_params(
             jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
         )
-        factors = [none if value is None else value for value, none in zip(values, factors)]
-        order = drawn.tolist()
+        order = drawn_order.tolist()
+        for index, factor in enumerate(drawn_factors):
+            if factor is not None:
+                factors[index] = factor
     return [*factors, *map(float, order), float(grey < grey_prob)]
 
 
-def _changed_colour(image: Tensor, colour: Sequence[float]) -> Tensor:
+def _change_colour(image: Tensor, colour: Sequence[float]) -> Tensor:
     """Changes the colours of an image, uint8 [3, H, W], by what `_draw_colour` returned."""
-    for which in map(int, colour[4:8]):
-        if colour[which] != UNCHANGED[which]:
-            image = CHANGES[which](image, colour[which])
-    return F.rgb_to_grayscale(image, 3) if colour[8] else image
+    factors, order, grey = colour[:4], colour[4:8], colour[8]
+    for index in map(int, order):
+        if factors[index] != UNCHANGED[index]:
+            image = CHANGES[index](image, factors[index])
+    return F.rgb_to_grayscale(image, 3) if grey else image

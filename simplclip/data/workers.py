@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from simplclip.common.errors import UserError
 from simplclip.data.errors import WorkerError
 
-# the items of worker i of n, with 0 of 1 for this process
+# function of a worker's number and the number of workers, 0 and 1 in this process
 Items = Callable[[int, int], Iterator[Any]]
 
 
@@ -41,9 +41,8 @@ def from_workers(
     """
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
     if workers:
-        context: Any = copy.copy(
-            multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        )
+        method = "fork" if sys.platform == "linux" else None
+        context: Any = copy.copy(multiprocessing.get_context(method))
         context.Event = _Event
         options |= {
             "prefetch_factor": 2,
@@ -54,7 +53,7 @@ def from_workers(
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         former = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
-        # that there are fewer cores than processes
+        # torch warns of more processes than cores
         warnings.filterwarnings("ignore", "This DataLoader will create")
         # Without its own generator the DataLoader would draw from the caller's global generator.
         loader = DataLoader(
@@ -84,17 +83,22 @@ def from_workers(
             "out of memory kills processes; fewer data.workers or a smaller batch need less"
         ) from error
     finally:
-        if workers:  # torch has no public method for this
-            ended = any(
-                queue._close and not queue._close.still_active() for queue in iterator._index_queues
-            )
-            # torch's thread for pinning needs whole messages
-            if ended and not pin_memory and not sys.is_finalizing():
-                # The garbage collector has ended the queues, so that no process would be told to
-                # end, and each waited for.
-                for process in iterator._workers:
-                    process.kill()
-            iterator._shutdown_workers()
+        if workers:
+            _shut_down(iterator, pin_memory)
+
+
+def _shut_down(iterator: Any, pin_memory: bool) -> None:
+    """Ends the processes of a DataLoader's iterator, for which torch has no public method."""
+    queues_ended = any(
+        queue._close and not queue._close.still_active() for queue in iterator._index_queues
+    )
+    # torch's thread for pinning needs whole messages
+    if queues_ended and not pin_memory and not sys.is_finalizing():
+        # The garbage collector has ended the queues: torch could not tell the processes to end, and
+        # would wait for each.
+        for process in iterator._workers:
+            process.kill()
+    iterator._shutdown_workers()
 
 
 class _Items(IterableDataset):
@@ -119,10 +123,8 @@ Message = tuple[list[torch.Tensor], torch.Tensor]
 def _pack(item: Any) -> Message:
     """Returns the tensors of an item, and a tensor with its pickle.
 
-    Raises WorkerError for an item that cannot be pickled.
-
     Tensors go through shared memory. The pipe has some 200 bytes for each: a message of up to 4,096
-    bytes is written whole or not at all.
+    bytes is written whole or not at all. Raises WorkerError for an item that cannot be pickled.
     """
     stream = io.BytesIO()
     pickler = _Pickler(stream, pickle.HIGHEST_PROTOCOL)
@@ -171,14 +173,15 @@ def _unchanged(item: Any) -> Any:
 
 def _died(error: Exception) -> bool:
     """Whether an error says that a loader process died, perhaps while it sent a batch."""
-    cut_off = isinstance(
-        error, (EOFError, ConnectionError, FileNotFoundError)
-    ) and "in DataLoader worker" not in str(error)
-    return cut_off or str(error).startswith("DataLoader worker")
+    message = str(error)
+    if message.startswith("DataLoader worker"):
+        return True
+    cut_off = isinstance(error, (EOFError, ConnectionError, FileNotFoundError))
+    return cut_off and "in DataLoader worker" not in message
 
 
 def _start(worker: int) -> None:
-    # Ctrl-C, and SIGTERM at the end of a job, reach all processes; the trainer needs a batch to
+    # Ctrl-C, and SIGTERM at the end of a job, reach all processes; but the trainer needs a batch to
     # finish its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

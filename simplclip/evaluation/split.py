@@ -19,7 +19,7 @@ from simplclip.common.errors import InputError, UserError
 from simplclip.common.progress import Progress
 from simplclip.data import HeldOut, held_out
 from simplclip.data.errors import Skipped
-from simplclip.data.transforms import ImageTransform, finished, to_tensor
+from simplclip.data.transforms import ImageTransform, finish_on_device, to_tensor
 
 BATCH_SIZE = 64  # images or captions that are encoded at a time
 
@@ -106,7 +106,7 @@ def cropped(transform: Any, image: Image.Image) -> Image.Image:
         larger = copy.copy(transform)
         factor = max(1, -(-160 // min(transform.size)))
         larger.size = (factor * transform.size[0], factor * transform.size[1])
-        return to_pil_image(larger.render(to_tensor(image), {}))
+        return to_pil_image(larger.apply_decoded(to_tensor(image), {}))
     # of open_clip's, up to the conversion to a tensor
     for step in getattr(transform, "transforms", ()):
         changed = step(image)
@@ -177,9 +177,8 @@ def encode(
     """
 
     def of_images(batch: Tensor) -> Tensor:
-        return features_of(
-            model, "image", finished(split.transform, batch, device), device, precision, source
-        ).cpu()
+        images = finish_on_device(split.transform, batch, device)
+        return features_of(model, "image", images, device, precision, source).cpu()
 
     def of_texts(start: int) -> Tensor:
         tokens = split.tokenizer(captions[start : start + batch_size])

@@ -25,8 +25,8 @@ from simplclip.common.errors import InputError, check_count
 from simplclip.common.files import sha256
 from simplclip.data.pack import packed
 from simplclip.data.samples import Pair, stable_hash
-from simplclip.data.transforms import ImageTransform, finished, stack
-from simplclip.data.writer import write_sidecars
+from simplclip.data.transforms import ImageTransform, finish_on_device, stack_pixels
+from simplclip.data.write_sidecars import write_sidecars
 from simplclip.models.weights import download
 
 
@@ -39,13 +39,13 @@ class Prepare:
     seed: int
 
     def __call__(self, sample: Pair) -> tuple[Tensor, Tensor, list[str], dict[str, Any]]:
-        generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/{sample.place}") >> 1)
+        generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/{sample.name}") >> 1)
         draws = torch.rand(self.draws, generator=generator, dtype=torch.float64)
         return self.transform(sample.encoded), draws, sample.captions, sample.record
 
     def collate(self, prepared: list[tuple]) -> tuple[Tensor, Tensor, tuple, tuple]:
         images, draws, captions, records = zip(*prepared)
-        return stack(images), torch.stack(draws), captions, records
+        return stack_pixels(images), torch.stack(draws), captions, records
 
 
 def run(
@@ -82,8 +82,8 @@ def run(
         batch_size: images at a time; n captions of each are drawn together.
         max_tokens: most tokens of a caption, including start and end of text; at most the model's
             context.
-        options: workers, sidecars, progress of `data.writer.write_sidecars`, which also documents
-            errors and continuation.
+        options: workers, sidecars, progress of `data.write_sidecars.write_sidecars`, which also
+            documents errors and continuation.
 
     Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run.
     Raises InputError for an argument out of range, a model that is no CoCa, and weights that do not
@@ -110,7 +110,7 @@ def run(
 
     def process(batch: tuple[Tensor, Tensor, tuple, tuple]) -> list[dict[str, bytes]]:
         images, draws, captions, records = batch
-        images = finished(prepare.transform, images, place)
+        images = finish_on_device(prepare.transform, images, place)
         with hardware.autocast(precision, place):
             tokens = generate(coca, images, draws, tokenizer, top_p=top_p, temperature=temperature)
         texts = [decode(rows, tokenizer) for rows in tokens.tolist()]

@@ -27,16 +27,22 @@ from torch import Tensor
 
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, check_count
-from simplclip.data import tars
+from simplclip.data.decode_images import open_image
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.images import open_image
-from simplclip.data.loader import seeded
+from simplclip.data.find_sidecars import Folders
+from simplclip.data.find_sources import sources_of
 from simplclip.data.pack import packed
+from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import TEACHER, TEACHER_JSON, Pair, digests_of, parse
-from simplclip.data.sidecars import Folders
-from simplclip.data.sources import sources_of
-from simplclip.data.transforms import ImageTransform, View, augmentation, finished, stack
-from simplclip.data.writer import write_sidecars
+from simplclip.data.transforms import (
+    ImageTransform,
+    View,
+    augmentation,
+    finish_on_device,
+    stack_pixels,
+)
+from simplclip.data.views import seeded
+from simplclip.data.write_sidecars import write_sidecars
 from simplclip.evaluation import Encoder, load, recall
 from simplclip.models.trained import image_transform
 from simplclip.train import config as configs
@@ -68,7 +74,7 @@ class Views:
         image = open_image(sample.encoded)
         views = []
         for view in range(self.number):
-            with seeded(self.seed, "view", sample.place, view):
+            with seeded(self.seed, "view", sample.name, view):
                 views.append(self.transform.draw(image.height, image.width))
         return views
 
@@ -96,7 +102,7 @@ class Prepare:
     def __call__(self, sample: Pair) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
         drawn = self.views.draw(sample) if self.views else []
         images = (
-            self.transform.apply_all(sample.encoded, drawn)
+            self.transform.apply_views(sample.encoded, drawn)
             if drawn
             else [self.transform(sample.encoded)]
         )
@@ -106,9 +112,8 @@ class Prepare:
     def collate(self, prepared: list[tuple]) -> Batch:
         images, tokens, about = zip(*prepared)
         pixels = [image for several in images for image in several]
-        return Batch(
-            stack(pixels), torch.cat(tokens), [len(several) for several in tokens], list(about)
-        )
+        counts = [len(several) for several in tokens]
+        return Batch(stack_pixels(pixels), torch.cat(tokens), counts, list(about))
 
 
 def write(
@@ -124,17 +129,17 @@ def write(
     the teacher.
 
     Args:
-        shards: tars, see `data.writer.write_sidecars`, which also documents errors, continuation
-            and the returned dict.
+        shards: tars, see `data.write_sidecars.write_sidecars`, which also documents errors,
+            continuation and the returned dict.
         views: views of the images in place of the images, not augmented. Training replays one of
             them in each epoch.
         batch_size: samples, views or captions that are encoded at a time.
-        options: workers, sidecars, progress of `data.writer.write_sidecars`.
+        options: workers, sidecars, progress of `data.write_sidecars.write_sidecars`.
     """
     prepare = Prepare(transform_of(teacher), teacher.tokenizer, views)
 
     def process(batch: Batch) -> list[dict[str, bytes]]:
-        images = finished(prepare.transform, batch.images, teacher.device)
+        images = finish_on_device(prepare.transform, batch.images, teacher.device)
         x = torch.cat([teacher.features("image", part) for part in images.split(batch_size)]).cpu()
         y = encode_tokens(teacher, batch.tokens, batch_size).cpu()
         rows = zip(x.unflatten(0, (len(batch.about), -1)), y.split(batch.captions), batch.about)
@@ -242,7 +247,7 @@ def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
     it is of any use.
     """
     raw = chain.from_iterable(
-        tars.read(source, Skipped(), sidecars=sidecars) for source in sources_of(shards)
+        read_tar(source, Skipped(), sidecars=sidecars) for source in sources_of(shards)
     )
     pairs: list[Pair] = []
     for sample in (sample for sample in raw if TEACHER in sample):

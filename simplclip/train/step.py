@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from simplclip import gradient_cache
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, UserError
-from simplclip.data.transforms import finished
+from simplclip.data.transforms import finish_on_device
 from simplclip.train import prefix as prefixes
 from simplclip.train.distributed import averaged
 from simplclip.train.setup import State, learning_rate
@@ -135,7 +135,7 @@ def losses(
 
 def encode_image(state: State, batch: Batch) -> Tensor:
     """Returns normalised features [N, D] of a batch's images, which are completed on the device."""
-    images = finished(
+    images = finish_on_device(
         state.transform, batch["image"], state.device, channels_last=state.channels_last
     )
     with hardware.autocast(state.precision, state.device):

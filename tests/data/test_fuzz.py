@@ -7,9 +7,10 @@ To repeat a case: pytest tests/data/test_fuzz.py --cases 1 --first-case NUMBER
 import contextlib
 import io
 
-from simplclip.data import tars
+from simplclip.data import read_tars
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.sources import Address, Source
+from simplclip.data.find_sources import Address, Source
+from simplclip.data.read_tars import read_tar
 from support.data import archives as make
 
 SECONDS = 1.0  # CPU time
@@ -28,7 +29,7 @@ def harmless(what):
 def read(url):
     """Returns the files of the samples, or why they were not read, and the counts of damage."""
     skipped, files = Skipped(), []
-    for sample in tars.read(Source(url, name="a"), skipped):
+    for sample in read_tar(Source(url, name="a"), skipped):
         for suffix, value in sample.items():
             if not suffix.startswith("__"):
                 value = value.reason if isinstance(value, BrokenSample) else value
@@ -37,7 +38,7 @@ def read(url):
 
 
 def test_mutated_archives(tmp_path, monkeypatch, archives):
-    data, opened = b"", tars._opened
+    data, opened = b"", read_tars._opened
 
     @contextlib.contextmanager
     def open_stream(url):
@@ -47,7 +48,7 @@ def test_mutated_archives(tmp_path, monkeypatch, archives):
             with opened(url) as (file, mode):
                 yield file, mode
 
-    monkeypatch.setattr(tars, "_opened", open_stream)
+    monkeypatch.setattr(read_tars, "_opened", open_stream)
     seen = {"whole": 0, "accepted": 0, "damaged": 0}
     for number in archives:
         what, data, files = make.case(number)

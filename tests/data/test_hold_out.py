@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from simplclip import data
-from simplclip.data import pack
+from simplclip.data import pack, samples
 from simplclip.data.errors import Skipped
 from support.data.pairs import (
     COUNT,
@@ -65,7 +65,7 @@ def one_pass(shards, share, workers=1, ranks=1):
         )
         for worker in range(workers):
             items = itertools.takewhile(
-                lambda item: item.number == 0, reader.items(worker, workers)
+                lambda item: item.pass_number == 0, reader.items(worker, workers)
             )
             found += [key for item in items for key in item.batch["key"]]
     return found
@@ -145,10 +145,30 @@ def test_groups_of_a_sidecar_count(tmp_path):
     held = held_of(shard, 0.5, sidecars=folders)[0]
     assert {Counter(int(key) // 10 for key in held)[group] for group in range(4)} <= {0, 10}
     reader = loader(shard, workers=1, batch_size=1, hold_out=0.5, sidecars=folders)
-    trained = itertools.takewhile(lambda item: item.number == 0, reader.items(0, 1))
+    trained = itertools.takewhile(lambda item: item.pass_number == 0, reader.items(0, 1))
     assert sorted(held + [key for item in trained for key in item.batch["key"]]) == [
         f"{i:02}" for i in range(40)
     ]
+
+
+def test_the_json_of_a_sample_is_parsed_once(tmp_path, monkeypatch):
+    shard = write(tmp_path / "a.tar", [sample(i) for i in range(COUNT)])
+    contents, parse_json = [], samples.json_of
+
+    def counted(content):
+        contents.append(content)
+        return parse_json(content)
+
+    monkeypatch.setattr(samples, "json_of", counted)
+    trained = one_pass(shard, SHARE)
+    assert 0 < len(trained) < COUNT
+    files = [sample(i)[1]["json"] for i in range(COUNT)]
+    # the first sample of the second pass ends the first
+    assert Counter(contents[:COUNT]) == Counter(files)
+    contents.clear()
+    held = held_of(shard)[0]
+    assert sorted(held + trained) == [f"k{i:03d}" for i in range(COUNT)]
+    assert Counter(contents) == Counter(files)
 
 
 def folder_of(path, names):

@@ -14,7 +14,7 @@ import pytest
 from test_samples import one_pass
 
 from simplclip import data
-from simplclip.data import tars
+from simplclip.data import read_tars
 from simplclip.data.errors import Skipped
 from support.data import archives as make
 from support.data.archives import END, PNG, header, member, npy_that_claims, pair, pax, record
@@ -163,7 +163,7 @@ ARCHIVES = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(tars, "RETRIES", ())
+    monkeypatch.setattr(read_tars, "RETRIES", ())
 
 
 @pytest.fixture(autouse=True)

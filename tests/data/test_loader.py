@@ -1,31 +1,26 @@
-"""Batches of training, with and without a teacher's features: parts of workers and ranks, resuming,
-broken data.
-"""
+"""Batches of training: parts of workers and ranks, resuming, broken data."""
 
 import itertools
 import json
-import math
 import os
 import random
 import re
 import sys
-import zlib
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from open_clip.transform import AugmentationCfg, PreprocessCfg
+from open_clip.transform import PreprocessCfg
 
 from simplclip import data
-from simplclip.data.samples import digest_of
 from simplclip.data.transforms import ImageTransform
-from support.data.pairs import COUNT, SIZE, keys, loader, npy, png, resize, sample, text_of, write
+from support.data.pairs import COUNT, SIZE, keys, loader, png, resize, sample, take, text_of, write
 from support.train.runs import bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
-WIDTH = 6  # of the features
+
 ALL = [f"k{i:03d}" for i in range(COUNT)]
 
 
@@ -43,10 +38,6 @@ def one(tmp_path_factory):
     return write(tmp_path_factory.mktemp("one") / "one.tar", [sample(i) for i in range(COUNT)])
 
 
-def take(batches, count):
-    return list(itertools.islice(batches, count))
-
-
 def passes(shards, count, *, workers=1, ranks=1, **options):
     """Returns the keys of the first passes of each worker of each rank: keys[pass][worker].
 
@@ -60,9 +51,9 @@ def passes(shards, count, *, workers=1, ranks=1, **options):
             for of_pass in keys:
                 of_pass.append([])
             for item in pairs.items(worker, workers):
-                if item.number >= count:
+                if item.pass_number >= count:
                     break
-                keys[item.number][-1] += item.batch["key"]
+                keys[item.pass_number][-1] += item.batch["key"]
     return keys
 
 
@@ -220,7 +211,7 @@ def test_caption_and_augmentation_do_not_depend_on_workers(pattern):
             key: (text_of(item.batch["text"][0]), item.batch["image"][0].tolist())
             for worker in range(workers)
             for item in itertools.takewhile(
-                lambda item: item.number < 1,
+                lambda item: item.pass_number < 1,
                 loader(pattern, workers=workers, batch_size=1).items(worker, workers),
             )
             for key in item.batch["key"]
@@ -299,7 +290,8 @@ def test_a_broken_shard_does_not_end_the_data(tmp_path):
     longest = Counter()
     for seed, worker in itertools.product(range(4), (0, 1)):
         numbers = [
-            item.number for item in take(loader(mixed, seed=seed, **options).items(worker, 2), 40)
+            item.pass_number
+            for item in take(loader(mixed, seed=seed, **options).items(worker, 2), 40)
         ]
         longest[seed] = max(
             longest[seed], *(after - before for before, after in itertools.pairwise(numbers))
@@ -354,160 +346,6 @@ def test_bad_counts(pattern, name, least, got):
         loader(pattern, **{name: got})
     with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
         loader(pattern, rank=2, world_size=2)
-
-
-def features_of(number: int, captions: int) -> np.ndarray:
-    """Returns features whose row r of sample n is n + r / 8 everywhere, so that a row identifies
-    its sample.
-    """
-    return (number + np.arange(1 + captions)[:, None] / 8 + np.zeros(WIDTH)).astype(np.float16)
-
-
-def taught(number, features=None, **about):
-    key, files = sample(number)
-    about = {"teacher.json": json.dumps(about).encode()} if about else {}
-    return key, files | {"teacher.npy": features or npy(features_of(number, 3)), **about}
-
-
-@pytest.fixture(scope="module")
-def shard(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("taught") / "train-0.tar", [taught(i) for i in range(10)])
-
-
-@pytest.mark.parametrize("captions", [1, 2, 3, 5])
-def test_rows_are_those_of_the_image_and_of_the_captions_drawn(shard, captions):
-    (batch,) = take(loader(shard, teacher=True, captions_per_image=captions, batch_size=10), 1)
-    wanted = (10,) if captions == 1 else (10, captions)
-    assert batch["text"].shape == (*wanted, 12)
-    assert batch["teacher_image"].shape == (10, WIDTH)
-    assert batch["teacher_text"].shape == (*wanted, WIDTH)
-    assert batch["teacher_text"].dtype == torch.float16
-    for i, (key, record) in enumerate(zip(batch["key"], batch["meta"])):
-        number = int(key[1:])
-        assert batch["teacher_image"][i].eq(number).all()
-        texts = [text_of(row) for row in batch["text"][i].reshape(captions, -1)]
-        assert len(set(texts)) == min(captions, 3)
-        for text, row in zip(texts, batch["teacher_text"][i].reshape(captions, WIDTH)):
-            assert row.eq(number + (1 + record["captions"].index(text)) / 8).all()
-
-
-def test_one_caption_is_drawn_as_without_a_teacher(shard):
-    plain, taught = (take(loader(shard, teacher=teacher), 5) for teacher in (False, True))
-    assert bits(plain) == bits(
-        [{k: v for k, v in batch.items() if not k.startswith("teacher")} for batch in taught]
-    )
-
-
-CAPTIONS = ["1 a", "1 b", "1 c"]
-
-
-def crc(image):
-    return f"{zlib.crc32(image):08x}"
-
-
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        (
-            sample(1),
-            r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher",
-        ),
-        (
-            taught(1, npy(features_of(1, 2))),
-            r"features of other captions: they have changed since; run `simplclip teacher`",
-        ),
-        (
-            taught(1, captions=digest_of(["1 a", "1 b", "2 c"])),
-            r"sample 'k001' of shard '.*a.tar' has .* of other captions",
-        ),
-        (taught(1, captions=digest_of(CAPTIONS)), None),
-        (taught(1, captions=digest_of(CAPTIONS), image=crc(png(1))), None),
-        (
-            taught(1, captions=digest_of(CAPTIONS), image=crc(png(2))),
-            "features of another image: it has changed",
-        ),
-        (taught(1, npy(features_of(1, 4)), captions=digest_of(CAPTIONS), views=[{}, {}]), None),
-    ],
-)
-def test_features_that_are_not_the_samples(tmp_path, second, message):
-    path = write(tmp_path / "a.tar", [taught(0), second])
-    if message is None:
-        assert len(
-            take(
-                loader(
-                    path,
-                    teacher=True,
-                    batch_size=1,
-                    transform=AUGMENTED if "views" in str(second) else resize,
-                ),
-                2,
-            )
-        )
-    else:
-        with pytest.raises(data.ShardError, match=message):
-            take(loader(path, teacher=True, batch_size=1), 2)
-    assert len(take(loader(path, batch_size=1), 2)) == 2
-
-
-def test_the_stamp_of_a_folder(tmp_path):
-    wrong = (
-        {},
-        {"logit_scale": math.nan},
-        {"logit_scale": 1, "width": 0},
-        {"logit_scale": 1, "views": {"number": 1}},
-    )
-    stamps = {"a": {"logit_scale": 10}, "b": {"logit_scale": 11}} | {
-        f"c{n}": stamp for n, stamp in enumerate(wrong)
-    }
-    for name, stamp in stamps.items():
-        write((folder := tmp_path / name).mkdir() or folder / "x.tar", [])
-        (folder / "meta.json").write_text(
-            json.dumps({"teacher": {"name": "t", "width": 6} | stamp})
-        )
-    assert data.teacher_stamp([tmp_path / "a"]) == {"name": "t", "width": 6, "logit_scale": 10.0}
-    assert data.teacher_stamp([tmp_path / name for name in stamps])["logit_scale"] == 11.0
-    for folders in ([tmp_path / "c0"], []):
-        with pytest.raises(
-            data.ShardError, match=r"data.sidecars: expected a teacher's features, .*got \["
-        ):
-            data.teacher_stamp(folders)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_features_that_are_not_finite_break_their_sample(tmp_path, value):
-    features = features_of(1, 3)
-    features[2, 3] = value
-    reader = loader(
-        write(tmp_path / "a.tar", [taught(0), taught(1, npy(features))]), teacher=True, batch_size=1
-    )
-    assert set(keys(take(reader, 4))) == {"k000"}
-    assert "bad teacher features (first: a.tar/k001: expected finite numbers)" in str(
-        reader.skipped
-    )
-
-
-def test_an_image_that_broke_after_the_teacher_ran_is_counted(tmp_path):
-    key, files = taught(1, captions=digest_of(CAPTIONS), image=crc(png(1)))
-    path = write(tmp_path / "a.tar", [taught(0), (key, files | {"png": png(1)[:200]})])
-    reader = loader(path, teacher=True, batch_size=1)
-    assert set(keys(take(reader, 3))) == {"k000"}
-    assert set(reader.skipped.counts) == {"truncated image"}
-
-
-AUGMENTED = ImageTransform(PreprocessCfg(size=8), AugmentationCfg())
-
-
-@pytest.mark.parametrize(
-    "view", [5, {"crop": "x"}, {"image": [1, 2], "crop": [5]}, {"affine": []}, {"colour": [9] * 9}]
-)
-def test_a_view_that_cannot_be_replayed_breaks_its_sample(tmp_path, view):
-    features = npy(features_of(1, 3))
-    samples = [taught(0), taught(1, features, captions=digest_of(CAPTIONS), views=[view])]
-    reader = loader(
-        write(tmp_path / "a.tar", samples), teacher=True, batch_size=1, transform=AUGMENTED
-    )
-    assert {key for batch in take(reader, 3) for key in batch["key"]} == {"k000"}
-    assert reader.skipped.counts["bad teacher features"] >= 2
 
 
 def test_the_files_that_an_image_passes(one):

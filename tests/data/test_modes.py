@@ -12,10 +12,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from simplclip.data.images import opaque, open_image, remarks_on
-from simplclip.data.loader import pixels_of
+from simplclip.data.decode_images import opaque, open_image, remarks_on
 from simplclip.data.samples import Pair
 from simplclip.data.transforms import ImageTransform
+from simplclip.data.views import pixels_of
 from support.data.photos import encode, photo
 
 # height and width

@@ -1,32 +1,31 @@
-"""Packing: every form of pairs as shards, rows that are bad, hostile files, and stops at any
-moment.
-"""
+"""Packing: every form of pairs as shards."""
 
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 import tracemalloc
 from collections import deque
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from simplclip.common.errors import InputError
-from simplclip.data import forms, pack, tar_writer
-from simplclip.data.forms import Options
-from support.data.pairs import digests, members, meta, png, table
-from support.data.photos import encode, photo
-from support.programs import call, killed_at_any_point, one_line
+from simplclip.data import pack, read_tables
+from simplclip.data.read_tables import Options
+from support.data.packs import packed, samples
+from support.data.pairs import digests, meta, png, table
 
 ROWS = [("img/a.png", "one"), ("img/a.png", "two"), ("img/sub/b.png", "three")]
+
+
 TWO = [("000000000", ["one", "two"]), ("000000002", ["three"])]
+
+
 IMAGES = [("img/a.png", ["one", "two"]), ("img/sub/b.png", ["three"])]
+
+
 OTHER = Options(image_key="where", caption_key="what", images="img")
+
+
 KINDS = {
     "rows.csv": (Options(), TWO),
     "rows.tsv": (Options(), TWO),
@@ -94,27 +93,6 @@ def folder(tmp_path_factory):
     return here
 
 
-def samples(shards):
-    """Returns the files of the samples of shards, by key."""
-    found = {}
-    for shard in shards:
-        for name, content in members(shard).items():
-            found.setdefault(name[:9], {})[name[10:]] = content
-    return found
-
-
-def skipped_of(out):
-    return tar_writer.skipped_in(meta(out)["splits"]["data"]["shards"].values())
-
-
-def packed(source, out, options=Options(), **more):  # noqa: B008
-    """Returns (name, captions) of each sample, and what was left out."""
-    shards = pack.pack(source, out, options, progress=False, **more)
-    records = [json.loads(sample["json"]) for sample in samples(shards).values()]
-    skipped = dict(skipped_of(out).counts)
-    return [(record["source"].partition("/")[2], record["captions"]) for record in records], skipped
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form(folder, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(folder)
@@ -155,7 +133,7 @@ def test_rows_of_every_kind(tmp_path):
 
 def test_separators_and_wrong_tables(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
-    for separator in forms.SEPARATORS:
+    for separator in read_tables.SEPARATORS:
         path = table(tmp_path / "t.csv", [["a.png", "one"]], separator=separator)
         assert packed(path, tmp_path / f"out{ord(separator)}")[0] == [("000000000", ["one"])]
     for name, content, options, message in (
@@ -208,20 +186,6 @@ def test_separators_and_wrong_tables(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-# a field of fewer and of more characters than csv's limit
-@pytest.mark.parametrize("rows", [9, 1500])
-def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
-    path = table(
-        tmp_path / "t.csv", [[f"{number}.png", f"{number} {'x' * 100}"] for number in range(rows)]
-    )
-    Path(path).write_text(Path(path).read_text().replace("7.png,7 x", '7.png,"7 x', 1))
-    found = list(forms.open_source(path, Options()).rows())
-    assert [row.name for row in found if row.problem] == ["t.csv/000000007"]
-    assert [row.captions[0].split()[0] for row in found if not row.problem] == [
-        str(n) for n in range(rows) if n != 7
-    ]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_no_large_table_is_held(tmp_path, kind):
@@ -239,201 +203,13 @@ def test_no_large_table_is_held(tmp_path, kind):
         )
     del columns
     tracemalloc.start()
-    source = forms.open_source(path, Options())
+    source = read_tables.open_source(path, Options())
     assert source.total == count
     (last,) = deque(source.rows(), maxlen=1)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert last.captions == [f"a photo of {count - 1}"]
     assert peak < 2_500_000  # all rows would take 8 MB
-
-
-def test_hostile_rows_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(pack, "MAX_BYTES", 1 << 20)
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "good.png").write_bytes(png())
-    (tmp_path / "text.png").write_bytes(b"root:x:0:0")
-    (tmp_path / "torn.png").write_bytes(png()[:12])
-    with open(tmp_path / "huge.jpg", "wb") as file:
-        file.truncate(1 << 40)
-    images = [
-        "good.png",
-        "pipe.png",
-        "/dev/zero",
-        "/dev/stdin",
-        "../../../../../../etc/passwd",
-        "text.png",
-        "torn.png",
-        "huge.jpg",
-        "a\0b.png",
-        ".",
-        "",
-        "http://x/y.jpg",
-        "pipe:true",
-        "x" * 5000,
-    ]
-    entries = [{"filename": image, "sentences": [{"raw": image or "none"}]} for image in images]
-    (tmp_path / "rows.json").write_text(json.dumps({"images": entries}))
-    found, skipped = packed(tmp_path / "rows.json", tmp_path / "out")
-    assert found == [("good.png", ["good.png"])]
-    unreadable = {
-        "cannot be read": 7,
-        "file too large": 1,
-        "not a local file": 2,
-        "not an image": 3,
-    }
-    assert skipped == unreadable
-    assert list(members(tmp_path / "out" / "rows-000000.tar")) == [
-        "000000000.png",
-        "000000000.json",
-    ]
-    table(tmp_path / "urls.csv", [(f"https://x/{number}.jpg", "x") for number in range(3000)])
-    told = one_line("data", "pack", tmp_path / "urls.csv", "--out", tmp_path / "none")
-    assert (
-        "3000 not a local file (first: urls.csv/000000000: 'https://x/0.jpg', which is not a path; "
-        "of URLs img2dataset" in told
-    )
-
-
-def test_a_folder_whose_captions_change_is_another_source(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/1.png").write_bytes(png())
-    for text in ("a cat", "a dog"):
-        (tmp_path / "in/1.txt").write_text(text)
-        os.utime(tmp_path / "in/1.txt", (len(text), ord(text[2])))
-        if text == "a cat":
-            assert packed(tmp_path / "in", tmp_path / "out") == ([("1", ["a cat"])], {})
-    with pytest.raises(InputError, match="to hold what an earlier run made of the same"):
-        packed(tmp_path / "in", tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    "entries", [5, [], {"in-000000.tar": 5}, {"in-000000.tar": {"samples": "7", "bytes": 1}},
-                {"in-000000.tar": {"samples": 7, "bytes": 1, "skipped": 5}}]
-)  # fmt: skip
-def test_another_meta_json_is_refused(tmp_path, rows, entries):
-    packed(rows, tmp_path / "out")
-    path = tmp_path / "out/meta.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"splits": {"data": {"shards": entries}}})
-    )
-    with pytest.raises(
-        InputError,
-        match="expected a new folder or that of an earlier run, got .* with another meta.json",
-    ):
-        packed(rows, tmp_path / "out")
-
-
-def test_a_run_in_the_folder_of_its_data_does_not_change_them(tmp_path):
-    """Its pictures have no captions beside them."""
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/1.txt").write_text("a cat")
-    for name in ("1.png", "curves.png"):
-        (tmp_path / "in" / name).write_bytes(png())
-        assert packed(tmp_path / "in", tmp_path / "out") == ([("1", ["a cat"])], {})
-
-
-def test_entries_of_json_files_that_are_incomplete_cost_no_other(tmp_path):
-    (tmp_path / "a.png").write_bytes(png())
-    (tmp_path / "b.png").write_bytes(png())
-    coco = {
-        "images": [{"id": 1, "file_name": "a.png"}],
-        "annotations": [{"image_id": n, "caption": f"{n}"} for n in (1, 2)],
-    }
-    karpathy = {
-        "images": [{"filename": "b.png"}, {"filename": "a.png", "sentences": [{"raw": "1"}]}]
-    }
-    for name, content, reason in (
-        ("c", coco, "cannot be read"),
-        ("k", karpathy, "missing caption"),
-    ):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-        assert packed(tmp_path / f"{name}.json", tmp_path / name) == (
-            [("a.png", ["1"])],
-            {reason: 1},
-        )
-
-
-def test_images_that_lie_elsewhere_are_told_how_to_name_their_folder(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.png").write_bytes(png())
-    coco = {
-        "images": [{"id": 1, "file_name": "a.png"}],
-        "annotations": [{"image_id": 1, "caption": "one"}],
-    }
-    (tmp_path / "c.json").write_text(json.dumps(coco))
-    told = one_line("data", "pack", tmp_path / "c.json", "--out", tmp_path / "none")
-    missing = f"'{tmp_path}/a.png' does not exist; try --images (in a config `images`)"
-    assert missing in told
-    assert packed(tmp_path / "c.json", tmp_path / "out", Options(images=str(tmp_path / "in"))) == (
-        [("a.png", ["one"])],
-        {},
-    )
-
-
-def test_pictures_with_transparency_and_of_one_colour_are_told(tmp_path, monkeypatch):
-    """Several shards and processes, and again when nothing is left to pack; a picture that is left
-    out is not counted.
-    """
-    monkeypatch.setattr(pack, "SAMPLES", 2)
-    # black lines, and white where it is transparent
-    clear = Image.frombytes("LA", (30, 30), bytes([0, 255, 255, 0]) * 450)
-    pictures = {
-        "1": photo(),
-        "2": clear,
-        "3": clear.convert("RGBA"),
-        "4": Image.new("RGB", (30, 30), "red"),
-        "5": clear,
-    }
-    for name, picture in pictures.items():
-        (tmp_path / f"{name}.png").write_bytes(encode(picture, "PNG"))
-        (tmp_path / f"{name}.txt").write_text("a picture" if name != "5" else "")
-    command = ("data", "pack", tmp_path, "--out", tmp_path / "out")
-    for start in ("packed 4 samples", "kept 4 samples"):
-        output = call(*command).output
-        assert start in output
-        assert (
-            f"2 with transparency, which the model does not see, such as '{tmp_path}/2.png'; see "
-            "Pixels in docs/" in output
-        )
-        assert (
-            f"3 of one colour as the model sees them, such as '{tmp_path}/2.png'; see Pixels in "
-            "docs/data.md" in output
-        )
-    remarks = tar_writer.skipped_in(
-        meta(tmp_path / "out")["splits"]["data"]["shards"].values(), "remarks"
-    )
-    assert remarks.counts == {
-        "with transparency, which the model does not see": 2,
-        "of one colour as the model sees them": 3,
-    }
-    (tmp_path / "photo").mkdir()
-    (tmp_path / "photo/1.png").write_bytes(encode(photo(), "PNG"))
-    (tmp_path / "photo/1.txt").write_text("a photo")
-    assert (
-        "docs/data.md"
-        not in call("data", "pack", tmp_path / "photo", "--out", tmp_path / "plain").output
-    )
-
-
-@pytest.mark.slow
-def test_a_damaged_parquet_file_is_named(tmp_path):
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    texts = [f"a photo of {number % 7}" for number in range(300)]
-    parquet.write_table(pyarrow.table({"filepath": texts, "title": texts}), tmp_path / "t.parquet")
-    whole = (tmp_path / "t.parquet").read_bytes()
-    draw = random.Random(0)
-    damaged = []
-    for _ in range(150):
-        file = bytearray(whole)
-        file[draw.randrange(len(file))] = draw.randrange(256)
-        (tmp_path / "t.parquet").write_bytes(file)
-        try:
-            deque(forms.open_source(tmp_path / "t.parquet", Options()).rows())
-        except InputError as error:
-            damaged.append(str(error))
-    assert damaged
-    assert all("t.parquet" in message for message in damaged)
 
 
 def test_images_of_one_name_are_different_samples(tmp_path):
@@ -458,121 +234,6 @@ def test_links_to_folders(tmp_path):
     for name, target in (("dog", "../all/dog"), ("root", "/"), ("self", ".")):
         (tmp_path / "some" / name).symlink_to(target, target_is_directory=True)
     assert packed(tmp_path / "some", tmp_path / "out")[0] == [("dog/1", ["dog"])]
-
-
-def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    line = one_line("data", "pack", tmp_path / "t.parquet", "--out", tmp_path / "out")
-    assert line.endswith("needs the package pyarrow: pip install 'simplclip[data]'")
-
-
-@pytest.fixture
-def rows(tmp_path, monkeypatch):
-    """Writes a table of 10 rows, every third of them bad; a shard has 4 rows."""
-    monkeypatch.setattr(pack, "SAMPLES", 4)
-    (tmp_path / "in").mkdir()
-    for number in range(10):
-        (tmp_path / f"in/{number}.png").write_bytes(png(number) if number % 3 else b"none")
-    return table(
-        tmp_path / "in/t.csv", [(f"{number}.png", f"number {number}") for number in range(10)]
-    )
-
-
-@pytest.mark.slow
-def test_killed_at_any_point(tmp_path, rows):
-    def work(out, step):
-        step()
-        pack.pack(rows, out, workers=1, progress=False)
-
-    killed_at_any_point(tmp_path, work, 40)
-    assert skipped_of(tmp_path / "whole").counts["not an image"] == 4
-    pack.pack(rows, tmp_path / "parallel", workers=3, progress=False)
-    assert digests(tmp_path / "parallel") == digests(tmp_path / "whole")
-
-
-def test_shards_are_found_again_until_the_source_changes(tmp_path, rows):
-    command = ("data", "pack", rows, "--out", tmp_path / "out")
-    first = call(*command)
-    assert first.exit_code == 0, first.output
-    assert "packed 6 samples of t.csv in 3 shards" in first.output
-    assert (
-        "4 skipped: 4 not an image (first: t.csv/000000000: 4 bytes that are not jpg, png or webp)"
-        in first.output
-    )
-    assert "words: median 2, 95 % up to 2, at most 2" in first.output
-    assert "t.csv/000000001: number 1" in first.output
-    before = digests(tmp_path / "out")
-    assert "kept 6 samples of t.csv" in call(*command).output
-    assert digests(tmp_path / "out") == before
-    (tmp_path / "out/t-000001.tar").unlink()
-    assert "packed 6 samples" in call(*command).output
-    assert digests(tmp_path / "out") == before
-    for change in (
-        lambda: call(*command, "--caption-key", "title"),
-        lambda: os.utime(rows, (0, 0)) or call(*command),
-    ):
-        output = change().output
-        assert "to hold what an earlier run made of the same" in output
-        assert "remove it or choose another folder" in output
-
-
-def test_shards_that_are_made_again_are_missing_until_they_are(tmp_path, rows, monkeypatch):
-    def fails(paths, first, *rest):
-        if first == 8:
-            raise KeyboardInterrupt
-        return write(paths, first, *rest)
-
-    write, out = pack._write_shard, tmp_path / "out"
-    packed(rows, out)
-    before = digests(out)
-    for name in ("t-000001.tar", "t-000002.tar"):
-        (out / name).unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(pack, "_write_shard", fails)
-        with pytest.raises(KeyboardInterrupt):
-            packed(rows, out, workers=1)
-    packed(rows, out)
-    assert digests(out) == before
-
-
-def test_a_folder_that_holds_something_else_stays(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/.gitkeep").touch()
-    table(tmp_path / "t.csv", [("none.png", "x")])
-    with pytest.raises(InputError, match="got none that is usable in .*t.csv"):
-        packed(tmp_path / "t.csv", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".gitkeep"]
-
-
-def slow(paths, *rest):
-    Path(paths[0]).with_suffix(f".{os.getpid()}").touch()
-    time.sleep(60)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", ["process", "parent"])
-def test_a_process_that_is_killed(tmp_path, rows, monkeypatch, victim):
-    """A dead process is an error; the others end with their parent even if that is killed."""
-    monkeypatch.setattr(pack, "_write_shard", slow)
-    (tmp_path / "out").mkdir()
-    child = os.fork()
-    if not child:
-        with pytest.raises(
-            pack.PackError, match=r"a process died before .* the same command goes on where it was"
-        ):
-            pack.pack(rows, tmp_path / "out", workers=2, progress=False)
-        os._exit(7)
-    deadline = time.monotonic() + 30
-    while len(workers := [int(path.suffix[1:]) for path in (tmp_path / "out").glob("t-*")]) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(child if victim == "parent" else workers[0], signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code == (-signal.SIGKILL if victim == "parent" else 7)
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monkeypatch, capsys):
@@ -608,11 +269,3 @@ def test_data_with_shards_in_place_of_tables_and_folders(folder, tmp_path, monke
     found = pack.packed(tables, tmp_path / "several")
     assert [Path(shard).parent.name for (shard,) in found] == ["rows", "rows-2", "rows-2-2"]
     assert pack.packed("texts", tmp_path / "one") == [str(tmp_path / "one/texts/texts-000000.tar")]
-
-
-def test_packing_loads_neither_torch_nor_open_clip(tmp_path, rows):
-    code = "import sys; from simplclip.commands.main import app; app(standalone_mode=False)"
-    code += "; print({'torch', 'open_clip', 'PIL'} & {*sys.modules})"
-    command = [sys.executable, "-c", code, "data", "pack", rows, "--out", tmp_path / "out"]
-    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert run.stdout.endswith("{'PIL'}\n"), run.stderr

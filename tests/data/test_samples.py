@@ -9,8 +9,9 @@ from collections import Counter
 import pytest
 
 from simplclip import data
-from simplclip.data import samples, tars
+from simplclip.data import read_tars, samples
 from simplclip.data.errors import Skipped
+from simplclip.data.read_tars import read_tar
 from support.data.pairs import loader, png, resize, sample, text_of, write
 from support.data.photos import png_that_claims
 
@@ -26,7 +27,7 @@ def one_pass(shards, **options):
     pairs = loader(shards, batch_size=1, shuffle=False, transform=resize, **options)
     for item in pairs.items(0, 1):
         skipped.merge(item.skipped)
-        if item.number:
+        if item.pass_number:
             return found, skipped  # the damage behind the last batch is in the next one
         found += item.batch["key"]
 
@@ -169,7 +170,7 @@ def test_a_shard_that_cannot_be_read_ends_the_loader_and_names_itself(
     """
     path = write(tmp_path / "odd.tar", [sample(0)])
     whole = write(tmp_path / "whole.tar", [sample(i) for i in range(9)])
-    monkeypatch.setattr(tars, "RETRIES", (0.01,))
+    monkeypatch.setattr(read_tars, "RETRIES", (0.01,))
     reader = loader([path, whole], workers=workers)
     user = os.geteuid()
     os.unlink(path) if why == "missing" else os.chmod(path, 0)
@@ -189,8 +190,8 @@ def test_a_disk_that_recovers_costs_and_doubles_nothing(tmp_path, monkeypatch):
         tmp_path / "a.tar",
         [sample(0), ("broken", {"png": b"", "txt": b"x"}), *(sample(i) for i in range(1, 6))],
     )
-    monkeypatch.setattr(tars, "RETRIES", (0.0, 0.0))
-    real, reads = tars._contents, []
+    monkeypatch.setattr(read_tars, "RETRIES", (0.0, 0.0))
+    real, reads = read_tars._contents, []
 
     def fails(archive, member, limit):
         reads.append(member.name)
@@ -198,7 +199,7 @@ def test_a_disk_that_recovers_costs_and_doubles_nothing(tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         return real(archive, member, limit)
 
-    monkeypatch.setattr(tars, "_contents", fails)
+    monkeypatch.setattr(read_tars, "_contents", fails)
     found, skipped = one_pass(path)
     assert found == [f"k{i:03d}" for i in range(6)]
     assert skipped.counts == {"not an image": 1}
@@ -231,7 +232,7 @@ def test_dataset_size_is_that_of_a_meta_json_that_fits(tmp_path):
 def test_reading_holds_one_sample(tmp_path):
     path = write(tmp_path / "a.tar", [(f"{i:05d}", {"txt": b"x" * 1000}) for i in range(3000)])
     tracemalloc.start()
-    count = sum(1 for _ in tars.read(data.sources_of(path)[0], Skipped()))
+    count = sum(1 for _ in read_tar(data.sources_of(path)[0], Skipped()))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 3000

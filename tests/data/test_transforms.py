@@ -22,9 +22,9 @@ from torchvision.transforms import functional as TF
 
 from simplclip import models
 from simplclip.data import transforms
+from simplclip.data.decode_images import decode_pil, open_image
 from simplclip.data.errors import BrokenSample
-from simplclip.data.images import decode_pil, open_image
-from simplclip.data.transforms import ImageTransform, decode
+from simplclip.data.transforms import ImageTransform, decode_image
 from support.data.photos import encode, photo
 from support.programs import load_example
 
@@ -130,7 +130,8 @@ def test_pixels_of_a_crop_equal_pils(file, horizontal_first):
         expected = TF.resized_crop(
             image, top, left, height, width, [64, 64], TF.InterpolationMode.BICUBIC
         )
-        levels = (ours.render(decode(file), view).int() - TF.pil_to_tensor(expected).int()).abs()
+        found = ours.apply_decoded(decode_image(file), view).int()
+        levels = (found - TF.pil_to_tensor(expected).int()).abs()
         assert levels.max() <= 2
         assert levels.float().mean() < 0.05
 
@@ -140,8 +141,8 @@ def test_a_jpeg_is_decoded_smaller_where_the_crop_allows(size, monkeypatch):
     decoded = []
     monkeypatch.setattr(
         transforms,
-        "decode",
-        lambda *args, **options: decoded.append(decode(*args, **options)) or decoded[-1],
+        "decode_image",
+        lambda *args, **options: decoded.append(decode_image(*args, **options)) or decoded[-1],
     )
     ours, file = ImageTransform(PreprocessCfg(size=size), {"scale": (0.5, 1.0)}), PHOTOS[0]
     for crop in (
@@ -156,7 +157,7 @@ def test_a_jpeg_is_decoded_smaller_where_the_crop_allows(size, monkeypatch):
         assert found.shape == (3, size, size)
         scale = max(scale for scale in (1, 2, 4, 8) if scale * size <= min(crop[2:]) or scale == 1)
         assert decoded.pop().shape == (3, 512 // scale, 512 // scale)
-        whole = ours.render(decode(file), view).float()
+        whole = ours.apply_decoded(decode_image(file), view).float()
         assert (found - whole).abs().mean() < (4 if scale > 1 else 0.01)
     ImageTransform(PreprocessCfg(size=size)).apply(file, {})
     assert decoded[0].shape == (3, 512, 512)  # evaluation uses open_clip's transform
@@ -230,7 +231,7 @@ def test_affine_is_what_it_was():
             fill=[255] * 3,
         )
         del view["colour"]
-        found = ours.render(decode(encode(image, "PNG")), view).float()
+        found = ours.apply_decoded(decode_image(encode(image, "PNG")), view).float()
         levels = (found - TF.pil_to_tensor(moved).float()).abs()
         assert levels.median() <= 1
         assert (levels > 4).float().mean() < 0.02  # edges of drawings are softer here
@@ -261,7 +262,7 @@ def test_colours_change_as_torchvisions(grey):
 
     for seed in range(30):
         torch.manual_seed(seed)
-        found = ours.render(pixels, ours.draw(48, 48))
+        found = ours.apply_decoded(pixels, ours.draw(48, 48))
         assert torch.equal(found, expected(pixels))
         assert (found.float() - TF.pil_to_tensor(expected(image)).float()).abs().mean() < 3
 
@@ -308,7 +309,7 @@ def test_finish(channels_last):
 
 def test_a_pil_image_is_preprocessed_whole_and_batches_are_channels_last():
     images = [ImageTransform(PreprocessCfg(size=32), {})(file) for file in PHOTOS[:4]]
-    batch = transforms.stack(images)
+    batch = transforms.stack_pixels(images)
     assert torch.equal(batch, torch.stack(images))
     assert batch.is_contiguous(memory_format=torch.channels_last)
     ours = ImageTransform(PreprocessCfg(size=48), AUGMENT)
@@ -316,7 +317,9 @@ def test_a_pil_image_is_preprocessed_whole_and_batches_are_channels_last():
     found = ours(decode_pil(PHOTOS[2]))
     torch.manual_seed(3)
     view = ours.draw(*size_of(PHOTOS[2]))
-    assert torch.equal(found, ours.finish(ours.render(decode(PHOTOS[2]), view)[None])[0])
+    assert torch.equal(
+        found, ours.finish(ours.apply_decoded(decode_image(PHOTOS[2]), view)[None])[0]
+    )
 
 
 def test_an_image_one_pixel_wide_does_not_become_gigabytes():

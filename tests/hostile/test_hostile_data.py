@@ -12,15 +12,16 @@ from open_clip.tokenizer import SimpleTokenizer
 from simplclip import data, evaluation
 from simplclip.common import plotting
 from simplclip.common.errors import InputError
-from simplclip.data import samples, tars
+from simplclip.data import samples
 from simplclip.data.errors import BrokenSample, Skipped
-from simplclip.data.sources import Address
+from simplclip.data.find_sources import Address
+from simplclip.data.read_tars import read_tar
 from support.data.pairs import png, write
 
 
 def read(source) -> list[str]:
     return [
-        sample["__key__"] for tar in data.sources_of(source) for sample in tars.read(tar, Skipped())
+        sample["__key__"] for tar in data.sources_of(source) for sample in read_tar(tar, Skipped())
     ]
 
 
@@ -156,7 +157,7 @@ def test_captions_are_used_or_counted(content, expected):
     tokenizer = SimpleTokenizer(context_length=8)
     expected = ([], {expected: 1}) if isinstance(expected, str) else (expected, {})
     skipped, captions = Skipped(), []
-    for sample in tars.read(data.sources_of("a.tar")[0], skipped):
+    for sample in read_tar(data.sources_of("a.tar")[0], skipped):
         try:
             captions += samples.parse(sample).captions
         except BrokenSample as broken:

@@ -111,10 +111,10 @@ def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
 
 
 def test_an_image_is_decoded_once_for_all_its_views(folder, tmp_path, monkeypatch):
-    decoded, original = [], transforms.decode
+    decoded, original = [], transforms.decode_image
     monkeypatch.setattr(
         transforms,
-        "decode",
+        "decode_image",
         lambda file, **options: decoded.append(file) or original(file, **options),
     )
     teach(folder, tmp_path / "out")
@@ -126,7 +126,7 @@ def test_an_image_is_decoded_once_for_all_its_views(folder, tmp_path, monkeypatc
         {"image": [300, 400], "crop": crop}
         for crop in ([0, 0, 300, 400], [10, 20, 40, 50], [0, 0, 140, 150])
     ]
-    several = small.apply_all(image, views)
+    several = small.apply_views(image, views)
     assert torch.equal(several[1], small.apply(image, views[1]))
     for pixels, view in zip(several, views):
         assert (pixels.float() - small.apply(image, view).float()).abs().mean() < 3

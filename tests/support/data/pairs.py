@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import itertools
 import json
 import random
 import tarfile
@@ -16,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from simplclip import data
-from simplclip.data import samples, tars
+from simplclip.data import samples
 from simplclip.data.errors import Skipped
+from simplclip.data.read_tars import read_tar
 
 SIZE = 8  # of the pictures that `resize` returns
 COUNT = 23  # samples of the shards of several test files
@@ -72,7 +74,7 @@ def joined(shards: str | Path, *folders: str | Path, teacher: bool = False) -> d
     """Returns the samples of shards by key, as training reads them with these sidecars' folders."""
     joined_samples = {}
     for source in data.sources_of(str(shards)):
-        for raw in tars.read(source, Skipped(), sidecars=folders):
+        for raw in read_tar(source, Skipped(), sidecars=folders):
             joined_samples[raw["__key__"]] = samples.parse(raw, teacher=teacher)
     return joined_samples
 
@@ -125,6 +127,10 @@ def loader(paths: Any, state: dict | None = None, **options: Any) -> data.Loader
     if state is not None:
         made.load_state_dict(state)
     return made
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
 
 
 def keys(batches: Iterable[dict]) -> list[str]:

@@ -1,5 +1,5 @@
-"""Folders of tars that a command makes one after another, each complete or absent, with a meta.json
-to go on from.
+"""Writes folders of tars, each complete or absent, with a meta.json from which a command goes on
+after a stop.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from simplclip.data.samples import json_of
 
 
 class TarFolder:
-    """A folder of tars and its meta.json: `about`, which says of what and how they are made, and an
-    entry of each tar.
+    """A folder of tars and its meta.json: `about`, which says how they are made, and `entries`.
 
-    entries: file name -> {"samples", "bytes", "skipped" and "remarks" (each reason -> [count, the
-    first]), ...}
+    An entry of a tar, by its file name: {"samples", "bytes", "skipped" and "remarks" (each reason
+    -> [count, the first]), ...}
     """
 
     def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
-        self.out, self.about = out, json.loads(json.dumps(dict(about)))
+        self.out = out
+        self.about = json.loads(json.dumps(dict(about)))
         self.entries: dict[str, dict[str, Any]] = {}
         self.complete = False  # whether all tars are finished, where a command knows it
 
@@ -47,19 +47,19 @@ class TarFolder:
         Raises InputError if the folder holds other files, or tars of something else.
         """
         with locked(self.out, "out"):
-            names = sorted(
-                path.name for path in self.out.iterdir() if not path.name.startswith(".")
-            )
+            names = sorted(path.name for path in self.out.iterdir())
+            visible_names = [name for name in names if not name.startswith(".")]
+            # `packed` makes the folder "shards" for this command
+            other_names = [name for name in visible_names if name != "shards"]
             if "meta.json" in names:
                 self._read()
-            # which `packed` made for this command
-            elif others := [name for name in names if name != "shards"]:
+            elif not other_names:
+                self.save()
+            else:
                 raise InputError(
                     f"out: expected a new folder, got {self.out}, which holds other files "
-                    f"({others[0]})"
+                    f"({other_names[0]})"
                 )
-            else:
-                self.save()
             remove_leftovers(self.out, lambda name: True)
             yield
 
@@ -68,12 +68,7 @@ class TarFolder:
             former = json_of((self.out / "meta.json").read_text("utf-8"))
             self.entries = former.pop("splits")["data"]["shards"]
             self.complete = former.pop("complete", False)
-            for name in ("skipped", "remarks"):
-                skipped_in(self.entries.values(), name)
-            sum(
-                entry["samples"] + entry["bytes"] + entry.get("rows", 0)
-                for entry in self.entries.values()
-            )
+            _check_entries(self.entries)
             changed = differences(former, self.about)
         except (ValueError, LookupError, TypeError, AttributeError):
             expected = "a new folder or that of an earlier run"
@@ -81,43 +76,59 @@ class TarFolder:
                 f"out: expected {expected}, got {self.out} with another meta.json"
             ) from None
         if changed:
-            changes = "; ".join(
-                f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items()
-            )
+            changes = [f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items()]
             raise InputError(
-                f"out: expected {self.out} to hold what an earlier run made of the same with the "
-                f"same settings, got others: {changes}; remove it or choose another folder"
+                f"out: expected {self.out} to hold what an earlier run made of the same data with "
+                f"the same settings, got other ones: {'; '.join(changes)}; remove it or choose "
+                "another folder"
             )
 
     def save(self) -> None:
+        """Writes meta.json."""
         samples = sum(entry["samples"] for entry in self.entries.values())
-        splits = {"data": {"samples": samples, "shards": dict(sorted(self.entries.items()))}}
-        content = self.about | ({"complete": True} if self.complete else {}) | {"splits": splits}
+        content = dict(self.about)
+        if self.complete:
+            content["complete"] = True
+        shards = dict(sorted(self.entries.items()))
+        content["splits"] = {"data": {"samples": samples, "shards": shards}}
         write_atomically(self.out / "meta.json", json.dumps(content, indent=1) + "\n")
 
     def is_whole(self, name: str) -> bool:
         """Whether an earlier run has finished the tar, and it is still there."""
-        tar, entry = self.out / name, self.entries.get(name)
-        return entry is not None and entry["bytes"] == (tar.stat().st_size if tar.is_file() else 0)
+        entry = self.entries.get(name)
+        return entry is not None and entry["bytes"] == _size_of(self.out / name)
+
+
+def _check_entries(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises LookupError, TypeError, ValueError or AttributeError for entries of another form."""
+    for name in ("skipped", "remarks"):
+        skipped_in(entries.values(), name)
+    for entry in entries.values():
+        _ = 0 + entry["samples"] + entry["bytes"] + entry.get("rows", 0)
+
+
+def _size_of(tar: Path) -> int:
+    return tar.stat().st_size if tar.is_file() else 0
 
 
 def entry_of(
     tar: Path, samples: int, skipped: Skipped, remarks: Skipped | None = None
 ) -> dict[str, Any]:
-    """Returns the entry of a tar; a tar that was not written has 0 bytes. remarks: counts of
-    samples that were kept.
+    """Returns the entry of a tar; a tar that was not written has 0 bytes.
+
+    remarks: counts of samples that were kept.
     """
-    entry: dict[str, Any] = {
-        "samples": samples,
-        "bytes": tar.stat().st_size if tar.is_file() else 0,
-    }
-    for name, counted in (("skipped", skipped), ("remarks", remarks)):
-        if counted and counted.counts:
-            entry[name] = {
-                reason: [n, counted.examples[reason]]
-                for reason, n in sorted(counted.counts.items())
-            }
+    entry: dict[str, Any] = {"samples": samples, "bytes": _size_of(tar)}
+    if skipped.counts:
+        entry["skipped"] = _with_examples(skipped)
+    if remarks is not None and remarks.counts:
+        entry["remarks"] = _with_examples(remarks)
     return entry
+
+
+def _with_examples(skipped: Skipped) -> dict[str, list[Any]]:
+    counts = sorted(skipped.counts.items())
+    return {reason: [count, skipped.examples[reason]] for reason, count in counts}
 
 
 def skipped_in(entries: Iterable[Mapping[str, Any]], name: str = "skipped") -> Skipped:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from simplclip.data.decode_images import decode_pil, open_image
 from simplclip.data.errors import BrokenSample
-from simplclip.data.images import decode_pil, open_image
-from simplclip.data.transforms import decode, to_tensor
+from simplclip.data.transforms import decode_image, to_tensor
 from support.data.photos import encode, photo, png_that_claims
 
 
@@ -56,7 +56,7 @@ PLAIN = {
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_pixels_are_those_of_pillow(kind):
-    found, file = decode(PLAIN[kind]), Image.open(io.BytesIO(PLAIN[kind]))
+    found, file = decode_image(PLAIN[kind]), Image.open(io.BytesIO(PLAIN[kind]))
     kept = isinstance(found, Image.Image)
     assert kept == (file.mode not in ("RGB", "L"))
     assert not kept or found.mode == file.mode
@@ -98,7 +98,7 @@ def test_jpegs_of_every_kind_and_damage_are_what_pillow_makes_of_them(quality):
                 )
             del file[len(file) - draw.choice((0, 0, 0, len(file) // 3)) :]
         outcomes = [
-            [outcome(call, bytes(file)) for file in damaged] for call in (decode, decode_pil)
+            [outcome(call, bytes(file)) for file in damaged] for call in (decode_image, decode_pil)
         ]
         assert outcomes[0] == outcomes[1]
         assert outcomes[0][0] == by_pillow(whole).tolist()
@@ -109,13 +109,13 @@ def test_reasons():
     jpg = PLAIN["jpg"]
     png = PLAIN["png"]
     webp = PLAIN["webp"]
-    for call in (decode, decode_pil):
+    for call in (decode_image, decode_pil):
         for whole in (jpg, png, webp):
             assert reason(call, whole[: len(whole) // 2]) in ("truncated image", "not an image")
         assert reason(call, jpg[: len(jpg) // 2]) == "truncated image"
         assert reason(call, jpg[:-2]) == "truncated image"
         assert reason(call, png[: len(png) // 2]) == "truncated image"
-    for call in (decode, decode_pil, open_image):
+    for call in (decode_image, decode_pil, open_image):
         for file in (
             b"",
             b"hello",
@@ -132,10 +132,10 @@ def test_reasons():
 def test_an_image_of_too_many_pixels_is_not_decoded(kind, monkeypatch):
     file = PLAIN[kind]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 240 * 320)
-    assert to_tensor(decode(file)).shape == (3, 240, 320)
+    assert to_tensor(decode_image(file)).shape == (3, 240, 320)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 240 * 320 - 1)
     monkeypatch.setattr(Image.Image, "convert", None)
-    for call in (decode, decode_pil, open_image):
+    for call in (decode_image, decode_pil, open_image):
         assert reason(call, file) == "image too large"
 
 
@@ -148,8 +148,8 @@ def test_the_limit_is_pillows_and_may_be_raised(monkeypatch):
 @pytest.mark.parametrize("scale", [1, 2, 4, 8])
 def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(scale):
     image = photo(1, (250, 331))
-    small = decode(encode(image, quality=95), least=(250 // scale, 331 // scale))
+    small = decode_image(encode(image, quality=95), least=(250 // scale, 331 // scale))
     assert small.shape == (3, -(-250 // scale), -(-331 // scale))
     means = torch.nn.functional.avg_pool2d(to_tensor(image).float(), scale, ceil_mode=True)
     assert (small.float() - means).abs().mean() < 3
-    assert decode(PLAIN["png"], least=(240 // scale, 320 // scale)).shape == (3, 240, 320)
+    assert decode_image(PLAIN["png"], least=(240 // scale, 320 // scale)).shape == (3, 240, 320)

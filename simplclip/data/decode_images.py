@@ -1,10 +1,8 @@
-"""Image files (JPEG, PNG, WebP): their headers, and their pixels by Pillow.
+"""Image files (JPEG, PNG, WebP): their headers, and their pixels by Pillow, without torch.
 
-It imports no torch.
-
-Only the first frame of an animation is used, and EXIF's orientation is ignored, as in open_clip. It
-resizes an image in its own mode and then converts it to RGB; so a mode other than RGB and grey is
-kept until then (transforms.py).
+As in open_clip, only the first frame of an animation is used, and EXIF's orientation is ignored.
+open_clip resizes an image in its own mode and then converts it to RGB; so a mode other than RGB and
+grey is kept until then (transforms.py).
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from PIL import Image, ImageStat, JpegImagePlugin, PngImagePlugin, WebPImagePlug
 
 from simplclip.data.errors import BrokenSample
 
-SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _PLUGINS: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
     b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
@@ -28,11 +26,10 @@ _PLUGINS: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
 def open_image(encoded: bytes) -> Image.Image:
     """Reads the header of a file.
 
-    Image.open would try other formats, and warn of many pixels.
-
     Raises BrokenSample: "not an image", or "image too large" for more pixels than
     `PIL.Image.MAX_IMAGE_PIXELS`.
     """
+    # Image.open would try other formats, and warn of many pixels
     plugin = next((plugin for magic, plugin in _PLUGINS.items() if encoded.startswith(magic)), None)
     if plugin is None:
         raise BrokenSample("not an image", f"{len(encoded)} bytes that are not jpg, png or webp")
@@ -67,7 +64,7 @@ def decode_pil(encoded: bytes | Image.Image) -> Image.Image:
         raise BrokenSample("truncated image", error) from None
 
 
-def rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Converts an image to RGB, without its alpha."""
     if image.mode == "P" and "transparency" in image.info:  # of which Pillow would warn
         image = image.copy()
@@ -76,14 +73,16 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def remarks_on(image: Image.Image, size: int) -> list[str]:
-    """Returns what `simplclip data pack` counts of an image that `open_image` returned of a file of
-    `size` bytes.
+    """Returns the remarks on an image that `simplclip data pack` counts.
+
+    image: from `open_image`. size: bytes of its file.
     """
     remarks: list[str] = []
     any_alpha = image.mode in ("LA", "RGBA") or "transparency" in image.info
     sixteen_bits = image.mode.startswith("I")  # of grey, which become white
-    # one colour takes fewer bytes
-    if not (any_alpha or sixteen_bits) and size > 4096 + image.width * image.height / 20:
+    # an image of one colour takes fewer bytes
+    many_bytes = size > 4096 + image.width * image.height / 20
+    if many_bytes and not any_alpha and not sixteen_bits:
         return remarks
     with contextlib.suppress(Exception):  # the type depends on the damage
         image.thumbnail((256, 256))
@@ -101,4 +100,6 @@ def opaque(image: Image.Image) -> Image.Image:
     What is wholly transparent becomes black, as it does when open_clip resizes an image.
     """
     premultiplied = {"LA": "La", "RGBA": "RGBa"}.get(image.mode)
-    return rgb(image.convert(premultiplied).convert(image.mode) if premultiplied else image)
+    if premultiplied is not None:
+        image = image.convert(premultiplied).convert(image.mode)
+    return to_rgb(image)

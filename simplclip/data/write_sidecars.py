@@ -1,5 +1,4 @@
-"""Writes sidecars: `simplclip teacher` and `simplclip caption` make new files for the samples of
-shards, e.g. features.
+"""Writes sidecars, the new files that `simplclip teacher` and `simplclip caption` make for samples.
 
     OUT/NAME.tar      the new files of the samples of the shard NAME.tar, in its order
     OUT/meta.json     how they were made, and the samples and bytes of each finished sidecar and of
@@ -20,22 +19,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from simplclip.common import ranks
 from simplclip.common.errors import InputError, check_count
 from simplclip.common.progress import Progress
-from simplclip.data import tars
 from simplclip.data.errors import Skipped
+from simplclip.data.find_sidecars import Folders, by_sidecar_name, check_sidecars, sidecars_of
+from simplclip.data.find_sources import Address, Source, sources_of
+from simplclip.data.read_meta import dataset_size
+from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import MAX_BYTES, Pair, Sample, parse, state_of
-from simplclip.data.sidecars import Folders, beside, by_name, check_sidecars, dataset_size
-from simplclip.data.sources import Address, Source, sources_of
 from simplclip.data.stored_order import Portion, StoredOrder
-from simplclip.data.tar_writer import TarFolder, add, entry_of, new_tar, skipped_in
+from simplclip.data.write_tars import TarFolder, add, entry_of, new_tar, skipped_in
 
 FORMAT = "simplclip-sidecars-1"
 
 Files = Sequence[Mapping[str, bytes]]  # the new files of each sample of a batch, by suffix
+
+
+class UnfinishedTar(NamedTuple):
+    """A sidecar that is being written."""
+
+    closing: contextlib.ExitStack  # gives the tar its name
+    tar: tarfile.TarFile
+    skipped: Skipped
+    keys: list[str]  # of the samples in it
 
 
 def write_sidecars(
@@ -64,17 +73,18 @@ def write_sidecars(
     Args:
         shards: tars, as `sources_of` takes them, of different file names.
         out: a new folder, or that of an earlier run with the same `stamp`.
-        prepare: function of a sample, in a worker. It may raise BrokenSample. collate: function of
-            the list of what it returned for at most `batch_size` samples of one shard, in the
-            worker too.
-        process: function of what `collate` returned, in this process; returns {suffix: bytes} for
-            each of the samples.
+        prepare: function of a sample, in a worker. It may raise BrokenSample.
+        process: function of a collated batch, in this process; returns {suffix: bytes} for each of
+            its samples.
         stamp: keys of meta.json that describe how the files were made, e.g. {"teacher": {"name":
             ...}}; JSON types only.
+        batch_size: most samples of a batch; they are of one shard.
+        collate: function of a list of prepared samples, in the worker too.
         workers: processes; 0 prepares in this process.
         sidecars: folders of sidecars that are joined to the samples first, e.g. with other
             captions.
         max_bytes: a sample with a file of more bytes is left out and counted.
+        title, progress: title of the progress that is shown, and whether to print at all.
 
     Returns: {"path", "shards" (their number), "written" (by this run), "samples", "skipped" (a
     Skipped)}.
@@ -86,7 +96,7 @@ def write_sidecars(
     check_count("batch_size", batch_size, 1)
     check_count("workers", workers, 0)
     out = Path(out).expanduser()
-    sources = by_name(sources_of(shards))
+    sources = by_sidecar_name(sources_of(shards))
     urls = [source.url for source in sources.values()]
     check_sidecars(sources.values(), sidecars)
     for url in urls:
@@ -95,49 +105,49 @@ def write_sidecars(
                 f"out: expected another folder than that of the shard {url!r}, got {str(out)!r}"
             )
     folder = TarFolder(out, {"format": FORMAT, **stamp})
-    rank, count = ranks.number(), ranks.count()
+    rank = ranks.number()
 
     with contextlib.ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(folder.claimed()))
-        todo, folder.entries = ranks.on_first(
+        unfinished, folder.entries = ranks.on_first(
             lambda: (_unfinished(sources, folder, sidecars), folder.entries)
         )
-        of_rank = list(islice(todo, rank, None, count))
-        read = partial(tars.read, sidecars=sidecars, max_bytes=max_bytes)
-        prepared = partial(_prepared, prepare=prepare)
+        rank_names = list(islice(unfinished, rank, None, ranks.count()))
         order = StoredOrder(
-            [todo[name] for name in of_rank],
-            read,
-            prepared,
+            [unfinished[name] for name in rank_names],
+            partial(read_tar, sidecars=sidecars, max_bytes=max_bytes),
+            partial(_prepared, prepare=prepare),
             batch_size,
             collate,
             divide_sources=True,
         )
         portions = stack.enter_context(contextlib.closing(order.portions(workers)))
-        kept = sum(folder.entries[name]["samples"] for name in sources if name not in todo)
-        with Progress(title, dataset_size(urls), kept, shown=progress) as bar:
-            written = _write(portions, [out / name for name in of_rank], process, bar.update)
-            for name, writer, entry in ranks.gathered(
-                (path.name, rank, entry) for path, entry in written
-            ):
-                folder.entries[name] = entry | _origin(todo[name], sidecars)
+        done = sum(folder.entries[name]["samples"] for name in sources if name not in unfinished)
+        with Progress(title, dataset_size(urls), done, shown=progress) as bar:
+            paths = [out / name for name in rank_names]
+            written = _write(portions, paths, process, bar.update)
+            rank_entries = ((path.name, rank, entry) for path, entry in written)
+            for name, writer, entry in ranks.gathered(rank_entries):
+                folder.entries[name] = entry | _origin(unfinished[name], sidecars)
                 folder.save()
-                bar.update(entry["samples"] if writer else 0)
+                if writer != 0:  # the first rank's own samples are counted already
+                    bar.update(entry["samples"])
         entries = ranks.on_first(lambda: [folder.entries[name] for name in sources])
     skipped = skipped_in(entries)
-    if progress and ranks.first() and len(todo) < len(sources):
-        print(
-            f"{len(sources) - len(todo)} of {len(sources)} sidecars in {out} were finished earlier "
-            "and are kept."
-        )
-    if progress and ranks.first() and skipped.counts:
-        print(f"Left out, or lost by damage: {skipped}")
-    samples = sum(entry["samples"] for entry in entries)
+    if progress and ranks.first():
+        finished = len(sources) - len(unfinished)
+        if finished:
+            print(
+                f"{finished} of {len(sources)} sidecars in {out} were finished earlier and are "
+                "kept."
+            )
+        if skipped.counts:
+            print(f"Left out, or lost by damage: {skipped}")
     return {
         "path": str(out),
         "shards": len(sources),
-        "written": len(todo),
-        "samples": samples,
+        "written": len(unfinished),
+        "samples": sum(entry["samples"] for entry in entries),
         "skipped": skipped,
     }
 
@@ -149,12 +159,12 @@ def _prepared(sample: Sample, prepare: Callable[[Pair], Any]) -> Any:
 def _unfinished(
     sources: Mapping[str, Source], folder: TarFolder, sidecars: Folders
 ) -> dict[str, Source]:
-    return {
-        name: source
-        for name, source in sources.items()
-        if not folder.is_whole(name)
-        or not _origin(source, sidecars).items() <= folder.entries[name].items()
-    }
+    unfinished = {}
+    for name, source in sources.items():
+        whole = folder.is_whole(name)
+        if not whole or not _origin(source, sidecars).items() <= folder.entries[name].items():
+            unfinished[name] = source
+    return unfinished
 
 
 def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
@@ -162,7 +172,7 @@ def _origin(source: Source, sidecars: Folders) -> dict[str, Any]:
     source_state = {} if isinstance(source.url, Address) else state_of(source.url)
     return {
         "source": source_state,
-        "sidecars": [state_of(path) for path in beside(source.url, sidecars)],
+        "sidecars": [state_of(path) for path in sidecars_of(source.url, sidecars)],
     }
 
 
@@ -174,28 +184,26 @@ def _write(
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Writes the sidecars of the sources of `portions`; yields the path and the entry of each when
     it is complete.
+
+    advance: is called with the number of samples that are done.
     """
-    unfinished: dict[int, tuple[contextlib.ExitStack, tarfile.TarFile, Skipped, list[str]]] = {}
+    unfinished: dict[int, UnfinishedTar] = {}
     with contextlib.ExitStack() as all_tars:
         for portion in portions:
             target = targets[portion.source]
             if portion.source not in unfinished:
-                of_tar = all_tars.enter_context(contextlib.ExitStack())
-                unfinished[portion.source] = (
-                    of_tar,
-                    of_tar.enter_context(new_tar(target)),
-                    Skipped(),
-                    [],
-                )
-            of_tar, tar, skipped, keys = unfinished[portion.source]
-            skipped.merge(portion.skipped)
+                closing = all_tars.enter_context(contextlib.ExitStack())
+                tar = closing.enter_context(new_tar(target))
+                unfinished[portion.source] = UnfinishedTar(closing, tar, Skipped(), [])
+            sidecar = unfinished[portion.source]
+            sidecar.skipped.merge(portion.skipped)
             if portion.end:
-                of_tar.close()  # gives the tar its name
+                sidecar.closing.close()
                 del unfinished[portion.source]
-                yield target, entry_of(target, len(keys), skipped)
+                yield target, entry_of(target, len(sidecar.keys), sidecar.skipped)
                 continue
             if portion.batch is not None:
                 for key, files in zip(portion.keys, process(portion.batch), strict=True):
-                    add(tar, key, files)
-                keys += portion.keys
+                    add(sidecar.tar, key, files)
+                sidecar.keys.extend(portion.keys)
             advance(len(portion.positions) + portion.skipped.counts.total())

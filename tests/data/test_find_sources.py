@@ -15,7 +15,7 @@ from test_samples import one_pass
 
 from simplclip import data
 from simplclip.common.errors import InputError
-from simplclip.data import tars
+from simplclip.data import read_tars
 from support.data.pairs import sample, write
 
 FIRST, SECOND = ([f"k{i:03d}" for i in range(start, start + 12)] for start in (0, 12))
@@ -31,7 +31,7 @@ def shard(folder, first=0, count=12):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(tars, "RETRIES", (0.01, 0.02))
+    monkeypatch.setattr(read_tars, "RETRIES", (0.01, 0.02))
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -100,7 +100,7 @@ def test_urls_with_brace_patterns_and_signatures(server):
 @pytest.mark.parametrize("fault", ["404", "cut", "slow"])
 def test_a_server_that_fails(server, monkeypatch, fault):
     """A stream goes on where it broke; one that stays broken ends the loader in a line."""
-    monkeypatch.setattr(tars, "STALL", 1)
+    monkeypatch.setattr(read_tars, "STALL", 1)
     urls = [f"{server.url}/{os.path.basename(shard(server.folder, number))}" for number in (0, 12)]
     server.faults["train-000.tar"] = [fault, "none"]
     found, skipped = one_pass(urls)

@@ -1,6 +1,4 @@
-"""Held-out data: the images in stored order, decoded by several processes, with their captions,
-labels and places.
-"""
+"""Batches of evaluation: held-out images in stored order, with their captions and labels."""
 
 from __future__ import annotations
 
@@ -19,11 +17,14 @@ from PIL import Image
 
 from simplclip.common import ranks
 from simplclip.common.errors import InputError
-from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, EmptyDataError, Skipped
-from simplclip.data.forms import Options, Row, is_source, label_of_folder, open_source
-from simplclip.data.loader import pixels_of, seeded
+from simplclip.data.find_sidecars import Folders
+from simplclip.data.find_sources import Source, in_words, sources_of
 from simplclip.data.pack import files_of
+from simplclip.data.read_folders import label_of_folder
+from simplclip.data.read_tables import Options, is_source, open_source
+from simplclip.data.read_tars import read_tar
+from simplclip.data.rows import Row
 from simplclip.data.samples import (
     Pair,
     Sample,
@@ -35,9 +36,8 @@ from simplclip.data.samples import (
     label_of,
     record_of,
 )
-from simplclip.data.sidecars import Folders
-from simplclip.data.sources import Source, in_words, sources_of
 from simplclip.data.stored_order import StoredOrder
+from simplclip.data.views import pixels_of, seeded
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class HeldOut:
     classes: Classes
     captions: int | None = None
     txt_lines: bool = False
-    # of the samples of training data, see `samples.is_held_out`; 0: all of them are held out
+    # of training data the share that is held out, see `samples.is_held_out`; 0: all data are
     share: float = 0.0
-    sidecars: Folders = ()  # which training joins, since their json may have other groups
+    sidecars: Folders = ()  # those that training joins, since their json may have other groups
 
     def __str__(self) -> str:
         return in_words(self.sources)
@@ -78,23 +78,22 @@ class HeldOut:
         record = record_of(sample)
         label = label_of(sample, record)
         try:
-            captions = captions_of(sample, record, txt_lines=self.txt_lines)[
-                : self.captions or None
-            ]
+            captions = captions_of(sample, record, txt_lines=self.txt_lines)
         except BrokenSample as broken:
             if label is None or broken.reason not in ("missing caption", "empty caption"):
                 raise
             captions = []
+        if self.captions:
+            captions = captions[: self.captions]
+        any_row_captions = row is not None and bool(row.captions)
+        json_captions = isinstance(record.get("captions"), list)
         if self.classes.folders:  # the caption of an image is only the name of its class
-            captions, label = [], self.classes.folders.index(sample["__key__"].split(os.sep)[0])
-        elif (
-            self.captions is None
-            and isinstance(record.get("captions"), list)
-            and not (row and row.captions)
-        ):
+            captions = []
+            label = self.classes.folders.index(sample["__key__"].split(os.sep)[0])
+        elif self.captions is None and json_captions and not any_row_captions:
             captions = captions[:1]
-        place = sample["__key__"], sample["__url__"], sample["__shard__"]
-        return Pair(image_of(sample), captions, record, *place, label=label)
+        key, url, shard = sample["__key__"], sample["__url__"], sample["__shard__"]
+        return Pair(image_of(sample), captions, record, key, url, shard, label=label)
 
     def batches(
         self,
@@ -108,39 +107,49 @@ class HeldOut:
         data, and their samples.
 
         The samples no longer have their images. Broken samples are left out and counted in
-        `skipped`. transform: an ImageTransform, whose uint8 images still need its `finish`; or a
-        function RGB -> float32 [3, S, S]. use: function of the images whose result is yielded in
-        their place, e.g. features. Ranks then divide the batches, and
-            the first rank yields the results of all ranks.
+        `skipped`.
+
+        transform: an ImageTransform, whose uint8 images still need its `finish`; or a function
+        RGB -> float32 [3, S, S]. use: function of the images whose result is yielded in their
+        place, e.g. features. Ranks then divide the batches, and the first rank yields the results
+        of all ranks.
+
         Raises ShardError for a shard that cannot be read, EmptyDataError if no sample is usable,
         WorkerError if a loader process died.
         """
-        share: dict[str, Any] = {"rank": ranks.number(), "world_size": ranks.count()} if use else {}
         order = StoredOrder(
             self.sources,
             self._read,
             partial(self._prepare, transform=transform),
             batch_size,
             _collate,
-            **share,
         )
-        read: Any = (
-            (item.batch and (*item.batch, item.positions), item.skipped)
-            for item in order.portions(workers)
-        )
-        if use:
-            read = ranks.gathered(
-                (batch and (use(batch[0]), *batch[1:]), new) for batch, new in read
-            )
-        any_usable = bool(use) and not ranks.first()
-        for batch, new in read:
+        if use is None:
+            results: Iterator[tuple[Any, ...]] = self._results(order, workers, None)
+        else:
+            order.rank, order.world_size = ranks.number(), ranks.count()
+            results = ranks.gathered(self._results(order, workers, use))
+        any_usable = use is not None and not ranks.first()
+        for images, positions, pairs, new in results:
             skipped.merge(new)
-            if batch is not None:
+            if pairs:
                 any_usable = True
-                images, pairs, positions = batch
                 yield images, positions, pairs
         if not any_usable:
             raise EmptyDataError(f"data: expected usable samples, got none in {self}; {skipped}")
+
+    def _results(
+        self, order: StoredOrder, workers: int, use: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> Iterator[tuple[Any, list[int], list[Pair], Skipped]]:
+        """Yields what `batches` yields, also without samples, and the damage."""
+        for portion in order.portions(workers):
+            if portion.batch is None:
+                yield None, [], [], portion.skipped
+                continue
+            images, pairs = portion.batch
+            if use is not None:
+                images = use(images)
+            yield images, portion.positions, pairs, portion.skipped
 
     def pictures(self, positions: Iterable[int]) -> dict[int, Image.Image]:
         """Returns the RGB images at these positions.
@@ -150,18 +159,17 @@ class HeldOut:
         chosen = set(positions)
         samples = chain.from_iterable(self._read(source, Skipped()) for source in self.sources)
         last = max(chosen, default=-1)
-        return {
-            n: self.open(sample).image
-            for n, sample in enumerate(islice(samples, last + 1))
-            if n in chosen
-        }
+        images = {}
+        for position, sample in enumerate(islice(samples, last + 1)):
+            if position in chosen:
+                images[position] = self.open(sample).image
+        return images
 
     def _read(self, source: Source, skipped: Skipped) -> Iterator[Sample]:
         if self.share or not is_source(source.url):
-            samples = tars.read(source, skipped, sidecars=self.sidecars or None)
-            yield from (
-                sample for sample in samples if not self.share or is_held_out(sample, self.share)
-            )
+            for sample in read_tar(source, skipped, sidecars=self.sidecars or None):
+                if not self.share or is_held_out(sample, self.share):
+                    yield sample
             return
         for row in open_source(source.url, Options()).rows():
             key = row.name.partition("/")[2]
@@ -169,14 +177,13 @@ class HeldOut:
 
     def _prepare(self, sample: Sample, transform: Callable) -> tuple[torch.Tensor, Pair]:
         pair = self.open(sample)
-        with seeded("eval", pair.place):
+        with seeded("eval", pair.name):
             image = pixels_of(transform, pair)
-        return image, replace(
-            pair, encoded=b"", record={} if pair.group is None else {"group": pair.group}
-        )
+        record = {} if pair.group is None else {"group": pair.group}
+        return image, replace(pair, encoded=b"", record=record)
 
 
-def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:
+def held_out(source: Any, *, captions: int | None = None, name: str = "data") -> HeldOut:
     """Returns held-out data: tars as `sources_of` takes them, what `pack` takes, or
     clip-benchmark's layout.
 
@@ -189,20 +196,21 @@ def held_out(what: Any, *, captions: int | None = None, name: str = "data") -> H
     training, or synthetic. Raises InputError if no data are found, or if a folder has another
     layout.
     """
-    if isinstance(what, Mapping) and "hold_out" in what:
-        # some may come twice in training
-        sources = {source.url: source for source in sources_of(what["shards"], name)}
+    if isinstance(source, Mapping) and "hold_out" in source:
+        # some tars may come twice in training
+        tars = {tar.url: tar for tar in sources_of(source["shards"], name)}
         return HeldOut(
-            [*sources.values()],
+            [*tars.values()],
             Classes(),
             captions,
-            share=what["hold_out"],
-            sidecars=what.get("sidecars", ()),
+            share=source["hold_out"],
+            sidecars=source.get("sidecars", ()),
         )
-    if not (isinstance(what, (str, os.PathLike)) and is_source(what)):
-        return HeldOut(sources_of(what, name), Classes(), captions)
-    path = os.path.expanduser(os.fspath(what))
-    if (data := _clip_benchmark(Path(path), captions, name)) is not None:
+    if not (isinstance(source, (str, os.PathLike)) and is_source(source)):
+        return HeldOut(sources_of(source, name), Classes(), captions)
+    path = os.path.expanduser(os.fspath(source))
+    data = _clip_benchmark(Path(path), captions, name)
+    if data is not None:
         return data
     try:
         rows = open_source(path, Options())
@@ -231,7 +239,7 @@ def divided(shards: Any, share: float, sidecars: Folders = ()) -> Division:
     captions = list[int]()
     trained = array("q")
     for source in sources_of(shards):
-        for sample in tars.read(source, Skipped(), sidecars=sidecars or None):
+        for sample in read_tar(source, Skipped(), sidecars=sidecars or None):
             try:
                 check_files(sample)
                 texts = [hash(text) for text in captions_of(sample, record_of(sample))]
@@ -257,20 +265,18 @@ def _clip_benchmark(folder: Path, captions: int | None, name: str) -> HeldOut | 
     """Returns the data of a folder in clip-benchmark's layout, or of one of its splits; None for
     another layout.
     """
-    root, place = (
-        (folder.parent, folder) if (folder / "nshards.txt").is_file() else (folder, folder / "test")
-    )
-    if not (place / "nshards.txt").is_file():
+    split, root = folder, folder.parent
+    if not (split / "nshards.txt").is_file():
+        split, root = folder / "test", folder
+    count_file = split / "nshards.txt"
+    if not count_file.is_file():
         return None
-    number = (place / "nshards.txt").read_text(errors="replace").strip()
-    if not number.isdecimal() or len(number) > 9 or not int(number):
-        raise InputError(
-            f"{place / 'nshards.txt'}: expected the number of shards, got {number[:40]!r}"
-        )
-    sources = sources_of((place / f"{shard}.tar" for shard in range(int(number))), name)
-    names, templates = (
-        _lines(root / file) for file in ("classnames.txt", "zeroshot_classification_templates.txt")
-    )
+    count = count_file.read_text(errors="replace").strip()
+    if not count.isdecimal() or len(count) > 9 or not int(count):
+        raise InputError(f"{count_file}: expected the number of shards, got {count[:40]!r}")
+    sources = sources_of((split / f"{shard}.tar" for shard in range(int(count))), name)
+    names = _lines(root / "classnames.txt")
+    templates = _lines(root / "zeroshot_classification_templates.txt")
     return HeldOut(sources, Classes(names, templates=templates), captions, txt_lines=True)
 
 

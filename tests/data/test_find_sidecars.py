@@ -10,8 +10,8 @@ import pytest
 from test_samples import one_pass
 
 from simplclip import data
-from simplclip.data import tars
 from simplclip.data.errors import BrokenSample, Skipped
+from simplclip.data.read_tars import read_tar
 from simplclip.data.samples import digest_of, parse
 from support.data.pairs import keys, loader, npy, png, resize, sample, write
 
@@ -40,7 +40,7 @@ def make(folder, out, files=taught, leave=()):
     shards = {}
     for path in sorted(folder.glob("*.tar")):
         numbers = [
-            int(sample["__key__"][1:]) for sample in tars.read(data.sources_of(path)[0], Skipped())
+            int(sample["__key__"][1:]) for sample in read_tar(data.sources_of(path)[0], Skipped())
         ]
         write(out / path.name, [(f"k{n:03d}", files(n)) for n in numbers if n not in leave])
         shards[path.name] = {"samples": len(numbers), "source": {"bytes": path.stat().st_size}}
@@ -69,7 +69,7 @@ def out(folder, tmp_path):
 
 def read(shard, *folders):
     source = data.sources_of(shard)[0]
-    samples = tars.read(source, Skipped(), sidecars=folders)
+    samples = read_tar(source, Skipped(), sidecars=folders)
     return {sample["__key__"]: sample for sample in samples}
 
 

@@ -20,25 +20,28 @@ from typing import Any
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from simplclip.data import images
+from simplclip.data.decode_images import IMAGE_SUFFIXES
 from simplclip.data.errors import BrokenSample, ShardError, Skipped
+from simplclip.data.find_sidecars import Folders, sidecars_of
+from simplclip.data.find_sources import Address, Source
 from simplclip.data.samples import MAX_BYTES, TEACHER, TEACHER_JSON, TEXT_BYTES, Sample
-from simplclip.data.sidecars import Folders, beside
-from simplclip.data.sources import Address, Source
 
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a tar that could not be read is tried again
 STALL = 60  # seconds without a byte after which a server counts as gone
 TEXTS = ("txt", "json", "cls", TEACHER_JSON)
-SUFFIXES = (*images.SUFFIXES, *TEXTS, TEACHER)  # files that are read
+SUFFIXES = (*IMAGE_SUFFIXES, *TEXTS, TEACHER)  # files that are read
 
-_LONGEST = 4096  # most bytes of a name; systems allow no longer path
+_NAME_BYTES = 4096  # most bytes of a name; systems allow no longer path
 # most bytes of a member: passing over more of a stream that has ended would take long
-_LARGEST = 1 << 34
+_MEMBER_BYTES = 1 << 34
 # most bytes of a member's extended headers; tarfile may take quadratic time (CVE-2024-6232)
-_EXTENDED = 16 << 10
+_EXTENDED_BYTES = 16 << 10
 _EXTENDED_TYPES = (
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
-    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
 )
 
 _gopen = import_module("webdataset.gopen")  # the package has a function of this name too
@@ -60,7 +63,7 @@ class Member(tarfile.TarInfo):
 
     def _block(self, count: int) -> int:
         # tarfile before Python 3.11.14 goes back by a negative size, for ever (CVE-2025-8194)
-        if not 0 <= count <= _LARGEST:
+        if not 0 <= count <= _MEMBER_BYTES:
             raise tarfile.ReadError(f"a size of {count}")
         return super()._block(count)  # type: ignore[misc]
 
@@ -68,7 +71,7 @@ class Member(tarfile.TarInfo):
         extended = 0
         if self.type in _EXTENDED_TYPES:
             extended = getattr(archive, "extended", 0) + tarfile.BLOCKSIZE + self._block(self.size)
-        if extended > _EXTENDED:
+        if extended > _EXTENDED_BYTES:
             raise tarfile.ReadError(f"extended headers of {extended:,} bytes")
         archive.extended = extended  # type: ignore[attr-defined]
         return super()._proc_member(archive)  # type: ignore[misc]
@@ -77,7 +80,7 @@ class Member(tarfile.TarInfo):
         member.sparse = []  # a list of holes may be as long as the file; sparse files are not read
 
 
-def read(
+def read_tar(
     source: Source,
     skipped: Skipped,
     *,
@@ -85,8 +88,8 @@ def read(
     max_bytes: int = MAX_BYTES,
     on_error: str = "skip",
 ) -> Iterator[Sample]:
-    """Yields the samples of a tar with their files of SUFFIXES, which are in lower case, and the
-    files of its sidecars.
+    """Yields the samples of a tar with their files of SUFFIXES, in lower case, and the files of its
+    sidecars.
 
     Damage is counted in `skipped`. A file that was not read, since it is too large or sparse, is a
     BrokenSample in the sample. A stream or disk that fails is tried again, from the sample where it
@@ -97,21 +100,21 @@ def read(
     and the tar is damaged, and for a sidecar that is missing or damaged, or has other samples than
     the shard.
     """
-    given = 0
+    yielded = 0  # samples, in all tries
     for wait in (*RETRIES, None):
-        counted = Skipped()
-        samples = _samples(source, counted, max_bytes, on_error)
+        damage = Skipped()
+        samples = _samples(source, damage, max_bytes, on_error)
+        if sidecars is not None:
+            samples = _joined(samples, source.url, sidecars)
         try:
-            for number, sample in enumerate(
-                samples if sidecars is None else _joined(samples, source.url, sidecars)
-            ):
-                new = counted.take()
+            for number, sample in enumerate(samples):
+                new_damage = damage.take()
                 # an earlier try yielded the samples before, and counted the damage there
-                if number == given:
-                    given += 1
-                    skipped.merge(new)
+                if number == yielded:
+                    yielded += 1
+                    skipped.merge(new_damage)
                     yield sample
-            skipped.merge(counted)
+            skipped.merge(damage)
             return
         except OSError as error:
             if wait is None:
@@ -121,38 +124,38 @@ def read(
 
 
 def _joined(samples: Iterator[Sample], shard: str, folders: Folders) -> Iterator[Sample]:
-    paths = beside(shard, folders)
-    sidecars = [_of_sidecar(path) for path in paths]
+    paths = sidecars_of(shard, folders)
+    sidecars = [_sidecar_samples(path) for path in paths]
     # of each sidecar the first sample that is not joined yet
-    following = [next(sidecar, None) for sidecar in sidecars]
+    next_samples = [next(sidecar, None) for sidecar in sidecars]
     seen: set[str] = set()
     for sample in samples:
         key = sample["__key__"]
         if key in seen:  # the sidecars' files belong to the earlier sample
             sample["__double__"] = BrokenSample("duplicate key in tar")
-        for place, other in enumerate(following):
-            if other is None or other["__key__"] != key or key in seen:
+        for index, new_files in enumerate(next_samples):
+            if new_files is None or new_files["__key__"] != key or key in seen:
                 continue
             # a former teacher's files are replaced, also if this one writes no digest
-            if TEACHER in other:
+            if TEACHER in new_files:
                 sample.pop(TEACHER_JSON, None)
-            sample |= {
-                suffix: value for suffix, value in other.items() if not suffix.startswith("__")
-            }
-            following[place] = next(sidecars[place], None)
+            for suffix, content in new_files.items():
+                if not suffix.startswith("__"):
+                    sample[suffix] = content
+            next_samples[index] = next(sidecars[index], None)
         seen.add(key)
         yield sample
-    for path, other in zip(paths, following):
-        if other is not None:
+    for path, sidecar_sample in zip(paths, next_samples):
+        if sidecar_sample is not None:
             raise ShardError(
-                f"sidecar {path!r} has the sample {other['__key__']!r}, which its shard does not "
-                "have in that place; make it again by the command that wrote it"
+                f"sidecar {path!r} has the sample {sidecar_sample['__key__']!r}, which its shard "
+                "does not have in that place; make it again by the command that wrote it"
             )
 
 
-def _of_sidecar(path: str) -> Iterator[Sample]:
+def _sidecar_samples(path: str) -> Iterator[Sample]:
     try:
-        yield from read(Source(path, name=path), Skipped(), on_error="stop")
+        yield from read_tar(Source(path, name=path), Skipped(), on_error="stop")
     except ShardError as error:
         raise ShardError(
             f"sidecar of {error}; make it again by the command that wrote it"
@@ -168,7 +171,9 @@ def _samples(source: Source, skipped: Skipped, max_bytes: int, on_error: str) ->
 
     for sample in group_by_keys(_files(source, skipped, max_bytes, damage), handler=count_double):
         # If the sample before the damage is incomplete, only the damage is counted.
-        if damage and ({"txt", "json"}.isdisjoint(sample) or {*images.SUFFIXES}.isdisjoint(sample)):
+        any_caption = not {"txt", "json"}.isdisjoint(sample)
+        any_image = not {*IMAGE_SUFFIXES}.isdisjoint(sample)
+        if damage and not (any_caption and any_image):
             break
         yield sample | {"__shard__": source.name}
     if damage and on_error == "stop":
@@ -194,7 +199,7 @@ def _files(
                 _, suffix = base_plus_ext(member.name)
                 if not member.isreg() or suffix is None or suffix.lower() not in SUFFIXES:
                     continue
-                if len(member.name.encode("utf-8", "surrogatepass")) > _LONGEST:
+                if len(member.name.encode("utf-8", "surrogatepass")) > _NAME_BYTES:
                     skipped.add("name too long", source.name, member.name[:100])
                     continue
                 limit = min(TEXT_BYTES, max_bytes) if suffix.lower() in TEXTS else max_bytes
@@ -243,16 +248,13 @@ def _opened(url: str) -> Iterator[tuple[Any, Any]]:
     try:
         yield stream, "r|"
     except Exception as error:
-        broke = isinstance(error, OSError) or not stream.stream.read(1)  # the stream, not the tar
-        if broke and stream.proc.wait(60):
-            message = (
-                stream.proc.stderr.read().decode(errors="replace").strip()
-                if stream.proc.stderr
-                else ""
-            )
-            raise OSError(
-                message or f"the command ended with exit code {stream.proc.returncode}"
-            ) from None
+        # whether the stream ended too early; else the tar is damaged
+        stream_broke = isinstance(error, OSError) or not stream.stream.read(1)
+        if stream_broke and stream.proc.wait(60):
+            message = f"the command ended with exit code {stream.proc.returncode}"
+            if stream.proc.stderr:
+                message = stream.proc.stderr.read().decode(errors="replace").strip() or message
+            raise OSError(message) from None
         raise
     finally:
         # it may write on, or wait for something, after the end of the tar

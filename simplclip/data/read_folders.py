@@ -1,0 +1,97 @@
+"""A folder of images as rows: with texts beside them, or with a folder for each class."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from simplclip.common.errors import InputError
+from simplclip.data.decode_images import IMAGE_SUFFIXES
+from simplclip.data.errors import BrokenSample
+from simplclip.data.rows import Row, RowSource
+from simplclip.data.samples import TEXT_BYTES, clean, file_bytes
+
+
+def open_folder(path: str) -> RowSource:
+    """Returns the images of a folder and of its subfolders, in the order of names.
+
+    If no image has a text beside it, the folders in `path` are classes: the label of an image, and
+    its caption. Raises InputError if there is no image.
+    """
+    path = path.rstrip(os.sep) or path
+    counts = Counter(bool(texts) for _, texts in _images(path))
+    images, any_text = counts.total(), counts[True] > 0
+    if not images:
+        any_tar = any(file.endswith(".tar") for file in os.listdir(path))
+        hint = " (try its *.tar)" if any_tar else ""
+        raise InputError(
+            f"source: expected a folder of images with captions, got {path!r}, which has no "
+            f"image{hint}"
+        )
+
+    def state() -> dict[str, Any]:
+        return {"images": counts[any_text], "names": _digest(path, any_text)}
+
+    def rows() -> Iterator[Row]:
+        for image, texts in _images(path):
+            name = os.path.join(os.path.basename(path), os.path.splitext(image)[0])
+            file = os.path.join(path, image)
+            text_files = {suffix: os.path.join(path, text) for suffix, text in texts.items()}
+            folder = image.partition(os.sep)[0]
+            if any_text or folder == image:
+                yield Row(name, file, texts=text_files)
+            else:
+                label = label_of_folder(folder)
+                yield Row(name, file, [label] if label else [], text_files, label)
+
+    classes: tuple[str, ...] = ()
+    if not any_text:
+        classes = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
+    return RowSource(path, images, state, rows, classes)
+
+
+def label_of_folder(name: str) -> str:
+    """Returns the label of a class by the name of its folder."""
+    return clean(name.replace("_", " "))
+
+
+def _digest(path: str, any_text: bool) -> str:
+    """Returns a digest of the names and texts of a folder's samples."""
+    digest = hashlib.blake2b(digest_size=16)
+    for image, texts in _images(path):
+        # without a text it is no sample: a run's own curves.png may lie in the folder
+        if any_text and not texts:
+            continue
+        digest.update(repr((image, texts)).encode("utf-8", "surrogateescape"))
+        for text in texts.values():
+            # such a text is counted when its row is read
+            with contextlib.suppress(OSError, BrokenSample):
+                digest.update(file_bytes(os.path.join(path, text), TEXT_BYTES))
+    return digest.hexdigest()
+
+
+def _images(path: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields images, and by suffix the texts beside them, relative to `path`.
+
+    Subfolders of a linked folder are left out.
+    """
+    for folder, subfolders, files in os.walk(path, followlinks=True):
+        subfolders.sort()
+        inside = ""
+        if folder != path:
+            inside = os.path.relpath(folder, path)
+            if os.path.islink(folder):  # it may lead anywhere, also to a folder that contains it
+                subfolders.clear()
+        samples: defaultdict[str, dict[str, str]] = defaultdict(dict)  # of each key: file -> suffix
+        for file in sorted(files):
+            key, suffix = os.path.splitext(file)
+            samples[key][os.path.join(inside, file)] = suffix[1:].lower()
+        for _, sample in sorted(samples.items()):
+            texts = {suffix: file for file, suffix in sample.items() if suffix in ("txt", "json")}
+            for file, suffix in sample.items():
+                if suffix in IMAGE_SUFFIXES:
+                    yield file, texts

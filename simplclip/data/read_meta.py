@@ -1,0 +1,107 @@
+"""Reads the meta.json of a folder of tars, which write_tars.py writes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simplclip.data.errors import ShardError
+from simplclip.data.find_sources import Address, Source, sources_of
+from simplclip.data.samples import json_of
+
+_SAMPLE_BYTES = 1024  # the least that a sample takes in a tar
+_MAX_WIDTH = 1 << 20  # numbers of a feature
+# what a meta.json with other content than expected raises
+_OTHER_CONTENT = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
+
+
+def tar_entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """Returns the entries of a folder's meta.json by the file names of the tars; {} without a valid
+    meta.json.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    try:
+        for split in _read(folder)["splits"].values():
+            for name, entry in split["shards"].items():
+                if isinstance(entry, dict):
+                    entries[name] = entry
+    except _OTHER_CONTENT:
+        return {}
+    return entries
+
+
+def teacher_stamp(folders: Sequence[str | os.PathLike]) -> dict[str, Any]:
+    """Returns the teacher of the features in sidecars: "name", "width" D, "logit_scale", and
+    "views" if it saw views.
+
+    The last of the folders whose meta.json names a teacher counts. Raises ShardError if there is
+    none.
+    """
+    for folder in reversed(folders):
+        try:
+            stamp = _stamp(_read(folder))
+        except _OTHER_CONTENT:
+            continue
+        if 1 <= stamp["width"] <= _MAX_WIDTH and 0 < stamp["logit_scale"] < math.inf:
+            return stamp
+    names = [str(folder) for folder in folders]
+    raise ShardError(
+        "data.sidecars: expected a teacher's features, which `simplclip teacher` writes, got "
+        f"{names}"
+    )
+
+
+def dataset_size(shards: Any) -> int | None:
+    """Returns the samples of a pass over shards, with their weights, as the meta.json beside them
+    counts them.
+
+    None if a shard is a stream, or is not listed with its present size, and if there is less than
+    one sample.
+    """
+    sources = sources_of(shards)
+    folders = {os.path.dirname(source.url) for source in sources}
+    entries = {folder: tar_entries(folder) for folder in folders}
+    total = 0.0
+    for source in sources:
+        folder, name = os.path.split(source.url)
+        samples = _listed_samples(source, entries[folder].get(name, {}))
+        if samples is None:
+            return None
+        total += samples * source.weight
+    return round(total) or None
+
+
+def _read(folder: str | os.PathLike) -> Any:
+    return json_of(Path(os.path.expanduser(folder), "meta.json").read_text("utf-8"))
+
+
+def _stamp(meta: Any) -> dict[str, Any]:
+    """Returns the teacher in a meta.json. Raises one of _OTHER_CONTENT if it names none."""
+    stamp = meta["teacher"]
+    stamp |= {
+        "name": str(stamp["name"]),
+        "width": int(stamp["width"]),
+        "logit_scale": float(stamp["logit_scale"]),
+    }
+    views = stamp.get("views", {"augment": None})
+    if not isinstance(views, dict) or "augment" not in views:
+        raise ValueError(f"views: expected their augmentation, got {views!r}")
+    return stamp
+
+
+def _listed_samples(source: Source, entry: Mapping[str, Any]) -> int | None:
+    """Returns the samples of a tar by its entry; None if it is a stream or has changed."""
+    if isinstance(source.url, Address):
+        return None
+    try:
+        samples, size = int(entry["samples"]), int(entry["bytes"])
+        if size != os.path.getsize(source.url):
+            return None
+    except _OTHER_CONTENT:
+        return None
+    if not 0 <= samples <= size / _SAMPLE_BYTES:
+        return None
+    return samples

@@ -1,0 +1,190 @@
+"""Packing: rows that are bad, hostile files, and what is said of them."""
+
+import json
+import os
+import random
+import sys
+from collections import deque
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from simplclip.common.errors import InputError
+from simplclip.data import pack, read_tables, write_tars
+from simplclip.data.read_tables import Options
+from support.data.packs import packed
+from support.data.pairs import members, meta, png, table
+from support.data.photos import encode, photo
+from support.programs import call, one_line
+
+
+# a field of fewer and of more characters than csv's limit
+@pytest.mark.parametrize("rows", [9, 1500])
+def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, rows):
+    path = table(
+        tmp_path / "t.csv", [[f"{number}.png", f"{number} {'x' * 100}"] for number in range(rows)]
+    )
+    Path(path).write_text(Path(path).read_text().replace("7.png,7 x", '7.png,"7 x', 1))
+    found = list(read_tables.open_source(path, Options()).rows())
+    assert [row.name for row in found if row.problem] == ["t.csv/000000007"]
+    assert [row.captions[0].split()[0] for row in found if not row.problem] == [
+        str(n) for n in range(rows) if n != 7
+    ]
+
+
+def test_hostile_rows_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "MAX_BYTES", 1 << 20)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "text.png").write_bytes(b"root:x:0:0")
+    (tmp_path / "torn.png").write_bytes(png()[:12])
+    with open(tmp_path / "huge.jpg", "wb") as file:
+        file.truncate(1 << 40)
+    images = [
+        "good.png",
+        "pipe.png",
+        "/dev/zero",
+        "/dev/stdin",
+        "../../../../../../etc/passwd",
+        "text.png",
+        "torn.png",
+        "huge.jpg",
+        "a\0b.png",
+        ".",
+        "",
+        "http://x/y.jpg",
+        "pipe:true",
+        "x" * 5000,
+    ]
+    entries = [{"filename": image, "sentences": [{"raw": image or "none"}]} for image in images]
+    (tmp_path / "rows.json").write_text(json.dumps({"images": entries}))
+    found, skipped = packed(tmp_path / "rows.json", tmp_path / "out")
+    assert found == [("good.png", ["good.png"])]
+    unreadable = {
+        "cannot be read": 7,
+        "file too large": 1,
+        "not a local file": 2,
+        "not an image": 3,
+    }
+    assert skipped == unreadable
+    assert list(members(tmp_path / "out" / "rows-000000.tar")) == [
+        "000000000.png",
+        "000000000.json",
+    ]
+    table(tmp_path / "urls.csv", [(f"https://x/{number}.jpg", "x") for number in range(3000)])
+    told = one_line("data", "pack", tmp_path / "urls.csv", "--out", tmp_path / "none")
+    assert (
+        "3000 not a local file (first: urls.csv/000000000: 'https://x/0.jpg', which is not a path; "
+        "of URLs img2dataset" in told
+    )
+
+
+def test_entries_of_json_files_that_are_incomplete_cost_no_other(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "b.png").write_bytes(png())
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"image_id": n, "caption": f"{n}"} for n in (1, 2)],
+    }
+    karpathy = {
+        "images": [{"filename": "b.png"}, {"filename": "a.png", "sentences": [{"raw": "1"}]}]
+    }
+    for name, content, reason in (
+        ("c", coco, "cannot be read"),
+        ("k", karpathy, "missing caption"),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        assert packed(tmp_path / f"{name}.json", tmp_path / name) == (
+            [("a.png", ["1"])],
+            {reason: 1},
+        )
+
+
+def test_images_that_lie_elsewhere_are_told_how_to_name_their_folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(png())
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"image_id": 1, "caption": "one"}],
+    }
+    (tmp_path / "c.json").write_text(json.dumps(coco))
+    told = one_line("data", "pack", tmp_path / "c.json", "--out", tmp_path / "none")
+    missing = f"'{tmp_path}/a.png' does not exist; try --images (in a config `images`)"
+    assert missing in told
+    assert packed(tmp_path / "c.json", tmp_path / "out", Options(images=str(tmp_path / "in"))) == (
+        [("a.png", ["one"])],
+        {},
+    )
+
+
+def test_pictures_with_transparency_and_of_one_colour_are_told(tmp_path, monkeypatch):
+    """Several shards and processes, and again when nothing is left to pack; a picture that is left
+    out is not counted.
+    """
+    monkeypatch.setattr(pack, "SAMPLES", 2)
+    # black lines, and white where it is transparent
+    clear = Image.frombytes("LA", (30, 30), bytes([0, 255, 255, 0]) * 450)
+    pictures = {
+        "1": photo(),
+        "2": clear,
+        "3": clear.convert("RGBA"),
+        "4": Image.new("RGB", (30, 30), "red"),
+        "5": clear,
+    }
+    for name, picture in pictures.items():
+        (tmp_path / f"{name}.png").write_bytes(encode(picture, "PNG"))
+        (tmp_path / f"{name}.txt").write_text("a picture" if name != "5" else "")
+    command = ("data", "pack", tmp_path, "--out", tmp_path / "out")
+    for start in ("packed 4 samples", "kept 4 samples"):
+        output = call(*command).output
+        assert start in output
+        assert (
+            f"2 with transparency, which the model does not see, such as '{tmp_path}/2.png'; see "
+            "Pixels in docs/" in output
+        )
+        assert (
+            f"3 of one colour as the model sees them, such as '{tmp_path}/2.png'; see Pixels in "
+            "docs/data.md" in output
+        )
+    remarks = write_tars.skipped_in(
+        meta(tmp_path / "out")["splits"]["data"]["shards"].values(), "remarks"
+    )
+    assert remarks.counts == {
+        "with transparency, which the model does not see": 2,
+        "of one colour as the model sees them": 3,
+    }
+    (tmp_path / "photo").mkdir()
+    (tmp_path / "photo/1.png").write_bytes(encode(photo(), "PNG"))
+    (tmp_path / "photo/1.txt").write_text("a photo")
+    assert (
+        "docs/data.md"
+        not in call("data", "pack", tmp_path / "photo", "--out", tmp_path / "plain").output
+    )
+
+
+@pytest.mark.slow
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    texts = [f"a photo of {number % 7}" for number in range(300)]
+    parquet.write_table(pyarrow.table({"filepath": texts, "title": texts}), tmp_path / "t.parquet")
+    whole = (tmp_path / "t.parquet").read_bytes()
+    draw = random.Random(0)
+    damaged = []
+    for _ in range(150):
+        file = bytearray(whole)
+        file[draw.randrange(len(file))] = draw.randrange(256)
+        (tmp_path / "t.parquet").write_bytes(file)
+        try:
+            deque(read_tables.open_source(tmp_path / "t.parquet", Options()).rows())
+        except InputError as error:
+            damaged.append(str(error))
+    assert damaged
+    assert all("t.parquet" in message for message in damaged)
+
+
+def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    line = one_line("data", "pack", tmp_path / "t.parquet", "--out", tmp_path / "out")
+    assert line.endswith("needs the package pyarrow: pip install 'simplclip[data]'")
