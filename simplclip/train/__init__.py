@@ -1,6 +1,7 @@
 """The trainer: `run(config)` trains a config to its last checkpoint.
 
-config.py       the sections of a config
+sections.py     the sections of a config, with every key
+config.py       a config: read, changed by --set, described
 setup.py        model, weights, optimizer: the state of a run
 objective.py    the loss, with weights by step
 step.py         one step: forward, loss, backward, update

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from simplclip import losses
 from simplclip.common import ranks
-from simplclip.train.config import LossConfig, Schedule
 from simplclip.train.objective import Objective
+from simplclip.train.sections import LossConfig, Schedule
 from simplclip.train.step import _groups
 
 TEACHER = {"name": "t", "width": 6, "logit_scale": 12.0}
