@@ -16,7 +16,7 @@ from simplclip.common.errors import InputError
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import step
 from simplclip.train.config import ConfigError, load
-from simplclip.train.setup import setup
+from simplclip.train.setup import make_state
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
 
 
 def started(folder, *changes):
-    return setup(tiny.settings(folder, *changes), CPU, "fp32")
+    return make_state(tiny.settings(folder, *changes), CPU, "fp32")
 
 
 def weights_of(run):
