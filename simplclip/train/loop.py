@@ -62,6 +62,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         if not is_first:
             console = Console(quiet=True)
         console = console or Console()
+
         ranks.on_first(stack.enter_context, locked(out, "run.out"))
         former = ranks.on_first(checkpoint.former, out, resume)
         with ranks.agreed():
@@ -69,27 +70,15 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         precision, why_precision = hardware.pick_precision(config.run.precision, device)
         stack.enter_context(timed_algorithms(config.run.cudnn_benchmark and device.type == "cuda"))
         torch.manual_seed(config.run.seed)
-        state: Any = None
-        with ranks.agreed():
-            _micro_batches(config)
-            if not former:  # before packing, which may take an hour
-                state = make_state(config, device, precision)
-            splits = _splits(config, config.eval.splits)
-        config, samples, division = ranks.on_first(_with_data, config, former)
-        with ranks.agreed():
-            data.sources_of(config.data.train, "data.train")  # which a node may lack
-            splits |= _splits(config, config.held_out)
-            if former:
-                state = make_state(config, device, precision, former)
-        state.config, state.objective.steps = config, config.run.steps
-        keep_frozen(state)
-        state.wrappers = wrap(state.model)
+        state, splits, samples, division = _start(config, former, device, precision)
+        config = state.config
         if former:
             checkpoint.set_rng_state(former["rng"])
         elif resume:
             state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
         with ranks.agreed():
             loader = make_loader(state)
+
         snapshot, log = Snapshot(state, former, samples), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
         try:
@@ -124,6 +113,34 @@ def timed_algorithms(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def _start(
+    config: Config, former: dict[str, Any] | None, device: torch.device, precision: str
+) -> tuple[State, dict[str, evaluation.Split], int | None, data.Division | None]:
+    """Makes the state of a run, packs its data and loads its held-out data.
+
+    A run that begins makes its state first, since packing may take an hour. A run that continues
+    has packed; its settings are checked first.
+
+    Returns the state, the held-out data, and the counts of `_with_data`.
+    """
+    state: Any = None
+    with ranks.agreed():
+        _micro_batches(config)
+        if not former:
+            state = make_state(config, device, precision)
+        splits = _splits(config, config.eval.splits)
+    config, samples, division = ranks.on_first(_with_data, config, former)
+    with ranks.agreed():
+        data.sources_of(config.data.train, "data.train")  # which a node may lack
+        splits |= _splits(config, config.held_out)
+        if former:
+            state = make_state(config, device, precision, former)
+    state.config, state.objective.steps = config, config.run.steps
+    keep_frozen(state)
+    state.wrappers = wrap(state.model)
+    return state, splits, samples, division
 
 
 def _splits(config: Config, splits: dict[str, Any]) -> dict[str, evaluation.Split]:
