@@ -50,29 +50,20 @@ def caption(
     from simplclip.common import ranks
     from simplclip.teacher import caption as captioning
 
-    hardware = {
-        "batch_size": batch_size,
-        "workers": workers,
-        "device": device,
-        "precision": precision,
-    }
-    draws = {
-        "n": n,
-        "top_p": top_p,
-        "temperature": temperature,
-        "max_tokens": max_tokens,
-        "seed": seed,
-    }
+    sampling = captioning.Sampling(n, top_p, temperature, max_tokens, seed)
     with ranks.joined():
         summary = captioning.run(
             source,
             out,
             model,
+            sampling,
             checkpoint=checkpoint,
             pretrained=pretrained,
+            batch_size=batch_size,
+            workers=workers,
             sidecars=sidecars or (),
-            **draws,
-            **hardware,
+            device=device,
+            precision=precision,
         )
         if not ranks.first():
             return

@@ -57,16 +57,18 @@ def teacher(
     from simplclip import teacher as teachers
     from simplclip.common import ranks
 
-    seen = {"views": views, "config": config, "seed": seed}
-    options = {"batch_size": batch_size, "workers": workers, "sidecars": sidecars or ()}
     with ranks.joined():
         teachers.run(
             source,
             out,
             teacher,
             checkpoint=checkpoint,
+            views=views,
+            config=config,
+            seed=seed,
+            batch_size=batch_size,
+            workers=workers,
+            sidecars=sidecars or (),
             device=device,
             precision=precision,
-            **seen,
-            **options,
         )

@@ -1,7 +1,10 @@
-"""The ranks of a command that torchrun started: the rank of this process, exchange between ranks,
-work of the first rank.
+"""The ranks of a command that torchrun started, which exchange Python objects.
 
-Without torchrun, and outside of `joined`, there is one rank, and the functions here have no effect.
+joined      a context in which there are ranks; elsewhere, and without torchrun, there is one
+            rank, and nothing here has an effect
+agreed      a context that all ranks leave, or in which all end
+on_first    a call on the first rank, whose result all get
+exchanged, gathered, mapped     values of all ranks
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,10 +29,10 @@ from simplclip.common.errors import UserError, first_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Parameters = ParamSpec("Parameters")
 
 _objects: Any = None  # within `joined`: the group that exchanges Python objects, by gloo
 _limit = timedelta(days=7)  # the time that a rank waits for another one
-_alone = False  # while the first rank does work in which other ranks take no part
 
 
 class RankError(UserError, RuntimeError):
@@ -37,7 +40,7 @@ class RankError(UserError, RuntimeError):
 
 
 def count() -> int:
-    return dist.get_world_size() if _objects is not None and not _alone else 1
+    return dist.get_world_size() if _objects is not None else 1
 
 
 def number() -> int:
@@ -50,10 +53,11 @@ def first() -> bool:
 
 @contextmanager
 def joined(minutes: float | None = None) -> Iterator[None]:
-    """Context in which the processes that torchrun started work together: by NCCL on cards, by gloo
-    on CPUs.
+    """Context in which the processes that torchrun started work together.
 
-    If there is a process group already, its ranks are used.
+    They use NCCL on cards and gloo on CPUs. If there is a process group already, its ranks are
+    used.
+
     minutes: the time that a rank waits for another one, except for the first one in `on_first`;
     None: a week.
 
@@ -61,46 +65,47 @@ def joined(minutes: float | None = None) -> Iterator[None]:
     """
     global _objects, _limit
     before, exists = (_objects, _limit), dist.is_initialized()
-    started = not exists and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    starts = not exists and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
     _limit = timedelta(days=7) if minutes is None else timedelta(minutes=minutes)
     try:
-        if started:
+        if starts:
             store, rank, size = next(dist.rendezvous("env://", timeout=_limit))
-            dist.init_process_group(
-                store=_met(store, rank, size), rank=rank, world_size=size, timeout=_limit
-            )
-        if started or exists:
+            store = _attempt_store(store, rank, size)
+            dist.init_process_group(store=store, rank=rank, world_size=size, timeout=_limit)
+        if starts or exists:
             _objects = dist.new_group(backend="gloo", timeout=_limit)
         yield
     except RuntimeError as error:
-        raise named(error) from error.__cause__
+        raise as_rank_error(error) from error.__cause__
     finally:
         _objects, _limit = before
     # after an error the other ranks may be in a collective, and would wait for this one
-    if started:
+    if starts:
         dist.destroy_process_group()
 
 
-def _met(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """Returns the part of torchrun's store for these processes alone.
+def _attempt_store(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """Returns the part of torchrun's store that only these processes use.
 
-    The store outlives a restart of the ranks, and keeps addresses of the dead.
+    The store outlives a restart of the ranks, and keeps the addresses of ended ones.
     TORCHELASTIC_RESTART_COUNT does not tell attempts apart, since nodes count differently. So each
-    rank asks by a random word, which the first one answers.
+    rank writes a random word, and the first rank answers each with its own, the attempt's name.
     """
-    word, until = secrets.token_hex(8), time.monotonic() + _limit.total_seconds()
+    word = secrets.token_hex(8)
     if rank:
         store.set(f"word of {rank}", word)
         attempt = store.get(f"answer to {word}").decode()
         store.set(f"{attempt}/{rank}", "here")
         return dist.PrefixStore(attempt, store)
+    end = time.monotonic() + _limit.total_seconds()
     missing = list(range(1, size))
     while missing := [other for other in missing if not store.check([f"{word}/{other}"])]:
         for other in missing:
-            # perhaps of a dead one, whose successor will replace it
+            # perhaps the word of an ended rank, whose successor will replace it
             if store.check([f"word of {other}"]):
-                store.set(f"answer to {store.get(f'word of {other}').decode()}", word)
-        if time.monotonic() > until:
+                other_word = store.get(f"word of {other}").decode()
+                store.set(f"answer to {other_word}", word)
+        if time.monotonic() > end:
             raise dist.DistStoreError(
                 f"timeout: of {size} ranks these have not started: {', '.join(map(str, missing))}"
             )
@@ -108,26 +113,25 @@ def _met(store: dist.Store, rank: int, size: int) -> dist.Store:
     return dist.PrefixStore(word, store)
 
 
-def named(error: Exception) -> Exception:
-    """Returns a RankError in place of an error of torch.distributed or gloo; other errors as they
-    are.
-    """
-    if isinstance(error, UserError) or not (
-        isinstance(error, dist.DistError) or "gloo" in str(error)
-    ):
+def as_rank_error(error: Exception) -> Exception:
+    """Returns a RankError for an error of torch.distributed or gloo; other errors as they are."""
+    if isinstance(error, UserError):
         return error
-    late = "imed out" in str(error) or "timeout" in str(error)
-    minutes = f"{_limit.total_seconds() / 60:g} minutes (run.timeout_minutes)"
-    silence = f"no answer from another rank within {minutes}; its node may be gone"
+    text = str(error)
+    if not isinstance(error, dist.DistError) and "gloo" not in text:
+        return error
     # without gloo's line of code and advice
     reason = re.sub(r"^\[.*?\] ", "", first_line(error)).partition(". ")[0]
-    return RankError(f"{silence if late else 'another rank has ended'} ({reason})")
+    if "imed out" in text or "timeout" in text:
+        minutes = f"{_limit.total_seconds() / 60:g} minutes (run.timeout_minutes)"
+        return RankError(
+            f"no answer from another rank within {minutes}; its node may be gone ({reason})"
+        )
+    return RankError(f"another rank has ended ({reason})")
 
 
 def device(name: str) -> torch.device:
-    """Returns the device `name`; if there are several ranks and `name` is a GPU, the GPU of this
-    rank.
-    """
+    """Returns the device `name`; of several ranks on GPUs, the GPU of this rank."""
     picked = hardware.pick_device(name)
     if count() > 1 and picked.type == "cuda":
         picked = hardware.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -136,7 +140,10 @@ def device(name: str) -> torch.device:
 
 
 def exchanged(value: Item) -> list[Item]:
-    """Returns the values of all ranks, in the order of the ranks. All ranks have to call it."""
+    """Returns the values of all ranks, in the order of the ranks.
+
+    All ranks have to call it.
+    """
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()
@@ -144,104 +151,121 @@ def exchanged(value: Item) -> list[Item]:
     return values
 
 
-def agreed(make: Callable[[], Result]) -> Result:
-    """Calls `make` on all ranks.
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Context that all ranks leave together; if one of them fails inside, all end.
 
-    If it fails on one, the first such rank raises the error. The others end in silence, but for the
-    first rank of each other node, which repeats the error.
+    The first rank that fails raises its error. The others end in silence, but for the first rank of
+    each other node, which repeats the error. All ranks have to enter it; they must not exchange
+    anything inside.
     """
-    result = None
     error = None
-    node = os.environ.get("GROUP_RANK")
     try:
-        result = make()
+        yield
     except Exception as failure:
         error = failure
-    for rank, failed in enumerate(exchanged((str(error), node) if error else None)):
-        if failed is None:
-            continue
-        if error and rank == number():
-            raise error
-        message, its_node = failed
-        if its_node != node and os.environ.get("LOCAL_RANK") == "0":
-            raise RankError(f"of rank {rank}: {message}")
-        raise SystemExit(1)
-    return result  # type: ignore[return-value]
+    node = os.environ.get("GROUP_RANK")
+    failures: list[Any] = exchanged(None if error is None else (str(error), node))
+    failed = next((rank for rank, failure in enumerate(failures) if failure), None)
+    if failed is None:
+        return
+    if error is not None and failed == number():
+        raise error
+    message, failed_node = failures[failed]
+    if failed_node != node and os.environ.get("LOCAL_RANK") == "0":
+        raise RankError(f"of rank {failed}: {message}")
+    raise SystemExit(1)
 
 
-def on_first(make: Callable[[], Result]) -> Result:
-    """Calls `make` on the first rank; returns its result on all ranks, which wait while it works.
+def on_first(
+    function: Callable[Parameters, Result], *args: Parameters.args, **options: Parameters.kwargs
+) -> Result:
+    """Calls `function` on the first rank; returns its result on all ranks, which wait for it.
 
-    A failure ends all.
+    If it fails, all end, as in `agreed`. The function must not exchange anything with other ranks.
     """
     if count() == 1:
-        return make()
-
-    def made() -> Any:
-        global _alone
-        if not first():
-            while _of_first(None):
-                if os.environ.get("LOCAL_RANK") == "0":  # a line in the log of each node
-                    print(
-                        f"rank {number()}: the first rank works alone, e.g. packs",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-            return None
-        done = threading.Event()
-        teller = threading.Thread(target=_tell_until, args=[done], daemon=True)
-        teller.start()
-        _alone = True
-        try:
-            return make()
-        finally:
-            _alone = False
-            done.set()
-            teller.join()
-
-    return _of_first(agreed(made))
+        return function(*args, **options)
+    result: Any = None
+    with agreed():
+        if first():
+            with _others_waiting():
+                result = function(*args, **options)
+        else:
+            _wait_for_first()
+    return _from_first(result)
 
 
-def _tell_until(done: threading.Event) -> None:
-    """Tells the other ranks from time to time that the first one, whose thread this is, works, and
-    then that it is done.
-    """
-    with suppress(RuntimeError):  # of a rank that has ended, which the next exchange notices
-        while _of_first(not done.wait(min(60.0, _limit.total_seconds() / 4))):
+def _wait_for_first() -> None:
+    """Waits for the end of `_others_waiting` on the first rank."""
+    while _from_first(None):
+        if os.environ.get("LOCAL_RANK") == "0":  # a line in the log of each node
+            message = f"rank {number()}: the first rank works alone, e.g. packs"
+            print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _others_waiting() -> Iterator[None]:
+    """Context of the first rank's work, in which a thread tells the others to wait on."""
+    done = threading.Event()
+    thread = threading.Thread(target=_tell_others, args=[done], daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _tell_others(done: threading.Event) -> None:
+    """Sends True to the other ranks from time to time, and False when the first one is done."""
+    seconds = min(60.0, _limit.total_seconds() / 4)
+    # RuntimeError: of a rank that has ended, which the next exchange notices
+    with suppress(RuntimeError):
+        while _from_first(not done.wait(seconds)):
             pass
 
 
-def _of_first(value: Any) -> Any:
+def _from_first(value: Any) -> Any:
+    """Returns the first rank's value."""
     values = [value]
     dist.broadcast_object_list(values, device=torch.device("cpu"), group=_objects)
     return values[0]
 
 
 def gathered(items: Iterable[Item]) -> Iterator[Item]:
-    """Yields the items of all ranks on the first rank, one of each rank in turn, and nothing on
-    other ranks.
+    """Yields the items of all ranks on the first rank, one of each rank in turn.
 
-    All ranks have to iterate over the result. An error of one rank ends all.
+    It yields nothing on other ranks. All ranks have to iterate over the result. An error of one
+    rank ends all.
     """
     if count() == 1:
         yield from items
         return
     iterator = iter(items)
-    while any(parts := exchanged(agreed(lambda: list(islice(iterator, 1))))):
-        yield from chain.from_iterable(parts if first() else ())
+    while True:
+        with agreed():
+            part = list(islice(iterator, 1))  # empty at the end
+        parts = exchanged(part)
+        if not any(parts):
+            return
+        if first():
+            yield from chain.from_iterable(parts)
 
 
 def mapped(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yields `function` of each item, in order, on the first rank.
 
-    Ranks divide the items; all iterate over the result.
+    The ranks divide the items. All have to iterate over the result.
     """
     return gathered(function(item) for item in islice(items, number(), None, count()))
 
 
 def seed_apart(seed: int) -> None:
-    """Seeds each rank after the first differently, e.g. for dropout; at each step, so that a
-    checkpoint needs no state of theirs. The weights, equal on all ranks, are drawn before.
+    """Seeds the generator of each rank but the first differently, e.g. for dropout.
+
+    To be called at each step, so that a checkpoint needs no states of these ranks, and after the
+    weights, equal on all ranks, are drawn.
     """
     if not first():
         torch.manual_seed(seed + 1_000_003 * number())

@@ -84,7 +84,7 @@ class TrainerStep:
         config = config.replaced(run={"compile": False})
         self.config, self.precision = config, precision
         with torch.device("meta"):  # folding frozen parts makes new modules
-            self.prepared = setup.prepare(*shapes_of(config), [], config, precision, device)
+            self.prepared = setup.prepare_model(*shapes_of(config), [], config, precision, device)
         self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.values()]
         self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
         if (mean := config.data.mean_tokens) is not None:
@@ -117,7 +117,7 @@ class TrainerStep:
             crop.undo()
             crop = TextCrop(prepared.model, 1, 1) if self.tokens else None
         prepared = replace(prepared, crop=crop)
-        self.state = setup.setup(
+        self.state = setup.make_state(
             self.config, device, self.precision, prepared=prepared, teacher=self.teacher
         )
         # an enabled one reads values of tensors

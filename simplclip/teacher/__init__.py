@@ -5,6 +5,6 @@ features.py   `simplclip teacher`: a teacher's features of captions and of image
 caption.py    `simplclip caption`: captions drawn by a CoCa model
 """
 
-from simplclip.teacher.features import Views, run, student_transform, write
+from simplclip.teacher.features import Views, run, student_transform, write_features
 
-__all__ = ["Views", "run", "student_transform", "write"]
+__all__ = ["Views", "run", "student_transform", "write_features"]

@@ -1,5 +1,5 @@
-"""Synthetic captions: an open_clip CoCa model captions the images of shards; the captions are
-written into sidecars.
+"""`simplclip caption`: writes captions that an open_clip CoCa model draws of the images of shards
+into sidecars.
 """
 
 from __future__ import annotations
@@ -7,8 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import open_clip
@@ -23,6 +22,7 @@ from simplclip import models
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, check_count
 from simplclip.common.files import sha256
+from simplclip.data.find_sidecars import Folders
 from simplclip.data.pack import packed
 from simplclip.data.samples import Pair, stable_hash
 from simplclip.data.transforms import ImageTransform, finish_on_device, stack_pixels
@@ -30,17 +30,47 @@ from simplclip.data.write_sidecars import write_sidecars
 from simplclip.models.weights import download
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How captions are drawn.
+
+    n: captions of each image.
+    top_p: a token is one of the most likely ones that together have at least this probability.
+    temperature: below 1 captions are more likely ones, above 1 more varied.
+    max_tokens: most tokens of a caption, including start and end of text; at most the model's
+    context. 30 is open_clip's default.
+
+    Raises InputError for a value out of range.
+    """
+
+    n: int = 3
+    top_p: float = 0.9
+    temperature: float = 1.0
+    max_tokens: int = 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("n", self.n, 1)
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p: expected a share above 0, up to 1, got {self.top_p!r}")
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(f"temperature: expected a number above 0, got {self.temperature!r}")
+
+
 @dataclass
 class Prepare:
     """Makes the inputs of the model, in workers."""
 
     transform: ImageTransform
-    draws: tuple[int, int]  # n, T
-    seed: int
+    sampling: Sampling
 
     def __call__(self, sample: Pair) -> tuple[Tensor, Tensor, list[str], dict[str, Any]]:
-        generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/{sample.name}") >> 1)
-        draws = torch.rand(self.draws, generator=generator, dtype=torch.float64)
+        seed = stable_hash(f"{self.sampling.seed}/{sample.name}") >> 1
+        draws = torch.rand(
+            (self.sampling.n, self.sampling.max_tokens),
+            generator=torch.Generator().manual_seed(seed),
+            dtype=torch.float64,
+        )
         return self.transform(sample.encoded), draws, sample.captions, sample.record
 
     def collate(self, prepared: list[tuple]) -> tuple[Tensor, Tensor, tuple, tuple]:
@@ -52,21 +82,18 @@ def run(
     data: Any,
     out: str | os.PathLike,
     model: str,
+    sampling: Sampling,
     *,
     checkpoint: str | os.PathLike | None = None,
     pretrained: str | None = None,
-    n: int = 3,
-    top_p: float = 0.9,
-    temperature: float = 1.0,
-    seed: int = 0,
     batch_size: int = 32,
-    max_tokens: int = 30,  # open_clip's default
+    workers: int = 0,
+    sidecars: Folders = (),
     device: str = "auto",
     precision: str = "fp32",
-    **options: Any,
+    progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes a sidecar of each shard to the folder `out`, with up to `n` additional captions of
-    each image.
+    """Writes a sidecar of each shard to the folder `out`, with additional captions of each image.
 
     A sidecar holds the json of each sample with "captions", first the sample's own, and
     "synthetic", the number of captions by a model at the end. Empty captions, and captions that
@@ -79,71 +106,67 @@ def run(
         model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
         checkpoint: file of its weights, see `models.create`; or
         pretrained: a tag of weights that open_clip downloads.
-        batch_size: images at a time; n captions of each are drawn together.
-        max_tokens: most tokens of a caption, including start and end of text; at most the model's
-            context.
-        options: workers, sidecars, progress of `data.write_sidecars.write_sidecars`, which also
-            documents errors and continuation.
+        batch_size: images at a time; sampling.n captions of each are drawn together.
+        workers, sidecars, progress: see `data.write_sidecars.write_sidecars`, which also documents
+            errors and continuation.
 
     Returns the dict of `write_sidecars` with "captions", "duplicate", "empty": counts of this run.
     Raises InputError for an argument out of range, a model that is no CoCa, and weights that do not
     fit; FileNotFoundError.
     """
-    check_count("n", n, 1)
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p: expected a share above 0, up to 1, got {top_p!r}")
-    if not 0 < temperature < float("inf"):
-        raise InputError(f"temperature: expected a number above 0, got {temperature!r}")
-    place = ranks.device(device)
-    precision, _ = hardware.pick_precision(precision, place)
-    coca = load_model(model, checkpoint=checkpoint, pretrained=pretrained).to(place)
-    if not 3 <= max_tokens <= coca.context_length:
+    torch_device = ranks.device(device)
+    precision, _ = hardware.pick_precision(precision, torch_device)
+    coca = load_model(model, checkpoint=checkpoint, pretrained=pretrained).to(torch_device)
+    if not 3 <= sampling.max_tokens <= coca.context_length:
         raise InputError(
             f"max_tokens: expected 3 to {coca.context_length}, the context of {model}, got "
-            f"{max_tokens}"
+            f"{sampling.max_tokens}"
         )
     tokenizer = tokenizer_of(model)
-    prepare = Prepare(
-        ImageTransform(PreprocessCfg(**get_model_preprocess_cfg(coca))), (n, max_tokens), seed
-    )
+    preprocessing = PreprocessCfg(**get_model_preprocess_cfg(coca))
+    prepare = Prepare(ImageTransform(preprocessing), sampling)
     counts: Counter[str] = Counter()
 
     def process(batch: tuple[Tensor, Tensor, tuple, tuple]) -> list[dict[str, bytes]]:
         images, draws, captions, records = batch
-        images = finish_on_device(prepare.transform, images, place)
-        with hardware.autocast(precision, place):
-            tokens = generate(coca, images, draws, tokenizer, top_p=top_p, temperature=temperature)
+        images = finish_on_device(prepare.transform, images, torch_device)
+        with hardware.autocast(precision, torch_device):
+            tokens = generate(
+                coca,
+                images,
+                draws,
+                tokenizer,
+                top_p=sampling.top_p,
+                temperature=sampling.temperature,
+            )
         texts = [decode(rows, tokenizer) for rows in tokens.tolist()]
         return [
             {"json": joined_record(*sample, counts)} for sample in zip(records, captions, texts)
         ]
 
     weights = {"pretrained": pretrained} if checkpoint is None else {"sha256": sha256(checkpoint)}
-    drawing = {
-        "n": n,
-        "top_p": top_p,
-        "temperature": temperature,
-        "max_tokens": max_tokens,
-        "seed": seed,
-    }
-    about = {
+    stamp = {
         "model": model.removeprefix(models.PLAIN),
         **weights,
-        **drawing,
+        **asdict(sampling),
         "precision": precision,
     }
-    shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards")))
-    made: dict[str, Any] = {
-        "collate": prepare.collate,
-        "stamp": {"caption": about},
-        "batch_size": batch_size,
-    }
-    summary = write_sidecars(shards, out, prepare, process, title="captions", **made, **options)
-    everywhere = ranks.exchanged(counts)
-    return summary | {
-        name: sum(of_rank[name] for of_rank in everywhere)
-        for name in ("captions", "duplicate", "empty")
-    }
+    shards = ranks.on_first(packed, data, os.path.join(out, "shards"))
+    summary = write_sidecars(
+        shards,
+        out,
+        prepare,
+        process,
+        stamp={"caption": stamp},
+        batch_size=batch_size,
+        collate=prepare.collate,
+        workers=workers,
+        sidecars=sidecars,
+        title="captions",
+        progress=progress,
+    )
+    total = sum(ranks.exchanged(counts), Counter())
+    return summary | {name: total[name] for name in ("captions", "duplicate", "empty")}
 
 
 def load_model(
@@ -193,19 +216,18 @@ def generate(
     top_p: float,
     temperature: float,
 ) -> Tensor:  # int64 [B, n, T]
-    """Generates captions of T tokens: start of text, tokens drawn one after another, end of text
-    (repeated).
+    """Generates captions of T tokens: start of text, drawn tokens, end of text (repeated).
 
     Token t of a caption is drawn from softmax(logits / temperature), restricted to the most likely
     tokens that together have at least the probability `top_p`, by the uniform number draws[..., t]
     in [0, 1). Each step processes the whole text so far: nothing is cached between steps.
     """
-    count, several, length = draws.shape
+    count, n, length = draws.shape
     start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
-    tokens = torch.full((count * several, length), end, device=images.device)
+    tokens = torch.full((count * n, length), end, device=images.device)
     tokens[:, 0] = start
     draws = draws.flatten(0, 1).to(images.device)
-    latent, embedded = (t.repeat_interleave(several, 0) for t in coca._encode_image(images))
+    latent, embedded = (t.repeat_interleave(n, 0) for t in coca._encode_image(images))
     alive = torch.arange(len(tokens), device=images.device)  # captions without an end
     for t in range(1, length - 1):
         out = coca(
@@ -225,17 +247,17 @@ def generate(
             embedded = embedded[going]
         if not len(alive):
             break
-    return tokens.unflatten(0, (count, several))
+    return tokens.unflatten(0, (count, n))
 
 
 # float32 [R, V], float64 [R] -> int64 [R]
 def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:
     probabilities, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
     total = probabilities.cumsum(-1)
-    # up to the token that reaches `top_p`
-    kept = (total - probabilities < top_p).sum(-1, keepdim=True)
-    chosen = torch.searchsorted(total, uniform[:, None] * total.gather(-1, kept - 1), right=True)
-    return order.gather(-1, chosen.minimum(kept - 1))[:, 0]
+    # position of the token that reaches `top_p`
+    last = (total - probabilities < top_p).sum(-1, keepdim=True) - 1
+    positions = torch.searchsorted(total, uniform[:, None] * total.gather(-1, last), right=True)
+    return order.gather(-1, positions.minimum(last))[:, 0]
 
 
 def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
@@ -247,13 +269,15 @@ def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
 def joined_record(
     record: dict[str, Any], captions: list[str], drawn: list[str], counts: Counter[str]
 ) -> bytes:
-    """Returns the json of a sample with its own captions and those that were drawn and are new;
-    counts them.
+    """Returns the json of a sample with its own captions and the drawn ones that are new.
+
+    Adds to `counts` the "captions" that are new, "empty" and "duplicate" ones.
     """
     seen = {_normal(caption) for caption in captions}
     new = []
     for caption in drawn:
-        if not (normal := _normal(caption)):
+        normal = _normal(caption)
+        if not normal:
             counts["empty"] += 1
         elif normal in seen:
             counts["duplicate"] += 1
@@ -261,8 +285,10 @@ def joined_record(
             seen.add(normal)
             new.append(caption)
     counts["captions"] += len(new)
-    former = record.get("synthetic")  # the number from an earlier captioning
-    synthetic = len(new) + (former if isinstance(former, int) else 0)
+    synthetic = len(new)
+    earlier = record.get("synthetic")  # from an earlier captioning
+    if isinstance(earlier, int):
+        synthetic += earlier
     return json.dumps({**record, "captions": [*captions, *new], "synthetic": synthetic}).encode()
 
 

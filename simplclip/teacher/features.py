@@ -15,7 +15,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -50,8 +49,9 @@ from simplclip.train import config as configs
 
 @dataclass
 class Views:
-    """The views of each image that a teacher sees: `number` views, drawn from the augmentation of a
-    student's transform.
+    """The views of each image that a teacher sees, drawn by the transform of a student.
+
+    number: views of each image.
     """
 
     transform: ImageTransform
@@ -73,8 +73,8 @@ class Views:
         """
         image = open_image(sample.encoded)
         views = []
-        for view in range(self.number):
-            with seeded(self.seed, "view", sample.name, view):
+        for position in range(self.number):
+            with seeded(self.seed, "view", sample.name, position):
                 views.append(self.transform.draw(image.height, image.width))
         return views
 
@@ -100,74 +100,86 @@ class Prepare:
     views: Views | None
 
     def __call__(self, sample: Pair) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
-        drawn = self.views.draw(sample) if self.views else []
-        images = (
-            self.transform.apply_views(sample.encoded, drawn)
-            if drawn
-            else [self.transform(sample.encoded)]
-        )
-        about = digests_of(sample) | ({"views": drawn} if drawn else {})
+        about: dict[str, Any] = digests_of(sample)
+        if self.views is None:
+            images = [self.transform(sample.encoded)]
+        else:
+            views = self.views.draw(sample)
+            images = self.transform.apply_views(sample.encoded, views)
+            about["views"] = views
         return images, self.tokenizer(sample.captions), about
 
     def collate(self, prepared: list[tuple]) -> Batch:
         images, tokens, about = zip(*prepared)
-        pixels = [image for several in images for image in several]
-        counts = [len(several) for several in tokens]
-        return Batch(stack_pixels(pixels), torch.cat(tokens), counts, list(about))
+        counts = [len(captions) for captions in tokens]
+        return Batch(
+            stack_pixels(list(chain.from_iterable(images))), torch.cat(tokens), counts, [*about]
+        )
 
 
-def write(
+def write_features(
     shards: Any,
     out: str | os.PathLike,
     teacher: Encoder,
     *,
     views: Views | None = None,
     batch_size: int = 64,
-    **options: Any,
+    workers: int = 0,
+    sidecars: Folders = (),
+    progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes a sidecar of each shard to the folder `out`, see the top of this file; meta.json has
-    the teacher.
+    """Writes a sidecar of each shard to the folder `out`; meta.json has the teacher.
 
     Args:
-        shards: tars, see `data.write_sidecars.write_sidecars`, which also documents errors,
-            continuation and the returned dict.
+        shards: tars, see `data.write_sidecars.write_sidecars`, which also documents `workers`,
+            `sidecars`, `progress`, errors, continuation and the returned dict.
         views: views of the images in place of the images, not augmented. Training replays one of
             them in each epoch.
         batch_size: samples, views or captions that are encoded at a time.
-        options: workers, sidecars, progress of `data.write_sidecars.write_sidecars`.
     """
     prepare = Prepare(transform_of(teacher), teacher.tokenizer, views)
 
     def process(batch: Batch) -> list[dict[str, bytes]]:
-        images = finish_on_device(prepare.transform, batch.images, teacher.device)
-        x = torch.cat([teacher.features("image", part) for part in images.split(batch_size)]).cpu()
-        y = encode_tokens(teacher, batch.tokens, batch_size).cpu()
-        rows = zip(x.unflatten(0, (len(batch.about), -1)), y.split(batch.captions), batch.about)
+        pixels = finish_on_device(prepare.transform, batch.images, teacher.device)
+        images = [teacher.features("image", part) for part in pixels.split(batch_size)]
+        texts = encode_tokens(teacher, batch.tokens, batch_size).cpu()
+        samples = zip(
+            torch.cat(images).cpu().unflatten(0, (len(batch.about), -1)),
+            texts.split(batch.captions),
+            batch.about,
+        )
         return [
-            {TEACHER: _npy(torch.cat([i, t])), TEACHER_JSON: json.dumps(about).encode()}
-            for i, t, about in rows
+            {TEACHER: _npy(torch.cat([image, text])), TEACHER_JSON: json.dumps(about).encode()}
+            for image, text, about in samples
         ]
 
-    stamp = (
-        teacher.stamp() | {"dtype": "fp16"} | ({} if views is None else {"views": views.stamp()})
+    stamp = teacher.stamp() | {"dtype": "fp16"}
+    if views is not None:
+        stamp["views"] = views.stamp()
+    return write_sidecars(
+        shards,
+        out,
+        prepare,
+        process,
+        stamp={"teacher": stamp},
+        batch_size=batch_size,
+        collate=prepare.collate,
+        workers=workers,
+        sidecars=sidecars,
+        title="teacher",
+        progress=progress,
     )
-    made: dict[str, Any] = {
-        "collate": prepare.collate,
-        "stamp": {"teacher": stamp},
-        "batch_size": batch_size,
-    }
-    return write_sidecars(shards, out, prepare, process, title="teacher", **made, **options)
 
 
 def encode_tokens(teacher: Encoder, tokens: Tensor, batch_size: int) -> Tensor:
-    """Returns features float32 [N, width] of captions as int64 [N, L]; equal ones are encoded once,
-    long ones together.
+    """Returns features float32 [N, width] of captions, as int64 [N, L].
+
+    Equal captions are encoded once, long ones together.
     """
     different, rows = tokens.unique(dim=0, return_inverse=True)
     order = (different != 0).sum(1).argsort(stable=True)
-    features = torch.cat(
-        [teacher.features("text", part) for part in different[order].split(batch_size)]
-    )
+    parts = different[order].split(batch_size)
+    features = torch.cat([teacher.features("text", part) for part in parts])
     return features[order.argsort()[rows]]
 
 
@@ -213,70 +225,91 @@ def run(
     views: int = 0,
     config: str | os.PathLike | None = None,
     seed: int = 0,
+    batch_size: int = 64,
+    workers: int = 0,
+    sidecars: Folders = (),
     device: str = "auto",
     precision: str = "auto",
-    **options: Any,
 ) -> dict[str, Any]:
-    """Writes the features of a teacher, see `simplclip.load`, to the folder `out`; returns the
-    summary of `write`.
+    """Writes the features of a teacher, see `simplclip.load`, to the folder `out`.
+
+    Returns the summary of `write_features`, which documents batch_size, workers and sidecars.
 
     data: as `data.pack.packed` takes them; shards of tables, JSON files and folders are made in
-    OUT/shards. views, config, seed: number of views, the student whose augmentation they have, and
-    the seed of their draws. options: batch_size, sidecars, workers of `write`.
+    OUT/shards.
+    views, config, seed: number of views, the student whose augmentation they have, and the seed of
+    their draws.
     """
     if bool(views) != (config is not None):
         raise InputError(
             f"views, config: expected both or none, got {views} views and the config {config!r}"
         )
-    seen = Views(student_transform(config), views, seed) if config is not None else None
-    place = ranks.device(device)
-    precision, _ = hardware.pick_precision(precision, place)
-    teacher = load(name, checkpoint, device=place, precision=precision)
-    shards = ranks.on_first(partial(packed, data, os.path.join(out, "shards")))
-    summary = write(shards, out, teacher, views=seen, **options)
+    drawn = None
+    if config is not None:
+        drawn = Views(student_transform(config), views, seed)
+    torch_device = ranks.device(device)
+    precision, _ = hardware.pick_precision(precision, torch_device)
+    teacher = load(name, checkpoint, device=torch_device, precision=precision)
+    shards = ranks.on_first(packed, data, os.path.join(out, "shards"))
+    summary = write_features(
+        shards,
+        out,
+        teacher,
+        views=drawn,
+        batch_size=batch_size,
+        workers=workers,
+        sidecars=sidecars,
+    )
     if ranks.first():
-        what = "" if seen is None else f" of {seen.number} views of each image"
-        features = f"features of {teacher.name}{what}, width {teacher.width}"
-        print(f"wrote {summary['path']}: {summary['samples']:,} samples with {features}")
-        print(own_recall(shards, [*options.get("sidecars", ()), out]))
+        features = f"features of {teacher.name}"
+        if drawn is not None:
+            features += f" of {drawn.number} views of each image"
+        print(
+            f"wrote {summary['path']}: {summary['samples']:,} samples with {features}, width "
+            f"{teacher.width}"
+        )
+        print(own_recall(shards, [*sidecars, out]))
     return summary
 
 
 def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
-    """Says how well a teacher finds the pairs of the first samples by its stored features: whether
-    it is of any use.
+    """Returns a sentence on how well a teacher finds the first pairs by its stored features.
+
+    It shows whether the teacher is of any use.
     """
-    raw = chain.from_iterable(
-        read_tar(source, Skipped(), sidecars=sidecars) for source in sources_of(shards)
-    )
-    pairs: list[Pair] = []
-    for sample in (sample for sample in raw if TEACHER in sample):
-        with contextlib.suppress(BrokenSample):
-            pairs.append(parse(sample, teacher=True))
-        if len(pairs) == most:
-            break
+    pairs = _taught_pairs(shards, sidecars, most)
     if not pairs:
         return "the teacher's own R@1: no sample has features"
-    x = torch.stack([torch.from_numpy(pair.features[0]) for pair in pairs]).float()
-    y = torch.stack(
-        [torch.from_numpy(pair.features[-len(pair.captions)]) for pair in pairs]
-    ).float()
+    images = np.stack([pair.features[0] for pair in pairs])
+    texts = np.stack([pair.features[-len(pair.captions)] for pair in pairs])
+    x, y = torch.from_numpy(images).float(), torch.from_numpy(texts).float()
     groups = torch.tensor([pair.group_id for pair in pairs])
-    ways = {
+    directions = {
         "image to text": recall(x, y, groups, groups)["R@1"],
         "text to image": recall(y, x, groups, groups)["R@1"],
     }
     figures = ", ".join(
-        f"{way} {figure['value']:.1%} (chance {figure['chance']:.1%})"
-        for way, figure in ways.items()
+        f"{direction} {figure['value']:.1%} (chance {figure['chance']:.1%})"
+        for direction, figure in directions.items()
     )
-    useless = all(figure["value"] < min(0.5, 3 * figure["chance"]) for figure in ways.values())
-    warning = (
-        "\nwarning: it hardly knows these pairs; a student would learn little from it"
-        if useless
-        else ""
-    )
-    return f"the teacher's own R@1 on the first {len(pairs):,} samples: {figures}{warning}"
+    sentence = f"the teacher's own R@1 on the first {len(pairs):,} samples: {figures}"
+    if all(figure["value"] < min(0.5, 3 * figure["chance"]) for figure in directions.values()):
+        sentence += "\nwarning: it hardly knows these pairs; a student would learn little from it"
+    return sentence
+
+
+def _taught_pairs(shards: Any, sidecars: Folders, most: int) -> list[Pair]:
+    """Returns the first pairs that have a teacher's features, at most `most`."""
+    pairs: list[Pair] = []
+    for source in sources_of(shards):
+        for sample in read_tar(source, Skipped(), sidecars=sidecars):
+            if TEACHER not in sample:
+                continue
+            with contextlib.suppress(BrokenSample):
+                pairs.append(parse(sample, teacher=True))
+            if len(pairs) == most:
+                return pairs
+    return pairs
 
 
 def _npy(rows: Tensor) -> bytes:

@@ -1,10 +1,14 @@
 """The trainer: `run(config)` trains a config to its last checkpoint.
 
-config.py       the sections of a config
+sections.py     the sections of a config, with every key
+config.py       a config: read, changed by --set, described
 setup.py        model, weights, optimizer: the state of a run
 objective.py    the loss, with weights by step
 step.py         one step: forward, loss, backward, update
-loop.py         the steps of a run, its data, evaluation and stops
+prefix.py       the frozen beginning of a tower, which runs once in a step
+compilation.py  compiled towers, after the first steps
+loop.py         the steps of a run, its data and its evaluation
+signals.py      signals that end a run after a whole step
 checkpoint.py   last.pt, what --resume accepts
 distributed.py  several ranks
 log.py          lines, metrics.csv, curves.png

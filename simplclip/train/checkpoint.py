@@ -35,68 +35,73 @@ WRITTEN = re.compile(r"(last|best)\.pt|config\.yaml|metrics\.csv|evaluation\.csv
 # What may differ from the checkpoint's settings: the rate, the end of the schedules, and what does
 # not change the result.
 MAY_CHANGE = (
-    *(
-        "optim.lr",
-        "run.steps",
-        "run.epochs",
-        "run.out",
-        "run.device",
-        "run.log_every",
-        "run.save_every",
-    ),
-    *(
-        "run.timeout_minutes",
-        "run.keep_frozen",
-        "run.channels_last",
-        "run.cudnn_benchmark",
-        "run.tensorboard",
-    ),
-    *("eval.splits", "eval.every", "eval.templates"),
-    *(
-        "data.micro_batch",
-        "data.workers",
-        "data.samples",
-        "data.mean_tokens",
-        "data.options.on_error",
-    ),
-    *("model.checkpoint", "model.recompute", "inherit.source"),
+    "data.mean_tokens",
+    "data.micro_batch",
+    "data.options.on_error",
+    "data.samples",
+    "data.workers",
+    "eval.every",
+    "eval.splits",
+    "eval.templates",
+    "inherit.source",
+    "model.checkpoint",
+    "model.recompute",
+    "optim.lr",
+    "run.channels_last",
+    "run.cudnn_benchmark",
+    "run.device",
+    "run.epochs",
+    "run.keep_frozen",
+    "run.log_every",
+    "run.out",
+    "run.save_every",
+    "run.steps",
+    "run.tensorboard",
+    "run.timeout_minutes",
 )
 
 
 def former(out: Path, resume: bool) -> dict[str, Any] | None:
-    """Reads the checkpoint to continue from; None for a run that begins, in a folder that must not
-    hold a run.
+    """Reads the checkpoint to continue from.
+
+    Returns None for a run that begins, in a folder that must not hold a run.
     """
     last = out / "last.pt"
-    if resume and last.exists():
-        checkpoint = read_checkpoint(last)
-        try:
-            torch.Generator().set_state(checkpoint["rng"]["torch"])
-            positions = [position.keys() >= {*STATE} for position in checkpoint["data"]]
-            whole = all(positions) and checkpoint["step"] > 0 and "frozen" in checkpoint
-            whole = whole and isinstance(checkpoint.get("evaluated", 0), int)
-        except (RuntimeError, LookupError, TypeError, AttributeError):
-            whole = False
-        if not whole:
-            raise CheckpointError(
-                f"{last}: expected the values that simplclip train writes, got others"
-            )
-        best = read_checkpoint(out / BEST) if (out / BEST).exists() else {}
-        # a copy that the user made, which must not be replaced
-        if best and not isinstance(best.get("recall"), float):
-            raise CheckpointError(
-                f"{out / BEST}: expected the best weights as simplclip train writes them, got "
-                "another file"
-            )
-        return checkpoint | {"best": {key: best.get(key) for key in ("recall", "step", "config")}}
-    check_out(out, resume)
-    return None
+    if not resume or not last.exists():
+        check_out(out, resume)
+        return None
+    checkpoint = read_checkpoint(last)
+    if not _is_whole(checkpoint):
+        raise CheckpointError(
+            f"{last}: expected the values that simplclip train writes, got others"
+        )
+    best = read_checkpoint(out / BEST) if (out / BEST).exists() else {}
+    # a copy that the user made, which must not be replaced
+    if best and not isinstance(best.get("recall"), float):
+        raise CheckpointError(
+            f"{out / BEST}: expected the best weights as simplclip train writes them, got another "
+            "file"
+        )
+    return checkpoint | {"best": {key: best.get(key) for key in ("recall", "step", "config")}}
+
+
+def _is_whole(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint has what a run needs to continue."""
+    try:
+        torch.Generator().set_state(checkpoint["rng"]["torch"])
+        positions = [position.keys() >= {*STATE} for position in checkpoint["data"]]
+        return (
+            all(positions)
+            and checkpoint["step"] > 0
+            and "frozen" in checkpoint
+            and isinstance(checkpoint.get("evaluated", 0), int)
+        )
+    except (RuntimeError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
-    """Raises ConfigError if `config` cannot continue a run that has this checkpoint; MAY_CHANGE
-    says what may differ.
-    """
+    """Raises ConfigError if `config` cannot continue the run of this checkpoint, see MAY_CHANGE."""
     last = Path(config.run.out) / "last.pt"
     try:
         old, new = from_dict(checkpoint["config"]).to_dict(), config.to_dict()
@@ -105,14 +110,17 @@ def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
             f"{last}: expected settings that this version of simplclip has, got others: {error}"
         ) from None
     for key in ("train", "sidecars"):  # folders may have moved
-        if _names(old["data"][key]) == _names(new["data"][key]):
+        if _without_folders(old["data"][key]) == _without_folders(new["data"][key]):
             old["data"][key] = new["data"][key]
-    changed = {k: v for k, v in differences(old, new).items() if not k.startswith(MAY_CHANGE)}
-    if changed:
-        changes = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
+    changes = [
+        f"{key} was {before!r}, now {now!r}"
+        for key, (before, now) in differences(old, new).items()
+        if not key.startswith(MAY_CHANGE)
+    ]
+    if changes:
         raise ConfigError(
-            f"resume: expected the settings of {last}, got other settings: {changes}. A new run "
-            f"takes its weights: --set model.checkpoint={last} --set run.out=FOLDER"
+            f"resume: expected the settings of {last}, got other settings: {'; '.join(changes)}. A "
+            f"new run takes its weights: --set model.checkpoint={last} --set run.out=FOLDER"
         )
     if checkpoint["step"] > config.run.steps:
         raise ConfigError(
@@ -121,13 +129,15 @@ def check_settings(checkpoint: dict[str, Any], config: Config) -> None:
         )
 
 
-def _names(train: Any) -> Any:
-    """Returns data.train without the folders of its paths; a command stays whole."""
-    if isinstance(train, str):
-        return train if train.startswith("pipe:") else Path(train).name
-    if isinstance(train, dict):
-        return train | {"shards": _names(train["shards"])}
-    return [_names(part) for part in train]
+def _without_folders(data: Any) -> Any:
+    """Returns data.train or data.sidecars without the folders of its paths; a command stays
+    whole.
+    """
+    if isinstance(data, str):
+        return data if data.startswith("pipe:") else Path(data).name
+    if isinstance(data, dict):
+        return data | {"shards": _without_folders(data["shards"])}
+    return [_without_folders(part) for part in data]
 
 
 class Snapshot:
@@ -144,17 +154,20 @@ class Snapshot:
     ) -> None:
         self.state, self.out = state, Path(state.config.run.out)
         self.go_on = f"To go on: simplclip train {self.out / 'config.yaml'} --resume"
+        former = former or {}
         saved, buffers = state.model.state_dict(), state.model.named_buffers(remove_duplicate=False)
         self._buffers = {
             name: (buffer, buffer.clone()) for name, buffer in buffers if name in saved
         }
         self.saved = state.step  # the step of last.pt; 0: there is none
-        self.progress: dict[str, Any] = {"evaluated": (former or {}).get("evaluated", state.step)}
-        self.progress["images"] = images
-        best = (former or {}).get("best", {})
-        same = best.get("config") and best["config"]["eval"]["splits"] == state.config.eval.splits
-        # of best.pt: R@1, the step
-        self.best: tuple[float, int] | None = (best["recall"], best["step"]) if same else None
+        self.progress: dict[str, Any] = {
+            "evaluated": former.get("evaluated", state.step),
+            "images": images,
+        }
+        self.best: tuple[float, int] | None = None  # of best.pt: R@1, the step
+        best = former.get("best", {})
+        if best.get("config") and best["config"]["eval"]["splits"] == state.config.eval.splits:
+            self.best = best["recall"], best["step"]
         self.take()
 
     def take(self) -> None:
@@ -178,39 +191,38 @@ class Snapshot:
         state = self.state
         write_atomically(self.out / "config.yaml", state.config.to_yaml())
         parts = {name: part.state_dict() for name, part in state.parts().items()}
-        parts["model"].update({name: copy for name, (_, copy) in self._buffers.items()})
-        save(
-            self.out,
-            parts | self.progress | {"frozen": state.frozen, "config": state.config.to_dict()},
-        )
+        parts["model"] |= {name: copy for name, (_, copy) in self._buffers.items()}
+        settings = {"frozen": state.frozen, "config": state.config.to_dict()}
+        save(self.out, parts | self.progress | settings)
         self.saved = self.progress["step"]
 
     def keep_best(self, recall: float) -> bool:
-        """Writes best.pt, with the model's present weights, if it has none of at least this R@1 on
-        the same eval.splits; and config.yaml, by which `simplclip evaluate` finds the splits.
+        """Writes best.pt, with the model's present weights, if their R@1 is the highest so far.
+
+        R@1 of other eval.splits does not count. Also writes config.yaml, by which `simplclip
+        evaluate` finds the splits. Returns whether the weights are the best ones.
         """
         state = self.state
         if self.best and recall <= self.best[0]:
             return False
         if ranks.first():
-            config = state.config.to_dict()
             write_atomically(self.out / "config.yaml", state.config.to_yaml())
             contents = {
                 "model": state.model.state_dict(),
                 "step": state.step,
-                "config": config,
+                "config": state.config.to_dict(),
                 "recall": recall,
+                "images": self.progress["images"],
             }
-            save(self.out, contents | {"images": self.progress["images"]}, BEST)
+            save(self.out, contents, BEST)
         self.best = recall, state.step
         return True
 
     def save_after_error(self) -> str | None:
         """Saves the last whole step after an error.
 
-        Returns a sentence: what is saved, or why not and what is intact.
-
-        Returns None if there was no whole step, in this run or in one that it continues.
+        Returns a sentence: what is saved, or why not and what is intact. Returns None if there was
+        no whole step, in this run or in one that it continues.
         """
         last, step = self.out / "last.pt", self.progress["step"]
         self.state.optimizer.zero_grad(set_to_none=True)  # saving may need the memory
@@ -222,14 +234,14 @@ class Snapshot:
             reason = f"{type(error).__name__}: {error}"
         if self.saved == step:
             return f"Step {step} is saved in {last}." if step else None
-        intact = (
-            f"{last} of step {self.saved} is intact" if self.saved else "There is no checkpoint"
-        )
+        intact = "There is no checkpoint"
+        if self.saved:
+            intact = f"{last} of step {self.saved} is intact"
         return f"Step {step} is not saved: {reason}. {intact}."
 
 
 def save(folder: Path, contents: dict[str, Any], name: str = LAST) -> None:
-    """Writes FOLDER/last.pt.
+    """Writes a checkpoint, FOLDER/last.pt or FOLDER/NAME.
 
     A crash, a full disk or a signal at any moment leaves the old one or the new one, complete.
     """
@@ -240,15 +252,18 @@ def save(folder: Path, contents: dict[str, Any], name: str = LAST) -> None:
         except RuntimeError as error:
             # After a failed write torch closes its archive, and the error of closing hides the
             # system's error.
-            if isinstance(first := error.__context__, OSError):
-                raise OSError(first.errno, first.strerror, str(path)) from first
+            cause = error.__context__
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(path)) from cause
             raise
 
 
 def rng_state() -> dict[str, Any]:
     """Returns the states of torch's random generators; the loader draws from its own."""
     states: dict[str, Any] = {"torch": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
 
 
 def set_rng_state(states: dict[str, Any]) -> None:
@@ -257,9 +272,7 @@ def set_rng_state(states: dict[str, Any]) -> None:
     Those of GPUs are skipped if the number of GPUs differs.
     """
     torch.set_rng_state(states["torch"])
-    if (
-        "cuda" in states
-        and torch.cuda.is_available()
-        and torch.cuda.device_count() == len(states["cuda"])
-    ):
+    if "cuda" not in states or not torch.cuda.is_available():
+        return
+    if torch.cuda.device_count() == len(states["cuda"]):
         torch.cuda.set_rng_state_all(states["cuda"])

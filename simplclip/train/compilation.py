@@ -22,12 +22,11 @@ def may_compile(state: State) -> bool:
 
 
 class Compilation:
-    """Runs a run's steps; on a GPU, in one rank, decides after EAGER_STEPS whether the others run
-    compiled.
+    """Runs a run's steps, and decides once whether the rest of them run compiled.
 
-    They do if what is left of the run takes longer than WORTH_SECONDS. If compilation fails they
-    run as before. The decision replaces "auto" in the state's config, so that a resumed run keeps
-    it.
+    It decides after EAGER_STEPS, on a GPU with one rank. The steps run compiled if the rest of the
+    run takes longer than WORTH_SECONDS; if compilation fails they run as before. The decision
+    replaces "auto" in the state's config, so that a resumed run keeps it.
     """
 
     def __init__(self, state: State, snapshot: Snapshot, log: Log) -> None:
@@ -35,18 +34,20 @@ class Compilation:
         self.snapshot = snapshot
         self.log = log
         self.undecided = state.config.run.compile == "auto" and may_compile(state)
-        self.steps, self.began = 0, 0.0
+        self.steps = 0  # that have run
+        self.began = 0.0  # the time after the first step, which chose and compiled kernels
 
     def step(self, train: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Runs a step by `train`, which may be called a second time if compilation fails."""
-        if self.undecided and self.steps == 1:  # the first step chose and compiled kernels
+        if self.undecided and self.steps == 1:
             self.began = time.monotonic()
         if self.undecided and self.steps == EAGER_STEPS:
             self.undecided = False
-            left = self.state.config.run.steps - self.state.step
-            seconds = left * (time.monotonic() - self.began) / (EAGER_STEPS - 1)
-            self._decide(seconds > WORTH_SECONDS)
-            if seconds > WORTH_SECONDS:
+            steps = self.state.config.run.steps - self.state.step
+            seconds = steps * (time.monotonic() - self.began) / (EAGER_STEPS - 1)
+            worth = seconds > WORTH_SECONDS
+            self._decide(worth)
+            if worth:
                 return self._first_compiled(train)
         self.steps += 1
         return train()
@@ -55,8 +56,9 @@ class Compilation:
         self.state.config = self.state.config.replaced(run={"compile": compiled})
 
     def _first_compiled(self, train: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Compiles the towers, and runs a step; if it fails, runs it without compilation."""
         state, crop = self.state, self.state.crop
-        random = gradient_cache.generators()
+        generators = gradient_cache.generators()
         sizes = (crop.multiple, crop.groups) if crop else (0, 0)
         self.log.print("compile    the towers, by torch.compile: the next steps take longer")
         compile_towers(state)
@@ -71,7 +73,7 @@ class Compilation:
             part._compiled_call_impl = None
         if crop:
             crop.multiple, crop.groups = sizes
-        gradient_cache.restore(random)
+        gradient_cache.restore(generators)
         self.snapshot.restore_buffers()
         self._decide(False)
         return train()

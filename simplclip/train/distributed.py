@@ -1,5 +1,4 @@
-"""Training of one model by several ranks: DistributedDataParallel averages gradients, and batch
-norms share their statistics.
+"""Training of one model by several ranks, which average gradients and share statistics of norms.
 
 Each tower has a wrapper of its own, since `gradient_cache.backward` exchanges a tower's gradients
 in its last backward pass. Losses average the gradients of their own parameters, and `averaged`
@@ -32,39 +31,34 @@ def share_norms(model: nn.Module, device: torch.device) -> None:
     # unlike torch's own, it keeps timm's activations
     from timm.layers import convert_sync_batchnorm
 
-    modules = model.named_modules(remove_duplicate=False)
-    for name, norm in [
-        (name, module)
-        for name, module in modules
-        if isinstance(module, _BatchNorm) and module.training
-    ]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        if not isinstance(module, _BatchNorm) or not module.training:
+            continue
         if device.type != "cuda":
             raise ConfigError(
                 f"model.freeze_norms: expected true for several ranks on a {device.type}, where "
-                f"their batch norms would drift; got false and {type(norm).__name__} '{name}' in "
+                f"their batch norms would drift; got false and {type(module).__name__} '{name}' in "
                 "training mode"
             )
-        model.set_submodule(name, convert_sync_batchnorm(norm))
+        model.set_submodule(name, convert_sync_batchnorm(module))
 
 
 class _Tower(nn.Module):
-    """A tower's parameters as one module for DistributedDataParallel; its forward calls the
-    function that it is given.
-    """
+    """A tower's parameters as one module; its forward calls the function that it is given."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
-        self.of_tower = nn.ParameterList(parameters)
+        self.weights = nn.ParameterList(parameters)
 
     def forward(self, encode: Callable[[Any], Tensor], batch: Any) -> Tensor:
         return encode(batch)
 
 
 def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
-    """Returns a wrapper for each tower that trains, called as wrapper(encode, batch); none for one
-    rank.
+    """Returns a wrapper for each tower that trains, to be called as wrapper(encode, batch).
 
-    All ranks have to call it: it gives the model the first rank's values.
+    One rank has none. All ranks have to call it: it gives the model the first rank's values.
     """
     if ranks.count() == 1:
         return {}
@@ -86,9 +80,7 @@ def wrap(model: nn.Module) -> dict[str, DistributedDataParallel]:
 
 
 def averaged(scale: Tensor | None) -> Tensor | None:
-    """Returns logit scale or bias such that its gradient is averaged over the ranks; None for
-    None.
-    """
+    """Returns logit scale or bias; backward averages its gradient over the ranks. None for None."""
     if ranks.count() == 1 or scale is None or not scale.requires_grad:
         return scale
     return distributed.learned([scale], dist.group.WORLD)[0]

@@ -1,6 +1,4 @@
-"""What a run shows and writes of itself: lines by time, metrics.csv and evaluation.csv,
-curves.png.
-"""
+"""What a run shows and writes of itself: lines, metrics.csv, evaluation.csv and curves.png."""
 
 from __future__ import annotations
 
@@ -27,16 +25,24 @@ from simplclip.data import Division
 from simplclip.evaluation.sheets import sheet_of
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends
+from simplclip.train.config import Config
+from simplclip.train.objective import terms_of
 from simplclip.train.setup import State
+
+DIRECTIONS = {"image_to_text": "to text", "text_to_image": "to image"}
+# panels of curves.png whose y axis need not begin at 0
+SCALES = ("Logit scale", "Gradient norm before clipping", "Logit bias")
 
 
 class Log:
-    """The log of a run: a line that changes in a terminal, within `status`, else lines by time; and
-    CSV files in its folder.
+    """The log of a run: lines on the console, and CSV files in the run's folder.
 
-    Rows of a CSV file after the step at which the run continues are removed, so that an interrupted
-    and resumed run has the same rows as an uninterrupted one; so are rows of that step if its
-    evaluation, which had failed, is made up.
+    In a terminal, within `status`, one line changes with the steps; elsewhere a line is printed
+    from time to time.
+
+    A run that continues removes the CSV rows of steps after the step at which it continues, so that
+    it ends with the same rows as an uninterrupted run. It removes the rows of that step too if it
+    makes up an evaluation that had failed.
     """
 
     def __init__(self, state: State, console: Console) -> None:
@@ -46,21 +52,20 @@ class Log:
         self.out, self.start = Path(state.config.run.out), state.step
         self.pace = Pace(at_most=0.25) if self.live else Pace()
         self.status: Any = console.status("first step") if self.live else contextlib.nullcontext()
-        self.seconds = self.waiting = 0.0  # of a step, smoothed over about the last 20
+        # of a step, and of waiting for its data; smoothed over about the last 20 steps
+        self.seconds = self.waiting = 0.0
         self._columns: dict[str, list[str]] = {}
         self.board: Any = None
         if state.config.run.tensorboard and ranks.first():
             from torch.utils.tensorboard import SummaryWriter
 
-            # What an earlier start wrote of later steps is left out by TensorBoard. metrics.csv is
-            # the record.
+            # TensorBoard leaves out what an earlier start wrote of later steps.
             self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start + 1)
         self.restart_clock()
 
     def print(self, message: str) -> None:
-        self.console.print(
-            visible(message, keep="\n"), markup=False, highlight=False, soft_wrap=True
-        )
+        text = visible(message, keep="\n")
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def restart_clock(self) -> None:
         """Starts the time of the next step, after work that does not belong to a step."""
@@ -71,44 +76,42 @@ class Log:
         self._loaded = time.perf_counter()
 
     def step(self, row: dict[str, float]) -> None:
-        """Completes the figures of a step by its times, shows them if a line is due, and writes
-        them if a row is.
+        """Adds times and memory to the figures of a step; shows and writes them when they are due.
+
+        A line is due by time, a row of metrics.csv every run.log_every steps, both at the end.
         """
         run, now = self.state.config.run, time.perf_counter()
         share = 0.05 if self.seconds else 1.0
         self.seconds += share * (now - self._began - self.seconds)
         self.waiting += share * (self._loaded - self._began - self.waiting)
-        row |= {
-            "samples_per_s": self.state.config.data.batch_size / self.seconds,
-            "data_share": self.waiting / self.seconds,
-        }
-        row |= {"peak_mb": hardware.peak_memory_mb(self.state.device)}
+        row["samples_per_s"] = self.state.config.data.batch_size / self.seconds
+        row["data_share"] = self.waiting / self.seconds
+        row["peak_mb"] = hardware.peak_memory_mb(self.state.device)
         last = self.state.step == run.steps
         if last or self.pace.due():
             line = self._line(row)
-            self.print(line) if last or not self.live else self.status.update(line)
+            if self.live and not last:
+                self.status.update(line)
+            else:
+                self.print(line)
         if last or self.state.step % run.log_every == 0:
             self.write("metrics", row)
 
     def _line(self, row: Mapping[str, float]) -> str:
-        steps = self.state.config.run.steps or 0
-        terms = [name for name in row if name.endswith("_loss")]
-        shown = [
-            f"{name.removesuffix('_loss')} {row[name]:.3f}"
-            for name in (terms if len(terms) > 1 else ())
-        ]
-        bias = [f"bias {row['logit_bias']:.1f}"] if "logit_bias" in row else []
+        step, steps = self.state.step, self.state.config.run.steps or 0
+        left = duration(self.seconds * (steps - step))
         parts = [
-            f"step {self.state.step}/{steps}",
-            f"{duration(self.pace.seconds)} gone, "
-            f"{duration(self.seconds * (steps - self.state.step))} left",
-            *(
-                f"loss {row['loss']:.3f}",
-                *shown,
-                f"lr {row['lr']:.2e}",
-                f"scale {row['logit_scale']:.1f}",
-                *bias,
-            ),
+            f"step {step}/{steps}",
+            f"{duration(self.pace.seconds)} gone, {left} left",
+            f"loss {row['loss']:.3f}",
+        ]
+        terms = terms_of(row)
+        if len(terms) > 1:
+            parts += [f"{term} {row[column]:.3f}" for column, term in terms.items()]
+        parts += [f"lr {row['lr']:.2e}", f"scale {row['logit_scale']:.1f}"]
+        if "logit_bias" in row:
+            parts.append(f"bias {row['logit_bias']:.1f}")
+        parts += [
             f"{row['samples_per_s']:.0f} samples/s",
             f"waiting for data {row['data_share']:.0%}",
             f"peak {row['peak_mb']:.0f} MiB{hardware.describe_gpu(self.state.device)}",
@@ -116,25 +119,26 @@ class Log:
         return "  ".join(parts)
 
     def evaluation(
-        self, split: str, direction: str, figures: Mapping[str, Mapping[str, float]], loss: float
+        self, split: str, direction: str, recalls: Mapping[str, Mapping[str, float]], loss: float
     ) -> None:
-        """Writes R@k with its chance, and the loss of the split, which is that of both
-        directions.
+        """Writes and shows R@k of one direction, with its chance.
+
+        The row also has the loss of the split, which is that of both directions.
         """
         row: dict[str, float | str] = {
             "step": self.state.step,
             "split": split,
             "direction": direction,
         }
-        row |= {k: figure["value"] for k, figure in figures.items()} | {"loss": loss}
-        self.write(
-            "evaluation", row | {f"chance {k}": figure["chance"] for k, figure in figures.items()}
+        row |= {name: recall["value"] for name, recall in recalls.items()}
+        row["loss"] = loss
+        row |= {f"chance {name}": recall["chance"] for name, recall in recalls.items()}
+        self.write("evaluation", row)
+        figures = "  ".join(
+            f"{name} {recall['value']:.1%} (chance {recall['chance']:.1%})"
+            for name, recall in recalls.items()
         )
-        shown = "  ".join(
-            f"{k} {figure['value']:.1%} (chance {figure['chance']:.1%})"
-            for k, figure in figures.items()
-        )
-        self.print(f"evaluation {split} {direction.replace('_', ' ')}: {shown}")
+        self.print(f"evaluation {split} {direction.replace('_', ' ')}: {figures}")
 
     def write(self, name: str, row: Mapping[str, float | str]) -> None:
         """Adds a row to NAME.csv: "step", and figures or words.
@@ -145,25 +149,29 @@ class Log:
             return
         path = self.out / f"{name}.csv"
         if name not in self._columns:
-            former = read_csv(path)
-            if any(not row.get("step", "").isdigit() for row in former):
-                raise InputError(
-                    f"run.out: expected rows with the number of a step in {path}, got others"
-                )
-            rows = [
-                old for old in former if int(old["step"]) < min(self.start + 1, int(row["step"]))
-            ]
-            self._columns[name] = list(rows[0] if rows else row)
-            write_csv(path, self._columns[name], rows)
-        with path.open("a", newline="", encoding="utf-8") as lines:
-            csv.DictWriter(lines, self._columns[name], "", "ignore", lineterminator="\n").writerow(
-                row
-            )
+            self._columns[name] = self._columns_of(path, row)
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns[name], "", "ignore", lineterminator="\n")
+            writer.writerow(row)
         if self.board:
-            place = [name, *(str(row[part]) for part in ("split", "direction") if part in row)]
+            labels = [str(row[label]) for label in ("split", "direction") if label in row]
             for key in row.keys() - {"step", "split", "direction"}:
-                self.board.add_scalar("/".join([*place, key]), row[key], int(row["step"]))
+                tag = "/".join([name, *labels, key])
+                self.board.add_scalar(tag, row[key], int(row["step"]))
             self.board.flush()  # before a checkpoint of this step is written
+
+    def _columns_of(self, path: Path, row: Mapping[str, float | str]) -> list[str]:
+        """Removes rows of later steps from a CSV file, or begins it; returns its columns."""
+        former = read_csv(path)
+        if any(not old.get("step", "").isdigit() for old in former):
+            raise InputError(
+                f"run.out: expected rows with the number of a step in {path}, got others"
+            )
+        first = min(self.start + 1, int(row["step"]))  # step that this run writes
+        rows = [old for old in former if int(old["step"]) < first]
+        columns = list(rows[0] if rows else row)
+        write_csv(path, columns, rows)
+        return columns
 
     def sheet(self, name: str, split: Any) -> None:
         """Shows the evaluation sheet of an encoded split in TensorBoard."""
@@ -177,18 +185,37 @@ class Log:
 def first_lines(
     state: State, why_precision: str, samples: int | None, division: Division | None = None
 ) -> Iterator[str]:
-    """Yields a run's lines before its first step, each with its topic. samples: of an epoch, None
-    if they are not counted. division: what eval.hold_out makes of the data.
+    """Yields a run's lines before its first step, each with its topic.
+
+    why_precision: the reason for state.precision.
+    samples: images of an epoch; None if they are not counted.
+    division: what eval.hold_out makes of the data.
     """
     config = state.config
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in state.model.parameters())
     yield f"model      {config.model.name}: {total:,} parameters, of which {trained:,} train"
     yield from state.lines
-    k = config.data.captions_per_image
+    yield from _data_lines(config, samples, division)
+    yield f"loss       {_loss(state)}"
+    yield f"ops        {_backends(state)}"
+    processes = f"CPU threads: {torch.get_num_threads()}; loader processes: {config.data.workers}"
+    if ranks.count() > 1:
+        processes = f"ranks: {ranks.count()}, of each {processes}"
+    yield (f"device     {state.device}, precision {state.precision} ({why_precision}); {processes}")
+    if config.optim.warmup > (config.run.steps or 0):
+        yield (
+            f"warning    optim.warmup = {config.optim.warmup:,} is longer than the run: the rate "
+            "does not reach optim.lr"
+        )
+
+
+def _data_lines(config: Config, samples: int | None, division: Division | None) -> Iterator[str]:
+    """Yields the lines about the data, see `first_lines`."""
     size = config.data.batch_size
     steps = config.run.steps or 0
-    drawn = f"{k} caption{'s' * (k > 1)} drawn of each"
+    captions = config.data.captions_per_image
+    drawn = f"{captions} {'caption' if captions == 1 else 'captions'} drawn of each"
     if samples is None:
         yield (
             f"data       {drawn} image; their number is not known without a meta.json: --set "
@@ -203,53 +230,41 @@ def first_lines(
                 f"batch of {size:,}"
             )
     if division:
-        repeated = (
-            f"{division.repeated:,} of their {division.captions:,} captions stand verbatim in "
-            "training"
-        )
         yield (
             f"held out   {division.held_out:,} images, eval.hold_out={config.eval.hold_out:g} of "
-            f"all; {repeated}"
+            f"all; {division.repeated:,} of their {division.captions:,} captions stand verbatim in "
+            "training"
         )
-    terms = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in config.loss.weights)
-    of_teacher = f", to stored features of {state.teacher['name']}" if state.teacher else ""
-    bias = "" if state.logit_bias is None else f", bias {state.logit_bias.item():.4g}"
-    scale = state.model.logit_scale.exp().item()
-    yield (
-        f"loss       {type(state.objective.loss).__name__}: {terms}{of_teacher}; scale "
-        f"{scale:.4g}{bias}"
-    )
-    yield f"ops        {_backends(state)}"
-    several = f"ranks: {ranks.count()}, of each " if ranks.count() > 1 else ""
-    threads = f"CPU threads: {torch.get_num_threads()}; loader processes: {config.data.workers}"
-    yield (
-        f"device     {state.device}, precision {state.precision} ({why_precision}); "
-        f"{several}{threads}"
-    )
-    if config.optim.warmup > steps:
-        yield (
-            f"warning    optim.warmup = {config.optim.warmup:,} is longer than the run: the rate "
-            "does not reach optim.lr"
-        )
+
+
+def _loss(state: State) -> str:
+    """Returns the class of the loss, its terms, teacher, scale and bias."""
+    terms = ", ".join(term.replace("_", " ") for term in state.config.loss.weights)
+    if state.teacher:
+        terms += f", to stored features of {state.teacher['name']}"
+    scale = f"{state.model.logit_scale.exp().item():.4g}"
+    if state.logit_bias is not None:
+        scale += f", bias {state.logit_bias.item():.4g}"
+    return f"{type(state.objective.loss).__name__}: {terms}; scale {scale}"
 
 
 def _backends(state: State) -> str:
     """Returns the ops of a step with their backends."""
     calls: dict[str, dict[str, Any]] = {}
-    for block in (
-        module for module in state.model.modules() if isinstance(module, SimplifiedBlock)
-    ):
-        calls |= {
-            "parallel_mlp_fwd": {},
-            "shaped_attention_fwd": {"width": block.width // block.heads, "length": 197},
-        }
-    calls |= {
-        "similarity_sigmoid" if state.config.loss.base == "sigmoid" else "similarity_loss_fwd": {}
+    for module in state.model.modules():
+        if isinstance(module, SimplifiedBlock):
+            calls["parallel_mlp_fwd"] = {}
+            width = module.width // module.heads
+            calls["shaped_attention_fwd"] = {"width": width, "length": 197}
+    sigmoid = state.config.loss.base == "sigmoid"
+    calls["similarity_sigmoid" if sigmoid else "similarity_loss_fwd"] = {}
+    dtype = hardware.DTYPES[state.precision] or torch.float32
+    forced = backends.forced()
+    names = {
+        op: backends.select(op, state.device, dtype, forced, **call)[0]
+        for op, call in calls.items()
     }
-    where = (state.device, hardware.DTYPES[state.precision] or torch.float32, backends.forced())
-    return ", ".join(
-        f"{op} by {backends.select(op, *where, **call)[0]}" for op, call in calls.items()
-    )
+    return ", ".join(f"{op} by {backend}" for op, backend in names.items())
 
 
 def curves(run: Path) -> None:
@@ -257,36 +272,42 @@ def curves(run: Path) -> None:
     rows, evaluated = read_csv(run / "metrics.csv"), read_csv(run / "evaluation.csv")
     if not rows:
         return
-    terms = [name for name in rows[0] if name.endswith("_loss")]
+    losses, terms = ["loss"], terms_of(rows[0])
+    if len(terms) > 1:
+        losses += terms
     columns = {
-        "Loss": ["loss", *(terms if len(terms) > 1 else [])],
+        "Loss": losses,
         "Learning rate": ["lr"],
         "Logit scale": ["logit_scale"],
+        "Gradient norm before clipping": ["grad_norm"],
+        "Logit bias": ["logit_bias"],
     }
-    columns |= {"Gradient norm before clipping": ["grad_norm"], "Logit bias": ["logit_bias"]}
-    scales = ("Logit scale", "Gradient norm before clipping", "Logit bias")
     panels = [
-        Panel(title, _lines(rows, names), from_zero=title not in scales)
+        Panel(title, _lines(rows, names), from_zero=title not in SCALES)
         for title, names in columns.items()
         if names[0] in rows[0]
     ]
     splits = dict.fromkeys(row["split"] for row in evaluated)
-    for place, split in enumerate(splits, 1):
-        of_split = [row for row in evaluated if row["split"] == split]
-        panel = Panel(
-            f"{split}: right one among the first k; dotted: chance", {}, {}, percent=True, solid=3
-        )
-        for direction, words in (("image_to_text", "to text"), ("text_to_image", "to image")):
-            part = [row for row in of_split if row["direction"] == direction]
-            for k in [name for name in part[0] if name.startswith("R@")]:
-                (line,) = _lines(part, [k]).values()
-                panel.lines[f"{words} {k}"] = line
-                if f"chance {k}" in part[0]:
-                    panel.chance[f"{words} {k}"] = float(part[-1][f"chance {k}"])
-        panels.insert(place, panel)
-        if "loss" in of_split[0]:
-            panels[0].lines[split] = _lines(of_split[::2], ["loss"])["loss"]
+    for position, split in enumerate(splits, 1):
+        split_rows = [row for row in evaluated if row["split"] == split]
+        panels.insert(position, _recalls(split, split_rows))
+        if "loss" in split_rows[0]:  # of both directions
+            panels[0].lines[split] = _lines(split_rows[::2], ["loss"])["loss"]
     draw_curves(run / "curves.png", panels, _best_step(evaluated))
+
+
+def _recalls(split: str, rows: list[dict[str, str]]) -> Panel:
+    """Returns the panel of R@k of a split, from its rows of evaluation.csv."""
+    title = f"{split}: right one among the first k; dotted: chance"
+    panel = Panel(title, {}, {}, percent=True, solid=3)
+    for direction, words in DIRECTIONS.items():
+        directed = [row for row in rows if row["direction"] == direction]
+        for column in [column for column in directed[0] if column.startswith("R@")]:
+            (line,) = _lines(directed, [column]).values()
+            panel.lines[f"{words} {column}"] = line
+            if f"chance {column}" in directed[0]:
+                panel.chance[f"{words} {column}"] = float(directed[-1][f"chance {column}"])
+    return panel
 
 
 def _best_step(evaluated: list[dict[str, str]]) -> int | None:
@@ -294,17 +315,18 @@ def _best_step(evaluated: list[dict[str, str]]) -> int | None:
     recalls: dict[int, list[float]] = {}
     for row in evaluated:
         recalls.setdefault(int(row["step"]), []).append(float(row["R@1"]))
-    return max(
-        recalls, key=lambda step: (sum(recalls[step]) / len(recalls[step]), -step), default=None
-    )
+    means = {step: sum(values) / len(values) for step, values in recalls.items()}
+    return max(means, key=lambda step: (means[step], -step), default=None)
 
 
 def _lines(
-    rows: list[dict[str, str]], names: list[str]
+    rows: list[dict[str, str]], columns: list[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns steps and values of columns, by the label of the column."""
     steps = np.array([int(row["step"]) for row in rows])
-    labels = (name.removesuffix("_loss").replace("_", " ") for name in names)
-    return {
-        label: (steps, np.array([float(row[name] or "nan") for row in rows]))
-        for label, name in zip(labels, names)
-    }
+    terms = terms_of(columns)
+    lines = {}
+    for column in columns:
+        label = terms.get(column, column).replace("_", " ")
+        lines[label] = steps, np.array([float(row[column] or "nan") for row in rows])
+    return lines

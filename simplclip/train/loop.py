@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import torch
 from rich.console import Console
@@ -23,33 +20,30 @@ from simplclip.common.files import locked, remove_leftovers
 from simplclip.common.progress import duration
 from simplclip.models.trained import image_transform, tokenizer
 from simplclip.train import checkpoint
+from simplclip.train.checkpoint import Snapshot
 from simplclip.train.compilation import Compilation
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.distributed import wrap
 from simplclip.train.log import Log, curves, first_lines
-from simplclip.train.setup import State, setup
-from simplclip.train.step import TrainingError, keep_frozen, train_step
+from simplclip.train.setup import State, make_state
+from simplclip.train.signals import Interrupted, StopSignals
+from simplclip.train.step import Batch, TrainingError, keep_frozen, train_step
 
 SAVE_MINUTES = 10.0  # the longest time between two writes of last.pt
 
 
-class Interrupted(UserError):
-    """The end of a run by a signal, after a whole step whose state is saved."""
-
-
 def run(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
-    """Trains as `config` says, and returns the path of the last checkpoint. data.micro_batch must
-    be a number.
+    """Trains as `config` says, and returns the path of the last checkpoint.
 
+    config: data.micro_batch must be a number or null.
     resume: continue from last.pt in the folder, on the CPU bit for bit as if there had been no
-    stop. Without a last.pt the
-        run prints a note and starts at step 0 (as open_clip's `--resume latest`), so that one
-        command starts and resumes.
+    stop. Without a last.pt the run prints a note and starts at step 0 (as open_clip's `--resume
+    latest`), so that one command starts and resumes.
 
     Raises:
         ConfigError: the folder already holds a run, or the checkpoint has other settings.
-            FileExistsError: another process trains in the folder. A start that fails leaves the
-            folder unchanged; after packing it leaves the shards.
+        FileExistsError: another process trains in the folder. A start that fails leaves the folder
+            unchanged; after packing it leaves the shards.
         TrainingError: any error once a step is done; that error is the __cause__. The last whole
             step is saved first; if it cannot be saved, the message says why, and which checkpoint
             is intact. Also a loss or gradient that is not finite.
@@ -65,58 +59,40 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     out, began = Path(config.run.out), time.monotonic()
     with ranks.joined(config.run.timeout_minutes), ExitStack() as stack:
         is_first = ranks.first()
-        console = (console or Console()) if is_first else Console(quiet=True)
-        ranks.on_first(lambda: stack.enter_context(locked(out, "run.out")))
-        former = ranks.on_first(partial(checkpoint.former, out, resume))
-        device = ranks.agreed(lambda: ranks.device(config.run.device))
-        precision, why = hardware.pick_precision(config.run.precision, device)
-        section = config.model.model_dump()
-        pictures = partial(
-            evaluation.load_splits, tokenizer=tokenizer(section), transform=image_transform(section)
-        )
+        if not is_first:
+            console = Console(quiet=True)
+        console = console or Console()
+
+        ranks.on_first(stack.enter_context, locked(out, "run.out"))
+        former = ranks.on_first(checkpoint.former, out, resume)
+        with ranks.agreed():
+            device = ranks.device(config.run.device)
+        precision, why_precision = hardware.pick_precision(config.run.precision, device)
         stack.enter_context(timed_algorithms(config.run.cudnn_benchmark and device.type == "cuda"))
         torch.manual_seed(config.run.seed)
-        # Before packing, which may take an hour; a run that continues has packed.
-        state: Any = None if former else ranks.agreed(lambda: setup(config, device, precision))
-        splits = ranks.agreed(lambda: pictures(config.eval.splits)) if config.eval.every else {}
-        config, samples, division = ranks.on_first(partial(_with_data, config, former))
-        # which a node may lack
-        ranks.agreed(lambda: data.sources_of(config.data.train, "data.train"))
-        splits |= ranks.agreed(lambda: pictures(config.held_out)) if config.eval.every else {}
-        if former:
-            state = ranks.agreed(lambda: setup(config, device, precision, former))
-        state.config, state.objective.steps = config, config.run.steps
-        keep_frozen(state)
-        state.wrappers = wrap(state.model)
+        state, splits, samples, division = _start(config, former, device, precision)
+        config = state.config
         if former:
             checkpoint.set_rng_state(former["rng"])
         elif resume:
             state.lines.append(f"resume     {out} has no checkpoint yet: starting at step 0")
-        loader = ranks.agreed(lambda: make_loader(state))
-        snapshot, log = checkpoint.Snapshot(state, former, samples), Log(state, console)
+        with ranks.agreed():
+            loader = make_loader(state)
+
+        snapshot, log = Snapshot(state, former, samples), Log(state, console)
         stop = stack.enter_context(StopSignals(console))
         try:
             with log.status:
-                for line in first_lines(state, why, samples, division):
+                for line in first_lines(state, why_precision, samples, division):
                     log.print(line)
-                # that of the checkpoint's step had failed
-                if evaluate_if_due(state, splits, snapshot, log):
-                    snapshot.save()
-                if state.step < config.run.steps:
-                    _train(state, loader, splits, snapshot, stop, log)
-            ranks.on_first(partial(curves, out))
+                _train(state, loader, splits, snapshot, stop, log)
+            ranks.on_first(curves, out)
         except Exception as error:
-            _end(ranks.named(error), snapshot)
+            _save_after(ranks.as_rank_error(error), snapshot)
             raise
         # inside of StopSignals, where a closed pipe raises nothing
         if state.step == config.run.steps:
-            took = duration(time.monotonic() - began)
-            log.print(
-                f"done       step {state.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}"
-            )
-            if snapshot.best:
-                recall, step = snapshot.best
-                log.print(f"best       mean R@1 {recall:.1%}, of step {step}: {out / 'best.pt'}")
+            _print_end(snapshot, log, time.monotonic() - began)
     if state.step < config.run.steps:
         if not is_first:
             raise SystemExit(130)
@@ -125,10 +101,11 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     return out / "last.pt"
 
 
-@contextlib.contextmanager
+@contextmanager
 def timed_algorithms(enabled: bool) -> Iterator[None]:
-    """Context in which cuDNN times the algorithms of each convolution once and takes the fastest,
-    if `enabled`.
+    """Context in which cuDNN times the algorithms of each convolution once and takes the fastest.
+
+    It changes nothing unless `enabled`.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or enabled
@@ -138,11 +115,59 @@ def timed_algorithms(enabled: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+def _start(
+    config: Config, former: dict[str, Any] | None, device: torch.device, precision: str
+) -> tuple[State, dict[str, evaluation.Split], int | None, data.Division | None]:
+    """Makes the state of a run, packs its data and loads its held-out data.
+
+    A run that begins makes its state first, since packing may take an hour. A run that continues
+    has packed; its settings are checked first.
+
+    Returns the state, the held-out data, and the counts of `_with_data`.
+    """
+    state: Any = None
+    with ranks.agreed():
+        _micro_batches(config)
+        if not former:
+            state = make_state(config, device, precision)
+        splits = _splits(config, config.eval.splits)
+    config, samples, division = ranks.on_first(_with_data, config, former)
+    with ranks.agreed():
+        data.sources_of(config.data.train, "data.train")  # which a node may lack
+        splits |= _splits(config, config.held_out)
+        if former:
+            state = make_state(config, device, precision, former)
+    state.config, state.objective.steps = config, config.run.steps
+    keep_frozen(state)
+    state.wrappers = wrap(state.model)
+    return state, splits, samples, division
+
+
+def _splits(config: Config, splits: dict[str, Any]) -> dict[str, evaluation.Split]:
+    """Loads held-out data for the model; none if the run does not evaluate."""
+    if not config.eval.every:
+        return {}
+    section = config.model.model_dump()
+    return evaluation.load_splits(
+        splits, tokenizer=tokenizer(section), transform=image_transform(section)
+    )
+
+
 def _train(
-    state: State, loader: Any, splits: dict[str, Any], snapshot: Any, stop: StopSignals, log: Log
+    state: State,
+    loader: data.Loader,
+    splits: dict[str, evaluation.Split],
+    snapshot: Snapshot,
+    stop: StopSignals,
+    log: Log,
 ) -> None:
     """Runs the steps until the last one or a stop, and saves the state."""
+    # an evaluation at the checkpoint's step had failed
+    if evaluate_if_due(state, splits, snapshot, log):
+        snapshot.save()
     config, saved = state.config, time.monotonic()
+    if state.step == config.run.steps:
+        return
     compilation = Compilation(state, snapshot, log)
     log.print("data       loading the first batch")
     for batches in steps(state, loader, log):
@@ -151,41 +176,55 @@ def _train(
         row = compilation.step(partial(train_step, state, batches))
         snapshot.take()
         log.step(row)
-        last, stopped = state.step == config.run.steps, stop.agreed()
+        ends = stop.agreed() or state.step == config.run.steps
         evaluate_if_due(state, splits, snapshot, log)
         late = time.monotonic() - saved > 60 * SAVE_MINUTES
-        if last or stopped or late or state.step % config.run.save_every == 0:
+        if ends or late or state.step % config.run.save_every == 0:
             snapshot.save()
             saved = time.monotonic()
-        if last or stopped:
+        if ends:
             if loader.skipped.counts:
                 log.print(f"data       {loader.skipped}")
             return
         log.restart_clock()
 
 
-def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[dict[str, Any]]]:
+def _print_end(snapshot: Snapshot, log: Log, seconds: float) -> None:
+    """Prints what a run that has taken `seconds` leaves."""
+    out, took = snapshot.out, duration(seconds)
+    log.print(
+        f"done       step {snapshot.saved} in {took}: {out / 'last.pt'}, {out / 'curves.png'}"
+    )
+    if snapshot.best:
+        recall, step = snapshot.best
+        log.print(f"best       mean R@1 {recall:.1%}, of step {step}: {out / 'best.pt'}")
+
+
+def steps(state: State, loader: data.Loader, log: Log) -> Iterator[list[Batch]]:
     """Yields the micro-batches of each step, one or several, without end."""
     _, count = _micro_batches(state.config)
-    batches: list[dict[str, Any]] = []
-    reasons = 0
+    batches: list[Batch] = []
+    reported = 0  # reasons for which samples are left out
     for batch in loader:
-        # copies: a tensor from a loader process holds a file descriptor, and a step may have
-        # thousands
-        if count > 1:
-            batch = {
-                k: v if v.is_pinned() else v.clone()
-                for k, v in batch.items()
-                if isinstance(v, torch.Tensor)
-            }
-        batches.append(batch)
+        batches.append(_copied(batch) if count > 1 else batch)
         if len(batches) < count:
             continue
         state.data = ranks.exchanged(loader.state_dict())
         yield batches
         batches = []
-        if reasons != (reasons := len(loader.skipped.counts)):  # the end of the run has all counts
+        reasons = len(loader.skipped.counts)
+        if reasons != reported:  # the end of the run has all counts
+            reported = reasons
             log.print(f"data       {loader.skipped}")
+
+
+def _copied(batch: Batch) -> Batch:
+    """Returns the tensors of a batch, copied unless they are pinned.
+
+    A tensor from a loader process holds a file descriptor, and a step may have thousands.
+    """
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return {name: t if t.is_pinned() else t.clone() for name, t in tensors.items()}
 
 
 def _micro_batches(config: Config) -> tuple[int, int]:
@@ -205,35 +244,34 @@ def make_loader(state: State) -> data.Loader:
 
     It continues as `state.data` says, if it can.
     """
-    config, c = state.config, state.config.data
-    place: dict[str, Any] = {
+    config, section = state.config, state.config.data
+    readers: dict[str, Any] = {
         "rank": ranks.number(),
         "world_size": ranks.count(),
-        "workers": c.workers,
+        "workers": section.workers,
     }
     loader = data.Loader(
-        c.train,
+        section.train,
         tokenizer=tokenizer(config.model.model_dump()),
         transform=state.transform,
         batch_size=_micro_batches(config)[0],
-        captions_per_image=c.captions_per_image,
+        captions_per_image=section.captions_per_image,
         teacher=config.loss.needs_teacher,
-        sidecars=c.sidecars,
+        sidecars=section.sidecars,
         hold_out=config.eval.hold_out,
         pin_memory=state.device.type == "cuda",
         seed=config.run.seed,
-        **place,
-        **c.options,
+        **readers,
+        **section.options,
     )
-    shards = {"shards_digest": loader.shards_digest}  # which positions of version 0.1.0 lack
-    positions = (shards | position for position in state.data or ())
-    former = next(
-        (position for position in positions if position.items() >= (place | shards).items()), None
-    )
-    if former:
-        loader.seed = former["seed"]
-        loader.load_state_dict(former)
-    elif state.step:
+    shards = {"shards_digest": loader.shards_digest}
+    for position in state.data or ():
+        position = shards | position  # those of version 0.1.0 lack the digest
+        if position.items() >= (readers | shards).items():
+            loader.seed = position["seed"]
+            loader.load_state_dict(position)
+            return loader
+    if state.step:
         loader.seed += state.step
         state.lines.append(
             "resume     ranks, workers or shards were others: the pass over the data starts again"
@@ -242,99 +280,87 @@ def make_loader(state: State) -> data.Loader:
 
 
 def evaluate_if_due(
-    state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot, log: Log
+    state: State, splits: dict[str, evaluation.Split], snapshot: Snapshot, log: Log
 ) -> bool:
     """Evaluates after a step that has an evaluation, once; returns whether it did."""
     every, step = state.config.eval.every, state.step
-    if (
-        not every
-        or snapshot.progress["evaluated"] == step
-        or (step % every and step < state.config.run.steps)
-    ):
+    if not every or snapshot.progress["evaluated"] == step:
+        return False
+    if step % every and step < state.config.run.steps:
         return False
     evaluate(state, splits, snapshot, log)
     snapshot.progress["evaluated"] = step
     return True
 
 
-def evaluate(state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot, log: Log) -> None:
-    """Evaluates the model, with the averages of its weights if it has some, on the splits; keeps
-    the best one.
+def evaluate(
+    state: State, splits: dict[str, evaluation.Split], snapshot: Snapshot, log: Log
+) -> None:
+    """Evaluates the model on the splits, with the averages of its weights if it has some.
+
+    Keeps the best weights.
     """
     recalls = []
     with state.ema.in_place() if state.ema else nullcontext():
         state.model.eval()
         for name, split in splits.items():
-            # as `simplclip evaluate` and the export compute, so that the figures are equal
-            where = (state.device, "fp32")
+            # in fp32 as `simplclip evaluate` and the export, so that the figures are equal
             evaluation.encode(
-                state.model, split, evaluation.BATCH_SIZE, *where, workers=state.config.data.workers
+                state.model,
+                split,
+                evaluation.BATCH_SIZE,
+                state.device,
+                "fp32",
+                workers=state.config.data.workers,
             )
-            recall, loss = ranks.on_first(partial(_figures, state, split))
-            for direction, figures in (recall or {}).items():
+            directions, loss = ranks.on_first(_figures, state, split)
+            for direction, figures in directions.items():
                 log.evaluation(name, direction, figures, loss)
                 recalls.append(figures["R@1"]["value"])
-            ranks.on_first(partial(log.sheet, name, split))
-            if recall:
+            ranks.on_first(log.sheet, name, split)
+            if directions:
                 size = min(len(split), state.config.data.batch_size)
                 log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")
-        if recalls and snapshot.keep_best(mean := sum(recalls) / len(recalls)):
-            log.print(
-                f"best       step {state.step}: mean R@1 {mean:.1%}, in {snapshot.out / 'best.pt'}"
-            )
+        if recalls:
+            mean = sum(recalls) / len(recalls)
+            if snapshot.keep_best(mean):
+                best = snapshot.out / "best.pt"
+                log.print(f"best       step {state.step}: mean R@1 {mean:.1%}, in {best}")
         state.model.train()
 
 
-def _figures(state: State, split: evaluation.Split) -> tuple[Any, float | None]:
-    """Returns R@k and the loss of an encoded split; nothing for one without captions."""
+def _figures(state: State, split: evaluation.Split) -> tuple[dict[str, Any], float | None]:
+    """Returns R@k by direction and the loss of an encoded split; neither without captions."""
     scale, bias = state.model.logit_scale.detach().exp().cpu(), state.logit_bias
-    bias = None if bias is None else bias.detach().cpu()
+    if bias is not None:
+        bias = bias.detach().cpu()
     loss = evaluation.loss_of(split, state.config.data.batch_size, scale, bias)
-    return evaluation.recall_of(split, state.device), loss
+    return evaluation.recall_of(split, state.device) or {}, loss
 
 
 def _with_data(
     config: Config, former: dict[str, Any] | None
 ) -> tuple[Config, int | None, data.Division | None]:
-    """Returns `config` with shards in place of tables and folders, which are packed first, and with
-    steps for epochs; the samples of an epoch, None if they are not counted; and the counts of what
+    """Packs tables and folders, counts the data, and sets the number of steps.
+
+    Returns the config with shards in place of tables and folders, and with steps in place of
+    epochs; the samples of an epoch, None if they are not counted; and the counts of what
     eval.hold_out divides.
 
     Raises ConfigError if the samples are not counted, or if the config cannot continue the run of
     the checkpoint `former`.
     """
     out = Path(config.run.out)
-    _micro_batches(config)
-    if (
-        not former
-        and config.inherit.source is None
-        and (config.inherit.train or config.inherit.blocks)
-    ):
-        raise ConfigError(
-            "inherit.source: expected weights, for inherit.train and inherit.blocks, got none"
-        )
-    if not former and config.eval.every and not (config.eval.splits or config.eval.hold_out):
-        got = (
-            f"for eval.every = {config.eval.every}, got none; eval.hold_out=0.1 holds out a tenth "
-            "of data.train"
-        )
-        raise ConfigError(f"eval.splits: expected held-out data, {got}")
+    if not former:
+        _check_new_run(config)
     remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
     config = config.replaced(data={"train": data.packed(config.data.train, out / "shards")})
     if former and config.run.compile == "auto":  # what the run had
         config = config.replaced(run={"compile": former["config"]["run"]["compile"]})
-    division = None
-    if share := config.eval.hold_out:
-        division = data.divided(config.data.train, share, config.data.sidecars)
-        if not division.train or not division.held_out:
-            got = f"{division.train} that train and {division.held_out} that are held out"
-            raise ConfigError(
-                "eval.hold_out: expected a share that leaves samples on both sides, got "
-                f"{share:g}: {got}"
-            )
-    samples = config.data.samples or (
-        division.train if division else data.dataset_size(config.data.train)
-    )
+    division = _division(config) if config.eval.hold_out else None
+    samples = config.data.samples
+    if samples is None:
+        samples = division.train if division else data.dataset_size(config.data.train)
     if config.run.epochs is not None:
         if samples is None:
             expected = "expected the number of samples, for run.epochs, as --set data.samples=855"
@@ -346,28 +372,46 @@ def _with_data(
     return config, samples, division
 
 
-def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
+def _check_new_run(config: Config) -> None:
+    """Raises ConfigError for settings that have no effect in a run that begins."""
+    inherit, held_out = config.inherit, config.eval
+    if inherit.source is None and (inherit.train or inherit.blocks):
+        raise ConfigError(
+            "inherit.source: expected weights, for inherit.train and inherit.blocks, got none"
+        )
+    if held_out.every and not held_out.splits and not held_out.hold_out:
+        raise ConfigError(
+            f"eval.splits: expected held-out data, for eval.every = {held_out.every}, got none; "
+            "eval.hold_out=0.1 holds out a tenth of data.train"
+        )
+
+
+def _division(config: Config) -> data.Division:
+    """Counts what eval.hold_out makes of the data; raises ConfigError if nothing is left."""
+    share = config.eval.hold_out
+    division = data.divided(config.data.train, share, config.data.sidecars)
+    if not division.train or not division.held_out:
+        raise ConfigError(
+            f"eval.hold_out: expected a share that leaves samples on both sides, got {share:g}: "
+            f"{division.train} that train and {division.held_out} that are held out"
+        )
+    return division
+
+
+def _save_after(error: Exception, snapshot: Snapshot) -> None:
     """Saves the last whole step, and raises a TrainingError in place of `error`.
 
     Returns if no step has been done.
     """
     step = snapshot.progress["step"]
     if not ranks.first():
-        # The first rank reports a TrainingError; one rank of each node reports the end of another
-        # rank.
-        silent = isinstance(error, ranks.RankError) and os.environ.get("LOCAL_RANK") != "0"
-        if silent or isinstance(error, TrainingError):
-            raise SystemExit(1)
-        raise TrainingError(f"step {step + 1}: {error}") from error
+        _end_rank(error, step)
     saved = snapshot.save_after_error()
     go_on = f" {snapshot.go_on}" if snapshot.saved else ""
     # not finite: continuing from there would give the same error
     if isinstance(error, TrainingError):
         raise TrainingError(f"{error}. {saved}" if saved else str(error)) from error
-    # For CPU tensors torch has no class of this error.
-    if isinstance(
-        error, (torch.OutOfMemoryError, MemoryError)
-    ) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+    if _is_out_of_memory(error):
         advice = "Try a smaller data.micro_batch, or auto; `simplclip plan` predicts what fits."
         raise TrainingError(
             f"step {step + 1}: out of memory. {saved or 'Nothing is saved.'} {advice}{go_on}"
@@ -378,60 +422,19 @@ def _end(error: Exception, snapshot: checkpoint.Snapshot) -> None:
         raise TrainingError(f"after step {step}: {kind}{reason}. {saved}{go_on}") from error
 
 
-class StopSignals:
-    """Context in which SIGINT, SIGTERM, SIGHUP or a closed pipe only sets `reason`; a second signal
-    ends the process.
+def _end_rank(error: Exception, step: int) -> Never:
+    """Ends a rank that is not the first one, which reports a TrainingError by itself.
 
-    console: the console of the run. If the reader of its output is gone (`| head`), all further
-    output is dropped. Outside the main thread Python allows no handlers, so that signals are not
-    handled.
+    The end of another rank is reported by one rank of each node.
     """
+    if isinstance(error, ranks.RankError) and os.environ.get("LOCAL_RANK") != "0":
+        raise SystemExit(1)
+    if isinstance(error, TrainingError):
+        raise SystemExit(1)
+    raise TrainingError(f"step {step + 1}: {error}") from error
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.reason: str | None = None
-        self._process = os.getpid()
-        self._former: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                # nohup, and a shell's background job, ignore signals
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self._former[number] = signal.signal(number, self._handle)
-        self.console.on_broken_pipe = self._closed  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_) -> None:
-        del self.console.on_broken_pipe
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def agreed(self) -> bool:
-        """Whether all ranks stop now, between two steps."""
-        stopped = any(ranks.exchanged(self.reason is not None))
-        if stopped and self.reason is None:
-            self.reason = "signal to another rank"
-        return stopped
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._process:  # a loader process, which the last step needs
-            return
-        if self.reason and ranks.count() == 1:  # torchrun repeats the signals that it gets
-            raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
-        # Not print(): a handler may interrupt a print, and Python's buffered files are not
-        # reentrant.
-        at_once = "; a second signal stops at once" if ranks.count() == 1 else ""
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(
-                2,
-                f"\n{self.reason}: finishing this step, then saving{at_once}\n".encode()
-                * ranks.first(),
-            )
-
-    def _closed(self) -> None:
-        """Drops all further output. rich calls this instead of raising BrokenPipeError."""
-        self.reason = self.reason or "closed pipe"
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), self.console.file.fileno())
+def _is_out_of_memory(error: Exception) -> bool:
+    # For CPU tensors torch has no class of this error.
+    on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))

@@ -4,7 +4,7 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,14 +12,22 @@ from torch import Tensor
 
 from simplclip import losses
 from simplclip.common import ranks
-from simplclip.train.config import LossConfig
+from simplclip.train.sections import LossConfig
+
+SUFFIX = "_loss"  # a term's column in metrics.csv is its name with this end
+
+
+def terms_of(columns: Iterable[str]) -> dict[str, str]:
+    """Returns the terms that have a column among `columns` of metrics.csv, by column."""
+    return {column: column.removesuffix(SUFFIX) for column in columns if column.endswith(SUFFIX)}
 
 
 class Objective:
     """A function that computes the weighted terms of a batch at a step of a run by `loss`.
 
     `loss` is a WIKDLoss with a teacher, else a SigLipLoss for the base sigmoid and a ClipPMLoss for
-    the base contrastive.
+    the base contrastive. It is made with the largest weight of each term, so that it has the
+    parameters of all terms of the run; each step computes its terms with the weights of the step.
 
     width: D of the student's features.
     teacher: the teacher's "width" D̂ and "logit_scale", if any step has a term that needs a
@@ -30,34 +38,7 @@ class Objective:
         self, config: LossConfig, steps: int, width: int, teacher: Mapping[str, Any] | None
     ):
         self.schedules, self.steps = config.weights, steps
-        shared: dict[str, Any] = {
-            "pm_weight": float("pair_matching_loss" in self.schedules),
-            "plane": config.plane,
-        }
-        shared |= {"embed_dim": width, "rank": ranks.number(), "world_size": ranks.count()}
-        # Gradients are then right after DDP averages them; SigLipLoss always gathers so.
-        gather: dict[str, Any] = {"gather_with_grad": True}
-        if teacher is not None:
-            shared |= {
-                f"{term}_weight": float(f"{term}_loss" in self.schedules)
-                for term in ("interactive", "feature")
-            }
-            shared |= {
-                "interactive": config.interactive,
-                "divergence": "kl",
-                "teacher_dim": teacher["width"],
-            }
-            self.loss: Any = losses.WIKDLoss(**shared, **gather)
-            # A tensor made from a number at each step would make the CPU wait for a GPU.
-            self.loss.register_buffer(
-                "teacher_scale", torch.tensor(float(teacher["logit_scale"])), persistent=False
-            )
-        else:
-            self.loss = (
-                losses.SigLipLoss(**shared)
-                if config.base == "sigmoid"
-                else losses.ClipPMLoss(**shared, **gather)
-            )
+        self.loss: Any = _make_loss(config, width, teacher)
 
     def __call__(
         self,
@@ -67,32 +48,65 @@ class Objective:
         logit_scale: Tensor,  # []
         logit_bias: Tensor | None,  # []
         group: Tensor | None,  # [N] int64; None: all are different
-        teacher_image: Tensor | None = None,  # [N, D̂]
-        teacher_text: Tensor | None = None,  # [N k, D̂]
+        *teacher: Tensor,  # features of images [N, D̂] and of texts [N k, D̂], if there is a teacher
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the sum of the weighted terms, which has the gradient, and the terms by name
-        without gradients.
+        """Returns the sum of the weighted terms, which has the gradient, and the terms without
+        gradients by their columns in metrics.csv.
 
         The terms have one order for the whole run. A term of weight 0 at `step` is not computed and
         is 0. Each caption of an image makes a pair with the image; pairs of one group are not each
         other's negatives.
         """
-        weights = {term: schedule.at(step, self.steps) for term, schedule in self.schedules.items()}
         captions = len(text) // len(image)
         if captions > 1:
-            group = torch.arange(len(image), device=image.device) if group is None else group
-            of_images = (image, group, teacher_image)
-            image, group, teacher_image = (
-                None if t is None else t.repeat_interleave(captions, 0) for t in of_images
-            )
-        teacher = (
-            None
-            if teacher_image is None
-            else (teacher_image, teacher_text, self.loss.teacher_scale)
-        )
-        on = {term.removesuffix("_loss"): weight for term, weight in weights.items() if weight}
+            if group is None:
+                group = torch.arange(len(image), device=image.device)
+            group = group.repeat_interleave(captions, 0)
+            image = image.repeat_interleave(captions, 0)
+            if teacher:
+                teacher_image, teacher_text = teacher
+                teacher = (teacher_image.repeat_interleave(captions, 0), teacher_text)
+        weights = {term: schedule.at(step, self.steps) for term, schedule in self.schedules.items()}
         total, terms = self.loss.terms(
-            image, text, logit_scale, weights=on, logit_bias=logit_bias, ids=group, teacher=teacher
+            image,
+            text,
+            logit_scale,
+            weights={term: weight for term, weight in weights.items() if weight},
+            logit_bias=logit_bias,
+            ids=group,
+            teacher=(*teacher, self.loss.teacher_scale) if teacher else None,
         )
-        off = total.new_zeros(())
-        return total, {term: terms.get(term.removesuffix("_loss"), off) for term in weights}
+        zero = total.new_zeros(())
+        return total, {term + SUFFIX: terms.get(term, zero) for term in weights}
+
+
+def _make_loss(config: LossConfig, width: int, teacher: Mapping[str, Any] | None) -> Any:
+    """Returns the loss of an `Objective`, whose docstring explains the arguments."""
+    largest = {term: schedule.largest for term, schedule in config.weights.items()}
+    options: dict[str, Any] = {
+        "pm_weight": largest.get("pair_matching", 0.0),
+        "plane": config.plane,
+        "embed_dim": width,
+        "rank": ranks.number(),
+        "world_size": ranks.count(),
+    }
+    if teacher is None and config.base == "sigmoid":
+        return losses.SigLipLoss(**options)
+    # Gradients are then right after DDP averages them; SigLipLoss always gathers so.
+    options["gather_with_grad"] = True
+    if teacher is None:
+        return losses.ClipPMLoss(**options)
+    loss = losses.WIKDLoss(
+        contrastive_weight=largest.get(config.base, 0.0),
+        relational_weight=largest.get("relational", 0.0),
+        interactive_weight=largest.get("interactive", 0.0),
+        interactive=config.interactive,
+        feature_weight=largest.get("feature", 0.0),
+        divergence="kl",
+        teacher_dim=teacher["width"],
+        **options,
+    )
+    # A tensor made from a number at each step would make the CPU wait for a GPU.
+    scale = torch.tensor(float(teacher["logit_scale"]))
+    loss.register_buffer("teacher_scale", scale, persistent=False)
+    return loss

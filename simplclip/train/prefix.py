@@ -3,15 +3,15 @@ a micro-batch.
 
 The beginning is found by a trial: frozen modules whose output needs no gradient, each of which gets
 the output of the one before. When a micro-batch is encoded again, the last of them returns what it
-returned the first time, and those before it nothing: a tensor without elements on the meta device,
-by which any other use of their outputs is an error.
+returned the first time. Those before it return a tensor without elements on the meta device, so
+that any other use of their outputs is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,7 @@ Encode = Callable[[Batch], Tensor]
 
 
 class Prefix:
-    """Frozen modules that run one after the other.
-
-    The outputs of the last one are kept by micro-batch.
+    """Frozen modules that run one after the other, and the kept outputs of the last one.
 
     A micro-batch whose texts are cropped to several lengths runs the modules several times.
     """
@@ -35,7 +33,8 @@ class Prefix:
     def __init__(self, modules: list[nn.Module], compiled: bool = False) -> None:
         function = torch.compiler.disable(_forward, recursive=False) if compiled else _forward
         self.modules = modules
-        self._former = [vars(module).get("forward") for module in modules]
+        # forwards that were set on a module itself before
+        self._forwards = [vars(module).get("forward") for module in modules]
         self.kept: dict[int, list[Tensor]] = {}  # by the id of the micro-batch
         self._recorded: list[Tensor] | None = None
         self._replayed: list[Tensor] | None = None
@@ -44,11 +43,12 @@ class Prefix:
             module.forward = partial(function, self, last, module.forward)  # type: ignore[method-assign]
 
     def encode(self, function: Encode, batch: Batch) -> Tensor:
-        """Encodes a micro-batch: the first time, without autograd, its outputs are kept, the second
-        time they are used.
+        """Encodes a micro-batch by `function`.
+
+        The first time, without autograd, the outputs are kept; the second time they are used.
         """
         if torch.is_grad_enabled():
-            # None of the last micro-batch, which is encoded once
+            # none are kept of the last micro-batch, which is encoded once
             self._replayed = self.kept.pop(id(batch), None)
         else:
             self._recorded = []
@@ -62,7 +62,7 @@ class Prefix:
 
     def remove(self) -> None:
         """Lets the modules run as before."""
-        for module, forward in zip(self.modules, self._former):
+        for module, forward in zip(self.modules, self._forwards):
             if forward is None:
                 del module.forward
             else:
@@ -78,58 +78,41 @@ def _forward(prefix: Prefix, last: bool, forward: Callable, *args: Any, **option
     return output
 
 
-def _saved_for_nothing() -> saved_tensors_hooks:
-    """Context in which graphs keep no tensors.
+class _Call(NamedTuple):
+    """A call of a module in a trial."""
 
-    A plan's graphs would keep those of a graph without a backward pass.
-    """
-    return saved_tensors_hooks(lambda tensor: None, lambda nothing: None)
+    module: nn.Module
+    first_input: Any
+    output: Any
 
 
 def find(
     model: nn.Module, encode: Encode, batch: Batch, compiled: bool = False
 ) -> tuple[Prefix, int] | None:
-    """Finds the frozen beginning of a tower by encoding `batch`, of one text or image, and the
-    bytes of its output.
+    """Finds the frozen beginning of a tower by encoding `batch`, of one text or image.
 
     compiled: whether torch.compile compiles the tower, which leaves out what depends on the pass.
 
-    Returns None if there is none with weights that multiply, or if the tower cannot run from its
-    output.
+    Returns the beginning and the bytes of its output; None if there is none with weights that
+    multiply, or if the tower cannot run from its output.
     """
-    calls: list[tuple[nn.Module, Any, Any]] = []  # each with its first input and its output
-
-    def called(module: nn.Module, args: tuple, output: Any) -> None:
-        calls.append((module, args[0] if args else None, output))
-
     modules = [
         module for _, module in frozen_modules(model) if not isinstance(module, nn.Embedding)
     ]
     if not modules:
         return None
-    hooks = [module.register_forward_hook(called) for module in modules]
     states = gradient_cache.generators()
     try:
-        with torch.enable_grad(), _saved_for_nothing():
-            features = encode(batch)
+        features, chain = _trial(modules, encode, batch)
     finally:
         gradient_cache.restore(states)
-        for hook in hooks:
-            hook.remove()
-    calls = [call for call in calls if isinstance(call[2], Tensor) and not call[2].requires_grad]
-    chain = calls[-1:]
-    for call in reversed(calls[:-1]):
-        if call[2] is not chain[0][1]:
-            break
-        chain.insert(0, call)
-    matrices = any(weight.dim() > 1 for module, *_ in chain for weight in module.parameters())
-    if not matrices or len({module for module, *_ in calls}) < len(calls):
+    if not chain:
         return None
-    prefix = Prefix([module for module, *_ in chain], compiled)
+    prefix = Prefix([call.module for call in chain], compiled)
     try:
         with torch.no_grad():
             prefix.encode(encode, batch)
-        with torch.enable_grad(), _saved_for_nothing():
+        with torch.enable_grad(), _nothing_saved():
             again = prefix.encode(encode, batch)
         works = again.device == features.device and again.shape == features.shape
     except (RuntimeError, TypeError, ValueError):
@@ -138,4 +121,49 @@ def find(
     if not works:
         prefix.remove()
         return None
-    return prefix, chain[-1][2].nbytes
+    return prefix, chain[-1].output.nbytes
+
+
+def _trial(modules: list[nn.Module], encode: Encode, batch: Batch) -> tuple[Tensor, list[_Call]]:
+    """Encodes a batch; returns its features and the chain of calls of the modules."""
+    calls: list[_Call] = []
+
+    def note(module: nn.Module, args: tuple, output: Any) -> None:
+        calls.append(_Call(module, args[0] if args else None, output))
+
+    hooks = [module.register_forward_hook(note) for module in modules]
+    try:
+        with torch.enable_grad(), _nothing_saved():
+            features = encode(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return features, _chain(calls)
+
+
+def _nothing_saved() -> saved_tensors_hooks:
+    """Context in which graphs keep no tensors.
+
+    A plan's graphs would keep those of a graph without a backward pass.
+    """
+    return saved_tensors_hooks(lambda tensor: None, lambda nothing: None)
+
+
+def _chain(calls: list[_Call]) -> list[_Call]:
+    """Returns the calls that make the frozen beginning; none if keeping its output gains nothing.
+
+    It gains nothing without matrices. Modules that are called twice make no beginning.
+    """
+    calls = [
+        call for call in calls if isinstance(call.output, Tensor) and not call.output.requires_grad
+    ]
+    chain = calls[-1:]
+    for call in reversed(calls[:-1]):
+        if call.output is not chain[0].first_input:
+            break
+        chain.insert(0, call)
+    weights = [weight for call in chain for weight in call.module.parameters()]
+    repeated = len({call.module for call in calls}) < len(calls)
+    if repeated or not any(weight.dim() > 1 for weight in weights):
+        return []
+    return chain

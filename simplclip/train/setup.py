@@ -1,5 +1,8 @@
-"""The state of a run: model, inherited weights, objective, optimizer and averages, made from a
-config or a checkpoint.
+"""The state of a run, made from a config or a checkpoint in three steps.
+
+load_model      a model on the CPU with its weights
+prepare_model   the model as it trains: layout, folded copies, cropped texts
+make_state      all that a step needs: objective, optimizer, averages
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from simplclip.train.prefix import Prefix
 
 
 @dataclass
-class Prepared:
+class PreparedModel:
     """A model with its weights, as it trains."""
 
     model: Any
@@ -43,28 +46,35 @@ class Prepared:
 
 
 @dataclass
-class State(Prepared):
-    """All that a step of training reads and changes.
+class PreparedRun(PreparedModel):
+    """What a run keeps from its start to its end. A step changes only the values of tensors in it.
 
-    Between two steps it is that of a whole step.
+    The config is replaced twice before the end: when the data is packed, and when `Compilation`
+    decides.
     """
 
     config: Config
     device: torch.device
     precision: str
+    transform: Any  # of images
+    channels_last: bool  # the layout of images
+    # name, width and logit_scale of the teacher whose features the samples have
+    teacher: Mapping[str, Any] | None
     objective: Objective  # with objective.loss, the module of the loss's own parameters
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Average | None
-    transform: Any
-    channels_last: bool
-    # name, width and logit_scale of the teacher whose features the samples have
-    teacher: Mapping[str, Any] | None
-    # of the towers, whose outputs gradient caching keeps
+    # by tower: frozen beginnings whose outputs gradient caching keeps
     prefixes: dict[str, Prefix] = field(default_factory=dict)
-    # of the towers, if several ranks exchange gradients
+    # by tower: what exchanges gradients between ranks
     wrappers: dict[str, Any] = field(default_factory=dict)
-    step: int = 0
+
+
+@dataclass
+class State(PreparedRun):
+    """A run and how far it is. Between two steps it is the state after a whole step."""
+
+    step: int = 0  # steps that are done
     # the loaders' states of all ranks after the step's last batch
     data: list[dict[str, Any]] | None = None
     updating: bool = False  # while a step changes the weights, which cannot be undone
@@ -72,9 +82,9 @@ class State(Prepared):
     @property
     def logit_bias(self) -> Tensor | None:
         """The bias that the loss uses."""
-        return (
-            getattr(self.model, "logit_bias", None) if self.config.loss.base == "sigmoid" else None
-        )
+        if self.config.loss.base != "sigmoid":
+            return None
+        return getattr(self.model, "logit_bias", None)
 
     def parts(self) -> dict[str, Any]:
         """Returns the parts that a checkpoint holds by their state_dict."""
@@ -84,17 +94,21 @@ class State(Prepared):
             "optimizer": self.optimizer,
             "scaler": self.scaler,
         }
-        return parts | ({"ema": self.ema} if self.ema else {})
+        if self.ema:
+            parts["ema"] = self.ema
+        return parts
 
 
-def make_model(
+def load_model(
     config: Config, checkpoint: Mapping[str, Any] | None = None
 ) -> tuple[Any, list[str], list[str]]:
-    """Makes a run's model on the CPU, with the weights of `checkpoint`, inherited ones, or those
-    that it starts from.
+    """Makes a run's model on the CPU with its weights.
+
+    These are the weights of `checkpoint`, or else those from which the run starts: of
+    model.checkpoint, of inherit.source, or random ones.
 
     Returns the model, the names of its frozen modules and parameters, and lines for the log. Raises
-    as `setup`.
+    as `make_state`.
     """
     model: Any = build_model(config.model.model_dump(), config.loss.base)
     if checkpoint:
@@ -104,31 +118,37 @@ def make_model(
     frozen, lines = list[str](), list[str]()
     if config.model.checkpoint is not None:
         try:
-            lines += str(inherit(model, config.model.checkpoint, train="*")).splitlines()
+            table = inherit(model, config.model.checkpoint, train="*")
         except (CheckpointError, FileNotFoundError) as error:
             raise ConfigError(f"model.checkpoint: {str(error).removeprefix('source: ')}") from None
+        lines += str(table).splitlines()
     if config.inherit.source is not None:
         table = inherit(
             model, config.inherit.source, train=config.inherit.train, blocks=config.inherit.blocks
         )
-        frozen, lines = table.names, lines + str(table).splitlines()
+        frozen = table.names
+        lines += str(table).splitlines()
     for name in ("logit_scale", "logit_bias"):  # a value of the config replaces that of the weights
-        if (value := config.model.options.get(f"init_{name}")) is not None:
+        value = config.model.options.get(f"init_{name}")
+        if value is not None:
             nn.init.constant_(getattr(model, name), value)
     return model, frozen, lines
 
 
-def prepare(
+def prepare_model(
     model: Any,
     frozen: list[str],
     lines: list[str],
     config: Config,
     precision: str,
     device: torch.device,
-) -> Prepared:
-    """Prepares what `make_model` returned for training on a device, where the model need not be
-    yet: norms, recomputation, cropped texts, layout, folded copies, compilation.
+) -> PreparedModel:
+    """Prepares what `load_model` returned for training: norms, recomputation, cropped texts,
+    layout, folded copies, compilation.
+
+    device: the device of the training, where the model need not be yet.
     """
+    lines = list(lines)
     if config.model.freeze_norms:
         freeze_norms(model)
     if config.model.recompute:
@@ -140,14 +160,15 @@ def prepare(
     try:
         crop = crop_texts(model)
     except InputError as error:
-        crop, lines = None, [*lines, f"texts      computed at full length: {error}"]
+        crop = None
+        lines.append(f"texts      computed at full length: {error}")
     if runs_channels_last(model, config, device):
         model.visual.to(memory_format=torch.channels_last)
-        lines = [*lines, "layout     the image tower is in channels_last (run.channels_last)"]
+        lines.append("layout     the image tower is in channels_last (run.channels_last)")
     folded = fold_frozen(model, hardware.DTYPES[precision])
     if folded:
-        lines = [*lines, f"frozen     folded, in channels_last: {', '.join(folded)}"]
-    prepared = Prepared(model, frozen, folded, crop, lines)
+        lines.append(f"frozen     folded, in channels_last: {', '.join(folded)}")
+    prepared = PreparedModel(model, frozen, folded, crop, lines)
     if config.run.compile is True:
         compile_towers(prepared)
     return prepared
@@ -156,10 +177,8 @@ def prepare(
 def runs_channels_last(model: Any, config: Config, device: torch.device) -> bool:
     """Whether the image tower runs in channels_last on a device.
 
-    "auto": on a GPU, if it has several convolutions and none of more than one group but depthwise
-    ones.
-
-    timm's authors measured training on an RTX 3090: ResNet-50 826 images/s, 1,218 in channels_last;
+    "auto": on a GPU, if it has several convolutions, each without groups or depthwise. timm's
+    authors measured training on an RTX 3090: ResNet-50 826 images/s, 1,218 in channels_last;
     MobileNetV3 2,167 and 2,732; but RegNetY, whose convolutions have groups, 697 and 497.
     """
     if config.run.channels_last != "auto":
@@ -169,7 +188,7 @@ def runs_channels_last(model: Any, config: Config, device: torch.device) -> bool
     return device.type == "cuda" and len(convolutions) > 1 and not grouped
 
 
-def compiled_parts(prepared: Prepared) -> list[Any]:
+def compiled_parts(prepared: PreparedModel) -> list[Any]:
     """Returns what `compile_towers` compiles.
 
     The token embedding is not, since its compiled gradient adds in an order that changes.
@@ -178,7 +197,7 @@ def compiled_parts(prepared: Prepared) -> list[Any]:
     return [prepared.model.visual, text.transformer, *prepared.folded.values()]
 
 
-def compile_towers(prepared: Prepared) -> None:
+def compile_towers(prepared: PreparedModel) -> None:
     """Lets the towers run by torch.compile from now on.
 
     Sizes are fixed, since the choice of sizes that dynamo makes dynamic depends on earlier
@@ -190,25 +209,25 @@ def compile_towers(prepared: Prepared) -> None:
         part.compile(dynamic=False)
 
 
-def setup(
+def make_state(
     config: Config,
     device: torch.device,
     precision: str,
     checkpoint: Mapping[str, Any] | None = None,
     *,
-    prepared: Prepared | None = None,
+    prepared: PreparedModel | None = None,
     teacher: Mapping[str, Any] | None = None,
 ) -> State:
     """Makes the state of a run that begins, or that continues from `checkpoint`.
 
-    prepared: what `prepare` returned, with all tensors on `device`; made here if None. teacher:
-    name, width and logit_scale of the teacher, by default read from the data if a term needs a
-    teacher.
+    prepared: what `prepare_model` returned, with all tensors on `device`; made here if None.
+    teacher: name, width and logit_scale of the teacher, by default read from the data if a term
+    needs a teacher.
 
     Raises InputError, FileNotFoundError; CheckpointError if the checkpoint does not fit the model.
     """
     if prepared is None:
-        prepared = prepare(*make_model(config, checkpoint), config, precision, device)
+        prepared = prepare_model(*load_model(config, checkpoint), config, precision, device)
         for module in (prepared.model, *prepared.folded.values()):
             module.to(device)
     model = prepared.model
@@ -219,55 +238,76 @@ def setup(
     share_norms(model, device)
     with device:
         objective = Objective(config.loss, config.run.steps or 1, width_of(config), teacher)
-    copies = [module for name, module in prepared.folded.items() if name.startswith("visual")]
-    weights = [p for module in (model.visual, *copies) for p in module.parameters()]
     state = State(
         **vars(prepared),
         config=config,
         device=device,
         precision=precision,
+        transform=transform,
+        channels_last=_has_channels_last(prepared),
+        teacher=teacher,
         objective=objective,
         optimizer=make_optimizer(model, objective.loss, config),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         ema=Average(model, config.optim.ema) if config.optim.ema is not None else None,
-        transform=transform,
-        channels_last=any(p.ndim == 4 and not p.is_contiguous() for p in weights),
-        teacher=teacher,
     )
     if checkpoint:
-        for name, part in state.parts().items():
-            if name != "model":
-                _load(part, checkpoint.get(name))
-        state.step, state.data = checkpoint["step"], checkpoint["data"]
-        before, now = checkpoint["config"]["run"]["steps"], config.run.steps
-        longer = "" if before == now else f"; the learning rate now ends at {now}, not {before}"
-        state.lines.append(f"resume     continuing from step {state.step}{longer}")
+        _continue_from(checkpoint, state)
     model.train()
     return state
 
 
+def _has_channels_last(prepared: PreparedModel) -> bool:
+    """Whether a weight of the image tower, or of its folded copies, is in channels_last."""
+    modules = [prepared.model.visual]
+    modules += [copy for name, copy in prepared.folded.items() if name.startswith("visual")]
+    weights = [weight for module in modules for weight in module.parameters()]
+    return any(weight.ndim == 4 and not weight.is_contiguous() for weight in weights)
+
+
+def _continue_from(checkpoint: Mapping[str, Any], state: State) -> None:
+    """Loads all but the weights, which the model has, and the position of the run."""
+    for name, part in state.parts().items():
+        if name != "model":
+            _load(part, checkpoint.get(name))
+    state.step, state.data = checkpoint["step"], checkpoint["data"]
+    line = f"resume     continuing from step {state.step}"
+    before, now = checkpoint["config"]["run"]["steps"], state.config.run.steps
+    if before != now:
+        line += f"; the learning rate now ends at {now}, not {before}"
+    state.lines.append(line)
+
+
 def _load(part: Any, saved: Any) -> None:
+    """Loads a part's state dict; raises CheckpointError if it does not fit."""
     try:
         part.load_state_dict(saved)
-        # it checks no shapes, and fused updates would read beyond the ends
         if isinstance(part, torch.optim.Optimizer):
-            for weight, moments in part.state.items():
-                for name in ("exp_avg", "exp_avg_sq", *(moments.keys() & {"max_exp_avg_sq"})):
-                    if moments[name].shape != weight.shape:
-                        raise ValueError(
-                            f"{name} of shape {list(moments[name].shape)} for {list(weight.shape)}"
-                        )
+            _check_moments(part)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         expected = f"the state of this model's {type(part).__name__}"
         raise CheckpointError(f"checkpoint: expected {expected}, got {load_error(error)}") from None
 
 
-def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | None) -> None:
-    """Raises ConfigError if data.augment differs from the augmentation of the views that the
-    teacher saw.
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for moments of another shape than that of their weight.
+
+    Optimizers check no shapes, and fused updates would read beyond the ends.
     """
+    for weight, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq", *(moments.keys() & {"max_exp_avg_sq"})):
+            if moments[name].shape != weight.shape:
+                raise ValueError(
+                    f"{name} of shape {list(moments[name].shape)} for {list(weight.shape)}"
+                )
+
+
+def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | None) -> None:
+    """Raises ConfigError if data.augment is not the augmentation of the teacher's views."""
     views = teacher.get("views") if teacher else None
-    if views and config.data.augment is not None and augmentation(transform) != views["augment"]:
+    if not views or config.data.augment is None:
+        return
+    if augmentation(transform) != views["augment"]:
         raise ConfigError(
             f"data.augment: expected null, or {views['augment']!r} as in the views that the "
             f"teacher {teacher['name']} saw and training replays, got {augmentation(transform)!r}"
@@ -276,10 +316,8 @@ def _check_views(config: Config, transform: Any, teacher: Mapping[str, Any] | No
 
 def width_of(config: Config) -> int:
     """Returns D, the width of the model's features."""
-    return (
-        config.model.options.get("embed_dim")
-        or models.spec_of(config.model.name).config["embed_dim"]
-    )
+    width = config.model.options.get("embed_dim")
+    return width or models.spec_of(config.model.name).config["embed_dim"]
 
 
 class Average:
@@ -326,33 +364,40 @@ class Average:
 
 
 def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Returns an AdamW that decays matrices only: no norms, biases, gains, scales, class tokens or
-    parameters of the loss.
+    """Returns an AdamW that decays matrices only.
+
+    Norms, biases, gains, scales, class tokens and parameters of the loss have no decay.
     """
-    o = config.optim
+    options = config.optim.options
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for p in model.parameters():
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         # A matrix has two dimensions above 1; a layer scale [C, 1, 1] is a gain.
-        if p.requires_grad:
-            (decayed if sum(n > 1 for n in p.shape) >= 2 else rest).append(p)
-    rest += [p for p in loss.parameters() if p.requires_grad]
+        if sum(size > 1 for size in parameter.shape) >= 2:
+            decayed.append(parameter)
+        else:
+            rest.append(parameter)
+    rest += [parameter for parameter in loss.parameters() if parameter.requires_grad]
     groups = [
-        {"params": decayed, "weight_decay": o.weight_decay},
+        {"params": decayed, "weight_decay": config.optim.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
     try:
-        return torch.optim.AdamW(groups, lr=o.lr, weight_decay=0.0, fused=True, **o.options)
+        return torch.optim.AdamW(
+            groups, lr=config.optim.lr, weight_decay=0.0, fused=True, **options
+        )
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise ConfigError(
-            f"optim.options: expected arguments of torch.optim.AdamW, got {o.options}: {error}"
+            f"optim.options: expected arguments of torch.optim.AdamW, got {options}: {error}"
         ) from None
 
 
 def learning_rate(config: Config, step: int) -> float:
     """Returns the learning rate of `step` (from 0): linear warm-up, then a cosine down to 0."""
-    o, steps = config.optim, config.run.steps
-    if step < o.warmup:
-        return o.lr * (step + 1) / o.warmup
-    done = (step - o.warmup) / (steps - o.warmup)
-    return o.lr * 0.5 * (1 + math.cos(math.pi * done))
+    lr, warmup = config.optim.lr, config.optim.warmup
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / (config.run.steps - warmup)
+    return lr * 0.5 * (1 + math.cos(math.pi * done))

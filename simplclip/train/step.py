@@ -44,28 +44,23 @@ def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, state.config.optim.grad_clip or math.inf)
-
+    figures = {**terms, "logit_scale": state.model.logit_scale.exp()}
+    if state.logit_bias is not None:
+        figures["logit_bias"] = state.logit_bias
+    figures["grad_norm"] = norm
     # The step synchronises once, before the update, so that a bad step does not change the
     # parameters.
-    figures = {**terms, "logit_scale": state.model.logit_scale.exp()}
-    figures |= (
-        {"grad_norm": norm}
-        if state.logit_bias is None
-        else {"logit_bias": state.logit_bias, "grad_norm": norm}
-    )
-    values = dict(
-        zip(
-            figures,
-            torch.stack([v.detach().float().reshape(()) for v in figures.values()]).tolist(),
-        )
-    )
+    on_device = torch.stack([figure.detach().float().reshape(()) for figure in figures.values()])
+    values = dict(zip(figures, on_device.tolist()))
     # The scaler handles an infinite gradient: it skips the step and lowers its scale.
-    watched = [k for k in values if k != "grad_norm" or not scaler.is_enabled()]
-    if not all(math.isfinite(values[k]) for k in watched):
+    watched = dict(values)
+    if scaler.is_enabled():
+        del watched["grad_norm"]
+    if not all(math.isfinite(value) for value in watched.values()):
+        shown = ", ".join(f"{name}={value:g}" for name, value in watched.items())
         raise TrainingError(
-            f"step {state.step + 1}: not finite: "
-            f"{', '.join(f'{k}={values[k]:g}' for k in watched)}; stopped before the update. Try a "
-            "new run with a lower optim.lr, a longer optim.warmup or run.precision=fp32"
+            f"step {state.step + 1}: not finite: {shown}; stopped before the update. Try a new run "
+            "with a lower optim.lr, a longer optim.warmup or run.precision=fp32"
         )
     lr = learning_rate(state.config, state.step)
     update(state, lr)
@@ -73,12 +68,14 @@ def train_step(state: State, batches: list[Batch]) -> dict[str, float]:
 
 
 def gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
-    """Adds the gradients of a step to `.grad`; returns "loss", then its weighted terms by name,
-    without gradients.
+    """Adds the gradients of a step to `.grad`.
+
+    Returns "loss", then its weighted terms by their columns, without gradients.
     """
     # in this order the towers run
     encode = {"text": partial(encode_text, state), "image": partial(encode_image, state)}
-    encode |= {tower: partial(wrapper, encode[tower]) for tower, wrapper in state.wrappers.items()}
+    for tower, wrapper in state.wrappers.items():
+        encode[tower] = partial(wrapper, encode[tower])
     if state.config.data.micro_batch is None:
         (batch,) = batches
         features = {tower: function(batch) for tower, function in encode.items()}
@@ -90,13 +87,19 @@ def gradients(state: State, batches: list[Batch]) -> dict[str, Tensor]:
         prefix.kept.clear()  # of a step that failed
         encode[tower] = partial(prefix.encode, encode[tower])
 
-    def in_order(text: Tensor, image: Tensor) -> Any:
-        """Computes the loss of texts that were sorted by length in the order of their images."""
-        return losses(state, batches, image, text if rows is None else text.index_select(0, rows))
+    def losses_in_order(text: Tensor, image: Tensor) -> Any:
+        """Computes the loss of texts, which may be sorted by length, in the order of the images."""
+        if rows is not None:
+            text = text.index_select(0, rows)
+        return losses(state, batches, image, text)
 
-    modules = nn.ModuleList([state.model, *state.wrappers.values()])
-    inputs = {"image": batches, "text": texts}
-    terms = gradient_cache.backward(encode, inputs, in_order, model=modules, scaler=state.scaler)
+    terms = gradient_cache.backward(
+        encode,
+        {"image": batches, "text": texts},
+        losses_in_order,
+        model=nn.ModuleList([state.model, *state.wrappers.values()]),
+        scaler=state.scaler,
+    )
     return {"loss": reduce(torch.add, terms.values()), **terms}
 
 
@@ -121,16 +124,26 @@ def losses(
     """Returns the loss over all `batches` from their features, and its weighted terms without
     gradients.
     """
-    names = ("teacher_image", "teacher_text") if state.teacher else ()
-    features = [torch.cat([batch[name] for batch in batches]).flatten(0, -2) for name in names]
-    teacher = [part.to(state.device, non_blocking=True) for part in features]
-    if state.teacher and (width := teacher[0].shape[1]) != state.teacher["width"]:
-        expected = f"features of width {state.teacher['width']}, as their meta.json says"
-        raise InputError(f"data.sidecars: expected {expected}, got features of width {width}")
+    teacher = _teacher_features(state, batches) if state.teacher else []
     groups = _groups(state, batches)
     with hardware.autocast(state.precision, state.device):
         scale, bias = averaged(state.model.logit_scale), averaged(state.logit_bias)
         return state.objective(state.step, image, text, scale.exp(), bias, groups, *teacher)
+
+
+def _teacher_features(state: State, batches: list[Batch]) -> list[Tensor]:
+    """Returns the teacher's features of the images [N, D̂] and of the texts [N k, D̂] of a step."""
+    features = []
+    for name in ("teacher_image", "teacher_text"):
+        rows = torch.cat([batch[name] for batch in batches]).flatten(0, -2)
+        features.append(rows.to(state.device, non_blocking=True))
+    width, expected = features[0].shape[1], state.teacher["width"]
+    if width != expected:
+        raise InputError(
+            f"data.sidecars: expected features of width {expected}, as their meta.json says, got "
+            f"features of width {width}"
+        )
+    return features
 
 
 def encode_image(state: State, batch: Batch) -> Tensor:
@@ -154,8 +167,9 @@ def encode_text(state: State, batch: Batch) -> Tensor:
 
 
 def keep_frozen(state: State, memory: int | None = None) -> None:
-    """Finds the frozen beginnings of the towers for gradient caching, and keeps their outputs where
-    there is room.
+    """Finds the frozen beginnings of the towers for gradient caching.
+
+    Their outputs are kept where there is room.
 
     memory: bytes of the device, by default of this machine's.
     """
@@ -167,23 +181,19 @@ def keep_frozen(state: State, memory: int | None = None) -> None:
     except InputError:  # which the first step raises
         return
     images = config.data.batch_size // ranks.count()
-    side = state.model.visual.image_size
-    length = getattr(state.model, "context_length", None) or state.model.text.context_length
-    # no run of equal tokens at the end, so that nothing is cropped
-    tokens = torch.arange(length) % 2
-    size = (side, side) if isinstance(side, int) else side
-    towers = {
-        "image": (encode_image, torch.zeros(1, 3, *size, dtype=torch.uint8), images),
-        "text": (encode_text, tokens.unsqueeze(0), images * config.data.captions_per_image),
-    }
+    counts = {"image": images, "text": images * config.data.captions_per_image}
     room = (memory or hardware.total_memory(state.device)) // KEPT_SHARE
-    for tower, (encode, value, count) in towers.items():
-        found = prefixes.find(
-            state.model, partial(encode, state), {tower: value}, config.run.compile is not False
+    for tower, encode in (("image", encode_image), ("text", encode_text)):
+        beginning = prefixes.find(
+            state.model,
+            partial(encode, state),
+            _trial_batch(state.model, tower),
+            config.run.compile is not False,
         )
-        if found is None:
+        if beginning is None:
             continue
-        prefix, size = found[0], found[1] * count
+        prefix, size = beginning
+        size *= counts[tower]
         if size > room:
             prefix.remove()
             continue
@@ -191,13 +201,26 @@ def keep_frozen(state: State, memory: int | None = None) -> None:
         state.prefixes[tower] = prefix
         state.lines.append(
             f"frozen     the {tower} tower's beginning runs once a step; its output takes "
-            f"{-(-size >> 20)} MiB"
+            f"{math.ceil(size / 2**20)} MiB"
         )
 
 
+def _trial_batch(model: Any, tower: str) -> Batch:
+    """Returns a batch of one image or of one text."""
+    if tower == "image":
+        side = model.visual.image_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return {"image": torch.zeros(1, 3, height, width, dtype=torch.uint8)}
+    length = getattr(model, "context_length", None) or model.text.context_length
+    # no run of equal tokens at the end, so that nothing is cropped
+    tokens = torch.arange(length) % 2
+    return {"text": tokens.unsqueeze(0)}
+
+
 def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tensor | None]:
-    """Splits the captions of a step for the text tower; also returns the row of each one's
-    features, None if in order.
+    """Splits the captions of a step for the text tower.
+
+    Also returns the row of each caption's features, None if they are in order.
 
     If texts are cropped, a micro-batch has at most as many tokens as the configured number of texts
     of full length. Ranks may have different numbers of micro-batches, since they exchange nothing
@@ -206,14 +229,13 @@ def text_batches(state: State, batches: list[Batch]) -> tuple[list[Batch], Tenso
     if state.crop is None or len(batches) == 1:
         return batches, None
     texts = torch.cat([batch["text"].flatten(0, -2) for batch in batches])
-    rows = state.crop.split(texts, len(texts) // len(batches) * texts.shape[1])
-    return [{"text": texts[part]} for part in rows], torch.cat(rows).argsort().to(state.device)
+    parts = state.crop.split(texts, len(texts) // len(batches) * texts.shape[1])
+    rows = torch.cat(parts).argsort().to(state.device)
+    return [{"text": texts[part]} for part in parts], rows
 
 
 def _groups(state: State, batches: list[Batch]) -> Tensor | None:
-    """Returns the groups [N] of a step; None if all pairs of all ranks are known to be of different
-    ones.
-    """
+    """Returns the groups [N] of a step; None if they are known to differ, on all ranks."""
     # on the CPU, where reading them waits for nothing
     groups = torch.cat([batch["group"] for batch in batches])
     if ranks.count() == 1 and len(set(groups.tolist())) == len(groups):

@@ -10,7 +10,7 @@ from simplclip import models
 from simplclip.commands.main import app
 from simplclip.models.inherit import inherit
 from simplclip.train import config, loop
-from simplclip.train.setup import setup
+from simplclip.train.setup import make_state
 from simplclip.train.step import train_step
 from support.models.mobileclip_s0 import all_tokens, weights
 from support.models.weights import with_statistics
@@ -68,7 +68,7 @@ def test_a_training_step_of_the_config(name, tmp_path):
     data = [f"data.train={shard}", f"data.sidecars=[{tmp_path / 'teacher'}]", "data.workers=0"]
     data += ["data.batch_size=4", "data.micro_batch=2"]
     changes = [*data, f"inherit.source={tmp_path / 'source.pt'}", "run.precision=fp32"]
-    state = setup(config.load(name, changes), torch.device("cpu"), "fp32")
+    state = make_state(config.load(name, changes), torch.device("cpu"), "fp32")
     assert len(state.frozen) > 8
     state.step = 20_000
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}

@@ -397,7 +397,7 @@ def test_shapes_are_those_of_the_run(tiny, tmp_path):
     with torch.device("meta"):
         model, frozen = shapes_of(values)
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    assert frozen == setup.make_model(values)[1] != []
+    assert frozen == setup.load_model(values)[1] != []
 
 
 @pytest.mark.slow

@@ -66,8 +66,9 @@ def captioned(source, weights, tmp_path_factory):
 
 
 def run(source, out, weights, **options):
-    options = {"n": 2, "batch_size": 4, "max_tokens": CONTEXT, "progress": False} | options
-    return caption.run(str(source), out, NAME, checkpoint=weights, **options)
+    sampling = caption.Sampling(n=2, max_tokens=CONTEXT, seed=options.pop("seed", 0))
+    options = {"batch_size": 4, "progress": False} | options
+    return caption.run(str(source), out, NAME, sampling, checkpoint=weights, **options)
 
 
 def records(folder):

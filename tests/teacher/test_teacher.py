@@ -62,7 +62,7 @@ def test_features_are_those_of_the_model(folder, tmp_path):
     )
     assert f"the teacher's own R@1 on the first 48 samples: {ways}" in printed
     assert ("warning: it hardly knows these pairs" in printed) == (max(recall) < 3 / 24)
-    teacher.write(source, tmp_path / "none", load(folder), batch_size=5, progress=False)
+    teacher.write_features(source, tmp_path / "none", load(folder), batch_size=5, progress=False)
     # the same with and without workers
     assert digests(tmp_path / "two") == digests(tmp_path / "none")
     model = open_clip.create_model("tiny", pretrained=str(folder / "tiny.pt")).eval()

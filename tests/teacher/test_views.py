@@ -67,7 +67,7 @@ def transform(size, augment=AUGMENT, **options):
 
 def teach(folder, out, augment=AUGMENT, number=VIEWS, **options):
     views = teacher.Views(transform(32, augment), number, seed=5)
-    return teacher.write(
+    return teacher.write_features(
         folder / "in" / "*.tar", out, load(folder), views=views, progress=False, **options
     )
 
@@ -207,7 +207,7 @@ def test_only_a_transform_that_replays_takes_views(folder, tmp_path):
     with pytest.raises(
         ValueError, match="teacher: expected open_clip's preprocessing or an ImageTransform, got"
     ):
-        teacher.write(
+        teacher.write_features(
             folder / "in" / "*.tar", tmp_path / "none", other, views=teacher.Views(transform(32), 2)
         )
     teach(folder, tmp_path / "out")
@@ -312,7 +312,7 @@ def taught(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("taught")
     tiny.write_shard(out / "data" / "train-0.tar")
     views = teacher.Views(models.transforms("siclip-tiny", train=True), 2)
-    teacher.write(
+    teacher.write_features(
         out / "data" / "*.tar", out / "sidecars", load(folder), views=views, progress=False
     )
     return out
@@ -353,4 +353,4 @@ def test_counts_below_one_are_refused():
     with pytest.raises(ValueError, match="views: expected an integer of at least 1, got -1"):
         teacher.Views(transform(32, AUGMENT), -1)
     with pytest.raises(ValueError, match="n: expected an integer of at least 1, got 0"):
-        caption.run("a.tar", "out", "coca_ViT-B-32", n=0)
+        caption.Sampling(n=0)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from simplclip import losses
 from simplclip.common import ranks
-from simplclip.train.config import LossConfig, Schedule
 from simplclip.train.objective import Objective
+from simplclip.train.sections import LossConfig, Schedule
 from simplclip.train.step import _groups
 
 TEACHER = {"name": "t", "width": 6, "logit_scale": 12.0}
@@ -118,6 +118,7 @@ def test_sigmoid_and_pair_matching(plane):
     )
     matching = losses.ClipPMLoss(embed_dim=8, **options).double()
     ours.loss.double()
+    assert ours.loss.pm_weight == 2.0, "the loss knows the largest weight of the schedule"
     pair = torch.eye(6, dtype=torch.bool)
     logits = scale * x @ y.T + bias
     dense = (

@@ -374,7 +374,8 @@ def waits(folder):
     with ranks.joined(0.05):
         seconds = ranks.on_first(lambda: time.sleep(6) or time.monotonic() - began)
         with pytest.raises((ValueError, SystemExit), match="bad|1"):
-            ranks.on_first(lambda: int("bad"))
+            ranks.on_first(int, "bad")
+        assert ranks.on_first(ranks.count) == 2, "a signal meanwhile is one to several ranks"
     (folder / f"waited-{os.environ['RANK']}").write_text(str(seconds))
 
 

@@ -14,12 +14,11 @@ from simplclip.common.errors import InputError
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import step
 from simplclip.train.config import ConfigError, load
-from simplclip.train.setup import setup
+from simplclip.train.setup import make_state
 from support.train import tiny
 from support.train.runs import bits, check_resumed, go, state_of
 
 pytestmark = pytest.mark.long
-
 
 CPU = torch.device("cpu")
 
@@ -33,7 +32,7 @@ def trained(tmp_path_factory):
 
 
 def started(folder, *changes):
-    return setup(tiny.settings(folder, *changes), CPU, "fp32")
+    return make_state(tiny.settings(folder, *changes), CPU, "fp32")
 
 
 def weights_of(run):

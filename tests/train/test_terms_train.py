@@ -15,7 +15,7 @@ from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import loop
-from simplclip.train.setup import setup
+from simplclip.train.setup import make_state
 from simplclip.train.step import train_step
 from support.train import tiny
 from support.train.runs import check_resumed, go, rows
@@ -65,7 +65,7 @@ def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
         ([started], 80, None),
         ([SIGMOID, started, set_scale, set_bias], 30, -4),
     ):
-        model = setup(tiny.settings(tmp_path, *changes), CPU, "fp32").model
+        model = make_state(tiny.settings(tmp_path, *changes), CPU, "fp32").model
         assert model.logit_scale.exp().item() == pytest.approx(scale), changes
         assert (None if model.logit_bias is None else model.logit_bias.item()) == bias, changes
         if SIGMOID in changes and (scale, bias) in ((10, -10), (10, None)):
@@ -166,7 +166,7 @@ def test_micro_batches_give_the_whole_batches_gradient(tmp_path, monkeypatch, mi
             f"loss.{name}_weight=0.7" for name in ("feature", "relational", "interactive", "pm")
         ]
         settings = [SIGMOID, *weights, "data.captions_per_image=2", *changes]
-        state = setup(tiny.settings(tmp_path, *settings, teacher=256), CPU, "fp32")
+        state = make_state(tiny.settings(tmp_path, *settings, teacher=256), CPU, "fp32")
         torch.nn.init.normal_(state.model.text.transformer.resblocks[0].qk.weight, std=0.05)
         seen = []
         original = state.model.encode_text

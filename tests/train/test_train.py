@@ -16,7 +16,7 @@ from simplclip.models.trained import CheckpointError, read_checkpoint
 from simplclip.train import checkpoint, log, loop
 from simplclip.train.config import ConfigError
 from simplclip.train.log import Log
-from simplclip.train.setup import learning_rate, setup
+from simplclip.train.setup import learning_rate, make_state
 from simplclip.train.step import train_step
 from support.data.pairs import digests, table
 from support.train import tiny
@@ -290,7 +290,9 @@ def test_learning_rate(tmp_path):
 
 
 def test_only_matrices_decay_and_the_scale_is_held_below_100(tmp_path):
-    state = setup(tiny.settings(tmp_path, "optim.weight_decay=0.3", "optim.warmup=0"), CPU, "fp32")
+    state = make_state(
+        tiny.settings(tmp_path, "optim.weight_decay=0.3", "optim.warmup=0"), CPU, "fp32"
+    )
     decayed, rest = state.optimizer.param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     loss = state.objective.loss
@@ -316,10 +318,10 @@ def test_a_model_of_which_only_the_scale_trains(tmp_path):
         "loss.pm_weight=0",
     ]
     torch.save(
-        setup(tiny.settings(tmp_path, changes[0]), CPU, "fp32").model.state_dict(),
+        make_state(tiny.settings(tmp_path, changes[0]), CPU, "fp32").model.state_dict(),
         tmp_path / "a.pt",
     )
-    state = setup(tiny.settings(tmp_path, *changes), CPU, "fp32")
+    state = make_state(tiny.settings(tmp_path, *changes), CPU, "fp32")
     assert [len(group["params"]) for group in state.optimizer.param_groups] == [0, 1]
 
 
@@ -354,7 +356,7 @@ def test_lines_by_time_and_a_checkpoint_after_some_minutes(tmp_path, monkeypatch
 def test_csv_of_a_run_keeps_its_columns_and_drops_later_rows(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "m.csv").write_text("step,loss\n1,0.5\n2,0.7\n3,")
-    state = setup(tiny.settings(tmp_path), CPU, "fp32")
+    state = make_state(tiny.settings(tmp_path), CPU, "fp32")
     state.step = 1
     lines = Log(state, Console())
     for step in (2, 3):

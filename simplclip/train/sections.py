@@ -1,0 +1,368 @@
+"""The sections of a configuration: every key with its type, its meaning and its default.
+
+config.py reads them. Nothing here needs torch, so that a wrong key is answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
+
+DEVICES = r"^(auto|cpu|cuda(:\d+)?)$"
+
+
+class Section(BaseModel):
+    """Base class of sections: unknown keys and values of other types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def setting(default: Any, description: str, **limits: Any) -> Any:
+    """Returns a field of a section. The default `...` means that the key is required."""
+    return Field(default, description=description, **limits)
+
+
+def shown(value: Any) -> str:
+    """Returns a value and its type as an error shows them."""
+    text = repr(value)
+    if len(text) > 60:
+        text = f"{text[:57]}..."
+    return f"{text} ({type(value).__name__})"
+
+
+class ModelConfig(Section):
+    name: str = setting("siclip-tiny", "name of the model, see `simplclip.models.create`")
+    options: dict[str, Any] = setting({}, "keyword arguments for `simplclip.models.create`")
+    checkpoint: str | None = setting(
+        None,
+        "trained weights to start from: a run, a checkpoint, an export, open_clip's NAME/TAG or a "
+        "file; all that fit are loaded, positional embeddings interpolated, and all train. Read at "
+        "the start of a run alone",
+    )
+    image_size: int | None = setting(None, "pixels of a side; null: the model's own", ge=1)
+    context_length: int | None = setting(None, "tokens of a text; null: the model's own", ge=2)
+    freeze_norms: bool = setting(
+        False, "keep batch norms in eval mode; gradient caching needs it unless they are inherited"
+    )
+    recompute: bool = setting(
+        False,
+        "blocks keep only their input and are computed again in backward: a quarter more time",
+    )
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> ModelConfig:
+        for section, name in (("vision_cfg", "image_size"), ("text_cfg", "context_length")):
+            options = self.options.get(section) or {}
+            if not isinstance(options, dict):
+                raise ValueError(f"options.{section}: expected a mapping, got {shown(options)}")
+            size = getattr(self, name)
+            size_in_options = options.get(name)
+            if size is None or size_in_options is None:
+                continue
+            if size != size_in_options:
+                raise ValueError(
+                    f"{name}: expected one value, got {size} and options.{section}.{name} = "
+                    f"{size_in_options}"
+                )
+        return self
+
+
+class InheritConfig(Section):
+    source: str | list[str] | None = setting(
+        None,
+        "weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, "
+        "or a list",
+    )
+    train: list[str] = setting(
+        [], "patterns of inherited tensors that are trained; the others are frozen"
+    )
+    blocks: Literal["average", "first"] | None = setting(
+        None,
+        "start simplified blocks from the source's blocks in their places; a matrix that they "
+        "share is the average of theirs, or the first one's. null: simplified blocks start from "
+        "random weights",
+    )
+
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class LoaderOptions(TypedDict, total=False):
+    on_error: Literal["skip", "stop"]
+    max_bytes: Count
+    shuffle_buffer: Count
+
+
+class DataConfig(Section):
+    train: str | dict[str, Any] | list[str | dict[str, Any]] = setting(
+        ...,
+        "the pairs: tars by path, glob, brace pattern, URL or pipe:COMMAND; {shards, weight}: each "
+        "sample weight times an epoch; or a list of these. A table, a JSON or a folder is packed "
+        "into the run's folder first",
+    )
+    samples: int | None = setting(
+        None, "samples of an epoch, for run.epochs; null: as meta.json beside the shards says", ge=1
+    )
+    batch_size: int = setting(256, "images per step", ge=1)
+    micro_batch: Count | Literal["auto"] | None = setting(
+        None,
+        "images, with their captions, at a time (gradient caching: the gradient is that of the "
+        "whole batch); null: all; auto: as many as fit, see `simplclip plan`",
+    )
+    mean_tokens: float | None = setting(
+        None,
+        "tokens of a caption on average, with start and end, for `simplclip plan` and micro_batch "
+        "auto, where texts are computed at their length; null: texts of full length",
+        ge=2,
+    )
+    captions_per_image: int = setting(
+        1, "captions drawn for each image in each step; each makes a pair", ge=1
+    )
+    workers: int = setting(
+        4, "loader processes, on which the order depends; 0 reads in the training process", ge=0
+    )
+    sidecars: list[str] = setting(
+        [], "folders of `simplclip teacher` and `caption`, whose files are joined to the samples"
+    )
+    augment: str | dict[str, Any] | None = setting(
+        None,
+        "image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of "
+        "the views which the teacher saw, else the model's default",
+    )
+    options: LoaderOptions = setting(
+        {}, "on_error, max_bytes and shuffle_buffer of `simplclip.data.Loader`"
+    )
+
+    @property
+    def images_at_a_time(self) -> int:
+        """Images of a micro-batch; "auto" must have been replaced by a number."""
+        assert self.micro_batch != "auto"
+        return min(self.micro_batch or self.batch_size, self.batch_size)
+
+
+class Schedule(Section):
+    """A weight by step.
+
+    It is linear from `value` at step `start` to `to` at step `end`, and constant from there on. It
+    is 0 before `start` and from `until` on.
+    """
+
+    value: float = Field(ge=0)
+    to: float | None = Field(None, ge=0)
+    start: int = Field(0, ge=0)
+    end: int | None = None
+    until: int | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Schedule:
+        for name, last in (("end", self.end), ("until", self.until)):
+            if last is not None and last <= self.start:
+                raise ValueError(f"expected {name} after start = {self.start}, got {last}")
+        if self.end is not None and self.to is None:
+            raise ValueError("expected `to`, the weight reached at `end`, got none")
+        return self
+
+    @property
+    def largest(self) -> float:
+        return max(self.value, self.to or 0.0)
+
+    def at(self, step: int, steps: int) -> float:
+        """Returns the weight at `step` (from 0) of a run of `steps` steps.
+
+        Without `end`, `to` is reached at the last step.
+        """
+        if step < self.start or (self.until is not None and step >= self.until):
+            return 0.0
+        if self.to is None:
+            return self.value
+        end = self.end or min(self.until or steps, steps) - 1
+        done = min(1.0, (step - self.start) / max(1, end - self.start))
+        return self.value + (self.to - self.value) * done
+
+
+def _form(weight: Any) -> str:
+    """Returns the tag of the form in which a weight is written, which an error is about."""
+    return "section" if isinstance(weight, dict | Section) else "plain"
+
+
+Weight = Annotated[
+    Annotated[float, Field(ge=0), Tag("plain")] | Annotated[Schedule, Tag("section")],
+    Discriminator(_form),
+]
+TEACHER_TERMS = {"relational", "interactive", "feature"}  # terms that need a teacher's features
+
+
+class LossConfig(Section):
+    base: Literal["contrastive", "sigmoid"] = setting(
+        "contrastive",
+        "contrastive: softmax over the batch (CLIP); sigmoid: logistic loss of every pair "
+        "(SigLIP), whose scale starts at 10 and whose bias at -10 unless model.options has "
+        "init_logit_scale and init_logit_bias",
+    )
+    contrastive_weight: Weight = setting(
+        1.0, "of the base; each weight is a number, or a schedule {value, to, start, end, until}"
+    )
+    pm_weight: Weight = setting(0.0, "weight of the pair matching loss")
+    plane: Literal["scalar", "hadamard"] = setting("scalar", "hyperplane of the pair matching loss")
+    feature_weight: Weight = setting(
+        0.0, "weight of feature distillation: distance to the teacher's features"
+    )
+    relational_weight: Weight = setting(
+        0.0, "weight of relational distillation: KL to the teacher's softmax"
+    )
+    interactive_weight: Weight = setting(
+        0.0, "weight of interactive distillation: student against teacher across modalities"
+    )
+    interactive: Literal["infonce", "kl"] = setting("infonce", "form of interactive distillation")
+
+    @property
+    def weights(self) -> dict[str, Schedule]:
+        """The schedules by term, without those that are always 0."""
+        weights = {
+            self.base: self.contrastive_weight,
+            "relational": self.relational_weight,
+            "interactive": self.interactive_weight,
+            "feature": self.feature_weight,
+            "pair_matching": self.pm_weight,
+        }
+        schedules = {term: _schedule(weight) for term, weight in weights.items()}
+        return {term: schedule for term, schedule in schedules.items() if schedule.largest}
+
+    @property
+    def needs_teacher(self) -> bool:
+        return not TEACHER_TERMS.isdisjoint(self.weights)
+
+
+def _schedule(weight: float | Schedule) -> Schedule:
+    if isinstance(weight, Schedule):
+        return weight
+    return Schedule(value=weight)
+
+
+# arguments of torch.optim.AdamW, unless optim.options replaces them
+ADAMW = {"betas": [0.9, 0.98], "eps": 1e-6}
+
+
+class OptimConfig(Section):
+    lr: float = setting(1e-3, "learning rate at the end of the warm-up", gt=0)
+    warmup: int = setting(100, "steps of linear warm-up", ge=0)
+    weight_decay: float = setting(
+        0.1, "weight decay of matrices; norms, biases, gains and scalars have none", ge=0
+    )
+    options: Annotated[dict[str, Any], AfterValidator(lambda options: ADAMW | options)] = setting(
+        ADAMW, "further arguments of torch.optim.AdamW"
+    )
+    ema: float | None = setting(
+        None,
+        "decay of the moving average of the weights to evaluate and export, e.g. 0.9999",
+        gt=0,
+        lt=1,
+    )
+    grad_clip: float | None = setting(
+        1.0, "largest norm of the gradient; null disables clipping", gt=0
+    )
+
+
+class EvalConfig(Section):
+    splits: dict[str, str | list[str]] = setting(
+        {}, "held-out data by name: as in data.train, or as evaluate takes them"
+    )
+    hold_out: float = setting(
+        0.0,
+        "share of data.train, e.g. 0.1, that training skips and that is evaluated as the split "
+        "held_out; samples of a group stay together",
+        ge=0,
+        lt=1,
+    )
+    every: int = setting(
+        0, "steps between evaluations of the splits during training; 0: never", ge=0
+    )
+    templates: list[str] = setting(
+        ["a photo of {}"], "phrases around a label in zero-shot classification", min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _one_name(self) -> EvalConfig:
+        if self.hold_out and "held_out" in self.splits:
+            raise ValueError(
+                "splits: expected another name than held_out, which is that of eval.hold_out"
+            )
+        return self
+
+
+class RunConfig(Section):
+    out: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
+        ..., "folder of the run: config.yaml, metrics.csv, curves.png, last.pt, best.pt"
+    )
+    steps: int | None = setting(1000, "number of optimizer steps", ge=1)
+    epochs: float | None = setting(
+        None, "passes over data.train in place of steps, see data.samples", gt=0
+    )
+    seed: int = setting(
+        0, "seed of weights, data order, drawn captions and augmentation", ge=0, lt=2**62
+    )
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = setting(
+        "auto", "of autocast; auto: bf16 if in hardware"
+    )
+    device: str = setting(
+        "auto", "cpu, cuda, cuda:1 ...; auto: a GPU if there is one", pattern=DEVICES
+    )
+    compile: bool | Literal["auto"] = setting(
+        "auto",
+        "compile the towers by torch.compile: minutes at the start, then faster steps; auto: on a "
+        "GPU, after ten steps, if more than ten minutes are left",
+    )
+    channels_last: bool | Literal["auto"] = setting(
+        "auto",
+        "layout of the image tower; auto: on a GPU, for convolutions that have no groups or are "
+        "depthwise",
+    )
+    cudnn_benchmark: bool = setting(
+        True, "let cuDNN time its algorithms on a GPU, since sizes are fixed"
+    )
+    keep_frozen: bool = setting(
+        True,
+        "gradient caching computes the frozen beginning of a tower once in a step and keeps its "
+        "output, if all outputs take at most a tenth of the memory",
+    )
+    tensorboard: bool = setting(
+        False, "also write scalars and pictures of evaluations for TensorBoard, in run.out"
+    )
+    log_every: int = setting(10, "steps between rows of metrics.csv", ge=1)
+    save_every: int = setting(
+        500, "steps between writes of last.pt, which the last step and ten minutes write too", ge=1
+    )
+    timeout_minutes: float = setting(
+        10.0,
+        "of several ranks: the time after which one that does not answer ends all",
+        gt=0,
+        le=10_080,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_default(cls, values: Any) -> Any:
+        """Leaves steps without a default if epochs are given."""
+        if isinstance(values, dict) and values.get("epochs") is not None:
+            return {"steps": None} | values
+        return values
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RunConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"expected one of steps and epochs, got steps = {self.steps} and epochs = "
+                f"{self.epochs}"
+            )
+        return self

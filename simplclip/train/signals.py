@@ -1,0 +1,79 @@
+"""Signals that end a run after a whole step: a context that notes them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from typing import Any
+
+from rich.console import Console
+
+from simplclip.common import ranks
+from simplclip.common.errors import UserError
+
+
+class Interrupted(UserError):
+    """The end of a run by a signal, after a whole step whose state is saved."""
+
+
+class StopSignals:
+    """Context in which a signal or a closed pipe only sets `reason`; a second signal ends all.
+
+    The signals are SIGINT, SIGTERM and SIGHUP. Outside the main thread Python allows no handlers,
+    so that they are not handled.
+
+    console: the console of the run. If the reader of its output is gone (`| head`), all further
+    output is dropped.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.reason: str | None = None
+        self._process = os.getpid()
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                # nohup, and a shell's background job, ignore signals
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._former[number] = signal.signal(number, self._handle)
+        self.console.on_broken_pipe = self._drop_output  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        del self.console.on_broken_pipe
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether all ranks stop now, between two steps."""
+        stopped = any(ranks.exchanged(self.reason is not None))
+        if stopped and self.reason is None:
+            self.reason = "signal to another rank"
+        return stopped
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a loader process, which the last step needs
+            return
+        several = ranks.count() > 1  # torchrun repeats the signals that it gets
+        if self.reason and not several:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+        if not ranks.first():
+            return
+        message = f"\n{self.reason}: finishing this step, then saving"
+        if not several:
+            message += "; a second signal stops at once"
+        # Not print(): a handler may interrupt a print, and Python's buffered files are not
+        # reentrant.
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, f"{message}\n".encode())
+
+    def _drop_output(self) -> None:
+        """Drops all further output. rich calls this instead of raising BrokenPipeError."""
+        self.reason = self.reason or "closed pipe"
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.console.file.fileno())
