@@ -15,7 +15,7 @@ from weights import randomise
 
 import simplclip
 from simplclip import models
-from simplclip.models.simplify import MapBlock
+from simplclip.models.blocks import MapBlock
 from simplclip.train import checkpoint, config
 
 exporting = example.load("export_onnx")

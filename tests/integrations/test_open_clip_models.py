@@ -14,8 +14,8 @@ from PIL import Image
 from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip as ours
+from simplclip.models.blocks import TransformerBlock
 from simplclip.models.mobileclip import TextTower
-from simplclip.models.simplify import TransformerBlock
 
 TINY = {"width": 16, "heads": 2, "layers": 1}
 

@@ -18,9 +18,11 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from simplclip import models
+from simplclip.models.blocks import MapBlock
 from simplclip.models.inherit import inherit
 from simplclip.models.init_blocks import convert, is_block, start
-from simplclip.models.simplify import MapBlock, attention_of, simplify
+from simplclip.models.simplify import simplify
+from simplclip.models.sites import attention_of
 from simplclip.nn import SimplifiedBlock, share_weights
 
 C = 24

@@ -15,8 +15,9 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from simplclip.common.errors import InputError
+from simplclip.models.blocks import MapBlock, TimmBlock
 from simplclip.models.mobileclip import TextTower
-from simplclip.models.simplify import MapBlock, TimmBlock, count_parameters, simplify
+from simplclip.models.simplify import count_parameters, simplify
 from simplclip.nn import SimplifiedBlock
 
 
