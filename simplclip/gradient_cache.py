@@ -173,7 +173,7 @@ class _Tower:
         self.states: list[tuple[Tensor, list[Tensor]]] = []
         self.parts: list[Named] = []
         self.rows: list[dict[Any, int]] = []  # of the features of each micro-batch
-        self.kept: Named = {}
+        self.last_outputs: Named = {}
 
     def encode_once(self, ranks: _Ranks) -> None:
         first: dict[Any, list] = {}
@@ -195,7 +195,7 @@ class _Tower:
                     f"{shapes}"
                 )
             if index == self.recomputed:
-                self.kept = outputs
+                self.last_outputs = outputs
             self.parts.append({name: output.detach() for name, output in outputs.items()})
             rows = {name: len(output) for name, output in outputs.items() if output.dim() > 1}
             self.rows.append(rows)
@@ -222,7 +222,7 @@ class _Tower:
                 self.gradients[self.recomputed - 1][name] = gradients[name]
         with ranks.no_sync(True):
             if self.recomputed:
-                _backpropagate([self._kept()])
+                _backpropagate([self._last_encoded()])
             for index in range(self.recomputed - 1):
                 _backpropagate([self._encoded_again(index)])
 
@@ -232,11 +232,12 @@ class _Tower:
         If none is encoded again, those of the only micro-batch.
         """
         if not self.recomputed:
-            return self._kept()
+            return self._last_encoded()
         return self._encoded_again(self.recomputed - 1)
 
-    def _kept(self) -> tuple[Named, Named]:
-        outputs, self.kept = self.kept, {}  # so that its graph does not outlive its backward pass
+    def _last_encoded(self) -> tuple[Named, Named]:
+        outputs = self.last_outputs
+        self.last_outputs = {}  # so that its graph does not outlive its backward pass
         return outputs, self.gradients[-1]
 
     def _encoded_again(self, index: int) -> tuple[Named, Named]:

@@ -191,8 +191,8 @@ class SimplifiedBlock(ShapedAttention):
                 n, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act=self.act
             )
             keep = 1 - self.drop_path
-            kept = torch.rand(x.shape[0], 1, 1, device=x.device) < keep
-            mlp = mlp * kept.to(mlp.dtype) / keep
+            drawn = torch.rand(x.shape[0], 1, 1, device=x.device) < keep
+            mlp = mlp * drawn.to(mlp.dtype) / keep
             return self.attention_gain * super().forward(n, lengths) + self.mlp_gain * mlp
         return simplified_block(
             x,

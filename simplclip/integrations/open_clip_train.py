@@ -137,8 +137,8 @@ def _replacements(
     create_loss = trainer.create_loss
     losses_made: list[nn.Module] = []  # at most one
 
-    def create_model_and_transforms(*names: Any, **others: Any) -> tuple:
-        model, *transforms = create_model(*names, **others)
+    def create_model_and_transforms(*arguments: Any, **keywords: Any) -> tuple:
+        model, *transforms = create_model(*arguments, **keywords)
         if options.crop_texts:
             if args.torchcompile or args.ddp_static_graph:
                 # Both need a fixed number of calls and fixed sizes in a step.

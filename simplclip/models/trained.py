@@ -140,8 +140,8 @@ def image_transform(
     )
 
 
-def check_options(options: Mapping[str, Any], where: str) -> None:
-    """Checks that model.options describe an architecture. where: the file that has them, for the
+def check_options(options: Mapping[str, Any], file: str) -> None:
+    """Checks that model.options describe an architecture. file: the file that has them, for the
     message.
 
     Raises InputError for an option that could fetch, unpickle or run files (pretrained,
@@ -156,13 +156,13 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
         got = f"model.options.{path} = {str(value)[:100]!r}"
         if path.partition(".")[0] not in _ARCHITECTURE or (value and _fetches(str(name), value)):
             raise InputError(
-                f"{where}: expected options of the model's architecture, got {got}, which may "
+                f"{file}: expected options of the model's architecture, got {got}, which may "
                 "fetch or run files"
             )
         most = _DEEPEST if name == "layers" else _WIDEST
         if isinstance(value, (int, float)) and value > most:
             raise InputError(
-                f"{where}: expected a model that can be built, got model.options.{path} = "
+                f"{file}: expected a model that can be built, got model.options.{path} = "
                 f"{value:.3g}"
             )
 
@@ -204,7 +204,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         complete = False
     if not complete:
         raise CheckpointError(
-            f"{path}: expected a checkpoint with a config and weights, got another one"
+            f"{path}: expected a checkpoint with a config and weights, got one without"
         )
     return state
 
@@ -275,7 +275,7 @@ def _export(folder: Path) -> dict[str, Any]:
         step = int(about["step"])
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         raise CheckpointError(
-            f"{file}: expected a file of simplclip export, got another one"
+            f"{file}: expected a file of simplclip export, got one without its contents"
         ) from None
     check_options(options, str(file))
     try:

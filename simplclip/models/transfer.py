@@ -157,8 +157,8 @@ class Transfer:
         count = sum(name in state and name not in match.resized for name in fitting)
         if count >= max(1, _ENOUGH * min(len(state), len(comparable))):
             return
-        others = [name for name in state if name not in fitting]
-        examples = ", ".join(others[:3]) or "it has none"
+        unfit = [name for name in state if name not in fitting]
+        examples = ", ".join(unfit[:3]) or "it has none"
         raise CheckpointError(
             "source: expected weights of this model's architecture, got "
             f"{label}, of whose {len(state)} tensors {count} fit (not: {examples})"

@@ -40,12 +40,9 @@ QUICK = [key for key in COMMANDS if key != "clip-accumulated"]  # in the suite; 
 def documented(added: str) -> list[str]:
     """Returns the arguments of this command in docs/losses.md."""
     text = re.sub(r"\\\n\s*", " ", (ROOT / "docs" / "losses.md").read_text())
-    commands = [
-        shlex.split(line)[1:]
-        for line in text.splitlines()
-        if line.startswith("simplclip-open-clip ")
-    ]
-    options = [{word for word in command if word.startswith("--")} for command in commands]
+    lines = [line for line in text.splitlines() if line.startswith("simplclip-open-clip ")]
+    commands = [shlex.split(line)[1:] for line in lines]
+    options = [set(re.findall(r"(?<=\s)--\S+", line)) for line in lines]
     return commands[options.index(options[0] | set(added.split()))]
 
 

@@ -38,7 +38,7 @@ def train(kind, clip, folder, name="CLIPModel", **options):
         **options,
     )
     rows = batch(name, n=20)
-    pairs = [{key: value[i] for key, value in rows.items()} for i in range(20)]
+    pairs = [dict(zip(rows, values)) for values in zip(*rows.values())]
 
     def collate(rows):
         return transformers.default_data_collator(rows) | {"return_loss": True}
