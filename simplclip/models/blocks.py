@@ -73,13 +73,9 @@ class TransformerBlock(SimplifiedBlock):
 
     def _accepts(self, mask: Tensor) -> bool:
         # While tracing and for fake tensors, which have no values, the check made by `simplify` has
-        # to suffice.
-        if (
-            torch.compiler.is_compiling()
-            or type(mask) is not Tensor
-            or mask.is_meta
-            or mask.is_inference()
-        ):
+        # to suffice; so it has for inference tensors, which have no version.
+        has_values = not torch.compiler.is_compiling() and type(mask) is Tensor and not mask.is_meta
+        if not has_values or mask.is_inference():
             return True
         key = mask.data_ptr(), mask.shape, mask.stride(), mask._version
         accepted, _ = self._accepted.get(len(mask), ((), None))

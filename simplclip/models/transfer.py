@@ -1,6 +1,4 @@
-"""What a model takes from other models' weights: `Transfer` compares tensors, takes those that fit,
-and copies them.
-"""
+"""What a model takes from other models' weights: `Transfer` compares, takes what fits, copies."""
 
 from __future__ import annotations
 
