@@ -41,8 +41,7 @@ _registered: dict[str, Spec] = {}
 
 
 class use_losses(contextlib.AbstractContextManager):
-    """Replaces ClipLoss, SigLipLoss, CoCaLoss and DistillClipLoss of open_clip in all loaded
-    modules.
+    """Replaces open_clip's ClipLoss, SigLipLoss, CoCaLoss and DistillClipLoss in loaded modules.
 
         use_losses()                        # from here on, in this process
         loss = open_clip.create_loss(args)  # makes ours

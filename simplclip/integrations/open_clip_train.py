@@ -1,5 +1,7 @@
-"""open_clip's own trainer with this library's losses: `simplclip-open-clip ARGS`, or, for torchrun,
-`python -m simplclip.integrations.open_clip_train ARGS`.
+"""open_clip's own trainer with this library's losses.
+
+    simplclip-open-clip ARGS
+    torchrun -m simplclip.integrations.open_clip_train ARGS
 
 ARGS are all arguments of `python -m open_clip_train.main`, and those of `parser()` below, whose
 defaults give the values of open_clip's losses. ClipPMLoss replaces ClipLoss, WIKDLoss

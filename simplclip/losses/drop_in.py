@@ -23,8 +23,9 @@ DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
 class ClipLoss(PairLoss, open_clip_loss.ClipLoss):
-    r"""`open_clip.ClipLoss` without its N×N matrices: the same constructor, forward, values and
-    gradients.
+    r"""`open_clip.ClipLoss` without its N×N matrices.
+
+    Constructor, forward, values and gradients are the same.
 
         Z = logit_scale · x yᵀ + logit_bias
         loss = ½ [cross-entropy of the rows of Z to the diagonal + that of the columns]

@@ -17,8 +17,7 @@ from simplclip.ops import checks
 
 
 class MatryoshkaLoss(nn.Module):
-    r"""The weighted sum of a loss over prefixes of the features (Matryoshka representation
-    learning).
+    r"""Matryoshka representation learning: the sum of a loss over prefixes of the features.
 
         value = Σ_k weights_k · loss(prefix_k(image), prefix_k(text), ...)
         prefix_k(x) = normalise(x[:, :widths_k])

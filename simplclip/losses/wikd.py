@@ -28,8 +28,7 @@ INTERACTIVE = ("infonce", "kl")
 
 
 class WIKDLoss(SimilarityLoss):
-    r"""Contrastive loss plus distillation in three spaces, a drop-in replacement of
-    `open_clip.DistillClipLoss`.
+    r"""Contrastive loss plus distillation in three spaces, for `open_clip.DistillClipLoss`.
 
         loss = contrastive_weight · ClipLoss
              + relational_weight · (cross-entropy of the student's to the teacher's softmax of the

@@ -41,7 +41,8 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
     """
     check_count("multiple", multiple, 1)
     check_count("groups", groups, 1)
-    if reason := _why_not(model):
+    reason = _why_not(model)
+    if reason:
         raise InputError(
             f"model: expected an open_clip model whose texts can be cropped, got {reason}"
         )

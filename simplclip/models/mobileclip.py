@@ -51,8 +51,9 @@ def _conv_norm(width: int) -> ConvNormAct:
 
 
 class RepMixer(nn.Module):
-    """Mixes tokens: ``x + layer_scale (skip(x) + conv(x) - norm(x))``, x [B, C, 1, L]; skip and
-    norm are batch norms.
+    """Mixes tokens x [B, C, 1, L]: ``x + layer_scale (skip(x) + conv(x) - norm(x))``.
+
+    skip and norm are batch norms.
     """
 
     def __init__(self, width: int) -> None:

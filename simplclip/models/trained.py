@@ -141,8 +141,9 @@ def image_transform(
 
 
 def check_options(options: Mapping[str, Any], file: str) -> None:
-    """Checks that model.options describe an architecture. file: the file that has them, for the
-    message.
+    """Checks that model.options describe an architecture.
+
+    file: the file that has them, for the message.
 
     Raises InputError for an option that could fetch, unpickle or run files (pretrained,
     weights_only, hf_model_name, a path or a URL in place of a model's name), and for a model of

@@ -46,14 +46,11 @@ def test_open_clip_gives_the_models_tokenizers(registered):
 @pytest.mark.parametrize("of", ["published", "ours"])
 def test_it_makes_mobileclip_s0_from_a_file(registered, tmp_path, of):
     options, file = {"text_cfg": SMALL, "embed_dim": SMALL_FEATURES}, str(tmp_path / "weights.pt")
-    torch.save(
-        {
-            "state_dict": small_state()
-            if of == "published"
-            else models.create("mobileclip-s0", **options).state_dict()
-        },
-        file,
-    )
+    if of == "published":
+        state = small_state()
+    else:
+        state = models.create("mobileclip-s0", **options).state_dict()
+    torch.save({"state_dict": state}, file)
     model, train, transform = open_clip.create_model_and_transforms(
         "mobileclip-s0", pretrained=file, **options
     )

@@ -1,5 +1,7 @@
-"""open_clip's trainer with this library's losses against itself, with equal arguments, also those
-of docs/losses.md: equal losses, and learned parameters that are trained and resumed.
+"""open_clip's trainer with this library's losses against itself.
+
+Equal arguments, also those of docs/losses.md, give equal losses; learned parameters are trained and
+resumed.
 
 Runs share a process (distributed runs two processes), see trainer_plan.py; the tests read their
 results.
@@ -52,9 +54,7 @@ def folder(tmp_path_factory):
 
 
 def assert_same_run(plan, key, keys=("contrastive_loss",)):
-    """Compares runs: losses of the first step within 1e-4, last losses and trained weights within
-    the drift of AdamW.
-    """
+    """Compares runs: losses of the first step within 1e-4, the end within the drift of AdamW."""
     theirs, ours = plan[f"{key}-theirs"]["steps"], plan[f"{key}-ours"]["steps"]
     assert len(theirs) == len(ours) >= STEPS
     assert list(theirs[0]) == list(ours[0]) == list(keys)

@@ -1,6 +1,4 @@
-"""The recipe of docs/recipes.md for transformers' Trainer: the values of the models' own losses,
-and a loss that learns.
-"""
+"""docs/recipes.md for transformers' Trainer: the models' own losses, and one that learns."""
 
 import doc_blocks
 import pytest

@@ -88,8 +88,9 @@ def step(run, encode, micro_batches, loss, parts, context=contextlib.nullcontext
 
 
 def assert_same(encode, micro_batches, loss, parts, dtype=torch.float64, **options):
-    """Compares values and gradients by the rule of tests/support/compare.py; its plain torch is one
-    graph in this dtype.
+    """Compares values and gradients by the rule of tests/support/compare.py.
+
+    Its plain torch is one graph in this dtype.
 
     Returns the names of the parameters that have a gradient.
     """

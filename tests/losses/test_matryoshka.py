@@ -1,6 +1,4 @@
-"""MatryoshkaLoss against the definition: the sum of the wrapped loss's own definition over
-prefixes, in plain torch.
-"""
+"""MatryoshkaLoss against its definition, the sum of the wrapped loss over prefixes."""
 
 import open_clip
 import plain
