@@ -33,7 +33,8 @@ from simplclip.common.errors import InputError
 from simplclip.data import HeldOut, held_out
 from simplclip.data.errors import Skipped
 from simplclip.data.transforms import finish_on_device
-from simplclip.models.simplify import attention_of, block_sites, build_block, count_parameters
+from simplclip.models.simplify import count_parameters
+from simplclip.models.sites import attention_of, block_sites, build_block
 from simplclip.nn import SimplifiedBlock
 
 BATCH = 8

@@ -30,22 +30,24 @@ from simplclip.models.trained import load_model, model_options
 
 
 def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict[str, Any]:
-    """Exports `checkpoint`, a file or the folder of a run (its best.pt, else last.pt), to the
-    folder `out`; returns the content of export.json.
+    """Exports a checkpoint to the folder `out`, and returns the content of export.json.
 
-    `out` does not change before all files are written. With `force` they replace an earlier export.
-    Prints the lines that load the export.
+    checkpoint: a file, or the folder of a run (its best.pt, else last.pt). `out` does not change
+    before all files are written. With `force` they replace an earlier export. Prints the lines that
+    load the export.
 
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture),
     FileExistsError (`out` has an export), OSError (the disk is full).
     """
     out = Path(out)
     check_export(out, force)
-    model, state = load_model(file := in_run(checkpoint))
+    file = in_run(checkpoint)
+    model, state = load_model(file)
     if file != checkpoint:
         print(about_best(file, state["step"]))
     config = state["config"]
-    name, options = config["model"]["name"], model_options(config["model"], config["loss"]["base"])
+    name = config["model"]["name"]
+    options = model_options(config["model"], config["loss"]["base"])
     about = open_clip_config(model, name, options)
     summary = {
         "model": name,
@@ -65,9 +67,8 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
         }
         metadata = {"format": "pt", "model": name, "step": str(state["step"])}
         (work / EXPORTED_WEIGHTS).write_bytes(save(tensors, metadata))
-        write_preprocessing(
-            work, model, models.tokenizer(name, about["model_cfg"]["text_cfg"]["context_length"])
-        )
+        length = about["model_cfg"]["text_cfg"]["context_length"]
+        write_preprocessing(work, model, models.tokenizer(name, length))
         if (out / "README.md").exists():
             print(f"kept {out / 'README.md'}, a model card of before")
         else:
@@ -91,8 +92,9 @@ def run(checkpoint: str | Path, out: str | Path, *, force: bool = False) -> dict
 
 
 def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Writes preprocessing.json, and the files of a tokenizer of Hugging Face, which open_clip
-    reads from the folder too.
+    """Writes preprocessing.json, and the files of a tokenizer of Hugging Face.
+
+    open_clip reads the tokenizer from the folder too.
     """
     text = {
         "context_length": get_model_tokenize_cfg(model)["context_length"],
@@ -106,56 +108,55 @@ def write_preprocessing(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def card(model: Any, state: dict[str, Any], file: Path, lines: str) -> str:
-    """Returns a model card in Markdown. file: the checkpoint, whose evaluation.json, if it is of
-    this step, has the figures. lines: that load the export.
+    """Returns a model card in Markdown.
+
+    file: the checkpoint, whose evaluation.json, if it is of this step, has the figures. lines: that
+    load the export.
     """
-    config, folder = state["config"], file if file.is_dir() else file.parent
-    parameters, size = sum(p.numel() for p in model.parameters()), config["data"]["batch_size"]
-    images = f"{state['images']:,} images, " if state.get("images") else ""
+    config = state["config"]
     text = CARD.format(
         name=config["model"]["name"],
-        parameters=parameters,
-        images=images,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        images=f"{state['images']:,} images, " if state.get("images") else "",
         step=state["step"],
-        size=size,
+        size=config["data"]["batch_size"],
     )
     try:
-        results = json.loads((folder / "evaluation.json").read_text("utf-8"))
-        of_step = results["step"] == state["step"] and results["checkpoint"].endswith(
-            (file.name, folder.name)
-        )
-        rows = [
-            f"| {split} | {way.replace('_', ' ')} | "
-            + " | ".join(
-                f"{figure['value']:.1%} ({figure['chance']:.1%})"
-                for figure in figures[way].values()
-            )
-            for split, figures in results["splits"].items()
-            for way in ("image_to_text", "text_to_image")
-            if of_step and way in figures
-        ]
+        rows = _figures(file, state["step"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         rows = []
-    head = [
-        "| data | direction | R@1 (chance) | R@5 (chance) | R@10 (chance) |",
-        "|---|---|--:|--:|--:|",
-    ]
-    figures = (
-        [*head, *(f"{row} |" for row in rows)]
-        if rows
-        else ["`simplclip evaluate` had not been run before the export."]
-    )
-    return "\n".join(
-        [
-            text,
-            *figures,
-            "",
-            "## Use",
-            "",
-            *(f"    {line.strip()}" for line in lines.splitlines()),
-            "",
+    if rows:
+        table = [
+            "| data | direction | R@1 (chance) | R@5 (chance) | R@10 (chance) |",
+            "|---|---|--:|--:|--:|",
+            *rows,
         ]
-    )
+    else:
+        table = ["`simplclip evaluate` had not been run before the export."]
+    indented = [f"    {line.strip()}" for line in lines.splitlines()]
+    return "\n".join([text, *table, "", "## Use", "", *indented, ""])
+
+
+def _figures(file: Path, step: int) -> list[str]:
+    """Returns the rows of the table of figures, from the evaluation.json of a checkpoint.
+
+    There is no row if the results are of another step or checkpoint.
+    """
+    folder = file if file.is_dir() else file.parent
+    results = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    named = results["checkpoint"].endswith((file.name, folder.name))
+    if results["step"] != step or not named:
+        return []
+    rows = []
+    for split, figures in results["splits"].items():
+        for way in ("image_to_text", "text_to_image"):
+            if way not in figures:
+                continue
+            cells = [split, way.replace("_", " ")]
+            for figure in figures[way].values():
+                cells.append(f"{figure['value']:.1%} ({figure['chance']:.1%})")
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 CARD = """---
@@ -183,21 +184,22 @@ def loading(out: Path, needs_simplclip: bool) -> str:
         ]
     lines.append(f'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{out}")')
     lines.append(f'tokenizer = open_clip.get_tokenizer("local-dir:{out}")')
-    head = "To load it in open_clip" + (", with simplclip installed:" if needs_simplclip else ":")
-    return (
-        "\n    ".join([head, *lines]) + f'\nTo load it here:\n    encoder = simplclip.load("{out}")'
-    )
+    head = "To load it in open_clip:"
+    if needs_simplclip:
+        head = "To load it in open_clip, with simplclip installed:"
+    in_open_clip = "\n    ".join([head, *lines])
+    return f'{in_open_clip}\nTo load it here:\n    encoder = simplclip.load("{out}")'
 
 
 def open_clip_config(model: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Returns open_clip's configuration of the model before it was simplified, with a part
-    "simplclip" from which `register_models` makes the model. An unchanged model of open_clip needs
-    no such part and has none.
+    """Returns open_clip's configuration of the model before it was simplified.
+
+    From its part "simplclip" `register_models` makes the model. An unchanged model of open_clip
+    needs no such part and has none.
     """
     ours = {key: options[key] for key in ("simplified", "simplify_options") if key in options}
-    config = configuration(
-        models.spec_of(name), {key: value for key, value in options.items() if key not in ours}
-    )
+    overrides = {key: value for key, value in options.items() if key not in ours}
+    config = configuration(models.spec_of(name), overrides)
     height, width = to_2tuple(model.visual.image_size)
     config["vision_cfg"]["image_size"] = height if height == width else [height, width]
     config["text_cfg"] |= get_model_tokenize_cfg(model)

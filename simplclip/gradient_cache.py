@@ -1,10 +1,12 @@
-"""Gradient caching: the gradient of a loss over E pairs, with the activations of one micro-batch in
-memory.
+"""Gradient caching: the gradient of a loss over E pairs with the memory of one micro-batch.
 
     from simplclip import gradient_cache
 
-    terms = gradient_cache.backward(lambda b: model(b["image"], b["text"]), micro_batches, loss,
-    model=model) optimizer.step()
+    def encode(batch):
+        return model(batch["image"], batch["text"])
+
+    terms = gradient_cache.backward(encode, micro_batches, loss, model=model)
+    optimizer.step()
 
 It works with any model and any loss over features, and needs no other part of this library.
 """
@@ -40,8 +42,7 @@ def backward(
     model: nn.Module | None = None,
     scaler: GradScaler | None = None,
 ) -> dict[str, Tensor]:
-    """Adds to `.grad` the gradients that one backward pass of the loss over all micro-batches
-    together would add:
+    """Adds the gradients of the loss over all micro-batches together to `.grad`:
 
         1. features of every micro-batch, without autograd    x_b = encode(b)
         2. one loss over all of them, and its gradients       L = loss(cat x_b),  g = dL/dx
@@ -114,7 +115,8 @@ def backward(
 
     result = loss(*leaves.values()) if 0 in leaves else loss(**leaves)
     total, terms = _loss_and_terms(result)
-    total = total if scaler is None else scaler.scale(total)
+    if scaler is not None:
+        total = scaler.scale(total)
     with _autocast_off(total):
         total.backward()
     end = generators()
@@ -125,8 +127,9 @@ def backward(
 
 
 def _loss_and_terms(result: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Returns the loss and its terms from what `loss` returned, checked before a backward pass
-    changes any gradient.
+    """Returns the loss and its terms from what `loss` returned.
+
+    It is checked before a backward pass changes any gradient.
     """
     match result:
         case (total, Mapping() as terms):
@@ -135,20 +138,20 @@ def _loss_and_terms(result: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
             summands = list(terms.values())
         case _:
             terms, summands = {"loss": result}, [result]
-    sizes = {t.numel() if isinstance(t, Tensor) else 0 for t in summands}
-    if sizes != {1} or not all(isinstance(term, Tensor) for term in terms.values()):
+    tensors = all(isinstance(value, Tensor) for value in (*summands, *terms.values()))
+    if not tensors or {value.numel() for value in summands} != {1}:
         got = checks.shape_of(result) if isinstance(result, Tensor) else type(result).__name__
-        expected = (
-            "a tensor [], a mapping of them (as losses return with output_dict=True) or (loss, "
-            "mapping)"
+        raise TypeError(
+            "loss: expected a tensor [], a mapping of them (as losses return with "
+            f"output_dict=True) or (loss, mapping), got {got}"
         )
-        raise TypeError(f"loss: expected {expected}, got {got}")
     return sum(summands), terms
 
 
 class _Tower:
-    """An encoder, its micro-batches, and the state that step 1 keeps for step 3. key: None if there
-    is only one tower.
+    """An encoder, its micro-batches, and the state that step 1 keeps for step 3.
+
+    key: None if there is only one tower.
     """
 
     def __init__(self, key: str | None, encode: Encode, micro_batches: Any) -> None:
@@ -161,14 +164,16 @@ class _Tower:
             raise TypeError(
                 f"micro_batches{suffix}: expected a sequence, since it is read twice, got {got}"
             )
-        self.micro_batches, self.count = micro_batches, len(micro_batches)
+        self.micro_batches = micro_batches
+        self.count = len(micro_batches)
         if not self.count:
             raise ValueError(f"micro_batches{suffix}: expected at least one, got none")
         # micro-batches that are encoded again in step 3, all but the last
         self.recomputed = self.count - 1
         self.states: list[tuple[Tensor, list[Tensor]]] = []
         self.parts: list[Named] = []
-        self.kept: Named = {}
+        self.rows: list[dict[Any, int]] = []  # of the features of each micro-batch
+        self.last_outputs: Named = {}
 
     def encode_once(self, ranks: _Ranks) -> None:
         first: dict[Any, list] = {}
@@ -179,10 +184,10 @@ class _Tower:
                 ranks.no_sync(self in ranks.recomputing),
             ):
                 outputs = self._outputs(self.micro_batches[index])
-            shapes = {
-                name: ["m", *output.shape[1:]] if output.dim() > 1 else []
-                for name, output in outputs.items()
-            }
+            shapes: dict[Any, list] = {name: [] for name in outputs}
+            for name, output in outputs.items():
+                if output.dim() > 1:
+                    shapes[name] = ["m", *output.shape[1:]]
             first = first or shapes
             if shapes != first:
                 raise ValueError(
@@ -190,22 +195,19 @@ class _Tower:
                     f"{shapes}"
                 )
             if index == self.recomputed:
-                self.kept = outputs
+                self.last_outputs = outputs
             self.parts.append({name: output.detach() for name, output in outputs.items()})
-        self.rows = [
-            {name: len(part) for name, part in parts.items() if part.dim() > 1}
-            for parts in self.parts
-        ]
+            rows = {name: len(output) for name, output in outputs.items() if output.dim() > 1}
+            self.rows.append(rows)
 
     def leaves(self) -> Named:
         """Returns the outputs of all micro-batches as new tensors and forgets them."""
         parts = self.parts
         self.parts = []
-        features = self.rows[0]
-        return {
-            n: torch.cat([part[n] for part in parts]) if n in features else t
-            for n, t in parts[-1].items()
-        }
+        leaves = dict(parts[-1])
+        for name in self.rows[0]:
+            leaves[name] = torch.cat([part[name] for part in parts])
+        return leaves
 
     def encode_again(self, ranks: _Ranks, gradients: Named) -> None:
         """Backpropagates all micro-batches but the one that `last` returns."""
@@ -213,25 +215,29 @@ class _Tower:
         for name in self.names:
             if name in gradients and name in self.rows[0]:
                 parts = gradients[name].split([rows[name] for rows in self.rows])
-                for of_micro_batch, part in zip(self.gradients, parts):
-                    of_micro_batch[name] = part
+                for named, part in zip(self.gradients, parts):
+                    named[name] = part
             elif name in gradients:
                 # The micro-batch that `last` returns, which is at -1 if none is encoded again.
                 self.gradients[self.recomputed - 1][name] = gradients[name]
         with ranks.no_sync(True):
             if self.recomputed:
-                _backpropagate([self._kept()])
+                _backpropagate([self._last_encoded()])
             for index in range(self.recomputed - 1):
                 _backpropagate([self._encoded_again(index)])
 
     def last(self) -> tuple[Named, Named]:
-        """Returns outputs and gradients of the last micro-batch that is encoded again, or else of
-        the only micro-batch.
-        """
-        return self._encoded_again(self.recomputed - 1) if self.recomputed else self._kept()
+        """Returns outputs and gradients of the last micro-batch that is encoded again.
 
-    def _kept(self) -> tuple[Named, Named]:
-        outputs, self.kept = self.kept, {}  # so that its graph does not outlive its backward pass
+        If none is encoded again, those of the only micro-batch.
+        """
+        if not self.recomputed:
+            return self._last_encoded()
+        return self._encoded_again(self.recomputed - 1)
+
+    def _last_encoded(self) -> tuple[Named, Named]:
+        outputs = self.last_outputs
+        self.last_outputs = {}  # so that its graph does not outlive its backward pass
         return outputs, self.gradients[-1]
 
     def _encoded_again(self, index: int) -> tuple[Named, Named]:
@@ -241,23 +247,26 @@ class _Tower:
     def _outputs(self, batch: Any) -> Named:
         """Encodes a micro-batch and checks the outputs."""
         outputs: Any = self.encode(batch)
-        single = self.key is None
+        kinds: Any = Mapping
+        several = "a mapping"
+        name: Any = self.key
+        if self.key is None:
+            kinds = Mapping | Sequence
+            several = "a sequence or mapping"
+            name = 0
         if isinstance(outputs, Tensor):
-            outputs = {0 if single else self.key: outputs}
-        if not isinstance(outputs, (Mapping, Sequence) if single else Mapping) or not outputs:
-            several = "a sequence or mapping" if single else "a mapping"
-            raise TypeError(
-                f"{self.label}: expected a tensor, or {several} of them, got "
-                f"{type(outputs).__name__}"
-            )
+            outputs = {name: outputs}
+        if not isinstance(outputs, kinds) or not outputs:
+            got = type(outputs).__name__
+            raise TypeError(f"{self.label}: expected a tensor, or {several} of them, got {got}")
         if not isinstance(outputs, Mapping):
             outputs = dict(enumerate(outputs))
         for name, output in outputs.items():
-            what = f"output {name!r} of {self.label}"
-            checks.floating(what, output)
+            label = f"output {name!r} of {self.label}"
+            checks.floating(label, output)
             if output.dim() < 2 and output.numel() != 1:
                 raise ValueError(
-                    f"{what}: expected features [m, ...] or one element, got shape "
+                    f"{label}: expected features [m, ...] or one element, got shape "
                     f"{checks.shape_of(output)}"
                 )
         self.names = list(outputs)
@@ -274,7 +283,8 @@ def _towers(encode: Any, micro_batches: Any) -> list[_Tower]:
         )
     if not isinstance(micro_batches, Mapping) or set(micro_batches) != set(encode):
         got = type(micro_batches).__name__
-        got += f" {list(micro_batches)}" if isinstance(micro_batches, Mapping) else ""
+        if isinstance(micro_batches, Mapping):
+            got += f" {list(micro_batches)}"
         raise ValueError(
             f"micro_batches: expected one for each tower in a mapping, {list(encode)}, got {got}"
         )
@@ -282,22 +292,19 @@ def _towers(encode: Any, micro_batches: Any) -> list[_Tower]:
 
 
 def check(model: nn.Module) -> None:
-    """Rejects modules that use statistics of their batch or update running ones, since
-    micro-batches change both.
+    """Rejects modules that use statistics of their batch, or update running ones.
 
-    Raises: ValueError that names the first such module, e.g. a batch norm in training mode.
+    Micro-batches change both. Raises: ValueError that names the first such module, e.g. a batch
+    norm in training mode.
     """
     checks.instance("model", model, nn.Module, "an nn.Module")
     for name, module in model.named_modules():
-        running = any(
-            getattr(module, key, None) is not None for key in ("running_mean", "running_var")
-        )
-        if (
-            module.training
-            and running
-            or isinstance(module, _BatchNorm)
-            and (module.training or not running)
-        ):
+        mean = getattr(module, "running_mean", None)
+        variance = getattr(module, "running_var", None)
+        running = mean is not None or variance is not None
+        batch_norm = isinstance(module, _BatchNorm)
+        updates = module.training and (running or batch_norm)
+        if updates or (batch_norm and not running):
             raise InputError(
                 f"model: expected no batch statistics, got {type(module).__name__} {name!r} in "
                 "training mode: statistics of a micro-batch are not those of the whole batch, and "
@@ -316,11 +323,11 @@ class _Ranks:
     """
 
     def __init__(self, model: nn.Module | None, towers: list[_Tower]) -> None:
-        modules = [] if model is None else model.modules()
-        self.wrappers = [
-            module for module in modules if isinstance(module, DistributedDataParallel)
-        ]
-        self.towers, self.recomputing = towers, [tower for tower in towers if tower.recomputed]
+        self.wrappers: list[DistributedDataParallel] = []
+        if model is not None:
+            self.wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        self.towers = towers
+        self.recomputing = [tower for tower in towers if tower.recomputed]
         self.together = len(self.wrappers) == 1 and len(towers) > 1  # towers that share a wrapper
         if self.together and self.recomputing:
             self.recomputing = towers
@@ -335,8 +342,9 @@ class _Ranks:
     def no_sync(self, enabled: bool) -> ExitStack:
         """Returns a context without the exchange of gradients, if `enabled`."""
         stack = ExitStack()
-        for wrapper in self.wrappers if enabled else ():
-            stack.enter_context(wrapper.no_sync())
+        if enabled:
+            for wrapper in self.wrappers:
+                stack.enter_context(wrapper.no_sync())
         return stack
 
     def encode_again(self, gradients: Named) -> None:
@@ -350,33 +358,30 @@ class _Ranks:
 
 def _backpropagate(parts: list[tuple[Named, Named]]) -> None:
     """Backpropagates outputs from their gradients, in one pass."""
-    pairs = [
-        (outputs[n], g)
-        for outputs, named in parts
-        for n, g in named.items()
-        if outputs[n].requires_grad
-    ]
-    if pairs:
-        with _autocast_off(pairs[0][0]):
-            torch.autograd.backward(
-                [output for output, _ in pairs], [gradient for _, gradient in pairs]
-            )
+    outputs: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for named_outputs, named_gradients in parts:
+        for name, gradient in named_gradients.items():
+            if named_outputs[name].requires_grad:
+                outputs.append(named_outputs[name])
+                gradients.append(gradient)
+    if outputs:
+        with _autocast_off(outputs[0]):
+            torch.autograd.backward(outputs, gradients)
 
 
-def _autocast_off(t: Tensor) -> torch.autocast:
-    """Returns a context without autocast: backward runs in forward's dtypes, and autocast would
-    cast float32 products.
-    """
-    return torch.autocast(t.device.type, enabled=False)
+def _autocast_off(tensor: Tensor) -> torch.autocast:
+    """Returns a context without autocast, which would cast backward's float32 products."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def generators() -> tuple[Tensor, list[Tensor]]:
-    return (
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    )
+    """Returns the states of the generators of the CPU and of CUDA devices."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), cuda
 
 
 def restore(states: tuple[Tensor, list[Tensor]]) -> None:
+    """Puts the generators into states that `generators` returned."""
     torch.set_rng_state(states[0])
     torch.cuda.set_rng_state_all(states[1])

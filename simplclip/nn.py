@@ -1,8 +1,7 @@
-"""Modules of a SiCLIP: shaped attention, the simplified parallel block (SAS-P) and weight sharing
-between blocks.
-"""
+"""Modules of a SiCLIP: shaped attention, the simplified parallel block (SAS-P), shared weights."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,7 +88,8 @@ class ShapedAttention(nn.Module):
         out = shaped_attention(
             q, k, v, self.alpha, self.beta, self.gamma, causal=self.causal, lengths=lengths
         )
-        return out.reshape(x.shape) if self.output is None else self.output(out.reshape(x.shape))
+        out = out.reshape(x.shape)
+        return out if self.output is None else self.output(out)
 
     def _check(self, x: Tensor) -> None:
         """Checks the shape of x; the ops check everything else."""
@@ -180,20 +180,19 @@ class SimplifiedBlock(ShapedAttention):
             # by torch.nn.utils
             hooked = "weight_orig" in part._parameters or "weight_g" in part._parameters
             if hooked or type(part).forward not in _FORWARDS:
-                expected = (
-                    "a Linear or norm as it was made, since the op reads its weight and does not "
-                    "call it"
-                )
                 raise TypeError(
-                    f"{name}: expected {expected} (LoRA, pruning and old weight_norm change "
-                    f"calls), got {part}"
+                    f"{name}: expected a Linear or norm as it was made, since the op reads its "
+                    "weight and does not call it (LoRA, pruning and old weight_norm change calls), "
+                    f"got {part}"
                 )
         if self.training and self.drop_path > 0:
-            n, keep = self.norm(x), 1 - self.drop_path
+            n = self.norm(x)
             mlp = parallel_mlp(
                 n, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act=self.act
             )
-            mlp = mlp * (torch.rand(x.shape[0], 1, 1, device=x.device) < keep).to(mlp.dtype) / keep
+            keep = 1 - self.drop_path
+            drawn = torch.rand(x.shape[0], 1, 1, device=x.device) < keep
+            mlp = mlp * drawn.to(mlp.dtype) / keep
             return self.attention_gain * super().forward(n, lengths) + self.mlp_gain * mlp
         return simplified_block(
             x,
@@ -220,26 +219,33 @@ class SimplifiedBlock(ShapedAttention):
         )
 
     def extra_repr(self) -> str:
-        drop = f", drop_path={self.drop_path}" if self.drop_path else ""
-        return f"{super().extra_repr()}, act={self.act}{drop}"
+        text = f"{super().extra_repr()}, act={self.act}"
+        if self.drop_path:
+            text += f", drop_path={self.drop_path}"
+        return text
 
 
 def neighbour_groups(count: int, size: int = 2) -> list[list[int]]:
-    """Returns groups of ``size`` neighbouring indices, ``neighbour_groups(5) == [[0, 1], [2, 3],
-    [4]]``.
-    """
+    """Returns groups of ``size`` neighbours: ``neighbour_groups(5) == [[0, 1], [2, 3], [4]]``."""
     check_count("size", size, 1)
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
-# For each part of a block: the matrices that a group shares, their gains, and the attributes that
-# must be equal in a group.
-_ATTENTION = (
-    ("qk", "value", "output"),
-    ("alpha", "beta", "gamma", "attention_gain"),
-    ("width", "heads", "causal"),
+@dataclass(frozen=True)
+class _Part:
+    """A part of a block, by the names of attributes."""
+
+    matrices: tuple[str, ...]  # that a group shares
+    gains: tuple[str, ...]
+    equal: tuple[str, ...]  # must be equal in a group
+
+
+_ATTENTION = _Part(
+    matrices=("qk", "value", "output"),
+    gains=("alpha", "beta", "gamma", "attention_gain"),
+    equal=("width", "heads", "causal"),
 )
-_MLP = (("fc1", "fc2"), ("mlp_gain",), ("width", "hidden", "act"))
+_MLP = _Part(matrices=("fc1", "fc2"), gains=("mlp_gain",), equal=("width", "hidden", "act"))
 _PARTS = {"attention": (_ATTENTION,), "mlp": (_MLP,), "all": (_ATTENTION, _MLP)}
 SHARED_PARTS = tuple(_PARTS)
 
@@ -282,23 +288,29 @@ def share_weights(
                 raise ValueError(f"groups: expected indices of {len(blocks)} blocks, got {index}")
             if every.count(index) > 1:
                 raise ValueError(f"groups: expected disjoint groups, got block {index} twice")
-        for name in dict.fromkeys(name for *_, equal in _PARTS[what] for name in equal):
-            values = [getattr(blocks[index], name) for index in group]
-            if len(set(values)) > 1:
-                raise ValueError(
-                    f"groups: expected equal {name} within group {group}, got {values}"
-                )
+        for part in _PARTS[what]:
+            for name in part.equal:
+                values = [getattr(blocks[index], name) for index in group]
+                if len(set(values)) > 1:
+                    raise ValueError(
+                        f"groups: expected equal {name} within group {group}, got {values}"
+                    )
 
-    names = [name for matrices, *_ in _PARTS[what] for name in matrices]
-    if norms_and_gains:
-        names += [name for _, gains, _ in _PARTS[what] for name in gains] + ["norm"] * (
-            what == "all"
-        )
+    names: list[str] = []
+    for part in _PARTS[what]:
+        names += part.matrices
+        if norms_and_gains:
+            names += part.gains
+    if norms_and_gains and what == "all":
+        names.append("norm")
     for first, *others in groups:
-        for other in others:
-            for name in names:
-                if (
-                    getattr(blocks[first], name) is not None
-                    and getattr(blocks[other], name) is not None
-                ):
-                    setattr(blocks[other], name, getattr(blocks[first], name))
+        for index in others:
+            _share(blocks[first], blocks[index], names)
+
+
+def _share(source: SimplifiedBlock, block: SimplifiedBlock, names: list[str]) -> None:
+    """Lets a block use the source's modules and parameters of these names, where both have them."""
+    for name in names:
+        shared = getattr(source, name)
+        if shared is not None and getattr(block, name) is not None:
+            setattr(block, name, shared)

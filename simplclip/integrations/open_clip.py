@@ -1,5 +1,6 @@
-"""Puts this library's losses in the place of open_clip's, and its models and exports beside
-open_clip's, for this process.
+"""Puts this library's losses in the place of open_clip's, and its models beside open_clip's.
+
+Both for this process; exports count as models.
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ _registered: dict[str, Spec] = {}
 
 
 class use_losses(contextlib.AbstractContextManager):
-    """Replaces ClipLoss, SigLipLoss, CoCaLoss and DistillClipLoss of open_clip in all loaded
-    modules.
+    """Replaces open_clip's ClipLoss, SigLipLoss, CoCaLoss and DistillClipLoss in loaded modules.
 
         use_losses()                        # from here on, in this process
         loss = open_clip.create_loss(args)  # makes ours
@@ -76,13 +76,14 @@ class use_losses(contextlib.AbstractContextManager):
 
     def undo(self) -> None:
         """Puts open_clip's losses back."""
-        replaced, self._replaced = self._replaced, []
-        for original, replacement in _PAIRS if replaced else ():
+        replaced = self._replaced
+        self._replaced = []
+        if not replaced:
+            return
+        for original, replacement in _PAIRS:
             for module, name in list(_names_of(replacement)):
-                if (module, name) in replaced or module.__name__.partition(".")[0] in (
-                    "open_clip",
-                    "open_clip_train",
-                ):
+                package = module.__name__.partition(".")[0]
+                if (module, name) in replaced or package in ("open_clip", "open_clip_train"):
                     setattr(module, name, original)
 
     def __exit__(
@@ -95,8 +96,9 @@ class use_losses(contextlib.AbstractContextManager):
 
 
 def register_models() -> list[str]:
-    """Makes open_clip know this library's models and the folders of `simplclip export`, here or on
-    a hub; returns the names.
+    """Makes open_clip know this library's models, and the folders of `simplclip export`.
+
+    The folders may be here or on a hub. Returns the models' names.
 
         register_models()  # from here on, in this process
         model, _, preprocess = open_clip.create_model_and_transforms("local-dir:export")
@@ -112,22 +114,30 @@ def register_models() -> list[str]:
     Raises InputError if options in a folder, which may come from elsewhere, may fetch or unpickle
     files.
     """
-    factory, first = open_clip.factory, not _registered
-    _registered.update({name: models.spec_of(name) for name in models.names()})
-    factory._MODEL_CONFIGS.update(
-        {name: {**spec.config, OURS: {"model": name}} for name, spec in _registered.items()}
-    )
-    for function in (_create_model, _get_tokenizer) if first else ():
-        original = getattr(factory, function.__name__.removeprefix("_"))
-        replacement = functools.wraps(original)(functools.partial(function, original))
-        for module, name in list(_names_of(original)):
-            setattr(module, name, replacement)
+    factory = open_clip.factory
+    first = not _registered
+    for name in models.names():
+        spec = models.spec_of(name)
+        _registered[name] = spec
+        factory._MODEL_CONFIGS[name] = {**spec.config, OURS: {"model": name}}
+    if first:
+        _replace("create_model", _create_model)
+        _replace("get_tokenizer", _get_tokenizer)
     return list(_registered)
 
 
+def _replace(function: str, ours: Callable[..., Any]) -> None:
+    """Replaces a function of open_clip's factory in all loaded modules; ours gets the original."""
+    original = getattr(open_clip.factory, function)
+    replacement = functools.wraps(original)(functools.partial(ours, original))
+    for module, name in list(_names_of(original)):
+        setattr(module, name, replacement)
+
+
 def _part_of(name: str) -> dict[str, Any] | None:
-    """Returns this library's part of the configuration of a registered model or of a folder; None
-    if there is no part.
+    """Returns this library's part of the configuration of a registered model or of a folder.
+
+    None means that there is no part.
     """
     if name not in _registered and not name.startswith((FOLDER, HUB)):
         return None
@@ -135,23 +145,25 @@ def _part_of(name: str) -> dict[str, Any] | None:
     part = config.pop(OURS, None)
     if part is None or name in _registered:
         return part
-    where = f"{name.removeprefix(FOLDER)}/open_clip_config.json"
+    file = f"{name.removeprefix(FOLDER)}/open_clip_config.json"
     if not isinstance(part, dict) or not isinstance(part.get("model", ""), str):
         raise InputError(
-            f"{where}: expected a part {OURS!r} as `simplclip export` writes it, got "
+            f"{file}: expected a part {OURS!r} as `simplclip export` writes it, got "
             f"{str(part)[:100]}"
         )
     # open_clip reads the tokenizer from the folder, whatever its name
     config["text_cfg"].pop("hf_tokenizer_name", None)
-    check_options(config | {key: value for key, value in part.items() if key != "model"}, where)
+    options = {key: value for key, value in part.items() if key != "model"}
+    check_options(config | options, file)
     return part
 
 
 def _create_model(
     original: Callable[..., nn.Module], model_name: str, *args: Any, **options: Any
 ) -> nn.Module:
-    """Calls open_clip's create_model, with this library's model in it; open_clip sets precision,
-    loads weights and so on.
+    """Calls open_clip's create_model, with this library's model in it.
+
+    open_clip sets precision, loads weights and so on.
     """
     if model_name.startswith(FOLDER):
         check_digest(Path(model_name.removeprefix(FOLDER), EXPORTED_WEIGHTS))
@@ -165,12 +177,14 @@ def _create_model(
         call.arguments["force_preprocess_cfg"] = merge_preprocess_dict(
             dict(_registered[model_name].preprocess), forced
         )
+
+    def convert_published(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+        return convert(model, from_published(model, state))
+
     replaced = {
         kind: _builder(getattr(factory, kind)) for kind in ("CLIP", "CustomTextCLIP", "CoCa")
     }
-    replaced["convert_state_dict"] = lambda model, state: convert(
-        model, from_published(model, state)
-    )
+    replaced["convert_state_dict"] = convert_published
     with mock.patch.multiple(factory, **replaced):
         return original(*call.args, **call.kwargs)
 
@@ -198,15 +212,16 @@ def _get_tokenizer(
     name = (_part_of(model_name) or {}).get("model")
     if name is None:
         return original(model_name, context_length, *args, **options)
-    return models.tokenizer(
-        name, context_length or open_clip.get_model_config(model_name)["text_cfg"]["context_length"]
-    )
+    if not context_length:
+        context_length = open_clip.get_model_config(model_name)["text_cfg"]["context_length"]
+    return models.tokenizer(name, context_length)
 
 
 def _names_of(item: Any) -> Iterator[tuple[ModuleType, str]]:
     """Yields the global names of loaded modules that stand for this class or function."""
     for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType):
-            yield from (
-                (module, name) for name, value in list(vars(module).items()) if value is item
-            )
+        if not isinstance(module, ModuleType):
+            continue
+        for name, value in list(vars(module).items()):
+            if value is item:
+                yield module, name

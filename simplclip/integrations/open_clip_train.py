@@ -1,5 +1,7 @@
-"""open_clip's own trainer with this library's losses: `simplclip-open-clip ARGS`, or, for torchrun,
-`python -m simplclip.integrations.open_clip_train ARGS`.
+"""open_clip's own trainer with this library's losses.
+
+    simplclip-open-clip ARGS
+    torchrun -m simplclip.integrations.open_clip_train ARGS
 
 ARGS are all arguments of `python -m open_clip_train.main`, and those of `parser()` below, whose
 defaults give the values of open_clip's losses. ClipPMLoss replaces ClipLoss, WIKDLoss
@@ -19,9 +21,12 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 from unittest import mock
 
-from torch import nn
+from torch import Tensor, nn
 
 from simplclip import losses
 from simplclip.common.errors import InputError, UserError
@@ -39,8 +44,10 @@ def parser() -> argparse.ArgumentParser:
         add_help=False,
         allow_abbrev=False,
         usage="%(prog)s [options]",
-        description="open_clip's trainer with simplclip's losses. Options beside open_clip's own, "
-        "which follow:",
+        description=(
+            "open_clip's trainer with simplclip's losses. Options beside open_clip's own, which "
+            "follow:"
+        ),
     )
     matching = ours.add_argument_group("pair matching, beside any loss but that of CoCa models")
     matching.add_argument(
@@ -53,9 +60,10 @@ def parser() -> argparse.ArgumentParser:
         help="its hyperplane (default: scalar)",
     )
     ours.add_argument(
-        "--crop-texts", action="store_true",
+        "--crop-texts",
+        action="store_true",
         help="compute no tokens behind the end of the texts (models whose text tower is causal)",
-    )  # fmt: skip
+    )
     distillation = ours.add_argument_group(
         "distillation, beside --distill-model and --distill-pretrained"
     )
@@ -66,8 +74,12 @@ def parser() -> argparse.ArgumentParser:
             default=default,
             help=f"weight of the {name} term (default: {default:g})",
         )
-    what = "form of the interactive term (default: infonce)"
-    distillation.add_argument("--interactive", choices=INTERACTIVE, default="infonce", help=what)
+    distillation.add_argument(
+        "--interactive",
+        choices=INTERACTIVE,
+        default="infonce",
+        help="form of the interactive term (default: infonce)",
+    )
     return ours
 
 
@@ -78,7 +90,7 @@ def _weight(text: str) -> float:
     return value
 
 
-def command():
+def command() -> Any:
     """Runs `main` as a command, which prints an error that the user can fix as one line."""
     try:
         return main()
@@ -88,7 +100,7 @@ def command():
         parser().error(str(error))
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> Any:
     """Runs open_clip_train.main.main with our losses and returns its result.
 
     Wrong arguments exit as in argparse.
@@ -113,38 +125,46 @@ def main(argv: list[str] | None = None):
     args = trainer.parse_args(rest)
     _check(ours, options, args)
     # The trainer gets these very args, in which it notes its rank before it makes the model.
-    replacements = {"parse_args": lambda argv: args, **_replacements(options, args, trainer)}
+    replacements = _replacements(options, args, trainer)
+    replacements["parse_args"] = lambda argv: args
     with mock.patch.multiple(trainer, **replacements), _shards_of_webdataset_1():
         return trainer.main(rest)
 
 
-def _replacements(options: argparse.Namespace, args: argparse.Namespace, trainer) -> dict:
+def _replacements(
+    options: argparse.Namespace, args: argparse.Namespace, trainer: ModuleType
+) -> dict[str, Callable[..., Any]]:
     """Returns the functions that make models and losses, by their names in open_clip_train.main."""
-    create_model, create_loss = trainer.create_model_and_transforms, trainer.create_loss
-    made: list[nn.Module] = []  # the loss
+    create_model = trainer.create_model_and_transforms
+    create_loss = trainer.create_loss
+    losses_made: list[nn.Module] = []  # at most one
 
-    def create_model_and_transforms(*names, **others) -> tuple:
-        model, *transforms = create_model(*names, **others)
+    def create_model_and_transforms(*arguments: Any, **keywords: Any) -> tuple:
+        model, *transforms = create_model(*arguments, **keywords)
         if options.crop_texts:
-            # Both options need a fixed number of calls and fixed sizes in a step.
-            fixed = args.torchcompile or args.ddp_static_graph
-            crop_texts(model, **{"multiple": 16, "groups": 1} if fixed else {})
-        if not made:  # the first model is the student, a second one the teacher
-            made.append(_attached(model, replacement(options, args, create_loss(args)), args))
+            if args.torchcompile or args.ddp_static_graph:
+                # Both need a fixed number of calls and fixed sizes in a step.
+                crop_texts(model, multiple=16, groups=1)
+            else:
+                crop_texts(model)
+        if not losses_made:  # the first model is the student, a second one the teacher
+            loss = replacement(options, args, create_loss(args))
+            _attach(loss, model, args)
+            losses_made.append(loss)
         return model, *transforms
 
     return {
         "create_model_and_transforms": create_model_and_transforms,
-        "create_loss": lambda args: made[0],
+        "create_loss": lambda args: losses_made[0],
     }
 
 
-def _attached(model: nn.Module, loss: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """Makes a loss that learns a part of the model, which is not wrapped yet and has no optimizer;
-    returns the loss.
-    """
+def _attach(loss: nn.Module, model: nn.Module, args: argparse.Namespace) -> None:
+    """Makes a loss that learns a part of the model, which has no wrapper and no optimizer yet."""
     learned = list(loss.parameters())
-    if learned and getattr(args, "fsdp", False):
+    if not learned:
+        return
+    if getattr(args, "fsdp", False):
         raise InputError(
             "--fsdp: expected a loss without learned parameters, which are not sharded with the "
             "model's"
@@ -152,14 +172,13 @@ def _attached(model: nn.Module, loss: nn.Module, args: argparse.Namespace) -> nn
     for parameter in learned:
         # Each of the K backward passes of --accum-freq K is that of the whole loss.
         parameter.register_hook(lambda gradient: gradient / args.accum_freq)
-    if learned:
-        model.simplclip_loss = loss
-    return loss
+    model.simplclip_loss = loss
 
 
-def _shards_of_webdataset_1():
-    """Lets open_clip, made for webdataset 0.2.86, read shards by webdataset 1.0, which ends each
-    shard with an empty sample; open_clip would raise KeyError: 'fname' on it.
+def _shards_of_webdataset_1() -> contextlib.AbstractContextManager:
+    """Lets open_clip, made for webdataset 0.2.86, read shards by webdataset 1.0.
+
+    That ends each shard with an empty sample, on which open_clip would raise KeyError: 'fname'.
     """
     data = importlib.import_module("open_clip_train.data")
     expander = getattr(data, "tar_file_expander", None)
@@ -174,24 +193,23 @@ def _check(
     """Raises errors for options that do not go together, or would be ignored silently."""
     # the same test as in open_clip
     distilled = args.distill_model is not None and args.distill_pretrained is not None
-    refused = {
-        name: "expected a teacher (--distill-model and --distill-pretrained), got none"
-        for name in DISTILLATION
-    }
-    if distilled:
-        refused = {}
-        if args.siglip:
-            ours.error(
-                "--siglip: expected no --distill-model, since open_clip's distillation takes no "
-                "logit bias, got both"
-            )
-    elif "coca" in args.model.lower():
-        refused["pm_weight"] = (
-            f"expected 0, since CoCa's loss has no pair matching, got --model {args.model}"
+    if distilled and args.siglip:
+        ours.error(
+            "--siglip: expected no --distill-model, since open_clip's distillation takes no logit "
+            "bias, got both"
         )
-    elif args.siglip:
-        what = "since --siglip computes pair matching with it in one sweep"
-        refused |= {"pm_plane": f"expected scalar, {what}"}
+    refused: dict[str, str] = {}  # option -> why it must have its default
+    if not distilled:
+        no_teacher = "expected a teacher (--distill-model and --distill-pretrained), got none"
+        refused = dict.fromkeys(DISTILLATION, no_teacher)
+        if "coca" in args.model.lower():
+            refused["pm_weight"] = (
+                f"expected 0, since CoCa's loss has no pair matching, got --model {args.model}"
+            )
+        elif args.siglip:
+            refused["pm_plane"] = (
+                "expected scalar, since --siglip computes pair matching with it in one sweep"
+            )
     if options.crop_texts and (args.trace or args.torchscript):
         ours.error(
             "--crop-texts: expected no --trace and no --torchscript, which fix the length of texts"
@@ -207,7 +225,9 @@ def replacement(
     """Returns this library's loss with the settings of `loss`, open_clip's, on args.device."""
     from open_clip import loss as originals
 
-    shared = {name: getattr(loss, name, None) for name in ("cache_labels", "rank", "world_size")}
+    shared: dict[str, Any] = {
+        name: getattr(loss, name, None) for name in ("cache_labels", "rank", "world_size")
+    }
     gather = {
         name: getattr(loss, name, False)
         for name in ("local_loss", "gather_with_grad", "use_horovod")
@@ -234,10 +254,9 @@ def replacement(
             **shared, **gather, **matching, **plane, **distillation, teacher_dim=width
         )
     else:
-        expected = "open_clip's ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss"
         raise InputError(
-            f"--model {args.model}: expected {expected}, got {type(loss).__name__}, which has no "
-            "replacement"
+            f"--model {args.model}: expected open_clip's ClipLoss, SigLipLoss, CoCaLoss or "
+            f"DistillClipLoss, got {type(loss).__name__}, which has no replacement"
         )
     return ours.to(args.device)
 
@@ -248,9 +267,14 @@ class OneSweepSigLipLoss(losses.SigLipLoss):
     Both terms share a sweep, and the first one carries the gradient of the sum.
     """
 
-    def forward(
-        self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False
-    ):
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor,  # []
+        logit_bias: Tensor | None = None,  # []
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
         weights = {"sigmoid": 1.0, "pair_matching": self.pm_weight}
         total, terms = self.terms(
             image_features, text_features, logit_scale, weights=weights, logit_bias=logit_bias
@@ -264,8 +288,9 @@ class OneSweepSigLipLoss(losses.SigLipLoss):
 
 
 def _width(model: str) -> int | None:
-    """Returns the embedding width in open_clip's configs; None for a model without a config
-    (hf-hub:, local-dir:).
+    """Returns the embedding width in open_clip's configs.
+
+    None for a model without a config (hf-hub:, local-dir:).
     """
     import open_clip
 

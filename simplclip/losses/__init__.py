@@ -59,9 +59,7 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker would take any name for known
 
     def __getattr__(name: str) -> Any:
-        """Imports the losses that subclass open_clip's at their first use: importing open_clip
-        takes seconds.
-        """
+        """Imports open_clip's subclasses at their first use: importing open_clip takes seconds."""
         return attribute(__name__, {"drop_in": ("ClipLoss", "CoCaLoss", "SigLipLoss")}, name)
 
 

@@ -1,6 +1,4 @@
-"""Code that the losses share: open_clip's constructor and distributed modes, checks, and the
-hyperplane of pair matching.
-"""
+"""Code that the losses share: open_clip's constructor, its modes of ranks, checks, the plane."""
 
 from __future__ import annotations
 
@@ -21,16 +19,17 @@ from simplclip.ops.similarity import inputs
 PLANES = ("scalar", "hadamard")
 STUDENT = ("image_features", "text_features")
 TEACHER = ("dist_image_features", "dist_text_features", "dist_logit_scale")
-OF_TEACHER = ("relational", "interactive", "feature")  # terms
+TEACHER_TERMS = ("relational", "interactive", "feature")
 
 
-def weight_of(name: str, value: float) -> float:
-    if (number := checks.number(name, value)) < 0:
+def checked_weight(name: str, value: float) -> float:
+    number = checks.number(name, value)
+    if number < 0:
         raise ValueError(f"{name}: expected a weight of 0 or more, got {value!r}")
     return number
 
 
-def width_of(name: str, value: int | None) -> int | None:
+def checked_width(name: str, value: int | None) -> int | None:
     if value is not None:
         check_count(name, value, 1)
     return value
@@ -55,6 +54,13 @@ class Pairs:
     bias: Tensor | None = None  # []
     ids: Tensor | None = None  # [N] int64
     teacher: Teacher | None = None
+
+    def swapped(self) -> Pairs:
+        """Returns the pairs with image and text exchanged."""
+        teacher = self.teacher
+        if teacher is not None:
+            teacher = Teacher(teacher.text, teacher.image, teacher.scale)
+        return replace(self, image=self.text, text=self.image, teacher=teacher)
 
 
 class DistributedLoss(nn.Module):
@@ -117,23 +123,22 @@ class DistributedLoss(nn.Module):
         self._same_parameters = False  # whether all ranks have the first rank's parameters
 
     def _group(self) -> Any:
-        have = (
-            torch.distributed.get_world_size()
-            if torch.distributed.is_initialized()
-            else "no process group"
-        )
-        if have != self.world_size:
+        size: int | str = "no process group"
+        if torch.distributed.is_initialized():
+            size = torch.distributed.get_world_size()
+        if size != self.world_size:
             raise RuntimeError(
-                f"world_size: expected a process group of {self.world_size} ranks, got {have}"
+                f"world_size: expected a process group of {self.world_size} ranks, got {size}"
             )
-        if (rank := torch.distributed.get_rank()) != self.rank:
+        rank = torch.distributed.get_rank()
+        if rank != self.rank:
             raise RuntimeError(f"rank: expected this process's rank, {rank}, got {self.rank}")
         return torch.distributed.group.WORLD
 
-    def _own_rows(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def _check_and_scale_with_all_ranks(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Returns this rank's features, with gradients scaled as in open_clip's mode.
 
-        Checks that ranks have equal shapes.
+        A collective call: it checks that all ranks have equal shapes.
         """
         self._shapes.check(image, text, self._group())
         if self.local_loss or self.gather_with_grad:
@@ -143,11 +148,9 @@ class DistributedLoss(nn.Module):
 
     def _gathered(self, rows: Any) -> Any:
         """Returns the rows of all ranks as constants; None for None."""
-        return (
-            rows
-            if rows is None or self.world_size <= 1
-            else distributed.gather(rows.detach(), self._group())
-        )
+        if rows is None or self.world_size <= 1:
+            return rows
+        return distributed.gather(rows.detach(), self._group())
 
     def _learned(self, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Returns parameters of the loss; backward averages their gradients over the ranks."""
@@ -159,18 +162,16 @@ class DistributedLoss(nn.Module):
         return distributed.learned(parameters, self._group())
 
     def _value(self, loss: Tensor) -> Tensor:
-        """Returns the value that open_clip's mode reports: the loss of this rank, or the mean over
-        the ranks.
-        """
+        """Returns the loss as open_clip's mode reports it: of this rank, or the mean of all."""
         return loss if self.local_loss else distributed.mean(loss, self._group())
 
 
 def why_teacher(terms: tuple[str, ...]) -> str | None:
     """Returns why a teacher is needed, None if no term needs one."""
-    return next((f"the term {term!r} needs it" for term in terms if term in OF_TEACHER), None)
+    return next((f"the term {term!r} needs it" for term in terms if term in TEACHER_TERMS), None)
 
 
-def teacher_of(values: Any, terms: tuple[str, ...]) -> Teacher | None:
+def checked_teacher(values: Any, terms: tuple[str, ...]) -> Teacher | None:
     """Returns the teacher of an argument (image, text, scale), if a term needs it."""
     why = why_teacher(terms)
     if why is None:
@@ -213,16 +214,19 @@ class SimilarityLoss(DistributedLoss):
         super().__init__(
             local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **unknown
         )
-        self.pm_weight = weight_of("pm_weight", pm_weight)
+        self.pm_weight = checked_weight("pm_weight", pm_weight)
         checks.choice("plane", plane, PLANES)
-        self.plane, self.embed_dim = plane, width_of("embed_dim", embed_dim)
+        self.plane = plane
+        self.embed_dim = checked_width("embed_dim", embed_dim)
         self.plane_weight = self.plane_bias = None
         if pm_weight:
             if plane == "hadamard" and embed_dim is None:
                 raise ValueError(
                     "embed_dim: expected the width D of the features for plane='hadamard', got None"
                 )
-            shape = () if embed_dim is None or plane == "scalar" else (embed_dim,)
+            shape: tuple[int, ...] = ()
+            if embed_dim is not None and plane == "hadamard":
+                shape = (embed_dim,)
             self.plane_weight = nn.Parameter(torch.full(shape, self.INITIAL_WEIGHT))
             self.plane_bias = nn.Parameter(torch.tensor(self.INITIAL_BIAS))
 
@@ -237,31 +241,32 @@ class SimilarityLoss(DistributedLoss):
         ids: Tensor | None = None,  # [N] int64
         teacher: tuple[Tensor, Tensor, Tensor] | None = None,  # [N, D̂], [N, D̂], []
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the weighted sum [] of the terms that `weights` names, which has the gradient,
-        and the terms without one.
+        """Returns the sum [] of the weighted terms, and each of them without a gradient.
 
-        The terms are weighted. Their names are "contrastive", "sigmoid", "pair_matching" (if the
+        `weights` names the terms. Their names are "contrastive", "sigmoid", "pair_matching" (if the
         loss has a plane, by pm_weight above 0) and "relational"; of WIKDLoss "interactive" and
         "feature" too. The weights that the constructor got do not count here.
         """
-        record = teacher_of(teacher, tuple(weights))
+        names = tuple(weights)
+        record = checked_teacher(teacher, names)
         pairs = Pairs(image_features, text_features, logit_scale, logit_bias, ids, record)
-        values = self._values(pairs, tuple(weights), weights)
+        values = self._values(pairs, names, weights)
         total = values.pop("loss")
         return total, {name: weights[name] * value for name, value in values.items()}
 
     def _values(
         self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None = None
     ) -> dict[str, Tensor]:
-        """Returns the terms before weighting, each with its gradient; with `weights`, without, and
-        beside them "loss".
+        """Returns the terms before weighting, each with its gradient.
+
+        With `weights` the terms have no gradient, and "loss", their weighted sum, has it.
         """
         checks.features("image_features", pairs.image, "[N, D]")
         checks.features("text_features", pairs.text, "[N, D]")
         if self.embed_dim is not None:
             self._check_width(self.embed_dim, pairs.image, pairs.text)
         if self.world_size > 1:
-            image, text = self._own_rows(pairs.image, pairs.text)
+            image, text = self._check_and_scale_with_all_ranks(pairs.image, pairs.text)
             pairs = replace(pairs, image=image, text=text)
         image, text = pairs.image, pairs.text
         if text.shape != image.shape or text.dtype != image.dtype or text.device != image.device:
@@ -269,11 +274,9 @@ class SimilarityLoss(DistributedLoss):
         if pairs.teacher is not None:
             pairs = replace(pairs, teacher=self._constants(pairs.teacher, image, text, terms))
         values = self._similarity(pairs, terms, weights)
-        return (
-            values
-            if self.world_size <= 1
-            else {name: self._value(value) for name, value in values.items()}
-        )
+        if self.world_size <= 1:
+            return values
+        return {name: self._value(value) for name, value in values.items()}
 
     def _constants(
         self, teacher: Teacher, image: Tensor, text: Tensor, terms: tuple[str, ...]
@@ -282,59 +285,51 @@ class SimilarityLoss(DistributedLoss):
         why = why_teacher(terms)
         if why is None:
             return None
-        unused = teacher.scale is None and "relational" not in terms
-        arguments = dict(zip(TEACHER[: 3 - unused], (teacher.image, teacher.text, teacher.scale)))
-        return Teacher(
-            *inputs.constants_of_teacher(arguments, dict(zip(STUDENT, (image, text))), why)
-        )
+        arguments = dict(zip(TEACHER, (teacher.image, teacher.text, teacher.scale)))
+        if teacher.scale is None and "relational" not in terms:  # no other term uses it
+            del arguments["dist_logit_scale"]
+        student = dict(zip(STUDENT, (image, text)))
+        return Teacher(*inputs.constants_of_teacher(arguments, student, why))
 
     def _similarity(
         self, pairs: Pairs, terms: tuple[str, ...], weights: Mapping[str, float] | None
     ) -> dict[str, Tensor]:
         """Returns the terms of this rank's rows, by ops.similarity_loss."""
+        compute: Any = partial(
+            ops.similarity_loss,
+            logit_scale=pairs.scale,
+            logit_bias=pairs.bias,
+            terms=terms,
+            plane=self._plane(pairs.text.shape[1]) if "pair_matching" in terms else None,
+            divergence=self.divergence,
+            weights=weights,
+            ids=pairs.ids,
+            scratch_bytes=self.scratch_bytes,
+            store_bytes=self.store_bytes,
+        )
         image = pairs.image
         text = pairs.text
-        ids = pairs.ids
-        plane = None
-        weight: Any = self.plane_weight if "pair_matching" in terms else None
-        if weight is not None:
-            bias: Any = self.plane_bias
-            if self.world_size > 1:
-                weight, bias = self._learned(weight, bias)
-            plane = weight[: text.shape[1]] if self.plane == "hadamard" else weight, bias
-        teacher = pairs.teacher
-        teacher_image, teacher_text, teacher_scale = (
-            (teacher.image, teacher.text, teacher.scale) if teacher else (None,) * 3
-        )
-        options: dict[str, Any] = {
-            "logit_scale": pairs.scale,
-            "logit_bias": pairs.bias,
-            "terms": terms,
-            "plane": plane,
-            "teacher_image": teacher_image,
-            "teacher_text": teacher_text,
-            "teacher_scale": teacher_scale,
-            "divergence": self.divergence,
-            "weights": weights,
-            "ids": ids,
-            "scratch_bytes": self.scratch_bytes,
-            "store_bytes": self.store_bytes,
-        }
+        teacher_image = teacher_text = None
+        if pairs.teacher is not None:
+            teacher_image = pairs.teacher.image
+            teacher_text = pairs.teacher.text
+            compute = partial(compute, teacher_scale=pairs.teacher.scale)
         if self.world_size <= 1 or not self.local_loss or self.gather_with_grad:
-            return ops.similarity_loss(
-                image, text, group=self._group() if self.world_size > 1 else None, **options
+            group = self._group() if self.world_size > 1 else None
+            return compute(
+                image, text, group=group, teacher_image=teacher_image, teacher_text=teacher_text
             )
 
         # The directions are computed apart, each with this rank's rows and the columns of all
         # ranks, which are constants.
         image, text = autocast(image, text)  # before they travel
         gather = self._gathered
-        options |= {
-            "label_offset": self.rank * len(image),
-            "text_ids": gather(ids),
-            "symmetric": False,
-        }
-        compute: Any = partial(ops.similarity_loss, **options)
+        compute = partial(
+            compute,
+            symmetric=False,
+            label_offset=self.rank * len(image),
+            text_ids=gather(pairs.ids),
+        )
         by_image = compute(
             image, gather(text), teacher_image=teacher_image, teacher_text=gather(teacher_text)
         )
@@ -343,11 +338,51 @@ class SimilarityLoss(DistributedLoss):
         )
         return {name: 0.5 * (by_image[name] + by_text[name]) for name in by_image}
 
+    def _plane(self, width: int) -> tuple[Tensor, Tensor] | None:
+        """Returns weight and bias of the plane for features of a width; None without a plane."""
+        weight: Any = self.plane_weight
+        bias: Any = self.plane_bias
+        if weight is None:
+            return None
+        if self.world_size > 1:
+            weight, bias = self._learned(weight, bias)
+        if self.plane == "hadamard":
+            weight = weight[:width]
+        return weight, bias
+
     def _check_width(self, embed_dim: int, image: Tensor, text: Tensor) -> None:
         for name, features in (("image_features", image), ("text_features", text)):
             width = features.shape[-1]
-            if width > embed_dim or width < embed_dim and not self.prefixes:
+            fits = width == embed_dim or (self.prefixes and width < embed_dim)
+            if not fits:
                 got = checks.shape_of(features)
                 raise ValueError(
                     f"{name}: expected the width embed_dim = {embed_dim}, got shape {got}"
                 )
+
+
+class _Widen(torch.autograd.Function):
+    """A cast of float16 to float32.
+
+    The gradient of a row of zeros, which 1/eps makes too large, is clamped to float16's range; the
+    gradients of other rows may overflow, as GradScaler expects.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value.any(-1, keepdim=True))
+        return value.float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (nonzero,) = ctx.saved_tensors
+        most = torch.finfo(torch.float16).max
+        return torch.where(nonzero, gradient, gradient.clamp(-most, most)).half()
+
+
+def widen(features: Tensor) -> Tensor:
+    """Casts float16 to float32, whose range F.normalize needs.
+
+    Its eps is 1e-12, and the gradient of a row of zeros is multiplied by 1/eps.
+    """
+    return _Widen.apply(features) if features.dtype == torch.float16 else features

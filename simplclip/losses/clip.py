@@ -1,6 +1,4 @@
-"""ClipPMLoss and its base PairLoss, which is also the base of ClipLoss and SigLipLoss in
-drop_in.py.
-"""
+"""ClipPMLoss, and PairLoss: its base, and that of ClipLoss and SigLipLoss in drop_in.py."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ from simplclip.losses.base import Pairs, SimilarityLoss
 
 
 class PairLoss(SimilarityLoss):
-    """Base class with the forward of a loss of one term, to which pair matching is added if
-    pm_weight is not 0.
-    """
+    """Base class of a loss with one term, to which pair matching is added by pm_weight above 0."""
 
     TERM = "contrastive"
 
@@ -31,17 +27,17 @@ class PairLoss(SimilarityLoss):
         *,
         ids: Tensor | None = None,  # [N] int64
     ) -> Tensor | dict[str, Tensor]:
-        """Returns the loss; with output_dict, a dict of its weighted terms, each with its own
-        gradient.
+        """Returns the loss; with output_dict, its weighted terms, each with its own gradient.
 
-        These are `contrastive_loss`, open_clip's name for the sigmoid term too, and, with
+        The keys are `contrastive_loss`, open_clip's name for the sigmoid term too, and, with
         pm_weight, `pair_matching_loss`.
 
         ids: pairs with equal ids (several captions of an image, duplicates) are not each other's
         negatives.
         """
         pairs = Pairs(image_features, text_features, logit_scale, logit_bias, ids)
-        term, weight = self.TERM, self.pm_weight
+        term = self.TERM
+        weight = self.pm_weight
         if not weight:
             value = self._values(pairs, (term,))[term]
             return {"contrastive_loss": value} if output_dict else value
@@ -58,8 +54,8 @@ class PairLoss(SimilarityLoss):
 class ClipPMLoss(PairLoss):
     r"""Contrastive loss plus pair matching, a drop-in replacement of `open_clip.ClipLoss`.
 
-        loss = ClipLoss(image, text) + pm_weight · ½ [mean_i softplus(−l_ii) + mean over negatives
-        softplus(l_ij)]
+        loss = ClipLoss(image, text)
+             + pm_weight · ½ [mean_i softplus(−l_ii) + mean over negatives softplus(l_ij)]
 
     with the learned hyperplane l = p S + q (plane="scalar") or l_ij = w·(x_i ⊙ y_j) + q
     (plane="hadamard") over the similarity S of L2-normalised features; see

@@ -1,6 +1,4 @@
-"""Losses that are subclasses of open_clip's where it is installed, so that they pass its isinstance
-checks.
-"""
+"""Losses that are subclasses of open_clip's where it is installed: they pass isinstance checks."""
 
 from __future__ import annotations
 
@@ -18,16 +16,16 @@ open_clip_loss: Any
 try:
     open_clip_loss = importlib.import_module("open_clip.loss")
 except ImportError:
-    open_clip_loss = type(
-        "NoOpenClip", (), dict.fromkeys(("ClipLoss", "CoCaLoss", "SigLipLoss"), object)
-    )
+    names = ("ClipLoss", "CoCaLoss", "SigLipLoss")
+    open_clip_loss = type("NoOpenClip", (), dict.fromkeys(names, object))
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
 class ClipLoss(PairLoss, open_clip_loss.ClipLoss):
-    r"""`open_clip.ClipLoss` without its N×N matrices: the same constructor, forward, values and
-    gradients.
+    r"""`open_clip.ClipLoss` without its N×N matrices.
+
+    Constructor, forward, values and gradients are the same.
 
         Z = logit_scale · x yᵀ + logit_bias
         loss = ½ [cross-entropy of the rows of Z to the diagonal + that of the columns]
@@ -49,8 +47,7 @@ class ClipLoss(PairLoss, open_clip_loss.ClipLoss):
 
 
 class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
-    r"""`open_clip.CoCaLoss`: the contrastive loss and the cross-entropy of a caption's tokens, each
-    with its weight.
+    r"""`open_clip.CoCaLoss`: the contrastive loss plus the cross-entropy of a caption's tokens.
 
     Args:
         caption_loss_weight, clip_loss_weight: weights; with clip_loss_weight=0 the contrastive loss
@@ -91,19 +88,18 @@ class CoCaLoss(ClipLoss, open_clip_loss.CoCaLoss):
         logit_scale: Tensor,  # []
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """Returns the weighted contrastive and caption losses; with output_dict, as
-        `contrastive_loss`, `caption_loss`.
+        """Returns the weighted contrastive and caption losses.
+
+        With output_dict they are a dict with the keys `contrastive_loss` and `caption_loss`.
         """
         contrastive: Any = torch.tensor(0, device=logits.device)
         if self.clip_loss_weight:
             value: Any = super().forward(image_features, text_features, logit_scale)
             contrastive = self.clip_loss_weight * value
         caption = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
-        return (
-            {"contrastive_loss": contrastive, "caption_loss": caption}
-            if output_dict
-            else (contrastive, caption)
-        )
+        if output_dict:
+            return {"contrastive_loss": contrastive, "caption_loss": caption}
+        return contrastive, caption
 
 
 class SigLipLoss(PairLoss, open_clip_loss.SigLipLoss):

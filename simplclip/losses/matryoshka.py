@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,17 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from simplclip.losses.base import SimilarityLoss, weight_of
-from simplclip.losses.wikd import wide
+from simplclip.losses.base import SimilarityLoss, checked_weight, widen
 from simplclip.ops import checks
 
 
 class MatryoshkaLoss(nn.Module):
-    r"""The weighted sum of a loss over prefixes of the features (Matryoshka representation
-    learning).
+    r"""Matryoshka representation learning: the sum of a loss over prefixes of the features.
 
-        value = Σ_k weights_k · loss(normalise(image[:, :widths_k]), normalise(text[:, :widths_k]),
-        ...)
+        value = Σ_k weights_k · loss(prefix_k(image), prefix_k(text), ...)
+        prefix_k(x) = normalise(x[:, :widths_k])
 
     loss: any module whose first arguments are image and text features [N, D]; each term that it
     returns is summed. A hadamard plane and projections have the width D; a prefix uses their first
@@ -38,25 +38,24 @@ class MatryoshkaLoss(nn.Module):
         checks.instance("loss", loss, nn.Module, "an nn.Module")
         self.loss, self.widths = loss, tuple(widths)
         self.weights = (1.0,) * len(self.widths) if weights is None else tuple(weights)
-        if not self.widths or any(
-            type(b) is not int or a >= b for a, b in zip((0, *self.widths), self.widths)
-        ):
-            raise ValueError(f"widths: expected ascending integers above 0, got {self.widths}")
-        if sum(weight_of("weights", w) for w in self.weights) == 0 or len(self.weights) != len(
-            self.widths
-        ):
-            raise ValueError(
-                f"weights: expected {len(self.widths)}, one above 0, got {self.weights}"
-            )
+        _check_widths(self.widths)
+        total = sum(checked_weight("weights", weight) for weight in self.weights)
+        count = len(self.widths)
+        if total == 0 or len(self.weights) != count:
+            raise ValueError(f"weights: expected {count}, one above 0, got {self.weights}")
         if isinstance(loss, SimilarityLoss):
             loss.prefixes = True
 
-    # [N, D], [N, D]
     def forward(
-        self, image_features: Tensor, text_features: Tensor, *args: Any, **kwargs: Any
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """Returns what the wrapped loss returns, with each term summed over the widths. args,
-        kwargs: its other arguments.
+        """Returns what the wrapped loss returns, with each term summed over the widths.
+
+        args, kwargs: its other arguments.
         """
         if image_features.shape[-1] < self.widths[-1]:
             raise ValueError(
@@ -65,18 +64,24 @@ class MatryoshkaLoss(nn.Module):
             )
         total = None
         for width, weight in zip(self.widths, self.weights):
-            if weight:
-                units = (_unit_prefix(t, width) for t in (image_features, text_features))
-                terms = tree_map(
-                    lambda term, weight=weight: weight * term, self.loss(*units, *args, **kwargs)
-                )
-                total = terms if total is None else tree_map(torch.add, total, terms)
+            if not weight:
+                continue
+            image = _unit_prefix(image_features, width)
+            text = _unit_prefix(text_features, width)
+            terms = self.loss(image, text, *args, **kwargs)
+            terms = tree_map(partial(operator.mul, weight), terms)
+            total = terms if total is None else tree_map(torch.add, total, terms)
         return total
+
+
+def _check_widths(widths: tuple[int, ...]) -> None:
+    integers = bool(widths) and all(type(width) is int for width in widths)
+    if not integers or widths[0] < 1 or list(widths) != sorted(set(widths)):
+        raise ValueError(f"widths: expected ascending integers above 0, got {widths}")
 
 
 def _unit_prefix(features: Tensor, width: int) -> Tensor:
     """Returns the first columns [N, width], normalised in float32, or in float64 of float64."""
-    prefix = wide(features[:, :width])
-    return F.normalize(prefix.to(torch.promote_types(prefix.dtype, torch.float32)), dim=1).to(
-        features.dtype
-    )
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    prefix = widen(features[:, :width]).to(dtype)
+    return F.normalize(prefix, dim=1).to(features.dtype)

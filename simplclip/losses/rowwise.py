@@ -1,17 +1,18 @@
-"""RowwiseLoss: a loss of the user's own over whole rows of the similarity matrix, which is never
-stored.
-"""
+"""RowwiseLoss: a loss of the user's own over rows of the similarity matrix, never stored."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from simplclip.losses.base import STUDENT, TEACHER, DistributedLoss
+from simplclip.losses.base import STUDENT, TEACHER, DistributedLoss, Pairs, Teacher
 from simplclip.ops import checks, distributed
 from simplclip.ops.calls import accumulate_dtype
 from simplclip.ops.registry import autocast, no_autocast
@@ -21,15 +22,14 @@ _LEAST_ROWS = 64  # of a chunk: fewer make products slow
 
 
 class RowwiseLoss(DistributedLoss):
-    r"""The mean of a function of the user's own over the rows, and over the columns, of the
-    similarity matrix.
+    r"""The mean of a user's function over the rows and over the columns of the similarity matrix.
 
         Z = s · image · textᵀ + b
         T = ŝ · x̂ · ŷᵀ, a teacher's logits, where its features are given
         loss = ½ [ mean_i fn(Z_i, i, T_i) + mean_j fn(column j of Z, j, column j of T) ]
 
-    where column i is the positive of row i. With symmetric=False the loss is the mean over the rows
-    alone. The N×M matrix is never stored: chunks of rows are computed, and once more in backward.
+    where column i is the positive of row i. With symmetric=False the loss is the mean over only the
+    rows. The N×M matrix is never stored: chunks of rows are computed, and once more in backward.
     docs/recipes.md has examples.
 
     Args:
@@ -78,15 +78,14 @@ class RowwiseLoss(DistributedLoss):
         if not callable(fn):
             raise TypeError(f"fn: expected a function or an nn.Module, got {type(fn).__name__}")
         checks.boolean("symmetric", symmetric)
-        self.fn, self.symmetric = fn, symmetric
+        self.fn = fn
+        self.symmetric = symmetric
 
     def extra_repr(self) -> str:
-        name = (
-            ""
-            if isinstance(self.fn, nn.Module)
-            else f"fn={getattr(self.fn, '__qualname__', self.fn)}, "
-        )
-        return f"{name}symmetric={self.symmetric}"
+        symmetric = f"symmetric={self.symmetric}"
+        if isinstance(self.fn, nn.Module):
+            return symmetric
+        return f"fn={getattr(self.fn, '__qualname__', self.fn)}, {symmetric}"
 
     def forward(
         self,
@@ -100,8 +99,9 @@ class RowwiseLoss(DistributedLoss):
         dist_text_features: Tensor | None = None,  # [M, D̂]
         dist_logit_scale: Tensor | float | None = None,  # []
     ) -> Tensor | dict[str, Tensor]:
-        """Returns the loss [], float32 (float64 for float64 features); with output_dict, as
-        {"rowwise_loss": loss}.
+        """Returns the loss [], float32 (float64 for float64 features).
+
+        With output_dict it is in a dict, {"rowwise_loss": loss}.
 
         image_features, text_features: float32, bfloat16, float16 or float64; under autocast they
         are cast to its dtype. Row i's positive is text i; with M > N the columns' direction covers
@@ -113,105 +113,136 @@ class RowwiseLoss(DistributedLoss):
         """
         checks.features("image_features", image_features, "[N, D]")
         checks.features("text_features", text_features, "[M, D]")
-        image, text = columns = autocast(image_features, text_features)
+        image, text = autocast(image_features, text_features)
         if self.world_size > 1:
-            image, text = self._own_rows(image, text)
+            image, text = self._check_and_scale_with_all_ranks(image, text)
         student = dict(zip(STUDENT, (image, text)))
         inputs.check_pair(student, equal_rows=self.world_size > 1)
         n = len(image)
-        offset = 0
-        fn = self.fn
         if len(text) < n:
             got = checks.shape_of(text)
             raise ValueError(
                 f"text_features: expected at least {n} rows, a positive for each image, got {got}"
             )
         arguments = dict(zip(TEACHER, (dist_image_features, dist_text_features, dist_logit_scale)))
-        teacher: list[Any] = [None, None, None]
+        teacher = None
         if any(value is not None for value in arguments.values()):
-            *teacher, teacher_scale = inputs.constants_of_teacher(
-                arguments, student, "a teacher has features and a scale"
-            )
-            teacher = [t.to(image.dtype) for t in teacher] + [teacher_scale]
-        wide = accumulate_dtype(image.dtype)
-        scale = checks.scalar("logit_scale", logit_scale, image.device, wide)
-        bias = (
-            None
-            if logit_bias is None
-            else checks.scalar("logit_bias", logit_bias, image.device, wide)
-        )
-        if self.world_size > 1:
-            constant, offset = self.local_loss and not self.gather_with_grad, self.rank * n
-            columns = [
-                distributed.gather(t.detach() if constant else t, self._group())
-                for t in (image, text)
-            ]
-            fn = self._with_learned_parameters()
-        columns_of_teacher = [self._gathered(t) for t in teacher[:2]]
-        sides = [(image, columns[1], teacher[0], columns_of_teacher[1])]
+            why = "a teacher has features and a scale"
+            x, y, teacher_scale = inputs.constants_of_teacher(arguments, student, why)
+            teacher = Teacher(x.to(image.dtype), y.to(image.dtype), teacher_scale)
+        dtype = accumulate_dtype(image.dtype)
+        scale = checks.scalar("logit_scale", logit_scale, image.device, dtype)
+        bias = None
+        if logit_bias is not None:
+            bias = checks.scalar("logit_bias", logit_bias, image.device, dtype)
+        pairs = Pairs(image, text, scale, bias, teacher=teacher)
+        columns = self._columns(pairs)
+        fn = self._with_learned_parameters() if self.world_size > 1 else self.fn
+        directions = [_direction(pairs, columns)]
         if self.symmetric:
-            sides.append(
-                (
-                    text[:n],
-                    columns[0],
-                    None if teacher[1] is None else teacher[1][:n],
-                    columns_of_teacher[0],
-                )
-            )
+            rows = _with_texts(pairs, n).swapped()
+            directions.append(_direction(rows, columns.swapped()))
         with no_autocast(image.device):
-            means = [self._mean(fn, *side, scale, bias, teacher[2], offset) for side in sides]
+            means = [self._mean(fn, direction) for direction in directions]
             value = sum(means) / len(means)
-        value = value if self.world_size <= 1 else self._value(value)
+        if self.world_size > 1:
+            value = self._value(value)
         return {"rowwise_loss": value} if output_dict else value
+
+    def _columns(self, pairs: Pairs) -> Pairs:
+        """Returns the pairs of all ranks."""
+        if self.world_size <= 1:
+            return pairs
+        image, text = pairs.image, pairs.text
+        if self.local_loss and not self.gather_with_grad:
+            image, text = image.detach(), text.detach()
+        image = distributed.gather(image, self._group())
+        text = distributed.gather(text, self._group())
+        teacher = pairs.teacher
+        if teacher is not None:
+            teacher_image = self._gathered(teacher.image)
+            teacher_text = self._gathered(teacher.text)
+            teacher = replace(teacher, image=teacher_image, text=teacher_text)
+        return replace(pairs, image=image, text=text, teacher=teacher)
 
     def _with_learned_parameters(self) -> Callable[..., Tensor]:
         """Returns fn; backward averages the gradients of its parameters over the ranks."""
         parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        learned = dict(
-            zip(
-                (name.removeprefix("fn.") for name in parameters),
-                self._learned(*parameters.values()),
-            )
-        )
+        learned = self._learned(*parameters.values())
+        if not learned:
+            return self.fn
+        names = [name.removeprefix("fn.") for name in parameters]
         module: Any = self.fn
-        return lambda *args: (
-            torch.func.functional_call(module, learned, args) if learned else module(*args)
-        )
+        return partial(_call, module, dict(zip(names, learned)))
 
-    def _mean(
-        self, fn: Callable[..., Tensor], x: Tensor, y: Tensor, x_teacher: Any, y_teacher: Any,
-        scale: Tensor, bias: Tensor | None, teacher_scale: Any, offset: int,
-    ) -> Any:  # fmt: skip
-        """Returns the mean of fn over the rows of x against the columns y."""
-        dtype, n = accumulate_dtype(x.dtype), len(x)
+    def _mean(self, fn: Callable[..., Tensor], direction: Pairs) -> Any:
+        """Returns the mean of fn over the images as rows, with the texts as columns."""
+        rows = direction.image
+        n = len(rows)
+        dtype = accumulate_dtype(rows.dtype)
         # float16 would lose small gradients
-        multiplied = x.dtype if x.dtype == torch.bfloat16 else dtype
+        product_dtype = rows.dtype if rows.dtype == torch.bfloat16 else dtype
 
-        def of_chunk(
-            rows: Tensor, columns: Tensor, of_rows: Tensor | None, index: Tensor
+        def chunk_sum(
+            chunk: Tensor, columns: Tensor, teacher_chunk: Tensor | None, index: Tensor
         ) -> Tensor:
-            logits = scale * torch.mm(rows.to(multiplied), columns.to(multiplied).T).to(dtype)
-            logits = logits if bias is None else logits + bias
-            teachers = (
-                ()
-                if of_rows is None
-                else (teacher_scale * torch.mm(of_rows, y_teacher.T).to(dtype),)
-            )
-            result = fn(logits, index, *teachers)
-            if not isinstance(result, Tensor) or result.shape != index.shape:
-                got = (
-                    checks.shape_of(result) if isinstance(result, Tensor) else type(result).__name__
-                )
-                raise ValueError(f"fn: expected a tensor [R] = [{len(index)}], got {got}")
+            product = torch.mm(chunk.to(product_dtype), columns.to(product_dtype).T)
+            logits = direction.scale * product.to(dtype)
+            if direction.bias is not None:
+                logits = logits + direction.bias
+            arguments = [logits, index]
+            if teacher_chunk is not None:
+                teacher: Any = direction.teacher
+                product = torch.mm(teacher_chunk, teacher.text.T)
+                arguments.append(teacher.scale * product.to(dtype))
+            result = fn(*arguments)
+            _check_result(result, len(index))
             return result.sum()
 
-        count = -(-n // max(_LEAST_ROWS, self.scratch_bytes // (len(y) * dtype.itemsize)))
-        sizes = [n * (k + 1) // count - n * k // count for k in range(count)]
-        of_rows = [None] * count if x_teacher is None else x_teacher.split(sizes)
-        index = torch.arange(offset, offset + n, device=x.device).split(sizes)
-        columns = y.to(dtype)  # the gradients of chunks are added in this dtype
-        chunks = zip(x.to(dtype).split(sizes), of_rows, index)
-        return (
-            sum(checkpoint(of_chunk, r, columns, t, i, use_reentrant=False) for r, t, i in chunks)
-            / n
-        )
+        columns = direction.text.to(dtype)  # the gradients of chunks are added in this dtype
+        chunk_rows = max(_LEAST_ROWS, self.scratch_bytes // (len(columns) * dtype.itemsize))
+        count = math.ceil(n / chunk_rows)
+        first = self.rank * n
+        ends = [n * k // count for k in range(1, count)]
+        indices = torch.arange(first, first + n, device=rows.device).tensor_split(ends)
+        sizes = [len(index) for index in indices]
+        teacher_chunks = [None] * count
+        if direction.teacher is not None:
+            teacher_chunks = direction.teacher.image.split(sizes)
+        chunks = zip(rows.to(dtype).split(sizes), teacher_chunks, indices)
+        total: Any = 0
+        for chunk, teacher_chunk, index in chunks:
+            total = total + checkpoint(
+                chunk_sum, chunk, columns, teacher_chunk, index, use_reentrant=False
+            )
+        return total / n
+
+
+def _direction(rows: Pairs, columns: Pairs) -> Pairs:
+    """Returns pairs of the rows' images and the columns' texts."""
+    teacher = None
+    if rows.teacher is not None and columns.teacher is not None:
+        teacher = replace(rows.teacher, text=columns.teacher.text)
+    return replace(rows, text=columns.text, teacher=teacher)
+
+
+def _with_texts(pairs: Pairs, n: int) -> Pairs:
+    """Returns pairs with only the first n texts: further ones are positives of no image."""
+    teacher = pairs.teacher
+    if teacher is not None:
+        teacher = replace(teacher, text=teacher.text[:n])
+    return replace(pairs, text=pairs.text[:n], teacher=teacher)
+
+
+def _call(module: nn.Module, parameters: dict[str, Tensor], *args: Tensor) -> Tensor:
+    return torch.func.functional_call(module, parameters, args)
+
+
+def _check_result(result: Any, rows: int) -> None:
+    if not isinstance(result, Tensor):
+        got = type(result).__name__
+    elif result.shape != (rows,):
+        got = checks.shape_of(result)
+    else:
+        return
+    raise ValueError(f"fn: expected a tensor [R] = [{rows}], got {got}")

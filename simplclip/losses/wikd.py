@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Never
 
 import torch
@@ -11,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip import ops
-from simplclip.losses.base import Pairs, SimilarityLoss, Teacher, weight_of, width_of
+from simplclip.losses.base import (
+    Pairs,
+    SimilarityLoss,
+    Teacher,
+    checked_weight,
+    checked_width,
+    widen,
+)
 from simplclip.ops import checks
 from simplclip.ops.registry import no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES
@@ -20,14 +28,14 @@ INTERACTIVE = ("infonce", "kl")
 
 
 class WIKDLoss(SimilarityLoss):
-    r"""Contrastive loss plus distillation in three spaces, a drop-in replacement of
-    `open_clip.DistillClipLoss`.
+    r"""Contrastive loss plus distillation in three spaces, for `open_clip.DistillClipLoss`.
 
-        loss = contrastive_weight · ClipLoss + relational_weight · (cross-entropy of the student's
-        to the teacher's softmax of
-               the similarities, rows and columns) + interactive_weight · (student against teacher
-               across modalities) + feature_weight · (distance of normalised features, mean of image
-               and text) + pm_weight · pair matching
+        loss = contrastive_weight · ClipLoss
+             + relational_weight · (cross-entropy of the student's to the teacher's softmax of the
+               similarities, rows and columns)
+             + interactive_weight · (student against teacher across modalities)
+             + feature_weight · (distance of normalised features, mean of image and text)
+             + pm_weight · pair matching
 
     With the student's features x', y' in the teacher's width, the teacher's x̂, ŷ and its logits T
     = ŝ x̂ ŷᵀ, the interactive term compares U = s x' ŷᵀ and V = s y' x̂ᵀ:
@@ -81,14 +89,14 @@ class WIKDLoss(SimilarityLoss):
     ) -> None:
         modes = local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod
         super().__init__(*modes, pm_weight=pm_weight, plane=plane, embed_dim=embed_dim, **unknown)
-        self.contrastive_weight = weight_of("contrastive_weight", contrastive_weight)
-        self.relational_weight = weight_of("relational_weight", relational_weight)
-        self.interactive_weight = weight_of("interactive_weight", interactive_weight)
-        self.feature_weight = weight_of("feature_weight", feature_weight)
+        self.contrastive_weight = checked_weight("contrastive_weight", contrastive_weight)
+        self.relational_weight = checked_weight("relational_weight", relational_weight)
+        self.interactive_weight = checked_weight("interactive_weight", interactive_weight)
+        self.feature_weight = checked_weight("feature_weight", feature_weight)
         checks.choice("interactive", interactive, INTERACTIVE)
         checks.choice("divergence", divergence, DIVERGENCES)
         self.interactive, self.divergence = interactive, divergence
-        self.teacher_dim = width_of("teacher_dim", teacher_dim)
+        self.teacher_dim = checked_width("teacher_dim", teacher_dim)
         if not self._weights():
             raise ValueError(
                 "contrastive_weight and the other weights: expected one above 0, got all 0"
@@ -100,12 +108,8 @@ class WIKDLoss(SimilarityLoss):
                 "got None"
             )
         self.image_projection = self.text_projection = None
-        if (
-            (interactive_weight or feature_weight)
-            and teacher_dim is not None
-            and dim is not None
-            and teacher_dim != dim
-        ):
+        projects = interactive_weight > 0 or feature_weight > 0
+        if projects and teacher_dim is not None and dim is not None and teacher_dim != dim:
             self.image_projection = nn.Parameter(torch.randn(teacher_dim, dim) * dim**-0.5)
             self.text_projection = nn.Parameter(torch.randn(teacher_dim, dim) * dim**-0.5)
 
@@ -117,9 +121,8 @@ class WIKDLoss(SimilarityLoss):
     def _weights(self) -> dict[str, float]:
         """Returns the weights above 0 by the terms' names."""
         names = ("contrastive", "relational", "interactive", "feature")
-        weights = {name: getattr(self, f"{name}_weight") for name in names} | {
-            "pair_matching": self.pm_weight
-        }
+        weights = {name: getattr(self, f"{name}_weight") for name in names}
+        weights["pair_matching"] = self.pm_weight
         return {name: weight for name, weight in weights.items() if weight}
 
     def forward(
@@ -134,22 +137,19 @@ class WIKDLoss(SimilarityLoss):
         *,
         ids: Tensor | None = None,  # [N] int64
     ) -> tuple[Tensor, ...] | dict[str, Tensor]:
-        """Returns the weighted terms in this order, without those of weight 0; with output_dict, a
-        dict with these keys:
+        """Returns the weighted terms, without those of weight 0.
 
-        `contrastive_loss`, `distill_loss` (relational), `interactive_loss`, `feature_loss`,
-        `pair_matching_loss`.
+        With output_dict they are a dict; the keys, in this order, are `contrastive_loss`,
+        `distill_loss` (relational), `interactive_loss`, `feature_loss`, `pair_matching_loss`.
         """
         teacher = Teacher(dist_image_features, dist_text_features, dist_logit_scale)
         weights = self._weights()
-        values = self._values(
-            Pairs(image_features, text_features, logit_scale, None, ids, teacher), tuple(weights)
-        )
-        keys = {"relational": "distill_loss"}  # open_clip's name
-        losses = {
-            keys.get(name, f"{name}_loss"): weight * values[name]
-            for name, weight in weights.items()
-        }
+        pairs = Pairs(image_features, text_features, logit_scale, None, ids, teacher)
+        values = self._values(pairs, tuple(weights))
+        losses = {}
+        for name, weight in weights.items():
+            key = "distill_loss" if name == "relational" else f"{name}_loss"  # open_clip's name
+            losses[key] = weight * values[name]
         return losses if output_dict else tuple(losses.values())
 
     def _similarity(
@@ -159,24 +159,20 @@ class WIKDLoss(SimilarityLoss):
         values: dict[str, Any] = {}
         if swept:
             swept_pairs = pairs if "relational" in swept else replace(pairs, teacher=None)
-            values = super()._similarity(
-                swept_pairs, swept, weights and {name: weights[name] for name in swept}
-            )
+            swept_weights = weights and {name: weights[name] for name in swept}
+            values = super()._similarity(swept_pairs, swept, swept_weights)
         if len(swept) == len(terms):
             return values
         teacher: Any = pairs.teacher
         image, text = self._in_teachers_width(pairs.image, pairs.text, teacher)
         if "interactive" in terms:
-            values["interactive"] = self._interactive(
-                replace(pairs, image=image, text=text), teacher
-            )
+            projected = replace(pairs, image=image, text=text)
+            values["interactive"] = self._interactive(projected, teacher)
         if "feature" in terms:
             with no_autocast(image.device):
-                of_image, of_text = (
-                    ops.feature_loss(wide(x), y)
-                    for x, y in ((image, teacher.image), (text, teacher.text))
-                )
-            values["feature"] = 0.5 * (of_image + of_text)
+                image_distance = ops.feature_loss(widen(image), teacher.image)
+                text_distance = ops.feature_loss(widen(text), teacher.text)
+            values["feature"] = 0.5 * (image_distance + text_distance)
         if weights is not None:
             for name in set(terms) - set(swept):
                 values["loss"] = values.get("loss", 0) + weights[name] * values[name]
@@ -184,97 +180,90 @@ class WIKDLoss(SimilarityLoss):
         return values
 
     def _interactive(self, pairs: Pairs, teacher: Teacher) -> Tensor:
-        """Returns the interactive term of rows whose columns are the teacher's features of all
-        ranks, constants.
+        """Returns the interactive term, the mean of two directions.
+
+        The rows are this rank's features of the student; the columns are the teacher's features of
+        all ranks, constants.
         """
-        term = "contrastive" if self.interactive == "infonce" else "relational"
-        offset = self.rank * len(pairs.image) if self.world_size > 1 else 0
-        options: dict[str, Any] = {
-            "terms": (term,),
-            "symmetric": False,
-            "divergence": self.divergence,
-            "label_offset": offset,
-            "ids": pairs.ids,
-            "text_ids": self._gathered(pairs.ids),
-            "scratch_bytes": self.scratch_bytes,
-            "store_bytes": self.store_bytes,
-        }
-        teacher_image = teacher.image.to(pairs.image.dtype)
-        teacher_text = teacher.text.to(pairs.image.dtype)
-        loss: Any = 0.0
-        for rows, of_rows, columns in (
-            (pairs.image, teacher_image, teacher_text),
-            (pairs.text, teacher_text, teacher_image),
-        ):
-            columns = self._gathered(columns)
-            if term == "relational":
-                options |= {
-                    "teacher_image": of_rows,
-                    "teacher_text": columns,
-                    "teacher_scale": teacher.scale,
-                }
-            if self.image_projection is not None:
-                rows = F.normalize(rows, dim=-1).to(pairs.image.dtype)
-            loss = loss + 0.5 * ops.similarity_loss(rows, columns, pairs.scale, **options)[term]
-        return loss
+        dtype = pairs.image.dtype
+        teacher_image = teacher.image.to(dtype)
+        teacher_text = teacher.text.to(dtype)
+        text_ids = self._gathered(pairs.ids)
+        by_image = self._interactive_direction(
+            pairs,
+            rows=pairs.image,
+            teacher=Teacher(teacher_image, self._gathered(teacher_text), teacher.scale),
+            text_ids=text_ids,
+        )
+        by_text = self._interactive_direction(
+            pairs,
+            rows=pairs.text,
+            teacher=Teacher(teacher_text, self._gathered(teacher_image), teacher.scale),
+            text_ids=text_ids,
+        )
+        return 0.5 * by_image + 0.5 * by_text
+
+    def _interactive_direction(
+        self, pairs: Pairs, rows: Tensor, teacher: Teacher, text_ids: Tensor | None
+    ) -> Tensor:
+        """Returns the interactive term of the student's rows.
+
+        teacher: its image features are the teacher's rows, its text features are the columns.
+        """
+        if self.image_projection is not None:
+            rows = F.normalize(rows, dim=-1).to(pairs.image.dtype)
+        compute = partial(
+            ops.similarity_loss,
+            rows,
+            teacher.text,
+            pairs.scale,
+            symmetric=False,
+            label_offset=self.rank * len(rows),
+            ids=pairs.ids,
+            text_ids=text_ids,
+            scratch_bytes=self.scratch_bytes,
+            store_bytes=self.store_bytes,
+        )
+        if self.interactive == "infonce":
+            return compute(terms=("contrastive",))["contrastive"]
+        return compute(
+            terms=("relational",),
+            teacher_image=teacher.image,
+            teacher_text=teacher.text,
+            teacher_scale=teacher.scale,
+            divergence=self.divergence,
+        )["relational"]
 
     def _in_teachers_width(
         self, image: Tensor, text: Tensor, teacher: Teacher
     ) -> tuple[Tensor, Tensor]:
-        """Returns the student's features as such, or projected to the width of the teacher's, and
-        not normalised again.
+        """Returns the student's features in the teacher's width, projected where they have another.
+
+        Projected features are not normalised again.
         """
-        projects = self.image_projection is not None
-        width = self.teacher_dim if projects else image.shape[1]
-        if teacher.image.shape[1] != width:
+        if self.image_projection is None:
+            width: Any = image.shape[1]
             features = "a prefix of image_features" if self.prefixes else "image_features"
-            why = (
-                "embed_dim, another teacher_dim, and interactive_weight or feature_weight above 0 "
-                "make one"
-            )
             expected = (
-                f"teacher_dim = {width}"
-                if projects
-                else f"{width} of {features}, without a projection ({why})"
+                f"{width} of {features}, without a projection (embed_dim, another teacher_dim, "
+                "and interactive_weight or feature_weight above 0 make one)"
             )
+        else:
+            width = self.teacher_dim
+            expected = f"teacher_dim = {width}"
+        if teacher.image.shape[1] != width:
             raise ValueError(
                 f"dist_image_features: expected the width {expected}, got shape "
                 f"{checks.shape_of(teacher.image)}"
             )
         if self.image_projection is None or self.text_projection is None:
             return image, text
-        of_image, of_text = self._learned(self.image_projection, self.text_projection)
-        return _projected(image, of_image), _projected(text, of_text)
-
-
-class _Wide(torch.autograd.Function):
-    """A cast of float16 to float32.
-
-    The gradient of a row of zeros, which 1/eps makes too large, is clamped to float16's range; the
-    gradients of other rows may overflow, as GradScaler expects.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        ctx.save_for_backward(value.any(-1, keepdim=True))
-        return value.float()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (nonzero,) = ctx.saved_tensors
-        most = torch.finfo(torch.float16).max
-        return torch.where(nonzero, gradient, gradient.clamp(-most, most)).half()
-
-
-def wide(features: Tensor) -> Tensor:
-    """Casts float16 to float32: F.normalize's eps of 1e-12 and the gradient of a row of zeros
-    (1/eps) need its range.
-    """
-    return _Wide.apply(features) if features.dtype == torch.float16 else features
+        image_weight, text_weight = self._learned(self.image_projection, self.text_projection)
+        return _projected(image, image_weight), _projected(text, text_weight)
 
 
 def _projected(features: Tensor, weight: Tensor) -> Tensor:
     """Returns features · weightᵀ in float32, or in float64 of float64."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     with no_autocast(features.device):
-        return F.linear(wide(features).to(dtype), weight[:, : features.shape[1]].to(dtype))
+        return F.linear(widen(features).to(dtype), weight[:, : features.shape[1]].to(dtype))

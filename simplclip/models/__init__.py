@@ -1,6 +1,4 @@
-"""Models by name: registry.py builds them, simplify.py replaces blocks of open_clip models,
-inherit.py copies weights.
-"""
+"""Models by name: registry.py builds, simplify.py replaces blocks, inherit.py copies weights."""
 
 from typing import TYPE_CHECKING, Any
 

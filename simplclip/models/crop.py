@@ -1,6 +1,4 @@
-"""Cropping of texts: `crop_texts` lets an open_clip model compute no tokens behind the end of its
-texts.
-"""
+"""Cropping of texts: `crop_texts` lets a model leave out the tokens behind their ends."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError, check_count
-from simplclip.models.simplify import is_causal_mask
+from simplclip.models.blocks import is_causal_mask
 
 GROUP_TOKENS = 512  # cost of one more call of the tower, in tokens: launches, and small products
 _LOCK = threading.RLock()  # a tower has the positions and the mask of one length at a time
@@ -43,7 +41,8 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
     """
     check_count("multiple", multiple, 1)
     check_count("groups", groups, 1)
-    if reason := _why_not(model):
+    reason = _why_not(model)
+    if reason:
         raise InputError(
             f"model: expected an open_clip model whose texts can be cropped, got {reason}"
         )
@@ -69,45 +68,40 @@ class TextCrop:
         vars(self.model).pop(self.name, None)
 
     def __call__(self, text: Tensor, *args: Any, **options: Any) -> Any:
-        return (self._encode if torch.compiler.is_exporting() else self._cropped)(
-            text, *args, **options
-        )
+        if torch.compiler.is_exporting():
+            return self._encode(text, args, options)
+        return self._cropped(text, args, options)
 
     @torch.compiler.disable(recursive=False)
-    def _cropped(self, text: Tensor, *args: Any, **options: Any) -> Any:
+    def _cropped(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Any:
         device = next(_tower(self.model).parameters()).device
         with _LOCK:
-            if (
-                type(text) is not Tensor
-                or text.ndim != 2
-                or not len(text)
-                or text.is_meta
-                or torch.jit.is_tracing()
-            ):
-                return self._encode(text.to(device), *args, **options)
+            if not _has_lengths(text):
+                return self._encode(text.to(device), args, options)
             lengths = self.rounded(text)
             cuts = _cuts(lengths, self.groups)
             if len(cuts) == 1:
-                return self._encode(
-                    text[:, : int(lengths.max())].to(device, non_blocking=True), *args, **options
-                )
+                cropped = text[:, : int(lengths.max())]
+                return self._encode(cropped.to(device, non_blocking=True), args, options)
             order = lengths.argsort(stable=True)
-            parts = []
+            features = []
             for start, stop in itertools.pairwise((0, *cuts)):
                 rows = order[start:stop]
-                part = text[rows.to(text.device), : int(lengths[rows[-1]])].to(
-                    device, non_blocking=True
-                )
-                parts.append(self._encode(part, *args, **options))
-            return torch.cat(parts).index_select(0, order.argsort().to(device, non_blocking=True))
+                length = int(lengths[rows[-1]])
+                group = text[rows.to(text.device), :length]
+                features.append(self._encode(group.to(device, non_blocking=True), args, options))
+            positions = order.argsort().to(device, non_blocking=True)
+            return torch.cat(features).index_select(0, positions)
 
     def split(self, text: Tensor, tokens: int) -> list[Tensor]:
-        """Returns the rows of texts [N, L] in each micro-batch: at most `tokens` tokens with
-        padding. Longest texts first.
+        """Returns the rows of texts [N, L] in each micro-batch, longest texts first.
+
+        A micro-batch has at most `tokens` tokens with padding.
         """
         lengths = self.rounded(text)
         order = lengths.argsort(descending=True, stable=True)
-        rows, start = [], 0
+        rows = []
+        start = 0
         while start < len(order):
             count = max(1, tokens // int(lengths[order[start]]))
             rows.append(order[start : start + count])
@@ -115,28 +109,30 @@ class TextCrop:
         return rows
 
     def rounded(self, text: Tensor) -> Tensor:
-        """Returns the lengths at which texts [N, L] are computed, int64 [N] on the CPU, with the
-        first padding token of each.
+        """Returns the lengths at which texts [N, L] are computed, int64 [N] on the CPU.
 
-        Padding is the run at the end of the token that the tower masks; in causal towers, of any
-        equal tokens.
+        They include the first padding token. Padding is the run at the end of the token that the
+        tower masks; in causal towers, of any equal tokens.
         """
         tower = _tower(self.model)
         if isinstance(tower, HFTextEncoder):
             pad = tower.config.pad_token_id
+        elif getattr(tower, "use_pad_mask", False):
+            pad = tower.pad_id
         else:
-            pad = tower.pad_id if getattr(tower, "use_pad_mask", False) else text[:, -1:]
+            pad = text[:, -1:]
         padding = (text == pad).flip(1).cumprod(1).sum(1).cpu()
         lengths = text.shape[1] + 1 - padding
-        return ((lengths + self.multiple - 1) // self.multiple * self.multiple).clamp(
-            max=text.shape[1]
-        )
+        rounded = (lengths + self.multiple - 1) // self.multiple * self.multiple
+        return rounded.clamp(max=text.shape[1])
 
-    def _encode(self, text: Tensor, *args: Any, **options: Any) -> Any:
-        """Encodes texts [N, L] of any L: the tower is given the first L positions, and the mask of
-        L tokens.
+    def _encode(self, text: Tensor, args: tuple, options: dict[str, Any]) -> Any:
+        """Encodes texts [N, L] of any L.
+
+        The tower is given the first L positions, and the mask of L tokens.
         """
-        encode, tower = getattr(type(self.model), self.name), _tower(self.model)
+        encode = getattr(type(self.model), self.name)
+        tower = _tower(self.model)
         position = tower._parameters.get("positional_embedding")
         mask = tower._buffers.get("attn_mask")
         length = text.shape[1]
@@ -154,6 +150,13 @@ class TextCrop:
                 del vars(tower)[name]
 
 
+def _has_lengths(text: Any) -> bool:
+    """Whether the lengths of texts can be read: fake tensors and traced ones have no values."""
+    if type(text) is not Tensor or text.ndim != 2 or text.is_meta:
+        return False
+    return len(text) > 0 and not torch.jit.is_tracing()
+
+
 def _why_not(model: Any) -> str:
     """Returns why a model's texts cannot be cropped, or an empty string."""
     if not hasattr(model, "encode_text") or not hasattr(model, "visual"):
@@ -167,15 +170,14 @@ def _why_not(model: Any) -> str:
         return ""
     if getattr(tower, "cls_emb", None) is not None:
         return "a text tower with a class token, whose position depends on the length"
-    if getattr(tower, "pool_type", getattr(tower, "text_pool_type", "argmax")) not in (
-        "argmax",
-        "eos",
-        "first",
-    ):
+    pool = getattr(tower, "pool_type", getattr(tower, "text_pool_type", "argmax"))
+    if pool not in ("argmax", "eos", "first"):
         return "a text tower that pools other tokens than the end of a text"
+    if getattr(tower, "masks_padding", False) or getattr(tower, "use_pad_mask", False):
+        return ""
     mask: Any = getattr(tower, "attn_mask", None)
-    causal = mask is not None and (type(mask) is not Tensor or mask.is_meta or is_causal_mask(mask))
-    if causal or getattr(tower, "masks_padding", False) or getattr(tower, "use_pad_mask", False):
+    has_values = type(mask) is Tensor and not mask.is_meta
+    if mask is not None and (not has_values or is_causal_mask(mask)):
         return ""
     return (
         "a text tower in which every token sees every token (simplify's mask_padding masks padding)"
@@ -191,9 +193,9 @@ def _cuts(lengths: Tensor, groups: int) -> list[int]:
 
     Each cut is where it saves most; no cut is made that saves less than a call of the tower costs.
     """
-    values, counts = (t.tolist() for t in lengths.unique(return_counts=True))
-    # the ends of the texts of one length
-    length_at = dict(zip(itertools.accumulate(counts), values))
+    values, counts = lengths.unique(return_counts=True)
+    # the end of the texts of each length -> the length
+    length_at = dict(zip(itertools.accumulate(counts.tolist()), values.tolist()))
 
     def cost(cuts: list[int]) -> int:  # in tokens
         return sum(

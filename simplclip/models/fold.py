@@ -1,5 +1,4 @@
-"""Folding for inference: branches and batch norms become part of the convolution that they belong
-to.
+"""Folding for inference: branches and batch norms become part of their convolution.
 
     model = simplclip.fold(model.eval())
 
@@ -37,13 +36,12 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 
 
 def fold(model: Model) -> Model:
-    """Returns a copy of a model in eval mode that computes the same with fewer layers: without
-    branches and batch norms.
+    """Returns a copy of a model in eval mode that computes the same with fewer layers.
 
-    A batch norm is merged where a symbolic trace (torch.fx) of a module's `forward` shows that a
-    2-d convolution passes its output to this norm alone. The activation in timm's `BatchNormAct2d`
-    stays. A layer with hooks, a parametrization, or several owners or calls is left as it is, and
-    so is a module that cannot be traced.
+    It has no branches and batch norms. A batch norm is merged where a symbolic trace (torch.fx) of
+    a module's `forward` shows that a 2-d convolution passes its output only to this norm. The
+    activation in timm's `BatchNormAct2d` stays. A layer with hooks, a parametrization, or several
+    owners or calls is left as it is, and so is a module that cannot be traced.
 
     Tied weights keep their values elsewhere. The result is for inference: its weights get no
     gradient, and its state dict has other names. Raises InputError if a module is in training mode,
@@ -64,9 +62,9 @@ def fold(model: Model) -> Model:
     # run.
     with torch.no_grad(), device, torch.random.fork_rng(devices=[]):
         reparameterize_model(holder, inplace=True)
-        owners = Counter(
-            id(child) for module in holder.modules() for child in module._modules.values()
-        )
+        owners: Counter[int] = Counter()
+        for module in holder.modules():
+            owners.update(map(id, module._modules.values()))
         for module in list(holder.model.modules()):
             for conv, norm in _pairs(module, owners):
                 _merge(module, conv, norm)
@@ -80,25 +78,28 @@ class _Tracer(fx.Tracer):
 
 
 def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
-    """Returns names of children that can be merged: a convolution, and the batch norm that alone
-    gets its output.
+    """Returns the names of children that can be merged: a convolution, and its batch norm.
+
+    Only the batch norm gets the convolution's output.
     """
-    children: dict[str, Any] = {
-        n: m for n, m in module.named_children() if owners[id(m)] == 1 and not has_hooks(m)
-    }
-    convs = {n for n, m in children.items() if type(m) in _CONVS}
-    norms = {n for n, m in children.items() if type(m) in _NORMS and m.running_mean is not None}
+    convs = set()
+    norms = set()
+    child: Any
+    for name, child in module.named_children():
+        if owners[id(child)] > 1 or has_hooks(child):
+            continue
+        if type(child) in _CONVS:
+            convs.add(name)
+        elif type(child) in _NORMS and child.running_mean is not None:
+            norms.add(name)
     if not convs or not norms:
         return []
     # Optional arguments get their defaults: without them a trace could follow the branch of another
     # call.
     arguments = inspect.signature(module.forward).parameters.values()
+    defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
     try:
-        nodes = (
-            _Tracer()
-            .trace(module, {a.name: a.default for a in arguments if a.default is not a.empty})
-            .nodes
-        )
+        nodes = _Tracer().trace(module, defaults).nodes
     # of any type: data decides what the module computes, or its code cannot be traced
     except Exception:
         return []
@@ -106,20 +107,19 @@ def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
     uses = Counter(
         str(node.target).split(".")[0] for node in nodes if node.op in ("call_module", "get_attr")
     )
-    pairs = [
-        (node.args[0], node)
-        for node in nodes
-        if node.op == "call_module" and node.target in norms and node.args
-    ]
-    return [
-        (conv.target, norm.target)
-        for conv, norm in pairs
-        if isinstance(conv, fx.Node)
-        and conv.op == "call_module"
-        and conv.target in convs
-        and len(conv.users) == 1
-        if uses[conv.target] == uses[norm.target] == 1
-    ]
+    once = {name for name, count in uses.items() if count == 1}
+    convs &= once
+    norms &= once
+    pairs = []
+    for node in nodes:
+        if node.op != "call_module" or node.target not in norms or not node.args:
+            continue
+        conv: Any = node.args[0]
+        if not isinstance(conv, fx.Node) or conv.op != "call_module" or len(conv.users) > 1:
+            continue
+        if conv.target in convs:
+            pairs.append((conv.target, node.target))
+    return pairs
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -149,9 +149,10 @@ def _merge(module: nn.Module, conv_name: str, norm_name: str) -> None:
 
 
 def fold_frozen(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
-    """Lets the frozen modules of `model` (see `freeze`) with convolutions and without hooks run as
-    folded copies from now on, in channels_last, the largest module that is frozen as one. Returns
-    the copies by the modules' names.
+    """Lets frozen modules of a model (see `freeze`) run as folded copies from now on.
+
+    These are the modules with convolutions and without hooks, the largest that are frozen as one.
+    The copies run in channels_last. Returns them by the modules' names.
 
     dtype: the dtype of the run's autocast, None for fp32. Convolutions and linear layers of the
     copies are stored in it, and pointwise convolutions run as products on a GPU. Other tensors stay
@@ -164,7 +165,8 @@ def fold_frozen(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
     """
     copies: dict[str, nn.Module] = {}
     for name, module in frozen_modules(model):
-        if (folded := _copy(module, dtype)) is not None:
+        folded = _copy(module, dtype)
+        if folded is not None:
             copies[name] = folded
             module.forward = partial(_run_folded, module, folded, dtype)  # type: ignore[method-assign]
     return copies
@@ -179,14 +181,16 @@ def _run_folded(
     **options: Any,
 ) -> Any:
     device = x.device.type
-    if dtype != (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None):
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if autocast != dtype:
         return type(module).forward(module, x, *args, **options)
     return folded(x, *args, **options)
 
 
 def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
-    """Returns a folded copy of a module, or None if it would save next to nothing or compute
-    something else.
+    """Returns a folded copy of a module.
+
+    Returns None if it would save next to nothing or compute something else.
     """
     inside = list(module.modules())
     convolutions = sum(isinstance(inner, _ConvNd) for inner in inside)
@@ -194,25 +198,29 @@ def _copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
         return None
     folded = fold(module)
     # A vision transformer's patches are a single convolution, with nothing to fold.
-    if convolutions == 1 and [n for n, _ in folded.named_modules()] == [
-        n for n, _ in module.named_modules()
-    ]:
+    names = [name for name, _ in module.named_modules()]
+    if convolutions == 1 and [name for name, _ in folded.named_modules()] == names:
         return None
     if dtype == torch.bfloat16:  # float16 has no exponents for layer scales of 1e-5
         _fold_scales(folded)
-    for inner in list(folded.modules()) if dtype else ():
-        if isinstance(inner, (_ConvNd, nn.Linear)):
-            inner.to(dtype)
-        for name, child in inner.named_children():
-            if type(child) is nn.Conv2d and _is_pointwise(child):
-                setattr(inner, name, _Pointwise(child))
+    if dtype is not None:
+        _cast(folded, dtype)
     return folded.to(memory_format=torch.channels_last)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Stores convolutions and linear layers in a dtype; pointwise convolutions become products."""
+    for module in list(model.modules()):
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            module.to(dtype)
+        for name, child in module.named_children():
+            if type(child) is nn.Conv2d and _is_pointwise(child):
+                setattr(module, name, _Pointwise(child))
 
 
 @torch.no_grad()
 def _fold_scales(model: nn.Module) -> None:
-    """Multiplies the layer scales of RepMixer blocks into the last layer of the MLP that they
-    scale.
+    """Multiplies the layer scales of RepMixer blocks into the last layer of their MLP.
 
     An fp32 scale would make its product, and the sum after it, fp32 tensors, which the next layer
     rounds again.

@@ -21,9 +21,7 @@ TOWERS = {"text": "text_model", "image": "vision_model"}
 
 
 class _WithoutLayer(nn.Module):
-    """A base class to name before transformers' layer, so that the layer does not make its own
-    modules.
-    """
+    """A base class to name before transformers' layer, which then makes no modules of its own."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -55,7 +53,7 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         mask: str = "attention_mask",
         pools_last: bool = False,
         checkpointing: Callable | None = None,
-        **options,
+        **options: Any,
     ) -> None:
         super().__init__(width, heads, mlp_ratio, **options)
         # makes a block that has just begun
@@ -64,10 +62,11 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         self.mask = mask
         self.pools_last = pools_last
         if checkpointing is not None:
-            self.gradient_checkpointing, self._gradient_checkpointing_func = True, checkpointing
+            self.gradient_checkpointing = True
+            self._gradient_checkpointing_func = checkpointing
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise InputError(
@@ -77,23 +76,24 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         lengths = None if attention_mask is None else self._lengths(attention_mask)
         return super().forward(hidden_states, lengths)
 
-    # [B, L] with 0 for hidden, or [B, 1, L, L] boolean or additive -> [B]
     def _lengths(self, mask: Tensor) -> Tensor:
+        """Returns the lengths [B] of the texts of a mask.
+
+        mask: [B, L] with 0 for hidden, or [B, 1, L, L] boolean or additive.
+        """
         if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):  # flex attention has no tensor
             raise InputError(
                 f"{self.mask}: expected a mask [B, L] or [B, 1, L, L], got {type(mask).__name__}"
             )
-        visible = mask if mask.dtype == torch.bool else mask != 0 if mask.dim() == 2 else mask == 0
+        visible = mask
+        if mask.dtype != torch.bool:
+            visible = mask != 0 if mask.dim() == 2 else mask == 0
         # the last token sees every valid token
         rows = visible if mask.dim() == 2 else visible[:, 0, -1]
         lengths = rows.sum(-1)
         # While tracing there are no values to check.
-        if (
-            self.checks_mask
-            and not torch.compiler.is_compiling()
-            and type(mask) is Tensor
-            and not mask.is_meta
-        ):
+        traced = torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta
+        if self.checks_mask and not traced:
             self._check_mask(visible, lengths)
         return lengths
 
@@ -102,7 +102,8 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         expected = tokens < lengths[:, None]
         if visible.dim() == 4:
             expected = expected[:, None, None]
-            expected = expected & (tokens <= tokens[:, None]) if self.causal else expected
+            if self.causal:
+                expected = expected & (tokens <= tokens[:, None])
         if not (visible == expected).all():
             raise InputError(
                 f"{self.mask}: expected rows of ones followed by zeros (padding on the right), got "
@@ -133,39 +134,30 @@ _BLOCKS: dict[type, tuple[type[EncoderBlock], dict[str, Any], dict[str, Any]]] =
     SiglipEncoderLayer: (SiglipBlock, {"pools_last": True}, {}),
     Siglip2EncoderLayer: (Siglip2Block, {"pools_last": True}, {"mask": "pixel_attention_mask"}),
 }
+_KINDS = ", ".join(layer.__name__ for layer in _BLOCKS)
 _BLOCKS |= {entry[0]: entry for entry in _BLOCKS.values()}  # a block can be replaced again
 
 
 def encoder_layers(
     model: nn.Module, tower: str
 ) -> Iterator[tuple[str, nn.Module, type[EncoderBlock], dict[str, Any]]]:
-    """Yields the layers of a tower: path, layer, and the class of the block that replaces it, with
-    the block's options.
-    """
-    part: Any = getattr(model, TOWERS[tower], None)
-    for index, layer in enumerate(
-        getattr(getattr(part, "encoder", None), "layers", None) or [part]
-    ):
+    """Yields the layers of a tower: path, layer, class and options of the replacing block."""
+    encoder_model: Any = getattr(model, TOWERS[tower], None)
+    layers = getattr(getattr(encoder_model, "encoder", None), "layers", None)
+    for index, layer in enumerate(layers or [encoder_model]):
         if type(layer) not in _BLOCKS:
-            kinds = ", ".join(
-                kind.__name__ for kind in _BLOCKS if not issubclass(kind, EncoderBlock)
-            )
-            raise InputError(
-                f"{tower}: expected a transformers encoder with {kinds}, got {type(layer).__name__}"
-            )
-        block, *of_towers = _BLOCKS[type(layer)]
-        checkpointing = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
-        options = {
-            "config": part.config,
-            "checkpointing": checkpointing,
-            **of_towers[tower == "image"],
-        }
+            got = type(layer).__name__
+            raise InputError(f"{tower}: expected a transformers encoder with {_KINDS}, got {got}")
+        block, text_options, image_options = _BLOCKS[type(layer)]
+        options = dict(text_options if tower == "text" else image_options)
+        options["config"] = encoder_model.config
+        if layer.gradient_checkpointing:
+            options["checkpointing"] = layer._gradient_checkpointing_func
         yield f"{TOWERS[tower]}.encoder.layers.{index}", layer, block, options
 
 
 class InitWeights:
-    """A model's `_init_weights`, which from_pretrained calls for modules of which a checkpoint
-    lacks parameters.
+    """A model's `_init_weights`, which from_pretrained calls for modules that a checkpoint lacks.
 
     transformers knows its own modules; without this a block's gains would be uninitialised memory.
     """
@@ -185,17 +177,19 @@ class InitWeights:
 
 
 def prepare_loading(model: Any) -> None:
-    """Tells transformers which parameters are shared, so that save_pretrained writes one of them
-    and from_pretrained sets the others, and how blocks begin. transformers 5.0 needs the second
-    attribute for shared ones; 5.24 does not.
+    """Tells transformers which parameters are shared, and how blocks begin.
+
+    So save_pretrained writes one of those that are shared, and from_pretrained sets the others.
+    transformers 5.0 needs both attributes for it; 5.24 needs only the first.
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part._init_weights = InitWeights(part)  # type: ignore[method-assign]
     first: dict[Tensor, str] = {}
-    names = [
-        (name, first.setdefault(p, name))
-        for name, p in model.named_parameters(remove_duplicate=False)
-    ]
-    shared = {name: source for name, source in names if name != source}
-    model._tied_weights_keys, model.all_tied_weights_keys = shared, dict(shared)
+    shared: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        source = first.setdefault(parameter, name)
+        if source != name:
+            shared[name] = source
+    model._tied_weights_keys = shared
+    model.all_tied_weights_keys = dict(shared)

@@ -1,5 +1,4 @@
-"""Weights from other models: `inherit` copies and freezes modules that a student shares with a
-teacher or pretrained model, `freeze` only freezes.
+"""Weights from other models: `inherit` copies and freezes unchanged modules, `freeze` freezes.
 
     model = simplclip.models.create("siclip2-s0")
     print(simplclip.inherit(model, "MobileCLIP2-S0/dfndr2b"))
@@ -11,217 +10,22 @@ activations: arXiv 2411.14789.
 from __future__ import annotations
 
 import difflib
-import math
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate
 from operator import attrgetter
 from typing import Any
 
-import torch
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simplclip.common.errors import InputError
 from simplclip.models import init_blocks
-from simplclip.models.weights import CheckpointError, Source, state_of
-from simplclip.nn import SimplifiedBlock
+from simplclip.models.transfer import Status, Transfer, WeightTable
+from simplclip.models.weights import Source, state_of
 from simplclip.ops import checks
-
-_COUNTERS = "num_batches_tracked"  # old checkpoints lack it
-_SCALES = ("logit_scale", "logit_bias")  # ends of names; they always train
-# the source has another architecture if a smaller share of its (or the model's) tensors fit
-_ENOUGH = 0.1
-
-
-class Status(StrEnum):
-    """Where the weights of a module come from."""
-
-    INHERITED = "inherited"
-    TRAINS = "inherited, trains"
-    # a simplified block that starts from another kind of block in the source; it trains
-    STARTED = "initialised"
-    RESIZED = "resized"  # a positional embedding, interpolated; it trains
-    NEW = "new"
-    DIFFERS = "shape differs"
-
-
-@dataclass(frozen=True)
-class WeightTable:
-    """The status of a model's weights, and their sources.
-
-    rows: a largest module whose tensors all have this status, or a single tensor -> the status, and
-    the number of parameters
-        without those that an earlier row counts.
-    """
-
-    rows: Mapping[str, tuple[Status, int]]
-    sources: Sequence[str]
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the frozen modules and parameters, as `freeze` takes them."""
-        return [name for name, (status, _) in self.rows.items() if status == Status.INHERITED]
-
-    def __str__(self) -> str:
-        totals = dict.fromkeys(Status, 0)
-        for status, count in self.rows.values():
-            totals[status] += count
-        cells = [("module", "weights", "parameters")]
-        cells += [
-            (name or "(all)", status, f"{count:,}") for name, (status, count) in self.rows.items()
-        ]
-        cells += [("total", status, f"{count:,}") for status, count in totals.items() if count]
-        width = max(len(name) for name, *_ in cells)
-        table = [f"{name:<{width}}  {status:<17}  {count:>12}" for name, status, count in cells]
-        return "\n".join([f"weights from {', '.join(self.sources)}", *table])
-
-
-class Transfer:
-    """The tensors of a model, and what they take from sources.
-
-    units: path -> names of the tensors that are taken together or not at all: of a module whose
-    submodules have no tensors,
-        or a single tensor.
-    blocks: unit -> the path of the simplified block that contains it, or "".
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        self.units: dict[str, list[str]] = {}
-        for path, group in groupby(self.tensors, lambda name: name.rpartition(".")[0]):
-            names = list(group)
-            leaf = path and sum(name.startswith(f"{path}.") for name in self.tensors) == len(names)
-            self.units |= {path: names} if leaf else {name: [name] for name in names}
-        simplified = [
-            path
-            for path, m in model.named_modules(remove_duplicate=False)
-            if isinstance(m, SimplifiedBlock)
-        ]
-        self.blocks = {
-            unit: next((b for b in simplified if unit.startswith(f"{b}.")), "")
-            for unit in self.units
-        }
-        self.status = dict.fromkeys(self.units, Status.NEW)
-        self.taken: dict[str, Tensor] = {}
-
-    def is_taken(self, unit: str) -> bool:
-        return self.units[unit][0] in self.taken
-
-    def reset(self, unit: str, status: Status = Status.NEW) -> None:
-        self.status[unit] = status
-        for name in self.units[unit]:
-            self.taken.pop(name, None)
-
-    def take(self, state: dict[str, Tensor], label: str) -> None:
-        """Takes the tensors of each unit that fits and has none from an earlier source.
-
-        Raises CheckpointError if too few tensors fit for a model of the same architecture.
-        """
-        differing = {
-            name
-            for name in self.tensors
-            if name in state and not _alike(self.tensors[name], state[name])
-        }
-        interpolated = {
-            name: _resized(self.model, name, self.tensors[name], state[name]) for name in differing
-        }
-        resized = {name: value for name, value in interpolated.items() if value is not None}
-        state, differing = state | resized, differing - resized.keys()
-        # In a simplified block the names mean the same if the source has a simplified block there.
-        free = [
-            unit
-            for unit, block in self.blocks.items()
-            if not block or f"{block}.qk.weight" in state
-        ]
-        fitting = [
-            unit
-            for unit in free
-            if self._is_whole(unit, state) and differing.isdisjoint(self.units[unit])
-        ]
-        wanted, fit = (
-            [n for u in part if not u.endswith(_SCALES) for n in self.units[u]]
-            for part in (free, fitting)
-        )
-        count = sum(name in state and name not in resized for name in fit)
-        if count < max(1, _ENOUGH * min(len(state), len(wanted))):
-            others = ", ".join([name for name in state if name not in fit][:3]) or "it has none"
-            got = f"{label}, of whose {len(state)} tensors {count} fit (not: {others})"
-            raise CheckpointError(
-                f"source: expected weights of this model's architecture, got {got}"
-            )
-        for unit in free:
-            exact = unit in fitting and not resized.keys() & self.units[unit]
-            if self.is_taken(unit) and not (exact and self.status[unit] == Status.RESIZED):
-                continue
-            if unit in fitting:
-                self.taken |= {
-                    name: state.get(name, self.tensors[name]) for name in self.units[unit]
-                }
-                trains = self.blocks[unit] or unit.endswith(_SCALES)
-                status = Status.TRAINS if trains else Status.INHERITED
-                self.status[unit] = Status.RESIZED if resized.keys() & self.units[unit] else status
-            elif not differing.isdisjoint(self.units[unit]):
-                self.status[unit] = Status.DIFFERS
-
-    def _is_whole(self, unit: str, state: Mapping[str, Tensor]) -> bool:
-        """Whether a state dict has the names of a unit, and no others inside it."""
-        present = (
-            {unit} & state.keys()
-            if unit in self.tensors
-            else {n for n in state if n.startswith(f"{unit}.")}
-        )
-        return all(
-            name.endswith(_COUNTERS) for name in present.symmetric_difference(self.units[unit])
-        )
-
-    def drop_half_tied(self) -> None:
-        """Resets units that own the same tensor, unless all of them take the same value for the
-        tensor.
-        """
-        owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
-        for unit, names in self.units.items():
-            for name in names:
-                owners[id(self.tensors[name])].append((unit, name))
-        for tied in owners.values():
-            values = [self.taken[name] for _, name in tied if name in self.taken]
-            if values and (
-                len(values) < len(tied)
-                or not all(torch.equal(values[0], value) for value in values[1:])
-            ):
-                for unit, _ in tied:
-                    self.reset(unit)
-
-    @torch.no_grad()
-    def copy(self, labels: Sequence[str]) -> WeightTable:
-        """Copies what the units take into the model, and returns the table."""
-        for name, value in self.taken.items():
-            self.tensors[name].copy_(value.reshape(self.tensors[name].shape))
-        counted: set[Tensor] = set()
-
-        def rows(path: str, inside: list[str]) -> Iterator[tuple[str, tuple[Status, int]]]:
-            if len({self.status[unit] for unit in inside}) == 1:
-                tensors = {
-                    self.tensors[name] for unit in inside for name in self.units[unit]
-                } - counted
-                counted.update(tensors)
-                size = sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
-                yield path, (self.status[inside[0]], size)
-                return
-            depth = path.count(".") + 1 if path else 0
-            for name, children in groupby(
-                inside, lambda unit: ".".join(unit.split(".")[: depth + 1])
-            ):
-                yield from rows(name, list(children))
-
-        return WeightTable(dict(rows("", list(self.units))), labels)
 
 
 def inherit(
@@ -236,7 +40,7 @@ def inherit(
     A module is unchanged if the source has the same tensors under the same names in the same
     shapes. Positional embeddings of another image size or context length are interpolated, as
     open_clip does: over the grid of the image (bicubic, its prefix tokens kept) or along the text
-    (linear). Modules in a `SimplifiedBlock` are copied from a simplified block alone, since equal
+    (linear). Modules in a `SimplifiedBlock` are only copied from a simplified block, since equal
     names may have another meaning (FastViT's ``norm`` is a batch norm). These two are not frozen,
     and neither are ``logit_scale`` and ``logit_bias``. Frozen modules get no gradient and stay in
     eval mode even after ``model.train()``, so that norm statistics do not change. deepcopy and
@@ -286,9 +90,9 @@ def inherit(
             raise InputError(
                 f"train: expected a pattern that matches a module, got {pattern!r}; nearest: {near}"
             )
-        transfer.status |= {
-            unit: Status.TRAINS for unit in matching if transfer.status[unit] == Status.INHERITED
-        }
+        for unit in matching:
+            if transfer.status[unit] == Status.INHERITED:
+                transfer.status[unit] = Status.TRAINS
     labels = [label for label, _ in loaded]
     if blocks is not None:
         _start_blocks(model, transfer, [state for _, state in loaded], ", ".join(labels), blocks)
@@ -300,22 +104,20 @@ def inherit(
 def _start_blocks(
     model: nn.Module, transfer: Transfer, states: list[dict[str, Tensor]], label: str, merge: str
 ) -> None:
-    """Starts the simplified blocks that were not copied: each from the first source with a block in
-    its place.
+    """Starts the simplified blocks that were not copied.
+
+    Each starts from the first source with a block in its place.
     """
     simplified = {block for block in transfer.blocks.values() if block}
     if not simplified or merge not in init_blocks.MERGES:
         expected = f"one of {init_blocks.MERGES}, for a model with simplified blocks"
         raise InputError(f"blocks: expected {expected}, got {merge!r} for {len(simplified)} blocks")
     starts: dict[str, Any] = {}
-    for path in dict.fromkeys(
-        block for unit, block in transfer.blocks.items() if block and not transfer.is_taken(unit)
-    ):
-        blocks = (
-            {n.removeprefix(f"{path}."): state[n] for n in state if n.startswith(f"{path}.")}
-            for state in states
-        )
-        tensors = next((tensors for tensors in blocks if init_blocks.is_block(tensors)), None)
+    for unit, path in transfer.blocks.items():
+        if not path or path in starts or transfer.is_taken(unit):
+            continue
+        candidates = (_inside(path, state) for state in states)
+        tensors = next(filter(init_blocks.is_block, candidates), None)
         if tensors is None:
             raise InputError(f"blocks: expected a source with a block {path}, got {label} without")
         starts[path] = model.get_submodule(path), tensors
@@ -325,42 +127,11 @@ def _start_blocks(
             transfer.reset(unit, Status.STARTED)
 
 
-def _resized(model: nn.Module, name: str, target: Tensor, value: Tensor) -> Tensor | None:
-    """Returns a positional embedding [..., tokens, C] of another length in the shape of `target`;
-    None for other tensors.
-    """
-    if name.rpartition(".")[2] not in ("positional_embedding", "pos_embed", "pos_embedding"):
-        return None
-    if target.shape[:-2] != value.shape[:-2] or target.shape[-1] != value.shape[-1]:
-        return None
-    old, tokens = value.reshape(1, -1, value.shape[-1]).float(), target.numel() // target.shape[-1]
-    if not name.startswith("visual."):
-        new = nn.functional.interpolate(old.mT, size=tokens, mode="linear").mT
-        return new.reshape(target.shape).to(value.dtype)
-    visual: Any = model.visual
-    patches = (
-        visual
-        if hasattr(visual, "grid_size")
-        else getattr(getattr(visual, "trunk", None), "patch_embed", None)
-    )
-    grid: Any = getattr(patches, "grid_size", None)
-    prefix = tokens - math.prod(grid) if grid else -1
-    side = math.isqrt(max(0, old.shape[1] - prefix))
-    if prefix < 0 or side * side != old.shape[1] - prefix or not side:
-        return None
-    new = resample_abs_pos_embed(old, list(grid), [side, side], num_prefix_tokens=prefix)
-    return new.reshape(target.shape).to(value.dtype)
-
-
-def _alike(target: Tensor, value: Tensor) -> bool:
-    """Whether shape and kind of number are the same.
-
-    A scalar may be [] or [1], since checkpoints differ in that shape.
-    """
-    scalar = target.numel() == value.numel() == 1 and max(target.dim(), value.dim()) <= 1
-    return (
-        target.shape == value.shape or scalar
-    ) and target.is_floating_point() == value.is_floating_point()
+def _inside(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a module, by their names in it."""
+    prefix = f"{path}."
+    names = [name for name in state if name.startswith(prefix)]
+    return {name.removeprefix(prefix): state[name] for name in names}
 
 
 def _matches(pattern: str, unit: str, names: list[str]) -> bool:
@@ -369,10 +140,10 @@ def _matches(pattern: str, unit: str, names: list[str]) -> bool:
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> None:
-    """Freezes modules and parameters by name, as `inherit` does: they get no gradient and stay in
-    eval mode.
+    """Freezes modules and parameters by name, as `inherit` does.
 
-    Raises InputError for a name that the model does not have, and then leaves the model unchanged.
+    They get no gradient and stay in eval mode. Raises InputError for a name that the model does not
+    have, and then leaves the model unchanged.
     """
     try:
         parts: list[Any] = [attrgetter(name)(model) if name else model for name in names]
@@ -387,8 +158,9 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """Keeps all batch norms in eval mode, so that their statistics do not change; weights and
-    biases are trained.
+    """Keeps all batch norms in eval mode, so that their statistics do not change.
+
+    Their weights and biases are trained.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -396,16 +168,14 @@ def freeze_norms(model: nn.Module) -> None:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether `freeze` froze all of a module: it has parameters, none gets a gradient, and it stays
-    in eval mode.
+    """Whether `freeze` froze all of a module.
+
+    It then has parameters, none of them gets a gradient, and it stays in eval mode.
     """
     parameters = list(module.parameters())
-    held = all(
-        getattr(vars(inner).get("train"), "func", None) is _eval_only for inner in module.modules()
-    )
-    return (
-        held and bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
-    )
+    if not parameters or any(parameter.requires_grad for parameter in parameters):
+        return False
+    return all(map(_stays_in_eval, module.modules()))
 
 
 def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -413,8 +183,13 @@ def frozen_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: tuple[str, ...] = ()  # beginnings of the names within those
     for name, module in model.named_modules():
         if not name.startswith(inside) and is_frozen(module):
-            inside += (f"{name}." if name else "",)
+            prefix = f"{name}." if name else ""
+            inside += (prefix,)
             yield name, module
+
+
+def _stays_in_eval(module: nn.Module) -> bool:
+    return getattr(vars(module).get("train"), "func", None) is _eval_only
 
 
 def _hold_in_eval(module: nn.Module) -> None:

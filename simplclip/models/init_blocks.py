@@ -1,5 +1,4 @@
-"""Simplified blocks that start from pretrained ones: `simplify(init="first" or "average")` and
-`inherit(blocks=...)`.
+"""Simplified blocks that start from pretrained ones: `simplify(init=...)`, `inherit(blocks=...)`.
 
 A pretrained block computes ``x + W_o softmax(q k^T / sqrt(K)) W_v n1`` with [q|k] = W_qk n1, and
 adds its MLP of n2. A `SimplifiedBlock` has one norm, n = norm(x), whose weight starts at 1 and bias
@@ -66,11 +65,11 @@ class _Kind:
 _KINDS = (
     _Kind(
         "open_clip's residual attention block",
-        "ln_1",
-        ("attn.in_proj_weight",),
-        "ln_2",
-        ("mlp.c_fc", "mlp.c_proj"),
-        (
+        norm="ln_1",
+        qk=("attn.in_proj_weight",),
+        mlp_norm="ln_2",
+        fc=("mlp.c_fc", "mlp.c_proj"),
+        unused=(
             "attn.in_proj_bias",
             "attn.out_proj.",
             "attn.head_scale",
@@ -78,34 +77,34 @@ _KINDS = (
             "ln_attn.",
             "ls_1.",
         ),
-        "ls_2.gamma",
+        scale="ls_2.gamma",
     ),
     _Kind(
         "timm's Block",
-        "norm1",
-        ("attn.qkv.weight",),
-        "norm2",
-        ("mlp.fc1", "mlp.fc2"),
-        ("attn.qkv.bias", "attn.proj.", "attn.norm.", "attn.gate.", "ls1."),
-        "ls2.gamma",
+        norm="norm1",
+        qk=("attn.qkv.weight",),
+        mlp_norm="norm2",
+        fc=("mlp.fc1", "mlp.fc2"),
+        unused=("attn.qkv.bias", "attn.proj.", "attn.norm.", "attn.gate.", "ls1."),
+        scale="ls2.gamma",
     ),
     _Kind(
         "FastViT's AttentionBlock",
-        "norm",
-        ("token_mixer.qkv.weight",),
-        "mlp.conv.bn",
-        ("mlp.fc1", "mlp.fc2"),
-        ("token_mixer.qkv.bias", "token_mixer.proj.", "layer_scale_1."),
-        "layer_scale_2.gamma",
-        "mlp.conv.conv.weight",
+        norm="norm",
+        qk=("token_mixer.qkv.weight",),
+        mlp_norm="mlp.conv.bn",
+        fc=("mlp.fc1", "mlp.fc2"),
+        unused=("token_mixer.qkv.bias", "token_mixer.proj.", "layer_scale_1."),
+        scale="layer_scale_2.gamma",
+        conv="mlp.conv.conv.weight",
     ),
     _Kind(
         "transformers' encoder layer",
-        "layer_norm1",
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
-        "layer_norm2",
-        ("mlp.fc1", "mlp.fc2"),
-        (
+        norm="layer_norm1",
+        qk=("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
+        mlp_norm="layer_norm2",
+        fc=("mlp.fc1", "mlp.fc2"),
+        unused=(
             "self_attn.q_proj.bias",
             "self_attn.k_proj.bias",
             "self_attn.v_proj.",
@@ -116,22 +115,19 @@ _KINDS = (
 
 
 def is_block(tensors: Collection[str]) -> bool:
-    """Whether `tensors`, names relative to a block, belong to a kind of block that `convert`
-    knows.
-    """
+    """Whether `tensors`, names relative to a block, are those of a block that `convert` knows."""
     return "qk.weight" in tensors or any(set(kind.qk) <= set(tensors) for kind in _KINDS)
 
 
 def start(
     blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], merge: str = "first"
 ) -> None:
-    """Starts simplified blocks from pretrained blocks, in place. blocks: path -> block, and the
-    argument for `convert`.
+    """Starts simplified blocks from pretrained blocks, in place.
 
+    blocks: path -> block, and the argument for `convert`.
     merge: the value of a tensor that blocks share: the "average" of their folded tensors, or the
-    tensor of the "first" block.
-        The two differ in meaning: units of two blocks' attention or MLP need not correspond to each
-            other.
+        tensor of the "first" block. The two differ in meaning: units of two blocks' attention or
+        MLP need not correspond to each other.
 
     Raises InputError, before anything is changed, if a block is of no known kind or has other
     shapes.
@@ -156,17 +152,18 @@ def start(
             values.setdefault(parameters[name], []).append(value)
     with torch.no_grad():
         for parameter, candidates in values.items():
-            average = torch.stack(
-                [value.to(parameter.device, torch.float32) for value in candidates]
-            ).mean(0)
-            parameter.copy_(average if merge == "average" else candidates[0])
+            if merge == "average":
+                wide = [value.to(parameter.device, torch.float32) for value in candidates]
+                parameter.copy_(torch.stack(wide).mean(0))
+            else:
+                parameter.copy_(candidates[0])
 
 
 @torch.no_grad()
 def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors for a `SimplifiedBlock` to start as a pretrained block: qk, fc1, fc2 and the
-    outer gains, in float32.
+    """Returns tensors with which a `SimplifiedBlock` starts as a pretrained block, in float32.
 
+    They are qk, fc1, fc2 and the outer gains.
     tensors: those of a block of _KINDS by names relative to the block; of a simplified block they
     are returned as they are. Raises InputError for another block, or one whose q, k or MLP have
     more parts (qk norms, gated MLPs); KeyError for a part that is missing.
@@ -175,9 +172,13 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
     kind = _kind_of(tensors)
     t = {name: value.float() for name, value in tensors.items() if value.is_floating_point()}
-    q, k = [t[name] for name in kind.qk] if len(kind.qk) == 2 else t[kind.qk[0]].chunk(3)[:2]
+    if len(kind.qk) == 2:
+        q, k = t[kind.qk[0]], t[kind.qk[1]]
+    else:
+        q, k = t[kind.qk[0]].chunk(3)[:2]
     width = q.shape[1]
-    (factor1, _), (factor2, shift2) = _affine(t, kind.norm, width), _affine(t, kind.mlp_norm, width)
+    factor1, _ = _affine(t, kind.norm, width)
+    factor2, shift2 = _affine(t, kind.mlp_norm, width)
     spread, level = q.new_ones(()), q.new_zeros(())  # S and M
     if kind.conv:
         mean, variance = t[f"{kind.norm}.running_mean"], t[f"{kind.norm}.running_var"]
@@ -189,10 +190,8 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             shift2 + factor2 * t[f"{kind.mlp_norm}.running_mean"] + factor2 * tap * (level - mean)
         )
         factor1, factor2 = factor1 * spread, factor2 * tap * spread
-    fc1, fc2 = (t[f"{part}.weight"].flatten(1) for part in kind.fc)
-    bias1, bias2 = (
-        t.get(f"{part}.bias", fc.new_zeros(len(fc))) for part, fc in zip(kind.fc, (fc1, fc2))
-    )
+    fc1, bias1 = _linear(t, kind.fc[0])
+    fc2, bias2 = _linear(t, kind.fc[1])
     scale = t[kind.scale].flatten() if kind.scale in t else fc2.new_ones(len(fc2))
     return {
         "qk.weight": torch.cat([q, k]) * factor1,
@@ -210,26 +209,29 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> _Kind:
     kind = next((kind for kind in _KINDS if set(kind.qk) <= set(tensors)), None)
     if kind is None:
         kinds = ", ".join(kind.name for kind in _KINDS)
-        raise InputError(
-            f"expected a block of a known kind ({kinds}), got one of "
-            f"{', '.join(sorted(tensors)[:4])}..."
-        )
-    named = {
-        kind.scale,
-        kind.conv,
-        *kind.qk,
-        *(f"{part}.{end}" for part in kind.fc for end in ("weight", "bias")),
-    }
-    begins = tuple(f"{part}." for part in (kind.norm, kind.mlp_norm)) + kind.unused
-    numbers = sorted(name for name, value in tensors.items() if value.is_floating_point())
-    if odd := [name for name in numbers if name not in named and not name.startswith(begins)]:
-        raise InputError(f"expected {kind.name} without further parts, got {odd[0]}")
+        names = ", ".join(sorted(tensors)[:4])
+        raise InputError(f"expected a block of a known kind ({kinds}), got one of {names}...")
+    known = {kind.scale, kind.conv, *kind.qk}
+    for layer in kind.fc:
+        known |= {f"{layer}.weight", f"{layer}.bias"}
+    prefixes = (f"{kind.norm}.", f"{kind.mlp_norm}.", *kind.unused)
+    for name in sorted(tensors):
+        if name in known or name.startswith(prefixes) or not tensors[name].is_floating_point():
+            continue
+        raise InputError(f"expected {kind.name} without further parts, got {name}")
     return kind
 
 
+def _linear(t: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
+    """Returns weight and bias of a linear layer or pointwise convolution."""
+    weight = t[f"{layer}.weight"].flatten(1)
+    return weight, t.get(f"{layer}.bias", weight.new_zeros(len(weight)))
+
+
 def _affine(t: Mapping[str, Tensor], norm: str, width: int) -> tuple[Tensor, Tensor]:
-    """Returns factor and shift [C] of a norm: for a batch norm they apply to its input, else to the
-    normalised input.
+    """Returns factor and shift [C] of a norm.
+
+    For a batch norm they apply to its input, else to the normalised input.
     """
     like = next(iter(t.values()))
     factor = t.get(f"{norm}.weight", like.new_ones(width))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 IMAGE, TEXT = "image_encoder.model.", "text_encoder."
+# replaced in this order: a longer name stands before one that it begins with
 _RENAMED = {
     TEXT: "text.",
     "embedding_layer": "token_embedding",
@@ -50,8 +51,9 @@ def _conv_norm(width: int) -> ConvNormAct:
 
 
 class RepMixer(nn.Module):
-    """Mixes tokens: ``x + layer_scale (skip(x) + conv(x) - norm(x))``, x [B, C, 1, L]; skip and
-    norm are batch norms.
+    """Mixes tokens x [B, C, 1, L]: ``x + layer_scale (skip(x) + conv(x) - norm(x))``.
+
+    skip and norm are batch norms.
     """
 
     def __init__(self, width: int) -> None:
@@ -65,8 +67,9 @@ class RepMixer(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
-        """Returns a depthwise convolution that computes the same in eval mode; timm puts it in the
-        place of this module.
+        """Returns a depthwise convolution that computes the same in eval mode.
+
+        timm puts it in the place of this module.
         """
         dtype = self.layer_scale.dtype
         self.double()  # differences of the responses would lose digits
@@ -81,8 +84,7 @@ class RepMixer(nn.Module):
 
 
 class RepMixerBlock(nn.Module):
-    """A RepMixer and a convolutional MLP: [B, L, C] -> [B, L, C], or [B, C] of one token of each
-    text.
+    """A RepMixer and a convolutional MLP: [B, L, C] -> [B, L, C], or -> [B, C] of chosen tokens.
 
     Convolutions see the tokens as [B, C, 1, L] in channels_last, which for a contiguous [B, L, C]
     is only a view.
@@ -97,26 +99,26 @@ class RepMixerBlock(nn.Module):
         self.layer_scale: Tensor | None = nn.Parameter(torch.full((width,), 1e-5))
 
     def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
-        """Computes all tokens; or, of each text, the token whose index `token`, int64 [B],
-        gives.
-        """
+        """Computes all tokens, or of each text only the one with the index `token`, int64 [B]."""
         mixed = self.mixer(x.transpose(1, 2).unsqueeze(2))  # [B, C, 1, L]
-        x, hidden = (t.squeeze(2).transpose(1, 2) for t in (mixed, self.conv(mixed)))
+        x = mixed.squeeze(2).transpose(1, 2)
+        hidden = self.conv(mixed).squeeze(2).transpose(1, 2)
         if token is not None:
             # len(x) would fix the batch size in an export
             rows = torch.arange(x.shape[0], device=x.device)
             x, hidden = x[rows, token], hidden[rows, token]
         hidden = self.mlp(hidden)
-        return x + (hidden if self.layer_scale is None else self.layer_scale * hidden)
+        if self.layer_scale is not None:
+            hidden = self.layer_scale * hidden
+        return x + hidden
 
 
 class TextTower(TextTransformer):
-    """The text tower of MobileCLIP-S0: a RepMixer block, open_clip's transformer layers without a
-    mask, a RepMixer block.
+    """The text tower of MobileCLIP-S0: open_clip's transformer layers between two RepMixer blocks.
 
-    Each RepMixer block sees its neighbours, also those in the padding. Gradient checkpointing
-    leaves these two blocks out: computed twice, a batch would count twice in the statistics of
-    their norms.
+    The layers have no mask. Each RepMixer block sees its neighbours, also those in the padding.
+    Gradient checkpointing leaves these two blocks out: computed twice, a batch would count twice in
+    the statistics of their norms.
 
     forward(text int64 [B, L]) -> [B, output_dim]; L is at most ``context_length``.
     """
@@ -145,13 +147,14 @@ class TextTower(TextTransformer):
     def forward(self, text: Tensor) -> Tensor:
         x, mask = self._embeds(text)
         x = self.transformer(self.first(x), attn_mask=mask)
-        # The last block's MLP, a seventh of the tower's work, is needed at one token alone.
+        # The last block's MLP, a seventh of the tower's work, is needed at only one token.
         ends = self.ln_final(self.last(x, text.argmax(1)))
         return ends @ self.text_projection.to(ends.dtype)
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freezes all but the last groups of parameters, as open_clip does: embeddings, layers,
-        projection.
+        """Freezes all but the last groups of parameters, as open_clip does.
+
+        The groups are the embeddings, each layer, and the projection.
         """
         super().lock(unlocked_layers, freeze_layer_norm)
         self.first.requires_grad_(unlocked_layers > len(self.transformer.resblocks) + 1)
@@ -161,8 +164,9 @@ class TextTower(TextTransformer):
 def create(
     embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], **options: Any
 ) -> CustomTextCLIP:
-    """Makes an open_clip model with a `TextTower`. text_cfg: arguments of `TextTower`; all others:
-    of CustomTextCLIP.
+    """Makes an open_clip model with a `TextTower`.
+
+    text_cfg: arguments of `TextTower`; all others: of CustomTextCLIP.
     """
     # open_clip's tower, which ours replaces
     placeholder = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}
@@ -179,34 +183,37 @@ def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
     A state dict of another layout stays as it is, and so does any state dict if the model has no
     `TextTower`.
     """
-    if not isinstance(getattr(model, "text", None), TextTower) or not any(
-        name.startswith((IMAGE, TEXT)) for name in state
-    ):
+    published = any(name.startswith((IMAGE, TEXT)) for name in state)
+    if not published or not isinstance(getattr(model, "text", None), TextTower):
         return dict(state)
     image = {
         name.removeprefix(IMAGE): value for name, value in state.items() if name.startswith(IMAGE)
     }
-    renamed = {
-        f"visual.trunk.{k}": v
-        for k, v in checkpoint_filter_fn(image, model.get_submodule("visual.trunk")).items()
-    }
+    image = checkpoint_filter_fn(image, model.get_submodule("visual.trunk"))
+    renamed = {f"visual.trunk.{name}": value for name, value in image.items()}
     renamed.pop("visual.trunk.head.fc.bias", None)  # zeros, which checkpoint_filter_fn adds
     count = len(model.get_submodule("text.transformer.resblocks"))  # type: ignore[arg-type]
-    layers = {0: "first", count + 1: "last"} | {
-        i + 1: f"transformer.resblocks.{i}" for i in range(count)
-    }
     for name, value in state.items():
         if name.startswith(IMAGE):
             continue
         if name.startswith(TEXT):
             if name.endswith(_SQUEEZED) and not name.endswith("token_mixer.layer_scale"):
                 value = value.squeeze()
-            for old, new in _RENAMED.items():
-                name = name.replace(old, new)
-            name = re.sub(
-                r"(?<=text\.)transformer\.(\d+)",
-                lambda match: layers.get(int(match[1]), match[0]),
-                name,
-            )
+            name = _text_name(name, count)
         renamed[name] = value
     return renamed
+
+
+def _text_name(name: str, count: int) -> str:
+    """Returns the name here of a published text tensor. count: the number of transformer layers."""
+    for old, new in _RENAMED.items():
+        name = name.replace(old, new)
+    match = re.match(r"text\.transformer\.(\d+)(.*)", name)
+    if match is None:
+        return name
+    number, rest = int(match[1]), match[2]
+    if number == 0:
+        return f"text.first{rest}"
+    if number == count + 1:
+        return f"text.last{rest}"
+    return f"text.transformer.resblocks.{number - 1}{rest}" if number <= count else name

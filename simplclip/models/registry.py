@@ -1,6 +1,4 @@
-"""Models by name: SiCLIPs, MobileCLIP-S0, open_clip's models; with their tokenizers and image
-transforms.
-"""
+"""Models by name, with their tokenizers and image transforms: SiCLIPs and open_clip's models."""
 
 import copy
 import os
@@ -64,15 +62,24 @@ _MOBILECLIP_S0: dict[str, Any] = {
 }
 
 
-def _small(trunk: str, text: dict[str, Any], **others: Any) -> Spec:
-    config = {
-        "embed_dim": 256,
-        "vision_cfg": {"timm_model_name": trunk, "image_size": 48},
-        "text_cfg": {"context_length": 16, "layers": 2, **text},
-        "custom_text": True,
-    }
+def _small(
+    trunk: str,
+    text: Mapping[str, Any],
+    tokenizer: Callable[..., Tokenizer],
+    preprocess: Mapping[str, Any] | None = None,
+) -> Spec:
     return Spec(
-        config, simplify={"gamma": {"text": 0.3}}, augment="affine", channels_last=True, **others
+        config={
+            "embed_dim": 256,
+            "vision_cfg": {"timm_model_name": trunk, "image_size": 48},
+            "text_cfg": {"context_length": 16, "layers": 2, **text},
+            "custom_text": True,
+        },
+        tokenizer=tokenizer,
+        simplify={"gamma": {"text": 0.3}},
+        preprocess=preprocess or {},
+        augment="affine",
+        channels_last=True,
     )
 
 
@@ -102,14 +109,13 @@ _SPECS = {
     # points.
     "siclip-lite0": _small(
         "siclip_lite0_trunk",
-        # eos_id: [SEP]
         {
             "vocab_size": 30522,
             "width": 384,
             "heads": 12,
             "mlp_ratio": 2.0,
             "pool_type": "eos",
-            "eos_id": 102,
+            "eos_id": 102,  # [SEP]
         },
         preprocess={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
         tokenizer=minilm_tokenizer,
@@ -118,21 +124,23 @@ _SPECS = {
 
 
 def names() -> list[str]:
-    """Returns the names of MobileCLIP-S0 and this library's SiCLIPs; ``open_clip:NAME`` is a name,
-    too.
+    """Returns the names of MobileCLIP-S0 and this library's SiCLIPs.
+
+    ``open_clip:NAME`` is a name, too.
     """
     return list(NAMES)
 
 
 def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns open_clip's configuration of a model, before it is simplified. overrides: as for
-    `create`.
+    """Returns open_clip's configuration of a model before it is simplified.
+
+    overrides: as for `create`.
     """
     config = copy.deepcopy(dict(spec.config))
     for key, value in overrides.items():
-        config[key] = (
-            {**config.get(key, {}), **value} if key in ("vision_cfg", "text_cfg") else value
-        )
+        if key in ("vision_cfg", "text_cfg"):
+            value = {**config.get(key, {}), **value}
+        config[key] = value
     config["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
@@ -176,18 +184,22 @@ def create(
         )
     config = configuration(spec, overrides)
     custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    kind = CoCa if "multimodal_cfg" in config else CustomTextCLIP if custom_text else CLIP
-    model: Any = (spec.build or kind)(**config)
+    build: Callable[..., Any] = CLIP
+    if spec.build is not None:
+        build = spec.build
+    elif "multimodal_cfg" in config:
+        build = CoCa
+    elif custom_text:
+        build = CustomTextCLIP
+    model: Any = build(**config)
     if hasattr(model.visual, "set_input_size") and "image_size" in overrides.get("vision_cfg", {}):
         # open_clip does not pass the size to timm's trunk
         model.visual.set_input_size(config["vision_cfg"]["image_size"])
-    set_model_preprocess_cfg(
-        model, asdict(PreprocessCfg(size=model.visual.image_size, **spec.preprocess))
-    )
+    preprocess = PreprocessCfg(size=model.visual.image_size, **spec.preprocess)
+    set_model_preprocess_cfg(model, asdict(preprocess))
     if simplified and (spec.simplify is not None or simplify_options is not None):
-        model, model.simplify_report = simplify(
-            model, **{**(spec.simplify or {}), **(simplify_options or {})}
-        )
+        options = {**(spec.simplify or {}), **(simplify_options or {})}
+        model, model.simplify_report = simplify(model, **options)
     if spec.channels_last:
         model.visual.to(memory_format=torch.channels_last)
     if state is not None:
@@ -199,13 +211,13 @@ create_model = create  # simplclip.create_model
 
 
 def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
-    """Returns a model's tokenizer: list of strings -> token ids, int64 [B, L]. context_length: L,
-    by default the model's.
+    """Returns a model's tokenizer: list of strings -> token ids, int64 [B, L].
+
+    context_length: L, by default the model's.
     """
     spec = spec_of(name)
-    return spec.tokenizer(
-        context_length=context_length or spec.config["text_cfg"].get("context_length", 77)
-    )
+    length = context_length or spec.config["text_cfg"].get("context_length", 77)
+    return spec.tokenizer(context_length=length)
 
 
 def transforms(
@@ -230,8 +242,11 @@ def transforms(
     spec = spec_of(name)
     size = image_size or spec.config["vision_cfg"].get("image_size", PreprocessCfg.size)
     cfg = PreprocessCfg(size=size, **spec.preprocess)
-    augment = spec.augment if augment is None else augment
-    return ImageTransform(cfg, augment if train and augment != "none" else None)
+    if augment is None:
+        augment = spec.augment
+    if not train or augment == "none":
+        augment = None
+    return ImageTransform(cfg, augment)
 
 
 def spec_of(name: str) -> Spec:

@@ -30,11 +30,10 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Image trunk of siclip-tiny before it is simplified: a residual conv net of stride 8 under a
-    one-block ViT.
+    """Image trunk of siclip-tiny before it is simplified.
 
-    Its norms are group norms of one group, which know nothing of other images: a batch may be
-    computed in parts.
+    It is a residual conv net of stride 8 under a ViT of one block. Its norms are group norms of one
+    group, which know nothing of other images: a batch may be computed in parts.
     """
     # The first stages take most of the time, so they have one residual block each and few channels.
     stages = tuple(
@@ -49,11 +48,11 @@ def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransfor
 
 @register_model
 def siclip_lite0_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Image trunk of siclip-lite0 before it is simplified: the first five of EfficientNet-Lite0's
-    seven stages under a ViT.
+    """Image trunk of siclip-lite0 before it is simplified.
 
-    The stages have stride 16 and 112 channels. The net is ``patch_embed.backbone``, with the names
-    of timm's tf_efficientnet_lite0: conv_stem, bn1, blocks.0 ...
+    It is the first five of EfficientNet-Lite0's seven stages under a ViT. The stages have stride 16
+    and 112 channels. The net is ``patch_embed.backbone``, with the names of timm's
+    tf_efficientnet_lite0: conv_stem, bn1, blocks.0 ...
     """
     whole: Any = timm.create_model("tf_efficientnet_lite0")
     net = nn.Sequential(
@@ -84,11 +83,10 @@ class ShortVocabTokenizer(SimpleTokenizer):
     bpe_ranks: dict[tuple[str, str], int]
     encoder: dict[str, int]
 
-    def __init__(self, vocab_size: int, **options: Any) -> None:
-        super().__init__(**options)
-        self.bpe_ranks = dict(
-            list(self.bpe_ranks.items())[: vocab_size - 2 * len(self.byte_encoder) - 2]
-        )
+    def __init__(self, vocab_size: int, context_length: int = 77) -> None:
+        super().__init__(context_length=context_length)
+        merges = vocab_size - 2 * len(self.byte_encoder) - 2
+        self.bpe_ranks = dict(list(self.bpe_ranks.items())[:merges])
         # the cache begins with start and end of text
         pieces = [*list(self.encoder)[: vocab_size - 2], *self.cache]
         self.encoder = {piece: i for i, piece in enumerate(pieces)}
@@ -100,10 +98,9 @@ class ShortVocabTokenizer(SimpleTokenizer):
 
 @cache
 def minilm_tokenizer(context_length: int) -> Callable[..., Tensor]:
-    """Returns MiniLM's WordPiece tokenizer: texts -> int64 [B, context_length], [CLS] ... [SEP],
-    padded by 0.
+    """Returns MiniLM's WordPiece tokenizer: texts -> int64 [B, context_length].
 
-    Longer texts are truncated and still end in [SEP].
+    A text is [CLS] ... [SEP], padded by 0. Longer texts are truncated and still end in [SEP].
     """
     from tokenizers import Tokenizer
 
@@ -115,8 +112,7 @@ def minilm_tokenizer(context_length: int) -> Callable[..., Tensor]:
 
     def tokenize(texts: str | list[str], context_length: int | None = None) -> Tensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
-        return torch.tensor(
-            [encoding.ids for encoding in tokenizer.encode_batch(texts)], dtype=torch.int64
-        )
+        ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        return torch.tensor(ids, dtype=torch.int64)
 
     return tokenize

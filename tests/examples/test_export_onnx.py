@@ -13,7 +13,7 @@ from torch import nn
 
 import simplclip
 from simplclip import models
-from simplclip.models.simplify import MapBlock
+from simplclip.models.blocks import MapBlock
 from simplclip.train import checkpoint, config
 from support.models.weights import randomise
 from support.programs import load_example

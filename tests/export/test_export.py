@@ -38,9 +38,7 @@ ABOUT = ("README.md", "preprocessing.json")
 
 @pytest.fixture(scope="module", autouse=True)
 def plain_model(tmp_path_factory):
-    """Returns a plain open_clip model with a causal text tower of 77 tokens, and one with a
-    tokenizer of Hugging Face.
-    """
+    """Returns a plain open_clip model with a causal tower, and one with a tokenizer of the hub."""
     values = {
         "embed_dim": 16,
         "vision_cfg": {
@@ -132,9 +130,7 @@ def test_the_summary_says_what_was_exported(tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["tiny", "vit"])
 def test_the_printed_lines_load_the_export(which, request, tmp_path, capsys):
-    """Plain open_clip loads a plain model; a simplified one needs register_models, which the lines
-    have.
-    """
+    """Plain open_clip loads a plain model; a simplified one needs the lines of register_models."""
     model, run, *_ = request.getfixturevalue(which)
     export.run(run, tmp_path / "out")
     printed = capsys.readouterr().out.splitlines()
@@ -226,9 +222,7 @@ def test_preprocessing_says_how_to_make_the_inputs(tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["tiny", "vit"])
 def test_an_export_on_a_hub_loads_by_its_name(which, request, tmp_path):
-    """The hub's cache holds the export, as a download leaves it; a process without network loads
-    it.
-    """
+    """A process without network loads an export from the hub's cache, as a download leaves it."""
     exported = request.getfixturevalue(which)
     cache = tmp_path / "hub/models--owner--name"
     shutil.copytree(exported.out, cache / "snapshots/abc")

@@ -13,8 +13,8 @@ from PIL import Image
 from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip as ours
+from simplclip.models.blocks import TransformerBlock
 from simplclip.models.mobileclip import TextTower
-from simplclip.models.simplify import TransformerBlock
 from support.models.mobileclip_s0 import SMALL, SMALL_FEATURES, small_state
 
 pytestmark = pytest.mark.long
@@ -49,14 +49,11 @@ def test_open_clip_gives_the_models_tokenizers(registered):
 @pytest.mark.parametrize("of", ["published", "ours"])
 def test_it_makes_mobileclip_s0_from_a_file(registered, tmp_path, of):
     options, file = {"text_cfg": SMALL, "embed_dim": SMALL_FEATURES}, str(tmp_path / "weights.pt")
-    torch.save(
-        {
-            "state_dict": small_state()
-            if of == "published"
-            else models.create("mobileclip-s0", **options).state_dict()
-        },
-        file,
-    )
+    if of == "published":
+        state = small_state()
+    else:
+        state = models.create("mobileclip-s0", **options).state_dict()
+    torch.save({"state_dict": state}, file)
     model, train, transform = open_clip.create_model_and_transforms(
         "mobileclip-s0", pretrained=file, **options
     )

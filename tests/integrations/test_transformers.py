@@ -1,6 +1,4 @@
-"""The recipe of docs/recipes.md for transformers' Trainer: the values of the models' own losses,
-and a loss that learns.
-"""
+"""docs/recipes.md for transformers' Trainer: the models' own losses, and one that learns."""
 
 import pytest
 import torch
@@ -38,7 +36,7 @@ def train(kind, clip, folder, name="CLIPModel", **options):
         **options,
     )
     rows = batch(name, n=20)
-    pairs = [{key: value[i] for key, value in rows.items()} for i in range(20)]
+    pairs = [dict(zip(rows, values)) for values in zip(*rows.values())]
 
     def collate(rows):
         return transformers.default_data_collator(rows) | {"return_loss": True}

@@ -1,6 +1,4 @@
-"""The bytes that ranks send and allocate in a loss, counted on fake tensors and a fake process
-group: docs/scaling.md.
-"""
+"""The bytes that ranks send and allocate in a loss, on fake tensors: docs/scaling.md."""
 
 import contextlib
 import warnings
@@ -63,9 +61,7 @@ class Wire(TorchDispatchMode):
 
 
 def step(loss_of, ranks, n, width, dtype, teacher_width=0, ids=False):
-    """Returns the mode that counted the bytes sent by the first of several ranks in a loss's
-    forward and backward.
-    """
+    """Returns the mode that counted the bytes that the first of several ranks sent in a loss."""
     with pretended(ranks), FakeTensorMode(allow_fallback_kernels=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # open_clip 3.3 calls what torch 2.15 deprecates
         loss = loss_of({"gather_with_grad": True, "rank": 0, "world_size": ranks})

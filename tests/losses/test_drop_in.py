@@ -65,9 +65,7 @@ CASES = [
 
 @pytest.mark.parametrize(("original", "replacement", "options", "more", "call"), CASES)
 def test_signature_values_and_gradients_are_open_clips(original, replacement, options, more, call):
-    """Signature, values in both forms and gradients are open_clip's; a loss of the same name is an
-    instance of its class.
-    """
+    """Signature, values in both forms and gradients are open_clip's, as is the class."""
     classes = getattr(open_clip.loss, original), getattr(losses, replacement)
     assert issubclass(classes[1], classes[0]) == (replacement == original)
     for method in ("__init__", "forward"):
@@ -100,9 +98,7 @@ def test_signature_values_and_gradients_are_open_clips(original, replacement, op
 
 
 class DRClipLoss(losses.ClipLoss):
-    """A loss of the form of MobileCLIP's: it uses logits of student and teacher, and the base
-    class's ground truth.
-    """
+    """A loss of the form of MobileCLIP's, by the base class's logits and ground truth."""
 
     def forward(self, image, text, scale, teacher_image, teacher_text, teacher_scale):
         student = self.get_logits(image, text, scale)
@@ -133,9 +129,7 @@ def test_a_loss_that_needs_the_logits():
 
 
 def test_arguments_of_open_clip_4_are_taken():
-    """chunk_size, a way of open_clip to save memory, changes nothing here, and world_size=0 means
-    one process.
-    """
+    """chunk_size, by which open_clip saves memory, changes nothing; world_size=0 is one process."""
     leaves = features()
     loss = losses.SigLipLoss(False, 0, 1, None, 32)
     assert loss.chunk_size == 32

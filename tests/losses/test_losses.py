@@ -1,6 +1,4 @@
-"""The losses of pairs and of distillation against their definitions in float64, and the errors of
-all losses.
-"""
+"""The losses against their definitions in float64, and the errors of all losses."""
 
 import itertools
 import math
@@ -53,9 +51,7 @@ for form, divergence, width in itertools.product(
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_terms_equal_the_definition(kind, options):
-    """Values and gradients of each term and of sums, with ids: of the dict, of the tuple or sum,
-    and of `terms`.
-    """
+    """Values and gradients, with ids: of the dict, of the tuple or sum, and of `terms`."""
     loss, ids = kind(**options).double(), torch.arange(24) // 2
     (image, text, scale, bias), teacher = loss_inputs(teacher_width=options.get("teacher_dim"))
     distils = kind is WIKDLoss
@@ -80,12 +76,11 @@ def test_terms_equal_the_definition(kind, options):
     for key, expected in weighted.items():
         same(named[key], expected)
     values = loss(*arguments, ids=ids)
-    for value, expected in (
-        zip(values, weighted.values(), strict=True)
-        if distils
-        else [(values, sum(weighted.values()))]
-    ):
-        same(value, expected)
+    if distils:
+        for value, expected in zip(values, weighted.values(), strict=True):
+            same(value, expected)
+    else:
+        same(values, sum(weighted.values()))
 
     weights = {term: 0.3 * place for place, term in enumerate(TERMS[kind])}
     extra = {"teacher": tuple(teacher)} if distils else {"logit_bias": bias}
@@ -205,8 +200,9 @@ TOKENS = torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.int64)
     ids=("ClipLoss", "SigLipLoss", "ClipPMLoss", "CoCaLoss", "WIKDLoss", "terms"),
 )
 def test_features_that_do_not_fit_each_other(call):
-    """open_clip's losses raise an error for several texts an image; with rows in order, image 1
-    would get image 0's text.
+    """open_clip's losses raise an error for several texts an image.
+
+    With rows in order, image 1 would get image 0's text.
     """
     image, text = torch.randn(4, 8), torch.randn(8, 8)
     several = (

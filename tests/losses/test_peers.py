@@ -1,5 +1,4 @@
-"""The table of other libraries in simplclip.losses: this library's losses against the formulas of
-CLIP-KD, in float64.
+"""The table of other libraries in simplclip.losses: CLIP-KD's formulas in float64.
 
 Its src/open_clip/loss.py is written in plain torch. For open_clip's losses see test_drop_in.py.
 """

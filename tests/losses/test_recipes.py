@@ -1,6 +1,4 @@
-"""The recipes with RowwiseLoss in docs/recipes.md against the definitions of the losses, over the
-whole matrix in float64.
-"""
+"""The recipes of docs/recipes.md against definitions over the whole matrix in float64."""
 
 import pytest
 import torch
@@ -20,9 +18,7 @@ def page():
 
 
 def several_positives(logits):
-    """Khosla et al. 2020, L_out: the mean over the positives of the negative logarithms of their
-    softmax.
-    """
+    """Khosla et al. 2020, L_out: a row's mean of -log softmax over its positives."""
     return torch.stack([-row.log_softmax(0)[same].mean() for row, same in zip(logits, SAME)])
 
 

@@ -148,9 +148,7 @@ def test_prefixes_need_a_projection():
     ],
 )
 def test_a_row_of_zeros_in_float16(interactive, dtype, autocast, teacher_width):
-    """Values and gradients are those of float32; a gradient beyond float16's largest number becomes
-    that number.
-    """
+    """Values and gradients are float32's; those beyond float16's largest number become that."""
     torch.manual_seed(0)
     options = dict(EVERYTHING, interactive=interactive, embed_dim=16, teacher_dim=teacher_width)
     loss, expected = WIKDLoss(**options), WIKDLoss(**options)

@@ -1,6 +1,4 @@
-"""Cropped texts: features, gradients and order equal those of padded texts; towers that read
-padding are refused.
-"""
+"""Cropped texts: features, gradients and order are those of padded texts, or it is refused."""
 
 import copy
 import itertools
@@ -51,9 +49,7 @@ def model_of(kind, **text):
 
 
 def masked(kind):
-    """Returns a model of simplified blocks that do not see padding, whether they are causal or
-    not.
-    """
+    """Returns a model of simplified blocks that do not see padding, causal or not."""
     model = model_of(kind, no_causal_mask=kind != "CLIP")
     simplclip.simplify(model, mask_padding=True)
     return restless(model)
@@ -80,8 +76,9 @@ def gradients(model, text):
 
 @pytest.fixture
 def tokens(monkeypatch):
-    """Makes groups small, since the texts are few; returns a list of the shapes of the texts in
-    each call of a tower.
+    """Makes groups small, since the texts are few.
+
+    Returns a list of the shapes of the texts in each call of a tower.
     """
     monkeypatch.setattr(crop, "GROUP_TOKENS", 8)
     shapes, real = [], crop.TextCrop._encode

@@ -129,11 +129,8 @@ def test_layer_scales_are_folded_in_bfloat16(make):
             if "layer_scale" in name:
                 weight.uniform_(0.1, 0.5)
     freeze(model, ["0"])
-    x = (
-        torch.randn(2, 16, 8, 8)
-        if isinstance(model[0], fastvit.RepMixerBlock)
-        else torch.randn(2, 8, 16)
-    )
+    shape = (2, 16, 8, 8) if isinstance(model[0], fastvit.RepMixerBlock) else (2, 8, 16)
+    x = torch.randn(shape)
     exact = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         copies = fold_frozen(model, torch.bfloat16)
@@ -149,8 +146,9 @@ def test_layer_scales_are_folded_in_bfloat16(make):
 
 
 def test_pointwise_convolutions_are_products_on_a_gpu(monkeypatch):
-    """A CPU that is taken for a GPU: equal but for rounding, in the layout of the input; others
-    stay convolutions.
+    """A CPU that is taken for a GPU: equal but for rounding, in the layout of the input.
+
+    Other convolutions stay convolutions.
     """
     model = with_statistics(
         nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 24, 1, stride=2))

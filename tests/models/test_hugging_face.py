@@ -66,7 +66,9 @@ def test_both_towers(name):
 
 
 def test_attention_implementation_and_the_mask_of_valid_tokens_do_not_matter():
-    """Eager attention gets an additive mask, SDPA a boolean mask or None, flash attention the
+    """Each way of attention gets its own mask.
+
+    Eager attention gets an additive mask, SDPA a boolean mask or None, flash attention the
     tokenizer's mask.
     """
     eager, sdpa = (simplified(attn_implementation=name) for name in ("eager", "sdpa"))
@@ -173,9 +175,7 @@ def test_compiles_without_graph_breaks_and_in_bfloat16():
 
 
 class Small(transformers.CLIPModel):
-    """The class of docs/block.md: from_pretrained works for it, since its models are simplified
-    when they are made.
-    """
+    """The class of docs/block.md works with from_pretrained: it simplifies as it makes a model."""
 
     def __init__(self, config):
         super().__init__(config)

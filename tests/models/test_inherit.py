@@ -1,6 +1,4 @@
-"""Weight inheritance: copied tensors, frozen parameters, that frozen means frozen, and refused
-sources.
-"""
+"""Weight inheritance: copied tensors, frozen parameters and modules, refused sources."""
 
 import copy
 import pickle
@@ -80,8 +78,9 @@ def total(report, status):
 
 
 def step(model, image, text):
-    """Makes a training step; returns the bytes kept for backward before the image tower's first
-    simplified block.
+    """Makes a training step, and counts the bytes kept for backward.
+
+    Those before the image tower's first simplified block count.
     """
     kept, arrived = [], []
 

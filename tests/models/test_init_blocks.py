@@ -1,6 +1,4 @@
-"""Simplified blocks that start from pretrained blocks: what they compute alike, what is dropped,
-and what is refused.
-"""
+"""Simplified blocks that start from pretrained ones: what is equal, dropped and refused."""
 
 import copy
 
@@ -16,9 +14,11 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from simplclip import models
+from simplclip.models.blocks import MapBlock
 from simplclip.models.inherit import inherit
 from simplclip.models.init_blocks import convert, is_block, start
-from simplclip.models.simplify import MapBlock, attention_of, simplify
+from simplclip.models.simplify import simplify
+from simplclip.models.sites import attention_of
 from simplclip.nn import SimplifiedBlock, share_weights
 from support.models import hugging_face
 from support.models.open_clip_models import batch, clip
@@ -82,9 +82,7 @@ def attention_maps(qk):  # [B, L, 2C] -> [B, H, L, L]
 
 @pytest.mark.parametrize("kind", TOKENS)
 def test_the_mlp_path_is_that_of_the_old_block(kind):
-    """With zero values and outputs, a block adds its MLP of the normalised input, as the new block
-    does.
-    """
+    """With zero values and outputs, a block adds its MLP of the normalised input."""
     old = trained(TOKENS[kind])
     for name, tensor in old.state_dict().items():
         if any(part in name for part in ("out_proj", "attn.proj", "ln_attn")):
@@ -128,8 +126,9 @@ def test_attention_maps_are_those_of_the_old_block_but_for_the_bias_of_q(kind, b
 
 @torch.no_grad()
 def test_fastvit_from_its_running_statistics():
-    """The old norm is per channel, the new one per token: blocks agree exactly where tokens have
-    the usual mean and scale.
+    """The old norm is per channel, the new one per token.
+
+    Blocks agree exactly where tokens have the usual mean and scale.
     """
     maps = (
         torch.randn(64, 64, 4, 4) * (torch.rand(64, 1, 1) + 0.5) * 3 + torch.randn(64, 1, 1) + 3.0

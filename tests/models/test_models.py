@@ -9,8 +9,9 @@ from open_clip.model import CustomTextCLIP
 from PIL import Image
 
 from simplclip import models
+from simplclip.models.blocks import MapBlock, TransformerBlock
 from simplclip.models.siclip_small import ShortVocabTokenizer
-from simplclip.models.simplify import MapBlock, TransformerBlock, count_parameters
+from simplclip.models.simplify import count_parameters
 from simplclip.nn import SimplifiedBlock
 
 

@@ -50,19 +50,15 @@ def test_a_missing_file_is_named_with_where_it_is_to_be_had(student, tmp_path):
 def stand_in(name):
     """Returns weights made from a seed in the layout of the config's inherit.source."""
     torch.manual_seed(1)
-    return (
-        weights(1)
-        if name == "siclip-s0"
-        else with_statistics(models.create(name, simplified=False)).state_dict()
-    )
+    if name == "siclip-s0":
+        return weights(1)
+    return with_statistics(models.create(name, simplified=False)).state_dict()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["siclip-s0", "siclip2-s0"])
 def test_a_training_step_of_the_config(name, tmp_path):
-    """With all terms of the last stage, by cached gradients: what trains moves, and what is frozen
-    stays.
-    """
+    """With all terms of the last stage, by cached gradients: only what is not frozen moves."""
     torch.save(stand_in(name), tmp_path / "source.pt")
     shard = tiny.write_shard(tmp_path / "train-0.tar", teacher=64)
     data = [f"data.train={shard}", f"data.sidecars=[{tmp_path / 'teacher'}]", "data.workers=0"]

@@ -1,6 +1,4 @@
-"""`simplify` on small open_clip models: replaced parts, calls of the blocks, and parts that stay
-untouched.
-"""
+"""`simplify` on small open_clip models: replaced parts, calls of blocks, untouched parts."""
 
 import copy
 from collections import OrderedDict
@@ -14,16 +12,15 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from simplclip.common.errors import InputError
+from simplclip.models.blocks import MapBlock, TimmBlock
 from simplclip.models.mobileclip import TextTower
-from simplclip.models.simplify import MapBlock, TimmBlock, count_parameters, simplify
+from simplclip.models.simplify import count_parameters, simplify
 from simplclip.nn import SimplifiedBlock
 from support.models.open_clip_models import TEXT, batch, clip, restless
 
 
 def fastvit_clip():
-    """Returns a CLIP over a tiny FastViT whose last stage has attention blocks on [B, C, H, W], as
-    in MobileCLIP.
-    """
+    """Returns a CLIP over a tiny FastViT, which has attention blocks in its last stage."""
     model = clip(cls=CustomTextCLIP)
     trunk = fastvit.FastVit(
         layers=(1, 1, 1, 2),
@@ -94,9 +91,7 @@ def test_clip_and_custom_text_clip(cls, prefix, causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_causal_mask_is_kept(causal):
-    """Tokens behind a text's end do not change the features of a causal tower, but those of a full
-    tower.
-    """
+    """Tokens behind a text's end change only the features of a full tower, not a causal one's."""
     _, text = batch()
     changed = text.clone()
     changed[:, 9:] = 7

@@ -1,0 +1,151 @@
+"""Gradient caching: models, arguments and losses that it refuses."""
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from timm.layers.evo_norm import EvoNorm2dB0
+from torch import nn
+
+from simplclip import gradient_cache
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4),
+        nn.BatchNorm1d(4, track_running_stats=False).eval(),
+        nn.SyncBatchNorm(4),
+        EvoNorm2dB0(4),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_statistics_of_batches_are_refused(norm):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(norm))
+    message = (
+        f"model: expected no batch statistics, got {type(norm).__name__} '1.0' in training mode"
+    )
+    with pytest.raises(ValueError, match=message):
+        gradient_cache.backward(model, [torch.ones(2, 2)], torch.sum, model=model)
+
+
+def test_frozen_norms_and_those_without_statistics_pass():
+    norms = [
+        nn.BatchNorm2d(4).eval(),
+        nn.LayerNorm(4),
+        nn.GroupNorm(2, 4),
+        nn.InstanceNorm2d(4),
+        EvoNorm2dB0(4).eval(),
+    ]
+    gradient_cache.check(nn.Sequential(*norms))
+    with pytest.raises(ValueError, match="BatchNormAct2d"):
+        gradient_cache.check(BatchNormAct2d(4))
+
+
+TWO = dict.fromkeys("ab", nn.Identity())
+NAMED = dict.fromkeys("ab", lambda batch: {"x": batch})
+
+
+@pytest.mark.parametrize(
+    ("encode", "batches", "error", "message"),
+    [
+        (nn.Identity(), [], ValueError, "micro_batches: expected at least one, got none"),
+        (
+            nn.Identity(),
+            iter([1]),
+            TypeError,
+            "micro_batches: expected a sequence, since .*got list_iterator",
+        ),
+        (
+            lambda b: None,
+            [1],
+            TypeError,
+            "encode: expected a tensor, or a sequence or mapping of them, got NoneType",
+        ),
+        (
+            lambda b: {"ids": torch.ones(2, 2).long()},
+            [1],
+            TypeError,
+            "output 'ids' of encode: expected float32",
+        ),
+        (
+            lambda b: (torch.ones(3, 1),) * b,
+            [2, 1],
+            ValueError,
+            r"first micro-batch, {0: \['m', 1\], 1: \['m', 1\]}, got",
+        ),
+        (
+            lambda b: b,
+            [torch.ones(2, 3), torch.ones(2, 4)],
+            ValueError,
+            r"first .*, {0: \['m', 3\]}, got {0: \['m', 4\]}",
+        ),
+        (
+            lambda b: b,
+            [torch.ones(2, 3), torch.ones(1)],
+            ValueError,
+            r"first micro-batch, {0: \['m', 3\]}, got {0: \[\]}",
+        ),
+        (
+            TWO,
+            [[1]],
+            ValueError,
+            r"micro_batches: expected one for each tower in a mapping, \['a', 'b'\], got list",
+        ),
+        (
+            {"a": lambda b: [b]},
+            {"a": [1]},
+            TypeError,
+            r"encode\['a'\]: expected a tensor, or a mapping of them",
+        ),
+        (
+            NAMED,
+            dict.fromkeys("ab", [torch.ones(2, 2)]),
+            ValueError,
+            "encode.'b'.: expected outputs that no other tower",
+        ),
+        (
+            [nn.Identity()],
+            [1],
+            TypeError,
+            "encode: expected a function, or a mapping of them, got list",
+        ),
+    ],
+)
+def test_bad_arguments(encode, batches, error, message):
+    with pytest.raises(error, match=message):
+        gradient_cache.backward(encode, batches, torch.sum)
+
+
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        # as WIKDLoss and CoCaLoss return without output_dict
+        (lambda x: (x.sum(), x.mean()), "tuple"),
+        (lambda x: (x.sum(),), "tuple"),
+        (lambda x: (x.sum(), None), "tuple"),
+        (lambda x: 1.0, "float"),
+        (lambda x: None, "NoneType"),
+        (lambda x: {}, "dict"),
+        (lambda x: {"a": x.sum(), "b": 0.5}, "dict"),
+        (lambda x: (x.sum(), {"a": 0.5}), "tuple"),
+        (lambda x: x.sum(1), r"\[4\]"),
+    ],
+)
+def test_what_loss_returns_is_checked_before_a_gradient_changes(loss, got):
+    linear = nn.Linear(3, 3)
+    expected = (
+        r"a tensor \[\], a mapping of them \(as losses return with output_dict=True\) "
+        r"or \(loss, mapping\)"
+    )
+    with pytest.raises(TypeError, match=f"loss: expected {expected}, got {got}$"):
+        gradient_cache.backward(linear, torch.ones(4, 3).split(2), loss)
+    assert linear.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("model", "nn.Module"), ("scaler", "torch.amp.GradScaler or None")]
+)
+def test_models_and_scalers_of_another_type(name, kind):
+    with pytest.raises(TypeError, match=f"{name}: expected an? {kind}, got float"):
+        gradient_cache.backward(nn.Identity(), [torch.ones(2, 2)], torch.sum, **{name: 2.0})
