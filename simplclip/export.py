@@ -24,6 +24,7 @@ from safetensors.torch import save
 import simplclip
 from simplclip import models
 from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
+from simplclip.evaluation.results import Results
 from simplclip.models.registry import configuration
 from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, about_best, check_export, in_run
 from simplclip.models.trained import load_model, model_options
@@ -120,19 +121,17 @@ def card(model: Any, state: dict[str, Any], file: Path, lines: str) -> str:
         size=size,
     )
     try:
-        results = json.loads((folder / "evaluation.json").read_text("utf-8"))
-        of_step = results["step"] == state["step"] and results["checkpoint"].endswith(
+        content = json.loads((folder / "evaluation.json").read_text("utf-8"))
+        model_result = Results.from_json(content).first
+        of_step = model_result.step == state["step"] and model_result.checkpoint.endswith(
             (file.name, folder.name)
         )
         rows = [
-            f"| {split} | {way.replace('_', ' ')} | "
-            + " | ".join(
-                f"{figure['value']:.1%} ({figure['chance']:.1%})"
-                for figure in figures[way].values()
-            )
-            for split, figures in results["splits"].items()
-            for way in ("image_to_text", "text_to_image")
-            if of_step and way in figures
+            f"| {split} | {direction.replace('_', ' ')} | "
+            + " | ".join(f"{figure.value:.1%} ({figure.chance:.1%})" for figure in figures.values())
+            for split, result in model_result.splits.items()
+            if of_step and result.retrieval
+            for direction, figures in result.retrieval.directions.items()
         ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         rows = []

@@ -84,15 +84,17 @@ def evaluate(
     from simplclip import evaluation
     from simplclip.common import ranks
 
-    words = {"templates": templates or None, "classnames": classnames, "captions": captions}
-    options = {
-        "batch_size": batch_size,
-        "workers": workers,
-        "device": device,
-        "precision": precision,
-    }
+    settings = evaluation.Settings(
+        templates=templates or None,
+        classnames=classnames,
+        captions=captions,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        precision=precision,
+    )
     with ranks.joined():
-        evaluation.evaluate(models, splits, out=out, **words, **options)
+        evaluation.evaluate(models, splits, settings, out=out)
 
 
 def splits_of(model: str) -> dict[str, Any]:

@@ -262,10 +262,9 @@ def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
         "text to image": recall(y, x, groups, groups)["R@1"],
     }
     figures = ", ".join(
-        f"{way} {figure['value']:.1%} (chance {figure['chance']:.1%})"
-        for way, figure in ways.items()
+        f"{way} {figure.value:.1%} (chance {figure.chance:.1%})" for way, figure in ways.items()
     )
-    useless = all(figure["value"] < min(0.5, 3 * figure["chance"]) for figure in ways.values())
+    useless = all(figure.value < min(0.5, 3 * figure.chance) for figure in ways.values())
     warning = (
         "\nwarning: it hardly knows these pairs; a student would learn little from it"
         if useless

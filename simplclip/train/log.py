@@ -24,6 +24,7 @@ from simplclip.common.plotting import Panel, png
 from simplclip.common.plotting import curves as draw_curves
 from simplclip.common.progress import Pace, duration
 from simplclip.data import Division
+from simplclip.evaluation.results import Recall
 from simplclip.evaluation.sheets import sheet_of
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends
@@ -115,9 +116,7 @@ class Log:
         ]
         return "  ".join(parts)
 
-    def evaluation(
-        self, split: str, direction: str, figures: Mapping[str, Mapping[str, float]], loss: float
-    ) -> None:
+    def evaluation(self, split: str, direction: str, figures: Recall, loss: float) -> None:
         """Writes R@k with its chance, and the loss of the split, which is that of both
         directions.
         """
@@ -126,13 +125,12 @@ class Log:
             "split": split,
             "direction": direction,
         }
-        row |= {k: figure["value"] for k, figure in figures.items()} | {"loss": loss}
+        row |= {k: figure.value for k, figure in figures.items()} | {"loss": loss}
         self.write(
-            "evaluation", row | {f"chance {k}": figure["chance"] for k, figure in figures.items()}
+            "evaluation", row | {f"chance {k}": figure.chance for k, figure in figures.items()}
         )
         shown = "  ".join(
-            f"{k} {figure['value']:.1%} (chance {figure['chance']:.1%})"
-            for k, figure in figures.items()
+            f"{k} {figure.value:.1%} (chance {figure.chance:.1%})" for k, figure in figures.items()
         )
         self.print(f"evaluation {split} {direction.replace('_', ' ')}: {shown}")
 

@@ -266,16 +266,14 @@ def evaluate(state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot
         state.model.eval()
         for name, split in splits.items():
             # as `simplclip evaluate` and the export compute, so that the figures are equal
-            where = (state.device, "fp32")
-            evaluation.encode(
-                state.model, split, evaluation.BATCH_SIZE, *where, workers=state.config.data.workers
-            )
-            recall, loss = ranks.on_first(partial(_figures, state, split))
-            for direction, figures in (recall or {}).items():
+            towers = evaluation.Towers(state.model, state.device, "fp32")
+            evaluation.encode(towers, split, workers=state.config.data.workers)
+            retrieval, loss = ranks.on_first(partial(_figures, state, split))
+            for direction, figures in retrieval.directions.items() if retrieval else ():
                 log.evaluation(name, direction, figures, loss)
-                recalls.append(figures["R@1"]["value"])
+                recalls.append(figures["R@1"].value)
             ranks.on_first(partial(log.sheet, name, split))
-            if recall:
+            if retrieval:
                 size = min(len(split), state.config.data.batch_size)
                 log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")
         if recalls and snapshot.keep_best(mean := sum(recalls) / len(recalls)):
@@ -285,7 +283,9 @@ def evaluate(state: State, splits: dict[str, Any], snapshot: checkpoint.Snapshot
         state.model.train()
 
 
-def _figures(state: State, split: evaluation.Split) -> tuple[Any, float | None]:
+def _figures(
+    state: State, split: evaluation.Split
+) -> tuple[evaluation.Retrieval | None, float | None]:
     """Returns R@k and the loss of an encoded split; nothing for one without captions."""
     scale, bias = state.model.logit_scale.detach().exp().cpu(), state.logit_bias
     bias = None if bias is None else bias.detach().cpu()
