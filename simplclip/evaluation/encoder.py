@@ -100,7 +100,8 @@ class Encoder:
         Raises: FileNotFoundError; InputError for a file that is not an image, a tensor of another
         shape, or features that are not finite.
         """
-        if _is_one(images):
+        is_one = isinstance(images, Tensor) and images.ndim == 3
+        if is_one or isinstance(images, (str, os.PathLike, Image.Image)):
             images = [images]
         features = []
         for start in range(0, len(images), batch_size):
@@ -157,13 +158,6 @@ class Encoder:
             raise InputError(
                 f"images: expected an image, got {image}: {broken.reason} ({broken.detail})"
             ) from None
-
-
-def _is_one(images: Picture | Sequence[Picture]) -> bool:
-    """Whether this is a single image."""
-    if isinstance(images, Tensor):
-        return images.ndim == 3
-    return isinstance(images, (str, os.PathLike, Image.Image))
 
 
 def load(
