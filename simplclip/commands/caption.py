@@ -50,19 +50,6 @@ def caption(
     from simplclip.common import ranks
     from simplclip.teacher import caption as captioning
 
-    hardware = {
-        "batch_size": batch_size,
-        "workers": workers,
-        "device": device,
-        "precision": precision,
-    }
-    draws = {
-        "n": n,
-        "top_p": top_p,
-        "temperature": temperature,
-        "max_tokens": max_tokens,
-        "seed": seed,
-    }
     with ranks.joined():
         summary = captioning.run(
             source,
@@ -71,8 +58,15 @@ def caption(
             checkpoint=checkpoint,
             pretrained=pretrained,
             sidecars=sidecars or (),
-            **draws,
-            **hardware,
+            n=n,
+            top_p=top_p,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            precision=precision,
         )
         if not ranks.first():
             return
@@ -81,6 +75,6 @@ def caption(
         f"{summary['samples']} pairs"
     )
     typer.echo(
-        "  {captions} new captions; dropped {duplicate} duplicates and {empty} empty "
-        "ones".format_map(summary)
+        f"  {summary['captions']} new captions; dropped {summary['duplicate']} duplicates and "
+        f"{summary['empty']} empty ones"
     )

@@ -57,8 +57,6 @@ def teacher(
     from simplclip import teacher as teachers
     from simplclip.common import ranks
 
-    seen = {"views": views, "config": config, "seed": seed}
-    options = {"batch_size": batch_size, "workers": workers, "sidecars": sidecars or ()}
     with ranks.joined():
         teachers.run(
             source,
@@ -67,6 +65,10 @@ def teacher(
             checkpoint=checkpoint,
             device=device,
             precision=precision,
-            **seen,
-            **options,
+            views=views,
+            config=config,
+            seed=seed,
+            batch_size=batch_size,
+            workers=workers,
+            sidecars=sidecars or (),
         )
