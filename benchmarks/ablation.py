@@ -42,11 +42,11 @@ from pydantic import BeforeValidator
 
 from benchmarks.results_file import describe, result_path, write_csv
 from simplclip.common.files import write_atomically
+from simplclip.evaluation import ModelResult
 from simplclip.train import config
 from simplclip.train.config import Section
 
 RESULT = "result.json"  # in the folder of a finished run: its evaluation
-DIRECTIONS = ("image_to_text", "text_to_image")
 ALL = "all"  # the mean over the splits
 
 
@@ -126,21 +126,21 @@ def train(run: Run, source: str, threads: int) -> str | None:
     return None
 
 
-def recall(result: dict[str, Any], split: str) -> float:
+def recall(result: ModelResult, split: str) -> float:
     """Returns R@1 in per cent, the mean of both directions, of a split or the mean over all."""
-    splits = result["splits"].values() if split == ALL else [result["splits"][split]]
+    splits = list(result.splits.values()) if split == ALL else [result.splits[split]]
     return 100 * statistics.fmean(
-        entry[direction]["R@1"]["value"] for entry in splits for direction in DIRECTIONS
+        figures["R@1"].value for entry in splits for figures in entry.retrieval.directions.values()
     )
 
 
-def rows_of(effect: Effect, pairs: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+def rows_of(effect: Effect, pairs: list[list[ModelResult]]) -> Iterator[dict[str, Any]]:
     """Yields a row for all splits and for each. pairs: results of base and variant by seed, at
     least two.
     """
     from scipy import stats  # here, since it takes a second to import
 
-    for split in (ALL, *pairs[0][0]["splits"]):
+    for split in (ALL, *pairs[0][0].splits):
         base, variant = ([recall(result, split) for result in column] for column in zip(*pairs))
         test = stats.ttest_rel(variant, base)
         low, high = test.confidence_interval()
@@ -154,7 +154,7 @@ def rows_of(effect: Effect, pairs: list[list[dict[str, Any]]]) -> Iterator[dict[
             "high": high,
         }
         row |= {name: round(float(value), 4) for name, value in figures.items()}
-        yield row | {"base steps": pairs[0][0]["step"], "variant steps": pairs[0][1]["step"]}
+        yield row | {"base steps": pairs[0][0].step, "variant steps": pairs[0][1].step}
 
 
 def report(plan: Plan, out: Path) -> list[dict[str, Any]]:
@@ -166,7 +166,7 @@ def report(plan: Plan, out: Path) -> list[dict[str, Any]]:
     for effect, pairs in plan:
         files = [[run.folder / RESULT for run in pair] for pair in pairs]
         finished = [
-            [json.loads(file.read_text()) for file in pair]
+            [ModelResult.from_json(json.loads(file.read_text())) for file in pair]
             for pair in files
             if all(map(Path.exists, pair))
         ]

@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks import chart
 from benchmarks.cards.bound import SHOWN
 from benchmarks.results_file import RESULTS, ROOT, read_csv
+from simplclip.evaluation.results import Results
 from simplclip.plan.time import HELD_OUT
 
 README = "README.md"
@@ -203,14 +204,13 @@ def demo() -> list[str]:
     result: dict[str, Any] = json.loads(path.read_text())
     head = ("held out", "find", "R@1", "R@5", "R@10", "chance of R@5")
     lines = []
-    for split, entry in result["splits"].items():
-        for direction, among, find in (
-            ("image_to_text", "texts", "an image's caption"),
-            ("text_to_image", "images", "a caption's images"),
+    for split, entry in Results.from_json(result).first.splits.items():
+        for figures, find in (
+            (entry.retrieval.image_to_text, f"an image's caption, among {entry.texts:,}"),
+            (entry.retrieval.text_to_image, f"a caption's images, among {entry.images:,}"),
         ):
-            recalls = [f"{entry[direction][f'R@{k}']['value']:.1%}" for k in (1, 5, 10)]
-            chance = f"{entry[direction]['R@5']['chance']:.2%}"
-            lines.append((split, f"{find}, among {entry[among]:,}", *recalls, chance))
+            recalls = [f"{figure.value:.1%}" for figure in figures.values()]
+            lines.append((split, find, *recalls, f"{figures['R@5'].chance:.2%}"))
     return [
         *markdown(head, lines, ("held out", "find")),
         "",

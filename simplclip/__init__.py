@@ -44,45 +44,43 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "models.simplify": ("simplify",),
     "ops.backends": ("backend",),
     "ops.report": ("report",),
-    **dict.fromkeys(
-        (
-            "data",
-            "evaluation",
-            "gradient_cache",
-            "kernels",
-            "losses",
-            "models",
-            "nn",
-            "ops",
-            "train",
-        ),
-        (),
-    ),
-    **dict.fromkeys(("export", "plan", "teacher"), ()),  # commands
+    # subpackages and modules
+    "data": (),
+    "evaluation": (),
+    "export": (),
+    "gradient_cache": (),
+    "kernels": (),
+    "losses": (),
+    "models": (),
+    "nn": (),
+    "ops": (),
+    "plan": (),
+    "teacher": (),
+    "train": (),
 }
 __all__ = [
     "__version__",
     "backend",
     "create_model",
     "crop_texts",
-    "fold",
-    "inherit",
-    "load",
-    "report",
-    "simplify",
-]
-__all__ += [
     "data",
     "evaluation",
+    "export",
+    "fold",
     "gradient_cache",
+    "inherit",
     "kernels",
+    "load",
     "losses",
     "models",
     "nn",
     "ops",
+    "plan",
+    "report",
+    "simplify",
+    "teacher",
     "train",
 ]
-__all__ += ["export", "plan", "teacher"]
 
 if not TYPE_CHECKING:  # a type checker would take any name for known
 

@@ -24,6 +24,7 @@ from safetensors.torch import save
 import simplclip
 from simplclip import models
 from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
+from simplclip.evaluation.results import Results
 from simplclip.models.registry import configuration
 from simplclip.models.sources import EXPORT, EXPORTED_WEIGHTS, about_best, check_export, in_run
 from simplclip.models.trained import load_model, model_options
@@ -143,18 +144,17 @@ def _figures(file: Path, step: int) -> list[str]:
     There is no row if the results are of another step or checkpoint.
     """
     folder = file if file.is_dir() else file.parent
-    results = json.loads((folder / "evaluation.json").read_text("utf-8"))
-    named = results["checkpoint"].endswith((file.name, folder.name))
-    if results["step"] != step or not named:
+    content = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    result = Results.from_json(content).first
+    if result.step != step or not result.checkpoint.endswith((file.name, folder.name)):
         return []
     rows = []
-    for split, figures in results["splits"].items():
-        for way in ("image_to_text", "text_to_image"):
-            if way not in figures:
-                continue
-            cells = [split, way.replace("_", " ")]
-            for figure in figures[way].values():
-                cells.append(f"{figure['value']:.1%} ({figure['chance']:.1%})")
+    for name, split in result.splits.items():
+        if split.retrieval is None:
+            continue
+        for direction, figures in split.retrieval.directions.items():
+            cells = [name, direction.replace("_", " ")]
+            cells += [f"{figure.value:.1%} ({figure.chance:.1%})" for figure in figures.values()]
             rows.append(f"| {' | '.join(cells)} |")
     return rows
 

@@ -9,6 +9,7 @@ and rows of tensors lie between NaNs.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -131,42 +132,54 @@ class Row:
     @property
     def parts(self) -> dict[str, str]:
         """The ops in the table of backends that the row's backend runs, and their public names."""
-        names = {
-            op: backends.public_name(op)
-            for op, row in backends.TABLE.items()
-            if self.backend in row
-        }
-        return {op: name for op, name in names.items() if name in PARTS.get(self.op, (self.op,))}
+        parts = {}
+        for op, served in backends.TABLE.items():
+            name = backends.public_name(op)
+            if self.backend in served and name in PARTS.get(self.op, (self.op,)):
+                parts[op] = name
+        return parts
 
     def serves(self, inputs: Inputs, device: torch.device) -> bool:
-        facts, shape = {}, next(iter(inputs.values()))
-        if "alpha" in inputs:
-            width = shape[3] if len(shape) == 4 else shape[2] // inputs["alpha"][0]
+        """Whether the row's backend runs a call with these inputs on the device."""
+        if self.backend in (COMPILED, "reference"):
+            return True
+        facts: dict[str, Any] = {}
+        if "alpha" in inputs:  # attention
+            shape = next(iter(inputs.values()))  # [B, L, H, K] or [B, L, C]
+            heads = inputs["alpha"][0]
+            width = shape[3] if len(shape) == 4 else shape[2] // heads
             facts = {"length": shape[1], "width": width, "lengths": "lengths" in inputs}
         reasons = [
             backends.why_not(op, self.backend, device, self.dtype, **facts) for op in self.parts
         ]
-        return self.backend in (COMPILED, "reference") or (bool(reasons) and not any(reasons))
+        return bool(reasons) and not any(reasons)
 
 
 def drawn(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     """Returns the tensors of a call in a dtype."""
-    g, tensors = torch.Generator().manual_seed(0), {}
-    for name, of in inputs.items():
-        t = torch.randn(of, generator=g) if isinstance(of, tuple) else torch.tensor(of)
-        t = t * t.shape[1] ** -0.5 if name in UNIT else t
-        wide = torch.promote_types(dtype, torch.float32) if name in WIDE else dtype
-        tensors[name] = t.to(wide) if t.is_floating_point() else t
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = {}
+    for name, value in inputs.items():
+        if isinstance(value, tuple):
+            t = torch.randn(value, generator=generator)
+        else:
+            t = torch.tensor(value)
+        if name in UNIT:
+            t = t * t.shape[1] ** -0.5
+        if t.is_floating_point():
+            t = t.to(wide if name in WIDE else dtype)
+        tensors[name] = t
     return tensors
 
 
 def spread(t: Tensor) -> Tensor:
     """Returns a view of equal values whose rows lie between NaNs."""
-    return (
-        t
-        if t.dim() < 2
-        else t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), math.nan)[..., : t.shape[-1]].copy_(t)
-    )
+    if t.dim() < 2:
+        return t
+    *sizes, width = t.shape
+    padded = t.new_full((*sizes, 2 * width + 1), math.nan)
+    return padded[..., :width].copy_(t)
 
 
 def run(
@@ -182,35 +195,39 @@ def run(
     arguments: dict[str, Any] = leaves | options
     if "plane_bias" in leaves:
         arguments["plane"] = arguments.pop("plane_weight"), arguments.pop("plane_bias")
-    out, g = function(**arguments), torch.Generator().manual_seed(1)
-    results = out if isinstance(out, dict) else {"out": out}
-    incoming = [
-        (torch.randn(t.shape, generator=g) if t.dim() else torch.tensor(LOSS_SCALE)).to(t)
-        for t in results.values()
-    ]
+    results = function(**arguments)
+    if not isinstance(results, dict):
+        results = {"out": results}
+    generator = torch.Generator().manual_seed(1)
+    incoming = []
+    for t in results.values():
+        gradient = torch.tensor(LOSS_SCALE)
+        if t.dim():
+            gradient = torch.randn(t.shape, generator=generator)
+        incoming.append(gradient.to(t))
     gradients = torch.autograd.grad(
         list(results.values()), [leaves[name] for name in names], incoming
     )
-    return {name: t.detach() for name, t in results.items()} | {
-        f"d_{name}": d for name, d in zip(names, gradients)
-    }
+    values = {name: t.detach() for name, t in results.items()}
+    return values | {f"d_{name}": gradient for name, gradient in zip(names, gradients)}
 
 
 def check(row: Row, inputs: Inputs, options: dict[str, Any], device: torch.device) -> None:
     """Runs a call on the row's backend, and adds its largest error and what is wrong to the row."""
-    function, tensors = getattr(ops, row.op), drawn(inputs, row.dtype)
+    function = getattr(ops, row.op)
+    tensors = drawn(inputs, row.dtype)
     shapes = {name: list(t.shape) for name, t in tensors.items()}
+    call = f"{shapes}, {options}"
+    doubles = dict(tensors)
+    for name, t in tensors.items():
+        if t.is_floating_point():
+            doubles[name] = t.double()
     with backends.backend("reference"):
         plain = run(function, tensors, options)
-        exact = run(
-            function,
-            {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()},
-            options,
-        )
+        exact = run(function, doubles, options)
     if row.backend == COMPILED:  # on a CPU without inductor, whose code would need a C++ compiler
-        function = torch.compile(
-            function, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager"
-        )
+        compiler = "inductor" if device.type == "cuda" else "aot_eager"
+        function = torch.compile(function, fullgraph=True, backend=compiler)
     row.calls += 1
     torch.use_deterministic_algorithms(True, warn_only=True)  # unwritten memory is NaN
     try:
@@ -222,29 +239,29 @@ def check(row: Row, inputs: Inputs, options: dict[str, Any], device: torch.devic
                 function, {name: spread(t.to(device)) for name, t in tensors.items()}, options
             )
             results = {name: t.cpu() for name, t in results.items()}
-    except Exception as error:
-        row.failures.append(f"{type(error).__name__}: {error}; {shapes}, {options}")
+    except Exception as failure:
+        row.failures.append(f"{type(failure).__name__}: {failure}; {call}")
         return
     finally:
         torch.use_deterministic_algorithms(False)
-    tf32 = (
-        device.type == "cuda"
-        and row.dtype == torch.float32
-        and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    )
+    eps = _eps(row.dtype, device)
     for name, value in results.items():
-        ours, of_plain = (
-            (t.double() - exact[name]).abs().max().item() for t in (value, plain[name])
-        )
-        allowed = of_plain + (EPS_TF32 if tf32 else EPS[row.dtype]) * max(
-            exact[name].abs().max().item(), LEAST
-        )
-        # JSON has no infinity
-        row.worst = max(row.worst, 1e9 if math.isnan(ours) else min(ours / allowed, 1e9))
-        if not ours <= allowed:
-            row.failures.append(
-                f"{name}: error {ours:.2e}, allowed {allowed:.2e}; {shapes}, {options}"
-            )
+        error = (value.double() - exact[name]).abs().max().item()
+        plain_error = (plain[name].double() - exact[name]).abs().max().item()
+        allowed = plain_error + eps * max(exact[name].abs().max().item(), LEAST)
+        share = 1e9  # JSON has no infinity
+        if not math.isnan(error):
+            share = min(error / allowed, 1e9)
+        row.worst = max(row.worst, share)
+        if not error <= allowed:
+            row.failures.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}; {call}")
+
+
+def _eps(dtype: torch.dtype, device: torch.device) -> float:
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if device.type == "cuda" and dtype == torch.float32 and tf32:
+        return EPS_TF32
+    return EPS[dtype]
 
 
 def rows(device: torch.device, names: Iterable[str] | None = None) -> Iterator[Row]:
@@ -252,13 +269,12 @@ def rows(device: torch.device, names: Iterable[str] | None = None) -> Iterator[R
     rows.
     """
     for op in CALLS if names is None else names:
-        for row in (
-            Row(op, backend, dtype) for backend in (*backends.NAMES, COMPILED) for dtype in EPS
-        ):
-            served = [call for call in CALLS[op] if row.serves(call[0], device)]
-            if row.backend == COMPILED:
-                served = served[: row.dtype == torch.float32]
-            for call in served:
-                check(row, *call, device)
-            if served:
+        for backend, dtype in itertools.product((*backends.NAMES, COMPILED), EPS):
+            row = Row(op, backend, dtype)
+            calls = [call for call in CALLS[op] if row.serves(call[0], device)]
+            if backend == COMPILED:  # which takes seconds: one call
+                calls = calls[:1] if dtype == torch.float32 else []
+            for inputs, options in calls:
+                check(row, inputs, options, device)
+            if calls:
                 yield row

@@ -72,6 +72,6 @@ def caption(
         f"{summary['samples']} pairs"
     )
     typer.echo(
-        "  {captions} new captions; dropped {duplicate} duplicates and {empty} empty "
-        "ones".format_map(summary)
+        f"  {summary['captions']} new captions; dropped {summary['duplicate']} duplicates and "
+        f"{summary['empty']} empty ones"
     )

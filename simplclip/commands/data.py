@@ -58,6 +58,5 @@ def pack(
     from simplclip.data.read_tables import Options
 
     options = Options(image_key=image_key, caption_key=caption_key, images=images)
-    typer.echo(
-        packing.summary(packing.pack(source, out, options, hold_out=hold_out, workers=workers))
-    )
+    packed = packing.pack(source, out, options, hold_out=hold_out, workers=workers)
+    typer.echo(packing.summary(packed))

@@ -36,14 +36,19 @@ def render(machine: dict[str, Any], why: bool = False) -> str:
     extension = machine["extension"]
     ops = machine["ops"]
     kernels = extension["cpu"]
-    built = kernels.get("reason")
+    cpu_kernels = kernels.get("reason")
     if kernels["loaded"]:
-        bf16 = (
-            "bfloat16 products in hardware"
-            if kernels["native_bfloat16"]
-            else "bfloat16 computed in float32"
-        )
-        built = f"{kernels['instruction_set']}, {bf16}; built by {kernels['compiler']}"
+        bf16 = "bfloat16 computed in float32"
+        if kernels["native_bfloat16"]:
+            bf16 = "bfloat16 products in hardware"
+        cpu_kernels = f"{kernels['instruction_set']}, {bf16}; built by {kernels['compiler']}"
+    cuda_kernels = extension["cuda"].get("reason")
+    if not cuda_kernels:
+        cuda_kernels = f"for {extension['cuda']['architectures']}"
+    packages = [
+        f"{name} {version or '(not installed)'}" for name, version in machine["packages"].items()
+    ]
+    cpu_words = f"{cpu['threads']} threads on {cpu['cores']} cores, torch uses"
     card = gpu.get("reason")
     if gpu["available"]:
         card = (
@@ -52,23 +57,10 @@ def render(machine: dict[str, Any], why: bool = False) -> str:
         )
     rows = [
         ("simplclip", f"{machine['simplclip']}, Python {machine['python']}, {machine['platform']}"),
-        (
-            "packages",
-            ", ".join(
-                f"{name} {version or '(not installed)'}"
-                for name, version in machine["packages"].items()
-            ),
-        ),
-        (
-            "CPU",
-            f"{cpu['threads']} threads on {cpu['cores']} cores, torch uses "
-            f"{cpu['torch_instruction_set']}",
-        ),
-        ("CPU kernels", built),
-        (
-            "CUDA kernels",
-            extension["cuda"].get("reason") or f"for {extension['cuda']['architectures']}",
-        ),
+        ("packages", ", ".join(packages)),
+        ("CPU", f"{cpu_words} {cpu['torch_instruction_set']}"),
+        ("CPU kernels", cpu_kernels),
+        ("CUDA kernels", cuda_kernels),
         ("GPU", card),
     ]
     if gpu["available"] and "reason" in gpu:
@@ -79,11 +71,19 @@ def render(machine: dict[str, Any], why: bool = False) -> str:
         )
     rows += [(f"{device.upper()} tensors", _served(ops, device)) for device in ("cpu", "cuda")]
     lines = [f"{name:<14}{text}" for name, text in rows] + [""]
-    for op, devices in ops.items() if why else ():
+    if why:
+        lines += _reasons(ops)
+    return "\n".join([*lines, *FIRST_HOUR])
+
+
+def _reasons(ops: dict[str, Any]) -> list[str]:
+    """Returns a line for each op and device, and one for each backend that does not run it."""
+    lines = []
+    for op, devices in ops.items():
         for device, entry in devices.items():
             lines.append(f"{op}, {device}: {entry['backend'] or entry['error']}")
             lines += [f"    not {name}: {reason}" for name, reason in entry["others"].items()]
-    return "\n".join([*lines, *FIRST_HOUR])
+    return lines
 
 
 def _served(ops: dict[str, Any], device: str) -> str:

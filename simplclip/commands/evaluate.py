@@ -75,7 +75,8 @@ def evaluate(
     """
     from simplclip.models.sources import check_source, in_run
 
-    models = [str(in_run(model, last)) for model in models] if last else models
+    if last:
+        models = [str(in_run(model, last)) for model in models]
     for model in models:
         check_source(model)
     splits = named_splits(data or []) or splits_of(models[0])
@@ -84,15 +85,17 @@ def evaluate(
     from simplclip import evaluation
     from simplclip.common import ranks
 
-    words = {"templates": templates or None, "classnames": classnames, "captions": captions}
-    options = {
-        "batch_size": batch_size,
-        "workers": workers,
-        "device": device,
-        "precision": precision,
-    }
+    settings = evaluation.Settings(
+        templates=templates or None,
+        classnames=classnames,
+        captions=captions,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        precision=precision,
+    )
     with ranks.joined():
-        evaluation.evaluate(models, splits, out=out, **words, **options)
+        evaluation.evaluate(models, splits, settings, out=out)
 
 
 def splits_of(model: str) -> dict[str, Any]:
@@ -102,7 +105,9 @@ def splits_of(model: str) -> dict[str, Any]:
     The folder may come from elsewhere, so its splits may be local files alone. Raises InputError
     for commands and URLs.
     """
-    folder = Path(model) if Path(model).is_dir() else Path(model).parent
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = folder.parent
     file = folder / "config.yaml"
     if not (Path(model).exists() and file.is_file()):
         return {}
@@ -116,11 +121,11 @@ def splits_of(model: str) -> dict[str, Any]:
             "--data"
         ) from None
     splits = settings.eval.splits | settings.held_out
-    for name, what in splits.items():
-        if remote := re.search(r'"(pipe:.*?|[^"]*://.*?)"', json.dumps(what)):
-            hint = f"name the data by --data {name}=DATA"
+    for name, split in splits.items():
+        remote = re.search(r'"(pipe:.*?|[^"]*://.*?)"', json.dumps(split))
+        if remote:
             raise InputError(
                 f"data: expected local files in the eval.splits of {file}, got {remote[1]!r}; "
-                f"{hint}"
+                f"name the data by --data {name}=DATA"
             )
     return splits

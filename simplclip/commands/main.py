@@ -55,15 +55,12 @@ class Commands(TyperGroup):
             fail("interrupted", 130)
         except ModuleNotFoundError as error:
             module = (error.name or "").partition(".")[0]
-            extra = next(
-                (extra for extra, modules in EXTRAS.items() if module in modules.split()), None
-            )
-            if extra is None:
+            extras = [extra for extra, modules in EXTRAS.items() if module in modules.split()]
+            if not extras:
                 raise
-            fail(
-                f"this command needs the package {error.name}: pip install 'simplclip[{extra}]'", 2
-            )
-        # who reads the output, such as `head`, has ended; Python would write again at exit
+            install = f"pip install 'simplclip[{extras[0]}]'"
+            fail(f"this command needs the package {error.name}: {install}", 2)
+        # the reader of the output, such as `head`, has ended; Python would write again at exit
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise typer.Exit(1) from None
@@ -124,5 +121,5 @@ COMMANDS = {
         "teacher 'shards/*.tar' --out taught --teacher open_clip:ViT-B-32 --checkpoint vit.pt",
     ),
 }
-for command, (what, example) in COMMANDS.items():
-    app.command(short_help=what, epilog=f"Example: simplclip {example}")(command)
+for command, (short_help, example) in COMMANDS.items():
+    app.command(short_help=short_help, epilog=f"Example: simplclip {example}")(command)

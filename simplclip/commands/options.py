@@ -53,8 +53,9 @@ Sidecars = Annotated[
 
 def fail(message: str, code: int) -> None:
     rank = os.environ.get("RANK", "0")
-    of_rank = f"rank {rank}: " if rank != "0" else ""
-    typer.echo(f"simplclip: {of_rank}{visible(message, keep=chr(10))}", err=True)
+    if rank != "0":
+        message = f"rank {rank}: {message}"
+    typer.echo(f"simplclip: {visible(message, keep=chr(10))}", err=True)
     raise typer.Exit(code)
 
 
@@ -90,13 +91,13 @@ def named_splits(items: list[str]) -> dict[str, Any]:
         match = re.fullmatch(r"(?:([^/\\*?\[\]{}#=]+)=)?(.+)", item, re.DOTALL)
         if not match:
             raise InputError(f"--data: expected NAME=DATA or DATA, got {item!r}")
-        file, split = split_of(match[2])
-        name = (
-            match[1]
-            or re.split(r"[-_.]?[*?\[{\d]|\.(?:tar|json|csv|tsv|parquet|txt)", Path(file).name)[0]
-            or "data"
-        )
-        name += f"-{split}" if split and not match[1] else ""
+        name = match[1]
+        if not name:
+            file, split = split_of(match[2])
+            ending = r"[-_.]?[*?\[{\d]|\.(?:tar|json|csv|tsv|parquet|txt)"
+            name = re.split(ending, Path(file).name)[0] or "data"
+            if split:
+                name += f"-{split}"
         if name in splits:
             raise InputError(
                 f"--data: expected different split names (--data NAME=DATA), got {name!r} twice"

@@ -11,6 +11,7 @@ from simplclip.commands.options import Overrides
 
 # Required keys, which a config or a model that is only planned may lack.
 REQUIRED = {"data": {"train": "planned/*.tar"}, "run": {"out": "runs/planned"}}
+UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}  # of a number of pairs
 
 
 def plan(
@@ -68,21 +69,20 @@ def plan(
     values = configs.from_dict(configs.overridden(_values(config), set_ or ()))
     check_name(values.model.name, "model.name")
     size = None if memory is None else parse_memory(memory)
-    card = None if memory is None else named(memory)
     from simplclip.plan import report
 
     if size is None:
         report.run_all(values, teacher_width=teacher_width, pairs=count)
-    else:
-        report.run(
-            values,
-            size,
-            card,
-            device=device,
-            teacher_width=teacher_width,
-            pairs=count,
-            as_json=as_json,
-        )
+        return
+    report.run(
+        values,
+        size,
+        named(memory),
+        device=device,
+        teacher_width=teacher_width,
+        pairs=count,
+        as_json=as_json,
+    )
 
 
 def _values(source: str) -> dict[str, Any]:
@@ -96,9 +96,9 @@ def _values(source: str) -> dict[str, Any]:
             return {"model": {"name": source}, **REQUIRED}
     values = configs.read(source)
     for section, required in REQUIRED.items():
-        given = values.get(section)
-        if given is None or isinstance(given, dict):
-            values[section] = required | (given or {})
+        configured = values.get(section)
+        if configured is None or isinstance(configured, dict):
+            values[section] = required | (configured or {})
     return values
 
 
@@ -108,11 +108,12 @@ def parse_count(text: str | None) -> int | None:
 
     if text is None:
         return None
-    number, unit = (
-        (text[:-1], text[-1].lower()) if text[-1:].lower() in ("k", "m", "b") else (text, "")
-    )
+    number = text.replace(",", "")
+    factor = UNITS.get(number[-1:].lower(), 1)
+    if factor > 1:
+        number = number[:-1]
     try:
-        count = round(float(number.replace(",", "")) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[unit])
+        count = round(float(number) * factor)
     except (ValueError, OverflowError):
         count = 0
     if count < 1:

@@ -60,8 +60,10 @@ def train(
         if not any(item.partition("=")[0].strip() in ("run", "run.out") for item in set_ or ()):
             old, values = values.run.out, relocated(values, Path(config))
             if values.run.out != old and os.environ.get("RANK", "0") == "0":
-                where = f"{values.run.out}, where {config} lies"
-                typer.echo(f"run        in {where}; --set run.out={old} means its former place")
+                typer.echo(
+                    f"run        in {values.run.out}, where {config} lies; --set run.out={old} "
+                    "means its former place"
+                )
         # With several nodes the ranks agree later, since one node alone may lack files.
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
             check(values, resume)
@@ -89,15 +91,15 @@ def relocated(config: Any, file: Path) -> Any:
     run that was moved.
     """
     old, new = Path(config.run.out), file.parent
-    if (
-        file.name != "config.yaml"
-        or not (new / "last.pt").exists()
-        or old.resolve() == new.resolve()
-    ):
+    if file.name != "config.yaml" or not (new / "last.pt").exists():
         return config
-    # beginnings of shards that it packed
-    was, now = (json.dumps(f"{folder}/shards/")[:-1] for folder in (old, new))
-    train = json.loads(json.dumps(config.to_dict()["data"]["train"]).replace(was, now))
+    if old.resolve() == new.resolve():
+        return config
+    # beginnings of the paths of shards that it packed, as JSON writes them
+    old_shards = json.dumps(f"{old}/shards/")[:-1]
+    new_shards = json.dumps(f"{new}/shards/")[:-1]
+    data = json.dumps(config.to_dict()["data"]["train"])
+    train = json.loads(data.replace(old_shards, new_shards))
     return config.replaced(data={"train": train}, run={"out": str(new)})
 
 
@@ -111,14 +113,12 @@ def check(config: Any, resume: bool) -> None:
 
     check_name(config.model.name, "model.name")
     check_out(Path(config.run.out), resume)
-    has_weights = resume and Path(config.run.out, "last.pt").exists()
-    for key, sources in (
-        ("model.checkpoint", config.model.checkpoint),
-        ("inherit.source", config.inherit.source),
-    ):
-        for source in [sources] if isinstance(sources, str) else sources or ():
-            if not has_weights:
-                check_weights(source, key)
+    if not (resume and Path(config.run.out, "last.pt").exists()):
+        if config.model.checkpoint is not None:
+            check_weights(config.model.checkpoint, "model.checkpoint")
+        sources = config.inherit.source or ()
+        for source in [sources] if isinstance(sources, str) else sources:
+            check_weights(source, "inherit.source")
     check_sources(config)
     if config.run.tensorboard and find_spec("tensorboard") is None:
         raise ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard")
@@ -142,8 +142,9 @@ def _has_driver() -> bool:
 def check_sources(config: Any) -> None:
     """Raises InputError for data and sidecars that are not there."""
     check_data(config.data.train, "data.train")
-    for name, split in config.eval.splits.items() if config.eval.every else ():
-        check_data(split, f"eval.splits.{name}")
+    if config.eval.every:
+        for name, split in config.eval.splits.items():
+            check_data(split, f"eval.splits.{name}")
     for folder in config.data.sidecars:
         if not Path(folder).expanduser().is_dir():
             raise InputError(

@@ -27,11 +27,9 @@ def visible(text: str, keep: str = "") -> str:
 
     keep: characters that stay as they are, e.g. line ends.
     """
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
-    )
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: Exception) -> str:

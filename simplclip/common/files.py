@@ -28,7 +28,8 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Replaces the contents of `path` by `data`; readers see the old file or the new file, never a
     part of a file.
     """
-    data = data.encode() if isinstance(data, str) else data
+    if isinstance(data, str):
+        data = data.encode()
     with replacing(path) as file:
         file.write(data)
 

@@ -52,10 +52,8 @@ def native_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if (
-        device.type != "cpu"
-        or os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISAS_WITHOUT_BF16
-    ):
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if device.type != "cpu" or isa in ISAS_WITHOUT_BF16:
         return False
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -93,8 +91,10 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
-    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None  # in KiB
-    return int(peak[1]) / 2**10 if peak else 0.0
+    if not status.exists():
+        return 0.0
+    kib = re.search(r"VmHWM:\s*(\d+)", status.read_text())
+    return int(kib[1]) / 2**10 if kib else 0.0
 
 
 def describe_gpu(device: torch.device) -> str:

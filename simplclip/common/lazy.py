@@ -8,9 +8,7 @@ from typing import Any
 
 
 def attribute(package: str, modules: Mapping[str, tuple[str, ...]], name: str) -> Any:
-    """Returns a package's attribute.
-
-    Raises AttributeError.
+    """Returns a package's attribute. Raises AttributeError.
 
     modules: module -> the names that it has, or () for the module itself. The package imports the
     same names under TYPE_CHECKING, for type checkers and editors.

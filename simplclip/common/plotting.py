@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import itertools
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -98,7 +98,10 @@ class Sheet:
             interpolation="bilinear",
             aspect="auto",
         )
-        self.box(x, y, side, side, RIGHT if right else FRAME, 3 if right else 0.8)
+        if right:
+            self.box(x, y, side, side, RIGHT, 3)
+        else:
+            self.box(x, y, side, side, FRAME, 0.8)
 
     def box(
         self,
@@ -128,11 +131,14 @@ def wrapped(text: str, fits: Any, lines: int) -> list[str]:
 
     Long words are divided.
     """
-    words = re.findall(r"[^\s/]+[\s/]*|[\s/]+", " ".join(text.split()))
+    parts: list[str] = []
+    for word in re.findall(r"[^\s/]+[\s/]*|[\s/]+", " ".join(text.split())):
+        if fits(word.rstrip()):
+            parts.append(word)
+        else:
+            parts += word  # its letters
     rows = [""]
-    for part in itertools.chain.from_iterable(
-        [word] if fits(word.rstrip()) else word for word in words
-    ):
+    for part in parts:
         if rows[-1] and not fits((rows[-1] + part).rstrip()):
             rows.append("")
             if len(rows) > lines:
@@ -169,10 +175,12 @@ def curves(path: Path, panels: Sequence[Panel], best: int | None = None) -> Path
     gap = 0.22
     columns = 3
     last = max(steps[-1] for panel in panels for steps, _ in panel.lines.values())
-    heads = [
-        0.28 + (LINE * 10 * -(-len(panel.lines) // columns) if len(panel.lines) > 1 else 0)
-        for panel in panels
-    ]
+    heads = []
+    for panel in panels:
+        head = 0.28
+        if len(panel.lines) > 1:  # rows of labels
+            head += LINE * 10 * math.ceil(len(panel.lines) / columns)
+        heads.append(head)
     y = height = sum(heads) + len(panels) * (plot + gap) + 0.38
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
     for panel, head in zip(panels, heads):
@@ -181,8 +189,9 @@ def curves(path: Path, panels: Sequence[Panel], best: int | None = None) -> Path
             (left / WIDTH, y / height, 1 - (left + right) / WIDTH, plot / height), xlim=(0, last)
         )
         handles = _draw_panel(axis, panel, best)
-        end = "" if handles[1:] else handles[0].get_label().rpartition(":")[2]
-        title = f"{panel.title}:{end}" if end else panel.title
+        title = panel.title
+        if len(handles) == 1:
+            title += ":" + handles[0].get_label().rpartition(":")[2]
         figure.text(
             MARGIN / WIDTH,
             (y + plot + head - 0.06) / height,
@@ -191,36 +200,39 @@ def curves(path: Path, panels: Sequence[Panel], best: int | None = None) -> Path
             color=INK,
             va="top",
         )
-        if handles[1:]:
-            by_rows = [handle for column in range(columns) for handle in handles[column::columns]]
-            place: dict[str, Any] = {
-                "loc": "lower left",
-                "bbox_to_anchor": (-0.02, 0.98),
-                "ncols": columns,
-                "frameon": False,
-            }
-            axis.legend(handles=by_rows, fontsize=9.5, handlelength=1.2, columnspacing=1, **place)
+        if len(handles) > 1:
+            by_rows: list[Any] = []
+            for column in range(columns):
+                by_rows += handles[column::columns]
+            axis.legend(
+                handles=by_rows,
+                loc="lower left",
+                bbox_to_anchor=(-0.02, 0.98),
+                ncols=columns,
+                frameon=False,
+                fontsize=9.5,
+                handlelength=1.2,
+                columnspacing=1,
+            )
         axis.tick_params(labelbottom=panel is panels[-1])
         y -= gap
-    marked = "" if best is None else f"; dashed: {best}, the best evaluation"
-    axis.set_xlabel(f"step{marked}", color=MUTED, fontsize=10)
+    label = "step"
+    if best is not None:
+        label += f"; dashed: {best}, the best evaluation"
+    axis.set_xlabel(label, color=MUTED, fontsize=10)
     return write(figure, path)
 
 
 def _draw_panel(axis: Any, panel: Panel, best: int | None) -> list[Any]:
     """Draws the lines of a panel, and returns them."""
     handles = []
-    for place, (label, (steps, values)) in enumerate(panel.lines.items()):
-        colour, dashes = COLOURS[place % panel.solid], "-" if place < panel.solid else "--"
-        label_end = f"{label}: {values[-1]:.1%}" if panel.percent else f"{label}: {values[-1]:.3g}"
-        handles += axis.plot(
-            steps,
-            values,
-            dashes,
-            color=colour,
-            marker="." if len(values) < 20 else "",
-            label=label_end,
-        )
+    for number, (label, (steps, values)) in enumerate(panel.lines.items()):
+        colour = COLOURS[number % panel.solid]
+        dashes = "-" if number < panel.solid else "--"
+        marker = "." if len(values) < 20 else ""
+        last = f"{values[-1]:.1%}" if panel.percent else f"{values[-1]:.3g}"
+        style = {"color": colour, "marker": marker, "label": f"{label}: {last}"}
+        handles += axis.plot(steps, values, dashes, **style)
         if label in panel.chance:
             axis.axhline(panel.chance[label], color=colour, linestyle=":", linewidth=1.2)
     if best is not None:
@@ -230,9 +242,8 @@ def _draw_panel(axis: Any, panel: Panel, best: int | None) -> list[Any]:
         axis.set_ylim(bottom=min(0, *finite))
     elif len(finite) and finite.max() > 3 * finite.min() > 0:
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(
-            LogLocator(subs=(1, 2, 5) if finite.max() < 100 * finite.min() else (1,))
-        )
+        is_narrow = finite.max() < 100 * finite.min()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
         axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0) if panel.percent else "{x:g}")
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))

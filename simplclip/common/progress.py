@@ -15,7 +15,9 @@ FIRST, LATER = 10.0, 60.0  # seconds between two lines, at the start and later
 
 def duration(seconds: float) -> str:
     """Writes a duration as "7 s", "3:10" (minutes and seconds) or "1:03:10" (with hours)."""
-    return f"{seconds:.0f} s" if seconds < 60 else tqdm.format_interval(seconds).lstrip("0")
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return tqdm.format_interval(seconds).lstrip("0")
 
 
 def _has_terminal() -> bool:
@@ -87,8 +89,10 @@ class Progress:
         self.total = total
         self.done = done
         self.unit = unit
-        terminal, shown = _has_terminal(), shown and _first_rank()
-        self._lines, self._earlier = shown and not terminal, done
+        shown = shown and _first_rank()
+        terminal = _has_terminal()
+        self._lines = shown and not terminal
+        self._earlier = done
         self._pace = Pace()
         hidden = not (shown and terminal)
         self._bar = tqdm(
@@ -120,12 +124,13 @@ class Progress:
 
     def _line(self) -> str:
         rate = (self.done - self._earlier) / max(self._pace.seconds, 1e-9)
-        shown = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s"
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
+        speed += f" {self.unit}/s"
         if self.total is None:
-            return f"{self.title}: {self.done:,} {self.unit}, {shown}"
+            return f"{self.title}: {self.done:,} {self.unit}, {speed}"
         share = self.done / self.total if self.total else 1.0
         left = tqdm.format_interval(max(0, self.total - self.done) / rate) if rate else "?"
         return (
-            f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({share:.0%}), {shown}, "
+            f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({share:.0%}), {speed}, "
             f"{left} left"
         )

@@ -3,9 +3,10 @@ while a run trains.
 
 encoder.py          a trained model that encodes images and texts
 split.py            held-out data and its features
+results.py          the results and evaluation.json
 retrieval.py        R@k, and search for the most similar candidates
 classification.py   zero-shot accuracies, names of classes, phrases
-figures.py          the figures as a table
+figures.py          the results as a table
 sheets.py           pictures of queries and their answers
 run.py              all of these for several models and splits
 """
@@ -17,33 +18,54 @@ from simplclip.common.lazy import attribute
 if TYPE_CHECKING:
     from simplclip.evaluation.classification import class_names, named, phrases, zero_shot
     from simplclip.evaluation.encoder import Encoder, load
+    from simplclip.evaluation.results import (
+        Classification,
+        Figure,
+        ModelResult,
+        Results,
+        Retrieval,
+        SplitResult,
+    )
     from simplclip.evaluation.retrieval import KS, loss_of, nearest, recall, recall_of
-    from simplclip.evaluation.run import evaluate
+    from simplclip.evaluation.run import Settings, evaluate
     from simplclip.evaluation.sheets import contact_sheet
-    from simplclip.evaluation.split import BATCH_SIZE, Split, encode, features_of, load_splits
+    from simplclip.evaluation.split import BATCH_SIZE, Split, Towers, encode, load_splits
 
 # Imported on first use, since training needs neither pictures nor classes. No function has the name
 # of a module.
 _MODULES = {
     "classification": ("class_names", "named", "phrases", "zero_shot"),
     "encoder": ("Encoder", "load"),
+    "results": (
+        "Classification",
+        "Figure",
+        "ModelResult",
+        "Results",
+        "Retrieval",
+        "SplitResult",
+    ),
     "retrieval": ("KS", "nearest", "loss_of", "recall", "recall_of"),
-    "run": ("evaluate",),
+    "run": ("Settings", "evaluate"),
     "sheets": ("contact_sheet",),
-    "split": ("BATCH_SIZE", "Split", "encode", "features_of", "load_splits"),
+    "split": ("BATCH_SIZE", "Split", "Towers", "encode", "load_splits"),
 }
 __all__ = [
     "BATCH_SIZE",
+    "Classification",
     "Encoder",
+    "Figure",
     "KS",
+    "ModelResult",
+    "Results",
+    "Retrieval",
+    "Settings",
     "Split",
+    "SplitResult",
+    "Towers",
     "class_names",
     "contact_sheet",
     "encode",
     "evaluate",
-    "features_of",
-]
-__all__ += [
     "load",
     "load_splits",
     "loss_of",

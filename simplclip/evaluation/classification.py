@@ -6,21 +6,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
 from timm.data import ImageNetInfo
-from torch import nn
+from torch import Tensor
 
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data import HeldOut
 from simplclip.data.samples import clean
+from simplclip.evaluation.results import Classification, Figure
 from simplclip.evaluation.retrieval import nearest
-from simplclip.evaluation.split import Split
+from simplclip.evaluation.split import Split, Towers
 
-AT_ONCE = 10  # classes whose texts are encoded together, as by open_clip
+CLASSES_AT_A_TIME = 10  # whose texts are encoded together, as by open_clip
 TEMPLATES = {
     "openai": [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES],
     "simple": [template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES],
@@ -77,8 +77,10 @@ def phrases(templates: str | Sequence[str]) -> list[str]:
     templates: phrases with {} or {c}, names of open_clip's lists ("openai", "simple"), or .txt
     files with a phrase a line. Raises InputError, FileNotFoundError.
     """
+    if isinstance(templates, str):
+        templates = [templates]
     texts: list[str] = []
-    for template in [templates] if isinstance(templates, str) else templates:
+    for template in templates:
         if template.endswith(".txt") and "{" not in template:
             texts += _lines(template, "templates: expected openai, simple, or a file of phrases")
         else:
@@ -107,16 +109,13 @@ def _lines(path: str | os.PathLike, expected: str) -> list[str]:
 
 
 @torch.no_grad()
-def zero_shot(
-    model: nn.Module, split: Split, templates: Sequence[str], device: torch.device, precision: str
-) -> dict[str, Any] | None:
+def zero_shot(towers: Towers, split: Split, templates: Sequence[str]) -> Classification | None:
     """Returns accuracies over the labels of an encoded split, or None if it has fewer than two
     classes or no label.
 
     Each class's weight is the mean of its features over `templates`, see `phrases` (open_clip's
-    build_zero_shot_classifier). Images without a label are skipped; "images" is the number of
-    images with a label. top1, top5, and mean_per_class (the mean over the classes of the share of
-    their images that are right) are {"value", "chance"}.
+    build_zero_shot_classifier). Images without a label are skipped. mean_per_class is the mean over
+    the classes of the share of their images that are right.
 
     Raises: NamelessError for labels that are numbers if there are no names; InputError for a label
     that is not a known class.
@@ -127,29 +126,45 @@ def zero_shot(
     labelled = labels >= 0
     if len(classes) < 2 or not labelled.any():
         return None
-    with hardware.autocast(precision, device):
-        parts = [classes[start : start + AT_ONCE] for start in range(0, len(classes), AT_ONCE)]
-        weights = [
-            open_clip.build_zero_shot_classifier(
-                model, split.tokenizer, p, templates, AT_ONCE, device
-            )
-            for p in parts
-        ]
-    columns = torch.cat(weights, 1).float()  # [D, classes]
-    features, labels = split.image_features[labelled], labels[labelled]
-    ranked = torch.cat([places.cpu() for _, _, places in nearest(features, columns.T, 5, device)])
-    hits = ranked == labels[:, None]
-
-    figures: dict[str, dict[str, float]] = {}
-    for k in (1, 5):
-        right = int(hits[:, :k].any(1).sum())
-        figures[f"top{k}"] = {"value": right / len(labels), "chance": min(1.0, k / len(classes))}
-    counts, right_counts = (
-        part.bincount(minlength=len(classes)) for part in (labels, labels[hits[:, 0]])
-    )
+    features = split.image_features[labelled]
+    labels = labels[labelled]
+    weights = _weights(towers, split, classes, templates)
+    parts = nearest(features, weights.T, 5, towers.device)
+    hits = torch.cat([rows.cpu() for _, _, rows in parts]) == labels[:, None]
+    counts = labels.bincount(minlength=len(classes))
+    right_counts = labels[hits[:, 0]].bincount(minlength=len(classes))
     per_class = (right_counts / counts)[counts > 0].double().mean().item()
-    figures["mean_per_class"] = {"value": per_class, "chance": 1 / len(classes)}
-    return {"classes": classes, "images": len(labels), "templates": templates, **figures}
+
+    def top(k: int) -> Figure:
+        right = int(hits[:, :k].any(1).sum())
+        return Figure(right / len(labels), chance=min(1.0, k / len(classes)))
+
+    return Classification(
+        classes,
+        images=len(labels),
+        templates=templates,
+        top1=top(1),
+        top5=top(5),
+        mean_per_class=Figure(per_class, chance=1 / len(classes)),
+    )
+
+
+def _weights(towers: Towers, split: Split, classes: list[str], templates: list[str]) -> Tensor:
+    """Returns the features float32 [D, classes] of the class names."""
+    weights = []
+    with hardware.autocast(towers.precision, towers.device):
+        for start in range(0, len(classes), CLASSES_AT_A_TIME):
+            weights.append(
+                open_clip.build_zero_shot_classifier(
+                    towers.model,
+                    split.tokenizer,
+                    classes[start : start + CLASSES_AT_A_TIME],
+                    templates,
+                    CLASSES_AT_A_TIME,
+                    towers.device,
+                )
+            )
+    return torch.cat(weights, 1).float()
 
 
 def _classes(split: Split) -> tuple[list[str], list[int]]:
@@ -163,15 +178,24 @@ def _classes(split: Split) -> tuple[list[str], list[int]]:
     by_name = {name: number for number, name in enumerate(names)}
     numbers = []
     for label in split.labels:
-        if isinstance(label, str):
-            number = by_name.get(label, int(label) if label.isdecimal() and len(label) < 10 else -1)
-        else:
-            number = -1 if label is None else label
+        number = _class_number(label, by_name)
         if label is not None and not 0 <= number < len(names):
-            got = (
-                f"{label} of {len(names)} classes" if names else f"the number {label}, and no names"
-            )
-            error = InputError if names else NamelessError
-            raise error(f"classnames: expected a name for each label of {split.data}, got {got}")
+            expected = f"classnames: expected a name for each label of {split.data}"
+            if not names:
+                raise NamelessError(f"{expected}, got the number {label}, and no names")
+            raise InputError(f"{expected}, got {label} of {len(names)} classes")
         numbers.append(number)
     return names, numbers
+
+
+def _class_number(label: str | int | None, by_name: dict[str, int]) -> int:
+    """Returns the number of a label's class; -1 for no label and for an unknown name."""
+    if label is None:
+        return -1
+    if not isinstance(label, str):
+        return label
+    if label in by_name:
+        return by_name[label]
+    if label.isdecimal() and len(label) < 10:
+        return int(label)
+    return -1

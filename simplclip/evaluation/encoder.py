@@ -20,7 +20,7 @@ from simplclip.common.errors import InputError
 from simplclip.data.decode_images import decode_pil
 from simplclip.data.errors import BrokenSample
 from simplclip.data.samples import file_bytes
-from simplclip.evaluation.split import features_of
+from simplclip.evaluation.split import Towers
 from simplclip.models.crop import crop_texts
 from simplclip.models.sources import in_run
 from simplclip.models.trained import load_source
@@ -49,7 +49,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval().requires_grad_(False)
-        # of a tower whose texts cannot be cropped, padding is computed too
+        # texts that cannot be cropped are computed with their padding
         with contextlib.suppress(InputError):
             crop_texts(self.model)
         self.width = self.encode_text(["a"]).shape[1]
@@ -61,6 +61,10 @@ class Encoder:
         )
 
     @property
+    def towers(self) -> Towers:
+        return Towers(self.model, self.device, self.precision, self.source or self.name)
+
+    @property
     def logit_scale(self) -> float:
         """The factor of similarities that the model was trained with."""
         scale: Any = self.model.logit_scale
@@ -68,8 +72,8 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """A hash of the weights and the image transform, equal for equal encoders."""
-        # without the addresses of functions
-        transform = re.sub(r" at 0x\w+", "", repr(self.preprocess))
+        addresses = r" at 0x\w+"  # of functions, which differ between processes
+        transform = re.sub(addresses, "", repr(self.preprocess))
         digest = hashlib.sha256(transform.encode())
         for key, value in self.model.state_dict().items():
             digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
@@ -78,27 +82,32 @@ class Encoder:
 
     def stamp(self) -> dict[str, Any]:
         """Returns the description of this encoder that files of its features contain."""
-        about = {"name": self.name, "width": self.width, "logit_scale": self.logit_scale}
-        return about | {"weights": self.fingerprint(), "precision": self.precision}
+        return {
+            "name": self.name,
+            "width": self.width,
+            "logit_scale": self.logit_scale,
+            "weights": self.fingerprint(),
+            "precision": self.precision,
+        }
 
     def encode_image(self, images: Picture | Sequence[Picture], batch_size: int = 64) -> Tensor:
         """Returns features float32 [N, width] of N images.
 
         images: paths, PIL images, or tensors: preprocessed float [3, S, S], or uint8 [3, H, W]; a
-        single image (N = 1), a
-            list of images, or a tensor [N, 3, ...].
+        single image (N = 1), a list of images, or a tensor [N, 3, ...].
         batch_size: images that are decoded and encoded at a time.
 
         Raises: FileNotFoundError; InputError for a file that is not an image, a tensor of another
         shape, or features that are not finite.
         """
-        if isinstance(images, (str, os.PathLike, Image.Image)) or (
-            isinstance(images, Tensor) and images.ndim == 3
-        ):
+        is_one = isinstance(images, Tensor) and images.ndim == 3
+        if is_one or isinstance(images, (str, os.PathLike, Image.Image)):
             images = [images]
-        parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-        batches = (torch.stack([self._pixels(image) for image in part]) for part in parts)
-        return self._joined([self.features("image", batch) for batch in batches])
+        features = []
+        for start in range(0, len(images), batch_size):
+            batch = [self._pixels(image) for image in images[start : start + batch_size]]
+            features.append(self.features("image", torch.stack(batch)))
+        return self._joined(features)
 
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 256) -> Tensor:
         """Returns features float32 [N, width] of a text (N = 1) or of N texts.
@@ -110,23 +119,23 @@ class Encoder:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         different = sorted(set(texts), key=lambda text: (len(text), text))
-        parts = [
-            different[start : start + batch_size] for start in range(0, len(different), batch_size)
-        ]
-        features = self._joined([self.features("text", self.tokenizer(part)) for part in parts])
+        features = []
+        for start in range(0, len(different), batch_size):
+            tokens = self.tokenizer(different[start : start + batch_size])
+            features.append(self.features("text", tokens))
         rows = {text: row for row, text in enumerate(different)}
-        return features[[rows[text] for text in texts]]
+        return self._joined(features)[[rows[text] for text in texts]]
 
     def features(self, tower: str, inputs: Tensor) -> Tensor:
-        """Features float32 [N, width] of preprocessed images [N, 3, S, S] (tower "image") or token
-        ids [N, L] ("text").
+        """Returns features float32 [N, width] of preprocessed images [N, 3, S, S] (tower "image")
+        or token ids [N, L] ("text").
         """
-        return features_of(
-            self.model, tower, inputs, self.device, self.precision, self.source or self.name
-        )
+        return self.towers.features(tower, inputs)
 
-    def _joined(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts) if parts else torch.empty(0, self.width, device=self.device)
+    def _joined(self, features: list[Tensor]) -> Tensor:
+        if not features:
+            return torch.empty(0, self.width, device=self.device)
+        return torch.cat(features)
 
     def _pixels(self, image: Picture) -> Tensor:
         if isinstance(image, Tensor):
@@ -135,19 +144,16 @@ class Encoder:
                     "images: expected tensors [3, S, S] or [N, 3, S, S], got one of "
                     f"{list(image.shape)}"
                 )
-            return (
-                self.preprocess(to_pil_image(image))
-                if image.dtype == torch.uint8
-                else image.float()
-            )
+            if image.dtype == torch.uint8:
+                return self.preprocess(to_pil_image(image))
+            return image.float()
         if not isinstance(image, (str, os.PathLike, Image.Image)):
             raise InputError(
                 f"images: expected paths, PIL images or tensors, got {type(image).__name__}"
             )
         try:
-            return self.preprocess(
-                decode_pil(image if isinstance(image, Image.Image) else file_bytes(image))
-            )
+            content = image if isinstance(image, Image.Image) else file_bytes(image)
+            return self.preprocess(decode_pil(content))
         except BrokenSample as broken:
             raise InputError(
                 f"images: expected an image, got {image}: {broken.reason} ({broken.detail})"
@@ -172,11 +178,12 @@ def load(
     Raises: InputError if the source is unknown, FileNotFoundError, CheckpointError if a file is not
     a checkpoint of that model.
     """
-    source, place = in_run(source), hardware.pick_device(str(device))
-    precision, _ = hardware.pick_precision(precision, place)
+    source = in_run(source)
+    device = hardware.pick_device(str(device))
+    precision, _ = hardware.pick_precision(precision, device)
     return Encoder(
         **load_source(source, checkpoint),
-        device=place,
+        device=device,
         precision=precision,
         source=os.fspath(source),
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from simplclip import losses
+from simplclip.evaluation.results import Figure, Recall, Retrieval
 from simplclip.evaluation.split import Split
 
 KS = (1, 5, 10)
@@ -16,22 +17,19 @@ _TILE_BYTES = 64 * 2**20  # of a tile of similarities
 _TILE_COLUMNS = 16384
 
 
-def recall_of(
-    split: Split, device: torch.device | str = "cpu"
-) -> dict[str, dict[str, dict[str, float]]] | None:
-    """Returns R@k of an encoded split in both directions: direction -> "R@k" -> {"value",
-    "chance"}, as fractions.
+def recall_of(split: Split, device: torch.device | str = "cpu") -> Retrieval | None:
+    """Returns R@k of an encoded split in both directions; None for a split without captions.
 
     R@k is defined as for COCO and Flickr30k: an image is right if any of its captions is among the
-    first k; each caption is a query. Returns None for a split without captions.
+    first k; each caption is a query.
     """
     x, y = split.image_features, split.text_features
     if x is None or y is None:
         return None
-    return {
-        "image_to_text": recall(x, y, split.groups, split.caption_groups, device),
-        "text_to_image": recall(y, x, split.caption_groups, split.groups, device),
-    }
+    return Retrieval(
+        image_to_text=recall(x, y, split.groups, split.caption_groups, device),
+        text_to_image=recall(y, x, split.caption_groups, split.groups, device),
+    )
 
 
 def loss_of(
@@ -49,47 +47,51 @@ def loss_of(
     captions: dict[int, int] = {}  # of each group, the first
     for row, group in enumerate(split.caption_groups.tolist()):
         captions.setdefault(group, row)
-    rows = [
-        (row, captions[group])
-        for row, group in enumerate(split.groups.tolist())
-        if group in captions
-    ]
+    rows = []
+    for row, group in enumerate(split.groups.tolist()):
+        if group in captions:
+            rows.append((row, captions[group]))
     pairs = torch.tensor(rows)
     size = min(batch_size, len(pairs))
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
-    loss: Any = losses.ClipLoss() if logit_bias is None else losses.SigLipLoss()
-    more = {} if logit_bias is None else {"logit_bias": logit_bias}
+    loss: Any = losses.ClipLoss()
+    bias = {}
+    if logit_bias is not None:
+        loss = losses.SigLipLoss()
+        bias = {"logit_bias": logit_bias}
     values = []
     for batch in order[: len(pairs) // size * size].split(size):
         images, texts = pairs[batch].unbind(1)
         features = split.image_features[images], split.text_features[texts]
-        values.append(loss(*features, logit_scale, ids=split.groups[images], **more))
+        values.append(loss(*features, logit_scale, ids=split.groups[images], **bias))
     return torch.stack(values).mean().item()
 
 
 def nearest(
     queries: Tensor, candidates: Tensor, k: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yields for each part of `queries` [n, D] the number of its first row, and the similarities
-    [q, k] and rows [q, k] of the k most similar `candidates` [m, D], the most similar first (min(k,
-    m) candidates).
+    """Yields the k most similar `candidates` [m, D] of each of `queries` [n, D], for a part of the
+    queries at a time.
 
-    The similarities are computed in tiles of at most 64 MiB, on `device`.
+    A part is the number of its first query, and the similarities [q, k] and rows [q, k] of the
+    candidates, the most similar first (min(k, m) of them). The similarities are computed in tiles
+    of at most 64 MiB, on `device`.
     """
-    columns = min(len(candidates), _TILE_COLUMNS)
-    rows = max(1, _TILE_BYTES // (4 * columns))
-    for start in range(0, len(queries), rows):
-        part = queries[start : start + rows].to(device)
-        for first in range(0, len(candidates), columns):
-            tile = part @ candidates[first : first + columns].to(device).T
-            values, where = tile.topk(min(k, tile.shape[1]))
+    width = min(len(candidates), _TILE_COLUMNS)
+    height = max(1, _TILE_BYTES // (4 * width))
+    for start in range(0, len(queries), height):
+        part = queries[start : start + height].to(device)
+        for first in range(0, len(candidates), width):
+            tile = part @ candidates[first : first + width].to(device).T
+            values, columns = tile.topk(min(k, tile.shape[1]))
             if first == 0:
-                best, places = values, where
+                similarities, rows = values, columns
                 continue
-            values, where = torch.cat([best, values], 1), torch.cat([places, where + first], 1)
-            best, order = values.topk(min(k, values.shape[1]))
-            places = where.gather(1, order)
-        yield start, best, places
+            values = torch.cat([similarities, values], 1)
+            columns = torch.cat([rows, columns + first], 1)
+            similarities, order = values.topk(min(k, values.shape[1]))
+            rows = columns.gather(1, order)
+        yield start, similarities, rows
 
 
 def recall(
@@ -98,26 +100,26 @@ def recall(
     query_groups: Tensor,
     candidate_groups: Tensor,
     device: torch.device | str = "cpu",
-) -> dict[str, dict[str, float]]:
+) -> Recall:
     """Returns the fraction of queries that have a candidate of their own group among the k nearest,
     for each k of KS.
 
     queries: [n, D], candidates: [m, D], groups: int64 [n] and [m]. With as many groups as pairs
-    this is the usual R@k. "chance" is the fraction if candidates are ranked at random: 1 - C(m-r,
+    this is the usual R@k. Its chance is the fraction if candidates are ranked at random: 1 - C(m-r,
     k)/C(m, k) for r right candidates of m, averaged over the queries. Extra memory: a tile of
     similarities, 64 MiB; never [n, m].
     """
     m = len(candidates)
     hits = torch.zeros(len(KS), dtype=torch.int64)
-    for start, _, places in nearest(queries, candidates, max(KS), device):
-        right = candidate_groups[places.cpu()] == query_groups[start : start + len(places), None]
+    for start, _, rows in nearest(queries, candidates, max(KS), device):
+        right = candidate_groups[rows.cpu()] == query_groups[start : start + len(rows), None]
         hits += torch.stack([right[:, :k].any(1).sum() for k in KS])
-    names, counts = candidate_groups.unique(return_counts=True)
-    place = torch.searchsorted(names, query_groups).clamp(max=len(names) - 1)
-    right_answers = torch.where(names[place] == query_groups, counts[place], 0).double()
+    groups, sizes = candidate_groups.unique(return_counts=True)
+    index = torch.searchsorted(groups, query_groups).clamp(max=len(groups) - 1)
+    right_answers = torch.where(groups[index] == query_groups, sizes[index], 0).double()
     figures = {}
     for k, count in zip(KS, hits.tolist()):
         tries = torch.arange(min(k, m))
         miss = ((m - right_answers[:, None] - tries).clamp(min=0) / (m - tries)).prod(1)
-        figures[f"R@{k}"] = {"value": count / len(queries), "chance": (1 - miss).mean().item()}
+        figures[f"R@{k}"] = Figure(count / len(queries), chance=(1 - miss).mean().item())
     return figures

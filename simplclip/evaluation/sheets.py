@@ -40,11 +40,9 @@ class Answers(NamedTuple):
         is missed.
         """
         shown = [(row, f"{score:.2f}") for row, score in zip(self.rows, self.scores)]
-        return (
-            [*shown, (self.right, f"#{self.rank:,}: {self.right_score:.2f}")]
-            if self.missed
-            else shown
-        )
+        if self.missed:
+            shown.append((self.right, f"#{self.rank:,}: {self.right_score:.2f}"))
+        return shown
 
 
 def contact_sheet(
@@ -63,11 +61,14 @@ def sheet_of(split: Split, title: str, subtitles: Sequence[str] = ("", "")) -> S
     worst, by the rank of the right answer (same group), which is framed green and, where it is not
     among the nearest, comes last with its rank. subtitles: a line for each half, e.g. its metrics.
     """
-    sides = (split.text_features, split.caption_groups), (split.image_features, split.groups)
-    by_text, by_image = (_chosen(*queries, *answers) for queries, answers in (sides, sides[::-1]))
-    shown = [image for _, query in by_text for image in (*query.rows, query.right)] + [
-        query.query for _, query in by_image
-    ]
+    texts = (split.text_features, split.caption_groups)
+    images = (split.image_features, split.groups)
+    by_text = _chosen(*texts, *images)
+    by_image = _chosen(*images, *texts)
+    shown: list[int] = []
+    for _, answers in by_text:
+        shown += [*answers.rows, answers.right]
+    shown += [answers.query for _, answers in by_image]
     pictures = split.pictures(list(dict.fromkeys(shown)))
     sheet = Sheet()
     sheet.line(title, 13, 2, weight="bold")
@@ -96,7 +97,9 @@ def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -
     sheet.y += 0.05
     group = split.caption_groups[answers.query]
     for column, (image, label) in enumerate(answers.shown()):
-        x = MARGIN + column * (SIDE + GAP) + (GAP if column == TOP else 0)
+        x = MARGIN + column * (SIDE + GAP)
+        if column == TOP:  # the right answer, which was missed, stands apart
+            x += GAP
         right = bool(split.groups[image] == group)
         sheet.tile(pictures[image], x, sheet.y, SIDE, right)
         sheet.text(x + SIDE / 2, sheet.y + SIDE + 0.04, label, SIDE, 9.5, ha="center", color=MUTED)
@@ -104,23 +107,18 @@ def _draw_images(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -
 
 
 def _draw_captions(sheet: Sheet, split: Split, pictures: dict, answers: Answers) -> None:
-    side, x = 1.1, MARGIN + 1.1 + GAP
+    side = 1.1
+    x = MARGIN + side + GAP
     sheet.tile(pictures[answers.query], MARGIN, sheet.y, side)
     step = side / (TOP + 1)
-    for place, (caption, label) in enumerate(answers.shown()):
-        y = sheet.y + place * step
-        right = bool(split.caption_groups[caption] == split.groups[answers.query])
-        if right:
+    for line, (row, label) in enumerate(answers.shown()):
+        y = sheet.y + line * step
+        weight = "normal"
+        if split.caption_groups[row] == split.groups[answers.query]:
+            weight = "bold"
             sheet.box(x, y, WIDTH - MARGIN - x, step - 0.01)
-        weight = "bold" if right else "normal"
-        sheet.text(
-            x + 0.06,
-            y + 0.015,
-            split.captions[caption],
-            WIDTH - MARGIN - x - 1.05,
-            9.5,
-            weight=weight,
-        )
+        caption = split.captions[row]
+        sheet.text(x + 0.06, y + 0.015, caption, WIDTH - MARGIN - x - 1.05, 9.5, weight=weight)
         sheet.text(WIDTH - MARGIN - 0.06, y + 0.015, label, 0.9, 9.5, ha="right", color=MUTED)
     sheet.y += side
 
@@ -128,19 +126,27 @@ def _draw_captions(sheet: Sheet, split: Split, pictures: dict, answers: Answers)
 def _chosen(
     queries: Tensor, groups: Tensor, candidates: Tensor, candidate_groups: Tensor
 ) -> list[tuple[str, Answers]]:
-    """Returns the queries to show, in the order of the rank of the right answer, then of its
-    similarity; each first one of a kind with the kind's heading.
+    """Returns the answers to show, each with a heading, which is "" for all but the first one of a
+    kind.
+
+    They are in the order of the rank of the right answer, then of its similarity.
     """
     answers = list(_answers(queries, groups, candidates, candidate_groups))
-    order = sorted(answers, key=lambda query: (query.rank, -query.right_score))
-    counts = PARTS if len(order) >= sum(PARTS.values()) else {"": len(order)}
-    middle = (len(order) - counts.get("Middle", 0)) // 2
-    starts = {"": 0, "Best": 0, "Middle": middle, "Worst": len(order) - counts.get("Worst", 0)}
-    return [
-        ("" if number else part, query)
-        for part, count in counts.items()
-        for number, query in enumerate(order[starts[part] : starts[part] + count])
-    ]
+    answers.sort(key=lambda answer: (answer.rank, -answer.right_score))
+    total = len(answers)
+    if total < sum(PARTS.values()):
+        return [("", answer) for answer in answers]
+    starts = {
+        "Best": 0,
+        "Middle": (total - PARTS["Middle"]) // 2,
+        "Worst": total - PARTS["Worst"],
+    }
+    chosen = []
+    for kind, start in starts.items():
+        first, *others = answers[start : start + PARTS[kind]]
+        chosen.append((kind, first))
+        chosen += [("", answer) for answer in others]
+    return chosen
 
 
 def _answers(
@@ -150,22 +156,27 @@ def _answers(
 
     A wrong one of the same similarity ranks before it.
     """
-    rows, size = iter(range(len(queries))), max(1, 2**24 // len(candidates))
-    top = nearest(queries, candidates, TOP)
-    near = [
-        (scores, places)
-        for _, several, found in top
-        for scores, places in zip(several.tolist(), found.tolist())
-    ]
-    for part, part_groups in zip(queries.split(size), groups.split(size)):
-        scores = part @ candidates.T
-        right = candidate_groups == part_groups[:, None]
-        best, where = scores.masked_fill(~right, -torch.inf).max(1)
-        ranks = 1 + (~right & (scores >= best[:, None])).sum(1)
-        for row, (place, score, rank) in enumerate(
-            zip(where.tolist(), best.tolist(), ranks.tolist())
-        ):
-            query = next(rows)
-            if score > -torch.inf:
-                missed = not right[row, near[query][1]].any()
-                yield Answers(query, near[query][1], near[query][0], place, score, rank, missed)
+    near_scores: list[list[float]] = []
+    near_rows: list[list[int]] = []
+    for _, part_scores, part_rows in nearest(queries, candidates, TOP):
+        near_scores += part_scores.tolist()
+        near_rows += part_rows.tolist()
+    size = max(1, 2**24 // len(candidates))
+    for start in range(0, len(queries), size):
+        scores = queries[start : start + size] @ candidates.T
+        right = candidate_groups == groups[start : start + size, None]
+        best_scores, best_rows = scores.masked_fill(~right, -torch.inf).max(1)
+        ranks = 1 + (~right & (scores >= best_scores[:, None])).sum(1)
+        for row, score in enumerate(best_scores.tolist()):
+            if score == -torch.inf:  # no candidate is right
+                continue
+            query = start + row
+            yield Answers(
+                query,
+                near_rows[query],
+                near_scores[query],
+                right=int(best_rows[row]),
+                right_score=score,
+                rank=int(ranks[row]),
+                missed=not right[row, near_rows[query]].any(),
+            )

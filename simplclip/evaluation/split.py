@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Split:
         self.image_features: Tensor | None = None  # float32 [n, D], L2-normalised
         self.text_features: Tensor | None = None  # float32 [m, D]
         self.skipped = Skipped()
-        self._positions: list[int] = []  # n, places in the data
+        self._positions: list[int] = []  # n, numbers of the images in the data
 
     def read(
         self, batch_size: int, workers: int = 0, use: Callable[[Tensor], Tensor] | None = None
@@ -63,17 +64,20 @@ class Split:
         self.clear()
         # name of a group, or row of an image without one -> number of the group
         numbers: dict[str | int, int] = {}
-        seen: set[tuple[int, str]] = set()  # number of a group, and one of its captions
-        groups, caption_groups = [], []
-        for images, positions, samples in self.data.batches(
-            self.transform, batch_size, self.skipped, workers, use
-        ):
+        known: set[tuple[int, str]] = set()  # number of a group, and one of its captions
+        groups: list[int] = []
+        caption_groups: list[int] = []
+        batches = self.data.batches(self.transform, batch_size, self.skipped, workers, use)
+        for images, positions, samples in batches:
             for sample in samples:
-                alone = sample.group is None
-                number = numbers.setdefault(len(self.keys) if alone else sample.group, len(numbers))
-                captions = [text for text in sample.captions if alone or (number, text) not in seen]
-                captions = captions if alone else list(dict.fromkeys(captions))
-                seen.update((number, text) for text in captions)
+                captions = sample.captions
+                if sample.group is None:
+                    number = numbers.setdefault(len(self.keys), len(numbers))
+                else:
+                    number = numbers.setdefault(sample.group, len(numbers))
+                    captions = [text for text in captions if (number, text) not in known]
+                    captions = list(dict.fromkeys(captions))
+                    known.update((number, text) for text in captions)
                 groups.append(number)
                 caption_groups += [number] * len(captions)
                 self.captions += captions
@@ -81,9 +85,8 @@ class Split:
                 self.labels.append(sample.label)
             self._positions += positions
             yield images
-        self.groups, self.caption_groups = (
-            torch.tensor(part, dtype=torch.int64) for part in (groups, caption_groups)
-        )
+        self.groups = torch.tensor(groups, dtype=torch.int64)
+        self.caption_groups = torch.tensor(caption_groups, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -107,7 +110,7 @@ def cropped(transform: Any, image: Image.Image) -> Image.Image:
         factor = max(1, -(-160 // min(transform.size)))
         larger.size = (factor * transform.size[0], factor * transform.size[1])
         return to_pil_image(larger.apply_decoded(to_tensor(image), {}))
-    # of open_clip's, up to the conversion to a tensor
+    # the steps of a transform of open_clip, up to the conversion to a tensor
     for step in getattr(transform, "transforms", ()):
         changed = step(image)
         if not isinstance(changed, Image.Image):
@@ -123,8 +126,8 @@ def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> di
     have no usable sample.
     """
     loaded = {
-        name: Split(held_out(what, name=f"eval.splits.{name}"), tokenizer, transform)
-        for name, what in splits.items()
+        name: Split(held_out(source, name=f"eval.splits.{name}"), tokenizer, transform)
+        for name, source in splits.items()
     }
     for name, split in loaded.items():
         try:
@@ -134,36 +137,40 @@ def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> di
     return loaded
 
 
-@torch.no_grad()
-def features_of(
-    model: nn.Module, tower: str, inputs: Tensor, device: torch.device, precision: str, source: str
-) -> Tensor:
-    """Returns features float32 [N, D], L2-normalised, of images [N, 3, S, S] (tower "image") or
-    token ids [N, L] ("text").
+@dataclass(frozen=True)
+class Towers:
+    """The towers of a model, which encode images and texts on a device in a precision."""
 
-    Raises InputError, which names `source`, if a feature is not finite.
-    """
-    encode: Any = model.encode_image if tower == "image" else model.encode_text
-    with hardware.autocast(precision, device):
-        features = encode(inputs.to(device, non_blocking=True), normalize=True).float()
-    if not features.isfinite().all():
-        raise InputError(
-            f"{source}: expected finite features, got {tower} features that are not finite in "
-            f"{precision}"
-        )
-    return nn.functional.normalize(features, dim=-1)
+    model: nn.Module
+    device: torch.device
+    precision: str  # "fp32", "bf16" or "fp16"
+    source: str = "checkpoint"  # of the model, for errors
+
+    @torch.no_grad()
+    def features(self, tower: str, inputs: Tensor) -> Tensor:
+        """Returns features float32 [N, D], L2-normalised, of images [N, 3, S, S] (tower "image") or
+        token ids [N, L] ("text").
+
+        Raises InputError, which names the source, if a feature is not finite.
+        """
+        encode: Any = self.model.encode_image if tower == "image" else self.model.encode_text
+        with hardware.autocast(self.precision, self.device):
+            features = encode(inputs.to(self.device, non_blocking=True), normalize=True).float()
+        if not features.isfinite().all():
+            raise InputError(
+                f"{self.source}: expected finite features, got {tower} features that are not "
+                f"finite in {self.precision}"
+            )
+        return nn.functional.normalize(features, dim=-1)
 
 
 def encode(
-    model: nn.Module,
+    towers: Towers,
     split: Split,
-    batch_size: int,
-    device: torch.device,
-    precision: str,
+    batch_size: int = BATCH_SIZE,
     *,
     workers: int = 0,
     progress: str | None = None,
-    source: str = "checkpoint",
 ) -> None:
     """Reads a split and computes its features, which stay on the CPU: 4 D bytes for each image and
     caption.
@@ -171,26 +178,26 @@ def encode(
     Ranks divide the images and captions. The first rank gets all of them; on other ranks `split`
     stays empty.
 
-    workers: processes that decode images. progress: title of the progress that is shown. source:
-    name of the model in errors. Raises: InputError if features are not finite; the errors of
-    `data.HeldOut.batches`.
+    workers: processes that decode images. progress: title of the progress that is shown. Raises:
+    InputError if features are not finite; the errors of `data.HeldOut.batches`.
     """
 
-    def of_images(batch: Tensor) -> Tensor:
-        images = finish_on_device(split.transform, batch, device)
-        return features_of(model, "image", images, device, precision, source).cpu()
+    def image_features(batch: Tensor) -> Tensor:
+        pixels = finish_on_device(split.transform, batch, towers.device)
+        return towers.features("image", pixels).cpu()
 
-    def of_texts(start: int) -> Tensor:
+    def text_features(start: int) -> Tensor:
         tokens = split.tokenizer(captions[start : start + batch_size])
-        return features_of(model, "text", tokens, device, precision, source).cpu()
+        return towers.features("text", tokens).cpu()
 
     images = []
     with Progress(progress or "", unit="images", shown=progress is not None) as bar:
-        for features in split.read(batch_size, workers, of_images):
+        for features in split.read(batch_size, workers, image_features):
             images.append(features)
             bar.update(len(features))
     captions = ranks.on_first(lambda: split.captions)
-    texts = list(ranks.mapped(of_texts, range(0, len(captions), batch_size)))
-    split.image_features, split.text_features = (
-        torch.cat(parts) if parts else None for parts in (images, texts)
-    )
+    texts = list(ranks.mapped(text_features, range(0, len(captions), batch_size)))
+    if images:
+        split.image_features = torch.cat(images)
+    if texts:
+        split.text_features = torch.cat(texts)

@@ -93,7 +93,7 @@ class Counter(TorchDispatchMode):
         self.device = device
         self.waits = waits
         self.usage = Usage()
-        self.times = 1  # how often a kernel runs that is counted now
+        self.times = 1  # the number of runs for which the next kernels count
         # ops that are no compositions: name, and whether it starts a kernel
         self._single: dict[Any, tuple[str, bool]] = {}
         # torch's allocator rounds sizes up to multiples of this
@@ -170,16 +170,17 @@ class Counter(TorchDispatchMode):
         """Counts a wait of the host for a value."""
         self.usage.kernels.append(Kernel("host", name, times=self.times))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         ours = registry.DISPATCH.get(func.name())
         if ours is not None:
             with self:
                 return ours(*args, through=self._native)
         if func not in self._single:
-            if not func.name().startswith("prim::") and not _has_kernel(
-                func.name(), self.device.type.upper()
-            ):
+            is_prim = func.name().startswith("prim::")
+            if not is_prim and not _has_kernel(func.name(), self.device.type.upper()):
                 with self:
                     out = func.decompose(*args, **kwargs)
                 if out is not NotImplemented:
@@ -207,20 +208,22 @@ class Counter(TorchDispatchMode):
         return out
 
     def _record(self, func: Any, args: tuple, options: dict[str, Any], out: Any) -> None:
-        name, kernel = self._single[func]
+        """Counts the kernels of an op of torch."""
+        name, starts_kernel = self._single[func]
         tensors = [t for t in tree_leaves((args, options, out)) if isinstance(t, Tensor)]
         if "copy" in name and len({t.device.type for t in tensors}) > 1:
-            return self.wait(func.name())
-        if not kernel or not any(t.device.type == self.device.type and t.numel() for t in tensors):
-            return None
+            self.wait(func.name())
+            return
+        on_device = any(t.device.type == self.device.type and t.numel() for t in tensors)
+        if not starts_kernel or not on_device:
+            return
         args, options, out = tree_map_only(Tensor, self.stand, (args, options, out))
         results = [t for t in tree_leaves(out) if isinstance(t, Stand)]
         if not results:  # it changes lists of tensors
             results = [t for t in tree_leaves(args[0]) if isinstance(t, Stand)]
-        for started in kernels_of(name, args, options, results):
-            started.times *= self.times
-            self.usage.kernels.append(started)
-        return None
+        for kernel in kernels_of(name, args, options, results):
+            kernel.times *= self.times
+            self.usage.kernels.append(kernel)
 
     @property
     def _tolist(self) -> Callable[[Tensor], list[float]]:
@@ -256,22 +259,22 @@ class Counter(TorchDispatchMode):
             )
         )
 
-    def _native(self, op: str, backend: str, function):
+    def _native(self, op: str, backend: str, function: Callable) -> Callable:
         """Returns the function to call in place of a backend's `function`, see the class."""
 
-        def fake(*args):
+        def fake(*args: Any) -> Any:
             out = registry.NATIVE_FAKES[op](*args)
             self.transient(workspace_bytes(op, backend, *args))
-            given, results = tree_map_only(Tensor, self.stand, (vars(args[0]).copy(), out))
-            stands = [v for v in tree_leaves((given, results)) if isinstance(v, Stand)]
-            call = ExtensionCall(op, SimpleNamespace(**given))
+            fields, results = tree_map_only(Tensor, self.stand, (vars(args[0]).copy(), out))
+            stands = [v for v in tree_leaves((fields, results)) if isinstance(v, Stand)]
+            call = ExtensionCall(op, SimpleNamespace(**fields))
             work = *extension_work(call), sum(t.bytes for t in stands)
             self.usage.kernels.append(
                 Kernel(backend, op, stands[0].dtype, *work, launch=call, times=self.times)
             )
             return out
 
-        def launch(*args):
+        def launch(*args: Any) -> Any:
             outer = self.kind
             with self.during(WORKSPACE):
                 out = function(*args)
@@ -310,18 +313,17 @@ def workspace_bytes(name: str, backend: str, call: Any) -> int:
     Raises UncountedOp if the extension of the function does not load, or the function states
     nothing.
     """
-    extension = backends.extension if backend == "cpu" else backends.cuda_extension
+    extension, error = backends.cuda_extension, backends.cuda_extension_error
+    if backend == "cpu":
+        extension, error = backends.extension, backends.extension_error
     if extension is None:
-        error = backends.extension_error if backend == "cpu" else backends.cuda_extension_error
         raise UncountedOp(
             f"the workspace of {name} on backend {backend} cannot be predicted: {error}"
         )
     function = getattr(torch.ops.simplclip, f"{name}_{backend}_workspace")
     try:
         with _disable_current_modes():
-            return function(
-                *(_on_meta(value) if isinstance(value, Tensor) else value for value in flat(call))
-            )
+            return function(*tree_map_only(Tensor, _on_meta, flat(call)))
     except NotImplementedError:
         raise UncountedOp(f"no workspace is stated for {name} on backend {backend}") from None
 
@@ -332,19 +334,16 @@ def _flash_scratch(q: Tensor, bounds: Tensor | None) -> int:
     """
     heads, width = q.shape[-2:]
     width += -width % (32 if width <= 128 else 64)
-    rows = (
-        q.shape[0] + 128 * (len(bounds) - 1)
-        if bounds is not None
-        else q.shape[0] * (q.shape[1] + -q.shape[1] % 128)
-    )
+    if bounds is not None:  # of packed sequences
+        rows = q.shape[0] + 128 * (len(bounds) - 1)
+    else:
+        rows = q.shape[0] * (q.shape[1] + -q.shape[1] % 128)
     return 4 * rows * heads * (width + 1)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
-    size = (
-        1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
-        if tensor.numel()
-        else 0
-    )
+    size = 0
+    if tensor.numel():
+        size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
     memory = torch.empty(tensor.storage_offset() + size, dtype=tensor.dtype, device="meta")
     return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -44,9 +44,9 @@ def faker(mode: FakeTensorMode, device: torch.device) -> Callable[[Tensor], Tens
     def fake(tensor: Tensor) -> Tensor:
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         like = FakeTensor(mode, meta, device)
-        return (
-            nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
-        )
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(like, tensor.requires_grad)
+        return like
 
     return fake
 
@@ -54,22 +54,18 @@ def faker(mode: FakeTensorMode, device: torch.device) -> Callable[[Tensor], Tens
 @contextmanager
 def fake_weights(modules: Iterable[nn.Module], fake: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Context in which the modules have fake tensors in place of their parameters and buffers."""
-    places: list[dict[str, Any]] = [
-        tensors
-        for outer in modules
-        for inner in outer.modules()
-        for tensors in (inner._parameters, inner._buffers)
-    ]
-    former = [dict(tensors) for tensors in places]
+    tables: list[dict[str, Any]] = []
+    for outer in modules:
+        for inner in outer.modules():
+            tables += [inner._parameters, inner._buffers]
+    former = [dict(table) for table in tables]
     try:
-        for tensors in places:
-            tensors.update(
-                {name: fake(tensor) for name, tensor in tensors.items() if tensor is not None}
-            )
+        for table in tables:
+            table.update({name: fake(t) for name, t in table.items() if t is not None})
         yield
     finally:
-        for tensors, before in zip(places, former):
-            tensors.update(before)
+        for table, before in zip(tables, former):
+            table.update(before)
 
 
 @contextmanager
@@ -110,10 +106,10 @@ def fake_step(
 
 def _properties(card: Card) -> list[tuple[Any, str, Any]]:
     """Returns patches that give launchers and backends a card's properties."""
-    capability = divmod(card.architecture, 10)
+    major, minor = divmod(card.architecture, 10)
     properties = SimpleNamespace(
-        major=capability[0],
-        minor=capability[1],
+        major=major,
+        minor=minor,
         multi_processor_count=card.multiprocessors,
         total_memory=card.memory << 30,
         L2_cache_size=card.l2 << 20,
@@ -121,7 +117,7 @@ def _properties(card: Card) -> list[tuple[Any, str, Any]]:
     )
     return [
         (torch.cuda, "get_device_properties", lambda *_: properties),
-        (backends, "capability", lambda device: capability),
+        (backends, "capability", lambda device: (major, minor)),
         (backends, "_has_binary", lambda index: card.triton),
     ]
 
@@ -137,18 +133,25 @@ def _forget() -> None:
                 value.cache_clear()
 
 
-def product_of_card(plain):
+def product_of_card(plain: Callable) -> Callable:
     """Wraps torch.addmm, whose fake fails in torch 2.11 if the product has another dtype than the
     operands.
     """
 
-    def addmm(*args, out=None, out_dtype=None, **options):
-        return plain(*args, out=out, **options) if out_dtype is None else out
+    def addmm(
+        *args: Any,
+        out: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Any:
+        if out_dtype is not None:
+            return out
+        return plain(*args, out=out, **options)
 
     return addmm
 
 
-def convolution_of_card(plain):
+def convolution_of_card(plain: Callable) -> Callable:
     """Wraps the choice of a convolution's library, on which its layout depends, to take cuDNN for
     bfloat16 too.
 
@@ -166,7 +169,7 @@ def convolution_of_card(plain):
     return select
 
 
-def attention_of_card(plain):
+def attention_of_card(plain: Callable) -> Callable:
     """Wraps SDPA to choose kernels as on a card: FlashAttention for half types without a mask, else
     the memory-efficient one.
 
@@ -175,42 +178,32 @@ def attention_of_card(plain):
     """
 
     def attention(
-        query,
-        key,
-        value,
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        scale=None,
-        enable_gqa=False,
-    ):
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        inputs = (query, key, value)
         if enable_gqa or query.dim() != 4:
-            return plain(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
-        if (
-            query.itemsize == 2
-            and attn_mask is None
-            and query.shape[-1] % 8 == 0
-            and query.shape[-1] <= 256
-        ):
+            options = {"scale": scale, "enable_gqa": enable_gqa}
+            return plain(*inputs, attn_mask, dropout_p, is_causal, **options)
+        width = query.shape[-1]
+        flash = query.itemsize == 2 and width % 8 == 0 and width <= 256
+        if flash and attn_mask is None:
             return aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal, False, scale=scale
+                *inputs, dropout_p, is_causal, False, scale=scale
             )[0]
         if attn_mask is not None:  # as an additive mask, in rows padded to multiples of 16 numbers
             length = attn_mask.shape[-1]
             padded = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
             attn_mask = padded.expand(*query.shape[:3], length)
-        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        has_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
         efficient = aten._scaled_dot_product_efficient_attention
-        return efficient(query, key, value, attn_mask, keep, dropout_p, is_causal, scale=scale)[0]
+        return efficient(*inputs, attn_mask, has_gradient, dropout_p, is_causal, scale=scale)[0]
 
     return attention
 
@@ -257,13 +250,13 @@ class Engine:
     @torch.no_grad()
     def backward(
         self,
-        tensors,
-        grad_tensors=None,
-        retain_graph=None,
-        create_graph=False,
-        grad_variables=None,
-        inputs=None,
-    ):
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
+    ) -> None:
         """Replaces `torch.autograd.backward`, which `Tensor.backward` calls too."""
         if retain_graph or create_graph or inputs is not None:
             raise NotImplementedError(
@@ -273,12 +266,10 @@ class Engine:
         buffers: Buffers = {}
         roots, gradients = ([x] if isinstance(x, Tensor) else x for x in (tensors, grad_tensors))
         for root, gradient in zip(roots, gradients or [None] * len(roots)):
-            node, place = get_gradient_edge(root)[:2]
-            _add(
-                buffers.setdefault(node, {}),
-                place,
-                torch.ones_like(root) if gradient is None else gradient,
-            )
+            node, output = get_gradient_edge(root)[:2]
+            if gradient is None:
+                gradient = torch.ones_like(root)
+            _add(buffers.setdefault(node, {}), output, gradient)
         del tensors, grad_tensors, roots, root, gradients, gradient
         waiting = _uses(list(buffers))
         ready = [node for node in buffers if node not in waiting]
@@ -300,13 +291,13 @@ class Engine:
                     self._on_gradient(node.variable.grad)
             return []
         edges = [edge for edge in node.next_functions if edge[0] is not None]
-        for (following, place), gradient in zip(edges, self._call(node, buffer)):
+        for (following, output), gradient in zip(edges, self._call(node, buffer)):
             if gradient is not None:
-                meta = following._input_metadata[place]
+                meta = following._input_metadata[output]
                 if list(gradient.shape) != list(meta.shape):  # meta.shape is a list
                     # over the dimensions that were broadcast
                     gradient = gradient.sum_to_size(meta.shape)
-                _add(buffers.setdefault(following, {}), place, gradient.to(meta.dtype))
+                _add(buffers.setdefault(following, {}), output, gradient.to(meta.dtype))
         return [following for following, _ in edges]
 
     def _call(self, node: Any, buffer: dict[int, Tensor]) -> list[Tensor | None]:
@@ -315,21 +306,20 @@ class Engine:
         """
         if not buffer:
             return []
-        inputs = [buffer.pop(place, None) for place in range(len(node._input_metadata))]
-        python = isinstance(node, torch.autograd.function.BackwardCFunction)
-        outputs = node.apply(*inputs) if python else node(*inputs)
+        inputs = [buffer.pop(output, None) for output in range(len(node._input_metadata))]
+        is_python = isinstance(node, torch.autograd.function.BackwardCFunction)
+        outputs = node.apply(*inputs) if is_python else node(*inputs)
         for saved in self._unpacked:
             saved.clear()
         self._unpacked = []
         outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
         # A C++ node has an edge for each output; a Python node has none for inputs that are not
         # tensors.
-        wanted = (
-            node.needs_input_grad
-            if python
-            else [edge[0] is not None for edge in node.next_functions]
-        )
-        return list(itertools.compress(outputs, wanted))
+        if is_python:
+            has_edge = node.needs_input_grad
+        else:
+            has_edge = [edge[0] is not None for edge in node.next_functions]
+        return list(itertools.compress(outputs, has_edge))
 
 
 def _uses(roots: list[Node]) -> Counter[Node]:
@@ -344,20 +334,20 @@ def _uses(roots: list[Node]) -> Counter[Node]:
     return uses
 
 
-def _add(buffer: dict[int, Tensor], place: int, gradient: Tensor) -> None:
+def _add(buffer: dict[int, Tensor], output: int, gradient: Tensor) -> None:
     """Adds a gradient to the buffer's sum: in place if only the buffer refers to that sum, as in
     autograd's input buffers.
     """
-    have = buffer.get(place)
-    if have is None:
-        buffer[place] = gradient
-    elif _alone(have):
-        have.add_(gradient)
+    total = buffer.get(output)
+    if total is None:
+        buffer[output] = gradient
+    elif _is_unshared(total):
+        total.add_(gradient)
     else:
-        buffer[place] = have + gradient
+        buffer[output] = total + gradient
 
 
-def _alone(tensor: Tensor) -> bool:
+def _is_unshared(tensor: Tensor) -> bool:
     """Whether a buffer has the only reference to this tensor (besides two callers) and its storage,
     which it fills.
     """
@@ -374,7 +364,7 @@ def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
     """
     if leaf.grad is not None:
         leaf.grad.add_(gradient)
-    elif _alone(gradient) and gradient.stride() == leaf.stride():
+    elif _is_unshared(gradient) and gradient.stride() == leaf.stride():
         leaf.grad = gradient.detach()
     else:
         leaf.grad = torch.empty_like(leaf, requires_grad=False).copy_(gradient)

@@ -31,12 +31,13 @@ class Stand:
     strides: Sequence[int]
     storage: int
     allocated: int = 0  # bytes of the storage
-    at: int = 0  # bytes before the first element
+    offset: int = 0  # bytes before the first element
 
     @classmethod
     def of(cls, tensor: Tensor, storage: int) -> Stand:
-        at, size = int(tensor.storage_offset()) * tensor.itemsize, tensor.untyped_storage().nbytes()
-        return cls(tensor.dtype, tensor.shape, tensor.stride(), storage, size, at)
+        offset = int(tensor.storage_offset()) * tensor.itemsize
+        size = tensor.untyped_storage().nbytes()
+        return cls(tensor.dtype, tensor.shape, tensor.stride(), storage, size, offset)
 
     @property
     def itemsize(self) -> int:
@@ -49,10 +50,8 @@ class Stand:
     @property
     def bytes(self) -> int:
         """The bytes that are accessed; an expanded dimension is read once."""
-        return (
-            math.prod(n for n, step in zip(self.shape, self.strides) if step or not n)
-            * self.itemsize
-        )
+        sizes = [n for n, step in zip(self.shape, self.strides) if step or not n]
+        return math.prod(sizes) * self.itemsize
 
     @property
     def order(self) -> list[int]:
@@ -75,7 +74,7 @@ class Stand:
         return len(self.shape)
 
     def data_ptr(self) -> int:
-        return self.at
+        return self.offset
 
     def ptr_range(self) -> int:
         return 0
@@ -199,23 +198,24 @@ def kernels_of(
     """
     if name in ("convolution", "convolution_backward"):
         return _convolutions(name, args, results)
-    given = [t for t in tree_leaves((args, options)) if isinstance(t, Stand)]
+    inputs = [t for t in tree_leaves((args, options)) if isinstance(t, Stand)]
     if name in PRODUCTS:
-        return [_product(name, given, results[0])]
+        return [_product(name, inputs, results[0])]
     if name.startswith("_") and "attention" in name:
-        return [_attention(name, given, results)]
+        return [_attention(name, inputs, results)]
     backward = " backward" if "backward" in name else ""
-    large = max((*given, *results), key=lambda t: t.elements)
-    read = _bytes(given)
+    large = max((*inputs, *results), key=lambda t: t.elements)
+    large_inputs = [t for t in inputs if t.elements == large.elements]
+    read = _bytes(inputs)
     written = _bytes(results)
     times = 1
     traffic = "elementwise"
     if any(norm in name for norm in NORMS):
         traffic = "norm" + backward
-        # which need a pass of their own
-        statistics = "group" in name or name.endswith("batch_norm") and args[5]
-        if backward or statistics:
-            read += _bytes([t for t in given if t.elements == large.elements])
+        in_training = name.endswith("batch_norm") and args[5]
+        # a pass for the statistics, or for their gradients
+        if backward or "group" in name or in_training:
+            read += _bytes(large_inputs)
     elif "softmax" in name:
         traffic = "norm"
     elif "pool" in name:
@@ -224,17 +224,21 @@ def kernels_of(
         return [Kernel("torch", name, large.dtype, bytes=b) for b in (written, 2 * read)]
     elif name in ("fill_", "zero_"):
         read = 0
-    elif name in COPIES and given:
-        source, target = given[-1], results[0] if results else given[0]
+    elif name in COPIES and inputs:
+        source = inputs[-1]
+        (target, *_) = results or inputs
         read = source.bytes
-        traffic = "elementwise" if source.order[:1] == target.order[:1] else "transposed"
+        if source.order[:1] != target.order[:1]:
+            traffic = "transposed"
     elif name.startswith(MOVES):
-        traffic, times = "moves", 2 if name == "unbind_copy" else 1
+        traffic = "moves"
+        if name == "unbind_copy":
+            times = 2
         if not name.startswith(("cat", "stack")):
             read = min(read, 2 * written)  # of a table only the rows that are taken
     elif name in ("max", "min", "all", "any") or name.startswith(REDUCTIONS):
         traffic = "reduction"
-    elif len({tuple(t.order) for t in given if t.elements == large.elements}) > 1:
+    elif len({tuple(t.order) for t in large_inputs}) > 1:
         traffic = "transposed"
     return [Kernel("torch", name, large.dtype, traffic=traffic, bytes=read + written, times=times)]
 
@@ -252,43 +256,50 @@ def _whole(n: int) -> int:
     return n + -n % 8
 
 
-def _product(name: str, given: list[Stand], out: Stand) -> Kernel:
-    first = int(name.startswith(("add", "badd")))  # these ops add their first input
-    left, right = given[first : first + 2]  # mm.out has `out` last, linear its bias
-    used = _bytes([left, right, out]) + (
-        0 if not first or given[0].elements < out.elements else given[0].bytes
-    )
+def _product(name: str, inputs: list[Stand], out: Stand) -> Kernel:
+    touched = 0
+    left, right = inputs[:2]  # mm.out has `out` last, linear its bias
+    if name.startswith(("add", "badd")):  # these ops add their first input
+        addend, left, right = inputs[:3]
+        if addend.elements >= out.elements:
+            touched = addend.bytes
+    touched += _bytes([left, right, out])
     work = out.elements // max(1, math.prod(out.shape[-2:]))
     for n in (*out.shape[-2:], left.shape[-1]):
         work *= _whole(n) if left.dim() > 1 else n
-    return Kernel("torch", name, left.dtype, "product", work, "product", used)
+    return Kernel("torch", name, left.dtype, "product", work, "product", touched)
 
 
-def _attention(name: str, given: list[Stand], results: list[Stand]) -> Kernel:
+def _attention(name: str, inputs: list[Stand], results: list[Stand]) -> Kernel:
     """Two products of [L, L, K] for each head, five backward."""
-    backward = "backward" in name
-    q, k = given[backward : backward + 2]
+    rate = "attention"
+    products = 2
+    q, k = inputs[:2]
+    if "backward" in name:
+        rate = "attention backward"
+        products = 5
+        q, k = inputs[1:3]  # after the gradient
     work = 0
     # packed sequences [T, H, K] have lengths in values, so that no work is counted
     if q.dim() == 4:
         tokens = 2 if name.startswith("_scaled") else 1  # [B, H, L, K] or [B, L, H, K]
-        work = (5 if backward else 2) * q.elements * k.shape[tokens]
-    rate = "attention backward" if backward else "attention"
-    return Kernel("torch", name, q.dtype, rate, work, "product", _bytes(given) + _bytes(results))
+        work = products * q.elements * k.shape[tokens]
+    touched = _bytes(inputs) + _bytes(results)
+    return Kernel("torch", name, q.dtype, rate, work, "product", touched)
 
 
 def _convolutions(name: str, args: Sequence[Any], results: list[Stand]) -> list[Kernel]:
     if name == "convolution":
         x, weight, bias, _, _, _, transposed, _, groups = args
-        return [_convolution(name, x, weight, results[0], transposed, groups, "")] + _added(
-            bias, results[0]
-        )
-    gradient, x, weight, _, _, _, _, transposed, _, groups, wanted = args
+        y = results[0]
+        kernel = _convolution(name, x, weight, y, transposed, groups, "")
+        return [kernel, *_added(bias, y)]
+    gradient, x, weight, _, _, _, _, transposed, _, groups, output_mask = args
     kernels = [
         _convolution(name, x, weight, gradient, transposed, groups, " backward")
-        for _ in range(sum(wanted[:2]))
+        for _ in range(sum(output_mask[:2]))
     ]
-    if wanted[2]:
+    if output_mask[2]:  # the gradient of the bias
         kernels.append(
             Kernel("torch", name, gradient.dtype, traffic="reduction", bytes=gradient.bytes)
         )
@@ -301,24 +312,33 @@ def _convolution(
     """One of a convolution's kernels, each of which touches images, weights and results, for as
     many multiply-adds.
     """
-    shape, taps = weight.shape[:2], math.prod(weight.shape[2:])
-    inputs, outputs = (
-        (shape[1], shape[0] // groups) if not transposed else (shape[0] // groups, shape[1])
-    )
-    positions = (x if transposed else y).elements // (x if transposed else y).shape[1]
-    layout = "" if x.channels_last else " nchw"
-    if groups == 1:
-        kind = "stem" if inputs <= 4 else "pointwise" if taps == 1 else "dense"
+    taps = math.prod(weight.shape[2:])
+    if transposed:
+        inputs, outputs = weight.shape[0] // groups, weight.shape[1]
+        positions = x.elements // x.shape[1]
     else:
-        kind = "depthwise" if inputs == 1 else "grouped"
+        inputs, outputs = weight.shape[1], weight.shape[0] // groups
+        positions = y.elements // y.shape[1]
+    layout = "" if x.channels_last else " nchw"
+    kind = _convolution_kind(groups, inputs, taps)
     work = positions * groups * taps * inputs * outputs
     if kind not in ("stem", "depthwise"):
         work = positions * groups * taps * _whole(inputs) * _whole(outputs)
+    rate = kind
+    if kind != "stem":
+        rate += direction + layout
     traffic = kind if kind in ("depthwise", "grouped") else "convolution"
-    rate = kind if kind == "stem" else kind + direction + layout
-    return Kernel(
-        "torch", name, x.dtype, rate, work, traffic + direction + layout, _bytes([x, weight, y])
-    )
+    traffic += direction + layout
+    return Kernel("torch", name, x.dtype, rate, work, traffic, _bytes([x, weight, y]))
+
+
+def _convolution_kind(groups: int, inputs: int, taps: int) -> str:
+    """Returns the kind of a convolution with so many input channels in a group."""
+    if groups > 1:
+        return "depthwise" if inputs == 1 else "grouped"
+    if inputs <= 4:
+        return "stem"
+    return "pointwise" if taps == 1 else "dense"
 
 
 def _added(bias: Stand | None, y: Stand) -> list[Kernel]:
@@ -339,20 +359,24 @@ def extension_work(started: ExtensionCall) -> tuple[str, int, str]:
 
 def launch_work(name: str, launch: Launch) -> tuple[str, int, str, int]:
     """Returns rate, multiply-adds, traffic and bytes of a Triton kernel of the library."""
-    given = {**dict(zip(launch.kernel.arg_names, launch.args)), **launch.options}
-    moved = sum(t.bytes for t in tree_leaves(list(given.values())) if isinstance(t, Stand))
+    arguments = {**dict(zip(launch.kernel.arg_names, launch.args)), **launch.options}
+    tensors = [t for t in tree_leaves(list(arguments.values())) if isinstance(t, Stand)]
+    moved = sum(t.bytes for t in tensors)
     if name == "parallel_mlp_hidden":
-        return "own", given["grad"].elements * given["h"].shape[1], "own", moved
-    if "TILE" not in given:
+        return "own", arguments["grad"].elements * arguments["h"].shape[1], "own", moved
+    if "TILE" not in arguments:
         return "own", 0, "own", moved
     # A kernel of similarities: forward takes some rows of the matrix, backward a block of it, which
     # it may write.
-    if "row_count" in given:
-        rows, columns = given["row_count"], given["m"]
+    if "row_count" in arguments:
+        rows, columns = arguments["row_count"], arguments["m"]
     else:
-        rows = given["row_blocks"] * given["TILE"].BLOCK_M
-        columns = given["column_blocks"] * given["TILE"].BLOCK_N
-    width, itemsize = given["width"] + given.get("teacher_width", 0), given["image"].itemsize
-    out = given.get("out")
-    written = itemsize * rows * columns if out is not None and out.elements else 0
+        rows = arguments["row_blocks"] * arguments["TILE"].BLOCK_M
+        columns = arguments["column_blocks"] * arguments["TILE"].BLOCK_N
+    width = arguments["width"] + arguments.get("teacher_width", 0)
+    itemsize = arguments["image"].itemsize
+    out = arguments.get("out")
+    written = 0
+    if out is not None and out.elements:
+        written = itemsize * rows * columns
     return "own", rows * columns * width, "own", itemsize * (rows + columns) * width + written

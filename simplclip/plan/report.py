@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 from simplclip import data
 from simplclip.common.errors import UserError
@@ -47,31 +46,28 @@ def run(
     planner = Planner(config, Budget(memory), device, teacher_width, _tell, card)
     budget = planner.budget
     if as_json:
-        values: dict[str, Any] = {
+        values = {
             "model": config.model.name,
             "precision": planner.precision,
             "device": device,
             "card": card,
-        }
-        values |= {
             "memory": budget.memory,
             "usable": budget.usable,
             "rows": [asdict(row) for row in planner.rows()],
+            "assumptions": planner.assumptions,
         }
-        print(json.dumps(values | {"assumptions": planner.assumptions}, indent=2))
+        print(json.dumps(values, indent=2))
         return
     print(
         f"{config.model.name}, {planner.precision}, {card or device}: {gib(budget.usable)} usable "
         f"of {gib(budget.memory)}; sizes in GiB at the peak, with\nweights: parameters, their "
         "gradients, averages and optimizer state\n"
     )
-    times = "".join(f"{name:>11}" for name in ("ms likely", "at least", "images/s")) if card else ""
-    print(
-        f"{'step':<28}{'pairs':>8} {'at a time':>10}"
-        + "".join(f"{name:>12}" for name in COLUMNS)
-        + "  fits"
-        + times
-    )
+    head = f"{'step':<28}{'pairs':>8} {'at a time':>10}"
+    head += "".join(f"{name:>12}" for name in COLUMNS) + "  fits"
+    if card:
+        head += "".join(f"{name:>11}" for name in ("ms likely", "at least", "images/s"))
+    print(head)
     rows = []
     for row in planner.rows():
         rows.append(row)
@@ -80,9 +76,9 @@ def run(
     if card:
         for topic, text in answers(config, planner, rows, pairs):
             print(f"{topic:<11}{text}")
-    measured = "nothing of this model: predicted from fake tensors" + ", no step ran on a GPU" * (
-        device == "cuda"
-    )
+    measured = "nothing of this model: predicted from fake tensors"
+    if device == "cuda":
+        measured += ", no step ran on a GPU"
     print(f"measured   {measured}")
     for assumption in planner.assumptions:
         print(f"assumed    {assumption}")
@@ -94,15 +90,17 @@ def _tell(line: str) -> None:
 
 def line(row: Row) -> str:
     """Returns a row of the table."""
-    pairs = f"{row.batch_size:,}" + "+" * row.at_least
+    pairs = f"{row.batch_size:,}"
+    if row.at_least:
+        pairs += "+"
     at_a_time = f"{row.micro_batch:,}" if row.micro_batch else "all"
-    parts = {name: row.components.get(name, 0) for name in ("activations", "loss")}
     sizes: dict[str, int] = {
-        "peak": row.peak,
         "weights": sum(row.components.get(kind, 0) for kind in WEIGHTS),
-        **parts,
+        "activations": row.components.get("activations", 0),
+        "loss": row.components.get("loss", 0),
     }
-    sizes["other"] = row.peak - sizes["weights"] - sum(parts.values())
+    sizes["other"] = row.peak - sum(sizes.values())
+    sizes["peak"] = row.peak
     cells = "".join(f"{sizes[name] / GIB:>12.2f}" for name in COLUMNS)
     fits = "yes" if row.fits else "no"
     line = f"{row.what:<28}{pairs:>8} {at_a_time:>10}{cells}  {fits}"
@@ -128,13 +126,11 @@ def answers(
     yield "bound by", bounds(row.time)
     rate = loader_rate(config)
     worker = rate or ASSUMED_RATE
-    how = f"{worker:,.0f} images/s a worker, " + (
-        "measured here on its shards" if rate else "assumed: its shards are not here"
-    )
+    origin = "measured here on its shards" if rate else "assumed: its shards are not here"
     yield (
         "loader",
         f"{math.ceil(row.images_per_s / worker)} workers for {row.images_per_s:,.0f} images/s "
-        f"({how})",
+        f"({worker:,.0f} images/s a worker, {origin})",
     )
     yield "error", errors(planner.card)
     micro = row.micro_batch or "null"
@@ -163,19 +159,18 @@ def _hours(config: Config, row: Row, pairs: int | None) -> str:
         pairs = pairs or config.data.samples or _trained(config)
     except (UserError, OSError):
         pairs = None
-    epoch = (
-        f"an epoch of {pairs:,} pairs takes {_time(pairs / row.images_per_s)}"
-        if pairs
-        else "the number of pairs is not known (--pairs)"
-    )
+    epoch = "the number of pairs is not known (--pairs)"
+    if pairs:
+        epoch = f"an epoch of {pairs:,} pairs takes {_time(pairs / row.images_per_s)}"
     if config.run.epochs is None:
-        steps, why = config.run.steps, f"{config.run.steps:,} steps"
+        steps = config.run.steps
+        length = f"{config.run.steps:,} steps"
     elif pairs:
         steps = round(config.run.epochs * pairs / row.batch_size)
-        why = f"{config.run.epochs:g} epochs"
+        length = f"{config.run.epochs:g} epochs"
     else:
         return epoch
-    return f"{epoch}, the run of {why} {_time(steps * row.time.ms / 1e3)}"
+    return f"{epoch}, the run of {length} {_time(steps * row.time.ms / 1e3)}"
 
 
 def _trained(config: Config) -> int | None:
@@ -205,12 +200,11 @@ def errors(card: Card) -> str:
     like this one.
     """
     parts = []
-    for mode, what, place in (("train", "trained", 0), ("infer", "in inference", column(card))):
-        median, within = (
-            HELD_OUT[f"{mode} {name}"][place] for name in ("median_error", "within_35")
-        )
+    for mode, words, index in (("train", "trained", 0), ("infer", "in inference", column(card))):
+        median = HELD_OUT[f"{mode} median_error"][index]
+        within = HELD_OUT[f"{mode} within_35"][index]
         parts.append(
-            f"{what} on an {FITTED[place]}, half to {median:.0%}, {within:.0%} of them to 35%"
+            f"{words} on an {FITTED[index]}, half to {median:.0%}, {within:.0%} of them to 35%"
         )
     return f"timm's models were predicted, {'; '.join(parts)} (docs/plan.md)"
 
@@ -219,14 +213,14 @@ def loader_rate(config: Config) -> float | None:
     """Measures how many images of the run's shards this process decodes in a second; None if they
     are not here.
     """
-    c = config.data
+    section = config.model.model_dump()
     try:
         loader = data.Loader(
-            c.train,
-            tokenizer=tokenizer(config.model.model_dump()),
-            transform=image_transform(config.model.model_dump(), train=True, augment=c.augment),
+            config.data.train,
+            tokenizer=tokenizer(section),
+            transform=image_transform(section, train=True, augment=config.data.augment),
             batch_size=8,
-            captions_per_image=c.captions_per_image,
+            captions_per_image=config.data.captions_per_image,
             shuffle_buffer=8,
         )
         batches = iter(loader)
@@ -255,13 +249,11 @@ def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | No
     cards = {name: card for name, card in CARDS.items() if card.triton}
     limits = {name: Budget(card.memory * GIB).usable for name, card in cards.items()}
     graphs = one_graphs(planner.in_one_graph, min(limits.values()), max(limits.values()), _tell)
-    steps = config.run.steps or round(
-        config.run.epochs * (pairs or config.data.samples or 0) / size
-    )
-    print(
-        f"{config.model.name}, {planner.precision}; the run: {size:,} pairs, {micro or 'all'} at a "
-        "time\n"
-    )
+    steps = config.run.steps
+    if not steps:
+        steps = round(config.run.epochs * (pairs or config.data.samples or 0) / size)
+    steps_text = f"the run: {size:,} pairs, {micro or 'all'} at a time"
+    print(f"{config.model.name}, {planner.precision}; {steps_text}\n")
     heads = ("largest in one graph", "its images/s", "the run fits", "its images/s", "its hours")
     print(f"{'card':<20}{'GiB':>4}" + "".join(f"{name:>22}" for name in heads))
     for name, card in cards.items():
@@ -270,9 +262,8 @@ def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | No
         fits = "yes" if configured.peak <= limits[name] else "no"
         hours = f"{steps * ms / 3.6e6:,.1f}" if steps else "(--pairs)"
         cells = (f"{largest:,}", f"{rate:,.0f}", fits, f"{1e3 * size / ms:,.0f}", hours)
-        known = "" if name in FITTED else "  *"
-        print(
-            f"{name:<20}{card.memory:>4}" + "".join(f"{cell:>22}" for cell in cells) + known,
-            flush=True,
-        )
+        line = f"{name:<20}{card.memory:>4}" + "".join(f"{cell:>22}" for cell in cells)
+        if name not in FITTED:
+            line += "  *"
+        print(line, flush=True)
     print("\n* at the efficiency of a card that others measured, of the nearest architecture")

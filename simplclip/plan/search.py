@@ -98,8 +98,8 @@ class Graphs:
         size = min(int((1 - WITHIN / 4) * _crossing(peaks, limit)), MOST_PAIRS)
         if size < 1:
             return 0, 0.0
-        times = {near: step_time(usage.kernels, card).ms for near, usage in self.usages.items()}
-        a, *others = sorted(times, key=lambda near: abs(near - size))
+        times = {pairs: step_time(usage.kernels, card).ms for pairs, usage in self.usages.items()}
+        a, *others = sorted(times, key=lambda pairs: abs(pairs - size))
         b = others[0] if others else 0
         ms = times[a] + (size - a) * (times[a] - times.get(b, 0.0)) / (a - b)
         return size, 1e3 * size / ms
@@ -158,9 +158,11 @@ class Planner:
         self._usages: dict[tuple[int, Any], Usage] = {}  # by batch_size and micro_batch
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         if device == "cuda" and config.run.precision == "auto" and not torch.cuda.is_available():
-            native = self.card is None or self.card.triton
-            self.precision = "bf16" if native else "fp16"
-            why = "auto: cards since Ampere have native bf16" + ", this one is older" * (not native)
+            self.precision = "bf16"
+            why = "auto: cards since Ampere have native bf16"
+            if self.card is not None and not self.card.triton:
+                self.precision = "fp16"
+                why += ", this one is older"
         else:
             self.precision, why = hardware.pick_precision(config.run.precision, self.device)
         self.step = TrainerStep(config, self.precision, teacher_width, budget.memory, self.device)
@@ -186,11 +188,9 @@ class Planner:
         whole = self.largest("largest in one graph", None)
         yield whole
         if self.cacheable and whole.batch_size:
-            images = (
-                data.images_at_a_time
-                if data.micro_batch
-                else min(SMALL_MICRO_BATCH, data.batch_size)
-            )
+            images = min(SMALL_MICRO_BATCH, data.batch_size)
+            if data.micro_batch:
+                images = data.images_at_a_time
             if images >= whole.batch_size:  # which would leave no memory for a larger batch
                 images = max(1, whole.batch_size // 2)
             yield self.largest("largest by gradient caching", images)
@@ -206,14 +206,17 @@ class Planner:
         self.tell(f"data.micro_batch = null: {gib(peak)}")
         if peak <= self.budget.usable:
             return None
-        few = [micro for micro in range(1, size) if size % micro == 0] if self.cacheable else []
+        divisors = []
+        if self.cacheable:
+            divisors = [micro for micro in range(1, size) if size % micro == 0]
 
-        def of(micro: int) -> int:
+        def peak_of(micro: int) -> int:
             peak = self.usage(micro_batch=micro).peak
             self.tell(f"data.micro_batch = {micro}: {gib(peak)}")
             return peak
 
-        micro, peaks = largest(of, self.budget.usable, few, start=size * self.budget.usable // peak)
+        start = size * self.budget.usable // peak
+        micro, peaks = largest(peak_of, self.budget.usable, divisors, start=start)
         if not micro:
             usable, memory = gib(self.budget.usable), gib(self.budget.memory)
             raise ConfigError(
@@ -237,7 +240,7 @@ class Planner:
     def largest(self, what: str, micro_batch: int | None) -> Row:
         """The largest batch that fits, a multiple of `micro_batch`."""
 
-        def peak(pairs: int) -> int:
+        def peak_of(pairs: int) -> int:
             peak = self.usage(batch_size=pairs, micro_batch=micro_batch).peak
             self.tell(f"{what}: {pairs:,} pairs take {gib(peak)}")
             return peak
@@ -249,7 +252,7 @@ class Planner:
             if micro == micro_batch and pairs in sizes:
                 known[pairs] = usage.peak
         start = MOST_PAIRS if micro_batch else SMALL_MICRO_BATCH
-        size, _ = largest(peak, self.budget.usable, sizes, start=start, known=known)
+        size, _ = largest(peak_of, self.budget.usable, sizes, start=start, known=known)
         if not size:
             return Row(what, 0, micro_batch, 0, False)
         return self.row(what, size, micro_batch, at_least=size == sizes[-1])
@@ -270,26 +273,22 @@ class Planner:
 
 
 def _assumptions(budget: Budget, device: str) -> list[str]:
-    card = device == "cuda"
-    kept = (
-        ""
-        if card
-        else f", and {STORE_BYTES >> 20} MiB of their rows kept for backward where that saves a "
-        "product"
-    )
-    return [
+    chunks = f"chunks of {SCRATCH_BYTES_ELSEWHERE >> 20} MiB"
+    if device == "cpu":
+        chunks = (
+            f"chunks of {SCRATCH_BYTES >> 20} MiB, and {STORE_BYTES >> 20} MiB of their rows kept "
+            "for backward where that saves a product"
+        )
+    lines = [
         f"{budget.context >> 20} MiB for the context of the driver and of torch's libraries",
         f"{budget.libraries >> 20} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
         f"{budget.fragmentation:.0%} of the rest lost to the allocator's fragmentation",
-        f"in the loss, chunks of {(SCRATCH_BYTES_ELSEWHERE if card else SCRATCH_BYTES) >> 20} "
-        f"MiB{kept}",
+        f"in the loss, {chunks}",
         "a step after the first one: the optimizer's state exists",
-        *(
-            []
-            if card
-            else ["nothing for what oneDNN takes inside convolutions and products of bfloat16"]
-        ),
     ]
+    if device == "cpu":
+        lines.append("nothing for what oneDNN takes inside convolutions and products of bfloat16")
+    return lines
 
 
 def largest_micro_batch(config: Config, device: torch.device, ranks: int = 1) -> int | None:
@@ -297,8 +296,7 @@ def largest_micro_batch(config: Config, device: torch.device, ranks: int = 1) ->
     None for the whole batch.
 
     ranks: the number of ranks, which share data.batch_size. Each of them gets the same answer on
-    equal machines; the texts
-        that a rank gets from the others are not counted.
+    equal machines. The texts that a rank gets from the others are not counted.
 
     Raises ConfigError if not even one pair at a time fits; UncountedOp.
     """
@@ -326,45 +324,48 @@ def largest(
     sizes: ascending. start: about the first size that is tried. known: peaks of some sizes, at best
     of several.
     """
-    seen = dict(known or {})
-    # places of the largest size that fits, and of the smallest that does not
+    peaks = dict(known or {})
+    # indices of the largest size that fits, and of the smallest that does not
     low, high = -1, len(sizes)
-    for size, taken in seen.items():
-        low, high = (
-            (max(low, sizes.index(size)), high)
-            if taken <= limit
-            else (low, min(high, sizes.index(size)))
-        )
-    guess = (1 - WITHIN / 4) * _crossing(seen, limit) if len(seen) > 1 else float(start)
-    few = len(seen) + 8
-    while high - low > 1 and not (
-        low >= 0 and high < len(sizes) and sizes[high] <= (1 + WITHIN) * sizes[low]
-    ):
-        place = min(max(bisect_right(sizes, guess) - 1, low + 1), high - 1)
-        if len(seen) > few:  # the line is a poor guide, as where peaks hardly grow
-            place = (low + high) // 2
-        size = sizes[place]
-        seen[size] = peak(size)
-        low, high = (place, high) if seen[size] <= limit else (low, place)
-        crossing = _crossing(seen, limit)
-        below = (1 - WITHIN / 4) * crossing
-        guess = (
-            below
-            if low < 0 or sizes[low] < (1 - WITHIN / 2) * crossing
-            else (1 + WITHIN) * sizes[low]
-        )
-    return (sizes[low] if low >= 0 else 0), seen
+    for size, bytes_taken in peaks.items():
+        if bytes_taken <= limit:
+            low = max(low, sizes.index(size))
+        else:
+            high = min(high, sizes.index(size))
+    guess = float(start)
+    if len(peaks) > 1:
+        guess = (1 - WITHIN / 4) * _crossing(peaks, limit)
+    most_guesses = len(peaks) + 8
+    while high - low > 1:
+        if low >= 0 and high < len(sizes) and sizes[high] <= (1 + WITHIN) * sizes[low]:
+            break
+        index = min(max(bisect_right(sizes, guess) - 1, low + 1), high - 1)
+        if len(peaks) > most_guesses:  # the line is a poor guide, as where peaks hardly grow
+            index = (low + high) // 2
+        size = sizes[index]
+        peaks[size] = peak(size)
+        if peaks[size] <= limit:
+            low = index
+        else:
+            high = index
+        crossing = _crossing(peaks, limit)
+        guess = (1 - WITHIN / 4) * crossing
+        if low >= 0 and sizes[low] >= (1 - WITHIN / 2) * crossing:
+            guess = (1 + WITHIN) * sizes[low]
+    if low < 0:
+        return 0, peaks
+    return sizes[low], peaks
 
 
-def _crossing(seen: dict[int, int], limit: int) -> float:
+def _crossing(peaks: dict[int, int], limit: int) -> float:
     """Returns the size at which the line through the two peaks nearest to the limit crosses it, at
     first one through 0.
     """
-    a, *others = sorted(seen, key=lambda size: abs(seen[size] - limit))
+    nearest, *others = sorted(peaks, key=lambda size: abs(peaks[size] - limit))
     if not others:
-        return a * limit / seen[a]
-    a, b = sorted((a, others[0]))
-    rise = (seen[b] - seen[a]) / (b - a)
+        return nearest * limit / peaks[nearest]
+    a, b = sorted((nearest, others[0]))
+    rise = (peaks[b] - peaks[a]) / (b - a)
     if rise <= 0:  # rounding, or memory that another size saves
-        return 2 * b if seen[b] <= limit else a / 2
-    return a + (limit - seen[a]) / rise
+        return 2 * b if peaks[b] <= limit else a / 2
+    return a + (limit - peaks[a]) / rise

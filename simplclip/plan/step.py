@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from unittest import mock
 
 import torch
+from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 from simplclip import data, models
@@ -87,16 +88,17 @@ class TrainerStep:
             self.prepared = setup.prepare_model(*shapes_of(config), [], config, precision, device)
         self.modules: list[nn.Module] = [self.prepared.model, *self.prepared.folded.values()]
         self.teacher = self._teacher(teacher_width) if config.loss.needs_teacher else None
-        if (mean := config.data.mean_tokens) is not None:
-            full = (
-                "texts of full length, whatever data.mean_tokens, since this model's texts cannot "
-                "be cropped"
-            )
-            mixed = (
+        mean = config.data.mean_tokens
+        if mean is not None and self.prepared.crop:
+            self.assumed.append(
                 f"in one graph, texts of {mean:g} tokens, and an eighth and 8 more, which groups "
                 "of lengths add"
             )
-            self.assumed.append(mixed if self.prepared.crop else full)
+        elif mean is not None:
+            self.assumed.append(
+                "texts of full length, whatever data.mean_tokens, since this model's texts cannot "
+                "be cropped"
+            )
 
     def _teacher(self, width: int | None) -> dict[str, Any]:
         if width is None:
@@ -154,11 +156,9 @@ class TrainerStep:
         filled up to as many tokens as padded texts have.
         """
         config = self.config.data
-        if (
-            self.prepared.crop is None
-            or config.mean_tokens is None
-            or config.micro_batch is not None
-        ):
+        if self.prepared.crop is None or config.mean_tokens is None:
+            return None
+        if config.micro_batch is not None:
             return None
         return math.ceil(config.mean_tokens * 9 / 8 + 8)
 
@@ -167,14 +167,11 @@ class TrainerStep:
         not run.
         """
         size = self.config.data.images_at_a_time
-        count = self.config.data.batch_size // self.config.data.images_at_a_time
-        if real or count < 4:
-            return [self._batch(size, real) for _ in range(count)]
-        return [
-            self._batch(size, real),
-            self._batch((count - 2) * size, real),
-            self._batch(size, real),
-        ]
+        count = self.config.data.batch_size // size
+        sizes = [size] * count
+        if not real and count >= 4:
+            sizes = [size, (count - 2) * size, size]
+        return [self._batch(images, real) for images in sizes]
 
     def _batch(self, size: int, real: bool) -> Batch:
         k, model = self.config.data.captions_per_image, self.prepared.model
@@ -206,29 +203,30 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
     if source is None:
         return model, []
     sources: list[Any] = [source] if isinstance(source, str) else list(source)
-    for place, file in enumerate(sources):
+    for index, file in enumerate(sources):
         if file not in PACKAGED and not Path(file).exists():
-            sources[place] = models.create(name, device="meta", simplified=False)
+            sources[index] = models.create(name, device="meta", simplified=False)
     return model, inherit(
         model, sources, train=config.inherit.train, blocks=config.inherit.blocks
     ).names
 
 
 def _kinds(during: During) -> AbstractContextManager:
-    """Context in which the step's functions allocate memory of a kind each."""
+    """Context in which each of the step's functions allocates memory of its kind."""
 
-    def of_kind(kind: str, function: Callable) -> Callable:
+    def allocating(kind: str, function: Callable) -> Any:
         def run(*args: Any, **options: Any) -> Any:
             with during(kind):
                 return function(*args, **options)
 
         return run
 
-    kinds = {"losses": "loss", "encode_image": "activations", "encode_text": "activations"}
-    patches: dict[str, Any] = {
-        name: of_kind(kind, getattr(steps, name)) for name, kind in kinds.items()
-    }
-    return mock.patch.multiple(steps, **patches)
+    return mock.patch.multiple(
+        steps,
+        losses=allocating("loss", steps.losses),
+        encode_image=allocating("activations", steps.encode_image),
+        encode_text=allocating("activations", steps.encode_text),
+    )
 
 
 def busiest_step(config: Config) -> int:
@@ -238,11 +236,14 @@ def busiest_step(config: Config) -> int:
     STORE_BYTES, that this step does not.
     """
     schedules, steps = config.loss.weights.values(), config.run.steps
-    turns = sorted({0, steps - 1, *(s.start for s in schedules), *(s.start + 1 for s in schedules)})
-    return max(
-        (step for step in turns if step < steps),
-        key=lambda step: sum(s.at(step, steps) > 0 for s in schedules),
-    )
+    candidates = {0, steps - 1}
+    for schedule in schedules:
+        candidates |= {schedule.start, schedule.start + 1}
+
+    def active_terms(step: int) -> int:
+        return sum(schedule.at(step, steps) > 0 for schedule in schedules)
+
+    return max(sorted(step for step in candidates if step < steps), key=active_terms)
 
 
 def first_and_last(
@@ -253,8 +254,7 @@ def first_and_last(
 
     Those between them would take the same memory as the first one; their features are empty tensors
     of the right shape. repeat: called before each encoding with the number of micro-batches that it
-    stands for. skip: called for each that is not
-        encoded, with its tower and the first one.
+    stands for. skip: called for each that is not encoded, with its tower and the first one.
     """
 
     def run(
@@ -275,7 +275,7 @@ def first_and_last(
 def _encoder(
     tower: str, encode: Callable, micro_batches: list[Batch], repeat: Callable, skip: Callable
 ) -> Callable:
-    kind: list[Any] = []  # width, dtype and device of the features
+    layout: list[Any] = []  # width, dtype and device of the features
     first, *skipped = micro_batches[:-1] or micro_batches
     times = sum(len(batch[tower]) for batch in (first, *skipped)) // len(first[tower])
 
@@ -283,11 +283,11 @@ def _encoder(
         repeat(times if batch is first else 1)
         if any(batch is other for other in skipped):
             rows = batch[tower].shape[: 1 if tower == "image" else -1].numel()
-            width, dtype, device = kind
+            width, dtype, device = layout
             skip(tower, batch, first)
             return torch.empty(rows, width, dtype=dtype, device=device)
         features = encode(batch)
-        kind[:] = features.shape[1], features.dtype, features.device
+        layout[:] = features.shape[1], features.dtype, features.device
         return features
 
     return run
@@ -301,17 +301,15 @@ def inputs(
     real: whether the tokens are a caption, at whose end some models pool. Otherwise the tokens are
     zeros. tokens: L, if it is less than the model's context length.
     """
-    side = model.visual.image_size
-    image = torch.zeros(
-        size, 3, *((side, side) if isinstance(side, int) else side), dtype=torch.uint8
-    )
-    length = model.context_length if hasattr(model, "context_length") else model.text.context_length
+    height, width = to_2tuple(model.visual.image_size)
+    image = torch.zeros(size, 3, height, width, dtype=torch.uint8)
+    text_model = model if hasattr(model, "context_length") else model.text
+    length = text_model.context_length
     words = "a photo of a small thing"
     if tokens is not None and tokens < length:
-        # the tokenizer puts the end in the last place
+        # the tokenizer puts the end at the last of them
         words, length = " ".join(["a"] * tokens), tokens
-    if real:
-        return image, models.tokenizer(name, length)([words]).expand(
-            size * captions, -1
-        ).contiguous()
-    return image, torch.zeros(size * captions, length, dtype=torch.int64)
+    if not real:
+        return image, torch.zeros(size * captions, length, dtype=torch.int64)
+    text = models.tokenizer(name, length)([words])
+    return image, text.expand(size * captions, -1).contiguous()

@@ -23,9 +23,8 @@ HOST_MS = 8e-3  # what the host takes to start a kernel of torch; assumed
 
 # Shares of the data sheet's rates on an RTX 3090, 4090 and 5090, fitted by `python -m
 # benchmarks.cards --fit` to step times that timm's authors published: of models of images in
-# float16, trained on a 3090 with torch 1.12, in inference with torch
-# 2.4 (3090 and 4090) and 2.9 (5090). docs/plan.md has the error. Cards of other architectures take
-#   the nearest one's.
+# float16, trained on a 3090 with torch 1.12, in inference with torch 2.4 (3090 and 4090) and 2.9
+# (5090). docs/plan.md has the error. Cards of other architectures take the nearest one's.
 FITTED = ("rtx-3090", "rtx-4090", "rtx-5090")
 RATES: dict[str, tuple[float, float, float]] = {
     "attention": (0.817, 0.65, 0.565),
@@ -87,7 +86,7 @@ ASSUMED_TRAFFIC = {"own": 0.7}
 
 
 def column(card: Card) -> int:
-    """Returns the place of a card's architecture in the fitted constants."""
+    """Returns the index of a card's architecture in the fitted constants."""
     return {89: 1, 120: 2}.get(card.architecture, 0)
 
 
@@ -102,15 +101,16 @@ def at_rates(kernel: Kernel, card: Card) -> tuple[float, float]:
     """Returns the milliseconds of a kernel's multiply-adds, and of its bytes, at the data sheet's
     rates.
     """
-    return 2 * kernel.multiply_adds / peak(
-        card, kernel.dtype
-    ) / 1e9, kernel.bytes / card.bandwidth / 1e6
+    products = 2 * kernel.multiply_adds / peak(card, kernel.dtype) / 1e9
+    return products, kernel.bytes / card.bandwidth / 1e6
 
 
 def efficiency(
     kind: str, fitted: dict[str, tuple[float, float, float]], assumed: dict[str, float], card: Card
 ) -> float:
-    return assumed[kind] if kind in assumed else fitted[kind][column(card)]
+    if kind in assumed:
+        return assumed[kind]
+    return fitted[kind][column(card)]
 
 
 def likely_ms(kernel: Kernel, card: Card) -> dict[str, float]:
@@ -168,7 +168,8 @@ def step_time(kernels: Iterable[Kernel], card: Card) -> StepTime:
         total.likely += ms
         total.least += kernel.times * max(least_ms(kernel, card).values())
         total.launches += kernel.times
-        total.own += ms * (kernel.by != "torch")
+        if kernel.by != "torch":
+            total.own += ms
         if bound == "products" and "convolution" in kernel.name:
             bound = "convolutions"
         total.shares["memory" if bound == "bytes" else bound] += ms

@@ -289,11 +289,11 @@ def own_recall(shards: Any, sidecars: Folders, most: int = 1000) -> str:
         "text to image": recall(y, x, groups, groups)["R@1"],
     }
     figures = ", ".join(
-        f"{direction} {figure['value']:.1%} (chance {figure['chance']:.1%})"
+        f"{direction} {figure.value:.1%} (chance {figure.chance:.1%})"
         for direction, figure in directions.items()
     )
     sentence = f"the teacher's own R@1 on the first {len(pairs):,} samples: {figures}"
-    if all(figure["value"] < min(0.5, 3 * figure["chance"]) for figure in directions.values()):
+    if all(figure.value < min(0.5, 3 * figure.chance) for figure in directions.values()):
         sentence += "\nwarning: it hardly knows these pairs; a student would learn little from it"
     return sentence
 

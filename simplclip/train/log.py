@@ -22,6 +22,7 @@ from simplclip.common.plotting import Panel, png
 from simplclip.common.plotting import curves as draw_curves
 from simplclip.common.progress import Pace, duration
 from simplclip.data import Division
+from simplclip.evaluation.results import Recall
 from simplclip.evaluation.sheets import sheet_of
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends
@@ -118,9 +119,7 @@ class Log:
         ]
         return "  ".join(parts)
 
-    def evaluation(
-        self, split: str, direction: str, recalls: Mapping[str, Mapping[str, float]], loss: float
-    ) -> None:
+    def evaluation(self, split: str, direction: str, recall: Recall, loss: float) -> None:
         """Writes and shows R@k of one direction, with its chance.
 
         The row also has the loss of the split, which is that of both directions.
@@ -130,13 +129,13 @@ class Log:
             "split": split,
             "direction": direction,
         }
-        row |= {name: recall["value"] for name, recall in recalls.items()}
+        row |= {name: figure.value for name, figure in recall.items()}
         row["loss"] = loss
-        row |= {f"chance {name}": recall["chance"] for name, recall in recalls.items()}
+        row |= {f"chance {name}": figure.chance for name, figure in recall.items()}
         self.write("evaluation", row)
         figures = "  ".join(
-            f"{name} {recall['value']:.1%} (chance {recall['chance']:.1%})"
-            for name, recall in recalls.items()
+            f"{name} {figure.value:.1%} (chance {figure.chance:.1%})"
+            for name, figure in recall.items()
         )
         self.print(f"evaluation {split} {direction.replace('_', ' ')}: {figures}")
 

@@ -304,21 +304,16 @@ def evaluate(
     with state.ema.in_place() if state.ema else nullcontext():
         state.model.eval()
         for name, split in splits.items():
-            # in fp32 as `simplclip evaluate` and the export, so that the figures are equal
-            evaluation.encode(
-                state.model,
-                split,
-                evaluation.BATCH_SIZE,
-                state.device,
-                "fp32",
-                workers=state.config.data.workers,
-            )
-            directions, loss = ranks.on_first(_figures, state, split)
-            for direction, figures in directions.items():
-                log.evaluation(name, direction, figures, loss)
-                recalls.append(figures["R@1"]["value"])
+            # as `simplclip evaluate` and the export compute, so that the figures are equal
+            towers = evaluation.Towers(state.model, state.device, "fp32")
+            evaluation.encode(towers, split, workers=state.config.data.workers)
+            retrieval, loss = ranks.on_first(_figures, state, split)
+            if retrieval:
+                for direction, figures in retrieval.directions.items():
+                    log.evaluation(name, direction, figures, loss)
+                    recalls.append(figures["R@1"].value)
             ranks.on_first(log.sheet, name, split)
-            if directions:
+            if retrieval:
                 size = min(len(split), state.config.data.batch_size)
                 log.print(f"evaluation {name} loss: {loss:.3f}, in batches of {size}")
         if recalls:
@@ -329,13 +324,15 @@ def evaluate(
         state.model.train()
 
 
-def _figures(state: State, split: evaluation.Split) -> tuple[dict[str, Any], float | None]:
-    """Returns R@k by direction and the loss of an encoded split; neither without captions."""
+def _figures(
+    state: State, split: evaluation.Split
+) -> tuple[evaluation.Retrieval | None, float | None]:
+    """Returns R@k and the loss of an encoded split; nothing for one without captions."""
     scale, bias = state.model.logit_scale.detach().exp().cpu(), state.logit_bias
     if bias is not None:
         bias = bias.detach().cpu()
     loss = evaluation.loss_of(split, state.config.data.batch_size, scale, bias)
-    return evaluation.recall_of(split, state.device) or {}, loss
+    return evaluation.recall_of(split, state.device), loss
 
 
 def _with_data(

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import ablation
 from benchmarks.results_file import read_csv
+from simplclip.evaluation import Figure, ModelResult, Retrieval, SplitResult
 from simplclip.train.config import ConfigError
 from support.train import tiny
 
@@ -31,17 +32,16 @@ def command(tmp_path):
 
 
 def evaluated(recall):
-    """Returns an evaluation: image to text has `recall` in split a and half of it in b; text to
+    """Returns a model's result: image to text has `recall` in split a and half of it in b; text to
     image has 0.2 more.
     """
 
-    def both(r):
-        return {
-            "image_to_text": {"R@1": {"value": r}},
-            "text_to_image": {"R@1": {"value": r + 0.2}},
-        }
+    def split(r):
+        retrieval = Retrieval({"R@1": Figure(r, 0.1)}, {"R@1": Figure(r + 0.2, 0.1)})
+        return SplitResult(10, 10, retrieval)
 
-    return {"step": 1, "splits": {"a": both(recall), "b": both(recall / 2)}}
+    splits = {"a": split(recall), "b": split(recall / 2)}
+    return ModelResult("run/last.pt", "siclip-tiny", 1, "fp32", splits)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def trained(monkeypatch):
     def train(run, source, threads):
         run.folder.mkdir(parents=True)
         names.append((run.settings[0], run.settings[-2]))
-        (run.folder / ablation.RESULT).write_text(json.dumps(evaluated(len(names) / 100)))
+        (run.folder / ablation.RESULT).write_text(json.dumps(evaluated(len(names) / 100).to_json()))
 
     monkeypatch.setattr(ablation, "train", train)
     return names

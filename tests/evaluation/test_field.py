@@ -64,9 +64,8 @@ def float_of_one_element(monkeypatch):
 def ours(trained, folder):
     """Returns the figures of evaluate."""
     splits = {name: str(folder / name) for name in ("retrieval", "classes")}
-    return evaluation.evaluate(trained, splits, out=folder / "out", device="cpu", batch_size=16)[
-        "splits"
-    ]
+    settings = evaluation.Settings(device="cpu", batch_size=16)
+    return evaluation.evaluate(trained, splits, settings, out=folder / "out").first.splits
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +91,13 @@ def test_retrieval_with_several_captions_is_that_of_clip_benchmark(folder, encod
         encoder.model, loader, encoder.tokenizer, "cpu", amp=False, recall_k_list=KS
     )
     for k in KS:
-        to_text, to_image = (
-            ours["retrieval"][way][f"R@{k}"] for way in ("image_to_text", "text_to_image")
-        )
-        assert to_text["value"] == pytest.approx(expected[f"text_retrieval_recall@{k}"], abs=1e-6)
-        assert to_image["value"] == pytest.approx(expected[f"image_retrieval_recall@{k}"], abs=1e-6)
-        assert all(figure["value"] > 1.5 * figure["chance"] for figure in (to_text, to_image))
-    assert ours["retrieval"]["texts"] == 2 * ours["retrieval"]["images"]
-    assert ours["retrieval"]["zero_shot"] is None
+        to_text = ours["retrieval"].retrieval.image_to_text[f"R@{k}"]
+        to_image = ours["retrieval"].retrieval.text_to_image[f"R@{k}"]
+        assert to_text.value == pytest.approx(expected[f"text_retrieval_recall@{k}"], abs=1e-6)
+        assert to_image.value == pytest.approx(expected[f"image_retrieval_recall@{k}"], abs=1e-6)
+        assert all(figure.value > 1.5 * figure.chance for figure in (to_text, to_image))
+    assert ours["retrieval"].texts == 2 * ours["retrieval"].images
+    assert ours["retrieval"].classification is None
 
 
 def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, encoder, ours):
@@ -107,17 +105,17 @@ def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, encod
     from open_clip_train.zero_shot import accuracy
 
     loader, data = of_clip_benchmark(folder / "classes", encoder)
-    figures, tokenizer = ours["classes"]["zero_shot"], encoder.tokenizer
+    figures, tokenizer = ours["classes"].classification, encoder.tokenizer
     names = encoder.model, loader, tokenizer, data.classes, data.templates
     expected = zeroshot_classification.evaluate(*names, "cpu", amp=False)
-    assert figures["classes"] == data.classes
-    assert figures["templates"] == [template.replace("{c}", "{}") for template in TEMPLATES]
-    assert figures["top1"]["value"] == pytest.approx(expected["acc1"], abs=1e-6)
-    assert figures["top5"]["value"] == pytest.approx(expected["acc5"], abs=1e-6)
-    assert figures["mean_per_class"]["value"] == pytest.approx(
+    assert figures.classes == data.classes
+    assert figures.templates == [template.replace("{c}", "{}") for template in TEMPLATES]
+    assert figures.top1.value == pytest.approx(expected["acc1"], abs=1e-6)
+    assert figures.top5.value == pytest.approx(expected["acc5"], abs=1e-6)
+    assert figures.mean_per_class.value == pytest.approx(
         expected["mean_per_class_recall"], abs=1e-6
     )
-    assert figures["top1"]["chance"] < figures["top1"]["value"] < 1
+    assert figures.top1.chance < figures.top1.value < 1
     phrases = [functools.partial(template.replace("{c}", "{}").format) for template in TEMPLATES]
     weights = open_clip.build_zero_shot_classifier(encoder.model, tokenizer, data.classes, phrases)
     hits, count = torch.zeros(2), 0
@@ -126,8 +124,8 @@ def test_classification_is_that_of_clip_benchmark_and_of_open_clip(folder, encod
             logits = 100.0 * encoder.model.encode_image(images, normalize=True) @ weights
             hits += torch.tensor(accuracy(logits, target, topk=(1, 5)))
             count += len(target)
-    assert count == figures["images"]
-    assert [figures["top1"]["value"], figures["top5"]["value"]] == pytest.approx(
+    assert count == figures.images
+    assert [figures.top1.value, figures.top5.value] == pytest.approx(
         (hits / count).tolist(), abs=1e-6
     )
-    assert ours["classes"]["contact_sheet"] is None
+    assert ours["classes"].contact_sheet is None

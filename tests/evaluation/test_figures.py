@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from simplclip import data, evaluation
-from simplclip.evaluation import figures, retrieval
+from simplclip.evaluation import Figure, figures, retrieval
 from simplclip.models.trained import image_transform, load_model, tokenizer
 from support.data.pairs import png, write
 from support.train import tiny
@@ -57,7 +57,7 @@ def test_recall_is_the_plain_one_whatever_the_tiles(monkeypatch, n, m, groups, t
     monkeypatch.setattr(retrieval, "_TILE_COLUMNS", columns)
     x, y, gx, gy = features(n, m, groups)
     for k in (1, 5, 10):
-        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["value"] == pytest.approx(
+        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"].value == pytest.approx(
             plain_recall(x, y, gx, gy, k)
         )
 
@@ -70,7 +70,7 @@ def test_chance_counts_all_right_answers():
         expected = np.mean(
             [1 - math.comb(60 - int((gy == g).sum()), k) / math.comb(60, k) for g in gx]
         )
-        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["chance"] == pytest.approx(expected)
+        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"].chance == pytest.approx(expected)
 
 
 def test_the_loss_is_that_of_batches_in_a_fixed_order():
@@ -138,7 +138,8 @@ def test_features_do_not_depend_on_batches_and_workers(trained, tmp_path):
     ).values()
     results = []
     for size, workers in ((5, 0), (24, 0), (5, 2)):
-        evaluation.encode(model, split, size, CPU, "fp32", workers=workers)
+        towers = evaluation.Towers(model, CPU, "fp32")
+        evaluation.encode(towers, split, size, workers=workers)
         results.append((split.image_features, split.text_features))
     torch.testing.assert_close(results[0], results[1])
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[2]))
@@ -174,13 +175,13 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path, seed):
     ]
 
     def zero_shot(templates):
-        return evaluation.zero_shot(OneHot(), split, templates, CPU, "fp32")
+        return evaluation.zero_shot(evaluation.Towers(OneHot(), CPU, "fp32"), split, templates)
 
     got = zero_shot(["a {}", "{}"])
-    assert (got["classes"], got["images"], got["templates"]) == (names, 21, ["a {}", "{}"])
-    assert got["top1"] == {"value": pytest.approx(np.mean(right[1])), "chance": 1 / 6}
-    assert got["top5"] == {"value": pytest.approx(np.mean(right[5])), "chance": 5 / 6}
-    assert got["mean_per_class"] == {"value": pytest.approx(np.mean(per_class)), "chance": 1 / 6}
+    assert (got.classes, got.images, got.templates) == (names, 21, ["a {}", "{}"])
+    assert got.top1 == Figure(pytest.approx(np.mean(right[1])), 1 / 6)
+    assert got.top5 == Figure(pytest.approx(np.mean(right[5])), 5 / 6)
+    assert got.mean_per_class == Figure(pytest.approx(np.mean(per_class)), 1 / 6)
     with pytest.raises(
         ValueError, match="template: expected a phrase with one {} for the label, .* got 'an emoji'"
     ):
@@ -198,7 +199,7 @@ def test_labels_need_names(tmp_path):
         with pytest.raises(
             ValueError, match=f"classnames: expected a name for each label of .*{message}"
         ):
-            evaluation.zero_shot(None, split, ["{}"], CPU, "fp32")
+            evaluation.zero_shot(evaluation.Towers(None, CPU, "fp32"), split, ["{}"])
 
 
 SYNSETS = ("n02123045", "n01440764", "n02099601")  # tabby, tench, golden retriever
@@ -257,34 +258,27 @@ def test_phrases_around_names(tmp_path):
 
 
 def test_a_terminal_of_80_columns_is_enough():
-    shares = {f"R@{k}": {"value": k / 10, "chance": k / 25010} for k in (1, 5, 10)}
-    zero_shot = {
-        "classes": range(1000),
-        "top1": shares["R@10"],
-        "top5": shares["R@5"],
-        "mean_per_class": shares["R@1"],
-    }
-    result = {
-        "images": 5000,
-        "texts": 25010,
-        "image_to_text": shares,
-        "text_to_image": shares,
-        "zero_shot": zero_shot,
-    }
+    shares = {f"R@{k}": Figure(k / 10, k / 25010) for k in (1, 5, 10)}
+    classes = [str(number) for number in range(1000)]
+    classification = evaluation.Classification(
+        classes, 5000, ["{}"], shares["R@10"], shares["R@5"], shares["R@1"]
+    )
+    result = evaluation.SplitResult(
+        5000, 25010, evaluation.Retrieval(shares, shares), classification
+    )
     names = [
         "runs/a-run-with-a-long-name/last.pt",
         "open_clip:ViT-B-32/laion2b_s34b_b79k",
         "runs/b",
     ]
     models = [
-        {"checkpoint": name, "model": "m", "step": 3, "splits": {"a name of three words": result}}
+        evaluation.ModelResult(name, "m", 3, "fp32", {"a name of three words": result})
         for name in names
     ]
     for several in (models[:1], models):
         text = io.StringIO()
-        Console(file=text, width=80).print(
-            figures.table(several[0] | {"baselines": dict(enumerate(several[1:]))})
-        )
+        results = evaluation.Results(several[0], {}, dict(zip(names[1:], several[1:])))
+        Console(file=text, width=80).print(figures.table(results))
         lines = text.getvalue().splitlines()
         assert max(map(len, lines)) <= 80
         assert len(lines) < 20 * len(several)

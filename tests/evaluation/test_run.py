@@ -41,40 +41,41 @@ def folder(trained, tmp_path_factory):
 
 @pytest.fixture
 def evaluate(folder, tmp_path):
-    """Returns a function that evaluates models on the splits of these files, and returns the answer
-    and the printed text.
+    """Returns a function that evaluates models on the splits of these files: the results, and the
+    printed text.
     """
 
     def evaluate(*models, splits=("one",), **options):
         text = io.StringIO()
-        data = (
-            splits
-            if isinstance(splits, dict)
-            else {name: str(folder / f"{name}.tar") for name in splits}
-        )
-        options = {
-            "out": tmp_path,
-            "device": "cpu",
-            "workers": 0,
-            "console": Console(file=text, width=160),
-        } | options
-        return evaluation.evaluate(models, data, **options), text.getvalue()
+        data = splits
+        if not isinstance(splits, dict):
+            data = {name: str(folder / f"{name}.tar") for name in splits}
+        out = options.pop("out", tmp_path)
+        settings = evaluation.Settings(device="cpu", workers=0, **options)
+        console = Console(file=text, width=160)
+        results = evaluation.evaluate(models, data, settings, out=out, console=console)
+        return results, text.getvalue()
 
     return evaluate
 
 
 @pytest.mark.slow
 def test_one_model(trained, evaluate, tmp_path):
-    answer, text = evaluate(trained, splits=("one", "two"), templates=["a {} shape"], batch_size=16)
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == answer
-    assert list(answer["splits"]) == ["one", "two"]
-    assert (answer["model"], answer["step"], answer["precision"]) == ("siclip-tiny", 30, "fp32")
-    figure = answer["splits"]["one"]["image_to_text"]["R@5"]
-    assert figure["value"] > 2.5 * figure["chance"], "it was trained on these very pictures"
-    assert (answer["splits"]["two"]["images"], answer["splits"]["two"]["texts"]) == (48, 24)
-    assert answer["splits"]["two"]["zero_shot"]["templates"] == ["a {} shape"]
+    results, text = evaluate(
+        trained, splits=("one", "two"), templates=["a {} shape"], batch_size=16
+    )
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert content == results.to_json()
+    assert evaluation.Results.from_json(content) == results
+    model = results.first
+    assert list(model.splits) == ["one", "two"]
+    assert (model.model, model.step, model.precision) == ("siclip-tiny", 30, "fp32")
+    figure = model.splits["one"].retrieval.image_to_text["R@5"]
+    assert figure.value > 2.5 * figure.chance, "it was trained on these very pictures"
+    assert (model.splits["two"].images, model.splits["two"].texts) == (48, 24)
+    assert model.splits["two"].classification.templates == ["a {} shape"]
     for name in ("one", "two"):
-        assert min(Image.open(answer["splits"][name]["contact_sheet"]).size) > 700
+        assert min(Image.open(model.splits[name].contact_sheet).size) > 700
     for words in (
         "one: 24 samples read, 0 skipped",
         "24 texts",
@@ -88,20 +89,20 @@ def test_one_model(trained, evaluate, tmp_path):
 @pytest.mark.slow
 def test_several_models_side_by_side(trained, folder, evaluate, tmp_path):
     models = [str(trained), str(folder / "other.pt"), f"open_clip:tiny/{folder / 'tiny.bin'}"]
-    answer, text = evaluate(*models)
-    assert answer["checkpoint"] == models[0]
-    assert list(answer["baselines"]) == models[1:]
-    parts = (answer, *answer["baselines"].values())
+    results, text = evaluate(*models)
+    assert results.first.checkpoint == models[0]
+    assert list(results.baselines) == models[1:]
+    parts = [part.splits["one"] for part in results.models]
     for number, (model, part) in enumerate(zip(models, parts)):
-        alone = evaluate(model, out=tmp_path / str(number))[0]["splits"]["one"]
-        for name in ("image_to_text", "text_to_image", "zero_shot"):
-            assert part["splits"]["one"][name] == alone[name]
-        assert Image.open(part["splits"]["one"]["contact_sheet"])
-    figures = [part["splits"]["one"]["image_to_text"]["R@5"]["value"] for part in parts]
+        alone = evaluate(model, out=tmp_path / str(number))[0].first.splits["one"]
+        assert part.retrieval == alone.retrieval
+        assert part.classification == alone.classification
+        assert Image.open(part.contact_sheet)
+    figures = [part.retrieval.image_to_text["R@5"].value for part in parts]
     assert len({*figures}) > 1
     assert "3 models" in text
     assert all(f"{figure:.1%}" in text for figure in figures)
-    assert answer["baselines"][models[2]]["step"] is None
+    assert results.baselines[models[2]].step is None
     assert len([*tmp_path.glob("evaluation-one*.png")]) == 3
 
 
@@ -116,18 +117,18 @@ def test_what_gives_no_figures_is_said(trained, evaluate, tmp_path):
             tmp_path / "numbered.tar", [*captioned, ("last", {"png": image, "txt": b"blue"})]
         )
     }
-    answer, text = evaluate(trained, splits=numbered)
-    assert answer["splits"]["a"]["image_to_text"]["R@5"]["value"] > 0
-    assert answer["splits"]["a"]["zero_shot"] is None
+    results, text = evaluate(trained, splits=numbered)
+    assert results.first.splits["a"].retrieval.image_to_text["R@5"].value > 0
+    assert results.first.splits["a"].classification is None
     assert "a: no classification: classnames: expected a name for each label of " in text
     assert "got the number 0, and no names" in text
     with pytest.raises(ValueError, match="classnames: expected a name for each label"):
         evaluate(trained, splits=classes)
     (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
-    answer, text = evaluate(trained, splits=numbered | classes, classnames=tmp_path / "names.txt")
+    results, text = evaluate(trained, splits=numbered | classes, classnames=tmp_path / "names.txt")
     assert "a: no classification of images without a label: 1 of 5" in text
     assert "b: no retrieval: no image has a caption" in text
-    assert answer["splits"]["b"]["contact_sheet"] is None
+    assert results.first.splits["b"].contact_sheet is None
     one = {"c": write(tmp_path / "one.tar", [("k", {"png": image, "json": b'{"label": "x"}'})])}
     with pytest.raises(
         ValueError,
@@ -141,10 +142,8 @@ def test_templates_are_those_of_the_checkpoint_if_they_are_phrases(trained, fold
     state = read_checkpoint(trained)
     state["config"]["eval"]["templates"] = ["one {}", "{}"]
     torch.save(state, folder / "phrases.pt")
-    assert evaluate(folder / "phrases.pt")[0]["splits"]["one"]["zero_shot"]["templates"] == [
-        "one {}",
-        "{}",
-    ]
+    results, _ = evaluate(folder / "phrases.pt")
+    assert results.first.splits["one"].classification.templates == ["one {}", "{}"]
     for odd in (
         {"templates": [3]},
         {"templates": []},

@@ -21,6 +21,7 @@ from torch import nn
 
 import simplclip
 from simplclip import export, models
+from simplclip.evaluation import Figure, ModelResult, Results, Retrieval, SplitResult
 from simplclip.integrations.open_clip import register_models
 from simplclip.models.trained import CheckpointError, read_checkpoint
 from simplclip.train import checkpoint, config
@@ -149,14 +150,14 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
     run = tmp_path / "run"
     run.mkdir()
     torch.save(state, run / "best.pt")
-    shares = {f"R@{k}": {"value": k / 16, "chance": k / 1000} for k in (1, 5, 10)}
-    splits = {
-        "held": {"images": 9, "image_to_text": shares, "text_to_image": shares},
-        "classes": {"images": 3},
-    }
-    (run / "evaluation.json").write_text(
-        json.dumps({"checkpoint": str(run / "best.pt"), "step": 7, "splits": splits})
-    )
+    shares = {f"R@{k}": Figure(k / 16, k / 1000) for k in (1, 5, 10)}
+    splits = {"held": SplitResult(9, 9, Retrieval(shares, shares)), "classes": SplitResult(3, 0)}
+
+    def write_results(checkpoint, step):
+        model = ModelResult(str(run / checkpoint), "siclip-tiny", step, "fp32", splits)
+        (run / "evaluation.json").write_text(json.dumps(Results(model, {}).to_json()))
+
+    write_results("best.pt", step=7)
     out = tmp_path / "out"
     export.run(run, out)
     text = (out / "README.md").read_text("utf-8")
@@ -185,9 +186,7 @@ def test_the_model_card_has_counts_figures_and_the_lines_that_load_it(tiny, tmp_
     (out / "README.md").write_text("my card")  # e.g. with a licence
     export.run(run, out, force=True)
     assert (out / "README.md").read_text() == "my card"
-    (run / "evaluation.json").write_text(
-        json.dumps({"checkpoint": str(run / "last.pt"), "step": 6, "splits": splits})
-    )
+    write_results("last.pt", step=6)
     for wrong in (None, "[1]", "{"):  # figures of another step are not this model's
         if wrong:
             (run / "evaluation.json").write_text(wrong)
