@@ -17,13 +17,13 @@ from ptx.capture import Started
 from tf32 import rounded
 from torch import Tensor
 
-from simplclip.kernels.similarity import forward
+from simplclip.kernels.similarity import statistics
 from simplclip.ops.similarity.call import RowStat  # ColumnStat's numbers are those of the first
 
 LOG2E = math.log2(math.e)
 ERROR = 1e-5  # of float32 sums
 STUDENT, TEACHER, UNMATCHED = (
-    slot.value for slot in (forward.STUDENT, forward.TEACHER, forward.UNMATCHED)
+    slot.value for slot in (statistics.STUDENT, statistics.TEACHER, statistics.UNMATCHED)
 )
 Results = dict[str, tuple]
 
