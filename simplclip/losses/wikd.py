@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from simplclip import ops
 from simplclip.losses.base import Pairs, SimilarityLoss, Teacher, weight_of, width_of
 from simplclip.ops import checks
-from simplclip.ops.registry import no_autocast
+from simplclip.ops.autocast import no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES
 
 INTERACTIVE = ("infonce", "kl")
