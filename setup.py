@@ -140,7 +140,7 @@ class Build(cpp_extension.BuildExtension):
 
     def run(self) -> None:
         start = time.monotonic()
-        write_header()
+        write_headers()
         super().run()
         print(
             f"simplclip: built {' and '.join(e.name for e in self.extensions)} in "
@@ -150,18 +150,20 @@ class Build(cpp_extension.BuildExtension):
             print(f"simplclip: WITHOUT the CUDA kernels: {NO_CUDA}")
 
 
-def write_header() -> None:
-    """Writes build/sources.h, which the extensions' modules include: what they were built from, and
-    why there is no CUDA.
+def write_headers() -> None:
+    """Writes the headers of build/: sources.h, which says what the extensions are built from and
+    why there is no CUDA, and the calls of csrc/call_headers.py.
     """
     macros = {"SOURCES": DIGEST("_C"), "SOURCES_CUDA": DIGEST("_C_cuda"), "NO_CUDA": NO_CUDA or ""}
-    text = "".join(
+    sources = "".join(
         f"#define SIMPLCLIP_{name} {json.dumps(value)}\n" for name, value in macros.items()
     )
     BUILD.mkdir(exist_ok=True)
-    header = BUILD / "sources.h"
-    if not header.exists() or header.read_text() != text:
-        header.write_text(text)
+    for name, text in {"sources.h": sources, **CALL_HEADERS(Path("simplclip/ops"))}.items():
+        header = BUILD / name
+        # an unchanged header keeps its time, so that nothing is compiled again
+        if not header.exists() or header.read_text() != text:
+            header.write_text(text)
 
 
 def runtime_folders() -> list[str]:
@@ -223,6 +225,7 @@ def extensions() -> tuple[list, str | None]:
 
 BUILD = Path("build")
 DIGEST = runpy.run_path("simplclip/ops/extension.py")["digest"]
+CALL_HEADERS = runpy.run_path("csrc/call_headers.py")["headers"]
 EXTENSIONS, NO_CUDA = extensions()
 
 setup(

@@ -22,6 +22,7 @@ def rounded_to_tf32(x):
 
 @triton.jit
 def sigmoid(x):
+    """Returns 1 / (1 + e^-x) of each element."""
     return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 

@@ -25,6 +25,13 @@ class Tile(NamedTuple):
 
 
 PRECISIONS = ("half", "tf32", "ieee")
+
+
+def dot_precision(precision: str) -> str:
+    """Returns the input_precision of tl.dot for a precision of PRECISIONS."""
+    return "tf32" if precision == "tf32" else "ieee"
+
+
 # Several programs of the similarity kernels share a multiprocessor: the statistics of one run
 # beside the products of others.
 _TILES = {

@@ -1,3 +1,3 @@
-"""The terms that shaped_attention adds to the softmax attention of another library: op.py has the
-launchers.
+"""The terms that shaped_attention adds to the softmax attention of another library, in Triton:
+launch.py has the launchers.
 """

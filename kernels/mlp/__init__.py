@@ -1,1 +1,1 @@
-"""parallel_mlp in Triton: op.py has the launchers."""
+"""parallel_mlp in Triton: launch.py has the launchers."""

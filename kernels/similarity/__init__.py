@@ -1,1 +1,1 @@
-"""similarity_loss in Triton: op.py has the launchers."""
+"""similarity_loss in Triton: launch.py has the launchers."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from simplclip.kernels import tuning
-from simplclip.kernels.launch import architecture_and_processors, precision_of, splits, starts
+from simplclip.kernels.runtime import architecture_and_processors, precision_of, splits, starts
 from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
 
 # sides of a block of G are multiples of 128, and so of a tile's sides, unless they end with the
@@ -31,18 +31,20 @@ class Tiling:
 
 
 def tile_of(call: SimilarityCall | SigmoidCall) -> tuning.Tile:
-    return tuning.lookup(
-        "similarity", precision_of(call.image.dtype), architecture_and_processors(call.image)[0]
-    )
+    """Returns the tile of the products on the call's device."""
+    architecture, _ = architecture_and_processors(call.image)
+    return tuning.lookup("similarity", precision_of(call.image.dtype), architecture)
 
 
 def arguments(call: SimilarityCall | SigmoidCall, *widths: int) -> dict[str, object]:
-    """Returns the arguments that all kernels have which multiply features. widths: of other
-    features, beside the image's.
+    """Returns the arguments of every kernel that multiplies features.
+
+    widths: of the teacher's features, if the kernel multiplies them too.
     """
-    tile, (n, width) = tile_of(call), call.image.shape
-    even = all(each % tile.block_k == 0 for each in (width, *widths))
-    precision = "tf32" if precision_of(call.image.dtype) == "tf32" else "ieee"
+    tile = tile_of(call)
+    n, width = call.image.shape
+    even = all(count % tile.block_k == 0 for count in (width, *widths))
+    precision = tuning.dot_precision(precision_of(call.image.dtype))
     return {
         "image": call.image,
         "text": call.text,
@@ -80,26 +82,25 @@ def sweeps(call: SimilarityCall) -> Iterator[Sweep]:
     A sweep's parts of columns have at most as many bytes as `chunk` rows of a matrix, or are those
     of one block of rows.
     """
-    tile, (_, processors) = tile_of(call), architecture_and_processors(call.image)
-    (n, _), m = call.image.shape, call.text.shape[0]
+    tile = tile_of(call)
+    _, processors = architecture_and_processors(call.image)
+    n = call.image.shape[0]
+    m = call.text.shape[0]
     blocks = -(-n // tile.block_m)
     if call.columns:
         blocks = min(blocks, max(1, call.chunk * call.image.itemsize // (4 * column_slots(call))))
+    tiles = -(-m // tile.block_n)
+    slots = processors * tile.blocks
     for first in starts(n, blocks * tile.block_m):
         count = min(n - first, blocks * tile.block_m)
         row_blocks = -(-count // tile.block_m)
-        yield Sweep(
-            first,
-            count,
-            row_blocks,
-            *splits(row_blocks, -(-m // tile.block_n), processors * tile.blocks),
-        )
+        yield Sweep(first, count, row_blocks, *splits(row_blocks, tiles, slots))
 
 
 @functools.cache
 def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
-    """Returns rows R, columns C of the blocks of an N x M matrix that backward computes in turn, R
-    C <= elements or 128².
+    """Returns the rows R and the columns C of the blocks of an N x M matrix that backward computes
+    in turn; R C is at most `elements`, or 128².
 
     For each block the gradients of its rows and of its columns are read and written once, 8 D (N
     ceil(M / C) + M ceil(N / R)) bytes in all. These bytes are fewest where R and C are about equal.
@@ -110,7 +111,9 @@ def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
         columns = m if rows * m <= elements else elements // rows // SIDE * SIDE
         if columns:
             sides[n * -(-m // columns) + m * -(-n // rows)] = rows, columns
-    return sides[min(sides)] if sides else (min(n, SIDE), min(m, SIDE))
+    if not sides:
+        return min(n, SIDE), min(m, SIDE)
+    return sides[min(sides)]
 
 
 def blocks_of(n: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:

@@ -1,18 +1,18 @@
-"""Kernel and launcher of similarity_sigmoid: values and gradients of sigmoid terms in one sweep
-over blocks.
-"""
+"""Kernel of similarity_sigmoid: values and gradients of sigmoid terms in one sweep over blocks."""
 
-from __future__ import annotations
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from simplclip.kernels.arithmetic import block_of_program
-from simplclip.kernels.launch import device_of
-from simplclip.kernels.similarity.backward import add_to_sum, store_gradient
-from simplclip.kernels.similarity.op import gradients_in_blocks, range_factor
+from simplclip.kernels.similarity.gradient import SIZES, add_to_sum, store_gradient
+from simplclip.kernels.similarity.rows import (
+    BIAS,
+    MIX,
+    NEGATIVE,
+    POSITIVE,
+    WEIGHT,
+    sigmoid_number,
+)
 from simplclip.kernels.similarity.tile import (
     GROUP,
     is_negative,
@@ -20,24 +20,13 @@ from simplclip.kernels.similarity.tile import (
     softplus_and_sigmoid,
     times_nonzero,
 )
-from simplclip.ops.similarity.call import SigmoidCall
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n",
-        "m",
-        "label_offset",
-        "first_row",
-        "first_column",
-        "row_blocks",
-        "column_blocks",
-    ],
-)
+@triton.jit(do_not_specialize=SIZES)
 def _similarity_sigmoid_kernel(
     image,  # [N, D]
     text,  # [M, D]
-    sigmoids,  # [5, TERMS]: weight, bias, negative, positive, mix
+    sigmoids,  # [5, TERMS] SigmoidRow
     ids,  # [N] or None
     text_ids,  # [M] or None
     factor,  # [] or None: the factor of G before it is rounded
@@ -71,50 +60,22 @@ def _similarity_sigmoid_kernel(
     positive = (row < n)[:, None] & (column[None, :] == row[:, None] + label_offset)
     g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.static_range(TERMS):
-        logits = similarity * tl.load(sigmoids + k) + tl.load(sigmoids + TERMS + k)
+        weight = sigmoid_number(sigmoids, WEIGHT, k, TERMS)
+        logits = similarity * weight + sigmoid_number(sigmoids, BIAS, k, TERMS)
         logits = tl.where(positive, -logits, logits)
         softplus, slope = softplus_and_sigmoid(logits)
         # NaN where a positive's logit is infinite, though it may be 0
         softplus += tl.where(positive, 0.0 * logits, 0.0)
-        share = tl.where(
-            positive, tl.load(sigmoids + 3 * TERMS + k), tl.load(sigmoids + 2 * TERMS + k)
-        )
+        positive_factor = sigmoid_number(sigmoids, POSITIVE, k, TERMS)
+        negative_factor = sigmoid_number(sigmoids, NEGATIVE, k, TERMS)
+        share = tl.where(positive, positive_factor, negative_factor)
         share = tl.where(negative | positive, share, 0.0)
         add_to_sum(sums + k, times_nonzero(share, softplus))
         if GRADIENT:
-            slope = times_nonzero(
-                tl.where(positive, -share, share) * tl.load(sigmoids + 4 * TERMS + k), slope
-            )
+            share = tl.where(positive, -share, share)
+            slope = times_nonzero(share * sigmoid_number(sigmoids, MIX, k, TERMS), slope)
             add_to_sum(sums + TERMS + k, slope * similarity)
             add_to_sum(sums + 2 * TERMS + k, slope)
-            g += slope * tl.load(sigmoids + k)
+            g += slope * sigmoid_number(sigmoids, WEIGHT, k, TERMS)
     if GRADIENT:
         store_gradient(out, g, factor, row, column, first_row, first_column, n, m, out_stride)
-
-
-def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the reference's results, with gradients in the features' dtype, or in float32 for
-    float16.
-
-    Scratch besides the results: as many elements as `chunk` rows of the matrix; for bfloat16 also
-    the gradients in float32.
-    """
-    terms, dtype = call.sigmoids.shape[1], call.image.dtype
-    with device_of(call.image):
-        factor = (
-            range_factor(call, sigmoids=call.sigmoids, TERMS=terms)
-            if call.gradient
-            else (None, None)
-        )
-        d_image, d_text, sums = gradients_in_blocks(
-            call,
-            _similarity_sigmoid_kernel,
-            3 * terms,
-            *factor,
-            torch.float32 if dtype == torch.float16 else dtype,
-            stored=call.gradient,
-            sigmoids=call.sigmoids,
-            TERMS=terms,
-            GRADIENT=call.gradient,
-        )
-    return sums[:, :terms].sum(0), d_image, d_text, sums[:, terms:].sum(0).view(2, terms)

@@ -46,31 +46,37 @@ def product(
 
 
 @triton.jit
-def clamped(values, index, size):
+def load_clamped(values, index, size):  # [size], [BLOCK]
     """Loads values at these indices; an index beyond the end loads the last value."""
     return tl.load(values + tl.minimum(index, size - 1))
 
 
 @triton.jit
-def is_negative(masked, row, column, n, m, label_offset, ids, text_ids):  # [BLOCK_M, BLOCK_N]
+def is_negative(
+    masked,  # [BLOCK_M, BLOCK_N] or None
+    row,  # [BLOCK_M]
+    column,  # [BLOCK_N]
+    n,
+    m,
+    label_offset,
+    ids,  # [N] or None
+    text_ids,  # [M] or None
+):  # [BLOCK_M, BLOCK_N]
     """Whether an entry is inside the matrix, is not the row's positive, and has no id equal to the
     row's.
 
-    masked: a tile in registers that is -inf at all other entries, or None. A mask of its own would
-    need registers too.
+    masked: a tile in registers that is -inf at all other entries. A mask of its own would need
+    registers too.
     """
     if masked is not None:
         return masked != -INF
     else:
-        negative = (
-            (row < n)[:, None]
-            & (column < m)[None, :]
-            & (column[None, :] != row[:, None] + label_offset)
-        )
+        inside = (row < n)[:, None] & (column < m)[None, :]
+        negative = inside & (column[None, :] != row[:, None] + label_offset)
         if ids is not None:
-            negative = negative & (
-                clamped(ids, row, n)[:, None] != clamped(text_ids, column, m)[None, :]
-            )
+            row_id = load_clamped(ids, row, n)
+            column_id = load_clamped(text_ids, column, m)
+            negative = negative & (row_id[:, None] != column_id[None, :])
         return negative
 
 

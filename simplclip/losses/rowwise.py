@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from simplclip.losses.base import STUDENT, TEACHER, DistributedLoss, Pairs, Teacher
 from simplclip.ops import checks, distributed
+from simplclip.ops.autocast import autocast, no_autocast
 from simplclip.ops.calls import accumulate_dtype
-from simplclip.ops.registry import autocast, no_autocast
 from simplclip.ops.similarity import inputs
 
 _LEAST_ROWS = 64  # of a chunk: fewer make products slow

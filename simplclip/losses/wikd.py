@@ -21,7 +21,7 @@ from simplclip.losses.base import (
     widen,
 )
 from simplclip.ops import checks
-from simplclip.ops.registry import no_autocast
+from simplclip.ops.autocast import no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES
 
 INTERACTIVE = ("infonce", "kl")

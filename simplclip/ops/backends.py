@@ -48,8 +48,9 @@ else:
 
 @dataclass(frozen=True)
 class Implementation:
-    """A backend's function for an op; `why_not(device, dtype, **facts of the call)` is None if the
-    function can run.
+    """A backend's function for an op, and its predicate.
+
+    `why_not(device, dtype, **facts of the call)` is None if the function can run.
     """
 
     function: Callable
@@ -57,12 +58,12 @@ class Implementation:
 
 
 def why_not_kernels(serves: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns why kernels for tensors of the device type `serves` cannot run a call, or None if
-    they can.
-    """
+    """Returns why kernels for the device type `serves` cannot run a call, or None if they can."""
     if device.type != serves:
         return f"serves {serves} tensors, not {device.type}"
-    return "computes in float32; float64 is for the reference" if dtype == torch.float64 else None
+    if dtype == torch.float64:
+        return "computes in float32; float64 is for the reference"
+    return None
 
 
 def _anywhere(device: torch.device, dtype: torch.dtype, **call) -> str | None:
@@ -82,14 +83,12 @@ def installed(package: str) -> bool:
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """Returns the compute capability of a GPU; None if there is none, as in a plan for a card that
-    is not here.
-    """
+    """Returns the compute capability of a GPU, or None without one, as in a plan for a card."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 def triton_on_cuda(device: torch.device, dtype: torch.dtype, **call) -> str | None:
-    """Returns why Triton cannot run a call."""
+    """Returns why Triton cannot run a call, or None if it can."""
     if not installed("triton"):
         return "the package triton is not installed"
     if reason := why_not_kernels("cuda", device, dtype):
@@ -109,21 +108,22 @@ def _has_binary(index: int) -> bool:
 
 
 def extension_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns why the CUDA extension cannot run a call, for reasons that hold for every op; None if
-    there are none.
-    """
+    """Returns why the CUDA extension cannot run a call of any op, or None if it can."""
     if cuda_extension is None:
         return cuda_extension_error
-    reason = why_not_kernels("cuda", device, dtype)
-    if reason is None and (card := capability(device)):
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if not _has_binary(index):
-            number = ".".join(map(str, card))
-            return (
-                f"was built for {cuda_extension.architectures()}, the device has compute "
-                f"capability {number}: rebuild with TORCH_CUDA_ARCH_LIST={number}"
-            )
-    return reason
+    if reason := why_not_kernels("cuda", device, dtype):
+        return reason
+    card = capability(device)
+    if card is None:
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if _has_binary(index):
+        return None
+    number = ".".join(map(str, card))
+    return (
+        f"was built for {cuda_extension.architectures()}, the device has compute capability "
+        f"{number}: rebuild with TORCH_CUDA_ARCH_LIST={number}"
+    )
 
 
 def _native(name: str, fields: tuple[str, ...]) -> Callable:
@@ -143,12 +143,16 @@ def _native(name: str, fields: tuple[str, ...]) -> Callable:
 
 
 def kernel(module: str, name: str) -> Callable:
-    """Returns a launcher of kernels/, imported at its first call: importing Triton takes time, and
-    some platforms lack it.
+    """Returns a launcher of kernels/, which is imported at its first call.
+
+    Importing Triton takes time, and some platforms lack it.
     """
-    return lambda *call: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(
-        *call
-    )
+
+    def run(*arguments: Any) -> Any:
+        launcher = getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)
+        return launcher(*arguments)
+
+    return run
 
 
 def row(
@@ -159,9 +163,7 @@ def row(
     cuda: Callable | None = None,
     cpu: bool = True,
 ) -> dict[str, Implementation]:
-    """Returns the backends of an op with their predicates.
-
-    Their functions are named after `reference`.
+    """Returns the backends of an op, whose functions are named after `reference`.
 
     call: the dataclass of the functions' argument. module: the module of simplclip.kernels with the
     op's launcher, if Triton has the op. cuda: the predicate of CUDA C++, if CUDA C++ has the op.
@@ -185,18 +187,14 @@ TABLE: dict[str, dict[str, Implementation]] = {}
 
 def public_name(op: str) -> str:
     """Returns the name of the public op that an op of the table belongs to."""
-    return (
-        "similarity_loss"
-        if op.startswith("similarity")
-        else op.removesuffix("_fwd").removesuffix("_bwd")
-    )
+    if op.startswith("similarity"):
+        return "similarity_loss"
+    return op.removesuffix("_fwd").removesuffix("_bwd")
 
 
 @functools.cache
 def _parse(spec: str) -> dict[str, str]:
-    """Returns public op -> forced backend, with "" for all ops, of a text as in
-    SIMPLCLIP_BACKEND.
-    """
+    """Parses a text as in SIMPLCLIP_BACKEND: public op, or "" for all ops -> forced backend."""
     by_op = {}
     for part in filter(None, spec.split(",")):
         op, _, name = part.rpartition("=")
@@ -213,16 +211,12 @@ _forced: str = os.environ.get("SIMPLCLIP_BACKEND", "").replace(" ", "")
 
 
 def forced() -> str:
-    """Returns which backends are forced, in the form of SIMPLCLIP_BACKEND; an empty string if none
-    is.
-    """
+    """Returns which backends are forced, in the form of SIMPLCLIP_BACKEND; "" if none is."""
     return _forced
 
 
 def forced_for(op: str, spec: str) -> str:
-    """Returns the backend that a spec (see `forced`) forces for an op; an empty string if it forces
-    none.
-    """
+    """Returns the backend that a spec (see `forced`) forces for an op; "" if it forces none."""
     if not spec:
         return ""
     by_op = _parse(spec)
@@ -231,8 +225,7 @@ def forced_for(op: str, spec: str) -> str:
 
 @contextlib.contextmanager
 def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
-    """Forces backends within the block, for the whole process: `name` for all ops, or one for each
-    op that is named.
+    """Forces backends within the block, for the whole process: `name` for all ops, or some ops'.
 
         with simplclip.backend("reference"): ...
         with simplclip.backend(shaped_attention="sdpa", parallel_mlp="reference"): ...
@@ -241,10 +234,12 @@ def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
     backend of its forward.
     """
     global _forced
-    merged = {**({} if name else _parse(_forced)), **({"": name} if name else {}), **by_op}
+    outer = {"": name} if name else _parse(_forced)
+    merged = {**outer, **by_op}
     spec = ",".join(f"{op}={value}" if op else value for op, value in merged.items())
     _parse(spec)
-    before, _forced = _forced, spec
+    before = _forced
+    _forced = spec
     try:
         yield
     finally:
@@ -252,9 +247,7 @@ def backend(name: str | None = None, /, **by_op: str) -> Iterator[None]:
 
 
 def why_not(op: str, name: str, device: torch.device, dtype: torch.dtype, **call) -> str | None:
-    """Returns why backend `name` cannot run `op` on this device and dtype with these facts of a
-    call; None if it can.
-    """
+    """Returns why backend `name` cannot run a call with these facts, or None if it can."""
     if name not in TABLE[op]:
         return f"{op} has no {name} implementation"
     return TABLE[op][name].why_not(device, dtype, **call)
@@ -263,7 +256,7 @@ def why_not(op: str, name: str, device: torch.device, dtype: torch.dtype, **call
 def select(
     op: str, device: torch.device, dtype: torch.dtype, spec: str = "", *, part: bool = False, **call
 ) -> tuple[str, Callable]:
-    """Returns a backend for `op` and its function: the one that `spec` forces (see `forced`), else
+    """Returns a backend for `op` and its function: the one that `spec` forces (see `forced`), or
     the first that can run.
 
     part: whether `op` is a part of another op: a backend that is forced for all ops is ignored if

@@ -22,22 +22,27 @@ Strided = Tensor
 _TYPES = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
+    "Strided": "Tensor",
+    "Strided | None": "Tensor?",
     "int": "SymInt",
     "bool": "bool",
     "float": "float",
     "str": "str",
+    "list[bool]": "bool[]",
 }
-_TYPES |= {"Strided": "Tensor", "Strided | None": "Tensor?", "list[bool]": "bool[]"}
 
 
 def schema_of(call: type) -> str:
     """Returns the dispatcher's schema of a call's dataclass: its fields in their order."""
+    types = _TYPES | {"Mutated": "Tensor({}!)"}
     aliases = iter("abc")
-    kinds = [
-        f"Tensor({next(aliases)}!)" if field.type == "Mutated" else _TYPES[str(field.type)]
-        for field in fields(call)
-    ]
-    return ", ".join(f"{kind} {field.name}" for kind, field in zip(kinds, fields(call)))
+    arguments = []
+    for field in fields(call):
+        kind = types[str(field.type)]
+        if field.type == "Mutated":
+            kind = kind.format(next(aliases))
+        arguments.append(f"{kind} {field.name}")
+    return ", ".join(arguments)
 
 
 def tensors_of(call: type) -> list[str]:
@@ -48,8 +53,9 @@ def tensors_of(call: type) -> list[str]:
 
 
 def flat(call: Any) -> tuple:
-    """Returns the values of a call's fields: the dispatcher's arguments. torch 2.11 cannot trace
-    vars() of a dataclass.
+    """Returns the values of a call's fields: the dispatcher's arguments.
+
+    torch 2.11 cannot trace vars() of a dataclass.
     """
     return tuple([getattr(call, name) for name in call.__match_args__])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def shape_of(t: Any) -> str:
+    """Returns the shape of a tensor, as in an error."""
     return f"[{', '.join(map(str, t.shape))}]"
 
 
 def floating(name: str, t: Any, letters: str = "") -> None:
-    """Checks that t is a tensor of one of FLOATS. letters: its shape for the message, e.g. "[N,
-    D]".
-    """
+    """Checks that t is a tensor of one of FLOATS. letters: its shape in errors, e.g. "[N, D]"."""
     if not isinstance(t, Tensor):
-        raise TypeError(
-            f"{name}: expected a tensor{letters and ' ' + letters}, got {type(t).__name__}"
-        )
+        expected = f"a tensor {letters}".rstrip()
+        raise TypeError(f"{name}: expected {expected}, got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
 
@@ -107,6 +105,7 @@ def constant(name: str, t: Tensor) -> Tensor:
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> None:
+    """Checks that the value is one of the options."""
     if value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
@@ -134,6 +133,7 @@ def _real(name: str, value: Any, expected: str) -> float:
 
 
 def number(name: str, value: Any, *, positive: bool = False) -> float:
+    """Returns a finite number as a float, checked."""
     value = _real(name, value, "a number")
     if not abs(value) < math.inf:  # torch.compile cannot trace isfinite of a symbolic float
         raise ValueError(f"{name}: expected a finite number, got {value}")
@@ -144,7 +144,7 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> None:
     """Checks the tensors of shaped_attention except `lengths`."""
-    gains = ("alpha", alpha), ("beta", beta), ("gamma", gamma)
+    gains = (("alpha", alpha), ("beta", beta), ("gamma", gamma))
     for name, t in (("q", q), ("k", k), ("v", v), *gains):
         if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.device != q.device:
             floating(name, t)
@@ -183,10 +183,9 @@ def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.dev
     on("lengths", lengths, "q", device)
     if device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
         least, most = map(int, lengths.aminmax())
-        if least < 0 or most > length:
-            raise ValueError(
-                f"lengths: expected 0 to {length} valid tokens, got {least if least < 0 else most}"
-            )
+        extreme = least if least < 0 else most
+        if not 0 <= extreme <= length:
+            raise ValueError(f"lengths: expected 0 to {length} valid tokens, got {extreme}")
     return lengths.clamp(0, length).to(torch.int32)
 
 
@@ -198,22 +197,18 @@ def mlp(
     fc2_bias: Tensor | None,
 ) -> None:
     """Checks types and shapes of parallel_mlp's tensors."""
-    weights = ("fc1_weight", fc1_weight, "[F, C]"), ("fc2_weight", fc2_weight, "[C_out, F]")
-    for name, t, _ in (
-        ("x", x, ""),
-        *weights,
-        ("fc1_bias", fc1_bias, ""),
-        ("fc2_bias", fc2_bias, ""),
-    ):
-        if (not isinstance(t, Tensor) or t.dtype not in FLOATS) and not (
-            t is None and name.endswith("bias")
-        ):
+    weights = (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight))
+    biases = (("fc1_bias", fc1_bias), ("fc2_bias", fc2_bias))
+    for name, t in (("x", x), *weights, *biases):
+        if isinstance(t, Tensor) and t.dtype in FLOATS:
+            continue
+        if t is not None or not name.endswith("bias"):
             floating(name, t)
     if x.dim() < 1 or 0 in x.shape:
         raise ValueError(
             f"x: expected [..., C] without an empty dimension, got shape {shape_of(x)}"
         )
-    for name, t, letters in weights:
+    for (name, t), letters in zip(weights, ("[F, C]", "[C_out, F]")):
         if t.dim() != 2 or 0 in t.shape:
             raise ValueError(
                 f"{name}: expected {letters} without an empty dimension, got shape {shape_of(t)}"
@@ -229,77 +224,63 @@ def mlp(
             f"fc2_weight: expected [C_out, F] with F = {f} of fc1_weight, got shape "
             f"{shape_of(fc2_weight)}"
         )
-    for name, t, size in (("fc1_bias", fc1_bias, f), ("fc2_bias", fc2_bias, fc2_weight.shape[0])):
+    for (name, t), size in zip(biases, (f, fc2_weight.shape[0])):
         if t is not None and t.shape != (size,):
             raise ValueError(f"{name}: expected [{size}], got shape {shape_of(t)}")
 
 
-def block(
-    x: Tensor,
-    qk_weight: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    value_weight: Tensor | None,
-    output_weight: Tensor | None,
-    norm: str,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    alpha: Tensor,
-    beta: Tensor,
-    gamma: Tensor,
-) -> None:
-    """Checks types and shapes of simplified_block's tensors."""
-    of_mlp = fc1_weight, fc1_bias, fc2_weight, fc2_bias
-    if (
-        not isinstance(x, Tensor)
-        or not isinstance(fc1_weight, Tensor)
-        or x.dim() != 3
-        or fc1_weight.dim() != 2
-    ):
-        mlp(x, *of_mlp)
+def block(x: Tensor, tensors: Mapping[str, Any], norm: str) -> None:
+    """Checks types and shapes of simplified_block's tensors. tensors: all but x, by name."""
+    fc1_weight = tensors["fc1_weight"]
+    are_tensors = isinstance(x, Tensor) and isinstance(fc1_weight, Tensor)
+    if not are_tensors or x.dim() != 3 or fc1_weight.dim() != 2:
+        _check_mlp_of_block(x, tensors)
         raise ValueError(f"x: expected a tensor [B, L, C], got shape {shape_of(x)}")
-    c, f = x.shape[2], fc1_weight.shape[0]
+    c = x.shape[2]
+    f = fc1_weight.shape[0]
     if not x.numel() or not f:
-        mlp(x, *of_mlp)
-    if (
-        not isinstance(alpha, Tensor)
-        or alpha.dim() != 1
-        or alpha.shape[0] < 1
-        or c % alpha.shape[0]
-    ):
+        _check_mlp_of_block(x, tensors)
+    alpha = tensors["alpha"]
+    is_vector = isinstance(alpha, Tensor) and alpha.dim() == 1 and alpha.shape[0] > 0
+    if not is_vector or c % alpha.shape[0]:
         got = shape_of(alpha) if isinstance(alpha, Tensor) else type(alpha).__name__
         raise ValueError(
             f"alpha: expected one value per head, [H] with H a divisor of C = {c}, got {got}"
         )
-    if norm == "rmsnorm" and norm_bias is not None:
+    if norm == "rmsnorm" and tensors["norm_bias"] is not None:
         raise ValueError("norm_bias: expected None, since RMSNorm has no bias, got a tensor")
-    device, heads = x.device, alpha.shape
-    for name, t, shape in (
-        ("x", x, x.shape),
-        ("qk_weight", qk_weight, (2 * c, c)),
-        ("fc1_weight", fc1_weight, (f, c)),
-        ("fc1_bias", fc1_bias, (f,)),
-        ("fc2_weight", fc2_weight, (c, f)),
-        ("fc2_bias", fc2_bias, (c,)),
-        ("norm_weight", norm_weight, (c,)),
-        ("alpha", alpha, heads),
-        ("beta", beta, heads),
-        ("gamma", gamma, heads),
-        ("value_weight", value_weight, (c, c)),
-        ("output_weight", output_weight, (c, c)),
-        ("norm_bias", norm_bias, (c,)),
-    ):
+    floating("x", x)
+    shapes = {
+        "qk_weight": (2 * c, c),
+        "fc1_weight": (f, c),
+        "fc1_bias": (f,),
+        "fc2_weight": (c, f),
+        "fc2_bias": (c,),
+        "norm_weight": (c,),
+        "alpha": alpha.shape,
+        "beta": alpha.shape,
+        "gamma": alpha.shape,
+        "value_weight": (c, c),
+        "output_weight": (c, c),
+        "norm_bias": (c,),
+    }
+    for name, shape in shapes.items():
+        t = tensors[name]
         if t is None and name in ("value_weight", "output_weight", "norm_bias"):
             continue
         if (
-            not isinstance(t, Tensor)
-            or t.dtype not in FLOATS
-            or t.device != device
-            or t.shape != shape
+            isinstance(t, Tensor)
+            and t.dtype in FLOATS
+            and t.device == x.device
+            and t.shape == shape
         ):
-            mlp(x, *of_mlp)
-            floating(name, t)
-            on(name, t, "x", device)
-            raise ValueError(f"{name}: expected shape {list(shape)}, got {shape_of(t)}")
+            continue
+        _check_mlp_of_block(x, tensors)
+        floating(name, t)
+        on(name, t, "x", x.device)
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {shape_of(t)}")
+
+
+def _check_mlp_of_block(x: Tensor, tensors: Mapping[str, Any]) -> None:
+    """Raises the errors of `mlp`, which say more of the shapes that do not fit."""
+    mlp(x, *[tensors[name] for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")])

@@ -1,5 +1,4 @@
-"""Collectives of the losses, which exchange features and column statistics between ranks, never
-logits.
+"""Collectives of the losses: ranks exchange features and column statistics, never logits.
 
 torch.distributed.nn.functional has such collectives with gradients, but it is deprecated in torch
 2.15 and cannot be traced.
@@ -82,12 +81,14 @@ def _sum(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _differentiable(function: type[torch.autograd.Function], plain: Callable) -> Callable:
-    """Returns `function.apply` for a backward that is differentiated itself (create_graph=True),
-    else `plain`.
+    """Returns `function.apply` in a backward that is differentiated itself (create_graph=True),
+    otherwise `plain`.
 
     Compiled code is never differentiated twice.
     """
-    return plain if torch.compiler.is_compiling() or not torch.is_grad_enabled() else function.apply
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return function.apply
+    return plain
 
 
 def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -99,12 +100,11 @@ def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def exchange(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Exchanges column statistics: [S, W N], this rank's of all columns -> [W, S, N], every rank's
-    of this rank's columns.
+    """Exchanges column statistics: [S, W N] of all columns over this rank's rows -> [W, S, N] of
+    this rank's columns over every rank's rows.
     """
-    return _Exchange.apply(
-        columns.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1), group
-    )
+    world = dist.get_world_size(group)
+    return _Exchange.apply(columns.unflatten(1, (world, -1)).transpose(0, 1), group)
 
 
 class _Exchange(torch.autograd.Function):
@@ -121,12 +121,12 @@ class _Exchange(torch.autograd.Function):
 
 
 class SameShapes:
-    """A check that features have equal shapes on all ranks; with unequal shapes NCCL hangs or reads
-    out of bounds.
+    """A check that features have equal shapes on all ranks.
 
-    Every call gathers four integers. Reading them makes the CPU wait for a GPU. So on a GPU a rank
-    reads them only at the first call and after its own shape has changed: if equal shapes become
-    unequal, the shape of at least one rank changes. Under torch.compile nothing is checked.
+    With unequal shapes NCCL hangs or reads out of bounds. Every call gathers four integers. Reading
+    them makes the CPU wait for a GPU. So on a GPU a rank reads them only at the first call and
+    after its own shape has changed: if equal shapes become unequal, the shape of at least one rank
+    changes. Under torch.compile nothing is checked.
     """
 
     def __init__(self) -> None:
@@ -134,12 +134,14 @@ class SameShapes:
         self.shape_tensor = torch.empty(0)
 
     def check(self, image: Tensor, text: Tensor, group: dist.ProcessGroup) -> None:
+        """Raises ValueError on every rank if the shapes differ."""
         if torch.compiler.is_compiling() or not image.dim() == text.dim() == 2:
             return
         shape = [*image.shape, *text.shape]
         new = shape != self.shape or self.shape_tensor.device != image.device
         if new:
-            self.shape, self.shape_tensor = shape, torch.tensor(shape, device=image.device)
+            self.shape = shape
+            self.shape_tensor = torch.tensor(shape, device=image.device)
         all_values = self.shape_tensor.new_empty(dist.get_world_size(group) * len(shape))
         dist.all_gather_into_tensor(all_values, self.shape_tensor, group=group)
         if new or image.device.type == "cpu":
@@ -205,13 +207,14 @@ class _Learned(torch.autograd.Function):
 
 
 def learned(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Returns the parameters; backward averages their gradients over the ranks, all of them by one
-    all-reduce.
+    """Returns the parameters; backward averages their gradients over the ranks, by one all-reduce.
 
     DistributedDataParallel may average these gradients again: the average of equal gradients is the
     same gradient.
     """
-    return _Learned.apply(group, *parameters) if len(parameters) else ()
+    if len(parameters) == 0:
+        return ()
+    return _Learned.apply(group, *parameters)
 
 
 def from_first_rank(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 INSTALL = "run `pip install --no-build-isolation -e .` (or make install)"
+_SUFFIXES = (".h", ".cuh", ".cpp", ".cu", ".py")  # of sources; call_headers.py writes headers
 _DIGEST = re.compile(rb"simplclip sources ([0-9a-f]{16}) ([0-9a-f]{16})")
 
 
@@ -42,9 +43,7 @@ def cpp_sources(name: str) -> list[Path]:
     files = [*csrc.glob("*.*"), *folder.rglob("*.*")]
     # Editors leave hidden files beside those that they edit.
     return sorted(
-        file
-        for file in files
-        if file.suffix in (".h", ".cuh", ".cpp", ".cu") and not file.name.startswith(".")
+        file for file in files if file.suffix in _SUFFIXES and not file.name.startswith(".")
     )
 
 

@@ -7,7 +7,6 @@ which has the same forward and backward.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -16,19 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from simplclip.ops import backends
+from simplclip.ops.autocast import autocasts, no_autocast
 from simplclip.ops.calls import flat, schema_of, tensors_of
+from simplclip.ops.derivatives import check_reverse_mode, first_order_only, is_transformed
 from simplclip.ops.extension import warn_without_cuda
 
 library = torch.library.Library("simplclip", "DEF")
 
-# DISPATCH: an op's full name -> the function that runs a call, whose argument `through` may wrap
-# the backend's function. NATIVE_FAKES: an op's short name -> a function that makes the results of a
-# backend's function for fake tensors. simplclip.plan runs ops through both to measure their
-# allocations.
+# simplclip.plan runs ops through the next two to measure their allocations.
+# An op's full name -> the function that runs a call, whose argument `through` may wrap the
+# backend's function.
 DISPATCH: dict[str, Callable] = {}
+# An op's short name -> a function that makes the results of a backend's function for fake tensors.
 NATIVE_FAKES: dict[str, Callable] = {}
 # True while simplclip.plan runs ops with fake tensors, to count the memory that they take
 counted = False
@@ -53,14 +53,14 @@ def _select(
         if through:
             return through(op, name, selected)
         _selected[key] = selected
-        if (
-            first.is_cuda
-            and op.startswith("shaped_attention")
-            and backends.cuda_extension is None
-            and torch.version.cuda
-        ):
-            warn_without_cuda(backends.cuda_extension_error)
+        if first.is_cuda and op.startswith("shaped_attention"):
+            _warn_without_cuda()
     return selected
+
+
+def _warn_without_cuda() -> None:
+    if torch.version.cuda and backends.cuda_extension is None:
+        warn_without_cuda(backends.cuda_extension_error)
 
 
 class Op:
@@ -79,12 +79,12 @@ class Op:
         self.first = call_type.__match_args__[0]
         self.tensors = len(tensors_of(call_type))
         self.names = call_type.__match_args__[: self.tensors]
-        types = [str(field.type) for field in fields(call_type)]
-        self.layouts = [
-            (i, t.startswith("Strided"))
-            for i, t in enumerate(types)
-            if t.startswith(("Tensor", "Strided"))
-        ]
+        # position of a tensor among the fields, and whether only its rows are contiguous
+        self.layouts: list[tuple[int, bool]] = []
+        for position, field in enumerate(fields(call_type)):
+            kind = str(field.type)
+            if kind.startswith(("Tensor", "Strided")):
+                self.layouts.append((position, kind.startswith("Strided")))
         self.backward: Any = None  # set by `register_gradient`, before which the op has none
         self.differentiable = 1
         self.saved_results = 1
@@ -103,29 +103,27 @@ class Op:
         if self.composed:
             function = self.pick(first, spec, through)
         else:
-            function = _select(
-                self.name, first, spec, False, self.facts(call) if self.facts else {}, through
-            )
+            facts = self.facts(call) if self.facts else {}
+            function = _select(self.name, first, spec, False, facts, through)
         if not autocasts(first.device):
             return self.run(function, call)
         with no_autocast(first.device):
             return self.run(function, call)
 
     def laid_out(self, values: Sequence) -> Any:
-        """Returns a call with tensors in the layout that their types promise: kernels read them
-        through pointers.
-        """
+        """Returns a call with tensors in the layout of their types, which kernels rely on."""
         values = list(values)
-        for index, strided in self.layouts:
-            t = values[index]
-            if t is not None and not (t.stride(-1) == 1 if strided else t.is_contiguous()):
-                values[index] = t.contiguous()
+        for position, strided in self.layouts:
+            t = values[position]
+            if t is None:
+                continue
+            is_laid_out = t.stride(-1) == 1 if strided else t.is_contiguous()
+            if not is_laid_out:
+                values[position] = t.contiguous()
         return self.call_type(*values)
 
     def pick(self, first: Tensor, spec: str, through: Callable | None) -> Callable:
-        """Returns `pick(op, **facts)`, which gives a composed op the function of one of its
-        parts.
-        """
+        """Returns `pick(op, **facts)`, which returns the function of a part of a composed op."""
         return lambda op, **facts: _select(op, first, spec, True, facts, through)
 
     def dispatch_through(self, *args: Any, through: Callable | None = None) -> Any:
@@ -140,12 +138,13 @@ class Op:
         spec: str,
         results: Sequence[Tensor],
     ) -> None:
+        """Saves what `gradients` needs."""
         ctx.mark_non_differentiable(*results[self.differentiable :])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            *(tensors if self.saves_tensors else ()), *results[self.saved_results :]
-        )
-        ctx.options, ctx.spec = options, spec
+        inputs = tensors if self.saves_tensors else ()
+        ctx.save_for_backward(*inputs, *results[self.saved_results :])
+        ctx.options = options
+        ctx.spec = spec
 
     def gradients(
         self, ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[bool]
@@ -160,10 +159,12 @@ class Op:
             return (None,) * self.tensors
         # read only once: under torch.utils.checkpoint, every access runs the forward again
         saved = ctx.saved_tensors
-        inputs = self.tensors if self.saves_tensors else 0
-        call = self.call_type(*(saved[:inputs] or (None,) * self.tensors), *ctx.options)
+        tensors, results = (None,) * self.tensors, saved
+        if self.saves_tensors:
+            tensors, results = saved[: self.tensors], saved[self.tensors :]
+        call = self.call_type(*tensors, *ctx.options)
         with torch.no_grad():
-            by_name = self.backward(call, saved[inputs:], grads, needed, ctx.spec)
+            by_name = self.backward(call, results, grads, needed, ctx.spec)
         gradients = tuple(
             [by_name.get(name) if need else None for name, need in zip(self.names, needed)]
         )
@@ -189,12 +190,16 @@ class _Eager(torch.autograd.Function):
         return None, None, None, None, *ctx.op.gradients(ctx, grads, ctx.needs_input_grad[4:])
 
 
-def call(op: Op, of_call: Any, spec: str | None = None) -> Any:
-    """Runs a call of an op, by default on the backends that are forced now."""
-    spec = backends.forced() if spec is None else spec
+def call(op: Op, arguments: Any, spec: str | None = None) -> Any:
+    """Runs an op.
+
+    arguments: the dataclass of the call. spec: the backends that are forced, by default now.
+    """
+    if spec is None:
+        spec = backends.forced()
     if torch.compiler.is_compiling():
-        return op.overload(*flat(of_call), spec)
-    values = op.values(of_call)
+        return op.overload(*flat(arguments), spec)
+    values = op.values(arguments)
     if is_transformed():
         check_reverse_mode(op.name, values)
         return op.overload(*values, spec)
@@ -210,10 +215,10 @@ def call(op: Op, of_call: Any, spec: str | None = None) -> Any:
     if not plain:
         return op.overload(*values, spec)
     if not contiguous:
-        of_call = op.laid_out(values)
+        arguments = op.laid_out(values)
     if op.backward is None or not requires_grad or not torch.is_grad_enabled():
-        return op.dispatch(of_call, spec)
-    return _Eager.apply(op, spec, of_call, values[op.tensors :], *values[: op.tensors])
+        return op.dispatch(arguments, spec)
+    return _Eager.apply(op, spec, arguments, values[op.tensors :], *values[: op.tensors])
 
 
 def define(
@@ -242,7 +247,8 @@ def define(
     predicates need.
     """
     if row:
-        backends.TABLE[name], NATIVE_FAKES[name] = row, native_fake or (lambda call: fake(call, ""))
+        backends.TABLE[name] = row
+        NATIVE_FAKES[name] = native_fake or (lambda call: fake(call, ""))
     library.define(f"{name}({schema_of(call_type)}, str backend) -> {returns}")
     native_type, results = native or (call_type, returns)
     # C++ runs with numbers, never traced
@@ -280,114 +286,17 @@ def register_gradient(
     `saves_tensors` is False; then the differentiable results must be saved instead (see
     Op.gradients).
     """
-    op.backward, op.differentiable = backward, differentiable
-    op.saved_results, op.saves_tensors = saved_results, saves_tensors
+    op.backward = backward
+    op.differentiable = differentiable
+    op.saved_results = saved_results
+    op.saves_tensors = saves_tensors
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         op.save(ctx, inputs[: op.tensors], inputs[op.tensors : -1], inputs[-1], output)
 
-    def of_all(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        gradients = op.gradients(ctx, grads, ctx.needs_input_grad[: op.tensors])
-        return *gradients, *[None] * (len(fields(op.call_type)) + 1 - op.tensors)
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        of_tensors = op.gradients(ctx, grads, ctx.needs_input_grad[: op.tensors])
+        options = len(fields(op.call_type)) - op.tensors
+        return *of_tensors, *[None] * (options + 1)  # and of the backends that are forced
 
-    torch.library.register_autograd(f"simplclip::{op.name}", of_all, setup_context=setup_context)
-
-
-FIRST_ORDER = (
-    "{op}: expected a first derivative in reverse mode, got {got}; the ops have no other "
-    "derivatives"
-)
-
-
-def transforms() -> set[str]:
-    """Returns the transforms of torch.func around the present call: "grad", "jvp", "vmap"."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return set()
-    return {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack()}
-
-
-def is_transformed() -> bool:
-    """Whether the present call is one of forward mode or of a transform of torch.func."""
-    return (
-        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-
-
-def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> None:
-    """Raises NotImplementedError under torch.func.grad and in forward mode, where torch would
-    return derivatives of zero.
-
-    vmap: whether torch.vmap is supported; if not, torch.vmap raises the error too.
-    """
-    got = None
-    if inside := transforms() & ({"grad", "jvp"} if vmap else {"grad", "jvp", "vmap"}):
-        got = f"torch.func.{min(inside)}"
-    elif forward_ad._current_level >= 0:
-        tensors = (value for value in values if isinstance(value, Tensor))
-        got = (
-            "a forward-mode tangent"
-            if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-            else None
-        )
-    if got:
-        raise NotImplementedError(FIRST_ORDER.format(op=backends.public_name(name), got=got))
-
-
-def first_order_only(
-    name: str, gradients: Sequence[Tensor | None], *sources: Tensor | None
-) -> tuple[Any, ...]:
-    """Returns the gradients.
-
-    Differentiating them again, with respect to anything that a source depends on, raises an error.
-
-    Autograd runs a node only if the node lies on a path to a tensor whose gradient is asked for. So
-    the node that raises has the sources as inputs: the tensors that the gradients were computed
-    from, or a result of the op that depends on these.
-    """
-    message = FIRST_ORDER.format(op=backends.public_name(name), got="a double backward")
-    node: Any = torch._C._functions.DelayedError(message.encode(), len(gradients) + len(sources))
-    return node(*gradients, *sources)[: len(gradients)]
-
-
-def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow.
-
-    True under torch.func, which hides whether a tensor requires a gradient.
-    """
-    if not torch.is_grad_enabled():
-        return False
-    if any(t is not None and t.requires_grad for t in tensors):
-        return True
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is not None
-    )
-
-
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is enabled.
-
-    There is no autocast for meta tensors: torch raises when asked about it.
-    """
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    return (
-        contextlib.nullcontext()
-        if device.type == "meta"
-        else torch.autocast(device.type, enabled=False)
-    )
-
-
-def autocast(first: Tensor, *others: Tensor | None) -> Sequence[Any]:
-    """Casts the tensors to autocast's dtype, except float64, if autocast is enabled on the device
-    of the first one.
-    """
-    tensors, device = (first, *others), first.device
-    if not autocasts(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device.type)
-    return [
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors
-    ]
+    torch.library.register_autograd(f"simplclip::{op.name}", gradients, setup_context=setup_context)

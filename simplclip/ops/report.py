@@ -17,7 +17,7 @@ PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "webdataset", "numpy")
 
 
 def report() -> dict[str, Any]:
-    """Returns versions, CPU, GPU, extensions, the backend of each op for float32 CPU and CUDA
+    """Returns versions, CPU, GPU, extensions, and for each op the backend of float32 CPU and CUDA
     tensors, and why no other runs.
 
     Attention has a second entry, "long", with 197 tokens, since the backend depends on the number
@@ -95,14 +95,16 @@ def _cuda_extension() -> dict[str, Any]:
 
 
 def _backend(op: str, device: torch.device, facts: dict[str, Any]) -> dict[str, Any]:
-    serves = problem = None
+    selected = problem = None
     try:
-        serves, _ = backends.select(op, device, torch.float32, backends.forced(), **facts)
+        selected, _ = backends.select(op, device, torch.float32, backends.forced(), **facts)
     except (RuntimeError, ValueError) as error:
         problem = str(error)
     reasons = {}
-    for name in (name for name in backends.NAMES if name != serves):
-        passed_over = serves is None or backends.NAMES.index(name) < backends.NAMES.index(serves)
-        free = f"can run; {'another is forced' if passed_over else f'{serves} comes first'}"
+    free = "can run; another is forced"
+    for name in backends.NAMES:
+        if name == selected:  # the backends after it could run, but come later
+            free = f"can run; {selected} comes first"
+            continue
         reasons[name] = backends.why_not(op, name, device, torch.float32, **facts) or free
-    return {"backend": serves, "error": problem, "others": reasons}
+    return {"backend": selected, "error": problem, "others": reasons}

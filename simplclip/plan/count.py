@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from simplclip.common.errors import UserError
-from simplclip.kernels import launch as launching
+from simplclip.kernels import runtime as launching
 from simplclip.ops import backends, registry
 from simplclip.ops.calls import flat
 from simplclip.plan.kernels import (

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
-from simplclip.kernels import launch as launching
+from simplclip.kernels import runtime as launching
 from simplclip.ops import backends, distributed, registry
 from simplclip.plan.cards import CARDS, Card
 

@@ -12,22 +12,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from simplclip.kernels import tuning
-from simplclip.kernels.attention import op as attention
-from simplclip.kernels.launch import COMPILE
-from simplclip.kernels.mlp import op as mlp
+from simplclip.kernels.attention import launch as attention
+from simplclip.kernels.attention.terms import Heads
+from simplclip.kernels.mlp import launch as mlp
 from simplclip.kernels.mlp.activations import ACTIVATIONS
-from simplclip.kernels.similarity.backward import (
+from simplclip.kernels.runtime import COMPILE
+from simplclip.kernels.similarity.blocks import RANGE
+from simplclip.kernels.similarity.gradient import (
     _similarity_gradient_kernel,
     _similarity_range_kernel,
 )
-from simplclip.kernels.similarity.forward import (
+from simplclip.kernels.similarity.launch import DIAGONAL, MERGE, MERGE_WARPS
+from simplclip.kernels.similarity.plan import ROW_SLOTS, Tiling
+from simplclip.kernels.similarity.sigmoid import _similarity_sigmoid_kernel
+from simplclip.kernels.similarity.statistics import (
     _similarity_diagonal_kernel,
     _similarity_merge_kernel,
     _similarity_statistics_kernel,
 )
-from simplclip.kernels.similarity.op import DIAGONAL, MERGE, MERGE_WARPS, RANGE
-from simplclip.kernels.similarity.plan import ROW_SLOTS, Tiling
-from simplclip.kernels.similarity.sigmoid import _similarity_sigmoid_kernel
 
 DTYPES = {
     "bfloat16": ("bf16", "half"),
@@ -246,7 +248,7 @@ def mlp_kernels(
 
 def attention_kernels(dtype: str) -> Iterator[Kernel]:
     """Yields kernels for the widths of CLIP's heads."""
-    heads = attention.Heads("*element", *3 * ["i32"])
+    heads = Heads("*element", *3 * ["i32"])
     names = ("v", "av", "out", "grad", "q_grad", "k_grad", "v_grad", "dq", "dk", "dv")
     types = {**dict.fromkeys(names, heads), "gains": "*fp32", "lengths": "*i32", "sign": "fp32"}
     for width, causal in itertools.product((64, 128), (False, True)):

@@ -20,7 +20,7 @@ import triton
 from gates import extension, gate
 from gates.kernels import SIMPLEST, compile_kernel, kernels, similarity
 from simplclip import kernels as triton_code
-from simplclip.kernels import launch as launching
+from simplclip.kernels import runtime as launching
 from simplclip.kernels import tuning
 from simplclip.kernels.similarity.plan import SIDE
 from simplclip.ops import backends

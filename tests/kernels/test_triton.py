@@ -36,8 +36,8 @@ def float16_range(device: str) -> None:
     """Checks the factor where a single statistic has a gradient, -3 in its last row or column; and
     for sigmoid terms.
     """
-    from simplclip.kernels.similarity.backward import PEAK
-    from simplclip.kernels.similarity.op import range_factor
+    from simplclip.kernels.similarity.blocks import range_factor
+    from simplclip.kernels.similarity.gradient import PEAK
 
     def number(*values) -> torch.Tensor:
         return torch.tensor(values, device=device)
@@ -84,10 +84,10 @@ def run(name: str, device: str) -> None:
     """Runs one of OTHERS, or random calls from a number on, with few parts at a time, so that
     merges take several rounds.
     """
-    from simplclip.kernels.similarity import op as similarity_op
+    from simplclip.kernels.similarity import launch as launching
 
     few_rows = kernels_alone("chunks" if device == "cpu" else "")
-    with few_rows, mock.patch.dict(similarity_op.MERGE, BLOCK_PARTS=2):
+    with few_rows, mock.patch.dict(launching.MERGE, BLOCK_PARTS=2):
         if name in OTHERS:
             OTHERS[name](device)
             return
@@ -155,7 +155,7 @@ def test_large_calls_on_a_gpu(dtype):
 
 @needs_triton
 def test_every_tile_has_one_program():
-    from simplclip.kernels.launch import splits
+    from simplclip.kernels.runtime import splits
 
     for row_blocks, tiles, slots in itertools.product(
         (1, 2, 7, 64, 257), (1, 2, 3, 41, 256), (1, 82, 264)

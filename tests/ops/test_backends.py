@@ -162,7 +162,7 @@ heavy = ("torch", "triton", "open_clip", "timm")
 print("load" in dir(simplclip), [m for m in heavy if m in sys.modules])
 import importlib.util, simplclip.ops, torch
 if importlib.util.find_spec("triton"):
-    import simplclip.kernels.similarity.op
+    import simplclip.kernels.similarity.launch
 print(torch.cuda.is_initialized(), "open_clip" in sys.modules)
 """
     assert run_python(code).stdout.splitlines() == ["True []", "False False"]

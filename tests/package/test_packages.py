@@ -88,7 +88,7 @@ def test_source_distribution_has_all_that_is_built_and_no_tests(tmp_path):
     with tarfile.open(the_file(tmp_path, "*.tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     kinds = {
-        "csrc": ("h", "cuh", "cpp", "cu"),
+        "csrc": ("h", "cuh", "cpp", "cu", "py"),
         "simplclip/kernels": ("py",),
         "simplclip": ("py", "yaml", "typed"),
     }
@@ -98,7 +98,7 @@ def test_source_distribution_has_all_that_is_built_and_no_tests(tmp_path):
         for path in (ROOT / folder).rglob("*")
         if path.suffix[1:] in suffixes
     }
-    assert "simplclip/kernels/similarity/op.py" in wanted
+    assert "simplclip/kernels/similarity/launch.py" in wanted
     assert len(wanted) > 100
     wanted |= {"LICENSE", "README.md", "pyproject.toml", "setup.py", "requirements.txt"}
     assert wanted - names == set()

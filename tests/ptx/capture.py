@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 
 from ptx.machine import Code, Launch, Machine
 from ptx.parse import parse
-from simplclip.kernels import launch as launching
+from simplclip.kernels import runtime as launching
 from simplclip.ops import backends, registry
 from simplclip.ops.similarity import chunks
 from simplclip.ops.similarity import op as similarity_op

@@ -33,7 +33,7 @@ void for_heads(const AttentionCall& call, const Tensor& lse, bool is_backward, F
   expect_heads("q", q, q);
   expect_heads("k", call.k, q);
   expect_heads("v", call.v, q);
-  call.expect_layout(lse);
+  expect_layout(call, lse);
   const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), width = q.size(3);
   const AttentionKernels& isa = instruction_set().attention;
   const float* gain = call.gains.const_data_ptr<float>();

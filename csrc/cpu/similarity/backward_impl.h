@@ -28,11 +28,11 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
   BackwardOut total{};
   for (int64_t i = 0; i < s.rows; ++i) {
     T* const grad_row = static_cast<T*>(s.grad) + i * s.columns;
-    const SoftmaxGradient<kind> student(in.rows[Stat::kLseStudent][i], in.g_rows[Stat::kLseStudent][i], in.top,
-                                        in.columns[Stat::kLseStudent], in.g_columns[Stat::kLseStudent], in.ratio);
-    const SoftmaxGradient<kind> teacher(in.rows[Stat::kLseTeacher][i], in.g_rows[Stat::kMean][i], in.teacher_top,
-                                        in.columns[Stat::kLseTeacher], in.g_columns[Stat::kMean], in.teacher_ratio);
-    const float g_plane = in.g_rows[Stat::kPairMatching][i];
+    const SoftmaxGradient<kind> student(in.rows[RowStat::kLseStudent][i], in.g_rows[RowStat::kLseStudent][i], in.top,
+                                        in.columns[RowStat::kLseStudent], in.g_columns[RowStat::kLseStudent], in.ratio);
+    const SoftmaxGradient<kind> teacher(in.rows[RowStat::kLseTeacher][i], in.g_rows[RowStat::kMean][i], in.teacher_top,
+                                        in.columns[RowStat::kLseTeacher], in.g_columns[RowStat::kMean], in.teacher_ratio);
+    const float g_plane = in.g_rows[RowStat::kPairMatching][i];
     vf d_scale = {}, d_p = {}, d_q = {};
 
     for_blocks(s, i, 1, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
@@ -54,7 +54,7 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
       }
       store(grad_row + j, g, lanes);
     });
-    store(grad_row + s.label + i, splat(in.g_rows[Stat::kDiagonalStudent][i]), 1);
+    store(grad_row + s.label + i, splat(in.g_rows[RowStat::kDiagonalStudent][i]), 1);
     total.scale += double(sum(d_scale));
     total.plane[0] += double(g_plane) * sum(d_p);
     total.plane[1] += double(g_plane) * sum(d_q);

@@ -56,9 +56,9 @@ struct WeightedRowSums : RowSums<R> {
 // Computes the statistics of rows i0 to i0 + R - 1 of a strip, and adds the rows to the column sums.
 template <class T, bool has_teacher, int R>
 void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& reference) {
-  float* const col_lse = out.columns[Stat::kLseStudent];
-  float* const col_teacher_lse = out.columns[Stat::kLseTeacher];
-  float* const col_mean = out.columns[Stat::kMean];
+  float* const col_lse = out.columns[RowStat::kLseStudent];
+  float* const col_teacher_lse = out.columns[RowStat::kLseTeacher];
+  float* const col_mean = out.columns[RowStat::kMean];
   RowSums<R> student;
   WeightedRowSums<R> teacher;
 
@@ -109,18 +109,18 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
 
   for (int r = 0; r < R; ++r) {
     const int64_t i = i0 + r, positive = i * s.columns + s.label + i;
-    out.rows[Stat::kLseStudent][i] = student.lse(r);
-    out.rows[Stat::kDiagonalStudent][i] = to_float(static_cast<const T*>(s.sim)[positive]);
+    out.rows[RowStat::kLseStudent][i] = student.lse(r);
+    out.rows[RowStat::kDiagonalStudent][i] = to_float(static_cast<const T*>(s.sim)[positive]);
     if constexpr (has_teacher) {
-      out.rows[Stat::kLseTeacher][i] = teacher.lse(r);
-      out.rows[Stat::kMean][i] = teacher.mean(r);
-      out.rows[Stat::kDiagonalTeacher][i] = to_float(static_cast<const T*>(s.teacher)[positive]);
+      out.rows[RowStat::kLseTeacher][i] = teacher.lse(r);
+      out.rows[RowStat::kMean][i] = teacher.mean(r);
+      out.rows[RowStat::kDiagonalTeacher][i] = to_float(static_cast<const T*>(s.teacher)[positive]);
     }
     if (out.plane) {
       const SigmoidTerm plane = {out.plane[0], out.plane[1], 1, 0};
       SigmoidSums sums{};
       sigmoid_row<T, 1, false>(s, &plane, i, static_cast<T*>(nullptr), sums);
-      out.rows[Stat::kPairMatching][i] = float(sums.negative[0]);
+      out.rows[RowStat::kPairMatching][i] = float(sums.negative[0]);
     }
   }
 }
@@ -163,9 +163,9 @@ void forward_strip(const Strip& s, const ForwardOut& out) {
   for (; i + R <= s.rows; i += R) forward_tile<T, has_teacher, R>(s, out, i, reference);
   for (; i < s.rows; ++i) forward_tile<T, has_teacher, 1>(s, out, i, reference);
   if (!out.columns.first) return;
-  finish_columns<T, false>(s, reference.student, out.columns[Stat::kLseStudent]);
+  finish_columns<T, false>(s, reference.student, out.columns[RowStat::kLseStudent]);
   if constexpr (has_teacher)
-    finish_columns<T, true>(s, reference.teacher, out.columns[Stat::kLseTeacher], out.columns[Stat::kMean]);
+    finish_columns<T, true>(s, reference.teacher, out.columns[RowStat::kLseTeacher], out.columns[RowStat::kMean]);
 }
 
 void forward(const Strip& s, const ForwardOut& out, bool is_bf16) {

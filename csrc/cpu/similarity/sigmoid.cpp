@@ -15,7 +15,7 @@ struct SigmoidWork {
   TransposedSum d_text;
 
   SigmoidWork(const SigmoidCall& sigmoid, Scratch& scratch)
-      : call(sigmoid.similarities()), sweep(call, nullptr, scratch),
+      : call(similarities_of(sigmoid)), sweep(call, nullptr, scratch),
         d_text(call.text, sigmoid.need_text, sweep.is_bf16 && sweep.chunk < sweep.n, scratch) {}
 };
 
@@ -28,12 +28,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall&
   Scratch scratch;
   SigmoidWork work(call, scratch);
   const Sweep& sweep = work.sweep;
-  work.call.expect_layout();
+  expect_layout(work.call);
 
-  auto of_term = [&](int field, int64_t k) { return call.sigmoids.const_data_ptr<float>()[field * terms + k]; };
+  auto number = [&](SigmoidRow row, int64_t k) { return call.sigmoids.const_data_ptr<float>()[int(row) * terms + k]; };
   SigmoidTerm mixed[2] = {};
-  for (int64_t k = 0; k < terms; ++k)
-    mixed[k] = {of_term(0, k), of_term(1, k), of_term(2, k) * of_term(4, k), of_term(3, k) * of_term(4, k)};
+  for (int64_t k = 0; k < terms; ++k) {
+    const float mix = number(SigmoidRow::kMix, k);
+    mixed[k] = {.weight = number(SigmoidRow::kWeight, k), .bias = number(SigmoidRow::kBias, k),
+                .negative = number(SigmoidRow::kNegative, k) * mix, .positive = number(SigmoidRow::kPositive, k) * mix};
+  }
 
   Tensor d_image = allocate(call.image, {call.need_image ? sweep.n : 0, sweep.d});
   SigmoidSums total{};
@@ -60,7 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall&
 
   Tensor values = allocate(call.sigmoids, {terms}), d_sigmoids = allocate(call.sigmoids, {2, terms});
   for (int64_t k = 0; k < terms; ++k) {
-    data<float>(values)[k] = float(of_term(2, k) * total.negative[k] + of_term(3, k) * total.positive[k]);
+    data<float>(values)[k] = float(number(SigmoidRow::kNegative, k) * total.negative[k] +
+                                   number(SigmoidRow::kPositive, k) * total.positive[k]);
     data<float>(d_sigmoids)[k] = float(total.weight[k]);
     data<float>(d_sigmoids)[terms + k] = float(total.bias[k]);
   }

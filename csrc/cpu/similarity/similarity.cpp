@@ -22,7 +22,7 @@ struct Forward {
 
   Forward(const SimilarityCall& call, Scratch& scratch) : sweep(call, nullptr, scratch) {
     const int64_t strips = call.columns ? strips_of(sweep.chunk) : 0;
-    parts = scratch.take(call.image, {strips, call.has_teacher() ? 3 : 1, sweep.m}, ScalarType::Float);
+    parts = scratch.take(call.image, {strips, has_teacher(call) ? 3 : 1, sweep.m}, ScalarType::Float);
   }
 
   // Returns the memory of a strip's statistics.
@@ -35,32 +35,32 @@ struct Forward {
     parallel_for(0, sweep.m, 1024, [&](int64_t begin, int64_t end) {
       const auto merge = instruction_set().strip.merge;
       const Stats parts_of = part(0).from(begin), total = whole.from(begin);
-      merge(parts_of[Stat::kLseStudent], nullptr, strips, parts.stride(0), end - begin, total[Stat::kLseStudent], nullptr);
+      merge(parts_of[RowStat::kLseStudent], nullptr, strips, parts.stride(0), end - begin, total[RowStat::kLseStudent], nullptr);
       if (sweep.teacher)
-        merge(parts_of[Stat::kLseTeacher], parts_of[Stat::kMean], strips, parts.stride(0), end - begin, total[Stat::kLseTeacher],
-              total[Stat::kMean]);
+        merge(parts_of[RowStat::kLseTeacher], parts_of[RowStat::kMean], strips, parts.stride(0), end - begin,
+              total[RowStat::kLseTeacher], total[RowStat::kMean]);
     });
   }
 };
 
 // Returns rows [6, N], columns [3, M] and the stored rows of the matrices: see reference.py.
 std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& call) {
-  call.expect_layout();
+  expect_layout(call);
   Scratch scratch;
   const Forward work(call, scratch);
   const Sweep& sweep = work.sweep;
 
-  Tensor row_stats = allocate(call.image, {int64_t(Stat::kRowCount), sweep.n}, ScalarType::Float);
-  Tensor column_stats = allocate(call.image, {int64_t(Stat::kColumnCount), sweep.m}, ScalarType::Float);
+  Tensor row_stats = allocate(call.image, {int64_t(RowStat::kCount), sweep.n}, ScalarType::Float);
+  Tensor column_stats = allocate(call.image, {int64_t(ColumnStat::kCount), sweep.m}, ScalarType::Float);
   std::fill_n(data<float>(row_stats), row_stats.numel(), 0.0f);
   std::fill_n(data<float>(column_stats), column_stats.numel(), 0.0f);
   const Stats rows = stats_of(row_stats), columns = stats_of(column_stats);
-  if (call.columns) std::fill_n(columns[Stat::kLseStudent], sweep.m, -kInf);
-  if (call.columns && sweep.teacher) std::fill_n(columns[Stat::kLseTeacher], sweep.m, -kInf);
+  if (call.columns) std::fill_n(columns[RowStat::kLseStudent], sweep.m, -kInf);
+  if (call.columns && sweep.teacher) std::fill_n(columns[RowStat::kLseTeacher], sweep.m, -kInf);
 
   sweep.for_chunks([&](int64_t first, int64_t count) {
     sweep.for_strips(first, count, false, [&](const Strip& strip, int64_t i, int64_t index) {
-      const ForwardOut out = {rows.from(first + i), work.part(index), call.plane_values()};
+      const ForwardOut out = {rows.from(first + i), work.part(index), plane_values(call)};
       instruction_set().strip.forward(strip, out, sweep.is_bf16);
     });
     if (call.columns) work.merge(strips_of(count), columns);
@@ -75,9 +75,9 @@ struct Sharing {
   float top;
   bool possible;
 
-  // lse_stat: the softmaxes' log-sum-exps. of: the statistic of a column whose gradient this softmax passes on.
-  Sharing(const BackwardIn& in, Stat lse_stat, Stat of) {
-    const float *lse = in.rows[lse_stat], *col_lse = in.columns[lse_stat], *g_col = in.g_columns[of];
+  // lse_stat: the softmaxes' log-sum-exps. grad_stat: the statistic of a column whose gradient this softmax passes on.
+  Sharing(const BackwardIn& in, RowStat lse_stat, RowStat grad_stat) {
+    const float *lse = in.rows[lse_stat], *col_lse = in.columns[lse_stat], *g_col = in.g_columns[grad_stat];
     const int64_t m = in.columns.stride;
     top = *std::max_element(lse, lse + in.rows.stride);
     float lowest = kInf;
@@ -105,7 +105,7 @@ struct Backward {
 
 // Returns d_image, d_text (empty when not needed), d_scale [] and d_plane [2].
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityGradient& call) {
-  call.expect_layout();
+  expect_layout(call);
   Scratch scratch;
   Backward work(call, scratch);
   const Sweep& sweep = work.sweep;
@@ -115,18 +115,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(const SimilarityG
   whole.g_rows = stats_of(call.grad_rows);
   whole.columns = stats_of(call.column_stats);
   whole.g_columns = stats_of(call.grad_columns);
-  whole.plane = call.plane_values();
+  whole.plane = plane_values(call);
 
   Softmax kind = Softmax::kRows;
   std::optional<Sharing> student, teacher;
   if (call.columns) {
-    student.emplace(whole, Stat::kLseStudent, Stat::kLseStudent);
+    student.emplace(whole, RowStat::kLseStudent, RowStat::kLseStudent);
     whole.top = student->top;
     whole.ratio = student->ratio.data();
     kind = student->possible ? Softmax::kShared : Softmax::kApart;
   }
   if (call.columns && sweep.teacher) {
-    teacher.emplace(whole, Stat::kLseTeacher, Stat::kMean);
+    teacher.emplace(whole, RowStat::kLseTeacher, RowStat::kMean);
     whole.teacher_top = teacher->top;
     whole.teacher_ratio = teacher->ratio.data();
     if (!teacher->possible) kind = Softmax::kApart;

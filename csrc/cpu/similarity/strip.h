@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "call_enums.h"  // written by setup.py, see csrc/call_headers.py
+
 namespace simplclip {
 
 struct bf16 {
@@ -21,16 +23,17 @@ inline float to_float(bf16 x) {
 
 constexpr int64_t kStripRows = 64;
 
-// The statistics of rows and columns: RowStat of call.py, whose first are ColumnStat.
-enum class Stat { kLseStudent, kLseTeacher, kMean, kColumnCount, kDiagonalStudent = kColumnCount, kDiagonalTeacher, kPairMatching,
-                  kRowCount };
+// A RowStat names the same statistic of columns too.
+static_assert(int(ColumnStat::kLseStudent) == int(RowStat::kLseStudent));
+static_assert(int(ColumnStat::kLseTeacher) == int(RowStat::kLseTeacher));
+static_assert(int(ColumnStat::kMean) == int(RowStat::kMean));
 
-// Statistics in memory, one after another in the order of Stat, of `stride` numbers each; null if they are not needed.
+// Statistics in memory, one after another in the order of RowStat, of `stride` numbers each; null if they are not needed.
 struct Stats {
   float* first;
   int64_t stride;
 
-  float* operator[](Stat stat) const { return first ? first + int64_t(stat) * stride : nullptr; }
+  float* operator[](RowStat stat) const { return first ? first + int64_t(stat) * stride : nullptr; }
   Stats from(int64_t i) const { return {first ? first + i : nullptr, stride}; }
 };
 

@@ -64,11 +64,11 @@ struct Sweep {
         is_bf16(call.image.scalar_type() == ScalarType::BFloat16), student{call.image, call.text} {
     if (call.scale.defined()) scale = value_of(call.scale);
     number_ids();
-    stored = kept ? *kept : allocate(call.image, {stored_rows ? call.matrices() : 0, stored_rows, m});
+    stored = kept ? *kept : allocate(call.image, {stored_rows ? matrices_of(call) : 0, stored_rows, m});
     const int64_t missing = stored_rows < n ? chunk : 0;
     student.scratch = scratch.take(call.image, {kept ? chunk : missing, m});
     if (stored_rows) student.kept = view(stored, stored_rows, m, m, 1, 0);
-    if (!call.has_teacher()) return;
+    if (!has_teacher(call)) return;
     teacher_scale = value_of(*call.teacher_scale);
     teacher = Matrix{*call.teacher_image, *call.teacher_text};
     teacher->scratch = scratch.take(call.image, {missing, m});

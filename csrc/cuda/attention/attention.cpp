@@ -52,7 +52,7 @@ HeadsView view(const Tensor& t) {
 
 ShapedAttention shaped(const AttentionCall& call, const Tensor& lse) {
   const Tensor& q = call.q;
-  call.expect_layout(lse);
+  expect_layout(call, lse);
   const char* reason = why_no_shaped_plan(q.size(1), q.size(3), q.scalar_type() == ScalarType::Float);
   STD_TORCH_CHECK(!reason, "shaped_attention on CUDA ", reason, ", got [B, L, H, K] = [", q.size(0), ", ", q.size(1), ", ",
                   q.size(2), ", ", q.size(3), "]");

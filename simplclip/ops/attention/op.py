@@ -12,9 +12,10 @@ from torch import Tensor
 from simplclip.ops import backends, checks, registry
 from simplclip.ops.attention import reference, sdpa, with_library_attention, xformers
 from simplclip.ops.attention.call import AttentionCall, AttentionGradient, AttentionInto
-from simplclip.ops.attention.with_library_attention import Backward, Forward
+from simplclip.ops.attention.with_library_attention import Library
+from simplclip.ops.autocast import autocast
 from simplclip.ops.calls import accumulate_dtype, by_name
-from simplclip.ops.registry import autocast, define, register_gradient
+from simplclip.ops.registry import define, register_gradient
 
 
 def facts_of(shape: Sequence[int], lengths: Tensor | None) -> dict:
@@ -23,19 +24,20 @@ def facts_of(shape: Sequence[int], lengths: Tensor | None) -> dict:
 
 
 def attend(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a backend's function for forward; returns its three results, the last, A v, empty unless
-    backward needs A v.
+    """Runs a backend's function for forward; returns the result, the log-sum-exps, and A v, which
+    is empty unless backward needs it.
     """
     results = function(call)
-    return results if len(results) == 3 else (*results, results[0].new_empty(0))
+    if len(results) == 2:
+        results = (*results, results[0].new_empty(0))
+    return results
 
 
 def av_shape(shape: Sequence[int], q: Tensor, spec: str, lengths: Tensor | None) -> Sequence[int]:
     """Returns the shape of the last result, A v, for a q of this shape, device and dtype."""
+    op = "shaped_attention_fwd"
     facts = facts_of(shape, lengths)
-    backend, _ = backends.select(
-        "shaped_attention_fwd", q.device, q.dtype, spec, part=True, **facts
-    )
+    backend, _ = backends.select(op, q.device, q.dtype, spec, part=True, **facts)
     return shape if backend in LIBRARIES else (0,)
 
 
@@ -48,8 +50,9 @@ def _fwd(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tenso
 
 
 def _native_fake(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    b, length, h, _ = call.q.shape
-    return call.q.new_empty(call.q.shape), call.q.new_empty(b, h, length, dtype=call.gains.dtype)
+    batch, length, heads, _ = call.q.shape
+    lse = call.q.new_empty(batch, heads, length, dtype=call.gains.dtype)
+    return call.q.new_empty(call.q.shape), lse
 
 
 def _fwd_fake(call: AttentionCall, spec: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,19 +104,17 @@ def _why_not_xformers(
 
 
 # The backends that take the softmax attention from another library.
-LIBRARIES: dict[str, tuple[Forward, Backward, Callable]] = {
-    "sdpa": (sdpa.attention, sdpa.attention_backward, _why_not_sdpa),
-    "xformers": (xformers.attention, xformers.attention_backward, _why_not_xformers),
+LIBRARIES = {
+    "sdpa": Library(sdpa.attention, sdpa.attention_backward, _why_not_sdpa),
+    "xformers": Library(xformers.attention, xformers.attention_backward, _why_not_xformers),
 }
 _FWD = backends.row(reference.shaped_attention_fwd, AttentionCall, cuda=_why_not_cuda)
 _BWD = backends.row(reference.shaped_attention_bwd, AttentionInto, cuda=_why_not_cuda)
-for _name, (_attend, _attend_backward, _why_not) in LIBRARIES.items():
-    _FWD[_name] = backends.Implementation(
-        partial(with_library_attention.shaped_attention_fwd, _attend), _why_not
-    )
-    _BWD[_name] = backends.Implementation(
-        partial(with_library_attention.shaped_attention_bwd, _attend, _attend_backward), _why_not
-    )
+for _name, _library in LIBRARIES.items():
+    _fwd_function = partial(with_library_attention.shaped_attention_fwd, _library)
+    _FWD[_name] = backends.Implementation(_fwd_function, _library.why_not)
+    _bwd_function = partial(with_library_attention.shaped_attention_bwd, _library)
+    _BWD[_name] = backends.Implementation(_bwd_function, _library.why_not)
 FORWARD = define(
     "shaped_attention_fwd",
     AttentionCall,
@@ -145,11 +146,10 @@ def _gradient(
     needed: Sequence[bool],
     spec: str,
 ) -> dict[str, Tensor]:
-    (grad,), (lse, av) = grads, results
-    gradients = registry.call(
-        BACKWARD, AttentionGradient(**by_name(call), grad=grad, lse=lse, av=av), spec
-    )
-    return dict(zip(("q", "k", "v", "gains"), gradients))
+    lse, av = results
+    (grad,) = grads
+    gradient = AttentionGradient(**by_name(call), grad=grad, lse=lse, av=av)
+    return dict(zip(("q", "k", "v", "gains"), registry.call(BACKWARD, gradient, spec)))
 
 
 register_gradient(FORWARD, _gradient)

@@ -10,12 +10,12 @@ from simplclip.ops.calls import accumulate_dtype
 
 
 def _visible(call: AttentionCall) -> Tensor:
-    """Returns which keys a query attends to, [B or 1, 1, L, L]; a padded query attends to no
-    key.
-    """
-    length, device = call.q.shape[1], call.q.device
-    visible = torch.ones(length, length, dtype=torch.bool, device=device)
-    visible = (visible.tril() if call.causal else visible)[None]
+    """Returns which keys a query attends to, [B or 1, 1, L, L]: none if the query is padded."""
+    length = call.q.shape[1]
+    device = call.q.device
+    visible = torch.ones(1, length, length, dtype=torch.bool, device=device)
+    if call.causal:
+        visible = visible.tril()
     if call.lengths is not None:
         valid = torch.arange(length, device=device) < call.lengths[:, None]  # [B, L]
         visible = visible & valid[:, None, :] & valid[:, :, None]
@@ -23,8 +23,9 @@ def _visible(call: AttentionCall) -> Tensor:
 
 
 def _heads(visible: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Returns [B, H, L, K] in the accumulation dtype, with 0 at padded tokens (a weight of 0 would
-    keep their NaN).
+    """Returns [B, H, L, K] in the accumulation dtype, with 0 at padded tokens.
+
+    A weight of 0 would keep their NaN.
     """
     seen = visible.any(-1)[..., None]  # [B or 1, 1, L, 1]
     dtype = accumulate_dtype(tensors[0].dtype)
@@ -32,8 +33,8 @@ def _heads(visible: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 
 def shaped_attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Returns alpha v + beta A v − gamma C v [B, L, H, K], and the log-sum-exp of visible logits
-    [B, H, L] (padded: 0).
+    """Returns alpha v + beta A v − gamma C v [B, L, H, K], and the log-sum-exps of visible logits
+    [B, H, L], 0 at padding.
     """
     visible = _visible(call)
     q, k, v = _heads(visible, call.q, call.k, call.v)
@@ -48,13 +49,15 @@ def shaped_attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _uniform(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns C, the uniform attention over the visible keys, [B or 1, 1, L, L]."""
     return visible.to(dtype) / visible.sum(-1, keepdim=True).clamp(min=1)
 
 
 def shaped_attention_bwd(call: AttentionInto) -> Tensor:  # [3, H]
-    """Writes dq, dk, dv; returns gain gradients: dP = do vᵀ, δ = rowsum(A ∘ dP), dS = beta A ∘ (dP
-    − δ), dq = scale dS k, dk = scale dSᵀ q, dv = alpha do + (beta A − gamma C)ᵀ do; dalpha = tr dP,
-    dbeta = Σ δ, dgamma = −Σ C ∘ dP.
+    """Writes dq, dk and dv; returns the gains' gradients.
+
+    With dP = do vᵀ, δ = rowsum(A ∘ dP) and dS = beta A ∘ (dP − δ): dq = scale dS k, dk = scale dSᵀ
+    q, dv = alpha do + (beta A − gamma C)ᵀ do; dalpha = tr dP, dbeta = Σ δ, dgamma = −Σ C ∘ dP.
     """
     visible = _visible(call)
     grad, q, k, v = _heads(visible, call.grad, call.q, call.k, call.v)

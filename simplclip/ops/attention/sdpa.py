@@ -28,7 +28,9 @@ def kernel(q: Tensor) -> str:
         return "cpu"
     capability = backends.capability(q.device)
     before_ampere = capability is not None and capability < (8, 0)
-    return "efficient" if q.itemsize != 2 or q.shape[3] > 256 or before_ampere else "flash"
+    if before_ampere or q.itemsize != 2 or q.shape[3] > 256:
+        return "efficient"
+    return "flash"
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -48,20 +50,17 @@ def aligned(*tensors: Tensor) -> list[Tensor]:
     results = []
     for t in tensors:
         row_elements = ROW_BYTES // t.itemsize
+        starts = (t.storage_offset(), *t.stride()[:3])
         if t.shape[3] % row_elements:
             t = F.pad(t, (0, -t.shape[3] % row_elements))
-        elif t.storage_offset() % row_elements or any(
-            step % row_elements for step in t.stride()[:3]
-        ):
+        elif any(start % row_elements for start in starts):
             t = t.clone(memory_format=torch.contiguous_format)
         results.append(t)
     return results
 
 
 def _segments(call: AttentionCall) -> Tensor:  # [2 B + 1] int32
-    """Returns where the valid tokens and the padding of each sequence begin, and where the last
-    sequence ends.
-    """
+    """Returns where the valid tokens and the padding of each sequence begin, and the last end."""
     batch, length = call.q.shape[:2]
     first = torch.arange(0, batch * length, length, device=call.q.device, dtype=torch.int32)
     bounds = torch.stack([first, first + call.lengths], 1).flatten()
@@ -69,12 +68,15 @@ def _segments(call: AttentionCall) -> Tensor:  # [2 B + 1] int32
 
 
 def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    (batch, length, heads, width), (q, k, v) = call.q.shape, aligned(call.q, call.k, call.v)
-    bounds, shape = None, q.shape
+    batch, length, heads, width = call.q.shape
+    tensors = aligned(call.q, call.k, call.v)
+    shape = tensors[0].shape
+    bounds = None
     if call.lengths is not None:
-        bounds, q, k, v = _segments(call), *(t.flatten(0, 1) for t in (q, k, v))
+        bounds = _segments(call)
+        tensors = [t.flatten(0, 1) for t in tensors]
     av, lse, *_ = aten._flash_attention_forward(
-        q, k, v, bounds, bounds, length, length, 0.0, call.causal, False, scale=call.scale
+        *tensors, bounds, bounds, length, length, 0.0, call.causal, False, scale=call.scale
     )  # fmt: skip
     if bounds is not None:  # [H, B L]
         lse = lse.view(heads, batch, length).transpose(0, 1).contiguous()
@@ -82,10 +84,11 @@ def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    length, width = call.q.shape[1], call.q.shape[3]
+    length = call.q.shape[1]
+    width = call.q.shape[3]
     tensors = aligned(call.grad, call.q, call.k, call.v, call.av)
-    bounds = None
     shape = tensors[0].shape
+    bounds = None
     lse = call.lse
     if call.lengths is not None:
         bounds = _segments(call)
@@ -94,88 +97,54 @@ def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
     # the state of random numbers, unused without dropout
     state = lse.new_empty((), dtype=torch.int64)
     gradients = aten._flash_attention_backward(
-        *tensors,
-        lse,
-        bounds,
-        bounds,
-        length,
-        length,
-        0.0,
-        call.causal,
-        state,
-        state,
+        *tensors, lse, bounds, bounds, length, length, 0.0, call.causal, state, state,
         scale=call.scale,
-    )
+    )  # fmt: skip
     return tuple(t.view(shape)[..., :width] for t in gradients)
 
 
 def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    (_, length, _, width), (q, k, v) = call.q.shape, aligned(call.q, call.k, call.v)
+    length = call.q.shape[1]
+    width = call.q.shape[3]
+    tensors = aligned(call.q, call.k, call.v)
+    shape = tensors[0].shape
     bounds = None
     longest = None
-    shape = q.shape
     if call.lengths is not None:
-        bounds, longest, q, k, v = (
-            _segments(call),
-            length,
-            *(t.flatten(0, 1)[None] for t in (q, k, v)),
-        )
+        bounds = _segments(call)
+        longest = length
+        tensors = [t.flatten(0, 1)[None] for t in tensors]
     av, lse, *_ = aten._efficient_attention_forward(
-        q,
-        k,
-        v,
-        None,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        0.0,
-        int(call.causal),
-        True,
+        *tensors, None, bounds, bounds, longest, longest, 0.0, int(call.causal), True,
         scale=call.scale,
-    )
-    lse = lse if bounds is None else lse[::2]  # drops the log-sum-exps of padding
+    )  # fmt: skip
+    if bounds is not None:
+        lse = lse[::2]  # drops the log-sum-exps of padding
     return av.view(shape)[..., :width], lse[:, :, :length].contiguous()
 
 
 def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
-    length, width = call.q.shape[1], call.q.shape[3]
-    grad, q, k, v, av = aligned(call.grad, call.q, call.k, call.v, call.av)
+    length = call.q.shape[1]
+    width = call.q.shape[3]
+    tensors = aligned(call.grad, call.q, call.k, call.v, call.av)
+    shape = tensors[0].shape
     bounds = None
-    shape = q.shape
     lse = call.lse
     if call.lengths is not None:
-        bounds, grad, q, k, v, av = (
-            _segments(call),
-            *(t.flatten(0, 1)[None] for t in (grad, q, k, v, av)),
-        )
-        lse = lse.masked_fill(
-            (torch.arange(length, device=q.device) >= call.lengths[:, None])[:, None], torch.inf
-        )
+        bounds = _segments(call)
+        tensors = [t.flatten(0, 1)[None] for t in tensors]
+        padded = torch.arange(length, device=lse.device) >= call.lengths[:, None]  # [B, L]
+        lse = lse.masked_fill(padded[:, None], torch.inf)
         # padding gets the values of valid rows: its gradients are not used
         lse = lse.repeat_interleave(2, 0)
     lse = F.pad(lse, (0, -length % LSE_ROWS), value=torch.inf)
     # the state of random numbers, unused without dropout
     state = lse.new_empty((), dtype=torch.int64)
+    *inputs, av = tensors
     gradients = aten._efficient_attention_backward(
-        grad,
-        q,
-        k,
-        v,
-        None,
-        av,
-        bounds,
-        bounds,
-        length,
-        length,
-        lse,
-        0.0,
-        state,
-        state,
-        int(call.causal),
-        False,
-        scale=call.scale,
-    )[:3]
+        *inputs, None, av, bounds, bounds, length, length, lse, 0.0, state, state,
+        int(call.causal), False, scale=call.scale,
+    )[:3]  # fmt: skip
     return tuple(t.view(shape)[..., :width] for t in gradients)
 
 
@@ -199,17 +168,17 @@ def _heads_and_mask(call: AttentionCall, *tensors: Tensor) -> tuple[list[Tensor]
     """Returns the tensors as [B, H, L, K] with 0 in padding, and a mask [B, 1, 1, L] to add to the
     logits, or None.
 
-    A valid query of causal attention sees no padding, since padding comes last, so that no mask is
-    needed.
+    Causal attention needs no mask: padding comes last, so that a valid query sees none.
     """
     heads = [t.transpose(1, 2) for t in tensors]
     if call.lengths is None:
         return heads, None
     padded = torch.arange(call.q.shape[1]) >= call.lengths[:, None]  # [B, L]
     heads = [t.masked_fill(padded[:, None, :, None], 0) for t in heads]
-    return heads, None if call.causal else call.q.new_zeros(padded.shape).masked_fill(
-        padded, -torch.inf
-    )[:, None, None]
+    if call.causal:
+        return heads, None
+    mask = call.q.new_zeros(padded.shape).masked_fill(padded, -torch.inf)
+    return heads, mask[:, None, None]
 
 
 _FORWARD = {"cpu": _on_cpu, "flash": _flash, "efficient": _efficient}

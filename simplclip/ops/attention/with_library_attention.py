@@ -1,7 +1,6 @@
-"""shaped_attention with the softmax attention of another library, whose result A v is kept for
-backward.
+"""shaped_attention with the softmax attention of another library, whose result A v is kept.
 
-An attention is two functions. Forward maps a call to A v [B, L, H, K] and the log-sum-exps [B, H,
+A library has two functions. Forward maps a call to A v [B, L, H, K] and the log-sum-exps [B, H,
 L]. Backward maps a call with A v and the incoming gradient dO to the gradients of ordinary
 attention: dq, dk and Aᵀ dO. All three are linear in dO, so that each is multiplied by the head's
 beta afterwards. The other terms are computed in the dtype of sums, by Triton kernels where these
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +19,15 @@ from torch import Tensor
 from simplclip.ops import backends
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
-Forward = Callable[[AttentionCall], tuple[Tensor, Tensor]]
 Call = TypeVar("Call", bound=AttentionCall)
-Backward = Callable[[AttentionInto], tuple[Tensor, Tensor, Tensor]]
+
+
+class Library(NamedTuple):
+    """Another library's attention, and its backend's predicate."""
+
+    forward: Callable[[AttentionCall], tuple[Tensor, Tensor]]
+    backward: Callable[[AttentionInto], tuple[Tensor, Tensor, Tensor]]
+    why_not: Callable[..., str | None]
 
 
 def _on_triton(call: AttentionCall) -> bool:
@@ -36,28 +41,28 @@ def _padding_mask(call: AttentionCall) -> Tensor | None:  # [B, L, 1, 1]
     """Returns which tokens are padding; None without lengths."""
     if call.lengths is None:
         return None
-    return (torch.arange(call.q.shape[1], device=call.q.device) >= call.lengths[:, None])[
-        :, :, None, None
-    ]
+    positions = torch.arange(call.q.shape[1], device=call.q.device)
+    return (positions >= call.lengths[:, None])[:, :, None, None]
 
 
 def _visible_keys(call: AttentionCall) -> Tensor | int:  # [L, 1, 1], [B, 1, 1, 1] or a number
     """Returns how many keys a query sees, at least 1."""
+    length = call.q.shape[1]
     if call.causal:
-        return torch.arange(1, call.q.shape[1] + 1, device=call.q.device, dtype=call.gains.dtype)[
-            :, None, None
-        ]
-    return (
-        call.q.shape[1] if call.lengths is None else call.lengths.clamp(min=1)[:, None, None, None]
-    )
+        counts = torch.arange(1, length + 1, device=call.q.device, dtype=call.gains.dtype)
+        return counts[:, None, None]
+    if call.lengths is None:
+        return length
+    return call.lengths.clamp(min=1)[:, None, None, None]
 
 
 # [B, 1, H, K], if causal [B, L, H, K]
 def _uniform_attention(v: Tensor, call: AttentionCall) -> Tensor:
     """Returns C v."""
     dtype = call.gains.dtype
-    sums = v.cumsum(1, dtype=dtype) if call.causal else v.sum(1, keepdim=True, dtype=dtype)
-    return sums.div_(_visible_keys(call))
+    if call.causal:
+        return v.cumsum(1, dtype=dtype).div_(_visible_keys(call))
+    return v.sum(1, keepdim=True, dtype=dtype).div_(_visible_keys(call))
 
 
 # [B, 1, H, K], if causal [B, L, H, K]
@@ -71,18 +76,22 @@ def _uniform_attention_transposed(grad: Tensor, call: AttentionCall) -> Tensor:
 
 # [B, L, H, K] twice -> [H]
 def _product_per_head(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    a = a.to(dtype) if a.dtype == torch.float16 else a  # products overflow in float16
+    """Returns the sum of a b for each head."""
+    if a.dtype == torch.float16:  # in which products overflow
+        a = a.to(dtype)
     return (a * b).sum((0, 1, 3), dtype=dtype)
 
 
 def _with_positive_scale(call: Call) -> tuple[Call, int]:
-    """Returns a call with scale > 0 and equal logits, and dq's factor: other libraries mask by −inf
-    before they scale.
+    """Returns a call with scale > 0 and equal logits, and dq's factor.
+
+    Other libraries mask by −inf before they scale.
     """
     if call.scale > 0:
         return call, 1
-    q, sign = (-call.q, -1) if call.scale < 0 else (torch.zeros_like(call.q), 0)
-    return replace(call, q=q, scale=-call.scale or 1.0), sign
+    if call.scale < 0:
+        return replace(call, q=-call.q, scale=-call.scale), -1
+    return replace(call, q=torch.zeros_like(call.q), scale=1.0), 0
 
 
 def _write_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None:
@@ -98,43 +107,42 @@ def _write_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None:
 def _gradients_without_softmax(call: AttentionInto) -> Tensor:  # [3, H]
     """Writes to dv the terms without A; returns the gains' gradients."""
     alpha, _, gamma = call.gains[:, :, None]
-    dtype, d_uniform = call.gains.dtype, _uniform_attention_transposed(call.grad, call)
-    d_gamma = (
-        d_uniform * (call.v if call.causal else call.v.sum(1, keepdim=True, dtype=dtype))
-    ).sum((0, 1, 3))
-    d_alpha, d_beta = (_product_per_head(call.grad, t, dtype) for t in (call.v, call.av))
+    dtype = call.gains.dtype
+    d_uniform = _uniform_attention_transposed(call.grad, call)
+    v = call.v if call.causal else call.v.sum(1, keepdim=True, dtype=dtype)
+    d_gamma = (d_uniform * v).sum((0, 1, 3))
+    d_alpha = _product_per_head(call.grad, call.v, dtype)
+    d_beta = _product_per_head(call.grad, call.av, dtype)
     torch.addcmul(d_uniform.mul_(-gamma), call.grad, alpha, out=call.dv)
     return torch.stack([d_alpha, d_beta, -d_gamma])
 
 
-def shaped_attention_fwd(attend: Forward, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+def shaped_attention_fwd(library: Library, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the result, the log-sum-exps and A v.
 
-    Scratch of plain torch: C v in the dtype of sums, if causal as large.
+    Scratch of plain torch: C v in the dtype of sums, of the size of v if causal.
     """
-    out, padding = call.q.new_empty(call.q.shape), _padding_mask(call)
+    out = call.q.new_empty(call.q.shape)
+    padding = _padding_mask(call)
     if not call.q.numel():
-        return (
-            out,
-            call.gains.new_empty(*call.q.shape[:3]).transpose(1, 2).contiguous(),
-            torch.empty_like(out),
-        )
-    av, lse = attend(_with_positive_scale(call)[0])
+        batch, length, heads, _ = call.q.shape
+        return out, call.gains.new_empty(batch, heads, length), torch.empty_like(out)
+    av, lse = library.forward(_with_positive_scale(call)[0])
     if padding is not None:
         lse = lse.masked_fill(padding[:, None, :, 0, 0], 0)
     if _on_triton(call):
-        backends.kernel("attention.op", "shaped_attention_terms")(call, av, out)
+        backends.kernel("attention.launch", "shaped_attention_terms")(call, av, out)
         return out, lse.contiguous(), av.contiguous()
     if padding is not None:
-        av, call = av.masked_fill(padding, 0), replace(call, v=call.v.masked_fill(padding, 0))
+        av = av.masked_fill(padding, 0)
+        call = replace(call, v=call.v.masked_fill(padding, 0))
     _write_terms(call, av, out)
     if padding is not None:
         out.masked_fill_(padding, 0)
     return out, lse.contiguous(), av.contiguous()
 
 
-# [3, H]
-def shaped_attention_bwd(attend: Forward, attend_backward: Backward, call: AttentionInto) -> Tensor:
+def shaped_attention_bwd(library: Library, call: AttentionInto) -> Tensor:  # [3, H]
     """Writes dq, dk and dv; returns the gains' gradients.
 
     dv = alpha dO + beta Aᵀ dO − gamma Cᵀ dO; dalpha = Σ dO v, dbeta = Σ dO A v, dgamma = −Σ v Cᵀ
@@ -145,23 +153,24 @@ def shaped_attention_bwd(attend: Forward, attend_backward: Backward, call: Atten
     on_triton = _on_triton(call)
     padding = None if on_triton else _padding_mask(call)
     if padding is not None:
-        call = replace(
-            call, v=call.v.masked_fill(padding, 0), grad=call.grad.masked_fill(padding, 0)
-        )
+        v = call.v.masked_fill(padding, 0)
+        call = replace(call, v=v, grad=call.grad.masked_fill(padding, 0))
     call, sign = _with_positive_scale(call)
     if not call.av.numel():  # forward did not keep A v
-        av, lse = attend(call)
-        call = replace(call, av=av if padding is None else av.masked_fill(padding, 0), lse=lse)
+        av, lse = library.forward(call)
+        if padding is not None:
+            av = av.masked_fill(padding, 0)
+        call = replace(call, av=av, lse=lse)
     if on_triton:
-        return backends.kernel("attention.op", "shaped_attention_gradients")(
-            call, attend_backward(call), sign
-        )
+        gradients = backends.kernel("attention.launch", "shaped_attention_gradients")
+        return gradients(call, library.backward(call), sign)
     d_gains = _gradients_without_softmax(call)
-    dq, dk, dv = attend_backward(call)
+    dq, dk, dv = library.backward(call)
     beta = call.gains[1, :, None]
     torch.mul(dq, sign * beta, out=call.dq)
     torch.mul(dk, beta, out=call.dk)
     call.dv.addcmul_(dv, beta)
-    for gradient in (call.dq, call.dk, call.dv) if padding is not None else ():
-        gradient.masked_fill_(padding, 0)
+    if padding is not None:
+        for gradient in (call.dq, call.dk, call.dv):
+            gradient.masked_fill_(padding, 0)
     return d_gains

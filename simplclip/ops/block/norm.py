@@ -1,6 +1,4 @@
-"""Forward and backward of LayerNorm and RMSNorm over the last dimension, for simplified_block,
-which runs forward twice.
-"""
+"""LayerNorm and RMSNorm over the last dimension, forward and backward, for simplified_block."""
 
 from __future__ import annotations
 
@@ -15,8 +13,9 @@ layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Casts weight and bias to a dtype that layer norm accepts: on a CPU float32 may go with a half
-    x, on a GPU not.
+    """Casts weight and bias to a dtype that layer norm accepts.
+
+    On a CPU, float32 is accepted with a half x; on a GPU it is not.
     """
     if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
         return weight, bias
@@ -25,9 +24,7 @@ def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def norm_fwd(x: Tensor, call: BlockCall) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Returns the normalised x [T, C] in the dtype of x, and the statistics that `norm_bwd`
-    needs.
-    """
+    """Returns the normalised x [T, C] in the dtype of x, and the statistics for `norm_bwd`."""
     weight, bias = call.norm_weight, call.norm_bias
     if call.norm == "layernorm":
         n, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], *_cast(x, weight, bias), call.eps)
@@ -43,26 +40,30 @@ def norm_bwd(
     call: BlockCall,
     stats: tuple[Tensor, ...],
     need: Needed,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Returns the gradients of x, norm_weight and norm_bias, each in the dtype of its tensor."""
+) -> dict[str, Tensor]:
+    """Returns the gradients that are needed of x [B, L, C], norm_weight and norm_bias, by name.
+
+    Each has the dtype of its tensor.
+    """
     weight, bias = call.norm_weight, call.norm_bias
     if call.norm == "layernorm":
         mask = [need.x, need.norm_weight, need.norm_bias and bias is not None]
-        dx, dw, db = layer_norm_backward(
-            grad, x, [x.shape[1]], *stats, *_cast(x, weight, bias), mask
-        )
+        cast = _cast(x, weight, bias)
+        dx, dw, db = layer_norm_backward(grad, x, [x.shape[1]], *stats, *cast, mask)
     else:
         (rstd,) = stats
         normed, wide = x.to(rstd.dtype) * rstd, grad.to(rstd.dtype)
-        dw, db = (wide * normed).sum(0) if need.norm_weight else None, None
-        wide = wide * weight.to(rstd.dtype)
-        dx = (
-            (rstd * (wide - normed * (wide * normed).mean(1, keepdim=True))).to(x.dtype)
-            if need.x
-            else None
-        )
-    return (
-        dx,
-        None if dw is None else dw.to(weight.dtype),
-        None if db is None or bias is None else db.to(bias.dtype),
-    )
+        dx = dw = db = None
+        if need.norm_weight:
+            dw = (wide * normed).sum(0)
+        if need.x:
+            wide = wide * weight.to(rstd.dtype)
+            dx = rstd * (wide - normed * (wide * normed).mean(1, keepdim=True))
+    gradients = {}
+    if dx is not None:
+        gradients["x"] = dx.to(x.dtype).view(call.x.shape)
+    if dw is not None:
+        gradients["norm_weight"] = dw.to(weight.dtype)
+    if db is not None and bias is not None:
+        gradients["norm_bias"] = db.to(bias.dtype)
+    return gradients

@@ -1,10 +1,11 @@
-"""simplified_block: the whole SAS-P block as one op, which saves 7C elements per token (a standard
-block: 16C).
+"""simplified_block: the whole SAS-P block as one op, which saves 7C elements per token.
+
+A standard block saves 16C.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor
 from simplclip.ops import checks, registry
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.attention.op import attend, av_shape, facts_of
+from simplclip.ops.autocast import autocast
 from simplclip.ops.block.call import BlockCall, BlockGradient, Needed
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
 from simplclip.ops.calls import accumulate_dtype, by_name
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, to_overwrite
 from simplclip.ops.mlp.reference import ACTIVATIONS
-from simplclip.ops.registry import autocast, define, register_gradient
+from simplclip.ops.registry import define, register_gradient
 
 MATRICES = (
     "qk_weight",
@@ -35,7 +37,8 @@ MATRICES = (
 
 def heads_of(call: BlockCall) -> tuple[int, int, int, int]:
     """Returns [B, L, H, K], the shape of q, k and v."""
-    (batch, length, width), (heads,) = call.x.shape, call.alpha.shape
+    batch, length, width = call.x.shape
+    heads = call.alpha.shape[0]
     return batch, length, heads, width // heads
 
 
@@ -53,49 +56,70 @@ def _split(qk: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor
 
 
 def _attention_call(
-    call: BlockCall, shape: tuple[int, int, int, int], n: Tensor, qk: Tensor, gains: Tensor
+    call: BlockCall,
+    shape: tuple[int, int, int, int],
+    n: Tensor,  # [T, C], the normalised x
+    qk: Tensor,  # [T, 2C]
+    gains: Tensor,  # [3, H]
 ) -> AttentionCall:
     v = n if call.value_weight is None else F.linear(n, call.value_weight)
     q, k = _split(qk, shape)
-    return AttentionCall(
-        q, k, v.view(shape), gains * call.attention_gain, call.lengths, call.scale, call.causal
-    )
+    gains = gains * call.attention_gain
+    return AttentionCall(q, k, v.view(shape), gains, call.lengths, call.scale, call.causal)
 
 
 def _fwd(pick: Callable, call: BlockCall) -> tuple[Tensor, ...]:
-    x, shape = call.x.view(-1, call.x.shape[2]), heads_of(call)
+    x = call.x.view(-1, call.x.shape[2])
+    shape = heads_of(call)
     n, _ = norm_fwd(x, call)
     qk = F.linear(n, call.qk_weight)
     attention = pick("shaped_attention_fwd", **facts_of(shape, call.lengths))
     out, lse, av = attend(attention, _attention_call(call, shape, n, qk, gains_of(call)))
-    out, av = out.view(x.shape), av if call.keep else x.new_empty(0)
+    out = out.view(x.shape)
+    if not call.keep:
+        qk = x.new_empty(0)
+        av = x.new_empty(0)
     if call.output_weight is not None:
         out = F.linear(out, call.output_weight)
-    project = pick("parallel_mlp_fwd")
-    weight, bias = call.fc2_weight * call.mlp_gain, call.fc2_bias * call.mlp_gain
-    first = n, call.fc1_weight, call.fc1_bias
-    h = F.linear(*first) if call.keep else x.new_empty(0)
-    qk = qk if call.keep else x.new_empty(0)
-    for h_chunk, out_chunk in [(h, out)] if call.keep else hidden_rows(*first, out):
-        project(HiddenCall(h_chunk, weight, bias, call.act, out_chunk, accumulate=True))
+    h = _add_mlp(pick("parallel_mlp_fwd"), call, n, out)
     # autograd lets no view that an op returns be changed in place
     out = torch.ops.aten._unsafe_view(out, call.x.shape)
     return out, qk, h, lse, av
 
 
+def _add_mlp(function: Callable, call: BlockCall, n: Tensor, out: Tensor) -> Tensor:
+    """Adds mlp_gain MLP(n) to out [T, C]; returns the hidden layer, empty unless `keep`."""
+    weight = call.fc2_weight * call.mlp_gain
+    bias = call.fc2_bias * call.mlp_gain
+    fc1 = (n, call.fc1_weight, call.fc1_bias)
+    chunks: Iterable[tuple[Tensor, Tensor]]
+    if call.keep:
+        h = F.linear(*fc1)
+        chunks = [(h, out)]
+    else:
+        h = n.new_empty(0)
+        chunks = hidden_rows(*fc1, out)
+    for h_chunk, out_chunk in chunks:
+        function(HiddenCall(h_chunk, weight, bias, call.act, out_chunk, accumulate=True))
+    return h
+
+
 def _fwd_fake(call: BlockCall, spec: str) -> tuple[Tensor, ...]:
-    x, shape = call.x, heads_of(call)
+    x = call.x
+    shape = heads_of(call)
     batch, length, heads, _ = shape
-    widths = (2 * x.shape[2], call.fc1_weight.shape[0])
-    qk, h = (x.new_empty((batch * length, width) if call.keep else (0,)) for width in widths)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     lse = x.new_empty(batch, heads, length, dtype=call.attention_gain.dtype)
-    av = x.new_empty(av_shape(shape, x, spec, call.lengths) if call.keep else (0,))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), qk, h, lse, av
+    if not call.keep:
+        return out, x.new_empty(0), x.new_empty(0), lse, x.new_empty(0)
+    qk = x.new_empty(batch * length, 2 * x.shape[2])
+    h = x.new_empty(batch * length, call.fc1_weight.shape[0])
+    return out, qk, h, lse, x.new_empty(av_shape(shape, x, spec, call.lengths))
 
 
 def _mlp_bwd(
-    pick, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, need_n: bool
-) -> tuple[Tensor, dict]:
+    pick: Callable, call: BlockGradient, n: Tensor, grad: Tensor, need: Needed, need_n: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the gradient of h, which overwrites h, and the gradients of the MLP's tensors.
 
     With w = mlp_gain fc2_weight: d mlp_gain = <dw, fc2_weight>, d fc2_weight = mlp_gain dw,
@@ -106,14 +130,13 @@ def _mlp_bwd(
     gain = call.mlp_gain
     need_w = need.fc2_weight or need.mlp_gain
     if need_n or need_w or need.fc1_weight or need.fc1_bias:
-        h = h if h.numel() else F.linear(n, call.fc1_weight, call.fc1_bias)
-        dw = pick("parallel_mlp_bwd")(
-            HiddenGradient(grad, h, call.fc2_weight * gain, call.act, need_w)
-        )
+        if not h.numel():
+            h = F.linear(n, call.fc1_weight, call.fc1_bias)
+        function = pick("parallel_mlp_bwd")
+        dw = function(HiddenGradient(grad, h, call.fc2_weight * gain, call.act, need_w))
         if need.mlp_gain:
-            gradients["mlp_gain"] = torch.dot(
-                dw.flatten().to(gain.dtype), call.fc2_weight.flatten().to(gain.dtype)
-            )
+            weight = call.fc2_weight.flatten().to(gain.dtype)
+            gradients["mlp_gain"] = torch.dot(dw.flatten().to(gain.dtype), weight)
         gradients["fc2_weight"] = dw.mul_(gain)
     if need.fc2_bias or need.mlp_gain:
         db = grad.sum(0)
@@ -129,37 +152,25 @@ def _mlp_bwd(
 
 def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
     x = call.x.view(-1, call.x.shape[2])
-    shape = heads_of(call)
     need = Needed(*call.need)
     n, stats = norm_fwd(x, call)
     grad = call.grad.view(x.shape)
-    qk = call.qk
-    facts = facts_of(shape, call.lengths)
     need_n = need.x or need.norm_weight or need.norm_bias
     d_h, gradients = _mlp_bwd(pick, call, n, grad, need, need_n)
 
     need_gains = need.alpha or need.beta or need.gamma or need.attention_gain
     need_attention = need_n or need.qk_weight or need_gains or need.value_weight
     if need_attention or need.output_weight:
-        qk, gains = qk if qk.numel() else F.linear(n, call.qk_weight), gains_of(call)
-        attention = _attention_call(call, shape, n, qk, gains)
+        qk = call.qk if call.qk.numel() else F.linear(n, call.qk_weight)
+        gains = gains_of(call)
+        attention = _attention_call(call, heads_of(call), n, qk, gains)
     if need.output_weight:
-        out, *_ = pick("shaped_attention_fwd", **facts)(attention)
+        function = pick("shaped_attention_fwd", **facts_of(attention.q.shape, call.lengths))
+        out, *_ = function(attention)
         gradients["output_weight"] = torch.mm(grad.t(), out.view(x.shape))
     if need_attention:
-        d_attention = grad if call.output_weight is None else torch.mm(grad, call.output_weight)
-        dqk, dv = torch.empty_like(qk), torch.empty_like(n)
-        dq, dk = _split(dqk, shape)
-        gradient = AttentionInto(
-            **by_name(attention),
-            grad=d_attention.view(shape),
-            lse=call.lse,
-            av=call.av,
-            dq=dq,
-            dk=dk,
-            dv=dv.view(shape),
-        )
-        d_gains = pick("shaped_attention_bwd", **facts)(gradient)
+        d_out = grad if call.output_weight is None else torch.mm(grad, call.output_weight)
+        dqk, dv, d_gains = _attention_bwd(pick, call, attention, d_out)
         if need.attention_gain:
             gradients["attention_gain"] = torch.dot(d_gains.flatten(), gains.flatten())
         # one kernel on a GPU
@@ -174,25 +185,44 @@ def _bwd(pick: Callable, call: BlockGradient) -> tuple[Tensor, ...]:
         if need_n:
             dn = dv if call.value_weight is None else torch.mm(dv, call.value_weight)
             dn.addmm_(dqk, call.qk_weight).addmm_(d_h, call.fc1_weight)
-            dx, gradients["norm_weight"], gradients["norm_bias"] = norm_bwd(
-                dn, x, call, stats, need
-            )
-            gradients["x"] = None if dx is None else dx.view(call.x.shape)
-    return tuple(
-        [
-            gradients[name] if needed else x.new_empty(0)
-            for name, needed in zip(Needed._fields, need)
-        ]
+            gradients |= norm_bwd(dn, x, call, stats, need)
+    results = []
+    for name, needed in zip(Needed._fields, need):
+        results.append(gradients[name] if needed else x.new_empty(0))
+    return tuple(results)
+
+
+def _attention_bwd(
+    pick: Callable, call: BlockGradient, attention: AttentionCall, d_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of [q|k] [T, 2C], of v [T, C] and of the attention's gains [3, H].
+
+    d_out: the gradient of the attention's result, [T, C].
+    """
+    shape = attention.q.shape
+    rows, width = d_out.shape
+    dqk = d_out.new_empty(rows, 2 * width)
+    dv = d_out.new_empty(rows, width)
+    dq, dk = _split(dqk, shape)
+    gradient = AttentionInto(
+        **by_name(attention),
+        grad=d_out.view(shape),
+        lse=call.lse,
+        av=call.av,
+        dq=dq,
+        dk=dk,
+        dv=dv.view(shape),
     )
+    function = pick("shaped_attention_bwd", **facts_of(shape, call.lengths))
+    return dqk, dv, function(gradient)
 
 
 def _bwd_fake(call: BlockGradient, spec: str) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format)
-        if needed
-        else call.grad.new_empty(0)
-        for name, needed in zip(Needed._fields, call.need)
-    )
+    results = []
+    for name, needed in zip(Needed._fields, call.need):
+        like = getattr(call, name) if needed else call.grad.new_empty(0)
+        results.append(torch.empty_like(like, memory_format=torch.contiguous_format))
+    return tuple(results)
 
 
 _GRADIENTS = f"({', '.join(['Tensor'] * len(Needed._fields))})"
@@ -209,7 +239,8 @@ def _gradient(
     needed: Sequence[bool],
     spec: str,
 ) -> dict[str, Tensor]:
-    (qk, h, lse, av), (grad,) = results, grads
+    qk, h, lse, av = results
+    (grad,) = grads
     gradient = BlockGradient(
         **by_name(call), grad=grad, qk=qk, h=to_overwrite(h), lse=lse, av=av, need=list(needed[:-1])
     )
@@ -286,8 +317,16 @@ def simplified_block(
     checks.choice("act", act, tuple(ACTIVATIONS))
     checks.boolean("causal", causal)
     checks.boolean("recompute", recompute)
-    matrices = qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight
-    checks.block(x, *matrices, norm, norm_weight, norm_bias, alpha, beta, gamma)
+    matrices = (qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, value_weight, output_weight)
+    tensors = {
+        **dict(zip(MATRICES, matrices)),
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "alpha": alpha,
+        "beta": beta,
+        "gamma": gamma,
+    }
+    checks.block(x, tensors, norm)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, x.shape[0], x.shape[1], x.device)
     x, *cast = autocast(x, *matrices)
@@ -297,14 +336,15 @@ def simplified_block(
     attention_gain = checks.scalar("attention_gain", attention_gain, x.device, wide, of="x")
     mlp_gain = checks.scalar("mlp_gain", mlp_gain, x.device, wide, of="x")
     eps = checks.number("eps", eps, positive=True)
-    scale = (
-        (x.shape[2] // alpha.shape[0]) ** -0.5 if scale is None else checks.number("scale", scale)
-    )
-    gains = alpha, beta, gamma, attention_gain, mlp_gain
+    if scale is None:
+        scale = (x.shape[2] // alpha.shape[0]) ** -0.5
+    else:
+        scale = checks.number("scale", scale)
+    gains = (alpha, beta, gamma, attention_gain, mlp_gain)
     keep = keeps_hidden(x, *cast, norm_weight, norm_bias, *gains, recompute=recompute)
-    of_call = BlockCall(
+    call = BlockCall(
         x, norm_weight, norm_bias, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
         alpha, beta, gamma, attention_gain, mlp_gain, value_weight, output_weight,
         lengths, norm, eps, act, scale, causal, keep,
     )  # fmt: skip
-    return registry.call(FORWARD, of_call)[0]
+    return registry.call(FORWARD, call)[0]

@@ -10,30 +10,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import checks
+from simplclip.ops.autocast import autocast, autocasts
 from simplclip.ops.calls import accumulate_dtype
-from simplclip.ops.registry import (
-    autocast,
-    autocasts,
-    check_reverse_mode,
-    first_order_only,
-    transforms,
-)
+from simplclip.ops.derivatives import check_reverse_mode, first_order_only, transforms
 
 DISTANCES = ("mse", "smooth_l1")
 NORM_EPS = 1e-12  # eps of F.normalize
 
 
 def _inverse_norm(rows: Tensor) -> Tensor:  # [N, D] -> [N, 1]
+    """Returns 1 / max(‖row‖, NORM_EPS)."""
     return rows.norm(dim=1, keepdim=True).clamp_min(NORM_EPS).reciprocal()
 
 
-# [N, D] -> [N]; beta is None for squares
-def _distances(difference: Tensor, beta: float | None) -> Tensor:
+def _distances(difference: Tensor, beta: float | None) -> Tensor:  # [N, D] -> [N]
+    """Returns the squared distances, or with a beta the smooth L1 distances."""
     size = difference.abs()
     square = size * size
-    return (
-        square if beta is None else torch.where(size < beta, 0.5 * square / beta, size - 0.5 * beta)
-    ).sum(1)
+    if beta is None:
+        return square.sum(1)
+    return torch.where(size < beta, 0.5 * square / beta, size - 0.5 * beta).sum(1)
+
+
+def _slopes(difference: Tensor, beta: float | None) -> Tensor:  # [N, D] -> [N, D]
+    """Returns the derivatives of the distances."""
+    if beta is None:
+        return 2 * difference
+    return (difference / beta).clamp(-1, 1)
 
 
 def _chunks(*tensors: Tensor) -> zip:
@@ -41,8 +44,8 @@ def _chunks(*tensors: Tensor) -> zip:
 
     A sum of so few numbers has the same bits with any number of threads.
     """
-    most = (1 if tensors[0].device.type == "cpu" else 16) << 20  # bytes; on a CPU, of its cache
-    rows = min(4096, max(1, most // (tensors[0].shape[1] * 8)))
+    megabytes = 1 if tensors[0].device.type == "cpu" else 16  # on a CPU, of its cache
+    rows = min(4096, max(1, (megabytes << 20) // (tensors[0].shape[1] * 8)))
     return zip(*(t.split(rows) for t in tensors))
 
 
@@ -55,8 +58,9 @@ class _FeatureLoss(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, beta: float | None, normalize: bool
     ) -> Tensor:
-        dtype, sums = accumulate_dtype(student.dtype), []
-        inverse = student.new_empty(student.shape[0], 2 * normalize, dtype=dtype)
+        dtype = accumulate_dtype(student.dtype)
+        sums = []
+        inverse = student.new_empty(student.shape[0], 2 if normalize else 0, dtype=dtype)
         for x, y, inv in _chunks(student, teacher, inverse):
             u, t = x.to(dtype), y.to(dtype)
             if normalize:
@@ -77,13 +81,12 @@ class _FeatureLoss(torch.autograd.Function):
                 u, t = x.to(inv.dtype), y.to(inv.dtype)
                 if inv.shape[1]:
                     u, t = u * inv[:, :1], t * inv[:, 1:]
-                g = factor * (
-                    2 * (u - t) if ctx.beta is None else ((u - t) / ctx.beta).clamp(-1, 1)
-                )
+                g = factor * _slopes(u - t, ctx.beta)
                 if inv.shape[1]:
                     # such a row was divided by a constant
                     clamped = inv[:, :1] >= inv.new_tensor(NORM_EPS).reciprocal()
-                    g = (g - u * (u * g).sum(1, keepdim=True).masked_fill(clamped, 0)) * inv[:, :1]
+                    along = (u * g).sum(1, keepdim=True).masked_fill(clamped, 0)
+                    g = (g - u * along) * inv[:, :1]
                 out.copy_(g)
         if torch.is_grad_enabled():  # with create_graph=True
             (d_student,) = first_order_only("feature_loss", (d_student,), student, grad)
@@ -91,7 +94,9 @@ class _FeatureLoss(torch.autograd.Function):
 
 
 def _definition(student: Tensor, teacher: Tensor, beta: float | None, normalize: bool) -> Tensor:
-    u, t = (features.to(accumulate_dtype(student.dtype)) for features in (student, teacher))
+    """Returns the loss in plain torch."""
+    dtype = accumulate_dtype(student.dtype)
+    u, t = student.to(dtype), teacher.to(dtype)
     if normalize:
         u, t = u * _inverse_norm(u), t * _inverse_norm(t)
     return _distances(u - t, beta).mean()
@@ -106,8 +111,7 @@ def feature_loss(
     normalize: bool = True,
     projection: Tensor | None = None,  # [D, D_student]
 ) -> Tensor:  # []
-    r"""Distance of a student's features to the features of a teacher, which are constants: unimodal
-    distillation.
+    r"""Distance of a student's features to a teacher's, which are constants: unimodal distillation.
 
     With u = student / max(‖student‖, eps) and t = teacher / max(‖teacher‖, eps) by rows, eps =
     1e-12 (or the features themselves if not `normalize`), the mean over the N rows of the sum over
@@ -176,11 +180,13 @@ def feature_loss(
     if torch.compiler.is_compiling():
         return _definition(*arguments)
     check_reverse_mode("feature_loss", arguments)
-    # torch.vmap maps plain torch
-    return _definition(*arguments) if transforms() else _FeatureLoss.apply(*arguments)
+    if transforms():  # torch.vmap maps plain torch
+        return _definition(*arguments)
+    return _FeatureLoss.apply(*arguments)
 
 
-def _project(student, projection, width):
+def _project(student: Tensor, projection: Any, width: int) -> Tensor:  # [N, width]
+    """Returns the student's features in the teacher's width."""
     shape = [width, student.shape[1]]
     if not isinstance(projection, Tensor):
         raise TypeError(

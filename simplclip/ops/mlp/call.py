@@ -37,8 +37,7 @@ class MlpGradient:
     fc1_weight: Strided  # [F, C]
     fc2_weight: Strided  # [C_out, F]
     act: str
-    # which gradients, of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; the others are empty
-    need: list[bool]
+    need: list[bool]  # of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; the others are empty
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,27 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks, registry
+from simplclip.ops.autocast import autocast
+from simplclip.ops.derivatives import wants_grad
 from simplclip.ops.mlp import reference
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient, MlpCall, MlpGradient
 from simplclip.ops.mlp.reference import ACTIVATIONS
-from simplclip.ops.registry import autocast, define, register_gradient, wants_grad
+from simplclip.ops.registry import define, register_gradient
 
 WEIGHTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 HIDDEN_BYTES = 16 << 20  # of a chunk of the hidden layer, if forward does not keep it
 
 
 def to_overwrite(saved: Tensor) -> Tensor:
-    """Returns a tensor with the values of `saved` that backward may overwrite: `saved` itself, or a
-    copy.
+    """Returns `saved`, or a copy where backward must not overwrite it.
 
     A copy is needed under tracing, and with retain_graph, since backward may run again.
     """
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    return (
-        saved
-        if (type(saved) is Tensor or registry.counted) and not keeps_graph()
-        else saved.clone()
-    )
+    is_traced = type(saved) is not Tensor and not registry.counted
+    if is_traced or keeps_graph():
+        return saved.clone()
+    return saved
 
 
 def keeps_hidden(*tensors: Tensor | None, recompute: bool = False) -> bool:
@@ -57,36 +57,46 @@ def hidden_rows(
 
 def _fwd(function: Callable, call: MlpCall) -> tuple[Tensor, Tensor]:
     out = call.x.new_empty(call.x.shape[0], call.fc2_weight.shape[0])
-    first = call.x, call.fc1_weight, call.fc1_bias
-    h = F.linear(*first) if call.keep else call.x.new_empty(0, call.fc1_weight.shape[0])
-    for h_chunk, out_chunk in [(h, out)] if call.keep else hidden_rows(*first, out):
-        function(
-            HiddenCall(
-                h_chunk, call.fc2_weight, call.fc2_bias, call.act, out_chunk, accumulate=False
-            )
-        )
+    fc1 = (call.x, call.fc1_weight, call.fc1_bias)
+    chunks: Iterable[tuple[Tensor, Tensor]]
+    if call.keep:
+        h = F.linear(*fc1)
+        chunks = [(h, out)]
+    else:
+        h = call.x.new_empty(0, call.fc1_weight.shape[0])
+        chunks = hidden_rows(*fc1, out)
+    weight = call.fc2_weight
+    bias = call.fc2_bias
+    for h_chunk, out_chunk in chunks:
+        function(HiddenCall(h_chunk, weight, bias, call.act, out_chunk, accumulate=False))
     return out, h
 
 
 def _fwd_fake(call: MlpCall, spec: str) -> tuple[Tensor, Tensor]:
-    rows, new = call.x.shape[0], call.x.new_empty
-    return new(rows, call.fc2_weight.shape[0]), new(
-        rows if call.keep else 0, call.fc1_weight.shape[0]
-    )
+    rows = call.x.shape[0]
+    out = call.x.new_empty(rows, call.fc2_weight.shape[0])
+    h = call.x.new_empty(rows if call.keep else 0, call.fc1_weight.shape[0])
+    return out, h
 
 
 def _bwd(function: Callable, call: MlpGradient) -> tuple[Tensor, ...]:
+    need_x, need_fc1_weight, need_fc1_bias, need_fc2_weight, need_fc2_bias = call.need
     grad = call.grad
     h = call.h
-    need = call.need
-    none = h.new_empty(0)
-    d_fc2_bias = grad.sum(0) if need[4] else none
+    d_x = d_fc1_weight = d_fc1_bias = d_fc2_weight = d_fc2_bias = h.new_empty(0)
+    if need_fc2_bias:
+        d_fc2_bias = grad.sum(0)
     # overwrites h by its gradient
-    d_fc2_weight = function(HiddenGradient(grad, h, call.fc2_weight, call.act, need[3]))
-    d_fc1_bias = h.sum(0) if need[2] else none
-    d_x = torch.mm(h, call.fc1_weight) if need[0] else none
-    d_fc1_weight = torch.mm(h.T, call.x) if need[1] else none
-    return d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight if need[3] else none, d_fc2_bias
+    d_weight = function(HiddenGradient(grad, h, call.fc2_weight, call.act, need_fc2_weight))
+    if need_fc2_weight:
+        d_fc2_weight = d_weight
+    if need_fc1_bias:
+        d_fc1_bias = h.sum(0)
+    if need_x:
+        d_x = torch.mm(h, call.fc1_weight)
+    if need_fc1_weight:
+        d_fc1_weight = torch.mm(h.T, call.x)
+    return d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight, d_fc2_bias
 
 
 def _bwd_fake(call: MlpGradient, spec: str) -> tuple[Tensor, ...]:
@@ -98,19 +108,18 @@ def _bwd_fake(call: MlpGradient, spec: str) -> tuple[Tensor, ...]:
 
 
 def _hidden_bwd_fake(call: HiddenGradient) -> Tensor:
-    return call.weight.new_empty(
-        call.weight.shape if call.need_weight else (0, call.weight.shape[1])
-    )
+    rows, hidden = call.weight.shape
+    return call.weight.new_empty(rows if call.need_weight else 0, hidden)
 
 
 FORWARD = define(
     "parallel_mlp_fwd", MlpCall, "(Tensor, Tensor)", _fwd, _fwd_fake,
-    row=backends.row(reference.parallel_mlp_fwd, HiddenCall, module="mlp.op"),
+    row=backends.row(reference.parallel_mlp_fwd, HiddenCall, module="mlp.launch"),
     native=(HiddenCall, "()"), native_fake=lambda call: None,
 )  # fmt: skip
 BACKWARD = define(
     "parallel_mlp_bwd", MlpGradient, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake,
-    row=backends.row(reference.parallel_mlp_bwd, HiddenGradient, module="mlp.op"),
+    row=backends.row(reference.parallel_mlp_bwd, HiddenGradient, module="mlp.launch"),
     native=(HiddenGradient, "Tensor"), native_fake=_hidden_bwd_fake,
 )  # fmt: skip
 
@@ -122,11 +131,12 @@ def _gradient(
     needed: Sequence[bool],
     spec: str,
 ) -> dict[str, Tensor]:
-    (h,), (grad,) = results, grads
-    of_call = MlpGradient(
+    (h,) = results
+    (grad,) = grads
+    gradient = MlpGradient(
         grad, to_overwrite(h), call.x, call.fc1_weight, call.fc2_weight, call.act, list(needed)
     )
-    return dict(zip(FORWARD.names, registry.call(BACKWARD, of_call, spec)))
+    return dict(zip(FORWARD.names, registry.call(BACKWARD, gradient, spec)))
 
 
 register_gradient(FORWARD, _gradient)
@@ -166,8 +176,8 @@ def parallel_mlp(
     x, *weights = autocast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     checks.all_like_x(x, WEIGHTS, weights)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-    rows, keep = x.reshape(-1, x.shape[-1]), keeps_hidden(x, *weights)
-    out, _ = registry.call(
-        FORWARD, MlpCall(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep)
-    )
+    keep = keeps_hidden(x, *weights)
+    rows = x.reshape(-1, x.shape[-1])
+    call = MlpCall(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep)
+    out, _ = registry.call(FORWARD, call)
     return out.reshape(*x.shape[:-1], out.shape[1])

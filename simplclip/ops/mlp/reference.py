@@ -39,7 +39,10 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def parallel_mlp_fwd(call: HiddenCall) -> None:
     """Writes act(h) weightᵀ + bias to `out`, or adds it if `accumulate`."""
     product = F.linear(ACTIVATIONS[call.act](call.h), call.weight, call.bias)
-    call.out.add_(product) if call.accumulate else call.out.copy_(product)
+    if call.accumulate:
+        call.out.add_(product)
+    else:
+        call.out.copy_(product)
 
 
 def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
@@ -47,10 +50,9 @@ def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
     grad = call.grad
     h = call.h
     weight = call.weight
-    d_weight = (
-        grad.T @ ACTIVATIONS[call.act](h)
-        if call.need_weight
-        else weight.new_empty(0, weight.shape[1])
-    )
+    if call.need_weight:
+        d_weight = grad.T @ ACTIVATIONS[call.act](h)
+    else:
+        d_weight = weight.new_empty(0, weight.shape[1])
     h.copy_(_BACKWARD[call.act](grad @ weight, h))
     return d_weight

@@ -41,33 +41,34 @@ class ColumnStat(IntEnum):
     MEAN = 2
 
 
+class SigmoidRow(IntEnum):
+    """Rows of a SigmoidCall's sigmoids, the numbers of its terms; see SigmoidCall."""
+
+    WEIGHT = 0
+    BIAS = 1
+    NEGATIVE = 2
+    POSITIVE = 3
+    MIX = 4  # the term's weight in the sum that has the gradient
+
+
 @dataclass(frozen=True)
 class SimilarityCall:
-    """Arguments of forward.
-
-    The dispatcher's schema and C++'s SimilarityCall have these fields in this order.
-    """
+    """Arguments of forward."""
 
     image: Tensor  # [N, D]
     text: Tensor  # [M, D]
     scale: Tensor  # []
-    # [N, D̂]; with a teacher, the statistics of T and the mean are computed
-    teacher_image: Tensor | None
+    teacher_image: Tensor | None  # [N, D̂]; with a teacher, T's statistics and the mean are computed
     teacher_text: Tensor | None  # [M, D̂]
     teacher_scale: Tensor | None  # []
     plane: Tensor | None  # [2]: p and q of pair matching, if it joins this sweep
-    ids: (
-        Tensor | None
-        # [N] int64: pairs (i, j) with ids[i] = text_ids[j] that are not the positive drop out of
-        # the negatives
-    )
+    ids: Tensor | None  # [N] int64: ids[i] = text_ids[j], except a positive's, is no negative
     text_ids: Tensor | None  # [M] int64
     label_offset: int  # column of row 0's positive
     columns: bool  # whether statistics of columns are needed
     entropy: float  # 1: the means include the teacher's entropy; 0: they do not
     chunk: int  # rows of a matrix in scratch at a time, on a GPU blocks of as many elements
-    # the first rows of the matrices, whose products x yᵀ forward keeps for backward; 0 on a GPU
-    stored_rows: int
+    stored_rows: int  # the first rows, whose products x yᵀ forward keeps for backward; 0 on a GPU
 
     @property
     def has_teacher(self) -> bool:
@@ -97,16 +98,13 @@ class SigmoidCall:
     """Arguments of similarity_sigmoid: K sigmoid terms of l = weight x yᵀ + bias, which share one
     sweep.
 
-    Term k is negative[k] times the sum of softplus(l) over the negatives, plus positive[k] times
-    the sum of softplus(-l) over the positives. Pairs with equal ids that are not the positive are
-    neither.
+    A term is negative times the sum of softplus(l) over the negatives, plus positive times the sum
+    of softplus(-l) over the positives. Pairs with equal ids that are not the positive are neither.
     """
 
     image: Tensor  # [N, D]
     text: Tensor  # [M, D]
-    # [5, K]: weight, bias, negative, positive, and mix: the terms' weights in the sum that has the
-    # gradient
-    sigmoids: Tensor
+    sigmoids: Tensor  # [5, K] SigmoidRow
     ids: Tensor | None  # [N] int64
     text_ids: Tensor | None  # [M] int64
     label_offset: int  # column of row 0's positive

@@ -7,23 +7,27 @@ from torch import Tensor
 
 from simplclip.ops import backends
 
-# Budgets in bytes, on a CPU and elsewhere. SCRATCH: a chunk, which has no more rows of a similarity
-# matrix than fast matrix products need. STORE: the first rows of the matrices, which forward keeps
-# so that backward need not compute them again; only the CPU's kernels do. A GPU reads and writes
-# gradients for every block, so that larger blocks cost it less.
-SCRATCH_BYTES, SCRATCH_BYTES_ELSEWHERE = 64 << 20, 128 << 20
+# Budget of a chunk, which has no more rows of a similarity matrix than fast matrix products need. A
+# GPU reads and writes gradients for every block, so that larger blocks cost it less.
+SCRATCH_BYTES = 64 << 20
+SCRATCH_BYTES_ELSEWHERE = 128 << 20
+# Budget of the first rows of the matrices, which forward keeps so that backward need not compute
+# them again; only the CPU's kernels do.
 STORE_BYTES = 208 << 20
-_CHUNK_ROWS, _CHUNK_ROWS_ELSEWHERE = 1024, 4096
+_CHUNK_ROWS = 1024
+_CHUNK_ROWS_ELSEWHERE = 4096
 _STRIP = 64  # rows of one task of the CPU kernel; a chunk is a multiple of it
 
 
 def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
-    """Returns the dtype of the products: the features' dtype, or float32 for half types that this
+    """Returns the dtype of the products: that of the features, or float32 for half types that this
     CPU cannot multiply.
     """
-    if device == "cpu" and dtype in (torch.float16, torch.bfloat16):
-        return dtype if dtype == torch.bfloat16 and backends.native_bf16 else torch.float32
-    return dtype
+    if device != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return dtype
+    if dtype == torch.bfloat16 and backends.native_bf16:
+        return dtype
+    return torch.float32
 
 
 def chunk_rows(
@@ -51,22 +55,21 @@ def sweep_rows(image: Tensor, m: int, live: int, scratch_bytes: int | None) -> i
 
     On a GPU the matrices' blocks together have that size.
     """
-    n, device = image.shape[0], image.device.type
+    n = image.shape[0]
+    device = image.device.type
     dtype = computes_in(image.dtype, device)
+    if scratch_bytes is None:
+        scratch_bytes = SCRATCH_BYTES if device == "cpu" else SCRATCH_BYTES_ELSEWHERE
     if device == "cpu":
-        return chunk_rows(
-            n, m, dtype, device, live, SCRATCH_BYTES if scratch_bytes is None else scratch_bytes
-        )
-    scratch_bytes = SCRATCH_BYTES_ELSEWHERE if scratch_bytes is None else scratch_bytes
+        return chunk_rows(n, m, dtype, device, live, scratch_bytes)
     return min(n, max(1, scratch_bytes // (m * dtype.itemsize)))
 
 
 def stored_rows(image: Tensor, m: int, matrices: int, store_bytes: int | None) -> int:
-    """Returns how many rows of each matrix forward keeps: all if they fit; else, of a single
-    matrix, those that fit.
+    """Returns how many rows of each matrix forward keeps: all if they fit.
 
-    Rows that fit are a multiple of 64. Of several matrices none are kept: they would save a few
-    hundredths of the work.
+    Otherwise those that fit of a single matrix, a multiple of 64, and none of two matrices, where
+    they would save a few hundredths of the work.
     """
     n = image.shape[0]
     dtype = computes_in(image.dtype, "cpu")
@@ -75,7 +78,11 @@ def stored_rows(image: Tensor, m: int, matrices: int, store_bytes: int | None) -
         return 0  # only the CPU's kernels keep rows
     if spec and backends.forced_for("similarity_loss_fwd", spec) not in ("", "cpu"):
         return 0
-    rows = (STORE_BYTES if store_bytes is None else store_bytes) // (m * dtype.itemsize * matrices)
+    if store_bytes is None:
+        store_bytes = STORE_BYTES
+    rows = store_bytes // (m * dtype.itemsize * matrices)
     if rows >= n:
         return n
-    return rows // _STRIP * _STRIP if matrices == 1 else 0
+    if matrices > 1:
+        return 0
+    return rows // _STRIP * _STRIP

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simplclip.ops import checks, distributed
-from simplclip.ops.registry import autocast
+from simplclip.ops.autocast import autocast
 from simplclip.ops.similarity.call import DIVERGENCES, TERMS
 
 
@@ -24,9 +24,9 @@ def check_options(
     checks.choice("divergence", divergence, DIVERGENCES)
     checks.boolean("symmetric", symmetric)
     for name, value in (("scratch_bytes", scratch_bytes), ("store_bytes", store_bytes)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 0
-        ):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
 
 
@@ -53,16 +53,18 @@ def features(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_pair(student: Mapping[str, Tensor], equal_rows: bool = False) -> None:
-    """Checks that a student's image and text features fit each other. student: argument name ->
-    features, images first.
+    """Checks that a student's image and text features fit each other.
+
+    student: argument name -> features, images first.
     """
     (image_name, image), (text_name, text) = student.items()
     if equal_rows and len(text) != len(image):
-        several = (
-            f"; with k captions an image, pass {image_name}.repeat_interleave(k, 0), and ids equal "
-            "for an image"
-        )
-        got = checks.shape_of(text) + (several if len(text) > len(image) else "")
+        got = checks.shape_of(text)
+        if len(text) > len(image):
+            got += (
+                f"; with k captions an image, pass {image_name}.repeat_interleave(k, 0), and ids "
+                "equal for an image"
+            )
         raise ValueError(
             f"{text_name}: expected the {len(image)} rows of {image_name}, got shape {got}"
         )
@@ -74,42 +76,67 @@ def check_pair(student: Mapping[str, Tensor], equal_rows: bool = False) -> None:
         )
 
 
+def teacher(
+    teacher_image: Any, teacher_text: Any, teacher_scale: Any, image: Tensor, text: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the teacher's features, in the dtype of the student's, and its scale: checked and
+    detached.
+    """
+    arguments = {
+        "teacher_image": teacher_image,
+        "teacher_text": teacher_text,
+        "teacher_scale": teacher_scale,
+    }
+    student = {"image": image, "text": text}
+    why = "the term 'relational' needs it"
+    teacher_image, teacher_text, teacher_scale = constants_of_teacher(arguments, student, why)
+    return teacher_image.to(image.dtype), teacher_text.to(image.dtype), teacher_scale
+
+
 def constants_of_teacher(
     arguments: dict[str, Any], student: Mapping[str, Tensor], why: str
 ) -> list[Tensor]:
     """Returns a teacher's image and text features and, if it is among the arguments, the scale:
     checked and detached.
 
-    arguments, student: the arguments of each by name. why: the reason in the error for a missing
-    argument of the teacher.
+    arguments: the teacher's by name, in this order. student: image and text features by name. why:
+    the reason in the error for a missing argument of the teacher.
     """
     for name, value in arguments.items():
         if value is None:
             raise ValueError(f"{name}: expected a value, since {why}, got None")
-    image, text, *scales = arguments
-    for name, (student_name, features), letters in zip(
-        (image, text), student.items(), ("[N, D̂]", "[M, D̂]")
-    ):
-        value = arguments[name]
-        checks.features(name, value, letters)
-        if value.size(0) != features.size(0):
-            raise ValueError(
-                f"{name}: expected the {features.shape[0]} rows of {student_name}, got shape "
-                f"{checks.shape_of(value)}"
-            )
-        if value.device != features.device:
-            checks.on(name, value, student_name, features.device)
-    width = arguments[image].size(1)
-    if arguments[text].size(1) != width:
+    image_name, text_name, *scale_names = arguments
+    image, text = arguments[image_name], arguments[text_name]
+    (student_image_name, student_image), (student_text_name, student_text) = student.items()
+    _check_teacher(image_name, image, "[N, D̂]", student_image_name, student_image)
+    _check_teacher(text_name, text, "[M, D̂]", student_text_name, student_text)
+    if text.size(1) != image.size(1):
         raise ValueError(
-            f"{text}: expected the width of {image}, {width}, got {arguments[text].size(1)}"
+            f"{text_name}: expected the width of {image_name}, {image.size(1)}, got {text.size(1)}"
         )
-    wide = torch.promote_types(features.dtype, torch.float32)
-    numbers = {name: checks.scalar(name, arguments[name], features.device, wide) for name in scales}
-    return [checks.constant(name, t) for name, t in (arguments | numbers).items()]
+    constants = dict(arguments)
+    wide = torch.promote_types(student_text.dtype, torch.float32)
+    for name in scale_names:
+        constants[name] = checks.scalar(name, arguments[name], student_text.device, wide)
+    return [checks.constant(name, t) for name, t in constants.items()]
+
+
+def _check_teacher(
+    name: str, features: Tensor, letters: str, student_name: str, student: Tensor
+) -> None:
+    """Checks that the teacher's features have the rows and the device of the student's."""
+    checks.features(name, features, letters)
+    if features.size(0) != student.size(0):
+        raise ValueError(
+            f"{name}: expected the {student.shape[0]} rows of {student_name}, got shape "
+            f"{checks.shape_of(features)}"
+        )
+    if features.device != student.device:
+        checks.on(name, features, student_name, student.device)
 
 
 def hyperplane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D], []
+    """Returns weight and bias of the plane of pair matching, checked, in the dtype of sums."""
     width = image.shape[1]
     device = image.device
     wide = torch.promote_types(image.dtype, torch.float32)
@@ -118,14 +145,6 @@ def hyperplane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D]
             f"plane: expected (p [] or w [D], q []) for pair matching, got {type(plane).__name__}"
         )
     weight, bias = plane
-    scalars = (
-        isinstance(weight, Tensor)
-        and isinstance(bias, Tensor)
-        and not weight.dim()
-        and not bias.dim()
-    )
-    if scalars and weight.dtype == bias.dtype == wide and weight.device == bias.device == device:
-        return weight, bias
     if isinstance(weight, Tensor) and weight.dim() == 1 and weight.numel() > 1:
         if weight.shape[0] != width:
             raise ValueError(
@@ -143,7 +162,7 @@ def hyperplane(plane: Any, image: Tensor) -> tuple[Tensor, Tensor]:  # [] or [D]
 
 
 def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.device) -> Tensor:
-    """Checks the ids and returns them as the kernels read them: int64, contiguous."""
+    """Returns the ids, checked, as the kernels read them: int64 and contiguous."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = getattr(ids, "dtype", type(ids).__name__)
         raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {got}")
@@ -158,9 +177,7 @@ def check_ids(name: str, ids: Tensor, count: int, letter: str, device: torch.dev
 def pair_ids(
     ids: Tensor | None, text_ids: Tensor | None, n: int, m: int, device: torch.device, group: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the ids of rows and columns, checked; with a process group the columns are the texts
-    of all ranks.
-    """
+    """Returns the ids of rows and columns, checked; the columns of a group are all ranks' texts."""
     if ids is None:
         if text_ids is not None:
             raise ValueError("ids: expected ids for the rows beside text_ids, got None")
@@ -171,12 +188,30 @@ def pair_ids(
             raise ValueError(
                 f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None"
             )
-        return ids, ids if group is None else distributed.gather(ids, group)
+        if group is None:
+            return ids, ids
+        return ids, distributed.gather(ids, group)
     if group is not None:
         raise ValueError(
             "text_ids: expected None with group, where the ids of the texts are those of the images"
         )
     return ids, check_ids("text_ids", text_ids, m, "M", device)
+
+
+def count_negatives(
+    ids: Tensor, text_ids: Tensor, m: int, label_offset: int, group: Any
+) -> Tensor:  # []
+    """Returns the number of negatives of all rows, with a group its mean over the ranks.
+
+    It is at least 1.
+    """
+    ordered = text_ids.sort().values
+    positives = text_ids[label_offset : label_offset + ids.shape[0]]
+    equal = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+    count = (m - equal - (positives != ids).long()).sum(dtype=torch.float64)
+    if group is not None:
+        count = distributed.mean(count, group)
+    return count.clamp(min=1)
 
 
 def check_offset(label_offset: int, n: int, m: int, group: Any) -> None:

@@ -1,13 +1,10 @@
-"""similarity_loss: losses over similarity matrices of image and text features.
-
-Only some rows of the matrices are kept.
-"""
+"""similarity_loss: losses over similarity matrices, of which only some rows are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +12,31 @@ from torch import Tensor
 
 from simplclip.ops import backends, checks, distributed, registry
 from simplclip.ops.calls import by_name
-from simplclip.ops.registry import define, register_gradient, wants_grad
+from simplclip.ops.derivatives import wants_grad
+from simplclip.ops.registry import define, register_gradient
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import (
     ColumnStat,
     RowStat,
     SigmoidCall,
+    SigmoidRow,
     SimilarityCall,
     SimilarityGradient,
 )
 from simplclip.ops.similarity.chunks import computes_in, stored_rows, sweep_rows
 from simplclip.ops.similarity.terms import Options, merge_columns, values
 
-MATRICES = ("image", "text", "teacher_image", "teacher_text")
+FEATURES = ("image", "text", "teacher_image", "teacher_text")
+
+
+class Sigmoid(NamedTuple):
+    """The numbers of a sigmoid term, in the order of SigmoidRow."""
+
+    weight: Tensor  # [], or [D] of a hadamard plane
+    bias: Tensor | float
+    negative: Tensor | float
+    positive: float
+    mix: float
 
 
 def _prepared(call: Any) -> Any:
@@ -35,7 +44,7 @@ def _prepared(call: Any) -> Any:
     dtype = computes_in(call.image.dtype, call.image.device.type)
     if call.image.dtype == dtype:
         return call
-    features = {name: getattr(call, name, None) for name in MATRICES}
+    features = {name: getattr(call, name, None) for name in FEATURES}
     return replace(call, **{name: t.to(dtype) for name, t in features.items() if t is not None})
 
 
@@ -44,15 +53,13 @@ def _fwd(function: Callable, call: SimilarityCall) -> tuple[Tensor, Tensor, Tens
 
 
 def _fwd_fake(call: SimilarityCall, spec: str) -> tuple[Tensor, Tensor, Tensor]:
-    image, m = call.image, call.text.shape[0]
-    compute = computes_in(image.dtype, image.device.type)
-    return (
-        call.scale.new_empty(len(RowStat), image.shape[0]),
-        call.scale.new_empty(len(ColumnStat), m),
-        image.new_empty(
-            call.matrices if call.stored_rows else 0, call.stored_rows, m, dtype=compute
-        ),
-    )
+    n = call.image.shape[0]
+    m = call.text.shape[0]
+    dtype = computes_in(call.image.dtype, call.image.device.type)
+    matrices = call.matrices if call.stored_rows else 0
+    rows = call.scale.new_empty(len(RowStat), n)
+    columns = call.scale.new_empty(len(ColumnStat), m)
+    return rows, columns, call.image.new_empty(matrices, call.stored_rows, m, dtype=dtype)
 
 
 def _bwd(function: Callable, call: SimilarityGradient) -> tuple[Tensor, ...]:
@@ -63,23 +70,20 @@ def _bwd(function: Callable, call: SimilarityGradient) -> tuple[Tensor, ...]:
 def _empty_gradients(
     call: SimilarityGradient | SigmoidCall, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    return (
-        t.new_empty(t.shape if needed else (0, t.shape[1]), dtype=dtype)
-        for t, needed in ((call.image, call.need_image), (call.text, call.need_text))
-    )
+    """Yields memory for the gradients of image and text, without rows for one not needed."""
+    for features, needed in ((call.image, call.need_image), (call.text, call.need_text)):
+        rows, width = features.shape
+        yield features.new_empty(rows if needed else 0, width, dtype=dtype)
 
 
 def _bwd_fake(call: SimilarityGradient, spec: str) -> tuple[Tensor, ...]:
-    return (
-        *_empty_gradients(call, call.image.dtype),
-        call.scale.new_empty(()),
-        call.scale.new_empty(2),
-    )
+    d_image, d_text = _empty_gradients(call, call.image.dtype)
+    return d_image, d_text, call.scale.new_empty(()), call.scale.new_empty(2)
 
 
 def _sigmoid(function: Callable, call: SigmoidCall) -> tuple[Tensor, ...]:
     values, *gradients = function(_prepared(call))
-    return (values * call.sigmoids[4]).sum(), values, *gradients
+    return (values * call.sigmoids[SigmoidRow.MIX]).sum(), values, *gradients
 
 
 def _sigmoid_results(call: SigmoidCall) -> tuple[Tensor, ...]:
@@ -87,13 +91,12 @@ def _sigmoid_results(call: SigmoidCall) -> tuple[Tensor, ...]:
 
     For float16, gradients are stored in float32, which does not lose entries of 1/N².
     """
-    compute = computes_in(call.image.dtype, call.image.device.type)
-    stored = torch.float32 if compute == torch.float16 else compute
-    return (
-        call.sigmoids.new_empty(call.sigmoids.shape[1]),
-        *_empty_gradients(call, stored),
-        torch.empty_like(call.sigmoids[:2]),
-    )
+    dtype = computes_in(call.image.dtype, call.image.device.type)
+    if dtype == torch.float16:
+        dtype = torch.float32
+    values = torch.empty_like(call.sigmoids[0])
+    d_image, d_text = _empty_gradients(call, dtype)
+    return values, d_image, d_text, torch.empty_like(call.sigmoids[: SigmoidRow.NEGATIVE])
 
 
 def _sigmoid_fake(call: SigmoidCall, spec: str) -> tuple[Tensor, ...]:
@@ -101,20 +104,28 @@ def _sigmoid_fake(call: SigmoidCall, spec: str) -> tuple[Tensor, ...]:
 
 
 FORWARD = define(
-    "similarity_loss_fwd", SimilarityCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake,
-    row=backends.row(reference.similarity_loss_fwd, SimilarityCall, module="similarity.op"),
-)  # fmt: skip
+    "similarity_loss_fwd",
+    SimilarityCall,
+    "(Tensor, Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+    row=backends.row(reference.similarity_loss_fwd, SimilarityCall, module="similarity.launch"),
+)
 BACKWARD = define(
-    "similarity_loss_bwd", SimilarityGradient, "(Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake,
-    row=backends.row(reference.similarity_loss_bwd, SimilarityGradient, module="similarity.op"),
-)  # fmt: skip
+    "similarity_loss_bwd",
+    SimilarityGradient,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+    row=backends.row(reference.similarity_loss_bwd, SimilarityGradient, module="similarity.launch"),
+)
 SIGMOID = define(
     "similarity_sigmoid",
     SigmoidCall,
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sigmoid,
     _sigmoid_fake,
-    row=backends.row(reference.similarity_sigmoid, SigmoidCall, module="similarity.sigmoid"),
+    row=backends.row(reference.similarity_sigmoid, SigmoidCall, module="similarity.launch"),
     native=(SigmoidCall, "(Tensor, Tensor, Tensor, Tensor)"),
     native_fake=_sigmoid_results,
 )
@@ -152,7 +163,9 @@ def _sigmoid_gradient(
     spec: str,
 ) -> dict[str, Tensor]:
     d_image, d_text, d_sigmoids = (result * grads[0] for result in results[2:])
-    return {"image": d_image, "text": d_text, "sigmoids": F.pad(d_sigmoids, (0, 0, 0, 3))}
+    # only weight and bias have gradients
+    constants = len(SigmoidRow) - d_sigmoids.shape[0]
+    return {"image": d_image, "text": d_text, "sigmoids": F.pad(d_sigmoids, (0, 0, 0, constants))}
 
 
 register_gradient(FORWARD, _gradient, differentiable=2, saved_results=0)
@@ -180,9 +193,8 @@ def similarity_loss(
     scratch_bytes: int | None = None,
     store_bytes: int | None = None,
 ) -> dict[str, Tensor]:
-    r"""Computes losses of the similarity matrices of image and text features.
-
-    At most `store_bytes` of the matrices are kept.
+    r"""Computes losses of the similarity matrices of image and text features, of which at most
+    `store_bytes` are kept.
 
     With S = image · textᵀ, Z = s S, row i's positive in column y_i = i + label_offset, all other
     columns as its negatives, and the row and column log-sum-exps r, c of Z:
@@ -213,9 +225,7 @@ def similarity_loss(
             image's) and ŝ, needed by "relational". They are constants: one that requires a gradient
             gets none, with a warning.
         divergence: "kl", or "cross_entropy": the KL without the teacher's entropy, which is
-            constant, as in open_clip.DistillClipLoss. Gradients are the same. A KL is a difference
-            of numbers of the size of the teacher's logits: however small, its value has an absolute
-            error of up to about eps · max |T|, eps = 1.2e-7 in float32.
+            constant, as in open_clip.DistillClipLoss. Gradients are the same.
         weights: weights of the terms. The result then has "loss" too, their weighted sum, and only
             "loss" has a gradient.
         ids, text_ids: pairs with equal ids, except the positive, are excluded from the negatives of
@@ -226,35 +236,21 @@ def similarity_loss(
             one half of open_clip's local_loss. With M > N the column direction covers the N columns
             that have a positive.
         group: process group of a distributed batch. image, text, ids and the teacher's features are
-            this rank's N rows (equal N on every rank). Texts are gathered; each rank computes its
-            rows, and the ranks exchange column statistics. The value is this rank's share: the mean
+            this rank's N rows (equal N on every rank). The value is this rank's share: the mean
             over ranks is the loss of the whole batch. The gradient is that of the sum over ranks,
             as in open_clip with local_loss and gather_with_grad, so that DDP's average is the
             gradient of the batch's loss.
-        scratch_bytes: budget of the chunk of a similarity matrix; one chunk of the student's matrix
-            and one of the teacher's exist at a time. By default 64 MiB on a CPU, where a chunk is
-            some rows, and 128 MiB on a GPU, where it is a block of about as many rows as columns.
-        store_bytes: budget of the rows of the similarity matrices that forward keeps on a CPU, so
-            that backward does not compute them again. By default 208 MiB.
+        scratch_bytes: budget of the chunk of a similarity matrix that exists at a time, by default
+            64 MiB on a CPU and 128 MiB on a GPU.
+        store_bytes: budget of the rows of the similarity matrices that forward keeps on a CPU for
+            backward, by default 208 MiB.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32
         (float64 for float64 features).
 
-    "sigmoid" and "pair_matching" are sigmoid terms, whose gradient needs no statistics: forward
-    computes the gradient with the value, by 3 products of N M D, 2 if image or text needs no
-    gradient, 1 if neither does; with `weights`, for both terms together. The gradients [N, D] and
-    [M, D] are then saved, and backward scales them. They are rounded once more than other
-    gradients, to the features' dtype (float32 for float16). Pair matching with a scalar plane
-    beside a softmax of Z joins the softmax's sweep instead (on a GPU, only that of contrastive
-    alone): 4 products in all.
-
-    Gradients flow to image, text, the scale, the bias and the plane; features that need no gradient
-    cost no product. Saved for backward: the inputs, 6 N + 3 M statistics, a few vectors [N], and at
-    most store_bytes of similarities. Extra memory: O(scratch_bytes + store_bytes + (N + M) D),
-    instead of several N×M matrices. Statistics and sums are in float32 and in a fixed order: on one
-    machine, the same call has the same bits each time; on a CPU, with the same number of threads,
-    since the products are BLAS's. Only first derivatives in reverse mode are supported.
+    Gradients flow to image, text, the scale, the bias and the plane. Only first derivatives in
+    reverse mode are supported. docs/ops.md has the contracts of memory, rounding and determinism.
 
     Raises:
         TypeError, ValueError: an argument is not valid; the message names it, what was expected and
@@ -272,20 +268,18 @@ def similarity_loss(
     device = image.device
     wide = torch.promote_types(image.dtype, torch.float32)
     scale = checks.scalar("logit_scale", logit_scale, device, wide)
-    bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, wide)
-    hyperplane = inputs.hyperplane(plane, image) if "pair_matching" in terms else None
-    if "relational" not in terms:
-        teacher_image = teacher_text = teacher_scale = None
+    bias = None
+    if logit_bias is not None:
+        bias = checks.scalar("logit_bias", logit_bias, device, wide)
+    hyperplane = None
+    if "pair_matching" in terms:
+        hyperplane = inputs.hyperplane(plane, image)
+    if "relational" in terms:
+        teacher_image, teacher_text, teacher_scale = inputs.teacher(
+            teacher_image, teacher_text, teacher_scale, image, text
+        )
     else:
-        arguments = {
-            "teacher_image": teacher_image,
-            "teacher_text": teacher_text,
-            "teacher_scale": teacher_scale,
-        }
-        student = {"image": image, "text": text}
-        why = "the term 'relational' needs it"
-        *of_teacher, teacher_scale = inputs.constants_of_teacher(arguments, student, why)
-        teacher_image, teacher_text = (t.to(image.dtype) for t in of_teacher)
+        teacher_image = teacher_text = teacher_scale = None
     if weights is not None:
         weights = inputs.check_weights(weights, terms)
     inputs.check_offset(label_offset, n, m, group)
@@ -295,30 +289,37 @@ def similarity_loss(
         m = n * torch.distributed.get_world_size(group)
         label_offset = n * torch.distributed.get_rank(group)
         text = distributed.gather(text, group)
-        teacher_text = None if teacher_text is None else distributed.gather(teacher_text, group)
+        if teacher_text is not None:
+            teacher_text = distributed.gather(teacher_text, group)
     pairs: dict[str, Any] = {"ids": ids, "text_ids": text_ids, "label_offset": label_offset}
-    matrices = 1 if teacher_image is None else 2
-    # term -> weight and bias, and the factors of its sums over negatives and positives
-    sigmoids: dict[str, tuple] = {}
+
+    mix = dict.fromkeys(terms, 1.0) if weights is None else weights
+    sigmoids: dict[str, Sigmoid] = {}
     if "sigmoid" in terms:
-        sigmoids["sigmoid"] = scale, 0.0 if bias is None else bias, 1 / n, 1 / n
-    # the plane of pair matching, if a softmax's sweep computes it
-    joined: tuple[Tensor, Tensor] | None = None
+        shift = 0.0 if bias is None else bias
+        sigmoids["sigmoid"] = Sigmoid(scale, shift, 1 / n, 1 / n, mix["sigmoid"])
+    joined = None  # the plane of pair matching, if a softmax's sweep computes it
     negatives: Tensor | int = 1
     if hyperplane is not None:
         negatives = max(1, n * (m - 1))
         if ids is not None and text_ids is not None:
-            negatives = _negatives(ids, text_ids, m, label_offset, group).to(wide)
+            negatives = inputs.count_negatives(ids, text_ids, m, label_offset, group).to(wide)
         if _joins(hyperplane, terms, image):
             joined = hyperplane
         else:
-            sigmoids["pair_matching"] = *hyperplane, 0.5 / negatives, 0.5 / n
+            factors = (0.5 / negatives, 0.5 / n)
+            sigmoids["pair_matching"] = Sigmoid(*hyperplane, *factors, mix["pair_matching"])
 
     out: dict[str, Tensor] = {}
     sums: list[Tensor] = []  # the summands of "loss"
-    softmaxes: list[str] = [term for term in ("contrastive", "relational") if term in terms]
+    softmaxes = [term for term in ("contrastive", "relational") if term in terms]
     if softmaxes:
-        softmaxes += ["pair_matching"] if joined else []
+        if joined:
+            softmaxes.append("pair_matching")
+        matrices = 1 if teacher_image is None else 2
+        rows_to_store = 0
+        if wants_grad(image, text):
+            rows_to_store = stored_rows(image, m, matrices, store_bytes)
         call = SimilarityCall(
             image,
             text,
@@ -331,30 +332,28 @@ def similarity_loss(
             columns=symmetric,
             entropy=1.0 if divergence == "kl" else 0.0,
             chunk=sweep_rows(image, m, matrices, scratch_bytes),
-            stored_rows=stored_rows(image, m, matrices, store_bytes)
-            if wants_grad(image, text)
-            else 0,
+            stored_rows=rows_to_store,
         )
-        mix = None if weights is None else tuple([weights[term] for term in softmaxes])
         options = Options(
-            "contrastive" in terms, "relational" in terms, call.entropy, negatives, mix
+            contrastive="contrastive" in terms,
+            relational="relational" in terms,
+            entropy=call.entropy,
+            negatives=negatives,
+            weights=None if weights is None else tuple([weights[term] for term in softmaxes]),
         )
         results = _softmax_terms(call, options, joined, group)
         if weights is not None:
-            sums, results = [results[0]], [term.detach() for term in results[1:]]
+            total, *results = results
+            sums.append(total)
         out = dict(zip(softmaxes, results))
     if sigmoids:
-        total, by_term = _sigmoid_terms(
-            image, text, sigmoids, weights, pairs, sweep_rows(image, m, 1, scratch_bytes)
-        )
+        chunk = sweep_rows(image, m, 1, scratch_bytes)
+        total, by_term = _sigmoid_terms(image, text, sigmoids, weights is not None, pairs, chunk)
         sums.append(total)
-        out |= (
-            by_term
-            if weights is None
-            else {term: value.detach() for term, value in by_term.items()}
-        )
+        out |= by_term
     out = {term: out[term] for term in terms}
     if weights is not None:
+        out = {term: value.detach() for term, value in out.items()}
         out["loss"] = sums[0] if len(sums) == 1 else sums[0] + sums[1]
     # a gradient of 0 instead of None, as DistributedDataParallel needs
     if bias is not None and "sigmoid" not in terms:
@@ -372,22 +371,8 @@ def _joins(hyperplane: tuple[Tensor, Tensor], terms: Collection[str], image: Ten
         return False
     if "relational" not in terms:
         return "contrastive" in terms
-    return (
-        image.device.type == "cpu"
-        and backends.forced_for(FORWARD.name, backends.forced()) != "triton"
-    )
-
-
-# []
-def _negatives(ids: Tensor, text_ids: Tensor, m: int, label_offset: int, group: Any) -> Tensor:
-    """Returns the number of negatives of all rows, with a process group its mean over the ranks; at
-    least 1.
-    """
-    ordered = text_ids.sort().values
-    positives = text_ids[label_offset : label_offset + ids.shape[0]]
-    equal = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
-    count = (m - equal - (positives != ids).long()).sum(dtype=torch.float64)
-    return (count if group is None else distributed.mean(count, group)).clamp(min=1)
+    is_triton_forced = backends.forced_for(FORWARD.name, backends.forced()) == "triton"
+    return image.device.type == "cpu" and not is_triton_forced
 
 
 def _softmax_terms(
@@ -395,43 +380,52 @@ def _softmax_terms(
 ) -> Sequence[Tensor]:
     """Returns contrastive, relational and pair matching terms, see `values`."""
     rows, columns, _ = registry.call(FORWARD, call)
+    n = call.image.shape[0]
     merged = None
     if call.columns and group is not None:
         merged = merge_columns(distributed.exchange(columns, group))
     elif call.columns:
-        n, first = call.image.shape[0], call.label_offset
-        merged = columns if columns.shape[1] == n else columns[:, first : first + n]
+        merged = columns
+        if columns.shape[1] != n:
+            merged = columns[:, call.label_offset : call.label_offset + n]
     return values(rows, merged, call.scale, call.teacher_scale, plane, options)
 
 
 def _sigmoid_terms(
     image: Tensor,
     text: Tensor,
-    sigmoids: dict[str, tuple],
-    weights: Mapping[str, float] | None,
-    pairs: dict,
+    sigmoids: dict[str, Sigmoid],
+    summed: bool,
+    pairs: dict[str, Any],
     chunk: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the weighted sum, and the terms: without weights with gradients, for which each term
-    has a sweep of its own.
+    """Returns the sum of the terms, each times its mix, and the terms.
+
+    summed: only the sum needs a gradient, so that terms share a sweep. Otherwise each term has a
+    sweep and a gradient of its own.
     """
     total: Any = None
     by_term: dict[str, Tensor] = {}
-    hadamard = "pair_matching" in sigmoids and sigmoids["pair_matching"][0].dim()
-    for lot in [[term] for term in sigmoids] if weights is None or hadamard else [list(sigmoids)]:
+    wide = torch.promote_types(image.dtype, torch.float32)
+    is_hadamard = any(sigmoid.weight.dim() for sigmoid in sigmoids.values())
+    groups = [[term] for term in sigmoids]
+    if summed and not is_hadamard:
+        groups = [list(sigmoids)]
+    for terms in groups:
         features = image
-        columns = [[*sigmoids[term], 1.0 if weights is None else weights[term]] for term in lot]
-        if hadamard and lot == ["pair_matching"]:
-            features, columns[0][0] = (image * columns[0][0]).to(image.dtype), 1.0
-        wide = torch.promote_types(image.dtype, torch.float32)
-        numbers = [
-            [checks.scalar(term, x, image.device, wide) for x in column]
-            for term, column in zip(lot, columns)
-        ]
+        columns = []
+        for term in terms:
+            weight: Any
+            weight, *others = sigmoids[term]
+            if weight.dim():
+                features = (image * weight).to(image.dtype)
+                weight = 1.0
+            column = [checks.scalar(term, x, image.device, wide) for x in (weight, *others)]
+            columns.append(torch.stack(column))
         call = SigmoidCall(
             features,
             text,
-            torch.stack([torch.stack(column) for column in numbers], 1),
+            torch.stack(columns, 1),
             **pairs,
             chunk=chunk,
             gradient=False,
@@ -439,7 +433,7 @@ def _sigmoid_terms(
             need_text=wants_grad(text),
         )
         call = replace(call, gradient=wants_grad(features, text, call.sigmoids))
-        summed, each, *_ = registry.call(SIGMOID, call)
-        total = summed if total is None else total + summed
-        by_term |= zip(lot, [summed] if weights is None else each.unbind())
+        weighted, values, *_ = registry.call(SIGMOID, call)
+        total = weighted if total is None else total + weighted
+        by_term |= zip(terms, values.unbind() if summed else [weighted])
     return total, by_term

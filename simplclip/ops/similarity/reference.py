@@ -15,6 +15,7 @@ from simplclip.ops.similarity.call import (
     ColumnStat,
     RowStat,
     SigmoidCall,
+    SigmoidRow,
     SimilarityCall,
     SimilarityGradient,
 )
@@ -25,23 +26,24 @@ class _Chunk:
     """A chunk of the rows of a call. Its masks are applied in place to matrices [rows, M]."""
 
     def __init__(self, call: SimilarityCall | SigmoidCall, rows: slice):
-        self.call, self.rows = call, rows
-        self.size = torch.arange(rows.stop - rows.start, device=call.image.device)
-        self.positives = self.size + (rows.start + call.label_offset)
+        self.rows = rows
+        self.indices = torch.arange(rows.stop - rows.start, device=call.image.device)
+        self.positives = self.indices + (rows.start + call.label_offset)
         self.dropped = None if call.ids is None else call.ids[rows, None] == call.text_ids
 
     def product(self, image: Tensor, text: Tensor) -> Tensor:
+        """Returns the rows' similarities, [rows, M]."""
         return torch.mm(image[self.rows].to(text.dtype), text.T)
 
     def positive(self, matrix: Tensor) -> Tensor:
         """Returns the entries of the rows' positives, [rows]."""
-        return matrix[self.size, self.positives]
+        return matrix[self.indices, self.positives]
 
     def fill(self, matrix: Tensor, value: float) -> Tensor:
-        """Sets all entries that are not negatives."""
+        """Sets all entries that are not negatives, and returns the matrix."""
         if self.dropped is not None:
             matrix.masked_fill_(self.dropped, value)
-        matrix[self.size, self.positives] = value
+        matrix[self.indices, self.positives] = value
         return matrix
 
 
@@ -57,10 +59,12 @@ def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns rows [6, N] (RowStat), columns [3, M] (ColumnStat; 0 unless `columns`); stored
-    products are not computed.
+    """Returns rows [6, N] RowStat, columns [3, M] ColumnStat, 0 unless `columns`, and memory for
+    the stored products, which are not computed.
     """
-    dtype, (n, _), m = accumulate_dtype(call.image.dtype), call.image.shape, call.text.shape[0]
+    dtype = accumulate_dtype(call.image.dtype)
+    n = call.image.shape[0]
+    m = call.text.shape[0]
     text = call.text.to(dtype)
     rows = call.image.new_zeros(len(RowStat), n, dtype=dtype)
     columns = call.image.new_zeros(len(ColumnStat), m, dtype=dtype)
@@ -78,34 +82,31 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
             teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype))
             part[RowStat.DIAGONAL_TEACHER] = chunk.positive(teacher)
             teacher = chunk.fill(teacher.mul_(call.teacher_scale), -torch.inf)
-            gap = chunk.fill(
-                call.entropy * teacher.masked_fill(teacher == -torch.inf, 0) - student, 0
-            )
-        of_chunk = torch.zeros_like(columns)
-        for stats, stat, dim in ((part, RowStat, 1), (of_chunk, ColumnStat, 0))[: 1 + call.columns]:
+            gap = call.entropy * teacher.masked_fill(teacher == -torch.inf, 0) - student
+            chunk.fill(gap, 0)
+        chunk_columns = torch.zeros_like(columns)
+        directions: list[tuple[Tensor, type[RowStat | ColumnStat], int]] = [(part, RowStat, 1)]
+        if call.columns:
+            directions.append((chunk_columns, ColumnStat, 0))
+        for stats, stat, dim in directions:
             stats[stat.LSE_STUDENT] = student.logsumexp(dim)
             if call.has_teacher:
-                lse = stats[stat.LSE_TEACHER] = teacher.logsumexp(dim)
+                lse = teacher.logsumexp(dim)
+                stats[stat.LSE_TEACHER] = lse
                 # Not e^(T - lse), which adds up to 1 + eps |lse|: the gaps are as large as the
                 # logits.
-                stats[stat.MEAN] = (
-                    (teacher.softmax(dim) * gap).sum(dim).masked_fill(lse == -torch.inf, 0)
-                )
+                mean = (teacher.softmax(dim) * gap).sum(dim)
+                stats[stat.MEAN] = mean.masked_fill(lse == -torch.inf, 0)
         if call.columns:
-            columns = merge_columns(torch.stack([columns, of_chunk]))
+            columns = merge_columns(torch.stack([columns, chunk_columns]))
     if not call.has_teacher:
         columns[ColumnStat.LSE_TEACHER] = 0
-    return (
-        rows,
-        columns,
-        call.image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m),
-    )
+    matrices = call.matrices if call.stored_rows else 0
+    return rows, columns, call.image.new_empty(matrices, call.stored_rows, m)
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns d_image, d_text (empty where not needed), d_scale [] and d_plane [2]; the teacher is
-    a constant.
-    """
+    """Returns d_image, d_text (empty where not needed), d_scale [] and d_plane [2]."""
     dtype = accumulate_dtype(call.image.dtype)
     image, text = call.image.to(dtype), call.text.to(dtype)
     d_image = image.new_empty(image.shape if call.need_image else (0, image.shape[1]))
@@ -121,10 +122,8 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
             grad = call.grad_columns[ColumnStat.LSE_STUDENT]
             g.addcmul_(_softmax(student, lse), grad)
         if call.has_teacher:
-            teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype)).mul_(
-                call.teacher_scale
-            )
-            teacher = chunk.fill(teacher, -torch.inf)
+            teacher = chunk.product(call.teacher_image, call.teacher_text.to(dtype))
+            teacher = chunk.fill(teacher.mul_(call.teacher_scale), -torch.inf)
             g.addcmul_(_softmax(teacher, stats[RowStat.LSE_TEACHER]), grads[RowStat.MEAN], value=-1)
             if call.columns:
                 lse = call.column_stats[ColumnStat.LSE_TEACHER]
@@ -134,13 +133,12 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
         d_scale += torch.linalg.vecdot(g, similarity).sum()
         g.mul_(call.scale)
         if call.plane is not None:
-            slope = chunk.fill(
-                torch.addcmul(call.plane[1], similarity, call.plane[0]).sigmoid_(), 0
-            )
+            logits = torch.addcmul(call.plane[1], similarity, call.plane[0])
+            slope = chunk.fill(logits.sigmoid_(), 0)
             slope.mul_(grads[RowStat.PAIR_MATCHING])
             d_plane += torch.stack([torch.linalg.vecdot(slope, similarity).sum(), slope.sum()])
             g.add_(slope.mul_(call.plane[0]))
-        g[chunk.size, chunk.positives] = grads[RowStat.DIAGONAL_STUDENT, :, 0]
+        g[chunk.indices, chunk.positives] = grads[RowStat.DIAGONAL_STUDENT, :, 0]
         if call.need_image:
             torch.mm(g, text, out=d_image[chunk.rows])
         if call.need_text:
@@ -149,29 +147,33 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tenso
 
 
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the terms [K], and the gradients of their sum weighted by `mix`: d_image, d_text
-    (empty unless needed), and d_sigmoids [2, K], those of weight and bias.
+    """Returns the terms [K], and the gradients of their sum weighted by MIX: d_image and d_text
+    (empty unless needed), and d_sigmoids [2, K], those of WEIGHT and BIAS.
     """
     dtype = accumulate_dtype(call.image.dtype)
     image, text = call.image.to(dtype), call.text.to(dtype)
     d_image = image.new_empty(image.shape if call.need_image else (0, image.shape[1]))
     d_text = text.new_zeros(text.shape if call.need_text else (0, text.shape[1]))
-    terms, d_sigmoids = torch.zeros_like(call.sigmoids[0]), torch.zeros_like(call.sigmoids[:2])
+    terms = torch.zeros_like(call.sigmoids[0])
+    d_sigmoids = torch.zeros_like(call.sigmoids[: SigmoidRow.NEGATIVE])
     for chunk in _chunks(call):
         similarity = chunk.product(image, text)
         g = torch.zeros_like(similarity) if call.gradient else None
-        for k, (weight, bias, negative, positive, mix) in enumerate(call.sigmoids.T):
-            logits = torch.addcmul(bias, similarity, weight)
+        for k, numbers in enumerate(call.sigmoids.T):
+            weight = numbers[SigmoidRow.WEIGHT]
+            negative = numbers[SigmoidRow.NEGATIVE]
+            positive = numbers[SigmoidRow.POSITIVE]
+            mix = numbers[SigmoidRow.MIX]
+            logits = torch.addcmul(numbers[SigmoidRow.BIAS], similarity, weight)
             matched = chunk.positive(logits)
-            terms[k] -= (
-                negative * chunk.fill(F.logsigmoid(-logits), 0).sum()
-                + positive * (F.logsigmoid(matched) - 0 * matched).sum()
-            )
+            negative_sum = chunk.fill(F.logsigmoid(-logits), 0).sum()
+            positive_sum = (F.logsigmoid(matched) - 0 * matched).sum()
+            terms[k] -= negative * negative_sum + positive * positive_sum
             if g is not None:
                 slope = chunk.fill(logits.sigmoid_(), 0).mul_(negative * mix)
-                slope[chunk.size, chunk.positives] = -positive * mix * (-matched).sigmoid()
-                d_sigmoids[0, k] += torch.linalg.vecdot(slope, similarity).sum()
-                d_sigmoids[1, k] += slope.sum()
+                slope[chunk.indices, chunk.positives] = -positive * mix * (-matched).sigmoid()
+                d_sigmoids[SigmoidRow.WEIGHT, k] += torch.linalg.vecdot(slope, similarity).sum()
+                d_sigmoids[SigmoidRow.BIAS, k] += slope.sum()
                 g.add_(slope.mul_(weight))
         if call.need_image:
             torch.mm(g, text, out=d_image[chunk.rows])

@@ -1,6 +1,4 @@
-"""Terms of similarity_loss from the statistics of the similarity matrices, and their gradients, in
-plain torch.
-"""
+"""Terms of similarity_loss from the statistics of the similarity matrices, in plain torch."""
 
 from __future__ import annotations
 
@@ -31,12 +29,9 @@ class Options(NamedTuple):
 
     contrastive: bool
     relational: bool
-    # 1: the relational term is a KL divergence; 0: a cross-entropy, i.e. the KL plus the teacher's
-    # entropy
-    entropy: float
+    entropy: float  # 1: the relational term is a KL divergence; 0: a cross-entropy
     negatives: Tensor | int  # the number of all negatives of pair matching, at least 1
-    # of contrastive, relational and pair matching, those that there are
-    weights: tuple[float, ...] | None
+    weights: tuple[float, ...] | None  # of the terms that `values` returns
 
 
 def values(
@@ -47,7 +42,7 @@ def values(
     plane: tuple[Tensor, Tensor] | None,  # weight [] and bias [] of pair matching
     options: Options,
 ) -> list[Tensor]:
-    """Returns contrastive, relational and pair matching terms [], in this order, those there are.
+    """Returns contrastive, relational and pair matching terms [], in this order, if asked for.
 
     With weights, the weighted sum comes first. Cross-entropies are softplus(lse - z) with lse over
     the negatives: exact for well matched pairs too, and NaN where the positive z is infinite, as in
@@ -59,7 +54,8 @@ def values(
     if columns is not None:  # both directions, [2, N]
         column_lse, column_teacher_lse, column_mean = columns.unbind()
         lse = torch.stack([lse, column_lse])
-    positive, terms = scale * diagonal, []
+    terms = []
+    positive = scale * diagonal
     excess = lse - positive
     cross_entropy = torch.add(softplus(excess), positive, alpha=0)
     if options.contrastive:
@@ -70,20 +66,20 @@ def values(
             mean = torch.stack([mean, column_mean])
         teacher = teacher_scale * teacher_diagonal
         teacher_excess = teacher_lse - teacher
-        loss = cross_entropy + torch.sigmoid(teacher_excess) * (
-            mean + positive - options.entropy * teacher
-        )
+        gap = mean + positive - options.entropy * teacher
+        loss = cross_entropy + torch.sigmoid(teacher_excess) * gap
         terms.append((loss - options.entropy * softplus(teacher_excess) + 0 * teacher).mean())
     if plane is not None:
         weight, bias = plane
         negated = -torch.addcmul(bias, weight, diagonal)  # the logits of the positives
-        of_negatives = unmatched.sum() * (0.5 / options.negatives)
-        terms.append(
-            torch.add(of_negatives, mismatch(negated).sum(), alpha=0.5 / diagonal.shape[0])
-        )
+        unmatched_share = unmatched.sum() * (0.5 / options.negatives)
+        matched_sum = mismatch(negated).sum()
+        terms.append(torch.add(unmatched_share, matched_sum, alpha=0.5 / diagonal.shape[0]))
     if options.weights is not None:
         first, *factors = options.weights
-        total = terms[0] if first == 1 and factors else terms[0] * first
+        total = terms[0]
+        if first != 1 or not factors:
+            total = total * first
         for factor, term in zip(factors, terms[1:]):
             total = torch.add(total, term, alpha=factor)
         terms = [total, *terms]
@@ -91,18 +87,15 @@ def values(
 
 
 def merge_columns(parts: Tensor) -> Tensor:  # [W, 3, N] -> [3, N]
-    """Merges statistics of the same columns, each over the rows of one rank, into those over the
-    rows of all ranks.
-    """
+    """Merges statistics of the same columns over the rows of each rank to those over all rows."""
 
     def merged(part: Tensor) -> tuple[Tensor, Tensor]:  # [W, N] -> [N], [W, N] shares
         empty = (part == -torch.inf).all(0)
         part = part.masked_fill(empty, 0)
-        # softmax, since exp(part - logsumexp) would not add up to 1: means as large as the logits
-        # would lose digits.
-        return part.logsumexp(0).masked_fill(empty, -torch.inf), part.softmax(0).masked_fill(
-            empty, 0
-        )
+        lse = part.logsumexp(0).masked_fill(empty, -torch.inf)
+        # softmax, since exp(part - lse) would not add up to 1: means as large as the logits would
+        # lose digits.
+        return lse, part.softmax(0).masked_fill(empty, 0)
 
     student, _ = merged(parts[:, ColumnStat.LSE_STUDENT])
     teacher, shares = merged(parts[:, ColumnStat.LSE_TEACHER].detach())

@@ -123,7 +123,7 @@ def kernels_alone(name: str) -> Iterator[None]:
         stack.enter_context(mock.patch.multiple(with_library_attention, **plain))
         if "chunks" in name:
             # 64 rows at a time
-            stack.enter_context(mock.patch("simplclip.kernels.mlp.op.SCRATCH_BYTES", 0))
+            stack.enter_context(mock.patch("simplclip.kernels.mlp.launch.SCRATCH_BYTES", 0))
         yield
 
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from ptx.capture import Started
-from simplclip.kernels.similarity import forward
+from simplclip.kernels.similarity import statistics
 from simplclip.ops.similarity.call import RowStat  # ColumnStat's numbers are those of the first
 from support.ops import plain
 from support.ops.plain import rounded_to_tf32
 
 LOG2E = math.log2(math.e)
 ERROR = 1e-5  # of float32 sums
-STUDENT = forward.STUDENT.value
-TEACHER = forward.TEACHER.value
-UNMATCHED = forward.UNMATCHED.value
+STUDENT = statistics.STUDENT.value
+TEACHER = statistics.TEACHER.value
+UNMATCHED = statistics.UNMATCHED.value
 Results = dict[str, tuple]
 
 

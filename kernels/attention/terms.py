@@ -1,24 +1,15 @@
-"""Triton kernels of the terms that shaped_attention adds to the softmax attention of another
-library; bound by memory.
+"""Kernels of the terms that shaped_attention adds to the softmax attention of another library.
 
-A program processes the tokens of one head of one sequence in blocks. Each tensor is read once, but
-one whose sum over all tokens is needed first is read again, from the cache if it is still there.
-Causal sums are carried from block to block.
+They are bound by memory. A program processes the tokens of one head of one sequence in blocks.
+Each tensor is read once, but one whose sum over all tokens is needed first is read again, from the
+cache if it is still there. Causal sums are carried from block to block.
 """
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from simplclip.kernels.launch import device_of, launch
-from simplclip.ops.attention.call import AttentionCall, AttentionInto
-
-ELEMENTS = 1024  # of a block
-# so a thread has 8 elements, in backward of six tensors at a time; with 16 the compiler spills
-WARPS = 4
 
 
 class Heads(NamedTuple):
@@ -31,8 +22,8 @@ class Heads(NamedTuple):
 
 
 @triton.jit
-def _place(heads, tensor, rows, columns):
-    """Returns pointers to these tokens of the program's head, [ROWS, COLUMNS]."""
+def _pointers(heads, tensor, rows, columns):
+    """Returns pointers [ROWS, COLUMNS] to tokens of the program's head, of a tensor of Heads."""
     program = tl.program_id(0)
     head = (
         tensor.first
@@ -44,23 +35,27 @@ def _place(heads, tensor, rows, columns):
 
 @triton.jit
 def _load(heads, tensor, rows, columns, inside):
-    return tl.load(_place(heads, tensor, rows, columns), inside, 0.0).to(tl.float32)
+    """Loads tokens of the program's head in float32, [ROWS, COLUMNS]; 0 where not inside."""
+    return tl.load(_pointers(heads, tensor, rows, columns), inside, 0.0).to(tl.float32)
 
 
 @triton.jit
 def _store(heads, tensor, rows, columns, value, inside):
-    tl.store(_place(heads, tensor, rows, columns), value.to(tensor.first.dtype.element_ty), inside)
+    """Stores a value [ROWS, COLUMNS] to tokens of the program's head, in the tensor's dtype."""
+    pointers = _pointers(heads, tensor, rows, columns)
+    tl.store(pointers, value.to(tensor.first.dtype.element_ty), inside)
 
 
 @triton.jit
 def _gains(gains, heads):
+    """Returns alpha, beta and gamma of the program's head, from [3, H]."""
     head = gains + tl.program_id(0) % heads
     return tl.load(head), tl.load(head + heads), tl.load(head + 2 * heads)
 
 
 @triton.jit
 def _valid(lengths, tokens, heads):
-    """Returns the number of valid tokens of the program's sequence."""
+    """Returns the number of valid tokens of the program's sequence, from [B] or None."""
     if lengths is None:
         return tokens
     else:
@@ -69,13 +64,12 @@ def _valid(lengths, tokens, heads):
 
 @triton.jit
 def _sum(heads, tensor, valid, columns, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns the sum over the valid tokens, [1, COLUMNS]."""
+    """Returns the sum over the valid tokens of the program's head, [1, COLUMNS]."""
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, valid, ROWS):
         rows = start + tl.arange(0, ROWS)
-        total += _load(
-            heads, tensor, rows, columns, (rows < valid)[:, None] & (columns < width)[None, :]
-        )
+        inside = (rows < valid)[:, None] & (columns < width)[None, :]
+        total += _load(heads, tensor, rows, columns, inside)
     return tl.sum(total, 0)[None, :]
 
 
@@ -104,9 +98,8 @@ def _shaped_attention_terms_kernel(
             mean = (before + tl.cumsum(value, 0)) * (1.0 / (rows + 1))[:, None]
             before += tl.sum(value, 0)[None, :]
         result = tl.where(inside, alpha * value + beta * attended - gamma * mean, 0.0)
-        _store(
-            heads, out, rows, columns, result, (rows < tokens)[:, None] & (columns < width)[None, :]
-        )
+        within = (rows < tokens)[:, None] & (columns < width)[None, :]
+        _store(heads, out, rows, columns, result, within)
 
 
 @triton.jit
@@ -159,50 +152,3 @@ def _shaped_attention_gradients_kernel(
     tl.store(part, tl.sum(tl.sum(d_alpha, 1), 0))
     tl.store(part + programs, tl.sum(tl.sum(d_beta, 1), 0))
     tl.store(part + 2 * programs, tl.sum(tl.sum(d_gamma, 1), 0))
-
-
-def tile(width: int) -> dict[str, int]:
-    columns = max(16, triton.next_power_of_2(width))
-    return {"ROWS": max(1, ELEMENTS // columns), "COLUMNS": columns, "num_warps": WARPS}
-
-
-def _heads(*tensors: Tensor) -> list[Heads]:
-    return [Heads(t, *t.stride()[:3]) for t in tensors]
-
-
-def shaped_attention_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None:
-    """Writes out; av may hold anything at padded tokens."""
-    batch, tokens, heads, width = call.q.shape
-    with device_of(call.q):
-        launch(
-            _shaped_attention_terms_kernel, batch * heads,
-            *_heads(call.v, av, out), call.gains, call.lengths, tokens, heads, width,
-            CAUSAL=call.causal, **tile(width),
-        )  # fmt: skip
-
-
-# [3, H]
-def shaped_attention_gradients(
-    call: AttentionInto, ordinary: tuple[Tensor, Tensor, Tensor], sign: int
-) -> Tensor:
-    """Writes dq, dk and dv; returns the gains' gradients. ordinary: ordinary attention's gradients,
-    arbitrary at padding.
-    """
-    batch, tokens, heads, width = call.q.shape
-    parts = torch.empty(3, batch, heads, dtype=torch.float32, device=call.q.device)
-    with device_of(call.q):
-        launch(
-            _shaped_attention_gradients_kernel,
-            batch * heads,
-            *_heads(call.grad, call.v, call.av, *ordinary, call.dq, call.dk, call.dv),
-            parts,
-            call.gains,
-            call.lengths,
-            tokens,
-            heads,
-            width,
-            float(sign),
-            CAUSAL=call.causal,
-            **tile(width),
-        )
-    return parts.sum(1)

@@ -1,23 +1,28 @@
-"""Backward kernels of similarity_loss: the gradient G of a block of the similarities, and the range
-of G in float16.
+"""Kernels of similarity_loss's backward: the gradient G of the similarities, a block at a time, and
+the range of G in float16.
 """
 
 import triton
 import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LOG2E, block_of_program
-from simplclip.kernels.similarity.forward import (
+from simplclip.kernels.similarity.rows import (
     DIAGONAL_STUDENT,
     LSE_STUDENT,
     LSE_TEACHER,
     MEAN,
+    MIX,
+    NEGATIVE,
     PAIR_MATCHING,
+    POSITIVE,
+    WEIGHT,
+    sigmoid_number,
 )
 from simplclip.kernels.similarity.tile import (
     GROUP,
-    clamped,
     finite,
     is_negative,
+    load_clamped,
     product,
     softplus_and_sigmoid,
 )
@@ -25,29 +30,40 @@ from simplclip.kernels.similarity.tile import (
 SUMS = 3  # d_scale, d_plane
 # log2 of the largest scaled entry: far from overflow, 2^24 times the least normal
 PEAK: tl.constexpr = tl.constexpr(10.0)
+# of kernels that compute a block of G
+SIZES = ["n", "m", "label_offset", "first_row", "first_column", "row_blocks", "column_blocks"]
 
 
 @triton.jit
 def _gradient_of_logits(
-    logits,
-    stats,  # [rows of RowStat or ColumnStat, size]
-    grads,
-    LSE: tl.constexpr,
-    GRAD: tl.constexpr,
-    index,  # of the tile's rows or columns
+    logits,  # [BLOCK_M, BLOCK_N]
+    stats,  # [6, size] RowStat or [3, size] ColumnStat
+    grads,  # likewise
+    LSE: tl.constexpr,  # the statistic with the log-sum-exps
+    GRAD: tl.constexpr,  # the statistic whose gradient is passed on
+    index,  # [BLOCK_M] or [BLOCK_N], the tile's rows or columns
     size,
     AXIS: tl.constexpr,
-):
-    """Returns the softmax along an axis, from its log-sum-exps, times the gradients of a
-    statistic.
-    """
-    shift = finite(clamped(stats + LSE * size, index, size) * LOG2E)
-    grad = clamped(grads + GRAD * size, index, size)
+):  # [BLOCK_M, BLOCK_N]
+    """Returns the softmax along an axis times the gradients of a statistic."""
+    shift = finite(load_clamped(stats + LSE * size, index, size) * LOG2E)
+    grad = load_clamped(grads + GRAD * size, index, size)
     return tl.expand_dims(grad, AXIS) * tl.exp2(logits - tl.expand_dims(shift, AXIS))
 
 
 @triton.jit
-def store_gradient(out, g, factor, row, column, first_row, first_column, n, m, out_stride):
+def store_gradient(
+    out,  # [rows, out_stride], a block of G
+    g,  # [BLOCK_M, BLOCK_N]
+    factor,  # [] or None
+    row,  # [BLOCK_M]
+    column,  # [BLOCK_N]
+    first_row,  # of the block, as is first_column
+    first_column,
+    n,
+    m,
+    out_stride,
+):
     """Stores a tile of a block of G, multiplied by the factor if there is one."""
     if factor is not None:
         g *= tl.load(factor)
@@ -61,17 +77,7 @@ def add_to_sum(sums, tile):
     tl.store(sums, tl.load(sums) + tl.sum(tile))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n",
-        "m",
-        "label_offset",
-        "first_row",
-        "first_column",
-        "row_blocks",
-        "column_blocks",
-    ],
-)
+@triton.jit(do_not_specialize=SIZES)
 def _similarity_gradient_kernel(
     image,  # [N, D]
     text,  # [M, D]
@@ -105,13 +111,12 @@ def _similarity_gradient_kernel(
     row_block, column_block = block_of_program(row_blocks, column_blocks, GROUP)
     row = first_row + row_block * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
     column = first_column + column_block * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
-    sums += tl.program_id(0) * 3
+    sums += tl.program_id(0) * 3  # SUMS
 
     t = None
     if teacher_image is not None:
-        t = product(teacher_image, teacher_text, row, column, n, m, teacher_width, TILE) * (
-            tl.load(teacher_scale) * LOG2E
-        )
+        t = product(teacher_image, teacher_text, row, column, n, m, teacher_width, TILE)
+        t *= tl.load(teacher_scale) * LOG2E
         t = tl.where(is_negative(None, row, column, n, m, label_offset, ids, text_ids), t, -INF)
     similarity = product(image, text, row, column, n, m, width, TILE)
     negative = is_negative(t, row, column, n, m, label_offset, ids, text_ids)
@@ -127,19 +132,23 @@ def _similarity_gradient_kernel(
     g *= tl.load(scale)
     if plane is not None:
         _, slope = softplus_and_sigmoid(similarity * tl.load(plane) + tl.load(plane + 1))
-        slope = tl.where(
-            negative, slope * clamped(grad_rows + PAIR_MATCHING * n, row, n)[:, None], 0.0
-        )
+        grad = load_clamped(grad_rows + PAIR_MATCHING * n, row, n)
+        slope = tl.where(negative, slope * grad[:, None], 0.0)
         add_to_sum(sums + 1, slope * similarity)
         add_to_sum(sums + 2, slope)
         g += slope * tl.load(plane)
     positive = column[None, :] == row[:, None] + label_offset
-    g = tl.where(positive, clamped(grad_rows + DIAGONAL_STUDENT * n, row, n)[:, None], g)
+    g = tl.where(positive, load_clamped(grad_rows + DIAGONAL_STUDENT * n, row, n)[:, None], g)
     store_gradient(out, g, factor, row, column, first_row, first_column, n, m, out_stride)
 
 
 @triton.jit
-def _largest(values, STAT: tl.constexpr, size, BLOCK: tl.constexpr):
+def _largest(
+    values,  # [6, size] or [3, size]
+    STAT: tl.constexpr,
+    size,
+    BLOCK: tl.constexpr,
+):
     """Returns the largest absolute value of a statistic."""
     values += STAT * size.to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
@@ -180,8 +189,10 @@ def _similarity_range_kernel(
             bound += tl.abs(tl.load(plane)) * _largest(grad_rows, PAIR_MATCHING, n, BLOCK)
         bound = tl.maximum(bound, _largest(grad_rows, DIAGONAL_STUDENT, n, BLOCK))
     for k in tl.static_range(TERMS):
-        factor = tl.load(sigmoids + k) * tl.load(sigmoids + 4 * TERMS + k)
-        negative, positive = tl.load(sigmoids + 2 * TERMS + k), tl.load(sigmoids + 3 * TERMS + k)
+        factor = sigmoid_number(sigmoids, WEIGHT, k, TERMS)
+        factor *= sigmoid_number(sigmoids, MIX, k, TERMS)
+        negative = sigmoid_number(sigmoids, NEGATIVE, k, TERMS)
+        positive = sigmoid_number(sigmoids, POSITIVE, k, TERMS)
         bound += tl.abs(factor) * tl.maximum(tl.abs(negative), tl.abs(positive))
     power = tl.minimum(tl.maximum(PEAK - tl.ceil(tl.log2(bound)), -100.0), 100.0)
     tl.store(out, tl.exp2(power))

@@ -1,11 +1,12 @@
-"""Forward kernels of similarity_loss: statistics of rows and columns of tiles, their merge, and the
-positives.
+"""Kernels of similarity_loss's forward: statistics of the rows and columns of tiles, their merge,
+and the similarities of the positives.
 """
 
 import triton
 import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LN2, LOG2E, block_of_program
+from simplclip.kernels.similarity.rows import LSE_STUDENT, LSE_TEACHER, MEAN, PAIR_MATCHING
 from simplclip.kernels.similarity.tile import (
     GROUP,
     finite,
@@ -15,14 +16,6 @@ from simplclip.kernels.similarity.tile import (
     softplus_and_sigmoid,
     times_nonzero,
 )
-from simplclip.ops.similarity.call import RowStat
-
-# Rows of the statistics; ColumnStat's numbers are those of the first.
-LSE_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.LSE_STUDENT))
-LSE_TEACHER: tl.constexpr = tl.constexpr(int(RowStat.LSE_TEACHER))
-MEAN: tl.constexpr = tl.constexpr(int(RowStat.MEAN))
-DIAGONAL_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_STUDENT))
-PAIR_MATCHING: tl.constexpr = tl.constexpr(int(RowStat.PAIR_MATCHING))
 
 # Slots of the parts: maximum and sum of 2^(logit - maximum), for the teacher also the sum with
 # these weights that gives the mean. Columns have the same slots without the last one, and without a
@@ -33,7 +26,12 @@ UNMATCHED: tl.constexpr = tl.constexpr(5)
 
 
 @triton.jit
-def _store_column_softmax(logits, part, m, inside):  # logits [BLOCK_M, BLOCK_N]
+def _store_column_softmax(
+    logits,  # [BLOCK_M, BLOCK_N]
+    part,  # [BLOCK_N], pointers to the columns' maxima, before their sums
+    m,
+    inside,  # [BLOCK_N]
+):
     """Stores the maxima and the sums of the columns; returns the exponentials."""
     maximum = tl.max(logits, 0)
     weight = tl.exp2(logits - finite(maximum)[None, :])
@@ -42,18 +40,10 @@ def _store_column_softmax(logits, part, m, inside):  # logits [BLOCK_M, BLOCK_N]
     return weight
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n",
-        "m",
-        "label_offset",
-        "first_row",
-        "row_count",
-        "row_blocks",
-        "splits",
-        "tiles_per_split",
-    ],
-)
+_SIZES = ["n", "m", "label_offset", "first_row", "row_count", "row_blocks"]
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "splits", "tiles_per_split"])
 def _similarity_statistics_kernel(
     image,  # [N, D]
     text,  # [M, D]
@@ -111,10 +101,8 @@ def _similarity_statistics_kernel(
 
         t = None
         if teacher_image is not None:
-            t = (
-                product(teacher_image, teacher_text, row, column, n, m, teacher_width, TILE)
-                * t_scale
-            )
+            t = product(teacher_image, teacher_text, row, column, n, m, teacher_width, TILE)
+            t *= t_scale
             t += 0.0 * t  # NaN for an infinite logit, since -inf means that there is no negative
             t = tl.where(is_negative(None, row, column, n, m, label_offset, ids, text_ids), t, -INF)
 
@@ -152,18 +140,19 @@ def _similarity_statistics_kernel(
 
 @triton.jit
 def _merge_softmax(
-    parts,  # [parts, slots, size], at the maxima
+    parts,  # [BLOCK], pointers to the maxima of the first part
     part_count,
     part_stride,
     size,
     inside,  # [BLOCK]
-    out,  # at row 0
+    out,  # [BLOCK], pointers to row 0
     out_stride,
-    LSE: tl.constexpr,
-    MEAN: tl.constexpr,  # None without a mean
+    LSE: tl.constexpr,  # row of the log-sum-exp
+    MEAN: tl.constexpr,  # row of the mean, None without one
     PREVIOUS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
+    """Writes the log-sum-exp, and the mean, of all parts of a softmax."""
     maximum = tl.full(inside.shape, -INF, tl.float32)
     total = tl.zeros(inside.shape, tl.float32)
     mean = total
@@ -209,33 +198,15 @@ def _similarity_merge_kernel(
     parts += index
     stride = size.to(tl.int64) * SLOTS
     _merge_softmax(
-        parts + STUDENT * size,
-        part_count,
-        stride,
-        size,
-        inside,
-        out,
-        out_stride,
-        LSE_STUDENT,
-        None,
-        PREVIOUS,
-        BLOCK_PARTS,
-    )
+        parts + STUDENT * size, part_count, stride, size, inside, out, out_stride,
+        LSE_STUDENT, None, PREVIOUS, BLOCK_PARTS,
+    )  # fmt: skip
     teacher = parts + TEACHER * size
     if HAS_TEACHER:
         _merge_softmax(
-            teacher,
-            part_count,
-            stride,
-            size,
-            inside,
-            out,
-            out_stride,
-            LSE_TEACHER,
-            MEAN,
-            PREVIOUS,
-            BLOCK_PARTS,
-        )
+            teacher, part_count, stride, size, inside, out, out_stride,
+            LSE_TEACHER, MEAN, PREVIOUS, BLOCK_PARTS,
+        )  # fmt: skip
     if HAS_PLANE:
         total = tl.zeros((BLOCK,), tl.float32)
         parts += UNMATCHED * size
@@ -250,16 +221,15 @@ def _similarity_diagonal_kernel(
     image,  # [N, width]
     text,  # [M, width]
     rows,  # [6, N]
-    stat,
+    stat,  # the row to write
     n,
     width,
     label_offset,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Writes a matrix's similarities of the positives, in float32, O(N D).
-
-    So the large products' tiles stay simple.
+    """Writes the similarities of the positives, in float32: so the tiles of the large products need
+    not look for them.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     safe_row = tl.minimum(row, n - 1).to(tl.int64)
@@ -269,9 +239,8 @@ def _similarity_diagonal_kernel(
     for k in range(0, width, BLOCK_K):
         depth = k + tl.arange(0, BLOCK_K)
         inside = (depth < width)[None, :]
-        a = tl.load(image + safe_row[:, None] * width + depth[None, :], inside, 0.0).to(tl.float32)
-        b = tl.load(
-            text + (safe_row + label_offset)[:, None] * width + depth[None, :], inside, 0.0
-        ).to(tl.float32)
-        total += a * b
+        a = tl.load(image + safe_row[:, None] * width + depth[None, :], inside, 0.0)
+        column = safe_row + label_offset
+        b = tl.load(text + column[:, None] * width + depth[None, :], inside, 0.0)
+        total += a.to(tl.float32) * b.to(tl.float32)
     tl.store(rows + stat * n + row, tl.sum(total, 1), row < n)

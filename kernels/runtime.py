@@ -1,4 +1,4 @@
-"""Helpers of launchers: the device's architecture, the precision, and the number of programs."""
+"""What all launchers share: the device, the precision, products, and the start of kernels."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ repeated: Callable[[int], contextlib.AbstractContextManager] | None = None
 def starts(size: int, step: int) -> Iterator[int]:
     """Yields the first rows of chunks of `step` rows.
 
-    In a plan only those of the first two chunks and of the last. The others would do the same as
-    the second, which therefore runs in the context `repeated(count)`.
+    In a plan, yields only those of the first two chunks and of the last: the others would do the
+    same as the second, which therefore runs in the context `repeated(count)`.
     """
     rows = range(0, size, step)
     if repeated is None or len(rows) < 4:
@@ -51,8 +51,9 @@ def architecture_and_processors(tensor: Tensor) -> tuple[int, int]:
 
 def precision_of(dtype: torch.dtype) -> str:
     """Returns the precision of products, of tuning.PRECISIONS."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @functools.cache
@@ -68,8 +69,9 @@ def _warn(name: str, spills: int, architecture: int) -> None:
 
 
 def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-    """Writes left right to out [M, N] float32, or adds it if `add`: cuBLAS may add parts of a long
-    sum in the type of out.
+    """Writes left right to out [M, N], or adds it if `add`.
+
+    out is float32, since cuBLAS may add parts of a long sum in the dtype of out.
     """
     wide = {"out_dtype": torch.float32} if left.dtype != torch.float32 else {}
     if add:
@@ -79,17 +81,15 @@ def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
 
 
 def start(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> Any:
-    """Returns the compiled kernel."""
+    """Starts a kernel. Returns the compiled kernel."""
     return kernel[(programs,)](*args, **options)
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-    """Starts so many programs of a kernel.
+    """Starts a kernel with this number of programs.
 
-    Warns, once per kernel, if the compiler spilled registers.
-
-    The gates (make aot) check that no kernel spills with the gates' versions of Triton; other
-    versions may spill.
+    Warns, once per kernel, if the compiler spilled registers. The gates (make aot) check that no
+    kernel spills with their versions of Triton; other versions may spill.
     """
     compiled = start(kernel, programs, args, {**options, **COMPILE})
     if getattr(compiled, "n_spills", 0):
@@ -98,8 +98,8 @@ def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
 
 @functools.cache
 def splits(blocks: int, tiles: int, slots: int) -> tuple[int, int]:
-    """Returns into how many ranges each block's tiles are split, and the tiles per range, if
-    `slots` programs run at a time.
+    """Returns the number of ranges of each block's tiles, and the tiles in a range, if `slots`
+    programs run at a time.
 
     The cost is the number of rounds of programs times tiles per range; half a tile is added for the
     other work of a program, so that few large ranges are preferred if they fill the device equally

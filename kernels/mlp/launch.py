@@ -1,0 +1,129 @@
+"""Launchers of parallel_mlp's Triton kernels, hidden.py.
+
+act(h) lies in scratch, some rows at a time, and cuBLAS multiplies it; dh overwrites h.
+
+A kernel that applied the activation to the operand it loads would do so once for each block of
+columns, and more often than it multiplies: its tensor cores would wait. The derivative is needed
+once for each element, so that a kernel computes dh.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from simplclip.kernels import tuning
+from simplclip.kernels.mlp.hidden import _parallel_mlp_activate_kernel, _parallel_mlp_hidden_kernel
+from simplclip.kernels.runtime import (
+    architecture_and_processors,
+    device_of,
+    launch,
+    precision_of,
+    product,
+)
+from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
+
+GROUP = 8  # blocks of rows that use the same blocks of columns while these columns are in the cache
+BLOCK = 2048  # elements that a program activates
+SCRATCH_BYTES = 16 << 20  # of the rows of act(h) that exist at a time
+
+
+def _chunks(h: Tensor) -> list[slice]:
+    """Returns ranges of rows of nearly equal size, for each of which act(h) fits SCRATCH_BYTES."""
+    tokens = h.shape[0]
+    limit = max(64, SCRATCH_BYTES // (h.shape[1] * h.itemsize))
+    step = -(-tokens // -(-tokens // limit))
+    return [slice(first, min(first + step, tokens)) for first in range(0, tokens, step)]
+
+
+def _activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, F], contiguous
+    """Writes act(h) to the first rows of the scratch and returns these rows."""
+    out = scratch[: h.shape[0]]
+    programs = triton.cdiv(h.numel(), BLOCK)
+    launch(_parallel_mlp_activate_kernel, programs, h, out, h.numel(), ACT=act, BLOCK=BLOCK)
+    return out
+
+
+def _scratch(h: Tensor, chunks: list[slice]) -> Tensor:
+    """Returns memory for act(h) of the largest chunk."""
+    return torch.empty_like(h[chunks[0]])
+
+
+def parallel_mlp_fwd(call: HiddenCall) -> None:
+    """Writes act(h) weightᵀ + bias to out, or adds it.
+
+    Scratch: SCRATCH_BYTES, or 64 rows of act(h).
+    """
+    h = call.h
+    out = call.out
+    weight = call.weight.T
+    bias = call.bias
+    if not out.numel():
+        return
+    chunks = _chunks(h)
+    scratch = _scratch(h, chunks)
+    if call.accumulate and bias is not None:
+        out += bias
+    with device_of(h):
+        for rows in chunks:
+            activated = _activated(h[rows], call.act, scratch)
+            out_chunk = out[rows]
+            if call.accumulate:
+                out_chunk.addmm_(activated, weight)
+            elif bias is None:
+                torch.mm(activated, weight, out=out_chunk)
+            else:
+                torch.addmm(bias, activated, weight, out=out_chunk)
+
+
+def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not needed
+    """Computes dweight = gradᵀ act(h), then overwrites h by dh = (grad weight) ∘ act'(h); returns
+    dweight.
+
+    Scratch: that of forward, and if it does not hold all of act(h), also dweight in float32.
+    """
+    with device_of(call.h):
+        if call.need_weight:
+            d_weight = _weight_gradient(call.grad, call.h, call.act)
+        else:
+            d_weight = call.weight.new_empty(0, call.weight.shape[1])
+        if call.h.numel():
+            _overwrite_hidden(call.grad, call.weight, call.h, call.act)
+    return d_weight
+
+
+def _overwrite_hidden(grad: Tensor, weight: Tensor, h: Tensor, act: str) -> None:
+    """Overwrites h [T, F] by dh; grad [T, C], weight [C, F]."""
+    precision = precision_of(h.dtype)
+    tile = tuning.lookup("parallel_mlp", precision, architecture_and_processors(h)[0])
+    tokens, width = grad.shape
+    hidden = h.shape[1]
+    sizes = (tokens, width, hidden, grad.stride(0), weight.stride(0), h.stride(0))
+    launch(
+        _parallel_mlp_hidden_kernel,
+        triton.cdiv(tokens, tile.block_m) * triton.cdiv(hidden, tile.block_n),
+        grad,
+        weight,
+        h,
+        *sizes,
+        ACT=act,
+        EVEN=width % tile.block_k == 0,
+        GROUP=GROUP,
+        PRECISION=tuning.dot_precision(precision),
+        **tile.options(),
+    )
+
+
+def _weight_gradient(grad: Tensor, h: Tensor, act: str) -> Tensor:  # [C, F]
+    """Returns gradᵀ act(h); grad [T, C], h [T, F]."""
+    if not h.numel():
+        return h.new_zeros(grad.shape[1], h.shape[1])
+    chunks = _chunks(h)
+    scratch = _scratch(h, chunks)
+    if len(chunks) == 1:
+        return grad.T @ _activated(h, act, scratch)
+    total = h.new_zeros(grad.shape[1], h.shape[1], dtype=torch.float32)
+    for rows in chunks:
+        product(total, grad[rows].T, _activated(h[rows], act, scratch), add=True)
+    return total.to(h.dtype)

@@ -1,0 +1,120 @@
+"""Gradients of features from a kernel that computes blocks of G, the gradient of the similarities.
+
+A block of G lies in scratch; cuBLAS multiplies it by the features of both sides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simplclip.kernels.runtime import launch, product
+from simplclip.kernels.similarity.gradient import _similarity_range_kernel
+from simplclip.kernels.similarity.plan import arguments, block_sides, blocks_of, tile_of
+from simplclip.ops.similarity.call import SigmoidCall, SimilarityGradient
+
+RANGE = {"BLOCK": 2048}  # of the range kernel, which has no tile in tuning.py
+
+
+def range_factor(
+    call: SimilarityGradient | SigmoidCall, **inputs: Any
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Returns the power of two by which float16 matrices are multiplied before they are rounded,
+    and its reciprocal.
+
+    With a mean over N rows, G has entries of about s/N² for a scale s, below float16's least
+    number, 2^-24, from N = 4,096 √s on. No value is read from the device. inputs: the kernel's
+    arguments, by default None.
+    """
+    if call.image.dtype != torch.float16:
+        return None, None
+    out = call.image.new_empty(2, dtype=torch.float32)
+    absent = dict.fromkeys(("scale", "plane", "grad_rows", "grad_columns", "sigmoids"))
+    constants = {"HAS_TEACHER": False, "TERMS": 0, **RANGE, "num_warps": 8}
+    sizes = {"n": call.image.shape[0], "m": call.text.shape[0]}
+    launch(_similarity_range_kernel, 1, **{**absent, **constants, **sizes, **inputs}, out=out)
+    return out[0], out[1]
+
+
+class FeatureGradient:
+    """The gradient of features: a float32 sum, to whose rows products with blocks of G are added in
+    place.
+
+    The sum is not bfloat16, since cuBLAS, where it splits a long sum, would add up the parts in
+    bfloat16.
+    """
+
+    def __init__(self, features: Tensor, needed: bool, dtype: torch.dtype):  # [N, D]
+        self.needed = needed
+        self.dtype = dtype
+        rows, width = features.shape
+        self.sum = features.new_empty(rows if needed else 0, width, dtype=torch.float32)
+        self.started: set[int] = set()  # the first rows of the ranges that have a product
+
+    def add(self, rows: slice, left: Tensor, right: Tensor) -> None:
+        """Adds left right to these rows.
+
+        The ranges of rows of any two calls are equal or disjoint.
+        """
+        if self.needed:
+            product(self.sum[rows], left, right, add=rows.start in self.started)
+            self.started.add(rows.start)
+
+    def result(self, unscale: Tensor | None) -> Tensor:  # [N, D] or [0, D]
+        """Returns the sum, times `unscale` if there is one. No call may follow."""
+        total, self.sum = self.sum, None
+        if unscale is not None:
+            total.mul_(unscale)
+        return total.to(self.dtype)
+
+
+def gradients_in_blocks(
+    call: SimilarityGradient | SigmoidCall,
+    kernel: Any,
+    numbers: int,  # sums of a program
+    factor: Tensor | None,
+    unscale: Tensor | None,
+    dtype: torch.dtype,
+    stored: bool = True,
+    **inputs: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns d_image, d_text and the programs' sums [programs, numbers] from a kernel that
+    computes blocks of G.
+
+    A program adds to sums of its own in all blocks, so that the order of sums is fixed. dtype: of
+    d_image and d_text. stored: whether the kernel stores G. inputs: arguments of the kernel.
+    """
+    tile = tile_of(call)
+    n = call.image.shape[0]
+    m = call.text.shape[0]
+    rows, columns = block_sides(n, m, call.chunk * m)
+    # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
+    pitch = -(-columns // 16) * 16
+    scratch = call.image.new_empty(rows if stored else 0, pitch)
+    tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
+    sums = call.image.new_zeros(tiles, numbers, dtype=torch.float32)
+    d_image = FeatureGradient(call.image, call.need_image, dtype)
+    d_text = FeatureGradient(call.text, call.need_text, dtype)
+    outputs = {"factor": factor, "out": scratch, "sums": sums, "out_stride": pitch}
+    shared = {**arguments(call), **inputs, **outputs}
+    for row_range, column_range in blocks_of(n, m, rows, columns):
+        height = row_range.stop - row_range.start
+        breadth = column_range.stop - column_range.start
+        row_blocks = -(-height // tile.block_m)
+        column_blocks = -(-breadth // tile.block_n)
+        launch(
+            kernel,
+            row_blocks * column_blocks,
+            **shared,
+            first_row=row_range.start,
+            first_column=column_range.start,
+            row_blocks=row_blocks,
+            column_blocks=column_blocks,
+        )
+        g = scratch[:height, :breadth]
+        d_image.add(row_range, g, call.text[column_range])
+        d_text.add(column_range, g.T, call.image[row_range])
+    del scratch, outputs, shared, g  # before the results in the features' dtype
+    return d_image.result(unscale), d_text.result(unscale), sums

@@ -1,0 +1,196 @@
+"""Launchers of similarity_loss's Triton kernels, which compute the results of
+simplclip.ops.similarity.reference.
+
+tile.py: a tile of a product. statistics.py: kernels of forward. gradient.py, sigmoid.py: kernels of
+the gradient G of the similarities. blocks.py: G in blocks. plan.py: sizes of the launches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simplclip.kernels.runtime import device_of, launch
+from simplclip.kernels.similarity.blocks import gradients_in_blocks, range_factor
+from simplclip.kernels.similarity.gradient import SUMS, _similarity_gradient_kernel
+from simplclip.kernels.similarity.plan import ROW_SLOTS, arguments, column_slots, sweeps
+from simplclip.kernels.similarity.sigmoid import _similarity_sigmoid_kernel
+from simplclip.kernels.similarity.statistics import (
+    _similarity_diagonal_kernel,
+    _similarity_merge_kernel,
+    _similarity_statistics_kernel,
+)
+from simplclip.ops.similarity.call import (
+    ColumnStat,
+    RowStat,
+    SigmoidCall,
+    SimilarityCall,
+    SimilarityGradient,
+)
+
+# Blocks of the small kernels, which have no tiles in tuning.py.
+MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
+MERGE_WARPS = 8
+DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
+
+
+def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the reference's results.
+
+    Scratch besides the results: the parts of column statistics, at most as many bytes as `chunk`
+    rows of one matrix (or one block of rows' parts), and the parts of row statistics.
+    """
+    image = call.image
+    n = call.image.shape[0]
+    m = call.text.shape[0]
+    rows = image.new_zeros(len(RowStat), n, dtype=torch.float32)
+    columns = image.new_zeros(len(ColumnStat), m, dtype=torch.float32)
+    with device_of(image):
+        _write_positives(call, RowStat.DIAGONAL_STUDENT, image, call.text, rows)
+        if call.has_teacher:
+            _write_positives(
+                call, RowStat.DIAGONAL_TEACHER, call.teacher_image, call.teacher_text, rows
+            )
+        _write_statistics(call, rows, columns)
+    # none on a GPU
+    stored = image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m)
+    return rows, columns, stored
+
+
+def _write_positives(
+    call: SimilarityCall, stat: RowStat, image: Tensor, text: Tensor, rows: Tensor
+) -> None:
+    """Writes the positives' similarities to the row `stat` of rows, [6, N]."""
+    n, width = image.shape
+    blocks = -(-n // DIAGONAL["BLOCK_M"])
+    sizes = (int(stat), n, width, call.label_offset)
+    launch(_similarity_diagonal_kernel, blocks, image, text, rows, *sizes, **DIAGONAL)
+
+
+def _matrix_arguments(call: SimilarityCall) -> dict[str, Any]:
+    """Returns the arguments that the statistics kernel and the gradient kernel have in common."""
+    teacher_width = call.teacher_image.shape[1] if call.has_teacher else 0
+    return {
+        **arguments(call, teacher_width),
+        "teacher_image": call.teacher_image,
+        "teacher_text": call.teacher_text,
+        "teacher_scale": call.teacher_scale,
+        "scale": call.scale,
+        "plane": call.plane,
+        "teacher_width": teacher_width,
+    }
+
+
+def _write_statistics(call: SimilarityCall, rows: Tensor, columns: Tensor) -> None:
+    """Writes the statistics, without those of the positives, to rows [6, N] and columns [3, M]."""
+    shared = _matrix_arguments(call)
+    m = call.text.shape[0]
+    slots = column_slots(call)
+    for sweep in sweeps(call):
+        row_parts = rows.new_empty(sweep.splits, ROW_SLOTS, sweep.row_count)
+        column_parts = rows.new_empty(sweep.row_blocks, slots, m) if call.columns else None
+        launch(
+            _similarity_statistics_kernel,
+            sweep.row_blocks * sweep.splits,
+            **shared,
+            **sweep._asdict(),
+            row_parts=row_parts,
+            column_parts=column_parts,
+            entropy=call.entropy,
+            ROW_SLOTS=ROW_SLOTS,
+            COLUMN_SLOTS=slots,
+        )
+        _merge(call, row_parts, rows, sweep.first_row, plane=call.plane is not None)
+        if call.columns:
+            _merge(call, column_parts, columns, 0, previous=sweep.first_row > 0)
+
+
+def _merge(
+    call: SimilarityCall,
+    parts: Tensor,  # [parts, slots, size]
+    out: Tensor,  # [6, N] or [3, M]
+    first: int,
+    *,
+    plane: bool = False,
+    previous: bool = False,
+) -> None:
+    """Merges parts into `out`, from its column `first` on. previous: with the statistics that `out`
+    holds.
+    """
+    count, slots, size = parts.shape
+    launch(
+        _similarity_merge_kernel,
+        -(-size // MERGE["BLOCK"]),
+        parts,
+        out,
+        size,
+        count,
+        out.shape[1],
+        first,
+        SLOTS=slots,
+        HAS_TEACHER=call.has_teacher,
+        HAS_PLANE=plane,
+        PREVIOUS=previous,
+        **MERGE,
+        num_warps=MERGE_WARPS,
+    )
+
+
+def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the reference's gradients.
+
+    For each block of the matrix a kernel computes G, which is then multiplied by the features of
+    both sides.
+
+    Scratch besides the results: as many elements as `chunk` rows of one matrix; for half types also
+    the gradients in float32.
+    """
+    grads = {
+        "grad_rows": call.grad_rows,
+        "grad_columns": call.grad_columns if call.columns else None,
+    }
+    stats = {"rows": call.row_stats, "columns": call.column_stats if call.columns else None}
+    with device_of(call.image):
+        factor = range_factor(
+            call, scale=call.scale, plane=call.plane, **grads, HAS_TEACHER=call.has_teacher
+        )
+        d_image, d_text, sums = gradients_in_blocks(
+            call,
+            _similarity_gradient_kernel,
+            SUMS,
+            *factor,
+            call.image.dtype,
+            **_matrix_arguments(call),
+            **stats,
+            **grads,
+        )
+    return d_image, d_text, sums[:, 0].sum(), sums[:, 1:].sum(0)
+
+
+def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the reference's results, with gradients in the features' dtype, or in float32 for
+    float16.
+
+    Scratch besides the results: as many elements as `chunk` rows of the matrix; for bfloat16 also
+    the gradients in float32.
+    """
+    terms = call.sigmoids.shape[1]
+    dtype = torch.float32 if call.image.dtype == torch.float16 else call.image.dtype
+    inputs = {"sigmoids": call.sigmoids, "TERMS": terms}
+    with device_of(call.image):
+        factor: tuple[Tensor | None, Tensor | None] = (None, None)
+        if call.gradient:
+            factor = range_factor(call, **inputs)
+        d_image, d_text, sums = gradients_in_blocks(
+            call,
+            _similarity_sigmoid_kernel,
+            3 * terms,
+            *factor,
+            dtype,
+            stored=call.gradient,
+            **inputs,
+            GRADIENT=call.gradient,
+        )
+    return sums[:, :terms].sum(0), d_image, d_text, sums[:, terms:].sum(0).view(2, terms)

@@ -1,0 +1,81 @@
+"""Guards of the ops' derivatives: only the first in reverse mode exist, others raise an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from simplclip.ops import backends
+
+FIRST_ORDER = (
+    "{op}: expected a first derivative in reverse mode, got {got}; the ops have no other "
+    "derivatives"
+)
+
+
+def transforms() -> set[str]:
+    """Returns the transforms of torch.func around the present call: "grad", "jvp", "vmap"."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return set()
+    return {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack()}
+
+
+def is_transformed() -> bool:
+    """Whether the present call is one of forward mode or of a transform of torch.func."""
+    return (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> None:
+    """Raises NotImplementedError under torch.func.grad and in forward mode.
+
+    There torch would return derivatives of zero. vmap: whether torch.vmap is supported; if not,
+    torch.vmap raises the error too.
+    """
+    got = None
+    unsupported = {"grad", "jvp"} if vmap else {"grad", "jvp", "vmap"}
+    unsupported &= transforms()
+    if unsupported:
+        got = f"torch.func.{min(unsupported)}"
+    elif forward_ad._current_level >= 0:
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            got = "a forward-mode tangent"
+    if got:
+        raise NotImplementedError(FIRST_ORDER.format(op=backends.public_name(name), got=got))
+
+
+def first_order_only(
+    name: str, gradients: Sequence[Tensor | None], *sources: Tensor | None
+) -> tuple[Any, ...]:
+    """Returns the gradients.
+
+    Differentiating them again, with respect to anything that a source depends on, raises an error.
+
+    Autograd runs a node only if the node lies on a path to a tensor whose gradient is asked for. So
+    the node that raises has the sources as inputs: the tensors that the gradients were computed
+    from, or a result of the op that depends on these.
+    """
+    message = FIRST_ORDER.format(op=backends.public_name(name), got="a double backward")
+    node: Any = torch._C._functions.DelayedError(message.encode(), len(gradients) + len(sources))
+    return node(*gradients, *sources)[: len(gradients)]
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow.
+
+    True under torch.func, which hides whether a tensor requires a gradient.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    if any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
