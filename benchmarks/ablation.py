@@ -1,8 +1,7 @@
-"""Measures what each part of a recipe adds: trains a model without and with each change of
-settings, for several seeds.
+"""Measures what each part of a recipe adds, by training without and with it for several seeds.
 
-    python -m benchmarks.ablation examples/emoji/siclip-lite0.yaml --out runs/ablation --seeds 3
-    --jobs 2
+    python -m benchmarks.ablation examples/emoji/siclip-lite0.yaml --out runs/ablation \\
+        --seeds 3 --jobs 2
 
 The effects are those of a YAML file, by default benchmarks/ablation.yaml. Settings are those of
 `--set`; lists may be nested:
@@ -51,7 +50,10 @@ ALL = "all"  # the mean over the splits
 
 
 def _flat(value: list) -> list[str]:
-    return [item for part in value for item in (_flat(part) if isinstance(part, list) else [part])]
+    items = []
+    for part in value:
+        items += _flat(part) if isinstance(part, list) else [part]
+    return items
 
 
 Settings = Annotated[list[str], BeforeValidator(_flat)]
@@ -77,49 +79,46 @@ class Run(NamedTuple):
     settings: tuple[str, ...]
 
 
-# effects, each with its runs of base and variant by seed
+# Effects, each with its runs of base and variant by seed.
 Plan = list[tuple[Effect, list[tuple[Run, Run]]]]
 
 
 def load(path: Path) -> Effects:
     """Reads an effects file. Keys that begin with a dot are only places for anchors."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return Effects.model_validate(
-        {key: value for key, value in values.items() if not key.startswith(".")}
-    )
+    values = {key: value for key, value in values.items() if not key.startswith(".")}
+    return Effects.model_validate(values)
 
 
-def run_of(o: argparse.Namespace, settings: list[str], seed: int) -> Run:
+def run_of(options: argparse.Namespace, settings: list[str], seed: int) -> Run:
     """Returns the run of these settings.
 
     Raises ConfigError for a setting that the config does not have.
     """
-    settings = [f"run.seed={seed}", *settings, *o.set]
-    values = config.load(o.config, [*settings, "run.out=."]).model_dump(mode="json")
+    settings = [f"run.seed={seed}", *settings, *options.set]
+    values = config.load(options.config, [*settings, "run.out=."]).model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-    folder = o.out / digest
+    folder = options.out / digest
     return Run(folder, (*settings, f"run.out={json.dumps(str(folder))}"))
 
 
 def train(run: Run, source: str, threads: int) -> str | None:
     """Trains and evaluates a run, and removes its checkpoint. Returns a line if it fails."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    log, program = run.folder / "log.txt", [sys.executable, "-m", "simplclip"]
-    training = [
-        *program,
-        "train",
-        source,
-        "--resume",
-        *(word for item in run.settings for word in ("--set", item)),
-    ]
+    log = run.folder / "log.txt"
+    program = [sys.executable, "-m", "simplclip"]
+    training = [*program, "train", source, "--resume"]
+    for setting in run.settings:
+        training += ["--set", setting]
+    evaluation = [*program, "evaluate", str(run.folder), "--last"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(log, "a") as file:
-        for command in (training, [*program, "evaluate", str(run.folder), "--last"]):
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            code = subprocess.run(
+        for command in (training, evaluation):
+            process = subprocess.run(
                 command, env=environment, stdout=file, stderr=subprocess.STDOUT
-            ).returncode
-            if code:
-                return f"{run.folder} ended with {code}: see {log}"
+            )
+            if process.returncode:
+                return f"{run.folder} ended with {process.returncode}: see {log}"
     write_atomically(run.folder / RESULT, (run.folder / "evaluation.json").read_text())
     for file in run.folder.glob("*.pt"):
         file.unlink()
@@ -141,14 +140,18 @@ def rows_of(effect: Effect, pairs: list[list[ModelResult]]) -> Iterator[dict[str
     from scipy import stats  # here, since it takes a second to import
 
     for split in (ALL, *pairs[0][0].splits):
-        base, variant = ([recall(result, split) for result in column] for column in zip(*pairs))
+        base = [recall(result, split) for result, _ in pairs]
+        variant = [recall(result, split) for _, result in pairs]
         test = stats.ttest_rel(variant, base)
         low, high = test.confidence_interval()
         row = {"effect": effect.name, "measure": "R@1", "split": split, "seeds": len(pairs)}
-        figures = {"base": statistics.fmean(base), "base std": statistics.stdev(base)}
-        figures |= {"variant": statistics.fmean(variant), "variant std": statistics.stdev(variant)}
-        figures |= {
-            "difference": figures["variant"] - figures["base"],
+        base_mean, variant_mean = statistics.fmean(base), statistics.fmean(variant)
+        figures = {
+            "base": base_mean,
+            "base std": statistics.stdev(base),
+            "variant": variant_mean,
+            "variant std": statistics.stdev(variant),
+            "difference": variant_mean - base_mean,
             "p": test.pvalue,
             "low": low,
             "high": high,
@@ -158,19 +161,18 @@ def rows_of(effect: Effect, pairs: list[list[ModelResult]]) -> Iterator[dict[str
 
 
 def report(plan: Plan, out: Path) -> list[dict[str, Any]]:
-    """Writes OUT/effects.csv, with the effects that have at least two finished seeds.
-
-    Returns its rows.
-    """
+    """Writes OUT/effects.csv with the effects of at least two finished seeds. Returns its rows."""
     rows: list[dict[str, Any]] = []
     for effect, pairs in plan:
-        files = [[run.folder / RESULT for run in pair] for pair in pairs]
-        finished = [
-            [ModelResult.from_json(json.loads(file.read_text())) for file in pair]
-            for pair in files
-            if all(map(Path.exists, pair))
-        ]
-        rows += rows_of(effect, finished) if len(finished) > 1 else ()
+        results = []
+        for base, variant in pairs:
+            files = [base.folder / RESULT, variant.folder / RESULT]
+            if all(file.exists() for file in files):
+                results.append(
+                    [ModelResult.from_json(json.loads(file.read_text())) for file in files]
+                )
+        if len(results) > 1:
+            rows += rows_of(effect, results)
     if rows:
         write_csv(out / "effects.csv", rows)
     return rows
@@ -211,49 +213,51 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def planned(o: argparse.Namespace) -> Plan:
-    file, plan = load(o.effects), []
+def planned(options: argparse.Namespace) -> Plan:
+    file, plan = load(options.effects), []
     for effect in file.effects:
-        if not fnmatchcase(effect.name, o.only):
+        if not fnmatchcase(effect.name, options.only):
             continue
-        shared, pairs = [*file.set, f"run.steps={effect.steps or file.steps}", *effect.set], []
-        for seed in range(effect.seeds or o.seeds):
-            base, variant = (
-                run_of(o, [*shared, *changes], seed) for changes in (effect.base, effect.variant)
-            )
+        shared = [*file.set, f"run.steps={effect.steps or file.steps}", *effect.set]
+        pairs = []
+        for seed in range(effect.seeds or options.seeds):
+            base = run_of(options, [*shared, *effect.base], seed)
+            variant = run_of(options, [*shared, *effect.variant], seed)
             pairs.append((base, variant))
         plan.append((effect, pairs))
-    return plan or sys.exit(f"--only: expected a name of {o.effects}, got {o.only}")
+    if not plan:
+        sys.exit(f"--only: expected a name of {options.effects}, got {options.only}")
+    return plan
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     plan = planned(options)
     runs = {run.folder: run for _, pairs in plan for pair in pairs for run in pair}
-    todo = [run for run in runs.values() if not (run.folder / RESULT).exists()]
-    print(
-        f"{len(plan)} effects, {len(runs)} runs, {len(runs) - len(todo)} of them done", flush=True
-    )
-    threads, failed = max(1, (os.cpu_count() or 1) // options.jobs), list[str]()
+    remaining = [run for run in runs.values() if not (run.folder / RESULT).exists()]
+    done = len(runs) - len(remaining)
+    print(f"{len(plan)} effects, {len(runs)} runs, {done} of them done", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    failures: list[str] = []
 
-    def one(run: Run) -> None:
+    def train_one(run: Run) -> None:
         failure = train(run, options.config, threads)
-        failed.extend([failure] if failure else [])
+        if failure:
+            failures.append(failure)
         print(failure or f"done: {run.folder}", flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         try:
-            list(pool.map(one, todo))
+            list(pool.map(train_one, remaining))
         except KeyboardInterrupt:  # the runs get the same signal and save their last step
             pool.shutdown(cancel_futures=True)
             sys.exit("ablation: interrupted; the same command goes on")
     rows, where = report(plan, options.out), describe()
     if options.write:
-        write_csv(
-            result_path("ablation", where), [row | where for row in rows if row["seeds"] >= 3]
-        )
-    if failed:
-        sys.exit("\n".join(["the same command tries these again:", *failed]))
+        lines = [row | where for row in rows if row["seeds"] >= 3]
+        write_csv(result_path("ablation", where), lines)
+    if failures:
+        sys.exit("\n".join(["the same command tries these again:", *failures]))
 
 
 if __name__ == "__main__":

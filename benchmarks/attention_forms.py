@@ -13,7 +13,15 @@ from benchmarks.measure import BASE, PASSES, compare
 from simplclip.ops import shaped_attention
 
 
-def plain(q, k, v, alpha, beta, gamma, causal=False):
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    causal: bool = False,
+) -> Tensor:
     """Computes the formula: products in the inputs' dtype, softmax and mixing weights in float32,
     one product with v.
     """
@@ -28,32 +36,33 @@ def plain(q, k, v, alpha, beta, gamma, causal=False):
     uniform = visible.to(wide) / visible.sum(-1, keepdim=True)
     identity = torch.eye(length, dtype=wide, device=q.device)
     alpha, beta, gamma = (t.to(wide)[:, None, None] for t in (alpha, beta, gamma))
-    return (
-        (alpha * identity + beta * logits.softmax(-1) - gamma * uniform).to(v.dtype) @ v
-    ).transpose(1, 2)
+    mixed = alpha * identity + beta * logits.softmax(-1) - gamma * uniform
+    return (mixed.to(v.dtype) @ v).transpose(1, 2)
 
 
-def _linear_terms(v, alpha, gamma, causal):
+def _linear_terms(v: Tensor, alpha: Tensor, gamma: Tensor, causal: bool) -> Tensor:
     """Returns alpha v − gamma C v."""
     if causal:
-        mean = (
-            v.cumsum(1)
-            / torch.arange(1, v.shape[1] + 1, dtype=v.dtype, device=v.device)[:, None, None]
-        )
+        counts = torch.arange(1, v.shape[1] + 1, dtype=v.dtype, device=v.device)
+        mean = v.cumsum(1) / counts[:, None, None]
     else:
         mean = v.mean(1, keepdim=True)
     return alpha.to(v.dtype)[:, None] * v - gamma.to(v.dtype)[:, None] * mean
 
 
+# The forms share one signature: q, k, v, alpha, beta, gamma, causal.
 def _sdpa(q, k, v, alpha, beta, gamma, causal):
     heads = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(*heads, is_causal=causal).transpose(1, 2)
 
 
 def _sdpa_and_terms(q, k, v, alpha, beta, gamma, causal):
-    return beta.to(v.dtype)[:, None] * _sdpa(q, k, v, alpha, beta, gamma, causal) + _linear_terms(
-        v, alpha, gamma, causal
-    )
+    attended = beta.to(v.dtype)[:, None] * _sdpa(q, k, v, alpha, beta, gamma, causal)
+    return attended + _linear_terms(v, alpha, gamma, causal)
+
+
+def _ours(q, k, v, alpha, beta, gamma, causal):
+    return shaped_attention(q, k, v, alpha, beta, gamma, causal=causal)
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,8 @@ class Shape:
     causal: bool = False
 
     def __str__(self) -> str:
-        return f"B={self.b} L={self.length} H={self.heads} K={self.k}" + " causal" * self.causal
+        text = f"B={self.b} L={self.length} H={self.heads} K={self.k}"
+        return f"{text} causal" if self.causal else text
 
 
 # CLIP text towers (77 tokens), MobileCLIP's last image stage (64), ViT-B/16 (197).
@@ -77,15 +87,13 @@ SHAPES = (
     Shape(64, 64, 16, 32),
     Shape(32, 197, 12, 64),
 )
-# All other forms compute shaped attention; SDPA alone leaves out two of its three terms.
+# Leaves out two of the three terms of shaped attention, which all other forms compute.
 ALONE = "SDPA alone"
 
 
 def forms() -> dict[str, Callable]:
     return {
-        BASE: lambda q, k, v, alpha, beta, gamma, causal: shaped_attention(
-            q, k, v, alpha, beta, gamma, causal=causal
-        ),
+        BASE: _ours,
         "formula": plain,
         "torch.compile of it": torch.compile(plain, dynamic=False),
         "SDPA and linear terms": _sdpa_and_terms,
@@ -97,22 +105,21 @@ def forms() -> dict[str, Callable]:
 def inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     """Returns q, k (views of one product), v and the gains; and a gradient of the result."""
     g = torch.Generator().manual_seed(0)
-    b = shape.b
-    length = shape.length
-    h = shape.heads
-    k = shape.k
+    b, length, h, k = shape.b, shape.length, shape.heads, shape.k
     qk = torch.randn(b, length, 2, h, k, generator=g).to(device, dtype)
     v, grad = (torch.randn(b, length, h, k, generator=g).to(device, dtype) for _ in range(2))
     gains = [torch.rand(h, generator=g).to(device) + 0.5 for _ in range(3)]
     return [qk[:, :, 0], qk[:, :, 1], v, *gains], grad
 
 
-def _step(form, tensors, grad, shape, backward):
+def _step(
+    form: Callable, tensors: list[Tensor], grad: Tensor, causal: bool, backward: bool
+) -> Tensor:
     if not backward:
         with torch.no_grad():
-            return form(*tensors, shape.causal)
+            return form(*tensors, causal)
     leaves = [t.detach().requires_grad_() for t in tensors]
-    out = form(*leaves, shape.causal)
+    out = form(*leaves, causal)
     out.backward(grad)
     return out.detach()
 
@@ -126,23 +133,21 @@ def measure(
     """
     torch.compiler.reset()
     tensors, grad = inputs(shape, getattr(torch, dtype), device)
-    truth = plain(
-        *(t[:2].double() if t.dim() == 4 else t.double() for t in tensors), causal=shape.causal
-    )
+    few = [t[:2] if t.dim() == 4 else t for t in tensors]  # two sequences
+    exact = plain(*(t.double() for t in few), causal=shape.causal)
+    limit = 5e-4 if dtype == "float32" else 3e-2
     cases = {
-        name: lambda form=form: _step(form, tensors, grad, shape, backward)
+        name: lambda form=form: _step(form, tensors, grad, shape.causal, backward)
         for name, form in forms().items()
     }
 
-    def error(run) -> float:
-        return ((run()[:2].double() - truth).abs().max() / truth.abs().max()).item()
+    def error(run: Callable[[], Tensor]) -> float:
+        return ((run()[:2].double() - exact).abs().max() / exact.abs().max()).item()
 
     def wrong(name: str, error: float, ours: float) -> str:
-        return (
-            ""
-            if name == ALONE or error <= (5e-4 if dtype == "float32" else 3e-2)
-            else f"{name}: error {error:.1e}"
-        )
+        if name == ALONE or error <= limit:
+            return ""
+        return f"{name}: error {error:.1e}"
 
     first = {name: lambda run=run: error(run) for name, run in cases.items()}
     what = {"op": "shaped_attention", "shape": str(shape), "dtype": dtype, "pass": PASSES[backward]}

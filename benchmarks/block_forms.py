@@ -1,6 +1,4 @@
-"""A simplified block against open_clip's residual block of the same width: time, and bytes saved
-for backward.
-"""
+"""A simplified block against open_clip's of the same width: time, bytes saved for backward."""
 
 from __future__ import annotations
 
@@ -33,13 +31,10 @@ class PlainBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         block = self.block
         n = block.norm(x)
-        heads = [
-            t.reshape(*x.shape[:2], block.heads, -1)
-            for t in (*F.linear(n, block.qk.weight).chunk(2, -1), n)
-        ]
-        attention = plain(
-            *heads, block.alpha, block.beta, block.gamma, causal=block.causal
-        ).reshape(x.shape)
+        q, k = F.linear(n, block.qk.weight).chunk(2, -1)
+        heads = [t.reshape(*x.shape[:2], block.heads, -1) for t in (q, k, n)]
+        gains = block.alpha, block.beta, block.gamma
+        attention = plain(*heads, *gains, causal=block.causal).reshape(x.shape)
         mlp = block.fc2(ACTIVATIONS[block.act](block.fc1(n)))
         return block.attention_gain * attention + block.mlp_gain * mlp
 
@@ -49,16 +44,17 @@ def forms(dtype: torch.dtype, device: str) -> dict[str, Callable[[Tensor], Tenso
     torch.manual_seed(0)
     ours = SimplifiedBlock(WIDTH, HEADS, causal=True)
     nn.init.normal_(ours.qk.weight, std=WIDTH**-0.5)
-    again = SimplifiedBlock(WIDTH, HEADS, causal=True, recompute=True)
-    again.load_state_dict(ours.state_dict())
+    recomputing = SimplifiedBlock(WIDTH, HEADS, causal=True, recompute=True)
+    recomputing.load_state_dict(ours.state_dict())
     standard = ResidualAttentionBlock(WIDTH, HEADS)
-    ours, again, standard = (module.to(device, dtype) for module in (ours, again, standard))
+    for module in (ours, recomputing, standard):
+        module.to(device, dtype)
     mask = torch.full((LENGTH, LENGTH), -torch.inf, dtype=dtype, device=device).triu(1)
     residual = lambda x: standard(x, attn_mask=mask)  # noqa: E731
     formula = PlainBlock(ours)
     return {
         BASE: ours,
-        f"{BASE}, recompute": again,
+        f"{BASE}, recompute": recomputing,
         "the same in plain torch": formula,
         "torch.compile of it": torch.compile(formula, dynamic=False),
         STANDARD: residual,
@@ -67,15 +63,13 @@ def forms(dtype: torch.dtype, device: str) -> dict[str, Callable[[Tensor], Tenso
 
 
 def saved_bytes(form: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Bytes of the distinct storages that autograd keeps for backward, without those of
-    parameters.
-    """
-    held: dict[int, int] = {}
+    """Returns the bytes of the storages that autograd keeps for backward, but for parameters."""
+    kept_bytes: dict[int, int] = {}  # by address
 
     def pack(t: Tensor) -> Tensor:
         if not isinstance(t, nn.Parameter):
             storage = t.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            kept_bytes[storage.data_ptr()] = storage.nbytes()
         return t
 
     weights = set()
@@ -84,15 +78,16 @@ def saved_bytes(form: Callable[[Tensor], Tensor], x: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = form(x.detach().requires_grad_())
     del out
-    return sum(size for at, size in held.items() if at not in weights)
+    return sum(size for address, size in kept_bytes.items() if address not in weights)
 
 
-def _modules(form) -> list[nn.Module]:
+def _modules(form: Callable[[Tensor], Tensor]) -> list[nn.Module]:
+    """Returns a form that is a module, or the modules that a function closes over."""
     cells = [cell.cell_contents for cell in getattr(form, "__closure__", None) or ()]
     return [m for m in (form, *cells) if isinstance(m, nn.Module)]
 
 
-def _step(form, x, grad, backward):
+def _step(form: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, backward: bool) -> Tensor:
     if not backward:
         with torch.no_grad():
             return form(x)
@@ -109,23 +104,26 @@ def measure(
     Compares the simplified blocks' results first. strict: as for `compare`.
     """
     torch.compiler.reset()
-    kind = getattr(torch, dtype)
-    of_name = forms(kind, device)
-    x, grad = (torch.randn(batch, LENGTH, WIDTH).to(device, kind) for _ in range(2))
+    torch_dtype = getattr(torch, dtype)
+    by_name = forms(torch_dtype, device)
+    x, grad = (torch.randn(batch, LENGTH, WIDTH).to(device, torch_dtype) for _ in range(2))
     cases = {
-        name: lambda form=form: _step(form, x, grad, backward) for name, form in of_name.items()
+        name: lambda form=form: _step(form, x, grad, backward) for name, form in by_name.items()
     }
-    simplified, limit = list(of_name)[:4], 1e-4 if dtype == "float32" else 5e-2
+    simplified = list(by_name)[:4]
+    limit = 1e-4 if dtype == "float32" else 5e-2
 
     def wrong(name: str, result: Tensor, ours: Tensor) -> str:
         error = ((result.float() - ours.float()).abs().max() / ours.float().abs().max()).item()
-        return "" if name not in simplified or error <= limit else f"{name}: error {error:.1e}"
+        if name not in simplified or error <= limit:
+            return ""
+        return f"{name}: error {error:.1e}"
 
     shape = f"B={batch} L={LENGTH} C={WIDTH} causal"
     what = {"op": "simplified_block", "shape": shape, "dtype": dtype, "pass": PASSES[backward]}
     rows = compare(what, cases, repeats, wrong=wrong, warmup=2, strict=strict)
-    eager = [row for row in rows if backward and "p50_ms" in row and "compile" not in row["form"]]
-    saved = {row["form"]: saved_bytes(of_name[row["form"]], x) for row in eager}
-    for row in eager:
-        row["saved_bytes_per_token"] = round(saved[row["form"]] / (batch * LENGTH))
+    for row in rows:
+        if backward and "p50_ms" in row and "compile" not in row["form"]:
+            saved = saved_bytes(by_name[row["form"]], x)
+            row["saved_bytes_per_token"] = round(saved / (batch * LENGTH))
     return rows

@@ -1,6 +1,4 @@
-"""Result files: tables of measurements, and the hardware, versions, commit and date that they are
-of.
-"""
+"""Result files: tables of measurements with their hardware, versions, commit and date."""
 
 from __future__ import annotations
 
@@ -42,13 +40,13 @@ def slug(text: str) -> str:
 
 def table(rows: list[dict]) -> list[str]:
     """Returns the lines of an aligned table, with the columns for which some row has a value."""
-    columns = list(dict.fromkeys(column for row in rows for column in row if column != "repeats"))
-    columns = [column for column in columns if any(row.get(column, "") != "" for row in rows)]
-    widths = [max(len(c), *(len(str(row.get(c, ""))) for row in rows)) for c in columns]
-    lines = [dict(zip(columns, columns)), *rows]
-    return [
-        "  ".join(str(line.get(c, "")).rjust(w) for c, w in zip(columns, widths)) for line in lines
-    ]
+    cells: dict[str, list[str]] = {}  # by column
+    for column in dict.fromkeys(column for row in rows for column in row):
+        values = [str(row.get(column, "")) for row in rows]
+        if column != "repeats" and any(values):
+            width = max(map(len, [column, *values]))
+            cells[column] = [text.rjust(width) for text in [column, *values]]
+    return ["  ".join(line) for line in zip(*cells.values())]
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -59,9 +57,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def write_csv(path: Path, rows: list[dict], key: tuple[str, ...] = ()) -> None:
     """Writes the rows atomically.
 
-    With `key`, rows of an earlier file stay, unless they were measured anew.
-
-    Such a file has rows of several commits; every row names its own.
+    With `key`, rows of an earlier file stay unless they were measured anew. Such a file has rows of
+    several commits; every row names its own.
     """
     path.parent.mkdir(exist_ok=True, parents=True)
     if key and path.exists():
@@ -80,17 +77,17 @@ def commit() -> str:
     """Returns the commit of this checkout, with "+" where the tree differs from it; "unknown"
     without git.
     """
-    git = ["git", "-C", str(ROOT)]
     try:
-        name = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        )
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
+        name = _git("rev-parse", "--short=12", "HEAD")
+        changes = _git("status", "--porcelain", "-uno")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return f"{name}+" if changes else name
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def cpu_name() -> str:
@@ -101,11 +98,12 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return (
-        f"{info.get('model name', platform.machine())} (family {info.get('cpu family')}, model "
-        f"{info.get('model')})"
-    )
+    info = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        info[key.strip()] = value.strip()
+    name = info.get("model name", platform.machine())
+    return f"{name} (family {info.get('cpu family')}, model {info.get('model')})"
 
 
 def versions() -> dict[str, str]:
@@ -124,10 +122,9 @@ def describe(device: str = "cpu") -> dict[str, str]:
     if device == "cuda":
         return {"hardware": torch.cuda.get_device_name()} | versions()
     isa = simplclip.report()["extension"]["cpu"].get("instruction_set", "no extension")
-    threads = torch.get_num_threads()
-    hardware = (
-        f"{cpu_name()}, {threads} thread{'s' * (threads > 1)} of {os.cpu_count()} cores, {isa}"
-    )
+    count = torch.get_num_threads()
+    threads = "1 thread" if count == 1 else f"{count} threads"
+    hardware = f"{cpu_name()}, {threads} of {os.cpu_count()} cores, {isa}"
     return {"hardware": hardware} | versions()
 
 
@@ -137,9 +134,8 @@ def gpu_state() -> dict[str, str]:
     """
     command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.splitlines()
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return {}
-    return dict(zip(STATE, (value.strip() for value in lines[0].split(","))))
+    first = run.stdout.splitlines()[0]
+    return dict(zip(STATE, (value.strip() for value in first.split(","))))

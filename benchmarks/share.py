@@ -1,9 +1,8 @@
-"""Finds blocks of a pretrained tower whose attention maps are alike, so that they may share
-weights.
+"""Finds blocks of a tower whose attention maps are alike, so that they may share weights.
 
-python -m benchmarks.share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' --budget 60% python
--m benchmarks.share mobileclip-s0 --checkpoint mobileclip_s0.pt --data 'shards/val-*.tar' --tower
-image --out share-s0
+    python -m benchmarks.share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' --budget 60%
+    python -m benchmarks.share mobileclip-s0 --checkpoint mobileclip_s0.pt \\
+        --data 'shards/val-*.tar' --tower image --out share-s0
 
 Prints the Jensen-Shannon divergence of the attention maps of neighbouring blocks, from 0 for equal
 maps to ln 2 = 0.69 nats, and the value of `share` with which the tower keeps within the budget.
@@ -19,7 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from simplclip.models.sites import attention_of, block_sites, build_block
 from simplclip.nn import SimplifiedBlock
 
 BATCH = 8
+SHARED_LAYERS = {"attention": ("qk",), "mlp": ("fc1", "fc2"), "all": ("qk", "fc1", "fc2")}
 
 
 def inputs_of(
@@ -90,35 +90,38 @@ def divergences(
         raise InputError(f"{tower}: expected at least two blocks to compare, got {len(sites)}")
     causal = [getattr(site.block, "causal", site.options.get("causal", False)) for site in sites]
     # number of a block -> its q and k in the current batch, [B, H, L, K]
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-    total, samples = torch.zeros(len(sites), len(sites), dtype=torch.float64), 0
+    queries_keys: dict[int, tuple[Tensor, Tensor]] = {}
+    total = torch.zeros(len(sites), len(sites), dtype=torch.float64)
+    samples = 0
 
-    def note(i: int, module: Any, args: tuple) -> None:
-        x = args[0].flatten(2).transpose(1, 2) if args[0].ndim == 4 else args[0]
-        seen[i] = _queries_keys(module, x.float())
+    def record(i: int, module: Any, args: tuple) -> None:
+        x = args[0]
+        if x.ndim == 4:
+            x = x.flatten(2).transpose(1, 2)
+        queries_keys[i] = _queries_keys(module, x.float())
 
     with ExitStack() as stack:
         for i, site in enumerate(sites):
-            module = (
-                site.block if isinstance(site.block, SimplifiedBlock) else attention_of(site.block)
-            )
-            stack.callback(module.register_forward_pre_hook(partial(note, i)).remove)
+            module = site.block
+            if not isinstance(module, SimplifiedBlock):
+                module = attention_of(module)
+            stack.callback(module.register_forward_pre_hook(partial(record, i)).remove)
         for inputs, lengths in batches:
             encode(inputs)
             for row in range(len(inputs)):
                 length = None if lengths is None else int(lengths[row])
-                maps = [
-                    _map(seen[i][0][row], seen[i][1][row], causal[i])[:, :length]
-                    for i in range(len(sites))
-                ]
-                total += _of_one_sample(maps).cpu()
+                maps = []
+                for i in range(len(sites)):
+                    q, k = queries_keys[i]
+                    maps.append(_map(q[row], k[row], causal[i])[:, :length])
+                total += _sample_divergences(maps).cpu()
             samples += len(inputs)
     if not samples:
         raise InputError(f"{tower}: expected at least one sample, got none")
     return (total + total.T) / samples
 
 
-def _of_one_sample(maps: list[Tensor]) -> Tensor:
+def _sample_divergences(maps: list[Tensor]) -> Tensor:
     """Computes the divergences above the diagonal of [n, n]. maps: [heads, queries, keys] of each
     block.
     """
@@ -127,9 +130,8 @@ def _of_one_sample(maps: list[Tensor]) -> Tensor:
     for i, j in combinations(range(len(maps)), 2):
         if maps[i].shape == maps[j].shape:
             mixed = torch.special.entr((maps[i] + maps[j]) / 2).sum(-1)
-            divergence[i, j] = (
-                (mixed - (entropies[i] + entropies[j]) / 2).clamp_min(0).double().mean()
-            )
+            difference = mixed - (entropies[i] + entropies[j]) / 2
+            divergence[i, j] = difference.clamp_min(0).double().mean()
         else:
             divergence[i, j] = torch.nan
     return divergence
@@ -138,9 +140,8 @@ def _of_one_sample(maps: list[Tensor]) -> Tensor:
 def _map(q: Tensor, k: Tensor, causal: bool) -> Tensor:  # [H, L, K] -> [H, L, L]
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
-        logits = logits.masked_fill(
-            torch.ones_like(logits, dtype=torch.bool).triu(1), float("-inf")
-        )
+        hidden = torch.ones_like(logits, dtype=torch.bool).triu(1)
+        logits = logits.masked_fill(hidden, -torch.inf)
     return logits.softmax(-1)
 
 
@@ -155,14 +156,16 @@ def _queries_keys(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     else:
         # of timm, of MobileCLIP; else torch's
         layer = getattr(module, "qkv", None) or getattr(module, "qkv_proj", None)
-        weight, bias = (
-            (layer.weight, layer.bias) if layer else (module.in_proj_weight, module.in_proj_bias)
-        )
+        if layer:
+            weight, bias = layer.weight, layer.bias
+        else:
+            weight, bias = module.in_proj_weight, module.in_proj_bias
         heads, parts = module.num_heads, F.linear(x, weight, bias).chunk(3, -1)[:2]
     q, k = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
-    for norms in (("q_norm", "k_norm"), ("ln_q", "ln_k")):  # the names in timm and in open_clip
-        if hasattr(module, norms[0]):
-            q, k = getattr(module, norms[0])(q), getattr(module, norms[1])(k)
+    if hasattr(module, "q_norm"):  # the names in timm
+        q, k = module.q_norm(q), module.k_norm(k)
+    if hasattr(module, "ln_q"):  # the names in open_clip
+        q, k = module.ln_q(q), module.ln_k(k)
     return q, k
 
 
@@ -177,7 +180,8 @@ def parse_budget(text: str, whole: int) -> int:
             "budget: expected a number of parameters such as 9.78M, or a percentage such as 80%, "
             f"got {text!r}"
         )
-    return int(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "%": whole / 100}[match[2]])
+    units = {"": 1, "k": 10**3, "M": 10**6, "%": whole / 100}
+    return int(float(match[1]) * units[match[2]])
 
 
 def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> list[dict[str, Any]]:
@@ -196,47 +200,18 @@ def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> li
     blocks = [build_block(site) for site in sites]
     shapes = [(block.width, block.heads, block.hidden, block.act, block.causal) for block in blocks]
     replaced = {p for site in sites for p in site.block.parameters()}
-    unshared = (
-        count_parameters(model)[tower]
-        - _size(*replaced)
-        + _size(*(p for block in blocks for p in block.parameters()))
-    )
-
-    groups = [[i] for i in range(len(blocks))]
-    merges = [groups]  # the groups before the first merge and after each
-    while True:
-        means = {
-            at: divergence[groups[at]][:, groups[at + 1]].mean().item()
-            for at in range(len(groups) - 1)
-        }
-        pairs = [
-            at
-            for at in means
-            if shapes[groups[at][0]] == shapes[groups[at + 1][0]] and not math.isnan(means[at])
-        ]
-        if not pairs:
-            break
-        at = min(pairs, key=means.__getitem__)
-        groups = [*groups[:at], groups[at] + groups[at + 1], *groups[at + 2 :]]
-        merges.append(groups)
-
+    unshared = count_parameters(model)[tower] - _size(replaced) + sum(map(_module_size, blocks))
+    merges = _merges(divergence, shapes)
     proposals, least = [], unshared
-    for what, names in (
-        ("attention", ("qk",)),
-        ("mlp", ("fc1", "fc2")),
-        ("all", ("qk", "fc1", "fc2")),
-    ):
-        sizes = [
-            _size(*(p for name in names for p in getattr(block, name).parameters()))
-            for block in blocks
-        ]
+    for part, names in SHARED_LAYERS.items():
+        sizes = [sum(_module_size(getattr(block, name)) for name in names) for block in blocks]
         for groups in merges:
             parameters = unshared - sum(sizes[i] for group in groups for i in group[1:])
             least = min(least, parameters)
             if parameters <= budget:
                 shared = [group for group in groups if len(group) > 1]
-                share = {tower: {what: shared}} if shared else {}
-                proposals.append({"what": what, "share": share, "parameters": parameters})
+                share = {tower: {part: shared}} if shared else {}
+                proposals.append({"what": part, "share": share, "parameters": parameters})
                 break
     if not proposals:
         raise InputError(
@@ -246,8 +221,33 @@ def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> li
     return proposals
 
 
-def _size(*parameters: nn.Parameter) -> int:
+def _merges(divergence: Tensor, shapes: list[tuple]) -> list[list[list[int]]]:
+    """Returns the groups of blocks before the first merge and after each."""
+    groups = [[i] for i in range(len(shapes))]
+    merges = [groups]
+    while True:
+        means = {}  # of neighbouring groups, by the index of the first
+        for i, (group, following) in enumerate(pairwise(groups)):
+            mean = divergence[group][:, following].mean().item()
+            if shapes[group[0]] == shapes[following[0]] and not math.isnan(mean):
+                means[i] = mean
+        if not means:
+            return merges
+        i = min(means, key=means.__getitem__)
+        groups = [*groups[:i], groups[i] + groups[i + 1], *groups[i + 2 :]]
+        merges.append(groups)
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
+
+
+def _module_size(module: nn.Module) -> int:
+    return _size(module.parameters())
+
+
+def _without_nan(values: list[float]) -> list[float | None]:
+    return [None if math.isnan(x) else x for x in values]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -274,11 +274,11 @@ def main(arguments: list[str] | None = None) -> None:
     budget = parse_budget(options.budget, size) if options.budget else None
 
     batches = list(inputs_of(encoder, tower, split, options.samples))
-    divergence = divergences(
-        encoder.model, tower, batches, lambda inputs: encoder.features(tower, inputs)
-    )
+    divergence = divergences(encoder.model, tower, batches, partial(encoder.features, tower))
     samples = sum(len(inputs) for inputs, _ in batches)
-    proposals = propose(encoder.model, tower, divergence, budget) if budget is not None else []
+    proposals = []
+    if budget is not None:
+        proposals = propose(encoder.model, tower, divergence, budget)
 
     print(f"{tower}: {len(divergence)} blocks, {samples} samples, {size:,} parameters")
     print("blocks    divergence of attention maps (nats)")
@@ -294,15 +294,13 @@ def main(arguments: list[str] | None = None) -> None:
         "samples": samples,
         "tower": tower,
         "parameters": size,
+        "attention_divergence": [_without_nan(row) for row in divergence.tolist()],
+        "proposals": proposals,
     }
-    report["attention_divergence"] = [
-        [None if math.isnan(x) else x for x in row] for row in divergence.tolist()
-    ]
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "share.json").write_text(
-        json.dumps(report | {"proposals": proposals}, indent=2) + "\n"
-    )
-    print(f"wrote {options.out / 'share.json'}")
+    path = options.out / "share.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

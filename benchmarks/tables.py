@@ -1,5 +1,4 @@
-"""Writes the tables of README.md and docs/, and the README's chart, from the committed result
-files.
+"""Writes the tables of README.md and docs/, and the README's chart, from the result files.
 
     python -m benchmarks.tables            write them
     python -m benchmarks.tables --check    fail if a file is not what the result files say
@@ -87,22 +86,17 @@ def read(op: str, **where: str) -> tuple[Path, list[Row]]:
     path = newest(f"{op}-*.csv")
     if "passes" in where:
         where["pass"] = where.pop("passes")
-    rows = [
-        row
-        for row in read_csv(path)
-        if all(row[name] in values.split("|") for name, values in where.items())
-    ]
-    return path, [
-        row | {"hardware": re.sub(r"\b1 threads", "1 thread", row.get("hardware", ""))}
-        for row in rows
-    ]
+    values = {name: text.split("|") for name, text in where.items()}
+    rows = []
+    for row in read_csv(path):
+        if all(row[name] in allowed for name, allowed in values.items()):
+            hardware = re.sub(r"\b1 threads", "1 thread", row.get("hardware", ""))
+            rows.append(row | {"hardware": hardware})
+    return path, rows
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[str]) -> list[str]:
-    """Returns the lines of a table.
-
-    The columns named in `text` are text, the others are figures.
-    """
+    """Returns the lines of a table whose columns in `text` are text, the others figures."""
     marks = ["---" if title in text else "--:" for title in head]
     return [
         f"| {' | '.join(head)} |",
@@ -113,52 +107,40 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[
 
 def origin(path: Path, rows: list[Row], command: str = "make bench") -> str:
     """Returns how the rows were measured, with a link from a page in docs/."""
-    values = {
-        name: ", ".join(dict.fromkeys(row[name] for row in rows if row.get(name)))
-        for name in rows[0]
-    }
-    parts = [
-        values["hardware"],
-        f"torch {values['torch']}",
-        f"commit {values['commit']}",
-        values["date"],
-    ]
-    return (
-        f"{', '.join(filter(None, parts))} ([{path.name}](../benchmarks/results/{path.name}); "
-        f"`{command}`)."
-    )
+
+    def values(name: str) -> str:
+        return ", ".join(dict.fromkeys(row[name] for row in rows if row.get(name)))
+
+    versions = [f"torch {values('torch')}", f"commit {values('commit')}", values("date")]
+    parts = [values("hardware"), *versions]
+    link = f"[{path.name}](../benchmarks/results/{path.name})"
+    return f"{', '.join(part for part in parts if part)} ({link}; `{command}`)."
 
 
-def op_table(op: str, what: str = "", command: str = "make bench", **where: str) -> list[str]:
+def op_table(op: str, note: str = "", command: str = "make bench", **where: str) -> list[str]:
     """Returns a table with a row for each row of the result file that has these values.
 
-    What all rows share is below it.
+    What all rows share is below it, after the note.
     """
     path, rows = read(op, **where)
-    rows = [
-        row for row in rows if any(row.get(name) for name in COLUMNS if name not in (*TEXT, "n"))
-    ]
-    columns = {
-        name: column for name, column in COLUMNS.items() if any(row.get(name) for row in rows)
-    }
+    figures = [name for name in COLUMNS if name not in (*TEXT, "n")]
+    rows = [row for row in rows if any(row.get(name) for name in figures)]
+    columns = [name for name in COLUMNS if any(row.get(name) for row in rows)]
     shared = [name for name in columns if name in TEXT and len({row[name] for row in rows}) == 1]
+    columns = [name for name in columns if name not in shared]
+    notes = [note, *(rows[0][name] for name in shared)]
     repeats = sorted({row["repeats"] for row in rows if row.get("repeats")}, key=int)
-    medians = [f"medians of {' to '.join(repeats)} interleaved runs"] if repeats else []
-    note = ", ".join([*filter(None, [what]), *(rows[0][name] for name in shared), *medians])
-    shown = [column for name, column in columns.items() if name not in shared]
-    cells = [
-        [
-            show(row[name]) if row[name] else ""
-            for name, (_, show) in columns.items()
-            if name not in shared
-        ]
-        for row in rows
-    ]
-    return [
-        *markdown([title for title, _ in shown], cells, list(TEXT)),
-        "",
-        f"{note}; {origin(path, rows, command)}",
-    ]
+    if repeats:
+        notes.append(f"medians of {' to '.join(repeats)} interleaved runs")
+    head = [COLUMNS[name][0] for name in columns]
+    cells = [[cell(name, row[name]) for name in columns] for row in rows]
+    below = f"{', '.join(text for text in notes if text)}; {origin(path, rows, command)}"
+    return [*markdown(head, cells, list(TEXT)), "", below]
+
+
+def cell(column: str, value: str) -> str:
+    _, show = COLUMNS[column]
+    return show(value) if value else ""
 
 
 def ablation() -> list[str]:
@@ -167,25 +149,15 @@ def ablation() -> list[str]:
     """
     path, rows = read("ablation", measure="R@1", split="all", effect=EFFECTS)
     lines = []
+    names = ("base", "base std", "variant", "variant std", "difference", "low", "high", "p")
     for row in sorted(rows, key=lambda row: EFFECTS.split("|").index(row["effect"])):
-        figure: dict[str, float] = {
-            name: float(value) for name, value in row.items() if re.fullmatch(r"-?\d+\.?\d*", value)
-        }
-        base, variant = (
-            f"{figure[side]:.1f} ± {figure[f'{side} std']:.1f}" for side in ("base", "variant")
-        )
+        figure = {name: float(row[name]) for name in names}
+        base = f"{figure['base']:.1f} ± {figure['base std']:.1f}"
+        variant = f"{figure['variant']:.1f} ± {figure['variant std']:.1f}"
         interval = f"{figure['difference']:+.2f} ({figure['low']:+.2f} to {figure['high']:+.2f})"
-        lines.append(
-            (
-                row["effect"],
-                row["variant steps"],
-                row["seeds"],
-                base,
-                variant,
-                interval,
-                f"{figure['p']:.3f}",
-            )
-        )
+        p = f"{figure['p']:.3f}"
+        counts = row["variant steps"], row["seeds"]
+        lines.append((row["effect"], *counts, base, variant, interval, p))
     head = ("effect", "steps", "seeds", "base", "variant", "difference, 95 % interval", "p")
     note = (
         "R@1 in per cent, the mean over `concepts` and `vendor` and both directions: mean ± "
@@ -226,57 +198,48 @@ def figures() -> list[str]:
     compiled baseline.
     """
     lines = []
-    for what, (op, where), baselines, shown in FIGURES:
-        rows = {row["form"]: row for row in read(op, **where)[1]}
-        ours, cells = rows["simplclip"], []
+    for title, (op, where), baselines, shown in FIGURES:
+        _, rows = read(op, **where)
+        by_form = {row["form"]: row for row in rows}
+        cells = []
         for form, label in {"simplclip": "", **baselines}.items():
+            row = by_form[form]
             values = [
-                show.format(float(rows[form][column]))
-                for column, show in shown.items()
-                if rows[form][column]
+                show.format(float(row[column])) for column, show in shown.items() if row[column]
             ]
             cells.append(label + ", ".join(values))
         cells += [NONE] * (3 - len(cells))
-        lines.append((what, *cells, f"{ours['hardware']}; {ours['date']}, {ours['commit']}"))
-    head = (
-        "measured",
-        "simplclip",
-        "eager baseline",
-        "compiled baseline",
-        "hardware; date, commit",
-    )
+        ours = by_form["simplclip"]
+        lines.append((title, *cells, f"{ours['hardware']}; {ours['date']}, {ours['commit']}"))
+    baselines = ("eager baseline", "compiled baseline")
+    head = ("measured", "simplclip", *baselines, "hardware; date, commit")
     note = (
         "Forward and backward on a CPU, medians of interleaved runs; with one thread, processor "
-        "time."
+        "time. [More figures](docs/benchmarks.md)."
     )
-    return [*markdown(head, lines, head), "", f"{note} [More figures](docs/benchmarks.md)."]
+    return [*markdown(head, lines, head), "", note]
 
 
 def hours(page: str) -> list[str]:
     """Returns the table of ten passes on a card, for README or a page in docs/."""
     path, rows = read("plan-hours")
-    cards = [column.removesuffix(" hours") for column in rows[0] if column.endswith(" hours")]
+    columns = [name for name in rows[0] if name.endswith((" pairs", " images/s", " hours"))]
     head = ["ten passes over 12.4 million pairs"]
-    head += [
-        f"{card.removeprefix('rtx-')}: {what}"
-        for card in cards
-        for what in ("pairs", "images/s", "hours")
-    ]
+    for name in columns:
+        card, figure = name.split(" ")
+        head.append(f"{card.removeprefix('rtx-')}: {figure}")
     lines = []
     for row in rows:
-        figures = [
-            f"{float(row[f'{card} {what}']):,.0f}"
-            for card in cards
-            for what in ("pairs", "images/s", "hours")
-        ]
-        lines.append((row["form"], *figures))
+        lines.append((row["form"], *(f"{float(row[name]):,.0f}" for name in columns)))
     steps = sum(row["mode"] == "train" for row in read_csv(RESULTS / "cards-measured.csv"))
     within, median = HELD_OUT["train within_35"][0], HELD_OUT["train median_error"][0]
     error = (
         f"{within:.0%} of {steps} training steps that timm's authors measured on an RTX 3090 were "
         "predicted to 35 %"
     )
-    link = f"{'' if page == README else '../'}benchmarks/results/{path.name}"
+    link = f"benchmarks/results/{path.name}"
+    if page != README:
+        link = f"../{link}"
     note = (
         f"Predicted, no step of these ran on a card; {error}, half to {median:.0%}. pairs: the "
         "largest batch in one graph, bf16; siclip models with two captions an image and a "
@@ -364,19 +327,19 @@ def written(name: str) -> str:
     return text
 
 
+def is_current(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text() == text
+
+
 def main() -> None:
     files = {name: written(name) for name in TABLES}
     path, rows = read("similarity_loss")
     files[CHART] = chart.draw(rows, str(path.relative_to(ROOT)))
     if "--check" in sys.argv[1:]:
-        stale = [
-            name
-            for name, text in files.items()
-            if not (ROOT / name).exists() or (ROOT / name).read_text() != text
-        ]
-        sys.exit(
-            f"{', '.join(stale)}: not what the result files say; run make tables" if stale else 0
-        )
+        stale = [name for name, text in files.items() if not is_current(ROOT / name, text)]
+        if stale:
+            sys.exit(f"{', '.join(stale)}: not what the result files say; run make tables")
+        sys.exit(0)
     for name, text in files.items():
         (ROOT / name).write_text(text)
 

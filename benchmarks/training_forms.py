@@ -1,5 +1,4 @@
-"""Training siclip-tiny: our blocks and losses against the same weights in plain torch blocks with
-dense losses.
+"""Training siclip-tiny: our blocks and losses against plain torch blocks with dense losses.
 
 A step is forward, contrastive and pair matching loss, backward, clipping and AdamW on random pairs
 held in memory; no loader. The forms start from the same weights and take turns; their losses are
@@ -7,6 +6,7 @@ compared first. The convolutions of the image trunk are the same in all.
 """
 
 import copy
+from functools import partial
 
 import torch
 from open_clip.loss import ClipLoss
@@ -79,17 +79,20 @@ class Run:
 def measure(batch: int, dtype: str, device: str, repeats: int, strict: bool = True) -> list[dict]:
     """Returns a row for each form. Compares their losses first. strict: as for `compare`."""
     torch.manual_seed(0)
-    model, cases = models.create("siclip-tiny").train().to(device), {}
+    cases = {}
+    model = models.create("siclip-tiny").train().to(device)
     image = torch.rand(batch, 3, 48, 48).to(device)
     text = torch.randint(1, 8000, (batch, 16)).to(device)
     for form in (BASE, PLAIN):
-        copied = copy.deepcopy(model)
-        loss = (DenseLoss if form == PLAIN else ClipPMLoss)().to(device)
-        run = Run(in_plain_torch(copied) if form == PLAIN else copied, loss, PRECISION[dtype])
-        cases[form] = lambda run=run: run.step(image, text)
+        copied, loss = copy.deepcopy(model), ClipPMLoss()
+        if form == PLAIN:
+            copied, loss = in_plain_torch(copied), DenseLoss()
+        run = Run(copied, loss.to(device), PRECISION[dtype])
+        cases[form] = partial(run.step, image, text)
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
 
     def wrong(name: str, loss: Tensor, ours: Tensor) -> str:
-        if abs(loss - ours) <= (1e-4 if dtype == "float32" else 2e-2) * abs(ours):
+        if abs(loss - ours) <= tolerance * abs(ours):
             return ""
         return f"{name}: expected the loss of {BASE}, {ours}, got {loss}"
 
@@ -98,10 +101,10 @@ def measure(batch: int, dtype: str, device: str, repeats: int, strict: bool = Tr
         "objective": "contrastive, pair matching",
         "n": batch,
         "shape": "siclip-tiny",
+        "dtype": dtype,
+        "pass": "step",
     }
-    rows = compare(
-        what | {"dtype": dtype, "pass": "step"}, cases, repeats, wrong=wrong, strict=strict
-    )
+    rows = compare(what, cases, repeats, wrong=wrong, strict=strict)
     for row in rows:
         if "p50_ms" in row:
             row["samples_per_s"] = round(1e3 * batch / row["p50_ms"])

@@ -1,7 +1,8 @@
-"""What the tests of an op share: backends and dtypes, and the peak on a GPU."""
+"""Backends and dtypes that tests run on, marks for what a machine lacks, the peak on a GPU."""
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from simplclip.ops import backends
 
 needs_cpu_kernels = pytest.mark.skipif(
     backends.extension is None, reason=f"no CPU kernels: {backends.extension_error}"
+)
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
 BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,7 +36,7 @@ UNCOPIED_DTYPES = [
 ]
 
 
-def cuda_peak_bytes(run):
+def cuda_peak_bytes(run: Callable[[], object]) -> int:
     """Returns the highest sum of live bytes of torch's allocator on the GPU during `run`, above
     what was live before.
     """
@@ -42,8 +46,3 @@ def cuda_peak_bytes(run):
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
-)

@@ -1,8 +1,11 @@
 """Inputs of loss modules, and losses of rows for RowwiseLoss with their dense form."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from simplclip.losses import RowwiseLoss
 from support.ops.calls import TEACHER, similarity_call
@@ -10,24 +13,30 @@ from support.ops.calls import TEACHER, similarity_call
 N, D = 150, 16  # three chunks of 50 rows, see `chunked`
 
 
-def loss_inputs(n=24, width=16, teacher_width=None, dtype=torch.float64):
+def loss_inputs(
+    n: int = 24,
+    width: int = 16,
+    teacher_width: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[list[Tensor], list[Tensor]]:
     """Returns the student's features, scale and bias as leaves, and the teacher's features and
     scale, for a loss module.
     """
-    tensors = similarity_call(
+    call = similarity_call(
         n, n, terms=("relational",), teacher_width=teacher_width, scale=14.0, width=width
-    ).typed(dtype)
+    )
+    tensors = call.typed(dtype)
     teacher = [tensors.pop(name) for name in TEACHER]
     student = [*tensors.values(), torch.tensor(-3.0, dtype=tensors["logit_scale"].dtype)]
     return [t.requires_grad_() for t in student], teacher
 
 
-def focal(logits, positives):
+def focal(logits: Tensor, positives: Tensor) -> Tensor:
     cross_entropy = F.cross_entropy(logits, positives, reduction="none")
     return (1 - torch.exp(-cross_entropy)) ** 2 * cross_entropy
 
 
-def distilled(logits, positives, teacher_logits):
+def distilled(logits: Tensor, positives: Tensor, teacher_logits: Tensor) -> Tensor:
     kl = F.kl_div(logits.log_softmax(1), teacher_logits.softmax(1), reduction="none").sum(1)
     return kl + F.cross_entropy(logits, positives, reduction="none")
 
@@ -35,15 +44,18 @@ def distilled(logits, positives, teacher_logits):
 class Tempered(nn.Module):
     """A loss with parameters: a temperature, and a parameter that is not used."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.temperature, self.unused = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.ones(2))
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+        self.unused = nn.Parameter(torch.ones(2))
 
-    def forward(self, logits, positives):
+    def forward(self, logits: Tensor, positives: Tensor) -> Tensor:
         return F.cross_entropy(self.temperature * logits, positives, reduction="none")
 
 
-def batch(n=N, m=N, dtype=torch.float64, width=D, seed=0):
+def batch(
+    n: int = N, m: int = N, dtype: torch.dtype = torch.float64, width: int = D, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
     """Returns image, text, logit_scale, logit_bias as leaves; then a teacher's features and
     scale.
     """
@@ -60,26 +72,32 @@ def batch(n=N, m=N, dtype=torch.float64, width=D, seed=0):
     return [t.requires_grad_() for t in leaves], [*teacher, teacher_scale]
 
 
-def dense(fn, leaves, teacher=(), symmetric=True):
+def dense(
+    fn: Callable[..., Tensor],
+    leaves: Sequence[Tensor],
+    teacher: Sequence[Tensor] = (),
+    symmetric: bool = True,
+) -> Tensor:
+    """Returns the loss of rows from the whole matrix."""
     image, text, scale, bias = leaves
-    n, positives = image.shape[0], torch.arange(image.shape[0])
+    n = image.shape[0]
+    positives = torch.arange(n)
     matrices = [scale.to(image.dtype) * (image @ text.T) + bias.to(image.dtype)]
     if teacher:
         matrices.append(teacher[2].to(image.dtype) * (teacher[0] @ teacher[1].T))
-    value = fn(matrices[0], positives, *matrices[1:]).mean()
+    row_loss = fn(matrices[0], positives, *matrices[1:]).mean()
     if not symmetric:
-        return value
-    return 0.5 * (
-        value + fn(matrices[0][:, :n].T, positives, *(t[:, :n].T for t in matrices[1:])).mean()
-    )
+        return row_loss
+    columns = [matrix[:, :n].T for matrix in matrices]
+    return 0.5 * (row_loss + fn(columns[0], positives, *columns[1:]).mean())
 
 
-def call(loss, leaves, teacher=()):
+def call(loss: nn.Module, leaves: Sequence[Tensor], teacher: Sequence[Tensor] = ()) -> Tensor:
     names = ("dist_image_features", "dist_text_features", "dist_logit_scale")
     return loss(*leaves, **dict(zip(names, teacher)))
 
 
-def chunked(*args, **options):
+def chunked(*args: Any, **options: Any) -> RowwiseLoss:
     """Returns a RowwiseLoss whose chunks have the least number of rows, 64."""
     loss = RowwiseLoss(*args, **options)
     loss.scratch_bytes = 1

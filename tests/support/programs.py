@@ -1,6 +1,4 @@
-"""Runs programs: simplclip's commands, the scripts of examples/, the blocks of docs/, and processes
-that are killed.
-"""
+"""Runs commands of simplclip, scripts of examples/ and blocks of docs/; kills processes."""
 
 import contextlib
 import functools
@@ -11,9 +9,13 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
 
 import torch
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from simplclip.commands.main import app
 from simplclip.common import files
@@ -23,7 +25,12 @@ from support.paths import ROOT
 EXAMPLES = ROOT / "examples"
 
 
-def one_line(*arguments):
+def call(*arguments: object) -> Result:
+    """Runs a command of simplclip in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def one_line(*arguments: object) -> str:
     """Runs a command that must end in an error, and returns the one line that it prints."""
     result = call(*arguments)
     assert result.exit_code == 2, result.output
@@ -31,11 +38,7 @@ def one_line(*arguments):
     return line
 
 
-def call(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def load_example(name):
+def load_example(name: str) -> ModuleType:
     """Returns the module of examples/NAME.py, e.g. emoji/build; a second call returns the same
     module.
     """
@@ -51,21 +54,18 @@ def load_example(name):
 
 
 def run_doc_blocks(page: str, heading: str) -> dict:
-    """Runs the blocks as one program, and returns the names that it defines."""
-    section = (ROOT / "docs" / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    """Runs the Python blocks of a section of docs/ as one program, and returns its names."""
+    text = (ROOT / "docs" / page).read_text()
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    program = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
     names: dict = {"__name__": heading}
-    exec(
-        compile(
-            "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)),
-            f"{page}: {heading}",
-            "exec",
-        ),
-        names,
-    )
+    exec(compile(program, f"{page}: {heading}", "exec"), names)
     return names
 
 
-def start_process(preload, target, *args):
+def start_process(
+    preload: list[str], target: Callable, *args: Any
+) -> multiprocessing.process.BaseProcess:
     """Runs `target(*args, ready)` in a process of its own, which has `preload` imported; returns
     when `ready` is set.
     """
@@ -78,36 +78,45 @@ def start_process(preload, target, *args):
     return process
 
 
-def forked(action):
+def forked(action: Callable[[], object]) -> int:
     """Runs `action()` in a process of its own. Returns its exit code, 1 after an exception."""
     child = os.fork()
-    if not child:
+    if child == 0:
         with contextlib.suppress(BaseException):
             torch.set_num_threads(1)
             action()
             os._exit(0)
         os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
-def killed_at_any_point(folder, work, least, check=lambda out: None):
+def killed_at_any_point(
+    folder: Path,
+    work: Callable[[Path, Callable[[], None]], object],
+    least: int,
+    check: Callable[[Path], object] = lambda out: None,
+) -> None:
     """Kills `work(out, step)` (-9) at every 16th point, with --prove at each, and repeats the work.
 
-    A point is a call of `step` or a line that writes a file.
-
-    After a kill no shard is torn and `check(out)` holds; the repeated work ends as undisturbed
-    work. least: number of points.
+    A point is a call of `step` or a line that writes a file. After a kill no shard is torn and
+    `check(out)` holds; the repeated work ends as undisturbed work. least: number of points.
     """
     writing = [f.__code__ for f in (files.write_atomically, files.replacing.__wrapped__)]
 
-    def go(out, point=-1):
+    def go(out: Path, point: int = -1) -> None:
         count = itertools.count()
-        step = lambda: os.kill(os.getpid(), signal.SIGKILL) if next(count) == point else None  # noqa: E731
 
-        def trace(frame, event, _):
-            if frame.f_code in writing:
-                step() if event == "line" else None
-                return trace
+        def step() -> None:
+            if next(count) == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            if frame.f_code not in writing:
+                return None
+            if event == "line":
+                step()
+            return trace
 
         if point >= 0:
             sys.settrace(trace)
@@ -115,7 +124,8 @@ def killed_at_any_point(folder, work, least, check=lambda out: None):
 
     go(folder / "whole")
     whole = digests(folder / "whole")
-    for point in itertools.count(step=int(os.environ.get("SIMPLCLIP_TEST_STRIDE", "16"))):
+    stride = int(os.environ.get("SIMPLCLIP_TEST_STRIDE", "16"))
+    for point in itertools.count(step=stride):
         out = folder / f"killed-{point}"
         code = forked(functools.partial(go, out, point))
         assert code in (0, -signal.SIGKILL)

@@ -1,9 +1,11 @@
 """A small CoCa of open_clip with random weights."""
 
 import json
+from pathlib import Path
 
 import open_clip
 import torch
+from torch import nn
 
 from simplclip import models
 
@@ -17,18 +19,20 @@ _VISION = {
     "patch_size": 16,
     "head_width": 8,
     "output_tokens": True,
+    "attentional_pool": True,
+    "attn_pooler_heads": 2,
+    "attn_pooler_queries": 8,
 }
 _CONFIG = {
     "embed_dim": 16,
-    "vision_cfg": _VISION
-    | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 8},
+    "vision_cfg": _VISION,
     "text_cfg": {**_TEXT, "embed_cls": True, "output_tokens": True},
     "multimodal_cfg": {**_TEXT, "attn_pooler_heads": 2},
     "custom_text": True,
 }
 
 
-def register(folder):
+def register(folder: Path) -> None:
     """Registers the models NAME and NAME-wide in open_clip.
 
     The weights of NAME-wide fit no other model.
@@ -39,7 +43,7 @@ def register(folder):
         open_clip.add_model_config(path)
 
 
-def build(spread=0.3):
+def build(spread: float = 0.3) -> nn.Module:
     """Returns the model with random weights, since open_clip leaves some weights of the decoder
     uninitialised.
     """

@@ -1,7 +1,10 @@
 """Tiny transformers models with random weights, and their batches."""
 
+from typing import Any
+
 import torch
 import transformers
+from torch import Tensor
 
 TEXT = {
     "hidden_size": 24,
@@ -9,8 +12,6 @@ TEXT = {
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
     "vocab_size": 100,
-}
-TEXT |= {
     "max_position_embeddings": 12,
     "projection_dim": 16,
     "bos_token_id": 98,
@@ -31,8 +32,9 @@ BERT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "vocab_size": 100,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
 }
-BERT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 NAMES = (
     "CLIPModel",
     "SiglipModel",
@@ -40,12 +42,13 @@ NAMES = (
     "MetaClip2Model",
     "ChineseCLIPModel",
     "AltCLIPModel",
+    "VisionTextDualEncoderModel",
 )
-NAMES += ("VisionTextDualEncoderModel",)
+# Models whose text tower is a BERT.
 OF_BERT = ("ChineseCLIPModel", "AltCLIPModel", "VisionTextDualEncoderModel")
 
 
-def config(name="CLIPModel"):
+def config(name: str = "CLIPModel") -> transformers.PretrainedConfig:
     cls = getattr(transformers, name.replace("Model", "Config"))
     if name == "VisionTextDualEncoderModel":
         vision = transformers.CLIPVisionConfig(**VISION, **IMAGE)
@@ -63,12 +66,14 @@ def config(name="CLIPModel"):
 SIGLIP = {"SiglipModel": IMAGE, "Siglip2Model": {"num_patches": 4, "patch_size": 8}}
 
 
-def model(name="CLIPModel", seed=0, cls=None, **options):
+def model(
+    name: str = "CLIPModel", seed: int = 0, cls: type | None = None, **options: Any
+) -> transformers.PreTrainedModel:
     torch.manual_seed(seed)
     return (cls or getattr(transformers, name))._from_config(config(name), **options)
 
 
-def batch(name="CLIPModel", n=6):
+def batch(name: str = "CLIPModel", n: int = 6) -> dict[str, Tensor]:
     """Returns texts of 9 to 12 tokens, padded on the right if the model allows it; for SigLIP 2,
     images of 2 to 4 patches.
     """
@@ -83,14 +88,14 @@ def batch(name="CLIPModel", n=6):
     if name == "Siglip2Model":
         shapes = torch.tensor([[1, 2], [1, 3], [2, 2]])[torch.arange(n) % 3]
         inputs["pixel_values"] = torch.randn(n, 4, 3 * 8 * 8, generator=g)
-        inputs |= {
-            "spatial_shapes": shapes,
-            "pixel_attention_mask": (torch.arange(4) < shapes.prod(1)[:, None]).long(),
-        }
+        inputs["spatial_shapes"] = shapes
+        inputs["pixel_attention_mask"] = (torch.arange(4) < shapes.prod(1)[:, None]).long()
     return inputs
 
 
-def step(model, inputs, **options):
+def step(
+    model: transformers.PreTrainedModel, inputs: dict[str, Tensor], **options: Any
+) -> tuple[Any, dict[str, Tensor]]:
     """Returns the result with return_loss, and the gradients of the loss by parameter."""
     model.zero_grad()
     out = model(**inputs, return_loss=True, **options)

@@ -1,5 +1,6 @@
-"""Weights and inputs in the published layout of MobileCLIP-S0, made from a seed; the published code
-has run with them.
+"""Weights and inputs in the published layout of MobileCLIP-S0, made from a seed.
+
+The published code has run with them.
 
 tests/models/mobileclip_s0/ has
     keys.txt                        name, shape and dtype of each tensor of the published checkpoint
@@ -13,6 +14,7 @@ tests/models/mobileclip_s0/ has
 
 import math
 import zlib
+from collections.abc import Iterator
 
 import torch
 from safetensors.torch import load_file
@@ -29,13 +31,13 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     return {name: _weight(name, shape, dtype, seed) for name, shape, dtype in _layout()}
 
 
-def _layout():
+def _layout() -> Iterator[tuple[str, tuple[int, ...], str]]:
     for line in (FOLDER / "keys.txt").read_text().splitlines():
         name, shape, dtype = line.split("\t")
         yield name, tuple(int(n) for n in shape.strip("()").split(",") if n.strip()), dtype
 
 
-def _weight(name, shape, dtype, seed):
+def _weight(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
     if dtype == "int64":
         return torch.zeros(shape, dtype=torch.int64)
@@ -83,10 +85,12 @@ def error(result: torch.Tensor, exact: torch.Tensor) -> float:
 
 def all_tokens(tower: torch.nn.Module, text: torch.Tensor) -> torch.Tensor:
     """Returns the outputs of all tokens after a text tower's last norm, [B, L, C]."""
-    return tower.ln_final(tower.last(tower.transformer(tower.first(tower._embeds(text)[0]))))
+    embeddings, _ = tower._embeds(text)
+    tokens = tower.last(tower.transformer(tower.first(embeddings)))
+    return tower.ln_final(tokens)
 
 
-def small_state():
+def small_state() -> dict[str, torch.Tensor]:
     """Returns a published checkpoint of the model with the small text tower."""
     image = {name: t for name, t in weights(1).items() if name.startswith("image_encoder.")}
     image["image_encoder.model.head.proj"] = torch.randn(1024, SMALL_FEATURES)

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.model import CLIP
+from torch import Tensor, nn
 
 VIT = {"layers": 3, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}
 TEXT = {"context_length": 12, "vocab_size": 100, "width": 24, "heads": 2, "layers": 4}
@@ -14,12 +16,18 @@ MODELS = {"tiny": 16, "tiny-wide": 24, "tiny-coca": 16}
 MODEL_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 
 
-def clip(vision=VIT, text=None, cls=CLIP, seed=0, **options):
+def clip(
+    vision: dict = VIT,
+    text: dict | None = None,
+    cls: type[nn.Module] = CLIP,
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
     torch.manual_seed(seed)
     return cls(16, dict(vision), {**TEXT, **(text or {})}, **options)
 
 
-def restless(model):
+def restless(model: nn.Module) -> nn.Module:
     """Randomises simplified blocks, which mix no tokens at the start.
 
     Returns the model in eval mode.
@@ -27,13 +35,13 @@ def restless(model):
     torch.manual_seed(5)
     for name, p in model.named_parameters():
         if name.endswith(("qk.weight", "beta")):
-            torch.nn.init.normal_(p, std=0.5)
+            nn.init.normal_(p, std=0.5)
         elif "layer_scale" in name:
-            torch.nn.init.uniform_(p)
+            nn.init.uniform_(p)
     return model.eval()
 
 
-def batch(size=16, n=3):
+def batch(size: int = 16, n: int = 3) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(1)
     text = torch.randint(1, 99, (n, 12), generator=g)
     text[:, 8] = 99
@@ -72,7 +80,7 @@ def write_models(folder: Path) -> None:
         torch.manual_seed(7)
         model = open_clip.create_model(name)
         if hasattr(model, "text_decoder"):  # open_clip leaves these weights uninitialised
-            torch.nn.init.normal_(model.text_decoder.text_projection, std=0.25)
+            nn.init.normal_(model.text_decoder.text_projection, std=0.25)
         torch.save(model.state_dict(), folder / f"{name}.bin")
 
 

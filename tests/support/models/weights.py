@@ -5,7 +5,7 @@ from torch import nn
 
 
 @torch.no_grad()
-def randomise(model):
+def randomise(model: nn.Module) -> nn.Module:
     """Randomises weights, since mistakes hide at the start: attention is the identity, biases are
     0, norms do nothing.
     """
@@ -32,8 +32,8 @@ def with_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.3)
         for name in ("gamma", "layer_scale"):
-            if isinstance(getattr(module, name, None), nn.Parameter) and not hasattr(
-                module, "alpha"
-            ):
-                nn.init.uniform_(getattr(module, name), 0.1, 0.5)
+            scale = getattr(module, name, None)
+            # gamma of a simplified block's attention, which has alpha too, is no layer scale
+            if isinstance(scale, nn.Parameter) and not hasattr(module, "alpha"):
+                nn.init.uniform_(scale, 0.1, 0.5)
     return model.eval()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,17 +18,8 @@ TEACHER = ("teacher_image", "teacher_text", "teacher_scale")
 ATTENTION = ("q", "k", "v", "alpha", "beta", "gamma")
 MLP = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 # Scalars, and tensors that act on statistics: float32 beside half features.
-WIDE = {
-    "logit_scale",
-    "logit_bias",
-    "teacher_scale",
-    "plane_weight",
-    "plane_bias",
-    "alpha",
-    "beta",
-    "gamma",
-}
-WIDE |= {"norm_weight", "norm_bias", "attention_gain", "mlp_gain"}
+WIDE = {"logit_scale", "logit_bias", "teacher_scale", "plane_weight", "plane_bias"}
+WIDE |= {"alpha", "beta", "gamma", "norm_weight", "norm_bias", "attention_gain", "mlp_gain"}
 
 
 @dataclass
@@ -44,26 +36,31 @@ class Call:
 
     def needed(self) -> list[str]:
         """Returns the names of tensors that have a gradient."""
-        return [
-            name
-            for name, t in self.tensors.items()
-            if t.is_floating_point() and not name.startswith("teacher")
-        ]
+        floats = [name for name, t in self.tensors.items() if t.is_floating_point()]
+        return [name for name in floats if not name.startswith("teacher")]
 
     def typed(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        wide = torch.promote_types(dtype, torch.float32)
-        dtypes = {name: wide if name in WIDE else dtype for name in self.tensors} | self.dtypes
-        return {
-            name: t.to(dtypes[name]) if t.is_floating_point() else t
-            for name, t in self.tensors.items()
-        }
+        """Returns the tensors in a call's dtype."""
+        tensors = dict(self.tensors)
+        for name, t in tensors.items():
+            if t.is_floating_point():
+                tensors[name] = t.to(self.dtype_of(name, dtype))
+        return tensors
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Returns the dtype of a tensor in a call of `dtype`."""
+        if name in self.dtypes:
+            return self.dtypes[name]
+        return torch.promote_types(dtype, torch.float32) if name in WIDE else dtype
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Returns the op's arguments, with these tensors."""
         named: dict[str, Any] = {**tensors, **self.options}
         if "plane_bias" in named:
             named["plane"] = (named.pop("plane_weight"), named.pop("plane_bias"))
-        return {"fc1_bias": None, "fc2_bias": None, **named} if self.op == "parallel_mlp" else named
+        if self.op == "parallel_mlp":
+            named = {"fc1_bias": None, "fc2_bias": None, **named}
+        return named
 
 
 def drawing(seed: int) -> Callable[..., Tensor]:
@@ -72,57 +69,63 @@ def drawing(seed: int) -> Callable[..., Tensor]:
     return lambda *shape, size=1.0: size * torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def similarity_call(
-    n,
-    m,
-    offset=0,
+    n: int,
+    m: int,
+    offset: int = 0,
     *,
-    terms=TERMS[:2],
-    plane="scalar",
-    teacher_width=None,
-    ids=False,
-    scale=20.0,
-    width=48,
-    seed=0,
-    **options,
+    terms: Sequence[str] = TERMS[:2],
+    plane: str = "scalar",
+    teacher_width: int | None = None,
+    ids: bool = False,
+    scale: float = 20.0,
+    width: int = 48,
+    seed: int = 0,
+    **options: Any,
 ) -> Call:
     """Returns a call with unit features, partly matched. options: arguments of similarity_loss."""
     draw = drawing(seed)
 
-    def features(d, base=None):
-        image, text = draw(n, d), draw(m, d)
-        if base is not None:
-            image, text = base[0] + 0.5 * image, base[1] + 0.5 * text
+    def matched(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         text[offset : offset + n] += 4 * F.normalize(image, dim=1)
         return F.normalize(image, dim=1), F.normalize(text, dim=1)
 
-    number = lambda value: torch.tensor(value, dtype=torch.float64)  # noqa: E731
-    image, text = features(width)
+    image, text = matched(draw(n, width), draw(m, width))
     tensors = {"image": image, "text": text, "logit_scale": number(scale)}
     if "pair_matching" in terms:
-        tensors["plane_weight"] = draw(width if plane == "hadamard" else 1).squeeze() + 3
+        plane_width = width if plane == "hadamard" else 1
+        tensors["plane_weight"] = draw(plane_width).squeeze() + 3
         tensors["plane_bias"] = number(-1.0)
     if "relational" in terms:
-        teacher = features(teacher_width or width, None if teacher_width else (image, text))
+        if teacher_width:
+            teacher = matched(draw(n, teacher_width), draw(m, teacher_width))
+        else:
+            teacher = matched(image + 0.5 * draw(n, width), text + 0.5 * draw(m, width))
         tensors |= dict(zip(TEACHER, (*teacher, number(1.4 * scale))))
     if ids:
-        columns = (
-            torch.randint(0, max(m // 2, 1), (m,), generator=torch.Generator().manual_seed(seed))
-            * 10**12
-        )
+        groups = max(m // 2, 1)
+        generator = torch.Generator().manual_seed(seed)
+        columns = torch.randint(0, groups, (m,), generator=generator) * 10**12
         tensors |= {"ids": columns[offset : offset + n].clone(), "text_ids": columns}
-    return Call(
-        "similarity_loss", tensors, {"terms": tuple(terms), "label_offset": offset} | options
-    )
+    options = {"terms": tuple(terms), "label_offset": offset} | options
+    return Call("similarity_loss", tensors, options)
 
 
-def attention_call(b=2, length=5, h=3, k=4, seed=0, **options) -> Call:
+def attention_call(
+    b: int = 2, length: int = 5, h: int = 3, k: int = 4, seed: int = 0, **options: Any
+) -> Call:
     draw = drawing(seed)
     tensors = *(draw(b, length, h, k) for _ in range(3)), *(draw(h) for _ in range(3))
     return Call("shaped_attention", dict(zip(ATTENTION, tensors)), options)
 
 
-def mlp_call(t=7, c=6, f=10, out=5, seed=0, **options) -> Call:
+def mlp_call(
+    t: int = 7, c: int = 6, f: int = 10, out: int = 5, seed: int = 0, **options: Any
+) -> Call:
     draw = drawing(seed)
     tensors = (
         draw(t, c),
@@ -134,16 +137,27 @@ def mlp_call(t=7, c=6, f=10, out=5, seed=0, **options) -> Call:
     return Call("parallel_mlp", dict(zip(MLP, tensors)), options)
 
 
-def block_call(b=2, length=5, c=12, heads=3, f=20, projections=True, seed=0, **options) -> Call:
+def block_call(
+    b: int = 2,
+    length: int = 5,
+    c: int = 12,
+    heads: int = 3,
+    f: int = 20,
+    projections: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> Call:
     draw = drawing(seed)
     tensors = {
         "x": draw(b, length, c),
         "qk_weight": draw(2 * c, c, size=c**-0.5),
         "fc1_weight": draw(f, c, size=c**-0.5),
-    }
-    tensors |= {"fc1_bias": draw(f), "fc2_weight": draw(c, f, size=f**-0.5), "fc2_bias": draw(c)}
-    tensors |= {name: draw(heads) for name in ("alpha", "beta", "gamma")}
-    tensors |= {
+        "fc1_bias": draw(f),
+        "fc2_weight": draw(c, f, size=f**-0.5),
+        "fc2_bias": draw(c),
+        "alpha": draw(heads),
+        "beta": draw(heads),
+        "gamma": draw(heads),
         "norm_weight": 1 + draw(c, size=0.1),
         "attention_gain": draw(1)[0],
         "mlp_gain": draw(1)[0],
@@ -155,25 +169,26 @@ def block_call(b=2, length=5, c=12, heads=3, f=20, projections=True, seed=0, **o
     return Call("simplified_block", tensors, options)
 
 
-def feature_call(n: int, d: int, **options) -> Call:
+def feature_call(n: int, d: int, **options: Any) -> Call:
     draw = drawing(0)
     teacher = draw(n, d, size=3)
     return Call("feature_loss", {"student": teacher + draw(n, d), "teacher": teacher}, options)
 
 
-def of_lengths(call: Call, lengths: list[int] | None) -> Call:
+def of_lengths(call: Call, lengths: Sequence[int] | None) -> Call:
+    """Gives a call the lengths of its sequences, unless these are None."""
     if lengths is not None:
         call.tensors["lengths"] = torch.tensor(lengths)
     return call
 
 
-def recorded_calls(monkeypatch) -> list:
+def recorded_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Returns a list to which each call of an op from here on is added, as (name, call)."""
-    recorded, call = [], registry.call
+    recorded, original = [], registry.call
 
-    def recording(op, of_call, *spec):
-        recorded.append((op.name, of_call))
-        return call(op, of_call, *spec)
+    def recording(op: Any, call: Any, *spec: Any) -> Any:
+        recorded.append((op.name, call))
+        return original(op, call, *spec)
 
     monkeypatch.setattr(registry, "call", recording)
     return recorded

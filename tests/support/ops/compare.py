@@ -25,29 +25,32 @@ from support.ops.calls import Call, attention_call, of_lengths
 from support.ops.plain import ProductsInTF32
 
 EPS: dict[Any, float] = {
+    torch.float64: 1e-10,
     torch.float32: 5e-4,
+    "tf32": 2e-3,
     torch.float16: 1e-3,
     torch.bfloat16: 1e-2,
-    torch.float64: 1e-10,
 }
-EPS["tf32"] = 2e-3
-# of a loss's incoming gradients, like a GradScaler's, so that half types can hold outgoing
-# gradients
+# A loss's incoming gradient, like a GradScaler's, so that half types can hold outgoing gradients.
 LOSS_SCALE = 64.0
-# times the effect of rounding the inputs: an error that is allowed too, for results that nearly
-# cancel
+# So many times the effect of rounding the inputs is allowed too, for results that nearly cancel.
 ROUNDINGS = 8
 
 
-def _plain_similarity(image, text, logit_scale, **named):
+def _plain_similarity(
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, **named: Any
+) -> dict[str, Tensor]:
     """Computes plain torch's similarity loss with all numbers in the dtype of the features."""
-    named.pop("scratch_bytes", None), named.pop("store_bytes", None)
+    named.pop("scratch_bytes", None)
+    named.pop("store_bytes", None)
     if named.get("ids") is not None and named.get("text_ids") is None:
         named["text_ids"] = named["ids"]
-    as_image = lambda t: t.to(image.dtype) if t.is_floating_point() else t  # noqa: E731
-    return plain.similarity_loss(
-        image, text, **tree_map_only(Tensor, as_image, {"logit_scale": logit_scale, **named})
-    )
+
+    def typed(t: Tensor) -> Tensor:
+        return t.to(image.dtype) if t.is_floating_point() else t
+
+    named = tree_map_only(Tensor, typed, {"logit_scale": logit_scale, **named})
+    return plain.similarity_loss(image, text, **named)
 
 
 PLAIN: dict[str, Callable] = {
@@ -91,14 +94,14 @@ def run(
     gradients = {name: torch.zeros_like(tensors[name]) for name in need}
     entering = {name: incoming(name, t) for name, t in outputs.items() if t.requires_grad}
     if entering:
-        sources, inputs = [outputs[name] for name in entering], [leaves[name] for name in need]
-        of_need = torch.autograd.grad(
+        sources = [outputs[name] for name in entering]
+        inputs = [leaves[name] for name in need]
+        computed = torch.autograd.grad(
             sources, inputs, list(entering.values()), allow_unused=True, materialize_grads=True
         )
-        gradients = dict(zip(need, of_need))
-    return {name: t.detach() for name, t in outputs.items()} | {
-        f"d_{name}": gradients[name] for name in need
-    }
+        gradients = dict(zip(need, computed))
+    results = {name: t.detach() for name, t in outputs.items()}
+    return results | {f"d_{name}": gradients[name] for name in need}
 
 
 def _least(call: Call, gradient: bool) -> float:
@@ -108,26 +111,23 @@ def _least(call: Call, gradient: bool) -> float:
     This size is a few hundredths of the terms: logits, or scale / N for gradients.
     """
     if call.op == "feature_loss":
-        return min(1e-2, LOSS_SCALE / call.tensors["teacher"].numel() if gradient else 1.0)
+        return min(1e-2, LOSS_SCALE / call.tensors["teacher"].numel()) if gradient else 1e-2
+    if call.op == "simplified_block":  # its results are sums over tokens and widths
+        return 0.3
     if call.op != "similarity_loss":
-        # a block's are sums over tokens and widths
-        return 0.3 if call.op == "simplified_block" else 0.1
-    scales = [
-        abs(float((call.tensors | call.options).get(name, 1)))
-        for name in ("logit_scale", "teacher_scale")
-    ]
-    return max(*scales, 1) * (
-        0.05 * LOSS_SCALE / call.tensors["image"].shape[0] if gradient else 0.01
-    )
+        return 0.1
+    arguments = call.tensors | call.options
+    scale = max(abs(float(arguments.get(name, 1))) for name in ("logit_scale", "teacher_scale"))
+    if gradient:
+        return max(scale, 1) * (0.05 * LOSS_SCALE / call.tensors["image"].shape[0])
+    return max(scale, 1) * 0.01
 
 
 def error_of(result: Tensor, exact: Tensor) -> float:
     """Returns the largest error; infinity for a NaN or another shape."""
-    error = (
-        (result.cpu().double() - exact).abs().max().item()
-        if result.shape == exact.shape
-        else math.inf
-    )
+    if result.shape != exact.shape:
+        return math.inf
+    error = (result.cpu().double() - exact).abs().max().item()
     return math.inf if math.isnan(error) else error
 
 
@@ -136,31 +136,35 @@ def assert_within(
     plain_results: dict[str, Tensor],
     exact: dict[str, Tensor],
     dtype: Any,
-    what: object = "",
+    subject: object = "",
     least: float | Callable[[str], float] = 0.0,
     rounded: Callable[[], list[dict[str, Tensor]]] | None = None,
 ) -> dict[str, float]:
-    """Checks results by the rule above: plain_results are plain torch's in `dtype`, a key of EPS,
-    and `exact` float64's. Returns each result's error, in parts of what is allowed.
+    """Checks results by the rule above. Returns each result's error, in parts of what is allowed.
 
-    least: the least size that a result is assumed to have, also as a function of its name, for
-    results that are 0 by cancellation. rounded: returns results for rounded inputs, whose errors
-    are allowed too.
+    plain_results: of plain torch in `dtype`, a key of EPS. exact: float64's. subject: named in the
+    error. least: the least size that a result is assumed to have, also as a function of its name,
+    for results that are 0 by cancellation. rounded: returns results for rounded inputs, whose
+    errors are allowed too.
     """
     assert results.keys() == plain_results.keys() == exact.keys()
-    others, shares = None, {}
+    rounded_results, shares = None, {}
     for name, value in exact.items():
-        size = max(value.abs().max().item(), least(name) if callable(least) else least)
-        error, of_plain = error_of(results[name], value), error_of(plain_results[name], value)
-        # plain sums overflow in float16
-        allowed = (of_plain if of_plain < math.inf else 0) + EPS[dtype] * size + 1e-30
+        least_size = least(name) if callable(least) else least
+        size = max(value.abs().max().item(), least_size)
+        error = error_of(results[name], value)
+        plain_error = error_of(plain_results[name], value)
+        allowed = EPS[dtype] * size + 1e-30
+        if plain_error < math.inf:  # plain sums overflow in float16
+            allowed = plain_error + EPS[dtype] * size + 1e-30
         if rounded is not None and error > allowed:
-            others = rounded() if others is None else others
-            allowed = max(
-                allowed, ROUNDINGS * max(error_of(other[name], value) for other in others)
-            )
+            if rounded_results is None:
+                rounded_results = rounded()
+            rounding_error = max(error_of(other[name], value) for other in rounded_results)
+            allowed = max(allowed, ROUNDINGS * rounding_error)
         assert error <= allowed, (
-            f"{what} {name}: error {error:.3e}, allowed {allowed:.3e} (plain torch {of_plain:.3e})"
+            f"{subject} {name}: error {error:.3e}, allowed {allowed:.3e} (plain torch "
+            f"{plain_error:.3e})"
         )
         shares[name] = error / allowed
     return shares
@@ -200,13 +204,17 @@ class Case:
         )
 
     def lay_out(self, name: str, t: Tensor) -> Tensor:
-        view = layouts.ALL[self.layouts[name]](t) if name in self.layouts else None
+        if name not in self.layouts:
+            return t
+        view = layouts.ALL[self.layouts[name]](t)
         return t if view is None else view
 
     def incoming(self, name: str, result: Tensor) -> Tensor:
         if name not in self.grads:
             grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(self.seed))
-            grad = grad.to(self.device, self.dtype) * (1 if result.dim() else self.size)
+            grad = grad.to(self.device, self.dtype)
+            if result.dim() == 0:
+                grad = grad * self.size
             self.grads[name] = self.lay_out(f"grad {name}", grad.to(result.dtype))
         return self.grads[name]
 
@@ -231,36 +239,43 @@ class Case:
         """
         g = torch.Generator().manual_seed(seed)
         rounding = 2.0**-11 if self.tf32 else torch.finfo(self.dtype).eps / 2
-        return self.by_definition(
-            lambda t: (
-                t.double() * (1 + rounding * (2 * torch.randint(0, 2, t.shape, generator=g) - 1))
-            )
-        )
+
+        def rounded(t: Tensor) -> Tensor:
+            sign = 2 * torch.randint(0, 2, t.shape, generator=g) - 1
+            return t.double() * (1 + rounding * sign)
+
+        return self.by_definition(rounded)
 
     def check(self, *, roundings: bool = False, twice: bool = False) -> dict[str, float]:
-        """Checks that results and gradients are within the tolerance or, with `roundings`, within
-        the effect of rounding the inputs. With `twice`, a second run must give the same bits.
-        Returns the errors, in parts of what is allowed.
+        """Checks that results and gradients are within the tolerance. Returns the errors, in parts
+        of what is allowed.
+
+        roundings: also allow the effect of rounding the inputs. twice: a second run must give the
+        same bits.
         """
         results = self.run()
-        for name, value in self.run().items() if twice else ():
-            assert torch.equal(value, results[name]), (
-                f"{name}: a second run gave other values, or NaN"
-            )
+        if twice:
+            for name, value in self.run().items():
+                message = f"{name}: a second run gave other values, or NaN"
+                assert torch.equal(value, results[name]), message
         with ProductsInTF32() if self.tf32 else contextlib.nullcontext():
             plain_results = self.by_definition()
         exact = self.by_definition(Tensor.double)
-        least = lambda name: _least(self.call, name.startswith("d_"))  # noqa: E731
-        rounded = lambda: [self.rounded_otherwise(seed) for seed in range(4)]  # noqa: E731
-        kind = "tf32" if self.tf32 else self.dtype
+
+        def least(name: str) -> float:
+            return _least(self.call, name.startswith("d_"))
+
+        def rounded() -> list[dict[str, Tensor]]:
+            return [self.rounded_otherwise(seed) for seed in range(4)]
+
         return assert_within(
             results,
             plain_results,
             exact,
-            kind,
-            self.call.options,
-            least,
-            rounded if roundings else None,
+            "tf32" if self.tf32 else self.dtype,
+            subject=self.call.options,
+            least=least,
+            rounded=rounded if roundings else None,
         )
 
 
@@ -271,10 +286,10 @@ def check(
     *,
     roundings: bool = False,
     twice: bool = False,
-    **of_case,
+    **fields: Any,
 ) -> None:
-    """Checks results of a call and gradients of all its inputs."""
-    Case(call, dtype, backend, call.needed(), **of_case).check(roundings=roundings, twice=twice)
+    """Checks results of a call and gradients of all its inputs. fields: of the Case."""
+    Case(call, dtype, backend, call.needed(), **fields).check(roundings=roundings, twice=twice)
 
 
 def check_padding(
@@ -293,13 +308,8 @@ def check_padding(
 
         tensors = {name: t.to(device) for name, t in call.typed(dtype).items()}
         tensors |= {name: filled(tensors[name]) for name in "qkv"}
-        return run(
-            function_of(call),
-            call,
-            tensors,
-            call.needed(),
-            lambda name, t: filled(torch.ones_like(t)),
-        )
+        incoming = lambda name, t: filled(torch.ones_like(t))  # noqa: E731
+        return run(function_of(call), call, tensors, call.needed(), incoming)
 
     with simplclip.backend(backend):
         expected, results = padded_with(1.0), padded_with(torch.nan)

@@ -1,5 +1,6 @@
-"""Views in other memory layouts, or None where a tensor has no such view: SAME equal `t`, OTHER
-repeat a part of `t`.
+"""Views in other memory layouts, None where a tensor has no such view.
+
+Those in SAME equal the tensor, those in OTHER repeat a part of it.
 """
 
 from __future__ import annotations
@@ -66,12 +67,16 @@ def expanded(t: Tensor) -> Tensor | None:
 
 def scalar_expanded(t: Tensor) -> Tensor | None:
     """Repeats t's first element without more memory; the values are not those of t."""
-    return None if t.dim() == 0 else t.flatten()[:1].clone().view([1] * t.dim()).expand(t.shape)
+    if t.dim() == 0:
+        return None
+    return t.flatten()[:1].clone().view([1] * t.dim()).expand(t.shape)
 
 
 def odd_rows(t: Tensor) -> Tensor | None:
     """Returns rows with gaps between them that begin at odd addresses."""
-    return None if t.dim() < 2 else _around(t, *t.shape[:-1], t.shape[-1] + 16)[..., 1:-15].copy_(t)
+    if t.dim() < 2:
+        return None
+    return _around(t, *t.shape[:-1], t.shape[-1] + 16)[..., 1:-15].copy_(t)
 
 
 def heads_first(t: Tensor) -> Tensor | None:

@@ -3,6 +3,7 @@ formulas.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,37 +19,39 @@ ACTIVATIONS = {
     "silu": F.silu,
 }
 
+Number = Tensor | float
 
-def softplus(x):
+
+def softplus(x: Tensor) -> Tensor:
     return -F.logsigmoid(-x)  # F.softplus is exact to e^-20 only
 
 
 def similarity_loss(
-    image,
-    text,
-    logit_scale,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Number,
     *,
-    logit_bias=0.0,
-    terms=("contrastive", "pair_matching"),
-    plane=None,
-    teacher_image=None,
-    teacher_text=None,
-    teacher_scale=None,
-    divergence="kl",
-    weights=None,
-    ids=None,
-    text_ids=None,
-    label_offset=0,
-    symmetric=True,
-):
+    logit_bias: Number = 0.0,
+    terms: Sequence[str] = ("contrastive", "pair_matching"),
+    plane: tuple[Tensor, Number] | None = None,
+    teacher_image: Tensor | None = None,
+    teacher_text: Tensor | None = None,
+    teacher_scale: Number | None = None,
+    divergence: str = "kl",
+    weights: dict[str, float] | None = None,
+    ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    label_offset: int = 0,
+    symmetric: bool = True,
+) -> dict[str, Tensor]:
     n, m = image.shape[0], text.shape[0]
     positive, negative = pairs(n, m, ids, text_ids, label_offset)
     similarity = image @ text.T
     logits = logit_scale * similarity
 
-    def of_sides(distance, *matrices):
-        """Returns a function of the rows of some matrices, averaged over rows and columns if
-        symmetric.
+    def both_sides(distance: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+        """Returns a distance of the rows of some matrices; if symmetric its mean with that of the
+        columns.
         """
         matrices = [matrix.masked_fill(~(positive | negative), -torch.inf) for matrix in matrices]
         loss = distance(positive, *matrices)
@@ -59,20 +62,19 @@ def similarity_loss(
 
     out = {}
     if "contrastive" in terms:
-        out["contrastive"] = of_sides(cross_entropy, logits)
+        out["contrastive"] = both_sides(cross_entropy, logits)
     if "sigmoid" in terms:
         biased = logits + logit_bias
         out["sigmoid"] = (softplus(-biased)[positive].sum() + softplus(biased)[negative].sum()) / n
     if "pair_matching" in terms:
         weight, bias = plane
         decision = (image * weight) @ text.T + bias
-        of_negatives = softplus(decision)[negative].sum() / max(int(negative.sum()), 1)
-        out["pair_matching"] = (softplus(-decision)[positive].mean() + of_negatives) / 2
+        negatives_mean = softplus(decision)[negative].sum() / max(int(negative.sum()), 1)
+        out["pair_matching"] = (softplus(-decision)[positive].mean() + negatives_mean) / 2
     if "relational" in terms:
         teacher = teacher_scale * (teacher_image @ teacher_text.T)
-        out["relational"] = of_sides(
-            functools.partial(distance_to_teacher, divergence), teacher, logits
-        )
+        distance = functools.partial(distance_to_teacher, divergence)
+        out["relational"] = both_sides(distance, teacher, logits)
     out = {term: out[term] for term in terms}
     if weights is not None:
         loss = sum(weights[term] * value for term, value in out.items())
@@ -80,20 +82,31 @@ def similarity_loss(
     return out
 
 
-def pairs(n, m, ids=None, text_ids=None, label_offset=0):
+def pairs(
+    n: int,
+    m: int,
+    ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    label_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Returns the positives and the negatives, [N, M] bool; pairs with equal ids that are not the
     positive are neither.
     """
     positive = F.one_hot(torch.arange(n) + label_offset, m).bool()
     negative = ~positive
-    return positive, negative if ids is None else negative & (ids[:, None] != text_ids[None, :])
+    if ids is not None:
+        negative = negative & (ids[:, None] != text_ids[None, :])
+    return positive, negative
 
 
-def cross_entropy(positive, logits):
+def cross_entropy(positive: Tensor, logits: Tensor) -> Tensor:
     return (logits.logsumexp(1) - logits[positive]).mean()
 
 
-def distance_to_teacher(divergence, positive, teacher, student):
+def distance_to_teacher(
+    divergence: str, positive: Tensor, teacher: Tensor, student: Tensor
+) -> Tensor:
+    """Returns the mean divergence of rows of logits; `positive` is not used."""
     p = teacher.softmax(1)
     log_q = student.log_softmax(1).masked_fill(p == 0, 0)
     entropy = torch.special.entr(p).sum(1) if divergence == "kl" else 0
@@ -101,49 +114,56 @@ def distance_to_teacher(divergence, positive, teacher, student):
 
 
 def interactive(
-    image,
-    text,
-    logit_scale,
-    teacher_image,
-    teacher_text,
-    teacher_scale=None,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Number,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    teacher_scale: Number | None = None,
     *,
-    form="infonce",
-    divergence="kl",
-    ids=None,
-):
+    form: str = "infonce",
+    divergence: str = "kl",
+    ids: Tensor | None = None,
+) -> Tensor:
     """The interactive term of WIKDLoss: image and text are the student's features, or their
     projections, [N, D̂].
     """
     positive, negative = pairs(len(image), len(text), ids, ids)
-    across = logit_scale * image @ teacher_text.T, logit_scale * text @ teacher_image.T
-    teacher = None if form == "infonce" else teacher_scale * teacher_image @ teacher_text.T
-    loss = 0.0
-    for student, of_teacher in zip(across, (teacher, teacher if teacher is None else teacher.T)):
-        student, *rest = (
-            matrix.masked_fill(~(positive | negative), -torch.inf)
-            for matrix in (student, of_teacher)
-            if matrix is not None
-        )
-        of_side = (
-            distance_to_teacher(divergence, positive, *rest, student)
-            if rest
-            else cross_entropy(positive, student)
-        )
-        loss = loss + of_side / 2
-    return loss
+    ignored = ~(positive | negative)
+    by_image = (logit_scale * image @ teacher_text.T).masked_fill(ignored, -torch.inf)
+    by_text = (logit_scale * text @ teacher_image.T).masked_fill(ignored, -torch.inf)
+    if form == "infonce":
+        image_loss = cross_entropy(positive, by_image)
+        text_loss = cross_entropy(positive, by_text)
+    else:
+        teacher = teacher_scale * teacher_image @ teacher_text.T
+        distance = functools.partial(distance_to_teacher, divergence, positive)
+        image_loss = distance(teacher.masked_fill(ignored, -torch.inf), by_image)
+        text_loss = distance(teacher.T.masked_fill(ignored, -torch.inf), by_text)
+    return image_loss / 2 + text_loss / 2
 
 
 def loss_terms(
-    loss, terms, image, text, logit_scale, *, bias=None, teacher=(None, None, None), ids=None
-):
+    loss: Any,
+    terms: Sequence[str],
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Number,
+    *,
+    bias: Number | None = None,
+    teacher: Sequence = (None, None, None),
+    ids: Tensor | None = None,
+) -> dict[str, Tensor]:
     """Returns terms of a loss module before weighting; narrower features use the first columns of
     its parameters.
     """
     width, plane = image.shape[1], None
     if "pair_matching" in terms:
-        weight = loss.plane_weight[:width] if loss.plane == "hadamard" else loss.plane_weight
+        weight = loss.plane_weight
+        if loss.plane == "hadamard":
+            weight = weight[:width]
         plane = weight, loss.plane_bias
+    teacher_image, teacher_text, teacher_scale = teacher
     out = similarity_loss(
         image,
         text,
@@ -153,31 +173,43 @@ def loss_terms(
         ids=ids,
         text_ids=ids,
         terms=[term for term in terms if term not in ("interactive", "feature")],
-        **dict(zip(("teacher_image", "teacher_text", "teacher_scale"), teacher)),
+        teacher_image=teacher_image,
+        teacher_text=teacher_text,
+        teacher_scale=teacher_scale,
         divergence=loss.divergence,
     )
     if "interactive" not in terms:
         return out
     if loss.image_projection is not None:
-        projections = zip((image, text), (loss.image_projection, loss.text_projection))
-        image, text = (
-            F.normalize(F.linear(features, weight[:, :width]), dim=1)
-            for features, weight in projections
-        )
+        image = F.normalize(F.linear(image, loss.image_projection[:, :width]), dim=1)
+        text = F.normalize(F.linear(text, loss.text_projection[:, :width]), dim=1)
     form = {"form": loss.interactive, "divergence": loss.divergence, "ids": ids}
     out["interactive"] = interactive(image, text, logit_scale, *teacher, **form)
-    out["feature"] = (feature_loss(image, teacher[0]) + feature_loss(text, teacher[1])) / 2
+    out["feature"] = (feature_loss(image, teacher_image) + feature_loss(text, teacher_text)) / 2
     return out
 
 
-def shaped_attention(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
+def shaped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """Computes the formula: products in the dtype of q, softmax and mixing weights in float32, one
     product with v.
     """
     length = q.shape[1]
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    logits = (q @ k.transpose(-2, -1)).to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = (q @ k.transpose(-2, -1)).to(wide) * scale
     visible = torch.ones(length, length, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible.tril()
@@ -188,70 +220,90 @@ def shaped_attention(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, l
     elif causal:
         logits = logits.masked_fill(~visible, -torch.inf)
     uniform = visible.to(wide) / visible.sum(-1, keepdim=True).clamp(min=1)
-    weights = logits.softmax(-1) if lengths is None else logits.softmax(-1).masked_fill(~visible, 0)
+    weights = logits.softmax(-1)
     identity = torch.eye(length, dtype=wide, device=q.device)
     if lengths is not None:
+        weights = weights.masked_fill(~visible, 0)
         identity = identity * visible.any(-1, keepdim=True)
     alpha, beta, gamma = (t.to(wide)[:, None, None] for t in (alpha, beta, gamma))
     return ((alpha * identity + beta * weights - gamma * uniform).to(v.dtype) @ v).transpose(1, 2)
 
 
-def attention_by_loops(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
+def attention_by_loops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """Computes the definition token by token.
 
     It reads only visible tokens, where the form above multiplies others by 0.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     out = torch.zeros_like(v)
     for b in range(q.shape[0]):
         n = q.shape[1] if lengths is None else int(lengths[b])
         for h in range(q.shape[2]):
             for i in range(n):
                 keys = i + 1 if causal else n
-                a = (k[b, :keys, h] @ q[b, i, h] * scale).softmax(0)
-                seen = v[b, :keys, h]
-                out[b, i, h] = (
-                    alpha[h] * v[b, i, h] + beta[h] * (a @ seen) - gamma[h] * seen.mean(0)
-                )
+                weights = (k[b, :keys, h] @ q[b, i, h] * scale).softmax(0)
+                values = v[b, :keys, h]
+                attended, mean = weights @ values, values.mean(0)
+                out[b, i, h] = alpha[h] * v[b, i, h] + beta[h] * attended - gamma[h] * mean
     return out
 
 
-def parallel_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, act="gelu"):
+def parallel_mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    act: str = "gelu",
+) -> Tensor:
     return F.linear(ACTIVATIONS[act](F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 
 def simplified_block(
-    x,
-    qk_weight,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    alpha,
-    beta,
-    gamma,
+    x: Tensor,
+    qk_weight: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
     *,
-    norm_weight,
-    norm_bias=None,
-    norm="layernorm",
-    eps=1e-5,
-    act="gelu",
-    attention_gain=1.0,
-    mlp_gain=1.0,
-    value_weight=None,
-    output_weight=None,
-    causal=False,
-    lengths=None,
-    attention=shaped_attention,
-):
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    norm: str = "layernorm",
+    eps: float = 1e-5,
+    act: str = "gelu",
+    attention_gain: Number = 1.0,
+    mlp_gain: Number = 1.0,
+    value_weight: Tensor | None = None,
+    output_weight: Tensor | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    attention: Callable[..., Tensor] = shaped_attention,
+) -> Tensor:
+    def typed(value: Any) -> Any:
+        return value.to(x.dtype) if isinstance(value, Tensor) else value
+
     width = x.shape[-1]
-    weight = norm_weight.to(x.dtype)
     if norm == "layernorm":
-        n = F.layer_norm(
-            x, (width,), weight, None if norm_bias is None else norm_bias.to(x.dtype), eps
-        )
+        n = F.layer_norm(x, (width,), typed(norm_weight), typed(norm_bias), eps)
     else:
-        n = F.rms_norm(x, (width,), weight, eps)
+        n = F.rms_norm(x, (width,), typed(norm_weight), eps)
     q, k = (n @ qk_weight.T).chunk(2, dim=-1)
     v = n if value_weight is None else n @ value_weight.T
     heads = [t.reshape(*x.shape[:2], alpha.shape[0], -1) for t in (q, k, v)]
@@ -259,11 +311,18 @@ def simplified_block(
     if output_weight is not None:
         mixed = mixed @ output_weight.T
     mlp = parallel_mlp(n, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act=act)
-    as_x = lambda g: g.to(x.dtype) if isinstance(g, torch.Tensor) else g  # noqa: E731
-    return as_x(attention_gain) * mixed + as_x(mlp_gain) * mlp
+    return typed(attention_gain) * mixed + typed(mlp_gain) * mlp
 
 
-def feature_loss(student, teacher, *, distance="mse", beta=1.0, normalize=True, projection=None):
+def feature_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    distance: str = "mse",
+    beta: float = 1.0,
+    normalize: bool = True,
+    projection: Tensor | None = None,
+) -> Tensor:
     if projection is not None:
         student = F.linear(student, projection)
     teacher = teacher.to(student.dtype)
@@ -288,16 +347,16 @@ def rounded_to_tf32(t: Tensor) -> Tensor:
 
 
 class ProductsInTF32(TorchDispatchMode):
-    """A mode that rounds the operands of products of float32 matrices, in backward too."""
+    """A mode that rounds the operands of products of float32 matrices to TF32, in backward too.
+
+    A GPU computes so with torch.backends.cuda.matmul.fp32_precision = "tf32".
+    """
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         first = MATRIX_PRODUCTS.get(function)
         if first is not None and args[first].dtype == torch.float32:
-            args = (
-                *args[:first],
-                *map(rounded_to_tf32, args[first : first + 2]),
-                *args[first + 2 :],
-            )
+            operands = map(rounded_to_tf32, args[first : first + 2])
+            args = (*args[:first], *operands, *args[first + 2 :])
         return function(*args, **(kwargs or {}))

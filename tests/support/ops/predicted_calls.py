@@ -30,22 +30,20 @@ SIMILARITY = {
 
 
 def similarity_call(
-    name: str, n: int = 3000, m: int = 3100, width: int = 64, *, ids: bool = True, **options
+    name: str, n: int = 3000, m: int = 3100, width: int = 64, *, ids: bool = True, **options: Any
 ) -> Call:
-    return calls.similarity_call(
-        n, m, (m - n) // 2, ids=ids, width=width, **SIMILARITY[name], **options
-    )
+    options = SIMILARITY[name] | options
+    return calls.similarity_call(n, m, (m - n) // 2, ids=ids, width=width, **options)
 
 
 def attention_call(*shape: int, lengths: tuple[int, ...] | None = None) -> Call:
     return calls.of_lengths(calls.attention_call(*shape, causal=True), lengths)
 
 
-def mlp_call(t: int, c: int, f: int, *, bias: bool = True, **options) -> Call:
+def mlp_call(t: int, c: int, f: int, *, bias: bool = True, **options: Any) -> Call:
     call = calls.mlp_call(t, c, f, c, **options)
-    call.tensors = {
-        name: tensor for name, tensor in call.tensors.items() if bias or not name.endswith("bias")
-    }
+    if not bias:
+        del call.tensors["fc1_bias"], call.tensors["fc2_bias"]
     return call
 
 

@@ -94,7 +94,8 @@ def _mlp(r: random.Random, dtype: torch.dtype) -> Call:
     for name in ("fc1_bias", "fc2_bias"):
         if r.random() < 0.25:
             del call.tensors[name]
-    shape = r.choice(((t,), (1, t), (t, 1), (1, 1, t), () if t == 1 else (t,)))
+    no_dimensions = () if t == 1 else (t,)
+    shape = r.choice(((t,), (1, t), (t, 1), (1, 1, t), no_dimensions))
     call.tensors["x"] = call.tensors["x"].reshape(*shape, c)
     call.options = {"act": r.choice(list(ACTIVATIONS))}
     return call
@@ -146,6 +147,7 @@ DRAW: dict[str, Callable[[random.Random, torch.dtype], Call]] = {
 }
 
 
+# How often each op is drawn.
 OFTEN = {
     "similarity_loss": 10,
     "shaped_attention": 4,
@@ -153,10 +155,11 @@ OFTEN = {
     "simplified_block": 4,
     "feature_loss": 3,
 }
+# What backends lack.
 WITHOUT = {
     "triton": ("shaped_attention", "feature_loss"),
     "sdpa": ("similarity_loss", "parallel_mlp", "feature_loss"),
-}  # what backends lack
+}
 
 
 def make(seed: int, backend: str = "", device: str = "cpu") -> Case:
@@ -171,11 +174,11 @@ def make(seed: int, backend: str = "", device: str = "cpu") -> Case:
     chosen = {}
     for name in (*call.tensors, *(f"grad {name}" for name in ("out", *TERMS))):
         if r.random() < 0.4:
-            chosen[name] = (
-                r.choice(list(layouts.SAME)) if r.random() < 0.85 else r.choice(list(layouts.OTHER))
-            )
-    needed = call.needed()
-    need = needed if r.random() < 0.5 else r.sample(needed, r.randint(0, len(needed)))
+            forms = layouts.SAME if r.random() < 0.85 else layouts.OTHER
+            chosen[name] = r.choice(list(forms))
+    need = call.needed()
+    if r.random() >= 0.5:
+        need = r.sample(need, r.randint(0, len(need)))
     return Case(call, dtype, backend or drawn, need, seed, device=device, layouts=chosen)
 
 
@@ -192,23 +195,21 @@ def check_nonfinite(case: Case) -> None:
     """
     call, r = case.call, random.Random(case.seed)
     tensors = call.typed(case.dtype)
-    ignored = {"attention_gain"} if "lengths" in tensors else set()  # padded tokens have no gain
-    for name in (
-        k
-        for k, t in tensors.items()
-        if t.is_floating_point() and k not in ignored and t.numel() <= 500
-    ):
-        at, value = r.randrange(tensors[name].numel()), r.choice((math.inf, -math.inf, math.nan))
-        spoiled = tensors | {name: tensors[name].clone()}
-        spoiled[name].view(-1)[at] = value
+    # padded tokens have no gain
+    ignored = {"attention_gain"} if "lengths" in tensors else set()
+    for name, t in tensors.items():
+        if not t.is_floating_point() or name in ignored or t.numel() > 500:
+            continue
+        index, value = r.randrange(t.numel()), r.choice((math.inf, -math.inf, math.nan))
+        spoiled = tensors | {name: t.clone()}
+        spoiled[name].view(-1)[index] = value
         wide = {k: t.double() if t.is_floating_point() else t for k, t in spoiled.items()}
         with forced(case.backend), torch.no_grad():
-            results = outputs_of(
-                function_of(call), call, {k: t.to(case.device) for k, t in spoiled.items()}
-            )
+            on_device = {k: t.to(case.device) for k, t in spoiled.items()}
+            results = outputs_of(function_of(call), call, on_device)
         for term, expected in outputs_of(NONFINITE_FORMS[call.op], call, wide).items():
             lost = results[term].cpu().isfinite() & ~expected.isfinite()
-            assert not lost.any(), f"{term} is finite: {name}[{at}] = {value}"
+            assert not lost.any(), f"{term} is finite: {name}[{index}] = {value}"
 
 
 def check(case: Case) -> None:

@@ -1,27 +1,29 @@
-"""Stand-ins for the functions under torch's scaled_dot_product_attention on a GPU, in plain torch:
-what they take and return.
+"""Stand-ins, in plain torch, for the functions under scaled_dot_product_attention on a GPU.
 
-They are as in attention.cu, attention_backward.cu and flash_api.cpp of torch: tensors [B, L, H, K],
-or one sequence of all tokens with the bounds of its segments, each of which attends to itself;
-heads begin at multiples of 16 bytes.
+What they take and return is as in attention.cu, attention_backward.cu and flash_api.cpp of torch:
+tensors [B, L, H, K], or one sequence of all tokens with the bounds of its segments, each of which
+attends to itself. Heads begin at multiples of 16 bytes.
 """
 
+import itertools
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Segments = list[tuple[int, slice]]  # the index of a sequence, and a range of its tokens
 
-def _segments(q: Tensor, bounds: Tensor | None, most: int | None) -> list[tuple[int, slice]]:
-    """Returns the index of the sequence, and the range of its tokens, for each segment of q [B, L,
-    H, K].
-    """
-    for t in () if bounds is None else (bounds,):
-        assert (t.dtype, t.dim(), q.shape[0], t[0], t[-1]) == (torch.int32, 1, 1, 0, q.shape[1])
-        assert 0 <= t.diff().min() <= t.diff().max() <= most
-        return [(0, slice(a, b)) for a, b in zip(t.tolist(), t[1:].tolist())]
-    return [(b, slice(0, q.shape[1])) for b in range(q.shape[0])]
+
+def _segments(q: Tensor, bounds: Tensor | None, most: int | None) -> Segments:
+    """Returns the segments of q [B, L, H, K]."""
+    if bounds is None:
+        return [(b, slice(0, q.shape[1])) for b in range(q.shape[0])]
+    first, last = bounds[0], bounds[-1]
+    assert (bounds.dtype, bounds.dim(), q.shape[0]) == (torch.int32, 1, 1)
+    assert (first, last) == (0, q.shape[1])
+    assert 0 <= bounds.diff().min() <= bounds.diff().max() <= most
+    return [(0, slice(a, b)) for a, b in itertools.pairwise(bounds.tolist())]
 
 
 def _check(*tensors: Tensor) -> None:
@@ -40,34 +42,31 @@ def _check(*tensors: Tensor) -> None:
 def _logits(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     assert scale > 0, "a scale by which a mask of -inf would not be multiplied"
     logits = scale * torch.einsum("ihk,jhk->hij", q.float(), k.float())
-    return (
-        logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -torch.inf)
-        if causal
-        else logits
-    )
+    if causal:
+        hidden = torch.ones_like(logits[0], dtype=torch.bool).triu(1)
+        logits = logits.masked_fill(hidden, -torch.inf)
+    return logits
 
 
-def _forward(q, k, v, segments, causal, scale):
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float
+) -> tuple[Tensor, list[Tensor]]:
     out, lse = torch.full_like(q, torch.nan), []
     for b, rows in segments:
         logits = _logits(q[b, rows], k[b, rows], causal, scale)
         lse.append(logits.logsumexp(-1))
-        out[b, rows] = torch.einsum(
-            "hij,jhk->ihk", logits.softmax(-1).to(v.dtype).float(), v[b, rows].float()
-        ).to(v.dtype)
+        weights = logits.softmax(-1).to(v.dtype).float()
+        out[b, rows] = torch.einsum("hij,jhk->ihk", weights, v[b, rows].float()).to(v.dtype)
     return out, lse
 
 
-def _backward(grad, q, k, v, out, lse, segments, causal, scale):
+def _backward(grad, q, k, v, out, lse, segments: Segments, causal: bool, scale: float):
+    """Returns the gradients of q, k and v. lse: the log-sum-exps of each segment."""
     gradients = [torch.full_like(t, torch.nan) for t in (q, k, v)]
-    for (b, rows), of_segment in zip(segments, lse):
+    for (b, rows), segment_lse in zip(segments, lse):
         g, o, values = (t[b, rows].float() for t in (grad, out, v))
-        weights = (
-            (_logits(q[b, rows], k[b, rows], causal, scale) - of_segment[..., None])
-            .exp()
-            .to(v.dtype)
-            .float()
-        )
+        logits = _logits(q[b, rows], k[b, rows], causal, scale)
+        weights = (logits - segment_lse[..., None]).exp().to(v.dtype).float()
         d = torch.einsum("ihk,jhk->hij", g, values) - (g * o).sum(-1).T[..., None]
         d = (scale * weights * d).to(v.dtype).float()
         gradients[0][b, rows] = torch.einsum("hij,jhk->ihk", d, k[b, rows].float()).to(q.dtype)
@@ -85,13 +84,8 @@ def _flash_attention_forward(
     _check(q, k, v)
     whole = [t[None] if bounds is not None else t for t in (q, k, v)]
     out, lse = _forward(*whole, _segments(whole[0], bounds, most), causal, scale)
-    return (
-        out.view(q.shape),
-        torch.stack(lse) if bounds is None else torch.cat(lse, 1),
-        None,
-        None,
-        None,
-    )
+    joined_lse = torch.stack(lse) if bounds is None else torch.cat(lse, 1)
+    return out.view(q.shape), joined_lse, None, None, None
 
 
 def _flash_attention_backward(
@@ -145,9 +139,9 @@ def _efficient_attention_backward(
     parts = []
     for number, (_, rows) in enumerate(segments):
         count = rows.stop - rows.start
-        assert lse[number, :, count:].isinf().all() or (bounds is not None and number % 2), (
-            "rows beyond a sequence count"
-        )
+        padding_is_infinite = lse[number, :, count:].isinf().all()
+        if bounds is None or number % 2 == 0:
+            assert padding_is_infinite, "rows beyond a sequence count"
         parts.append(lse[number, :, :count])
     return *_backward(grad, q, k, v, out, parts, segments, mask == 1, scale), None
 

@@ -20,6 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 TEST = "tests/ops/test_properties.py::test_random_calls"
+LOADED = """
+from simplclip.ops import backends
+print(backends.extension.__file__, backends.extension.cpu_isa())
+"""
 LIBRARIES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 OPTIONS = {
     # With checks for use of the stack after return, GCC 12 aligns AVX-512 objects of a function to
@@ -33,10 +37,9 @@ OPTIONS = {
 
 def runtime(name: str) -> str:
     """Returns the path of a sanitizer's library, which must be loaded before Python's own."""
-    compiler = os.environ.get("CXX", "c++")
-    return subprocess.run(
-        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
 
 
 def build(kind: str) -> Path:
@@ -44,34 +47,46 @@ def build(kind: str) -> Path:
     out = ROOT / "build" / f"sanitize-{kind}"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
     environment = {**os.environ, "PATH": path, "SIMPLCLIP_SANITIZE": kind, "SIMPLCLIP_CUDA": "0"}
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-lib",
-        out,
-        "--build-temp",
-        out / "objects",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{done.stdout}\n{done.stderr}\nbuilding with sanitizers failed")
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", out, "--build-temp", out / "objects"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"{run.stdout}\n{run.stderr}\nbuilding with sanitizers failed")
     package = out / "simplclip"
     for path in [*(ROOT / "simplclip").iterdir(), ROOT / "kernels"]:
         link = package / path.name
-        if path.suffix != ".so" and path.name != "__pycache__" and not os.path.lexists(link):
+        built = path.suffix == ".so" or path.name == "__pycache__"
+        if not built and not os.path.lexists(link):
             link.symlink_to(path)
     return out
 
 
 def random_calls(
-    out: Path, env: dict[str, str], cases: int, first_case: int, **options
+    out: Path, env: dict[str, str], cases: int, first_case: int = 0, *, quiet: bool = False
 ) -> subprocess.CompletedProcess:
+    """Runs random calls with the kernels in `out`. quiet: return the output, print nothing."""
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
     command += ["-o", f"pythonpath={out} . tests", TEST]
     command += ["--cases", str(cases), "--first-case", str(first_case)]
-    return subprocess.run(command, env=env, cwd=ROOT, text=True, **options)
+    return subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=quiet)
+
+
+def loads(out: Path, env: dict[str, str], isa: str) -> bool:
+    """Whether this CPU has the instruction set. Exits if other kernels than those in `out` load."""
+    command = [sys.executable, "-c", LOADED]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=out)
+    if "SIMPLCLIP_CPU_ISA: expected one of" in run.stderr:
+        return False
+    (extension,) = (out / "simplclip").glob("_C.*so")
+    if run.stdout.split() != [str(extension), isa]:
+        raise SystemExit(f"{isa}: the sanitized kernels do not load: {run.stdout}\n{run.stderr}")
+    return True
+
+
+def check_planted_race(out: Path, env: dict[str, str], isa: str) -> None:
+    run = random_calls(out, env | {"SIMPLCLIP_PLANT_RACE": "1"}, 20, quiet=True)
+    if run.returncode == 0 or "data race" not in run.stderr:
+        raise SystemExit(f"{isa}: the planted race is not reported: {run.stdout}\n{run.stderr}")
 
 
 def main() -> int:
@@ -88,33 +103,16 @@ def main() -> int:
     kind = "thread" if options.threads else "address"
     out = build(kind)
     preload = " ".join(map(runtime, LIBRARIES[kind]))
-    threads = {
-        "OMP_NUM_THREADS": "1" if options.threads else os.environ.get("OMP_NUM_THREADS", "1")
-    }
+    variables = {**os.environ, **OPTIONS, "LD_PRELOAD": preload}
+    if options.threads or "OMP_NUM_THREADS" not in variables:
+        variables["OMP_NUM_THREADS"] = "1"
     for isa in options.isa or ISAS:
-        env = {**os.environ, **OPTIONS, **threads, "LD_PRELOAD": preload, "SIMPLCLIP_CPU_ISA": isa}
-        code = (
-            "from simplclip.ops import backends as b; print(b.extension.__file__, "
-            "b.extension.cpu_isa())"
-        )
-        loaded = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=out
-        )
-        if "SIMPLCLIP_CPU_ISA: expected one of" in loaded.stderr:
+        env = variables | {"SIMPLCLIP_CPU_ISA": isa}
+        if not loads(out, env, isa):
             print(f"{isa}: not on this CPU", flush=True)
             continue
-        if loaded.stdout.split() != [str(next((out / "simplclip").glob("_C.*so"))), isa]:
-            raise SystemExit(
-                f"{isa}: the sanitized kernels do not load: {loaded.stdout}\n{loaded.stderr}"
-            )
         if options.threads:
-            planted = random_calls(
-                out, env | {"SIMPLCLIP_PLANT_RACE": "1"}, 20, 0, capture_output=True
-            )
-            if not planted.returncode or "data race" not in planted.stderr:
-                raise SystemExit(
-                    f"{isa}: the planted race is not reported: {planted.stdout}\n{planted.stderr}"
-                )
+            check_planted_race(out, env, isa)
         print(f"{isa}: {options.cases} random calls", flush=True)
         if random_calls(out, env, options.cases, options.first_case).returncode:
             print(f"{isa}: failed", flush=True)

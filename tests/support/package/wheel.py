@@ -35,10 +35,16 @@ Path("one.yaml").write_text(
     "run: {out: run, steps: 1, device: cpu}\\n"
 )
 """
-PLACES = (
-    "import sys, simplclip, torch; print(simplclip.__file__); print(torch.__version__, "
-    "sys.version.split()[0])"
-)
+VERSIONS = """
+import sys, simplclip, torch
+print(simplclip.__file__)
+print(torch.__version__, sys.version.split()[0])
+"""
+PACKAGES = r"""
+import sys
+print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
+"""
+NOT_INHERITED = ("PYTHON", "SIMPLCLIP_", "VIRTUAL_ENV")  # beginnings of variables' names
 
 
 class Environment:
@@ -51,56 +57,36 @@ class Environment:
         (self.site,) = (folder / "venv").glob("lib/python*/site-packages")
 
     def run(self, program: str, *arguments: str) -> str:
-        """Runs a program of the environment and returns its output.
-
-        Ends this process if it fails.
-        """
-        kept = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("PYTHON", "SIMPLCLIP_", "VIRTUAL_ENV"))
-        }
-        started = time.monotonic()
-        done = subprocess.run(
-            [self.bin / program, *arguments],
-            cwd=self.folder,
-            env=kept,
-            capture_output=True,
-            text=True,
-            check=False,
+        """Runs a program of the environment and returns its output; exits if it fails."""
+        variables = {k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED)}
+        command = [self.bin / program, *arguments]
+        line = f"{program} {' '.join(arguments)}"
+        start = time.monotonic()
+        run = subprocess.run(
+            command, cwd=self.folder, env=variables, capture_output=True, text=True, check=False
         )
-        if done.returncode:
-            raise SystemExit(
-                f"{program} {' '.join(arguments)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}\n"
-                "failed"
-            )
+        if run.returncode:
+            raise SystemExit(f"{line}\n{run.stdout[-4000:]}\n{run.stderr[-4000:]}\nfailed")
         if program != "python":
-            print(
-                f"{program} {' '.join(arguments)}: {time.monotonic() - started:.0f} s", flush=True
-            )
-        return done.stdout
+            print(f"{line}: {time.monotonic() - start:.0f} s", flush=True)
+        return run.stdout
 
     def install(self, *arguments: str) -> None:
         """Installs by this Python's pip as the environment's own would: its tags decide whether a
         wheel is accepted.
         """
         pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet"]
-        started = time.monotonic()
+        start = time.monotonic()
         subprocess.run([*pip, *arguments], check=True, cwd=self.folder)
-        print(f"pip install {' '.join(arguments)}: {time.monotonic() - started:.0f} s", flush=True)
+        print(f"pip install {' '.join(arguments)}: {time.monotonic() - start:.0f} s", flush=True)
 
     def take_packages(self, python: str) -> None:
         """Adds the packages of another Python, but not its editable installations, whose path files
         are not read.
         """
-        folders = (
-            "import sys; print(*(path for path in sys.path if path.endswith('-packages')), "
-            "sep='\\n')"
-        )
-        packages = subprocess.run(
-            [python, "-c", folders], capture_output=True, text=True, check=True
-        ).stdout
-        (self.site / "packages.pth").write_text(packages)
+        command = [python, "-c", PACKAGES]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        (self.site / "packages.pth").write_text(run.stdout)
 
 
 def size_of(folder: Path) -> float:
@@ -134,10 +120,10 @@ def main() -> None:
             environment.install("--no-deps", "--no-index", str(wheel))
         else:
             environment.install(str(wheel))
-        place, versions = environment.run("python", "-c", PLACES).splitlines()
+        imported, versions = environment.run("python", "-c", VERSIONS).splitlines()
         package = environment.site / "simplclip"
-        if Path(place).parent != package:
-            raise SystemExit(f"expected the package of the wheel, got {place}")
+        if Path(imported).parent != package:
+            raise SystemExit(f"expected the package of the wheel, got {imported}")
         print(
             f"torch, Python: {versions}; wheel {wheel.stat().st_size / 1e6:.1f} MB, installed "
             f"{size_of(package):.1f} MB"

@@ -10,22 +10,23 @@ import os
 import signal
 import sys
 import tempfile
+from typing import Any
 
 import torch
 
 from simplclip.commands.main import main
 from simplclip.train import loop
 
-rank = int(os.environ["RANK"])
-attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-original = loop.train_step
+RANK = int(os.environ["RANK"])
+ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+train_step = loop.train_step
 
 
-def stepping(state, batches):
-    for tries, who, step, name in json.loads(sys.argv[1]):
-        if (tries, who, step) == (attempt, rank, state.step + 1):
+def faulty_step(state: Any, batches: Any) -> Any:
+    for attempt, rank, step, name in json.loads(sys.argv[1]):
+        if (attempt, rank, step) == (ATTEMPT, RANK, state.step + 1):
             os.kill(os.getpid(), getattr(signal, name))
-    return original(state, batches)
+    return train_step(state, batches)
 
 
 if __name__ == "__main__":
@@ -33,9 +34,9 @@ if __name__ == "__main__":
     # by which torch knows torchrun's processes, also those of forked_ranks
     os.environ["TORCHELASTIC_RUN_ID"] = "test"
     if sys.argv[1] == "node":
-        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
-        if rank:
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(RANK)}
+        if RANK:
             os.chdir(tempfile.mkdtemp(dir="."))
     else:
-        loop.train_step = stepping
+        loop.train_step = faulty_step
     main(sys.argv[2:])

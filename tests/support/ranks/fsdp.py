@@ -1,5 +1,4 @@
-"""What each rank of tests/ops/test_distributed.py runs: a small CLIP under fully_shard as in
-docs/scaling.md.
+"""Part of losses.py: a small CLIP under fully_shard as in docs/scaling.md.
 
 Its blocks, loss and gradient caching, with mixed precision, activation checkpointing and
 torch.compile.
@@ -10,7 +9,7 @@ import itertools
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -30,7 +29,7 @@ class Tower(nn.Module):
         self.first = first
         self.blocks = nn.ModuleList(SimplifiedBlock(C, 4, causal=causal) for _ in range(2))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         for block in self.blocks:
             x = block(x)
@@ -38,27 +37,31 @@ class Tower(nn.Module):
 
 
 class Clip(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.image, self.text = Tower(nn.Linear(12, C), False), Tower(nn.Embedding(20, C), True)
+        self.image = Tower(nn.Linear(12, C), causal=False)
+        self.text = Tower(nn.Embedding(20, C), causal=True)
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
 
-    def forward(self, image, text):
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.image(image), self.text(text), self.logit_scale.exp()
 
 
-def batch(step, world):
+def batch(step: int, world: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(step)
-    return torch.randn(world * N, 6, 12, generator=g), torch.randint(
-        20, (world * N, 7), generator=g
-    )
+    image = torch.randn(world * N, 6, 12, generator=g)
+    text = torch.randint(20, (world * N, 7), generator=g)
+    return image, text
 
 
-def train(model, loss, cached, rows, world):
-    """The losses of the steps and, after them, the parameters."""
+def train(
+    model: nn.Module, loss: nn.Module, cached: bool, rows: slice, world: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the losses of the steps and, after them, the parameters."""
     parameters = [*model.parameters(), *loss.parameters()]
-    optimizer, values = torch.optim.SGD(parameters, lr=0.1, momentum=0.9), []
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    values = []
     for step in range(STEPS):
         image, text = (t[rows] for t in batch(step, world))
         optimizer.zero_grad()
@@ -75,22 +78,18 @@ def train(model, loss, cached, rows, world):
     return torch.stack(values), torch.cat([p.detach().flatten() for p in whole])
 
 
-def main(backend):
+def main(backend: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
     shard = run("scaling.md", "FSDP2")["shard"]
-    start = torch.cat(
-        [p.detach().flatten() for p in [*Clip().parameters(), *ClipPMLoss().parameters()]]
-    )
-    every = (
-        itertools.product((False, True), (False, True))
-        if backend == "inductor"
-        else ((False, True), (True, False))
-    )
-    for half, cached in every:
-        precision = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if half else torch.float32, reduce_dtype=torch.float32
-        )
+    parameters = [*Clip().parameters(), *ClipPMLoss().parameters()]
+    start = torch.cat([p.detach().flatten() for p in parameters])
+    options = [(False, True), (True, False)]  # half, cached
+    if backend == "inductor":
+        options = list(itertools.product((False, True), (False, True)))
+    for half, cached in options:
+        dtype = torch.bfloat16 if half else torch.float32
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         torch.compiler.reset()
         model = shard(Clip(), mesh, precision, backend)
         assert isinstance(model, FSDPModule)
@@ -98,9 +97,9 @@ def main(backend):
         values, weights = train(model, loss, cached, slice(N * rank, N * rank + N), world)
         dist.all_reduce(values)
         expected_values, expected = train(Clip(), ClipPMLoss(), cached, slice(None), world)
-        what, within = f"bfloat16: {half}, gradient caching: {cached}", (3e-2 if half else 1e-5)
-        torch.testing.assert_close(
-            values / world, expected_values, rtol=within, atol=0, msg=lambda m, w=what: f"{w}: {m}"
-        )
-        away = (weights - expected).norm() / (expected - start).norm()
-        assert away < (0.1 if half else 1e-4), f"{what}: {away} of the way"
+        rtol, most = (3e-2, 0.1) if half else (1e-5, 1e-4)
+        form = f"bfloat16: {half}, gradient caching: {cached}"
+        message = lambda m, form=form: f"{form}: {m}"  # noqa: E731
+        torch.testing.assert_close(values / world, expected_values, rtol=rtol, atol=0, msg=message)
+        error = (weights - expected).norm() / (expected - start).norm()
+        assert error < most, f"{form}: off by {error} of the way"

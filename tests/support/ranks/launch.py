@@ -9,7 +9,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -25,25 +27,29 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def torchrun(
-    script, *arguments, ranks=2, options=(), check=False, timeout=600
+    script: str | Path,
+    *arguments: object,
+    ranks: int = 2,
+    options: Sequence[str] = (),
+    check: bool = False,
+    timeout: float = 600,
 ) -> subprocess.CompletedProcess:
     """Runs a script by torchrun. check: fail the test with the end of the output if a rank
     failed.
     """
-    command = [
-        *TORCHRUN,
-        f"--nproc-per-node={ranks}",
-        *options,
-        str(RANKS / script),
-        *map(str, arguments),
-    ]
+    command = [*TORCHRUN, f"--nproc-per-node={ranks}", *options]
+    command += [str(RANKS / script), *map(str, arguments)]
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
     assert not (check and run.returncode), run.stderr[-5000:]
     return run
 
 
 def forked_ranks(
-    script, *arguments, ranks=2, check=False, timeout=600
+    script: str | Path,
+    *arguments: object,
+    ranks: int = 2,
+    check: bool = False,
+    timeout: float = 600,
 ) -> subprocess.CompletedProcess:
     """Runs a script as `torchrun` does, but each rank is a fork of this process, so that it need
     not import torch again.
@@ -61,26 +67,25 @@ def forked_ranks(
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         children = []
         for rank in range(ranks):
-            if not (child := os.fork()):
-                _run(
-                    command,
-                    environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    out.fileno(),
-                    err.fileno(),
-                )
+            child = os.fork()
+            if child == 0:
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                _run(command, environment, out.fileno(), err.fileno())
             children.append(child)
         code = _wait(children, timeout)
-        out.seek(0), err.seek(0)
+        out.seek(0)
+        err.seek(0)
         run = subprocess.CompletedProcess(command, code, out.read(), err.read())
     assert not (check and run.returncode), run.stderr[-5000:]
     return run
 
 
-def _run(command, environment, out, err):
+def _run(command: list[str], environment: dict[str, str], out: int, err: int) -> NoReturn:
     """Runs a script in a fork, which ends here."""
     code = 1
     try:
-        os.dup2(out, 1), os.dup2(err, 2)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         os.environ.update(environment)
@@ -93,24 +98,25 @@ def _run(command, environment, out, err):
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
-def _wait(children, timeout):
+def _wait(children: list[int], timeout: float) -> int:
     """Waits for processes, and returns 0 if all end well.
 
     An error of one, or the end of the time, ends the others.
     """
     codes, deadline = {}, time.monotonic() + timeout
     while len(codes) < len(children):
-        left = [child for child in children if child not in codes]
+        running = [child for child in children if child not in codes]
         if any(codes.values()) or time.monotonic() > deadline:
-            for child in left:
+            for child in running:
                 os.kill(child, signal.SIGKILL)
-        for child in left:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
+        for child in running:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
                 codes[child] = os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
-    return next(filter(None, codes.values()), 0)
+    return next((code for code in codes.values() if code), 0)

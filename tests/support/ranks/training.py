@@ -3,22 +3,25 @@ rank did.
 
     training.py FOLDER PLAN
 
-PLAN: {name: {"changes": [...], "resume": false, "fault": [what, rank, step]}}
+PLAN: {name: {"changes": [...], "resume": false, "fault": [kind, rank, step]}}
 
 Each rank takes its part of the batches of one loader, so that a step of all ranks has the pairs of
-a step of one process. The fault happens to this rank in this step. Each rank writes the results of
-`observed` by name to FOLDER/PLAN-RANK.json.
+a step of one process. The fault, "not finite" or a signal, happens to this rank in this step. Each
+rank writes the results of `observed` by name to FOLDER/PLAN-RANK.json.
 """
 
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch import Tensor
 
 from simplclip import data
 from simplclip.models.crop import TextCrop
@@ -26,76 +29,75 @@ from simplclip.train import loop
 from support.train import tiny
 
 
-def fault(what, state):
-    if what == "not finite":
+def meet_fault(kind: str, state: Any) -> None:
+    if kind == "not finite":
         state.model.logit_scale.data.fill_(float("nan"))
     else:
-        os.kill(os.getpid(), getattr(signal, what))
+        os.kill(os.getpid(), getattr(signal, kind))
 
 
 class Parts:
     """A rank's parts of a loader's batches, which are `ranks` times as large."""
 
-    def __init__(self, rank, ranks, batch_size, **options):
-        self.rank, self.size = rank, batch_size
+    def __init__(self, rank: int, ranks: int, batch_size: int, **options: Any) -> None:
+        self.rank = rank
+        self.size = batch_size
         self.loader = Loader(rank=0, world_size=1, batch_size=ranks * batch_size, **options)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict]:
         rows = slice(self.rank * self.size, (self.rank + 1) * self.size)
         for batch in self.loader:
             yield {name: value[rows] for name, value in batch.items()}
 
-    def state_dict(self):
-        return self.loader.state_dict() | {
-            "rank": self.rank,
-            "world_size": int(os.environ.get("WORLD_SIZE", 1)),
-        }
+    def state_dict(self) -> dict:
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        return self.loader.state_dict() | {"rank": self.rank, "world_size": world_size}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self.loader.load_state_dict(state | {"rank": 0, "world_size": 1})
 
     @property
-    def shards_digest(self):
+    def shards_digest(self) -> str:
         return self.loader.shards_digest
 
     @property
-    def skipped(self):
+    def skipped(self) -> Any:
         return self.loader.skipped
 
 
 Loader, curves = data.Loader, loop.curves
 
 
-def observed(config, broken=None, **options) -> dict:
+def observed(config: Any, fault: list | None = None, **options: Any) -> dict:
     """Runs a config, and returns for this rank: the groups of each step's pairs, the numbers of
     texts in micro-batches, the weights at the end, the seed of torch's generator, and the error.
     """
     rank = int(os.environ.get("RANK", 0))
-    groups = []
-    last = []
-    original = loop.train_step
+    groups: list[list[int]] = []
+    text_counts: list[list[int]] = []
+    last_state: list[Any] = []
     error = None
-    cut, split = [], TextCrop.split
+    train_step, split = loop.train_step, TextCrop.split
 
-    def splitting(crop, text, tokens):
+    def recording_split(crop: TextCrop, text: Tensor, tokens: int) -> list[Tensor]:
         crop.multiple = 1  # at a multiple of 8 all captions would have the same length
         rows = split(crop, text, tokens * 2 // (2 + rank))  # simulates longer texts on later ranks
-        cut.append([len(part) for part in rows])
+        text_counts.append([len(part) for part in rows])
         return rows
 
-    def stepping(state, batches):
-        if broken and broken[1:] == [rank, state.step + 1]:
-            fault(broken[0], state)
+    def recording_step(state: Any, batches: list[dict]) -> Any:
+        if fault and fault[1:] == [rank, state.step + 1]:
+            meet_fault(fault[0], state)
         groups.append(torch.cat([batch["group"] for batch in batches]).tolist())
-        last[:] = [state]
-        return original(state, batches)
+        last_state[:] = [state]
+        return train_step(state, batches)
 
-    def parts(shards, *, rank, world_size, **options):
+    def parts(shards: Any, *, rank: int, world_size: int, **options: Any) -> Parts:
         return Parts(rank, world_size, shards=shards, **options)
 
-    loop.train_step = stepping
+    loop.train_step = recording_step
     loop.curves = lambda out: None
-    TextCrop.split = splitting
+    TextCrop.split = recording_split
     loop.data.Loader = parts
     try:
         with open(f"{config.run.out}-{rank}.txt", "w") as text:
@@ -103,14 +105,16 @@ def observed(config, broken=None, **options) -> dict:
     except (Exception, SystemExit) as failed:
         error = f"{type(failed).__name__}: {failed}"
     finally:
-        loop.train_step = original
+        loop.train_step = train_step
         loop.curves = curves
         TextCrop.split = split
         loop.data.Loader = Loader
-    weights = [p.detach().sum().item() for p in last[0].model.parameters()] if last else []
+    weights = []
+    if last_state:
+        weights = [p.detach().sum().item() for p in last_state[0].model.parameters()]
     return {
         "groups": groups,
-        "cut": cut,
+        "cut": text_counts,
         "weights": weights,
         "error": error,
         "seed": torch.initial_seed(),
@@ -121,11 +125,12 @@ def main(folder: Path, plan: str) -> None:
     torch.set_num_threads(1)
     entries = json.loads((folder / f"{plan}.json").read_text())
     dist.init_process_group("gloo")  # torchrun's store serves only one process group in a process
-    done = {}
+    results = {}
     for name, entry in entries.items():
         config = tiny.config.load(folder / "config.yaml", entry["changes"])
-        done[name] = observed(config, entry.get("fault"), resume=entry.get("resume", False))
-    (folder / f"{plan}-{os.environ['RANK']}.json").write_text(json.dumps(done))
+        resume = entry.get("resume", False)
+        results[name] = observed(config, entry.get("fault"), resume=resume)
+    (folder / f"{plan}-{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What each rank of tests/ops/test_distributed.py runs: the recipe of docs/recipes.md for
-transformers' Trainer, in DistributedDataParallel.
+"""Part of losses.py: the recipe of docs/recipes.md for transformers' Trainer, in
+DistributedDataParallel.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simplclip.losses import ClipLoss, SigLipLoss
@@ -15,10 +17,8 @@ from support.programs import run_doc_blocks
 N = 5
 
 
-def check(trainer, name: str, loss, whole: bool, rank: int) -> None:
-    """Compares the recipe's loss with the model's own of the whole batch, or of each rank's
-    batch.
-    """
+def check(trainer: Any, name: str, loss: nn.Module, whole: bool, rank: int) -> None:
+    """Compares the recipe's loss with the model's own of the whole batch, or of a rank's batch."""
     inputs = batch(name, N * dist.get_world_size())
     local = {key: value[N * rank : N * rank + N] for key, value in inputs.items()}
     out, expected = step(model(name), inputs if whole else local)
@@ -45,6 +45,6 @@ def main(rank: int) -> None:
     world = dist.get_world_size()
     trainer = run_doc_blocks("recipes.md", "In transformers' Trainer")["ContrastiveTrainer"]
     check(trainer, "CLIPModel", ClipLoss(), False, rank)
-    of_all = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
-    check(trainer, "CLIPModel", of_all, True, rank)
+    whole_loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    check(trainer, "CLIPModel", whole_loss, True, rank)
     check(trainer, "SiglipModel", SigLipLoss(rank=rank, world_size=world), True, rank)

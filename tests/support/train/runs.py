@@ -5,7 +5,9 @@ import csv
 import io
 import os
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,38 +16,42 @@ from rich.console import Console
 
 from simplclip.models.trained import read_checkpoint
 from simplclip.train import loop
+from simplclip.train.config import Config
 from support.train import tiny
 
 TIMED = ("samples_per_s", "data_share", "peak_mb")
 
 
-def go(config, curves=False, **options) -> str:
-    """Runs a config and returns the printed text. curves: draw them at the end, which takes longer
-    than 7 steps.
-    """
+def go(config: Config, curves: bool = False, **options: Any) -> str:
+    """Runs a config and returns the printed text. curves: draw them, which takes long."""
     text = io.StringIO()
-    with contextlib.nullcontext() if curves else mock.patch.object(loop, "curves"):
+    drawing = contextlib.nullcontext() if curves else mock.patch.object(loop, "curves")
+    with drawing:
         loop.run(config, console=Console(file=text, width=200), **options)
     return text.getvalue()
 
 
-def at_step(monkeypatch, step, action):
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
     """Calls `action` in the middle of the training step that leads to `step`."""
-    original = loop.train_step
+    train_step = loop.train_step
 
-    def stepping(state, *rest):
+    def interrupted_step(state: Any, *rest: Any) -> Any:
         if state.step + 1 == step:
             action()
-        return original(state, *rest)
+        return train_step(state, *rest)
 
-    monkeypatch.setattr(loop, "train_step", stepping)
+    monkeypatch.setattr(loop, "train_step", interrupted_step)
 
 
-def check_resumed(folder, monkeypatch, stop, changes, teacher=0) -> str:
-    """Checks that a run that a signal stops after step `stop` and that is resumed equals an
-    undisturbed run to the bit.
-
-    Returns what the undisturbed run printed.
+def check_resumed(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: int,
+    changes: Sequence[str],
+    teacher: int = 0,
+) -> str:
+    """Checks that a run that a signal stops after step `stop` ends, once resumed, as an undisturbed
+    run to the bit. Returns what the undisturbed run printed.
     """
     text = go(tiny.settings(folder, *changes, f"run.out={folder / 'whole'}", teacher=teacher))
     parts = tiny.settings(folder, *changes, f"run.out={folder / 'parts'}", teacher=teacher)
@@ -58,7 +64,7 @@ def check_resumed(folder, monkeypatch, stop, changes, teacher=0) -> str:
     return text
 
 
-def check_ends_as(whole, config):
+def check_ends_as(whole: Path, config: Config) -> None:
     """Checks that the stopped run of `config`, resumed, ends as the run in the folder `whole`."""
     torch.rand(3)  # another process would start from other random numbers
     assert "continuing from step " in go(config, resume=True)
@@ -68,18 +74,24 @@ def check_ends_as(whole, config):
     assert [row["step"] for row in rows(out)] == [str(step + 1) for step in range(config.run.steps)]
 
 
-def rows(folder, file="metrics.csv"):
+def rows(folder: Path, file: str = "metrics.csv") -> list[dict[str, str]]:
+    """Returns the rows of a table without what depends on the machine."""
     with open(folder / file, newline="") as lines:
-        return [{k: v for k, v in row.items() if k not in TIMED} for row in csv.DictReader(lines)]
+        table = list(csv.DictReader(lines))
+    for row in table:
+        for name in TIMED:
+            row.pop(name, None)
+    return table
 
 
-def state_of(folder, file="last.pt"):
+def state_of(folder: Path, file: str = "last.pt") -> dict:
+    """Returns a checkpoint without the folder of its run."""
     state = read_checkpoint(folder / file)
     state["config"]["run"].pop("out")
     return state
 
 
-def bits(value):
+def bits(value: Any) -> Any:
     """Replaces each tensor of a state by its dtype and bytes, so that == compares states to the
     bit.
     """
@@ -87,8 +99,6 @@ def bits(value):
         return {key: bits(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [bits(part) for part in value]
-    return (
-        (value.dtype, value.contiguous().view(-1).numpy().tobytes())
-        if isinstance(value, torch.Tensor)
-        else value
-    )
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.contiguous().view(-1).numpy().tobytes()
+    return value

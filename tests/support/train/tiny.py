@@ -1,6 +1,4 @@
-"""A tiny model, tiny shards and a config for the tests of training, evaluation and the command
-line.
-"""
+"""A tiny training: shards of coloured patterns, features of a teacher, and a config."""
 
 import io
 import itertools
@@ -18,10 +16,8 @@ SHAPES = ("circle", "square", "bar", "cross", "ring", "wedge")
 MODEL = {"text_cfg": {"layers": 1}}
 
 
-def picture(colour, shape, size=16) -> bytes:
-    """Returns a PNG with a random pattern in a colour on white; the pattern depends on the shape's
-    name.
-    """
+def picture(colour: tuple[int, int, int], shape: str, size: int = 16) -> bytes:
+    """Returns a PNG with a pattern in a colour on white. The name of the shape is its seed."""
     inside = np.random.default_rng(list(shape.encode())).random((size // 4, size // 4)) < 0.5
     inside = inside.repeat(4, axis=0).repeat(4, axis=1)
     data = io.BytesIO()
@@ -52,16 +48,11 @@ def write_shard(path: Path, copies: int = 1, teacher: int = 0) -> str:
         key = f"{copy}-{name}-{shape}"
         samples.append((key, files))
         if teacher:
-            taught.append(
-                (key, {"teacher.npy": pairs.npy(teacher_features(record["captions"], teacher))})
-            )
+            features = teacher_features(record["captions"], teacher)
+            taught.append((key, {"teacher.npy": pairs.npy(features)}))
     if teacher:
-        write_teacher(
-            path.parent / "teacher",
-            path.name,
-            taught,
-            {"name": "made up", "width": teacher, "logit_scale": 10.0},
-        )
+        stamp = {"name": "made up", "width": teacher, "logit_scale": 10.0}
+        write_teacher(path.parent / "teacher", path.name, taught, stamp)
     return pairs.write(path, samples)
 
 
@@ -78,6 +69,7 @@ def settings(folder: Path, *changes: str, teacher: int = 0) -> config.Config:
 
 
 def write_config(folder: Path, teacher: int = 0) -> str:
+    """Writes the config, and the shard that it names unless there is one."""
     shard = folder / "data" / "train-0.tar"
     if not shard.exists():
         write_shard(shard, teacher=teacher)
@@ -87,6 +79,7 @@ def write_config(folder: Path, teacher: int = 0) -> str:
         "precision": "fp32",
         "device": "cpu",
         "log_every": 1,
+        "save_every": 100,
     }
     sidecars = [str(shard.parent / "teacher")] if teacher else []
     values = config.from_dict(
@@ -95,7 +88,7 @@ def write_config(folder: Path, teacher: int = 0) -> str:
             "data": {"train": str(shard), "sidecars": sidecars, "batch_size": 8, "workers": 0},
             "loss": {"pm_weight": 1.0},
             "optim": {"warmup": 2},
-            "run": run | {"save_every": 100},
+            "run": run,
         }
     )
     path = folder / "config.yaml"
