@@ -1,5 +1,4 @@
-"""The README's chart: time and memory of the contrastive loss against the number of pairs, as an
-SVG.
+"""The README's chart of the contrastive loss: time and memory against the number of pairs.
 
 The SVG is written as text, without a plotting library: the same result file gives the same bytes on
 every machine, so that a test can compare them.
@@ -44,14 +43,11 @@ def draw(rows: list[dict[str, str]], source: str) -> str:
     """Returns the SVG of the contrastive loss in float32. rows: those of the result file
     `source`.
     """
-    rows = [
-        row
-        for row in rows
-        if (row["objective"], row["dtype"]) == ("contrastive", "float32") and row["p50_ms"]
-    ]
+    shown = ("contrastive", "float32")
+    rows = [row for row in rows if (row["objective"], row["dtype"]) == shown and row["p50_ms"]]
+    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 '
-        f'{WIDTH} {HEIGHT}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
         "<title>Time and memory of the contrastive loss against the number of pairs</title>",
         f"<style>{STYLE}</style>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#ffffff"/>',
@@ -62,14 +58,8 @@ def draw(rows: list[dict[str, str]], source: str) -> str:
     for index, panel in enumerate(PANELS):
         lines += _panel(*panel, LEFT + PANEL_STEP * index, rows)
     first = rows[0]
-    lines.append(
-        _text(
-            24,
-            HEIGHT - 30,
-            f"float32, D = {first['d']}; {first['hardware']}; {first['date']}",
-            style="small",
-        )
-    )
+    measured = f"float32, D = {first['d']}; {first['hardware']}; {first['date']}"
+    lines.append(_text(24, HEIGHT - 30, measured, style="small"))
     lines.append(_text(24, HEIGHT - 13, f"drawn by make tables from {source}", style="small"))
     return "\n".join([*lines, "</svg>", ""])
 
@@ -95,9 +85,8 @@ def _panel(
     ticks = _ticks(list(values.values()))
 
     def across(n: int) -> float:
-        return (
-            left + 12 + (PANEL_WIDTH - 24) * math.log(n / sizes[0]) / math.log(sizes[-1] / sizes[0])
-        )
+        width = (PANEL_WIDTH - 24) * math.log(n / sizes[0])
+        return left + 12 + width / math.log(sizes[-1] / sizes[0])
 
     def down(value: float) -> float:
         return TOP + PANEL_HEIGHT * math.log(ticks[-1] / value) / math.log(ticks[-1] / ticks[0])
@@ -110,33 +99,25 @@ def _panel(
         )
         lines.append(_text(left - 8, y + 4, f"{tick:,g}", style="small", anchor="end"))
     for n in sizes:
-        lines.append(
-            _text(across(n), TOP + PANEL_HEIGHT + 18, f"{n:,}", style="small", anchor="middle")
-        )
-    middle, below = left + PANEL_WIDTH / 2, TOP + PANEL_HEIGHT + 36
-    lines.append(_text(middle, below, "pairs in the batch, N", style="small", anchor="middle"))
+        y = TOP + PANEL_HEIGHT + 18
+        lines.append(_text(across(n), y, f"{n:,}", style="small", anchor="middle"))
+    middle, y = left + PANEL_WIDTH / 2, TOP + PANEL_HEIGHT + 36
+    lines.append(_text(middle, y, "pairs in the batch, N", style="small", anchor="middle"))
     ends = []
     for form, (style, _) in SERIES.items():
         points = [(across(n), down(values[form, n])) for n in sizes if (form, n) in values]
-        lines.append(
-            f'<polyline class="{style}" '
-            f'points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
-        )
+        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        lines.append(f'<polyline class="{style}" points="{corners}"/>')
         lines += [f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
         last = values[form, max(n for name, n in values if name == form)]
-        ends.append(
-            (
-                points[-1][1] + 4,
-                points[-1][0] + 8,
-                style,
-                f"{last:,.{1 if last < 10 else 0}f} {unit}",
-            )
-        )
-    above = math.inf
+        label = f"{last:,.1f} {unit}" if last < 10 else f"{last:,.0f} {unit}"
+        x, y = points[-1]
+        ends.append((y + 4, x + 8, style, label))
+    label_y = math.inf
     # from the lowest up; a label that would cover another moves up
-    for y, x, style, text in sorted(ends, reverse=True):
-        above = min(y, above - 13)
-        lines.append(_text(x, above, text, style=style))
+    for y, x, style, label in sorted(ends, reverse=True):
+        label_y = min(y, label_y - 13)
+        lines.append(_text(x, label_y, label, style=style))
     return lines
 
 

@@ -1,5 +1,6 @@
-"""Keeps the figures of a finished demo as a result file: python -m benchmarks.demo
-runs/siclip-lite0-emoji
+"""Keeps the figures of a finished demo as a result file.
+
+python -m benchmarks.demo runs/siclip-lite0-emoji
 """
 
 from __future__ import annotations

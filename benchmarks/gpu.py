@@ -51,15 +51,11 @@ class Case:
 
 
 def losses(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
-    for n, objective in itertools.product(
-        map(int, o.sizes.split(",")), similarity_forms.OBJECTIVES
-    ):
+    sizes = [int(n) for n in o.sizes.split(",")]
+    for n, objective in itertools.product(sizes, similarity_forms.OBJECTIVES):
         arguments = ("similarity_loss", objective, n, o.width, dtype, 1 << 62, o.device, o.repeats)
-        yield Case(
-            "losses",
-            f"{objective}, N={n} D={o.width} {dtype}",
-            partial(similarity_forms.measure, *arguments, False),
-        )
+        run = partial(similarity_forms.measure, *arguments, False)
+        yield Case("losses", f"{objective}, N={n} D={o.width} {dtype}", run)
 
 
 def attention(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
@@ -84,13 +80,12 @@ def training(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
 
 def small_calls(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
     if dtype == o.dtypes.split(",")[0]:  # in float32, once
-        yield Case("host", o.device, partial(of_small_calls, o))
+        yield Case("host", o.device, partial(measure_small_calls, o))
 
 
-def of_small_calls(o: argparse.Namespace) -> list[dict]:
-    return [
-        {"op": "host", "form": row["call"], **row} for row in host.measure(20 * o.repeats, o.device)
-    ]
+def measure_small_calls(o: argparse.Namespace) -> list[dict]:
+    rows = host.measure(20 * o.repeats, o.device)
+    return [{"op": "host", "form": row["call"], **row} for row in rows]
 
 
 def steps(o: argparse.Namespace, dtype: str) -> Iterator[Case]:
@@ -145,26 +140,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_first(device: str, folder: Path) -> None:
-    """Runs selftest and keeps its output.
-
-    Ends the program unless it ends with 0, or with 1: something is wrong.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "simplclip",
-        "selftest",
-        "--device",
-        device,
-        "--json",
-        str(folder / "selftest.json"),
-    ]
-    print(" ".join(command[2:]), flush=True)
+    """Runs selftest and keeps its output. Exits unless it ends with 0, or 1: something is wrong."""
+    words = ["simplclip", "selftest", "--device", device, "--json", str(folder / "selftest.json")]
+    print(*words, flush=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with (
         open(folder / "selftest.txt", "w") as file,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as run,
+        subprocess.Popen([sys.executable, "-m", *words], **pipes) as run,
     ):
         for line in run.stdout:
             print(line, end="", flush=True)
@@ -189,19 +171,14 @@ def earlier(file: Path, commit: str) -> list[dict]:
 
 
 def write_bundle(folder: Path, rows: list[dict], left: int, where: dict[str, str]) -> list[str]:
-    """Writes all files but rows.csv, and the zip beside the folder.
-
-    Returns the lines of the summary.
-    """
-    lines = [
-        f"{where['hardware']}, torch {where['torch']}, simplclip {where['simplclip']}, commit "
-        f"{where['commit']}",
-        "",
-    ]
+    """Writes all files but rows.csv, and the zip beside the folder. Returns the summary's lines."""
+    versions = f"torch {where['torch']}, simplclip {where['simplclip']}, commit {where['commit']}"
+    lines = [f"{where['hardware']}, {versions}", ""]
     lines.append(f"{len(rows)} rows; {left} cases were left for the next call.")
-    failed = [
-        {name: row[name] for name in ("case", "form", "note")} for row in rows if row.get("note")
-    ]
+    failed = []
+    for row in rows:
+        if row.get("note"):
+            failed.append({name: row[name] for name in ("case", "form", "note")})
     if failed:
         lines += ["", f"{len(failed)} forms have no figure:", *table(failed)]
     packages = {
@@ -212,8 +189,8 @@ def write_bundle(folder: Path, rows: list[dict], left: int, where: dict[str, str
         "where": where,
         "gpu": gpu_state(),
         "doctor": simplclip.report(),
+        "packages": dict(sorted(packages.items())),
     }
-    environment["packages"] = dict(sorted(packages.items()))
     write_atomically(folder / "summary.txt", "\n".join(lines) + "\n")
     write_atomically(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
@@ -227,7 +204,8 @@ def main(argv: list[str] | None = None) -> None:
             f"--device cuda: torch {torch.__version__} sees no CUDA device; --device cpu --sizes "
             "256 tries the program"
         )
-    if unknown := set(options.ops.split(",")) - set(OPS):
+    unknown = set(options.ops.split(",")) - set(OPS)
+    if unknown:
         sys.exit(f"--ops: expected some of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
     where = describe(options.device)
     folder = options.out or RESULTS / f"{slug(where['hardware'].split(',')[0])}-{where['date']}"
@@ -251,9 +229,8 @@ def main(argv: list[str] | None = None) -> None:
         state = gpu_state()
         rows += [{"case": str(case), "form": "", **row, **state, **where} for row in measured]
         write_csv(folder / "rows.csv", rows)
-    print(
-        "\n", *write_bundle(folder, rows, left, where), f"wrote {folder} and {folder}.zip", sep="\n"
-    )
+    summary = write_bundle(folder, rows, left, where)
+    print("\n", *summary, f"wrote {folder} and {folder}.zip", sep="\n")
 
 
 if __name__ == "__main__":

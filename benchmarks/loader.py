@@ -73,9 +73,8 @@ def open_clip_batches(shards: str, size: int, workers: int, batch: int) -> Itera
     )
     transform = image_transform_v2(PreprocessCfg(size), is_train=True)
     tokenizer = open_clip.get_tokenizer(TOKENIZER)
-    for images, _ in trainer.get_wds_dataset(
-        arguments, transform, is_train=True, tokenizer=tokenizer
-    ).dataloader:
+    dataset = trainer.get_wds_dataset(arguments, transform, is_train=True, tokenizer=tokenizer)
+    for images, _ in dataset.dataloader:
         yield len(images)
 
 
@@ -86,21 +85,21 @@ LOADERS: dict[str, Callable[..., Iterator[int]]] = {
 
 
 def rate(batches: Iterator[int], workers: int, seconds: float) -> tuple[float, float]:
-    """Returns images a second, and images a second of the workers' processor time, which a busy
-    machine changes less.
+    """Returns images a second, and images a second of the workers' processor time.
 
-    Measures after the batches that the workers prepare ahead.
+    A busy machine changes the latter less. Measures after the batches that workers prepare ahead.
     """
     for _ in range(3 * workers + 1):
         next(batches)
     start = time.perf_counter()
-    busy = processor_seconds()
-    count = 0
-    while (passed := time.perf_counter() - start) < seconds:
+    processor_start = processor_seconds()
+    count, elapsed = 0, 0.0
+    while elapsed < seconds:
         count += next(batches)
-    busy = processor_seconds() - busy
+        elapsed = time.perf_counter() - start
+    processor_elapsed = processor_seconds() - processor_start
     batches.close()  # ends the workers
-    return count / passed, count / busy
+    return count / elapsed, count / processor_elapsed
 
 
 def processor_seconds() -> float:
@@ -115,33 +114,34 @@ def processor_seconds() -> float:
 def measure(
     shards: str, size: int, workers: list[int], batch: int, seconds: float, repeats: int
 ) -> dict[str, float]:
-    """Prints a table and writes it to benchmarks/results.
-
-    Returns images a second with one worker, by loader.
-    """
+    """Prints a table and writes it to benchmarks/results. Returns the rates with one worker."""
     rates: dict[tuple[int, str], list[tuple[float, float]]] = {
         (count, name): [] for count in workers for name in LOADERS
     }
     for _ in range(repeats):
         for count, name in rates:
-            rates[count, name].append(
-                rate(LOADERS[name](shards, size, count, batch), count, seconds)
-            )
-    medians = {
-        key: [statistics.median(column) for column in zip(*values)] for key, values in rates.items()
-    }
+            batches = LOADERS[name](shards, size, count, batch)
+            rates[count, name].append(rate(batches, count, seconds))
+    medians = {}
+    for key, values in rates.items():
+        medians[key] = [statistics.median(column) for column in zip(*values)]
     rows = []
     for (count, name), values in rates.items():
-        (whole, busy), base = medians[count, name], medians[count, "open_clip"]
-        seen = [value for value, _ in values]
+        wall, processor = medians[count, name]
+        base_wall, base_processor = medians[count, "open_clip"]
+        wall_rates = [value for value, _ in values]
         row = {
             "form": name,
             "workers": count,
-            "images_per_s": round(whole),
-            "least": round(min(seen)),
+            "images_per_s": round(wall),
+            "least": round(min(wall_rates)),
+            "most": round(max(wall_rates)),
+            "times": round(wall / base_wall, 2),
+            "repeats": repeats,
+            "per_processor_s": round(processor),
+            "times_of_it": round(processor / base_processor, 2),
         }
-        row |= {"most": round(max(seen)), "times": round(whole / base[0], 2), "repeats": repeats}
-        rows.append(row | {"per_processor_s": round(busy), "times_of_it": round(busy / base[1], 2)})
+        rows.append(row)
     where = describe()
     write_csv(result_path("loader", where), [row | where for row in rows])
     print(f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}")

@@ -1,12 +1,12 @@
-"""Similarity objectives as simplclip, open_clip, torch.compile and others compute them, measured in
-turn.
-"""
+"""Similarity objectives as simplclip, open_clip, torch.compile and others compute them."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,27 +50,30 @@ class Batch:
 def batch(n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> Batch:
     """Makes partly matched unit features, and features of a teacher near them."""
     generator = torch.Generator().manual_seed(0)
-    unit = lambda: F.normalize(torch.randn(n, d, generator=generator), dim=1)  # noqa: E731
+
+    def unit() -> Tensor:
+        return F.normalize(torch.randn(n, d, generator=generator), dim=1)
+
     image = unit()
     text = F.normalize(image + 4 * unit(), dim=1)
     teacher_image, teacher_text = (F.normalize(t + unit(), dim=1) for t in (image, text))
     student = [t.to(device, dtype).requires_grad_() for t in (image, text)]
-    scale, bias = (
-        torch.tensor(value, device=device, requires_grad=True) for value in (SCALE, -10.0)
-    )
+    scale = torch.tensor(SCALE, device=device, requires_grad=True)
+    bias = torch.tensor(-10.0, device=device, requires_grad=True)
     teacher = [t.to(device, dtype) for t in (teacher_image, teacher_text)]
     return Batch(*student, scale, bias, *teacher, torch.tensor(60.0, device=device))
 
 
 def _ours(terms: tuple[str, ...]) -> Callable[[Batch], Tensor]:
     def run(b: Batch) -> Tensor:
-        options = {"plane": PLANE} if "pair_matching" in terms else {}
+        options: dict[str, Any] = {}
+        if "pair_matching" in terms:
+            options["plane"] = PLANE
         if "sigmoid" in terms:
             options["logit_bias"] = b.bias
         weights = dict.fromkeys(terms, 1.0)  # with weights, a sum of sigmoid terms takes one sweep
-        return similarity_loss(b.image, b.text, b.scale, terms=terms, weights=weights, **options)[
-            "loss"
-        ]
+        options |= {"terms": terms, "weights": weights}
+        return similarity_loss(b.image, b.text, b.scale, **options)["loss"]
 
     return run
 
@@ -150,10 +153,10 @@ def _open_clip_all(b: Batch) -> Tensor:
     """Adds open_clip.DistillClipLoss, pair matching over one more product, and cross-entropies
     across modalities.
     """
-    distilled = DistillClipLoss()(
-        b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale
-    )
-    return sum(distilled) + pair_matching(b.image @ b.text.T, *PLANE) + _interactive(b)
+    student = b.image, b.text, b.scale
+    teacher = b.teacher_image, b.teacher_text, b.teacher_scale
+    distilled = sum(DistillClipLoss()(*student, *teacher))
+    return distilled + pair_matching(b.image @ b.text.T, *PLANE) + _interactive(b)
 
 
 def _fewest_products_all(b: Batch) -> Tensor:
@@ -164,9 +167,8 @@ def _fewest_products_all(b: Batch) -> Tensor:
     loss = pair_matching(similarity, *PLANE) + _interactive(b)
     for dim in (0, 1):
         loss = loss + 0.5 * (logits.logsumexp(dim) - diagonal).mean()
-        loss = loss - 0.5 * (teacher.softmax(dim) * logits.log_softmax(dim)).sum(dim).mean(
-            dtype=torch.float32
-        )
+        products = teacher.softmax(dim) * logits.log_softmax(dim)
+        loss = loss - 0.5 * products.sum(dim).mean(dtype=torch.float32)
     return loss
 
 
@@ -179,15 +181,22 @@ def _products(features: Tensor, terms: tuple[str, ...]) -> float:
     such a call with one constant side. Sigmoid terms that do not join a softmax share three
     products.
     """
-    n, relational = len(features), "relational" in terms
-    kept, kept_of_two = (stored_rows(features, n, matrices, None) / n for matrices in (1, 2))
-    products = (
-        2 * (2 - kept_of_two) + 2 if relational else 4 - kept if "contrastive" in terms else 0
-    )
-    # pair matching; on a GPU it joins no sweep with a teacher
-    alone = relational and features.device.type != "cpu"
-    sigmoids = "sigmoid" in terms or "pair_matching" in terms and (alone or not products)
-    return products + 3 * sigmoids + 2 * (3 - kept) * ("interactive" in terms)
+    n = len(features)
+    kept = stored_rows(features, n, 1, None) / n  # share of the rows of one matrix
+    joins_softmax = "contrastive" in terms
+    products = 0.0
+    if "relational" in terms:
+        kept_of_two = stored_rows(features, n, 2, None) / n
+        products = 2 * (2 - kept_of_two) + 2
+        joins_softmax = features.device.type == "cpu"  # a GPU has no such sweep with a teacher
+    elif "contrastive" in terms:
+        products = 4 - kept
+    separate_matching = "pair_matching" in terms and not joins_softmax
+    if "sigmoid" in terms or separate_matching:
+        products += 3
+    if "interactive" in terms:
+        products += 2 * (3 - kept)
+    return products
 
 
 @dataclass
@@ -214,10 +223,11 @@ def forms(objective: str, dtype: str) -> list[Form]:
         return dense(f"torch.compile{name}", torch.compile(run, dynamic=False), products)
 
     def on_gpu(
-        package: str, name: str, run: Callable[[Batch], Tensor], products: int, tf32: bool
+        package: str, name: str, run: Callable[[Batch], Tensor], products: int
     ) -> list[Form]:
-        usable = torch.cuda.is_available() and importlib.util.find_spec(package)
-        return [Form(name, run, products, tf32=tf32)] if usable else []
+        if not torch.cuda.is_available() or importlib.util.find_spec(package) is None:
+            return []
+        return [Form(name, run, products, tf32=True)]
 
     if objective == "contrastive":
         return [
@@ -226,10 +236,11 @@ def forms(objective: str, dtype: str) -> list[Form]:
             dense("open_clip.ClipLoss", _clip_loss, 6),
             compiled(" of open_clip.ClipLoss", _clip_loss, 6),
             compiled(", one product", _one_product, 3),
-            *on_gpu("memeff", "memeff, no gradient of the scale", _memeff, 5, tf32=True),
+            *on_gpu("memeff", "memeff, no gradient of the scale", _memeff, 5),
         ]
     if objective == "sigmoid":
         chunks = f"open_clip's main branch, chunk_size={CHUNK}"
+        siglip_kernel_products = 4 if dtype == "float32" else 3
         return [
             ours(BASE, "sigmoid"),
             ours(f"{BASE}, pair matching too", "sigmoid", "pair_matching"),
@@ -238,13 +249,7 @@ def forms(objective: str, dtype: str) -> list[Form]:
             dense(chunks, _siglip_loss_in_chunks, 3),
             compiled(f" of {chunks}", _siglip_loss_in_chunks, 3),
             compiled(", three products", _one_product_sigmoid, 3),
-            *on_gpu(
-                "siglip_kernel",
-                "siglip-kernel",
-                _siglip_kernel,
-                4 if dtype == "float32" else 3,
-                tf32=True,
-            ),
+            *on_gpu("siglip_kernel", "siglip-kernel", _siglip_kernel, siglip_kernel_products),
         ]
     return [
         Form(BASE, _wikd_loss, terms=("contrastive", "pair_matching", "relational", "interactive")),
@@ -271,8 +276,8 @@ def measure(
     """
     torch.compiler.reset()  # so that each form is compiled for this size alone
     features = batch(n, d, getattr(torch, dtype), device)
-    wanted = {form.name: form for form in forms(objective, dtype)}
-    used = {name: form for name, form in wanted.items() if n <= dense_up_to or not form.dense}
+    every_form = {form.name: form for form in forms(objective, dtype)}
+    used = {name: form for name, form in every_form.items() if n <= dense_up_to or not form.dense}
     peaks: dict[str, float] = {}
 
     def first_step(form: Form) -> float:
@@ -295,29 +300,29 @@ def measure(
 
     products = three_products(features)
     what = {"op": op, "objective": objective, "n": n, "d": d, "dtype": dtype}
-    cases = {PRODUCTS: products} | {
-        name: lambda form=form: features.step(form.run) for name, form in used.items()
-    }
-    first = {PRODUCTS: products} | {
-        name: lambda form=form: first_step(form) for name, form in used.items()
-    }
-    of_products, *rows = compare(
+    cases: dict[str, Callable[[], Any]] = {PRODUCTS: products}
+    first: dict[str, Callable[[], Any]] = {PRODUCTS: products}
+    for name, form in used.items():
+        cases[name] = partial(features.step, form.run)
+        first[name] = partial(first_step, form)
+    products_row, *rows = compare(
         what, cases, repeats, first=first, wrong=wrong, warmup=0, strict=strict
     )
     for row in rows:
         name = row["form"]
         if "p50_ms" in row:
-            form = used[name]
-            gemms = (
-                _products(features.image, form.terms) if form.products is None else form.products
-            )
+            gemms = used[name].products
+            if gemms is None:
+                gemms = _products(features.image, used[name].terms)
             row["gemms"] = round(gemms, 2)
-            row["gemm_share"] = round(gemms * of_products["p50_ms"] / 3 / row["p50_ms"], 2)
+            row["gemm_share"] = round(gemms * products_row["p50_ms"] / 3 / row["p50_ms"], 2)
             row["extra_mib"] = round(peaks[name], 1)
-            row["memory_times_ours"] = round(peaks[name] / peaks[BASE], 1) if BASE in peaks else ""
+            row["memory_times_ours"] = ""
+            if BASE in peaks:
+                row["memory_times_ours"] = round(peaks[name] / peaks[BASE], 1)
     size = n * n * features.image.element_size() / 2**30
     note = {"note": f"left out: N×N matrices of {size:.3g} GiB each"}
-    return rows + [{**what, "form": name, **note} for name in wanted if name not in used]
+    return rows + [{**what, "form": name, **note} for name in every_form if name not in used]
 
 
 def three_products(b: Batch) -> Callable[[], None]:

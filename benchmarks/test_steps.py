@@ -37,12 +37,12 @@ def test_inference(measured, dtype, student):
     measured(inference, dtype, student)
 
 
-def inference(dtype, student, repeats):
+def inference(dtype: str, student: str, repeats: int) -> list[dict]:
     torch.manual_seed(0)
     text = torch.randint(1, 49000, (TEXTS, 77))
     image = torch.rand(IMAGES, 3, 256, 256, dtype=getattr(torch, dtype))
 
-    def run(model):
+    def run(model: torch.nn.Module) -> None:
         with torch.no_grad():
             model.encode_text(text)
             model.encode_image(image)
@@ -53,9 +53,5 @@ def inference(dtype, student, repeats):
         model.visual.to(memory_format=torch.channels_last)
         cases[name] = lambda model=model: run(model)
     shape = f"both: {TEXTS} texts, {IMAGES} images"
-    return compare(
-        {"op": "towers", "shape": shape, "dtype": dtype, "pass": "inference"},
-        cases,
-        repeats,
-        base=student,
-    )
+    what = {"op": "towers", "shape": shape, "dtype": dtype, "pass": "inference"}
+    return compare(what, cases, repeats, base=student)

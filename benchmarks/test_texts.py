@@ -59,11 +59,8 @@ HISTOGRAMS = {
 CROPS = {"padded": None, "four groups": 4}
 
 
-def captions(kind):
-    """Returns token ids [TEXTS, CONTEXT].
-
-    Their lengths are the quantiles of a histogram, in random order.
-    """
+def captions(kind: str) -> torch.Tensor:
+    """Returns token ids [TEXTS, CONTEXT], with the quantiles of a histogram as lengths."""
     lengths = [length for length, count in HISTOGRAMS[kind].items() for _ in range(count)]
     chosen = torch.tensor(lengths)[torch.linspace(0, len(lengths) - 1, TEXTS).round().long()]
     text = torch.zeros(TEXTS, CONTEXT, dtype=torch.long)
@@ -73,11 +70,11 @@ def captions(kind):
     return text
 
 
-def measure(kind, dtype, repeats):
+def measure(kind: str, dtype: str, repeats: int) -> list[dict]:
     torch.manual_seed(0)
     text, model = captions(kind), open_clip.create_model("ViT-B-32")
 
-    def run(groups):
+    def run(groups: int | None) -> None:
         crop = TextCrop(model, groups=groups) if groups else None
         model.zero_grad(set_to_none=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):

@@ -1,7 +1,7 @@
 """A contrastive batch of thousands of pairs in the memory of a small one, by gradient caching.
 
-python examples/big_batch.py 'shards/*.tar' --model ViT-B-32 --batch-size 8192 --micro-batch 128
---steps 500 --out big.pt
+    python examples/big_batch.py 'shards/*.tar' --model ViT-B-32 \
+        --batch-size 8192 --micro-batch 128 --steps 500 --out big.pt
 
 A batch is encoded micro-batch by micro-batch, without activations; one loss compares all its pairs;
 then each micro-batch is encoded again for its part of the gradient. The gradient is that of the
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     loss = ClipLoss()
 
-    def encode(batch):
+    def encode(batch: dict) -> tuple[torch.Tensor, ...]:
         with torch.autocast(device, torch.bfloat16):
             return model(batch["image"].to(device), batch["text"].to(device))
 
@@ -60,10 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer.zero_grad()
         terms = gradient_cache.backward(encode, batch, loss, model=model)
         optimizer.step()
-        print(
-            f"step {step}: loss {terms['loss'].item():.4f} of {options.batch_size} pairs",
-            flush=True,
-        )
+        loss_value = terms["loss"].item()
+        print(f"step {step}: loss {loss_value:.4f} of {options.batch_size} pairs", flush=True)
     torch.save(model.state_dict(), options.out)
 
 

@@ -1,8 +1,7 @@
-"""Distils a large CLIP model into a small one: the teacher's features once, then a student that
-learns from them.
+"""Distils a large CLIP model into a small one, which learns from the large one's stored features.
 
-python examples/distil.py 'shards/*.tar' --teacher open_clip:ViT-B-16/laion2b_s34b_b88k --out
-distilled
+    python examples/distil.py 'shards/*.tar' --teacher open_clip:ViT-B-16/laion2b_s34b_b88k \
+        --out distilled
 
 The teacher's features of all images and captions are written into OUT/teacher, one tar beside each
 shard, and a later call goes on from them; the teacher itself is not in memory while the student
@@ -38,16 +37,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
 
-    sidecars = [options.out / "teacher"]
-    teacher.run(options.shards, sidecars[0], options.teacher, workers=options.workers)
-    stamp = data.teacher_stamp(sidecars)
+    features = options.out / "teacher"
+    teacher.run(options.shards, features, options.teacher, workers=options.workers)
+    stamp = data.teacher_stamp([features])
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = create_model(options.student, device=device)
     transform = models.transforms(options.student, train=True)
     loader = data.Loader(
         options.shards,
-        sidecars=sidecars,
+        sidecars=[features],
         teacher=True,
         tokenizer=models.tokenizer(options.student),
         transform=transform,
@@ -57,37 +56,35 @@ def main(arguments: list[str] | None = None) -> None:
     width = student.text_projection.shape[1]
     weights = {"relational_weight": 1.0, "interactive_weight": 1.0, "feature_weight": 0.8}
     # projects to the teacher's width
-    loss_of = WIKDLoss(embed_dim=width, teacher_dim=stamp["width"], **weights).to(device)
-    parameters = [*student.parameters(), *loss_of.parameters()]
+    loss = WIKDLoss(embed_dim=width, teacher_dim=stamp["width"], **weights).to(device)
+    parameters = [*student.parameters(), *loss.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1
     )
 
+    teacher_scale = torch.tensor(stamp["logit_scale"], device=device)
     student.train()
     for step, batch in enumerate(islice(loader, options.steps)):
-        batch = {
-            name: value.to(device)
-            for name, value in batch.items()
-            if isinstance(value, torch.Tensor)
-        }
-        images = transform.finish(batch["image"])
+        names = ("image", "text", "teacher_image", "teacher_text", "group")
+        image, text, teacher_image, teacher_text, ids = (batch[name].to(device) for name in names)
         with torch.autocast(device, torch.bfloat16):
-            features = student(images, batch["text"])[:3]
-            taught = (
-                batch["teacher_image"],
-                batch["teacher_text"],
-                torch.tensor(stamp["logit_scale"], device=device),
+            image_features, text_features, scale = student(transform.finish(image), text)[:3]
+            terms = loss(
+                image_features,
+                text_features,
+                scale,
+                teacher_image,
+                teacher_text,
+                teacher_scale,
+                ids=ids,
+                output_dict=True,
             )
-            terms = loss_of(*features, *taught, ids=batch["group"], output_dict=True)
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
         if step % 10 == 0:
-            print(
-                f"step {step}: "
-                + ", ".join(f"{name} {value.item():.3f}" for name, value in terms.items()),
-                flush=True,
-            )
+            values = ", ".join(f"{name} {value.item():.3f}" for name, value in terms.items())
+            print(f"step {step}: {values}", flush=True)
     torch.save(student.state_dict(), options.out / "student.pt")
 
 

@@ -1,7 +1,7 @@
 """open_clip's training loop with simplclip's loss, whose memory grows with N and not with N².
 
-python examples/drop_in_loss.py 'shards/*.tar' --model ViT-B-32 --batch-size 256 --steps 1000 --out
-my.pt
+    python examples/drop_in_loss.py 'shards/*.tar' --model ViT-B-32 --batch-size 256 \
+        --steps 1000 --out my.pt
 
 A shard has KEY.jpg or KEY.png and the caption in KEY.txt. Only the line marked below differs from
 open_clip's loop: values and gradients are equal. `simplclip.load("open_clip:ViT-B-32/my.pt")` and
@@ -33,36 +33,29 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, preprocess, _ = open_clip.create_model_and_transforms(options.model, device=device)
     tokenizer = open_clip.get_tokenizer(options.model)
-    pairs = (
-        webdataset.WebDataset(sorted(glob.glob(options.shards)), shardshuffle=100)
-        .repeat()
-        .shuffle(5000)
-    )
-    pairs = (
-        pairs.decode("pilrgb")
-        .to_tuple("jpg;png", "txt")
-        .map_tuple(preprocess, lambda text: tokenizer(text)[0])
-    )
+    shards = sorted(glob.glob(options.shards))
+    pairs = webdataset.WebDataset(shards, shardshuffle=100).repeat().shuffle(5000)
+    pairs = pairs.decode("pilrgb").to_tuple("jpg;png", "txt")
+    pairs = pairs.map_tuple(preprocess, lambda text: tokenizer(text)[0])
     batches = torch.utils.data.DataLoader(pairs, options.batch_size, num_workers=options.workers)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2
     )
-    loss_of = ClipLoss()
+    clip_loss = ClipLoss()
 
     model.train()
     for step, (images, texts) in enumerate(islice(batches, options.steps)):
         with torch.autocast(device, torch.bfloat16):
             image_features, text_features, logit_scale = model(images.to(device), texts.to(device))
-            loss = loss_of(image_features, text_features, logit_scale)
+            loss = clip_loss(image_features, text_features, logit_scale)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         if step % 10 == 0:
-            print(
-                f"step {step}: loss {loss.item():.4f}, scale {logit_scale.item():.1f}", flush=True
-            )
+            values = f"loss {loss.item():.4f}, scale {logit_scale.item():.1f}"
+            print(f"step {step}: {values}", flush=True)
     torch.save(model.state_dict(), options.out)
 
 

@@ -1,7 +1,6 @@
-"""Writes the two towers of a model as ONNX with standard operators, and compares onnxruntime's
-features with torch's.
+"""Writes the two towers of a model as ONNX with standard operators, and checks their features.
 
-python examples/export_onnx.py runs/my --out onnx
+    python examples/export_onnx.py runs/my --out onnx
 
 image.onnx maps image, float32 [B, 3, S, S], to image_features, float32 [B, D]; text.onnx maps text,
 token ids int64 [B, L], to text_features. Features are normalised, B is dynamic, and batch norms are
@@ -12,11 +11,12 @@ images, and the tokenizer and its length.
 import argparse
 import warnings
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import simplclip
 from simplclip.export import write_preprocessing
@@ -29,18 +29,22 @@ from simplclip.ops.mlp.call import MlpCall
 from simplclip.ops.mlp.reference import ACTIVATIONS
 
 
-# simplclip's operators, which ONNX does not have, in plain torch; what backward would need are
-# empty tensors
-def attention(q, *args):
+# simplclip's operators, which ONNX does not have, in plain torch. The last argument is a backend.
+# Results that only backward needs are empty tensors.
+def attention(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return *shaped_attention_fwd(AttentionCall(q, *args[:-1])), q.new_empty(0)
 
 
-def mlp(x, call):
+def parallel_mlp(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return mlp(x, MlpCall(x, *args[:-1])), x.new_empty(0)
+
+
+def mlp(x: Tensor, call: MlpCall | BlockCall) -> Tensor:
     hidden = F.linear(x, call.fc1_weight, call.fc1_bias)
     return F.linear(ACTIVATIONS[call.act](hidden), call.fc2_weight, call.fc2_bias)
 
 
-def simplified_block(*args):
+def simplified_block(*args: Any) -> tuple[Tensor, ...]:
     call = BlockCall(*args[:-1])
     x = call.x
     heads = heads_of(call)
@@ -49,28 +53,21 @@ def simplified_block(*args):
     q, k = F.linear(n, call.qk_weight).reshape(*heads[:2], 2, *heads[2:]).unbind(2)
     v = n if call.value_weight is None else F.linear(n, call.value_weight)
     gains = gains_of(call) * call.attention_gain
-    out, lse = shaped_attention_fwd(
-        AttentionCall(q, k, v.reshape(heads), gains, call.lengths, call.scale, call.causal)
+    attention_call = AttentionCall(
+        q, k, v.reshape(heads), gains, call.lengths, call.scale, call.causal
     )
+    out, lse = shaped_attention_fwd(attention_call)
     out = out.reshape(n.shape)
     if call.output_weight is not None:
         out = F.linear(out, call.output_weight)
-    return (
-        (out + call.mlp_gain.to(x.dtype) * mlp(n, call)).reshape(x.shape),
-        empty,
-        empty,
-        lse,
-        empty,
-    )
+    out = out + call.mlp_gain.to(x.dtype) * mlp(n, call)
+    return out.reshape(x.shape), empty, empty, lse, empty
 
 
 DECOMPOSITIONS = {
     torch.ops.simplclip.simplified_block_fwd.default: simplified_block,
     torch.ops.simplclip.shaped_attention_fwd.default: attention,
-    torch.ops.simplclip.parallel_mlp_fwd.default: lambda x, *args: (
-        mlp(x, MlpCall(x, *args[:-1])),
-        x.new_empty(0),
-    ),
+    torch.ops.simplclip.parallel_mlp_fwd.default: parallel_mlp,
 }
 
 
@@ -79,12 +76,12 @@ class Tower(nn.Module):
         super().__init__()
         self.model, self.name = model, name
 
-    def forward(self, inputs):
+    def forward(self, inputs: Tensor) -> Tensor:
         return getattr(self.model, f"encode_{self.name}")(inputs, normalize=True)
 
 
 @torch.no_grad()
-def export(model: nn.Module, name: str, inputs: torch.Tensor, file: Path) -> float:
+def export(model: nn.Module, name: str, inputs: Tensor, file: Path) -> float:
     """Writes the tower "image" or "text", and returns the largest error of its features. inputs:
     [B, ...], B > 1.
     """
@@ -97,10 +94,11 @@ def export(model: nn.Module, name: str, inputs: torch.Tensor, file: Path) -> flo
     names = {"input_names": [name], "output_names": [f"{name}_features"]}
     torch.onnx.export(program, dynamo=True, verbose=False, **names).save(str(file))
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    errors = [
-        session.run(None, {name: x.numpy()})[0] - tower(x).numpy() for x in (inputs, inputs[-1:])
-    ]
-    return max(abs(error).max().item() for error in errors)
+    error = 0.0
+    for x in (inputs, inputs[-1:]):
+        (features,) = session.run(None, {name: x.numpy()})
+        error = max(error, abs(features - tower(x).numpy()).max().item())
+    return error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -117,12 +115,13 @@ def main(arguments: list[str] | None = None) -> None:
         # the encoder crops texts by it, which depends on the texts: not in a graph
         vars(encoder.model).pop(method, None)
     options.out.mkdir(parents=True, exist_ok=True)
-    pixels = torch.randn(2, 3, *encoder.model.visual.image_size)
-    for name, inputs in {
-        "image": pixels,
+    inputs = {
+        "image": torch.randn(2, 3, *encoder.model.visual.image_size),
         "text": encoder.tokenizer(["a cat", "two dogs on a beach"]),
-    }.items():
-        error = export(encoder.model, name, inputs, file := options.out / f"{name}.onnx")
+    }
+    for name, tower_inputs in inputs.items():
+        file = options.out / f"{name}.onnx"
+        error = export(encoder.model, name, tower_inputs, file)
         print(f"wrote {file}: {file.stat().st_size:,} bytes, largest error {error:.1e}")
         assert error <= 1e-4, "expected torch's features, vectors of length 1"  # NaN fails too
     write_preprocessing(options.out, encoder.model, encoder.tokenizer)

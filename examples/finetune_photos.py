@@ -1,49 +1,54 @@
-"""Fine-tunes a pretrained open_clip model on a folder of pictures with captions, without forgetting
-what it knew.
+"""Fine-tunes an open_clip model on a folder of pictures with captions, and keeps what it knew.
 
-python examples/finetune_photos.py photos --model ViT-B-32 --pretrained laion2b_s34b_b79k --out
-finetuned.pt
+    python examples/finetune_photos.py photos --model ViT-B-32 --pretrained laion2b_s34b_b79k \
+        --out finetuned.pt
 
 photos/ has KEY.jpg, .png or .webp and the caption in KEY.txt. Every tenth picture is held out: R@1
 among them is printed before, after each epoch, and for the saved weights, the mean of before and
 after, which keep more of the model's general knowledge (WiSE-FT, arXiv 2109.01903). Search with the
 result:
 
-python examples/search_photos.py photos --model open_clip:ViT-B-32/finetuned.pt --find "a red car"
+    python examples/search_photos.py photos --model open_clip:ViT-B-32/finetuned.pt \
+        --find "a red car"
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from simplclip import crop_texts
 from simplclip.losses import ClipLoss
 
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
 
 class Photos(Dataset):
     """Pairs of pixels float32 [3, S, S] and tokens int64 [L]."""
 
-    def __init__(self, files, transform, tokenizer):
+    def __init__(self, files: list[Path], transform: Callable, tokenizer: Callable) -> None:
         self.files = files
         self.transform = transform
         self.tokenizer = tokenizer
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         file = self.files[number]
         with Image.open(file) as image:
             pixels = self.transform(image)
-        return pixels, self.tokenizer([file.with_suffix(".txt").read_text("utf-8").strip()])[0]
+        caption = file.with_suffix(".txt").read_text("utf-8").strip()
+        return pixels, self.tokenizer([caption])[0]
 
 
 @torch.no_grad()
-def recall(model, batches, device) -> float:
+def recall(model: torch.nn.Module, batches: DataLoader, device: str) -> float:
     """Returns R@1 of the right caption of each picture; equal captions are all right."""
     model.eval()
     images = []
@@ -70,25 +75,20 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = open_clip.create_model_and_transforms(
+    model, augment, preprocess = open_clip.create_model_and_transforms(
         options.model, pretrained=options.pretrained, device=device
     )
-    (model, augmented, plain), tokenizer = made, open_clip.get_tokenizer(options.model)
+    tokenizer = open_clip.get_tokenizer(options.model)
     crop_texts(model)  # captions cost their length
-    files = sorted(
-        file
-        for file in options.folder.rglob("*")
-        if file.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"}
-    )
-    train = Photos([file for number, file in enumerate(files) if number % 10], augmented, tokenizer)
+    files = sorted(file for file in options.folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    train_files = [file for number, file in enumerate(files) if number % 10]
+    train = Photos(train_files, augment, tokenizer)
     shared = {"batch_size": min(options.batch_size, len(train)), "num_workers": options.workers}
     batches = DataLoader(train, shuffle=True, drop_last=True, **shared)
-    held_out = DataLoader(Photos(files[::10], plain, tokenizer), **shared)
+    held_out = DataLoader(Photos(files[::10], preprocess, tokenizer), **shared)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    print(
-        f"{len(train)} pictures, {len(files[::10])} held out, R@1 before: "
-        f"{recall(model, held_out, device):.1%}"
-    )
+    r1 = recall(model, held_out, device)
+    print(f"{len(train)} pictures, {len(files[::10])} held out, R@1 before: {r1:.1%}")
 
     optimizer = torch.optim.AdamW(
         model.parameters(), options.lr, betas=(0.9, 0.98), weight_decay=0.1
@@ -97,31 +97,27 @@ def main(arguments: list[str] | None = None) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.lr, steps, pct_start=0.1, cycle_momentum=False
     )
-    loss_of = ClipLoss()
+    clip_loss = ClipLoss()
     for epoch in range(options.epochs):
         model.train()
         for pixels, tokens in batches:
             # pictures with one caption are not each other's negatives
-            ids = tokens.unique(dim=0, return_inverse=True)[1]
+            _, ids = tokens.unique(dim=0, return_inverse=True)
             with torch.autocast(device, torch.bfloat16):
-                loss = loss_of(*model(pixels.to(device), tokens.to(device)), ids=ids.to(device))
+                outputs = model(pixels.to(device), tokens.to(device))
+                loss = clip_loss(*outputs, ids=ids.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        print(
-            f"epoch {epoch + 1}: loss {loss.item():.3f}, R@1 {recall(model, held_out, device):.1%}",
-            flush=True,
-        )
+        r1 = recall(model, held_out, device)
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, R@1 {r1:.1%}", flush=True)
 
-    model.load_state_dict(
-        {name: (before[name] + value) / 2 for name, value in model.state_dict().items()}
-    )
+    after = model.state_dict()
+    model.load_state_dict({name: (before[name] + value) / 2 for name, value in after.items()})
     torch.save(model.state_dict(), options.out)
-    print(
-        f"wrote {options.out}, the mean of before and after: R@1 "
-        f"{recall(model, held_out, device):.1%}"
-    )
+    r1 = recall(model, held_out, device)
+    print(f"wrote {options.out}, the mean of before and after: R@1 {r1:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Searches a folder of photos by text or by another photo, and draws what it finds.
 
-python examples/search_photos.py photos --model open_clip:ViT-B-32/openai --find "a red car"
-beach.jpg --picture hits.png
+    python examples/search_photos.py photos --model open_clip:ViT-B-32/openai \
+        --find "a red car" beach.jpg --picture hits.png
 
 Features are kept in photos.npz beside the folder, float16 [N, D] with N paths: another search
 encodes new photos only.
@@ -9,7 +9,9 @@ encodes new photos only.
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,21 +32,25 @@ def opened(path: str | Path) -> Image.Image:
 
 
 class Photos(torch.utils.data.Dataset):
-    def __init__(self, paths, transform):
-        self.paths, self.transform = paths, transform
+    """Paths of photos and their pixels, None for one that cannot be read."""
 
-    def __len__(self):
+    def __init__(self, paths: list[str], transform: Callable) -> None:
+        self.paths = paths
+        self.transform = transform
+
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> tuple[str, torch.Tensor | None]:
+        path = self.paths[number]
         try:
-            return self.paths[number], self.transform(opened(self.paths[number]))
+            return path, self.transform(opened(path))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            print(f"skipped {self.paths[number]}: {error}")
-            return self.paths[number], None  # is left out
+            print(f"skipped {path}: {error}")
+            return path, None
 
 
-def features_of(folder: Path, encoder) -> tuple[list[str], torch.Tensor]:
+def features_of(folder: Path, encoder: Any) -> tuple[list[str], torch.Tensor]:
     """Returns the paths of N photos and their features float32 [N, D]; encodes those that are not
     stored yet.
     """
@@ -67,12 +73,8 @@ def features_of(folder: Path, encoder) -> tuple[list[str], torch.Tensor]:
     if not paths:
         raise SystemExit(f"{folder}: expected photos, got none that can be read")
     rows = np.stack([features[path] for path in paths])
-    np.savez(
-        unfinished := file.with_suffix(".unfinished.npz"),
-        features=rows,
-        paths=np.array(paths),
-        model=model,
-    )
+    unfinished = file.with_suffix(".unfinished.npz")
+    np.savez(unfinished, features=rows, paths=np.array(paths), model=model)
     os.replace(unfinished, file)
     return paths, torch.from_numpy(rows).float()
 
@@ -96,11 +98,10 @@ def draw(picture: str, hits: dict[str, list[tuple[float, str]]]) -> None:
             for column, (score, path) in enumerate(photos[row : row + columns]):
                 x, y = MARGIN + column * (side + gap), sheet.y + side + 0.03
                 sheet.tile(shown(path), x, sheet.y, side)
-                under = sheet.text(x, y, f"{score:.2f}", side, 9.5, weight="bold")
-                under += sheet.text(
-                    x, y + under, "/".join(Path(path).parts[-2:]), side, 9, 2, color=MUTED
-                )
-                heights.append(under)
+                name = "/".join(Path(path).parts[-2:])
+                height = sheet.text(x, y, f"{score:.2f}", side, 9.5, weight="bold")
+                height += sheet.text(x, y + height, name, side, 9, 2, color=MUTED)
+                heights.append(height)
             sheet.y += side + 0.12 + max(heights)
         sheet.y += 0.12
     sheet.write(picture)
@@ -128,15 +129,13 @@ def main(arguments: list[str] | None = None) -> None:
     paths, features = features_of(options.folder, encoder)
     hits = {}
     for query in options.find:
-        row = (
-            encoder.encode_image(opened(query))
-            if Path(query).is_file()
-            else encoder.encode_text(query)
-        )
-        scores, places = (row.cpu() @ features.T)[0].topk(min(HITS, len(paths)))
-        hits[query] = [
-            (score, paths[place]) for score, place in zip(scores.tolist(), places.tolist())
-        ]
+        if Path(query).is_file():
+            row = encoder.encode_image(opened(query))
+        else:
+            row = encoder.encode_text(query)
+        scores, indices = (row.cpu() @ features.T)[0].topk(min(HITS, len(paths)))
+        nearest = [paths[index] for index in indices.tolist()]
+        hits[query] = list(zip(scores.tolist(), nearest))
         print(query, *(f"  {score:.3f}  {path}" for score, path in hits[query]), sep="\n")
     if options.picture:
         draw(options.picture, hits)

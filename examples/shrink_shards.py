@@ -2,7 +2,7 @@
 
 A repeated call goes on after the last whole shard.
 
-python examples/shrink_shards.py 'shards/*.tar' --out small --short 288
+    python examples/shrink_shards.py 'shards/*.tar' --out small --short 288
 
 Decoding costs by the pixel, and a crop of 256 pixels needs no more than 288. While downloading,
 img2dataset's --image_size does the same.
@@ -46,26 +46,18 @@ def shrink(shard: str, out: Path, short: int, quality: int) -> None:
         return
     unfinished = target.with_suffix(".unfinished")
     with webdataset.TarWriter(str(unfinished), mtime=0) as writer:
-        for sample in webdataset.WebDataset(
-            os.path.abspath(shard), shardshuffle=False, empty_check=False
-        ):
+        path = os.path.abspath(shard)
+        for sample in webdataset.WebDataset(path, shardshuffle=False, empty_check=False):
             for suffix in SUFFIXES & sample.keys():
                 jpeg = smaller(sample[suffix], short, quality)
                 if jpeg is not None:
                     del sample[suffix]
                     sample["jpg"] = jpeg
-            writer.write(
-                {
-                    name: value
-                    for name, value in sample.items()
-                    if name == "__key__" or name[0] != "_"
-                }
-            )
+            names = [name for name in sample if name == "__key__" or name[0] != "_"]
+            writer.write({name: sample[name] for name in names})
     os.replace(unfinished, target)
-    print(
-        f"{target}: {os.path.getsize(shard):,} bytes before, {os.path.getsize(target):,} after",
-        flush=True,
-    )
+    before, after = os.path.getsize(shard), os.path.getsize(target)
+    print(f"{target}: {before:,} bytes before, {after:,} after", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,10 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     shards = sorted({path for pattern in options.shards for path in glob.glob(pattern)})
+    tasks = [(shard, options.out, options.short, options.quality) for shard in shards]
     with Pool() as pool:
-        pool.starmap(
-            shrink, [(shard, options.out, options.short, options.quality) for shard in shards], 1
-        )
+        pool.starmap(shrink, tasks, chunksize=1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Predicts step times on cards, without one, and compares them with those that timm's authors
-measured.
+"""Predicts step times on cards, without one, beside those that timm's authors measured.
 
     python -m benchmarks.cards
         the committed selection; writes a result file and docs/plan_cards.svg
@@ -23,6 +22,7 @@ that was faster than the predicted least), "median_ratio" (measured by likely), 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -46,10 +46,11 @@ def steps_of(options: argparse.Namespace) -> list[Measured]:
     for row in read_csv(options.file):
         if options.models and row["model"] not in options.models:
             continue
-        where = (row.get(name) or getattr(options, name) for name in ("card", "mode", "layout"))
-        steps.append(
-            Measured(*where, row["model"], int(row["batch"]), int(row["size"]), float(row["ms"]))
+        card, mode, layout = (
+            row.get(name) or getattr(options, name) for name in ("card", "mode", "layout")
         )
+        batch, size, ms = int(row["batch"]), int(row["size"]), float(row["ms"])
+        steps.append(Measured(card, mode, layout, row["model"], batch, size, ms))
     return steps
 
 
@@ -74,16 +75,15 @@ def summary(
     measured: Sequence[float], likely: Sequence[float], least: Sequence[float]
 ) -> dict[str, float]:
     errors = [abs(guess / ms - 1) for ms, guess in zip(measured, likely)]
+    ratios = [ms / guess for ms, guess in zip(measured, likely)]
+    below_bound = sum(ms < bound for ms, bound in zip(measured, least))
+    within = sum(error <= 0.35 for error in errors)
     return {
         "models": len(errors),
-        "below_bound": round(
-            sum(ms < bound for ms, bound in zip(measured, least)) / len(errors), 4
-        ),
-        "median_ratio": round(
-            statistics.median(ms / guess for ms, guess in zip(measured, likely)), 4
-        ),
+        "below_bound": round(below_bound / len(errors), 4),
+        "median_ratio": round(statistics.median(ratios), 4),
         "median_error": round(statistics.median(errors), 4),
-        "within_35": round(sum(error <= 0.35 for error in errors) / len(errors), 4),
+        "within_35": round(within / len(errors), 4),
     }
 
 
@@ -94,10 +94,8 @@ def compare(steps: Sequence[Measured]) -> list[dict]:
     rows = []
     for step in steps:
         time = step_time(step.kernels, CARDS[step.card])
-        row = {
-            name: getattr(step, name)
-            for name in ("card", "mode", "layout", "model", "batch", "size", "ms")
-        }
+        names = ("card", "mode", "layout", "model", "batch", "size", "ms")
+        row = {name: getattr(step, name) for name in names}
         rows.append(row | {"likely_ms": round(time.likely, 2), "least_ms": round(time.least, 2)})
     return rows
 
@@ -113,7 +111,8 @@ def grouped(rows: Sequence[dict]) -> list[dict]:
 
 def columns(rows: Sequence[dict]) -> tuple[tuple[float, ...], ...]:
     """Returns the measured, likely and least milliseconds of the rows."""
-    return tuple(zip(*((row["ms"], row["likely_ms"], row["least_ms"]) for row in rows)))
+    names = ("ms", "likely_ms", "least_ms")
+    return tuple(tuple(row[name] for row in rows) for name in names)
 
 
 def write_fit(steps: Sequence[Measured]) -> dict[str, float]:
@@ -130,22 +129,16 @@ def write_fit(steps: Sequence[Measured]) -> dict[str, float]:
         "held out": errors,
     }
     lines = []
-    for of, kinds in constants.items():
-        lines += [
-            {"of": of, "kind": kind, **dict(zip(FITTED, values))} for kind, values in kinds.items()
-        ]
+    for constant, kinds in constants.items():
+        for kind, values in kinds.items():
+            lines.append({"of": constant, "kind": kind, **dict(zip(FITTED, values))})
     write_csv(RESULTS / f"cards-fit-{where['date']}.csv", [line | where for line in lines])
-    for title, kinds in (
-        ("RATES", fitted.rates),
-        ("TRAFFIC", fitted.traffic),
-        ("HELD_OUT", errors),
-    ):
-        print(
-            f"{title} = {{",
-            *(f"    {json.dumps(kind)}: {values}," for kind, values in kinds.items()),
-            "}",
-            sep="\n",
-        )
+    printed = {"RATES": fitted.rates, "TRAFFIC": fitted.traffic, "HELD_OUT": errors}
+    for title, kinds in printed.items():
+        print(f"{title} = {{")
+        for kind, values in kinds.items():
+            print(f"    {json.dumps(kind)}: {values},")
+        print("}")
     print(f"LAUNCHES_MS = {fitted.launches}")
     print("\n".join(table(grouped(rows))))
     return summary(*columns(rows))
@@ -155,15 +148,14 @@ def held_out_errors(rows: Sequence[dict]) -> dict[str, tuple[float | None, ...]]
     """Returns median_error and within_35 of training and inference, for each card of FITTED; None
     where unmeasured.
     """
-    errors = {}
-    for mode in ("train", "infer"):
-        parts = [
-            [row for row in rows if (row["card"], row["mode"]) == (card, mode)] for card in FITTED
-        ]
-        totals = [summary(*columns(part)) if part else None for part in parts]
+    figures: dict[str, list[float | None]] = {}
+    for mode, card in itertools.product(("train", "infer"), FITTED):
+        part = [row for row in rows if (row["card"], row["mode"]) == (card, mode)]
+        total = summary(*columns(part)) if part else {}
         for name in ("median_error", "within_35"):
-            errors[f"{mode} {name}"] = tuple(total and round(total[name], 3) for total in totals)
-    return errors
+            figure = round(total[name], 3) if total else None
+            figures.setdefault(f"{mode} {name}", []).append(figure)
+    return {name: tuple(values) for name, values in figures.items()}
 
 
 def parser() -> argparse.ArgumentParser:

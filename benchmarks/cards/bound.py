@@ -99,18 +99,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     every = options.call == "all"
-    cards = [options.card] if options.card else list(SHOWN) if every else ["rtx-3090"]
+    cards = list(SHOWN) if every else ["rtx-3090"]
+    if options.card:
+        cards = [options.card]
     cases = calls.losses((options.n,), options.width) + calls.others()
     lines = []
     for case in [case for case in cases if every or case.name == options.call]:
-        of_cards = {
+        results = {
             card: predicted(case, options.dtype, not options.forward, card) for card in cards
         }
-        rows, total = of_cards[cards[0]]
-        times = {f"{card} ms": of_card["predicted_ms"] for card, (_, of_card) in of_cards.items()}
-        lines.append(
-            {name: total[name] for name in ("call", "shape", "dtype", "pass")} | times | total
-        )
+        rows, total = results[cards[0]]
+        names = {name: total[name] for name in ("call", "shape", "dtype", "pass")}
+        times = {}
+        for card, (_, card_total) in results.items():
+            times[f"{card} ms"] = card_total["predicted_ms"]
+        lines.append(names | times | total)
     print(f"predicted, never measured; all but the times is of {cards[0]}")
     print("\n".join(table(lines)))
     if every:
@@ -119,14 +122,7 @@ def run(options: argparse.Namespace) -> None:
         write_csv(path, [line | where for line in lines])
         print(f"wrote {path}")
         return
-    print(
-        "\n".join(
-            table(
-                [
-                    row | {name: round(row[name], 3) for name in ("ms", "gflop", "mb")}
-                    for row in rows
-                ]
-            )
-        )
-    )
+    for row in rows:
+        row |= {name: round(row[name], 3) for name in ("ms", "gflop", "mb")}
+    print("\n".join(table(rows)))
     print(json.dumps(total))

@@ -125,7 +125,9 @@ def others() -> list[Case]:
     made = []
     for length in LENGTHS:
         causal = length == 77
-        text = f"B={BATCH} L={length} H={HEADS} K={HEAD}" + " causal" * causal
+        text = f"B={BATCH} L={length} H={HEADS} K={HEAD}"
+        if causal:
+            text += " causal"
         run = functools.partial(attention, (BATCH, length, HEADS, HEAD), causal)
         made.append(Case(f"attention-{length}", text, run))
     for name, tower in TOWERS.items():
@@ -133,6 +135,8 @@ def others() -> list[Case]:
         made.append(
             Case(f"mlp-{name}", f"T={b * length} C={c} F={f}", functools.partial(mlp, tower))
         )
-        text = f"B={b} L={length} C={c} F={f} H={heads}" + " causal" * causal
+        text = f"B={b} L={length} C={c} F={f} H={heads}"
+        if causal:
+            text += " causal"
         made.append(Case(f"block-{name}", text, functools.partial(block, tower)))
     return made

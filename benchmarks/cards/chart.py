@@ -1,6 +1,4 @@
-"""The chart of docs/plan.md: predicted against measured step times, a point a step, as an SVG that
-is written as text.
-"""
+"""The chart of docs/plan.md, as an SVG: predicted against measured step times, a point a step."""
 
 from __future__ import annotations
 
@@ -25,14 +23,13 @@ def draw(rows: Sequence[dict], source: str) -> str:
     values = [float(row[name]) for row in rows for name in ("ms", "likely_ms")]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
 
-    def at(ms: float) -> float:
+    def position(ms: float) -> float:
         return SIDE * (math.log10(ms) - low) / (high - low)
 
     def line(style: str, x1: float, y1: float, x2: float, y2: float) -> str:
         ends = (LEFT + x1, TOP + SIDE - y1, LEFT + x2, TOP + SIDE - y2)
-        return '<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>'.format(
-            style, *ends
-        )
+        corners = 'x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"'.format(*ends)
+        return f'<line class="{style}" {corners}/>'
 
     width, height = LEFT + SIDE + 180, TOP + SIDE + 70
     lines = [
@@ -43,17 +40,15 @@ def draw(rows: Sequence[dict], source: str) -> str:
         f'<rect width="{width}" height="{height}" rx="6" fill="#ffffff"/>',
     ]
     for power in range(low, high + 1):
-        place, label = at(10**power), f"{10**power:,g}"
-        lines += [line("grid", place, 0, place, SIDE), line("grid", 0, place, SIDE, place)]
+        tick, label = position(10**power), f"{10**power:,g}"
+        lines += [line("grid", tick, 0, tick, SIDE), line("grid", 0, tick, SIDE, tick)]
         lines.append(
-            f'<text x="{LEFT + place:.1f}" y="{TOP + SIDE + 18}" '
-            f'text-anchor="middle">{label}</text>'
+            f'<text x="{LEFT + tick:.1f}" y="{TOP + SIDE + 18}" text-anchor="middle">{label}</text>'
         )
         lines.append(
-            f'<text x="{LEFT - 8}" y="{TOP + SIDE - place + 4:.1f}" '
-            f'text-anchor="end">{label}</text>'
+            f'<text x="{LEFT - 8}" y="{TOP + SIDE - tick + 4:.1f}" text-anchor="end">{label}</text>'
         )
-    off = at(1.35 * 10**low)
+    off = position(1.35 * 10**low)
     lines += [
         line("equal", 0, 0, SIDE, SIDE),
         line("off", 0, off, SIDE - off, SIDE),
@@ -62,7 +57,8 @@ def draw(rows: Sequence[dict], source: str) -> str:
     for number, (card, color) in enumerate(COLORS.items()):
         points = [row for row in rows if row["card"] == card]
         for row in points:
-            x, y = LEFT + at(float(row["ms"])), TOP + SIDE - at(float(row["likely_ms"]))
+            x = LEFT + position(float(row["ms"]))
+            y = TOP + SIDE - position(float(row["likely_ms"]))
             lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{color}"/>')
         y = TOP + 12 + 22 * number
         lines.append(f'<circle cx="{LEFT + SIDE + 24}" cy="{y - 4}" r="4" fill="{color}"/>')

@@ -1,6 +1,4 @@
-"""A lower bound of a training step on this CPU, from its measured rate of products and its
-bandwidth, beside the step.
-"""
+"""A lower bound of a training step on this CPU, from its rates of products and bytes."""
 
 from __future__ import annotations
 
@@ -66,13 +64,13 @@ def compare(name: str, rates: Rates) -> dict[str, object]:
     run = actual.runner(step, CPU)
     run()
     measured = statistics.median(_seconds(run) for _ in range(REPEATS))
-    figures = {
+    return {
         "model": name,
         "pairs": PAIRS,
         "least_ms": round(1e3 * least),
         "ms": round(1e3 * measured),
+        "share": round(least / measured, 3),
     }
-    return figures | {"share": round(least / measured, 3)}
 
 
 def run(names: list[str]) -> list[dict[str, object]]:

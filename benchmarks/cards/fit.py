@@ -14,9 +14,10 @@ from simplclip.plan.cards import CARDS
 from simplclip.plan.kernels import Kernel
 from simplclip.plan.time import FITTED, at_rates
 
-# Before any measurement a kind reaches 0.7 of its rate; the products of depthwise and grouped
-# convolutions less.
-EXPECTED, EXPECTED_OF = 0.7, {"depthwise": 0.12, "grouped": 0.2}
+# The share of its rate that a kind reaches before any measurement; the products of some
+# convolutions reach less.
+EXPECTED = 0.7
+EXPECTED_PRODUCTS = {"depthwise": 0.12, "grouped": 0.2}
 EXPECTED_LAUNCH_MS = 4e-3
 STEPS = 500
 
@@ -55,15 +56,15 @@ class Fit:
 
     def ms(self, step: Measured) -> float:
         """Predicts a step; a kind that no fitted step had reaches EXPECTED."""
-        at = FITTED.index(step.card)
+        index = FITTED.index(step.card)
         card = CARDS[step.card]
         unknown = (EXPECTED,) * len(FITTED)
         total = 0.0
         for kernel in step.kernels:
             products, moved = at_rates(kernel, card)
-            products /= self.rates.get(kernel.rate, unknown)[at]
-            moved /= self.traffic.get(kernel.traffic, unknown)[at]
-            total += kernel.times * max(products, moved, self.launches[at])
+            products /= self.rates.get(kernel.rate, unknown)[index]
+            moved /= self.traffic.get(kernel.traffic, unknown)[index]
+            total += kernel.times * max(products, moved, self.launches[index])
         return total
 
 
@@ -75,28 +76,24 @@ def fit(steps: Sequence[Measured]) -> Fit:
     unless steps say otherwise.
     """
     kinds: dict[tuple[str, str], int] = {}
-    # step, place of rate and traffic, ms of products and bytes, times
+    # step, indices of rate and traffic, ms of products and bytes, times
     columns: list[list[float]] = []
     for number, step in enumerate(steps):
         for kernel in step.kernels:
             rate = kinds.setdefault(("rate", kernel.rate), len(kinds))
             traffic = kinds.setdefault(("traffic", kernel.traffic), len(kinds))
-            columns.append(
-                [number, rate, traffic, *at_rates(kernel, CARDS[step.card]), kernel.times]
-            )
+            products, moved = at_rates(kernel, CARDS[step.card])
+            columns.append([number, rate, traffic, products, moved, kernel.times])
     table = torch.tensor(columns, dtype=torch.float64)
     row, rate, traffic = table[:, :3].long().unbind(1)
     products, moved, times = table[:, 3:].unbind(1)
     measured = torch.tensor([step.ms for step in steps], dtype=torch.float64)
     card = torch.tensor([FITTED.index(step.card) for step in steps])[row]
-    expected = torch.tensor(
-        [_expected(what, kind) for what, kind in kinds], dtype=torch.float64
-    ).logit()
+    expected = torch.tensor([_expected(*kind) for kind in kinds], dtype=torch.float64).logit()
     shared = expected.clone().requires_grad_()
     apart = torch.zeros(len(kinds), len(FITTED), dtype=torch.float64, requires_grad=True)
-    launch = torch.full(
-        (len(FITTED),), math.log(EXPECTED_LAUNCH_MS), dtype=torch.float64, requires_grad=True
-    )
+    expected_launch = math.log(EXPECTED_LAUNCH_MS)
+    launch = torch.full_like(apart[0], expected_launch).requires_grad_()
 
     def error() -> Tensor:
         share = (shared[:, None] + apart).sigmoid()
@@ -105,7 +102,7 @@ def fit(steps: Sequence[Measured]) -> Fit:
         predicted = torch.zeros_like(measured).index_add(0, row, ms)
         wrong = (1 + ((predicted / measured).log() / 0.1) ** 2).sqrt().mean()
         away = 0.02 * ((shared - expected) ** 2).mean() + 0.1 * (apart**2).mean()
-        return wrong + away + 0.01 * ((launch - math.log(EXPECTED_LAUNCH_MS)) ** 2).mean()
+        return wrong + away + 0.01 * ((launch - expected_launch) ** 2).mean()
 
     optimizer = torch.optim.Adam([shared, apart, launch], lr=0.05)
     for step_number in range(STEPS):
@@ -114,15 +111,18 @@ def fit(steps: Sequence[Measured]) -> Fit:
         error().backward()
         optimizer.step()
     share = (shared[:, None] + apart).sigmoid().detach().tolist()
-    of = {
-        what: {kind: _rounded(share[i]) for (w, kind), i in sorted(kinds.items()) if w == what}
-        for what in ("rate", "traffic")
-    }
-    return Fit(of["rate"], of["traffic"], tuple(round(ms, 4) for ms in launch.exp().tolist()))
+    shares: dict[str, dict[str, tuple[float, ...]]] = {"rate": {}, "traffic": {}}
+    for (bound, kind), i in sorted(kinds.items()):
+        shares[bound][kind] = _rounded(share[i])
+    launches = tuple(round(ms, 4) for ms in launch.exp().tolist())
+    return Fit(shares["rate"], shares["traffic"], launches)
 
 
-def _expected(what: str, kind: str) -> float:
-    return EXPECTED_OF.get(kind.split()[0], EXPECTED) if what == "rate" else EXPECTED
+def _expected(bound: str, kind: str) -> float:
+    """Returns the share that is expected of a kind. bound: "rate" of products, or "traffic"."""
+    if bound == "rate":
+        return EXPECTED_PRODUCTS.get(kind.split()[0], EXPECTED)
+    return EXPECTED
 
 
 def _rounded(shares: Sequence[float]) -> tuple[float, ...]:

@@ -1,6 +1,4 @@
-"""The kernels of a step of one of timm's models, as timm's benchmark.py runs it with AMP in
-float16: on fake tensors.
-"""
+"""The kernels of a step of a timm model on fake tensors, as timm's benchmark.py runs it in AMP."""
 
 from __future__ import annotations
 

@@ -191,8 +191,6 @@ def square(image: Image.Image) -> Image.Image:
     canvas = Image.new("RGBA", (side, side), "white")
     canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
     canvas = canvas.convert("RGB")
-    return (
-        canvas
-        if side == IMAGE_SIZE
-        else canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
-    )
+    if side == IMAGE_SIZE:
+        return canvas
+    return canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)

@@ -1,7 +1,6 @@
-"""Trains the demo's teacher on the pairs of shards, and writes its features into sidecars, from
-which a student learns.
+"""Trains the demo's teacher on the pairs of shards, and writes its features into sidecars.
 
-python examples/emoji/teach.py 'data/emoji/train-*.tar' --out data/emoji-teacher
+    python examples/emoji/teach.py 'data/emoji/train-*.tar' --out data/emoji-teacher
 
 A sidecar has the name of its shard, and for each sample KEY.teacher.npy: float16 [1 + C, WIDTH],
 normalised rows of the image and of its C captions in order, and KEY.teacher.json with a digest of
@@ -123,9 +122,9 @@ def features_of(
             part = captions[start : start + 256]
             texts.append(networks.text_features(tokenizer(part).to(device)).float().cpu())
     rows = {text: row for row, text in enumerate(captions)}
-    groups = {
-        name: number for number, name in enumerate(dict.fromkeys(pair.group for pair in pairs))
-    }
+    groups = {}
+    for pair in pairs:
+        groups.setdefault(pair.group, len(groups))
     return Features(
         torch.cat(images, 1),
         torch.cat(texts),
