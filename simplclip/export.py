@@ -167,8 +167,9 @@ pipeline_tag: zero-shot-image-classification
 ---
 # {name}
 
-A CLIP model of {parameters:,} parameters, trained by simplclip: {images}{step:,} steps of {size:,}
-images with captions. It knows what its captions say, and may repeat what prejudice they hold.
+A CLIP model of {parameters:,} parameters, trained by simplclip:
+{images}{step:,} steps of {size:,} images with captions.
+It knows what its captions say, and may repeat what prejudice they hold.
 
 ## Figures
 """

@@ -100,8 +100,9 @@ class Encoder:
         Raises: FileNotFoundError; InputError for a file that is not an image, a tensor of another
         shape, or features that are not finite.
         """
-        is_one = isinstance(images, Tensor) and images.ndim == 3
-        if is_one or isinstance(images, (str, os.PathLike, Image.Image)):
+        if isinstance(images, Tensor):
+            images = images[None] if images.ndim == 3 else images
+        elif isinstance(images, (str, os.PathLike, Image.Image)):
             images = [images]
         features = []
         for start in range(0, len(images), batch_size):

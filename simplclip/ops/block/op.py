@@ -48,7 +48,7 @@ def gains_of(call: BlockCall) -> Tensor:  # [3, H], in the dtype of sums
     return torch.stack([call.alpha.to(wide), call.beta.to(wide), call.gamma.to(wide)])
 
 
-def _split(qk: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+def _split(qk: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Returns q and k [B, L, H, K], views of [q|k] [T, 2C]."""
     batch, length, heads, width = shape
     q, k = qk.view(batch, length, 2, heads, width).unbind(2)
