@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from simplclip.common import ranks
 from simplclip.models.trained import read_checkpoint
-from simplclip.train import distributed, loop
+from simplclip.train import loop
 from simplclip.train.config import ConfigError
 from support.paths import ROOT, SUPPORT
 from support.ranks import training
@@ -400,53 +398,6 @@ def test_ranks_that_do_not_divide_the_batch(tmp_path, monkeypatch):
     assert loop._micro_batches(
         tiny.settings(tmp_path, "data.batch_size=12", "data.micro_batch=12")
     ) == (6, 1)
-
-
-def test_batch_norms_share_their_statistics_or_would_drift(monkeypatch):
-    monkeypatch.setattr(ranks, "count", lambda: 2)
-    with pytest.raises(
-        ConfigError,
-        match=r"model.freeze_norms: expected true for several ranks on a cpu.*BatchNorm1d '0'",
-    ):
-        distributed.share_norms(nn.Sequential(nn.BatchNorm1d(2)), torch.device("cpu"))
-    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval())
-    weight = model[0].weight
-    distributed.share_norms(model, torch.device("cuda"))
-    assert [type(norm) for norm in model] == [nn.SyncBatchNorm, nn.BatchNorm1d]
-    assert model[0].weight is weight
-
-
-def test_the_towers_that_train_are_wrapped_apart(monkeypatch):
-    """Frozen parts do not travel; temperature and losses are averaged apart; a tower may have
-    unused parameters.
-    """
-    monkeypatch.setattr(ranks, "count", lambda: 2)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = nn.ModuleDict(
-            {name: nn.Linear(2, 2) for name in ("visual", "text", "never", "frozen")}
-        )
-        model["frozen"].requires_grad_(False)
-        model.logit_scale = nn.Parameter(torch.tensor(3.0))
-        wrappers = distributed.wrap(model)
-        sizes = {tower: len(list(wrapper.parameters())) for tower, wrapper in wrappers.items()}
-        assert sizes == {"image": 2, "text": 4}
-        encode = {
-            tower: lambda x, t=tower, m=name: wrappers[t](model[m], x)
-            for tower, name in (("image", "visual"), ("text", "text"))
-        }
-        for _ in range(3):  # a second step would fail if every parameter had to be used
-            model.zero_grad()
-            scale = distributed.averaged(model.logit_scale)
-            (
-                scale * (encode["image"](torch.ones(4, 2)) * encode["text"](torch.ones(4, 2))).sum()
-            ).backward()
-            assert model["never"].weight.grad is None
-            assert model["visual"].weight.grad is not None
-        assert distributed.averaged(None) is None
-        assert model.logit_scale.grad is not None
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
