@@ -36,6 +36,7 @@ def autocast(first: Tensor, *others: Tensor | None) -> Sequence[Any]:
     dtype = torch.get_autocast_dtype(first.device.type)
     cast = []
     for t in tensors:
-        is_cast = isinstance(t, Tensor) and t.dtype != torch.float64
-        cast.append(t.to(dtype) if is_cast else t)
+        if isinstance(t, Tensor) and t.dtype != torch.float64:
+            t = t.to(dtype)
+        cast.append(t)
     return cast

@@ -312,7 +312,7 @@ def similarity_loss(
 
     out: dict[str, Tensor] = {}
     sums: list[Tensor] = []  # the summands of "loss"
-    softmaxes = [term for term in ("contrastive", "relational") if term in terms]
+    softmaxes: list[str] = [term for term in ("contrastive", "relational") if term in terms]
     if softmaxes:
         if joined:
             softmaxes.append("pair_matching")
