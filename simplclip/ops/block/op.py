@@ -199,7 +199,7 @@ def _attention_bwd(
 
     d_out: the gradient of the attention's result, [T, C].
     """
-    shape = attention.q.shape
+    shape = heads_of(call)
     rows, width = d_out.shape
     dqk = d_out.new_empty(rows, 2 * width)
     dv = d_out.new_empty(rows, width)
