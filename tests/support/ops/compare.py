@@ -258,7 +258,11 @@ class Case:
             for name, value in self.run().items():
                 message = f"{name}: a second run gave other values, or NaN"
                 assert torch.equal(value, results[name]), message
-        with ProductsInTF32() if self.tf32 else contextlib.nullcontext():
+        kind: Any = self.dtype
+        context: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.tf32:
+            kind, context = "tf32", ProductsInTF32()
+        with context:
             plain_results = self.by_definition()
         exact = self.by_definition(Tensor.double)
 
@@ -272,7 +276,7 @@ class Case:
             results,
             plain_results,
             exact,
-            "tf32" if self.tf32 else self.dtype,
+            kind,
             subject=self.call.options,
             least=least,
             rounded=rounded if roundings else None,

@@ -62,7 +62,9 @@ def imaginary(t: Tensor) -> Tensor | None:
 
 def expanded(t: Tensor) -> Tensor | None:
     """Repeats t's first element or row without more memory; the values are not those of t."""
-    return None if t.dim() == 0 else t[:1].clone().expand(t.shape)
+    if t.dim() == 0:
+        return None
+    return t[:1].clone().expand(t.shape)
 
 
 def scalar_expanded(t: Tensor) -> Tensor | None:
@@ -81,7 +83,9 @@ def odd_rows(t: Tensor) -> Tensor | None:
 
 def heads_first(t: Tensor) -> Tensor | None:
     """Returns [B, L, H, K] whose heads lie before tokens in memory."""
-    return t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 4 else None
+    if t.dim() != 4:
+        return None
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 SAME = {f.__name__: f for f in (strided, rows_apart, transposed, offset, negated, imaginary)}

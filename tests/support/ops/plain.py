@@ -150,7 +150,7 @@ def loss_terms(
     text: Tensor,
     logit_scale: Number,
     *,
-    bias: Number | None = None,
+    bias: Number = 0.0,
     teacher: Sequence = (None, None, None),
     ids: Tensor | None = None,
 ) -> dict[str, Tensor]:
@@ -168,7 +168,7 @@ def loss_terms(
         image,
         text,
         logit_scale,
-        logit_bias=0.0 if bias is None else bias,
+        logit_bias=bias,
         plane=plane,
         ids=ids,
         text_ids=ids,
@@ -249,10 +249,12 @@ def attention_by_loops(
         scale = q.shape[-1] ** -0.5
     out = torch.zeros_like(v)
     for b in range(q.shape[0]):
-        n = q.shape[1] if lengths is None else int(lengths[b])
+        n = int(lengths[b]) if lengths is not None else q.shape[1]
         for h in range(q.shape[2]):
             for i in range(n):
-                keys = i + 1 if causal else n
+                keys = n
+                if causal:
+                    keys = i + 1
                 weights = (k[b, :keys, h] @ q[b, i, h] * scale).softmax(0)
                 values = v[b, :keys, h]
                 attended, mean = weights @ values, values.mean(0)

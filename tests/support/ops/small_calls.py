@@ -143,7 +143,9 @@ def module_call(name: str, dtype: torch.dtype = torch.float32) -> tuple[Callable
     float32.
     """
     tensors, make, count = MODULES[name]
-    module = make().to(dtype if name == "SimplifiedBlock" else torch.float32)
+    module = make()
+    if name == "SimplifiedBlock":
+        module.to(dtype)
 
     def function(*args: Tensor) -> Tensor:
         out = module(*args[:count])
@@ -178,7 +180,10 @@ def check_registration(name: str, backend: str, device: str = "cpu") -> None:
     in a layout of its own.
     """
     make, function = SMALL[name]
-    with forced(backend if backend == "sdpa" else ""), Dispatched() as mode, torch.device(device):
+    first_backend = ""
+    if backend == "sdpa":
+        first_backend = backend
+    with forced(first_backend), Dispatched() as mode, torch.device(device):
         tensors = [
             t.detach().to(device).requires_grad_(t.requires_grad) for t in make(4, torch.float32)
         ]

@@ -75,6 +75,11 @@ def _backward(grad, q, k, v, out, lse, segments: Segments, causal: bool, scale: 
     return gradients
 
 
+def _batched(*tensors: Tensor, bounds: Tensor | None) -> list[Tensor]:
+    """Gives one sequence of all tokens a dimension of batches."""
+    return list(tensors) if bounds is None else [t[None] for t in tensors]
+
+
 def _flash_attention_forward(
     q, k, v, bounds, keys, most, most_keys, dropout, causal, debug, *, scale
 ):
@@ -82,7 +87,7 @@ def _flash_attention_forward(
     assert q.itemsize == 2
     assert q.shape[-1] <= 256
     _check(q, k, v)
-    whole = [t[None] if bounds is not None else t for t in (q, k, v)]
+    whole = _batched(q, k, v, bounds=bounds)
     out, lse = _forward(*whole, _segments(whole[0], bounds, most), causal, scale)
     joined_lse = torch.stack(lse) if bounds is None else torch.cat(lse, 1)
     return out.view(q.shape), joined_lse, None, None, None
@@ -93,7 +98,7 @@ def _flash_attention_backward(
 ):  # fmt: skip
     assert (keys is bounds, most_keys, dropout) == (True, most, 0)
     _check(grad, q, k, v, out)
-    whole = [t[None] if bounds is not None else t for t in (grad, q, k, v, out)]
+    whole = _batched(grad, q, k, v, out, bounds=bounds)
     segments = _segments(whole[0], bounds, most)
     parts = lse if bounds is None else [lse[:, rows] for _, rows in segments]
     return tuple(t.view(q.shape) for t in _backward(*whole, parts, segments, causal, scale))
