@@ -281,12 +281,9 @@ def test_two_ranks_learn_one_plane_and_start_from_one_draw_of_the_projections(do
 
 
 def test_accumulated_passes_count_once():
-    loss, args = torch.nn.Linear(4, 2), Namespace(accum_freq=3)
-    assert (
-        openclip_train._attached(model := torch.nn.Module(), loss, args)
-        is model.simplclip_loss
-        is loss
-    )
+    loss, model = torch.nn.Linear(4, 2), torch.nn.Module()
+    openclip_train._attach(loss, model, Namespace(accum_freq=3))
+    assert model.simplclip_loss is loss
     x = torch.randn(5, 4)
     for _ in range(3):
         loss(x).sum().backward()
@@ -295,8 +292,8 @@ def test_accumulated_passes_count_once():
 
 def test_losses_that_do_not_go_with_the_trainer_are_refused():
     with pytest.raises(InputError, match="--fsdp: expected a loss without learned parameters"):
-        openclip_train._attached(
-            torch.nn.Module(), torch.nn.Linear(4, 2), Namespace(accum_freq=1, fsdp=True)
+        openclip_train._attach(
+            torch.nn.Linear(4, 2), torch.nn.Module(), Namespace(accum_freq=1, fsdp=True)
         )
     options, args = openclip_train.parser().parse_args([]), Namespace(model="genlip", device="cpu")
     with pytest.raises(

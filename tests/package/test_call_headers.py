@@ -9,11 +9,11 @@ from enum import IntEnum
 from pathlib import Path
 
 import pytest
-from devices import needs_cpu_kernels, needs_triton
-from paths import ROOT
 
 from simplclip.ops import backends, extension
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SigmoidCall, SigmoidRow
+from support.devices import needs_cpu_kernels, needs_triton
+from support.paths import ROOT
 
 OPS = ROOT / "simplclip" / "ops"
 HEADERS = runpy.run_path(str(ROOT / "csrc" / "call_headers.py"))

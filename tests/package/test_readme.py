@@ -33,7 +33,7 @@ from torch.distributed.run import get_args_parser
 
 from simplclip import export
 from simplclip import train as trainer
-from simplclip.train import config
+from simplclip.train import config, sections
 from support.paths import ROOT
 from support.programs import forked
 from support.train import tiny
@@ -347,7 +347,7 @@ def resolves(dotted: str) -> bool:
 def is_key(key: str) -> bool:
     """Whether a config has the key; arguments of the loader are those that it takes."""
     if key.startswith("data.options."):
-        return key.removeprefix("data.options.") in config.LoaderOptions.__annotations__
+        return key.removeprefix("data.options.") in sections.LoaderOptions.__annotations__
     section: type[BaseModel] = config.Config
     for part in key.split("."):
         if not (isinstance(section, type) and issubclass(section, BaseModel)):
