@@ -85,8 +85,10 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker would take any name for known
 
     def __getattr__(name: str) -> Any:
+        """Returns a public name, whose module is imported on first use."""
         return attribute(__name__, _MODULES, name)
 
 
 def __dir__() -> list[str]:
+    """Returns the module's names, with those that are imported on first use."""
     return sorted({*globals(), *__all__})

@@ -39,6 +39,10 @@ Inputs = dict[str, Any]
 
 
 def pairs(n: int, m: int, width: int) -> Inputs:
+    """Returns similarity-loss inputs: shapes of image [n, width] and text [m, width], and scalars.
+
+    The scalars are the logit scale and the plane's weight and bias, as in ops.similarity_loss.
+    """
     return {
         "image": (n, width),
         "text": (m, width),
@@ -49,18 +53,28 @@ def pairs(n: int, m: int, width: int) -> Inputs:
 
 
 def teacher(n: int, m: int, width: int) -> Inputs:
+    """Returns a teacher's inputs of a similarity loss: the shapes of its features, and its scale.
+
+    The shapes are [n, width] of images and [m, width] of texts.
+    """
     return {"teacher_image": (n, width), "teacher_text": (m, width), "teacher_scale": 60.0}
 
 
 def gains(heads: int) -> Inputs:
+    """Returns the shapes of shaped attention's gains alpha, beta and gamma, one for each head."""
     return dict.fromkeys(("alpha", "beta", "gamma"), (heads,))
 
 
 def qkv(*shape: int) -> Inputs:
+    """Returns the shapes of q, k and v, [B, L, H, K] as given, and of the gains."""
     return dict.fromkeys("qkv", shape) | gains(shape[2])
 
 
 def mlp(rows: tuple[int, ...], c: int, f: int) -> Inputs:
+    """Returns the shapes of ops.parallel_mlp's inputs: x [*rows, c], and weights.
+
+    f: the number of hidden units.
+    """
     return {
         "x": (*rows, c),
         "fc1_weight": (f, c),
@@ -71,6 +85,10 @@ def mlp(rows: tuple[int, ...], c: int, f: int) -> Inputs:
 
 
 def block(b: int, length: int, c: int, heads: int) -> Inputs:
+    """Returns the shapes of ops.simplified_block's inputs, of b sequences of `length` tokens.
+
+    c: the width of a token. The MLP has 4 c + 1 hidden units.
+    """
     return (
         mlp((b, length), c, 4 * c + 1)
         | gains(heads)
@@ -140,7 +158,10 @@ class Row:
         return parts
 
     def serves(self, inputs: Inputs, device: torch.device) -> bool:
-        """Whether the row's backend runs a call with these inputs on the device."""
+        """Whether the row's backend runs a call with these inputs, in its dtype, on the device.
+
+        torch.compile and the reference always do.
+        """
         if self.backend in (COMPILED, "reference"):
             return True
         facts: dict[str, Any] = {}
@@ -156,7 +177,11 @@ class Row:
 
 
 def drawn(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns the tensors of a call in a dtype."""
+    """Returns the tensors of a call on the CPU, name -> tensor, from shapes or values.
+
+    Shapes become normal numbers, the same in each call; rows of tensors in UNIT have about unit
+    length. They have `dtype`, those in WIDE at least float32, integers int64.
+    """
     generator = torch.Generator().manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
     tensors = {}
@@ -174,7 +199,10 @@ def drawn(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def spread(t: Tensor) -> Tensor:
-    """Returns a view of equal values whose rows lie between NaNs."""
+    """Returns a view of equal values whose rows lie between NaNs, in new memory.
+
+    A tensor of fewer than two dimensions is returned as it is.
+    """
     if t.dim() < 2:
         return t
     *sizes, width = t.shape
@@ -185,7 +213,12 @@ def spread(t: Tensor) -> Tensor:
 def run(
     function: Callable, tensors: dict[str, Tensor], options: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Returns results, and gradients as d_NAME."""
+    """Calls an op and its backward; returns its results by name, and its gradients as d_NAME.
+
+    function: the op. tensors, options: its keyword arguments; gradients are of floating-point
+    tensors but the teacher's. A result that is no dict is named "out". The incoming gradients are
+    LOSS_SCALE for scalars, else normal numbers, the same in each call.
+    """
     names = [
         name
         for name, t in tensors.items()
@@ -213,7 +246,11 @@ def run(
 
 
 def check(row: Row, inputs: Inputs, options: dict[str, Any], device: torch.device) -> None:
-    """Runs a call on the row's backend, and adds its largest error and what is wrong to the row."""
+    """Runs a call on the row's backend; adds its largest error and what is wrong to `row`.
+
+    inputs, options: of the call, as in CALLS. Errors that the call raises count as failures. Turns
+    torch's deterministic algorithms on meanwhile, and off at the end.
+    """
     function = getattr(ops, row.op)
     tensors = drawn(inputs, row.dtype)
     shapes = {name: list(t.shape) for name, t in tensors.items()}
@@ -258,6 +295,7 @@ def check(row: Row, inputs: Inputs, options: dict[str, Any], device: torch.devic
 
 
 def _eps(dtype: torch.dtype, device: torch.device) -> float:
+    """Returns the tolerance of a dtype, relative to the largest value; more where TF32 is used."""
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     if device.type == "cuda" and dtype == torch.float32 and tf32:
         return EPS_TF32
@@ -265,8 +303,10 @@ def _eps(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def rows(device: torch.device, names: Iterable[str] | None = None) -> Iterator[Row]:
-    """Checks ops (by default all) on the backends that serve them on the device, and yields the
-    rows.
+    """Checks ops on the backends that serve them on the device, and yields the rows.
+
+    There is one Row for each op, backend and dtype, yielded when its calls have run. names: ops,
+    keys of CALLS; None: all.
     """
     for op in CALLS if names is None else names:
         for backend, dtype in itertools.product((*backends.NAMES, COMPILED), EPS):

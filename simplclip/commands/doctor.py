@@ -28,8 +28,10 @@ def doctor(
 
 
 def render(machine: dict[str, Any], why: bool = False) -> str:
-    """Returns the report as text for a terminal. why: list each op with the reasons why the other
-    backends do not run it.
+    """Returns the report as text for a terminal.
+
+    machine: what `simplclip.ops.report.report` returns. why: list each op with the reasons why the
+    other backends do not run it.
     """
     cpu = machine["cpu"]
     gpu = machine["gpu"]
@@ -77,7 +79,10 @@ def render(machine: dict[str, Any], why: bool = False) -> str:
 
 
 def _reasons(ops: dict[str, Any]) -> list[str]:
-    """Returns a line for each op and device, and one for each backend that does not run it."""
+    """Returns a line for each op and device, and one for each backend that does not run it.
+
+    ops: the report's "ops": op -> "cpu" or "cuda" -> its backend, error and reasons for others.
+    """
     lines = []
     for op, devices in ops.items():
         for device, entry in devices.items():
@@ -87,8 +92,9 @@ def _reasons(ops: dict[str, Any]) -> list[str]:
 
 
 def _served(ops: dict[str, Any], device: str) -> str:
-    """Returns one line: the backends that run the ops for tensors of a device, each with the number
-    of its ops.
+    """Returns one line: the backends that run the ops, each with the number of its ops.
+
+    ops: as in `_reasons`. device: "cpu" or "cuda", where the tensors are.
     """
     names = [devices[device]["backend"] or "none" for devices in ops.values()]
     return ", ".join(f"{names.count(name)} ops by {name}" for name in dict.fromkeys(names))

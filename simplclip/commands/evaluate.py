@@ -99,11 +99,11 @@ def evaluate(
 
 
 def splits_of(model: str) -> dict[str, Any]:
-    """Returns eval.splits, and the share of eval.hold_out, of the config.yaml in a run's folder, or
-    beside a checkpoint; {} if there is none.
+    """Returns a run's splits, eval.splits and the share of eval.hold_out; {} if there are none.
 
-    The folder may come from elsewhere, so its splits may be local files alone. Raises InputError
-    for commands and URLs.
+    model: the folder of a run, or a checkpoint in it, whose config.yaml is read; without one, {}.
+    The result maps a split's name to its data. The folder may come from elsewhere, so its splits
+    may be local files alone. Raises InputError for commands and URLs.
     """
     folder = Path(model)
     if not folder.is_dir():

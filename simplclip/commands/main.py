@@ -49,6 +49,11 @@ class Commands(TyperGroup):
     """
 
     def invoke(self, ctx):
+        """Runs a command; turns errors that a user can fix into one line and an exit code.
+
+        The code is 130 for Ctrl-C, 1 if the reader of the output has ended, else 2. With
+        SIMPLCLIP_DEBUG a UserError or OSError keeps its traceback, as other errors do.
+        """
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -82,6 +87,7 @@ main = app  # what pyproject.toml and __main__.py call
 
 
 def _version(wanted: bool) -> None:
+    """Prints the version and ends the command, if `wanted`."""
     if wanted:
         import simplclip
 
@@ -95,6 +101,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    """Lets stdout and stderr write escapes for characters that they lack; runs before commands."""
     for stream in (sys.stdout, sys.stderr):
         # an output that has no such characters shows escapes
         if isinstance(stream, io.TextIOWrapper):

@@ -52,6 +52,10 @@ Sidecars = Annotated[
 
 
 def fail(message: str, code: int) -> None:
+    """Prints the message to stderr and ends the command: raises typer.Exit with this exit code.
+
+    Ranks but the first put their number before the message.
+    """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         message = f"rank {rank}: {message}"
@@ -60,9 +64,10 @@ def fail(message: str, code: int) -> None:
 
 
 def check_data(source: Any, name: str) -> None:
-    """Raises InputError, which names the argument, for data that are not there.
+    """Raises InputError, which names the argument `name`, for data that are not there.
 
-    Nothing here needs seconds of imports.
+    source: a text as the commands take it (tars, table, JSON, folder), a list of these, or
+    {"shards": one of them, ...}. Opens no file, and needs no seconds of imports.
     """
     from simplclip.data.find_sources import sources_of
     from simplclip.data.read_tables import is_source, split_of
@@ -79,10 +84,11 @@ def check_data(source: Any, name: str) -> None:
 
 
 def named_splits(items: list[str]) -> dict[str, Any]:
-    """Parses NAME=DATA, or DATA alone, which is named after its file or folder up to the first
-    number or wildcard.
+    r"""Returns split name -> data, of items NAME=DATA, or DATA alone.
 
-    A name is anything without the characters of paths and patterns: / \\ * ? [ ] { } # and =.
+    DATA alone is named after its file or folder up to the first number or wildcard. A name is
+    anything without the characters of paths and patterns: / \ * ? [ ] { } # and =. Raises
+    InputError for an empty item, or for a name that comes twice.
     """
     from simplclip.data.read_tables import split_of
 

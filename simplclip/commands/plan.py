@@ -86,7 +86,11 @@ def plan(
 
 
 def _values(source: str) -> dict[str, Any]:
-    """Returns the values of a config or, if `source` is a model, of its training with defaults."""
+    """Returns the nested values of a config, with REQUIRED ones where it lacks them.
+
+    source: a YAML file, the name of a built-in config, or a model's name, whose training has
+    defaults.
+    """
     from simplclip.train import config as configs
 
     if not Path(source).is_file() and source not in configs.builtin():
@@ -103,7 +107,10 @@ def _values(source: str) -> dict[str, Any]:
 
 
 def parse_count(text: str | None) -> int | None:
-    """Returns the number of a text such as 12.4M. Raises InputError."""
+    """Returns the integer that a text such as "12.4M", "500k" or "1,000" means; None for None.
+
+    Raises InputError if it is no number, or is below 1.
+    """
     from simplclip.common.errors import InputError
 
     if text is None:

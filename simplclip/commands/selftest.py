@@ -65,4 +65,5 @@ def selftest(
 
 
 def _name(dtype: Any) -> str:
+    """Returns a torch dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")

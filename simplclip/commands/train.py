@@ -18,6 +18,7 @@ from simplclip.common.errors import InputError, UserError
 
 
 def _config_help(wanted: bool) -> None:
+    """Prints every key of the config and ends the command, if `wanted`."""
     if wanted:
         from simplclip.train import config
 
@@ -87,8 +88,11 @@ def train(
 
 
 def relocated(config: Any, file: Path) -> Any:
-    """Returns `config` with the folder of its file as run.out, if the file is the config.yaml of a
-    run that was moved.
+    """Returns the config of a run that was moved, with its new folder as run.out.
+
+    config: a simplclip.train.config.Config, read from `file`. Paths of shards that the run packed
+    change too. Unless `file` is a config.yaml beside a last.pt, in another folder than run.out,
+    `config` is returned as it is. Nothing on the disk changes.
     """
     old, new = Path(config.run.out), file.parent
     if file.name != "config.yaml" or not (new / "last.pt").exists():
@@ -104,9 +108,11 @@ def relocated(config: Any, file: Path) -> Any:
 
 
 def check(config: Any, resume: bool) -> None:
-    """Raises InputError or OSError for a wrong name, folder or file.
+    """Raises InputError or OSError for a wrong name, folder or file; changes nothing.
 
-    Nothing here needs seconds of imports.
+    config: a simplclip.train.config.Config. resume: whether run.out may have a run to continue. A
+    missing tensorboard raises ModuleNotFoundError. Only a run.device of a GPU needs seconds of
+    imports.
     """
     from simplclip.models.sources import check_name, check_weights
     from simplclip.train.config import check_out
@@ -140,7 +146,10 @@ def _has_driver() -> bool:
 
 
 def check_sources(config: Any) -> None:
-    """Raises InputError for data and sidecars that are not there."""
+    """Raises InputError for training data, eval.splits or sidecars that are not there.
+
+    config: a simplclip.train.config.Config. Splits are checked only if eval.every is set.
+    """
     check_data(config.data.train, "data.train")
     if config.eval.every:
         for name, split in config.eval.splits.items():
@@ -153,7 +162,10 @@ def check_sources(config: Any) -> None:
 
 
 def _with_micro_batch(config: Any) -> Any:
-    """Returns `config` with the largest data.micro_batch that fits in place of "auto"."""
+    """Returns `config` with the largest data.micro_batch that fits in place of "auto".
+
+    Predicts its memory on fake tensors, and prints the choice on the first rank.
+    """
     from simplclip.common.hardware import pick_device
     from simplclip.plan.search import largest_micro_batch
 

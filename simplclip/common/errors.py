@@ -17,15 +17,19 @@ class InputError(UserError, ValueError):
 
 
 def check_count(name: str, value: int, least: int) -> None:
+    """Raises InputError unless `value` is an int (no bool) of at least `least`.
+
+    name: the argument, for the message.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Returns `text` for a terminal: `repr`'s escapes replace unprintable characters, such as
-    escape sequences.
+    """Returns `text` with `repr`'s escapes in place of unprintable characters, for a terminal.
 
-    keep: characters that stay as they are, e.g. line ends.
+    Escape sequences, for example, have no effect then. keep: characters that stay as they are, such
+    as line ends.
     """
     if text.isprintable():
         return text
@@ -33,4 +37,5 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -25,8 +25,9 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Replaces the contents of `path` by `data`; readers see the old file or the new file, never a
-    part of a file.
+    """Replaces the contents of `path` by `data`; text is written as UTF-8.
+
+    Readers see the old file or the new file, never a part of a file. The folder must exist.
     """
     if isinstance(data, str):
         data = data.encode()
@@ -35,7 +36,11 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
 
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replaces `path` by a CSV file of `rows`."""
+    """Replaces `path` by a CSV file of `rows`, with a header line of `columns`.
+
+    A row is {column: value}; a column that it lacks is empty, a key that is no column raises
+    ValueError. The file is written completely or not at all.
+    """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -44,8 +49,10 @@ def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]])
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Reads the rows of a CSV file, none if there is no file; without a last line that a crash cut
-    short.
+    """Returns the rows of a CSV file as {column: text}; [] if there is no file.
+
+    Its first line names the columns. Leaves out a last line that a crash cut short, and rows with
+    more or fewer values than columns.
     """
     if not path.exists():
         return []
@@ -56,9 +63,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Context that opens a temporary file beside `path` and renames it to `path` if the block ends
-    without an error.
+    """Context that opens a temporary file for bytes, and at the end renames it to `path`.
 
+    It lies beside `path`. After an error the temporary file is removed, and `path` stays as it was.
     `remove_leftovers` removes the temporary file of a process that was killed.
     """
     path = Path(path)
@@ -90,8 +97,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def temporary_folder(path: str | Path) -> Iterator[Path]:
-    """Context with a new folder beside `path`, which is removed at the end unless it has been
-    renamed.
+    """Context with a new folder beside `path`, whose parents are made too.
+
+    It is removed with its files at the end unless it has been renamed.
     """
     folder = _temporary(Path(path))
     folder.mkdir(parents=True)
@@ -102,8 +110,9 @@ def temporary_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """Returns a random name beside `path`, since other users of a shared folder could put a link
-    under a name they guess.
+    """Returns a path beside `path` with a random hidden name, .NAME.HEX.tmp; makes nothing.
+
+    It is random since other users of a shared folder could put a link under a name they guess.
     """
     path = path.absolute()  # "." has no name
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -114,8 +123,9 @@ def remove_leftovers(
 ) -> None:
     """Removes temporary files and folders that killed processes left in `folder`.
 
-    removable: a predicate of the final name of a file or folder that may be removed. seconds: files
-    that were written to within this time stay, since another process may still be writing.
+    They are those of `replacing` and `temporary_folder`. removable: gets the final name of a file
+    or folder; only if the result is true may it be removed. seconds: files that were written to
+    within this time stay, since another process may still be writing.
     """
     for path in Path(folder).glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
@@ -144,12 +154,11 @@ os.register_at_fork(after_in_child=_close_inherited_locks)
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
-    """Context that makes `folder`, which one process at a time can enter; folders that are empty at
-    the end are removed.
+    """Context in `folder` that one process at a time can enter; makes the folder and its parents.
 
-    The system releases the lock when the process ends, however it ends. A file system may have no
-    locks. name: the argument, in errors. Raises FileExistsError while another process is inside,
-    InputError for a file.
+    Of these, folders that are empty at the end are removed. The system releases the lock when the
+    process ends, however it ends. A file system without locks locks nothing. name: the argument, in
+    errors. Raises FileExistsError while another process is inside, InputError for a file.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{name}: expected a folder, got the file {folder}")
@@ -177,14 +186,15 @@ def locked(folder: Path, name: str) -> Iterator[None]:
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """Returns the SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def identity(path: str | Path) -> dict[str, Any]:
-    """The size and SHA-256 of a file, as the meta.json of shards and the export.json of exports
-    hold them.
+    """Returns {"bytes": size, "sha256": hexadecimal digits} of a file.
+
+    The meta.json of shards and the export.json of exports hold them.
     """
     return {"bytes": os.path.getsize(path), "sha256": sha256(path)}
 
@@ -192,7 +202,10 @@ def identity(path: str | Path) -> dict[str, Any]:
 def differences(
     old: dict[str, Any], new: dict[str, Any], prefix: str = ""
 ) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys whose values differ: key -> (old, new)."""
+    """Returns the dotted keys whose values differ between two nested dicts: key -> (old, new).
+
+    A key that one of them lacks counts as None there. prefix: what comes before each key.
+    """
     changed: dict[str, tuple[Any, Any]] = {}
     for name in dict.fromkeys([*old, *new]):
         a, b = old.get(name), new.get(name)

@@ -26,7 +26,7 @@ ISAS_WITHOUT_BF16 = (
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device `name`; "auto" is a GPU if there is one.
+    """Returns the device `name`, as "cpu" or "cuda:1"; "auto" is a GPU if there is one, else a CPU.
 
     Raises InputError for a device that does not exist.
     """
@@ -47,8 +47,9 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the hardware has bf16 products, and on a CPU torch may use them; emulated bf16 is
-    slower than fp32.
+    """Whether products in bf16 run in the hardware of `device`; emulated ones are slower than fp32.
+
+    On a CPU the variable ONEDNN_MAX_CPU_ISA may forbid them.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -60,7 +61,11 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
-    """The precision and the reason for it. name: fp32, bf16, fp16 or auto."""
+    """Returns the precision, "fp32", "bf16" or "fp16", and a few words on why.
+
+    name: one of these, or "auto": bf16 if the device has it, else fp32. Raises InputError for
+    others.
+    """
     if name in DTYPES:
         return name, "as configured"
     if name != "auto":
@@ -71,13 +76,16 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The autocast context of a precision; disabled for fp32."""
+    """Returns the autocast context of a precision, "fp32", "bf16" or "fp16"; disabled for fp32."""
     dtype = DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the GPU's memory, or a rank's share of this machine's."""
+    """Returns the bytes of the GPU's memory or, on a CPU, of a rank's share of the machine's.
+
+    The ranks that torchrun started on the machine (LOCAL_WORLD_SIZE) have equal shares.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -85,8 +93,10 @@ def total_memory(device: torch.device) -> int:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: of the GPU's allocator, or of the process's resident set on a CPU (0
-    outside Linux).
+    """Returns the peak memory in MiB since the start, or since torch's statistics were reset.
+
+    On a GPU it is that of torch's allocator, on a CPU the resident set of the process (0 outside
+    Linux).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -98,8 +108,10 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def describe_gpu(device: torch.device) -> str:
-    """Describes the GPU memory that all processes use and, with nvidia-ml-py, the GPU's
-    utilization; "" for a CPU.
+    """Returns a text on the GPU memory that all processes use; "" for a CPU.
+
+    It is "GPU 3.1 of 23.7 GiB" after two spaces and, with nvidia-ml-py, the GPU's utilization: ",
+    97% busy".
     """
     if device.type != "cuda":
         return ""

@@ -8,10 +8,11 @@ from typing import Any
 
 
 def attribute(package: str, modules: Mapping[str, tuple[str, ...]], name: str) -> Any:
-    """Returns a package's attribute. Raises AttributeError.
+    """Returns the attribute `name` of a package, whose module it imports; for a `__getattr__`.
 
-    modules: module -> the names that it has, or () for the module itself. The package imports the
-    same names under TYPE_CHECKING, for type checkers and editors.
+    package: its dotted name. modules: module, relative to the package -> the names that it has, or
+    () for the module itself. The package imports the same names under TYPE_CHECKING, for type
+    checkers and editors. Raises AttributeError for other names.
     """
     for module, names in modules.items():
         if name in names:

@@ -49,6 +49,7 @@ class Sheet:
     """
 
     def __init__(self) -> None:
+        """Makes an empty picture; nothing is written before `write`."""
         self.figure = Figure(figsize=(WIDTH, 1), dpi=DPI, facecolor="white")
         self.axis = self.figure.add_axes((0, 0, 1, 1), autoscale_on=False, xlim=(0, WIDTH))
         self.axis.axis("off")
@@ -65,8 +66,10 @@ class Sheet:
         lines: int = 1,
         **style: Any,
     ) -> float:
-        """Draws text in at most `lines` lines of `width` inches; returns its height. x: left, or as
-        the style's `ha` says.
+        """Draws text in at most `lines` lines of `width` inches; returns its height in inches.
+
+        x: left, or as the style's `ha` says; y: top, both in inches. size: in points. style:
+        options of matplotlib's Axes.text. `self.y` stays.
         """
         font = FontProperties(family=_fonts(), size=size, weight=style.get("weight"))
         length = functools.partial(
@@ -83,12 +86,16 @@ class Sheet:
         return LINE * size * len(rows)
 
     def line(self, text: str, size: float = 10, lines: int = 1, **style: Any) -> None:
-        """Draws text below everything else, as wide as the sheet."""
+        """Draws text below everything else, as wide as the sheet, and moves `y` below it.
+
+        size: in points. lines: the most lines. style: options of matplotlib's Axes.text.
+        """
         self.y += self.text(MARGIN, self.y, text, WIDTH - 2 * MARGIN, size, lines, **style)
 
     def tile(self, image: Any, x: float, y: float, side: float, right: bool = False) -> None:
-        """Draws an image, whole and centred, in a square; framed in green if it is the right
-        answer.
+        """Draws a PIL image, whole and centred, in a square of `side` inches with a frame.
+
+        x, y: its left upper corner. right: whether it is the right answer, whose frame is green.
         """
         width, height = (side * length / max(image.size) for length in image.size)
         left, top = x + (side - width) / 2, y + (side - height) / 2
@@ -112,24 +119,27 @@ class Sheet:
         colour: str = RIGHT,
         line: float = 1.5,
     ) -> None:
+        """Draws a frame whose left upper corner is x, y, in inches; line: its width in points."""
         self.axis.add_patch(
             Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line)
         )
 
     def fit(self) -> None:
-        """Makes the picture as high as what is drawn."""
+        """Makes the picture as high as what is drawn, up to `y` and a margin."""
         self.figure.set_size_inches(WIDTH, self.y + MARGIN)
         self.axis.set_ylim(self.y + MARGIN, 0)
 
     def write(self, path: str | Path) -> Path:
+        """Fits the height and writes the picture as PNG, replacing `path`; returns the path."""
         self.fit()
         return write(self.figure, Path(path))
 
 
 def wrapped(text: str, fits: Any, lines: int) -> list[str]:
-    """Wraps text into at most `lines` lines for which `fits` is true; of more, "…" is the end.
+    """Returns text wrapped into at most `lines` lines; if more are needed, the last ends with "…".
 
-    Long words are divided.
+    fits: a function that says whether a line (a string) is short enough. Words that do not fit are
+    divided; white space becomes single spaces.
     """
     parts: list[str] = []
     for word in re.findall(r"[^\s/]+[\s/]*|[\s/]+", " ".join(text.split())):
@@ -167,7 +177,10 @@ class Panel:
 
 
 def curves(path: Path, panels: Sequence[Panel], best: int | None = None) -> Path:
-    """Draws panels below each other, with one axis of steps. best: a step that is marked."""
+    """Draws panels below each other, with one axis of steps, into a PNG file; returns its path.
+
+    path is replaced. best: a step at which a dashed line is drawn; None: no line.
+    """
     # inches, and columns of labels
     left = 0.62
     right = 0.3
@@ -224,7 +237,10 @@ def curves(path: Path, panels: Sequence[Panel], best: int | None = None) -> Path
 
 
 def _draw_panel(axis: Any, panel: Panel, best: int | None) -> list[Any]:
-    """Draws the lines of a panel, and returns them."""
+    """Draws a panel's lines into `axis` (matplotlib's) and formats it; returns the line artists.
+
+    best: a step at which a dashed line is drawn, or None. Labels get the last value of their line.
+    """
     handles = []
     for number, (label, (steps, values)) in enumerate(panel.lines.items()):
         colour = COLOURS[number % panel.solid]
@@ -256,21 +272,23 @@ def _draw_panel(axis: Any, panel: Panel, best: int | None) -> list[Any]:
 
 @functools.cache
 def _fonts() -> list[str]:
-    """Returns the names of matplotlib's own font and of those fonts in SCRIPTS that this machine
-    has.
+    """Returns the names of the fonts for texts: matplotlib's own, and those of SCRIPTS found here.
+
+    The list is cached.
     """
     return ["DejaVu Sans", *(name for name in SCRIPTS if name in font_manager.get_font_names())]
 
 
 @contextlib.contextmanager
 def _any_letters() -> Iterator[None]:
-    """Context without warnings of letters that no font here has, which become boxes."""
+    """Context without warnings of letters that no font here has, which are drawn as boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         yield
 
 
 def png(figure: Figure) -> bytes:
+    """Returns the figure as the bytes of a PNG file."""
     image = io.BytesIO()
     with _any_letters():
         figure.savefig(image, format="png")
@@ -278,5 +296,6 @@ def png(figure: Figure) -> bytes:
 
 
 def write(figure: Figure, path: Path) -> Path:
+    """Writes the figure as PNG, replacing `path`; returns the path."""
     write_atomically(path, png(figure))
     return path

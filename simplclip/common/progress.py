@@ -14,7 +14,7 @@ FIRST, LATER = 10.0, 60.0  # seconds between two lines, at the start and later
 
 
 def duration(seconds: float) -> str:
-    """Writes a duration as "7 s", "3:10" (minutes and seconds) or "1:03:10" (with hours)."""
+    """Returns seconds as text: "7 s", "3:10" (minutes and seconds) or "1:03:10" (with hours)."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     return tqdm.format_interval(seconds).lstrip("0")
@@ -49,6 +49,7 @@ class Pace:
     """
 
     def __init__(self, at_most: float = LATER) -> None:
+        """Starts the clock; the first line is due after 10 seconds, or `at_most`."""
         self.at_most = at_most
         self.began = self._last = time.monotonic()
 
@@ -58,6 +59,7 @@ class Pace:
         return time.monotonic() - self.began
 
     def due(self) -> bool:
+        """Whether it is time for a line; if so, the time until the next one begins."""
         now = time.monotonic()
         if now - self._last < min(max(FIRST, (now - self.began) / 10), self.at_most):
             return False
@@ -85,6 +87,7 @@ class Progress:
         unit: str = "samples",
         shown: bool = True,
     ) -> None:
+        """Shows an empty bar on stderr if that is a terminal; for the arguments see the class."""
         self.title = title
         self.total = total
         self.done = done
@@ -117,12 +120,14 @@ class Progress:
             )
 
     def update(self, count: int) -> None:
+        """Adds `count` units to those done, and redraws the bar or prints a line if one is due."""
         self.done += count
         self._bar.update(count)
         if self._lines and self._pace.due():
             print(self._line(), file=sys.stderr, flush=True)
 
     def _line(self) -> str:
+        """Returns a line for a log: units done, of how many, the speed and the time left."""
         rate = (self.done - self._earlier) / max(self._pace.seconds, 1e-9)
         speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
         speed += f" {self.unit}/s"

@@ -40,14 +40,17 @@ class RankError(UserError, RuntimeError):
 
 
 def count() -> int:
+    """Returns the number of ranks; 1 outside `joined`."""
     return dist.get_world_size() if _objects is not None else 1
 
 
 def number() -> int:
+    """Returns the number of this rank, from 0; 0 outside `joined`."""
     return dist.get_rank() if _objects is not None else 0
 
 
 def first() -> bool:
+    """Whether this is the first rank, or there is only one."""
     return number() == 0
 
 
@@ -55,8 +58,8 @@ def first() -> bool:
 def joined(minutes: float | None = None) -> Iterator[None]:
     """Context in which the processes that torchrun started work together.
 
-    They use NCCL on cards and gloo on CPUs. If there is a process group already, its ranks are
-    used.
+    Makes the process group, with NCCL on cards and gloo on CPUs, and destroys it at the end; if
+    there is one already, its ranks are used. Without torchrun it does nothing.
 
     minutes: the time that a rank waits for another one, except for the first one in `on_first`;
     None: a week.
@@ -114,7 +117,10 @@ def _attempt_store(store: dist.Store, rank: int, size: int) -> dist.Store:
 
 
 def as_rank_error(error: Exception) -> Exception:
-    """Returns a RankError for an error of torch.distributed or gloo; other errors as they are."""
+    """Returns a RankError for an error of torch.distributed or gloo; other errors as they are.
+
+    It raises nothing.
+    """
     if isinstance(error, UserError):
         return error
     text = str(error)
@@ -131,7 +137,10 @@ def as_rank_error(error: Exception) -> Exception:
 
 
 def device(name: str) -> torch.device:
-    """Returns the device `name`; of several ranks on GPUs, the GPU of this rank."""
+    """Returns the device `name`; of several ranks on GPUs, the GPU of this rank.
+
+    That GPU becomes torch's current one. name: as for `hardware.pick_device`.
+    """
     picked = hardware.pick_device(name)
     if count() > 1 and picked.type == "cuda":
         picked = hardware.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -140,9 +149,9 @@ def device(name: str) -> torch.device:
 
 
 def exchanged(value: Item) -> list[Item]:
-    """Returns the values of all ranks, in the order of the ranks.
+    """Returns the values of all ranks, in the order of the ranks, on each rank.
 
-    All ranks have to call it.
+    All ranks have to call it, and wait for each other. Values are pickled.
     """
     if count() == 1:
         return [value]
@@ -197,7 +206,10 @@ def on_first(
 
 
 def _wait_for_first() -> None:
-    """Waits for the end of `_others_waiting` on the first rank."""
+    """Waits for the end of `_others_waiting` on the first rank, in which it takes part.
+
+    To be called on every other rank. Prints a line to stderr from time to time, once on each node.
+    """
     while _from_first(None):
         if os.environ.get("LOCAL_RANK") == "0":  # a line in the log of each node
             message = f"rank {number()}: the first rank works alone, e.g. packs"
@@ -206,7 +218,10 @@ def _wait_for_first() -> None:
 
 @contextmanager
 def _others_waiting() -> Iterator[None]:
-    """Context of the first rank's work, in which a thread tells the others to wait on."""
+    """Context of the first rank's work, in which a thread tells the other ranks to wait on.
+
+    Meanwhile these are in `_wait_for_first`. At the end it tells them, and joins the thread.
+    """
     done = threading.Event()
     thread = threading.Thread(target=_tell_others, args=[done], daemon=True)
     thread.start()
@@ -218,7 +233,7 @@ def _others_waiting() -> Iterator[None]:
 
 
 def _tell_others(done: threading.Event) -> None:
-    """Sends True to the other ranks from time to time, and False when the first one is done."""
+    """Sends True to the other ranks from time to time, and False when `done` is set."""
     seconds = min(60.0, _limit.total_seconds() / 4)
     # RuntimeError: of a rank that has ended, which the next exchange notices
     with suppress(RuntimeError):
@@ -227,7 +242,10 @@ def _tell_others(done: threading.Event) -> None:
 
 
 def _from_first(value: Any) -> Any:
-    """Returns the first rank's value."""
+    """Returns the first rank's value on each rank; all ranks have to call it.
+
+    On other ranks `value` is not read.
+    """
     values = [value]
     dist.broadcast_object_list(values, device=torch.device("cpu"), group=_objects)
     return values[0]
@@ -236,8 +254,8 @@ def _from_first(value: Any) -> Any:
 def gathered(items: Iterable[Item]) -> Iterator[Item]:
     """Yields the items of all ranks on the first rank, one of each rank in turn.
 
-    It yields nothing on other ranks. All ranks have to iterate over the result. An error of one
-    rank ends all.
+    It yields nothing on other ranks. All ranks have to iterate over the result to its end. An error
+    of one rank ends all.
     """
     if count() == 1:
         yield from items
@@ -254,18 +272,19 @@ def gathered(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def mapped(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yields `function` of each item, in order, on the first rank.
+    """Yields `function(item)` of each item, in order, on the first rank; nothing on others.
 
-    The ranks divide the items. All have to iterate over the result.
+    The ranks divide the items, which must be the same on all. All have to iterate over the result
+    to its end.
     """
     return gathered(function(item) for item in islice(items, number(), None, count()))
 
 
 def seed_apart(seed: int) -> None:
-    """Seeds the generator of each rank but the first differently, e.g. for dropout.
+    """Seeds torch's generator of each rank but the first differently, e.g. for dropout.
 
     To be called at each step, so that a checkpoint needs no states of these ranks, and after the
-    weights, equal on all ranks, are drawn.
+    weights, equal on all ranks, are drawn. On the first rank, or the only one, nothing changes.
     """
     if not first():
         torch.manual_seed(seed + 1_000_003 * number())

@@ -21,13 +21,20 @@ STEPS = 2  # measured ones; in the second one the optimizer's state exists from 
 
 
 def runner(step: Step, device: torch.device) -> Callable[[], object]:
-    """Returns a function that runs the step on real tensors on `device`, with random weights."""
+    """Returns a function without arguments that runs the step once, on real tensors on `device`.
+
+    Before, moves the step's modules there in place, with random weights, and makes the batches (in
+    the host's memory), the loss and the optimizer.
+    """
     return _placed(step, device)[1]
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """Runs the step; returns the peak bytes of torch's allocator on `device`, with parameters, on a
-    CPU also the batch.
+    """Runs the step STEPS times on `device`; returns the peak bytes of torch's allocator there.
+
+    They include parameters, averages and, on a CPU, the batch; on a GPU also all else that is
+    allocated there. Moves the step's modules to `device` in place, with random weights, and resets
+    the GPU's peak statistics.
     """
     before, once = _placed(step, device)
 
@@ -47,8 +54,10 @@ def peak_bytes(step: Step, device: torch.device) -> int:
 
 
 def _placed(step: Step, device: torch.device) -> tuple[list[Tensor], Callable[[], object]]:
-    """Returns the tensors that are in memory before a step on `device`, and a function that runs
-    it.
+    """Moves a step to `device`; returns the tensors that it begins with, and what runs it once.
+
+    The tensors are parameters, buffers, averages and batches; the function has no arguments. The
+    step's modules are moved in place and get random weights; the step itself is copied.
     """
     step = copy.copy(step)  # what `place` makes is of this run
     for module in step.modules:
@@ -63,7 +72,11 @@ def _placed(step: Step, device: torch.device) -> tuple[list[Tensor], Callable[[]
 
 @torch.no_grad()
 def fill(module: nn.Module) -> None:
-    """Gives a module values with which a step runs."""
+    """Overwrites a module's parameters and buffers by values with which a step runs.
+
+    Norms get weights and variances of 1, `attn_mask` a causal mask, other parameters normal values
+    of standard deviation 0.02, and other buffers 0.
+    """
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         # of a norm
         if name.endswith("running_var") or (name.endswith("weight") and tensor.dim() == 1):
@@ -77,7 +90,10 @@ def fill(module: nn.Module) -> None:
 
 
 def cpu_peak_bytes(run: Callable[[], object]) -> int:
-    """Returns the peak bytes of torch's CPU allocator during `run`, above those live before."""
+    """Calls `run` in torch's profiler; returns the peak bytes of torch's CPU allocator in it.
+
+    Bytes that were live before do not count.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

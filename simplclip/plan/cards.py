@@ -60,8 +60,9 @@ CARDS = {
 
 
 def named(text: str) -> str | None:
-    """Returns the card of CARDS that `text` names, as "RTX 3090", "3090" or "4060 Ti 16GB"; None if
-    there is none.
+    """Returns the key of CARDS that `text` names, or None if there is none.
+
+    `text` is such as "RTX 3090", "3090" or "4060 Ti 16GB", in any case.
     """
     name = re.sub(r"[\s_]+", "-", text.strip().lower())
     for card in (name, f"rtx-{name}"):

@@ -89,6 +89,7 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device, waits: bool = False) -> None:
+        """Makes a mode that counts nothing yet; device need not exist. waits: see the class."""
         super().__init__()
         self.device = device
         self.waits = waits
@@ -106,7 +107,7 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def during(self, kind: str) -> Iterator[None]:
-        """Context in which allocations get this kind."""
+        """Context in which the storages that ops return are counted as `kind`, one of KINDS."""
         before, self.kind = self.kind, kind
         try:
             yield
@@ -114,8 +115,10 @@ class Counter(TorchDispatchMode):
             self.kind = before
 
     def hold(self, tensors: object, kind: str, instead_of: Container[str] = KINDS) -> None:
-        """Counts the storages of `tensors` as `kind` from now on, including those that were counted
-        as one of `instead_of` before. A storage that was counted as another kind keeps that kind.
+        """Counts the storages of `tensors` on the device as `kind`, from now until they are freed.
+
+        tensors: a tensor or a nest of lists, tuples and dicts of them. instead_of: a storage that
+        is counted already as one of these kinds changes to `kind`; as any other, it stays.
         """
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, Tensor) or tensor.device.type != self.device.type:
@@ -133,13 +136,17 @@ class Counter(TorchDispatchMode):
                 self._change(kind, size)
 
     def transient(self, size: int) -> None:
-        """Counts an allocation of `size` bytes that is freed at once."""
+        """Counts a kernel's workspace of `size` bytes, which is freed at once."""
         self._change(WORKSPACE, size)
         self._change(WORKSPACE, -size)
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Context in which the ops of a step are counted."""
+        """Context in which all ops, Triton launches and waits of the host are counted in `usage`.
+
+        Meanwhile Triton kernels do not start, and `tolist` of a fake tensor returns zeros:
+        functions of the ops' registry, the Triton launcher and torch are replaced until the end.
+        """
         patches = (
             (registry, "counted", True),
             (launching, "start", self._launched),
@@ -154,11 +161,12 @@ class Counter(TorchDispatchMode):
             yield
 
     def repeat(self, times: int) -> None:
-        """Makes each kernel from now on count as so many."""
+        """Makes each kernel that is counted from now on stand for `times` runs."""
         self.times = times
 
     @contextmanager
     def _repeated(self, count: int) -> Iterator[None]:
+        """Context in which each counted kernel stands for `count` times as many runs as outside."""
         before = self.times
         self.times *= count
         try:
@@ -167,7 +175,7 @@ class Counter(TorchDispatchMode):
             self.times = before
 
     def wait(self, name: str) -> None:
-        """Counts a wait of the host for a value."""
+        """Counts a wait of the host for a value, as a Kernel by "host" named after what waits."""
         self.usage.kernels.append(Kernel("host", name, times=self.times))
 
     def __torch_dispatch__(
@@ -208,7 +216,11 @@ class Counter(TorchDispatchMode):
         return out
 
     def _record(self, func: Any, args: tuple, options: dict[str, Any], out: Any) -> None:
-        """Counts the kernels of an op of torch."""
+        """Adds the kernels of an op of torch that has run to `usage`.
+
+        func: the op's overload; args, options: its arguments; out: its result. A copy between
+        devices counts as a wait of the host; a view or an op on other devices counts as nothing.
+        """
         name, starts_kernel = self._single[func]
         tensors = [t for t in tree_leaves((args, options, out)) if isinstance(t, Tensor)]
         if "copy" in name and len({t.device.type for t in tensors}) > 1:
@@ -227,6 +239,8 @@ class Counter(TorchDispatchMode):
 
     @property
     def _tolist(self) -> Callable[[Tensor], list[float]]:
+        """A method in place of FakeTensor.tolist: counts a wait and returns a zero per element."""
+
         def tolist(tensor: Tensor) -> list[float]:
             self.wait("tolist")
             return [0.0] * tensor.numel()
@@ -234,6 +248,10 @@ class Counter(TorchDispatchMode):
         return tolist
 
     def stand(self, tensor: Tensor) -> Stand:
+        """Returns a Stand for a tensor; tensors with one storage get the same storage number.
+
+        The number is kept while the storage lives.
+        """
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._numbers:
@@ -244,6 +262,10 @@ class Counter(TorchDispatchMode):
         return Stand.of(tensor, self._numbers[key][0])
 
     def _launched(self, kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> None:
+        """Counts a Triton kernel instead of starting it; in place of `kernels.runtime.start`.
+
+        kernel: the jitted function; programs: the size of its grid; args, options: its arguments.
+        """
         name = kernel.__name__.strip("_").removesuffix("_kernel")
         args, options = tree_map_only(Tensor, self.stand, (args, options))
         first = next(t for t in tree_leaves((args, options)) if isinstance(t, Stand))
@@ -260,9 +282,14 @@ class Counter(TorchDispatchMode):
         )
 
     def _native(self, op: str, backend: str, function: Callable) -> Callable:
-        """Returns the function to call in place of a backend's `function`, see the class."""
+        """Returns the function to call in place of `function`, that of `op` on `backend`.
+
+        It takes the same arguments and returns the same tensors, as fakes. What it counts differs
+        by backend: see the class.
+        """
 
         def fake(*args: Any) -> Any:
+            """Returns fake results of a C++ or CUDA function; counts its workspace and a kernel."""
             out = registry.NATIVE_FAKES[op](*args)
             self.transient(workspace_bytes(op, backend, *args))
             fields, results = tree_map_only(Tensor, self.stand, (vars(args[0]).copy(), out))
@@ -275,6 +302,7 @@ class Counter(TorchDispatchMode):
             return out
 
         def launch(*args: Any) -> Any:
+            """Calls `function`; counts all that it allocates, but its results, as workspace."""
             outer = self.kind
             with self.during(WORKSPACE):
                 out = function(*args)
@@ -287,10 +315,16 @@ class Counter(TorchDispatchMode):
         return functions.get(backend, fake)
 
     def _free(self, key: int, _: object) -> None:
+        """Subtracts a storage that was freed from the live bytes; `key` is its key in `_held`."""
         kind, size, _ = self._held.pop(key)
         self._change(kind, -size)
 
     def _change(self, kind: str, size: int) -> None:
+        """Adds `size` bytes, which may be negative, to the live bytes of `kind`.
+
+        Appends an event to `usage` and raises its peak if the total is a new one; 0 bytes are no
+        event.
+        """
         if not size:
             return
         self.live[kind] += size
@@ -302,13 +336,12 @@ class Counter(TorchDispatchMode):
 
 
 def workspace_bytes(name: str, backend: str, call: Any) -> int:
-    """Returns the bytes that the function `name` of `backend`, "cpu" or "cuda", allocates besides
-    its results to run `call`.
+    """Returns the bytes that a C++ or CUDA function allocates besides its results, at their peak.
 
-    This is the peak of live bytes without the tensors that the function returns. Only shapes,
-    strides and dtypes of tensors are read. On a GPU each allocation is rounded up to 512 bytes, as
-    in torch's allocator. The memory of cuBLAS is not included, and neither is the memory of oneDNN
-    in bfloat16 products.
+    name: the op, as "shaped_attention_fwd". backend: "cpu" or "cuda". call: the dataclass of the
+    op's arguments, of whose tensors only shapes, strides and dtypes are read; nothing runs. On a
+    GPU each allocation is rounded up to 512 bytes, as in torch's allocator. The memory of cuBLAS is
+    not included, and neither is the memory of oneDNN in bfloat16 products.
 
     Raises UncountedOp if the extension of the function does not load, or the function states
     nothing.
@@ -329,8 +362,11 @@ def workspace_bytes(name: str, backend: str, call: Any) -> int:
 
 
 def _flash_scratch(q: Tensor, bounds: Tensor | None) -> int:
-    """Returns the bytes of FlashAttention's backward workspace: for padded rows, float32 sums of dq
-    and one number each.
+    """Returns the bytes of the workspace of FlashAttention's backward.
+
+    q: queries [B, L, H, K] or, of packed sequences, [T, H, K]. bounds: where packed sequences begin
+    and end, [B + 1], else None. For each row, of sequences padded to tiles, it holds the float32
+    sums of dq and one number for each head.
     """
     heads, width = q.shape[-2:]
     width += -width % (32 if width <= 128 else 64)
@@ -342,6 +378,7 @@ def _flash_scratch(q: Tensor, bounds: Tensor | None) -> int:
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
+    """Returns a tensor on the meta device with the tensor's shape, strides, offset and dtype."""
     size = 0
     if tensor.numel():
         size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))

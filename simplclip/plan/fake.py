@@ -36,12 +36,15 @@ Buffers = dict[Node, dict[int, Tensor]]
 
 
 def faker(mode: FakeTensorMode, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Returns a function that makes a fake tensor on `device` of a tensor's shape, strides and
-    dtype, once a tensor.
+    """Returns a function that makes a fake tensor on `device` of a tensor's shape and dtype.
+
+    Strides stay too, and a parameter becomes a parameter. The function caches: the same tensor gets
+    the same fake again.
     """
 
     @functools.cache
     def fake(tensor: Tensor) -> Tensor:
+        """Returns the tensor's fake, without its values."""
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         like = FakeTensor(mode, meta, device)
         if isinstance(tensor, nn.Parameter):
@@ -53,7 +56,11 @@ def faker(mode: FakeTensorMode, device: torch.device) -> Callable[[Tensor], Tens
 
 @contextmanager
 def fake_weights(modules: Iterable[nn.Module], fake: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Context in which the modules have fake tensors in place of their parameters and buffers."""
+    """Context in which the modules have fake tensors in place of their parameters and buffers.
+
+    fake: maps a tensor to its fake, as `faker` makes it. The modules are changed in place,
+    submodules too; at the end they get their tensors back.
+    """
     tables: list[dict[str, Any]] = []
     for outer in modules:
         for inner in outer.modules():
@@ -72,10 +79,12 @@ def fake_weights(modules: Iterable[nn.Module], fake: Callable[[Tensor], Tensor])
 def fake_step(
     mode: FakeTensorMode, device: torch.device, card: Card | None = None
 ) -> Iterator[None]:
-    """Context in which values are read as 0, random generators have no state, and a card seems to
-    exist.
+    """Context in which new tensors are fake, values are read as 0, and a card seems to exist.
 
-    card: by default the device, if it is there, else an RTX 3090.
+    mode: the fake mode, which is entered. card: which card a CUDA device seems to be; None: the
+    device itself if it is there, else an RTX 3090. Functions of torch and of this library are
+    replaced until the end, and the caches of device properties are cleared at the beginning and the
+    end. Random generators have no state inside.
     """
     patches: list[tuple[Any, str, Any]] = [
         (FakeTensor, "tolist", lambda t: [0.0] * t.numel()),
@@ -105,7 +114,7 @@ def fake_step(
 
 
 def _properties(card: Card) -> list[tuple[Any, str, Any]]:
-    """Returns patches that give launchers and backends a card's properties."""
+    """Returns patches (object, attribute, replacement) by which CUDA devices seem to be `card`."""
     major, minor = divmod(card.architecture, 10)
     properties = SimpleNamespace(
         major=major,
@@ -134,8 +143,9 @@ def _forget() -> None:
 
 
 def product_of_card(plain: Callable) -> Callable:
-    """Wraps torch.addmm, whose fake fails in torch 2.11 if the product has another dtype than the
-    operands.
+    """Returns a function in place of torch.addmm, `plain`, whose fake fails with `out_dtype`.
+
+    That is in torch 2.11. With `out_dtype` the function returns `out` as it is.
     """
 
     def addmm(
@@ -144,6 +154,7 @@ def product_of_card(plain: Callable) -> Callable:
         out_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> Any:
+        """Returns `out` if `out_dtype` is given, otherwise what torch.addmm returns."""
         if out_dtype is not None:
             return out
         return plain(*args, out=out, **options)
@@ -152,11 +163,10 @@ def product_of_card(plain: Callable) -> Callable:
 
 
 def convolution_of_card(plain: Callable) -> Callable:
-    """Wraps the choice of a convolution's library, on which its layout depends, to take cuDNN for
-    bfloat16 too.
+    """Returns a function in place of torch's choice of a convolution's library, `plain`.
 
-    torch asks the device whether it may, and without a device takes a library that returns NCHW
-    whatever the input's layout.
+    It takes cuDNN for bfloat16 too. torch asks the device whether it may, and without a device
+    takes a library that returns NCHW whatever the input's layout.
     """
 
     def in_half(tensor: Tensor) -> Tensor:
@@ -170,11 +180,10 @@ def convolution_of_card(plain: Callable) -> Callable:
 
 
 def attention_of_card(plain: Callable) -> Callable:
-    """Wraps SDPA to choose kernels as on a card: FlashAttention for half types without a mask, else
-    the memory-efficient one.
+    """Returns a function in place of F.scaled_dot_product_attention, `plain`, as on a card.
 
-    Without a device torch would compute plain products, which keep the attention weights [B, H, L,
-    L].
+    It takes FlashAttention for half types without a mask, else the memory-efficient kernel. Without
+    a device torch would compute plain products, which keep the attention weights [B, H, L, L].
     """
 
     def attention(
@@ -187,6 +196,10 @@ def attention_of_card(plain: Callable) -> Callable:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        """Computes attention of query, key and value [B, H, L, K], with SDPA's arguments.
+
+        Calls `plain` if `enable_gqa`, or if they have not four dimensions.
+        """
         inputs = (query, key, value)
         if enable_gqa or query.dim() != 4:
             options = {"scale": scale, "enable_gqa": enable_gqa}
@@ -216,12 +229,18 @@ class Engine:
     """
 
     def __init__(self, on_gradient: Callable[[Tensor], None]) -> None:
+        """Stores `on_gradient`, see the class; `installed` is what replaces torch's engine."""
         self._on_gradient = on_gradient
         self._unpacked: list[list[Tensor]] = []
         self._task = 0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
+        """Context in which `torch.autograd.backward` and `Tensor.backward` run this engine.
+
+        Graphs made inside save their tensors in a form that the engine frees; functions of torch
+        are replaced until the end.
+        """
         with (
             # A saved tensor is packed into a list, which is cleared after its node has run.
             saved_tensors_hooks(lambda tensor: [tensor], self._unpack),
@@ -239,6 +258,10 @@ class Engine:
             yield
 
     def _unpack(self, saved: list[Tensor]) -> Tensor:
+        """Returns the tensor in a list that autograd saved, and notes the list, to clear it later.
+
+        Raises RuntimeError if the list was cleared, since its graph has run.
+        """
         if not saved:
             raise RuntimeError(
                 "backward: expected a graph that has not run yet, got one whose saved tensors are "
@@ -257,7 +280,12 @@ class Engine:
         grad_variables: Any = None,
         inputs: Any = None,
     ) -> None:
-        """Replaces `torch.autograd.backward`, which `Tensor.backward` calls too."""
+        """Runs a backward pass; it replaces `torch.autograd.backward` and so `Tensor.backward`.
+
+        Adds the gradients to `.grad` of the leaves and frees the graph's saved tensors. Arguments
+        are those of torch; grad_tensors None means ones. Raises NotImplementedError for
+        retain_graph, create_graph or inputs.
+        """
         if retain_graph or create_graph or inputs is not None:
             raise NotImplementedError(
                 "backward: expected no retain_graph, create_graph or inputs in a plan, got some"
@@ -283,7 +311,12 @@ class Engine:
                     ready.append(following)
 
     def _visit(self, node: Node, buffer: dict[int, Tensor], buffers: Buffers) -> list[Node]:
-        """Runs a node and passes its gradients on; returns the nodes at its edges."""
+        """Runs a node and passes its gradients on; returns the nodes at its edges, one per edge.
+
+        buffer: the gradients that have arrived at the node, by the output they belong to; it is
+        emptied. buffers: those of the other nodes, to which gradients are added. At a leaf, adds to
+        its `.grad` and, of a parameter, calls `on_gradient`.
+        """
         if hasattr(node, "variable"):
             if buffer:
                 _accumulate(node.variable, buffer.pop(0))
@@ -301,8 +334,10 @@ class Engine:
         return [following for following, _ in edges]
 
     def _call(self, node: Any, buffer: dict[int, Tensor]) -> list[Tensor | None]:
-        """Runs a node; returns the gradients for its edges, and frees the tensors that it had
-        saved.
+        """Runs a node and clears the tensors that it had saved; returns a gradient for each edge.
+
+        buffer: the gradients by output of the node, which is emptied. A gradient is None where the
+        node has none. Returns [] if no gradient has arrived.
         """
         if not buffer:
             return []
@@ -323,7 +358,10 @@ class Engine:
 
 
 def _uses(roots: list[Node]) -> Counter[Node]:
-    """The number of edges to each node that is reachable from `roots`."""
+    """Returns how many edges lead to each node that is reachable from `roots`.
+
+    Roots to which no edge leads are not in it.
+    """
     uses: Counter[Node] = Counter()
     seen, stack = set(roots), list(roots)
     while stack:
@@ -335,8 +373,9 @@ def _uses(roots: list[Node]) -> Counter[Node]:
 
 
 def _add(buffer: dict[int, Tensor], output: int, gradient: Tensor) -> None:
-    """Adds a gradient to the buffer's sum: in place if only the buffer refers to that sum, as in
-    autograd's input buffers.
+    """Adds a gradient to the sum in `buffer`, {output of a node: sum}, for one of its outputs.
+
+    It adds in place if only the buffer refers to that sum, as in autograd's input buffers.
     """
     total = buffer.get(output)
     if total is None:
@@ -348,8 +387,10 @@ def _add(buffer: dict[int, Tensor], output: int, gradient: Tensor) -> None:
 
 
 def _is_unshared(tensor: Tensor) -> bool:
-    """Whether a buffer has the only reference to this tensor (besides two callers) and its storage,
-    which it fills.
+    """Whether only a buffer refers to this tensor and its storage, so that it may be overwritten.
+
+    It counts references, two of which are the caller's and this call's. The tensor must also fill
+    its storage.
     """
     storage = tensor.untyped_storage()
     referred = sys.getrefcount(tensor) > 4 or torch._C._storage_Use_Count(storage._cdata) > 2

@@ -35,16 +35,19 @@ class Stand:
 
     @classmethod
     def of(cls, tensor: Tensor, storage: int) -> Stand:
+        """Returns the stand-in for a tensor. storage: the number of the tensor's storage."""
         offset = int(tensor.storage_offset()) * tensor.itemsize
         size = tensor.untyped_storage().nbytes()
         return cls(tensor.dtype, tensor.shape, tensor.stride(), storage, size, offset)
 
     @property
     def itemsize(self) -> int:
+        """Bytes of an element."""
         return self.dtype.itemsize
 
     @property
     def elements(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -55,7 +58,7 @@ class Stand:
 
     @property
     def order(self) -> list[int]:
-        """The dimensions, the one of adjacent elements first."""
+        """The dimensions with more than one element, by their strides, the smallest first."""
         dims = [i for i, n in enumerate(self.shape) if n > 1]
         return sorted(dims, key=lambda i: self.strides[i])
 
@@ -65,18 +68,23 @@ class Stand:
         return math.prod(self.shape[2:]) == 1 or self.strides[1] == 1 < self.shape[1]
 
     def touched(self) -> Touched:
+        """Returns the number of the storage and the bytes of it that are accessed."""
         return self.storage, self.bytes
 
     def stride(self) -> Sequence[int]:
+        """Returns the strides, like torch.Tensor.stride."""
         return self.strides
 
     def dim(self) -> int:
+        """Returns the number of dimensions."""
         return len(self.shape)
 
     def data_ptr(self) -> int:
+        """Returns the offset in bytes in the storage, of which Triton reads the alignment."""
         return self.offset
 
     def ptr_range(self) -> int:
+        """Returns 0; Triton asks each tensor for it."""
         return 0
 
 
@@ -181,8 +189,9 @@ NORMS = ("batch_norm", "layer_norm", "group_norm")
 
 
 def started_by(op: Any) -> tuple[str, bool]:
-    """Returns the name of an op of torch, without "aten::" and the overload, and whether it starts
-    kernels.
+    """Returns the name of an op's overload and whether it starts kernels; views start none.
+
+    The name is without "aten::" and the overload: "add" for aten::add.Tensor.
     """
     name = op.name().removeprefix("aten::").split(".")[0]
     changed = [a.alias_info for a in op._schema.arguments if a.alias_info is not None]
@@ -193,8 +202,10 @@ def started_by(op: Any) -> tuple[str, bool]:
 def kernels_of(
     name: str, args: Sequence[Any], options: dict[str, Any], results: list[Stand]
 ) -> list[Kernel]:
-    """Returns the kernels of torch's op `name`, without "aten::". args, options: its arguments,
-    with Stands for tensors.
+    """Returns the kernels that torch's op `name` (without "aten::") starts, in their order.
+
+    args, options: its positional and keyword arguments, with Stands for tensors. results: the
+    Stands of its results; of an op that only changes lists of tensors, those of the first argument.
     """
     if name in ("convolution", "convolution_backward"):
         return _convolutions(name, args, results)
@@ -244,7 +255,7 @@ def kernels_of(
 
 
 def _bytes(tensors: list[Stand]) -> int:
-    """The bytes of the tensors, of which those that share a storage count once."""
+    """Returns the bytes of the tensors; of those that share a storage the largest one counts."""
     sizes: dict[int, int] = {}
     for t in tensors:
         sizes[t.storage] = max(sizes.get(t.storage, 0), t.bytes)
@@ -252,11 +263,15 @@ def _bytes(tensors: list[Stand]) -> int:
 
 
 def _whole(n: int) -> int:
-    """n rounded up to a multiple of 8: tensor cores multiply no fewer channels."""
+    """Returns n rounded up to a multiple of 8: tensor cores multiply no fewer channels."""
     return n + -n % 8
 
 
 def _product(name: str, inputs: list[Stand], out: Stand) -> Kernel:
+    """Returns the kernel of an op in PRODUCTS. inputs: its tensor arguments in their order.
+
+    Its multiply-adds are those of sizes rounded up to multiples of 8.
+    """
     touched = 0
     left, right = inputs[:2]  # mm.out has `out` last, linear its bias
     if name.startswith(("add", "badd")):  # these ops add their first input
@@ -271,7 +286,11 @@ def _product(name: str, inputs: list[Stand], out: Stand) -> Kernel:
 
 
 def _attention(name: str, inputs: list[Stand], results: list[Stand]) -> Kernel:
-    """Two products of [L, L, K] for each head, five backward."""
+    """Returns the kernel of one of torch's fused attention ops, forward or backward.
+
+    inputs, results: its tensors in their order. It has two products of [L, L, K] for each head,
+    five backward; of packed sequences none is counted.
+    """
     rate = "attention"
     products = 2
     q, k = inputs[:2]
@@ -289,6 +308,11 @@ def _attention(name: str, inputs: list[Stand], results: list[Stand]) -> Kernel:
 
 
 def _convolutions(name: str, args: Sequence[Any], results: list[Stand]) -> list[Kernel]:
+    """Returns the kernels of "convolution" or "convolution_backward"; args: the op's arguments.
+
+    Backward has one for each gradient that is wanted: of the input, the weight and the bias.
+    results: the result, read forward only.
+    """
     if name == "convolution":
         x, weight, bias, _, _, _, transposed, _, groups = args
         y = results[0]
@@ -309,8 +333,10 @@ def _convolutions(name: str, args: Sequence[Any], results: list[Stand]) -> list[
 def _convolution(
     name: str, x: Stand, weight: Stand, y: Stand, transposed: bool, groups: int, direction: str
 ) -> Kernel:
-    """One of a convolution's kernels, each of which touches images, weights and results, for as
-    many multiply-adds.
+    """Returns one of a convolution's kernels; each touches `x`, `weight` and `y`.
+
+    x: images [N, C, H, W]. y: the result, or backward its gradient. direction: "" or " backward".
+    Each has the same multiply-adds. Its rate and traffic are keys of time.py's tables.
     """
     taps = math.prod(weight.shape[2:])
     if transposed:
@@ -333,7 +359,10 @@ def _convolution(
 
 
 def _convolution_kind(groups: int, inputs: int, taps: int) -> str:
-    """Returns the kind of a convolution with so many input channels in a group."""
+    """Returns "depthwise", "grouped", "stem", "pointwise" or "dense".
+
+    inputs: the input channels of a group. taps: the positions of the filter, 9 for 3 x 3.
+    """
     if groups > 1:
         return "depthwise" if inputs == 1 else "grouped"
     if inputs <= 4:
@@ -342,7 +371,10 @@ def _convolution_kind(groups: int, inputs: int, taps: int) -> str:
 
 
 def _added(bias: Stand | None, y: Stand) -> list[Kernel]:
-    """The addition of a bias, which torch runs after a convolution of cuDNN."""
+    """Returns the kernel that adds a bias after a convolution of cuDNN; [] if `bias` is None.
+
+    y: the convolution's result.
+    """
     return [] if bias is None else [Kernel("torch", "bias", y.dtype, bytes=2 * y.bytes)]
 
 
@@ -350,7 +382,11 @@ CUDA_PRODUCTS = {"shaped_attention_fwd": 2, "shaped_attention_bwd": 5}  # of [L,
 
 
 def extension_work(started: ExtensionCall) -> tuple[str, int, str]:
-    """Returns rate, multiply-adds and traffic of a call of the library's C++ or CUDA functions."""
+    """Returns rate, multiply-adds and traffic of a call of the library's C++ or CUDA functions.
+
+    rate, traffic: keys of time.py's tables. Multiply-adds of ops other than attention are not
+    counted: 0.
+    """
     if started.op not in CUDA_PRODUCTS:
         return "own", 0, "own"
     batch, length, heads, width = started.call.q.shape
@@ -358,7 +394,11 @@ def extension_work(started: ExtensionCall) -> tuple[str, int, str]:
 
 
 def launch_work(name: str, launch: Launch) -> tuple[str, int, str, int]:
-    """Returns rate, multiply-adds, traffic and bytes of a Triton kernel of the library."""
+    """Returns rate, multiply-adds, traffic and bytes of a Triton kernel of the library.
+
+    name: that of its function, without "_kernel" and underscores around it. rate, traffic: keys of
+    time.py's tables. Multiply-adds are 0 where bytes bound the kernel.
+    """
     arguments = {**dict(zip(launch.kernel.arg_names, launch.args)), **launch.options}
     tensors = [t for t in tree_leaves(list(arguments.values())) if isinstance(t, Stand)]
     moved = sum(t.bytes for t in tensors)

@@ -21,8 +21,11 @@ from simplclip.plan.step import Step, first_and_last
 
 
 def predict(step: Step, device: torch.device, card: Card | None = None) -> Usage:
-    """Predicts what `step` takes on `device`, where the optimizer's state exists already. card: as
-    for `fake_step`.
+    """Predicts the memory and the kernels of one step on `device`, which need not be there.
+
+    Runs the step on fake tensors, once the optimizer's state exists: the peak includes it,
+    `kernels` are those of the step alone. card: as for `fake_step`. The step's modules have their
+    tensors back at the end; meanwhile functions of torch are replaced. Raises UncountedOp.
     """
     step = copy.copy(step)  # what `place` makes is of this run
     # Fallback kernels would run ops that have no fake implementation on real tensors.
@@ -49,8 +52,10 @@ def predict(step: Step, device: torch.device, card: Card | None = None) -> Usage
 
 @contextlib.contextmanager
 def on_card(card: Card) -> Iterator[list[Kernel]]:
-    """Context in which ops of fake CUDA tensors run as on this card; yields the list to which their
-    kernels are added.
+    """Context in which new tensors are fake, and ops of CUDA tensors run as on this card.
+
+    Yields the list to which the ops' kernels are added, and the host's waits for values, which are
+    read as 0. Functions of torch are replaced until the end.
     """
     device = torch.device("cuda", 0)
     mode, counter = FakeTensorMode(allow_fallback_kernels=False), Counter(device, waits=True)
@@ -60,7 +65,10 @@ def on_card(card: Card) -> Iterator[list[Kernel]]:
 
 
 def _make_state(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
-    """Makes the optimizer's state by an update, and counts it now and in later updates."""
+    """Makes the optimizer's state by one update with empty gradients, which are dropped again.
+
+    Counts gradients and state, the state also after each later update, by a hook that stays.
+    """
     optimizer.register_step_post_hook(
         lambda *_: counter.hold(list(optimizer.state.values()), "optimizer state")
     )
@@ -73,6 +81,7 @@ def _make_state(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
 
 
 def _weights(step: Step) -> list[Tensor]:
+    """Returns the parameters and buffers of all modules of the step."""
     return [
         tensor for module in step.modules for tensor in (*module.parameters(), *module.buffers())
     ]

@@ -35,12 +35,13 @@ def run(
     pairs: int | None = None,
     as_json: bool = False,
 ) -> None:
-    """Prints the plan for `memory` bytes, and its progress to stderr.
+    """Prints the plan for `memory` bytes to stdout, and its progress to stderr.
 
-    In JSON sizes are in bytes. Raises as `Planner`.
-
-    card: of CARDS, for times; a CPU has none. pairs: of an epoch; None: as the config or the shards
-    say.
+    memory: of the card or the machine; a part of it is taken for the driver and fragmentation.
+    card: a key of CARDS, for times; None: without times, as on a CPU. device: "cuda" or "cpu",
+    which need not be there. teacher_width: of the teacher's stored features; None: as the shards
+    say. pairs: of an epoch; None: as the config or the shards say. as_json: prints one JSON object,
+    with sizes in bytes, in place of a table. Raises as `Planner`.
     """
     card = card if device == "cuda" else None
     planner = Planner(config, Budget(memory), device, teacher_width, _tell, card)
@@ -85,11 +86,15 @@ def run(
 
 
 def _tell(line: str) -> None:
+    """Prints a line of progress, indented, to stderr."""
     print(f"    {line}", file=sys.stderr, flush=True)
 
 
 def line(row: Row) -> str:
-    """Returns a row of the table."""
+    """Returns a row of the table as text: what, pairs, pairs at a time, GiB by COLUMNS, and fits.
+
+    If the row has a time, the likely and the least milliseconds and images a second follow.
+    """
     pairs = f"{row.batch_size:,}"
     if row.at_least:
         pairs += "+"
@@ -113,7 +118,12 @@ def line(row: Row) -> str:
 def answers(
     config: Config, planner: Planner, rows: list[Row], pairs: int | None
 ) -> Iterator[tuple[str, str]]:
-    """Yields what the run takes on a card, each line with its topic."""
+    """Yields (topic, text) for each line on the run that the plan suggests, for a card.
+
+    rows: all of `planner.rows()`, with times. pairs: of an epoch; None: as the config or the shards
+    say. Topics: run, bound by, loader, error, paste; only "run" if no step fits. Decodes images for
+    SECONDS where the shards are here, and may predict one more step.
+    """
     row = chosen(planner, rows)
     if row is None:
         yield "run", "no step fits; a smaller model, or frozen parts, may"
@@ -138,8 +148,9 @@ def answers(
 
 
 def chosen(planner: Planner, rows: list[Row]) -> Row | None:
-    """Returns the fastest step of the configured batch that fits, else of the largest batch that
-    fits; None if none does.
+    """Returns the fastest step of the configured batch that fits, else the largest batch that fits.
+
+    None if none does. rows: all of `planner.rows()`. It may predict other steps by the planner.
     """
     configured, whole, *cached = rows
     size = planner.config.data.batch_size
@@ -154,7 +165,10 @@ def chosen(planner: Planner, rows: list[Row]) -> Row | None:
 
 
 def _hours(config: Config, row: Row, pairs: int | None) -> str:
-    """Returns the hours of an epoch and of the run."""
+    """Returns a text with the time of an epoch and of the run, as far as their lengths are known.
+
+    pairs: of an epoch; None: as the config or the shards say.
+    """
     try:
         pairs = pairs or config.data.samples or _trained(config)
     except (UserError, OSError):
@@ -174,18 +188,21 @@ def _hours(config: Config, row: Row, pairs: int | None) -> str:
 
 
 def _trained(config: Config) -> int | None:
-    """Returns the number of pairs in the shards that are not held out, if the shards say how many
-    they have.
+    """Returns the pairs in the training shards that are not held out.
+
+    None if the shards do not say how many they have.
     """
     pairs = data.dataset_size(config.data.train)
     return pairs and round(pairs * (1 - config.eval.hold_out))
 
 
 def _time(seconds: float) -> str:
+    """Returns seconds as text: "2.5 hours" or, below one hour, "12.0 minutes"."""
     return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
 
 
 def bounds(step: StepTime) -> str:
+    """Returns a text: the shares of a step's time by what bounds it, and the host's time."""
     shares = ", ".join(f"{name} {share:.0%}" for name, share in step.shares.items())
     host = (
         f"the host starts {step.launches:,} kernels in {step.host:,.0f} ms, at {1e3 * HOST_MS:.0f} "
@@ -196,8 +213,9 @@ def bounds(step: StepTime) -> str:
 
 
 def errors(card: Card) -> str:
-    """Returns how well other models were predicted: trained on a 3090, and in inference on a card
-    like this one.
+    """Returns a text on how well other models were predicted.
+
+    That is trained on a 3090, and in inference on the fitted card whose architecture is `card`'s.
     """
     parts = []
     for mode, words, index in (("train", "trained", 0), ("infer", "in inference", column(card))):
@@ -210,8 +228,9 @@ def errors(card: Card) -> str:
 
 
 def loader_rate(config: Config) -> float | None:
-    """Measures how many images of the run's shards this process decodes in a second; None if they
-    are not here.
+    """Returns the images a second that one process decodes of the run's training shards.
+
+    It decodes for SECONDS, with the run's augmentation. None if the shards cannot be read here.
     """
     section = config.model.model_dump()
     try:
@@ -234,10 +253,11 @@ def loader_rate(config: Config) -> float | None:
 
 
 def run_all(config: Config, *, teacher_width: int | None = None, pairs: int | None = None) -> None:
-    """Prints a row for each card but those without Triton.
+    """Prints a row for each card that runs the library's Triton kernels; progress to stderr.
 
-    The cards share the fake runs, which are those of an RTX 3090: the step as configured, and a few
-    batches in one graph, between which memory and time are interpolated.
+    teacher_width, pairs: as in `run`. The cards share the fake runs, which are those of an RTX
+    3090: the step as configured, and a few batches in one graph, between which memory and time are
+    interpolated.
     """
     planner = Planner(
         config, Budget(CARDS["rtx-3090"].memory * GIB), "cuda", teacher_width, _tell, "rtx-3090"

@@ -29,6 +29,7 @@ MOST_PAIRS = 1 << 16  # of a search; CLIP was trained with 32,768
 
 
 def gib(size: float) -> str:
+    """Returns a number of bytes as text, "1.50 GiB"."""
     return f"{size / GIB:.2f} GiB"
 
 
@@ -47,12 +48,14 @@ class Budget:
 
     @property
     def usable(self) -> int:
+        """The bytes that the tensors of a step may take."""
         return int((self.memory - self.context - self.libraries) * (1 - self.fragmentation))
 
     @classmethod
     def of(cls, device: torch.device) -> Budget:
-        """The budget of a card of this machine, or of a process's share of the machine's memory on
-        a CPU.
+        """Returns the budget of this machine's card `device` or, on a CPU, of its memory.
+
+        Of a CPU's memory a rank has its share.
         """
         memory = hardware.total_memory(device)
         return cls(memory) if device.type == "cuda" else cls(memory, context=1 << 30, libraries=0)
@@ -79,6 +82,7 @@ class Row:
 
     @property
     def images_per_s(self) -> float:
+        """Images a second at the likely time of the step; 0 without a time."""
         return 1e3 * self.batch_size / self.time.ms if self.time else 0.0
 
 
@@ -88,11 +92,14 @@ class Graphs:
     """
 
     def __init__(self, usages: dict[int, Usage]) -> None:
+        """Stores the predicted steps: pairs in the batch -> Usage; at least one."""
         self.usages = usages
 
     def largest(self, limit: int, card: Card) -> tuple[int, float]:
-        """Returns the largest batch that takes at most `limit` bytes, but for WITHIN, and its
-        images a second on a card.
+        """Returns the largest batch that takes at most `limit` bytes, and its images/s on a card.
+
+        The batch is a little smaller, within WITHIN, and at most MOST_PAIRS; (0, 0.0) if not even
+        one pair fits.
         """
         peaks = {size: usage.peak for size, usage in self.usages.items()}
         size = min(int((1 - WITHIN / 4) * _crossing(peaks, limit)), MOST_PAIRS)
@@ -108,8 +115,10 @@ class Graphs:
 def one_graphs(
     predicted: Callable[[int], Usage], least: int, most: int, tell: Callable[[str], object]
 ) -> Graphs:
-    """Predicts a few batches in one graph: a small one, and those that about fill the least and the
-    most memory.
+    """Returns steps of three batches in one graph, as `predicted` predicts them from their pairs.
+
+    They are one of SMALL_MICRO_BATCH pairs, and two that about fill `least` and `most` bytes. tell:
+    is called with a line on each.
     """
     usages: dict[int, Usage] = {}
     size = SMALL_MICRO_BATCH
@@ -143,6 +152,10 @@ class Planner:
         tell: Callable[[str], object] = lambda line: None,
         card: str | None = None,
     ) -> None:
+        """Makes the model on the meta device and picks the precision; predicts nothing yet.
+
+        The arguments are in the docstring of the class, and what it raises.
+        """
         if device == "cuda" and torch.version.cuda is None:
             raise InputError(
                 f"device: expected cpu, got cuda: torch {torch.__version__} is a build without "
@@ -178,8 +191,11 @@ class Planner:
             self.cacheable = False
 
     def rows(self) -> Iterator[Row]:
-        """Yields the step as configured, then the largest batch in one graph and, if the model
-        allows it, with caching.
+        """Yields the step as configured, then the largest batch in one graph, then with caching.
+
+        The last one is missing if the model does not allow gradient caching, or one pair does not
+        fit. Each is predicted when it is asked for. A micro-batch "auto" in `config` is replaced
+        for good.
         """
         if self.config.data.micro_batch == "auto":
             self.config = self.config.replaced(data={"micro_batch": self.micro_batch()})
@@ -196,10 +212,10 @@ class Planner:
             yield self.largest("largest by gradient caching", images)
 
     def micro_batch(self) -> int | None:
-        """Returns the largest micro-batch whose step fits: a divisor of the batch, or None if the
-        whole batch fits.
+        """Returns the largest micro-batch whose step fits, or None if the whole batch fits.
 
-        Raises ConfigError if not even the smallest micro-batch fits.
+        It is a divisor of data.batch_size. Calls `tell` after each prediction. Raises ConfigError
+        if not even the smallest micro-batch fits.
         """
         size = self.config.data.batch_size
         peak = self.usage(micro_batch=None).peak
@@ -227,10 +243,15 @@ class Planner:
         return micro
 
     def in_one_graph(self, pairs: int) -> Usage:
+        """Predicts a step of so many pairs without gradient caching; see `usage`."""
         return self.usage(batch_size=pairs, micro_batch=None)
 
     def usage(self, **data: Any) -> Usage:
-        """Predicts the step of the config with some values of its section `data` changed."""
+        """Predicts the step of the config with the given values of its section `data` replaced.
+
+        Results are cached by batch_size and micro_batch, the only values that may differ between
+        calls. The planner's `step` keeps the changed config.
+        """
         config = self.step.config = self.config.replaced(data=data)
         size = config.data.batch_size, config.data.micro_batch
         if size not in self._usages:
@@ -238,7 +259,12 @@ class Planner:
         return self._usages[size]
 
     def largest(self, what: str, micro_batch: int | None) -> Row:
-        """The largest batch that fits, a multiple of `micro_batch`."""
+        """Returns the row of the largest batch that fits, up to the share WITHIN.
+
+        what: the row's name. micro_batch: pairs at a time, of which the batch is a multiple; None:
+        one graph. If none fits, the row has a batch size of 0. `at_least` is True if the batch is
+        the largest that is tried. Calls `tell` after each prediction.
+        """
 
         def peak_of(pairs: int) -> int:
             peak = self.usage(batch_size=pairs, micro_batch=micro_batch).peak
@@ -258,6 +284,10 @@ class Planner:
         return self.row(what, size, micro_batch, at_least=size == sizes[-1])
 
     def row(self, what: str, size: int, micro_batch: Any, at_least: bool = False) -> Row:
+        """Predicts a step of `size` pairs and returns it as a row named `what`.
+
+        micro_batch: pairs at a time; None: all. at_least: whether larger batches were not tried.
+        """
         usage = self.usage(batch_size=size, micro_batch=micro_batch)
         time = step_time(usage.kernels, self.card) if self.card else None
         return Row(
@@ -273,6 +303,10 @@ class Planner:
 
 
 def _assumptions(budget: Budget, device: str) -> list[str]:
+    """Returns lines of text that say what the plan assumes, such as "4% of the rest lost ...".
+
+    device: "cuda" or "cpu".
+    """
     chunks = f"chunks of {SCRATCH_BYTES_ELSEWHERE >> 20} MiB"
     if device == "cpu":
         chunks = (
@@ -292,11 +326,11 @@ def _assumptions(budget: Budget, device: str) -> list[str]:
 
 
 def largest_micro_batch(config: Config, device: torch.device, ranks: int = 1) -> int | None:
-    """Returns data.micro_batch for a config that says "auto": the largest that fits on `device`,
-    None for the whole batch.
+    """Returns the largest data.micro_batch that fits on `device`, for a config that says "auto".
 
-    ranks: the number of ranks, which share data.batch_size. Each of them gets the same answer on
-    equal machines. The texts that a rank gets from the others are not counted.
+    None means the whole batch. ranks: the number of ranks, which share data.batch_size. Each of
+    them gets the same answer on equal machines. The texts that a rank gets from the others are not
+    counted. Nothing runs on the device.
 
     Raises ConfigError if not even one pair at a time fits; UncountedOp.
     """
@@ -314,15 +348,15 @@ def largest(
     start: int,
     known: dict[int, int] | None = None,
 ) -> tuple[int, dict[int, int]]:
-    """Returns the largest of the sizes with peak(size) <= limit, or 0, and all computed peaks.
+    """Returns the largest of the sizes with peak(size) <= limit, or 0, and all peaks {size: bytes}.
 
     A larger one of the sizes may fit, but none that is larger by more than the share WITHIN. Peaks
     are nearly affine in the size, so that few are computed: where the line through the two nearest
     ones crosses the limit, one is tried just below the crossing and one above it. peak should not
     decrease with the size.
 
-    sizes: ascending. start: about the first size that is tried. known: peaks of some sizes, at best
-    of several.
+    sizes: ascending. start: about the first size that is tried. known: peaks of some of the sizes,
+    which are not computed again; at best of several.
     """
     peaks = dict(known or {})
     # indices of the largest size that fits, and of the smallest that does not
@@ -358,8 +392,10 @@ def largest(
 
 
 def _crossing(peaks: dict[int, int], limit: int) -> float:
-    """Returns the size at which the line through the two peaks nearest to the limit crosses it, at
-    first one through 0.
+    """Returns the size at which the line through the two peaks nearest to the limit crosses it.
+
+    peaks: {size: bytes}. Of a single peak the line goes through 0. Where the peaks do not grow, it
+    is twice the larger size or half the smaller one.
     """
     nearest, *others = sorted(peaks, key=lambda size: abs(peaks[size] - limit))
     if not others:

@@ -43,21 +43,27 @@ class Step(Protocol):
     optimizer: torch.optim.Optimizer  # made by `place`
 
     def place(self, device: torch.device, during: During) -> None:
-        """Makes all else on `device`, where the modules' tensors are.
+        """Makes optimizer, averages and all else that `run` needs on `device`, as attributes.
 
-        The step enters `during` for activations and loss.
+        The tensors of `modules` are there already. during: opens a context in which allocations
+        count as a kind; the step enters it for "activations" and "loss".
         """
 
     def batches(self, real: bool) -> list[Batch]:
-        """Returns the micro-batches, in the host's memory. real: whether they have values, to run
-        the step on a device.
+        """Returns the micro-batches of one step, in the host's memory.
+
+        real: whether they have values, to run on a device; otherwise only shapes matter, and one
+        may stand for several.
         """
 
     def skip(self, tower: str, batch: Batch, first: Batch) -> None:
-        """Keeps or drops what gradient caching would keep of a micro-batch that does not run."""
+        """Keeps or drops what gradient caching would keep of a micro-batch that does not run.
+
+        tower: "image" or "text". batch: the micro-batch. first: the first one, which ran.
+        """
 
     def run(self, batches: list[Batch]) -> object:
-        """Runs one training step."""
+        """Runs one training step, with an update of the weights."""
 
 
 class TrainerStep:
@@ -78,6 +84,10 @@ class TrainerStep:
         memory: int | None = None,
         device: torch.device = CPU,
     ) -> None:
+        """Makes the model of the config on the meta device, prepared for training.
+
+        precision: "fp32", "bf16" or "fp16". The other arguments are in the docstring of the class.
+        """
         self.memory = memory
         self.assumed = list[str]()
         if config.run.compile is True:
@@ -101,6 +111,11 @@ class TrainerStep:
             )
 
     def _teacher(self, width: int | None) -> dict[str, Any]:
+        """Returns what the loss needs to know of a teacher: {"name", "width", "logit_scale"}.
+
+        width: of its features; None: reads the stamp in the folders data.sidecars or, if it cannot
+        be read, assumes the student's width and adds that to `assumed`.
+        """
         if width is None:
             try:
                 return data.teacher_stamp(self.config.data.sidecars)
@@ -112,6 +127,11 @@ class TrainerStep:
         return {"name": "a teacher", "width": width, "logit_scale": 100.0}
 
     def place(self, device: torch.device, during: During) -> None:
+        """Makes the training state on `device`: loss, optimizer, averages and kept frozen outputs.
+
+        Sets `state`, `optimizer`, `modules` and `averages`; during: as in `Step.place`. The model's
+        texts are cropped to one length.
+        """
         prepared = self.prepared
         crop = self.prepared.crop
         self.during = during
@@ -131,8 +151,10 @@ class TrainerStep:
         steps.keep_frozen(self.state, self.memory)
 
     def skip(self, tower: str, batch: Batch, first: Batch) -> None:
-        """Keeps as much of the frozen beginning's output for a pair as `first` does; drops it in
-        the pass with autograd.
+        """Keeps as much of the frozen beginning's output for a pair as `first` does.
+
+        tower: "image" or "text", whose frozen modules run first; without any it does nothing. In
+        the pass with autograd it drops what it kept of `batch`.
         """
         if (prefix := self.state.prefixes.get(tower)) is None:
             return
@@ -144,12 +166,13 @@ class TrainerStep:
             prefix.kept[id(batch)] = [torch.cat([kept] * times) for kept in prefix.kept[id(first)]]
 
     def run(self, batches: list[Batch]) -> None:
+        """Runs one step of the trainer on the state that `place` made; updates its weights."""
         with _kinds(self.during):
             steps.train_step(self.state, batches)
 
     @property
     def tokens(self) -> int | None:
-        """The length of a text; None: the model's context length.
+        """The number of tokens of each text; None: the model's context length.
 
         One graph keeps all texts, so that their mean length counts. Rounding and groups of lengths
         add less than an eighth and 8 tokens for captions like COCO's and CC12M's. A micro-batch is
@@ -163,8 +186,10 @@ class TrainerStep:
         return math.ceil(config.mean_tokens * 9 / 8 + 8)
 
     def batches(self, real: bool) -> list[Batch]:
-        """The micro-batches between the first and the last one are one of their size, if it need
-        not run.
+        """Returns the micro-batches of a step, on the CPU or, unless `real`, on the meta device.
+
+        If not real, and there are at least four, those between the first and the last one are a
+        single one of their size, since it need not run.
         """
         size = self.config.data.images_at_a_time
         count = self.config.data.batch_size // size
@@ -174,6 +199,11 @@ class TrainerStep:
         return [self._batch(images, real) for images in sizes]
 
     def _batch(self, size: int, real: bool) -> Batch:
+        """Returns a batch of `size` images as the loader gives it; without values if not `real`.
+
+        Keys: image, text, group and, with a teacher, teacher_image and teacher_text. Texts are
+        [size, L], with k captions of an image [size, k, L].
+        """
         k, model = self.config.data.captions_per_image, self.prepared.model
         captions = (k,) if k > 1 else ()
         with torch.device("cpu" if real else "meta"):
@@ -212,9 +242,15 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
 
 
 def _kinds(during: During) -> AbstractContextManager:
-    """Context in which each of the step's functions allocates memory of its kind."""
+    """Context in which the trainer's functions allocate memory of their kind, by `during`.
+
+    The kinds are "loss" and "activations"; functions of simplclip.train.step are replaced until the
+    end.
+    """
 
     def allocating(kind: str, function: Callable) -> Any:
+        """Returns `function` so that each call of it runs within `during(kind)`."""
+
         def run(*args: Any, **options: Any) -> Any:
             with during(kind):
                 return function(*args, **options)
@@ -230,7 +266,7 @@ def _kinds(during: During) -> AbstractContextManager:
 
 
 def busiest_step(config: Config) -> int:
-    """The first step of a run with the largest number of active loss terms.
+    """Returns the first step of a run, from 0, with the largest number of active loss terms.
 
     On a CPU, a step of a large batch without the teacher's terms may keep rows, at most
     STORE_BYTES, that this step does not.
@@ -249,12 +285,13 @@ def busiest_step(config: Config) -> int:
 def first_and_last(
     backward: Callable, repeat: Callable[[int], None], skip: Callable[[str, Batch, Batch], None]
 ) -> Callable:
-    """Wraps `gradient_cache.backward`, with a mapping of towers, to encode the first and the last
-    micro-batch of each alone.
+    """Returns a function in place of `gradient_cache.backward` that encodes fewer micro-batches.
 
-    Those between them would take the same memory as the first one; their features are empty tensors
-    of the right shape. repeat: called before each encoding with the number of micro-batches that it
-    stands for. skip: called for each that is not encoded, with its tower and the first one.
+    `backward` is called with a mapping of towers; of each tower only the first and the last
+    micro-batch are encoded. Those between them would take the same memory as the first one; their
+    features are empty tensors of the right shape. repeat: called before each encoding with the
+    number of micro-batches that it stands for. skip: called as Step.skip for each that is not
+    encoded.
     """
 
     def run(
@@ -263,6 +300,11 @@ def first_and_last(
         loss: Callable,
         **options: Any,
     ) -> Any:
+        """Calls `backward` with encoders that run only the first and last micro-batch of a tower.
+
+        Arguments and result are those of `backward`; encode, micro_batches: by tower, "image" and
+        "text".
+        """
         encoders = {
             tower: _encoder(tower, encode[tower], micro_batches[tower], repeat, skip)
             for tower in encode
@@ -275,11 +317,18 @@ def first_and_last(
 def _encoder(
     tower: str, encode: Callable, micro_batches: list[Batch], repeat: Callable, skip: Callable
 ) -> Callable:
+    """Returns a function in place of `encode`, which maps a micro-batch of a tower to its features.
+
+    For micro-batches between the first and the last one it calls skip(tower, batch, first) and
+    returns empty features. It calls repeat(n) before each call, n being how many micro-batches of
+    the first one's size the call stands for.
+    """
     layout: list[Any] = []  # width, dtype and device of the features
     first, *skipped = micro_batches[:-1] or micro_batches
     times = sum(len(batch[tower]) for batch in (first, *skipped)) // len(first[tower])
 
     def run(batch: Batch) -> Tensor:
+        """Returns the features [m, D] of a micro-batch, empty ones if it is not encoded."""
         repeat(times if batch is first else 1)
         if any(batch is other for other in skipped):
             rows = batch[tower].shape[: 1 if tower == "image" else -1].numel()
@@ -298,8 +347,9 @@ def inputs(
 ) -> tuple[Tensor, Tensor]:
     """Returns images, uint8 [size, 3, H, W], and token ids, int64 [size * captions, L].
 
-    real: whether the tokens are a caption, at whose end some models pool. Otherwise the tokens are
-    zeros. tokens: L, if it is less than the model's context length.
+    name: the model's name, for its tokenizer. captions: the number of an image. real: whether the
+    tokens are a caption, at whose end some models pool; otherwise the tokens are zeros. Images are
+    zeros. tokens: L, if it is less than the model's context length; None: that length.
     """
     height, width = to_2tuple(model.visual.image_size)
     image = torch.zeros(size, 3, height, width, dtype=torch.uint8)

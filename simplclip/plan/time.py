@@ -86,20 +86,27 @@ ASSUMED_TRAFFIC = {"own": 0.7}
 
 
 def column(card: Card) -> int:
-    """Returns the index of a card's architecture in the fitted constants."""
+    """Returns the index of a card's architecture in the fitted constants, as in FITTED.
+
+    Architectures that are not among them have the 3090's, 0.
+    """
     return {89: 1, 120: 2}.get(card.architecture, 0)
 
 
 def peak(card: Card, dtype: torch.dtype | None) -> float:
-    """Returns the data sheet's TFLOP/s of products; of float32 as torch is set to compute them."""
+    """Returns the data sheet's TFLOP/s of products of `dtype`; of float32 as torch is set.
+
+    float64 counts as float32; every other dtype, and None, as half types.
+    """
     if dtype in (torch.float32, torch.float64):
         return card.tf32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else card.float32
     return card.half
 
 
 def at_rates(kernel: Kernel, card: Card) -> tuple[float, float]:
-    """Returns the milliseconds of a kernel's multiply-adds, and of its bytes, at the data sheet's
-    rates.
+    """Returns the milliseconds of a kernel's multiply-adds, and of its bytes, by the data sheet.
+
+    They are those of one run, whatever `kernel.times`.
     """
     products = 2 * kernel.multiply_adds / peak(card, kernel.dtype) / 1e9
     return products, kernel.bytes / card.bandwidth / 1e6
@@ -108,14 +115,20 @@ def at_rates(kernel: Kernel, card: Card) -> tuple[float, float]:
 def efficiency(
     kind: str, fitted: dict[str, tuple[float, float, float]], assumed: dict[str, float], card: Card
 ) -> float:
+    """Returns the share of the data sheet's rate that kernels of a kind reach on a card.
+
+    kind: a Kernel's `rate` or `traffic`. fitted: kind -> the share on each card of FITTED. assumed:
+    shares that hold on all cards, which come first.
+    """
     if kind in assumed:
         return assumed[kind]
     return fitted[kind][column(card)]
 
 
 def likely_ms(kernel: Kernel, card: Card) -> dict[str, float]:
-    """Returns what a kernel likely takes for its multiply-adds, bytes and launch, of which the
-    longest counts.
+    """Returns the likely milliseconds of one run: {"products": , "bytes": , "launches": }.
+
+    These are what its multiply-adds, bytes and launch take, of which the longest counts.
     """
     products, moved = at_rates(kernel, card)
     products /= efficiency(kernel.rate, RATES, ASSUMED_RATES, card)
@@ -124,10 +137,10 @@ def likely_ms(kernel: Kernel, card: Card) -> dict[str, float]:
 
 
 def least_ms(kernel: Kernel, card: Card) -> dict[str, float]:
-    """Returns what a kernel takes at least for its multiply-adds, bytes and launch, of which the
-    longest counts.
+    """Returns the least milliseconds of one run: {"products": , "bytes": , "launches": }.
 
-    The L2 cache may hold as much as fits of what a kernel reads, and of what it writes.
+    The longest of them counts. The L2 cache may hold as much as fits of what a kernel reads, and of
+    what it writes.
     """
     products, moved = at_rates(kernel, card)
     cached = 2 * (card.l2 << 20) / card.bandwidth / 1e6
@@ -152,12 +165,15 @@ class StepTime:
 
     @property
     def ms(self) -> float:
-        """What the step likely takes: the host starts kernels while the card computes."""
+        """Likely milliseconds of the step: the host starts kernels while the card computes."""
         return max(self.likely, self.host)
 
 
 def step_time(kernels: Iterable[Kernel], card: Card) -> StepTime:
-    """Returns the time of a step's kernels, one after the other."""
+    """Returns the time of a step's kernels on a card, one after the other, each `times` times.
+
+    Waits of the host, which are among them, take no time.
+    """
     total = StepTime()
     for kernel in kernels:
         if kernel.by == "host":
