@@ -66,7 +66,7 @@ def plan(
     if cards is not None and (as_json or device == "cpu"):
         raise InputError("--cards: expected neither --json nor --device cpu, got one of them")
     count = parse_count(pairs)
-    values = configs.from_dict(configs.overridden(_values(config), set_ or ()))
+    values = configs.from_dict(configs.overridden(_read_planned_config(config), set_ or ()))
     check_name(values.model.name, "model.name")
     size = None if memory is None else parse_memory(memory)
     from simplclip.plan import report
@@ -85,7 +85,7 @@ def plan(
     )
 
 
-def _values(source: str) -> dict[str, Any]:
+def _read_planned_config(source: str) -> dict[str, Any]:
     """Returns the nested values of a config, with REQUIRED ones where it lacks them.
 
     source: a YAML file, the name of a built-in config, or a model's name, whose training has

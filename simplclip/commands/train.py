@@ -76,7 +76,7 @@ def train(
     from simplclip import train as trainer
 
     if values.data.micro_batch == "auto":
-        values = _with_micro_batch(values)
+        values = _resolve_micro_batch(values)
     try:
         trainer.run(values, resume=resume)
     except trainer.Interrupted as stop:
@@ -161,7 +161,7 @@ def check_sources(config: Any) -> None:
             )
 
 
-def _with_micro_batch(config: Any) -> Any:
+def _resolve_micro_batch(config: Any) -> Any:
     """Returns `config` with the largest data.micro_batch that fits in place of "auto".
 
     Predicts its memory on fake tensors, and prints the choice on the first rank.

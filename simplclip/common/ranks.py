@@ -198,26 +198,26 @@ def on_first(
     result: Any = None
     with agreed():
         if first():
-            with _others_waiting():
+            with _telling_others_to_wait():
                 result = function(*args, **options)
         else:
             _wait_for_first()
-    return _from_first(result)
+    return _broadcast_from_first(result)
 
 
 def _wait_for_first() -> None:
-    """Waits for the end of `_others_waiting` on the first rank, in which it takes part.
+    """Waits for the end of `_telling_others_to_wait` on the first rank, in which it takes part.
 
     To be called on every other rank. Prints a line to stderr from time to time, once on each node.
     """
-    while _from_first(None):
+    while _broadcast_from_first(None):
         if os.environ.get("LOCAL_RANK") == "0":  # a line in the log of each node
             message = f"rank {number()}: the first rank works alone, e.g. packs"
             print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def _others_waiting() -> Iterator[None]:
+def _telling_others_to_wait() -> Iterator[None]:
     """Context of the first rank's work, in which a thread tells the other ranks to wait on.
 
     Meanwhile these are in `_wait_for_first`. At the end it tells them, and joins the thread.
@@ -237,11 +237,11 @@ def _tell_others(done: threading.Event) -> None:
     seconds = min(60.0, _limit.total_seconds() / 4)
     # RuntimeError: of a rank that has ended, which the next exchange notices
     with suppress(RuntimeError):
-        while _from_first(not done.wait(seconds)):
+        while _broadcast_from_first(not done.wait(seconds)):
             pass
 
 
-def _from_first(value: Any) -> Any:
+def _broadcast_from_first(value: Any) -> Any:
     """Returns the first rank's value on each rank; all ranks have to call it.
 
     On other ranks `value` is not read.

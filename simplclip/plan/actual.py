@@ -26,7 +26,7 @@ def runner(step: Step, device: torch.device) -> Callable[[], object]:
     Before, moves the step's modules there in place, with random weights, and makes the batches (in
     the host's memory), the loss and the optimizer.
     """
-    return _placed(step, device)[1]
+    return _place_and_fill(step, device)[1]
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
@@ -36,7 +36,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     allocated there. Moves the step's modules to `device` in place, with random weights, and resets
     the GPU's peak statistics.
     """
-    before, once = _placed(step, device)
+    before, once = _place_and_fill(step, device)
 
     def run() -> None:
         for _ in range(STEPS):
@@ -53,7 +53,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     return sum(storages.values()) + cpu_peak_bytes(run)
 
 
-def _placed(step: Step, device: torch.device) -> tuple[list[Tensor], Callable[[], object]]:
+def _place_and_fill(step: Step, device: torch.device) -> tuple[list[Tensor], Callable[[], object]]:
     """Moves a step to `device`; returns the tensors that it begins with, and what runs it once.
 
     The tensors are parameters, buffers, averages and batches; the function has no arguments. The

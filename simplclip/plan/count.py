@@ -96,7 +96,7 @@ class Counter(TorchDispatchMode):
         self.usage = Usage()
         self.times = 1  # the number of runs for which the next kernels count
         # ops that are no compositions: name, and whether it starts a kernel
-        self._single: dict[Any, tuple[str, bool]] = {}
+        self._leaf_ops: dict[Any, tuple[str, bool]] = {}
         # torch's allocator rounds sizes up to multiples of this
         self.block = 512 if device.type == "cuda" else 1
         self.kind = "temporaries"
@@ -186,14 +186,14 @@ class Counter(TorchDispatchMode):
         if ours is not None:
             with self:
                 return ours(*args, through=self._native)
-        if func not in self._single:
+        if func not in self._leaf_ops:
             is_prim = func.name().startswith("prim::")
             if not is_prim and not _has_kernel(func.name(), self.device.type.upper()):
                 with self:
                     out = func.decompose(*args, **kwargs)
                 if out is not NotImplemented:
                     return out
-            self._single[func] = started_by(func)
+            self._leaf_ops[func] = started_by(func)
         try:
             # no bias: the results are dq, dk, dv and an empty one
             if func is _EFFICIENT_BACKWARD and args[4] is None:
@@ -221,7 +221,7 @@ class Counter(TorchDispatchMode):
         func: the op's overload; args, options: its arguments; out: its result. A copy between
         devices counts as a wait of the host; a view or an op on other devices counts as nothing.
         """
-        name, starts_kernel = self._single[func]
+        name, starts_kernel = self._leaf_ops[func]
         tensors = [t for t in tree_leaves((args, options, out)) if isinstance(t, Tensor)]
         if "copy" in name and len({t.device.type for t in tensors}) > 1:
             self.wait(func.name())

@@ -104,13 +104,13 @@ def fake_step(
             patches.append((torch, "addmm", product_of_card(torch.addmm)))
         if card or not torch.cuda.is_available():
             patches += _properties(card or CARDS["rtx-3090"])
-        _forget()
+        _clear_device_caches()
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         stack.enter_context(mode)
         yield
-    _forget()
+    _clear_device_caches()
 
 
 def _properties(card: Card) -> list[tuple[Any, str, Any]]:
@@ -131,7 +131,7 @@ def _properties(card: Card) -> list[tuple[Any, str, Any]]:
     ]
 
 
-def _forget() -> None:
+def _clear_device_caches() -> None:
     """Clears the caches of launchers, backends and selected functions, which hold properties of a
     device.
     """
@@ -299,18 +299,18 @@ class Engine:
                 gradient = torch.ones_like(root)
             _add(buffers.setdefault(node, {}), output, gradient)
         del tensors, grad_tensors, roots, root, gradients, gradient
-        waiting = _uses(list(buffers))
+        waiting = _edges_to(list(buffers))
         ready = [node for node in buffers if node not in waiting]
         while ready:
             # AccumulateGrad first, then the node made last
             node = max(ready, key=lambda node: node._sequence_nr())
             ready.remove(node)
-            for following in self._visit(node, buffers.pop(node, {}), buffers):
+            for following in self._run_node(node, buffers.pop(node, {}), buffers):
                 waiting[following] -= 1
                 if not waiting[following]:
                     ready.append(following)
 
-    def _visit(self, node: Node, buffer: dict[int, Tensor], buffers: Buffers) -> list[Node]:
+    def _run_node(self, node: Node, buffer: dict[int, Tensor], buffers: Buffers) -> list[Node]:
         """Runs a node and passes its gradients on; returns the nodes at its edges, one per edge.
 
         buffer: the gradients that have arrived at the node, by the output they belong to; it is
@@ -357,7 +357,7 @@ class Engine:
         return list(itertools.compress(outputs, has_edge))
 
 
-def _uses(roots: list[Node]) -> Counter[Node]:
+def _edges_to(roots: list[Node]) -> Counter[Node]:
     """Returns how many edges lead to each node that is reachable from `roots`.
 
     Roots to which no edge leads are not in it.

@@ -217,8 +217,8 @@ def kernels_of(
     backward = " backward" if "backward" in name else ""
     large = max((*inputs, *results), key=lambda t: t.elements)
     large_inputs = [t for t in inputs if t.elements == large.elements]
-    read = _bytes(inputs)
-    written = _bytes(results)
+    read = _distinct_bytes(inputs)
+    written = _distinct_bytes(results)
     times = 1
     traffic = "elementwise"
     if any(norm in name for norm in NORMS):
@@ -226,7 +226,7 @@ def kernels_of(
         in_training = name.endswith("batch_norm") and args[5]
         # a pass for the statistics, or for their gradients
         if backward or "group" in name or in_training:
-            read += _bytes(large_inputs)
+            read += _distinct_bytes(large_inputs)
     elif "softmax" in name:
         traffic = "norm"
     elif "pool" in name:
@@ -254,7 +254,7 @@ def kernels_of(
     return [Kernel("torch", name, large.dtype, traffic=traffic, bytes=read + written, times=times)]
 
 
-def _bytes(tensors: list[Stand]) -> int:
+def _distinct_bytes(tensors: list[Stand]) -> int:
     """Returns the bytes of the tensors; of those that share a storage the largest one counts."""
     sizes: dict[int, int] = {}
     for t in tensors:
@@ -262,7 +262,7 @@ def _bytes(tensors: list[Stand]) -> int:
     return sum(sizes.values())
 
 
-def _whole(n: int) -> int:
+def _rounded_to_8(n: int) -> int:
     """Returns n rounded up to a multiple of 8: tensor cores multiply no fewer channels."""
     return n + -n % 8
 
@@ -278,10 +278,10 @@ def _product(name: str, inputs: list[Stand], out: Stand) -> Kernel:
         addend, left, right = inputs[:3]
         if addend.elements >= out.elements:
             touched = addend.bytes
-    touched += _bytes([left, right, out])
+    touched += _distinct_bytes([left, right, out])
     work = out.elements // max(1, math.prod(out.shape[-2:]))
     for n in (*out.shape[-2:], left.shape[-1]):
-        work *= _whole(n) if left.dim() > 1 else n
+        work *= _rounded_to_8(n) if left.dim() > 1 else n
     return Kernel("torch", name, left.dtype, "product", work, "product", touched)
 
 
@@ -303,7 +303,7 @@ def _attention(name: str, inputs: list[Stand], results: list[Stand]) -> Kernel:
     if q.dim() == 4:
         tokens = 2 if name.startswith("_scaled") else 1  # [B, H, L, K] or [B, L, H, K]
         work = products * q.elements * k.shape[tokens]
-    touched = _bytes(inputs) + _bytes(results)
+    touched = _distinct_bytes(inputs) + _distinct_bytes(results)
     return Kernel("torch", name, q.dtype, rate, work, "product", touched)
 
 
@@ -317,7 +317,7 @@ def _convolutions(name: str, args: Sequence[Any], results: list[Stand]) -> list[
         x, weight, bias, _, _, _, transposed, _, groups = args
         y = results[0]
         kernel = _convolution(name, x, weight, y, transposed, groups, "")
-        return [kernel, *_added(bias, y)]
+        return [kernel, *_bias_kernels(bias, y)]
     gradient, x, weight, _, _, _, _, transposed, _, groups, output_mask = args
     kernels = [
         _convolution(name, x, weight, gradient, transposed, groups, " backward")
@@ -349,13 +349,13 @@ def _convolution(
     kind = _convolution_kind(groups, inputs, taps)
     work = positions * groups * taps * inputs * outputs
     if kind not in ("stem", "depthwise"):
-        work = positions * groups * taps * _whole(inputs) * _whole(outputs)
+        work = positions * groups * taps * _rounded_to_8(inputs) * _rounded_to_8(outputs)
     rate = kind
     if kind != "stem":
         rate += direction + layout
     traffic = kind if kind in ("depthwise", "grouped") else "convolution"
     traffic += direction + layout
-    return Kernel("torch", name, x.dtype, rate, work, traffic, _bytes([x, weight, y]))
+    return Kernel("torch", name, x.dtype, rate, work, traffic, _distinct_bytes([x, weight, y]))
 
 
 def _convolution_kind(groups: int, inputs: int, taps: int) -> str:
@@ -370,7 +370,7 @@ def _convolution_kind(groups: int, inputs: int, taps: int) -> str:
     return "pointwise" if taps == 1 else "dense"
 
 
-def _added(bias: Stand | None, y: Stand) -> list[Kernel]:
+def _bias_kernels(bias: Stand | None, y: Stand) -> list[Kernel]:
     """Returns the kernel that adds a bias after a convolution of cuDNN; [] if `bias` is None.
 
     y: the convolution's result.

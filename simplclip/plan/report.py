@@ -131,7 +131,7 @@ def answers(
     yield (
         "run",
         f"of {row.batch_size:,} pairs, {row.micro_batch or 'all'} at a time: "
-        f"{_hours(config, row, pairs)}",
+        f"{_run_length_text(config, row, pairs)}",
     )
     yield "bound by", bounds(row.time)
     rate = loader_rate(config)
@@ -164,18 +164,18 @@ def chosen(planner: Planner, rows: list[Row]) -> Row | None:
     return next((row for row in steps if row.fits and row.batch_size), None)
 
 
-def _hours(config: Config, row: Row, pairs: int | None) -> str:
+def _run_length_text(config: Config, row: Row, pairs: int | None) -> str:
     """Returns a text with the time of an epoch and of the run, as far as their lengths are known.
 
     pairs: of an epoch; None: as the config or the shards say.
     """
     try:
-        pairs = pairs or config.data.samples or _trained(config)
+        pairs = pairs or config.data.samples or _training_pairs(config)
     except (UserError, OSError):
         pairs = None
     epoch = "the number of pairs is not known (--pairs)"
     if pairs:
-        epoch = f"an epoch of {pairs:,} pairs takes {_time(pairs / row.images_per_s)}"
+        epoch = f"an epoch of {pairs:,} pairs takes {_duration_text(pairs / row.images_per_s)}"
     if config.run.epochs is None:
         steps = config.run.steps
         length = f"{config.run.steps:,} steps"
@@ -184,10 +184,10 @@ def _hours(config: Config, row: Row, pairs: int | None) -> str:
         length = f"{config.run.epochs:g} epochs"
     else:
         return epoch
-    return f"{epoch}, the run of {length} {_time(steps * row.time.ms / 1e3)}"
+    return f"{epoch}, the run of {length} {_duration_text(steps * row.time.ms / 1e3)}"
 
 
-def _trained(config: Config) -> int | None:
+def _training_pairs(config: Config) -> int | None:
     """Returns the pairs in the training shards that are not held out.
 
     None if the shards do not say how many they have.
@@ -196,7 +196,7 @@ def _trained(config: Config) -> int | None:
     return pairs and round(pairs * (1 - config.eval.hold_out))
 
 
-def _time(seconds: float) -> str:
+def _duration_text(seconds: float) -> str:
     """Returns seconds as text: "2.5 hours" or, below one hour, "12.0 minutes"."""
     return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
 

@@ -167,7 +167,7 @@ class TrainerStep:
 
     def run(self, batches: list[Batch]) -> None:
         """Runs one step of the trainer on the state that `place` made; updates its weights."""
-        with _kinds(self.during):
+        with _counted_by_kind(self.during):
             steps.train_step(self.state, batches)
 
     @property
@@ -241,7 +241,7 @@ def shapes_of(config: Config) -> tuple[nn.Module, list[str]]:
     ).names
 
 
-def _kinds(during: During) -> AbstractContextManager:
+def _counted_by_kind(during: During) -> AbstractContextManager:
     """Context in which the trainer's functions allocate memory of their kind, by `during`.
 
     The kinds are "loss" and "activations"; functions of simplclip.train.step are replaced until the
@@ -306,7 +306,7 @@ def first_and_last(
         "text".
         """
         encoders = {
-            tower: _encoder(tower, encode[tower], micro_batches[tower], repeat, skip)
+            tower: _skipping_encoder(tower, encode[tower], micro_batches[tower], repeat, skip)
             for tower in encode
         }
         return backward(encoders, micro_batches, loss, **options)
@@ -314,7 +314,7 @@ def first_and_last(
     return run
 
 
-def _encoder(
+def _skipping_encoder(
     tower: str, encode: Callable, micro_batches: list[Batch], repeat: Callable, skip: Callable
 ) -> Callable:
     """Returns a function in place of `encode`, which maps a micro-batch of a tower to its features.

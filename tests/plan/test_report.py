@@ -168,7 +168,7 @@ def test_pairs_that_are_held_out_take_no_time(tiny, monkeypatch):
     row = SimpleNamespace(batch_size=96, images_per_s=5.0, time=SimpleNamespace(ms=96.0))
     for share, pairs in ((0, "3,000 pairs takes 10.0"), (0.1, "2,700 pairs takes 9.0")):
         settings = config.load(tiny, [f"eval.hold_out={share}"])
-        assert f"an epoch of {pairs} minutes" in report._hours(settings, row, None)
+        assert f"an epoch of {pairs} minutes" in report._run_length_text(settings, row, None)
 
 
 @pytest.mark.slow
